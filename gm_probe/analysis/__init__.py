@@ -1,0 +1,1 @@
+"""Tables, statistics and plots over many runs. Reads run records and CSV only; never imports torch."""

@@ -1,0 +1,185 @@
+"""Scatter panels of measure against gap, like the paper's Fig. 1, readable small and in grey.
+
+Figures are built through matplotlib's object API, so no global pyplot state is read or left behind.
+"""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from gm_probe.analysis.correlation import Correlation, MeasureStatistics
+from gm_probe.analysis.table import GAPS, RunTable
+from gm_probe.core.files import write_atomic
+
+FORMATS = ("png", "pdf", "svg")
+MEASURE_LABELS = {
+    "local_inconsistency": r"$S_\rho$ (local inconsistency)",
+    "local_inconsistency_converged": r"$S_\rho$ (converged)",
+    "fisher_lambda_max": r"$\lambda_{\max}(F)$",
+    "fisher_trace": r"$\mathrm{tr}\,F$",
+    "hessian_lambda_max": r"$\lambda_{\max}(H)$",
+    "hessian_trace": r"$\mathrm{tr}\,H$",
+    "conditional_inconsistency": r"$C_\theta$ (inconsistency)",
+    "disagreement": "disagreement",
+}
+# Okabe and Ito's colours without yellow, which is too faint on white. 7 colours and 10 markers share no
+# factor, so the first 70 subgroups all look different, and 10 differ in shape alone.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "^", "s", "X", "D", "v", "P", "*", "<", ">")
+LETTER = 0.062  # inches that a letter of a legend takes, on average, at the font size below
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "pdf.fonttype": 42,  # editable text that journals accept
+    "svg.fonttype": "none",  # text stays text: searchable, and small files
+    "svg.hashsalt": "gm_probe",  # the same figure is the same bytes
+}
+
+
+def scatter_panels(
+    table: RunTable,
+    statistics: Sequence[MeasureStatistics],
+    gaps: Sequence[str],
+    groups: Mapping[str, np.ndarray],
+) -> Figure:
+    """One panel a measure and gap, at most 3 measures side by side, each titled with its τ and n.
+
+    ``groups`` maps a subgroup's label to its rows of ``table`` (``correlation.group_rows``); empty draws all
+    runs alike, without a legend.
+    """
+    blocks = -(-len(statistics) // 3)
+    num_columns = -(-len(statistics) // blocks)
+    with mpl.rc_context(STYLE):
+        width = 0.4 + 2.1 * num_columns  # inches; three panels fill a page's 6.7
+        entries = [textwrap.fill(label, int((width - 0.4) / LETTER)) for label in groups]
+        legend_columns, legend_height = _legend_shape(entries, width)
+        height = 0.1 + 1.85 * blocks * len(gaps) + legend_height
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        for block in range(blocks):
+            some = statistics[block * num_columns : (block + 1) * num_columns]
+            for row, gap in enumerate(gaps):
+                first: Axes | None = None
+                for column, measure in enumerate(some):
+                    place = (block * len(gaps) + row) * num_columns + column + 1
+                    axes = figure.add_subplot(blocks * len(gaps), num_columns, place, sharey=first)
+                    _scatter(axes, table, measure.name, gap, groups)
+                    axes.set_title(_title(measure.gaps[gap]))
+                    if row == len(gaps) - 1:
+                        axes.set_xlabel(_measure_label(measure.name))
+                    if first is None:
+                        axes.set_ylabel(GAPS[gap])
+                        first = axes
+                    else:
+                        axes.tick_params(labelleft=False)
+        if entries:
+            handles = [_handle(i, entry) for i, entry in enumerate(entries)]
+            figure.legend(
+                handles=handles,
+                loc="outside lower center",
+                ncols=legend_columns,
+                frameon=False,
+                handletextpad=0.1,
+                borderaxespad=0.2,
+            )
+    return figure
+
+
+def render(figure: Figure, suffix: str) -> bytes:
+    """``figure`` as a ``png`` (200 dots an inch), ``pdf`` or ``svg``; equal figures give equal bytes."""
+    undated: dict[str, dict[str, str | None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix))
+    return buffer.getvalue()
+
+
+def write_figure(figure: Figure, paths: Sequence[Path]) -> None:
+    """Write ``figure`` to each of ``paths``, each whole or not at all, in the format that its suffix names.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    for path in paths:
+        write_atomic(path, render(figure, path.suffix.lower().removeprefix(".")))
+
+
+def _scatter(axes: Axes, table: RunTable, measure: str, gap: str, groups: Mapping[str, np.ndarray]) -> None:
+    x, y = table.frame[measure].to_numpy(), table.frame[gap].to_numpy()
+    present = np.isfinite(x) & np.isfinite(y)
+    if not present.any():
+        axes.text(0.5, 0.5, "no run has both values", transform=axes.transAxes, ha="center", va="center")
+        axes.set_xticks([])
+        return
+    size = 22.0 if present.sum() <= 60 else 12.0
+    for index, rows in enumerate(groups.values() or [np.arange(len(x))]):
+        shown = rows[present[rows]]
+        marker = MARKERS[index % len(MARKERS)]
+        axes.scatter(
+            x[shown],
+            y[shown],
+            s=1.8 * size if marker == "*" else size,  # a star fills less of its square
+            c=COLOURS[index % len(COLOURS)],
+            marker=marker,
+            alpha=0.75,
+            linewidths=0,
+            rasterized=len(x) > 2000,  # keeps PDF and SVG small
+        )
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    least, most = x[present].min(), x[present].max()
+    if least <= 0 or most <= 10 * least:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        return
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if most < 100 * least:  # whole decades alone could leave a single label
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.xaxis.set_major_locator(LogLocator(numticks=4))
+
+
+def _title(result: Correlation) -> str:
+    tau = "τ undefined" if result.tau is None else f"τ = {result.tau:.2f}".replace("-", "−")
+    return f"{tau}, n = {result.n}"
+
+
+def _measure_label(name: str) -> str:
+    return MEASURE_LABELS.get(name) or textwrap.fill(name.replace("$", r"\$"), 30)
+
+
+def _handle(index: int, label: str) -> Line2D:
+    return Line2D(
+        [],
+        [],
+        linestyle="none",
+        marker=MARKERS[index % len(MARKERS)],
+        color=COLOURS[index % len(COLOURS)],
+        markeredgewidth=0,
+        label=label.replace("$", r"\$"),
+    )
+
+
+def _legend_shape(entries: Sequence[str], width: float) -> tuple[int, float]:
+    """Columns that fit ``width`` inches, and the height in inches that the legend then takes."""
+    if not entries:
+        return 1, 0.0
+    longest = max(len(line) for entry in entries for line in entry.splitlines())
+    columns = max(1, min(len(entries), int(width / (0.4 + LETTER * longest))))
+    lines = max(len(entry.splitlines()) for entry in entries)
+    return columns, 0.05 + 0.165 * lines * -(-len(entries) // columns)

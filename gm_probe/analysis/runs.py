@@ -1,0 +1,175 @@
+"""Read a folder of run folders, or anybody's CSV or Parquet, into one RunTable."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gm_probe.analysis.spreadsheets import READERS, table_from_file
+from gm_probe.analysis.table import (
+    BOOKKEEPING,
+    GAPS,
+    KNOWN_MEASURES,
+    Exclusion,
+    RunTable,
+    by_reason,
+    require_distinct,
+    require_known,
+    unique,
+)
+from gm_probe.core.errors import DataError, StorageError, UsageError
+from gm_probe.core.records import RunRecord, find_runs, read_run
+
+
+def load_table(
+    source: Path,
+    measures: Sequence[str] = (),
+    hyperparameters: Sequence[str] = (),
+    group_by: Sequence[str] = (),
+) -> RunTable:
+    """Read ``source``: a folder of run folders, or a .csv or .parquet file with one run a row.
+
+    Empty ``measures`` takes every measure of the run folders; of a file, the columns that bear a measure's
+    name, or where none does, every numeric column that is not a gap, an outcome, a setting or an identifier.
+    Empty ``hyperparameters`` takes the settings that vary over the run folders; of a file, the columns that
+    bear a setting's name. ``group_by`` columns always count as hyperparameters.
+
+    Raises:
+        UsageError: ``source`` is neither, or a column that was asked for is not there or has another role.
+        DataError: no gap, no measure, no usable run, a duplicated column, or text where a number belongs.
+        StorageError: the file cannot be read.
+    """
+    if source.is_dir():
+        return _table_from_folders(source, measures, hyperparameters, group_by)
+    if not source.exists():
+        raise UsageError(f"{source} does not exist; give a folder of runs, a .csv or a .parquet file")
+    if source.suffix.lower() not in READERS:
+        raise UsageError(f"{source} is no folder of runs and ends neither in .csv nor in .parquet")
+    return table_from_file(source, measures, hyperparameters, group_by)
+
+
+def _table_from_folders(
+    root: Path, measures: Sequence[str], hyperparameters: Sequence[str], group_by: Sequence[str]
+) -> RunTable:
+    kept, excluded = _read_folders(root)
+    records = list(kept.values())
+
+    found = unique(name for record in records for name in record.measures)
+    require_known(measures, found, "measure")
+    chosen = unique(measures) or sorted(found, key=_rank)
+    gaps = [gap for gap in GAPS if any(gap in record.summary for record in records)]
+    if not gaps:
+        raise DataError(f"no summary.json in {root} has error_gap or ce_gap; train the runs again")
+
+    configs = [_flatten(record.config) for record in records]
+    settings = unique(name for config in configs for name in config)
+    require_known([*hyperparameters, *group_by], settings, "setting in any config.toml named")
+    varying = [
+        name
+        for name in settings
+        if name not in BOOKKEEPING and len({config.get(name) for config in configs}) > 1
+    ]
+    hypers = unique([*(hyperparameters or varying), *group_by])
+    require_distinct(gaps, chosen, hypers)
+
+    columns: dict[str, pd.Series] = {"run": pd.Series(list(kept))}
+    missing: dict[str, dict[int, str]] = {}
+    unconverged: dict[str, frozenset[int]] = {}
+    for gap in gaps:
+        values = [{"value": record.summary.get(gap)} for record in records]
+        columns[gap], missing[gap] = _finite(values, absent=f"no {gap} in summary.json")
+    for name in chosen:
+        rows = [_row(record, name) for record in records]
+        columns[name], missing[name] = _finite(rows, absent="no value and no reason recorded")
+        unconverged[name] = frozenset(
+            i for i, row in enumerate(rows) if i not in missing[name] and row.get("converged") is False
+        )
+    for name in hypers:
+        columns[name] = pd.Series([config.get(name) for config in configs], dtype=object)
+    note = f"hyperparameters that vary over the runs: {', '.join(varying) or 'none'}"
+    return RunTable(
+        source=root,
+        frame=pd.DataFrame(columns),
+        gaps=tuple(gaps),
+        measures=tuple(chosen),
+        hyperparameters=tuple(hypers),
+        excluded=tuple(excluded),
+        missing=missing,
+        unconverged=unconverged,
+        notes=() if hyperparameters else (note,),
+    )
+
+
+def _read_folders(root: Path) -> tuple[dict[str, RunRecord], list[Exclusion]]:
+    """Finished and measured runs by their path below ``root``, and the other runs with the reason."""
+    kept: dict[str, RunRecord] = {}
+    excluded: list[Exclusion] = []
+    for path in find_runs(root):
+        run = path.relative_to(root).as_posix() if path != root else root.resolve().name
+        try:
+            record = read_run(path)
+            reason = _unusable(record)
+        except StorageError as error:  # one torn file must not hide the other runs
+            excluded.append(Exclusion(run, str(error)))
+            continue
+        if reason is None:
+            kept[run] = record
+        else:
+            excluded.append(Exclusion(run, reason))
+    if not kept:
+        reasons = "; ".join(f"{len(runs)} × {reason}" for reason, runs in by_reason(excluded).items())
+        raise DataError(
+            f"no usable run in {root} ({reasons}); finish them with `gmprobe train --resume` and measure them"
+        )
+    return kept, excluded
+
+
+def _unusable(record: RunRecord) -> str | None:
+    if not isinstance(record.summary, dict):
+        return "summary.json is not a table of values"
+    if record.status != "finished":
+        return record.status
+    if not isinstance(record.measures, dict):
+        return "measures.json is not a table of measures"
+    return None if record.measures else "not measured"
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Known measures in their usual order, then the others by name."""
+    known = name in KNOWN_MEASURES
+    return (KNOWN_MEASURES.index(name), "") if known else (len(KNOWN_MEASURES), name)
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Settings as one level of ``table.key`` names; the machine's [environment] is no setting."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= {} if key == "environment" else _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+def _row(record: RunRecord, name: str) -> Mapping[str, Any]:
+    row = record.measures.get(name, {"value": None, "reason": "not measured"})
+    return row if isinstance(row, dict) else {"value": None, "reason": "its row is not a table of values"}
+
+
+def _finite(rows: Sequence[Mapping[str, Any]], absent: str) -> tuple[pd.Series, dict[int, str]]:
+    """The rows' ``value`` as floats, NaN where there is no finite one, and the reason for each NaN."""
+    values = [math.nan] * len(rows)
+    missing: dict[int, str] = {}
+    for i, row in enumerate(rows):
+        value = row.get("value")
+        if value is None:
+            missing[i] = str(row.get("reason") or absent)
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            missing[i] = "not a number"
+        elif not math.isfinite(value):
+            missing[i] = "not finite"
+        else:
+            values[i] = float(value)
+    return pd.Series(values, dtype=float), missing

@@ -1,0 +1,152 @@
+"""A table of anybody's own runs, one a row, from CSV or Parquet."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from gm_probe.analysis.table import (
+    BOOKKEEPING,
+    GAPS,
+    KNOWN_MEASURES,
+    RunTable,
+    require_distinct,
+    require_known,
+    unique,
+)
+from gm_probe.core.errors import DataError, StorageError, UsageError
+
+# Usual names of training choices and of outcomes: never taken for a measure unless asked for.
+# fmt: off
+SETTINGS = frozenset((
+    "method", "model", "data", "dataset", "optimizer", "lr", "learning_rate", "batch_size", "weight_decay",
+    "momentum", "epochs", "schedule", "augment", "augmentation", "label_smoothing", "rho", "beta",
+    "ascent_steps", "steps", "noise_scale", "num_parameters", "num_examples",
+))
+# fmt: on
+OUTCOMES = frozenset(("train_error", "test_error", "train_ce", "test_ce", "train_accuracy", "test_accuracy"))
+NO_VALUE = ("", "-", "na", "n/a", "nan", "nat", "null", "none", "<na>")
+
+
+def table_from_file(
+    source: Path, measures: Sequence[str], hyperparameters: Sequence[str], group_by: Sequence[str]
+) -> RunTable:
+    """Read ``source``, whose suffix is in ``READERS``; see ``runs.load_table`` for the choice of columns.
+
+    Raises:
+        UsageError: a column that was asked for is not there or has another role; or pyarrow is missing.
+        DataError: no gap, no measure, no row, a duplicated column, or text where a number belongs.
+        StorageError: the file cannot be read.
+    """
+    raw = READERS[source.suffix.lower()](source)
+    names = list(raw.columns)
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise DataError(f"{source} has the column {repeated[0]!r} more than once; rename or remove one")
+    gaps = [gap for gap in GAPS if gap in names]
+    if not gaps:
+        raise DataError(
+            f"{source} has no column error_gap (test error − train error) or ce_gap; "
+            f"it has: {', '.join(names)}"
+        )
+    if raw.empty:
+        raise DataError(f"{source} has a header but no run below it")
+    require_known([*measures, *hyperparameters, *group_by], names, f"column in {source} named")
+
+    columns = {name: _column(raw[name]) for name in names}
+    by_name = [name for name in names if name in SETTINGS and name not in measures]
+    hypers = unique([*(hyperparameters or by_name), *group_by])
+    free = [name for name in names if name not in {*gaps, *hypers, "run"}]
+    candidates = [name for name in free if name not in BOOKKEEPING | SETTINGS | OUTCOMES | {""}]
+    chosen = (
+        unique(measures)
+        or [name for name in KNOWN_MEASURES if name in candidates]
+        or [name for name in candidates if not columns[name].text]
+    )
+    if not chosen:
+        raise DataError(f"{source} has no numeric column to take as a measure; it has: {', '.join(names)}")
+    require_distinct(gaps, chosen, hypers)
+    for name in [*gaps, *chosen]:
+        for row, cell in columns[name].text.items():
+            raise DataError(f"{source} column {name!r} row {row + 1} holds {cell!r}, which is not a number")
+
+    left_out = [name for name in free if name not in chosen]
+    note = f"measures taken: {', '.join(chosen)}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
+    rows = raw["run"].map(str) if "run" in names else pd.Series([f"row {i + 1}" for i in raw.index])
+    frame = {"run": rows}
+    frame |= {name: columns[name].values for name in [*gaps, *chosen]}
+    frame |= {name: _settings(columns[name], raw[name]) for name in hypers}
+    return RunTable(
+        source=source,
+        frame=pd.DataFrame(frame),
+        gaps=tuple(gaps),
+        measures=tuple(chosen),
+        hyperparameters=tuple(hypers),
+        missing={name: columns[name].missing for name in [*gaps, *chosen]},
+        notes=() if measures else (note,),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """Finite floats or NaN; the rows whose cell is text; the rows without a finite value and the reason."""
+
+    values: pd.Series
+    text: dict[int, str]
+    missing: dict[int, str]
+
+
+def _column(cells: pd.Series) -> _Column:
+    text = cells.map(lambda cell: str(cell).strip())
+    empty = text.str.lower().isin(NO_VALUE)
+    values = pd.to_numeric(text.mask(empty), errors="coerce").astype(float)
+    wrong = values.isna() & ~empty
+    infinite = values.isin([math.inf, -math.inf])
+    missing = dict.fromkeys(text.index[empty].tolist(), "no value")
+    missing |= dict.fromkeys(text.index[infinite].tolist(), "not finite")
+    return _Column(
+        values.mask(infinite),
+        dict(zip(text.index[wrong].tolist(), text[wrong].tolist(), strict=True)),
+        missing,
+    )
+
+
+def _settings(column: _Column, cells: pd.Series) -> pd.Series:
+    """A hyperparameter's cells: numbers where all of them are, else text; None where there is no value."""
+    numeric = not column.text and "not finite" not in column.missing.values()
+    values = column.values.tolist() if numeric else [str(cell).strip() for cell in cells]
+    unset = {row for row, reason in column.missing.items() if reason == "no value"}
+    return pd.Series([None if row in unset else value for row, value in enumerate(values)], dtype=object)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """All cells as text, so that what is a number and what is missing is decided above and not guessed."""
+    try:
+        raw = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    except pd.errors.EmptyDataError as error:
+        raise DataError(f"{path} is empty; it needs a header line and one line a run") from error
+    except ValueError as error:  # pandas' ParserError and UnicodeDecodeError are ValueErrors
+        raise DataError(f"{path} is not a readable CSV: {str(error).strip()}") from error
+    table = raw.iloc[1:].reset_index(drop=True)
+    table.columns = pd.Index([str(name).strip() for name in raw.iloc[0]])
+    return table
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_parquet(path)
+    except ImportError as error:
+        raise UsageError(f"reading {path} needs pyarrow; pip install 'gm_probe[parquet]'") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise DataError(f"{path} is not a readable Parquet file: {str(error).strip()}") from error
+    table.columns = pd.Index([str(name).strip() for name in table.columns])
+    return table.reset_index(drop=True)
+
+
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": _read_csv, ".parquet": _read_parquet}

@@ -1,0 +1,102 @@
+"""Many runs as one typed table, whatever they were read from.
+
+Nothing is dropped in silence: a run that cannot enter is in ``RunTable.excluded`` with its reason, and a run
+that enters without a usable value in some column is in ``RunTable.missing`` under that column.
+"""
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from gm_probe.core.errors import UsageError
+
+GAPS = {"error_gap": "test error − train error", "ce_gap": "test CE − train CE"}
+KNOWN_MEASURES = (
+    "local_inconsistency",
+    "local_inconsistency_converged",
+    "fisher_lambda_max",
+    "fisher_trace",
+    "hessian_lambda_max",
+    "hessian_trace",
+    "disagreement",
+    "conditional_inconsistency",
+    "inconsistency",
+    "instability",
+)
+# What tells runs apart without being a choice about training: never a hyperparameter unless asked for.
+# fmt: off
+BOOKKEEPING = frozenset((
+    "run", "name", "id", "index", "checkpoint", "out", "device", "threads", "workers", "num_workers",
+    "executor", "jobs", "seed", "split_seed", "resume", "quiet", "command", "created", "started",
+))
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusion:
+    """A run that was left out, and why."""
+
+    run: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunTable:
+    """The runs that entered, one a row, and an account of those that did not.
+
+    ``frame`` has rows 0..n-1 and the columns ``run`` (str), ``gaps`` and ``measures`` (float, NaN where
+    ``missing`` gives the reason) and ``hyperparameters`` (bool, int, float, str, or None where unset).
+    ``missing[column]`` maps a row to its reason; ``unconverged[measure]`` holds the rows whose estimate had
+    not converged. ``notes`` are the choices made while reading, for the reader to see.
+    """
+
+    source: Path
+    frame: pd.DataFrame
+    gaps: tuple[str, ...]
+    measures: tuple[str, ...]
+    hyperparameters: tuple[str, ...]
+    excluded: tuple[Exclusion, ...] = ()
+    missing: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    unconverged: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.frame)
+
+
+def by_reason(exclusions: Iterable[Exclusion]) -> dict[str, list[str]]:
+    """Names of the runs under the reason they were left out for, the commonest reason first."""
+    reasons: dict[str, list[str]] = {}
+    for exclusion in exclusions:
+        reasons.setdefault(exclusion.reason, []).append(exclusion.run)
+    return dict(sorted(reasons.items(), key=lambda item: -len(item[1])))
+
+
+def require_known(names: Iterable[str], known: Collection[str], what: str) -> None:
+    """Raise UsageError for the first of ``names`` that is not in ``known``, with the nearest one that is."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known) or 'none'}"
+            raise UsageError(f"no {what} {name!r}; {hint}")
+
+
+def require_distinct(gaps: Sequence[str], measures: Sequence[str], hyperparameters: Sequence[str]) -> None:
+    """Raise UsageError when one column would play two roles."""
+    seen = {"run": "the name of a run", **dict.fromkeys(gaps, "a gap")}
+    for role, names in (("a measure", measures), ("a hyperparameter", hyperparameters)):
+        for name in names:
+            if name in seen:
+                raise UsageError(
+                    f"{name!r} is {seen[name]} and cannot be {role} too; choose with --measures and --hyper"
+                )
+            seen[name] = role
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """``names`` in their order, each once."""
+    return list(dict.fromkeys(names))

@@ -1,0 +1,118 @@
+"""Parse, make one library call, print. The only place that turns a ProbeError into a message and an exit code.
+
+Commands are imported when they are asked for, so that ``gmprobe --help`` and ``gmprobe correlate`` never wait
+for torch.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from gm_probe.core.errors import ProbeError
+
+COMMANDS = {
+    "quickstart": "Train, measure and correlate a small sweep on bundled real digits.",
+    "measure": "Measure how well checkpoints will generalize, from unlabeled data.",
+    "train": "Train one model with SGD, SAM, ASAM, IAM-D or IAM-S.",
+    "sweep": "Train and measure every run of a recipe.",
+    "correlate": "Correlate each measure with the generalization gap over many runs.",
+    "models": "List the models that --model takes.",
+    "datasets": "List the data that --data and --unlabeled take.",
+    "measures": "List the measures, what each needs and what it costs.",
+    "recipes": "List the built-in recipes of `gmprobe sweep`.",
+}
+LISTINGS = ("models", "datasets", "measures", "recipes")
+
+
+class LazyGroup(click.Group):
+    """A click group whose commands live in modules of this package, imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"{__name__}.{'listings' if name in LISTINGS else name}")
+        command = getattr(module, name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(COMMANDS)}"
+            raise click.UsageError(f"no command {name!r}{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="gm_probe", prog_name="gmprobe")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Tell how well a trained classifier will generalize, from its checkpoint and unlabeled data.
+
+    \b
+    Start with:  gmprobe quickstart
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with its code.
+
+    Codes: 0 ok, 1 internal, 2 usage, 3 checkpoint, 4 data, 5 diverged, 6 resources, 7 I/O, 130 interrupted.
+    """
+    args = sys.argv[1:] if args is None else args
+    try:
+        cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; what was finished is kept", 130)
+    except BrokenPipeError:  # the reader (head, less) closed early, which is its right
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except ProbeError as error:
+        _debug(args)
+        _fail(str(error), error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        _debug(args)
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate" in str(error):
+            _fail(f"out of memory ({_first_line(error)}); lower --batch-size or --max-examples", 6)
+        _fail(f"internal error: {_first_line(error)}; run again as `gmprobe --debug ...` to report it", 1)
+    except Exception as error:  # noqa: BLE001  the last resort: a stranger gets a line, --debug gets the rest
+        _debug(args)
+        _fail(
+            f"internal error: {type(error).__name__}: {_first_line(error)}; "
+            "run again as `gmprobe --debug ...` to report it",
+            1,
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _debug(args: list[Any]) -> None:
+    if "--debug" in args:
+        traceback.print_exc()
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"gmprobe: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,59 @@
+"""Results to stdout (a table on a terminal, JSON or CSV for machines), progress and notes to stderr."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+
+def results_console() -> Console:
+    """Console on stdout; rich drops colour when piped or when NO_COLOR is set."""
+    return Console(file=sys.stdout, soft_wrap=False)
+
+
+def notes_console(quiet: bool = False) -> Console:
+    """Console on stderr for progress, notes and warnings."""
+    return Console(file=sys.stderr, quiet=quiet, highlight=False)
+
+
+def format_options(command: Any) -> Any:
+    """Add ``--json`` and ``--csv`` (one destination, ``output``) and ``--quiet``."""
+    command = click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")(command)
+    command = click.option("--csv", "output", flag_value="csv", help="Print CSV.")(command)
+    return click.option("--json", "output", flag_value="json", help="Print JSON.")(command)
+
+
+def print_json(value: Any) -> None:
+    """Print strict JSON (no NaN) on stdout."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as CSV on stdout; the header is the union of their keys, None is an empty field."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    click.echo(text.getvalue(), nl=False)
+
+
+def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A rich table whose first column is left-aligned and the others right-aligned."""
+    result = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure for a table: significant digits, or a dash where it is undefined."""
+    return "—" if value is None else f"{value:.{digits}g}"

@@ -1,0 +1,1 @@
+"""Errors, files, data, models, checkpoints, flat parameters and run records. Imports nothing above it."""

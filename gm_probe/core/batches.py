@@ -1,0 +1,119 @@
+"""Normalised batches in a fixed order, and the normalisation that a checkpoint records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gm_probe.core.datasets import Examples
+from gm_probe.core.errors import DataError
+
+
+class Batch(NamedTuple):
+    """Model input and labels of B examples."""
+
+    x: Tensor  # (B, ...)
+    y: Tensor | None  # (B,) int64; None = unlabeled
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """Per-channel mean and standard deviation of pixels scaled to [0, 1]; empty = none applied."""
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, examples: Examples) -> Normalization:
+        """Mean and standard deviation of uint8 images; none for float data, which is taken as it is."""
+        if examples.x.dtype != torch.uint8:
+            return cls()
+        # exact integer sums: float32 accumulation over a million pixels would lose digits
+        channels = examples.x.transpose(0, 1).flatten(1)  # (C, N·H·W)
+        count = channels.shape[1]
+        sums = channels.sum(1, dtype=torch.int64).double()
+        squares = torch.stack([channel.float().square().sum(dtype=torch.float64) for channel in channels])
+        mean = sums / count
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        if bool((std == 0).any()):
+            raise DataError(f"{examples.source}: a colour channel is constant; normalisation would divide by zero")
+        return cls(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
+
+    def apply(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Scale uint8 (B, C, H, W) to [0, 1] and normalise; floats are normalised without scaling."""
+        result = x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype) if x.is_floating_point() else x
+        if self.mean:
+            if len(self.mean) != x.shape[1]:
+                raise DataError(
+                    f"normalisation has {len(self.mean)} channels but the data has {x.shape[1]}; "
+                    "set --mean/--std, or --channels"
+                )
+            shape = (1, -1, *([1] * (x.dim() - 2)))
+            mean = torch.tensor(self.mean, dtype=dtype, device=x.device).view(shape)
+            std = torch.tensor(self.std, dtype=dtype, device=x.device).view(shape)
+            result = (result - mean) / std
+        return result
+
+
+class Batches:
+    """A re-iterable over examples in their stored order, normalised, without augmentation.
+
+    Args:
+        examples: what to iterate over.
+        normalization: applied to every batch.
+        batch_size: examples a batch; the last may be smaller.
+        device, dtype: of the inputs handed out.
+        channels_last: hand out images in channels-last memory format (faster convolutions on CPU and GPU).
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        normalization: Normalization | None = None,
+        *,
+        batch_size: int = 250,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+    ) -> None:
+        self.examples = examples
+        self.normalization = normalization or Normalization()
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.channels_last = channels_last and examples.x.dim() == 4
+
+    @classmethod
+    def from_tensors(cls, x: Tensor, y: Tensor | None = None, **options: int | str) -> Batches:
+        """Batches over tensors x (N, ...) and y (N,) that are already what the model takes."""
+        device, dtype = x.device, x.dtype if x.is_floating_point() else torch.float32
+        return cls(Examples(x, y, (), "tensors"), device=device, dtype=dtype, **options)  # type: ignore[arg-type]
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.examples)
+
+    @property
+    def labeled(self) -> bool:
+        return self.examples.y is not None
+
+    def __len__(self) -> int:
+        return -(-self.num_examples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self.num_examples, self.batch_size):
+            stop = start + self.batch_size
+            x = self.normalization.apply(self.examples.x[start:stop].to(self.device), self.dtype)
+            if self.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            y = self.examples.y
+            yield Batch(x, None if y is None else y[start:stop].to(self.device))
+
+
+def cut(values: Tensor, batches: Batches) -> Sequence[Tensor]:
+    """Cut per-example values (N, ...) at the borders of ``batches``."""
+    return values.split(batches.batch_size)

@@ -1,0 +1,215 @@
+"""Read and write checkpoints. Nothing in a file can run code: ``weights_only=True`` always, with no fallback."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from gm_probe.core.batches import Normalization
+from gm_probe.core.errors import CheckpointError
+from gm_probe.core.files import write_atomic
+from gm_probe.core.models import ModelSpec
+from gm_probe.core.records import CHECKPOINT
+
+HEADER = "gm_probe"
+NESTED = ("state_dict", "model_state_dict", "model_state", "model")
+PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights as read, with what gm_probe recorded beside them (None in a foreign file)."""
+
+    path: Path
+    state: dict[str, Tensor]
+    model: ModelSpec | None
+    normalization: Normalization | None
+    classes: tuple[str, ...]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a run folder, a .safetensors, or a torch file (.pt, .pth, .th, .ckpt, ...).
+
+    Torch files may hold a plain state dict or one under 'state_dict', 'model', 'model_state_dict' or
+    'model_state' (Lightning's included).
+
+    Raises:
+        CheckpointError: the file is missing, broken, holds code, or no usable weights.
+    """
+    if path.is_dir():
+        inner = path / CHECKPOINT
+        if not inner.exists():
+            raise CheckpointError(f"{path} holds no {CHECKPOINT}; give a run folder or a checkpoint file")
+        path = inner
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        state, header = _read_safetensors(path)
+    else:
+        state, header = _read_torch(path)
+    if not state:
+        raise CheckpointError(f"{path} holds no tensors")
+    _check_tensors(path, state)
+    if header is None:
+        return Checkpoint(path, state, None, None, ())
+    try:
+        record = json.loads(header)
+        return Checkpoint(
+            path,
+            state,
+            ModelSpec.from_dict(record["model"]),
+            Normalization(tuple(record["mean"]), tuple(record["std"])),
+            tuple(record["classes"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its gm_probe header is broken ({error})") from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no __iter__
+            return state, (file.metadata() or {}).get(HEADER)
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch, zipfile and the unpickler raise many kinds on a broken file
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path} holds more than plain tensors, which could run code ({_unsupported(error)}); where you "
+                "trust it, load it yourself and torch.save(model.state_dict(), ...) to a new file"
+            ) from error
+        raise CheckpointError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+    header = content.get(HEADER) if isinstance(content, dict) else None
+    for key in NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
+    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(
+            f"{path} is no state dict: {', '.join(map(repr, others[:3]))} are not tensors; weights are looked for "
+            f"at the top or under {', '.join(NESTED)}"
+        )
+    return {str(name): value.detach() for name, value in content.items()}, header
+
+
+def _unsupported(error: Exception) -> str:
+    for line in str(error).splitlines():
+        if "Unsupported" in line or "GLOBAL" in line:
+            return line.strip()[:160]
+    return _first_line(error)[:160]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    for name, value in state.items():
+        if value.is_meta:
+            raise CheckpointError(f"{path}: tensor {name!r} has no data (it was saved from the meta device)")
+        if value.is_complex():
+            raise CheckpointError(f"{path}: tensor {name!r} is complex; real weights are needed")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has {bad} NaN or infinite value(s); use an earlier checkpoint"
+            )
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy the checkpoint's weights into ``model``: every tensor must be there with its shape.
+
+    Prefixes 'module.', '_orig_mod.' and 'model.' are stripped, also nested. Only BatchNorm's
+    ``num_batches_tracked`` may be absent (checkpoints before torch 0.4.1 have none; eval mode ignores it).
+
+    Raises:
+        CheckpointError: a mismatch, naming the tensors.
+    """
+    expected = model.state_dict()
+    state = _strip_prefixes(checkpoint.state, expected)
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [k for k in state if k not in expected]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} ≠ {tuple(expected[k].shape)}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
+    ]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; check --model")
+    for name, value in state.items():
+        if expected[name].is_floating_point() and not value.is_floating_point():
+            raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is {value.dtype}, not floating point")
+    model.load_state_dict(state, strict=False)
+
+
+def _strip_prefixes(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor]:
+    stripped = {}
+    for name, value in state.items():
+        short = name
+        while short not in expected:
+            prefix = next((p for p in PREFIXES if short.startswith(p)), None)
+            if prefix is None:
+                short = name  # no match below any prefix: report the name as the file has it
+                break
+            short = short.removeprefix(prefix)
+        stripped[short] = value
+    return stripped
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    spec: ModelSpec,
+    normalization: Normalization,
+    classes: tuple[str, ...] = (),
+) -> None:
+    """Write weights and record to ``path``: .safetensors, or a torch file by any other suffix. Atomic.
+
+    ``gmprobe measure`` needs neither ``--model`` nor ``--mean/--std`` for such a file.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    header = json.dumps(
+        {
+            "model": spec.as_dict(),
+            "mean": normalization.mean,
+            "std": normalization.std,
+            "classes": classes,
+        }
+    )
+    # cloned: safetensors refuses tied tensors that share memory, and strict loading wants both names
+    state = {
+        name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
+    if path.suffix == ".safetensors":
+        write_atomic(path, safetensors.torch.save(state, metadata={HEADER: header}))
+    else:
+        buffer = io.BytesIO()
+        torch.save({"state_dict": state, HEADER: header}, buffer)
+        write_atomic(path, buffer.getvalue())

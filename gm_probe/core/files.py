@@ -1,0 +1,94 @@
+"""Files written so that a reader sees the old content or the new, never a part. Imports no torch."""
+
+import json
+import os
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from gm_probe.core.errors import StorageError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` through a synced temporary file and a rename.
+
+    Raises:
+        StorageError: the folder is missing, full or read-only; ``path`` is left as it was.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+        temporary = None
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder for syncing
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as strict JSON (no NaN: an undefined figure is null beside its reason)."""
+    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_toml(path: Path, value: Mapping[str, Any]) -> None:
+    """Write ``value`` as TOML; keys whose value is None are left out, since TOML has no null."""
+    write_atomic(path, tomli_w.dumps(_without_none(value)).encode())
+
+
+def _without_none(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(item) if isinstance(item, Mapping) else item
+        for key, item in value.items()
+        if item is not None
+    }
+
+
+def read_json(path: Path) -> Any:
+    """Parse the JSON file ``path``. Raises StorageError when it is missing or broken."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise StorageError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse the TOML file ``path``. Raises StorageError when it is missing or broken."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise StorageError(f"{path} is not valid TOML: {error}") from error

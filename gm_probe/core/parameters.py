@@ -1,0 +1,85 @@
+"""A model's trainable parameters as one flat vector, and its logits at moved parameters.
+
+The model itself is never written to: moved parameters and copied buffers are handed to it for one call. So a
+model is bit-identical after a measurement whatever happens in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gm_probe.core.errors import CheckpointError, UsageError
+from gm_probe.core.models import logits_of
+
+
+class Parameters:
+    """The P trainable parameters of ``model`` in the order of ``named_parameters`` (tied ones once).
+
+    Raises:
+        UsageError: the model has none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.named:
+            raise UsageError("the model has no trainable parameters (all have requires_grad=False)")
+        first = next(iter(self.named.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self._sizes = [p.numel() for p in self.named.values()]
+        self.size = sum(self._sizes)
+
+    def check_finite(self) -> None:
+        """Raise CheckpointError naming the first parameter or buffer that holds NaN or infinity."""
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        for name, value in tensors:
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise CheckpointError(f"tensor {name!r} of the model holds NaN or infinite values")
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Cut a (P,) vector into views of the parameters' shapes."""
+        pieces = vector.split(self._sizes)
+        return {name: piece.view(p.shape) for (name, p), piece in zip(self.named.items(), pieces, strict=True)}
+
+    def join(self, tensors: Iterable[Tensor | None]) -> Tensor:
+        """Join tensors in the parameters' order to one (P,) vector; None stands for zeros (unused)."""
+        pairs = zip(tensors, self.named.values(), strict=True)
+        return torch.cat([p.new_zeros(p.numel()) if t is None else t.reshape(-1) for t, p in pairs])
+
+    def values(self) -> dict[str, Tensor]:
+        """The parameters themselves, cut off from autograd."""
+        return {name: p.detach() for name, p in self.named.items()}
+
+    def moved(self, offset: Tensor) -> dict[str, Tensor]:
+        """θ + offset, differentiable in θ and in ``offset`` (P,)."""
+        return {name: self.named[name] + piece for name, piece in self.split(offset).items()}
+
+    def logits(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """(B, C) logits at parameter ``values`` (default: the model's own), buffers left untouched."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()} if self.model.training else {}
+        return logits_of(functional_call(self.model, {**(values or {}), **buffers}, (x,)))
+
+    def random(self, norm: float, generator: torch.Generator) -> Tensor:
+        """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
+        sample = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
+        return sample.to(self.device) * (norm / math.sqrt(self.size))
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into eval mode with double-differentiable attention; restore each module's mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,88 @@
+"""What a run leaves on disk, and how it is read back. Imports no torch, so that analysis starts at once.
+
+A run is a folder::
+
+    config.toml              every setting it was trained with, and the machine it ran on
+    split.json               indices of its train, unlabeled and test examples
+    metrics.jsonl            one line an epoch
+    checkpoint.safetensors   the final weights with model, classes and normalisation in the header
+    state.pt                 what resuming needs (removed once the run has finished)
+    summary.json             status and final errors, written last
+    measures.json            what `gmprobe measure` said of it
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gm_probe.core.errors import StorageError, UsageError
+from gm_probe.core.files import read_json, read_toml
+
+CONFIG = "config.toml"
+SPLIT = "split.json"
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.safetensors"
+STATE = "state.pt"
+SUMMARY = "summary.json"
+MEASURES = "measures.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One run as found on disk.
+
+    ``summary`` has ``status`` (finished, diverged, failed) and, for a finished run, ``train_error``,
+    ``test_error``, ``train_ce``, ``test_ce``, ``error_gap``, ``ce_gap``; empty while the run is under way.
+    ``measures`` maps a measure's name to its row (``value``, ``stderr``, ...); empty when not measured.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    measures: dict[str, dict[str, Any]]
+
+    @property
+    def status(self) -> str:
+        return str(self.summary.get("status", "unfinished"))
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read the run folder ``path``.
+
+    Raises:
+        StorageError: a file of it is missing or broken.
+    """
+    summary = read_json(path / SUMMARY) if (path / SUMMARY).exists() else {}
+    measured = read_json(path / MEASURES) if (path / MEASURES).exists() else {}
+    return RunRecord(path, read_toml(path / CONFIG), summary, measured.get("measures", {}))
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Run folders at or below ``root``, sorted by path.
+
+    Raises:
+        UsageError: ``root`` does not exist or holds no run.
+    """
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder; give the folder that `gmprobe sweep --out` wrote")
+    runs = sorted(config.parent for config in root.rglob(CONFIG))
+    if not runs:
+        raise UsageError(f"{root} holds no run (no {CONFIG} below it); train one with `gmprobe train --out`")
+    return runs
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the epoch rows of a run folder. A torn last line (the run was killed there) ends the rows."""
+    try:
+        lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise StorageError(f"cannot read {path / METRICS}: {error.strerror or error}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise StorageError(f"{path / METRICS} line {number} is not valid JSON: {error}") from error

@@ -1,0 +1,172 @@
+"""Algorithm 1 of the paper: gradient ascent on the KL divergence within a ball in parameter space.
+
+Local inconsistency, IAM-D and IAM-S all take their perturbation from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gm_probe.core.batches import Batches, cut
+from gm_probe.core.errors import DivergedError
+from gm_probe.core.parameters import Parameters
+from gm_probe.probe.kl import kl_divergence
+from gm_probe.probe.work import FORWARD, GRADIENT, Work
+
+
+def kl_gradient(parameters: Parameters, x: Tensor, clean: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-example KL(f_θ ‖ f_{θ+δ}) and the gradient of its sum with respect to δ; f_θ held constant.
+
+    Args:
+        x: (B, ...) model input.
+        clean: (B, C) logits at θ, detached.
+        offset: (P,) δ.
+
+    Returns:
+        (B,) divergences and the (P,) gradient.
+    """
+    with torch.enable_grad():
+        moved = {name: (p.detach() + d).requires_grad_() for (name, p), d in zip(
+            parameters.named.items(), parameters.split(offset).values(), strict=True)}
+        terms = kl_divergence(clean, parameters.logits(x, moved))
+        gradients = torch.autograd.grad(terms.sum(), list(moved.values()), allow_unused=True)
+    return terms.detach(), parameters.join(gradients)
+
+
+def to_sphere(vector: Tensor, radius: float) -> Tensor:
+    """``vector`` (P,) scaled to length ``radius``; the zero vector stays zero (no direction to go)."""
+    tiny = torch.finfo(vector.dtype).tiny
+    return vector * (radius / vector.norm().clamp(min=tiny))
+
+
+def ascend(gradient: Callable[[Tensor], Tensor], start: Tensor, radius: float, steps: int) -> Tensor:
+    """Algorithm 1 (paper §4.5): δ ← ρ·g/‖g‖ with g = ∇_δ KL(f_θ ‖ f_{θ+δ}), ``steps`` times from ``start``.
+
+    Under the quadratic approximation each step is one power iteration with the Fisher matrix.
+
+    Args:
+        gradient: maps δ (P,) to g (P,).
+        start: δ₀ (P,), usually Gaussian noise: at δ = 0 the gradient vanishes.
+        radius: ρ.
+        steps: K ≥ 1.
+
+    Returns:
+        δ_K (P,), of length ρ.
+    """
+    delta = start
+    for _ in range(steps):
+        delta = to_sphere(gradient(delta), radius)
+    return delta
+
+
+class ProbeDivergence:
+    """δ ↦ mean KL(f_θ ‖ f_{θ+δ}) over a probe set, with f_θ computed once.
+
+    Args:
+        clean: (N, C) logits at θ in the order of ``batches``.
+    """
+
+    def __init__(self, parameters: Parameters, batches: Batches, clean: Tensor, work: Work) -> None:
+        self.parameters, self.batches, self.work = parameters, batches, work
+        self._clean = cut(clean, batches)
+
+    def terms(self, offset: Tensor) -> Tensor:
+        """(N,) divergences at ``offset`` (P,)."""
+        result = []
+        with torch.no_grad():
+            values = self.parameters.moved(offset)
+            for batch, clean in zip(self.batches, self._clean, strict=True):
+                result.append(kl_divergence(clean, self.parameters.logits(batch.x, values)))
+                self.work.add(FORWARD, len(clean))
+        return torch.cat(result)
+
+    def value_and_gradient(self, offset: Tensor) -> tuple[float, Tensor]:
+        """Mean divergence at ``offset`` and its gradient (P,).
+
+        Raises:
+            DivergedError: it is not finite.
+        """
+        total, gradient = 0.0, torch.zeros_like(offset)
+        for batch, clean in zip(self.batches, self._clean, strict=True):
+            terms, part = kl_gradient(self.parameters, batch.x, clean, offset)
+            total += float(terms.sum(dtype=torch.float64))
+            gradient += part
+            self.work.add(GRADIENT, len(clean))
+        if not bool(torch.isfinite(gradient).all()) or total != total:
+            raise DivergedError(
+                f"the KL gradient at ‖δ‖ = {float(offset.norm()):.3g} is not finite; lower --rho or use --dtype float64"
+            )
+        return total / self.batches.num_examples, gradient / self.batches.num_examples
+
+    def gradient(self, offset: Tensor) -> Tensor:
+        """Gradient (P,) of the mean divergence at ``offset``."""
+        return self.value_and_gradient(offset)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Maximum:
+    """Where an ascent ended.
+
+    Attributes:
+        delta: (P,) the best iterate, of length ρ.
+        value: mean KL there.
+        gains: relative gain of each accepted step.
+        alignment: cosine of δ and the gradient; 1 at a stationary point of the sphere.
+        converged: the last full step gained less than the tolerance.
+    """
+
+    delta: Tensor
+    value: float
+    gains: tuple[float, ...]
+    alignment: float
+    converged: bool
+
+
+def maximize(
+    objective: Callable[[Tensor], tuple[float, Tensor]],
+    start: Tensor,
+    radius: float,
+    *,
+    tolerance: float = 1e-3,
+    max_steps: int = 50,
+) -> Maximum:
+    """Ascend on the sphere ‖δ‖ = ρ until a step gains less than ``tolerance`` relative.
+
+    Steps are Algorithm 1's while they gain. Beyond the quadratic regime that iteration oscillates (METHOD.md,
+    issue 3), so a step that loses is undone and shortened, and the best iterate is kept.
+
+    Args:
+        objective: maps δ (P,) to the mean KL and its gradient.
+        start: (P,) direction to start in.
+    """
+    delta = to_sphere(start, radius)
+    value, gradient = objective(delta)
+    gains: list[float] = []
+    step = float("inf")  # in radii; infinite = Algorithm 1's full step
+    converged = False
+    for _ in range(max_steps):
+        if not float(gradient.norm()):  # a flat divergence has no ascent direction
+            converged = True
+            break
+        direction = to_sphere(gradient, radius)
+        candidate = direction if step == float("inf") else to_sphere(delta + step * direction, radius)
+        new_value, new_gradient = objective(candidate)
+        if new_value < value:
+            step = 1.0 if step == float("inf") else step / 2
+            if step < 2**-7:  # no step along the gradient gains: a kink of a piecewise-linear network
+                break
+            continue
+        gain = new_value / value - 1 if value > 0 else float("inf")
+        delta, value, gradient = candidate, new_value, new_gradient
+        gains.append(gain)
+        if gain <= tolerance and step >= 1:
+            converged = True
+            break
+        step = step * 2 if step < 4 else float("inf")
+    norms = float(gradient.norm()) * float(delta.norm())
+    alignment = float(gradient @ delta) / norms if norms else 1.0
+    return Maximum(delta, value, tuple(gains), alignment, converged)

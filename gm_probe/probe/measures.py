@@ -1,0 +1,439 @@
+"""The table of measures, and the one function that takes them of a model."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gm_probe.core.batches import Batches
+from gm_probe.core.errors import DataError, DivergedError, UsageError
+from gm_probe.core.parameters import Parameters, measuring
+from gm_probe.probe.ascent import Maximum, ProbeDivergence, ascend, maximize
+from gm_probe.probe.operators import Operator, fisher, hessian
+from gm_probe.probe.spectrum import Eigenpair, lanczos, trace
+from gm_probe.probe.work import FORWARD, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        rho: radius ρ of the ball in parameter space.
+        k_steps: ascent steps K of Algorithm 1.
+        noise_scale: expected length of the random start δ₀ (σ = noise_scale/√P).
+        num_starts: random starts that the paper's protocol averages over (App. F: 10).
+        protocol: what `local_inconsistency` reports: the paper's mean over starts, or the converged maximum.
+        ascent_tolerance: relative gain of a step at which a converged ascent stops.
+        eigen_tolerance: Lanczos residual relative to the eigenvalue.
+        trace_tolerance: standard error of a trace relative to its value.
+        min_probes, max_probes: of the trace estimates.
+        max_iterations: Lanczos iterations and ascent steps before giving up (and saying so).
+        seed: of every random draw.
+    """
+
+    rho: float = 0.1
+    k_steps: int = 1
+    noise_scale: float = 0.1
+    num_starts: int = 10
+    protocol: Literal["paper", "converged"] = "paper"
+    ascent_tolerance: float = 1e-3
+    eigen_tolerance: float = 0.01
+    trace_tolerance: float = 0.05
+    min_probes: int = 5
+    max_probes: int = 100
+    max_iterations: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = {"rho": self.rho, "noise_scale": self.noise_scale, "k_steps": self.k_steps}
+        positive |= {"num_starts": self.num_starts, "max_iterations": self.max_iterations}
+        for name, value in positive.items():
+            if not value > 0 or not math.isfinite(value):
+                raise UsageError(f"{name} must be positive, not {value}")
+        if not 2 <= self.min_probes <= self.max_probes:
+            raise UsageError(f"need 2 ≤ min_probes ≤ max_probes, got {self.min_probes} and {self.max_probes}")
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One measured figure.
+
+    Attributes:
+        value: None where it is undefined; ``details['reason']`` says why.
+        stderr: the estimator's standard error (probes, starts) or error bound (Lanczos residual); None = exact.
+        stderr_examples: standard error from the probe set being a sample of N examples.
+        converged: whether the estimator met its tolerance.
+        num_evals: gradient evaluations over the whole probe set that it took, beyond work shared with an
+            earlier row.
+        details: what else belongs to the figure.
+    """
+
+    value: float | None
+    stderr: float | None
+    stderr_examples: float | None
+    converged: bool
+    num_evals: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        row = asdict(self)
+        return {**{key: row[key] for key in row if key != "details"}, **self.details}
+
+
+class Probe:
+    """A model over a probe set, with what several measures share: outputs, labels, the top Fisher eigenpair."""
+
+    def __init__(self, model: nn.Module, batches: Batches, settings: Settings, work: Work) -> None:
+        self.parameters = Parameters(model)
+        self.batches, self.settings, self.work = batches, settings, work
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator of its own for each purpose, so that no figure depends on which others were asked for."""
+        return torch.Generator().manual_seed(zlib.crc32(name.encode()) + (self.settings.seed << 32))
+
+    def _outputs(self) -> Tensor:
+        rows = []
+        with torch.no_grad():
+            for batch in self.batches:
+                rows.append(self.parameters.logits(batch.x))
+                self.work.add(FORWARD, len(rows[-1]))
+        return torch.cat(rows)
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """(N, C) logits at θ.
+
+        Raises:
+            DivergedError: some are not finite.
+            DataError: two passes over the data differ.
+        """
+        first, again = self._outputs(), self._outputs()
+        if not bool(torch.isfinite(first).all()):
+            row = int((~torch.isfinite(first)).any(1).nonzero()[0])
+            raise DivergedError(f"the model's output on example {row} is not finite; check weights and normalisation")
+        # tolerance, not equality: threaded reductions may differ in the last bit
+        if not torch.allclose(first, again, rtol=1e-4, atol=1e-4 * float(first.abs().max())):
+            raise DataError("two passes over the data gave different outputs; no shuffling, no random layers")
+        return first
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """(N,) class indices as given; None = unlabeled."""
+        y = self.batches.examples.y
+        if y is None:
+            return None
+        classes = self.clean.shape[1]
+        if int(y.max()) >= classes:
+            raise DataError(f"labels go up to {int(y.max())} but the model has {classes} classes")
+        return y.to(self.clean.device)
+
+    @cached_property
+    def divergence(self) -> ProbeDivergence:
+        return ProbeDivergence(self.parameters, self.batches, self.clean, self.work)
+
+    @cached_property
+    def fisher(self) -> Operator:
+        return fisher(self.parameters, self.batches, self.clean, self.work)
+
+    @cached_property
+    def hessian(self) -> Operator:
+        labels = self.clean.argmax(1) if self.labels is None else self.labels
+        return hessian(self.parameters, self.batches, labels, self.work)
+
+    @property
+    def label_kind(self) -> str:
+        return "predicted" if self.labels is None else "given"
+
+    @cached_property
+    def fisher_top(self) -> Eigenpair:
+        return self.top(self.fisher, "fisher", None)
+
+    def top(self, operator: Operator, name: str, start: Tensor | None) -> Eigenpair:
+        return lanczos(
+            operator,
+            generator=self.generator(name),
+            start=start,
+            tolerance=self.settings.eigen_tolerance,
+            max_iterations=self.settings.max_iterations,
+        )
+
+    def starts(self) -> list[Tensor]:
+        generator = self.generator("starts")
+        settings = self.settings
+        return [self.parameters.random(settings.noise_scale, generator) for _ in range(settings.num_starts)]
+
+
+def _example_error(terms: Tensor) -> float:
+    """Standard error of the mean of (N,) per-example values."""
+    return float(terms.double().std()) / math.sqrt(len(terms)) if len(terms) > 1 else math.inf
+
+
+Figure = tuple[float, float | None, Tensor | None, bool, dict[str, Any]]
+"""value, estimator error, (N,) per-example terms, converged, details"""
+
+
+def _local_inconsistency_paper(probe: Probe) -> Figure:
+    settings = probe.settings
+    all_terms = [
+        probe.divergence.terms(ascend(probe.divergence.gradient, start, settings.rho, settings.k_steps))
+        for start in probe.starts()
+    ]
+    values = torch.stack([terms.double().mean() for terms in all_terms])
+    spread = float(values.std()) if len(values) > 1 else None
+    error = None if spread is None else spread / math.sqrt(len(values))
+    details = {
+        "protocol": "paper",
+        "sd_starts": spread,
+        "num_starts": len(values),
+        "starts": values.tolist(),
+    }
+    if spread is None:
+        details["reason_stderr"] = "one start has no spread"
+    # K steps are the protocol's definition: there is nothing to converge
+    return float(values.mean()), error, torch.stack(all_terms).mean(0), True, details
+
+
+def _local_inconsistency_converged(probe: Probe) -> Figure:
+    settings = probe.settings
+    top = probe.fisher_top
+    # the two signs of v₁ end 12-43 % apart beyond the quadratic regime; noise guards against a poor v₁
+    starts = {"+v1": top.vector, "-v1": -top.vector}
+    starts |= {f"noise {i}": start for i, start in enumerate(probe.starts()[:2])}
+    ends: dict[str, Maximum] = {}
+    for name, start in starts.items():
+        if name.startswith("noise"):  # a raw noise direction is flat: one step of Algorithm 1 first
+            start = ascend(probe.divergence.gradient, start, settings.rho, 1)
+        ends[name] = maximize(
+            probe.divergence.value_and_gradient,
+            start,
+            settings.rho,
+            tolerance=settings.ascent_tolerance,
+            max_steps=settings.max_iterations,
+        )
+    best = max(ends.values(), key=lambda end: end.value)
+    quadratic = settings.rho**2 / 2 * top.value
+    details = {
+        "protocol": "converged",
+        "starts": {name: end.value for name, end in ends.items()},
+        "alignment": best.alignment,
+        "gains": list(best.gains),
+        "quadratic_ratio": best.value / quadratic if quadratic > 0 else None,
+    }
+    return best.value, None, probe.divergence.terms(best.delta), best.converged, details
+
+
+def _local_inconsistency(probe: Probe) -> Figure:
+    if probe.settings.protocol == "converged":
+        return _local_inconsistency_converged(probe)
+    return _local_inconsistency_paper(probe)
+
+
+def _eigenvalue(operator: Operator, top: Eigenpair, details: dict[str, Any]) -> Figure:
+    details = {**details, "iterations": top.iterations, "error_kind": "residual bound"}
+    return top.value, top.residual, operator.terms(top.vector), top.converged, details
+
+
+def _fisher_lambda_max(probe: Probe) -> Figure:
+    return _eigenvalue(probe.fisher, probe.fisher_top, {})
+
+
+def _hessian_lambda_max(probe: Probe) -> Figure:
+    # F's top vector, where it is known, leaves H three or four products instead of seven
+    known = "fisher_top" in vars(probe)
+    top = probe.top(probe.hessian, "hessian", probe.fisher_top.vector if known else None)
+    return _eigenvalue(probe.hessian, top, {"labels": probe.label_kind, "warm_start": known})
+
+
+def _trace(probe: Probe, operator: Operator, name: str, details: dict[str, Any]) -> Figure:
+    settings = probe.settings
+    result = trace(
+        operator,
+        generator=probe.generator(name),
+        tolerance=settings.trace_tolerance,
+        min_probes=settings.min_probes,
+        max_probes=settings.max_probes,
+    )
+    details = {**details, "num_probes": result.num_probes}
+    return result.value, result.stderr, result.terms, result.converged, details
+
+
+def _fisher_trace(probe: Probe) -> Figure:
+    return _trace(probe, probe.fisher, "fisher trace", {})
+
+
+def _hessian_trace(probe: Probe) -> Figure:
+    return _trace(probe, probe.hessian, "hessian trace", {"labels": probe.label_kind})
+
+
+def _error(probe: Probe) -> Figure:
+    assert probe.labels is not None
+    wrong = (probe.clean.argmax(1) != probe.labels).double()
+    return float(wrong.mean()), None, wrong, True, {}
+
+
+def _cross_entropy(probe: Probe) -> Figure:
+    assert probe.labels is not None
+    losses = functional.cross_entropy(probe.clean.double(), probe.labels, reduction="none")
+    return float(losses.mean()), None, losses, True, {}
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One row of ``MEASURES``.
+
+    Attributes:
+        compute: takes the shared probe, returns the figure.
+        needs_labels: undefined on unlabeled data.
+        cost: typical gradient evaluations at the default settings, for time estimates.
+        symbol: short name for tables and axes.
+    """
+
+    compute: Callable[[Probe], Figure]
+    needs_labels: bool
+    cost: float
+    symbol: str
+    description: str
+
+
+MEASURES: dict[str, Measure] = {
+    "local_inconsistency": Measure(
+        _local_inconsistency,
+        False,
+        13.3,
+        "S_ρ",
+        "KL between the outputs of the model and of its copy moved by ρ, by Algorithm 1: mean over random starts",
+    ),
+    "local_inconsistency_converged": Measure(
+        _local_inconsistency_converged,
+        False,
+        27.0,
+        "max S_ρ",
+        "the worst such KL within the ball: ascent from ± the top Fisher eigenvector and noise, until it gains no more",
+    ),
+    "fisher_lambda_max": Measure(
+        _fisher_lambda_max, False, 13.0, "λ_max(F)", "largest eigenvalue of the Fisher matrix, by Lanczos"
+    ),
+    "fisher_trace": Measure(
+        _fisher_trace, False, 4.0, "tr F", "trace of the Fisher matrix, by Hutchinson's estimator"
+    ),
+    "hessian_lambda_max": Measure(
+        _hessian_lambda_max,
+        False,
+        16.0,
+        "λ_max(H)",
+        "largest eigenvalue of the loss Hessian (labels given, or else predicted), by Lanczos",
+    ),
+    "hessian_trace": Measure(
+        _hessian_trace,
+        False,
+        7.0,
+        "tr H",
+        "trace of the loss Hessian (labels given, or else predicted), by Hutchinson's estimator",
+    ),
+    "error": Measure(_error, True, 0.0, "error", "fraction of examples classified wrongly"),
+    "cross_entropy": Measure(_cross_entropy, True, 0.0, "CE", "mean cross-entropy in nats"),
+}
+
+DEFAULT_MEASURES = tuple(name for name in MEASURES if name != "local_inconsistency_converged")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What ``measure`` found: ``rows`` maps a measure's name to its estimate."""
+
+    num_parameters: int
+    num_examples: int
+    settings: Settings
+    rows: dict[str, Estimate]
+
+    def as_dict(self, *, checkpoint: str, model: str, **more: Any) -> dict[str, Any]:
+        """The JSON object of ``gmprobe measure --json`` and of a run's measures.json."""
+        return {
+            "checkpoint": checkpoint,
+            "model": model,
+            "num_parameters": self.num_parameters,
+            "num_examples": self.num_examples,
+            "settings": {**asdict(self.settings), "batchnorm": "eval (running statistics)", **more},
+            "measures": {name: row.as_dict() for name, row in self.rows.items()},
+        }
+
+
+def measure(
+    model: nn.Module,
+    batches: Batches,
+    names: Sequence[str] | None = None,
+    settings: Settings | None = None,
+    *,
+    notify: Callable[[str, float], None] | None = None,
+) -> Report:
+    """Measure ``model`` over ``batches`` in eval mode; the model is left bit-identical.
+
+    Args:
+        names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
+        notify: called with the measure at work and the gradient evaluations done so far.
+
+    Raises:
+        UsageError: an unknown measure, or a model without trainable parameters.
+        CheckpointError: weights that are not finite.
+        DataError: labels that do not fit, a measure that needs absent labels, data that changes between passes.
+        DivergedError: outputs or derivatives that are not finite.
+    """
+    settings = settings or Settings()
+    if names is None:
+        names = [name for name in DEFAULT_MEASURES if batches.labeled or not MEASURES[name].needs_labels]
+    for name in names:
+        if name not in MEASURES:
+            raise UsageError(f"no measure {name!r}; there are: {', '.join(MEASURES)}")
+        if MEASURES[name].needs_labels and not batches.labeled:
+            raise DataError(f"{name} needs labels; give class folders with --labeled")
+    if batches.num_examples == 0:
+        raise DataError("the probe set is empty")
+    current = names[0] if names else ""
+
+    def tick(evaluations: float) -> None:
+        if notify is not None:
+            notify(current, evaluations)
+
+    work = Work(batches.num_examples, tick)
+    rows: dict[str, Estimate] = {}
+    with measuring(model):
+        probe = Probe(model, batches, settings, work)
+        probe.parameters.check_finite()
+        _ = probe.clean  # its cost is the report's, not the first measure's
+        for name in names:
+            current = name
+            before = work.evaluations
+            value, stderr, terms, converged, details = MEASURES[name].compute(probe)
+            example_error = None if terms is None else _example_error(terms)
+            for label, figure in (("value", value), ("stderr", stderr), ("stderr_examples", example_error)):
+                if figure is not None and not math.isfinite(figure):
+                    details = {**details, f"reason_{label}": f"not finite ({figure})"}
+            rows[name] = Estimate(
+                value if math.isfinite(value) else None,
+                stderr if stderr is None or math.isfinite(stderr) else None,
+                example_error if example_error is None or math.isfinite(example_error) else None,
+                converged and math.isfinite(value),
+                round(work.evaluations - before, 3),
+                details,
+            )
+    return Report(probe.parameters.size, batches.num_examples, settings, rows)
+
+
+def expected_cost(names: Sequence[str], settings: Settings) -> float:
+    """Gradient evaluations that ``measure`` will take, roughly: for progress bars and estimates."""
+    total = 2 / 3  # the two clean passes
+    for name in names:
+        cost = MEASURES[name].cost
+        if name == "local_inconsistency" and settings.protocol == "paper":
+            cost = settings.num_starts * (settings.k_steps + 1 / 3)
+        total += cost
+    return total

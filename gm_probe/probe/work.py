@@ -1,0 +1,32 @@
+"""Counts work in gradient evaluations, so that every figure can say what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# In forward passes; a backward pass costs about two (METHOD.md). One gradient evaluation = 3.
+FORWARD = 1.0
+GRADIENT = 3.0
+JVP = 2.0  # primal and tangent together
+NESTED_JVP = 4.0  # each nesting doubles the forward work
+DOUBLE_BACKWARD = 9.0  # a gradient, and a gradient through it
+
+
+class Work:
+    """A running count of gradient evaluations over the whole probe set.
+
+    Args:
+        num_examples: size N of the probe set; a pass over a batch of B counts B/N.
+        notify: called with the count after every batch (progress bars).
+    """
+
+    def __init__(self, num_examples: int, notify: Callable[[float], None] | None = None) -> None:
+        self.num_examples = num_examples
+        self.evaluations = 0.0
+        self._notify = notify
+
+    def add(self, passes: float, batch_size: int) -> None:
+        """Count ``passes`` forward-equivalents over ``batch_size`` examples."""
+        self.evaluations += passes / GRADIENT * batch_size / self.num_examples
+        if self._notify is not None:
+            self._notify(self.evaluations)

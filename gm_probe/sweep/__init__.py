@@ -1,0 +1,1 @@
+"""A grid of runs, each trained and measured, on this machine's processes."""

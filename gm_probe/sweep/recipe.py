@@ -1,0 +1,133 @@
+"""Recipes: a TOML file that names a base configuration, a grid over it, and what to measure at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from gm_probe.core.errors import UsageError
+from gm_probe.core.files import read_toml
+from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, Settings
+from gm_probe.training.config import TrainConfig
+
+# where a run is computed is no part of what it computes
+_PLACE = ("device", "threads", "data_root", "download")
+_SHORT = {"batch_size": "bs", "weight_decay": "wd", "seed": "s", "method": "", "model": "", "learning_rate": "lr"}
+
+
+@dataclass(frozen=True)
+class MeasurePlan:
+    """What to measure of every trained run, over its unlabeled part.
+
+    ``max_examples`` takes a seeded random subset of it; ``batch_size`` changes memory and speed only.
+    """
+
+    measures: tuple[str, ...]
+    settings: Settings
+    max_examples: int | None
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Named runs in order, and the plan of measurement."""
+
+    runs: dict[str, TrainConfig]
+    plan: MeasurePlan
+    group_by: tuple[str, ...]
+
+
+def builtin_recipes() -> dict[str, str]:
+    """Name and first comment line of every built-in recipe."""
+    folder = resources.files("gm_probe") / "recipes"
+    return {
+        entry.name.removesuffix(".toml"): entry.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".toml")
+    }
+
+
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file, or a built-in recipe by name.
+
+    Args:
+        overrides: settings that replace the recipe's ``[base]``.
+
+    Raises:
+        UsageError: no such recipe, or an unknown or ill-typed setting in it.
+        StorageError: the file cannot be read or is not TOML.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        if name not in builtin_recipes():
+            raise UsageError(f"no recipe {name!r}: give a .toml file or one of {', '.join(builtin_recipes())}")
+        with resources.as_file(resources.files("gm_probe") / "recipes" / f"{name}.toml") as file:
+            content = read_toml(file)
+    else:
+        content = read_toml(path)
+    return parse_recipe(content, overrides)
+
+
+def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Expand ``[base]`` and ``[grid]`` into runs.
+
+    Raises:
+        UsageError: an unknown table, setting or measure.
+    """
+    unknown = sorted(set(content) - {"base", "grid", "measure", "correlate"})
+    if unknown:
+        raise UsageError(f"recipe: unknown table [{unknown[0]}]; there are [base], [grid], [measure], [correlate]")
+    grid = content.get("grid", {})
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"recipe: grid.{key} must be a list of values")
+    base = {**content.get("base", {}), **(overrides or {})}
+    both = sorted(set(base) & set(grid))
+    if both:
+        raise UsageError(f"recipe: {both[0]} is both in [base] (or an option) and in [grid]; keep one")
+    runs: dict[str, TrainConfig] = {}
+    for point in itertools.product(*grid.values()):
+        values = dict(zip(grid, point, strict=True))
+        config = TrainConfig.from_dict({**base, **values})
+        name = run_name(config, values)
+        if name in runs:
+            raise UsageError(f"recipe: the grid names one run twice ({name})")
+        runs[name] = config
+    group_by = tuple(content.get("correlate", {}).get("group_by", ()))
+    return Recipe(runs, _plan(content.get("measure", {})), group_by)
+
+
+def _plan(content: Mapping[str, Any]) -> MeasurePlan:
+    settings = {field.name for field in fields(Settings)}
+    unknown = sorted(set(content) - settings - {"measures", "max_examples", "batch_size"})
+    if unknown:
+        raise UsageError(f"recipe: no setting measure.{unknown[0]}; there are: measures, max_examples, "
+                         f"batch_size, {', '.join(sorted(settings))}")
+    names = tuple(content.get("measures", (n for n in DEFAULT_MEASURES if not MEASURES[n].needs_labels)))
+    for name in names:
+        if name not in MEASURES:
+            raise UsageError(f"recipe: no measure {name!r}; there are: {', '.join(MEASURES)}")
+        if MEASURES[name].needs_labels:
+            raise UsageError(f"recipe: {name} needs labels; a sweep measures on the unlabeled part")
+    chosen = {key: value for key, value in content.items() if key in settings}
+    return MeasurePlan(names, Settings(**chosen), content.get("max_examples"), content.get("batch_size", 250))
+
+
+def run_name(config: TrainConfig, varied: Mapping[str, Any]) -> str:
+    """A readable name that ends in a hash of everything the run computes from."""
+    content = {key: value for key, value in config.as_dict().items() if key not in _PLACE}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    parts = [f"{_SHORT.get(key, key)}{_plain(value)}" for key, value in varied.items()]
+    return "-".join([*parts, digest])
+
+
+def _plain(value: Any) -> str:
+    """A value in characters that any file system takes."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return "".join(c if c.isalnum() or c in ".+-" else "_" for c in text)[:40]

@@ -1,0 +1,141 @@
+"""Every setting of one training run, validated once."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args, get_type_hints
+
+from gm_probe.core.errors import UsageError
+
+CHOICES = {
+    "method": ("sgd", "sam", "asam", "iam-d", "iam-s"),
+    "optimizer": ("sgd", "adamw"),
+    "schedule": ("constant", "cosine", "multi-step"),
+    "sign": ("random", "none", "loss"),
+    "kl_grad": ("both", "perturbed"),
+    "amp": ("none", "bf16"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """Settings of one run; the paper's where METHOD.md fixes them.
+
+    Attributes:
+        data: folder, array file, ``digits``, or a torchvision name (core.datasets.open_source).
+        num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = core.splits.split's defaults.
+        split_seed: draws the parts; apart from ``seed``, so that the runs of a sweep share their data.
+        method: gradient rule. ``rho`` None takes the rule's own default.
+        beta, k_steps, noise_scale, kl_grad, sign, eta, m: of the rules (training.rules).
+        optimizer: base optimizer; ``momentum`` and ``nesterov`` belong to sgd.
+        schedule: of the learning rate after ``warmup_epochs`` of linear warm-up; multi-step multiplies by
+            ``gamma`` at each of ``milestones`` (epochs).
+        augment: zero-pad by 4, crop and flip.
+        stop_ce: stop once the training cross-entropy (un-augmented, eval mode) is at most this.
+        eval_every: epochs between evaluations on the train and test parts (0 = only at the end).
+        track_every: epochs between measurements of S_ρ on the unlabeled part (0 = never).
+        amp: bf16 runs forward and backward passes under autocast; parameters stay float32.
+        threads: CPU threads (None = torch's own choice).
+    """
+
+    data: str = "digits"
+    data_root: str | None = None
+    download: bool = False
+    image_size: int | None = None
+    num_train: int | None = None
+    num_unlabeled: int | None = None
+    num_test: int | None = None
+    split_seed: int = 0
+    model: str = "6cnn"
+    method: str = "sgd"
+    rho: float | None = None
+    beta: float = 1.0
+    k_steps: int = 1
+    noise_scale: float = 0.1
+    kl_grad: str = "both"
+    sign: str = "random"
+    eta: float = 0.01
+    m: int | None = None
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    epochs: int = 30
+    batch_size: int = 128
+    schedule: str = "constant"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.2
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    augment: bool = False
+    stop_ce: float | None = None
+    eval_every: int = 0
+    track_every: int = 0
+    amp: str = "none"
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                close = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
+                raise UsageError(f"{name} = {value!r}; {hint}")
+        at_least = {"epochs": 1, "batch_size": 1, "k_steps": 1, "eval_every": 0, "track_every": 0, "lr": 0.0}
+        at_least |= {"weight_decay": 0.0, "momentum": 0.0, "warmup_epochs": 0.0, "noise_scale": 0.0, "beta": 0.0}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if not value >= least or not math.isfinite(value):
+                raise UsageError(f"{name} = {value} must be a finite number ≥ {least}")
+        if self.schedule == "multi-step" and not self.milestones:
+            raise UsageError("schedule = 'multi-step' needs milestones (epochs at which lr is multiplied by gamma)")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Check names and types.
+
+        Raises:
+            UsageError: an unknown setting, or one of another type.
+        """
+        hints = get_type_hints(cls)
+        checked: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in hints:
+                close = difflib.get_close_matches(name, hints, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(hints)}"
+                raise UsageError(f"no setting {name!r}; {hint}")
+            checked[name] = _typed(name, value, hints[name])
+        return cls(**checked)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "milestones": list(self.milestones)}
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        return TrainConfig.from_dict({**self.as_dict(), **changes})
+
+
+SETTINGS = tuple(field.name for field in fields(TrainConfig))
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if value is None:
+        if type(None) in kinds:
+            return None
+        raise UsageError(f"{name} needs a value")
+    if name == "milestones":
+        if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
+            return tuple(value)
+        raise UsageError(f"milestones = {value!r} must be a list of epochs")
+    kind = next(k for k in kinds if k is not type(None))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UsageError(f"{name} = {value!r} must be of type {kind.__name__}")
+    return value

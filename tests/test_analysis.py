@@ -1,0 +1,511 @@
+"""The run table, Kendall's τ-b and the scatter panels, on run folders and files made by hand."""
+
+import io
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from gm_probe.analysis import plots
+from gm_probe.analysis.correlation import correlate, group_rows, kendall, tied_pairs
+from gm_probe.analysis.runs import load_table
+from gm_probe.analysis.table import Exclusion, RunTable, by_reason
+from gm_probe.core.errors import DataError, StorageError, UsageError
+from gm_probe.core.files import write_json, write_toml
+
+
+def make_run(
+    path: Path,
+    *,
+    config: dict[str, Any] | None = None,
+    status: str | None = "finished",
+    measures: dict[str, Any] | None = None,
+    **gaps: Any,
+) -> None:
+    write_toml(path / "config.toml", {"environment": {"torch": "2.14", "host": path.name}, **(config or {})})
+    if status is not None:
+        write_json(path / "summary.json", {"status": status, **gaps})
+    if measures is not None:
+        write_json(path / "measures.json", {"measures": measures})
+
+
+def make_csv(folder: Path, text: str) -> Path:
+    path = folder / "table.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def brute_tau(x: list[float], y: list[float]) -> float | None:
+    """τ-b from its definition, one pair at a time."""
+    score = free_x = free_y = 0
+    for i, j in itertools.combinations(range(len(x)), 2):
+        sign_x, sign_y = (x[i] > x[j]) - (x[i] < x[j]), (y[i] > y[j]) - (y[i] < y[j])
+        score += sign_x * sign_y
+        free_x += sign_x != 0
+        free_y += sign_y != 0
+    return score / math.sqrt(free_x * free_y) if free_x and free_y else None
+
+
+# ---- τ-b
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=25))
+def test_tau_equals_a_loop_over_all_pairs_with_ties(pairs: list[tuple[int, int]]) -> None:
+    x, y = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
+    result = kendall(np.array(x), np.array(y))
+    expected = brute_tau(x, y)
+    if expected is None:
+        assert result.tau is None
+        assert result.p_naive is None
+        assert result.reason
+    else:
+        assert result.tau == pytest.approx(expected, abs=1e-12)
+        assert result.reason is None
+        assert result.p_naive is not None
+        assert 0 <= result.p_naive <= 1
+    all_pairs = list(itertools.combinations(range(len(x)), 2))
+    assert result.ties_measure == sum(x[i] == x[j] for i, j in all_pairs)
+    assert result.ties_gap == sum(y[i] == y[j] for i, j in all_pairs)
+
+
+def test_tau_by_hand() -> None:
+    # pairs of (1, 1), (2, 3), (3, 2), (3, 4): 4 concordant, 1 discordant, 1 tied in x; τ-b = 3/√(5·6)
+    result = kendall(np.array([1.0, 2, 3, 3]), np.array([1.0, 3, 2, 4]))
+    assert result.tau == pytest.approx(3 / math.sqrt(30))
+    assert (result.ties_measure, result.ties_gap, result.n) == (1, 0, 4)
+
+
+def test_exact_p_by_hand() -> None:
+    # without ties, |τ| = 1 is 2 of the 4! equally likely orders
+    assert kendall(np.arange(4.0), np.arange(4.0)).p_naive == pytest.approx(2 / 24)
+    assert kendall(np.arange(4.0), -np.arange(4.0)).tau == -1
+
+
+def test_tied_pairs_counts_pairs() -> None:
+    assert tied_pairs(np.array([1.0, 1, 1, 2, 2, 3])) == 3 + 1
+    assert tied_pairs(np.array([])) == 0
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "reason"),
+    [
+        ([], [], "0 runs"),
+        ([1], [2], "1 run "),
+        ([1, 1], [1, 2], "measure is constant"),
+        ([1, 2], [3, 3], "gap is constant"),
+    ],
+)
+def test_undefined_tau_says_why(x: list[float], y: list[float], reason: str) -> None:
+    result = kendall(np.array(x, dtype=float), np.array(y, dtype=float))
+    assert result.tau is None
+    assert result.p_naive is None
+    assert reason in str(result.reason)
+
+
+# ---- run folders
+
+
+def sweep(root: Path) -> None:
+    """Four usable runs and one of each kind that is not."""
+    for i in range(4):
+        make_run(
+            root / f"run-{i}",
+            config={"lr": 0.1 * (i % 2 + 1), "epochs": 3, "seed": i, "out": f"runs/{i}", "device": "cpu"},
+            measures={
+                "fisher_trace": {"value": float(i), "converged": i != 2},
+                "local_inconsistency": {"value": None, "reason": "no example"}
+                if i == 3
+                else {"value": 2.0 * i},
+            },
+            error_gap=0.1 * i,
+            ce_gap=None if i == 0 else 1.0 * i,
+        )
+    make_run(root / "boom", status="diverged")
+    make_run(root / "broken-machine", status="failed")
+    make_run(root / "midway", status=None)
+    make_run(root / "bare", error_gap=0.1, ce_gap=0.2)
+    make_run(root / "torn", measures={"fisher_trace": {"value": 1.0}}, error_gap=0.1)
+    (root / "torn" / "measures.json").write_text('{"measures": {"fish')
+
+
+def test_every_run_folder_is_included_or_excluded_with_its_reason(tmp_path: Path) -> None:
+    sweep(tmp_path)
+    table = load_table(tmp_path)
+    assert table.num_runs + len(table.excluded) == 9
+    reasons = {exclusion.run: exclusion.reason for exclusion in table.excluded}
+    assert reasons.pop("torn").endswith(
+        "is not valid JSON: Unterminated string starting at: line 1 column 15 (char 14)"
+    )
+    assert reasons == {
+        "boom": "diverged",
+        "broken-machine": "failed",
+        "midway": "unfinished",
+        "bare": "not measured",
+    }
+    assert table.frame["run"].to_list() == ["run-0", "run-1", "run-2", "run-3"]
+    assert table.measures == ("local_inconsistency", "fisher_trace")
+    assert table.gaps == ("error_gap", "ce_gap")
+
+
+def test_hyperparameters_are_the_settings_that_vary(tmp_path: Path) -> None:
+    sweep(tmp_path)
+    table = load_table(tmp_path)
+    assert table.hyperparameters == ("lr",)
+    assert table.frame["lr"].to_list() == [0.1, 0.2, 0.1, 0.2]
+    assert load_table(tmp_path, hyperparameters=["epochs"]).hyperparameters == ("epochs",)
+    assert load_table(tmp_path, group_by=["seed"]).hyperparameters == ("lr", "seed")
+
+
+def test_missing_values_keep_their_reasons(tmp_path: Path) -> None:
+    sweep(tmp_path)
+    table = load_table(tmp_path)
+    assert table.missing["local_inconsistency"] == {3: "no example"}
+    assert table.missing["ce_gap"] == {0: "no ce_gap in summary.json"}
+    assert table.unconverged["fisher_trace"] == {2}
+    inconsistency, trace = correlate(table)
+    assert trace.notes == ("1 of 4 not converged (kept)",)
+    assert inconsistency.notes == ("1 of 4 left out: no example",)
+    assert inconsistency.gaps["ce_gap"].missing == (
+        Exclusion("run-0", "ce_gap: no ce_gap in summary.json"),
+        Exclusion("run-3", "local_inconsistency: no example"),
+    )
+    for measure in (inconsistency, trace):
+        for result in measure.gaps.values():
+            assert result.n + len(result.missing) == table.num_runs
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"value": None}, "no value and no reason recorded"),
+        ({"value": "3"}, "not a number"),
+        ({"value": True}, "not a number"),
+        ([1, 2], "its row is not a table of values"),
+    ],
+)
+def test_unusable_measure_rows_are_missing_with_a_reason(tmp_path: Path, row: Any, reason: str) -> None:
+    make_run(tmp_path / "a", measures={"m": row}, error_gap=0.1)
+    make_run(tmp_path / "b", measures={"m": {"value": 1}}, error_gap=0.1)
+    assert load_table(tmp_path).missing["m"] == {0: reason}
+
+
+def test_infinite_values_and_unmeasured_names_are_missing(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", measures={"m": {"value": 1}}, error_gap=0.1)
+    (tmp_path / "a" / "measures.json").write_text('{"measures": {"m": {"value": Infinity}}}')
+    make_run(tmp_path / "b", measures={"k": {"value": 1}}, error_gap=0.1)
+    assert load_table(tmp_path).missing["m"] == {0: "not finite", 1: "not measured"}
+
+
+def test_nested_settings_and_unset_ones(tmp_path: Path) -> None:
+    measures = {"m": {"value": 1.0}}
+    make_run(tmp_path / "a", config={"sgd": {"lr": 1}, "clip": True}, measures=measures, error_gap=0.1)
+    make_run(tmp_path / "b", config={"sgd": {"lr": 2.0}}, measures=measures, error_gap=0.2)
+    table = load_table(tmp_path)
+    assert set(table.hyperparameters) == {"sgd.lr", "clip"}
+    assert list(group_rows(table, ["clip", "sgd.lr"])) == ["clip=true, sgd.lr=1", "clip=unset, sgd.lr=2"]
+
+
+def test_no_usable_run_folder_counts_the_reasons(tmp_path: Path) -> None:
+    for name in "ab":
+        make_run(tmp_path / name, status="diverged")
+    make_run(tmp_path / "c", error_gap=0.1)
+    with pytest.raises(DataError, match=r"2 × diverged; 1 × not measured"):
+        load_table(tmp_path)
+
+
+def test_no_gap_in_any_summary(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", measures={"m": {"value": 1}})
+    with pytest.raises(DataError, match="error_gap or ce_gap"):
+        load_table(tmp_path)
+
+
+def test_a_setting_and_a_measure_of_one_name(tmp_path: Path) -> None:
+    for i in range(2):
+        make_run(tmp_path / str(i), config={"rho": i}, measures={"rho": {"value": i}}, error_gap=0.1)
+    with pytest.raises(UsageError, match="'rho' is a measure and cannot be a hyperparameter too"):
+        load_table(tmp_path)
+
+
+# ---- CSV and Parquet
+
+
+def test_csv_takes_known_measures_and_says_so(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "error_gap,fisher_trace,extra,lr\n0.1,1,5,0.1\n0.2,2,6,0.1\n")
+    table = load_table(path)
+    assert (table.gaps, table.measures, table.hyperparameters) == (("error_gap",), ("fisher_trace",), ("lr",))
+    assert table.notes == ("measures taken: fisher_trace; left out: extra",)
+    assert table.frame["run"].to_list() == ["row 1", "row 2"]
+
+
+def test_csv_without_a_known_measure_takes_the_numeric_columns(tmp_path: Path) -> None:
+    path = make_csv(
+        tmp_path, "run,seed,ce_gap,mine,comment,lr,test_error\na,0,1,3,good,.1,.2\nb,1,2,,bad,.1,.3\n"
+    )
+    table = load_table(path)
+    assert table.measures == ("mine",)
+    assert table.notes == ("measures taken: mine; left out: seed, comment, test_error",)
+    assert table.missing["mine"] == {1: "no value"}
+    assert table.frame["run"].to_list() == ["a", "b"]
+
+
+def test_csv_choice_of_columns(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "error_gap,fisher_trace,lr,kind\n1,1,1,x\n2,2,2,y\n")
+    assert load_table(path, measures=["lr"]).measures == ("lr",)
+    table = load_table(path, hyperparameters=["kind"])
+    assert (table.measures, table.hyperparameters) == (("fisher_trace",), ("kind",))
+    assert load_table(path, hyperparameters=["fisher_trace"], measures=["lr"]).measures == ("lr",)
+    assert load_table(path, group_by=["kind"]).hyperparameters == ("lr", "kind")
+
+
+def test_csv_values_that_are_not_finite_are_missing(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "error_gap,m\n1,inf\nnan,2\n-inf,1e999\n3,NA\n4,4\n5, 5 \n")
+    table = load_table(path)
+    assert table.missing["m"] == {0: "not finite", 2: "not finite", 3: "no value"}
+    assert table.missing["error_gap"] == {1: "no value", 2: "not finite"}
+    result = correlate(table)[0].gaps["error_gap"]
+    assert (result.tau, result.n, len(result.missing)) == (pytest.approx(1.0), 2, 4)
+
+
+def test_csv_hyperparameters_keep_numbers_text_and_gaps(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "error_gap,m,wd,kind,rho\n1,1,0.10,a,inf\n2,2,0.1,,1\n3,3,,b,1\n4,4,10,b,1\n")
+    table = load_table(path, hyperparameters=["wd", "kind", "rho"])
+    assert table.frame["wd"].to_list() == [0.1, 0.1, None, 10.0]
+    assert table.frame["kind"].to_list() == ["a", None, "b", "b"]
+    assert table.frame["rho"].to_list() == ["inf", "1", "1", "1"]
+    rows = group_rows(table, ["wd"])
+    assert {label: list(map(int, of)) for label, of in rows.items()} == {
+        "wd=0.1": [0, 1],
+        "wd=10": [3],
+        "wd=unset": [2],
+    }
+    assert list(rows) == ["wd=0.1", "wd=10", "wd=unset"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ("error_gap,m\n", "no run below"),
+        ("gap,m\n1,2\n", "no column error_gap .* it has: gap, m"),
+        ("error_gap;m\n1;2\n", "it has: error_gap;m"),
+        ("error_gap,m,m\n1,2,3\n", "'m' more than once"),
+        ("error_gap,fisher_trace\n1,2\n3,high\n", "'fisher_trace' row 2 holds 'high', which is not a number"),
+        ("error_gap,m\n=1+1,2\n3,4\n", "'error_gap' row 1 holds '=1\\+1'"),
+        ("error_gap,kind\n1,a\n2,b\n", "no numeric column"),
+        ("error_gap,m\n1,2\n3,4,5\n", "not a readable CSV"),
+    ],
+)
+def test_broken_csv_is_one_data_error(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load_table(make_csv(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_csv_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "photo.csv"
+    path.write_bytes(b"\x89PNG\xff\xfe\x00,\n")
+    with pytest.raises(DataError, match="not a readable CSV"):
+        load_table(path)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"measures": ["fisher_trase"]}, "did you mean 'fisher_trace'"),
+        ({"hyperparameters": ["zzz"]}, "there are: error_gap, fisher_trace, lr"),
+        ({"group_by": ["lrr"]}, "did you mean 'lr'"),
+        ({"measures": ["error_gap"]}, "'error_gap' is a gap and cannot be a measure too"),
+        ({"measures": ["lr"], "group_by": ["lr"]}, "'lr' is a measure and cannot be a hyperparameter too"),
+    ],
+)
+def test_unknown_or_doubled_columns_are_usage_errors(
+    tmp_path: Path, choice: dict[str, list[str]], message: str
+) -> None:
+    path = make_csv(tmp_path, "error_gap,fisher_trace,lr\n1,2,3\n4,5,6\n")
+    with pytest.raises(UsageError, match=message):
+        load_table(path, **choice)
+
+
+def test_sources_that_are_neither(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        load_table(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UsageError, match=r"neither in \.csv nor in \.parquet"):
+        load_table(tmp_path / "notes.txt")
+    with pytest.raises(UsageError, match="holds no run"):
+        load_table(tmp_path)
+
+
+def test_parquet_reads_like_csv_or_names_the_extra(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    frame = pd.DataFrame({"error_gap": [0.1, 0.2], "fisher_trace": [1, 2], "flag": [True, False]})
+    try:
+        frame.to_parquet(path)
+    except ImportError:
+        path.write_bytes(b"PAR1")
+        with pytest.raises(UsageError, match=r"pip install 'gm_probe\[parquet\]'"):
+            load_table(path)
+    else:
+        table = load_table(path, hyperparameters=["flag"])
+        assert table.measures == ("fisher_trace",)
+        assert table.frame["fisher_trace"].to_list() == [1.0, 2.0]
+
+
+def test_parquet_with_typed_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pandas hands over from Parquet, without needing pyarrow here."""
+    frame = pd.DataFrame({"error_gap": [0.1, np.nan], "m": [1, 2], "flag": [True, False], "wd": [0, 1]})
+    monkeypatch.setattr(pd, "read_parquet", lambda path: frame)
+    (tmp_path / "t.parquet").touch()
+    table = load_table(tmp_path / "t.parquet", hyperparameters=["wd"])
+    assert table.measures == ("m",)
+    assert table.missing["error_gap"] == {1: "no value"}
+    assert table.frame["wd"].to_list() == [0.0, 1.0]
+
+
+def test_unreadable_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> pd.DataFrame:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pd, "read_parquet", denied)
+    (tmp_path / "t.parquet").touch()
+    with pytest.raises(StorageError, match="Permission denied"):
+        load_table(tmp_path / "t.parquet")
+
+
+# ---- statistics of a table
+
+
+def simpson(folder: Path) -> RunTable:
+    """τ is −1 within each weight decay and positive over all: the groups' means rise together."""
+    rows = [f"{group + 0.1 * i},{group - 0.01 * i},{group}" for group in (1, 2, 3) for i in range(3)]
+    path = make_csv(folder, "m,error_gap,weight_decay\n" + "\n".join(rows))
+    return load_table(path)
+
+
+def test_subgroups_can_differ_in_sign_from_the_whole(tmp_path: Path) -> None:
+    (measure,) = correlate(simpson(tmp_path), group_by=["weight_decay"])
+    # 9 runs: 27 pairs between groups concordant, 3 × 3 within discordant
+    assert measure.gaps["error_gap"].tau == pytest.approx((27 - 9) / 36)
+    assert list(measure.subgroups) == ["weight_decay=1", "weight_decay=2", "weight_decay=3"]
+    for subgroup in measure.subgroups.values():
+        assert subgroup["error_gap"].tau == pytest.approx(-1)
+        assert subgroup["error_gap"].n == 3
+
+
+def test_subgroups_part_the_runs(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"m": rng.normal(size=60), "error_gap": rng.normal(size=60)})
+    frame["lr"], frame["batch_size"] = rng.integers(0, 3, 60), rng.integers(0, 2, 60)
+    frame.loc[::7, "m"] = np.nan
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    table = load_table(tmp_path / "t.csv")
+    (measure,) = correlate(table, group_by=["lr", "batch_size"])
+    assert sum(of["error_gap"].n for of in measure.subgroups.values()) == measure.gaps["error_gap"].n == 51
+    for label, rows in group_rows(table, ["lr", "batch_size"]).items():
+        part = frame.iloc[rows].dropna()
+        expected = brute_tau(part["m"].to_list(), part["error_gap"].to_list())
+        assert measure.subgroups[label]["error_gap"].tau == pytest.approx(expected)
+
+
+def test_correlate_refuses_unknown_names_and_single_runs(tmp_path: Path) -> None:
+    table = simpson(tmp_path)
+    with pytest.raises(UsageError, match="did you mean 'weight_decay'"):
+        correlate(table, group_by=["weight_deca"])
+    with pytest.raises(UsageError, match="no gap 'ce_gap'"):
+        correlate(table, gaps=["ce_gap"])
+    single = load_table(make_csv(tmp_path, "error_gap,m\n1,2\n"))
+    with pytest.raises(DataError, match="1 usable run; a rank correlation needs at least 2"):
+        correlate(single)
+
+
+def test_by_reason_puts_the_commonest_first() -> None:
+    found = by_reason([Exclusion("a", "failed"), Exclusion("b", "diverged"), Exclusion("c", "diverged")])
+    assert list(found.items()) == [("diverged", ["b", "c"]), ("failed", ["a"])]
+
+
+# ---- figures
+
+
+def wide_table(folder: Path, num_measures: int, n: int = 20) -> RunTable:
+    rng = np.random.default_rng(num_measures)
+    frame = pd.DataFrame({"error_gap": rng.normal(size=n), "ce_gap": rng.normal(size=n)})
+    for i in range(num_measures):
+        frame[f"measure ${i}_<b>"] = np.exp(2 * rng.normal(size=n)) if i % 2 else rng.normal(size=n)
+    frame["lr"] = np.arange(n) % 3
+    frame.to_csv(folder / "wide.csv", index=False)
+    return load_table(folder / "wide.csv")
+
+
+@pytest.mark.parametrize(("num_measures", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
+def test_panels_wrap_after_three(tmp_path: Path, num_measures: int, shape: tuple[int, int]) -> None:
+    table = wide_table(tmp_path, num_measures)
+    figure = plots.scatter_panels(table, correlate(table), table.gaps, {})
+    assert len(figure.axes) == 2 * num_measures
+    grid = figure.axes[0].get_subplotspec().get_gridspec()  # type: ignore[union-attr]
+    assert (grid.nrows, grid.ncols) == (2 * shape[0], shape[1])
+    assert not figure.legends
+
+
+def test_panels_draw_every_run_once_and_name_each_subgroup(tmp_path: Path) -> None:
+    table = wide_table(tmp_path, 2)
+    groups = group_rows(table, ["lr"])
+    statistics = correlate(table, ["ce_gap"], ["lr"])
+    figure = plots.scatter_panels(table, statistics, ["ce_gap"], groups)
+    for axes, measure in zip(figure.axes, statistics, strict=True):
+        assert sum(len(points.get_offsets()) for points in axes.collections) == measure.gaps["ce_gap"].n
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["lr=0", "lr=1", "lr=2"]
+    assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log"]
+
+
+def test_colour_and_shape_both_tell_subgroups_apart() -> None:
+    assert len(set(plots.MARKERS)) == 10
+    looks = {
+        (plots.COLOURS[i % len(plots.COLOURS)], plots.MARKERS[i % len(plots.MARKERS)]) for i in range(70)
+    }
+    assert len(looks) == 70
+
+
+def test_written_figures_decode_and_carry_their_text(tmp_path: Path) -> None:
+    table = wide_table(tmp_path, 2)
+    figure = plots.scatter_panels(table, correlate(table), table.gaps, group_rows(table, ["lr"]))
+    paths = [tmp_path / f"figure.{suffix}" for suffix in plots.FORMATS]
+    plots.write_figure(figure, paths)
+    png, pdf, svg = (path.read_bytes() for path in paths)
+    with Image.open(io.BytesIO(png)) as image:
+        image.load()
+        assert image.width > 600
+        assert image.convert("L").getextrema()[0] < 100
+    assert pdf.startswith(b"%PDF")
+    assert len(pdf) > 5000
+    tau = correlate(table)[0].gaps["error_gap"].tau
+    assert tau is not None
+    assert f"τ = {tau:.2f}, n = 20".replace("-", "−") in svg.decode()
+    assert plots.render(figure, "svg") == svg
+
+
+def test_undefined_panels_are_drawn_as_such(tmp_path: Path) -> None:
+    table = load_table(make_csv(tmp_path, "error_gap,m,empty\n1,2,\n2,2,\n"))
+    figure = plots.scatter_panels(table, correlate(table), table.gaps, {})
+    svg = plots.render(figure, "svg").decode()
+    assert "τ undefined, n = 2" in svg
+    assert "no run has both values" in svg
+
+
+def test_analysis_never_imports_torch() -> None:
+    code = (
+        "import importlib, pkgutil, sys, gm_probe.analysis as wing\n"
+        "for module in pkgutil.iter_modules(wing.__path__): importlib.import_module(f'{wing.__name__}.{module.name}')\n"
+        "assert 'gm_probe.analysis.plots' in sys.modules\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
