@@ -1,6 +1,5 @@
 """The run table, Kendall's τ-b and the scatter panels, on run folders and files made by hand."""
 
-import io
 import itertools
 import math
 import subprocess
@@ -13,13 +12,11 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from gm_probe.analysis import plots
 from gm_probe.analysis.correlation import correlate, group_rows, kendall, tied_pairs
 from gm_probe.analysis.runs import load_table
 from gm_probe.analysis.table import Exclusion, RunTable, by_reason
-from gm_probe.core.errors import DataError, StorageError, UsageError
+from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.files import write_json, write_toml
 
 
@@ -235,153 +232,6 @@ def test_a_setting_and_a_measure_of_one_name(tmp_path: Path) -> None:
         load_table(tmp_path)
 
 
-# ---- CSV and Parquet
-
-
-def test_csv_takes_known_measures_and_says_so(tmp_path: Path) -> None:
-    path = make_csv(tmp_path, "error_gap,fisher_trace,extra,lr\n0.1,1,5,0.1\n0.2,2,6,0.1\n")
-    table = load_table(path)
-    assert (table.gaps, table.measures, table.hyperparameters) == (("error_gap",), ("fisher_trace",), ("lr",))
-    assert table.notes == ("measures taken: fisher_trace; left out: extra",)
-    assert table.frame["run"].to_list() == ["row 1", "row 2"]
-
-
-def test_csv_without_a_known_measure_takes_the_numeric_columns(tmp_path: Path) -> None:
-    path = make_csv(
-        tmp_path, "run,seed,ce_gap,mine,comment,lr,test_error\na,0,1,3,good,.1,.2\nb,1,2,,bad,.1,.3\n"
-    )
-    table = load_table(path)
-    assert table.measures == ("mine",)
-    assert table.notes == ("measures taken: mine; left out: seed, comment, test_error",)
-    assert table.missing["mine"] == {1: "no value"}
-    assert table.frame["run"].to_list() == ["a", "b"]
-
-
-def test_csv_choice_of_columns(tmp_path: Path) -> None:
-    path = make_csv(tmp_path, "error_gap,fisher_trace,lr,kind\n1,1,1,x\n2,2,2,y\n")
-    assert load_table(path, measures=["lr"]).measures == ("lr",)
-    table = load_table(path, hyperparameters=["kind"])
-    assert (table.measures, table.hyperparameters) == (("fisher_trace",), ("kind",))
-    assert load_table(path, hyperparameters=["fisher_trace"], measures=["lr"]).measures == ("lr",)
-    assert load_table(path, group_by=["kind"]).hyperparameters == ("lr", "kind")
-
-
-def test_csv_values_that_are_not_finite_are_missing(tmp_path: Path) -> None:
-    path = make_csv(tmp_path, "error_gap,m\n1,inf\nnan,2\n-inf,1e999\n3,NA\n4,4\n5, 5 \n")
-    table = load_table(path)
-    assert table.missing["m"] == {0: "not finite", 2: "not finite", 3: "no value"}
-    assert table.missing["error_gap"] == {1: "no value", 2: "not finite"}
-    result = correlate(table)[0].gaps["error_gap"]
-    assert (result.tau, result.n, len(result.missing)) == (pytest.approx(1.0), 2, 4)
-
-
-def test_csv_hyperparameters_keep_numbers_text_and_gaps(tmp_path: Path) -> None:
-    path = make_csv(tmp_path, "error_gap,m,wd,kind,rho\n1,1,0.10,a,inf\n2,2,0.1,,1\n3,3,,b,1\n4,4,10,b,1\n")
-    table = load_table(path, hyperparameters=["wd", "kind", "rho"])
-    assert table.frame["wd"].to_list() == [0.1, 0.1, None, 10.0]
-    assert table.frame["kind"].to_list() == ["a", None, "b", "b"]
-    assert table.frame["rho"].to_list() == ["inf", "1", "1", "1"]
-    rows = group_rows(table, ["wd"])
-    assert {label: list(map(int, of)) for label, of in rows.items()} == {
-        "wd=0.1": [0, 1],
-        "wd=10": [3],
-        "wd=unset": [2],
-    }
-    assert list(rows) == ["wd=0.1", "wd=10", "wd=unset"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is empty"),
-        ("\n\n", "is empty"),
-        ("error_gap,m\n", "no run below"),
-        ("gap,m\n1,2\n", "no column error_gap .* it has: gap, m"),
-        ("error_gap;m\n1;2\n", "it has: error_gap;m"),
-        ("error_gap,m,m\n1,2,3\n", "'m' more than once"),
-        ("error_gap,fisher_trace\n1,2\n3,high\n", "'fisher_trace' row 2 holds 'high', which is not a number"),
-        ("error_gap,m\n=1+1,2\n3,4\n", "'error_gap' row 1 holds '=1\\+1'"),
-        ("error_gap,kind\n1,a\n2,b\n", "no numeric column"),
-        ("error_gap,m\n1,2\n3,4,5\n", "not a readable CSV"),
-    ],
-)
-def test_broken_csv_is_one_data_error(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(DataError, match=message) as caught:
-        load_table(make_csv(tmp_path, text))
-    assert "\n" not in str(caught.value)
-
-
-def test_csv_that_is_no_text(tmp_path: Path) -> None:
-    path = tmp_path / "photo.csv"
-    path.write_bytes(b"\x89PNG\xff\xfe\x00,\n")
-    with pytest.raises(DataError, match="not a readable CSV"):
-        load_table(path)
-
-
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        ({"measures": ["fisher_trase"]}, "did you mean 'fisher_trace'"),
-        ({"hyperparameters": ["zzz"]}, "there are: error_gap, fisher_trace, lr"),
-        ({"group_by": ["lrr"]}, "did you mean 'lr'"),
-        ({"measures": ["error_gap"]}, "'error_gap' is a gap and cannot be a measure too"),
-        ({"measures": ["lr"], "group_by": ["lr"]}, "'lr' is a measure and cannot be a hyperparameter too"),
-    ],
-)
-def test_unknown_or_doubled_columns_are_usage_errors(
-    tmp_path: Path, choice: dict[str, list[str]], message: str
-) -> None:
-    path = make_csv(tmp_path, "error_gap,fisher_trace,lr\n1,2,3\n4,5,6\n")
-    with pytest.raises(UsageError, match=message):
-        load_table(path, **choice)
-
-
-def test_sources_that_are_neither(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not exist"):
-        load_table(tmp_path / "nowhere")
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UsageError, match=r"neither in \.csv nor in \.parquet"):
-        load_table(tmp_path / "notes.txt")
-    with pytest.raises(UsageError, match="holds no run"):
-        load_table(tmp_path)
-
-
-def test_parquet_reads_like_csv_or_names_the_extra(tmp_path: Path) -> None:
-    path = tmp_path / "table.parquet"
-    frame = pd.DataFrame({"error_gap": [0.1, 0.2], "fisher_trace": [1, 2], "flag": [True, False]})
-    try:
-        frame.to_parquet(path)
-    except ImportError:
-        path.write_bytes(b"PAR1")
-        with pytest.raises(UsageError, match=r"pip install 'gm_probe\[parquet\]'"):
-            load_table(path)
-    else:
-        table = load_table(path, hyperparameters=["flag"])
-        assert table.measures == ("fisher_trace",)
-        assert table.frame["fisher_trace"].to_list() == [1.0, 2.0]
-
-
-def test_parquet_with_typed_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pandas hands over from Parquet, without needing pyarrow here."""
-    frame = pd.DataFrame({"error_gap": [0.1, np.nan], "m": [1, 2], "flag": [True, False], "wd": [0, 1]})
-    monkeypatch.setattr(pd, "read_parquet", lambda path: frame)
-    (tmp_path / "t.parquet").touch()
-    table = load_table(tmp_path / "t.parquet", hyperparameters=["wd"])
-    assert table.measures == ("m",)
-    assert table.missing["error_gap"] == {1: "no value"}
-    assert table.frame["wd"].to_list() == [0.0, 1.0]
-
-
-def test_unreadable_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(path: Path) -> pd.DataFrame:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(pd, "read_parquet", denied)
-    (tmp_path / "t.parquet").touch()
-    with pytest.raises(StorageError, match="Permission denied"):
-        load_table(tmp_path / "t.parquet")
-
-
 # ---- statistics of a table
 
 
@@ -433,78 +283,11 @@ def test_by_reason_puts_the_commonest_first() -> None:
     assert list(found.items()) == [("diverged", ["b", "c"]), ("failed", ["a"])]
 
 
-# ---- figures
-
-
-def wide_table(folder: Path, num_measures: int, n: int = 20) -> RunTable:
-    rng = np.random.default_rng(num_measures)
-    frame = pd.DataFrame({"error_gap": rng.normal(size=n), "ce_gap": rng.normal(size=n)})
-    for i in range(num_measures):
-        frame[f"measure ${i}_<b>"] = np.exp(2 * rng.normal(size=n)) if i % 2 else rng.normal(size=n)
-    frame["lr"] = np.arange(n) % 3
-    frame.to_csv(folder / "wide.csv", index=False)
-    return load_table(folder / "wide.csv")
-
-
-@pytest.mark.parametrize(("num_measures", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
-def test_panels_wrap_after_three(tmp_path: Path, num_measures: int, shape: tuple[int, int]) -> None:
-    table = wide_table(tmp_path, num_measures)
-    figure = plots.scatter_panels(table, correlate(table), table.gaps, {})
-    assert len(figure.axes) == 2 * num_measures
-    grid = figure.axes[0].get_subplotspec().get_gridspec()  # type: ignore[union-attr]
-    assert (grid.nrows, grid.ncols) == (2 * shape[0], shape[1])
-    assert not figure.legends
-
-
-def test_panels_draw_every_run_once_and_name_each_subgroup(tmp_path: Path) -> None:
-    table = wide_table(tmp_path, 2)
-    groups = group_rows(table, ["lr"])
-    statistics = correlate(table, ["ce_gap"], ["lr"])
-    figure = plots.scatter_panels(table, statistics, ["ce_gap"], groups)
-    for axes, measure in zip(figure.axes, statistics, strict=True):
-        assert sum(len(points.get_offsets()) for points in axes.collections) == measure.gaps["ce_gap"].n
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["lr=0", "lr=1", "lr=2"]
-    assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log"]
-
-
-def test_colour_and_shape_both_tell_subgroups_apart() -> None:
-    assert len(set(plots.MARKERS)) == 10
-    looks = {
-        (plots.COLOURS[i % len(plots.COLOURS)], plots.MARKERS[i % len(plots.MARKERS)]) for i in range(70)
-    }
-    assert len(looks) == 70
-
-
-def test_written_figures_decode_and_carry_their_text(tmp_path: Path) -> None:
-    table = wide_table(tmp_path, 2)
-    figure = plots.scatter_panels(table, correlate(table), table.gaps, group_rows(table, ["lr"]))
-    paths = [tmp_path / f"figure.{suffix}" for suffix in plots.FORMATS]
-    plots.write_figure(figure, paths)
-    png, pdf, svg = (path.read_bytes() for path in paths)
-    with Image.open(io.BytesIO(png)) as image:
-        image.load()
-        assert image.width > 600
-        assert image.convert("L").getextrema()[0] < 100
-    assert pdf.startswith(b"%PDF")
-    assert len(pdf) > 5000
-    tau = correlate(table)[0].gaps["error_gap"].tau
-    assert tau is not None
-    assert f"τ = {tau:.2f}, n = 20".replace("-", "−") in svg.decode()
-    assert plots.render(figure, "svg") == svg
-
-
-def test_undefined_panels_are_drawn_as_such(tmp_path: Path) -> None:
-    table = load_table(make_csv(tmp_path, "error_gap,m,empty\n1,2,\n2,2,\n"))
-    figure = plots.scatter_panels(table, correlate(table), table.gaps, {})
-    svg = plots.render(figure, "svg").decode()
-    assert "τ undefined, n = 2" in svg
-    assert "no run has both values" in svg
-
-
 def test_analysis_never_imports_torch() -> None:
     code = (
         "import importlib, pkgutil, sys, gm_probe.analysis as wing\n"
-        "for module in pkgutil.iter_modules(wing.__path__): importlib.import_module(f'{wing.__name__}.{module.name}')\n"
+        "for module in pkgutil.iter_modules(wing.__path__):\n"
+        "    importlib.import_module(f'{wing.__name__}.{module.name}')\n"
         "assert 'gm_probe.analysis.plots' in sys.modules\n"
         "sys.exit('torch' in sys.modules)"
     )

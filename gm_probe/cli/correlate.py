@@ -22,12 +22,15 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     from gm_probe.analysis.table import Exclusion, RunTable
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
-P_CAVEAT = "p (naive) takes runs as independent, which seeds of one setting are not."
+LEGEND = (
+    "p (naive) takes runs as independent, which seeds of one setting are not.\n"
+    "ties: pairs of runs equal in the measure / equal in the gap."
+)
 
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--measures", metavar="A,B", default="", help="Measures to use. Default: all known ones.")
+@click.option("--measures", metavar="A,B", default="", help="Measures to use. Default: all there are.")
 @click.option("--hyper", metavar="A,B", default="", help="Hyperparameters. Default: settings that vary.")
 @click.option("--group-by", metavar="A,B", default="", help="Also within each subgroup of these settings.")
 @click.option("--gap", type=click.Choice(["error_gap", "ce_gap", "both"]), default="both", show_default=True)
@@ -56,7 +59,8 @@ def correlate(
     SOURCE is a folder of run folders, or a .csv or .parquet file with one run a row: columns error_gap
     (test error − train error) and/or ce_gap (the same for cross-entropy), one a measure, one a
     hyperparameter. Only finished and measured runs enter; every other run is counted and listed with its
-    reason.
+    reason. Of a file, the columns that bear a measure's name are taken, or else every numeric column that is
+    not a setting or an identifier; stderr says which.
 
     The statistic is Kendall's τ-b, of all runs and of each --group-by subgroup. Its p is naive: it takes
     runs as independent, which seeds of one setting are not, so it is too small where settings repeat.
@@ -171,10 +175,12 @@ def _print_tables(statistics: Sequence["MeasureStatistics"], gaps: Sequence[str]
                 rows.append((name, number(result.tau, 3), number(result.p_naive, 2), str(result.n), ties))
                 if result.reason is not None:
                     place = measure.name if subgroup is None else f"{measure.name}, {subgroup}"
-                    undefined.append(escape(f"{place}: τ undefined, {result.reason}"))
-        grid = table(f"{gap}: {GAPS[gap]}", ("measure", "τ-b", "p (naive)", "n", "ties x/y"), rows)
-        grid.caption, grid.caption_justify = "\n".join([*undefined, P_CAVEAT]), "left"
+                    undefined.append(f"{place}: τ undefined, {result.reason}")
+        grid = table(f"{gap}: {GAPS[gap]}", ("measure", "τ-b", "p (naive)", "n", "ties"), rows)
         console.print(grid)
+        for line in undefined:
+            console.print(line, markup=False, highlight=False)
+    console.print(LEGEND, style="dim", markup=False, highlight=False)
 
 
 def _print_notes(found: "RunTable", statistics: Sequence["MeasureStatistics"], quiet: bool) -> None:

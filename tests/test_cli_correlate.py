@@ -1,0 +1,290 @@
+"""`gmprobe correlate` as a user meets it: output, notes, files and exit codes."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gm_probe.cli import main
+from gm_probe.core.files import write_json, write_toml
+
+TABLE = "error_gap,ce_gap,fisher_trace,local_inconsistency,lr\n" + "".join(
+    f"{0.1 * i},{1.0 * (i % 3)},{2.0 * i},{3.0 - i},{0.1 * (i % 2)}\n" for i in range(6)
+)
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``gmprobe correlate``."""
+    code: Any = 0
+    try:
+        main(["correlate", *args])
+    except SystemExit as stop:
+        code = stop.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "table.csv"
+    path.write_text(TABLE)
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for i, status in enumerate(["finished", "finished", "finished", "diverged", "diverged", "failed"]):
+        folder = tmp_path / "runs" / f"run-{i}"
+        write_toml(folder / "config.toml", {"weight_decay": 0.1 * (i % 2), "environment": {"host": f"h{i}"}})
+        write_json(folder / "summary.json", {"status": status, "error_gap": 0.1 * i, "ce_gap": 1.0 * i})
+        write_json(folder / "measures.json", {"measures": {"fisher_trace": {"value": 3.0 - i}}})
+    return tmp_path / "runs"
+
+
+def test_json_contract(capsys: pytest.CaptureFixture[str], table: Path) -> None:
+    code, out, _ = run(capsys, str(table), "--json", "--no-figure", "--group-by", "lr")
+    result = json.loads(out)
+    assert code == 0
+    assert set(result) == {"num_runs", "excluded", "measures"}
+    assert (result["num_runs"], result["excluded"]) == (6, [])
+    assert list(result["measures"]) == ["local_inconsistency", "fisher_trace"]
+    trace = result["measures"]["fisher_trace"]
+    assert set(trace) == {"error_gap", "ce_gap", "notes", "subgroups"}
+    assert trace["error_gap"] == {
+        "tau": pytest.approx(1.0),
+        "p_naive": pytest.approx(2 / 720),
+        "n": 6,
+        "ties_measure": 0,
+        "ties_gap": 0,
+        "missing": [],
+    }
+    assert trace["ce_gap"]["ties_gap"] == 3
+    assert result["measures"]["local_inconsistency"]["error_gap"]["tau"] == pytest.approx(-1.0)
+    assert {label: of["error_gap"]["n"] for label, of in trace["subgroups"].items()} == {
+        "lr=0": 3,
+        "lr=0.1": 3,
+    }
+
+
+def test_run_folders_exclude_with_counted_reasons(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
+    code, out, err = run(capsys, str(runs), "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["num_runs"] + len(result["excluded"]) == 6
+    assert result["excluded"] == [
+        {"run": "run-3", "reason": "diverged"},
+        {"run": "run-4", "reason": "diverged"},
+        {"run": "run-5", "reason": "failed"},
+    ]
+    assert "excluded 3 of 6 runs:" in err
+    assert "  2 diverged: run-3, run-4" in err
+    assert "  1 failed: run-5" in err
+    assert "hyperparameters that vary over the runs: weight_decay" in err
+    assert {path.name for path in runs.glob("correlate.*")} == {
+        "correlate.png",
+        "correlate.pdf",
+        "correlate.svg",
+    }
+
+
+def test_long_lists_of_excluded_runs_are_cut_on_screen_only(
+    capsys: pytest.CaptureFixture[str], runs: Path
+) -> None:
+    for i in range(6, 12):
+        write_toml(runs / f"run-{i:02d}" / "config.toml", {})
+    _, out, err = run(capsys, str(runs), "--json", "--no-figure")
+    assert "6 unfinished: run-06, run-07, run-08, run-09, run-10 and 1 more (--json)" in err
+    assert len(json.loads(out)["excluded"]) == 9
+
+
+def test_csv_output(capsys: pytest.CaptureFixture[str], table: Path) -> None:
+    code, out, _ = run(capsys, str(table), "--csv", "--no-figure", "--group-by", "lr")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0
+    assert len(rows) == 2 * 2 * 3
+    assert rows[0]["measure"] == "local_inconsistency"
+    assert float(rows[0]["tau"]) == pytest.approx(-1)
+    assert {row["subgroup"] for row in rows} == {"", "lr=0", "lr=0.1"}
+
+
+@pytest.mark.parametrize("columns", [60, 80, 160])
+def test_the_table_fits_its_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, table: Path, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = run(capsys, str(table), "--no-figure", "--group-by", "lr")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= columns
+    for text in ("local_inconsistency", "fisher_trace", "lr=0.1", "p (naive)", "τ-b", "0.0028"):
+        assert text in out
+
+
+def test_measure_names_are_not_markup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("error_gap,[red]mine,[/b]\n1,2,1\n2,3,1\n")
+    code, out, _ = run(capsys, str(path), "--no-figure")
+    assert code == 0
+    assert "[red]mine" in out
+    assert "[/b]: τ undefined, the measure is constant over 2 runs" in out
+
+
+def test_quiet_silences_stderr_and_notes_name_the_figure(
+    capsys: pytest.CaptureFixture[str], table: Path
+) -> None:
+    _, out, err = run(capsys, str(table), "--quiet", "--json", "--no-figure")
+    assert json.loads(out)["num_runs"] == 6
+    assert err == ""
+    _, _, err = run(capsys, str(table), "--json")
+    assert str(table.with_name("table-correlate.png")) in err
+    assert "measures taken: local_inconsistency, fisher_trace" in err
+
+
+def test_figure_path_chooses_the_format(capsys: pytest.CaptureFixture[str], table: Path) -> None:
+    folder = table.parent / "new"
+    assert run(capsys, str(table), "-q", "--figure", str(folder / "one.SVG"))[0] == 0
+    assert [path.name for path in folder.iterdir()] == ["one.SVG"]
+    assert "τ = 1.00, n = 6" in (folder / "one.SVG").read_text(encoding="utf-8")
+    assert run(capsys, str(table), "-q", "--figure", str(folder / "all"))[0] == 0
+    assert {path.name for path in folder.iterdir()} == {"one.SVG", "all.png", "all.pdf", "all.svg"}
+
+
+def test_gap_chooses_one(capsys: pytest.CaptureFixture[str], table: Path) -> None:
+    _, out, _ = run(capsys, str(table), "--json", "--no-figure", "--gap", "ce_gap")
+    assert "error_gap" not in json.loads(out)["measures"]["fisher_trace"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--measures", "fisher_trase"], "did you mean 'fisher_trace'"),
+        (["--group-by", "lrr"], "did you mean 'lr'"),
+        (["--figure", "plot.jpg"], "no format '.jpg'"),
+        (["--figure", "plot.png", "--no-figure"], "exclude each other"),
+        (["--gap", "neither"], "'neither' is not one of"),
+    ],
+)
+def test_usage_errors(capsys: pytest.CaptureFixture[str], table: Path, args: list[str], message: str) -> None:
+    code, out, err = run(capsys, str(table), *args)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert list(table.parent.iterdir()) == [table]
+
+
+def test_a_missing_source_or_gap_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(capsys, str(tmp_path / "nowhere"))[0] == 2
+    path = tmp_path / "t.csv"
+    path.write_text("error_gap,m\n1,2\n2,3\n")
+    code, _, err = run(capsys, str(path), "--gap", "ce_gap")
+    assert code == 2
+    assert "no gap 'ce_gap'" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("a,b\n1,2\n", "it has: a, b"),
+        ("error_gap,m\n1,2\n", "1 usable run; a rank correlation needs at least 2"),
+        ("error_gap,m\n1,x\n2,3\n", "no numeric column"),
+        ("error_gap,fisher_trace\n1,x\n2,3\n", "row 1 holds 'x', which is not a number"),
+    ],
+)
+def test_data_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    code, out, err = run(capsys, str(path))
+    assert (code, out) == (4, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_no_usable_run_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_toml(tmp_path / "a" / "config.toml", {})
+    code, _, err = run(capsys, str(tmp_path))
+    assert code == 4
+    assert "1 × unfinished" in err
+
+
+def test_a_constant_measure_beside_a_defined_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("error_gap,fisher_trace,hessian_trace\n1,2,7\n2,3,7\n")
+    code, out, _ = run(capsys, str(path), "--json", "--no-figure")
+    row = json.loads(out)["measures"]["hessian_trace"]["error_gap"]
+    assert code == 0
+    assert (row["tau"], row["p_naive"]) == (None, None)
+    assert row["reason"] == "the measure is constant over 2 runs"
+
+
+def test_nothing_defined_prints_the_result_and_exits_4(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("error_gap,m\n1,2\n1,3\n")
+    code, out, err = run(capsys, str(path))
+    assert code == 4
+    assert "m: τ undefined, the gap is constant over 2 runs" in out
+    assert err.splitlines()[-1].startswith("gmprobe: no measure in")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder_still_prints(capsys: pytest.CaptureFixture[str], table: Path) -> None:
+    table.parent.chmod(0o500)
+    code, out, _ = run(capsys, str(table), "--json")
+    table.parent.chmod(0o700)
+    assert code == 7
+    assert json.loads(out)["num_runs"] == 6
+
+
+def test_a_figure_below_a_file_is_a_storage_error(capsys: pytest.CaptureFixture[str], table: Path) -> None:
+    code, out, err = run(capsys, str(table), "--json", "--figure", str(table / "plot.png"))
+    assert code == 7
+    assert json.loads(out)["num_runs"] == 6
+    assert "cannot write" in err
+
+
+def test_help_ends_with_an_example_that_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, runs: Path
+) -> None:
+    code, out, _ = run(capsys, "--help")
+    (example,) = [line.split() for line in out.splitlines() if line.strip().startswith("gmprobe correlate")]
+    assert code == 0
+    monkeypatch.chdir(runs.parent)
+    assert run(capsys, *example[2:])[0] == 0
+    assert (runs / "correlate.svg").stat().st_size > 2000
+
+
+def test_json_never_imports_torch_nor_pyplot(table: Path) -> None:
+    code = (
+        "import sys\n"
+        "from gm_probe.cli import main\n"
+        "try:\n"
+        "    main(['correlate', 'table.csv', '--json'])\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code\n"
+        "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=table.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_runs"] == 6
+
+
+def test_no_color_is_honoured_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, table: Path
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    _, out, err = run(capsys, str(table), "--no-figure")
+    assert not re.search(r"\x1b\[[0-9;]*[349][0-7]", out + err)

@@ -1,0 +1,161 @@
+"""Anybody's CSV or Parquet as a run table: which columns are taken, what is missing, what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gm_probe.analysis.correlation import correlate, group_rows
+from gm_probe.analysis.runs import load_table
+from gm_probe.core.errors import DataError, StorageError, UsageError
+
+
+def make_csv(folder: Path, text: str) -> Path:
+    path = folder / "table.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_csv_takes_known_measures_and_says_so(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "error_gap,fisher_trace,extra,lr\n0.1,1,5,0.1\n0.2,2,6,0.1\n")
+    table = load_table(path)
+    assert (table.gaps, table.measures, table.hyperparameters) == (("error_gap",), ("fisher_trace",), ("lr",))
+    assert table.notes == ("measures taken: fisher_trace; left out: extra",)
+    assert table.frame["run"].to_list() == ["row 1", "row 2"]
+
+
+def test_csv_without_a_known_measure_takes_the_numeric_columns(tmp_path: Path) -> None:
+    path = make_csv(
+        tmp_path, "run,seed,ce_gap,mine,comment,lr,test_error\na,0,1,3,good,.1,.2\nb,1,2,,bad,.1,.3\n"
+    )
+    table = load_table(path)
+    assert table.measures == ("mine",)
+    assert table.notes == ("measures taken: mine; left out: seed, comment, test_error",)
+    assert table.missing["mine"] == {1: "no value"}
+    assert table.frame["run"].to_list() == ["a", "b"]
+
+
+def test_csv_choice_of_columns(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "error_gap,fisher_trace,lr,kind\n1,1,1,x\n2,2,2,y\n")
+    assert load_table(path, measures=["lr"]).measures == ("lr",)
+    table = load_table(path, hyperparameters=["kind"])
+    assert (table.measures, table.hyperparameters) == (("fisher_trace",), ("kind",))
+    assert load_table(path, hyperparameters=["fisher_trace"], measures=["lr"]).measures == ("lr",)
+    assert load_table(path, group_by=["kind"]).hyperparameters == ("lr", "kind")
+
+
+def test_csv_values_that_are_not_finite_are_missing(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "error_gap,m\n1,inf\nnan,2\n-inf,1e999\n3,NA\n4,4\n5, 5 \n")
+    table = load_table(path)
+    assert table.missing["m"] == {0: "not finite", 2: "not finite", 3: "no value"}
+    assert table.missing["error_gap"] == {1: "no value", 2: "not finite"}
+    result = correlate(table)[0].gaps["error_gap"]
+    assert (result.tau, result.n, len(result.missing)) == (pytest.approx(1.0), 2, 4)
+
+
+def test_csv_hyperparameters_keep_numbers_text_and_gaps(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "error_gap,m,wd,kind,rho\n1,1,0.10,a,inf\n2,2,0.1,,1\n3,3,,b,1\n4,4,10,b,1\n")
+    table = load_table(path, hyperparameters=["wd", "kind", "rho"])
+    assert table.frame["wd"].to_list() == [0.1, 0.1, None, 10.0]
+    assert table.frame["kind"].to_list() == ["a", None, "b", "b"]
+    assert table.frame["rho"].to_list() == ["inf", "1", "1", "1"]
+    rows = group_rows(table, ["wd"])
+    assert {label: list(map(int, of)) for label, of in rows.items()} == {
+        "wd=0.1": [0, 1],
+        "wd=10": [3],
+        "wd=unset": [2],
+    }
+    assert list(rows) == ["wd=0.1", "wd=10", "wd=unset"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ("error_gap,m\n", "no run below"),
+        ("gap,m\n1,2\n", "no column error_gap .* it has: gap, m"),
+        ("error_gap;m\n1;2\n", "it has: error_gap;m"),
+        ("error_gap,m,m\n1,2,3\n", "'m' more than once"),
+        ("error_gap,fisher_trace\n1,2\n3,high\n", "'fisher_trace' row 2 holds 'high', which is not a number"),
+        ("error_gap,m\n=1+1,2\n3,4\n", "'error_gap' row 1 holds '=1\\+1'"),
+        ("error_gap,kind\n1,a\n2,b\n", "no numeric column"),
+        ("error_gap,m\n1,2\n3,4,5\n", "not a readable CSV"),
+    ],
+)
+def test_broken_csv_is_one_data_error(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load_table(make_csv(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_csv_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "photo.csv"
+    path.write_bytes(b"\x89PNG\xff\xfe\x00,\n")
+    with pytest.raises(DataError, match="not a readable CSV"):
+        load_table(path)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"measures": ["fisher_trase"]}, "did you mean 'fisher_trace'"),
+        ({"hyperparameters": ["zzz"]}, "there are: error_gap, fisher_trace, lr"),
+        ({"group_by": ["lrr"]}, "did you mean 'lr'"),
+        ({"measures": ["error_gap"]}, "'error_gap' is a gap and cannot be a measure too"),
+        ({"measures": ["lr"], "group_by": ["lr"]}, "'lr' is a measure and cannot be a hyperparameter too"),
+    ],
+)
+def test_unknown_or_doubled_columns_are_usage_errors(
+    tmp_path: Path, choice: dict[str, list[str]], message: str
+) -> None:
+    path = make_csv(tmp_path, "error_gap,fisher_trace,lr\n1,2,3\n4,5,6\n")
+    with pytest.raises(UsageError, match=message):
+        load_table(path, **choice)
+
+
+def test_sources_that_are_neither(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        load_table(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UsageError, match=r"neither in \.csv nor in \.parquet"):
+        load_table(tmp_path / "notes.txt")
+    with pytest.raises(UsageError, match="holds no run"):
+        load_table(tmp_path)
+
+
+def test_parquet_reads_like_csv_or_names_the_extra(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    frame = pd.DataFrame({"error_gap": [0.1, 0.2], "fisher_trace": [1, 2], "flag": [True, False]})
+    try:
+        frame.to_parquet(path)
+    except ImportError:
+        path.write_bytes(b"PAR1")
+        with pytest.raises(UsageError, match=r"pip install 'gm_probe\[parquet\]'"):
+            load_table(path)
+    else:
+        table = load_table(path, hyperparameters=["flag"])
+        assert table.measures == ("fisher_trace",)
+        assert table.frame["fisher_trace"].to_list() == [1.0, 2.0]
+
+
+def test_parquet_with_typed_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pandas hands over from Parquet, without needing pyarrow here."""
+    frame = pd.DataFrame({"error_gap": [0.1, np.nan], "m": [1, 2], "flag": [True, False], "wd": [0, 1]})
+    monkeypatch.setattr(pd, "read_parquet", lambda path: frame)
+    (tmp_path / "t.parquet").touch()
+    table = load_table(tmp_path / "t.parquet", hyperparameters=["wd"])
+    assert table.measures == ("m",)
+    assert table.missing["error_gap"] == {1: "no value"}
+    assert table.frame["wd"].to_list() == [0.0, 1.0]
+
+
+def test_unreadable_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> pd.DataFrame:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pd, "read_parquet", denied)
+    (tmp_path / "t.parquet").touch()
+    with pytest.raises(StorageError, match="Permission denied"):
+        load_table(tmp_path / "t.parquet")
