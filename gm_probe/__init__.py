@@ -1,1 +1,70 @@
-"""gm_probe: tell how well a trained classifier will generalize, from its checkpoint and unlabeled data."""
+"""gm_probe: tell how well a trained classifier will generalize, from its checkpoint and unlabeled data.
+
+The public Python API. Names are imported when first used, so that ``import gm_probe`` is instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gm_probe.core.batches import Batches as Batches
+    from gm_probe.core.batches import Normalization as Normalization
+    from gm_probe.core.checkpoints import load_weights as load_weights
+    from gm_probe.core.checkpoints import read_checkpoint as read_checkpoint
+    from gm_probe.core.checkpoints import save_checkpoint as save_checkpoint
+    from gm_probe.core.datasets import Examples as Examples
+    from gm_probe.core.datasets import open_source as open_source
+    from gm_probe.core.errors import CheckpointError as CheckpointError
+    from gm_probe.core.errors import DataError as DataError
+    from gm_probe.core.errors import DivergedError as DivergedError
+    from gm_probe.core.errors import ProbeError as ProbeError
+    from gm_probe.core.errors import UsageError as UsageError
+    from gm_probe.core.models import ModelSpec as ModelSpec
+    from gm_probe.core.models import build_model as build_model
+    from gm_probe.core.parameters import Parameters as Parameters
+    from gm_probe.probe.kl import kl_divergence as kl_divergence
+    from gm_probe.probe.measures import MEASURES as MEASURES
+    from gm_probe.probe.measures import Report as Report
+    from gm_probe.probe.measures import measure as measure
+    from gm_probe.probe.operators import Operator as Operator
+    from gm_probe.probe.operators import fisher as fisher
+    from gm_probe.probe.operators import hessian as hessian
+    from gm_probe.probe.probe import Estimate as Estimate
+    from gm_probe.probe.probe import Settings as Settings
+    from gm_probe.probe.spectrum import lanczos as lanczos
+    from gm_probe.probe.spectrum import trace as trace
+    from gm_probe.training.config import TrainConfig as TrainConfig
+    from gm_probe.training.loop import train as train
+    from gm_probe.training.rules import ASAM as ASAM
+    from gm_probe.training.rules import IAMD as IAMD
+    from gm_probe.training.rules import IAMS as IAMS
+    from gm_probe.training.rules import SAM as SAM
+
+_HOMES = {
+    "core.batches": ("Batches", "Normalization"),
+    "core.checkpoints": ("load_weights", "read_checkpoint", "save_checkpoint"),
+    "core.datasets": ("Examples", "open_source"),
+    "core.errors": ("CheckpointError", "DataError", "DivergedError", "ProbeError", "UsageError"),
+    "core.models": ("ModelSpec", "build_model"),
+    "core.parameters": ("Parameters",),
+    "probe.kl": ("kl_divergence",),
+    "probe.measures": ("MEASURES", "Report", "measure"),
+    "probe.operators": ("Operator", "fisher", "hessian"),
+    "probe.probe": ("Estimate", "Settings"),
+    "probe.spectrum": ("lanczos", "trace"),
+    "training.config": ("TrainConfig",),
+    "training.loop": ("train",),
+    "training.rules": ("ASAM", "IAMD", "IAMS", "SAM"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

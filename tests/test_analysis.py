@@ -292,3 +292,20 @@ def test_analysis_never_imports_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_runs_that_missed_their_stop_ce_are_noted_or_left_out_on_request(tmp_path: Path) -> None:
+    for index, met in enumerate([True, True, False, None]):
+        measures = {"fisher_trace": {"value": float(index), "converged": True}}
+        make_run(tmp_path / str(index), measures=measures, error_gap=0.1 * index, met_stop_ce=met)
+    kept = load_table(tmp_path)
+    assert kept.num_runs == 4
+    assert any("1 of 4 runs ended before" in note for note in kept.notes)
+    strict = load_table(tmp_path, converged_only=True)
+    assert strict.frame["run"].to_list() == ["0", "1", "3"]
+    assert strict.excluded == (Exclusion("2", "training ended before it reached its stop_ce"),)
+
+
+def test_converged_only_needs_run_folders(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="run folders"):
+        load_table(make_csv(tmp_path, "error_gap,a\n1,2\n2,3\n"), converged_only=True)

@@ -28,13 +28,16 @@ def load_table(
     measures: Sequence[str] = (),
     hyperparameters: Sequence[str] = (),
     group_by: Sequence[str] = (),
+    *,
+    converged_only: bool = False,
 ) -> RunTable:
     """Read ``source``: a folder of run folders, or a .csv or .parquet file with one run a row.
 
     Empty ``measures`` takes every measure of the run folders; of a file, the columns that bear a measure's
     name, or where none does, every numeric column that is not a gap, an outcome, a setting or an identifier.
     Empty ``hyperparameters`` takes the settings that vary over the run folders; of a file, the columns that
-    bear a setting's name. ``group_by`` columns always count as hyperparameters.
+    bear a setting's name. ``group_by`` columns always count as hyperparameters. ``converged_only`` leaves out
+    runs whose training ended before it reached its ``stop_ce``; without it they stay, and a note counts them.
 
     Raises:
         UsageError: ``source`` is neither, or a column that was asked for is not there or has another role.
@@ -42,7 +45,9 @@ def load_table(
         StorageError: the file cannot be read.
     """
     if source.is_dir():
-        return _table_from_folders(source, measures, hyperparameters, group_by)
+        return _table_from_folders(source, measures, hyperparameters, group_by, converged_only)
+    if converged_only:
+        raise UsageError("--converged-only needs run folders: a file does not say which runs converged")
     if not source.exists():
         raise UsageError(f"{source} does not exist; give a folder of runs, a .csv or a .parquet file")
     if source.suffix.lower() not in READERS:
@@ -51,9 +56,13 @@ def load_table(
 
 
 def _table_from_folders(
-    root: Path, measures: Sequence[str], hyperparameters: Sequence[str], group_by: Sequence[str]
+    root: Path,
+    measures: Sequence[str],
+    hyperparameters: Sequence[str],
+    group_by: Sequence[str],
+    converged_only: bool,
 ) -> RunTable:
-    kept, excluded = _read_folders(root)
+    kept, excluded = _read_folders(root, converged_only)
     records = list(kept.values())
 
     found = unique(name for record in records for name in record.measures)
@@ -88,7 +97,13 @@ def _table_from_folders(
         )
     for name in hypers:
         columns[name] = pd.Series([config.get(name) for config in configs], dtype=object)
-    note = f"hyperparameters that vary over the runs: {', '.join(varying) or 'none'}"
+    notes = [f"hyperparameters that vary over the runs: {', '.join(varying) or 'none'}"]
+    missed = sum(map(_missed_stop, records))
+    if missed:
+        notes.append(
+            f"{missed} of {len(records)} runs ended before they reached their stop_ce; they are kept "
+            "(--converged-only leaves them out)"
+        )
     return RunTable(
         source=root,
         frame=pd.DataFrame(columns),
@@ -98,11 +113,11 @@ def _table_from_folders(
         excluded=tuple(excluded),
         missing=missing,
         unconverged=unconverged,
-        notes=() if hyperparameters else (note,),
+        notes=tuple(notes[1:] if hyperparameters else notes),
     )
 
 
-def _read_folders(root: Path) -> tuple[dict[str, RunRecord], list[Exclusion]]:
+def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord], list[Exclusion]]:
     """Finished and measured runs by their path below ``root``, and the other runs with the reason."""
     kept: dict[str, RunRecord] = {}
     excluded: list[Exclusion] = []
@@ -111,6 +126,8 @@ def _read_folders(root: Path) -> tuple[dict[str, RunRecord], list[Exclusion]]:
         try:
             record = read_run(path)
             reason = _unusable(record)
+            if reason is None and converged_only and _missed_stop(record):
+                reason = "training ended before it reached its stop_ce"
         except StorageError as error:  # one torn file must not hide the other runs
             excluded.append(Exclusion(run, str(error)))
             continue
@@ -127,13 +144,13 @@ def _read_folders(root: Path) -> tuple[dict[str, RunRecord], list[Exclusion]]:
 
 
 def _unusable(record: RunRecord) -> str | None:
-    if not isinstance(record.summary, dict):
-        return "summary.json is not a table of values"
     if record.status != "finished":
         return record.status
-    if not isinstance(record.measures, dict):
-        return "measures.json is not a table of measures"
     return None if record.measures else "not measured"
+
+
+def _missed_stop(record: RunRecord) -> bool:
+    return record.summary.get("met_stop_ce") is False  # None: no stop_ce was set
 
 
 def _rank(name: str) -> tuple[int, str]:

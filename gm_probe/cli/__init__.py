@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import click
@@ -58,7 +59,9 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="gm_probe", prog_name="gmprobe")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -75,13 +78,16 @@ def main(args: list[str] | None = None) -> None:
     Codes: 0 ok, 1 internal, 2 usage, 3 checkpoint, 4 data, 5 diverged, 6 resources, 7 I/O, 130 interrupted.
     """
     args = sys.argv[1:] if args is None else args
+    # torch.func's own first use of a deprecated call (torch 2.14): nothing that a user could mend
+    warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     try:
         cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context is not None else ""
+        _fail(f"{error.format_message().rstrip('.')}{hint}", error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; what was finished is kept", 130)
     except BrokenPipeError:  # the reader (head, less) closed early, which is its right
@@ -92,7 +98,11 @@ def main(args: list[str] | None = None) -> None:
         _fail(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
         _debug(args)
-        if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate" in str(error):
+        if (
+            isinstance(error, MemoryError)
+            or "out of memory" in str(error).lower()
+            or "can't allocate" in str(error)
+        ):
             _fail(f"out of memory ({_first_line(error)}); lower --batch-size or --max-examples", 6)
         _fail(f"internal error: {_first_line(error)}; run again as `gmprobe --debug ...` to report it", 1)
     except Exception as error:  # noqa: BLE001  the last resort: a stranger gets a line, --debug gets the rest

@@ -35,6 +35,11 @@ LEGEND = (
 @click.option("--group-by", metavar="A,B", default="", help="Also within each subgroup of these settings.")
 @click.option("--gap", type=click.Choice(["error_gap", "ce_gap", "both"]), default="both", show_default=True)
 @click.option(
+    "--converged-only",
+    is_flag=True,
+    help="Leave out runs whose training ended before it reached its stop_ce (they are counted).",
+)
+@click.option(
     "--figure",
     "figure_path",
     metavar="PATH",
@@ -49,6 +54,7 @@ def correlate(
     hyper: str,
     group_by: str,
     gap: str,
+    converged_only: bool,
     figure_path: Path | None,
     no_figure: bool,
     output: str | None,
@@ -77,7 +83,7 @@ def correlate(
         raise UsageError("--figure and --no-figure exclude each other; give one")
     paths = [] if no_figure else _figure_paths(source, figure_path)
     by = _names(group_by)
-    found = runs.load_table(source, _names(measures), _names(hyper), by)
+    found = runs.load_table(source, _names(measures), _names(hyper), by, converged_only=converged_only)
     gaps = found.gaps if gap == "both" else (gap,)
     statistics = correlation.correlate(found, gaps, by)
 
@@ -160,8 +166,6 @@ def _as_rows(statistics: Sequence["MeasureStatistics"]) -> list[dict[str, Any]]:
 
 def _print_tables(statistics: Sequence["MeasureStatistics"], gaps: Sequence[str]) -> None:
     """One table a gap: side by side they would not fit 60 columns."""
-    from rich.markup import escape
-
     from gm_probe.analysis.table import GAPS
 
     console = results_console()
@@ -170,7 +174,7 @@ def _print_tables(statistics: Sequence["MeasureStatistics"], gaps: Sequence[str]
         for measure in statistics:
             for subgroup, results in [(None, measure.gaps), *measure.subgroups.items()]:
                 result = results[gap]
-                name = escape(measure.name if subgroup is None else f"  {subgroup}")
+                name = measure.name if subgroup is None else f"  {subgroup}"
                 ties = f"{result.ties_measure}/{result.ties_gap}"
                 rows.append((name, number(result.tau, 3), number(result.p_naive, 2), str(result.n), ties))
                 if result.reason is not None:

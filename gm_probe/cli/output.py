@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -46,14 +47,19 @@ def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table whose first column is left-aligned and the others right-aligned."""
-    result = Table(title=title, title_justify="left", header_style="bold")
+    result = Table(title=None if title is None else escape(title), title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         result.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*map(escape, row))
     return result
 
 
 def number(value: float | None, digits: int = 4) -> str:
     """A figure for a table: significant digits, or a dash where it is undefined."""
     return "—" if value is None else f"{value:.{digits}g}"
+
+
+def note(console: Console, text: str) -> None:
+    """A line for a person on ``console``, never wrapped where no terminal asks for it."""
+    console.print(text, markup=False, soft_wrap=not console.is_terminal)

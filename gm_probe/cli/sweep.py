@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from gm_probe.cli.output import notes_console, number, print_json, results_console, table
+from gm_probe.cli.output import note, notes_console, number, print_json, results_console, table
 from gm_probe.core.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -20,7 +27,9 @@ if TYPE_CHECKING:
 @click.command(epilog="Example:  gmprobe sweep quickstart --out runs/ --jobs 2")
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs.")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time, each a process.")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time, each a process."
+)
 @click.option("--data", help="Data to use instead of the recipe's (a folder, file or name).")
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
@@ -67,11 +76,15 @@ def sweep(
         summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
         click.echo(f"{len(outcomes)} runs in {out}: {summary}")
         for outcome in failures:
-            click.echo(f"  {outcome.status}: {outcome.name}: {outcome.reason or 'the loss stopped being finite'}")
+            click.echo(
+                f"  {outcome.status}: {outcome.name}: {outcome.reason or 'the loss stopped being finite'}"
+            )
     if counts["failed"]:
-        raise ProbeError(f"{counts['failed']} of {len(outcomes)} runs failed; run the same command to try them again")
+        raise ProbeError(
+            f"{counts['failed']} of {len(outcomes)} runs failed; run the same command to try them again"
+        )
     if not quiet:
-        notes_console().print(f"Next:  gmprobe correlate {out}", markup=False)
+        note(notes_console(), f"next:  gmprobe correlate {out}")
 
 
 def run_with_progress(recipe: Recipe, out: Path, *, jobs: int, quiet: bool) -> list[Outcome]:
@@ -86,17 +99,27 @@ def run_with_progress(recipe: Recipe, out: Path, *, jobs: int, quiet: bool) -> l
             nonlocal done
             done += 1
             reason = f": {outcome.reason}" if outcome.reason else ""
-            console.print(f"[{done}/{len(recipe.runs)}] {outcome.name} {outcome.status}{reason}", markup=False)
+            console.print(
+                f"[{done}/{len(recipe.runs)}] {outcome.name} {outcome.status}{reason}", markup=False
+            )
 
         return run_recipe(recipe, out, jobs=jobs, notify=line)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
         task = progress.add_task("runs", total=len(recipe.runs))
 
         def advance(outcome: Outcome) -> None:
             progress.advance(task)
             if outcome.status in {"failed", "diverged"}:
-                progress.console.print(f"{outcome.status}: {outcome.name}: {outcome.reason or ''}", markup=False)
+                progress.console.print(
+                    f"{outcome.status}: {outcome.name}: {outcome.reason or ''}", markup=False
+                )
 
         return run_recipe(recipe, out, jobs=jobs, notify=advance)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gm_probe.core.datasets import Examples
-from gm_probe.core.errors import DataError
+from gm_probe.core.errors import DataError, UsageError
 
 
 class Batch(NamedTuple):
@@ -27,6 +28,17 @@ class Normalization:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        figures = (*self.mean, *self.std)
+        if (
+            len(self.mean) != len(self.std)
+            or not all(map(math.isfinite, figures))
+            or min(self.std, default=1) <= 0
+        ):
+            raise UsageError(
+                f"normalisation by mean {self.mean} and std {self.std}: one of each a channel, std > 0"
+            )
+
     @classmethod
     def of(cls, examples: Examples) -> Normalization:
         """Mean and standard deviation of uint8 images; none for float data, which is taken as it is."""
@@ -40,12 +52,16 @@ class Normalization:
         mean = sums / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         if bool((std == 0).any()):
-            raise DataError(f"{examples.source}: a colour channel is constant; normalisation would divide by zero")
+            raise DataError(
+                f"{examples.source}: a colour channel is constant; normalisation would divide by zero"
+            )
         return cls(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
 
     def apply(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Scale uint8 (B, C, H, W) to [0, 1] and normalise; floats are normalised without scaling."""
-        result = x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype) if x.is_floating_point() else x
+        result = (
+            x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype) if x.is_floating_point() else x
+        )
         if self.mean:
             if len(self.mean) != x.shape[1]:
                 raise DataError(

@@ -1,10 +1,12 @@
-"""Read and write checkpoints. Nothing in a file can run code: ``weights_only=True`` always, with no fallback."""
+"""Read and write checkpoints. Nothing in a file can run code: ``weights_only=True`` always, no fallback."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.core.batches import Normalization
-from gm_probe.core.errors import CheckpointError
+from gm_probe.core.errors import CheckpointError, UsageError
 from gm_probe.core.files import write_atomic
 from gm_probe.core.models import ModelSpec
 from gm_probe.core.records import CHECKPOINT
@@ -40,7 +42,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a run folder, a .safetensors, or a torch file (.pt, .pth, .th, .ckpt, ...).
 
     Torch files may hold a plain state dict or one under 'state_dict', 'model', 'model_state_dict' or
-    'model_state' (Lightning's included).
+    'model_state' (Lightning's included), or one such inside another.
 
     Raises:
         CheckpointError: the file is missing, broken, holds code, or no usable weights.
@@ -70,8 +72,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             Normalization(tuple(record["mean"]), tuple(record["std"])),
             tuple(record["classes"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its gm_probe header is broken ({error})") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, UsageError) as error:
+        raise CheckpointError(f"{path}: its gm_probe header is broken ({_plain(error)})") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -79,60 +81,80 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no __iter__
             return state, (file.metadata() or {}).get(HEADER)
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # safetensors and torch raise many kinds on a broken file
+        raise CheckpointError(f"{path} is not a readable safetensors file: {_plain(error)}") from error
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # on odd formats, which are refused in a moment
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # torch, zipfile and the unpickler raise many kinds on a broken file
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        code = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
+        if code is not None:
             raise CheckpointError(
-                f"{path} holds more than plain tensors, which could run code ({_unsupported(error)}); where you "
-                "trust it, load it yourself and torch.save(model.state_dict(), ...) to a new file"
+                f"{path} holds more than plain tensors, which could run code ({_plain(code[1] or code[2])}); "
+                "where you trust it, load it yourself and torch.save(model.state_dict(), ...) to a new file"
             ) from error
-        raise CheckpointError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
-    header = content.get(HEADER) if isinstance(content, dict) else None
-    for key in NESTED:
-        if isinstance(content, dict) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint: {type(error).__name__}: {_plain(reason)}"
+        ) from error
+    header = content.get(HEADER) if isinstance(content, Mapping) else None
+    for _ in range(3):  # bounded: a hostile file may nest itself in itself
+        if isinstance(content, Mapping):
+            content = next((content[k] for k in NESTED if isinstance(content.get(k), Mapping)), content)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
     others = [name for name, value in content.items() if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(
-            f"{path} is no state dict: {', '.join(map(repr, others[:3]))} are not tensors; weights are looked for "
-            f"at the top or under {', '.join(NESTED)}"
+            f"{path} is no state dict: {_some(others)} are not tensors; weights are looked for at the top or "
+            f"under {', '.join(NESTED)}"
         )
     return {str(name): value.detach() for name, value in content.items()}, header
 
 
-def _unsupported(error: Exception) -> str:
-    for line in str(error).splitlines():
-        if "Unsupported" in line or "GLOBAL" in line:
-            return line.strip()[:160]
-    return _first_line(error)[:160]
+def _plain(text: object) -> str:
+    """The start of a message or name, safe to print on one line: files choose parts of it."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:160]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _some(names: Sequence[object]) -> str:
+    """The first three names, safe to print."""
+    return ", ".join(_plain(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     for name, value in state.items():
-        if value.is_meta:
-            raise CheckpointError(f"{path}: tensor {name!r} has no data (it was saved from the meta device)")
-        if value.is_complex():
-            raise CheckpointError(f"{path}: tensor {name!r} is complex; real weights are needed")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).sum())
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has {bad} NaN or infinite value(s); use an earlier checkpoint"
-            )
+        problem = _problem(value)
+        if problem is not None:
+            raise CheckpointError(f"{path}: tensor {_plain(name)!r} {problem}")
+
+
+def _problem(value: Tensor) -> str | None:
+    """Why a tensor cannot serve as weights."""
+    if value.is_meta:
+        return "has no data (it was saved from the meta device)"
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        return "is sparse, nested or quantized; dense weights are needed"
+    if value.is_complex():
+        return "is complex; real weights are needed"
+    if value.numel() * value.element_size() > max(value.untyped_storage().nbytes(), 2**20):
+        return f"claims {value.numel():,} values but the file holds fewer"
+    if not value.is_floating_point():
+        return None
+    if value.element_size() == 1:  # narrow floats have no isfinite
+        try:
+            value = value.float()
+        except NotImplementedError:
+            return f"is {value.dtype}, which torch cannot convert to float32"
+    bad = int((~torch.isfinite(value)).sum())
+    return f"has {bad} NaN or infinite value(s); use an earlier checkpoint" if bad else None
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -145,30 +167,32 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         CheckpointError: a mismatch, naming the tensors.
     """
     expected = model.state_dict()
-    state = _strip_prefixes(checkpoint.state, expected)
+    state = _strip_prefixes(checkpoint, expected)
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k not in expected]
     shapes = [
-        f"{k} {tuple(state[k].shape)} ≠ {tuple(expected[k].shape)}"
+        f"{k} {tuple(state[k].shape)} ≠ {tuple(expected[k].shape)} in the model"
         for k in expected
         if k in state and state[k].shape != expected[k].shape
     ]
     problems = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        f"{len(names)} {kind} ({_some(names)})"
         for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
         if names
     ]
     if problems:
-        raise CheckpointError(f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; check --model")
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; check --model"
+        )
     for name, value in state.items():
         if expected[name].is_floating_point() and not value.is_floating_point():
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is {value.dtype}, not floating point")
     model.load_state_dict(state, strict=False)
 
 
-def _strip_prefixes(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor]:
-    stripped = {}
-    for name, value in state.items():
+def _strip_prefixes(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> dict[str, Tensor]:
+    stripped: dict[str, Tensor] = {}
+    for name, value in checkpoint.state.items():
         short = name
         while short not in expected:
             prefix = next((p for p in PREFIXES if short.startswith(p)), None)
@@ -176,6 +200,11 @@ def _strip_prefixes(state: Mapping[str, Tensor], expected: Mapping[str, Any]) ->
                 short = name  # no match below any prefix: report the name as the file has it
                 break
             short = short.removeprefix(prefix)
+        if short in stripped:
+            raise CheckpointError(
+                f"{checkpoint.path} holds two tensors for {_plain(short)!r} once its prefixes are stripped; "
+                "save one model"
+            )
         stripped[short] = value
     return stripped
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +16,26 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
 
 from gm_probe.core.errors import DataError, UsageError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif"}
+)
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
+"""What Pillow may take a file for, whatever its name says: never EPS, which it would hand to Ghostscript."""
+DESCRIPTIONS = {
+    "digits": "1,797 handwritten digits of 8×8 that scikit-learn ships (bundled)",
+    "cifar10": "CIFAR-10 by torchvision (--download, --data-root)",
+    "cifar100": "CIFAR-100 by torchvision",
+    "fashionmnist": "Fashion-MNIST by torchvision",
+    "svhn": "SVHN by torchvision",
+    "FOLDER": "images in class subfolders, or train/ and test/ of such; unlabeled: any images below it",
+    "FILE.npz": "arrays x (N, C, H, W) and, where labeled, y (N,); also .pt, and x alone as .npy",
+}
+"""What --data, --unlabeled and --labeled take."""
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused before they are decoded (decompression bombs)."""
 
@@ -139,24 +152,24 @@ def _digits() -> Examples:
     return Examples(images, labels, tuple(str(name) for name in digits.target_names), "digits")
 
 
-DATASETS: dict[str, Callable[..., Any]] = {
-    "cifar10": torchvision.datasets.CIFAR10,
-    "cifar100": torchvision.datasets.CIFAR100,
-    "fashionmnist": torchvision.datasets.FashionMNIST,
-    "svhn": torchvision.datasets.SVHN,
-}
+DATASETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST", "svhn": "SVHN"}
+"""Names, and torchvision's classes for them."""
 
 
 def _torchvision(name: str, root: Path, download: bool, train: bool) -> Examples:
+    # imported here: torchvision takes a second or two, and only its own data sets need it
+    import torchvision
+
     part: dict[str, Any] = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
-        data = DATASETS[name](root=str(root), download=download, **part)
+        data = getattr(torchvision.datasets, DATASETS[name])(root=str(root), download=download, **part)
     except RuntimeError as error:
         raise DataError(
-            f"{name} is not (whole) in {root}: {error}; add --download, or name its folder with --data-root"
+            f"{name} is not (whole) in {root}: {_first_line(error)}; add --download, or name its folder with "
+            "--data-root"
         ) from error
-    except OSError as error:
-        raise DataError(f"cannot download or read {name} in {root}: {error}") from error
+    except Exception as error:  # torchvision's readers raise many kinds on a broken file
+        raise DataError(f"cannot download or read {name} in {root}: {_first_line(error)}") from error
     images = torch.as_tensor(data.data)
     if name == "fashionmnist":
         images = images.unsqueeze(1)
@@ -170,11 +183,10 @@ def _torchvision(name: str, root: Path, download: bool, train: bool) -> Examples
 def _array_file(path: Path) -> Examples:
     """Arrays ``x`` and optionally ``y`` of a .npz or .pt, or ``x`` alone as .npy."""
     try:
-        if path.suffix == ".npy":
-            arrays: Any = {"x": np.load(path, allow_pickle=False)}
-        elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
+        if path.suffix in {".npy", ".npz"}:
+            with path.open("rb") as file:
+                loaded = np.load(file, allow_pickle=False)
+                arrays: Any = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
         elif path.suffix in {".pt", ".pth"}:
             arrays = torch.load(path, map_location="cpu", weights_only=True)
         else:
@@ -182,28 +194,43 @@ def _array_file(path: Path) -> Examples:
     except UsageError:
         raise
     except Exception as error:  # numpy, zipfile and torch each raise their own kinds on a broken file
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot read {path}: {first}") from error
+        raise DataError(f"cannot read {path}: {_first_line(error)}") from error
     if isinstance(arrays, Tensor):
         arrays = {"x": arrays}
     if not isinstance(arrays, dict) or "x" not in arrays:
         raise DataError(f"{path} has no array 'x'; save images as x (N, C, H, W) and labels as y (N,)")
-    x = torch.as_tensor(arrays["x"])
-    y = torch.as_tensor(arrays["y"]) if "y" in arrays else None
+    x = _tensor(path, "x", arrays["x"])
     if x.dim() < 2 or len(x) == 0:
         raise DataError(f"{path}: x has shape {tuple(x.shape)}; it must be (N, ...) with N ≥ 1")
-    if y is not None:
-        if y.shape != (len(x),) or y.is_floating_point() or bool((y < 0).any()):
-            raise DataError(f"{path}: y must be {len(x)} class indices ≥ 0, got {y.dtype} {tuple(y.shape)}")
-        y = y.to(torch.int64)
+    if x.dtype == torch.uint8 and x.dim() == 4 and x.shape[1] > 4 >= x.shape[3]:
+        raise DataError(f"{path}: x {tuple(x.shape)} looks like (N, H, W, C); transpose it to (N, C, H, W)")
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
         raise DataError(f"{path}: x holds NaN or infinite values")
+    y = None if arrays.get("y") is None else _tensor(path, "y", arrays["y"])
+    if y is not None:
+        if y.shape != (len(x),) or y.is_floating_point() or bool((y.to(torch.int64) < 0).any()):
+            raise DataError(f"{path}: y must be {len(x)} class indices ≥ 0, got {y.dtype} {tuple(y.shape)}")
+        y = y.to(torch.int64)
     return Examples(x, y, (), str(path))
+
+
+def _tensor(path: Path, name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:  # text, records, foreign byte order
+        raise DataError(f"{path}: {name} is no array of numbers: {_first_line(error)}") from error
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        raise DataError(f"{path}: {name} must hold plain real numbers, got {tensor.dtype} on {tensor.device}")
+    return tensor
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _folder(path: Path, *, labeled: bool, channels: int | None, image_size: int | None) -> Examples:
     if labeled:
-        names = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
+        names = _class_names(path)
         if not names:
             raise DataError(f"{path} has no class subfolders; give unlabeled images with --unlabeled")
         files = [(file, index) for index, name in enumerate(names) for file in _images_below(path / name)]
@@ -215,7 +242,8 @@ def _folder(path: Path, *, labeled: bool, channels: int | None, image_size: int 
     empty = set(range(len(names))) - {index for _, index in files}
     if empty:
         raise DataError(f"{path / names[min(empty)]} holds no images; remove the folder or fill it")
-    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
+    # warnings are silenced once for all threads (the filters are the process's); our own cap follows
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:  # decoding releases the GIL
         arrays = list(pool.map(partial(_decode, channels=channels, size=image_size), (f for f, _ in files)))
     if channels is None and any(array.ndim == 3 for array in arrays):
         arrays = [a if a.ndim == 3 else np.repeat(a[..., None], 3, axis=2) for a in arrays]
@@ -231,10 +259,28 @@ def _folder(path: Path, *, labeled: bool, channels: int | None, image_size: int 
     return Examples(images, labels, names, str(path))
 
 
+def _class_names(path: Path) -> tuple[str, ...]:
+    """Sorted names of the class folders in ``path``: not hidden, no links that lead back to ``path``."""
+    here = path.resolve()
+    try:
+        folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        return tuple(sorted(entry.name for entry in folders if not here.is_relative_to(entry.resolve())))
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> DataError:
+    return DataError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+
 def _images_below(path: Path) -> Iterator[Path]:
-    """Images below ``path`` in sorted order, links to folders not followed (they may loop)."""
-    for folder, subfolders, names in os.walk(path):
-        subfolders.sort()
+    """Images below ``path`` in sorted order; hidden folders and links to folders (they may loop) left out."""
+
+    def fail(error: OSError) -> None:
+        raise _unreadable(error) from error
+
+    for folder, subfolders, names in os.walk(path, onerror=fail):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
                 yield Path(folder) / name
@@ -243,17 +289,23 @@ def _images_below(path: Path) -> Iterator[Path]:
 def _decode(file: Path, channels: int | None, size: int | None) -> np.ndarray:
     """(H, W) grey or (H, W, 3) RGB uint8."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap follows
-            with Image.open(file) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise DataError(f"{file} claims {image.width}×{image.height} pixels; the cap is {MAX_PIXELS:,}")
-                grey = channels == 1 or (channels is None and image.mode in {"L", "1"})
-                converted = image.convert("L" if grey else "RGB")
-                if size is not None:
-                    converted = converted.resize((size, size), Image.Resampling.BILINEAR)
-                return np.asarray(converted, dtype=np.uint8)
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"{file} claims {image.width}×{image.height} pixels; the cap is {MAX_PIXELS:,}"
+                )
+            if image.mode in {"I", "F"}:
+                raise DataError(f"{file} has 32-bit pixels of unknown range; convert it to 8 or 16 bits")
+            if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
+                picture = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            else:
+                picture = image
+            grey = channels == 1 or (channels is None and picture.mode in {"L", "1"})
+            picture = picture.convert("L" if grey else "RGB")
+            if size is not None:
+                picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+            return np.asarray(picture, dtype=np.uint8)
     except DataError:
         raise
-    except Exception as error:  # Pillow raises many kinds on broken files (OSError, SyntaxError, struct.error, ...)
-        raise DataError(f"cannot decode {file}: {error}; remove or replace it") from error
+    except Exception as error:  # Pillow raises many kinds on broken files (OSError, struct.error, ...)
+        raise DataError(f"cannot decode {file}: {_first_line(error)}; remove or replace it") from error

@@ -27,7 +27,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"no device {name!r}; use auto, cpu, cuda, cuda:1 or mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ResourceError(f"no device {name}: torch sees {torch.cuda.device_count()} CUDA device(s); use --device cpu")
+        raise ResourceError(
+            f"no device {name}: torch sees {torch.cuda.device_count()} CUDA device(s); use --device cpu"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ResourceError("no MPS device here; use --device cpu")
     return device
@@ -35,7 +37,11 @@ def pick_device(name: str) -> torch.device:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and threads, to be stored with every result."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     return {
         "gm_probe": version("gm_probe"),
         "torch": torch.__version__,

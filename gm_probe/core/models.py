@@ -6,12 +6,14 @@ import difflib
 import importlib
 import importlib.util
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torchvision
 from torch import Tensor, nn
 
 from gm_probe.core.errors import UsageError
@@ -52,7 +54,13 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ModelSpec:
-        return cls(str(value["name"]), tuple(int(n) for n in value["input_shape"]), int(value["num_classes"]))
+        """Raises KeyError, TypeError, ValueError or OverflowError on a broken record."""
+        spec = cls(str(value["name"]), tuple(int(n) for n in value["input_shape"]), int(value["num_classes"]))
+        if min(spec.num_classes, *spec.input_shape) < 1:
+            raise ValueError(
+                f"input_shape {spec.input_shape} and num_classes {spec.num_classes} must be positive"
+            )
+        return spec
 
 
 def build_model(spec: ModelSpec) -> nn.Module:
@@ -65,11 +73,13 @@ def build_model(spec: ModelSpec) -> nn.Module:
     if spec.is_user_code:
         return _user_model(name)
     if name.startswith("torchvision:"):
-        return _torchvision_model(name.removeprefix("torchvision:"), spec.num_classes)
+        return _torchvision_model(name.removeprefix("torchvision:"), spec)
     if name.startswith("timm:"):
         return _timm_model(name.removeprefix("timm:"), spec)
     if name == "mlp" or re.fullmatch(r"mlp(-\d+)+", name):
         widths = tuple(int(width) for width in name.split("-")[1:]) or (128, 128)
+        if 0 in widths:
+            raise UsageError(f"{name}: every width must be at least 1")
         inputs = 1
         for size in shape:
             inputs *= size
@@ -77,7 +87,10 @@ def build_model(spec: ModelSpec) -> nn.Module:
     if len(shape) != 3 and (name == "6cnn" or name.startswith("wrn-")):
         raise UsageError(f"{name} takes images (C, H, W), not examples of shape {shape}; use mlp or your own")
     if name == "6cnn":
-        return cnn6(*shape, spec.num_classes)
+        channels, height, width = shape
+        if min(height, width) < 4:
+            raise UsageError(f"6cnn takes images of at least 4×4 pixels, not {width}×{height}")
+        return cnn6(channels, height, width, spec.num_classes)
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)(-authors)?", name):
         depth, widen = int(match[1]), int(match[2])
         if depth < 10 or (depth - 4) % 6 or widen < 1:
@@ -89,12 +102,19 @@ def build_model(spec: ModelSpec) -> nn.Module:
     raise UsageError(f"no model {name!r}; {hint}")
 
 
-def _torchvision_model(name: str, classes: int) -> nn.Module:
+def _torchvision_model(name: str, spec: ModelSpec) -> nn.Module:
+    # imported here: torchvision takes a second or two, and only its own models need it
+    import torchvision
+
     available = torchvision.models.list_models(module=torchvision.models)
     if name not in available:
         close = difflib.get_close_matches(name, available, n=3)
         raise UsageError(f"torchvision has no classifier {name!r}; nearest: {', '.join(close) or 'none'}")
-    return torchvision.models.get_model(name, weights=None, num_classes=classes)
+    if len(spec.input_shape) != 3 or spec.input_shape[0] != 3:
+        raise UsageError(
+            f"torchvision:{name} takes RGB images (3, H, W), not examples of shape {spec.input_shape}"
+        )
+    return torchvision.models.get_model(name, weights=None, num_classes=spec.num_classes)
 
 
 def _timm_model(name: str, spec: ModelSpec) -> nn.Module:
@@ -114,25 +134,36 @@ def _timm_model(name: str, spec: ModelSpec) -> nn.Module:
 
 def _user_model(name: str) -> nn.Module:
     location, _, attribute = name.rpartition(":")
+    file = Path(location) if location.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise UsageError(f"--model {name}: there is no file {location}")
+    # as `python file.py` and `python -m module` do: code finds what lies beside it
+    folder = str(Path.cwd() if file is None else file.resolve().parent)
+    sys.path.insert(0, folder)
     try:
-        if location.endswith(".py"):
-            if not Path(location).is_file():
-                raise UsageError(f"--model {name}: there is no file {location}")
-            module_spec = importlib.util.spec_from_file_location(Path(location).stem, location)
-            assert module_spec is not None and module_spec.loader is not None
-            module = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(location)
-        factory = getattr(module, attribute)
-        model = factory()
-    except UsageError:
-        raise
-    except Exception as error:  # whatever a user's own code raises
-        raise UsageError(f"--model {name}: {type(error).__name__}: {error}") from error
+        module = importlib.import_module(location) if file is None else _module_of(file)
+        model = getattr(module, attribute)()
+    except (Exception, SystemExit) as error:  # whatever a user's own code raises
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--model {name}: {type(error).__name__}: {reason}") from error
+    finally:
+        with suppress(ValueError):  # it may have cleared the path itself
+            sys.path.remove(folder)
     if not isinstance(model, nn.Module):
         raise UsageError(f"--model {name} returned {type(model).__name__}, not an nn.Module")
     return model
+
+
+def _module_of(file: Path) -> ModuleType:
+    """Run ``file`` as a module of its own, even where an installed one bears its name."""
+    name = f"gm_probe_user_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def logits_of(output: Any) -> Tensor:

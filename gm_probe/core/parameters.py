@@ -46,7 +46,9 @@ class Parameters:
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Cut a (P,) vector into views of the parameters' shapes."""
         pieces = vector.split(self._sizes)
-        return {name: piece.view(p.shape) for (name, p), piece in zip(self.named.items(), pieces, strict=True)}
+        return {
+            name: piece.view(p.shape) for (name, p), piece in zip(self.named.items(), pieces, strict=True)
+        }
 
     def join(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """Join tensors in the parameters' order to one (P,) vector; None stands for zeros (unused)."""
@@ -63,7 +65,11 @@ class Parameters:
 
     def logits(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """(B, C) logits at parameter ``values`` (default: the model's own), buffers left untouched."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()} if self.model.training else {}
+        buffers = (
+            {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            if self.model.training
+            else {}
+        )
         return logits_of(functional_call(self.model, {**(values or {}), **buffers}, (x,)))
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:

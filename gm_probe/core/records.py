@@ -13,7 +13,7 @@ A run is a folder::
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,14 @@ class RunRecord:
     ``summary`` has ``status`` (finished, diverged, failed) and, for a finished run, ``train_error``,
     ``test_error``, ``train_ce``, ``test_ce``, ``error_gap``, ``ce_gap``; empty while the run is under way.
     ``measures`` maps a measure's name to its row (``value``, ``stderr``, ...); empty when not measured.
+    ``settings`` is how these were taken.
     """
 
     path: Path
     config: dict[str, Any]
     summary: dict[str, Any]
     measures: dict[str, dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
@@ -54,9 +56,20 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         StorageError: a file of it is missing or broken.
     """
-    summary = read_json(path / SUMMARY) if (path / SUMMARY).exists() else {}
-    measured = read_json(path / MEASURES) if (path / MEASURES).exists() else {}
-    return RunRecord(path, read_toml(path / CONFIG), summary, measured.get("measures", {}))
+    config = read_toml(path / CONFIG) if (path / CONFIG).exists() or not (path / SUMMARY).exists() else {}
+    measured = _read_table(path / MEASURES)
+    measures, settings = measured.get("measures", {}), measured.get("settings", {})
+    if not isinstance(measures, dict) or not isinstance(settings, dict):
+        raise StorageError(f"{path / MEASURES} holds no table of measures; remove it and measure again")
+    return RunRecord(path, config, _read_table(path / SUMMARY), measures, settings)
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty where there is no such file."""
+    value = read_json(path) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise StorageError(f"{path} holds a {type(value).__name__}, not an object; remove it")
+    return value
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -67,7 +80,8 @@ def find_runs(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give the folder that `gmprobe sweep --out` wrote")
-    runs = sorted(config.parent for config in root.rglob(CONFIG))
+    # a run that failed before it could begin has a summary alone
+    runs = sorted({file.parent for name in (CONFIG, SUMMARY) for file in root.rglob(name)})
     if not runs:
         raise UsageError(f"{root} holds no run (no {CONFIG} below it); train one with `gmprobe train --out`")
     return runs
@@ -76,13 +90,16 @@ def find_runs(root: Path) -> list[Path]:
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the epoch rows of a run folder. A torn last line (the run was killed there) ends the rows."""
     try:
-        lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+        lines = (path / METRICS).read_bytes().splitlines()
     except OSError as error:
         raise StorageError(f"cannot read {path / METRICS}: {error.strerror or error}") from error
     for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except ValueError as error:
             if number == len(lines):
                 return
             raise StorageError(f"{path / METRICS} line {number} is not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise StorageError(f"{path / METRICS} line {number} is no object")
+        yield row

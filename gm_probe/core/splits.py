@@ -35,8 +35,8 @@ def split(
 ) -> Splits:
     """Cut ``source`` into disjoint parts.
 
-    The test part is the source's own where it has one, else it is cut from the pool. Defaults: a quarter of the
-    pool but at most 5,000 unlabeled; a quarter for test if it must come from the pool; all the rest for
+    The test part is the source's own where it has one, else it is cut from the pool. Defaults: a quarter of
+    the pool but at most 5,000 unlabeled; a quarter for test if it must come from the pool; all the rest for
     training. The draw depends on ``seed`` and the pool's size alone.
 
     Raises:

@@ -30,8 +30,10 @@ def kl_gradient(parameters: Parameters, x: Tensor, clean: Tensor, offset: Tensor
         (B,) divergences and the (P,) gradient.
     """
     with torch.enable_grad():
-        moved = {name: (p.detach() + d).requires_grad_() for (name, p), d in zip(
-            parameters.named.items(), parameters.split(offset).values(), strict=True)}
+        moved = {
+            name: (p.detach() + d).requires_grad_()
+            for (name, p), d in zip(parameters.named.items(), parameters.split(offset).values(), strict=True)
+        }
         terms = kl_divergence(clean, parameters.logits(x, moved))
         gradients = torch.autograd.grad(terms.sum(), list(moved.values()), allow_unused=True)
     return terms.detach(), parameters.join(gradients)

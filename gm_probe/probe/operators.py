@@ -92,7 +92,11 @@ def hessian(parameters: Parameters, batches: Batches, labels: Tensor, work: Work
                 loss = functional.cross_entropy(parameters.logits(batch.x, values), y, reduction="sum")
                 gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
                 # a parameter that no logit uses has no gradient; one whose gradient is constant has no graph
-                pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad]
+                pairs = [
+                    (g, t)
+                    for g, t in zip(gradients, tangents, strict=True)
+                    if g is not None and g.requires_grad
+                ]
                 along = torch.stack([(g * t).sum() for g, t in pairs]).sum()
                 products = torch.autograd.grad(along, leaves, allow_unused=True)
             result += parameters.join(products)

@@ -121,7 +121,9 @@ def trace(
     total: Tensor | None = None
     stderr, converged = math.inf, False
     while len(samples) < max_probes and not converged:
-        signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8).to(operator.device)
+        signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8).to(
+            operator.device
+        )
         terms = operator.terms(signs.to(operator.dtype) * 2 - 1).double()
         if not bool(torch.isfinite(terms).all()):
             raise DivergedError("a curvature term is not finite; try --dtype float64")

@@ -13,12 +13,17 @@ from typing import Any
 
 from gm_probe.core.errors import UsageError
 from gm_probe.core.files import read_toml
-from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, Settings
-from gm_probe.training.config import TrainConfig
+from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES
+from gm_probe.probe.probe import Settings
+from gm_probe.training.config import SETTINGS, TrainConfig
 
-# where a run is computed is no part of what it computes
-_PLACE = ("device", "threads", "data_root", "download")
-_SHORT = {"batch_size": "bs", "weight_decay": "wd", "seed": "s", "method": "", "model": "", "learning_rate": "lr"}
+_SHORT = {
+    "batch_size": "bs",
+    "weight_decay": "wd",
+    "seed": "s",
+    "method": "",
+    "model": "",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,9 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     path = Path(name)
     if path.suffix != ".toml":
         if name not in builtin_recipes():
-            raise UsageError(f"no recipe {name!r}: give a .toml file or one of {', '.join(builtin_recipes())}")
+            raise UsageError(
+                f"no recipe {name!r}: give a .toml file or one of {', '.join(builtin_recipes())}"
+            )
         with resources.as_file(resources.files("gm_probe") / "recipes" / f"{name}.toml") as file:
             content = read_toml(file)
     else:
@@ -82,7 +89,12 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
     """
     unknown = sorted(set(content) - {"base", "grid", "measure", "correlate"})
     if unknown:
-        raise UsageError(f"recipe: unknown table [{unknown[0]}]; there are [base], [grid], [measure], [correlate]")
+        raise UsageError(
+            f"recipe: unknown table [{unknown[0]}]; there are [base], [grid], [measure], [correlate]"
+        )
+    for table, value in content.items():
+        if not isinstance(value, Mapping):
+            raise UsageError(f"recipe: {table} = {value!r} must be a table, [{table}]")
     grid = content.get("grid", {})
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
@@ -99,35 +111,70 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
         if name in runs:
             raise UsageError(f"recipe: the grid names one run twice ({name})")
         runs[name] = config
-    group_by = tuple(content.get("correlate", {}).get("group_by", ()))
-    return Recipe(runs, _plan(content.get("measure", {})), group_by)
+    return Recipe(runs, _plan(content.get("measure", {})), _group_by(content.get("correlate", {})))
+
+
+def _group_by(content: Mapping[str, Any]) -> tuple[str, ...]:
+    unknown = sorted(set(content) - {"group_by"})
+    if unknown:
+        raise UsageError(f"recipe: no setting correlate.{unknown[0]}; there is: group_by")
+    names = _names("correlate.group_by", content.get("group_by", []))
+    for name in names:
+        if name not in SETTINGS:
+            raise UsageError(
+                f"recipe: correlate.group_by: no setting {name!r}; there are: {', '.join(SETTINGS)}"
+            )
+    return names
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UsageError(f"recipe: {key} = {value!r} must be a list of names")
+    return tuple(value)
 
 
 def _plan(content: Mapping[str, Any]) -> MeasurePlan:
-    settings = {field.name for field in fields(Settings)}
-    unknown = sorted(set(content) - settings - {"measures", "max_examples", "batch_size"})
+    settings = {field.name: field.default for field in fields(Settings)}
+    unknown = sorted(set(content) - set(settings) - {"measures", "max_examples", "batch_size"})
     if unknown:
-        raise UsageError(f"recipe: no setting measure.{unknown[0]}; there are: measures, max_examples, "
-                         f"batch_size, {', '.join(sorted(settings))}")
-    names = tuple(content.get("measures", (n for n in DEFAULT_MEASURES if not MEASURES[n].needs_labels)))
+        raise UsageError(
+            f"recipe: no setting measure.{unknown[0]}; there are: measures, max_examples, "
+            f"batch_size, {', '.join(sorted(settings))}"
+        )
+    default = [name for name in DEFAULT_MEASURES if not MEASURES[name].needs_labels]
+    names = _names("measure.measures", content.get("measures", default))
     for name in names:
         if name not in MEASURES:
             raise UsageError(f"recipe: no measure {name!r}; there are: {', '.join(MEASURES)}")
         if MEASURES[name].needs_labels:
             raise UsageError(f"recipe: {name} needs labels; a sweep measures on the unlabeled part")
-    chosen = {key: value for key, value in content.items() if key in settings}
-    return MeasurePlan(names, Settings(**chosen), content.get("max_examples"), content.get("batch_size", 250))
+    chosen = {key: _like(key, value, settings[key]) for key, value in content.items() if key in settings}
+    sizes = {key: content[key] for key in ("max_examples", "batch_size") if key in content}
+    for key, value in sizes.items():
+        if _like(key, value, 1) < 1:
+            raise UsageError(f"recipe: measure.{key} = {value} must be at least 1")
+    if chosen.get("protocol", "paper") not in ("paper", "converged"):
+        raise UsageError(f"recipe: measure.protocol = {chosen['protocol']!r} must be 'paper' or 'converged'")
+    return MeasurePlan(names, Settings(**chosen), sizes.get("max_examples"), sizes.get("batch_size", 250))
+
+
+def _like(key: str, value: Any, default: Any) -> Any:
+    """``value``, checked to be of the default's type."""
+    if type(default) is float and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise UsageError(f"recipe: measure.{key} = {value!r} must be of type {type(default).__name__}")
+    return value
 
 
 def run_name(config: TrainConfig, varied: Mapping[str, Any]) -> str:
     """A readable name that ends in a hash of everything the run computes from."""
-    content = {key: value for key, value in config.as_dict().items() if key not in _PLACE}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(config.identity(), sort_keys=True).encode()).hexdigest()[:8]
     parts = [f"{_SHORT.get(key, key)}{_plain(value)}" for key, value in varied.items()]
-    return "-".join([*parts, digest])
+    return "-".join(filter(None, ["-".join(parts)[:120], digest]))
 
 
 def _plain(value: Any) -> str:
-    """A value in characters that any file system takes."""
+    """A value in characters that any file system takes, no dot in front (it would hide the folder)."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return "".join(c if c.isalnum() or c in ".+-" else "_" for c in text)[:40]
+    return "".join(c if c.isascii() and (c.isalnum() or c in ".+-") else "_" for c in text).lstrip(".")[:40]

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.checkpoints import load_weights, read_checkpoint
-from gm_probe.core.devices import environment, pick_device
-from gm_probe.core.errors import DivergedError, ProbeError, UsageError
-from gm_probe.core.files import write_json
-from gm_probe.core.models import build_model
-from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, SUMMARY, RunRecord, read_run
-from gm_probe.probe.measures import measure
+from gm_probe.core.devices import pick_device
+from gm_probe.core.errors import DivergedError, ProbeError, StorageError
+from gm_probe.core.files import read_json, write_atomic, write_json
+from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, SUMMARY, read_run
+from gm_probe.sweep.measuring import measure_checkpoint
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import load_splits, train
+
+TRACEBACK = "error.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +39,35 @@ class Outcome:
 
 
 def is_complete(out: Path, plan: MeasurePlan) -> bool:
-    """Whether a run folder needs nothing more: diverged, or finished and measured in full."""
+    """Whether a run folder needs nothing more: diverged, or finished and measured as the plan says."""
     if not (out / CONFIG).exists():
         return False
-    record = read_run(out)
+    try:
+        record = read_run(out)
+    except StorageError:
+        return False  # trying the run will say what is broken
     if record.status == "finished":
-        return set(plan.measures) <= set(record.measures)
+        asked = {**asdict(plan.settings), "max_examples": plan.max_examples}
+        same = all(record.settings.get(name, value) == value for name, value in asked.items())
+        return not plan.measures or (same and set(plan.measures) <= set(record.measures))
     return record.status == "diverged"
 
 
-def run_one(config: TrainConfig, plan: MeasurePlan, out: Path) -> str:
+def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | None = None) -> str:
     """Train (or resume) and measure one run; returns its status.
 
-    Whatever goes wrong is written to the run's summary.
+    Args:
+        threads: where ``config`` names none: what a run computes does not depend on how it is scheduled, so
+            they are not part of its configuration.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    record = read_run(out) if (out / CONFIG).exists() else None
+    if record is not None and config.threads is None:
+        config = config.replace(threads=record.config.get("threads"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads or before)
     try:
-        train(config, out, resume=True)
+        if record is None or record.status != "finished":
+            train(config, out, resume=True)
         if plan.measures:
             _measure(config, plan, out)
         return "finished"
@@ -61,39 +75,53 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path) -> str:
         if read_run(out).status != "diverged":  # the measurement diverged, not the training
             raise
         return "diverged"
+    finally:
+        torch.set_num_threads(before)
 
 
 def _measure(config: TrainConfig, plan: MeasurePlan, out: Path) -> None:
-    device = pick_device(config.device)
-    checkpoint = read_checkpoint(out / CHECKPOINT)
-    assert checkpoint.model is not None
-    # the model's code is the one that the recipe names, never one that a file names
-    model = build_model(checkpoint.model if checkpoint.model.name == config.model else _stranger(out, config))
-    load_weights(model, checkpoint)
-    if len(checkpoint.model.input_shape) == 3:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  missing in the stubs
     examples = load_splits(config).unlabeled.unlabeled().subset(plan.max_examples, plan.settings.seed)
-    batches = Batches(examples, checkpoint.normalization, batch_size=plan.batch_size, device=device)
-    report = measure(model.to(device), batches, plan.measures, plan.settings)
-    result = report.as_dict(
-        checkpoint=str(out / CHECKPOINT), model=config.model, data=examples.source, **environment(device)
+    result = measure_checkpoint(
+        out / CHECKPOINT,
+        examples,
+        plan.measures,
+        plan.settings,
+        model_name=config.model,  # the code that the recipe names, never one that a file names
+        batch_size=plan.batch_size,
+        device=pick_device(config.device),
     )
+    result["settings"]["max_examples"] = plan.max_examples
     write_json(out / MEASURES, result)
 
 
-def _stranger(out: Path, config: TrainConfig) -> Any:
-    raise UsageError(f"{out / CHECKPOINT} is not of model {config.model}; remove the folder to train it again")
-
-
-def _attempt(config: TrainConfig, plan: MeasurePlan, out: Path) -> tuple[str, str | None]:
+def _attempt(
+    config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | None = None
+) -> tuple[str, str | None]:
     """``run_one`` with its error as text: exceptions of a worker may not survive pickling."""
     try:
-        return run_one(config, plan, out), None
+        _forget_failure(out)
+        return run_one(config, plan, out, threads), None
     except ProbeError as error:
         return "failed", str(error)
     except Exception as error:  # noqa: BLE001  one failed run never stops the others; its traceback is kept
-        (out / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        with suppress(StorageError):
+            write_atomic(out / TRACEBACK, traceback.format_exc().encode())
         return "failed", f"{type(error).__name__}: {error}"
+
+
+def _forget_failure(out: Path) -> None:
+    (out / TRACEBACK).unlink(missing_ok=True)
+    with suppress(StorageError):
+        summary = read_json(out / SUMMARY)
+        if isinstance(summary, dict) and summary.get("status") == "failed":
+            (out / SUMMARY).unlink()
+
+
+def _record_failure(out: Path, reason: str | None) -> None:
+    # a finished training whose measurement failed keeps its summary; the missing measures say the rest
+    if not (out / SUMMARY).exists():
+        with suppress(StorageError):  # a full disk, say: the outcome is still reported
+            write_json(out / SUMMARY, {"status": "failed", "reason": reason})
 
 
 def run_recipe(
@@ -105,85 +133,117 @@ def run_recipe(
 ) -> list[Outcome]:
     """Run every incomplete run of ``recipe`` below ``out``, ``jobs`` at a time, and return how each ended.
 
-    With several jobs each has a process of its own; one that dies (out of memory, say) costs its own run only.
-    A failed run is tried again by the next call.
+    With several jobs each has a process of its own; one that dies (out of memory, say) costs its run only.
+    A failed run is tried again by the next call. Whatever ends this call ends its processes too.
     """
     outcomes: list[Outcome] = []
 
-    def report(name: str, status: str, reason: str | None) -> None:
-        if status == "failed":
-            _record_failure(out / name, reason)
-        outcomes.append(Outcome(name, status, reason))
+    def report(outcome: Outcome) -> None:
+        if outcome.status == "failed":
+            _record_failure(out / outcome.name, outcome.reason)
+        outcomes.append(outcome)
         if notify is not None:
-            notify(outcomes[-1])
+            notify(outcome)
 
-    todo: list[tuple[str, TrainConfig]] = []
+    todo: dict[str, TrainConfig] = {}
     for name, config in recipe.runs.items():
         if is_complete(out / name, recipe.plan):
-            report(name, "skipped", None)
+            report(Outcome(name, "skipped"))
         else:
-            _forget_failure(out / name)
-            todo.append((name, config))
-    if jobs <= 1:
-        for name, config in todo:
-            report(name, *_attempt(config, recipe.plan, out / name))
-    else:
-        for name, status, reason in _in_processes(todo, recipe.plan, out, jobs):
-            report(name, status, reason)
+            todo[name] = config
+    run = _in_processes(todo, recipe.plan, out, jobs) if jobs > 1 else _in_turn(todo, recipe.plan, out)
+    with closing(run) as ended:
+        for outcome in ended:
+            report(outcome)
     return outcomes
 
 
-def _record_failure(out: Path, reason: str | None) -> None:
-    # a finished training whose measurement failed keeps its summary; the missing measures say the rest
-    if not (out / SUMMARY).exists():
-        write_json(out / SUMMARY, {"status": "failed", "reason": reason})
-
-
-def _forget_failure(out: Path) -> None:
-    if (out / CONFIG).exists() and read_run(out).status == "failed":
-        (out / SUMMARY).unlink()
-    elif not (out / CONFIG).exists():
-        (out / SUMMARY).unlink(missing_ok=True)
+def _in_turn(todo: Mapping[str, TrainConfig], plan: MeasurePlan, out: Path) -> Generator[Outcome, None, None]:
+    for name, config in todo.items():
+        yield Outcome(name, *_attempt(config, plan, out / name))
 
 
 def _in_processes(
-    todo: list[tuple[str, TrainConfig]], plan: MeasurePlan, out: Path, jobs: int
-) -> Iterator[tuple[str, str, str | None]]:
-    """One single-process pool a slot, so that a dying process breaks its own slot only."""
-    context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools in an unusable state
+    todo: Mapping[str, TrainConfig], plan: MeasurePlan, out: Path, jobs: int
+) -> Generator[Outcome, None, None]:
+    context = multiprocessing.get_context("spawn")  # fork would copy torch's threads in an unusable state
     threads = max(1, torch.get_num_threads() // jobs)
-    pools: dict[int, ProcessPoolExecutor] = {}
-    running: dict[Future[tuple[str, str | None]], tuple[int, str]] = {}
-    waiting = iter(todo)
+    waiting = iter(todo.items())
+    workers: list[_Worker] = []
+    busy: list[_Worker] = []
 
-    def begin(slot: int) -> None:
+    def begin(worker: _Worker | None) -> None:
         following = next(waiting, None)
         if following is None:
             return
+        if worker is None or not worker.process.is_alive():
+            worker = _Worker(context)
+            workers.append(worker)
         name, config = following
-        if slot not in pools:
-            pools[slot] = ProcessPoolExecutor(1, mp_context=context)
-        config = config if config.threads is not None else config.replace(threads=threads)
-        running[pools[slot].submit(_attempt, config, plan, out / name)] = (slot, name)
+        worker.begin(name, config, plan, out / name, threads)
+        busy.append(worker)
 
     try:
-        for slot in range(jobs):
-            begin(slot)
-        while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                slot, name = running.pop(future)
-                try:
-                    yield (name, *future.result())
-                except BrokenProcessPool:
-                    pools.pop(slot).shutdown(wait=False)
-                    yield name, "failed", "its process died (out of memory, or killed); run the sweep again"
-                begin(slot)
+        for _ in range(jobs):
+            begin(None)
+        while busy:
+            ready = wait([worker.tasks for worker in busy])
+            for worker in [worker for worker in busy if worker.tasks in ready]:
+                busy.remove(worker)
+                yield Outcome(worker.run, *worker.result())
+                begin(worker)
     finally:
-        for pool in pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.stop()
 
 
-def read_outcomes(recipe: Recipe, out: Path) -> dict[str, RunRecord]:
-    """Records of the recipe's runs that exist on disk."""
-    return {name: read_run(out / name) for name in recipe.runs if (out / name / CONFIG).exists()}
+class _Worker:
+    """A process that does one run after another, as it is told."""
+
+    def __init__(self, context: SpawnContext) -> None:
+        self.tasks, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,))
+        self.process.start()
+        theirs.close()  # so that the process's end is the pipe's end
+        self.run = ""
+
+    def begin(self, run: str, *task: object) -> None:
+        self.run = run
+        with suppress(ConnectionError):  # it has died: the result will say so
+            self.tasks.send(task)
+
+    def result(self) -> tuple[str, str | None]:
+        try:
+            return self.tasks.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            return "failed", (
+                f"its process died (exit code {self.process.exitcode}: out of memory, or killed); "
+                "run the sweep again"
+            )
+
+    def stop(self) -> None:
+        self.tasks.close()
+        self.process.terminate()
+        self.process.join(10)
+        if self.process.is_alive():  # deep in a call that no signal reaches
+            self.process.kill()
+            self.process.join()
+
+
+def _serve(tasks: Connection) -> None:
+    """What a worker does, until its parent closes the pipe or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`: no half-written files stay
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, ConnectionError):
+        while True:
+            tasks.send(_attempt(*tasks.recv()))
+
+
+def _end_with_parent() -> None:
+    """A worker that outlived a killed parent would train into folders that the next sweep works on."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

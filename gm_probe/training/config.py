@@ -20,6 +20,10 @@ CHOICES = {
 }
 
 
+PLACE = frozenset({"data_root", "download", "device", "threads"})
+"""Settings of where a run is computed, no part of what it computes."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """Settings of one run; the paper's where METHOD.md fixes them.
@@ -88,13 +92,21 @@ class TrainConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
                 raise UsageError(f"{name} = {value!r}; {hint}")
         at_least = {"epochs": 1, "batch_size": 1, "k_steps": 1, "eval_every": 0, "track_every": 0, "lr": 0.0}
-        at_least |= {"weight_decay": 0.0, "momentum": 0.0, "warmup_epochs": 0.0, "noise_scale": 0.0, "beta": 0.0}
+        at_least |= {
+            "weight_decay": 0.0,
+            "momentum": 0.0,
+            "warmup_epochs": 0.0,
+            "noise_scale": 0.0,
+            "beta": 0.0,
+        }
         for name, least in at_least.items():
             value = getattr(self, name)
             if not value >= least or not math.isfinite(value):
                 raise UsageError(f"{name} = {value} must be a finite number ≥ {least}")
         if self.schedule == "multi-step" and not self.milestones:
-            raise UsageError("schedule = 'multi-step' needs milestones (epochs at which lr is multiplied by gamma)")
+            raise UsageError(
+                "schedule = 'multi-step' needs milestones (epochs at which lr is multiplied by gamma)"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -115,6 +127,16 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "milestones": list(self.milestones)}
+
+    def identity(self) -> dict[str, Any]:
+        """What the run computes: every setting that is not at its default and no matter of place.
+
+        Defaults are left out, so that a setting added later changes no existing run's identity.
+        """
+        default = TrainConfig().as_dict()
+        return {
+            key: value for key, value in self.as_dict().items() if key not in PLACE and value != default[key]
+        }
 
     def replace(self, **changes: Any) -> TrainConfig:
         return TrainConfig.from_dict({**self.as_dict(), **changes})

@@ -24,7 +24,8 @@ from gm_probe.core.files import write_atomic, write_json, write_toml
 from gm_probe.core.models import ModelSpec, build_model, logits_of
 from gm_probe.core.records import CHECKPOINT, CONFIG, METRICS, SPLIT, STATE, SUMMARY, read_metrics, read_run
 from gm_probe.core.splits import Splits, split
-from gm_probe.probe.measures import Settings, measure
+from gm_probe.probe.measures import measure
+from gm_probe.probe.probe import Settings
 from gm_probe.training.augment import crop_and_flip
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.rules import METHODS, Rule
@@ -140,7 +141,7 @@ class Training:
             torch.manual_seed(config.seed)
             self.model = build_model(self.spec).to(self.device)
         if train.x.dim() == 4:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  missing in the stubs
+            self.model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(config, self.model)
         self.generator = torch.Generator()
         self.rule = make_rule(config, self.model, self.generator)
@@ -187,7 +188,9 @@ class Training:
                 if seen.inconsistency is not None:
                     divergence += float(seen.inconsistency) * len(y)
                 if not math.isfinite(total):
-                    raise DivergedError(f"the training loss is not finite at epoch {self.epoch + 1}, step {step + 1}")
+                    raise DivergedError(
+                        f"the training loss is not finite at epoch {self.epoch + 1}, step {step + 1}"
+                    )
         bad = next((n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())), None)
         if bad is not None:
             raise DivergedError(f"weight {bad!r} is not finite after epoch {self.epoch + 1}")
@@ -224,7 +227,9 @@ class Training:
                 seed=config.seed,
             )
             probe = self._batches(self.splits.unlabeled.unlabeled())
-            estimate = measure(self.model, probe, ["local_inconsistency"], settings).rows["local_inconsistency"]
+            estimate = measure(self.model, probe, ["local_inconsistency"], settings).rows[
+                "local_inconsistency"
+            ]
             row["local_inconsistency"], row["local_inconsistency_stderr"] = estimate.value, estimate.stderr
         return config.stop_ce is not None and row.get("train_ce", math.inf) <= config.stop_ce
 
@@ -232,7 +237,8 @@ class Training:
         """Write what resuming needs, atomically."""
         buffer = io.BytesIO()
         torch.save(
-            {"epoch": self.epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, buffer
+            {"epoch": self.epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()},
+            buffer,
         )
         write_atomic(self.out / STATE, buffer.getvalue())
 
@@ -249,7 +255,9 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.epoch = int(state["epoch"])
         except Exception as error:  # torch, zipfile and the unpickler raise many kinds on a broken file
-            raise CheckpointError(f"{path} cannot be resumed from ({error}); remove it to start over") from error
+            raise CheckpointError(
+                f"{path} cannot be resumed from ({error}); remove it to start over"
+            ) from error
         rows = [row for row in read_metrics(self.out) if row["epoch"] <= self.epoch]
         write_atomic(self.out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -282,7 +290,9 @@ class Training:
             "gradient_evaluations": rows[-1]["gradient_evaluations"],
             "train_seconds": round(sum(row["seconds"] for row in rows), 3),
         }
-        save_checkpoint(self.out / CHECKPOINT, self.model, self.spec, self.normalization, self.splits.train.classes)
+        save_checkpoint(
+            self.out / CHECKPOINT, self.model, self.spec, self.normalization, self.splits.train.classes
+        )
         write_json(self.out / SUMMARY, summary)
         (self.out / STATE).unlink(missing_ok=True)
         return summary
@@ -312,11 +322,13 @@ def train(
         record = read_run(out)
         if not resume:
             raise UsageError(f"{out} holds a run already; go on with --resume, or choose another --out")
-        recorded = {key: value for key, value in record.config.items() if key != "environment"}
-        now = {key: value for key, value in config.as_dict().items() if value is not None}
+        before = TrainConfig.from_dict({k: v for k, v in record.config.items() if k != "environment"})
+        recorded, now = before.identity(), config.identity()
         changed = sorted(key for key in {*recorded, *now} if recorded.get(key) != now.get(key))
         if changed:
-            raise UsageError(f"{out} was started with another {', '.join(changed)}; repeat its settings to resume")
+            raise UsageError(
+                f"{out} was started with another {', '.join(changed)}; repeat its settings to resume"
+            )
         if record.status == "finished":
             return record.summary
         if record.status == "diverged":  # it would again: runs are deterministic

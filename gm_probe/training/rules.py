@@ -78,7 +78,9 @@ class Rule:
         ]
 
         def mean(values: Sequence[Tensor]) -> Tensor:
-            return torch.stack([size * value for (size, _), value in zip(steps, values, strict=True)]).sum() / len(y)
+            return torch.stack(
+                [size * value for (size, _), value in zip(steps, values, strict=True)]
+            ).sum() / len(y)
 
         divergences = [step.inconsistency for _, step in steps if step.inconsistency is not None]
         return Step(

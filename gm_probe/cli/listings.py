@@ -1,0 +1,75 @@
+"""``gmprobe models | datasets | measures | recipes``: what there is."""
+
+from __future__ import annotations
+
+import click
+
+from gm_probe.cli.output import number, print_json, results_console, table
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command(epilog="Example:  gmprobe models")
+@as_json_option
+def models(as_json: bool) -> None:
+    """List the models that --model takes."""
+    from gm_probe.core.models import MODELS
+
+    _list("model", MODELS, as_json)
+
+
+@click.command(epilog="Example:  gmprobe datasets")
+@as_json_option
+def datasets(as_json: bool) -> None:
+    """List the data that --data, --unlabeled and --labeled take."""
+    from gm_probe.core.datasets import DESCRIPTIONS
+
+    _list("data", DESCRIPTIONS, as_json)
+
+
+@click.command(epilog="Example:  gmprobe recipes")
+@as_json_option
+def recipes(as_json: bool) -> None:
+    """List the built-in recipes of `gmprobe sweep`."""
+    from gm_probe.sweep.recipe import builtin_recipes
+
+    _list("recipe", builtin_recipes(), as_json)
+
+
+@click.command(epilog="Example:  gmprobe measures")
+@as_json_option
+def measures(as_json: bool) -> None:
+    """List the measures: definition, whether labels are needed, and cost in gradient evaluations."""
+    from gm_probe.probe.measures import MEASURES
+
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": name,
+                    "symbol": m.symbol,
+                    "needs_labels": m.needs_labels,
+                    "cost": m.cost,
+                    "description": m.description,
+                }
+                for name, m in MEASURES.items()
+            ]
+        )
+        return
+    rows = [
+        [name, m.symbol, "yes" if m.needs_labels else "no", number(m.cost, 3), m.description]
+        for name, m in MEASURES.items()
+    ]
+    listing = table(None, ["measure", "symbol", "labels", "cost", "definition"], rows)
+    listing.columns[-1].justify = "left"
+    results_console().print(listing)
+    click.echo("cost: typical gradient evaluations over the probe set at the default settings")
+
+
+def _list(kind: str, entries: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        print_json([{"name": name, "description": text} for name, text in entries.items()])
+        return
+    listing = table(None, [kind, ""], [[name, text] for name, text in entries.items()])
+    listing.columns[-1].justify = "left"
+    results_console().print(listing)

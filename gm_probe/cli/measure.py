@@ -1,0 +1,359 @@
+"""``gmprobe measure``: one checkpoint or many, over unlabeled or labeled data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from gm_probe.cli.output import (
+    format_options,
+    note,
+    notes_console,
+    number,
+    print_csv,
+    print_json,
+    results_console,
+    table,
+)
+from gm_probe.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from gm_probe.core.batches import Normalization
+    from gm_probe.probe.probe import Settings
+
+
+@click.command(
+    epilog="Example:  gmprobe measure ckpt.pt --unlabeled data/",
+)
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
+)
+@click.option("--labeled", metavar="DATA", help="The same, with class folders (or 'y') read as labels.")
+@click.option("--model", metavar="NAME", help="Network of a foreign checkpoint; see `gmprobe models`.")
+@click.option(
+    "--measures", metavar="A,B", default="", help="Which to take; see `gmprobe measures`.  [default: all]"
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["paper", "converged", "both"]),
+    default="paper",
+    show_default=True,
+    help="S_ρ as the mean over random starts of K steps, or as the converged maximum.",
+)
+@click.option("--rho", type=float, default=0.1, show_default=True, help="Radius ρ in parameter space.")
+@click.option("--k-steps", type=int, default=1, show_default=True, help="Ascent steps K of Algorithm 1.")
+@click.option("--noise-scale", type=float, default=0.1, show_default=True, help="Length of the random start.")
+@click.option(
+    "--starts", "num_starts", type=int, default=10, show_default=True, help="Random starts averaged over."
+)
+@click.option(
+    "--trace-tolerance", type=float, default=0.05, show_default=True, help="Relative standard error."
+)
+@click.option(
+    "--eigen-tolerance", type=float, default=0.01, show_default=True, help="Relative Lanczos residual."
+)
+@click.option(
+    "--max-probes", type=int, default=100, show_default=True, help="Most probes of a trace estimate."
+)
+@click.option(
+    "--max-examples", type=click.IntRange(1), help="Measure on a seeded random subset of this size."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=250, show_default=True, help="Memory only, not results."
+)
+@click.option("--mean", metavar="R,G,B", help="Normalisation of a foreign checkpoint, for pixels in [0, 1].")
+@click.option("--std", metavar="R,G,B", help="Likewise.")
+@click.option("--no-normalize", is_flag=True, help="Pixels in [0, 1] as they are.")
+@click.option("--image-size", type=click.IntRange(1), help="Resize images to this many pixels a side.")
+@click.option("--channels", type=click.Choice(["1", "3"]), help="Read images as grey or RGB.")
+@click.option(
+    "--num-classes", type=click.IntRange(2), help="Classes of a foreign checkpoint.  [default: its head's]"
+)
+@click.option(
+    "--data-root", metavar="DIR", type=click.Path(path_type=Path), help="Where torchvision keeps data."
+)
+@click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--save", is_flag=True, help="Also write measures.json into each run folder, for `gmprobe correlate`."
+)
+@format_options
+def measure(
+    checkpoints: tuple[Path, ...],
+    unlabeled: str | None,
+    labeled: str | None,
+    model: str | None,
+    measures: str,
+    protocol: str,
+    rho: float,
+    k_steps: int,
+    noise_scale: float,
+    num_starts: int,
+    trace_tolerance: float,
+    eigen_tolerance: float,
+    max_probes: int,
+    max_examples: int | None,
+    batch_size: int,
+    mean: str | None,
+    std: str | None,
+    no_normalize: bool,
+    image_size: int | None,
+    channels: str | None,
+    num_classes: int | None,
+    data_root: Path | None,
+    download: bool,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    seed: int,
+    save: bool,
+    output: str | None,
+    quiet: bool,
+) -> None:
+    """Measure how well CHECKPOINTS will generalize.
+
+    A checkpoint is a run folder, a file that gmprobe wrote, or any .pt/.pth/.th/.ckpt/.safetensors with a state
+    dict (then --model names its network, and --mean/--std its normalisation). Unlabeled data gives local
+    inconsistency and the Fisher matrix exactly as defined, and the Hessian with predicted labels, marked so;
+    labeled data gives the Hessian proper, the error and the cross-entropy too. A run folder needs no data option:
+    its own unlabeled part is used.
+    """
+    if unlabeled is not None and labeled is not None:
+        raise UsageError("--unlabeled and --labeled exclude each other; give one")
+    if save and not all(path.is_dir() for path in checkpoints):
+        raise UsageError("--save writes into run folders; give folders, or use --json > file")
+    import torch
+
+    from gm_probe.core.datasets import open_source
+    from gm_probe.core.devices import pick_device
+    from gm_probe.core.records import MEASURES as MEASURES_FILE
+    from gm_probe.probe.probe import Settings
+    from gm_probe.sweep.measuring import measure_checkpoint, merge_measures, own_unlabeled
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = Settings(
+        rho=rho,
+        k_steps=k_steps,
+        noise_scale=noise_scale,
+        num_starts=num_starts,
+        protocol="converged" if protocol == "converged" else "paper",
+        trace_tolerance=trace_tolerance,
+        eigen_tolerance=eigen_tolerance,
+        min_probes=min(5, max_probes),
+        max_probes=max_probes,
+        seed=seed,
+    )
+    normalization = _normalization(mean, std, no_normalize)
+    source = unlabeled if labeled is None else labeled
+    examples = None
+    if source is not None:
+        examples = open_source(
+            source,
+            labeled=labeled is not None,
+            root=data_root,
+            download=download,
+            channels=int(channels) if channels else None,
+            image_size=image_size,
+        ).pool
+    names = _chosen(measures, protocol, labeled is not None)
+    results: list[dict[str, Any]] = []
+    for path in checkpoints:
+        if examples is None and not path.is_dir():
+            raise UsageError(
+                f"{path} is no run folder with data of its own; give --unlabeled or --labeled DATA"
+            )
+        with _progress(path.name, names, settings, quiet) as notify:
+            result = measure_checkpoint(
+                path,
+                (own_unlabeled(path) if examples is None else examples).subset(max_examples, seed),
+                names,
+                settings,
+                model_name=model,
+                normalization=normalization,
+                num_classes=num_classes,
+                batch_size=batch_size,
+                dtype=getattr(torch, dtype),
+                device=pick_device(device),
+                notify=notify,
+            )
+        if save:
+            merge_measures(path / MEASURES_FILE, result)
+        results.append(result)
+        if output is None:  # one checkpoint's table as soon as it is known
+            _print_table(result)
+        if not quiet:
+            _warn(result)
+    if output == "json":
+        print_json(results)
+    elif output == "csv":
+        print_csv(_rows(results))
+
+
+def _normalization(mean: str | None, std: str | None, none: bool) -> Normalization | None:
+    from gm_probe.core.batches import Normalization
+
+    if none:
+        if mean or std:
+            raise UsageError("--no-normalize and --mean/--std exclude each other; give one")
+        return Normalization()
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise UsageError("--mean and --std go together; give both")
+    means, stds = _floats("--mean", mean), _floats("--std", std)
+    if len(means) != len(stds) or any(value <= 0 for value in stds):
+        raise UsageError("--mean and --std must have as many values each, and every std must be positive")
+    return Normalization(means, stds)
+
+
+def _floats(option: str, text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} must be comma-separated numbers, one a channel") from error
+    if not all(map(math.isfinite, values)):
+        raise UsageError(f"{option} {text!r} must be finite numbers")
+    return values
+
+
+def _chosen(measures: str, protocol: str, labeled: bool) -> list[str]:
+    from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names
+
+    names = [name.strip() for name in measures.split(",") if name.strip()]
+    check_names(names, labeled=labeled)
+    names = names or [n for n in DEFAULT_MEASURES if labeled or not MEASURES[n].needs_labels]
+    if protocol == "both" and "local_inconsistency" in names:
+        extra = "local_inconsistency_converged"
+        # last of all: it then starts from the Fisher eigenvector that λ_max(F) has paid for
+        names = [*(name for name in names if name != extra), extra]
+    return names
+
+
+class _progress:
+    """A bar with rate and ETA in gradient evaluations; nothing where stderr is no terminal."""
+
+    def __init__(self, label: str, names: Sequence[str], settings: Settings, quiet: bool) -> None:
+        from gm_probe.probe.measures import expected_cost
+
+        console = notes_console(quiet)
+        self._total = expected_cost(names, settings)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._task = self._progress.add_task(label, total=self._total, rate="")
+
+    def __enter__(self) -> Callable[[str, float], None]:
+        self._progress.start()
+        return self._notify
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _notify(self, name: str, evaluations: float) -> None:
+        # estimates of adaptive methods run over: the bar then grows instead of standing at 100 %
+        self._total = max(self._total, evaluations * 1.02)
+        speed = self._progress.tasks[0].speed
+        rate = f"{speed:.2g} grad/s" if speed else ""
+        self._progress.update(
+            self._task, completed=evaluations, total=self._total, description=name, rate=rate
+        )
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    settings = result["settings"]
+    rows = []
+    for name, row in result["measures"].items():
+        label = f"{name} ({row['labels']} labels)" if "labels" in row else name
+        if row.get("protocol") == "converged" and name == "local_inconsistency":
+            label += " (converged)"
+        rows.append(
+            [
+                label,
+                number(row["value"]),
+                number(row["stderr"], 2)
+                if row["stderr"] is not None
+                else "exact"
+                if "protocol" not in row
+                else "—",
+                number(row["stderr_examples"], 2),
+                "yes" if row["converged"] else "NO",
+                number(row["num_evals"], 3),
+            ]
+        )
+    size = f"P = {result['num_parameters']:,}  N = {result['num_examples']:,}"
+    title = f"{result['checkpoint']}  {result['model']}  {size}"
+    columns = ["measure", "value", "± estim.", "± examples", "conv.", "cost"]
+    console = results_console()
+    console.print(table(title, columns, rows))
+    console.print(
+        f"ρ = {settings['rho']:g}, K = {settings['k_steps']}, {settings['num_starts']} starts; "
+        "± estim.: standard error over starts or probes, Lanczos residual for λ_max; ± examples: standard error from "
+        "the probe set's size; cost in gradient evaluations. BatchNorm in eval mode.",
+        style="dim",
+    )
+
+
+def _estimator_error(row: dict[str, Any]) -> str:
+    if row["stderr"] is not None:
+        return number(row["stderr"], 2)
+    return "—" if "protocol" in row else "exact"  # an ascent or a single start knows no error of its own
+
+
+def _warn(result: dict[str, Any]) -> None:
+    console = notes_console()
+    for name, row in result["measures"].items():
+        if not row["converged"]:
+            note(
+                console,
+                f"note: {name} did not converge within its limits; raise --max-probes or its tolerance",
+            )
+        if row["value"] is None:
+            note(console, f"note: {name} is undefined: {row.get('reason_value', '')}")
+    error = result["measures"].get("error", {}).get("value")
+    if error is not None and error > 1 - 1.5 / result["num_classes"]:
+        note(
+            console,
+            f"warning: the error {error:.3f} is near chance for {result['num_classes']} classes; class folders are "
+            "numbered in sorted order: check that this is the checkpoint's order, and its normalisation",
+        )
+
+
+def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept = ("value", "stderr", "stderr_examples", "converged", "num_evals", "labels", "protocol")
+    return [
+        {
+            "checkpoint": result["checkpoint"],
+            "model": result["model"],
+            "num_examples": result["num_examples"],
+            "measure": name,
+            **{key: row.get(key) for key in kept},
+        }
+        for result in results
+        for name, row in result["measures"].items()
+    ]

@@ -1,0 +1,163 @@
+"""``gmprobe train``: one run, into a folder that can be measured, correlated and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from gm_probe.cli.output import note, notes_console, number, print_json, results_console, table
+from gm_probe.core.errors import UsageError
+
+
+def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--milestones {text!r} must be comma-separated epochs, e.g. 60,120,160") from error
+
+
+@click.command(epilog="Example:  gmprobe train --method iam-d")
+@click.option(
+    "--data", help="Image folder, array file or data set name; see `gmprobe datasets`.  [default: digits]"
+)
+@click.option("--data-root", metavar="DIR", help="Where torchvision's data sets are kept.")
+@click.option("--download", is_flag=True, default=None, help="Let torchvision download what is missing.")
+@click.option("--image-size", type=click.IntRange(1), help="Resize images to this many pixels a side.")
+@click.option("--num-train", type=click.IntRange(1), help="Training examples.  [default: all that remain]")
+@click.option(
+    "--num-unlabeled", type=click.IntRange(1), help="Disjoint probe examples.  [default: a quarter ≤ 5000]"
+)
+@click.option(
+    "--num-test", type=click.IntRange(1), help="Test examples.  [default: its own part, or a quarter]"
+)
+@click.option("--split-seed", type=int, help="Seed of the split, apart from --seed.  [default: 0]")
+@click.option("--model", help="Network; see `gmprobe models`.  [default: 6cnn]")
+@click.option("--method", help="sgd, sam, asam, iam-d or iam-s.  [default: sgd]")
+@click.option("--rho", type=float, help="Radius ρ.  [default: 0.05 sam, 0.5 asam, 0.1 iam-d and iam-s]")
+@click.option("--beta", type=float, help="Weight β of IAM-D's KL term.  [default: 1]")
+@click.option("--k-steps", type=int, help="Ascent steps K.  [default: 1]")
+@click.option("--noise-scale", type=float, help="Length of the ascent's random start.  [default: 0.1]")
+@click.option(
+    "--kl-grad", help="IAM-D: gradient through both sides of the KL, or perturbed only.  [default: both]"
+)
+@click.option("--sign", help="IAM-S: random, none or loss.  [default: random]")
+@click.option("--eta", type=float, help="ASAM's η.  [default: 0.01]")
+@click.option("--m", type=click.IntRange(1), help="Sub-batch size of m-sharpness.  [default: the batch]")
+@click.option("--optimizer", help="Base optimizer: sgd or adamw.  [default: sgd]")
+@click.option("--lr", type=float, help="Learning rate.  [default: 0.05]")
+@click.option("--momentum", type=float, help="[default: 0.9]")
+@click.option("--nesterov", is_flag=True, default=None)
+@click.option("--weight-decay", type=float, help="[default: 0]")
+@click.option("--epochs", type=int, help="[default: 30]")
+@click.option("--batch-size", type=int, help="[default: 128]")
+@click.option("--schedule", help="constant, cosine or multi-step.  [default: constant]")
+@click.option("--milestones", callback=_milestones, metavar="E1,E2", help="Epochs of multi-step.")
+@click.option("--gamma", type=float, help="Factor at each milestone.  [default: 0.2]")
+@click.option("--warmup-epochs", type=float, help="Linear warm-up.  [default: 0]")
+@click.option("--label-smoothing", type=float, help="[default: 0]")
+@click.option("--augment", is_flag=True, default=None, help="Zero-pad by 4, crop, flip.")
+@click.option("--stop-ce", type=float, help="Stop once the training cross-entropy is at most this.")
+@click.option(
+    "--eval-every", type=int, help="Epochs between evaluations (0 = only at the end).  [default: 0]"
+)
+@click.option("--track-every", type=int, help="Epochs between measurements of S_ρ (0 = never).  [default: 0]")
+@click.option("--amp", help="none or bf16.  [default: none]")
+@click.option("--seed", type=int, help="[default: 0]")
+@click.option("--device", help="auto, cpu, cuda, cuda:1 or mps.  [default: auto]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/NAME]")
+@click.option("--resume", is_flag=True, help="Go on where the run in --out stopped.")
+@click.option(
+    "--save", type=click.Path(path_type=Path), help="Also write the final weights here (.pt, .safetensors)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
+def train(
+    out: Path | None, resume: bool, save: Path | None, as_json: bool, quiet: bool, **given: Any
+) -> None:
+    """Train one model; without --data on the bundled handwritten digits.
+
+    The data is cut by seed into disjoint train, unlabeled and test parts. The run folder holds configuration,
+    metrics, final weights and, until it has finished, the state to resume from.
+    """
+    import torch
+
+    from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
+    from gm_probe.core.loading import load_model
+    from gm_probe.sweep.recipe import run_name
+    from gm_probe.training import loop
+    from gm_probe.training.config import TrainConfig
+
+    console = notes_console(quiet)
+    if given["data"] is None:
+        note(console, "no --data given: training on the bundled handwritten digits (1,797 images of 8×8)")
+    config = TrainConfig.from_dict({key: value for key, value in given.items() if value is not None})
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if out is None:
+        out = Path("runs") / run_name(
+            config, {"method": config.method, "model": config.model, "seed": config.seed}
+        )
+    with _progress(config.epochs, quiet) as notify:
+        summary = loop.train(config, out, resume=resume, notify=notify)
+    if save is not None:
+        checkpoint = read_checkpoint(out)
+        assert checkpoint.model is not None
+        assert checkpoint.normalization is not None
+        model = load_model(checkpoint, config.model)
+        save_checkpoint(save, model, checkpoint.model, checkpoint.normalization, checkpoint.classes)
+    if as_json:
+        print_json({"out": str(out), **summary})
+        return
+    rows = [
+        ["train", number(summary["train_error"]), number(summary["train_ce"]), f"{summary['num_train']:,}"],
+        ["test", number(summary["test_error"]), number(summary["test_ce"]), f"{summary['num_test']:,}"],
+        ["gap", number(summary["error_gap"]), number(summary["ce_gap"]), ""],
+    ]
+    title = f"{out}  {config.method}, {summary['epochs']} epochs"
+    results_console().print(table(title, ["", "error", "cross-entropy", "examples"], rows))
+    note(console, f"next:  gmprobe measure {out}")
+
+
+class _progress:
+    """A bar over epochs on a terminal; nothing elsewhere (metrics.jsonl has every epoch)."""
+
+    def __init__(self, epochs: int, quiet: bool) -> None:
+        console = notes_console(quiet)
+        self._progress = Progress(
+            TextColumn("epoch"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=epochs, state="")
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        self._progress.start()
+        return self._notify
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _notify(self, row: dict[str, Any]) -> None:
+        state = f"loss {row['running_loss']:.3g}"
+        self._progress.update(self._task, completed=row["epoch"], state=state)

@@ -1,0 +1,116 @@
+"""From a checkpoint and a model's name to a model in memory, and from data to what that model takes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from gm_probe.core.batches import Normalization
+from gm_probe.core.checkpoints import Checkpoint, load_weights
+from gm_probe.core.datasets import Examples
+from gm_probe.core.errors import CheckpointError, DataError, UsageError
+from gm_probe.core.models import ModelSpec, build_model
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    name: str | None = None,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    num_classes: int | None = None,
+) -> nn.Module:
+    """Build the checkpoint's model and load its weights.
+
+    Args:
+        name: as ``--model`` takes it; None uses what the checkpoint recorded. Code that a checkpoint names is
+            never run: anybody's own callable must be named here.
+        input_shape: of one example, for built-in models without a record.
+        num_classes: None infers it from the record, or from the rows of the last weight matrix.
+
+    Raises:
+        UsageError: no name is known, or the recorded one is a user's own code.
+        CheckpointError: the weights do not fit.
+    """
+    recorded = checkpoint.model
+    if name is None:
+        if recorded is None:
+            raise UsageError(
+                f"{checkpoint.path} was not written by gmprobe; name its network with --model "
+                "(e.g. torchvision:resnet18, or your own package.module:callable)"
+            )
+        if recorded.is_user_code:
+            raise UsageError(
+                f"{checkpoint.path} belongs to your own code {recorded.name!r}, which runs only when named: "
+                f"add --model {recorded.name}"
+            )
+        name = recorded.name
+    if recorded is not None:
+        input_shape = input_shape or recorded.input_shape
+        num_classes = num_classes or recorded.num_classes
+    spec = ModelSpec(name, input_shape or (3, 32, 32), num_classes or _rows_of_last_matrix(checkpoint))
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # initial weights are overwritten; the caller's draws stay its own
+        model = build_model(spec)
+    load_weights(model, checkpoint)
+    if len(spec.input_shape) == 3:
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def _rows_of_last_matrix(checkpoint: Checkpoint) -> int:
+    rows = [len(value) for value in checkpoint.state.values() if value.dim() == 2]
+    if not rows:
+        raise CheckpointError(f"{checkpoint.path}: cannot tell the number of classes; give --num-classes")
+    return rows[-1]
+
+
+def choose_normalization(
+    checkpoint: Checkpoint, examples: Examples, given: Normalization | None
+) -> Normalization:
+    """The normalisation given, or else the recorded one; float data needs none.
+
+    Raises:
+        UsageError: images for a foreign checkpoint, and none given.
+    """
+    if given is not None:
+        return given
+    if checkpoint.normalization is not None:
+        return checkpoint.normalization
+    if examples.x.dtype != torch.uint8:
+        return Normalization()
+    raise UsageError(
+        f"{checkpoint.path} records no normalisation; give what it was trained with by --mean and --std "
+        "(e.g. --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225), or --no-normalize"
+    )
+
+
+def check_fit(checkpoint: Checkpoint, examples: Examples) -> None:
+    """Compare data with what the checkpoint recorded of its training data.
+
+    Raises:
+        DataError: another shape, another number of classes, or other class names.
+    """
+    recorded = checkpoint.model
+    if recorded is None:
+        return
+    shape = tuple(examples.x.shape[1:])
+    if shape != recorded.input_shape and math.prod(shape) != math.prod(recorded.input_shape):
+        remedy = (
+            f"resize with --image-size {recorded.input_shape[-1]}" if len(shape) == 3 else "check the file"
+        )
+        raise DataError(
+            f"{examples.source} has examples of shape {shape} but {checkpoint.path} takes "
+            f"{recorded.input_shape}; {remedy}"
+        )
+    if examples.classes and checkpoint.classes and examples.classes != checkpoint.classes:
+        raise DataError(
+            f"{examples.source} has classes {_some(examples.classes)} but {checkpoint.path} was trained on "
+            f"{_some(checkpoint.classes)}; rename the folders, or measure it --unlabeled"
+        )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")

@@ -1,0 +1,114 @@
+"""Measure a checkpoint file over examples: what `gmprobe measure` and every run of a sweep do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gm_probe.core.batches import Batches, Normalization
+from gm_probe.core.checkpoints import read_checkpoint
+from gm_probe.core.datasets import Examples
+from gm_probe.core.devices import environment
+from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.files import read_json, write_json
+from gm_probe.core.loading import check_fit, choose_normalization, load_model
+from gm_probe.core.models import logits_of
+from gm_probe.core.parameters import measuring
+from gm_probe.core.records import CONFIG, read_run
+from gm_probe.probe.measures import measure
+from gm_probe.probe.probe import Settings
+from gm_probe.training.config import TrainConfig
+from gm_probe.training.loop import load_splits
+
+
+def measure_checkpoint(
+    path: Path,
+    examples: Examples,
+    names: Sequence[str] | None,
+    settings: Settings,
+    *,
+    model_name: str | None = None,
+    normalization: Normalization | None = None,
+    num_classes: int | None = None,
+    batch_size: int = 250,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    notify: Callable[[str, float], None] | None = None,
+) -> dict[str, Any]:
+    """Measure the checkpoint ``path`` and return its JSON object (see ``Report.as_dict``).
+
+    Args:
+        model_name, normalization, num_classes: needed for foreign checkpoints; override the recorded ones.
+
+    Raises:
+        CheckpointError, DataError, UsageError, DivergedError: as the parts raise them.
+    """
+    checkpoint = read_checkpoint(path)
+    check_fit(checkpoint, examples)
+    chosen = choose_normalization(checkpoint, examples, normalization)
+    shape = tuple(examples.x.shape[1:])
+    model = load_model(checkpoint, model_name, input_shape=shape, num_classes=num_classes)
+    device = torch.device(device)
+    model.to(device, dtype)
+    batches = Batches(examples, chosen, batch_size=batch_size, device=device, dtype=dtype)
+    classes = _num_outputs(model, batches, model_name or path)
+    if examples.y is not None and examples.num_classes != classes:
+        raise DataError(
+            f"{examples.source} has {examples.num_classes} classes but {path} has {classes} outputs; "
+            "each class needs its folder, or measure it --unlabeled"
+        )
+    report = measure(model, batches, names, settings, notify=notify)
+    name = model_name or (checkpoint.model.name if checkpoint.model else "")
+    result = report.as_dict(
+        checkpoint=str(path),
+        model=name,
+        data=examples.source,
+        mean=list(chosen.mean),
+        std=list(chosen.std),
+        dtype=str(dtype).removeprefix("torch."),
+        **environment(device),
+    )
+    return {**result, "num_classes": classes}
+
+
+def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
+    """Logits a row, by one example: what does not fit fails here, with the data's name."""
+    first = next(iter(batches)).x[:1]
+    try:
+        with measuring(model), torch.no_grad():
+            return logits_of(model(first)).shape[1]
+    except (RuntimeError, ValueError, TypeError) as error:
+        if "out of memory" in str(error).lower():
+            raise
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise DataError(
+            f"{name} does not take examples of shape {tuple(first.shape[1:])} from {batches.examples.source}: "
+            f"{reason}; see --image-size and --channels"
+        ) from error
+
+
+def own_unlabeled(run: Path) -> Examples:
+    """The unlabeled part that a run folder was trained beside, labels dropped.
+
+    Raises:
+        UsageError: the folder is no run, or its data has changed since.
+    """
+    if not (run / CONFIG).exists():
+        raise UsageError(f"{run} is no run folder; give --unlabeled or --labeled DATA")
+    recorded = read_run(run).config
+    config = TrainConfig.from_dict({key: value for key, value in recorded.items() if key != "environment"})
+    return load_splits(config).unlabeled.unlabeled()
+
+
+def merge_measures(path: Path, result: dict[str, Any]) -> None:
+    """Write ``result`` to a measures.json, keeping other measures that were taken with the same settings.
+
+    Rows of other settings are replaced as a whole: one file never mixes two.
+    """
+    before = read_json(path) if path.exists() else {}
+    if before.get("settings") == result["settings"] and before.get("num_examples") == result["num_examples"]:
+        result = {**result, "measures": {**before["measures"], **result["measures"]}}
+    write_json(path, result)

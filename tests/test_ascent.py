@@ -1,0 +1,219 @@
+"""Algorithm 1 and the converged maximum against dense power iteration, eigenvalues and brute force."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CASES, Case
+from torch import Tensor
+
+from gm_probe.core.batches import Batches
+from gm_probe.core.parameters import Parameters
+from gm_probe.probe.ascent import ProbeDivergence, ascend, kl_gradient, maximize, to_sphere
+from gm_probe.probe.measures import measure
+from gm_probe.probe.probe import Settings
+from gm_probe.probe.work import Work
+
+
+def divergence_of(case: Case, batch_size: int = 3) -> ProbeDivergence:
+    batches = case.batches(batch_size)
+    clean = torch.cat([case.data[0](batch.x) for batch in batches]).detach()
+    return ProbeDivergence(Parameters(case.model), batches, clean, Work(7))
+
+
+def naive_kl(case: Case, offset: Tensor) -> Tensor:
+    """(7,) in float64 from the definition, good to about 1e-16."""
+    log_p, log_q = (case.logits_at(case.theta + d).log_softmax(1) for d in (0 * offset, offset))
+    return (log_p.exp() * (log_p - log_q)).sum(1).detach()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_divergence_is_the_definition(case: Case, batch_size: int, generator: torch.Generator) -> None:
+    offset = 0.3 * torch.randn(len(case.theta), generator=generator, dtype=torch.float64)
+    divergence, expected = divergence_of(case, batch_size), naive_kl(case, offset)
+    torch.testing.assert_close(divergence.terms(offset), expected, rtol=1e-9, atol=1e-13)
+    value, _ = divergence.value_and_gradient(offset)
+    assert value == pytest.approx(float(expected.mean()), rel=1e-9)
+
+
+def test_gradient_against_finite_differences(case: Case, generator: torch.Generator) -> None:
+    offset = 0.3 * torch.randn(len(case.theta), generator=generator, dtype=torch.float64)
+    eps = 1e-5
+    expected = torch.stack(
+        [
+            (naive_kl(case, offset + eps * e).mean() - naive_kl(case, offset - eps * e).mean()) / (2 * eps)
+            for e in torch.eye(len(offset), dtype=torch.float64)
+        ]
+    )
+    divergence = divergence_of(case)
+    torch.testing.assert_close(divergence.gradient(offset), expected, rtol=1e-6, atol=1e-9)
+    model, x, _ = case.data
+    terms, summed = kl_gradient(Parameters(case.model), x, model(x).detach(), offset)
+    torch.testing.assert_close(summed / 7, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(terms, naive_kl(case, offset), rtol=1e-9, atol=1e-13)
+
+
+def test_divergence_at_no_offset_is_exactly_zero(case: Case) -> None:
+    divergence, zero = divergence_of(case), torch.zeros_like(case.theta)
+    assert torch.equal(divergence.terms(zero), torch.zeros(7, dtype=torch.float64))
+    assert float(divergence.gradient(zero).norm()) < 1e-14
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_tiny_radius_is_power_iteration(case: Case, steps: int, generator: torch.Generator) -> None:
+    radius = 1e-6
+    start = radius * torch.randn(len(case.theta), generator=generator, dtype=torch.float64)
+    end = ascend(divergence_of(case).gradient, start, radius, steps)
+    expected, matrix = start, case.fisher_terms.mean(0)
+    for _ in range(steps):
+        expected = matrix @ expected
+    assert float(end.norm()) == pytest.approx(radius, rel=1e-12)
+    assert float(end @ expected / (end.norm() * expected.norm())) == pytest.approx(1, abs=1e-7)
+
+
+def test_algorithm_1_step_by_step() -> None:
+    """δ ← ρ·g/‖g‖, the gradient taken at the unscaled start first and then at each δ."""
+    seen = []
+
+    def gradient(delta: Tensor) -> Tensor:
+        seen.append(delta.clone())
+        return torch.tensor([3.0, 4.0]) if len(seen) == 1 else torch.tensor([0.0, -7.0])
+
+    end = ascend(gradient, torch.tensor([0.2, 0.1]), 2.0, 2)
+    torch.testing.assert_close(torch.stack(seen), torch.tensor([[0.2, 0.1], [1.2, 1.6]]))
+    torch.testing.assert_close(end, torch.tensor([0.0, -2.0]))
+
+
+def test_zero_vector_stays_zero_on_the_sphere() -> None:
+    assert torch.equal(to_sphere(torch.zeros(3), 0.5), torch.zeros(3))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15])
+def test_sphere_in_float32_at_any_scale(scale: float) -> None:
+    moved = to_sphere(torch.tensor([3.0, 4.0]) * scale, 0.5)
+    torch.testing.assert_close(moved, torch.tensor([0.3, 0.4]))
+
+
+def test_maximize_on_a_quadratic_form() -> None:
+    """max δᵀAδ/2 on the sphere = ρ²λ_max/2."""
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=(12, 12))
+    matrix = torch.from_numpy(a @ a.T)
+    start = torch.from_numpy(rng.normal(size=12))
+    top = float(np.linalg.eigvalsh(matrix.numpy())[-1])
+    end = maximize(
+        lambda d: (float(d @ matrix @ d) / 2, matrix @ d), start, 0.5, tolerance=1e-9, max_steps=500
+    )
+    assert end.converged
+    assert end.value == pytest.approx(0.125 * top, rel=1e-6)
+    assert end.alignment == pytest.approx(1, abs=1e-6)
+    assert float(end.delta.norm()) == pytest.approx(0.5)
+
+
+def test_maximize_does_not_oscillate_where_algorithm_1_does() -> None:
+    """The gradient points past the maximum on the circle, so that full steps flip between two points."""
+
+    def objective(d: Tensor) -> tuple[float, Tensor]:
+        x, y = d
+        value = 1 - 4 * (y - 0.3) ** 2 + 0.1 * x
+        return float(value), torch.stack([torch.tensor(0.1, dtype=torch.float64), -8 * (y - 0.3)])
+
+    start = torch.tensor([0.6, 0.8], dtype=torch.float64)
+    end = maximize(objective, start, 1.0, tolerance=1e-8, max_steps=200)
+    angles = np.linspace(0, 2 * math.pi, 200_001)
+    best = (1 - 4 * (np.sin(angles) - 0.3) ** 2 + 0.1 * np.cos(angles)).max()
+    assert end.value == pytest.approx(best, rel=1e-6)
+    assert all(gain >= 0 for gain in end.gains)
+
+
+def test_maximize_says_when_it_ran_out_of_steps() -> None:
+    matrix = torch.diag(torch.tensor([1.0, 0.99, 0.5], dtype=torch.float64))
+    start = torch.tensor([0.01, 1.0, 1.0], dtype=torch.float64)
+    end = maximize(
+        lambda d: (float(d @ matrix @ d) / 2, matrix @ d), start, 1.0, tolerance=1e-12, max_steps=3
+    )
+    assert not end.converged
+
+
+def test_maximize_of_a_constant() -> None:
+    end = maximize(lambda d: (0.0, torch.zeros_like(d)), torch.ones(3), 1.0)
+    assert (end.value, end.converged, end.alignment) == (0.0, True, 1.0)
+
+
+CONVERGED = ["local_inconsistency_converged"]
+
+
+def converged(case: Case, rho: float, **more: float) -> float:
+    settings = Settings(rho=rho, ascent_tolerance=1e-6, eigen_tolerance=1e-3, max_iterations=100, **more)
+    row = measure(case.model, case.batches(), CONVERGED, settings).rows[CONVERGED[0]]
+    assert row.value is not None
+    return row.value
+
+
+def test_small_radius_gives_half_rho_squared_lambda_max(case: Case) -> None:
+    rho = 1e-3
+    top = float(np.linalg.eigvalsh(case.fisher_terms.mean(0).numpy())[-1])
+    assert converged(case, rho) == pytest.approx(rho**2 / 2 * top, rel=0.01)
+
+
+def test_grows_with_the_radius(case: Case) -> None:
+    values = [converged(case, rho) for rho in (0.03, 0.1, 0.3, 1.0)]
+    assert values == sorted(values)
+
+
+@pytest.mark.parametrize("rho", [0.1, 1.0])
+def test_paper_protocol_stays_below_the_maximum(case: Case, rho: float) -> None:
+    paper = measure(case.model, case.batches(), ["local_inconsistency"], Settings(rho=rho, k_steps=3))
+    starts = paper.rows["local_inconsistency"].details["starts"]
+    assert max(starts) <= converged(case, rho) * (1 + 1e-6)
+
+
+def numpy_tanh_logits(x: np.ndarray, flat: np.ndarray) -> np.ndarray:
+    """(D, N, 3) logits of the 2-3-3 tanh network at D flat parameter vectors (D, 21)."""
+    first, bias, last, end = np.split(flat, [6, 9, 18], axis=1)
+    hidden = np.tanh(np.einsum("dhi,ni->dnh", first.reshape(-1, 3, 2), x) + bias[:, None])
+    return np.einsum("dch,dnh->dnc", last.reshape(-1, 3, 3), hidden) + end[:, None]
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.5, 2.0])
+def test_not_below_the_best_of_many_random_directions(rho: float) -> None:
+    rng = np.random.default_rng(2)
+    x, theta = rng.normal(size=(9, 2)), rng.normal(size=21)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3)).double()
+    torch.nn.utils.vector_to_parameters(torch.from_numpy(theta), model.parameters())
+
+    directions = rng.normal(size=(20_000, 21))
+    directions *= rho / np.linalg.norm(directions, axis=1, keepdims=True)
+
+    def log_softmax(z: np.ndarray) -> np.ndarray:
+        return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+    log_p = log_softmax(numpy_tanh_logits(x, theta[None]))
+    log_q = log_softmax(numpy_tanh_logits(x, theta + directions))
+    divergences = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean(1)
+
+    batches = Batches.from_tensors(torch.from_numpy(x), batch_size=4)
+    row = measure(model, batches, CONVERGED, Settings(rho=rho)).rows[CONVERGED[0]]
+    assert row.value is not None
+    assert row.value >= divergences.max()
+
+
+def test_starts_have_the_length_of_the_noise_scale(generator: torch.Generator) -> None:
+    parameters = Parameters(torch.nn.Linear(100, 50))
+    lengths = [float(parameters.random(0.3, generator).norm()) for _ in range(20)]
+    assert np.mean(lengths) == pytest.approx(0.3, rel=0.01)
+
+
+@pytest.mark.parametrize("case", CASES[:1], ids=lambda c: c.name)
+def test_paper_protocol_is_the_mean_over_starts_of_algorithm_1(case: Case) -> None:
+    settings = Settings(rho=0.2, k_steps=2, num_starts=4, noise_scale=0.1)
+    row = measure(case.model, case.batches(), ["local_inconsistency"], settings).rows["local_inconsistency"]
+    values = np.array(row.details["starts"])
+    assert row.value == pytest.approx(values.mean())
+    assert row.details["sd_starts"] == pytest.approx(values.std(ddof=1))
+    assert row.stderr == pytest.approx(values.std(ddof=1) / 2)
+    top = float(np.linalg.eigvalsh(case.fisher_terms.mean(0).numpy())[-1])
+    assert 0 < row.value < 2 * settings.rho**2 / 2 * top

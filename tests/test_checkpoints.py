@@ -1,0 +1,573 @@
+"""Checkpoints: every usual shape of file is read, every broken or hostile one is refused in one line."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import gm_probe
+from gm_probe.core.batches import Normalization
+from gm_probe.core.checkpoints import HEADER, Checkpoint, load_weights, read_checkpoint, save_checkpoint
+from gm_probe.core.errors import CheckpointError
+from gm_probe.core.models import ModelSpec, build_model
+
+SHARED = Path(os.environ.get("GM_PROBE_SHARED", Path(__file__).parents[2] / "shared"))
+SPEC = ModelSpec("my.package:build", (3, 8, 8), 3)
+NORMALIZATION = Normalization((0.1 + 0.2, 1 / 3, 0.5), (0.25, 1 / 7, 1e-3))
+
+
+class Net(nn.Module):
+    """Convolution, BatchNorm and two layers that share a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.conv(x))).mean((2, 3))
+        return self.head(self.second(torch.relu(self.first(x))))
+
+
+def net(seed: int) -> Net:
+    """A net with weights and BatchNorm statistics of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Net()
+        model.train()
+        model(torch.randn(5, 3, 8, 8))
+    return model.eval()
+
+
+@pytest.fixture
+def trained() -> Net:
+    return net(1)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def reloaded(path: Path) -> Net:
+    fresh = net(2)
+    load_weights(fresh, read_checkpoint(path))
+    return fresh
+
+
+def refused(path: Path, *, model: nn.Module | None = None) -> str:
+    """The message of the CheckpointError that reading (and loading) ``path`` raises: one printable line."""
+    if model is None:
+        with pytest.raises(CheckpointError) as caught:
+            read_checkpoint(path)
+    else:
+        checkpoint = read_checkpoint(path)
+        with pytest.raises(CheckpointError) as caught:
+            load_weights(model, checkpoint)
+    message = str(caught.value)
+    assert caught.value.exit_code == 3
+    assert str(path) in message
+    assert message.isprintable()
+    return message
+
+
+# ---- round trips
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".th", ".ckpt"])
+def test_round_trip_is_bit_identical(tmp_path: Path, trained: Net, suffix: str) -> None:
+    path = tmp_path / "a b" / f"ü{suffix}"
+    trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    save_checkpoint(path, trained, SPEC, NORMALIZATION, ("ant", "bee", "ü"))
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.model == SPEC
+    assert checkpoint.normalization == NORMALIZATION  # floats survive to the last bit
+    assert checkpoint.classes == ("ant", "bee", "ü")
+    fresh = reloaded(path)
+    assert same(fresh, trained)
+    assert fresh.second.weight is fresh.first.weight
+    assert int(fresh.bn.num_batches_tracked) == 1
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_run_folder_is_its_checkpoint(tmp_path: Path, trained: Net) -> None:
+    assert "holds no checkpoint.safetensors" in refused(tmp_path)
+    save_checkpoint(tmp_path / "checkpoint.safetensors", trained, SPEC, NORMALIZATION)
+    assert read_checkpoint(tmp_path).path == tmp_path / "checkpoint.safetensors"
+    assert same(reloaded(tmp_path), trained)
+
+
+def test_reading_never_imports_the_recorded_model(tmp_path: Path, trained: Net, monkeypatch: Any) -> None:
+    (tmp_path / "hostile_model.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("hostile_model:build", f"{tmp_path / 'hostile_model.py'}:build"):
+        for suffix in (".safetensors", ".pt"):
+            save_checkpoint(tmp_path / f"a{suffix}", trained, ModelSpec(name, (3, 8, 8), 3), NORMALIZATION)
+            checkpoint = read_checkpoint(tmp_path / f"a{suffix}")
+            load_weights(net(2), checkpoint)
+            assert checkpoint.model is not None
+            assert checkpoint.model.is_user_code
+    assert "hostile_model" not in sys.modules
+    assert not (tmp_path / "canary").exists()
+
+
+NESTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "plain": lambda state: state,
+    "ordered": OrderedDict,
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3, "arch": "resnet"},
+    "model": lambda state: {"model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
+    "model_state_dict": lambda state: {"model_state_dict": state, "loss": 0.5},
+    "model_state": lambda state: {"model_state": state},
+    "model, state_dict": lambda state: {"model": {"state_dict": state, "step": 1}},
+    "parameters": lambda state: {name: nn.Parameter(v, v.is_floating_point()) for name, v in state.items()},
+    "lightning": lambda state: {
+        "epoch": 9,
+        "global_step": 100,
+        "pytorch-lightning_version": "2.5.0",
+        "hyper_parameters": {"lr": 0.1, "sizes": [1, 2]},
+        "optimizer_states": [{"state": {0: {"momentum_buffer": torch.ones(2)}}}],
+        "callbacks": {"ModelCheckpoint{'mode': 'min'}": {"best": None}},
+        "state_dict": {f"model.{name}": value for name, value in state.items()},
+    },
+}
+
+
+@pytest.mark.parametrize("nest", NESTS)
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_every_usual_nest(tmp_path: Path, trained: Net, nest: str, legacy: bool) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save(NESTS[nest](trained.state_dict()), path, _use_new_zipfile_serialization=not legacy)
+    checkpoint = read_checkpoint(path)
+    assert (checkpoint.model, checkpoint.normalization, checkpoint.classes) == (None, None, ())
+    assert same(reloaded(path), trained)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "module.",
+        "_orig_mod.",
+        "model.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.module._orig_mod.",
+        "model.model.",
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_every_usual_prefix(tmp_path: Path, trained: Net, prefix: str, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    state = {prefix + name: value.clone() for name, value in trained.state_dict().items()}
+    if suffix == ".pt":
+        torch.save(state, path)
+    else:
+        safetensors.torch.save_file(state, path)
+    assert same(reloaded(path), trained)
+
+
+def test_a_wrapper_of_that_name_keeps_its_prefix(tmp_path: Path, trained: Net) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.model = inner
+
+    torch.save(
+        {f"module.model.{name}": value for name, value in trained.state_dict().items()}, tmp_path / "a.pt"
+    )
+    wrapper = Wrapper(net(2))
+    load_weights(wrapper, read_checkpoint(tmp_path / "a.pt"))
+    assert same(wrapper.model, trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_cast(tmp_path: Path, trained: Net, dtype: torch.dtype) -> None:
+    state = {name: v.to(dtype) if v.is_floating_point() else v for name, v in trained.state_dict().items()}
+    torch.save(state, tmp_path / "a.pt")
+    fresh = reloaded(tmp_path / "a.pt")
+    for name, value in fresh.state_dict().items():
+        assert value.dtype == trained.state_dict()[name].dtype
+        assert torch.equal(value, state[name].to(value.dtype))
+
+
+def test_num_batches_tracked_may_be_absent(tmp_path: Path, trained: Net) -> None:
+    state = trained.state_dict()
+    del state["bn.num_batches_tracked"]
+    torch.save(state, tmp_path / "a.pt")
+    fresh = reloaded(tmp_path / "a.pt")
+    assert torch.equal(fresh.bn.running_mean, trained.bn.running_mean)  # type: ignore[arg-type]
+
+
+# ---- what does not fit
+
+
+def test_mismatches_name_the_tensors(tmp_path: Path, trained: Net) -> None:
+    state = trained.state_dict()
+    del state["bn.running_mean"], state["head.bias"]
+    state["extra.weight"] = torch.ones(2)
+    state["conv.weight"] = torch.ones(4, 1, 3, 3)
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "a.pt")
+    fresh = net(2)
+    message = refused(tmp_path / "a.pt", model=fresh)
+    assert "2 missing (bn.running_mean, head.bias)" in message
+    assert "1 unexpected (module.extra.weight)" in message
+    assert "1 of another shape (conv.weight (4, 1, 3, 3) ≠ (4, 3, 3, 3) in the model)" in message
+    assert "--model" in message
+    assert same(fresh, net(2))  # nothing was copied
+
+
+def test_many_mismatches_are_cut_short(tmp_path: Path) -> None:
+    torch.save({f"w{i}": torch.ones(1) for i in range(500)}, tmp_path / "a.pt")
+    message = refused(tmp_path / "a.pt", model=net(2))
+    assert "500 unexpected (w0, w1, w2, …)" in message
+    assert len(message) < 1000
+
+
+def test_two_models_in_one_file_are_ambiguous(tmp_path: Path, trained: Net) -> None:
+    state = {**trained.state_dict(), **{f"module.{k}": v + 1 for k, v in trained.state_dict().items()}}
+    torch.save(state, tmp_path / "a.pt")
+    assert "holds two tensors for 'conv.weight'" in refused(tmp_path / "a.pt", model=net(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.uint16])
+def test_integer_weights_do_not_load(tmp_path: Path, trained: Net, dtype: torch.dtype) -> None:
+    state = {**trained.state_dict(), "head.weight": torch.ones(3, 4).to(dtype)}
+    torch.save(state, tmp_path / "a.pt")
+    message = refused(tmp_path / "a.pt", model=net(2))
+    assert f"'head.weight' is {dtype}, not floating point" in message
+
+
+UNUSABLE: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "nan": (lambda: torch.tensor([1.0, float("nan"), float("inf")]), "has 2 NaN or infinite value(s)"),
+    "half inf": (lambda: torch.tensor([70000.0]).half(), "has 1 NaN or infinite value(s)"),
+    "fp8 nan": (lambda: torch.tensor([float("nan")]).to(torch.float8_e4m3fn), "has 1 NaN"),
+    "fp4": (lambda: torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "float4_e2m1fn_x2"),
+    "complex": (lambda: torch.ones(2, dtype=torch.complex64), "is complex"),
+    "meta": (lambda: torch.ones(2, device="meta"), "has no data"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), "is sparse, nested or quantized"),
+    "expanded": (lambda: torch.ones(1).expand(10**9), "claims 1,000,000,000 values but the file holds fewer"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_unusable_tensors_are_named(tmp_path: Path, kind: str) -> None:
+    make, reason = UNUSABLE[kind]
+    torch.save({"good": torch.ones(2), "layer.weight": make()}, tmp_path / "a.pt")
+    message = refused(tmp_path / "a.pt")
+    assert "tensor 'layer.weight'" in message
+    assert reason in message
+
+
+def test_names_cannot_forge_a_terminal(tmp_path: Path) -> None:
+    name = "w\x1b[2J\nall is well"
+    torch.save({name: torch.tensor([float("nan")])}, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt")
+    torch.save({name: torch.ones(1), "x" * 10**6: torch.ones(1)}, tmp_path / "b.pt")
+    assert len(refused(tmp_path / "b.pt", model=net(2))) < 1500
+    torch.save({name: 3}, tmp_path / "c.pt")
+    refused(tmp_path / "c.pt")
+
+
+# ---- broken files
+
+
+def _torch_bytes(value: Any, *, legacy: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+def _zip(names: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in names.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def _itself() -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    value["model"] = value
+    return value
+
+
+STATE = {"w": torch.arange(100.0)}
+WHOLE = _torch_bytes(STATE)
+LEGACY = _torch_bytes(STATE, legacy=True)
+SAFE = safetensors.torch.save(STATE)
+BROKEN: dict[str, bytes] = {
+    "empty.pt": b"",
+    "text.pt": b"hello world, this is no checkpoint\n" * 5,
+    "html.pt": b"<!DOCTYPE html>\n<html>not found</html>",
+    "zeros.pt": bytes(1000),
+    "noise.pt": random.Random(0).randbytes(5000),
+    "half.pt": WHOLE[: len(WHOLE) // 2],
+    "nearly.pt": WHOLE[:-10],
+    "half-legacy.pt": LEGACY[: len(LEGACY) // 2],
+    "nearly-legacy.pt": LEGACY[:-10],
+    "other-zip.pt": _zip({"a.txt": b"hi"}),
+    "other-zip-folder.pt": _zip({"archive/a.txt": b"hi"}),
+    "number.pt": _torch_bytes(3),
+    "list.pt": _torch_bytes([torch.ones(2)]),
+    "tensor.pt": _torch_bytes(torch.ones(2)),
+    "nothing.pt": _torch_bytes({}),
+    "no-tensors.pt": _torch_bytes({"epoch": 3, "weights": {"w": torch.ones(1)}}),
+    "itself.pt": _torch_bytes(_itself()),
+    "empty.safetensors": b"",
+    "text.safetensors": b"hello world, this is no checkpoint\n" * 5,
+    "half.safetensors": SAFE[: len(SAFE) // 2],
+    "nearly.safetensors": SAFE[:-10],
+    "pickle.safetensors": WHOLE,
+    "huge-header.safetensors": struct.pack("<Q", 2**62) + b"{}",
+    "no-json.safetensors": struct.pack("<Q", 8) + b"notjson!",
+    "nothing.safetensors": safetensors.torch.save({}),
+    "out-of-file.safetensors": (lambda head: struct.pack("<Q", len(head)) + head)(
+        b'{"w":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4000000]}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(BROKEN[name])
+    refused(tmp_path / name)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert "no such checkpoint" in refused(tmp_path / "gone.pt")
+
+
+RECORD = {"model": SPEC.as_dict(), "mean": [0.5], "std": [0.2], "classes": ["a"]}
+BROKEN_HEADERS: list[Any] = [
+    "",
+    "nonsense",
+    "null",
+    "[1]",
+    "{}",
+    "[" * 100_000,
+    json.dumps({**RECORD, "model": "6cnn"}),
+    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": 3}}),
+    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": [float("inf")]}}),
+    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": -1}}),
+    json.dumps({**RECORD, "mean": 0.5}),
+    json.dumps({**RECORD, "mean": ["a"]}),
+    json.dumps({**RECORD, "mean": [0.5, 0.5]}),
+    json.dumps({**RECORD, "std": [0.0]}),
+    json.dumps({**RECORD, "std": [float("nan")]}),
+    json.dumps({**RECORD, "classes": 3}),
+]
+
+
+@pytest.mark.parametrize("header", BROKEN_HEADERS)
+def test_broken_records_are_refused(tmp_path: Path, header: str) -> None:
+    torch.save({"state_dict": STATE, HEADER: header}, tmp_path / "a.pt")
+    assert "its gm_probe header is broken" in refused(tmp_path / "a.pt")
+    safetensors.torch.save_file(STATE, tmp_path / "a.safetensors", {HEADER: header})
+    assert "its gm_probe header is broken" in refused(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("header", [3, ["a"], {"model": 1}])
+def test_records_of_another_type_are_refused(tmp_path: Path, header: Any) -> None:
+    torch.save({"state_dict": STATE, HEADER: header}, tmp_path / "a.pt")
+    assert "its gm_probe header is broken" in refused(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("content", [WHOLE, LEGACY, SAFE], ids=["zip", "legacy", "safetensors"])
+def test_mutated_files_load_or_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / ("a.safetensors" if content is SAFE else "a.pt")
+    draw = random.Random(0)
+    loaded, messages = 0, []
+    for _ in range(150):
+        mutated = bytearray(content)
+        for _ in range(draw.choice([1, 1, 4, 40])):
+            mutated[draw.randrange(len(mutated))] = draw.randrange(256)
+        path.write_bytes(mutated)
+        try:
+            read_checkpoint(path)
+            loaded += 1
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert loaded > 0
+    assert messages
+    assert all(message.isprintable() and str(path) in message for message in messages)
+
+
+# ---- files that would run code
+
+
+class Call:
+    """Unpickling it calls ``function`` with ``arguments``."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+class State:
+    """Unpickling it calls its ``__setstate__``, as a legitimate class of somebody's own would have."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise AssertionError("ran")
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"a": 1}
+
+
+def _touch(canary: Path) -> Call:
+    return Call(os.system, f"touch '{canary}'")
+
+
+TRICKS: dict[str, Callable[[Path], Any]] = {
+    "os.system": _touch,
+    "eval": lambda canary: Call(eval, f"open({str(canary)!r}, 'w')"),
+    "exec": lambda canary: Call(exec, f"open({str(canary)!r}, 'w')"),
+    "open": lambda canary: Call(open, str(canary), "w"),
+    "getattr": lambda canary: Call(getattr, Path, "touch"),
+    "partial": lambda canary: Call(__import__("functools").partial, os.system, f"touch '{canary}'"),
+    "map": lambda canary: Call(list, Call(map, os.system, [f"touch '{canary}'"])),
+    "subprocess": lambda canary: Call(__import__("subprocess").run, ["touch", str(canary)]),
+    "import": lambda canary: Call(__import__, "antigravity"),
+    "torch.load": lambda canary: Call(torch.load, str(canary)),
+    "torch.hub": lambda canary: Call(torch.hub.load, "a/b", "c"),
+    "state": lambda canary: State(),
+    "module": lambda canary: nn.Linear(1, 1),
+    "nested": lambda canary: {"state_dict": {"w": torch.ones(1), "x": _touch(canary)}},
+    "beside": lambda canary: {"state_dict": {"w": torch.ones(1)}, "hyper_parameters": [1, (_touch(canary),)]},
+    "key": lambda canary: {"state_dict": {"w": torch.ones(1)}, ("k", 1): {"a": _touch(canary)}},
+    "attribute": lambda canary: _with_attribute(_touch(canary)),
+    "hooks": lambda canary: _with_hooks(canary),
+    "header": lambda canary: {"state_dict": {"w": torch.ones(1)}, HEADER: _touch(canary)},
+}
+
+
+def _with_attribute(value: Any) -> dict[str, Tensor]:
+    tensor = torch.ones(1)
+    tensor.surprise = value  # type: ignore[attr-defined]
+    return {"w": tensor}
+
+
+def _with_hooks(canary: Path) -> OrderedDict[str, Tensor]:
+    state = OrderedDict(w=torch.ones(1))
+    state._metadata = _touch(canary)  # type: ignore[attr-defined]
+    return state
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle 0", "pickle 2", "pickle 4"])
+def test_code_never_runs(tmp_path: Path, trick: str, form: str) -> None:
+    canary, path = tmp_path / "canary", tmp_path / "a.pt"
+    value = TRICKS[trick](canary)
+    if form.startswith("pickle"):
+        path.write_bytes(pickle.dumps(value, int(form.split()[1])))
+    else:
+        path.write_bytes(_torch_bytes(value, legacy=form == "legacy"))
+    message = refused(path)
+    assert not canary.exists()
+    if form in {"zip", "legacy"}:
+        assert "holds more than plain tensors, which could run code" in message
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_canary_sings_where_it_is_let(tmp_path: Path, legacy: bool) -> None:
+    canary = tmp_path / "canary"
+    content = _torch_bytes({"state_dict": {"x": _touch(canary)}}, legacy=legacy)
+    torch.load(io.BytesIO(content), weights_only=False)
+    assert canary.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_torchscript_is_refused(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "a.pt"))
+    assert "could run code (TorchScript)" in refused(tmp_path / "a.pt")
+
+
+def test_the_refusal_names_what_it_refused_and_a_way_out(tmp_path: Path) -> None:
+    torch.save({"state_dict": STATE, "args": Call(os.system, "true")}, tmp_path / "a.pt")
+    message = refused(tmp_path / "a.pt")
+    assert f"{os.system.__module__}.system" in message
+    assert "torch.save(model.state_dict()" in message
+
+
+def _calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_no_source_file_can_load_code() -> None:
+    loads = 0
+    for path in Path(gm_probe.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for name, call in _calls(tree):
+            if name in {"torch.load", "load"} and name != "np.load":
+                loads += 1
+                only = {keyword.arg: keyword.value for keyword in call.keywords}.get("weights_only")
+                assert isinstance(only, ast.Constant), f"{path}:{call.lineno}"
+                assert only.value is True, f"{path}:{call.lineno}"
+            if name == "np.load":
+                allowed = {keyword.arg: keyword.value for keyword in call.keywords}.get("allow_pickle")
+                assert isinstance(allowed, ast.Constant), f"{path}:{call.lineno}"
+                assert allowed.value is False, f"{path}:{call.lineno}"
+            banned = {
+                "eval",
+                "exec",
+                "compile",
+                "__import__",
+                "yaml.load",
+                "torch.jit.load",
+                "torch.hub.load",
+            }
+            assert name not in banned, f"{path}:{call.lineno}: {name}"
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] not in {"pickle", "dill", "cloudpickle", "joblib", "marshal"}, path
+    assert loads >= 3  # checkpoints, array files, resume
+
+
+# ---- a real public checkpoint
+
+
+def _resnet20_file() -> Path:
+    path = SHARED / "data" / "checkpoints" / "resnet20-12fca82f.th"
+    if not path.exists():
+        pytest.skip(f"{path} is not here; set GM_PROBE_SHARED to the folder that holds data/checkpoints")
+    return path
+
+
+def test_public_resnet20() -> None:
+    checkpoint = read_checkpoint(_resnet20_file())
+    assert all(name.startswith("module.") for name in checkpoint.state)
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    weights = [value for name, value in checkpoint.state.items() if not name.endswith(buffers)]
+    assert sum(value.numel() for value in weights) == 269_722
+    assert checkpoint.model is None
+    assert checkpoint.normalization is None
+    with pytest.raises(CheckpointError, match=r"missing \(0\.weight.*unexpected \(module\.conv1\.weight"):
+        load_weights(build_model(ModelSpec("6cnn", (3, 32, 32), 10)), checkpoint)
+
+
+def test_checkpoint_is_a_plain_record(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "a.pt")
+    checkpoint = read_checkpoint(tmp_path / "a.pt")
+    assert isinstance(checkpoint, Checkpoint)
+    assert torch.equal(checkpoint.state["w"], STATE["w"])

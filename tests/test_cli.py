@@ -1,0 +1,321 @@
+"""The command line as a user types it: the three commands, exit codes, one-line errors, machine output."""
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gm_probe.cli import COMMANDS, main
+from gm_probe.core.batches import Normalization
+from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
+from gm_probe.core.models import ModelSpec, build_model
+
+QUICK = ["--starts", "2", "--max-probes", "2", "--trace-tolerance", "9"]
+
+
+def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line, in this process."""
+    words = shlex.split(command)
+    assert words[0] == "gmprobe"
+    capsys.readouterr()
+    try:
+        main(words[1:])
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """data/ with two class folders of 8×8 grey PNGs."""
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        folder = tmp_path / "data" / label
+        folder.mkdir(parents=True)
+        for index in range(6):
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{index}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """ckpt.pt as gmprobe writes it: an MLP for 8×8 grey images and two classes."""
+    torch.manual_seed(0)
+    spec = ModelSpec("mlp-6", (1, 8, 8), 2)
+    path = tmp_path / "ckpt.pt"
+    save_checkpoint(path, build_model(spec), spec, Normalization((0.5,), (0.25,)), ("cat", "dog"))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_three_commands_run_literally(tmp_path, images, checkpoint, capsys):
+    code, out, err = run("gmprobe measure ckpt.pt --unlabeled data/", capsys)
+    assert code == 0, err
+    assert "local_inconsistency" in out
+    assert "hessian_trace (predicted" in re.sub(r"\s+", " ", out)
+    assert "cross_entropy" not in out  # labels were not read
+
+    for seed in (0, 1, 2):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        command = f"gmprobe train --model mlp-8 --num-train 100 --epochs 2 --seed {seed} --out runs/{seed} -q"
+        assert run(command, capsys)[0] == 0
+        command = f"gmprobe measure runs/{seed} --measures local_inconsistency --starts 2 --save -q"
+        assert run(command, capsys)[0] == 0
+    code, out, err = run("gmprobe correlate runs/", capsys)
+    assert code == 0, err
+    assert "local_inconsistency" in out
+    assert (tmp_path / "runs" / "correlate.png").stat().st_size > 10_000
+
+
+def test_train_iam_d_alone_learns_the_digits_and_says_so(tmp_path, capsys):
+    code, out, err = run("gmprobe train --method iam-d", capsys)
+    assert code == 0, err
+    assert "handwritten digits" in err
+    assert "cross-entropy" in out
+    [folder] = (tmp_path / "runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["test_error"] < 0.2  # chance is 0.9
+    assert read_checkpoint(folder).model.name == "6cnn"
+
+
+def test_json_follows_the_contract(images, checkpoint, capsys):
+    code, out, _ = run(f"gmprobe measure ckpt.pt --labeled data --json {' '.join(QUICK)}", capsys)
+    assert code == 0
+    [result] = json.loads(out)
+    assert {"checkpoint", "model", "num_parameters", "num_examples", "settings", "measures"} <= set(result)
+    assert result["num_examples"] == 12
+    assert result["num_parameters"] == 64 * 6 + 6 + 6 * 2 + 2
+    for row in result["measures"].values():
+        assert {"value", "stderr", "stderr_examples", "converged", "num_evals"} <= set(row)
+    assert result["measures"]["hessian_trace"]["labels"] == "given"
+    assert set(result["measures"]) >= {"error", "cross_entropy"}
+
+
+def test_csv_has_one_row_a_measure(images, checkpoint, capsys):
+    code, out, _ = run("gmprobe measure ckpt.pt --unlabeled data --measures fisher_trace --csv", capsys)
+    assert code == 0
+    [row] = csv.DictReader(io.StringIO(out))
+    assert row["measure"] == "fisher_trace"
+    assert float(row["value"]) > 0
+
+
+def test_protocol_both_reports_two_named_rows(images, checkpoint, capsys):
+    command = "gmprobe measure ckpt.pt --unlabeled data --measures local_inconsistency --protocol both --json"
+    [result] = json.loads(run(command, capsys)[1])
+    rows = result["measures"]
+    assert rows["local_inconsistency"]["protocol"] == "paper"
+    assert rows["local_inconsistency_converged"]["protocol"] == "converged"
+    assert rows["local_inconsistency_converged"]["value"] >= rows["local_inconsistency"]["value"]
+
+
+def test_protocol_converged_fills_the_plain_row_and_says_so(images, checkpoint, capsys):
+    command = (
+        "gmprobe measure ckpt.pt --unlabeled data --measures local_inconsistency --protocol converged --json"
+    )
+    [result] = json.loads(run(command, capsys)[1])
+    assert result["measures"]["local_inconsistency"]["protocol"] == "converged"
+
+
+def test_subset_is_seeded_and_recorded(images, checkpoint, capsys):
+    command = (
+        "gmprobe measure ckpt.pt --unlabeled data --measures fisher_trace --max-examples 5 --json --seed {}"
+    )
+    values = [json.loads(run(command.format(seed), capsys)[1])[0] for seed in (1, 1, 2)]
+    first, again, other = (value["measures"]["fisher_trace"]["value"] for value in values)
+    assert first == again != other
+    assert values[0]["num_examples"] == 5
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        ("gmprobe measure missing.pt --unlabeled data", 3, ["missing.pt"]),
+        ("gmprobe measure ckpt.pt --unlabeled nowhere", 2, ["nowhere"]),
+        ("gmprobe measure ckpt.pt", 2, ["--unlabeled"]),
+        ("gmprobe measure ckpt.pt --unlabeled data --labeled data", 2, ["exclude"]),
+        (
+            "gmprobe measure ckpt.pt --unlabeled data --measures fisher_trase",
+            2,
+            ["fisher_trase", "fisher_trace"],
+        ),
+        ("gmprobe measure ckpt.pt --unlabeled data --measures error", 4, ["error", "--labeled"]),
+        ("gmprobe measure ckpt.pt --unlabeled data --rho -1", 2, ["rho"]),
+        ("gmprobe measure ckpt.pt --unlabeled data --mean 0.5", 2, ["--std"]),
+        ("gmprobe measure ckpt.pt --unlabeled data --device cuda:7", 6, ["cuda:7", "cpu"]),
+        ("gmprobe measure plain.pt --unlabeled data", 2, ["--mean"]),
+        ("gmprobe measure plain.pt --unlabeled data --no-normalize", 2, ["--model"]),
+        ("gmprobe measure plain.pt --unlabeled data --no-normalize --model mlp-7", 3, ["1.weight"]),
+        ("gmprobe measure nan.pt --unlabeled data", 3, ["nan.pt", "1.weight", "NaN"]),
+        ("gmprobe measure ckpt.pt --labeled three", 4, ["three"]),
+        ("gmprobe measure ckpt.pt --unlabeled large", 4, ["--image-size 8"]),
+        ("gmprobe measure ckpt.pt --unlabeled broken", 4, ["broken/x.png"]),
+        ("gmprobe measure mine.pt --unlabeled data", 2, ["--model danger.py:build"]),
+        ("gmprobe train --method iamd", 2, ["iamd", "iam-d"]),
+        ("gmprobe train --model 7cnn", 2, ["7cnn", "6cnn"]),
+        ("gmprobe train --epochs 0", 2, ["epochs"]),
+        ("gmprobe train --model mlp-4 --epochs 3 --lr 1e30 --out d", 5, ["not finite"]),
+        ("gmprobe mesure x", 2, ["mesure", "measure"]),
+        ("gmprobe sweep nothing --out r", 2, ["nothing", "quickstart"]),
+    ],
+)
+def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, capsys, command, code, words):
+    spec = ModelSpec("mlp-6", (1, 8, 8), 2)
+    model = build_model(spec)
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    save_checkpoint(tmp_path / "mine.pt", model, ModelSpec("danger.py:build", (1, 8, 8), 2), Normalization())
+    (tmp_path / "danger.py").write_text("from pathlib import Path\nPath('canary').touch()\n")
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    save_checkpoint(tmp_path / "nan.pt", model, spec, Normalization((0.5,), (0.25,)))
+    for label in "abc":
+        (tmp_path / "three" / label).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "three" / label / "x.png")
+    (tmp_path / "large").mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "large" / "x.png")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.png").write_bytes(b"no image")
+    got, out, err = run(command, capsys)
+    assert got == code, err
+    assert out == ""
+    assert all(word in err for word in words), err
+    lines = [line for line in err.splitlines() if not line.startswith("no --data given")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("gmprobe: ")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_foreign_checkpoint_with_its_model_named(tmp_path, images, capsys):
+    torch.manual_seed(0)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 2))\n"
+    )
+    layers = [torch.nn.Flatten(), torch.nn.Linear(64, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)]
+    state = torch.nn.Sequential(*layers).state_dict()
+    torch.save(
+        {"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}, "x.pth.tar"
+    )
+    command = f"gmprobe measure x.pth.tar --unlabeled data --model net.py:build --no-normalize --json {' '.join(QUICK)}"
+    code, out, err = run(command, capsys)
+    assert code == 0, err
+    assert json.loads(out)[0]["model"] == "net.py:build"
+
+
+def test_class_order_is_doubted_near_chance(tmp_path, images, checkpoint, capsys):
+    state = read_checkpoint(checkpoint)
+    model = build_model(state.model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model[-1].bias.copy_(torch.tensor([0.0, 1.0]))
+    save_checkpoint(checkpoint, model, state.model, state.normalization)
+    for file in (tmp_path / "data" / "dog").iterdir():
+        file.unlink()
+    Image.new("L", (8, 8)).save(tmp_path / "data" / "dog" / "x.png")
+    code, _, err = run("gmprobe measure ckpt.pt --labeled data --measures error", capsys)
+    assert code == 0
+    assert "near chance" in err
+
+
+def test_train_saves_a_portable_copy_and_resume_returns_the_same(capsys):
+    command = "gmprobe train --model mlp-4 --epochs 1 --num-train 50 --out a --json -q"
+    code, out, _ = run(f"{command} --save copy.pt", capsys)
+    assert code == 0
+    original, copy = read_checkpoint(Path("a")), read_checkpoint(Path("copy.pt"))
+    assert all(torch.equal(copy.state[name], value) for name, value in original.state.items())
+    code, again, _ = run(f"{command} --resume", capsys)
+    assert code == 0
+    assert json.loads(again) == json.loads(out)
+    code, _, err = run(command, capsys)
+    assert code == 2
+    assert "--resume" in err
+
+
+def test_sweep_dry_run_runs_nothing(tmp_path, capsys):
+    code, out, _ = run("gmprobe sweep quickstart --out r --dry-run --json", capsys)
+    assert code == 0
+    assert len(json.loads(out)["runs"]) == 24
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_that_ends_with_an_example(name, capsys):
+    code, out, _ = run(f"gmprobe {name} --help", capsys)
+    assert code == 0
+    assert f"gmprobe {name}" in out.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["models", "datasets", "measures", "recipes"])
+def test_listings_print_json_and_tables(name, capsys):
+    code, out, _ = run(f"gmprobe {name} --json", capsys)
+    assert code == 0
+    assert all(entry["name"] and entry["description"] for entry in json.loads(out))
+    assert json.loads(out)[0]["name"] in run(f"gmprobe {name}", capsys)[1]
+
+
+def test_help_version_and_correlate_import_no_torch(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("error_gap,sharpness\n0.1,1\n0.2,2\n0.3,3\n")
+    script = (
+        "import sys\n"
+        "from gm_probe.cli import main\n"
+        "for args in (['--help'], ['--version'], ['measure', '--help'], ['correlate', sys.argv[1], '--no-figure']):\n"
+        "    try: main(args)\n"
+        "    except SystemExit as stop: assert not stop.code, (args, stop.code)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(table)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_interrupt_is_one_line_and_130(monkeypatch, capsys):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gm_probe.training.loop.train", interrupted)
+    code, _, err = run("gmprobe train -q", capsys)
+    assert code == 130
+    assert err.strip().splitlines() == ["gmprobe: interrupted; what was finished is kept"]
+
+
+def test_an_internal_error_is_one_line_unless_debugged(monkeypatch, capsys):
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("oh no")
+
+    monkeypatch.setattr("gm_probe.training.loop.train", broken)
+    code, _, err = run("gmprobe train -q", capsys)
+    assert code == 1
+    assert "ValueError: oh no" in err
+    assert "Traceback" not in err
+    code, _, err = run("gmprobe --debug train -q", capsys)
+    assert code == 1
+    assert "Traceback" in err
+
+
+@pytest.mark.parametrize("columns", ["60", "160"])
+def test_the_table_fits_its_terminal(images, checkpoint, columns):
+    environment = {**os.environ, "COLUMNS": columns, "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "gm_probe", "measure", "ckpt.pt", "--unlabeled", "data", *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= int(columns)
+    assert "\x1b" not in done.stdout

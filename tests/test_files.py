@@ -1,0 +1,130 @@
+"""Files: the old content or the new, never a part, and errors that name the path."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import stat
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from gm_probe.core import files
+from gm_probe.core.errors import StorageError
+from gm_probe.core.files import read_json, read_toml, write_atomic, write_json, write_toml
+
+
+def _full(*_: object) -> NoReturn:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_write_makes_folders_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b c" / "ü.bin"
+    write_atomic(path, b"old")
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in path.parent.iterdir()] == ["ü.bin"]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "replace"), (Path, "chmod")])
+def test_failed_write_keeps_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+) -> None:
+    path = tmp_path / "state.pt"
+    write_atomic(path, b"old")
+    monkeypatch.setattr(owner, name, _full)
+    with pytest.raises(StorageError) as caught:
+        write_atomic(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+    assert str(path) in str(caught.value)
+    assert "No space left" in str(caught.value)
+    assert caught.value.exit_code == 7
+    assert "\n" not in str(caught.value)
+
+
+def test_interrupted_write_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    write_atomic(path, b"old")
+
+    def interrupt(_: int) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("not a folder")
+    with pytest.raises(StorageError, match=r"cannot write .*config\.toml"):
+        write_toml(tmp_path / "runs" / "config.toml", {"a": 1})
+
+
+def test_mode_follows_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "a", b"")
+    finally:
+        assert os.umask(before) == 0o027  # reading the mask did not change it
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_json_is_strict(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"value": 1.0})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"value": value})
+    assert read_json(path) == {"value": 1.0}
+
+
+def test_json_keeps_floats_exactly(tmp_path: Path) -> None:
+    value = {"a": [0.1 + 0.2, 5e-324, 1e300], "name": "λ_max", "none": None}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+
+
+def test_toml_round_trip_drops_none_only(tmp_path: Path) -> None:
+    value = {"lr": 0.1, "rho": None, "seed": 0, "augment": False, "model": 'a "b"\\ü.py:f', "list": [1, 2]}
+    write_toml(tmp_path / "a.toml", {**value, "inner": {"x": 1e-8, "y": None}})
+    del value["rho"]
+    read = read_toml(tmp_path / "a.toml")
+    assert read == {**value, "inner": {"x": 1e-8}}
+    assert type(read["lr"]) is float
+    assert read["augment"] is False
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe", b"[" * 100_000, b"nonsense"])
+def test_broken_json_names_the_path(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"a\.json is not valid JSON"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("content", [b"a = ", b"\xff\xfe", b"a = 1\na = 2\n", b"a = " + b"[" * 50_000])
+def test_broken_toml_names_the_path(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"a\.toml is not valid TOML"):
+        read_toml(path)
+
+
+def test_missing_files_name_the_path(tmp_path: Path) -> None:
+    for read in (read_json, read_toml):
+        with pytest.raises(StorageError, match=r"cannot read .*gone: No such file"):
+            read(tmp_path / "gone")
+
+
+def test_folder_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "_sync_folder", synced.append)
+    write_atomic(tmp_path / "a", b"x")
+    assert synced == [tmp_path]

@@ -1,0 +1,276 @@
+"""Models by name: sizes, shapes, users' own code, and messages for what cannot be built."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gm_probe.core.errors import UsageError
+from gm_probe.core.models import ModelSpec, build_model, logits_of
+
+CIFAR = (3, 32, 32)
+
+
+def build(name: str, shape: tuple[int, ...] = CIFAR, classes: int = 10) -> nn.Module:
+    return build_model(ModelSpec(name, shape, classes))
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("6cnn", 32 * 27 + 32 * 512 + 64 * 288 + 64 * 1024 + 409_700 + 1_010),
+        ("mlp", 3072 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10),
+        ("mlp-7", 3072 * 7 + 7 + 7 * 10 + 10),
+        ("wrn-28-2", 1_467_610),
+        ("wrn-16-8", 10_961_370),
+        ("wrn-28-10", 36_479_194),
+        ("wrn-28-2-authors", 1_855_578),
+        ("wrn-16-8-authors", 17_158_106),
+        ("wrn-28-10-authors", 46_160_474),
+    ],
+)
+def test_parameter_counts(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        assert size(build(name)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes"),
+    [
+        ("6cnn", CIFAR, 10),
+        ("6cnn", (1, 28, 28), 7),
+        ("6cnn", (1, 8, 8), 10),
+        ("6cnn", (3, 10, 7), 2),
+        ("wrn-10-1", CIFAR, 100),
+        ("wrn-16-2-authors", (1, 28, 28), 10),
+        ("mlp-5-6", (1, 8, 8), 3),
+        ("mlp", (17,), 4),
+        ("torchvision:resnet18", (3, 64, 64), 5),
+    ],
+)
+def test_output_shapes(name: str, shape: tuple[int, ...], classes: int) -> None:
+    torch.manual_seed(0)
+    model = build(name, shape, classes).eval()
+    with torch.no_grad():
+        logits = logits_of(model(torch.rand(2, *shape)))
+    assert logits.shape == (2, classes)
+    assert bool(torch.isfinite(logits).all())
+
+
+def test_wide_resnet_strides_in_the_last_two_stages() -> None:
+    torch.manual_seed(0)
+    model = build("wrn-10-1").eval()
+    sizes = []
+    for block in model.get_submodule("blocks"):  # type: ignore[attr-defined]
+        block.register_forward_hook(lambda _module, _input, output: sizes.append(tuple(output.shape[1:])))
+    with torch.no_grad():
+        model(torch.rand(1, *CIFAR))
+    assert sizes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+def test_weights_follow_the_seed() -> None:
+    torch.manual_seed(3)
+    first = build("6cnn", (1, 8, 8))
+    torch.manual_seed(3)
+    again = build("6cnn", (1, 8, 8))
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("6cn", CIFAR, "no model '6cn'; did you mean '6cnn'?"),
+        ("wrn-28-2x", CIFAR, "did you mean 'wrn-28-2'?"),
+        ("transformer", CIFAR, "`gmprobe models` lists them"),
+        ("wrn-27-2", CIFAR, "depth must be 6n + 4"),
+        ("wrn-4-2", CIFAR, "depth must be 6n + 4"),
+        ("wrn-28-0", CIFAR, "wrn-28-0"),
+        ("mlp-0", CIFAR, "every width must be at least 1"),
+        ("6cnn", (64,), "takes images (C, H, W), not examples of shape (64,)"),
+        ("wrn-28-2", (28, 28), "takes images (C, H, W), not examples of shape (28, 28)"),
+        ("6cnn", (1, 3, 8), "at least 4×4 pixels, not 8×3"),
+        ("torchvision:resnet81", CIFAR, "resnet18"),
+        ("torchvision:fcn_resnet50", CIFAR, "no classifier 'fcn_resnet50'"),
+        (
+            "torchvision:resnet18",
+            (1, 28, 28),
+            "takes RGB images (3, H, W), not examples of shape (1, 28, 28)",
+        ),
+    ],
+)
+def test_names_that_cannot_be_built(name: str, shape: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        build(name, shape)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_timm_missing_or_unknown() -> None:
+    with pytest.raises(UsageError, match=r"pip install 'gm_probe\[timm\]'|timm has no model"):
+        build("timm:no_such_network")
+
+
+# ---- users' own code
+
+SOURCE = """
+from __future__ import annotations
+from dataclasses import dataclass
+import helper_of_user
+from torch import nn
+
+@dataclass
+class Options:
+    width: int = 4
+
+def build():
+    return nn.Linear(helper_of_user.INPUTS, Options().width)
+
+def breaks():
+    raise ValueError("no\\nluck")
+
+def leaves():
+    raise SystemExit(5)
+
+def returns_class():
+    return nn.Linear
+
+number = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with ``my net.py``, ``my_net_module.py`` and what they import, forgotten afterwards."""
+    folder = tmp_path / "user ü"
+    folder.mkdir()
+    (folder / "helper_of_user.py").write_text("INPUTS = 3\n")
+    for name in ("my net.py", "my_net_module.py"):
+        (folder / name).write_text(SOURCE)
+    for name in ("helper_of_user", "my_net_module"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    return folder
+
+
+def test_callable_of_a_file(folder: Path) -> None:
+    before = list(sys.path)
+    model = build(f"{folder / 'my net.py'}:build", (3,))
+    assert isinstance(model, nn.Linear)
+    assert (model.in_features, model.out_features) == (3, 4)
+    assert sys.path == before
+
+
+def test_a_file_named_like_an_installed_module_replaces_nothing(folder: Path) -> None:
+    (folder / "torch.py").write_text("from torch import nn\ndef build():\n    return nn.Linear(1, 2)\n")
+    assert isinstance(build(f"{folder / 'torch.py'}:build"), nn.Linear)
+    assert sys.modules["torch"] is torch
+
+
+def test_callable_of_a_module_in_the_working_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
+    assert isinstance(build("my_net_module:build"), nn.Linear)
+    assert str(folder) not in sys.path
+
+
+def test_callable_of_an_installed_module() -> None:
+    assert isinstance(build("torch.nn:Identity"), nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "reason"),
+    [
+        ("breaks", "ValueError: no"),
+        ("leaves", "SystemExit: 5"),
+        ("returns_class", "returned type, not an nn.Module"),
+        ("number", "TypeError"),
+        ("absent", "has no attribute 'absent'"),
+    ],
+)
+def test_user_code_that_fails_is_named(folder: Path, attribute: str, reason: str) -> None:
+    name = f"{folder / 'my net.py'}:{attribute}"
+    with pytest.raises(UsageError) as caught:
+        build(name)
+    assert f"--model {name}" in str(caught.value)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_user_code_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(UsageError, match="there is no file"):
+        build(f"{folder / 'gone.py'}:build")
+    with pytest.raises(UsageError, match="No module named 'no_such_package'"):
+        build("no_such_package.models:build")
+    (folder / "torn.py").write_text("def build(:\n")
+    with pytest.raises(UsageError, match="SyntaxError"):
+        build(f"{folder / 'torn.py'}:build")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_user_code"),
+    [
+        ("6cnn", False),
+        ("wrn-28-2", False),
+        ("torchvision:resnet18", False),
+        ("timm:vit_tiny_patch16_224", False),
+        ("os:getcwd", True),
+        ("package.module:build", True),
+        ("path/file.py:build", True),
+        ("C:\\path\\file.py:build", True),
+        ("torchvision:os:getcwd", True),
+        (":build", True),
+    ],
+)
+def test_what_counts_as_user_code(name: str, is_user_code: bool) -> None:
+    assert ModelSpec(name, CIFAR, 10).is_user_code is is_user_code
+
+
+# ---- specs and outputs
+
+
+def test_spec_round_trip() -> None:
+    spec = ModelSpec("6cnn", CIFAR, 10)
+    assert ModelSpec.from_dict(spec.as_dict()) == spec
+    for broken in ({"num_classes": 0}, {"input_shape": [3, -1]}, {"input_shape": ["x"]}):
+        with pytest.raises(ValueError, match=r"."):
+            ModelSpec.from_dict({**spec.as_dict(), **broken})
+
+
+def test_logits_of_every_kind_of_output() -> None:
+    logits = torch.rand(2, 3)
+    kinds: list[Any] = [
+        logits,
+        SimpleNamespace(logits=logits, loss=None),
+        {"logits": logits, "hidden": None},
+        (logits, "aux"),
+        [logits],
+    ]
+    for output in kinds:
+        assert logits_of(output) is logits
+
+
+@pytest.mark.parametrize(
+    ("output", "kind"),
+    [
+        (torch.rand(3), r"\(3,\)"),
+        (torch.rand(2, 3, 4), r"\(2, 3, 4\)"),
+        ({"scores": torch.rand(2, 3)}, "dict"),
+        ((), "tuple"),
+        (None, "NoneType"),
+        (SimpleNamespace(logits=None), "NoneType"),
+    ],
+)
+def test_outputs_without_logits(output: Any, kind: str) -> None:
+    with pytest.raises(UsageError, match=f"the model returned {kind}, not logits"):
+        logits_of(output)

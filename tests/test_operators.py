@@ -1,0 +1,177 @@
+"""Fisher and Hessian products against dense matrices, finite differences and closed forms."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import CASES, Case
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import vector_to_parameters
+
+from gm_probe.core.batches import Batches
+from gm_probe.core.parameters import Parameters
+from gm_probe.probe.operators import Operator, fisher, hessian
+
+TIGHT = {"rtol": 1e-9, "atol": 1e-11}
+KINDS = ("fisher", "hessian")
+
+
+def build(kind: str, case: Case, batch_size: int = 3) -> Operator:
+    model, x, y = case.data
+    parameters, batches = Parameters(case.model), case.batches(batch_size)
+    if kind == "hessian":
+        return hessian(parameters, batches, y)
+    return fisher(parameters, batches, model(x).detach())
+
+
+def dense_terms(kind: str, case: Case) -> Tensor:
+    return case.fisher_terms if kind == "fisher" else case.hessian_terms
+
+
+def to_matrix(operator: Operator) -> Tensor:
+    return torch.stack([operator.matvec(v) for v in torch.eye(operator.size, dtype=operator.dtype)])
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrix_is_dense_matrix_and_symmetric(kind: str, case: Case) -> None:
+    matrix = to_matrix(build(kind, case))
+    torch.testing.assert_close(matrix, dense_terms(kind, case).mean(0), **TIGHT)
+    torch.testing.assert_close(matrix, matrix.T, **TIGHT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_terms_are_quadratic_forms_of_each_example(kind: str, case: Case, generator: torch.Generator) -> None:
+    operator = build(kind, case)
+    v = torch.randn(operator.size, generator=generator, dtype=torch.float64)
+    terms = operator.terms(v)
+    torch.testing.assert_close(terms, torch.einsum("i,nij,j->n", v, dense_terms(kind, case), v), **TIGHT)
+    torch.testing.assert_close(terms.mean(), v @ operator.matvec(v), **TIGHT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+def test_batch_size_does_not_matter(kind: str, batch_size: int, generator: torch.Generator) -> None:
+    case = CASES[3]
+    one, other = build(kind, case, 3), build(kind, case, batch_size)
+    v = torch.randn(one.size, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(one.matvec(v), other.matvec(v), **TIGHT)
+    torch.testing.assert_close(one.terms(v), other.terms(v), **TIGHT)
+
+
+def test_fisher_against_finite_difference_jacobian(case: Case) -> None:
+    model, x, _ = case.data
+    copied, eps, columns = case.model, 1e-6, []
+    with torch.no_grad():
+        for direction in torch.eye(len(case.theta), dtype=torch.float64):
+            ends = []
+            for sign in (1, -1):
+                vector_to_parameters(case.theta + sign * eps * direction, trainable(copied))
+                ends.append(copied(x))
+            columns.append((ends[0] - ends[1]) / (2 * eps))
+        jacobian = torch.stack(columns, -1)  # (N, C, P)
+        p = model(x).softmax(1)
+    inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    expected = (jacobian.transpose(1, 2) @ inner @ jacobian).mean(0)
+    torch.testing.assert_close(to_matrix(build("fisher", case)), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_hessian_against_finite_differences_of_backward(case: Case) -> None:
+    _, x, y = case.data
+    copied, eps, rows = case.model, 1e-6, []
+    for direction in torch.eye(len(case.theta), dtype=torch.float64):
+        ends = []
+        for sign in (1, -1):
+            vector_to_parameters(case.theta + sign * eps * direction, trainable(copied))
+            copied.zero_grad(set_to_none=True)
+            functional.cross_entropy(copied(x), y).backward()
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(copied)]
+            ends.append(torch.cat([g.reshape(-1) for g in grads]))
+        rows.append((ends[0] - ends[1]) / (2 * eps))
+    torch.testing.assert_close(to_matrix(build("hessian", case)), torch.stack(rows), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closed_form_of_softmax_regression(kind: str) -> None:
+    """F = H = (1/N) Σ (diag p - p pᵀ) ⊗ x̃ x̃ᵀ with x̃ = (x, 1), whatever the labels."""
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(11, 2)), rng.integers(0, 3, size=11)
+    weight, bias = rng.normal(size=(3, 2)), rng.normal(size=3)
+    z = x @ weight.T + bias
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    extended = np.hstack([x, np.ones((11, 1))])
+    expected = np.zeros((9, 9))
+    for row, inputs in zip(p, extended, strict=True):
+        expected += np.kron(np.diag(row) - np.outer(row, row), np.outer(inputs, inputs)) / 11
+    # torch's order: the weight matrix row by row, then the biases
+    order = [3 * c + i for c in range(3) for i in range(2)] + [3 * c + 2 for c in range(3)]
+    expected = expected[np.ix_(order, order)]
+
+    model = nn.Linear(2, 3).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.from_numpy(weight))
+        model.bias.copy_(torch.from_numpy(bias))
+    batches = Batches.from_tensors(torch.from_numpy(x), batch_size=4)
+    parameters = Parameters(model)
+    operator = (
+        fisher(parameters, batches, torch.from_numpy(z))
+        if kind == "fisher"
+        else hessian(parameters, batches, torch.from_numpy(y))
+    )
+    np.testing.assert_allclose(to_matrix(operator).numpy(), expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.affine], ids=lambda c: c.name)
+def test_traces_agree_where_parameters_enter_affinely(case: Case) -> None:
+    traces = [float(to_matrix(build(kind, case)).trace()) for kind in KINDS]
+    assert traces[0] == pytest.approx(traces[1], rel=1e-10)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.affine], ids=lambda c: c.name)
+def test_traces_differ_elsewhere(case: Case) -> None:
+    traces = [float(to_matrix(build(kind, case)).trace()) for kind in KINDS]
+    assert traces[0] != pytest.approx(traces[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_agrees_with_dense_float64(kind: str, case: Case, generator: torch.Generator) -> None:
+    model, x, y = case.data
+    single = copy.deepcopy(model).float()
+    batches, parameters = Batches.from_tensors(x.float(), batch_size=3), Parameters(single)
+    operator = (
+        hessian(parameters, batches, y)
+        if kind == "hessian"
+        else fisher(parameters, batches, single(x.float()).detach())
+    )
+    v = torch.randn(operator.size, generator=generator)
+    expected = dense_terms(kind, case).mean(0) @ v.double()
+    assert float((operator.matvec(v).double() - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_that_ignores_its_parameters_has_zero_curvature(kind: str) -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    x = torch.eye(3, dtype=torch.float64)
+    parameters, batches = Parameters(Constant().double()), Batches.from_tensors(x, batch_size=2)
+    operator = (
+        fisher(parameters, batches, x)
+        if kind == "fisher"
+        else hessian(parameters, batches, torch.tensor([0, 1, 2]))
+    )
+    v = torch.ones(6, dtype=torch.float64)
+    assert torch.equal(operator.matvec(v), torch.zeros(6, dtype=torch.float64))
+    assert torch.equal(operator.terms(v), torch.zeros(3, dtype=torch.float64))
