@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from gm_probe.core.datasets import open_source
@@ -19,7 +20,7 @@ from gm_probe.core.records import CHECKPOINT, SPLIT, STATE, read_metrics, read_r
 from gm_probe.training import loop
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import load_splits, lr_factor, make_optimizer, train
-from gm_probe.training.rules import METHODS
+from gm_probe.training.rules import METHODS, Step
 
 BASE: dict[str, Any] = {
     "data": "digits",
@@ -116,6 +117,27 @@ def test_first_epoch_by_hand(tmp_path: Path) -> None:
     for name, value in load_file(tmp_path / "run" / CHECKPOINT).items():
         torch.testing.assert_close(value, expected[name].detach(), rtol=1e-4, atol=1e-6)
     assert summary["gradient_evaluations"] == 1
+
+
+def test_every_epoch_sees_every_example_once_in_a_new_order(tmp_path: Path) -> None:
+    training = loop.Training(config(batch_size=48), tmp_path)
+    backward, seen = training.rule.backward, []
+
+    def watch(x: Tensor, y: Tensor) -> Step:
+        seen.append(x.flatten(1))
+        return backward(x, y)
+
+    training.rule.backward = watch  # type: ignore[method-assign]
+    orders = []
+    for _ in range(2):
+        seen.clear()
+        training.run_epoch()
+        assert [len(x) for x in seen] == [48, 48, 48, 48, 8]
+        orders.append(torch.cat(seen))
+    assert not torch.equal(orders[0], orders[1])
+    stored = training.normalization.apply(training.splits.train.x).flatten(1)
+    for order in [orders[0], orders[1]]:
+        assert sorted(order.tolist()) == sorted(stored.tolist())
 
 
 @pytest.mark.parametrize(
@@ -347,7 +369,7 @@ def test_stop_ce(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"label_smoothing": 0.1, "stop_ce": 0.16}, {"augment": True, "stop_ce": 1.5}],
+    [{}, {"label_smoothing": 0.1, "stop_ce": 0.16}, {"optimizer": "adamw", "lr": 0.01}],
     ids=str,
 )
 def test_stops_at_the_first_epoch_that_meets_stop_ce(changes: dict[str, Any], tmp_path: Path) -> None:
