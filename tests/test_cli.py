@@ -251,7 +251,7 @@ def test_train_saves_a_portable_copy_and_resume_returns_the_same(capsys):
 def test_sweep_dry_run_runs_nothing(tmp_path, capsys):
     code, out, _ = run("gmprobe sweep quickstart --out r --dry-run --json", capsys)
     assert code == 0
-    assert len(json.loads(out)["runs"]) == 24
+    assert len(json.loads(out)["runs"]) == 48
     assert not (tmp_path / "r").exists()
 
 

@@ -95,35 +95,35 @@ def test_running_out_of_iterations_is_said(generator: torch.Generator) -> None:
     assert top.value < 1
 
 
-def test_one_small_residual_is_not_trusted(generator: torch.Generator) -> None:
-    """Started almost at a lower eigenvector, the first residual is small at the wrong eigenvalue."""
-    values = np.full(30, 0.5)
+def test_one_small_residual_is_not_trusted() -> None:
+    """The first residual of a start near a lower eigenvector is small, at the wrong eigenvalue."""
+    values = torch.full((1000,), 0.5, dtype=torch.float64)
     values[0] = 1.0
-    start = torch.zeros(30, dtype=torch.float64)
-    start[1] = 1.0
-    operator = operator_of(torch.diag(torch.from_numpy(values)).unsqueeze(0))
-    assert lanczos(operator, generator=generator, max_iterations=1, start=start).value == pytest.approx(
-        0.5, rel=1e-3
+    operator = Operator(
+        lambda v: values * v, lambda v: (values * v * v).sum()[None], 1000, values.dtype, values.device
     )
-    top = lanczos(operator, generator=generator, start=start)
+    for seed in range(300):  # of some, the start has less than a hundredth of its length along the first axis
+        w = torch.randn(1000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        if 0.002 < abs(float(w[0] / w.norm())) < 0.008:
+            break
+    once = lanczos(operator, generator=torch.Generator().manual_seed(seed), max_iterations=1)
+    assert once.value == pytest.approx(0.5, rel=1e-2)
+    assert once.residual < 0.01 * once.value
+    top = lanczos(operator, generator=torch.Generator().manual_seed(seed))
     assert top.converged
     assert top.value == pytest.approx(1.0, rel=0.01)
 
 
-def test_a_warm_start_at_the_second_eigenvector_does_not_hide_the_first(generator: torch.Generator) -> None:
-    """In many dimensions the start is almost orthogonal to the vector that is sought."""
+def test_a_close_second_eigenvalue_in_many_dimensions(generator: torch.Generator) -> None:
+    """A random start is almost orthogonal to the vector that is sought."""
     values = torch.linspace(0, 0.1, 100_000)
     values[0], values[1] = 1.0, 0.8
-    start = torch.zeros(len(values))
-    start[1] = 1.0
     operator = Operator(
         lambda v: values * v, lambda v: (values * v * v).sum()[None], len(values), values.dtype, values.device
     )
-    cold = lanczos(operator, generator=torch.Generator().manual_seed(0))
-    assert cold.converged
-    assert cold.value == pytest.approx(1.0, rel=0.01)
-    warm = lanczos(operator, generator=generator, start=start)
-    assert not warm.converged or warm.value == pytest.approx(1.0, rel=0.01)
+    top = lanczos(operator, generator=generator)
+    assert top.converged
+    assert top.value == pytest.approx(1.0, rel=0.01)
 
 
 def test_not_a_number_is_refused(generator: torch.Generator) -> None:
@@ -159,16 +159,23 @@ def test_trace_within_four_standard_errors(seed: int) -> None:
     assert estimate.converged
     assert estimate.stderr <= 0.02 * abs(estimate.value)
     assert abs(estimate.value - float(terms.mean(0).trace())) < 4 * estimate.stderr
-    assert float(estimate.terms.mean()) == pytest.approx(estimate.value)
 
 
-def test_per_example_traces(generator: torch.Generator) -> None:
-    terms = stack(5, 20)
-    estimate = trace(operator_of(terms), generator=generator, tolerance=0, max_probes=400)
-    assert (estimate.num_probes, estimate.converged) == (400, False)
-    truth = torch.einsum("nii->n", terms)
-    error = torch.tensor([float((2 * ((t - torch.diag(t.diag())) ** 2).sum() / 400).sqrt()) for t in terms])
-    assert bool(((estimate.terms - truth).abs() < 4 * error).all())
+def test_the_examples_error_is_free_of_the_probes_noise(generator: torch.Generator) -> None:
+    terms = stack(50, 12)
+    truth = torch.einsum("nii->n", terms).std() / 50**0.5
+    estimates = [
+        trace(operator_of(terms), generator=generator, tolerance=0, max_probes=10).stderr_examples ** 2
+        for _ in range(60)
+    ]
+    # unbiased in the square; the spread over 60 repetitions gives the tolerance
+    spread = float(np.std(estimates)) / 60**0.5
+    assert float(np.mean(estimates)) == pytest.approx(float(truth) ** 2, abs=4 * spread)
+    noisy = (
+        truth**2
+        + float((terms - torch.diag_embed(terms.diagonal(dim1=1, dim2=2))).square().sum((1, 2)).mean()) / 250
+    )
+    assert float(np.mean(estimates)) < 0.8 * float(noisy)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +202,7 @@ def test_standard_error_is_calibrated(tolerance: float, max_probes: int) -> None
 def test_trace_of_diagonal_matrices_is_exact(values: np.ndarray, generator: torch.Generator) -> None:
     estimate = trace(operator_of(torch.diag(torch.from_numpy(values)).unsqueeze(0)), generator=generator)
     assert (estimate.value, estimate.stderr, estimate.converged) == (values.sum(), 0, True)
-    assert estimate.num_probes == 5
+    assert estimate.num_probes == 10
 
 
 def test_same_seed_same_result() -> None:

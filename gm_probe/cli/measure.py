@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from gm_probe.cli.output import (
     format_options,
@@ -27,11 +19,11 @@ from gm_probe.cli.output import (
     results_console,
     table,
 )
+from gm_probe.cli.progress import Bar, progress_bar
 from gm_probe.core.errors import UsageError
 
 if TYPE_CHECKING:
     from gm_probe.core.batches import Normalization
-    from gm_probe.probe.probe import Settings
 
 
 @click.command(
@@ -143,6 +135,7 @@ def measure(
     from gm_probe.core.datasets import open_source
     from gm_probe.core.devices import pick_device
     from gm_probe.core.records import MEASURES as MEASURES_FILE
+    from gm_probe.probe.measures import expected_cost
     from gm_probe.probe.probe import Settings
     from gm_probe.sweep.measuring import measure_checkpoint, merge_measures, own_unlabeled
 
@@ -156,7 +149,6 @@ def measure(
         protocol="converged" if protocol == "converged" else "paper",
         trace_tolerance=trace_tolerance,
         eigen_tolerance=eigen_tolerance,
-        min_probes=min(5, max_probes),
         max_probes=max_probes,
         seed=seed,
     )
@@ -179,7 +171,12 @@ def measure(
             raise UsageError(
                 f"{path} is no run folder with data of its own; give --unlabeled or --labeled DATA"
             )
-        with _progress(path.name, names, settings, quiet) as notify:
+        with progress_bar(path.name, expected_cost(names, settings), quiet=quiet) as bar:
+
+            def notify(name: str, evaluations: float, bar: Bar = bar) -> None:
+                rate = f"{bar.speed:.2g} grad/s" if bar.speed else ""
+                bar.update(evaluations, state=rate, label=name)
+
             result = measure_checkpoint(
                 path,
                 (own_unlabeled(path) if examples is None else examples).subset(max_examples, seed),
@@ -244,45 +241,6 @@ def _chosen(measures: str, protocol: str, labeled: bool) -> list[str]:
         # last of all: it then starts from the Fisher eigenvector that λ_max(F) has paid for
         names = [*(name for name in names if name != extra), extra]
     return names
-
-
-class _progress:
-    """A bar with rate and ETA in gradient evaluations; nothing where stderr is no terminal."""
-
-    def __init__(self, label: str, names: Sequence[str], settings: Settings, quiet: bool) -> None:
-        from gm_probe.probe.measures import expected_cost
-
-        console = notes_console(quiet)
-        self._total = expected_cost(names, settings)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
-        self._task = self._progress.add_task(label, total=self._total, rate="")
-
-    def __enter__(self) -> Callable[[str, float], None]:
-        self._progress.start()
-        return self._notify
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def _notify(self, name: str, evaluations: float) -> None:
-        # estimates of adaptive methods run over: the bar then grows instead of standing at 100 %
-        self._total = max(self._total, evaluations * 1.02)
-        speed = self._progress.tasks[0].speed
-        rate = f"{speed:.2g} grad/s" if speed else ""
-        self._progress.update(
-            self._task, completed=evaluations, total=self._total, description=name, rate=rate
-        )
 
 
 def _print_table(result: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from gm_probe.cli.output import note, notes_console
 def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> None:
     """Train, measure and correlate a small sweep on bundled real digits.
 
-    24 small networks are trained on a few hundred of the 1,797 handwritten digits that scikit-learn ships,
+    48 small networks are trained on a few hundred of the 1,797 handwritten digits that scikit-learn ships,
     measured on images whose labels are not read, and each measure is correlated with the generalization gap on
     the rest. Call it again and it goes on where it stopped.
     """

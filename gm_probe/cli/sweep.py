@@ -7,16 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from gm_probe.cli.output import note, notes_console, number, print_json, results_console, table
+from gm_probe.cli.progress import progress_bar
 from gm_probe.core.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -104,22 +97,15 @@ def run_with_progress(recipe: Recipe, out: Path, *, jobs: int, quiet: bool) -> l
             )
 
         return run_recipe(recipe, out, jobs=jobs, notify=line)
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
-        task = progress.add_task("runs", total=len(recipe.runs))
+    with progress_bar("runs", len(recipe.runs), quiet=quiet) as bar:
+        ended = 0
 
         def advance(outcome: Outcome) -> None:
-            progress.advance(task)
+            nonlocal ended
+            ended += 1
+            bar.update(ended, state=f"{ended}/{len(recipe.runs)}")
             if outcome.status in {"failed", "diverged"}:
-                progress.console.print(
-                    f"{outcome.status}: {outcome.name}: {outcome.reason or ''}", markup=False
-                )
+                bar.print(f"{outcome.status}: {outcome.name}: {outcome.reason or ''}")
 
         return run_recipe(recipe, out, jobs=jobs, notify=advance)
 

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from gm_probe.cli.output import note, notes_console, number, print_json, results_console, table
+from gm_probe.cli.progress import progress_bar
 from gm_probe.core.errors import UsageError
 
 
@@ -111,7 +103,11 @@ def train(
         out = Path("runs") / run_name(
             config, {"method": config.method, "model": config.model, "seed": config.seed}
         )
-    with _progress(config.epochs, quiet) as notify:
+    with progress_bar("epochs", config.epochs, quiet=quiet) as bar:
+
+        def notify(row: dict[str, Any]) -> None:
+            bar.update(row["epoch"], state=f"{row['epoch']}/{config.epochs}  loss {row['running_loss']:.3g}")
+
         summary = loop.train(config, out, resume=resume, notify=notify)
     if save is not None:
         checkpoint = read_checkpoint(out)
@@ -130,34 +126,3 @@ def train(
     title = f"{out}  {config.method}, {summary['epochs']} epochs"
     results_console().print(table(title, ["", "error", "cross-entropy", "examples"], rows))
     note(console, f"next:  gmprobe measure {out}")
-
-
-class _progress:
-    """A bar over epochs on a terminal; nothing elsewhere (metrics.jsonl has every epoch)."""
-
-    def __init__(self, epochs: int, quiet: bool) -> None:
-        console = notes_console(quiet)
-        self._progress = Progress(
-            TextColumn("epoch"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=epochs, state="")
-
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        self._progress.start()
-        return self._notify
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def _notify(self, row: dict[str, Any]) -> None:
-        state = f"loss {row['running_loss']:.3g}"
-        self._progress.update(self._task, completed=row["epoch"], state=state)

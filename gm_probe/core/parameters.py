@@ -65,11 +65,8 @@ class Parameters:
 
     def logits(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """(B, C) logits at parameter ``values`` (default: the model's own), buffers left untouched."""
-        buffers = (
-            {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-            if self.model.training
-            else {}
-        )
+        # copies, also in eval mode: some models write to a buffer in every forward pass
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         return logits_of(functional_call(self.model, {**(values or {}), **buffers}, (x,)))
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:
@@ -79,13 +76,24 @@ class Parameters:
 
 
 @contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into eval mode with double-differentiable attention; restore each module's mode after."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into eval mode; restore each module's own mode after, whatever happens."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Attention by kernels that have second and forward-mode derivatives; the fused ones have neither."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

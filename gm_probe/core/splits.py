@@ -16,13 +16,14 @@ class Splits:
 
     ``unlabeled`` is what label-free measures are taken over; its labels, where known, serve only `measure`'s
     labeled rows. ``indices`` maps a part's name to its sorted positions in the source (``test`` refers to the
-    source's own test part where it has one), so that a run can store them.
+    source's own test part where it has one), so that a run can store them. ``num_classes`` counts over all parts.
     """
 
     train: Examples
     unlabeled: Examples
     test: Examples
     indices: dict[str, list[int]]
+    num_classes: int
 
 
 def split(
@@ -76,5 +77,6 @@ def split(
         train=pool.select(parts["train"]),
         unlabeled=pool.select(parts["unlabeled"]),
         test=test,
+        num_classes=max(part.num_classes for part in (pool, own_test) if part is not None),
         indices={name: positions.tolist() for name, positions in parts.items()},
     )

@@ -41,8 +41,10 @@ def kl_gradient(parameters: Parameters, x: Tensor, clean: Tensor, offset: Tensor
 
 def to_sphere(vector: Tensor, radius: float) -> Tensor:
     """``vector`` (P,) scaled to length ``radius``; the zero vector stays zero (no direction to go)."""
+    # by the largest entry first: squares of a tiny gradient would underflow in the norm
     tiny = torch.finfo(vector.dtype).tiny
-    return vector * (radius / vector.norm().clamp(min=tiny))
+    scaled = vector / vector.abs().max().clamp(min=tiny)
+    return scaled * (radius / scaled.norm().clamp(min=tiny))
 
 
 def ascend(gradient: Callable[[Tensor], Tensor], start: Tensor, radius: float, steps: int) -> Tensor:

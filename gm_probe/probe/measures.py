@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.parameters import measuring
+from gm_probe.core.parameters import differentiable_attention, evaluating
 from gm_probe.probe.ascent import Maximum, ascend, maximize
 from gm_probe.probe.operators import Operator
 from gm_probe.probe.probe import Estimate, Probe, Settings
@@ -22,13 +22,13 @@ from gm_probe.probe.spectrum import Eigenpair, trace
 from gm_probe.probe.work import Work
 
 
-def _example_error(terms: Tensor) -> float:
-    """Standard error of the mean of (N,) per-example values."""
-    return float(terms.double().std()) / math.sqrt(len(terms)) if len(terms) > 1 else math.inf
+def _example_error(terms: Tensor) -> float | None:
+    """Standard error of the mean of (N,) per-example values; None of a single one."""
+    return float(terms.double().std()) / math.sqrt(len(terms)) if len(terms) > 1 else None
 
 
-Figure = tuple[float, float | None, Tensor | None, bool, dict[str, Any]]
-"""value, estimator error, (N,) per-example terms, converged, details"""
+Figure = tuple[float, float | None, float | None, bool, dict[str, Any]]
+"""value, estimator's error, error from the examples being a sample, converged, details"""
 
 
 def _local_inconsistency_paper(probe: Probe) -> Figure:
@@ -49,7 +49,7 @@ def _local_inconsistency_paper(probe: Probe) -> Figure:
     if spread is None:
         details["reason_stderr"] = "one start has no spread"
     # K steps are the protocol's definition: there is nothing to converge
-    return float(values.mean()), error, torch.stack(all_terms).mean(0), True, details
+    return float(values.mean()), error, _example_error(torch.stack(all_terms).mean(0)), True, details
 
 
 def _local_inconsistency_converged(probe: Probe) -> Figure:
@@ -78,7 +78,7 @@ def _local_inconsistency_converged(probe: Probe) -> Figure:
         "gains": list(best.gains),
         "quadratic_ratio": best.value / quadratic if quadratic > 0 else None,
     }
-    return best.value, None, probe.divergence.terms(best.delta), best.converged, details
+    return best.value, None, _example_error(probe.divergence.terms(best.delta)), best.converged, details
 
 
 def _local_inconsistency(probe: Probe) -> Figure:
@@ -89,7 +89,8 @@ def _local_inconsistency(probe: Probe) -> Figure:
 
 def _eigenvalue(operator: Operator, top: Eigenpair, details: dict[str, Any]) -> Figure:
     details = {**details, "iterations": top.iterations, "error_kind": "residual bound"}
-    return top.value, top.residual, operator.terms(top.vector), top.converged, details
+    # the per-example Rayleigh terms of the top eigenvector have λ_max as their mean
+    return top.value, top.residual, _example_error(operator.terms(top.vector)), top.converged, details
 
 
 def _fisher_lambda_max(probe: Probe) -> Figure:
@@ -97,10 +98,9 @@ def _fisher_lambda_max(probe: Probe) -> Figure:
 
 
 def _hessian_lambda_max(probe: Probe) -> Figure:
-    # F's top vector, where it is known, leaves H three or four products instead of seven
-    known = "fisher_top" in vars(probe)
-    top = probe.top(probe.hessian, "hessian", probe.fisher_top.vector if known else None)
-    return _eigenvalue(probe.hessian, top, {"labels": probe.label_kind, "warm_start": known})
+    # from a cold start: F's top vector would save products, but could hide an eigenvector that F does not have
+    top = probe.top(probe.hessian, "hessian")
+    return _eigenvalue(probe.hessian, top, {"labels": probe.label_kind})
 
 
 def _trace(probe: Probe, operator: Operator, name: str, details: dict[str, Any]) -> Figure:
@@ -113,7 +113,7 @@ def _trace(probe: Probe, operator: Operator, name: str, details: dict[str, Any])
         max_probes=settings.max_probes,
     )
     details = {**details, "num_probes": result.num_probes}
-    return result.value, result.stderr, result.terms, result.converged, details
+    return result.value, result.stderr, result.stderr_examples, result.converged, details
 
 
 def _fisher_trace(probe: Probe) -> Figure:
@@ -127,13 +127,13 @@ def _hessian_trace(probe: Probe) -> Figure:
 def _error(probe: Probe) -> Figure:
     assert probe.labels is not None
     wrong = (probe.clean.argmax(1) != probe.labels).double()
-    return float(wrong.mean()), None, wrong, True, {}
+    return float(wrong.mean()), None, _example_error(wrong), True, {}
 
 
 def _cross_entropy(probe: Probe) -> Figure:
     assert probe.labels is not None
     losses = functional.cross_entropy(probe.clean.double(), probe.labels, reduction="none")
-    return float(losses.mean()), None, losses, True, {}
+    return float(losses.mean()), None, _example_error(losses), True, {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,19 +173,19 @@ MEASURES: dict[str, Measure] = {
         _fisher_lambda_max, False, 13.0, "λ_max(F)", "largest eigenvalue of the Fisher matrix, by Lanczos"
     ),
     "fisher_trace": Measure(
-        _fisher_trace, False, 4.0, "tr F", "trace of the Fisher matrix, by Hutchinson's estimator"
+        _fisher_trace, False, 7.0, "tr F", "trace of the Fisher matrix, by Hutchinson's estimator"
     ),
     "hessian_lambda_max": Measure(
         _hessian_lambda_max,
         False,
-        16.0,
+        25.0,
         "λ_max(H)",
         "largest eigenvalue of the loss Hessian (labels given, or else predicted), by Lanczos",
     ),
     "hessian_trace": Measure(
         _hessian_trace,
         False,
-        7.0,
+        14.0,
         "tr H",
         "trace of the loss Hessian (labels given, or else predicted), by Hutchinson's estimator",
     ),
@@ -262,25 +262,31 @@ def measure(
 
     work = Work(batches.num_examples, tick)
     rows: dict[str, Estimate] = {}
-    with measuring(model):
+    with evaluating(model), differentiable_attention():
         probe = Probe(model, batches, settings, work)
         probe.parameters.check_finite()
         _ = probe.clean  # its cost is the report's, not the first measure's
         for name in names:
             current = name
             before = work.evaluations
-            value, stderr, terms, converged, details = MEASURES[name].compute(probe)
-            example_error = None if terms is None else _example_error(terms)
-            for label, figure in (("value", value), ("stderr", stderr), ("stderr_examples", example_error)):
+            value, stderr, example_error, converged, details = MEASURES[name].compute(probe)
+            if example_error is None:
+                details = {**details, "reason_stderr_examples": "one example, or lost in the probes' noise"}
+            figures: dict[str, float | None] = {
+                "value": value,
+                "stderr": stderr,
+                "stderr_examples": example_error,
+            }
+            for label, figure in figures.items():
                 if figure is not None and not math.isfinite(figure):
+                    figures[label] = None
                     details = {**details, f"reason_{label}": f"not finite ({figure})"}
+            cost = round(work.evaluations - before, 3)
             rows[name] = Estimate(
-                value if math.isfinite(value) else None,
-                stderr if stderr is None or math.isfinite(stderr) else None,
-                example_error if example_error is None or math.isfinite(example_error) else None,
-                converged and math.isfinite(value),
-                round(work.evaluations - before, 3),
-                details,
+                **figures,
+                converged=converged and figures["value"] is not None,
+                num_evals=cost,
+                details=details,
             )
     return Report(probe.parameters.size, batches.num_examples, settings, rows)
 

@@ -6,7 +6,7 @@ import math
 import zlib
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from gm_probe.probe.ascent import ProbeDivergence
 from gm_probe.probe.operators import Operator, fisher, hessian
 from gm_probe.probe.spectrum import Eigenpair, lanczos
 from gm_probe.probe.work import FORWARD, Work
+
+Protocol = Literal["paper", "converged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Settings:
         ascent_tolerance: relative gain of a step at which a converged ascent stops.
         eigen_tolerance: Lanczos residual relative to the eigenvalue.
         trace_tolerance: standard error of a trace relative to its value.
-        min_probes, max_probes: of the trace estimates.
+        min_probes: of a trace before its standard error may stop it; from fewer than 10 it is too uncertain.
+        max_probes: of a trace in any case, also where it is below ``min_probes``.
         max_iterations: Lanczos iterations and ascent steps before giving up (and saying so).
         seed: of every random draw.
     """
@@ -42,11 +45,11 @@ class Settings:
     k_steps: int = 1
     noise_scale: float = 0.1
     num_starts: int = 10
-    protocol: Literal["paper", "converged"] = "paper"
+    protocol: Protocol = "paper"
     ascent_tolerance: float = 1e-3
     eigen_tolerance: float = 0.01
     trace_tolerance: float = 0.05
-    min_probes: int = 5
+    min_probes: int = 10
     max_probes: int = 100
     max_iterations: int = 100
     seed: int = 0
@@ -57,8 +60,10 @@ class Settings:
         for name, value in positive.items():
             if not value > 0 or not math.isfinite(value):
                 raise UsageError(f"{name} must be positive, not {value}")
-        if not 2 <= self.min_probes <= self.max_probes:
-            raise UsageError(f"need 2 ≤ min_probes ≤ max_probes, got {self.min_probes} and {self.max_probes}")
+        if self.protocol not in get_args(Protocol):
+            raise UsageError(f"protocol must be {' or '.join(get_args(Protocol))}, not {self.protocol!r}")
+        if self.min_probes < 2 or self.max_probes < 2:
+            raise UsageError(f"a trace needs 2 probes at least, got {self.min_probes} and {self.max_probes}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,8 @@ class Probe:
 
     def generator(self, name: str) -> torch.Generator:
         """A generator of its own for each purpose, so that no figure depends on which others were asked for."""
-        return torch.Generator().manual_seed(zlib.crc32(name.encode()) + (self.settings.seed << 32))
+        # hashed to 32 bits: torch's CPU generator ignores the higher ones
+        return torch.Generator().manual_seed(zlib.crc32(f"{name}:{self.settings.seed}".encode()))
 
     def _outputs(self) -> Tensor:
         rows = []
@@ -132,6 +138,8 @@ class Probe:
         if y is None:
             return None
         classes = self.clean.shape[1]
+        if int(y.min()) < 0:
+            raise DataError(f"labels must be class indices ≥ 0, got {int(y.min())}; leave such examples out")
         if int(y.max()) >= classes:
             raise DataError(f"labels go up to {int(y.max())} but the model has {classes} classes")
         return y.to(self.clean.device)
@@ -155,13 +163,12 @@ class Probe:
 
     @cached_property
     def fisher_top(self) -> Eigenpair:
-        return self.top(self.fisher, "fisher", None)
+        return self.top(self.fisher, "fisher")
 
-    def top(self, operator: Operator, name: str, start: Tensor | None) -> Eigenpair:
+    def top(self, operator: Operator, name: str) -> Eigenpair:
         return lanczos(
             operator,
             generator=self.generator(name),
-            start=start,
             tolerance=self.settings.eigen_tolerance,
             max_iterations=self.settings.max_iterations,
         )

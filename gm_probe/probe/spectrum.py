@@ -36,24 +36,19 @@ def lanczos(
     operator: Operator,
     *,
     generator: torch.Generator,
-    start: Tensor | None = None,
     tolerance: float = 0.01,
     max_iterations: int = 100,
 ) -> Eigenpair:
     """Largest (algebraic) eigenvalue by Lanczos with full reorthogonalisation, recurrences in float64.
 
     Args:
-        generator: draws the start vector, or one per cent of it where ``start`` is given.
-        start: (P,) warm start; a little noise is mixed in so that no eigenvector is excluded.
+        generator: draws the start vector. A warm start would save products, but hides what is orthogonal to it.
         tolerance: residual relative to \\|θ\\| at which to stop.
 
     Raises:
         DivergedError: a product is not finite.
     """
-    noise = torch.randn(operator.size, generator=generator, dtype=torch.float64).to(operator.device)
-    w = noise / noise.norm()
-    if start is not None:
-        w = start.double() / start.double().norm() + 0.01 * w
+    w = torch.randn(operator.size, generator=generator, dtype=torch.float64).to(operator.device)
     basis: list[Tensor] = []
     diagonal: list[float] = []
     off_diagonal: list[float] = []
@@ -94,12 +89,13 @@ class Trace:
 
     Attributes:
         stderr: standard error over probes.
-        terms: (N,) per-example traces, each the mean over probes.
+        stderr_examples: standard error from the N examples being a sample, the probes' noise taken out; None
+            where these few probes cannot tell the two apart, or of a single example.
     """
 
     value: float
     stderr: float
-    terms: Tensor
+    stderr_examples: float | None
     num_probes: int
     converged: bool
 
@@ -109,7 +105,7 @@ def trace(
     *,
     generator: torch.Generator,
     tolerance: float = 0.05,
-    min_probes: int = 5,
+    min_probes: int = 10,
     max_probes: int = 100,
 ) -> Trace:
     """Hutchinson's estimator with Rademacher probes, until its standard error is ≤ ``tolerance`` · \\|value\\|.
@@ -118,7 +114,8 @@ def trace(
         DivergedError: a term is not finite.
     """
     samples: list[float] = []
-    total: Tensor | None = None
+    total: Tensor | None = None  # (N,) Σ over probes of the examples' terms
+    variances = 0.0  # Σ over probes of the variance over examples
     stderr, converged = math.inf, False
     while len(samples) < max_probes and not converged:
         signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8).to(
@@ -128,9 +125,14 @@ def trace(
         if not bool(torch.isfinite(terms).all()):
             raise DivergedError("a curvature term is not finite; try --dtype float64")
         total = terms if total is None else total + terms
+        variances += float(terms.var()) if len(terms) > 1 else 0.0
         samples.append(float(terms.mean()))
-        if len(samples) >= max(min_probes, 2):
+        if len(samples) >= max(min(min_probes, max_probes), 2):
             stderr = float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
             converged = stderr <= tolerance * abs(float(np.mean(samples)))
     assert total is not None
-    return Trace(float(np.mean(samples)), stderr, total / len(samples), len(samples), converged)
+    n = len(samples)
+    # Var(mean over n probes) = V + E/n and Var(one probe) = V + E, solved for the examples' own V
+    own = (float(total.var()) - variances) / (n * (n - 1)) if n > 1 and len(total) > 1 else -1.0
+    stderr_examples = math.sqrt(own / len(total)) if own >= 0 else None
+    return Trace(float(np.mean(samples)), stderr, stderr_examples, n, converged)

@@ -10,6 +10,7 @@ GRADIENT = 3.0
 JVP = 2.0  # primal and tangent together
 NESTED_JVP = 4.0  # each nesting doubles the forward work
 DOUBLE_BACKWARD = 9.0  # a gradient, and a gradient through it
+TRIPLE_BACKWARD = 27.0  # and once more
 
 
 class Work:

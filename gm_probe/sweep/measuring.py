@@ -16,7 +16,7 @@ from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.files import read_json, write_json
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.models import logits_of
-from gm_probe.core.parameters import measuring
+from gm_probe.core.parameters import evaluating
 from gm_probe.core.records import CONFIG, read_run
 from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
@@ -78,7 +78,7 @@ def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
     """Logits a row, by one example: what does not fit fails here, with the data's name."""
     first = next(iter(batches)).x[:1]
     try:
-        with measuring(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             return logits_of(model(first)).shape[1]
     except (RuntimeError, ValueError, TypeError) as error:
         if "out of memory" in str(error).lower():

@@ -42,7 +42,7 @@ class TrainConfig:
         eval_every: epochs between evaluations on the train and test parts (0 = only at the end).
         track_every: epochs between measurements of S_ρ on the unlabeled part (0 = never).
         amp: bf16 runs forward and backward passes under autocast; parameters stay float32.
-        threads: CPU threads (None = torch's own choice).
+        threads: CPU threads, set by the command line and the sweep (None = torch's own choice).
     """
 
     data: str = "digits"
@@ -103,6 +103,12 @@ class TrainConfig:
             value = getattr(self, name)
             if not value >= least or not math.isfinite(value):
                 raise UsageError(f"{name} = {value} must be a finite number ≥ {least}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
+        if self.nesterov and self.momentum == 0:
+            raise UsageError("nesterov needs a momentum above 0")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed = {self.seed} must lie in [0, 2³²)")
         if self.schedule == "multi-step" and not self.milestones:
             raise UsageError(
                 "schedule = 'multi-step' needs milestones (epochs at which lr is multiplied by gamma)"

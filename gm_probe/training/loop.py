@@ -6,6 +6,7 @@ import io
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from gm_probe.core.devices import environment, pick_device
 from gm_probe.core.errors import CheckpointError, DivergedError, StorageError, UsageError
 from gm_probe.core.files import write_atomic, write_json, write_toml
 from gm_probe.core.models import ModelSpec, build_model, logits_of
+from gm_probe.core.parameters import evaluating
 from gm_probe.core.records import CHECKPOINT, CONFIG, METRICS, SPLIT, STATE, SUMMARY, read_metrics, read_run
 from gm_probe.core.splits import Splits, split
 from gm_probe.probe.measures import measure
@@ -111,19 +113,15 @@ def lr_factor(config: TrainConfig, epoch: float) -> float:
 
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
     """Mean cross-entropy in nats (never smoothed) and error rate, in eval mode; the mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
     loss, wrong = 0.0, 0
-    try:
-        model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                assert batch.y is not None
-                logits = logits_of(model(batch.x)).float()
-                loss += float(functional.cross_entropy(logits, batch.y, reduction="sum"))
-                wrong += int((logits.argmax(1) != batch.y).sum())
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            assert batch.y is not None
+            logits = logits_of(model(batch.x)).float()
+            loss += float(functional.cross_entropy(logits, batch.y, reduction="sum"))
+            wrong += int((logits.argmax(1) != batch.y).sum())
+    if not math.isfinite(loss):
+        raise DivergedError(f"the cross-entropy over {batches.examples.source} is not finite")
     return loss / batches.num_examples, wrong / batches.num_examples
 
 
@@ -136,7 +134,7 @@ class Training:
         self.splits = load_splits(config)
         train = self.splits.train
         self.normalization = Normalization.of(train)
-        self.spec = ModelSpec(config.model, tuple(train.x.shape[1:]), train.num_classes)
+        self.spec = ModelSpec(config.model, tuple(train.x.shape[1:]), self.splits.num_classes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = build_model(self.spec).to(self.device)
@@ -161,13 +159,14 @@ class Training:
         config, train = self.config, self.splits.train
         began = time.perf_counter()
         # every epoch has a seed of its own: resuming needs no generator's state
-        self.generator.manual_seed((config.seed << 24) + self.epoch + 1)
+        seed = zlib.crc32(f"{config.seed}:{self.epoch}".encode())
+        self.generator.manual_seed(seed)
         order = torch.randperm(len(train), generator=self.generator)
         steps = -(-len(train) // config.batch_size)
-        total, wrong, divergence = 0.0, 0, 0.0
+        total, entropy, wrong, divergence = 0.0, 0.0, 0, 0.0
         self.model.train()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed((config.seed << 24) + self.epoch + 1)  # dropout draws from the global generator
+            torch.manual_seed(seed)  # dropout draws from the global generator
             for step in range(steps):
                 chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
                 assert train.y is not None
@@ -184,6 +183,7 @@ class Training:
                     seen = self.rule.backward(x, y)
                 self.optimizer.step()
                 total += float(seen.loss) * len(y)
+                entropy += float(functional.cross_entropy(seen.logits.float(), y, reduction="sum"))
                 wrong += int((seen.logits.argmax(1) != y).sum())
                 if seen.inconsistency is not None:
                     divergence += float(seen.inconsistency) * len(y)
@@ -199,6 +199,7 @@ class Training:
         row: dict[str, Any] = {
             "epoch": self.epoch,
             "running_loss": total / len(train),
+            "running_ce": entropy / len(train),
             "running_error": wrong / len(train),
             "lr": self.optimizer.param_groups[0]["lr"],
             "gradient_evaluations": self.epoch * steps * self.rule.passes / 3,
@@ -213,8 +214,8 @@ class Training:
         """Add what is due at this epoch to ``row``; True once ``stop_ce`` is met."""
         config = self.config
         due = config.eval_every > 0 and self.epoch % config.eval_every == 0
-        # the exact training CE costs a third of an epoch: without augmentation it follows the running loss closely
-        close = config.stop_ce is not None and (config.augment or row["running_loss"] <= 3 * config.stop_ce)
+        # the exact training CE costs a third of an epoch: without augmentation it follows the running CE closely
+        close = config.stop_ce is not None and (config.augment or row["running_ce"] <= 3 * config.stop_ce)
         if due or close:
             row["train_ce"], row["train_error"] = evaluate(self.model, self.train_batches)
         if due:
@@ -351,7 +352,7 @@ def train(
             # after stop_ce nothing is left to train: resuming from here would train on
             if not stopped and training.epoch < config.epochs:
                 training.save_state()
+        return training.finish(stopped)
     except DivergedError as error:
         write_json(out / SUMMARY, {"status": "diverged", "epochs": training.epoch, "reason": str(error)})
         raise
-    return training.finish(stopped)

@@ -1,0 +1,60 @@
+"""One progress bar with rate and ETA on stderr; nothing where stderr is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from gm_probe.cli.output import notes_console
+
+
+class Bar:
+    """What ``progress_bar`` hands out."""
+
+    def __init__(self, progress: Progress, label: str, total: float) -> None:
+        self._progress, self._total = progress, total
+        self._task = progress.add_task(label, total=total, state="")
+
+    @property
+    def speed(self) -> float | None:
+        """Units a second, once known."""
+        return self._progress.tasks[0].speed
+
+    def update(self, completed: float, *, state: str = "", label: str | None = None) -> None:
+        """Move to ``completed`` of the total; a total that was an estimate grows when it is passed."""
+        if completed > self._total:
+            self._total = completed * 1.02
+        self._progress.update(
+            self._task, completed=completed, total=self._total, state=state, description=label
+        )
+
+    def print(self, text: str) -> None:
+        """A line above the bar."""
+        self._progress.console.print(text, markup=False)
+
+
+@contextmanager
+def progress_bar(label: str, total: float, *, quiet: bool) -> Iterator[Bar]:
+    """A bar that vanishes when it is done."""
+    console = notes_console(quiet)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    hidden = quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden, expand=True) as progress:
+        yield Bar(progress, label, total)
