@@ -80,6 +80,8 @@ def values(out: Path) -> dict[str, Any]:
     found = {}
     for folder in find_runs(out):
         record = read_run(folder)
+        if record.status != "finished":  # one that failed computed nothing
+            continue
         found[folder.name] = record.measures, record.summary["train_ce"], record.summary["test_error"]
     return found
 

@@ -231,7 +231,7 @@ def test_runs_of_one_seed_agree_and_of_others_do_not(tmp_path: Path) -> None:
     assert a != c
 
 
-@pytest.mark.parametrize("seed", [256, 2**32 - 1, 2**40])
+@pytest.mark.parametrize("seed", [256, 2**32 - 1])
 def test_no_two_seeds_share_their_order(seed: int, tmp_path: Path) -> None:
     """Same weights at the start, so that only the order of examples tells the seeds apart."""
     changed = loop.Training(config(seed=seed), tmp_path)

@@ -28,7 +28,7 @@ LEGEND = (
 )
 
 
-@click.command()
+@click.command(epilog="Example:  gmprobe correlate runs/ --group-by weight_decay")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--measures", metavar="A,B", default="", help="Measures to use. Default: all there are.")
 @click.option("--hyper", metavar="A,B", default="", help="Hyperparameters. Default: settings that vary.")
@@ -72,10 +72,6 @@ def correlate(
     runs as independent, which seeds of one setting are not, so it is too small where settings repeat.
 
     A scatter figure (PNG, PDF, SVG) is written beside SOURCE.
-
-    \b
-    Example:
-      gmprobe correlate runs/ --group-by weight_decay
     """
     from gm_probe.analysis import correlation, runs
 

@@ -16,14 +16,18 @@ class Splits:
 
     ``unlabeled`` is what label-free measures are taken over; its labels, where known, serve only `measure`'s
     labeled rows. ``indices`` maps a part's name to its sorted positions in the source (``test`` refers to the
-    source's own test part where it has one), so that a run can store them. ``num_classes`` counts over all parts.
+    source's own test part where it has one), so that a run can store them.
     """
 
     train: Examples
     unlabeled: Examples
     test: Examples
     indices: dict[str, list[int]]
-    num_classes: int
+
+    @property
+    def num_classes(self) -> int:
+        """Classes in train and test; the unlabeled part's labels are not read."""
+        return max(self.train.num_classes, self.test.num_classes)
 
 
 def split(
@@ -77,6 +81,5 @@ def split(
         train=pool.select(parts["train"]),
         unlabeled=pool.select(parts["unlabeled"]),
         test=test,
-        num_classes=max(part.num_classes for part in (pool, own_test) if part is not None),
         indices={name: positions.tolist() for name, positions in parts.items()},
     )
