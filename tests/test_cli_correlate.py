@@ -256,7 +256,7 @@ def test_help_ends_with_an_example_that_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, runs: Path
 ) -> None:
     code, out, _ = run(capsys, "--help")
-    example = out.strip().splitlines()[-1].removeprefix("Example:").split()
+    example = out.split("Example:")[-1].split()
     assert code == 0
     monkeypatch.chdir(runs.parent)
     assert run(capsys, *example[2:])[0] == 0
