@@ -26,13 +26,14 @@ def make_run(
     config: dict[str, Any] | None = None,
     status: str | None = "finished",
     measures: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
     **gaps: Any,
 ) -> None:
     write_toml(path / "config.toml", {"environment": {"torch": "2.14", "host": path.name}, **(config or {})})
     if status is not None:
         write_json(path / "summary.json", {"status": status, **gaps})
     if measures is not None:
-        write_json(path / "measures.json", {"measures": measures})
+        write_json(path / "measures.json", {"measures": measures, "settings": settings or {}})
 
 
 def make_csv(folder: Path, text: str) -> Path:
@@ -200,6 +201,59 @@ def test_infinite_values_and_unmeasured_names_are_missing(tmp_path: Path) -> Non
     (tmp_path / "a" / "measures.json").write_text('{"measures": {"m": {"value": Infinity}}}')
     make_run(tmp_path / "b", measures={"k": {"value": 1}}, error_gap=0.1)
     assert load_table(tmp_path).missing["m"] == {0: "not finite", 1: "not measured"}
+
+
+def test_runs_measured_with_different_settings_are_not_comparable(tmp_path: Path) -> None:
+    paper, given = {"value": 1.0, "protocol": "paper"}, {"value": 1.0, "labels": "given"}
+    plain = {"local_inconsistency": paper, "fisher_trace": {"value": 1}, "hessian_trace": given}
+    base = {"rho": 0.1, "k_steps": 1, "dtype": "float32", "seed": 0}
+    changes: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({"max_examples": None, "seed": 1}, {}),  # makes no difference
+        ({"rho": 0.2}, {"local_inconsistency": {"value": 1.0, "protocol": "converged"}}),
+        ({"rho": 0.2, "dtype": "float64"}, {"fisher_trace": {"value": None}}),
+        ({}, {"hessian_trace": {"value": 1.0, "labels": "predicted"}}),
+    ]
+    for i, (settings, rows) in enumerate(changes):
+        make_run(tmp_path / str(i), measures=plain | rows, settings=base | settings, error_gap=0.1 * i)
+    warnings = {measure.name: measure.warnings for measure in correlate(load_table(tmp_path))}
+    dtype = "dtype differs between runs (float32 × 4, float64 × 1): not comparable"
+    assert warnings == {
+        "local_inconsistency": (
+            "rho differs between runs (0.1 × 3, 0.2 × 2): not comparable",
+            dtype,
+            "protocol differs between runs (paper × 4, converged × 1): not comparable",
+        ),
+        "fisher_trace": (),  # the run of another dtype has no value here
+        "hessian_trace": (dtype, "labels differs between runs (given × 4, predicted × 1): not comparable"),
+    }
+
+
+def test_a_long_list_of_differing_settings_is_cut(tmp_path: Path) -> None:
+    for i in range(8):
+        make_run(
+            tmp_path / str(i), measures={"m": {"value": 1}}, settings={"data": f"d{min(i, 6)}"}, error_gap=0.1
+        )
+    (measure,) = correlate(load_table(tmp_path))
+    shown = "d6 × 2, d0 × 1, d1 × 1, d2 × 1, d3 × 1 and 2 more"
+    assert measure.warnings == (f"data differs between runs ({shown}): not comparable",)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "labels"),
+    [
+        (["predicted", "predicted"], {"hessian_trace": "predicted"}),
+        (["given", "given"], {"hessian_trace": "given"}),
+        (["given", "predicted"], {"hessian_trace": "mixed"}),
+        (["given", None], {"hessian_trace": "mixed"}),
+        ([None, None], {}),
+    ],
+)
+def test_labels_of_a_measure(tmp_path: Path, kinds: list[str | None], labels: dict[str, str]) -> None:
+    for i, kind in enumerate(kinds):
+        row = {"value": 1.0} | ({"labels": kind} if kind else {})
+        make_run(tmp_path / str(i), measures={"hessian_trace": row, "m": {"value": 1.0}}, error_gap=0.1)
+    assert load_table(tmp_path).labels == labels
 
 
 def test_nested_settings_and_unset_ones(tmp_path: Path) -> None:

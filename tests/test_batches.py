@@ -92,6 +92,12 @@ def test_integers_that_are_no_pixels_stay_integers() -> None:
     assert torch.equal(batch.x, tokens)
 
 
+def test_integers_of_unknown_range_are_not_normalised() -> None:
+    pixels = Examples(torch.full((2, 1, 3, 3), 255, dtype=torch.int16), None, (), "pixels")
+    with pytest.raises(DataError, match=r"torch\.int16 .*save pixels as uint8.*--no-normalize"):
+        next(iter(Batches(pixels, Normalization((0.5,), (0.25,)))))
+
+
 def test_from_tensors_keeps_the_precision() -> None:
     x = torch.linspace(0, 1, 10, dtype=torch.float64).view(5, 2)
     batches = Batches.from_tensors(x, torch.arange(5), batch_size=2)

@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 
 from gm_probe.cli import COMMANDS, main
+from gm_probe.cli.measure import _warn
 from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.models import ModelSpec, build_model
+from gm_probe.probe.measures import MEASURES
 
 QUICK = ["--starts", "2", "--max-probes", "2", "--trace-tolerance", "9"]
 
@@ -113,6 +115,14 @@ def test_csv_has_one_row_a_measure(images, checkpoint, capsys):
     [row] = csv.DictReader(io.StringIO(out))
     assert row["measure"] == "fisher_trace"
     assert float(row["value"]) > 0
+    assert (row["sd_starts"], row["num_starts"], row["reason"]) == ("", "", "")
+    command = (
+        "gmprobe measure ckpt.pt --unlabeled data --measures local_inconsistency --starts 3 --seed 5 --csv"
+    )
+    [row] = csv.DictReader(io.StringIO(run(command, capsys)[1]))
+    assert float(row["sd_starts"]) > 0
+    kept = ("num_starts", "rho", "k_steps", "noise_scale", "seed", "part")
+    assert [row[key] for key in kept] == ["3", "0.1", "1", "0.1", "5", "all"]
 
 
 def test_protocol_both_reports_two_named_rows(images, checkpoint, capsys):
@@ -130,6 +140,111 @@ def test_protocol_converged_fills_the_plain_row_and_says_so(images, checkpoint, 
     )
     [result] = json.loads(run(command, capsys)[1])
     assert result["measures"]["local_inconsistency"]["protocol"] == "converged"
+
+
+def test_the_caption_tells_of_the_ascents_that_were_made(images, checkpoint, capsys):
+    command = "gmprobe measure ckpt.pt --unlabeled data --starts 3 --measures "
+    out = " ".join(run(f"{command}local_inconsistency", capsys)[1].split())
+    assert re.search(r"ρ = 0.1; S_ρ: K = 1, mean over 3 starts \(sd over 3 starts [\d.e-]+\)", out)
+    out = run(f"{command}local_inconsistency --protocol converged", capsys)[1]
+    assert "ρ = 0.1" in out
+    assert "K = " not in out
+    assert "3 starts" not in out
+    assert "ρ = " not in run(f"{command}fisher_trace", capsys)[1]
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """parts/ with 4 training and 2 test images of 8×8."""
+    rng = np.random.default_rng(1)
+    for part, count in (("train", 2), ("test", 1)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "parts" / part / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{index}.png")
+    return tmp_path / "parts"
+
+
+@pytest.mark.parametrize("kind", ["labeled", "unlabeled"])
+def test_the_test_part_is_measured_where_there_is_one(parts, images, checkpoint, capsys, kind):
+    for data, option, part, count in (
+        ("parts", "", "test", 2),
+        ("parts", "--part test", "test", 2),
+        ("parts", "--part train", "train", 4),
+        ("data", "", "all", 12),
+        ("parts/train", "--max-examples 3", "all", 3),
+    ):
+        command = f"gmprobe measure ckpt.pt --{kind} {data} {option} --measures fisher_trace --json"
+        code, out, err = run(command, capsys)
+        assert code == 0, err
+        [result] = json.loads(out)
+        assert (result["settings"]["part"], result["num_examples"]) == (part, count)
+        assert result["settings"]["max_examples"] == (3 if "3" in option else None)
+        assert ("measuring over test" in err) == (data == "parts" and not option)
+
+
+def test_labels_of_an_array_file_need_not_reach_the_last_class(checkpoint, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), dtype=np.uint8)
+    np.savez("a.npz", x=pixels, y=[0, 1, 1])
+    command = "gmprobe measure ckpt.pt --labeled a.npz --max-examples 1 --measures error,fisher_trace --json"
+    for seed in (0, 1, 2):
+        code, out, err = run(f"{command} --seed {seed}", capsys)
+        assert code == 0, err
+        assert json.loads(out)[0]["measures"]["error"]["value"] in {0, 1}
+
+
+def test_a_missing_checkpoint_is_told_before_any_work(images, checkpoint, monkeypatch, capsys):
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr("gm_probe.core.datasets.open_source", opened)
+    code, _, err = run("gmprobe measure ckpt.pt missing.pt --unlabeled data", capsys)
+    assert (code, err) == (3, "gmprobe: missing.pt: no such checkpoint\n")
+    assert run("gmprobe measure ckpt.pt --unlabeled data --measures nothing", capsys)[0] == 2
+    assert run("gmprobe measure ckpt.pt --unlabeled data --device cuda:7", capsys)[0] == 6
+
+
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_what_is_measured_is_printed_though_a_later_checkpoint_fails(images, checkpoint, capsys, form):
+    Path("broken.pt").write_bytes(b"no checkpoint")
+    command = f"gmprobe measure ckpt.pt broken.pt --unlabeled data --measures fisher_trace --{form}"
+    code, out, err = run(command, capsys)
+    assert code == 3
+    assert "broken.pt" in err
+    rows = json.loads(out) if form == "json" else list(csv.DictReader(io.StringIO(out)))
+    assert [row["checkpoint"] for row in rows] == ["ckpt.pt"]
+
+
+def test_each_note_names_its_own_remedy(images, checkpoint, capsys):
+    command = (
+        "gmprobe measure ckpt.pt --unlabeled data --max-iterations 1 --max-probes 2 --trace-tolerance 1e-9 "
+        "--eigen-tolerance 1e-9 --rho 3 --protocol both"
+    )
+    code, _, err = run(command, capsys)
+    assert code == 0
+    notes = dict(re.findall(r"note: (\w+) did not converge within its limits; (.+)", err))
+    assert "--max-probes" in notes["hessian_trace"]
+    assert "--max-probes" in notes["fisher_trace"]
+    for name in ("fisher_lambda_max", "hessian_lambda_max", "local_inconsistency_converged"):
+        assert "--max-iterations" in notes[name]
+        assert "--max-probes" not in notes[name]
+
+
+@pytest.mark.parametrize(
+    ("error", "classes", "doubted"),
+    [(0.3, 2, False), (0.46, 2, True), (0.86, 10, True), (0.8, 10, False), (0.5, 3, False)],
+)
+def test_what_counts_as_near_chance(capsys, error, classes, doubted):
+    row = {"value": error, "converged": True}
+    _warn({"measures": {"error": row}, "num_classes": classes})
+    assert ("near chance" in capsys.readouterr().err) == doubted
+
+
+def test_an_undefined_figure_is_noted_with_its_reason(capsys):
+    row = {"value": None, "converged": False, "reason": "not finite (nan)"}
+    _warn({"measures": {"fisher_trace": row}, "num_classes": 2})
+    assert capsys.readouterr().err == "note: fisher_trace is undefined: not finite (nan)\n"
 
 
 def test_subset_is_seeded_and_recorded(images, checkpoint, capsys):
@@ -162,6 +277,18 @@ def test_subset_is_seeded_and_recorded(images, checkpoint, capsys):
         ("gmprobe measure plain.pt --unlabeled data --no-normalize", 2, ["--model"]),
         ("gmprobe measure plain.pt --unlabeled data --no-normalize --model mlp-7", 3, ["1.weight"]),
         ("gmprobe measure nan.pt --unlabeled data", 3, ["nan.pt", "1.weight", "NaN"]),
+        ("gmprobe measure ckpt.pt --unlabeled data --mean 0.5 --std 0", 2, ["normalisation", "std > 0"]),
+        ("gmprobe measure ckpt.pt --unlabeled data --part test", 2, ["data has no test part"]),
+        ("gmprobe measure ckpt.pt --unlabeled digits --image-size 8", 2, ["digits", "--image-size"]),
+        ("gmprobe measure . --image-size 8", 2, ["--image-size", "--unlabeled"]),
+        ("gmprobe measure ckpt.pt --unlabeled colour", 4, ["colour", "(3, 8, 8)", "--channels 1"]),
+        ("gmprobe measure ckpt.pt --unlabeled floats.npz", 4, ["floats.npz", "uint8", "--no-normalize"]),
+        ("gmprobe measure ckpt.pt --unlabeled ints.npz", 4, ["int64", "uint8", "--no-normalize"]),
+        (
+            "gmprobe measure ckpt.pt --labeled far.npz --measures error",
+            4,
+            ["far.npz has labels up to 2 but the model has 2 classes"],
+        ),
         ("gmprobe measure ckpt.pt --labeled three", 4, ["three"]),
         ("gmprobe measure ckpt.pt --unlabeled large", 4, ["--image-size 8"]),
         ("gmprobe measure ckpt.pt --unlabeled broken", 4, ["broken/x.png"]),
@@ -188,6 +315,12 @@ def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, 
         Image.new("L", (8, 8)).save(tmp_path / "three" / label / "x.png")
     (tmp_path / "large").mkdir()
     Image.new("L", (16, 16)).save(tmp_path / "large" / "x.png")
+    (tmp_path / "colour").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "colour" / "x.png")
+    zeros = np.zeros((3, 1, 8, 8))
+    np.savez(tmp_path / "floats.npz", x=zeros + 255.0)
+    np.savez(tmp_path / "ints.npz", x=zeros.astype(np.int64))
+    np.savez(tmp_path / "far.npz", x=zeros.astype(np.uint8), y=[0, 1, 2])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"no image")
     got, out, err = run(command, capsys)
@@ -314,8 +447,15 @@ def test_an_internal_error_is_one_line_unless_debugged(monkeypatch, capsys):
 @pytest.mark.parametrize("columns", ["60", "160"])
 def test_the_table_fits_its_terminal(images, checkpoint, columns):
     environment = {**os.environ, "COLUMNS": columns, "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "gm_probe", "measure", "ckpt.pt", "--unlabeled", "data", *QUICK]
+    command = [sys.executable, "-m", "gm_probe", "measure", "ckpt.pt", "--labeled", "data", *QUICK]
+    command += ["--protocol", "both"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= int(columns)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= int(columns)
+    for name, row in MEASURES.items():
+        shown = row.symbol if columns == "60" else name
+        assert any(line.split("│")[1:] and line.split("│")[1].startswith(f" {shown} ") for line in lines), (
+            shown
+        )
     assert "\x1b" not in done.stdout

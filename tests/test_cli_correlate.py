@@ -48,15 +48,34 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Four runs, the last of another ρ, with a Hessian of predicted labels."""
+    for i in range(4):
+        folder = tmp_path / "mixed" / f"run-{i}"
+        write_toml(folder / "config.toml", {})
+        write_json(folder / "summary.json", {"status": "finished", "error_gap": 0.1 * i})
+        measures = {
+            "local_inconsistency": {"value": 1.0 * i, "protocol": "paper"},
+            "local_inconsistency_converged": {"value": 1.0 * i, "protocol": "converged"},
+            "hessian_lambda_max": {"value": 1.0 * i, "labels": "predicted"},
+        }
+        settings = {"rho": 0.2 if i == 3 else 0.1}
+        write_json(folder / "measures.json", {"settings": settings, "measures": measures})
+    return tmp_path / "mixed"
+
+
 def test_json_contract(capsys: pytest.CaptureFixture[str], table: Path) -> None:
-    code, out, _ = run(capsys, str(table), "--json", "--no-figure", "--group-by", "lr")
+    code, out, _ = run(capsys, str(table), "--json", "--group-by", "lr")
     result = json.loads(out)
     assert code == 0
-    assert set(result) == {"num_runs", "excluded", "measures"}
+    assert set(result) == {"num_runs", "excluded", "hyperparameters", "measures"}
     assert (result["num_runs"], result["excluded"]) == (6, [])
+    assert result["hyperparameters"] == ["lr"]
     assert list(result["measures"]) == ["local_inconsistency", "fisher_trace"]
     trace = result["measures"]["fisher_trace"]
-    assert set(trace) == {"error_gap", "ce_gap", "notes", "subgroups"}
+    assert set(trace) == {"labels", "error_gap", "ce_gap", "notes", "subgroups"}
+    assert trace["labels"] is None
     assert trace["error_gap"] == {
         "tau": pytest.approx(1.0),
         "p_naive": pytest.approx(2 / 720),
@@ -87,11 +106,61 @@ def test_run_folders_exclude_with_counted_reasons(capsys: pytest.CaptureFixture[
     assert "  2 diverged: run-3, run-4" in err
     assert "  1 failed: run-5" in err
     assert "hyperparameters that vary over the runs: weight_decay" in err
+
+
+def test_machine_output_writes_a_figure_on_request_only(
+    capsys: pytest.CaptureFixture[str], runs: Path
+) -> None:
+    for option in ("--json", "--csv"):
+        assert run(capsys, str(runs), option)[0] == 0
+        assert not list(runs.glob("*.*"))
+    assert run(capsys, str(runs), "--json", "--figure", str(runs / "asked.svg"))[0] == 0
+    assert [path.name for path in runs.glob("*.*")] == ["asked.svg"]
+    assert run(capsys, str(runs))[0] == 0
     assert {path.name for path in runs.glob("correlate.*")} == {
         "correlate.png",
         "correlate.pdf",
         "correlate.svg",
     }
+
+
+def test_hyper_chooses_what_json_lists(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
+    for i in range(3):
+        write_toml(runs / f"run-{i}" / "config.toml", {"lr": 0.1, "weight_decay": 0.1 * i})
+    chosen = [
+        json.loads(run(capsys, str(runs), "--json", *args)[1])["hyperparameters"]
+        for args in ([], ["--hyper", "lr"])
+    ]
+    assert chosen == [["weight_decay"], ["lr"]]
+
+
+def test_differing_settings_are_loud_everywhere(capsys: pytest.CaptureFixture[str], mixed: Path) -> None:
+    differs = "rho differs between runs (0.1 × 3, 0.2 × 1): not comparable"
+    _, out, err = run(capsys, str(mixed), "--json")
+    measures = json.loads(out)["measures"]
+    assert differs in measures["local_inconsistency"]["notes"]
+    assert differs not in measures["hessian_lambda_max"]["notes"]
+    line = f"local_inconsistency, local_inconsistency_converged: {differs}"
+    assert f"warning: {line}\n" in err
+    _, out, _ = run(capsys, str(mixed), "--quiet", "--no-figure")
+    assert line in " ".join(out.split())
+
+
+def test_predicted_labels_are_named_in_every_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mixed: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = run(capsys, str(mixed), "--figure", str(mixed / "f.svg"))
+    assert max(map(len, out.splitlines())) <= 60
+    assert "hessian_lambda_max" in out
+    assert "(predicted" in out
+    assert "(predicted labels)" in (mixed / "f.svg").read_text(encoding="utf-8")
+    _, out, _ = run(capsys, str(mixed), "--json")
+    labels = {name: measure["labels"] for name, measure in json.loads(out)["measures"].items()}
+    assert labels.pop("hessian_lambda_max") == "predicted"
+    assert set(labels.values()) == {None}
+    _, out, _ = run(capsys, str(mixed), "--csv")
+    assert [row["labels"] for row in csv.DictReader(io.StringIO(out))] == ["", "", "predicted"]
 
 
 def test_long_lists_of_excluded_runs_are_cut_on_screen_only(
@@ -141,7 +210,7 @@ def test_quiet_silences_stderr_and_notes_name_the_figure(
     _, out, err = run(capsys, str(table), "--quiet", "--json", "--no-figure")
     assert json.loads(out)["num_runs"] == 6
     assert err == ""
-    _, _, err = run(capsys, str(table), "--json")
+    _, _, err = run(capsys, str(table))
     assert str(table.with_name("table-correlate.png")) in err
     assert "measures taken: local_inconsistency, fisher_trace" in err
 
@@ -239,7 +308,7 @@ def test_nothing_defined_prints_the_result_and_exits_4(
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder_still_prints(capsys: pytest.CaptureFixture[str], table: Path) -> None:
     table.parent.chmod(0o500)
-    code, out, _ = run(capsys, str(table), "--json")
+    code, out, _ = run(capsys, str(table), "--json", "--figure", str(table.with_name("plot.svg")))
     table.parent.chmod(0o700)
     assert code == 7
     assert json.loads(out)["num_runs"] == 6
@@ -268,7 +337,7 @@ def test_json_never_imports_torch_nor_pyplot(table: Path) -> None:
         "import sys\n"
         "from gm_probe.cli import main\n"
         "try:\n"
-        "    main(['correlate', 'table.csv', '--json'])\n"
+        "    main(['correlate', 'table.csv', '--json', '--figure', 'plot.svg'])\n"
         "except SystemExit as stop:\n"
         "    assert not stop.code\n"
         "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"

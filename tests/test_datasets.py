@@ -87,11 +87,12 @@ def test_flat_folder_has_no_classes(tmp_path: Path) -> None:
     assert "no class subfolders" in refused(tmp_path, labeled=True)
 
 
-def test_train_and_test_parts(classes: Path, tmp_path: Path) -> None:
-    for part in ("train", "test"):
+@pytest.mark.parametrize("name", ["test", "val", "valid", "validation"])
+def test_train_and_test_parts(tmp_path: Path, name: str) -> None:
+    for part in ("train", name):
         put(tmp_path / "both" / part / "ant" / "1.png", RED)
         put(tmp_path / "both" / part / "bee" / "1.png", BLUE)
-    put(tmp_path / "both" / "test" / "bee" / "2.png", BLUE)
+    put(tmp_path / "both" / name / "bee" / "2.png", BLUE)
     source = open_source(str(tmp_path / "both"), labeled=True)
     assert source.pool.classes == ("ant", "bee")
     assert len(source.pool) == 2
@@ -99,7 +100,58 @@ def test_train_and_test_parts(classes: Path, tmp_path: Path) -> None:
     assert source.test.y is not None
     assert source.test.y.tolist() == [0, 1, 1]
     unlabeled = open_source(str(tmp_path / "both"), labeled=False)
-    assert (len(unlabeled.pool), unlabeled.test) == (5, None)
+    assert unlabeled.test is not None
+    assert (len(unlabeled.pool), len(unlabeled.test), unlabeled.test.y) == (2, 3, None)
+
+
+def test_test_is_preferred_to_validation(tmp_path: Path) -> None:
+    for count, part in enumerate(("train", "test", "val"), 1):
+        for index in range(count):
+            put(tmp_path / part / "ant" / f"{index}.png", RED)
+    source = open_source(str(tmp_path), labeled=True)
+    assert source.test is not None
+    assert (len(source.pool), len(source.test)) == (1, 2)
+
+
+def test_parts_that_number_their_classes_differently_are_refused(tmp_path: Path) -> None:
+    for file in ("train/ant", "train/bee", "test/bee"):
+        put(tmp_path / file / "1.png", RED)
+    message = refused(tmp_path, labeled=True)
+    assert f"{tmp_path / 'train'} has the classes ant, bee but {tmp_path / 'test'} has bee" in message
+    assert len(open_source(str(tmp_path), labeled=False).pool) == 2
+
+
+def test_parts_of_other_sizes_are_refused_or_resized(tmp_path: Path) -> None:
+    put(tmp_path / "train" / "ant" / "1.png", RED)
+    put(tmp_path / "test" / "ant" / "1.png", RED, size=(8, 8))
+    for labeled in (True, False):
+        message = refused(tmp_path, labeled=labeled)
+        assert "6×4" in message
+        assert "8×8; resize all with --image-size" in message
+    source = open_source(str(tmp_path), labeled=True, image_size=5)
+    assert source.test is not None
+    assert source.test.x.shape == source.pool.x.shape == (1, 3, 5, 5)
+
+
+def test_grey_stays_grey_only_if_both_parts_are(tmp_path: Path) -> None:
+    put(tmp_path / "train" / "ant" / "1.png", 7)
+    put(tmp_path / "test" / "ant" / "1.png", RED)
+    source = open_source(str(tmp_path), labeled=True)
+    assert source.test is not None
+    assert source.pool.x[0, :, 0, 0].tolist() == [7, 7, 7]
+    assert source.test.x[0, :, 0, 0].tolist() == list(RED)
+
+
+@pytest.mark.parametrize("part", ["train", "test", "val", "valid", "validation"])
+def test_a_lone_part_is_no_class(tmp_path: Path, part: str) -> None:
+    put(tmp_path / part / "ant" / "1.png", RED)
+    assert f"give {tmp_path / part}" in refused(tmp_path, labeled=True)
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for name in ("train", "tractor"):  # as in CIFAR-100
+        put(tmp_path / name / "1.png", RED)
+    assert open_source(str(tmp_path), labeled=True).pool.classes == ("tractor", "train")
 
 
 def test_hidden_entries_are_no_data(classes: Path) -> None:
@@ -123,7 +175,18 @@ def test_link_loops_are_not_followed(classes: Path) -> None:
 def test_a_linked_class_folder_is_a_class(classes: Path, tmp_path: Path) -> None:
     put(tmp_path / "elsewhere" / "1.png", GREEN)
     (classes / "bee").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    assert open_source(str(classes), labeled=True).pool.classes == ("ant", "bee", "mole", "zebra")
+    labeled = open_source(str(classes), labeled=True).pool
+    assert labeled.classes == ("ant", "bee", "mole", "zebra")
+    assert len(labeled) == len(open_source(str(classes), labeled=False).pool) == 5
+
+
+def test_no_folder_is_read_twice(classes: Path, tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere" / "1.png", GREEN)
+    (tmp_path / "elsewhere" / "back").symlink_to(classes / "ant", target_is_directory=True)
+    for name in ("bee", "cow"):
+        (classes / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (classes / "up").symlink_to(tmp_path, target_is_directory=True)
+    assert len(open_source(str(classes), labeled=False).pool) == 5
 
 
 def test_a_looping_image_link_is_named(classes: Path) -> None:
@@ -277,6 +340,13 @@ def test_postscript_never_reaches_ghostscript(tmp_path: Path, monkeypatch: pytes
     assert f"cannot decode {tmp_path / 'a.png'}: cannot identify image file" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("options", [{"image_size": 8}, {"channels": 1}])
+def test_only_folders_are_converted(tmp_path: Path, options: dict[str, int]) -> None:
+    for name in ("digits", "cifar10", str(save(tmp_path / "a.npz", x=X))):
+        with pytest.raises(UsageError, match="--image-size and --channels convert image folders only"):
+            open_source(name, labeled=False, **options)  # type: ignore[arg-type]
+
+
 # ---- array files
 
 X = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
@@ -351,7 +421,7 @@ def test_pickles_are_refused_unopened(tmp_path: Path, name: str) -> None:
 
 
 BAD_ARRAYS: dict[str, dict[str, Any]] = {
-    "no array 'x'": {"images": X},
+    "no array 'x' but 'images', 'labels'": {"images": X, "labels": Y},
     "it must be (N, ...)": {"x": X[:0]},
     "x has shape (3,)": {"x": np.ones(3)},
     "NaN": {"x": np.array([[1.0, np.nan]])},

@@ -13,8 +13,10 @@ from torch.nn import functional
 from torch.nn.utils import vector_to_parameters
 
 from gm_probe.core.batches import Batches
+from gm_probe.core.errors import UsageError
 from gm_probe.core.parameters import Parameters
 from gm_probe.probe.operators import Operator, fisher, hessian
+from gm_probe.probe.work import Work
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 KINDS = ("fisher", "hessian")
@@ -119,7 +121,7 @@ def test_closed_form_of_softmax_regression(kind: str) -> None:
         model.weight.copy_(torch.from_numpy(weight))
         model.bias.copy_(torch.from_numpy(bias))
     batches = Batches.from_tensors(torch.from_numpy(x), batch_size=4)
-    parameters = Parameters(model)
+    parameters = Parameters(model.eval())
     operator = (
         fisher(parameters, batches, torch.from_numpy(z))
         if kind == "fisher"
@@ -166,7 +168,7 @@ def test_a_network_that_ignores_its_parameters_has_zero_curvature(kind: str) -> 
             return x
 
     x = torch.eye(3, dtype=torch.float64)
-    parameters, batches = Parameters(Constant().double()), Batches.from_tensors(x, batch_size=2)
+    parameters, batches = Parameters(Constant().double().eval()), Batches.from_tensors(x, batch_size=2)
     operator = (
         fisher(parameters, batches, x)
         if kind == "fisher"
@@ -175,3 +177,25 @@ def test_a_network_that_ignores_its_parameters_has_zero_curvature(kind: str) -> 
     v = torch.ones(6, dtype=torch.float64)
     assert torch.equal(operator.matvec(v), torch.zeros(6, dtype=torch.float64))
     assert torch.equal(operator.terms(v), torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("build_operator", [fisher, hessian])
+def test_train_mode_is_refused(build_operator) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Dropout()).double()
+    batches = Batches.from_tensors(torch.eye(2, dtype=torch.float64))
+    given = torch.zeros(2, 3, dtype=torch.float64) if build_operator is fisher else torch.tensor([0, 1])
+    with pytest.raises(UsageError, match="eval"):
+        build_operator(Parameters(model), batches, given)
+
+
+def test_confident_examples_do_not_cost_the_cheap_curvature_terms() -> None:
+    """Their terms are far below float32's rounding of the loss; the two ways still count as agreeing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    with torch.no_grad():
+        model[2].weight.mul_(40)
+    x = torch.randn(64, 4)
+    batches, work = Batches.from_tensors(x), Work(64)
+    operator = hessian(Parameters(model), batches, model(x).argmax(1), work)
+    operator.terms(torch.ones(operator.size))
+    assert work.evaluations == pytest.approx(4 / 3)  # forward over forward, not three backward passes

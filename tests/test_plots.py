@@ -1,6 +1,7 @@
 """The scatter panels: their layout, that they show every run, and the files they become."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,16 @@ def test_written_figures_decode_and_carry_their_text(tmp_path: Path) -> None:
     assert tau is not None
     assert f"τ = {tau:.2f}, n = 20".replace("-", "−") in svg.decode()
     assert plots.render(figure, "svg") == svg
+
+
+def test_the_axis_says_whose_labels_a_hessian_was_taken_with(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("error_gap,hessian_trace,my_hessian_of_some_other_kind\n1,2,3\n2,3,4\n")
+    table = load_table(tmp_path / "t.csv", measures=["hessian_trace", "my_hessian_of_some_other_kind"])
+    statistics = [replace(measure, labels="predicted") for measure in correlate(table)]
+    figure = plots.scatter_panels(table, statistics, table.gaps, {})
+    known, other = [axes.get_xlabel() for axes in figure.axes]
+    assert known == r"$\mathrm{tr}\,H$ (predicted labels)"
+    assert other == "my_hessian_of_some_other_kind\n(predicted labels)"
 
 
 def test_undefined_panels_are_drawn_as_such(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import DivergedError, StorageError, UsageError
-from gm_probe.core.files import read_json, read_toml, write_json
+from gm_probe.core.files import LOCK, exclusive, read_json, read_toml, write_json
 from gm_probe.core.records import find_runs, read_run
 from gm_probe.sweep import runner
 from gm_probe.sweep.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe, run_name
@@ -61,7 +61,8 @@ def records(recipe: Recipe, out: Path) -> dict[str, Any]:
 
 
 def stamps(out: Path) -> dict[str, int]:
-    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != LOCK)
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files}
 
 
 def statuses(recipe: Recipe, outcomes: list[Outcome]) -> list[str]:
@@ -531,5 +532,31 @@ def test_status_of_a_complete_run_is_read_without_the_model(tmp_path: Path, reci
     write_json(run / "summary.json", {"status": "finished"})
     assert not is_complete(run, recipe.plan)
     rows = {name: {"value": 1.0} for name in recipe.plan.measures}
-    write_json(run / "measures.json", {"measures": rows})  # settings unknown: taken for the plan's
+    write_json(run / "measures.json", {"measures": rows})
+    assert not is_complete(run, recipe.plan)  # nobody knows how these were taken
+    settings = {**dataclasses.asdict(recipe.plan.settings), "part": "own unlabeled", "max_examples": None}
+    write_json(run / "measures.json", {"measures": rows, "settings": settings})
     assert is_complete(run, recipe.plan)
+
+
+def test_two_sweeps_on_one_folder_do_not_train_a_run_twice(recipe: Recipe, tmp_path: Path) -> None:
+    first = next(iter(recipe.runs))
+    with exclusive(tmp_path / first):
+        outcomes = {outcome.name: outcome for outcome in run_recipe(recipe, tmp_path)}
+    assert outcomes[first].status == "busy"
+    assert "another gmprobe" in str(outcomes[first].reason)
+    assert not (tmp_path / first / "summary.json").exists()  # it is not the second sweep's to judge
+    assert [outcomes[name].status for name in recipe.runs if name != first] == ["finished"] * 3
+    assert run(recipe, tmp_path) == ["finished"] + ["skipped"] * 3
+
+
+def test_a_measurement_over_other_data_does_not_count(recipe: Recipe, tmp_path: Path) -> None:
+    run_recipe(recipe, tmp_path)
+    name = next(iter(recipe.runs))
+    path = tmp_path / name / "measures.json"
+    measured = read_json(path)
+    for key, value in (("part", "test"), ("max_examples", 9)):
+        write_json(path, {**measured, "settings": {**measured["settings"], key: value}})
+        assert not is_complete(tmp_path / name, recipe.plan)
+    write_json(path, measured)
+    assert is_complete(tmp_path / name, recipe.plan)

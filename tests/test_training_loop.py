@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from gm_probe.core.datasets import open_source
-from gm_probe.core.errors import DivergedError, UsageError
+from gm_probe.core.errors import BusyError, DataError, DivergedError, UsageError
+from gm_probe.core.files import exclusive
 from gm_probe.core.records import CHECKPOINT, SPLIT, STATE, read_metrics, read_run
-from gm_probe.training import loop
+from gm_probe.training import loop, parts
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.loop import load_splits, lr_factor, make_optimizer, train
+from gm_probe.training.loop import lr_factor, make_optimizer, train
+from gm_probe.training.parts import load_splits, own_unlabeled
 from gm_probe.training.rules import METHODS, Step
 
 BASE: dict[str, Any] = {
@@ -295,6 +297,7 @@ def test_settings_that_make_no_sense_are_usage_errors(wrong: dict[str, Any], tmp
 def test_parts_are_disjoint_and_stored(tmp_path: Path) -> None:
     train(config(epochs=1, split_seed=3), tmp_path)
     stored = json.loads((tmp_path / SPLIT).read_text())
+    assert len(stored.pop("sha256")) == 64
     assert {name: len(indices) for name, indices in stored.items()} == {
         "train": 200,
         "unlabeled": 60,
@@ -450,3 +453,58 @@ def test_label_smoothing_is_in_the_loss_but_not_in_the_reported_cross_entropy(tm
     assert summary["train_ce"] == plain["train_ce"]
     assert rows(tmp_path)[0]["running_loss"] != pytest.approx(summary["train_ce"], rel=1e-4)
     assert rows(tmp_path / "plain")[0]["running_loss"] == pytest.approx(plain["train_ce"], rel=1e-5)
+
+
+# what the run folder guards
+
+
+def test_changed_data_is_noticed(tmp_path: Path) -> None:
+    """An image more would move the split: what was trained on would be called unlabeled."""
+    data = small_data(tmp_path / "data.npz", np.arange(90) % 3)
+    settings = config(data=data, model="mlp-4", num_train=40, num_unlabeled=30, num_test=20, epochs=3)
+
+    def notify(row: dict[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "run", notify=notify)
+    small_data(tmp_path / "data.npz", np.arange(91) % 3)
+    parts._open.cache_clear()
+    with pytest.raises(DataError, match="changed"):
+        train(settings, tmp_path / "run", resume=True)
+    with pytest.raises(DataError, match="changed"):
+        own_unlabeled(tmp_path / "run")
+
+
+def test_a_run_finds_its_data_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_data(tmp_path / "data.npz", np.arange(90) % 3)
+    settings = config(data="data.npz", model="mlp-4", num_train=40, num_unlabeled=30, num_test=20, epochs=1)
+    train(settings, tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    parts._open.cache_clear()
+    assert len(own_unlabeled(tmp_path / "run")) == 30
+    assert own_unlabeled(tmp_path / "run").y is None
+
+
+def test_a_run_is_one_process_at_a_time(tmp_path: Path) -> None:
+    with exclusive(tmp_path / "run"), pytest.raises(BusyError, match="another gmprobe"):
+        train(config(model="mlp-4", epochs=1), tmp_path / "run")
+    assert train(config(model="mlp-4", epochs=1), tmp_path / "run")["status"] == "finished"
+
+
+def test_met_stop_ce_says_what_the_final_cross_entropy_says(tmp_path: Path) -> None:
+    settings = config(model="mlp-16", epochs=2)
+    reached = train(settings, tmp_path / "first")["train_ce"]
+    for name, stop, met in (("above", reached * 1.001, True), ("below", reached * 0.999, False)):
+        assert train(settings.replace(stop_ce=stop), tmp_path / name)["met_stop_ce"] is met
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"noise_scale": 0.0}, {"rho": math.inf}, {"stop_ce": -1.0}, {"gamma": math.nan}]
+)
+def test_settings_without_a_meaning_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        config(method="iam-d", **wrong)

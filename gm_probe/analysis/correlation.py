@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from gm_probe.analysis.table import Exclusion, RunTable, by_reason, require_known
+from gm_probe.analysis.table import Exclusion, RunTable, by_reason, require_known, show
 from gm_probe.core.errors import DataError
 
 
@@ -36,11 +36,17 @@ class Correlation:
 
 @dataclass(frozen=True, slots=True)
 class MeasureStatistics:
-    """All about one measure: ``gaps[gap]`` over all runs, ``subgroups[label][gap]`` within a subgroup."""
+    """All about one measure: ``gaps[gap]`` over all runs, ``subgroups[label][gap]`` within a subgroup.
+
+    ``labels`` is the measure's in ``RunTable.labels``; ``warnings`` say in which settings of the measurement
+    the runs differ, so that their values are not comparable.
+    """
 
     name: str
+    labels: str | None
     gaps: dict[str, Correlation]
     subgroups: dict[str, dict[str, Correlation]]
+    warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -68,11 +74,13 @@ def correlate(
     return tuple(
         MeasureStatistics(
             name=name,
+            labels=table.labels.get(name),
             gaps={gap: _correlation(table, name, gap, everyone) for gap in gaps},
             subgroups={
                 label: {gap: _correlation(table, name, gap, rows) for gap in gaps}
                 for label, rows in groups.items()
             },
+            warnings=_warnings(table, name),
             notes=_notes(table, name),
         )
         for name in table.measures
@@ -93,7 +101,7 @@ def group_rows(table: RunTable, group_by: Sequence[str]) -> dict[str, np.ndarray
     order: dict[str, list[tuple[int, float, str]]] = {}
     settings = [table.frame[name].to_list() for name in group_by]
     for row, values in enumerate(zip(*settings, strict=True)):
-        shown = [_show(value) for value in values]
+        shown = [show(value) for value in values]
         label = ", ".join(f"{name}={text}" for name, text in zip(group_by, shown, strict=True))
         rows.setdefault(label, []).append(row)
         order[label] = [_sort_key(value, text) for value, text in zip(values, shown, strict=True)]
@@ -149,6 +157,16 @@ def _correlation(table: RunTable, name: str, gap: str, rows: np.ndarray) -> Corr
     return replace(result, missing=tuple(gone))
 
 
+def _warnings(table: RunTable, name: str) -> tuple[str, ...]:
+    warnings = []
+    for setting, runs in table.conditions.get(name, {}).items():
+        if len(runs) > 1:
+            values = [f"{value} × {count}" for value, count in sorted(runs.items(), key=lambda of: -of[1])]
+            shown = ", ".join(values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+            warnings.append(f"{setting} differs between runs ({shown}): not comparable")
+    return tuple(warnings)
+
+
 def _notes(table: RunTable, name: str) -> tuple[str, ...]:
     missing = table.missing.get(name, {})
     reasons = by_reason(Exclusion(str(row), reason) for row, reason in missing.items())
@@ -157,16 +175,6 @@ def _notes(table: RunTable, name: str) -> tuple[str, ...]:
     if unconverged:
         notes.append(f"{unconverged} of {table.num_runs - len(missing)} not converged (kept)")
     return tuple(notes)
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "unset"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    return str(value)
 
 
 def _sort_key(value: Any, text: str) -> tuple[int, float, str]:

@@ -81,7 +81,7 @@ def scatter_panels(
                     _scatter(axes, table, measure.name, gap, groups)
                     axes.set_title(_title(measure.gaps[gap]))
                     if row == len(gaps) - 1:
-                        axes.set_xlabel(_measure_label(measure.name))
+                        axes.set_xlabel(_measure_label(measure))
                     if first is None:
                         axes.set_ylabel(GAPS[gap])
                         first = axes
@@ -159,8 +159,10 @@ def _title(result: Correlation) -> str:
     return f"{tau}, n = {result.n}"
 
 
-def _measure_label(name: str) -> str:
-    return MEASURE_LABELS.get(name) or textwrap.fill(name.replace("$", r"\$"), 30)
+def _measure_label(measure: MeasureStatistics) -> str:
+    labels = f" ({measure.labels} labels)" if measure.labels else ""
+    known = MEASURE_LABELS.get(measure.name)
+    return known + labels if known else textwrap.fill(measure.name.replace("$", r"\$") + labels, 30)
 
 
 def _handle(index: int, label: str) -> Line2D:

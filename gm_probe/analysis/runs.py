@@ -1,6 +1,7 @@
 """Read a folder of run folders, or anybody's CSV or Parquet, into one RunTable."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,17 @@ from gm_probe.analysis.table import (
     by_reason,
     require_distinct,
     require_known,
+    show,
     unique,
 )
 from gm_probe.core.errors import DataError, StorageError, UsageError
 from gm_probe.core.records import RunRecord, find_runs, read_run
+
+# What a measure's value depends on besides the run. The first two are in the settings of measures.json, the
+# last is in the measure's own row.
+PROBE_SETTINGS = ("data", "part", "num_examples", "max_examples", "dtype")
+ASCENT_SETTINGS = ("rho", "k_steps", "noise_scale", "num_starts")
+ROW_SETTINGS = ("protocol", "labels")
 
 
 def load_table(
@@ -86,6 +94,7 @@ def _table_from_folders(
     columns: dict[str, pd.Series] = {"run": pd.Series(list(kept))}
     missing: dict[str, dict[int, str]] = {}
     unconverged: dict[str, frozenset[int]] = {}
+    conditions: dict[str, dict[str, Counter[str]]] = {}
     for gap in gaps:
         values = [{"value": record.summary.get(gap)} for record in records]
         columns[gap], missing[gap] = _finite(values, absent=f"no {gap} in summary.json")
@@ -94,6 +103,10 @@ def _table_from_folders(
         columns[name], missing[name] = _finite(rows, absent="no value and no reason recorded")
         unconverged[name] = frozenset(
             i for i, row in enumerate(rows) if i not in missing[name] and row.get("converged") is False
+        )
+        measured = [i for i in range(len(records)) if i not in missing[name]]
+        conditions[name] = _conditions(
+            name, [records[i].settings for i in measured], [rows[i] for i in measured]
         )
     for name in hypers:
         columns[name] = pd.Series([config.get(name) for config in configs], dtype=object)
@@ -113,6 +126,7 @@ def _table_from_folders(
         excluded=tuple(excluded),
         missing=missing,
         unconverged=unconverged,
+        conditions=conditions,
         notes=tuple(notes[1:] if hyperparameters else notes),
     )
 
@@ -173,6 +187,15 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | in
 def _row(record: RunRecord, name: str) -> Mapping[str, Any]:
     row = record.measures.get(name, {"value": None, "reason": "not measured"})
     return row if isinstance(row, dict) else {"value": None, "reason": "its row is not a table of values"}
+
+
+def _conditions(
+    name: str, settings: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Counter[str]]:
+    """How many runs took the measure ``name`` with each value of each setting that it depends on."""
+    ascent = ASCENT_SETTINGS if name.startswith("local_inconsistency") else ()
+    counts = {key: Counter(show(each.get(key)) for each in settings) for key in (*ascent, *PROBE_SETTINGS)}
+    return counts | {key: Counter(show(row.get(key)) for row in rows) for key in ROW_SETTINGS}
 
 
 def _finite(rows: Sequence[Mapping[str, Any]], absent: str) -> tuple[pd.Series, dict[int, str]]:

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -26,6 +27,7 @@ KNOWN_MEASURES = (
     "inconsistency",
     "instability",
 )
+UNSET = "unset"
 # What tells runs apart without being a choice about training: never a hyperparameter unless asked for.
 # fmt: off
 BOOKKEEPING = frozenset((
@@ -50,7 +52,9 @@ class RunTable:
     ``frame`` has rows 0..n-1 and the columns ``run`` (str), ``gaps`` and ``measures`` (float, NaN where
     ``missing`` gives the reason) and ``hyperparameters`` (bool, int, float, str, or None where unset).
     ``missing[column]`` maps a row to its reason; ``unconverged[measure]`` holds the rows whose estimate had
-    not converged. ``notes`` are the choices made while reading, for the reader to see.
+    not converged. ``conditions[measure][setting]`` counts the runs under each value that the measure was taken
+    with (``show``n; of runs that have the measure). ``notes`` are the choices made while reading, for the
+    reader to see.
     """
 
     source: Path
@@ -61,11 +65,33 @@ class RunTable:
     excluded: tuple[Exclusion, ...] = ()
     missing: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     unconverged: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    conditions: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
     def num_runs(self) -> int:
         return len(self.frame)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Whose labels a measure was taken with (``predicted``, ``given``, ``mixed``), where its rows say so."""
+        kinds = {name: list(conditions.get("labels", ())) for name, conditions in self.conditions.items()}
+        return {
+            name: kind[0] if len(kind) == 1 else "mixed"
+            for name, kind in kinds.items()
+            if kind not in ([], [UNSET])
+        }
+
+
+def show(value: Any) -> str:
+    """A setting's value as the reader sees it: 1.0 as ``1``, True as ``true``, None as ``unset``."""
+    if value is None:
+        return UNSET
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value)
 
 
 def by_reason(exclusions: Iterable[Exclusion]) -> dict[str, list[str]]:

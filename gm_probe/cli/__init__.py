@@ -6,6 +6,7 @@ for torch.
 
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -78,12 +79,18 @@ def main(args: list[str] | None = None) -> None:
     Codes: 0 ok, 1 internal, 2 usage, 3 checkpoint, 4 data, 5 diverged, 6 resources, 7 I/O, 130 interrupted.
     """
     args = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):  # a terminal without ρ or τ shows "?" instead of failing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # torch.func's own first use of a deprecated call (torch 2.14): nothing that a user could mend
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     try:
         cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
@@ -93,6 +100,9 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader (head, less) closed early, which is its right
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        _debug(args)
+        _fail(f"{error.strerror or error}: {str(error.filename)[:200]}", 7)
     except ProbeError as error:
         _debug(args)
         _fail(str(error), error.exit_code)

@@ -31,7 +31,12 @@ LEGEND = (
 @click.command(epilog="Example:  gmprobe correlate runs/ --group-by weight_decay")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--measures", metavar="A,B", default="", help="Measures to use. Default: all there are.")
-@click.option("--hyper", metavar="A,B", default="", help="Hyperparameters. Default: settings that vary.")
+@click.option(
+    "--hyper",
+    metavar="A,B",
+    default="",
+    help="Hyperparameters, as --json lists. Default: settings that vary.",
+)
 @click.option("--group-by", metavar="A,B", default="", help="Also within each subgroup of these settings.")
 @click.option("--gap", type=click.Choice(["error_gap", "ce_gap", "both"]), default="both", show_default=True)
 @click.option(
@@ -44,7 +49,8 @@ LEGEND = (
     "figure_path",
     metavar="PATH",
     type=click.Path(path_type=Path),
-    help="Figure file: .png, .pdf or .svg; no suffix writes all three. Default: beside SOURCE.",
+    help="Figure file: .png, .pdf or .svg; no suffix writes all three. Default: beside SOURCE, "
+    "or none with --json and --csv.",
 )
 @click.option("--no-figure", is_flag=True, help="Write no figure.")
 @format_options
@@ -71,13 +77,18 @@ def correlate(
     The statistic is Kendall's τ-b, of all runs and of each --group-by subgroup. Its p is naive: it takes
     runs as independent, which seeds of one setting are not, so it is too small where settings repeat.
 
-    A scatter figure (PNG, PDF, SVG) is written beside SOURCE.
+    Runs whose measures were taken with different settings (ρ, data, labels, ...) are not comparable: the
+    result then says which settings differ.
+
+    A scatter figure (PNG, PDF, SVG) is written beside SOURCE; with --json or --csv only where --figure asks
+    for it.
     """
     from gm_probe.analysis import correlation, runs
 
     if no_figure and figure_path is not None:
         raise UsageError("--figure and --no-figure exclude each other; give one")
-    paths = [] if no_figure else _figure_paths(source, figure_path)
+    wanted = figure_path is not None or not (no_figure or output)
+    paths = _figure_paths(source, figure_path) if wanted else []
     by = _names(group_by)
     found = runs.load_table(source, _names(measures), _names(hyper), by, converged_only=converged_only)
     gaps = found.gaps if gap == "both" else (gap,)
@@ -119,10 +130,12 @@ def _as_json(found: "RunTable", statistics: Sequence["MeasureStatistics"]) -> di
     return {
         "num_runs": found.num_runs,
         "excluded": _excluded(found.excluded),
+        "hyperparameters": list(found.hyperparameters),
         "measures": {
             measure.name: {
+                "labels": measure.labels,
                 **{gap: _figures(result) for gap, result in measure.gaps.items()},
-                "notes": list(measure.notes),
+                "notes": [*measure.warnings, *measure.notes],
                 "subgroups": {
                     label: {gap: _figures(result) for gap, result in gaps.items()}
                     for label, gaps in measure.subgroups.items()
@@ -156,7 +169,8 @@ def _as_rows(statistics: Sequence["MeasureStatistics"]) -> list[dict[str, Any]]:
         for subgroup, gaps in [("", measure.gaps), *measure.subgroups.items()]:
             for gap, result in gaps.items():
                 figures = {**_figures(result), "missing": len(result.missing), "reason": result.reason}
-                rows.append({"measure": measure.name, "subgroup": subgroup, "gap": gap, **figures})
+                place = {"measure": measure.name, "labels": measure.labels, "subgroup": subgroup, "gap": gap}
+                rows.append({**place, **figures})
     return rows
 
 
@@ -168,9 +182,10 @@ def _print_tables(statistics: Sequence["MeasureStatistics"], gaps: Sequence[str]
     for gap in gaps:
         rows, undefined = [], []
         for measure in statistics:
+            labels = f" ({measure.labels} labels)" if measure.labels else ""
             for subgroup, results in [(None, measure.gaps), *measure.subgroups.items()]:
                 result = results[gap]
-                name = measure.name if subgroup is None else f"  {subgroup}"
+                name = measure.name + labels if subgroup is None else f"  {subgroup}"
                 ties = f"{result.ties_measure}/{result.ties_gap}"
                 rows.append((name, number(result.tau, 3), number(result.p_naive, 2), str(result.n), ties))
                 if result.reason is not None:
@@ -180,7 +195,18 @@ def _print_tables(statistics: Sequence["MeasureStatistics"], gaps: Sequence[str]
         console.print(grid)
         for line in undefined:
             console.print(line, markup=False, highlight=False)
+    for line in _warnings(statistics):
+        console.print(line, style="bold", markup=False, highlight=False)
     console.print(LEGEND, style="dim", markup=False, highlight=False)
+
+
+def _warnings(statistics: Sequence["MeasureStatistics"]) -> list[str]:
+    """One line a warning, under the names of all the measures that it holds for."""
+    names: dict[str, list[str]] = {}
+    for measure in statistics:
+        for warning in measure.warnings:
+            names.setdefault(warning, []).append(measure.name)
+    return [f"{', '.join(measures)}: {warning}" for warning, measures in names.items()]
 
 
 def _print_notes(found: "RunTable", statistics: Sequence["MeasureStatistics"], quiet: bool) -> None:
@@ -194,6 +220,8 @@ def _print_notes(found: "RunTable", statistics: Sequence["MeasureStatistics"], q
         for reason, names in by_reason(found.excluded).items():
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more (--json)" if len(names) > 5 else "")
             _say(f"  {len(names)} {reason}: {shown}", quiet)
+    for warning in _warnings(statistics):
+        _say(f"warning: {warning}", quiet)
     for measure in statistics:
         for note in measure.notes:
             _say(f"{measure.name}: {note}", quiet)

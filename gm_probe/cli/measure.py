@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +19,11 @@ from gm_probe.cli.output import (
     table,
 )
 from gm_probe.cli.progress import Bar, progress_bar
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from gm_probe.core.batches import Normalization
+    from gm_probe.core.datasets import Examples, Source
 
 
 @click.command(
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )
 @click.option("--labeled", metavar="DATA", help="The same, with class folders (or 'y') read as labels.")
+@click.option(
+    "--part",
+    type=click.Choice(["test", "train"]),
+    help="Of data that has both.  [default: test where the data has one]",
+)
 @click.option("--model", metavar="NAME", help="Network of a foreign checkpoint; see `gmprobe models`.")
 @click.option(
     "--measures", metavar="A,B", default="", help="Which to take; see `gmprobe measures`.  [default: all]"
@@ -61,6 +66,13 @@ if TYPE_CHECKING:
     "--max-probes", type=int, default=100, show_default=True, help="Most probes of a trace estimate."
 )
 @click.option(
+    "--max-iterations",
+    type=int,
+    default=100,
+    show_default=True,
+    help="Most Lanczos iterations or ascent steps.",
+)
+@click.option(
     "--max-examples", type=click.IntRange(1), help="Measure on a seeded random subset of this size."
 )
 @click.option(
@@ -69,8 +81,8 @@ if TYPE_CHECKING:
 @click.option("--mean", metavar="R,G,B", help="Normalisation of a foreign checkpoint, for pixels in [0, 1].")
 @click.option("--std", metavar="R,G,B", help="Likewise.")
 @click.option("--no-normalize", is_flag=True, help="Pixels in [0, 1] as they are.")
-@click.option("--image-size", type=click.IntRange(1), help="Resize images to this many pixels a side.")
-@click.option("--channels", type=click.Choice(["1", "3"]), help="Read images as grey or RGB.")
+@click.option("--image-size", type=click.IntRange(1), help="Resize a folder's images to this many pixels.")
+@click.option("--channels", type=click.Choice(["1", "3"]), help="Read a folder's images as grey or RGB.")
 @click.option(
     "--num-classes", type=click.IntRange(2), help="Classes of a foreign checkpoint.  [default: its head's]"
 )
@@ -90,6 +102,7 @@ def measure(
     checkpoints: tuple[Path, ...],
     unlabeled: str | None,
     labeled: str | None,
+    part: str | None,
     model: str | None,
     measures: str,
     protocol: str,
@@ -100,6 +113,7 @@ def measure(
     trace_tolerance: float,
     eigen_tolerance: float,
     max_probes: int,
+    max_iterations: int,
     max_examples: int | None,
     batch_size: int,
     mean: str | None,
@@ -130,6 +144,16 @@ def measure(
         raise UsageError("--unlabeled and --labeled exclude each other; give one")
     if save and not all(path.is_dir() for path in checkpoints):
         raise UsageError("--save writes into run folders; give folders, or use --json > file")
+    source = unlabeled if labeled is None else labeled
+    for path in checkpoints:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint")
+        if source is None and not path.is_dir():
+            raise UsageError(
+                f"{path} is no run folder with data of its own; give --unlabeled or --labeled DATA"
+            )
+    if source is None and (part or image_size or channels):
+        raise UsageError("--part, --image-size and --channels go with --unlabeled or --labeled DATA")
     import torch
 
     from gm_probe.core.datasets import open_source
@@ -137,7 +161,8 @@ def measure(
     from gm_probe.core.records import MEASURES as MEASURES_FILE
     from gm_probe.probe.measures import expected_cost
     from gm_probe.probe.probe import Settings
-    from gm_probe.sweep.measuring import measure_checkpoint, merge_measures, own_unlabeled
+    from gm_probe.sweep.measuring import measure_checkpoint, merge_measures
+    from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -150,57 +175,69 @@ def measure(
         trace_tolerance=trace_tolerance,
         eigen_tolerance=eigen_tolerance,
         max_probes=max_probes,
+        max_iterations=max_iterations,
         seed=seed,
     )
     normalization = _normalization(mean, std, no_normalize)
-    source = unlabeled if labeled is None else labeled
-    examples = None
+    names = _chosen(measures, protocol, labeled is not None)
+    chosen_device = pick_device(device)
+    examples, measured_part = None, OWN_UNLABELED
     if source is not None:
-        examples = open_source(
+        opened = open_source(
             source,
             labeled=labeled is not None,
             root=data_root,
             download=download,
             channels=int(channels) if channels else None,
             image_size=image_size,
-        ).pool
-    names = _chosen(measures, protocol, labeled is not None)
+        )
+        examples, measured_part = _part(opened, part)
+        if opened.test is not None and part is None and not quiet:
+            note(notes_console(), f"note: {source} has two parts; measuring over test (see --part)")
     results: list[dict[str, Any]] = []
-    for path in checkpoints:
-        if examples is None and not path.is_dir():
-            raise UsageError(
-                f"{path} is no run folder with data of its own; give --unlabeled or --labeled DATA"
-            )
-        with progress_bar(path.name, expected_cost(names, settings), quiet=quiet) as bar:
+    try:
+        for path in checkpoints:
+            with progress_bar(path.name, expected_cost(names, settings), quiet=quiet) as bar:
 
-            def notify(name: str, evaluations: float, bar: Bar = bar) -> None:
-                rate = f"{bar.speed:.2g} grad/s" if bar.speed else ""
-                bar.update(evaluations, state=rate, label=name)
+                def notify(name: str, evaluations: float, bar: Bar = bar) -> None:
+                    rate = f"{bar.speed:.2g} grad/s" if bar.speed else ""
+                    bar.update(evaluations, state=rate, label=name)
 
-            result = measure_checkpoint(
-                path,
-                (own_unlabeled(path) if examples is None else examples).subset(max_examples, seed),
-                names,
-                settings,
-                model_name=model,
-                normalization=normalization,
-                num_classes=num_classes,
-                batch_size=batch_size,
-                dtype=getattr(torch, dtype),
-                device=pick_device(device),
-                notify=notify,
-            )
-        if save:
-            merge_measures(path / MEASURES_FILE, result)
-        results.append(result)
-        if output is None:  # one checkpoint's table as soon as it is known
-            _print_table(result)
-        if not quiet:
-            _warn(result)
-    if output == "json":
-        print_json(results)
-    elif output == "csv":
-        print_csv(_rows(results))
+                result = measure_checkpoint(
+                    path,
+                    (own_unlabeled(path) if examples is None else examples).subset(max_examples, seed),
+                    names,
+                    settings,
+                    model_name=model,
+                    normalization=normalization,
+                    num_classes=num_classes,
+                    batch_size=batch_size,
+                    dtype=getattr(torch, dtype),
+                    device=chosen_device,
+                    notify=notify,
+                )
+            result["settings"] |= {"part": measured_part, "max_examples": max_examples}
+            if save:
+                merge_measures(path / MEASURES_FILE, result)
+            results.append(result)
+            if output is None:  # one checkpoint's table as soon as it is known
+                _print_table(result)
+            if not quiet:
+                _warn(result)
+    finally:  # an error costs what it struck, not what is done
+        if output == "json" and results:
+            print_json(results)
+        elif output == "csv" and results:
+            print_csv(_rows(results))
+
+
+def _part(source: Source, wanted: str | None) -> tuple[Examples, str]:
+    """The part to measure over, and its name in the settings."""
+    if source.test is None:
+        if wanted == "test":
+            raise UsageError(f"{source.pool.source} has no test part; leave --part out")
+        return source.pool, "all"
+    return (source.pool, "train") if wanted == "train" else (source.test, "test")
 
 
 def _normalization(mean: str | None, std: str | None, none: bool) -> Normalization | None:
@@ -214,20 +251,14 @@ def _normalization(mean: str | None, std: str | None, none: bool) -> Normalizati
         return None
     if mean is None or std is None:
         raise UsageError("--mean and --std go together; give both")
-    means, stds = _floats("--mean", mean), _floats("--std", std)
-    if len(means) != len(stds) or any(value <= 0 for value in stds):
-        raise UsageError("--mean and --std must have as many values each, and every std must be positive")
-    return Normalization(means, stds)
+    return Normalization(_floats("--mean", mean), _floats("--std", std))
 
 
 def _floats(option: str, text: str) -> tuple[float, ...]:
     try:
-        values = tuple(float(part) for part in text.split(","))
+        return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"{option} {text!r} must be comma-separated numbers, one a channel") from error
-    if not all(map(math.isfinite, values)):
-        raise UsageError(f"{option} {text!r} must be finite numbers")
-    return values
 
 
 def _chosen(measures: str, protocol: str, labeled: bool) -> list[str]:
@@ -244,37 +275,52 @@ def _chosen(measures: str, protocol: str, labeled: bool) -> list[str]:
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    settings = result["settings"]
+    from gm_probe.probe.measures import MEASURES
+
+    console = results_console()
+    # the figures' columns and the frame take 57; where names do not fit beside them, symbols do
+    narrow = console.width < 57 + max(map(len, result["measures"]), default=0)
     rows = []
     for name, row in result["measures"].items():
-        label = f"{name} ({row['labels']} labels)" if "labels" in row else name
+        label = MEASURES[name].symbol if narrow else name
+        if "labels" in row:
+            label += f" ({row['labels']} labels)"
         if row.get("protocol") == "converged" and name == "local_inconsistency":
             label += " (converged)"
-        rows.append(
-            [
-                label,
-                number(row["value"]),
-                number(row["stderr"], 2)
-                if row["stderr"] is not None
-                else "exact"
-                if "protocol" not in row
-                else "—",
-                number(row["stderr_examples"], 2),
-                "yes" if row["converged"] else "NO",
-                number(row["num_evals"], 3),
-            ]
-        )
+        if narrow and not row["converged"]:
+            label += " (not converged)"
+        figures = [
+            label,
+            number(row["value"]),
+            _estimator_error(row),
+            number(row["stderr_examples"], 2),
+            "yes" if row["converged"] else "NO",
+            number(row["num_evals"], 3),
+        ]
+        rows.append(figures[:4] if narrow else figures)
     size = f"P = {result['num_parameters']:,}  N = {result['num_examples']:,}"
     title = f"{result['checkpoint']}  {result['model']}  {size}"
     columns = ["measure", "value", "± estim.", "± examples", "conv.", "cost"]
-    console = results_console()
-    console.print(table(title, columns, rows))
+    console.print(table(title, columns[: 4 if narrow else 6], rows))
     console.print(
-        f"ρ = {settings['rho']:g}, K = {settings['k_steps']}, {settings['num_starts']} starts; "
-        "± estim.: standard error over starts or probes, Lanczos residual for λ_max; ± examples: standard error from "
-        "the probe set's size; cost in gradient evaluations. BatchNorm in eval mode.",
+        f"{_ascents(result)}± estim.: standard error over starts or probes, Lanczos residual for λ_max; "
+        "± examples: standard error from the probe set's size; "
+        f"{'' if narrow else 'cost in gradient evaluations. '}BatchNorm in eval mode.",
         style="dim",
     )
+
+
+def _ascents(result: dict[str, Any]) -> str:
+    """For the caption: by which ascents local inconsistency was found; empty where it was not."""
+    settings = result["settings"]
+    rows = [row for row in result["measures"].values() if "protocol" in row]
+    text = f"ρ = {settings['rho']:g}; " if rows else ""
+    for row in rows:
+        if row["protocol"] == "paper":
+            starts = f"{row['num_starts']} starts" if row["num_starts"] > 1 else "1 start"
+            spread = "" if row["sd_starts"] is None else f" (sd over {starts} {number(row['sd_starts'], 2)})"
+            text += f"S_ρ: K = {settings['k_steps']}, mean over {starts}{spread}; "
+    return text
 
 
 def _estimator_error(row: dict[str, Any]) -> str:
@@ -286,15 +332,12 @@ def _estimator_error(row: dict[str, Any]) -> str:
 def _warn(result: dict[str, Any]) -> None:
     console = notes_console()
     for name, row in result["measures"].items():
-        if not row["converged"]:
-            note(
-                console,
-                f"note: {name} did not converge within its limits; raise --max-probes or its tolerance",
-            )
         if row["value"] is None:
-            note(console, f"note: {name} is undefined: {row.get('reason_value', '')}")
+            note(console, f"note: {name} is undefined: {row['reason']}")
+        elif not row["converged"]:
+            note(console, f"note: {name} did not converge within its limits; {_remedy(row)}")
     error = result["measures"].get("error", {}).get("value")
-    if error is not None and error > 1 - 1.5 / result["num_classes"]:
+    if error is not None and error > 0.9 * (1 - 1 / result["num_classes"]):
         note(
             console,
             f"warning: the error {error:.3f} is near chance for {result['num_classes']} classes; class folders are "
@@ -302,15 +345,26 @@ def _warn(result: dict[str, Any]) -> None:
         )
 
 
+def _remedy(row: dict[str, Any]) -> str:
+    if "num_probes" in row:
+        return "raise --max-probes or --trace-tolerance"
+    if "iterations" in row:
+        return "raise --max-iterations or --eigen-tolerance"
+    return "raise --max-iterations (an ascent may also end at a kink, where no step gains)"
+
+
 def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    kept = ("value", "stderr", "stderr_examples", "converged", "num_evals", "labels", "protocol")
+    figures = ("value", "stderr", "stderr_examples", "converged", "num_evals")
+    details = ("labels", "protocol", "sd_starts", "num_starts", "reason")
+    of_settings = ("rho", "k_steps", "noise_scale", "seed", "part")
     return [
         {
             "checkpoint": result["checkpoint"],
             "model": result["model"],
             "num_examples": result["num_examples"],
             "measure": name,
-            **{key: row.get(key) for key in kept},
+            **{key: row.get(key) for key in (*figures, *details)},
+            **{key: result["settings"][key] for key in of_settings},
         }
         for result in results
         for name, row in result["measures"].items()

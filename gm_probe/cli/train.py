@@ -66,6 +66,7 @@ def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list
     "--eval-every", type=int, help="Epochs between evaluations (0 = only at the end).  [default: 0]"
 )
 @click.option("--track-every", type=int, help="Epochs between measurements of S_ρ (0 = never).  [default: 0]")
+@click.option("--track-rho", type=float, help="Radius of that S_ρ.  [default: 0.1]")
 @click.option("--amp", help="none or bf16.  [default: none]")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="auto, cpu, cuda, cuda:1 or mps.  [default: auto]")
@@ -89,14 +90,20 @@ def train(
 
     from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
     from gm_probe.core.loading import load_model
+    from gm_probe.core.records import CONFIG, read_run
     from gm_probe.sweep.recipe import run_name
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
 
     console = notes_console(quiet)
-    if given["data"] is None:
+    settings = {key: value for key, value in given.items() if value is not None}
+    if resume and out is not None and (out / CONFIG).exists():  # a run knows its own settings
+        settings = {**TrainConfig.from_record(read_run(out).config).as_dict(), **settings}
+    elif resume and out is not None:
+        note(console, f"there is no run in {out} to resume: starting a new one")
+    if "data" not in settings:
         note(console, "no --data given: training on the bundled handwritten digits (1,797 images of 8×8)")
-    config = TrainConfig.from_dict({key: value for key, value in given.items() if value is not None})
+    config = TrainConfig.from_dict(settings)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if out is None:

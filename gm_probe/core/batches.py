@@ -13,6 +13,9 @@ from torch import Tensor
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import DataError, UsageError
 
+PIXELS = "save pixels as uint8, or as floats in [0, 1], or pass --no-normalize for ready inputs"
+"""The remedy for data that a normalisation cannot be applied to."""
+
 
 class Batch(NamedTuple):
     """Model input and labels of B examples."""
@@ -58,7 +61,11 @@ class Normalization:
         return cls(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
 
     def apply(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Scale uint8 (B, C, H, W) to [0, 1] and normalise; floats are normalised without scaling."""
+        """Scale uint8 (B, C, H, W) to [0, 1] and normalise; floats are normalised without scaling.
+
+        Raises:
+            DataError: another number of channels, or integers whose range nobody knows.
+        """
         result = (
             x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype) if x.is_floating_point() else x
         )
@@ -68,6 +75,8 @@ class Normalization:
                     f"normalisation has {len(self.mean)} channels but the data has {x.shape[1]}; "
                     "set --mean/--std, or --channels"
                 )
+            if x.dtype != torch.uint8 and not x.is_floating_point():
+                raise DataError(f"pixels of {x.dtype} cannot be normalised; {PIXELS}")
             shape = (1, -1, *([1] * (x.dim() - 2)))
             mean = torch.tensor(self.mean, dtype=dtype, device=x.device).view(shape)
             std = torch.tensor(self.std, dtype=dtype, device=x.device).view(shape)

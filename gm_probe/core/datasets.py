@@ -32,12 +32,14 @@ DESCRIPTIONS = {
     "cifar100": "CIFAR-100 by torchvision",
     "fashionmnist": "Fashion-MNIST by torchvision",
     "svhn": "SVHN by torchvision",
-    "FOLDER": "images in class subfolders, or train/ and test/ of such; unlabeled: any images below it",
+    "FOLDER": "images in class subfolders, or train/ and test/ (or val/) of such; unlabeled: any images below it",
     "FILE.npz": "arrays x (N, C, H, W) and, where labeled, y (N,); also .pt, and x alone as .npy",
 }
 """What --data, --unlabeled and --labeled take."""
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused before they are decoded (decompression bombs)."""
+TEST_PARTS = ("test", "val", "valid", "validation")
+"""What the test part beside ``train`` may be called; the first that is there counts."""
 
 
 @dataclass(frozen=True)
@@ -105,19 +107,24 @@ def open_source(
 ) -> Source:
     """Open ``name``: a folder, a .npz/.npy/.pt file, ``digits``, or one of ``DATASETS``.
 
-    A folder that holds ``train`` and ``test`` is opened as its two parts. ``labeled`` reads class subfolders
-    as labels (sorted names = class indices); without it every image below the folder counts, labels unread.
+    A folder that holds ``train`` and one of ``TEST_PARTS`` is opened as its two parts. ``labeled`` reads class
+    subfolders as labels (sorted names = class indices); without it every image below counts, labels unread.
 
     Args:
         root: where torchvision's data sets are kept (default ``~/.cache/gm_probe``).
         download: let torchvision download what is missing.
-        channels: 1 or 3 converts images to grey or RGB; None keeps grey only if all are.
-        image_size: resize images to this many pixels a side.
+        channels: 1 or 3 converts a folder's images to grey or RGB; None keeps grey only if all are.
+        image_size: resize a folder's images to this many pixels a side.
 
     Raises:
-        DataError: a file is missing, broken, too large or of another size than the first.
-        UsageError: ``name`` is neither a path nor a known data set.
+        DataError: a file is missing, broken, too large or of another size than the first, or two parts differ in
+            their classes.
+        UsageError: ``name`` is neither a path nor a known data set, or images of no folder are to be converted.
     """
+    path = Path(name)
+    known = name == "digits" or name in DATASETS
+    if (channels or image_size) and (known or path.is_file()):
+        raise UsageError(f"{name} is taken as it is; --image-size and --channels convert image folders only")
     if name == "digits":
         pool = _digits()
         return Source(pool if labeled else pool.unlabeled(), None)
@@ -127,18 +134,39 @@ def open_source(
         if not labeled:
             parts = [part.unlabeled() for part in parts]
         return Source(*parts)
-    path = Path(name)
     if path.is_dir():
         read = partial(_folder, labeled=labeled, channels=channels, image_size=image_size)
-        train, test = path / "train", path / "test"
-        if labeled and train.is_dir() and test.is_dir():
-            return Source(read(train), read(test))
+        train = path / "train"
+        test = next((path / part for part in TEST_PARTS if (path / part).is_dir()), None)
+        if train.is_dir() and test is not None:
+            return _two_parts(read(train), read(test))
         return Source(read(path), None)
     if path.is_file():
         pool = _array_file(path)
         return Source(pool if labeled else pool.unlabeled(), None)
     raise UsageError(
         f"no data at {name!r}: not a folder or file, and not one of {', '.join(['digits', *DATASETS])}"
+    )
+
+
+def _two_parts(train: Examples, test: Examples) -> Source:
+    """Parts whose classes have the same numbers and whose images have the same shape; grey only if both are."""
+    if train.classes != test.classes:
+        lists = [", ".join(part.classes[:20]) + ", …" * (len(part.classes) > 20) for part in (train, test)]
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise DataError(
+            f"{train.source} has the classes {lists[0]} but {test.source} has {lists[1]}: they differ in {odd[0]}; "
+            "give both the same class folders"
+        )
+    shapes = [tuple(part.x.shape[2:]) for part in (train, test)]
+    if shapes[0] != shapes[1]:
+        sizes = [f"{width}×{height}" for height, width in shapes]
+        raise DataError(
+            f"{train.source} has images of {sizes[0]} but {test.source} of {sizes[1]}; resize all with --image-size"
+        )
+    channels = max(part.x.shape[1] for part in (train, test))
+    return Source(
+        *(replace(part, x=part.x.expand(-1, channels, -1, -1).contiguous()) for part in (train, test))
     )
 
 
@@ -198,7 +226,10 @@ def _array_file(path: Path) -> Examples:
     if isinstance(arrays, Tensor):
         arrays = {"x": arrays}
     if not isinstance(arrays, dict) or "x" not in arrays:
-        raise DataError(f"{path} has no array 'x'; save images as x (N, C, H, W) and labels as y (N,)")
+        found = ", ".join(map(repr, arrays)) if isinstance(arrays, dict) else type(arrays).__name__
+        raise DataError(
+            f"{path} has no array 'x' but {found or 'nothing'}; save images as x (N, C, H, W) and labels as y (N,)"
+        )
     x = _tensor(path, "x", arrays["x"])
     if x.dim() < 2 or len(x) == 0:
         raise DataError(f"{path}: x has shape {tuple(x.shape)}; it must be (N, ...) with N ≥ 1")
@@ -233,6 +264,13 @@ def _folder(path: Path, *, labeled: bool, channels: int | None, image_size: int 
         names = _class_names(path)
         if not names:
             raise DataError(f"{path} has no class subfolders; give unlabeled images with --unlabeled")
+        for (
+            name
+        ) in names:  # a class may well be called train (CIFAR-100 has it); folders in it make it a part
+            if name in {"train", *TEST_PARTS} and _class_names(path / name):
+                raise DataError(
+                    f"{path / name} is a part with class folders, not a class; give {path / name}"
+                )
         files = [(file, index) for index, name in enumerate(names) for file in _images_below(path / name)]
     else:
         names = ()
@@ -274,12 +312,18 @@ def _unreadable(error: OSError) -> DataError:
 
 
 def _images_below(path: Path) -> Iterator[Path]:
-    """Images below ``path`` in sorted order; hidden folders and links to folders (they may loop) left out."""
+    """Images below ``path`` in sorted order, hidden folders left out; links are followed, no folder is read twice."""
+    here, seen = path.resolve(), set()
 
     def fail(error: OSError) -> None:
         raise _unreadable(error) from error
 
-    for folder, subfolders, names in os.walk(path, onerror=fail):
+    for folder, subfolders, names in os.walk(path, onerror=fail, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen or (real != here and here.is_relative_to(real)):  # a link to elsewhere, or back up
+            subfolders.clear()
+            continue
+        seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:

@@ -12,16 +12,14 @@ from gm_probe.core.errors import ResourceError, UsageError
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (CUDA, else MPS, else CPU), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+    """``auto`` (CUDA, else CPU: MPS lacks the estimators' float64), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
 
     Raises:
         UsageError: no such name.
         ResourceError: no such device here.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -41,3 +41,7 @@ class StorageError(ProbeError):
     """A file or folder that cannot be written or read."""
 
     exit_code = 7
+
+
+class BusyError(StorageError):
+    """A run folder that another process is working on."""

@@ -4,13 +4,21 @@ import json
 import os
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from gm_probe.core.errors import StorageError
+from gm_probe.core.errors import BusyError, StorageError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes on one folder are the user's care there
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -54,6 +62,30 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process alone; the lock goes with the process, however it ends.
+
+    Raises:
+        BusyError: another process holds it.
+        StorageError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {folder}: {error.strerror or error}; choose another folder"
+        ) from error
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BusyError(f"another gmprobe is working on {folder}; wait for it to end") from error
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

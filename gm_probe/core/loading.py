@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from gm_probe.core.batches import Normalization
+from gm_probe.core.batches import PIXELS, Normalization
 from gm_probe.core.checkpoints import Checkpoint, load_weights
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import CheckpointError, DataError, UsageError
@@ -74,10 +74,17 @@ def choose_normalization(
 
     Raises:
         UsageError: images for a foreign checkpoint, and none given.
+        DataError: floats that are no pixels in [0, 1], as the recorded normalisation wants them.
     """
     if given is not None:
         return given
     if checkpoint.normalization is not None:
+        x = examples.x
+        if checkpoint.normalization.mean and x.is_floating_point() and (x.min() < 0 or x.max() > 1):
+            raise DataError(
+                f"{examples.source} holds floats from {float(x.min()):.3g} to {float(x.max()):.3g} but "
+                f"{checkpoint.path} normalises pixels; {PIXELS}"
+            )
         return checkpoint.normalization
     if examples.x.dtype != torch.uint8:
         return Normalization()
@@ -98,9 +105,12 @@ def check_fit(checkpoint: Checkpoint, examples: Examples) -> None:
         return
     shape = tuple(examples.x.shape[1:])
     if shape != recorded.input_shape and math.prod(shape) != math.prod(recorded.input_shape):
-        remedy = (
-            f"resize with --image-size {recorded.input_shape[-1]}" if len(shape) == 3 else "check the file"
-        )
+        remedy = "check the file"
+        if len(shape) == len(recorded.input_shape) == 3:
+            options = [f"--channels {recorded.input_shape[0]}"] if shape[0] != recorded.input_shape[0] else []
+            if shape[1:] != recorded.input_shape[1:]:
+                options.append(f"--image-size {recorded.input_shape[-1]}")
+            remedy = f"read image folders with {' '.join(options)}"
         raise DataError(
             f"{examples.source} has examples of shape {shape} but {checkpoint.path} takes "
             f"{recorded.input_shape}; {remedy}"

@@ -55,9 +55,9 @@ class Parameters:
         pairs = zip(tensors, self.named.values(), strict=True)
         return torch.cat([p.new_zeros(p.numel()) if t is None else t.reshape(-1) for t, p in pairs])
 
-    def values(self) -> dict[str, Tensor]:
-        """The parameters themselves, cut off from autograd."""
-        return {name: p.detach() for name, p in self.named.items()}
+    def values(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The parameters themselves, cut off from autograd; copies where ``dtype`` is another."""
+        return {name: p.detach().to(dtype or p.dtype) for name, p in self.named.items()}
 
     def moved(self, offset: Tensor) -> dict[str, Tensor]:
         """θ + offset, differentiable in θ and in ``offset`` (P,)."""
@@ -65,9 +65,14 @@ class Parameters:
 
     def logits(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """(B, C) logits at parameter ``values`` (default: the model's own), buffers left untouched."""
+        values = values or {}
         # copies, also in eval mode: some models write to a buffer in every forward pass
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return logits_of(functional_call(self.model, {**(values or {}), **buffers}, (x,)))
+        rest = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        dtype = next((value.dtype for value in values.values()), self.dtype)
+        if dtype != self.dtype:  # the whole model moves to the dtype of the parameters it is given
+            frozen = {name: p.detach() for name, p in self.model.named_parameters() if name not in values}
+            rest = {n: t.to(dtype) if t.is_floating_point() else t for n, t in {**rest, **frozen}.items()}
+        return logits_of(functional_call(self.model, {**rest, **values}, (x,)))
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:
         """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""

@@ -280,7 +280,8 @@ def measure(
             for label, figure in figures.items():
                 if figure is not None and not math.isfinite(figure):
                     figures[label] = None
-                    details = {**details, f"reason_{label}": f"not finite ({figure})"}
+                    reason = "reason" if label == "value" else f"reason_{label}"
+                    details = {**details, reason: f"not finite ({figure})"}
             cost = round(work.evaluations - before, 3)
             rows[name] = Estimate(
                 **figures,
@@ -296,7 +297,11 @@ def expected_cost(names: Sequence[str], settings: Settings) -> float:
     total = 2 / 3  # the two clean passes
     for name in names:
         cost = MEASURES[name].cost
-        if name == "local_inconsistency" and settings.protocol == "paper":
-            cost = settings.num_starts * (settings.k_steps + 1 / 3)
+        if name == "local_inconsistency":
+            cost = (
+                MEASURES["local_inconsistency_converged"].cost
+                if settings.protocol == "converged"
+                else settings.num_starts * (settings.k_steps + 1 / 3)
+            )
         total += cost
     return total

@@ -59,7 +59,11 @@ class Settings:
         positive |= {"num_starts": self.num_starts, "max_iterations": self.max_iterations}
         for name, value in positive.items():
             if not value > 0 or not math.isfinite(value):
-                raise UsageError(f"{name} must be positive, not {value}")
+                raise UsageError(f"{name} must be positive and finite, not {value}")
+        for name in ("ascent_tolerance", "eigen_tolerance", "trace_tolerance"):
+            value = getattr(self, name)
+            if not value >= 0 or not math.isfinite(value):
+                raise UsageError(f"{name} must be 0 or positive, not {value}")
         if self.protocol not in get_args(Protocol):
             raise UsageError(f"protocol must be {' or '.join(get_args(Protocol))}, not {self.protocol!r}")
         if self.min_probes < 2 or self.max_probes < 2:
@@ -141,7 +145,10 @@ class Probe:
         if int(y.min()) < 0:
             raise DataError(f"labels must be class indices ≥ 0, got {int(y.min())}; leave such examples out")
         if int(y.max()) >= classes:
-            raise DataError(f"labels go up to {int(y.max())} but the model has {classes} classes")
+            raise DataError(
+                f"{self.batches.examples.source} has labels up to {int(y.max())} but the model has {classes} classes "
+                f"(0 to {classes - 1}); check the labels, or measure it --unlabeled"
+            )
         return y.to(self.clean.device)
 
     @cached_property

@@ -13,15 +13,13 @@ from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment
 from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.files import read_json, write_json
+from gm_probe.core.files import write_json
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.models import logits_of
 from gm_probe.core.parameters import evaluating
-from gm_probe.core.records import CONFIG, read_run
+from gm_probe.core.records import read_run
 from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
-from gm_probe.training.config import TrainConfig
-from gm_probe.training.loop import load_splits
 
 
 def measure_checkpoint(
@@ -52,12 +50,15 @@ def measure_checkpoint(
     shape = tuple(examples.x.shape[1:])
     model = load_model(checkpoint, model_name, input_shape=shape, num_classes=num_classes)
     device = torch.device(device)
+    if device.type == "mps":
+        raise UsageError("MPS has no float64, which the estimators need; measure with --device cpu")
     model.to(device, dtype)
     batches = Batches(examples, chosen, batch_size=batch_size, device=device, dtype=dtype)
     classes = _num_outputs(model, batches, model_name or path)
-    if examples.y is not None and examples.num_classes != classes:
+    # an array file names no classes: its labels need only lie below the number of outputs
+    if examples.y is not None and examples.classes and len(examples.classes) != classes:
         raise DataError(
-            f"{examples.source} has {examples.num_classes} classes but {path} has {classes} outputs; "
+            f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; "
             "each class needs its folder, or measure it --unlabeled"
         )
     report = measure(model, batches, names, settings, notify=notify)
@@ -66,6 +67,7 @@ def measure_checkpoint(
         checkpoint=str(path),
         model=name,
         data=examples.source,
+        num_examples=len(examples),
         mean=list(chosen.mean),
         std=list(chosen.std),
         dtype=str(dtype).removeprefix("torch."),
@@ -90,25 +92,12 @@ def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
         ) from error
 
 
-def own_unlabeled(run: Path) -> Examples:
-    """The unlabeled part that a run folder was trained beside, labels dropped.
-
-    Raises:
-        UsageError: the folder is no run, or its data has changed since.
-    """
-    if not (run / CONFIG).exists():
-        raise UsageError(f"{run} is no run folder; give --unlabeled or --labeled DATA")
-    recorded = read_run(run).config
-    config = TrainConfig.from_dict({key: value for key, value in recorded.items() if key != "environment"})
-    return load_splits(config).unlabeled.unlabeled()
-
-
 def merge_measures(path: Path, result: dict[str, Any]) -> None:
     """Write ``result`` to a measures.json, keeping other measures that were taken with the same settings.
 
     Rows of other settings are replaced as a whole: one file never mixes two.
     """
-    before = read_json(path) if path.exists() else {}
-    if before.get("settings") == result["settings"] and before.get("num_examples") == result["num_examples"]:
-        result = {**result, "measures": {**before["measures"], **result["measures"]}}
+    before = read_run(path.parent)
+    if before.settings == result["settings"]:
+        result = {**result, "measures": {**before.measures, **result["measures"]}}
     write_json(path, result)

@@ -14,24 +14,26 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gm_probe.core.devices import pick_device
-from gm_probe.core.errors import DivergedError, ProbeError, StorageError
-from gm_probe.core.files import read_json, write_atomic, write_json
+from gm_probe.core.errors import BusyError, DivergedError, ProbeError, StorageError
+from gm_probe.core.files import exclusive, read_json, write_atomic, write_json
 from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, SUMMARY, read_run
 from gm_probe.sweep.measuring import measure_checkpoint
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.loop import load_splits, train
+from gm_probe.training.loop import train
+from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
 
 TRACEBACK = "error.txt"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one run ended: finished, diverged, failed, or skipped (it was complete before)."""
+    """How one run ended: finished, diverged, failed, skipped (it was complete before) or busy (in another sweep)."""
 
     name: str
     status: str
@@ -47,8 +49,8 @@ def is_complete(out: Path, plan: MeasurePlan) -> bool:
     except StorageError:
         return False  # trying the run will say what is broken
     if record.status == "finished":
-        asked = {**asdict(plan.settings), "max_examples": plan.max_examples}
-        same = all(record.settings.get(name, value) == value for name, value in asked.items())
+        asked = {**asdict(plan.settings), **_scope(plan)}
+        same = all(record.settings.get(name) == value for name, value in asked.items())
         return not plan.measures or (same and set(plan.measures) <= set(record.measures))
     return record.status == "diverged"
 
@@ -69,7 +71,8 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
         if record is None or record.status != "finished":
             train(config, out, resume=True)
         if plan.measures:
-            _measure(config, plan, out)
+            with exclusive(out):
+                _measure(config, plan, out)
         return "finished"
     except DivergedError:
         if read_run(out).status != "diverged":  # the measurement diverged, not the training
@@ -80,7 +83,7 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
 
 
 def _measure(config: TrainConfig, plan: MeasurePlan, out: Path) -> None:
-    examples = load_splits(config).unlabeled.unlabeled().subset(plan.max_examples, plan.settings.seed)
+    examples = own_unlabeled(out).subset(plan.max_examples, plan.settings.seed)
     result = measure_checkpoint(
         out / CHECKPOINT,
         examples,
@@ -90,8 +93,13 @@ def _measure(config: TrainConfig, plan: MeasurePlan, out: Path) -> None:
         batch_size=plan.batch_size,
         device=pick_device(config.device),
     )
-    result["settings"]["max_examples"] = plan.max_examples
+    result["settings"] |= _scope(plan)
     write_json(out / MEASURES, result)
+
+
+def _scope(plan: MeasurePlan) -> dict[str, Any]:
+    """Over what a run of a sweep is measured, as its measures.json says it."""
+    return {"part": OWN_UNLABELED, "max_examples": plan.max_examples}
 
 
 def _attempt(
@@ -101,6 +109,8 @@ def _attempt(
     try:
         _forget_failure(out)
         return run_one(config, plan, out, threads), None
+    except BusyError as error:
+        return "busy", str(error)
     except ProbeError as error:
         return "failed", str(error)
     except Exception as error:  # noqa: BLE001  one failed run never stops the others; its traceback is kept
@@ -203,7 +213,13 @@ class _Worker:
     def __init__(self, context: SpawnContext) -> None:
         self.tasks, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,))
-        self.process.start()
+        # a Ctrl-C while it imports is the parent's to handle: the child inherits this
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+        try:
+            self.process.start()
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
         theirs.close()  # so that the process's end is the pipe's end
         self.run = ""
 
@@ -229,6 +245,10 @@ class _Worker:
         if self.process.is_alive():  # deep in a call that no signal reaches
             self.process.kill()
             self.process.join()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _serve(tasks: Connection) -> None:

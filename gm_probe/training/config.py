@@ -6,10 +6,13 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from gm_probe.core.datasets import DATASETS
 from gm_probe.core.errors import UsageError
 
+NAMES = frozenset({"digits", *DATASETS})
 CHOICES = {
     "method": ("sgd", "sam", "asam", "iam-d", "iam-s"),
     "optimizer": ("sgd", "adamw"),
@@ -40,7 +43,8 @@ class TrainConfig:
         augment: zero-pad by 4, crop and flip.
         stop_ce: stop once the training cross-entropy (un-augmented, eval mode) is at most this.
         eval_every: epochs between evaluations on the train and test parts (0 = only at the end).
-        track_every: epochs between measurements of S_ρ on the unlabeled part (0 = never).
+        track_every: epochs between measurements of S_ρ on the unlabeled part (0 = never), by the paper's
+            protocol with one step, radius ``track_rho`` and starts of that length.
         amp: bf16 runs forward and backward passes under autocast; parameters stay float32.
         threads: CPU threads, set by the command line and the sweep (None = torch's own choice).
     """
@@ -79,6 +83,7 @@ class TrainConfig:
     stop_ce: float | None = None
     eval_every: int = 0
     track_every: int = 0
+    track_rho: float = 0.1
     amp: str = "none"
     seed: int = 0
     device: str = "auto"
@@ -99,10 +104,19 @@ class TrainConfig:
             "noise_scale": 0.0,
             "beta": 0.0,
         }
+        at_least |= {"gamma": 0.0, "eta": 0.0}
         for name, least in at_least.items():
             value = getattr(self, name)
             if not value >= least or not math.isfinite(value):
                 raise UsageError(f"{name} = {value} must be a finite number ≥ {least}")
+        positive = {"track_rho": self.track_rho, "stop_ce": self.stop_ce}
+        if self.method in {"iam-d", "iam-s"}:  # at δ = 0 the KL has no gradient to ascend
+            positive |= {"noise_scale": self.noise_scale}
+        for name, value in positive.items():
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} = {value} must be a finite number above 0")
+        if self.rho is not None and not 0 <= self.rho < math.inf:
+            raise UsageError(f"rho = {self.rho} must be a finite number ≥ 0")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
         if self.nesterov and self.momentum == 0:
@@ -129,7 +143,15 @@ class TrainConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(hints)}"
                 raise UsageError(f"no setting {name!r}; {hint}")
             checked[name] = _typed(name, value, hints[name])
+        data = checked.get("data", "digits")
+        if data not in NAMES and Path(data).exists():  # a run must find its data from any folder
+            checked["data"] = str(Path(data).resolve())
         return cls(**checked)
+
+    @classmethod
+    def from_record(cls, config: Mapping[str, Any]) -> TrainConfig:
+        """The settings in a run's config.toml."""
+        return cls.from_dict({key: value for key, value in config.items() if key != "environment"})
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "milestones": list(self.milestones)}

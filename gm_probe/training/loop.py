@@ -8,7 +8,6 @@ import math
 import time
 import zlib
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +17,21 @@ from torch.nn import functional
 
 from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import save_checkpoint
-from gm_probe.core.datasets import open_source
+from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment, pick_device
 from gm_probe.core.errors import CheckpointError, DivergedError, StorageError, UsageError
-from gm_probe.core.files import write_atomic, write_json, write_toml
+from gm_probe.core.files import exclusive, write_atomic, write_json, write_toml
 from gm_probe.core.models import ModelSpec, build_model, logits_of
 from gm_probe.core.parameters import evaluating
 from gm_probe.core.records import CHECKPOINT, CONFIG, METRICS, SPLIT, STATE, SUMMARY, read_metrics, read_run
-from gm_probe.core.splits import Splits, split
 from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
 from gm_probe.training.augment import crop_and_flip
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.parts import check_splits, load_splits, split_record
 from gm_probe.training.rules import METHODS, Rule
 
 EVAL_BATCH = 500
-
-
-def load_splits(config: TrainConfig) -> Splits:
-    """The run's disjoint parts. Decoded data stays in memory, so that the runs of a sweep share it."""
-    return _load_splits(
-        config.data,
-        config.data_root,
-        config.download,
-        config.image_size,
-        config.num_train,
-        config.num_unlabeled,
-        config.num_test,
-        config.split_seed,
-    )
-
-
-@lru_cache(maxsize=2)
-def _load_splits(
-    data: str,
-    root: str | None,
-    download: bool,
-    image_size: int | None,
-    num_train: int | None,
-    num_unlabeled: int | None,
-    num_test: int | None,
-    seed: int,
-) -> Splits:
-    folder = None if root is None else Path(root)
-    source = open_source(data, labeled=True, root=folder, download=download, image_size=image_size)
-    return split(source, num_train=num_train, num_unlabeled=num_unlabeled, num_test=num_test, seed=seed)
 
 
 def make_rule(config: TrainConfig, model: nn.Module, generator: torch.Generator) -> Rule:
@@ -147,7 +116,7 @@ class Training:
         self.train_batches = self._batches(train)
         self.test_batches = self._batches(self.splits.test)
 
-    def _batches(self, examples: Any) -> Batches:
+    def _batches(self, examples: Examples) -> Batches:
         return Batches(examples, self.normalization, batch_size=EVAL_BATCH, device=self.device)
 
     def run_epoch(self) -> dict[str, Any]:
@@ -221,17 +190,11 @@ class Training:
         if due:
             row["test_ce"], row["test_error"] = evaluate(self.model, self.test_batches)
         if config.track_every > 0 and self.epoch % config.track_every == 0:
-            settings = Settings(
-                rho=config.rho if config.rho else 0.1,
-                k_steps=config.k_steps,
-                noise_scale=config.noise_scale,
-                seed=config.seed,
-            )
+            settings = Settings(rho=config.track_rho, noise_scale=config.track_rho, seed=config.seed)
             probe = self._batches(self.splits.unlabeled.unlabeled())
-            estimate = measure(self.model, probe, ["local_inconsistency"], settings).rows[
-                "local_inconsistency"
-            ]
-            row["local_inconsistency"], row["local_inconsistency_stderr"] = estimate.value, estimate.stderr
+            name = "local_inconsistency"
+            estimate = measure(self.model, probe, [name], settings).rows[name]
+            row |= {name: estimate.value, f"{name}_stderr": estimate.stderr, f"{name}_rho": config.track_rho}
         return config.stop_ce is not None and row.get("train_ce", math.inf) <= config.stop_ce
 
     def save_state(self) -> None:
@@ -269,7 +232,7 @@ class Training:
         except OSError as error:
             raise StorageError(f"cannot write {self.out / METRICS}: {error.strerror}") from error
 
-    def finish(self, stopped: bool) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Evaluate, write the checkpoint and, last of all, the summary; the resume state goes."""
         train_ce, train_error = evaluate(self.model, self.train_batches)
         test_ce, test_error = evaluate(self.model, self.test_batches)
@@ -278,7 +241,7 @@ class Training:
         summary = {
             "status": "finished",
             "epochs": self.epoch,
-            "met_stop_ce": stopped if self.config.stop_ce is not None else None,
+            "met_stop_ce": None if self.config.stop_ce is None else train_ce <= self.config.stop_ce,
             "train_ce": train_ce,
             "train_error": train_error,
             "test_ce": test_ce,
@@ -319,27 +282,37 @@ def train(
         DivergedError: the loss or a weight stopped being finite; the summary says ``diverged``.
         DataError, StorageError, CheckpointError: as the parts raise them.
     """
-    if (out / CONFIG).exists():
-        record = read_run(out)
-        if not resume:
-            raise UsageError(f"{out} holds a run already; go on with --resume, or choose another --out")
-        before = TrainConfig.from_dict({k: v for k, v in record.config.items() if k != "environment"})
-        recorded, now = before.identity(), config.identity()
-        changed = sorted(key for key in {*recorded, *now} if recorded.get(key) != now.get(key))
-        if changed:
-            raise UsageError(
-                f"{out} was started with another {', '.join(changed)}; repeat its settings to resume"
-            )
-        if record.status == "finished":
-            return record.summary
-        if record.status == "diverged":  # it would again: runs are deterministic
-            raise DivergedError(str(record.summary.get("reason")))
+    with exclusive(out):
+        done = _earlier(config, out, resume)
+        return _train(config, out, notify) if done is None else done
+
+
+def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | None:
+    """The summary of a run that ``out`` holds already; None where there is something to train."""
+    if not (out / CONFIG).exists():
+        return None
+    if not resume:
+        raise UsageError(f"{out} holds a run already; go on with --resume, or choose another --out")
+    record = read_run(out)
+    recorded, now = TrainConfig.from_record(record.config).identity(), config.identity()
+    changed = sorted(key for key in {*recorded, *now} if recorded.get(key) != now.get(key))
+    if changed:
+        raise UsageError(
+            f"{out} was started with another {', '.join(changed)}; repeat its settings to resume"
+        )
+    if record.status == "diverged":  # it would again: runs are deterministic
+        raise DivergedError(str(record.summary.get("reason")))
+    return record.summary if record.status == "finished" else None
+
+
+def _train(config: TrainConfig, out: Path, notify: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
     training = Training(config, out)
     if (out / STATE).exists():
+        check_splits(training.splits, out)
         training.load_state()
     else:
         write_atomic(out / METRICS, b"")
-        write_json(out / SPLIT, training.splits.indices)
+        write_json(out / SPLIT, split_record(training.splits))
         write_toml(out / CONFIG, {**config.as_dict(), "environment": environment(training.device)})
     stopped = False
     try:
@@ -352,7 +325,7 @@ def train(
             # after stop_ce nothing is left to train: resuming from here would train on
             if not stopped and training.epoch < config.epochs:
                 training.save_state()
-        return training.finish(stopped)
+        return training.finish()
     except DivergedError as error:
         write_json(out / SUMMARY, {"status": "diverged", "epochs": training.epoch, "reason": str(error)})
         raise

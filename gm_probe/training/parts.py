@@ -1,0 +1,76 @@
+"""A run's disjoint train, unlabeled and test parts, and the proof that they are still the same."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gm_probe.core.datasets import Examples, Source, open_source
+from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.files import read_json
+from gm_probe.core.records import CONFIG, SPLIT, read_run
+from gm_probe.core.splits import Splits, split
+from gm_probe.training.config import TrainConfig
+
+OWN_UNLABELED = "own unlabeled"
+"""What measures.json calls the part that ``own_unlabeled`` gives."""
+
+
+def load_splits(config: TrainConfig) -> Splits:
+    """The run's parts. Decoded data stays in memory, so that the runs of a sweep share it."""
+    return split(
+        _open(config.data, config.data_root, config.download, config.image_size),
+        num_train=config.num_train,
+        num_unlabeled=config.num_unlabeled,
+        num_test=config.num_test,
+        seed=config.split_seed,
+    )
+
+
+@lru_cache(maxsize=2)
+def _open(data: str, root: str | None, download: bool, image_size: int | None) -> Source:
+    folder = None if root is None else Path(root)
+    return open_source(data, labeled=True, root=folder, download=download, image_size=image_size)
+
+
+def split_record(splits: Splits) -> dict[str, Any]:
+    """What split.json holds: every part's indices, and a digest of the examples that were used."""
+    digest = hashlib.sha256()
+    for part in (splits.train, splits.unlabeled, splits.test):
+        digest.update(_bytes(part.x))
+    for part in (splits.train, splits.test):  # the unlabeled part's labels are never read
+        if part.y is not None:
+            digest.update(_bytes(part.y))
+    return {**splits.indices, "sha256": digest.hexdigest()}
+
+
+def _bytes(values: torch.Tensor) -> bytes:
+    return values.contiguous().numpy().tobytes()
+
+
+def check_splits(splits: Splits, run: Path) -> None:
+    """Raise DataError unless ``splits`` are those that the run folder was started with."""
+    recorded = read_json(run / SPLIT)
+    if recorded != split_record(splits):
+        raise DataError(
+            f"the data of {run} has changed since it was started: its parts would no longer be disjoint; "
+            "restore the data, or train into a new folder"
+        )
+
+
+def own_unlabeled(run: Path) -> Examples:
+    """The unlabeled part that a run folder was trained beside, labels dropped.
+
+    Raises:
+        UsageError: the folder is no run.
+        DataError: its data has changed since.
+    """
+    if not (run / CONFIG).exists():
+        raise UsageError(f"{run} is no run folder; give --unlabeled or --labeled DATA")
+    splits = load_splits(TrainConfig.from_record(read_run(run).config))
+    check_splits(splits, run)
+    return splits.unlabeled.unlabeled()
