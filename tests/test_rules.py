@@ -445,3 +445,25 @@ def test_cost_in_forward_units(rule: str, passes: float) -> None:
 def test_options_that_make_no_sense(make_rule: Callable[[nn.Module], Rule]) -> None:
     with pytest.raises(UsageError):
         make_rule(make())
+
+
+def test_dropout_draws_the_same_units_in_every_pass() -> None:
+    """At ρ = 0 the perturbed network is the clean one, its masks included, and IAM-S is plain SGD."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 3)).double()
+    x, y = torch.randn(16, 5, dtype=torch.float64), torch.arange(16) % 3
+    state = torch.get_rng_state()
+    step = IAMD(model, rho=0.0).backward(x, y)
+    assert step.inconsistency is not None
+    assert float(step.inconsistency) == 0
+    model.zero_grad()
+    torch.set_rng_state(state)
+    IAMS(model, rho=0.0, sign="none").backward(x, y)
+    moved = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    after = torch.rand(1)
+    model.zero_grad()
+    torch.set_rng_state(state)
+    functional.cross_entropy(model(x), y).backward()
+    for p, gradient in zip(model.parameters(), moved, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert torch.equal(torch.rand(1), after)  # the global generator went on as after one pass

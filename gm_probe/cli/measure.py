@@ -193,7 +193,7 @@ def measure(
         )
         examples, measured_part = _part(opened, part)
         if opened.test is not None and part is None and not quiet:
-            note(notes_console(), f"note: {source} has two parts; measuring over test (see --part)")
+            note(notes_console(), f"note: {source} has two parts; measuring over its test part (see --part)")
     results: list[dict[str, Any]] = []
     try:
         for path in checkpoints:
@@ -318,7 +318,7 @@ def _ascents(result: dict[str, Any]) -> str:
     for row in rows:
         if row["protocol"] == "paper":
             starts = f"{row['num_starts']} starts" if row["num_starts"] > 1 else "1 start"
-            spread = "" if row["sd_starts"] is None else f" (sd over {starts} {number(row['sd_starts'], 2)})"
+            spread = "" if row["sd_starts"] is None else f" (sd {number(row['sd_starts'], 2)})"
             text += f"S_ρ: K = {settings['k_steps']}, mean over {starts}{spread}; "
     return text
 

@@ -13,7 +13,8 @@ BatchNorm statistics are touched by the clean pass alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -169,6 +170,27 @@ class ASAM(SAM):
         return scale * to_sphere(scale * gradient, self.rho)
 
 
+class _Draws:
+    """The global generators as they stood, so that a perturbed pass drops the units that the clean one dropped.
+
+    Without it a network with dropout would have KL > 0 at δ = 0.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = device if device.type == "cuda" else None
+        self._state = torch.cuda.get_rng_state(device) if self._cuda is not None else None
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the same once more; the generators then go on from where they were."""
+        with torch.random.fork_rng(devices=[] if self._cuda is None else [self._cuda]):
+            torch.set_rng_state(self._cpu)
+            if self._cuda is not None and self._state is not None:
+                torch.cuda.set_rng_state(self._state, self._cuda)
+            yield
+
+
 class _Inconsistency(Rule):
     """What IAM-D and IAM-S share: Algorithm 1 on the current mini-batch, from fresh noise."""
 
@@ -188,14 +210,13 @@ class _Inconsistency(Rule):
             raise UsageError(f"k_steps must be at least 1, not {k_steps}")
         self.rho, self.k_steps, self.noise_scale = _radius(rho), k_steps, noise_scale
 
-    def _ascend(self, x: Tensor, clean: Tensor) -> Tensor:
+    def _ascend(self, x: Tensor, clean: Tensor, draws: _Draws) -> Tensor:
+        def gradient(offset: Tensor) -> Tensor:
+            with draws.again():
+                return kl_gradient(self.parameters, x, clean, offset)[1] / len(x)
+
         start = self.parameters.random(self.noise_scale, self.generator)
-        return ascend(
-            lambda offset: kl_gradient(self.parameters, x, clean, offset)[1] / len(x),
-            start,
-            self.rho,
-            self.k_steps,
-        )
+        return ascend(gradient, start, self.rho, self.k_steps)
 
 
 class IAMD(_Inconsistency):
@@ -227,10 +248,12 @@ class IAMD(_Inconsistency):
         self.passes = 6.0 + 3.0 * k_steps
 
     def _backward(self, x: Tensor, y: Tensor, weight: float) -> Step:
+        draws = _Draws(x.device)
         logits = logits_of(self.model(x))
         loss = self.criterion(logits, y)
-        offset = self._ascend(x, logits.detach())
-        moved = self.parameters.logits(x, self.parameters.moved(offset))
+        offset = self._ascend(x, logits.detach(), draws)
+        with draws.again():
+            moved = self.parameters.logits(x, self.parameters.moved(offset))
         divergence = kl_divergence(logits if self.kl_grad == "both" else logits.detach(), moved).mean()
         gradients = torch.autograd.grad(loss + self.beta * divergence, self._leaves, allow_unused=True)
         self._accumulate(gradients, weight)
@@ -264,17 +287,19 @@ class IAMS(_Inconsistency):
         self.passes = 4.0 + 3.0 * k_steps + (2.0 if sign == "loss" else 0.0)
 
     def _backward(self, x: Tensor, y: Tensor, weight: float) -> Step:
+        draws = _Draws(x.device)
         with torch.set_grad_enabled(self.sign == "loss"):
             logits = logits_of(self.model(x))
             loss = self.criterion(logits, y)
-        offset = self._ascend(x, logits.detach())
+        offset = self._ascend(x, logits.detach(), draws)
         if self.sign == "random":
             coin = torch.randint(0, 2, (), generator=self.generator)
             offset = offset * (2 * int(coin) - 1)
         elif self.sign == "loss":
             gradient = self.parameters.join(torch.autograd.grad(loss, self._leaves, allow_unused=True))
             offset = torch.where(gradient @ offset < 0, -offset, offset)
-        self._accumulate_at(x, y, offset, weight)
+        with draws.again():
+            self._accumulate_at(x, y, offset, weight)
         return Step(logits.detach(), loss.detach(), None)
 
 
