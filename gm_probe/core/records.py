@@ -56,12 +56,15 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         StorageError: a file of it is missing or broken.
     """
-    config = read_toml(path / CONFIG) if (path / CONFIG).exists() or not (path / SUMMARY).exists() else {}
+    summary = _read_table(path / SUMMARY)
+    # a run that failed before it could begin has no configuration
+    began = (path / CONFIG).exists() or summary.get("status") != "failed"
+    config = read_toml(path / CONFIG) if began else {}
     measured = _read_table(path / MEASURES)
     measures, settings = measured.get("measures", {}), measured.get("settings", {})
     if not isinstance(measures, dict) or not isinstance(settings, dict):
         raise StorageError(f"{path / MEASURES} holds no table of measures; remove it and measure again")
-    return RunRecord(path, config, _read_table(path / SUMMARY), measures, settings)
+    return RunRecord(path, config, summary, measures, settings)
 
 
 def _read_table(path: Path) -> dict[str, Any]:
@@ -80,7 +83,6 @@ def find_runs(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give the folder that `gmprobe sweep --out` wrote")
-    # a run that failed before it could begin has a summary alone
     runs = sorted({file.parent for name in (CONFIG, SUMMARY) for file in root.rglob(name)})
     if not runs:
         raise UsageError(f"{root} holds no run (no {CONFIG} below it); train one with `gmprobe train --out`")
