@@ -10,7 +10,6 @@ import io
 import os
 import sys
 import traceback
-import warnings
 from typing import Any
 
 import click
@@ -82,8 +81,6 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal without ρ or τ shows "?" instead of failing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    # torch.func's own first use of a deprecated call (torch 2.14): nothing that a user could mend
-    warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     try:
         cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
     except click.exceptions.Exit as stop:

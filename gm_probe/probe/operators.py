@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +16,11 @@ from gm_probe.core.batches import Batches, cut
 from gm_probe.core.errors import UsageError
 from gm_probe.core.parameters import Parameters, differentiable_attention
 from gm_probe.probe.work import DOUBLE_BACKWARD, GRADIENT, JVP, NESTED_JVP, TRIPLE_BACKWARD, Work
+
+# the first jvp imports this module of torch's own, which warns of a deprecated call of its own (torch 2.14)
+with warnings.catch_warnings(), contextlib.suppress(ImportError):
+    warnings.simplefilter("ignore", FutureWarning)
+    import torch._decomp.decompositions_for_jvp
 
 
 @dataclass(frozen=True, slots=True)
