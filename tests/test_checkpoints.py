@@ -495,7 +495,7 @@ def test_the_canary_sings_where_it_is_let(tmp_path: Path, legacy: bool) -> None:
     assert canary.exists()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
 def test_torchscript_is_refused(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "a.pt"))
     assert "could run code (TorchScript)" in refused(tmp_path / "a.pt")

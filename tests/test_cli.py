@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from gm_probe.cli import COMMANDS, main
-from gm_probe.cli.measure import _warn
+from gm_probe.cli.figures import warn
 from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.models import ModelSpec, build_model
@@ -237,13 +237,13 @@ def test_each_note_names_its_own_remedy(images, checkpoint, capsys):
 )
 def test_what_counts_as_near_chance(capsys, error, classes, doubted):
     row = {"value": error, "converged": True}
-    _warn({"measures": {"error": row}, "num_classes": classes})
+    warn({"measures": {"error": row}, "num_classes": classes})
     assert ("near chance" in capsys.readouterr().err) == doubted
 
 
 def test_an_undefined_figure_is_noted_with_its_reason(capsys):
     row = {"value": None, "converged": False, "reason": "not finite (nan)"}
-    _warn({"measures": {"fisher_trace": row}, "num_classes": 2})
+    warn({"measures": {"fisher_trace": row}, "num_classes": 2})
     assert capsys.readouterr().err == "note: fisher_trace is undefined: not finite (nan)\n"
 
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.output import (
-    format_options,
-    note,
-    notes_console,
-    number,
-    print_csv,
-    print_json,
-    results_console,
-    table,
-)
+from gm_probe.cli.figures import as_rows, print_result, warn
+from gm_probe.cli.output import format_options, note, notes_console, print_csv, print_json
 from gm_probe.cli.progress import Bar, progress_bar
 from gm_probe.core.errors import CheckpointError, UsageError
 
@@ -221,14 +212,14 @@ def measure(
                 merge_measures(path / MEASURES_FILE, result)
             results.append(result)
             if output is None:  # one checkpoint's table as soon as it is known
-                _print_table(result)
+                print_result(result)
             if not quiet:
-                _warn(result)
+                warn(result)
     finally:  # an error costs what it struck, not what is done
         if output == "json" and results:
             print_json(results)
         elif output == "csv" and results:
-            print_csv(_rows(results))
+            print_csv(as_rows(results))
 
 
 def _part(source: Source, wanted: str | None) -> tuple[Examples, str]:
@@ -272,100 +263,3 @@ def _chosen(measures: str, protocol: str, labeled: bool) -> list[str]:
         # last of all: it then starts from the Fisher eigenvector that λ_max(F) has paid for
         names = [*(name for name in names if name != extra), extra]
     return names
-
-
-def _print_table(result: dict[str, Any]) -> None:
-    from gm_probe.probe.measures import MEASURES
-
-    console = results_console()
-    # the figures' columns and the frame take 57; where names do not fit beside them, symbols do
-    narrow = console.width < 57 + max(map(len, result["measures"]), default=0)
-    rows = []
-    for name, row in result["measures"].items():
-        label = MEASURES[name].symbol if narrow else name
-        if "labels" in row:
-            label += f" ({row['labels']} labels)"
-        if row.get("protocol") == "converged" and name == "local_inconsistency":
-            label += " (converged)"
-        if narrow and not row["converged"]:
-            label += " (not converged)"
-        figures = [
-            label,
-            number(row["value"]),
-            _estimator_error(row),
-            number(row["stderr_examples"], 2),
-            "yes" if row["converged"] else "NO",
-            number(row["num_evals"], 3),
-        ]
-        rows.append(figures[:4] if narrow else figures)
-    size = f"P = {result['num_parameters']:,}  N = {result['num_examples']:,}"
-    title = f"{result['checkpoint']}  {result['model']}  {size}"
-    columns = ["measure", "value", "± estim.", "± examples", "conv.", "cost"]
-    console.print(table(title, columns[: 4 if narrow else 6], rows))
-    console.print(
-        f"{_ascents(result)}± estim.: standard error over starts or probes, Lanczos residual for λ_max; "
-        "± examples: standard error from the probe set's size; "
-        f"{'' if narrow else 'cost in gradient evaluations. '}BatchNorm in eval mode.",
-        style="dim",
-    )
-
-
-def _ascents(result: dict[str, Any]) -> str:
-    """For the caption: by which ascents local inconsistency was found; empty where it was not."""
-    settings = result["settings"]
-    rows = [row for row in result["measures"].values() if "protocol" in row]
-    text = f"ρ = {settings['rho']:g}; " if rows else ""
-    for row in rows:
-        if row["protocol"] == "paper":
-            starts = f"{row['num_starts']} starts" if row["num_starts"] > 1 else "1 start"
-            spread = "" if row["sd_starts"] is None else f" (sd {number(row['sd_starts'], 2)})"
-            text += f"S_ρ: K = {settings['k_steps']}, mean over {starts}{spread}; "
-    return text
-
-
-def _estimator_error(row: dict[str, Any]) -> str:
-    if row["stderr"] is not None:
-        return number(row["stderr"], 2)
-    return "—" if "protocol" in row else "exact"  # an ascent or a single start knows no error of its own
-
-
-def _warn(result: dict[str, Any]) -> None:
-    console = notes_console()
-    for name, row in result["measures"].items():
-        if row["value"] is None:
-            note(console, f"note: {name} is undefined: {row['reason']}")
-        elif not row["converged"]:
-            note(console, f"note: {name} did not converge within its limits; {_remedy(row)}")
-    error = result["measures"].get("error", {}).get("value")
-    if error is not None and error > 0.9 * (1 - 1 / result["num_classes"]):
-        note(
-            console,
-            f"warning: the error {error:.3f} is near chance for {result['num_classes']} classes; class folders are "
-            "numbered in sorted order: check that this is the checkpoint's order, and its normalisation",
-        )
-
-
-def _remedy(row: dict[str, Any]) -> str:
-    if "num_probes" in row:
-        return "raise --max-probes or --trace-tolerance"
-    if "iterations" in row:
-        return "raise --max-iterations or --eigen-tolerance"
-    return "raise --max-iterations (an ascent may also end at a kink, where no step gains)"
-
-
-def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    figures = ("value", "stderr", "stderr_examples", "converged", "num_evals")
-    details = ("labels", "protocol", "sd_starts", "num_starts", "reason")
-    of_settings = ("rho", "k_steps", "noise_scale", "seed", "part")
-    return [
-        {
-            "checkpoint": result["checkpoint"],
-            "model": result["model"],
-            "num_examples": result["num_examples"],
-            "measure": name,
-            **{key: row.get(key) for key in (*figures, *details)},
-            **{key: result["settings"][key] for key in of_settings},
-        }
-        for result in results
-        for name, row in result["measures"].items()
-    ]

@@ -1,0 +1,108 @@
+"""What ``gmprobe measure`` shows of a result: a table, warnings, CSV rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gm_probe.cli.output import note, notes_console, number, results_console, table
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """One checkpoint's table on stdout, with a caption that says how its figures are to be read."""
+    from gm_probe.probe.measures import MEASURES
+
+    console = results_console()
+    # the figures' columns and the frame take 57; where names do not fit beside them, symbols do
+    narrow = console.width < 57 + max(map(len, result["measures"]), default=0)
+    rows = []
+    for name, row in result["measures"].items():
+        label = MEASURES[name].symbol if narrow else name
+        if "labels" in row:
+            label += f" ({row['labels']} labels)"
+        if row.get("protocol") == "converged" and name == "local_inconsistency":
+            label += " (converged)"
+        if narrow and not row["converged"]:
+            label += " (not converged)"
+        figures = [
+            label,
+            number(row["value"]),
+            _estimator_error(row),
+            number(row["stderr_examples"], 2),
+            "yes" if row["converged"] else "NO",
+            number(row["num_evals"], 3),
+        ]
+        rows.append(figures[:4] if narrow else figures)
+    size = f"P = {result['num_parameters']:,}  N = {result['num_examples']:,}"
+    title = f"{result['checkpoint']}  {result['model']}  {size}"
+    columns = ["measure", "value", "± estim.", "± examples", "conv.", "cost"]
+    console.print(table(title, columns[: 4 if narrow else 6], rows))
+    console.print(
+        f"{_ascents(result)}± estim.: standard error over starts or probes, Lanczos residual for λ_max; "
+        "± examples: standard error from the probe set's size; "
+        f"{'' if narrow else 'cost in gradient evaluations. '}BatchNorm in eval mode.",
+        style="dim",
+    )
+
+
+def _ascents(result: dict[str, Any]) -> str:
+    """For the caption: by which ascents local inconsistency was found; empty where it was not."""
+    settings = result["settings"]
+    rows = [row for row in result["measures"].values() if "protocol" in row]
+    text = f"ρ = {settings['rho']:g}; " if rows else ""
+    for row in rows:
+        if row["protocol"] == "paper":
+            starts = f"{row['num_starts']} starts" if row["num_starts"] > 1 else "1 start"
+            spread = "" if row["sd_starts"] is None else f" (sd {number(row['sd_starts'], 2)})"
+            text += f"S_ρ: K = {settings['k_steps']}, mean over {starts}{spread}; "
+    return text
+
+
+def _estimator_error(row: dict[str, Any]) -> str:
+    if row["stderr"] is not None:
+        return number(row["stderr"], 2)
+    return "—" if "protocol" in row else "exact"  # an ascent or a single start knows no error of its own
+
+
+def warn(result: dict[str, Any]) -> None:
+    """What did not converge, is undefined or looks wrong, one line each on stderr."""
+    console = notes_console()
+    for name, row in result["measures"].items():
+        if row["value"] is None:
+            note(console, f"note: {name} is undefined: {row['reason']}")
+        elif not row["converged"]:
+            note(console, f"note: {name} did not converge within its limits; {_remedy(row)}")
+    error = result["measures"].get("error", {}).get("value")
+    if error is not None and error > 0.9 * (1 - 1 / result["num_classes"]):
+        note(
+            console,
+            f"warning: the error {error:.3f} is near chance for {result['num_classes']} classes; class folders are "
+            "numbered in sorted order: check that this is the checkpoint's order, and its normalisation",
+        )
+
+
+def _remedy(row: dict[str, Any]) -> str:
+    if "num_probes" in row:
+        return "raise --max-probes or --trace-tolerance"
+    if "iterations" in row:
+        return "raise --max-iterations or --eigen-tolerance"
+    return "raise --max-iterations (an ascent may also end at a kink, where no step gains)"
+
+
+def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a checkpoint and measure, for ``--csv``."""
+    figures = ("value", "stderr", "stderr_examples", "converged", "num_evals")
+    details = ("labels", "protocol", "sd_starts", "num_starts", "reason")
+    of_settings = ("rho", "k_steps", "noise_scale", "seed", "part")
+    return [
+        {
+            "checkpoint": result["checkpoint"],
+            "model": result["model"],
+            "num_examples": result["num_examples"],
+            "measure": name,
+            **{key: row.get(key) for key in (*figures, *details)},
+            **{key: result["settings"][key] for key in of_settings},
+        }
+        for result in results
+        for name, row in result["measures"].items()
+    ]
