@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from gm_probe.core.errors import ProbeError
+from gm_probe.core.errors import ProbeError, first_line
 
 COMMANDS = {
     "quickstart": "Train, measure and correlate a small sweep on bundled real digits.",
@@ -110,19 +110,15 @@ def main(args: list[str] | None = None) -> None:
             or "out of memory" in str(error).lower()
             or "can't allocate" in str(error)
         ):
-            _fail(f"out of memory ({_first_line(error)}); lower --batch-size or --max-examples", 6)
-        _fail(f"internal error: {_first_line(error)}; run again as `gmprobe --debug ...` to report it", 1)
+            _fail(f"out of memory ({first_line(error)}); lower --batch-size or --max-examples", 6)
+        _fail(f"internal error: {first_line(error)}; run again as `gmprobe --debug ...` to report it", 1)
     except Exception as error:  # noqa: BLE001  the last resort: a stranger gets a line, --debug gets the rest
         _debug(args)
         _fail(
-            f"internal error: {type(error).__name__}: {_first_line(error)}; "
+            f"internal error: {type(error).__name__}: {first_line(error)}; "
             "run again as `gmprobe --debug ...` to report it",
             1,
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _debug(args: list[Any]) -> None:

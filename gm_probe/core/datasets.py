@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.errors import DataError, UsageError, first_line
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif"}
@@ -193,11 +193,11 @@ def _torchvision(name: str, root: Path, download: bool, train: bool) -> Examples
         data = getattr(torchvision.datasets, DATASETS[name])(root=str(root), download=download, **part)
     except RuntimeError as error:
         raise DataError(
-            f"{name} is not (whole) in {root}: {_first_line(error)}; add --download, or name its folder with "
+            f"{name} is not (whole) in {root}: {first_line(error)}; add --download, or name its folder with "
             "--data-root"
         ) from error
     except Exception as error:  # torchvision's readers raise many kinds on a broken file
-        raise DataError(f"cannot download or read {name} in {root}: {_first_line(error)}") from error
+        raise DataError(f"cannot download or read {name} in {root}: {first_line(error)}") from error
     images = torch.as_tensor(data.data)
     if name == "fashionmnist":
         images = images.unsqueeze(1)
@@ -222,7 +222,7 @@ def _array_file(path: Path) -> Examples:
     except UsageError:
         raise
     except Exception as error:  # numpy, zipfile and torch each raise their own kinds on a broken file
-        raise DataError(f"cannot read {path}: {_first_line(error)}") from error
+        raise DataError(f"cannot read {path}: {first_line(error)}") from error
     if isinstance(arrays, Tensor):
         arrays = {"x": arrays}
     if not isinstance(arrays, dict) or "x" not in arrays:
@@ -249,14 +249,10 @@ def _tensor(path: Path, name: str, value: Any) -> Tensor:
     try:
         tensor = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError) as error:  # text, records, foreign byte order
-        raise DataError(f"{path}: {name} is no array of numbers: {_first_line(error)}") from error
+        raise DataError(f"{path}: {name} is no array of numbers: {first_line(error)}") from error
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
         raise DataError(f"{path}: {name} must hold plain real numbers, got {tensor.dtype} on {tensor.device}")
     return tensor
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _folder(path: Path, *, labeled: bool, channels: int | None, image_size: int | None) -> Examples:
@@ -264,9 +260,8 @@ def _folder(path: Path, *, labeled: bool, channels: int | None, image_size: int 
         names = _class_names(path)
         if not names:
             raise DataError(f"{path} has no class subfolders; give unlabeled images with --unlabeled")
-        for (
-            name
-        ) in names:  # a class may well be called train (CIFAR-100 has it); folders in it make it a part
+        # a class may well be called train (CIFAR-100 has it); class folders in it make it a part
+        for name in names:
             if name in {"train", *TEST_PARTS} and _class_names(path / name):
                 raise DataError(
                     f"{path / name} is a part with class folders, not a class; give {path / name}"
@@ -352,4 +347,4 @@ def _decode(file: Path, channels: int | None, size: int | None) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:  # Pillow raises many kinds on broken files (OSError, struct.error, ...)
-        raise DataError(f"cannot decode {file}: {_first_line(error)}; remove or replace it") from error
+        raise DataError(f"cannot decode {file}: {first_line(error)}; remove or replace it") from error

@@ -45,3 +45,8 @@ class StorageError(ProbeError):
 
 class BusyError(StorageError):
     """A run folder that another process is working on."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's text, or its kind where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

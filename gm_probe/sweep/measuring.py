@@ -12,7 +12,7 @@ from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment
-from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.errors import DataError, UsageError, first_line
 from gm_probe.core.files import write_json
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.models import logits_of
@@ -85,10 +85,9 @@ def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
     except (RuntimeError, ValueError, TypeError) as error:
         if "out of memory" in str(error).lower():
             raise
-        reason = (str(error).splitlines() or ["?"])[0]
         raise DataError(
             f"{name} does not take examples of shape {tuple(first.shape[1:])} from {batches.examples.source}: "
-            f"{reason}; see --image-size and --channels"
+            f"{first_line(error)}; see --image-size and --channels"
         ) from error
 
 
