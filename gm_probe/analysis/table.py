@@ -4,7 +4,6 @@ Nothing is dropped in silence: a run that cannot enter is in ``RunTable.excluded
 that enters without a usable value in some column is in ``RunTable.missing`` under that column.
 """
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import UsageError, did_you_mean
 
 GAPS = {"error_gap": "test error − train error", "ce_gap": "test CE − train CE"}
 KNOWN_MEASURES = (
@@ -106,9 +105,7 @@ def require_known(names: Iterable[str], known: Collection[str], what: str) -> No
     """Raise UsageError for the first of ``names`` that is not in ``known``, with the nearest one that is."""
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known) or 'none'}"
-            raise UsageError(f"no {what} {name!r}; {hint}")
+            raise UsageError(f"no {what} {name!r}; {did_you_mean(name, known)}")
 
 
 def require_distinct(gaps: Sequence[str], measures: Sequence[str], hyperparameters: Sequence[str]) -> None:

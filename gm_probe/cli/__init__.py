@@ -4,7 +4,6 @@ Commands are imported when they are asked for, so that ``gmprobe --help`` and ``
 for torch.
 """
 
-import difflib
 import importlib
 import io
 import os
@@ -14,7 +13,7 @@ from typing import Any
 
 import click
 
-from gm_probe.core.errors import ProbeError, first_line
+from gm_probe.core.errors import ProbeError, did_you_mean, first_line
 
 COMMANDS = {
     "quickstart": "Train, measure and correlate a small sweep on bundled real digits.",
@@ -53,9 +52,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
-            close = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(COMMANDS)}"
-            raise click.UsageError(f"no command {name!r}{hint}", ctx)
+            raise click.UsageError(f"no command {name!r}; {did_you_mean(name, COMMANDS)}", ctx)
         return super().resolve_command(ctx, args)
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from gm_probe.sweep.runner import Outcome
 
 
+LEFT_OUT = frozenset({"failed", "diverged", "busy"})
+"""How a run ends that gives no result now; each is named with its reason."""
+
+
 @click.command(epilog="Example:  gmprobe sweep quickstart --out runs/ --jobs 2")
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs.")
@@ -61,14 +65,14 @@ def sweep(
         return
     outcomes = run_with_progress(loaded, out, jobs=jobs, quiet=quiet)
     counts = Counter(outcome.status for outcome in outcomes)
-    failures = [outcome for outcome in outcomes if outcome.status in {"failed", "diverged"}]
+    left_out = [outcome for outcome in outcomes if outcome.status in LEFT_OUT]
     if as_json:
         rows = [{"run": o.name, "status": o.status, "reason": o.reason} for o in outcomes]
         print_json({"out": str(out), "counts": dict(counts), "runs": rows})
     else:
         summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
         click.echo(f"{len(outcomes)} runs in {out}: {summary}")
-        for outcome in failures:
+        for outcome in left_out:
             click.echo(
                 f"  {outcome.status}: {outcome.name}: {outcome.reason or 'the loss stopped being finite'}"
             )
@@ -92,9 +96,7 @@ def run_with_progress(recipe: Recipe, out: Path, *, jobs: int, quiet: bool) -> l
             nonlocal done
             done += 1
             reason = f": {outcome.reason}" if outcome.reason else ""
-            console.print(
-                f"[{done}/{len(recipe.runs)}] {outcome.name} {outcome.status}{reason}", markup=False
-            )
+            note(console, f"[{done}/{len(recipe.runs)}] {outcome.name} {outcome.status}{reason}")
 
         return run_recipe(recipe, out, jobs=jobs, notify=line)
     with progress_bar("runs", len(recipe.runs), quiet=quiet) as bar:
@@ -104,7 +106,7 @@ def run_with_progress(recipe: Recipe, out: Path, *, jobs: int, quiet: bool) -> l
             nonlocal ended
             ended += 1
             bar.update(ended, state=f"{ended}/{len(recipe.runs)}")
-            if outcome.status in {"failed", "diverged"}:
+            if outcome.status in LEFT_OUT:
                 bar.print(f"{outcome.status}: {outcome.name}: {outcome.reason or ''}")
 
         return run_recipe(recipe, out, jobs=jobs, notify=advance)

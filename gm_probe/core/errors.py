@@ -1,5 +1,8 @@
 """The errors that gm_probe raises on purpose. Each message names the offender and the remedy in one line."""
 
+import difflib
+from collections.abc import Collection
+
 
 class ProbeError(Exception):
     """Base of every deliberate error; ``exit_code`` is what the command line returns."""
@@ -50,3 +53,11 @@ class BusyError(StorageError):
 def first_line(error: BaseException) -> str:
     """The first line of a foreign error's text, or its kind where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(name: object, known: Collection[str], otherwise: str | None = None) -> str:
+    """The nearest of ``known`` as a question; ``otherwise``, or the whole list, where none is near."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return otherwise or f"there are: {', '.join(known) or 'none'}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.networks import WideResNet, cnn6, mlp
 
 MODELS = {
@@ -97,9 +97,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
             raise UsageError(f"{name}: the depth must be 6n + 4 with n ≥ 1 (10, 16, 22, 28, ...)")
         return WideResNet(shape[0], spec.num_classes, (depth - 4) // 6 + bool(match[3]), widen)
     known = ["6cnn", "mlp", "wrn-28-2", "wrn-16-8", "wrn-28-10"]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "`gmprobe models` lists them"
-    raise UsageError(f"no model {name!r}; {hint}")
+    raise UsageError(f"no model {name!r}; {did_you_mean(name, known, '`gmprobe models` lists them')}")
 
 
 def _torchvision_model(name: str, spec: ModelSpec) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.errors import DataError, UsageError, did_you_mean
 from gm_probe.core.parameters import differentiable_attention, evaluating
 from gm_probe.probe.ascent import Maximum, ascend, maximize
 from gm_probe.probe.operators import Operator
@@ -221,9 +220,7 @@ def check_names(names: Sequence[str], *, labeled: bool) -> None:
     """Raise UsageError for an unknown measure, DataError for one that needs labels that are not there."""
     for name in names:
         if name not in MEASURES:
-            close = difflib.get_close_matches(name, MEASURES, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(MEASURES)}"
-            raise UsageError(f"no measure {name!r}; {hint}")
+            raise UsageError(f"no measure {name!r}; {did_you_mean(name, MEASURES)}")
         if MEASURES[name].needs_labels and not labeled:
             raise DataError(f"{name} needs labels; give class folders with --labeled")
 

@@ -153,8 +153,6 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
     for key, value in sizes.items():
         if _like(key, value, 1) < 1:
             raise UsageError(f"recipe: measure.{key} = {value} must be at least 1")
-    if chosen.get("protocol", "paper") not in ("paper", "converged"):
-        raise UsageError(f"recipe: measure.protocol = {chosen['protocol']!r} must be 'paper' or 'converged'")
     return MeasurePlan(names, Settings(**chosen), sizes.get("max_examples"), sizes.get("batch_size", 250))
 
 

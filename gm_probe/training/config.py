@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from gm_probe.core.datasets import DATASETS
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import UsageError, did_you_mean
 
 NAMES = frozenset({"digits", *DATASETS})
 CHOICES = {
@@ -93,8 +92,7 @@ class TrainConfig:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                close = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
+                hint = did_you_mean(value, choices, f"choose from {', '.join(choices)}")
                 raise UsageError(f"{name} = {value!r}; {hint}")
         at_least = {"epochs": 1, "batch_size": 1, "k_steps": 1, "eval_every": 0, "track_every": 0, "lr": 0.0}
         at_least |= {
@@ -139,9 +137,7 @@ class TrainConfig:
         checked: dict[str, Any] = {}
         for name, value in values.items():
             if name not in hints:
-                close = difflib.get_close_matches(name, hints, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(hints)}"
-                raise UsageError(f"no setting {name!r}; {hint}")
+                raise UsageError(f"no setting {name!r}; {did_you_mean(name, hints)}")
             checked[name] = _typed(name, value, hints[name])
         data = checked.get("data", "digits")
         if data not in NAMES and Path(data).exists():  # a run must find its data from any folder
