@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from gm_probe.core.errors import UsageError
 from gm_probe.core.files import read_toml
 from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES
-from gm_probe.probe.probe import Settings
+from gm_probe.probe.probe import Protocol, Settings
 from gm_probe.training.config import SETTINGS, TrainConfig
 
 _SHORT = {
@@ -153,6 +153,9 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
     for key, value in sizes.items():
         if _like(key, value, 1) < 1:
             raise UsageError(f"recipe: measure.{key} = {value} must be at least 1")
+    if chosen.get("protocol", "paper") not in get_args(Protocol):
+        options = " or ".join(map(repr, get_args(Protocol)))
+        raise UsageError(f"recipe: measure.protocol = {chosen['protocol']!r} must be {options}")
     return MeasurePlan(names, Settings(**chosen), sizes.get("max_examples"), sizes.get("batch_size", 250))
 
 
