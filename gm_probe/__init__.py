@@ -29,10 +29,15 @@ if TYPE_CHECKING:
     from gm_probe.probe.operators import Operator as Operator
     from gm_probe.probe.operators import fisher as fisher
     from gm_probe.probe.operators import hessian as hessian
+    from gm_probe.probe.pairwise import PairEstimate as PairEstimate
+    from gm_probe.probe.pairwise import PairReport as PairReport
+    from gm_probe.probe.pairwise import compare as compare
     from gm_probe.probe.probe import Estimate as Estimate
     from gm_probe.probe.probe import Settings as Settings
+    from gm_probe.probe.spectrum import eigenpairs as eigenpairs
     from gm_probe.probe.spectrum import lanczos as lanczos
-    from gm_probe.probe.spectrum import trace as trace
+    from gm_probe.probe.trace import fisher_trace as fisher_trace
+    from gm_probe.probe.trace import trace as trace
     from gm_probe.training.config import TrainConfig as TrainConfig
     from gm_probe.training.loop import train as train
     from gm_probe.training.rules import ASAM as ASAM
@@ -51,7 +56,9 @@ _HOMES = {
     "probe.measures": ("MEASURES", "Report", "measure"),
     "probe.operators": ("Operator", "fisher", "hessian"),
     "probe.probe": ("Estimate", "Settings"),
-    "probe.spectrum": ("lanczos", "trace"),
+    "probe.pairwise": ("PairEstimate", "PairReport", "compare"),
+    "probe.spectrum": ("eigenpairs", "lanczos"),
+    "probe.trace": ("fisher_trace", "trace"),
     "training.config": ("TrainConfig",),
     "training.loop": ("train",),
     "training.rules": ("ASAM", "IAMD", "IAMS", "SAM"),

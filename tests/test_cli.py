@@ -20,7 +20,7 @@ from gm_probe.cli.figures import warn
 from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.models import ModelSpec, build_model
-from gm_probe.probe.measures import MEASURES
+from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES
 
 QUICK = ["--starts", "2", "--max-probes", "2", "--trace-tolerance", "9"]
 
@@ -70,7 +70,9 @@ def test_the_three_commands_run_literally(tmp_path, images, checkpoint, capsys):
     code, out, err = run("gmprobe measure ckpt.pt --unlabeled data/", capsys)
     assert code == 0, err
     assert "local_inconsistency" in out
-    assert "hessian_trace (predicted" in re.sub(r"\s+", " ", out)
+    words = re.sub(r"[\s│]+", " ", out)  # names may be folded
+    assert "(predicted" in words
+    assert "(no labels" in words  # tr H of a ReLU network
     assert "cross_entropy" not in out  # labels were not read
 
     for seed in (0, 1, 2):
@@ -105,7 +107,8 @@ def test_json_follows_the_contract(images, checkpoint, capsys):
     assert result["num_parameters"] == 64 * 6 + 6 + 6 * 2 + 2
     for row in result["measures"].values():
         assert {"value", "stderr", "stderr_examples", "converged", "num_evals"} <= set(row)
-    assert result["measures"]["hessian_trace"]["labels"] == "given"
+    assert result["measures"]["hessian_lambda_max"]["labels"] == "given"
+    assert result["measures"]["hessian_trace"]["labels"] == "none needed"
     assert set(result["measures"]) >= {"error", "cross_entropy"}
 
 
@@ -181,7 +184,7 @@ def test_the_test_part_is_measured_where_there_is_one(parts, images, checkpoint,
         [result] = json.loads(out)
         assert (result["settings"]["part"], result["num_examples"]) == (part, count)
         assert result["settings"]["max_examples"] == (3 if "3" in option else None)
-        assert ("measuring over its test part" in err) == (data == "parts" and not option)
+        assert ("its test part is used" in err) == (data == "parts" and not option)
 
 
 def test_labels_of_an_array_file_need_not_reach_the_last_class(checkpoint, capsys):
@@ -224,8 +227,7 @@ def test_each_note_names_its_own_remedy(images, checkpoint, capsys):
     code, _, err = run(command, capsys)
     assert code == 0
     notes = dict(re.findall(r"note: (\w+) did not converge within its limits; (.+)", err))
-    assert "--max-probes" in notes["hessian_trace"]
-    assert "--max-probes" in notes["fisher_trace"]
+    assert "fisher_trace" not in notes  # exact: two classes
     for name in ("fisher_lambda_max", "hessian_lambda_max", "local_inconsistency_converged"):
         assert "--max-iterations" in notes[name]
         assert "--max-probes" not in notes[name]
@@ -239,6 +241,12 @@ def test_what_counts_as_near_chance(capsys, error, classes, doubted):
     row = {"value": error, "converged": True}
     warn({"measures": {"error": row}, "num_classes": classes})
     assert ("near chance" in capsys.readouterr().err) == doubted
+
+
+def test_a_trace_that_ran_out_of_probes(capsys):
+    row = {"value": 2.0, "converged": False, "num_probes": 9}
+    warn({"measures": {"fisher_trace": row}, "num_classes": 2})
+    assert "--max-probes" in capsys.readouterr().err
 
 
 def test_an_undefined_figure_is_noted_with_its_reason(capsys):
@@ -453,8 +461,8 @@ def test_the_table_fits_its_terminal(images, checkpoint, columns):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= int(columns)
-    for name, row in MEASURES.items():
-        shown = row.symbol if columns == "60" else name
+    for name in (*DEFAULT_MEASURES, "local_inconsistency_converged"):
+        shown = MEASURES[name].symbol if columns == "60" else name
         assert any(line.split("│")[1:] and line.split("│")[1].startswith(f" {shown} ") for line in lines), (
             shown
         )

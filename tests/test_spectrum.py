@@ -1,4 +1,4 @@
-"""Lanczos and Hutchinson on matrices that numpy diagonalises."""
+"""Lanczos on matrices that numpy diagonalises."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gm_probe.core.errors import DivergedError
 from gm_probe.probe.operators import Operator
-from gm_probe.probe.spectrum import lanczos, trace
+from gm_probe.probe.spectrum import NOISE, Eigenpair, certified, eigenpairs, lanczos, random_start
 
 
 def operator_of(terms: Tensor) -> Operator:
@@ -130,8 +130,6 @@ def test_not_a_number_is_refused(generator: torch.Generator) -> None:
     operator = operator_of(torch.full((1, 3, 3), math.nan))
     with pytest.raises(DivergedError, match="finite"):
         lanczos(operator, generator=generator)
-    with pytest.raises(DivergedError, match="finite"):
-        trace(operator, generator=generator)
 
 
 @pytest.mark.parametrize("kind", ["fisher", "hessian"])
@@ -140,75 +138,164 @@ def test_networks(kind: str, case: Case, generator: torch.Generator) -> None:
     eigenvalues = np.linalg.eigvalsh(matrix.numpy())
     top = lanczos(operator, generator=generator)
     assert top.value == pytest.approx(eigenvalues[-1], rel=0.01)
-    estimate = trace(operator, generator=generator, tolerance=0, max_probes=60)
-    assert abs(estimate.value - eigenvalues.sum()) < 4 * estimate.stderr
-
-
-def stack(examples: int, size: int) -> Tensor:
-    """(N, P, P) symmetric, indefinite and non-diagonal."""
-    a = torch.from_numpy(np.random.default_rng(3).normal(size=(examples, size, size)))
-    return a + a.transpose(1, 2) + 4 * torch.eye(size, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_trace_within_four_standard_errors(seed: int) -> None:
-    terms = stack(5, 20)
-    estimate = trace(
-        operator_of(terms), generator=torch.Generator().manual_seed(seed), tolerance=0.02, max_probes=300
-    )
-    assert estimate.converged
-    assert estimate.stderr <= 0.02 * abs(estimate.value)
-    assert abs(estimate.value - float(terms.mean(0).trace())) < 4 * estimate.stderr
-
-
-def test_the_examples_error_is_free_of_the_probes_noise(generator: torch.Generator) -> None:
-    terms = stack(50, 12)
-    truth = torch.einsum("nii->n", terms).std() / 50**0.5
-    estimates = [
-        trace(operator_of(terms), generator=generator, tolerance=0, max_probes=10).stderr_examples ** 2
-        for _ in range(60)
-    ]
-    # unbiased in the square; the spread over 60 repetitions gives the tolerance
-    spread = float(np.std(estimates)) / 60**0.5
-    assert float(np.mean(estimates)) == pytest.approx(float(truth) ** 2, abs=4 * spread)
-    noisy = (
-        truth**2
-        + float((terms - torch.diag_embed(terms.diagonal(dim1=1, dim2=2))).square().sum((1, 2)).mean()) / 250
-    )
-    assert float(np.mean(estimates)) < 0.8 * float(noisy)
-
-
-@pytest.mark.parametrize(
-    ("tolerance", "max_probes"), [(0.0, 40), (0.05, 100)], ids=["fixed number of probes", "default stopping"]
-)
-def test_standard_error_is_calibrated(tolerance: float, max_probes: int) -> None:
-    terms = stack(3, 20)
-    operator, truth = operator_of(terms), float(terms.mean(0).trace())
-    inside = 0
-    for seed in range(200):
-        estimate = trace(
-            operator,
-            generator=torch.Generator().manual_seed(seed),
-            tolerance=tolerance,
-            max_probes=max_probes,
-        )
-        inside += abs(estimate.value - truth) < 2 * estimate.stderr
-    assert 0.90 <= inside / 200 <= 0.99
-
-
-@pytest.mark.parametrize(
-    "values", [np.zeros(4), np.arange(6.0), np.array([3.0])], ids=["zero", "diagonal", "P = 1"]
-)
-def test_trace_of_diagonal_matrices_is_exact(values: np.ndarray, generator: torch.Generator) -> None:
-    estimate = trace(operator_of(torch.diag(torch.from_numpy(values)).unsqueeze(0)), generator=generator)
-    assert (estimate.value, estimate.stderr, estimate.converged) == (values.sum(), 0, True)
-    assert estimate.num_probes == 10
 
 
 def test_same_seed_same_result() -> None:
     operator = build("fisher", CASES[0])
-    first, second = (trace(operator, generator=torch.Generator().manual_seed(4)) for _ in range(2))
-    assert first.value == second.value
     one, two = (lanczos(operator, generator=torch.Generator().manual_seed(4)) for _ in range(2))
     assert one.value == two.value
     assert torch.equal(one.vector, two.vector)
+
+
+# several eigenpairs
+
+
+def distinct(values: np.ndarray, noise: float) -> np.ndarray:
+    """Descending, repeated ones once: a Krylov space holds one vector of each eigenspace, but for rounding."""
+    ordered = np.sort(values)[::-1]
+    if not len(ordered):
+        return ordered
+    return ordered[np.r_[True, -np.diff(ordered) > noise]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(("top", "bottom"), [(3, 0), (0, 3), (2, 2), (1, 1)])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_largest_and_smallest_eigenpairs(
+    name: str, top: int, bottom: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    terms = with_spectrum(SPECTRA[name], dtype=dtype)
+    operator, scale = operator_of(terms), float(np.abs(SPECTRA[name]).max())
+    noise = (2e-5 if dtype == torch.float32 else 1e-10) * scale
+    start = random_start(operator, generator)
+    highest, lowest = eigenpairs(operator, start, top=top, bottom=bottom, tolerance=1e-6)
+    for pairs, truth, wanted in (
+        (highest, distinct(SPECTRA[name], noise), top),
+        (lowest, distinct(SPECTRA[name], noise)[::-1], bottom),
+    ):
+        found = [pair.value for pair in pairs]
+        assert min(wanted, len(truth)) <= len(found) <= wanted
+        once = distinct(np.array(found), noise)[:: -1 if pairs is lowest else 1]
+        np.testing.assert_allclose(once, truth[: len(once)], rtol=1e-5, atol=noise)
+        for pair in pairs:
+            assert pair.converged
+            residual = float((terms[0].double() @ pair.vector.double() - pair.value * pair.vector).norm())
+            assert pair.residual == pytest.approx(residual, rel=1e-3, abs=noise)
+            assert pair.vector.dtype == dtype
+        if pairs:
+            vectors = torch.stack([pair.vector for pair in pairs]).double()
+            torch.testing.assert_close(vectors @ vectors.T, torch.eye(len(pairs)).double(), rtol=0, atol=1e-5)
+
+
+def test_eigenpairs_of_networks(case: Case, generator: torch.Generator) -> None:
+    operator = build("hessian", case)
+    truth = np.linalg.eigvalsh(dense_terms("hessian", case).mean(0).numpy())
+    highest, lowest = eigenpairs(operator, random_start(operator, generator), top=2, bottom=2, tolerance=1e-7)
+    assert [pair.value for pair in highest] == pytest.approx(truth[[-1, -2]], rel=1e-6)
+    assert [pair.value for pair in lowest] == pytest.approx(truth[[0, 1]], rel=1e-6, abs=1e-9)
+
+
+def test_all_eigenpairs_when_the_space_is_exhausted(generator: torch.Generator) -> None:
+    terms = with_spectrum([-3.0, -1.0, 0.5, 2.0, 7.0])
+    operator = operator_of(terms)
+    highest, lowest = eigenpairs(operator, random_start(operator, generator), top=9, tolerance=0)
+    assert [pair.value for pair in highest] == pytest.approx([7, 2, 0.5, -1, -3], abs=1e-12)
+    assert lowest == []
+    assert all(pair.converged and pair.iterations == 5 for pair in highest)
+
+
+def test_an_invariant_subspace_ends_it() -> None:
+    """From a start in the span of three eigenvectors no product leads out of it."""
+    values = torch.linspace(1, 10, 10, dtype=torch.float64)
+    start = torch.zeros(10, dtype=torch.float64)
+    start[[1, 4, 6]] = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    highest, lowest = eigenpairs(operator_of(torch.diag(values)[None]), start, top=3, bottom=3, tolerance=0)
+    assert [pair.value for pair in highest] == pytest.approx([7, 5, 2], abs=1e-12)
+    assert [pair.value for pair in lowest] == pytest.approx([2, 5, 7], abs=1e-12)
+    assert all(pair.iterations == 3 and pair.converged for pair in (*highest, *lowest))
+
+
+def test_unfinished_eigenpairs_say_so(generator: torch.Generator) -> None:
+    """The outlier is done long before the edge of the bulk."""
+    operator = diagonal(np.r_[np.linspace(0, 1, 400), 9.0])
+    pairs, _ = eigenpairs(
+        operator, random_start(operator, generator), top=2, tolerance=1e-8, max_iterations=12
+    )
+    assert [pair.converged for pair in pairs] == [True, False]
+    assert pairs[0].value == pytest.approx(9, rel=1e-8)
+
+
+# from near a guess
+
+
+def diagonal(values: np.ndarray, dtype: torch.dtype = torch.float64) -> Operator:
+    """A matrix whose eigenvectors are the axes."""
+    v = torch.from_numpy(np.asarray(values)).to(dtype)
+    return Operator(lambda x: v * x, lambda x: (v * x * x).sum()[None], len(v), dtype, v.device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("top", [1.1, 1.3, 3.0])
+@pytest.mark.parametrize("bulk", [np.full(998, 0.05), np.linspace(0, 0.05, 998)], ids=["flat", "spread"])
+def test_a_guess_does_not_hide_an_orthogonal_eigenvector(
+    bulk: np.ndarray, top: float, dtype: torch.dtype
+) -> None:
+    """The guess is an exact eigenvector, and none of the largest eigenvalue: a plateau that must not be trusted."""
+    operator = diagonal(np.r_[top, 1.0, bulk], dtype)
+    guess = torch.eye(1000, dtype=dtype)[1]
+    for seed in range(20):
+        found = lanczos(operator, generator=torch.Generator().manual_seed(seed), near=guess)
+        assert found.converged
+        assert found.value == pytest.approx(top, rel=0.01)
+
+
+def test_a_right_guess_is_no_dearer_than_none() -> None:
+    operator = diagonal(np.r_[1.3, 1.0, np.linspace(0, 0.5, 20_000)])
+    guess = torch.zeros(operator.size, dtype=torch.float64)
+    guess[0] = -5.0
+    near, far = (
+        [lanczos(operator, generator=torch.Generator().manual_seed(s), near=n).iterations for s in range(5)]
+        for n in (guess, None)
+    )
+    assert max(near) <= min(far)
+
+
+def test_random_start_near_a_vector(generator: torch.Generator) -> None:
+    operator = diagonal(np.ones(10_000))
+    guess = torch.zeros(10_000)
+    guess[3] = 7.0
+    start = random_start(operator, generator, guess)
+    assert float(start[3]) == pytest.approx(1, abs=0.01)
+    start[3] = 0
+    assert float(start.norm()) == pytest.approx(NOISE, abs=0.01)
+
+
+def guess_of(vector: Tensor, converged: bool = True) -> Eigenpair:
+    return Eigenpair(math.nan, vector, math.nan, 3, converged)
+
+
+def test_certified_takes_one_product_of_a_good_guess() -> None:
+    operator = diagonal(np.r_[5.0, np.linspace(0, 1, 50)])
+    vector = torch.full((51,), 1e-4, dtype=torch.float64)
+    vector[0] = 1
+    found = certified(operator, guess_of(vector), tolerance=0.01, max_iterations=50)
+    unit = vector / vector.norm()
+    values = torch.cat([torch.tensor([5.0]), torch.linspace(0, 1, 50)]).double()
+    assert (found.iterations, found.converged) == (1, True)
+    assert found.value == pytest.approx(float(values @ unit.square()), rel=1e-12)
+    assert found.residual == pytest.approx(float((values * unit - found.value * unit).norm()), rel=1e-9)
+    doubtful = certified(operator, guess_of(vector, converged=False), tolerance=0.01, max_iterations=50)
+    assert not doubtful.converged
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_certified_goes_on_from_a_bad_guess(seed: int) -> None:
+    operator = diagonal(np.r_[5.0, np.linspace(0, 1, 500)])
+    vector = torch.from_numpy(np.random.default_rng(seed).normal(size=501))
+    found = certified(operator, guess_of(vector), tolerance=1e-6, max_iterations=60)
+    assert found.converged
+    assert found.iterations > 3
+    assert found.value == pytest.approx(5.0, rel=1e-6)
+    assert abs(float(found.vector[0])) == pytest.approx(1, abs=1e-5)
+    cut_short = certified(operator, guess_of(vector), tolerance=1e-6, max_iterations=2)
+    assert (cut_short.converged, cut_short.iterations) == (False, 2)

@@ -20,6 +20,7 @@ COMMANDS = {
     "measure": "Measure how well checkpoints will generalize, from unlabeled data.",
     "train": "Train one model with SGD, SAM, ASAM, IAM-D or IAM-S.",
     "sweep": "Train and measure every run of a recipe.",
+    "pairs": "Compare models pair by pair over unlabeled data: disagreement, inconsistency, instability.",
     "correlate": "Correlate each measure with the generalization gap over many runs.",
     "models": "List the models that --model takes.",
     "datasets": "List the data that --data and --unlabeled take.",

@@ -19,7 +19,7 @@ def print_result(result: dict[str, Any]) -> None:
     for name, row in result["measures"].items():
         label = MEASURES[name].symbol if narrow else name
         if "labels" in row:
-            label += f" ({row['labels']} labels)"
+            label += " (no labels needed)" if row["labels"] == "none needed" else f" ({row['labels']} labels)"
         if row.get("protocol") == "converged" and name == "local_inconsistency":
             label += " (converged)"
         if narrow and not row["converged"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -111,6 +112,8 @@ class Batches:
         self.device = torch.device(device)
         self.dtype = dtype
         self.channels_last = channels_last and examples.x.dim() == 4
+        self.total = len(examples)  # N over all processes that share the work
+        self.first = 0  # of them, the number of this process's first example
 
     @classmethod
     def from_tensors(cls, x: Tensor, y: Tensor | None = None, **options: int | str) -> Batches:
@@ -125,6 +128,25 @@ class Batches:
     @property
     def labeled(self) -> bool:
         return self.examples.y is not None
+
+    def shard(self, rank: int, count: int) -> Batches:
+        """The part of process ``rank`` of ``count``: neighbouring examples, as many to each as can be.
+
+        Raises:
+            DataError: fewer examples than processes.
+        """
+        if count > self.num_examples:
+            raise DataError(f"{self.num_examples} examples do not go round {count} processes; use fewer")
+        bounds = [self.num_examples * i // count for i in (rank, rank + 1)]
+        part = copy(self)
+        part.examples, part.first = self.examples.select(torch.arange(*bounds)), bounds[0]
+        return part
+
+    def of_size(self, batch_size: int) -> Batches:
+        """The same examples in batches of another size."""
+        other = copy(self)
+        other.batch_size = batch_size
+        return other
 
     def __len__(self) -> int:
         return -(-self.num_examples // self.batch_size)

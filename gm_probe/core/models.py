@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gm_probe.core.errors import UsageError, did_you_mean
@@ -61,6 +62,13 @@ class ModelSpec:
                 f"input_shape {spec.input_shape} and num_classes {spec.num_classes} must be positive"
             )
         return spec
+
+
+def initial_model(spec: ModelSpec, seed: int) -> nn.Module:
+    """``spec`` with the weights that a run of this seed starts from; the global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(spec)
 
 
 def build_model(spec: ModelSpec) -> nn.Module:

@@ -7,6 +7,7 @@ model is bit-identical after a measurement whatever happens in it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -22,15 +23,25 @@ from gm_probe.core.models import logits_of
 class Parameters:
     """The P trainable parameters of ``model`` in the order of ``named_parameters`` (tied ones once).
 
+    Args:
+        pattern: regular expression; only parameters in whose name it is found count, the others are constants.
+
     Raises:
-        UsageError: the model has none.
+        UsageError: the model has none, or none of that name.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, pattern: str = "") -> None:
         self.model = model
-        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.named:
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
             raise UsageError("the model has no trainable parameters (all have requires_grad=False)")
+        try:
+            self.named = {name: p for name, p in trainable.items() if re.search(pattern, name)}
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is no regular expression: {error}") from error
+        if not self.named:
+            some = ", ".join(list(trainable)[:3])
+            raise UsageError(f"{pattern!r} is found in no parameter's name; there are {some}, ...")
         first = next(iter(self.named.values()))
         self.dtype, self.device = first.dtype, first.device
         self._sizes = [p.numel() for p in self.named.values()]
@@ -65,13 +76,14 @@ class Parameters:
 
     def logits(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """(B, C) logits at parameter ``values`` (default: the model's own), buffers left untouched."""
-        values = values or {}
         # copies, also in eval mode: some models write to a buffer in every forward pass
         rest = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        if values:  # parameters that are not among them are constants
+            rest |= {name: p.detach() for name, p in self.model.named_parameters() if name not in values}
+        values = values or {}
         dtype = next((value.dtype for value in values.values()), self.dtype)
         if dtype != self.dtype:  # the whole model moves to the dtype of the parameters it is given
-            frozen = {name: p.detach() for name, p in self.model.named_parameters() if name not in values}
-            rest = {n: t.to(dtype) if t.is_floating_point() else t for n, t in {**rest, **frozen}.items()}
+            rest = {n: t.to(dtype) if t.is_floating_point() else t for n, t in rest.items()}
         return logits_of(functional_call(self.model, {**rest, **values}, (x,)))
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:

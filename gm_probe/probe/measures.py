@@ -4,135 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DataError, UsageError, did_you_mean
 from gm_probe.core.parameters import differentiable_attention, evaluating
-from gm_probe.probe.ascent import Maximum, ascend, maximize
-from gm_probe.probe.operators import Operator
-from gm_probe.probe.probe import Estimate, Probe, Settings
-from gm_probe.probe.spectrum import Eigenpair, trace
+from gm_probe.probe import curvature, inconsistency, outputs
+from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
 from gm_probe.probe.work import Work
-
-
-def _example_error(terms: Tensor) -> float | None:
-    """Standard error of the mean of (N,) per-example values; None of a single one."""
-    return float(terms.double().std()) / math.sqrt(len(terms)) if len(terms) > 1 else None
-
-
-Figure = tuple[float, float | None, float | None, bool, dict[str, Any]]
-"""value, estimator's error, error from the examples being a sample, converged, details"""
-
-
-def _local_inconsistency_paper(probe: Probe) -> Figure:
-    settings = probe.settings
-    all_terms = [
-        probe.divergence.terms(ascend(probe.divergence.gradient, start, settings.rho, settings.k_steps))
-        for start in probe.starts()
-    ]
-    values = torch.stack([terms.double().mean() for terms in all_terms])
-    spread = float(values.std()) if len(values) > 1 else None
-    error = None if spread is None else spread / math.sqrt(len(values))
-    details = {
-        "protocol": "paper",
-        "sd_starts": spread,
-        "num_starts": len(values),
-        "starts": values.tolist(),
-    }
-    if spread is None:
-        details["reason_stderr"] = "one start has no spread"
-    # K steps are the protocol's definition: there is nothing to converge
-    return float(values.mean()), error, _example_error(torch.stack(all_terms).mean(0)), True, details
-
-
-def _local_inconsistency_converged(probe: Probe) -> Figure:
-    settings = probe.settings
-    top = probe.fisher_top
-    # the two signs of v₁ end 12-43 % apart beyond the quadratic regime; noise guards against a poor v₁
-    starts = {"+v1": top.vector, "-v1": -top.vector}
-    starts |= {f"noise {i}": start for i, start in enumerate(probe.starts()[:2])}
-    ends: dict[str, Maximum] = {}
-    for name, start in starts.items():
-        if name.startswith("noise"):  # a raw noise direction is flat: one step of Algorithm 1 first
-            start = ascend(probe.divergence.gradient, start, settings.rho, 1)
-        ends[name] = maximize(
-            probe.divergence.value_and_gradient,
-            start,
-            settings.rho,
-            tolerance=settings.ascent_tolerance,
-            max_steps=settings.max_iterations,
-        )
-    best = max(ends.values(), key=lambda end: end.value)
-    quadratic = settings.rho**2 / 2 * top.value
-    details = {
-        "protocol": "converged",
-        "starts": {name: end.value for name, end in ends.items()},
-        "alignment": best.alignment,
-        "gains": list(best.gains),
-        "quadratic_ratio": best.value / quadratic if quadratic > 0 else None,
-    }
-    return best.value, None, _example_error(probe.divergence.terms(best.delta)), best.converged, details
-
-
-def _local_inconsistency(probe: Probe) -> Figure:
-    if probe.settings.protocol == "converged":
-        return _local_inconsistency_converged(probe)
-    return _local_inconsistency_paper(probe)
-
-
-def _eigenvalue(operator: Operator, top: Eigenpair, details: dict[str, Any]) -> Figure:
-    details = {**details, "iterations": top.iterations, "error_kind": "residual bound"}
-    # the per-example Rayleigh terms of the top eigenvector have λ_max as their mean
-    return top.value, top.residual, _example_error(operator.terms(top.vector)), top.converged, details
-
-
-def _fisher_lambda_max(probe: Probe) -> Figure:
-    return _eigenvalue(probe.fisher, probe.fisher_top, {})
-
-
-def _hessian_lambda_max(probe: Probe) -> Figure:
-    # from a cold start: F's top vector would save products, but could hide an eigenvector that F does not have
-    top = probe.top(probe.hessian, "hessian")
-    return _eigenvalue(probe.hessian, top, {"labels": probe.label_kind})
-
-
-def _trace(probe: Probe, operator: Operator, name: str, details: dict[str, Any]) -> Figure:
-    settings = probe.settings
-    result = trace(
-        operator,
-        generator=probe.generator(name),
-        tolerance=settings.trace_tolerance,
-        min_probes=settings.min_probes,
-        max_probes=settings.max_probes,
-    )
-    details = {**details, "num_probes": result.num_probes}
-    return result.value, result.stderr, result.stderr_examples, result.converged, details
-
-
-def _fisher_trace(probe: Probe) -> Figure:
-    return _trace(probe, probe.fisher, "fisher trace", {})
-
-
-def _hessian_trace(probe: Probe) -> Figure:
-    return _trace(probe, probe.hessian, "hessian trace", {"labels": probe.label_kind})
-
-
-def _error(probe: Probe) -> Figure:
-    assert probe.labels is not None
-    wrong = (probe.clean.argmax(1) != probe.labels).double()
-    return float(wrong.mean()), None, _example_error(wrong), True, {}
-
-
-def _cross_entropy(probe: Probe) -> Figure:
-    assert probe.labels is not None
-    losses = functional.cross_entropy(probe.clean.double(), probe.labels, reduction="none")
-    return float(losses.mean()), None, _example_error(losses), True, {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,44 +37,117 @@ class Measure:
 
 MEASURES: dict[str, Measure] = {
     "local_inconsistency": Measure(
-        _local_inconsistency,
+        inconsistency.local_inconsistency,
         False,
         13.3,
         "S_ρ",
         "KL between the outputs of the model and of its copy moved by ρ, by Algorithm 1: mean over random starts",
     ),
     "local_inconsistency_converged": Measure(
-        _local_inconsistency_converged,
+        inconsistency.converged,
         False,
-        27.0,
+        20.0,
         "max S_ρ",
         "the worst such KL within the ball: ascent from ± the top Fisher eigenvector and noise, until it gains no more",
     ),
     "fisher_lambda_max": Measure(
-        _fisher_lambda_max, False, 13.0, "λ_max(F)", "largest eigenvalue of the Fisher matrix, by Lanczos"
+        curvature.fisher_lambda_max,
+        False,
+        10.0,
+        "λ_max(F)",
+        "largest eigenvalue of the Fisher matrix, by Lanczos",
     ),
     "fisher_trace": Measure(
-        _fisher_trace, False, 7.0, "tr F", "trace of the Fisher matrix, by Hutchinson's estimator"
+        curvature.fisher_trace, False, 2.7, "tr F", "trace of the Fisher matrix, by examples' own gradients"
     ),
     "hessian_lambda_max": Measure(
-        _hessian_lambda_max,
+        curvature.hessian_lambda_max,
         False,
-        25.0,
+        12.0,
         "λ_max(H)",
         "largest eigenvalue of the loss Hessian (labels given, or else predicted), by Lanczos",
     ),
     "hessian_trace": Measure(
-        _hessian_trace,
+        curvature.hessian_trace,
         False,
-        14.0,
+        0.0,
         "tr H",
-        "trace of the loss Hessian (labels given, or else predicted), by Hutchinson's estimator",
+        "trace of the loss Hessian: tr F where every parameter enters affinely, else with labels given or predicted",
     ),
-    "error": Measure(_error, True, 0.0, "error", "fraction of examples classified wrongly"),
-    "cross_entropy": Measure(_cross_entropy, True, 0.0, "CE", "mean cross-entropy in nats"),
+    "error": Measure(outputs.error, True, 0.0, "error", "fraction of examples classified wrongly"),
+    "cross_entropy": Measure(outputs.cross_entropy, True, 0.0, "CE", "mean cross-entropy in nats"),
+    "hessian_lambda_min": Measure(
+        curvature.hessian_lambda_min,
+        False,
+        90.0,
+        "λ_min(H)",
+        "smallest (most negative) eigenvalue of the loss Hessian, by Lanczos",
+    ),
+    "effective_rank": Measure(
+        curvature.effective_rank,
+        False,
+        13.0,
+        "tr F/λ_max",
+        "over how many directions the curvature is spread",
+    ),
+    "local_inconsistency_adaptive": Measure(
+        inconsistency.adaptive,
+        False,
+        13.3,
+        "S_ρ adapt.",
+        "S_ρ in the ball ‖δ/(|θ|+η)‖ ≤ ρ, invariant to rescaling",
+    ),
+    "local_inconsistency_relative": Measure(
+        inconsistency.relative, False, 13.3, "S_ρ rel.", "S_ρ at radius ρ‖θ‖"
+    ),
+    "local_inconsistency_batchwise": Measure(
+        inconsistency.batchwise, False, 13.3, "S_ρ batch", "mean over batches of m of each batch's own S_ρ"
+    ),
+    "average_inconsistency": Measure(
+        inconsistency.average, False, 3.3, "A_ρ", "KL on average over random perturbations of length about ρ"
+    ),
+    "mean_entropy": Measure(
+        outputs.mean_entropy, False, 0.0, "entropy", "mean entropy of the outputs in nats"
+    ),
+    "mean_confidence": Measure(
+        outputs.mean_confidence, False, 0.0, "confidence", "mean probability of the predicted class"
+    ),
+    "input_jacobian_norm": Measure(
+        outputs.input_jacobian_norm,
+        False,
+        7.0,
+        "‖∂f/∂x‖",
+        "root mean square norm of the output probabilities' derivative by the normalised input",
+    ),
+    "flip_rate": Measure(
+        outputs.flip_rate, False, 0.33, "flips", "predictions that change in the mirror image"
+    ),
+    "crop_rate": Measure(
+        outputs.crop_rate,
+        False,
+        0.33,
+        "crops",
+        "predictions that change where the image moves by up to 4 pixels",
+    ),
+    "distance_from_initialization": Measure(
+        outputs.distance_from_initialization,
+        False,
+        0.0,
+        "‖θ − θ₀‖",
+        "length of the way from the initial parameters; known of run folders",
+    ),
+    "parameter_norm": Measure(outputs.parameter_norm, False, 0.0, "‖θ‖", "length of the parameter vector"),
 }
 
-DEFAULT_MEASURES = tuple(name for name in MEASURES if name != "local_inconsistency_converged")
+DEFAULT_MEASURES = (
+    "local_inconsistency",
+    "fisher_lambda_max",
+    "fisher_trace",
+    "hessian_lambda_max",
+    "hessian_trace",
+    "error",
+    "cross_entropy",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +166,7 @@ class Report:
             "model": model,
             "num_parameters": self.num_parameters,
             "num_examples": self.num_examples,
-            "settings": {**asdict(self.settings), "batchnorm": "eval (running statistics)", **more},
+            "settings": {**self.settings.as_dict(), "batchnorm": "eval (running statistics)", **more},
             "measures": {name: row.as_dict() for name, row in self.rows.items()},
         }
 
@@ -231,12 +186,14 @@ def measure(
     names: Sequence[str] | None = None,
     settings: Settings | None = None,
     *,
+    initial: nn.Module | None = None,
     notify: Callable[[str, float], None] | None = None,
 ) -> Report:
     """Measure ``model`` over ``batches`` in eval mode; the model is left bit-identical.
 
     Args:
         names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
+        initial: the model before training, for its distance.
         notify: called with the measure at work and the gradient evaluations done so far.
 
     Raises:
@@ -260,7 +217,7 @@ def measure(
     work = Work(batches.num_examples, tick)
     rows: dict[str, Estimate] = {}
     with evaluating(model), differentiable_attention():
-        probe = Probe(model, batches, settings, work)
+        probe = Probe(model, batches, settings, work, initial)
         probe.parameters.check_finite()
         _ = probe.clean  # its cost is the report's, not the first measure's
         for name in names:
@@ -268,7 +225,7 @@ def measure(
             before = work.evaluations
             value, stderr, example_error, converged, details = MEASURES[name].compute(probe)
             if example_error is None:
-                details = {**details, "reason_stderr_examples": "one example, or lost in the probes' noise"}
+                details = {"reason_stderr_examples": "one example, or lost in the probes' noise", **details}
             figures: dict[str, float | None] = {
                 "value": value,
                 "stderr": stderr,
@@ -279,6 +236,10 @@ def measure(
                     figures[label] = None
                     reason = "reason" if label == "value" else f"reason_{label}"
                     details = {**details, reason: f"not finite ({figure})"}
+            value, target = figures["value"], settings.target_error
+            if target and value and figures["stderr_examples"] is not None:
+                ratio = figures["stderr_examples"] / (target * abs(value))
+                details = {**details, "examples_needed": math.ceil(batches.total * ratio**2)}
             cost = round(work.evaluations - before, 3)
             rows[name] = Estimate(
                 **figures,
@@ -286,7 +247,7 @@ def measure(
                 num_evals=cost,
                 details=details,
             )
-    return Report(probe.parameters.size, batches.num_examples, settings, rows)
+    return Report(probe.parameters.size, batches.total, settings, rows)
 
 
 def expected_cost(names: Sequence[str], settings: Settings) -> float:

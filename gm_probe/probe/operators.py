@@ -9,13 +9,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import grad, jvp
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches, cut
 from gm_probe.core.errors import UsageError
 from gm_probe.core.parameters import Parameters, differentiable_attention
-from gm_probe.probe.work import DOUBLE_BACKWARD, GRADIENT, JVP, NESTED_JVP, TRIPLE_BACKWARD, Work
+from gm_probe.core.processes import gather_examples, sum_over_processes
+from gm_probe.probe.work import (
+    DOUBLE_BACKWARD,
+    FORWARD_OVER_REVERSE,
+    GRADIENT,
+    JVP,
+    NESTED_JVP,
+    TRIPLE_BACKWARD,
+    Work,
+)
 
 # the first jvp imports this module of torch's own, which warns of a deprecated call of its own (torch 2.14)
 with warnings.catch_warnings(), contextlib.suppress(ImportError):
@@ -46,7 +55,7 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
     It equals the Gauss-Newton matrix of softmax cross-entropy.
 
     Args:
-        clean: (N, C) logits at θ in the order of ``batches``.
+        clean: (n, C) logits at θ in the order of ``batches``.
 
     Raises:
         UsageError: a part of the model is in train mode.
@@ -71,7 +80,7 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
                 logits = parameters.logits(batch.x, values)
                 result += parameters.join(_gradients(logits, values, cotangent))
             work.add(JVP + GRADIENT, len(p))
-        return result / batches.num_examples
+        return sum_over_processes(result) / batches.total
 
     @differentiable_attention()
     def terms(v: Tensor) -> Tensor:
@@ -81,7 +90,7 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
             centred = direction - (p * direction).sum(-1, keepdim=True)
             result.append((p * centred.square()).sum(-1))  # the variance under p of the logits' change
             work.add(JVP, len(p))
-        return torch.cat(result)
+        return gather_examples(torch.cat(result))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
 
@@ -90,47 +99,83 @@ def hessian(parameters: Parameters, batches: Batches, labels: Tensor, work: Work
     """H = ∇²_θ (1/N) Σ CE(z_θ(x), y) (paper §3.3, Lemma A.1), by exact differentiation.
 
     Args:
-        labels: (N,) class indices, given or predicted, in the order of ``batches``.
+        labels: (n,) class indices, given or predicted, in the order of ``batches``.
 
     Raises:
         UsageError: a part of the model is in train mode.
     """
+
+    def losses(logits: Tensor, y: Tensor) -> Tensor:  # (B,)
+        return functional.cross_entropy(logits, y, reduction="none")
+
+    return _curvature(parameters, batches, losses, labels, work)
+
+
+def residual(
+    parameters: Parameters, batches: Batches, clean: Tensor, labels: Tensor, work: Work | None = None
+) -> Operator:
+    """H − F = (1/N) Σ_x Σ_c (p_c − y_c) ∇²z_c (paper Lemma A.1), the part of H that depends on the labels.
+
+    Args:
+        clean: (n, C) logits at θ; ``labels``: (n,) class indices; both in the order of ``batches``.
+
+    Raises:
+        UsageError: a part of the model is in train mode.
+    """
+    slopes = functional.softmax(clean, dim=-1) - functional.one_hot(labels, clean.shape[1])
+
+    def contracted(logits: Tensor, slope: Tensor) -> Tensor:  # (B,)
+        return (logits * slope.to(logits.dtype)).sum(-1)
+
+    return _curvature(parameters, batches, contracted, slopes, work)
+
+
+def _curvature(
+    parameters: Parameters,
+    batches: Batches,
+    scalars: Callable[[Tensor, Tensor], Tensor],
+    data: Tensor,
+    work: Work | None,
+) -> Operator:
+    """∇²_θ (1/N) Σ_x s(z_θ(x), d_x) for ``scalars`` s: logits (B, C), data (B, ...) ↦ (B,)."""
     _require_eval(parameters)
     work = work or Work(batches.num_examples)
-    targets = cut(labels, batches)
+    pieces = cut(data, batches)
 
-    def losses(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:  # (B,)
-        return functional.cross_entropy(parameters.logits(x, values), y, reduction="none")
+    def values_of(values: dict[str, Tensor], x: Tensor, d: Tensor) -> Tensor:  # (B,)
+        return scalars(parameters.logits(x, values), d)
 
-    @differentiable_attention()
-    def matvec(v: Tensor) -> Tensor:
-        result = torch.zeros_like(v)
+    def reverse_product(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
+        """The gradient of a gradient's slope along v."""
         tangents = parameters.split(v)
-        for batch, y in zip(batches, targets, strict=True):
-            with torch.enable_grad():
-                values = {name: value.requires_grad_() for name, value in parameters.values().items()}
-                total = losses(values, batch.x, y).sum()
-                slope = _along(_gradients(total, values, create_graph=True), tangents, total)
-                result += parameters.join(_gradients(slope, values))
-            work.add(DOUBLE_BACKWARD, len(y))
-        return result / batches.num_examples
+        with torch.enable_grad():
+            values = {name: value.requires_grad_() for name, value in parameters.values(v.dtype).items()}
+            total = values_of(values, x, d).sum()
+            slope = _along(_gradients(total, values, create_graph=True), tangents, total)
+            return parameters.join(_gradients(slope, values))
 
-    def forward_terms(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """d²/dt² of each example's loss at θ + t·v by forward mode over forward mode."""
+    def forward_product(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
+        """The tangent of a gradient: less memory traffic than a second backward pass."""
+        gradient = grad(lambda values: values_of(values, x, d).sum())
+        tangent = jvp(gradient, (parameters.values(v.dtype),), (parameters.split(v),))[1]
+        return parameters.join(tangent.values())
+
+    def forward_terms(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
+        """d²/dt² of each example's scalar at θ + t·v by forward mode over forward mode."""
         tangents = parameters.split(v)
 
         def slope(values: dict[str, Tensor]) -> Tensor:
-            return jvp(lambda inner: losses(inner, x, y), (values,), (tangents,))[1]
+            return jvp(lambda inner: values_of(inner, x, d), (values,), (tangents,))[1]
 
         with torch.no_grad():
             return jvp(slope, (parameters.values(v.dtype),), (tangents,))[1]
 
-    def reverse_terms(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def reverse_terms(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
         """The same by reverse mode alone: weights on the examples pull their terms out of one product."""
         tangents = parameters.split(v)
         with torch.enable_grad():
             values = {name: value.requires_grad_() for name, value in parameters.values(v.dtype).items()}
-            each = losses(values, x, y)
+            each = values_of(values, x, d)
             weights = torch.ones_like(each, requires_grad=True)
             total = weights @ each
             slope = _along(_gradients(total, values, create_graph=True), tangents, total)
@@ -138,17 +183,30 @@ def hessian(parameters: Parameters, batches: Batches, labels: Tensor, work: Work
             [terms] = _gradients(curvature, {"": weights})
             return torch.zeros_like(each) if terms is None else terms
 
-    trusted: list[bool] = []  # whether forward over forward holds on this model, once it has been tried
+    trusted: dict[str, bool] = {}  # whether forward mode holds on this model, once it has been tried
+
+    def sound(kind: str, cheap: Way, reference: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
+        if kind not in trusted:
+            trusted[kind] = _agree(cheap, reference, v, x, d)
+        return trusted[kind]
+
+    @differentiable_attention()
+    def matvec(v: Tensor) -> Tensor:
+        result = torch.zeros_like(v)
+        for batch, d in zip(batches, pieces, strict=True):
+            forward = sound("product", forward_product, reverse_product, v, batch.x, d)
+            result += (forward_product if forward else reverse_product)(v, batch.x, d)
+            work.add(FORWARD_OVER_REVERSE if forward else DOUBLE_BACKWARD, len(d))
+        return sum_over_processes(result) / batches.total
 
     @differentiable_attention()
     def terms(v: Tensor) -> Tensor:
         result = []
-        for batch, y in zip(batches, targets, strict=True):
-            if not trusted:
-                trusted.append(_agree(forward_terms, reverse_terms, v, batch.x, y))
-            result.append((forward_terms if trusted[0] else reverse_terms)(v, batch.x, y))
-            work.add(NESTED_JVP if trusted[0] else TRIPLE_BACKWARD, len(y))
-        return torch.cat(result)
+        for batch, d in zip(batches, pieces, strict=True):
+            forward = sound("terms", forward_terms, reverse_terms, v, batch.x, d)
+            result.append((forward_terms if forward else reverse_terms)(v, batch.x, d))
+            work.add(NESTED_JVP if forward else TRIPLE_BACKWARD, len(d))
+        return gather_examples(torch.cat(result))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
 
@@ -158,20 +216,21 @@ def _require_eval(parameters: Parameters) -> None:
         raise UsageError("curvature is that of a fixed function; call model.eval() first")
 
 
-Terms = Callable[[Tensor, Tensor, Tensor], Tensor]
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""direction (P,), input (B, ...), data (B, ...) ↦ a product or the examples' terms"""
 
 
-def _agree(cheap: Terms, sound: Terms, v: Tensor, x: Tensor, y: Tensor) -> bool:
+def _agree(cheap: Way, sound: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
     """Whether the cheap way gives what the sound one does.
 
     Forward over forward is silently wrong through LayerNorm and absent for SiLU (pytorch#196700, #196699). Asked
     of 16 examples in float64: on confident ones the terms are so small that float32 rounds them apart.
     """
-    spread = torch.linspace(0, len(y) - 1, min(16, len(y)), device=x.device).long()
-    x, y, v = x[spread], y[spread], v.double()
+    spread = torch.linspace(0, len(d) - 1, min(16, len(d)), device=x.device).long()
+    x, d, v = x[spread], d[spread], v.double()
     x = x.double() if x.is_floating_point() else x
     try:
-        first, second = cheap(v, x, y), sound(v, x, y)
+        first, second = cheap(v, x, d), sound(v, x, d)
     except (NotImplementedError, RuntimeError):  # no such derivative, or a layer that insists on its dtype
         return False
     return bool((first - second).norm() <= 1e-8 * second.norm())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DataError, DivergedError, UsageError
 from gm_probe.core.parameters import Parameters
-from gm_probe.probe.ascent import ProbeDivergence
-from gm_probe.probe.operators import Operator, fisher, hessian
-from gm_probe.probe.spectrum import Eigenpair, lanczos
+from gm_probe.core.processes import gather_examples
+from gm_probe.probe.affine import Verdict, affine_in_each_parameter
+from gm_probe.probe.ascent import FisherByDifference, ProbeDivergence
+from gm_probe.probe.operators import Operator, fisher, hessian, residual
+from gm_probe.probe.spectrum import Eigenpair, certified, lanczos
+from gm_probe.probe.trace import Trace, fisher_trace
 from gm_probe.probe.work import FORWARD, Work
 
 Protocol = Literal["paper", "converged"]
@@ -24,7 +27,7 @@ Protocol = Literal["paper", "converged"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to measure.
+    r"""How to measure.
 
     Attributes:
         rho: radius ρ of the ball in parameter space.
@@ -39,6 +42,12 @@ class Settings:
         max_probes: of a trace in any case, also where it is below ``min_probes``.
         max_iterations: Lanczos iterations and ascent steps before giving up (and saying so).
         seed: of every random draw.
+        rho_grid, k_grid: more radii and steps at which the paper's S_ρ is taken along the way.
+        eta: η of the adaptive ball ‖δ/(\|θ\|+η)‖ ≤ ρ.
+        sub_batch: examples m that share a perturbation in the batchwise variant.
+        params: regular expression that chooses parameters by name; empty = all trainable ones.
+        top_eigenvalues: how many of the largest eigenvalues λ_max rows list.
+        target_error: relative error at which rows say how many examples they would need; 0 = don't.
     """
 
     rho: float = 0.1
@@ -53,14 +62,27 @@ class Settings:
     max_probes: int = 100
     max_iterations: int = 100
     seed: int = 0
+    rho_grid: tuple[float, ...] = ()
+    k_grid: tuple[int, ...] = ()
+    eta: float = 0.01
+    sub_batch: int = 128
+    params: str = ""
+    top_eigenvalues: int = 1
+    target_error: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     def __post_init__(self) -> None:
         positive = {"rho": self.rho, "noise_scale": self.noise_scale, "k_steps": self.k_steps}
         positive |= {"num_starts": self.num_starts, "max_iterations": self.max_iterations}
+        positive |= {"eta": self.eta, "sub_batch": self.sub_batch, "top_eigenvalues": self.top_eigenvalues}
+        positive |= {f"rho {rho}": rho for rho in self.rho_grid} | {f"k_steps {k}": k for k in self.k_grid}
         for name, value in positive.items():
             if not value > 0 or not math.isfinite(value):
                 raise UsageError(f"{name} must be positive and finite, not {value}")
-        for name in ("ascent_tolerance", "eigen_tolerance", "trace_tolerance"):
+        for name in ("ascent_tolerance", "eigen_tolerance", "trace_tolerance", "target_error"):
             value = getattr(self, name)
             if not value >= 0 or not math.isfinite(value):
                 raise UsageError(f"{name} must be 0 or positive, not {value}")
@@ -96,12 +118,29 @@ class Estimate:
         return {**{key: row[key] for key in row if key != "details"}, **self.details}
 
 
+Figure = tuple[float | None, float | None, float | None, bool, dict[str, Any]]
+"""value, estimator's error, error from the examples being a sample, converged, details"""
+
+
+def example_error(terms: Tensor) -> float | None:
+    """Standard error of the mean of (N,) per-example values; None of a single one."""
+    return float(terms.double().std()) / math.sqrt(len(terms)) if len(terms) > 1 else None
+
+
 class Probe:
     """A model over a probe set, with what several measures share: outputs, labels, the top Fisher eigenpair."""
 
-    def __init__(self, model: nn.Module, batches: Batches, settings: Settings, work: Work) -> None:
-        self.parameters = Parameters(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        settings: Settings,
+        work: Work,
+        initial: nn.Module | None = None,
+    ) -> None:
+        self.parameters = Parameters(model, settings.params)
         self.batches, self.settings, self.work = batches, settings, work
+        self.initial = initial
 
     def generator(self, name: str) -> torch.Generator:
         """A generator of its own for each purpose, so that no figure depends on which others were asked for."""
@@ -118,7 +157,7 @@ class Probe:
 
     @cached_property
     def clean(self) -> Tensor:
-        """(N, C) logits at θ.
+        """(n, C) logits at θ of this process's examples.
 
         Raises:
             DivergedError: some are not finite.
@@ -134,6 +173,11 @@ class Probe:
         if not torch.allclose(first, again, rtol=1e-4, atol=1e-4 * float(first.abs().max())):
             raise DataError("two passes over the data gave different outputs; no shuffling, no random layers")
         return first
+
+    def mean(self, values: Tensor, **details: Any) -> Figure:
+        """The exact mean of this process's per-example ``values`` (n,) over all examples."""
+        joined = gather_examples(values.double())
+        return float(joined.mean()), None, example_error(joined), True, details
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -161,8 +205,12 @@ class Probe:
 
     @cached_property
     def hessian(self) -> Operator:
-        labels = self.clean.argmax(1) if self.labels is None else self.labels
-        return hessian(self.parameters, self.batches, labels, self.work)
+        return hessian(self.parameters, self.batches, self.hessian_labels, self.work)
+
+    @property
+    def hessian_labels(self) -> Tensor:
+        """(n,) as given, or else predicted."""
+        return self.clean.argmax(1) if self.labels is None else self.labels
 
     @property
     def label_kind(self) -> str:
@@ -170,15 +218,48 @@ class Probe:
 
     @cached_property
     def fisher_top(self) -> Eigenpair:
-        return self.top(self.fisher, "fisher")
+        """The Fisher matrix's top eigenpair: found by difference products, certified by an exact one."""
+        draft = replace(self.fisher, matvec=FisherByDifference(self.divergence))
+        tolerance, limit = self.settings.eigen_tolerance, self.settings.max_iterations
+        # a difference product's own error, half a percent, is no tolerance to wait for
+        found = lanczos(
+            draft, generator=self.generator("fisher"), tolerance=max(tolerance, 0.01), max_iterations=limit
+        )
+        exact = certified(self.fisher, found, tolerance=tolerance, max_iterations=limit)
+        return replace(exact, iterations=found.iterations + exact.iterations)
 
-    def top(self, operator: Operator, name: str) -> Eigenpair:
+    @cached_property
+    def hessian_top(self) -> Eigenpair:
+        """The Hessian's top eigenpair, from near the Fisher matrix's (overlap .99 on trained networks)."""
         return lanczos(
-            operator,
-            generator=self.generator(name),
+            self.hessian,
+            generator=self.generator("hessian"),
             tolerance=self.settings.eigen_tolerance,
             max_iterations=self.settings.max_iterations,
+            near=self.fisher_top.vector,
         )
+
+    @cached_property
+    def example_fisher_trace(self) -> Trace | None:
+        """tr F by examples' own gradients; None where this model does not allow it."""
+        return fisher_trace(
+            self.parameters,
+            self.batches,
+            self.clean,
+            self.work,
+            generator=self.generator("fisher trace"),
+            tolerance=self.settings.trace_tolerance,
+            max_probes=self.settings.max_probes,
+        )
+
+    @cached_property
+    def affinity(self) -> Verdict:
+        """Whether each single parameter enters the logits affinely, so that tr H = tr F."""
+        return affine_in_each_parameter(self.parameters, next(iter(self.batches)).x)
+
+    @cached_property
+    def residual(self) -> Operator:
+        return residual(self.parameters, self.batches, self.clean, self.hessian_labels, self.work)
 
     def starts(self) -> list[Tensor]:
         generator = self.generator("starts")

@@ -1,8 +1,7 @@
-"""Largest eigenvalue and trace of a symmetric operator, from products alone. Never sees a model."""
+"""Extreme eigenvalues of a symmetric operator, from products alone. Never sees a model."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +12,70 @@ from torch import Tensor
 from gm_probe.core.errors import DivergedError
 from gm_probe.probe.operators import Operator
 
+NOISE = (
+    0.2  # of a given start vector's length: enough to find what is orthogonal to it, and one product's worth
+)
+
+
+class Krylov:
+    """Lanczos' recurrence with full reorthogonalisation, in float64 over the operator's own products.
+
+    Attributes:
+        basis: orthonormal vectors (P,), in the operator's dtype.
+        diagonal, off_diagonal: of the tridiagonal matrix T; the last off-diagonal entry is the residual's norm.
+        exhausted: the basis spans an invariant subspace, so the Ritz values are eigenvalues.
+    """
+
+    def __init__(self, operator: Operator, start: Tensor) -> None:
+        self.operator = operator
+        self.basis: list[Tensor] = []
+        self.diagonal: list[float] = []
+        self.off_diagonal: list[float] = []
+        self.exhausted = False
+        self._next = start.double()
+        self._norm = float(self._next.norm())
+
+    def extend(self) -> None:
+        """One more product.
+
+        Raises:
+            DivergedError: it is not finite.
+        """
+        self.basis.append((self._next / self._norm).to(self.operator.dtype))
+        w = self.operator.matvec(self.basis[-1]).double()
+        if not bool(torch.isfinite(w).all()):
+            raise DivergedError("a curvature product is not finite; try --dtype float64")
+        self.diagonal.append(float(self.basis[-1].double() @ w))
+        for _ in range(2):  # twice is enough (Kahan); once leaves float32 ghosts
+            for q in self.basis:
+                w -= (q.double() @ w) * q
+        self._next, self._norm = w, float(w.norm())
+        self.off_diagonal.append(self._norm)
+        scale = max(map(abs, (*self.diagonal, *self.off_diagonal[:-1], 1e-300)))
+        lost = self._norm <= 4 * torch.finfo(self.operator.dtype).eps * scale
+        self.exhausted = lost or len(self.basis) == self.operator.size
+
+    def eigen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ritz values, ascending, and their vectors in terms of the basis."""
+        return eigh_tridiagonal(np.array(self.diagonal), np.array(self.off_diagonal[:-1]))
+
+    def vector(self, coefficients: np.ndarray) -> Tensor:
+        """The unit vector (P,) with these coefficients."""
+        total = torch.zeros_like(self._next)
+        for coefficient, q in zip(coefficients, self.basis, strict=True):
+            total += float(coefficient) * q
+        return (total / total.norm()).to(self.operator.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class Eigenpair:
-    """The largest eigenvalue as Lanczos left it.
+    """An eigenvalue as Lanczos left it.
 
     Attributes:
         value: Ritz value θ.
         vector: (P,) unit Ritz vector.
         residual: ‖A v − θ v‖ by Lanczos' own bound; some eigenvalue lies within it of θ.
-        converged: the residual met the tolerance in two successive iterations (one can be a false plateau).
+        converged: the residual met the tolerance in successive iterations (one can be a false plateau).
     """
 
     value: float
@@ -32,107 +85,93 @@ class Eigenpair:
     converged: bool
 
 
+def eigenpairs(
+    operator: Operator,
+    start: Tensor,
+    *,
+    top: int = 1,
+    bottom: int = 0,
+    tolerance: float = 0.01,
+    max_iterations: int = 100,
+    patience: int = 2,
+) -> tuple[list[Eigenpair], list[Eigenpair]]:
+    """The ``top`` largest (descending) and ``bottom`` smallest (ascending) eigenpairs by Lanczos.
+
+    Eigenvalues that are repeated count once: a Krylov space holds one vector of each eigenspace.
+
+    Args:
+        start: (P,) start vector; see ``random_start``.
+        tolerance: residual relative to \\|θ\\| at which an eigenpair is done.
+        patience: successive iterations in which all must be done before it stops.
+
+    Raises:
+        DivergedError: a product is not finite.
+    """
+    krylov = Krylov(operator, start)
+    met = np.zeros(0, dtype=int)
+    for _ in range(max_iterations):
+        krylov.extend()
+        values, vectors = krylov.eigen()
+        last = len(values) - 1
+        wanted = [last - i for i in range(min(top, last + 1))] + list(range(min(bottom, last + 1)))
+        residuals = krylov.off_diagonal[-1] * np.abs(vectors[-1])
+        floor = 4 * torch.finfo(operator.dtype).eps * float(np.abs(values).max())
+        done = residuals[wanted] <= np.maximum(tolerance * np.abs(values[wanted]), floor)
+        met = np.where(done, met + 1, 0) if len(met) == len(wanted) else done.astype(int)
+        if krylov.exhausted or (len(wanted) == top + bottom and met.min() >= patience):
+            break
+    pairs = [
+        Eigenpair(
+            float(values[i]),
+            krylov.vector(vectors[:, i]),
+            float(residuals[i]),
+            len(krylov.basis),
+            krylov.exhausted or bool(count >= patience),
+        )
+        for i, count in zip(wanted, met, strict=True)
+    ]
+    count = min(top, last + 1)
+    return pairs[:count], pairs[count:]
+
+
 def lanczos(
     operator: Operator,
     *,
     generator: torch.Generator,
     tolerance: float = 0.01,
     max_iterations: int = 100,
+    near: Tensor | None = None,
 ) -> Eigenpair:
-    """Largest (algebraic) eigenvalue by Lanczos with full reorthogonalisation, recurrences in float64.
+    """Largest (algebraic) eigenvalue, from a random start or from ``near`` a vector.
 
     Args:
-        generator: draws the start vector. A warm start would save products, but hides what is orthogonal to it.
-        tolerance: residual relative to \\|θ\\| at which to stop.
-
-    Raises:
-        DivergedError: a product is not finite.
+        near: (P,) a guess of the eigenvector. Noise of a fifth of its length is mixed in, and the tolerance is to be
+            met in five successive iterations: so an eigenvector orthogonal to it has time to grow out of the noise.
     """
-    w = torch.randn(operator.size, generator=generator, dtype=torch.float64).to(operator.device)
-    basis: list[Tensor] = []
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    norm = float(w.norm())
-    theta, residual, ritz, met, converged = 0.0, math.inf, np.ones(1), 0, False
-    for _ in range(min(max_iterations, operator.size)):
-        basis.append((w / norm).to(operator.dtype))
-        w = operator.matvec(basis[-1]).double()
-        if not bool(torch.isfinite(w).all()):
-            raise DivergedError("a curvature product is not finite; try --dtype float64")
-        diagonal.append(float(basis[-1].double() @ w))
-        for _ in range(2):  # twice is enough (Kahan); once leaves float32 ghosts
-            for q in basis:
-                w -= (q.double() @ w) * q
-        norm = float(w.norm())
-        values, vectors = eigh_tridiagonal(np.array(diagonal), np.array(off_diagonal))
-        theta, ritz = float(values[-1]), vectors[:, -1]
-        residual = norm * abs(float(ritz[-1]))
-        scale = float(np.abs(values).max())
-        met = met + 1 if residual <= tolerance * abs(theta) else 0
-        # a vanishing norm means an invariant subspace: the Ritz values are eigenvalues
-        converged = met >= 2 or norm <= 4 * torch.finfo(operator.dtype).eps * max(scale, 1e-300)
-        if converged:
-            break
-        off_diagonal.append(norm)
-    else:
-        converged = len(basis) == operator.size
-    vector = torch.zeros(operator.size, dtype=torch.float64, device=operator.device)
-    for coefficient, q in zip(ritz, basis, strict=True):
-        vector += float(coefficient) * q
-    vector = (vector / vector.norm()).to(operator.dtype)
-    return Eigenpair(theta, vector, residual, len(basis), converged)
+    start, patience = random_start(operator, generator, near), 2 if near is None else 5
+    [pair], _ = eigenpairs(
+        operator, start, tolerance=tolerance, max_iterations=max_iterations, patience=patience
+    )
+    return pair
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """A stochastic trace.
+def random_start(operator: Operator, generator: torch.Generator, near: Tensor | None = None) -> Tensor:
+    """A (P,) float64 start vector: Gaussian, or ``near`` with ``NOISE`` of its length mixed in."""
+    noise = torch.randn(operator.size, generator=generator, dtype=torch.float64).to(operator.device)
+    if near is None:
+        return noise
+    return near.double() / near.double().norm() + NOISE * noise / noise.norm()
 
-    Attributes:
-        stderr: standard error over probes.
-        stderr_examples: standard error from the N examples being a sample, the probes' noise taken out; None
-            where these few probes cannot tell the two apart, or of a single example.
+
+def certified(operator: Operator, guess: Eigenpair, *, tolerance: float, max_iterations: int) -> Eigenpair:
+    """Check a cheaply found eigenpair by exact products, and go on from it where it does not hold.
+
+    One product gives the exact Rayleigh quotient and residual of ``guess``; where that residual is too large, Lanczos
+    continues from there.
     """
-
-    value: float
-    stderr: float
-    stderr_examples: float | None
-    num_probes: int
-    converged: bool
-
-
-def trace(
-    operator: Operator,
-    *,
-    generator: torch.Generator,
-    tolerance: float = 0.05,
-    min_probes: int = 10,
-    max_probes: int = 100,
-) -> Trace:
-    """Hutchinson's estimator with Rademacher probes, until its standard error is ≤ ``tolerance`` · \\|value\\|.
-
-    Raises:
-        DivergedError: a term is not finite.
-    """
-    samples: list[float] = []
-    total: Tensor | None = None  # (N,) Σ over probes of the examples' terms
-    variances = 0.0  # Σ over probes of the variance over examples
-    stderr, converged = math.inf, False
-    while len(samples) < max_probes and not converged:
-        signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8).to(
-            operator.device
-        )
-        terms = operator.terms(signs.to(operator.dtype) * 2 - 1).double()
-        if not bool(torch.isfinite(terms).all()):
-            raise DivergedError("a curvature term is not finite; try --dtype float64")
-        total = terms if total is None else total + terms
-        variances += float(terms.var()) if len(terms) > 1 else 0.0
-        samples.append(float(terms.mean()))
-        if len(samples) >= max(min(min_probes, max_probes), 2):
-            stderr = float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
-            converged = stderr <= tolerance * abs(float(np.mean(samples)))
-    assert total is not None
-    n = len(samples)
-    # Var(mean over n probes) = V + E/n and Var(one probe) = V + E, solved for the examples' own V
-    own = (float(total.var()) - variances) / (n * (n - 1)) if n > 1 and len(total) > 1 else -1.0
-    stderr_examples = math.sqrt(own / len(total)) if own >= 0 else None
-    return Trace(float(np.mean(samples)), stderr, stderr_examples, n, converged)
+    [pair], _ = eigenpairs(
+        operator, guess.vector, tolerance=tolerance, max_iterations=max_iterations, patience=1
+    )
+    return Eigenpair(
+        pair.value, pair.vector, pair.residual, pair.iterations, pair.converged and guess.converged
+    )

@@ -7,17 +7,19 @@ from collections.abc import Callable
 # In forward passes; a backward pass costs about two (METHOD.md). One gradient evaluation = 3.
 FORWARD = 1.0
 GRADIENT = 3.0
-JVP = 2.0  # primal and tangent together
-NESTED_JVP = 4.0  # each nesting doubles the forward work
+JVP = 3.0  # the primal pass, and a tangent pass of two products a layer
+NESTED_JVP = 9.0  # a jvp of a jvp
+FORWARD_OVER_REVERSE = 9.0  # a gradient and its tangent, two products for each of a gradient's
 DOUBLE_BACKWARD = 9.0  # a gradient, and a gradient through it
 TRIPLE_BACKWARD = 27.0  # and once more
+EXAMPLE_NORMS = 3.0  # back to every layer's output, and its weights' gradient example by example
 
 
 class Work:
     """A running count of gradient evaluations over the whole probe set.
 
     Args:
-        num_examples: size N of the probe set; a pass over a batch of B counts B/N.
+        num_examples: size of the probe set, or of this process's share; a pass over a batch of B counts B/size.
         notify: called with the count after every batch (progress bars).
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,31 @@ from gm_probe.core.devices import environment
 from gm_probe.core.errors import DataError, UsageError, first_line
 from gm_probe.core.files import write_json
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
-from gm_probe.core.models import logits_of
-from gm_probe.core.parameters import evaluating
+from gm_probe.core.models import initial_model, logits_of
+from gm_probe.core.parameters import differentiable_attention, evaluating
+from gm_probe.core.processes import count, rank
 from gm_probe.core.records import read_run
+from gm_probe.probe.density import density
 from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Settings
+from gm_probe.probe.probe import Probe, Settings
+from gm_probe.probe.work import Work
 
 
-def measure_checkpoint(
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A checkpoint's model over examples, ready to be measured."""
+
+    model: torch.nn.Module
+    name: str
+    batches: Batches
+    num_classes: int
+    classes: tuple[str, ...]  # as the checkpoint records them
+    initial: torch.nn.Module | None  # what a run's training started from; None of other checkpoints
+
+
+def open_subject(
     path: Path,
     examples: Examples,
-    names: Sequence[str] | None,
-    settings: Settings,
     *,
     model_name: str | None = None,
     normalization: Normalization | None = None,
@@ -34,15 +48,14 @@ def measure_checkpoint(
     batch_size: int = 250,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    notify: Callable[[str, float], None] | None = None,
-) -> dict[str, Any]:
-    """Measure the checkpoint ``path`` and return its JSON object (see ``Report.as_dict``).
+) -> Subject:
+    """Load the checkpoint ``path`` and lay ``examples`` out for it.
 
     Args:
         model_name, normalization, num_classes: needed for foreign checkpoints; override the recorded ones.
 
     Raises:
-        CheckpointError, DataError, UsageError, DivergedError: as the parts raise them.
+        CheckpointError, DataError, UsageError: as the parts raise them.
     """
     checkpoint = read_checkpoint(path)
     check_fit(checkpoint, examples)
@@ -61,19 +74,80 @@ def measure_checkpoint(
             f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; "
             "each class needs its folder, or measure it --unlabeled"
         )
-    report = measure(model, batches, names, settings, notify=notify)
     name = model_name or (checkpoint.model.name if checkpoint.model else "")
+    seed = read_run(path).config.get("seed") if path.is_dir() else None
+    initial = None
+    if checkpoint.model is not None and isinstance(seed, int):
+        initial = initial_model(checkpoint.model, seed).to(device, dtype)
+    return Subject(model, name, batches, classes, checkpoint.classes, initial)
+
+
+def measure_checkpoint(
+    path: Path,
+    examples: Examples,
+    names: Sequence[str] | None,
+    settings: Settings,
+    *,
+    notify: Callable[[str, float], None] | None = None,
+    **loading: Any,
+) -> dict[str, Any]:
+    """Measure the checkpoint ``path`` and return its JSON object (see ``Report.as_dict``).
+
+    Under ``torchrun`` each process takes its share of the examples; all return the same.
+
+    Args:
+        loading: as ``open_subject`` takes them.
+
+    Raises:
+        CheckpointError, DataError, UsageError, DivergedError: as the parts raise them.
+    """
+    subject = open_subject(path, examples, **loading)
+    batches = subject.batches
+    part = batches.shard(rank(), count())
+    report = measure(subject.model, part, names, settings, initial=subject.initial, notify=notify)
     result = report.as_dict(
         checkpoint=str(path),
-        model=name,
+        model=subject.name,
         data=examples.source,
         num_examples=len(examples),
-        mean=list(chosen.mean),
-        std=list(chosen.std),
-        dtype=str(dtype).removeprefix("torch."),
-        **environment(device),
+        mean=list(batches.normalization.mean),
+        std=list(batches.normalization.std),
+        dtype=str(batches.dtype).removeprefix("torch."),
+        processes=count(),
+        **environment(batches.device),
     )
-    return {**result, "num_classes": classes}
+    return {**result, "num_classes": subject.num_classes}
+
+
+def measure_density(
+    path: Path,
+    examples: Examples,
+    settings: Settings,
+    *,
+    notify: Callable[[str, float], None] | None = None,
+    **loading: Any,
+) -> dict[str, Any]:
+    """The spectral densities of F and H of the checkpoint ``path``, as JSON objects by name; see ``density``."""
+    subject = open_subject(path, examples, **loading)
+    batches = subject.batches.shard(rank(), count())
+    with evaluating(subject.model), differentiable_attention():
+        probe = Probe(subject.model, batches, settings, Work(batches.num_examples))
+        found = {}
+        for name, operator in (("fisher", probe.fisher), ("hessian", probe.hessian)):
+
+            def tick(_: int, __: int, name: str = name) -> None:
+                if notify is not None:
+                    notify(f"density of the {name}", probe.work.evaluations)
+
+            found[name] = density(
+                operator,
+                generator=probe.generator(f"{name} density"),
+                num_probes=2,
+                num_steps=30,
+                notify=tick,
+            ).as_dict()
+        found["hessian"]["labels"] = probe.label_kind
+    return found
 
 
 def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:

@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from pathlib import Path
@@ -49,7 +49,7 @@ def is_complete(out: Path, plan: MeasurePlan) -> bool:
     except StorageError:
         return False  # trying the run will say what is broken
     if record.status == "finished":
-        asked = {**asdict(plan.settings), **_scope(plan)}
+        asked = {**plan.settings.as_dict(), **_scope(plan)}
         same = all(record.settings.get(name) == value for name, value in asked.items())
         return not plan.measures or (same and set(plan.measures) <= set(record.measures))
     return record.status == "diverged"

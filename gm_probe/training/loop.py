@@ -21,7 +21,7 @@ from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment, pick_device
 from gm_probe.core.errors import CheckpointError, DivergedError, StorageError, UsageError
 from gm_probe.core.files import exclusive, write_atomic, write_json, write_toml
-from gm_probe.core.models import ModelSpec, build_model, logits_of
+from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import evaluating
 from gm_probe.core.records import CHECKPOINT, CONFIG, METRICS, SPLIT, STATE, SUMMARY, read_metrics, read_run
 from gm_probe.probe.measures import measure
@@ -104,9 +104,7 @@ class Training:
         train = self.splits.train
         self.normalization = Normalization.of(train)
         self.spec = ModelSpec(config.model, tuple(train.x.shape[1:]), self.splits.num_classes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.model = build_model(self.spec).to(self.device)
+        self.model = initial_model(self.spec, config.seed).to(self.device)
         if train.x.dim() == 4:
             self.model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(config, self.model)

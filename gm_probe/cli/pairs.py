@@ -1,0 +1,252 @@
+"""``gmprobe pairs``: how far models of one training procedure differ from each other over unlabeled data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gm_probe.cli.data import DataOptions, data_options
+from gm_probe.cli.output import (
+    format_options,
+    note,
+    notes_console,
+    number,
+    print_csv,
+    print_json,
+    results_console,
+    table,
+)
+from gm_probe.cli.progress import progress_bar
+from gm_probe.core.errors import (
+    DataError,
+    DivergedError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from gm_probe.core.datasets import Examples
+    from gm_probe.probe.pairwise import PairReport
+
+
+@click.command(epilog="Example:  gmprobe pairs runs/")
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
+)
+@data_options
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the subset.")
+@format_options
+def pairs(
+    checkpoints: tuple[Path, ...],
+    unlabeled: str | None,
+    seed: int,
+    output: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Compare CHECKPOINTS with each other, pair by pair.
+
+    A checkpoint is a run folder, a folder of such (its finished runs count), or a file as `gmprobe measure` takes
+    it. Without --unlabeled the runs' own unlabeled part is used, which must be the same for all.
+
+    \b
+    disagreement                how often two models predict different classes
+    conditional_inconsistency   C_θ: KL between two models of one training set
+    inconsistency               C_P: the same, averaged over training sets
+    instability                 S_P: KL between the mean predictions of two training sets
+
+    Which runs share a training set is read from their records; the training set of a file is unknown, and all
+    files are taken to have the same. What is undefined (S_P of a single training set, say) is shown so, with the
+    reason. --json also has every pair; --csv prints one row a pair.
+    """
+    from gm_probe.sweep.training_sets import (
+        common_unlabeled,
+        described,
+        doubts,
+        find_checkpoints,
+        is_run,
+        reasons,
+        training_sets_of,
+    )
+
+    data = DataOptions(**options)
+    paths, excluded, notes = find_checkpoints(checkpoints)
+    if len(paths) < 2:
+        left_out = f" ({len(excluded)} left out: {reasons(excluded)})" if excluded else ""
+        raise UsageError(
+            f"{paths[0]} is one checkpoint{left_out}; a pair needs two: give more, or their folder"
+        )
+    if unlabeled is None:
+        for path in paths:
+            if not is_run(path):
+                raise UsageError(f"{path} is no run folder with data of its own; give --unlabeled DATA")
+        data.require_source()
+    from gm_probe.core.devices import environment
+    from gm_probe.probe.pairwise import compare
+    from gm_probe.training.parts import OWN_UNLABELED
+
+    loading = data.loading()
+    training_sets = training_sets_of(paths)
+    notes += doubts(paths, training_sets)
+    if unlabeled is None:
+        examples, used_part = common_unlabeled(paths), OWN_UNLABELED
+    else:
+        examples, used_part, hint = data.open(unlabeled, labeled=False)
+        notes += [hint] if hint else []
+    examples = examples.subset(data.max_examples, seed)
+    outputs, models = _all_outputs(paths, examples, quiet=quiet, **loading)
+    with progress_bar("pairs", len(paths) * (len(paths) - 1) // 2, quiet=quiet) as bar:
+        report = compare(outputs, training_sets, names=[str(path) for path in paths], notify=bar.update)
+    result: dict[str, Any] = {
+        "checkpoints": [
+            {**row, "training_set": name} for row, name in zip(models, training_sets, strict=True)
+        ],
+        "training_sets": described(paths, training_sets),
+        "excluded": [{"run": str(path), "reason": reason} for path, reason in excluded],
+        "num_examples": report.num_examples,
+        "num_classes": report.num_classes,
+        "settings": {
+            "data": examples.source,
+            "part": used_part,
+            "max_examples": data.max_examples,
+            "seed": seed,
+            "dtype": data.dtype,
+            "batchnorm": "eval (running statistics)",
+            **environment(loading["device"]),
+        },
+        "measures": {name: row.as_dict() for name, row in report.rows.items()},
+        "pairs": _pair_rows(report, paths),
+        "notes": notes,
+    }
+    if output == "json":
+        print_json(result)
+    elif output == "csv":
+        print_csv(result["pairs"])
+    else:
+        _print_result(result)
+    if output is not None and not quiet:
+        for line in notes:
+            note(notes_console(), f"note: {line}")
+
+
+# ---- outputs
+
+
+def _all_outputs(
+    paths: Sequence[Path],
+    examples: Examples,
+    *,
+    quiet: bool,
+    **options: Any,
+) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """(N, C) logits of each checkpoint, and what it is; the first that does not fit the others ends it."""
+    from gm_probe.probe.pairwise import check_outputs
+
+    outputs: list[torch.Tensor] = []
+    models: list[dict[str, Any]] = []
+    named: tuple[Path, tuple[str, ...]] | None = None
+    with progress_bar("outputs", len(paths), quiet=quiet) as bar:
+        for index, path in enumerate(paths):
+            bar.update(index, label=path.name)
+            logits, model, classes = _outputs(path, examples, **options)
+            check_outputs(str(path), logits, str(paths[0]), outputs[0] if outputs else logits)
+            if classes and named is not None and classes != named[1]:
+                raise DataError(
+                    f"{path} and {named[0]} were trained on classes of different names or order "
+                    f"({_first_difference(classes, named[1])}); their outputs cannot be compared"
+                )
+            named = named or ((path, classes) if classes else None)
+            outputs.append(logits)
+            models.append(model)
+    return outputs, models
+
+
+def _first_difference(classes: Sequence[str], others: Sequence[str]) -> str:
+    for index, (one, other) in enumerate(zip(classes, others, strict=False)):
+        if one != other:
+            return f"class {index}: {one!r} and {other!r}"
+    return f"{len(classes)} and {len(others)} names"
+
+
+def _outputs(
+    path: Path, examples: Examples, **loading: Any
+) -> tuple[torch.Tensor, dict[str, Any], tuple[str, ...]]:
+    """(N, C) logits of one checkpoint in eval mode, its row of the result, and the classes it recorded."""
+    from gm_probe.core.parameters import evaluating
+    from gm_probe.probe.probe import Probe, Settings
+    from gm_probe.probe.work import Work
+    from gm_probe.sweep.measuring import open_subject
+
+    subject = open_subject(path, examples, **loading)
+    try:
+        with evaluating(subject.model):
+            logits = Probe(subject.model, subject.batches, Settings(), Work(len(examples))).clean
+    except (DataError, DivergedError) as error:  # which know of no path
+        raise type(error)(f"{path}: {error}") from error
+    used = subject.batches.normalization
+    row = {"checkpoint": str(path), "model": subject.name, "mean": list(used.mean), "std": list(used.std)}
+    return logits, row, subject.classes
+
+
+# ---- what is shown
+
+
+def _pair_rows(report: PairReport, paths: Sequence[Path]) -> list[dict[str, Any]]:
+    return [
+        {
+            "a": str(paths[pair.a]),
+            "b": str(paths[pair.b]),
+            "disagreement": pair.disagreement,
+            "kl_ab": pair.kl_ab,
+            "kl_ba": pair.kl_ba,
+            "same_training_set": pair.same_training_set,
+        }
+        for pair in report.pairs
+    ]
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    """The figures on stdout, and below them how they are to be read."""
+    from gm_probe.probe.pairwise import PAIR_MEASURES
+
+    console = results_console()
+    # the figures' columns and the frame take 48; where names do not fit beside them, symbols do
+    narrow = console.width < 48 + max(map(len, PAIR_MEASURES))
+    rows, lines = [], []
+    for name, row in result["measures"].items():
+        symbol, _ = PAIR_MEASURES[name]
+        figures = (number(row["value"]), number(row["stderr"], 2), number(row["stderr_examples"], 2))
+        rows.append((symbol if narrow else name, *figures, str(row["num_pairs"])))
+        if row["value"] is None:
+            lines.append(f"{name} is undefined: {row['reason']}")
+        elif row["stderr"] is None:
+            lines.append(f"{name}, ± pairs: {row['reason_stderr']}")
+    models, sets = len(result["checkpoints"]), len(result["training_sets"])
+    title = (
+        f"{models} models of {sets} training set{'s' * (sets > 1)}  N = {result['num_examples']:,}  "
+        f"C = {result['num_classes']}"
+    )
+    console.print(table(title, ("measure", "value", "± pairs", "± examples", "n"), rows))
+    for line in (*lines, *(f"note: {line}" for line in result["notes"])):
+        console.print(line, markup=False, highlight=False)
+    console.print(
+        f"{_legend(narrow)}KL in nats, mean of both directions. ± pairs: jackknife over models or training sets; "
+        "± examples: standard error from the probe set's size; n: pairs of models (S_P: of training sets). "
+        "BatchNorm in eval mode.",
+        style="dim",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _legend(narrow: bool) -> str:
+    from gm_probe.probe.pairwise import PAIR_MEASURES
+
+    if not narrow:
+        return ""
+    return "".join(f"{symbol}: {name}; " for name, (symbol, _) in PAIR_MEASURES.items())

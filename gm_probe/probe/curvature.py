@@ -1,0 +1,126 @@
+"""Eigenvalues and traces of the Fisher matrix and of the loss Hessian."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from gm_probe.probe.operators import Operator
+from gm_probe.probe.probe import Figure, Probe, example_error
+from gm_probe.probe.spectrum import Eigenpair, eigenpairs, random_start
+from gm_probe.probe.trace import Trace, trace
+
+
+def _eigenvalue(operator: Operator, pair: Eigenpair, **details: Any) -> Figure:
+    details = {**details, "iterations": pair.iterations, "error_kind": "residual bound"}
+    # the per-example Rayleigh terms of the eigenvector have the eigenvalue as their mean
+    return pair.value, pair.residual, example_error(operator.terms(pair.vector)), pair.converged, details
+
+
+def fisher_lambda_max(probe: Probe) -> Figure:
+    return _eigenvalue(probe.fisher, probe.fisher_top, **_more(probe, probe.fisher, "fisher"))
+
+
+def hessian_lambda_max(probe: Probe) -> Figure:
+    more = _more(probe, probe.hessian, "hessian")
+    return _eigenvalue(probe.hessian, probe.hessian_top, labels=probe.label_kind, **more)
+
+
+def _more(probe: Probe, operator: Operator, name: str) -> dict[str, Any]:
+    """The next eigenvalues, where ``top_eigenvalues`` asks for more than one."""
+    wanted = probe.settings.top_eigenvalues
+    if wanted == 1:
+        return {}
+    pairs, _ = eigenpairs(
+        operator,
+        random_start(operator, probe.generator(f"{name} top")),
+        top=wanted,
+        tolerance=probe.settings.eigen_tolerance,
+        max_iterations=probe.settings.max_iterations,
+    )
+    rows = [{"value": p.value, "residual": p.residual, "converged": p.converged} for p in pairs]
+    return {"eigenvalues": rows}
+
+
+def hessian_lambda_min(probe: Probe) -> Figure:
+    """H is indefinite; its most negative eigenvalue says how far from a minimum the model is."""
+    _, [pair] = eigenpairs(
+        probe.hessian,
+        random_start(probe.hessian, probe.generator("hessian bottom")),
+        top=0,
+        bottom=1,
+        tolerance=probe.settings.eigen_tolerance,
+        max_iterations=probe.settings.max_iterations,
+    )
+    return _eigenvalue(probe.hessian, pair, labels=probe.label_kind)
+
+
+def _hutchinson(probe: Probe, operator: Operator, name: str, **options: Any) -> Trace:
+    settings = probe.settings
+    return trace(
+        operator,
+        generator=probe.generator(name),
+        tolerance=settings.trace_tolerance,
+        min_probes=settings.min_probes,
+        max_probes=settings.max_probes,
+        **options,
+    )
+
+
+def _row(found: Trace, method: str, **details: Any) -> Figure:
+    details = {**details, "method": method, "num_probes": found.num_probes}
+    return found.value, found.stderr, found.stderr_examples, found.converged, details
+
+
+EXAMPLES = "examples' own gradients"
+
+
+def fisher_trace(probe: Probe) -> Figure:
+    """By examples' own gradients, or where the model has none, by Hutchinson without the top eigenvector's share."""
+    found = probe.example_fisher_trace
+    if found is not None:
+        return _row(
+            found, f"{EXAMPLES}, {'exact' if found.stderr is None else 'random signs on the outputs'}"
+        )
+    return _row(_hutchinson(probe, probe.fisher, "fisher trace"), "Hutchinson")
+
+
+def hessian_trace(probe: Probe) -> Figure:
+    """tr F where every parameter enters affinely, else tr F + tr(H − F) (METHOD.md, tr H = tr F)."""
+    fisher = probe.example_fisher_trace
+    if fisher is None:
+        found = _hutchinson(probe, probe.hessian, "hessian trace")
+        return _row(found, "Hutchinson", labels=probe.label_kind)
+    if probe.affinity.affine:
+        return _row(fisher, "tr F: every parameter enters affinely", labels="none needed")
+    found = _hutchinson(probe, probe.residual, "hessian trace", offset=fisher.terms)
+    error = math.hypot(found.stderr or 0.0, fisher.stderr or 0.0)
+    return (
+        found.value,
+        error,
+        found.stderr_examples,
+        fisher.converged and error <= probe.settings.trace_tolerance * abs(found.value),
+        {
+            "method": "tr F + tr(H − F), the latter by Hutchinson",
+            "num_probes": found.num_probes,
+            "labels": probe.label_kind,
+            "not_affine": probe.affinity.reason,
+        },
+    )
+
+
+def effective_rank(probe: Probe) -> Figure:
+    """tr F / λ_max(F): over how many directions the curvature is spread."""
+    top, top_error, top_examples, top_converged, _ = fisher_lambda_max(probe)
+    total, error, examples, converged, details = fisher_trace(probe)
+    assert top is not None
+    assert total is not None
+    if not top > 0:
+        return None, None, None, False, {"reason": "λ_max(F) is not positive"}
+    ratio = total / top
+    estimator = ratio * math.hypot((error or 0.0) / total, (top_error or 0.0) / top)
+    # numerator and denominator share the examples; taken as independent, which errs high
+    both = (
+        None if examples is None or top_examples is None else math.hypot(examples / total, top_examples / top)
+    )
+    return ratio, estimator, None if both is None else ratio * both, converged and top_converged, details

@@ -1,0 +1,175 @@
+"""Local inconsistency S_ρ: the paper's protocol, the converged maximum, and their relatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gm_probe.core.batches import cut
+from gm_probe.core.errors import UsageError
+from gm_probe.core.processes import count
+from gm_probe.probe.ascent import Maximum, ascend, kl_gradient, maximize, to_sphere
+from gm_probe.probe.kl import kl_divergence
+from gm_probe.probe.outputs import parameter_norm
+from gm_probe.probe.probe import Figure, Probe, example_error
+from gm_probe.probe.work import FORWARD, GRADIENT
+
+
+def _over_starts(terms: list[Tensor], kind: str, **details: Any) -> Figure:
+    """The mean over starts (or draws) of mean divergences, from their examples' terms (N,) each."""
+    values = torch.stack([each.double().mean() for each in terms])
+    spread = float(values.std()) if len(values) > 1 else None
+    error = None if spread is None else spread / math.sqrt(len(values))
+    details |= {"sd_starts": spread, "num_starts": len(values), "starts": values.tolist()}
+    if spread is None:
+        details["reason_stderr"] = f"one {kind} has no spread"
+    # K steps are the protocol's definition: there is nothing to converge
+    return float(values.mean()), error, example_error(torch.stack(terms).mean(0)), True, details
+
+
+def paper(probe: Probe) -> Figure:
+    """Algorithm 1's K steps from random starts (paper §4.5, App. F), on a grid of ρ and K where one is asked.
+
+    The grid costs little: the first gradient serves every ρ, and the values at fewer steps come with the way.
+    """
+    settings = probe.settings
+    radii = sorted({settings.rho, *settings.rho_grid})
+    steps = sorted({settings.k_steps, *settings.k_grid})
+    ends: list[Tensor] = []
+    grid: dict[tuple[float, int], list[float]] = {(rho, k): [] for rho in radii for k in steps}
+    for start in probe.starts():
+        first = probe.divergence.gradient(start)
+        for rho in radii:
+            delta = to_sphere(first, rho)
+            for k in range(1, steps[-1] + 1):
+                primary = (rho, k) == (settings.rho, settings.k_steps)
+                if primary:
+                    ends.append(probe.divergence.terms(delta))
+                    value = float(ends[-1].double().mean())
+                if k < steps[-1]:
+                    value, gradient = probe.divergence.value_and_gradient(delta)
+                    following = to_sphere(gradient, rho)
+                elif not primary:
+                    value = float(probe.divergence.terms(delta).double().mean())
+                if (rho, k) in grid:
+                    grid[rho, k].append(value)
+                if k < steps[-1]:
+                    delta = following
+    details: dict[str, Any] = {"protocol": "paper"}
+    if len(grid) > 1:
+        details["grid"] = [
+            {"rho": rho, "k_steps": k, "value": float(torch.tensor(found).double().mean()), "starts": found}
+            for (rho, k), found in grid.items()
+        ]
+    return _over_starts(ends, "start", **details)
+
+
+def converged(probe: Probe) -> Figure:
+    """The largest divergence that ascents from ± the Fisher matrix's top eigenvector and from noise reach.
+
+    A lower bound of the maximum (Eq. 3), not a certificate: the problem is not concave.
+    """
+    settings = probe.settings
+    top = probe.fisher_top
+
+    def up(start: Tensor, rival: float) -> Maximum:
+        return maximize(
+            probe.divergence.value_and_gradient,
+            start,
+            settings.rho,
+            tolerance=settings.ascent_tolerance,
+            max_steps=settings.max_iterations,
+            rival=rival,
+        )
+
+    # the two signs of v₁ end 12-43 % apart beyond the quadratic regime: the more promising one first
+    signed = {"+v1": to_sphere(top.vector, settings.rho), "-v1": to_sphere(-top.vector, settings.rho)}
+    values = {name: float(probe.divergence.terms(start).double().mean()) for name, start in signed.items()}
+    ends: dict[str, Maximum] = {}
+    for name in sorted(signed, key=values.__getitem__, reverse=True):
+        ends[name] = up(signed[name], max((end.value for end in ends.values()), default=0.0))
+    # noise guards against a poor v₁
+    for i, noise in enumerate(probe.starts()[:2]):
+        # a raw noise direction is flat: one step of Algorithm 1 first
+        start = ascend(probe.divergence.gradient, noise, settings.rho, 1)
+        ends[f"noise {i}"] = up(start, max(end.value for end in ends.values()))
+    best = max(ends.values(), key=lambda end: end.value)
+    quadratic = settings.rho**2 / 2 * top.value
+    details = {
+        "protocol": "converged",
+        "starts": {name: end.value for name, end in ends.items()},
+        "steps": {name: len(end.gains) for name, end in ends.items()},
+        "abandoned": [name for name, end in ends.items() if end.abandoned],
+        "alignment": best.alignment,
+        "gains": list(best.gains),
+        "quadratic_ratio": best.value / quadratic if quadratic > 0 else None,
+    }
+    return best.value, None, example_error(probe.divergence.terms(best.delta)), best.converged, details
+
+
+def local_inconsistency(probe: Probe) -> Figure:
+    """By the protocol that the settings name."""
+    return converged(probe) if probe.settings.protocol == "converged" else paper(probe)
+
+
+def relative(probe: Probe) -> Figure:
+    """The paper's protocol at radius ρ‖θ‖."""
+    length, *_ = parameter_norm(probe)
+    assert length is not None
+    radius = probe.settings.rho * length
+    ends = [
+        ascend(probe.divergence.gradient, start, radius, probe.settings.k_steps) for start in probe.starts()
+    ]
+    return _over_starts([probe.divergence.terms(end) for end in ends], "start", radius=radius)
+
+
+def adaptive(probe: Probe) -> Figure:
+    """The paper's protocol in the ball ‖δ/(|θ|+η)‖ ≤ ρ, as ASAM's (Kwon 2021): ascent in u with δ = (|θ|+η) u."""
+    settings = probe.settings
+    scale = probe.parameters.join(probe.parameters.values().values()).abs() + settings.eta
+
+    def gradient(u: Tensor) -> Tensor:
+        return scale * probe.divergence.gradient(scale * u)
+
+    ends = [scale * ascend(gradient, start, settings.rho, settings.k_steps) for start in probe.starts()]
+    return _over_starts([probe.divergence.terms(end) for end in ends], "start", eta=settings.eta)
+
+
+def batchwise(probe: Probe) -> Figure:
+    """The paper's protocol with a perturbation of its own for every m examples (m-sharpness, Foret 2021)."""
+    if count() > 1:
+        raise UsageError(
+            "local_inconsistency_batchwise cuts the examples into batches; take it in one process"
+        )
+    settings, parameters = probe.settings, probe.parameters
+    batches = probe.batches.of_size(settings.sub_batch)
+    all_terms = []
+    for start in probe.starts():
+        terms = []
+        for batch, clean in zip(batches, cut(probe.clean, batches), strict=True):
+            slope = _gradient_on(probe, batch.x, clean)
+            delta = ascend(slope, start, settings.rho, settings.k_steps)
+            with torch.no_grad():
+                terms.append(kl_divergence(clean, parameters.logits(batch.x, parameters.moved(delta))))
+            probe.work.add(FORWARD, len(clean))
+        all_terms.append(torch.cat(terms))
+    return _over_starts(all_terms, "start", sub_batch=settings.sub_batch)
+
+
+def _gradient_on(probe: Probe, x: Tensor, clean: Tensor) -> Callable[[Tensor], Tensor]:
+    def gradient(offset: Tensor) -> Tensor:
+        probe.work.add(GRADIENT, len(clean))
+        return kl_gradient(probe.parameters, x, clean, offset)[1]
+
+    return gradient
+
+
+def average(probe: Probe) -> Figure:
+    """A_ρ = E mean KL(f_θ ‖ f_{θ+ε}) over ε ~ N(0, ρ²I/P): what the maximum is compared with."""
+    generator = probe.generator("average")
+    draws = [probe.parameters.random(probe.settings.rho, generator) for _ in range(probe.settings.num_starts)]
+    return _over_starts([probe.divergence.terms(draw) for draw in draws], "draw")

@@ -1,0 +1,113 @@
+"""Measures of the outputs and weights alone: confidence, sensitivity to the input, norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gm_probe.core.batches import cut
+from gm_probe.core.processes import gather_examples
+from gm_probe.probe.probe import Figure, Probe, example_error
+from gm_probe.probe.work import FORWARD, GRADIENT
+
+SHIFT = 4  # pixels, as in the usual crop augmentation
+
+
+def error(probe: Probe) -> Figure:
+    assert probe.labels is not None
+    return probe.mean(probe.clean.argmax(1) != probe.labels)
+
+
+def cross_entropy(probe: Probe) -> Figure:
+    assert probe.labels is not None
+    return probe.mean(functional.cross_entropy(probe.clean.double(), probe.labels, reduction="none"))
+
+
+def mean_entropy(probe: Probe) -> Figure:
+    log_p = probe.clean.double().log_softmax(1)
+    return probe.mean(-(log_p.exp() * log_p).sum(1))
+
+
+def mean_confidence(probe: Probe) -> Figure:
+    return probe.mean(probe.clean.double().softmax(1).amax(1))
+
+
+def input_jacobian_norm(probe: Probe) -> Figure:
+    """Root mean square over examples of ‖∂f_θ(x)/∂x‖_F (Novak et al. 2018), exact: one backward pass a class."""
+    rows = []
+    for batch, clean in zip(probe.batches, cut(probe.clean, probe.batches), strict=True):
+        if not batch.x.is_floating_point():
+            return None, None, None, False, {"reason": "inputs are integers: nothing to differentiate by"}
+        x = batch.x.detach().requires_grad_()
+        squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        with torch.enable_grad():
+            p = probe.parameters.logits(x, probe.parameters.values()).softmax(1)
+            for c in range(p.shape[1]):
+                [g] = torch.autograd.grad(p[:, c].sum(), x, retain_graph=True)
+                squares += g.double().flatten(1).square().sum(1)
+        probe.work.add(FORWARD + p.shape[1] * (GRADIENT - FORWARD), len(clean))
+        rows.append(squares)
+    squares = gather_examples(torch.cat(rows))
+    value = math.sqrt(float(squares.mean()))
+    spread = example_error(squares)
+    return value, None, None if spread is None or value == 0 else spread / (2 * value), True, {}
+
+
+def flip_rate(probe: Probe) -> Figure:
+    """Fraction of predictions that change where the image is mirrored left to right."""
+    return _changed(probe, lambda x, _: x.flip(-1))
+
+
+def crop_rate(probe: Probe) -> Figure:
+    """Fraction of predictions that change where the image moves by up to 4 pixels (reflected at the border)."""
+
+    def moved(x: Tensor, shifts: Tensor) -> Tensor:
+        pad = min(SHIFT, min(x.shape[2:]) - 1)
+        padded = functional.pad(x, (pad,) * 4, mode="reflect")
+        rows = [torch.arange(size, device=x.device) for size in x.shape[2:]]
+        down, right = (shifts.to(x.device) * (2 * pad + 1)).long().unbind(1)
+        pictures = torch.arange(len(x), device=x.device)[:, None, None]
+        found = padded.permute(0, 2, 3, 1)[
+            pictures, (down[:, None] + rows[0])[:, :, None], (right[:, None] + rows[1])[:, None, :]
+        ]
+        return found.permute(0, 3, 1, 2)
+
+    return _changed(probe, moved)
+
+
+def _changed(probe: Probe, transform: Callable[[Tensor, Tensor], Tensor]) -> Figure:
+    """``transform`` maps images (B, C, H, W) and uniform numbers (B, 2) of their own to images."""
+    batches, rows = probe.batches, []
+    # for all examples at once, so that no shift hangs on the batch size or on the process
+    numbers = torch.rand(batches.total, 2, generator=probe.generator("crop"))
+    mine = numbers[batches.first : batches.first + batches.num_examples].split(batches.batch_size)
+    for batch, clean, some in zip(batches, cut(probe.clean, batches), mine, strict=True):
+        if batch.x.dim() != 4 or not batch.x.is_floating_point():
+            return None, None, None, False, {"reason": "inputs are no images"}
+        with torch.no_grad():
+            logits = probe.parameters.logits(transform(batch.x, some))
+        probe.work.add(FORWARD, len(clean))
+        rows.append(logits.argmax(1) != clean.argmax(1))
+    return probe.mean(torch.cat(rows))
+
+
+def parameter_norm(probe: Probe) -> Figure:
+    """‖θ‖ over the measured parameters."""
+    return _length(probe.parameters.named)
+
+
+def distance_from_initialization(probe: Probe) -> Figure:
+    """‖θ − θ₀‖ over the measured parameters, θ₀ those that training started from."""
+    if probe.initial is None:
+        return None, None, None, False, {"reason": "the initial parameters are known of run folders only"}
+    before = dict(probe.initial.named_parameters())
+    return _length({name: p.detach() - before[name] for name, p in probe.parameters.named.items()})
+
+
+def _length(tensors: Mapping[str, Tensor]) -> Figure:
+    squares = sum(float(t.detach().double().square().sum()) for t in tensors.values())
+    return math.sqrt(squares), None, None, True, {"reason_stderr_examples": "needs no examples"}

@@ -1,0 +1,216 @@
+"""Traces: of any operator by Hutchinson's estimator, of the Fisher matrix by each example's own gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gm_probe.core.batches import Batches, cut
+from gm_probe.core.errors import DivergedError
+from gm_probe.core.parameters import Parameters
+from gm_probe.core.processes import gather_examples
+from gm_probe.probe.example_gradients import ExampleGradients
+from gm_probe.probe.operators import Operator
+from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, Work
+
+HEAD = 16  # classes whose covariance is diagonalised; the others are handled as one and a remainder
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A stochastic trace.
+
+    Attributes:
+        stderr: standard error over probes; None = exact.
+        stderr_examples: standard error from the N examples being a sample, the probes' noise taken out; None
+            where these few probes cannot tell the two apart, or of a single example.
+        terms: (N,) the examples' own shares, of mean ``value``; as noisy as the probes are few.
+    """
+
+    value: float
+    stderr: float | None
+    stderr_examples: float | None
+    num_probes: int
+    converged: bool
+    terms: Tensor
+
+
+def trace(
+    operator: Operator,
+    *,
+    generator: torch.Generator,
+    tolerance: float = 0.05,
+    min_probes: int = 10,
+    max_probes: int = 100,
+    deflate: Sequence[Tensor] = (),
+    offset: Tensor | None = None,
+) -> Trace:
+    """Hutchinson's estimator with Rademacher probes, until its standard error is ≤ ``tolerance`` · \\|value\\|.
+
+    Args:
+        deflate: orthonormal vectors (P,) whose share is taken exactly (Hutch++'s idea, with vectors that are at hand):
+            the probes then only see what is orthogonal to them.
+        offset: (N,) examples' known shares of another matrix, to estimate the trace of the sum.
+
+    Raises:
+        DivergedError: a term is not finite.
+    """
+    known = torch.zeros((), dtype=torch.float64) if offset is None else offset.double()
+    for vector in deflate:
+        known = known + operator.terms(vector).double()
+    samples: list[float] = []
+    total: Tensor | None = None  # (N,) Σ over probes of the examples' terms
+    variances = 0.0  # Σ over probes of the variance over examples
+    stderr, converged = math.inf, False
+    while len(samples) < max_probes and not converged:
+        signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
+        probe = signs.to(operator.device, operator.dtype) * 2 - 1
+        for vector in deflate:
+            probe = probe - (vector @ probe) * vector
+        terms = operator.terms(probe).double() + known
+        if not bool(torch.isfinite(terms).all()):
+            raise DivergedError("a curvature term is not finite; try --dtype float64")
+        total = terms if total is None else total + terms
+        variances += float(terms.var()) if len(terms) > 1 else 0.0
+        samples.append(float(terms.mean()))
+        if len(samples) >= max(min(min_probes, max_probes), 2):
+            stderr = float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
+            converged = stderr <= tolerance * abs(float(np.mean(samples)))
+    assert total is not None
+    n = len(samples)
+    # Var(mean over n probes) = V + E/n and Var(one probe) = V + E, solved for the examples' own V
+    own = (float(total.var()) - variances) / (n * (n - 1)) if n > 1 and len(total) > 1 else -1.0
+    stderr_examples = math.sqrt(own / len(total)) if own >= 0 else None
+    return Trace(float(np.mean(samples)), stderr, stderr_examples, n, converged, total / n)
+
+
+class CovarianceRoot:
+    """L with L Lᵀ = diag p − p pᵀ, the covariance of a class drawn from p, for probabilities p (B, C).
+
+    Its columns are the eigenvectors: with them the columns' gradients are nearly orthogonal, so that random signs on
+    them hardly disturb the squared norm. Of more than ``HEAD`` + 1 classes the less likely are lumped into one, and
+    what this leaves out, p_T (diag q − q qᵀ) with q their distribution among themselves, is taken by the root
+    √p_T (diag √q − q √qᵀ) (law of total variance).
+
+    Attributes:
+        rank: number of columns.
+        columns: (B, C, R) those of the head; all of them where ``complete``.
+    """
+
+    def __init__(self, p: Tensor) -> None:
+        p = p.double()
+        ordered, self._order = p.sort(dim=1, descending=True)
+        head = HEAD if p.shape[1] > HEAD + 1 else p.shape[1]
+        self._tail = ordered[:, head:]  # (B, T)
+        self._mass = self._tail.sum(1, keepdim=True)
+        lumped = torch.cat([ordered[:, :head], self._mass], 1) if self._tail.shape[1] else ordered
+        covariance = torch.diag_embed(lumped) - lumped[:, :, None] * lumped[:, None, :]
+        values, vectors = torch.linalg.eigh(covariance)
+        columns = (vectors * values.clamp(min=0).sqrt()[:, None, :])[
+            :, :, 1:
+        ]  # the first belongs to eigenvalue 0
+        if self._tail.shape[1]:
+            columns = torch.cat([columns[:, :head], self._q[:, :, None] * columns[:, head:]], 1)
+        self.columns = self._restored(columns)
+        self.complete = not self._tail.shape[1]
+        self.rank = columns.shape[2] + self._tail.shape[1]
+
+    @property
+    def _q(self) -> Tensor:
+        return self._tail / self._mass.clamp(min=1e-300)
+
+    def _restored(self, rows: Tensor) -> Tensor:
+        """Rows (B, C, ...) of the sorted classes in the classes' own order."""
+        order = self._order.view(*self._order.shape, *[1] * (rows.dim() - 2)).expand_as(rows)
+        return torch.zeros_like(rows).scatter_(1, order, rows)
+
+    def applied(self, signs: Tensor) -> Tensor:
+        """L ε (B, C) for ε = ``signs`` (B, R)."""
+        signs = signs.to(self.columns)
+        head, tail = signs.split([self.columns.shape[2], self._tail.shape[1]], dim=1)
+        result = torch.einsum("bcr,br->bc", self.columns, head)
+        if self.complete:
+            return result
+        signed = self._q.sqrt() * tail
+        rest = self._mass.sqrt() * (signed - self._q * signed.sum(1, keepdim=True))
+        return result + self._restored(functional.pad(rest, (result.shape[1] - rest.shape[1], 0)))
+
+
+def fisher_trace(
+    parameters: Parameters,
+    batches: Batches,
+    clean: Tensor,
+    work: Work,
+    *,
+    generator: torch.Generator,
+    tolerance: float = 0.05,
+    max_probes: int = 100,
+) -> Trace | None:
+    """tr F = (1/N) Σ_x ‖∇_θ (L_x ε)ᵀ z_x‖² in expectation over output-space signs ε, by each example's own norm.
+
+    The examples' errors are independent, so one probe over N examples has an example's relative standard deviation
+    divided by √N (METHOD.md, tr F by output signs, where one norm of the summed gradient is taken instead). Where more
+    probes than columns of L would be needed, every column is taken: the exact value.
+
+    Args:
+        clean: (n, C) logits at θ in the order of ``batches``.
+        tolerance: standard error relative to the trace; 0 asks for the exact value.
+        max_probes: passes before giving up, unless the exact value takes fewer.
+
+    Returns:
+        None where examples' gradients cannot be had of this model; see ``ExampleGradients``.
+    """
+    examples = ExampleGradients(parameters, next(iter(batches)).x)
+    if not examples.supported:
+        return None
+    first = CovarianceRoot(clean[:1].double().softmax(1))
+
+    def passes(number: int | None) -> Tensor:
+        """(number, N) squared norms for signs; None = for every column of L."""
+        rows = []
+        # for all examples at once, so that an example's signs hang neither on the batch size nor on the process
+        shape = (number or 0, batches.total, first.rank)
+        signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
+        mine = signs[:, batches.first : batches.first + batches.num_examples].split(batches.batch_size, 1)
+        for batch, part, some in zip(batches, cut(clean, batches), mine, strict=True):
+            root = CovarianceRoot(part.double().softmax(1))
+            if number is None:
+                cotangents = root.columns.permute(2, 0, 1)
+            else:
+                cotangents = torch.stack([root.applied(one) for one in some])
+            rows.append(examples.squared_norms(batch.x, cotangents.to(clean.dtype)).double())
+            work.add(FORWARD + len(cotangents) * EXAMPLE_NORMS, len(part))
+        norms = gather_examples(torch.cat(rows, 1).T).T
+        if not bool(torch.isfinite(norms).all()):
+            raise DivergedError("an example's gradient is not finite; try --dtype float64")
+        return norms
+
+    def result(terms: Tensor, noise: float, stderr: float | None, probes: int, converged: bool) -> Trace:
+        own = float(terms.var()) - noise if len(terms) > 1 else -1.0
+        error = math.sqrt(own / len(terms)) if own >= 0 else None
+        return Trace(float(terms.mean()), stderr, error, probes, converged, terms)
+
+    def exact() -> Trace:
+        return result(passes(None).sum(0), 0.0, None, first.rank, True)
+
+    if first.complete and (first.rank <= 2 or tolerance == 0):
+        return exact()
+    norms = passes(2)
+    while True:
+        taken, size = norms.shape
+        noise = float(norms.var(0).mean()) / taken  # of an example's mean over probes
+        stderr, value = math.sqrt(noise / size), float(norms.mean())
+        converged = stderr <= tolerance * value
+        if converged or taken >= max_probes:
+            return result(norms.mean(0), noise, stderr, taken, converged)
+        needed = taken * (stderr / (tolerance * value)) ** 2 if tolerance else math.inf
+        if first.complete and needed - taken >= first.rank:
+            return exact()
+        more = min(math.ceil(needed) - taken if math.isfinite(needed) else max_probes, max_probes - taken, 8)
+        norms = torch.cat([norms, passes(max(more, 1))])

@@ -1,0 +1,189 @@
+"""Which training set each of several checkpoints was trained on, read from the run folders' records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gm_probe.core.datasets import Examples
+from gm_probe.core.errors import CheckpointError, DataError, StorageError
+from gm_probe.core.files import read_json
+from gm_probe.core.records import CHECKPOINT, CONFIG, SPLIT, find_runs, read_run
+from gm_probe.training.parts import own_unlabeled
+
+UNKNOWN = "unknown"
+"""What the training set of every checkpoint without a run folder is called."""
+# fmt: off
+NO_PROCEDURE = frozenset((
+    "environment", "data_root", "download", "device", "threads", "seed", "split_seed",
+    "data", "image_size", "num_train", "num_unlabeled", "num_test", "eval_every", "track_every", "track_rho",
+))
+# fmt: on
+"""Settings in a run's config.toml that are no part of its training procedure: place, seeds, data, bookkeeping."""
+
+
+def is_run(path: Path) -> bool:
+    return (path / CONFIG).exists() and (path / SPLIT).exists()
+
+
+def find_checkpoints(given: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, str]], list[str]]:
+    """Checkpoints in the given order, each once; runs left out, with the reason; notes on both.
+
+    Raises:
+        CheckpointError: a path does not exist.
+        DataError: no run below a folder has finished.
+    """
+    kept: dict[Path, Path] = {}
+    excluded: list[tuple[Path, str]] = []
+    repeated: list[Path] = []
+    for path in given:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint")
+        if path.name == CHECKPOINT and is_run(path.parent):
+            path = path.parent  # the run's own file: its training set is known
+        found = [path]
+        if path.is_dir() and not (path / CHECKPOINT).exists():
+            found, others = _finished_runs(path)
+            excluded += others
+        for one in found:
+            if kept.setdefault(one.resolve(), one) is not one:
+                repeated.append(one)
+    notes = [f"left out {len(excluded)} run(s): {reasons(excluded)}"] if excluded else []
+    if repeated:
+        notes.append(f"{', '.join(map(str, repeated))} given more than once; counted once")
+    return list(kept.values()), excluded, notes
+
+
+def _finished_runs(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    finished: list[Path] = []
+    others: list[tuple[Path, str]] = []
+    for path in find_runs(root):
+        try:
+            status = read_run(path).status
+            if status == "finished" and not (path / CHECKPOINT).exists():
+                status = f"no {CHECKPOINT}"
+        except StorageError as error:  # one torn file must not hide the other runs
+            status = str(error)
+        if status == "finished":
+            finished.append(path)
+        else:
+            others.append((path, status))
+    if not finished:
+        raise DataError(
+            f"no finished run in {root} ({reasons(others)}); finish them with `gmprobe train --resume`"
+        )
+    return finished, others
+
+
+def reasons(excluded: Sequence[tuple[Path, str]]) -> str:
+    counts = Counter(reason for _, reason in excluded)
+    return "; ".join(f"{count} × {reason}" for reason, count in counts.items())
+
+
+def _split_of(run: Path) -> dict[str, Any]:
+    split = read_json(run / SPLIT)
+    if not isinstance(split, dict) or not {"train", "unlabeled", "sha256"} <= set(split):
+        raise StorageError(f"{run / SPLIT} does not name the run's parts; train the run again")
+    return split
+
+
+def training_sets_of(paths: Sequence[Path]) -> list[str]:
+    """One name a checkpoint, equal where the training set is: the same examples of the same data.
+
+    A digest of all parts proves data the same wherever it lies (a copied folder), and proves data changed where all
+    the indices agree and it does not. Where other parts differ it says nothing: then data of one name is the same.
+    """
+    splits = {path: _split_of(path) for path in paths if is_run(path)}
+    sources: dict[str, tuple[Any, ...]] = {}
+    contents: dict[str, set[str]] = {}
+    keys: dict[Path, tuple[str, str]] = {}
+    for path, split in splits.items():
+        config = read_run(path).config
+        source = sources.setdefault(split["sha256"], (config.get("data"), config.get("image_size")))
+        train = _digest([source, split["train"]])
+        indices = {name: part for name, part in split.items() if name != "sha256"}
+        keys[path] = train, _digest([source, indices])
+        contents.setdefault(keys[path][1], set()).add(split["sha256"])
+    changed = {train for train, parts in keys.values() if len(contents[parts]) > 1}
+    names = []
+    for path in paths:
+        if path not in splits:
+            names.append(UNKNOWN)
+            continue
+        key = keys[path][0]
+        if key in changed:
+            key = _digest([key, splits[path]["sha256"]])
+        names.append(f"{Path(str(sources[splits[path]['sha256']][0])).name}-{key[:12]}")
+    return names
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def described(paths: Sequence[Path], training_sets: Sequence[str]) -> list[dict[str, Any]]:
+    """Each training set, and the checkpoints trained on it."""
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys(training_sets):
+        members = [path for path, own in zip(paths, training_sets, strict=True) if own == name]
+        known = name != UNKNOWN
+        rows.append(
+            {
+                "training_set": name,
+                "data": read_run(members[0]).config.get("data") if known else None,
+                "num_train": len(_split_of(members[0])["train"]) if known else None,
+                "num_models": len(members),
+                "checkpoints": [str(path) for path in members],
+            }
+        )
+        if not known:
+            rows[-1]["reason"] = "training set unknown; taken as the same"
+    return rows
+
+
+def doubts(paths: Sequence[Path], training_sets: Sequence[str]) -> list[str]:
+    """What a reader must know before reading figures over these pairs as ones over seeds."""
+    notes = []
+    sizes = Counter(training_sets)
+    if sizes[UNKNOWN]:
+        apart = ", and as another than the runs'" if len(sizes) > 1 else ""
+        notes.append(f"{sizes[UNKNOWN]} checkpoint(s): training set unknown; taken as the same{apart}")
+    configs = [read_run(path).config for path in paths if is_run(path)]
+    settings = dict.fromkeys(key for config in configs for key in config if key not in NO_PROCEDURE)
+    varying = [key for key in settings if len({str(config.get(key)) for config in configs}) > 1]
+    if varying:
+        notes.append(f"the runs differ in {', '.join(varying)}: pairs compare these too, not seeds alone")
+    counts = {len(_split_of(path)["train"]) for path in paths if is_run(path)}
+    if len(counts) > 1:
+        notes.append(f"the training sets have {', '.join(map(str, sorted(counts)))} examples")
+    if len(sizes) > 1 and min(sizes.values()) == 1:
+        notes.append(
+            "a training set has one model as its mean prediction: instability holds inconsistency too"
+        )
+    return notes
+
+
+def common_unlabeled(runs: Sequence[Path]) -> Examples:
+    """The unlabeled part that all ``runs`` were trained beside.
+
+    Raises:
+        DataError: two runs have different ones, or the data has changed.
+    """
+    first, examples = runs[0], own_unlabeled(runs[0])
+    split = _split_of(first)
+    for run in runs[1:]:
+        if _split_of(run) == split:  # with its digest of the examples: no need to read them again
+            continue
+        other = own_unlabeled(run)
+        if not torch.equal(other.x, examples.x):
+            raise DataError(
+                f"{first} and {run} have different unlabeled parts; name data that none of the runs was trained on "
+                "with --unlabeled"
+            )
+    return examples

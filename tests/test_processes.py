@@ -1,0 +1,88 @@
+"""Several processes that share the examples give what one gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gm_probe.core.batches import Batches, Normalization
+from gm_probe.core.checkpoints import save_checkpoint
+from gm_probe.core.datasets import Examples
+from gm_probe.core.errors import DataError
+from gm_probe.core.models import ModelSpec, build_model
+from gm_probe.probe.measures import MEASURES
+
+ALONE = {"local_inconsistency_batchwise"}  # cuts the examples itself
+
+
+def call(arguments: list[str], processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "gm_probe", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint and 23 labeled examples: shares of 11 and 12, batches of 5."""
+    import numpy as np
+
+    spec = ModelSpec("6cnn", (1, 8, 8), 3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = build_model(spec)
+        x, y = torch.randn(23, 1, 8, 8, dtype=torch.float64), torch.randint(0, 3, (23,))
+    save_checkpoint(tmp_path / "c.safetensors", model, spec, Normalization())
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=y.numpy())
+    return tmp_path
+
+
+def test_two_processes_give_what_one_gives(folder: Path) -> None:
+    names = ",".join(name for name in MEASURES if name not in ALONE)
+    arguments = ["measure", "c.safetensors", "--labeled", "data.npz", "--no-normalize", "--json", "--quiet"]
+    arguments += [
+        "--measures",
+        names,
+        "--dtype",
+        "float64",
+        "--batch-size",
+        "5",
+        "--starts",
+        "2",
+        "--max-iterations",
+        "15",
+    ]
+    rows = []
+    for processes in (1, 2):
+        done = call(arguments, processes, folder)
+        assert done.returncode == 0, done.stderr
+        [result] = json.loads(done.stdout)  # printed once
+        assert result["settings"]["processes"] == processes
+        assert result["num_examples"] == 23
+        rows.append(result["measures"])
+    for name, one in rows[0].items():
+        for figure in ("value", "stderr", "stderr_examples"):
+            expected = None if one[figure] is None else pytest.approx(one[figure], rel=1e-6, abs=1e-9)
+            assert rows[1][name][figure] == expected, (name, figure)
+
+
+def test_fewer_examples_than_processes() -> None:
+    batches = Batches(Examples(torch.zeros(2, 3), None, (), "two"))
+    with pytest.raises(DataError, match="2 examples do not go round 3 processes"):
+        batches.shard(0, 3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_are_the_whole_in_order(count: int) -> None:
+    x = torch.arange(7.0)[:, None]
+    whole = Batches(Examples(x, None, (), "seven"), batch_size=2)
+    parts = [whole.shard(rank, count) for rank in range(count)]
+    assert torch.equal(torch.cat([part.examples.x for part in parts]), x)
+    assert [part.first for part in parts] == [int(part.examples.x[0]) for part in parts]
+    assert {part.total for part in parts} == {7}

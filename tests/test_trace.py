@@ -1,0 +1,455 @@
+"""Hutchinson's estimator on dense matrices; tr F by examples' own gradients against dense Fisher matrices."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from conftest import ATTENTION, CASES, Case
+from test_operators import build, dense_terms
+from test_spectrum import operator_of
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from gm_probe.core.batches import Batches
+from gm_probe.core.errors import DivergedError
+from gm_probe.core.parameters import Parameters, differentiable_attention
+from gm_probe.probe.measures import measure
+from gm_probe.probe.probe import Settings
+from gm_probe.probe.trace import HEAD, CovarianceRoot, Trace, fisher_trace, trace
+from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Hutchinson
+
+
+def stack(examples: int, size: int) -> Tensor:
+    """(N, P, P) symmetric, indefinite and non-diagonal."""
+    a = torch.from_numpy(np.random.default_rng(3).normal(size=(examples, size, size)))
+    return a + a.transpose(1, 2) + 4 * torch.eye(size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_trace_within_four_standard_errors(seed: int) -> None:
+    terms = stack(5, 20)
+    estimate = trace(
+        operator_of(terms), generator=torch.Generator().manual_seed(seed), tolerance=0.02, max_probes=300
+    )
+    assert estimate.converged
+    assert estimate.stderr <= 0.02 * abs(estimate.value)
+    assert abs(estimate.value - float(terms.mean(0).trace())) < 4 * estimate.stderr
+
+
+def test_the_examples_error_is_free_of_the_probes_noise(generator: torch.Generator) -> None:
+    terms = stack(50, 12)
+    truth = torch.einsum("nii->n", terms).std() / 50**0.5
+    estimates = [
+        trace(operator_of(terms), generator=generator, tolerance=0, max_probes=10).stderr_examples ** 2
+        for _ in range(60)
+    ]
+    # unbiased in the square; the spread over 60 repetitions gives the tolerance
+    spread = float(np.std(estimates)) / 60**0.5
+    assert float(np.mean(estimates)) == pytest.approx(float(truth) ** 2, abs=4 * spread)
+    noisy = (
+        truth**2
+        + float((terms - torch.diag_embed(terms.diagonal(dim1=1, dim2=2))).square().sum((1, 2)).mean()) / 250
+    )
+    assert float(np.mean(estimates)) < 0.8 * float(noisy)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "max_probes"), [(0.0, 40), (0.05, 100)], ids=["fixed number of probes", "default stopping"]
+)
+def test_standard_error_is_calibrated(tolerance: float, max_probes: int) -> None:
+    terms = stack(3, 20)
+    operator, truth = operator_of(terms), float(terms.mean(0).trace())
+    inside = 0
+    for seed in range(200):
+        estimate = trace(
+            operator,
+            generator=torch.Generator().manual_seed(seed),
+            tolerance=tolerance,
+            max_probes=max_probes,
+        )
+        inside += abs(estimate.value - truth) < 2 * estimate.stderr
+    assert 0.90 <= inside / 200 <= 0.99
+
+
+@pytest.mark.parametrize(
+    "values", [np.zeros(4), np.arange(6.0), np.array([3.0])], ids=["zero", "diagonal", "P = 1"]
+)
+def test_trace_of_diagonal_matrices_is_exact(values: np.ndarray, generator: torch.Generator) -> None:
+    estimate = trace(operator_of(torch.diag(torch.from_numpy(values)).unsqueeze(0)), generator=generator)
+    assert (estimate.value, estimate.stderr, estimate.converged) == (values.sum(), 0, True)
+    assert estimate.num_probes == 10
+
+
+def test_not_a_number_is_refused(generator: torch.Generator) -> None:
+    with pytest.raises(DivergedError, match="finite"):
+        trace(operator_of(torch.full((1, 3, 3), math.nan)), generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "hessian"])
+def test_networks(kind: str, case: Case, generator: torch.Generator) -> None:
+    estimate = trace(build(kind, case), generator=generator, tolerance=0, max_probes=60)
+    assert abs(estimate.value - float(dense_terms(kind, case).mean(0).trace())) < 4 * estimate.stderr
+
+
+def test_same_seed_same_result() -> None:
+    operator = build("fisher", CASES[0])
+    first, second = (trace(operator, generator=seeded(4)) for _ in range(2))
+    assert first.value == second.value
+    assert torch.equal(first.terms, second.terms)
+
+
+def outlier() -> Tensor:
+    """(4, 30, 30) of mean with one large eigenvalue: what deflation is for."""
+    terms = stack(4, 30)
+    v = torch.from_numpy(np.random.default_rng(1).normal(size=30))
+    return terms + 200 * torch.outer(v, v) / v.square().sum()
+
+
+def orthonormal(size: int, count: int, seed: int = 0) -> list[Tensor]:
+    return list(torch.from_numpy(np.linalg.qr(np.random.default_rng(seed).normal(size=(size, count)))[0].T))
+
+
+def test_deflation_is_unbiased_and_takes_the_outlier_out() -> None:
+    terms = outlier()
+    operator, matrix = operator_of(terms), terms.mean(0)
+    top = torch.linalg.eigh(matrix)[1][:, -1]
+    plain, deflated, anyhow = (
+        np.array(
+            [
+                trace(operator, generator=seeded(s), tolerance=0, max_probes=4, deflate=vectors).value
+                for s in range(200)
+            ]
+        )
+        for vectors in ([], [top], orthonormal(30, 3))  # vectors that are no eigenvectors do no harm
+    )
+    for values in (plain, deflated, anyhow):
+        assert abs(values.mean() - float(matrix.trace())) < 4 * values.std(ddof=1) / math.sqrt(200)
+    assert deflated.std() < 0.5 * plain.std()
+
+
+def test_deflating_everything_is_exact(generator: torch.Generator) -> None:
+    terms = outlier()
+    found = trace(operator_of(terms), generator=generator, deflate=orthonormal(30, 30))
+    assert found.value == pytest.approx(float(terms.mean(0).trace()), rel=1e-12)
+    assert found.stderr == pytest.approx(0, abs=1e-10)
+    torch.testing.assert_close(found.terms, torch.einsum("nii->n", terms), rtol=1e-10, atol=1e-10)
+
+
+def test_offset_adds() -> None:
+    terms = stack(5, 12)
+    offset = torch.linspace(-3, 8, 5, dtype=torch.float64)
+    alone, both = (
+        trace(operator_of(terms), generator=seeded(2), tolerance=0, max_probes=7, offset=o)
+        for o in (None, offset)
+    )
+    assert both.value == pytest.approx(alone.value + float(offset.mean()), rel=1e-12)
+    assert both.stderr == pytest.approx(alone.stderr, rel=1e-9)
+    torch.testing.assert_close(both.terms, alone.terms + offset)
+
+
+def test_offset_and_deflation_join_the_tolerance() -> None:
+    """What is known exactly counts towards the value that the error is relative to."""
+    terms = stack(5, 20)
+    known = torch.full((5,), 1e4, dtype=torch.float64)
+    found = trace(operator_of(terms), generator=seeded(0), tolerance=0.01, offset=known)
+    assert (found.converged, found.num_probes) == (True, 10)
+    assert not trace(operator_of(terms), generator=seeded(0), tolerance=0.001).converged
+
+
+# the root of diag p − p pᵀ
+
+
+def probabilities(classes: int) -> Tensor:
+    """Flat, spread over orders of magnitude, confident, one-hot, with classes of probability 0, of equal ones."""
+    rng = np.random.default_rng(classes)
+    rows = [rng.dirichlet(np.full(classes, a)) for a in (100.0, 1.0, 0.1, 0.01)]
+    rows += [np.eye(classes)[-1], np.full(classes, 1 / classes)]
+    rows += [np.eye(classes)[:2].mean(0), np.r_[1 - 1e-12, np.full(classes - 1, 1e-12 / (classes - 1))]]
+    return torch.from_numpy(np.stack(rows))
+
+
+def matrix_of(root: CovarianceRoot, rows: int) -> Tensor:
+    """(B, C, R) L, column by column."""
+    basis = torch.eye(root.rank, dtype=torch.float64)
+    return torch.stack([root.applied(e.expand(rows, -1)) for e in basis], 2)
+
+
+CLASSES = [2, 3, 5, HEAD + 1, HEAD + 2, 60]
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_root_squares_to_the_covariance(classes: int) -> None:
+    p = probabilities(classes)
+    root = CovarianceRoot(p)
+    covariance = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    matrix = matrix_of(root, len(p))
+    torch.testing.assert_close(matrix @ matrix.transpose(1, 2), covariance, rtol=1e-9, atol=1e-15)
+    assert root.complete == (classes <= HEAD + 1)
+    assert root.rank <= (classes - 1 if root.complete else classes)
+    if root.complete:
+        torch.testing.assert_close(root.columns, matrix, rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_root_of_float32_probabilities(classes: int) -> None:
+    p = probabilities(classes).float()
+    root, exact = CovarianceRoot(p), p.double()
+    matrix = matrix_of(root, len(p))
+    covariance = torch.diag_embed(exact) - exact[:, :, None] * exact[:, None, :]
+    torch.testing.assert_close(matrix @ matrix.transpose(1, 2), covariance, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_applied_signs_have_the_covariance(classes: int, generator: torch.Generator) -> None:
+    p = probabilities(classes)
+    root, draws = CovarianceRoot(p), 4000
+    signs = torch.randint(0, 2, (draws, len(p), root.rank), generator=generator, dtype=torch.int8) * 2 - 1
+    applied = torch.stack([root.applied(one) for one in signs])  # (D, B, C)
+    if root.complete:
+        torch.testing.assert_close(applied[0], (root.columns @ signs[0].double()[:, :, None])[:, :, 0])
+    products = applied[:, :, :, None] * applied[:, :, None, :]
+    error = products.std(0) / math.sqrt(draws)
+    covariance = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    # of 8 · 60² entries one in 10⁷ goes beyond six of its standard errors
+    assert bool(((products.mean(0) - covariance).abs() <= 6 * error + 1e-12).all())
+    # a shift of all logits is no change; the root of rounding in an eigenvalue of 0 is left
+    assert float(applied.sum(2).abs().max()) < 1e-7
+
+
+# tr F by examples' own gradients
+
+
+class Setup:
+    """A tanh network with ``classes`` outputs on N examples, and its examples' traces by a dense Jacobian."""
+
+    def __init__(self, classes: int, examples: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(classes)
+            self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, classes)).double().eval()
+            self.x = 2 * torch.randn(examples, 4, dtype=torch.float64)
+        self.clean = self.model(self.x).detach()
+        values = dict(self.model.named_parameters())
+        jacobian = jacrev(lambda v: functional_call(self.model, v, (self.x,)))(values)
+        p = self.clean.softmax(1)
+        flat = torch.cat([j.flatten(2) for j in jacobian.values()], 2).detach()
+        centred = flat - torch.einsum("nc,ncp->np", p, flat)[:, None]
+        self.terms = torch.einsum("nc,ncp,ncp->n", p, centred, centred)
+
+    @property
+    def truth(self) -> float:
+        return float(self.terms.mean())
+
+    def trace(self, seed: int = 0, batch_size: int = 7, work: Work | None = None, **options: float) -> Trace:
+        batches = Batches.from_tensors(self.x, batch_size=batch_size)
+        work = work or Work(len(self.x))
+        found = fisher_trace(
+            Parameters(self.model), batches, self.clean, work, generator=seeded(seed), **options
+        )
+        assert found is not None
+        return found
+
+
+@cache
+def setup(classes: int, examples: int = 30) -> Setup:
+    return Setup(classes, examples)
+
+
+@pytest.mark.parametrize("case", [*CASES, ATTENTION], ids=lambda case: case.name)
+def test_exact_trace_is_the_dense_one(case: Case) -> None:
+    model, x, _ = case.data
+    with differentiable_attention():
+        found = fisher_trace(
+            Parameters(case.model),
+            case.batches(),
+            model(x).detach(),
+            Work(7),
+            generator=seeded(0),
+            tolerance=0,
+        )
+    expected = torch.einsum("nii->n", case.fisher_terms)
+    assert found is not None
+    torch.testing.assert_close(found.terms, expected, rtol=1e-9, atol=1e-14)
+    assert found.value == pytest.approx(float(expected.mean()), rel=1e-9)
+    assert (found.stderr, found.converged) == (None, True)
+    assert found.stderr_examples == pytest.approx(float(expected.std()) / math.sqrt(7), rel=1e-9)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, HEAD + 1])
+def test_exact_where_it_is_asked_or_cheap(classes: int) -> None:
+    work = Work(30)
+    found = setup(classes).trace(work=work, tolerance=0 if classes > 3 else 0.5)
+    assert found.value == pytest.approx(setup(classes).truth, rel=1e-9)
+    assert (found.stderr, found.num_probes) == (None, classes - 1)
+    assert work.evaluations == pytest.approx((FORWARD + (classes - 1) * EXAMPLE_NORMS) / GRADIENT)
+
+
+def test_exact_where_signs_would_cost_more() -> None:
+    assert setup(5).trace(tolerance=0.002).stderr is None
+    assert setup(5).trace(tolerance=0.2).stderr is not None
+
+
+def test_more_classes_than_are_diagonalised_never_end_exactly() -> None:
+    found = setup(20).trace(tolerance=0, max_probes=6)
+    assert (found.num_probes, found.converged) == (6, False)
+    assert found.stderr is not None
+    assert abs(found.value - setup(20).truth) < 4 * found.stderr
+
+
+@pytest.mark.parametrize("classes", [5, 10, HEAD + 2, 40])
+def test_within_four_standard_errors(classes: int) -> None:
+    for seed in range(10):
+        found = setup(classes).trace(seed, tolerance=0.1)
+        assert found.converged
+        assert found.stderr is not None
+        assert found.stderr <= 0.1 * found.value
+        assert abs(found.value - setup(classes).truth) < 4 * found.stderr
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "max_probes"), [(0.0, 4), (0.03, 100)], ids=["four probes", "default stopping"]
+)
+def test_standard_error_of_signs_is_calibrated(tolerance: float, max_probes: int) -> None:
+    inside, values = 0, []
+    for seed in range(200):
+        found = setup(20).trace(seed, batch_size=30, tolerance=tolerance, max_probes=max_probes)
+        assert found.stderr is not None
+        inside += abs(found.value - setup(20).truth) < 2 * found.stderr
+        values.append(found.value)
+    assert 0.90 <= inside / 200 <= 0.99
+    assert abs(np.mean(values) - setup(20).truth) < 4 * np.std(values) / math.sqrt(200)
+
+
+def test_examples_error_of_signs_is_free_of_their_noise() -> None:
+    truth = float(setup(20).terms.var()) / 30
+    found = [setup(20).trace(s, batch_size=30, tolerance=0, max_probes=2).stderr_examples for s in range(100)]
+    squares = np.array([0.0 if error is None else error**2 for error in found])
+    assert abs(squares.mean() - truth) < 4 * squares.std(ddof=1) / math.sqrt(100)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.3])
+@pytest.mark.parametrize("classes", [10, 20])
+def test_batch_size_does_not_matter(classes: int, tolerance: float) -> None:
+    """An example's signs are its own, whatever the batches."""
+    one, *others = (
+        setup(classes).trace(batch_size=size, tolerance=tolerance, max_probes=5) for size in (1, 4, 7, 30, 99)
+    )
+    for other in others:
+        assert other.value == pytest.approx(one.value, rel=1e-12)
+        assert other.num_probes == one.num_probes
+        torch.testing.assert_close(other.terms, one.terms, rtol=1e-12, atol=1e-14)
+
+
+def test_seed_matters() -> None:
+    one, same, other = (setup(20).trace(seed, tolerance=0.3).value for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def test_none_where_examples_have_no_gradients_of_their_own() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.tanh(self.layer(x)))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = Twice().double().eval(), torch.randn(9, 3, dtype=torch.float64)
+    parameters, batches = Parameters(model), Batches.from_tensors(x)
+    assert fisher_trace(parameters, batches, model(x).detach(), Work(9), generator=seeded(0)) is None
+    # then Hutchinson takes over
+    settings = Settings(trace_tolerance=0, max_probes=50)
+    rows = measure(model, batches, ["fisher_trace", "hessian_trace"], settings).rows
+    jacobian = torch.autograd.functional.jacobian(
+        lambda *v: functional_call(model, dict(zip(parameters.named, v, strict=True)), (x,)),
+        tuple(p.detach() for p in model.parameters()),
+    )
+    flat = torch.cat([j.flatten(2) for j in jacobian], 2)
+    p = model(x).softmax(1).detach()
+    centred = flat - torch.einsum("nc,ncp->np", p, flat)[:, None]
+    truth = float(torch.einsum("nc,ncp,ncp->n", p, centred, centred).mean())
+    assert {row.details["method"] for row in rows.values()} == {"Hutchinson"}
+    found = rows["fisher_trace"]
+    assert found.stderr is not None
+    assert found.stderr > 0
+    assert abs(found.value - truth) < 4 * found.stderr
+
+
+def test_not_a_number_in_an_examples_gradient_is_refused() -> None:
+    """√|z| at z = 0 has an infinite slope though its value is finite."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).abs().sqrt()
+
+    x = torch.tensor(
+        [[1.0, 2.0], [2.0, 1.0], [3.0, 1.0], [1.0, 3.0], [1.0, 1.0], [0.0, 0.0], [2.0, 2.0], [4.0, 1.0]]
+    )
+    model = Root().eval()
+    with torch.no_grad():
+        model.layer.weight.copy_(torch.tensor([[1.0, 0.5], [0.3, 1.0], [1.0, 1.0]]))
+    with pytest.raises(DivergedError, match="finite"):
+        fisher_trace(
+            Parameters(model), Batches.from_tensors(x), model(x).detach(), Work(8), generator=seeded(0)
+        )
+
+
+# tr H
+
+
+def dense_hessian_trace(case: Case, labels: Tensor) -> float:
+    def loss(flat: Tensor) -> Tensor:
+        z = case.logits_at(flat)
+        return (torch.logsumexp(z, 1) - z[torch.arange(7), labels]).mean()
+
+    return float(torch.autograd.functional.hessian(loss, case.theta).trace())
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_hessian_trace(case: Case, labeled: bool) -> None:
+    model, x, y = case.data
+    labels = y if labeled else model(x).argmax(1)
+    truth = dense_hessian_trace(case, labels)
+    settings = Settings(trace_tolerance=0, max_probes=40)
+    row = measure(case.model, case.batches(labeled=labeled), ["hessian_trace"], settings).rows[
+        "hessian_trace"
+    ]
+    if case.affine:
+        assert row.details["labels"] == "none needed"
+        assert row.stderr is None
+        assert row.value == pytest.approx(truth, rel=1e-9)
+    else:
+        assert row.details["labels"] == ("given" if labeled else "predicted")
+        assert row.details["not_affine"]
+        assert row.stderr is not None
+        assert row.stderr > 0
+        assert abs(row.value - truth) < 4 * row.stderr
+
+
+def test_hessian_traces_error_is_calibrated() -> None:
+    case = BY_NAME["tanh-mlp"]
+    truth, inside = dense_hessian_trace(case, case.data[2]), 0
+    for seed in range(100):
+        settings = Settings(trace_tolerance=0, max_probes=20, seed=seed)
+        row = measure(case.model, case.batches(7), ["hessian_trace"], settings).rows["hessian_trace"]
+        inside += abs(row.value - truth) < 2 * row.stderr
+    assert 0.88 <= inside / 100 <= 1
