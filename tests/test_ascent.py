@@ -12,7 +12,14 @@ from torch import Tensor
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.parameters import Parameters
-from gm_probe.probe.ascent import ProbeDivergence, ascend, kl_gradient, maximize, to_sphere
+from gm_probe.probe.ascent import (
+    FisherByDifference,
+    ProbeDivergence,
+    ascend,
+    kl_gradient,
+    maximize,
+    to_sphere,
+)
 from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
 from gm_probe.probe.work import Work
@@ -225,3 +232,117 @@ def test_converged_value_is_the_best_of_its_starts(case: Case) -> None:
     starts = row.details["starts"]
     assert {"+v1", "-v1"} < set(starts)
     assert row.value == max(starts.values())
+
+
+@pytest.mark.parametrize("rho", [0.1, 1.0])
+@pytest.mark.parametrize("name", ["relu-mlp", "tanh-mlp", "softmax-regression", "silu", "tied", "frozen"])
+def test_converged_is_not_below_fifteen_steps_from_any_start(name: str, rho: float) -> None:
+    case = next(c for c in CASES if c.name == name)
+    paper = measure(case.model, case.batches(7), ["local_inconsistency"], Settings(rho=rho, k_steps=15))
+    starts = paper.rows["local_inconsistency"].details["starts"]
+    assert len(starts) == 10
+    assert max(starts) <= converged(case, rho) * (1 + 1e-3)
+
+
+def test_an_ascent_that_falls_behind_is_abandoned() -> None:
+    """On diag(1, 4) from near the axis of 1 the value is 0.5 to begin with, and 2 in the end."""
+    matrix = torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64))
+
+    def objective(d: Tensor) -> tuple[float, Tensor]:
+        return float(d @ matrix @ d) / 2, matrix @ d
+
+    start = torch.tensor([1.0, 0.05], dtype=torch.float64)
+    alone = maximize(objective, start, 1.0, tolerance=1e-6)
+    assert (alone.converged, alone.abandoned) == (True, False)
+    assert alone.value == pytest.approx(2, rel=1e-5)
+    behind = maximize(objective, start, 1.0, tolerance=1e-6, rival=1.9)
+    assert (behind.converged, behind.abandoned) == (False, True)
+    assert len(behind.gains) < len(alone.gains)
+    gain = behind.gains[-1]
+    assert behind.value * (1 + gain) ** 2 < 1.9
+    ahead = maximize(objective, start, 1.0, tolerance=1e-6, rival=0.4)
+    assert (ahead.value, ahead.abandoned) == (alone.value, False)
+
+
+def test_only_abandoned_starts_are_named(case: Case) -> None:
+    details = measure(case.model, case.batches(7), CONVERGED, Settings(rho=1.0)).rows[CONVERGED[0]].details
+    assert set(details["starts"]) == set(details["steps"]) >= set(details["abandoned"])
+    best = max(details["starts"], key=details["starts"].__getitem__)
+    assert best not in details["abandoned"]
+
+
+# F v by one gradient
+
+
+def product_error(case: Case, v: Tensor, dtype: torch.dtype) -> float:
+    model, x = case.model.to(dtype), case.data[1].to(dtype)
+    batches = Batches.from_tensors(x, batch_size=3)
+    divergence = ProbeDivergence(Parameters(model), batches, model(x).detach(), Work(7))
+    expected = case.fisher_terms.mean(0) @ v
+    return float((FisherByDifference(divergence)(v.to(dtype)).double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 0.05), (torch.float64, 5e-5)], ids=str)
+def test_difference_product(
+    case: Case, dtype: torch.dtype, bound: float, length: float, generator: torch.Generator
+) -> None:
+    """Of these tiny networks a step moves single neurons far more than of large ones."""
+    vectors = [length * torch.randn(len(case.theta), generator=generator).double() for _ in range(9)]
+    errors = [product_error(case, v, dtype) for v in vectors]
+    assert np.median(errors) < bound
+    assert max(errors) < 10 * bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_difference_products_step_follows_the_scale(
+    scale: float, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """The same function of weights 1/scale as large: F is scale² as large, and as well approximated."""
+    case = next(c for c in CASES if c.name == "tanh-mlp")
+    x = case.data[1].to(dtype)
+    v = torch.randn(12, generator=generator, dtype=torch.float64)  # along the first layer's weights
+
+    def product(factor: float) -> tuple[Tensor, float]:
+        model = case.model.to(dtype)
+        with torch.no_grad():
+            model[0].weight /= factor
+        work = Work(7)
+        parameters = Parameters(model, r"^0\.weight")
+        batches = Batches.from_tensors(x * factor)
+        product = FisherByDifference(ProbeDivergence(parameters, batches, model(x * factor).detach(), work))
+        first = product(v.to(dtype)).double()
+        found, work.evaluations = work.evaluations, 0.0
+        assert float((product(v.to(dtype)).double() / first - 1).abs().max()) < 0.1
+        assert work.evaluations == pytest.approx(1)  # the step is remembered
+        return first, found
+
+    truth = case.fisher_terms.mean(0)[:12, :12] @ v
+    found, evaluations = product(scale)
+    bound = 0.05 if dtype == torch.float32 else 1e-4
+    assert float((found / scale**2 - truth).norm() / truth.norm()) < bound
+    assert evaluations <= 3
+
+
+def test_difference_product_along_a_direction_without_effect() -> None:
+    case = next(c for c in CASES if c.name == "unused")
+    v = torch.zeros(len(case.theta), dtype=torch.float64)
+    v[17] = 1.0  # of the idle layer
+    assert torch.equal(FisherByDifference(divergence_of(case))(v), torch.zeros_like(v))
+
+
+def test_difference_product_ends_where_the_effect_is_of_second_order() -> None:
+    """At weights of zero F = 0, but a step moves the logits by its square: no step is ever the right one."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(4, 3, bias=False))
+    model = model.double().eval()
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    x = 1e-3 * torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    work = Work(5)
+    divergence = ProbeDivergence(Parameters(model), Batches.from_tensors(x), model(x).detach(), work)
+    v = torch.randn(24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert float(FisherByDifference(divergence)(v).norm()) < 1e-3
+    assert work.evaluations <= 10
+    rows = measure(model, Batches.from_tensors(x), ["fisher_lambda_max", "local_inconsistency_converged"]).rows
+    assert rows["fisher_lambda_max"].value == 0

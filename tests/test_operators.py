@@ -15,22 +15,26 @@ from torch.nn.utils import vector_to_parameters
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import UsageError
 from gm_probe.core.parameters import Parameters
-from gm_probe.probe.operators import Operator, fisher, hessian
-from gm_probe.probe.work import Work
+from gm_probe.probe.operators import Operator, fisher, hessian, residual
+from gm_probe.probe.work import GRADIENT, NESTED_JVP, TRIPLE_BACKWARD, Work
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 KINDS = ("fisher", "hessian")
+ALL = (*KINDS, "residual")
 
 
 def build(kind: str, case: Case, batch_size: int = 3) -> Operator:
     model, x, y = case.data
     parameters, batches = Parameters(case.model), case.batches(batch_size)
-    if kind == "hessian":
-        return hessian(parameters, batches, y)
-    return fisher(parameters, batches, model(x).detach())
+    clean = model(x).detach()
+    if kind == "residual":
+        return residual(parameters, batches, clean, y)
+    return hessian(parameters, batches, y) if kind == "hessian" else fisher(parameters, batches, clean)
 
 
 def dense_terms(kind: str, case: Case) -> Tensor:
+    if kind == "residual":
+        return case.hessian_terms - case.fisher_terms
     return case.fisher_terms if kind == "fisher" else case.hessian_terms
 
 
@@ -42,14 +46,14 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_matrix_is_dense_matrix_and_symmetric(kind: str, case: Case) -> None:
     matrix = to_matrix(build(kind, case))
     torch.testing.assert_close(matrix, dense_terms(kind, case).mean(0), **TIGHT)
     torch.testing.assert_close(matrix, matrix.T, **TIGHT)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_terms_are_quadratic_forms_of_each_example(kind: str, case: Case, generator: torch.Generator) -> None:
     operator = build(kind, case)
     v = torch.randn(operator.size, generator=generator, dtype=torch.float64)
@@ -58,7 +62,7 @@ def test_terms_are_quadratic_forms_of_each_example(kind: str, case: Case, genera
     torch.testing.assert_close(terms.mean(), v @ operator.matvec(v), **TIGHT)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
 def test_batch_size_does_not_matter(kind: str, batch_size: int, generator: torch.Generator) -> None:
     case = next(c for c in CASES if c.name == "max-pool-cnn")
@@ -179,6 +183,93 @@ def test_a_network_that_ignores_its_parameters_has_zero_curvature(kind: str) -> 
     assert torch.equal(operator.terms(v), torch.zeros(3, dtype=torch.float64))
 
 
+def test_residual_vanishes_where_logits_are_linear() -> None:
+    case = next(c for c in CASES if c.name == "softmax-regression")
+    assert float(to_matrix(build("residual", case)).abs().max()) < 1e-15
+
+
+def test_hessian_is_fisher_and_residual(case: Case, generator: torch.Generator) -> None:
+    whole, *parts = (build(kind, case) for kind in ("hessian", "fisher", "residual"))
+    v = torch.randn(whole.size, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(sum(part.matvec(v) for part in parts), whole.matvec(v), **TIGHT)
+    torch.testing.assert_close(sum(part.terms(v) for part in parts), whole.terms(v), **TIGHT)
+
+
+class Crooked(torch.autograd.Function):
+    """x², whose forward-mode derivative is wrong by half, or absent."""
+
+    absent = False
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
+
+    @staticmethod
+    def jvp(ctx, t: Tensor) -> Tensor:
+        if Crooked.absent:
+            raise NotImplementedError
+        return 3 * ctx.saved_tensors[0] * t
+
+
+class Squared(nn.Module):
+    def __init__(self, forward_mode: str) -> None:
+        super().__init__()
+        self.square = torch.square if forward_mode == "right" else Crooked.apply
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.square(x)
+
+
+@pytest.mark.parametrize("forward_mode", ["right", "wrong", "absent"])
+@pytest.mark.parametrize("kind", ["hessian", "residual"])
+def test_wrong_forward_mode_is_not_trusted(
+    kind: str, forward_mode: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    monkeypatch.setattr(Crooked, "absent", forward_mode == "absent")
+    model = nn.Sequential(nn.Linear(3, 4), Squared(forward_mode), nn.Linear(4, 3)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    x, y = torch.randn(5, 3, generator=generator, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
+    parameters, batches, work = Parameters(model), Batches.from_tensors(x, batch_size=2), Work(5)
+    clean = model(x).detach()
+    operator = (
+        hessian(parameters, batches, y, work)
+        if kind == "hessian"
+        else residual(parameters, batches, clean, y, work)
+    )
+    v = torch.randn(operator.size, generator=generator, dtype=torch.float64)
+
+    def gradient(values: dict[str, Tensor]) -> Tensor:
+        z = parameters.logits(x, values)
+        if kind == "hessian":
+            total = functional.cross_entropy(z, y)
+        else:
+            total = (z * (clean.softmax(1) - functional.one_hot(y, 3))).sum() / 5
+        return parameters.join(torch.autograd.grad(total, list(values.values())))
+
+    step, ends = 1e-5, []
+    for sign in (1, -1):
+        moved = parameters.values()
+        moved = {n: (moved[n] + sign * step * t).requires_grad_() for n, t in parameters.split(v).items()}
+        ends.append(gradient(moved))
+    expected = (ends[0] - ends[1]) / (2 * step)
+    torch.testing.assert_close(operator.matvec(v), expected, rtol=1e-6, atol=1e-8)
+    work.evaluations = 0
+    torch.testing.assert_close(operator.terms(v).mean(), v @ expected, rtol=1e-6, atol=1e-8)
+    way = NESTED_JVP if forward_mode == "right" else TRIPLE_BACKWARD
+    assert work.evaluations == pytest.approx(way / GRADIENT)
+
+
 @pytest.mark.parametrize("build_operator", [fisher, hessian])
 def test_train_mode_is_refused(build_operator) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Dropout()).double()
@@ -198,4 +289,6 @@ def test_confident_examples_do_not_cost_the_cheap_curvature_terms() -> None:
     batches, work = Batches.from_tensors(x), Work(64)
     operator = hessian(Parameters(model), batches, model(x).argmax(1), work)
     operator.terms(torch.ones(operator.size))
-    assert work.evaluations == pytest.approx(4 / 3)  # forward over forward, not three backward passes
+    # forward over forward, not three backward passes
+    assert work.evaluations == pytest.approx(NESTED_JVP / GRADIENT)
+    assert NESTED_JVP < TRIPLE_BACKWARD / 2

@@ -141,6 +141,6 @@ def _power(value: float) -> str:
     if value == 0:
         return "0"
     exponent = round(math.log10(abs(value)))
-    if -2 <= exponent <= 3:
+    if -3 <= exponent <= 3:
         return f"{value:g}".replace("-", "−")
     return f"${'-' if value < 0 else ''}10^{{{exponent}}}$"

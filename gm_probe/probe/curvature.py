@@ -111,7 +111,7 @@ def hessian_trace(probe: Probe) -> Figure:
 
 def effective_rank(probe: Probe) -> Figure:
     """tr F / λ_max(F): over how many directions the curvature is spread."""
-    top, top_error, top_examples, top_converged, _ = fisher_lambda_max(probe)
+    top, top_error, top_examples, top_converged, _ = _eigenvalue(probe.fisher, probe.fisher_top)
     total, error, examples, converged, details = fisher_trace(probe)
     assert top is not None
     assert total is not None
