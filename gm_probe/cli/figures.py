@@ -32,17 +32,42 @@ def print_result(result: dict[str, Any]) -> None:
             "yes" if row["converged"] else "NO",
             number(row["num_evals"], 3),
         ]
-        rows.append(figures[:4] if narrow else figures)
+        figures = figures[:4] if narrow else figures
+        rows.append([*figures, f"{row['examples_needed']:,}" if "examples_needed" in row else "—"])
     size = f"P = {result['num_parameters']:,}  N = {result['num_examples']:,}"
     title = f"{result['checkpoint']}  {result['model']}  {size}"
     columns = ["measure", "value", "± estim.", "± examples", "conv.", "cost"]
-    console.print(table(title, columns[: 4 if narrow else 6], rows))
+    columns = columns[: 4 if narrow else 6]
+    target = result["settings"]["target_error"]
+    if target:  # how many examples an error of this size takes
+        columns.append(f"N for {100 * target:g} %")
+    console.print(table(title, columns, [row[: len(columns)] for row in rows]))
+    _print_more(result)
     console.print(
         f"{_ascents(result)}± estim.: standard error over starts or probes, Lanczos residual for λ_max; "
         "± examples: standard error from the probe set's size; "
         f"{'' if narrow else 'cost in gradient evaluations. '}BatchNorm in eval mode.",
         style="dim",
     )
+
+
+def _print_more(result: dict[str, Any]) -> None:
+    """Below the table: S_ρ's grid, and the eigenvalues after the largest."""
+    console = results_console()
+    for name, row in result["measures"].items():
+        if "grid" in row:
+            steps = sorted({cell["k_steps"] for cell in row["grid"]})
+            cells = {(cell["rho"], cell["k_steps"]): cell["value"] for cell in row["grid"]}
+            rows = [
+                [f"ρ = {rho:g}", *(number(cells[rho, k]) for k in steps)]
+                for rho in sorted({r for r, _ in cells})
+            ]
+            console.print(table(f"{name}, mean over starts", ["", *(f"K = {k}" for k in steps)], rows))
+        if "eigenvalues" in row:
+            found = ", ".join(
+                f"{number(p['value'])} ± {number(p['residual'], 2)}" for p in row["eigenvalues"]
+            )
+            console.print(f"{name}, the largest: {found}", markup=False, highlight=False)
 
 
 def _ascents(result: dict[str, Any]) -> str:
