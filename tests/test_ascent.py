@@ -344,5 +344,7 @@ def test_difference_product_ends_where_the_effect_is_of_second_order() -> None:
     v = torch.randn(24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert float(FisherByDifference(divergence)(v).norm()) < 1e-3
     assert work.evaluations <= 10
-    rows = measure(model, Batches.from_tensors(x), ["fisher_lambda_max", "local_inconsistency_converged"]).rows
+    rows = measure(
+        model, Batches.from_tensors(x), ["fisher_lambda_max", "local_inconsistency_converged"]
+    ).rows
     assert rows["fisher_lambda_max"].value == 0

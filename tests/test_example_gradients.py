@@ -367,6 +367,18 @@ def test_what_it_cannot_do_it_says(name: str) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_layer_used_twice_on_some_batches_only_is_refused_there() -> None:
+    class Moody(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if len(x) > 4 else self.head(self.layer(x))
+
+    model, x = prepared(Net(Moody, (3,)))
+    examples, cotangents = ExampleGradients(Parameters(model), x), cotangents_for(model, x)
+    assert examples.supported
+    with pytest.raises(NotImplementedError, match="used twice"):
+        examples.squared_norms(x, cotangents)
+
+
 EITHER = {
     "in place on a view": Net(Halves, (3,)),
     "recurrent": Net(Recurrent, (4, 3)),

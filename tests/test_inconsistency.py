@@ -52,7 +52,9 @@ def by_hand(case: Case, start: Tensor, radius: float, steps: int, rows: slice = 
 def check(found: Estimate, terms: list[Tensor]) -> None:
     """``terms``: of each start, the examples' divergences."""
     values = np.array([float(each.mean()) for each in terms])
-    assert len({round(value, 12) for value in values}) == len(values)  # else which start is whose would not show
+    assert len({round(value, 12) for value in values}) == len(
+        values
+    )  # else which start is whose would not show
     assert found.details["starts"] == pytest.approx(values, rel=1e-8)
     assert found.value == pytest.approx(values.mean(), rel=1e-8)
     assert found.details["sd_starts"] == pytest.approx(values.std(ddof=1), rel=1e-6)
@@ -78,7 +80,9 @@ def test_paper_by_hand(steps: int) -> None:
 def test_every_cell_of_the_grid_is_a_measurement_of_its_own(name: str, rho: float, k: int) -> None:
     case, more = BY_NAME[name], {"num_starts": 3, "noise_scale": 0.2}
     radii, steps = (0.7, 0.1, 0.3), (2, 1, 3)
-    found = row(case, "local_inconsistency", Settings(rho=rho, k_steps=k, rho_grid=radii, k_grid=steps, **more))
+    found = row(
+        case, "local_inconsistency", Settings(rho=rho, k_steps=k, rho_grid=radii, k_grid=steps, **more)
+    )
     cells = {(cell["rho"], cell["k_steps"]): cell for cell in found.details["grid"]}
     assert set(cells) == {(r, s) for r in radii for s in steps}
     for (r, s), cell in cells.items():

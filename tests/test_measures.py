@@ -207,7 +207,7 @@ def small_net(depth: int, width: int, activation: type[nn.Module], classes: int)
     return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 
 
-@settings_of(max_examples=15, deadline=None, derandomize=True)
+@settings_of(max_examples=12, deadline=None, derandomize=True)
 @given(
     depth=st.integers(0, 3),
     width=st.integers(1, 6),
@@ -235,7 +235,9 @@ def test_any_small_network_against_dense_matrices(
         model = small_net(depth, width, activation, classes).to(dtype).eval()
         x, y = torch.randn(examples, 3, dtype=dtype), torch.randint(0, classes, (examples,))
     settings = Settings(trace_tolerance=0.02, max_probes=60, seed=seed)
-    report = measure(model, Batches.from_tensors(x, y if labeled else None, batch_size=batch_size), None, settings)
+    report = measure(
+        model, Batches.from_tensors(x, y if labeled else None, batch_size=batch_size), None, settings
+    )
 
     exact = copy.deepcopy(model).double()
     flat = nn.utils.parameters_to_vector(exact.parameters()).detach()

@@ -16,7 +16,14 @@ from gm_probe.probe.outputs import SHIFT
 from gm_probe.probe.probe import Estimate, Probe, Settings
 from gm_probe.probe.work import Work
 
-OUTPUTS = ["mean_entropy", "mean_confidence", "input_jacobian_norm", "flip_rate", "crop_rate", "parameter_norm"]
+OUTPUTS = [
+    "mean_entropy",
+    "mean_confidence",
+    "input_jacobian_norm",
+    "flip_rate",
+    "crop_rate",
+    "parameter_norm",
+]
 
 
 def take(model: nn.Module, x: Tensor, name: str, batch_size: int = 3, seed: int = 0) -> Estimate:
@@ -127,7 +134,7 @@ def test_crop_of_even_images_changes_nothing() -> None:
 
 
 def test_crops_hang_on_the_seed_alone() -> None:
-    model, x = images(9, 7)
+    model, x = images(9, 7, count=400)
     one, other, again = (take(model, x, "crop_rate", seed=seed).value for seed in (0, 1, 0))
     assert one == again
     assert one != other
@@ -139,7 +146,8 @@ def test_batch_size_does_not_matter(name: str) -> None:
     one, *others = (take(model, x, name, batch_size=size) for size in (40, 1, 7, 64))
     for other in others:
         assert other.value == pytest.approx(one.value, rel=1e-12)
-        assert other.stderr_examples == pytest.approx(one.stderr_examples, rel=1e-9)
+        if name != "parameter_norm":
+            assert other.stderr_examples == pytest.approx(one.stderr_examples, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,8 @@ class FisherByDifference:
 
     def __call__(self, v: Tensor) -> Tensor:
         aim = torch.finfo(v.dtype).eps ** (1 / 3)
-        for _ in range(
-            5
-        ):  # bounded: where F v = 0 the logits move by the step's square, and no step may suit
+        # bounded: where F v = 0 the logits move by the step's square, and no step may suit
+        for _ in range(5):
             step = self._step
             value, gradient = self._divergence.value_and_gradient(step * v)
             moved = math.sqrt(2 * value)  # √(vᵀF v) · ε: the logits' root mean square change
