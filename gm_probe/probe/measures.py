@@ -63,7 +63,7 @@ MEASURES: dict[str, Measure] = {
     "hessian_lambda_max": Measure(
         curvature.hessian_lambda_max,
         False,
-        12.0,
+        24.0,
         "λ_max(H)",
         "largest eigenvalue of the loss Hessian (labels given, or else predicted), by Lanczos",
     ),

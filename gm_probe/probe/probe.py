@@ -230,13 +230,11 @@ class Probe:
 
     @cached_property
     def hessian_top(self) -> Eigenpair:
-        """The Hessian's top eigenpair, from near the Fisher matrix's (overlap .99 on trained networks)."""
         return lanczos(
             self.hessian,
             generator=self.generator("hessian"),
             tolerance=self.settings.eigen_tolerance,
             max_iterations=self.settings.max_iterations,
-            near=self.fisher_top.vector,
         )
 
     @cached_property
