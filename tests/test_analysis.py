@@ -363,3 +363,11 @@ def test_runs_that_missed_their_stop_ce_are_noted_or_left_out_on_request(tmp_pat
 def test_converged_only_needs_run_folders(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run folders"):
         load_table(make_csv(tmp_path, "error_gap,a\n1,2\n2,3\n"), converged_only=True)
+
+
+def test_every_measure_is_known_to_correlate() -> None:
+    from gm_probe.analysis.table import KNOWN_MEASURES
+    from gm_probe.probe.measures import MEASURES
+    from gm_probe.probe.pairwise import PAIR_MEASURES
+
+    assert {*MEASURES, *PAIR_MEASURES} - {"error", "cross_entropy"} == set(KNOWN_MEASURES)

@@ -29,6 +29,12 @@ MEASURE_LABELS = {
     "fisher_trace": r"$\mathrm{tr}\,F$",
     "hessian_lambda_max": r"$\lambda_{\max}(H)$",
     "hessian_trace": r"$\mathrm{tr}\,H$",
+    "hessian_lambda_min": r"$\lambda_{\min}(H)$",
+    "effective_rank": r"$\mathrm{tr}\,F/\lambda_{\max}(F)$",
+    "local_inconsistency_adaptive": r"$S_\rho$ (adaptive)",
+    "local_inconsistency_relative": r"$S_\rho$ (relative)",
+    "local_inconsistency_batchwise": r"$S_\rho$ (batchwise)",
+    "average_inconsistency": r"$A_\rho$ (average)",
     "conditional_inconsistency": r"$C_\theta$ (inconsistency)",
     "disagreement": "disagreement",
 }

@@ -21,6 +21,19 @@ KNOWN_MEASURES = (
     "fisher_trace",
     "hessian_lambda_max",
     "hessian_trace",
+    "hessian_lambda_min",
+    "effective_rank",
+    "local_inconsistency_adaptive",
+    "local_inconsistency_relative",
+    "local_inconsistency_batchwise",
+    "average_inconsistency",
+    "mean_entropy",
+    "mean_confidence",
+    "input_jacobian_norm",
+    "flip_rate",
+    "crop_rate",
+    "distance_from_initialization",
+    "parameter_norm",
     "disagreement",
     "conditional_inconsistency",
     "inconsistency",
@@ -74,7 +87,10 @@ class RunTable:
     @property
     def labels(self) -> dict[str, str]:
         """Whose labels a measure was taken with (``predicted``, ``given``, ``mixed``), where its rows say so."""
-        kinds = {name: list(conditions.get("labels", ())) for name, conditions in self.conditions.items()}
+        kinds = {
+            name: [kind for kind in conditions.get("labels", ()) if kind != "none needed"]
+            for name, conditions in self.conditions.items()
+        }
         return {
             name: kind[0] if len(kind) == 1 else "mixed"
             for name, kind in kinds.items()
