@@ -255,6 +255,26 @@ def test_an_undefined_figure_is_noted_with_its_reason(capsys):
     assert capsys.readouterr().err == "note: fisher_trace is undefined: not finite (nan)\n"
 
 
+def test_a_record_that_names_other_code_is_not_followed(images, checkpoint, capsys):
+    """--model names the network; the record's own callable is not run for the initial weights either."""
+    Path("evil.py").write_text("from pathlib import Path\nPath('ran').touch()\nbuild = None\n")
+    spec = ModelSpec("mlp-6", (1, 8, 8), 2)
+    folder = Path("run")
+    folder.mkdir()
+    named = ModelSpec("evil.py:build", (1, 8, 8), 2)
+    save_checkpoint(
+        folder / "checkpoint.safetensors", build_model(spec), named, Normalization((0.5,), (0.5,))
+    )
+    (folder / "config.toml").write_text("seed = 0\n")
+    command = (
+        "gmprobe measure run --model mlp-6 --unlabeled data --measures distance_from_initialization --json"
+    )
+    code, out, err = run(command, capsys)
+    assert code == 0, err
+    assert json.loads(out)[0]["measures"]["distance_from_initialization"]["value"] is None
+    assert not Path("ran").exists()
+
+
 def test_subset_is_seeded_and_recorded(images, checkpoint, capsys):
     command = (
         "gmprobe measure ckpt.pt --unlabeled data --measures fisher_trace --max-examples 5 --json --seed {}"

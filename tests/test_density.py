@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Case
-from test_operators import build, dense_terms
-from torch import Tensor
+from test_operators import build, dense_terms, to_matrix
+from test_spectrum import SPECTRA as OTHERS
 
 from gm_probe.analysis.density_plot import density_panels
 from gm_probe.analysis.plots import write_figure
@@ -38,23 +38,13 @@ def rotated(values: np.ndarray, dtype: torch.dtype = torch.float64) -> Operator:
     return Operator(lambda v: matrix @ v, lambda v: (v @ matrix @ v)[None], len(values), dtype, matrix.device)
 
 
-def dense(operator: Operator) -> Tensor:
-    columns = torch.eye(operator.size, dtype=operator.dtype)
-    return torch.stack([operator.matvec(column) for column in columns])
-
-
 SPECTRA = {
-    "spread": np.linspace(0.1, 5, 40),
-    "one outlier": np.r_[np.linspace(0, 1, 60), 9.0],
+    **{
+        name: values
+        for name, values in OTHERS.items()
+        if "pair" not in name and "larger" not in name and name != "P = 2"
+    },
     "indefinite": np.r_[-3.0, np.linspace(-0.1, 0.1, 40), 0.4],
-    "all negative": -np.linspace(1, 3, 20),
-    "low rank": np.r_[np.zeros(50), 2.0, 3.0],
-    "zero": np.zeros(12),
-    "identity": np.ones(15),
-    "repeated top": np.r_[np.linspace(0, 1, 20), 5.0, 5.0, 5.0],
-    "P = 1": np.array([-2.5]),
-    "tiny": 1e-12 * np.linspace(0.1, 5, 40),
-    "huge": 1e12 * np.linspace(0.1, 5, 40),
 }
 
 
@@ -82,7 +72,7 @@ def test_moments_within_four_standard_errors(name: str) -> None:
 def test_each_probe_is_the_quadrature_of_its_own_measure(seed: int) -> None:
     """m nodes give vᵀA^k v exactly for k ≤ 2m − 1."""
     operator = rotated(SPECTRA["indefinite"])
-    matrix, size, steps = dense(operator), operator.size, 5
+    matrix, size, steps = to_matrix(operator), operator.size, 5
     found = density(operator, generator=seeded(seed), num_probes=2, num_steps=steps)
     generator = seeded(seed)
     for nodes, weights in zip(found.nodes, found.weights, strict=True):
@@ -97,7 +87,7 @@ def test_all_steps_give_the_spectral_measure_itself(name: str) -> None:
     values = np.sort(SPECTRA[name])
     operator = rotated(values)
     found = density(operator, generator=seeded(3), num_probes=3, num_steps=1000)
-    truth, vectors = np.linalg.eigh(dense(operator).numpy())
+    truth, vectors = np.linalg.eigh(to_matrix(operator).numpy())
     generator = seeded(3)
     assert found.num_products == 3 * len(values)
     for nodes, weights in zip(found.nodes, found.weights, strict=True):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.output import (
+    FIGURE_SUFFIXES,
     format_options,
     notes_console,
     number,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     from gm_probe.analysis.correlation import Correlation, MeasureStatistics
     from gm_probe.analysis.table import Exclusion, RunTable
 
-FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 LEGEND = (
     "p (naive) takes runs as independent, which seeds of one setting are not.\n"
     "ties: pairs of runs equal in the measure / equal in the gap."

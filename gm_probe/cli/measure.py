@@ -9,7 +9,7 @@ import click
 
 from gm_probe.cli.data import DataOptions, data_options, floats
 from gm_probe.cli.figures import as_rows, print_result, warn
-from gm_probe.cli.output import format_options, note, notes_console, print_csv, print_json
+from gm_probe.cli.output import FIGURE_SUFFIXES, format_options, note, notes_console, print_csv, print_json
 from gm_probe.cli.progress import Bar, progress_bar
 from gm_probe.core.errors import CheckpointError, UsageError
 
@@ -141,8 +141,10 @@ def measure(
         data.require_source()
     if density is not None and len(checkpoints) > 1:
         raise UsageError("--density draws one checkpoint; give one")
-    if density is not None and density.suffix.lower() not in {".png", ".pdf", ".svg"}:
-        raise UsageError(f"--density {density}: name a .png, .pdf or .svg file")
+    if density is not None and density.suffix.lower() not in FIGURE_SUFFIXES:
+        raise UsageError(
+            f"--density {density}: no format {density.suffix!r}; use {', '.join(FIGURE_SUFFIXES)}"
+        )
     from gm_probe.core import processes
     from gm_probe.core.records import MEASURES as MEASURES_FILE
     from gm_probe.probe.measures import expected_cost
@@ -199,13 +201,7 @@ def measure(
                 if save:
                     merge_measures(path / MEASURES_FILE, result)
                 if density is not None:
-                    from gm_probe.analysis.density_plot import density_panels
-                    from gm_probe.analysis.plots import write_figure
-
-                    figure = density_panels(
-                        result["density"], checkpoint=path.name, num_examples=result["num_examples"]
-                    )
-                    write_figure(figure, [density])
+                    _draw_density(result, path.name, density)
                 if output is None:  # one checkpoint's table as soon as it is known
                     print_result(result)
                 if not quiet:
@@ -215,6 +211,14 @@ def measure(
                 print_json(results)
             elif output == "csv" and results and speaks:
                 print_csv(as_rows(results))
+
+
+def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:
+    from gm_probe.analysis.density_plot import density_panels
+    from gm_probe.analysis.plots import write_figure
+
+    figure = density_panels(result["density"], checkpoint=checkpoint, num_examples=result["num_examples"])
+    write_figure(figure, [file])
 
 
 def _whole(value: float) -> int:

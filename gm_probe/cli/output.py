@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
+"""What figures may be written as."""
+
 
 def results_console() -> Console:
     """Console on stdout; rich drops colour when piped or when NO_COLOR is set."""

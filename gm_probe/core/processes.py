@@ -27,6 +27,11 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def everywhere(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` holds in every process: what decides on the passes to come must be the same in all."""
+    return int(sum_over_processes(torch.tensor(int(flag), device=device))) == count()
+
+
 def gather_examples(values: Tensor) -> Tensor:
     """Join each process's per-example values (n, ...) to (N, ...) in the order of the examples."""
     if not _together():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from gm_probe.core.processes import everywhere
 from gm_probe.probe.operators import Operator
 from gm_probe.probe.probe import Figure, Probe, example_error
 from gm_probe.probe.spectrum import Eigenpair, eigenpairs, random_start
@@ -76,7 +77,7 @@ EXAMPLES = "examples' own gradients"
 
 
 def fisher_trace(probe: Probe) -> Figure:
-    """By examples' own gradients, or where the model has none, by Hutchinson without the top eigenvector's share."""
+    """By examples' own gradients, or where the model has none, by Hutchinson's estimator."""
     found = probe.example_fisher_trace
     if found is not None:
         return _row(
@@ -91,7 +92,7 @@ def hessian_trace(probe: Probe) -> Figure:
     if fisher is None:
         found = _hutchinson(probe, probe.hessian, "hessian trace")
         return _row(found, "Hutchinson", labels=probe.label_kind)
-    if probe.affinity.affine:
+    if everywhere(probe.affinity.affine, probe.clean.device):
         return _row(fisher, "tr F: every parameter enters affinely", labels="none needed")
     found = _hutchinson(probe, probe.residual, "hessian trace", offset=fisher.terms)
     error = math.hypot(found.stderr or 0.0, fisher.stderr or 0.0)

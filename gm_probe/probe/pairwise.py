@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from gm_probe.core.errors import DataError, DivergedError, UsageError
 from gm_probe.probe.kl import kl_divergence
+from gm_probe.probe.probe import as_row
 
 PAIR_MEASURES = {
     "disagreement": ("D", "fraction of examples on which two models predict different classes"),
@@ -56,8 +57,7 @@ class PairEstimate:
     details: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        row = asdict(self)
-        return {**{key: row[key] for key in row if key != "details"}, **self.details}
+        return as_row(self)
 
 
 @dataclass(frozen=True, slots=True)

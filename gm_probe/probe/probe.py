@@ -92,6 +92,13 @@ class Settings:
             raise UsageError(f"a trace needs 2 probes at least, got {self.min_probes} and {self.max_probes}")
 
 
+def as_row(estimate: Any) -> dict[str, Any]:
+    """The fields of a dataclass with ``details``, and those beside them."""
+    row = asdict(estimate)
+    details = row.pop("details")
+    return {**row, **details}
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """One measured figure.
@@ -114,8 +121,7 @@ class Estimate:
     details: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        row = asdict(self)
-        return {**{key: row[key] for key in row if key != "details"}, **self.details}
+        return as_row(self)
 
 
 Figure = tuple[float | None, float | None, float | None, bool, dict[str, Any]]
@@ -174,10 +180,10 @@ class Probe:
             raise DataError("two passes over the data gave different outputs; no shuffling, no random layers")
         return first
 
-    def mean(self, values: Tensor, **details: Any) -> Figure:
+    def mean(self, values: Tensor) -> Figure:
         """The exact mean of this process's per-example ``values`` (n,) over all examples."""
         joined = gather_examples(values.double())
-        return float(joined.mean()), None, example_error(joined), True, details
+        return float(joined.mean()), None, example_error(joined), True, {}
 
     @cached_property
     def labels(self) -> Tensor | None:

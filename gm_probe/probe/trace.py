@@ -14,7 +14,7 @@ from torch.nn import functional
 from gm_probe.core.batches import Batches, cut
 from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters
-from gm_probe.core.processes import gather_examples
+from gm_probe.core.processes import everywhere, gather_examples
 from gm_probe.probe.example_gradients import ExampleGradients
 from gm_probe.probe.operators import Operator
 from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, Work
@@ -167,7 +167,7 @@ def fisher_trace(
         None where examples' gradients cannot be had of this model; see ``ExampleGradients``.
     """
     examples = ExampleGradients(parameters, next(iter(batches)).x)
-    if not examples.supported:
+    if not everywhere(examples.supported, clean.device):
         return None
     first = CovarianceRoot(clean[:1].double().softmax(1))
 

@@ -16,7 +16,7 @@ from gm_probe.core.devices import environment
 from gm_probe.core.errors import DataError, UsageError, first_line
 from gm_probe.core.files import write_json
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
-from gm_probe.core.models import initial_model, logits_of
+from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import differentiable_attention, evaluating
 from gm_probe.core.processes import count, rank
 from gm_probe.core.records import read_run
@@ -35,7 +35,7 @@ class Subject:
     batches: Batches
     num_classes: int
     classes: tuple[str, ...]  # as the checkpoint records them
-    initial: torch.nn.Module | None  # what a run's training started from; None of other checkpoints
+    recorded: ModelSpec | None  # likewise
 
 
 def open_subject(
@@ -75,11 +75,7 @@ def open_subject(
             "each class needs its folder, or measure it --unlabeled"
         )
     name = model_name or (checkpoint.model.name if checkpoint.model else "")
-    seed = read_run(path).config.get("seed") if path.is_dir() else None
-    initial = None
-    if checkpoint.model is not None and isinstance(seed, int):
-        initial = initial_model(checkpoint.model, seed).to(device, dtype)
-    return Subject(model, name, batches, classes, checkpoint.classes, initial)
+    return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model)
 
 
 def measure_checkpoint(
@@ -104,7 +100,8 @@ def measure_checkpoint(
     subject = open_subject(path, examples, **loading)
     batches = subject.batches
     part = batches.shard(rank(), count())
-    report = measure(subject.model, part, names, settings, initial=subject.initial, notify=notify)
+    initial = _initial(path, subject) if "distance_from_initialization" in (names or ()) else None
+    report = measure(subject.model, part, names, settings, initial=initial, notify=notify)
     result = report.as_dict(
         checkpoint=str(path),
         model=subject.name,
@@ -117,6 +114,20 @@ def measure_checkpoint(
         **environment(batches.device),
     )
     return {**result, "num_classes": subject.num_classes}
+
+
+def _initial(path: Path, subject: Subject) -> torch.nn.Module | None:
+    """What a run's training started from; None of other checkpoints.
+
+    A record that names another network than the one that was loaded is not followed: it could name anybody's code.
+    """
+    recorded = subject.recorded
+    if recorded is None or recorded.name != subject.name or not path.is_dir():
+        return None
+    seed = read_run(path).config.get("seed")
+    if not isinstance(seed, int):
+        return None
+    return initial_model(recorded, seed).to(subject.batches.device, subject.batches.dtype)
 
 
 def measure_density(
