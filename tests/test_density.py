@@ -338,3 +338,13 @@ def test_odd_spectra_are_drawn_too(values: np.ndarray, tmp_path: Path) -> None:
     figure = density_panels({"my $matrix": one}, checkpoint="odd", num_examples=1)
     write_figure(figure, [tmp_path / "odd.svg"])
     assert "my $matrix: trace" in (tmp_path / "odd.svg").read_text(encoding="utf-8")
+
+
+def test_the_picture_says_whose_labels() -> None:
+    one = density(rotated(network_like()), generator=seeded(), num_probes=2, num_steps=10).as_dict()
+    figure = density_panels(
+        {"fisher": one, "hessian": {**one, "labels": "predicted"}}, checkpoint="c", num_examples=3
+    )
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert "labels" not in titles[0]
+    assert titles[1].startswith("loss Hessian H (predicted labels)")

@@ -47,7 +47,8 @@ def density_panels(
             axes = figure.add_subplot(len(densities), 1, row + 1)
             _density(axes, one, COLOURS[row % len(COLOURS)])
             _axis(axes, low, high, one["curve"]["linear_width"])
-            axes.set_title(_title(NAMES.get(name, name), one), loc="left")
+            labels = f" ({one['labels']} labels)" if "labels" in one else ""
+            axes.set_title(_title(NAMES.get(name, name) + labels, one), loc="left")
         axes.set_xlabel(r"eigenvalue $\lambda$ (logarithmic outside the shaded range around 0)")
     return figure
 

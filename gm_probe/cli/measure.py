@@ -84,7 +84,7 @@ from gm_probe.core.errors import CheckpointError, UsageError
     "--density",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Also plot the spectral densities of F and H to this .png, .pdf or .svg (some 300 gradients).",
+    help="Also plot the spectral densities of F and H to this .png, .pdf or .svg (some 800 gradients).",
 )
 @data_options
 @click.option("--seed", type=int, default=0, show_default=True)

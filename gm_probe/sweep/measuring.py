@@ -153,8 +153,6 @@ def measure_density(
             found[name] = density(
                 operator,
                 generator=probe.generator(f"{name} density"),
-                num_probes=2,
-                num_steps=30,
                 notify=tick,
             ).as_dict()
         found["hessian"]["labels"] = probe.label_kind
