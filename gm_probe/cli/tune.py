@@ -34,9 +34,7 @@ NOT_TRAINS = frozenset({"rho", "beta", "seed", "out", "resume", "save", "as_json
 """Options of `gmprobe train` that `tune` has in a sense of its own, or not at all."""
 
 
-@click.command(
-    epilog="Example:  gmprobe tune --method iam-d --rho 0.05,0.1 --beta 0.5,1 --model mlp --epochs 10 --out tune/"
-)
+@click.command(epilog="Example:  gmprobe tune --method iam-d --model mlp --rho 0.1,0.3 --out tune/")
 @click.option(
     "--rho", "rho_text", metavar="A,B,...", required=True, help="Values of ρ; LOW,HIGH with --trials."
 )
@@ -102,10 +100,8 @@ def tune(
     if dry_run:
         _dry_run(tuner, points)
         return
-    if trials:
-        cells = tuner.trials(trials, bounds, partial(_print_trial, console, trials))
-    else:
-        cells = tuner.grid(points)
+    report = partial(_print_trial, console, trials)
+    cells = tuner.trials(trials, bounds, report) if trials else tuner.grid(points)
     best = tuning.best_of(cells)
     command = _command(config, best)
     figures = _draw(tuner, cells, best, grid=not trials)
@@ -150,7 +146,7 @@ def _dry_run(tuner: Tuner, points: Sequence[Point]) -> None:
     results_console().print(table(f"{sum(left.values())} of {len(left)} runs to do", ["run", "state"], rows))
 
 
-def _print_trial(console: Console, trials: int, number_of: int, cell: Cell) -> None:
+def _print_trial(console: Console, trials: int | None, number_of: int, cell: Cell) -> None:
     rho, beta = cell.point
     at = f"ρ = {rho:g}" + ("" if beta is None else f", β = {beta:g}")
     note(console, f"trial {number_of}/{trials}: {at}, validation error {number(cell.mean)}")

@@ -1,4 +1,4 @@
-"""Tune (ρ, β) on a tenth of the training part: each cell is one run a seed, and the test part is never read."""
+"""Tune (ρ, β) on a tenth of the training part: each cell is one run a seed, and the test part plays no role."""
 
 from __future__ import annotations
 
