@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from gm_probe.cli import main
 from gm_probe.core.errors import UsageError
 from gm_probe.core.models import BUILT_IN, ModelSpec, build_model, logits_of, num_parameters
 
@@ -89,9 +91,14 @@ def test_vit_s_16_is_the_published_one() -> None:
 
 
 @NEEDS_TIMM
-def test_every_listed_model_is_built() -> None:
+def test_every_listed_model_is_built_and_listed_with_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["models", "--json"])
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(BUILT_IN) < set(rows)
     for name in BUILT_IN:
-        assert num_parameters(name) is not None
+        with torch.device("meta"):
+            assert rows[name]["num_parameters"] == size(build(name)), name
+    assert rows["timm:NAME"]["num_parameters"] is None
 
 
 def test_what_needs_timm_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +174,8 @@ def test_weights_follow_the_seed() -> None:
         ("6cnn", (64,), "takes images (C, H, W), not examples of shape (64,)"),
         ("wrn-28-2", (28, 28), "takes images (C, H, W), not examples of shape (28, 28)"),
         ("resnet18-cifa", CIFAR, "did you mean 'resnet18-cifar'?"),
+        ("resnet-18", CIFAR, "did you mean 'resnet18'?"),
+        ("resnet-34-cifar", CIFAR, "did you mean 'resnet34-cifar'?"),
         ("resnet-50", CIFAR, "did you mean 'resnet50'?"),
         ("resnet-18-cifar", CIFAR, "did you mean 'resnet18-cifar'?"),
         ("vit-ti-4", CIFAR, "did you mean 'vit-tiny-4'?"),

@@ -100,7 +100,9 @@ def build_model(spec: ModelSpec) -> nn.Module:
     for pattern, build in _FAMILIES.items():
         if match := re.fullmatch(pattern, name):
             return build(match, spec)
-    raise UsageError(f"no model {name!r}; {did_you_mean(name, BUILT_IN, '`gmprobe models` lists them')}")
+    resnets = [f"resnet{depth}{stem}" for depth in (18, 34, 50, 101, 152) for stem in ("", "-cifar")]
+    hint = did_you_mean(name, [*BUILT_IN, *resnets], "`gmprobe models` lists them")
+    raise UsageError(f"no model {name!r}; {hint}")
 
 
 def num_parameters(
