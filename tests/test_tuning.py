@@ -205,7 +205,8 @@ def test_the_best_and_its_rivals() -> None:
     twin = Cell(Point(0.5), best.errors)
     assert best_of([best, twin]) is best
     assert best_of([twin, best]) is twin
-    assert rivals_of(Cell(Point(0.1), (0.2,)), cells) == []  # one seed knows no error
+    single, equal = Cell(Point(0.1), (0.2,)), Cell(Point(0.2), (0.2,))  # one seed knows no error
+    assert rivals_of(single, [single, equal, Cell(Point(0.3), (0.201,)), lost]) == [equal]
     with pytest.raises(DivergedError, match="diverged in every cell"):
         best_of([lost])
 

@@ -158,7 +158,7 @@ def _doubts(cells: Sequence[Cell], best: Cell, grid: Mapping[str, Sequence[float
 
     rivals = rivals_of(best, cells)
     if rivals:
-        yield f"{len(rivals)} other point(s) lie within one standard error of the best; more --seeds tell them apart"
+        yield f"{len(rivals)} other point(s) tie with the best within one standard error; more --seeds tell them apart"
     for name, values in grid.items():
         at = getattr(best.point, name)
         if len(values) > 2 and at in (min(values), max(values)):

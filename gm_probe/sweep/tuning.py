@@ -207,13 +207,11 @@ def best_of(cells: Sequence[Cell]) -> Cell:
 
 
 def rivals_of(best: Cell, cells: Sequence[Cell]) -> list[Cell]:
-    """Other cells whose mean lies within one standard error of the difference from the best."""
-    if best.mean is None or best.stderr is None:
-        return []
-    return [
-        cell
-        for cell in cells
-        if cell is not best
-        and cell.mean is not None
-        and cell.mean - best.mean <= math.hypot(best.stderr, cell.stderr or 0.0)
-    ]
+    """Other cells whose mean ties with the best, or lies within one standard error of the difference."""
+
+    def ties(cell: Cell) -> bool:
+        if cell.mean is None or best.mean is None:
+            return False
+        return cell.mean - best.mean <= math.hypot(best.stderr or 0.0, cell.stderr or 0.0)
+
+    return [cell for cell in cells if cell is not best and ties(cell)]
