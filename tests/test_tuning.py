@@ -427,6 +427,7 @@ def test_trials_by_command(config: TrainConfig, capsys: pytest.CaptureFixture[st
         ("--method sam --rho 0.1,0.10", 2, ["twice"]),
         ("--method sam --rho -0.1", 2, ["rho = -0.1"]),
         ("--method sam --rho 0.1 --trials 2", 2, ["--rho takes two bounds LOW,HIGH"]),
+        ("--method sam --rho 0.1,inf --trials 2", 2, ["--rho takes two bounds LOW,HIGH"]),
         ("--method iam-d --rho 0.1,1 --beta 2,1 --trials 2", 2, ["--beta takes two bounds"]),
         ("--method sam --rho 0.1,1 --trials 2 --dry-run", 2, ["--dry-run", "--trials"]),
         ("--method sam", 2, ["--rho"]),

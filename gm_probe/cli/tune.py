@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -132,7 +133,7 @@ tune.params += [option for option in train.params if option.name not in NOT_TRAI
 
 
 def _bounds(name: str, values: Sequence[float]) -> tuple[float, float]:
-    if len(values) != 2 or not 0 < values[0] < values[1]:
+    if len(values) != 2 or not 0 < values[0] < values[1] < math.inf:
         raise UsageError(f"with --trials, --{name} takes two bounds LOW,HIGH with 0 < LOW < HIGH")
     return values[0], values[1]
 

@@ -75,13 +75,14 @@ def validation_config(config: TrainConfig, out: Path, *, write: bool = True) -> 
         DataError: too few examples, or as ``load_splits`` raises it.
     """
     train = load_splits(config).train
-    x, y = train.x.contiguous().numpy(), train.y
-    assert y is not None
-    digest = hashlib.sha256(x.tobytes() + y.numpy().tobytes()).hexdigest()[:8]
-    path = out / f"training-part-{digest}.npz"
+    assert train.y is not None
+    x, y = train.x.contiguous().numpy(), train.y.numpy()
+    digest = hashlib.sha256(x.data)
+    digest.update(y.data)
+    path = out / f"training-part-{digest.hexdigest()[:8]}.npz"
     if write and not path.exists():
         buffer = io.BytesIO()
-        np.savez(buffer, x=x, y=y.numpy())
+        np.savez(buffer, x=x, y=y)
         write_atomic(path, buffer.getvalue())
     held_out = max(1, round(VALIDATION * len(train)))
     rest = len(train) - held_out - 1
