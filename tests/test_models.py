@@ -91,6 +91,19 @@ def test_vit_s_16_is_the_published_one() -> None:
 
 
 @NEEDS_TIMM
+@pytest.mark.parametrize("patch", [16, 32])
+def test_published_weights_of_vit_s_fit(patch: int) -> None:
+    """The same names and shapes as the network whose weights timm publishes."""
+    import timm
+
+    with torch.device("meta"):
+        own = build(f"vit-s-{patch}", (3, 224, 224), 1000)
+        published = timm.create_model(f"vit_small_patch{patch}_224", pretrained=False)
+    shapes = [{name: tuple(v.shape) for name, v in m.state_dict().items()} for m in (own, published)]
+    assert shapes[0] == shapes[1]
+
+
+@NEEDS_TIMM
 def test_every_listed_model_is_built_and_listed_with_its_size(capsys: pytest.CaptureFixture[str]) -> None:
     main(["models", "--json"])
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
