@@ -95,9 +95,8 @@ def resnet(depth: int, channels: int, classes: int, *, cifar_stem: bool) -> nn.M
         channels: of the images; other than 3 needs a first convolution of its own.
         cifar_stem: 3×3 convolution of stride 1 and no max-pool in front, as small images want it.
     """
-    from torchvision.models import (
-        get_model,
-    )  # here: it takes a second or two, and only its own models need it
+    # imported here: torchvision takes a second or two, and only its own models need it
+    from torchvision.models import get_model
 
     model = get_model(f"resnet{depth}", weights=None, num_classes=classes)
     if cifar_stem or channels != 3:
