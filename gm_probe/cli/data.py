@@ -110,11 +110,12 @@ class DataOptions:
         return opened.test, "test", note if self.part is None else None
 
     def loading(self) -> dict[str, Any]:
-        """How to load a checkpoint: the keywords of ``open_subject``. Sets the number of threads."""
+        """How to load a checkpoint: the keywords of ``open_subject``. Sets threads and allocator of this process."""
         import torch
 
-        from gm_probe.core.devices import pick_device
+        from gm_probe.core.devices import keep_freed_memory, pick_device
 
+        keep_freed_memory()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         return {
