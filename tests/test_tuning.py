@@ -19,12 +19,15 @@ import pytest
 import scipy.stats
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from gm_probe.analysis.heat_map import heat_map, trial_map
 from gm_probe.analysis.plots import render
 from gm_probe.cli import main
 from gm_probe.cli.tune import NOT_TRAINS, tune
+from gm_probe.core import images
 from gm_probe.core.checkpoints import read_checkpoint
+from gm_probe.core.datasets import Examples, open_source
 from gm_probe.core.errors import DataError, DivergedError, ProbeError, UsageError
 from gm_probe.core.loading import load_model
 from gm_probe.core.records import find_runs
@@ -40,7 +43,7 @@ from gm_probe.sweep.tuning import (
     validation_config,
 )
 from gm_probe.training.config import SETTINGS, TrainConfig
-from gm_probe.training.parts import load_splits
+from gm_probe.training.parts import _open, load_splits
 
 NEEDS_OPTUNA = pytest.mark.skipif(find_spec("optuna") is None, reason="optuna is an extra")
 
@@ -109,8 +112,6 @@ def test_cells_see_the_training_part_alone(config: TrainConfig, tmp_path: Path, 
 
 
 def test_a_test_part_of_its_own_is_not_touched(tmp_path: Path) -> None:
-    from PIL import Image
-
     for part, level in (("train", 10), ("test", 200)):
         for name in ("a", "b"):
             (tmp_path / "images" / part / name).mkdir(parents=True)
@@ -123,6 +124,33 @@ def test_a_test_part_of_its_own_is_not_touched(tmp_path: Path) -> None:
         assert len(file["x"]) == 36
         assert file["x"].max() < 200
     assert (base.num_train, base.num_test) == (36 - 4 - 1, 4)
+
+
+def test_images_too_many_for_memory_are_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(30):
+            pixels = rng.integers(0, 256, (6, 6), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    settings = {"data": "images", "image_size": 5, "num_unlabeled": 4, "num_test": 6, "model": "mlp-4"}
+    config = TrainConfig.from_dict({**settings, "method": "sam", "epochs": 1, "device": "cpu"})
+    whole = load_splits(config).train
+    _open.cache_clear()
+    monkeypatch.setattr(images, "IN_MEMORY", 100)
+    base = validation_config(config, tmp_path / "out")
+    assert validation_config(config, tmp_path / "out") == base
+    assert Path(base.data).is_dir()
+    linked = open_source(base.data, labeled=True, image_size=base.image_size).pool
+
+    def content(examples: Examples) -> set[tuple[bytes, int]]:
+        assert examples.y is not None
+        return {(x.numpy().tobytes(), int(y)) for x, y in zip(examples.x[:100], examples.y, strict=True)}
+
+    assert len(linked) == len(whole) == 50
+    assert content(linked) == content(whole)
+    assert (base.num_train, base.num_test) == (44, 5)
+    _open.cache_clear()
 
 
 def test_the_copy_is_named_by_its_content_and_written_once(config: TrainConfig, tmp_path: Path) -> None:
