@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gm_probe.sweep.tuning import Cell, Point, Tuner
     from gm_probe.training.config import TrainConfig
 
-NOT_TRAINS = frozenset({"rho", "beta", "seed", "out", "resume", "save", "as_json", "quiet"})
+NOT_TRAINS = frozenset({"rho", "beta", "seed", "out", "resume", "save", "tensorboard", "as_json", "quiet"})
 """Options of `gmprobe train` that `tune` has in a sense of its own, or not at all."""
 
 

@@ -132,7 +132,7 @@ def check_tunable(config: TrainConfig, *, beta: bool) -> None:
     """Raise UsageError where the method has no ρ, or no β though one is to be tuned."""
     if config.method == "sgd":
         raise UsageError("sgd has neither ρ nor β; choose --method sam, asam, iam-d or iam-s")
-    if beta and config.method != "iam-d":
+    if beta and not config.method.startswith("iam-d"):
         raise UsageError(f"{config.method} has no β; leave --beta out")
 
 
