@@ -5,7 +5,7 @@ Where colour tells things apart, so does a second sign: the marker, its filling,
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -28,6 +28,7 @@ COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#5
 DASHES = ("-", "--", ":", "-.")
 INK = "black"
 FAINT: dict[str, Any] = {"color": INK, "alpha": 0.15, "linewidth": 0.6}
+LINE = 18  # letters of a tick label's line
 FEWEST = 10  # points that a trend line takes
 
 
@@ -77,19 +78,20 @@ def scatter(
 def forest(rows: Mapping[str, Mapping[str, Quantity]], xlabel: str) -> Figure:
     """A row a measure, in it a figure in −1..1 with its interval for each series (such as a gap)."""
     series = list(dict.fromkeys(name for of in rows.values() for name in of))
-    figure, axes = _column(0.35 + 0.17 * len(rows) * max(len(series), 1), _legend_lines(series))
+    height = max(0.17 * len(series), _row_height(rows))
+    figure, axes = _column(0.45 + height * len(rows), _legend_lines(series))
     with mpl.rc_context(STYLE):
         axes.axvline(0, color=INK, linewidth=0.6)
         for place, of in enumerate(rows.values()):
             for index, name in enumerate(series):
-                height = place + (0.6 * (index + 0.5) / len(series) - 0.3)
+                level = place + (0.6 * (index + 0.5) / len(series) - 0.3)
                 found = of[name]
                 if found.value is None:
-                    axes.text(0, height, " undefined", va="center", fontsize=7, fontstyle="italic")
+                    axes.text(0, level, " undefined", va="center", fontsize=7, fontstyle="italic")
                     continue
                 if found.low is not None and found.high is not None:
-                    axes.plot([found.low, found.high], [height] * 2, color=_colour(index), linewidth=1.2)
-                axes.plot([found.value], [height], **_look(index, index))
+                    axes.plot([found.low, found.high], [level] * 2, color=_colour(index), linewidth=1.2)
+                axes.plot([found.value], [level], **_look(index, index))
         _rows(axes, list(rows))
         axes.set_xlim(-1.03, 1.03)
         axes.set_xlabel(xlabel)
@@ -106,9 +108,9 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
     """
     labels = [short_label(label) for label in columns]
     longest = max(6 if "$" in label else len(line) for label in labels for line in label.splitlines())
-    slanted = longest * 0.07 > (COLUMN - 1) / max(len(columns), 1)
-    head = 0.05 * longest + 0.2 if slanted else 0.3
-    figure, axes = _column(0.1 + 0.22 * len(rows) + head, 0)
+    slanted = longest * 0.07 > (COLUMN - 1) / len(columns)
+    head = 0.05 * longest + 0.3 if slanted else 0.35
+    figure, axes = _column(0.1 + max(0.22, _row_height(rows)) * len(rows) + head, 0)
     with mpl.rc_context(STYLE):
         scale, colours = Normalize(-1, 1), mpl.colormaps["cividis"]
         axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=scale, edgecolors="none")
@@ -117,7 +119,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
             if math.isnan(value):
                 axes.text(column + 0.5, row + 0.5, "–", ha="center", va="center", fontsize=size)
                 continue
-            ink = "#ffffff" if value < 0.15 else "#010101"  # not INK, which turns light on a dark page
+            ink = _ink(colours(scale(value)))
             text = _signed(value)
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=ink)
         if rule:
@@ -140,7 +142,7 @@ def distributions(rows: Mapping[str, np.ndarray], xlabel: str, *, reference: flo
     """A row a measure: every one of its values (n,) in 0..1 as a tick, the quartiles as a box, and the mean,
     90th percentile and maximum marked; a line at ``reference``."""
     marks = {"mean": ("o", COLOURS[1]), "90th percentile": ("D", COLOURS[0]), "maximum": (">", COLOURS[2])}
-    figure, axes = _column(0.35 + 0.3 * len(rows), _legend_lines([*marks]))
+    figure, axes = _column(0.45 + max(0.28, _row_height(rows)) * len(rows), _legend_lines([*marks]))
     with mpl.rc_context(STYLE):
         axes.axvline(reference, color=INK, linewidth=0.8, linestyle="--")
         for place, values in enumerate(rows.values()):
@@ -240,9 +242,12 @@ def training_curves(
 
 
 def short_label(name: str) -> str:
-    """A measure's symbol for a tick; a foreign measure's own name, wrapped."""
+    """A measure's symbol for a tick; another name in at most two lines."""
     known = MEASURE_LABELS.get(name)
-    return known.replace(" (local inconsistency)", "") if known else _wrapped(name, 18)
+    if known:
+        return known.replace(" (local inconsistency)", "")
+    lines = [line.replace("_ ", "_") for line in textwrap.wrap(name.replace("_", "_ "), LINE)]
+    return "\n".join(lines[:2] + ["…"][: len(lines) > 2]).replace("\n…", "…").replace("$", r"\$")
 
 
 def _column(height: float, legend: float) -> tuple[Figure, Axes]:
@@ -251,6 +256,20 @@ def _column(height: float, legend: float) -> tuple[Figure, Axes]:
         figure = Figure(figsize=(COLUMN, height + legend), layout="constrained")
         FigureCanvasAgg(figure)
         return figure, figure.add_subplot()
+
+
+def _row_height(labels: Iterable[str]) -> float:
+    """Inches that the tallest of ``labels`` takes as a tick."""
+    return 0.13 * max(len(short_label(label).splitlines()) for label in labels) + 0.03
+
+
+def _ink(cell: tuple[float, float, float, float]) -> str:
+    """White or all but black, whichever has more contrast on ``cell``; INK would turn light on a dark page.
+
+    Source: relative luminance of WCAG 2.1; contrast is the same at 0.179.
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in cell[:3]]
+    return "#010101" if np.dot([0.2126, 0.7152, 0.0722], linear) > 0.179 else "#ffffff"
 
 
 def _colour(index: int) -> str:
@@ -288,7 +307,7 @@ def _rows(axes: Axes, labels: Sequence[str], centre: float = 0.0) -> None:
 
 
 def _handle(label: str, **look: Any) -> Line2D:
-    return Line2D([], [], **{"linestyle": "none", **look}, label=_plain(_fit(label)))
+    return Line2D([], [], **{"linestyle": "none", **look}, label=_fit(label).replace("$", r"\$"))
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
@@ -322,14 +341,6 @@ def _legend_lines(labels: Sequence[str]) -> float:
 
 def _fit(label: str) -> str:
     return textwrap.fill(label, int((COLUMN - 0.4) / 0.055))
-
-
-def _wrapped(label: str, width: int) -> str:
-    return _plain(textwrap.fill(label.replace("_", "_ "), width).replace("_ ", "_"))
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")
 
 
 def _signed(value: float) -> str:

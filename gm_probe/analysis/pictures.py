@@ -1,0 +1,172 @@
+"""Which figures a sweep's report has, and what each says in words."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from gm_probe.analysis import figures
+from gm_probe.analysis.correlation import kendall
+from gm_probe.analysis.curves import CURVES, Curve
+from gm_probe.analysis.results import Correlation, Quantity, SweepStatistics
+from gm_probe.analysis.table import GAPS, RunTable
+
+MEAN = "mean Ψ"
+Rows = Mapping[str, np.ndarray]
+"""Labels of subgroups and their rows of the table (``correlation.group_rows``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure: ``name`` is its file's stem, ``section`` its place on a page (``report.SECTIONS``); ``text`` says
+    what it shows, under it and to who cannot see it."""
+
+    name: str
+    section: str
+    title: str
+    text: str
+    figure: Figure
+
+
+def pictures(
+    table: RunTable,
+    statistics: SweepStatistics,
+    gaps: Sequence[str],
+    groups: Rows,
+    shapes: Rows,
+    grids: Mapping[str, Mapping[int, Mapping[float, Quantity]]],
+    curves: Mapping[str, Sequence[Curve]],
+) -> Iterator[Picture]:
+    """All figures for which there is something to show, in the order of the page.
+
+    ``grids[gap]`` is of ``grid.grid_taus``, ``curves`` of ``curves.read_curves``; either may be empty.
+    """
+    yield _forest(statistics, gaps)
+    for gap in gaps:
+        for measure in statistics.measures:
+            result = measure.gaps[gap]
+            yield Picture(
+                f"scatter-{measure.name}-{gap}",
+                "scatter",
+                f"{measure.name}, {_short(gap)}",
+                f"{_says(result)}.",
+                figures.scatter(table, measure, gap, groups, shapes),
+            )
+    yield from _granulated(statistics, gaps)
+    yield from _sign_errors(statistics, gaps)
+    yield from _between_measures(table)
+    for gap, lines in grids.items():
+        if lines:
+            yield Picture(
+                f"grid-{gap}",
+                "grid",
+                f"S_ρ’s τ with the {_short(gap)} by ρ and K",
+                f"Kendall’s τ-b with the {_short(gap)} at each radius ρ and number of ascent steps K that the runs "
+                "were measured with.",
+                figures.tau_by_radius(lines, f"τ with {GAPS[gap]}"),
+            )
+    for name, of_runs in curves.items():
+        recorded = sum(len(x) > 0 for x, _ in of_runs)
+        yield Picture(
+            f"curves-{name}",
+            "training",
+            f"{name} by epoch",
+            f"{recorded:,} runs, a line each; a mark where training ended.",
+            figures.training_curves(of_runs, groups, CURVES[name]),
+        )
+
+
+def _forest(statistics: SweepStatistics, gaps: Sequence[str]) -> Picture:
+    rows = {
+        measure.name: {GAPS[gap]: _tau(measure.gaps[gap]) for gap in gaps} for measure in statistics.measures
+    }
+    clear = [
+        f"{measure.name} with the {_short(gap)}"
+        for measure in statistics.measures
+        for gap in gaps
+        if _excludes_zero(measure.gaps[gap])
+    ]
+    return Picture(
+        "forest",
+        "correlation",
+        "Kendall’s τ-b with 95 % intervals",
+        f"Intervals clear of 0: {', '.join(clear) or 'none'}.",
+        figures.forest(rows, "Kendall’s τ-b, 95 % CI"),
+    )
+
+
+def _granulated(statistics: SweepStatistics, gaps: Sequence[str]) -> Iterator[Picture]:
+    for gap in gaps:
+        found = {m.name: m.details[gap].granulated for m in statistics.measures if gap in m.details}
+        names = list(dict.fromkeys(name for each in found.values() for name in each.psi))
+        if not any(each.mean.value is not None for each in found.values()):
+            continue
+        values = [[*(each.psi[name].psi.value for name in names), each.mean.value] for each in found.values()]
+        yield Picture(
+            f"granulated-{gap}",
+            "beyond",
+            f"Granulated ψ, {_short(gap)}",
+            "ψ where only the named hyperparameter differs, and their mean Ψ. A dash is undefined; the table says why.",
+            figures.heat_map(np.array(values, dtype=float), list(found), [*names, MEAN], rule=1),
+        )
+
+
+def _sign_errors(statistics: SweepStatistics, gaps: Sequence[str]) -> Iterator[Picture]:
+    for gap in gaps:
+        found = {m.name: m.details[gap].sign_error for m in statistics.measures if gap in m.details}
+        if any(each.environments for each in found.values()):
+            most = max(len(each.environments) for each in found.values())
+            yield Picture(
+                f"sign-error-{gap}",
+                "beyond",
+                f"Sign errors, {_short(gap)}",
+                f"A tick an environment (at most {most:,}), the quartiles as a box; the dashed ½ is chance.",
+                figures.distributions(
+                    {name: np.array([e.error for e in each.environments]) for name, each in found.items()},
+                    "sign error in an environment",
+                    reference=0.5,
+                ),
+            )
+
+
+def _between_measures(table: RunTable) -> Iterator[Picture]:
+    names = table.measures
+    if len(names) < 2:
+        return
+    columns = [table.frame[name].to_numpy() for name in names]
+    taus = np.full((len(names), len(names)), np.nan)
+    for i, x in enumerate(columns):
+        for j, y in enumerate(columns[: i + 1]):
+            both = np.isfinite(x) & np.isfinite(y)
+            found = kendall(x[both], y[both]).tau
+            taus[i, j] = taus[j, i] = np.nan if found is None else found
+    yield Picture(
+        "measures",
+        "comparisons",
+        "τ between measures",
+        "Kendall’s τ-b over the runs that have both. Near 1: two measures order the runs alike, and a second one adds "
+        "little.",
+        figures.heat_map(taus, names, names),
+    )
+
+
+def _tau(result: Correlation) -> Quantity:
+    return Quantity(result.tau, result.low, result.high, n=result.n, reason=result.reason)
+
+
+def _excludes_zero(result: Correlation) -> bool:
+    return result.low is not None and result.high is not None and (result.low > 0 or result.high < 0)
+
+
+def _says(result: Correlation) -> str:
+    if result.tau is None:
+        return f"τ undefined: {result.reason}"
+    text = f"τ = {result.tau:.2f}"
+    if result.low is not None and result.high is not None:
+        text += f" [{result.low:.2f}, {result.high:.2f}]"
+    return f"{text.replace('-', '−')}, {result.n:,} runs"
+
+
+def _short(gap: str) -> str:
+    return {"error_gap": "error gap", "ce_gap": "CE gap"}[gap]
