@@ -15,8 +15,9 @@ class Quantity:
     """A figure, its interval ``low`` to ``high``, and its two-sided p.
 
     ``value`` is None exactly when ``reason`` says why; ``low`` and ``high`` when ``reason`` or
-    ``interval_reason`` does; ``p`` when ``reason`` or ``p_reason`` does. ``n`` counts what the figure rests
-    on: runs, pairs or cells, as its holder says.
+    ``interval_reason`` does. ``p`` is None where ``p_reason`` says why, or where its holder makes no test;
+    ``p_reason`` may also limit a ``p`` that is there. ``n`` counts what the figure rests on: runs, pairs or
+    cells, as its holder says.
     """
 
     value: float | None
@@ -98,8 +99,9 @@ class Granulated:
 class ConditionalInformation:
     """K(S) given the hyperparameters ``given``: ``value`` = ``raw`` − ``null_mean``, in bits a bit (0 to 1).
 
-    ``null_mean`` is the mean over permutations of the gap within cells, ``p`` the part of them with at least
-    ``raw``. ``n`` pairs in ``num_cells`` cells.
+    ``null_mean`` is the mean over permutations of whole settings' gaps, ``p`` the part of them with at least
+    ``raw`` (None where there are too few). ``n`` pairs in ``num_cells`` cells; ``skipped`` cells have no pair
+    of runs untied in both.
     """
 
     given: tuple[str, ...]
@@ -110,6 +112,7 @@ class ConditionalInformation:
     n: int
     num_cells: int
     reason: str | None = None
+    skipped: int = 0
 
     @property
     def label(self) -> str:
@@ -200,7 +203,11 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What goes beyond τ of one measure and gap. None where that part was switched off."""
+    """What goes beyond τ of one measure and gap; ``conditioning`` and ``prediction`` None where switched off.
+
+    Of ``noise_filtered``, ``granulated`` and ``strata`` no p is taken; of ``partial``, it permutes within strata
+    of the control.
+    """
 
     noise_filtered: NoiseFiltered
     between: Quantity  # τ of the settings' means; n: settings

@@ -11,6 +11,7 @@ from gm_probe.analysis.table import (
     BOOKKEEPING,
     GAPS,
     KNOWN_MEASURES,
+    OUTCOMES,
     RunTable,
     require_distinct,
     require_known,
@@ -26,7 +27,7 @@ SETTINGS = frozenset((
     "ascent_steps", "steps", "noise_scale", "num_parameters", "num_examples",
 ))
 # fmt: on
-OUTCOMES = frozenset(("train_error", "test_error", "train_ce", "test_ce", "train_accuracy", "test_accuracy"))
+ACCURACIES = frozenset(("train_accuracy", "test_accuracy"))
 NO_VALUE = ("", "-", "na", "n/a", "nan", "nat", "null", "none", "<na>")
 
 
@@ -59,7 +60,7 @@ def table_from_file(
     by_name = [name for name in names if name in SETTINGS and name not in measures]
     hypers = unique([*(hyperparameters or by_name), *group_by])
     free = [name for name in names if name not in {*gaps, *hypers, "run"}]
-    candidates = [name for name in free if name not in BOOKKEEPING | SETTINGS | OUTCOMES | {""}]
+    candidates = [name for name in free if name not in BOOKKEEPING | SETTINGS | ACCURACIES | {*OUTCOMES, ""}]
     chosen = (
         unique(measures)
         or [name for name in KNOWN_MEASURES if name in candidates]
@@ -78,6 +79,8 @@ def table_from_file(
     frame = {"run": rows}
     frame |= {name: columns[name].values for name in [*gaps, *chosen]}
     frame |= {name: _settings(columns[name], raw[name]) for name in hypers}
+    outcomes = [name for name in OUTCOMES if name in names and name not in frame]
+    frame |= {name: columns[name].values for name in outcomes}
     return RunTable(
         source=source,
         frame=pd.DataFrame(frame),
@@ -86,6 +89,7 @@ def table_from_file(
         hyperparameters=tuple(hypers),
         missing={name: columns[name].missing for name in [*gaps, *chosen]},
         notes=() if measures else (note,),
+        outcomes=tuple(outcomes),
     )
 
 

@@ -1,0 +1,143 @@
+"""The runs that have both a measure and a gap, by setting, and the seeded draws that all statistics share."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+
+from gm_probe.analysis.permutation import Permutations, permute_blocks, permute_within
+from gm_probe.analysis.rank import Floats, Integers, dense_ranks
+from gm_probe.analysis.table import BOOKKEEPING, RunTable
+
+MOST_DRAWS = 4 * 10**6
+"""A table of resamples holds at most so many numbers: the more runs, the fewer resamples."""
+LEAST_RESAMPLES = 200
+KEPT = 16  # tables of resamples kept for the next measure
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """``x`` (measure) and ``y`` (gap) of n runs, their ``rows`` in the table, and who is independent.
+
+    ``setting`` (n,) numbers the independent units 0..S-1: the settings, or where all runs are of
+    ``one_setting`` the runs, which are independent draws from it.
+    """
+
+    x: Floats
+    y: Floats
+    rows: Integers
+    setting: Integers
+    num_settings: int
+    one_setting: bool
+
+    @property
+    def n(self) -> int:
+        return len(self.x)
+
+    def only(self, keep: np.ndarray) -> "Sample":
+        """The runs where ``keep`` (n,) is True; settings are numbered anew."""
+        part = sample_of(self.x[keep], self.y[keep], self.rows[keep], self.setting[keep])
+        return replace(part, one_setting=part.one_setting or self.one_setting)
+
+
+def sample_of(x: np.ndarray, y: np.ndarray, rows: np.ndarray, setting: np.ndarray) -> Sample:
+    """A sample of runs that all have finite values; equal numbers in ``setting`` (n,) are one setting."""
+    numbers = dense_ranks(setting)
+    one_setting = len(numbers) > 1 and numbers.max() == 0
+    if one_setting:
+        numbers = np.arange(len(numbers))
+    return Sample(x, y, rows, numbers, int(numbers.max(initial=-1)) + 1, one_setting)
+
+
+def setting_numbers(table: RunTable) -> Integers:
+    """(n,) equal where all hyperparameters are; all different where there is no hyperparameter.
+
+    Seeds and other bookkeeping tell no settings apart.
+    """
+    names = setting_names(table)
+    return group_numbers(table, names) if names else np.arange(table.num_runs)
+
+
+def setting_names(table: RunTable) -> list[str]:
+    """The hyperparameters that make a setting."""
+    return [name for name in table.hyperparameters if name not in BOOKKEEPING]
+
+
+def group_numbers(table: RunTable, names: Sequence[str]) -> Integers:
+    """(n,) 0.. by first appearance, equal where the hyperparameters ``names`` are."""
+    seen: dict[Hashable, int] = {}
+    columns = [map(_hashable, table.frame[name]) for name in names]
+    values = zip(*columns, strict=True) if names else [()] * table.num_runs
+    return np.array([seen.setdefault(each, len(seen)) for each in values], np.int64)
+
+
+def numbers_of(table: RunTable, name: str) -> Floats | None:
+    """A column (n,) as floats, NaN where it has no number; None where the table has no such column."""
+    if name not in table.frame:
+        return None
+    return pd.to_numeric(table.frame[name], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+
+
+@dataclass(slots=True)
+class Draws:
+    """Random draws of one ``seed``. Samples of the same settings share them, whatever their measure.
+
+    ``notes`` collects where fewer than ``resamples`` were drawn.
+    """
+
+    seed: int
+    resamples: int
+    notes: dict[str, None] = field(default_factory=dict)
+    _kept: dict[tuple[Hashable, ...], object] = field(default_factory=dict)
+
+    def counts(self, num_settings: int) -> Floats:
+        """(B, S) how often each of S settings is drawn in a bootstrap resample."""
+
+        def draw() -> Floats:
+            num = self._num("bootstrap resamples", num_settings, "settings")
+            chances = np.full(num_settings, 1 / num_settings)
+            return self.rng("counts").multinomial(num_settings, chances, size=num).astype(float)
+
+        return self._once(("counts", num_settings), draw)
+
+    def blocks(self, setting: Integers, stratum: Integers | None = None) -> Permutations:
+        """Permutations of whole settings; see ``permute_blocks``."""
+
+        def draw() -> Permutations:
+            num = self._num("permutations", len(setting), "runs")
+            return permute_blocks(setting, num, self.rng("blocks"), stratum)
+
+        return self._once(("blocks", setting.tobytes(), b"" if stratum is None else stratum.tobytes()), draw)
+
+    def within(self, stratum: Integers) -> Integers:
+        """(B, n) permutations of single runs; see ``permute_within``."""
+
+        def draw() -> Integers:
+            num = self._num("permutations", len(stratum), "runs")
+            return permute_within(stratum, num, self.rng("within"))
+
+        return self._once(("within", stratum.tobytes()), draw)
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """A generator of its own for each ``purpose``."""
+        return np.random.default_rng([self.seed, *purpose.encode()])
+
+    def _num(self, what: str, length: int, unit: str) -> int:
+        most = max(LEAST_RESAMPLES, MOST_DRAWS // max(length, 1))
+        if self.resamples > most:
+            self.notes[f"{most:,} {what} instead of {self.resamples:,} for {length:,} {unit}"] = None
+        return min(self.resamples, most)
+
+    def _once(self, key: tuple[Hashable, ...], draw: Callable[[], T]) -> T:
+        if key not in self._kept:
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = draw()
+        return self._kept[key]  # type: ignore[return-value]
+
+
+def _hashable(value: object) -> Hashable:
+    return (isinstance(value, bool), value)  # True is not 1
