@@ -58,7 +58,7 @@ def train_command(record: RunRecord) -> str:
     words = ["gmprobe", "train"]
     for key, value in record.config.items():
         option = f"--{key.replace('_', '-')}"
-        if isinstance(value, dict) or value in (False, []):
+        if isinstance(value, dict) or value is False or value == []:
             continue  # [environment] is no setting; a flag that is off and an empty list are left out
         if value is True:
             words.append(option)

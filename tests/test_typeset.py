@@ -1,0 +1,91 @@
+"""Tables as Markdown and LaTeX: read back by parsers of those forms, whatever the cells hold."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gm_probe.analysis.typeset import _LATEX, Cell, Sheet, escape_latex, escape_markdown, latex, markdown
+
+NASTY = "a|b <img src=x> *c* _d_ `e` \\f {g} $h$ %i #j & ~k ^l [m](n)\nnew \"line\" −1 τ ρ"
+
+
+def sheet(*cells: str, reason: str | None = None) -> Sheet:
+    rows = tuple((Cell(cell), Cell("0.5", 0.5), Cell("—", reason=reason)) for cell in cells)
+    return Sheet("s", "Title & co", "Caption_1.", ("Name", "τ|b", "p"), rows, notes=("100 % sure",))
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a pipe table's line by the rule of GitHub's specification: a backslash frees the next sign."""
+    body = re.fullmatch(r"\| (.*) \|", line)
+    assert body, line
+    parts = re.split(r"(?<!\\)((?:\\\\)*)\|", body[1])
+    joined = [parts[i] + (parts[i + 1] if i + 1 < len(parts) else "") for i in range(0, len(parts), 2)]
+    return [re.sub(r"\\(.)", r"\1", part.strip()) for part in joined]
+
+
+def test_markdown_cells_come_back_as_they_went_in() -> None:
+    lines = markdown([sheet(NASTY, "plain")]).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert cells_of(table[0]) == ["Name", "τ|b", "p"]
+    assert table[1] == "| --- | ---: | ---: |"
+    assert [cells_of(line) for line in table[2:]] == [[" ".join(NASTY.split()), "0.5", "—"], ["plain", "0.5", "—"]]
+
+
+def test_markdown_leaves_no_html_and_no_emphasis() -> None:
+    shown = escape_markdown(NASTY)
+    assert not re.search(r"(?<!\\)[<>*_`\[\]|{}]", shown)
+    assert "\n" not in shown
+
+
+def test_latex_leaves_no_special_sign_and_all_its_symbols_are_commands() -> None:
+    shown = escape_latex(NASTY)
+    commands = re.compile(r"\\(text[a-z]+\{\}|[&%#_{}$])|\$[^$]+\$")
+    assert not re.search(r"[\\&%#_{}~^$<>|\"]", commands.sub("", shown))
+    assert shown.isascii()
+    assert "\n" not in shown
+    assert escape_latex("\\{") == r"\textbackslash{}\{"
+
+
+def test_latex_is_a_booktabs_table_with_balanced_braces() -> None:
+    text = latex([sheet("a", "b")])
+    for word in ("\\toprule", "\\midrule", "\\bottomrule", "\\label{tab:s}", "\\begin{tabular}{lrr}"):
+        assert text.count(word) == 1
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 3
+    assert all(len(re.findall(r"(?<!\\)&", row)) == 2 for row in rows)
+    free = re.sub(r"\\[{}]", "", text)
+    assert free.count("{") == free.count("}")
+    assert r"Title \& co. Caption\_1. 100 \% sure." in text
+    assert "|" not in text.partition("tabular}{")[2].partition("}")[0]  # booktabs has no vertical rule
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
+def test_latex_compiles(tmp_path: Path) -> None:
+    body = latex([sheet(NASTY + "".join(_LATEX))])
+    document = (
+        "\\documentclass{article}\\usepackage[T1]{fontenc}\\usepackage{booktabs}"
+        f"\\begin{{document}}{body}\\end{{document}}"
+    )
+    (tmp_path / "t.tex").write_text(document)
+    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_every_reason_is_named_once_with_its_rows() -> None:
+    assert sheet("a", "b", reason="too few runs").reasons == ("p of every row: too few runs",)
+    rows = (
+        (Cell("a"), Cell("—", reason="constant"), Cell("—", reason="constant")),
+        (Cell("b"), Cell("—", reason="constant"), Cell("1", 1.0)),
+        (Cell("c"), Cell("0", 0.0), Cell("—", reason="no error")),
+    )
+    assert Sheet("s", "T", "C", ("Name", "τ", "p"), rows).reasons == (
+        "τ, p of a: constant",
+        "τ of b: constant",
+        "p of c: no error",
+    )
+    assert "too few runs" in markdown([sheet("a", reason="too few runs")])
+    assert "too few runs" in latex([sheet("a", reason="too few runs")])
