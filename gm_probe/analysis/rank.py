@@ -35,66 +35,43 @@ def sign_blocks(values: np.ndarray) -> Iterator[tuple[slice, NDArray[np.int8]]]:
 def permuted_scores(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[Integers, Integers]:
     """Score of ``x`` (n,) with ``y[rows[b]]`` for each b, and the number of pairs untied in both; (B,), (B,).
 
-    ``rows`` (B, n) are places in ``y`` (N,), none twice in a row. O(B n log n).
+    ``rows`` (B, n) are places in ``y`` (N,), none twice in a row. With runs in the order of x, each run's later
+    partners are a set of bits, and so are the y below its own: O(B n N/64) words.
     """
-    n = len(x)
-    tied_x, has_ties = tied_pairs(x), tied_pairs(y) > 0
+    n, num = len(x), len(rows)
     order = np.argsort(x, kind="stable")
-    x_ranks, y_ranks = dense_ranks(x)[order], dense_ranks(y)
-    scores, both = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-    step = max(1, BLOCK // (4 * max(n, 1)))
-    for start in range(0, len(rows), step):
+    beyond = np.searchsorted(x[order], x[order], side="right")  # the first place of a larger x
+    below, above = order_bits(y)
+    has_ties = tied_pairs(y) > 0
+    concordant, discordant = np.zeros(num, np.int64), np.zeros(num, np.int64)
+    step = max(1, BLOCK // (8 * max(n * below.shape[1], 1)))
+    for start in range(0, num, step):
         chunk = slice(start, start + step)
-        permuted = y_ranks[rows[chunk][:, order]]
-        untied = np.full(len(permuted), n * (n - 1) // 2 - tied_x)
-        if tied_x:  # within equal x, y must ascend, so that no such pair counts as an inversion
-            keys = np.sort(x_ranks * len(y) + permuted, axis=1)
-            untied += _equal_pairs(keys) if has_ties else 0
-            permuted = keys % len(y)
+        placed = rows[chunk][:, order].T  # (n, b)
+        later = np.zeros((n + 1, placed.shape[1], below.shape[1]), np.uint64)
+        place, column = np.indices(placed.shape)
+        later[place, column, placed >> 6] = np.uint64(1) << (placed & 63).astype(np.uint64)
+        np.bitwise_or.accumulate(later[::-1], axis=0, out=later[::-1])
+        partners = later[beyond]
+        discordant[chunk] = _num_bits(partners & below[placed])
         if has_ties:
-            untied -= _equal_pairs(np.sort(permuted, axis=1))
-        if has_ties or n < len(y):
-            permuted = _ranks_in_order(permuted)
-        both[chunk] = untied
-        scores[chunk] = untied - 2 * inversions(permuted)
-    return scores, both
+            concordant[chunk] = _num_bits(partners & above[placed])
+    if not has_ties:
+        concordant = n * (n - 1) // 2 - tied_pairs(x) - discordant
+    return concordant - discordant, concordant + discordant
 
 
-def inversions(ranks: np.ndarray) -> Integers:
-    """For each row of ``ranks`` (B, n), a permutation of 0..n-1: the number of i < j with rank i > rank j; (B,).
-
-    Bit by bit from the highest: among ranks that agree in the higher bits, every 1 before a 0 is an inversion.
-    Padded to a power of two, exactly half of each group has the bit set, so that groups stay rows of an array.
-    """
-    num, n = ranks.shape
-    bits = max(n - 1, 0).bit_length()
-    kind = np.int16 if bits < 15 else np.int32  # a padded rank and a count within a group both fit
-    padded = np.empty((num, 1 << bits), kind)
-    padded[:, :n] = ranks
-    padded[:, n:] = np.arange(n, 1 << bits)
-    total = np.zeros(num, np.int64)
-    for bit in range(bits - 1, -1, -1):
-        groups = padded.reshape(num, -1, 2 << bit)
-        ones = (groups >> bit & 1).astype(bool)
-        ones_before = np.cumsum(ones, axis=2, dtype=kind)
-        total += np.where(ones, 0, ones_before).reshape(num, -1).sum(axis=1, dtype=np.int64)
-        half = (num, -1, 1 << bit)
-        padded = np.concatenate([groups[~ones].reshape(half), groups[ones].reshape(half)], axis=2)
-    return total
+def order_bits(values: np.ndarray) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """For each of ``values`` (N,), the set of those below and of those above it, as bits (N, ⌈N/64⌉)."""
+    n = len(values)
+    below, above = np.zeros((2, n, 8 * -(-n // 64)), np.uint8)
+    for rows, signs in sign_blocks(values):
+        for sets, members in ((below, signs > 0), (above, signs < 0)):
+            bits = np.packbits(members, axis=1, bitorder="little")
+            sets[rows, : bits.shape[1]] = bits
+    return below.view("<u8").astype(np.uint64), above.view("<u8").astype(np.uint64)
 
 
-def _ranks_in_order(values: Integers) -> Integers:
-    """Ranks 0..n-1 of each row of ``values`` (B, n); equal values take theirs in order, and are no inversion."""
-    order = np.argsort(values, axis=1, kind="stable")
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(values.shape[1])[None, :], axis=1)
-    return ranks
-
-
-def _equal_pairs(keys: Integers) -> Integers:
-    """Number of equal pairs in each sorted row of ``keys`` (B, n)."""
-    place = np.arange(keys.shape[1])
-    first = np.ones(keys.shape, bool)
-    first[:, 1:] = keys[:, 1:] != keys[:, :-1]
-    start = np.maximum.accumulate(np.where(first, place, 0), axis=1)
-    return (place - start).sum(axis=1)
+def _num_bits(sets: NDArray[np.uint64]) -> Integers:
+    """Number of bits set for each b in (n, b, words)."""
+    return np.bitwise_count(sets).sum(axis=(0, 2), dtype=np.int64)
