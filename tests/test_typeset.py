@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gm_probe.analysis.typeset import _LATEX, Cell, Sheet, escape_latex, escape_markdown, latex, markdown
+from gm_probe.analysis.typeset import _LATEX, PAGE, Cell, Sheet, escape_latex, escape_markdown, latex, markdown
 
 NASTY = "a|b <img src=x> *c* _d_ `e` \\f {g} $h$ %i #j & ~k ^l [m](n)\nnew \"line\" −1 τ ρ"
 
@@ -59,14 +59,13 @@ def test_latex_is_a_booktabs_table_with_balanced_braces() -> None:
     free = re.sub(r"\\[{}]", "", text)
     assert free.count("{") == free.count("}")
     assert r"Title \& co. Caption\_1. 100 \% sure." in text
-    assert "|" not in text.partition("tabular}{")[2].partition("}")[0]  # booktabs has no vertical rule
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
 def test_latex_compiles(tmp_path: Path) -> None:
-    body = latex([sheet(NASTY + "".join(_LATEX))])
+    body = latex([sheet(NASTY + "".join(_LATEX), reason="x_y"), sheet(*map(str, range(PAGE + 60)), reason="z")])
     document = (
-        "\\documentclass{article}\\usepackage[T1]{fontenc}\\usepackage{booktabs}"
+        "\\documentclass{article}\\usepackage[T1]{fontenc}\\usepackage{booktabs,graphicx,longtable}"
         f"\\begin{{document}}{body}\\end{{document}}"
     )
     (tmp_path / "t.tex").write_text(document)
@@ -75,17 +74,32 @@ def test_latex_compiles(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:]
 
 
-def test_every_reason_is_named_once_with_its_rows() -> None:
-    assert sheet("a", "b", reason="too few runs").reasons == ("p of every row: too few runs",)
+def test_a_reason_has_one_mark_wherever_it_holds() -> None:
     rows = (
-        (Cell("a"), Cell("—", reason="constant"), Cell("—", reason="constant")),
+        (Cell("a"), Cell("—", reason="constant"), Cell("—", reason="no error")),
         (Cell("b"), Cell("—", reason="constant"), Cell("1", 1.0)),
-        (Cell("c"), Cell("0", 0.0), Cell("—", reason="no error")),
     )
-    assert Sheet("s", "T", "C", ("Name", "τ", "p"), rows).reasons == (
-        "τ, p of a: constant",
-        "τ of b: constant",
-        "p of c: no error",
-    )
-    assert "too few runs" in markdown([sheet("a", reason="too few runs")])
-    assert "too few runs" in latex([sheet("a", reason="too few runs")])
+    table = Sheet("s", "T", "C", ("Name", "τ", "p"), rows)
+    assert table.reasons == {"constant": "a", "no error": "b"}
+    text = markdown([table])
+    assert [cells_of(line) for line in text.splitlines() if line.startswith("| b") or line.startswith("| a")] == [
+        ["a", "— (a)", "— (b)"],
+        ["b", "— (a)", "1"],
+    ]
+    assert text.endswith("- (a) constant\n- (b) no error\n")
+    shown = latex([table])
+    assert "a & ---\\textsuperscript{a} & ---\\textsuperscript{b}" in shown
+    assert "(a) constant. (b) no error." in shown
+
+
+def test_marks_go_on_after_z() -> None:
+    rows = tuple((Cell(str(i), reason=f"reason {i}"),) for i in range(54))
+    marks = list(Sheet("s", "T", "C", ("Name",), rows).reasons.values())
+    assert (marks[0], marks[25], marks[26], marks[27], marks[52], marks[53]) == ("a", "z", "aa", "ab", "ba", "bb")
+
+
+def test_a_long_table_breaks_over_pages_with_its_head_on_each() -> None:
+    text = latex([sheet(*map(str, range(PAGE + 1)))])
+    assert "\\begin{longtable}{lrr}" in text
+    assert "\\begin{table}" not in text
+    assert text.index("\\midrule") < text.index("\\endhead") < text.index("\n  0 & ")

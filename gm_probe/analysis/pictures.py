@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from gm_probe.analysis import figures
 from gm_probe.analysis.correlation import kendall
 from gm_probe.analysis.curves import CURVES, Curve
+from gm_probe.analysis.intervals import excludes_zero
 from gm_probe.analysis.results import Correlation, Quantity, SweepStatistics
 from gm_probe.analysis.table import GAPS, RunTable
 
@@ -85,7 +86,7 @@ def _forest(statistics: SweepStatistics, gaps: Sequence[str]) -> Picture:
         f"{measure.name} with the {_short(gap)}"
         for measure in statistics.measures
         for gap in gaps
-        if _excludes_zero(measure.gaps[gap])
+        if excludes_zero(measure.gaps[gap].low, measure.gaps[gap].high)
     ]
     return Picture(
         "forest",
@@ -99,15 +100,18 @@ def _forest(statistics: SweepStatistics, gaps: Sequence[str]) -> Picture:
 def _granulated(statistics: SweepStatistics, gaps: Sequence[str]) -> Iterator[Picture]:
     for gap in gaps:
         found = {m.name: m.details[gap].granulated for m in statistics.measures if gap in m.details}
-        names = list(dict.fromkeys(name for each in found.values() for name in each.psi))
-        if not any(each.mean.value is not None for each in found.values()):
+        every = list(dict.fromkeys(name for each in found.values() for name in each.psi))
+        names = [name for name in every if any(of.psi[name].psi.value is not None for of in found.values())]
+        if not names:
             continue
         values = [[*(each.psi[name].psi.value for name in names), each.mean.value] for each in found.values()]
+        absent = [name for name in every if name not in names]
         yield Picture(
             f"granulated-{gap}",
             "beyond",
             f"Granulated ψ, {_short(gap)}",
-            "ψ where only the named hyperparameter differs, and their mean Ψ. A dash is undefined; the table says why.",
+            "ψ where only the named hyperparameter differs, and their mean Ψ."
+            + (f" Undefined, as the table says: {', '.join(absent)}." if absent else ""),
             figures.heat_map(np.array(values, dtype=float), list(found), [*names, MEAN], rule=1),
         )
 
@@ -153,10 +157,6 @@ def _between_measures(table: RunTable) -> Iterator[Picture]:
 
 def _tau(result: Correlation) -> Quantity:
     return Quantity(result.tau, result.low, result.high, n=result.n, reason=result.reason)
-
-
-def _excludes_zero(result: Correlation) -> bool:
-    return result.low is not None and result.high is not None and (result.low > 0 or result.high < 0)
 
 
 def _says(result: Correlation) -> str:

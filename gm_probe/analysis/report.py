@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from gm_probe.analysis import curves, figures, grid, provenance, sheets
 from gm_probe.analysis.pictures import Picture, Rows, pictures
@@ -112,6 +112,7 @@ def html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     style, script = _part("report.css"), _part("report.js")
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -175,6 +176,11 @@ def _cautions(
         run, reason = next(iter(unread.items()))
         found.append(f"{len(unread):,} runs have no readable training curve, the first {run}: {reason}.")
     return tuple(found)
+
+
+def _breakable(text: str) -> Markup:
+    """``text``, escaped, that may go on in another line after an underscore."""
+    return escape(text).replace("_", Markup("_<wbr>"))
 
 
 def _part(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from gm_probe.analysis import definitions
 from gm_probe.analysis.provenance import Provenance
@@ -146,14 +147,15 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
                 *_place(measure, gap),
                 _figure(result.tau, None, result.reason),
                 _interval(interval),
+                _interval(replace(interval, low=result.low_percentile, high=result.high_percentile)),
                 _p(result.p, result.reason or result.p_reason),
+                Cell(", ".join(measure.flags(gap)) or "none"),
                 _count(result.n),
                 _count(result.num_settings),
                 _figure(result.spearman, None, result.reason),
                 _figure(result.pearson, None, result.reason),
                 _p(result.p_naive, result.reason),
                 Cell(f"{result.ties_measure:,} / {result.ties_gap:,}", result.ties_measure),
-                Cell(", ".join(measure.flags(gap)) or "no flag"),
             )
         )
         if result.p is not None and result.p_reason:
@@ -163,10 +165,10 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
     return Sheet(
         name="correlations",
         title="Correlations",
-        caption="Kendall’s τ-b with a cluster bootstrap interval and a permutation p, both of which keep the seeds "
-        "of a setting together. Beware of a flagged row.",
-        columns=("Measure", "Gap", "τ-b", "95 % CI", "p", "Runs", "Settings", "Spearman", "Pearson", "p (naive)",
-                 "Ties (measure / gap)", "Flag"),  # fmt: skip
+        caption="Kendall’s τ-b; its intervals and its permutation p keep the seeds of a setting together. Beware of "
+        "a flagged row.",
+        columns=("Measure", "Gap", "τ-b", "95 % CI", "Bootstrap", "p", "Flag", "Runs", "Settings", "Spearman", "Pearson",
+                 "p (naive)", "Ties (measure / gap)"),  # fmt: skip
         rows=tuple(lines),
         num_labels=2,
         notes=tuple(dict.fromkeys(notes)),
@@ -266,7 +268,7 @@ def _strata(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
                 _quantity(each.tau),
                 _count(each.num_strata),
                 _count(each.tau.n),
-                Cell("Simpson" if each.opposes else "no flag"),
+                Cell("Simpson" if each.opposes else "none"),
             )
             for measure, gap, details in rows
             for each in details.strata
@@ -351,8 +353,8 @@ def _conditioning(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> She
     return Sheet(
         name="conditioning",
         title="Conditional mutual information K(S)",
-        caption="Estimate less its mean under permutation within cells.",
-        columns=("Measure", "Gap", "S", "K(S)", "Raw", "Mean of the null", "p", "Pairs", "Cells"),
+        caption="The estimate less its mean when the gaps of whole settings are exchanged.",
+        columns=("Measure", "Gap", "S", "K(S)", "Raw", "Mean of the null", "p", "Pairs", "Cells", "Skipped"),
         rows=tuple(
             (
                 *_place(measure, gap),
@@ -363,6 +365,7 @@ def _conditioning(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> She
                 _p(each.p, each.reason),
                 _count(each.n),
                 _count(each.num_cells),
+                _count(each.skipped),
             )
             for measure, gap, details in rows
             if details.conditioning is not None

@@ -1,15 +1,18 @@
 """One table, three ways to print it: HTML (by the report's template), Markdown and LaTeX."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 UNDEFINED = "—"
+PAGE = 45  # rows that one page of LaTeX holds
+FITTED = "\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi"
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What stands in a table's cell, the number it is sorted by (None: by its text), and why it is empty."""
+    """What stands in a table's cell, the number it is sorted by (None: by its text), and why it is empty or
+    lacks something."""
 
     text: str
     order: float | None = None
@@ -32,21 +35,10 @@ class Sheet:
     notes: tuple[str, ...] = ()
 
     @property
-    def reasons(self) -> tuple[str, ...]:
-        """Why cells are empty, or lack something: a line a reason, with the columns and rows that it holds for."""
-        rows: dict[tuple[str, str], list[str]] = {}
-        for row in self.rows:
-            label = " / ".join(cell.text for cell in row[: self.num_labels])
-            columns: dict[str, list[str]] = {}
-            for column, cell in zip(self.columns, row, strict=True):
-                if cell.reason is not None:
-                    columns.setdefault(cell.reason, []).append(column)
-            for reason, names in columns.items():
-                rows.setdefault((reason, ", ".join(names)), []).append(label)
-        return tuple(
-            f"{names} of {'every row' if len(of) == len(self.rows) > 1 else '; '.join(of)}: {reason}"
-            for (reason, names), of in rows.items()
-        )
+    def reasons(self) -> dict[str, str]:
+        """The mark of each reason that a cell gives: a, b, ..., z, aa, ... in the order of the table."""
+        found = dict.fromkeys(cell.reason for row in self.rows for cell in row if cell.reason is not None)
+        return {reason: _mark(index) for index, reason in enumerate(found)}
 
 
 def markdown(sheets: Sequence[Sheet]) -> str:
@@ -55,50 +47,59 @@ def markdown(sheets: Sequence[Sheet]) -> str:
 
 
 def latex(sheets: Sequence[Sheet]) -> str:
-    r"""``table`` environments for a document with ``\usepackage{booktabs}``, for any TeX engine."""
-    head = "% Needs \\usepackage{booktabs}; with pdfTeX also \\usepackage[T1]{fontenc}.\n"
+    """For any TeX engine: ``table``, shrunk to the line where too wide, or ``longtable`` where long."""
+    head = (
+        "% \\usepackage{booktabs,graphicx,longtable}; with pdfTeX also \\usepackage[T1]{fontenc}\n"
+        "% in documents of two columns: table* instead of table\n"
+    )
     return head + "\n" + "\n".join(_latex(sheet) for sheet in sheets)
 
 
+def _mark(index: int) -> str:
+    letter = chr(ord("a") + index % 26)
+    return letter if index < 26 else _mark(index // 26 - 1) + letter
+
+
 def _markdown(sheet: Sheet) -> str:
-    def line(cells: Sequence[str]) -> str:
+    def line(cells: Iterable[str]) -> str:
         return f"| {' | '.join(cells)} |"
 
+    def shown(cell: Cell) -> str:
+        return escape_markdown(cell.text) + (f" ({marks[cell.reason]})" if cell.reason is not None else "")
+
+    marks = sheet.reasons
     rules = ["---" if i < sheet.num_labels else "---:" for i in range(len(sheet.columns))]
-    rows = [line([escape_markdown(cell.text) for cell in row]) for row in sheet.rows]
-    notes = [f"- {escape_markdown(note)}" for note in (*sheet.notes, *sheet.reasons)]
+    notes = [f"- {escape_markdown(note)}" for note in sheet.notes]
+    notes += [f"- ({mark}) {escape_markdown(reason)}" for reason, mark in marks.items()]
     return "\n".join(
         [f"### {escape_markdown(sheet.title)}", "", escape_markdown(sheet.caption), ""]
-        + [line([escape_markdown(column) for column in sheet.columns]), line(rules), *rows]
+        + [line(map(escape_markdown, sheet.columns)), line(rules)]
+        + [line(map(shown, row)) for row in sheet.rows]
         + (["", *notes] if notes else [])
     )
 
 
 def _latex(sheet: Sheet) -> str:
-    def line(cells: Sequence[str]) -> str:
+    def line(cells: Iterable[str]) -> str:
         return f"  {' & '.join(cells)} \\\\"
 
+    def shown(cell: Cell) -> str:
+        raised = "" if cell.reason is None else f"\\textsuperscript{{{marks[cell.reason]}}}"
+        return escape_latex(cell.text) + raised
+
+    marks = sheet.reasons
     shape = "l" * sheet.num_labels + "r" * (len(sheet.columns) - sheet.num_labels)
-    notes = " ".join(f"{note}." for note in (*sheet.notes, *sheet.reasons))
-    caption = f"{sheet.title}. {sheet.caption} {notes}".strip()
-    return "\n".join(
-        [
-            "\\begin{table}",
-            "  \\centering",
-            f"  \\caption{{{escape_latex(caption)}}}",
-            f"  \\label{{tab:{sheet.name}}}",
-            "  \\footnotesize",
-            f"  \\begin{{tabular}}{{{shape}}}",
-            "  \\toprule",
-            line([escape_latex(column) for column in sheet.columns]),
-            "  \\midrule",
-            *(line([escape_latex(cell.text) for cell in row]) for row in sheet.rows),
-            "  \\bottomrule",
-            "  \\end{tabular}",
-            "\\end{table}",
-            "",
-        ]
-    )
+    said = [f"{sheet.title}.", sheet.caption, *(f"{note}." for note in sheet.notes)]
+    said += [f"({mark}) {reason}." for reason, mark in marks.items()]
+    caption = f"\\caption{{{escape_latex(' '.join(said))}}}\\label{{tab:{sheet.name}}}"
+    head = ["  \\toprule", line(map(escape_latex, sheet.columns)), "  \\midrule"]
+    body = [*(line(map(shown, row)) for row in sheet.rows), "  \\bottomrule"]
+    if len(sheet.rows) > PAGE:
+        begin = ["{\\footnotesize", f"\\begin{{longtable}}{{{shape}}}", f"  {caption}\\\\", *head, "  \\endhead"]
+        return "\n".join([*begin, *body, "\\end{longtable}}", ""])
+    begin = ["\\begin{table}", "  \\centering\\footnotesize", f"  {caption}", f"  \\resizebox{{{FITTED}}}{{!}}{{%"]
+    inner = [f"  \\begin{{tabular}}{{{shape}}}", *head, *body, "  \\end{tabular}}"]
+    return "\n".join([*begin, *inner, "\\end{table}", ""])
 
 
 def escape_markdown(text: str) -> str:

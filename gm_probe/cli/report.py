@@ -45,6 +45,10 @@ from gm_probe.core.errors import UsageError
     is_flag=True,
     help="Leave out runs whose training ended before it reached its stop_ce (they are counted).",
 )
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the resamples.")
+@click.option(
+    "--resamples", type=int, default=2000, show_default=True, help="Resamples and permutations, 100 or more."
+)
 @click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
 @click.pass_context
 def report(
@@ -60,6 +64,8 @@ def report(
     markers: str,
     gap: str,
     converged_only: bool,
+    seed: int,
+    resamples: int,
     quiet: bool,
 ) -> None:
     """Write one HTML page about many runs: figures, statistics, definitions, versions, exclusions.
@@ -78,7 +84,7 @@ def report(
         source, _names(measures), _names(hyper), [*by, *shape_by], converged_only=converged_only
     )
     gaps = table.gaps if gap == "both" else (gap,)
-    statistics = correlation.correlate(table, gaps, by)
+    statistics = correlation.correlate(table, gaps, by, seed=seed, resamples=resamples)
     page = compose(
         table,
         statistics,

@@ -4,7 +4,7 @@ const status = document.querySelector(".status");
 function key(row, index) {
   const cell = row.cells[index];
   const text = cell.textContent.trim();
-  return { empty: text === "—", number: "order" in cell.dataset ? Number(cell.dataset.order) : NaN, text };
+  return { empty: text.startsWith("—"), number: "order" in cell.dataset ? Number(cell.dataset.order) : NaN, text };
 }
 
 function compare(a, b, direction) {
