@@ -1,6 +1,7 @@
 """The report's figures: what is drawn where, at one column's width, and apart in grey."""
 
 import io
+import itertools
 import math
 from pathlib import Path
 
@@ -40,9 +41,7 @@ def measured(name: str) -> MeasureStatistics:
 def points(figure: Figure) -> list[tuple[float, float]]:
     """The coordinates of everything drawn as markers without a line."""
     axes = figure.axes[0]
-    found = [
-        line for line in axes.lines if line.get_linestyle() == "None" and line.get_marker() != "None"
-    ]
+    found = [line for line in axes.lines if line.get_linestyle() == "None" and line.get_marker() != "None"]
     return [(float(x), float(y)) for line in found for x, y in zip(*line.get_data(), strict=True)]
 
 
@@ -144,7 +143,7 @@ def test_the_heat_map_s_scale_rises_in_grey() -> None:
     figure = figures.heat_map(values[None, :], ["m"], [str(i) for i in range(9)])
     figure.draw_without_rendering()
     shades = [luminance(tuple(c[:3])) for c in figure.axes[0].collections[0].get_facecolors()]  # type: ignore[union-attr]
-    assert all(b > a for a, b in zip(shades, shades[1:], strict=False))
+    assert all(b > a for a, b in itertools.pairwise(shades))
 
 
 def test_distributions_mark_mean_percentile_and_maximum() -> None:
@@ -161,9 +160,7 @@ def test_distributions_mark_mean_percentile_and_maximum() -> None:
 
 
 def test_tau_by_radius_has_a_line_a_step_count_and_a_tick_a_radius() -> None:
-    lines = {
-        k: {rho: Quantity(0.1 * k + rho, rho, 0.9) for rho in (0.05, 0.1, 0.5)} for k in (1, 5)
-    }
+    lines = {k: {rho: Quantity(0.1 * k + rho, rho, 0.9) for rho in (0.05, 0.1, 0.5)} for k in (1, 5)}
     lines[5][0.1] = Quantity(None, reason="constant")
     figure = figures.tau_by_radius(lines, "τ")
     axes = figure.axes[0]
@@ -199,7 +196,9 @@ def test_figures_are_one_column_wide_and_nothing_is_cut_off(names: tuple[str, ..
     quantities = {name: {"error_gap": Quantity(0.2, -0.4, 0.6)} for name in names}
     made = [
         figures.forest(quantities, "τ"),
-        figures.heat_map(np.zeros((len(names), 4)), names, ["lr", "weight_decay", "optimizer.name", "mean Ψ"]),
+        figures.heat_map(
+            np.zeros((len(names), 4)), names, ["lr", "weight_decay", "optimizer.name", "mean Ψ"]
+        ),
         figures.heat_map(np.zeros((len(names), len(names))), names, names),
         figures.distributions({name: np.linspace(0, 1, 5) for name in names}, "x", reference=0.5),
     ]
@@ -214,7 +213,7 @@ def test_figures_are_one_column_wide_and_nothing_is_cut_off(names: tuple[str, ..
 
 def test_subgroups_next_to_each_other_differ_in_grey_or_in_filling() -> None:
     looks = [figures._look(index, 0) for index in range(4)]
-    for a, b in zip(looks, looks[1:], strict=False):
+    for a, b in itertools.pairwise(looks):
         filled = [look["markerfacecolor"] != "none" for look in (a, b)]
         assert filled[0] != filled[1]
     first, third = (luminance(to_rgb(looks[index]["color"])) for index in (0, 2))

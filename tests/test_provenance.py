@@ -30,7 +30,9 @@ def runs(tmp_path: Path) -> Path:
         cells = [{"rho": r, "k_steps": k, "value": float(rng.normal())} for r in RADII for k in STEPS]
         row: dict[str, Any] = {"value": cells[2]["value"]} | ({"grid": cells} if i < 4 else {})
         measures = {"local_inconsistency": row}
-        write_json(folder / "measures.json", {"settings": {"rho": 0.1, "min_probes": 5}, "measures": measures})
+        write_json(
+            folder / "measures.json", {"settings": {"rho": 0.1, "min_probes": 5}, "measures": measures}
+        )
         if i < 4:
             lines = [json.dumps({"epoch": e, "running_loss": 1.0 / e, "lr": 0.1}) for e in range(1, i + 3)]
             lines += ['{"epoch": 99, "run'] if i == 3 else []

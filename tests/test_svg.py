@@ -48,7 +48,9 @@ def test_ids_of_two_figures_never_meet_and_every_link_has_its_target(figure: Fig
     for elements, name in zip(both, ("one", "two"), strict=True):
         own = {each.get("id") for each in elements}
         links = {each.get("href", "#")[1:] for each in elements if each.get("href")}
-        links |= set(re.findall(r"url\(#(.*?)\)", " ".join(v for each in elements for v in each.attrib.values())))
+        links |= set(
+            re.findall(r"url\(#(.*?)\)", " ".join(v for each in elements for v in each.attrib.values()))
+        )
         assert links
         assert links <= own
         assert all(link.startswith(f"{name}-") for link in links)

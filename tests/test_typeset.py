@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from gm_probe.analysis.typeset import _LATEX, PAGE, Cell, Sheet, escape_latex, escape_markdown, latex, markdown
+from gm_probe.analysis.typeset import (
+    _LATEX,
+    PAGE,
+    Cell,
+    Sheet,
+    escape_latex,
+    escape_markdown,
+    latex,
+    markdown,
+)
 
-NASTY = "a|b <img src=x> *c* _d_ `e` \\f {g} $h$ %i #j & ~k ^l [m](n)\nnew \"line\" −1 τ ρ"
+NASTY = 'a|b <img src=x> *c* _d_ `e` \\f {g} $h$ %i #j & ~k ^l [m](n)\nnew "line" −1 τ ρ'
 
 
 def sheet(*cells: str, reason: str | None = None) -> Sheet:
@@ -31,7 +40,10 @@ def test_markdown_cells_come_back_as_they_went_in() -> None:
     table = [line for line in lines if line.startswith("|")]
     assert cells_of(table[0]) == ["Name", "τ|b", "p"]
     assert table[1] == "| --- | ---: | ---: |"
-    assert [cells_of(line) for line in table[2:]] == [[" ".join(NASTY.split()), "0.5", "—"], ["plain", "0.5", "—"]]
+    assert [cells_of(line) for line in table[2:]] == [
+        [" ".join(NASTY.split()), "0.5", "—"],
+        ["plain", "0.5", "—"],
+    ]
 
 
 def test_markdown_leaves_no_html_and_no_emphasis() -> None:
@@ -63,7 +75,9 @@ def test_latex_is_a_booktabs_table_with_balanced_braces() -> None:
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
 def test_latex_compiles(tmp_path: Path) -> None:
-    body = latex([sheet(NASTY + "".join(_LATEX), reason="x_y"), sheet(*map(str, range(PAGE + 60)), reason="z")])
+    body = latex(
+        [sheet(NASTY + "".join(_LATEX), reason="x_y"), sheet(*map(str, range(PAGE + 60)), reason="z")]
+    )
     document = (
         "\\documentclass{article}\\usepackage[T1]{fontenc}\\usepackage{booktabs,graphicx,longtable}"
         f"\\begin{{document}}{body}\\end{{document}}"
@@ -82,7 +96,9 @@ def test_a_reason_has_one_mark_wherever_it_holds() -> None:
     table = Sheet("s", "T", "C", ("Name", "τ", "p"), rows)
     assert table.reasons == {"constant": "a", "no error": "b"}
     text = markdown([table])
-    assert [cells_of(line) for line in text.splitlines() if line.startswith("| b") or line.startswith("| a")] == [
+    assert [
+        cells_of(line) for line in text.splitlines() if line.startswith("| b") or line.startswith("| a")
+    ] == [
         ["a", "— (a)", "— (b)"],
         ["b", "— (a)", "1"],
     ]
@@ -95,7 +111,14 @@ def test_a_reason_has_one_mark_wherever_it_holds() -> None:
 def test_marks_go_on_after_z() -> None:
     rows = tuple((Cell(str(i), reason=f"reason {i}"),) for i in range(54))
     marks = list(Sheet("s", "T", "C", ("Name",), rows).reasons.values())
-    assert (marks[0], marks[25], marks[26], marks[27], marks[52], marks[53]) == ("a", "z", "aa", "ab", "ba", "bb")
+    assert (marks[0], marks[25], marks[26], marks[27], marks[52], marks[53]) == (
+        "a",
+        "z",
+        "aa",
+        "ab",
+        "ba",
+        "bb",
+    )
 
 
 def test_a_long_table_breaks_over_pages_with_its_head_on_each() -> None:
@@ -103,3 +126,9 @@ def test_a_long_table_breaks_over_pages_with_its_head_on_each() -> None:
     assert "\\begin{longtable}{lrr}" in text
     assert "\\begin{table}" not in text
     assert text.index("\\midrule") < text.index("\\endhead") < text.index("\n  0 & ")
+
+
+def test_an_empty_table_is_its_caption() -> None:
+    empty = Sheet("s", "Left out", "Nothing was.", ("What",), ())
+    assert markdown([empty]) == "### Left out\n\nNothing was.\n"
+    assert latex([empty]).endswith("\nLeft out. Nothing was.\n")

@@ -1,6 +1,7 @@
 """What a run recorded epoch by epoch, as arrays to draw."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def read_curves(table: RunTable) -> tuple[dict[str, list[Curve]], dict[str, str]
     return {name: curves for name, curves in found.items() if any(len(x) for x, _ in curves)}, unread
 
 
-def _curve(rows: list[Mapping[str, float]], name: str) -> Curve:
+def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
     points = [(row["epoch"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
     x, y = np.array(points, dtype=float).reshape(-1, 2).T
     return x[np.isfinite(y)], y[np.isfinite(y)]

@@ -32,7 +32,10 @@ MEASURES = {
     ),
     "error": ("error", "fraction of examples classified wrongly; labels needed"),
     "cross_entropy": ("CE", "mean cross-entropy in nats; labels needed"),
-    "hessian_lambda_min": ("λ_min(H)", "smallest (most negative) eigenvalue of the loss Hessian H, by Lanczos"),
+    "hessian_lambda_min": (
+        "λ_min(H)",
+        "smallest (most negative) eigenvalue of the loss Hessian H, by Lanczos",
+    ),
     "effective_rank": ("tr F/λ_max(F)", "over how many directions the curvature is spread; no labels"),
     "local_inconsistency_adaptive": (
         "S_ρ (adaptive)",
@@ -54,7 +57,10 @@ MEASURES = {
         "root mean square norm of the output probabilities’ derivative by the normalised input; no labels",
     ),
     "flip_rate": ("flips", "fraction of predictions that change in the mirror image; no labels"),
-    "crop_rate": ("crops", "fraction of predictions that change where the image moves by up to 4 pixels; no labels"),
+    "crop_rate": (
+        "crops",
+        "fraction of predictions that change where the image moves by up to 4 pixels; no labels",
+    ),
     "distance_from_initialization": ("‖θ − θ₀‖", "length of the way from the initial parameters; no data"),
     "parameter_norm": ("‖θ‖", "length of the parameter vector; no data"),
     "disagreement": ("disagreement", "fraction of examples that two models of the run classify differently"),
@@ -63,7 +69,10 @@ MEASURES = {
         "mean over pairs of models trained on the same set of mean KL(f_θ ‖ f_θ')",
     ),
     "inconsistency": ("C_P", "C_θ averaged over training sets (Johnson and Zhang 2023)"),
-    "instability": ("S_P", "mean KL between the mean predictions of models trained on different training sets"),
+    "instability": (
+        "S_P",
+        "mean KL between the mean predictions of models trained on different training sets",
+    ),
 }
 
 STATISTICS = {
@@ -83,8 +92,8 @@ STATISTICS = {
     "ψ, Ψ": "granulated τ (Jiang et al. 2020): ψ of a hyperparameter is the mean τ over cells in which it alone "
     "varies, over at least 3 values; Ψ is the mean over hyperparameters.",
     "K(S)": "conditional mutual information between the signs of the differences in measure and gap, given the "
-    "hyperparameters S (Jiang et al. 2020), in bits a bit, less its mean when the gaps of whole settings are exchanged. The "
-    "least over S of at most two hyperparameters is the conservative figure.",
+    "hyperparameters S (Jiang et al. 2020), in bits a bit, less its mean when the gaps of whole settings are "
+    "exchanged. The least over S of at most two hyperparameters is the conservative figure.",
     "sign error": "part of the pairs of runs of two settings that differ in one hyperparameter which the measure "
     "orders wrongly (Dziugaite et al. 2020), over environments of effective size ≥ 12. ½ is chance; robust measures "
     "have a small maximum, not only a small mean.",

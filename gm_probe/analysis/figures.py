@@ -70,7 +70,10 @@ def scatter(
         _legend(
             figure,
             [_handle(label, **_look(index, 0 if shapes else index)) for index, label in enumerate(groups)]
-            + [_handle(label, **_look(2, shape) | {"markerfacecolor": INK}) for shape, label in enumerate(shapes)],
+            + [
+                _handle(label, **_look(2, shape) | {"markerfacecolor": INK})
+                for shape, label in enumerate(shapes)
+            ],
         )
     return figure
 
@@ -161,7 +164,10 @@ def distributions(rows: Mapping[str, np.ndarray], xlabel: str, *, reference: flo
         axes.grid(axis="x", **FAINT)
         _legend(
             figure,
-            [_handle(name, marker=marker, color=colour, markersize=4) for name, (marker, colour) in marks.items()],
+            [
+                _handle(name, marker=marker, color=colour, markersize=4)
+                for name, (marker, colour) in marks.items()
+            ],
         )
     return figure
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from gm_probe.analysis.table import RunTable
 from gm_probe.core.records import RunRecord
 
 
-def grid_taus(table: RunTable, records: Mapping[str, RunRecord], gap: str) -> dict[int, dict[float, Quantity]]:
+def grid_taus(
+    table: RunTable, records: Mapping[str, RunRecord], gap: str
+) -> dict[int, dict[float, Quantity]]:
     """``[k_steps][rho]``: τ-b with ``gap`` over the ``n`` runs that have both, its interval by leaving out
     whole settings; empty where no run has a grid."""
     cells: dict[tuple[int, float], np.ndarray] = {}
@@ -39,7 +42,7 @@ def _tau(x: np.ndarray, y: np.ndarray, setting: np.ndarray) -> Quantity:
     return Quantity(found.tau, low, high, n=found.n, interval_reason=why)
 
 
-def grid_of(record: RunRecord) -> list[dict[str, float]]:
+def grid_of(record: RunRecord) -> list[dict[str, Any]]:
     """The usable cells of a run's grid: ``rho``, ``k_steps`` and a finite ``value``."""
     row = record.measures.get("local_inconsistency")
     grid = row.get("grid", []) if isinstance(row, dict) else []

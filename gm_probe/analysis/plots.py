@@ -111,9 +111,7 @@ def render(figure: Figure, suffix: str, *, transparent: bool = False) -> bytes:
     undated: dict[str, dict[str, str | None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(
-            buffer, format=suffix, dpi=200, metadata=undated.get(suffix), transparent=transparent
-        )
+        figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix), transparent=transparent)
     return buffer.getvalue()
 
 

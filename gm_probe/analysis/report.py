@@ -158,9 +158,7 @@ def _facts(table: RunTable, statistics: SweepStatistics) -> tuple[str, ...]:
     )
 
 
-def _cautions(
-    statistics: SweepStatistics, gaps: Sequence[str], unread: dict[str, str]
-) -> tuple[str, ...]:
+def _cautions(statistics: SweepStatistics, gaps: Sequence[str], unread: dict[str, str]) -> tuple[str, ...]:
     found = [f"{measure.name}: {warning}." for measure in statistics.measures for warning in measure.warnings]
     opposed: dict[str, list[str]] = {}
     for measure in statistics.measures:

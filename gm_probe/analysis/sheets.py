@@ -7,13 +7,27 @@ from dataclasses import replace
 from gm_probe.analysis import definitions
 from gm_probe.analysis.provenance import Provenance
 from gm_probe.analysis.results import Details, MeasureStatistics, Quantity, SweepStatistics
-from gm_probe.analysis.table import GAPS, Exclusion, RunTable, by_reason, show
+from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
 from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet
 
 NAMED = 20
 """Runs that a cell names before it counts the rest."""
 LONGEST = 1000
 """Rows that the table of runs lists."""
+# fmt: off
+CORRELATIONS = (
+    "Measure", "Gap", "τ-b", "95 % CI", "Bootstrap", "p", "Flag", "Runs", "Settings", "Spearman", "Pearson",
+    "p (naive)", "Ties (measure / gap)",
+)
+BEYOND = (
+    "Measure", "Gap", "τ between settings", "τ within settings", "τ noise-filtered", "Pairs kept", "Ψ",
+    "Least K(S)", "S", "Sign error, mean", "90th percentile", "Maximum",
+)
+PREDICTION = (
+    "Measure", "Gap", "Error", "Error of the mean", "Skill", "Picked: test error", "Regret", "Regret of chance",
+    "Picked run",
+)
+# fmt: on
 SHORT = {"error_gap": "error", "ce_gap": "CE"}
 
 
@@ -50,7 +64,8 @@ def run_sheets(table: RunTable) -> tuple[Sheet, ...]:
     runs = Sheet(
         name="runs",
         title="Runs",
-        caption=f"The {table.num_runs:,} runs that entered." + (f" {more:,} more are not shown." if more else ""),
+        caption=f"The {table.num_runs:,} runs that entered."
+        + (f" {more:,} more are not shown." if more else ""),
         columns=("Run", *table.hyperparameters, *figures),
         rows=tuple(rows),
         num_labels=1,
@@ -67,7 +82,9 @@ def exclusions_sheet(table: RunTable) -> Sheet:
         rows += [(f"its {column}", reason, runs) for reason, runs in by_reason(gone).items()]
     for column, kept in table.unconverged.items():
         if kept:
-            rows.append((f"nothing (its {column} is kept)", "not converged", [names[row] for row in sorted(kept)]))
+            rows.append(
+                (f"nothing (its {column} is kept)", "not converged", [names[row] for row in sorted(kept)])
+            )
     return Sheet(
         name="exclusions",
         title="Left out",
@@ -103,7 +120,7 @@ def definition_sheets(measures: Iterable[str]) -> tuple[Sheet, ...]:
         rows=tuple((Cell(term), Cell(text)) for term, text in definitions.STATISTICS.items()),
         num_labels=2,
     )
-    return tuple(sheet for sheet in (of_measures, of_statistics) if sheet.rows)
+    return of_measures, of_statistics
 
 
 def origin_sheets(origin: Provenance, versions: Mapping[str, str]) -> tuple[Sheet, ...]:
@@ -167,8 +184,7 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
         title="Correlations",
         caption="Kendall’s τ-b; its intervals and its permutation p keep the seeds of a setting together. Beware of "
         "a flagged row.",
-        columns=("Measure", "Gap", "τ-b", "95 % CI", "Bootstrap", "p", "Flag", "Runs", "Settings", "Spearman", "Pearson",
-                 "p (naive)", "Ties (measure / gap)"),  # fmt: skip
+        columns=CORRELATIONS,
         rows=tuple(lines),
         num_labels=2,
         notes=tuple(dict.fromkeys(notes)),
@@ -200,12 +216,13 @@ def _beyond(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
         name="beyond",
         title="τ between, within and beyond the noise; Ψ, K(S) and sign error",
         caption="Each with its 95 % interval where it has one.",
-        columns=("Measure", "Gap", "τ between settings", "τ within settings", "τ noise-filtered", "Pairs kept", "Ψ",
-                 "Least K(S)", "S", "Sign error, mean", "90th percentile", "Maximum"),  # fmt: skip
+        columns=BEYOND,
         rows=tuple(lines),
         num_labels=2,
         notes=tuple(
-            dict.fromkeys(f"Sign error: {d.sign_error.note}" for _, _, d in rows if d.sign_error.note is not None)
+            dict.fromkeys(
+                f"Sign error: {d.sign_error.note}" for _, _, d in rows if d.sign_error.note is not None
+            )
         ),
     )
 
@@ -240,10 +257,16 @@ def _subgroups(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
         for label, results in measure.subgroups.items():
             result = results[gap]
             tau = Quantity(
-                result.tau, result.low, result.high, reason=result.reason, interval_reason=result.interval_reason
+                result.tau,
+                result.low,
+                result.high,
+                reason=result.reason,
+                interval_reason=result.interval_reason,
             )
             place = (*_place(measure, gap), Cell(label))
-            lines.append((*place, _quantity(tau), _p(result.p, result.reason or result.p_reason), _count(result.n)))
+            lines.append(
+                (*place, _quantity(tau), _p(result.p, result.reason or result.p_reason), _count(result.n))
+            )
     return Sheet(
         name="subgroups",
         title="Within subgroups",
@@ -319,8 +342,7 @@ def _prediction(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet
         name="prediction",
         title="Predicting the gap, picking a run",
         caption="The gap of left-out settings predicted from the measure; the run picked for its least measure.",
-        columns=("Measure", "Gap", "Error", "Error of the mean", "Skill", "Picked: test error", "Regret",
-                 "Regret of chance", "Picked run"),  # fmt: skip
+        columns=PREDICTION,
         rows=tuple(lines),
         num_labels=2,
     )

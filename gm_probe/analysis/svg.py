@@ -59,11 +59,12 @@ def _presentation(style: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for rule in filter(None, map(str.strip, style.split(";"))):
         key, _, value = (part.strip() for part in rule.partition(":"))
-        if key == "font":  # matplotlib before 3.10 writes one shorthand, such as: italic 700 8px 'DejaVu Sans'
-            words = value.partition("'")[0].split()
-            found |= {"font-size": word for word in words if word.endswith("px")}
-            found |= {"font-style": word for word in words if word in ("italic", "oblique")}
-            found |= {"font-weight": word for word in words if word.isdigit() or word == "bold"}
+        if key == "font":  # matplotlib before 3.10 writes one shorthand: oblique 700 8px 'DejaVu Sans'
+            for word in value.partition("'")[0].split():
+                kind = (
+                    "font-size" if word.endswith("px") else "font-weight" if word.isdigit() else "font-style"
+                )
+                found[kind] = word
         elif key != "font-family":
             found[key] = value
     return found

@@ -71,12 +71,11 @@ def _markdown(sheet: Sheet) -> str:
     rules = ["---" if i < sheet.num_labels else "---:" for i in range(len(sheet.columns))]
     notes = [f"- {escape_markdown(note)}" for note in sheet.notes]
     notes += [f"- ({mark}) {escape_markdown(reason)}" for reason, mark in marks.items()]
-    return "\n".join(
-        [f"### {escape_markdown(sheet.title)}", "", escape_markdown(sheet.caption), ""]
-        + [line(map(escape_markdown, sheet.columns)), line(rules)]
-        + [line(map(shown, row)) for row in sheet.rows]
-        + (["", *notes] if notes else [])
-    )
+    head = [f"### {escape_markdown(sheet.title)}", "", escape_markdown(sheet.caption)]
+    body = [line(map(shown, row)) for row in sheet.rows]
+    if body:
+        body = ["", line(map(escape_markdown, sheet.columns)), line(rules), *body]
+    return "\n".join(head + body + (["", *notes] if notes else []))
 
 
 def _latex(sheet: Sheet) -> str:
@@ -91,13 +90,26 @@ def _latex(sheet: Sheet) -> str:
     shape = "l" * sheet.num_labels + "r" * (len(sheet.columns) - sheet.num_labels)
     said = [f"{sheet.title}.", sheet.caption, *(f"{note}." for note in sheet.notes)]
     said += [f"({mark}) {reason}." for reason, mark in marks.items()]
+    if not sheet.rows:
+        return f"{escape_latex(' '.join(said))}\n"
     caption = f"\\caption{{{escape_latex(' '.join(said))}}}\\label{{tab:{sheet.name}}}"
     head = ["  \\toprule", line(map(escape_latex, sheet.columns)), "  \\midrule"]
     body = [*(line(map(shown, row)) for row in sheet.rows), "  \\bottomrule"]
     if len(sheet.rows) > PAGE:
-        begin = ["{\\footnotesize", f"\\begin{{longtable}}{{{shape}}}", f"  {caption}\\\\", *head, "  \\endhead"]
+        begin = [
+            "{\\footnotesize",
+            f"\\begin{{longtable}}{{{shape}}}",
+            f"  {caption}\\\\",
+            *head,
+            "  \\endhead",
+        ]
         return "\n".join([*begin, *body, "\\end{longtable}}", ""])
-    begin = ["\\begin{table}", "  \\centering\\footnotesize", f"  {caption}", f"  \\resizebox{{{FITTED}}}{{!}}{{%"]
+    begin = [
+        "\\begin{table}",
+        "  \\centering\\footnotesize",
+        f"  {caption}",
+        f"  \\resizebox{{{FITTED}}}{{!}}{{%",
+    ]
     inner = [f"  \\begin{{tabular}}{{{shape}}}", *head, *body, "  \\end{tabular}}"]
     return "\n".join([*begin, *inner, "\\end{table}", ""])
 

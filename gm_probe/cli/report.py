@@ -37,7 +37,9 @@ from gm_probe.core.errors import UsageError
 )
 @click.option("--measures", metavar="A,B", default="", help="Measures to use. Default: all there are.")
 @click.option("--hyper", metavar="A,B", default="", help="Hyperparameters. Default: settings that vary.")
-@click.option("--group-by", metavar="A,B", default="", help="Subgroups by these settings, told apart by colour.")
+@click.option(
+    "--group-by", metavar="A,B", default="", help="Subgroups by these settings, told apart by colour."
+)
 @click.option("--markers", metavar="A,B", default="", help="Settings whose values the markers tell apart.")
 @click.option("--gap", type=click.Choice(["error_gap", "ce_gap", "both"]), default="both", show_default=True)
 @click.option(
@@ -101,7 +103,9 @@ def report(
             written.append(str(path))
     if figures is not None:
         for picture in page.pictures:
-            plots.write_figure(picture.figure, [figures / f"{picture.name}{suffix}" for suffix in FIGURE_SUFFIXES])
+            plots.write_figure(
+                picture.figure, [figures / f"{picture.name}{suffix}" for suffix in FIGURE_SUFFIXES]
+            )
         written.append(f"{len(page.pictures)} figures in {figures}")
     note(notes_console(quiet), f"report: {', '.join(written)}")
 
