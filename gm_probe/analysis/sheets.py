@@ -177,8 +177,7 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
         )
         if result.p is not None and result.p_reason:
             notes.append(f"p of {measure.name}, {SHORT[gap]}: {result.p_reason}")
-    notes += [f"{measure.name}: {text}" for measure, gap in rows[: len({m.name for m, _ in rows})] for text in
-              (*measure.warnings, *measure.notes)]  # fmt: skip
+    notes += [f"{measure.name}: {text}" for measure, _ in rows for text in (*measure.warnings, *measure.notes)]
     return Sheet(
         name="correlations",
         title="Correlations",
