@@ -53,7 +53,7 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 
 def resample(sample: Sample, draws: Draws) -> Resampled | None:
     """None where τ is undefined."""
-    sums = pair_sums(sample.x, sample.y, sample.setting, sample.num_settings)
+    sums = pair_sums(sample.x, sample.y, sample.setting, sample.num_settings, between=True)
     if not sums.total[1:].all():
         return None
     resampled = tau_of(sums.resampled(draws.counts(sample.num_settings)))

@@ -19,8 +19,8 @@ from gm_probe.analysis.results import ConditionalInformation, Conditioning
 from gm_probe.analysis.sample import Draws, Sample
 
 PERMUTATIONS = 200
-LEAST_PERMUTATIONS = 10
-RUNS_TIMES_PERMUTATIONS = 10**5
+LEAST_PERMUTATIONS = 5
+RUNS_TIMES_PERMUTATIONS = 5 * 10**4
 LEAST_FOR_P = 100
 
 
@@ -46,7 +46,7 @@ def conditioning(sample: Sample, values: Mapping[str, Integers], draws: Draws) -
 
 
 def _information(
-    sample: Sample, given: tuple[str, ...], values: Sequence[Integers], rows: Integers
+    sample: Sample, given: tuple[str, ...], values: Sequence[Integers], rows: np.ndarray
 ) -> ConditionalInformation:
     """``rows`` (B + 1, n): the identity, and permutations."""
     cell = np.zeros(sample.n, np.int64)

@@ -223,22 +223,23 @@ def _part(table: RunTable, design: _Design, name: str, gap: str, rows: np.ndarra
     x, y = frame[name].to_numpy(), frame[gap].to_numpy()
     present = np.isfinite(x) & np.isfinite(y)
     sample = sample_of(x[present], y[present], rows[present], design.setting[rows[present]])
+    names = frame["run"].to_list()
     missing = tuple(
         Exclusion(
-            str(table.frame["run"].iloc[row]),
+            names[place],
             "; ".join(
-                f"{column}: {table.missing.get(column, {}).get(row, 'no value')}"
-                for column in (name, gap)
-                if math.isnan(table.frame[column].iloc[row])
+                f"{column}: {table.missing.get(column, {}).get(int(rows[place]), 'no value')}"
+                for column, values in ((name, x), (gap, y))
+                if not math.isfinite(values[place])
             ),
         )
-        for row in rows[~present].tolist()
+        for place in np.flatnonzero(~present)
     )
     result = replace(kendall(sample.x, sample.y), missing=missing)
     num_settings = 1 if sample.one_setting else sample.num_settings
     if result.tau is None:
         return _Part(replace(result, num_settings=num_settings), sample)
-    sums = pair_sums(sample.x, sample.y, sample.setting, sample.num_settings)
+    sums = pair_sums(sample.x, sample.y, sample.setting, sample.num_settings, between=True)
     without = tau_of(sums.leave_one_out())
     taus = tau_of(sums.resampled(draws.counts(sample.num_settings)))
     low, high, why = jackknife_interval(result.tau, without, "runs" if sample.one_setting else "settings")
@@ -272,7 +273,7 @@ def _details(
     inside = within(sample, sums, draws)
     strata = [stratified(sample, by, stratum[sample.rows], whole) for by, stratum in design.strata.items()]
     return Details(
-        noise_filtered=noise_filtered(sample, gap, table),
+        noise_filtered=noise_filtered(sample, gap, table, draws),
         between=between(sample, draws),
         within=inside,
         granulated=granulated(sample, design.cells),

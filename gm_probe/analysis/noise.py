@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from gm_probe.analysis.pair_sums import PairSums, pair_sums
-from gm_probe.analysis.rank import Floats
+from gm_probe.analysis.pair_sums import pair_sums
+from gm_probe.analysis.rank import BLOCK, Bits, Floats, mask_bits
 from gm_probe.analysis.results import NoiseFiltered, Quantity
-from gm_probe.analysis.sample import Sample, numbers_of
+from gm_probe.analysis.sample import Draws, Sample, numbers_of
 from gm_probe.analysis.strata import pooled
 from gm_probe.analysis.table import RunTable
 
@@ -31,7 +31,7 @@ def gap_error(table: RunTable) -> tuple[Floats | None, str | None]:
     return np.sqrt(variance), None
 
 
-def noise_filtered(sample: Sample, gap: str, table: RunTable) -> NoiseFiltered:
+def noise_filtered(sample: Sample, gap: str, table: RunTable, draws: Draws) -> NoiseFiltered:
     """τ of pairs whose gaps differ by more than 1.96 standard errors; runs of unknown error are left out."""
     pairs = sample.n * (sample.n - 1) // 2
     if gap != "error_gap":
@@ -39,10 +39,20 @@ def noise_filtered(sample: Sample, gap: str, table: RunTable) -> NoiseFiltered:
     errors, reason = gap_error(table)
     if errors is None:
         return NoiseFiltered(Quantity(None, reason=reason), 0, pairs)
-    error = errors[sample.rows]
-    known = np.isfinite(error)
-    kept = sample.only(known)
-    sums = pair_sums(kept.x, kept.y, kept.setting, kept.num_settings, error[known])
-    clear = int(sums.total[2])
-    tau = pooled(PairSums(sums.own, sums.others), "no pair of gaps differs by 1.96 standard errors, untied")
-    return NoiseFiltered(tau, clear, pairs)
+    kept = sample.only(np.isfinite(errors[sample.rows]))
+    error = errors[kept.rows]
+    clear = draws.once(("clear", kept.y.tobytes(), error.tobytes()), lambda: clear_pairs(kept.y, error))
+    sums = pair_sums(kept.x, kept.y, kept.setting, kept.num_settings, clear)
+    tau = pooled(sums, "no pair differs by 1.96 standard errors in the gap, and in the measure")
+    return NoiseFiltered(tau, int(sums.total[2]), pairs)
+
+
+def clear_pairs(gap: Floats, error: Floats) -> Bits:
+    """(n, ⌈n/64⌉) the runs whose ``gap`` differs from each run's by more than 1.96 standard errors of both."""
+    step = max(1, BLOCK // max(len(gap), 1))
+    blocks = []
+    for start in range(0, len(gap), step):
+        rows = slice(start, start + step)
+        difference = gap[rows, None] - gap
+        blocks.append(mask_bits(difference**2 > 1.96**2 * (error[rows, None] ** 2 + error**2)))
+    return np.concatenate(blocks) if blocks else np.empty((0, 0), np.uint64)

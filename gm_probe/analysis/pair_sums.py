@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gm_probe.analysis.rank import Floats, Integers, sign_blocks
+from gm_probe.analysis.rank import Bits, Floats, Integers, run_scores, sign_blocks
 
 EXACT_SETTINGS = 500
 """Up to so many settings a resample's τ is exact; beyond, its first-order term, off by O(1/settings)."""
@@ -44,47 +44,25 @@ class PairSums:
 
 
 def pair_sums(
-    x: np.ndarray, y: np.ndarray, setting: Integers, num_settings: int, error: np.ndarray | None = None
+    x: np.ndarray,
+    y: np.ndarray,
+    setting: Integers,
+    num_settings: int,
+    clear: Bits | None = None,
+    *,
+    between: bool = False,
 ) -> PairSums:
     """Sums of ``x`` and ``y`` (n,) by ``setting`` (n,) in 0..S-1, of which some may have no run.
 
-    With ``error`` (n,), the standard error of each y, only pairs whose y differ by more than 1.96 of the
-    difference's standard error enter.
+    With ``clear`` (n, ⌈n/64⌉), only over the pairs in these sets. ``between`` keeps the sums by pair of
+    settings too, up to ``EXACT_SETTINGS``.
     """
-    n, exact = len(x), num_settings <= EXACT_SETTINGS
-    order = np.argsort(setting, kind="stable")
-    x, y, setting = x[order], y[order], setting[order]
-    error = None if error is None else error[order]
-    present, starts = np.unique(setting, return_index=True)
-    own, others = np.zeros((3, num_settings)), np.zeros((3, num_settings))
-    between = np.zeros((3, num_settings, num_settings)) if exact else None
-    if n == 0:
-        return PairSums(own, others, between)
-    by_run = np.zeros((3, n, len(present) if exact else 1))
-    for (rows, sign_x), (_, sign_y) in zip(sign_blocks(x), sign_blocks(y), strict=True):
-        if error is not None:
-            clear = clear_pairs(y[rows, None] - y, error[rows, None], error)
-            sign_x, sign_y = sign_x * clear, sign_y * clear
-        for index, terms in enumerate((sign_x * sign_y, np.abs(sign_x), np.abs(sign_y))):
-            if exact:
-                by_run[index, rows] = np.add.reduceat(terms, starts, axis=1, dtype=np.int32)
-            else:
-                by_run[index, rows, 0] = terms.sum(axis=1, dtype=np.int32)
-    by_setting = np.add.reduceat(by_run, starts, axis=1)
-    if between is None:
-        own = _own_sums(x, y, setting, num_settings, error)
-        others[:, present] = by_setting[:, :, 0]
-        return PairSums(own, others - 2 * own)
-    diagonal = np.arange(num_settings)
-    between[:, present[:, None], present] = by_setting
-    own = between[:, diagonal, diagonal] / 2
-    between[:, diagonal, diagonal] = 0
-    return PairSums(own, between.sum(axis=2), between)
-
-
-def clear_pairs(difference: np.ndarray, error: np.ndarray, other_error: np.ndarray) -> np.ndarray:
-    """Whether each ``difference`` exceeds 1.96 of its standard error, the two errors being independent."""
-    return np.abs(difference) > 1.96 * np.hypot(error, other_error)
+    if between and num_settings <= EXACT_SETTINGS and clear is None:
+        return _sums_between(x, y, setting, num_settings)
+    by_run = run_scores(x, y, clear)
+    others = np.stack([np.bincount(setting, terms, num_settings) for terms in by_run])
+    own = _own_sums(x, y, setting, num_settings, clear)
+    return PairSums(own, others - 2 * own)
 
 
 def tau_of(sums: np.ndarray) -> Floats:
@@ -93,18 +71,37 @@ def tau_of(sums: np.ndarray) -> Floats:
         return sums[0] / np.sqrt(sums[1] * sums[2])
 
 
+def _sums_between(x: np.ndarray, y: np.ndarray, setting: Integers, num_settings: int) -> PairSums:
+    order = np.argsort(setting, kind="stable")
+    present, starts = np.unique(setting[order], return_index=True)
+    between = np.zeros((3, num_settings, num_settings))
+    by_run = np.zeros((3, len(x), len(present)))
+    for (rows, sign_x), (_, sign_y) in zip(sign_blocks(x[order]), sign_blocks(y[order]), strict=True):
+        for index, terms in enumerate((sign_x * sign_y, np.abs(sign_x), np.abs(sign_y))):
+            by_run[index, rows] = np.add.reduceat(terms, starts, axis=1, dtype=np.int32)
+    if len(x):
+        between[:, present[:, None], present] = np.add.reduceat(by_run, starts, axis=1)
+    diagonal = np.arange(num_settings)
+    own = between[:, diagonal, diagonal] / 2
+    between[:, diagonal, diagonal] = 0
+    return PairSums(own, between.sum(axis=2), between)
+
+
 def _own_sums(
-    x: np.ndarray, y: np.ndarray, setting: Integers, num_settings: int, error: np.ndarray | None
+    x: np.ndarray, y: np.ndarray, setting: Integers, num_settings: int, clear: Bits | None
 ) -> Floats:
-    """(3, S) over the pairs inside each setting, ``setting`` (n,) being sorted: one distance at a time."""
+    """(3, S) over the pairs inside each setting: one distance in their order at a time."""
+    order = np.argsort(setting, kind="stable")
     own = np.zeros((3, num_settings))
-    for lag in range(1, int(np.bincount(setting).max())):
-        first = np.flatnonzero(setting[lag:] == setting[:-lag])
-        second = first + lag
+    for lag in range(1, int(np.bincount(setting).max(initial=0))):
+        first, second = order[:-lag], order[lag:]
+        same = setting[first] == setting[second]
+        first, second = first[same], second[same]
+        if clear is not None:
+            bits = clear[first, second >> 6] >> (second & 63).astype(np.uint64)
+            chosen = (bits & np.uint64(1)).astype(bool)
+            first, second = first[chosen], second[chosen]
         sign_x, sign_y = np.sign(x[first] - x[second]), np.sign(y[first] - y[second])
-        if error is not None:
-            clear = clear_pairs(y[first] - y[second], error[first], error[second])
-            sign_x, sign_y = sign_x * clear, sign_y * clear
         for index, terms in enumerate((sign_x * sign_y, np.abs(sign_x), np.abs(sign_y))):
             own[index] += np.bincount(setting[first], terms, num_settings)
     return own

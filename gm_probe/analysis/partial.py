@@ -7,7 +7,7 @@ among which measure and gap are free of it.
 import numpy as np
 
 from gm_probe.analysis.intervals import jackknife_interval
-from gm_probe.analysis.pair_sums import pair_sums, tau_of
+from gm_probe.analysis.pair_sums import tau_of
 from gm_probe.analysis.permutation import permutation_p, permuted_coefficients
 from gm_probe.analysis.rank import Floats, Integers, dense_ranks
 from gm_probe.analysis.results import Quantity
@@ -25,7 +25,7 @@ def partial(sample: Sample, control: Floats, draws: Draws) -> Quantity:
         return Quantity(None, n=sample.n, reason=f"{sample.n} runs have measure, gap and control")
     pairs = {"measure and gap": (sample.x, sample.y), "measure and control": (sample.x, z),
              "control and gap": (z, sample.y)}  # fmt: skip
-    sums = [pair_sums(x, y, sample.setting, sample.num_settings) for x, y in pairs.values()]
+    sums = [draws.sums(x, y, sample) for x, y in pairs.values()]
     for name, of in zip(pairs, sums, strict=True):
         if not of.total[1:].all():
             return Quantity(None, n=sample.n, reason=f"{name}: one of them is constant")

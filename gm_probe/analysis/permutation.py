@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from gm_probe.analysis.rank import Floats, Integers, permuted_scores, tied_pairs
@@ -19,7 +20,7 @@ class Permutations:
     ``rows`` is empty exactly when no two blocks can change places.
     """
 
-    rows: Integers
+    rows: NDArray[np.int32]
     limit: str | None
 
 
@@ -40,8 +41,8 @@ def permute_blocks(
     movable = [same for same in blocks.values() if len(same) > 1]
     what = "number of runs" if stratum is None else "number of runs and stratum"
     if not movable:
-        return Permutations(np.empty((0, len(setting)), np.int64), f"no two settings share their {what}")
-    rows = np.tile(np.arange(len(setting)), (num, 1))
+        return Permutations(np.empty((0, len(setting)), np.int32), f"no two settings share their {what}")
+    rows = np.tile(np.arange(len(setting), dtype=np.int32), (num, 1))
     for same in movable:
         places = np.stack(same)
         moved = np.argsort(rng.random((num, len(same))), axis=1)
@@ -56,15 +57,15 @@ def permute_blocks(
     return Permutations(rows, "; ".join(limits) or None)
 
 
-def permute_within(stratum: Integers, num: int, rng: np.random.Generator) -> Integers:
+def permute_within(stratum: Integers, num: int, rng: np.random.Generator) -> NDArray[np.int32]:
     """(num, n) permutations of single runs that leave each in its ``stratum`` (n,)."""
     order = np.argsort(stratum, kind="stable")
-    rows = np.empty((num, len(stratum)), np.int64)
+    rows = np.empty((num, len(stratum)), np.int32)
     rows[:, order] = np.argsort(stratum + rng.random((num, len(stratum))), axis=1)
     return rows
 
 
-def permuted_coefficients(x: np.ndarray, y: np.ndarray, rows: Integers) -> Floats:
+def permuted_coefficients(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> Floats:
     """(B + 1,) the coefficient of ``x`` with ``y``, then with each ``y[rows[b]]``.
 
     τ-b up to ``EXACT_RUNS`` runs, else Spearman's ρ. Neither x nor y is constant.

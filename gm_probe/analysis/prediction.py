@@ -8,17 +8,17 @@ from gm_probe.analysis.results import Prediction, Selection
 from gm_probe.analysis.sample import Draws, Sample, numbers_of
 from gm_probe.analysis.table import RunTable
 
-MOST_FOLDS = 100
+MOST_FOLDS = 50
 LEAST_FOLDS = 3
 
 
 def prediction(sample: Sample, draws: Draws) -> Prediction:
     """Mean absolute error of the gap of settings left out, by isotonic regression on the other settings' runs.
 
-    The regression rises or falls as the other runs' rank correlation does. Beyond ``MOST_FOLDS`` settings,
+    The regression rises or falls as the other runs' rank correlation does. Beyond 2 ``MOST_FOLDS`` settings,
     settings are left out in as many groups.
     """
-    folds = min(sample.num_settings, MOST_FOLDS)
+    folds = sample.num_settings if sample.num_settings <= 2 * MOST_FOLDS else MOST_FOLDS
     if folds < LEAST_FOLDS:
         reason = f"{folds} settings, and prediction needs {LEAST_FOLDS}"
         return Prediction(None, None, None, folds, sample.n, reason)

@@ -1,5 +1,6 @@
 """The runs that have both a measure and a gap, by setting, and the seeded draws that all statistics share."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -7,14 +8,15 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
+from gm_probe.analysis.pair_sums import PairSums, pair_sums
 from gm_probe.analysis.permutation import Permutations, permute_blocks, permute_within
 from gm_probe.analysis.rank import Floats, Integers, dense_ranks
 from gm_probe.analysis.table import BOOKKEEPING, RunTable
 
-MOST_DRAWS = 4 * 10**6
+MOST_DRAWS = 2 * 10**6
 """A table of resamples holds at most so many numbers: the more runs, the fewer resamples."""
 LEAST_RESAMPLES = 200
-KEPT = 16  # tables of resamples kept for the next measure
+MOST_KEPT = 2**28  # bytes of draws and sums kept for the next measure
 T = TypeVar("T")
 
 
@@ -91,7 +93,7 @@ class Draws:
     seed: int
     resamples: int
     notes: dict[str, None] = field(default_factory=dict)
-    _kept: dict[tuple[Hashable, ...], object] = field(default_factory=dict)
+    _kept: OrderedDict[tuple[Hashable, ...], object] = field(default_factory=OrderedDict)
 
     def counts(self, num_settings: int) -> Floats:
         """(B, S) how often each of S settings is drawn in a bootstrap resample."""
@@ -101,7 +103,7 @@ class Draws:
             chances = np.full(num_settings, 1 / num_settings)
             return self.rng("counts").multinomial(num_settings, chances, size=num).astype(float)
 
-        return self._once(("counts", num_settings), draw)
+        return self.once(("counts", num_settings), draw)
 
     def blocks(self, setting: Integers, stratum: Integers | None = None) -> Permutations:
         """Permutations of whole settings; see ``permute_blocks``."""
@@ -110,7 +112,12 @@ class Draws:
             num = self._num("permutations", len(setting), "runs")
             return permute_blocks(setting, num, self.rng("blocks"), stratum)
 
-        return self._once(("blocks", setting.tobytes(), b"" if stratum is None else stratum.tobytes()), draw)
+        return self.once(("blocks", setting.tobytes(), b"" if stratum is None else stratum.tobytes()), draw)
+
+    def sums(self, x: Floats, y: Floats, sample: Sample) -> PairSums:
+        """Sums of two columns of the runs of ``sample``; see ``pair_sums``."""
+        key = ("sums", x.tobytes(), y.tobytes(), sample.setting.tobytes())
+        return self.once(key, lambda: pair_sums(x, y, sample.setting, sample.num_settings))
 
     def within(self, stratum: Integers) -> Integers:
         """(B, n) permutations of single runs; see ``permute_within``."""
@@ -119,11 +126,20 @@ class Draws:
             num = self._num("permutations", len(stratum), "runs")
             return permute_within(stratum, num, self.rng("within"))
 
-        return self._once(("within", stratum.tobytes()), draw)
+        return self.once(("within", stratum.tobytes()), draw)
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator of its own for each ``purpose``."""
         return np.random.default_rng([self.seed, *purpose.encode()])
+
+    def once(self, key: tuple[Hashable, ...], draw: Callable[[], T]) -> T:
+        """``draw()``, or what it gave the last time for this ``key``."""
+        if key not in self._kept:
+            self._kept[key] = draw()
+        self._kept.move_to_end(key)
+        while sum(map(_size, self._kept.values())) > MOST_KEPT and len(self._kept) > 1:
+            self._kept.popitem(last=False)
+        return self._kept[key]  # type: ignore[return-value]
 
     def _num(self, what: str, length: int, unit: str) -> int:
         most = max(LEAST_RESAMPLES, MOST_DRAWS // max(length, 1))
@@ -131,13 +147,13 @@ class Draws:
             self.notes[f"{most:,} {what} instead of {self.resamples:,} for {length:,} {unit}"] = None
         return min(self.resamples, most)
 
-    def _once(self, key: tuple[Hashable, ...], draw: Callable[[], T]) -> T:
-        if key not in self._kept:
-            while len(self._kept) >= KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[key] = draw()
-        return self._kept[key]  # type: ignore[return-value]
-
 
 def _hashable(value: object) -> Hashable:
     return (isinstance(value, bool), value)  # True is not 1
+
+
+def _size(value: object) -> int:
+    """Bytes, about."""
+    if isinstance(value, Permutations):
+        return value.rows.nbytes
+    return value.nbytes if isinstance(value, np.ndarray) else 2**16

@@ -27,6 +27,7 @@ def sign_error(
     environments: list[Environment] = []
     num_all = 0
     sizes, note = _test_sizes(sample, gap, table)
+    shown = {name: [show(value) for value in table.frame[name]] for name in cells}
     for name, (cell, value) in cells.items():
         cell, value = cell[sample.rows], value[sample.rows]
         num_all += _num_environments(cell, value)
@@ -36,16 +37,16 @@ def sign_error(
         weight = _weights(sample.y[first] - sample.y[second], np.minimum(sizes[first], sizes[second]))
         agree = np.sign(sample.x[first] - sample.x[second]) * np.sign(sample.y[first] - sample.y[second])
         setting = dense_ranks(cell * (value.max() + 1) + value)
-        ends = np.stack([setting[first], setting[second]])
+        ends = setting[first] * (setting.max() + 1) + setting[second]
         _, example, number, count = np.unique(
-            ends, axis=1, return_index=True, return_inverse=True, return_counts=True
+            ends, return_index=True, return_inverse=True, return_counts=True
         )
         total, squares = np.bincount(number, weight), np.bincount(number, weight**2)
         wrong = np.bincount(number, weight * (1 - agree) / 2)
         size = np.divide(total**2, squares, out=np.zeros_like(total), where=squares > 0)
         for each in np.flatnonzero(size >= LEAST_SIZE - 1e-9):
             rows = sample.rows[first[example[each]]], sample.rows[second[example[each]]]
-            label = _label(table, name, list(cells), *rows)
+            label = _label(shown, name, *rows)
             error = float(wrong[each] / total[each])
             environments.append(Environment(name, label, error, int(count[each]), float(size[each])))
     skipped = num_all - len(environments)
@@ -115,7 +116,6 @@ def _pairs(cell: Integers, value: Integers, draws: Draws) -> tuple[Integers, Int
     return (np.concatenate(first), np.concatenate(second)) if first else (order[:0], order[:0])
 
 
-def _label(table: RunTable, name: str, names: list[str], row: int, other: int) -> str:
-    values = [show(table.frame[name].iloc[each]) for each in (row, other)]
-    rest = ", ".join(f"{each}={show(table.frame[each].iloc[row])}" for each in names if each != name)
-    return f"{name} {values[0]} / {values[1]}" + (f" at {rest}" if rest else "")
+def _label(shown: Mapping[str, list[str]], name: str, row: int, other: int) -> str:
+    rest = ", ".join(f"{each}={values[row]}" for each, values in shown.items() if each != name)
+    return f"{name} {shown[name][row]} / {shown[name][other]}" + (f" at {rest}" if rest else "")

@@ -71,7 +71,7 @@ def stratified(sample: Sample, by: str, stratum: Integers, whole: Correlation) -
     return Stratified(by, tau, len(strata), opposes)
 
 
-def _scores_within(sample: Sample, rows: Integers) -> Floats:
+def _scores_within(sample: Sample, rows: np.ndarray) -> Floats:
     """(B + 1,) the score over pairs of one setting as it is, then with each ``y[rows[b]]``."""
     order = np.argsort(sample.setting, kind="stable")
     setting = sample.setting[order]
