@@ -41,9 +41,11 @@ from gm_probe.analysis.sample import (
 from gm_probe.analysis.sign_error import sign_error
 from gm_probe.analysis.strata import between, stratified, within
 from gm_probe.analysis.table import Exclusion, RunTable, by_reason, require_known, show
-from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.errors import DataError, ResourceError, UsageError
 
 RESAMPLES = 2000
+MOST_RUNS = 30_000
+"""All pairs of more runs do not fit in memory."""
 PARTS = ("details", "conditional", "prediction", "comparisons")
 """What can be skipped; ``details`` holds all that goes beyond τ and comparisons."""
 CONTROLS = ("train_ce", "hessian_lambda_max", "parameter_norm")
@@ -68,6 +70,7 @@ def correlate(
     Raises:
         UsageError: a gap, a ``group_by``, control or part that there is not, or ``resamples`` below 100.
         DataError: fewer than two runs, so that no rank correlation exists.
+        ResourceError: more than ``MOST_RUNS`` runs.
     """
     require_known(gaps, table.gaps, "gap")
     require_known(skip, PARTS, "part to skip named")
@@ -307,6 +310,11 @@ def _require_runs(table: RunTable) -> None:
         raise DataError(
             f"{table.source} has {table.num_runs} usable run{f' ({reasons})' if reasons else ''}; "
             "a rank correlation needs at least 2"
+        )
+    if table.num_runs > MOST_RUNS:
+        raise ResourceError(
+            f"{table.source} has {table.num_runs:,} runs; the pairs of more than {MOST_RUNS:,} do not fit in "
+            "memory: give a random part of them"
         )
 
 

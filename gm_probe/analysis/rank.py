@@ -101,7 +101,7 @@ def permuted_scores(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[Int
     return scores, both
 
 
-def inversions(ranks: np.ndarray) -> Integers:
+def inversions(ranks: Integers) -> Integers:
     """For each row of ``ranks`` (B, n), a permutation of 0..n-1: the number of i < j with rank i > rank j; (B,)."""
     num, n = ranks.shape
     below = order_bits(np.arange(n))[0]

@@ -119,10 +119,10 @@ class Draws:
         key = ("sums", x.tobytes(), y.tobytes(), sample.setting.tobytes())
         return self.once(key, lambda: pair_sums(x, y, sample.setting, sample.num_settings))
 
-    def within(self, stratum: Integers) -> Integers:
+    def within(self, stratum: Integers) -> np.ndarray:
         """(B, n) permutations of single runs; see ``permute_within``."""
 
-        def draw() -> Integers:
+        def draw() -> np.ndarray:
             num = self._num("permutations", len(stratum), "runs")
             return permute_within(stratum, num, self.rng("within"))
 

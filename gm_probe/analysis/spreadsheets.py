@@ -46,6 +46,11 @@ def table_from_file(
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise DataError(f"{source} has the column {repeated[0]!r} more than once; rename or remove one")
+    odd = [name for name in names if not name.isprintable()]
+    if odd:
+        raise DataError(
+            f"{source} has the column {odd[0]!r}, with characters that cannot be shown; rename it"
+        )
     gaps = [gap for gap in GAPS if gap in names]
     if not gaps:
         raise DataError(
