@@ -69,6 +69,18 @@ def test_a_scatter_has_every_run_once_and_trends_of_all_and_of_each_subgroup(tab
     assert trends[-1].get_color() == figures.INK
 
 
+def test_the_points_fill_the_axes(table: RunTable) -> None:
+    for name in ("wide", "narrow"):
+        axes = figures.scatter(table, measured(name), "error_gap", group_rows(table, ["lr"]), {}).axes[0]
+        x, y = table.frame[name].dropna(), table.frame["error_gap"][table.frame[name].notna()]
+        scaled = np.log if name == "wide" else np.asarray
+        for values, limits in ((scaled(x), scaled(axes.get_xlim())), (y, axes.get_ylim())):
+            span = values.max() - values.min()
+            assert limits[0] < values.min()
+            assert values.max() < limits[1]
+            assert limits[1] - limits[0] < 1.15 * span
+
+
 def test_few_runs_have_no_trend(table: RunTable) -> None:
     few = RunTable(table.source, table.frame.head(9), table.gaps, table.measures, table.hyperparameters)
     figure = figures.scatter(few, measured("narrow"), "error_gap", {}, {})
@@ -130,6 +142,24 @@ def test_heat_map_numbers_stand_out_from_their_cells_by_the_contrast_that_wcag_a
         ink = to_rgb(figure.axes[0].texts[0].get_color())
         light, dark = sorted((luminance(tuple(cell)), luminance(ink)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, value
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (5, ["0.50", "−0.25", "0.00", "1.00"]),
+        (6, [".50", "−.25", ".00", "1.00"]),
+        (12, [".5", "−.2", ".0", "1.0"]),
+    ],
+)
+def test_heat_map_numbers_are_as_short_as_their_cells(columns: int, expected: list[str]) -> None:
+    values = np.full((1, columns), np.nan)
+    values[0, :4] = [0.5, -0.25, -0.001, 1.0]
+    figure = figures.heat_map(values, ["m"], [f"column number {i}" for i in range(columns)])
+    assert [text.get_text() for text in figure.axes[0].texts][:4] == expected
+    figure.draw_without_rendering()
+    width = figure.axes[0].get_window_extent().width / columns
+    assert all(text.get_window_extent().width < width for text in figure.axes[0].texts)
 
 
 def luminance(colour: tuple[float, ...]) -> float:

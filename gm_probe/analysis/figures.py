@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
-from gm_probe.analysis.plots import MARKERS, MEASURE_LABELS, STYLE, measure_axis, measure_label
+from gm_probe.analysis.plots import MARKERS, MEASURE_LABELS, STYLE, measure_axis, measure_label, wrapped
 from gm_probe.analysis.results import MeasureStatistics, Quantity
 from gm_probe.analysis.smoothing import lowess
 from gm_probe.analysis.table import GAPS, RunTable
@@ -62,6 +62,7 @@ def scatter(
                 look = _look(index, shape if shapes else index)
                 axes.plot(x[shown], y[shown], linestyle="none", alpha=0.8, **look, rasterized=len(x) > 2000)
         measure_axis(axes, x[present])
+        axes.autoscale_view()  # else it would wait, and be off by then
         axes.autoscale(False)  # a trend is shown where the points are
         for index, rows in enumerate(coloured.values()):
             if groups:
@@ -109,32 +110,32 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
     The colour scale rises evenly in lightness, so that it reads the same in grey. The last ``rule`` columns
     are set apart.
     """
-    labels = [short_label(label) for label in columns]
-    longest = max(6 if "$" in label else len(line) for label in labels for line in label.splitlines())
-    slanted = longest * 0.07 > (COLUMN - 1) / len(columns)
-    head = 0.05 * longest + 0.3 if slanted else 0.35
+    labels = [short_label(label, lines=1) for label in columns]
+    longest = max(6 if "$" in label else len(label) for label in labels)
+    upright = longest * 0.062 > (COLUMN - 1.2) / len(columns)
+    head = 0.062 * longest + 0.2 if upright else 0.3
     figure, axes = _column(0.1 + max(0.22, _row_height(rows)) * len(rows) + head, 0)
     with mpl.rc_context(STYLE):
         scale, colours = Normalize(-1, 1), mpl.colormaps["cividis"]
         axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=scale, edgecolors="none")
-        size = 7 if len(columns) <= 8 else 5.5
         for (row, column), value in np.ndenumerate(values):
-            if math.isnan(value):
-                axes.text(column + 0.5, row + 0.5, "–", ha="center", va="center", fontsize=size)
-                continue
-            ink = _ink(colours(scale(value)))
-            text = _signed(value)
-            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=ink)
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                "–" if math.isnan(value) else _short_number(value, len(columns)),
+                ha="center",
+                va="center",
+                fontsize=7 if len(columns) <= 7 else 6,
+                color=INK if math.isnan(value) else _ink(colours(scale(value))),
+            )
         if rule:
             axes.axvline(len(columns) - rule, color="white", linewidth=3)
         axes.set_xlim(0, len(columns))
         _rows(axes, rows, centre=0.5)
         axes.xaxis.tick_top()
         axes.set_xticks(np.arange(len(columns)) + 0.5, labels)
-        if slanted:
-            axes.tick_params(axis="x", labelrotation=50)
-            for label in axes.get_xticklabels():
-                label.set(ha="left", rotation_mode="anchor")
+        if upright:
+            axes.tick_params(axis="x", labelrotation=90)
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -247,13 +248,13 @@ def training_curves(
     return figure
 
 
-def short_label(name: str) -> str:
-    """A measure's symbol for a tick; another name in at most two lines."""
+def short_label(name: str, lines: int = 2) -> str:
+    """A measure's symbol for a tick; another name in at most so many ``lines``."""
     known = MEASURE_LABELS.get(name)
     if known:
         return known.replace(" (local inconsistency)", "")
-    lines = [line.replace("_ ", "_") for line in textwrap.wrap(name.replace("_", "_ "), LINE)]
-    return "\n".join(lines[:2] + ["…"][: len(lines) > 2]).replace("\n…", "…").replace("$", r"\$")
+    found = wrapped(name, LINE)
+    return ("\n".join(found[:lines]) + "…" * (len(found) > lines)).replace("$", r"\$")
 
 
 def _column(height: float, legend: float) -> tuple[Figure, Axes]:
@@ -333,7 +334,7 @@ def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 def _legend_columns(labels: Sequence[str]) -> int:
     longest = max(len(line) for label in labels for line in label.splitlines())
-    return max(1, min(len(labels), int(COLUMN / (0.4 + 0.055 * longest))))
+    return max(1, min(len(labels), int(COLUMN / (0.32 + 0.053 * longest))))
 
 
 def _legend_lines(labels: Sequence[str]) -> float:
@@ -346,11 +347,15 @@ def _legend_lines(labels: Sequence[str]) -> float:
 
 
 def _fit(label: str) -> str:
-    return textwrap.fill(label, int((COLUMN - 0.4) / 0.055))
+    return textwrap.fill(label, int((COLUMN - 0.32) / 0.053))
 
 
-def _signed(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+def _short_number(value: float, columns: int) -> str:
+    """Two decimals, without the leading 0 where cells are narrow, and one decimal where they are narrower still."""
+    text = f"{value:.{2 if columns <= 9 else 1}f}"
+    if float(text) == 0:
+        text = text.removeprefix("-")  # a rounded 0 has no sign
+    return (text.replace("0.", ".", 1) if columns > 5 and abs(value) < 1 else text).replace("-", "−")
 
 
 def _say(axes: Axes, text: str) -> None:

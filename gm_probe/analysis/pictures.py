@@ -82,17 +82,16 @@ def _forest(statistics: SweepStatistics, gaps: Sequence[str]) -> Picture:
     rows = {
         measure.name: {GAPS[gap]: _tau(measure.gaps[gap]) for gap in gaps} for measure in statistics.measures
     }
-    clear = [
-        f"{measure.name} with the {_short(gap)}"
-        for measure in statistics.measures
+    clear = {
+        gap: [m.name for m in statistics.measures if excludes_zero(m.gaps[gap].low, m.gaps[gap].high)]
         for gap in gaps
-        if excludes_zero(measure.gaps[gap].low, measure.gaps[gap].high)
-    ]
+    }
+    said = "; ".join(f"with the {_short(gap)}, {', '.join(names) or 'none'}" for gap, names in clear.items())
     return Picture(
         "forest",
         "correlation",
         "Kendall’s τ-b with 95 % intervals",
-        f"Intervals clear of 0: {', '.join(clear) or 'none'}.",
+        f"Clear of 0: {said}.",
         figures.forest(rows, "Kendall’s τ-b, 95 % CI"),
     )
 

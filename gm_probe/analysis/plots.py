@@ -174,7 +174,13 @@ def measure_label(measure: MeasureStatistics) -> str:
     """For the axis of ``measure``: its symbol, and whose labels it was taken with."""
     labels = f" ({measure.labels} labels)" if measure.labels else ""
     known = MEASURE_LABELS.get(measure.name)
-    return known + labels if known else textwrap.fill(measure.name.replace("$", r"\$") + labels, 30)
+    return known + labels if known else "\n".join(wrapped(measure.name + labels, 30)).replace("$", r"\$")
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most ``width`` letters, broken at spaces and after underscores."""
+    swap = str.maketrans("_-", "-_")  # textwrap breaks after hyphens, which are rare in names
+    return [line.translate(swap) for line in textwrap.wrap(text.translate(swap), width)]
 
 
 def _handle(index: int, label: str) -> Line2D:

@@ -11,11 +11,15 @@ from markupsafe import Markup, escape
 
 from gm_probe.analysis import curves, figures, grid, provenance, sheets
 from gm_probe.analysis.pictures import Picture, Rows, pictures
+from gm_probe.analysis.plots import MARKERS
 from gm_probe.analysis.results import SweepStatistics
 from gm_probe.analysis.svg import inline
 from gm_probe.analysis.table import RunTable, by_reason
 from gm_probe.analysis.typeset import Sheet
+from gm_probe.core.errors import UsageError
 
+MOST_COLOURS = 2 * len(figures.COLOURS)
+"""Subgroups that colour and filling tell apart."""
 LISTED = 200
 """Runs whose commands a page lists."""
 SHOWN = 16
@@ -80,8 +84,14 @@ def compose(
         command: what the user typed.
 
     Raises:
+        UsageError: more subgroups than there are colours or markers.
         StorageError: a run's record has become unreadable since ``table`` was read.
     """
+    for option, rows, most in (("--group-by", groups, MOST_COLOURS), ("--markers", shapes, len(MARKERS))):
+        if len(rows) > most:
+            raise UsageError(
+                f"{option} makes {len(rows)} subgroups, and {most} can be told apart; name fewer settings"
+            )
     records = provenance.read_records(table)
     origin = provenance.provenance(records)
     grids = {gap: grid.grid_taus(table, records, gap) for gap in gaps if records}

@@ -177,7 +177,9 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
         )
         if result.p is not None and result.p_reason:
             notes.append(f"p of {measure.name}, {SHORT[gap]}: {result.p_reason}")
-    notes += [f"{measure.name}: {text}" for measure, _ in rows for text in (*measure.warnings, *measure.notes)]
+    notes += [
+        f"{measure.name}: {text}" for measure, _ in rows for text in (*measure.warnings, *measure.notes)
+    ]
     return Sheet(
         name="correlations",
         title="Correlations",
@@ -405,31 +407,36 @@ def _figure(value: float | None, digits: int | None, reason: str | None) -> Cell
     """``digits`` significant ones; None: two decimals, as a coefficient has."""
     if value is None or math.isnan(value):
         return Cell(UNDEFINED, reason=reason)
-    text = f"{value:.2f}" if digits is None else f"{value:.{digits}g}"
-    return Cell(_minus(text), value)
+    return Cell(_two(value) if digits is None else _minus(f"{value:.{digits}g}"), value)
 
 
 def _quantity(found: Quantity) -> Cell:
     """A coefficient and its interval in one cell."""
     if found.value is None:
         return Cell(UNDEFINED, reason=found.reason)
-    text = f"{found.value:.2f}"
-    if found.low is not None and found.high is not None:
-        text += f" [{found.low:.2f}, {found.high:.2f}]"
+    interval = _interval(found)
+    text = _two(found.value) + (f" {interval.text}" if interval.order is not None else "")
     reason = None if found.interval_reason is None else f"no interval, {found.interval_reason}"
-    return Cell(_minus(text), found.value, reason)
+    return Cell(text, found.value, reason)
 
 
 def _interval(found: Quantity) -> Cell:
     if found.low is None or found.high is None:
         return Cell(UNDEFINED, reason=found.reason or found.interval_reason)
-    return Cell(_minus(f"[{found.low:.2f}, {found.high:.2f}]"), found.low)
+    return Cell(f"[{_two(found.low)}, {_two(found.high)}]", found.low)
 
 
 def _p(value: float | None, reason: str | None) -> Cell:
     if value is None:
         return Cell(UNDEFINED, reason=reason)
-    return Cell(f"{value:.3f}" if value >= 0.001 else f"{value:.1e}".replace("-", "−"), value)
+    shown = f"{value:.{3 if value >= 0.001 else 4}f}" if value >= 0.0001 else f"{value:.1e}"
+    return Cell(_minus(shown), value)
+
+
+def _two(value: float) -> str:
+    """Two decimals, no sign before a rounded 0."""
+    text = f"{value:.2f}"
+    return "0.00" if text == "-0.00" else _minus(text)
 
 
 def _count(value: int) -> Cell:
