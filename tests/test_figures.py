@@ -81,6 +81,15 @@ def test_the_points_fill_the_axes(table: RunTable) -> None:
             assert limits[1] - limits[0] < 1.15 * span
 
 
+def test_the_legend_s_markers_are_taken_for_no_subgroup(table: RunTable) -> None:
+    groups, shapes = group_rows(table, ["batch_size"]), group_rows(table, ["lr"])
+    figure = figures.scatter(table, measured("wide"), "error_gap", groups, shapes)
+    handles = figure.legends[0].legend_handles
+    colours = [handle.get_color() for handle in handles]  # type: ignore[union-attr]
+    assert set(colours[:3]).isdisjoint(colours[3:])
+    assert len(set(colours[3:])) == 1
+
+
 def test_few_runs_have_no_trend(table: RunTable) -> None:
     few = RunTable(table.source, table.frame.head(9), table.gaps, table.measures, table.hyperparameters)
     figure = figures.scatter(few, measured("narrow"), "error_gap", {}, {})
@@ -124,12 +133,13 @@ def test_the_heat_map_writes_each_value_where_it_belongs() -> None:
     axes = figure.axes[0]
     written = {text.get_position(): text.get_text() for text in axes.texts}
     assert written == {
-        (0.5, 0.5): "0.50", (1.5, 0.5): "−0.25", (2.5, 0.5): "–",
-        (0.5, 1.5): "1.00", (1.5, 1.5): "0.00", (2.5, 1.5): "−1.00",
+        (0.5, 0.5): "0.50", (1.5, 0.5): "−0.25", (2.65, 0.5): "–",
+        (0.5, 1.5): "1.00", (1.5, 1.5): "0.00", (2.65, 1.5): "−1.00",
     }  # fmt: skip
     assert ticks(figure, "x") == ["lr", "batch_size", "mean"]
-    (mesh,) = axes.collections
-    drawn = np.ma.asarray(mesh.get_array()).reshape(2, 3)
+    meshes = [np.ma.asarray(mesh.get_array()).reshape(2, -1) for mesh in axes.collections]
+    assert [mesh.shape[1] for mesh in meshes] == [2, 1]
+    drawn = np.ma.concatenate(meshes, axis=1)
     np.testing.assert_array_equal(drawn.mask, np.isnan(values))
     np.testing.assert_array_equal(drawn.compressed(), values[~np.isnan(values)])
 

@@ -27,7 +27,9 @@ COLUMN = 3.3  # inches
 COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")
 INK = "black"
+NEUTRAL: dict[str, Any] = dict.fromkeys(("color", "markeredgecolor", "markerfacecolor"), "0.5")
 FAINT: dict[str, Any] = {"color": INK, "alpha": 0.15, "linewidth": 0.6}
+APART = 0.15  # of a column, between the cells and those set apart
 LINE = 18  # letters of a tick label's line
 FEWEST = 10  # points that a trend line takes
 
@@ -71,10 +73,7 @@ def scatter(
         _legend(
             figure,
             [_handle(label, **_look(index, 0 if shapes else index)) for index, label in enumerate(groups)]
-            + [
-                _handle(label, **_look(2, shape) | {"markerfacecolor": INK})
-                for shape, label in enumerate(shapes)
-            ],
+            + [_handle(label, **(_look(0, shape) | NEUTRAL)) for shape, label in enumerate(shapes)],
         )
     return figure
 
@@ -117,10 +116,21 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
     figure, axes = _column(0.1 + max(0.22, _row_height(rows)) * len(rows) + head, 0)
     with mpl.rc_context(STYLE):
         scale, colours = Normalize(-1, 1), mpl.colormaps["cividis"]
-        axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=scale, edgecolors="none")
+        left = np.arange(len(columns)) + APART * (np.arange(len(columns)) >= len(columns) - rule)
+        for some in (slice(0, len(columns) - rule), slice(len(columns) - rule, None)):
+            if len(left[some]):
+                edges = np.append(left[some], left[some][-1] + 1)
+                axes.pcolormesh(
+                    edges,
+                    np.arange(len(rows) + 1),
+                    np.ma.masked_invalid(values[:, some]),
+                    cmap=colours,
+                    norm=scale,
+                    edgecolors="none",
+                )
         for (row, column), value in np.ndenumerate(values):
             axes.text(
-                column + 0.5,
+                left[column] + 0.5,
                 row + 0.5,
                 "–" if math.isnan(value) else _short_number(value, len(columns)),
                 ha="center",
@@ -128,12 +138,10 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
                 fontsize=7 if len(columns) <= 7 else 6,
                 color=INK if math.isnan(value) else _ink(colours(scale(value))),
             )
-        if rule:
-            axes.axvline(len(columns) - rule, color="white", linewidth=3)
-        axes.set_xlim(0, len(columns))
+        axes.set_xlim(0, left[-1] + 1)
         _rows(axes, rows, centre=0.5)
         axes.xaxis.tick_top()
-        axes.set_xticks(np.arange(len(columns)) + 0.5, labels)
+        axes.set_xticks(left + 0.5, labels)
         if upright:
             axes.tick_params(axis="x", labelrotation=90)
         axes.tick_params(length=0)
