@@ -307,6 +307,7 @@ def test_tables_and_figures_are_written_beside_it(whole: Path, page: Page) -> No
     assert names == dict.fromkeys((".png", ".pdf", ".svg"), len(page.all("figure")))
     assert (whole / "figures" / "forest.png").exists()
     assert (whole / "figures" / "grid-error_gap.svg").exists()
+    assert any("that runs were measured with: 12 runs." in text for text in page.texts("figcaption"))
 
 
 def test_sections_without_content_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,6 +364,27 @@ def test_too_few_runs_are_a_data_error(tmp_path: Path, capsys: pytest.CaptureFix
     assert code == 4
     assert "needs at least 2" in err
     assert not (tmp_path / "one-report.html").exists()
+
+
+def test_a_page_without_a_single_tau_says_why_and_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "same.csv").write_text("error_gap,m\n0.1,2\n0.2,2\n0.3,2\n")
+    code, err = run(capsys, str(tmp_path / "same.csv"), "--quiet", "--resamples=100")
+    assert code == 4
+    assert err.startswith("gmprobe: no measure in ")
+    page = Page((tmp_path / "same-report.html").read_text())
+    assert page.table("correlations")[1][2:4] == ["—a", "—a"]
+    assert "a the measure is constant over 3 runs" in page.texts("li")
+    assert any(
+        "τ undefined: the measure is constant over 3 runs" in text for text in page.texts("figcaption")
+    )
+
+
+def test_skipped_parts_are_left_out(made: Made) -> None:
+    _, page = made("--skip=details,comparisons", "--gap=error_gap")
+    assert page.table("beyond") == page.table("comparisons") == []
+    assert len(page.table("correlations")) == 3
 
 
 def test_the_example_in_its_help_runs(

@@ -59,12 +59,13 @@ def pictures(
     yield from _between_measures(table)
     for gap, lines in grids.items():
         if lines:
+            numbers = sorted({tau.n for of in lines.values() for tau in of.values()})
             yield Picture(
                 f"grid-{gap}",
                 "grid",
                 f"S_ρ’s τ with the {_short(gap)} by ρ and K",
-                f"Kendall’s τ-b with the {_short(gap)} at each radius ρ and number of ascent steps K that the runs "
-                "were measured with.",
+                f"Kendall’s τ-b with the {_short(gap)} at each radius ρ and number of ascent steps K that runs were "
+                f"measured with: {' to '.join(f'{n:,}' for n in dict.fromkeys((numbers[0], numbers[-1])))} runs.",
                 figures.tau_by_radius(lines, f"τ with {GAPS[gap]}"),
             )
     for name, of_runs in curves.items():

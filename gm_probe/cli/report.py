@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import DataError, UsageError
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
@@ -47,10 +47,17 @@ from gm_probe.core.errors import UsageError
     is_flag=True,
     help="Leave out runs whose training ended before it reached its stop_ce (they are counted).",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the resamples.")
 @click.option(
-    "--resamples", type=int, default=2000, show_default=True, help="Resamples and permutations, 100 or more."
+    "--control", metavar="A,B", default="", help="Take partial τ given these; as in `gmprobe correlate`."
 )
+@click.option(
+    "--skip",
+    metavar="A,B",
+    default="",
+    help="Leave out slow parts: details (all but τ), conditional, prediction, comparisons.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all resampling.")
+@click.option("--resamples", default=2000, show_default=True, help="Bootstrap resamples and permutations.")
 @click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
 @click.pass_context
 def report(
@@ -66,6 +73,8 @@ def report(
     markers: str,
     gap: str,
     converged_only: bool,
+    control: str,
+    skip: str,
     seed: int,
     resamples: int,
     quiet: bool,
@@ -86,7 +95,9 @@ def report(
         source, _names(measures), _names(hyper), [*by, *shape_by], converged_only=converged_only
     )
     gaps = table.gaps if gap == "both" else (gap,)
-    statistics = correlation.correlate(table, gaps, by, seed=seed, resamples=resamples)
+    statistics = correlation.correlate(
+        table, gaps, by, controls=_names(control), seed=seed, resamples=resamples, skip=_names(skip)
+    )
     page = compose(
         table,
         statistics,
@@ -108,6 +119,8 @@ def report(
             )
         written.append(f"{len(page.pictures)} figures in {figures}")
     note(notes_console(quiet), f"report: {', '.join(written)}")
+    if all(result.tau is None for measure in statistics.measures for result in measure.gaps.values()):
+        raise DataError(f"no measure in {source} has a defined τ; the reasons stand in {out}")
 
 
 def _page(source: Path, chosen: Path | None) -> Path:
