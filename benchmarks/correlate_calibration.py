@@ -60,7 +60,7 @@ SCENARIOS = {
     "null, gap tied": Scenario((5, 3, 2), (5,), 0.8, digits=0),
 }
 RESAMPLES = 1000  # half the default: firing rates and coverage need no finer p
-FULL = 100  # simulations a scenario that also take the details, which cost six times as much
+FULL = 50  # simulations a scenario that also take the details, which cost six times as much
 
 
 def sweep(scenario: Scenario, rng: np.random.Generator) -> RunTable:

@@ -82,9 +82,9 @@ def correlate(
     _require_runs(table)
     gaps = gaps or table.gaps
     draws = Draws(seed, resamples)
+    groups = group_rows(table, group_by) if group_by else {}
     design = _design(table, group_by, controls)
     everyone = np.arange(table.num_runs)
-    groups = group_rows(table, group_by) if group_by else {}
     parts: dict[str, dict[str, _Part]] = {gap: {} for gap in gaps}
     measures = []
     for name in table.measures:
@@ -319,16 +319,31 @@ def _require_runs(table: RunTable) -> None:
 
 
 def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
-    if not setting_names(table):
-        return ["no hyperparameter is known: each run counts as an independent setting (--hyper names them)"]
-    if len(sizes) == 1:
-        return ["all runs are of one setting: they count as independent"]
-    if sizes.max() == 1:
-        return [
-            f"no setting has two runs: {len(sizes)} clusters of one, and nothing tells seeds from settings"
-        ]
+    notes = []
     alone = int((sizes == 1).sum())
-    return [f"{alone} of {len(sizes)} settings have a single run"] if alone else []
+    if not setting_names(table):
+        notes.append(
+            "no hyperparameter is known: each run counts as an independent setting (--hyper names them)"
+        )
+    elif len(sizes) == 1:
+        notes.append("all runs are of one setting: they count as independent")
+    elif alone == len(sizes):
+        notes.append(
+            f"no setting has two runs: {alone} clusters of one, and nothing tells seeds from settings"
+        )
+    elif alone:
+        notes.append(f"{alone} of {len(sizes)} settings have a single run")
+    for what, columns in (
+        ("name", ["run"]),
+        ("values", [*table.gaps, *table.measures, *table.hyperparameters]),
+    ):
+        repeated = table.frame.duplicated(columns)
+        if repeated.any():
+            first = table.frame["run"][repeated].iloc[0]
+            notes.append(
+                f"{repeated.sum()} runs repeat the {what} of another, such as {first}: is one listed twice?"
+            )
+    return notes
 
 
 def _warnings(table: RunTable, name: str) -> tuple[str, ...]:

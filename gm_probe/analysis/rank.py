@@ -107,8 +107,7 @@ def inversions(ranks: Integers) -> Integers:
     below = order_bits(np.arange(n))[0]
     placed = ranks.T
     later = np.zeros((n + 1, num, below.shape[1]), np.uint64)  # later[i]: the ranks from place i on
-    place, row = np.indices(placed.shape, sparse=True)
-    later[place, row, placed >> 6] = _bit(placed)
+    later[np.arange(n)[:, None], np.arange(num), placed >> 6] = _bit(placed)
     np.bitwise_or.accumulate(later[::-1], axis=0, out=later[::-1])
     return _num_bits(later[1:] & below[placed]).sum(axis=0)
 
