@@ -14,7 +14,7 @@ from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import mutual_info_score
 
-from gm_probe.analysis import correlation, permutation
+from gm_probe.analysis import correlation, pair_sums, permutation
 from gm_probe.analysis.comparison import holm
 from gm_probe.analysis.correlation import correlate
 from gm_probe.analysis.results import Correlation, Details, SweepStatistics
@@ -597,12 +597,17 @@ def test_large_tables_say_what_they_take_smaller(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("gm_probe.analysis.sample.MOST_DRAWS", 3000)
     monkeypatch.setattr("gm_probe.analysis.prediction.MOST_FOLDS", 5)
     monkeypatch.setattr("gm_probe.analysis.conditional.RUNS_TIMES_PERMUTATIONS", 2400)
-    monkeypatch.setattr(permutation, "EXACT_RUNS", 20)
+    for module in (permutation, correlation):
+        monkeypatch.setattr(module, "EXACT_RUNS", 20)
+    for module in (pair_sums, correlation):
+        monkeypatch.setattr(module, "EXACT_SETTINGS", 10)
     result = correlate(table_of(grid(0), ("h0", "h1")), resamples=500)
     assert set(result.notes) == {
         "250 bootstrap resamples instead of 500 for 12 settings",
-        "200 permutations instead of 500 for 48 runs",
-        "250 permutations instead of 500 for 12 runs",
+        "more than 20 runs: permutations take Spearman's ρ in place of τ",
+        "more than 10 settings: bootstrap resamples take τ's first-order term",
+        "200 permutations instead of 500 for 48 values",
+        "250 permutations instead of 500 for 12 values",
         "50 permutations for conditional information for 48 runs",
         "predictions leave out 12 settings in 5 groups",
     }

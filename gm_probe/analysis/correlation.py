@@ -17,9 +17,9 @@ from gm_probe.analysis.conditional import conditioning
 from gm_probe.analysis.granulated import Cells, granulated
 from gm_probe.analysis.intervals import jackknife_interval, percentile_interval
 from gm_probe.analysis.noise import noise_filtered
-from gm_probe.analysis.pair_sums import PairSums, pair_sums, tau_of
+from gm_probe.analysis.pair_sums import EXACT_SETTINGS, PairSums, pair_sums, tau_of
 from gm_probe.analysis.partial import partial
-from gm_probe.analysis.permutation import permutation_p, permuted_coefficients
+from gm_probe.analysis.permutation import EXACT_RUNS, permutation_p, permuted_coefficients
 from gm_probe.analysis.prediction import prediction, selection
 from gm_probe.analysis.rank import Floats, Integers, tied_pairs
 from gm_probe.analysis.results import (

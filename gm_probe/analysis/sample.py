@@ -109,7 +109,7 @@ class Draws:
         """Permutations of whole settings; see ``permute_blocks``."""
 
         def draw() -> Permutations:
-            num = self._num("permutations", len(setting), "runs")
+            num = self._num("permutations", len(setting), "values")
             return permute_blocks(setting, num, self.rng("blocks"), stratum)
 
         return self.once(("blocks", setting.tobytes(), b"" if stratum is None else stratum.tobytes()), draw)
@@ -123,7 +123,7 @@ class Draws:
         """(B, n) permutations of single runs; see ``permute_within``."""
 
         def draw() -> np.ndarray:
-            num = self._num("permutations", len(stratum), "runs")
+            num = self._num("permutations", len(stratum), "values")
             return permute_within(stratum, num, self.rng("within"))
 
         return self.once(("within", stratum.tobytes()), draw)
