@@ -333,6 +333,10 @@ def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
         )
     elif alone:
         notes.append(f"{alone} of {len(sizes)} settings have a single run")
+    if table.num_runs > EXACT_RUNS:
+        notes.append(f"more than {EXACT_RUNS} runs: permutations take Spearman's ρ in place of τ")
+    if len(sizes) > EXACT_SETTINGS:
+        notes.append(f"more than {EXACT_SETTINGS} settings: bootstrap resamples take τ's first-order term")
     for what, columns in (
         ("name", ["run"]),
         ("values", [*table.gaps, *table.measures, *table.hyperparameters]),
