@@ -14,7 +14,7 @@ from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import mutual_info_score
 
-from gm_probe.analysis import correlation, pair_sums, permutation
+from gm_probe.analysis import correlation, pair_sums, permutation, strata
 from gm_probe.analysis.comparison import holm
 from gm_probe.analysis.correlation import correlate
 from gm_probe.analysis.results import Correlation, Details, SweepStatistics
@@ -146,6 +146,29 @@ def test_within_p_by_enumeration() -> None:
     ]
     exact = np.mean([abs(score) >= 2 for score in scores])
     assert found.p == pytest.approx(exact, abs=0.04)
+
+
+def test_large_settings_are_permuted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = grid(2).drop(index=[0, 1, 9])  # settings of 2, 3 and 4 runs
+    frame["m"] = frame["m"].round(1)
+    small = details(frame.reset_index(drop=True))[1].within
+    for most in (2, 3):
+        monkeypatch.setattr(strata, "PAIRWISE_RUNS", most)
+        assert details(frame.reset_index(drop=True))[1].within == small
+
+
+def test_few_environments_are_drawn_from_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gm_probe.analysis.sign_error.MOST_PAIRS", 400)
+    frame = pd.concat([grid(0, levels=(12,), seeds=5)], ignore_index=True)
+    table = table_of(frame, ("h0",))
+    result = correlate(table, resamples=100)
+    signs = result.measures[0].details["error_gap"].sign_error
+    assert "sign errors among 5 of 12 settings, drawn at random" in result.notes
+    assert len(signs.environments) + signs.skipped == 66
+    assert (
+        len({label for each in signs.environments for label in each.label.removeprefix("h0 ").split(" / ")})
+        <= 5
+    )
 
 
 def test_strata_pool_the_pairs_within_a_value() -> None:

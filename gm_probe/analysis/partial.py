@@ -1,7 +1,7 @@
 """Partial τ: the association of measure and gap beyond what a third variable explains of both.
 
-Source: Kendall 1942, "Partial rank correlation". Its p permutes whole settings within strata of the control,
-among which measure and gap are free of it.
+Source: Kendall 1942, "Partial rank correlation". Its p permutes whole settings within strata of the control:
+its values where there are few, else fifths, within which it still varies a little.
 """
 
 import numpy as np

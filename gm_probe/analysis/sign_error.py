@@ -102,7 +102,7 @@ def _pairs(cell: Integers, value: Integers, draws: Draws) -> tuple[Integers, Int
     num_pairs = int((per_cell**2).sum() // 2)
     if num_pairs > MOST_PAIRS:
         num_settings = setting.max() + 1
-        some = int(num_settings * math.sqrt(MOST_PAIRS / num_pairs))
+        some = max(2, int(num_settings * math.sqrt(MOST_PAIRS / num_pairs)))
         chosen = np.zeros(num_settings, bool)
         chosen[draws.rng("environments").choice(num_settings, some, replace=False)] = True
         order = order[chosen[setting[order]]]

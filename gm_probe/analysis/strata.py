@@ -5,15 +5,17 @@ import numpy as np
 from gm_probe.analysis.intervals import excludes_zero, jackknife_interval
 from gm_probe.analysis.pair_sums import PairSums, pair_sums, tau_of
 from gm_probe.analysis.permutation import permutation_p, permuted_coefficients
-from gm_probe.analysis.rank import BLOCK, Floats, Integers
+from gm_probe.analysis.rank import BLOCK, Floats, Integers, permuted_scores
 from gm_probe.analysis.results import Correlation, Quantity, Stratified
 from gm_probe.analysis.sample import Draws, Sample
+
+PAIRWISE_RUNS = 50  # settings of more runs are faster one by one
 
 
 def pooled(sums: PairSums, reason: str) -> Quantity:
     """τ over the pairs in ``sums`` with its jackknife interval; undefined for ``reason`` without a pair.
 
-    ``n`` counts the pairs untied in both at most: the smaller number of pairs untied in one.
+    ``n`` counts the pairs untied in x, or in y where these are fewer.
     """
     n = int(sums.total[1:].min())
     if n == 0:
@@ -73,18 +75,24 @@ def stratified(sample: Sample, by: str, stratum: Integers, whole: Correlation) -
 
 def _scores_within(sample: Sample, rows: np.ndarray) -> Floats:
     """(B + 1,) the score over pairs of one setting as it is, then with each ``y[rows[b]]``."""
-    order = np.argsort(sample.setting, kind="stable")
-    setting = sample.setting[order]
     rows = np.concatenate([np.arange(sample.n)[None, :], rows])
     scores = np.zeros(len(rows))
-    for lag in range(1, int(np.bincount(setting).max())):
-        place = np.flatnonzero(setting[lag:] == setting[:-lag])
-        first, second = order[place], order[place + lag]
+    size = np.bincount(sample.setting)
+    for each in np.flatnonzero(size > PAIRWISE_RUNS):
+        members = np.flatnonzero(sample.setting == each)
+        scores += permuted_scores(sample.x[members], sample.y, rows[:, members])[0]
+    order = np.argsort(sample.setting, kind="stable")
+    order = order[size[sample.setting[order]] <= PAIRWISE_RUNS]
+    for lag in range(1, PAIRWISE_RUNS):
+        first, second = order[:-lag], order[lag:]
+        same = sample.setting[first] == sample.setting[second]
+        first, second = first[same], second[same]
+        if not len(first):
+            break
         signs = np.sign(sample.x[first] - sample.x[second])
-        step = max(1, BLOCK // max(len(first), 1))
+        step = max(1, BLOCK // len(first))
         for start in range(0, len(rows), step):
             some = rows[start : start + step]
-            scores[start : start + step] += (
-                np.sign(sample.y[some[:, first]] - sample.y[some[:, second]]) @ signs
-            )
+            change = np.sign(sample.y[some[:, first]] - sample.y[some[:, second]])
+            scores[start : start + step] += change @ signs
     return scores
