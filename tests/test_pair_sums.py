@@ -207,7 +207,7 @@ def test_fisher_interval_is_the_textbook_one() -> None:
 def test_blocks_change_places_whole_and_among_equals() -> None:
     setting = np.array([2, 0, 1, 0, 1, 2, 3, 3, 3])
     found = permute_blocks(setting, 300, np.random.default_rng(0))
-    assert found.limit == "1 of 4 settings stay in place: no other shares their number of runs; " \
+    assert found.limit == "settings change places with those of as many runs only (3 of 2, 1 of 3); " \
         "6 arrangements of settings: p cannot be below 0.17"  # fmt: skip
     seen = set()
     for row in found.rows:
@@ -228,6 +228,10 @@ def test_blocks_stay_in_their_stratum_and_uneven_sizes_say_so() -> None:
     rows = permute_blocks(setting, 50, np.random.default_rng(0), stratum).rows
     assert all((stratum[row] == stratum).all() for row in rows)
     assert len({tuple(row) for row in rows}) == 4
+    fixed = permute_blocks(setting, 50, np.random.default_rng(0), np.repeat([0, 1, 2, 2], 2))
+    assert str(fixed.limit).startswith(
+        "2 of 4 settings stay in place: no other shares their number of runs and"
+    )
     none = permute_blocks(np.array([0, 1, 1, 2, 2, 2]), 50, np.random.default_rng(0))
     assert none.rows.shape == (0, 6)
     assert none.limit == "no two settings share their number of runs"

@@ -69,6 +69,12 @@ def test_csv_hyperparameters_keep_numbers_text_and_gaps(tmp_path: Path) -> None:
     assert list(rows) == ["wd=0.1", "wd=10", "wd=unset"]
 
 
+def test_epochs_of_a_file_are_a_setting_only_when_asked_for(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "error_gap,m,lr,epochs\n.1,1,1,10\n.2,2,1,11\n")
+    assert (load_table(path).hyperparameters, load_table(path).measures) == (("lr",), ("m",))
+    assert load_table(path, hyperparameters=["lr", "epochs"]).hyperparameters == ("lr", "epochs")
+
+
 def test_csv_outcomes_are_no_measures(tmp_path: Path) -> None:
     path = make_csv(tmp_path, "error_gap,m,num_test,num_train,test_error\n.1,1,10,20,x\n.2,2,,20,.3\n")
     table = load_table(path, hyperparameters=["num_train"])

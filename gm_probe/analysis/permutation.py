@@ -30,7 +30,7 @@ def permute_blocks(
     """``num`` permutations that let whole settings of equal size (and ``stratum``) change places.
 
     ``setting`` and ``stratum`` (n,); a setting lies in one stratum. Runs keep their order within a setting.
-    Settings of a size that no other has stay where they are; ``limit`` counts them.
+    Settings of a size that no other has stay where they are; ``limit`` says so.
     """
     blocks: dict[tuple[int, int], list[Integers]] = {}
     order = np.argsort(setting, kind="stable")
@@ -49,7 +49,10 @@ def permute_blocks(
         rows[:, places.ravel()] = places[moved].reshape(num, -1)
     limits = []
     num_blocks, fixed = sum(map(len, blocks.values())), len(blocks) - len(movable)
-    if fixed:
+    if stratum is None and len(blocks) > 1:
+        sizes = ", ".join(f"{len(blocks[each])} of {each[0]}" for each in sorted(blocks))
+        limits.append(f"settings change places with those of as many runs only ({sizes})")
+    elif fixed:
         limits.append(f"{fixed} of {num_blocks} settings stay in place: no other shares their {what}")
     arrangements = math.prod(math.factorial(min(len(same), 20)) for same in movable)
     if arrangements < 100:

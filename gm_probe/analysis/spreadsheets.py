@@ -19,15 +19,16 @@ from gm_probe.analysis.table import (
 )
 from gm_probe.core.errors import DataError, StorageError, UsageError
 
-# Usual names of training choices and of outcomes: never taken for a measure unless asked for.
+# Usual names of training choices: never taken for a measure unless asked for.
 # fmt: off
 SETTINGS = frozenset((
     "method", "model", "data", "dataset", "optimizer", "lr", "learning_rate", "batch_size", "weight_decay",
-    "momentum", "epochs", "schedule", "augment", "augmentation", "label_smoothing", "rho", "beta",
-    "ascent_steps", "steps", "noise_scale", "num_parameters", "num_examples",
+    "momentum", "schedule", "augment", "augmentation", "label_smoothing", "rho", "beta",
+    "ascent_steps", "noise_scale", "num_parameters", "num_examples",
 ))
 # fmt: on
-ACCURACIES = frozenset(("train_accuracy", "test_accuracy"))
+# Neither: epochs and steps are outcomes where training stops early, and would then tell seeds apart as settings.
+LEFT_OUT = frozenset(("train_accuracy", "test_accuracy", "epochs", "steps", "", *OUTCOMES))
 NO_VALUE = ("", "-", "na", "n/a", "nan", "nat", "null", "none", "<na>")
 
 
@@ -65,7 +66,7 @@ def table_from_file(
     by_name = [name for name in names if name in SETTINGS and name not in measures]
     hypers = unique([*(hyperparameters or by_name), *group_by])
     free = [name for name in names if name not in {*gaps, *hypers, "run"}]
-    candidates = [name for name in free if name not in BOOKKEEPING | SETTINGS | ACCURACIES | {*OUTCOMES, ""}]
+    candidates = [name for name in free if name not in BOOKKEEPING | SETTINGS | LEFT_OUT]
     chosen = (
         unique(measures)
         or [name for name in KNOWN_MEASURES if name in candidates]
