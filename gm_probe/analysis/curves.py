@@ -35,6 +35,7 @@ def read_curves(table: RunTable) -> tuple[dict[str, list[Curve]], dict[str, str]
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
-    points = [(row["epoch"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    pairs = [(row.get("epoch"), row.get(name)) for row in rows]
+    points = [pair for pair in pairs if all(isinstance(value, int | float) for value in pair)]
     x, y = np.array(points, dtype=float).reshape(-1, 2).T
     return x[np.isfinite(y)], y[np.isfinite(y)]

@@ -130,7 +130,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
                 )
         for (row, column), value in np.ndenumerate(values):
             axes.text(
-                left[column] + 0.5,
+                float(left[column]) + 0.5,
                 row + 0.5,
                 "–" if math.isnan(value) else _short_number(value, len(columns)),
                 ha="center",

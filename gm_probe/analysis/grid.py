@@ -14,6 +14,8 @@ from gm_probe.analysis.sample import sample_of, setting_numbers
 from gm_probe.analysis.table import RunTable
 from gm_probe.core.records import RunRecord
 
+CELL = ("rho", "k_steps", "value")
+
 
 def grid_taus(
     table: RunTable, records: Mapping[str, RunRecord], gap: str
@@ -43,7 +45,11 @@ def _tau(x: np.ndarray, y: np.ndarray, setting: np.ndarray) -> Quantity:
 
 
 def grid_of(record: RunRecord) -> list[dict[str, Any]]:
-    """The usable cells of a run's grid: ``rho``, ``k_steps`` and a finite ``value``."""
+    """The usable cells of a run's grid: those with a finite ``rho``, ``k_steps`` and ``value``."""
     row = record.measures.get("local_inconsistency")
     grid = row.get("grid", []) if isinstance(row, dict) else []
-    return [cell for cell in grid if cell["value"] is not None and math.isfinite(cell["value"])]
+    return [cell for cell in grid if isinstance(cell, dict) and all(map(_finite, map(cell.get, CELL)))]
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
