@@ -110,6 +110,12 @@ def test_a_single_run_s_own_folder_is_found(runs: Path) -> None:
     assert curves.read_curves(table)[1] == {}
 
 
+def test_runs_below_a_run_are_told_apart(runs: Path) -> None:
+    (runs / "run-1").rename(runs / "run-0" / "inner")
+    records = provenance.read_records(load_table(runs / "run-0"))
+    assert {run: record.config["seed"] for run, record in records.items()} == {"run-0": 0, "inner": 1}
+
+
 def test_every_measure_is_defined_under_the_symbol_that_measuring_prints() -> None:
     from gm_probe.analysis.table import KNOWN_MEASURES
     from gm_probe.probe.measures import MEASURES

@@ -274,7 +274,9 @@ def test_every_exclusion_is_listed_with_its_reason(page: Page) -> None:
     assert [row[3] for row in rows] == ["run-12", "run-13", "run-14", "run-01", "run-02"]
     assert len(page.table("runs")) == 13
     assert any(
-        "12 runs of 6 settings, at most 2 of one; 3 runs were left out" in fact for fact in page.texts("li")
+        "12 runs of 6 settings, at most 2 of one; left out whole: 3 (1 diverged; 1 failed; 1 not measured)."
+        in fact
+        for fact in page.texts("li")
     )
 
 
@@ -325,11 +327,25 @@ def test_sections_without_content_are_left_out(tmp_path: Path, capsys: pytest.Ca
     assert page.table("trained") == []
 
 
+def test_no_name_leads_a_figure_s_file_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("error_gap,../../up,a/b,a:b\n0.1,1,2,3\n0.2,2,1,2\n0.3,3,4,5\n")
+    figures = tmp_path / "deep" / "figures"
+    args = [str(tmp_path / "t.csv"), f"--figures={figures}", f"--out={tmp_path / 'page.html'}"]
+    code, err = run(capsys, *args, "--resamples=100")
+    assert code == 0, err
+    files = {path for path in tmp_path.rglob("*") if path.is_file()} - {
+        tmp_path / "t.csv",
+        tmp_path / "page.html",
+    }
+    assert {path.parent for path in files} == {figures}
+    assert len([path for path in files if path.name.startswith("scatter-")]) == 3 * 3
+
+
 def test_a_broken_training_record_is_a_caution_not_an_end(made: Made, runs: Path) -> None:
     (runs / "run-00" / "metrics.jsonl").unlink()
     _, page = made()
     assert any(
-        "1 runs have no readable training curve, the first run-00" in text for text in page.texts("li")
+        "Runs without a readable training curve: 1, the first run-00: " in text for text in page.texts("li")
     )
     assert any("11 runs, a line each" in text for text in page.texts("figcaption"))
 

@@ -1,5 +1,6 @@
 """Which figures a sweep's report has, and what each says in words."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,10 +46,10 @@ def pictures(
     """
     yield _forest(statistics, gaps)
     for gap in gaps:
-        for measure in statistics.measures:
+        for place, measure in enumerate(statistics.measures):
             result = measure.gaps[gap]
             yield Picture(
-                f"scatter-{measure.name}-{gap}",
+                f"scatter-{place + 1}-{_file_name(measure.name)}-{gap}",
                 "scatter",
                 f"{measure.name}, {_short(gap)}",
                 f"{_says(result)}.",
@@ -157,6 +158,11 @@ def _between_measures(table: RunTable) -> Iterator[Picture]:
 
 def _tau(result: Correlation) -> Quantity:
     return Quantity(result.tau, result.low, result.high, n=result.n, reason=result.reason)
+
+
+def _file_name(name: str) -> str:
+    """``name`` without what a path could be led astray by; its place in the table keeps two apart."""
+    return re.sub(r"[^\w-]+", "_", name)[:60]
 
 
 def _says(result: Correlation) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.analysis.table import RunTable, show
-from gm_probe.core.records import CONFIG, RunRecord, read_run
+from gm_probe.core.records import RunRecord, read_run
 
-PACKAGES = ("gm_probe", "numpy", "scipy", "pandas", "matplotlib")
+PACKAGES = ("gm_probe", "numpy", "scipy", "pandas", "matplotlib", "jinja2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ def read_records(table: RunTable) -> dict[str, RunRecord]:
 
 def run_folder(table: RunTable, run: str) -> Path:
     """The folder of ``run``: below the table's source, or the source itself where that is the one run."""
-    return table.source if (table.source / CONFIG).exists() else table.source / run
+    folder = table.source / run
+    return folder if folder.is_dir() else table.source
 
 
 def provenance(records: Mapping[str, RunRecord]) -> Provenance:

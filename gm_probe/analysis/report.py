@@ -159,7 +159,7 @@ def _sections(report: Report) -> Iterable[_Section]:
 
 def _facts(table: RunTable, statistics: SweepStatistics) -> tuple[str, ...]:
     reasons = "; ".join(f"{len(runs):,} {reason}" for reason, runs in by_reason(table.excluded).items())
-    left_out = f"{len(table.excluded):,} runs were left out ({reasons})" if reasons else "no run was left out"
+    left_out = f"left out whole: {len(table.excluded):,} ({reasons})" if reasons else "no run was left out"
     return (
         f"{statistics.num_runs:,} runs of {statistics.num_settings:,} settings, at most "
         f"{statistics.largest_setting:,} of one; {left_out}.",
@@ -182,7 +182,7 @@ def _cautions(statistics: SweepStatistics, gaps: Sequence[str], unread: dict[str
         )
     if unread:
         run, reason = next(iter(unread.items()))
-        found.append(f"{len(unread):,} runs have no readable training curve, the first {run}: {reason}.")
+        found.append(f"Runs without a readable training curve: {len(unread):,}, the first {run}: {reason}.")
     return tuple(found)
 
 
