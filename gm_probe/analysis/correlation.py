@@ -5,7 +5,7 @@ runs as independent draws, which the seeds of one setting are not.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,14 +14,15 @@ from scipy import stats
 
 from gm_probe.analysis.comparison import Resampled, compare
 from gm_probe.analysis.conditional import conditioning
-from gm_probe.analysis.granulated import Cells, granulated
+from gm_probe.analysis.design import Design, design_of, setting_names
+from gm_probe.analysis.granulated import granulated
 from gm_probe.analysis.intervals import jackknife_interval, percentile_interval
 from gm_probe.analysis.noise import noise_filtered
 from gm_probe.analysis.pair_sums import EXACT_SETTINGS, PairSums, pair_sums, tau_of
 from gm_probe.analysis.partial import partial
 from gm_probe.analysis.permutation import EXACT_RUNS, permutation_p, permuted_coefficients
 from gm_probe.analysis.prediction import prediction, selection
-from gm_probe.analysis.rank import Floats, Integers, tied_pairs
+from gm_probe.analysis.rank import tied_pairs
 from gm_probe.analysis.results import (
     Correlation,
     Details,
@@ -29,15 +30,7 @@ from gm_probe.analysis.results import (
     Quantity,
     SweepStatistics,
 )
-from gm_probe.analysis.sample import (
-    Draws,
-    Sample,
-    group_numbers,
-    numbers_of,
-    sample_of,
-    setting_names,
-    setting_numbers,
-)
+from gm_probe.analysis.sample import Draws, Sample, sample_of
 from gm_probe.analysis.sign_error import sign_error
 from gm_probe.analysis.strata import between, stratified, within
 from gm_probe.analysis.table import Exclusion, RunTable, by_reason, require_known, show
@@ -48,8 +41,6 @@ MOST_RUNS = 30_000
 """All pairs of more runs do not fit in memory."""
 PARTS = ("details", "conditional", "prediction", "comparisons")
 """What can be skipped; ``details`` holds all that goes beyond τ and comparisons."""
-CONTROLS = ("train_ce", "hessian_lambda_max", "parameter_norm")
-"""What τ is also taken given, where the table has it, besides each hyperparameter."""
 
 
 def correlate(
@@ -64,7 +55,7 @@ def correlate(
 ) -> SweepStatistics:
     """Statistics of every measure of ``table`` against ``gaps`` (empty: all it has), in the table's order.
 
-    ``controls`` are columns to take partial τ given; empty: ``CONTROLS`` and the hyperparameters. ``skip``
+    ``controls`` are columns to take partial τ given; empty: the usual ones and the hyperparameters. ``skip``
     names some of ``PARTS``. Large tables take fewer than ``resamples``, and a note says so.
 
     Raises:
@@ -83,7 +74,7 @@ def correlate(
     gaps = gaps or table.gaps
     draws = Draws(seed, resamples)
     groups = group_rows(table, group_by) if group_by else {}
-    design = _design(table, group_by, controls)
+    design = design_of(table, group_by, controls)
     everyone = np.arange(table.num_runs)
     parts: dict[str, dict[str, _Part]] = {gap: {} for gap in gaps}
     measures = []
@@ -173,16 +164,6 @@ def kendall(measure: np.ndarray, gap: np.ndarray) -> Correlation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Design:
-    """What the hyperparameters say of each run of the table (n,): its setting, cells, values and strata."""
-
-    setting: Integers
-    cells: Mapping[str, Cells]
-    strata: Mapping[str, Integers]
-    controls: Mapping[str, Floats | str]  # a str says why there are no numbers
-
-
-@dataclass(frozen=True, slots=True)
 class _Part:
     """One measure and gap over some runs; ``sums`` and ``resampled`` are None where τ is undefined."""
 
@@ -192,35 +173,7 @@ class _Part:
     resampled: Resampled | None = None
 
 
-def _design(table: RunTable, group_by: Sequence[str], controls: Sequence[str]) -> _Design:
-    values = {name: group_numbers(table, [name]) for name in setting_names(table)}
-    values = {name: numbers for name, numbers in values.items() if numbers.max() > 0}
-    cells = {
-        name: (group_numbers(table, [other for other in values if other != name]), numbers)
-        for name, numbers in values.items()
-    }
-    setting = setting_numbers(table)
-    strata = dict(values)
-    if group_by and ", ".join(group_by) not in strata:
-        strata[", ".join(group_by)] = group_numbers(table, group_by)
-    usual = [name for name in CONTROLS if name in table.frame] + list(values)
-    return _Design(setting, cells, strata, {name: _control(table, name) for name in controls or usual})
-
-
-def _control(table: RunTable, name: str) -> Floats | str:
-    """A column as numbers; a text with two values as 0 and 1."""
-    numbers = numbers_of(table, name)
-    assert numbers is not None
-    values = [value for value in table.frame[name] if value is not None]
-    if not any(isinstance(value, str) for value in values):
-        return numbers
-    kinds = sorted(set(map(show, values)))
-    if len(kinds) > 2:
-        return f"text with {len(kinds)} values has no order; see τ within its strata"
-    return np.array([math.nan if value is None else kinds.index(show(value)) for value in table.frame[name]])
-
-
-def _part(table: RunTable, design: _Design, name: str, gap: str, rows: np.ndarray, draws: Draws) -> _Part:
+def _part(table: RunTable, design: Design, name: str, gap: str, rows: np.ndarray, draws: Draws) -> _Part:
     """τ over those of ``rows`` that have both values, with the others listed."""
     frame = table.frame.iloc[rows]
     x, y = frame[name].to_numpy(), frame[gap].to_numpy()
@@ -268,7 +221,7 @@ def _part(table: RunTable, design: _Design, name: str, gap: str, rows: np.ndarra
 
 
 def _details(
-    table: RunTable, design: _Design, name: str, gap: str, part: _Part, draws: Draws, skip: Collection[str]
+    table: RunTable, design: Design, name: str, gap: str, part: _Part, draws: Draws, skip: Collection[str]
 ) -> Details:
     sample, whole = part.sample, part.correlation
     values = {hyper: numbers for hyper, (_, numbers) in design.cells.items()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gm_probe.analysis.design import Cells
 from gm_probe.analysis.intervals import LEAST_UNITS, fisher_interval, jackknife_error, jackknife_interval
 from gm_probe.analysis.pair_sums import tau_of
 from gm_probe.analysis.rank import Floats, Integers, sign_blocks
@@ -14,8 +15,6 @@ from gm_probe.analysis.results import Granulated, Granulation, Quantity
 from gm_probe.analysis.sample import Sample
 
 LEAST_VALUES = 3
-Cells = tuple[Integers, Integers]
-"""(n,) which cell each run of the table is in, and (n,) which value of the hyperparameter it has."""
 
 
 def granulated(sample: Sample, cells: Mapping[str, Cells]) -> Granulated:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from gm_probe.analysis.correlation import kendall
+from gm_probe.analysis.design import setting_numbers
 from gm_probe.analysis.intervals import jackknife_interval
 from gm_probe.analysis.pair_sums import pair_sums, tau_of
 from gm_probe.analysis.results import Quantity
-from gm_probe.analysis.sample import sample_of, setting_numbers
+from gm_probe.analysis.sample import sample_of
 from gm_probe.analysis.table import RunTable
 from gm_probe.core.records import RunRecord
 

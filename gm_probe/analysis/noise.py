@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from gm_probe.analysis.design import numbers_of
 from gm_probe.analysis.pair_sums import pair_sums
 from gm_probe.analysis.rank import BLOCK, Bits, Floats, mask_bits
 from gm_probe.analysis.results import NoiseFiltered, Quantity
-from gm_probe.analysis.sample import Draws, Sample, numbers_of
+from gm_probe.analysis.sample import Draws, Sample
 from gm_probe.analysis.strata import pooled
 from gm_probe.analysis.table import RunTable
 

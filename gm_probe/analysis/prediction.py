@@ -3,9 +3,10 @@
 import numpy as np
 from scipy import optimize, stats
 
+from gm_probe.analysis.design import numbers_of
 from gm_probe.analysis.rank import Floats
 from gm_probe.analysis.results import Prediction, Selection
-from gm_probe.analysis.sample import Draws, Sample, numbers_of
+from gm_probe.analysis.sample import Draws, Sample
 from gm_probe.analysis.table import RunTable
 
 MOST_FOLDS = 50

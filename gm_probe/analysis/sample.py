@@ -1,17 +1,15 @@
 """The runs that have both a measure and a gap, by setting, and the seeded draws that all statistics share."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
-import pandas as pd
 
 from gm_probe.analysis.pair_sums import PairSums, pair_sums
 from gm_probe.analysis.permutation import Permutations, permute_blocks, permute_within
 from gm_probe.analysis.rank import Floats, Integers, dense_ranks
-from gm_probe.analysis.table import BOOKKEEPING, RunTable
 
 MOST_DRAWS = 2 * 10**6
 """A table of resamples holds at most so many numbers: the more runs, the fewer resamples."""
@@ -52,35 +50,6 @@ def sample_of(x: np.ndarray, y: np.ndarray, rows: np.ndarray, setting: np.ndarra
     if one_setting:
         numbers = np.arange(len(numbers))
     return Sample(x, y, rows, numbers, int(numbers.max(initial=-1)) + 1, one_setting)
-
-
-def setting_numbers(table: RunTable) -> Integers:
-    """(n,) equal where all hyperparameters are; all different where there is no hyperparameter.
-
-    Seeds and other bookkeeping tell no settings apart.
-    """
-    names = setting_names(table)
-    return group_numbers(table, names) if names else np.arange(table.num_runs)
-
-
-def setting_names(table: RunTable) -> list[str]:
-    """The hyperparameters that make a setting."""
-    return [name for name in table.hyperparameters if name not in BOOKKEEPING]
-
-
-def group_numbers(table: RunTable, names: Sequence[str]) -> Integers:
-    """(n,) 0.. by first appearance, equal where the hyperparameters ``names`` are."""
-    seen: dict[Hashable, int] = {}
-    columns = [map(_hashable, table.frame[name]) for name in names]
-    values = zip(*columns, strict=True) if names else [()] * table.num_runs
-    return np.array([seen.setdefault(each, len(seen)) for each in values], np.int64)
-
-
-def numbers_of(table: RunTable, name: str) -> Floats | None:
-    """A column (n,) as floats, NaN where it has no number; None where the table has no such column."""
-    if name not in table.frame:
-        return None
-    return pd.to_numeric(table.frame[name], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
 
 
 @dataclass(slots=True)
@@ -146,10 +115,6 @@ class Draws:
         if self.resamples > most:
             self.notes[f"{most:,} {what} instead of {self.resamples:,} for {length:,} {unit}"] = None
         return min(self.resamples, most)
-
-
-def _hashable(value: object) -> Hashable:
-    return (isinstance(value, bool), value)  # True is not 1
 
 
 def _size(value: object) -> int:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gm_probe.analysis.granulated import Cells
+from gm_probe.analysis.design import Cells, numbers_of
 from gm_probe.analysis.rank import Floats, Integers, dense_ranks
 from gm_probe.analysis.results import Environment, SignError
-from gm_probe.analysis.sample import Draws, Sample, numbers_of
+from gm_probe.analysis.sample import Draws, Sample
 from gm_probe.analysis.table import RunTable, show
 
 LEAST_SIZE = 12
