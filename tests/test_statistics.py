@@ -135,6 +135,15 @@ def test_between_is_tau_of_the_means_and_within_of_pairs_of_one_setting() -> Non
     assert found.within.p is not None
 
 
+def test_means_of_equal_values_are_equal_whatever_their_number() -> None:
+    frame = grid(2).drop(index=[0, 5, 6]).assign(m=0.1)  # 0.1 + 0.1 + 0.1 is not 0.3
+    frame.loc[frame["h0"] == 0, "m"] = -0.1
+    found = details(frame.reset_index(drop=True))[1].between
+    means = frame.round(3).groupby(["h0", "h1"])[["m", "error_gap"]].mean().round(9)
+    assert means["m"].nunique() == 2
+    assert found.value == pytest.approx(stats.kendalltau(means["m"], means["error_gap"]).statistic)
+
+
 def test_within_p_by_enumeration() -> None:
     frame = pd.DataFrame({"m": [1.0, 2, 3, 1, 2], "error_gap": [1.0, 2, 3, 2, 1], "h": [0, 0, 0, 1, 1]})
     found = correlate(table_of(frame, ("h",)), resamples=4000).measures[0].details["error_gap"].within

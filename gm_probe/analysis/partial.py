@@ -55,9 +55,8 @@ def _partial(xy: Floats | float, xz: Floats | float, zy: Floats | float) -> Floa
 
 def _strata(z: Floats, sample: Sample) -> Integers:
     """(n,) stratum of each run's setting: its value of z where there are few, else a fifth of the settings."""
-    size = np.bincount(sample.setting)
-    means = np.bincount(sample.setting, z) / size
-    ranks = dense_ranks(np.round(means, 12))
+    means = sample.means(z)
+    ranks = dense_ranks(means)
     if ranks.max() >= NUM_STRATA * 2:
         ranks = np.argsort(np.argsort(means, kind="stable"), kind="stable") * NUM_STRATA // len(means)
     return ranks[sample.setting]

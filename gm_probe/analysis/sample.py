@@ -37,6 +37,12 @@ class Sample:
     def n(self) -> int:
         return len(self.x)
 
+    def means(self, values: Floats) -> Floats:
+        """(S,) mean of ``values`` (n,) by setting over the largest, rounded: means of equal values stay equal."""
+        means = np.bincount(self.setting, values, self.num_settings) / np.bincount(self.setting)
+        scale = np.abs(means).max(initial=0.0)
+        return np.round(means / scale, 12) if scale else means
+
     def only(self, keep: np.ndarray) -> "Sample":
         """The runs where ``keep`` (n,) is True; settings are numbered anew."""
         part = sample_of(self.x[keep], self.y[keep], self.rows[keep], self.setting[keep])

@@ -30,8 +30,7 @@ def between(sample: Sample, draws: Draws) -> Quantity:
     if sample.one_setting:
         return Quantity(None, reason="all runs are of one setting")
     num = sample.num_settings
-    size = np.bincount(sample.setting, minlength=num)
-    x, y = (np.bincount(sample.setting, values, num) / size for values in (sample.x, sample.y))
+    x, y = sample.means(sample.x), sample.means(sample.y)
     each = np.arange(num)
     sums = pair_sums(x, y, each, num)
     if not sums.total[1:].all():
