@@ -199,6 +199,12 @@ def test_distributions_mark_mean_percentile_and_maximum() -> None:
     assert [text.get_text().strip() for text in axes.texts] == ["undefined"]
 
 
+def test_a_hundred_thousand_marks_leave_the_file_small() -> None:
+    values = np.random.default_rng(0).uniform(size=100_000)
+    figure = figures.distributions({"m": values}, "sign error", reference=0.5)
+    assert len(plots.render(figure, "svg")) < 200_000
+
+
 def test_tau_by_radius_has_a_line_a_step_count_and_a_tick_a_radius() -> None:
     lines = {k: {rho: Quantity(0.1 * k + rho, rho, 0.9) for rho in (0.05, 0.1, 0.5)} for k in (1, 5)}
     lines[5][0.1] = Quantity(None, reason="constant")

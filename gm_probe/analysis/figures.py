@@ -31,6 +31,7 @@ NEUTRAL: dict[str, Any] = dict.fromkeys(("color", "markeredgecolor", "markerface
 FAINT: dict[str, Any] = {"color": INK, "alpha": 0.15, "linewidth": 0.6}
 APART = 0.15  # of a column, between the cells and those set apart
 LINE = 18  # letters of a tick label's line
+MANY = 2000  # marks from which on they are drawn as pixels, which keeps SVG and PDF small
 FEWEST = 10  # points that a trend line takes
 
 
@@ -62,7 +63,7 @@ def scatter(
             for shape, of_shape in enumerate(shapes.values() or [everyone]):
                 shown = np.intersect1d(rows, of_shape)
                 look = _look(index, shape if shapes else index)
-                axes.plot(x[shown], y[shown], linestyle="none", alpha=0.8, **look, rasterized=len(x) > 2000)
+                axes.plot(x[shown], y[shown], linestyle="none", alpha=0.8, **look, rasterized=len(x) > MANY)
         measure_axis(axes, x[present])
         axes.autoscale_view()  # else it would wait, and be off by then
         axes.autoscale(False)  # a trend is shown where the points are
@@ -163,7 +164,8 @@ def distributions(rows: Mapping[str, np.ndarray], xlabel: str, *, reference: flo
                 continue
             low, high = np.quantile(values, [0.25, 0.75])
             axes.barh(place, high - low, 0.5, low, color=INK, alpha=0.12, linewidth=0)
-            axes.vlines(values, place - 0.25, place + 0.25, color=INK, linewidth=0.5, alpha=0.5)
+            ticks = axes.vlines(values, place - 0.25, place + 0.25, color=INK, linewidth=0.5, alpha=0.5)
+            ticks.set_rasterized(sum(map(len, rows.values())) > MANY)
             at = (values.mean(), np.quantile(values, 0.9), values.max())
             for value, (marker, colour) in zip(at, marks.values(), strict=True):
                 axes.plot([value], [place], marker=marker, color=colour, markersize=4, linestyle="none")
