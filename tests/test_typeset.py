@@ -16,6 +16,7 @@ from gm_probe.analysis.typeset import (
     escape_markdown,
     latex,
     markdown,
+    two_decimals,
 )
 
 NASTY = 'a|b <img src=x> *c* _d_ `e` \\f {g} $h$ %i #j & ~k ^l [m](n)\nnew "line" −1 τ ρ'
@@ -132,3 +133,13 @@ def test_an_empty_table_is_its_caption() -> None:
     empty = Sheet("s", "Left out", "Nothing was.", ("What",), ())
     assert markdown([empty]) == "### Left out\n\nNothing was.\n"
     assert latex([empty]).endswith("\nLeft out. Nothing was.\n")
+
+
+def test_a_rounded_zero_has_no_sign() -> None:
+    assert [two_decimals(x) for x in (-0.004, -0.006, 0.0, 1.0, -0.5)] == [
+        "0.00",
+        "−0.01",
+        "0.00",
+        "1.00",
+        "−0.50",
+    ]

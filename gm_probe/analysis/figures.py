@@ -58,11 +58,13 @@ def scatter(
             _say(axes, "no run has both values")
             return figure
         everyone = np.flatnonzero(present)
+        scale = min(1.0, (150 / len(everyone)) ** 0.25)  # the more points, the smaller
+        small = {"markersize": 4.5 * scale, "markeredgewidth": 0.9 * scale}
         coloured = {label: rows[present[rows]] for label, rows in groups.items()} or {"": everyone}
         for index, rows in enumerate(coloured.values()):
             for shape, of_shape in enumerate(shapes.values() or [everyone]):
                 shown = np.intersect1d(rows, of_shape)
-                look = _look(index, shape if shapes else index)
+                look = _look(index, shape if shapes else index) | small
                 axes.plot(x[shown], y[shown], linestyle="none", alpha=0.8, **look, rasterized=len(x) > MANY)
         measure_axis(axes, x[present])
         axes.autoscale_view()  # else it would wait, and be off by then

@@ -13,6 +13,7 @@ from gm_probe.analysis.curves import CURVES, Curve
 from gm_probe.analysis.intervals import excludes_zero
 from gm_probe.analysis.results import Correlation, Quantity, SweepStatistics
 from gm_probe.analysis.table import GAPS, RunTable
+from gm_probe.analysis.typeset import two_decimals
 
 MEAN = "mean Ψ"
 Rows = Mapping[str, np.ndarray]
@@ -168,10 +169,10 @@ def _file_name(name: str) -> str:
 def _says(result: Correlation) -> str:
     if result.tau is None:
         return f"τ undefined: {result.reason}"
-    text = f"τ = {result.tau:.2f}"
+    text = f"τ = {two_decimals(result.tau)}"
     if result.low is not None and result.high is not None:
-        text += f" [{result.low:.2f}, {result.high:.2f}]"
-    return f"{text.replace('-', '−')}, {result.n:,} runs"
+        text += f" [{two_decimals(result.low)}, {two_decimals(result.high)}]"
+    return f"{text}, {result.n:,} runs"
 
 
 def _short(gap: str) -> str:

@@ -8,7 +8,7 @@ from gm_probe.analysis import definitions
 from gm_probe.analysis.provenance import Provenance
 from gm_probe.analysis.results import Details, MeasureStatistics, Quantity, SweepStatistics
 from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
-from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet
+from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, two_decimals
 
 NAMED = 20
 """Runs that a cell names before it counts the rest."""
@@ -407,7 +407,7 @@ def _figure(value: float | None, digits: int | None, reason: str | None) -> Cell
     """``digits`` significant ones; None: two decimals, as a coefficient has."""
     if value is None or math.isnan(value):
         return Cell(UNDEFINED, reason=reason)
-    return Cell(_two(value) if digits is None else _minus(f"{value:.{digits}g}"), value)
+    return Cell(two_decimals(value) if digits is None else _minus(f"{value:.{digits}g}"), value)
 
 
 def _quantity(found: Quantity) -> Cell:
@@ -415,7 +415,7 @@ def _quantity(found: Quantity) -> Cell:
     if found.value is None:
         return Cell(UNDEFINED, reason=found.reason)
     interval = _interval(found)
-    text = _two(found.value) + (f" {interval.text}" if interval.order is not None else "")
+    text = two_decimals(found.value) + (f" {interval.text}" if interval.order is not None else "")
     reason = None if found.interval_reason is None else f"no interval, {found.interval_reason}"
     return Cell(text, found.value, reason)
 
@@ -423,7 +423,7 @@ def _quantity(found: Quantity) -> Cell:
 def _interval(found: Quantity) -> Cell:
     if found.low is None or found.high is None:
         return Cell(UNDEFINED, reason=found.reason or found.interval_reason)
-    return Cell(f"[{_two(found.low)}, {_two(found.high)}]", found.low)
+    return Cell(f"[{two_decimals(found.low)}, {two_decimals(found.high)}]", found.low)
 
 
 def _p(value: float | None, reason: str | None) -> Cell:
@@ -431,12 +431,6 @@ def _p(value: float | None, reason: str | None) -> Cell:
         return Cell(UNDEFINED, reason=reason)
     shown = f"{value:.{3 if value >= 0.001 else 4}f}" if value >= 0.0001 else f"{value:.1e}"
     return Cell(_minus(shown), value)
-
-
-def _two(value: float) -> str:
-    """Two decimals, no sign before a rounded 0."""
-    text = f"{value:.2f}"
-    return "0.00" if text == "-0.00" else _minus(text)
 
 
 def _count(value: int) -> Cell:

@@ -114,6 +114,12 @@ def _latex(sheet: Sheet) -> str:
     return "\n".join([*begin, *inner, "\\end{table}", ""])
 
 
+def two_decimals(value: float) -> str:
+    """A coefficient, with the minus sign that print has and none before a rounded 0."""
+    text = f"{value:.2f}"
+    return "0.00" if text == "-0.00" else text.replace("-", "−")
+
+
 def escape_markdown(text: str) -> str:
     """``text`` on one line, nothing of it taken for markup, HTML or a cell's end."""
     flat = " ".join(text.split())
