@@ -312,7 +312,7 @@ def _row(name: str, quantity: Quantity) -> Row:
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "—" if low is None or high is None else f"{low:+.2f} {high:+.2f}".replace("-", "−")
+    return "—" if low is None or high is None else f"{low:.2f} to {high:.2f}".replace("-", "−")
 
 
 def _signed(value: float | None) -> str:
