@@ -20,9 +20,11 @@ from gm_probe.core.files import exclusive
 from gm_probe.core.records import CHECKPOINT, SPLIT, STATE, read_metrics, read_run
 from gm_probe.training import loop, parts
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.loop import lr_factor, make_optimizer, train
+from gm_probe.training.loop import train
 from gm_probe.training.parts import load_splits, own_unlabeled
 from gm_probe.training.rules import METHODS, Step
+from gm_probe.training.schedule import lr_factor
+from gm_probe.training.updates import make_optimizer
 
 BASE: dict[str, Any] = {
     "data": "digits",
@@ -123,13 +125,13 @@ def test_first_epoch_by_hand(tmp_path: Path) -> None:
 
 def test_every_epoch_sees_every_example_once_in_a_new_order(tmp_path: Path) -> None:
     training = loop.Training(config(batch_size=48), tmp_path)
-    backward, seen = training.rule.backward, []
+    backward, seen = training.updates.rule.backward, []
 
-    def watch(x: Tensor, y: Tensor) -> Step:
+    def watch(x: Tensor, y: Tensor, scaler: None) -> Step:
         seen.append(x.flatten(1))
         return backward(x, y)
 
-    training.rule.backward = watch  # type: ignore[method-assign]
+    training.updates.rule.backward = watch  # type: ignore[method-assign]
     orders = []
     for _ in range(2):
         seen.clear()
@@ -281,7 +283,7 @@ def test_divergence_in_the_last_step_is_noticed(eval_every: int, tmp_path: Path)
         {"label_smoothing": 1.5},
         {"rho": -0.1},
         {"m": 0},
-        {"amp": "fp16"},
+        {"amp": "half"},
         {"learning_rate": 0.1},
     ],
     ids=str,
