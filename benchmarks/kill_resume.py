@@ -131,7 +131,10 @@ def check(rule: str, points: int, folder: Path, chance: random.Random) -> dict[s
             moments[moment(run)] += 1
             # the kills of one run end, for every second resumed run is left alone
             within = chance.random() * seconds if chance.random() < 0.5 else None
-        equal += outcome(run) == expected
+        found = outcome(run)
+        equal += found == expected
+        for name in (name for name in expected if found[name] != expected[name]):
+            print(f"{rule}, run {point}: its {name} differs", file=sys.stderr)
         shutil.rmtree(run)
     return {
         "rule": rule,
@@ -145,7 +148,7 @@ def check(rule: str, points: int, folder: Path, chance: random.Random) -> dict[s
 
 @click.command()
 @click.option("--points", type=int, default=25, show_default=True, help="Runs a rule.")
-@click.option("--rules", help="Some of the rules, by comma.")
+@click.option("--rules", help="Some of the rules, separated by semicolons.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(points: int, rules: str | None, seed: int, as_json: bool) -> None:
@@ -154,17 +157,9 @@ def main(points: int, rules: str | None, seed: int, as_json: bool) -> None:
     from gm_probe.cli import main as gmprobe
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:  # so that all is loaded before the forks
-        with redirect_stdout(io.StringIO()):
-            gmprobe(
-                [
-                    "train",
-                    *COMMON.split(),
-                    *"--epochs 1 --ema-decay 0.5 --amp fp16".split(),
-                    "--out",
-                    f"{folder}/run",
-                ]
-            )
+    warm = [*COMMON.split(), *["--epochs", "1", "--ema-decay", "0.5", "--amp", "fp16", "--out"]]
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        gmprobe(["train", *warm, f"{folder}/run"])  # so that all is loaded before the forks
     chance, results = random.Random(seed), []
     for rule in rules.split(";") if rules else RULES:
         with tempfile.TemporaryDirectory() as folder:

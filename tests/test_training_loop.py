@@ -246,6 +246,9 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
     left.write_bytes(b"half")
     train(config(), tmp_path, resume=True)
     assert not left.exists()
+    (tmp_path / STATE).write_bytes(b"the last kill came between summary and this")
+    assert train(config(), tmp_path, resume=True)["status"] == "finished"
+    assert not (tmp_path / STATE).exists()
 
 
 def test_state_of_other_processes_is_refused(tmp_path: Path) -> None:

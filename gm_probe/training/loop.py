@@ -387,6 +387,10 @@ def train(
     with deterministic(config.deterministic), alone:
         done = _earlier(config, out, resume)
         processes.wait_for_all()  # to have seen the folder as it was
+        if processes.rank() == 0:  # what a killed process left
+            remove_temporary(out)
+            if done is not None:
+                (out / STATE).unlink(missing_ok=True)
         return _train(config, out, notify) if done is None else done
 
 
@@ -410,8 +414,6 @@ def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | N
 
 def _train(config: TrainConfig, out: Path, notify: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
     training = Training(config, out)
-    if processes.rank() == 0:
-        remove_temporary(out)
     if (out / STATE).exists():
         check_splits(training.splits, out)
         training.load_state()
