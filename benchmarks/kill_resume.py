@@ -2,10 +2,10 @@
 
     python benchmarks/kill_resume.py > benchmarks/results/kill-resume.md
 
-For each rule one undisturbed `gmprobe train`, then ``--points`` others that are killed by SIGKILL after a random part
-of its time, resumed, killed again with probability one half, and so on to the end. Compared: the bytes of final and
+For each rule one undisturbed `gmprobe train`, then others that are killed by SIGKILL after a random part of its time,
+resumed, killed again with probability one half, and so on to the end, until ``--kills`` have struck. Compared: the bytes of final and
 best weights, every row of the metrics and the summary, without what was timed. Runs are forked from one process that
-has torch loaded, one thread each, so that a point costs a second; each goes through the command line's own `main`.
+has torch loaded, one thread each, so that a kill costs seconds; each goes through the command line's own `main`.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def moment(run: Path) -> str:
     return "in training" if (run / "state.pt").exists() else "before the first state"
 
 
-def check(rule: str, points: int, folder: Path, chance: random.Random) -> dict[str, Any]:
-    """Kill and resume ``points`` runs of a rule; what was seen."""
+def check(rule: str, kills: int, folder: Path, chance: random.Random) -> dict[str, Any]:
+    """Kill and resume runs of a rule until ``kills`` have struck; what was seen."""
     (folder / "dropout.py").write_text(DROPOUT)
     options = RULES[rule].replace("DROPOUT", f"{folder / 'dropout.py'}:model")
     arguments = [*COMMON.split(), *options.split()]
@@ -123,9 +123,10 @@ def check(rule: str, points: int, folder: Path, chance: random.Random) -> dict[s
     seconds = time.perf_counter() - began
     expected = outcome(folder / "undisturbed")
     moments: Counter[str] = Counter()
-    equal = 0
-    for point in range(points):
-        run = folder / f"{point}"
+    runs = equal = 0
+    while sum(moments.values()) < kills:
+        run = folder / f"{runs}"
+        runs += 1
         within = chance.random() * seconds
         while not ended(start(run), within):
             moments[moment(run)] += 1
@@ -134,12 +135,12 @@ def check(rule: str, points: int, folder: Path, chance: random.Random) -> dict[s
         found = outcome(run)
         equal += found == expected
         for name in (name for name in expected if found[name] != expected[name]):
-            print(f"{rule}, run {point}: its {name} differs", file=sys.stderr)
+            print(f"{rule}, run {runs}: its {name} differs", file=sys.stderr)
         shutil.rmtree(run)
     return {
         "rule": rule,
         "seconds": round(seconds, 2),
-        "points": points,
+        "runs": runs,
         "kills": sum(moments.values()),
         "equal": equal,
         "moments": dict(moments),
@@ -147,11 +148,11 @@ def check(rule: str, points: int, folder: Path, chance: random.Random) -> dict[s
 
 
 @click.command()
-@click.option("--points", type=int, default=25, show_default=True, help="Runs a rule.")
+@click.option("--kills", type=int, default=25, show_default=True, help="At least so many a rule.")
 @click.option("--rules", help="Some of the rules, separated by semicolons.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def main(points: int, rules: str | None, seed: int, as_json: bool) -> None:
+def main(kills: int, rules: str | None, seed: int, as_json: bool) -> None:
     import torch
 
     from gm_probe.cli import main as gmprobe
@@ -163,31 +164,31 @@ def main(points: int, rules: str | None, seed: int, as_json: bool) -> None:
     chance, results = random.Random(seed), []
     for rule in rules.split(";") if rules else RULES:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(check(rule, points, Path(folder), chance))
+            results.append(check(rule, kills, Path(folder), chance))
         print(results[-1], file=sys.stderr)
     if as_json:
         print(json.dumps(results))
     else:
-        report(results, seed)
-    if any(result["equal"] != result["points"] for result in results):
+        report(results, kills, seed)
+    if any(result["equal"] != result["runs"] for result in results):
         sys.exit(1)
 
 
-def report(results: list[dict[str, Any]], seed: int) -> None:
+def report(results: list[dict[str, Any]], kills: int, seed: int) -> None:
     import platform
 
     import torch
 
     print("# Killed and resumed\n")
     print(
-        f"`python benchmarks/kill_resume.py --points {results[0]['points']} --seed {seed}`, "
+        f"`python benchmarks/kill_resume.py --kills {kills} --seed {seed}`, "
         f"torch {torch.__version__}, Python {platform.python_version()}, one thread of {os.cpu_count()} cores.\n"
     )
     print(f"Every run: `gmprobe train {COMMON}`; what is appended is in the file.\n")
     print("| rule | undisturbed, s | runs | kills | bit-identical |")
     print("|---|---|---|---|---|")
     for r in results:
-        print(f"| {r['rule']} | {r['seconds']} | {r['points']} | {r['kills']} | {r['equal']} |")
+        print(f"| {r['rule']} | {r['seconds']} | {r['runs']} | {r['kills']} | {r['equal']} |")
     total: Counter[str] = Counter()
     for r in results:
         total.update(r["moments"])

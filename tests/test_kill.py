@@ -17,7 +17,7 @@ HARNESS = Path(__file__).parents[1] / "benchmarks" / "kill_resume.py"
 def test_killed_runs_end_in_the_same_bits() -> None:
     rules = "iam-d one pass, fp16, average, clipping;sgd, dropout"
     done = subprocess.run(
-        [sys.executable, str(HARNESS), "--points", "3", "--rules", rules, "--json"],
+        [sys.executable, str(HARNESS), "--kills", "3", "--rules", rules, "--json"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HARNESS.parents[1])},
         capture_output=True,
         text=True,
@@ -25,5 +25,5 @@ def test_killed_runs_end_in_the_same_bits() -> None:
     )
     assert done.returncode == 0, done.stderr
     for result in json.loads(done.stdout):
-        assert result["equal"] == result["points"] == 3
-        assert result["kills"] > 0
+        assert result["kills"] >= 3
+        assert result["equal"] == result["runs"] >= 1

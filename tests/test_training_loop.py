@@ -706,6 +706,18 @@ def test_overflowed_steps_are_skipped_and_counted(tmp_path: Path, monkeypatch: p
     assert row["running_loss"] == sums[-1][1] / 120
 
 
+def test_the_scalers_factor_is_part_of_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overflowing(monkeypatch, {2})
+    training = loop.Training(config(amp="fp16"), tmp_path)
+    training.begin()
+    training.run_epoch()
+    training.save_state()
+    resumed = loop.Training(config(amp="fp16"), tmp_path)
+    before = resumed.updates.scaler.state_dict()
+    resumed.load_state()
+    assert resumed.updates.scaler.state_dict() == training.updates.scaler.state_dict() != before
+
+
 def test_an_epoch_of_overflows_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overflowing(monkeypatch, set(range(1000)))
     with pytest.raises(DivergedError, match="every gradient overflowed"):
