@@ -3,9 +3,10 @@
     python benchmarks/kill_resume.py > benchmarks/results/kill-resume.md
 
 For each rule one undisturbed `gmprobe train`, then others that are killed by SIGKILL after a random part of its time,
-resumed, killed again with probability one half, and so on to the end, until ``--kills`` have struck. Compared: the bytes of final and
-best weights, every row of the metrics and the summary, without what was timed. Runs are forked from one process that
-has torch loaded, one thread each, so that a kill costs seconds; each goes through the command line's own `main`.
+resumed, killed again with probability one half, and so on to the end, until ``--kills`` have struck. Compared: the
+bytes of final and best weights, every row of the metrics and the summary, without what was timed. Runs are forked from
+one process that has torch loaded, one thread each, so that a kill costs seconds; each goes through the command line's
+own `main`.
 """
 
 from __future__ import annotations
