@@ -350,10 +350,60 @@ class Batchwide(nn.Module):
         return self.norm(self.layer(x))
 
 
-UNSUPPORTED = {
+class Positions(nn.Module):
+    """An embedding that sees one row for all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(5, 3), nn.Embedding(4, 3), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.places(torch.arange(x.shape[1], device=x.device)[None])
+        return self.head(torch.tanh(self.words(x) + places).flatten(1))
+
+
+SPREAD = {
     "a layer used twice": Net(Twice, (3,)),
-    "tokens before examples": Net(TokensFirst, (4, 3)),
     "tokens as examples": Net(TokensAsExamples, (4, 3)),
+    "a position embedding": Net(Positions, TOKENS),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_layers_without_a_row_an_example_are_differentiated_example_by_example(name: str) -> None:
+    model, x = prepared(SPREAD[name])
+    examples, cotangents = ExampleGradients(Parameters(model), x), cotangents_for(model, x)
+    assert examples.supported
+    expected = brute_force(model, x, cotangents)
+    torch.testing.assert_close(examples.squared_norms(x, cotangents), expected, rtol=1e-10, atol=1e-13)
+
+
+def test_gradients_of_their_own_are_taken_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = prepared(SPREAD["a layer used twice"])
+    cotangents = cotangents_for(model, x)
+    expected = ExampleGradients(Parameters(model), x).squared_norms(x, cotangents)
+    sizes = []
+    original = example_gradients.vmap
+
+    def spy(function: object, *options: object) -> object:
+        mapped = original(function, *options)
+
+        def run(rest: object, some: Tensor, slopes: Tensor) -> object:
+            sizes.append(len(some))
+            return mapped(rest, some, slopes)
+
+        return run
+
+    monkeypatch.setattr(example_gradients, "vmap", spy)
+    layer = sum(p.numel() for p in model.layer.parameters())
+    monkeypatch.setattr(example_gradients, "_CHUNK", 2 * layer)
+    examples = ExampleGradients(Parameters(model), x)
+    torch.testing.assert_close(examples.squared_norms(x, cotangents), expected, rtol=1e-12, atol=1e-14)
+    assert max(sizes) == 2
+
+
+UNSUPPORTED = {
+    "tokens before examples": Net(TokensFirst, (4, 3)),
     "a choice by the data": Net(Branching, (3,)),
     "a weight used twice": Net(Backdoor, (3,)),
     "batch statistics": Net(Batchwide, (3,)),

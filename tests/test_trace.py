@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -13,11 +14,13 @@ from test_operators import build, dense_terms
 from test_spectrum import operator_of
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.nn import functional
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters, differentiable_attention
 from gm_probe.probe.measures import measure
+from gm_probe.probe.operators import Operator
 from gm_probe.probe.probe import Probe, Settings
 from gm_probe.probe.trace import HEAD, CovarianceRoot, Trace, fisher_trace, trace
 from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
@@ -101,7 +104,8 @@ def test_not_a_number_is_refused(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("kind", ["fisher", "hessian"])
 def test_networks(kind: str, case: Case, generator: torch.Generator) -> None:
     estimate = trace(build(kind, case), generator=generator, tolerance=0, max_probes=60)
-    assert abs(estimate.value - float(dense_terms(kind, case).mean(0).trace())) < 4 * estimate.stderr
+    expected = float(dense_terms(kind, case).mean(0).trace())
+    assert abs(estimate.value - expected) < 4 * estimate.stderr + 1e-12 * abs(expected)
 
 
 def test_same_seed_same_result() -> None:
@@ -170,6 +174,77 @@ def test_offset_and_deflation_join_the_tolerance() -> None:
 
 
 # the root of diag p − p pᵀ
+
+
+def decaying(examples: int = 4, size: int = 300, power: float = 2.0) -> Tensor:
+    """(N, P, P) of a mean with eigenvalues k^−power in random directions: of trace 1.63 for power 2."""
+    rng = np.random.default_rng(3)
+    directions = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    mean = torch.from_numpy(directions * np.arange(1, size + 1.0) ** -power @ directions.T)
+    weights = torch.tensor([0.5, 1.5, 0.8, 1.2], dtype=torch.float64)[:examples]
+    return weights[:, None, None] / weights.mean() * mean
+
+
+def counting(operator: Operator) -> tuple[Operator, list[str]]:
+    """The operator, and a list that grows with every product it computes."""
+    calls: list[str] = []
+
+    def matvec(v: Tensor) -> Tensor:
+        calls.append("matvec")
+        return operator.matvec(v)
+
+    def terms(v: Tensor) -> Tensor:
+        calls.append("terms")
+        return operator.terms(v)
+
+    return replace(operator, matvec=matvec, terms=terms), calls
+
+
+def test_a_decaying_spectrum_is_sketched() -> None:
+    matrix = decaying()
+    truth = float(matrix.mean(0).trace())
+    operator, calls = counting(operator_of(matrix))
+    plain = [
+        trace(operator_of(matrix), generator=seeded(seed), tolerance=0.01, max_probes=40) for seed in range(5)
+    ]
+    assert not any(estimate.sketched or estimate.converged for estimate in plain)  # 40 leave no room for it
+    found = trace(operator, generator=seeded(0), tolerance=0.01)
+    assert found.sketched
+    assert found.converged
+    assert found.stderr is not None
+    assert found.stderr <= 0.01 * truth
+    assert abs(found.value - truth) < 4 * found.stderr
+    assert float(found.terms.mean()) == pytest.approx(found.value)
+    assert found.stderr_examples == pytest.approx(
+        0.5 * math.sqrt(0.58 / 3) * truth, rel=0.05
+    )  # by hand, of weights
+    assert len(calls) == 10 + 16 + 16 + found.num_probes <= 100
+    error = np.std([estimate.value - truth for estimate in plain])
+    assert abs(found.value - truth) < error  # of as many probes as the sketch took products
+
+
+def test_the_sketchs_standard_error_is_calibrated() -> None:
+    matrix = decaying(size=120, power=1.0)  # decays so slowly that much is left to the probes
+    truth = float(matrix.mean(0).trace())
+    found = [
+        trace(operator_of(matrix), generator=seeded(seed), tolerance=0, max_probes=82) for seed in range(60)
+    ]
+    assert all(estimate.sketched and estimate.num_probes == 40 for estimate in found)
+    scores = [(estimate.value - truth) / (estimate.stderr or 1) for estimate in found]
+    assert abs(np.mean(scores)) < 3.5 / math.sqrt(60)
+    assert 0.75 < np.std(scores) < 1.3
+
+
+def test_no_sketch_where_few_probes_are_needed() -> None:
+    matrix = torch.eye(100, dtype=torch.float64).repeat(3, 1, 1) + 0.01 * stack(3, 100)
+    assert not trace(operator_of(matrix), generator=seeded(0), tolerance=0.01).sketched
+
+
+def test_a_sketch_of_low_rank_is_exact() -> None:
+    factor = torch.from_numpy(np.random.default_rng(5).normal(size=(100, 3)))
+    found = trace(operator_of((factor @ factor.T)[None]), generator=seeded(0), tolerance=1e-9)
+    assert found.sketched
+    assert found.value == pytest.approx(float(factor.square().sum()), rel=1e-12)
 
 
 def probabilities(classes: int) -> Tensor:
@@ -359,17 +434,17 @@ def test_seed_matters() -> None:
 
 
 def test_none_where_examples_have_no_gradients_of_their_own() -> None:
-    class Twice(nn.Module):
+    class Backdoor(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layer(torch.tanh(self.layer(x)))
+            return functional.linear(torch.tanh(self.layer(x)), self.layer.weight)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, x = Twice().double().eval(), torch.randn(9, 3, dtype=torch.float64)
+        model, x = Backdoor().double().eval(), torch.randn(9, 3, dtype=torch.float64)
     parameters, batches = Parameters(model), Batches.from_tensors(x)
     assert fisher_trace(parameters, batches, model(x).detach(), Work(9), generator=seeded(0)) is None
     # then Hutchinson takes over

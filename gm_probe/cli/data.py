@@ -30,9 +30,7 @@ _OPTIONS = (
     click.option(
         "--batch-size",
         type=click.IntRange(1),
-        default=250,
-        show_default=True,
-        help="Memory only, not results.",
+        help="Examples a pass; memory and speed only.  [default: 250, or what memory holds]",
     ),
     click.option(
         "--mean", metavar="R,G,B", help="Normalisation of a foreign checkpoint, for pixels in [0, 1]."
@@ -70,7 +68,7 @@ class DataOptions:
     part: str | None
     model_name: str | None
     max_examples: int | None
-    batch_size: int
+    batch_size: int | None
     mean: str | None
     std: str | None
     no_normalize: bool
@@ -110,18 +108,19 @@ class DataOptions:
         return opened.test, "test", note if self.part is None else None
 
     def loading(self) -> dict[str, Any]:
-        """How to load a checkpoint: the keywords of ``open_subject``. Sets the number of threads."""
+        """How to load a checkpoint: the keywords of ``open_subject``. Sets threads and allocator of this process."""
         import torch
 
-        from gm_probe.core.devices import pick_device
+        from gm_probe.core.devices import keep_freed_memory, pick_device
 
+        keep_freed_memory()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return {
+        size = {} if self.batch_size is None else {"batch_size": self.batch_size}
+        return size | {
             "model_name": self.model_name,
             "normalization": self._normalization(),
             "num_classes": self.num_classes,
-            "batch_size": self.batch_size,
             "dtype": self._dtype(),
             "device": pick_device(self.device),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,19 @@ from gm_probe.core.errors import CheckpointError, UsageError
     type=click.Path(path_type=Path),
     help="Also plot the spectral densities of F and H to this .png, .pdf or .svg (some 800 gradients).",
 )
+@click.option(
+    "--density-probes", type=click.IntRange(1), default=4, show_default=True, help="Random starts of each."
+)
+@click.option(
+    "--density-steps", type=click.IntRange(2), default=40, show_default=True, help="Lanczos steps of a start."
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    default="4GB",
+    show_default=True,
+    help="What a pass may take: sets the batch size where --batch-size does not.",
+)
 @data_options
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -110,6 +124,9 @@ def measure(
     top_eigenvalues: int,
     target_error: str | None,
     density: Path | None,
+    density_probes: int,
+    density_steps: int,
+    memory: str,
     seed: int,
     save: bool,
     output: str | None,
@@ -149,7 +166,7 @@ def measure(
     from gm_probe.core.records import MEASURES as MEASURES_FILE
     from gm_probe.probe.measures import expected_cost
     from gm_probe.probe.probe import Settings
-    from gm_probe.sweep.measuring import measure_checkpoint, measure_density, merge_measures
+    from gm_probe.sweep.measuring import measure_checkpoint, merge_measures
     from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
 
     radii, steps = floats("--rho", rho), tuple(map(_whole, floats("--k-steps", k_steps)))
@@ -171,7 +188,10 @@ def measure(
         seed=seed,
     )
     names = _chosen(measures, protocol, labeled is not None)
-    loading = data.loading()
+    loading = data.loading() | {
+        "memory": _bytes(memory),
+        "quadrature": (density_probes, density_steps) if density is not None else None,
+    }
     with processes.joined(loading["device"]):
         speaks = processes.rank() == 0  # of several processes, one prints and writes
         quiet = quiet or not speaks
@@ -192,8 +212,6 @@ def measure(
                     own = own_unlabeled(path) if examples is None else examples
                     chosen = own.subset(data.max_examples, seed)
                     result = measure_checkpoint(path, chosen, names, settings, notify=notify, **loading)
-                    if density is not None:
-                        result["density"] = measure_density(path, chosen, settings, notify=notify, **loading)
                 result["settings"] |= {"part": measured_part, "max_examples": data.max_examples}
                 results.append(result)
                 if not speaks:
@@ -225,6 +243,14 @@ def _whole(value: float) -> int:
     if value != int(value):
         raise UsageError(f"--k-steps takes whole numbers, not {value:g}")
     return int(value)
+
+
+def _bytes(text: str) -> float:
+    """``4GB`` as bytes; units are powers of 1,000."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", text)
+    if match is None or not float(match[1]):
+        raise UsageError(f"--memory {text!r} must be a size such as 4GB or 500MB")
+    return float(match[1]) * 1000.0 ** ["", "k", "M", "G", "T"].index(match[2])
 
 
 def _percent(text: str | None) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.images import blocks
 
 PIXELS = "save pixels as uint8, or as floats in [0, 1], or pass --no-normalize for ready inputs"
 """The remedy for data that a normalisation cannot be applied to."""
@@ -49,10 +51,12 @@ class Normalization:
         if examples.x.dtype != torch.uint8:
             return cls()
         # exact integer sums: float32 accumulation over a million pixels would lose digits
-        channels = examples.x.transpose(0, 1).flatten(1)  # (C, N·H·W)
-        count = channels.shape[1]
-        sums = channels.sum(1, dtype=torch.int64).double()
-        squares = torch.stack([channel.float().square().sum(dtype=torch.float64) for channel in channels])
+        sums = squares = torch.zeros(examples.x.shape[1], dtype=torch.float64)
+        for block in blocks(examples.x):
+            channels = block.transpose(0, 1).flatten(1)  # (C, n·H·W)
+            sums = sums + channels.sum(1, dtype=torch.int64)
+            squares = squares + channels.double().square().sum(1)
+        count = len(examples) * math.prod(examples.x.shape[2:])
         mean = sums / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         if bool((std == 0).any()):
@@ -152,13 +156,26 @@ class Batches:
         return -(-self.num_examples // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, self.num_examples, self.batch_size):
-            stop = start + self.batch_size
-            x = self.normalization.apply(self.examples.x[start:stop].to(self.device), self.dtype)
+        for start, raw in self._raw():
+            x = self.normalization.apply(raw.to(self.device), self.dtype)
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             y = self.examples.y
-            yield Batch(x, None if y is None else y[start:stop].to(self.device))
+            yield Batch(x, None if y is None else y[start : start + self.batch_size].to(self.device))
+
+    def _raw(self) -> Iterator[tuple[int, Tensor]]:
+        """Start and inputs of every batch; of files, the next ones are decoded while a batch is at work."""
+        x, size = self.examples.x, self.batch_size
+        starts = range(0, self.num_examples, size)
+        if isinstance(x, Tensor):
+            yield from ((start, x[start : start + size]) for start in starts)
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = [ahead.submit(x.__getitem__, slice(0, size))]
+            for start in starts:
+                if start + size < self.num_examples:
+                    waiting.append(ahead.submit(x.__getitem__, slice(start + size, start + 2 * size)))
+                yield start, waiting.pop(0).result()
 
 
 def cut(values: Tensor, batches: Batches) -> Sequence[Tensor]:

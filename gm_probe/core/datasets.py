@@ -1,14 +1,11 @@
 """Open labeled or unlabeled examples: image folders, array files, torchvision's data sets, bundled digits.
 
-Images are decoded once and kept as uint8. Normalisation is not applied here: it belongs to the checkpoint.
+Images are kept as uint8, or decoded as they are taken where they are too many (core.images). Normalisation is not
+applied here: it belongs to the checkpoint.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,16 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from gm_probe.core.errors import DataError, UsageError, first_line
+from gm_probe.core.images import SUFFIXES, ImageFiles, images_below, open_images, unreadable
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif"}
-)
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
-"""What Pillow may take a file for, whatever its name says: never EPS, which it would hand to Ghostscript."""
 DESCRIPTIONS = {
     "digits": "1,797 handwritten digits of 8×8 that scikit-learn ships (bundled)",
     "cifar10": "CIFAR-10 by torchvision (--download, --data-root)",
@@ -36,24 +28,22 @@ DESCRIPTIONS = {
     "FILE.npz": "arrays x (N, C, H, W) and, where labeled, y (N,); also .pt, and x alone as .npy",
 }
 """What --data, --unlabeled and --labeled take."""
-MAX_PIXELS = 64_000_000
-"""Images with more pixels are refused before they are decoded (decompression bombs)."""
 TEST_PARTS = ("test", "val", "valid", "validation")
 """What the test part beside ``train`` may be called; the first that is there counts."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples in memory.
+    """Examples in memory, or images in files.
 
     Attributes:
-        x: (N, C, H, W) uint8 images, or (N, ...) floats that are taken as they are.
+        x: (N, C, H, W) uint8 images, or (N, ...) floats that are taken as they are. Index it to get a tensor.
         y: (N,) int64 class indices; None = unlabeled.
         classes: class names in index order; empty when unknown.
         source: where they came from, for messages and records.
     """
 
-    x: Tensor
+    x: Tensor | ImageFiles
     y: Tensor | None
     classes: tuple[str, ...]
     source: str
@@ -63,7 +53,8 @@ class Examples:
 
     def select(self, indices: Tensor) -> Examples:
         """The examples at ``indices`` (int64), in that order."""
-        return replace(self, x=self.x[indices], y=None if self.y is None else self.y[indices])
+        x = self.x[indices] if isinstance(self.x, Tensor) else self.x.select(indices)
+        return replace(self, x=x, y=None if self.y is None else self.y[indices])
 
     def unlabeled(self) -> Examples:
         """The same examples without their labels."""
@@ -165,9 +156,11 @@ def _two_parts(train: Examples, test: Examples) -> Source:
             f"{train.source} has images of {sizes[0]} but {test.source} of {sizes[1]}; resize all with --image-size"
         )
     channels = max(part.x.shape[1] for part in (train, test))
-    return Source(
-        *(replace(part, x=part.x.expand(-1, channels, -1, -1).contiguous()) for part in (train, test))
-    )
+    return Source(*(replace(part, x=_with_channels(part.x, channels)) for part in (train, test)))
+
+
+def _with_channels(x: Tensor | ImageFiles, channels: int) -> Tensor | ImageFiles:
+    return x.expand(-1, channels, -1, -1).contiguous() if isinstance(x, Tensor) else x.with_channels(channels)
 
 
 def _digits() -> Examples:
@@ -266,28 +259,16 @@ def _folder(path: Path, *, labeled: bool, channels: int | None, image_size: int 
                 raise DataError(
                     f"{path / name} is a part with class folders, not a class; give {path / name}"
                 )
-        files = [(file, index) for index, name in enumerate(names) for file in _images_below(path / name)]
+        files = [(file, index) for index, name in enumerate(names) for file in images_below(path / name)]
     else:
         names = ()
-        files = [(file, -1) for file in _images_below(path)]
+        files = [(file, -1) for file in images_below(path)]
     if not files:
-        raise DataError(f"{path} holds no images (of {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(f"{path} holds no images (of {', '.join(sorted(SUFFIXES))})")
     empty = set(range(len(names))) - {index for _, index in files}
     if empty:
         raise DataError(f"{path / names[min(empty)]} holds no images; remove the folder or fill it")
-    # warnings are silenced once for all threads (the filters are the process's); our own cap follows
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:  # decoding releases the GIL
-        arrays = list(pool.map(partial(_decode, channels=channels, size=image_size), (f for f, _ in files)))
-    if channels is None and any(array.ndim == 3 for array in arrays):
-        arrays = [a if a.ndim == 3 else np.repeat(a[..., None], 3, axis=2) for a in arrays]
-    for (file, _), array in zip(files, arrays, strict=True):
-        if array.shape != arrays[0].shape:
-            raise DataError(
-                f"{file} is {array.shape[1]}×{array.shape[0]} but {files[0][0].name} is "
-                f"{arrays[0].shape[1]}×{arrays[0].shape[0]}; resize all with --image-size"
-            )
-    images = torch.from_numpy(np.stack(arrays))
-    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+    images = open_images([file for file, _ in files], channels, image_size)
     labels = torch.tensor([index for _, index in files], dtype=torch.int64) if labeled else None
     return Examples(images, labels, names, str(path))
 
@@ -299,52 +280,4 @@ def _class_names(path: Path) -> tuple[str, ...]:
         folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
         return tuple(sorted(entry.name for entry in folders if not here.is_relative_to(entry.resolve())))
     except OSError as error:
-        raise _unreadable(error) from error
-
-
-def _unreadable(error: OSError) -> DataError:
-    return DataError(f"cannot read the folder {error.filename}: {error.strerror}")
-
-
-def _images_below(path: Path) -> Iterator[Path]:
-    """Images below ``path`` in sorted order, hidden folders left out; links are followed, no folder is read twice."""
-    here, seen = path.resolve(), set()
-
-    def fail(error: OSError) -> None:
-        raise _unreadable(error) from error
-
-    for folder, subfolders, names in os.walk(path, onerror=fail, followlinks=True):
-        real = Path(folder).resolve()
-        if real in seen or (real != here and here.is_relative_to(real)):  # a link to elsewhere, or back up
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield Path(folder) / name
-
-
-def _decode(file: Path, channels: int | None, size: int | None) -> np.ndarray:
-    """(H, W) grey or (H, W, 3) RGB uint8."""
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"{file} claims {image.width}×{image.height} pixels; the cap is {MAX_PIXELS:,}"
-                )
-            if image.mode in {"I", "F"}:
-                raise DataError(f"{file} has 32-bit pixels of unknown range; convert it to 8 or 16 bits")
-            if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
-                picture = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            else:
-                picture = image
-            grey = channels == 1 or (channels is None and picture.mode in {"L", "1"})
-            picture = picture.convert("L" if grey else "RGB")
-            if size is not None:
-                picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-            return np.asarray(picture, dtype=np.uint8)
-    except DataError:
-        raise
-    except Exception as error:  # Pillow raises many kinds on broken files (OSError, struct.error, ...)
-        raise DataError(f"cannot decode {file}: {first_line(error)}; remove or replace it") from error
+        raise unreadable(error) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gm_probe.core.batches import PIXELS, Normalization
 from gm_probe.core.checkpoints import Checkpoint, load_weights
@@ -80,11 +80,13 @@ def choose_normalization(
         return given
     if checkpoint.normalization is not None:
         x = examples.x
-        if checkpoint.normalization.mean and x.is_floating_point() and (x.min() < 0 or x.max() > 1):
-            raise DataError(
-                f"{examples.source} holds floats from {float(x.min()):.3g} to {float(x.max()):.3g} but "
-                f"{checkpoint.path} normalises pixels; {PIXELS}"
-            )
+        if checkpoint.normalization.mean and isinstance(x, Tensor) and x.is_floating_point():
+            low, high = float(x.min()), float(x.max())
+            if low < 0 or high > 1:
+                raise DataError(
+                    f"{examples.source} holds floats from {low:.3g} to {high:.3g} but {checkpoint.path} normalises "
+                    f"pixels; {PIXELS}"
+                )
         return checkpoint.normalization
     if examples.x.dtype != torch.uint8:
         return Normalization()

@@ -73,6 +73,10 @@ def _row(found: Trace, method: str, **details: Any) -> Figure:
     return found.value, found.stderr, found.stderr_examples, found.converged, details
 
 
+def _estimator(found: Trace) -> str:
+    return "Hutch++" if found.sketched else "Hutchinson"
+
+
 EXAMPLES = "examples' own gradients"
 
 
@@ -83,7 +87,8 @@ def fisher_trace(probe: Probe) -> Figure:
         return _row(
             found, f"{EXAMPLES}, {'exact' if found.stderr is None else 'random signs on the outputs'}"
         )
-    return _row(_hutchinson(probe, probe.fisher, "fisher trace"), "Hutchinson")
+    found = _hutchinson(probe, probe.fisher, "fisher trace")
+    return _row(found, _estimator(found))
 
 
 def hessian_trace(probe: Probe) -> Figure:
@@ -91,7 +96,7 @@ def hessian_trace(probe: Probe) -> Figure:
     fisher = probe.example_fisher_trace
     if fisher is None:
         found = _hutchinson(probe, probe.hessian, "hessian trace")
-        return _row(found, "Hutchinson", labels=probe.label_kind)
+        return _row(found, _estimator(found), labels=probe.label_kind)
     if everywhere(probe.affinity.affine, probe.clean.device):
         return _row(fisher, "tr F: every parameter enters affinely", labels="none needed")
     found = _hutchinson(probe, probe.residual, "hessian trace", offset=fisher.terms)
@@ -102,7 +107,7 @@ def hessian_trace(probe: Probe) -> Figure:
         found.stderr_examples,
         fisher.converged and error <= probe.settings.trace_tolerance * abs(found.value),
         {
-            "method": "tr F + tr(H − F), the latter by Hutchinson",
+            "method": f"tr F + tr(H − F), the latter by {_estimator(found)}",
             "num_probes": found.num_probes,
             "labels": probe.label_kind,
             "not_affine": probe.affinity.reason,

@@ -14,7 +14,9 @@ from torch.nn import functional
 
 from gm_probe.core.parameters import Parameters
 
-_CHUNK = 2**21  # entries of an unfolded convolution input at a time: about what a CPU's cache holds
+_CHUNK = (
+    2**21
+)  # entries of an unfolded input, or of examples' gradients, at a time: about what a CPU's cache holds
 
 
 def _square(values: Tensor) -> Tensor:
@@ -134,15 +136,17 @@ class ExampleGradients:
             if p is not None
         )
         names = {id(p): name for name, p in parameters.named.items()}
+        few = x[:: max(1, len(x) // 4)][:4]
+        spread = self._spread(few)
         self._layers: dict[nn.Module, list[str]] = {}
         covered = set()
         for module in parameters.model.modules():
             own = [n for n, p in module._parameters.items() if id(p) in names and uses[id(p)] == 1]
-            if own and _has_rule(module):
+            if own and _has_rule(module) and module not in spread:
                 self._layers[module] = own
                 covered |= {names[id(module._parameters[n])] for n in own}
         self._rest = [name for name in parameters.named if name not in covered]
-        self.supported = self._holds(x[:: max(1, len(x) // 4)][:4])
+        self.supported = self._holds(few)
 
     def squared_norms(self, x: Tensor, cotangents: Tensor) -> Tensor:
         """(K, B) squared gradient norms of cᵀz_x for cotangents (K, B, C), from one forward pass."""
@@ -193,6 +197,25 @@ class ExampleGradients:
             for handle in handles:
                 handle.remove()
 
+    def _spread(self, x: Tensor) -> set[nn.Module]:
+        """Layers that run more than once, or not on one row an example (a position embedding, say)."""
+        calls: Counter[nn.Module] = Counter()
+        apart: set[nn.Module] = set()
+
+        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+            calls[module] += 1
+            if not all(isinstance(t, Tensor) and len(t) == len(x) for t in (*args[:1], output)):
+                apart.add(module)
+
+        handles = [m.register_forward_hook(hook) for m in self.parameters.model.modules() if _has_rule(m)]
+        try:
+            with torch.no_grad():
+                self.parameters.logits(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return apart | {module for module, count in calls.items() if count > 1}
+
     def _others(self, x: Tensor, cotangent: Tensor) -> Tensor:
         """(B,) squared norms over the parameters that no rule covers."""
         values = self.parameters.values()
@@ -202,8 +225,12 @@ class ExampleGradients:
             return (self.parameters.logits(one[None], {**fixed, **rest})[0] * c).sum()
 
         rest = {name: values[name] for name in self._rest}
-        gradients = vmap(grad(output), (None, 0, 0))(rest, x, cotangent)
-        return torch.stack([_square(g) for g in gradients.values()]).sum(0)
+        size = max(1, _CHUNK // sum(map(Tensor.numel, rest.values())))  # gradients of their own for so many
+        norms = []
+        for some, slopes in zip(x.split(size), cotangent.split(size), strict=True):
+            gradients = vmap(grad(output), (None, 0, 0))(rest, some, slopes)
+            norms.append(torch.stack([_square(g) for g in gradients.values()]).sum(0))
+        return torch.cat(norms)
 
     def _holds(self, x: Tensor) -> bool:
         """Whether the rules give what plain reverse mode does, on the few examples ``x``."""

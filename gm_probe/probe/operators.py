@@ -16,6 +16,7 @@ from gm_probe.core.batches import Batches, cut
 from gm_probe.core.errors import UsageError
 from gm_probe.core.parameters import Parameters, differentiable_attention
 from gm_probe.core.processes import gather_examples, sum_over_processes
+from gm_probe.probe.speed import TRIAL, clearly_faster
 from gm_probe.probe.work import (
     DOUBLE_BACKWARD,
     FORWARD_OVER_REVERSE,
@@ -183,18 +184,21 @@ def _curvature(
             [terms] = _gradients(curvature, {"": weights})
             return torch.zeros_like(each) if terms is None else terms
 
-    trusted: dict[str, bool] = {}  # whether forward mode holds on this model, once it has been tried
+    chosen: dict[str, bool] = {}  # whether forward mode serves this model best, once it has been tried
 
-    def sound(kind: str, cheap: Way, reference: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
-        if kind not in trusted:
-            trusted[kind] = _agree(cheap, reference, v, x, d)
-        return trusted[kind]
+    def serves(kind: str, cheap: Way, reference: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
+        if kind not in chosen:
+            few = (v, x[:TRIAL], d[:TRIAL])
+            chosen[kind] = _agree(cheap, reference, v, x, d) and not clearly_faster(
+                lambda: reference(*few), lambda: cheap(*few), v.device
+            )
+        return chosen[kind]
 
     @differentiable_attention()
     def matvec(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
         for batch, d in zip(batches, pieces, strict=True):
-            forward = sound("product", forward_product, reverse_product, v, batch.x, d)
+            forward = serves("product", forward_product, reverse_product, v, batch.x, d)
             result += (forward_product if forward else reverse_product)(v, batch.x, d)
             work.add(FORWARD_OVER_REVERSE if forward else DOUBLE_BACKWARD, len(d))
         return sum_over_processes(result) / batches.total
@@ -203,7 +207,7 @@ def _curvature(
     def terms(v: Tensor) -> Tensor:
         result = []
         for batch, d in zip(batches, pieces, strict=True):
-            forward = sound("terms", forward_terms, reverse_terms, v, batch.x, d)
+            forward = serves("terms", forward_terms, reverse_terms, v, batch.x, d)
             result.append((forward_terms if forward else reverse_terms)(v, batch.x, d))
             work.add(NESTED_JVP if forward else TRIPLE_BACKWARD, len(d))
         return gather_examples(torch.cat(result))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from gm_probe.core.parameters import differentiable_attention, evaluating
 from gm_probe.core.processes import count, rank
 from gm_probe.core.records import read_run
 from gm_probe.probe.density import density
-from gm_probe.probe.measures import measure
+from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names, measure
 from gm_probe.probe.probe import Probe, Settings
+from gm_probe.probe.speed import BATCH_SIZE, MEMORY, TRIAL, batch_size_within, fastest_layout
 from gm_probe.probe.work import Work
 
 
@@ -84,6 +86,9 @@ def measure_checkpoint(
     names: Sequence[str] | None,
     settings: Settings,
     *,
+    quadrature: tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    memory: float = MEMORY,
     notify: Callable[[str, float], None] | None = None,
     **loading: Any,
 ) -> dict[str, Any]:
@@ -92,12 +97,17 @@ def measure_checkpoint(
     Under ``torchrun`` each process takes its share of the examples; all return the same.
 
     Args:
+        quadrature: probes and steps of the spectral densities; None = do without.
+        batch_size: None = what ``memory`` bytes hold.
         loading: as ``open_subject`` takes them.
 
     Raises:
         CheckpointError, DataError, UsageError, DivergedError: as the parts raise them.
     """
-    subject = open_subject(path, examples, **loading)
+    check_names(names or (), labeled=examples.y is not None)
+    subject = open_subject(path, examples, batch_size=batch_size or BATCH_SIZE, **loading)
+    if quadrature or any(MEASURES[name].cost >= 1 for name in names or DEFAULT_MEASURES):
+        subject = _fitted(subject, batch_size, memory)
     batches = subject.batches
     part = batches.shard(rank(), count())
     initial = _initial(path, subject) if "distance_from_initialization" in (names or ()) else None
@@ -113,7 +123,25 @@ def measure_checkpoint(
         processes=count(),
         **environment(batches.device),
     )
-    return {**result, "num_classes": subject.num_classes}
+    result |= {
+        "num_classes": subject.num_classes,
+        "batch_size": batches.batch_size,
+        "channels_last": batches.channels_last,
+    }
+    if quadrature is not None:
+        result["density"] = _densities(subject, part, settings, quadrature, notify)
+    return result
+
+
+def _fitted(subject: Subject, batch_size: int | None, memory: float) -> Subject:
+    """In the faster memory format and, where no size is given, in batches that ``memory`` bytes hold."""
+    batches = copy(subject.batches)
+    few = next(iter(batches.of_size(2 * TRIAL))).x
+    if batches.channels_last:
+        batches.channels_last = fastest_layout(subject.model, few) == torch.channels_last
+    if batch_size is None:
+        batches.batch_size = batch_size_within(memory, subject.model, few[:4])
+    return replace(subject, batches=batches)
 
 
 def _initial(path: Path, subject: Subject) -> torch.nn.Module | None:
@@ -130,19 +158,17 @@ def _initial(path: Path, subject: Subject) -> torch.nn.Module | None:
     return initial_model(recorded, seed).to(subject.batches.device, subject.batches.dtype)
 
 
-def measure_density(
-    path: Path,
-    examples: Examples,
+def _densities(
+    subject: Subject,
+    part: Batches,
     settings: Settings,
-    *,
-    notify: Callable[[str, float], None] | None = None,
-    **loading: Any,
+    quadrature: tuple[int, int],
+    notify: Callable[[str, float], None] | None,
 ) -> dict[str, Any]:
-    """The spectral densities of F and H of the checkpoint ``path``, as JSON objects by name; see ``density``."""
-    subject = open_subject(path, examples, **loading)
-    batches = subject.batches.shard(rank(), count())
+    """The spectral densities of F and H as JSON objects by name; see ``density``."""
+    num_probes, num_steps = quadrature
     with evaluating(subject.model), differentiable_attention():
-        probe = Probe(subject.model, batches, settings, Work(batches.num_examples))
+        probe = Probe(subject.model, part, settings, Work(part.num_examples))
         found = {}
         for name, operator in (("fisher", probe.fisher), ("hessian", probe.hessian)):
 
@@ -153,6 +179,8 @@ def measure_density(
             found[name] = density(
                 operator,
                 generator=probe.generator(f"{name} density"),
+                num_probes=num_probes,
+                num_steps=num_steps,
                 notify=tick,
             ).as_dict()
         found["hessian"]["labels"] = probe.label_kind

@@ -36,7 +36,7 @@ class MeasurePlan:
     measures: tuple[str, ...]
     settings: Settings
     max_examples: int | None
-    batch_size: int
+    batch_size: int | None
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
     if chosen.get("protocol", "paper") not in get_args(Protocol):
         options = " or ".join(map(repr, get_args(Protocol)))
         raise UsageError(f"recipe: measure.protocol = {chosen['protocol']!r} must be {options}")
-    return MeasurePlan(names, Settings(**chosen), sizes.get("max_examples"), sizes.get("batch_size", 250))
+    return MeasurePlan(names, Settings(**chosen), sizes.get("max_examples"), sizes.get("batch_size"))
 
 
 def _like(key: str, value: Any, default: Any) -> Any:

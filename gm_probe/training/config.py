@@ -46,7 +46,8 @@ class TrainConfig:
             the model's own BatchNorm statistics, is what is evaluated, tracked and saved.
         augment: zero-pad by 4, crop and flip.
         stop_ce: stop once the training cross-entropy (un-augmented, eval mode) is at most this.
-        eval_every: epochs between evaluations on the train and test parts (0 = only at the end).
+        eval_every: epochs between evaluations on the train and test parts (0 = only at the end). With it the weights
+            of the lowest test error are kept too: chosen on the test part, their error there is no fair one.
         track_every: epochs between measurements of S_ρ on the unlabeled part (0 = never), by the paper's
             protocol with one step, radius ``track_rho`` and starts of that length.
         checkpoint_every: steps between saved states, beside one an epoch.

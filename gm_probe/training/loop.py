@@ -209,9 +209,11 @@ class Training:
         """Raise DivergedError unless all is finite: nothing else is ever saved."""
         self._check_loss(torch.zeros((), device=self.device))
         where = f"after epoch {self.epoch + 1}, step {self.progress.step}"
-        for name, value in self.model.named_parameters():
-            if not bool(torch.isfinite(value).all()):
-                raise DivergedError(f"weight {name!r} is not finite {where}")
+        weights = dict(self.model.named_parameters())
+        finite = torch.stack([torch.isfinite(value).all() for value in weights.values()])
+        if not bool(finite.all()):
+            first = list(weights)[finite.tolist().index(False)]
+            raise DivergedError(f"weight {first!r} is not finite {where}")
         if self.progress.skipped == self.steps:
             raise DivergedError(f"every gradient overflowed in float16 {where}; use --amp bf16")
 

@@ -12,6 +12,7 @@ import torch
 from gm_probe.core.datasets import Examples, Source, open_source
 from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.files import read_json
+from gm_probe.core.images import blocks
 from gm_probe.core.records import CONFIG, SPLIT, read_run
 from gm_probe.core.splits import Splits, split
 from gm_probe.training.config import TrainConfig
@@ -41,7 +42,8 @@ def split_record(splits: Splits) -> dict[str, Any]:
     """What split.json holds: every part's indices, and a digest of the examples that were used."""
     digest = hashlib.sha256()
     for part in (splits.train, splits.unlabeled, splits.test):
-        digest.update(_bytes(part.x))
+        for block in blocks(part.x):
+            digest.update(_bytes(block))
     for part in (splits.train, splits.test):  # the unlabeled part's labels are never read
         if part.y is not None:
             digest.update(_bytes(part.y))

@@ -1,0 +1,105 @@
+"""Choices by trial: they change time and memory, never a figure."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import nn
+
+from gm_probe.core.batches import Batches
+from gm_probe.core.datasets import Examples
+from gm_probe.core.parameters import Parameters
+from gm_probe.probe import operators, speed
+from gm_probe.probe.speed import batch_size_within, bytes_an_example, clearly_faster, fastest_layout
+
+
+def small_cnn() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 36, 5)
+        ).eval()
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def busy(seconds: float, calls: list[float]) -> Callable[[], None]:
+    def way() -> None:
+        calls.append(seconds)
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    return way
+
+
+def test_only_a_clear_win_counts() -> None:
+    device = torch.device("cpu")
+    slow, quick, brief = 0.2, 0.05, 0.001
+    assert clearly_faster(busy(quick, []), busy(slow, []), device)
+    assert not clearly_faster(busy(slow, []), busy(slow, []), device)
+    assert not clearly_faster(busy(slow, []), busy(quick, []), device)
+    calls: list[float] = []
+    assert not clearly_faster(busy(0, calls), busy(brief, []), device)
+    assert not calls  # what is brief anyway is not worth a trial
+
+
+@pytest.mark.parametrize("win", [True, False])
+def test_layout_is_the_faster_one_and_the_model_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch, win: bool
+) -> None:
+    monkeypatch.setattr(speed, "clearly_faster", lambda other, usual, device: bool(other() or usual() or win))
+    model, x = small_cnn(), images(4)
+    before = copy.deepcopy(model)
+    found = fastest_layout(model, x)
+    assert found == (torch.contiguous_format if win else torch.channels_last)
+    weight = model[0].weight  # type: ignore[index]
+    assert weight.is_contiguous(memory_format=found)
+    assert not model.training
+    for (name, a), b in zip(model.state_dict().items(), before.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.allclose(model(x), before(x), atol=1e-5)
+
+
+def test_bytes_an_example_by_hand() -> None:
+    """Of Linear → ReLU → Linear: the input, the hidden layer (ReLU and weight share it), the log-probabilities."""
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 3)).eval()
+    x = torch.randn(6, 10)
+    assert bytes_an_example(model, x) == 4 * (10 + 20 + 3)
+    assert bytes_an_example(model, x[:2]) == bytes_an_example(model, x)
+    assert bytes_an_example(model.double(), x.double()) == 8 * (10 + 20 + 3)
+
+
+def test_batch_size_follows_the_memory() -> None:
+    model, x = small_cnn(), images(4)
+    one = bytes_an_example(model, x)
+    assert batch_size_within(1e12, model, x) == speed.BATCH_SIZE
+    assert batch_size_within(speed.TAPES * one * 37.5, model, x) == 37
+    assert batch_size_within(10, model, x) == 1
+
+
+def test_the_slower_product_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way is taken, the product and the terms are the same."""
+    model, x = small_cnn().double(), images(6).double()
+    y = torch.arange(6) % 5
+    batches = Batches(Examples(x, y, (), "t"), batch_size=4, dtype=torch.float64)
+    parameters = Parameters(model)
+    v = torch.randn(parameters.size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    results = []
+    for win in (True, False):
+        trial = Mock(return_value=win)
+        monkeypatch.setattr(operators, "clearly_faster", trial)
+        operator = operators.hessian(parameters, batches, y)
+        results.append((operator.matvec(v), operator.terms(v)))
+        operator.matvec(v)
+        assert trial.call_count == 2  # once for the product, once for the terms
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9)
+        assert not torch.equal(a, b)  # the two ways round differently: the choice was followed
