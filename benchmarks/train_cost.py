@@ -27,6 +27,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from gm_probe.core.devices import keep_freed_memory
 from gm_probe.core.models import ModelSpec, initial_model
 from gm_probe.training.augment import crop_and_flip, draw_crops
 from gm_probe.training.config import TrainConfig
@@ -194,6 +195,7 @@ def loops(model: str, batch: int, rounds: int, examples: int, folder: Path) -> N
 @click.option("--examples", default=1280, show_default=True)
 def main(rounds: int, examples: int) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `gmprobe train` does; the bare loops get it too
     torch.manual_seed(0)
     print("# What training costs\n")
     print(

@@ -798,17 +798,6 @@ def test_small_gradients_survive_float16(rule: str) -> None:
 # in anybody's loop
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_autocast_goes_on_as_before(rule: str) -> None:
-    """A pass without gradients leaves casts of the weights that have none; another loss in the block needs its own."""
-    model, (x, y) = make().float(), data()
-    with torch.autocast("cpu", torch.bfloat16):
-        RULES[rule](model).backward(x.float(), y)
-        first = grads(model)
-        model(x.float()).square().mean().backward()
-    assert not torch.equal(grads(model), first)
-
-
 def test_gradients_of_two_parameters_are_two_tensors() -> None:
     """Autograd hands out one tensor for both summands; clipped in place it would be clipped twice."""
 

@@ -115,7 +115,7 @@ def train(
     import torch
 
     from gm_probe.core import processes
-    from gm_probe.core.devices import pick_device
+    from gm_probe.core.devices import keep_freed_memory, pick_device
     from gm_probe.core.records import CONFIG, read_run
     from gm_probe.sweep.recipe import run_name
     from gm_probe.training import loop
@@ -136,6 +136,7 @@ def train(
         out = Path("runs") / run_name(
             config, {"method": config.method, "model": config.model, "seed": config.seed}
         )
+    keep_freed_memory()
     with processes.joined(pick_device(config.device)):
         speaks = processes.rank() == 0  # of several processes, one prints and writes
         events = Events(out) if tensorboard and speaks else None

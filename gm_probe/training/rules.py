@@ -436,7 +436,6 @@ class IAMS(_Inconsistency):
         with torch.set_grad_enabled(self.sign == "loss"):
             logits = logits_of(self.model(x))
             loss = self.criterion(logits, y)
-        torch.clear_autocast_cache()  # weights cast without a gradient would serve the next pass of the model too
         offset = self._ascend(x, logits.detach(), draws)
         if self.sign == "random":
             offset = offset * _random_sign(self.generator)
