@@ -194,12 +194,12 @@ def test_resumed_from_within_an_epoch(name: str, every: int, tmp_path: Path) -> 
     batch, taken = loop.Training._batch, 0
     within: list[int] = []
 
-    def interrupted(self: loop.Training, order: Tensor) -> tuple[Tensor, Tensor]:
+    def interrupted(self: loop.Training, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal taken
         taken += 1
         if taken > every + 1:
             raise Interrupted
-        return batch(self, order)
+        return batch(self, chosen, x)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Training, "_batch", interrupted)
@@ -687,8 +687,8 @@ def test_overflowed_steps_are_skipped_and_counted(tmp_path: Path, monkeypatch: p
     )  # below what overflows by itself
     states, step = [], training._step
 
-    def watched(order: Tensor) -> None:
-        step(order)
+    def watched(chosen: Tensor, x: Tensor) -> None:
+        step(chosen, x)
         states.append(
             ({n: v.clone() for n, v in training.model.state_dict().items()}, training.progress.sums.tolist())
         )
@@ -742,6 +742,37 @@ def test_identity_of_older_runs_is_kept() -> None:
     assert config(checkpoint_every=5).identity() == config().identity()
     for changes in ({"ema_decay": 0.9}, {"clip_norm": 1.0}, {"deterministic": True}):
         assert config(**changes).identity() != config().identity()
+
+
+def test_images_that_do_not_fit_into_memory_train_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for index in range(60):
+        folder = tmp_path / "data" / str(index % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    settings = config(
+        data=str(tmp_path / "data"),
+        num_train=30,
+        num_unlabeled=15,
+        num_test=15,
+        batch_size=7,
+        augment=True,
+        checkpoint_every=3,
+    )
+    train(settings, tmp_path / "memory")
+    monkeypatch.setattr("gm_probe.core.images.IN_MEMORY", 0)
+    parts._open.cache_clear()
+    assert not isinstance(load_splits(settings).train.x, Tensor)
+    train_interrupted(settings, tmp_path / "files", 1)
+    parts._open.cache_clear()
+    assert rows(tmp_path / "files") == rows(tmp_path / "memory")
+    one, other = (tmp_path / name / CHECKPOINT for name in ("files", "memory"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 # global state

@@ -6,7 +6,8 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ class Training:
         self.train_batches = self._batches(train)
         self.test_batches = self._batches(self.splits.test)
         self._writes = processes.rank() == 0
+        self._mine = slice(processes.rank(), None, processes.count())  # of every batch
 
     def _no_progress(self) -> Progress:
         return Progress(torch.zeros(5, dtype=torch.float64, device=self.device))
@@ -147,8 +149,8 @@ class Training:
                 torch.manual_seed(seed + processes.rank())  # dropout draws from the global generator
             else:
                 set_random_state(self._random, self.device)
-            while self.progress.step < self.steps:
-                self._step(order)
+            for chosen, x in self._raw(order):
+                self._step(chosen, x)
                 done = self.epoch * self.steps + self.progress.step
                 every = self.config.checkpoint_every
                 if every is not None and done % every == 0 and self.progress.step < self.steps:
@@ -160,9 +162,26 @@ class Training:
         self.progress = self._no_progress()
         return row
 
-    def _step(self, order: Tensor) -> None:
+    def _raw(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every batch that is still to do: where its examples are, and of this process's the inputs as stored.
+
+        Of files, the next ones are decoded while a batch is at work.
+        """
+        x, batches = self.splits.train.x, order.split(self.config.batch_size)[self.progress.step :]
+        if isinstance(x, Tensor):
+            yield from ((chosen, x[chosen[self._mine]]) for chosen in batches)
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = [ahead.submit(x.__getitem__, batches[0][self._mine])]
+            for index, chosen in enumerate(batches, start=1):
+                waiting += [
+                    ahead.submit(x.__getitem__, next_[self._mine]) for next_ in batches[index : index + 1]
+                ]
+                yield chosen, waiting.pop(0).result()
+
+    def _step(self, chosen: Tensor, x: Tensor) -> None:
         config, progress = self.config, self.progress
-        x, y = self._batch(order)
+        x, y = self._batch(chosen, x)
         lr = config.lr * lr_factor(config, self.epoch + progress.step / self.steps)
         seen, skipped = self.updates.step(x, y, lr)
         if skipped:
@@ -173,18 +192,13 @@ class Training:
         if skipped or progress.step % CHECK_EVERY == 0:
             self._check_loss(seen.loss)
 
-    def _batch(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's part of the next batch: normalised images and labels on the device."""
-        train, size, mine = (
-            self.splits.train,
-            self.config.batch_size,
-            slice(processes.rank(), None, processes.count()),
-        )
-        chosen = order[self.progress.step * size : (self.progress.step + 1) * size]
-        assert train.y is not None
-        x, y = train.x[chosen[mine]].to(self.device), train.y[chosen[mine]].to(self.device)
+    def _batch(self, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's part of a batch on the device: images augmented and normalised, and their labels."""
+        y = self.splits.train.y
+        assert y is not None
+        x, y = x.to(self.device), y[chosen[self._mine]].to(self.device)
         if self.config.augment:  # drawn for the whole batch, so that the number of processes does not matter
-            x = crop_and_flip(x, draw_crops(len(chosen), self.updates.generator)[:, mine])
+            x = crop_and_flip(x, draw_crops(len(chosen), self.updates.generator)[:, self._mine])
         x = self.normalization.apply(x)
         return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), y
 
