@@ -77,6 +77,8 @@ def joined(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or _together():
         yield
         return
+    if device.type == "cuda":  # which the collectives of plain objects use
+        torch.cuda.set_device(own_device(device))
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
