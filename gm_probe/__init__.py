@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gm_probe.core.checkpoints import save_checkpoint as save_checkpoint
     from gm_probe.core.datasets import Examples as Examples
     from gm_probe.core.datasets import open_source as open_source
+    from gm_probe.core.devices import keep_freed_memory as keep_freed_memory
     from gm_probe.core.errors import CheckpointError as CheckpointError
     from gm_probe.core.errors import DataError as DataError
     from gm_probe.core.errors import DivergedError as DivergedError
@@ -51,6 +52,7 @@ _HOMES = {
     "core.batches": ("Batches", "Normalization"),
     "core.checkpoints": ("load_weights", "read_checkpoint", "save_checkpoint"),
     "core.datasets": ("Examples", "open_source"),
+    "core.devices": ("keep_freed_memory",),
     "core.errors": ("CheckpointError", "DataError", "DivergedError", "ProbeError", "UsageError"),
     "core.models": ("ModelSpec", "build_model"),
     "core.parameters": ("Parameters",),

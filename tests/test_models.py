@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+from gm_probe.cli import main
 from gm_probe.core.errors import UsageError
-from gm_probe.core.models import ModelSpec, build_model, logits_of
+from gm_probe.core.models import BUILT_IN, ModelSpec, build_model, logits_of, num_parameters
 
 CIFAR = (3, 32, 32)
+NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")
 
 
 def build(name: str, shape: tuple[int, ...] = CIFAR, classes: int = 10) -> nn.Module:
@@ -23,6 +27,29 @@ def build(name: str, shape: tuple[int, ...] = CIFAR, classes: int = 10) -> nn.Mo
 
 def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def wrn_parameters(depth: int, widen: int) -> int:
+    total, before = 16 * 27, 16
+    for stage in (16 * widen, 32 * widen, 64 * widen):
+        for _ in range((depth - 4) // 6):
+            shortcut = before * stage if before != stage else 0
+            total += 9 * before * stage + 9 * stage * stage + shortcut + 2 * (before + stage)
+            before = stage
+    return total + 2 * before + 10 * before + 10
+
+
+def vit_parameters(width: int, patch: int, size: int, classes: int) -> int:
+    """Patches, class token and positions; 12 blocks of 4 W² attention, 8 W² MLP, their biases and norms; head."""
+    tokens = (size // patch) ** 2 + 1
+    block = 4 * width**2 + 4 * width + 8 * width**2 + 5 * width + 4 * width
+    return (3 * patch**2 + 1 + 1 + tokens) * width + 12 * block + 2 * width + (width + 1) * classes
+
+
+def mixer_parameters(width: int, patch: int, size: int, classes: int) -> int:
+    tokens, hidden = (size // patch) ** 2, width // 2
+    block = 4 * width + 2 * tokens * hidden + hidden + tokens + 8 * width**2 + 5 * width
+    return (3 * patch**2 + 1) * width + 10 * block + 2 * width + (width + 1) * classes
 
 
 @pytest.mark.parametrize(
@@ -37,11 +64,65 @@ def size(model: nn.Module) -> int:
         ("wrn-28-2-authors", 1_855_578),
         ("wrn-16-8-authors", 17_158_106),
         ("wrn-28-10-authors", 46_160_474),
+        ("wrn-28-2", wrn_parameters(28, 2)),
+        ("wrn-28-8", wrn_parameters(28, 8)),
+        ("resnet18-cifar", 11_173_962),
+        # torchvision's page gives these for 1,000 classes
+        ("resnet18", 11_689_512 - 990 * (512 + 1)),
+        ("resnet50", 25_557_032 - 990 * (2048 + 1)),
+        ("resnet50-cifar", 25_557_032 - 990 * (2048 + 1) - 64 * 3 * (49 - 9)),
+        pytest.param("vit-tiny-4", vit_parameters(192, 4, 32, 10), marks=NEEDS_TIMM),
+        pytest.param("vit-s-16", vit_parameters(384, 16, 32, 10), marks=NEEDS_TIMM),
+        pytest.param("vit-s-32", vit_parameters(384, 32, 32, 10), marks=NEEDS_TIMM),
+        pytest.param("mixer-4", mixer_parameters(256, 4, 32, 10), marks=NEEDS_TIMM),
     ],
 )
 def test_parameter_counts(name: str, parameters: int) -> None:
     with torch.device("meta"):
         assert size(build(name)) == parameters
+    assert num_parameters(name) == parameters
+
+
+@NEEDS_TIMM
+def test_vit_s_16_is_the_published_one() -> None:
+    """22,050,664 parameters at 224×224 and 1,000 classes, by timm's own page of vit_small_patch16_224."""
+    assert vit_parameters(384, 16, 224, 1000) == 22_050_664
+    assert num_parameters("vit-s-16", (3, 224, 224), 1000) == 22_050_664
+
+
+@NEEDS_TIMM
+@pytest.mark.parametrize("patch", [16, 32])
+def test_published_weights_of_vit_s_fit(patch: int) -> None:
+    """The same names and shapes as the network whose weights timm publishes."""
+    import timm
+
+    with torch.device("meta"):
+        own = build(f"vit-s-{patch}", (3, 224, 224), 1000)
+        published = timm.create_model(f"vit_small_patch{patch}_224", pretrained=False)
+    shapes = [{name: tuple(v.shape) for name, v in m.state_dict().items()} for m in (own, published)]
+    assert shapes[0] == shapes[1]
+
+
+@NEEDS_TIMM
+def test_every_listed_model_is_built_and_listed_with_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["models", "--json"])
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(BUILT_IN) < set(rows)
+    for name in BUILT_IN:
+        with torch.device("meta"):
+            assert rows[name]["num_parameters"] == size(build(name)), name
+    assert rows["timm:NAME"]["num_parameters"] is None
+
+
+def test_what_needs_timm_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("timm", "timm.models", "timm.models.vision_transformer", "timm.models.mlp_mixer"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in ("vit-tiny-4", "vit-s-16", "mixer-4", "timm:vit_tiny_patch16_224"):
+        with pytest.raises(UsageError) as caught:
+            build(name)
+        assert str(caught.value) == f"{name} needs timm, which is not installed; pip install 'gm_probe[timm]'"
+    assert num_parameters("mixer-4") is None
+    assert num_parameters("mlp-7") == 3072 * 7 + 7 + 7 * 10 + 10
 
 
 @pytest.mark.parametrize(
@@ -56,6 +137,12 @@ def test_parameter_counts(name: str, parameters: int) -> None:
         ("mlp-5-6", (1, 8, 8), 3),
         ("mlp", (17,), 4),
         ("torchvision:resnet18", (3, 64, 64), 5),
+        ("resnet18-cifar", (1, 8, 8), 3),
+        ("resnet18", (1, 40, 33), 3),
+        pytest.param("vit-tiny-4", (1, 8, 12), 3, marks=NEEDS_TIMM),
+        pytest.param("vit-s-16", CIFAR, 5, marks=NEEDS_TIMM),
+        pytest.param("vit-s-32", (3, 32, 64), 5, marks=NEEDS_TIMM),
+        pytest.param("mixer-4", (1, 12, 8), 7, marks=NEEDS_TIMM),
     ],
 )
 def test_output_shapes(name: str, shape: tuple[int, ...], classes: int) -> None:
@@ -99,6 +186,19 @@ def test_weights_follow_the_seed() -> None:
         ("mlp-0", CIFAR, "every width must be at least 1"),
         ("6cnn", (64,), "takes images (C, H, W), not examples of shape (64,)"),
         ("wrn-28-2", (28, 28), "takes images (C, H, W), not examples of shape (28, 28)"),
+        ("resnet18-cifa", CIFAR, "did you mean 'resnet18-cifar'?"),
+        ("resnet-18", CIFAR, "did you mean 'resnet18'?"),
+        ("resnet-34-cifar", CIFAR, "did you mean 'resnet34-cifar'?"),
+        ("resnet-50", CIFAR, "did you mean 'resnet50'?"),
+        ("resnet-18-cifar", CIFAR, "did you mean 'resnet18-cifar'?"),
+        ("vit-ti-4", CIFAR, "did you mean 'vit-tiny-4'?"),
+        ("vit-s16", CIFAR, "did you mean 'vit-s-16'?"),
+        ("mixer", CIFAR, "did you mean 'mixer-4'?"),
+        ("wrn28-8", CIFAR, "did you mean 'wrn-28-8'?"),
+        ("resnet50", (64,), "takes images (C, H, W), not examples of shape (64,)"),
+        ("mixer-4", (28, 28), "takes images (C, H, W), not examples of shape (28, 28)"),
+        ("vit-tiny-4", (3, 32, 30), "patches of 4×4 pixels, which 30×32 is no multiple of"),
+        ("mixer-0", CIFAR, "patches of 0×0 pixels"),
         ("6cnn", (1, 3, 8), "at least 4×4 pixels, not 8×3"),
         ("torchvision:resnet81", CIFAR, "resnet18"),
         ("torchvision:fcn_resnet50", CIFAR, "no classifier 'fcn_resnet50'"),

@@ -19,6 +19,7 @@ COMMANDS = {
     "quickstart": "Train, measure and correlate a small sweep on bundled real digits.",
     "measure": "Measure how well checkpoints will generalize, from unlabeled data.",
     "train": "Train one model with SGD, SAM, ASAM, IAM-D or IAM-S.",
+    "tune": "Choose ρ and β by the error on a held-out tenth of the training part.",
     "sweep": "Train and measure every run of a recipe.",
     "pairs": "Compare models pair by pair over unlabeled data: disagreement, inconsistency, instability.",
     "correlate": "Correlate each measure with the generalization gap over many runs.",

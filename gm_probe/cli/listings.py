@@ -13,9 +13,22 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 @as_json_option
 def models(as_json: bool) -> None:
     """List the models that --model takes."""
-    from gm_probe.core.models import MODELS
+    from gm_probe.core.models import BUILT_IN, MODELS, num_parameters
 
-    _list("model", MODELS, as_json)
+    sizes = {name: num_parameters(name) for name in BUILT_IN}
+    if as_json:
+        print_json(
+            [
+                {"name": name, "num_parameters": sizes.get(name), "description": text}
+                for name, text in MODELS.items()
+            ]
+        )
+        return
+    rows = [[name, f"{size:,}" if (size := sizes.get(name)) else "—", text] for name, text in MODELS.items()]
+    listing = table(None, ["model", "parameters", ""], rows)
+    listing.columns[-1].justify = "left"
+    results_console().print(listing)
+    click.echo("parameters: for images of 3×32×32 and 10 classes")
 
 
 @click.command(epilog="Example:  gmprobe datasets")

@@ -167,7 +167,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         CheckpointError: a mismatch, naming the tensors.
     """
     expected = model.state_dict()
-    state = _strip_prefixes(checkpoint, expected)
+    state = strip_prefixes(checkpoint, expected)
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k not in expected]
     shapes = [
@@ -190,7 +190,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def _strip_prefixes(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> dict[str, Tensor]:
+def strip_prefixes(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The checkpoint's tensors by the names in ``expected``, where a name agrees once its prefixes are gone."""
     stripped: dict[str, Tensor] = {}
     for name, value in checkpoint.state.items():
         short = name

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,13 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.core.errors import UsageError, did_you_mean
-from gm_probe.core.networks import WideResNet, cnn6, mlp
+from gm_probe.core.networks import WideResNet, cnn6, mixer, mlp, resnet, vit
 
-MODELS = {
+BUILT_IN = {
     "6cnn": "four convolutions and two linear layers, the paper's small network",
     "mlp": "fully connected, two hidden layers of 128; mlp-W1-W2-... sets the widths",
-    "wrn-D-K": "Wide ResNet of depth D and width K, e.g. wrn-28-2, wrn-16-8",
-    "wrn-D-K-authors": "the same with one more block a stage, as in the paper's published code",
+    "wrn-16-8": "Wide ResNet of depth 16 and width 8; wrn-D-K takes any (depth 6n + 4)",
+    "wrn-28-2": "likewise; wrn-D-K-authors has one more block a stage, as in the paper's published code",
+    "wrn-28-8": "likewise",
+    "wrn-28-10": "likewise",
+    "resnet18-cifar": "ResNet-18 with a 3×3 stem of stride 1, no max-pool; also 34, 50, 101, 152",
+    "resnet50": "ResNet-50 with its own 7×7 stem, for large images; also 18, 34, 101, 152",
+    "vit-tiny-4": "Vision Transformer of width 192, patches of 4×4; vit-tiny-P takes any; needs gm_probe[timm]",
+    "vit-s-16": "Vision Transformer of width 384, patches of 16×16; vit-s-P takes any; needs gm_probe[timm]",
+    "vit-s-32": "likewise, patches of 32×32",
+    "mixer-4": "MLP-Mixer, 10 blocks of width 256, patches of 4×4; mixer-P takes any; needs gm_probe[timm]",
+}
+"""The networks of gm_probe itself, by a name that builds one."""
+MODELS = {
+    **BUILT_IN,
     "torchvision:NAME": "any classifier of torchvision, e.g. torchvision:resnet18",
     "timm:NAME": "any classifier of timm (pip install 'gm_probe[timm]')",
     "package.module:callable": "your own function without arguments that returns an nn.Module",
@@ -77,35 +90,108 @@ def build_model(spec: ModelSpec) -> nn.Module:
     Raises:
         UsageError: no such model, or it does not take this input.
     """
-    name, shape = spec.name, spec.input_shape
+    name = spec.name
     if spec.is_user_code:
         return _user_model(name)
     if name.startswith("torchvision:"):
         return _torchvision_model(name.removeprefix("torchvision:"), spec)
     if name.startswith("timm:"):
         return _timm_model(name.removeprefix("timm:"), spec)
-    if name == "mlp" or re.fullmatch(r"mlp(-\d+)+", name):
-        widths = tuple(int(width) for width in name.split("-")[1:]) or (128, 128)
-        if 0 in widths:
-            raise UsageError(f"{name}: every width must be at least 1")
-        inputs = 1
-        for size in shape:
-            inputs *= size
-        return mlp(inputs, widths, spec.num_classes)
-    if len(shape) != 3 and (name == "6cnn" or name.startswith("wrn-")):
-        raise UsageError(f"{name} takes images (C, H, W), not examples of shape {shape}; use mlp or your own")
-    if name == "6cnn":
-        channels, height, width = shape
-        if min(height, width) < 4:
-            raise UsageError(f"6cnn takes images of at least 4×4 pixels, not {width}×{height}")
-        return cnn6(channels, height, width, spec.num_classes)
-    if match := re.fullmatch(r"wrn-(\d+)-(\d+)(-authors)?", name):
-        depth, widen = int(match[1]), int(match[2])
-        if depth < 10 or (depth - 4) % 6 or widen < 1:
-            raise UsageError(f"{name}: the depth must be 6n + 4 with n ≥ 1 (10, 16, 22, 28, ...)")
-        return WideResNet(shape[0], spec.num_classes, (depth - 4) // 6 + bool(match[3]), widen)
-    known = ["6cnn", "mlp", "wrn-28-2", "wrn-16-8", "wrn-28-10"]
-    raise UsageError(f"no model {name!r}; {did_you_mean(name, known, '`gmprobe models` lists them')}")
+    for pattern, build in _FAMILIES.items():
+        if match := re.fullmatch(pattern, name):
+            return build(match, spec)
+    resnets = [f"resnet{depth}{stem}" for depth in (18, 34, 50, 101, 152) for stem in ("", "-cifar")]
+    hint = did_you_mean(name, [*BUILT_IN, *resnets], "`gmprobe models` lists them")
+    raise UsageError(f"no model {name!r}; {hint}")
+
+
+def num_parameters(
+    name: str, input_shape: tuple[int, ...] = (3, 32, 32), num_classes: int = 10
+) -> int | None:
+    """Parameters of a built-in model, found without allocating it; None where its library is not installed."""
+    try:
+        with torch.device("meta"):
+            model = build_model(ModelSpec(name, input_shape, num_classes))
+    except _NotInstalledError:
+        return None
+    return sum(p.numel() for p in model.parameters())
+
+
+class _NotInstalledError(UsageError):
+    """A model's library is missing."""
+
+
+def _image_shape(spec: ModelSpec) -> tuple[int, int, int]:
+    if len(spec.input_shape) != 3:
+        raise UsageError(
+            f"{spec.name} takes images (C, H, W), not examples of shape {spec.input_shape}; use mlp or your own"
+        )
+    channels, height, width = spec.input_shape
+    return channels, height, width
+
+
+def _cnn6(_: re.Match[str], spec: ModelSpec) -> nn.Module:
+    channels, height, width = _image_shape(spec)
+    if min(height, width) < 4:
+        raise UsageError(f"6cnn takes images of at least 4×4 pixels, not {width}×{height}")
+    return cnn6(channels, height, width, spec.num_classes)
+
+
+def _mlp(match: re.Match[str], spec: ModelSpec) -> nn.Module:
+    widths = tuple(int(width) for width in match[1].split("-")[1:]) or (128, 128)
+    if 0 in widths:
+        raise UsageError(f"{spec.name}: every width must be at least 1")
+    return mlp(math.prod(spec.input_shape), widths, spec.num_classes)
+
+
+def _wide_resnet(match: re.Match[str], spec: ModelSpec) -> nn.Module:
+    channels, _, _ = _image_shape(spec)
+    depth, widen = int(match[1]), int(match[2])
+    if depth < 10 or (depth - 4) % 6 or widen < 1:
+        raise UsageError(f"{spec.name}: the depth must be 6n + 4 with n ≥ 1 (10, 16, 22, 28, ...)")
+    return WideResNet(channels, spec.num_classes, (depth - 4) // 6 + bool(match[3]), widen)
+
+
+def _resnet(match: re.Match[str], spec: ModelSpec) -> nn.Module:
+    channels, _, _ = _image_shape(spec)
+    return resnet(int(match[1]), channels, spec.num_classes, cifar_stem=bool(match[2]))
+
+
+def _vit(match: re.Match[str], spec: ModelSpec) -> nn.Module:
+    embedding, heads = {"tiny": (192, 3), "s": (384, 6)}[match[1]]
+    return _patched(vit, spec, int(match[2]), embedding=embedding, heads=heads)
+
+
+def _mixer(match: re.Match[str], spec: ModelSpec) -> nn.Module:
+    return _patched(mixer, spec, int(match[1]))
+
+
+def _patched(network: Callable[..., nn.Module], spec: ModelSpec, patch: int, **options: int) -> nn.Module:
+    """A network of timm's that cuts images into patches of ``patch`` × ``patch`` pixels."""
+    channels, height, width = _image_shape(spec)
+    if patch < 1 or height % patch or width % patch:
+        raise UsageError(
+            f"{spec.name} cuts images into patches of {patch}×{patch} pixels, which {width}×{height} is no multiple "
+            "of; choose another patch, or resize with --image-size"
+        )
+    try:
+        return network(channels, height, width, spec.num_classes, patch=patch, **options)
+    except ImportError as error:
+        raise _timm_missing(spec.name) from error
+
+
+def _timm_missing(name: str) -> UsageError:
+    return _NotInstalledError(f"{name} needs timm, which is not installed; pip install 'gm_probe[timm]'")
+
+
+_FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = {
+    r"6cnn": _cnn6,
+    r"mlp((?:-\d+)*)": _mlp,
+    r"wrn-(\d+)-(\d+)(-authors)?": _wide_resnet,
+    r"resnet(18|34|50|101|152)(-cifar)?": _resnet,
+    r"vit-(tiny|s)-(\d+)": _vit,
+    r"mixer-(\d+)": _mixer,
+}
 
 
 def _torchvision_model(name: str, spec: ModelSpec) -> nn.Module:
@@ -127,7 +213,7 @@ def _timm_model(name: str, spec: ModelSpec) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise UsageError("timm is not installed; pip install 'gm_probe[timm]'") from error
+        raise _timm_missing(f"timm:{name}") from error
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UsageError(f"timm has no model {name!r}; nearest: {', '.join(close) or 'none'}")

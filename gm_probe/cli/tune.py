@@ -1,0 +1,211 @@
+"""``gmprobe tune``: the (ρ, β) of least validation error, by a grid or by Optuna."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gm_probe.cli.data import floats
+from gm_probe.cli.output import (
+    format_options,
+    note,
+    notes_console,
+    number,
+    print_csv,
+    print_json,
+    results_console,
+    table,
+)
+from gm_probe.cli.train import train
+from gm_probe.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gm_probe.sweep.tuning import Cell, Point, Tuner
+    from gm_probe.training.config import TrainConfig
+
+NOT_TRAINS = frozenset({"rho", "beta", "seed", "out", "resume", "save", "tensorboard", "as_json", "quiet"})
+"""Options of `gmprobe train` that `tune` has in a sense of its own, or not at all."""
+
+
+@click.command(epilog="Example:  gmprobe tune --method iam-d --model mlp --rho 0.1,0.3 --out tune/")
+@click.option(
+    "--rho", "rho_text", metavar="A,B,...", required=True, help="Values of ρ; LOW,HIGH with --trials."
+)
+@click.option(
+    "--beta",
+    "beta_text",
+    metavar="A,B,...",
+    help="Values of IAM-D's β; LOW,HIGH with --trials.  [default: 1]",
+)
+@click.option(
+    "--trials", type=click.IntRange(1), help="Let Optuna choose this many points instead of a grid."
+)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs a point.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs and figure.")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time, each a process."
+)
+@click.option("--dry-run", is_flag=True, help="Say what is left to do; run nothing. Grids only.")
+@format_options
+def tune(
+    rho_text: str,
+    beta_text: str | None,
+    trials: int | None,
+    seeds: int,
+    out: Path,
+    jobs: int,
+    dry_run: bool,
+    output: str | None,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Choose ρ and β by the error on a tenth of the training part, never on the test part.
+
+    Trains every pair of --rho and --beta, or with --trials the points that Optuna chooses between LOW and HIGH, with
+    --seeds seeds each. Every other option is `gmprobe train`'s and fixes what is not tuned. Each run is a folder in
+    --out; what is complete is not trained again, so the same command goes on where it was stopped, also with more
+    values or trials. Prints mean ± standard error over seeds, draws a map of them into --out, and names the command
+    that trains with the best point on the whole training part.
+    """
+    from gm_probe.cli.sweep import run_with_progress
+    from gm_probe.sweep import tuning
+    from gm_probe.training.config import TrainConfig
+
+    console = notes_console(quiet)
+    settings = {key: value for key, value in given.items() if value is not None}
+    if "data" not in settings:
+        note(console, "no --data given: tuning on the bundled handwritten digits (1,797 images of 8×8)")
+    config = TrainConfig.from_dict(settings)
+    values = {"rho": floats("--rho", rho_text)}
+    if beta_text is not None:
+        values["beta"] = floats("--beta", beta_text)
+    tuning.check_tunable(config, beta="beta" in values)
+    if trials and dry_run:
+        raise UsageError("--dry-run cannot know the points that --trials will choose")
+    bounds = {name: _bounds(name, ends) for name, ends in values.items()} if trials else {}
+    points = [tuning.Point(rho, beta) for beta in values.get("beta", (None,)) for rho in values["rho"]]
+    if not trials and len(set(points)) < len(points):
+        raise UsageError("--rho or --beta names a value twice; give each once")
+    base = tuning.validation_config(config, out, write=not dry_run)
+    tuner = tuning.Tuner(
+        base, seeds, out, lambda recipe: run_with_progress(recipe, out, jobs=jobs, quiet=quiet)
+    )
+    if dry_run:
+        _dry_run(tuner, points)
+        return
+    report = partial(_print_trial, console, trials)
+    cells = tuner.trials(trials, bounds, report) if trials else tuner.grid(points)
+    best = tuning.best_of(cells)
+    command = _command(config, best)
+    figures = _draw(tuner, cells, best, grid=not trials)
+    if output == "json":
+        print_json(
+            {
+                "out": str(out),
+                "num_train": base.num_train,
+                "num_validation": base.num_test,
+                "seeds": seeds,
+                "cells": [cell.as_dict() for cell in cells],
+                "best": best.as_dict(),
+                "command": command,
+                "figures": [str(path) for path in figures],
+            }
+        )
+    elif output == "csv":
+        print_csv([{k: v for k, v in cell.as_dict().items() if k != "errors"} for cell in cells])
+    else:
+        _print_table(tuner, cells, best)
+        click.echo(f"train with it:  {command}")
+    for text in _doubts(cells, best, {} if trials else values):
+        note(console, f"note: {text}")
+    note(console, f"figure: {', '.join(map(str, figures))}")
+
+
+tune.params += [option for option in train.params if option.name not in NOT_TRAINS]
+
+
+def _bounds(name: str, values: Sequence[float]) -> tuple[float, float]:
+    if len(values) != 2 or not 0 < values[0] < values[1] < math.inf:
+        raise UsageError(f"with --trials, --{name} takes two bounds LOW,HIGH with 0 < LOW < HIGH")
+    return values[0], values[1]
+
+
+def _dry_run(tuner: Tuner, points: Sequence[Point]) -> None:
+    from gm_probe.sweep.runner import is_complete
+    from gm_probe.sweep.tuning import NOTHING
+
+    left = {name: not is_complete(tuner.out / name, NOTHING) for name in tuner.recipe(points).runs}
+    rows = [[name, "to do" if todo else "complete"] for name, todo in left.items()]
+    results_console().print(table(f"{sum(left.values())} of {len(left)} runs to do", ["run", "state"], rows))
+
+
+def _print_trial(console: Console, trials: int | None, number_of: int, cell: Cell) -> None:
+    rho, beta = cell.point
+    at = f"ρ = {rho:g}" + ("" if beta is None else f", β = {beta:g}")
+    note(console, f"trial {number_of}/{trials}: {at}, validation error {number(cell.mean)}")
+
+
+def _doubts(cells: Sequence[Cell], best: Cell, grid: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    """What a reader must know before taking the best point for the best there is."""
+    from gm_probe.sweep.tuning import rivals_of
+
+    rivals = rivals_of(best, cells)
+    if rivals:
+        yield f"{len(rivals)} other point(s) tie with the best within one standard error; more --seeds tell them apart"
+    for name, values in grid.items():
+        at = getattr(best.point, name)
+        if len(values) > 2 and at in (min(values), max(values)):
+            yield f"the best {name} is the grid's {'least' if at == min(values) else 'largest'}; widen the grid"
+
+
+def _command(config: TrainConfig, best: Cell) -> str:
+    """The command line of `gmprobe train` with every setting that is not at its default, and the best point."""
+    chosen = {key: value for key, value in best.point._asdict().items() if value is not None}
+    default = type(config)().as_dict()
+    words = ["gmprobe", "train"]
+    for key, value in {**config.as_dict(), **chosen}.items():
+        if value == default[key] and key not in chosen:
+            continue
+        words.append(f"--{key.replace('_', '-')}")
+        if value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    return shlex.join(words)
+
+
+def _print_table(tuner: Tuner, cells: Sequence[Cell], best: Cell) -> None:
+    rows = []
+    for cell in cells:
+        rho, beta = cell.point
+        lost = sum(error is None for error in cell.errors)
+        error = f"{lost} of {len(cell.errors)} diverged" if lost else number(cell.mean)
+        mark = "best" if cell is best else ""
+        rows.append([f"{rho:g}", "" if beta is None else f"{beta:g}", error, number(cell.stderr, 2), mark])
+    base = tuner.base
+    title = f"{base.method}: error on {base.num_test:,} held-out training examples, {tuner.seeds} seed(s)"
+    console = results_console()
+    console.print(table(title, ["ρ", "β", "error", "± s.e.", ""], rows))
+    console.print(
+        f"trained on {base.num_train:,}; ± s.e.: standard error over seeds, the held-out examples are the same",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _draw(tuner: Tuner, cells: Sequence[Cell], best: Cell, *, grid: bool) -> list[Path]:
+    from gm_probe.analysis.heat_map import heat_map, trial_map
+    from gm_probe.analysis.plots import write_figure
+
+    draw = heat_map if grid else trial_map
+    title = f"{tuner.base.method}, {tuner.base.model}, {tuner.seeds} seed(s) a point"
+    figure = draw([cell.as_dict() for cell in cells], best.as_dict(), title)
+    paths = [tuner.out / f"tune{suffix}" for suffix in (".png", ".svg")]
+    write_figure(figure, paths)
+    return paths

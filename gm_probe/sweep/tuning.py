@@ -1,0 +1,246 @@
+"""Tune (ρ, β) on a tenth of the training part: each cell is one run a seed, and the test part plays no role."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from gm_probe.core.datasets import Examples
+from gm_probe.core.errors import DataError, DivergedError, ProbeError, UsageError
+from gm_probe.core.files import write_atomic
+from gm_probe.core.images import ImageFiles
+from gm_probe.core.records import read_run
+from gm_probe.probe.probe import Settings
+from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
+from gm_probe.sweep.runner import Outcome
+from gm_probe.training.config import TrainConfig
+from gm_probe.training.parts import load_splits
+
+VALIDATION = 0.1
+"""Share of the training part that cells are judged on (METHOD.md)."""
+NOTHING = MeasurePlan((), Settings(), None, 1)
+
+
+class Point(NamedTuple):
+    """Where a cell lies; β is None where the method has none, or it is not tuned."""
+
+    rho: float
+    beta: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Validation errors at ``point``, one a seed; None of a run that diverged."""
+
+    point: Point
+    errors: tuple[float | None, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """None where any run diverged: the others' mean would flatter the cell."""
+        known = [error for error in self.errors if error is not None]
+        return statistics.fmean(known) if len(known) == len(self.errors) else None
+
+    @property
+    def stderr(self) -> float | None:
+        """Over seeds; None of a single one."""
+        if self.mean is None or len(self.errors) < 2:
+            return None
+        return statistics.stdev(e for e in self.errors if e is not None) / math.sqrt(len(self.errors))
+
+    def as_dict(self) -> dict[str, Any]:
+        diverged = sum(error is None for error in self.errors)
+        return {
+            **self.point._asdict(),
+            "error": self.mean,
+            "stderr": self.stderr,
+            "errors": list(self.errors),
+            "diverged": diverged,
+        }
+
+
+def validation_config(config: TrainConfig, out: Path, *, write: bool = True) -> TrainConfig:
+    """``config`` with its training part as the data, and ``VALIDATION`` of that in the test part's place.
+
+    The training part is copied to a file in ``out`` (linked, where it is image files too large for memory), named by
+    its content, so a cell's run cannot see another example. One example of it is left over: a run wants an unlabeled
+    part.
+
+    Raises:
+        DataError: too few examples, or as ``load_splits`` raises it.
+    """
+    train = load_splits(config).train
+    path = _copy(train, out, write) if isinstance(train.x, Tensor) else _link(train, train.x, out, write)
+    held_out = max(1, round(VALIDATION * len(train)))
+    rest = len(train) - held_out - 1
+    if rest < 1:
+        raise DataError(f"{train.source}: {len(train)} training examples are too few to hold out a tenth")
+    return config.replace(
+        data=str(path.resolve()),
+        data_root=None,
+        download=False,
+        image_size=None if isinstance(train.x, Tensor) else config.image_size,
+        num_train=rest,
+        num_unlabeled=1,
+        num_test=held_out,
+        track_every=0,
+    )
+
+
+def _copy(train: Examples, out: Path, write: bool) -> Path:
+    assert isinstance(train.x, Tensor)
+    assert train.y is not None
+    x, y = train.x.contiguous().numpy(), train.y.numpy()
+    digest = hashlib.sha256(x.data)
+    digest.update(y.data)
+    path = out / f"training-part-{digest.hexdigest()[:8]}.npz"
+    if write and not path.exists():
+        buffer = io.BytesIO()
+        np.savez(buffer, x=x, y=y)
+        write_atomic(path, buffer.getvalue())
+    return path
+
+
+def _link(train: Examples, images: ImageFiles, out: Path, write: bool) -> Path:
+    """A folder of class folders of links to the images."""
+    assert train.y is not None
+    files = [file.resolve() for file in images.files]
+    digest = hashlib.sha256("\n".join(map(str, files)).encode())
+    folder = out / f"training-part-{digest.hexdigest()[:8]}"
+    if write and not folder.exists():
+        draft = folder.with_suffix(".tmp")
+        shutil.rmtree(draft, ignore_errors=True)
+        for number, (file, label) in enumerate(zip(files, train.y.tolist(), strict=True)):
+            place = draft / train.classes[label]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number}{file.suffix}").symlink_to(file)
+        draft.rename(folder)  # whole, or not there
+    return folder
+
+
+def check_tunable(config: TrainConfig, *, beta: bool) -> None:
+    """Raise UsageError where the method has no ρ, or no β though one is to be tuned."""
+    if config.method == "sgd":
+        raise UsageError("sgd has neither ρ nor β; choose --method sam, asam, iam-d or iam-s")
+    if beta and not config.method.startswith("iam-d"):
+        raise UsageError(f"{config.method} has no β; leave --beta out")
+
+
+@dataclass(frozen=True, slots=True)
+class Tuner:
+    """Trains points, ``seeds`` runs each, and reads what they came to.
+
+    Attributes:
+        base: what is not tuned, as ``validation_config`` gives it.
+        out: the folder in which ``execute`` leaves the runs.
+        execute: trains what is incomplete of a recipe's runs.
+    """
+
+    base: TrainConfig
+    seeds: int
+    out: Path
+    execute: Callable[[Recipe], list[Outcome]]
+
+    def recipe(self, points: Iterable[Point]) -> Recipe:
+        """One run a point and seed (0, 1, ...)."""
+        runs = {}
+        for point in points:
+            varied = {key: value for key, value in point._asdict().items() if value is not None}
+            for seed in range(self.seeds):
+                config = self.base.replace(**varied, seed=seed)
+                runs[run_name(config, {**varied, "seed": seed})] = config
+        return Recipe(runs, NOTHING, ())
+
+    def grid(self, points: Sequence[Point]) -> list[Cell]:
+        """Every one of ``points``.
+
+        Raises:
+            ProbeError: a run failed; the next call tries it again.
+        """
+        _require_success(self.execute(self.recipe(points)))
+        return [self._cell(point) for point in points]
+
+    def trials(
+        self, count: int, bounds: Mapping[str, tuple[float, float]], notify: Callable[[int, Cell], None]
+    ) -> list[Cell]:
+        """``count`` points that Optuna's TPE chooses, logarithmic between ``bounds``, to three digits.
+
+        The sampler is seeded and a diverged cell counts as an error of 1, so the same call chooses the same points
+        again: what is complete is not trained again, and more trials go on where fewer ended.
+
+        Args:
+            bounds: of ``rho``, and of ``beta`` where it is tuned.
+            notify: called with every trial's number, from 1, and its cell.
+
+        Raises:
+            UsageError: Optuna is not installed.
+            ProbeError: a run failed; the next call tries it again.
+        """
+        try:
+            import optuna
+        except ImportError as error:
+            raise UsageError(
+                "--trials needs optuna, which is not installed; pip install 'gm_probe[tune]'"
+            ) from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+        cells: dict[Point, Cell] = {}
+        for number in range(1, count + 1):
+            trial = study.ask()
+            chosen = {name: trial.suggest_float(name, *ends, log=True) for name, ends in bounds.items()}
+            point = Point(**{name: float(f"{value:.3g}") for name, value in chosen.items()})
+            if point not in cells:
+                [cells[point]] = self.grid([point])
+            mean = cells[point].mean
+            study.tell(trial, 1.0 if mean is None else mean)
+            notify(number, cells[point])
+        return list(cells.values())
+
+    def _cell(self, point: Point) -> Cell:
+        records = [read_run(self.out / name) for name in self.recipe([point]).runs]
+        return Cell(
+            point,
+            tuple(r.summary["test_error"] if r.status == "finished" else None for r in records),
+        )
+
+
+def _require_success(outcomes: Sequence[Outcome]) -> None:
+    failed = [outcome for outcome in outcomes if outcome.status in {"failed", "busy"}]
+    if failed:
+        raise ProbeError(
+            f"{len(failed)} of {len(outcomes)} runs failed, the first ({failed[0].name}): {failed[0].reason}; "
+            "the same command tries them again"
+        )
+
+
+def best_of(cells: Sequence[Cell]) -> Cell:
+    """The least mean validation error; the first of equal ones.
+
+    Raises:
+        DivergedError: every cell has a run that diverged.
+    """
+    known = [cell for cell in cells if cell.mean is not None]
+    if not known:
+        raise DivergedError("training diverged in every cell; lower --lr or --rho")
+    return min(known, key=lambda cell: cell.mean if cell.mean is not None else math.inf)
+
+
+def rivals_of(best: Cell, cells: Sequence[Cell]) -> list[Cell]:
+    """Other cells whose mean ties with the best, or lies within one standard error of the difference."""
+
+    def ties(cell: Cell) -> bool:
+        if cell.mean is None or best.mean is None:
+            return False
+        return cell.mean - best.mean <= math.hypot(best.stderr or 0.0, cell.stderr or 0.0)
+
+    return [cell for cell in cells if cell is not best and ties(cell)]

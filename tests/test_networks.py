@@ -1,0 +1,132 @@
+"""Every family of networks: trained by one step, saved and loaded, measured; small ones against dense matrices."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gm_probe import measure
+from gm_probe.core.batches import Batches, Normalization
+from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
+from gm_probe.core.loading import load_model
+from gm_probe.core.models import ModelSpec, initial_model
+from gm_probe.core.networks import mixer, vit
+from gm_probe.probe.probe import Settings
+
+NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")
+FAMILIES = [
+    "6cnn",
+    "mlp-6",
+    "wrn-10-1",
+    "resnet18-cifar",
+    pytest.param("vit-tiny-4", marks=NEEDS_TIMM),
+    pytest.param("mixer-4", marks=NEEDS_TIMM),
+]
+SHAPE = (3, 8, 8)
+
+
+def examples(count: int, shape: tuple[int, ...], classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, *shape, generator=generator)
+    return x, torch.randint(0, classes, (count,), generator=generator)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_of_sgd_lowers_the_loss_and_the_weights_survive_the_disk(name: str, tmp_path: Path) -> None:
+    spec = ModelSpec(name, SHAPE, 4)
+    model = initial_model(spec, 0)
+    x, y = examples(6, SHAPE, 4)
+    losses = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+        gradients = [p.grad for p in model.parameters()]
+        assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients)
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p -= 1e-3 * g
+    assert losses[1] < losses[0]
+
+    for file in ("weights.safetensors", "weights.pt"):
+        save_checkpoint(tmp_path / file, model, spec, Normalization())
+        again = load_model(read_checkpoint(tmp_path / file))
+        assert list(again.state_dict()) == list(model.state_dict())
+        for one, other in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["6cnn", "wrn-10-1", "resnet18-cifar"])
+def test_the_convolutional_families_are_measured(name: str) -> None:
+    model = initial_model(ModelSpec(name, (3, 4, 4), 4), 0)
+    x, y = examples(2, (3, 4, 4), 4)
+    settings = Settings(num_starts=1, min_probes=2, max_probes=2, max_iterations=2)
+    names = ["local_inconsistency", "fisher_trace", "fisher_lambda_max", "hessian_lambda_max"]
+    rows = measure(model, Batches.from_tensors(x, y, batch_size=1), names, settings).rows
+    for row in rows.values():
+        assert row.value is not None
+        assert torch.isfinite(torch.tensor(row.value))
+    assert rows["local_inconsistency"].value > 0
+    assert rows["fisher_trace"].value >= rows["fisher_lambda_max"].value > 0
+
+
+SMALL = {
+    "vit": partial(vit, 1, 4, 4, 3, patch=2, embedding=6, heads=3, depth=1),
+    "mixer": partial(mixer, 1, 4, 4, 3, patch=2, embedding=6, blocks=1),
+}
+
+
+@NEEDS_TIMM
+@pytest.mark.parametrize("family", list(SMALL))
+def test_curvature_of_timms_networks_against_dense_matrices(family: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SMALL[family]().double().eval()
+        for p in model.parameters():  # biases, gains and the head are constants at first
+            nn.init.normal_(p, mean=p.mean().item(), std=0.3)
+    x, y = examples(5, (1, 4, 4), 3)
+    x = x.double()
+    names, sizes = zip(*((n, p.numel()) for n, p in model.named_parameters()), strict=True)
+    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    def logits(flat: torch.Tensor) -> torch.Tensor:
+        pieces = zip(names, flat.split(list(sizes)), strict=True)
+        return functional_call(model, {n: v.view(model.get_parameter(n).shape) for n, v in pieces}, (x,))
+
+    with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with second derivatives
+        jacobian = jacrev(logits)(theta).detach()
+        hessian = torch.autograd.functional.hessian(
+            lambda flat: functional.cross_entropy(logits(flat), y), theta
+        )
+        p = logits(theta).softmax(1)
+    inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    fisher = (jacobian.transpose(1, 2) @ inner @ jacobian).mean(0)
+
+    rows = measure(
+        model,
+        Batches.from_tensors(x, y, batch_size=2),
+        ["fisher_lambda_max", "fisher_trace", "hessian_lambda_max", "hessian_trace"],
+        Settings(eigen_tolerance=1e-6, trace_tolerance=1e-9, max_probes=60),
+    ).rows
+    wanted = {
+        "fisher_lambda_max": torch.linalg.eigvalsh(fisher)[-1],
+        "hessian_lambda_max": torch.linalg.eigvalsh(hessian)[-1],
+    }
+    for name, value in wanted.items():
+        assert rows[name].converged
+        assert rows[name].value == pytest.approx(float(value), rel=1e-5)
+    for name, matrix in (("fisher_trace", fisher), ("hessian_trace", hessian)):
+        row = rows[name]
+        assert (
+            row.details.get("labels") != "none needed"
+        )  # softmax and GELU are not affine in their parameters
+        assert abs(row.value - float(matrix.trace())) <= 3 * (row.stderr or 0) + 1e-9

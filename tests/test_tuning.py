@@ -1,0 +1,482 @@
+"""Tuning: what cells are trained and judged on, their statistics, resuming, Optuna, the map and the command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from gm_probe.analysis.heat_map import heat_map, trial_map
+from gm_probe.analysis.plots import render
+from gm_probe.cli import main
+from gm_probe.cli.tune import NOT_TRAINS, tune
+from gm_probe.core import images
+from gm_probe.core.checkpoints import read_checkpoint
+from gm_probe.core.datasets import Examples, open_source
+from gm_probe.core.errors import DataError, DivergedError, ProbeError, UsageError
+from gm_probe.core.loading import load_model
+from gm_probe.core.records import find_runs
+from gm_probe.sweep.recipe import Recipe
+from gm_probe.sweep.runner import Outcome, run_recipe
+from gm_probe.sweep.tuning import (
+    Cell,
+    Point,
+    Tuner,
+    best_of,
+    check_tunable,
+    rivals_of,
+    validation_config,
+)
+from gm_probe.training.config import SETTINGS, TrainConfig
+from gm_probe.training.parts import _open, load_splits
+
+NEEDS_OPTUNA = pytest.mark.skipif(find_spec("optuna") is None, reason="optuna is an extra")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """A run of a moment over 100 images that carry their own number in the first two pixels."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 100)
+    x = (rng.integers(0, 100, (100, 1, 4, 4)) + 50 * y[:, None, None, None]).astype(np.uint8)
+    x[:, 0, 0, 0] = np.arange(100)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    return TrainConfig.from_dict(
+        {
+            "data": str(tmp_path / "data.npz"),
+            "num_unlabeled": 15,
+            "num_test": 25,
+            "model": "mlp-5",
+            "method": "iam-d",
+            "epochs": 2,
+            "batch_size": 16,
+            "device": "cpu",
+        }
+    )
+
+
+def tuner_of(config: TrainConfig, out: Path, seeds: int = 2) -> tuple[Tuner, list[Outcome]]:
+    """And the outcomes of whatever it runs."""
+    outcomes: list[Outcome] = []
+    return Tuner(validation_config(config, out), seeds, out, partial(_run, out, outcomes)), outcomes
+
+
+def _run(out: Path, outcomes: list[Outcome], recipe: Recipe) -> list[Outcome]:
+    found = run_recipe(recipe, out)
+    outcomes += found
+    return found
+
+
+def numbers(x: torch.Tensor) -> set[int]:
+    """The examples' own numbers."""
+    return set(x[:, 0, 0, 0].tolist())
+
+
+# ---- what a cell sees
+
+
+@pytest.mark.parametrize("split_seed", [0, 3])
+def test_cells_see_the_training_part_alone(config: TrainConfig, tmp_path: Path, split_seed: int) -> None:
+    config = config.replace(split_seed=split_seed)
+    whole, base = load_splits(config), validation_config(config, tmp_path / "out")
+    cell = load_splits(base)
+    parts = [numbers(part.x) for part in (cell.train, cell.unlabeled, cell.test)]
+    assert [len(part) for part in parts] == [60 - 6 - 1, 1, 6]
+    assert set.union(*parts) == numbers(whole.train.x)
+    assert not set.union(*parts) & numbers(whole.test.x)
+    with np.load(base.data) as file:  # nothing else is even there
+        assert set(file["x"][:, 0, 0, 0].tolist()) == numbers(whole.train.x)
+        labels = dict(zip(file["x"][:, 0, 0, 0].tolist(), file["y"].tolist(), strict=True))
+    assert whole.train.y is not None
+    assert labels == dict(zip(whole.train.x[:, 0, 0, 0].tolist(), whole.train.y.tolist(), strict=True))
+
+
+def test_a_test_part_of_its_own_is_not_touched(tmp_path: Path) -> None:
+    for part, level in (("train", 10), ("test", 200)):
+        for name in ("a", "b"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for index in range(20):
+                image = Image.fromarray(np.full((4, 4), level + index, np.uint8))
+                image.save(tmp_path / "images" / part / name / f"{index}.png")
+    config = TrainConfig.from_dict({"data": "images", "num_unlabeled": 4, "method": "sam"})
+    base = validation_config(config, tmp_path / "out")
+    with np.load(base.data) as file:
+        assert len(file["x"]) == 36
+        assert file["x"].max() < 200
+    assert (base.num_train, base.num_test) == (36 - 4 - 1, 4)
+
+
+def test_images_too_many_for_memory_are_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(30):
+            pixels = rng.integers(0, 256, (6, 6), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    settings = {"data": "images", "image_size": 5, "num_unlabeled": 4, "num_test": 6, "model": "mlp-4"}
+    config = TrainConfig.from_dict({**settings, "method": "sam", "epochs": 1, "device": "cpu"})
+    whole = load_splits(config).train
+    _open.cache_clear()
+    monkeypatch.setattr(images, "IN_MEMORY", 100)
+    base = validation_config(config, tmp_path / "out")
+    assert validation_config(config, tmp_path / "out") == base
+    assert Path(base.data).is_dir()
+    linked = open_source(base.data, labeled=True, image_size=base.image_size).pool
+
+    def content(examples: Examples) -> set[tuple[bytes, int]]:
+        assert examples.y is not None
+        return {(x.numpy().tobytes(), int(y)) for x, y in zip(examples.x[:100], examples.y, strict=True)}
+
+    assert len(linked) == len(whole) == 50
+    assert content(linked) == content(whole)
+    assert (base.num_train, base.num_test) == (44, 5)
+    _open.cache_clear()
+
+
+def test_the_copy_is_named_by_its_content_and_written_once(config: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = validation_config(config, out)
+    stamp = Path(first.data).stat().st_mtime_ns
+    assert validation_config(config, out) == first
+    assert Path(first.data).stat().st_mtime_ns == stamp
+    assert validation_config(config.replace(split_seed=1), out).data != first.data
+    assert not Path(validation_config(config, tmp_path / "none", write=False).data).exists()
+
+
+def test_too_few_examples(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="2 training examples are too few"):
+        validation_config(config.replace(num_train=2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "beta", "reason"), [("sgd", False, "neither"), ("sam", True, "sam has no β")]
+)
+def test_methods_that_have_nothing_to_tune(method: str, beta: bool, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        check_tunable(TrainConfig(method=method), beta=beta)
+
+
+def test_a_cells_errors_are_its_models_on_the_held_out_examples(config: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tuner, _ = tuner_of(config, out)
+    points = [Point(0.01, 1.0), Point(0.5, 0.0)]
+    cells = tuner.grid(points)
+    held_out = load_splits(tuner.base).test
+    runs = iter(tuner.recipe(points).runs)
+    for cell, point in zip(cells, points, strict=True):
+        assert cell.point == point
+        for error in cell.errors:
+            checkpoint = read_checkpoint(out / next(runs))
+            model = load_model(checkpoint).eval()
+            mean, std = checkpoint.normalization.mean, checkpoint.normalization.std
+            x = (held_out.x.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
+                :, None, None
+            ]
+            with torch.no_grad():
+                wrong = (model(x).argmax(1) != held_out.y).float().mean()
+            assert error == pytest.approx(wrong.item())
+
+
+def test_runs_differ_in_what_is_tuned_alone(config: TrainConfig, tmp_path: Path) -> None:
+    tuner, _ = tuner_of(config, tmp_path / "out", seeds=3)
+    runs = tuner.recipe([Point(0.1, 0.5), Point(0.2, 0.5)]).runs
+    assert {(c.rho, c.beta, c.seed) for c in runs.values()} == {
+        (rho, 0.5, seed) for rho in (0.1, 0.2) for seed in (0, 1, 2)
+    }
+    assert {c.replace(rho=None, beta=1.0, seed=0) for c in runs.values()} == {tuner.base}
+    assert all(name.startswith(("rho0.1-beta0.5-s", "rho0.2-beta0.5-s")) for name in runs)
+
+
+# ---- statistics
+
+
+def test_mean_and_standard_error() -> None:
+    errors = (0.1, 0.13, 0.08, 0.2)
+    cell = Cell(Point(0.1), errors)
+    assert cell.mean == pytest.approx(np.mean(errors))
+    assert cell.stderr == pytest.approx(scipy.stats.sem(errors))
+    assert Cell(Point(0.1), (0.3,)).stderr is None
+    lost = Cell(Point(0.1), (0.1, None))
+    assert (lost.mean, lost.stderr, lost.as_dict()["diverged"]) == (None, None, 1)
+
+
+def test_the_best_and_its_rivals() -> None:
+    far, best, near, lost = (
+        Cell(Point(0.1), (0.30, 0.32)),  # ± 0.01
+        Cell(Point(0.2), (0.20, 0.22)),  # ± 0.01
+        Cell(Point(0.3), (0.19, 0.25)),  # 0.01 away, ± 0.03
+        Cell(Point(0.4), (0.0, None)),
+    )
+    cells = [far, best, near, lost]
+    assert best_of(cells) is best
+    assert rivals_of(best, cells) == [near]
+    twin = Cell(Point(0.5), best.errors)
+    assert best_of([best, twin]) is best
+    assert best_of([twin, best]) is twin
+    single, equal = Cell(Point(0.1), (0.2,)), Cell(Point(0.2), (0.2,))  # one seed knows no error
+    assert rivals_of(single, [single, equal, Cell(Point(0.3), (0.201,)), lost]) == [equal]
+    with pytest.raises(DivergedError, match="diverged in every cell"):
+        best_of([lost])
+
+
+# ---- going on
+
+
+def test_complete_runs_are_not_trained_again(config: TrainConfig, tmp_path: Path) -> None:
+    tuner, outcomes = tuner_of(config, tmp_path / "out")
+    first = tuner.grid([Point(0.05), Point(0.1)])
+    again = tuner.grid([Point(0.05), Point(0.1), Point(0.2)])
+    assert again[:2] == first
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 4 + ["skipped"] * 4 + ["finished"] * 2
+
+
+def test_a_failed_run_ends_it_with_its_reason(config: TrainConfig, tmp_path: Path) -> None:
+    outcomes = [Outcome("one", "finished"), Outcome("two", "failed", "a bug")]
+    tuner = Tuner(config, 1, tmp_path, lambda _: outcomes)
+    with pytest.raises(ProbeError, match=r"1 of 2 runs failed, the first \(two\): a bug; the same command"):
+        tuner.grid([Point(0.1)])
+
+
+def test_a_diverged_cell_has_no_error_but_hides_no_other(config: TrainConfig, tmp_path: Path) -> None:
+    tuner, _ = tuner_of(config.replace(method="sam"), tmp_path / "out", seeds=1)
+    good, lost = tuner.grid([Point(0.05), Point(1e38)])
+    assert lost.mean is None
+    assert best_of([lost, good]) is good
+    figure = heat_map([good.as_dict(), lost.as_dict()], good.as_dict(), "t")
+    assert "diverged" in [text.get_text() for text in figure.axes[0].texts]
+
+
+# ---- Optuna
+
+
+@NEEDS_OPTUNA
+def test_trials_lie_within_bounds_and_go_on_where_they_ended(config: TrainConfig, tmp_path: Path) -> None:
+    bounds = {"rho": (0.01, 0.9), "beta": (0.5, 4.0)}
+    seen: list[tuple[int, Cell]] = []
+    tuner, outcomes = tuner_of(config, tmp_path / "out", seeds=1)
+    few = tuner.trials(3, bounds, lambda *trial: seen.append(trial))
+    assert [number for number, _ in seen] == [1, 2, 3]
+    assert [cell for _, cell in seen] == few
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 3
+    for cell in few:
+        assert 0.01 <= cell.point.rho <= 0.9
+        assert cell.point.beta is not None
+        assert 0.5 <= cell.point.beta <= 4.0
+    more = tuner.trials(13, bounds, lambda *_: None)  # beyond the 10 that TPE draws at random
+    assert more[:3] == few
+    assert [outcome.status for outcome in outcomes[3:6]] == ["skipped"] * 3
+    fresh, _ = tuner_of(config, tmp_path / "fresh", seeds=1)
+    assert [cell.point for cell in fresh.trials(13, bounds, lambda *_: None)] == [cell.point for cell in more]
+
+
+def test_without_optuna_one_line_says_so(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UsageError) as caught:
+        Tuner(config, 1, tmp_path, lambda _: []).trials(1, {"rho": (0.1, 1)}, lambda *_: None)
+    assert str(caught.value) == "--trials needs optuna, which is not installed; pip install 'gm_probe[tune]'"
+
+
+# ---- the map
+
+
+def grid_of(errors: Callable[[float, float], float | None]) -> list[dict[str, Any]]:
+    return [
+        {"rho": rho, "beta": beta, "error": errors(rho, beta), "stderr": 0.012}
+        for beta in (2.0, 0.5)
+        for rho in (0.1, 0.05, 0.2)
+    ]
+
+
+def test_every_cell_stands_at_its_place_with_its_figures() -> None:
+    cells = grid_of(lambda rho, beta: rho + beta / 10)
+    best = min(cells, key=lambda cell: cell["error"])
+    axes = heat_map(cells, best, "iam-d").axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.05", "0.1", "0.2"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0.5", "2"]
+    drawn = axes.images[0].get_array()
+    for text in axes.texts:
+        column, row = text.get_position()
+        wanted = 100 * ((0.05, 0.1, 0.2)[column] + (0.5, 2.0)[row] / 10)
+        assert text.get_text() == f"{wanted:.2f}\n± 1.20"
+        assert drawn[row, column] == pytest.approx(wanted)
+    [frame] = axes.patches
+    assert (frame.get_x(), frame.get_y()) == (-0.5, -0.5)  # ρ = 0.05, β = 0.5
+
+
+def luminance(colour: tuple[float, ...]) -> float:
+    """WCAG 2.1's relative luminance."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_figures_are_readable_on_every_colour() -> None:
+    cells = [{"rho": 0.01 * i, "beta": None, "error": 0.01 * i, "stderr": None} for i in range(1, 41)]
+    axes = heat_map(cells, cells[0], "sam").axes[0]
+    image = axes.images[0]
+    for text in axes.texts:
+        background = luminance(image.to_rgba(image.get_array()[0, text.get_position()[0]]))
+        ink = luminance({"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}[text.get_color()])
+        contrast = (max(ink, background) + 0.05) / (min(ink, background) + 0.05)
+        assert contrast >= 4.5, text.get_text()
+
+
+@pytest.mark.parametrize("draw", [heat_map, trial_map])
+@pytest.mark.parametrize("beta", [None, 1.0])
+def test_equal_or_lost_errors_are_drawn(draw: Callable[..., Figure], beta: float | None) -> None:
+    cells = [{"rho": rho, "beta": beta, "error": 0.25, "stderr": None} for rho in (0.1, 0.2)]
+    cells.append({"rho": 0.4, "beta": beta, "error": None, "stderr": None})
+    assert render(draw(cells, cells[0], "a $title$"), "png").startswith(b"\x89PNG")
+    svg = render(draw(cells, cells[0], "a $title$"), "svg").decode()
+    assert "validation error (%)" in svg
+    assert svg == render(draw(cells, cells[0], "a $title$"), "svg").decode()
+
+
+def test_trials_are_drawn_where_they_lie() -> None:
+    cells = grid_of(lambda rho, beta: rho + beta / 10)
+    axes = trial_map(cells, cells[0], "t").axes[0]
+    offsets = {tuple(map(float, place)) for place in axes.collections[0].get_offsets()}
+    assert offsets == {(cell["rho"], cell["beta"]) for cell in cells}
+    [ring] = axes.lines
+    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (0.1, 2.0)
+
+
+# ---- the command
+
+
+def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    capsys.readouterr()
+    try:
+        main(shlex.split(command)[1:])
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_helps_example_and_the_command_it_ends_in(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.epilog is not None
+    example = tune.epilog.removeprefix("Example:").strip()
+    code, out, err = run(example, capsys)
+    assert code == 0, err
+    assert "handwritten digits" in err
+    assert out.count(" best ") == 1
+    command = re.search(r"train with it:  (gmprobe train .*)", out)
+    assert command is not None
+    for name in ("tune.png", "tune.svg"):
+        assert (Path("tune") / name).stat().st_size > 5_000
+
+    code, out, err = run(f"{example} --json -q", capsys)
+    result = json.loads(out)
+    assert result["command"] == command[1]
+    assert len(find_runs(Path("tune"))) == 2 * 3 == sum(len(c["errors"]) for c in result["cells"])
+    assert result["best"]["error"] == min(cell["error"] for cell in result["cells"])
+
+    code, out, err = run(f"{command[1]} --out chosen --json -q", capsys)
+    assert code == 0, err
+    trained = (Path("chosen") / "config.toml").read_text()
+    assert f"rho = {result['best']['rho']}\n" in trained
+    assert 'model = "mlp"\n' in trained
+    # on the whole training part: what was held out, and the one example left over, are back
+    assert json.loads(out)["num_train"] == result["num_train"] + result["num_validation"] + 1
+
+
+def test_other_forms(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--data data.npz --num-unlabeled 15 --num-test 25 --model mlp-5 --epochs 1 --seeds 2 --out o"
+    code, out, err = run(f"gmprobe tune --method asam --rho 0.1,0.2,0.4 {options} --csv", capsys)
+    assert code == 0, err
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["rho"] for row in rows] == ["0.1", "0.2", "0.4"]
+    assert {row["beta"] for row in rows} == {""}
+    assert "o/tune.svg" in err
+
+    dry = f"gmprobe tune --method asam --rho 0.1,0.3 {options} --dry-run"
+    code, out, _ = run(dry, capsys)
+    assert code == 0
+    assert "2 of 4 runs to do" in out
+    assert run(dry, capsys)[1] == out
+
+    code, out, err = run(f"gmprobe tune --method iam-d --rho 0.1,0.2 --beta 1,0 {options} --json -q", capsys)
+    assert code == 0, err
+    result = json.loads(out)
+    pairs = {(cell["rho"], cell["beta"]) for cell in result["cells"]}
+    assert pairs == {(0.1, 1.0), (0.2, 1.0), (0.1, 0.0), (0.2, 0.0)}
+    assert f"--rho {result['best']['rho']} --beta {result['best']['beta']}" in result["command"]
+
+    code, out, err = run(
+        f"gmprobe tune --method sam --rho 0.1 --augment --schedule multi-step --milestones 1,2 {options}",
+        capsys,
+    )
+    assert code == 0, err
+    words = shlex.split(out.partition("train with it:")[2])
+    for pair in (["--milestones", "1,2"], ["--rho", "0.1"], ["--method", "sam"]):
+        assert any(words[i : i + 2] == pair for i in range(len(words)))
+    assert "--augment" in words
+    assert "True" not in words
+
+
+@NEEDS_OPTUNA
+def test_trials_by_command(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--data data.npz --num-unlabeled 15 --num-test 25 --model mlp-5 --epochs 1 --seeds 1 --out o"
+    code, out, err = run(f"gmprobe tune --method iam-d --rho 0.01,1 --trials 2 {options} --json", capsys)
+    assert code == 0, err
+    assert len(json.loads(out)["cells"]) == 2
+    assert "trial 2/2: ρ = " in err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ("--rho 0.1", 2, ["sgd has neither ρ nor β", "--method"]),
+        ("--method sam --rho 0.1 --beta 1", 2, ["sam has no β"]),
+        ("--method sam --rho 0.1,x", 2, ["--rho '0.1,x'", "numbers"]),
+        ("--method sam --rho 0.1,0.10", 2, ["twice"]),
+        ("--method sam --rho -0.1", 2, ["rho = -0.1"]),
+        ("--method sam --rho 0.1 --trials 2", 2, ["--rho takes two bounds LOW,HIGH"]),
+        ("--method sam --rho 0.1,inf --trials 2", 2, ["--rho takes two bounds LOW,HIGH"]),
+        ("--method iam-d --rho 0.1,1 --beta 2,1 --trials 2", 2, ["--beta takes two bounds"]),
+        ("--method sam --rho 0.1,1 --trials 2 --dry-run", 2, ["--dry-run", "--trials"]),
+        ("--method sam", 2, ["--rho"]),
+        ("--method sam --rho 0.1 --model mlp-4 --lr 1e30 --epochs 3 --seeds 1", 5, ["every cell", "--lr"]),
+        ("--method sam --rho 0.1 --model mpl --epochs 1 --seeds 1", 1, ["1 of 1 runs failed", "mlp"]),
+    ],
+)
+def test_one_line_that_names_offender_and_remedy(
+    options: str, code: int, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, _, err = run(f"gmprobe tune {options} --out o -q", capsys)
+    assert found == code, err
+    [line] = err.strip().splitlines()
+    assert line.startswith("gmprobe: ")
+    for word in words:
+        assert word in line
+
+
+def test_every_option_taken_from_train_is_a_setting() -> None:
+    own = {"rho_text", "beta_text", "trials", "seeds", "out", "jobs", "dry_run", "output", "quiet"}
+    names = [str(option.name) for option in tune.params]
+    assert {name for name in names if name not in own} <= set(SETTINGS) - NOT_TRAINS
+    assert {"model", "lr", "epochs", "data", "k_steps"} <= set(names)
+    assert max(names.count(name) for name in set(names)) <= 2  # --json and --csv share one name
