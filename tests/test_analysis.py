@@ -169,7 +169,7 @@ def test_missing_values_keep_their_reasons(tmp_path: Path) -> None:
     assert table.missing["local_inconsistency"] == {3: "no example"}
     assert table.missing["ce_gap"] == {0: "no ce_gap in summary.json"}
     assert table.unconverged["fisher_trace"] == {2}
-    inconsistency, trace = correlate(table)
+    inconsistency, trace = correlate(table).measures
     assert trace.notes == ("1 of 4 not converged (kept)",)
     assert inconsistency.notes == ("1 of 4 left out: no example",)
     assert inconsistency.gaps["ce_gap"].missing == (
@@ -216,7 +216,7 @@ def test_runs_measured_with_different_settings_are_not_comparable(tmp_path: Path
     ]
     for i, (settings, rows) in enumerate(changes):
         make_run(tmp_path / str(i), measures=plain | rows, settings=base | settings, error_gap=0.1 * i)
-    warnings = {measure.name: measure.warnings for measure in correlate(load_table(tmp_path))}
+    warnings = {measure.name: measure.warnings for measure in correlate(load_table(tmp_path)).measures}
     dtype = "dtype differs between runs (float32 × 4, float64 × 1): not comparable"
     assert warnings == {
         "local_inconsistency": (
@@ -234,7 +234,7 @@ def test_a_long_list_of_differing_settings_is_cut(tmp_path: Path) -> None:
         make_run(
             tmp_path / str(i), measures={"m": {"value": 1}}, settings={"data": f"d{min(i, 6)}"}, error_gap=0.1
         )
-    (measure,) = correlate(load_table(tmp_path))
+    (measure,) = correlate(load_table(tmp_path)).measures
     shown = "d6 × 2, d0 × 1, d1 × 1, d2 × 1, d3 × 1 and 2 more"
     assert measure.warnings == (f"data differs between runs ({shown}): not comparable",)
 
@@ -254,6 +254,25 @@ def test_labels_of_a_measure(tmp_path: Path, kinds: list[str | None], labels: di
         row = {"value": 1.0} | ({"labels": kind} if kind else {})
         make_run(tmp_path / str(i), measures={"hessian_trace": row, "m": {"value": 1.0}}, error_gap=0.1)
     assert load_table(tmp_path).labels == labels
+
+
+def test_outcomes_are_read_unless_they_are_settings(tmp_path: Path) -> None:
+    for i in range(2):
+        make_run(
+            tmp_path / str(i),
+            config={"num_train": 100 * (i + 1)},
+            measures={"m": {"value": 1.0}},
+            error_gap=0.1,
+            test_error=0.2 + i,
+            train_ce=None if i else 0.5,
+            num_train=7,
+            num_test=8,
+        )
+    table = load_table(tmp_path)
+    assert (table.outcomes, table.hyperparameters) == (("test_error", "train_ce", "num_test"), ("num_train",))
+    assert table.frame["test_error"].to_list() == [0.2, 1.2]
+    assert table.frame["num_train"].to_list() == [100, 200]
+    assert math.isnan(table.frame["train_ce"][1])
 
 
 def test_nested_settings_and_unset_ones(tmp_path: Path) -> None:
@@ -297,7 +316,7 @@ def simpson(folder: Path) -> RunTable:
 
 
 def test_subgroups_can_differ_in_sign_from_the_whole(tmp_path: Path) -> None:
-    (measure,) = correlate(simpson(tmp_path), group_by=["weight_decay"])
+    (measure,) = correlate(simpson(tmp_path), group_by=["weight_decay"]).measures
     # 9 runs: 27 pairs between groups concordant, 3 × 3 within discordant
     assert measure.gaps["error_gap"].tau == pytest.approx((27 - 9) / 36)
     assert list(measure.subgroups) == ["weight_decay=1", "weight_decay=2", "weight_decay=3"]
@@ -313,7 +332,7 @@ def test_subgroups_part_the_runs(tmp_path: Path) -> None:
     frame.loc[::7, "m"] = np.nan
     frame.to_csv(tmp_path / "t.csv", index=False)
     table = load_table(tmp_path / "t.csv")
-    (measure,) = correlate(table, group_by=["lr", "batch_size"])
+    (measure,) = correlate(table, group_by=["lr", "batch_size"]).measures
     assert sum(of["error_gap"].n for of in measure.subgroups.values()) == measure.gaps["error_gap"].n == 51
     for label, rows in group_rows(table, ["lr", "batch_size"]).items():
         part = frame.iloc[rows].dropna()

@@ -69,21 +69,32 @@ def test_json_contract(capsys: pytest.CaptureFixture[str], table: Path) -> None:
     code, out, _ = run(capsys, str(table), "--json", "--group-by", "lr")
     result = json.loads(out)
     assert code == 0
-    assert set(result) == {"num_runs", "excluded", "hyperparameters", "measures"}
+    assert {"num_runs", "num_settings", "excluded", "hyperparameters", "measures", "comparisons"} <= set(
+        result
+    )
+    assert (result["seed"], result["resamples"], result["excluded_by_reason"]) == (0, 2000, {})
     assert (result["num_runs"], result["excluded"]) == (6, [])
     assert result["hyperparameters"] == ["lr"]
     assert list(result["measures"]) == ["local_inconsistency", "fisher_trace"]
     trace = result["measures"]["fisher_trace"]
     assert set(trace) == {"labels", "error_gap", "ce_gap", "notes", "subgroups"}
     assert trace["labels"] is None
-    assert trace["error_gap"] == {
+    expected = {
         "tau": pytest.approx(1.0),
         "p_naive": pytest.approx(2 / 720),
+        "p": 1.0,
         "n": 6,
+        "num_settings": 2,
         "ties_measure": 0,
         "ties_gap": 0,
         "missing": [],
+        "interval_reason": "2 settings, and an interval needs 5",
+        "p_reason": "2 arrangements of settings: p cannot be below 0.5",
+        "flags": [],
     }
+    assert {key: trace["error_gap"][key] for key in expected} == expected
+    assert {"between", "within", "granulated", "conditional_information", "sign_error", "strata", "simpson",
+            "partial", "prediction", "selection", "noise_filtered"} <= set(trace["error_gap"])  # fmt: skip
     assert trace["ce_gap"]["ties_gap"] == 3
     assert result["measures"]["local_inconsistency"]["error_gap"]["tau"] == pytest.approx(-1.0)
     assert {label: of["error_gap"]["n"] for label, of in trace["subgroups"].items()} == {
@@ -191,8 +202,9 @@ def test_the_table_fits_its_terminal(
     code, out, _ = run(capsys, str(table), "--no-figure", "--group-by", "lr")
     assert code == 0
     assert max(map(len, out.splitlines())) <= columns
-    for text in ("local_inconsistency", "fisher_trace", "lr=0.1", "p (naive)", "τ-b", "0.0028"):
+    for text in ("local_inconsistency", "fisher_trace", "lr=0.1", "τ-b", "95 %", "+1.000", "−1.000"):
         assert text in out
+    assert "no interval: 2 settings, and an interval needs 5" in " ".join(out.split())
 
 
 def test_measure_names_are_not_markup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

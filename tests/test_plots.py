@@ -28,7 +28,7 @@ def wide_table(folder: Path, num_measures: int, n: int = 20) -> RunTable:
 @pytest.mark.parametrize(("num_measures", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
 def test_panels_wrap_after_three(tmp_path: Path, num_measures: int, shape: tuple[int, int]) -> None:
     table = wide_table(tmp_path, num_measures)
-    figure = plots.scatter_panels(table, correlate(table), table.gaps, {})
+    figure = plots.scatter_panels(table, correlate(table).measures, table.gaps, {})
     assert len(figure.axes) == 2 * num_measures
     grid = figure.axes[0].get_subplotspec().get_gridspec()  # type: ignore[union-attr]
     assert (grid.nrows, grid.ncols) == (2 * shape[0], shape[1])
@@ -38,7 +38,7 @@ def test_panels_wrap_after_three(tmp_path: Path, num_measures: int, shape: tuple
 def test_panels_draw_every_run_once_and_name_each_subgroup(tmp_path: Path) -> None:
     table = wide_table(tmp_path, 2)
     groups = group_rows(table, ["lr"])
-    statistics = correlate(table, ["ce_gap"], ["lr"])
+    statistics = correlate(table, ["ce_gap"], ["lr"]).measures
     figure = plots.scatter_panels(table, statistics, ["ce_gap"], groups)
     for axes, measure in zip(figure.axes, statistics, strict=True):
         assert (
@@ -58,7 +58,7 @@ def test_colour_and_shape_both_tell_subgroups_apart() -> None:
 
 def test_written_figures_decode_and_carry_their_text(tmp_path: Path) -> None:
     table = wide_table(tmp_path, 2)
-    figure = plots.scatter_panels(table, correlate(table), table.gaps, group_rows(table, ["lr"]))
+    figure = plots.scatter_panels(table, correlate(table).measures, table.gaps, group_rows(table, ["lr"]))
     paths = [tmp_path / f"figure.{suffix}" for suffix in plots.FORMATS]
     plots.write_figure(figure, paths)
     png, pdf, svg = (path.read_bytes() for path in paths)
@@ -68,7 +68,7 @@ def test_written_figures_decode_and_carry_their_text(tmp_path: Path) -> None:
         assert np.asarray(image.convert("L")).min() < 100
     assert pdf.startswith(b"%PDF")
     assert len(pdf) > 5000
-    tau = correlate(table)[0].gaps["error_gap"].tau
+    tau = correlate(table).measures[0].gaps["error_gap"].tau
     assert tau is not None
     assert f"τ = {tau:.2f}, n = 20".replace("-", "−") in svg.decode()
     assert plots.render(figure, "svg") == svg
@@ -77,7 +77,7 @@ def test_written_figures_decode_and_carry_their_text(tmp_path: Path) -> None:
 def test_the_axis_says_whose_labels_a_hessian_was_taken_with(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("error_gap,hessian_trace,my_hessian_of_some_other_kind\n1,2,3\n2,3,4\n")
     table = load_table(tmp_path / "t.csv", measures=["hessian_trace", "my_hessian_of_some_other_kind"])
-    statistics = [replace(measure, labels="predicted") for measure in correlate(table)]
+    statistics = [replace(measure, labels="predicted") for measure in correlate(table).measures]
     figure = plots.scatter_panels(table, statistics, table.gaps, {})
     known, other = [axes.get_xlabel() for axes in figure.axes]
     assert known == r"$\mathrm{tr}\,H$ (predicted labels)"
@@ -87,7 +87,7 @@ def test_the_axis_says_whose_labels_a_hessian_was_taken_with(tmp_path: Path) -> 
 def test_undefined_panels_are_drawn_as_such(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("error_gap,m,empty\n1,2,\n2,2,\n")
     table = load_table(tmp_path / "t.csv")
-    figure = plots.scatter_panels(table, correlate(table), table.gaps, {})
+    figure = plots.scatter_panels(table, correlate(table).measures, table.gaps, {})
     svg = plots.render(figure, "svg").decode()
     assert "τ undefined, n = 2" in svg
     assert "no run has both values" in svg

@@ -50,7 +50,7 @@ def test_csv_values_that_are_not_finite_are_missing(tmp_path: Path) -> None:
     table = load_table(path)
     assert table.missing["m"] == {0: "not finite", 2: "not finite", 3: "no value"}
     assert table.missing["error_gap"] == {1: "no value", 2: "not finite"}
-    result = correlate(table)[0].gaps["error_gap"]
+    result = correlate(table).measures[0].gaps["error_gap"]
     assert (result.tau, result.n, len(result.missing)) == (pytest.approx(1.0), 2, 4)
 
 
@@ -69,6 +69,22 @@ def test_csv_hyperparameters_keep_numbers_text_and_gaps(tmp_path: Path) -> None:
     assert list(rows) == ["wd=0.1", "wd=10", "wd=unset"]
 
 
+def test_epochs_of_a_file_are_a_setting_only_when_asked_for(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "error_gap,m,lr,epochs\n.1,1,1,10\n.2,2,1,11\n")
+    assert (load_table(path).hyperparameters, load_table(path).measures) == (("lr",), ("m",))
+    assert load_table(path, hyperparameters=["lr", "epochs"]).hyperparameters == ("lr", "epochs")
+
+
+def test_csv_outcomes_are_no_measures(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "error_gap,m,num_test,num_train,test_error\n.1,1,10,20,x\n.2,2,,20,.3\n")
+    table = load_table(path, hyperparameters=["num_train"])
+    assert (table.measures, table.hyperparameters) == (("m",), ("num_train",))
+    assert table.outcomes == ("test_error", "num_test")
+    assert table.frame["num_test"].fillna(-1).to_list() == [10, -1]
+    assert table.frame["test_error"].fillna(-1).to_list() == [-1, 0.3]
+    assert load_table(path, measures=["num_test"]).outcomes == ("test_error", "num_train")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -81,6 +97,7 @@ def test_csv_hyperparameters_keep_numbers_text_and_gaps(tmp_path: Path) -> None:
         ("error_gap,fisher_trace\n1,2\n3,high\n", "'fisher_trace' row 2 holds 'high', which is not a number"),
         ("error_gap,m\n=1+1,2\n3,4\n", "'error_gap' row 1 holds '=1\\+1'"),
         ("error_gap,kind\n1,a\n2,b\n", "no numeric column"),
+        ("error_gap,m\x1b[31m\n1,2\n", r"m\\x1b\[31m', with characters that cannot be shown"),
         ("error_gap,m\n1,2\n3,4,5\n", "not a readable CSV"),
     ],
 )

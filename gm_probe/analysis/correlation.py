@@ -1,89 +1,117 @@
-"""Kendall's τ-b of each measure against each generalization gap, over all runs and per subgroup.
+"""All statistics of each measure against each generalization gap, over all runs and per subgroup.
 
-The p-value here is the naive one: it takes runs as independent draws, which the seeds of one setting are not,
-so it fires too often on a sweep with several seeds a setting.
+Kendall's τ-b with an interval from leaving out whole settings and a p from permuting them: the naive p takes
+runs as independent draws, which the seeds of one setting are not.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from gm_probe.analysis.comparison import Resampled, compare
+from gm_probe.analysis.conditional import conditioning
+from gm_probe.analysis.design import Design, design_of, setting_names
+from gm_probe.analysis.granulated import granulated
+from gm_probe.analysis.intervals import jackknife_interval, percentile_interval
+from gm_probe.analysis.noise import noise_filtered
+from gm_probe.analysis.pair_sums import EXACT_SETTINGS, PairSums, pair_sums, tau_of
+from gm_probe.analysis.partial import partial
+from gm_probe.analysis.permutation import EXACT_RUNS, permutation_p, permuted_coefficients
+from gm_probe.analysis.prediction import prediction, selection
+from gm_probe.analysis.rank import tied_pairs
+from gm_probe.analysis.results import (
+    Correlation,
+    Details,
+    MeasureStatistics,
+    Quantity,
+    SweepStatistics,
+)
+from gm_probe.analysis.sample import Draws, Sample, sample_of
+from gm_probe.analysis.sign_error import sign_error
+from gm_probe.analysis.strata import between, stratified, within
 from gm_probe.analysis.table import Exclusion, RunTable, by_reason, require_known, show
-from gm_probe.core.errors import DataError
+from gm_probe.core.errors import DataError, ResourceError, UsageError
 
-
-@dataclass(frozen=True, slots=True)
-class Correlation:
-    """τ-b between a measure and a gap over the ``n`` runs that have both.
-
-    ``tau`` and ``p_naive`` are None exactly when ``reason`` says why τ is undefined. ``ties_measure`` and
-    ``ties_gap`` count the pairs of runs equal in that variable, pairs equal in both included. ``missing``
-    lists the runs without a usable value: n + len(missing) is the number of runs looked at.
-    """
-
-    tau: float | None
-    p_naive: float | None
-    n: int
-    ties_measure: int
-    ties_gap: int
-    reason: str | None = None
-    missing: tuple[Exclusion, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class MeasureStatistics:
-    """All about one measure: ``gaps[gap]`` over all runs, ``subgroups[label][gap]`` within a subgroup.
-
-    ``labels`` is the measure's in ``RunTable.labels``; ``warnings`` say in which settings of the measurement
-    the runs differ, so that their values are not comparable.
-    """
-
-    name: str
-    labels: str | None
-    gaps: dict[str, Correlation]
-    subgroups: dict[str, dict[str, Correlation]]
-    warnings: tuple[str, ...]
-    notes: tuple[str, ...]
+RESAMPLES = 2000
+MOST_RUNS = 30_000
+"""All pairs of more runs do not fit in memory."""
+PARTS = ("details", "conditional", "prediction", "comparisons")
+"""What can be skipped; ``details`` holds all that goes beyond τ and comparisons."""
 
 
 def correlate(
-    table: RunTable, gaps: Sequence[str] = (), group_by: Sequence[str] = ()
-) -> tuple[MeasureStatistics, ...]:
+    table: RunTable,
+    gaps: Sequence[str] = (),
+    group_by: Sequence[str] = (),
+    *,
+    controls: Sequence[str] = (),
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    skip: Collection[str] = (),
+) -> SweepStatistics:
     """Statistics of every measure of ``table`` against ``gaps`` (empty: all it has), in the table's order.
 
+    ``controls`` are columns to take partial τ given; empty: the usual ones and the hyperparameters. ``skip``
+    names some of ``PARTS``. Large tables take fewer than ``resamples``, and a note says so.
+
     Raises:
-        UsageError: a gap or a ``group_by`` name that the table does not have.
+        UsageError: a gap, a ``group_by``, control or part that there is not, or ``resamples`` below 100.
         DataError: fewer than two runs, so that no rank correlation exists.
+        ResourceError: more than ``MOST_RUNS`` runs.
     """
     require_known(gaps, table.gaps, "gap")
-    if table.num_runs < 2:
-        reasons = "; ".join(
-            f"{len(runs)} excluded: {reason}" for reason, runs in by_reason(table.excluded).items()
-        )
-        raise DataError(
-            f"{table.source} has {table.num_runs} usable run{f' ({reasons})' if reasons else ''}; "
-            "a rank correlation needs at least 2"
-        )
+    require_known(skip, PARTS, "part to skip named")
+    require_known(
+        controls, [*table.measures, *table.hyperparameters, *table.outcomes], "column to control for named"
+    )
+    if resamples < 100:
+        raise UsageError(f"{resamples} resamples tell neither an interval nor p; give 100 or more")
+    _require_runs(table)
     gaps = gaps or table.gaps
-    everyone = np.arange(table.num_runs)
+    draws = Draws(seed, resamples)
     groups = group_rows(table, group_by) if group_by else {}
-    return tuple(
-        MeasureStatistics(
-            name=name,
-            labels=table.labels.get(name),
-            gaps={gap: _correlation(table, name, gap, everyone) for gap in gaps},
-            subgroups={
-                label: {gap: _correlation(table, name, gap, rows) for gap in gaps}
-                for label, rows in groups.items()
-            },
-            warnings=_warnings(table, name),
-            notes=_notes(table, name),
+    design = design_of(table, group_by, controls)
+    everyone = np.arange(table.num_runs)
+    parts: dict[str, dict[str, _Part]] = {gap: {} for gap in gaps}
+    measures = []
+    for name in table.measures:
+        whole, details = {}, {}
+        for gap in gaps:
+            part = parts[gap][name] = _part(table, design, name, gap, everyone, draws)
+            whole[gap] = part.correlation
+            if "details" not in skip:
+                details[gap] = _details(table, design, name, gap, part, draws, skip)
+        subgroups = {
+            label: {gap: _part(table, design, name, gap, rows, draws).correlation for gap in gaps}
+            for label, rows in groups.items()
+        }
+        labels, notes = table.labels.get(name), _notes(table, name)
+        measures.append(
+            MeasureStatistics(name, labels, whole, subgroups, _warnings(table, name), notes, details)
         )
-        for name in table.measures
+    comparisons = {
+        gap: compare(
+            {name: part.sample for name, part in of.items()},
+            {name: part.resampled for name, part in of.items() if part.resampled},
+            draws,
+        )
+        for gap, of in parts.items()
+        if "comparisons" not in skip
+    }
+    sizes = np.unique(design.setting, return_counts=True)[1]
+    return SweepStatistics(
+        measures=tuple(measures),
+        comparisons=comparisons,
+        num_runs=table.num_runs,
+        num_settings=len(sizes),
+        largest_setting=int(sizes.max()),
+        seed=seed,
+        resamples=resamples,
+        notes=(*_design_notes(table, sizes), *draws.notes),
     )
 
 
@@ -131,30 +159,148 @@ def kendall(measure: np.ndarray, gap: np.ndarray) -> Correlation:
     tau, p_naive = float(result.statistic), float(result.pvalue)
     assert math.isfinite(tau)  # neither variable is constant here
     assert math.isfinite(p_naive)
-    return Correlation(tau, p_naive, n, *ties)
+    ranks = stats.rankdata(measure), stats.rankdata(gap)
+    return Correlation(tau, p_naive, n, *ties, spearman=_pearson(*ranks), pearson=_pearson(measure, gap))
 
 
-def tied_pairs(values: np.ndarray) -> int:
-    """Number of pairs i < j with values[i] == values[j], for an array (n,)."""
-    counts = np.unique(values, return_counts=True)[1].astype(np.int64)
-    return int((counts * (counts - 1) // 2).sum())
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One measure and gap over some runs; ``sums`` and ``resampled`` are None where τ is undefined."""
+
+    correlation: Correlation
+    sample: Sample
+    sums: PairSums | None = None
+    resampled: Resampled | None = None
 
 
-def _correlation(table: RunTable, name: str, gap: str, rows: np.ndarray) -> Correlation:
-    """``kendall`` over those of ``rows`` that have both values, with the others listed."""
+def _part(table: RunTable, design: Design, name: str, gap: str, rows: np.ndarray, draws: Draws) -> _Part:
+    """τ over those of ``rows`` that have both values, with the others listed."""
     frame = table.frame.iloc[rows]
-    gone = []
-    for row, run, *values in zip(rows.tolist(), frame["run"], frame[name], frame[gap], strict=True):
-        reasons = [
-            f"{column}: {table.missing.get(column, {}).get(row, 'no value')}"
-            for column, value in zip((name, gap), values, strict=True)
-            if math.isnan(value)
-        ]
-        if reasons:
-            gone.append(Exclusion(run, "; ".join(reasons)))
-    complete = frame[[name, gap]].dropna()
-    result = kendall(complete[name].to_numpy(), complete[gap].to_numpy())
-    return replace(result, missing=tuple(gone))
+    x, y = frame[name].to_numpy(), frame[gap].to_numpy()
+    present = np.isfinite(x) & np.isfinite(y)
+    sample = sample_of(x[present], y[present], rows[present], design.setting[rows[present]])
+    names = frame["run"].to_list()
+    missing = tuple(
+        Exclusion(
+            names[place],
+            "; ".join(
+                f"{column}: {table.missing.get(column, {}).get(int(rows[place]), 'no value')}"
+                for column, values in ((name, x), (gap, y))
+                if not math.isfinite(values[place])
+            ),
+        )
+        for place in np.flatnonzero(~present)
+    )
+    result = replace(kendall(sample.x, sample.y), missing=missing)
+    num_settings = 1 if sample.one_setting else sample.num_settings
+    if result.tau is None:
+        return _Part(replace(result, num_settings=num_settings), sample)
+    sums = pair_sums(sample.x, sample.y, sample.setting, sample.num_settings, between=True)
+    without = tau_of(sums.leave_one_out())
+    taus = tau_of(sums.resampled(draws.counts(sample.num_settings)))
+    low, high, why = jackknife_interval(result.tau, without, "runs" if sample.one_setting else "settings")
+    finite = taus[np.isfinite(taus)]
+    percentiles = (None, None) if why else percentile_interval(finite)
+    permutations = draws.blocks(sample.setting)
+    num = len(permutations.rows)
+    p = permutation_p(permuted_coefficients(sample.x, sample.y, permutations.rows)) if num else None
+    result = replace(
+        result,
+        num_settings=num_settings,
+        low=low,
+        high=high,
+        low_percentile=percentiles[0],
+        high_percentile=percentiles[1],
+        interval_reason=why,
+        num_resamples=len(finite),
+        p=p,
+        p_reason=permutations.limit,
+        num_permutations=num,
+    )
+    return _Part(result, sample, sums, Resampled(sample, result.tau or 0.0, without, taus))
+
+
+def _details(
+    table: RunTable, design: Design, name: str, gap: str, part: _Part, draws: Draws, skip: Collection[str]
+) -> Details:
+    sample, whole = part.sample, part.correlation
+    values = {hyper: numbers for hyper, (_, numbers) in design.cells.items()}
+    sums = part.sums or pair_sums(sample.x, sample.y, sample.setting, sample.num_settings)
+    inside = within(sample, sums, draws)
+    strata = [stratified(sample, by, stratum[sample.rows], whole) for by, stratum in design.strata.items()]
+    return Details(
+        noise_filtered=noise_filtered(sample, gap, table, draws),
+        between=between(sample, draws),
+        within=inside,
+        granulated=granulated(sample, design.cells),
+        conditioning=None if "conditional" in skip else conditioning(sample, values, draws),
+        sign_error=sign_error(sample, gap, table, design.cells, draws),
+        strata=tuple(strata),
+        partial={
+            control: Quantity(None, n=sample.n, reason=column)
+            if isinstance(column, str)
+            else partial(sample, column, draws)
+            for control, column in design.controls.items()
+            if control != name
+        },
+        prediction=None if "prediction" in skip else prediction(sample, draws),
+        selection=selection(sample, table),
+    )
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Of arrays that are not constant; scaled first, as values near 1e300 have no finite square."""
+    x, y = (values / np.abs(values).max() for values in (x, y))
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / math.sqrt(float(x @ x) * float(y @ y)))
+
+
+def _require_runs(table: RunTable) -> None:
+    if table.num_runs < 2:
+        reasons = "; ".join(
+            f"{len(runs)} excluded: {reason}" for reason, runs in by_reason(table.excluded).items()
+        )
+        raise DataError(
+            f"{table.source} has {table.num_runs} usable run{f' ({reasons})' if reasons else ''}; "
+            "a rank correlation needs at least 2"
+        )
+    if table.num_runs > MOST_RUNS:
+        raise ResourceError(
+            f"{table.source} has {table.num_runs:,} runs; the pairs of more than {MOST_RUNS:,} do not fit in "
+            "memory: give a random part of them"
+        )
+
+
+def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
+    notes = []
+    alone = int((sizes == 1).sum())
+    if not setting_names(table):
+        notes.append(
+            "no hyperparameter is known: each run counts as an independent setting (--hyper names them)"
+        )
+    elif len(sizes) == 1:
+        notes.append("all runs are of one setting: they count as independent")
+    elif alone == len(sizes):
+        notes.append(
+            f"no setting has two runs: {alone} clusters of one, and nothing tells seeds from settings"
+        )
+    elif alone:
+        notes.append(f"{alone} of {len(sizes)} settings have a single run")
+    if table.num_runs > EXACT_RUNS:
+        notes.append(f"more than {EXACT_RUNS} runs: permutations take Spearman's ρ in place of τ")
+    if len(sizes) > EXACT_SETTINGS:
+        notes.append(f"more than {EXACT_SETTINGS} settings: bootstrap resamples take τ's first-order term")
+    for what, columns in (
+        ("name", ["run"]),
+        ("values", [*table.gaps, *table.measures, *table.hyperparameters]),
+    ):
+        repeated = table.frame.duplicated(columns)
+        if repeated.any():
+            first = table.frame["run"][repeated].iloc[0]
+            notes.append(
+                f"{repeated.sum()} runs repeat the {what} of another, such as {first}: is one listed twice?"
+            )
+    return notes
 
 
 def _warnings(table: RunTable, name: str) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def scatter_panels(
                     _scatter(axes, table, measure.name, gap, groups)
                     axes.set_title(_title(measure.gaps[gap]))
                     if row == len(gaps) - 1:
-                        axes.set_xlabel(_measure_label(measure))
+                        axes.set_xlabel(measure_label(measure))
                     if first is None:
                         axes.set_ylabel(GAPS[gap])
                         first = axes
@@ -106,12 +106,12 @@ def scatter_panels(
     return figure
 
 
-def render(figure: Figure, suffix: str) -> bytes:
+def render(figure: Figure, suffix: str, *, transparent: bool = False) -> bytes:
     """``figure`` as a ``png`` (200 dots an inch), ``pdf`` or ``svg``; equal figures give equal bytes."""
     undated: dict[str, dict[str, str | None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix))
+        figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix), transparent=transparent)
     return buffer.getvalue()
 
 
@@ -146,8 +146,13 @@ def _scatter(axes: Axes, table: RunTable, measure: str, gap: str, groups: Mappin
             linewidths=0,
             rasterized=len(x) > 2000,  # keeps PDF and SVG small
         )
+    measure_axis(axes, x[present])
+
+
+def measure_axis(axes: Axes, values: np.ndarray) -> None:
+    """Ticks for ``values`` (n,) along x and a gap along y; logarithmic in x over more than a positive decade."""
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    least, most = x[present].min(), x[present].max()
+    least, most = values.min(), values.max()
     if least <= 0 or most <= 10 * least:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         return
@@ -165,10 +170,17 @@ def _title(result: Correlation) -> str:
     return f"{tau}, n = {result.n}"
 
 
-def _measure_label(measure: MeasureStatistics) -> str:
+def measure_label(measure: MeasureStatistics) -> str:
+    """For the axis of ``measure``: its symbol, and whose labels it was taken with."""
     labels = f" ({measure.labels} labels)" if measure.labels else ""
     known = MEASURE_LABELS.get(measure.name)
-    return known + labels if known else textwrap.fill(measure.name.replace("$", r"\$") + labels, 30)
+    return known + labels if known else "\n".join(wrapped(measure.name + labels, 30)).replace("$", r"\$")
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most ``width`` letters, broken at spaces and after underscores."""
+    swap = str.maketrans("_-", "-_")  # textwrap breaks after hyphens, which are rare in names
+    return [line.translate(swap) for line in textwrap.wrap(text.translate(swap), width)]
 
 
 def _handle(index: int, label: str) -> Line2D:

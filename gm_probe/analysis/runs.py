@@ -13,6 +13,7 @@ from gm_probe.analysis.table import (
     BOOKKEEPING,
     GAPS,
     KNOWN_MEASURES,
+    OUTCOMES,
     Exclusion,
     RunTable,
     by_reason,
@@ -110,6 +111,11 @@ def _table_from_folders(
         )
     for name in hypers:
         columns[name] = pd.Series([config.get(name) for config in configs], dtype=object)
+    outcomes = [
+        name for name in OUTCOMES if name not in columns and any(name in record.summary for record in records)
+    ]
+    for name in outcomes:
+        columns[name], _ = _finite([{"value": record.summary.get(name)} for record in records], absent="")
     notes = [f"hyperparameters that vary over the runs: {', '.join(varying) or 'none'}"]
     missed = sum(map(_missed_stop, records))
     if missed:
@@ -128,6 +134,7 @@ def _table_from_folders(
         unconverged=unconverged,
         conditions=conditions,
         notes=tuple(notes[1:] if hyperparameters else notes),
+        outcomes=tuple(outcomes),
     )
 
 

@@ -11,6 +11,7 @@ from gm_probe.analysis.table import (
     BOOKKEEPING,
     GAPS,
     KNOWN_MEASURES,
+    OUTCOMES,
     RunTable,
     require_distinct,
     require_known,
@@ -18,15 +19,16 @@ from gm_probe.analysis.table import (
 )
 from gm_probe.core.errors import DataError, StorageError, UsageError
 
-# Usual names of training choices and of outcomes: never taken for a measure unless asked for.
+# Usual names of training choices: never taken for a measure unless asked for.
 # fmt: off
 SETTINGS = frozenset((
     "method", "model", "data", "dataset", "optimizer", "lr", "learning_rate", "batch_size", "weight_decay",
-    "momentum", "epochs", "schedule", "augment", "augmentation", "label_smoothing", "rho", "beta",
-    "ascent_steps", "steps", "noise_scale", "num_parameters", "num_examples",
+    "momentum", "schedule", "augment", "augmentation", "label_smoothing", "rho", "beta",
+    "ascent_steps", "noise_scale", "num_parameters", "num_examples",
 ))
 # fmt: on
-OUTCOMES = frozenset(("train_error", "test_error", "train_ce", "test_ce", "train_accuracy", "test_accuracy"))
+# Neither: epochs and steps are outcomes where training stops early, and would then tell seeds apart as settings.
+LEFT_OUT = frozenset(("train_accuracy", "test_accuracy", "epochs", "steps", "", *OUTCOMES))
 NO_VALUE = ("", "-", "na", "n/a", "nan", "nat", "null", "none", "<na>")
 
 
@@ -45,6 +47,11 @@ def table_from_file(
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise DataError(f"{source} has the column {repeated[0]!r} more than once; rename or remove one")
+    odd = [name for name in names if not name.isprintable()]
+    if odd:
+        raise DataError(
+            f"{source} has the column {odd[0]!r}, with characters that cannot be shown; rename it"
+        )
     gaps = [gap for gap in GAPS if gap in names]
     if not gaps:
         raise DataError(
@@ -59,7 +66,7 @@ def table_from_file(
     by_name = [name for name in names if name in SETTINGS and name not in measures]
     hypers = unique([*(hyperparameters or by_name), *group_by])
     free = [name for name in names if name not in {*gaps, *hypers, "run"}]
-    candidates = [name for name in free if name not in BOOKKEEPING | SETTINGS | OUTCOMES | {""}]
+    candidates = [name for name in free if name not in BOOKKEEPING | SETTINGS | LEFT_OUT]
     chosen = (
         unique(measures)
         or [name for name in KNOWN_MEASURES if name in candidates]
@@ -78,6 +85,8 @@ def table_from_file(
     frame = {"run": rows}
     frame |= {name: columns[name].values for name in [*gaps, *chosen]}
     frame |= {name: _settings(columns[name], raw[name]) for name in hypers}
+    outcomes = [name for name in OUTCOMES if name in names and name not in frame]
+    frame |= {name: columns[name].values for name in outcomes}
     return RunTable(
         source=source,
         frame=pd.DataFrame(frame),
@@ -86,6 +95,7 @@ def table_from_file(
         hyperparameters=tuple(hypers),
         missing={name: columns[name].missing for name in [*gaps, *chosen]},
         notes=() if measures else (note,),
+        outcomes=tuple(outcomes),
     )
 
 

@@ -39,6 +39,8 @@ KNOWN_MEASURES = (
     "inconsistency",
     "instability",
 )
+OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "num_test")
+"""What a run may say of its training besides the gaps; not taken for measures."""
 UNSET = "unset"
 # What tells runs apart without being a choice about training: never a hyperparameter unless asked for.
 # fmt: off
@@ -62,7 +64,8 @@ class RunTable:
     """The runs that entered, one a row, and an account of those that did not.
 
     ``frame`` has rows 0..n-1 and the columns ``run`` (str), ``gaps`` and ``measures`` (float, NaN where
-    ``missing`` gives the reason) and ``hyperparameters`` (bool, int, float, str, or None where unset).
+    ``missing`` gives the reason), ``outcomes`` (float, NaN where unknown; those of ``OUTCOMES`` that were found
+    and play no other role) and ``hyperparameters`` (bool, int, float, str, or None where unset).
     ``missing[column]`` maps a row to its reason; ``unconverged[measure]`` holds the rows whose estimate had
     not converged. ``conditions[measure][setting]`` counts the runs under each value that the measure was taken
     with (``show``n; of runs that have the measure). ``notes`` are the choices made while reading, for the
@@ -79,6 +82,7 @@ class RunTable:
     unconverged: Mapping[str, frozenset[int]] = field(default_factory=dict)
     conditions: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    outcomes: tuple[str, ...] = ()
 
     @property
     def num_runs(self) -> int:

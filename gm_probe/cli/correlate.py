@@ -1,31 +1,17 @@
 """``gmprobe correlate``: statistics, a table and a figure over many runs."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from gm_probe.cli.output import (
-    FIGURE_SUFFIXES,
-    format_options,
-    notes_console,
-    number,
-    print_csv,
-    print_json,
-    results_console,
-    table,
-)
+from gm_probe.cli.output import FIGURE_SUFFIXES, format_options, notes_console, print_csv, print_json
+from gm_probe.cli.statistics import as_json, as_rows, print_details, print_tables, warnings
 from gm_probe.core.errors import DataError, UsageError
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
-    from gm_probe.analysis.correlation import Correlation, MeasureStatistics
-    from gm_probe.analysis.table import Exclusion, RunTable
-
-LEGEND = (
-    "p (naive) takes runs as independent, which seeds of one setting are not.\n"
-    "ties: pairs of runs equal in the measure / equal in the gap."
-)
+    from gm_probe.analysis.results import SweepStatistics
+    from gm_probe.analysis.table import RunTable
 
 
 @click.command(epilog="Example:  gmprobe correlate runs/ --group-by weight_decay")
@@ -53,6 +39,22 @@ LEGEND = (
     "or none with --json and --csv.",
 )
 @click.option("--no-figure", is_flag=True, help="Write no figure.")
+@click.option("--details", is_flag=True, help="Print every statistic, not τ alone (--json always has them).")
+@click.option(
+    "--control",
+    metavar="A,B",
+    default="",
+    help="Take partial τ given these columns. Default: train_ce, hessian_lambda_max, parameter_norm where there "
+    "are such, and each hyperparameter.",
+)
+@click.option(
+    "--skip",
+    metavar="A,B",
+    default="",
+    help="Leave out slow parts: details (all but τ), conditional, prediction, comparisons.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all resampling.")
+@click.option("--resamples", default=2000, show_default=True, help="Bootstrap resamples and permutations.")
 @format_options
 def correlate(
     source: Path,
@@ -63,6 +65,11 @@ def correlate(
     converged_only: bool,
     figure_path: Path | None,
     no_figure: bool,
+    details: bool,
+    control: str,
+    skip: str,
+    seed: int,
+    resamples: int,
     output: str | None,
     quiet: bool,
 ) -> None:
@@ -74,8 +81,11 @@ def correlate(
     reason. Of a file, the columns that bear a measure's name are taken, or else every numeric column that is
     not a setting or an identifier; stderr says which.
 
-    The statistic is Kendall's τ-b, of all runs and of each --group-by subgroup. Its p is naive: it takes
-    runs as independent, which seeds of one setting are not, so it is too small where settings repeat.
+    The statistic is Kendall's τ-b, of all runs and of each --group-by subgroup, with a 95 % interval and a p
+    that take settings as independent and the seeds of one setting as not: runs that agree in every
+    hyperparameter are one setting. --details adds τ between and within settings and subgroups (with a flag
+    for Simpson's paradox), over pairs beyond sampling noise, partial τ, granulated ψ, conditional mutual
+    information, sign errors, prediction and selection, and the differences between measures.
 
     Runs whose measures were taken with different settings (ρ, data, labels, ...) are not comparable: the
     result then says which settings differ.
@@ -85,6 +95,10 @@ def correlate(
     """
     from gm_probe.analysis import correlation, runs
 
+    if details and output:
+        raise UsageError(
+            "--details is for the printed tables; --json has every statistic, --csv the main ones"
+        )
     if no_figure and figure_path is not None:
         raise UsageError("--figure and --no-figure exclude each other; give one")
     wanted = figure_path is not None or not (no_figure or output)
@@ -92,22 +106,27 @@ def correlate(
     by = _names(group_by)
     found = runs.load_table(source, _names(measures), _names(hyper), by, converged_only=converged_only)
     gaps = found.gaps if gap == "both" else (gap,)
-    statistics = correlation.correlate(found, gaps, by)
+    statistics = correlation.correlate(
+        found, gaps, by, controls=_names(control), seed=seed, resamples=resamples, skip=_names(skip)
+    )
 
     if output == "json":
-        print_json(_as_json(found, statistics))
+        print_json(as_json(found, statistics))
     elif output == "csv":
-        print_csv(_as_rows(statistics))
+        print_csv(as_rows(statistics))
     else:
-        _print_tables(statistics, gaps)
+        print_tables(statistics, gaps)
+        if details:
+            print_details(statistics, gaps)
     _print_notes(found, statistics, quiet)
-    if all(result.tau is None for measure in statistics for result in measure.gaps.values()):
+    measured = [result for measure in statistics.measures for result in measure.gaps.values()]
+    if all(result.tau is None for result in measured):
         raise DataError(f"no measure in {source} has a defined τ; the reasons stand in the result")
     if paths:
         from gm_probe.analysis import plots
 
         groups = correlation.group_rows(found, by) if by else {}
-        plots.write_figure(plots.scatter_panels(found, statistics, gaps, groups), paths)
+        plots.write_figure(plots.scatter_panels(found, statistics.measures, gaps, groups), paths)
         _say(f"figure: {', '.join(map(str, paths))}", quiet)
 
 
@@ -126,93 +145,14 @@ def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:
     return [chosen.with_name(chosen.name + suffix) for suffix in FIGURE_SUFFIXES]
 
 
-def _as_json(found: "RunTable", statistics: Sequence["MeasureStatistics"]) -> dict[str, Any]:
-    return {
-        "num_runs": found.num_runs,
-        "excluded": _excluded(found.excluded),
-        "hyperparameters": list(found.hyperparameters),
-        "measures": {
-            measure.name: {
-                "labels": measure.labels,
-                **{gap: _figures(result) for gap, result in measure.gaps.items()},
-                "notes": [*measure.warnings, *measure.notes],
-                "subgroups": {
-                    label: {gap: _figures(result) for gap, result in gaps.items()}
-                    for label, gaps in measure.subgroups.items()
-                },
-            }
-            for measure in statistics
-        },
-    }
+def _say(text: str, quiet: bool) -> None:
+    notes_console(quiet).print(text, markup=False, soft_wrap=True)
 
 
-def _figures(result: "Correlation") -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "tau": result.tau,
-        "p_naive": result.p_naive,
-        "n": result.n,
-        "ties_measure": result.ties_measure,
-        "ties_gap": result.ties_gap,
-        "missing": _excluded(result.missing),
-    }
-    return figures if result.reason is None else {**figures, "reason": result.reason}
-
-
-def _excluded(exclusions: Sequence["Exclusion"]) -> list[dict[str, str]]:
-    return [{"run": exclusion.run, "reason": exclusion.reason} for exclusion in exclusions]
-
-
-def _as_rows(statistics: Sequence["MeasureStatistics"]) -> list[dict[str, Any]]:
-    """One row a measure, subgroup (empty: all runs) and gap, for ``--csv``."""
-    rows = []
-    for measure in statistics:
-        for subgroup, gaps in [("", measure.gaps), *measure.subgroups.items()]:
-            for gap, result in gaps.items():
-                figures = {**_figures(result), "missing": len(result.missing), "reason": result.reason}
-                place = {"measure": measure.name, "labels": measure.labels, "subgroup": subgroup, "gap": gap}
-                rows.append({**place, **figures})
-    return rows
-
-
-def _print_tables(statistics: Sequence["MeasureStatistics"], gaps: Sequence[str]) -> None:
-    """One table a gap: side by side they would not fit 60 columns."""
-    from gm_probe.analysis.table import GAPS
-
-    console = results_console()
-    for gap in gaps:
-        rows, undefined = [], []
-        for measure in statistics:
-            labels = f" ({measure.labels} labels)" if measure.labels else ""
-            for subgroup, results in [(None, measure.gaps), *measure.subgroups.items()]:
-                result = results[gap]
-                name = measure.name + labels if subgroup is None else f"  {subgroup}"
-                ties = f"{result.ties_measure}/{result.ties_gap}"
-                rows.append((name, number(result.tau, 3), number(result.p_naive, 2), str(result.n), ties))
-                if result.reason is not None:
-                    place = measure.name if subgroup is None else f"{measure.name}, {subgroup}"
-                    undefined.append(f"{place}: τ undefined, {result.reason}")
-        grid = table(f"{gap}: {GAPS[gap]}", ("measure", "τ-b", "p (naive)", "n", "ties"), rows)
-        console.print(grid)
-        for line in undefined:
-            console.print(line, markup=False, highlight=False)
-    for line in _warnings(statistics):
-        console.print(line, style="bold", markup=False, highlight=False)
-    console.print(LEGEND, style="dim", markup=False, highlight=False)
-
-
-def _warnings(statistics: Sequence["MeasureStatistics"]) -> list[str]:
-    """One line a warning, under the names of all the measures that it holds for."""
-    names: dict[str, list[str]] = {}
-    for measure in statistics:
-        for warning in measure.warnings:
-            names.setdefault(warning, []).append(measure.name)
-    return [f"{', '.join(measures)}: {warning}" for warning, measures in names.items()]
-
-
-def _print_notes(found: "RunTable", statistics: Sequence["MeasureStatistics"], quiet: bool) -> None:
+def _print_notes(found: "RunTable", statistics: "SweepStatistics", quiet: bool) -> None:
     from gm_probe.analysis.table import by_reason
 
-    for note in found.notes:
+    for note in (*found.notes, *statistics.notes):
         _say(note, quiet)
     if found.excluded:
         total = found.num_runs + len(found.excluded)
@@ -220,12 +160,8 @@ def _print_notes(found: "RunTable", statistics: Sequence["MeasureStatistics"], q
         for reason, names in by_reason(found.excluded).items():
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more (--json)" if len(names) > 5 else "")
             _say(f"  {len(names)} {reason}: {shown}", quiet)
-    for warning in _warnings(statistics):
+    for warning in warnings(statistics.measures):
         _say(f"warning: {warning}", quiet)
-    for measure in statistics:
+    for measure in statistics.measures:
         for note in measure.notes:
             _say(f"{measure.name}: {note}", quiet)
-
-
-def _say(text: str, quiet: bool) -> None:
-    notes_console(quiet).print(text, markup=False, soft_wrap=True)

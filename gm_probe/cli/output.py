@@ -14,6 +14,7 @@ from rich.table import Table
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 """What figures may be written as."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def results_console() -> Console:
@@ -39,13 +40,20 @@ def print_json(value: Any) -> None:
 
 
 def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as CSV on stdout; the header is the union of their keys, None is an empty field."""
+    """Print rows as CSV on stdout; the header is the union of their keys, None is an empty field.
+
+    Text that a spreadsheet would run as a formula gets a leading apostrophe.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_harmless, columns))
+    writer.writerows([_harmless(row.get(column)) for column in columns] for row in rows)
     click.echo(text.getvalue(), nl=False)
+
+
+def _harmless(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

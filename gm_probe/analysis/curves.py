@@ -1,0 +1,41 @@
+"""What a run recorded epoch by epoch, as arrays to draw."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gm_probe.analysis.provenance import run_folder
+from gm_probe.analysis.table import RunTable
+from gm_probe.core.errors import StorageError
+from gm_probe.core.records import read_metrics
+
+CURVES = {
+    "running_loss": "training loss (running)",
+    "running_error": "training error (running)",
+    "test_error": "test error",
+    "local_inconsistency": r"$S_\rho$ along training",
+}
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+def read_curves(table: RunTable) -> tuple[dict[str, list[Curve]], dict[str, str]]:
+    """(epochs, values) of every run in the table's order under each name in ``CURVES`` that any run recorded,
+    and the runs without a readable metrics file under their reasons."""
+    found: dict[str, list[Curve]] = {name: [] for name in CURVES}
+    unread: dict[str, str] = {}
+    for run in table.frame["run"]:
+        try:
+            rows = list(read_metrics(run_folder(table, run)))
+        except StorageError as error:
+            rows, unread[run] = [], str(error)
+        for name, curves in found.items():
+            curves.append(_curve(rows, name))
+    return {name: curves for name, curves in found.items() if any(len(x) for x, _ in curves)}, unread
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
+    pairs = [(row.get("epoch"), row.get(name)) for row in rows]
+    points = [pair for pair in pairs if all(isinstance(value, int | float) for value in pair)]
+    x, y = np.array(points, dtype=float).reshape(-1, 2).T
+    return x[np.isfinite(y)], y[np.isfinite(y)]

@@ -1,0 +1,376 @@
+"""The report's figures, each as wide as one column of a journal and readable in grey.
+
+Where colour tells things apart, so does a second sign: the marker, its filling, the dashes, a number.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+
+from gm_probe.analysis.plots import MARKERS, MEASURE_LABELS, STYLE, measure_axis, measure_label, wrapped
+from gm_probe.analysis.results import MeasureStatistics, Quantity
+from gm_probe.analysis.smoothing import lowess
+from gm_probe.analysis.table import GAPS, RunTable
+
+COLUMN = 3.3  # inches
+# Of Okabe and Ito's colours, in an order whose neighbours differ in grey too; every second one is drawn hollow.
+COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", ":", "-.")
+INK = "black"
+NEUTRAL: dict[str, Any] = dict.fromkeys(("color", "markeredgecolor", "markerfacecolor"), "0.5")
+FAINT: dict[str, Any] = {"color": INK, "alpha": 0.15, "linewidth": 0.6}
+APART = 0.15  # of a column, between the cells and those set apart
+LINE = 18  # letters of a tick label's line
+MANY = 2000  # marks from which on they are drawn as pixels, which keeps SVG and PDF small
+FEWEST = 10  # points that a trend line takes
+
+
+def scatter(
+    table: RunTable,
+    measure: MeasureStatistics,
+    gap: str,
+    groups: Mapping[str, np.ndarray],
+    shapes: Mapping[str, np.ndarray],
+) -> Figure:
+    """One measure against one gap: a colour a subgroup, a marker a value of another setting, LOWESS trends.
+
+    ``groups`` and ``shapes`` map labels to rows of ``table`` (``correlation.group_rows``); either may be empty.
+    The trend of all runs is drawn in black, that of a subgroup in its colour, from 10 runs on.
+    """
+    x, y = table.frame[measure.name].to_numpy(), table.frame[gap].to_numpy()
+    present = np.isfinite(x) & np.isfinite(y)
+    entries = [*groups, *shapes]
+    figure, axes = _column(2.3, _legend_lines(entries))
+    with mpl.rc_context(STYLE):
+        axes.set_xlabel(measure_label(measure))
+        axes.set_ylabel(GAPS[gap])
+        if not present.any():
+            _say(axes, "no run has both values")
+            return figure
+        everyone = np.flatnonzero(present)
+        scale = min(1.0, (150 / len(everyone)) ** 0.25)  # the more points, the smaller
+        small = {"markersize": 4.5 * scale, "markeredgewidth": 0.9 * scale}
+        coloured = {label: rows[present[rows]] for label, rows in groups.items()} or {"": everyone}
+        for index, rows in enumerate(coloured.values()):
+            for shape, of_shape in enumerate(shapes.values() or [everyone]):
+                shown = np.intersect1d(rows, of_shape)
+                look = _look(index, shape if shapes else index) | small
+                axes.plot(x[shown], y[shown], linestyle="none", alpha=0.8, **look, rasterized=len(x) > MANY)
+        measure_axis(axes, x[present])
+        axes.autoscale_view()  # else it would wait, and be off by then
+        axes.autoscale(False)  # a trend is shown where the points are
+        for index, rows in enumerate(coloured.values()):
+            if groups:
+                _trend(axes, x[rows], y[rows], color=_colour(index), linestyle=DASHES[index % 4], linewidth=1)
+        _trend(axes, x[everyone], y[everyone], color=INK, linewidth=1.4, alpha=0.7)
+        _legend(
+            figure,
+            [_handle(label, **_look(index, 0 if shapes else index)) for index, label in enumerate(groups)]
+            + [_handle(label, **(_look(0, shape) | NEUTRAL)) for shape, label in enumerate(shapes)],
+        )
+    return figure
+
+
+def forest(rows: Mapping[str, Mapping[str, Quantity]], xlabel: str) -> Figure:
+    """A row a measure, in it a figure in −1..1 with its interval for each series (such as a gap)."""
+    series = list(dict.fromkeys(name for of in rows.values() for name in of))
+    height = max(0.17 * len(series), _row_height(rows))
+    figure, axes = _column(0.45 + height * len(rows), _legend_lines(series))
+    with mpl.rc_context(STYLE):
+        axes.axvline(0, color=INK, linewidth=0.6)
+        for place, of in enumerate(rows.values()):
+            for index, name in enumerate(series):
+                level = place + (0.6 * (index + 0.5) / len(series) - 0.3)
+                found = of[name]
+                if found.value is None:
+                    axes.text(0, level, " undefined", va="center", fontsize=7, fontstyle="italic")
+                    continue
+                if found.low is not None and found.high is not None:
+                    axes.plot([found.low, found.high], [level] * 2, color=_colour(index), linewidth=1.2)
+                axes.plot([found.value], [level], **_look(index, index))
+        _rows(axes, list(rows))
+        axes.set_xlim(-1.03, 1.03)
+        axes.set_xlabel(xlabel)
+        axes.grid(axis="x", **FAINT)
+        _legend(figure, [_handle(name, **_look(index, index)) for index, name in enumerate(series)])
+    return figure
+
+
+def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, rule: int = 0) -> Figure:
+    """``values`` (len(rows), len(columns)) in −1..1, each written in its cell; NaN is an empty cell with a dash.
+
+    The colour scale rises evenly in lightness, so that it reads the same in grey. The last ``rule`` columns
+    are set apart.
+    """
+    labels = [short_label(label, lines=1) for label in columns]
+    longest = max(6 if "$" in label else len(label) for label in labels)
+    upright = longest * 0.062 > (COLUMN - 1.2) / len(columns)
+    head = 0.062 * longest + 0.2 if upright else 0.3
+    figure, axes = _column(0.1 + max(0.22, _row_height(rows)) * len(rows) + head, 0)
+    with mpl.rc_context(STYLE):
+        scale, colours = Normalize(-1, 1), mpl.colormaps["cividis"]
+        left = np.arange(len(columns)) + APART * (np.arange(len(columns)) >= len(columns) - rule)
+        for some in (slice(0, len(columns) - rule), slice(len(columns) - rule, None)):
+            if len(left[some]):
+                edges = np.append(left[some], left[some][-1] + 1)
+                axes.pcolormesh(
+                    edges,
+                    np.arange(len(rows) + 1),
+                    np.ma.masked_invalid(values[:, some]),
+                    cmap=colours,
+                    norm=scale,
+                    edgecolors="none",
+                )
+        for (row, column), value in np.ndenumerate(values):
+            axes.text(
+                float(left[column]) + 0.5,
+                row + 0.5,
+                "–" if math.isnan(value) else _short_number(value, len(columns)),
+                ha="center",
+                va="center",
+                fontsize=7 if len(columns) <= 7 else 6,
+                color=INK if math.isnan(value) else _ink(colours(scale(value))),
+            )
+        axes.set_xlim(0, left[-1] + 1)
+        _rows(axes, rows, centre=0.5)
+        axes.xaxis.tick_top()
+        axes.set_xticks(left + 0.5, labels)
+        if upright:
+            axes.tick_params(axis="x", labelrotation=90)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return figure
+
+
+def distributions(rows: Mapping[str, np.ndarray], xlabel: str, *, reference: float) -> Figure:
+    """A row a measure: every one of its values (n,) in 0..1 as a tick, the quartiles as a box, and the mean,
+    90th percentile and maximum marked; a line at ``reference``."""
+    marks = {"mean": ("o", COLOURS[1]), "90th percentile": ("D", COLOURS[0]), "maximum": (">", COLOURS[2])}
+    figure, axes = _column(0.45 + max(0.28, _row_height(rows)) * len(rows), _legend_lines([*marks]))
+    with mpl.rc_context(STYLE):
+        axes.axvline(reference, color=INK, linewidth=0.8, linestyle="--")
+        for place, values in enumerate(rows.values()):
+            if not len(values):
+                axes.text(reference, place, " undefined", va="center", fontsize=7, fontstyle="italic")
+                continue
+            low, high = np.quantile(values, [0.25, 0.75])
+            axes.barh(place, high - low, 0.5, low, color=INK, alpha=0.12, linewidth=0)
+            ticks = axes.vlines(values, place - 0.25, place + 0.25, color=INK, linewidth=0.5, alpha=0.5)
+            ticks.set_rasterized(sum(map(len, rows.values())) > MANY)
+            at = (values.mean(), np.quantile(values, 0.9), values.max())
+            for value, (marker, colour) in zip(at, marks.values(), strict=True):
+                axes.plot([value], [place], marker=marker, color=colour, markersize=4, linestyle="none")
+        _rows(axes, list(rows))
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_xlabel(xlabel)
+        axes.grid(axis="x", **FAINT)
+        _legend(
+            figure,
+            [
+                _handle(name, marker=marker, color=colour, markersize=4)
+                for name, (marker, colour) in marks.items()
+            ],
+        )
+    return figure
+
+
+def tau_by_radius(lines: Mapping[int, Mapping[float, Quantity]], ylabel: str) -> Figure:
+    """τ against ρ, a line a number of ascent steps K: ``lines[k][rho]``, by rising ρ; undefined ones are gaps."""
+    figure, axes = _column(2.1, _legend_lines([f"K = {k}" for k in lines]))
+    with mpl.rc_context(STYLE):
+        axes.axhline(0, color=INK, linewidth=0.6)
+        radii = sorted({rho for points in lines.values() for rho in points})
+        logarithmic = radii[0] > 0 and radii[-1] > 3 * radii[0]
+        if logarithmic:
+            axes.set_xscale("log")
+        for index, points in enumerate(lines.values()):
+            aside = 1 + 0.03 * (index - (len(lines) - 1) / 2)  # lets intervals at one ρ be told apart
+            x = [rho * aside for rho in points]
+            y = [math.nan if tau.value is None else tau.value for tau in points.values()]
+            axes.plot(x, y, linestyle=DASHES[index % 4], linewidth=1, **_look(index, index))
+            for place, tau in zip(x, points.values(), strict=True):
+                if tau.low is not None and tau.high is not None:
+                    axes.plot([place] * 2, [tau.low, tau.high], color=_colour(index), linewidth=0.8)
+        axes.xaxis.set_major_locator(FixedLocator(radii))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(FixedLocator([]))
+        axes.set_ylim(-1.03, 1.03)
+        axes.set_xlabel(r"radius $\rho$")
+        axes.set_ylabel(ylabel)
+        axes.grid(axis="y", **FAINT)
+        _legend(
+            figure,
+            [
+                _handle(f"K = {k}", linestyle=DASHES[index % 4], **_look(index, index))
+                for index, k in enumerate(lines)
+            ],
+        )
+    return figure
+
+
+def training_curves(
+    curves: Sequence[tuple[np.ndarray, np.ndarray]], groups: Mapping[str, np.ndarray], ylabel: str
+) -> Figure:
+    """``curves[row]`` = (epochs, values) of each run, logarithmic where all values are positive; a dot ends each.
+
+    ``groups`` maps a subgroup's label to the runs' rows; empty draws all runs alike.
+    """
+    figure, axes = _column(2.1, _legend_lines([*groups]))
+    with mpl.rc_context(STYLE):
+        heavy = sum(len(x) for x, _ in curves) > 20_000
+        thin = max(0.3, min(0.9, 20 / max(len(curves), 1)))
+        for index, rows in enumerate(groups.values() or [np.arange(len(curves))]):
+            for row in rows:
+                x, y = curves[row]
+                style: dict[str, Any] = {"color": _colour(index), "rasterized": heavy}
+                axes.plot(x, y, linewidth=0.8, alpha=thin, linestyle=DASHES[index % 4], **style)
+                axes.plot(x[-1:], y[-1:], marker=MARKERS[index % len(MARKERS)], markersize=2.5, **style)
+        values = np.concatenate([y for _, y in curves]) if curves else np.array([])
+        if not len(values):
+            _say(axes, "no run has recorded this")
+        elif values.min() > 0:
+            axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(ylabel)
+        axes.grid(axis="y", **FAINT)
+        handles = [
+            _handle(
+                label,
+                linestyle=DASHES[index % 4],
+                color=_colour(index),
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=3,
+            )
+            for index, label in enumerate(groups)
+        ]
+        _legend(figure, handles)
+    return figure
+
+
+def short_label(name: str, lines: int = 2) -> str:
+    """A measure's symbol for a tick; another name in at most so many ``lines``."""
+    known = MEASURE_LABELS.get(name)
+    if known:
+        return known.replace(" (local inconsistency)", "")
+    found = wrapped(name, LINE)
+    return ("\n".join(found[:lines]) + "…" * (len(found) > lines)).replace("$", r"\$")
+
+
+def _column(height: float, legend: float) -> tuple[Figure, Axes]:
+    """A figure with axes of about ``height`` inches, their labels included, above ``legend`` inches."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN, height + legend), layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure, figure.add_subplot()
+
+
+def _row_height(labels: Iterable[str]) -> float:
+    """Inches that the tallest of ``labels`` takes as a tick."""
+    return 0.13 * max(len(short_label(label).splitlines()) for label in labels) + 0.03
+
+
+def _ink(cell: tuple[float, float, float, float]) -> str:
+    """White or all but black, whichever has more contrast on ``cell``; INK would turn light on a dark page.
+
+    Source: relative luminance of WCAG 2.1; contrast is the same at 0.179.
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in cell[:3]]
+    return "#010101" if np.dot([0.2126, 0.7152, 0.0722], linear) > 0.179 else "#ffffff"
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _look(index: int, shape: int) -> dict[str, Any]:
+    """How the points of subgroup ``index`` are drawn."""
+    colour = _colour(index)
+    return {
+        "color": colour,
+        "marker": MARKERS[shape % len(MARKERS)],
+        "markersize": 4.5,
+        "markeredgewidth": 0.9,
+        "markeredgecolor": colour,
+        "markerfacecolor": "none" if index % 2 else colour,
+    }
+
+
+def _trend(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
+    if len(x) < FEWEST:
+        return
+    # at the points themselves, or 100 of them: between far points a local line would swing freely
+    places = np.unique(x)
+    places = places[np.unique(np.linspace(0, len(places) - 1, 100).round().astype(int))]
+    scaled = np.log if axes.get_xscale() == "log" else np.asarray
+    axes.plot(places, lowess(scaled(x), y, scaled(places)), **style)
+
+
+def _rows(axes: Axes, labels: Sequence[str], centre: float = 0.0) -> None:
+    """One row a label, the first on top."""
+    axes.set_yticks(np.arange(len(labels)) + centre, [short_label(label) for label in labels])
+    axes.set_ylim(len(labels) - 0.5 + centre, centre - 0.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def _handle(label: str, **look: Any) -> Line2D:
+    return Line2D([], [], **{"linestyle": "none", **look}, label=_fit(label).replace("$", r"\$"))
+
+
+def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    if handles:
+        labels = [str(handle.get_label()) for handle in handles]
+        figure.legend(
+            handles=list(handles),
+            loc="outside lower center",
+            ncols=_legend_columns(labels),
+            frameon=False,
+            fontsize=7,
+            handletextpad=0.3,
+            columnspacing=1.0,
+            borderaxespad=0.2,
+        )
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    return max(1, min(len(labels), int(COLUMN / (0.32 + 0.053 * longest))))
+
+
+def _legend_lines(labels: Sequence[str]) -> float:
+    """Inches that the legend of ``labels`` takes below a figure."""
+    if not labels:
+        return 0.0
+    fitted = [_fit(label) for label in labels]
+    lines = max(len(label.splitlines()) for label in fitted)
+    return 0.08 + 0.15 * lines * -(-len(fitted) // _legend_columns(fitted))
+
+
+def _fit(label: str) -> str:
+    return textwrap.fill(label, int((COLUMN - 0.32) / 0.053))
+
+
+def _short_number(value: float, columns: int) -> str:
+    """Two decimals, without the leading 0 where cells are narrow, and one decimal where they are narrower still."""
+    text = f"{value:.{2 if columns <= 9 else 1}f}"
+    if float(text) == 0:
+        text = text.removeprefix("-")  # a rounded 0 has no sign
+    return (text.replace("0.", ".", 1) if columns > 5 and abs(value) < 1 else text).replace("-", "−")
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
+    axes.set_xticks([])
+    axes.set_yticks([])

@@ -1,0 +1,100 @@
+"""Tests by permuting the gap: whole settings change places, or single runs within a stratum."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from gm_probe.analysis.rank import Floats, Integers, permuted_scores, tied_pairs
+
+EXACT_RUNS = 500
+"""Up to so many runs permutations take τ; beyond, Spearman's ρ, with which the test is just as exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Permutations:
+    """``rows`` (B, n): where each run's gap comes from. ``limit`` says why p is coarse, or why there is none.
+
+    ``rows`` is empty exactly when no two blocks can change places.
+    """
+
+    rows: NDArray[np.int32]
+    limit: str | None
+
+
+def permute_blocks(
+    setting: Integers, num: int, rng: np.random.Generator, stratum: Integers | None = None
+) -> Permutations:
+    """``num`` permutations that let whole settings of equal size (and ``stratum``) change places.
+
+    ``setting`` and ``stratum`` (n,); a setting lies in one stratum. Runs keep their order within a setting.
+    Settings of a size that no other has stay where they are; ``limit`` says so.
+    """
+    blocks: dict[tuple[int, int], list[Integers]] = {}
+    order = np.argsort(setting, kind="stable")
+    starts = np.flatnonzero(np.diff(setting[order])) + 1
+    for members in np.split(order, starts) if len(order) else []:
+        of = 0 if stratum is None else int(stratum[members[0]])
+        blocks.setdefault((len(members), of), []).append(members)
+    movable = [same for same in blocks.values() if len(same) > 1]
+    what = "number of runs" if stratum is None else "number of runs and stratum"
+    if not movable:
+        return Permutations(np.empty((0, len(setting)), np.int32), f"no two settings share their {what}")
+    rows = np.tile(np.arange(len(setting), dtype=np.int32), (num, 1))
+    for same in movable:
+        places = np.stack(same)
+        moved = np.argsort(rng.random((num, len(same))), axis=1)
+        rows[:, places.ravel()] = places[moved].reshape(num, -1)
+    limits = []
+    num_blocks, fixed = sum(map(len, blocks.values())), len(blocks) - len(movable)
+    if stratum is None and len(blocks) > 1:
+        sizes = ", ".join(f"{len(blocks[each])} of {each[0]}" for each in sorted(blocks))
+        limits.append(f"settings change places with those of as many runs only ({sizes})")
+    elif fixed:
+        limits.append(f"{fixed} of {num_blocks} settings stay in place: no other shares their {what}")
+    arrangements = math.prod(math.factorial(min(len(same), 20)) for same in movable)
+    if arrangements < 100:
+        limits.append(f"{arrangements} arrangements of settings: p cannot be below {1 / arrangements:.2g}")
+    return Permutations(rows, "; ".join(limits) or None)
+
+
+def permute_within(stratum: Integers, num: int, rng: np.random.Generator) -> NDArray[np.int32]:
+    """(num, n) permutations of single runs that leave each in its ``stratum`` (n,)."""
+    order = np.argsort(stratum, kind="stable")
+    rows = np.empty((num, len(stratum)), np.int32)
+    rows[:, order] = np.argsort(stratum + rng.random((num, len(stratum))), axis=1)
+    return rows
+
+
+def permuted_coefficients(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> Floats:
+    """(B + 1,) the coefficient of ``x`` with ``y``, then with each ``y[rows[b]]``.
+
+    τ-b up to ``EXACT_RUNS`` runs, else Spearman's ρ. Neither x nor y is constant.
+    """
+    n = len(x)
+    rows = np.concatenate([np.arange(n)[None, :], rows])
+    if n <= EXACT_RUNS:
+        pairs = n * (n - 1) // 2
+        most = math.sqrt((pairs - tied_pairs(x)) * (pairs - tied_pairs(y)))
+        return permuted_scores(x, y, rows)[0] / most
+    ranks_x, ranks_y = _standard_ranks(x), _standard_ranks(y)
+    step = max(1, 2**20 // n)
+    return np.concatenate([ranks_y[rows[i : i + step]] @ ranks_x for i in range(0, len(rows), step)])
+
+
+def permutation_p(coefficients: np.ndarray) -> float:
+    """Two-sided p of coefficients[0] among all (B + 1,) of them: twice the smaller tail, itself included.
+
+    Where only some settings can change places, permuted coefficients do not centre on 0: hence tails.
+    """
+    above = (coefficients >= coefficients[0] - 1e-12).mean()
+    below = (coefficients <= coefficients[0] + 1e-12).mean()
+    return min(1.0, 2 * float(min(above, below)))
+
+
+def _standard_ranks(values: np.ndarray) -> Floats:
+    ranks = stats.rankdata(values)
+    centred = ranks - ranks.mean()
+    return centred / math.sqrt(float(centred @ centred))

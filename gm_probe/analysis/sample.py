@@ -1,0 +1,130 @@
+"""The runs that have both a measure and a gap, by setting, and the seeded draws that all statistics share."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+
+from gm_probe.analysis.pair_sums import PairSums, pair_sums
+from gm_probe.analysis.permutation import Permutations, permute_blocks, permute_within
+from gm_probe.analysis.rank import Floats, Integers, dense_ranks
+
+MOST_DRAWS = 2 * 10**6
+"""A table of resamples holds at most so many numbers: the more runs, the fewer resamples."""
+LEAST_RESAMPLES = 200
+MOST_KEPT = 2**28  # bytes of draws and sums kept for the next measure
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """``x`` (measure) and ``y`` (gap) of n runs, their ``rows`` in the table, and who is independent.
+
+    ``setting`` (n,) numbers the independent units 0..S-1: the settings, or where all runs are of
+    ``one_setting`` the runs, which are independent draws from it.
+    """
+
+    x: Floats
+    y: Floats
+    rows: Integers
+    setting: Integers
+    num_settings: int
+    one_setting: bool
+
+    @property
+    def n(self) -> int:
+        return len(self.x)
+
+    def means(self, values: Floats) -> Floats:
+        """(S,) mean of ``values`` (n,) by setting over the largest, rounded: means of equal values stay equal."""
+        means = np.bincount(self.setting, values, self.num_settings) / np.bincount(self.setting)
+        scale = np.abs(means).max(initial=0.0)
+        return np.round(means / scale, 12) if scale else means
+
+    def only(self, keep: np.ndarray) -> "Sample":
+        """The runs where ``keep`` (n,) is True; settings are numbered anew."""
+        part = sample_of(self.x[keep], self.y[keep], self.rows[keep], self.setting[keep])
+        return replace(part, one_setting=part.one_setting or self.one_setting)
+
+
+def sample_of(x: np.ndarray, y: np.ndarray, rows: np.ndarray, setting: np.ndarray) -> Sample:
+    """A sample of runs that all have finite values; equal numbers in ``setting`` (n,) are one setting."""
+    numbers = dense_ranks(setting)
+    one_setting = len(numbers) > 1 and numbers.max() == 0
+    if one_setting:
+        numbers = np.arange(len(numbers))
+    return Sample(x, y, rows, numbers, int(numbers.max(initial=-1)) + 1, one_setting)
+
+
+@dataclass(slots=True)
+class Draws:
+    """Random draws of one ``seed``. Samples of the same settings share them, whatever their measure.
+
+    ``notes`` collects where fewer than ``resamples`` were drawn.
+    """
+
+    seed: int
+    resamples: int
+    notes: dict[str, None] = field(default_factory=dict)
+    _kept: OrderedDict[tuple[Hashable, ...], object] = field(default_factory=OrderedDict)
+
+    def counts(self, num_settings: int) -> Floats:
+        """(B, S) how often each of S settings is drawn in a bootstrap resample."""
+
+        def draw() -> Floats:
+            num = self._num("bootstrap resamples", num_settings, "settings")
+            chances = np.full(num_settings, 1 / num_settings)
+            return self.rng("counts").multinomial(num_settings, chances, size=num).astype(float)
+
+        return self.once(("counts", num_settings), draw)
+
+    def blocks(self, setting: Integers, stratum: Integers | None = None) -> Permutations:
+        """Permutations of whole settings; see ``permute_blocks``."""
+
+        def draw() -> Permutations:
+            num = self._num("permutations", len(setting), "values")
+            return permute_blocks(setting, num, self.rng("blocks"), stratum)
+
+        return self.once(("blocks", setting.tobytes(), b"" if stratum is None else stratum.tobytes()), draw)
+
+    def sums(self, x: Floats, y: Floats, sample: Sample) -> PairSums:
+        """Sums of two columns of the runs of ``sample``; see ``pair_sums``."""
+        key = ("sums", x.tobytes(), y.tobytes(), sample.setting.tobytes())
+        return self.once(key, lambda: pair_sums(x, y, sample.setting, sample.num_settings))
+
+    def within(self, stratum: Integers) -> np.ndarray:
+        """(B, n) permutations of single runs; see ``permute_within``."""
+
+        def draw() -> np.ndarray:
+            num = self._num("permutations", len(stratum), "values")
+            return permute_within(stratum, num, self.rng("within"))
+
+        return self.once(("within", stratum.tobytes()), draw)
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """A generator of its own for each ``purpose``."""
+        return np.random.default_rng([self.seed, *purpose.encode()])
+
+    def once(self, key: tuple[Hashable, ...], draw: Callable[[], T]) -> T:
+        """``draw()``, or what it gave the last time for this ``key``."""
+        if key not in self._kept:
+            self._kept[key] = draw()
+        self._kept.move_to_end(key)
+        while sum(map(_size, self._kept.values())) > MOST_KEPT and len(self._kept) > 1:
+            self._kept.popitem(last=False)
+        return self._kept[key]  # type: ignore[return-value]
+
+    def _num(self, what: str, length: int, unit: str) -> int:
+        most = max(LEAST_RESAMPLES, MOST_DRAWS // max(length, 1))
+        if self.resamples > most:
+            self.notes[f"{most:,} {what} instead of {self.resamples:,} for {length:,} {unit}"] = None
+        return min(self.resamples, most)
+
+
+def _size(value: object) -> int:
+    """Bytes, about."""
+    if isinstance(value, Permutations):
+        return value.rows.nbytes
+    return value.nbytes if isinstance(value, np.ndarray) else 2**16

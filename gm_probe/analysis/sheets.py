@@ -1,0 +1,451 @@
+"""A sweep's statistics as tables for people: which figures stand together, and how they are rounded."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from gm_probe.analysis import definitions
+from gm_probe.analysis.provenance import Provenance
+from gm_probe.analysis.results import Details, MeasureStatistics, Quantity, SweepStatistics
+from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
+from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, two_decimals
+
+NAMED = 20
+"""Runs that a cell names before it counts the rest."""
+LONGEST = 1000
+"""Rows that the table of runs lists."""
+# fmt: off
+CORRELATIONS = (
+    "Measure", "Gap", "τ-b", "95 % CI", "Bootstrap", "p", "Flag", "Runs", "Settings", "Spearman", "Pearson",
+    "p (naive)", "Ties (measure / gap)",
+)
+BEYOND = (
+    "Measure", "Gap", "τ between settings", "τ within settings", "τ noise-filtered", "Pairs kept", "Ψ",
+    "Least K(S)", "S", "Sign error, mean", "90th percentile", "Maximum",
+)
+PREDICTION = (
+    "Measure", "Gap", "Error", "Error of the mean", "Skill", "Picked: test error", "Regret", "Regret of chance",
+    "Picked run",
+)
+# fmt: on
+SHORT = {"error_gap": "error", "ce_gap": "CE"}
+
+
+def statistics_sheets(statistics: SweepStatistics, gaps: Sequence[str]) -> tuple[Sheet, ...]:
+    """The tables of figures, most important first; those without a row are left out."""
+    rows = [(measure, gap) for gap in gaps for measure in statistics.measures]
+    detailed = [(measure, gap, measure.details[gap]) for measure, gap in rows if gap in measure.details]
+    sheets = (
+        _correlations(rows),
+        _beyond(detailed),
+        _granulated(detailed),
+        _subgroups(rows),
+        _strata(detailed),
+        _partial(detailed),
+        _prediction(detailed),
+        _comparisons(statistics, gaps),
+        _conditioning(detailed),
+    )
+    return tuple(sheet for sheet in sheets if sheet.rows)
+
+
+def run_sheets(table: RunTable) -> tuple[Sheet, ...]:
+    """The runs that entered, and what was left out and why."""
+    frame = table.frame.head(LONGEST)
+    figures = [*table.gaps, *table.measures]
+    rows = []
+    for place, record in enumerate(frame.to_dict("records")):
+        settings = [_setting(record[name]) for name in table.hyperparameters]
+        values = [
+            _figure(record[name], 4, table.missing.get(name, {}).get(place, "no value")) for name in figures
+        ]
+        rows.append((Cell(str(record["run"])), *settings, *values))
+    more = table.num_runs - len(frame)
+    runs = Sheet(
+        name="runs",
+        title="Runs",
+        caption=f"The {table.num_runs:,} runs that entered."
+        + (f" {more:,} more are not shown." if more else ""),
+        columns=("Run", *table.hyperparameters, *figures),
+        rows=tuple(rows),
+        num_labels=1,
+    )
+    return runs, exclusions_sheet(table)
+
+
+def exclusions_sheet(table: RunTable) -> Sheet:
+    """Whole runs left out, then single values, then those kept though their estimate had not converged."""
+    names = table.frame["run"].to_list()
+    rows = [("whole run", reason, runs) for reason, runs in by_reason(table.excluded).items()]
+    for column in (*table.gaps, *table.measures):
+        gone = [Exclusion(names[row], reason) for row, reason in table.missing.get(column, {}).items()]
+        rows += [(f"its {column}", reason, runs) for reason, runs in by_reason(gone).items()]
+    for column, kept in table.unconverged.items():
+        if kept:
+            rows.append(
+                (f"nothing (its {column} is kept)", "not converged", [names[row] for row in sorted(kept)])
+            )
+    return Sheet(
+        name="exclusions",
+        title="Left out",
+        caption=f"{len(table.excluded):,} of {table.num_runs + len(table.excluded):,} runs were left out whole."
+        + ("" if rows else " No value of any other run is missing."),
+        columns=("What", "Reason", "Number", "Runs"),
+        rows=tuple(
+            (Cell(what), Cell(reason), Cell(f"{len(runs):,}", len(runs)), Cell(_some(runs)))
+            for what, reason, runs in rows
+        ),
+        num_labels=2,
+    )
+
+
+def definition_sheets(measures: Iterable[str]) -> tuple[Sheet, ...]:
+    """The measures that are known, and all statistics, in words."""
+    known = [(name, *definitions.MEASURES[name]) for name in measures if name in definitions.MEASURES]
+    foreign = [name for name in measures if name not in definitions.MEASURES]
+    of_measures = Sheet(
+        name="measures",
+        title="Measures",
+        caption="f_θ: the network's output probabilities at parameters θ (P of them); z: its logits."
+        + (f" Defined by who made the table: {', '.join(foreign)}." if foreign else ""),
+        columns=("Measure", "Symbol", "Definition"),
+        rows=tuple(tuple(map(Cell, row)) for row in known),
+        num_labels=3,
+    )
+    of_statistics = Sheet(
+        name="statistics",
+        title="Statistics",
+        caption="How the figures above are to be read.",
+        columns=("Term", "Definition"),
+        rows=tuple((Cell(term), Cell(text)) for term, text in definitions.STATISTICS.items()),
+        num_labels=2,
+    )
+    return of_measures, of_statistics
+
+
+def origin_sheets(origin: Provenance, versions: Mapping[str, str]) -> tuple[Sheet, ...]:
+    """Versions behind the report, machines behind the runs, and how the measures were taken."""
+    tables = (
+        ("versions", "This report", "", {name: {value: 1} for name, value in versions.items()}),
+        ("trained", "Training", "As each run recorded it.", origin.trained),
+        ("measured", "Measurement", "The settings that every run's measures.json records.", origin.measured),
+    )
+    return tuple(
+        Sheet(
+            name=name,
+            title=title,
+            caption=caption,
+            columns=("Setting", "Value"),
+            rows=tuple((Cell(key), Cell(_shares(values))) for key, values in of.items()),
+            num_labels=2,
+        )
+        for name, title, caption, of in tables
+        if of
+    )
+
+
+def _shares(values: Mapping[str, int]) -> str:
+    """A value alone where there is no other, else each with the number of runs."""
+    if len(values) == 1:
+        return next(iter(values))
+    shown = [f"{value} × {count:,}" for value, count in list(values.items())[:NAMED]]
+    return ", ".join(shown) + (f" and {len(values) - NAMED:,} more" if len(values) > NAMED else "")
+
+
+def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
+    lines, notes = [], []
+    for measure, gap in rows:
+        result = measure.gaps[gap]
+        interval = Quantity(
+            result.tau, result.low, result.high, reason=result.reason, interval_reason=result.interval_reason
+        )
+        lines.append(
+            (
+                *_place(measure, gap),
+                _figure(result.tau, None, result.reason),
+                _interval(interval),
+                _interval(replace(interval, low=result.low_percentile, high=result.high_percentile)),
+                _p(result.p, result.reason or result.p_reason),
+                Cell(", ".join(measure.flags(gap)) or "none"),
+                _count(result.n),
+                _count(result.num_settings),
+                _figure(result.spearman, None, result.reason),
+                _figure(result.pearson, None, result.reason),
+                _p(result.p_naive, result.reason),
+                Cell(f"{result.ties_measure:,} / {result.ties_gap:,}", result.ties_measure),
+            )
+        )
+        if result.p is not None and result.p_reason:
+            notes.append(f"p of {measure.name}, {SHORT[gap]}: {result.p_reason}")
+    notes += [
+        f"{measure.name}: {text}" for measure, _ in rows for text in (*measure.warnings, *measure.notes)
+    ]
+    return Sheet(
+        name="correlations",
+        title="Correlations",
+        caption="Kendall’s τ-b; its intervals and its permutation p keep the seeds of a setting together. Beware of "
+        "a flagged row.",
+        columns=CORRELATIONS,
+        rows=tuple(lines),
+        num_labels=2,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _beyond(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
+    lines = []
+    for measure, gap, details in rows:
+        least = details.conditioning.least if details.conditioning is not None else None
+        off = details.conditioning.reason if details.conditioning is not None else "switched off"
+        sign, noise = details.sign_error, details.noise_filtered
+        lines.append(
+            (
+                *_place(measure, gap),
+                _quantity(details.between),
+                _quantity(details.within),
+                _quantity(noise.tau),
+                Cell(f"{noise.kept:,} of {noise.pairs:,}", noise.kept),
+                _quantity(details.granulated.mean),
+                _figure(None if least is None else least.value, None, off),
+                Cell(UNDEFINED if least is None else least.label),
+                _figure(sign.mean, None, sign.reason),
+                _figure(sign.percentile_90, None, sign.reason),
+                _figure(sign.maximum, None, sign.reason),
+            )
+        )
+    return Sheet(
+        name="beyond",
+        title="τ between, within and beyond the noise; Ψ, K(S) and sign error",
+        caption="Each with its 95 % interval where it has one.",
+        columns=BEYOND,
+        rows=tuple(lines),
+        num_labels=2,
+        notes=tuple(
+            dict.fromkeys(
+                f"Sign error: {d.sign_error.note}" for _, _, d in rows if d.sign_error.note is not None
+            )
+        ),
+    )
+
+
+def _granulated(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
+    return Sheet(
+        name="granulated",
+        title="Granulated ψ by hyperparameter",
+        caption="Cells in which only that hyperparameter differs; skipped ones have fewer than 3 of its values or a "
+        "constant measure or gap.",
+        columns=("Measure", "Gap", "Varied", "ψ", "Cells", "Skipped", "Runs in cells", "Coverage"),
+        rows=tuple(
+            (
+                *_place(measure, gap),
+                Cell(name),
+                _quantity(each.psi),
+                _count(each.psi.n),
+                _count(each.skipped),
+                _count(each.runs),
+                Cell(f"{100 * each.coverage:.0f} %", each.coverage),
+            )
+            for measure, gap, details in rows
+            for name, each in details.granulated.psi.items()
+        ),
+        num_labels=3,
+    )
+
+
+def _subgroups(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
+    lines = []
+    for measure, gap in rows:
+        for label, results in measure.subgroups.items():
+            result = results[gap]
+            tau = Quantity(
+                result.tau,
+                result.low,
+                result.high,
+                reason=result.reason,
+                interval_reason=result.interval_reason,
+            )
+            place = (*_place(measure, gap), Cell(label))
+            lines.append(
+                (*place, _quantity(tau), _p(result.p, result.reason or result.p_reason), _count(result.n))
+            )
+    return Sheet(
+        name="subgroups",
+        title="Within subgroups",
+        caption="τ-b within each subgroup alone.",
+        columns=("Measure", "Gap", "Subgroup", "τ-b", "p", "Runs"),
+        rows=tuple(lines),
+        num_labels=3,
+    )
+
+
+def _strata(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
+    return Sheet(
+        name="strata",
+        title="Simpson’s paradox",
+        caption="τ over pairs of runs with the same value of a setting, pooled. Its sign opposes τ over all runs, with "
+        "both intervals clear of 0, where the paradox is flagged.",
+        columns=("Measure", "Gap", "Same", "τ within", "Strata", "Pairs", "Flag"),
+        rows=tuple(
+            (
+                *_place(measure, gap),
+                Cell(each.by),
+                _quantity(each.tau),
+                _count(each.num_strata),
+                _count(each.tau.n),
+                Cell("Simpson" if each.opposes else "none"),
+            )
+            for measure, gap, details in rows
+            for each in details.strata
+        ),
+        num_labels=3,
+    )
+
+
+def _partial(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
+    return Sheet(
+        name="partial",
+        title="Partial τ",
+        caption="With another quantity held fixed.",
+        columns=("Measure", "Gap", "Given", "Partial τ", "p", "Runs"),
+        rows=tuple(
+            (
+                *_place(measure, gap),
+                Cell(name),
+                _quantity(each),
+                _p(each.p, each.reason or each.p_reason),
+                _count(each.n),
+            )
+            for measure, gap, details in rows
+            for name, each in details.partial.items()
+        ),
+        num_labels=3,
+    )
+
+
+def _prediction(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
+    lines = []
+    for measure, gap, details in rows:
+        told, pick = details.prediction, details.selection
+        reason = "switched off" if told is None else told.reason
+        lines.append(
+            (
+                *_place(measure, gap),
+                _figure(None if told is None else told.error, 3, reason),
+                _figure(None if told is None else told.error_mean, 3, reason),
+                _figure(None if told is None else told.skill, None, reason),
+                _figure(pick.test_error, 4, pick.reason),
+                _figure(pick.regret, 3, pick.reason),
+                _figure(pick.regret_random, 3, pick.reason),
+                Cell(pick.run or UNDEFINED, reason=pick.reason),
+            )
+        )
+    return Sheet(
+        name="prediction",
+        title="Predicting the gap, picking a run",
+        caption="The gap of left-out settings predicted from the measure; the run picked for its least measure.",
+        columns=PREDICTION,
+        rows=tuple(lines),
+        num_labels=2,
+    )
+
+
+def _comparisons(statistics: SweepStatistics, gaps: Sequence[str]) -> Sheet:
+    return Sheet(
+        name="comparisons",
+        title="Δτ between measures",
+        caption="Δτ = τ of the first − τ of the second, on the same resamples.",
+        columns=("First", "Second", "Gap", "Δτ", "p", "p (Holm)", "Runs"),
+        rows=tuple(
+            (
+                Cell(each.first),
+                Cell(each.second),
+                Cell(SHORT[gap]),
+                _quantity(each.difference),
+                _p(each.difference.p, each.difference.reason or each.difference.p_reason),
+                _p(each.p_holm, each.difference.reason or each.difference.p_reason),
+                _count(each.difference.n),
+            )
+            for gap in gaps
+            for each in statistics.comparisons.get(gap, ())
+        ),
+        num_labels=3,
+    )
+
+
+def _conditioning(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
+    return Sheet(
+        name="conditioning",
+        title="Conditional mutual information K(S)",
+        caption="The estimate less its mean when the gaps of whole settings are exchanged.",
+        columns=("Measure", "Gap", "S", "K(S)", "Raw", "Mean of the null", "p", "Pairs", "Cells", "Skipped"),
+        rows=tuple(
+            (
+                *_place(measure, gap),
+                Cell(each.label),
+                _figure(each.value, None, each.reason),
+                _figure(each.raw, None, each.reason),
+                _figure(each.null_mean, None, each.reason),
+                _p(each.p, each.reason),
+                _count(each.n),
+                _count(each.num_cells),
+                _count(each.skipped),
+            )
+            for measure, gap, details in rows
+            if details.conditioning is not None
+            for each in details.conditioning.sets
+        ),
+        num_labels=3,
+    )
+
+
+def _place(measure: MeasureStatistics, gap: str) -> tuple[Cell, Cell]:
+    labels = f" ({measure.labels} labels)" if measure.labels else ""
+    return Cell(measure.name + labels), Cell(SHORT[gap])
+
+
+def _figure(value: float | None, digits: int | None, reason: str | None) -> Cell:
+    """``digits`` significant ones; None: two decimals, as a coefficient has."""
+    if value is None or math.isnan(value):
+        return Cell(UNDEFINED, reason=reason)
+    return Cell(two_decimals(value) if digits is None else _minus(f"{value:.{digits}g}"), value)
+
+
+def _quantity(found: Quantity) -> Cell:
+    """A coefficient and its interval in one cell."""
+    if found.value is None:
+        return Cell(UNDEFINED, reason=found.reason)
+    interval = _interval(found)
+    text = two_decimals(found.value) + (f" {interval.text}" if interval.order is not None else "")
+    reason = None if found.interval_reason is None else f"no interval, {found.interval_reason}"
+    return Cell(text, found.value, reason)
+
+
+def _interval(found: Quantity) -> Cell:
+    if found.low is None or found.high is None:
+        return Cell(UNDEFINED, reason=found.reason or found.interval_reason)
+    return Cell(f"[{two_decimals(found.low)}, {two_decimals(found.high)}]", found.low)
+
+
+def _p(value: float | None, reason: str | None) -> Cell:
+    if value is None:
+        return Cell(UNDEFINED, reason=reason)
+    shown = f"{value:.{3 if value >= 0.001 else 4}f}" if value >= 0.0001 else f"{value:.1e}"
+    return Cell(_minus(shown), value)
+
+
+def _count(value: int) -> Cell:
+    return Cell(f"{value:,}", value)
+
+
+def _setting(value: object) -> Cell:
+    number = isinstance(value, int | float)
+    return Cell(show(value), float(value) if number else None)  # type: ignore[arg-type]
+
+
+def _some(runs: Sequence[str]) -> str:
+    more = len(runs) - NAMED
+    return ", ".join(runs[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")

@@ -1,0 +1,97 @@
+"""τ between the settings' means, within settings, and within any strata: where an association comes from."""
+
+import numpy as np
+
+from gm_probe.analysis.intervals import excludes_zero, jackknife_interval
+from gm_probe.analysis.pair_sums import PairSums, pair_sums, tau_of
+from gm_probe.analysis.permutation import permutation_p, permuted_coefficients
+from gm_probe.analysis.rank import BLOCK, Floats, Integers, permuted_scores
+from gm_probe.analysis.results import Correlation, Quantity, Stratified
+from gm_probe.analysis.sample import Draws, Sample
+
+PAIRWISE_RUNS = 50  # settings of more runs are faster one by one
+
+
+def pooled(sums: PairSums, reason: str) -> Quantity:
+    """τ over the pairs in ``sums`` with its jackknife interval; undefined for ``reason`` without a pair.
+
+    ``n`` counts the pairs untied in x, or in y where these are fewer.
+    """
+    n = int(sums.total[1:].min())
+    if n == 0:
+        return Quantity(None, reason=reason)
+    tau = float(tau_of(sums.total))
+    low, high, why = jackknife_interval(tau, tau_of(sums.leave_one_out()))
+    return Quantity(tau, low, high, n=n, interval_reason=why)
+
+
+def between(sample: Sample, draws: Draws) -> Quantity:
+    """τ of the settings' mean measures with their mean gaps; p lets the means change places."""
+    if sample.one_setting:
+        return Quantity(None, reason="all runs are of one setting")
+    num = sample.num_settings
+    x, y = sample.means(sample.x), sample.means(sample.y)
+    each = np.arange(num)
+    sums = pair_sums(x, y, each, num)
+    if not sums.total[1:].all():
+        return Quantity(None, n=num, reason=f"the means of {num} settings are constant in measure or gap")
+    tau = float(tau_of(sums.total))
+    low, high, why = jackknife_interval(tau, tau_of(sums.leave_one_out()))
+    permutations = draws.blocks(each)
+    p = permutation_p(permuted_coefficients(x, y, permutations.rows)) if len(permutations.rows) else None
+    return Quantity(tau, low, high, p, num, interval_reason=why, p_reason=permutations.limit)
+
+
+def within(sample: Sample, sums: PairSums, draws: Draws) -> Quantity:
+    """τ over the pairs of runs of the same setting, pooled; p lets the runs of a setting change places."""
+    if sample.one_setting:
+        return Quantity(None, reason="all runs are of one setting: τ itself is within it")
+    if sample.num_settings == sample.n:
+        return Quantity(None, reason="no setting has two runs")
+    own = PairSums(sums.own, np.zeros_like(sums.own))
+    result = pooled(own, "measure or gap is constant within every setting")
+    if result.value is None:
+        return result
+    scores = _scores_within(sample, draws.within(sample.setting))
+    return Quantity(result.value, result.low, result.high, permutation_p(scores), result.n,
+                    interval_reason=result.interval_reason)  # fmt: skip
+
+
+def stratified(sample: Sample, by: str, stratum: Integers, whole: Correlation) -> Stratified:
+    """τ over the pairs within the same ``stratum`` (n,), and whether it opposes that of the ``whole``."""
+    strata = np.unique(stratum)
+    own, others = np.zeros((3, sample.num_settings)), np.zeros((3, sample.num_settings))
+    for each in strata:
+        members = stratum == each
+        sums = pair_sums(sample.x[members], sample.y[members], sample.setting[members], sample.num_settings)
+        own += sums.own
+        others += sums.others
+    tau = pooled(PairSums(own, others), "measure or gap is constant within every stratum")
+    clear = excludes_zero(tau.low, tau.high) and excludes_zero(whole.low, whole.high)
+    opposes = clear and tau.value is not None and whole.tau is not None and tau.value * whole.tau < 0
+    return Stratified(by, tau, len(strata), opposes)
+
+
+def _scores_within(sample: Sample, rows: np.ndarray) -> Floats:
+    """(B + 1,) the score over pairs of one setting as it is, then with each ``y[rows[b]]``."""
+    rows = np.concatenate([np.arange(sample.n)[None, :], rows])
+    scores = np.zeros(len(rows))
+    size = np.bincount(sample.setting)
+    for each in np.flatnonzero(size > PAIRWISE_RUNS):
+        members = np.flatnonzero(sample.setting == each)
+        scores += permuted_scores(sample.x[members], sample.y, rows[:, members])[0]
+    order = np.argsort(sample.setting, kind="stable")
+    order = order[size[sample.setting[order]] <= PAIRWISE_RUNS]
+    for lag in range(1, PAIRWISE_RUNS):
+        first, second = order[:-lag], order[lag:]
+        same = sample.setting[first] == sample.setting[second]
+        first, second = first[same], second[same]
+        if not len(first):
+            break
+        signs = np.sign(sample.x[first] - sample.x[second])
+        step = max(1, BLOCK // len(first))
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step]
+            change = np.sign(sample.y[some[:, first]] - sample.y[some[:, second]])
+            scores[start : start + step] += change @ signs
+    return scores

@@ -1,0 +1,152 @@
+"""``gmprobe report``: one self-contained HTML page over many runs."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
+from gm_probe.core.errors import DataError, UsageError
+
+
+@click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    metavar="FILE.html",
+    type=click.Path(path_type=Path),
+    help="The page.  [default: report.html in SOURCE, or beside a file]",
+)
+@click.option(
+    "--markdown", metavar="FILE", type=click.Path(path_type=Path), help="Also write the tables as Markdown."
+)
+@click.option(
+    "--latex",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also write the tables as LaTeX (booktabs).",
+)
+@click.option(
+    "--figures",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Also write every figure as PNG, PDF and SVG.",
+)
+@click.option("--measures", metavar="A,B", default="", help="Measures to use. Default: all there are.")
+@click.option("--hyper", metavar="A,B", default="", help="Hyperparameters. Default: settings that vary.")
+@click.option(
+    "--group-by", metavar="A,B", default="", help="Subgroups by these settings, told apart by colour."
+)
+@click.option("--markers", metavar="A,B", default="", help="Settings whose values the markers tell apart.")
+@click.option("--gap", type=click.Choice(["error_gap", "ce_gap", "both"]), default="both", show_default=True)
+@click.option(
+    "--converged-only",
+    is_flag=True,
+    help="Leave out runs whose training ended before it reached its stop_ce (they are counted).",
+)
+@click.option(
+    "--control", metavar="A,B", default="", help="Take partial τ given these; as in `gmprobe correlate`."
+)
+@click.option(
+    "--skip",
+    metavar="A,B",
+    default="",
+    help="Leave out slow parts: details (all but τ), conditional, prediction, comparisons.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all resampling.")
+@click.option("--resamples", default=2000, show_default=True, help="Bootstrap resamples and permutations.")
+@click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
+@click.pass_context
+def report(
+    ctx: click.Context,
+    source: Path,
+    out: Path | None,
+    markdown: Path | None,
+    latex: Path | None,
+    figures: Path | None,
+    measures: str,
+    hyper: str,
+    group_by: str,
+    markers: str,
+    gap: str,
+    converged_only: bool,
+    control: str,
+    skip: str,
+    seed: int,
+    resamples: int,
+    quiet: bool,
+) -> None:
+    """Write one HTML page about many runs: figures, statistics, definitions, versions, exclusions.
+
+    SOURCE is what `gmprobe correlate` takes: a folder of run folders, or a .csv or .parquet file with one run a
+    row. The page holds all it shows and opens without a network, on a phone, by keyboard, in dark mode and on
+    paper.
+    """
+    from gm_probe.analysis import correlation, plots, runs, typeset
+    from gm_probe.analysis.report import compose, html
+    from gm_probe.core.files import write_atomic
+
+    out = _page(source, out)
+    by, shape_by = _names(group_by), _names(markers)
+    table = runs.load_table(
+        source, _names(measures), _names(hyper), [*by, *shape_by], converged_only=converged_only
+    )
+    gaps = table.gaps if gap == "both" else (gap,)
+    statistics = correlation.correlate(
+        table, gaps, by, controls=_names(control), seed=seed, resamples=resamples, skip=_names(skip)
+    )
+    page = compose(
+        table,
+        statistics,
+        gaps,
+        groups=correlation.group_rows(table, by) if by else {},
+        shapes=correlation.group_rows(table, shape_by) if shape_by else {},
+        command=_command(ctx),
+    )
+    write_atomic(out, html(page).encode())
+    written = [str(out)]
+    for path, text in ((markdown, typeset.markdown), (latex, typeset.latex)):
+        if path is not None:
+            write_atomic(path, text(page.printed).encode())
+            written.append(str(path))
+    if figures is not None:
+        for picture in page.pictures:
+            plots.write_figure(
+                picture.figure, [figures / f"{picture.name}{suffix}" for suffix in FIGURE_SUFFIXES]
+            )
+        written.append(f"{len(page.pictures)} figures in {figures}")
+    note(notes_console(quiet), f"report: {', '.join(written)}")
+    if all(result.tau is None for measure in statistics.measures for result in measure.gaps.values()):
+        raise DataError(f"no measure in {source} has a defined τ; the reasons stand in {out}")
+
+
+def _page(source: Path, chosen: Path | None) -> Path:
+    if chosen is None:
+        return source / "report.html" if source.is_dir() else source.with_name(f"{source.stem}-report.html")
+    if chosen.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out {chosen}: the report is an HTML page; name it .html")
+    return chosen
+
+
+def _command(ctx: click.Context) -> str:
+    """What the user typed, without what was left at its default."""
+    words = ["gmprobe", "report"]
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = ctx.params[name]
+        if isinstance(parameter, click.Argument):
+            words.append(str(value))
+        elif isinstance(parameter, click.Option) and parameter.is_flag:
+            words.append(parameter.opts[-1])
+        else:
+            words.append(f"{parameter.opts[-1]}={value}")
+    return shlex.join(words)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

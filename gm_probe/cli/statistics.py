@@ -1,0 +1,329 @@
+"""What ``gmprobe correlate`` shows of a sweep's statistics: tables, JSON, CSV rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from gm_probe.cli.output import number, results_console, table
+
+if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
+    from gm_probe.analysis.results import (
+        Correlation,
+        Details,
+        MeasureStatistics,
+        Quantity,
+        SignError,
+        SweepStatistics,
+    )
+    from gm_probe.analysis.table import Exclusion, RunTable
+
+LEGEND = (
+    "95 % interval and p take settings as independent, not their seeds. Every statistic: --details or --json."
+)
+Row = tuple[str, ...]
+
+
+def as_json(found: RunTable, statistics: SweepStatistics) -> dict[str, Any]:
+    from gm_probe.analysis.table import by_reason
+
+    reasons = by_reason(found.excluded)
+    return {
+        "num_runs": found.num_runs,
+        "num_settings": statistics.num_settings,
+        "excluded": _excluded(found.excluded),
+        "excluded_by_reason": {reason: len(runs) for reason, runs in reasons.items()},
+        "hyperparameters": list(found.hyperparameters),
+        "seed": statistics.seed,
+        "resamples": statistics.resamples,
+        "notes": [*found.notes, *statistics.notes],
+        "measures": {
+            measure.name: {
+                "labels": measure.labels,
+                **{gap: _all_figures(measure, gap) for gap in measure.gaps},
+                "notes": [*measure.warnings, *measure.notes],
+                "subgroups": {
+                    label: {gap: _figures(result) for gap, result in gaps.items()}
+                    for label, gaps in measure.subgroups.items()
+                },
+            }
+            for measure in statistics.measures
+        },
+        "comparisons": {
+            gap: [{"first": each.first, "second": each.second, **_quantity(each.difference),
+                   "p_holm": each.p_holm} for each in pairs]
+            for gap, pairs in statistics.comparisons.items()
+        },
+    }  # fmt: skip
+
+
+def as_rows(statistics: SweepStatistics) -> list[dict[str, Any]]:
+    """One row a measure, subgroup (empty: all runs) and gap, for ``--csv``."""
+    rows = []
+    for measure in statistics.measures:
+        for subgroup, gaps in [("", measure.gaps), *measure.subgroups.items()]:
+            for gap, result in gaps.items():
+                figures = {**_figures(result), "missing": len(result.missing), "reason": result.reason}
+                place = {"measure": measure.name, "labels": measure.labels, "subgroup": subgroup, "gap": gap}
+                details = measure.details.get(gap) if subgroup == "" else None
+                rows.append({**place, **figures, **(_summary(details) if details else {})})
+    return rows
+
+
+def print_tables(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
+    """One table a gap: side by side they would not fit 60 columns."""
+    from gm_probe.analysis.table import GAPS
+
+    console = results_console()
+    for gap in gaps:
+        rows, remarks = [], []
+        for measure in statistics.measures:
+            labels = f" ({measure.labels} labels)" if measure.labels else ""
+            for subgroup, results in [(None, measure.gaps), *measure.subgroups.items()]:
+                result = results[gap]
+                name = measure.name + labels if subgroup is None else f"  {subgroup}"
+                flags = ", ".join(measure.flags(gap)) if subgroup is None else ""
+                interval = _interval(result.low, result.high)
+                rows.append((name, _signed(result.tau), interval, number(result.p, 2), str(result.n), flags))
+                place = measure.name if subgroup is None else f"{measure.name}, {subgroup}"
+                if result.reason is not None:
+                    remarks.append(f"{place}: τ undefined, {result.reason}")
+                elif result.interval_reason is not None:
+                    remarks.append(f"{place}: no interval: {result.interval_reason}")
+                if result.p_reason is not None:
+                    remarks.append(f"{place}: {'p' if result.p is not None else 'no p'}: {result.p_reason}")
+        columns = ["measure", "τ-b", "95 %", "p", "n", "beware"]
+        width = 6 if any(row[5] for row in rows) else 5
+        console.print(table(f"{gap}: {GAPS[gap]}", columns[:width], [row[:width] for row in rows]))
+        for line in _shared(remarks):
+            console.print(line, markup=False, highlight=False)
+    for line in warnings(statistics.measures):
+        console.print(line, style="bold", markup=False, highlight=False)
+    for measure in statistics.measures:
+        for gap, details in measure.details.items():
+            if gap in gaps and details.simpson:
+                console.print(
+                    f"{measure.name}, {gap}: Simpson's paradox: the sign turns within {', '.join(details.simpson)}",
+                    style="bold",
+                    markup=False,
+                    highlight=False,
+                )
+    console.print(LEGEND, style="dim", markup=False, highlight=False)
+
+
+def print_details(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
+    """A table a measure and gap with every statistic, then the differences between measures."""
+    console = results_console()
+    columns = ("", "value", "95 %", "p", "n")
+    for gap in gaps:
+        for measure in statistics.measures:
+            rows = list(_correlation_rows(measure.gaps[gap]))
+            remarks: list[str] = []
+            if gap in measure.details:
+                rows += _detail_rows(measure.details[gap], remarks)
+            console.print(table(f"{measure.name} and {gap}", columns, rows))
+            for line in remarks:
+                console.print(line, style="dim", markup=False, highlight=False)
+        differences = []
+        for each in statistics.comparisons.get(gap, ()):
+            row = _row(f"{each.first} − {each.second}", each.difference)
+            differences.append((*row[:3], number(each.p_holm, 2), row[4]))
+        if differences:
+            title = f"Δτ with {gap}; p adjusted for {len(differences)} comparisons (Holm)"
+            console.print(table(title, columns, differences))
+
+
+def warnings(measures: Sequence[MeasureStatistics]) -> list[str]:
+    """One line a warning, under the names of all the measures that it holds for."""
+    names: dict[str, list[str]] = {}
+    for measure in measures:
+        for warning in measure.warnings:
+            names.setdefault(warning, []).append(measure.name)
+    return [f"{', '.join(some)}: {warning}" for warning, some in names.items()]
+
+
+# ---- JSON and CSV
+
+
+def _all_figures(measure: MeasureStatistics, gap: str) -> dict[str, Any]:
+    figures = _figures(measure.gaps[gap])
+    details = measure.details.get(gap)
+    if details is None:
+        return figures
+    figures["flags"] = list(measure.flags(gap))
+    return figures | _details(details)
+
+
+def _figures(result: Correlation) -> dict[str, Any]:
+    figures = {key: value for key, value in asdict(result).items() if not key.endswith("reason")}
+    figures["missing"] = _excluded(result.missing)
+    reasons = {key: getattr(result, key) for key in ("reason", "interval_reason", "p_reason")}
+    return figures | {key: reason for key, reason in reasons.items() if reason is not None}
+
+
+def _details(details: Details) -> dict[str, Any]:
+    conditioning, prediction = details.conditioning, details.prediction
+    information = None
+    if conditioning is not None:
+        sets = [_without_none(asdict(each), "reason") for each in conditioning.sets]
+        least = conditioning.least
+        information = {
+            "value": least.value if least else None,
+            "given": list(least.given) if least else None,
+            "sets": sets,
+            "num_permutations": conditioning.num_permutations,
+            "reason": conditioning.reason,
+        }
+    return {
+        "noise_filtered": {
+            **_quantity(details.noise_filtered.tau),
+            "kept": details.noise_filtered.kept,
+            "pairs": details.noise_filtered.pairs,
+        },
+        "between": _quantity(details.between),
+        "within": _quantity(details.within),
+        "granulated": {
+            "mean": _quantity(details.granulated.mean),
+            "psi": {
+                name: {
+                    **_quantity(each.psi),
+                    "skipped": each.skipped,
+                    "runs": each.runs,
+                    "coverage": each.coverage,
+                }
+                for name, each in details.granulated.psi.items()
+            },
+        },
+        "conditional_information": information,
+        "sign_error": _sign_error(details.sign_error),
+        "strata": {
+            each.by: {**_quantity(each.tau), "num_strata": each.num_strata, "opposes": each.opposes}
+            for each in details.strata
+        },
+        "simpson": list(details.simpson),
+        "partial": {name: _quantity(each) for name, each in details.partial.items()},
+        "prediction": None if prediction is None else _without_none(asdict(prediction), "reason"),
+        "selection": _without_none(asdict(details.selection), "reason"),
+    }
+
+
+def _sign_error(result: SignError) -> dict[str, Any]:
+    worst = sorted(result.environments, key=lambda each: -each.error)[:5]
+    figures = {key: value for key, value in asdict(result).items() if key != "environments"}
+    return figures | {"num_environments": len(result.environments), "worst": [asdict(each) for each in worst]}
+
+
+def _quantity(quantity: Quantity) -> dict[str, Any]:
+    return _without_none(asdict(quantity), "reason", "interval_reason", "p_reason")
+
+
+def _without_none(figures: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in figures.items() if key not in keys or value is not None}
+
+
+def _summary(details: Details) -> dict[str, Any]:
+    """The main figures of ``details`` in columns."""
+    least = details.conditioning.least if details.conditioning else None
+    quantities = {
+        "noise_filtered": details.noise_filtered.tau,
+        "between": details.between,
+        "within": details.within,
+        "mean_psi": details.granulated.mean,
+    }
+    columns: dict[str, Any] = {}
+    for name, quantity in quantities.items():
+        columns |= {name: quantity.value, f"{name}_low": quantity.low, f"{name}_high": quantity.high}
+    return columns | {
+        "conditional_information": least.value if least else None,
+        "conditional_on": least.label if least else None,
+        "sign_error_mean": details.sign_error.mean,
+        "sign_error_percentile_90": details.sign_error.percentile_90,
+        "sign_error_maximum": details.sign_error.maximum,
+        "simpson": "; ".join(details.simpson),
+        "prediction_skill": details.prediction.skill if details.prediction else None,
+        "selection_regret": details.selection.regret,
+    }
+
+
+def _excluded(exclusions: Sequence[Exclusion]) -> list[dict[str, str]]:
+    return [{"run": exclusion.run, "reason": exclusion.reason} for exclusion in exclusions]
+
+
+# ---- tables
+
+
+def _correlation_rows(result: Correlation) -> Iterator[Row]:
+    n = str(result.n)
+    yield ("τ-b", _signed(result.tau), _interval(result.low, result.high), number(result.p, 2), n)
+    percentile = _interval(result.low_percentile, result.high_percentile)
+    yield ("  percentile, naive p", "", percentile, number(result.p_naive, 2), "")
+    yield ("  ties: measure / gap", f"{result.ties_measure}/{result.ties_gap}", "", "", "")
+    yield ("Spearman", _signed(result.spearman), "", "", n)
+    yield ("Pearson", _signed(result.pearson), "", "", n)
+
+
+def _detail_rows(details: Details, remarks: list[str]) -> Iterator[Row]:
+    """Rows for what is defined; the reasons of the rest go to ``remarks``."""
+    quantities = {
+        f"beyond noise, of {details.noise_filtered.pairs} pairs": details.noise_filtered.tau,
+        "between settings": details.between,
+        "within settings": details.within,
+    }
+    quantities |= {f"within {each.by}": each.tau for each in details.strata}
+    quantities |= {f"given {name}": each for name, each in details.partial.items()}
+    quantities |= {f"ψ {name}": each.psi for name, each in details.granulated.psi.items()}
+    quantities["Ψ, their mean"] = details.granulated.mean
+    for name, quantity in quantities.items():
+        for reason in (quantity.reason, quantity.interval_reason, quantity.p_reason):
+            if reason is not None:
+                remarks.append(f"{name}: {reason}")
+        if quantity.reason is None:
+            yield _row(name, quantity)
+    conditioning = details.conditioning
+    if conditioning is not None and conditioning.least is not None:
+        least = conditioning.least
+        yield (f"least K, given {least.label}", _signed(least.value), "", number(least.p, 2), str(least.n))
+    elif conditioning is not None:
+        remarks.append(f"K: {conditioning.reason}")
+    signs = details.sign_error
+    if signs.reason is None:
+        figures = {"mean": signs.mean, "90th percentile": signs.percentile_90, "maximum": signs.maximum}
+        for name, value in figures.items():
+            yield (f"sign error, {name}", number(value, 3), "", "", str(len(signs.environments)))
+    else:
+        remarks.append(f"sign error: {signs.reason}")
+    prediction, selection = details.prediction, details.selection
+    if prediction is not None and prediction.reason is None:
+        yield ("prediction error", number(prediction.error, 3), "", "", str(prediction.n))
+        yield ("  of the mean alone", number(prediction.error_mean, 3), "", "", "")
+    elif prediction is not None:
+        remarks.append(f"prediction: {prediction.reason}")
+    if selection.reason is None:
+        yield ("regret of the least", number(selection.regret, 3), "", "", str(selection.n))
+        yield ("  of a random run", number(selection.regret_random, 3), "", "", "")
+    else:
+        remarks.append(f"selection: {selection.reason}")
+
+
+def _row(name: str, quantity: Quantity) -> Row:
+    interval = _interval(quantity.low, quantity.high)
+    return (name, _signed(quantity.value), interval, number(quantity.p, 2), str(quantity.n))
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "—" if low is None or high is None else f"{low:+.2f} {high:+.2f}".replace("-", "−")
+
+
+def _signed(value: float | None) -> str:
+    return "—" if value is None else f"{value:+.3f}".replace("-", "−")
+
+
+def _shared(remarks: Sequence[str]) -> list[str]:
+    """Remarks that differ in the name alone become one."""
+    names: dict[str, list[str]] = {}
+    for remark in remarks:
+        name, _, text = remark.partition(": ")
+        names.setdefault(text, []).append(name)
+    return [f"{'; '.join(some[:3])}{f' and {len(some) - 3} more' if len(some) > 3 else ''}: {text}"
+            for text, some in names.items()]  # fmt: skip

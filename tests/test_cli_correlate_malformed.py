@@ -1,0 +1,258 @@
+"""What `gmprobe correlate` says to tables that are wrong, odd or hostile: one clear line and the right exit code."""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gm_probe.cli import main
+from gm_probe.core.files import write_json, write_toml
+
+GOOD = "error_gap,m,lr\n" + "".join(f"{0.1 * i:.2f},{(7 * i) % 11},{i // 2}\n" for i in range(12))
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``gmprobe correlate``."""
+    code: Any = 0
+    try:
+        main(["correlate", *args])
+    except SystemExit as stop:
+        code = stop.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+REFUSED = {
+    "an empty file": ("", (), 4, "is empty; it needs a header line"),
+    "blank lines only": ("\n\n", (), 4, "is empty"),
+    "a header alone": ("error_gap,m\n", (), 4, "has a header but no run below it"),
+    "no gap": ("a,b\n1,2\n", (), 4, "no column error_gap"),
+    "a gap of another name": ("gap,m\n1,2\n2,3\n", (), 4, "it has: gap, m"),
+    "semicolons": ("error_gap;m\n1;2\n", (), 4, "it has: error_gap;m"),
+    "a column twice": ("error_gap,m,m\n1,2,3\n", (), 4, "'m' more than once"),
+    "a gap twice": ("error_gap,m,error_gap\n1,2,3\n", (), 4, "'error_gap' more than once"),
+    "one run": ("error_gap,m\n1,2\n", (), 4, "1 usable run; a rank correlation needs at least 2"),
+    "no measure": ("error_gap\n1\n2\n", (), 4, "no numeric column"),
+    "text for a measure": ("error_gap,fisher_trace\n1,high\n2,3\n", (), 4, "row 1 holds 'high'"),
+    "text for a gap": ("error_gap,m\nlow,1\n2,3\n", (), 4, "'error_gap' row 1 holds 'low'"),
+    "a formula for a gap": ("error_gap,m\n=1+1,1\n2,3\n", (), 4, "holds '=1+1', which is not a number"),
+    "two numbers in a cell": ('error_gap,m\n"1 2",1\n2,3\n', (), 4, "holds '1 2'"),
+    "a decimal comma": ('error_gap,m\n"0,5",1\n2,3\n', (), 4, "holds '0,5'"),
+    "a longer row": ("error_gap,m\n1,2\n3,4,5\n", (), 4, "not a readable CSV"),
+    "a torn quote": ('error_gap,m\n1,"2\n3,4\n', (), 4, "not a readable CSV"),
+    "an escape sequence in a name": (
+        "error_gap,m\x1b[2J\n1,2\n2,3\n",
+        (),
+        4,
+        "characters that cannot be shown",
+    ),
+    "nothing but missing values": ("error_gap,m\nnan,1\nnan,2\n", (), 4, "has a defined τ"),
+    "measure and gap never together": ("error_gap,m\n1,\n,2\n3,\n", (), 4, "has a defined τ"),
+    "a constant gap": ("error_gap,m\n1,2\n1,3\n", (), 4, "has a defined τ"),
+    "infinities": ("error_gap,m\ninf,2\n-inf,3\n1e999,4\n", (), 4, "has a defined τ"),
+    "an unknown measure": (GOOD, ("--measures", "n"), 2, "no column in"),
+    "a gap as a measure": (GOOD, ("--measures", "error_gap"), 2, "is a gap and cannot be a measure too"),
+    "an unknown hyperparameter": (GOOD, ("--hyper", "lrr"), 2, "did you mean 'lr'"),
+    "an unknown control": (GOOD, ("--control", "train_ce"), 2, "no column to control for named 'train_ce'"),
+    "an unknown part": (GOOD, ("--skip", "cmi"), 2, "no part to skip named 'cmi'"),
+    "few resamples": (GOOD, ("--resamples", "3"), 2, "3 resamples"),
+    "a negative seed": (GOOD, ("--seed", "-1"), 2, "--seed"),
+    "resamples in words": (GOOD, ("--resamples", "many"), 2, "--resamples"),
+    "a gap that is not there": (GOOD, ("--gap", "ce_gap"), 2, "no gap 'ce_gap'"),
+    "details as JSON": (GOOD, ("--details", "--json"), 2, "--details is for the printed tables"),
+}
+
+
+@pytest.mark.parametrize(("text", "args", "code", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    text: str,
+    args: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text, encoding="utf-8")
+    found, _, err = run(capsys, str(path), "--no-figure", "--quiet", *args)
+    assert found == code
+    assert message in err
+    assert err.startswith("gmprobe: ")
+    assert err.count("\n") == 1
+
+
+def test_bytes_that_are_no_text_and_files_that_are_no_tables(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "photo.csv").write_bytes(b"\x89PNG\xff\xfe\x00,\n")
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    for name, code in (("photo.csv", 4), ("notes.txt", 2), ("empty", 2), ("nowhere.csv", 2)):
+        found, _, err = run(capsys, str(tmp_path / name))
+        assert (found, err.count("\n")) == (code, 1), err
+
+
+def test_more_runs_than_fit_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("gm_probe.analysis.correlation.MOST_RUNS", 10)
+    path = tmp_path / "t.csv"
+    path.write_text(GOOD)
+    code, _, err = run(capsys, str(path), "--quiet")
+    assert code == 6
+    assert "12 runs; the pairs of more than 10 do not fit in memory" in err
+
+
+ODD = {
+    "missing values": (GOOD + ",3,1\n0.5,,1\nNA,3,1\n", "no value"),
+    "infinite values": (GOOD + "inf,3,1\n0.5,-inf,1\n", "not finite"),
+    "rows listed twice": (GOOD + "0.10,7,0\n", "1 runs repeat the values of another"),
+    "names used twice": (
+        "run," + GOOD.replace("\n", "\nx,", 12).rstrip("x,") + "\n",
+        "repeat the name of another",
+    ),
+    "a constant measure": (GOOD.replace("m,lr", "m,lr,k").replace(",0\n", ",0,7\n"), ""),
+    "no hyperparameter": (GOOD.replace("lr", "zz"), "no hyperparameter is known"),
+    "no seeds": ("error_gap,fisher_trace,lr\n1,1,1\n2,3,2\n3,2,3\n", "no setting has two runs"),
+    "one setting": ("error_gap,fisher_trace,lr\n1,1,1\n2,3,1\n3,2,1\n", "all runs are of one setting"),
+    "uneven settings": ("error_gap,m,lr\n1,1,1\n2,3,2\n3,2,2\n", ""),
+    "huge values": ("error_gap,m,lr\n1e308,-1e308,1\n-1e308,1e308,2\n1e-308,5e-324,2\n", ""),
+    "words for hyperparameters": ("error_gap,m,optimizer\n1,1,sgd\n2,3,adam\n3,2,sgd\n4,4,adam\n", ""),
+    "a byte order mark": ("\ufeff" + GOOD, ""),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("text", "note"), ODD.values(), ids=ODD.keys())
+def test_odd_tables_have_a_result_without_a_nan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, note: str
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text, encoding="utf-8")
+    code, out, err = run(capsys, str(path), "--json")
+    assert code == 0, err
+    assert note in err
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    result = json.loads(out, parse_constant=refuse)
+    for measure in result["measures"].values():
+        tau = measure["error_gap"]
+        assert (tau["tau"] is None) == ("reason" in tau)
+        assert tau["n"] + len(tau["missing"]) == result["num_runs"]
+    for option in ("--csv", "--details"):
+        assert run(capsys, str(path), option, "--no-figure")[0] == 0
+
+
+def test_formulas_and_html_in_names_stay_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = ["=cmd|' /C calc'!A0", "+m", "-m", "@m", "<img src=x onerror=alert(1)>"]
+    path = tmp_path / "t.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["error_gap", "=lr", *names])
+        writer.writerows([i, "=1+1" if i % 2 else "x", *[(i * k) % 7 for k in range(1, 6)]] for i in range(7))
+    code, out, _ = run(capsys, str(path), "--csv", "--hyper", "=lr", "--group-by", "=lr")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0
+    assert [row["measure"] for row in rows[::3]] == ["'" + name for name in names[:4]] + names[4:]
+    assert rows[1]["subgroup"] == "'=lr==1+1"
+    assert not any(cell.startswith(("=", "@", "+")) for row in rows for cell in row.values())
+    for row in rows:
+        negative = [cell for cell in row.values() if cell.startswith("-")]
+        assert all(math.isfinite(float(cell)) for cell in negative)  # numbers alone may start so
+    code, out, _ = run(capsys, str(path), "--json", "--hyper", "=lr")
+    assert code == 0
+    assert list(json.loads(out)["measures"]) == names
+    code, out, _ = run(capsys, str(path), "--no-figure", "--hyper", "=lr", "--details")
+    assert code == 0
+    assert "<img" in out
+
+
+# ---- options
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Run folders: 6 settings × 2 seeds, with errors and set sizes."""
+    for i in range(12):
+        folder = tmp_path / "runs" / f"run-{i:02d}"
+        write_toml(folder / "config.toml", {"lr": 0.1 * (i // 4), "batch_size": i // 2 % 2, "seed": i % 2})
+        summary = {"error_gap": 0.03 * i, "ce_gap": 0.1 * ((5 * i) % 12), "test_error": 0.1 + 0.03 * i}
+        summary |= {"train_error": 0.1, "train_ce": 0.01 * ((3 * i) % 7), "num_test": 1000, "num_train": 5000}
+        write_json(folder / "summary.json", {"status": "finished", **summary})
+        measures = {"fisher_trace": {"value": float((7 * i) % 12)}, "parameter_norm": {"value": float(i % 5)}}
+        write_json(folder / "measures.json", {"measures": measures})
+    return tmp_path / "runs"
+
+
+def test_run_folders_have_every_statistic(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
+    code, out, _ = run(capsys, str(sweep), "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert (result["num_runs"], result["num_settings"]) == (12, 6)
+    trace = result["measures"]["fisher_trace"]["error_gap"]
+    assert trace["p"] is not None
+    assert trace["low"] < trace["tau"] < trace["high"]
+    assert trace["noise_filtered"]["pairs"] == 66
+    assert 0 < trace["noise_filtered"]["kept"] < 66
+    assert set(trace["partial"]) == {"train_ce", "parameter_norm", "lr", "batch_size"}
+    assert trace["conditional_information"]["given"] is not None
+    assert trace["selection"]["regret"] == pytest.approx(0.0)
+    assert [each["first"] for each in result["comparisons"]["ce_gap"]] == ["fisher_trace"]
+
+
+def test_seed_resamples_skip_and_control(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
+    def trace(*args: str) -> dict[str, Any]:
+        return json.loads(run(capsys, str(sweep), "--json", "--resamples", "150", *args)[1])["measures"][
+            "fisher_trace"
+        ]["error_gap"]
+
+    assert trace() == trace("--seed", "0")
+    assert trace("--seed", "1")["p"] != trace()["p"]
+    assert trace()["num_permutations"] == 150
+    assert set(trace("--control", "lr")["partial"]) == {"lr"}
+    assert "between" not in trace("--skip", "details")
+    skipped = trace("--skip", "conditional,prediction")
+    assert (skipped["conditional_information"], skipped["prediction"]) == (None, None)
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_details_fit_their_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sweep: Path, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = run(capsys, str(sweep), "--no-figure", "--details", "--resamples", "100")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= columns
+    for text in (
+        "between settings",
+        "within settings",
+        "beyond noise",
+        "given train_ce",
+        "Spearman",
+        "Δτ with",
+    ):
+        assert text in out
+
+
+def test_simpsons_paradox_is_loud(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=(5, 8))
+    rows = [
+        f"{9 * g + noise[g, i]},{9 * g - noise[g, i] + 0.1 * (i % 3)},{g},{i}"
+        for g in range(5)
+        for i in range(8)
+    ]
+    path = tmp_path / "t.csv"
+    path.write_text("m,error_gap,weight_decay,lr\n" + "\n".join(rows))
+    code, out, _ = run(capsys, str(path), "--no-figure")
+    assert code == 0
+    assert "Simpson" in out
+    assert "the sign turns within weight_decay" in " ".join(out.split())
+    (row, *_) = csv.DictReader(io.StringIO(run(capsys, str(path), "--csv")[1]))
+    assert row["simpson"] == "weight_decay"
