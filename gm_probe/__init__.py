@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gm_probe.core.models import ModelSpec as ModelSpec
     from gm_probe.core.models import build_model as build_model
     from gm_probe.core.parameters import Parameters as Parameters
+    from gm_probe.core.pretrained import load_pretrained as load_pretrained
     from gm_probe.probe.kl import kl_divergence as kl_divergence
     from gm_probe.probe.measures import MEASURES as MEASURES
     from gm_probe.probe.measures import Report as Report
@@ -56,6 +57,7 @@ _HOMES = {
     "core.errors": ("CheckpointError", "DataError", "DivergedError", "ProbeError", "UsageError"),
     "core.models": ("ModelSpec", "build_model"),
     "core.parameters": ("Parameters",),
+    "core.pretrained": ("load_pretrained",),
     "probe.kl": ("kl_divergence",),
     "probe.measures": ("MEASURES", "Report", "measure"),
     "probe.operators": ("Operator", "fisher", "hessian"),

@@ -222,6 +222,33 @@ def test_tau_by_radius_has_a_line_a_step_count_and_a_tick_a_radius() -> None:
     assert ticks(figure, "x") == ["0.05", "0.1", "0.5"]
 
 
+def test_run_curves_draw_what_was_recorded() -> None:
+    rows = [
+        {"epoch": 1, "running_ce": 2.0, "running_error": 0.9},
+        {
+            "epoch": 2,
+            "running_ce": 1.0,
+            "running_error": 0.5,
+            "test_error": 0.6,
+            "test_ce": 1.1,
+            "train_ce": 0.9,
+        },
+        {"epoch": 3, "running_ce": 0.5, "running_error": 0.2, "local_inconsistency": 1e-3},
+        {"epoch": 4, "running_ce": 0.4, "running_error": 0.0, "local_inconsistency": 1e-1},
+    ]
+    loss, error, divergence = figures.run_curves(rows).axes
+    drawn = {
+        line.get_label(): line.get_xydata().tolist() for axes in (loss, error) for line in axes.get_lines()
+    }
+    assert drawn["test"] == [[2, 0.6]]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in loss.get_lines()}
+    assert lines["training, running"] == [[0.5, 2.0], [1.5, 1.0], [2.5, 0.5], [3.5, 0.4]]
+    assert lines["training"] == [[2, 0.9]]
+    assert divergence.get_lines()[0].get_xydata().tolist() == [[3, 1e-3], [4, 1e-1]]
+    assert (loss.get_yscale(), error.get_yscale(), divergence.get_yscale()) == ("linear", "linear", "log")
+    assert len(figures.run_curves(rows[:1]).axes) == 2
+
+
 def test_training_curves_draw_each_run_in_its_subgroup_s_look() -> None:
     epochs = np.arange(1, 5)
     curves = [(epochs, np.exp(-epochs)), (epochs[:2], np.ones(2)), (np.array([]), np.array([]))]

@@ -101,7 +101,7 @@ def test_grid_is_expanded_over_base(recipe: Recipe) -> None:
     assert all(config.model == "mlp-8" and config.epochs == 2 for config in recipe.runs.values())
     assert recipe.plan.measures == ("local_inconsistency", "fisher_trace")
     assert recipe.plan.settings.num_starts == 2
-    assert (recipe.plan.max_examples, recipe.plan.batch_size) == (None, 250)
+    assert (recipe.plan.max_examples, recipe.plan.batch_size) == (None, None)
 
 
 def test_empty_recipe_is_one_default_run() -> None:

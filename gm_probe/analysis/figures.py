@@ -220,6 +220,45 @@ def tau_by_radius(lines: Mapping[int, Mapping[float, Quantity]], ylabel: str) ->
     return figure
 
 
+def run_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """One run's metrics ``rows`` (metrics.jsonl) by epoch: loss, error and, where they were tracked, S_ρ and the KL.
+
+    Running figures are means over an epoch's steps, so drawn at its middle; the others are of the weights at its end.
+    """
+    panels = {
+        "cross-entropy": {"running_ce": "training, running", "train_ce": "training", "test_ce": "test"},
+        "error": {"running_error": "training, running", "train_error": "training", "test_error": "test"},
+        "divergence": {"local_inconsistency": r"$S_\rho$", "running_inconsistency": "KL of IAM-D, running"},
+    }
+    shown = {
+        ylabel: {name: label for name, label in lines.items() if any(name in row for row in rows)}
+        for ylabel, lines in panels.items()
+    }
+    shown = {ylabel: lines for ylabel, lines in shown.items() if lines}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN * len(shown), 2.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (ylabel, lines) in zip(
+            figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
+        ):
+            for index, (name, label) in enumerate(lines.items()):
+                points = [(row["epoch"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+                x, y = np.array(points, dtype=float).reshape(-1, 2).T
+                look = {"color": _colour(index), "linestyle": DASHES[index % 4], "marker": MARKERS[index]}
+                axes.plot(
+                    x - 0.5 * name.startswith("running"), y, label=label, markersize=3, linewidth=1, **look
+                )
+            values = np.concatenate([np.ravel(line.get_ydata()) for line in axes.get_lines()])
+            if len(values) and values.min() > 0 and values.max() > 10 * values.min():
+                axes.set_yscale("log")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(ylabel)
+            axes.grid(axis="y", **FAINT)
+            axes.legend(fontsize="small")
+    return figure
+
+
 def training_curves(
     curves: Sequence[tuple[np.ndarray, np.ndarray]], groups: Mapping[str, np.ndarray], ylabel: str
 ) -> Figure:

@@ -23,6 +23,9 @@ def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list
         raise UsageError(f"--milestones {text!r} must be comma-separated epochs, e.g. 60,120,160") from error
 
 
+CURVES_FILE = "curves.png"
+
+
 @click.command(epilog="Example:  gmprobe train --method iam-d")
 @click.option(
     "--data", help="Image folder, array file or data set name; see `gmprobe datasets`.  [default: digits]"
@@ -39,6 +42,7 @@ def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list
 )
 @click.option("--split-seed", type=int, help="Seed of the split, apart from --seed.  [default: 0]")
 @click.option("--model", help="Network; see `gmprobe models`.  [default: 6cnn]")
+@click.option("--init", metavar="PATH", help="Start from these weights; a head for other classes is fresh.")
 @click.option("--method", help="sgd, sam, asam, iam-d, iam-d-onepass or iam-s.  [default: sgd]")
 @click.option("--rho", type=float, help="Radius ρ.  [default: 0.05 sam, 0.5 asam, 0.1 iam-*]")
 @click.option("--beta", type=float, help="Weight β of IAM-D's KL term.  [default: 1]")
@@ -108,15 +112,17 @@ def train(
     """Train one model; without --data on the bundled handwritten digits.
 
     The data is cut by seed into disjoint train, unlabeled and test parts. The run folder holds configuration,
-    metrics, final weights and, until it has finished, the state to resume from.
+    metrics, their curves, final weights and, until it has finished, the state to resume from.
 
     With several GPUs or machines:  torchrun --nproc-per-node N -m gm_probe train ...
     """
     import torch
 
+    from gm_probe.analysis.figures import run_curves
+    from gm_probe.analysis.plots import write_figure
     from gm_probe.core import processes
     from gm_probe.core.devices import keep_freed_memory, pick_device
-    from gm_probe.core.records import CONFIG, read_run
+    from gm_probe.core.records import CONFIG, read_metrics, read_run
     from gm_probe.sweep.recipe import run_name
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
@@ -157,6 +163,10 @@ def train(
         return
     if save is not None:
         _save(out, config.model, save)
+    if config.init is not None:
+        fresh = read_run(out).config["environment"].get("fresh_weights", [])
+        note(console, f"started from {config.init}; fresh: {', '.join(fresh) or 'nothing'}")
+    write_figure(run_curves(list(read_metrics(out))), [out / CURVES_FILE])
     if as_json:
         print_json({"out": str(out), **summary})
         return

@@ -19,6 +19,7 @@ from gm_probe.core.files import write_json
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import differentiable_attention, evaluating
+from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
 from gm_probe.core.records import read_run
 from gm_probe.probe.density import density
@@ -152,10 +153,16 @@ def _initial(path: Path, subject: Subject) -> torch.nn.Module | None:
     recorded = subject.recorded
     if recorded is None or recorded.name != subject.name or not path.is_dir():
         return None
-    seed = read_run(path).config.get("seed")
+    config = read_run(path).config
+    seed, given = config.get("seed"), config.get("init")
     if not isinstance(seed, int):
         return None
-    return initial_model(recorded, seed).to(subject.batches.device, subject.batches.dtype)
+    model = initial_model(recorded, seed)
+    if given is not None:
+        if not Path(given).exists():  # the weights that it started from are gone
+            return None
+        load_pretrained(model, read_checkpoint(Path(given)))
+    return model.to(subject.batches.device, subject.batches.dtype)
 
 
 def _densities(

@@ -34,6 +34,8 @@ class TrainConfig:
         data: folder, array file, ``digits``, or a torchvision name (core.datasets.open_source).
         num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = core.splits.split's defaults.
         split_seed: draws the parts; apart from ``seed``, so that the runs of a sweep share their data.
+        init: checkpoint file or run folder whose weights training starts from; a head for other classes starts
+            afresh (core.pretrained.load_pretrained).
         method: gradient rule. ``rho`` None takes the rule's own default.
         beta, k_steps, noise_scale, kl_grad, sign, eta: of the rules (training.rules).
         m: batches are worked off in sub-batches of this size: gradient accumulation, and for the rules that
@@ -66,6 +68,7 @@ class TrainConfig:
     num_test: int | None = None
     split_seed: int = 0
     model: str = "6cnn"
+    init: str | None = None
     method: str = "sgd"
     rho: float | None = None
     beta: float = 1.0
@@ -169,6 +172,8 @@ class TrainConfig:
         data = checked.get("data", "digits")
         if data not in NAMES and Path(data).exists():  # a run must find its data from any folder
             checked["data"] = str(Path(data).resolve())
+        if checked.get("init") is not None:
+            checked["init"] = str(Path(checked["init"]).resolve())
         return cls(**checked)
 
     @classmethod

@@ -19,13 +19,14 @@ from torch.nn import functional
 
 from gm_probe.core import processes
 from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import save_checkpoint
+from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import deterministic, environment, pick_device
 from gm_probe.core.errors import DivergedError, UsageError
 from gm_probe.core.files import append_line, exclusive, remove_temporary, write_atomic, write_json, write_toml
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import evaluating
+from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.records import (
     BEST,
     CHECKPOINT,
@@ -114,6 +115,9 @@ class Training:
         self.normalization = Normalization.of(train)
         self.spec = ModelSpec(config.model, tuple(train.x.shape[1:]), self.splits.num_classes)
         self.model = initial_model(self.spec, config.seed).to(self.device)
+        self.fresh: tuple[str, ...] = ()  # of the weights, those that --init did not give
+        if config.init is not None and not (out / STATE).exists():
+            self.fresh = load_pretrained(self.model, read_checkpoint(Path(config.init)))
         if train.x.dim() == 4:
             self.model.to(memory_format=torch.channels_last)
         self.updates = Updates(config, self.model, self.device)
@@ -344,6 +348,8 @@ class Training:
         """Write what the run is."""
         if self._writes:
             machine = {**environment(self.device), "processes": processes.count()}
+            if self.config.init is not None:
+                machine["fresh_weights"] = list(self.fresh)
             write_atomic(self.out / METRICS, b"")
             write_json(self.out / SPLIT, split_record(self.splits))
             write_toml(self.out / CONFIG, {**self.config.as_dict(), "environment": machine})
