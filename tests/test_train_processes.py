@@ -19,6 +19,7 @@ from gm_probe.training.rules import METHODS
 
 # 203 examples in batches of 64: the last batch is one of 11, which two processes share unequally
 SHARED = {**BASE, "num_train": 203, "epochs": 2, "lr": 0.05, "eval_every": 1, "track_every": 1}
+FEW = {**SHARED, "num_train": 80, "labels": 20, "batch_size": 10, "mu": 3}
 RUNS: dict[str, dict[str, Any]] = {
     **{method: {**SHARED, "method": method} for method in METHODS},
     "iam-s loss": {**SHARED, "method": "iam-s", "sign": "loss", "m": 16, "num_train": 204},
@@ -34,10 +35,20 @@ RUNS: dict[str, dict[str, Any]] = {
         "num_train": 80,
         "batch_size": 40,
     },
+    **{
+        f"joint {method}": {**FEW, "objective": "joint", "method": method}
+        for method in ("sgd", "sam", "iam-d")
+    },
+    **{
+        f"fixmatch {method}": {**FEW, "objective": "fixmatch", "method": method, "threshold": 0.18}
+        for method in ("sgd", "sam", "iam-d")
+    },
+    "fixmatch mask": {**FEW, "objective": "fixmatch", "threshold": 0.18, "unlabeled_mean": "mask"},
     "batch norm": {**SHARED, "model": "wrn-10-1", "num_train": 32, "batch_size": 16, "epochs": 1},
 }
 REFUSED = {
     "too few": {**SHARED, "num_train": 65, "batch_size": 64},
+    "odd batch": {**FEW, "objective": "fixmatch", "batch_size": 5},
     "odd m": {**SHARED, "m": 5},
     "a part left over": {**SHARED, "num_train": 65, "batch_size": 65, "m": 32},
 }
@@ -97,7 +108,12 @@ def test_rules_under_ddp_give_the_gradient_of_all_examples(method: str, folder: 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("too few", "too few for 2 processes"), ("odd m", "m = 5"), ("a part left over", "without its part")],
+    [
+        ("too few", "too few for 2 processes"),
+        ("odd batch", "does not go evenly round 2"),
+        ("odd m", "m = 5"),
+        ("a part left over", "without its part"),
+    ],
 )
 def test_what_cannot_be_shared_is_refused_by_every_process(name: str, reason: str, folder: Path) -> None:
     for rank in (0, 1):

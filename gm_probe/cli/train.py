@@ -35,6 +35,11 @@ CURVES_FILE = "curves.png"
 @click.option("--image-size", type=click.IntRange(1), help="Resize images to this many pixels a side.")
 @click.option("--num-train", type=click.IntRange(1), help="Training examples.  [default: all that remain]")
 @click.option(
+    "--labels",
+    type=click.IntRange(1),
+    help="Keep the labels of so many of them, as many of each class.  [default: all]",
+)
+@click.option(
     "--num-unlabeled", type=click.IntRange(1), help="Disjoint probe examples.  [default: a quarter ≤ 5000]"
 )
 @click.option(
@@ -43,6 +48,21 @@ CURVES_FILE = "curves.png"
 @click.option("--split-seed", type=int, help="Seed of the split, apart from --seed.  [default: 0]")
 @click.option("--model", help="Network; see `gmprobe models`.  [default: 6cnn]")
 @click.option("--init", metavar="PATH", help="Start from these weights; a head for other classes is fresh.")
+@click.option(
+    "--objective", help="supervised, joint or fixmatch; the last two need --labels.  [default: supervised]"
+)
+@click.option(
+    "--mu",
+    type=click.IntRange(1),
+    help="Unlabeled examples a labeled one in joint and fixmatch.  [default: 7]",
+)
+@click.option(
+    "--threshold", type=float, help="FixMatch: confidence that makes a pseudo-label.  [default: 0.95]"
+)
+@click.option("--lambda-u", type=float, help="FixMatch: weight of the unlabeled loss.  [default: 1]")
+@click.option(
+    "--unlabeled-mean", help="FixMatch: mean over the batch, or the mask's views.  [default: batch]"
+)
 @click.option("--method", help="sgd, sam, asam, iam-d, iam-d-onepass or iam-s.  [default: sgd]")
 @click.option("--rho", type=float, help="Radius ρ.  [default: 0.05 sam, 0.5 asam, 0.1 iam-*]")
 @click.option("--beta", type=float, help="Weight β of IAM-D's KL term.  [default: 1]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gm_probe.core.datasets import Examples, Source
 from gm_probe.core.errors import DataError
@@ -15,13 +16,16 @@ class Splits:
     """Disjoint parts.
 
     ``unlabeled`` is what label-free measures are taken over; its labels, where known, serve only `measure`'s
-    labeled rows. ``indices`` maps a part's name to its sorted positions in the source (``test`` refers to the
-    source's own test part where it has one), so that a run can store them.
+    labeled rows. ``inputs`` is what is trained on, never with a label: the train part and, where only some
+    examples keep their labels, after it those that lost them (``train_unlabeled``). ``indices`` maps a part's
+    name to its sorted positions in the source (``test`` refers to the source's own test part where it has one),
+    so that a run can store them.
     """
 
     train: Examples
     unlabeled: Examples
     test: Examples
+    inputs: Examples
     indices: dict[str, list[int]]
 
     @property
@@ -37,12 +41,17 @@ def split(
     num_unlabeled: int | None,
     num_test: int | None,
     seed: int,
+    num_labeled: int | None = None,
 ) -> Splits:
     """Cut ``source`` into disjoint parts.
 
     The test part is the source's own where it has one, else it is cut from the pool. Defaults: a quarter of
     the pool but at most 5,000 unlabeled; a quarter for test if it must come from the pool; all the rest for
     training. The draw depends on ``seed`` and the pool's size alone.
+
+    Args:
+        num_labeled: training examples that keep their labels, as many of each class, drawn by ``seed``; they are then
+            the train part. Of the others' labels it is looked at only which are of a class still to be filled.
 
     Raises:
         DataError: the sizes do not fit.
@@ -77,9 +86,44 @@ def split(
             raise DataError(f"{own_test.source} has {len(own_test)} test examples, not {size}")
         parts["test"] = torch.randperm(len(own_test), generator=generator)[:size].sort().values
         test = own_test.select(parts["test"])
+    if num_labeled is None:
+        labeled = inputs = pool.select(parts["train"])
+    else:
+        parts["train"], parts["train_unlabeled"] = _keep_labels(pool, parts["train"], num_labeled, generator)
+        labeled = pool.select(parts["train"])
+        inputs = pool.select(torch.cat([parts["train"], parts["train_unlabeled"]]))
     return Splits(
-        train=pool.select(parts["train"]),
+        train=labeled,
         unlabeled=pool.select(parts["unlabeled"]),
         test=test,
+        inputs=inputs.unlabeled(),
         indices={name: positions.tolist() for name, positions in parts.items()},
     )
+
+
+def _keep_labels(
+    pool: Examples, train: Tensor, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Sorted positions of ``count`` examples, as many of each class, and of all others."""
+    classes = pool.select(train).num_classes
+    assert pool.y is not None
+    if count < 1 or count % classes:
+        raise DataError(
+            f"{count} labels are not as many of each of {classes} classes; take a multiple of {classes}"
+        )
+    shuffled = train[torch.randperm(len(train), generator=generator)]
+    kept = []
+    for index in range(classes):
+        members = shuffled[pool.y[shuffled] == index]
+        if len(members) < count // classes:
+            name = pool.classes[index] if pool.classes else index
+            raise DataError(
+                f"{pool.source}: class {name} has {len(members)} training examples, fewer than the "
+                f"{count // classes} of it among {count} labels"
+            )
+        kept.append(members[: count // classes])
+    labeled = torch.cat(kept).sort().values
+    others = train[~torch.isin(train, labeled)]
+    if not len(others):
+        raise DataError(f"{count} labels are the whole training part: there is nothing unlabeled to train on")
+    return labeled, others

@@ -21,25 +21,31 @@ from gm_probe.probe.work import FORWARD, GRADIENT, Work
 
 
 def kl_gradient(
-    parameters: Parameters, x: Tensor, clean: Tensor, offset: Tensor, factor: Tensor | float = 1.0
+    parameters: Parameters,
+    x: Tensor,
+    clean: Tensor,
+    offset: Tensor,
+    factor: Tensor | float = 1.0,
+    compared: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> tuple[Tensor, Tensor]:
     """Per-example KL(f_θ ‖ f_{θ+δ}) and the gradient of its sum with respect to δ; f_θ held constant.
 
     Args:
         x: (B, ...) model input.
-        clean: (B, C) logits at θ, detached.
+        clean: (n, C) logits at θ, detached.
         offset: (P,) δ.
         factor: multiplies the sum before it is differentiated, lest float16 gradients underflow.
+        compared: maps the (B, C) logits at θ + δ to the (n, C) that ``clean`` is compared with.
 
     Returns:
-        (B,) divergences and the (P,) gradient.
+        (n,) divergences and the (P,) gradient.
     """
     with torch.enable_grad():
         moved = {
             name: (p.detach() + d).requires_grad_()
             for (name, p), d in zip(parameters.named.items(), parameters.split(offset).values(), strict=True)
         }
-        terms = kl_divergence(clean, parameters.logits(x, moved))
+        terms = kl_divergence(clean, compared(parameters.logits(x, moved)))
         gradients = torch.autograd.grad(factor * terms.sum(), list(moved.values()), allow_unused=True)
     return terms.detach(), parameters.join(gradients)
 

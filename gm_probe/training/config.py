@@ -13,6 +13,8 @@ from gm_probe.core.errors import UsageError, did_you_mean
 
 NAMES = frozenset({"digits", *DATASETS})
 CHOICES = {
+    "objective": ("supervised", "joint", "fixmatch"),
+    "unlabeled_mean": ("batch", "mask"),
     "method": ("sgd", "sam", "asam", "iam-d", "iam-d-onepass", "iam-s"),
     "optimizer": ("sgd", "adamw"),
     "schedule": ("constant", "cosine", "linear", "multi-step"),
@@ -33,9 +35,15 @@ class TrainConfig:
     Attributes:
         data: folder, array file, ``digits``, or a torchvision name (core.datasets.open_source).
         num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = core.splits.split's defaults.
+        labels: training examples that keep their labels, as many of each class (None = all).
         split_seed: draws the parts; apart from ``seed``, so that the runs of a sweep share their data.
         init: checkpoint file or run folder whose weights training starts from; a head for other classes starts
             afresh (core.pretrained.load_pretrained).
+        objective: what is learned (training.objectives): from labeled examples alone, jointly with the inconsistency
+            of unlabeled ones, or by FixMatch. Batches then hold ``mu`` unlabeled examples for each of the
+            ``batch_size`` labeled ones, and an epoch is a pass over the unlabeled ones (training.feeds).
+        threshold, lambda_u, unlabeled_mean: of FixMatch: confidence from which a weak view labels the strong one,
+            weight of that loss, and what it is averaged over.
         method: gradient rule. ``rho`` None takes the rule's own default.
         beta, k_steps, noise_scale, kl_grad, sign, eta: of the rules (training.rules).
         m: batches are worked off in sub-batches of this size: gradient accumulation, and for the rules that
@@ -64,11 +72,17 @@ class TrainConfig:
     download: bool = False
     image_size: int | None = None
     num_train: int | None = None
+    labels: int | None = None
     num_unlabeled: int | None = None
     num_test: int | None = None
     split_seed: int = 0
     model: str = "6cnn"
     init: str | None = None
+    objective: str = "supervised"
+    mu: int = 7
+    threshold: float = 0.95
+    lambda_u: float = 1.0
+    unlabeled_mean: str = "batch"
     method: str = "sgd"
     rho: float | None = None
     beta: float = 1.0
@@ -119,7 +133,7 @@ class TrainConfig:
             "noise_scale": 0.0,
             "beta": 0.0,
         }
-        at_least |= {"gamma": 0.0, "eta": 0.0, "min_lr": 0.0}
+        at_least |= {"gamma": 0.0, "eta": 0.0, "min_lr": 0.0, "mu": 1, "lambda_u": 0.0, "threshold": 0.0}
         for name, least in at_least.items():
             value = getattr(self, name)
             if not value >= least or not math.isfinite(value):
@@ -147,6 +161,7 @@ class TrainConfig:
             )
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
+        self._check_objective()
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
         if not 0 <= self.seed < 2**32:
@@ -155,6 +170,20 @@ class TrainConfig:
             raise UsageError(
                 "schedule = 'multi-step' needs milestones (epochs at which lr is multiplied by gamma)"
             )
+
+    def _check_objective(self) -> None:
+        if self.threshold > 1:
+            raise UsageError(f"threshold = {self.threshold} must lie in [0, 1]")
+        if self.objective == "supervised":
+            return
+        if self.labels is None:
+            raise UsageError(
+                f"objective = {self.objective!r} needs labels: how many training examples keep theirs"
+            )
+        if self.m is not None:
+            raise UsageError(f"m cuts supervised batches only, not those of objective = {self.objective!r}")
+        if self.objective == "fixmatch" and self.augment:
+            raise UsageError("fixmatch has augmentations of its own; leave augment out")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

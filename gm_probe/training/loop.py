@@ -6,7 +6,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ from gm_probe.core.records import (
 )
 from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
-from gm_probe.training.augment import crop_and_flip, draw_crops
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.feeds import make_feed
 from gm_probe.training.parts import check_splits, load_splits, split_record
 from gm_probe.training.rules import Step
 from gm_probe.training.schedule import lr_factor
@@ -77,7 +77,8 @@ class Progress:
     """How far the running epoch has come, in this process.
 
     Attributes:
-        sums: (5,) float64: examples, and over them loss, cross-entropy, errors and KL.
+        sums: (5,) float64: labeled examples, and over them loss, cross-entropy, errors and KL; under FixMatch
+            (6,), with the share of confident views.
         step: steps done.
         skipped: steps whose gradient overflowed in float16; they are in no sum.
         seconds: spent before the clock ``began``.
@@ -105,14 +106,9 @@ class Training:
         self.device = processes.own_device(pick_device(config.device))
         self.splits = load_splits(config)
         train = self.splits.train
-        self.steps = -(-len(train) // config.batch_size)
-        last = len(train) - (self.steps - 1) * config.batch_size
-        if last < processes.count():
-            raise UsageError(
-                f"the last batch of {len(train)} examples has {last}, too few for {processes.count()} processes; "
-                "choose another --batch-size"
-            )
-        self.normalization = Normalization.of(train)
+        self.feed = make_feed(config, self.splits)
+        self.steps = self.feed.steps
+        self.normalization = Normalization.of(self.splits.inputs)
         self.spec = ModelSpec(config.model, tuple(train.x.shape[1:]), self.splits.num_classes)
         self.model = initial_model(self.spec, config.seed).to(self.device)
         self.fresh: tuple[str, ...] = ()  # of the weights, those that --init did not give
@@ -131,7 +127,8 @@ class Training:
         self._mine = slice(processes.rank(), None, processes.count())  # of every batch
 
     def _no_progress(self) -> Progress:
-        return Progress(torch.zeros(5, dtype=torch.float64, device=self.device))
+        size = 6 if self.config.objective == "fixmatch" else 5
+        return Progress(torch.zeros(size, dtype=torch.float64, device=self.device))
 
     def _batches(self, examples: Examples) -> Batches:
         return Batches(examples, self.normalization, batch_size=EVAL_BATCH, device=self.device)
@@ -145,7 +142,7 @@ class Training:
         self.progress.began = time.perf_counter()
         seed = zlib.crc32(f"{self.config.seed}:{self.epoch}".encode())
         draws = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.splits.train), generator=draws)
+        dealt = self.feed.deal(draws)
         self.model.train()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             if self.progress.step == 0:
@@ -153,7 +150,7 @@ class Training:
                 torch.manual_seed(seed + processes.rank())  # dropout draws from the global generator
             else:
                 set_random_state(self._random, self.device)
-            for chosen, x in self._raw(order):
+            for chosen, x in self._raw(dealt[self.progress.step :]):
                 self._step(chosen, x)
                 done = self.epoch * self.steps + self.progress.step
                 every = self.config.checkpoint_every
@@ -166,12 +163,12 @@ class Training:
         self.progress = self._no_progress()
         return row
 
-    def _raw(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every batch that is still to do: where its examples are, and of this process's the inputs as stored.
+    def _raw(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every batch of ``batches``: where its examples are, and of this process's the inputs as stored.
 
         Of files, the next ones are decoded while a batch is at work.
         """
-        x, batches = self.splits.train.x, order.split(self.config.batch_size)[self.progress.step :]
+        x = self.splits.inputs.x
         if isinstance(x, Tensor):
             yield from ((chosen, x[chosen[self._mine]]) for chosen in batches)
             return
@@ -197,23 +194,28 @@ class Training:
             self._check_loss(seen.loss)
 
     def _batch(self, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's part of a batch on the device: images augmented and normalised, and their labels."""
+        """This process's part of a batch on the device: images augmented and normalised, and the first ones' labels."""
         y = self.splits.train.y
         assert y is not None
-        x, y = x.to(self.device), y[chosen[self._mine]].to(self.device)
-        if self.config.augment:  # drawn for the whole batch, so that the number of processes does not matter
-            x = crop_and_flip(x, draw_crops(len(chosen), self.updates.generator)[:, self._mine])
+        mine = chosen[self._mine]
+        x, y = x.to(self.device), y[mine[mine < len(y)]].to(self.device)
+        x = self.feed.views(x, chosen, self._mine, self.updates.generator)
         x = self.normalization.apply(x)
         return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), y
 
     def _sums(self, seen: Step, y: Tensor) -> Tensor:
         loss = seen.loss.double() * len(y)
         entropy = loss
-        if self.config.label_smoothing:
-            entropy = functional.cross_entropy(seen.logits.float(), y, reduction="sum").double()
-        wrong = (seen.logits.argmax(1) != y).sum().double()
+        labeled = seen.logits[: len(y)]
+        if self.config.label_smoothing or self.config.objective == "fixmatch":
+            entropy = functional.cross_entropy(labeled.float(), y, reduction="sum").double()
+        wrong = (labeled.argmax(1) != y).sum().double()
         divergence = torch.zeros_like(loss) if seen.inconsistency is None else seen.inconsistency * len(y)
-        return torch.stack([torch.full_like(loss, len(y)), loss, entropy, wrong, divergence.double()])
+        noted = self.updates.rule.objective.noted(seen.logits, y)
+        further = [value.double() * len(y) for value in noted]
+        return torch.stack(
+            [torch.full_like(loss, len(y)), loss, entropy, wrong, divergence.double(), *further]
+        )
 
     def _check_loss(self, loss: Tensor) -> None:
         finite = math.isfinite(float(self.progress.sums.sum() + loss))
@@ -237,19 +239,21 @@ class Training:
 
     def _row(self) -> dict[str, Any]:
         sums = processes.sum_over_processes(self.progress.sums).tolist()
-        examples, loss, entropy, wrong, divergence = sums
+        examples, loss, entropy, wrong, divergence, *further = sums
         seconds = self.progress.elapsed
-        size = len(self.splits.train)
+        passes = self.updates.rule.passes * self.feed.rows
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "running_loss": loss / examples,
             "running_ce": entropy / examples,
             "running_error": wrong / examples,
             "lr": self.updates.optimizer.param_groups[0]["lr"],
-            "gradient_evaluations": (self.epoch + 1) * self.steps * self.updates.rule.passes / 3,
+            "gradient_evaluations": (self.epoch + 1) * self.steps * passes / 3,
             "seconds": round(seconds, 3),
-            "examples_per_second": round(size / seconds, 1),
+            "examples_per_second": round(self.feed.examples / seconds, 1),
         }
+        if further:
+            row["running_confident"] = further[0] / examples
         if self.config.method.startswith("iam-d"):
             row["running_inconsistency"] = divergence / examples
         if self.config.amp == "fp16":
@@ -262,7 +266,7 @@ class Training:
         due = config.eval_every > 0 and self.epoch % config.eval_every == 0
         # the exact training CE costs a third of an epoch: the running CE tells when it cannot be far, unless
         # augmented images or the weights of another model made it
-        loose = config.augment or config.ema_decay is not None
+        loose = config.augment or config.ema_decay is not None or config.objective == "fixmatch"
         close = config.stop_ce is not None and (loose or row["running_ce"] <= 3 * config.stop_ce)
         if due or close:
             row["train_ce"], row["train_error"] = evaluate(model, self.train_batches)
@@ -376,6 +380,8 @@ class Training:
             "gradient_evaluations": self.rows[-1]["gradient_evaluations"],
             "train_seconds": round(sum(row["seconds"] for row in self.rows), 3),
         }
+        if self.config.labels is not None:
+            summary["num_unlabeled_train"] = len(self.splits.inputs) - len(self.splits.train)
         self._save(CHECKPOINT)
         if self._writes:
             write_json(self.out / SUMMARY, summary)

@@ -29,6 +29,7 @@ def load_splits(config: TrainConfig) -> Splits:
         num_unlabeled=config.num_unlabeled,
         num_test=config.num_test,
         seed=config.split_seed,
+        num_labeled=config.labels,
     )
 
 
@@ -41,10 +42,10 @@ def _open(data: str, root: str | None, download: bool, image_size: int | None) -
 def split_record(splits: Splits) -> dict[str, Any]:
     """What split.json holds: every part's indices, and a digest of the examples that were used."""
     digest = hashlib.sha256()
-    for part in (splits.train, splits.unlabeled, splits.test):
+    for part in (splits.inputs, splits.unlabeled, splits.test):
         for block in blocks(part.x):
             digest.update(_bytes(block))
-    for part in (splits.train, splits.test):  # the unlabeled part's labels are never read
+    for part in (splits.train, splits.test):  # no other labels are ever read
         if part.y is not None:
             digest.update(_bytes(part.y))
     return {**splits.indices, "sha256": digest.hexdigest()}

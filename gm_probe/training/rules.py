@@ -15,6 +15,9 @@ Float16: under autocast call ``rule.backward(x, y, scaler=scaler)``, then ``scal
 which no perturbation depends on; where one overflows, so does what is computed at that perturbation, and the
 scaler skips the step and lowers its factor.
 
+Other objectives than supervised learning (training.objectives) take the criterion's place; see there for what x
+and y then are.
+
 Several processes (``torch.distributed``): each hands in its part of the batch, and each gets the gradient of
 the whole batch. The perturbation is the whole batch's too, its gradient summed over the processes: a run does
 not depend on how many share it. The rule does all the communication; a DistributedDataParallel wrapper is
@@ -23,7 +26,7 @@ looked through and its hooks never fire. ``generator`` must be seeded alike in e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,8 +43,8 @@ from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import count, sum_over_processes
 from gm_probe.probe.ascent import ascend, kl_gradient, to_sphere
 from gm_probe.probe.kl import kl_divergence
+from gm_probe.training.objectives import Criterion, Objective
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
 Gradients = Sequence[Tensor | None]
 """One a trainable parameter, in order; None = the loss does not depend on it."""
 
@@ -63,7 +66,7 @@ class Rule:
 
     Args:
         model: its trainable parameters get the gradients.
-        criterion: maps logits (B, C) and labels (B,) to the mean loss.
+        criterion: maps logits (B, C) and labels (B,) to the mean loss; or an objective.
         m: the batch is worked off in sub-batches of this size, and their gradients are averaged by size: gradient
             accumulation, and m-sharpness (App. E.1), for each has a perturbation of its own. None = all at once.
         generator: of the noise starts; None draws one seeded with 0 on the CPU.
@@ -84,13 +87,16 @@ class Rule:
         if m is not None and m < 1:
             raise UsageError(f"m must be at least 1, not {m}")
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
-        self.criterion, self.m = criterion, m
+        self.objective = criterion if isinstance(criterion, Objective) else Objective(criterion)
+        self.m = m
         self.parameters = Parameters(self.model)
         self.generator = generator or torch.Generator().manual_seed(0)
         self._scaler: GradScaler | None = None
 
     def backward(self, x: Tensor, y: Tensor, *, scaler: GradScaler | None = None) -> Step:
         """Add this rule's gradient on the batch x (B, ...), y (B,) to every ``p.grad``, as backward() does.
+
+        Under an objective that learns from unlabeled inputs too, x has rows after the labeled ones.
 
         Args:
             scaler: multiplies the gradient by its factor.
@@ -130,7 +136,7 @@ class Rule:
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
         """The rule itself: the gradient of the mean over one (sub-)batch, scaled."""
         logits = logits_of(self.model(x))
-        loss = self.criterion(logits, y)
+        loss = self.objective(logits, y)
         return Step(logits.detach(), loss.detach(), None), self._differentiate(loss)
 
     def _cut(self, x: Tensor, y: Tensor) -> tuple[list[tuple[Tensor, Tensor]], int]:
@@ -140,6 +146,10 @@ class Rule:
             if self.m % count():
                 raise UsageError(f"m = {self.m} cannot be shared by {count()} processes; take a multiple")
             size = self.m // count()
+        if len(x) != len(y):
+            if self.m is not None:
+                raise UsageError("m cuts batches in which every example has a label; leave it out")
+            size = max(len(x), 1)
         parts = list(zip(x.split(size), y.split(size), strict=True)) if len(y) else []
         if count() > 1:
             sizes = sum_over_processes(torch.tensor([len(y), len(parts)], device=x.device))
@@ -151,19 +161,26 @@ class Rule:
                 )
         return parts, total
 
-    def _differentiate(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> Gradients:
+    def _differentiate(
+        self, loss: Tensor, inputs: Sequence[Tensor] | None = None, *, again: bool = False
+    ) -> Gradients:
+        """``again``: the same forward pass will be differentiated once more."""
         scaled = loss if self._scaler is None else self._scaler.scale(loss)
-        return torch.autograd.grad(scaled, self._leaves if inputs is None else inputs, allow_unused=True)
+        leaves = self._leaves if inputs is None else inputs
+        return torch.autograd.grad(scaled, leaves, allow_unused=True, retain_graph=again)
 
     def _direction(self, mean: Tensor, examples: int) -> Tensor:
         """A multiple of the whole batch's gradient, of this process's ``mean`` (P,) over its examples."""
         return mean if count() == 1 else sum_over_processes(mean * examples)
 
-    def _at(self, x: Tensor, y: Tensor, offset: Tensor) -> Gradients:
-        """∇L(θ + offset), the offset held constant."""
-        return self._differentiate(
-            self.criterion(self.parameters.logits(x, self.parameters.moved(offset)), y)
-        )
+    def _at(self, x: Tensor, y: Tensor, offset: Tensor, loss: Criterion) -> Gradients:
+        """∇ ``loss`` at θ + offset, the offset held constant."""
+        return self._differentiate(loss(self.parameters.logits(x, self.parameters.moved(offset)), y))
+
+    def _divergence(self, logits: Tensor, moved: Tensor, y: Tensor, kl_grad: str) -> Tensor:
+        """Mean KL from clean to ``moved`` logits, over those that the objective compares."""
+        clean = logits if kl_grad == "both" else logits.detach()
+        return kl_divergence(self.objective.compared(clean, y), self.objective.compared(moved, y)).mean()
 
     @staticmethod
     def _sum(one: Gradients, other: Gradients) -> Gradients:
@@ -197,7 +214,11 @@ class Rule:
 
 
 class SAM(Rule):
-    """∇L(θ + e), e = ρ ∇L/‖∇L‖ (Foret et al. 2021)."""
+    """∇L(θ + e), e = ρ ∇L/‖∇L‖ (Foret et al. 2021).
+
+    Of an objective with unlabeled inputs L is the labeled loss alone (paper §5.3, App. E.4); the gradient of the
+    unlabeled loss, at θ, is added.
+    """
 
     passes = 6.0
 
@@ -212,11 +233,17 @@ class SAM(Rule):
     ) -> None:
         super().__init__(model, criterion, m=m, generator=generator)
         self.rho = _radius(rho)
+        self.passes = 8.0 if self.objective.two_losses else 6.0
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
-        step, gradients = super()._gradients(x, y)
+        logits = logits_of(self.model(x))
+        loss, rest = self.objective.loss(logits, y), self.objective.unlabeled_loss(logits, y)
+        gradients = self._differentiate(loss, again=rest is not None)
         gradient = self._direction(self.parameters.join(gradients), len(y))
-        return step, self._at(x, y, self._perturbation(gradient))
+        calm = self._no_gradient if rest is None else self._differentiate(rest)
+        moved = self._at(x, y, self._perturbation(gradient), self.objective.loss)
+        whole = loss.detach() if rest is None else (loss + rest).detach()
+        return Step(logits.detach(), whole, None), self._sum(calm, moved)
 
     def _perturbation(self, gradient: Tensor) -> Tensor:
         return to_sphere(gradient, self.rho)
@@ -289,15 +316,18 @@ class _Inconsistency(Rule):
             raise UsageError(f"k_steps must be at least 1, not {k_steps}")
         self.rho, self.k_steps, self.noise_scale = _radius(rho), k_steps, noise_scale
 
-    def _ascend(self, x: Tensor, clean: Tensor, draws: _Draws) -> Tensor:
-        factor: Tensor | float = 1 / len(x)
+    def _ascend(self, x: Tensor, y: Tensor, logits: Tensor, draws: _Draws) -> Tensor:
+        clean = self.objective.compared(logits.detach(), y)
+        factor: Tensor | float = 1 / len(clean)
         if self._scaler is not None:
             factor = self._scaler.scale(torch.tensor(factor, device=x.device))
 
         def gradient(offset: Tensor) -> Tensor:
             with draws.again():
-                mean = kl_gradient(self.parameters, x, clean, offset, factor)[1]
-            return self._direction(mean, len(x))
+                mean = kl_gradient(
+                    self.parameters, x, clean, offset, factor, lambda moved: self.objective.compared(moved, y)
+                )[1]
+            return self._direction(mean, len(clean))
 
         start = self.parameters.random(self.noise_scale, self.generator)
         return ascend(gradient, start, self.rho, self.k_steps)
@@ -334,11 +364,11 @@ class IAMD(_Inconsistency):
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
         draws = _Draws(x.device)
         logits = logits_of(self.model(x))
-        loss = self.criterion(logits, y)
-        offset = self._ascend(x, logits.detach(), draws)
+        loss = self.objective(logits, y)
+        offset = self._ascend(x, y, logits, draws)
         with draws.again():
             moved = self.parameters.logits(x, self.parameters.moved(offset))
-        divergence = kl_divergence(logits if self.kl_grad == "both" else logits.detach(), moved).mean()
+        divergence = self._divergence(logits, moved, y, self.kl_grad)
         step = Step(logits.detach(), loss.detach(), divergence.detach())
         return step, self._differentiate(loss + self.beta * divergence)
 
@@ -376,13 +406,13 @@ class OnePassIAMD(Rule):
         sign = _random_sign(self.generator)
         draws = _Draws(x.device)
         logits = logits_of(self.model(x))
-        loss = self.criterion(logits, y)
+        loss = self.objective(logits, y)
         shift = self.parameters.split(sign * self.delta)
         # leaves of their own, so that their gradient is the KL's alone
         moved = {n: (p.detach() + shift[n]).requires_grad_() for n, p in self.parameters.named.items()}
         with draws.again():
             perturbed = self.parameters.logits(x, moved)
-        divergence = kl_divergence(logits if self.kl_grad == "both" else logits.detach(), perturbed).mean()
+        divergence = self._divergence(logits, perturbed, y, self.kl_grad)
         leaves = [*self._leaves, *moved.values()]
         gradients = self._differentiate(loss + self.beta * divergence, leaves)
         clean, ascent = gradients[: len(moved)], gradients[len(moved) :]
@@ -435,15 +465,15 @@ class IAMS(_Inconsistency):
         draws = _Draws(x.device)
         with torch.set_grad_enabled(self.sign == "loss"):
             logits = logits_of(self.model(x))
-            loss = self.criterion(logits, y)
-        offset = self._ascend(x, logits.detach(), draws)
+            loss = self.objective(logits, y)
+        offset = self._ascend(x, y, logits, draws)
         if self.sign == "random":
             offset = offset * _random_sign(self.generator)
         elif self.sign == "loss":
             gradient = self._direction(self.parameters.join(self._differentiate(loss)), len(y))
             offset = torch.where(gradient @ offset < 0, -offset, offset)
         with draws.again():
-            return Step(logits.detach(), loss.detach(), None), self._at(x, y, offset)
+            return Step(logits.detach(), loss.detach(), None), self._at(x, y, offset, self.objective)
 
 
 def _random_sign(generator: torch.Generator) -> int:

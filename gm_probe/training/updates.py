@@ -14,9 +14,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gm_probe.core.processes import average_over_processes
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.objectives import FixMatch, Joint, Objective
 from gm_probe.training.rules import METHODS, Rule, Step
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_objective(config: TrainConfig) -> Objective:
+    """What ``config`` learns by, label smoothing on the labeled loss alone."""
+
+    def criterion(logits: Tensor, y: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+
+    if config.objective == "fixmatch":
+        return FixMatch(
+            criterion, threshold=config.threshold, weight=config.lambda_u, mean=config.unlabeled_mean
+        )
+    return Joint(criterion) if config.objective == "joint" else Objective(criterion)
 
 
 def make_rule(config: TrainConfig, model: nn.Module, generator: torch.Generator) -> Rule:
@@ -33,11 +47,7 @@ def make_rule(config: TrainConfig, model: nn.Module, generator: torch.Generator)
         options |= {"beta": config.beta, "kl_grad": config.kl_grad}
     if method == "iam-s":
         options["sign"] = config.sign
-
-    def criterion(logits: Tensor, y: Tensor) -> Tensor:
-        return functional.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
-
-    return METHODS[method](model, criterion, **options)
+    return METHODS[method](model, make_objective(config), **options)
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,0 +1,126 @@
+"""What each step of an epoch is fed: which examples, and in which views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gm_probe.core.errors import UsageError
+from gm_probe.core.processes import count
+from gm_probe.core.splits import Splits
+from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
+from gm_probe.training.config import TrainConfig
+
+
+class Feed:
+    """Supervised learning: every training example once an epoch, the last batch what is left.
+
+    Positions are those in ``Splits.inputs``, where the labeled examples come first. Draws are made for a whole batch,
+    so that the number of processes that share it does not matter.
+
+    Attributes:
+        examples: taken in one epoch.
+        steps: batches in one epoch.
+        rows: inputs of the network for each labeled one.
+    """
+
+    rows = 1
+
+    def __init__(self, config: TrainConfig, splits: Splits) -> None:
+        self.config, self.labeled = config, len(splits.train)
+        self.examples = self.labeled
+        self.steps = -(-self.labeled // config.batch_size)
+        last = self.labeled - (self.steps - 1) * config.batch_size
+        if last < count():
+            raise UsageError(
+                f"the last batch of {self.labeled} examples has {last}, too few for {count()} processes; "
+                "choose another --batch-size"
+            )
+
+    def deal(self, generator: torch.Generator) -> Sequence[Tensor]:
+        """The positions of each step's examples, labeled ones first."""
+        return torch.randperm(self.labeled, generator=generator).split(self.config.batch_size)
+
+    def views(self, x: Tensor, chosen: Tensor, mine: slice, generator: torch.Generator) -> Tensor:
+        """What the network is given of the inputs x, this process's part (``mine``) of those at ``chosen``."""
+        if self.config.augment:
+            x = crop_and_flip(x, draw_crops(len(chosen), generator)[:, mine])
+        return x
+
+
+class LabeledFeed(Feed):
+    """The labeled part of ``MixedFeed``'s batches, for rules that have no use for the rest: as many steps."""
+
+    def __init__(self, config: TrainConfig, splits: Splits) -> None:
+        self.config, self.labeled = config, len(splits.train)
+        self.unlabeled = len(splits.inputs) - self.labeled
+        self.steps = -(-self.unlabeled // (config.mu * config.batch_size))
+        self.examples = self.steps * config.batch_size
+        if config.batch_size % count():
+            raise UsageError(
+                f"a batch of {config.batch_size} labeled examples does not go evenly round {count()} processes; "
+                "choose another --batch-size"
+            )
+
+    def deal(self, generator: torch.Generator) -> Sequence[Tensor]:
+        size = self.config.batch_size
+        return _passes(self.labeled, self.steps * size, generator).split(size)
+
+
+class MixedFeed(LabeledFeed):
+    """Batches of labeled examples and ``mu`` times as many unlabeled ones, all of them whole.
+
+    An epoch is one pass over the unlabeled examples, filled up from the next; the labeled ones are passed over as
+    often as that takes.
+    """
+
+    def __init__(self, config: TrainConfig, splits: Splits) -> None:
+        super().__init__(config, splits)
+        self.rows = 1 + config.mu
+        self.examples *= self.rows
+
+    def deal(self, generator: torch.Generator) -> Sequence[Tensor]:
+        labeled = super().deal(generator)
+        size = self.config.mu * self.config.batch_size
+        rest = self.labeled + _passes(self.unlabeled, self.steps * size, generator)
+        return [torch.cat(pair) for pair in zip(labeled, rest.split(size), strict=True)]
+
+
+class FixMatchFeed(MixedFeed):
+    """Weak views of all examples (flip and reflect-padded crop); after them a strong one of each unlabeled one.
+
+    A strong view is a weak one of its own, by RandAugment (METHOD.md).
+    """
+
+    def __init__(self, config: TrainConfig, splits: Splits) -> None:
+        super().__init__(config, splits)
+        self.rows = 1 + 2 * config.mu
+
+    def views(self, x: Tensor, chosen: Tensor, mine: slice, generator: torch.Generator) -> Tensor:
+        if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] not in {1, 3}:
+            raise UsageError(
+                f"fixmatch augments grey or RGB images of 8 bits, not {x.dtype} of shape {tuple(x.shape[1:])}"
+            )
+        weak = crop_and_flip(x, draw_crops(len(chosen), generator)[:, mine], reflect=True)
+        draws = draw_crops(len(chosen), generator)[:, mine]
+        operations = draw_strong(len(chosen), generator)[:, :, mine]
+        unlabeled = slice(self.config.batch_size // count(), None)
+        strong = crop_and_flip(x[unlabeled], draws[:, unlabeled], reflect=True)
+        return torch.cat([weak, strengthen(strong, operations[:, :, unlabeled])])
+
+
+def _passes(size: int, length: int, generator: torch.Generator) -> Tensor:
+    """The first ``length`` of one random order of ``size`` positions after another."""
+    orders = [torch.randperm(size, generator=generator) for _ in range(-(-length // size))]
+    return torch.cat(orders)[:length]
+
+
+def make_feed(config: TrainConfig, splits: Splits) -> Feed:
+    """The feed of ``config``'s objective, and of its gradient rule."""
+    if config.objective == "fixmatch":
+        return FixMatchFeed(config, splits)
+    if config.objective == "joint":
+        return (MixedFeed if config.method.startswith("iam-") else LabeledFeed)(config, splits)
+    return Feed(config, splits)
