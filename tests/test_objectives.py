@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_rules import algorithm_1, data, grads, make, seeded
 from test_training_loop import Interrupted, config, rows, train_interrupted
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from gm_probe.core.datasets import Examples, Source, open_source
 from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.records import CHECKPOINT, SPLIT
+from gm_probe.core.records import CHECKPOINT, RAW, SPLIT
 from gm_probe.core.splits import split
 from gm_probe.training import loop, parts
 from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
@@ -365,6 +366,19 @@ def test_three_fixmatch_steps_with_momentum_and_average(tmp_path: Path) -> None:
     assert average is not None
     for ours, theirs in zip(training.updates.result.parameters(), average, strict=True):
         torch.testing.assert_close(ours.detach(), theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_raw_weights_are_kept_beside_the_average(tmp_path: Path) -> None:
+    """They are what the same run has without an average."""
+    averaged, plain = semi("fixmatch"), semi("fixmatch", ema_decay=None)
+    train(averaged, tmp_path / "averaged")
+    train(plain, tmp_path / "plain")
+    raw, expected = load_file(tmp_path / "averaged" / RAW), load_file(tmp_path / "plain" / CHECKPOINT)
+    assert raw.keys() == expected.keys()
+    assert all(torch.equal(raw[name], expected[name]) for name in raw)
+    average = load_file(tmp_path / "averaged" / CHECKPOINT)
+    assert not any(torch.equal(raw[name], average[name]) for name in raw)
+    assert not (tmp_path / "plain" / RAW).exists()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ class TrainConfig:
             ``gamma`` at each of ``milestones`` (epochs), cosine and linear end at ``min_lr``.
         clip_norm: gradients are scaled down to this norm (None = never).
         ema_decay: keep an exponential moving average of the weights, updated every step with this decay. It, with
-            the model's own BatchNorm statistics, is what is evaluated, tracked and saved.
+            the model's own BatchNorm statistics, is what is evaluated, tracked and saved; at the end the weights
+            themselves are kept too (core.records.RAW).
         augment: zero-pad by 4, crop and flip.
         stop_ce: stop once the training cross-entropy (un-augmented, eval mode) is at most this.
         eval_every: epochs between evaluations on the train and test parts (0 = only at the end). With it the weights

@@ -32,6 +32,7 @@ from gm_probe.core.records import (
     CHECKPOINT,
     CONFIG,
     METRICS,
+    RAW,
     SPLIT,
     STATE,
     SUMMARY,
@@ -289,10 +290,11 @@ class Training:
         if test_error < min(self._tested(), default=math.inf):
             self._save(BEST)
 
-    def _save(self, name: str) -> None:
+    def _save(self, name: str, model: nn.Module | None = None) -> None:
         if self._writes:
             classes = self.splits.train.classes
-            save_checkpoint(self.out / name, self.updates.result, self.spec, self.normalization, classes)
+            model = model or self.updates.result
+            save_checkpoint(self.out / name, model, self.spec, self.normalization, classes)
 
     def log(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -382,6 +384,8 @@ class Training:
         }
         if self.config.labels is not None:
             summary["num_unlabeled_train"] = len(self.splits.inputs) - len(self.splits.train)
+        if self.config.ema_decay is not None:
+            self._save(RAW, self.model)
         self._save(CHECKPOINT)
         if self._writes:
             write_json(self.out / SUMMARY, summary)
