@@ -41,7 +41,12 @@ if TYPE_CHECKING:
     from gm_probe.probe.trace import fisher_trace as fisher_trace
     from gm_probe.probe.trace import trace as trace
     from gm_probe.training.config import TrainConfig as TrainConfig
+    from gm_probe.training.contrastive import Contrastive as Contrastive
+    from gm_probe.training.contrastive import partners as partners
+    from gm_probe.training.contrastive import projector as projector
     from gm_probe.training.loop import train as train
+    from gm_probe.training.objectives import FixMatch as FixMatch
+    from gm_probe.training.objectives import Joint as Joint
     from gm_probe.training.rules import ASAM as ASAM
     from gm_probe.training.rules import IAMD as IAMD
     from gm_probe.training.rules import IAMS as IAMS
@@ -66,7 +71,9 @@ _HOMES = {
     "probe.spectrum": ("eigenpairs", "lanczos"),
     "probe.trace": ("fisher_trace", "trace"),
     "training.config": ("TrainConfig",),
+    "training.contrastive": ("Contrastive", "partners", "projector"),
     "training.loop": ("train",),
+    "training.objectives": ("FixMatch", "Joint"),
     "training.rules": ("ASAM", "IAMD", "IAMS", "OnePassIAMD", "Rule", "SAM"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
