@@ -104,8 +104,8 @@ def warn(result: dict[str, Any]) -> None:
         if row.get("runner_up") is not None and row["runner_up"] < ALONE:
             note(
                 console,
-                f"note: {name}: one of {len(row['starts'])} starts reached it, the next {row['runner_up']:.0%}; far from "
-                "the quadratic regime the maximum may be much higher: lower --rho",
+                f"note: {name}: one of {len(row['starts'])} starts reached it, the next {row['runner_up']:.0%}; far "
+                "from the quadratic regime the maximum may be much higher: lower --rho",
             )
     error = result["measures"].get("error", {}).get("value")
     if error is not None and error > 0.9 * (1 - 1 / result["num_classes"]):
