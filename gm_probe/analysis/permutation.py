@@ -50,11 +50,13 @@ def permute_blocks(
         return Permutations(np.empty((0, len(setting)), np.int32), f"no two settings share their {what}")
     arrangements = math.prod(math.factorial(min(len(same), 20)) for same in movable)
     few = arrangements < FEW_ARRANGEMENTS
-    orders = _every_order(movable, rng) if few else [rng.random((num, len(same))) for same in movable]
+    orders: list[np.ndarray] = (
+        _every_order(movable, rng) if few else [rng.random((num, len(same))) for same in movable]
+    )
     rows = np.tile(np.arange(len(setting), dtype=np.int32), (len(orders[0]), 1))
-    for same, order in zip(movable, orders, strict=True):
+    for same, moved in zip(movable, orders, strict=True):
         places = np.stack(same)
-        rows[:, places.ravel()] = places[np.argsort(order, axis=1)].reshape(len(rows), -1)
+        rows[:, places.ravel()] = places[np.argsort(moved, axis=1)].reshape(len(rows), -1)
     limits = []
     num_blocks, fixed = sum(map(len, blocks.values())), len(blocks) - len(movable)
     if stratum is None and len(blocks) > 1:
@@ -67,7 +69,7 @@ def permute_blocks(
     return Permutations(rows, "; ".join(limits) or None)
 
 
-def _every_order(movable: Sequence[Sequence[Integers]], rng: np.random.Generator) -> list[Integers]:
+def _every_order(movable: Sequence[Sequence[Integers]], rng: np.random.Generator) -> list[np.ndarray]:
     """For each group of blocks (A − 1, blocks): its order in every joint arrangement but the one it has."""
     every = list(product(*(permutations(range(len(same))) for same in movable)))[1:]
     shuffled = [every[i] for i in rng.permutation(len(every))]  # so that any first part is a fair sample
