@@ -572,6 +572,36 @@ def test_a_buffer_that_the_forward_pass_writes_is_kept() -> None:
     check()
 
 
+def test_a_layer_of_two_names_is_measured_and_kept() -> None:
+    """As the embedding that Hugging Face's T5 and BART share between encoder and decoder."""
+
+    class Twice(nn.Module):
+        def __init__(self, inner: nn.Linear, registered: bool) -> None:
+            super().__init__()
+            self.inner, self.head, self.hidden = inner, nn.Linear(3, 2), [inner]
+            if registered:
+                self.again = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.hidden[0](torch.tanh(self.inner(x)))))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain, x = Twice(nn.Linear(3, 3), registered=False).double(), torch.randn(7, 3, dtype=torch.float64)
+    model = Twice(copy.deepcopy(plain.inner), registered=True).double()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    held, batches = (
+        dict(model.named_parameters(remove_duplicate=False)),
+        Batches.from_tensors(x, batch_size=3),
+    )
+    check, names = photograph(model), ["local_inconsistency", "fisher_lambda_max", "hessian_lambda_max"]
+    assert_same(values(model, batches, names), values(plain, batches, names))
+    check()
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert after.keys() == held.keys()
+    assert all(after[name] is held[name] for name in held)
+
+
 def test_parameters_that_the_forward_pass_writes_are_kept() -> None:
     """Embedding with max_norm scales its weights down in place; others clamp theirs."""
 

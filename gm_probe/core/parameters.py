@@ -84,12 +84,30 @@ class Parameters:
         dtype = next((value.dtype for value in values.values()), self.dtype)
         if dtype != self.dtype:  # the whole model moves to the dtype of the parameters it is given
             rest = {n: t.to(dtype) if t.is_floating_point() else t for n, t in rest.items()}
-        return logits_of(functional_call(self.model, {**rest, **values}, (x,)))
+        tensors = {**rest, **values}
+        placed = {place: tensors[name] for place, name in _places(self.model)}
+        return logits_of(functional_call(self.model, placed, (x,), tie_weights=False))
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:
         """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
         sample = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
         return sample.to(self.device) * (norm / math.sqrt(self.size))
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Where each parameter and buffer is held, once a module, and the name it has in ``named_parameters``.
+
+    functional_call's own tying goes by all names: of a module that is registered under two, it puts a tensor in twice
+    and takes the second for the original, which it leaves in the model for good (torch 2.14).
+    """
+    names: dict[Tensor, str] = {}
+    for prefix, module in model.named_modules():
+        held = [
+            *module.named_parameters(prefix, recurse=False, remove_duplicate=False),
+            *module.named_buffers(prefix, recurse=False, remove_duplicate=False),
+        ]
+        for place, tensor in held:
+            yield place, names.setdefault(tensor, place)
 
 
 @contextmanager
