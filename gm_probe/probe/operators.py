@@ -223,6 +223,8 @@ def _curvature(
     def matvec(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
         for batch, d in zip(batches, pieces, strict=True):
+            if "product" not in chosen:
+                _require_symmetric(reverse_product, v, batch.x, d)
             forward = serves("product", forward_product, reverse_product, v, batch.x, d)
             result += (forward_product if forward else reverse_product)(v, batch.x, d)
             work.add(FORWARD_OVER_REVERSE if forward else DOUBLE_BACKWARD, len(d))
@@ -256,15 +258,38 @@ def _agree(cheap: Way, sound: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
     of 16 examples in float64: on confident ones the terms are so small that float32 rounds them apart. In the model's
     own dtype it must exist, too: an LSTM's kernel for float32 has no forward mode.
     """
-    spread = torch.linspace(0, len(d) - 1, min(16, len(d)), device=x.device).long()
     try:
         cheap(v, x[:TRIAL], d[:TRIAL])
-        x, d, v = x[spread], d[spread], v.double()
-        x = x.double() if x.is_floating_point() else x
+        v, x, d = _few_in_float64(v, x, d)
         first, second = cheap(v, x, d), sound(v, x, d)
     except (NotImplementedError, RuntimeError):  # no such derivative, or a layer that insists on its dtype
         return False
     return bool((first - second).norm() <= 1e-8 * second.norm())
+
+
+def _require_symmetric(product: Way, v: Tensor, x: Tensor, d: Tensor) -> None:
+    """Raise UsageError where uᵀH v is not vᵀH u: a layer states a wrong second derivative, as torch's weight_norm does.
+
+    (Its double backward takes the norms for constants, torch 2.14.)
+    """
+    v, x, d = _few_in_float64(v, x, d)
+    u = v.flip(0)
+    try:
+        one, other = product(v, x, d), product(u, x, d)
+    except RuntimeError:  # a layer that insists on its dtype
+        return
+    if float((u @ one - v @ other).abs()) > 1e-6 * float(v.norm() * (one.norm() + other.norm())):
+        raise UsageError(
+            "the Hessian's products are not symmetric: a layer's second derivative is wrong, as that of torch's "
+            "weight_norm is; fold it into its weight by torch.nn.utils.parametrize.remove_parametrizations, or leave "
+            "the Hessian's measures out by --measures"
+        )
+
+
+def _few_in_float64(v: Tensor, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    spread = torch.linspace(0, len(d) - 1, min(16, len(d)), device=x.device).long()
+    x, d = x[spread], d[spread]
+    return v.double(), x.double() if x.is_floating_point() else x, d
 
 
 def _gradients(
