@@ -419,11 +419,14 @@ def test_gradients_of_their_own_are_taken_some_at_a_time(monkeypatch: pytest.Mon
 
 
 UNSUPPORTED = {
-    "tokens before examples": Net(TokensFirst, (4, 3)),
     "a choice by the data": Net(Branching, (3,)),
     "a weight used twice": Net(Backdoor, (3,)),
     "batch statistics": Net(Batchwide, (3,)),
 }
+
+
+def test_as_many_tokens_as_trial_examples_and_before_them() -> None:
+    check(*prepared(Net(TokensFirst, (4, 3))))
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
