@@ -275,7 +275,7 @@ def _require_symmetric(product: Way, v: Tensor, x: Tensor, d: Tensor) -> None:
     v, x, d = _few_in_float64(v, x, d)
     u = v.flip(0)
     try:
-        one, other = product(v, x, d), product(u, x, d)
+        one, other = product(v, x, d).double(), product(u, x, d).double()
     except RuntimeError:  # a layer that insists on its dtype
         return
     if float((u @ one - v @ other).abs()) > 1e-6 * float(v.norm() * (one.norm() + other.norm())):
