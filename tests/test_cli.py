@@ -285,6 +285,19 @@ def test_subset_is_seeded_and_recorded(images, checkpoint, capsys):
     assert values[0]["num_examples"] == 5
 
 
+ASSERTING = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        assert x.shape[2] == 16, "wrong height"
+        return super().forward(x)
+
+def build():
+    return Net(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 2))
+"""
+
+
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
@@ -321,6 +334,11 @@ def test_subset_is_seeded_and_recorded(images, checkpoint, capsys):
         ("gmprobe measure ckpt.pt --unlabeled large", 4, ["--image-size 8"]),
         ("gmprobe measure ckpt.pt --unlabeled broken", 4, ["broken/x.png"]),
         ("gmprobe measure mine.pt --unlabeled data", 2, ["--model danger.py:build"]),
+        (
+            "gmprobe measure plain.pt --unlabeled data --model asserting.py:build --no-normalize",
+            4,
+            ["wrong height", "--image-size"],
+        ),
         ("gmprobe train --method iamd", 2, ["iamd", "iam-d"]),
         ("gmprobe train --model 7cnn", 2, ["7cnn", "6cnn"]),
         ("gmprobe train --epochs 0", 2, ["epochs"]),
@@ -335,6 +353,7 @@ def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, 
     torch.save(model.state_dict(), tmp_path / "plain.pt")
     save_checkpoint(tmp_path / "mine.pt", model, ModelSpec("danger.py:build", (1, 8, 8), 2), Normalization())
     (tmp_path / "danger.py").write_text("from pathlib import Path\nPath('canary').touch()\n")
+    (tmp_path / "asserting.py").write_text(ASSERTING)
     with torch.no_grad():
         model[1].weight[0, 0] = float("nan")
     save_checkpoint(tmp_path / "nan.pt", model, spec, Normalization((0.5,), (0.25,)))
