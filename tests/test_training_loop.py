@@ -402,6 +402,8 @@ def test_divergence_in_the_last_step_is_noticed(eval_every: int, tmp_path: Path)
         {"clip_norm": 0.0},
         {"ema_decay": 1.0},
         {"checkpoint_every": 0},
+        {"validation": 0.0},
+        {"validation": 1.0},
         {"min_lr": 0.01},
         {"schedule": "linear", "min_lr": 0.2},
         {"method": "iam-d-onepass", "beta": 0.0},
@@ -740,7 +742,7 @@ def test_identity_of_older_runs_is_kept() -> None:
     known = {"data": "digits", "model": "mlp-16", "lr": 0.1}
     assert TrainConfig.from_dict(known).identity() == {"model": "mlp-16", "lr": 0.1}
     assert config(checkpoint_every=5).identity() == config().identity()
-    for changes in ({"ema_decay": 0.9}, {"clip_norm": 1.0}, {"deterministic": True}):
+    for changes in ({"ema_decay": 0.9}, {"clip_norm": 1.0}, {"deterministic": True}, {"validation": 0.1}):
         assert config(**changes).identity() != config().identity()
 
 

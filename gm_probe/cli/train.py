@@ -40,6 +40,11 @@ CURVES_FILE = "curves.png"
 @click.option(
     "--num-test", type=click.IntRange(1), help="Test examples.  [default: its own part, or a quarter]"
 )
+@click.option(
+    "--validation",
+    type=float,
+    help="Share of the training part held out in the test part's place.  [default: none]",
+)
 @click.option("--split-seed", type=int, help="Seed of the split, apart from --seed.  [default: 0]")
 @click.option("--model", help="Network; see `gmprobe models`.  [default: 6cnn]")
 @click.option("--init", metavar="PATH", help="Start from these weights; a head for other classes is fresh.")
@@ -170,9 +175,10 @@ def train(
     if as_json:
         print_json({"out": str(out), **summary})
         return
+    held_out = "test" if config.validation is None else "validation"
     rows = [
         ["train", number(summary["train_error"]), number(summary["train_ce"]), f"{summary['num_train']:,}"],
-        ["test", number(summary["test_error"]), number(summary["test_ce"]), f"{summary['num_test']:,}"],
+        [held_out, number(summary["test_error"]), number(summary["test_ce"]), f"{summary['num_test']:,}"],
         ["gap", number(summary["error_gap"]), number(summary["ce_gap"]), ""],
     ]
     title = f"{out}  {config.method}, {summary['epochs']} epochs"
