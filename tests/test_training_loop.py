@@ -362,6 +362,16 @@ def test_diverged_run_says_so(method: str, tmp_path: Path) -> None:
         train(settings, tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("changes", [{}, {"clip_norm": 1.0}, {"optimizer": "adamw"}], ids=str)
+def test_finite_weights_that_flew_off_are_divergence(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Training CE of about a million, and all of it finite."""
+    settings = config(model="mlp-16", epochs=2, lr=1e6, **changes)
+    for resume in (False, True):
+        with pytest.raises(DivergedError, match="more than 10 times a uniform guess"):
+            train(settings, tmp_path, resume=resume)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "diverged"
+
+
 def test_the_last_good_state_stays(tmp_path: Path) -> None:
     """Warm-up reaches a rate that no weight survives in the third epoch."""
     settings = config(epochs=4, warmup_epochs=4.0, lr=1e9, model="mlp-64", eval_every=1, checkpoint_every=1)
