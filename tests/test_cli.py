@@ -487,3 +487,15 @@ def test_the_table_fits_its_terminal(images, checkpoint, columns):
             shown
         )
     assert "\x1b" not in done.stdout
+
+
+def test_options_without_effect_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = (
+        "gmprobe train --num-train 20 --num-test 10 --num-unlabeled 10 --epochs 1 --model mlp-4 --device cpu"
+    )
+    code, _, err = run(f"{tiny} --rho 0.1 --optimizer adamw --momentum 0.9 --out {tmp_path}/a", capsys)
+    assert code == 0
+    assert "note: --rho has no effect with --method sgd" in err
+    assert "note: --momentum has no effect with --optimizer adamw" in err
+    code, _, err = run(f"{tiny} --method sam --rho 0.1 --momentum 0.8 --out {tmp_path}/b", capsys)
+    assert "no effect" not in err

@@ -861,6 +861,51 @@ def test_met_stop_ce_says_what_the_final_cross_entropy_says(tmp_path: Path) -> N
         assert train(settings.replace(stop_ce=stop), tmp_path / name)["met_stop_ce"] is met
 
 
+OTHER = {
+    "rho": 0.3, "beta": 2.0, "kl_grad": "perturbed", "k_steps": 3, "noise_scale": 1.0, "sign": "none", "eta": 1.0,
+    "momentum": 0.5, "nesterov": True, "milestones": (1,), "gamma": 0.9, "min_lr": 0.005,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({"method": "sgd"}, {"rho", "beta", "kl_grad", "k_steps", "noise_scale", "sign", "eta"}),
+        ({"method": "sam"}, {"beta", "kl_grad", "k_steps", "noise_scale", "sign", "eta"}),
+        ({"method": "asam"}, {"beta", "kl_grad", "k_steps", "noise_scale", "sign"}),
+        ({"method": "iam-d"}, {"sign", "eta"}),
+        ({"method": "iam-d-onepass"}, {"k_steps", "noise_scale", "sign", "eta"}),
+        ({"method": "iam-s"}, {"beta", "kl_grad", "eta"}),
+        ({"optimizer": "adamw"}, {"momentum", "nesterov"}),
+        ({"schedule": "cosine"}, {"milestones", "gamma"}),
+        ({"schedule": "multi-step", "milestones": [1]}, set()),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_settings_are_idle_where_they_change_nothing(
+    settings: dict[str, Any], idle: set[str], tmp_path: Path
+) -> None:
+    base = config(**{"model": "mlp-4", "epochs": 2, "num_train": 60, "lr": 0.01, **settings})
+
+    def weights(name: str, **changes: Any) -> Tensor:
+        train(base.replace(**changes), tmp_path / name)
+        return torch.cat([v.flatten() for v in read_checkpoint(tmp_path / name).state.values()])
+
+    first = weights("first")
+    kind = next(iter(settings))
+    group = {
+        "method": list(OTHER)[:7],
+        "optimizer": ["momentum", "nesterov"],
+        "schedule": ["gamma", "min_lr"],
+    }
+    for name in group[kind]:
+        if name == "min_lr" and base.schedule != "cosine":
+            continue  # refused
+        assert torch.equal(first, weights(name, **{name: OTHER[name]})) == (name in base.idle()), name
+    assert idle <= set(base.idle())
+    assert base.idle().items() >= dict.fromkeys(idle, kind).items()
+
+
 @pytest.mark.parametrize(
     "wrong", [{"noise_scale": 0.0}, {"rho": math.inf}, {"stop_ce": -1.0}, {"gamma": math.nan}]
 )

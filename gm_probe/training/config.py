@@ -161,6 +161,25 @@ class TrainConfig:
                 "schedule = 'multi-step' needs milestones (epochs at which lr is multiplied by gamma)"
             )
 
+    def idle(self) -> dict[str, str]:
+        """Settings that this run does not use, and which other one would make it."""
+        used_by = {
+            "rho": ("method", self.method != "sgd"),
+            "beta": ("method", self.method.startswith("iam-d")),
+            "kl_grad": ("method", self.method.startswith("iam-d")),
+            "k_steps": ("method", self.method in {"iam-d", "iam-s"}),
+            "noise_scale": ("method", self.method in {"iam-d", "iam-s"}),
+            "sign": ("method", self.method == "iam-s"),
+            "eta": ("method", self.method == "asam"),
+            "momentum": ("optimizer", self.optimizer == "sgd"),
+            "nesterov": ("optimizer", self.optimizer == "sgd"),
+            "milestones": ("schedule", self.schedule == "multi-step"),
+            "gamma": ("schedule", self.schedule == "multi-step"),
+            "min_lr": ("schedule", self.schedule in {"cosine", "linear"}),
+            "track_rho": ("track_every", self.track_every > 0),
+        }
+        return {name: by for name, (by, used) in used_by.items() if not used}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Check names and types.
