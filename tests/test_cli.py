@@ -515,3 +515,15 @@ def test_a_maximum_that_one_start_reached_is_doubted(
     row = {"value": 2.0, "converged": True, "starts": {"+v1": 2.0, "-v1": 2 * second}, "runner_up": second}
     warn({"measures": {"local_inconsistency_converged": row}, "num_classes": 10})
     assert ("one of 2 starts reached it, the next 50%" in capsys.readouterr().err) == doubted
+
+
+def test_options_without_effect_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = (
+        "gmprobe train --num-train 20 --num-test 10 --num-unlabeled 10 --epochs 1 --model mlp-4 --device cpu"
+    )
+    code, _, err = run(f"{tiny} --rho 0.1 --optimizer adamw --momentum 0.9 --out {tmp_path}/a", capsys)
+    assert code == 0
+    assert "note: --rho has no effect with --method sgd" in err
+    assert "note: --momentum has no effect with --optimizer adamw" in err
+    code, _, err = run(f"{tiny} --method sam --rho 0.1 --momentum 0.8 --out {tmp_path}/b", capsys)
+    assert "no effect" not in err

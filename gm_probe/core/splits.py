@@ -16,7 +16,7 @@ class Splits:
 
     ``unlabeled`` is what label-free measures are taken over; its labels, where known, serve only `measure`'s
     labeled rows. ``indices`` maps a part's name to its sorted positions in the source (``test`` refers to the
-    source's own test part where it has one), so that a run can store them.
+    source's own test part where it has one, unless ``hold_out`` took its place), so that a run can store them.
     """
 
     train: Examples
@@ -82,4 +82,28 @@ def split(
         unlabeled=pool.select(parts["unlabeled"]),
         test=test,
         indices={name: positions.tolist() for name, positions in parts.items()},
+    )
+
+
+def hold_out(splits: Splits, share: float, seed: int) -> Splits:
+    """``splits`` with ``share`` of the training part, at least one example, in the test part's place.
+
+    Raises:
+        DataError: none would be left to train on.
+    """
+    train = splits.train
+    size = max(1, round(share * len(train)))
+    if size >= len(train):
+        raise DataError(
+            f"{train.source}: {len(train)} training examples are too few to hold out {size} of them"
+        )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    chosen = {"train": order[size:].sort().values, "test": order[:size].sort().values}
+    positions = torch.tensor(splits.indices["train"])
+    indices = {part: positions[of].tolist() for part, of in chosen.items()}
+    return Splits(
+        train=train.select(chosen["train"]),
+        unlabeled=splits.unlabeled,
+        test=train.select(chosen["test"]),
+        indices={**splits.indices, **indices},
     )

@@ -196,6 +196,27 @@ class Rule:
         return [None] * len(self.parameters.named)
 
 
+class _Draws:
+    """The global generators as they stood, so that a perturbed pass drops the units that the clean one dropped.
+
+    Without it a network with dropout would have KL > 0 at δ = 0, and SAM with ρ = 0 would not be SGD.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = device if device.type == "cuda" else None
+        self._state = torch.cuda.get_rng_state(device) if self._cuda is not None else None
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the same once more; the generators then go on from where they were."""
+        with torch.random.fork_rng(devices=[] if self._cuda is None else [self._cuda]):
+            torch.set_rng_state(self._cpu)
+            if self._cuda is not None and self._state is not None:
+                torch.cuda.set_rng_state(self._state, self._cuda)
+            yield
+
+
 class SAM(Rule):
     """∇L(θ + e), e = ρ ∇L/‖∇L‖ (Foret et al. 2021)."""
 
@@ -214,9 +235,11 @@ class SAM(Rule):
         self.rho = _radius(rho)
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
+        draws = _Draws(x.device)
         step, gradients = super()._gradients(x, y)
         gradient = self._direction(self.parameters.join(gradients), len(y))
-        return step, self._at(x, y, self._perturbation(gradient))
+        with draws.again():
+            return step, self._at(x, y, self._perturbation(gradient))
 
     def _perturbation(self, gradient: Tensor) -> Tensor:
         return to_sphere(gradient, self.rho)
@@ -247,27 +270,6 @@ class ASAM(SAM):
             p.detach().abs() + self.eta if "weight" in name else torch.ones_like(p) for name, p in named
         )
         return scale * to_sphere(scale * gradient, self.rho)
-
-
-class _Draws:
-    """The global generators as they stood, so that a perturbed pass drops the units that the clean one dropped.
-
-    Without it a network with dropout would have KL > 0 at δ = 0.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = device if device.type == "cuda" else None
-        self._state = torch.cuda.get_rng_state(device) if self._cuda is not None else None
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw the same once more; the generators then go on from where they were."""
-        with torch.random.fork_rng(devices=[] if self._cuda is None else [self._cuda]):
-            torch.set_rng_state(self._cpu)
-            if self._cuda is not None and self._state is not None:
-                torch.cuda.set_rng_state(self._state, self._cuda)
-            yield
 
 
 class _Inconsistency(Rule):
