@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gm_probe.analysis.correlation import correlate, group_rows, kendall, tied_pairs
 from gm_probe.analysis.runs import load_table
-from gm_probe.analysis.table import Exclusion, RunTable, by_reason
+from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
 from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.files import write_json, write_toml
 
@@ -201,6 +201,22 @@ def test_infinite_values_and_unmeasured_names_are_missing(tmp_path: Path) -> Non
     (tmp_path / "a" / "measures.json").write_text('{"measures": {"m": {"value": Infinity}}}')
     make_run(tmp_path / "b", measures={"k": {"value": 1}}, error_gap=0.1)
     assert load_table(tmp_path).missing["m"] == {0: "not finite", 1: "not measured"}
+
+
+def test_values_too_large_to_square_and_names_that_steer_a_terminal_are_listed(tmp_path: Path) -> None:
+    for name, value in (("a", 1), ("b", 10**400), ("c", -1e200), ("x\x1b[2Jy", 2)):
+        make_run(
+            tmp_path / name,
+            config={"big": 10**400 * len(name), "note": f"\x07{name}"},
+            measures={"m": {"value": value, "grid": [{"rho": 0.1, "k_steps": 1, "value": value}]}},
+            error_gap=0.1,
+        )
+    table = load_table(tmp_path)
+    assert table.missing["m"] == {1: "beyond 1e150 in size", 2: "beyond 1e150 in size"}
+    (left_out,) = table.excluded
+    assert left_out == Exclusion(r"x\x1b[2Jy", "its name has characters that cannot be shown")
+    assert [show(value) for value in table.frame["note"]] == [r"\x07a", r"\x07b", r"\x07c"]
+    assert show("naïve 测度 👩‍👧") == "naïve 测度 👩‍👧"
 
 
 def test_runs_measured_with_different_settings_are_not_comparable(tmp_path: Path) -> None:

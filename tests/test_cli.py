@@ -285,6 +285,19 @@ def test_subset_is_seeded_and_recorded(images, checkpoint, capsys):
     assert values[0]["num_examples"] == 5
 
 
+ASSERTING = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        assert x.shape[2] == 16, "wrong height"
+        return super().forward(x)
+
+def build():
+    return Net(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 2))
+"""
+
+
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
@@ -321,6 +334,11 @@ def test_subset_is_seeded_and_recorded(images, checkpoint, capsys):
         ("gmprobe measure ckpt.pt --unlabeled large", 4, ["--image-size 8"]),
         ("gmprobe measure ckpt.pt --unlabeled broken", 4, ["broken/x.png"]),
         ("gmprobe measure mine.pt --unlabeled data", 2, ["--model danger.py:build"]),
+        (
+            "gmprobe measure plain.pt --unlabeled data --model asserting.py:build --no-normalize",
+            4,
+            ["wrong height", "--image-size"],
+        ),
         ("gmprobe train --method iamd", 2, ["iamd", "iam-d"]),
         ("gmprobe train --model 7cnn", 2, ["7cnn", "6cnn"]),
         ("gmprobe train --epochs 0", 2, ["epochs"]),
@@ -335,6 +353,7 @@ def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, 
     torch.save(model.state_dict(), tmp_path / "plain.pt")
     save_checkpoint(tmp_path / "mine.pt", model, ModelSpec("danger.py:build", (1, 8, 8), 2), Normalization())
     (tmp_path / "danger.py").write_text("from pathlib import Path\nPath('canary').touch()\n")
+    (tmp_path / "asserting.py").write_text(ASSERTING)
     with torch.no_grad():
         model[1].weight[0, 0] = float("nan")
     save_checkpoint(tmp_path / "nan.pt", model, spec, Normalization((0.5,), (0.25,)))
@@ -487,3 +506,24 @@ def test_the_table_fits_its_terminal(images, checkpoint, columns):
             shown
         )
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize(("second", "doubted"), [(0.5, True), (0.97, False)])
+def test_a_maximum_that_one_start_reached_is_doubted(
+    second: float, doubted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"value": 2.0, "converged": True, "starts": {"+v1": 2.0, "-v1": 2 * second}, "runner_up": second}
+    warn({"measures": {"local_inconsistency_converged": row}, "num_classes": 10})
+    assert ("one of 2 starts reached it, the next 50%" in capsys.readouterr().err) == doubted
+
+
+def test_options_without_effect_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = (
+        "gmprobe train --num-train 20 --num-test 10 --num-unlabeled 10 --epochs 1 --model mlp-4 --device cpu"
+    )
+    code, _, err = run(f"{tiny} --rho 0.1 --optimizer adamw --momentum 0.9 --out {tmp_path}/a", capsys)
+    assert code == 0
+    assert "note: --rho has no effect with --method sgd" in err
+    assert "note: --momentum has no effect with --optimizer adamw" in err
+    code, _, err = run(f"{tiny} --method sam --rho 0.1 --momentum 0.8 --out {tmp_path}/b", capsys)
+    assert "no effect" not in err

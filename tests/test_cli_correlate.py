@@ -89,7 +89,7 @@ def test_json_contract(capsys: pytest.CaptureFixture[str], table: Path) -> None:
         "ties_gap": 0,
         "missing": [],
         "interval_reason": "2 settings, and an interval needs 5",
-        "p_reason": "2 arrangements of settings: p cannot be below 0.5",
+        "p_reason": "2 arrangements of settings: p cannot be below 1",
         "flags": [],
     }
     assert {key: trace["error_gap"][key] for key in expected} == expected
@@ -369,3 +369,44 @@ def test_no_color_is_honoured_on_a_terminal(
     monkeypatch.setenv("NO_COLOR", "1")
     _, out, err = run(capsys, str(table), "--no-figure")
     assert not re.search(r"\x1b\[[0-9;]*[349][0-7]", out + err)
+
+
+@pytest.mark.parametrize("options", [(), ("--csv",)])
+def test_a_reader_that_leaves_early_is_no_error(table: Path, options: tuple[str, ...]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "gm_probe",
+        "correlate",
+        str(table),
+        "--no-figure",
+        "--resamples=100",
+        *options,
+    ]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, "Broken" in done.stderr) == (0, False), done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(table: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "gm_probe",
+                "correlate",
+                str(table),
+                "--no-figure",
+                "--resamples=100",
+                "-q",
+            ],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (7, "gmprobe: No space left on device: the output\n")

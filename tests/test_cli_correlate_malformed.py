@@ -121,7 +121,12 @@ ODD = {
     "no seeds": ("error_gap,fisher_trace,lr\n1,1,1\n2,3,2\n3,2,3\n", "no setting has two runs"),
     "one setting": ("error_gap,fisher_trace,lr\n1,1,1\n2,3,1\n3,2,1\n", "all runs are of one setting"),
     "uneven settings": ("error_gap,m,lr\n1,1,1\n2,3,2\n3,2,2\n", ""),
-    "huge values": ("error_gap,m,lr\n1e308,-1e308,1\n-1e308,1e308,2\n1e-308,5e-324,2\n", ""),
+    "large and small values": ("error_gap,m,lr\n1e150,-1e150,1\n-1e150,1e150,2\n1e-308,5e-324,2\n", ""),
+    "huge values": (GOOD + "1e308,1,1\n-1e308,2,2\n0.5,1e200,1\n", "beyond 1e150 in size"),
+    "outcomes that are no numbers": (
+        GOOD.replace("m,lr", "m,test_error").replace(",5\n", ",x\n"),
+        "test_error is no number in 2 of 12 runs",
+    ),
     "words for hyperparameters": ("error_gap,m,optimizer\n1,1,sgd\n2,3,adam\n3,2,sgd\n4,4,adam\n", ""),
     "a byte order mark": ("\ufeff" + GOOD, ""),
 }

@@ -71,6 +71,19 @@ class Idle(nn.Module):
         return self.used(x) + self.cut(x).detach()
 
 
+class Positions(nn.Module):
+    """As many positions as the examples that it is tried on, without a batch axis; a layer called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(5, 3), nn.Embedding(4, 3)
+        self.mix, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x) + self.position(torch.arange(4))
+        return self.head(torch.tanh(self.mix(input=tokens)).mean(1))
+
+
 def flat(*layers: nn.Module, out: int) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*layers, nn.Flatten(), nn.Linear(out, 3))
 
@@ -131,6 +144,7 @@ NETS = {
     "raw parameters": Net(ClassToken, (3, 3)),
     "tied weights": Net(Tied, (3,)),
     "idle": Net(Idle, (3,)),
+    "positions": Net(Positions, TOKENS),
     "weight norm": Net(
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 3)), (3,)
     ),
@@ -199,7 +213,9 @@ def test_the_cases(case: Case) -> None:
 
 # the others' closed form must be used: differentiating example by example takes N times the memory
 RULELESS = "conv without a rule", "conv with padding by name", "conv 1d", "weight norm"
-RULED = {n: net for n, net in NETS.items() if n not in (*RULELESS, "raw parameters", "tied weights")}
+RULED = {
+    n: net for n, net in NETS.items() if n not in (*RULELESS, "raw parameters", "tied weights", "positions")
+}
 
 
 @pytest.mark.parametrize("name", RULED)
@@ -403,11 +419,14 @@ def test_gradients_of_their_own_are_taken_some_at_a_time(monkeypatch: pytest.Mon
 
 
 UNSUPPORTED = {
-    "tokens before examples": Net(TokensFirst, (4, 3)),
     "a choice by the data": Net(Branching, (3,)),
     "a weight used twice": Net(Backdoor, (3,)),
     "batch statistics": Net(Batchwide, (3,)),
 }
+
+
+def test_as_many_tokens_as_trial_examples_and_before_them() -> None:
+    check(*prepared(Net(TokensFirst, (4, 3))))
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

@@ -411,6 +411,20 @@ def test_weights_that_are_not_finite_are_named(name: str, bad: float) -> None:
         measure(model, case.batches(), ["fisher_trace"])
 
 
+def test_outputs_that_depend_on_no_measured_parameter() -> None:
+    model = nn.Linear(3, 2)
+    model.unused = nn.Linear(2, 2)
+    names = ["local_inconsistency", "local_inconsistency_converged", "fisher_lambda_max", "fisher_trace"]
+    names += ["hessian_lambda_max", "hessian_trace"]
+    found = values(model, Batches.from_tensors(torch.ones(4, 3)), names, replace(FAST, params="unused"))
+    assert found == dict.fromkeys(names, 0.0)
+
+
+def test_a_single_output_is_refused() -> None:
+    with pytest.raises(UsageError, match="single output"):
+        measure(nn.Linear(3, 1), Batches.from_tensors(torch.ones(4, 3)), ["fisher_trace"])
+
+
 def test_a_model_that_draws_at_random_is_refused() -> None:
     class Noisy(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
@@ -556,6 +570,66 @@ def test_a_buffer_that_the_forward_pass_writes_is_kept() -> None:
     check = photograph(model)
     measure(model, case.batches(), ["fisher_trace"], FAST)
     check()
+
+
+def test_a_layer_of_two_names_is_measured_and_kept() -> None:
+    """As the embedding that Hugging Face's T5 and BART share between encoder and decoder."""
+
+    class Twice(nn.Module):
+        def __init__(self, inner: nn.Linear, registered: bool) -> None:
+            super().__init__()
+            self.inner, self.head, self.hidden = inner, nn.Linear(3, 2), [inner]
+            if registered:
+                self.again = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.hidden[0](torch.tanh(self.inner(x)))))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain, x = Twice(nn.Linear(3, 3), registered=False).double(), torch.randn(7, 3, dtype=torch.float64)
+    model = Twice(copy.deepcopy(plain.inner), registered=True).double()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    held, batches = (
+        dict(model.named_parameters(remove_duplicate=False)),
+        Batches.from_tensors(x, batch_size=3),
+    )
+    check, names = photograph(model), ["local_inconsistency", "fisher_lambda_max", "hessian_lambda_max"]
+    assert_same(values(model, batches, names), values(plain, batches, names))
+    check()
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert after.keys() == held.keys()
+    assert all(after[name] is held[name] for name in held)
+
+
+def test_parameters_that_the_forward_pass_writes_are_kept() -> None:
+    """Embedding with max_norm scales its weights down in place; others clamp theirs."""
+
+    class Clamped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data = self.weight.data.clamp(-0.1, 0.1)
+            return super().forward(x)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        embedding, layers = nn.Embedding(5, 3, max_norm=0.5), (nn.Flatten(), Clamped(6, 4), nn.Linear(4, 3))
+        embedding.weight.requires_grad_(False)
+        model = nn.Sequential(embedding, *layers)
+    tokens = torch.arange(14).view(7, 2) % 5
+    check = photograph(model)
+    measure(model, Batches.from_tensors(tokens, batch_size=3), ["local_inconsistency", "fisher_trace"], FAST)
+    check()
+
+
+def test_a_model_that_draws_in_vain_leaves_the_global_generator() -> None:
+    class Drawing(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0 * torch.rand(1))
+
+    case = BY_NAME["relu-mlp"]
+    state = torch.get_rng_state()
+    measure(Drawing(*case.model.children()), case.batches(), ["local_inconsistency"], FAST)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # the report

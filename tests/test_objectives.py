@@ -391,6 +391,19 @@ def test_gradient_evaluations_count_all_inputs(name: str, evaluations: float, tm
     assert (summary["num_train"], summary["num_unlabeled_train"]) == (20, 60)
 
 
+@pytest.mark.parametrize("objective", ["joint", "fixmatch"])
+@pytest.mark.parametrize(("name", "other"), [("mu", 2), ("threshold", 0.19), ("lambda_u", 3.0)])
+def test_settings_are_idle_where_they_change_nothing(
+    name: str, other: float, objective: str, tmp_path: Path
+) -> None:
+    settings = config(**{**SEMI, "objective": objective, "threshold": 0.15, "epochs": 1})
+    for folder, changes in (("one", {}), ("other", {name: other})):
+        train(settings.replace(**changes), tmp_path / folder)
+    one, two = ((tmp_path / folder / CHECKPOINT).read_bytes() for folder in ("one", "other"))
+    assert (one == two) == (name in settings.idle())
+    assert name in config().idle()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

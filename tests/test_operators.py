@@ -25,11 +25,18 @@ ALL = (*KINDS, "residual")
 
 def build(kind: str, case: Case, batch_size: int = 3) -> Operator:
     model, x, y = case.data
-    parameters, batches = Parameters(case.model), case.batches(batch_size)
-    clean = model(x).detach()
+    return over(kind, case.model, model(x).detach(), case.batches(batch_size), y)
+
+
+def over(kind: str, model: nn.Module, clean: Tensor, batches: Batches, y: Tensor) -> Operator:
+    parameters = Parameters(model)
     if kind == "residual":
         return residual(parameters, batches, clean, y)
     return hessian(parameters, batches, y) if kind == "hessian" else fisher(parameters, batches, clean)
+
+
+def of_model(kind: str, model: nn.Module, x: Tensor, y: Tensor) -> Operator:
+    return over(kind, model, model(x).detach(), Batches.from_tensors(x, batch_size=3), y)
 
 
 def dense_terms(kind: str, case: Case) -> Tensor:
@@ -292,3 +299,92 @@ def test_confident_examples_do_not_cost_the_cheap_curvature_terms() -> None:
     # forward over forward, not three backward passes
     assert work.evaluations == pytest.approx(NESTED_JVP / GRADIENT)
     assert NESTED_JVP < TRIPLE_BACKWARD / 2
+
+
+class Swish(torch.autograd.Function):
+    """Of the old kind: reverse mode only, not to be had of torch.func."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def,override]
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def,override]
+        [x] = ctx.saved_tensors
+        return gradient * x.sigmoid() * (1 + x * (1 - x.sigmoid()))
+
+
+class Activation(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Swish.apply(x)
+
+
+class Lstm(nn.Module):
+    """Its kernel for float32 on a CPU has no forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_function_without_forward_mode(kind: str) -> None:
+    """The same as of the same network without such a function."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 3)).double().eval()
+        x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    odd = nn.Sequential(plain[0], Activation(), plain[2]).eval()
+    operators = [of_model(kind, model, x, y) for model in (plain, odd)]
+    expected, found = map(to_matrix, operators)
+    torch.testing.assert_close(found, expected, **TIGHT)
+    v = expected[0]
+    torch.testing.assert_close(operators[1].terms(v), operators[0].terms(v), **TIGHT)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_lstm_in_float32(kind: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x, y = Lstm().eval(), torch.randn(5, 4, 2), torch.tensor([0, 1, 2, 0, 1])
+    found = of_model(kind, model, x, y)
+    expected = to_matrix(of_model(kind, copy.deepcopy(model).double(), x.double(), y))
+    v = torch.randn(found.size, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found.matvec(v).double(), expected @ v.double(), rtol=1e-3, atol=1e-5)
+    assert float(found.terms(v).mean()) == pytest.approx(float(v.double() @ expected @ v.double()), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "residual"])
+def test_a_wrong_second_derivative_is_told(kind: str) -> None:
+    """By a backward pass that takes for a constant what is none, as torch 2.14's weight_norm does."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):  # type: ignore[no-untyped-def,override]
+            ctx.save_for_backward(x, y)
+            return x * x * y
+
+        @staticmethod
+        def backward(ctx, gradient):  # type: ignore[no-untyped-def,override]
+            x, y = ctx.saved_tensors
+            return 2 * gradient * x * y, gradient * (x * x).detach()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Wrong.apply(self.first(x), self.second(x))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = Net().double().eval(), torch.randn(5, 3, dtype=torch.float64)
+    operator = of_model(kind, model, x, torch.tensor([0, 1, 2, 0, 1]))
+    v = torch.randn(operator.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with pytest.raises(UsageError, match="not symmetric"):
+        operator.matvec(v)

@@ -208,7 +208,7 @@ def test_blocks_change_places_whole_and_among_equals() -> None:
     setting = np.array([2, 0, 1, 0, 1, 2, 3, 3, 3])
     found = permute_blocks(setting, 300, np.random.default_rng(0))
     assert found.limit == "settings change places with those of as many runs only (3 of 2, 1 of 3); " \
-        "6 arrangements of settings: p cannot be below 0.17"  # fmt: skip
+        "6 arrangements of settings: p cannot be below 0.33"  # fmt: skip
     seen = set()
     for row in found.rows:
         assert sorted(row) == list(range(9))
@@ -219,7 +219,7 @@ def test_blocks_change_places_whole_and_among_equals() -> None:
             assert (np.sort(source) == source).all()
             assert len(place) == 2
         seen.add(tuple(row))
-    assert len(seen) == 6
+    assert len(seen) == len(found.rows) == 5  # every other order once: p is exact
 
 
 def test_blocks_stay_in_their_stratum_and_uneven_sizes_say_so() -> None:
@@ -227,7 +227,7 @@ def test_blocks_stay_in_their_stratum_and_uneven_sizes_say_so() -> None:
     stratum = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     rows = permute_blocks(setting, 50, np.random.default_rng(0), stratum).rows
     assert all((stratum[row] == stratum).all() for row in rows)
-    assert len({tuple(row) for row in rows}) == 4
+    assert len({tuple(row) for row in rows}) == len(rows) == 3
     fixed = permute_blocks(setting, 50, np.random.default_rng(0), np.repeat([0, 1, 2, 2], 2))
     assert str(fixed.limit).startswith(
         "2 of 4 settings stay in place: no other shares their number of runs and"

@@ -374,6 +374,37 @@ def test_errors_are_one_line_with_the_right_code(
     assert not list(runs.glob("*.html"))
 
 
+def test_no_file_is_written_over_another_or_over_what_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("error_gap,m\n0.1,2\n0.2,3\n")
+    before = table.read_text()
+    for options, words in (
+        ([f"--markdown={table}"], "--markdown"),
+        ([f"--latex={tmp_path / 'x' / '..' / 't.csv'}"], "is SOURCE too"),
+        ([f"--markdown={tmp_path / 'a'}", f"--latex={tmp_path / 'a'}"], "is --markdown too"),
+        ([f"--markdown={tmp_path / 't-report.html'}"], "is --out too"),
+    ):
+        code, err = run(capsys, str(table), *options)
+        assert code == 2
+        assert words in err
+    assert table.read_text() == before
+    assert list(tmp_path.iterdir()) == [table]
+
+
+def test_control_characters_do_not_break_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "t.csv"
+    rows = "".join(f"\x07{i},{'ab'[i % 2]}\x1b[31m,{i},{i * 7 % 5}\n" for i in range(8))
+    table.write_text("run,kind,error_gap,m\n" + rows)
+    code, err = run(capsys, str(table), "--hyper=kind", "--group-by=kind", "--resamples=100")
+    assert code == 0, err
+    text = (tmp_path / "t-report.html").read_text()
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert r"kind=a\x1b[31m" in text
+
+
 def test_too_few_runs_are_a_data_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.csv").write_text("error_gap,m\n0.1,2\n")
     code, err = run(capsys, str(tmp_path / "one.csv"))

@@ -675,8 +675,13 @@ def test_options_that_make_no_sense(make_rule: Callable[[nn.Module], Rule]) -> N
         make_rule(make())
 
 
-def test_dropout_draws_the_same_units_in_every_pass() -> None:
-    """At ρ = 0 the perturbed network is the clean one, its masks included, and IAM-S is plain SGD."""
+@pytest.mark.parametrize(
+    "build",
+    [lambda m: SAM(m, rho=0.0), lambda m: ASAM(m, rho=0.0), lambda m: IAMS(m, rho=0.0, sign="none")],
+    ids=["sam", "asam", "iam-s"],
+)
+def test_dropout_draws_the_same_units_in_every_pass(build: Callable[[nn.Module], Rule]) -> None:
+    """At ρ = 0 the perturbed network is the clean one, its masks included, and every rule is plain SGD."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 3)).double()
     x, y = torch.randn(16, 5, dtype=torch.float64), torch.arange(16) % 3
@@ -686,7 +691,7 @@ def test_dropout_draws_the_same_units_in_every_pass() -> None:
     assert float(step.inconsistency) == 0
     model.zero_grad()
     torch.set_rng_state(state)
-    IAMS(model, rho=0.0, sign="none").backward(x, y)
+    build(model).backward(x, y)
     moved = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
     after = torch.rand(1)
     model.zero_grad()

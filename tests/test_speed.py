@@ -77,6 +77,19 @@ def test_bytes_an_example_by_hand() -> None:
     assert bytes_an_example(model.double(), x.double()) == 8 * (10 + 20 + 3)
 
 
+def test_weights_are_no_share_of_an_example() -> None:
+    """Frozen ones neither: of Linear → ReLU → frozen Linear → Linear the input, both hidden layers, log p."""
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 30), nn.Linear(30, 3)).eval()
+    model[2].requires_grad_(False)
+    assert bytes_an_example(model, torch.randn(6, 10)) == 4 * (10 + 20 + 30 + 3)
+
+
+def test_a_model_that_keeps_nothing_takes_any_batch() -> None:
+    model = nn.Linear(10, 3).requires_grad_(False)
+    model.unused = nn.Linear(2, 2)
+    assert batch_size_within(1000, model, torch.randn(6, 10)) == speed.BATCH_SIZE
+
+
 def test_batch_size_follows_the_memory() -> None:
     model, x = small_cnn(), images(4)
     one = bytes_an_example(model, x)

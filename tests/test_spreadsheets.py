@@ -82,6 +82,10 @@ def test_csv_outcomes_are_no_measures(tmp_path: Path) -> None:
     assert table.outcomes == ("test_error", "num_test")
     assert table.frame["num_test"].fillna(-1).to_list() == [10, -1]
     assert table.frame["test_error"].fillna(-1).to_list() == [-1, 0.3]
+    assert table.notes[1:] == (
+        "test_error is no number in 1 of 2 runs",
+        "num_test is no number in 1 of 2 runs",
+    )
     assert load_table(path, measures=["num_test"]).outcomes == ("test_error", "num_train")
 
 

@@ -17,7 +17,9 @@ from sklearn.metrics import mutual_info_score
 from gm_probe.analysis import correlation, pair_sums, permutation, strata
 from gm_probe.analysis.comparison import holm
 from gm_probe.analysis.correlation import correlate
+from gm_probe.analysis.prediction import prediction
 from gm_probe.analysis.results import Correlation, Details, SweepStatistics
+from gm_probe.analysis.sample import Draws, sample_of
 from gm_probe.analysis.table import RunTable
 from gm_probe.core.errors import ResourceError, UsageError
 
@@ -481,6 +483,20 @@ def test_differences_between_measures() -> None:
 
 
 # ---- prediction and selection
+
+
+def test_the_direction_of_a_prediction_is_that_of_the_other_runs_alone() -> None:
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        x, y, setting = rng.normal(size=10), rng.normal(size=10), np.arange(10) // 2
+        found = prediction(sample_of(x, y, np.arange(10), setting), Draws(0, 100))
+        errors: list[float] = []
+        for each in range(5):
+            out, rest = setting == each, setting != each
+            rising = bool(stats.spearmanr(x[rest], y[rest]).statistic >= 0)
+            fit = IsotonicRegression(increasing=rising, out_of_bounds="clip").fit(x[rest], y[rest])
+            errors += np.abs(fit.predict(x[out]) - y[out]).tolist()
+        assert found.error == pytest.approx(np.mean(errors)), seed
 
 
 @pytest.mark.parametrize("direction", [1, -1])

@@ -362,6 +362,16 @@ def test_diverged_run_says_so(method: str, tmp_path: Path) -> None:
         train(settings, tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("changes", [{}, {"clip_norm": 1.0}, {"optimizer": "adamw"}], ids=str)
+def test_finite_weights_that_flew_off_are_divergence(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Training CE of about a million, and all of it finite."""
+    settings = config(model="mlp-16", epochs=2, lr=1e6, **changes)
+    for resume in (False, True):
+        with pytest.raises(DivergedError, match="more than 10 times a uniform guess"):
+            train(settings, tmp_path, resume=resume)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "diverged"
+
+
 def test_the_last_good_state_stays(tmp_path: Path) -> None:
     """Warm-up reaches a rate that no weight survives in the third epoch."""
     settings = config(epochs=4, warmup_epochs=4.0, lr=1e9, model="mlp-64", eval_every=1, checkpoint_every=1)
@@ -402,6 +412,8 @@ def test_divergence_in_the_last_step_is_noticed(eval_every: int, tmp_path: Path)
         {"clip_norm": 0.0},
         {"ema_decay": 1.0},
         {"checkpoint_every": 0},
+        {"validation": 0.0},
+        {"validation": 1.0},
         {"min_lr": 0.01},
         {"schedule": "linear", "min_lr": 0.2},
         {"method": "iam-d-onepass", "beta": 0.0},
@@ -740,7 +752,7 @@ def test_identity_of_older_runs_is_kept() -> None:
     known = {"data": "digits", "model": "mlp-16", "lr": 0.1}
     assert TrainConfig.from_dict(known).identity() == {"model": "mlp-16", "lr": 0.1}
     assert config(checkpoint_every=5).identity() == config().identity()
-    for changes in ({"ema_decay": 0.9}, {"clip_norm": 1.0}, {"deterministic": True}):
+    for changes in ({"ema_decay": 0.9}, {"clip_norm": 1.0}, {"deterministic": True}, {"validation": 0.1}):
         assert config(**changes).identity() != config().identity()
 
 
@@ -847,6 +859,51 @@ def test_met_stop_ce_says_what_the_final_cross_entropy_says(tmp_path: Path) -> N
     reached = train(settings, tmp_path / "first")["train_ce"]
     for name, stop, met in (("above", reached * 1.001, True), ("below", reached * 0.999, False)):
         assert train(settings.replace(stop_ce=stop), tmp_path / name)["met_stop_ce"] is met
+
+
+OTHER = {
+    "rho": 0.3, "beta": 2.0, "kl_grad": "perturbed", "k_steps": 3, "noise_scale": 1.0, "sign": "none", "eta": 1.0,
+    "momentum": 0.5, "nesterov": True, "milestones": (1,), "gamma": 0.9, "min_lr": 0.005,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({"method": "sgd"}, {"rho", "beta", "kl_grad", "k_steps", "noise_scale", "sign", "eta"}),
+        ({"method": "sam"}, {"beta", "kl_grad", "k_steps", "noise_scale", "sign", "eta"}),
+        ({"method": "asam"}, {"beta", "kl_grad", "k_steps", "noise_scale", "sign"}),
+        ({"method": "iam-d"}, {"sign", "eta"}),
+        ({"method": "iam-d-onepass"}, {"k_steps", "noise_scale", "sign", "eta"}),
+        ({"method": "iam-s"}, {"beta", "kl_grad", "eta"}),
+        ({"optimizer": "adamw"}, {"momentum", "nesterov"}),
+        ({"schedule": "cosine"}, {"milestones", "gamma"}),
+        ({"schedule": "multi-step", "milestones": [1]}, set()),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_settings_are_idle_where_they_change_nothing(
+    settings: dict[str, Any], idle: set[str], tmp_path: Path
+) -> None:
+    base = config(**{"model": "mlp-4", "epochs": 2, "num_train": 60, "lr": 0.01, **settings})
+
+    def weights(name: str, **changes: Any) -> Tensor:
+        train(base.replace(**changes), tmp_path / name)
+        return torch.cat([v.flatten() for v in read_checkpoint(tmp_path / name).state.values()])
+
+    first = weights("first")
+    kind = next(iter(settings))
+    group = {
+        "method": list(OTHER)[:7],
+        "optimizer": ["momentum", "nesterov"],
+        "schedule": ["gamma", "min_lr"],
+    }
+    for name in group[kind]:
+        if name == "min_lr" and base.schedule != "cosine":
+            continue  # refused
+        assert torch.equal(first, weights(name, **{name: OTHER[name]})) == (name in base.idle()), name
+    assert idle <= set(base.idle())
+    assert base.idle().items() >= dict.fromkeys(idle, kind).items()
 
 
 @pytest.mark.parametrize(

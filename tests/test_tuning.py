@@ -27,20 +27,19 @@ from gm_probe.cli import main
 from gm_probe.cli.tune import NOT_TRAINS, tune
 from gm_probe.core import images
 from gm_probe.core.checkpoints import read_checkpoint
-from gm_probe.core.datasets import Examples, open_source
 from gm_probe.core.errors import DataError, DivergedError, ProbeError, UsageError
 from gm_probe.core.loading import load_model
 from gm_probe.core.records import find_runs
 from gm_probe.sweep.recipe import Recipe
 from gm_probe.sweep.runner import Outcome, run_recipe
 from gm_probe.sweep.tuning import (
+    VALIDATION,
     Cell,
     Point,
     Tuner,
     best_of,
     check_tunable,
     rivals_of,
-    validation_config,
 )
 from gm_probe.training.config import SETTINGS, TrainConfig
 from gm_probe.training.parts import _open, load_splits
@@ -78,7 +77,7 @@ def config(tmp_path: Path) -> TrainConfig:
 def tuner_of(config: TrainConfig, out: Path, seeds: int = 2) -> tuple[Tuner, list[Outcome]]:
     """And the outcomes of whatever it runs."""
     outcomes: list[Outcome] = []
-    return Tuner(validation_config(config, out), seeds, out, partial(_run, out, outcomes)), outcomes
+    return Tuner(config.replace(validation=VALIDATION), seeds, out, partial(_run, out, outcomes)), outcomes
 
 
 def _run(out: Path, outcomes: list[Outcome], recipe: Recipe) -> list[Outcome]:
@@ -96,76 +95,68 @@ def numbers(x: torch.Tensor) -> set[int]:
 
 
 @pytest.mark.parametrize("split_seed", [0, 3])
-def test_cells_see_the_training_part_alone(config: TrainConfig, tmp_path: Path, split_seed: int) -> None:
+def test_cells_see_the_training_part_alone(config: TrainConfig, split_seed: int) -> None:
     config = config.replace(split_seed=split_seed)
-    whole, base = load_splits(config), validation_config(config, tmp_path / "out")
-    cell = load_splits(base)
-    parts = [numbers(part.x) for part in (cell.train, cell.unlabeled, cell.test)]
-    assert [len(part) for part in parts] == [60 - 6 - 1, 1, 6]
-    assert set.union(*parts) == numbers(whole.train.x)
-    assert not set.union(*parts) & numbers(whole.test.x)
-    with np.load(base.data) as file:  # nothing else is even there
-        assert set(file["x"][:, 0, 0, 0].tolist()) == numbers(whole.train.x)
-        labels = dict(zip(file["x"][:, 0, 0, 0].tolist(), file["y"].tolist(), strict=True))
-    assert whole.train.y is not None
-    assert labels == dict(zip(whole.train.x[:, 0, 0, 0].tolist(), whole.train.y.tolist(), strict=True))
+    whole, cell = load_splits(config), load_splits(config.replace(validation=0.1))
+    train, held_out = numbers(cell.train.x), numbers(cell.test.x)
+    assert (len(train), len(held_out)) == (54, 6)
+    assert train | held_out == numbers(whole.train.x)
+    assert torch.equal(cell.unlabeled.x, whole.unlabeled.x)
+    for part in ("train", "test"):
+        examples = getattr(cell, part)
+        assert cell.indices[part] == examples.x[:, 0, 0, 0].tolist()  # their numbers are their positions
+        labels = dict(zip(whole.train.x[:, 0, 0, 0].tolist(), whole.train.y.tolist(), strict=True))  # type: ignore[union-attr]
+        assert [labels[number] for number in cell.indices[part]] == examples.y.tolist()
 
 
-def test_a_test_part_of_its_own_is_not_touched(tmp_path: Path) -> None:
+def test_what_is_held_out_is_drawn_by_the_split_seed_alone(config: TrainConfig) -> None:
+    config = config.replace(validation=0.2)
+    held_out = [
+        load_splits(config.replace(**c)).indices["test"] for c in ({}, {"seed": 1}, {"split_seed": 1})
+    ]
+    assert held_out[0] == held_out[1] != held_out[2]
+    assert len(held_out[0]) == 12
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_test_part_of_its_own_is_not_touched(
+    in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for part, level in (("train", 10), ("test", 200)):
         for name in ("a", "b"):
             (tmp_path / "images" / part / name).mkdir(parents=True)
             for index in range(20):
-                image = Image.fromarray(np.full((4, 4), level + index, np.uint8))
+                image = Image.fromarray(np.full((4, 4), level + index + 20 * (name == "b"), np.uint8))
                 image.save(tmp_path / "images" / part / name / f"{index}.png")
-    config = TrainConfig.from_dict({"data": "images", "num_unlabeled": 4, "method": "sam"})
-    base = validation_config(config, tmp_path / "out")
-    with np.load(base.data) as file:
-        assert len(file["x"]) == 36
-        assert file["x"].max() < 200
-    assert (base.num_train, base.num_test) == (36 - 4 - 1, 4)
-
-
-def test_images_too_many_for_memory_are_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for index in range(30):
-            pixels = rng.integers(0, 256, (6, 6), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
-    settings = {"data": "images", "image_size": 5, "num_unlabeled": 4, "num_test": 6, "model": "mlp-4"}
-    config = TrainConfig.from_dict({**settings, "method": "sam", "epochs": 1, "device": "cpu"})
-    whole = load_splits(config).train
     _open.cache_clear()
-    monkeypatch.setattr(images, "IN_MEMORY", 100)
-    base = validation_config(config, tmp_path / "out")
-    assert validation_config(config, tmp_path / "out") == base
-    assert Path(base.data).is_dir()
-    linked = open_source(base.data, labeled=True, image_size=base.image_size).pool
-
-    def content(examples: Examples) -> set[tuple[bytes, int]]:
-        assert examples.y is not None
-        return {(x.numpy().tobytes(), int(y)) for x, y in zip(examples.x[:100], examples.y, strict=True)}
-
-    assert len(linked) == len(whole) == 50
-    assert content(linked) == content(whole)
-    assert (base.num_train, base.num_test) == (44, 5)
+    if not in_memory:
+        monkeypatch.setattr(images, "IN_MEMORY", 100)
+    config = TrainConfig.from_dict({"data": "images", "num_unlabeled": 4, "validation": 0.1, "method": "sam"})
+    cell = load_splits(config)
     _open.cache_clear()
+    assert [len(part) for part in (cell.train, cell.unlabeled, cell.test)] == [32, 4, 4]
+    levels = [set(part.x[:][:, 0, 0, 0].tolist()) for part in (cell.train, cell.unlabeled, cell.test)]
+    assert set.union(*levels) == set(range(10, 50))  # of 40 images all are there, and disjoint
 
 
-def test_the_copy_is_named_by_its_content_and_written_once(config: TrainConfig, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    first = validation_config(config, out)
-    stamp = Path(first.data).stat().st_mtime_ns
-    assert validation_config(config, out) == first
-    assert Path(first.data).stat().st_mtime_ns == stamp
-    assert validation_config(config.replace(split_seed=1), out).data != first.data
-    assert not Path(validation_config(config, tmp_path / "none", write=False).data).exists()
+def test_nothing_but_runs_and_figures_is_written(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--data data.npz --num-unlabeled 15 --num-test 25 --model mlp-5 --epochs 1 --seeds 1 -q"
+    code, _, err = run(f"gmprobe tune --method sam --rho 0.1 {options} --out o --dry-run", capsys)
+    assert code == 0, err
+    assert not Path("o").exists()
+    assert run(f"gmprobe tune --method sam --rho 0.1 {options} --out o", capsys)[0] == 0
+    [name] = (path.name for path in Path("o").iterdir() if path.is_dir())
+    assert sorted(path.name for path in Path("o").iterdir()) == [name, "tune.png", "tune.svg"]
+    Path("o").rename("moved")
+    code, out, _ = run(f"gmprobe tune --method sam --rho 0.1 {options} --out moved --dry-run", capsys)
+    assert "0 of 1 runs to do" in out
 
 
-def test_too_few_examples(config: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="2 training examples are too few"):
-        validation_config(config.replace(num_train=2), tmp_path)
+def test_too_few_examples(config: TrainConfig) -> None:
+    with pytest.raises(DataError, match="1 training examples are too few to hold out 1"):
+        load_splits(config.replace(num_train=1, validation=0.1))
 
 
 @pytest.mark.parametrize(
@@ -399,8 +390,8 @@ def test_the_helps_example_and_the_command_it_ends_in(capsys: pytest.CaptureFixt
     trained = (Path("chosen") / "config.toml").read_text()
     assert f"rho = {result['best']['rho']}\n" in trained
     assert 'model = "mlp"\n' in trained
-    # on the whole training part: what was held out, and the one example left over, are back
-    assert json.loads(out)["num_train"] == result["num_train"] + result["num_validation"] + 1
+    # on the whole training part: what was held out is back
+    assert json.loads(out)["num_train"] == result["num_train"] + result["num_validation"]
 
 
 def test_other_forms(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:

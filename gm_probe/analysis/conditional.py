@@ -33,9 +33,9 @@ def conditioning(sample: Sample, values: Mapping[str, Integers], draws: Draws) -
     rows = permutations.rows[: min(PERMUTATIONS, most)]
     if not len(rows):
         return Conditioning((), None, 0, f"nothing to take K's bias from: {permutations.limit}")
-    rows = np.concatenate([np.arange(sample.n)[None, :], rows])
+    rows, num_drawn = np.concatenate([np.arange(sample.n)[None, :], rows]), len(permutations.rows)
     sets = [
-        _information(sample, given, [values[name][sample.rows] for name in given], rows)
+        _information(sample, given, [values[name][sample.rows] for name in given], rows, num_drawn)
         for size in range(3)
         for given in combinations(values, size)
     ]
@@ -46,9 +46,9 @@ def conditioning(sample: Sample, values: Mapping[str, Integers], draws: Draws) -
 
 
 def _information(
-    sample: Sample, given: tuple[str, ...], values: Sequence[Integers], rows: np.ndarray
+    sample: Sample, given: tuple[str, ...], values: Sequence[Integers], rows: np.ndarray, num_drawn: int
 ) -> ConditionalInformation:
-    """``rows`` (B + 1, n): the identity, and permutations."""
+    """``rows`` (B + 1, n): the identity, and B of the ``num_drawn`` permutations."""
     cell = np.zeros(sample.n, np.int64)
     for numbers in values:
         cell = cell * (numbers.max() + 1) + numbers
@@ -65,7 +65,7 @@ def _information(
         return ConditionalInformation(given, None, None, None, None, 0, 0, reason, len(cells))
     k = information / np.maximum(pairs, 1)
     raw, null = float(k[0]), float(k[1:].mean())
-    p = float((k >= k[0] - 1e-12).mean()) if len(rows) > LEAST_FOR_P else None
+    p = float((k >= k[0] - 1e-12).mean()) if len(rows) > min(LEAST_FOR_P, num_drawn) else None
     return ConditionalInformation(
         given, raw - null, raw, null, p, int(pairs[0]), used, None, len(cells) - used
     )

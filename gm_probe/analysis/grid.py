@@ -1,6 +1,5 @@
 """τ of S_ρ against ρ and K, from the grids that ``gmprobe measure --rho R,R --k-steps K,K`` records."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from gm_probe.analysis.intervals import jackknife_interval
 from gm_probe.analysis.pair_sums import pair_sums, tau_of
 from gm_probe.analysis.results import Quantity
 from gm_probe.analysis.sample import sample_of
-from gm_probe.analysis.table import RunTable
+from gm_probe.analysis.table import LARGEST, RunTable
 from gm_probe.core.records import RunRecord
 
 CELL = ("rho", "k_steps", "value")
@@ -53,4 +52,4 @@ def grid_of(record: RunRecord) -> list[dict[str, Any]]:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= LARGEST

@@ -1,7 +1,9 @@
 """Tests by permuting the gap: whole settings change places, or single runs within a stratum."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,9 @@ from gm_probe.analysis.rank import Floats, Integers, permuted_scores, tied_pairs
 
 EXACT_RUNS = 500
 """Up to so many runs permutations take τ; beyond, Spearman's ρ, with which the test is just as exact."""
+
+
+FEW_ARRANGEMENTS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,7 @@ def permute_blocks(
 ) -> Permutations:
     """``num`` permutations that let whole settings of equal size (and ``stratum``) change places.
 
+    Where there are fewer than ``FEW_ARRANGEMENTS``, each other one once, so that p is exact.
     ``setting`` and ``stratum`` (n,); a setting lies in one stratum. Runs keep their order within a setting.
     Settings of a size that no other has stay where they are; ``limit`` says so.
     """
@@ -42,11 +48,15 @@ def permute_blocks(
     what = "number of runs" if stratum is None else "number of runs and stratum"
     if not movable:
         return Permutations(np.empty((0, len(setting)), np.int32), f"no two settings share their {what}")
-    rows = np.tile(np.arange(len(setting), dtype=np.int32), (num, 1))
-    for same in movable:
+    arrangements = math.prod(math.factorial(min(len(same), 20)) for same in movable)
+    few = arrangements < FEW_ARRANGEMENTS
+    orders: list[np.ndarray] = (
+        _every_order(movable, rng) if few else [rng.random((num, len(same))) for same in movable]
+    )
+    rows = np.tile(np.arange(len(setting), dtype=np.int32), (len(orders[0]), 1))
+    for same, moved in zip(movable, orders, strict=True):
         places = np.stack(same)
-        moved = np.argsort(rng.random((num, len(same))), axis=1)
-        rows[:, places.ravel()] = places[moved].reshape(num, -1)
+        rows[:, places.ravel()] = places[np.argsort(moved, axis=1)].reshape(len(rows), -1)
     limits = []
     num_blocks, fixed = sum(map(len, blocks.values())), len(blocks) - len(movable)
     if stratum is None and len(blocks) > 1:
@@ -54,10 +64,16 @@ def permute_blocks(
         limits.append(f"settings change places with those of as many runs only ({sizes})")
     elif fixed:
         limits.append(f"{fixed} of {num_blocks} settings stay in place: no other shares their {what}")
-    arrangements = math.prod(math.factorial(min(len(same), 20)) for same in movable)
-    if arrangements < 100:
-        limits.append(f"{arrangements} arrangements of settings: p cannot be below {1 / arrangements:.2g}")
+    if few:  # two-sided: twice the tail that holds the arrangement as it is
+        limits.append(f"{arrangements} arrangements of settings: p cannot be below {2 / arrangements:.2g}")
     return Permutations(rows, "; ".join(limits) or None)
+
+
+def _every_order(movable: Sequence[Sequence[Integers]], rng: np.random.Generator) -> list[np.ndarray]:
+    """For each group of blocks (A − 1, blocks): its order in every joint arrangement but the one it has."""
+    every = list(product(*(permutations(range(len(same))) for same in movable)))[1:]
+    shuffled = [every[i] for i in rng.permutation(len(every))]  # so that any first part is a fair sample
+    return [np.array(orders) for orders in zip(*shuffled, strict=True)]
 
 
 def permute_within(stratum: Integers, num: int, rng: np.random.Generator) -> NDArray[np.int32]:

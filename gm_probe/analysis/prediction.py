@@ -27,11 +27,10 @@ def prediction(sample: Sample, draws: Draws) -> Prediction:
     if sample.num_settings > folds:
         draws.notes[f"predictions leave out {sample.num_settings:,} settings in {folds} groups"] = None
     fold_of_run = fold[sample.setting]
-    ranks_x, ranks_y = stats.rankdata(sample.x), stats.rankdata(sample.y)
     errors, baseline = np.empty(sample.n), np.empty(sample.n)
     for each in range(folds):
         out, rest = fold_of_run == each, fold_of_run != each
-        rising = _covariance(ranks_x[rest], ranks_y[rest]) >= 0
+        rising = _covariance(stats.rankdata(sample.x[rest]), stats.rankdata(sample.y[rest])) >= 0
         predicted = _isotonic(sample.x[rest], sample.y[rest], sample.x[out], rising)
         errors[out] = np.abs(sample.y[out] - predicted)
         baseline[out] = np.abs(sample.y[out] - sample.y[rest].mean())

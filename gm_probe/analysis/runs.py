@@ -13,10 +13,13 @@ from gm_probe.analysis.table import (
     BOOKKEEPING,
     GAPS,
     KNOWN_MEASURES,
+    LARGEST,
     OUTCOMES,
+    TOO_LARGE,
     Exclusion,
     RunTable,
     by_reason,
+    printable,
     require_distinct,
     require_known,
     show,
@@ -144,6 +147,9 @@ def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord
     excluded: list[Exclusion] = []
     for path in find_runs(root):
         run = path.relative_to(root).as_posix() if path != root else root.resolve().name
+        if printable(run) != run:
+            excluded.append(Exclusion(printable(run), "its name has characters that cannot be shown"))
+            continue
         try:
             record = read_run(path)
             reason = _unusable(record)
@@ -187,7 +193,8 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | in
         if isinstance(value, dict):
             flat |= {} if key == "environment" else _flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+            usable = abs(value) <= LARGEST if isinstance(value, int | float) else isinstance(value, str)
+            flat[prefix + key] = value if usable else str(value)  # NaN is not equal to itself
     return flat
 
 
@@ -215,6 +222,8 @@ def _finite(rows: Sequence[Mapping[str, Any]], absent: str) -> tuple[pd.Series, 
             missing[i] = str(row.get("reason") or absent)
         elif isinstance(value, bool) or not isinstance(value, int | float):
             missing[i] = "not a number"
+        elif LARGEST < abs(value) < math.inf:  # an int may be too large for a float
+            missing[i] = TOO_LARGE
         elif not math.isfinite(value):
             missing[i] = "not finite"
         else:

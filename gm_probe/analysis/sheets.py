@@ -28,6 +28,7 @@ PREDICTION = (
     "Picked run",
 )
 # fmt: on
+NO_P = "too few permutations for a p"
 SHORT = {"error_gap": "error", "ce_gap": "CE"}
 
 
@@ -385,7 +386,7 @@ def _conditioning(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> She
                 _figure(each.value, None, each.reason),
                 _figure(each.raw, None, each.reason),
                 _figure(each.null_mean, None, each.reason),
-                _p(each.p, each.reason),
+                _p(each.p, each.reason or NO_P),
                 _count(each.n),
                 _count(each.num_cells),
                 _count(each.skipped),

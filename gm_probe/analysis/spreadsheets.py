@@ -11,8 +11,11 @@ from gm_probe.analysis.table import (
     BOOKKEEPING,
     GAPS,
     KNOWN_MEASURES,
+    LARGEST,
     OUTCOMES,
+    TOO_LARGE,
     RunTable,
+    printable,
     require_distinct,
     require_known,
     unique,
@@ -75,17 +78,23 @@ def table_from_file(
     if not chosen:
         raise DataError(f"{source} has no numeric column to take as a measure; it has: {', '.join(names)}")
     require_distinct(gaps, chosen, hypers)
+    outcomes = [name for name in OUTCOMES if name in names and name not in (*gaps, *chosen, *hypers)]
     for name in [*gaps, *chosen]:
         for row, cell in columns[name].text.items():
             raise DataError(f"{source} column {name!r} row {row + 1} holds {cell!r}, which is not a number")
 
-    left_out = [name for name in free if name not in chosen]
+    left_out = [name or "a column without a name" for name in free if name not in chosen]
     note = f"measures taken: {', '.join(chosen)}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
-    rows = raw["run"].map(str) if "run" in names else pd.Series([f"row {i + 1}" for i in raw.index])
+    gone = {name: int(columns[name].values.isna().sum()) for name in outcomes}
+    lacking = [f"{name} is no number in {num} of {len(raw)} runs" for name, num in gone.items() if num]
+    rows = (
+        raw["run"].map(str).map(printable)
+        if "run" in names
+        else pd.Series([f"row {i + 1}" for i in raw.index])
+    )
     frame = {"run": rows}
     frame |= {name: columns[name].values for name in [*gaps, *chosen]}
     frame |= {name: _settings(columns[name], raw[name]) for name in hypers}
-    outcomes = [name for name in OUTCOMES if name in names and name not in frame]
     frame |= {name: columns[name].values for name in outcomes}
     return RunTable(
         source=source,
@@ -94,7 +103,7 @@ def table_from_file(
         measures=tuple(chosen),
         hyperparameters=tuple(hypers),
         missing={name: columns[name].missing for name in [*gaps, *chosen]},
-        notes=() if measures else (note,),
+        notes=(*(() if measures else (note,)), *lacking),
         outcomes=tuple(outcomes),
     )
 
@@ -114,10 +123,12 @@ def _column(cells: pd.Series) -> _Column:
     values = pd.to_numeric(text.mask(empty), errors="coerce").astype(float)
     wrong = values.isna() & ~empty
     infinite = values.isin([math.inf, -math.inf])
+    large = (values.abs() > LARGEST) & ~infinite
     missing = dict.fromkeys(text.index[empty].tolist(), "no value")
     missing |= dict.fromkeys(text.index[infinite].tolist(), "not finite")
+    missing |= dict.fromkeys(text.index[large].tolist(), TOO_LARGE)
     return _Column(
-        values.mask(infinite),
+        values.mask(infinite | large),
         dict(zip(text.index[wrong].tolist(), text[wrong].tolist(), strict=True)),
         missing,
     )
@@ -125,7 +136,7 @@ def _column(cells: pd.Series) -> _Column:
 
 def _settings(column: _Column, cells: pd.Series) -> pd.Series:
     """A hyperparameter's cells: numbers where all of them are, else text; None where there is no value."""
-    numeric = not column.text and "not finite" not in column.missing.values()
+    numeric = not column.text and not {"not finite", TOO_LARGE} & set(column.missing.values())
     values = column.values.tolist() if numeric else [str(cell).strip() for cell in cells]
     unset = {row for row, reason in column.missing.items() if reason == "no value"}
     return pd.Series([None if row in unset else value for row, value in enumerate(values)], dtype=object)

@@ -4,6 +4,7 @@ Nothing is dropped in silence: a run that cannot enter is in ``RunTable.excluded
 that enters without a usable value in some column is in ``RunTable.missing`` under that column.
 """
 
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,9 @@ KNOWN_MEASURES = (
 OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "num_test")
 """What a run may say of its training besides the gaps; not taken for measures."""
 UNSET = "unset"
+LARGEST = 1e150
+"""A value beyond has no finite square, and is as good as not finite."""
+TOO_LARGE = "beyond 1e150 in size"
 # What tells runs apart without being a choice about training: never a hyperparameter unless asked for.
 # fmt: off
 BOOKKEEPING = frozenset((
@@ -110,7 +114,15 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
-    return str(value)
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters as escapes: raw, they steer a terminal and break a figure's XML."""
+    return "".join(
+        letter if unicodedata.category(letter) not in ("Cc", "Cs", "Cn") else ascii(letter)[1:-1]
+        for letter in text
+    )
 
 
 def by_reason(exclusions: Iterable[Exclusion]) -> dict[str, list[str]]:

@@ -99,7 +99,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(0)
     except OSError as error:
         _debug(args)
-        _fail(f"{error.strerror or error}: {str(error.filename)[:200]}", 7)
+        _fail(f"{error.strerror or error}: {str(error.filename or 'the output')[:200]}", 7)
     except ProbeError as error:
         _debug(args)
         _fail(str(error), error.exit_code)

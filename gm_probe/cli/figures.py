@@ -89,6 +89,10 @@ def _estimator_error(row: dict[str, Any]) -> str:
     return "—" if "protocol" in row else "exact"  # an ascent or a single start knows no error of its own
 
 
+ALONE = 0.8
+"""Of the best ascent's end, what the next best must reach; else luck found it."""
+
+
 def warn(result: dict[str, Any]) -> None:
     """What did not converge, is undefined or looks wrong, one line each on stderr."""
     console = notes_console()
@@ -97,6 +101,12 @@ def warn(result: dict[str, Any]) -> None:
             note(console, f"note: {name} is undefined: {row['reason']}")
         elif not row["converged"]:
             note(console, f"note: {name} did not converge within its limits; {_remedy(row)}")
+        if row.get("runner_up") is not None and row["runner_up"] < ALONE:
+            note(
+                console,
+                f"note: {name}: one of {len(row['starts'])} starts reached it, the next {row['runner_up']:.0%}; far "
+                "from the quadratic regime the maximum may be much higher: lower --rho",
+            )
     error = result["measures"].get("error", {}).get("value")
     if error is not None and error > 0.9 * (1 - 1 / result["num_classes"]):
         note(

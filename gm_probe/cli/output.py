@@ -17,9 +17,14 @@ FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
+class _Results(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1; ``cli.main`` takes a reader's early leave for success
+
+
 def results_console() -> Console:
     """Console on stdout; rich drops colour when piped or when NO_COLOR is set."""
-    return Console(file=sys.stdout, soft_wrap=False)
+    return _Results(file=sys.stdout, soft_wrap=False)
 
 
 def notes_console(quiet: bool = False) -> Console:
@@ -36,7 +41,7 @@ def format_options(command: Any) -> Any:
 
 def print_json(value: Any) -> None:
     """Print strict JSON (no NaN) on stdout."""
-    click.echo(json.dumps(value, indent=2, allow_nan=False))
+    _print(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -49,7 +54,14 @@ def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(_harmless, columns))
     writer.writerows([_harmless(row.get(column)) for column in columns] for row in rows)
-    click.echo(text.getvalue(), nl=False)
+    _print(text.getvalue())
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError as error:
+        raise BrokenPipeError from error  # click would exit with 1 at an errno; see _Results
 
 
 def _harmless(value: Any) -> Any:

@@ -90,6 +90,7 @@ def report(
     from gm_probe.core.files import write_atomic
 
     out = _page(source, out)
+    _require_distinct({"SOURCE": source, "--out": out, "--markdown": markdown, "--latex": latex})
     by, shape_by = _names(group_by), _names(markers)
     table = runs.load_table(
         source, _names(measures), _names(hyper), [*by, *shape_by], converged_only=converged_only
@@ -129,6 +130,14 @@ def _page(source: Path, chosen: Path | None) -> Path:
     if chosen.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {chosen}: the report is an HTML page; name it .html")
     return chosen
+
+
+def _require_distinct(paths: dict[str, Path | None]) -> None:
+    """Raise UsageError where one file would be written over another, or over what is read."""
+    seen: dict[Path, str] = {}
+    for name, path in paths.items():
+        if path is not None and (other := seen.setdefault(path.resolve(), name)) != name:
+            raise UsageError(f"{name} {path} is {other} too; give each a file of its own")
 
 
 def _command(ctx: click.Context) -> str:

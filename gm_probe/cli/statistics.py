@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     from gm_probe.analysis.table import Exclusion, RunTable
 
 LEGEND = (
-    "95 % interval and p take settings as independent, not their seeds. Every statistic: --details or --json."
+    "τ-b: +1 where the measure orders the runs as their gaps, −1 where the other way round. {runs}; 95 % interval and "
+    "p take settings as independent, not their seeds. Every statistic: --details or --json."
 )
 Row = tuple[str, ...]
 
@@ -109,7 +110,9 @@ def print_tables(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
                     markup=False,
                     highlight=False,
                 )
-    console.print(LEGEND, style="dim", markup=False, highlight=False)
+    num, of = statistics.num_runs, statistics.num_settings
+    legend = LEGEND.format(runs=f"{num} run{'s' * (num != 1)} of {of} setting{'s' * (of != 1)}")
+    console.print(legend, style="dim", markup=False, highlight=False)
 
 
 def print_details(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
@@ -284,6 +287,8 @@ def _detail_rows(details: Details, remarks: list[str]) -> Iterator[Row]:
     if conditioning is not None and conditioning.least is not None:
         least = conditioning.least
         yield (f"least K, given {least.label}", _signed(least.value), "", number(least.p, 2), str(least.n))
+        if least.p is None:
+            remarks.append(f"K: {conditioning.num_permutations} permutations are too few for a p")
     elif conditioning is not None:
         remarks.append(f"K: {conditioning.reason}")
     signs = details.sign_error

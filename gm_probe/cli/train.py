@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,11 @@ from gm_probe.cli.output import note, notes_console, number, print_json, results
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.tensorboard import Events
 from gm_probe.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gm_probe.training.config import TrainConfig
 
 
 def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list[int] | None:
@@ -24,6 +30,14 @@ def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list
 
 
 CURVES_FILE = "curves.png"
+
+
+def note_idle(console: Console, config: TrainConfig, given: Mapping[str, Any]) -> None:
+    """Name the options that were given and change nothing."""
+    for name, by in config.idle().items():
+        if given.get(name) is not None:
+            option, decides = (f"--{key.replace('_', '-')}" for key in (name, by))
+            note(console, f"note: {option} has no effect with {decides} {getattr(config, by)}")
 
 
 @click.command(epilog="Example:  gmprobe train --method iam-d")
@@ -44,6 +58,11 @@ CURVES_FILE = "curves.png"
 )
 @click.option(
     "--num-test", type=click.IntRange(1), help="Test examples.  [default: its own part, or a quarter]"
+)
+@click.option(
+    "--validation",
+    type=float,
+    help="Share of the training part held out in the test part's place.  [default: none]",
 )
 @click.option("--split-seed", type=int, help="Seed of the split, apart from --seed.  [default: 0]")
 @click.option("--model", help="Network; see `gmprobe models`.  [default: 6cnn]")
@@ -156,6 +175,7 @@ def train(
     if "data" not in settings:
         note(console, "no --data given: training on the bundled handwritten digits (1,797 images of 8×8)")
     config = TrainConfig.from_dict(settings)
+    note_idle(console, config, given)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if out is None:
@@ -190,9 +210,10 @@ def train(
     if as_json:
         print_json({"out": str(out), **summary})
         return
+    held_out = "test" if config.validation is None else "validation"
     rows = [
         ["train", number(summary["train_error"]), number(summary["train_ce"]), f"{summary['num_train']:,}"],
-        ["test", number(summary["test_error"]), number(summary["test_ce"]), f"{summary['num_test']:,}"],
+        [held_out, number(summary["test_error"]), number(summary["test_ce"]), f"{summary['num_test']:,}"],
         ["gap", number(summary["error_gap"]), number(summary["ce_gap"]), ""],
     ]
     title = f"{out}  {config.method}, {summary['epochs']} epochs"

@@ -22,7 +22,7 @@ from gm_probe.cli.output import (
     results_console,
     table,
 )
-from gm_probe.cli.train import train
+from gm_probe.cli.train import note_idle, train
 from gm_probe.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from gm_probe.sweep.tuning import Cell, Point, Tuner
     from gm_probe.training.config import TrainConfig
 
-NOT_TRAINS = frozenset({"rho", "beta", "seed", "out", "resume", "save", "tensorboard", "as_json", "quiet"})
+NOT_TRAINS = frozenset(
+    {"rho", "beta", "validation", "seed", "out", "resume", "save", "tensorboard", "as_json", "quiet"}
+)
 """Options of `gmprobe train` that `tune` has in a sense of its own, or not at all."""
 
 
@@ -78,12 +80,14 @@ def tune(
     from gm_probe.cli.sweep import run_with_progress
     from gm_probe.sweep import tuning
     from gm_probe.training.config import TrainConfig
+    from gm_probe.training.parts import load_splits
 
     console = notes_console(quiet)
     settings = {key: value for key, value in given.items() if value is not None}
     if "data" not in settings:
         note(console, "no --data given: tuning on the bundled handwritten digits (1,797 images of 8×8)")
     config = TrainConfig.from_dict(settings)
+    note_idle(console, config, given)
     values = {"rho": floats("--rho", rho_text)}
     if beta_text is not None:
         values["beta"] = floats("--beta", beta_text)
@@ -94,7 +98,9 @@ def tune(
     points = [tuning.Point(rho, beta) for beta in values.get("beta", (None,)) for rho in values["rho"]]
     if not trials and len(set(points)) < len(points):
         raise UsageError("--rho or --beta names a value twice; give each once")
-    base = tuning.validation_config(config, out, write=not dry_run)
+    base = config.replace(validation=tuning.VALIDATION)
+    parts = load_splits(base)  # what does not fit is said before anything is trained
+    num_train, num_validation = len(parts.train), len(parts.test)
     tuner = tuning.Tuner(
         base, seeds, out, lambda recipe: run_with_progress(recipe, out, jobs=jobs, quiet=quiet)
     )
@@ -110,8 +116,8 @@ def tune(
         print_json(
             {
                 "out": str(out),
-                "num_train": base.num_train,
-                "num_validation": base.num_test,
+                "num_train": num_train,
+                "num_validation": num_validation,
                 "seeds": seeds,
                 "cells": [cell.as_dict() for cell in cells],
                 "best": best.as_dict(),
@@ -122,7 +128,7 @@ def tune(
     elif output == "csv":
         print_csv([{k: v for k, v in cell.as_dict().items() if k != "errors"} for cell in cells])
     else:
-        _print_table(tuner, cells, best)
+        _print_table(tuner, cells, best, num_train, num_validation)
         click.echo(f"train with it:  {command}")
     for text in _doubts(cells, best, {} if trials else values):
         note(console, f"note: {text}")
@@ -180,7 +186,9 @@ def _command(config: TrainConfig, best: Cell) -> str:
     return shlex.join(words)
 
 
-def _print_table(tuner: Tuner, cells: Sequence[Cell], best: Cell) -> None:
+def _print_table(
+    tuner: Tuner, cells: Sequence[Cell], best: Cell, num_train: int, num_validation: int
+) -> None:
     rows = []
     for cell in cells:
         rho, beta = cell.point
@@ -188,12 +196,13 @@ def _print_table(tuner: Tuner, cells: Sequence[Cell], best: Cell) -> None:
         error = f"{lost} of {len(cell.errors)} diverged" if lost else number(cell.mean)
         mark = "best" if cell is best else ""
         rows.append([f"{rho:g}", "" if beta is None else f"{beta:g}", error, number(cell.stderr, 2), mark])
-    base = tuner.base
-    title = f"{base.method}: error on {base.num_test:,} held-out training examples, {tuner.seeds} seed(s)"
+    title = (
+        f"{tuner.base.method}: error on {num_validation:,} held-out training examples, {tuner.seeds} seed(s)"
+    )
     console = results_console()
     console.print(table(title, ["ρ", "β", "error", "± s.e.", ""], rows))
     console.print(
-        f"trained on {base.num_train:,}; ± s.e.: standard error over seeds, the held-out examples are the same",
+        f"trained on {num_train:,}; ± s.e.: standard error over seeds, the held-out examples are the same",
         style="dim",
         highlight=False,
     )

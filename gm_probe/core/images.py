@@ -70,7 +70,10 @@ class ImageFiles:
             DataError: one cannot be decoded.
         """
         files = self.files[key] if isinstance(key, slice) else [self.files[i] for i in key.tolist()]
-        return decode_all(files, self._frame[0], self._image_size, self._frame[1:])
+        function = partial(decode, channels=self._frame[0], size=self._image_size)
+        # no filter of warnings, which are the process's: this may run in a thread beside the caller's
+        with ThreadPoolExecutor() as pool:
+            return _stacked(files, list(pool.map(function, files)), self._frame[1:])
 
     def select(self, indices: Tensor) -> Tensor | ImageFiles:
         """Those at ``indices``: decoded, where they fit into memory."""
@@ -106,22 +109,18 @@ def open_images(files: Sequence[Path], channels: int | None, image_size: int | N
     return ImageFiles(files, channels, image_size)
 
 
-def decode_all(
-    files: Sequence[Path],
-    channels: int | None,
-    image_size: int | None,
-    size: tuple[int, ...] | None = None,
-) -> Tensor:
-    """(N, C, H, W) uint8; see ``ImageFiles``.
-
-    Args:
-        size: (H, W) that all must have; None = the first one's.
-    """
+def decode_all(files: Sequence[Path], channels: int | None, image_size: int | None) -> Tensor:
+    """(N, C, H, W) uint8; see ``ImageFiles``."""
     arrays = _in_threads(partial(decode, channels=channels, size=image_size), files)
     if channels is None and any(array.ndim == 3 for array in arrays):
         arrays = [a if a.ndim == 3 else np.repeat(a[..., None], 3, axis=2) for a in arrays]
+    return _stacked(files, arrays, arrays[0].shape[:2])
+
+
+def _stacked(files: Sequence[Path], arrays: Sequence[np.ndarray], size: tuple[int, ...]) -> Tensor:
+    """(N, C, H, W) of (H, W) or (H, W, C) arrays, all of this (H, W)."""
     for file, array in zip(files, arrays, strict=True):
-        _require_equal(file, array.shape[:2], files[0], size or arrays[0].shape[:2])
+        _require_equal(file, array.shape[:2], files[0], size)
     images = torch.from_numpy(np.stack(arrays))
     return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
 

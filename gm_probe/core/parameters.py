@@ -67,8 +67,8 @@ class Parameters:
         return torch.cat([p.new_zeros(p.numel()) if t is None else t.reshape(-1) for t, p in pairs])
 
     def values(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The parameters themselves, cut off from autograd; copies where ``dtype`` is another."""
-        return {name: p.detach().to(dtype or p.dtype) for name, p in self.named.items()}
+        """Copies of the parameters: some layers write to theirs in a forward pass (an embedding with max_norm)."""
+        return {name: p.detach().to(dtype or p.dtype, copy=True) for name, p in self.named.items()}
 
     def moved(self, offset: Tensor) -> dict[str, Tensor]:
         """θ + offset, differentiable in θ and in ``offset`` (P,)."""
@@ -76,20 +76,38 @@ class Parameters:
 
     def logits(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """(B, C) logits at parameter ``values`` (default: the model's own), buffers left untouched."""
-        # copies, also in eval mode: some models write to a buffer in every forward pass
+        values = self.values() if values is None else values
+        # copies, also in eval mode: some models write to a buffer or a parameter in every forward pass
         rest = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        if values:  # parameters that are not among them are constants
-            rest |= {name: p.detach() for name, p in self.model.named_parameters() if name not in values}
-        values = values or {}
+        # parameters without a value are constants
+        rest |= {name: p.detach().clone() for name, p in self.model.named_parameters() if name not in values}
         dtype = next((value.dtype for value in values.values()), self.dtype)
         if dtype != self.dtype:  # the whole model moves to the dtype of the parameters it is given
             rest = {n: t.to(dtype) if t.is_floating_point() else t for n, t in rest.items()}
-        return logits_of(functional_call(self.model, {**rest, **values}, (x,)))
+        tensors = {**rest, **values}
+        placed = {place: tensors[name] for place, name in _places(self.model)}
+        return logits_of(functional_call(self.model, placed, (x,), tie_weights=False))
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:
         """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
         sample = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
         return sample.to(self.device) * (norm / math.sqrt(self.size))
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Where each parameter and buffer is held, once a module, and the name it has in ``named_parameters``.
+
+    functional_call's own tying goes by all names: of a module that is registered under two, it puts a tensor in twice
+    and takes the second for the original, which it leaves in the model for good (torch 2.14).
+    """
+    names: dict[Tensor, str] = {}
+    for prefix, module in model.named_modules():
+        held = [
+            *module.named_parameters(prefix, recurse=False, remove_duplicate=False),
+            *module.named_buffers(prefix, recurse=False, remove_duplicate=False),
+        ]
+        for place, tensor in held:
+            yield place, names.setdefault(tensor, place)
 
 
 @contextmanager

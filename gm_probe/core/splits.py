@@ -18,8 +18,8 @@ class Splits:
     ``unlabeled`` is what label-free measures are taken over; its labels, where known, serve only `measure`'s
     labeled rows. ``inputs`` is what is trained on, never with a label: the train part and, where only some
     examples keep their labels, after it those that lost them (``train_unlabeled``). ``indices`` maps a part's
-    name to its sorted positions in the source (``test`` refers to the source's own test part where it has one),
-    so that a run can store them.
+    name to its sorted positions in the source (``test`` refers to the source's own test part where it has one,
+    unless ``hold_out`` took its place), so that a run can store them.
     """
 
     train: Examples
@@ -127,3 +127,32 @@ def _keep_labels(
     if not len(others):
         raise DataError(f"{count} labels are the whole training part: there is nothing unlabeled to train on")
     return labeled, others
+
+
+def hold_out(splits: Splits, share: float, seed: int) -> Splits:
+    """``splits`` with ``share`` of the training part, at least one example, in the test part's place.
+
+    Raises:
+        DataError: none would be left to train on.
+    """
+    train = splits.train
+    size = max(1, round(share * len(train)))
+    if size >= len(train):
+        raise DataError(
+            f"{train.source}: {len(train)} training examples are too few to hold out {size} of them"
+        )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    chosen = {"train": order[size:].sort().values, "test": order[:size].sort().values}
+    positions = torch.tensor(splits.indices["train"])
+    indices = {part: positions[of].tolist() for part, of in chosen.items()}
+    kept = inputs = train.select(chosen["train"])
+    if len(splits.inputs) > len(train):  # after the train part come those without labels
+        rest = torch.arange(len(train), len(splits.inputs))
+        inputs = splits.inputs.select(torch.cat([chosen["train"], rest]))
+    return Splits(
+        train=kept,
+        unlabeled=splits.unlabeled,
+        test=train.select(chosen["test"]),
+        inputs=inputs.unlabeled(),
+        indices={**splits.indices, **indices},
+    )

@@ -6,7 +6,7 @@ Local inconsistency, IAM-D and IAM-S all take their perturbation from here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,10 @@ def kl_gradient(
             for (name, p), d in zip(parameters.named.items(), parameters.split(offset).values(), strict=True)
         }
         terms = kl_divergence(clean, compared(parameters.logits(x, moved)))
-        gradients = torch.autograd.grad(factor * terms.sum(), list(moved.values()), allow_unused=True)
+        total = factor * terms.sum()
+        gradients: Sequence[Tensor | None] = [None] * len(moved)
+        if total.requires_grad:  # else the outputs depend on none of them
+            gradients = torch.autograd.grad(total, list(moved.values()), allow_unused=True)
     return terms.detach(), parameters.join(gradients)
 
 

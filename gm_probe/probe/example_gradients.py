@@ -137,7 +137,8 @@ class ExampleGradients:
         )
         names = {id(p): name for name, p in parameters.named.items()}
         few = x[:: max(1, len(x) // 4)][:4]
-        spread = self._spread(few)
+        # there may be as many positions as examples by chance, but not as one example less, too
+        spread = self._spread(few) | self._spread(few[: max(1, len(few) - 1)])
         self._layers: dict[nn.Module, list[str]] = {}
         covered = set()
         for module in parameters.model.modules():
@@ -204,7 +205,8 @@ class ExampleGradients:
 
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             calls[module] += 1
-            if not all(isinstance(t, Tensor) and len(t) == len(x) for t in (*args[:1], output)):
+            rows = (*(args or (None,))[:1], output)  # an input handed over by name is out of a hook's sight
+            if not all(isinstance(t, Tensor) and len(t) == len(x) for t in rows):
                 apart.add(module)
 
         handles = [m.register_forward_hook(hook) for m in self.parameters.model.modules() if _has_rule(m)]

@@ -98,12 +98,14 @@ def converged(probe: Probe) -> Figure:
         start = ascend(probe.divergence.gradient, noise, settings.rho, 1)
         ends[f"noise {i}"] = up(start, max(end.value for end in ends.values()))
     best = max(ends.values(), key=lambda end: end.value)
+    second = sorted(end.value for end in ends.values())[-2]
     quadratic = settings.rho**2 / 2 * top.value
     details = {
         "protocol": "converged",
         "starts": {name: end.value for name, end in ends.items()},
         "steps": {name: len(end.gains) for name, end in ends.items()},
         "abandoned": [name for name, end in ends.items() if end.abandoned],
+        "runner_up": second / best.value if best.value > 0 else None,
         "alignment": best.alignment,
         "gains": list(best.gains),
         "quadratic_ratio": best.value / quadratic if quadratic > 0 else None,

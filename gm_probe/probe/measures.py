@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from gm_probe.core.batches import Batches
@@ -216,7 +217,9 @@ def measure(
 
     work = Work(batches.num_examples, tick)
     rows: dict[str, Estimate] = {}
-    with evaluating(model), differentiable_attention():
+    gpus = [batches.device] if batches.device.type == "cuda" else []
+    # a model may draw at random though its outputs stay the same
+    with torch.random.fork_rng(devices=gpus), evaluating(model), differentiable_attention():
         probe = Probe(model, batches, settings, work, initial)
         probe.parameters.check_finite()
         _ = probe.clean  # its cost is the report's, not the first measure's

@@ -23,6 +23,7 @@ from gm_probe.probe.work import (
     GRADIENT,
     JVP,
     NESTED_JVP,
+    REVERSE_JVP,
     TRIPLE_BACKWARD,
     Work,
 )
@@ -65,10 +66,35 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
     work = work or Work(batches.num_examples)
     probabilities = cut(functional.softmax(clean, dim=-1), batches)
 
-    def pushed(x: Tensor, v: Tensor) -> Tensor:  # J v, (B, C)
+    def pushed_forward(x: Tensor, v: Tensor) -> Tensor:
         with torch.no_grad():
             tangents = parameters.split(v)
             return jvp(lambda values: parameters.logits(x, values), (parameters.values(),), (tangents,))[1]
+
+    def pushed_reverse(x: Tensor, v: Tensor) -> Tensor:
+        """The slope by u of (Jᵀu)ᵀv."""
+        with torch.enable_grad():
+            values = {name: value.requires_grad_() for name, value in parameters.values().items()}
+            logits = parameters.logits(x, values)
+            u = torch.zeros_like(logits, requires_grad=True)
+            slope = _along(_gradients(logits, values, u, create_graph=True), parameters.split(v), logits)
+            [result] = _gradients(slope, {"": u})
+            return torch.zeros_like(logits) if result is None else result
+
+    has_forward: list[bool] = []  # whether the model has forward-mode derivatives, once that has been tried
+
+    def pushed(x: Tensor, v: Tensor) -> Tensor:  # J v, (B, C)
+        if not has_forward:
+            try:
+                pushed_forward(x[:TRIAL], v)
+                has_forward.append(True)
+            except (
+                NotImplementedError,
+                RuntimeError,
+            ):  # an LSTM's in float32, a stranger's autograd.Function
+                has_forward.append(False)
+        work.add(JVP if has_forward[0] else REVERSE_JVP, len(x))
+        return (pushed_forward if has_forward[0] else pushed_reverse)(x, v)
 
     @differentiable_attention()
     def matvec(v: Tensor) -> Tensor:
@@ -80,7 +106,7 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
                 values = {name: value.requires_grad_() for name, value in parameters.values().items()}
                 logits = parameters.logits(batch.x, values)
                 result += parameters.join(_gradients(logits, values, cotangent))
-            work.add(JVP + GRADIENT, len(p))
+            work.add(GRADIENT, len(p))
         return sum_over_processes(result) / batches.total
 
     @differentiable_attention()
@@ -90,7 +116,6 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
             direction = pushed(batch.x, v)
             centred = direction - (p * direction).sum(-1, keepdim=True)
             result.append((p * centred.square()).sum(-1))  # the variance under p of the logits' change
-            work.add(JVP, len(p))
         return gather_examples(torch.cat(result))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
@@ -198,6 +223,8 @@ def _curvature(
     def matvec(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
         for batch, d in zip(batches, pieces, strict=True):
+            if "product" not in chosen:
+                _require_symmetric(reverse_product, v, batch.x, d)
             forward = serves("product", forward_product, reverse_product, v, batch.x, d)
             result += (forward_product if forward else reverse_product)(v, batch.x, d)
             work.add(FORWARD_OVER_REVERSE if forward else DOUBLE_BACKWARD, len(d))
@@ -228,16 +255,41 @@ def _agree(cheap: Way, sound: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
     """Whether the cheap way gives what the sound one does.
 
     Forward over forward is silently wrong through LayerNorm and absent for SiLU (pytorch#196700, #196699). Asked
-    of 16 examples in float64: on confident ones the terms are so small that float32 rounds them apart.
+    of 16 examples in float64: on confident ones the terms are so small that float32 rounds them apart. In the model's
+    own dtype it must exist, too: an LSTM's kernel for float32 has no forward mode.
     """
-    spread = torch.linspace(0, len(d) - 1, min(16, len(d)), device=x.device).long()
-    x, d, v = x[spread], d[spread], v.double()
-    x = x.double() if x.is_floating_point() else x
     try:
+        cheap(v, x[:TRIAL], d[:TRIAL])
+        v, x, d = _few_in_float64(v, x, d)
         first, second = cheap(v, x, d), sound(v, x, d)
     except (NotImplementedError, RuntimeError):  # no such derivative, or a layer that insists on its dtype
         return False
     return bool((first - second).norm() <= 1e-8 * second.norm())
+
+
+def _require_symmetric(product: Way, v: Tensor, x: Tensor, d: Tensor) -> None:
+    """Raise UsageError where uᵀH v is not vᵀH u: a layer states a wrong second derivative, as torch's weight_norm does.
+
+    (Its double backward takes the norms for constants, torch 2.14.)
+    """
+    v, x, d = _few_in_float64(v, x, d)
+    u = v.flip(0)
+    try:
+        one, other = product(v, x, d).double(), product(u, x, d).double()
+    except RuntimeError:  # a layer that insists on its dtype
+        return
+    if float((u @ one - v @ other).abs()) > 1e-6 * float(v.norm() * (one.norm() + other.norm())):
+        raise UsageError(
+            "the Hessian's products are not symmetric: a layer's second derivative is wrong, as that of torch's "
+            "weight_norm is; fold it into its weight by torch.nn.utils.parametrize.remove_parametrizations, or leave "
+            "the Hessian's measures out by --measures"
+        )
+
+
+def _few_in_float64(v: Tensor, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    spread = torch.linspace(0, len(d) - 1, min(16, len(d)), device=x.device).long()
+    x, d = x[spread], d[spread]
+    return v.double(), x.double() if x.is_floating_point() else x, d
 
 
 def _gradients(

@@ -166,10 +166,15 @@ class Probe:
         """(n, C) logits at θ of this process's examples.
 
         Raises:
+            UsageError: one class only.
             DivergedError: some are not finite.
             DataError: two passes over the data differ.
         """
         first, again = self._outputs(), self._outputs()
+        if first.shape[1] < 2:
+            raise UsageError(
+                "the model has a single output, whose softmax is 1 always; wrap it to return two logits"
+            )
         if not bool(torch.isfinite(first).all()):
             row = int((~torch.isfinite(first)).any(1).nonzero()[0])
             raise DivergedError(

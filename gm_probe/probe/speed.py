@@ -68,7 +68,9 @@ def fastest_layout(model: nn.Module, x: Tensor) -> torch.memory_format:
 
 def bytes_an_example(model: nn.Module, x: Tensor) -> float:
     """Bytes that a gradient pass keeps for its backward pass, by example; ``x`` (B, ...) is a few of them."""
-    values = {name: value.requires_grad_() for name, value in Parameters(model).values().items()}
+    values = {
+        name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in model.named_parameters()
+    }
     weights = {value.untyped_storage().data_ptr() for value in values.values()}
     kept: dict[int, int] = {}
 
@@ -88,4 +90,5 @@ def bytes_an_example(model: nn.Module, x: Tensor) -> float:
 
 def batch_size_within(memory: float, model: nn.Module, x: Tensor) -> int:
     """The largest batch, up to ``BATCH_SIZE``, whose products take about ``memory`` bytes; 1 at least."""
-    return int(min(BATCH_SIZE, max(1, memory // (TAPES * bytes_an_example(model, x)))))
+    taken = TAPES * bytes_an_example(model, x)
+    return int(max(1, min(BATCH_SIZE, memory // taken))) if taken else BATCH_SIZE

@@ -8,6 +8,7 @@ from collections.abc import Callable
 FORWARD = 1.0
 GRADIENT = 3.0
 JVP = 3.0  # the primal pass, and a tangent pass of two products a layer
+REVERSE_JVP = 7.0  # a gradient, and back through its backward pass
 NESTED_JVP = 9.0  # a jvp of a jvp
 FORWARD_OVER_REVERSE = 9.0  # a gradient and its tangent, two products for each of a gradient's
 DOUBLE_BACKWARD = 9.0  # a gradient, and a gradient through it

@@ -14,7 +14,7 @@ from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment
-from gm_probe.core.errors import DataError, UsageError, first_line
+from gm_probe.core.errors import DataError, ProbeError, UsageError, first_line
 from gm_probe.core.files import write_json
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
@@ -200,7 +200,9 @@ def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
     try:
         with evaluating(model), torch.no_grad():
             return logits_of(model(first)).shape[1]
-    except (RuntimeError, ValueError, TypeError) as error:
+    except ProbeError:
+        raise
+    except Exception as error:  # whatever a stranger's forward raises: torchvision's ViT asserts
         if "out of memory" in str(error).lower():
             raise
         raise DataError(

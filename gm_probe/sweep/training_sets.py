@@ -23,7 +23,8 @@ UNKNOWN = "unknown"
 # fmt: off
 NO_PROCEDURE = frozenset((
     "environment", "data_root", "download", "device", "threads", "seed", "split_seed",
-    "data", "image_size", "num_train", "labels", "num_unlabeled", "num_test", "eval_every", "track_every", "track_rho",
+    "data", "image_size", "num_train", "labels", "num_unlabeled", "num_test", "validation",
+    "eval_every", "track_every", "track_rho",
 ))
 # fmt: on
 """Settings in a run's config.toml that are no part of its training procedure: place, seeds, data, bookkeeping."""

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
-import shutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from torch import Tensor
-
-from gm_probe.core.datasets import Examples
-from gm_probe.core.errors import DataError, DivergedError, ProbeError, UsageError
-from gm_probe.core.files import write_atomic
-from gm_probe.core.images import ImageFiles
+from gm_probe.core.errors import DivergedError, ProbeError, UsageError
 from gm_probe.core.records import read_run
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.sweep.runner import Outcome
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.parts import load_splits
 
 VALIDATION = 0.1
 """Share of the training part that cells are judged on (METHOD.md)."""
@@ -69,65 +59,6 @@ class Cell:
         }
 
 
-def validation_config(config: TrainConfig, out: Path, *, write: bool = True) -> TrainConfig:
-    """``config`` with its training part as the data, and ``VALIDATION`` of that in the test part's place.
-
-    The training part is copied to a file in ``out`` (linked, where it is image files too large for memory), named by
-    its content, so a cell's run cannot see another example. One example of it is left over: a run wants an unlabeled
-    part.
-
-    Raises:
-        DataError: too few examples, or as ``load_splits`` raises it.
-    """
-    train = load_splits(config).train
-    path = _copy(train, out, write) if isinstance(train.x, Tensor) else _link(train, train.x, out, write)
-    held_out = max(1, round(VALIDATION * len(train)))
-    rest = len(train) - held_out - 1
-    if rest < 1:
-        raise DataError(f"{train.source}: {len(train)} training examples are too few to hold out a tenth")
-    return config.replace(
-        data=str(path.resolve()),
-        data_root=None,
-        download=False,
-        image_size=None if isinstance(train.x, Tensor) else config.image_size,
-        num_train=rest,
-        num_unlabeled=1,
-        num_test=held_out,
-        track_every=0,
-    )
-
-
-def _copy(train: Examples, out: Path, write: bool) -> Path:
-    assert isinstance(train.x, Tensor)
-    assert train.y is not None
-    x, y = train.x.contiguous().numpy(), train.y.numpy()
-    digest = hashlib.sha256(x.data)
-    digest.update(y.data)
-    path = out / f"training-part-{digest.hexdigest()[:8]}.npz"
-    if write and not path.exists():
-        buffer = io.BytesIO()
-        np.savez(buffer, x=x, y=y)
-        write_atomic(path, buffer.getvalue())
-    return path
-
-
-def _link(train: Examples, images: ImageFiles, out: Path, write: bool) -> Path:
-    """A folder of class folders of links to the images."""
-    assert train.y is not None
-    files = [file.resolve() for file in images.files]
-    digest = hashlib.sha256("\n".join(map(str, files)).encode())
-    folder = out / f"training-part-{digest.hexdigest()[:8]}"
-    if write and not folder.exists():
-        draft = folder.with_suffix(".tmp")
-        shutil.rmtree(draft, ignore_errors=True)
-        for number, (file, label) in enumerate(zip(files, train.y.tolist(), strict=True)):
-            place = draft / train.classes[label]
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"{number}{file.suffix}").symlink_to(file)
-        draft.rename(folder)  # whole, or not there
-    return folder
-
-
 def check_tunable(config: TrainConfig, *, beta: bool) -> None:
     """Raise UsageError where the method has no ρ, or no β though one is to be tuned."""
     if config.method == "sgd":
@@ -141,7 +72,7 @@ class Tuner:
     """Trains points, ``seeds`` runs each, and reads what they came to.
 
     Attributes:
-        base: what is not tuned, as ``validation_config`` gives it.
+        base: what is not tuned, with a ``validation`` share.
         out: the folder in which ``execute`` leaves the runs.
         execute: trains what is incomplete of a recipe's runs.
     """

@@ -36,6 +36,8 @@ class TrainConfig:
         data: folder, array file, ``digits``, or a torchvision name (core.datasets.open_source).
         num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = core.splits.split's defaults.
         labels: training examples that keep their labels, as many of each class (None = all).
+        validation: share of the training part, drawn by ``split_seed``, that is held out in the test part's place, so
+            that settings can be chosen without it (None = none: the test part itself).
         split_seed: draws the parts; apart from ``seed``, so that the runs of a sweep share their data.
         init: checkpoint file or run folder whose weights training starts from; a head for other classes starts
             afresh (core.pretrained.load_pretrained).
@@ -76,6 +78,7 @@ class TrainConfig:
     labels: int | None = None
     num_unlabeled: int | None = None
     num_test: int | None = None
+    validation: float | None = None
     split_seed: int = 0
     model: str = "6cnn"
     init: str | None = None
@@ -160,6 +163,8 @@ class TrainConfig:
             raise UsageError(
                 f"min_lr = {self.min_lr} is where a cosine or linear schedule ends, at most lr = {self.lr}"
             )
+        if self.validation is not None and not 0 < self.validation < 1:
+            raise UsageError(f"validation = {self.validation} must lie in (0, 1)")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
         self._check_objective()
@@ -185,6 +190,29 @@ class TrainConfig:
             raise UsageError(f"m cuts supervised batches only, not those of objective = {self.objective!r}")
         if self.objective == "fixmatch" and self.augment:
             raise UsageError("fixmatch has augmentations of its own; leave augment out")
+
+    def idle(self) -> dict[str, str]:
+        """Settings that this run does not use, and which other one would make it."""
+        used_by = {
+            "mu": ("objective", self.objective != "supervised"),
+            "rho": ("method", self.method != "sgd"),
+            "beta": ("method", self.method.startswith("iam-d")),
+            "kl_grad": ("method", self.method.startswith("iam-d")),
+            "k_steps": ("method", self.method in {"iam-d", "iam-s"}),
+            "noise_scale": ("method", self.method in {"iam-d", "iam-s"}),
+            "sign": ("method", self.method == "iam-s"),
+            "eta": ("method", self.method == "asam"),
+            "momentum": ("optimizer", self.optimizer == "sgd"),
+            "nesterov": ("optimizer", self.optimizer == "sgd"),
+            "milestones": ("schedule", self.schedule == "multi-step"),
+            "gamma": ("schedule", self.schedule == "multi-step"),
+            "min_lr": ("schedule", self.schedule in {"cosine", "linear"}),
+            "track_rho": ("track_every", self.track_every > 0),
+        }
+        used_by |= dict.fromkeys(
+            ("threshold", "lambda_u", "unlabeled_mean"), ("objective", self.objective == "fixmatch")
+        )
+        return {name: by for name, (by, used) in used_by.items() if not used}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

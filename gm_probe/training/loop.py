@@ -52,6 +52,8 @@ from gm_probe.training.updates import Updates
 EVAL_BATCH = 500
 CHECK_EVERY = 20
 """Steps between looks at whether all is finite: each waits for the device."""
+DIVERGED = 10.0
+"""Training cross-entropy, in those of a uniform guess, above which the end of a run is none to report."""
 
 
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
@@ -360,9 +362,23 @@ class Training:
             write_json(self.out / SPLIT, split_record(self.splits))
             write_toml(self.out / CONFIG, {**self.config.as_dict(), "environment": machine})
 
+    def _check_end(self, train_ce: float) -> None:
+        """Raise DivergedError where weights flew off and yet all is finite.
+
+        The running CE must say so too: BatchNorm's running statistics are far off after a few steps.
+        """
+        guess = math.log(max(2, self.splits.num_classes))
+        least = min(train_ce, self.rows[-1]["running_ce"])
+        if least > DIVERGED * guess:
+            raise DivergedError(
+                f"the training cross-entropy ended at {train_ce:.3g}, more than {DIVERGED:g} times a uniform guess's "
+                f"{guess:.3g}; lower the learning rate"
+            )
+
     def finish(self) -> dict[str, Any]:
         """Evaluate, write the checkpoint and, last of all, the summary; the resume state goes."""
         train_ce, train_error = evaluate(self.updates.result, self.train_batches)
+        self._check_end(train_ce)
         test_ce, test_error = evaluate(self.updates.result, self.test_batches)
         if self.config.eval_every > 0:
             self._keep_best(test_error)

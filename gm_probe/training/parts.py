@@ -14,7 +14,7 @@ from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.files import read_json
 from gm_probe.core.images import blocks
 from gm_probe.core.records import CONFIG, SPLIT, read_run
-from gm_probe.core.splits import Splits, split
+from gm_probe.core.splits import Splits, hold_out, split
 from gm_probe.training.config import TrainConfig
 
 OWN_UNLABELED = "own unlabeled"
@@ -23,7 +23,7 @@ OWN_UNLABELED = "own unlabeled"
 
 def load_splits(config: TrainConfig) -> Splits:
     """The run's parts. Decoded data stays in memory, so that the runs of a sweep share it."""
-    return split(
+    splits = split(
         _open(config.data, config.data_root, config.download, config.image_size),
         num_train=config.num_train,
         num_unlabeled=config.num_unlabeled,
@@ -31,6 +31,7 @@ def load_splits(config: TrainConfig) -> Splits:
         seed=config.split_seed,
         num_labeled=config.labels,
     )
+    return splits if config.validation is None else hold_out(splits, config.validation, config.split_seed)
 
 
 @lru_cache(maxsize=2)

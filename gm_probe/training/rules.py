@@ -213,6 +213,27 @@ class Rule:
         return [None] * len(self.parameters.named)
 
 
+class _Draws:
+    """The global generators as they stood, so that a perturbed pass drops the units that the clean one dropped.
+
+    Without it a network with dropout would have KL > 0 at δ = 0, and SAM with ρ = 0 would not be SGD.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = device if device.type == "cuda" else None
+        self._state = torch.cuda.get_rng_state(device) if self._cuda is not None else None
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the same once more; the generators then go on from where they were."""
+        with torch.random.fork_rng(devices=[] if self._cuda is None else [self._cuda]):
+            torch.set_rng_state(self._cpu)
+            if self._cuda is not None and self._state is not None:
+                torch.cuda.set_rng_state(self._state, self._cuda)
+            yield
+
+
 class SAM(Rule):
     """∇L(θ + e), e = ρ ∇L/‖∇L‖ (Foret et al. 2021).
 
@@ -236,12 +257,14 @@ class SAM(Rule):
         self.passes = 8.0 if self.objective.two_losses else 6.0
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
+        draws = _Draws(x.device)
         logits = logits_of(self.model(x))
         loss, rest = self.objective.loss(logits, y), self.objective.unlabeled_loss(logits, y)
         gradients = self._differentiate(loss, again=rest is not None)
         gradient = self._direction(self.parameters.join(gradients), len(y))
         calm = self._no_gradient if rest is None else self._differentiate(rest)
-        moved = self._at(x, y, self._perturbation(gradient), self.objective.loss)
+        with draws.again():
+            moved = self._at(x, y, self._perturbation(gradient), self.objective.loss)
         whole = loss.detach() if rest is None else (loss + rest).detach()
         return Step(logits.detach(), whole, None), self._sum(calm, moved)
 
@@ -274,27 +297,6 @@ class ASAM(SAM):
             p.detach().abs() + self.eta if "weight" in name else torch.ones_like(p) for name, p in named
         )
         return scale * to_sphere(scale * gradient, self.rho)
-
-
-class _Draws:
-    """The global generators as they stood, so that a perturbed pass drops the units that the clean one dropped.
-
-    Without it a network with dropout would have KL > 0 at δ = 0.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = device if device.type == "cuda" else None
-        self._state = torch.cuda.get_rng_state(device) if self._cuda is not None else None
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw the same once more; the generators then go on from where they were."""
-        with torch.random.fork_rng(devices=[] if self._cuda is None else [self._cuda]):
-            torch.set_rng_state(self._cpu)
-            if self._cuda is not None and self._state is not None:
-                torch.cuda.set_rng_state(self._state, self._cuda)
-            yield
 
 
 class _Inconsistency(Rule):
