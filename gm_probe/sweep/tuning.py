@@ -21,8 +21,8 @@ from gm_probe.core.files import write_atomic
 from gm_probe.core.images import ImageFiles
 from gm_probe.core.records import read_run
 from gm_probe.probe.probe import Settings
+from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
-from gm_probe.sweep.runner import Outcome
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.parts import load_splits
 
