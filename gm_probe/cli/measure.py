@@ -174,7 +174,8 @@ def measure(
     data = DataOptions(**options)
     if source is None:
         data.require_source()
-    if density is not None and len(checkpoints) > 1:
+    many = executor == "ray" or jobs > 1 or given != checkpoints
+    if density is not None and (many or len(checkpoints) > 1):
         raise UsageError("--density draws one checkpoint; give one")
     if density is not None and density.suffix.lower() not in FIGURE_SUFFIXES:
         raise UsageError(
@@ -212,7 +213,7 @@ def measure(
         "memory": _bytes(memory),
         "quadrature": (density_probes, density_steps) if density is not None else None,
     }
-    if executor == "ray" or jobs > 1 or given != checkpoints:
+    if many:
         part, hint = OWN_UNLABELED, None
         if source is not None:
             _, part, hint = data.open(source, labeled=labeled is not None)
