@@ -86,6 +86,7 @@ def _ray() -> Any:
 
 def _connect(ray: Any, address: str | None) -> None:
     alone = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address is None else {}
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of our own cluster: at 15 any other work starves them
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error", **alone)
     except (ConnectionError, RuntimeError, ValueError) as error:
