@@ -21,10 +21,11 @@ import torch
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import DivergedError, StorageError, UsageError
 from gm_probe.core.files import LOCK, exclusive, read_json, read_toml, write_json
-from gm_probe.core.records import find_runs, read_run
+from gm_probe.core.records import failure, find_runs, read_run
 from gm_probe.sweep import runner
+from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe, run_name
-from gm_probe.sweep.runner import Outcome, is_complete, run_one, run_recipe
+from gm_probe.sweep.runner import is_complete, run_one, run_recipe
 from gm_probe.training.config import TrainConfig
 
 BASE = {
@@ -119,7 +120,7 @@ def test_overrides_replace_base(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("tables", "reason"),
     [
-        ({"bases": {}}, "unknown table [bases]; there are [base], [grid]"),
+        ({"bases": {}}, "unknown table [bases]; there are [base], [grid], [list]"),
         ({"base": 3}, "base = 3 must be a table"),
         ({"grid": [1]}, "grid = [1] must be a table"),
         ({"grid": {"lr": 0.1}}, "grid.lr must be a list of values"),
@@ -129,9 +130,9 @@ def test_overrides_replace_base(recipe: Recipe) -> None:
         ({"base": {"epoch": 3}}, "no setting 'epoch'; did you mean 'epochs'?"),
         ({"base": {"epochs": "3"}}, "epochs = '3' must be of type int"),
         ({"base": {"method": "iam"}}, "method = 'iam'; did you mean"),
-        ({"base": {**BASE, "lr": 0.5}}, "lr is both in [base] (or an option) and in [grid]"),
-        ({"grid": {"seed": [0, 1, 0]}}, "the grid names one run twice (s0-"),
-        ({"grid": {"lr": [1, 1.0]}}, "the grid names one run twice (lr1-"),
+        ({"base": {**BASE, "lr": 0.5}}, "lr is both in [base] (or an option) and in the design"),
+        ({"grid": {"seed": [0, 1, 0]}}, "the design names one run twice (s0-"),
+        ({"grid": {"lr": [1, 1.0]}}, "the design names one run twice (lr1-"),
         (
             {"measure": {"measures": ["fisher_trac"]}},
             "no measure 'fisher_trac'; there are: local_inconsistency",
@@ -334,7 +335,8 @@ def test_a_failed_measurement_keeps_the_training(
     outcomes = run_recipe(recipe, tmp_path)
     assert {(o.status, o.reason) for o in outcomes} == {("failed", "not finite")}
     assert {record.status for record in records(recipe, tmp_path).values()} == {"finished"}
-    before = stamps(tmp_path)
+    assert {failure(tmp_path / name) for name in recipe.runs} == {"not finite"}
+    before = {name: time for name, time in stamps(tmp_path).items() if not name.endswith("error.txt")}
     monkeypatch.undo()
     assert run(recipe, tmp_path) == ["finished"] * 4
     assert before.items() <= stamps(tmp_path).items()
@@ -445,7 +447,7 @@ def test_processes_compute_the_same_and_a_dying_one_costs_its_run_only(
     mixed = dataclasses.replace(recipe, runs={"dying": dying, **recipe.runs})
     outcomes = {outcome.name: outcome for outcome in run_recipe(mixed, tmp_path / "two", jobs=2)}
     assert outcomes.pop("dying") == Outcome(
-        "dying", "failed", "its process died (exit code 9: out of memory, or killed); run the sweep again"
+        "dying", "failed", "its process died (exit code 9: out of memory, or killed)"
     )
     assert set(outcomes) == set(recipe.runs)
     assert {outcome.status for outcome in outcomes.values()} == {"finished"}

@@ -30,8 +30,9 @@ from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.errors import DataError, DivergedError, ProbeError, UsageError
 from gm_probe.core.loading import load_model
 from gm_probe.core.records import find_runs
+from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.recipe import Recipe
-from gm_probe.sweep.runner import Outcome, run_recipe
+from gm_probe.sweep.runner import run_recipe
 from gm_probe.sweep.tuning import (
     VALIDATION,
     Cell,

@@ -21,6 +21,9 @@ COMMANDS = {
     "train": "Train one model with SGD, SAM, ASAM, IAM-D or IAM-S.",
     "tune": "Choose ρ and β by the error on a held-out tenth of the training part.",
     "sweep": "Train and measure every run of a recipe.",
+    "run-one": "Train and measure one run of a sweep folder; for job arrays.",
+    "status": "Say how far a sweep has come, and what failed.",
+    "collect": "Write one table of all runs: settings, errors, measures with uncertainties.",
     "pairs": "Compare models pair by pair over unlabeled data: disagreement, inconsistency, instability.",
     "correlate": "Correlate each measure with the generalization gap over many runs.",
     "report": "Write one self-contained HTML page about many runs.",
@@ -41,8 +44,9 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"{__name__}.{'listings' if name in LISTINGS else name}")
-        command = getattr(module, name)
+        own = name.replace("-", "_")
+        module = importlib.import_module(f"{__name__}.{'listings' if name in LISTINGS else own}")
+        command = getattr(module, own)
         assert isinstance(command, click.Command)
         return command
 

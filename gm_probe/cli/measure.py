@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gm_probe.cli.data import DataOptions, data_options, floats
+from gm_probe.cli.executors import check_executor, executor_options, ray_executor
 from gm_probe.cli.figures import as_rows, print_result, warn
 from gm_probe.cli.output import FIGURE_SUFFIXES, format_options, note, notes_console, print_csv, print_json
 from gm_probe.cli.progress import Bar, progress_bar
-from gm_probe.core.errors import CheckpointError, UsageError
+from gm_probe.core.errors import CheckpointError, ProbeError, UsageError
+
+if TYPE_CHECKING:
+    from gm_probe.core.datasets import Examples
+    from gm_probe.sweep.executors import Executor, Outcome
+    from gm_probe.sweep.remeasure import Remeasure
 
 
 @click.command(
@@ -101,6 +109,7 @@ from gm_probe.core.errors import CheckpointError, UsageError
     help="What a pass may take: sets the batch size where --batch-size does not.",
 )
 @data_options
+@executor_options("local", "ray")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--save", is_flag=True, help="Also write measures.json into each run folder, for `gmprobe correlate`."
@@ -127,6 +136,10 @@ def measure(
     density_probes: int,
     density_steps: int,
     memory: str,
+    executor: str,
+    jobs: int,
+    address: str | None,
+    gpus: float,
     seed: int,
     save: bool,
     output: str | None,
@@ -140,9 +153,14 @@ def measure(
     inconsistency and the Fisher matrix exactly as defined, and the Hessian with predicted labels, marked so;
     labeled data gives the Hessian proper, the error and the cross-entropy too. A run folder needs no data option:
     its own unlabeled part is used.
+
+    A folder of runs stands for the finished ones in it. With --save they need no second training for more measures,
+    and what a run has already, taken with the same settings, is not measured again.
     """
+    check_executor(executor, jobs, address, gpus)
     if unlabeled is not None and labeled is not None:
         raise UsageError("--unlabeled and --labeled exclude each other; give one")
+    given, checkpoints = checkpoints, _expanded(checkpoints)
     if save and not all(path.is_dir() for path in checkpoints):
         raise UsageError("--save writes into run folders; give folders, or use --json > file")
     source = unlabeled if labeled is None else labeled
@@ -156,7 +174,8 @@ def measure(
     data = DataOptions(**options)
     if source is None:
         data.require_source()
-    if density is not None and len(checkpoints) > 1:
+    many = executor == "ray" or jobs > 1 or given != checkpoints
+    if density is not None and (many or len(checkpoints) > 1):
         raise UsageError("--density draws one checkpoint; give one")
     if density is not None and density.suffix.lower() not in FIGURE_SUFFIXES:
         raise UsageError(
@@ -166,7 +185,9 @@ def measure(
     from gm_probe.core.records import MEASURES as MEASURES_FILE
     from gm_probe.probe.measures import expected_cost
     from gm_probe.probe.probe import Settings
+    from gm_probe.sweep.executors import Processes, in_turn, visible_gpus
     from gm_probe.sweep.measuring import measure_checkpoint, merge_measures
+    from gm_probe.sweep.remeasure import Remeasure
     from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
 
     radii, steps = floats("--rho", rho), tuple(map(_whole, floats("--k-steps", k_steps)))
@@ -192,6 +213,22 @@ def measure(
         "memory": _bytes(memory),
         "quadrature": (density_probes, density_steps) if density is not None else None,
     }
+    if many:
+        part, hint = OWN_UNLABELED, None
+        if source is not None:
+            _, part, hint = data.open(source, labeled=labeled is not None)
+        if hint and not quiet:
+            note(notes_console(), f"note: {hint}")
+        opened = own_unlabeled if source is None else partial(_opened, data, source, labeled is not None)
+        what = Remeasure(tuple(names), settings, opened, part, data.max_examples, save, loading)
+        engine: Executor = in_turn
+        if jobs > 1:
+            engine = Processes(jobs, visible_gpus() if data.device in {"auto", "cuda"} else ())
+        elif executor == "ray":
+            root = given[0] if given[0].is_dir() else given[0].parent
+            engine = ray_executor(root, address, gpus, data.threads)
+        _measure_many(checkpoints, what, engine, output, quiet)
+        return
     with processes.joined(loading["device"]):
         speaks = processes.rank() == 0  # of several processes, one prints and writes
         quiet = quiet or not speaks
@@ -229,6 +266,57 @@ def measure(
                 print_json(results)
             elif output == "csv" and results and speaks:
                 print_csv(as_rows(results))
+
+
+def _expanded(given: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Folders of runs replaced by the finished runs in them."""
+    from gm_probe.sweep.remeasure import trained_runs
+
+    return tuple(run for path in given for run in (trained_runs(path) if path.is_dir() else [path]))
+
+
+@lru_cache(maxsize=1)
+def _source(data: DataOptions, source: str, labeled: bool) -> Examples:
+    return data.open(source, labeled=labeled)[0]
+
+
+def _opened(data: DataOptions, source: str, labeled: bool, run: Path) -> Examples:
+    """The examples of ``source``, whichever the run; a process reads them once."""
+    return _source(data, source, labeled)
+
+
+def _measure_many(
+    checkpoints: Sequence[Path], what: Remeasure, executor: Executor, output: str | None, quiet: bool
+) -> None:
+    """Measure on ``executor``, print all that came, and fail where one failed."""
+    from gm_probe.sweep.remeasure import measure_runs
+
+    with progress_bar("checkpoints", len(checkpoints), quiet=quiet) as bar:
+        ended = 0
+
+        def advance(outcome: Outcome) -> None:
+            nonlocal ended
+            ended += 1
+            bar.update(ended, state=f"{ended}/{len(checkpoints)}")
+
+        outcomes = measure_runs(checkpoints, what, executor, advance)
+    done = {"finished", "skipped"}
+    results = [outcome.result for outcome in outcomes.values() if outcome.status in done]
+    if output == "json":
+        print_json(results)
+    elif output == "csv":
+        print_csv(as_rows(results))
+    else:
+        for result in results:
+            print_result(result)
+    if not quiet:
+        for result in results:
+            warn(result)
+    failed = [outcome for outcome in outcomes.values() if outcome.status not in done]
+    for outcome in failed:
+        note(notes_console(), f"{outcome.status}: {outcome.name}: {outcome.reason}")
+    if failed:
+        raise ProbeError(f"{len(failed)} of {len(outcomes)} checkpoints could not be measured")
 
 
 def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:

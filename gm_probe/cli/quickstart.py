@@ -31,6 +31,7 @@ def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> 
     from gm_probe.cli.correlate import correlate
     from gm_probe.cli.sweep import run_with_progress
     from gm_probe.core.errors import ProbeError
+    from gm_probe.sweep.manifest import write_sweep
     from gm_probe.sweep.recipe import load_recipe
 
     console = notes_console(quiet)
@@ -38,6 +39,7 @@ def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> 
     note(
         console, f"Training and measuring {len(recipe.runs)} small networks on handwritten digits into {out}/"
     )
+    write_sweep(recipe, out)
     outcomes = run_with_progress(recipe, out, jobs=jobs or min(os.cpu_count() or 1, 4), quiet=quiet)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if failed:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.output import note, notes_console, number, print_json, results_console, table
+from gm_probe.cli.executors import check_executor, executor_options, ray_executor
+from gm_probe.cli.output import note, notes_console, print_json, results_console, table
 from gm_probe.cli.progress import progress_bar
-from gm_probe.core.errors import ProbeError
+from gm_probe.core.errors import ProbeError, UsageError
 
 if TYPE_CHECKING:
+    from gm_probe.sweep.executors import Executor, Outcome
     from gm_probe.sweep.recipe import Recipe
-    from gm_probe.sweep.runner import Outcome
 
 
 LEFT_OUT = frozenset({"failed", "diverged", "busy"})
@@ -24,26 +28,29 @@ LEFT_OUT = frozenset({"failed", "diverged", "busy"})
 @click.command(epilog="Example:  gmprobe sweep quickstart --out runs/ --jobs 2")
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs.")
-@click.option(
-    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time, each a process."
-)
+@executor_options("local", "ray", "slurm")
 @click.option("--data", help="Data to use instead of the recipe's (a folder, file or name).")
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1 or mps.  [default: auto]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads a run.  [default: cores / jobs]")
-@click.option("--dry-run", is_flag=True, help="List the runs and what is left to do; run nothing.")
+@click.option("--retry-failed", is_flag=True, help="Try runs again that failed before.")
+@click.option("--dry-run", is_flag=True, help="List what is left to do, timed on a few steps; run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 def sweep(
     recipe: str,
     out: Path,
+    executor: str,
     jobs: int,
+    address: str | None,
+    gpus: float,
     data: str | None,
     data_root: str | None,
     download: bool,
     device: str | None,
     threads: int | None,
+    retry_failed: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -51,8 +58,14 @@ def sweep(
     """Train and measure every run of RECIPE (a .toml file or a built-in name; see `gmprobe recipes`).
 
     Runs that are complete in the folder are not done again, so a sweep that was stopped goes on with the same
-    command. A failed run does not stop the others; the next call tries it again.
+    command. A failed run does not stop the others, and is tried again with --retry-failed. `gmprobe status` tells
+    from any other terminal how far it is.
+
+    With --executor ray the runs go to a Ray cluster, whose machines may come and go; slurm prints a job array for
+    `sbatch` and runs nothing.
     """
+    check_executor(executor, jobs, address, gpus)
+    from gm_probe.sweep.manifest import write_sweep
     from gm_probe.sweep.recipe import load_recipe
 
     given = {"data": data, "data_root": data_root, "device": device, "threads": threads}
@@ -61,9 +74,16 @@ def sweep(
         overrides["download"] = True
     loaded = load_recipe(recipe, overrides)
     if dry_run:
-        _dry_run(loaded, out, as_json)
+        _dry_run(loaded, out, jobs, as_json)
         return
-    outcomes = run_with_progress(loaded, out, jobs=jobs, quiet=quiet)
+    write_sweep(loaded, out)
+    if executor == "slurm":
+        _print_job_array(loaded, out, threads)
+        return
+    engine = ray_executor(out, address, gpus, threads) if executor == "ray" else None
+    outcomes = run_with_progress(
+        loaded, out, jobs=jobs, executor=engine, retry_failed=retry_failed, quiet=quiet
+    )
     counts = Counter(outcome.status for outcome in outcomes)
     left_out = [outcome for outcome in outcomes if outcome.status in LEFT_OUT]
     if as_json:
@@ -78,15 +98,26 @@ def sweep(
             )
     if counts["failed"]:
         raise ProbeError(
-            f"{counts['failed']} of {len(outcomes)} runs failed; run the same command to try them again"
+            f"{counts['failed']} of {len(outcomes)} runs failed; "
+            "run the same command with --retry-failed to try them again"
         )
     if not quiet:
         note(notes_console(), f"next:  gmprobe correlate {out}")
 
 
-def run_with_progress(recipe: Recipe, out: Path, *, jobs: int, quiet: bool) -> list[Outcome]:
+def run_with_progress(
+    recipe: Recipe,
+    out: Path,
+    *,
+    jobs: int = 1,
+    executor: Executor | None = None,
+    retry_failed: bool = True,
+    quiet: bool,
+) -> list[Outcome]:
     """Run the recipe with a bar on a terminal, one line a run elsewhere."""
-    from gm_probe.sweep.runner import run_recipe
+    from gm_probe.sweep.runner import run_recipe as run
+
+    run_recipe = partial(run, jobs=jobs, executor=executor, retry_failed=retry_failed)
 
     console = notes_console(quiet)
     if not console.is_terminal:
@@ -98,7 +129,7 @@ def run_with_progress(recipe: Recipe, out: Path, *, jobs: int, quiet: bool) -> l
             reason = f": {outcome.reason}" if outcome.reason else ""
             note(console, f"[{done}/{len(recipe.runs)}] {outcome.name} {outcome.status}{reason}")
 
-        return run_recipe(recipe, out, jobs=jobs, notify=line)
+        return run_recipe(recipe, out, notify=line)
     with progress_bar("runs", len(recipe.runs), quiet=quiet) as bar:
         ended = 0
 
@@ -109,18 +140,46 @@ def run_with_progress(recipe: Recipe, out: Path, *, jobs: int, quiet: bool) -> l
             if outcome.status in LEFT_OUT:
                 bar.print(f"{outcome.status}: {outcome.name}: {outcome.reason or ''}")
 
-        return run_recipe(recipe, out, jobs=jobs, notify=advance)
+        return run_recipe(recipe, out, notify=advance)
 
 
-def _dry_run(recipe: Recipe, out: Path, as_json: bool) -> None:
-    from gm_probe.probe.measures import expected_cost
+def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:
     from gm_probe.sweep.runner import is_complete
 
-    left = {name: not is_complete(out / name, recipe.plan) for name in recipe.runs}
-    cost = expected_cost(recipe.plan.measures, recipe.plan.settings)
+    left = [name for name in recipe.runs if not is_complete(out / name, recipe.plan)]
+    if not left:
+        raise UsageError(f"every run in {out} is complete; there is nothing to submit")
+    click.echo(
+        "#!/bin/bash\n"
+        "#SBATCH --job-name=gmprobe\n"
+        f"#SBATCH --array=0-{len(left) - 1}\n"
+        f"#SBATCH --cpus-per-task={threads or 1}\n"
+        "#SBATCH --requeue\n"
+        f"RUNS=({' '.join(left)})\n"
+        f'exec gmprobe run-one {shlex.quote(str(out.resolve()))} "${{RUNS[$SLURM_ARRAY_TASK_ID]}}"'
+    )
+
+
+def _dry_run(recipe: Recipe, out: Path, jobs: int, as_json: bool) -> None:
+    from gm_probe.sweep.estimate import estimates
+    from gm_probe.sweep.runner import is_complete
+
+    left = {name: config for name, config in recipe.runs.items() if not is_complete(out / name, recipe.plan)}
+    costs = dict(zip(left, estimates(left.values(), recipe.plan), strict=True))
+    seconds = sum(cost.seconds for cost in costs.values())
+    passing = sorted((cost.passing_disk for cost in costs.values()), reverse=True)
+    disk = sum(cost.disk for cost in costs.values()) + sum(passing[:jobs])
     if as_json:
-        print_json({"out": str(out), "runs": [{"run": n, "to_do": todo} for n, todo in left.items()]})
+        runs = [
+            {"run": name, "to_do": name in left, "seconds": costs[name].seconds if name in left else 0.0}
+            for name in recipe.runs
+        ]
+        print_json({"out": str(out), "seconds": seconds, "bytes": round(disk), "runs": runs})
         return
-    rows = [[name, "to do" if todo else "complete"] for name, todo in left.items()]
-    results_console().print(table(f"{sum(left.values())} of {len(left)} runs to do", ["run", "state"], rows))
-    click.echo(f"each is measured in about {number(cost, 2)} gradient evaluations over its unlabeled part")
+    rows = [[name, f"{costs[name].seconds:,.0f} s" if name in left else "complete"] for name in recipe.runs]
+    console = results_console()
+    console.print(table(f"{len(left)} of {len(recipe.runs)} runs to do", ["run", "at most about"], rows))
+    click.echo(
+        f"{len(left)} runs: at most about {timedelta(seconds=round(seconds))} one after the other (timed on a few "
+        f"steps of each kind on this machine; less where a run stops early), {disk / 1e6:,.0f} MB of disk"
+    )

@@ -2,10 +2,13 @@
 
 import json
 import os
+import socket
 import tempfile
+import threading
+import time
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,10 @@ except ImportError:  # Windows: two processes on one folder are the user's care 
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+BEAT = 5.0
+"""Seconds between two signs of life of who holds a folder."""
+STALE = 60.0
+"""Seconds without one after which a holder on another machine counts as gone."""
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -89,13 +96,16 @@ def remove_temporary(folder: Path) -> None:
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process alone; the lock goes with the process, however it ends.
 
+    While it is held the lock file names host and process, and is touched every ``BEAT`` seconds: see ``held``.
+
     Raises:
         BusyError: another process holds it.
         StorageError: the folder cannot be written.
     """
+    path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
+        file = path.open("a")  # nothing of another's is overwritten before the lock is ours
     except OSError as error:
         raise StorageError(
             f"cannot write {folder}: {error.strerror or error}; choose another folder"
@@ -106,7 +116,69 @@ def exclusive(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise BusyError(f"another gmprobe is working on {folder}; wait for it to end") from error
+        ended = threading.Event()
+        beat = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+        try:
+            file.truncate(0)
+            file.write(f"{socket.gethostname()} {os.getpid()}\n")
+            file.flush()
+            beat.start()
+            yield
+        finally:
+            ended.set()
+            if beat.is_alive():
+                beat.join()
+            with suppress(OSError):
+                file.truncate(0)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here for ``path``; for a moment's work, such as replacing it.
+
+    Raises:
+        StorageError: its folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = (path.parent / f".{path.name}.lock").open("a")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; choose another folder"
+        ) from error
+    with file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        with suppress(OSError):  # the folder may be gone, or its server away for a moment
+            os.utime(path)
+
+
+def held(folder: Path) -> bool:
+    """Whether a living process holds ``folder``: on this machine it is looked for, of others ``STALE`` decides."""
+    path = folder / LOCK
+    try:
+        host, pid = path.read_text(encoding="utf-8").split()
+        silent = time.time() - path.stat().st_mtime
+    except (OSError, ValueError):  # never held, or let go
+        return False
+    return silent < STALE and (host != socket.gethostname() or _alive(int(pid)))
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":  # signal 0 is no question there
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

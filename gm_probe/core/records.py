@@ -10,16 +10,22 @@ A run is a folder::
     state.pt                 the last good epoch or step, to resume from (removed once the run has finished)
     summary.json             status and final errors, written last
     measures.json            what `gmprobe measure` said of it
+    error.txt                why training or measuring failed last, the reason in the last line
+    .lock                    names who is at work on it, touched while it lives
+
+A sweep is a folder of runs and, of what was asked for::
+
+    sweep.json               every run's settings by its name, and what to measure of each
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gm_probe.core.errors import StorageError, UsageError
-from gm_probe.core.files import read_json, read_toml
+from gm_probe.core.files import held, read_json, read_toml
 
 CONFIG = "config.toml"
 SPLIT = "split.json"
@@ -30,6 +36,8 @@ RAW = "raw.safetensors"
 STATE = "state.pt"
 SUMMARY = "summary.json"
 MEASURES = "measures.json"
+ERROR = "error.txt"
+SWEEP = "sweep.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,12 @@ class RunRecord:
     @property
     def status(self) -> str:
         return str(self.summary.get("status", "unfinished"))
+
+    def measured(self, names: Iterable[str], asked: Mapping[str, Any]) -> bool:
+        """Whether it has the measures ``names``, taken with the settings ``asked``."""
+        names = set(names)
+        same = all(self.settings.get(key) == value for key, value in asked.items())
+        return not names or (same and names <= set(self.measures))
 
 
 def read_run(path: Path) -> RunRecord:
@@ -76,6 +90,34 @@ def _read_table(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise StorageError(f"{path} holds a {type(value).__name__}, not an object; remove it")
     return value
+
+
+def run_state(run: Path) -> str:
+    """``running`` (someone is at work on it), ``failed``, ``finished``, ``diverged``, ``stale`` or ``pending``.
+
+    A stale run was begun and left: killed, or its machine is gone. A pending one has not begun.
+
+    Raises:
+        StorageError: its summary is broken.
+    """
+    if held(run):
+        return "running"
+    if (run / ERROR).exists():
+        return "failed"
+    status = _read_table(run / SUMMARY).get("status")
+    if status is not None:
+        return str(status)
+    return "stale" if (run / CONFIG).exists() else "pending"
+
+
+def failure(run: Path) -> str | None:
+    """The last line of what a failed run left, or why training diverged; None of others."""
+    error = run / ERROR
+    if error.exists():
+        lines = error.read_text(encoding="utf-8", errors="replace").split("\n")
+        return next((line for line in reversed(lines) if line.strip()), "no reason recorded")
+    reason = _read_table(run / SUMMARY).get("reason")
+    return None if reason is None else str(reason)
 
 
 def find_runs(root: Path) -> list[Path]:

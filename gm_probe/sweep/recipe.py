@@ -1,9 +1,8 @@
-"""Recipes: a TOML file that names a base configuration, a grid over it, and what to measure at the end."""
+"""Recipes: a TOML file that names a base configuration, a design over it, and what to measure at the end."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -15,7 +14,9 @@ from gm_probe.core.errors import UsageError
 from gm_probe.core.files import read_toml
 from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES
 from gm_probe.probe.probe import Protocol, Settings
+from gm_probe.sweep.design import DESIGNS, points
 from gm_probe.training.config import SETTINGS, TrainConfig
+from gm_probe.training.parts import OWN_UNLABELED
 
 _SHORT = {
     "batch_size": "bs",
@@ -37,6 +38,16 @@ class MeasurePlan:
     settings: Settings
     max_examples: int | None
     batch_size: int | None
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        """Over what a run is measured, as its measures.json says it."""
+        return {"part": OWN_UNLABELED, "max_examples": self.max_examples}
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Every setting that a run's measures.json must agree with."""
+        return {**self.settings.as_dict(), **self.scope}
 
 
 @dataclass(frozen=True)
@@ -82,34 +93,32 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
 
 
 def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Expand ``[base]`` and ``[grid]`` into runs.
+    """Expand ``[base]`` and the design into runs.
 
     Raises:
         UsageError: an unknown table, setting or measure.
     """
-    unknown = sorted(set(content) - {"base", "grid", "measure", "correlate"})
+    known = ("base", *DESIGNS, "measure", "correlate")
+    unknown = sorted(set(content) - set(known))
     if unknown:
         raise UsageError(
-            f"recipe: unknown table [{unknown[0]}]; there are [base], [grid], [measure], [correlate]"
+            f"recipe: unknown table [{unknown[0]}]; there are {', '.join(f'[{name}]' for name in known)}"
         )
-    for table, value in content.items():
-        if not isinstance(value, Mapping):
-            raise UsageError(f"recipe: {table} = {value!r} must be a table, [{table}]")
-    grid = content.get("grid", {})
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise UsageError(f"recipe: grid.{key} must be a list of values")
+    for table in set(content) - set(DESIGNS):
+        if not isinstance(content[table], Mapping):
+            raise UsageError(f"recipe: {table} = {content[table]!r} must be a table, [{table}]")
     base = {**content.get("base", {}), **(overrides or {})}
-    both = sorted(set(base) & set(grid))
-    if both:
-        raise UsageError(f"recipe: {both[0]} is both in [base] (or an option) and in [grid]; keep one")
     runs: dict[str, TrainConfig] = {}
-    for point in itertools.product(*grid.values()):
-        values = dict(zip(grid, point, strict=True))
+    for values in points(content):
+        both = sorted(set(base) & set(values))
+        if both:
+            raise UsageError(
+                f"recipe: {both[0]} is both in [base] (or an option) and in the design; keep one"
+            )
         config = TrainConfig.from_dict({**base, **values})
         name = run_name(config, values)
         if name in runs:
-            raise UsageError(f"recipe: the grid names one run twice ({name})")
+            raise UsageError(f"recipe: the design names one run twice ({name})")
         runs[name] = config
     return Recipe(runs, _plan(content.get("measure", {})), _group_by(content.get("correlate", {})))
 
@@ -160,7 +169,11 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
 
 
 def _like(key: str, value: Any, default: Any) -> Any:
-    """``value``, checked to be of the default's type."""
+    """``value``, checked to be of the default's type; a list of numbers gives a tuple."""
+    if isinstance(default, tuple):
+        if isinstance(value, list) and all(type(item) in {int, float} for item in value):
+            return tuple(value)
+        raise UsageError(f"recipe: measure.{key} = {value!r} must be a list of numbers")
     if type(default) is float and type(value) is int:
         return float(value)
     if type(value) is not type(default):

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from gm_probe.core.errors import DivergedError, ProbeError, UsageError
 from gm_probe.core.records import read_run
 from gm_probe.probe.probe import Settings
+from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
-from gm_probe.sweep.runner import Outcome
 from gm_probe.training.config import TrainConfig
 
 VALIDATION = 0.1

@@ -1,0 +1,55 @@
+"""The options that say where the runs of a sweep are done; `sweep` and `measure` share them."""
+
+from __future__ import annotations
+
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gm_probe.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from gm_probe.sweep.executors import Executor
+
+_OPTIONS = (
+    click.option(
+        "--jobs",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Runs at a time on this machine, each a process.",
+    ),
+    click.option(
+        "--address", help="Of a Ray cluster: auto or HOST:PORT.  [default: one on this machine alone]"
+    ),
+    click.option(
+        "--gpus",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        help="GPUs a run takes on Ray; 0.25 puts four runs on one.",
+    ),
+)
+
+
+def executor_options(*kinds: str) -> Any:
+    """Add ``--executor`` with these kinds, ``--jobs``, ``--address`` and ``--gpus``."""
+    kind = click.option("--executor", type=click.Choice(kinds), default="local", show_default=True)
+    return lambda command: reduce(lambda inner, option: option(inner), reversed((kind, *_OPTIONS)), command)
+
+
+def ray_executor(root: Path, address: str | None, gpus: float, threads: int | None) -> Executor:
+    """The Ray cluster at ``address`` for runs below ``root``."""
+    from gm_probe.sweep.ray_executor import Ray
+
+    return Ray(root, address, threads or 1, gpus)
+
+
+def check_executor(executor: str, jobs: int, address: str | None, gpus: float) -> None:
+    """Raise UsageError where an option is given that belongs to another executor."""
+    if executor != "ray" and (address is not None or gpus):
+        raise UsageError("--address and --gpus go with --executor ray")
+    if executor != "local" and jobs > 1:
+        raise UsageError(f"--jobs counts processes of this machine; leave it out with --executor {executor}")

@@ -1,0 +1,101 @@
+"""Designs: which points of the settings a recipe runs. A grid, a list, or random or Sobol points, times the grid."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy.stats import qmc
+
+from gm_probe.core.errors import UsageError
+
+DESIGNS = ("grid", "list", "random", "sobol")
+
+
+def points(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every point: those of [[list]], [random] or [sobol] (of one of them), each with every one of [grid].
+
+    ``[random]`` and ``[sobol]`` take ``points`` (of Sobol a power of 2), ``seed`` and ``space``, which gives each
+    setting a list to choose from or ``{low, high}``, with ``log = true`` spread evenly over magnitudes. Numbers are
+    cut to three digits; whole bounds give whole numbers, both ends included.
+
+    Raises:
+        UsageError: a design that cannot be read so, or two that exclude each other.
+    """
+    given = [name for name in DESIGNS[1:] if name in content]
+    if len(given) > 1:
+        raise UsageError(f"recipe: [{given[0]}] and [{given[1]}] exclude each other; keep one")
+    chosen: list[dict[str, Any]] = [{}]
+    if "list" in content:
+        chosen = _listed(content["list"])
+    elif given:
+        chosen = _drawn(given[0], content[given[0]])
+    grid = content.get("grid", {})
+    if not isinstance(grid, Mapping):
+        raise UsageError(f"recipe: grid = {grid!r} must be a table, [grid]")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"recipe: grid.{key} must be a list of values")
+        if any(key in point for point in chosen):
+            raise UsageError(f"recipe: {key} is both in [grid] and in [{given[0]}]; keep one")
+    cells = [dict(zip(grid, cell, strict=True)) for cell in itertools.product(*grid.values())]
+    return [{**point, **cell} for point in chosen for cell in cells]
+
+
+def _listed(rows: Any) -> list[dict[str, Any]]:
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise UsageError("recipe: list must be tables, [[list]], one a point")
+    return [dict(row) for row in rows]
+
+
+def _drawn(kind: str, content: Any) -> list[dict[str, Any]]:
+    if not isinstance(content, Mapping):
+        raise UsageError(f"recipe: {kind} = {content!r} must be a table, [{kind}]")
+    unknown = sorted(set(content) - {"points", "seed", "space"})
+    if unknown:
+        raise UsageError(f"recipe: no setting {kind}.{unknown[0]}; there are: points, seed, space")
+    count, seed, space = content.get("points"), content.get("seed", 0), content.get("space")
+    if type(count) is not int or count < 1:
+        raise UsageError(f"recipe: {kind}.points = {count!r} must be a whole number of at least 1")
+    if type(seed) is not int or seed < 0:
+        raise UsageError(f"recipe: {kind}.seed = {seed!r} must be a whole number of at least 0")
+    if not isinstance(space, Mapping) or not space:
+        raise UsageError(f"recipe: [{kind}.space] must give each setting a list or {{low, high}}")
+    if kind == "sobol" and count & (count - 1):
+        raise UsageError(f"recipe: sobol.points = {count} must be a power of 2, or the points are unbalanced")
+    generator = np.random.default_rng(seed)
+    if kind == "sobol":
+        units = qmc.Sobol(len(space), rng=generator).random_base2(count.bit_length() - 1)
+    else:
+        units = generator.random((count, len(space)))
+    return [
+        {
+            key: _at(f"{kind}.space.{key}", part, float(u))
+            for (key, part), u in zip(space.items(), row, strict=True)
+        }
+        for row in units
+    ]
+
+
+def _at(name: str, part: Any, u: float) -> Any:
+    """The value of ``part`` of the space at ``u`` in [0, 1)."""
+    if isinstance(part, list) and part:
+        return part[int(u * len(part))]
+    if not isinstance(part, Mapping) or not {"low", "high"} <= set(part) <= {"low", "high", "log"}:
+        raise UsageError(f"recipe: {name} = {part!r} must be a list or {{low, high}}, with log if need be")
+    low, high, log = part["low"], part["high"], part.get("log", False)
+    whole = type(low) is int and type(high) is int
+    numbers = all(type(end) in {int, float} and math.isfinite(end) for end in (low, high))
+    if not numbers or type(log) is not bool or not low < high or (log and low <= 0):
+        raise UsageError(f"recipe: {name} needs finite low < high" + (", low > 0 with log" if log else ""))
+    if whole:  # each whole number has its share
+        ends = (low - 0.5, high + 0.5)
+        return min(max(round(_between(*ends, u, log)), low), high)
+    return float(f"{_between(low, high, u, log):.3g}")
+
+
+def _between(low: float, high: float, u: float, log: bool) -> float:
+    return low * (high / low) ** u if log else low + (high - low) * u

@@ -1,0 +1,186 @@
+"""Where jobs run: in this process, or in several. An executor takes jobs and yields how each ended, as it ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gm_probe.core.errors import BusyError, ProbeError
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Work on the run folder ``out``.
+
+    Attributes:
+        do: given ``out`` and the CPU threads to use (None = as it finds them), returns how the work ended and what it
+            found. Other processes and machines get it pickled.
+    """
+
+    name: str
+    out: Path
+    do: Callable[[Path, int | None], tuple[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        status: finished, diverged, failed, skipped (it was complete before) or busy (in another sweep).
+        result: what it found; of a failure by no deliberate error, its traceback.
+    """
+
+    name: str
+    status: str
+    reason: str | None = None
+    result: Any = None
+
+
+Executor = Callable[[Sequence[Job]], Generator[Outcome, None, None]]
+"""Closing the generator early ends what still runs."""
+
+
+def attempt(job: Job, threads: int | None = None) -> Outcome:
+    """Do ``job``, its errors as text: one failed run never stops the others, and not all survive pickling."""
+    try:
+        status, result = job.do(job.out, threads)
+        return Outcome(job.name, status, None, result)
+    except BusyError as error:
+        return Outcome(job.name, "busy", str(error))
+    except ProbeError as error:
+        return Outcome(job.name, "failed", str(error))
+    except Exception as error:  # noqa: BLE001  its traceback is kept
+        return Outcome(job.name, "failed", f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def in_turn(jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
+    """One after the other, in this process."""
+    for job in jobs:
+        yield attempt(job)
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """``count`` at a time, each in a process of its own; one that dies (out of memory, say) costs its job only.
+
+    The machine's CPU threads are shared out evenly, and so are ``gpus``, ids as CUDA_VISIBLE_DEVICES takes them: with
+    more processes than GPUs several share one. Whatever closes the generator ends the processes.
+    """
+
+    count: int
+    gpus: Sequence[str] = ()
+
+    def __call__(self, jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
+        context = multiprocessing.get_context("spawn")  # fork would copy torch's threads in an unusable state
+        threads = max(1, torch.get_num_threads() // self.count)
+        waiting = iter(jobs)
+        workers: list[_Worker] = []
+        busy: list[_Worker] = []
+
+        def begin(worker: _Worker | None, slot: int) -> None:
+            job = next(waiting, None)
+            if job is None:
+                return
+            if worker is None or not worker.process.is_alive():
+                worker = _Worker(context, slot, self.gpus[slot % len(self.gpus)] if self.gpus else None)
+                workers.append(worker)
+            worker.begin(job, threads)
+            busy.append(worker)
+
+        try:
+            for slot in range(self.count):
+                begin(None, slot)
+            while busy:
+                ready = wait([worker.tasks for worker in busy])
+                for worker in [worker for worker in busy if worker.tasks in ready]:
+                    busy.remove(worker)
+                    yield worker.outcome()
+                    begin(worker, worker.slot)
+        finally:
+            for worker in workers:
+                worker.stop()
+
+
+def visible_gpus() -> list[str]:
+    """Ids of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:count] or list(map(str, range(count)))
+
+
+class _Worker:
+    """A process that does one run after another, as it is told."""
+
+    def __init__(self, context: SpawnContext, slot: int, gpu: str | None) -> None:
+        self.slot = slot
+        self.tasks, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, gpu))
+        # a Ctrl-C while it imports is the parent's to handle: the child inherits this
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+        try:
+            self.process.start()
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+        theirs.close()  # so that the process's end is the pipe's end
+        self.job: Job | None = None
+
+    def begin(self, job: Job, threads: int) -> None:
+        self.job = job
+        with suppress(ConnectionError):  # it has died: the outcome will say so
+            self.tasks.send((job, threads))
+
+    def outcome(self) -> Outcome:
+        assert self.job is not None
+        try:
+            return self.tasks.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            reason = f"its process died (exit code {self.process.exitcode}: out of memory, or killed)"
+            return Outcome(self.job.name, "failed", reason)
+
+    def stop(self) -> None:
+        self.tasks.close()
+        self.process.terminate()
+        self.process.join(10)
+        if self.process.is_alive():  # deep in a call that no signal reaches
+            self.process.kill()
+            self.process.join()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _serve(tasks: Connection, gpu: str | None) -> None:
+    """What a worker does, until its parent closes the pipe or is gone."""
+    if gpu is not None:  # CUDA starts with the first job, not with torch's import
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`: no half-written files stay
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, ConnectionError):
+        while True:
+            tasks.send(attempt(*tasks.recv()))
+
+
+def _end_with_parent() -> None:
+    """A worker that outlived a killed parent would train into folders that the next sweep works on."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

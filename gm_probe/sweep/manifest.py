@@ -1,0 +1,69 @@
+"""What a sweep folder was asked for: sweep.json, from which any process can do one of its runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gm_probe.core.errors import StorageError, UsageError, did_you_mean
+from gm_probe.core.files import read_json, write_json
+from gm_probe.core.records import SWEEP
+from gm_probe.probe.probe import Settings
+from gm_probe.sweep.recipe import MeasurePlan, Recipe
+from gm_probe.training.config import TrainConfig
+
+
+def write_sweep(recipe: Recipe, out: Path) -> None:
+    """Write ``recipe``, expanded, in place of what ``out`` was asked for before; its time is the sweep's start."""
+    plan = recipe.plan
+    write_json(
+        out / SWEEP,
+        {
+            "runs": {name: config.as_dict() for name, config in recipe.runs.items()},
+            "measures": list(plan.measures),
+            "settings": plan.asked,
+            "batch_size": plan.batch_size,
+            "group_by": list(recipe.group_by),
+        },
+    )
+
+
+def read_sweep(out: Path) -> Recipe:
+    """The recipe that ``write_sweep`` wrote.
+
+    Raises:
+        UsageError: ``out`` holds none.
+        StorageError: it is broken.
+    """
+    if not (out / SWEEP).exists():
+        raise UsageError(f"{out} holds no {SWEEP}; give the folder that `gmprobe sweep --out` wrote")
+    content = read_json(out / SWEEP)
+    try:
+        runs = {name: TrainConfig.from_dict(config) for name, config in content["runs"].items()}
+        return Recipe(runs, _plan(content), tuple(content["group_by"]))
+    except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
+        raise StorageError(
+            f"{out / SWEEP} is broken ({error}); run `gmprobe sweep` into {out} again"
+        ) from error
+
+
+def _plan(content: dict[str, Any]) -> MeasurePlan:
+    asked = dict(content["settings"])
+    del asked["part"]
+    max_examples = asked.pop("max_examples")
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()
+    }
+    return MeasurePlan(tuple(content["measures"]), Settings(**settings), max_examples, content["batch_size"])
+
+
+def only(recipe: Recipe, name: str) -> Recipe:
+    """``recipe`` with the one run ``name``.
+
+    Raises:
+        UsageError: there is no such run.
+    """
+    if name not in recipe.runs:
+        raise UsageError(f"no run {name!r} in the sweep; {did_you_mean(name, recipe.runs)}")
+    return replace(recipe, runs={name: recipe.runs[name]})

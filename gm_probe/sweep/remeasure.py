@@ -1,0 +1,83 @@
+"""Measure trained runs again, without training: each a job on the executors of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gm_probe.core.datasets import Examples
+from gm_probe.core.errors import UsageError
+from gm_probe.core.files import exclusive, read_json
+from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, find_runs, read_run
+from gm_probe.probe.probe import Settings
+from gm_probe.sweep.executors import Executor, Job, Outcome
+from gm_probe.sweep.measuring import measure_checkpoint, merge_measures
+
+
+@dataclass(frozen=True, slots=True)
+class Remeasure:
+    """What to take of each run.
+
+    Attributes:
+        examples: of a run folder, such as ``own_unlabeled``; ``part`` is what measures.json calls them.
+        save: merge into the run's measures.json; a run that has all of it, taken so, is not measured again.
+        loading: as ``measure_checkpoint`` takes it.
+    """
+
+    names: tuple[str, ...]
+    settings: Settings
+    examples: Callable[[Path], Examples]
+    part: str
+    max_examples: int | None
+    save: bool
+    loading: Mapping[str, Any]
+
+    def __call__(self, out: Path, threads: int | None) -> tuple[str, dict[str, Any]]:
+        scope = {"part": self.part, "max_examples": self.max_examples}
+        if self.save and read_run(out).measured(self.names, {**self.settings.as_dict(), **scope}):
+            return "skipped", read_json(out / MEASURES)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            examples = self.examples(out).subset(self.max_examples, self.settings.seed)
+            result = measure_checkpoint(out, examples, self.names, self.settings, **self.loading)
+            result["settings"] |= scope
+            if self.save:
+                with exclusive(out):
+                    merge_measures(out / MEASURES, result)
+            return "finished", result
+        finally:
+            torch.set_num_threads(before)
+
+
+def trained_runs(folder: Path) -> list[Path]:
+    """The finished runs below ``folder``, or itself where it is one run or holds none.
+
+    Raises:
+        UsageError: none of its runs has finished.
+        StorageError: a run's files are broken.
+    """
+    if (folder / CONFIG).exists() or not any(folder.rglob(CONFIG)):
+        return [folder]
+    runs = [run for run in find_runs(folder) if (run / CHECKPOINT).exists()]
+    runs = [run for run in runs if read_run(run).status == "finished"]
+    if not runs:
+        raise UsageError(f"no run in {folder} has finished; see `gmprobe status {folder}`")
+    return runs
+
+
+def measure_runs(
+    runs: Sequence[Path], what: Remeasure, executor: Executor, notify: Callable[[Outcome], None]
+) -> dict[str, Outcome]:
+    """Measure ``runs`` on ``executor``; the outcomes by path, in the order of ``runs``."""
+    found: dict[str, Outcome] = {}
+    with closing(executor([Job(str(run), run, what) for run in runs])) as ended:
+        for outcome in ended:
+            found[outcome.name] = outcome
+            notify(outcome)
+    return {str(run): found[str(run)] for run in runs}

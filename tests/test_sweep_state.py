@@ -1,0 +1,411 @@
+"""What lies on disk says all: states and heartbeat, status, collect, retries, and sweeps that are killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+from safetensors.torch import load_file
+
+from gm_probe.analysis.collect import collect, write_table
+from gm_probe.analysis.runs import load_table
+from gm_probe.cli import main
+from gm_probe.core import files
+from gm_probe.core.datasets import open_source
+from gm_probe.core.errors import BusyError, StorageError, UsageError
+from gm_probe.core.files import LOCK, exclusive, held, write_json, write_toml
+from gm_probe.core.records import failure, run_state
+from gm_probe.sweep.estimate import estimates
+from gm_probe.sweep.manifest import only, read_sweep, write_sweep
+from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
+from gm_probe.sweep.runner import run_recipe
+from gm_probe.sweep.status import sweep_status
+from gm_probe.training.config import TrainConfig
+
+BASE = {
+    "data": "digits",
+    "model": "mlp-8",
+    "num_train": 60,
+    "num_unlabeled": 40,
+    "num_test": 50,
+    "epochs": 3,
+    "batch_size": 20,
+    "device": "cpu",
+}
+PLAN = {"measures": ["local_inconsistency", "mean_entropy"], "num_starts": 2}
+TIMINGS = ["train_seconds"]
+
+
+def parse(**tables: Any) -> Recipe:
+    return parse_recipe(
+        {"base": BASE, "grid": {"lr": [0.02, 0.1], "seed": [0, 1]}, "measure": PLAN, **tables}
+    )
+
+
+def command(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    try:
+        main(list(map(str, args)))
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def states(root: Path) -> dict[str, str]:
+    return {run.run: run.state for run in sweep_status(root).runs}
+
+
+@contextmanager
+def forked() -> Iterator[None]:
+    with warnings.catch_warnings():  # of forking beside threads: these compute on one, or only write files
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+# ---- claim and heartbeat
+
+
+def test_a_held_folder_names_its_holder_until_it_is_let_go(tmp_path: Path) -> None:
+    assert not held(tmp_path / "none")
+    with exclusive(tmp_path):
+        assert (tmp_path / LOCK).read_text().split() == [socket.gethostname(), str(os.getpid())]
+        assert held(tmp_path)
+        assert run_state(tmp_path) == "running"
+        with pytest.raises(BusyError), exclusive(tmp_path):
+            pass
+        assert held(tmp_path)  # the other's try has wiped nothing
+    assert not held(tmp_path)
+
+
+def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BEAT", 0.01)
+    with exclusive(tmp_path):
+        os.utime(tmp_path / LOCK, (0, 0))
+        end = time.monotonic() + 20
+        while not held(tmp_path):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_a_dead_holder_and_a_silent_one_hold_nothing(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    lock = tmp_path / LOCK
+    lock.write_text(f"{socket.gethostname()} {gone.pid}\n")
+    assert not held(tmp_path)
+    lock.write_text("elsewhere 1\n")
+    assert held(tmp_path)
+    old = time.time() - files.STALE - 1
+    os.utime(lock, (old, old))
+    assert not held(tmp_path)
+
+
+# ---- states
+
+
+def test_every_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = parse(grid={"seed": list(range(7))})
+    write_sweep(recipe, tmp_path)
+    finished, trained, running, stale, _, diverged, failed = recipe.runs
+    run_recipe(only(recipe, finished), tmp_path)
+    write_toml(tmp_path / trained / "config.toml", {"epochs": 3})
+    write_json(tmp_path / trained / "summary.json", {"status": "finished"})
+    write_toml(tmp_path / stale / "config.toml", {"epochs": 3})
+    (tmp_path / stale / "metrics.jsonl").write_text("{}\n{}\n")
+    write_toml(tmp_path / diverged / "config.toml", {"epochs": 3})
+    write_json(tmp_path / diverged / "summary.json", {"status": "diverged", "reason": "loss not finite"})
+    write_json(tmp_path / failed / "summary.json", {"status": "failed"})
+    (tmp_path / failed / "error.txt").write_text("Traceback\n  x\nValueError: no\n\n")
+    with exclusive(tmp_path / running):
+        found = sweep_status(tmp_path)
+        code, out, _ = command(capsys, "status", tmp_path)
+        assert code == 0
+        assert found.eta is not None
+        assert found.eta > 0
+        _, printed, _ = command(capsys, "status", tmp_path, "--json")
+    wanted = ["finished", "trained", "running", "stale", "pending", "diverged", "failed"]
+    assert [run.state for run in found.runs] == wanted
+    assert [(run.epochs, run.max_epochs) for run in found.runs][3] == (2, 3)
+    assert [run.reason for run in found.runs][5:] == ["loss not finite", "ValueError: no"]
+    assert (
+        "3 of 7 runs ended: 1 finished, 1 trained, 1 running, 1 stale, 1 pending, 1 diverged, 1 failed" in out
+    )
+    assert f"  failed: {failed}: ValueError: no\n" in out
+    assert json.loads(printed)["counts"] == dict.fromkeys(wanted, 1)
+    assert states(tmp_path)[running] == "pending"
+    assert sweep_status(tmp_path).eta is None  # nothing runs
+
+
+def test_status_of_what_is_no_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(capsys, "status", tmp_path / "gone")[0] == 2
+    assert command(capsys, "status", tmp_path)[0] == 2
+    (tmp_path / "sweep.json").write_text("{")
+    code, _, err = command(capsys, "status", tmp_path)
+    assert code == 7
+    assert "sweep.json" in err
+
+
+def test_a_sweep_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    for recipe in (parse(), load_recipe("quickstart"), parse(measure={**PLAN, "max_examples": 9})):
+        write_sweep(recipe, tmp_path)
+        assert read_sweep(tmp_path) == recipe
+    (tmp_path / "sweep.json").write_text('{"runs": {}}')
+    with pytest.raises(StorageError, match=r"sweep\.json is broken"):
+        read_sweep(tmp_path)
+    with pytest.raises(UsageError, match="holds no sweep"):
+        read_sweep(tmp_path / "gone")
+    with pytest.raises(UsageError, match="no run 'nobody'"):
+        only(recipe, "nobody")
+
+
+def test_run_one_does_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = parse()
+    write_sweep(recipe, tmp_path)
+    name = list(recipe.runs)[1]
+    assert command(capsys, "run-one", tmp_path, name)[:2] == (0, f"{name} finished\n")
+    assert command(capsys, "run-one", tmp_path, name)[:2] == (0, f"{name} skipped\n")
+    assert list(states(tmp_path).values()).count("finished") == 1
+    with exclusive(tmp_path / next(iter(recipe.runs))):
+        assert command(capsys, "run-one", tmp_path, next(iter(recipe.runs)))[0] == 7
+    code, _, err = command(capsys, "run-one", tmp_path, "nobody")
+    assert code == 2
+    assert "nobody" in err
+
+
+def test_failed_runs_wait_for_retry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = tmp_path / "late.npz", tmp_path / "runs"
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in BASE.items() if key != "data")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'[base]\ndata = "{data}"\n{lines}\n[grid]\nseed = [0, 1]\n[measure]\nmeasures = []\n')
+    code, printed, err = command(capsys, "sweep", recipe, "--out", out)
+    assert code == 1
+    assert printed.count("late.npz") == 2
+    assert "--retry-failed" in err
+
+    pool = open_source("digits", labeled=True).pool
+    assert pool.y is not None
+    np.savez(data, x=pool.x.numpy(), y=pool.y.numpy())
+    names = list(load_recipe(str(recipe)).runs)
+    before = failure(out / names[0])
+    assert command(capsys, "sweep", recipe, "--out", out)[0] == 1
+    assert [failure(out / name) for name in names] == [before] * 2
+    assert "late.npz" in str(before)
+    assert command(capsys, "sweep", recipe, "--out", out, "--retry-failed")[0] == 0
+    assert set(states(out).values()) == {"finished"}
+
+
+# ---- collect
+
+
+def test_the_table_says_what_the_folder_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = parse()
+    out = tmp_path / "runs"
+    run_recipe(recipe, out)
+    (out / "broken").mkdir()
+    (out / "broken" / "config.toml").write_text("[")
+    code, printed, _ = command(capsys, "collect", out, "--out", tmp_path / "t.csv")
+    assert (code, "5 runs" in printed) == (0, True)
+    frame = pd.read_csv(tmp_path / "t.csv").set_index("run")
+    assert frame.status.to_dict() == {**dict.fromkeys(recipe.runs, "finished"), "broken": "failed"}
+    assert "config.toml is not valid TOML" in frame.reason["broken"]
+    for name, config in recipe.runs.items():
+        summary = json.loads((out / name / "summary.json").read_text())
+        rows = json.loads((out / name / "measures.json").read_text())["measures"]
+        row = frame.loc[name]
+        assert (row.lr, row.seed, row.model) == (config.lr, config.seed, "mlp-8")
+        assert row.test_ce == summary["test_ce"]  # to the last bit
+        assert row.local_inconsistency == rows["local_inconsistency"]["value"]
+        assert row.local_inconsistency_stderr == rows["local_inconsistency"]["stderr"]
+        assert row["probe.num_starts"] == 2
+    table, folder = load_table(tmp_path / "t.csv"), load_table(out)
+    assert set(table.measures) == set(folder.measures)
+    known = table.frame.dropna(subset="error_gap").reset_index(drop=True)
+    same = ["run", "error_gap", "ce_gap", *folder.measures]
+    assert_frame_equal(known[same], folder.frame.sort_values("run").reset_index(drop=True)[same])
+
+
+def test_parquet_holds_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    run_recipe(parse(), tmp_path / "runs")
+    frame = write_table(tmp_path / "runs", tmp_path / "t.parquet")
+    assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), frame)
+
+
+def test_collect_names_its_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(capsys, "collect", tmp_path, "--out", tmp_path / "t.csv")[0] == 2
+    code, _, err = command(capsys, "collect", tmp_path, "--out", tmp_path / "t.xlsx")
+    assert code == 2
+    assert ".csv or .parquet" in err
+
+
+def _write_runs(root: Path, table: Path, writer: int, count: int) -> None:
+    for number in range(count):
+        run = root / f"w{writer}-{number}"
+        write_toml(run / "config.toml", {"lr": 0.1 * writer, "seed": number})
+        write_json(run / "summary.json", {"status": "finished", "error_gap": number / 7, "ce_gap": 1.0})
+        write_json(run / "measures.json", {"measures": {"fisher_trace": {"value": 1.0, "stderr": writer}}})
+    write_table(root, table)
+
+
+def test_sixteen_writers_lose_and_tear_no_row(tmp_path: Path) -> None:
+    root, table, count = tmp_path / "runs", tmp_path / "t.csv", 5
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write_runs, args=(root, table, k, count)) for k in range(16)]
+    with forked():
+        for writer in writers:
+            writer.start()
+    sizes = [0]
+    while any(writer.is_alive() for writer in writers):
+        if table.exists():
+            text = table.read_text()
+            assert text.endswith("\n")
+            sizes.append(len(pd.read_csv(io.StringIO(text))))
+        time.sleep(0.01)
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert sizes == sorted(sizes)  # no table was replaced by an older one
+    frame = pd.read_csv(table)
+    assert sorted(frame.run) == sorted(f"w{k}-{n}" for k in range(16) for n in range(count))
+    assert (frame.status == "finished").all()
+    for row in frame.itertuples():
+        k, n = map(int, str(row.run)[1:].split("-"))
+        assert (row.lr, row.seed, row.error_gap, row.fisher_trace_stderr) == (0.1 * k, n, n / 7, k)
+
+
+# ---- killed
+
+
+def _sweep_forked(recipe: Recipe, out: Path) -> int:
+    with forked():
+        child = os.fork()
+    if child == 0:
+        try:
+            run_recipe(recipe, out)
+        finally:
+            os._exit(0)
+    return child
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_sweep_killed_again_and_again_gives_the_same_table(tmp_path: Path) -> None:
+    recipe = parse(grid={"lr": [0.02, 0.1, 0.3], "seed": [0, 1]})
+    run_recipe(recipe, tmp_path / "whole")
+    killed, lines = 0, 0
+    while killed < 5:  # each time some epochs further on
+        child = _sweep_forked(recipe, tmp_path / "cut")
+        target = lines + 2 + killed % 2
+        end = time.monotonic() + 60
+        while lines < target and time.monotonic() < end:
+            lines = sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("cut/*/metrics.jsonl"))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert lines >= target
+        killed += 1
+    assert "running" not in states(tmp_path / "cut").values()
+    assert [outcome.status for outcome in run_recipe(recipe, tmp_path / "cut")].count("finished") >= 1
+    whole, cut = (collect(tmp_path / name).drop(columns=TIMINGS) for name in ("whole", "cut"))
+    assert_frame_equal(cut, whole)
+    assert (cut.status == "finished").all()
+
+
+# ---- before it runs
+
+
+def test_a_dry_run_says_what_a_run_will_leave_and_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in {**BASE, "model": "mlp-256"}.items())
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f"[base]\n{lines}\n[grid]\nseed = [0, 1]\n[measure]\nmeasures = ['mean_entropy']\n")
+    out = tmp_path / "runs"
+    code, printed, _ = command(capsys, "sweep", recipe, "--out", out, "--dry-run", "--json")
+    assert code == 0
+    assert not out.exists()
+    told = json.loads(printed)
+    assert all(run["to_do"] and run["seconds"] > 0 for run in told["runs"])
+    assert told["seconds"] == pytest.approx(sum(run["seconds"] for run in told["runs"]))
+    run_recipe(load_recipe(str(recipe)), out)
+    found = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    passing = 2 * 4 * (64 * 256 + 256 + 256 * 10 + 10)  # weights and momentum of one run
+    assert told["bytes"] == pytest.approx(found + passing, rel=0.1)
+    _, printed, _ = command(capsys, "sweep", recipe, "--out", out, "--dry-run")
+    assert printed.count("complete") == 2
+    assert "0 of 2 runs to do" in printed
+
+
+def test_estimates_scale_with_the_work() -> None:
+    plan = parse().plan
+    configs = [TrainConfig.from_dict({**BASE, "epochs": epochs}) for epochs in (10, 20, 30)]
+    first, second, third = (cost.seconds for cost in estimates(configs, plan))
+    assert third - second == pytest.approx(second - first)  # one timing for all three: nothing is random
+    assert second > first > 0
+
+
+# ---- measured again
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_folder_of_runs_is_measured_without_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], jobs: int
+) -> None:
+    recipe = parse(grid={"seed": [0, 1]})
+    run_recipe(recipe, tmp_path)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.toml").write_text("epochs = 3\n")
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoint.safetensors")}
+    options = ["--measures", "parameter_norm", "--starts", 2, "--save", "--json", "--device", "cpu"]
+    code, printed, _ = command(capsys, "measure", tmp_path, *options, "--jobs", jobs)
+    assert code == 0
+    found = {Path(result["checkpoint"]).name: result for result in json.loads(printed)}
+    assert set(found) == set(recipe.runs)
+    for name in recipe.runs:
+        tensors = load_file(tmp_path / name / "checkpoint.safetensors")
+        norm = sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5
+        kept = json.loads((tmp_path / name / "measures.json").read_text())["measures"]
+        assert found[name]["measures"]["parameter_norm"]["value"] == pytest.approx(norm, rel=1e-5)
+        # the sweep's own, taken with the same settings, stay beside it
+        assert set(kept) == {"local_inconsistency", "mean_entropy", "parameter_norm"}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*") if path.name != LOCK}
+    code, again, _ = command(capsys, "measure", tmp_path, *options, "--jobs", jobs)
+    assert {Path(r["checkpoint"]).name for r in json.loads(again)} == set(recipe.runs)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {path: before[path] for path in weights} == weights
+
+
+def test_a_job_array_does_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in BASE.items())
+    recipe, out = tmp_path / "r.toml", tmp_path / "my runs"
+    recipe.write_text(f"[base]\n{lines}\n[grid]\nseed = [0, 1]\n[measure]\nmeasures = []\n")
+    code, script, _ = command(capsys, "sweep", recipe, "--out", out, "--executor", "slurm")
+    assert code == 0
+    assert "#SBATCH --array=0-1\n" in script
+    assert set(states(out).values()) == {"pending"}
+    (tmp_path / "gmprobe").write_text(f'#!/bin/sh\nexec {sys.executable} -m gm_probe "$@"\n')
+    (tmp_path / "gmprobe").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    root = str(Path(files.__file__).parents[2])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": root, "SLURM_ARRAY_TASK_ID": "1"}
+    subprocess.run(
+        ["bash", "-c", script], env=environment, check=True, capture_output=True
+    )  # as sbatch would
+    assert list(states(out).values()) == ["pending", "finished"]
+    assert "#SBATCH --array=0-0\n" in command(capsys, "sweep", recipe, "--out", out, "--executor", "slurm")[1]
