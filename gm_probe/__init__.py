@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from gm_probe.training.rules import IAMD as IAMD
     from gm_probe.training.rules import IAMS as IAMS
     from gm_probe.training.rules import SAM as SAM
+    from gm_probe.training.rules import OnePassIAMD as OnePassIAMD
+    from gm_probe.training.rules import Rule as Rule
 
 _HOMES = {
     "core.batches": ("Batches", "Normalization"),
@@ -63,7 +65,7 @@ _HOMES = {
     "probe.trace": ("fisher_trace", "trace"),
     "training.config": ("TrainConfig",),
     "training.loop": ("train",),
-    "training.rules": ("ASAM", "IAMD", "IAMS", "SAM"),
+    "training.rules": ("ASAM", "IAMD", "IAMS", "OnePassIAMD", "Rule", "SAM"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gm_probe.training.augment import crop_and_flip
+from gm_probe.training.augment import crop_and_flip, draw_crops
 
 
 def numbered(count: int, channels: int, height: int, width: int) -> Tensor:
     """Every pixel has a value of its own, from 1 (0 is padding)."""
     return torch.arange(1, count * channels * height * width + 1).view(count, channels, height, width)
+
+
+def draws_of(count: int, seed: int, padding: int = 4) -> Tensor:
+    return draw_crops(count, torch.Generator().manual_seed(seed), padding)
 
 
 def place(image: Tensor, row: int, column: int, flip: bool, padding: int) -> Tensor:
@@ -32,7 +36,7 @@ def place(image: Tensor, row: int, column: int, flip: bool, padding: int) -> Ten
 @pytest.mark.parametrize("padding", [0, 2, 4])
 def test_same_draws_same_pixels(shape: tuple[int, int, int, int], padding: int) -> None:
     images = numbered(*shape)
-    result = crop_and_flip(images, torch.Generator().manual_seed(3), padding)
+    result = crop_and_flip(images, draws_of(len(images), 3, padding), padding)
     draws = torch.Generator().manual_seed(3)
     offsets = torch.randint(0, 2 * padding + 1, (2, shape[0]), generator=draws)
     flips = torch.randint(0, 2, (shape[0],), generator=draws, dtype=torch.bool)
@@ -44,7 +48,7 @@ def test_same_draws_same_pixels(shape: tuple[int, int, int, int], padding: int) 
 def test_every_image_is_one_crop_whatever_the_draws() -> None:
     """Without knowledge of how the draws are made: each result is one of the 2·(2p+1)² possible images."""
     images, padding = numbered(40, 2, 4, 3), 1
-    result = crop_and_flip(images, torch.Generator().manual_seed(0), padding)
+    result = crop_and_flip(images, draws_of(len(images), 0, padding), padding)
     chosen = set()
     for image, cut in zip(images, result, strict=True):
         matches = [
@@ -61,7 +65,7 @@ def test_every_image_is_one_crop_whatever_the_draws() -> None:
 
 def test_draws_are_uniform() -> None:
     images = numbered(1, 1, 9, 9).expand(3600, 1, 9, 9)
-    result = crop_and_flip(images, torch.Generator().manual_seed(0), 1)
+    result = crop_and_flip(images, draws_of(len(images), 0, 1), 1)
     _, counts = torch.unique(result.flatten(1), dim=0, return_counts=True)
     assert len(counts) == 18
     assert 140 <= int(counts.min()) <= int(counts.max()) <= 260
@@ -71,14 +75,14 @@ def test_draws_are_uniform() -> None:
 def test_dtype_shape_and_input_are_kept(dtype: torch.dtype) -> None:
     images = (numbered(4, 3, 8, 6) % 200).to(dtype)
     before = images.clone()
-    result = crop_and_flip(images, torch.Generator().manual_seed(0))
+    result = crop_and_flip(images, draws_of(len(images), 0))
     assert (result.dtype, result.shape) == (dtype, images.shape)
     assert torch.equal(images, before)
 
 
 def test_reproducible_without_the_global_generator() -> None:
     images, state = numbered(16, 1, 8, 8), torch.get_rng_state()
-    one, two = (crop_and_flip(images, torch.Generator().manual_seed(1)) for _ in range(2))
+    one, two = (crop_and_flip(images, draws_of(len(images), 1)) for _ in range(2))
     assert torch.equal(one, two)
-    assert not torch.equal(one, crop_and_flip(images, torch.Generator().manual_seed(2)))
+    assert not torch.equal(one, crop_and_flip(images, draws_of(len(images), 2)))
     assert torch.equal(torch.get_rng_state(), state)

@@ -13,7 +13,15 @@ import pytest
 
 from gm_probe.core import files
 from gm_probe.core.errors import StorageError
-from gm_probe.core.files import read_json, read_toml, write_atomic, write_json, write_toml
+from gm_probe.core.files import (
+    append_line,
+    read_json,
+    read_toml,
+    remove_temporary,
+    write_atomic,
+    write_json,
+    write_toml,
+)
 
 
 def _full(*_: object) -> NoReturn:
@@ -128,3 +136,19 @@ def test_folder_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(files, "_sync_folder", synced.append)
     write_atomic(tmp_path / "a", b"x")
     assert synced == [tmp_path]
+
+
+def test_lines_are_appended(tmp_path: Path) -> None:
+    for line in ("one", "zwei ü"):
+        append_line(tmp_path / "log", line)
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "one\nzwei ü\n"
+    with pytest.raises(StorageError, match="cannot write"):
+        append_line(tmp_path / "missing" / "log", "line")
+
+
+def test_only_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "state.pt", b"whole")
+    for name in (".state.pt.x1.tmp", ".hidden", "notes.tmp"):
+        (tmp_path / name).touch()
+    remove_temporary(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".hidden", "notes.tmp", "state.pt"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gm_probe.core import processes
 from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import save_checkpoint
 from gm_probe.core.datasets import Examples
@@ -21,9 +22,9 @@ from gm_probe.probe.measures import MEASURES
 ALONE = {"local_inconsistency_batchwise"}  # cuts the examples itself
 
 
-def call(arguments: list[str], processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "gm_probe", *arguments]
+def call(arguments: list[str], number: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    command = [sys.executable, *(launcher if number > 1 else []), "-m", "gm_probe", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -59,11 +60,11 @@ def test_two_processes_give_what_one_gives(folder: Path) -> None:
         "15",
     ]
     rows = []
-    for processes in (1, 2):
-        done = call(arguments, processes, folder)
+    for number in (1, 2):
+        done = call(arguments, number, folder)
         assert done.returncode == 0, done.stderr
         [result] = json.loads(done.stdout)  # printed once
-        assert result["settings"]["processes"] == processes
+        assert result["settings"]["processes"] == number
         assert result["num_examples"] == 23
         rows.append(result["measures"])
     for name, one in rows[0].items():
@@ -86,3 +87,24 @@ def test_shares_are_the_whole_in_order(count: int) -> None:
     assert torch.equal(torch.cat([part.examples.x for part in parts]), x)
     assert [part.first for part in parts] == [int(part.examples.x[0]) for part in parts]
     assert {part.total for part in parts} == {7}
+
+
+def test_a_single_process_is_all_there_is() -> None:
+    value = torch.tensor([1.0, 3.0])
+    processes.average_over_processes([value])
+    assert value.tolist() == [1.0, 3.0]
+    assert processes.from_all({"a": 1}) == [{"a": 1}]
+    processes.wait_for_all()
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "expected"),
+    [("cuda", "1", "cuda:1"), ("cuda", None, "cuda"), ("cuda:2", "1", "cuda:2"), ("cpu", "1", "cpu")],
+)
+def test_every_process_has_a_gpu_of_its_own(
+    name: str, rank: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert processes.own_device(torch.device(name)) == torch.device(expected)

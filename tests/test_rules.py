@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from gm_probe.core.errors import UsageError
-from gm_probe.training.rules import ASAM, IAMD, IAMS, METHODS, SAM, Rule
+from gm_probe.training.rules import ASAM, IAMD, IAMS, METHODS, SAM, OnePassIAMD, Rule
 
 RULES: dict[str, Callable[..., Rule]] = {
     "sgd": Rule,
@@ -25,6 +26,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "iam-d": lambda model, **o: IAMD(model, rho=0.3, beta=0.7, **o),
     "iam-d K=3": lambda model, **o: IAMD(model, rho=0.3, beta=0.7, k_steps=3, **o),
     "iam-d perturbed": lambda model, **o: IAMD(model, rho=0.3, beta=0.7, kl_grad="perturbed", **o),
+    "iam-d one pass": lambda model, **o: OnePassIAMD(model, rho=0.3, beta=0.7, **o),
     "iam-s": lambda model, **o: IAMS(model, rho=0.3, **o),
     "iam-s none": lambda model, **o: IAMS(model, rho=0.3, sign="none", **o),
     "iam-s loss": lambda model, **o: IAMS(model, rho=0.3, sign="loss", **o),
@@ -246,6 +248,220 @@ def test_noise_is_fresh_every_step(steps: int) -> None:
     assert rule.backward(x, y).inconsistency != first
 
 
+class Reference:
+    """The rules once more, slowly: a model is moved by copying it, a gradient is one loss's backward()."""
+
+    def __init__(self, rule: str, seed: int) -> None:
+        self.rule, self.generator = rule, seeded(seed)
+        self.delta: list[Tensor] | None = None  # of the one-pass rule
+
+    def moved(self, model: nn.Module, delta: list[Tensor]) -> nn.Module:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for p, d in zip(other.parameters(), delta, strict=True):
+                p += d
+        return other
+
+    def gradient(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> list[Tensor]:
+        other = copy.deepcopy(model)
+        other.zero_grad()
+        loss(other).backward()
+        return [p.grad.clone() for p in other.parameters()]  # type: ignore[union-attr]
+
+    def scaled(self, values: list[Tensor], length: float) -> list[Tensor]:
+        norm = math.sqrt(sum(float((v * v).sum()) for v in values))
+        return [v * length / norm for v in values]
+
+    def noise(self, model: nn.Module) -> list[Tensor]:
+        size = sum(p.numel() for p in model.parameters())
+        flat = torch.randn(size, generator=self.generator, dtype=torch.float64)
+        pieces = flat.split([p.numel() for p in model.parameters()])
+        return [piece.view(p.shape) for piece, p in zip(pieces, model.parameters(), strict=True)]
+
+    def kl_from(self, model: nn.Module, x: Tensor) -> Callable[[nn.Module], Tensor]:
+        """KL(model ‖ other) as a function of the other."""
+        p = copy.deepcopy(model)(x).softmax(1).detach()
+        return lambda other: (p * (p.log() - other(x).log_softmax(1))).sum(1).mean()
+
+    def ascended(self, model: nn.Module, x: Tensor, steps: int) -> list[Tensor]:
+        size = sum(p.numel() for p in model.parameters())
+        delta = [v * 0.1 / math.sqrt(size) for v in self.noise(model)]
+        for _ in range(steps):
+            delta = self.scaled(self.gradient(self.moved(model, delta), self.kl_from(model, x)), 0.3)
+        return delta
+
+    def sign(self) -> int:
+        return 2 * int(torch.randint(0, 2, (), generator=self.generator)) - 1
+
+    def both_sides(self, model: nn.Module, x: Tensor, delta: list[Tensor]) -> list[Tensor]:
+        """∇_θ KL(f_θ ‖ f_{θ+δ}): the sum of the gradients that each side has on its own."""
+        q = self.moved(model, delta)(x).log_softmax(1).detach()
+
+        def of_reference(other: nn.Module) -> Tensor:
+            log_p = other(x).log_softmax(1)
+            return (log_p.exp() * (log_p - q)).sum(1).mean()
+
+        second = self.gradient(self.moved(model, delta), self.kl_from(model, x))
+        return [a + b for a, b in zip(self.gradient(model, of_reference), second, strict=True)]
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+        def loss(other: nn.Module) -> Tensor:
+            return -other(x).log_softmax(1)[torch.arange(len(y)), y].mean()
+
+        plain = self.gradient(model, loss)
+        if self.rule == "sgd":
+            return plain
+        if self.rule == "sam":
+            return self.gradient(self.moved(model, self.scaled(plain, 0.3)), loss)
+        if self.rule == "asam":
+            named = model.named_parameters()
+            scale = [p.detach().abs() + 0.01 if "weight" in n else torch.ones_like(p) for n, p in named]
+            ahead = self.scaled([t * g for t, g in zip(scale, plain, strict=True)], 0.5)
+            return self.gradient(self.moved(model, [t * e for t, e in zip(scale, ahead, strict=True)]), loss)
+        if self.rule.startswith("iam-s"):
+            delta = self.ascended(model, x, 1)
+            sign = 1
+            if self.rule == "iam-s":
+                sign = self.sign()
+            elif self.rule == "iam-s loss":
+                rising = sum(float((g * d).sum()) for g, d in zip(plain, delta, strict=True))
+                sign = 1 if rising >= 0 else -1
+            return self.gradient(self.moved(model, [sign * d for d in delta]), loss)
+        if self.rule == "iam-d one pass":
+            if self.delta is None:
+                self.delta = self.scaled(self.noise(model), 0.3)
+            sign = self.sign()
+            delta = [sign * d for d in self.delta]
+            self.delta = self.scaled(self.gradient(self.moved(model, delta), self.kl_from(model, x)), 0.3)
+        else:
+            delta = self.ascended(model, x, 3 if self.rule == "iam-d K=3" else 1)
+        if self.rule == "iam-d perturbed":
+            term = self.gradient(self.moved(model, delta), self.kl_from(model, x))
+        else:
+            term = self.both_sides(model, x, delta)
+        return [g + 0.7 * t for g, t in zip(plain, term, strict=True)]
+
+
+@pytest.mark.parametrize("build", [tanh_mlp, normed_mlp], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("rule", RULES)
+def test_five_steps_against_a_slow_derivation(rule: str, build: Callable[[], nn.Module]) -> None:
+    """With momentum and weight decay, and BatchNorm in train mode in every pass."""
+    model = make(build)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
+    built, reference = RULES[rule](model, generator=seeded(9)), Reference(rule, 9)
+    twin, velocity = copy.deepcopy(model), [torch.zeros_like(p) for p in model.parameters()]
+    for seed in range(5):
+        x, y = data(seed=seed)
+        optimizer.zero_grad()
+        built.backward(x, y)
+        optimizer.step()
+
+        gradients = reference(twin, x, y)
+        twin(x)  # the one pass that BatchNorm's statistics see
+        with torch.no_grad():
+            for p, v, g in zip(twin.parameters(), velocity, gradients, strict=True):
+                v.mul_(0.9).add_(g + 0.01 * p)
+                p -= 0.2 * v
+    for (name, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda m: SAM(m, rho=0.0),
+        lambda m: ASAM(m, rho=0.0),
+        lambda m: IAMD(m, rho=0.0),
+        lambda m: OnePassIAMD(m, rho=0.0),
+        lambda m: IAMS(m, rho=0.0),
+    ],
+)
+def test_radius_zero_is_sgd(build: Callable[[nn.Module], Rule]) -> None:
+    model = make(normed_mlp)
+    twin = copy.deepcopy(model)
+    rule, plain = build(model), torch.optim.SGD(twin.parameters(), lr=0.3, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    for seed in range(4):
+        x, y = data(seed=seed)
+        optimizer.zero_grad()
+        rule.backward(x, y)
+        optimizer.step()
+        plain.zero_grad()
+        functional.cross_entropy(twin(x), y).backward()
+        plain.step()
+    for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_the_carried_delta_finds_the_sharpest_direction() -> None:
+    """On one batch and still weights the one-pass rule is the power iteration: δ ends at F's eigenvector."""
+    model, (x, y) = make(), data(30)
+    rule = OnePassIAMD(model, rho=1e-4, generator=seeded(1))
+    for _ in range(200):
+        rule.backward(x, y)
+    names, flat = [n for n, _ in model.named_parameters()], [p.detach() for p in model.parameters()]
+
+    def logits(*values: Tensor) -> Tensor:
+        return functional_call(model, dict(zip(names, values, strict=True)), (x,))
+
+    jacobians = torch.autograd.functional.jacobian(logits, tuple(flat))
+    j = torch.cat([part.reshape(30, 3, -1) for part in jacobians], 2)
+    p = model(x).softmax(1).detach()
+    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    fisher = torch.einsum("ncp,ncd,ndq->pq", j, middle, j) / 30
+    leading = torch.linalg.eigh(fisher).eigenvectors[:, -1]
+    assert rule.delta is not None
+    assert float(rule.delta.norm()) == pytest.approx(1e-4)
+    assert abs(float(functional.cosine_similarity(rule.delta, leading, dim=0))) > 0.99
+
+
+def test_a_delta_without_a_direction_stays() -> None:
+    """A network that no parameter moves has a flat KL; then one that overflows."""
+
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.factor = nn.Parameter(torch.ones(3, 3)), 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.factor * (x @ self.weight)
+
+    model, x, y = Idle(), torch.randn(4, 3, generator=seeded()), torch.arange(4) % 3
+    rule = OnePassIAMD(model, generator=seeded())
+    rule.backward(x, y)
+    first = rule.delta
+    for factor in (0.0, math.inf):
+        model.factor = factor
+        rule.backward(x, y)
+        assert first is not None
+        assert rule.delta is not None
+        assert torch.equal(rule.delta, first)
+    model.factor = 1.0
+    rule.backward(x, y)
+    assert not torch.equal(rule.delta, first)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_state_dict_round_trip(rule: str, tmp_path: Path) -> None:
+    """Two steps, saved through a file, two more in a new rule: as four in one."""
+
+    def four(broken: bool) -> list[Tensor]:
+        model, gradients = make(), []
+        built = RULES[rule](model, generator=seeded(3))
+        for seed in range(4):
+            if seed == 2 and broken:
+                torch.save(built.state_dict(), tmp_path / "rule.pt")
+                built = RULES[rule](model, generator=seeded(77))
+                built.load_state_dict(torch.load(tmp_path / "rule.pt", weights_only=True))
+            model.zero_grad()
+            built.backward(*data(seed=seed))
+            gradients.append(grads(model))
+        return gradients
+
+    for straight, resumed in zip(four(broken=False), four(broken=True), strict=True):
+        assert torch.equal(straight, resumed)
+
+
 # what holds for all of them
 
 
@@ -403,9 +619,19 @@ def test_the_criterion_is_used(rule: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "passes"), [("sgd", 3), ("sam", 6), ("asam", 6), ("iam-d", 9), ("iam-s", 7)]
+    ("rule", "options", "passes"),
+    [
+        ("sgd", {}, 3),
+        ("sam", {}, 6),
+        ("asam", {}, 6),
+        ("iam-d", {}, 9),
+        ("iam-d", {"k_steps": 3}, 15),
+        ("iam-d-onepass", {}, 6),
+        ("iam-s", {}, 7),
+        ("iam-s", {"sign": "loss"}, 9),
+    ],
 )
-def test_cost_in_forward_units(rule: str, passes: float) -> None:
+def test_cost_in_forward_units(rule: str, options: dict[str, Any], passes: float) -> None:
     """METHOD.md, training rules: counted, a backward pass as two."""
     calls = {"forward": 0, "backward": 0}
 
@@ -428,7 +654,7 @@ def test_cost_in_forward_units(rule: str, passes: float) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return Count.apply(self.inner(x))
 
-    built = METHODS[rule](Counted())
+    built = METHODS[rule](Counted(), **options)
     built.backward(*data())
     assert calls["forward"] + 2 * calls["backward"] == passes == built.passes
 
@@ -440,6 +666,8 @@ def test_cost_in_forward_units(rule: str, passes: float) -> None:
         lambda m: SAM(m, rho=math.nan),
         lambda m: Rule(m, m=0),
         lambda m: IAMD(m, k_steps=0),
+        lambda m: OnePassIAMD(m, beta=0.0),
+        lambda m: OnePassIAMD(m, rho=-1.0),
     ],
 )
 def test_options_that_make_no_sense(make_rule: Callable[[nn.Module], Rule]) -> None:
@@ -467,3 +695,151 @@ def test_dropout_draws_the_same_units_in_every_pass() -> None:
     for p, gradient in zip(model.parameters(), moved, strict=True):
         torch.testing.assert_close(p.grad, gradient)
     assert torch.equal(torch.rand(1), after)  # the global generator went on as after one pass
+
+
+# float16
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("m", [None, 3])
+def test_scaler_multiplies_the_final_gradient_only(rule: str, m: int | None) -> None:
+    """Whatever the factor, the perturbation is the same: unscaled, the gradient is the plain one."""
+    model, (x, y) = make(), data()
+    plain = rule_gradient(rule, model, x, y, m=m, generator=seeded(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.zero_grad(set_to_none=True)
+    RULES[rule](model, m=m, generator=seeded(2)).backward(x, y, scaler=scaler)
+    torch.testing.assert_close(grads(model), plain * 1024, **CLOSE)
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(grads(model), plain, **CLOSE)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "sgd"])
+def test_overflow_in_the_inner_gradient_skips_the_step(rule: str) -> None:
+    """The first backward pass, at which the perturbation is found, overflows; the outer one would not have."""
+
+    class Overflow(torch.autograd.Function):
+        calls = 0
+
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            Overflow.calls += 1
+            return grad * math.inf if Overflow.calls == 1 else grad
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Overflow.apply(self.inner(x))
+
+    model, (x, y) = Model(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    built = RULES[rule](model, generator=seeded())
+    before = copy.deepcopy(model.state_dict())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        built.backward(x, y, scaler=scaler)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    step()
+    assert scaler.get_scale() == 4.0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    step()  # nothing of the overflow has stayed
+    assert scaler.get_scale() == 4.0
+    assert not torch.equal(model.inner[0].weight, before["inner.0.weight"])  # type: ignore[index]
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_small_gradients_survive_float16(rule: str) -> None:
+    """A gradient that float16 rounds to zero: with the scaler's factor its direction is the exact one."""
+
+    class Half(torch.autograd.Function):
+        """Passes gradients on as float16 does."""
+
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return (grad * 2.0**-24).half().double() * 2.0**24
+
+    class Model(nn.Module):
+        def __init__(self, half: bool) -> None:
+            super().__init__()
+            self.inner, self.half = make(), half
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.inner(x)
+            return Half.apply(z) if self.half else z
+
+    x, y = data()
+    exact, half = Model(False), Model(True)
+    expected = rule_gradient(rule, exact, x, y, generator=seeded(2))
+    assert float(rule_gradient(rule, half, x, y, generator=seeded(2)).nan_to_num().abs().max()) == 0
+    half.zero_grad(set_to_none=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)
+    RULES[rule](half, generator=seeded(2)).backward(x, y, scaler=scaler)
+    assert float(functional.cosine_similarity(grads(half), expected, dim=0)) > 0.9999
+
+
+# in anybody's loop
+
+
+def test_gradients_of_two_parameters_are_two_tensors() -> None:
+    """Autograd hands out one tensor for both summands; clipped in place it would be clipped twice."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (nn.Parameter(torch.zeros(4, 3)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (self.one + self.two)
+
+    for rule in RULES.values():
+        model = Sum()
+        rule(model).backward(torch.randn(4, 3, generator=seeded()), torch.arange(4) % 3)
+        before = model.one.grad.clone()  # type: ignore[union-attr]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), float(before.norm()))
+        torch.testing.assert_close(model.one.grad, before / math.sqrt(2))
+        torch.testing.assert_close(model.two.grad, before / math.sqrt(2))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("build", [tanh_mlp, normed_mlp], ids=lambda b: b.__name__)
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_compiled_model(rule: str, build: Callable[[], nn.Module]) -> None:
+    model, (x, y) = make(build), data()
+    plain = rule_gradient(rule, copy.deepcopy(model), x, y, generator=seeded(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(rule_gradient(rule, compiled, x, y, generator=seeded(2)), plain, **CLOSE)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_with_adamw_scheduler_and_clipping(rule: str) -> None:
+    model, (x, _) = make(seed=3), data(24)
+    y = x.argmax(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=30)
+    built, losses = RULES[rule](model, generator=seeded()), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(float(built.backward(x, y).loss))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    assert losses[-1] < 0.8 * losses[0]

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.datasets import open_source
-from gm_probe.core.errors import BusyError, DataError, DivergedError, UsageError
+from gm_probe.core.errors import BusyError, CheckpointError, DataError, DivergedError, UsageError
 from gm_probe.core.files import exclusive
-from gm_probe.core.records import CHECKPOINT, SPLIT, STATE, read_metrics, read_run
+from gm_probe.core.records import BEST, CHECKPOINT, SPLIT, STATE, read_metrics, read_run
 from gm_probe.training import loop, parts
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.loop import lr_factor, make_optimizer, train
+from gm_probe.training.loop import train
 from gm_probe.training.parts import load_splits, own_unlabeled
-from gm_probe.training.rules import METHODS, Step
+from gm_probe.training.rules import METHODS, Rule, Step
+from gm_probe.training.schedule import lr_factor
+from gm_probe.training.updates import make_optimizer
 
 BASE: dict[str, Any] = {
     "data": "digits",
@@ -123,13 +126,13 @@ def test_first_epoch_by_hand(tmp_path: Path) -> None:
 
 def test_every_epoch_sees_every_example_once_in_a_new_order(tmp_path: Path) -> None:
     training = loop.Training(config(batch_size=48), tmp_path)
-    backward, seen = training.rule.backward, []
+    backward, seen = training.updates.rule.backward, []
 
-    def watch(x: Tensor, y: Tensor) -> Step:
+    def watch(x: Tensor, y: Tensor, scaler: None) -> Step:
         seen.append(x.flatten(1))
         return backward(x, y)
 
-    training.rule.backward = watch  # type: ignore[method-assign]
+    training.updates.rule.backward = watch  # type: ignore[method-assign]
     orders = []
     for _ in range(2):
         seen.clear()
@@ -158,9 +161,13 @@ RESUMED = {
     "adamw": {"optimizer": "adamw", "lr": 0.01, "method": "iam-d"},
     "cosine": {"schedule": "cosine", "warmup_epochs": 1.0},
     "multi-step": {"schedule": "multi-step", "milestones": [1, 3]},
-    "augmented": {"augment": True, "model": "6cnn", "num_train": 64, "batch_size": 32},
-    "batch norm": {"model": "wrn-10-1", "method": "iam-s", "num_train": 48, "batch_size": 16},
+    "augmented": {"augment": True, "model": "6cnn", "num_train": 80, "batch_size": 16},
+    "batch norm": {"model": "wrn-10-1", "method": "iam-s", "num_train": 48, "batch_size": 10},
     "evaluated and tracked": {"eval_every": 2, "track_every": 1, "method": "sam", "m": 32},
+    "averaged and clipped": {"ema_decay": 0.8, "clip_norm": 0.5, "schedule": "linear", "min_lr": 0.01},
+    "fp16": {"amp": "fp16", "method": "iam-d"},
+    "one pass, bf16": {"amp": "bf16", "method": "iam-d-onepass", "m": 20},
+    "dropout": {"model": f"{Path(__file__).parent / 'networks.py'}:dropout_mlp", "method": "iam-d"},
 }
 
 
@@ -175,6 +182,103 @@ def test_resumed_run_is_bit_identical(name: str, tmp_path: Path) -> None:
     assert rows(tmp_path / "broken") == rows(tmp_path / "straight")
     assert {**broken, "train_seconds": 0} == {**straight, "train_seconds": 0}
     assert not (tmp_path / "broken" / STATE).exists()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_from_within_an_epoch(name: str, every: int, tmp_path: Path) -> None:
+    """Broken off at every second step or so of a run; ``every`` is no matter of what is computed."""
+    settings = config(**{"epochs": 2, "weight_decay": 1e-3, "batch_size": 40, **RESUMED[name]})
+    straight = train(settings, tmp_path / "straight")
+    broken = settings.replace(checkpoint_every=every)
+    batch, taken = loop.Training._batch, 0
+    within: list[int] = []
+
+    def interrupted(self: loop.Training, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal taken
+        taken += 1
+        if taken > every + 1:
+            raise Interrupted
+        return batch(self, chosen, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Training, "_batch", interrupted)
+        while True:
+            taken = 0
+            try:
+                result = train(broken, tmp_path / "broken", resume=True)
+                break
+            except Interrupted:
+                if (tmp_path / "broken" / STATE).exists():
+                    within.append(torch.load(tmp_path / "broken" / STATE, weights_only=True)["step"])
+    assert len(within) >= 2
+    assert max(within) > 0
+    files = [tmp_path / run / CHECKPOINT for run in ("broken", "straight")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert rows(tmp_path / "broken") == rows(tmp_path / "straight")
+    assert {**result, "train_seconds": 0} == {**straight, "train_seconds": 0}
+
+
+def test_a_state_of_the_first_release_is_resumed(tmp_path: Path) -> None:
+    """It held no more than epoch, model and optimizer."""
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 3:
+            raise Interrupted
+
+    settings = config(epochs=4, method="iam-d")
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "old", notify=stop)
+    state = torch.load(tmp_path / "old" / STATE, weights_only=True)
+    torch.save({name: state[name] for name in ("epoch", "model", "optimizer")}, tmp_path / "old" / STATE)
+    train(settings, tmp_path / "old", resume=True)
+    train(settings, tmp_path / "new")
+    assert (tmp_path / "old" / CHECKPOINT).read_bytes() == (tmp_path / "new" / CHECKPOINT).read_bytes()
+
+
+def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
+    def stop(row: dict[str, Any]) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(config(), tmp_path, notify=stop)
+    left = tmp_path / f".{STATE}.abc.tmp"
+    left.write_bytes(b"half")
+    train(config(), tmp_path, resume=True)
+    assert not left.exists()
+    (tmp_path / STATE).write_bytes(b"the last kill came between summary and this")
+    assert train(config(), tmp_path, resume=True)["status"] == "finished"
+    assert not (tmp_path / STATE).exists()
+
+
+def test_state_of_other_processes_is_refused(tmp_path: Path) -> None:
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(config(), tmp_path, notify=stop)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    torch.save({**state, "random": state["random"] * 2}, tmp_path / STATE)
+    with pytest.raises(UsageError, match="2 process"):
+        train(config(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", None], ids=["empty", "text", "another model"])
+def test_broken_state_is_named(content: bytes | None, tmp_path: Path) -> None:
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(config(), tmp_path, notify=stop)
+    if content is None:
+        state = torch.load(tmp_path / STATE, weights_only=True)
+        torch.save({**state, "model": {}}, tmp_path / STATE)
+    else:
+        (tmp_path / STATE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be resumed from"):
+        train(config(), tmp_path, resume=True)
 
 
 def test_resume_goes_on_from_the_saved_epoch(tmp_path: Path) -> None:
@@ -258,6 +362,19 @@ def test_diverged_run_says_so(method: str, tmp_path: Path) -> None:
         train(settings, tmp_path, resume=True)
 
 
+def test_the_last_good_state_stays(tmp_path: Path) -> None:
+    """Warm-up reaches a rate that no weight survives in the third epoch."""
+    settings = config(epochs=4, warmup_epochs=4.0, lr=1e9, model="mlp-64", eval_every=1, checkpoint_every=1)
+    with pytest.raises(DivergedError, match="not finite"):
+        train(settings, tmp_path)
+    assert read_run(tmp_path).status == "diverged"
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    good = read_checkpoint(tmp_path / STATE)  # can be measured
+    for name, value in good.state.items():
+        assert bool(torch.isfinite(value).all())
+        assert torch.equal(value, state["model"][name])
+
+
 @pytest.mark.parametrize("eval_every", [0, 1])
 def test_divergence_in_the_last_step_is_noticed(eval_every: int, tmp_path: Path) -> None:
     """The last update leaves finite weights whose outputs overflow: only the evaluation can see it."""
@@ -281,7 +398,13 @@ def test_divergence_in_the_last_step_is_noticed(eval_every: int, tmp_path: Path)
         {"label_smoothing": 1.5},
         {"rho": -0.1},
         {"m": 0},
-        {"amp": "fp16"},
+        {"amp": "half"},
+        {"clip_norm": 0.0},
+        {"ema_decay": 1.0},
+        {"checkpoint_every": 0},
+        {"min_lr": 0.01},
+        {"schedule": "linear", "min_lr": 0.2},
+        {"method": "iam-d-onepass", "beta": 0.0},
         {"learning_rate": 0.1},
     ],
     ids=str,
@@ -394,6 +517,10 @@ def test_stop_ce_out_of_reach(tmp_path: Path) -> None:
         ({}, {0: 1, 5.5: 1, 9.99: 1}),
         ({"schedule": "cosine"}, {0: 1, 2.5: (1 + math.sqrt(0.5)) / 2, 5: 0.5, 10: 0}),
         ({"schedule": "cosine", "warmup_epochs": 2.0}, {0: 0, 1: 0.5, 2: 1, 6: 0.5, 10: 0}),
+        ({"schedule": "cosine", "min_lr": 0.01}, {0: 1, 5: 0.55, 10: 0.1}),
+        ({"schedule": "linear"}, {0: 1, 2.5: 0.75, 10: 0}),
+        ({"schedule": "linear", "warmup_epochs": 2.0}, {0: 0, 1: 0.5, 2: 1, 4: 0.75, 10: 0}),
+        ({"schedule": "linear", "warmup_epochs": 2.0, "min_lr": 0.02}, {1: 0.5, 2: 1, 6: 0.6, 10: 0.2}),
         ({"warmup_epochs": 0.5}, {0.25: 0.5, 0.5: 1, 3: 1}),
         (
             {"schedule": "multi-step", "milestones": [3, 6], "gamma": 0.2},
@@ -426,6 +553,226 @@ def test_optimizers() -> None:
     adamw = make_optimizer(config(optimizer="adamw", lr=0.01, weight_decay=0.3), model)
     assert isinstance(adamw, torch.optim.AdamW)
     assert adamw.param_groups[0]["weight_decay"] == 0.3
+
+
+# what a step does beside the rule
+
+
+def by_hand(settings: TrainConfig, folder: Path, steps: int, clip: float) -> list[dict[str, Tensor]]:
+    """Weights after each full-batch gradient step with clipping, without any of the loop's code."""
+    training = loop.Training(settings, folder)
+    model, part = training.model, training.splits.train
+    assert part.y is not None
+    x = part.x.double() / 255
+    x = ((x - x.mean()) / x.std(correction=0)).float()
+    states = []
+    for _ in range(steps):
+        model.zero_grad()
+        functional.cross_entropy(model(x), part.y).backward()
+        gradients = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p -= settings.lr * g * min(1.0, clip / norm)
+        states.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    return states
+
+
+def test_clipping_and_averaging_by_hand(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    settings = config(epochs=3, batch_size=200, lr=0.3, momentum=0.0, clip_norm=0.4, ema_decay=0.7)
+    states = by_hand(settings, tmp_path / "twin", steps=3, clip=0.4)
+    summary = train(settings, tmp_path / "run")
+    average = states[0]
+    for state in states[1:]:
+        average = {name: 0.7 * average[name] + 0.3 * state[name] for name in state}
+    for name, value in load_file(tmp_path / "run" / CHECKPOINT).items():
+        torch.testing.assert_close(value, average[name], rtol=1e-4, atol=1e-6)
+    unclipped = train(settings.replace(clip_norm=None), tmp_path / "unclipped")
+    assert unclipped["train_ce"] != pytest.approx(summary["train_ce"], rel=1e-3)
+
+
+def test_the_average_is_what_is_evaluated_tracked_and_saved(tmp_path: Path) -> None:
+    """With a decay near 1 it stays by the first step's weights, however far the model goes."""
+    common = {"epochs": 3, "eval_every": 1, "track_every": 1, "model": "mlp-32"}
+    seen = train(config(ema_decay=0.9999, **common), tmp_path / "slow")
+    plain = train(config(**common), tmp_path / "plain")
+    slow, fast = rows(tmp_path / "slow"), rows(tmp_path / "plain")
+    assert [row["running_loss"] for row in slow] == [row["running_loss"] for row in fast]
+    assert seen["train_ce"] > 2 * plain["train_ce"]
+    assert [row["test_ce"] for row in slow] == pytest.approx([seen["test_ce"]] * 3, rel=0.02)
+    assert slow[2]["local_inconsistency"] == pytest.approx(slow[0]["local_inconsistency"], rel=0.1)
+    assert fast[2]["local_inconsistency"] > 2 * fast[0]["local_inconsistency"]
+
+
+def test_averaged_weights_keep_the_models_batch_norm_statistics(tmp_path: Path) -> None:
+    training = loop.Training(config(model="wrn-10-1", ema_decay=0.5, num_train=48, batch_size=16), tmp_path)
+    training.run_epoch()
+    ours, models = dict(training.updates.result.named_buffers()), dict(training.model.named_buffers())
+    assert ours
+    assert all(torch.equal(value, models[name]) for name, value in ours.items())
+    first = next(training.updates.result.parameters())
+    assert not torch.equal(first, next(training.model.parameters()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sub_batches_accumulate_the_gradient(method: str, tmp_path: Path) -> None:
+    """Without a perturbation (ρ = 0) the whole batch's gradient, whatever the sub-batches; with one, not."""
+    from safetensors.torch import load_file
+
+    common: dict[str, Any] = {"method": method, "epochs": 2, "batch_size": 100}
+    for rho in (0.0, 0.5):
+        whole, parts_ = (
+            (train(config(**common, rho=rho, m=m), tmp_path / f"{rho}-{m}"), tmp_path / f"{rho}-{m}")[1]
+            for m in (None, 30)
+        )
+        one, other = load_file(whole / CHECKPOINT), load_file(parts_ / CHECKPOINT)
+        same = all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-5) for name in one)
+        assert same == (rho == 0.0 or method == "sgd")
+
+
+def test_the_weights_of_the_lowest_test_error_are_kept(tmp_path: Path) -> None:
+    settings = config(epochs=12, eval_every=1, lr=0.9, batch_size=20)  # too fast: the error goes up and down
+    summary = train(settings, tmp_path)
+    errors = [row["test_error"] for row in rows(tmp_path)]
+    best = errors.index(min(errors))
+    assert best < 11
+    assert summary["test_error_min"] == min(errors) < summary["test_error"]
+    training = loop.Training(settings, tmp_path / "twin")
+    for _ in range(best + 1):
+        training.run_epoch()
+    kept = read_checkpoint(tmp_path / BEST)
+    for name, value in training.model.state_dict().items():
+        assert torch.equal(kept.state[name], value)
+    train(config(epochs=1), tmp_path / "blind")
+    assert not (tmp_path / "blind" / BEST).exists()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_learns_as_well(amp: str, method: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    settings = config(method=method, epochs=8, num_train=600)
+    full = train(settings, tmp_path / "full")
+    half = train(settings.replace(amp=amp), tmp_path / "half")
+    assert half["train_error"] < 0.15
+    assert half["train_ce"] != full["train_ce"]
+    assert {value.dtype for value in load_file(tmp_path / "half" / CHECKPOINT).values()} == {torch.float32}
+    assert all(("skipped_steps" in row) == (amp == "fp16") for row in rows(tmp_path / "half"))
+
+
+def overflowing(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Let the gradient of the given steps (from 1) overflow once it is scaled."""
+    backward, taken = Rule.backward, 0
+
+    def wrapped(self: Rule, x: Tensor, y: Tensor, **options: Any) -> Step:
+        nonlocal taken
+        taken += 1
+        seen = backward(self, x, y, **options)
+        if taken in steps:
+            next(p for p in self.model.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf  # type: ignore[union-attr]
+        return seen
+
+    monkeypatch.setattr(Rule, "backward", wrapped)
+
+
+def test_overflowed_steps_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if these batches had not been: weights, momentum and running sums."""
+    overflowing(monkeypatch, {2, 3})
+    training = loop.Training(config(amp="fp16", batch_size=40), tmp_path)
+    training.updates.scaler = torch.amp.GradScaler(
+        "cpu", init_scale=2.0**10
+    )  # below what overflows by itself
+    states, step = [], training._step
+
+    def watched(chosen: Tensor, x: Tensor) -> None:
+        step(chosen, x)
+        states.append(
+            ({n: v.clone() for n, v in training.model.state_dict().items()}, training.progress.sums.tolist())
+        )
+
+    training._step = watched  # type: ignore[method-assign]
+    row = training.run_epoch()
+    assert row["skipped_steps"] == 2
+    assert training.updates.scaler.get_scale() == 2.0**8
+    weights, sums = zip(*states, strict=True)
+    assert [s[0] for s in sums] == [40, 40, 40, 80, 120]
+    for name, value in weights[0].items():
+        assert torch.equal(weights[1][name], value)
+        assert torch.equal(weights[2][name], value)
+    assert any(not torch.equal(weights[3][name], value) for name, value in weights[0].items())
+    assert row["running_loss"] == sums[-1][1] / 120
+
+
+def test_the_scalers_factor_is_part_of_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overflowing(monkeypatch, {2})
+    training = loop.Training(config(amp="fp16"), tmp_path)
+    training.begin()
+    training.run_epoch()
+    training.save_state()
+    resumed = loop.Training(config(amp="fp16"), tmp_path)
+    before = resumed.updates.scaler.state_dict()
+    resumed.load_state()
+    assert resumed.updates.scaler.state_dict() == training.updates.scaler.state_dict() != before
+
+
+def test_an_epoch_of_overflows_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overflowing(monkeypatch, set(range(1000)))
+    with pytest.raises(DivergedError, match="every gradient overflowed"):
+        train(config(amp="fp16"), tmp_path)
+
+
+def test_deterministic_is_for_the_run_alone(tmp_path: Path) -> None:
+    seen = []
+    train(
+        config(epochs=1, deterministic=True),
+        tmp_path,
+        notify=lambda row: seen.append(torch.are_deterministic_algorithms_enabled()),
+    )
+    assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_identity_of_older_runs_is_kept() -> None:
+    """Settings that came later are at their default in them; how often the state is saved is no part of a run."""
+    known = {"data": "digits", "model": "mlp-16", "lr": 0.1}
+    assert TrainConfig.from_dict(known).identity() == {"model": "mlp-16", "lr": 0.1}
+    assert config(checkpoint_every=5).identity() == config().identity()
+    for changes in ({"ema_decay": 0.9}, {"clip_norm": 1.0}, {"deterministic": True}):
+        assert config(**changes).identity() != config().identity()
+
+
+def test_images_that_do_not_fit_into_memory_train_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for index in range(60):
+        folder = tmp_path / "data" / str(index % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    settings = config(
+        data=str(tmp_path / "data"),
+        num_train=30,
+        num_unlabeled=15,
+        num_test=15,
+        batch_size=7,
+        augment=True,
+        checkpoint_every=3,
+    )
+    train(settings, tmp_path / "memory")
+    monkeypatch.setattr("gm_probe.core.images.IN_MEMORY", 0)
+    parts._open.cache_clear()
+    assert not isinstance(load_splits(settings).train.x, Tensor)
+    train_interrupted(settings, tmp_path / "files", 1)
+    parts._open.cache_clear()
+    assert rows(tmp_path / "files") == rows(tmp_path / "memory")
+    one, other = (tmp_path / name / CHECKPOINT for name in ("files", "memory"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 # global state

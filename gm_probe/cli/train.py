@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from gm_probe.cli.output import note, notes_console, number, print_json, results_console, table
 from gm_probe.cli.progress import progress_bar
+from gm_probe.cli.tensorboard import Events
 from gm_probe.core.errors import UsageError
 
 
@@ -37,8 +39,8 @@ def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list
 )
 @click.option("--split-seed", type=int, help="Seed of the split, apart from --seed.  [default: 0]")
 @click.option("--model", help="Network; see `gmprobe models`.  [default: 6cnn]")
-@click.option("--method", help="sgd, sam, asam, iam-d or iam-s.  [default: sgd]")
-@click.option("--rho", type=float, help="Radius ρ.  [default: 0.05 sam, 0.5 asam, 0.1 iam-d and iam-s]")
+@click.option("--method", help="sgd, sam, asam, iam-d, iam-d-onepass or iam-s.  [default: sgd]")
+@click.option("--rho", type=float, help="Radius ρ.  [default: 0.05 sam, 0.5 asam, 0.1 iam-*]")
 @click.option("--beta", type=float, help="Weight β of IAM-D's KL term.  [default: 1]")
 @click.option("--k-steps", type=int, help="Ascent steps K.  [default: 1]")
 @click.option("--noise-scale", type=float, help="Length of the ascent's random start.  [default: 0.1]")
@@ -47,7 +49,11 @@ def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list
 )
 @click.option("--sign", help="IAM-S: random, none or loss.  [default: random]")
 @click.option("--eta", type=float, help="ASAM's η.  [default: 0.01]")
-@click.option("--m", type=click.IntRange(1), help="Sub-batch size of m-sharpness.  [default: the batch]")
+@click.option(
+    "--m",
+    type=click.IntRange(1),
+    help="Work batches off in sub-batches of this size: gradient accumulation; m-sharpness.  [default: whole]",
+)
 @click.option("--optimizer", help="Base optimizer: sgd or adamw.  [default: sgd]")
 @click.option("--lr", type=float, help="Learning rate.  [default: 0.05]")
 @click.option("--momentum", type=float, help="[default: 0.9]")
@@ -55,10 +61,15 @@ def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list
 @click.option("--weight-decay", type=float, help="[default: 0]")
 @click.option("--epochs", type=int, help="[default: 30]")
 @click.option("--batch-size", type=int, help="[default: 128]")
-@click.option("--schedule", help="constant, cosine or multi-step.  [default: constant]")
+@click.option("--schedule", help="constant, cosine, linear or multi-step.  [default: constant]")
 @click.option("--milestones", callback=_milestones, metavar="E1,E2", help="Epochs of multi-step.")
 @click.option("--gamma", type=float, help="Factor at each milestone.  [default: 0.2]")
 @click.option("--warmup-epochs", type=float, help="Linear warm-up.  [default: 0]")
+@click.option("--min-lr", type=float, help="Where cosine and linear end.  [default: 0]")
+@click.option("--clip-norm", type=float, help="Scale gradients down to this norm.  [default: never]")
+@click.option(
+    "--ema-decay", type=float, help="Evaluate and save a moving average of the weights.  [default: none]"
+)
 @click.option("--label-smoothing", type=float, help="[default: 0]")
 @click.option("--augment", is_flag=True, default=None, help="Zero-pad by 4, crop, flip.")
 @click.option("--stop-ce", type=float, help="Stop once the training cross-entropy is at most this.")
@@ -67,7 +78,13 @@ def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list
 )
 @click.option("--track-every", type=int, help="Epochs between measurements of S_ρ (0 = never).  [default: 0]")
 @click.option("--track-rho", type=float, help="Radius of that S_ρ.  [default: 0.1]")
-@click.option("--amp", help="none or bf16.  [default: none]")
+@click.option("--amp", help="none, bf16 or fp16.  [default: none]")
+@click.option("--deterministic", is_flag=True, default=None, help="Bit-identical runs on a GPU too; slower.")
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(1),
+    help="Save the state every so many steps, beside every epoch.",
+)
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="auto, cpu, cuda, cuda:1 or mps.  [default: auto]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
@@ -76,26 +93,35 @@ def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list
 @click.option(
     "--save", type=click.Path(path_type=Path), help="Also write the final weights here (.pt, .safetensors)."
 )
+@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events below --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
 def train(
-    out: Path | None, resume: bool, save: Path | None, as_json: bool, quiet: bool, **given: Any
+    out: Path | None,
+    resume: bool,
+    save: Path | None,
+    tensorboard: bool,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
 ) -> None:
     """Train one model; without --data on the bundled handwritten digits.
 
     The data is cut by seed into disjoint train, unlabeled and test parts. The run folder holds configuration,
     metrics, final weights and, until it has finished, the state to resume from.
+
+    With several GPUs or machines:  torchrun --nproc-per-node N -m gm_probe train ...
     """
     import torch
 
-    from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
-    from gm_probe.core.loading import load_model
+    from gm_probe.core import processes
+    from gm_probe.core.devices import keep_freed_memory, pick_device
     from gm_probe.core.records import CONFIG, read_run
     from gm_probe.sweep.recipe import run_name
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
 
-    console = notes_console(quiet)
+    console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
     settings = {key: value for key, value in given.items() if value is not None}
     if resume and out is not None and (out / CONFIG).exists():  # a run knows its own settings
         settings = {**TrainConfig.from_record(read_run(out).config).as_dict(), **settings}
@@ -110,18 +136,27 @@ def train(
         out = Path("runs") / run_name(
             config, {"method": config.method, "model": config.model, "seed": config.seed}
         )
-    with progress_bar("epochs", config.epochs, quiet=quiet) as bar:
+    keep_freed_memory()
+    with processes.joined(pick_device(config.device)):
+        speaks = processes.rank() == 0  # of several processes, one prints and writes
+        events = Events(out) if tensorboard and speaks else None
+        with progress_bar("epochs", config.epochs, quiet=quiet or not speaks) as bar:
 
-        def notify(row: dict[str, Any]) -> None:
-            bar.update(row["epoch"], state=f"{row['epoch']}/{config.epochs}  loss {row['running_loss']:.3g}")
+            def notify(row: dict[str, Any]) -> None:
+                epoch, loss = row["epoch"], row["running_loss"]
+                bar.update(epoch, state=f"{epoch}/{config.epochs}  loss {loss:.3g}")
+                if events is not None:
+                    events.write(row)
 
-        summary = loop.train(config, out, resume=resume, notify=notify)
+            try:
+                summary = loop.train(config, out, resume=resume, notify=notify)
+            finally:
+                if events is not None:
+                    events.close()
+    if not speaks:
+        return
     if save is not None:
-        checkpoint = read_checkpoint(out)
-        assert checkpoint.model is not None
-        assert checkpoint.normalization is not None
-        model = load_model(checkpoint, config.model)
-        save_checkpoint(save, model, checkpoint.model, checkpoint.normalization, checkpoint.classes)
+        _save(out, config.model, save)
     if as_json:
         print_json({"out": str(out), **summary})
         return
@@ -133,3 +168,15 @@ def train(
     title = f"{out}  {config.method}, {summary['epochs']} epochs"
     results_console().print(table(title, ["", "error", "cross-entropy", "examples"], rows))
     note(console, f"next:  gmprobe measure {out}")
+
+
+def _save(run: Path, model_name: str, path: Path) -> None:
+    """Write a run's weights to ``path`` too, in the format that its suffix names."""
+    from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
+    from gm_probe.core.loading import load_model
+
+    checkpoint = read_checkpoint(run)
+    assert checkpoint.model is not None
+    assert checkpoint.normalization is not None
+    model = load_model(checkpoint, model_name)
+    save_checkpoint(path, model, checkpoint.model, checkpoint.normalization, checkpoint.classes)

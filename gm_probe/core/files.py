@@ -64,6 +64,27 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add ``line`` to ``path`` and sync it.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what a killed ``write_atomic`` left in ``folder``; nobody else may be writing there."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process alone; the lock goes with the process, however it ends.

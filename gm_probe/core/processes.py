@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -27,6 +28,37 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def average_over_processes(values: Sequence[Tensor]) -> None:
+    """Set each of ``values``, of one dtype, to its mean over the processes, in place."""
+    if not _together() or not values:
+        return
+    mean = sum_over_processes(torch.cat([value.reshape(-1) for value in values])) / count()
+    for value, piece in zip(values, mean.split([value.numel() for value in values]), strict=True):
+        value.copy_(piece.view_as(value))
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's ``value``, in the order of their ranks."""
+    if not _together():
+        return [value]
+    values: list[Any] = [None] * count()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Go on once every process is here."""
+    if _together():
+        distributed.barrier()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """``device``, or where it is just "a GPU" and ``torchrun`` started several processes, this one's GPU."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
 def everywhere(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` holds in every process: what decides on the passes to come must be the same in all."""
     return int(sum_over_processes(torch.tensor(int(flag), device=device))) == count()
@@ -36,9 +68,7 @@ def gather_examples(values: Tensor) -> Tensor:
     """Join each process's per-example values (n, ...) to (N, ...) in the order of the examples."""
     if not _together():
         return values
-    parts: list[Tensor | None] = [None] * count()
-    distributed.all_gather_object(parts, values.cpu())
-    return torch.cat([part for part in parts if part is not None]).to(values.device)
+    return torch.cat(from_all(values.cpu())).to(values.device)
 
 
 @contextmanager
@@ -47,6 +77,8 @@ def joined(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or _together():
         yield
         return
+    if device.type == "cuda":  # which the collectives of plain objects use
+        torch.cuda.set_device(own_device(device))
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield

@@ -6,7 +6,8 @@ A run is a folder::
     split.json               indices of its train, unlabeled and test examples
     metrics.jsonl            one line an epoch
     checkpoint.safetensors   the final weights with model, classes and normalisation in the header
-    state.pt                 what resuming needs (removed once the run has finished)
+    best.safetensors         likewise, the weights of the lowest test error so far (with eval_every)
+    state.pt                 the last good epoch or step, to resume from (removed once the run has finished)
     summary.json             status and final errors, written last
     measures.json            what `gmprobe measure` said of it
 """
@@ -24,6 +25,7 @@ CONFIG = "config.toml"
 SPLIT = "split.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.safetensors"
+BEST = "best.safetensors"
 STATE = "state.pt"
 SUMMARY = "summary.json"
 MEASURES = "measures.json"

@@ -20,13 +20,16 @@ from gm_probe.probe.kl import kl_divergence
 from gm_probe.probe.work import FORWARD, GRADIENT, Work
 
 
-def kl_gradient(parameters: Parameters, x: Tensor, clean: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+def kl_gradient(
+    parameters: Parameters, x: Tensor, clean: Tensor, offset: Tensor, factor: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Per-example KL(f_θ ‖ f_{θ+δ}) and the gradient of its sum with respect to δ; f_θ held constant.
 
     Args:
         x: (B, ...) model input.
         clean: (B, C) logits at θ, detached.
         offset: (P,) δ.
+        factor: multiplies the sum before it is differentiated, lest float16 gradients underflow.
 
     Returns:
         (B,) divergences and the (P,) gradient.
@@ -37,7 +40,7 @@ def kl_gradient(parameters: Parameters, x: Tensor, clean: Tensor, offset: Tensor
             for (name, p), d in zip(parameters.named.items(), parameters.split(offset).values(), strict=True)
         }
         terms = kl_divergence(clean, parameters.logits(x, moved))
-        gradients = torch.autograd.grad(terms.sum(), list(moved.values()), allow_unused=True)
+        gradients = torch.autograd.grad(factor * terms.sum(), list(moved.values()), allow_unused=True)
     return terms.detach(), parameters.join(gradients)
 
 

@@ -6,24 +6,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+PADDING = 4
 
-def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Zero-pad, cut back at a random place and mirror half of the images, each drawn on its own.
+
+def draw_crops(count: int, generator: torch.Generator, padding: int = PADDING) -> Tensor:
+    """Where to cut each of ``count`` images and whether to mirror it: (3, count) rows, columns and flags.
+
+    Drawn apart from the cutting, so that processes can draw for a whole batch and cut their own images.
+
+    Args:
+        generator: on the CPU, so that the draw is the same on every device.
+    """
+    offsets = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
+    flips = torch.randint(0, 2, (count,), generator=generator, dtype=torch.bool)
+    return torch.cat([offsets, flips[None]])
+
+
+def crop_and_flip(images: Tensor, draws: Tensor, padding: int = PADDING) -> Tensor:
+    """Zero-pad, cut back at a random place and mirror half of the images, each by its own draw.
 
     Args:
         images: (B, C, H, W), any dtype.
-        generator: on the CPU, so that the draw is the same on every device.
+        draws: (3, B) from ``draw_crops``.
 
     Returns:
-        (B, C, H, W) of the same dtype.
+        (B, C, H, W) of the same dtype, in channels-last memory format.
     """
     count, _, height, width = images.shape
     padded = functional.pad(images, (padding, padding, padding, padding))
-    offsets = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
-    flips = torch.randint(0, 2, (count,), generator=generator, dtype=torch.bool)
-    rows = offsets[0, :, None] + torch.arange(height)  # (B, H)
-    columns = offsets[1, :, None] + torch.arange(width)  # (B, W)
-    columns = torch.where(flips[:, None], columns.flip(1), columns)
+    rows = draws[0, :, None] + torch.arange(height)  # (B, H)
+    columns = draws[1, :, None] + torch.arange(width)  # (B, W)
+    columns = torch.where(draws[2, :, None] == 1, columns.flip(1), columns)
     index = torch.arange(count)[:, None, None]
     rows, columns = rows[:, :, None], columns[:, None, :]
     device = images.device

@@ -13,17 +13,17 @@ from gm_probe.core.errors import UsageError, did_you_mean
 
 NAMES = frozenset({"digits", *DATASETS})
 CHOICES = {
-    "method": ("sgd", "sam", "asam", "iam-d", "iam-s"),
+    "method": ("sgd", "sam", "asam", "iam-d", "iam-d-onepass", "iam-s"),
     "optimizer": ("sgd", "adamw"),
-    "schedule": ("constant", "cosine", "multi-step"),
+    "schedule": ("constant", "cosine", "linear", "multi-step"),
     "sign": ("random", "none", "loss"),
     "kl_grad": ("both", "perturbed"),
-    "amp": ("none", "bf16"),
+    "amp": ("none", "bf16", "fp16"),
 }
 
 
-PLACE = frozenset({"data_root", "download", "device", "threads"})
-"""Settings of where a run is computed, no part of what it computes."""
+PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_every"})
+"""Settings of where and how a run is computed, no part of what it computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,25 @@ class TrainConfig:
         num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = core.splits.split's defaults.
         split_seed: draws the parts; apart from ``seed``, so that the runs of a sweep share their data.
         method: gradient rule. ``rho`` None takes the rule's own default.
-        beta, k_steps, noise_scale, kl_grad, sign, eta, m: of the rules (training.rules).
+        beta, k_steps, noise_scale, kl_grad, sign, eta: of the rules (training.rules).
+        m: batches are worked off in sub-batches of this size: gradient accumulation, and for the rules that
+            perturb m-sharpness. None = whole.
         optimizer: base optimizer; ``momentum`` and ``nesterov`` belong to sgd.
         schedule: of the learning rate after ``warmup_epochs`` of linear warm-up; multi-step multiplies by
-            ``gamma`` at each of ``milestones`` (epochs).
+            ``gamma`` at each of ``milestones`` (epochs), cosine and linear end at ``min_lr``.
+        clip_norm: gradients are scaled down to this norm (None = never).
+        ema_decay: keep an exponential moving average of the weights, updated every step with this decay. It, with
+            the model's own BatchNorm statistics, is what is evaluated, tracked and saved.
         augment: zero-pad by 4, crop and flip.
         stop_ce: stop once the training cross-entropy (un-augmented, eval mode) is at most this.
-        eval_every: epochs between evaluations on the train and test parts (0 = only at the end).
+        eval_every: epochs between evaluations on the train and test parts (0 = only at the end). With it the weights
+            of the lowest test error are kept too: chosen on the test part, their error there is no fair one.
         track_every: epochs between measurements of S_ρ on the unlabeled part (0 = never), by the paper's
             protocol with one step, radius ``track_rho`` and starts of that length.
-        amp: bf16 runs forward and backward passes under autocast; parameters stay float32.
+        checkpoint_every: steps between saved states, beside one an epoch.
+        amp: bf16 and fp16 run forward and backward passes under autocast; parameters stay float32. fp16 scales
+            the loss; a step whose gradient overflows is skipped.
+        deterministic: use only algorithms that give the same bits in every run (on a CPU all do).
         threads: CPU threads, set by the command line and the sweep (None = torch's own choice).
     """
 
@@ -77,6 +86,9 @@ class TrainConfig:
     milestones: tuple[int, ...] = ()
     gamma: float = 0.2
     warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+    clip_norm: float | None = None
+    ema_decay: float | None = None
     label_smoothing: float = 0.0
     augment: bool = False
     stop_ce: float | None = None
@@ -84,6 +96,8 @@ class TrainConfig:
     track_every: int = 0
     track_rho: float = 0.1
     amp: str = "none"
+    deterministic: bool = False
+    checkpoint_every: int | None = None
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
@@ -102,12 +116,19 @@ class TrainConfig:
             "noise_scale": 0.0,
             "beta": 0.0,
         }
-        at_least |= {"gamma": 0.0, "eta": 0.0}
+        at_least |= {"gamma": 0.0, "eta": 0.0, "min_lr": 0.0}
         for name, least in at_least.items():
             value = getattr(self, name)
             if not value >= least or not math.isfinite(value):
                 raise UsageError(f"{name} = {value} must be a finite number ≥ {least}")
-        positive = {"track_rho": self.track_rho, "stop_ce": self.stop_ce}
+        positive = {
+            "track_rho": self.track_rho,
+            "stop_ce": self.stop_ce,
+            "clip_norm": self.clip_norm,
+            "checkpoint_every": self.checkpoint_every,
+        }
+        if self.method == "iam-d-onepass":  # it follows the gradient of β·KL
+            positive |= {"beta": self.beta}
         if self.method in {"iam-d", "iam-s"}:  # at δ = 0 the KL has no gradient to ascend
             positive |= {"noise_scale": self.noise_scale}
         for name, value in positive.items():
@@ -115,6 +136,12 @@ class TrainConfig:
                 raise UsageError(f"{name} = {value} must be a finite number above 0")
         if self.rho is not None and not 0 <= self.rho < math.inf:
             raise UsageError(f"rho = {self.rho} must be a finite number ≥ 0")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UsageError(f"ema_decay = {self.ema_decay} must lie in [0, 1)")
+        if self.min_lr and (self.schedule not in {"cosine", "linear"} or self.min_lr > self.lr):
+            raise UsageError(
+                f"min_lr = {self.min_lr} is where a cosine or linear schedule ends, at most lr = {self.lr}"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
         if self.nesterov and self.momentum == 0:

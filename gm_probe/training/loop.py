@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,227 +17,343 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gm_probe.core import processes
 from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import save_checkpoint
 from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment, pick_device
-from gm_probe.core.errors import CheckpointError, DivergedError, StorageError, UsageError
-from gm_probe.core.files import exclusive, write_atomic, write_json, write_toml
+from gm_probe.core.devices import deterministic, environment, pick_device
+from gm_probe.core.errors import DivergedError, UsageError
+from gm_probe.core.files import append_line, exclusive, remove_temporary, write_atomic, write_json, write_toml
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import evaluating
-from gm_probe.core.records import CHECKPOINT, CONFIG, METRICS, SPLIT, STATE, SUMMARY, read_metrics, read_run
+from gm_probe.core.records import (
+    BEST,
+    CHECKPOINT,
+    CONFIG,
+    METRICS,
+    SPLIT,
+    STATE,
+    SUMMARY,
+    read_metrics,
+    read_run,
+)
 from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
-from gm_probe.training.augment import crop_and_flip
+from gm_probe.training.augment import crop_and_flip, draw_crops
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.parts import check_splits, load_splits, split_record
-from gm_probe.training.rules import METHODS, Rule
+from gm_probe.training.rules import Step
+from gm_probe.training.schedule import lr_factor
+from gm_probe.training.state import broken, random_state, read_state, set_random_state, write_state
+from gm_probe.training.updates import Updates
 
 EVAL_BATCH = 500
-
-
-def make_rule(config: TrainConfig, model: nn.Module, generator: torch.Generator) -> Rule:
-    """The gradient rule that ``config`` names, with its options."""
-    options: dict[str, Any] = {"m": config.m, "generator": generator}
-    if config.rho is not None and config.method != "sgd":
-        options["rho"] = config.rho
-    if config.method == "asam":
-        options["eta"] = config.eta
-    if config.method in {"iam-d", "iam-s"}:
-        options |= {"k_steps": config.k_steps, "noise_scale": config.noise_scale}
-    if config.method == "iam-d":
-        options |= {"beta": config.beta, "kl_grad": config.kl_grad}
-    if config.method == "iam-s":
-        options["sign"] = config.sign
-
-    def criterion(logits: Tensor, y: Tensor) -> Tensor:
-        return functional.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
-
-    return METHODS[config.method](model, criterion, **options)
-
-
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The base optimizer over the trainable parameters."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        trainable,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-    )
-
-
-def lr_factor(config: TrainConfig, epoch: float) -> float:
-    """Factor on the base learning rate at ``epoch`` (fractional, from 0): a pure function, so resume is exact."""
-    if epoch < config.warmup_epochs:
-        return (epoch + 1e-12) / config.warmup_epochs
-    if config.schedule == "cosine":
-        span = config.epochs - config.warmup_epochs
-        return 0.5 * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / span)) if span > 0 else 1.0
-    if config.schedule == "multi-step":
-        return config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
-    return 1.0
+CHECK_EVERY = 20
+"""Steps between looks at whether all is finite: each waits for the device."""
 
 
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Mean cross-entropy in nats (never smoothed) and error rate, in eval mode; the mode is restored."""
+    """Mean cross-entropy in nats (never smoothed) and error rate, in eval mode; the mode is restored.
+
+    Of several processes each evaluates its share, and all return the whole's.
+    """
     loss, wrong = 0.0, 0
     with evaluating(model), torch.no_grad():
-        for batch in batches:
+        for batch in batches.shard(processes.rank(), processes.count()):
             assert batch.y is not None
             logits = logits_of(model(batch.x)).float()
             loss += float(functional.cross_entropy(logits, batch.y, reduction="sum"))
             wrong += int((logits.argmax(1) != batch.y).sum())
+    sums = torch.tensor([loss, wrong], dtype=torch.float64, device=batches.device)
+    loss, errors = processes.sum_over_processes(sums).tolist()
     if not math.isfinite(loss):
         raise DivergedError(f"the cross-entropy over {batches.examples.source} is not finite")
-    return loss / batches.num_examples, wrong / batches.num_examples
+    return loss / batches.num_examples, errors / batches.num_examples
+
+
+@dataclass
+class Progress:
+    """How far the running epoch has come, in this process.
+
+    Attributes:
+        sums: (5,) float64: examples, and over them loss, cross-entropy, errors and KL.
+        step: steps done.
+        skipped: steps whose gradient overflowed in float16; they are in no sum.
+        seconds: spent before the clock ``began``.
+    """
+
+    sums: Tensor
+    step: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    began: float = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.began
 
 
 class Training:
-    """One run: its data, model, optimizer and rule, and the epochs it has done."""
+    """One run: its data, its model and how that is updated, and the epochs and steps it has done.
+
+    ``torchrun``'s processes work off each batch together and all hold the same weights; the first one writes.
+    """
 
     def __init__(self, config: TrainConfig, out: Path) -> None:
         self.config, self.out = config, out
-        self.device = pick_device(config.device)
+        self.device = processes.own_device(pick_device(config.device))
         self.splits = load_splits(config)
         train = self.splits.train
+        self.steps = -(-len(train) // config.batch_size)
+        last = len(train) - (self.steps - 1) * config.batch_size
+        if last < processes.count():
+            raise UsageError(
+                f"the last batch of {len(train)} examples has {last}, too few for {processes.count()} processes; "
+                "choose another --batch-size"
+            )
         self.normalization = Normalization.of(train)
         self.spec = ModelSpec(config.model, tuple(train.x.shape[1:]), self.splits.num_classes)
         self.model = initial_model(self.spec, config.seed).to(self.device)
         if train.x.dim() == 4:
             self.model.to(memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(config, self.model)
-        self.generator = torch.Generator()
-        self.rule = make_rule(config, self.model, self.generator)
+        self.updates = Updates(config, self.model, self.device)
         self.epoch = 0
+        self.rows: list[dict[str, Any]] = []
+        self.progress = self._no_progress()
+        self._random: dict[str, Any] = {}
         self.train_batches = self._batches(train)
         self.test_batches = self._batches(self.splits.test)
+        self._writes = processes.rank() == 0
+        self._mine = slice(processes.rank(), None, processes.count())  # of every batch
+
+    def _no_progress(self) -> Progress:
+        return Progress(torch.zeros(5, dtype=torch.float64, device=self.device))
 
     def _batches(self, examples: Examples) -> Batches:
         return Batches(examples, self.normalization, batch_size=EVAL_BATCH, device=self.device)
 
     def run_epoch(self) -> dict[str, Any]:
-        """Train one epoch and return its metrics row.
+        """Train one epoch, or the rest of one, and return its metrics row.
 
         Raises:
             DivergedError: the loss or a weight stopped being finite.
         """
-        config, train = self.config, self.splits.train
-        began = time.perf_counter()
-        # every epoch has a seed of its own: resuming needs no generator's state
-        seed = zlib.crc32(f"{config.seed}:{self.epoch}".encode())
-        self.generator.manual_seed(seed)
-        order = torch.randperm(len(train), generator=self.generator)
-        steps = -(-len(train) // config.batch_size)
-        total, entropy, wrong, divergence = 0.0, 0.0, 0, 0.0
+        self.progress.began = time.perf_counter()
+        seed = zlib.crc32(f"{self.config.seed}:{self.epoch}".encode())
+        draws = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.splits.train), generator=draws)
         self.model.train()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)  # dropout draws from the global generator
-            for step in range(steps):
-                chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
-                assert train.y is not None
-                x, y = train.x[chosen].to(self.device), train.y[chosen].to(self.device)
-                if config.augment:
-                    x = crop_and_flip(x, self.generator)
-                x = self.normalization.apply(x)
-                if x.dim() == 4:
-                    x = x.contiguous(memory_format=torch.channels_last)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = config.lr * lr_factor(config, self.epoch + step / steps)
-                self.optimizer.zero_grad(set_to_none=True)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-                    seen = self.rule.backward(x, y)
-                self.optimizer.step()
-                total += float(seen.loss) * len(y)
-                entropy += float(functional.cross_entropy(seen.logits.float(), y, reduction="sum"))
-                wrong += int((seen.logits.argmax(1) != y).sum())
-                if seen.inconsistency is not None:
-                    divergence += float(seen.inconsistency) * len(y)
-                if not math.isfinite(total):
-                    raise DivergedError(
-                        f"the training loss is not finite at epoch {self.epoch + 1}, step {step + 1}"
-                    )
-        bad = next((n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())), None)
-        if bad is not None:
-            raise DivergedError(f"weight {bad!r} is not finite after epoch {self.epoch + 1}")
+            if self.progress.step == 0:
+                self.updates.generator.set_state(draws.get_state())
+                torch.manual_seed(seed + processes.rank())  # dropout draws from the global generator
+            else:
+                set_random_state(self._random, self.device)
+            for chosen, x in self._raw(order):
+                self._step(chosen, x)
+                done = self.epoch * self.steps + self.progress.step
+                every = self.config.checkpoint_every
+                if every is not None and done % every == 0 and self.progress.step < self.steps:
+                    self._check()
+                    self.save_state()
+        self._check()
+        row = self._row()
         self.epoch += 1
-        seconds = time.perf_counter() - began
+        self.progress = self._no_progress()
+        return row
+
+    def _raw(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every batch that is still to do: where its examples are, and of this process's the inputs as stored.
+
+        Of files, the next ones are decoded while a batch is at work.
+        """
+        x, batches = self.splits.train.x, order.split(self.config.batch_size)[self.progress.step :]
+        if isinstance(x, Tensor):
+            yield from ((chosen, x[chosen[self._mine]]) for chosen in batches)
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = [ahead.submit(x.__getitem__, batches[0][self._mine])]
+            for index, chosen in enumerate(batches, start=1):
+                waiting += [
+                    ahead.submit(x.__getitem__, next_[self._mine]) for next_ in batches[index : index + 1]
+                ]
+                yield chosen, waiting.pop(0).result()
+
+    def _step(self, chosen: Tensor, x: Tensor) -> None:
+        config, progress = self.config, self.progress
+        x, y = self._batch(chosen, x)
+        lr = config.lr * lr_factor(config, self.epoch + progress.step / self.steps)
+        seen, skipped = self.updates.step(x, y, lr)
+        if skipped:
+            progress.skipped += 1
+        else:
+            progress.sums += self._sums(seen, y)
+        progress.step += 1
+        if skipped or progress.step % CHECK_EVERY == 0:
+            self._check_loss(seen.loss)
+
+    def _batch(self, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's part of a batch on the device: images augmented and normalised, and their labels."""
+        y = self.splits.train.y
+        assert y is not None
+        x, y = x.to(self.device), y[chosen[self._mine]].to(self.device)
+        if self.config.augment:  # drawn for the whole batch, so that the number of processes does not matter
+            x = crop_and_flip(x, draw_crops(len(chosen), self.updates.generator)[:, self._mine])
+        x = self.normalization.apply(x)
+        return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), y
+
+    def _sums(self, seen: Step, y: Tensor) -> Tensor:
+        loss = seen.loss.double() * len(y)
+        entropy = loss
+        if self.config.label_smoothing:
+            entropy = functional.cross_entropy(seen.logits.float(), y, reduction="sum").double()
+        wrong = (seen.logits.argmax(1) != y).sum().double()
+        divergence = torch.zeros_like(loss) if seen.inconsistency is None else seen.inconsistency * len(y)
+        return torch.stack([torch.full_like(loss, len(y)), loss, entropy, wrong, divergence.double()])
+
+    def _check_loss(self, loss: Tensor) -> None:
+        finite = math.isfinite(float(self.progress.sums.sum() + loss))
+        if not processes.everywhere(finite, self.device):
+            raise DivergedError(
+                f"the training loss is not finite at epoch {self.epoch + 1}, step {self.progress.step} "
+                f"(looked at every {CHECK_EVERY} steps)"
+            )
+
+    def _check(self) -> None:
+        """Raise DivergedError unless all is finite: nothing else is ever saved."""
+        self._check_loss(torch.zeros((), device=self.device))
+        where = f"after epoch {self.epoch + 1}, step {self.progress.step}"
+        weights = dict(self.model.named_parameters())
+        finite = torch.stack([torch.isfinite(value).all() for value in weights.values()])
+        if not bool(finite.all()):
+            first = list(weights)[finite.tolist().index(False)]
+            raise DivergedError(f"weight {first!r} is not finite {where}")
+        if self.progress.skipped == self.steps:
+            raise DivergedError(f"every gradient overflowed in float16 {where}; use --amp bf16")
+
+    def _row(self) -> dict[str, Any]:
+        sums = processes.sum_over_processes(self.progress.sums).tolist()
+        examples, loss, entropy, wrong, divergence = sums
+        seconds = self.progress.elapsed
+        size = len(self.splits.train)
         row: dict[str, Any] = {
-            "epoch": self.epoch,
-            "running_loss": total / len(train),
-            "running_ce": entropy / len(train),
-            "running_error": wrong / len(train),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "gradient_evaluations": self.epoch * steps * self.rule.passes / 3,
+            "epoch": self.epoch + 1,
+            "running_loss": loss / examples,
+            "running_ce": entropy / examples,
+            "running_error": wrong / examples,
+            "lr": self.updates.optimizer.param_groups[0]["lr"],
+            "gradient_evaluations": (self.epoch + 1) * self.steps * self.updates.rule.passes / 3,
             "seconds": round(seconds, 3),
-            "examples_per_second": round(len(train) / seconds, 1),
+            "examples_per_second": round(size / seconds, 1),
         }
-        if config.method == "iam-d":
-            row["running_inconsistency"] = divergence / len(train)
+        if self.config.method.startswith("iam-d"):
+            row["running_inconsistency"] = divergence / examples
+        if self.config.amp == "fp16":
+            row["skipped_steps"] = self.progress.skipped
         return row
 
     def evaluate_epoch(self, row: dict[str, Any]) -> bool:
         """Add what is due at this epoch to ``row``; True once ``stop_ce`` is met."""
-        config = self.config
+        config, model = self.config, self.updates.result
         due = config.eval_every > 0 and self.epoch % config.eval_every == 0
-        # the exact training CE costs a third of an epoch: without augmentation it follows the running CE closely
-        close = config.stop_ce is not None and (config.augment or row["running_ce"] <= 3 * config.stop_ce)
+        # the exact training CE costs a third of an epoch: the running CE tells when it cannot be far, unless
+        # augmented images or the weights of another model made it
+        loose = config.augment or config.ema_decay is not None
+        close = config.stop_ce is not None and (loose or row["running_ce"] <= 3 * config.stop_ce)
         if due or close:
-            row["train_ce"], row["train_error"] = evaluate(self.model, self.train_batches)
+            row["train_ce"], row["train_error"] = evaluate(model, self.train_batches)
         if due:
-            row["test_ce"], row["test_error"] = evaluate(self.model, self.test_batches)
+            row["test_ce"], row["test_error"] = evaluate(model, self.test_batches)
+            self._keep_best(row["test_error"])
         if config.track_every > 0 and self.epoch % config.track_every == 0:
             settings = Settings(rho=config.track_rho, noise_scale=config.track_rho, seed=config.seed)
             probe = self._batches(self.splits.unlabeled.unlabeled())
             name = "local_inconsistency"
-            estimate = measure(self.model, probe, [name], settings).rows[name]
+            probe = probe.shard(processes.rank(), processes.count())
+            estimate = measure(model, probe, [name], settings).rows[name]
             row |= {name: estimate.value, f"{name}_stderr": estimate.stderr, f"{name}_rho": config.track_rho}
         return config.stop_ce is not None and row.get("train_ce", math.inf) <= config.stop_ce
 
+    def _tested(self) -> list[float]:
+        return [row["test_error"] for row in self.rows if "test_error" in row]
+
+    def _keep_best(self, test_error: float) -> None:
+        if test_error < min(self._tested(), default=math.inf):
+            self._save(BEST)
+
+    def _save(self, name: str) -> None:
+        if self._writes:
+            classes = self.splits.train.classes
+            save_checkpoint(self.out / name, self.updates.result, self.spec, self.normalization, classes)
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self._writes:
+            append_line(self.out / METRICS, json.dumps(row))
+
     def save_state(self) -> None:
         """Write what resuming needs, atomically."""
-        buffer = io.BytesIO()
-        torch.save(
-            {"epoch": self.epoch, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()},
-            buffer,
-        )
-        write_atomic(self.out / STATE, buffer.getvalue())
+        progress = self.progress
+        state = {
+            "epoch": self.epoch,
+            "step": progress.step,
+            "sums": processes.from_all(progress.sums.cpu()),
+            "skipped": progress.skipped,
+            "seconds": progress.elapsed if progress.step else 0.0,
+            "random": processes.from_all(random_state(self.device)),
+            "model": self.model.state_dict(),
+            **self.updates.state_dict(),
+        }
+        if self._writes:
+            write_state(self.out / STATE, state)
 
     def load_state(self) -> None:
-        """Go back to the last saved epoch; rows of later epochs are cut from the metrics.
+        """Go back to the last saved epoch or step; rows of later epochs are cut from the metrics.
 
         Raises:
             CheckpointError: the state is broken.
+            UsageError: as many processes wrote it as there are not now.
         """
         path = self.out / STATE
+        state = read_state(path, self.device)
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            states = state.get("random", [{}])
+            if len(states) != processes.count():
+                raise UsageError(
+                    f"{self.out} was trained by {len(states)} process(es); resume it with as many"
+                )
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.updates.load_state_dict(state)
             self.epoch = int(state["epoch"])
-        except Exception as error:  # torch, zipfile and the unpickler raise many kinds on a broken file
-            raise CheckpointError(
-                f"{path} cannot be resumed from ({error}); remove it to start over"
-            ) from error
-        rows = [row for row in read_metrics(self.out) if row["epoch"] <= self.epoch]
-        write_atomic(self.out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            if state.get("step"):
+                sums = state["sums"][processes.rank()].to(self.device)
+                self.progress = Progress(
+                    sums, int(state["step"]), int(state["skipped"]), float(state["seconds"])
+                )
+                self._random = states[processes.rank()]
+        except UsageError:
+            raise
+        except Exception as error:  # torch raises many kinds on what does not fit
+            raise broken(path, error) from error
+        self.rows = [row for row in read_metrics(self.out) if row["epoch"] <= self.epoch]
+        processes.wait_for_all()  # to have read what the first of them now writes
+        if self._writes:
+            write_atomic(self.out / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
-    def log(self, row: dict[str, Any]) -> None:
-        try:
-            with (self.out / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise StorageError(f"cannot write {self.out / METRICS}: {error.strerror}") from error
+    def begin(self) -> None:
+        """Write what the run is."""
+        if self._writes:
+            machine = {**environment(self.device), "processes": processes.count()}
+            write_atomic(self.out / METRICS, b"")
+            write_json(self.out / SPLIT, split_record(self.splits))
+            write_toml(self.out / CONFIG, {**self.config.as_dict(), "environment": machine})
 
     def finish(self) -> dict[str, Any]:
         """Evaluate, write the checkpoint and, last of all, the summary; the resume state goes."""
-        train_ce, train_error = evaluate(self.model, self.train_batches)
-        test_ce, test_error = evaluate(self.model, self.test_batches)
-        rows = list(read_metrics(self.out))
-        tested = [row["test_error"] for row in rows if "test_error" in row]
+        train_ce, train_error = evaluate(self.updates.result, self.train_batches)
+        test_ce, test_error = evaluate(self.updates.result, self.test_batches)
+        if self.config.eval_every > 0:
+            self._keep_best(test_error)
         summary = {
             "status": "finished",
             "epochs": self.epoch,
@@ -244,19 +362,18 @@ class Training:
             "train_error": train_error,
             "test_ce": test_ce,
             "test_error": test_error,
-            "test_error_min": min([*tested, test_error]),
+            "test_error_min": min([*self._tested(), test_error]),
             "error_gap": test_error - train_error,
             "ce_gap": test_ce - train_ce,
             "num_train": len(self.splits.train),
             "num_test": len(self.splits.test),
-            "gradient_evaluations": rows[-1]["gradient_evaluations"],
-            "train_seconds": round(sum(row["seconds"] for row in rows), 3),
+            "gradient_evaluations": self.rows[-1]["gradient_evaluations"],
+            "train_seconds": round(sum(row["seconds"] for row in self.rows), 3),
         }
-        save_checkpoint(
-            self.out / CHECKPOINT, self.model, self.spec, self.normalization, self.splits.train.classes
-        )
-        write_json(self.out / SUMMARY, summary)
-        (self.out / STATE).unlink(missing_ok=True)
+        self._save(CHECKPOINT)
+        if self._writes:
+            write_json(self.out / SUMMARY, summary)
+            (self.out / STATE).unlink(missing_ok=True)
         return summary
 
 
@@ -269,19 +386,27 @@ def train(
 ) -> dict[str, Any]:
     """Train one run into the folder ``out`` and return its summary.
 
-    With ``resume`` a finished run is returned as it is, and an interrupted one goes on from its last epoch, to
-    weights bit-identical with an undisturbed run on the same machine, versions and threads.
+    With ``resume`` a finished run is returned as it is, and an interrupted one goes on from the last state it
+    saved, to weights and metrics bit-identical with an undisturbed run on the same machine, versions, threads and
+    number of processes (on a GPU under ``deterministic`` alone).
 
     Args:
         notify: called with every epoch's metrics row.
 
     Raises:
         UsageError: ``out`` holds a run already (without ``resume``), or one of other settings.
-        DivergedError: the loss or a weight stopped being finite; the summary says ``diverged``.
+        DivergedError: the loss or a weight stopped being finite; the summary says ``diverged``, and the last good
+            state stays.
         DataError, StorageError, CheckpointError: as the parts raise them.
     """
-    with exclusive(out):
+    alone = exclusive(out) if processes.rank() == 0 else nullcontext()
+    with deterministic(config.deterministic), alone:
         done = _earlier(config, out, resume)
+        processes.wait_for_all()  # to have seen the folder as it was
+        if processes.rank() == 0:  # what a killed process left
+            remove_temporary(out)
+            if done is not None:
+                (out / STATE).unlink(missing_ok=True)
         return _train(config, out, notify) if done is None else done
 
 
@@ -309,9 +434,7 @@ def _train(config: TrainConfig, out: Path, notify: Callable[[dict[str, Any]], No
         check_splits(training.splits, out)
         training.load_state()
     else:
-        write_atomic(out / METRICS, b"")
-        write_json(out / SPLIT, split_record(training.splits))
-        write_toml(out / CONFIG, {**config.as_dict(), "environment": environment(training.device)})
+        training.begin()
     stopped = False
     try:
         while training.epoch < config.epochs and not stopped:
@@ -325,5 +448,6 @@ def _train(config: TrainConfig, out: Path, notify: Callable[[dict[str, Any]], No
                 training.save_state()
         return training.finish()
     except DivergedError as error:
-        write_json(out / SUMMARY, {"status": "diverged", "epochs": training.epoch, "reason": str(error)})
+        if processes.rank() == 0:
+            write_json(out / SUMMARY, {"status": "diverged", "epochs": training.epoch, "reason": str(error)})
         raise

@@ -9,31 +9,49 @@
 
 Perturbed passes run on moved copies of the parameters and on copied buffers: the model's own parameters and
 BatchNorm statistics are touched by the clean pass alone.
+
+Float16: under autocast call ``rule.backward(x, y, scaler=scaler)``, then ``scaler.unscale_``, ``step`` and
+``update`` as ever. The scaler sees the final gradient only. The inner gradients are scaled by the same factor,
+which no perturbation depends on; where one overflows, so does what is computed at that perturbation, and the
+scaler skips the step and lowers its factor.
+
+Several processes (``torch.distributed``): each hands in its part of the batch, and each gets the gradient of
+the whole batch. The perturbation is the whole batch's too, its gradient summed over the processes: a run does
+not depend on how many share it. The rule does all the communication; a DistributedDataParallel wrapper is
+looked through and its hooks never fire. ``generator`` must be seeded alike in every process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from gm_probe.core.errors import UsageError
 from gm_probe.core.models import logits_of
 from gm_probe.core.parameters import Parameters
+from gm_probe.core.processes import count, sum_over_processes
 from gm_probe.probe.ascent import ascend, kl_gradient, to_sphere
 from gm_probe.probe.kl import kl_divergence
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+Gradients = Sequence[Tensor | None]
+"""One a trainable parameter, in order; None = the loss does not depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one ``backward`` saw: clean logits (B, C), clean loss, and β·KL's KL (0-dim; None = no such term)."""
+    """What one ``backward`` saw of this process's examples: clean logits (B, C), clean loss, and β·KL's KL.
+
+    The last two are means, 0-dim; the KL is None where the rule has no such term.
+    """
 
     logits: Tensor
     loss: Tensor
@@ -46,8 +64,8 @@ class Rule:
     Args:
         model: its trainable parameters get the gradients.
         criterion: maps logits (B, C) and labels (B,) to the mean loss.
-        m: sub-batch size of m-sharpness (App. E.1): each has a perturbation of its own and their gradients are
-            averaged by size; None = the whole batch.
+        m: the batch is worked off in sub-batches of this size, and their gradients are averaged by size: gradient
+            accumulation, and m-sharpness (App. E.1), for each has a perturbation of its own. None = all at once.
         generator: of the noise starts; None draws one seeded with 0 on the CPU.
 
     ``passes`` is the cost of a step in forward passes (a backward counts 2).
@@ -65,18 +83,30 @@ class Rule:
     ) -> None:
         if m is not None and m < 1:
             raise UsageError(f"m must be at least 1, not {m}")
-        self.model, self.criterion, self.m = model, criterion, m
-        self.parameters = Parameters(model)
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.criterion, self.m = criterion, m
+        self.parameters = Parameters(self.model)
         self.generator = generator or torch.Generator().manual_seed(0)
+        self._scaler: GradScaler | None = None
 
-    def backward(self, x: Tensor, y: Tensor) -> Step:
-        """Add this rule's gradient on the batch x (B, ...), y (B,) to every ``p.grad``, as backward() does."""
-        if self.m is None or self.m >= len(y):
-            return self._backward(x, y, 1.0)
-        steps = [
-            (len(part_y), self._backward(part_x, part_y, len(part_y) / len(y)))
-            for part_x, part_y in zip(x.split(self.m), y.split(self.m), strict=True)
-        ]
+    def backward(self, x: Tensor, y: Tensor, *, scaler: GradScaler | None = None) -> Step:
+        """Add this rule's gradient on the batch x (B, ...), y (B,) to every ``p.grad``, as backward() does.
+
+        Args:
+            scaler: multiplies the gradient by its factor.
+        """
+        self._scaler = scaler
+        parts, total = self._cut(x, y)
+        steps, sums = [], self._no_gradient
+        for part_x, part_y in parts:
+            step, gradients = self._gradients(part_x, part_y)
+            if len(part_y) != total:
+                gradients = [None if g is None else g * (len(part_y) / total) for g in gradients]
+            sums = self._sum(sums, gradients)
+            steps.append((len(part_y), step))
+        self._accumulate(self._over_processes(sums))
+        if len(steps) == 1:
+            return steps[0][1]
 
         def mean(values: Sequence[Tensor]) -> Tensor:
             return torch.stack(
@@ -90,29 +120,80 @@ class Rule:
             mean(divergences) if divergences else None,
         )
 
-    def _backward(self, x: Tensor, y: Tensor, weight: float) -> Step:
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on beside model and optimizer."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generator.set_state(state["generator"].cpu())
+
+    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
+        """The rule itself: the gradient of the mean over one (sub-)batch, scaled."""
         logits = logits_of(self.model(x))
         loss = self.criterion(logits, y)
-        (weight * loss).backward()
-        return Step(logits.detach(), loss.detach(), None)
+        return Step(logits.detach(), loss.detach(), None), self._differentiate(loss)
 
-    def _accumulate(self, gradients: Sequence[Tensor | None], weight: float) -> None:
-        for p, g in zip(self.parameters.named.values(), gradients, strict=True):
+    def _cut(self, x: Tensor, y: Tensor) -> tuple[list[tuple[Tensor, Tensor]], int]:
+        """The sub-batches, and the number of examples in all processes."""
+        size, total = self.m or max(len(y), 1), len(y)
+        if count() > 1 and self.m is not None:
+            if self.m % count():
+                raise UsageError(f"m = {self.m} cannot be shared by {count()} processes; take a multiple")
+            size = self.m // count()
+        parts = list(zip(x.split(size), y.split(size), strict=True)) if len(y) else []
+        if count() > 1:
+            sizes = sum_over_processes(torch.tensor([len(y), len(parts)], device=x.device))
+            total = int(sizes[0])
+            if not parts or int(sizes[1]) != count() * len(parts):
+                raise UsageError(
+                    f"a batch of {total} examples leaves a process without its part of a (sub-)batch; "
+                    "choose another batch size, m, or number of processes"
+                )
+        return parts, total
+
+    def _differentiate(self, loss: Tensor, inputs: Sequence[Tensor] | None = None) -> Gradients:
+        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        return torch.autograd.grad(scaled, self._leaves if inputs is None else inputs, allow_unused=True)
+
+    def _direction(self, mean: Tensor, examples: int) -> Tensor:
+        """A multiple of the whole batch's gradient, of this process's ``mean`` (P,) over its examples."""
+        return mean if count() == 1 else sum_over_processes(mean * examples)
+
+    def _at(self, x: Tensor, y: Tensor, offset: Tensor) -> Gradients:
+        """∇L(θ + offset), the offset held constant."""
+        return self._differentiate(
+            self.criterion(self.parameters.logits(x, self.parameters.moved(offset)), y)
+        )
+
+    @staticmethod
+    def _sum(one: Gradients, other: Gradients) -> Gradients:
+        # never in place: autograd may hand out one tensor as the gradient of two parameters
+        return [b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)]
+
+    def _over_processes(self, gradients: Gradients) -> Gradients:
+        used = [g for g in gradients if g is not None]
+        if count() == 1 or not used:
+            return gradients
+        joined = sum_over_processes(torch.cat([g.reshape(-1) for g in used]))
+        pieces = iter(joined.split([g.numel() for g in used]))
+        return [None if g is None else next(pieces).view_as(g) for g in gradients]
+
+    def _accumulate(self, gradients: Gradients) -> None:
+        for p, g in zip(self._leaves, gradients, strict=True):
             if g is None:
                 continue
             if p.grad is None:
-                p.grad = g * weight
+                p.grad = g.clone()  # of its own: it will be clipped and unscaled in place
             else:
-                p.grad.add_(g, alpha=weight)
-
-    def _accumulate_at(self, x: Tensor, y: Tensor, offset: Tensor, weight: float) -> None:
-        """Add ∇L(θ + offset), the offset held constant."""
-        loss = self.criterion(self.parameters.logits(x, self.parameters.moved(offset)), y)
-        self._accumulate(torch.autograd.grad(loss, self._leaves, allow_unused=True), weight)
+                p.grad.add_(g)
 
     @property
     def _leaves(self) -> list[nn.Parameter]:
         return list(self.parameters.named.values())
+
+    @property
+    def _no_gradient(self) -> Gradients:
+        return [None] * len(self.parameters.named)
 
 
 class SAM(Rule):
@@ -132,12 +213,10 @@ class SAM(Rule):
         super().__init__(model, criterion, m=m, generator=generator)
         self.rho = _radius(rho)
 
-    def _backward(self, x: Tensor, y: Tensor, weight: float) -> Step:
-        logits = logits_of(self.model(x))
-        loss = self.criterion(logits, y)
-        gradient = self.parameters.join(torch.autograd.grad(loss, self._leaves, allow_unused=True))
-        self._accumulate_at(x, y, self._perturbation(gradient), weight)
-        return Step(logits.detach(), loss.detach(), None)
+    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
+        step, gradients = super()._gradients(x, y)
+        gradient = self._direction(self.parameters.join(gradients), len(y))
+        return step, self._at(x, y, self._perturbation(gradient))
 
     def _perturbation(self, gradient: Tensor) -> Tensor:
         return to_sphere(gradient, self.rho)
@@ -211,9 +290,14 @@ class _Inconsistency(Rule):
         self.rho, self.k_steps, self.noise_scale = _radius(rho), k_steps, noise_scale
 
     def _ascend(self, x: Tensor, clean: Tensor, draws: _Draws) -> Tensor:
+        factor: Tensor | float = 1 / len(x)
+        if self._scaler is not None:
+            factor = self._scaler.scale(torch.tensor(factor, device=x.device))
+
         def gradient(offset: Tensor) -> Tensor:
             with draws.again():
-                return kl_gradient(self.parameters, x, clean, offset)[1] / len(x)
+                mean = kl_gradient(self.parameters, x, clean, offset, factor)[1]
+            return self._direction(mean, len(x))
 
         start = self.parameters.random(self.noise_scale, self.generator)
         return ascend(gradient, start, self.rho, self.k_steps)
@@ -247,7 +331,7 @@ class IAMD(_Inconsistency):
         self.beta, self.kl_grad = beta, kl_grad
         self.passes = 6.0 + 3.0 * k_steps
 
-    def _backward(self, x: Tensor, y: Tensor, weight: float) -> Step:
+    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
         draws = _Draws(x.device)
         logits = logits_of(self.model(x))
         loss = self.criterion(logits, y)
@@ -255,9 +339,70 @@ class IAMD(_Inconsistency):
         with draws.again():
             moved = self.parameters.logits(x, self.parameters.moved(offset))
         divergence = kl_divergence(logits if self.kl_grad == "both" else logits.detach(), moved).mean()
-        gradients = torch.autograd.grad(loss + self.beta * divergence, self._leaves, allow_unused=True)
-        self._accumulate(gradients, weight)
-        return Step(logits.detach(), loss.detach(), divergence.detach())
+        step = Step(logits.detach(), loss.detach(), divergence.detach())
+        return step, self._differentiate(loss + self.beta * divergence)
+
+
+class OnePassIAMD(Rule):
+    """IAM-D whose δ is carried from the last step, with a random sign (METHOD.md, from the authors' code).
+
+    One backward pass gives the parameters' gradient and, with respect to the moved parameters, the KL's: δ's next
+    direction. So δ follows the ascent across mini-batches, at SAM's cost. The first δ is noise of length ρ; where
+    the KL has no gradient, or not a finite one, δ stays as it was. With ``m`` it goes from sub-batch to sub-batch.
+    """
+
+    passes = 6.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion = functional.cross_entropy,
+        *,
+        rho: float = 0.1,
+        beta: float = 1.0,
+        kl_grad: Literal["both", "perturbed"] = "both",
+        m: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(model, criterion, m=m, generator=generator)
+        if not beta > 0:
+            raise UsageError(f"beta must be above 0, not {beta}: the term's gradient is what δ follows")
+        self.rho, self.beta, self.kl_grad = _radius(rho), beta, kl_grad
+        self.delta: Tensor | None = None  # (P,)
+
+    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
+        if self.delta is None:
+            self.delta = to_sphere(self.parameters.random(1.0, self.generator), self.rho)
+        sign = _random_sign(self.generator)
+        draws = _Draws(x.device)
+        logits = logits_of(self.model(x))
+        loss = self.criterion(logits, y)
+        shift = self.parameters.split(sign * self.delta)
+        # leaves of their own, so that their gradient is the KL's alone
+        moved = {n: (p.detach() + shift[n]).requires_grad_() for n, p in self.parameters.named.items()}
+        with draws.again():
+            perturbed = self.parameters.logits(x, moved)
+        divergence = kl_divergence(logits if self.kl_grad == "both" else logits.detach(), perturbed).mean()
+        leaves = [*self._leaves, *moved.values()]
+        gradients = self._differentiate(loss + self.beta * divergence, leaves)
+        clean, ascent = gradients[: len(moved)], gradients[len(moved) :]
+        self._follow(self._direction(self.parameters.join(ascent), len(y)))
+        step = Step(logits.detach(), loss.detach(), divergence.detach())
+        return step, self._sum(clean, ascent)
+
+    def _follow(self, direction: Tensor) -> None:
+        assert self.delta is not None
+        ahead = to_sphere(direction, self.rho)
+        usable = torch.isfinite(ahead).all() & direction.any()
+        self.delta = torch.where(usable, ahead, self.delta)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "delta": self.delta}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        delta = state["delta"]
+        self.delta = None if delta is None else delta.to(self.parameters.device)
 
 
 class IAMS(_Inconsistency):
@@ -286,21 +431,23 @@ class IAMS(_Inconsistency):
         self.sign = sign
         self.passes = 4.0 + 3.0 * k_steps + (2.0 if sign == "loss" else 0.0)
 
-    def _backward(self, x: Tensor, y: Tensor, weight: float) -> Step:
+    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
         draws = _Draws(x.device)
         with torch.set_grad_enabled(self.sign == "loss"):
             logits = logits_of(self.model(x))
             loss = self.criterion(logits, y)
         offset = self._ascend(x, logits.detach(), draws)
         if self.sign == "random":
-            coin = torch.randint(0, 2, (), generator=self.generator)
-            offset = offset * (2 * int(coin) - 1)
+            offset = offset * _random_sign(self.generator)
         elif self.sign == "loss":
-            gradient = self.parameters.join(torch.autograd.grad(loss, self._leaves, allow_unused=True))
+            gradient = self._direction(self.parameters.join(self._differentiate(loss)), len(y))
             offset = torch.where(gradient @ offset < 0, -offset, offset)
         with draws.again():
-            self._accumulate_at(x, y, offset, weight)
-        return Step(logits.detach(), loss.detach(), None)
+            return Step(logits.detach(), loss.detach(), None), self._at(x, y, offset)
+
+
+def _random_sign(generator: torch.Generator) -> int:
+    return 2 * int(torch.randint(0, 2, (), generator=generator, device=generator.device)) - 1
 
 
 def _radius(rho: float) -> float:
@@ -309,4 +456,11 @@ def _radius(rho: float) -> float:
     return rho
 
 
-METHODS: dict[str, type[Rule]] = {"sgd": Rule, "sam": SAM, "asam": ASAM, "iam-d": IAMD, "iam-s": IAMS}
+METHODS: dict[str, type[Rule]] = {
+    "sgd": Rule,
+    "sam": SAM,
+    "asam": ASAM,
+    "iam-d": IAMD,
+    "iam-d-onepass": OnePassIAMD,
+    "iam-s": IAMS,
+}

@@ -1,0 +1,115 @@
+"""One update of a model's weights after another: all that lies between a batch and the moved weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn import functional
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from gm_probe.core.processes import average_over_processes
+from gm_probe.training.config import TrainConfig
+from gm_probe.training.rules import METHODS, Rule, Step
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_rule(config: TrainConfig, model: nn.Module, generator: torch.Generator) -> Rule:
+    """The gradient rule that ``config`` names, with its options."""
+    method = config.method
+    options: dict[str, Any] = {"m": config.m, "generator": generator}
+    if config.rho is not None and method != "sgd":
+        options["rho"] = config.rho
+    if method == "asam":
+        options["eta"] = config.eta
+    if method in {"iam-d", "iam-s"}:
+        options |= {"k_steps": config.k_steps, "noise_scale": config.noise_scale}
+    if method in {"iam-d", "iam-d-onepass"}:
+        options |= {"beta": config.beta, "kl_grad": config.kl_grad}
+    if method == "iam-s":
+        options["sign"] = config.sign
+
+    def criterion(logits: Tensor, y: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+
+    return METHODS[method](model, criterion, **options)
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The base optimizer over the trainable parameters."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        trainable,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+
+
+class Updates:
+    """Gradient rule, autocast, loss scaling, clipping, optimizer and the running average of the weights."""
+
+    def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device) -> None:
+        self.config, self.model, self.device = config, model, device
+        self.generator = torch.Generator()
+        self.rule = make_rule(config, model, self.generator)
+        self.optimizer = make_optimizer(config, model)
+        self.scaler = GradScaler(device.type, enabled=config.amp == "fp16")
+        # buffers are the model's own: torch would average integer ones too, and round them down
+        self.average = (
+            None
+            if config.ema_decay is None
+            else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        )
+
+    @property
+    def result(self) -> nn.Module:
+        """The weights that count: the running average where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def step(self, x: Tensor, y: Tensor, lr: float) -> tuple[Step, bool]:
+        """Update the weights on one batch.
+
+        Returns:
+            What the rule saw; whether the scaler skipped the update, for the gradient had overflowed in float16.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, HALVES.get(self.config.amp), enabled=self.config.amp in HALVES):
+            seen = self.rule.backward(x, y, scaler=self.scaler if self.scaler.is_enabled() else None)
+        self.scaler.unscale_(self.optimizer)
+        if self.config.clip_norm is not None:
+            clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        average_over_processes([b for b in self.model.buffers() if b.is_floating_point()])
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return seen, self.scaler.get_scale() < before
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "rule": self.rule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if "rule" not in state:  # of gm_probe 0.1.0, whose runs had no more than that between two epochs
+            return
+        self.rule.load_state_dict(state["rule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
