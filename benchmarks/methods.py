@@ -18,6 +18,7 @@ need the options that the runs were given.
 from __future__ import annotations
 
 import math
+import os
 import platform
 import statistics
 import sys
@@ -32,6 +33,7 @@ import click
 import torch
 from torch import nn
 
+from gm_probe.cli.data import floats
 from gm_probe.core.devices import keep_freed_memory
 from gm_probe.core.records import CONFIG, RunRecord, read_metrics, read_run
 from gm_probe.probe.probe import Settings
@@ -50,13 +52,13 @@ POINTS: dict[str, tuple[dict[str, float], ...]] = {
     "iam-s": ({"rho": 0.1}, {"rho": 0.5}),
 }
 # fmt: on
-RATES = (0.02, 0.05, 0.1)
 LOOKS = 4  # at the test part along a run, evenly spaced, so that no method's minimum is over many more than another's
 TRACKED = ("sgd", "iam-d")
 MORE_STEPS = (2, 3, 5)
 S_OF_K = (1, 2, 3, 5, 10)
 TRACK_RHO = 0.1
 S_PLAN = MeasurePlan(("local_inconsistency",), Settings(rho=TRACK_RHO, k_grid=S_OF_K), None, None)
+NAMED = ("lr", "rho", "beta", "k_steps", "epochs")  # settings in a run's name, where not at their default
 SHOWN = {"sgd": "SGD", "sam": "SAM", "asam": "ASAM", "iam-d": "IAM-D", "iam-s": "IAM-S"}
 
 
@@ -104,11 +106,13 @@ class Study:
         base: what all runs share.
         validation: likewise, on the training part alone.
         budget: in epochs of SGD on the whole training part.
+        rates: learning rates to tune over.
     """
 
     base: TrainConfig
     validation: TrainConfig
     budget: float
+    rates: Sequence[float]
     seeds: int
     out: Path
     execute: Callable[[Recipe, Path], object]
@@ -117,11 +121,9 @@ class Study:
         """``configs`` as runs in the folder ``part``, done."""
         named = {}
         for config in configs:
-            varied = ("method", "lr", "rho", "beta", "k_steps", "epochs", "seed")
-            default = TrainConfig()
-            values = {key: getattr(config, key) for key in varied}
-            shown = {k: v for k, v in values.items() if k in {"method", "seed"} or v != getattr(default, k)}
-            named[run_name(config, shown)] = config
+            varied = config.identity()
+            shown = {key: varied[key] for key in NAMED if key in varied}
+            named[run_name(config, {"method": config.method, **shown, "seed": config.seed})] = config
         self.execute(Recipe(named, plan, ()), self.out / part)
         return [Run(config, self.out / part / name) for name, config in named.items()]
 
@@ -130,23 +132,21 @@ class Study:
         first, *others = POINTS[method]
         base = self.validation.replace(method=method)
         base = base.replace(epochs=epochs_within(self.budget, base))
-        cells = self.runs((base.replace(**first, lr=rate) for rate in RATES), "tune")
+        cells = self.runs((base.replace(**first, lr=rate) for rate in self.rates), "tune")
         best = least(cells)
         if best is None:
             return cells
         return cells + self.runs((base.replace(**p, lr=best.config.lr) for p in others), "tune")
 
-    def best(self, method: str) -> TrainConfig | None:
-        """The tuned configuration of a method, seed 0; None until its cells are complete."""
-        cells = self.tuning(method)
+    def best(self, cells: Sequence[Run]) -> TrainConfig | None:
+        """The configuration, seed 0, that a method's cells choose; None until they are complete."""
         best = least(cells)
         if best is None:
             return None
         chosen = {key: getattr(best.config, key) for key in ("method", "lr", "rho", "beta", "epochs")}
         every = max(1, round(best.config.epochs / LOOKS))
-        return self.base.replace(
-            **chosen, eval_every=every, track_every=every if method in TRACKED else 0, track_rho=TRACK_RHO
-        )
+        track = every if best.config.method in TRACKED else 0
+        return self.base.replace(**chosen, eval_every=every, track_every=track, track_rho=TRACK_RHO)
 
     def final(self, chosen: Mapping[str, TrainConfig], seed: int, plan: MeasurePlan = NOTHING) -> list[Run]:
         """A method's tuned configuration each."""
@@ -176,7 +176,7 @@ class Results:
 def perform(study: Study) -> Results:
     """Do all runs, the most telling ones first, and say what there is."""
     tuning = {method: study.tuning(method) for method in POINTS}
-    found = {method: study.best(method) for method in POINTS}
+    found = {method: study.best(cells) for method, cells in tuning.items()}
     chosen = {method: config for method, config in found.items() if config is not None}
     final: dict[str, list[Run]] = {method: [] for method in POINTS}
     by_steps: dict[int, list[Run]] = {k: [] for k in (1, *MORE_STEPS)}
@@ -241,11 +241,11 @@ def finished(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def table(study: Study, results: Results) -> None:
     base, validation = study.base, study.validation
     print(
-        f"6CNN stands for `{base.model}`: {base.num_train:,} training, {base.num_unlabeled:,} unlabeled and "
-        f"{base.num_test:,} test examples of `{Path(base.data).name}`; a budget of {study.budget:g} epochs of SGD; batch "
-        f"{base.batch_size}, {base.schedule} schedule, momentum {base.momentum:g}, weight decay {base.weight_decay:g}, "
-        f"label smoothing {base.label_smoothing:g}, augmentation {'on' if base.augment else 'off'}, float32. torch "
-        f"{torch.__version__}, Python {platform.python_version()}."
+        f"`{base.model}` on {base.num_train:,} training, {base.num_unlabeled:,} unlabeled and {base.num_test:,} test "
+        f"examples of `{Path(base.data).name}`; a budget of {study.budget:g} epochs of SGD; batch {base.batch_size}, "
+        f"{base.schedule} schedule, momentum {base.momentum:g}, weight decay {base.weight_decay:g}, label smoothing "
+        f"{base.label_smoothing:g}, augmentation {'on' if base.augment else 'off'}, float32. torch "
+        f"{torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, one thread a run."
     )
     print(f"\n## Tuning: error on {validation.num_test:,} held-out training examples, one seed\n")
     print(f"Trained on {validation.num_train:,}. Bold: chosen.\n")
@@ -377,18 +377,26 @@ def _execute(jobs: int, recipe: Recipe, folder: Path) -> None:
 @click.option("--num-unlabeled", default=500, show_default=True)
 @click.option("--num-test", default=5000, show_default=True)
 @click.option("--budget", default=12.0, show_default=True, help="Gradient evaluations, in epochs of SGD.")
+@click.option("--batch-size", default=128, show_default=True)
+@click.option("--rates", default="0.02,0.05,0.1", show_default=True, help="Learning rates to tune over.")
 @click.option("--seeds", default=3, show_default=True, help="Runs of the best points.")
 @click.option("--jobs", default=1, show_default=True, help="Runs at a time, each of one thread.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs.")
 @click.option("--table", "as_table", is_flag=True, help="Train nothing; print what there is as Markdown.")
 @click.option("--figures", type=click.Path(path_type=Path), help="Train nothing; draw what there is there.")
 def main(
-    budget: float, seeds: int, jobs: int, out: Path, as_table: bool, figures: Path | None, **sizes: Any
+    budget: float,
+    rates: str,
+    seeds: int,
+    jobs: int,
+    out: Path,
+    as_table: bool,
+    figures: Path | None,
+    **sizes: Any,
 ) -> None:
     base = TrainConfig.from_dict(
         {
             **sizes,
-            "batch_size": 128,
             "schedule": "cosine",
             "weight_decay": 5e-4,
             "label_smoothing": 0.1,
@@ -403,7 +411,7 @@ def main(
     keep_freed_memory()
     validation = validation_config(base, out, write=not only_read)
     execute = (lambda *_: None) if only_read else partial(_execute, jobs)
-    study = Study(base, validation, budget, seeds, out, execute)
+    study = Study(base, validation, budget, floats("--rates", rates), seeds, out, execute)
     results = perform(study)
     if as_table:
         table(study, results)
