@@ -7,7 +7,7 @@
 1. Tuning: each method's learning rate at its first ρ, then its other ρ (and β) at that rate, by the error on a tenth of
    the training part (`gm_probe.sweep.tuning`). The test part plays no role.
 2. Each method's best point on the whole training part, several seeds. Epochs are chosen so that every method spends the
-   same gradient evaluations (3 forward passes, METHOD.md), within half an epoch of its own.
+   same gradient evaluations (3 forward passes, METHOD.md), within half an epoch of its own; 42 is shared evenly.
 3. IAM-D with more ascent steps K, for as many epochs as with K = 1: so each costs more.
 4. S_ρ of trained models against the K of Algorithm 1 that it is measured with.
 
@@ -373,12 +373,12 @@ def _execute(jobs: int, recipe: Recipe, folder: Path) -> None:
 @click.command()
 @click.option("--data", default="CIFAR10", show_default=True, help="As `gmprobe train` takes it.")
 @click.option("--model", default="6cnn", show_default=True)
-@click.option("--num-train", default=5000, show_default=True)
+@click.option("--num-train", default=2000, show_default=True)
 @click.option("--num-unlabeled", default=500, show_default=True)
 @click.option("--num-test", default=5000, show_default=True)
-@click.option("--budget", default=12.0, show_default=True, help="Gradient evaluations, in epochs of SGD.")
-@click.option("--batch-size", default=128, show_default=True)
-@click.option("--rates", default="0.02,0.05,0.1", show_default=True, help="Learning rates to tune over.")
+@click.option("--budget", default=42.0, show_default=True, help="Gradient evaluations, in epochs of SGD.")
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--rates", default="0.01,0.02,0.05", show_default=True, help="Learning rates to tune over.")
 @click.option("--seeds", default=3, show_default=True, help="Runs of the best points.")
 @click.option("--jobs", default=1, show_default=True, help="Runs at a time, each of one thread.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs.")

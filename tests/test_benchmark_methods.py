@@ -50,6 +50,8 @@ def test_budget(methods: ModuleType, method: str, k_steps: int, cost: float, epo
     config = TrainConfig(method=method, k_steps=k_steps)
     assert methods.evaluations_per_epoch(config) == pytest.approx(cost, rel=1e-15)
     assert methods.epochs_within(12, config) == epochs
+    if k_steps == 1:  # the default budget is met exactly: 42, 21, 18 and 14 epochs
+        assert methods.epochs_within(42, config) * cost == pytest.approx(42, rel=1e-15)
     for budget in range(max(1, int(cost)), 200):
         spent = methods.epochs_within(budget, config) * cost
         assert abs(spent - budget) <= cost / 2 + 1e-9
