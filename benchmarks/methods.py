@@ -222,7 +222,10 @@ def small(values: Sequence[float]) -> str:
 
 
 def print_table(header: str, rows: Iterable[Sequence[object]]) -> None:
-    names = header.split("; ")
+    names, rows = header.split("; "), list(rows)
+    if not rows:
+        print("Nothing is finished yet.")
+        return
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |")
