@@ -39,7 +39,7 @@ from gm_probe.core.records import CONFIG, RunRecord, read_metrics, read_run
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.sweep.runner import Outcome, run_recipe
-from gm_probe.sweep.tuning import NOTHING, validation_config
+from gm_probe.sweep.tuning import NOTHING, VALIDATION
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.updates import make_rule
 
@@ -242,7 +242,7 @@ def finished(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def table(study: Study, results: Results) -> None:
-    base, validation = study.base, study.validation
+    base = study.base
     print(
         f"`{base.model}` on {base.num_train:,} training, {base.num_unlabeled:,} unlabeled and {base.num_test:,} test "
         f"examples of `{Path(base.data).name}`; a budget of {study.budget:g} epochs of SGD; batch {base.batch_size}, "
@@ -250,8 +250,10 @@ def table(study: Study, results: Results) -> None:
         f"{base.label_smoothing:g}, augmentation {'on' if base.augment else 'off'}, float32. torch "
         f"{torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, one thread a run."
     )
-    print(f"\n## Tuning: error on {validation.num_test:,} held-out training examples, one seed\n")
-    print(f"Trained on {validation.num_train:,}. Bold: chosen.\n")
+    assert base.num_train is not None
+    held_out = round(VALIDATION * base.num_train)
+    print(f"\n## Tuning: error on {held_out:,} held-out training examples, one seed\n")
+    print(f"Trained on {base.num_train - held_out:,}. Bold: chosen.\n")
     print_table("method; lr; ρ; β; epochs; validation error, %; state", _tuning_rows(results))
     print(f"\n## Test error at equal gradient evaluations, {study.seeds} seeds\n")
     print("± is the standard error over seeds; the test examples are the same. Δ: final error less SGD's.\n")
@@ -412,7 +414,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     keep_freed_memory()
-    validation = validation_config(base, out, write=not only_read)
+    validation = base.replace(validation=VALIDATION)
     execute = (lambda *_: None) if only_read else partial(_execute, jobs)
     study = Study(base, validation, budget, floats("--rates", rates), seeds, out, execute)
     results = perform(study)
