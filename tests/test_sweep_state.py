@@ -6,7 +6,6 @@ import io
 import json
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file
 
@@ -294,30 +294,37 @@ def test_sixteen_writers_lose_and_tear_no_row(tmp_path: Path) -> None:
 # ---- killed
 
 
-def _sweep_forked(recipe: Recipe, out: Path) -> int:
-    with forked():
-        child = os.fork()
-    if child == 0:
-        try:
-            run_recipe(recipe, out)
-        finally:
-            os._exit(0)
-    return child
+GRID = {"lr": [0.02, 0.1, 0.3], "seed": [0, 1]}
+SWEEP = f"""
+import sys
+from pathlib import Path
+import torch
+from test_sweep_state import parse, run_recipe
+torch.set_num_threads(int(sys.argv[2]))
+run_recipe(parse(grid={GRID}), Path(sys.argv[1]))
+"""
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def _sweep_apart(out: Path) -> subprocess.Popen[bytes]:
+    """In a process of its own; a fork of this one could hang, for it has threads."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    command = [sys.executable, "-c", SWEEP, str(out), str(torch.get_num_threads())]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths})
+
+
 def test_a_sweep_killed_again_and_again_gives_the_same_table(tmp_path: Path) -> None:
-    recipe = parse(grid={"lr": [0.02, 0.1, 0.3], "seed": [0, 1]})
+    recipe = parse(grid=GRID)
     run_recipe(recipe, tmp_path / "whole")
     killed, lines = 0, 0
     while killed < 5:  # each time some epochs further on
-        child = _sweep_forked(recipe, tmp_path / "cut")
+        child = _sweep_apart(tmp_path / "cut")
         target = lines + 2 + killed % 2
         end = time.monotonic() + 60
         while lines < target and time.monotonic() < end:
             lines = sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("cut/*/metrics.jsonl"))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.kill()
+        child.wait()
         assert lines >= target
         killed += 1
     assert "running" not in states(tmp_path / "cut").values()

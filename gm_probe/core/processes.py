@@ -82,6 +82,7 @@ def joined(device: torch.device) -> Iterator[None]:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+        distributed.barrier()  # none takes the group down while another still talks
     finally:
         distributed.destroy_process_group()
 
