@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gm_probe.cli.output import FIGURE_SUFFIXES, format_options, notes_console, print_csv, print_json
+from gm_probe.cli.selection import selection_options
 from gm_probe.cli.statistics import as_json, as_rows, print_details, print_tables, warnings
 from gm_probe.core.errors import DataError, UsageError
 
@@ -15,21 +16,7 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
 
 
 @click.command(epilog="Example:  gmprobe correlate runs/ --group-by weight_decay")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--measures", metavar="A,B", default="", help="Measures to use. Default: all there are.")
-@click.option(
-    "--hyper",
-    metavar="A,B",
-    default="",
-    help="Hyperparameters, as --json lists. Default: settings that vary.",
-)
-@click.option("--group-by", metavar="A,B", default="", help="Also within each subgroup of these settings.")
-@click.option("--gap", type=click.Choice(["error_gap", "ce_gap", "both"]), default="both", show_default=True)
-@click.option(
-    "--converged-only",
-    is_flag=True,
-    help="Leave out runs whose training ended before it reached its stop_ce (they are counted).",
-)
+@selection_options
 @click.option(
     "--figure",
     "figure_path",
@@ -40,21 +27,6 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
 )
 @click.option("--no-figure", is_flag=True, help="Write no figure.")
 @click.option("--details", is_flag=True, help="Print every statistic, not τ alone (--json always has them).")
-@click.option(
-    "--control",
-    metavar="A,B",
-    default="",
-    help="Take partial τ given these columns. Default: train_ce, hessian_lambda_max, parameter_norm where there "
-    "are such, and each hyperparameter.",
-)
-@click.option(
-    "--skip",
-    metavar="A,B",
-    default="",
-    help="Leave out slow parts: details (all but τ), conditional, prediction, comparisons.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all resampling.")
-@click.option("--resamples", default=2000, show_default=True, help="Bootstrap resamples and permutations.")
 @format_options
 def correlate(
     source: Path,

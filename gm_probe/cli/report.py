@@ -9,11 +9,12 @@ import click
 from click.core import ParameterSource
 
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
+from gm_probe.cli.selection import selection_options
 from gm_probe.core.errors import DataError, UsageError
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
-@click.argument("source", type=click.Path(path_type=Path))
+@selection_options
 @click.option(
     "--out",
     metavar="FILE.html",
@@ -35,29 +36,7 @@ from gm_probe.core.errors import DataError, UsageError
     type=click.Path(path_type=Path),
     help="Also write every figure as PNG, PDF and SVG.",
 )
-@click.option("--measures", metavar="A,B", default="", help="Measures to use. Default: all there are.")
-@click.option("--hyper", metavar="A,B", default="", help="Hyperparameters. Default: settings that vary.")
-@click.option(
-    "--group-by", metavar="A,B", default="", help="Subgroups by these settings, told apart by colour."
-)
 @click.option("--markers", metavar="A,B", default="", help="Settings whose values the markers tell apart.")
-@click.option("--gap", type=click.Choice(["error_gap", "ce_gap", "both"]), default="both", show_default=True)
-@click.option(
-    "--converged-only",
-    is_flag=True,
-    help="Leave out runs whose training ended before it reached its stop_ce (they are counted).",
-)
-@click.option(
-    "--control", metavar="A,B", default="", help="Take partial τ given these; as in `gmprobe correlate`."
-)
-@click.option(
-    "--skip",
-    metavar="A,B",
-    default="",
-    help="Leave out slow parts: details (all but τ), conditional, prediction, comparisons.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all resampling.")
-@click.option("--resamples", default=2000, show_default=True, help="Bootstrap resamples and permutations.")
 @click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
 @click.pass_context
 def report(
