@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 import click
 
 from gm_probe.cli.output import FIGURE_SUFFIXES, format_options, notes_console, print_csv, print_json
-from gm_probe.cli.selection import selection_options
+from gm_probe.cli.selection import (
+    control_option,
+    converged_only_option,
+    gap_option,
+    measures_option,
+    resamples_option,
+    seed_option,
+    skip_option,
+    source_argument,
+)
 from gm_probe.cli.statistics import as_json, as_rows, print_details, print_tables, warnings
 from gm_probe.core.errors import DataError, UsageError
 
@@ -16,7 +25,17 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
 
 
 @click.command(epilog="Example:  gmprobe correlate runs/ --group-by weight_decay")
-@selection_options
+@source_argument
+@measures_option
+@click.option(
+    "--hyper",
+    metavar="A,B",
+    default="",
+    help="Hyperparameters, as --json lists. Default: settings that vary.",
+)
+@click.option("--group-by", metavar="A,B", default="", help="Also within each subgroup of these settings.")
+@gap_option
+@converged_only_option
 @click.option(
     "--figure",
     "figure_path",
@@ -27,6 +46,10 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
 )
 @click.option("--no-figure", is_flag=True, help="Write no figure.")
 @click.option("--details", is_flag=True, help="Print every statistic, not τ alone (--json always has them).")
+@control_option
+@skip_option
+@seed_option
+@resamples_option
 @format_options
 def correlate(
     source: Path,

@@ -9,12 +9,21 @@ import click
 from click.core import ParameterSource
 
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
-from gm_probe.cli.selection import selection_options
+from gm_probe.cli.selection import (
+    control_option,
+    converged_only_option,
+    gap_option,
+    measures_option,
+    resamples_option,
+    seed_option,
+    skip_option,
+    source_argument,
+)
 from gm_probe.core.errors import DataError, UsageError
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
-@selection_options
+@source_argument
 @click.option(
     "--out",
     metavar="FILE.html",
@@ -36,7 +45,18 @@ from gm_probe.core.errors import DataError, UsageError
     type=click.Path(path_type=Path),
     help="Also write every figure as PNG, PDF and SVG.",
 )
+@measures_option
+@click.option("--hyper", metavar="A,B", default="", help="Hyperparameters. Default: settings that vary.")
+@click.option(
+    "--group-by", metavar="A,B", default="", help="Subgroups by these settings, told apart by colour."
+)
 @click.option("--markers", metavar="A,B", default="", help="Settings whose values the markers tell apart.")
+@gap_option
+@converged_only_option
+@control_option
+@skip_option
+@seed_option
+@resamples_option
 @click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
 @click.pass_context
 def report(
