@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.images import blocks
+from gm_probe.core.images import blocks, taken
 
 PIXELS = "save pixels as uint8, or as floats in [0, 1], or pass --no-normalize for ready inputs"
 """The remedy for data that a normalisation cannot be applied to."""
@@ -156,26 +155,14 @@ class Batches:
         return -(-self.num_examples // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start, raw in self._raw():
+        starts = range(0, self.num_examples, self.batch_size)
+        keys = [slice(start, start + self.batch_size) for start in starts]
+        for key, raw in zip(keys, taken(self.examples.x, keys), strict=True):
             x = self.normalization.apply(raw.to(self.device), self.dtype)
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             y = self.examples.y
-            yield Batch(x, None if y is None else y[start : start + self.batch_size].to(self.device))
-
-    def _raw(self) -> Iterator[tuple[int, Tensor]]:
-        """Start and inputs of every batch; of files, the next ones are decoded while a batch is at work."""
-        x, size = self.examples.x, self.batch_size
-        starts = range(0, self.num_examples, size)
-        if isinstance(x, Tensor):
-            yield from ((start, x[start : start + size]) for start in starts)
-            return
-        with ThreadPoolExecutor(1) as ahead:
-            waiting = [ahead.submit(x.__getitem__, slice(0, size))]
-            for start in starts:
-                if start + size < self.num_examples:
-                    waiting.append(ahead.submit(x.__getitem__, slice(start + size, start + 2 * size)))
-                yield start, waiting.pop(0).result()
+            yield Batch(x, None if y is None else y[key].to(self.device))
 
 
 def cut(values: Tensor, batches: Batches) -> Sequence[Tensor]:

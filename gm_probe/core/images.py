@@ -131,6 +131,18 @@ def blocks(images: Tensor | ImageFiles) -> Iterator[Tensor]:
         yield images[start : start + BLOCK]
 
 
+def taken(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor]) -> Iterator[Tensor]:
+    """``images[key]`` of every key; of files, the next ones are decoded while one is at work."""
+    if isinstance(images, Tensor):
+        yield from (images[key] for key in keys)
+        return
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = [ahead.submit(images.__getitem__, key) for key in keys[:1]]
+        for index in range(1, len(keys) + 1):
+            waiting += [ahead.submit(images.__getitem__, key) for key in keys[index : index + 1]]
+            yield waiting.pop(0).result()
+
+
 def images_below(path: Path) -> Iterator[Path]:
     """Images below ``path`` in sorted order, hidden folders left out; links are followed, no folder is read twice."""
     here, seen = path.resolve(), set()

@@ -6,8 +6,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import deterministic, environment, pick_device
 from gm_probe.core.errors import DivergedError, UsageError
 from gm_probe.core.files import append_line, exclusive, remove_temporary, write_atomic, write_json, write_toml
+from gm_probe.core.images import taken
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import evaluating
 from gm_probe.core.pretrained import load_pretrained
@@ -153,7 +153,9 @@ class Training:
                 torch.manual_seed(seed + processes.rank())  # dropout draws from the global generator
             else:
                 set_random_state(self._random, self.device)
-            for chosen, x in self._raw(dealt[self.progress.step :]):
+            left = dealt[self.progress.step :]
+            mine = [chosen[self._mine] for chosen in left]
+            for chosen, x in zip(left, taken(self.splits.inputs.x, mine), strict=True):
                 self._step(chosen, x)
                 done = self.epoch * self.steps + self.progress.step
                 every = self.config.checkpoint_every
@@ -165,23 +167,6 @@ class Training:
         self.epoch += 1
         self.progress = self._no_progress()
         return row
-
-    def _raw(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every batch of ``batches``: where its examples are, and of this process's the inputs as stored.
-
-        Of files, the next ones are decoded while a batch is at work.
-        """
-        x = self.splits.inputs.x
-        if isinstance(x, Tensor):
-            yield from ((chosen, x[chosen[self._mine]]) for chosen in batches)
-            return
-        with ThreadPoolExecutor(1) as ahead:
-            waiting = [ahead.submit(x.__getitem__, batches[0][self._mine])]
-            for index, chosen in enumerate(batches, start=1):
-                waiting += [
-                    ahead.submit(x.__getitem__, next_[self._mine]) for next_ in batches[index : index + 1]
-                ]
-                yield chosen, waiting.pop(0).result()
 
     def _step(self, chosen: Tensor, x: Tensor) -> None:
         config, progress = self.config, self.progress
