@@ -22,7 +22,7 @@ from gm_probe.cli.output import (
     results_console,
     table,
 )
-from gm_probe.cli.train import note_idle, train
+from gm_probe.cli.train import note_settings, train
 from gm_probe.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def tune(
     if "data" not in settings:
         note(console, "no --data given: tuning on the bundled handwritten digits (1,797 images of 8×8)")
     config = TrainConfig.from_dict(settings)
-    note_idle(console, config, given)
+    note_settings(console, config, given)
     values = {"rho": floats("--rho", rho_text)}
     if beta_text is not None:
         values["beta"] = floats("--beta", beta_text)
