@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +18,7 @@ import torch
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file
 
-from gm_probe.analysis.collect import collect, write_table
+from gm_probe.analysis.collect import collect
 from gm_probe.analysis.runs import load_table
 from gm_probe.cli import main
 from gm_probe.core import files
@@ -71,13 +66,6 @@ def command(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str
 
 def states(root: Path) -> dict[str, str]:
     return {run.run: run.state for run in sweep_status(root).runs}
-
-
-@contextmanager
-def forked() -> Iterator[None]:
-    with warnings.catch_warnings():  # of forking beside threads: these compute on one, or only write files
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
 
 
 # ---- claim and heartbeat
@@ -242,53 +230,11 @@ def test_the_table_says_what_the_folder_says(tmp_path: Path, capsys: pytest.Capt
     assert_frame_equal(known[same], folder.frame.sort_values("run").reset_index(drop=True)[same])
 
 
-def test_parquet_holds_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
-    run_recipe(parse(), tmp_path / "runs")
-    frame = write_table(tmp_path / "runs", tmp_path / "t.parquet")
-    assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), frame)
-
-
 def test_collect_names_its_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(capsys, "collect", tmp_path, "--out", tmp_path / "t.csv")[0] == 2
     code, _, err = command(capsys, "collect", tmp_path, "--out", tmp_path / "t.xlsx")
     assert code == 2
     assert ".csv or .parquet" in err
-
-
-def _write_runs(root: Path, table: Path, writer: int, count: int) -> None:
-    for number in range(count):
-        run = root / f"w{writer}-{number}"
-        write_toml(run / "config.toml", {"lr": 0.1 * writer, "seed": number})
-        write_json(run / "summary.json", {"status": "finished", "error_gap": number / 7, "ce_gap": 1.0})
-        write_json(run / "measures.json", {"measures": {"fisher_trace": {"value": 1.0, "stderr": writer}}})
-    write_table(root, table)
-
-
-def test_sixteen_writers_lose_and_tear_no_row(tmp_path: Path) -> None:
-    root, table, count = tmp_path / "runs", tmp_path / "t.csv", 5
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write_runs, args=(root, table, k, count)) for k in range(16)]
-    with forked():
-        for writer in writers:
-            writer.start()
-    sizes = [0]
-    while any(writer.is_alive() for writer in writers):
-        if table.exists():
-            text = table.read_text()
-            assert text.endswith("\n")
-            sizes.append(len(pd.read_csv(io.StringIO(text))))
-        time.sleep(0.01)
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
-    assert sizes == sorted(sizes)  # no table was replaced by an older one
-    frame = pd.read_csv(table)
-    assert sorted(frame.run) == sorted(f"w{k}-{n}" for k in range(16) for n in range(count))
-    assert (frame.status == "finished").all()
-    for row in frame.itertuples():
-        k, n = map(int, str(row.run)[1:].split("-"))
-        assert (row.lr, row.seed, row.error_gap, row.fisher_trace_stderr) == (0.1 * k, n, n / 7, k)
 
 
 # ---- killed

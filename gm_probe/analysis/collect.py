@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from gm_probe.analysis.row_cache import RowCache
 from gm_probe.core.errors import StorageError, UsageError
-from gm_probe.core.files import locked, write_atomic
-from gm_probe.core.records import RunRecord, failure, find_runs, read_run, run_state
+from gm_probe.core.files import held, locked, write_atomic
+from gm_probe.core.records import failure, find_runs, read_run, state_at_rest
 
 PARTS = {
     "value": "",
@@ -28,24 +29,29 @@ def collect(root: Path) -> pd.DataFrame:
     NAME_stderr_examples and NAME_has_converged; ``probe.KEY`` is a setting of the measurement. What a run does not have
     is empty. A run whose files are broken is a row whose ``reason`` says so.
 
+    Only runs whose files have changed since the last call are read; see ``RowCache``.
+
     Raises:
         UsageError: ``root`` holds no run.
     """
-    rows = []
+    cache, rows = RowCache(root, Path(__file__)), []
     for path in find_runs(root):
         run = path.relative_to(root).as_posix() if path != root else root.resolve().name
         try:
-            rows.append(
-                {"run": run, "status": run_state(path), "reason": failure(path), **_row(read_run(path))}
-            )
+            row = cache.row(run, path, _row)
+            now = {"status": "running"} if held(path) else {}
+            rows.append({"run": run, **row, **now})
         except StorageError as error:
             rows.append({"run": run, "status": "failed", "reason": str(error)})
+    cache.write()
     rows.sort(key=lambda row: row["run"])
     return pd.DataFrame(rows, columns=_columns(rows))
 
 
-def _row(record: RunRecord) -> dict[str, Any]:
-    row = {key: _cell(value) for key, value in record.config.items() if key != "environment"}
+def _row(path: Path) -> dict[str, Any]:
+    record = read_run(path)
+    row = {"status": state_at_rest(path), "reason": failure(path)}
+    row |= {key: _cell(value) for key, value in record.config.items() if key != "environment"}
     row |= {key: _cell(value) for key, value in record.summary.items() if key not in {"status", "reason"}}
     row |= {f"probe.{key}": _cell(value) for key, value in record.settings.items()}
     for name, measure in record.measures.items():
@@ -87,6 +93,9 @@ def _bytes(frame: pd.DataFrame, suffix: str) -> bytes:
     if suffix == ".csv":
         return frame.to_csv(index=False).encode()
     buffer = io.BytesIO()
+    for name in frame.columns:  # in Parquet a column has one type
+        if frame[name].dtype.kind == "O" and frame[name].dropna().map(type).nunique() > 1:
+            frame = frame.assign(**{name: frame[name].map(str, na_action="ignore")})
     try:
         frame.to_parquet(buffer, index=False)
     except ImportError as error:

@@ -13,13 +13,14 @@ import click
 from gm_probe.cli.data import DataOptions, data_options, floats
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
 from gm_probe.cli.figures import as_rows, print_result, warn
+from gm_probe.cli.live import live_view
 from gm_probe.cli.output import FIGURE_SUFFIXES, format_options, note, notes_console, print_csv, print_json
 from gm_probe.cli.progress import Bar, progress_bar
 from gm_probe.core.errors import CheckpointError, ProbeError, UsageError
 
 if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples
-    from gm_probe.sweep.executors import Executor, Outcome
+    from gm_probe.sweep.executors import Executor
     from gm_probe.sweep.remeasure import Remeasure
 
 
@@ -291,15 +292,8 @@ def _measure_many(
     """Measure on ``executor``, print all that came, and fail where one failed."""
     from gm_probe.sweep.remeasure import measure_runs
 
-    with progress_bar("checkpoints", len(checkpoints), quiet=quiet) as bar:
-        ended = 0
-
-        def advance(outcome: Outcome) -> None:
-            nonlocal ended
-            ended += 1
-            bar.update(ended, state=f"{ended}/{len(checkpoints)}")
-
-        outcomes = measure_runs(checkpoints, what, executor, advance)
+    with live_view({str(path): path for path in checkpoints}, ("measuring",), quiet=quiet) as notify:
+        outcomes = measure_runs(checkpoints, what, executor, notify)
     done = {"finished", "skipped"}
     results = [outcome.result for outcome in outcomes.values() if outcome.status in done]
     if output == "json":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from gm_probe.cli.live import doing, duration
 from gm_probe.cli.output import format_options, print_csv, print_json, results_console, table
+
+if TYPE_CHECKING:
+    from gm_probe.sweep.status import RunStatus
 
 
 @click.command(epilog="Example:  gmprobe status runs/")
@@ -30,13 +34,19 @@ def status(folder: Path, output: str | None, quiet: bool) -> None:
         return
     if not quiet:
         shown = [run for run in found.runs if run.state not in {*ENDED, "pending"}]
-        rows = [[run.run, run.state, f"{run.epochs}/{run.max_epochs or '?'}"] for run in shown]
+        rows = [[run.run, run.state, f"{run.epochs}/{run.max_epochs or '?'}", *_now(run)] for run in shown]
         if rows:
-            results_console().print(table(None, ["run", "state", "epochs"], rows))
+            results_console().print(table(None, ["run", "state", "epochs", "now", "to go"], rows))
     ended = sum(run.state in ENDED for run in found.runs)
     counts = ", ".join(f"{count} {state}" for state, count in found.counts.items())
-    eta = "" if found.eta is None else f"; about {timedelta(seconds=round(found.eta))} to go"
+    eta = "" if found.eta is None else f"; about {duration(found.eta)} to go"
     click.echo(f"{ended} of {len(found.runs)} runs ended: {counts}{eta}")
     for run in found.runs:
         if run.reason is not None:
             click.echo(f"  {run.state}: {run.run}: {run.reason}")
+
+
+def _now(run: RunStatus) -> tuple[str, str]:
+    if run.word is None:
+        return "", ""
+    return ", ".join(filter(None, doing(run.word))), duration(run.word.left)

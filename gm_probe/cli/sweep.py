@@ -5,24 +5,19 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
+from gm_probe.cli.live import LEFT_OUT, live_view
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
-from gm_probe.cli.progress import progress_bar
 from gm_probe.core.errors import ProbeError, UsageError
 
 if TYPE_CHECKING:
     from gm_probe.sweep.executors import Executor, Outcome
     from gm_probe.sweep.recipe import Recipe
-
-
-LEFT_OUT = frozenset({"failed", "diverged", "busy"})
-"""How a run ends that gives no result now; each is named with its reason."""
 
 
 @click.command(epilog="Example:  gmprobe sweep quickstart --out runs/ --jobs 2")
@@ -114,33 +109,13 @@ def run_with_progress(
     retry_failed: bool = True,
     quiet: bool,
 ) -> list[Outcome]:
-    """Run the recipe with a bar on a terminal, one line a run elsewhere."""
-    from gm_probe.sweep.runner import run_recipe as run
+    """Run the recipe under the live view."""
+    from gm_probe.sweep.runner import run_recipe
 
-    run_recipe = partial(run, jobs=jobs, executor=executor, retry_failed=retry_failed)
-
-    console = notes_console(quiet)
-    if not console.is_terminal:
-        done = 0
-
-        def line(outcome: Outcome) -> None:
-            nonlocal done
-            done += 1
-            reason = f": {outcome.reason}" if outcome.reason else ""
-            note(console, f"[{done}/{len(recipe.runs)}] {outcome.name} {outcome.status}{reason}")
-
-        return run_recipe(recipe, out, notify=line)
-    with progress_bar("runs", len(recipe.runs), quiet=quiet) as bar:
-        ended = 0
-
-        def advance(outcome: Outcome) -> None:
-            nonlocal ended
-            ended += 1
-            bar.update(ended, state=f"{ended}/{len(recipe.runs)}")
-            if outcome.status in LEFT_OUT:
-                bar.print(f"{outcome.status}: {outcome.name}: {outcome.reason or ''}")
-
-        return run_recipe(recipe, out, notify=advance)
+    paths = {name: out / name for name in recipe.runs}
+    stages = ("training", "measuring") if recipe.plan.measures else ("training",)
+    with live_view(paths, stages, quiet=quiet) as notify:
+        return run_recipe(recipe, out, jobs=jobs, executor=executor, retry_failed=retry_failed, notify=notify)
 
 
 def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:

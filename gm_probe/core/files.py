@@ -1,5 +1,6 @@
 """Files written so that a reader sees the old content or the new, never a part. Imports no torch."""
 
+import io
 import json
 import os
 import socket
@@ -7,8 +8,9 @@ import tempfile
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ BEAT = 5.0
 """Seconds between two signs of life of who holds a folder."""
 STALE = 60.0
 """Seconds without one after which a holder on another machine counts as gone."""
+TELL = 1.0
+"""Seconds between two words of how far a holder is."""
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -92,8 +96,65 @@ def remove_temporary(folder: Path) -> None:
         left.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Word:
+    """How far the holder of a folder is: ``done`` of ``total`` of a ``stage``, with ``left`` seconds to go.
+
+    ``left`` is None until it is known.
+    """
+
+    stage: str
+    done: float
+    total: float
+    left: float | None
+    more: Mapping[str, Any]
+
+
+class Hold:
+    """A held folder: its lock names the holder and, in a second line, what it last told; see ``told``."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self._holder = f"{socket.gethostname()} {os.getpid()}\n"
+        self._stage = ""
+        self._first = self._began = self._last = 0.0
+        self._write("")
+
+    def tell(
+        self, stage: str, done: float, total: float, more: Callable[[], Mapping[str, Any]] = dict
+    ) -> None:
+        """Leave a ``Word``, at most one every ``TELL`` seconds: ``more`` may cost what it does.
+
+        The time left is reckoned from what was done since the stage was first told of, so a resumed run's is right.
+        """
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._first, self._began = stage, done, now
+        elif now - self._last < TELL:
+            return
+        self._last = now
+        rate = (done - self._first) / max(now - self._began, 1e-9)
+        word = Word(stage, done, total, (total - done) / rate if rate > 0 else None, more())
+        self._write(json.dumps(asdict(word)) + "\n")
+
+    def _write(self, word: str) -> None:
+        content = (self._holder + word).encode()
+        with suppress(OSError):  # a full disk must not end the work over this
+            self._file.seek(0)
+            self._file.write(content)  # over what stood there, so that the first line is never torn
+            self._file.truncate()
+
+
+def told(folder: Path) -> Word | None:
+    """What the holder of ``folder`` last told; None where that is nothing, or is just being written."""
+    try:
+        return Word(**json.loads((folder / LOCK).read_text(encoding="utf-8").split("\n")[1]))
+    except (OSError, ValueError, IndexError, TypeError):
+        return None
+
+
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[Hold]:
     """Hold ``folder`` for this process alone; the lock goes with the process, however it ends.
 
     While it is held the lock file names host and process, and is touched every ``BEAT`` seconds: see ``held``.
@@ -105,7 +166,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")  # nothing of another's is overwritten before the lock is ours
+        # nothing of another's is overwritten before the lock is ours
+        file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
     except OSError as error:
         raise StorageError(
             f"cannot write {folder}: {error.strerror or error}; choose another folder"
@@ -119,11 +181,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         ended = threading.Event()
         beat = threading.Thread(target=_beat, args=(path, ended), daemon=True)
         try:
-            file.truncate(0)
-            file.write(f"{socket.gethostname()} {os.getpid()}\n")
-            file.flush()
+            hold = Hold(file)
             beat.start()
-            yield
+            yield hold
         finally:
             ended.set()
             if beat.is_alive():
@@ -162,7 +222,7 @@ def held(folder: Path) -> bool:
     """Whether a living process holds ``folder``: on this machine it is looked for, of others ``STALE`` decides."""
     path = folder / LOCK
     try:
-        host, pid = path.read_text(encoding="utf-8").split()
+        host, pid = path.read_text(encoding="utf-8").split("\n")[0].split()
         silent = time.time() - path.stat().st_mtime
     except (OSError, ValueError):  # never held, or let go
         return False

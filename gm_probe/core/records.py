@@ -19,6 +19,7 @@ A sweep is a folder of runs and, of what was asked for::
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,8 +101,11 @@ def run_state(run: Path) -> str:
     Raises:
         StorageError: its summary is broken.
     """
-    if held(run):
-        return "running"
+    return "running" if held(run) else state_at_rest(run)
+
+
+def state_at_rest(run: Path) -> str:
+    """``run_state`` of a run that nobody holds."""
     if (run / ERROR).exists():
         return "failed"
     status = _read_table(run / SUMMARY).get("status")
@@ -128,7 +132,7 @@ def find_runs(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give the folder that `gmprobe sweep --out` wrote")
-    runs = sorted({file.parent for name in (CONFIG, SUMMARY) for file in root.rglob(name)})
+    runs = sorted(Path(folder) for folder, _, files in os.walk(root) if {CONFIG, SUMMARY} & set(files))
     if not runs:
         raise UsageError(f"{root} holds no run (no {CONFIG} below it); train one with `gmprobe train --out`")
     return runs

@@ -15,7 +15,7 @@ from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment
 from gm_probe.core.errors import DataError, ProbeError, UsageError, first_line
-from gm_probe.core.files import write_json
+from gm_probe.core.files import Hold, write_json
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import differentiable_attention, evaluating
@@ -23,7 +23,7 @@ from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
 from gm_probe.core.records import read_run
 from gm_probe.probe.density import density
-from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names, measure
+from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names, expected_cost, measure
 from gm_probe.probe.probe import Probe, Settings
 from gm_probe.probe.speed import BATCH_SIZE, MEMORY, TRIAL, batch_size_within, fastest_layout
 from gm_probe.probe.work import Work
@@ -132,6 +132,16 @@ def measure_checkpoint(
     if quadrature is not None:
         result["density"] = _densities(subject, part, settings, quadrature, notify)
     return result
+
+
+def telling(hold: Hold, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
+    """A ``notify`` of ``measure_checkpoint`` that tells those who look at the held run folder."""
+    expected = expected_cost(names, settings)
+
+    def notify(name: str, evaluations: float) -> None:
+        hold.tell("measuring", evaluations, max(expected, evaluations), lambda: {"measure": name})
+
+    return notify
 
 
 def _fitted(subject: Subject, batch_size: int | None, memory: float) -> Subject:

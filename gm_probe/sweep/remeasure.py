@@ -12,11 +12,11 @@ import torch
 
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import UsageError
-from gm_probe.core.files import exclusive, read_json
+from gm_probe.core.files import Hold, exclusive, read_json
 from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, find_runs, read_run
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep.executors import Executor, Job, Outcome
-from gm_probe.sweep.measuring import measure_checkpoint, merge_measures
+from gm_probe.sweep.measuring import measure_checkpoint, merge_measures, telling
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +38,30 @@ class Remeasure:
     loading: Mapping[str, Any]
 
     def __call__(self, out: Path, threads: int | None) -> tuple[str, dict[str, Any]]:
-        scope = {"part": self.part, "max_examples": self.max_examples}
-        if self.save and read_run(out).measured(self.names, {**self.settings.as_dict(), **scope}):
-            return "skipped", read_json(out / MEASURES)
+        if not self.save:  # the folder may be anybody's: it is only read
+            return "finished", self._measured(out, threads, None)
+        with exclusive(out) as hold:
+            if read_run(out).measured(self.names, {**self.settings.as_dict(), **self._scope}):
+                return "skipped", read_json(out / MEASURES)
+            result = self._measured(out, threads, hold)
+            merge_measures(out / MEASURES, result)
+            return "finished", result
+
+    @property
+    def _scope(self) -> dict[str, Any]:
+        return {"part": self.part, "max_examples": self.max_examples}
+
+    def _measured(self, out: Path, threads: int | None, hold: Hold | None) -> dict[str, Any]:
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
             examples = self.examples(out).subset(self.max_examples, self.settings.seed)
-            result = measure_checkpoint(out, examples, self.names, self.settings, **self.loading)
-            result["settings"] |= scope
-            if self.save:
-                with exclusive(out):
-                    merge_measures(out / MEASURES, result)
-            return "finished", result
+            notify = None if hold is None else telling(hold, self.names, self.settings)
+            result = measure_checkpoint(
+                out, examples, self.names, self.settings, notify=notify, **self.loading
+            )
+            result["settings"] |= self._scope
+            return result
         finally:
             torch.set_num_threads(before)
 

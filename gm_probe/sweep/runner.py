@@ -11,10 +11,10 @@ import torch
 
 from gm_probe.core.devices import pick_device
 from gm_probe.core.errors import DivergedError, StorageError
-from gm_probe.core.files import exclusive, read_json, write_atomic, write_json
+from gm_probe.core.files import Hold, exclusive, read_json, write_atomic, write_json
 from gm_probe.core.records import CHECKPOINT, CONFIG, ERROR, MEASURES, SUMMARY, failure, read_run, run_state
 from gm_probe.sweep.executors import Executor, Job, Outcome, Processes, in_turn, visible_gpus
-from gm_probe.sweep.measuring import measure_checkpoint
+from gm_probe.sweep.measuring import measure_checkpoint, telling
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
@@ -50,8 +50,8 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
         if record is None or record.status != "finished":
             train(config, out, resume=True)
         if plan.measures:
-            with exclusive(out):
-                _measure(config, plan, out)
+            with exclusive(out) as hold:
+                _measure(config, plan, out, hold)
         return "finished"
     except DivergedError:
         if read_run(out).status != "diverged":  # the measurement diverged, not the training
@@ -61,7 +61,7 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
         torch.set_num_threads(before)
 
 
-def _measure(config: TrainConfig, plan: MeasurePlan, out: Path) -> None:
+def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, hold: Hold) -> None:
     examples = own_unlabeled(out).subset(plan.max_examples, plan.settings.seed)
     result = measure_checkpoint(
         out / CHECKPOINT,
@@ -71,6 +71,7 @@ def _measure(config: TrainConfig, plan: MeasurePlan, out: Path) -> None:
         model_name=config.model,  # the code that the recipe names, never one that a file names
         batch_size=plan.batch_size,
         device=pick_device(config.device),
+        notify=telling(hold, plan.measures, plan.settings),
     )
     result["settings"] |= plan.scope
     write_json(out / MEASURES, result)

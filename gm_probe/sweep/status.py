@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.core.errors import StorageError, UsageError
-from gm_probe.core.files import read_json
+from gm_probe.core.files import Word, read_json, told
 from gm_probe.core.records import MEASURES, METRICS, SUMMARY, SWEEP, failure, find_runs, read_run, run_state
 
 STATES = ("finished", "trained", "running", "stale", "pending", "diverged", "failed")
@@ -26,6 +26,7 @@ class RunStatus:
         epochs: done so far; ``max_epochs`` at most, None where its settings cannot be read.
         reason: the last line of what a failed run left, or why training diverged.
         ended: when (seconds since 1970) it came to its end.
+        word: what its holder last told, while it is running.
     """
 
     run: str
@@ -34,6 +35,7 @@ class RunStatus:
     max_epochs: int | None
     reason: str | None = None
     ended: float | None = None
+    word: Word | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ def run_status(path: Path, name: str, asked: dict[str, Any]) -> RunStatus:
         state, reason = "failed", str(error)
     most = planned["epochs"] if planned is not None else _max_epochs(path)
     ended = _ended(path) if state in ENDED else None
-    return RunStatus(name, state, _epochs(path), most, reason, ended)
+    word = told(path) if state == "running" else None
+    return RunStatus(name, state, _epochs(path), most, reason, ended, word)
 
 
 def _name(path: Path, root: Path) -> str:

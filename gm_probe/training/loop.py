@@ -22,7 +22,15 @@ from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import deterministic, environment, pick_device
 from gm_probe.core.errors import DivergedError, UsageError
-from gm_probe.core.files import append_line, exclusive, remove_temporary, write_atomic, write_json, write_toml
+from gm_probe.core.files import (
+    Hold,
+    append_line,
+    exclusive,
+    remove_temporary,
+    write_atomic,
+    write_json,
+    write_toml,
+)
 from gm_probe.core.images import taken
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import evaluating
@@ -104,8 +112,8 @@ class Training:
     ``torchrun``'s processes work off each batch together and all hold the same weights; the first one writes.
     """
 
-    def __init__(self, config: TrainConfig, out: Path) -> None:
-        self.config, self.out = config, out
+    def __init__(self, config: TrainConfig, out: Path, hold: Hold | None = None) -> None:
+        self.config, self.out, self.hold = config, out, hold
         self.device = processes.own_device(pick_device(config.device))
         self.splits = load_splits(config)
         train = self.splits.train
@@ -157,6 +165,7 @@ class Training:
             mine = [chosen[self._mine] for chosen in left]
             for chosen, x in zip(left, taken(self.splits.inputs.x, mine), strict=True):
                 self._step(chosen, x)
+                self._tell()
                 done = self.epoch * self.steps + self.progress.step
                 every = self.config.checkpoint_every
                 if every is not None and done % every == 0 and self.progress.step < self.steps:
@@ -180,6 +189,18 @@ class Training:
         progress.step += 1
         if skipped or progress.step % CHECK_EVERY == 0:
             self._check_loss(seen.loss)
+
+    def _tell(self) -> None:
+        if self.hold is not None:
+            self.hold.tell(
+                "training", self.epoch + self.progress.step / self.steps, self.config.epochs, self._so_far
+            )
+
+    def _so_far(self) -> dict[str, Any]:
+        """Within the running epoch; the loss is this process's."""
+        examples, loss = self.progress.sums[:2].tolist()
+        step = {"epoch": self.epoch + 1, "step": self.progress.step, "steps": self.steps}
+        return {**step, "loss": loss / examples if examples else None}
 
     def _batch(self, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """This process's part of a batch on the device: images augmented and normalised, and the first ones' labels."""
@@ -417,14 +438,14 @@ def train(
         DataError, StorageError, CheckpointError: as the parts raise them.
     """
     alone = exclusive(out) if processes.rank() == 0 else nullcontext()
-    with deterministic(config.deterministic), alone:
+    with deterministic(config.deterministic), alone as hold:
         done = _earlier(config, out, resume)
         processes.wait_for_all()  # to have seen the folder as it was
         if processes.rank() == 0:  # what a killed process left
             remove_temporary(out)
             if done is not None:
                 (out / STATE).unlink(missing_ok=True)
-        return _train(config, out, notify) if done is None else done
+        return _train(config, out, notify, hold) if done is None else done
 
 
 def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | None:
@@ -445,8 +466,10 @@ def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | N
     return record.summary if record.status == "finished" else None
 
 
-def _train(config: TrainConfig, out: Path, notify: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
-    training = Training(config, out)
+def _train(
+    config: TrainConfig, out: Path, notify: Callable[[dict[str, Any]], None] | None, hold: Hold | None
+) -> dict[str, Any]:
+    training = Training(config, out, hold)
     if (out / STATE).exists():
         check_splits(training.splits, out)
         training.load_state()

@@ -1,0 +1,182 @@
+"""The live view of many runs: who is at work, as the run folders tell it, and how the others ended."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from gm_probe.cli.output import note, notes_console
+from gm_probe.core.files import Word, held, told
+
+if TYPE_CHECKING:
+    from gm_probe.sweep.executors import Outcome
+
+LEFT_OUT = {"failed": "red", "diverged": "yellow", "busy": "yellow"}
+"""How a run ends that gives no result now; each is named with its reason."""
+NARROW = 100
+"""Columns below which bars and words make way for the runs' names."""
+
+
+@contextmanager
+def live_view(
+    paths: Mapping[str, Path], stages: Sequence[str], *, quiet: bool
+) -> Iterator[Callable[[Outcome], None]]:
+    """Show how the runs ``paths`` fare, and yield what is to be called with every outcome.
+
+    On a terminal all that are at work, with bars; elsewhere a line for each that has ended. It looks at the run folders
+    alone, so it is the same wherever the runs are done.
+
+    Args:
+        paths: run folders by their outcomes' names.
+        stages: that each run passes, as its ``Word`` calls them.
+    """
+    console = notes_console(quiet)
+    view = LiveView(paths, stages, console)
+    moving = console.is_terminal and not console.is_dumb_terminal and not quiet
+
+    def notify(outcome: Outcome) -> None:
+        view.add(outcome)
+        reason = f": {outcome.reason}" if outcome.reason else ""
+        if not moving:
+            note(console, f"[{len(view.ended)}/{len(paths)}] {outcome.name} {outcome.status}{reason}")
+        elif outcome.status in LEFT_OUT:
+            console.print(f"{outcome.status}: {outcome.name}{reason}", markup=False)
+
+    try:
+        if moving:
+            with Live(get_renderable=view.render, console=console, refresh_per_second=2, transient=True):
+                yield notify
+        else:
+            yield notify
+    except KeyboardInterrupt:
+        note(console, f"{len(view.ended)} of {len(paths)} ended ({view.counts()}); the same command goes on")
+        raise
+
+
+class LiveView:
+    """Counts the runs that have ended, and looks at the others' folders whenever it is drawn."""
+
+    def __init__(self, paths: Mapping[str, Path], stages: Sequence[str], console: Console) -> None:
+        self.paths, self.stages, self.console = paths, stages, console
+        self.ended: dict[str, str] = {}  # statuses by name
+        self._began = self._paced = time.monotonic()
+        self._first: dict[str, float] = {}  # shares that were done when they were first seen
+        self._words: dict[str, Word | None] = {}
+        self._next_look = 0.0
+        # what the names have in common says nothing
+        self._common = os.path.commonpath([str(path.absolute().parent) for path in paths.values()] or ["/"])
+
+    def add(self, outcome: Outcome) -> None:
+        self.ended[outcome.name] = outcome.status
+
+    def counts(self) -> str:
+        found = Counter(self.ended.values())
+        return ", ".join(f"{count} {status}" for status, count in sorted(found.items())) or "none"
+
+    def _at_work(self) -> dict[str, Word | None]:
+        """What each run tells that somebody holds; looking takes a tenth of the time at most, over however many."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            left = {name: path for name, path in self.paths.items() if name not in self.ended}
+            self._words = {name: told(path) for name, path in left.items() if held(path)}
+            self._next_look = now + 10 * (time.monotonic() - now)
+        return {name: word for name, word in self._words.items() if name not in self.ended}
+
+    def _share(self, word: Word | None) -> float:
+        """Of a run, that is done; its stages count alike."""
+        if word is None or word.stage not in self.stages or word.total <= 0:
+            return 0.0
+        return (self.stages.index(word.stage) + min(word.done / word.total, 1.0)) / len(self.stages)
+
+    def _eta(self, shares: Mapping[str, float]) -> float | None:
+        """Seconds to go at the pace since work was first seen, in which a resumed run counts with what it did since."""
+        if not self._first and set(self.ended.values()) <= {"skipped"}:
+            self._paced = time.monotonic()
+        for name, share in shares.items():
+            self._first.setdefault(name, share)
+        done = sum(1 - self._first.get(name, 0.0) for name, s in self.ended.items() if s != "skipped")
+        done += sum(share - self._first[name] for name, share in shares.items())
+        left = len(self.paths) - len(self.ended) - sum(shares.values())
+        return (time.monotonic() - self._paced) * left / done if done > 0 else None
+
+    def render(self) -> RenderableType:
+        words = self._at_work()
+        shares = {name: self._share(word) for name, word in words.items()}
+        total, width = (
+            len(self.paths),
+            max(20, self.console.width - 3),
+        )  # the terminal echoes ^C in the last line
+        head = Table.grid(padding=(0, 1), expand=True)
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        for _ in range(2):
+            head.add_column(no_wrap=True)
+        head.add_row(
+            f"{len(self.ended)}/{total}",
+            ProgressBar(total, len(self.ended) + sum(shares.values())),
+            duration(time.monotonic() - self._began),
+            f"ETA {duration(self._eta(shares)) or '-:--:--'}",
+        )
+        counts = Text(no_wrap=True, overflow="ellipsis")
+        for status, count in sorted(Counter(self.ended.values()).items()):
+            counts.append(f"{count} {status}", LEFT_OUT.get(status, "green")).append(", ")
+        counts.append(f"{len(words)} at work, {total - len(self.ended)} left")
+        room = max(1, self.console.height - 4)
+        rows = list(words.items())[: room if len(words) > room else None]
+        parts: list[RenderableType] = [head, counts]
+        if rows:
+            parts.append(self._table(rows, shares, width))
+        if len(rows) < len(words):
+            parts.append(Text(f"and {len(words) - len(rows)} more at work", "dim"))
+        return Constrain(Group(*parts), width)
+
+    def _table(
+        self, rows: Sequence[tuple[str, Word | None]], shares: Mapping[str, float], width: int
+    ) -> Table:
+        wide = width >= NARROW
+        result = Table.grid(padding=(0, 2 if wide else 1), expand=True)
+        result.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+        if wide:
+            result.add_column(width=20)
+        for _ in range(2):
+            result.add_column(no_wrap=True)
+        result.add_column(no_wrap=True, justify="right")
+        for name, word in rows:
+            bar = [ProgressBar(1.0, shares[name])] if wide else []
+            where, loss = ("starting", "") if word is None else doing(word, brief=not wide)
+            left = "" if word is None else duration(word.left)
+            run = os.path.relpath(self.paths[name], self._common)
+            result.add_row(escape(run), *bar, escape(where), loss, left)
+        return result
+
+
+def doing(word: Word, *, brief: bool = False) -> tuple[str, str]:
+    """In words, where a run is, and its loss if it has one."""
+    more = word.more
+    if word.stage == "training" and {"epoch", "step", "steps"} <= set(more):
+        epoch, step = f"{more['epoch']}/{word.total:g}", f"{more['step']}/{more['steps']}"
+        loss = more.get("loss")
+        short = "" if not isinstance(loss, int | float) else f"{loss:.3g}"
+        if brief:
+            return f"{epoch} {step}", short
+        return f"epoch {epoch}, step {step}", short and f"loss {short}"
+    return str(more.get("measure", word.stage)) if brief else f"{word.stage} {more.get('measure', '')}", ""
+
+
+def duration(seconds: float | None) -> str:
+    """As hours, minutes and seconds; empty where it is not known."""
+    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
