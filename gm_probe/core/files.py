@@ -14,7 +14,7 @@ from typing import Any
 
 import tomli_w
 
-from gm_probe.core.errors import BusyError, StorageError
+from gm_probe.core.errors import BusyError, StorageError, UsageError
 
 try:
     import fcntl
@@ -26,6 +26,18 @@ BEAT = 5.0
 """Seconds between two signs of life of who holds a folder."""
 STALE = 60.0
 """Seconds without one after which a holder on another machine counts as gone."""
+
+
+def default_data_root() -> Path:
+    """Where torchvision's data sets are kept unless ``--data-root`` says otherwise: ``~/.cache/gm_probe``.
+
+    Raises:
+        UsageError: this user has no home.
+    """
+    try:
+        return Path.home() / ".cache" / "gm_probe"
+    except RuntimeError as error:
+        raise UsageError("this user has no home folder to keep data sets in; give --data-root DIR") from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -105,7 +117,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")  # nothing of another's is overwritten before the lock is ours
+        file = path.open("a", encoding="utf-8")  # nothing of another's is overwritten before the lock is ours
     except OSError as error:
         raise StorageError(
             f"cannot write {folder}: {error.strerror or error}; choose another folder"
