@@ -24,6 +24,8 @@ SIGNS = {
     "√": "sqrt ",
     "∞": "inf",
     "‖": "||",
+    "λ": "lambda",  # Unicode's name has no b
+    "Λ": "Lambda",
 }
 
 

@@ -178,7 +178,7 @@ def _kernels(torch: Any) -> Iterator[Finding]:
 
 def _capability(torch: Any) -> str:
     """The instruction set that torch's kernels use, and the processor's own units for bfloat16."""
-    features = getattr(torch.cpu, "get_capabilities", dict)()  # of torch ≥ 2.11
+    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of torch ≥ 2.11
     units = [name for name in ("avx512_bf16", "amx_bf16", "sve_bf16") if features.get(name)]
     text = str(torch.backends.cpu.get_cpu_capability())
     return f"{text}, {', '.join(units)}" if units else text
