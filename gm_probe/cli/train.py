@@ -170,7 +170,7 @@ def train(
     from gm_probe.analysis.plots import write_figure
     from gm_probe.core import processes
     from gm_probe.core.devices import keep_freed_memory, pick_device
-    from gm_probe.core.records import CONFIG, read_metrics, read_run
+    from gm_probe.core.records import CONFIG, RUNS, read_metrics, read_run
     from gm_probe.sweep.recipe import run_name
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
@@ -181,16 +181,14 @@ def train(
         settings = {**TrainConfig.from_record(read_run(out).config).as_dict(), **settings}
     elif resume and out is not None:
         note(console, f"there is no run in {out} to resume: starting a new one")
+    config = TrainConfig.from_dict(settings)
     if "data" not in settings:
         note(console, "no --data given: training on the bundled handwritten digits (1,797 images of 8×8)")
-    config = TrainConfig.from_dict(settings)
     note_settings(console, config, given)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if out is None:
-        out = Path("runs") / run_name(
-            config, {"method": config.method, "model": config.model, "seed": config.seed}
-        )
+        out = RUNS / run_name(config, {"method": config.method, "model": config.model, "seed": config.seed})
     keep_freed_memory()
     with processes.joined(pick_device(config.device)):
         speaks = processes.rank() == 0  # of several processes, one prints and writes
