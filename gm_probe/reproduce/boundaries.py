@@ -149,14 +149,12 @@ def _draw(network: Network, offsets: list[Tensor], names: list[str]) -> Figure:
         axes.yaxis.set_major_locator(MultipleLocator(2))
         axes.tick_params(labelleft=axes is found[0])
     found[0].set_ylabel("$x_2$")
-    handles = [
-        Line2D([], [], color=colour, linestyle=dashes, label=label)
-        for colour, dashes, label in (
-            (BASE, "-", r"at $\theta$"),
-            (PLUS, "-", r"at $\theta$ + offset"),
-            (MINUS, "--", r"at $\theta$ − offset"),
-        )
+    looks: list[tuple[dict[str, Any], str]] = [
+        ({"color": BASE, "linestyle": "-"}, r"at $\theta$"),
+        ({"color": PLUS, "linestyle": "-"}, r"at $\theta$ + offset"),
+        ({"color": MINUS, "linestyle": "--"}, r"at $\theta$ − offset"),
     ]
+    handles = [Line2D([], [], label=label, **look) for look, label in looks]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 

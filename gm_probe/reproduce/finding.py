@@ -17,7 +17,7 @@ from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown
 from gm_probe.core.files import write_atomic, write_json
 from gm_probe.reproduce.catalogue import Recipe
 
-Outcome = Literal["shows", "does not show", "cannot be told"]
+Outcome = Literal["shows", "shows in part", "does not show", "cannot be told"]
 RESULT = "result.json"
 
 
@@ -95,6 +95,7 @@ def write(
 
 SAID: Mapping[Outcome, str] = {
     "shows": "The claim shows.",
+    "shows in part": "The claim shows in part.",
     "does not show": "The claim does not show.",
     "cannot be told": "Whether the claim holds cannot be told at this scale.",
 }

@@ -6,7 +6,7 @@ The network's sizes, the Gaussians and the training are lost from the paper's te
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -58,19 +58,21 @@ class Network:
         self.parameters = Parameters(self.model)
         self.size = self.parameters.size
 
-    def train(self, steps: int, lr: float, momentum: float, every: int) -> Iterator[int]:
-        """Full-batch gradient descent; yields at step 0, every so many steps, and the last one."""
+    def train(self, at: Iterable[int], lr: float, momentum: float) -> Iterator[int]:
+        """Full-batch gradient descent; yields after each number of steps in ``at``, ascending."""
         optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)
-        for step in range(steps + 1):
-            if step % every == 0 or step == steps:
-                yield step
-            optimizer.zero_grad()
-            functional.cross_entropy(self.model(self.mixture.x), self.mixture.y).backward()
-            optimizer.step()
+        done = 0
+        for step in at:
+            for _ in range(step - done):
+                optimizer.zero_grad()
+                functional.cross_entropy(self.model(self.mixture.x), self.mixture.y).backward()
+                optimizer.step()
+            done = step
+            yield step
 
     def trained(self, steps: int, lr: float, momentum: float) -> Network:
         """Itself, after training."""
-        for _ in self.train(steps, lr, momentum, steps):
+        for _ in self.train([steps], lr, momentum):
             pass
         return self
 
@@ -115,7 +117,11 @@ class Network:
     def hessian(self) -> Tensor:
         """H (P, P) of the mean cross-entropy with the mixture's labels."""
         x, y = self.mixture.x, self.mixture.y
-        matrix = jacrev(grad(lambda theta: functional.cross_entropy(self._at(theta, x), y)))(self.theta)
+
+        def loss(theta: Tensor) -> Tensor:
+            return functional.cross_entropy(self._at(theta, x), y)
+
+        matrix = jacrev(grad(loss))(self.theta)
         return (matrix + matrix.T) / 2
 
 
