@@ -9,7 +9,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from gm_probe.analysis.figures import DASHES
 from gm_probe.analysis.plots import COLOURS, STYLE
@@ -49,3 +51,19 @@ def outline(axes: Axes, values: np.ndarray, edges: np.ndarray, index: int, label
     """A histogram of ``values`` as shares, drawn as an outline so that several can lie on each other."""
     shares = np.histogram(values, edges)[0] / len(values)
     axes.plot(edges, [*shares, shares[-1]], drawstyle="steps-post", linewidth=1.2, label=label, **line(index))
+
+
+def logarithmic(axes: Axes) -> None:
+    """Both axes on a logarithmic scale, with plain numbers at 1, 2 and 5 where less than two decades are shown."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        _log_ticks(axis)
+
+
+def _log_ticks(axis: Axis) -> None:
+    low, high = axis.get_view_interval()
+    axis.set_minor_formatter(NullFormatter())
+    if high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

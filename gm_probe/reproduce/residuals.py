@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.analysis.typeset import Cell, Sheet
-from gm_probe.reproduce.drawing import line, panels
+from gm_probe.reproduce.drawing import line, logarithmic, panels
 from gm_probe.reproduce.finding import Finding, Outcome, Task
 from gm_probe.reproduce.gaussians import Mixture, Network
 
@@ -63,7 +63,8 @@ def study(
         {"": _draw(rows, list(cases), rho)},
         {
             "": f"A row a data set. Left: the bound's terms along training, seed 0, ρ = {rho:g}. Middle: λ_max(F) and "
-            f"the spectral residual ξ against the training loss, every seed. Right: their ratio. Grey: near interpolation, L_S < {NEAR:g}."
+            "the spectral residual ξ against the training loss, every seed. Right: their ratio. Grey: near "
+            f"interpolation, L_S < {NEAR:g}."
         },
     )
 
@@ -116,8 +117,8 @@ def _outcome(slopes: Slopes, cases: Sequence[str]) -> Outcome:
 
 def _text(rows: Sequence[Mapping[str, Any]], slopes: Slopes, cases: Sequence[str], size: int) -> str:
     said = [
-        f"The test: exponents of ξ ∝ L_S^a and ξ/λ_max(F) ∝ L_S^b fitted where L_S < {NEAR:g}, one a seed; both must be "
-        "positive for F to take H's place with no degradation, for λ_max(F) itself vanishes with the loss."
+        f"The test: exponents of ξ ∝ L_S^a and ξ/λ_max(F) ∝ L_S^b fitted where L_S < {NEAR:g}, one a seed; both must "
+        "be positive for F to take H's place with no degradation, for λ_max(F) itself vanishes with the loss."
     ]
     for case in cases:
         mine = [row for row in rows if row["case"] == case]
@@ -191,13 +192,10 @@ def _draw(rows: Sequence[Mapping[str, Any]], cases: Sequence[str], rho: float) -
         ratio.set_ylabel(r"$\xi\,/\,\lambda_{\max}(F)$")
         for axes in (terms, ratio):
             axes.set_xlabel("training cross-entropy $L_S$ (nats)")
-            axes.invert_xaxis()
             axes.axvspan(x.min() / 1.5, NEAR, color="0.92", zorder=0, linewidth=0)
+            axes.set_xlim(1.5 * x.max(), x.min() / 1.5)
         for axes in (along, terms, ratio):
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-        terms.set_xlim(1.5 * x.max(), x.min() / 1.5)
-        ratio.set_xlim(1.5 * x.max(), x.min() / 1.5)
+            logarithmic(axes)
     handles, labels = found[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
