@@ -72,7 +72,8 @@ def study(
         {
             "": "A point a setting, means over its seeds. (a) C_θ of the runs against σ̂² tr F; hollow: C_θ of an "
             "isotropic Gaussian of the same variance about one run. (b) C_θ against S_ρ. (c) S_ρ against its quadratic "
-            f"term, a colour a ρ. (d) tr F/λ_max(F) between its limits 1 and P = {num_parameters:,}. Lines in (a) and (c): equality."
+            f"term, a colour a ρ. (d) tr F/λ_max(F) between its limits 1 and P = {num_parameters:,}. Lines in (a) and "
+            "(c): equality."
         },
     )
 

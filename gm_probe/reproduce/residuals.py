@@ -37,8 +37,9 @@ def study(
 ) -> Finding:
     """L_S, λ_max(F), λ_max(H) and ξ = ‖H − F‖₂ at steps evenly spaced on a logarithmic scale.
 
-    The test: the slope of log ξ, and of log ξ/λ_max(F), by log L_S near interpolation, a slope a seed. ξ ∝ L_S^slope
-    vanishes if it is positive; F vanishes, too, so that only the second slope says whether F takes H's place.
+    The test: the slope by log L_S of log ξ near interpolation, and of log ξ/λ_max(F) over the last tenfold fall of
+    L_S, a slope a seed. ξ ∝ L_S^slope vanishes if it is positive; F vanishes, too, so that only the second slope says
+    whether what F leaves out of H vanishes.
     """
     at = [0, *np.unique(np.geomspace(1, steps, checkpoints).round().astype(int)).tolist()]
     rows: list[dict[str, Any]] = []
@@ -85,13 +86,16 @@ def _spectra(network: Network) -> dict[str, float]:
 
 
 def _slopes(rows: Sequence[Mapping[str, Any]], key: str, seeds: int) -> tuple[float, float, float] | None:
-    """Mean over seeds of the slope of log ``key`` by log loss where the loss is below ``NEAR``, with its 99 % interval.
+    """Mean over seeds of the slope of log ``key`` by log loss, with its 99 % interval.
 
-    None where fewer than three checkpoints of some seed, or fewer than two seeds, come so far.
+    Of the residual where the loss is below ``NEAR``, of its ratio to λ_max(F) where also below ten times the last one:
+    it may fall at first and level off. None where a seed has fewer than three such checkpoints, or it is the only one.
     """
     found = []
     for seed in range(seeds):
-        near = [(row["loss"], row[key]) for row in rows if row["seed"] == seed and row["loss"] < NEAR]
+        mine = [row for row in rows if row["seed"] == seed]
+        bound = min(NEAR, 10 * mine[-1]["loss"]) if key == "relative" else NEAR
+        near = [(row["loss"], row[key]) for row in mine if row["loss"] < bound]
         if len(near) < 3:
             return None
         x, y = np.log(np.array(near)).T
@@ -117,8 +121,8 @@ def _outcome(slopes: Slopes, cases: Sequence[str]) -> Outcome:
 
 def _text(rows: Sequence[Mapping[str, Any]], slopes: Slopes, cases: Sequence[str], size: int) -> str:
     said = [
-        f"The test: exponents of ξ ∝ L_S^a and ξ/λ_max(F) ∝ L_S^b fitted where L_S < {NEAR:g}, one a seed; both must "
-        "be positive for F to take H's place with no degradation, for λ_max(F) itself vanishes with the loss."
+        f"The test: exponents of ξ ∝ L_S^a where L_S < {NEAR:g}, and of ξ/λ_max(F) ∝ L_S^b over the last tenfold fall "
+        "of L_S, one a seed; both must be positive, for λ_max(F) itself vanishes with the loss."
     ]
     for case in cases:
         mine = [row for row in rows if row["case"] == case]
