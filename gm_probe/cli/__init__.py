@@ -28,6 +28,7 @@ COMMANDS = {
     "pairs": "Compare models pair by pair over unlabeled data: disagreement, inconsistency, instability.",
     "correlate": "Correlate each measure with the generalization gap over many runs.",
     "report": "Write one self-contained HTML page about many runs.",
+    "reproduce": "Reproduce the paper's tables and figures, and say whether each claim shows.",
     "models": "List the models that --model takes.",
     "datasets": "List the data that --data and --unlabeled take.",
     "measures": "List the measures, what each needs and what it costs.",
