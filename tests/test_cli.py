@@ -517,6 +517,26 @@ def test_a_maximum_that_one_start_reached_is_doubted(
     assert ("one of 2 starts reached it, the next 50%" in capsys.readouterr().err) == doubted
 
 
+@pytest.mark.parametrize(
+    ("options", "doubted"),
+    [
+        ("--method iam-d --amp bf16", True),
+        ("--method iam-d --amp bf16 --noise-scale 3", False),
+        ("--method iam-d", False),
+        ("--method sam --amp bf16", False),
+    ],
+)
+def test_noise_that_bf16_rounds_away_is_named(
+    options: str, doubted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = (
+        "gmprobe train --num-train 20 --num-test 10 --num-unlabeled 10 --epochs 1 --model mlp-4 --device cpu"
+    )
+    code, _, err = run(f"{tiny} {options} --out {tmp_path}/a", capsys)
+    assert code == 0
+    assert ("bf16 rounds away much of a start of length 0.1" in err) == doubted
+
+
 def test_options_without_effect_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = (
         "gmprobe train --num-train 20 --num-test 10 --num-unlabeled 10 --epochs 1 --model mlp-4 --device cpu"

@@ -20,7 +20,8 @@ BELOW = {
     "training": {"core", "probe"},
     "sweep": {"core", "probe", "training"},
     "analysis": {"core"},
-    "cli": {"core", "probe", "training", "sweep", "analysis"},
+    "reproduce": {"core", "probe", "training", "sweep", "analysis"},
+    "cli": {"core", "probe", "training", "sweep", "analysis", "reproduce"},
     "__main__": {"cli"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
@@ -29,6 +30,7 @@ WITHOUT_TORCH = [
     "gm_probe.core.errors",
     "gm_probe.core.files",
     "gm_probe.core.records",
+    "gm_probe.reproduce.catalogue",
     *(f"gm_probe.analysis.{path.stem}" for path in sorted((ROOT / "analysis").glob("[!_]*.py"))),
     *(f"gm_probe.cli.{path.stem}" for path in sorted((ROOT / "cli").glob("[!_]*.py"))),
     "gm_probe.cli",

@@ -1,4 +1,4 @@
-"""95 % intervals from leaving out or resampling whole settings: runs of one setting are not independent."""
+"""Intervals, most from leaving out or resampling whole settings: runs of one setting are not independent."""
 
 import math
 
@@ -46,6 +46,13 @@ def percentile_interval(values: np.ndarray) -> tuple[float, float]:
     """The middle 95 % of ``values`` (B,)."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
+
+
+def mean_interval(values: np.ndarray, level: float = 0.99) -> tuple[float, float, float]:
+    """The mean of independent ``values`` (n,), n ≥ 2, and its Student interval: mean, low, high."""
+    mean = float(values.mean())
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
 def excludes_zero(low: float | None, high: float | None) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from gm_probe.cli.plain import HANDLER
 from gm_probe.core.errors import ProbeError, did_you_mean, first_line
 
 COMMANDS = {
@@ -27,10 +28,13 @@ COMMANDS = {
     "pairs": "Compare models pair by pair over unlabeled data: disagreement, inconsistency, instability.",
     "correlate": "Correlate each measure with the generalization gap over many runs.",
     "report": "Write one self-contained HTML page about many runs.",
+    "reproduce": "Reproduce the paper's tables and figures, and say whether each claim shows.",
     "models": "List the models that --model takes.",
     "datasets": "List the data that --data and --unlabeled take.",
     "measures": "List the measures, what each needs and what it costs.",
     "recipes": "List the built-in recipes of `gmprobe sweep`.",
+    "doctor": "Say what this machine has, what is missing, and the command that mends it.",
+    "completion": "Print the script that completes commands and options in your shell.",
 }
 LISTINGS = ("models", "datasets", "measures", "recipes")
 
@@ -82,9 +86,9 @@ def main(args: list[str] | None = None) -> None:
     Codes: 0 ok, 1 internal, 2 usage, 3 checkpoint, 4 data, 5 diverged, 6 resources, 7 I/O, 130 interrupted.
     """
     args = sys.argv[1:] if args is None else args
-    for stream in (sys.stdout, sys.stderr):  # a terminal without ρ or τ shows "?" instead of failing
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=HANDLER)
     try:
         cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
     except click.exceptions.Exit as stop:

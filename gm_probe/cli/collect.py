@@ -7,22 +7,26 @@ from pathlib import Path
 import click
 
 from gm_probe.cli.output import note, notes_console
+from gm_probe.core.records import RUNS
 
 
 @click.command(epilog="Example:  gmprobe collect runs/ --out table.csv")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path), default=RUNS)
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="The table: a .csv or .parquet file."
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The table: a .csv or .parquet file.  [default: table.csv in FOLDER]",
 )
 @click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
-def collect(folder: Path, out: Path, quiet: bool) -> None:
+def collect(folder: Path, out: Path | None, quiet: bool) -> None:
     """Write every run in FOLDER as one row: state, settings, errors and gaps, measures with their uncertainties.
 
-    At any time, also while the sweep runs: call it again for what has come since. `gmprobe correlate` reads the
-    table as it reads the folder.
+    FOLDER is runs/ unless given. At any time, also while the sweep runs: call it again for what has come since.
+    `gmprobe correlate` reads the table as it reads the folder.
     """
     from gm_probe.analysis.collect import write_table
 
+    out = out or folder / "table.csv"
     frame = write_table(folder, out)
     counts = ", ".join(f"{count} {state}" for state, count in frame["status"].value_counts().items())
     click.echo(f"{len(frame)} runs into {out}: {counts}")

@@ -70,8 +70,8 @@ def correlate(
 ) -> None:
     """Correlate each measure with the generalization gap over many runs.
 
-    SOURCE is a folder of run folders, or a .csv or .parquet file with one run a row: columns error_gap
-    (test error − train error) and/or ce_gap (the same for cross-entropy), one a measure, one a
+    SOURCE is a folder of run folders (runs/ unless given), or a .csv or .parquet file with one run a row: columns
+    error_gap (test error − train error) and/or ce_gap (the same for cross-entropy), one a measure, one a
     hyperparameter. Only finished and measured runs enter; every other run is counted and listed with its
     reason. Of a file, the columns that bear a measure's name are taken, or else every numeric column that is
     not a setting or an identifier; stderr says which.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.command(
     epilog="Example:  gmprobe measure ckpt.pt --unlabeled data/",
 )
-@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )
@@ -156,11 +156,19 @@ def measure(
     its own unlabeled part is used.
 
     A folder of runs stands for the finished ones in it. With --save they need no second training for more measures,
-    and what a run has already, taken with the same settings, is not measured again.
+    and what a run has already, taken with the same settings, is not measured again. Without CHECKPOINTS the run in
+    runs/ that finished last is measured.
     """
     check_executor(executor, jobs, address, gpus)
     if unlabeled is not None and labeled is not None:
         raise UsageError("--unlabeled and --labeled exclude each other; give one")
+    if not checkpoints:
+        checkpoints = (_last_run(),)
+        if not quiet:
+            note(
+                notes_console(),
+                f"no checkpoint given: measuring {checkpoints[0]}, the last run that finished",
+            )
     given, checkpoints = checkpoints, _expanded(checkpoints)
     if save and not all(path.is_dir() for path in checkpoints):
         raise UsageError("--save writes into run folders; give folders, or use --json > file")
@@ -267,6 +275,16 @@ def measure(
                 print_json(results)
             elif output == "csv" and results and speaks:
                 print_csv(as_rows(results))
+
+
+def _last_run() -> Path:
+    """The run below runs/ that finished last."""
+    from gm_probe.core.records import RUNS, SUMMARY
+    from gm_probe.sweep.remeasure import trained_runs
+
+    if not RUNS.is_dir():
+        raise UsageError(f"no checkpoint given, and there is no {RUNS}/ here; name a file or a run folder")
+    return max(trained_runs(RUNS), key=lambda run: (run / SUMMARY).stat().st_mtime)
 
 
 def _expanded(given: tuple[Path, ...]) -> tuple[Path, ...]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gm_probe.cli.plain import plain
+
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 """What figures may be written as."""
+UNFOLDED = 1000
+"""Columns of what is no terminal."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -23,8 +28,12 @@ class _Results(Console):
 
 
 def results_console() -> Console:
-    """Console on stdout; rich drops colour when piped or when NO_COLOR is set."""
-    return _Results(file=sys.stdout, soft_wrap=False)
+    """Console on stdout; rich drops colour when piped or when NO_COLOR is set.
+
+    Only a terminal is narrow: what goes into a file or a pipe is as wide as it needs, so that no name is folded.
+    """
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return _Results(file=sys.stdout, soft_wrap=False, width=None if narrow else UNFOLDED)
 
 
 def notes_console(quiet: bool = False) -> Console:
@@ -70,11 +79,13 @@ def _harmless(value: Any) -> Any:
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table whose first column is left-aligned and the others right-aligned."""
-    result = Table(title=None if title is None else escape(title), title_justify="left", header_style="bold")
+    result = Table(
+        title=None if title is None else escape(plain(title)), title_justify="left", header_style="bold"
+    )
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        result.add_column(escape(plain(column)), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        result.add_row(*map(escape, row))
+        result.add_row(*(escape(plain(cell)) for cell in row))
     return result
 
 

@@ -25,6 +25,7 @@ from gm_probe.core.errors import (
     DivergedError,
     UsageError,
 )
+from gm_probe.core.records import RUNS
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example:  gmprobe pairs runs/")
-@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )
@@ -51,8 +52,9 @@ def pairs(
 ) -> None:
     """Compare CHECKPOINTS with each other, pair by pair.
 
-    A checkpoint is a run folder, a folder of such (its finished runs count), or a file as `gmprobe measure` takes
-    it. Without --unlabeled the runs' own unlabeled part is used, which must be the same for all.
+    A checkpoint is a run folder, a folder of such (its finished runs count; runs/ unless given), or a file as
+    `gmprobe measure` takes it. Without --unlabeled the runs' own unlabeled part is used, which must be the
+    same for all.
 
     \b
     disagreement                how often two models predict different classes
@@ -75,7 +77,7 @@ def pairs(
     )
 
     data = DataOptions(**options)
-    paths, excluded, notes = find_checkpoints(checkpoints)
+    paths, excluded, notes = find_checkpoints(checkpoints or (RUNS,))
     if len(paths) < 2:
         left_out = f" ({len(excluded)} left out: {reasons(excluded)})" if excluded else ""
         raise UsageError(

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import click
 
-source_argument = click.argument("source", type=click.Path(path_type=Path))
+from gm_probe.core.records import RUNS
+
+source_argument = click.argument("source", type=click.Path(path_type=Path), default=RUNS)
 measures_option = click.option(
     "--measures", metavar="A,B", default="", help="Measures to use. Default: all there are."
 )

@@ -9,19 +9,21 @@ import click
 
 from gm_probe.cli.live import doing, duration
 from gm_probe.cli.output import format_options, print_csv, print_json, results_console, table
+from gm_probe.core.records import RUNS
 
 if TYPE_CHECKING:
     from gm_probe.sweep.status import RunStatus
 
 
 @click.command(epilog="Example:  gmprobe status runs/")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path), default=RUNS)
 @format_options
 def status(folder: Path, output: str | None, quiet: bool) -> None:
     """Say of every run in FOLDER how far it is, when the rest will be done, and why what failed did.
 
-    A run is finished; trained (not yet measured as the sweep asks); running (its lock is held and touched); stale
-    (begun and left: the next `gmprobe sweep` goes on with it); pending; diverged; or failed (`--retry-failed`).
+    FOLDER is runs/ unless given. A run is finished; trained (not yet measured as the sweep asks); running (its lock
+    is held and touched); stale (begun and left: the next `gmprobe sweep` goes on with it); pending; diverged;
+    or failed (`--retry-failed`).
     """
     from gm_probe.sweep.status import ENDED, sweep_status
 

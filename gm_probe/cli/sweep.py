@@ -14,6 +14,7 @@ from gm_probe.cli.executors import check_executor, executor_options, ray_executo
 from gm_probe.cli.live import LEFT_OUT, live_view
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
 from gm_probe.core.errors import ProbeError, UsageError
+from gm_probe.core.records import RUNS
 
 if TYPE_CHECKING:
     from gm_probe.sweep.executors import Executor, Outcome
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command(epilog="Example:  gmprobe sweep quickstart --out runs/ --jobs 2")
 @click.argument("recipe")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the runs.  [default: runs/RECIPE]")
 @executor_options("local", "ray", "slurm")
 @click.option("--data", help="Data to use instead of the recipe's (a folder, file or name).")
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 def sweep(
     recipe: str,
-    out: Path,
+    out: Path | None,
     executor: str,
     jobs: int,
     address: str | None,
@@ -68,6 +69,7 @@ def sweep(
     if download:
         overrides["download"] = True
     loaded = load_recipe(recipe, overrides)
+    out = out or RUNS / Path(recipe).stem
     if dry_run:
         _dry_run(loaded, out, jobs, as_json)
         return

@@ -30,14 +30,23 @@ def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list
 
 
 CURVES_FILE = "curves.png"
+BF16_NOISE = 3.0
+"""Length of the random start from which bf16 finds the perturbation of float32 (benchmarks/results/bf16-ascent.md)."""
 
 
-def note_idle(console: Console, config: TrainConfig, given: Mapping[str, Any]) -> None:
-    """Name the options that were given and change nothing."""
-    for name, by in config.idle().items():
+def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any]) -> None:
+    """Name the options that were given and change nothing, and noise that bf16 rounds away."""
+    idle = config.idle()
+    for name, by in idle.items():
         if given.get(name) is not None:
             option, decides = (f"--{key.replace('_', '-')}" for key in (name, by))
             note(console, f"note: {option} has no effect with {decides} {getattr(config, by)}")
+    if config.amp == "bf16" and config.noise_scale < BF16_NOISE and "noise_scale" not in idle:
+        note(
+            console,
+            f"note: bf16 rounds away much of a start of length {config.noise_scale:g}; "
+            "--noise-scale 3 ascends as float32 does",
+        )
 
 
 @click.command(epilog="Example:  gmprobe train --method iam-d")
@@ -161,7 +170,7 @@ def train(
     from gm_probe.analysis.plots import write_figure
     from gm_probe.core import processes
     from gm_probe.core.devices import keep_freed_memory, pick_device
-    from gm_probe.core.records import CONFIG, read_metrics, read_run
+    from gm_probe.core.records import CONFIG, RUNS, read_metrics, read_run
     from gm_probe.sweep.recipe import run_name
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
@@ -172,16 +181,14 @@ def train(
         settings = {**TrainConfig.from_record(read_run(out).config).as_dict(), **settings}
     elif resume and out is not None:
         note(console, f"there is no run in {out} to resume: starting a new one")
+    config = TrainConfig.from_dict(settings)
     if "data" not in settings:
         note(console, "no --data given: training on the bundled handwritten digits (1,797 images of 8×8)")
-    config = TrainConfig.from_dict(settings)
-    note_idle(console, config, given)
+    note_settings(console, config, given)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if out is None:
-        out = Path("runs") / run_name(
-            config, {"method": config.method, "model": config.model, "seed": config.seed}
-        )
+        out = RUNS / run_name(config, {"method": config.method, "model": config.model, "seed": config.seed})
     keep_freed_memory()
     with processes.joined(pick_device(config.device)):
         speaks = processes.rank() == 0  # of several processes, one prints and writes

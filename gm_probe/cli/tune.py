@@ -22,7 +22,7 @@ from gm_probe.cli.output import (
     results_console,
     table,
 )
-from gm_probe.cli.train import note_idle, train
+from gm_probe.cli.train import note_settings, train
 from gm_probe.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +39,11 @@ NOT_TRAINS = frozenset(
 
 @click.command(epilog="Example:  gmprobe tune --method iam-d --model mlp --rho 0.1,0.3 --out tune/")
 @click.option(
-    "--rho", "rho_text", metavar="A,B,...", required=True, help="Values of ρ; LOW,HIGH with --trials."
+    "--rho",
+    "rho_text",
+    metavar="A,B,...",
+    help="Values of ρ; LOW,HIGH with --trials.  [default: half, once and twice the method's own; a quarter and "
+    "four times it]",
 )
 @click.option(
     "--beta",
@@ -51,18 +55,20 @@ NOT_TRAINS = frozenset(
     "--trials", type=click.IntRange(1), help="Let Optuna choose this many points instead of a grid."
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs a point.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs and figure.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the runs and figure.  [default: tune/NAME]"
+)
 @click.option(
     "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time, each a process."
 )
 @click.option("--dry-run", is_flag=True, help="Say what is left to do; run nothing. Grids only.")
 @format_options
 def tune(
-    rho_text: str,
+    rho_text: str | None,
     beta_text: str | None,
     trials: int | None,
     seeds: int,
-    out: Path,
+    out: Path | None,
     jobs: int,
     dry_run: bool,
     output: str | None,
@@ -79,19 +85,25 @@ def tune(
     """
     from gm_probe.cli.sweep import run_with_progress
     from gm_probe.sweep import tuning
+    from gm_probe.sweep.recipe import run_name
     from gm_probe.training.config import TrainConfig
     from gm_probe.training.parts import load_splits
 
     console = notes_console(quiet)
     settings = {key: value for key, value in given.items() if value is not None}
+    config = TrainConfig.from_dict(settings)
     if "data" not in settings:
         note(console, "no --data given: tuning on the bundled handwritten digits (1,797 images of 8×8)")
-    config = TrainConfig.from_dict(settings)
-    note_idle(console, config, given)
-    values = {"rho": floats("--rho", rho_text)}
+    note_settings(console, config, given)
+    tuning.check_tunable(config, beta=beta_text is not None)
+    values = {
+        "rho": floats("--rho", rho_text)
+        if rho_text
+        else tuning.radii_around_default(config, bounds=bool(trials))
+    }
     if beta_text is not None:
         values["beta"] = floats("--beta", beta_text)
-    tuning.check_tunable(config, beta="beta" in values)
+    out = out or Path("tune", run_name(config, {"method": config.method, "model": config.model}))
     if trials and dry_run:
         raise UsageError("--dry-run cannot know the points that --trials will choose")
     bounds = {name: _bounds(name, ends) for name, ends in values.items()} if trials else {}

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gm_probe.core.errors import DataError, UsageError, first_line
+from gm_probe.core.errors import DataError, UsageError, did_you_mean, first_line
+from gm_probe.core.files import default_data_root
 from gm_probe.core.images import SUFFIXES, ImageFiles, images_below, open_images, unreadable
 
 DESCRIPTIONS = {
@@ -120,7 +121,7 @@ def open_source(
         pool = _digits()
         return Source(pool if labeled else pool.unlabeled(), None)
     if name in DATASETS:
-        folder = root or Path.home() / ".cache" / "gm_probe"
+        folder = root or default_data_root()
         parts = [_torchvision(name, folder, download, train) for train in (True, False)]
         if not labeled:
             parts = [part.unlabeled() for part in parts]
@@ -135,9 +136,9 @@ def open_source(
     if path.is_file():
         pool = _array_file(path)
         return Source(pool if labeled else pool.unlabeled(), None)
-    raise UsageError(
-        f"no data at {name!r}: not a folder or file, and not one of {', '.join(['digits', *DATASETS])}"
-    )
+    known_names = ["digits", *DATASETS]
+    hint = did_you_mean(name, known_names, f"not one of {', '.join(known_names)} either")
+    raise UsageError(f"no folder or file {name!r}; {hint}")
 
 
 def _two_parts(train: Examples, test: Examples) -> Source:

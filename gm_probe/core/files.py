@@ -16,7 +16,7 @@ from typing import Any
 
 import tomli_w
 
-from gm_probe.core.errors import BusyError, StorageError
+from gm_probe.core.errors import BusyError, StorageError, UsageError
 
 try:
     import fcntl
@@ -30,6 +30,18 @@ STALE = 60.0
 """Seconds without one after which a holder on another machine counts as gone."""
 TELL = 1.0
 """Seconds between two words of how far a holder is."""
+
+
+def default_data_root() -> Path:
+    """Where torchvision's data sets are kept unless ``--data-root`` says otherwise: ``~/.cache/gm_probe``.
+
+    Raises:
+        UsageError: this user has no home.
+    """
+    try:
+        return Path.home() / ".cache" / "gm_probe"
+    except RuntimeError as error:
+        raise UsageError("this user has no home folder to keep data sets in; give --data-root DIR") from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -32,6 +32,8 @@ CONFIG = "config.toml"
 SPLIT = "split.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.safetensors"
+RUNS = Path("runs")
+"""Where runs are written, and looked for, unless a command is told otherwise."""
 BEST = "best.safetensors"
 RAW = "raw.safetensors"
 STATE = "state.pt"

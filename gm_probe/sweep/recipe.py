@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import read_toml
 from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES
 from gm_probe.probe.probe import Protocol, Settings
@@ -82,9 +82,9 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     path = Path(name)
     if path.suffix != ".toml":
         if name not in builtin_recipes():
-            raise UsageError(
-                f"no recipe {name!r}: give a .toml file or one of {', '.join(builtin_recipes())}"
-            )
+            known = builtin_recipes()
+            hint = did_you_mean(name, known, f"give a .toml file or one of {', '.join(known)}")
+            raise UsageError(f"no recipe {name!r}; {hint}")
         with resources.as_file(resources.files("gm_probe") / "recipes" / f"{name}.toml") as file:
             content = read_toml(file)
     else:
@@ -131,7 +131,7 @@ def _group_by(content: Mapping[str, Any]) -> tuple[str, ...]:
     for name in names:
         if name not in SETTINGS:
             raise UsageError(
-                f"recipe: correlate.group_by: no setting {name!r}; there are: {', '.join(SETTINGS)}"
+                f"recipe: correlate.group_by: no setting {name!r}; {did_you_mean(name, SETTINGS)}"
             )
     return names
 
@@ -146,15 +146,13 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
     settings = {field.name: field.default for field in fields(Settings)}
     unknown = sorted(set(content) - set(settings) - {"measures", "max_examples", "batch_size"})
     if unknown:
-        raise UsageError(
-            f"recipe: no setting measure.{unknown[0]}; there are: measures, max_examples, "
-            f"batch_size, {', '.join(sorted(settings))}"
-        )
+        known = ("measures", "max_examples", "batch_size", *sorted(settings))
+        raise UsageError(f"recipe: no setting measure.{unknown[0]}; {did_you_mean(unknown[0], known)}")
     default = [name for name in DEFAULT_MEASURES if not MEASURES[name].needs_labels]
     names = _names("measure.measures", content.get("measures", default))
     for name in names:
         if name not in MEASURES:
-            raise UsageError(f"recipe: no measure {name!r}; there are: {', '.join(MEASURES)}")
+            raise UsageError(f"recipe: no measure {name!r}; {did_you_mean(name, MEASURES)}")
         if MEASURES[name].needs_labels:
             raise UsageError(f"recipe: {name} needs labels; a sweep measures on the unlabeled part")
     chosen = {key: _like(key, value, settings[key]) for key, value in content.items() if key in settings}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from gm_probe.probe.probe import Settings
 from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.rules import METHODS
 
 VALIDATION = 0.1
 """Share of the training part that cells are judged on (METHOD.md)."""
@@ -65,6 +67,12 @@ def check_tunable(config: TrainConfig, *, beta: bool) -> None:
         raise UsageError("sgd has neither ρ nor β; choose --method sam, asam, iam-d or iam-s")
     if beta and not config.method.startswith("iam-d"):
         raise UsageError(f"{config.method} has no β; leave --beta out")
+
+
+def radii_around_default(config: TrainConfig, *, bounds: bool) -> tuple[float, ...]:
+    """Half, once and twice the ρ that the method has of its own; as ``bounds`` a quarter and four times it."""
+    own = inspect.signature(METHODS[config.method]).parameters["rho"].default
+    return tuple(factor * own for factor in ((0.25, 4.0) if bounds else (0.5, 1.0, 2.0)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,55 @@
+"""``gmprobe doctor``: what this machine has, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import click
+
+from gm_probe.cli.output import print_json, results_console, table
+
+MARKS = {"ok": "ok", "absent": "–", "broken": "WRONG"}
+
+
+@click.command(epilog="Example:  gmprobe doctor --out runs/")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    show_default=True,
+    help="Folder that runs will be written into; it is tried and left as it was.",
+)
+@click.option(
+    "--data-root",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where torchvision keeps data.  [default: ~/.cache/gm_probe]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(out: Path, data_root: Path | None, device: str, as_json: bool) -> None:
+    """Say what this machine has of what gmprobe uses, and how to mend what it lacks.
+
+    Versions and extras, devices, threads and kernels, data sets that are here, and whether --out can be written,
+    how fast, and locked. Exit code 0: all that is needed works, whatever is optional; 6: a needed library or the
+    --device is missing or too old; 7: --out cannot be written.
+    """
+    from gm_probe.core.doctor import diagnose
+
+    findings = list(diagnose(out, data_root, device))
+    code = next((finding.exit_code for finding in findings if finding.exit_code), 0)
+    if as_json:
+        print_json({"exit_code": code, "findings": [finding.as_dict() for finding in findings]})
+    else:
+        console = results_console()
+        for section, group in groupby(findings, key=lambda finding: finding.section):
+            rows = [
+                [MARKS[f.state], f.name, f"{f.found}\n→ {f.remedy}" if f.remedy else f.found] for f in group
+            ]
+            listing = table(section, ["", "", ""], rows)
+            listing.show_header = False
+            listing.columns[1].justify = listing.columns[2].justify = "left"
+            console.print(listing)
+    sys.exit(code)

@@ -1,0 +1,102 @@
+"""``gmprobe reproduce``: the paper's tables and figures, each with what came out here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gm_probe.cli.output import note, notes_console, print_json, results_console, table
+from gm_probe.core.errors import UsageError
+from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
+
+
+@click.command(epilog="Example:  gmprobe reproduce fig6 --scale smoke")
+@click.argument("name", required=False)
+@click.option(
+    "--scale",
+    type=click.Choice(SCALES),
+    help="smoke: seconds; small: 2 cores, the same axes; paper: the paper's setting.  [default: small, or paper where "
+    "that is as cheap]",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: reproduce/NAME-SCALE]"
+)
+@click.option("--data", help="Image folder, file or name instead of the recipe's data.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
+@click.option("--list", "listing", is_flag=True, help="List what there is: claim, scales, cost.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
+def reproduce(
+    name: str | None,
+    scale: str | None,
+    out: Path | None,
+    data: str | None,
+    jobs: int,
+    device: str,
+    listing: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Reproduce table or figure NAME of the paper (--list lists them).
+
+    Writes a folder: the figure (PNG, SVG), its numbers (CSV), tables (Markdown, LaTeX) and NAME.md, which says by a
+    stated test whether the paper's claim shows, beside the paper's own numbers. The same command goes on where it was
+    stopped.
+    """
+    if listing:
+        if name is not None:
+            raise UsageError("--list takes no NAME")
+        _list(as_json)
+        return
+    if name is None:
+        raise UsageError("give NAME, or --list to see what there is")
+    chosen = recipe(name)
+    scale = scale or chosen.default
+    chosen.at(scale)
+    from gm_probe.reproduce.finding import SAID, Task
+    from gm_probe.reproduce.run import reproduce as run
+
+    console = notes_console(quiet)
+    folder = out or Path("reproduce") / f"{name}-{scale}"
+    note(console, f"{chosen.title}: {scale}, about {chosen.costs[scale]}")
+    task = Task(name, scale, folder, data, jobs, device, lambda text: note(console, text))
+    found, paths = run(task)
+    if as_json:
+        print_json(
+            {
+                "name": name,
+                "scale": scale,
+                "outcome": found.outcome,
+                "text": found.text,
+                "out": str(folder),
+                "files": [path.name for path in paths],
+            }
+        )
+        return
+    console = results_console()
+    for text in (f"Claim: {chosen.claim}", f"{SAID[found.outcome]} {found.text}"):
+        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    note(notes_console(quiet), f"written: {folder}/{{{', '.join(path.name for path in paths)}}}")
+
+
+def _list(as_json: bool) -> None:
+    found = recipes()
+    if as_json:
+        print_json(
+            [
+                {"name": r.name, "title": r.title, "claim": r.claim, "scales": dict(r.costs)}
+                for r in found.values()
+            ]
+        )
+        return
+    listing = table(None, ["name", "claim", "scales and their cost"], [_row(r) for r in found.values()])
+    for column in listing.columns:
+        column.justify = "left"
+    listing.show_lines = True
+    results_console().print(listing)
+
+
+def _row(entry: Recipe) -> list[str]:
+    return [entry.name, entry.claim, "\n".join(f"{scale}: {cost}" for scale, cost in entry.costs.items())]

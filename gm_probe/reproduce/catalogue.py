@@ -1,0 +1,87 @@
+"""What can be reproduced: one TOML file a table or figure, in ``recipes/paper``. Imports no torch.
+
+::
+
+    title, claim, published  what it is, what the paper says, and which of the paper's own numbers survive
+    study                    the function that does it (``run.STUDIES``)
+    [settings]               its arguments, at every scale
+    [smoke] [small] [paper]  ``cost``, and arguments that differ at this scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from gm_probe.core.errors import UsageError, did_you_mean
+from gm_probe.core.files import read_toml
+
+SCALES = ("smoke", "small", "paper")
+"""What tests run; what two cores finish in minutes to an hour; the paper's own setting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One table or figure; ``settings[scale]`` are the arguments of its study, ``costs[scale]`` the time it takes."""
+
+    name: str
+    title: str
+    claim: str
+    published: str
+    study: str
+    settings: Mapping[str, Mapping[str, Any]]
+    costs: Mapping[str, str]
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        return tuple(self.settings)
+
+    @property
+    def default(self) -> str:
+        """``small``; ``paper`` where the paper's setting is cheap enough that there is no small one."""
+        return "small" if "small" in self.settings else "paper"
+
+    def at(self, scale: str) -> Mapping[str, Any]:
+        """The settings of ``scale``; UsageError where it has none."""
+        if scale not in self.settings:
+            raise UsageError(f"{self.name} has no scale {scale!r}; it has {', '.join(self.scales)}")
+        return self.settings[scale]
+
+
+@cache
+def recipes() -> Mapping[str, Recipe]:
+    """Every recipe by name, in the order of their titles' places in the paper."""
+    folder = resources.files("gm_probe") / "recipes" / "paper"
+    found = {}
+    for entry in folder.iterdir():
+        if entry.name.endswith(".toml"):
+            with resources.as_file(entry) as file:
+                found[file.stem] = _recipe(file.stem, read_toml(file))
+    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe ``name``; UsageError where there is none."""
+    if name not in recipes():
+        hint = did_you_mean(name, recipes(), "`gmprobe reproduce --list` lists them")
+        raise UsageError(f"no table or figure {name!r}; {hint}")
+    return recipes()[name]
+
+
+def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
+    parts = {scale: dict(content[scale]) for scale in SCALES if scale in content}
+    costs = {scale: str(part.pop("cost")) for scale, part in parts.items()}
+    shared = content.get("settings", {})
+    settings = {scale: {**shared, **part} for scale, part in parts.items()}
+    texts = {key: str(content[key]) for key in ("title", "claim", "published", "study")}
+    return Recipe(name=name, settings=settings, costs=costs, **texts)
+
+
+def _natural(name: str) -> tuple[str, int, str]:
+    """fig2 before fig11."""
+    stem = name.rstrip("0123456789") if name[-1].isdigit() else name.split("-")[0].rstrip("0123456789")
+    digits = "".join(c for c in name[len(stem) :].split("-")[0] if c.isdigit())
+    return stem, int(digits or 0), name

@@ -1,0 +1,69 @@
+"""Panels side by side in the house's style, lettered as a paper's are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from gm_probe.analysis.figures import DASHES
+from gm_probe.analysis.plots import COLOURS, STYLE
+
+PAGE = 6.7  # inches that a page's width takes
+
+
+def panels(
+    count: int,
+    height: float = 2.3,
+    *,
+    width: float = PAGE,
+    rows: int = 1,
+    titles: Sequence[str] = (),
+    lettered: bool = True,
+) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of ``rows`` × ``count`` panels, each row ``height`` inches high, and its axes row by row.
+
+    Where there are several they are lettered, with a title each if ``titles`` are given.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        found = list(np.ravel(figure.subplots(rows, count, squeeze=False)))
+        for index, axes in enumerate(found):
+            letter = f"({chr(ord('a') + index)})" if lettered and len(found) > 1 else ""
+            axes.set_title(" ".join(filter(None, (letter, *titles[index : index + 1]))), loc="left")
+    return figure, found
+
+
+def line(index: int, **more: Any) -> dict[str, Any]:
+    """Colour and dashes of series ``index``: told apart in grey, too."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)], **more}
+
+
+def outline(axes: Axes, values: np.ndarray, edges: np.ndarray, index: int, label: str) -> None:
+    """A histogram of ``values`` as shares, drawn as an outline so that several can lie on each other."""
+    shares = np.histogram(values, edges)[0] / len(values)
+    axes.plot(edges, [*shares, shares[-1]], drawstyle="steps-post", linewidth=1.2, label=label, **line(index))
+
+
+def logarithmic(axes: Axes) -> None:
+    """Both axes on a logarithmic scale, with plain numbers at 1, 2 and 5 where less than two decades are shown."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        _log_ticks(axis)
+
+
+def _log_ticks(axis: Axis) -> None:
+    low, high = axis.get_view_interval()
+    axis.set_minor_formatter(NullFormatter())
+    if high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,0 +1,131 @@
+"""What a study found, and the folder that it is written into."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from gm_probe.analysis.plots import write_figure
+from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown
+from gm_probe.core.files import write_atomic, write_json
+from gm_probe.reproduce.catalogue import Recipe
+
+Outcome = Literal["shows", "shows in part", "does not show", "cannot be told"]
+RESULT = "result.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a study is asked for.
+
+    Attributes:
+        folder: for what it leaves to be resumed from (runs).
+        data: image folder, file or name in place of the recipe's own; None = the recipe's.
+        jobs: runs at a time.
+        notify: called with a line on what is done.
+    """
+
+    name: str
+    scale: str
+    folder: Path
+    data: str | None = None
+    jobs: int = 1
+    device: str = "auto"
+    notify: Callable[[str], None] = print
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What came out.
+
+    Attributes:
+        outcome: whether the paper's claim shows, by the test that ``text`` states with its numbers.
+        rows: of the CSV file.
+        sheets: the same or its summary as tables; the paper's own numbers stand in them, where it gives any.
+        figures: by what is put after the name in the file's stem (the first one: nothing).
+        captions: of the figures.
+    """
+
+    outcome: Outcome
+    text: str
+    rows: Sequence[Mapping[str, Any]]
+    sheets: Sequence[Sheet]
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    captions: Mapping[str, str] = field(default_factory=dict)
+
+
+def write(
+    finding: Finding, recipe: Recipe, task: Task, *, environment: Mapping[str, Any], seconds: float
+) -> list[Path]:
+    """Write everything into the task's folder, each file whole or not at all, ``result.json`` last; their paths."""
+    name, folder = recipe.name, task.folder
+    stems = {suffix: "-".join(filter(None, (name, suffix))) for suffix in finding.figures}
+    paths = [folder / f"{stem}.{kind}" for stem in stems.values() for kind in ("png", "svg")]
+    for suffix, figure in finding.figures.items():
+        write_figure(figure, [folder / f"{stems[suffix]}.{kind}" for kind in ("png", "svg")])
+    texts = {
+        "csv": pd.DataFrame(finding.rows).to_csv(index=False, float_format="%.6g"),
+        "tex": latex(finding.sheets),
+        "md": _page(finding, recipe, task, stems, environment, seconds),
+    }
+    for kind, text in texts.items():
+        write_atomic(folder / f"{name}.{kind}", text.encode())
+    result = {
+        "name": name,
+        "title": recipe.title,
+        "claim": recipe.claim,
+        "scale": task.scale,
+        "outcome": finding.outcome,
+        "text": finding.text,
+        "data": task.data,
+        "settings": recipe.at(task.scale),
+        "environment": environment,
+        "seconds": round(seconds, 1),
+    }
+    write_json(folder / RESULT, result)
+    return [*paths, *(folder / f"{name}.{kind}" for kind in texts), folder / RESULT]
+
+
+SAID: Mapping[Outcome, str] = {
+    "shows": "The claim shows.",
+    "shows in part": "The claim shows in part.",
+    "does not show": "The claim does not show.",
+    "cannot be told": "Whether the claim holds cannot be told at this scale.",
+}
+
+
+def _page(
+    finding: Finding,
+    recipe: Recipe,
+    task: Task,
+    stems: Mapping[str, str],
+    environment: Mapping[str, Any],
+    seconds: float,
+) -> str:
+    pictures = [
+        f"![{finding.captions.get(suffix, recipe.title)}]({stem}.png)" for suffix, stem in stems.items()
+    ]
+    said = [finding.captions[suffix] for suffix in stems if suffix in finding.captions]
+    shown = ", ".join(
+        f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.at(task.scale).items()
+    )
+    machine = ", ".join(f"{key} {environment[key]}" for key in ("torch", "python", "device", "threads"))
+    data = ["--data", Path(task.data).name] if task.data else []
+    command = shlex.join(["gmprobe", "reproduce", task.name, "--scale", task.scale, *data])
+    blocks = [
+        f"# {escape_markdown(recipe.title)}",
+        f"The paper's claim: {escape_markdown(recipe.claim)}",
+        f"**{SAID[finding.outcome]}** {escape_markdown(finding.text)}",
+        *(block for pair in zip(pictures, map(escape_markdown, said), strict=False) for block in pair),
+        markdown(finding.sheets).strip(),
+        f"The paper's own numbers: {escape_markdown(recipe.published)}",
+        f"Scale `{task.scale}`: `{command}`, {seconds:,.0f} s ({machine}). Settings: {escape_markdown(shown)}.",
+    ]
+    return "\n\n".join(blocks) + "\n"

@@ -1,0 +1,315 @@
+"""App. B over runs: does C_θ follow σ² tr F, S_ρ follow (ρ²/2)λ_max(F), and so C_θ follow S_ρ?
+
+The paper derives this and runs no check. Two posteriors are tried: runs that share nothing but their data, and runs
+from one common start, which differ in the order of their batches alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from gm_probe.analysis.correlation import kendall
+from gm_probe.analysis.intervals import jackknife_interval
+from gm_probe.analysis.typeset import Cell, Sheet, two_decimals
+from gm_probe.core.batches import Batches
+from gm_probe.core.parameters import Parameters
+from gm_probe.core.records import read_run
+from gm_probe.probe.kl import kl_divergence
+from gm_probe.probe.pairwise import compare
+from gm_probe.reproduce.drawing import line, logarithmic, panels
+from gm_probe.reproduce.finding import Finding, Outcome, Task
+from gm_probe.reproduce.training import trained
+from gm_probe.sweep.measuring import open_subject
+from gm_probe.sweep.recipe import Recipe, parse_recipe
+from gm_probe.sweep.tuning import NOTHING
+from gm_probe.training.config import TrainConfig
+from gm_probe.training.parts import own_unlabeled
+
+ARMS = {"own": "own start", "common": "common start"}
+CLOUD = 10  # pairs drawn from an isotropic Gaussian
+
+
+def study(
+    task: Task,
+    *,
+    base: Mapping[str, Any],
+    grid: Mapping[str, Sequence[Any]],
+    measure: Mapping[str, Any],
+    start_epochs: int,
+) -> Finding:
+    """Every setting of ``grid`` with its seeds, from starts of their own and from one that ``start_epochs`` trained."""
+    base = {**base, "threads": 1, **({"data": task.data} if task.data else {})}
+    first = TrainConfig.from_dict({**base, **{key: values[0] for key, values in grid.items()}})
+    start = first.replace(epochs=start_epochs, seed=10_000)
+    trained(Recipe({"start": start}, NOTHING, ()), task.folder / "runs", task)
+    rows: list[dict[str, Any]] = []
+    for arm in ARMS:
+        given = {"init": str(task.folder / "runs" / "start")} if arm == "common" else {}
+        recipe = parse_recipe({"base": {**base, **given}, "grid": grid, "measure": measure})
+        folder = trained(recipe, task.folder / "runs" / arm, task)
+        rows += [{"arm": arm, **_of_setting(paths, config)} for paths, config in _settings(recipe, folder)]
+        task.notify(f"{ARMS[arm]}: {len(rows)} settings done")
+    taus = {
+        (arm, key): _tau([row for row in rows if row["arm"] == arm], key, "inconsistency")
+        for arm in ARMS
+        for key in ("predicted", "s_rho")
+    }
+    num_parameters = rows[0]["parameters"]
+    return Finding(
+        _outcome(rows, taus),
+        _text(rows, taus, num_parameters),
+        rows,
+        [_sheet(rows)],
+        {"": _draw(rows, num_parameters)},
+        {
+            "": "A point a setting, means over its seeds. (a) C_θ of the runs against σ̂² tr F; hollow: C_θ of an "
+            "isotropic Gaussian of the same variance about one run. (b) C_θ against S_ρ. (c) S_ρ against its quadratic "
+            f"term, a colour a ρ. (d) tr F/λ_max(F) between its limits 1 and P = {num_parameters:,}. Lines in (a) and "
+            "(c): equality."
+        },
+    )
+
+
+def _settings(recipe: Recipe, folder: Path) -> list[tuple[list[Path], TrainConfig]]:
+    """The run folders of each setting, and its configuration at seed 0; runs that diverged are left out."""
+    found: dict[str, tuple[list[Path], TrainConfig]] = {}
+    for name, config in recipe.runs.items():
+        if read_run(folder / name).status == "finished":
+            one = config.replace(seed=0)
+            found.setdefault(str(one.as_dict()), ([], one))[0].append(folder / name)
+    return [(paths, config) for paths, config in found.values() if len(paths) > 1]
+
+
+def _of_setting(paths: Sequence[Path], config: TrainConfig) -> dict[str, Any]:
+    """C_θ, the variance of the parameters over seeds, and the means of what was measured of each run."""
+    examples = own_unlabeled(paths[0])
+    subjects = [open_subject(path, examples) for path in paths]
+    models = [Parameters(subject.model.eval()) for subject in subjects]
+    x = _inputs(subjects[0].batches)
+    outputs = [model.logits(x).detach() for model in models]
+    thetas = torch.stack([model.join(model.values().values()).double() for model in models])
+    variance = float(thetas.var(0).mean())
+    records = [read_run(path) for path in paths]
+
+    def mean(name: str) -> float:
+        return float(np.mean([record.measures[name]["value"] for record in records]))
+
+    trace, top = mean("fisher_trace"), mean("fisher_lambda_max")
+    found = compare(outputs, [0] * len(paths)).rows["conditional_inconsistency"].value
+    grid: dict[float, list[float]] = {}
+    for record in records:
+        for cell in record.measures["local_inconsistency"]["grid"]:
+            if cell["k_steps"] == record.settings["k_steps"]:
+                grid.setdefault(cell["rho"], []).append(cell["value"])
+    generator = torch.Generator().manual_seed(0)
+    sigma = variance**0.5
+    return {
+        "lr": config.lr,
+        "batch_size": config.batch_size,
+        "weight_decay": config.weight_decay,
+        "num_train": config.num_train,
+        "seeds": len(paths),
+        "parameters": models[0].size,
+        "train_error": float(np.mean([record.summary["train_error"] for record in records])),
+        "test_error": float(np.mean([record.summary["test_error"] for record in records])),
+        "sigma": sigma,
+        "inconsistency": found,
+        "predicted": variance * trace,
+        "cloud": _cloud(models[0], x, outputs[0], sigma, generator),
+        "cloud_small": _cloud(models[0], x, outputs[0], sigma / 100, generator),
+        "predicted_small": variance / 1e4 * records[0].measures["fisher_trace"]["value"],
+        "trace": trace,
+        "lambda_max": top,
+        "rank": trace / top,
+        "s_rho": mean("local_inconsistency"),
+        "rho": records[0].settings["rho"],
+        **{f"s_{rho:g}": float(np.mean(values)) for rho, values in grid.items()},
+    }
+
+
+def _inputs(batches: Batches) -> Tensor:
+    return torch.cat([batch.x for batch in batches])
+
+
+def _cloud(model: Parameters, x: Tensor, clean: Tensor, sigma: float, generator: torch.Generator) -> float:
+    """Mean KL between ``CLOUD`` pairs of N(θ, σ²I): the paper's assumption, made true."""
+    norm = sigma * model.size**0.5
+
+    def one() -> Tensor:
+        return model.logits(x, model.moved(model.random(norm, generator))).detach().double()
+
+    return float(torch.stack([kl_divergence(one(), one()).mean() for _ in range(CLOUD)]).mean())
+
+
+Tau = tuple[float | None, float | None, float | None]
+
+
+def _tau(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> Tau:
+    """Kendall's τ-b over settings with its 95 % jackknife interval."""
+    one, other = (np.array([row[key] for row in rows]) for key in (x, y))
+    tau = kendall(one, other).tau
+    if tau is None:
+        return None, None, None
+    without = [kendall(np.delete(one, i), np.delete(other, i)).tau for i in range(len(rows))]
+    low, high, _ = jackknife_interval(tau, np.array(without, dtype=float))
+    return tau, low, high
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]], above: str, below: str) -> np.ndarray:
+    return np.array([row[above] / row[below] for row in rows])
+
+
+def _outcome(rows: Sequence[Mapping[str, Any]], taus: Mapping[tuple[str, str], Tau]) -> Outcome:
+    """Shows where C_θ follows σ² tr F in rank and within a factor 2 in the median, and S_ρ in rank, in both arms."""
+    ranks = [low is not None and low > 0 for _, low, _ in taus.values()]
+    factor = [
+        abs(np.log2(np.median(_ratios([r for r in rows if r["arm"] == arm], "inconsistency", "predicted"))))
+        < 1
+        for arm in ARMS
+    ]
+    if all(ranks) and all(factor):
+        return "shows"
+    if any(ranks):
+        return "shows in part"
+    against = [high is not None and high < 0 for _, _, high in taus.values()]
+    return "does not show" if any(against) else "cannot be told"
+
+
+def _text(rows: Sequence[Mapping[str, Any]], taus: Mapping[tuple[str, str], Tau], num_parameters: int) -> str:
+    said = [
+        "The test, for each of two posteriors: Kendall's τ over settings (95 % jackknife interval) of C_θ with "
+        "σ̂² tr F and with S_ρ, and whether C_θ lies within a factor 2 of σ̂² tr F in the median (σ̂²: the parameters' "
+        "mean variance over seeds)."
+    ]
+    for arm, label in ARMS.items():
+        mine = [row for row in rows if row["arm"] == arm]
+        factor = _ratios(mine, "inconsistency", "predicted")
+        said.append(
+            f"{label.capitalize()}, {len(mine)} settings: τ = {_said(taus[arm, 'predicted'])} with σ̂² tr F, "
+            f"{_said(taus[arm, 's_rho'])} with S_ρ; C_θ is {np.median(factor):.2g} times σ̂² tr F in the median "
+            f"({factor.min():.2g} to {factor.max():.2g}); an isotropic Gaussian of the same variance has "
+            f"{np.median(_ratios(mine, 'cloud', 'predicted')):.2g} times, and of a hundredth of its width "
+            f"{np.median(_ratios(mine, 'cloud_small', 'predicted_small')):.3g}."
+        )
+    quadratic = []
+    for key in [key for key in rows[0] if key.startswith("s_") and key != "s_rho"]:
+        rho = float(key.removeprefix("s_"))
+        ratio = np.array([row[key] / (rho**2 / 2 * row["lambda_max"]) for row in rows])
+        quadratic.append(f"{np.median(ratio):.2f} at ρ = {rho:g} ({ratio.min():.2f} to {ratio.max():.2f})")
+    rank = np.array([row["rank"] for row in rows])
+    said.append(
+        f"S_ρ over (ρ²/2)λ_max(F) is {'; '.join(quadratic)}. tr F/λ_max(F) is {np.median(rank):.1f} in the median "
+        f"({rank.min():.1f} to {rank.max():.1f}): far nearer to its limit 1 than to P = {num_parameters:,}."
+    )
+    return " ".join(said)
+
+
+def _said(tau: Tau) -> str:
+    value, low, high = tau
+    if value is None:
+        return "undefined"
+    if low is None or high is None:
+        return two_decimals(value)
+    return f"{two_decimals(value)} ({two_decimals(low)} to {two_decimals(high)})"
+
+
+def _sheet(rows: Sequence[Mapping[str, Any]]) -> Sheet:
+    keys = ("inconsistency", "predicted", "cloud", "s_rho", "trace", "lambda_max", "rank")
+    body = [
+        (
+            Cell(ARMS[row["arm"]]),
+            Cell(f"{row['num_train']:,}"),
+            Cell(f"{row['lr']:g}"),
+            Cell(str(row["batch_size"])),
+            Cell(f"{row['weight_decay']:g}"),
+            *(Cell(f"{row[key]:.3g}") for key in keys),
+        )
+        for row in rows
+    ]
+    return Sheet(
+        "appb",
+        "Inconsistency and local inconsistency by setting",
+        f"Means over seeds; S_ρ at ρ = {rows[0]['rho']:g}; Gaussian: C_θ of N(θ, σ̂²I) about one run",
+        (
+            "start",
+            "examples",
+            "lr",
+            "batch",
+            "decay",
+            "C_θ",
+            "σ̂² tr F",
+            "Gaussian",
+            "S_ρ",
+            "tr F",
+            "λ_max(F)",
+            "tr F/λ_max",
+        ),
+        tuple(body),
+        5,
+    )
+
+
+def _draw(rows: Sequence[Mapping[str, Any]], num_parameters: int) -> Figure:
+    figure, (a, b, c, d) = panels(2, 2.5, rows=2)
+    for index, (arm, label) in enumerate(ARMS.items()):
+        mine = [row for row in rows if row["arm"] == arm]
+        colour, marker = line(index)["color"], "o^"[index]
+        style: dict[str, Any] = {"linestyle": "none", "marker": marker, "markersize": 4, "color": colour}
+        values = {
+            key: [row[key] for row in mine]
+            for key in ("inconsistency", "predicted", "cloud", "s_rho", "rank", "lambda_max")
+        }
+        a.plot(values["predicted"], values["inconsistency"], label=label, **style)
+        a.plot(values["predicted"], values["cloud"], fillstyle="none", label=f"Gaussian, {label}", **style)
+        b.plot(values["s_rho"], values["inconsistency"], label=label, **style)
+        d.plot(values["lambda_max"], values["rank"], label=label, **style)
+    for index, key in enumerate(key for key in rows[0] if key.startswith("s_") and key != "s_rho"):
+        rho = float(key.removeprefix("s_"))
+        x = [rho**2 / 2 * row["lambda_max"] for row in rows]
+        look: dict[str, Any] = {"linestyle": "none", "marker": "sDv"[index % 3], "markersize": 3.5}
+        c.plot(
+            x, [row[key] for row in rows], color=line(index + 2)["color"], label=rf"$\rho$ = {rho:g}", **look
+        )
+    for axes, x_label, y_label in (
+        (a, r"$\hat\sigma^2\,\mathrm{tr}\,F$ (nats)", r"$C_\theta$ (nats)"),
+        (b, rf"$S_\rho$ (nats), $\rho$ = {rows[0]['rho']:g}", r"$C_\theta$ (nats)"),
+        (c, r"$(\rho^2/2)\,\lambda_{\max}(F)$ (nats)", r"$S_\rho$ (nats)"),
+        (d, r"$\lambda_{\max}(F)$", r"$\mathrm{tr}\,F\,/\,\lambda_{\max}(F)$"),
+    ):
+        logarithmic(axes)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+    for axes in (a, c):
+        _equality(axes)
+    for limit, name in ((1, "1"), (num_parameters, "P")):
+        d.axhline(limit, color="black", linewidth=0.7, linestyle="--")
+        d.annotate(
+            name,
+            (1, limit),
+            xycoords=("axes fraction", "data"),
+            xytext=(2, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    d.set_ylim(0.6, 2 * num_parameters)
+    for axes in (a, b, c, d):
+        axes.legend(frameon=False, fontsize=7, handletextpad=0.2)
+    return figure
+
+
+def _equality(axes: Axes) -> None:
+    low = min(axes.get_xlim()[0], axes.get_ylim()[0])
+    high = max(axes.get_xlim()[1], axes.get_ylim()[1])
+    limits = axes.get_xlim(), axes.get_ylim()
+    axes.plot([low, high], [low, high], color="0.6", linewidth=0.8, zorder=0)
+    axes.set_xlim(limits[0])
+    axes.set_ylim(limits[1])

@@ -1,0 +1,38 @@
+"""Runs that a study needs, done by the sweep's own machinery: resumable, and what is complete is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gm_probe.core.errors import ProbeError
+from gm_probe.reproduce.finding import Task
+from gm_probe.sweep.executors import Outcome
+from gm_probe.sweep.manifest import write_sweep
+from gm_probe.sweep.recipe import Recipe
+from gm_probe.sweep.runner import run_recipe
+
+
+def trained(recipe: Recipe, folder: Path, task: Task) -> Path:
+    """Train and measure every run of ``recipe`` below ``folder``, which is returned; failed ones are tried again.
+
+    Raises:
+        ProbeError: a run failed; the next call tries it again. A run that diverged is a result.
+    """
+    done = 0
+
+    def notify(outcome: Outcome) -> None:
+        nonlocal done
+        done += 1
+        if outcome.status != "skipped":
+            reason = f": {outcome.reason}" if outcome.reason else ""
+            task.notify(f"[{done}/{len(recipe.runs)}] {outcome.name} {outcome.status}{reason}")
+
+    write_sweep(recipe, folder)
+    outcomes = run_recipe(recipe, folder, jobs=task.jobs, notify=notify)
+    failed = [outcome for outcome in outcomes if outcome.status in {"failed", "busy"}]
+    if failed:
+        raise ProbeError(
+            f"{len(failed)} of {len(outcomes)} runs failed, the first ({failed[0].name}): {failed[0].reason}; "
+            "the same command tries them again"
+        )
+    return folder

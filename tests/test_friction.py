@@ -1,0 +1,402 @@
+"""What a newcomer trips over: start-up, terminals that show little, odd paths, missing arguments, a machine's gaps."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+import pytest
+from PIL import Image
+
+from gm_probe.cli import COMMANDS, cli, main
+from gm_probe.cli.plain import SIGNS, spelled
+from gm_probe.core import doctor, files
+from gm_probe.core.datasets import DATASETS
+from gm_probe.core.doctor import Finding, diagnose
+from gm_probe.core.errors import StorageError
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "torchvision", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "jinja2", "timm"}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def gmprobe(*words: str, encoding: str = "utf-8", **env: str) -> Done:
+    """`gmprobe WORDS` in this process, piped, with streams of ``encoding``."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        for name, value in env.items():
+            patch.setenv(name, value)
+        try:
+            main(list(words))
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)  # type: ignore[attr-defined]
+    return Done(code, out, err)
+
+
+def python(code: str, **env: str) -> Done:
+    """``code`` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+# ---- start-up
+
+
+def test_no_help_waits_for_a_heavy_library() -> None:
+    """One process asks every command; what any of them imports stays in sys.modules."""
+    code = (
+        "import contextlib, io, sys\n"
+        "from gm_probe.cli import COMMANDS, main\n"
+        "for words in ([], ['--help'], ['--version'], *([name, '--help'] for name in COMMANDS)):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        main(words)\n"
+        f"    heavy = {HEAVY!r} & set(sys.modules)\n"
+        "    assert not heavy, f'{words} imports {heavy}'\n"
+    )
+    done = python(code)
+    assert done.code == 0, done.err
+
+
+def test_correlate_and_report_never_import_torch(tmp_path: Path) -> None:
+    rows = "error_gap,fisher_trace,lr\n" + "".join(f"0.{i},{i},{i % 2}\n" for i in range(1, 9))
+    (tmp_path / "t.csv").write_text(rows)
+    code = (
+        "import sys\n"
+        "from gm_probe.cli import main\n"
+        "main(['report', 't.csv', '--resamples', '100', '-q'])\n"
+        "main(['correlate', 't.csv', '--resamples', '100', '--json'])\n"
+        "assert not {'torch', 'torchvision', 'sklearn', 'timm'} & set(sys.modules)\n"
+    )
+    done = python(code)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["measures"]["fisher_trace"]["error_gap"]["tau"] == pytest.approx(1.0)
+
+
+# ---- terminals
+
+
+@pytest.mark.parametrize(
+    ("character", "expected"),
+    [("ρ", "rho"), ("Ψ", "Psi"), ("ᵀ", "T"), ("±", "+/-"), ("≥", ">="), ("漢", "?")],
+)
+def test_a_character_is_spelled(character: str, expected: str) -> None:
+    assert spelled(character) == expected
+
+
+def test_every_sign_that_the_code_prints_has_a_spelling() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "gm_probe" / "cli").glob("*.py"))
+    shown = {character for character in text if not character.isascii()}
+    assert len(shown) > 5
+    assert not {character for character in shown if spelled(character) == "?"}
+    assert all(value.isascii() for value in SIGNS.values())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+def test_an_old_encoding_shows_names_instead_of_letters(encoding: str) -> None:
+    done = gmprobe("measures", encoding=encoding)
+    assert done.code == 0, done.err
+    if encoding != "cp437":  # which has some Greek letters
+        assert "S_rho" in done.out
+        assert "lambda_max(F)" in done.out
+    lines = [line for line in done.out.splitlines() if line.startswith("|")]
+    assert len(lines) > 10
+    assert len({len(line) for line in lines}) == 1  # the table's edges stay in line
+    done = gmprobe("train", "--data", "ρ漢", encoding=encoding)
+    assert (done.code, "no folder or file 'rho?'" in done.err) == (2, True), done.err
+
+
+def test_a_posix_locale_is_no_crash() -> None:
+    code = (
+        "import contextlib\n"
+        "from gm_probe.cli import main\n"
+        "for words in (['--help'], ['tune', '--help'], ['measures'], ['doctor']):\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main(words)\n"
+    )
+    done = python(code, LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert (done.code, done.err) == (0, "")
+    assert "S_rho" in done.out
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+@pytest.mark.parametrize("width", [60, 100])
+def test_help_fits_the_terminal(name: str | None, width: int) -> None:
+    context = click.Context(cli, info_name="gmprobe", terminal_width=width)
+    command: click.Command = cli
+    if name is not None:
+        found = cli.get_command(context, name)
+        assert found is not None
+        command = found
+    text = command.get_help(click.Context(command, info_name=name, parent=context, terminal_width=width))
+    wide = [line for line in text.splitlines() if len(line) > width and "  " not in line.strip()]
+    assert not wide
+    assert re.search(r"Example:  gmprobe|gmprobe quickstart|eval", text)
+
+
+def test_what_is_piped_is_never_folded() -> None:
+    piped = gmprobe("measures").out
+    assert re.search(r"│ local_inconsistency_converged +│", piped)
+    narrow = gmprobe("measures", COLUMNS="60").out
+    assert max(map(len, narrow.splitlines()[:-1])) <= 60
+
+
+@pytest.mark.parametrize("env", [{"NO_COLOR": "1", "FORCE_COLOR": "1"}, {"TERM": "dumb"}, {}])
+def test_no_colour_reaches_a_pipe(env: dict[str, str]) -> None:
+    done = gmprobe("recipes", **env)
+    assert done.code == 0
+    assert not re.search(r"\x1b\[[\d;]*3\dm", done.out)  # bold may stay where colour is forced
+
+
+# ---- paths
+
+
+def test_spaces_and_letters_of_any_alphabet_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "mes données 数据 ρ"
+    for label in ("chat noir", "собака"):
+        (here / "images" / label).mkdir(parents=True)
+        for index in range(12):
+            pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(here / "images" / label / f"été {index}.png")
+    monkeypatch.chdir(here)
+    run = "résultats 1"
+    words = ["--data", "images", "--model", "mlp-4", "--epochs", "1", "--out", run, "-q"]
+    done = gmprobe("train", *words)
+    assert done.code == 0, done.err
+    done = gmprobe("measure", run, "--measures", "fisher_trace", "--save", "-q")
+    assert done.code == 0, done.err
+    done = gmprobe("collect", ".", "--out", "tableau ρ.csv")
+    assert done.code == 0, done.err
+    assert (here / "tableau ρ.csv").exists()
+
+
+SMALL = ["--model", "mlp-4", "--num-train", "60", "--epochs", "1"]
+FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]|[ .]$')
+RESERVED = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+
+
+def written(folder: Path) -> Iterator[str]:
+    return (part for path in folder.rglob("*") for part in path.relative_to(folder).parts)
+
+
+def test_every_name_that_is_written_suits_windows(tmp_path: Path) -> None:
+    """A sweep over values that tempt: a model with a colon and a path, a regex, floats; and all that reads it."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    recipe = (
+        "[base]\nepochs = 1\nnum_train = 60\n[grid]\nmodel = ['mlp-4', 'net.py:build']\nlr = [0.1, 1e-07]\n"
+        "[measure]\nmeasures = ['fisher_trace']\nmax_examples = 20\nparams = 'weight|bias?'\n"
+    )
+    (tmp_path / "what.toml").write_text(recipe)
+    for words in (
+        ["sweep", "what.toml"],
+        ["correlate", "runs/what", "--resamples", "100", "--skip", "details"],
+        ["report", "runs/what", "--resamples", "100", "--skip", "details", "--figures", "runs/figures"],
+        ["collect", "runs/what"],
+        ["tune", "--method", "sam", "--rho", "0.1,0.2", "--seeds", "1", *SMALL],
+    ):
+        done = gmprobe(*words, "-q")
+        assert done.code == 0, done.err
+    names = [*written(tmp_path / "runs"), *written(tmp_path / "tune")]
+    assert len(names) > 30
+    assert not [name for name in names if FORBIDDEN.search(name) or RESERVED.search(name)]
+    lower = [str(path).lower() for path in tmp_path.rglob("*")]
+    assert len(set(lower)) == len(lower)  # Windows and macOS do not tell A from a
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home folder, as in a container: what needs one names the option instead."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    done = gmprobe("train", "--data", "cifar10")
+    assert (done.code, "--data-root" in done.err) == (2, True), done.err
+    done = gmprobe("doctor", "--json")
+    assert done.code == 0, done.err
+    findings = json.loads(done.out)["findings"]
+    [others] = [f for f in findings if f["section"] == "data" and f["name"] != "digits"]
+    assert others["state"] == "absent"
+
+
+# ---- what need not be said
+
+
+def test_runs_is_where_everything_looks(tmp_path: Path) -> None:
+    done = gmprobe("measure")
+    assert (done.code, "runs/" in done.err) == (2, True)
+    for seed in ("0", "1"):
+        assert gmprobe("train", *SMALL, "--seed", seed, "-q").code == 0
+    done = gmprobe("measure", "--measures", "fisher_trace", "--save", "--json")
+    assert done.code == 0, done.err
+    assert "-s1-" in json.loads(done.out)[0]["checkpoint"]
+    assert "the last run that finished" in done.err
+    assert gmprobe("measure", "runs", "--measures", "fisher_trace", "--save", "-q").code == 0
+    for command in ("status", "pairs", "collect", "correlate"):
+        done = gmprobe(command, "-q")
+        assert done.code == 0, done.err
+    assert (tmp_path / "runs" / "table.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["corelate"], "'correlate'"),
+        (["correlate", "--grp-by", "x"], "--group-by"),
+        (["measure", "x.pt", "--unlabelled", "d"], "--unlabeled"),
+        (["train", "--method", "iamd"], "'iam-d'"),
+        (["train", "--model", "resnet18-cifr"], "'resnet18-cifar'"),
+        (["train", "--schedule", "cosin"], "'cosine'"),
+        (["train", "--data", "cifar-10"], "'cifar10'"),
+        (["sweep", "quikstart"], "'quickstart'"),
+        (["sweep", "r.toml"], "'fisher_trace'"),
+        (["completion", "bsh"], "'bash'"),
+    ],
+)
+def test_did_you_mean(words: list[str], meant: str) -> None:
+    Path("r.toml").write_text("[measure]\nmeasures = ['fisher_trase']\n")
+    done = gmprobe(*words)
+    assert done.code == 2
+    assert meant in done.err.splitlines()[-1]
+
+
+# ---- completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_the_shells_script(shell: str) -> None:
+    done = gmprobe("completion", shell)
+    assert done.code == 0, done.err
+    assert "gmprobe" in done.out
+    assert f"_GMPROBE_COMPLETE={shell}_complete" in done.out
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("gmprobe doc", {"doctor"}),
+        ("gmprobe correlate --ga", {"--gap"}),
+        ("gmprobe correlate --gap e", {"error_gap"}),
+        ("gmprobe completion z", {"zsh"}),
+    ],
+)
+def test_bash_completes(typed: str, expected: set[str]) -> None:
+    env = {"_GMPROBE_COMPLETE": "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    done = gmprobe(**env)
+    assert {line.split(",")[1] for line in done.out.splitlines()} == expected
+
+
+# ---- doctor
+
+
+def found(folder: Path, **options: object) -> dict[tuple[str, str], Finding]:
+    return {(f.section.split()[0], f.name): f for f in diagnose(folder, **options)}  # type: ignore[arg-type]
+
+
+def test_doctor_tells_what_is_here(tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    findings = found(tmp_path / "runs" / "new", data_root=tmp_path)
+    assert all(finding.exit_code == 0 for finding in findings.values())
+    assert findings["versions", "torch"].found == version("torch")
+    assert findings["folder", "writing"].found.split()[1] == "MB/s,"
+    assert findings["folder", "locks"].state == "ok"
+    assert findings["data", "cifar10"].state == "ok"
+    assert findings["data", "svhn"].state == "absent"
+    assert "--download" in findings["data", "svhn"].remedy
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-batches-py"]  # left as it was
+
+
+def test_doctor_knows_every_extra_and_data_set() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(doctor.EXTRAS) == set(extras) - {"test", "dev", "docs"}
+    assert set(doctor.DATA) == set(DATASETS)
+
+
+def test_doctor_names_the_command_for_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = ["click>=8.2", "scipy>=9999", "nothing-of-the-kind>=1", 'no-such-timm>=1; extra == "timm"']
+    monkeypatch.setattr(doctor, "requires", lambda _: listed)
+    findings = found(tmp_path, data_root=tmp_path)
+    assert findings["versions", "click"].state == "ok"
+    old, gone, extra = (
+        findings[key]
+        for key in (("versions", "scipy"), ("versions", "nothing-of-the-kind"), ("extras", "timm"))
+    )
+    assert (old.state, old.exit_code, old.remedy) == ("broken", 6, "pip install 'scipy>=9999'")
+    assert version("scipy") in old.found
+    assert (gone.state, gone.remedy) == ("broken", "pip install 'nothing-of-the-kind>=1'")
+    assert (extra.state, extra.exit_code, extra.remedy) == ("absent", 0, "pip install 'gm_probe[timm]'")
+
+
+def test_doctor_survives_a_broken_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    finding = found(tmp_path, data_root=tmp_path)["machine", "torch"]
+    assert (finding.state, finding.exit_code) == ("broken", 6)
+
+
+def test_doctor_finds_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    finding = found(tmp_path / "file" / "runs")["folder", "writing"]
+    assert (finding.state, finding.exit_code) == ("broken", 7)
+
+    def full(*_: object) -> None:
+        raise StorageError("cannot write x: No space left on device; free space")
+
+    monkeypatch.setattr(doctor, "write_atomic", full)
+    finding = found(tmp_path)["folder", "writing"]
+    assert (finding.exit_code, "No space left" in finding.found) == (7, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_doctor_notices_locks_that_do_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "fcntl", None)  # as on a file system that grants every lock
+    assert found(tmp_path)["folder", "locks"].state == "absent"
+
+
+def test_doctor_as_a_command() -> None:
+    done = gmprobe("doctor", "--data-root", "nowhere", COLUMNS="60")
+    assert done.code == 0, done.err
+    assert max(map(len, done.out.splitlines())) <= 60
+    done = gmprobe("doctor", "--device", "cuda:99", "--out", str(Path(__file__) / "x"), "--json")
+    report = json.loads(done.out)
+    assert done.code == report["exit_code"] == 6
+    broken = [f for f in report["findings"] if f["state"] == "broken"]
+    assert {f["exit_code"] for f in broken} == {6, 7}
+    assert all(f["remedy"] for f in broken)
+    assert done.err == ""

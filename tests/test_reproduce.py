@@ -1,0 +1,192 @@
+"""The paper's tables and figures: every smoke runs whole, and what the studies compute is checked on its own."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.nn import functional
+
+from gm_probe.analysis.intervals import mean_interval
+from gm_probe.cli.reproduce import reproduce as command
+from gm_probe.core.batches import Batches
+from gm_probe.core.errors import UsageError
+from gm_probe.probe.operators import fisher, hessian
+from gm_probe.reproduce import alignment, maximizer, residuals
+from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
+from gm_probe.reproduce.finding import Task
+from gm_probe.reproduce.gaussians import Mixture, Network, descending
+from gm_probe.reproduce.run import STUDIES, study_of
+
+SMOKES = [name for name, entry in recipes().items() if "smoke" in entry.scales]
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    """The one of Fig. 6, in its middle of training."""
+    return Network(Mixture.draw(100, 0.9, 0), 16, 0).trained(200, 0.1, 0.9)
+
+
+# ---- every recipe
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_is_complete_and_fits_its_study(name):
+    entry = recipe(name)
+    assert entry.study in STUDIES
+    assert "smoke" in entry.scales
+    assert "paper" in entry.scales
+    assert set(entry.scales) <= set(SCALES)
+    for scale in entry.scales:
+        inspect.signature(study_of(entry.study)).bind(Task(name, scale, Path()), **entry.at(scale))
+        assert entry.costs[scale]
+
+
+@pytest.mark.parametrize("name", SMOKES)
+def test_smoke_writes_its_folder(name, tmp_path):
+    result = CliRunner().invoke(command, [name, "--scale", "smoke", "--out", str(tmp_path / "out"), "--json"])
+    assert result.exception is None, result.output
+    said = json.loads(result.stdout)
+    folder = tmp_path / "out"
+    assert {f"{name}.csv", f"{name}.tex", f"{name}.md", "result.json"} <= set(said["files"])
+    for file in said["files"]:
+        assert (folder / file).stat().st_size > 100, file
+    page = (folder / f"{name}.md").read_text()
+    assert recipe(name).claim[:20] in page.replace("\\", "")
+    assert "The paper's own numbers:" in page
+    assert "Scale `smoke`" in page
+    # every picture that the page shows is there, and the numbers of its paragraph are finite
+    for picture in re.findall(r"\]\((\S+\.png)\)", page):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+        assert (folder / picture).with_suffix(".svg").exists()
+    assert not re.search(r"\b(nan|inf)\b", page)
+    assert json.loads((folder / "result.json").read_text())["outcome"] == said["outcome"]
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_the_list_names_every_recipe_without_torch():
+    result = CliRunner().invoke(command, ["--list", "--json"])
+    assert [entry["name"] for entry in json.loads(result.stdout)] == list(recipes())
+    assert all(entry["claim"] and entry["scales"] for entry in json.loads(result.stdout))
+
+
+def test_unknown_names_and_scales_are_usage_errors():
+    with pytest.raises(UsageError, match="did you mean 'fig6'"):
+        recipe("fig66")
+    with pytest.raises(UsageError, match="fig6 has no scale 'small'; it has smoke, paper"):
+        recipe("fig6").at("small")
+
+
+# ---- the plane: dense matrices against the probe's operators, which share no code with them
+
+
+def test_dense_curvature_is_the_operators(network):
+    x, y = network.mixture.x, network.mixture.y
+    batches = Batches.from_tensors(x, batch_size=70)
+    v = torch.randn(network.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    clean = network.logits(x)
+    torch.testing.assert_close(network.fisher() @ v, fisher(network.parameters, batches, clean).matvec(v))
+    torch.testing.assert_close(network.hessian() @ v, hessian(network.parameters, batches, y).matvec(v))
+
+
+def test_training_is_gradient_descent_and_yields_where_asked():
+    network = Network(Mixture.draw(5, 0.5, 0), 4, 0)
+    before, losses = network.theta, []
+    for _ in network.train([0, 1, 4], 0.1, 0.0):
+        losses.append(network.loss)
+        if len(losses) == 2:
+            again = Network(network.mixture, 4, 0)
+            functional.cross_entropy(again.model(again.mixture.x), again.mixture.y).backward()
+            step = again.parameters.join([p.grad for p in again.parameters.named.values()])
+            torch.testing.assert_close(network.theta, before - 0.1 * step)
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_redrawn_labels_are_about_as_many_as_asked():
+    one, other = Mixture.draw(1000, 0.5, 3), Mixture.draw(1000, 0.5, 3, flipped=0.3)
+    assert torch.equal(one.x, other.x)
+    assert float((one.y != other.y).double().mean()) == pytest.approx(0.3 * 2 / 3, abs=0.03)
+
+
+# ---- Fig. 6
+
+
+def test_one_step_aligns_with_v1_more_than_with_v2_v3_and_noise(network):
+    _, vectors = descending(network.fisher())
+    cosines, noise = alignment._cosines(network, vectors[:, :3], 400, 0.1, 0.1, 0)
+    for other in (cosines[:, 1], cosines[:, 2], noise[:, 0]):
+        _, low, _ = mean_interval(cosines[:, 0] - other)
+        assert low > 0
+
+
+def test_one_step_is_a_product_with_the_fisher_matrix(network):
+    """App. C: with coefficients a of the start, cos(δ, vᵢ) = λᵢaᵢ/√Σ λⱼ²aⱼ², where the start is small."""
+    values, vectors = descending(network.fisher())
+    scale = 1e-4  # of the starts: the quadratic regime
+    cosines, _ = alignment._cosines(network, vectors[:, :3], 20, 0.1, scale, 5)
+    generator = torch.Generator().manual_seed(5)
+    for found in cosines:
+        a = vectors.T @ network.parameters.random(scale, generator)
+        expected = (values * a).abs()[:3] / (values * a).norm()
+        np.testing.assert_allclose(found, expected.numpy(), atol=2e-3)
+
+
+# ---- Fig. 7
+
+
+def test_algorithm_1_reaches_the_exact_maximum_within_1_percent_at_the_predicted_k(network, record_property):
+    values, vectors = descending(network.fisher())
+    rho = 1e-3
+    needed = maximizer.steps_needed(values)
+    assert 5 < needed < 30
+    generator = torch.Generator().manual_seed(0)
+    noises = [network.parameters.random(0.1, generator) for _ in range(120)]
+    found = maximizer.climb(network, noises, rho, [1, 5, needed], vectors[:, 0])
+    exact = rho**2 / 2 * float(values[0])
+    errors = {k: np.abs(s / exact - 1) for k, (s, _) in found.items()}
+    record_property("mean relative error at K = 5", float(errors[5].mean()))
+    assert errors[needed].mean() < 0.01
+    assert (errors[needed] < 0.01).mean() >= 0.98
+    # one step is no negligible gap: the paper's claim needs steps
+    assert errors[1].mean() > 0.1
+    assert errors[1].mean() > errors[5].mean() > errors[needed].mean()
+
+
+def test_projected_ascent_is_the_quadratic_maximum_at_small_radius_and_never_less_than_algorithm_1(network):
+    values, vectors = descending(network.fisher())
+    generator = torch.Generator().manual_seed(0)
+    best = maximizer.projected_ascent(network, 10, 200, 1e-4, generator)
+    assert best == pytest.approx(1e-8 / 2 * float(values[0]), rel=2e-3)
+    best = maximizer.projected_ascent(network, 20, 200, 0.5, generator)
+    noises = [network.parameters.random(0.1, generator) for _ in range(20)]
+    reached, _ = maximizer.climb(network, noises, 0.5, [20], vectors[:, 0])[20]
+    assert reached.max() <= best * (1 + 1e-6)
+
+
+def test_steps_needed_by_hand():
+    # λ = (1, ½): Σ λᵢ²/λ₁² = ¼; ¼/(a₁² · 0.01) · 4^−(K−1) ≤ 1 with a₁² = 1.5709e-4: 4^(K−1) ≥ 159,144, K − 1 = 8.64
+    assert maximizer.steps_needed(torch.tensor([1.0, 0.5])) == 10
+
+
+# ---- Theorem 4.1
+
+
+def test_slopes_recover_a_power_law():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"seed": seed, "loss": loss, "residual": 3 * loss**0.7 * rng.lognormal(0, 0.01), "relative": 0.02}
+        for seed in range(4)
+        for loss in np.geomspace(1, 1e-4, 20)
+    ]
+    mean, low, high = residuals._slopes(rows, "residual", 4)
+    assert low < 0.7 < high
+    assert high - low < 0.05
+    assert mean == pytest.approx(0.7, abs=0.01)
+    assert residuals._slopes(rows, "relative", 4)[0] == pytest.approx(0, abs=1e-9)
+    assert residuals._slopes(rows[:3], "residual", 1) is None
