@@ -103,15 +103,17 @@ class LiveView:
         return (self.stages.index(word.stage) + min(word.done / word.total, 1.0)) / len(self.stages)
 
     def _eta(self, shares: Mapping[str, float]) -> float | None:
-        """Seconds to go at the pace since work was first seen, in which a resumed run counts with what it did since."""
+        """Seconds to go at the pace since the first word, in which a resumed run counts with what it did since."""
+        now = time.monotonic()
         if not self._first and set(self.ended.values()) <= {"skipped"}:
-            self._paced = time.monotonic()
+            self._paced = now  # so far, data was read
         for name, share in shares.items():
-            self._first.setdefault(name, share)
+            if share > 0:
+                self._first.setdefault(name, share)
         done = sum(1 - self._first.get(name, 0.0) for name, s in self.ended.items() if s != "skipped")
-        done += sum(share - self._first[name] for name, share in shares.items())
+        done += sum(share - self._first.get(name, 0.0) for name, share in shares.items())
         left = len(self.paths) - len(self.ended) - sum(shares.values())
-        return (time.monotonic() - self._paced) * left / done if done > 0 else None
+        return (now - self._paced) * left / done if done > 0 else None
 
     def render(self) -> RenderableType:
         words = self._at_work()

@@ -91,7 +91,8 @@ def _connect(ray: Any, address: str | None) -> None:
         ray.init(address=address, log_to_driver=False, logging_level="error", **alone)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ResourceError(
-            f"no Ray cluster at {address}: {first_line(error)}; start one with `ray start --head`"
+            f"no Ray cluster at {address}: {first_line(error)}; "
+            "start one with `ray start --head`, or set RAY_AUTH_MODE and RAY_AUTH_TOKEN as it has them"
         ) from error
 
 
