@@ -1,0 +1,49 @@
+"""Processes that share out a machine: GPUs and CPU threads."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gm_probe.sweep.executors import Job, Processes, visible_gpus
+
+
+def tell(out: Path, threads: int | None) -> tuple[str, tuple[str | None, int, int | None]]:
+    """The GPU that this process was dealt, which process it is, and its threads."""
+    (out / str(os.getpid())).touch()
+    began = time.monotonic()
+    while len(list(out.iterdir())) < 4 and time.monotonic() - began < 60:  # until all have a job
+        time.sleep(0.01)
+    return "finished", (os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid(), threads)
+
+
+@pytest.mark.parametrize("gpus", [["0", "GPU-5ab"], []])
+def test_several_processes_share_a_gpu(
+    gpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    jobs = [Job(str(number), tmp_path, tell) for number in range(4)]
+    dealt = [outcome.result for outcome in Processes(4, gpus)(jobs)]
+    assert len({process for _, process, _ in dealt}) == 4
+    assert sorted(str(gpu) for gpu, _, _ in dealt) == sorted(2 * gpus or 4 * ["None"])
+    assert [threads for _, _, threads in dealt] == [2] * 4
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"), [(None, ["0", "1"]), ("3,GPU-5ab", ["3", "GPU-5ab"]), ("4,5,6", ["4", "5"])]
+)
+def test_gpus_are_those_that_this_process_sees(
+    environment: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if environment is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", environment)
+    assert visible_gpus() == expected
