@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from gm_probe.core.checkpoints import load_weights as load_weights
     from gm_probe.core.checkpoints import read_checkpoint as read_checkpoint
     from gm_probe.core.checkpoints import save_checkpoint as save_checkpoint
+    from gm_probe.core.contrastive import Contrastive as Contrastive
+    from gm_probe.core.contrastive import as_encoder as as_encoder
+    from gm_probe.core.contrastive import partners as partners
+    from gm_probe.core.contrastive import projector as projector
     from gm_probe.core.datasets import Examples as Examples
     from gm_probe.core.datasets import open_source as open_source
     from gm_probe.core.devices import keep_freed_memory as keep_freed_memory
@@ -41,9 +45,6 @@ if TYPE_CHECKING:
     from gm_probe.probe.trace import fisher_trace as fisher_trace
     from gm_probe.probe.trace import trace as trace
     from gm_probe.training.config import TrainConfig as TrainConfig
-    from gm_probe.training.contrastive import Contrastive as Contrastive
-    from gm_probe.training.contrastive import partners as partners
-    from gm_probe.training.contrastive import projector as projector
     from gm_probe.training.loop import train as train
     from gm_probe.training.objectives import FixMatch as FixMatch
     from gm_probe.training.objectives import Joint as Joint
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "core.batches": ("Batches", "Normalization"),
     "core.checkpoints": ("load_weights", "read_checkpoint", "save_checkpoint"),
+    "core.contrastive": ("Contrastive", "as_encoder", "partners", "projector"),
     "core.datasets": ("Examples", "open_source"),
     "core.devices": ("keep_freed_memory",),
     "core.errors": ("CheckpointError", "DataError", "DivergedError", "ProbeError", "UsageError"),
@@ -71,7 +73,6 @@ _HOMES = {
     "probe.spectrum": ("eigenpairs", "lanczos"),
     "probe.trace": ("fisher_trace", "trace"),
     "training.config": ("TrainConfig",),
-    "training.contrastive": ("Contrastive", "partners", "projector"),
     "training.loop": ("train",),
     "training.objectives": ("FixMatch", "Joint"),
     "training.rules": ("ASAM", "IAMD", "IAMS", "OnePassIAMD", "Rule", "SAM"),

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from gm_probe.core.contrastive import Contrastive, nt_xent_logits, partners, projector
 from gm_probe.core.errors import UsageError
-from gm_probe.training.contrastive import Contrastive, nt_xent_logits, partners, projector
 from gm_probe.training.rules import IAMD, SAM
 
 
@@ -51,6 +51,20 @@ def test_nt_xent_of_orthogonal_pairs() -> None:
     pair = torch.eye(2, dtype=torch.float64)
     loss = functional.cross_entropy(nt_xent_logits(torch.cat([pair, 3 * pair]), 0.5), partners(2))
     assert float(loss) == pytest.approx(math.log(1 + 2 * math.exp(-2)))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_nt_xent_of_published_libraries(temperature: float) -> None:
+    """Of two that others wrote, where they are installed (pip install pytorch-metric-learning lightly)."""
+    outputs = views(12)
+    ours = functional.cross_entropy(nt_xent_logits(outputs, temperature), partners(6))
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    pairs = torch.arange(6).repeat(2)
+    theirs = losses.NTXentLoss(temperature=temperature)(outputs, pairs)
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
+    lightly = pytest.importorskip("lightly.loss")
+    theirs = lightly.NTXentLoss(temperature=temperature)(*outputs.chunk(2))
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
 
 
 def model() -> nn.Module:

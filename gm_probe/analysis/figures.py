@@ -227,7 +227,14 @@ def run_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     panels = {
         "cross-entropy": {"running_ce": "training, running", "train_ce": "training", "test_ce": "test"},
-        "error": {"running_error": "training, running", "train_error": "training", "test_error": "test"},
+        "NT-Xent": {"running_nt_xent": "training, running"},
+        "error": {
+            "running_error": "training, running",
+            "train_error": "training",
+            "test_error": "test",
+            "probe_train_error": "linear probe, training",
+            "probe_test_error": "linear probe, test",
+        },
         "divergence": {"local_inconsistency": r"$S_\rho$", "running_inconsistency": "KL of IAM-D, running"},
     }
     shown = {

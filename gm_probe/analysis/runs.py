@@ -82,7 +82,9 @@ def _table_from_folders(
     chosen = unique(measures) or sorted(found, key=_rank)
     gaps = [gap for gap in GAPS if any(gap in record.summary for record in records)]
     if not gaps:
-        raise DataError(f"no summary.json in {root} has error_gap or ce_gap; train the runs again")
+        raise DataError(
+            f"no summary.json in {root} has error_gap or ce_gap (SimCLR encoders have neither); train the runs again"
+        )
 
     configs = [_flatten(record.config) for record in records]
     settings = unique(name for config in configs for name in config)

@@ -43,9 +43,11 @@ def print_result(result: dict[str, Any]) -> None:
         columns.append(f"N for {100 * target:g} %")
     console.print(table(title, columns, [row[: len(columns)] for row in rows]))
     _print_more(result)
+    over = ", over batches" if "head" in result["settings"] else ""
     console.print(
-        f"{_ascents(result)}± estim.: standard error over starts or probes, Lanczos residual for λ_max; "
-        "± examples: standard error from the probe set's size; "
+        f"{_coupled(result)}{_ascents(result)}"
+        "± estim.: standard error over starts or probes, Lanczos residual for λ_max; "
+        f"± examples: standard error from the probe set's size{over}; "
         f"{'' if narrow else 'cost in gradient evaluations. '}BatchNorm in eval mode.",
         style="dim",
     )
@@ -68,6 +70,18 @@ def _print_more(result: dict[str, Any]) -> None:
                 f"{number(p['value'])} ± {number(p['residual'], 2)}" for p in row["eigenvalues"]
             )
             console.print(f"{name}, the largest: {found}", markup=False, highlight=False)
+
+
+def _coupled(result: dict[str, Any]) -> str:
+    """For the caption: what NT-Xent's figures depend on; empty of a classifier."""
+    settings = result["settings"]
+    if "head" not in settings:
+        return ""
+    images = settings["batch_images"]
+    return (
+        f"NT-Xent logits, τ = {settings['temperature']:g}, of {settings['num_images']:,} of "
+        f"{settings['num_examples']:,} images in batches of {images} (N: their views; seed {settings['seed']}); "
+    )
 
 
 def _ascents(result: dict[str, Any]) -> str:
@@ -128,7 +142,9 @@ def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a checkpoint and measure, for ``--csv``."""
     figures = ("value", "stderr", "stderr_examples", "converged", "num_evals")
     details = ("labels", "protocol", "sd_starts", "num_starts", "reason")
-    of_settings = ("rho", "k_steps", "noise_scale", "seed", "part")
+    of_settings = ["rho", "k_steps", "noise_scale", "seed", "part"]
+    if any("head" in result["settings"] for result in results):  # else the columns would be empty
+        of_settings += ["head", "temperature", "batch_images"]
     return [
         {
             "checkpoint": result["checkpoint"],
@@ -136,7 +152,7 @@ def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "num_examples": result["num_examples"],
             "measure": name,
             **{key: row.get(key) for key in (*figures, *details)},
-            **{key: result["settings"][key] for key in of_settings},
+            **{key: result["settings"].get(key) for key in of_settings},
         }
         for result in results
         for name, row in result["measures"].items()

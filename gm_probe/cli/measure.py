@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -103,6 +104,14 @@ if TYPE_CHECKING:
     "--density-steps", type=click.IntRange(2), default=40, show_default=True, help="Lanczos steps of a start."
 )
 @click.option(
+    "--head",
+    type=click.Choice(["classifier", "simclr"]),
+    default="classifier",
+    show_default=True,
+    help="simclr: NT-Xent logits over seeded views, in batches of --batch-size images (250).",
+)
+@click.option("--temperature", type=float, help="τ of NT-Xent.  [default: as trained]")
+@click.option(
     "--memory",
     metavar="SIZE",
     default="4GB",
@@ -136,6 +145,8 @@ def measure(
     density: Path | None,
     density_probes: int,
     density_steps: int,
+    head: str,
+    temperature: float | None,
     memory: str,
     executor: str,
     jobs: int,
@@ -155,6 +166,10 @@ def measure(
     labeled data gives the Hessian proper, the error and the cross-entropy too. A run folder needs no data option:
     its own unlabeled part is used.
 
+    Of a SimCLR encoder --head simclr measures the NT-Xent logits of two seeded views of every image. These hang
+    together over a batch, whose size belongs to the figures: images that fill no batch are left out, and F is a mean
+    over batches.
+
     A folder of runs stands for the finished ones in it. With --save they need no second training for more measures,
     and what a run has already, taken with the same settings, is not measured again. Without CHECKPOINTS the run in
     runs/ that finished last is measured.
@@ -169,6 +184,10 @@ def measure(
                 notes_console(),
                 f"no checkpoint given: measuring {checkpoints[0]}, the last run that finished",
             )
+    if head == "simclr" and labeled is not None:
+        raise UsageError("NT-Xent reads no labels; give --unlabeled")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise UsageError(f"--temperature {temperature} must be a finite number above 0")
     given, checkpoints = checkpoints, _expanded(checkpoints)
     if save and not all(path.is_dir() for path in checkpoints):
         raise UsageError("--save writes into run folders; give folders, or use --json > file")
@@ -217,9 +236,11 @@ def measure(
         max_iterations=max_iterations,
         seed=seed,
     )
-    names = _chosen(measures, protocol, labeled is not None)
+    names = _chosen(measures, protocol, labeled is not None, head == "simclr")
     loading = data.loading() | {
         "memory": _bytes(memory),
+        "head": head,
+        "temperature": temperature,
         "quadrature": (density_probes, density_steps) if density is not None else None,
     }
     if many:
@@ -364,12 +385,12 @@ def _percent(text: str | None) -> float:
     return value
 
 
-def _chosen(measures: str, protocol: str, labeled: bool) -> list[str]:
-    from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names
+def _chosen(measures: str, protocol: str, labeled: bool, coupled: bool) -> list[str]:
+    from gm_probe.probe.measures import check_names, default_measures
 
     names = [name.strip() for name in measures.split(",") if name.strip()]
-    check_names(names, labeled=labeled)
-    names = names or [n for n in DEFAULT_MEASURES if labeled or not MEASURES[n].needs_labels]
+    check_names(names, labeled=labeled or coupled, coupled=coupled)
+    names = names or default_measures(labeled=labeled, coupled=coupled)
     if protocol == "both" and "local_inconsistency" in names:
         extra = "local_inconsistency_converged"
         # last of all: it then starts from the Fisher eigenvector that λ_max(F) has paid for

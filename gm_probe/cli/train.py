@@ -77,7 +77,8 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 @click.option("--model", help="Network; see `gmprobe models`.  [default: 6cnn]")
 @click.option("--init", metavar="PATH", help="Start from these weights; a head for other classes is fresh.")
 @click.option(
-    "--objective", help="supervised, joint or fixmatch; the last two need --labels.  [default: supervised]"
+    "--objective",
+    help="supervised, joint, fixmatch or simclr; joint and fixmatch need --labels.  [default: supervised]",
 )
 @click.option(
     "--mu",
@@ -90,6 +91,12 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 @click.option("--lambda-u", type=float, help="FixMatch: weight of the unlabeled loss.  [default: 1]")
 @click.option(
     "--unlabeled-mean", help="FixMatch: mean over the batch, or the mask's views.  [default: batch]"
+)
+@click.option("--temperature", type=float, help="SimCLR: τ of NT-Xent.  [default: 0.5]")
+@click.option(
+    "--probe-every",
+    type=int,
+    help="SimCLR: epochs between linear probes (0 = only at the end).  [default: 0]",
 )
 @click.option("--method", help="sgd, sam, asam, iam-d, iam-d-onepass or iam-s.  [default: sgd]")
 @click.option("--rho", type=float, help="Radius ρ.  [default: 0.05 sam, 0.5 asam, 0.1 iam-*]")
@@ -217,15 +224,30 @@ def train(
     if as_json:
         print_json({"out": str(out), **summary})
         return
-    held_out = "test" if config.validation is None else "validation"
-    rows = [
-        ["train", number(summary["train_error"]), number(summary["train_ce"]), f"{summary['num_train']:,}"],
-        [held_out, number(summary["test_error"]), number(summary["test_ce"]), f"{summary['num_test']:,}"],
-        ["gap", number(summary["error_gap"]), number(summary["ce_gap"]), ""],
-    ]
-    title = f"{out}  {config.method}, {summary['epochs']} epochs"
+    simclr = config.objective == "simclr"
+    title = f"{out}  {config.method}, {summary['epochs']} epochs{', linear probe' if simclr else ''}"
+    rows = _results(
+        summary, "test" if config.validation is None else "validation", "probe_" if simclr else ""
+    )
     results_console().print(table(title, ["", "error", "cross-entropy", "examples"], rows))
-    note(console, f"next:  gmprobe measure {out}")
+    note(console, f"next:  gmprobe measure {out}{' --head simclr' if simclr else ''}")
+
+
+def _results(summary: Mapping[str, Any], held_out: str, prefix: str) -> list[list[str]]:
+    """Error, cross-entropy and examples of both parts and, where a run has one, the gap between them."""
+    parts = {"train": "train", held_out: "test"}
+    rows = [
+        [
+            name,
+            number(summary[f"{prefix}{part}_error"]),
+            number(summary[f"{prefix}{part}_ce"]),
+            f"{summary[f'num_{part}']:,}",
+        ]
+        for name, part in parts.items()
+    ]
+    if "error_gap" in summary:
+        rows.append(["gap", number(summary["error_gap"]), number(summary["ce_gap"]), ""])
+    return rows
 
 
 def _save(run: Path, model_name: str, path: Path) -> None:

@@ -97,6 +97,8 @@ class Batches:
         batch_size: examples a batch; the last may be smaller.
         device, dtype: of the inputs handed out.
         channels_last: hand out images in channels-last memory format (faster convolutions on CPU and GPU).
+        coupled: the outputs of a batch's examples hang together, as NT-Xent logits do. Then its size belongs to what is
+            measured, and batches, all of one size, are what is independent.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Batches:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
+        coupled: bool = False,
     ) -> None:
         self.examples = examples
         self.normalization = normalization or Normalization()
@@ -115,6 +118,9 @@ class Batches:
         self.device = torch.device(device)
         self.dtype = dtype
         self.channels_last = channels_last and examples.x.dim() == 4
+        self.coupled = coupled
+        if coupled and len(examples) % batch_size:
+            raise DataError(f"{len(examples)} coupled examples do not fill batches of {batch_size}")
         self.total = len(examples)  # N over all processes that share the work
         self.first = 0  # of them, the number of this process's first example
 
@@ -140,6 +146,8 @@ class Batches:
         """
         if count > self.num_examples:
             raise DataError(f"{self.num_examples} examples do not go round {count} processes; use fewer")
+        if self.coupled and count > 1:
+            raise UsageError("a batch whose examples hang together is not shared: use one process")
         bounds = [self.num_examples * i // count for i in (rank, rank + 1)]
         part = copy(self)
         part.examples, part.first = self.examples.select(torch.arange(*bounds)), bounds[0]
@@ -147,9 +155,21 @@ class Batches:
 
     def of_size(self, batch_size: int) -> Batches:
         """The same examples in batches of another size."""
+        if self.coupled and batch_size != self.batch_size:
+            raise UsageError(
+                "another batch size would be another measure: the batch's examples hang together"
+            )
         other = copy(self)
         other.batch_size = batch_size
         return other
+
+    def few(self, count: int) -> slice:
+        """Which of a batch's examples ways may be tried on: the first ``count``, or all where they hang together."""
+        return slice(None) if self.coupled else slice(count)
+
+    def independent(self, terms: Tensor) -> Tensor:
+        """Examples' (n,) terms as independent ones of the same mean: themselves, or their batches' means."""
+        return terms.view(-1, self.batch_size).mean(1) if self.coupled else terms
 
     def __len__(self) -> int:
         return -(-self.num_examples // self.batch_size)

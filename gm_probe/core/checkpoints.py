@@ -38,6 +38,11 @@ class Checkpoint:
     classes: tuple[str, ...]
 
 
+def is_simclr(checkpoint: Checkpoint) -> bool:
+    """Whether it records a SimCLR model: an encoder and its projector."""
+    return checkpoint.model is not None and checkpoint.model.temperature is not None
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a run folder, a .safetensors, or a torch file (.pt, .pth, .th, .ckpt, ...).
 

@@ -20,6 +20,7 @@ def load_model(
     *,
     input_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
+    temperature: float | None = None,
 ) -> nn.Module:
     """Build the checkpoint's model and load its weights.
 
@@ -28,6 +29,7 @@ def load_model(
             never run: anybody's own callable must be named here.
         input_shape: of one example, for built-in models without a record.
         num_classes: None infers it from the record, or from the rows of the last weight matrix.
+        temperature: of a SimCLR model (``ModelSpec``); None = the recorded one.
 
     Raises:
         UsageError: no name is known, or the recorded one is a user's own code.
@@ -49,7 +51,10 @@ def load_model(
     if recorded is not None:
         input_shape = input_shape or recorded.input_shape
         num_classes = num_classes or recorded.num_classes
-    spec = ModelSpec(name, input_shape or (3, 32, 32), num_classes or _rows_of_last_matrix(checkpoint))
+        temperature = temperature or recorded.temperature
+    spec = ModelSpec(
+        name, input_shape or (3, 32, 32), num_classes or _rows_of_last_matrix(checkpoint), temperature
+    )
     with torch.random.fork_rng(
         devices=[]
     ):  # initial weights are overwritten; the caller's draws stay its own

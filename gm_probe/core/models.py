@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gm_probe.core.contrastive import Contrastive, as_encoder, projector
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.networks import WideResNet, cnn6, mixer, mlp, resnet, vit
 
@@ -50,12 +51,17 @@ MODELS = {
 class ModelSpec:
     """Enough to build a model again; stored in every checkpoint that gm_probe writes.
 
-    ``input_shape`` is (C, H, W), or the shape of one example.
+    Attributes:
+        input_shape: (C, H, W), or the shape of one example.
+        num_classes: outputs; of a SimCLR model, its projector's.
+        temperature: of NT-Xent, which makes it a SimCLR model: the network ``name`` without its last linear layer,
+            and a projector (core.contrastive). None = a classifier.
     """
 
     name: str
     input_shape: tuple[int, ...]
     num_classes: int
+    temperature: float | None = None
 
     @property
     def is_user_code(self) -> bool:
@@ -64,16 +70,27 @@ class ModelSpec:
         return bool(separator) and prefix not in {"torchvision", "timm"}
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "input_shape": list(self.input_shape)}
+        fields = {**asdict(self), "input_shape": list(self.input_shape)}
+        if self.temperature is None:
+            del fields["temperature"]
+        return fields
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ModelSpec:
         """Raises KeyError, TypeError, ValueError or OverflowError on a broken record."""
-        spec = cls(str(value["name"]), tuple(int(n) for n in value["input_shape"]), int(value["num_classes"]))
+        temperature = value.get("temperature")
+        spec = cls(
+            str(value["name"]),
+            tuple(int(n) for n in value["input_shape"]),
+            int(value["num_classes"]),
+            None if temperature is None else float(temperature),
+        )
         if min(spec.num_classes, *spec.input_shape) < 1:
             raise ValueError(
                 f"input_shape {spec.input_shape} and num_classes {spec.num_classes} must be positive"
             )
+        if temperature is not None and not 0 < float(temperature) < math.inf:
+            raise ValueError(f"temperature {temperature} must be positive")
         return spec
 
 
@@ -90,6 +107,9 @@ def build_model(spec: ModelSpec) -> nn.Module:
     Raises:
         UsageError: no such model, or it does not take this input.
     """
+    if spec.temperature is not None:
+        encoder, features = as_encoder(build_model(replace(spec, temperature=None)))
+        return Contrastive(encoder, projector(features, spec.num_classes), temperature=spec.temperature)
     name = spec.name
     if spec.is_user_code:
         return _user_model(name)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from gm_probe.core.checkpoints import Checkpoint, load_weights, strip_prefixes
+from gm_probe.core.checkpoints import Checkpoint, is_simclr, load_weights, strip_prefixes
+from gm_probe.core.contrastive import Contrastive, last_linear
 
 POSITIONS = "pos_embed"
 """A Vision Transformer's position embedding, (1, tokens, width)."""
@@ -17,15 +18,17 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]
     """Copy the checkpoint's weights into ``model`` and return the names that keep their initial values.
 
     Those are the head's (the last linear layer's), all or none, where the file has no head or one for another
-    number of classes. Position embeddings of a Vision Transformer for images of another size are resampled
-    (bicubic, as timm does). Everything else must be there with its shape.
+    number of classes. Of a SimCLR model a classifier takes the encoder. Position embeddings of a Vision Transformer
+    for images of another size are resampled (bicubic, as timm does). Everything else must be there with its shape.
 
     Raises:
         CheckpointError: it is not; the message names the tensors.
     """
     own = model.state_dict()
+    if is_simclr(checkpoint) and not isinstance(model, Contrastive):
+        checkpoint = replace(checkpoint, state=_encoder(checkpoint))
     state = strip_prefixes(checkpoint, own)
-    head = [name for name in own if name.rpartition(".")[0] == _last_linear(model)]
+    head = [name for name in own if name.rpartition(".")[0] == last_linear(model)]
     fresh = tuple(head) if any(_other_classes(own[name], state.get(name)) for name in head) else ()
     state |= {name: own[name] for name in fresh}
     if POSITIONS in own and POSITIONS in state:
@@ -34,9 +37,13 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]
     return fresh
 
 
-def _last_linear(model: nn.Module) -> str | None:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else None
+def _encoder(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    prefix = "encoder."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in checkpoint.state.items()
+        if name.startswith(prefix)
+    }
 
 
 def _other_classes(own: Tensor, given: Tensor | None) -> bool:

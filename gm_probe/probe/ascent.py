@@ -93,14 +93,14 @@ class ProbeDivergence:
         self._clean = cut(clean, batches)
 
     def terms(self, offset: Tensor) -> Tensor:
-        """(N,) divergences at ``offset`` (P,)."""
+        """(N,) divergences at ``offset`` (P,); of coupled examples, their batches' means."""
         result = []
         with torch.no_grad():
             values = self.parameters.moved(offset)
             for batch, clean in zip(self.batches, self._clean, strict=True):
                 result.append(kl_divergence(clean, self.parameters.logits(batch.x, values)))
                 self.work.add(FORWARD, len(clean))
-        return gather_examples(torch.cat(result))
+        return gather_examples(self.batches.independent(torch.cat(result)))
 
     def value_and_gradient(self, offset: Tensor) -> tuple[float, Tensor]:
         """Mean divergence at ``offset`` and its gradient (P,).

@@ -151,6 +151,16 @@ DEFAULT_MEASURES = (
 )
 
 
+SEPARATE = {
+    "error": "counts classes",
+    "input_jacobian_norm": "differentiates an output by its own input",
+    "flip_rate": "counts classes",
+    "crop_rate": "counts classes",
+    "local_inconsistency_batchwise": "cuts the batch",
+}
+"""Why some are undefined where the outputs of a batch hang together (``Batches.coupled``)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """What ``measure`` found: ``rows`` maps a measure's name to its estimate."""
@@ -172,13 +182,28 @@ class Report:
         }
 
 
-def check_names(names: Sequence[str], *, labeled: bool) -> None:
-    """Raise UsageError for an unknown measure, DataError for one that needs labels that are not there."""
+def check_names(names: Sequence[str], *, labeled: bool, coupled: bool = False) -> None:
+    """Raise UsageError for an unknown measure or, of ``coupled`` examples, an undefined one.
+
+    Raises:
+        DataError: one needs labels that are not there.
+    """
     for name in names:
         if name not in MEASURES:
             raise UsageError(f"no measure {name!r}; {did_you_mean(name, MEASURES)}")
+        if coupled and name in SEPARATE:
+            raise UsageError(f"{name} {SEPARATE[name]}: of NT-Xent logits it is undefined; leave it out")
         if MEASURES[name].needs_labels and not labeled:
             raise DataError(f"{name} needs labels; give class folders with --labeled")
+
+
+def default_measures(*, labeled: bool, coupled: bool = False) -> list[str]:
+    """``DEFAULT_MEASURES`` that can be taken; NT-Xent of ``coupled`` examples needs no labels."""
+    return [
+        name
+        for name in DEFAULT_MEASURES
+        if (labeled or coupled or not MEASURES[name].needs_labels) and not (coupled and name in SEPARATE)
+    ]
 
 
 def measure(
@@ -205,8 +230,8 @@ def measure(
     """
     settings = settings or Settings()
     if names is None:
-        names = [name for name in DEFAULT_MEASURES if batches.labeled or not MEASURES[name].needs_labels]
-    check_names(names, labeled=batches.labeled)
+        names = default_measures(labeled=batches.labeled, coupled=batches.coupled)
+    check_names(names, labeled=batches.labeled, coupled=batches.coupled)
     if batches.num_examples == 0:
         raise DataError("the probe set is empty")
     current = names[0] if names else ""
@@ -228,7 +253,8 @@ def measure(
             before = work.evaluations
             value, stderr, example_error, converged, details = MEASURES[name].compute(probe)
             if example_error is None:
-                details = {"reason_stderr_examples": "one example, or lost in the probes' noise", **details}
+                one = "batch" if batches.coupled else "example"
+                details = {"reason_stderr_examples": f"one {one}, or lost in the probes' noise", **details}
             figures: dict[str, float | None] = {
                 "value": value,
                 "stderr": stderr,

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class Operator:
 
     Attributes:
         matvec: v (P,) ↦ A v (P,).
-        terms: v (P,) ↦ (N,) values vᵀA_x v, whose mean is vᵀA v.
+        terms: v (P,) ↦ (N,) values vᵀA_x v, whose mean is vᵀA v; of coupled examples (``Batches``) their batches'
+            means.
         size: P.
     """
 
@@ -86,7 +88,7 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
     def pushed(x: Tensor, v: Tensor) -> Tensor:  # J v, (B, C)
         if not has_forward:
             try:
-                pushed_forward(x[:TRIAL], v)
+                pushed_forward(x[batches.few(TRIAL)], v)
                 has_forward.append(True)
             except (
                 NotImplementedError,
@@ -116,7 +118,7 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
             direction = pushed(batch.x, v)
             centred = direction - (p * direction).sum(-1, keepdim=True)
             result.append((p * centred.square()).sum(-1))  # the variance under p of the logits' change
-        return gather_examples(torch.cat(result))
+        return gather_examples(batches.independent(torch.cat(result)))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
 
@@ -209,12 +211,14 @@ def _curvature(
             [terms] = _gradients(curvature, {"": weights})
             return torch.zeros_like(each) if terms is None else terms
 
+    trial = batches.few(TRIAL)
+    in_float64 = partial(_few_in_float64, whole=batches.coupled)
     chosen: dict[str, bool] = {}  # whether forward mode serves this model best, once it has been tried
 
     def serves(kind: str, cheap: Way, reference: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
         if kind not in chosen:
-            few = (v, x[:TRIAL], d[:TRIAL])
-            chosen[kind] = _agree(cheap, reference, v, x, d) and not clearly_faster(
+            few = (v, x[trial], d[trial])
+            chosen[kind] = _agree(cheap, reference, few, in_float64(v, x, d)) and not clearly_faster(
                 lambda: reference(*few), lambda: cheap(*few), v.device
             )
         return chosen[kind]
@@ -224,7 +228,7 @@ def _curvature(
         result = torch.zeros_like(v)
         for batch, d in zip(batches, pieces, strict=True):
             if "product" not in chosen:
-                _require_symmetric(reverse_product, v, batch.x, d)
+                _require_symmetric(reverse_product, *in_float64(v, batch.x, d))
             forward = serves("product", forward_product, reverse_product, v, batch.x, d)
             result += (forward_product if forward else reverse_product)(v, batch.x, d)
             work.add(FORWARD_OVER_REVERSE if forward else DOUBLE_BACKWARD, len(d))
@@ -237,7 +241,7 @@ def _curvature(
             forward = serves("terms", forward_terms, reverse_terms, v, batch.x, d)
             result.append((forward_terms if forward else reverse_terms)(v, batch.x, d))
             work.add(NESTED_JVP if forward else TRIPLE_BACKWARD, len(d))
-        return gather_examples(torch.cat(result))
+        return gather_examples(batches.independent(torch.cat(result)))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
 
@@ -251,7 +255,10 @@ Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 """direction (P,), input (B, ...), data (B, ...) ↦ a product or the examples' terms"""
 
 
-def _agree(cheap: Way, sound: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
+Arguments = tuple[Tensor, Tensor, Tensor]
+
+
+def _agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool:
     """Whether the cheap way gives what the sound one does.
 
     Forward over forward is silently wrong through LayerNorm and absent for SiLU (pytorch#196700, #196699). Asked
@@ -259,9 +266,8 @@ def _agree(cheap: Way, sound: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
     own dtype it must exist, too: an LSTM's kernel for float32 has no forward mode.
     """
     try:
-        cheap(v, x[:TRIAL], d[:TRIAL])
-        v, x, d = _few_in_float64(v, x, d)
-        first, second = cheap(v, x, d), sound(v, x, d)
+        cheap(*few)
+        first, second = cheap(*in_float64), sound(*in_float64)
     except (NotImplementedError, RuntimeError):  # no such derivative, or a layer that insists on its dtype
         return False
     return bool((first - second).norm() <= 1e-8 * second.norm())
@@ -272,7 +278,6 @@ def _require_symmetric(product: Way, v: Tensor, x: Tensor, d: Tensor) -> None:
 
     (Its double backward takes the norms for constants, torch 2.14.)
     """
-    v, x, d = _few_in_float64(v, x, d)
     u = v.flip(0)
     try:
         one, other = product(v, x, d).double(), product(u, x, d).double()
@@ -286,9 +291,11 @@ def _require_symmetric(product: Way, v: Tensor, x: Tensor, d: Tensor) -> None:
         )
 
 
-def _few_in_float64(v: Tensor, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    spread = torch.linspace(0, len(d) - 1, min(16, len(d)), device=x.device).long()
-    x, d = x[spread], d[spread]
+def _few_in_float64(v: Tensor, x: Tensor, d: Tensor, *, whole: bool) -> Arguments:
+    """16 examples, or all of the batch where they hang together."""
+    if not whole:
+        spread = torch.linspace(0, len(d) - 1, min(16, len(d)), device=x.device).long()
+        x, d = x[spread], d[spread]
     return v.double(), x.double() if x.is_floating_point() else x, d
 
 

@@ -187,7 +187,7 @@ class Probe:
 
     def mean(self, values: Tensor) -> Figure:
         """The exact mean of this process's per-example ``values`` (n,) over all examples."""
-        joined = gather_examples(values.double())
+        joined = gather_examples(self.batches.independent(values.double()))
         return float(joined.mean()), None, example_error(joined), True, {}
 
     @cached_property
@@ -225,6 +225,8 @@ class Probe:
 
     @property
     def label_kind(self) -> str:
+        if self.batches.coupled:
+            return "partner"
         return "predicted" if self.labels is None else "given"
 
     @cached_property
@@ -250,7 +252,9 @@ class Probe:
 
     @cached_property
     def example_fisher_trace(self) -> Trace | None:
-        """tr F by examples' own gradients; None where this model does not allow it."""
+        """tr F by examples' own gradients; None where this model does not allow it, or they hang together."""
+        if self.batches.coupled:
+            return None
         return fisher_trace(
             self.parameters,
             self.batches,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import read_checkpoint
+from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
+from gm_probe.core.contrastive import ONE_PROCESS, Contrastive
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment
 from gm_probe.core.errors import DataError, ProbeError, UsageError, first_line
@@ -27,6 +28,7 @@ from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names, exp
 from gm_probe.probe.probe import Probe, Settings
 from gm_probe.probe.speed import BATCH_SIZE, MEMORY, TRIAL, batch_size_within, fastest_layout
 from gm_probe.probe.work import Work
+from gm_probe.training.contrastive_batches import contrastive_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +53,38 @@ def open_subject(
     batch_size: int = 250,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    head: str = "classifier",
+    temperature: float | None = None,
+    seed: int = 0,
 ) -> Subject:
     """Load the checkpoint ``path`` and lay ``examples`` out for it.
 
     Args:
         model_name, normalization, num_classes: needed for foreign checkpoints; override the recorded ones.
+        head: ``classifier``, or ``simclr``: the outputs are NT-Xent logits, over batches of two views, drawn by
+            ``seed``, of ``batch_size`` images each. ``temperature`` None is the recorded one.
 
     Raises:
         CheckpointError, DataError, UsageError: as the parts raise them.
     """
     checkpoint = read_checkpoint(path)
+    simclr = _check_head(checkpoint, head, temperature)
     check_fit(checkpoint, examples)
     chosen = choose_normalization(checkpoint, examples, normalization)
     shape = tuple(examples.x.shape[1:])
-    model = load_model(checkpoint, model_name, input_shape=shape, num_classes=num_classes)
+    model = load_model(
+        checkpoint, model_name, input_shape=shape, num_classes=num_classes, temperature=temperature
+    )
     device = torch.device(device)
     if device.type == "mps":
         raise UsageError("MPS has no float64, which the estimators need; measure with --device cpu")
     model.to(device, dtype)
+    name = model_name or (checkpoint.model.name if checkpoint.model else "")
+    if simclr:
+        views = contrastive_batches(
+            examples, chosen, images=batch_size, seed=seed, device=device, dtype=dtype
+        )
+        return Subject(model, name, views, 2 * batch_size - 1, checkpoint.classes, checkpoint.model)
     batches = Batches(examples, chosen, batch_size=batch_size, device=device, dtype=dtype)
     classes = _num_outputs(model, batches, model_name or path)
     # an array file names no classes: its labels need only lie below the number of outputs
@@ -77,8 +93,31 @@ def open_subject(
             f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; "
             "each class needs its folder, or measure it --unlabeled"
         )
-    name = model_name or (checkpoint.model.name if checkpoint.model else "")
     return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model)
+
+
+def _check_head(checkpoint: Checkpoint, head: str, temperature: float | None) -> bool:
+    """Whether NT-Xent logits are to be measured.
+
+    Raises:
+        UsageError: the checkpoint has not what ``head`` asks for.
+    """
+    simclr, path = is_simclr(checkpoint), checkpoint.path
+    if head != "simclr":
+        if simclr:
+            raise UsageError(
+                f"{path} holds a SimCLR encoder, which knows no classes; measure it with --head simclr"
+            )
+        if temperature is not None:
+            raise UsageError("--temperature goes with --head simclr")
+        return False
+    if checkpoint.model is not None and not simclr:
+        raise UsageError(f"{path} holds a classifier, without SimCLR's projector; leave --head simclr out")
+    if not simclr and temperature is None:
+        raise UsageError(f"{path} records no temperature; give --temperature")
+    if count() > 1:
+        raise UsageError(ONE_PROCESS)
+    return True
 
 
 def measure_checkpoint(
@@ -105,9 +144,10 @@ def measure_checkpoint(
     Raises:
         CheckpointError, DataError, UsageError, DivergedError: as the parts raise them.
     """
-    check_names(names or (), labeled=examples.y is not None)
-    subject = open_subject(path, examples, batch_size=batch_size or BATCH_SIZE, **loading)
-    if quadrature or any(MEASURES[name].cost >= 1 for name in names or DEFAULT_MEASURES):
+    simclr = loading.get("head") == "simclr"
+    check_names(names or (), labeled=simclr or examples.y is not None, coupled=simclr)
+    subject = open_subject(path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading)
+    if not simclr and (quadrature or any(MEASURES[name].cost >= 1 for name in names or DEFAULT_MEASURES)):
         subject = _fitted(subject, batch_size, memory)
     batches = subject.batches
     part = batches.shard(rank(), count())
@@ -122,6 +162,7 @@ def measure_checkpoint(
         std=list(batches.normalization.std),
         dtype=str(batches.dtype).removeprefix("torch."),
         processes=count(),
+        **_how_coupled(subject),
         **environment(batches.device),
     )
     result |= {
@@ -142,6 +183,20 @@ def telling(hold: Hold, names: Sequence[str], settings: Settings) -> Callable[[s
         hold.tell("measuring", evaluations, max(expected, evaluations), lambda: {"measure": name})
 
     return notify
+
+
+def _how_coupled(subject: Subject) -> dict[str, Any]:
+    """What NT-Xent's figures depend on beside the model; nothing of a classifier."""
+    if not isinstance(subject.model, Contrastive):
+        return {}
+    images = subject.batches.batch_size // 2
+    return {
+        "head": "simclr",
+        "temperature": subject.model.temperature,
+        "batch_images": images,
+        "num_images": subject.batches.total // 2,
+        "per_example": f"a view, among the {2 * images} of its batch; standard errors over batches",
+    }
 
 
 def _fitted(subject: Subject, batch_size: int | None, memory: float) -> Subject:

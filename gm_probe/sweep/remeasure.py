@@ -15,6 +15,7 @@ from gm_probe.core.errors import UsageError
 from gm_probe.core.files import Hold, exclusive, read_json
 from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, find_runs, read_run
 from gm_probe.probe.probe import Settings
+from gm_probe.probe.speed import BATCH_SIZE
 from gm_probe.sweep.executors import Executor, Job, Outcome
 from gm_probe.sweep.measuring import measure_checkpoint, merge_measures, telling
 
@@ -41,7 +42,9 @@ class Remeasure:
         if not self.save:  # the folder may be anybody's: it is only read
             return "finished", self._measured(out, threads, None)
         with exclusive(out) as hold:
-            if read_run(out).measured(self.names, {**self.settings.as_dict(), **self._scope}):
+            if read_run(out).measured(
+                self.names, {**self.settings.as_dict(), **self._scope, **self._coupled(out)}
+            ):
                 return "skipped", read_json(out / MEASURES)
             result = self._measured(out, threads, hold)
             merge_measures(out / MEASURES, result)
@@ -64,6 +67,16 @@ class Remeasure:
             return result
         finally:
             torch.set_num_threads(before)
+
+    def _coupled(self, out: Path) -> dict[str, Any]:
+        """What NT-Xent's figures depend on besides; nothing of a classifier."""
+        if self.loading.get("head") != "simclr":
+            return {}
+        return {
+            "head": "simclr",
+            "temperature": self.loading.get("temperature") or read_run(out).config.get("temperature"),
+            "batch_images": self.loading.get("batch_size") or BATCH_SIZE,
+        }
 
 
 def trained_runs(folder: Path) -> list[Path]:

@@ -72,6 +72,7 @@ def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, hold: Hold) -> N
         batch_size=plan.batch_size,
         device=pick_device(config.device),
         notify=telling(hold, plan.measures, plan.settings),
+        head="simclr" if config.objective == "simclr" else "classifier",
     )
     result["settings"] |= plan.scope
     write_json(out / MEASURES, result)

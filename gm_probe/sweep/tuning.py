@@ -149,8 +149,13 @@ class Tuner:
         records = [read_run(self.out / name) for name in self.recipe([point]).runs]
         return Cell(
             point,
-            tuple(r.summary["test_error"] if r.status == "finished" else None for r in records),
+            tuple(_error(r.summary) if r.status == "finished" else None for r in records),
         )
+
+
+def _error(summary: Mapping[str, Any]) -> float:
+    """On the held-out examples; of a SimCLR encoder, its linear probe's."""
+    return float(summary["probe_test_error" if "probe_test_error" in summary else "test_error"])
 
 
 def _require_success(outcomes: Sequence[Outcome]) -> None:

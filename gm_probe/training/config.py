@@ -13,7 +13,7 @@ from gm_probe.core.errors import UsageError, did_you_mean
 
 NAMES = frozenset({"digits", *DATASETS})
 CHOICES = {
-    "objective": ("supervised", "joint", "fixmatch"),
+    "objective": ("supervised", "joint", "fixmatch", "simclr"),
     "unlabeled_mean": ("batch", "mask"),
     "method": ("sgd", "sam", "asam", "iam-d", "iam-d-onepass", "iam-s"),
     "optimizer": ("sgd", "adamw"),
@@ -43,9 +43,11 @@ class TrainConfig:
             afresh (core.pretrained.load_pretrained).
         objective: what is learned (training.objectives): from labeled examples alone, jointly with the inconsistency
             of unlabeled ones, or by FixMatch. Batches then hold ``mu`` unlabeled examples for each of the
-            ``batch_size`` labeled ones, and an epoch is a pass over the unlabeled ones (training.feeds).
+            ``batch_size`` labeled ones, and an epoch is a pass over the unlabeled ones (training.feeds). SimCLR learns
+            from two views of each image, without labels; these serve its linear probes alone.
         threshold, lambda_u, unlabeled_mean: of FixMatch: confidence from which a weak view labels the strong one,
             weight of that loss, and what it is averaged over.
+        temperature, probe_every: of SimCLR: τ of NT-Xent, and epochs between linear probes (0 = only at the end).
         method: gradient rule. ``rho`` None takes the rule's own default.
         beta, k_steps, noise_scale, kl_grad, sign, eta: of the rules (training.rules).
         m: batches are worked off in sub-batches of this size: gradient accumulation, and for the rules that
@@ -87,6 +89,8 @@ class TrainConfig:
     threshold: float = 0.95
     lambda_u: float = 1.0
     unlabeled_mean: str = "batch"
+    temperature: float = 0.5
+    probe_every: int = 0
     method: str = "sgd"
     rho: float | None = None
     beta: float = 1.0
@@ -130,6 +134,7 @@ class TrainConfig:
                 hint = did_you_mean(value, choices, f"choose from {', '.join(choices)}")
                 raise UsageError(f"{name} = {value!r}; {hint}")
         at_least = {"epochs": 1, "batch_size": 1, "k_steps": 1, "eval_every": 0, "track_every": 0, "lr": 0.0}
+        at_least |= {"probe_every": 0}
         at_least |= {
             "weight_decay": 0.0,
             "momentum": 0.0,
@@ -143,6 +148,7 @@ class TrainConfig:
             if not value >= least or not math.isfinite(value):
                 raise UsageError(f"{name} = {value} must be a finite number ≥ {least}")
         positive = {
+            "temperature": self.temperature,
             "track_rho": self.track_rho,
             "stop_ce": self.stop_ce,
             "clip_norm": self.clip_norm,
@@ -182,6 +188,9 @@ class TrainConfig:
             raise UsageError(f"threshold = {self.threshold} must lie in [0, 1]")
         if self.objective == "supervised":
             return
+        if self.objective == "simclr":
+            self._check_simclr()
+            return
         if self.labels is None:
             raise UsageError(
                 f"objective = {self.objective!r} needs labels: how many training examples keep theirs"
@@ -191,10 +200,27 @@ class TrainConfig:
         if self.objective == "fixmatch" and self.augment:
             raise UsageError("fixmatch has augmentations of its own; leave augment out")
 
+    def _check_simclr(self) -> None:
+        if self.batch_size < 2:
+            raise UsageError("simclr compares images: batch_size must be at least 2")
+        refused = {
+            "m": (self.m is not None, "NT-Xent compares all views of a batch, which cannot be cut"),
+            "augment": (self.augment, "simclr has augmentations of its own"),
+            "stop_ce": (self.stop_ce is not None, "an encoder has no training cross-entropy to stop at"),
+            "label_smoothing": (self.label_smoothing > 0, "there are no labels to smooth"),
+            "eval_every": (
+                self.eval_every > 0,
+                "an encoder is evaluated by linear probes, probe_every epochs",
+            ),
+        }
+        for name, (given, reason) in refused.items():
+            if given:
+                raise UsageError(f"simclr takes no {name}: {reason}")
+
     def idle(self) -> dict[str, str]:
         """Settings that this run does not use, and which other one would make it."""
         used_by = {
-            "mu": ("objective", self.objective != "supervised"),
+            "mu": ("objective", self.objective in {"joint", "fixmatch"}),
             "rho": ("method", self.method != "sgd"),
             "beta": ("method", self.method.startswith("iam-d")),
             "kl_grad": ("method", self.method.startswith("iam-d")),
@@ -212,6 +238,7 @@ class TrainConfig:
         used_by |= dict.fromkeys(
             ("threshold", "lambda_u", "unlabeled_mean"), ("objective", self.objective == "fixmatch")
         )
+        used_by |= dict.fromkeys(("temperature", "probe_every"), ("objective", self.objective == "simclr"))
         return {name: by for name, (by, used) in used_by.items() if not used}
 
     @classmethod

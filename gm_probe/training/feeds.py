@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gm_probe.core.contrastive import ONE_PROCESS, partners
 from gm_probe.core.errors import UsageError
 from gm_probe.core.processes import count
 from gm_probe.core.splits import Splits
 from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.views import draw_views, require_images, see
 
 
 class Feed:
@@ -23,13 +25,14 @@ class Feed:
     Attributes:
         examples: taken in one epoch.
         steps: batches in one epoch.
-        rows: inputs of the network for each labeled one.
+        rows: inputs of the network for each of a batch's ``batch_size`` examples.
     """
 
     rows = 1
 
     def __init__(self, config: TrainConfig, splits: Splits) -> None:
         self.config, self.labeled = config, len(splits.train)
+        self.splits = splits
         self.examples = self.labeled
         self.steps = -(-self.labeled // config.batch_size)
         last = self.labeled - (self.steps - 1) * config.batch_size
@@ -49,12 +52,19 @@ class Feed:
             x = crop_and_flip(x, draw_crops(len(chosen), generator)[:, mine])
         return x
 
+    def labels(self, mine: Tensor) -> Tensor:
+        """(n,) what the first rows of this process's inputs, of the examples at ``mine``, are to be called."""
+        y = self.splits.train.y
+        assert y is not None
+        return y[mine[mine < len(y)]]
+
 
 class LabeledFeed(Feed):
     """The labeled part of ``MixedFeed``'s batches, for rules that have no use for the rest: as many steps."""
 
     def __init__(self, config: TrainConfig, splits: Splits) -> None:
         self.config, self.labeled = config, len(splits.train)
+        self.splits = splits
         self.unlabeled = len(splits.inputs) - self.labeled
         self.steps = -(-self.unlabeled // (config.mu * config.batch_size))
         self.examples = self.steps * config.batch_size
@@ -111,6 +121,38 @@ class FixMatchFeed(MixedFeed):
         return torch.cat([weak, strengthen(strong, operations[:, :, unlabeled])])
 
 
+class ViewsFeed(Feed):
+    """SimCLR: two views of every image in a batch, all first ones before all second ones, and no label is read.
+
+    Batches are whole, for NT-Xent depends on their size: the few images that an epoch's order has left over wait for
+    the next.
+    """
+
+    rows = 2
+
+    def __init__(self, config: TrainConfig, splits: Splits) -> None:
+        if count() > 1:
+            raise UsageError(ONE_PROCESS)
+        require_images(splits.inputs.x)
+        self.config, self.inputs = config, len(splits.inputs)
+        self.steps = self.inputs // config.batch_size
+        self.examples = self.steps * config.batch_size
+        if not self.steps:
+            raise UsageError(
+                f"{self.inputs} training images fill no batch of {config.batch_size}; choose a smaller --batch-size"
+            )
+
+    def deal(self, generator: torch.Generator) -> Sequence[Tensor]:
+        order = torch.randperm(self.inputs, generator=generator)
+        return order[: self.examples].split(self.config.batch_size)
+
+    def views(self, x: Tensor, chosen: Tensor, mine: slice, generator: torch.Generator) -> Tensor:
+        return torch.cat([see(x, draw_views(x, generator)) for _ in range(2)])
+
+    def labels(self, mine: Tensor) -> Tensor:
+        return partners(len(mine))
+
+
 def _passes(size: int, length: int, generator: torch.Generator) -> Tensor:
     """The first ``length`` of one random order of ``size`` positions after another."""
     orders = [torch.randperm(size, generator=generator) for _ in range(-(-length // size))]
@@ -119,6 +161,8 @@ def _passes(size: int, length: int, generator: torch.Generator) -> Tensor:
 
 def make_feed(config: TrainConfig, splits: Splits) -> Feed:
     """The feed of ``config``'s objective, and of its gradient rule."""
+    if config.objective == "simclr":
+        return ViewsFeed(config, splits)
     if config.objective == "fixmatch":
         return FixMatchFeed(config, splits)
     if config.objective == "joint":

@@ -32,8 +32,7 @@ from gm_probe.core.files import (
     write_toml,
 )
 from gm_probe.core.images import taken
-from gm_probe.core.models import ModelSpec, initial_model, logits_of
-from gm_probe.core.parameters import evaluating
+from gm_probe.core.models import ModelSpec, initial_model
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.records import (
     BEST,
@@ -50,6 +49,8 @@ from gm_probe.core.records import (
 from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.contrastive_batches import contrastive_batches
+from gm_probe.training.evaluation import Evaluation, ProbeEvaluation
 from gm_probe.training.feeds import make_feed
 from gm_probe.training.parts import check_splits, load_splits, split_record
 from gm_probe.training.rules import Step
@@ -60,27 +61,8 @@ from gm_probe.training.updates import Updates
 EVAL_BATCH = 500
 CHECK_EVERY = 20
 """Steps between looks at whether all is finite: each waits for the device."""
-DIVERGED = 10.0
-"""Training cross-entropy, in those of a uniform guess, above which the end of a run is none to report."""
-
-
-def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Mean cross-entropy in nats (never smoothed) and error rate, in eval mode; the mode is restored.
-
-    Of several processes each evaluates its share, and all return the whole's.
-    """
-    loss, wrong = 0.0, 0
-    with evaluating(model), torch.no_grad():
-        for batch in batches.shard(processes.rank(), processes.count()):
-            assert batch.y is not None
-            logits = logits_of(model(batch.x)).float()
-            loss += float(functional.cross_entropy(logits, batch.y, reduction="sum"))
-            wrong += int((logits.argmax(1) != batch.y).sum())
-    sums = torch.tensor([loss, wrong], dtype=torch.float64, device=batches.device)
-    loss, errors = processes.sum_over_processes(sums).tolist()
-    if not math.isfinite(loss):
-        raise DivergedError(f"the cross-entropy over {batches.examples.source} is not finite")
-    return loss / batches.num_examples, errors / batches.num_examples
+PROJECTION = 128
+"""Outputs of SimCLR's projector (Chen et al. 2020)."""
 
 
 @dataclass
@@ -120,7 +102,13 @@ class Training:
         self.feed = make_feed(config, self.splits)
         self.steps = self.feed.steps
         self.normalization = Normalization.of(self.splits.inputs)
-        self.spec = ModelSpec(config.model, tuple(train.x.shape[1:]), self.splits.num_classes)
+        self.simclr = config.objective == "simclr"
+        self.spec = ModelSpec(
+            config.model,
+            tuple(train.x.shape[1:]),
+            PROJECTION if self.simclr else self.splits.num_classes,
+            config.temperature if self.simclr else None,
+        )
         self.model = initial_model(self.spec, config.seed).to(self.device)
         self.fresh: tuple[str, ...] = ()  # of the weights, those that --init did not give
         if config.init is not None and not (out / STATE).exists():
@@ -132,8 +120,9 @@ class Training:
         self.rows: list[dict[str, Any]] = []
         self.progress = self._no_progress()
         self._random: dict[str, Any] = {}
-        self.train_batches = self._batches(train)
-        self.test_batches = self._batches(self.splits.test)
+        self.evaluation = (ProbeEvaluation if self.simclr else Evaluation)(
+            config, self._batches(train), self._batches(self.splits.test), self.splits.num_classes
+        )
         self._writes = processes.rank() == 0
         self._mine = slice(processes.rank(), None, processes.count())  # of every batch
 
@@ -204,10 +193,7 @@ class Training:
 
     def _batch(self, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """This process's part of a batch on the device: images augmented and normalised, and the first ones' labels."""
-        y = self.splits.train.y
-        assert y is not None
-        mine = chosen[self._mine]
-        x, y = x.to(self.device), y[mine[mine < len(y)]].to(self.device)
+        x, y = x.to(self.device), self.feed.labels(chosen[self._mine]).to(self.device)
         x = self.feed.views(x, chosen, self._mine, self.updates.generator)
         x = self.normalization.apply(x)
         return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), y
@@ -254,8 +240,7 @@ class Training:
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "running_loss": loss / examples,
-            "running_ce": entropy / examples,
-            "running_error": wrong / examples,
+            **self.evaluation.running(entropy / examples, wrong / examples),
             "lr": self.updates.optimizer.param_groups[0]["lr"],
             "gradient_evaluations": (self.epoch + 1) * self.steps * passes / 3,
             "seconds": round(seconds, 3),
@@ -272,30 +257,28 @@ class Training:
     def evaluate_epoch(self, row: dict[str, Any]) -> bool:
         """Add what is due at this epoch to ``row``; True once ``stop_ce`` is met."""
         config, model = self.config, self.updates.result
-        due = config.eval_every > 0 and self.epoch % config.eval_every == 0
-        # the exact training CE costs a third of an epoch: the running CE tells when it cannot be far, unless
-        # augmented images or the weights of another model made it
-        loose = config.augment or config.ema_decay is not None or config.objective == "fixmatch"
-        close = config.stop_ce is not None and (loose or row["running_ce"] <= 3 * config.stop_ce)
-        if due or close:
-            row["train_ce"], row["train_error"] = evaluate(model, self.train_batches)
-        if due:
-            row["test_ce"], row["test_error"] = evaluate(model, self.test_batches)
+        row |= self.evaluation.of_epoch(self.epoch, row, model)
+        if "test_error" in row:
             self._keep_best(row["test_error"])
         if config.track_every > 0 and self.epoch % config.track_every == 0:
             settings = Settings(rho=config.track_rho, noise_scale=config.track_rho, seed=config.seed)
-            probe = self._batches(self.splits.unlabeled.unlabeled())
             name = "local_inconsistency"
-            probe = probe.shard(processes.rank(), processes.count())
-            estimate = measure(model, probe, [name], settings).rows[name]
+            estimate = measure(model, self._probe_set(), [name], settings).rows[name]
             row |= {name: estimate.value, f"{name}_stderr": estimate.stderr, f"{name}_rho": config.track_rho}
         return config.stop_ce is not None and row.get("train_ce", math.inf) <= config.stop_ce
 
-    def _tested(self) -> list[float]:
-        return [row["test_error"] for row in self.rows if "test_error" in row]
+    def _probe_set(self) -> Batches:
+        """This process's share of the unlabeled part; for SimCLR in batches of as many images as in training."""
+        unlabeled = self.splits.unlabeled.unlabeled()
+        if not self.simclr:
+            return self._batches(unlabeled).shard(processes.rank(), processes.count())
+        images = min(self.config.batch_size, len(unlabeled))
+        return contrastive_batches(
+            unlabeled, self.normalization, images=images, seed=self.config.seed, device=self.device
+        )
 
     def _keep_best(self, test_error: float) -> None:
-        if test_error < min(self._tested(), default=math.inf):
+        if test_error < min(Evaluation.tested(self.rows), default=math.inf):
             self._save(BEST)
 
     def _save(self, name: str, model: nn.Module | None = None) -> None:
@@ -368,37 +351,15 @@ class Training:
             write_json(self.out / SPLIT, split_record(self.splits))
             write_toml(self.out / CONFIG, {**self.config.as_dict(), "environment": machine})
 
-    def _check_end(self, train_ce: float) -> None:
-        """Raise DivergedError where weights flew off and yet all is finite.
-
-        The running CE must say so too: BatchNorm's running statistics are far off after a few steps.
-        """
-        guess = math.log(max(2, self.splits.num_classes))
-        least = min(train_ce, self.rows[-1]["running_ce"])
-        if least > DIVERGED * guess:
-            raise DivergedError(
-                f"the training cross-entropy ended at {train_ce:.3g}, more than {DIVERGED:g} times a uniform guess's "
-                f"{guess:.3g}; lower the learning rate"
-            )
-
     def finish(self) -> dict[str, Any]:
         """Evaluate, write the checkpoint and, last of all, the summary; the resume state goes."""
-        train_ce, train_error = evaluate(self.updates.result, self.train_batches)
-        self._check_end(train_ce)
-        test_ce, test_error = evaluate(self.updates.result, self.test_batches)
+        results = self.evaluation.of_run(self.rows, self.updates.result)
         if self.config.eval_every > 0:
-            self._keep_best(test_error)
+            self._keep_best(results["test_error"])
         summary = {
             "status": "finished",
             "epochs": self.epoch,
-            "met_stop_ce": None if self.config.stop_ce is None else train_ce <= self.config.stop_ce,
-            "train_ce": train_ce,
-            "train_error": train_error,
-            "test_ce": test_ce,
-            "test_error": test_error,
-            "test_error_min": min([*self._tested(), test_error]),
-            "error_gap": test_error - train_error,
-            "ce_gap": test_ce - train_ce,
+            **results,
             "num_train": len(self.splits.train),
             "num_test": len(self.splits.test),
             "gradient_evaluations": self.rows[-1]["gradient_evaluations"],

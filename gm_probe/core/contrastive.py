@@ -2,7 +2,8 @@
 
 ::
 
-    model = Contrastive(encoder, projector(512), temperature=0.5)
+    encoder, features = as_encoder(build_model(spec))
+    model = Contrastive(encoder, projector(features), temperature=0.5)
     rule = IAMD(model, rho=0.1)
     rule.backward(torch.cat([one_view, other_view]), partners(len(one_view)))
 
@@ -18,6 +19,8 @@ from torch.nn import functional
 
 from gm_probe.core.errors import UsageError
 from gm_probe.core.processes import count
+
+ONE_PROCESS = "NT-Xent compares all views of a batch: use one process"
 
 
 def projector(features: int, width: int = 128) -> nn.Sequential:
@@ -43,8 +46,41 @@ class Contrastive(nn.Module):
     def forward(self, views: Tensor) -> Tensor:
         """(2B, 2B - 1) logits."""
         if count() > 1:
-            raise UsageError("NT-Xent compares all views of a batch: train in one process")
-        return nt_xent_logits(self.head(self.encoder(views)), self.temperature)
+            raise UsageError(ONE_PROCESS)
+        return nt_xent_logits(self.head(self.features(views)), self.temperature)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, D), what a linear probe reads.
+
+        Raises:
+            UsageError: the encoder gives something else.
+        """
+        found = self.encoder(x)
+        if not isinstance(found, Tensor) or found.dim() != 2:
+            kind = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UsageError(f"without its last linear layer the network returns {kind}, not features (B, D)")
+        return found
+
+
+def last_linear(model: nn.Module) -> str | None:
+    """Where a classifier's head is: the name of the last linear layer."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None
+
+
+def as_encoder(classifier: nn.Module) -> tuple[nn.Module, int]:
+    """``classifier`` without its head, which is replaced in place, and the width of its features.
+
+    Raises:
+        UsageError: it has no linear layer.
+    """
+    name = last_linear(classifier)
+    if not name:
+        raise UsageError("an encoder is a network without its last linear layer, and this one has none")
+    head = classifier.get_submodule(name)
+    assert isinstance(head, nn.Linear)
+    classifier.set_submodule(name, nn.Identity())
+    return classifier, head.in_features
 
 
 def nt_xent_logits(outputs: Tensor, temperature: float) -> Tensor:

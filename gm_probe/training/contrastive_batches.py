@@ -1,0 +1,52 @@
+"""A probe set for NT-Xent: batches of the same size, of two seeded views of each image."""
+
+from __future__ import annotations
+
+import torch
+
+from gm_probe.core.batches import Batches, Normalization
+from gm_probe.core.contrastive import partners
+from gm_probe.core.datasets import Examples
+from gm_probe.core.errors import DataError
+from gm_probe.core.images import taken
+from gm_probe.training.views import draw_views, require_images, see
+
+
+def contrastive_batches(
+    examples: Examples,
+    normalization: Normalization,
+    *,
+    images: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Batches:
+    """Batches of 2 · ``images`` views, first views before second ones, each with its partner's column as its label.
+
+    The images are taken in their order; those that fill no batch are left out. The views, drawn by ``seed`` on the CPU,
+    are kept in memory: 8 bytes a pixel and channel.
+
+    Raises:
+        DataError: no batch is full.
+        UsageError: the examples are no images that can be augmented.
+    """
+    require_images(examples.x)
+    count = len(examples) // images
+    if not count:
+        raise DataError(
+            f"{examples.source} has {len(examples)} images, too few for a batch of {images}; lower the batch size"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    keys = [slice(n * images, (n + 1) * images) for n in range(count)]
+    views = []
+    for x in taken(examples.x, keys):
+        views += [see(x, draw_views(x, generator)) for _ in range(2)]
+    y = partners(images).repeat(count)
+    return Batches(
+        Examples(torch.cat(views), y, (), examples.source),
+        normalization,
+        batch_size=2 * images,
+        device=device,
+        dtype=dtype,
+        coupled=True,
+    )

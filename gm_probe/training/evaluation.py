@@ -1,0 +1,134 @@
+"""What is said of a run's weights along the way and at its end: of a classifier, and of a SimCLR encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from gm_probe.core import processes
+from gm_probe.core.batches import Batches
+from gm_probe.core.contrastive import Contrastive
+from gm_probe.core.errors import DivergedError
+from gm_probe.core.models import logits_of
+from gm_probe.core.parameters import evaluating
+from gm_probe.training.config import TrainConfig
+from gm_probe.training.linear_probe import linear_probe
+
+DIVERGED = 10.0
+"""Training cross-entropy, in those of a uniform guess, above which the end of a run is none to report."""
+
+Figures = dict[str, Any]
+
+
+def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
+    """Mean cross-entropy in nats (never smoothed) and error rate, in eval mode; the mode is restored.
+
+    Of several processes each evaluates its share, and all return the whole's.
+    """
+    loss, wrong = 0.0, 0
+    with evaluating(model), torch.no_grad():
+        for batch in batches.shard(processes.rank(), processes.count()):
+            assert batch.y is not None
+            logits = logits_of(model(batch.x)).float()
+            loss += float(functional.cross_entropy(logits, batch.y, reduction="sum"))
+            wrong += int((logits.argmax(1) != batch.y).sum())
+    sums = torch.tensor([loss, wrong], dtype=torch.float64, device=batches.device)
+    loss, errors = processes.sum_over_processes(sums).tolist()
+    if not math.isfinite(loss):
+        raise DivergedError(f"the cross-entropy over {batches.examples.source} is not finite")
+    return loss / batches.num_examples, errors / batches.num_examples
+
+
+class Evaluation:
+    """A classifier's cross-entropy and error on the training and test parts, un-augmented.
+
+    Args:
+        train, test: labeled.
+        classes: of them.
+    """
+
+    def __init__(self, config: TrainConfig, train: Batches, test: Batches, classes: int) -> None:
+        self.config, self.train, self.test, self.classes = config, train, test, classes
+
+    def running(self, entropy: float, error: float) -> Figures:
+        """An epoch's mean cross-entropy and error of the labeled rows, as its steps saw them."""
+        return {"running_ce": entropy, "running_error": error}
+
+    def of_epoch(self, epoch: int, row: Mapping[str, Any], model: nn.Module) -> Figures:
+        """What is due after ``epoch``, whose metrics so far are ``row``."""
+        config = self.config
+        due = config.eval_every > 0 and epoch % config.eval_every == 0
+        # the exact training CE costs a third of an epoch: the running CE tells when it cannot be far, unless
+        # augmented images or the weights of another model made it
+        loose = config.augment or config.ema_decay is not None or config.objective == "fixmatch"
+        close = config.stop_ce is not None and (loose or row["running_ce"] <= 3 * config.stop_ce)
+        figures: Figures = {}
+        if due or close:
+            figures["train_ce"], figures["train_error"] = evaluate(model, self.train)
+        if due:
+            figures["test_ce"], figures["test_error"] = evaluate(model, self.test)
+        return figures
+
+    def of_run(self, rows: Sequence[Mapping[str, Any]], model: nn.Module) -> Figures:
+        """The results for the summary.
+
+        Raises:
+            DivergedError: weights flew off and yet all is finite.
+        """
+        train_ce, train_error = evaluate(model, self.train)
+        self._check_end(train_ce, rows[-1]["running_ce"])
+        test_ce, test_error = evaluate(model, self.test)
+        stop_ce = self.config.stop_ce
+        return {
+            "met_stop_ce": None if stop_ce is None else train_ce <= stop_ce,
+            "train_ce": train_ce,
+            "train_error": train_error,
+            "test_ce": test_ce,
+            "test_error": test_error,
+            "test_error_min": min([*self.tested(rows), test_error]),
+            "error_gap": test_error - train_error,
+            "ce_gap": test_ce - train_ce,
+        }
+
+    @staticmethod
+    def tested(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [row["test_error"] for row in rows if "test_error" in row]
+
+    def _check_end(self, train_ce: float, running_ce: float) -> None:
+        """The running CE must say so too: BatchNorm's running statistics are far off after a few steps."""
+        guess = math.log(max(2, self.classes))
+        if min(train_ce, running_ce) > DIVERGED * guess:
+            raise DivergedError(
+                f"the training cross-entropy ended at {train_ce:.3g}, more than {DIVERGED:g} times a uniform guess's "
+                f"{guess:.3g}; lower the learning rate"
+            )
+
+
+class ProbeEvaluation(Evaluation):
+    """A SimCLR encoder's linear probe; with no head for classes it has no cross-entropy, error or gap of its own."""
+
+    def running(self, entropy: float, error: float) -> Figures:
+        """NT-Xent, and the share of views to which another image's view is nearer than their partner."""
+        return {"running_nt_xent": entropy, "running_partner_error": error}
+
+    def of_epoch(self, epoch: int, row: Mapping[str, Any], model: nn.Module) -> Figures:
+        every = self.config.probe_every
+        return self._probed(model) if every > 0 and epoch % every == 0 else {}
+
+    def of_run(self, rows: Sequence[Mapping[str, Any]], model: nn.Module) -> Figures:
+        figures = self._probed(model)
+        tested = [row["probe_test_error"] for row in rows if "probe_test_error" in row]
+        return {
+            "nt_xent": rows[-1]["running_nt_xent"],
+            **figures,
+            "probe_test_error_min": min([*tested, figures["probe_test_error"]]),
+        }
+
+    def _probed(self, model: nn.Module) -> Figures:
+        assert isinstance(model, Contrastive)
+        return dict(linear_probe(model, self.train, self.test, classes=self.classes, seed=self.config.seed))

@@ -1,0 +1,73 @@
+"""SimCLR's linear probe: how well a linear classifier does on a frozen encoder's features (paper App. F.4).
+
+Features are computed once and standardised by the training part's. The classifier starts at zero, and its batches are
+drawn by a generator of its own: a probe along a run leaves no trace in it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import skip_init
+
+from gm_probe.core.batches import Batches
+from gm_probe.core.contrastive import Contrastive
+from gm_probe.core.errors import DivergedError
+from gm_probe.core.parameters import evaluating
+
+EPOCHS, BATCH = 20, 1024
+"""The paper's; its AdamW has lost its learning rate, ours comes near the optimum on standardised features."""
+LR = 0.02
+
+
+def features(model: Contrastive, batches: Batches) -> Tensor:
+    """(N, D) features of the encoder, in eval mode and without the projector; the mode is restored.
+
+    Raises:
+        DivergedError: some are not finite.
+    """
+    with evaluating(model), torch.no_grad():
+        found = torch.cat([model.features(batch.x).float() for batch in batches])
+    if not bool(torch.isfinite(found).all()):
+        raise DivergedError(f"the encoder's features of {batches.examples.source} are not finite")
+    return found
+
+
+def fit(x: Tensor, y: Tensor, classes: int, seed: int) -> nn.Linear:
+    """The classifier after ``EPOCHS`` of AdamW on standardised features x (N, D) and labels y (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    classifier = skip_init(nn.Linear, x.shape[1], classes, device=x.device)  # draws nothing
+    assert isinstance(classifier, nn.Linear)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=LR)
+    for _ in range(EPOCHS):
+        for chosen in torch.randperm(len(x), generator=generator).split(BATCH):
+            chosen = chosen.to(x.device)
+            optimizer.zero_grad()
+            functional.cross_entropy(classifier(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+    return classifier
+
+
+def linear_probe(
+    model: Contrastive, train: Batches, test: Batches, *, classes: int, seed: int
+) -> dict[str, float]:
+    """Mean cross-entropy and error of the classifier on the part it was fitted to, and on the test part."""
+    x = features(model, train)
+    mean, spread = x.mean(0), x.std(0, correction=0)
+    spread = torch.where(spread > 0, spread, 1.0)  # a feature that is constant says nothing
+    parts = {"train": (train, x), "test": (test, features(model, test))}
+    assert train.examples.y is not None
+    classifier = fit((x - mean) / spread, train.examples.y.to(x.device), classes, seed)
+    figures = {}
+    for name, (batches, found) in parts.items():
+        y = batches.examples.y
+        assert y is not None
+        with torch.no_grad():
+            logits = classifier((found - mean) / spread)
+        y = y.to(logits.device)
+        figures[f"probe_{name}_ce"] = float(functional.cross_entropy(logits, y))
+        figures[f"probe_{name}_error"] = float((logits.argmax(1) != y).double().mean())
+    return figures

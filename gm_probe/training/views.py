@@ -1,0 +1,192 @@
+"""SimCLR's views of a batch of images: resized crop, flip, colour jitter and grey, on tensors and on their device.
+
+The settings are those of Chen et al. 2020 (App. A, and B.9 for CIFAR-10: jitter of strength 0.5, no blur) and
+torchvision's transforms of the same names; each image has draws of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gm_probe.core.errors import UsageError
+from gm_probe.core.images import ImageFiles
+
+SCALE = (0.08, 1.0)
+"""Share of the image's area that a crop covers."""
+RATIO = (3 / 4, 4 / 3)
+"""Of a crop's width to its height, log-uniform."""
+TRIES = 10
+JITTER = 0.8
+"""Probability of colour jitter; brightness, contrast and saturation are multiplied by 1 ± STRENGTH."""
+STRENGTH = 0.4
+HUE = 0.1
+"""Of the colour circle, that the hue turns by at most."""
+GREY = 0.2
+"""Probability of no colour at all."""
+LUMA = (0.2989, 0.587, 0.114)
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How to see each of n images.
+
+    Attributes:
+        boxes: (4, n) top, left, height and width of the crop, in pixels.
+        flips, jitters, greys: (n,) whether it is mirrored, jittered, without colour.
+        factors: (4, n) of brightness, contrast and saturation, and the turn of the hue.
+        order: (4, n) which of these comes first, second, ...
+    """
+
+    boxes: Tensor
+    flips: Tensor
+    jitters: Tensor
+    greys: Tensor
+    factors: Tensor
+    order: Tensor
+
+
+def require_images(x: Tensor | ImageFiles) -> None:
+    """Raise UsageError unless x are grey or RGB images of 8 bits."""
+    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] not in {1, 3}:
+        raise UsageError(
+            f"SimCLR augments grey or RGB images of 8 bits, not {x.dtype} of shape {tuple(x.shape[1:])}"
+        )
+
+
+def draw_views(images: Tensor, generator: torch.Generator) -> Draws:
+    """Draws for each of ``images`` (B, C, H, W), from a generator on the CPU."""
+    count, _, height, width = images.shape
+
+    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, count, generator=generator)
+
+    boxes = _boxes(uniform(TRIES, low=SCALE[0], high=SCALE[1]), uniform(TRIES), uniform(2), height, width)
+    flips, jitters, greys = uniform(3)
+    factors = uniform(4, low=-1.0)
+    factors = torch.cat([1 + STRENGTH * factors[:3], HUE * factors[3:]])
+    return Draws(boxes, flips < 0.5, jitters < JITTER, greys < GREY, factors, uniform(4).argsort(0))
+
+
+def _boxes(areas: Tensor, ratios: Tensor, places: Tensor, height: int, width: int) -> Tensor:
+    """(4, n) the first of ``TRIES`` crops that fits in; else the largest in the middle, as torchvision has it.
+
+    Args:
+        areas: (TRIES, n) shares of the image.
+        ratios, places: (TRIES, n) and (2, n) in [0, 1), of the ranges of log-ratios and of free pixels.
+    """
+    low, high = map(math.log, RATIO)
+    ratios = (low + (high - low) * ratios).exp()
+    areas = areas * (height * width)
+    heights, widths = (areas / ratios).sqrt().round(), (areas * ratios).sqrt().round()
+    fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
+    first = fits.int().argmax(0, keepdim=True)
+    found = fits.any(0)
+    whole = (
+        float(min(height, round(width / RATIO[0]))),
+        float(min(width, round(height * RATIO[1]))),
+    )
+    tall = torch.where(found, heights.gather(0, first)[0], whole[0])
+    wide = torch.where(found, widths.gather(0, first)[0], whole[1])
+    top = torch.where(found, (places[0] * (height - tall + 1)).floor(), ((height - tall) / 2).floor())
+    left = torch.where(found, (places[1] * (width - wide + 1)).floor(), ((width - wide) / 2).floor())
+    return torch.stack([top, left, tall, wide])
+
+
+def see(images: Tensor, draws: Draws) -> Tensor:
+    """Each image by its own draw.
+
+    Args:
+        images: (B, C, H, W) uint8 of one or three channels.
+
+    Returns:
+        (B, C, H, W) float32 in [0, 1].
+    """
+    x = resized_crop(images.float() / 255, draws.boxes, draws.flips)
+    if x.shape[1] == 1:  # brightness and contrast are all that grey images have
+        return _jittered(x, draws, [brighten, contrast])
+    x = _jittered(x, draws, [brighten, contrast, saturate, turn])
+    greys = draws.greys.to(x.device)[:, None, None, None]
+    return torch.where(greys, grey(x), x)
+
+
+def resized_crop(x: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
+    """Cut each of x (B, C, H, W) to its box (4, B) and enlarge that to H × W, bilinear; mirror where ``flips`` (B,)."""
+    height, width = x.shape[2:]
+    top, left, tall, wide = boxes[:, :, None]
+    # pixels lie at half-integers; beyond the box its outermost ones go on, as if it had been cut out
+    rows = top + (((torch.arange(height) + 0.5) * tall / height) - 0.5).clamp(min=0).minimum(tall - 1)
+    columns = left + (((torch.arange(width) + 0.5) * wide / width) - 0.5).clamp(min=0).minimum(wide - 1)
+    columns = torch.where(flips[:, None], columns.flip(1), columns)
+    rows, columns = (2 * rows + 1) / height - 1, (2 * columns + 1) / width - 1
+    shape = (len(x), height, width)
+    grid = torch.stack([columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)], -1)
+    return functional.grid_sample(
+        x, grid.to(x.device, x.dtype), mode="bilinear", padding_mode="border", align_corners=False
+    )
+
+
+Jitter = Callable[[Tensor, Tensor], Tensor]
+"""Images (B, C, H, W) in [0, 1] and a factor (B, 1, 1, 1) of each, to images."""
+
+
+def _jittered(x: Tensor, draws: Draws, operations: list[Jitter]) -> Tensor:
+    """Each image through all ``operations`` in its own order; those whose turn has the same one at a time."""
+    x = x.contiguous()
+    for turn_ in draws.order:
+        for index, operation in enumerate(operations):
+            members = torch.nonzero((turn_ == index) & draws.jitters).squeeze(1)
+            factors = draws.factors[index, members].to(x.device)[:, None, None, None]
+            members = members.to(x.device)
+            x[members] = operation(x[members], factors)
+    return x
+
+
+def brighten(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp(0, 1)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Away from the image's mean brightness."""
+    return _blend(x, grey(x)[:, :1].mean((1, 2, 3), keepdim=True), factor)
+
+
+def saturate(x: Tensor, factor: Tensor) -> Tensor:
+    return _blend(x, grey(x), factor)
+
+
+def turn(x: Tensor, share: Tensor) -> Tensor:
+    """Turn the hue by ``share`` of the colour circle, saturation and value of HSV kept."""
+    value, darkest = x.amax(1), x.amin(1)
+    span = value - darkest
+    safe = torch.where(span > 0, span, 1.0)
+    red, green, blue = x.unbind(1)
+    sixth = torch.where(
+        red == value,
+        (green - blue) / safe,
+        torch.where(green == value, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    sixth = sixth + 6 * share[:, 0]
+
+    def channel(offset: int) -> Tensor:
+        k = (offset + sixth).remainder(6)
+        return value - span * torch.minimum(k, 4 - k).clamp(0, 1)
+
+    return torch.stack([channel(5), channel(3), channel(1)], 1)
+
+
+def grey(x: Tensor) -> Tensor:
+    """Brightness in every channel."""
+    if x.shape[1] == 1:
+        return x
+    luma = torch.tensor(LUMA, dtype=x.dtype, device=x.device)[:, None, None]
+    return (x * luma).sum(1, keepdim=True).expand_as(x)
+
+
+def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return (factor * x + (1 - factor) * other).clamp(0, 1)
