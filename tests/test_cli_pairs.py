@@ -337,7 +337,6 @@ def test_piped_output_fits_and_has_no_colour(here, columns):
         ("gmprobe pairs two.pt x.pt --unlabeled rgb", 4, ["rgb", "two.pt", "--channels 1"]),
         ("gmprobe pairs wild.pt two.pt --unlabeled data --model wild.py:build", 4, ["wild.pt", "two passes"]),
         ("gmprobe pairs runs --device cuda:7", 6, ["cuda:7"]),
-        ("gmprobe pairs", 2, ["CHECKPOINTS"]),
     ],
 )
 def test_bad_input_is_one_line_with_its_exit_code(foreign, capsys, command, code, words):

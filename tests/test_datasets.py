@@ -478,7 +478,7 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
     (tmp_path / "a.csv").touch()
     with pytest.raises(UsageError, match=r"a\.csv: data files end in \.npz, \.npy or \.pt"):
         open_source(str(tmp_path / "a.csv"), labeled=False)
-    with pytest.raises(UsageError, match=r"no data at 'cifar11'.*digits, cifar10"):
+    with pytest.raises(UsageError, match=r"no folder or file 'cifar11'; did you mean 'cifar10'\?"):
         open_source("cifar11", labeled=False)
 
 
