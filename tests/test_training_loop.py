@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from gm_probe.core.batches import Batches
 from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import BusyError, CheckpointError, DataError, DivergedError, UsageError
@@ -21,6 +22,7 @@ from gm_probe.core.files import exclusive
 from gm_probe.core.records import BEST, CHECKPOINT, SPLIT, STATE, read_metrics, read_run
 from gm_probe.training import loop, parts
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.evaluation import evaluate, evaluate_within
 from gm_probe.training.loop import train
 from gm_probe.training.parts import load_splits, own_unlabeled
 from gm_probe.training.rules import METHODS, Rule, Step
@@ -518,6 +520,24 @@ def test_stops_at_the_first_epoch_that_meets_stop_ce(changes: dict[str, Any], tm
     assert train(config(**common), tmp_path / "plain")["epochs"] == watched["epochs"]
 
 
+def test_the_training_part_is_read_until_its_cross_entropy_is_surely_too_large() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 3), torch.arange(60) % 3
+    batches = Batches.from_tensors(x, y, batch_size=10)
+    seen: list[int] = []
+    model = nn.Linear(3, 3)
+    model.register_forward_hook(lambda *_: seen.append(1))
+    terms = functional.cross_entropy(model(x), y, reduction="none").detach().double()
+    mean = float(terms.mean())
+    found = evaluate_within(model, batches, mean + 1e-5)
+    assert found == evaluate(model, batches)
+    assert found[0] == pytest.approx(mean, rel=1e-6)
+    for limit in (mean - 1e-5, mean / 2, 0.0):
+        seen.clear()
+        assert evaluate_within(model, batches, limit) is None
+        assert len(seen) == 1 + int((terms.view(6, 10).sum(1).cumsum(0) <= 60 * limit).sum())
+
+
 def test_stop_ce_out_of_reach(tmp_path: Path) -> None:
     summary = train(config(stop_ce=1e-9, epochs=2), tmp_path)
     assert (summary["met_stop_ce"], summary["epochs"]) == (False, 2)
@@ -691,9 +711,9 @@ def overflowing(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
 
 def test_overflowed_steps_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if these batches had not been: weights, momentum and running sums."""
+    """As if these batches had not been: weights, their average, momentum and running sums."""
     overflowing(monkeypatch, {2, 3})
-    training = loop.Training(config(amp="fp16", batch_size=40), tmp_path)
+    training = loop.Training(config(amp="fp16", batch_size=40, ema_decay=0.5), tmp_path)
     training.updates.scaler = torch.amp.GradScaler(
         "cpu", init_scale=2.0**10
     )  # below what overflows by itself
@@ -701,9 +721,8 @@ def test_overflowed_steps_are_skipped_and_counted(tmp_path: Path, monkeypatch: p
 
     def watched(chosen: Tensor, x: Tensor) -> None:
         step(chosen, x)
-        states.append(
-            ({n: v.clone() for n, v in training.model.state_dict().items()}, training.progress.sums.tolist())
-        )
+        both = {**training.model.state_dict(), **training.updates.state_dict()["average"]}
+        states.append(({n: v.clone() for n, v in both.items()}, training.progress.sums.tolist()))
 
     training._step = watched  # type: ignore[method-assign]
     row = training.run_epoch()
@@ -714,7 +733,9 @@ def test_overflowed_steps_are_skipped_and_counted(tmp_path: Path, monkeypatch: p
     for name, value in weights[0].items():
         assert torch.equal(weights[1][name], value)
         assert torch.equal(weights[2][name], value)
-    assert any(not torch.equal(weights[3][name], value) for name, value in weights[0].items())
+    for kept in (True, False):  # in the average, in the weights
+        names = [name for name in weights[0] if name.startswith("module.") == kept]
+        assert any(not torch.equal(weights[3][name], weights[0][name]) for name in names)
     assert row["running_loss"] == sums[-1][1] / 120
 
 

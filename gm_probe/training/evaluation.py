@@ -30,6 +30,22 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
 
     Of several processes each evaluates its share, and all return the whole's.
     """
+    loss, errors = _sums(model, batches, math.inf)
+    return loss / batches.num_examples, errors / batches.num_examples
+
+
+def evaluate_within(model: nn.Module, batches: Batches, limit: float) -> tuple[float, float] | None:
+    """What ``evaluate`` returns, if the cross-entropy is at most ``limit``.
+
+    Else None, mostly after a few batches: terms are never negative, so that a sum too large stays so.
+    """
+    loss, errors = _sums(model, batches, limit * batches.num_examples)
+    mean = loss / batches.num_examples
+    return (mean, errors / batches.num_examples) if mean <= limit else None
+
+
+def _sums(model: nn.Module, batches: Batches, limit: float) -> tuple[float, float]:
+    """Sums of cross-entropy and errors; not of all examples where the first one is above ``limit``."""
     loss, wrong = 0.0, 0
     with evaluating(model), torch.no_grad():
         for batch in batches.shard(processes.rank(), processes.count()):
@@ -37,11 +53,13 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
             logits = logits_of(model(batch.x)).float()
             loss += float(functional.cross_entropy(logits, batch.y, reduction="sum"))
             wrong += int((logits.argmax(1) != batch.y).sum())
+            if loss > limit:
+                break
     sums = torch.tensor([loss, wrong], dtype=torch.float64, device=batches.device)
     loss, errors = processes.sum_over_processes(sums).tolist()
     if not math.isfinite(loss):
         raise DivergedError(f"the cross-entropy over {batches.examples.source} is not finite")
-    return loss / batches.num_examples, errors / batches.num_examples
+    return loss, errors
 
 
 class Evaluation:
@@ -59,19 +77,19 @@ class Evaluation:
         """An epoch's mean cross-entropy and error of the labeled rows, as its steps saw them."""
         return {"running_ce": entropy, "running_error": error}
 
-    def of_epoch(self, epoch: int, row: Mapping[str, Any], model: nn.Module) -> Figures:
-        """What is due after ``epoch``, whose metrics so far are ``row``."""
-        config = self.config
-        due = config.eval_every > 0 and epoch % config.eval_every == 0
-        # the exact training CE costs a third of an epoch: the running CE tells when it cannot be far, unless
-        # augmented images or the weights of another model made it
-        loose = config.augment or config.ema_decay is not None or config.objective == "fixmatch"
-        close = config.stop_ce is not None and (loose or row["running_ce"] <= 3 * config.stop_ce)
-        figures: Figures = {}
-        if due or close:
-            figures["train_ce"], figures["train_error"] = evaluate(model, self.train)
+    def of_epoch(self, epoch: int, model: nn.Module) -> Figures:
+        """What is due after ``epoch``; the training part's figures also where they meet ``stop_ce``."""
+        stop_ce, every = self.config.stop_ce, self.config.eval_every
+        due = every > 0 and epoch % every == 0
+        train = test = None
         if due:
-            figures["test_ce"], figures["test_error"] = evaluate(model, self.test)
+            train, test = evaluate(model, self.train), evaluate(model, self.test)
+        elif stop_ce is not None:
+            train = evaluate_within(model, self.train, stop_ce)
+        figures: Figures = {}
+        for part, found in (("train", train), ("test", test)):
+            if found is not None:
+                figures |= {f"{part}_ce": found[0], f"{part}_error": found[1]}
         return figures
 
     def of_run(self, rows: Sequence[Mapping[str, Any]], model: nn.Module) -> Figures:
@@ -116,7 +134,7 @@ class ProbeEvaluation(Evaluation):
         """NT-Xent, and the share of views to which another image's view is nearer than their partner."""
         return {"running_nt_xent": entropy, "running_partner_error": error}
 
-    def of_epoch(self, epoch: int, row: Mapping[str, Any], model: nn.Module) -> Figures:
+    def of_epoch(self, epoch: int, model: nn.Module) -> Figures:
         every = self.config.probe_every
         return self._probed(model) if every > 0 and epoch % every == 0 else {}
 

@@ -257,7 +257,7 @@ class Training:
     def evaluate_epoch(self, row: dict[str, Any]) -> bool:
         """Add what is due at this epoch to ``row``; True once ``stop_ce`` is met."""
         config, model = self.config, self.updates.result
-        row |= self.evaluation.of_epoch(self.epoch, row, model)
+        row |= self.evaluation.of_epoch(self.epoch, model)
         if "test_error" in row:
             self._keep_best(row["test_error"])
         if config.track_every > 0 and self.epoch % config.track_every == 0:

@@ -102,10 +102,11 @@ class Updates:
         before = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        skipped = self.scaler.get_scale() < before
         average_over_processes([b for b in self.model.buffers() if b.is_floating_point()])
-        if self.average is not None:
+        if self.average is not None and not skipped:
             self.average.update_parameters(self.model)
-        return seen, self.scaler.get_scale() < before
+        return seen, skipped
 
     def state_dict(self) -> dict[str, Any]:
         return {
