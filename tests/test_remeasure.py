@@ -1,0 +1,37 @@
+"""Trained runs measured again: what an interruption left undone is done by the next call, and nothing is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_sweep_state import parse
+
+from gm_probe.core.files import held
+from gm_probe.probe.probe import Settings
+from gm_probe.sweep.executors import Outcome, in_turn
+from gm_probe.sweep.remeasure import Remeasure, measure_runs, trained_runs
+from gm_probe.sweep.runner import run_recipe
+from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
+
+
+def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
+    run_recipe(parse(measure={"measures": []}), tmp_path)
+    runs = trained_runs(tmp_path)
+    weights = [(run / "checkpoint.safetensors").stat().st_mtime_ns for run in runs]
+    what = Remeasure(("fisher_trace",), Settings(), own_unlabeled, OWN_UNLABELED, None, True, {})
+    seen: list[str] = []
+
+    def interrupt(outcome: Outcome) -> None:
+        seen.append(outcome.status)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_runs(runs, what, in_turn, interrupt)
+    assert [(run / "measures.json").exists() for run in runs] == [True, True, False, False]
+    assert not any(map(held, runs))
+    outcomes = measure_runs(runs, what, in_turn, interrupt)
+    assert [outcome.status for outcome in outcomes.values()] == ["skipped"] * 2 + ["finished"] * 2
+    assert all(outcome.result["measures"]["fisher_trace"]["value"] > 0 for outcome in outcomes.values())
+    assert [(run / "checkpoint.safetensors").stat().st_mtime_ns for run in runs] == weights
