@@ -131,10 +131,10 @@ def main(data: str, model: str, examples: int, rounds: int) -> None:
     torch.manual_seed(0)
     print("# What augmentation costs in FixMatch and SimCLR training\n")
     print(
-        f"`python benchmarks/views_cost.py --data {Path(data).name.upper()} --model {model} --examples {examples} --rounds "
-        f"{rounds}`, torch {torch.__version__}, torchvision {torchvision.__version__}, Python "
-        f"{platform.python_version()}, one thread of {os.cpu_count()} cores. CPU seconds, taking turns; an image counts "
-        "once, whatever its views; JPEGs of 32×32."
+        f"`python benchmarks/views_cost.py --data {Path(data).name.upper()} --model {model} --examples {examples} "
+        f"--rounds {rounds}`, torch {torch.__version__}, torchvision {torchvision.__version__}, Python "
+        f"{platform.python_version()}, one thread of {os.cpu_count()} cores. CPU seconds, taking turns; an image "
+        "counts once, whatever its views; JPEGs of 32×32."
     )
     for objective in OBJECTIVES:
         with tempfile.TemporaryDirectory() as folder:
