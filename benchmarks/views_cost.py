@@ -4,8 +4,9 @@
 
 The folder holds train/ and test/ with class subfolders of JPEG files. Both loops take the same updates of the same
 network; they differ in where batches come from: ours from images decoded once and augmented as a batch, the other from
-files, each decoded and augmented by torchvision's transforms when it is its turn (no worker processes). One thread; CPU
-seconds of this process; what is compared takes turns, and a figure is the median over rounds.
+files, each decoded and augmented by torchvision's transforms when it is its turn (no worker processes; of FixMatch's
+labeled images, an eighth of a batch, it makes a strong view too, which is thrown away). One thread; CPU seconds of
+this process; what is compared takes turns, and a figure is the median over rounds.
 """
 
 from __future__ import annotations
