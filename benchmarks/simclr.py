@@ -203,7 +203,7 @@ def draw(final: dict[str, list[Run]], folder: Path) -> None:
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--epochs", default=30, show_default=True)
 @click.option("--tuning-epochs", default=8, show_default=True)
-@click.option("--rates", default="0.03,0.1,0.3", show_default=True, help="Learning rates to tune over.")
+@click.option("--rates", default="0.01,0.03,0.1,0.3", show_default=True, help="Learning rates to tune over.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the runs.")
 @click.option("--table", "as_table", is_flag=True, help="Train nothing; print what there is as Markdown.")

@@ -14,7 +14,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from gm_probe.core.contrastive import Contrastive, nt_xent_logits, partners, projector
 from gm_probe.core.errors import UsageError
-from gm_probe.training.rules import IAMD, SAM
+from gm_probe.training.config import TrainConfig
+from gm_probe.training.rules import SAM
+from gm_probe.training.updates import make_rule
 
 
 def naive(outputs: Tensor, temperature: float) -> float:
@@ -92,16 +94,25 @@ def differences(network: nn.Module, value: object) -> Tensor:
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_iam_d_against_finite_differences(steps: int) -> None:
+@pytest.mark.parametrize("kl_grad", ["both", "perturbed"])
+def test_iam_d_against_finite_differences(steps: int, kl_grad: str) -> None:
+    """Of the rule that a run makes."""
     network, x = model(), views()
     delta = algorithm_1(network, x, 0.3, steps, seed=5)
 
+    fixed = losses(network, x, parameters_to_vector(network.parameters()).detach())[1]
+
     def whole(flat: Tensor) -> Tensor:
         loss, p = losses(network, x, flat)
+        p = p if kl_grad == "both" else fixed
         q = losses(network, x, flat + delta)[1]
         return loss + 0.7 * (p.exp() * (p - q)).sum() / len(x)
 
-    IAMD(network, rho=0.3, beta=0.7, k_steps=steps, generator=seeded(5)).backward(x, partners(4))
+    config = TrainConfig(
+        objective="simclr", method="iam-d", rho=0.3, beta=0.7, k_steps=steps, kl_grad=kl_grad
+    )
+    rule = make_rule(config, network, seeded(5))
+    rule.backward(x, partners(4))
     torch.testing.assert_close(grads(network), differences(network, whole), rtol=1e-5, atol=1e-8)
 
 

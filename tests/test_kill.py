@@ -15,7 +15,7 @@ HARNESS = Path(__file__).parents[1] / "benchmarks" / "kill_resume.py"
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
 def test_killed_runs_end_in_the_same_bits() -> None:
-    rules = "iam-d one pass, fp16, average, clipping;sgd, dropout"
+    rules = "iam-d one pass, fp16, average, clipping;sgd, dropout;simclr, iam-d one pass"
     done = subprocess.run(
         [sys.executable, str(HARNESS), "--kills", "3", "--rules", rules, "--json"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HARNESS.parents[1])},

@@ -20,14 +20,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from gm_probe.core.batches import Batches
 from gm_probe.core.datasets import Examples, Source, open_source
 from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.records import CHECKPOINT, RAW, SPLIT
 from gm_probe.core.splits import split
+from gm_probe.probe.measures import measure
+from gm_probe.probe.probe import Settings
+from gm_probe.sweep.measuring import measure_checkpoint
 from gm_probe.training import loop, parts
 from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
 from gm_probe.training.loop import train
 from gm_probe.training.objectives import FixMatch, Joint, Objective
+from gm_probe.training.parts import load_splits, own_unlabeled
 from gm_probe.training.rules import IAMD, METHODS, SAM, Rule
 
 SEMI: dict[str, Any] = {"labels": 20, "batch_size": 10, "mu": 3, "num_train": 80, "epochs": 2}
@@ -440,3 +445,41 @@ def test_every_rule_takes_every_objective(method: str) -> None:
         METHODS[method](model, objective()).backward(data(inputs, seed=3)[0], torch.tensor([2, 0, 1]))
         assert bool(torch.isfinite(grads(model)).all())
         assert float(grads(model).norm()) > 0
+
+
+# measuring what FixMatch leaves
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT, RAW])
+def test_the_average_and_the_raw_model_are_measured(name: str, tmp_path: Path) -> None:
+    """S_ρ and tr F of either file are those of a network that holds its weights."""
+    train(semi("fixmatch", epochs=1), tmp_path)
+    names = ["local_inconsistency", "fisher_trace", "mean_entropy"]
+    settings = Settings(trace_tolerance=0.0)
+    found = measure_checkpoint(tmp_path / name, own_unlabeled(tmp_path), names, settings)
+    weights = load_file(tmp_path / name)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    network.load_state_dict(weights)
+    digits = open_source("digits", labeled=True).pool
+    indices = json.loads((tmp_path / SPLIT).read_text())
+    trained = digits.x[sorted(indices["train"] + indices["train_unlabeled"])].float() / 255
+    x = (digits.x[indices["unlabeled"]].float() / 255 - trained.mean()) / trained.std(correction=0)
+    rows = measure(network.eval(), Batches.from_tensors(x), names, settings).rows
+    for row in names:
+        assert found["measures"][row]["value"] == pytest.approx(rows[row].value, rel=1e-4)
+    p = network(x).softmax(1).detach()
+    assert found["measures"]["mean_entropy"]["value"] == pytest.approx(
+        float(-(p * p.log()).sum(1).mean()), rel=1e-4
+    )
+
+
+def test_the_average_is_measured_as_the_run_reports_it(tmp_path: Path) -> None:
+    """The run folder's own checkpoint is the average: its error is the summary's, the raw model's need not be."""
+    summary = train(semi("fixmatch", epochs=2), tmp_path)
+    test = load_splits(semi("fixmatch")).test
+    errors = {
+        name: measure_checkpoint(tmp_path / name, test, ["error"], Settings())["measures"]["error"]["value"]
+        for name in (CHECKPOINT, RAW)
+    }
+    assert errors[CHECKPOINT] == pytest.approx(summary["test_error"])
+    assert load_file(tmp_path / CHECKPOINT)["1.weight"].ne(load_file(tmp_path / RAW)["1.weight"]).any()

@@ -49,6 +49,7 @@ class RunRecord:
 
     ``summary`` has ``status`` (finished, diverged, failed) and, for a finished run, ``train_error``,
     ``test_error``, ``train_ce``, ``test_ce``, ``error_gap``, ``ce_gap``; empty while the run is under way.
+    A SimCLR encoder has none of these but ``nt_xent``, and ``probe_train_error`` and the like of its linear probe.
     ``measures`` maps a measure's name to its row (``value``, ``stderr``, ...); empty when not measured.
     ``settings`` is how these were taken.
     """
