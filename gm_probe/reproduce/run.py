@@ -19,6 +19,7 @@ STUDIES = {
     "residuals": "residuals",
     "posteriors": "posteriors",
     "scatter": "scatter",
+    "methods": "methods",
 }
 """Modules of this package whose ``study`` does a recipe, by the recipe's own word for it."""
 

@@ -36,7 +36,7 @@ def study(
     return Finding(
         _outcome(by_name, expected),
         _text(by_name, expected, recipe),
-        table.frame.to_dict("records"),
+        [{str(key): value for key, value in row.items()} for row in table.frame.to_dict("records")],
         [_sheet(task.name, by_name, expected)],
         {"": scatter_panels(table, found.measures, table.gaps, groups)},
         {"": f"Each measure against the gap, a point a run, Kendall's τ-b above; {len(recipe.runs)} runs."},
