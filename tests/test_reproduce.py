@@ -6,23 +6,30 @@ import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from scipy import stats
 from torch.nn import functional
 
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.cli.reproduce import reproduce as command
 from gm_probe.core.batches import Batches
+from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import UsageError
+from gm_probe.core.files import write_json, write_toml
+from gm_probe.core.records import read_run
 from gm_probe.probe.operators import fisher, hessian
-from gm_probe.reproduce import alignment, maximizer, residuals
+from gm_probe.reproduce import alignment, maximizer, methods, residuals
 from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
 from gm_probe.reproduce.finding import Task
 from gm_probe.reproduce.gaussians import Mixture, Network, descending
+from gm_probe.reproduce.generated import image_folder
 from gm_probe.reproduce.run import STUDIES, study_of
+from gm_probe.training.config import TrainConfig
 
 SMOKES = [name for name, entry in recipes().items() if "smoke" in entry.scales]
 
@@ -190,3 +197,95 @@ def test_slopes_recover_a_power_law():
     assert mean == pytest.approx(0.7, abs=0.01)
     assert residuals._slopes(rows, "relative", 4)[0] == pytest.approx(0, abs=1e-9)
     assert residuals._slopes(rows[:3], "residual", 1) is None
+
+
+# ---- tables of methods
+
+
+def comparison(tmp_path: Path, errors: dict[str, list[float]]) -> methods.Comparison:
+    """Run folders with just the summaries that a comparison reads."""
+    arms = []
+    for label, values in errors.items():
+        paths = []
+        for seed, error in enumerate(values):
+            folder = tmp_path / f"{label}-{seed}"
+            write_toml(folder / "config.toml", {"method": "sgd"})
+            write_json(folder / "summary.json", {"status": "finished", "test_error": error})
+            paths.append(folder)
+        arms.append(methods.Arm("data", label, TrainConfig(), tuple(paths), ""))
+    return methods.Comparison(tuple(arms))
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    # seeds differ by far more than the two variants do, whose difference is 1 point with a spread of 0.1
+    found = comparison(tmp_path, {"a": [0.10, 0.30, 0.50], "b": [0.111, 0.310, 0.509]})
+    test = methods._Test(found, "data", {"better": "a", "worse": "b"})
+    expected = stats.ttest_rel([0.111, 0.310, 0.509], [0.10, 0.30, 0.50]).confidence_interval(0.95)
+    assert test.interval[1:] == pytest.approx([expected.low, expected.high])
+    assert test.sign == 1
+    assert "a against b: −1 points (−1.25 to −0.752)" in str(test)
+    assert methods._Test(found, "data", {"better": "b", "worse": "a"}).sign == -1
+
+
+def test_seeds_that_are_all_alike_tell_no_error(tmp_path):
+    found = comparison(tmp_path, {"a": [0.25, 0.5], "b": [0.5, 0.75]})
+    test = methods._Test(found, "data", {"better": "a", "worse": "b"})
+    assert test.interval is None
+    assert test.sign == 0
+    assert methods._outcome([test]) == "cannot be told"
+
+
+def test_outcomes_follow_the_signs():
+    signs = {"shows": (1, 1), "shows in part": (1, -1), "does not show": (0, -1), "cannot be told": (1, 0)}
+    for outcome, values in signs.items():
+        assert methods._outcome([SimpleNamespace(sign=sign) for sign in values]) == outcome
+
+
+def test_a_grid_is_one_variant_a_point():
+    found = list(
+        methods._expanded({"label": "x", "method": "iam-d", "grid": {"rho": [0.1, 1.0], "beta": [2.0]}})
+    )
+    assert found == [
+        {"label": "x 0.1 2", "method": "iam-d", "rho": 0.1, "beta": 2.0},
+        {"label": "x 1 2", "method": "iam-d", "rho": 1.0, "beta": 2.0},
+    ]
+
+
+def test_tuning_takes_the_point_of_least_validation_error(tmp_path):
+    task = Task("tab1", "smoke", tmp_path, notify=lambda _: None)
+    shared = {
+        "model": "mlp-8",
+        "num_train": 200,
+        "num_unlabeled": 20,
+        "num_test": 50,
+        "epochs": 4,
+        "threads": 1,
+    }
+    variant = {"label": "x", "method": "sgd", "points": [{"lr": 1e-6}, {"lr": 0.05}]}
+    chosen = methods._tuned(task, shared, variant, {"label": "digits"})
+    assert (chosen.lr, chosen.validation) == (0.05, None)
+    runs = [read_run(path) for path in (tmp_path / "runs" / "digits-tune").iterdir() if path.is_dir()]
+    errors = {run.config["lr"]: run.summary["test_error"] for run in runs}
+    assert errors[0.05] < errors[1e-6]
+    assert all(run.config["validation"] == 0.1 for run in runs)
+
+
+def test_one_data_set_only_can_be_replaced(tmp_path):
+    task = Task("tab4", "paper", tmp_path, data="somewhere")
+    with pytest.raises(UsageError, match="takes several data sets"):
+        methods.study(task, **recipe("tab4").at("paper"))
+
+
+def test_generated_images_are_the_same_each_time_and_learnable(tmp_path):
+    one, two = (image_folder("generated-3-8-1", tmp_path / name) for name in "ab")
+    source, again = (open_source(str(folder), labeled=True) for folder in (one, two))
+    assert source.pool.x.shape == (72, 1, 8, 8)
+    assert source.test.x.shape == (24, 1, 8, 8)
+    assert torch.equal(source.pool.x, again.pool.x)
+    # the nearest class mean tells them: there is something to learn
+    x, y = source.pool.x.float().flatten(1), source.pool.y
+    means = torch.stack([x[y == c].mean(0) for c in range(3)])
+    nearest = torch.cdist(source.test.x.float().flatten(1), means).argmin(1)
+    assert (nearest == source.test.y).double().mean() > 0.9
+    with pytest.raises(UsageError, match="generated-CLASSES-SIDE-CHANNELS"):
+        image_folder("generated-3", tmp_path)

@@ -126,6 +126,7 @@ def _page(
         *(block for pair in zip(pictures, map(escape_markdown, said), strict=False) for block in pair),
         markdown(finding.sheets).strip(),
         f"The paper's own numbers: {escape_markdown(recipe.published)}",
-        f"Scale `{task.scale}`: `{command}`, {seconds:,.0f} s ({machine}). Settings: {escape_markdown(shown)}.",
+        f"Scale `{task.scale}`: `{command}`; the last call took {seconds:,.0f} s ({machine}). "
+        f"Settings: {escape_markdown(shown)}.",
     ]
     return "\n\n".join(blocks) + "\n"

@@ -278,6 +278,7 @@ def _draw(rows: Sequence[Mapping[str, Any]], num_parameters: int) -> Figure:
         c.plot(
             x, [row[key] for row in rows], color=line(index + 2)["color"], label=rf"$\rho$ = {rho:g}", **look
         )
+    d.set_ylim(0.6, 2 * num_parameters)
     for axes, x_label, y_label in (
         (a, r"$\hat\sigma^2\,\mathrm{tr}\,F$ (nats)", r"$C_\theta$ (nats)"),
         (b, rf"$S_\rho$ (nats), $\rho$ = {rows[0]['rho']:g}", r"$C_\theta$ (nats)"),
@@ -300,7 +301,6 @@ def _draw(rows: Sequence[Mapping[str, Any]], num_parameters: int) -> Figure:
             va="center",
             fontsize=8,
         )
-    d.set_ylim(0.6, 2 * num_parameters)
     for axes in (a, b, c, d):
         axes.legend(frameon=False, fontsize=7, handletextpad=0.2)
     return figure

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from gm_probe.analysis.intervals import mean_interval
-from gm_probe.analysis.typeset import Cell, Sheet
+from gm_probe.analysis.typeset import Cell, Sheet, two_decimals
 from gm_probe.reproduce.drawing import line, logarithmic, panels
 from gm_probe.reproduce.finding import Finding, Outcome, Task
 from gm_probe.reproduce.gaussians import Mixture, Network
@@ -136,7 +136,8 @@ def _text(rows: Sequence[Mapping[str, Any]], slopes: Slopes, cases: Sequence[str
         for name, key in (("a", "residual"), ("b", "relative")):
             found = slopes[case, key]
             if found is not None:
-                fits.append(f"{name} = {found[0]:.2f} (99 % {found[1]:.2f} to {found[2]:.2f})")
+                mean, low, high = map(two_decimals, found)
+                fits.append(f"{name} = {mean} (99 % {low} to {high})")
         said.append(
             f"{case.capitalize()}: {' and '.join(fits) or 'too few checkpoints so near'}; at the end "
             f"(L_S {median('loss'):.2g}, training error {100 * median('error'):.1f} %; medians) "

@@ -18,6 +18,8 @@ STUDIES = {
     "maximizer": "maximizer",
     "residuals": "residuals",
     "posteriors": "posteriors",
+    "scatter": "scatter",
+    "methods": "methods",
 }
 """Modules of this package whose ``study`` does a recipe, by the recipe's own word for it."""
 

@@ -1,0 +1,178 @@
+"""How comparisons of training settings are drawn: each a function of the whole comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from gm_probe.analysis.figures import DASHES
+from gm_probe.analysis.heat_map import heat_map
+from gm_probe.analysis.plots import COLOURS, MARKERS
+from gm_probe.reproduce.drawing import PAGE, panels
+
+if TYPE_CHECKING:
+    from gm_probe.reproduce.methods import Arm, Comparison
+
+
+def _look(index: int) -> dict[str, Any]:
+    place = index % len(COLOURS)
+    return {"color": COLOURS[place], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+
+
+def _errors(arm: Arm, key: str = "test_error") -> list[float]:
+    return [100 * value for value in arm.figures(key) if value is not None]
+
+
+def _spread(axes: Axes, values: Mapping[Any, Sequence[float]], **look: Any) -> None:
+    """Means over seeds with their standard errors, at the numbers that ``values`` are keyed by."""
+    means = [float(np.mean(found)) for found in values.values()]
+    errors = [_stderr(found) or 0.0 for found in values.values()]
+    axes.errorbar(list(values), means, errors, capsize=2, linewidth=1, **look)
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+
+
+def dots(found: Comparison) -> Figure:
+    """Final errors: a mark a seed, beside them mean and standard error."""
+    width = min(PAGE, 0.8 + 0.55 * len(found.labels) * len(found.data))
+    titles = found.data if len(found.data) > 1 else ()
+    figure, places = panels(len(found.data), 2.3, width=width, titles=titles)
+    for axes, data in zip(places, found.data, strict=True):
+        for index, label in enumerate(found.labels):
+            errors = _errors(found.arm(data, label))
+            if errors:
+                spots = index - 0.15 + 0.1 * np.linspace(-1, 1, len(errors)) * (len(errors) > 1)
+                axes.plot(spots, errors, linestyle="none", alpha=0.7, **_look(index))
+                _spread(axes, {index + 0.2: errors}, color="black", marker="_", markersize=8)
+        axes.set_xticks(
+            range(len(found.labels)), found.labels, rotation=35, ha="right", rotation_mode="anchor"
+        )
+        axes.set_xlim(-0.6, len(found.labels) - 0.4)
+    places[0].set_ylabel("final test error, %")
+    return figure
+
+
+def along(found: Comparison) -> Figure:
+    """S_ρ and test error by epoch."""
+    figure, (left, right) = panels(2, 2.4)
+    for index, arm in enumerate(found.arms):
+        style = {"label": arm.label, "linestyle": DASHES[index % 4], **_look(index), "markersize": 3}
+        tracked, errors = arm.along("local_inconsistency"), arm.along("test_error")
+        _spread(left, tracked, **style)
+        _spread(right, {epoch: [100 - 100 * value for value in of] for epoch, of in errors.items()}, **style)
+    left.set_yscale("log")
+    left.set_ylabel(r"$S_\rho$ on unlabeled data (nats)")
+    right.set_ylabel("test accuracy, %")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def effort(found: Comparison) -> Figure:
+    """Final accuracy by the gradient evaluations that were spent, a line a method."""
+    figure, (axes,) = panels(1, 2.6, width=4.2)
+    methods = list(dict.fromkeys(arm.config.method for arm in found.arms))
+    for index, method in enumerate(methods):
+        arms = [arm for arm in found.arms if arm.config.method == method and _errors(arm)]
+        spent = {float(np.mean([v for v in arm.figures("gradient_evaluations") if v])): arm for arm in arms}
+        accuracy = {at: [100 - error for error in _errors(arm)] for at, arm in sorted(spent.items())}
+        _spread(axes, accuracy, label=method.upper(), **_look(index))
+    axes.set_xlabel("gradient evaluations (batches)")
+    axes.set_ylabel("final test accuracy, %")
+    axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def steps(found: Comparison) -> Figure:
+    """By K of training: error, time of an epoch; and S_ρ of the trained models by the K that it is measured with."""
+    figure, (errors, times, measured) = panels(3, 2.3, width=7.2)
+    arms = [arm for arm in found.arms if arm.data == found.data[0]]
+    _spread(errors, {arm.config.k_steps: _errors(arm) for arm in arms if _errors(arm)}, **_look(0))
+    seconds = {arm.config.k_steps: [s for s in arm.figures("train_seconds") if s is not None] for arm in arms}
+    one = float(np.mean(seconds[min(seconds)]))
+    _spread(times, {k: [s / one for s in of] for k, of in seconds.items() if of}, **_look(1))
+    for index, arm in enumerate(arms):
+        cells = [
+            cell for r in arm.records for cell in r.measures.get("local_inconsistency", {}).get("grid", ())
+        ]
+        by_k: dict[float, list[float]] = {}
+        for cell in cells:
+            by_k.setdefault(cell["k_steps"], []).append(cell["value"])
+        if by_k:
+            _spread(measured, by_k, label=f"trained with {arm.label}", **_look(index))
+            measured.legend(frameon=False, fontsize=7)
+    labels = ("final test error, %", "time of an epoch, relative", r"$S_\rho$ (nats)")
+    for axes, label in zip((errors, times, measured), labels, strict=True):
+        axes.set_ylabel(label)
+        axes.set_xlabel("K in training" if axes is not measured else r"K of measuring $S_\rho$")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def sub_batches(found: Comparison) -> Figure:
+    """Final error by m."""
+    figure, (axes,) = panels(1, 2.4, width=3.4)
+    arms = [arm for arm in found.arms if _errors(arm)]
+    _spread(axes, {arm.config.m or arm.config.batch_size: _errors(arm) for arm in arms}, **_look(0))
+    axes.set_xscale("log", base=2)
+    sizes = [arm.config.m or arm.config.batch_size for arm in arms]
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xlabel("examples that share a perturbation, m")
+    axes.set_ylabel("final test error, %")
+    return figure
+
+
+def plane(found: Comparison) -> Figure:
+    """Final error over (ρ, β)."""
+    cells: list[dict[str, Any]] = []
+    for arm in found.arms:
+        errors = [value for value in arm.figures("test_error") if value is not None]
+        whole = len(errors) == len(arm.runs)
+        cells.append(
+            {
+                "rho": arm.config.rho,
+                "beta": arm.config.beta,
+                "error": float(np.mean(errors)) if whole else None,
+                "stderr": _stderr(errors) if whole else None,
+                "errors": errors,
+                "diverged": len(arm.runs) - len(errors),
+            }
+        )
+    known = [cell for cell in cells if cell["error"] is not None]
+    best = min(known, key=lambda cell: cell["error"], default=cells[0])
+    first = found.arms[0]
+    return heat_map(
+        cells, best, f"{first.label.split()[0]}, {first.config.model}, {len(first.runs)} seed(s) a point"
+    )
+
+
+PICTURES: Mapping[str, tuple[Callable[[Comparison], Figure], str]] = {
+    "dots": (dots, "Final test errors: a mark a seed; black: mean ± standard error."),
+    "along": (
+        along,
+        "S_ρ on the unlabeled part and test accuracy along training; mean ± standard error over seeds.",
+    ),
+    "effort": (
+        effort,
+        "Final test accuracy by gradient evaluations spent; mean ± standard error over seeds.",
+    ),
+    "steps": (
+        steps,
+        "IAM-D by its ascent steps K: final test error, time of an epoch relative to K = 1, and S_ρ of the trained "
+        "models by the K it is measured with; mean ± standard error over seeds.",
+    ),
+    "sub_batches": (
+        sub_batches,
+        "Final test error by the size m of sub-batches; mean ± standard error over seeds.",
+    ),
+    "plane": (plane, "Error on the held-out tenth over ρ and β; outlined: the least."),
+}

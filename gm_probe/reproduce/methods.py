@@ -1,0 +1,345 @@
+"""Tables and curves that compare training settings: variants × data sets × seeds, each a run as a sweep does it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gm_probe.analysis.intervals import mean_interval
+from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet
+from gm_probe.core.errors import UsageError
+from gm_probe.core.records import RunRecord, read_metrics, read_run
+from gm_probe.probe.probe import Settings
+from gm_probe.reproduce.finding import Finding, Outcome, Task
+from gm_probe.reproduce.generated import GENERATED, image_folder
+from gm_probe.reproduce.method_pictures import PICTURES
+from gm_probe.reproduce.training import trained
+from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
+from gm_probe.sweep.tuning import NOTHING, VALIDATION
+from gm_probe.training.config import TrainConfig
+
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One variant on one data set: its configuration, and its runs, a seed each.
+
+    Attributes:
+        published: what the paper has in this cell.
+    """
+
+    data: str
+    label: str
+    config: TrainConfig
+    runs: tuple[Path, ...]
+    published: str
+
+    @property
+    def records(self) -> list[RunRecord]:
+        return [read_run(path) for path in self.runs]
+
+    def figures(self, key: str) -> list[float | None]:
+        """``key`` of every run's summary, or the measure of that name; None of a run that diverged."""
+        found = [r.summary | {name: row["value"] for name, row in r.measures.items()} for r in self.records]
+        return [values.get(key) if values.get("status") == "finished" else None for values in found]
+
+    def along(self, key: str) -> dict[int, list[float]]:
+        """``key`` of the runs' metrics by epoch."""
+        found: dict[int, list[float]] = {}
+        for path in self.runs:
+            for row in read_metrics(path):
+                if key in row:
+                    found.setdefault(row["epoch"], []).append(row[key])
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Every arm that was trained, in the order of the recipe."""
+
+    arms: tuple[Arm, ...]
+
+    def arm(self, data: str, label: str) -> Arm:
+        return next(arm for arm in self.arms if (arm.data, arm.label) == (data, label))
+
+    @property
+    def data(self) -> list[str]:
+        return list(dict.fromkeys(arm.data for arm in self.arms))
+
+    @property
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(arm.label for arm in self.arms))
+
+
+def study(
+    task: Task,
+    *,
+    base: Table,
+    variants: Sequence[Table],
+    data: Sequence[Table],
+    seeds: int,
+    tests: Sequence[Table],
+    picture: str,
+    measure: Table | None = None,
+) -> Finding:
+    """Train every variant on every data set with every seed, tune what has several points first, and compare.
+
+    Args:
+        base: settings of training that all share.
+        variants: ``label``, settings that differ and, where it is tuned, ``points``: a list of more settings, of which
+            those of the least error on a tenth of the training part are taken. A ``grid`` makes one variant a point.
+        data: ``label``, settings of its own (``data`` = 'generated' makes images), and by a variant's label what the
+            paper ``published`` and settings for it ``of``.
+        tests: what the claim says: a ``better`` and a ``worse`` variant, by the ``key`` of a run's summary.
+        picture: of ``method_pictures.PICTURES``.
+        measure: settings of S_ρ, taken of every run at its end.
+    """
+    variants = [each for variant in variants for each in _expanded(variant)]
+    plan = NOTHING
+    if measure is not None:
+        grids: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in measure.items()
+        }
+        plan = MeasurePlan(("local_inconsistency",), Settings(**grids), None, None)
+    arms = []
+    for place in data:
+        shared = {**base, **_without(place, "label", "published", "of"), **_source(task, place, base, data)}
+        chosen = {v["label"]: _tuned(task, shared, v, place) for v in variants}
+        runs = {
+            (label, seed): config.replace(seed=seed)
+            for label, config in chosen.items()
+            for seed in range(seeds)
+        }
+        named = {
+            key: run_name(config, {"method": _plain(key[0]), "seed": key[1]}) for key, config in runs.items()
+        }
+        folder = task.folder / "runs" / _plain(place["label"])
+        trained(Recipe({named[key]: config for key, config in runs.items()}, plan, ()), folder, task)
+        for label, config in chosen.items():
+            paths = tuple(folder / named[label, seed] for seed in range(seeds))
+            said = place.get("published", {}).get(label, "")
+            arms.append(Arm(place["label"], label, config, paths, said))
+    found = Comparison(tuple(arms))
+    results = [_Test(found, label, test) for label in found.data for test in tests]
+    draw, caption = PICTURES[picture]
+    return Finding(
+        # a smoke's runs have hardly begun to learn, some on images that are made up: they try the code
+        "cannot be told" if task.scale == "smoke" else _outcome(results),
+        _text(results, seeds),
+        list(_rows(found)),
+        [_sheet(task.name, found, tests[0]["worse"] if tests else "")],
+        {"": draw(found)},
+        {"": caption},
+    )
+
+
+def _expanded(variant: Table) -> Iterator[Table]:
+    """``variant``, or one for each point of its ``grid``, labelled by its values in that order."""
+    grid = variant.get("grid", {})
+    for values in product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        label = " ".join([variant["label"], *(f"{value:g}" for value in values)])
+        yield {**_without(variant, "grid"), **point, "label": label}
+
+
+def _without(table: Table, *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key not in keys}
+
+
+def _source(task: Task, place: Table, base: Table, data: Sequence[Table]) -> dict[str, Any]:
+    """Where the examples come from, as settings of training."""
+    if task.data is not None:
+        if len(data) > 1:
+            names = ", ".join(each["label"] for each in data)
+            raise UsageError(
+                f"{task.name} takes several data sets ({names}): --data cannot stand for all of them"
+            )
+        return {"data": task.data, "device": task.device}
+    name = place.get("data", base.get("data", ""))
+    if name.startswith(GENERATED):
+        return {"data": str(image_folder(name, task.folder)), "device": task.device}
+    return {"device": task.device}
+
+
+def _tuned(task: Task, shared: Table, variant: Table, place: Table) -> TrainConfig:
+    """The variant's configuration, at its point of the least validation error (seed 0, a tenth held out)."""
+    own = {**_without(variant, "label", "points"), **place.get("of", {}).get(variant["label"], {})}
+    config = TrainConfig.from_dict({**shared, **own})
+    points = variant.get("points", [{}])
+    if len(points) == 1:
+        return config.replace(**points[0])
+    cells = [config.replace(**point, validation=VALIDATION, eval_every=0, track_every=0) for point in points]
+    names = [run_name(cell, {"method": _plain(variant["label"])}) for cell in cells]
+    folder = task.folder / "runs" / f"{_plain(place['label'])}-tune"
+    trained(Recipe(dict(zip(names, cells, strict=True)), NOTHING, ()), folder, task)
+    errors = [read_run(folder / name).summary.get("test_error", math.inf) for name in names]
+    return config.replace(**points[errors.index(min(errors))])
+
+
+def _plain(label: str) -> str:
+    return "".join(c for c in label.lower() if c.isalnum() or c == "-")
+
+
+@dataclass(frozen=True)
+class _Test:
+    """Whether one variant does better than another on one data set: paired by seed, 95 %."""
+
+    found: Comparison
+    data: str
+    test: Table
+
+    @cached_property
+    def differences(self) -> np.ndarray:
+        """worse − better of every seed where both ended, so that > 0 is what the claim says."""
+        better, worse = (
+            self.found.arm(self.data, self.test[key]).figures(self.key) for key in ("better", "worse")
+        )
+        return np.array(
+            [b - a for a, b in zip(better, worse, strict=True) if a is not None and b is not None]
+        )
+
+    @property
+    def key(self) -> str:
+        return str(self.test.get("key", "test_error"))
+
+    @property
+    def interval(self) -> tuple[float, float, float] | None:
+        """None where the seeds are too few, or all alike, to tell an error."""
+        spread = len(self.differences) > 1 and float(np.ptp(self.differences)) > 0
+        return mean_interval(self.differences, 0.95) if spread else None
+
+    @property
+    def sign(self) -> int:
+        if self.interval is None:
+            return 0
+        _, low, high = self.interval
+        return (low > 0) - (high < 0)
+
+    def __str__(self) -> str:
+        scale, unit = (-100, " points") if self.key == "test_error" else (-1, f" in {self.key}")
+        names = f"{self.test['better']} against {self.test['worse']}"
+        where = f" on {self.data}" if len(self.found.data) > 1 else ""
+        if not len(self.differences):
+            return f"{names}{where}: no seed in which both ended"
+        text = f"{names}{where}: {_signed(scale * float(self.differences.mean()))}{unit}"
+        if self.interval is None:
+            return text
+        _, low, high = (scale * value for value in self.interval)
+        return f"{text} ({_signed(high)} to {_signed(low)})"
+
+
+def _signed(value: float) -> str:
+    """Three digits with the sign that print has, none before 0."""
+    text = f"{value:+.3g}".replace("-", "−")
+    return text if value else "0"
+
+
+def _outcome(results: Sequence[_Test]) -> Outcome:
+    signs = [result.sign for result in results]
+    if signs and all(sign == 1 for sign in signs):
+        return "shows"
+    if -1 not in signs:
+        return "cannot be told"
+    return "shows in part" if 1 in signs else "does not show"
+
+
+def _text(results: Sequence[_Test], seeds: int) -> str:
+    return (
+        "The test: the difference in final test error (or what is named), paired by seed (same data, start and order "
+        f"of batches; {seeds}), below 0 by a 95 % Student interval over seeds. "
+        + "; ".join(map(str, results))
+        + f". {sum(r.sign == 1 for r in results)} of {len(results)} comparisons go the claimed way clear of 0, "
+        f"{sum(r.sign == -1 for r in results)} the other way."
+    )
+
+
+def _rows(found: Comparison) -> Iterator[dict[str, Any]]:
+    """One a run."""
+    for arm in found.arms:
+        for record in arm.records:
+            settings = {
+                key: record.config.get(key)
+                for key in ("method", "rho", "beta", "k_steps", "m", "seed", "epochs")
+            }
+            keys = (
+                "status",
+                "test_error",
+                "test_error_min",
+                "train_error",
+                "train_seconds",
+                "gradient_evaluations",
+            )
+            s_rho = record.measures.get("local_inconsistency", {}).get("value")
+            results = {key: record.summary.get(key) for key in keys}
+            yield {
+                "data": arm.data,
+                "variant": arm.label,
+                **settings,
+                **results,
+                "local_inconsistency": s_rho,
+            }
+
+
+def _sheet(name: str, found: Comparison, reference: str) -> Sheet:
+    body = []
+    for arm in found.arms:
+        config, first = arm.config, found.arm(arm.data, reference or found.labels[0])
+        point = [f"{key} = {getattr(config, key):g}" for key in ("rho", "beta") if _used(config, key)]
+        s_rho = [
+            r.measures["local_inconsistency"]["value"]
+            for r in arm.records
+            if "local_inconsistency" in r.measures
+        ]
+        seconds = [_mean_or_none(each.figures("train_seconds")) for each in (arm, first)]
+        per_epoch = None
+        if seconds[0] and seconds[1]:
+            per_epoch = seconds[0] / config.epochs / (seconds[1] / first.config.epochs)
+        body.append(
+            (
+                Cell(arm.data),
+                Cell(arm.label),
+                Cell(", ".join(point).replace("rho", "ρ").replace("beta", "β") or UNDEFINED),
+                Cell(_percent(arm.figures("test_error"))),
+                Cell(_percent(arm.figures("test_error_min"))),
+                Cell(UNDEFINED if per_epoch is None else f"{per_epoch:.2f}"),
+                Cell(f"{statistics.fmean(s_rho):.3g}" if s_rho else UNDEFINED),
+                Cell(arm.published or UNDEFINED),
+            )
+        )
+    return Sheet(
+        name,
+        "Test error by variant",
+        f"Mean ± standard error over {len(found.arms[0].runs)} seeds, in %; s/epoch: time of an epoch relative to "
+        f"{reference or found.labels[0]}’s",
+        ("data", "variant", "setting", "final error", "least error", "s/epoch", "S_ρ", "paper"),
+        tuple(body),
+        3,
+    )
+
+
+def _used(config: TrainConfig, key: str) -> bool:
+    return getattr(config, key) is not None and key not in config.idle()
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _percent(values: Sequence[float | None]) -> str:
+    """Mean ± standard error in %; runs that diverged are counted."""
+    known = [100 * value for value in values if value is not None]
+    lost = f" ({len(values) - len(known)} diverged)" if len(known) < len(values) else ""
+    if not known:
+        return f"{UNDEFINED}{lost}"
+    spread = f" ± {statistics.stdev(known) / math.sqrt(len(known)):.2f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.2f}{spread}{lost}"
