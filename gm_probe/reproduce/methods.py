@@ -115,8 +115,8 @@ def _source(task: Task, place: Table, base: Table, data: Sequence[Table]) -> dic
         return {"data": task.data, "device": task.device}
     name = place.get("data", base.get("data", ""))
     if name.startswith(GENERATED):
-        return {"data": str(image_folder(name, task.folder)), "device": task.device}
-    return {"device": task.device}
+        return {**task.place, "data": str(image_folder(name, task.folder))}
+    return task.place
 
 
 def _tuned(task: Task, shared: Table, variant: Table, place: Table) -> TrainConfig:
