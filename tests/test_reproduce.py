@@ -25,6 +25,7 @@ from gm_probe.core.records import read_run
 from gm_probe.probe.operators import fisher, hessian
 from gm_probe.reproduce import alignment, maximizer, methods, residuals
 from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
+from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.finding import Task
 from gm_probe.reproduce.gaussians import Mixture, Network, descending
 from gm_probe.reproduce.generated import image_folder
@@ -202,7 +203,7 @@ def test_slopes_recover_a_power_law():
 # ---- tables of methods
 
 
-def comparison(tmp_path: Path, errors: dict[str, list[float]]) -> methods.Comparison:
+def comparison(tmp_path: Path, errors: dict[str, list[float]]) -> Comparison:
     """Run folders with just the summaries that a comparison reads."""
     arms = []
     for label, values in errors.items():
@@ -212,8 +213,8 @@ def comparison(tmp_path: Path, errors: dict[str, list[float]]) -> methods.Compar
             write_toml(folder / "config.toml", {"method": "sgd"})
             write_json(folder / "summary.json", {"status": "finished", "test_error": error})
             paths.append(folder)
-        arms.append(methods.Arm("data", label, TrainConfig(), tuple(paths), ""))
-    return methods.Comparison(tuple(arms))
+        arms.append(Arm("data", label, TrainConfig(), tuple(paths), ""))
+    return Comparison(tuple(arms))
 
 
 def test_differences_are_paired_by_seed(tmp_path):

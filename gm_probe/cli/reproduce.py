@@ -23,6 +23,8 @@ from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
     "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: reproduce/NAME-SCALE]"
 )
 @click.option("--data", help="Image folder, file or name instead of the recipe's data.")
+@click.option("--data-root", help="Where torchvision's data sets are kept.")
+@click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
 @click.option("--list", "listing", is_flag=True, help="List what there is: claim, scales, cost.")
@@ -33,6 +35,8 @@ def reproduce(
     scale: str | None,
     out: Path | None,
     data: str | None,
+    data_root: str | None,
+    download: bool,
     jobs: int,
     device: str,
     listing: bool,
@@ -61,7 +65,9 @@ def reproduce(
     console = notes_console(quiet)
     folder = out or Path("reproduce") / f"{name}-{scale}"
     note(console, f"{chosen.title}: {scale}, about {chosen.costs[scale]}")
-    task = Task(name, scale, folder, data, jobs, device, lambda text: note(console, text))
+    task = Task(
+        name, scale, folder, data, jobs, device, data_root, download, lambda text: note(console, text)
+    )
     found, paths = run(task)
     if as_json:
         print_json(

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -53,7 +54,7 @@ class Recipe:
 
 @cache
 def recipes() -> Mapping[str, Recipe]:
-    """Every recipe by name, in the order of their titles' places in the paper."""
+    """Every recipe by name, numbers as numbers."""
     folder = resources.files("gm_probe") / "recipes" / "paper"
     found = {}
     for entry in folder.iterdir():
@@ -80,8 +81,6 @@ def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
     return Recipe(name=name, settings=settings, costs=costs, **texts)
 
 
-def _natural(name: str) -> tuple[str, int, str]:
+def _natural(name: str) -> list[str | int]:
     """fig2 before fig11."""
-    stem = name.rstrip("0123456789") if name[-1].isdigit() else name.split("-")[0].rstrip("0123456789")
-    digits = "".join(c for c in name[len(stem) :].split("-")[0] if c.isdigit())
-    return stem, int(digits or 0), name
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -29,6 +29,7 @@ class Task:
         folder: for what it leaves to be resumed from (runs).
         data: image folder, file or name in place of the recipe's own; None = the recipe's.
         jobs: runs at a time.
+        data_root, download: of torchvision's data sets.
         notify: called with a line on what is done.
     """
 
@@ -38,7 +39,15 @@ class Task:
     data: str | None = None
     jobs: int = 1
     device: str = "auto"
+    data_root: str | None = None
+    download: bool = False
     notify: Callable[[str], None] = print
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where runs take their data from and are computed, as settings of training."""
+        given = {"data": self.data, "data_root": self.data_root, "download": self.download or None}
+        return {"device": self.device} | {key: value for key, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,10 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from gm_probe.analysis.figures import DASHES
 from gm_probe.analysis.heat_map import heat_map
 from gm_probe.analysis.plots import COLOURS, MARKERS
+from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.drawing import PAGE, panels
-
-if TYPE_CHECKING:
-    from gm_probe.reproduce.methods import Arm, Comparison
 
 
 def _look(index: int) -> dict[str, Any]:

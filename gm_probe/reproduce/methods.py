@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,9 @@ import numpy as np
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet
 from gm_probe.core.errors import UsageError
-from gm_probe.core.records import RunRecord, read_metrics, read_run
+from gm_probe.core.records import read_run
 from gm_probe.probe.probe import Settings
+from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.finding import Finding, Outcome, Task
 from gm_probe.reproduce.generated import GENERATED, image_folder
 from gm_probe.reproduce.method_pictures import PICTURES
@@ -27,57 +27,6 @@ from gm_probe.sweep.tuning import NOTHING, VALIDATION
 from gm_probe.training.config import TrainConfig
 
 Table = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One variant on one data set: its configuration, and its runs, a seed each.
-
-    Attributes:
-        published: what the paper has in this cell.
-    """
-
-    data: str
-    label: str
-    config: TrainConfig
-    runs: tuple[Path, ...]
-    published: str
-
-    @property
-    def records(self) -> list[RunRecord]:
-        return [read_run(path) for path in self.runs]
-
-    def figures(self, key: str) -> list[float | None]:
-        """``key`` of every run's summary, or the measure of that name; None of a run that diverged."""
-        found = [r.summary | {name: row["value"] for name, row in r.measures.items()} for r in self.records]
-        return [values.get(key) if values.get("status") == "finished" else None for values in found]
-
-    def along(self, key: str) -> dict[int, list[float]]:
-        """``key`` of the runs' metrics by epoch."""
-        found: dict[int, list[float]] = {}
-        for path in self.runs:
-            for row in read_metrics(path):
-                if key in row:
-                    found.setdefault(row["epoch"], []).append(row[key])
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Every arm that was trained, in the order of the recipe."""
-
-    arms: tuple[Arm, ...]
-
-    def arm(self, data: str, label: str) -> Arm:
-        return next(arm for arm in self.arms if (arm.data, arm.label) == (data, label))
-
-    @property
-    def data(self) -> list[str]:
-        return list(dict.fromkeys(arm.data for arm in self.arms))
-
-    @property
-    def labels(self) -> list[str]:
-        return list(dict.fromkeys(arm.label for arm in self.arms))
 
 
 def study(
@@ -166,8 +115,8 @@ def _source(task: Task, place: Table, base: Table, data: Sequence[Table]) -> dic
         return {"data": task.data, "device": task.device}
     name = place.get("data", base.get("data", ""))
     if name.startswith(GENERATED):
-        return {"data": str(image_folder(name, task.folder)), "device": task.device}
-    return {"device": task.device}
+        return {**task.place, "data": str(image_folder(name, task.folder))}
+    return task.place
 
 
 def _tuned(task: Task, shared: Table, variant: Table, place: Table) -> TrainConfig:

@@ -46,7 +46,7 @@ def study(
     start_epochs: int,
 ) -> Finding:
     """Every setting of ``grid`` with its seeds, from starts of their own and from one that ``start_epochs`` trained."""
-    base = {**base, "threads": 1, **({"data": task.data} if task.data else {})}
+    base = {**base, "threads": 1, **task.place}
     first = TrainConfig.from_dict({**base, **{key: values[0] for key, values in grid.items()}})
     start = first.replace(epochs=start_epochs, seed=10_000)
     trained(Recipe({"start": start}, NOTHING, ()), task.folder / "runs", task)

@@ -26,8 +26,7 @@ def study(
     Args:
         expected: the sign of τ that the paper reports, by measure.
     """
-    overrides = {"data": task.data} if task.data else {}
-    recipe = parse_recipe(inline, overrides) if inline is not None else load_recipe(sweep, overrides)
+    recipe = parse_recipe(inline, task.place) if inline is not None else load_recipe(sweep, task.place)
     folder = trained(recipe, task.folder / "runs", task)
     table = load_table(folder, list(expected), (), recipe.group_by)
     found = correlate(table, table.gaps, recipe.group_by, skip=PARTS)
