@@ -62,7 +62,7 @@ def logarithmic(axes: Axes) -> None:
 
 
 def _log_ticks(axis: Axis) -> None:
-    low, high = axis.get_view_interval()
+    low, high = sorted(axis.get_view_interval())  # an inverted axis has the higher one first
     axis.set_minor_formatter(NullFormatter())
     if high < 100 * low:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
