@@ -17,7 +17,15 @@ with zipfile.ZipFile(wheel) as archive:
     built = {name for name in archive.namelist() if ".dist-info/" not in name}
 with tarfile.open(sdist) as packed:
     source = {name.partition("/")[2] for name in packed.getnames()}
-beside = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "pyproject.toml", "tests/conftest.py"}
+beside = {
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "CITATION.cff",
+    "LICENSE",
+    "pyproject.toml",
+    "tests/conftest.py",
+}
 beside |= {path.relative_to(root).as_posix() for path in (root / "docs").glob("*.md")}
 wrong = [f"not in the wheel: {name}" for name in sorted(code - built)]
 wrong += [f"in the wheel, but no part of the package: {name}" for name in sorted(built - code)]

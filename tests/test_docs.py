@@ -6,6 +6,7 @@ commands to make them short (``run with: OPTIONS``), or why it is not run (``not
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import re
@@ -14,6 +15,7 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,9 @@ from gm_probe.core.models import ModelSpec, build_model
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_BY_CI = {"quickstart": "run by .ci/run", "tests": "run by .ci/run"}
-BLOCK = re.compile(r"(?:<!-- (?P<note>[^\n]*) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?:<!-- (?P<note>[^\n]*) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 FILE = re.compile(r"# (\S+\.(?:py|toml))\n")
 RECIPE = """
 [base]
@@ -74,7 +78,12 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
-        Block(m["kind"], m["text"], m["note"] or "", f"{page.name}:{text.count(chr(10), 0, m.start('kind')) + 1}")
+        Block(
+            m["kind"],
+            m["text"],
+            m["note"] or "",
+            f"{page.name}:{text.count(chr(10), 0, m.start('kind')) + 1}",
+        )
         for m in BLOCK.finditer(text)
     ]
 
@@ -174,10 +183,13 @@ UNRUN = [block for page in PAGES for block in blocks(page) if block.not_run]
 
 @pytest.mark.parametrize("block", UNRUN, ids=lambda block: block.where)
 def test_options_of_what_is_not_run_exist(block: Block) -> None:
-    asked = [words for words in commands(block) if "gmprobe" in words or "gm_probe" in words]
-    for words in asked:
-        start = next(index for index, word in enumerate(words) if word in {"gmprobe", "gm_probe"})
-        name, *options = words[start + 1 :]
+    asked = []
+    for words in commands(block):
+        line = shlex.join(words)
+        found = re.match(r"gmprobe (\S+) ?|torchrun .*?-m gm_probe (\S+) ?", line)
+        if found:
+            asked.append((found[1] or found[2], shlex.split(line[found.end() :])))
+    for name, options in asked:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None, name
         command.make_context(name, options)
@@ -220,13 +232,22 @@ def test_every_exit_code_is_explained() -> None:
 def test_every_public_name_is_documented(name: str) -> None:
     value = getattr(gm_probe, name)
     if not callable(value):  # a constant's docstring stands below it in its module
-        home = inspect.getsource(__import__(f"gm_probe.{gm_probe._HOME_OF[name]}", fromlist=[name]))
-        assert re.search(rf'^{name}\b[^=]*= .*?^[}}\])]?\n?"""', home, re.MULTILINE | re.DOTALL)
+        home = inspect.getsource(import_module(f"gm_probe.{gm_probe._HOME_OF[name]}"))
+        places = {
+            ast.unparse(n.target): i
+            for i, n in enumerate(ast.parse(home).body)
+            if isinstance(n, ast.AnnAssign)
+        }
+        below = ast.parse(home).body[places[name] + 1]
+        assert isinstance(below, ast.Expr)
+        assert isinstance(ast.literal_eval(below.value), str)
         return
     assert value.__doc__
     assert not value.__doc__.startswith(f"{name}(")  # what dataclasses write where there is none
     if inspect.isclass(value):
-        public = [n for n, member in vars(value).items() if inspect.isfunction(member) and not n.startswith("_")]
+        public = [
+            n for n, member in vars(value).items() if inspect.isfunction(member) and not n.startswith("_")
+        ]
         assert not [n for n in public if not inspect.getdoc(getattr(value, n))]
 
 

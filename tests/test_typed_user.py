@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-USER = '''
+USER = """
 from pathlib import Path
 
 import torch
@@ -61,15 +61,15 @@ def unlabeled(model: nn.Module) -> SAM:
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
     return gm_probe.kl_divergence(p, q)
-'''
-WRONG = '''
+"""
+WRONG = """
 import gm_probe
 
 gm_probe.Settings(rho="wide")
 gm_probe.kl_divergence([0.5], [0.5])
 gm_probe.Batches.from_tensors("images")
 rule: int = gm_probe.MEASURES["fisher_trace"]
-'''
+"""
 
 
 def strict(text: str, folder: Path) -> tuple[int, str]:
@@ -95,5 +95,7 @@ def test_a_users_mistakes_are_seen(tmp_path: Path) -> None:
     """The types say something: four wrong lines, four complaints."""
     pytest.importorskip("mypy", reason="mypy is an extra")
     code, out = strict(WRONG, tmp_path)
-    lines = {int(line.split(":")[1]) for line in out.splitlines() if line.startswith("user.py") and "error" in line}
+    lines = {
+        int(line.split(":")[1]) for line in out.splitlines() if line.startswith("user.py") and "error" in line
+    }
     assert (code, lines) == (1, {4, 5, 6, 7}), out
