@@ -15,4 +15,4 @@ print(*(requirement.replace(">=", "==") for requirement in needed), sep="\n")
 PYTHON
 cat "$folder/lowest.txt"
 "$folder/bin/pip" install -q -r "$folder/lowest.txt" -e .
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$folder/bin/python" -m pytest -q -p no:cacheprovider -W default::DeprecationWarning -W default::FutureWarning "$@"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$folder/bin/python" -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -W ignore::FutureWarning "$@"

@@ -135,7 +135,7 @@ def test_overrides_replace_base(recipe: Recipe) -> None:
         ({"grid": {"lr": [1, 1.0]}}, "the design names one run twice (lr1-"),
         (
             {"measure": {"measures": ["fisher_trac"]}},
-            "no measure 'fisher_trac'; there are: local_inconsistency",
+            "no measure 'fisher_trac'; did you mean 'fisher_trace'?",
         ),
         ({"measure": {"measures": ["error"]}}, "error needs labels"),
         (

@@ -70,6 +70,7 @@ class ModelSpec:
         return bool(separator) and prefix not in {"torchvision", "timm"}
 
     def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
         fields = {**asdict(self), "input_shape": list(self.input_shape)}
         if self.temperature is None:
             del fields["temperature"]

@@ -139,6 +139,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "parameter_norm": Measure(outputs.parameter_norm, False, 0.0, "‖θ‖", "length of the parameter vector"),
 }
+"""All measures by their names, in the order of a table."""
 
 DEFAULT_MEASURES = (
     "local_inconsistency",

@@ -57,6 +57,7 @@ class PairEstimate:
     details: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
         return as_row(self)
 
 

@@ -267,6 +267,7 @@ class TrainConfig:
         return cls.from_dict({key: value for key, value in config.items() if key != "environment"})
 
     def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
         return {**asdict(self), "milestones": list(self.milestones)}
 
     def identity(self) -> dict[str, Any]:
@@ -280,6 +281,7 @@ class TrainConfig:
         }
 
     def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with ``changes``, checked anew."""
         return TrainConfig.from_dict({**self.as_dict(), **changes})
 
 

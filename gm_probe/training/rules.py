@@ -131,6 +131,7 @@ class Rule:
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
         self.generator.set_state(state["generator"].cpu())
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
@@ -432,6 +433,7 @@ class OnePassIAMD(Rule):
         return {**super().state_dict(), "delta": self.delta}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
         super().load_state_dict(state)
         delta = state["delta"]
         self.delta = None if delta is None else delta.to(self.parameters.device)
