@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +67,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         state, header = _read_torch(path)
     if not state:
         raise CheckpointError(f"{path} holds no tensors")
-    _check_tensors(path, state)
+    _check_tensors(path, state, path.stat().st_size)
     if header is None:
         return Checkpoint(path, state, None, None, ())
     try:
@@ -95,8 +97,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         with warnings.catch_warnings(action="ignore"):  # on odd formats, which are refused in a moment
+            _check_unpacking(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
+    except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # torch, zipfile and the unpickler raise many kinds on a broken file
         code = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
@@ -109,19 +112,63 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
         raise CheckpointError(
             f"{path} is not a readable checkpoint: {type(error).__name__}: {_plain(reason)}"
         ) from error
-    header = content.get(HEADER) if isinstance(content, Mapping) else None
-    for _ in range(3):  # bounded: a hostile file may nest itself in itself
-        if isinstance(content, Mapping):
-            content = next((content[k] for k in NESTED if isinstance(content.get(k), Mapping)), content)
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
-    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    content = _entries(content)
+    header = content.get(HEADER)
+    for _ in range(3):  # bounded: a hostile file may nest itself in itself
+        content = next((_entries(content[k]) for k in NESTED if isinstance(content.get(k), dict)), content)
+    others = [
+        name if isinstance(name, str) else f"a key of {type(name).__name__}"  # whose text may be beyond all bounds
+        for name, value in content.items()
+        if not isinstance(name, str) or not isinstance(value, Tensor)
+    ]
     if others:
         raise CheckpointError(
             f"{path} is no state dict: {_some(others)} are not tensors; weights are looked for at the top or "
             f"under {', '.join(NESTED)}"
         )
-    return {str(name): value.detach() for name, value in content.items()}, header
+    return {name: value.detach() for name, value in content.items()}, header
+
+
+def _entries(value: dict[Any, Any]) -> dict[Any, Any]:
+    """The plain dict in one of a subclass, on which a file may have set attributes that hide its methods."""
+    return {name: dict.__getitem__(value, name) for name in dict.__iter__(value)}
+
+
+BYTES = b"bytearray\n"
+"""How a pickle names the one builtin of torch's allowed list that fills any memory it is told to."""
+
+
+def _check_unpacking(path: Path) -> None:
+    """Refuse a torch file that would take far more memory than it has bytes, before torch reads it.
+
+    Raises:
+        CheckpointError: its records are compressed, overlap or share a name, which torch.save never does; one has a
+            wrong checksum, which torch does not look at; or as ``BYTES``.
+    """
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":  # as torch tells a zip file from its older format
+            with zipfile.ZipFile(file) as archive:
+                total, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+                if total > size:
+                    raise CheckpointError(
+                        f"{path} would unpack to {total:,} bytes from {size:,}; save it again with torch.save"
+                    )
+                names = archive.namelist()
+                if len(set(names)) < len(names):  # of which readers take the first or the last, as they like
+                    raise CheckpointError(f"{path} holds two records of one name; save it again with torch.save")
+                spoiled = archive.testzip()
+                if spoiled is not None:
+                    raise CheckpointError(
+                        f"{path} is damaged: the checksum of its record {_plain(spoiled)} is wrong; copy it again"
+                    )
+                found = any(BYTES in archive.read(name) for name in names if name.endswith("/data.pkl"))
+        else:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                found = content.find(BYTES) >= 0
+    if found:
+        raise CheckpointError(f"{path} holds a bytearray, which may be of any size; save a state dict")
 
 
 def _plain(text: object) -> str:
@@ -134,22 +181,23 @@ def _some(names: Sequence[object]) -> str:
     return ", ".join(_plain(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+def _check_tensors(path: Path, state: Mapping[str, Tensor], size: int) -> None:
     for name, value in state.items():
-        problem = _problem(value)
+        problem = _problem(value, size)
         if problem is not None:
             raise CheckpointError(f"{path}: tensor {_plain(name)!r} {problem}")
 
 
-def _problem(value: Tensor) -> str | None:
-    """Why a tensor cannot serve as weights."""
+def _problem(value: Tensor, size: int) -> str | None:
+    """Why a tensor from a file of ``size`` bytes cannot serve as weights."""
     if value.is_meta:
         return "has no data (it was saved from the meta device)"
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
         return "is sparse, nested or quantized; dense weights are needed"
     if value.is_complex():
         return "is complex; real weights are needed"
-    if value.numel() * value.element_size() > max(value.untyped_storage().nbytes(), 2**20):
+    held = value.untyped_storage().nbytes()
+    if held > size or value.numel() * value.element_size() > max(held, 2**20):
         return f"claims {value.numel():,} values but the file holds fewer"
     if not value.is_floating_point():
         return None
@@ -158,12 +206,22 @@ def _problem(value: Tensor) -> str | None:
             value = value.float()
         except NotImplementedError:
             return f"is {value.dtype}, which torch cannot convert to float32"
-    bad = int((~torch.isfinite(value)).sum())
+    pieces = value.reshape(-1).split(2**20)  # a mask over all of it, and what it takes, would be twice the file
+    bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
     return f"has {bad} NaN or infinite value(s); use an earlier checkpoint" if bad else None
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy the checkpoint's weights into ``model``: every tensor must be there with its shape.
+    """Copy the checkpoint's weights into ``model``; see ``fitting``.
+
+    Raises:
+        CheckpointError: a mismatch, naming the tensors.
+    """
+    model.load_state_dict(fitting(model, checkpoint), strict=False)
+
+
+def fitting(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The checkpoint's tensors by their names in ``model`` (which may be on the meta device): each with its shape.
 
     Prefixes 'module.', '_orig_mod.' and 'model.' are stripped, also nested. Only BatchNorm's
     ``num_batches_tracked`` may be absent (checkpoints before torch 0.4.1 have none; eval mode ignores it).
@@ -192,7 +250,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name, value in state.items():
         if expected[name].is_floating_point() and not value.is_floating_point():
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is {value.dtype}, not floating point")
-    model.load_state_dict(state, strict=False)
+    return state
 
 
 def strip_prefixes(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> dict[str, Tensor]:
