@@ -86,6 +86,7 @@ def main(parts: tuple[str, ...], only_report: bool, small: bool) -> None:
             "seconds": round(time.perf_counter() - began),
         }
         if not small:
+            kept = {**(json.loads(store.read_text()) if store.exists() else {}), part: kept[part]}
             store.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     if not small:
         (RESULTS / "trust.md").write_text(report(kept))

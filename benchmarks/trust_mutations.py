@@ -61,7 +61,10 @@ def batch(content: bytes, suffix: str, first: int, count: int, folder: Path, sto
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
                 try:
-                    model = load_model(read_checkpoint(path))
+                    checkpoint = read_checkpoint(path)
+                    # where the record's own name was hit the file is a foreign one, whose network is named
+                    name = None if checkpoint.model is not None else SPEC.name
+                    model = load_model(checkpoint, name, input_shape=SPEC.input_shape)
                     ended = "loaded"
                     values = [*model.parameters()]
                     if not all(bool(torch.isfinite(value).all()) for value in values):

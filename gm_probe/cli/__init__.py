@@ -9,12 +9,13 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import click
 
 from gm_probe.cli.plain import HANDLER
-from gm_probe.core.errors import ProbeError, did_you_mean, first_line
+from gm_probe.core.errors import ProbeError, did_you_mean, first_line, printable
 
 COMMANDS = {
     "quickstart": "Train, measure and correlate a small sweep on bundled real digits.",
@@ -89,6 +90,8 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=HANDLER)
+    # of odd image files, which are decoded or refused: one line is the file's due, not the library's two beside it
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -99,7 +102,8 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-        _fail(f"{error.format_message().rstrip('.')}{hint}", error.exit_code)
+        message = " ".join(error.format_message().split()).rstrip(".")
+        _fail(f"{message}{hint}", error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; what was finished is kept", 130)
     except BrokenPipeError:  # the reader (head, less) closed early, which is its right
@@ -135,5 +139,5 @@ def _debug(args: list[Any]) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"gmprobe: {message}", file=sys.stderr)
+    print(f"gmprobe: {printable(message)}", file=sys.stderr)
     sys.exit(code)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import mmap
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from gm_probe.core.batches import Normalization
 from gm_probe.core.errors import CheckpointError, UsageError
 from gm_probe.core.files import write_atomic
 from gm_probe.core.models import ModelSpec
+from gm_probe.core.pickles import check_unpacking
 from gm_probe.core.records import CHECKPOINT
 
 HEADER = "gm_probe"
@@ -97,7 +96,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         with warnings.catch_warnings(action="ignore"):  # on odd formats, which are refused in a moment
-            _check_unpacking(path)
+            check_unpacking(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, CheckpointError):
         raise
@@ -134,41 +133,6 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _entries(value: dict[Any, Any]) -> dict[Any, Any]:
     """The plain dict in one of a subclass, on which a file may have set attributes that hide its methods."""
     return {name: dict.__getitem__(value, name) for name in dict.__iter__(value)}
-
-
-BYTES = b"bytearray\n"
-"""How a pickle names the one builtin of torch's allowed list that fills any memory it is told to."""
-
-
-def _check_unpacking(path: Path) -> None:
-    """Refuse a torch file that would take far more memory than it has bytes, before torch reads it.
-
-    Raises:
-        CheckpointError: its records are compressed, overlap or share a name, which torch.save never does; one has a
-            wrong checksum, which torch does not look at; or as ``BYTES``.
-    """
-    with path.open("rb") as file:
-        if file.read(4) == b"PK\x03\x04":  # as torch tells a zip file from its older format
-            with zipfile.ZipFile(file) as archive:
-                total, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
-                if total > size:
-                    raise CheckpointError(
-                        f"{path} would unpack to {total:,} bytes from {size:,}; save it again with torch.save"
-                    )
-                names = archive.namelist()
-                if len(set(names)) < len(names):  # of which readers take the first or the last, as they like
-                    raise CheckpointError(f"{path} holds two records of one name; save it again with torch.save")
-                spoiled = archive.testzip()
-                if spoiled is not None:
-                    raise CheckpointError(
-                        f"{path} is damaged: the checksum of its record {_plain(spoiled)} is wrong; copy it again"
-                    )
-                found = any(BYTES in archive.read(name) for name in names if name.endswith("/data.pkl"))
-        else:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                found = content.find(BYTES) >= 0
-    if found:
-        raise CheckpointError(f"{path} holds a bytearray, which may be of any size; save a state dict")
 
 
 def _plain(text: object) -> str:

@@ -169,6 +169,7 @@ def measure_checkpoint(
         "num_classes": subject.num_classes,
         "batch_size": batches.batch_size,
         "channels_last": batches.channels_last,
+        "skipped": list(examples.skipped),
     }
     if quadrature is not None:
         result["density"] = _densities(subject, part, settings, quadrature, notify)
