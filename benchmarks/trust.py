@@ -4,8 +4,7 @@
     python benchmarks/trust.py checkpoints images   # these parts, anew
     python benchmarks/trust.py --report             # only write the table again
 
-Parts are checkpoints, mutations, code, images, kills, faults, signals, numbers, memory and concurrency; each lives in a
-file of its own beside this one. A row counts what was tried and what held, and names every exception. Rows are kept in
+Parts are checkpoints, mutations, images and faults; each lives in a file of its own beside this one. A row counts what was tried and what held, and names every exception. Rows are kept in
 benchmarks/results/trust.json as they are counted; the table is benchmarks/results/trust.md. Commands go through the
 command line's own ``main`` in forks of one process that has torch loaded.
 """
@@ -28,14 +27,8 @@ RESULTS = HERE / "results"
 PARTS = {
     "checkpoints": "trust_checkpoints",
     "mutations": "trust_mutations",
-    "code": "trust_code",
     "images": "trust_images",
-    "kills": "trust_kills",
     "faults": "trust_faults",
-    "signals": "trust_signals",
-    "numbers": "trust_numbers",
-    "memory": "trust_memory",
-    "concurrency": "trust_concurrency",
 }
 Kept = dict[str, dict[str, object]]
 

@@ -406,8 +406,12 @@ def written(files: Callable[[], dict[str, bytes]], folder: Path, every: int) -> 
 
 
 def run(small: bool) -> tuple[list[Row], list[str]]:
-    code_row = Row("files that run code where they are let: no canary sings; exit 3, one line with file and reason")
-    broken_row = Row("broken files, unusable weights: exit 3, one line with file and reason, memory < 2 × file")
+    code_row = Row(
+        "files that run code where they are let: no canary sings; exit 3, one line with file and reason"
+    )
+    broken_row = Row(
+        "broken files, unusable weights: exit 3, one line with file and reason, memory < 2 × file"
+    )
     path_row = Row("paths that are no files: exit 3 (7 where the system refuses the name), one line")
     every = 12 if small else 1
     with tempfile.TemporaryDirectory() as name:
@@ -444,7 +448,9 @@ def run(small: bool) -> tuple[list[Row], list[str]]:
                 most = max(most, above / size)
         for case, path in odd_paths(folder).items():
             refused = len(path.name) > 255
-            path_row.add(case, one_line(measured(path), 7 if refused else 3, str(path)[: 150 if refused else None]))
+            path_row.add(
+                case, one_line(measured(path), 7 if refused else 3, str(path)[: 150 if refused else None])
+            )
     note = (
         f"the most that a file of over 10 MB took beyond a sound small one: {most:.2f} × its size "
         f"(allowed: 2 × and {NOISE >> 20} MiB)"

@@ -216,7 +216,11 @@ def arrays(folder: Path) -> dict[str, Path]:
     np.savez(folder / "whole.npz", x=x)
     whole = (folder / "whole.npz").read_bytes()
     head = b"\x93NUMPY\x01\x00" + struct.pack("<H", 118)
-    lying = head + b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 1, 8, 8), }".ljust(117) + b"\n"
+    lying = (
+        head
+        + b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 1, 8, 8), }".ljust(117)
+        + b"\n"
+    )
     raw = {
         "cut.npz": whole[: len(whole) // 2],
         "empty.npz": b"",
@@ -269,10 +273,14 @@ def streamed() -> None:
 def run(small: bool) -> tuple[list[Row], list[str]]:
     good = Row("odd images: decoded to the right colour, in memory and streamed")
     bad = Row("broken images and bombs: exit 4, one line with the file, memory < 64 MiB above")
-    entries = Row("what is no file among images: exit 4 with its path (folders and loops of links: passed over)")
+    entries = Row(
+        "what is no file among images: exit 4 with its path (folders and loops of links: passed over)"
+    )
     array_row = Row("array files that are no data: exit 4 (2 for another suffix), one line with the file")
     skip = Row("--skip-bad: exit 0, the files left out counted and listed in the result and on stderr")
-    fuzz = Row("seeded mutations of images of seven formats: decoded or refused with the path; no crash or hang")
+    fuzz = Row(
+        "seeded mutations of images of seven formats: decoded or refused with the path; no crash or hang"
+    )
     notes: list[str] = []
     every = 9 if small else 1
     with tempfile.TemporaryDirectory() as name:
@@ -283,7 +291,9 @@ def run(small: bool) -> tuple[list[Row], list[str]]:
 
         def measured(data: Path, *more: object, before: Callable[[], Any] | None = None) -> Any:
             options = [*command, *more]
-            return gmprobe("measure", model, "--unlabeled", data, "--channels", 1, *options, before=before, within=60)
+            return gmprobe(
+                "measure", model, "--unlabeled", data, "--channels", 1, *options, before=before, within=60
+            )
 
         cases = list(files().items())
         lone = folder / "lone"
@@ -377,7 +387,9 @@ def _unreadable(folder: Path, measured: Callable[..., Any]) -> tuple[str, str | 
 
     ran = fork(attempt) if os.getuid() == 0 else measured(lone)
     _remove(lone)
-    return "a file without permission", None if ran.code == (0 if os.getuid() == 0 else 4) else f"{ran.code} {ran.err}"
+    return "a file without permission", None if ran.code == (
+        0 if os.getuid() == 0 else 4
+    ) else f"{ran.code} {ran.err}"
 
 
 def _mixed(folder: Path) -> Path:
@@ -400,7 +412,15 @@ def _mixed(folder: Path) -> Path:
 def _skipped_in_measure(folder: Path, measured: Callable[..., Any]) -> str | None:
     data = _mixed(folder)
     ran = gmprobe(
-        "measure", folder / "warm", "--unlabeled", data, "--skip-bad", "--no-normalize", "--measures", "mean_entropy", "--json"
+        "measure",
+        folder / "warm",
+        "--unlabeled",
+        data,
+        "--skip-bad",
+        "--no-normalize",
+        "--measures",
+        "mean_entropy",
+        "--json",
     )
     if ran.code != 0:
         return f"exit {ran.code}: {ran.err}"
@@ -440,7 +460,9 @@ def _all_bad(folder: Path, measured: Callable[..., Any]) -> str | None:
 
 def _listing(folder: Path, measured: Callable[..., Any], count: int, notes: list[str]) -> Row:
     """A folder of so many entries, three of them images; and one of so many that are named as images and are empty."""
-    row = Row(f"a folder of {count:,} entries: the three images in it measured; empty images by the million: exit 4")
+    row = Row(
+        f"a folder of {count:,} entries: the three images in it measured; empty images by the million: exit 4"
+    )
     many = folder / "many"
     many.mkdir()
     for suffix, problem_of in ((".txt", None), (".png", 4)):
@@ -464,7 +486,9 @@ def _listing(folder: Path, measured: Callable[..., Any], count: int, notes: list
             row.add("other names", None if found == 3 else str(found))
         else:
             row.add("names of images", one_line(ran, problem_of, many))
-        notes.append(f"{count:,} entries named x….{suffix[1:]}: {seconds:.1f} s, peak {ran.peak / 1e6:.0f} MB")
+        notes.append(
+            f"{count:,} entries named x….{suffix[1:]}: {seconds:.1f} s, peak {ran.peak / 1e6:.0f} MB"
+        )
         for path in os.scandir(many):
             os.unlink(path)
     return row

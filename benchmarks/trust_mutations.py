@@ -30,7 +30,9 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     data = bytearray(content)
     for _ in range(draw.choice([1, 1, 2, 4, 16])):
         # headers and directories are small: half of all changes go to them
-        low, high = draw.choice([(0, len(data)), (0, min(700, len(data))), (max(0, len(data) - 700), len(data))])
+        low, high = draw.choice(
+            [(0, len(data)), (0, min(700, len(data))), (max(0, len(data) - 700), len(data))]
+        )
         at = draw.randrange(low, high)
         match draw.randrange(7):
             case 0:
@@ -44,7 +46,9 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
             case 4:
                 data[at:at] = draw.randbytes(draw.choice([1, 4, 8]))
             case 5:
-                data[at : at + 4] = draw.choice([b"\xff" * 4, bytes(4), b"\x7f" + b"\xff" * 3, b"\x00\x00\x00\x80"])
+                data[at : at + 4] = draw.choice(
+                    [b"\xff" * 4, bytes(4), b"\x7f" + b"\xff" * 3, b"\x00\x00\x00\x80"]
+                )
             case 6 if draw.random() < 0.2:
                 del data[at:]
         if len(data) < 8:
@@ -93,7 +97,9 @@ def count(content: bytes, suffix: str, total: int, folder: Path, row: Row) -> Co
             found[how.split(":")[0]] += 1
             row.add(f"{suffix}, seed {number}", None if how in {"loaded", "refused"} else how)
         if ran.err.strip():
-            row.exceptions.append(f"{suffix}, seeds {seed} to {seed + size}: on stderr {ran.err.strip()[:200]}")
+            row.exceptions.append(
+                f"{suffix}, seeds {seed} to {seed + size}: on stderr {ran.err.strip()[:200]}"
+            )
         seed += len(ended)
         if len(ended) < size:  # the next one took the process with it
             how = "hung" if ran.code is None else f"killed the interpreter (exit {ran.code})"
@@ -121,8 +127,12 @@ def run(small: bool) -> tuple[list[Row], list[str]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for suffix, content in files(folder).items():
-            row = Row(f"seeded mutations of a {suffix} file: loads clean or exit 3; no crash, hang or warning")
+            row = Row(
+                f"seeded mutations of a {suffix} file: loads clean or exit 3; no crash, hang or warning"
+            )
             found = count(content, suffix, 120 if small else COUNT, folder, row)
             rows.append(row)
-            notes.append(f"{suffix}: " + ", ".join(f"{number:,} {how}" for how, number in found.most_common()))
+            notes.append(
+                f"{suffix}: " + ", ".join(f"{number:,} {how}" for how, number in found.most_common())
+            )
     return rows, notes

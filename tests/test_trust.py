@@ -32,9 +32,7 @@ def trust() -> Iterator[SimpleNamespace]:
     import trust_images
     import trust_mutations
 
-    yield SimpleNamespace(
-        checkpoints=trust_checkpoints, images=trust_images, mutations=trust_mutations
-    )
+    yield SimpleNamespace(checkpoints=trust_checkpoints, images=trust_images, mutations=trust_mutations)
     sys.path.remove(str(BENCHMARKS))
 
 
@@ -204,7 +202,9 @@ def test_what_is_skipped_is_counted_and_listed(tmp_path: Path, capsys: pytest.Ca
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "0.png").touch()
-    with pytest.raises(DataError, match=r"none of 1 images can be decoded; the first: cannot decode .*0\.png"):
+    with pytest.raises(
+        DataError, match=r"none of 1 images can be decoded; the first: cannot decode .*0\.png"
+    ):
         open_source(str(tmp_path), labeled=False, skip_bad=True)
 
 

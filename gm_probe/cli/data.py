@@ -42,7 +42,9 @@ _OPTIONS = (
     ),
     click.option("--channels", type=click.Choice(["1", "3"]), help="Read a folder's images as grey or RGB."),
     click.option(
-        "--skip-bad", is_flag=True, help="Leave out images that cannot be decoded; they are counted and listed."
+        "--skip-bad",
+        is_flag=True,
+        help="Leave out images that cannot be decoded; they are counted and listed.",
     ),
     click.option(
         "--num-classes",

@@ -57,7 +57,10 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 @click.option("--download", is_flag=True, default=None, help="Let torchvision download what is missing.")
 @click.option("--image-size", type=click.IntRange(1), help="Resize images to this many pixels a side.")
 @click.option(
-    "--skip-bad", is_flag=True, default=None, help="Leave out images that cannot be decoded; split.json lists them."
+    "--skip-bad",
+    is_flag=True,
+    default=None,
+    help="Leave out images that cannot be decoded; split.json lists them.",
 )
 @click.option("--num-train", type=click.IntRange(1), help="Training examples.  [default: all that remain]")
 @click.option(

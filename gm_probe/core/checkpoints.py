@@ -118,7 +118,9 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
     for _ in range(3):  # bounded: a hostile file may nest itself in itself
         content = next((_entries(content[k]) for k in NESTED if isinstance(content.get(k), dict)), content)
     others = [
-        name if isinstance(name, str) else f"a key of {type(name).__name__}"  # whose text may be beyond all bounds
+        name
+        if isinstance(name, str)
+        else f"a key of {type(name).__name__}"  # whose text may be beyond all bounds
         for name, value in content.items()
         if not isinstance(name, str) or not isinstance(value, Tensor)
     ]
@@ -170,7 +172,9 @@ def _problem(value: Tensor, size: int) -> str | None:
             value = value.float()
         except NotImplementedError:
             return f"is {value.dtype}, which torch cannot convert to float32"
-    pieces = value.reshape(-1).split(2**20)  # a mask over all of it, and what it takes, would be twice the file
+    pieces = value.reshape(-1).split(
+        2**20
+    )  # a mask over all of it, and what it takes, would be twice the file
     bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
     return f"has {bad} NaN or infinite value(s); use an earlier checkpoint" if bad else None
 

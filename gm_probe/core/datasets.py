@@ -134,9 +134,7 @@ def open_source(
             parts = [part.unlabeled() for part in parts]
         return Source(*parts)
     if path.is_dir():
-        read = partial(
-            _folder, labeled=labeled, channels=channels, image_size=image_size, skip_bad=skip_bad
-        )
+        read = partial(_folder, labeled=labeled, channels=channels, image_size=image_size, skip_bad=skip_bad)
         train = path / "train"
         test = next((path / part for part in TEST_PARTS if (path / part).is_dir()), None)
         if train.is_dir() and test is not None:

@@ -55,6 +55,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out: Python's, torch's on a GPU, or its CPU allocator's."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text
+
+
 def printable(text: str) -> str:
     """``text`` as one line that cannot steer a terminal: files and folders may have any name."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

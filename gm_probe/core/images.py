@@ -124,7 +124,9 @@ def sound(files: Sequence[Path]) -> tuple[list[int], list[str]]:
         return None
 
     problems = _in_threads(problem, files)
-    return [i for i, text in enumerate(problems) if text is None], [text for text in problems if text is not None]
+    return [i for i, text in enumerate(problems) if text is None], [
+        text for text in problems if text is not None
+    ]
 
 
 def decode_all(files: Sequence[Path], channels: int | None, image_size: int | None) -> Tensor:
@@ -213,10 +215,9 @@ def decode(file: Path, channels: int | None, size: int | None) -> np.ndarray:
     """
     with _opened(file) as image:
         try:
+            picture = image
             if _is_deep(image):  # Pillow's own conversion clips at 255 instead of scaling
                 picture = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            else:
-                picture = image
             grey = channels == 1 or (channels is None and _is_grey(picture))
             picture = picture.convert("L" if grey else "RGB")
             if size is not None:

@@ -1,4 +1,4 @@
-"""What unpickling a torch file would take, found without doing it: torch's ``weights_only`` bounds what, not how much."""
+"""What unpickling a torch file would take, found without doing it: ``weights_only`` bounds what, not how much."""
 
 from __future__ import annotations
 
