@@ -4,8 +4,9 @@
     python benchmarks/trust.py checkpoints images   # these parts, anew
     python benchmarks/trust.py --report             # only write the table again
 
-Parts are checkpoints, mutations, images and faults; each lives in a file of its own beside this one. A row counts what was tried and what held, and names every exception. Rows are kept in
-benchmarks/results/trust.json as they are counted; the table is benchmarks/results/trust.md. Commands go through the
+Parts are checkpoints, mutations and images; each lives in a file of its own beside this one. A row counts what
+was tried and what held, and names every exception. Rows are kept in benchmarks/results/trust.json as they are counted;
+the table is benchmarks/results/trust.md. Commands go through the
 command line's own ``main`` in forks of one process that has torch loaded.
 """
 
@@ -28,7 +29,6 @@ PARTS = {
     "checkpoints": "trust_checkpoints",
     "mutations": "trust_mutations",
     "images": "trust_images",
-    "faults": "trust_faults",
 }
 Kept = dict[str, dict[str, object]]
 

@@ -23,11 +23,11 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from trust_run import NOISE, Ran, Row, digits, fork, gmprobe, one_line, warm
 
 from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import HEADER, save_checkpoint
 from gm_probe.core.models import ModelSpec, build_model
-from trust_run import NOISE, Ran, Row, digits, fork, gmprobe, one_line, warm
 
 SPEC = ModelSpec("mlp-8", (1, 8, 8), 10)
 BIG = 4_000_000  # values of a tensor, where the size of the file should show

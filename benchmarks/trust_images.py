@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
+from trust_run import Row, fork, gmprobe, one_line, warm
 
 from gm_probe.core import images
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import DataError
-from trust_run import Row, fork, gmprobe, one_line, warm
 
 SIZE = 8
 COUNT, BATCH = 4_000, 500
@@ -145,15 +145,15 @@ def files() -> dict[str, tuple[bytes, Expected]]:
         "just over the cap.png": (png(8_000, 8_001, b""), None),
         "bomb.jpg": (bomb, None),
         "bomb.gif": (b"GIF89a\xff\xff\xff\xff\x00\x00\x00,\0\0\0\0\xff\xff\xff\xff\x00\x02\x02D\x01\x00;", None),
-        "bomb.bmp": (b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 2**30, 2**30, 1, 24, 0, 0, 0, 0, 0, 0), None),
+        "bomb.bmp": (b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 2**30, 2**30, 1, 24, 0, 0, 0, 0, 0, 0), None),  # noqa: E501
         "bomb.ppm": (b"P6 999999 999999 255\n", None),
-        "text that unpacks to 1 GB.png": (png(8, 8, bytes(25 * 8), chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), None),
-        "profile that unpacks to 100 MB.png": (png(8, 8, bytes(25 * 8), chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))), None),
+        "text that unpacks to 1 GB.png": (png(8, 8, bytes(25 * 8), chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), None),  # noqa: E501
+        "profile that unpacks to 100 MB.png": (png(8, 8, bytes(25 * 8), chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))), None),  # noqa: E501
         "no pixels.png": (png(0, 0, b""), None),
         "zero high.ppm": (b"P6 8 0 255\n", None),
         "32 bits.tif": (saved(plain("I", 70000), "TIFF"), None),
         "float.tif": (saved(plain("F", 0.5), "TIFF"), None),
-        "unknown compression.tif": (saved(plain(), "TIFF").replace(struct.pack("<HHII", 259, 3, 1, 1), struct.pack("<HHII", 259, 3, 1, 9999)), None),
+        "unknown compression.tif": (saved(plain(), "TIFF").replace(struct.pack("<HHII", 259, 3, 1, 1), struct.pack("<HHII", 259, 3, 1, 9999)), None),  # noqa: E501
         "offsets in a circle.tif": (b"II*\0\x08\0\0\0\0\0\x08\0\0\0", None),
         **{f"lossy {form}.{form}": (saved(plain(), form.upper(), quality=100), lossy) for form in ("webp",)},
     }  # fmt: skip
@@ -348,7 +348,9 @@ def run(small: bool) -> tuple[list[Row], list[str]]:
         seed, total = 0, 200 if small else COUNT
         while seed < total:
             store = folder / "log"
-            ran = fork(lambda seed=seed: mutated(seed, min(BATCH, total - seed), folder, store), 120)
+            ran = fork(
+                lambda seed=seed, store=store: mutated(seed, min(BATCH, total - seed), folder, store), 120
+            )
             ended = [json.loads(line) for line in store.read_text().splitlines()]
             for number, how in ended:
                 fuzz.add(f"seed {number}", None if how in {"decoded", "refused"} else how)
@@ -478,7 +480,7 @@ def _listing(folder: Path, measured: Callable[..., Any], count: int, notes: list
             for index in range(3):
                 (many / f"{index}.png").write_bytes(saved(noisy(), "PNG"))
         began = time.perf_counter()
-        ran = gmprobe("measure", folder / "warm", "--unlabeled", many, "--no-normalize", "--measures", "mean_entropy", "--json",
+        ran = gmprobe("measure", folder / "warm", "--unlabeled", many, "--no-normalize", "--measures", "mean_entropy", "--json",  # noqa: E501
                       "--channels", 1, "-q", within=300)  # fmt: skip
         seconds = time.perf_counter() - began
         if problem_of is None:
@@ -490,5 +492,5 @@ def _listing(folder: Path, measured: Callable[..., Any], count: int, notes: list
             f"{count:,} entries named x….{suffix[1:]}: {seconds:.1f} s, peak {ran.peak / 1e6:.0f} MB"
         )
         for path in os.scandir(many):
-            os.unlink(path)
+            os.unlink(path)  # noqa: PTH108  a million of them
     return row

@@ -146,10 +146,10 @@ def digits(folder: Path, count: int = 60, labels: bool = True) -> Path:
 
 def warm(folder: Path) -> None:
     """Load what forks would otherwise each load: torch's lazy parts, by a small training, measurement and report."""
-    import torchvision  # noqa: F401
-
     from contextlib import redirect_stderr, redirect_stdout
     from io import StringIO
+
+    import torchvision  # noqa: F401
 
     from gm_probe.cli import main
 
@@ -161,4 +161,5 @@ def warm(folder: Path) -> None:
             try:
                 main([*command.split()])
             except SystemExit as stop:
-                assert not stop.code, command
+                if stop.code:
+                    raise RuntimeError(command) from stop

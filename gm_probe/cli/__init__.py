@@ -85,7 +85,8 @@ def cli(debug: bool) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code.
 
-    Codes: 0 ok, 1 internal, 2 usage, 3 checkpoint, 4 data, 5 diverged, 6 resources, 7 I/O, 130 interrupted, 143 terminated.
+    Codes: 0 ok, 1 internal, 2 usage, 3 checkpoint, 4 data, 5 diverged, 6 resources, 7 I/O, 130 interrupted,
+    143 terminated.
     """
     args = sys.argv[1:] if args is None else args
     for stream in (sys.stdout, sys.stderr):

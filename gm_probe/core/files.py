@@ -220,7 +220,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _lock(file: IO[str], folder: Path, *, wait: bool) -> None:
+def _lock(file: IO[Any] | io.FileIO, folder: Path, *, wait: bool) -> None:
     if fcntl is None:
         return
     try:
@@ -239,7 +239,8 @@ def _require_no_other_machine(folder: Path) -> None:
     holder = _holder(folder)
     if holder is not None and holder[0] != socket.gethostname() and held(folder):
         raise BusyError(
-            f"{holder[0]} is working on {folder}, or was within the last {STALE:g} s; wait for it to end, or for that long"
+            f"{holder[0]} is working on {folder}, or was within the last {STALE:g} s; "
+            "wait for it to end, or for that long"
         )
 
 

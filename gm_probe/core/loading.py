@@ -56,7 +56,9 @@ def load_model(
     spec = ModelSpec(
         name, input_shape or (3, 32, 32), num_classes or _rows_of_last_matrix(checkpoint), temperature
     )
-    if not spec.is_user_code:  # before it takes memory: the record, or a head, may claim a network of any size
+    if (
+        not spec.is_user_code
+    ):  # before it takes memory: the record, or a head, may claim a network of any size
         try:
             with torch.device("meta"):
                 fitting(build_model(spec), checkpoint)

@@ -258,12 +258,12 @@ class Training:
 
     def _saved(self) -> dict[str, Tensor]:
         """What a state is made of, by what it is called."""
-        found = {f"weight {name!r}": value for name, value in self.model.named_parameters()}
+        found: dict[str, Tensor] = {f"weight {name!r}": p for name, p in self.model.named_parameters()}
         found |= {f"buffer {name!r}": value for name, value in self.model.named_buffers()}
         if self.updates.average is not None:
             average = self.updates.average.module.named_parameters()
             found |= {f"the average of weight {name!r}": value for name, value in average}
-        names = {value: name for name, value in self.model.named_parameters()}
+        names: dict[Tensor, str] = {value: name for name, value in self.model.named_parameters()}
         for weight, state in self.updates.optimizer.state.items():
             tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             found |= {
