@@ -92,9 +92,7 @@ def _along(results: Results) -> Figure:
     _finish(tracked, SPENT, rf"$S_\rho$, $\rho$ = {TRACK_RHO:g}, K = 1")
     handles, labels = errors.get_legend_handles_labels()
     if handles:  # one for both panels, in neither's way
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8
-        )
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
         for axes in (errors, tracked):
             if axes.get_legend() is not None:
                 axes.get_legend().remove()
