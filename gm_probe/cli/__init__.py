@@ -9,12 +9,14 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import click
 
 from gm_probe.cli.plain import HANDLER
-from gm_probe.core.errors import ProbeError, did_you_mean, first_line
+from gm_probe.core.errors import ProbeError, did_you_mean, first_line, out_of_memory, printable
+from gm_probe.core.signals import TERMINATED, Terminated, on_sigterm, terminate
 
 COMMANDS = {
     "quickstart": "Train, measure and correlate a small sweep on bundled real digits.",
@@ -83,14 +85,20 @@ def cli(debug: bool) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code.
 
-    Codes: 0 ok, 1 internal, 2 usage, 3 checkpoint, 4 data, 5 diverged, 6 resources, 7 I/O, 130 interrupted.
+    Codes: 0 ok, 1 internal, 2 usage, 3 checkpoint, 4 data, 5 diverged, 6 resources, 7 I/O, 130 interrupted,
+    143 terminated.
     """
     args = sys.argv[1:] if args is None else args
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=HANDLER)
+    # of odd image files, which are decoded or refused: one line is the file's due, not the library's two beside it
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
+        with on_sigterm(terminate):
+            cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
+    except Terminated as stop:
+        _fail(stop.message, TERMINATED)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -99,7 +107,8 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-        _fail(f"{error.format_message().rstrip('.')}{hint}", error.exit_code)
+        message = " ".join(error.format_message().split()).rstrip(".")
+        _fail(f"{message}{hint}", error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; what was finished is kept", 130)
     except BrokenPipeError:  # the reader (head, less) closed early, which is its right
@@ -113,11 +122,7 @@ def main(args: list[str] | None = None) -> None:
         _fail(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
         _debug(args)
-        if (
-            isinstance(error, MemoryError)
-            or "out of memory" in str(error).lower()
-            or "can't allocate" in str(error)
-        ):
+        if out_of_memory(error):
             _fail(f"out of memory ({first_line(error)}); lower --batch-size or --max-examples", 6)
         _fail(f"internal error: {first_line(error)}; run again as `gmprobe --debug ...` to report it", 1)
     except Exception as error:  # noqa: BLE001  the last resort: a stranger gets a line, --debug gets the rest
@@ -135,5 +140,5 @@ def _debug(args: list[Any]) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"gmprobe: {message}", file=sys.stderr)
+    print(f"gmprobe: {printable(message)}", file=sys.stderr)
     sys.exit(code)

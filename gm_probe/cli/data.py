@@ -42,6 +42,11 @@ _OPTIONS = (
     ),
     click.option("--channels", type=click.Choice(["1", "3"]), help="Read a folder's images as grey or RGB."),
     click.option(
+        "--skip-bad",
+        is_flag=True,
+        help="Leave out images that cannot be decoded; they are counted and listed.",
+    ),
+    click.option(
         "--num-classes",
         type=click.IntRange(2),
         help="Classes of a foreign checkpoint.  [default: its head's]",
@@ -74,6 +79,7 @@ class DataOptions:
     no_normalize: bool
     image_size: int | None
     channels: str | None
+    skip_bad: bool
     num_classes: int | None
     data_root: Path | None
     download: bool
@@ -83,8 +89,10 @@ class DataOptions:
 
     def require_source(self) -> None:
         """Raise UsageError where an option is given that says how to read data which is not named."""
-        if self.part or self.image_size or self.channels:
-            raise UsageError("--part, --image-size and --channels go with --unlabeled or --labeled DATA")
+        if self.part or self.image_size or self.channels or self.skip_bad:
+            raise UsageError(
+                "--part, --image-size, --channels and --skip-bad go with --unlabeled or --labeled DATA"
+            )
 
     def open(self, source: str, *, labeled: bool) -> tuple[Examples, str, str | None]:
         """The examples of ``source``, the name of their part, and a note where a part was chosen unasked."""
@@ -97,6 +105,7 @@ class DataOptions:
             download=self.download,
             channels=int(self.channels) if self.channels else None,
             image_size=self.image_size,
+            skip_bad=self.skip_bad,
         )
         if opened.test is None:
             if self.part == "test":

@@ -110,6 +110,12 @@ ALONE = 0.8
 def warn(result: dict[str, Any]) -> None:
     """What did not converge, is undefined or looks wrong, one line each on stderr."""
     console = notes_console()
+    if result["out_of_memory_at"] is not None:
+        note(
+            console,
+            f"note: out of memory on batches of {result['out_of_memory_at']}: went on with {result['batch_size']}, "
+            "which changes no figure; --batch-size or --memory spare the attempt",
+        )
     for name, row in result["measures"].items():
         if row["value"] is None:
             note(console, f"note: {name} is undefined: {row['reason']}")

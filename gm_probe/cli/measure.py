@@ -15,7 +15,15 @@ from gm_probe.cli.data import DataOptions, data_options, floats
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
 from gm_probe.cli.figures import as_rows, print_result, warn
 from gm_probe.cli.live import live_view
-from gm_probe.cli.output import FIGURE_SUFFIXES, format_options, note, notes_console, print_csv, print_json
+from gm_probe.cli.output import (
+    FIGURE_SUFFIXES,
+    format_options,
+    note,
+    note_skipped,
+    notes_console,
+    print_csv,
+    print_json,
+)
 from gm_probe.cli.progress import Bar, progress_bar
 from gm_probe.core.errors import CheckpointError, ProbeError, UsageError
 
@@ -246,7 +254,8 @@ def measure(
     if many:
         part, hint = OWN_UNLABELED, None
         if source is not None:
-            _, part, hint = data.open(source, labeled=labeled is not None)
+            opened_once, part, hint = data.open(source, labeled=labeled is not None)
+            note_skipped(notes_console(quiet), opened_once.skipped)
         if hint and not quiet:
             note(notes_console(), f"note: {hint}")
         opened = own_unlabeled if source is None else partial(_opened, data, source, labeled is not None)
@@ -265,6 +274,7 @@ def measure(
         examples, measured_part = None, OWN_UNLABELED
         if source is not None:
             examples, measured_part, hint = data.open(source, labeled=labeled is not None)
+            note_skipped(notes_console(quiet), examples.skipped)
             if hint and not quiet:
                 note(notes_console(), f"note: {hint}")
         results: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gm_probe.cli.plain import plain
+from gm_probe.core.errors import printable
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 """What figures may be written as."""
@@ -96,4 +97,11 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def note(console: Console, text: str) -> None:
     """A line for a person on ``console``, never wrapped where no terminal asks for it."""
-    console.print(text, markup=False, soft_wrap=not console.is_terminal)
+    console.print(printable(text), markup=False, soft_wrap=not console.is_terminal)
+
+
+def note_skipped(console: Console, skipped: Sequence[str]) -> None:
+    """Say which files were left out; ``skipped`` are their errors."""
+    if skipped:
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        note(console, f"warning: {len(skipped)} file(s) left out: {'; '.join(skipped[:3])}{more}")

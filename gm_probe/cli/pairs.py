@@ -12,6 +12,7 @@ from gm_probe.cli.data import DataOptions, data_options
 from gm_probe.cli.output import (
     format_options,
     note,
+    note_skipped,
     notes_console,
     number,
     print_csv,
@@ -100,6 +101,7 @@ def pairs(
     else:
         examples, used_part, hint = data.open(unlabeled, labeled=False)
         notes += [hint] if hint else []
+        note_skipped(notes_console(quiet), examples.skipped)
     examples = examples.subset(data.max_examples, seed)
     outputs, models = _all_outputs(paths, examples, quiet=quiet, **loading)
     with progress_bar("pairs", len(paths) * (len(paths) - 1) // 2, quiet=quiet) as bar:
@@ -112,6 +114,7 @@ def pairs(
         "excluded": [{"run": str(path), "reason": reason} for path, reason in excluded],
         "num_examples": report.num_examples,
         "num_classes": report.num_classes,
+        "skipped": list(examples.skipped),
         "settings": {
             "data": examples.source,
             "part": used_part,

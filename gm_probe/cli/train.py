@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.output import note, notes_console, number, print_json, results_console, table
+from gm_probe.cli.output import note, note_skipped, notes_console, number, print_json, results_console, table
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.tensorboard import Events
 from gm_probe.core.errors import UsageError
@@ -56,6 +56,12 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 @click.option("--data-root", metavar="DIR", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, default=None, help="Let torchvision download what is missing.")
 @click.option("--image-size", type=click.IntRange(1), help="Resize images to this many pixels a side.")
+@click.option(
+    "--skip-bad",
+    is_flag=True,
+    default=None,
+    help="Leave out images that cannot be decoded; split.json lists them.",
+)
 @click.option("--num-train", type=click.IntRange(1), help="Training examples.  [default: all that remain]")
 @click.option(
     "--labels",
@@ -181,6 +187,7 @@ def train(
     from gm_probe.sweep.recipe import run_name
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
+    from gm_probe.training.parts import load_splits, skipped
 
     console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
     settings = {key: value for key, value in given.items() if value is not None}
@@ -199,6 +206,7 @@ def train(
     keep_freed_memory()
     with processes.joined(pick_device(config.device)):
         speaks = processes.rank() == 0  # of several processes, one prints and writes
+        note_skipped(console, skipped(load_splits(config)) if config.skip_bad else ())
         events = Events(out) if tensorboard and speaks else None
         with progress_bar("epochs", config.epochs, quiet=quiet or not speaks) as bar:
 

@@ -20,6 +20,7 @@ from gm_probe.core.batches import Normalization
 from gm_probe.core.errors import CheckpointError, UsageError
 from gm_probe.core.files import write_atomic
 from gm_probe.core.models import ModelSpec
+from gm_probe.core.pickles import check_unpacking
 from gm_probe.core.records import CHECKPOINT
 
 HEADER = "gm_probe"
@@ -65,7 +66,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         state, header = _read_torch(path)
     if not state:
         raise CheckpointError(f"{path} holds no tensors")
-    _check_tensors(path, state)
+    _check_tensors(path, state, path.stat().st_size)
     if header is None:
         return Checkpoint(path, state, None, None, ())
     try:
@@ -95,8 +96,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         with warnings.catch_warnings(action="ignore"):  # on odd formats, which are refused in a moment
+            check_unpacking(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
+    except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # torch, zipfile and the unpickler raise many kinds on a broken file
         code = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
@@ -109,19 +111,30 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
         raise CheckpointError(
             f"{path} is not a readable checkpoint: {type(error).__name__}: {_plain(reason)}"
         ) from error
-    header = content.get(HEADER) if isinstance(content, Mapping) else None
-    for _ in range(3):  # bounded: a hostile file may nest itself in itself
-        if isinstance(content, Mapping):
-            content = next((content[k] for k in NESTED if isinstance(content.get(k), Mapping)), content)
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
-    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    content = _entries(content)
+    header = content.get(HEADER)
+    for _ in range(3):  # bounded: a hostile file may nest itself in itself
+        content = next((_entries(content[k]) for k in NESTED if isinstance(content.get(k), dict)), content)
+    others = [
+        name
+        if isinstance(name, str)
+        else f"a key of {type(name).__name__}"  # whose text may be beyond all bounds
+        for name, value in content.items()
+        if not isinstance(name, str) or not isinstance(value, Tensor)
+    ]
     if others:
         raise CheckpointError(
             f"{path} is no state dict: {_some(others)} are not tensors; weights are looked for at the top or "
             f"under {', '.join(NESTED)}"
         )
-    return {str(name): value.detach() for name, value in content.items()}, header
+    return {name: value.detach() for name, value in content.items()}, header
+
+
+def _entries(value: dict[Any, Any]) -> dict[Any, Any]:
+    """The plain dict in one of a subclass, on which a file may have set attributes that hide its methods."""
+    return {name: dict.__getitem__(value, name) for name in dict.__iter__(value)}
 
 
 def _plain(text: object) -> str:
@@ -134,22 +147,23 @@ def _some(names: Sequence[object]) -> str:
     return ", ".join(_plain(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+def _check_tensors(path: Path, state: Mapping[str, Tensor], size: int) -> None:
     for name, value in state.items():
-        problem = _problem(value)
+        problem = _problem(value, size)
         if problem is not None:
             raise CheckpointError(f"{path}: tensor {_plain(name)!r} {problem}")
 
 
-def _problem(value: Tensor) -> str | None:
-    """Why a tensor cannot serve as weights."""
+def _problem(value: Tensor, size: int) -> str | None:
+    """Why a tensor from a file of ``size`` bytes cannot serve as weights."""
     if value.is_meta:
         return "has no data (it was saved from the meta device)"
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
         return "is sparse, nested or quantized; dense weights are needed"
     if value.is_complex():
         return "is complex; real weights are needed"
-    if value.numel() * value.element_size() > max(value.untyped_storage().nbytes(), 2**20):
+    held = value.untyped_storage().nbytes()
+    if held > size or value.numel() * value.element_size() > max(held, 2**20):
         return f"claims {value.numel():,} values but the file holds fewer"
     if not value.is_floating_point():
         return None
@@ -158,12 +172,24 @@ def _problem(value: Tensor) -> str | None:
             value = value.float()
         except NotImplementedError:
             return f"is {value.dtype}, which torch cannot convert to float32"
-    bad = int((~torch.isfinite(value)).sum())
+    pieces = value.reshape(-1).split(
+        2**20
+    )  # a mask over all of it, and what it takes, would be twice the file
+    bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
     return f"has {bad} NaN or infinite value(s); use an earlier checkpoint" if bad else None
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy the checkpoint's weights into ``model``: every tensor must be there with its shape.
+    """Copy the checkpoint's weights into ``model``; see ``fitting``.
+
+    Raises:
+        CheckpointError: a mismatch, naming the tensors.
+    """
+    model.load_state_dict(fitting(model, checkpoint), strict=False)
+
+
+def fitting(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The checkpoint's tensors by their names in ``model`` (which may be on the meta device): each with its shape.
 
     Prefixes 'module.', '_orig_mod.' and 'model.' are stripped, also nested. Only BatchNorm's
     ``num_batches_tracked`` may be absent (checkpoints before torch 0.4.1 have none; eval mode ignores it).
@@ -192,7 +218,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name, value in state.items():
         if expected[name].is_floating_point() and not value.is_floating_point():
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is {value.dtype}, not floating point")
-    model.load_state_dict(state, strict=False)
+    return state
 
 
 def strip_prefixes(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> dict[str, Tensor]:

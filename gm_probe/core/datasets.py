@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gm_probe.core.errors import DataError, UsageError, did_you_mean, first_line
 from gm_probe.core.files import default_data_root
-from gm_probe.core.images import SUFFIXES, ImageFiles, images_below, open_images, unreadable
+from gm_probe.core.images import SUFFIXES, ImageFiles, images_below, open_images, sound, unreadable
 
 DESCRIPTIONS = {
     "digits": "1,797 handwritten digits of 8×8 that scikit-learn ships (bundled)",
@@ -42,12 +42,14 @@ class Examples:
         y: (N,) int64 class indices; None = unlabeled.
         classes: class names in index order; empty when unknown.
         source: where they came from, for messages and records.
+        skipped: of the files there, those that could not be decoded and were asked to be left out: their errors.
     """
 
     x: Tensor | ImageFiles
     y: Tensor | None
     classes: tuple[str, ...]
     source: str
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)
@@ -96,6 +98,7 @@ def open_source(
     download: bool = False,
     channels: int | None = None,
     image_size: int | None = None,
+    skip_bad: bool = False,
 ) -> Source:
     """Open ``name``: a folder, a .npz/.npy/.pt file, ``digits``, or one of ``DATASETS``.
 
@@ -107,6 +110,7 @@ def open_source(
         download: let torchvision download what is missing.
         channels: 1 or 3 converts a folder's images to grey or RGB; None keeps grey only if all are.
         image_size: resize a folder's images to this many pixels a side.
+        skip_bad: leave out images that cannot be decoded (``Examples.skipped``). All are decoded once more for it.
 
     Raises:
         DataError: a file is missing, broken, too large or of another size than the first, or two parts differ in
@@ -115,8 +119,11 @@ def open_source(
     """
     path = Path(name)
     known = name == "digits" or name in DATASETS
-    if (channels or image_size) and (known or path.is_file()):
-        raise UsageError(f"{name} is taken as it is; --image-size and --channels convert image folders only")
+    if (channels or image_size or skip_bad) and (known or path.is_file()):
+        raise UsageError(
+            f"{name} is taken as it is; --image-size and --channels convert image folders only, and --skip-bad "
+            "looks through them"
+        )
     if name == "digits":
         pool = _digits()
         return Source(pool if labeled else pool.unlabeled(), None)
@@ -127,7 +134,7 @@ def open_source(
             parts = [part.unlabeled() for part in parts]
         return Source(*parts)
     if path.is_dir():
-        read = partial(_folder, labeled=labeled, channels=channels, image_size=image_size)
+        read = partial(_folder, labeled=labeled, channels=channels, image_size=image_size, skip_bad=skip_bad)
         train = path / "train"
         test = next((path / part for part in TEST_PARTS if (path / part).is_dir()), None)
         if train.is_dir() and test is not None:
@@ -249,7 +256,9 @@ def _tensor(path: Path, name: str, value: Any) -> Tensor:
     return tensor
 
 
-def _folder(path: Path, *, labeled: bool, channels: int | None, image_size: int | None) -> Examples:
+def _folder(
+    path: Path, *, labeled: bool, channels: int | None, image_size: int | None, skip_bad: bool
+) -> Examples:
     if labeled:
         names = _class_names(path)
         if not names:
@@ -266,12 +275,18 @@ def _folder(path: Path, *, labeled: bool, channels: int | None, image_size: int 
         files = [(file, -1) for file in images_below(path)]
     if not files:
         raise DataError(f"{path} holds no images (of {', '.join(sorted(SUFFIXES))})")
+    skipped: list[str] = []
+    if skip_bad:
+        kept, skipped = sound([file for file, _ in files])
+        if not kept:
+            raise DataError(f"{path}: none of {len(files)} images can be decoded; the first: {skipped[0]}")
+        files = [files[index] for index in kept]
     empty = set(range(len(names))) - {index for _, index in files}
     if empty:
         raise DataError(f"{path / names[min(empty)]} holds no images; remove the folder or fill it")
     images = open_images([file for file, _ in files], channels, image_size)
     labels = torch.tensor([index for _, index in files], dtype=torch.int64) if labeled else None
-    return Examples(images, labels, names, str(path))
+    return Examples(images, labels, names, str(path), tuple(skipped))
 
 
 def _class_names(path: Path) -> tuple[str, ...]:

@@ -55,6 +55,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out: Python's, torch's on a GPU, or its CPU allocator's."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text
+
+
+def printable(text: str) -> str:
+    """``text`` as one line that cannot steer a terminal: files and folders may have any name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def did_you_mean(name: object, known: Collection[str], otherwise: str | None = None) -> str:
     """The nearest of ``known`` as a question; ``otherwise``, or the whole list, where none is near."""
     close = difflib.get_close_matches(str(name), known, n=1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tomli_w
 
@@ -185,11 +185,8 @@ def exclusive(folder: Path) -> Iterator[Hold]:
             f"cannot write {folder}: {error.strerror or error}; choose another folder"
         ) from error
     with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BusyError(f"another gmprobe is working on {folder}; wait for it to end") from error
+        _lock(file, folder, wait=False)
+        _require_no_other_machine(folder)
         ended = threading.Event()
         beat = threading.Thread(target=_beat, args=(path, ended), daemon=True)
         try:
@@ -219,9 +216,41 @@ def locked(path: Path) -> Iterator[None]:
             f"cannot write {path}: {error.strerror or error}; choose another folder"
         ) from error
     with file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file, path.parent, wait=True)
         yield
+
+
+def _lock(file: IO[Any] | io.FileIO, folder: Path, *, wait: bool) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BusyError(f"another gmprobe is working on {folder}; wait for it to end") from error
+    except OSError as error:  # a network's file system without locks: two could write at a time
+        raise StorageError(
+            f"{folder} is on a file system without locks ({error.strerror or error}); choose a folder on a local disk, "
+            "or mount it with locks"
+        ) from error
+
+
+def _require_no_other_machine(folder: Path) -> None:
+    """Raise BusyError while one works on ``folder``: on some file systems a lock is known to one machine only."""
+    holder = _holder(folder)
+    if holder is not None and holder[0] != socket.gethostname() and held(folder):
+        raise BusyError(
+            f"{holder[0]} is working on {folder}, or was within the last {STALE:g} s; "
+            "wait for it to end, or for that long"
+        )
+
+
+def _holder(folder: Path) -> tuple[str, int] | None:
+    """Host and process that the lock file of ``folder`` names; None where nobody holds it."""
+    try:
+        host, pid = (folder / LOCK).read_text(encoding="utf-8").split("\n")[0].split()
+        return host, int(pid)
+    except (OSError, ValueError):  # never held, or let go
+        return None
 
 
 def _beat(path: Path, ended: threading.Event) -> None:
@@ -232,13 +261,15 @@ def _beat(path: Path, ended: threading.Event) -> None:
 
 def held(folder: Path) -> bool:
     """Whether a living process holds ``folder``: on this machine it is looked for, of others ``STALE`` decides."""
-    path = folder / LOCK
+    holder = _holder(folder)
     try:
-        host, pid = path.read_text(encoding="utf-8").split("\n")[0].split()
-        silent = time.time() - path.stat().st_mtime
-    except (OSError, ValueError):  # never held, or let go
+        silent = time.time() - (folder / LOCK).stat().st_mtime
+    except OSError:
         return False
-    return silent < STALE and (host != socket.gethostname() or _alive(int(pid)))
+    if holder is None or silent >= STALE:
+        return False
+    host, pid = holder
+    return host != socket.gethostname() or _alive(pid)
 
 
 def _alive(pid: int) -> bool:

@@ -1,4 +1,8 @@
-"""Image files: found in folders, decoded by Pillow into uint8, all at once or as they are taken."""
+"""Image files: found in folders, decoded by Pillow into uint8, all at once or as they are taken.
+
+Pixels count as torchvision's ImageFolder takes them: the first frame of an animation, alpha dropped, an EXIF rotation
+and a colour profile not applied.
+"""
 
 from __future__ import annotations
 
@@ -102,11 +106,27 @@ def open_images(files: Sequence[Path], channels: int | None, image_size: int | N
     Raises:
         DataError: as ``ImageFiles``, or a file that cannot be decoded.
     """
-    (height, width), _ = _header(files[0])
+    [((height, width), _)] = _in_threads(_header, files[:1])
     pixels = image_size * image_size if image_size else height * width
     if len(files) * (channels or 3) * pixels <= IN_MEMORY:
         return decode_all(files, channels, image_size)
     return ImageFiles(files, channels, image_size)
+
+
+def sound(files: Sequence[Path]) -> tuple[list[int], list[str]]:
+    """Positions of the files that can be decoded, and the errors of the others: each is decoded once to know."""
+
+    def problem(file: Path) -> str | None:
+        try:
+            decode(file, None, None)
+        except DataError as error:
+            return str(error)
+        return None
+
+    problems = _in_threads(problem, files)
+    return [i for i, text in enumerate(problems) if text is None], [
+        text for text in problems if text is not None
+    ]
 
 
 def decode_all(files: Sequence[Path], channels: int | None, image_size: int | None) -> Tensor:
@@ -195,10 +215,9 @@ def decode(file: Path, channels: int | None, size: int | None) -> np.ndarray:
     """
     with _opened(file) as image:
         try:
-            if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
+            picture = image
+            if _is_deep(image):  # Pillow's own conversion clips at 255 instead of scaling
                 picture = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            else:
-                picture = image
             grey = channels == 1 or (channels is None and _is_grey(picture))
             picture = picture.convert("L" if grey else "RGB")
             if size is not None:
@@ -209,6 +228,8 @@ def decode(file: Path, channels: int | None, size: int | None) -> np.ndarray:
 
 
 def _opened(file: Path) -> Image.Image:
+    if not file.is_file():  # opening a pipe would wait for ever
+        raise DataError(f"cannot decode {file}: it is gone, or no regular file; remove or replace it")
     try:
         image = Image.open(file, formats=FORMATS)
     except Exception as error:  # likewise
@@ -216,14 +237,19 @@ def _opened(file: Path) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise DataError(f"{file} claims {image.width}×{image.height} pixels; the cap is {MAX_PIXELS:,}")
-    if image.mode in {"I", "F"}:
+    if image.mode in {"I", "F"} and not _is_deep(image):
         image.close()
         raise DataError(f"{file} has 32-bit pixels of unknown range; convert it to 8 or 16 bits")
     return image
 
 
 def _is_grey(image: Image.Image) -> bool:
-    return image.mode in {"L", "1"} or image.mode.startswith("I;16")
+    return image.mode in {"L", "1"} or _is_deep(image)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether it is grey of 16 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
 
 
 def _broken(file: Path, error: Exception) -> DataError:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.core.batches import PIXELS, Normalization
-from gm_probe.core.checkpoints import Checkpoint, load_weights
+from gm_probe.core.checkpoints import Checkpoint, fitting, load_weights
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import CheckpointError, DataError, UsageError
 from gm_probe.core.models import ModelSpec, build_model
@@ -36,6 +36,7 @@ def load_model(
         CheckpointError: the weights do not fit.
     """
     recorded = checkpoint.model
+    followed = name is None
     if name is None:
         if recorded is None:
             raise UsageError(
@@ -55,6 +56,16 @@ def load_model(
     spec = ModelSpec(
         name, input_shape or (3, 32, 32), num_classes or _rows_of_last_matrix(checkpoint), temperature
     )
+    if (
+        not spec.is_user_code
+    ):  # before it takes memory: the record, or a head, may claim a network of any size
+        try:
+            with torch.device("meta"):
+                fitting(build_model(spec), checkpoint)
+        except UsageError as error:
+            if not followed:
+                raise
+            raise CheckpointError(f"{checkpoint.path} records a network that cannot be: {error}") from error
     with torch.random.fork_rng(
         devices=[]
     ):  # initial weights are overwritten; the caller's draws stay its own
@@ -67,7 +78,7 @@ def load_model(
 
 def _rows_of_last_matrix(checkpoint: Checkpoint) -> int:
     rows = [len(value) for value in checkpoint.state.values() if value.dim() == 2]
-    if not rows:
+    if not rows or not rows[-1]:
         raise CheckpointError(f"{checkpoint.path}: cannot tell the number of classes; give --num-classes")
     return rows[-1]
 

@@ -168,8 +168,8 @@ def _mlp(match: re.Match[str], spec: ModelSpec) -> nn.Module:
 def _wide_resnet(match: re.Match[str], spec: ModelSpec) -> nn.Module:
     channels, _, _ = _image_shape(spec)
     depth, widen = int(match[1]), int(match[2])
-    if depth < 10 or (depth - 4) % 6 or widen < 1:
-        raise UsageError(f"{spec.name}: the depth must be 6n + 4 with n ≥ 1 (10, 16, 22, 28, ...)")
+    if not 10 <= depth <= 1000 or (depth - 4) % 6 or widen < 1:
+        raise UsageError(f"{spec.name}: the depth must be 6n + 4 ≤ 1,000 with n ≥ 1 (10, 16, 22, 28, ...)")
     return WideResNet(channels, spec.num_classes, (depth - 4) // 6 + bool(match[3]), widen)
 
 

@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gm_probe.core.errors import first_line
+from gm_probe.core.errors import first_line, out_of_memory
 from gm_probe.core.parameters import Parameters, differentiable_attention, evaluating
 
 
@@ -46,7 +46,9 @@ def affine_in_each_parameter(parameters: Parameters, x: Tensor) -> Verdict:
     """
     try:
         return Verdict(_reason(parameters, x[:2]))
-    except Exception as error:  # noqa: BLE001  whatever a stranger's forward raises under tracing
+    except Exception as error:  # whatever a stranger's forward raises under tracing
+        if out_of_memory(error):
+            raise
         return Verdict(f"the network could not be traced ({first_line(error)})")
 
 

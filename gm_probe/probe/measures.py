@@ -12,6 +12,7 @@ from torch import nn
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DataError, UsageError, did_you_mean
+from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import differentiable_attention, evaluating
 from gm_probe.probe import curvature, inconsistency, outputs
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
@@ -164,12 +165,16 @@ SEPARATE = {
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What ``measure`` found: ``rows`` maps a measure's name to its estimate."""
+    """What ``measure`` found: ``rows`` maps a measure's name to its estimate.
+
+    ``batch_size`` is what it ended with: less than it began with where memory ran out.
+    """
 
     num_parameters: int
     num_examples: int
     settings: Settings
     rows: dict[str, Estimate]
+    batch_size: int
 
     def as_dict(self, *, checkpoint: str, model: str, **more: Any) -> dict[str, Any]:
         """The JSON object of ``gmprobe measure --json`` and of a run's measures.json."""
@@ -228,6 +233,7 @@ def measure(
         CheckpointError: weights that are not finite.
         DataError: labels that do not fit, a measure that needs absent labels, data that changes between passes.
         DivergedError: outputs or derivatives that are not finite.
+        ResourceError: no memory for a single example; before, batches are halved where it runs out.
     """
     settings = settings or Settings()
     if names is None:
@@ -247,12 +253,22 @@ def measure(
     # a model may draw at random though its outputs stay the same
     with torch.random.fork_rng(devices=gpus), evaluating(model), differentiable_attention():
         probe = Probe(model, batches, settings, work, initial)
+
+        def probed(batches: Batches) -> Probe:
+            nonlocal probe
+            if probe.batches is not batches:  # what is shared was made on the others
+                probe = Probe(model, batches, settings, work, initial)
+            return probe
+
         probe.parameters.check_finite()
-        _ = probe.clean  # its cost is the report's, not the first measure's
+        # its cost is the report's, not the first measure's
+        _, batches = within_memory(batches, lambda batches: probed(batches).clean)
         for name in names:
             current = name
             before = work.evaluations
-            value, stderr, example_error, converged, details = MEASURES[name].compute(probe)
+            compute = MEASURES[name].compute
+            figure, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
+            value, stderr, example_error, converged, details = figure
             if example_error is None:
                 one = "batch" if batches.coupled else "example"
                 details = {"reason_stderr_examples": f"one {one}, or lost in the probes' noise", **details}
@@ -261,11 +277,11 @@ def measure(
                 "stderr": stderr,
                 "stderr_examples": example_error,
             }
-            for label, figure in figures.items():
-                if figure is not None and not math.isfinite(figure):
+            for label, number in figures.items():
+                if number is not None and not math.isfinite(number):
                     figures[label] = None
                     reason = "reason" if label == "value" else f"reason_{label}"
-                    details = {**details, reason: f"not finite ({figure})"}
+                    details = {**details, reason: f"not finite ({number})"}
             value, target = figures["value"], settings.target_error
             if target and value and figures["stderr_examples"] is not None:
                 ratio = figures["stderr_examples"] / (target * abs(value))
@@ -277,7 +293,7 @@ def measure(
                 num_evals=cost,
                 details=details,
             )
-    return Report(probe.parameters.size, batches.total, settings, rows)
+    return Report(probe.parameters.size, batches.total, settings, rows, batches.batch_size)
 
 
 def expected_cost(names: Sequence[str], settings: Settings) -> float:

@@ -14,7 +14,7 @@ from torch.func import grad, jvp
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches, cut
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import UsageError, out_of_memory
 from gm_probe.core.parameters import Parameters, differentiable_attention
 from gm_probe.core.processes import gather_examples, sum_over_processes
 from gm_probe.probe.speed import TRIAL, clearly_faster
@@ -93,7 +93,9 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
             except (
                 NotImplementedError,
                 RuntimeError,
-            ):  # an LSTM's in float32, a stranger's autograd.Function
+            ) as error:  # an LSTM's in float32, a stranger's autograd.Function
+                if out_of_memory(error):
+                    raise
                 has_forward.append(False)
         work.add(JVP if has_forward[0] else REVERSE_JVP, len(x))
         return (pushed_forward if has_forward[0] else pushed_reverse)(x, v)
@@ -268,7 +270,10 @@ def _agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> boo
     try:
         cheap(*few)
         first, second = cheap(*in_float64), sound(*in_float64)
-    except (NotImplementedError, RuntimeError):  # no such derivative, or a layer that insists on its dtype
+    except (NotImplementedError, RuntimeError) as error:
+        # no such derivative, or a layer that insists on its dtype
+        if out_of_memory(error):
+            raise
         return False
     return bool((first - second).norm() <= 1e-8 * second.norm())
 
@@ -281,7 +286,9 @@ def _require_symmetric(product: Way, v: Tensor, x: Tensor, d: Tensor) -> None:
     u = v.flip(0)
     try:
         one, other = product(v, x, d).double(), product(u, x, d).double()
-    except RuntimeError:  # a layer that insists on its dtype
+    except RuntimeError as error:  # a layer that insists on its dtype
+        if out_of_memory(error):
+            raise
         return
     if float((u @ one - v @ other).abs()) > 1e-6 * float(v.norm() * (one.norm() + other.norm())):
         raise UsageError(

@@ -15,9 +15,10 @@ from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.core.contrastive import ONE_PROCESS, Contrastive
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment
-from gm_probe.core.errors import DataError, ProbeError, UsageError, first_line
+from gm_probe.core.errors import DataError, ProbeError, UsageError, first_line, out_of_memory
 from gm_probe.core.files import Hold, write_json
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
+from gm_probe.core.memory import within_memory
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import differentiable_attention, evaluating
 from gm_probe.core.pretrained import load_pretrained
@@ -167,11 +168,15 @@ def measure_checkpoint(
     )
     result |= {
         "num_classes": subject.num_classes,
-        "batch_size": batches.batch_size,
+        "batch_size": report.batch_size,
+        "out_of_memory_at": batches.batch_size if report.batch_size < batches.batch_size else None,
         "channels_last": batches.channels_last,
+        "skipped": list(examples.skipped),
     }
     if quadrature is not None:
-        result["density"] = _densities(subject, part, settings, quadrature, notify)
+        result["density"], _ = within_memory(
+            part, lambda part: _densities(subject, part, settings, quadrature, notify)
+        )
     return result
 
 
@@ -268,7 +273,7 @@ def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
     except ProbeError:
         raise
     except Exception as error:  # whatever a stranger's forward raises: torchvision's ViT asserts
-        if "out of memory" in str(error).lower():
+        if out_of_memory(error):
             raise
         raise DataError(
             f"{name} does not take examples of shape {tuple(first.shape[1:])} from {batches.examples.source}: "

@@ -34,6 +34,7 @@ class TrainConfig:
 
     Attributes:
         data: folder, array file, ``digits``, or a torchvision name (core.datasets.open_source).
+        skip_bad: leave out images that cannot be decoded; split.json lists them.
         num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = core.splits.split's defaults.
         labels: training examples that keep their labels, as many of each class (None = all).
         validation: share of the training part, drawn by ``split_seed``, that is held out in the test part's place, so
@@ -76,6 +77,7 @@ class TrainConfig:
     data_root: str | None = None
     download: bool = False
     image_size: int | None = None
+    skip_bad: bool = False
     num_train: int | None = None
     labels: int | None = None
     num_unlabeled: int | None = None

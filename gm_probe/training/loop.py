@@ -21,7 +21,7 @@ from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import deterministic, environment, pick_device
-from gm_probe.core.errors import DivergedError, UsageError
+from gm_probe.core.errors import DivergedError, ResourceError, UsageError, first_line, out_of_memory
 from gm_probe.core.files import (
     Hold,
     append_line,
@@ -46,6 +46,7 @@ from gm_probe.core.records import (
     read_metrics,
     read_run,
 )
+from gm_probe.core.signals import Terminated, sigterm_noted
 from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
 from gm_probe.training.config import TrainConfig
@@ -94,8 +95,14 @@ class Training:
     ``torchrun``'s processes work off each batch together and all hold the same weights; the first one writes.
     """
 
-    def __init__(self, config: TrainConfig, out: Path, hold: Hold | None = None) -> None:
-        self.config, self.out, self.hold = config, out, hold
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        hold: Hold | None = None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.out, self.hold, self.asked_to_stop = config, out, hold, asked_to_stop
         self.device = processes.own_device(pick_device(config.device))
         self.splits = load_splits(config)
         train = self.splits.train
@@ -157,14 +164,31 @@ class Training:
                 self._tell()
                 done = self.epoch * self.steps + self.progress.step
                 every = self.config.checkpoint_every
-                if every is not None and done % every == 0 and self.progress.step < self.steps:
+                last = self.progress.step == self.steps
+                stop = not last and self.stop_everywhere(False)
+                if stop or (not last and (every is not None and done % every == 0)):
                     self._check()
                     self.save_state()
+                if stop:
+                    raise self.terminated()
         self._check()
         row = self._row()
         self.epoch += 1
         self.progress = self._no_progress()
         return row
+
+    def stop_everywhere(self, now: bool = True) -> bool:
+        """Whether SIGTERM has come to any process; of several, all must stop at one step: asked where they agree."""
+        if processes.count() == 1:
+            return self.asked_to_stop()
+        due = now or self.progress.step % CHECK_EVERY == 0
+        return due and not processes.everywhere(not self.asked_to_stop(), self.device)
+
+    def terminated(self) -> Terminated:
+        return Terminated(
+            f"terminated in epoch {self.epoch + 1} after step {self.progress.step}; the state is saved: go on with "
+            f"--out {self.out} --resume"
+        )
 
     def _step(self, chosen: Tensor, x: Tensor) -> None:
         config, progress = self.config, self.progress
@@ -224,13 +248,28 @@ class Training:
         """Raise DivergedError unless all is finite: nothing else is ever saved."""
         self._check_loss(torch.zeros((), device=self.device))
         where = f"after epoch {self.epoch + 1}, step {self.progress.step}"
-        weights = dict(self.model.named_parameters())
-        finite = torch.stack([torch.isfinite(value).all() for value in weights.values()])
+        saved = self._saved()
+        finite = torch.stack([torch.isfinite(value).all() for value in saved.values()])
         if not bool(finite.all()):
-            first = list(weights)[finite.tolist().index(False)]
-            raise DivergedError(f"weight {first!r} is not finite {where}")
+            first = list(saved)[finite.tolist().index(False)]
+            raise DivergedError(f"{first} is not finite {where}")
         if self.progress.skipped == self.steps:
             raise DivergedError(f"every gradient overflowed in float16 {where}; use --amp bf16")
+
+    def _saved(self) -> dict[str, Tensor]:
+        """What a state is made of, by what it is called."""
+        found: dict[str, Tensor] = {f"weight {name!r}": p for name, p in self.model.named_parameters()}
+        found |= {f"buffer {name!r}": value for name, value in self.model.named_buffers()}
+        if self.updates.average is not None:
+            average = self.updates.average.module.named_parameters()
+            found |= {f"the average of weight {name!r}": value for name, value in average}
+        names: dict[Tensor, str] = {value: name for name, value in self.model.named_parameters()}
+        for weight, state in self.updates.optimizer.state.items():
+            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            found |= {
+                f"the optimizer's {key} of {names[weight]!r}": v.to(self.device) for key, v in tensors.items()
+            }
+        return found
 
     def _row(self) -> dict[str, Any]:
         sums = processes.sum_over_processes(self.progress.sums).tolist()
@@ -392,21 +431,27 @@ def train(
     Args:
         notify: called with every epoch's metrics row.
 
+    At SIGTERM the state is saved within a step, and the process ends as ``Terminated``.
+
     Raises:
         UsageError: ``out`` holds a run already (without ``resume``), or one of other settings.
         DivergedError: the loss or a weight stopped being finite; the summary says ``diverged``, and the last good
             state stays.
+        ResourceError: memory ran out; the batch size is never changed.
         DataError, StorageError, CheckpointError: as the parts raise them.
     """
     alone = exclusive(out) if processes.rank() == 0 else nullcontext()
-    with deterministic(config.deterministic), alone as hold:
+    with deterministic(config.deterministic), alone as hold, sigterm_noted() as asked_to_stop:
         done = _earlier(config, out, resume)
         processes.wait_for_all()  # to have seen the folder as it was
         if processes.rank() == 0:  # what a killed process left
             remove_temporary(out)
             if done is not None:
                 (out / STATE).unlink(missing_ok=True)
-        return _train(config, out, notify, hold) if done is None else done
+        summary = _train(config, out, notify, hold, asked_to_stop) if done is None else done
+        if asked_to_stop():  # too late to stop this run, but not those after it
+            raise Terminated(f"terminated; {out} had finished")
+        return summary
 
 
 def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | None:
@@ -428,9 +473,13 @@ def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | N
 
 
 def _train(
-    config: TrainConfig, out: Path, notify: Callable[[dict[str, Any]], None] | None, hold: Hold | None
+    config: TrainConfig,
+    out: Path,
+    notify: Callable[[dict[str, Any]], None] | None,
+    hold: Hold | None,
+    asked_to_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    training = Training(config, out, hold)
+    training = Training(config, out, hold, asked_to_stop)
     if (out / STATE).exists():
         check_splits(training.splits, out)
         training.load_state()
@@ -447,7 +496,16 @@ def _train(
             # after stop_ce nothing is left to train: resuming from here would train on
             if not stopped and training.epoch < config.epochs:
                 training.save_state()
+                if training.stop_everywhere():
+                    raise training.terminated()
         return training.finish()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"out of memory in epoch {training.epoch + 1} on batches of {config.batch_size} ({first_line(error)}); "
+            "accumulate gradients with --m, or lower --batch-size: another run, into another --out"
+        ) from error
     except DivergedError as error:
         if processes.rank() == 0:
             write_json(out / SUMMARY, {"status": "diverged", "epochs": training.epoch, "reason": str(error)})

@@ -24,7 +24,7 @@ OWN_UNLABELED = "own unlabeled"
 def load_splits(config: TrainConfig) -> Splits:
     """The run's parts. Decoded data stays in memory, so that the runs of a sweep share it."""
     splits = split(
-        _open(config.data, config.data_root, config.download, config.image_size),
+        _open(config.data, config.data_root, config.download, config.image_size, config.skip_bad),
         num_train=config.num_train,
         num_unlabeled=config.num_unlabeled,
         num_test=config.num_test,
@@ -35,13 +35,20 @@ def load_splits(config: TrainConfig) -> Splits:
 
 
 @lru_cache(maxsize=2)
-def _open(data: str, root: str | None, download: bool, image_size: int | None) -> Source:
+def _open(data: str, root: str | None, download: bool, image_size: int | None, skip_bad: bool) -> Source:
     folder = None if root is None else Path(root)
-    return open_source(data, labeled=True, root=folder, download=download, image_size=image_size)
+    return open_source(
+        data, labeled=True, root=folder, download=download, image_size=image_size, skip_bad=skip_bad
+    )
+
+
+def skipped(splits: Splits) -> tuple[str, ...]:
+    """The errors of the files that were left out of the data, of its own test part too."""
+    return tuple(dict.fromkeys([*splits.train.skipped, *splits.test.skipped]))
 
 
 def split_record(splits: Splits) -> dict[str, Any]:
-    """What split.json holds: every part's indices, and a digest of the examples that were used."""
+    """What split.json holds: every part's indices, a digest of the examples that were used, the files left out."""
     digest = hashlib.sha256()
     for part in (splits.inputs, splits.unlabeled, splits.test):
         for block in blocks(part.x):
@@ -49,7 +56,8 @@ def split_record(splits: Splits) -> dict[str, Any]:
     for part in (splits.train, splits.test):  # no other labels are ever read
         if part.y is not None:
             digest.update(_bytes(part.y))
-    return {**splits.indices, "sha256": digest.hexdigest()}
+    left_out = {"skipped": list(skipped(splits))} if skipped(splits) else {}
+    return {**splits.indices, "sha256": digest.hexdigest(), **left_out}
 
 
 def _bytes(values: torch.Tensor) -> bytes:

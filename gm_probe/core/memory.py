@@ -1,0 +1,40 @@
+"""Work that runs out of memory is done again on batches of half the size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from gm_probe.core.batches import Batches
+from gm_probe.core.errors import ResourceError, first_line, out_of_memory
+from gm_probe.core.processes import count
+
+T = TypeVar("T")
+
+
+def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T, Batches]:
+    """``compute(batches)``, and the batches that it succeeded on: half as large whenever memory ran out.
+
+    Only for what is a sum over examples. Of several processes none may fall behind the others: the error is theirs.
+
+    Raises:
+        ResourceError: a single example is too much.
+    """
+    while True:
+        try:
+            return compute(batches), batches
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or count() > 1:
+                raise
+            size = min(batches.batch_size, batches.num_examples) // 2
+            if size == 0:
+                raise ResourceError(
+                    f"out of memory on a single example ({first_line(error)}); close other programs, or measure on "
+                    "a machine with more"
+                ) from error
+        # outside of the except clause, whose traceback holds on to what was allocated
+        if batches.device.type == "cuda":
+            torch.cuda.empty_cache()
+        batches = batches.of_size(size)

@@ -1,0 +1,83 @@
+"""What unpickling a torch file would take, found without doing it: ``weights_only`` bounds what, not how much."""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import IO
+
+from gm_probe.core.errors import CheckpointError, printable
+
+LEGACY = 5
+"""Pickles in a row at the start of torch's format before 1.6: three headers, the content, the storages' keys."""
+PARTS = 10**6
+"""A tuple of more parts, counted as often as they are in it, is none that a checkpoint needs."""
+
+
+def check_unpacking(path: Path) -> None:
+    """Refuse a torch file that would take far more memory or time than its size says, before torch reads it.
+
+    Raises:
+        CheckpointError: its records are compressed, overlap or share a name, which torch.save never does; one has a
+            wrong checksum, which torch does not look at; or its pickle is made to explode.
+        Exception: whatever zipfile and pickletools raise on a broken file.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch tells a zip file from its older format
+            file.seek(0)
+            for _ in range(LEGACY):
+                _check_pickle(path, file)
+            return
+        with zipfile.ZipFile(file) as archive:
+            names, size = archive.namelist(), path.stat().st_size
+            total = sum(entry.file_size for entry in archive.infolist())
+            if total > size:
+                raise CheckpointError(
+                    f"{path} would unpack to {total:,} bytes from {size:,}; save it again with torch.save"
+                )
+            if len(set(names)) < len(names):  # of which readers take the first or the last, as they like
+                raise CheckpointError(f"{path} holds two records of one name; save it again with torch.save")
+            spoiled = archive.testzip()
+            if spoiled is not None:
+                raise CheckpointError(
+                    f"{path} is damaged: the checksum of its record {printable(spoiled)[:160]} is wrong; copy it again"
+                )
+            for name in names:
+                if name.endswith("/data.pkl"):
+                    with archive.open(name) as record:
+                        _check_pickle(path, record)
+
+
+def _check_pickle(path: Path, file: IO[bytes]) -> None:
+    """Follow a pickle's operations with numbers in place of values: of a tuple its parts, of all else 1.
+
+    Raises:
+        CheckpointError: it calls bytearray, which fills any memory it is told to, or nests a tuple in itself until
+            its hash takes for ever.
+    """
+    stack: list[int | None] = []  # None = a mark
+    memo: dict[int, int | None] = {}
+    for operation, argument, _ in pickletools.genops(file):
+        name = operation.name
+        if name == "GLOBAL" and str(argument).endswith(" bytearray"):
+            raise CheckpointError(f"{path} holds a bytearray, which may be of any size; save a state dict")
+        if "PUT" in name:
+            memo[int(str(argument))] = stack[-1]
+            continue
+        if "GET" in name:
+            stack.append(memo[int(str(argument))])
+            continue
+        taken: list[int | None] = []
+        before = list(operation.stack_before)
+        if pickletools.markobject in before:
+            while (value := stack.pop()) is not None:
+                taken.append(value)
+            before = before[: before.index(pickletools.markobject)]
+        for _ in before:
+            taken.append(stack.pop())
+        parts = 1 + sum(value or 0 for value in taken) if "TUPLE" in name else 1
+        if parts > PARTS:
+            raise CheckpointError(f"{path} nests a tuple in itself {PARTS:,} times; save a state dict")
+        for after in operation.stack_after:
+            stack.append(None if after is pickletools.markobject else parts)

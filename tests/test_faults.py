@@ -1,0 +1,366 @@
+"""Faults from outside: memory, signals, numbers that go wrong, file systems without locks, disks that fail."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gm_probe.cli import main
+from gm_probe.core import files
+from gm_probe.core.batches import Batches
+from gm_probe.core.errors import BusyError, DivergedError, ResourceError, StorageError
+from gm_probe.core.files import LOCK, exclusive, locked
+from gm_probe.core.parameters import Parameters
+from gm_probe.core.signals import TERMINATED, Terminated
+from gm_probe.probe import example_gradients, operators
+from gm_probe.probe.measures import measure
+from gm_probe.probe.probe import Settings
+from gm_probe.training.config import TrainConfig
+from gm_probe.training.loop import Training, train
+
+TINY = {
+    "data": "digits",
+    "model": "mlp-8",
+    "num_train": 80,
+    "num_unlabeled": 20,
+    "num_test": 40,
+    "epochs": 3,
+    "batch_size": 20,
+    "device": "cpu",
+}
+NAMES = [
+    "local_inconsistency",
+    "fisher_lambda_max",
+    "fisher_trace",
+    "hessian_lambda_max",
+    "hessian_trace",
+    "mean_entropy",
+    "input_jacobian_norm",
+]
+SETTINGS = Settings(num_starts=2)
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig.from_dict({**TINY, **changes})
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)]
+        return nn.Sequential(*layers)
+
+
+def inputs(size: int = 24) -> Batches:
+    generator = torch.Generator().manual_seed(1)
+    return Batches.from_tensors(torch.randn(size, 1, 8, 8, generator=generator), batch_size=16)
+
+
+def whole(model: nn.Module) -> dict[str, Any]:
+    """All of a model that a measurement could leave changed."""
+    tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    others = {name: (p.requires_grad, p.grad, id(p)) for name, p in model.named_parameters()}
+    return {"tensors": tensors, "others": others, "modes": [module.training for module in model.modules()]}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    pairs = zip(one["tensors"].values(), other["tensors"].values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs) and all(one[k] == other[k] for k in ("others", "modes"))
+
+
+# ---- memory
+
+
+DEPTHS: dict[str, tuple[Any, str]] = {
+    "forward": (Parameters, "logits"),
+    "jvp": (operators, "jvp"),
+    "accumulate": (Parameters, "join"),
+    "vjp": (operators, "_gradients"),
+    "example gradients": (example_gradients.ExampleGradients, "_tapped"),
+}
+ERRORS = {
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    "python": MemoryError,
+}
+
+
+@pytest.mark.parametrize(
+    ("depth", "error"), [*((depth, "cuda") for depth in DEPTHS), ("forward", "cpu"), ("vjp", "python")]
+)
+def test_batches_are_halved_where_memory_runs_out(
+    monkeypatch: pytest.MonkeyPatch, depth: str, error: str
+) -> None:
+    model = network()
+    expected = measure(model, inputs(), NAMES, SETTINGS)
+    before = whole(model)
+    owner, name = DEPTHS[depth]
+    original, calls = getattr(owner, name), 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in {3, 30}:
+            raise ERRORS[error]()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+    found = measure(model, inputs(), NAMES, SETTINGS)
+    assert calls >= 3
+    assert found.batch_size in {8, 4}
+    for row in NAMES:
+        assert found.rows[row].value == pytest.approx(expected.rows[row].value, rel=1e-5), row
+        assert found.rows[row].converged == expected.rows[row].converged
+    assert same(whole(model), before)
+
+
+def test_a_single_example_that_is_too_much_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(Parameters, "logits", failing)
+    with pytest.raises(ResourceError, match="single example") as caught:
+        measure(network(), inputs(), ["mean_entropy"])
+    assert caught.value.exit_code == 6
+
+
+def test_training_never_changes_its_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: list[int] = []
+
+    def failing(self: Training, chosen: Tensor, x: Tensor) -> None:
+        sizes.append(len(chosen))
+        if len(sizes) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nof many")
+        original(self, chosen, x)
+
+    original = Training._step
+    monkeypatch.setattr(Training, "_step", failing)
+    options = [part for key, value in TINY.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "-q", "--out", str(tmp_path / "a"), *options])
+    assert stop.value.code == 6
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "batches of 20" in err
+    assert "--m" in err
+    assert set(sizes) == {20}
+    assert (tmp_path / "a" / "state.pt").exists()  # the epoch before is there to be resumed
+
+
+# ---- the model after an exception, at any call of its forward
+
+
+def test_a_model_is_left_whole_after_an_exception_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    before, flags = whole(model), torch.backends.mha.get_fastpath_enabled()
+    state = torch.get_rng_state()
+    original, calls, limit = Parameters.logits, 0, -1
+
+    def counted(self: Parameters, *args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == limit:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(Parameters, "logits", counted)
+    measure(model, inputs(), NAMES, SETTINGS)
+    total = calls
+    assert total > 20
+    for limit in sorted({*range(1, 12), *range(12, total, max(1, total // 12)), total}):
+        calls = 0
+        with pytest.raises(KeyboardInterrupt):
+            measure(model, inputs(), NAMES, SETTINGS)
+        assert same(whole(model), before), limit
+        assert torch.backends.mha.get_fastpath_enabled() == flags
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- numbers
+
+
+def _weight(training: Training) -> Tensor:
+    return next(training.model.parameters())
+
+
+def _momentum(training: Training) -> Tensor:
+    return training.updates.optimizer.state[_weight(training)]["momentum_buffer"]
+
+
+def _buffer(training: Training) -> Tensor:
+    return next(b for b in training.model.buffers() if b.is_floating_point())
+
+
+def _average(training: Training) -> Tensor:
+    assert training.updates.average is not None
+    return next(training.updates.average.module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        (_weight, "loss|weight"),
+        (_momentum, "momentum_buffer|weight|loss"),
+        (_buffer, "buffer"),
+        (_average, "average"),
+    ],
+)
+@pytest.mark.parametrize("step", [5, 8])
+def test_what_is_not_finite_is_named_and_never_saved(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: Callable[[Training], Tensor],
+    named: str,
+    step: int,
+) -> None:
+    calls = 0
+    original = Training._step
+
+    def poisoned(self: Training, chosen: Tensor, x: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        original(self, chosen, x)
+        if calls == step:
+            with torch.no_grad():
+                where(self).view(-1)[0] = float("nan")
+
+    monkeypatch.setattr(Training, "_step", poisoned)
+    settings = config(model="wrn-10-1", num_train=80, ema_decay=0.9, checkpoint_every=1)
+    with pytest.raises(DivergedError, match=named) as caught:
+        train(settings, tmp_path)
+    assert caught.value.exit_code == 5
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "diverged"
+    assert str(caught.value) == summary["reason"]
+    state = torch.load(tmp_path / "state.pt", weights_only=True)  # the last good one
+    for part in (state["model"], state["average"], *state["optimizer"]["state"].values()):
+        assert all(bool(torch.isfinite(v).all()) for v in part.values() if isinstance(v, Tensor))
+    assert (state["epoch"] * 4 + state["step"]) == step - 1
+
+
+# ---- SIGTERM
+
+
+def test_sigterm_saves_the_state_and_resuming_gives_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    train(config(model="mlp-8-8", augment=True), tmp_path / "whole")
+    original = Training._step
+    for step in (1, 3, 4, 7, 12):
+        calls, out = 0, tmp_path / str(step)
+
+        def signalled(self: Training, chosen: Tensor, x: Tensor, step: int = step) -> None:
+            nonlocal calls
+            calls += 1
+            original(self, chosen, x)
+            if calls == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Training, "_step", signalled)
+        with pytest.raises(Terminated) as caught:
+            train(config(model="mlp-8-8", augment=True), out)
+        assert caught.value.code == TERMINATED
+        assert signal.getsignal(signal.SIGTERM) == handler
+        monkeypatch.setattr(Training, "_step", original)
+        if step < 12:
+            state = torch.load(out / "state.pt", weights_only=True)
+            assert state["epoch"] * 4 + state["step"] == step
+        train(config(model="mlp-8-8", augment=True), out, resume=True)
+        name = "checkpoint.safetensors"
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_sigterm_ends_a_command_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def signalled(**_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    from gm_probe.cli import listings
+
+    monkeypatch.setattr(listings.measures, "callback", signalled)
+    with pytest.raises(SystemExit) as stop:
+        main(["measures"])
+    assert stop.value.code == TERMINATED
+    assert capsys.readouterr().err == "gmprobe: terminated; what was finished is kept\n"
+
+
+# ---- locks
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for hold in (lambda: exclusive(tmp_path), lambda: locked(tmp_path / "t.csv")):
+        with pytest.raises(StorageError, match=r"without locks .*mount it with locks"), hold():
+            pass
+
+
+def test_a_lock_that_another_machine_does_not_see_is_no_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # succeeds, and excludes nobody
+    lock = tmp_path / LOCK
+    lock.write_text("elsewhere 1\n")
+    with pytest.raises(BusyError, match="elsewhere is working on"), exclusive(tmp_path):
+        pass
+    assert lock.read_text() == "elsewhere 1\n"
+    old = time.time() - files.STALE - 1
+    os.utime(lock, (old, old))
+    with exclusive(tmp_path):
+        assert lock.read_text().endswith(f"{os.getpid()}\n")
+
+
+# ---- disks that fail at any write
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_disk_that_fails_at_any_write_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    settings = config(epochs=2)
+    train(settings, tmp_path / "whole")
+    original, calls, limit = os.fsync, 0, -1
+
+    def failing(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == limit:
+            raise OSError(code, os.strerror(code))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    train(settings, tmp_path / "counted")
+    total = calls
+    assert total > 10
+    for limit in range(1, total + 1):
+        out, calls = tmp_path / f"{limit}", 0
+        with pytest.raises(StorageError) as caught:
+            train(settings, out)
+        assert caught.value.exit_code == 7
+        assert str(out) in str(caught.value)
+        assert not list(out.glob(".*.tmp"))
+        calls = -(10**9)
+        train(settings, out, resume=True)
+        name = "checkpoint.safetensors"
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), limit

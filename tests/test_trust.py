@@ -1,0 +1,220 @@
+"""Strangers' files: all that benchmarks/trust.py makes, in this process; a few faults of each kind."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gm_probe.cli import main
+from gm_probe.core import images
+from gm_probe.core.checkpoints import read_checkpoint
+from gm_probe.core.datasets import open_source
+from gm_probe.core.errors import CheckpointError, DataError
+from gm_probe.core.loading import load_model
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def trust() -> Iterator[SimpleNamespace]:
+    """The harness's parts."""
+    sys.path.insert(0, str(BENCHMARKS))
+    import trust_checkpoints
+    import trust_images
+    import trust_mutations
+
+    yield SimpleNamespace(checkpoints=trust_checkpoints, images=trust_images, mutations=trust_mutations)
+    sys.path.remove(str(BENCHMARKS))
+
+
+def command(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = 0
+    try:
+        main(list(map(str, args)))
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+# ---- checkpoints
+
+
+def refusal(path: Path, name: str | None) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_model(read_checkpoint(path), name, input_shape=(1, 8, 8))
+    message = str(caught.value)
+    assert message.isprintable()
+    assert str(path) in message
+    assert len(message) < 1500
+    return message
+
+
+def test_no_file_runs_code(tmp_path: Path, trust: SimpleNamespace) -> None:
+    canary, path = tmp_path / "canary", tmp_path / "a.pt"
+    files = trust.checkpoints.hostile(canary)
+    assert len(files) > 100
+    for case, content in files.items():
+        path.write_bytes(content)
+        refusal(path, "mlp-8")
+        assert not canary.exists(), case
+
+
+def test_broken_files_and_unusable_weights_are_refused(tmp_path: Path, trust: SimpleNamespace) -> None:
+    files = trust.checkpoints.broken(tmp_path)
+    assert len(files) >= 90
+    for case, content in files.items():
+        path = tmp_path / f"a{Path(case).suffix}"
+        path.write_bytes(content)
+        refusal(path, None if case.startswith("record") else "mlp-8")
+
+
+def test_a_file_may_not_unpack_to_more_than_itself(tmp_path: Path, trust: SimpleNamespace) -> None:
+    files = trust.checkpoints.broken(tmp_path)
+    path = tmp_path / "a.pt"
+    for case, reason in {
+        "deflated.pt": "would unpack to 16,",
+        "two pickles of one name.pt": "two records of one name",
+        "bytearray of 1 GiB.pt": "holds a bytearray",
+        "tensor of 1 GiB of nothing.pt": "the file holds fewer",
+        "bit flips.pt": "checksum",
+        "record of a network of 4 TB.pt": "does not fit the model",
+        "record of no network.pt": "records a network that cannot be",
+        "key 100,000 deep.pt": "a key of tuple",
+    }.items():
+        path.write_bytes(files[case])
+        assert reason in refusal(path, None if case.startswith("record") else "mlp-8"), case
+
+
+def test_mutated_files_load_or_are_refused(tmp_path: Path, trust: SimpleNamespace) -> None:
+    for suffix, content in trust.mutations.files(tmp_path).items():
+        store = tmp_path / "log"
+        trust.mutations.batch(content, suffix, 0, 150, tmp_path, store)
+        ended = [json.loads(line)[1] for line in store.read_text().splitlines()]
+        assert len(ended) == 150
+        assert set(ended) == {"loaded", "refused"}
+
+
+# ---- images
+
+
+def test_odd_images_are_decoded_or_named(tmp_path: Path, trust: SimpleNamespace) -> None:
+    for case, (content, expected) in trust.images.files().items():
+        path = tmp_path / case
+        path.write_bytes(content)
+        if expected is None:
+            with pytest.raises(DataError) as caught:
+                open_source(str(tmp_path), labeled=False)
+            assert str(path) in str(caught.value), case
+        else:
+            x = open_source(str(tmp_path), labeled=False).pool.x
+            assert trust.images.near(x[:1][0], expected, case) is None, case
+        path.unlink()
+
+
+def test_mutated_images_are_decoded_or_refused(tmp_path: Path, trust: SimpleNamespace) -> None:
+    store = tmp_path / "log"
+    trust.images.mutated(0, 150, tmp_path, store)
+    ended = {json.loads(line)[1] for line in store.read_text().splitlines()}
+    assert ended == {"decoded", "refused"}
+
+
+def test_odd_entries_are_named_or_passed_over(tmp_path: Path, trust: SimpleNamespace) -> None:
+    for index, (case, make) in enumerate(trust.images.odd_entries(tmp_path).items()):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        Image.new("L", (8, 8)).save(folder / "0.png")
+        make(folder / case)
+        if case in {"a folder named.jpg", "a link to a loop of folders"}:
+            assert len(open_source(str(folder), labeled=False).pool) == 1
+            continue
+        with pytest.raises(DataError) as caught:
+            open_source(str(folder), labeled=False)
+        assert case in str(caught.value)
+
+
+def _mixed(folder: Path) -> tuple[Path, list[Path]]:
+    """A labeled folder of 12 images, and three broken files in it."""
+    rng = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for index in range(6):
+            pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{index}.png")
+    bad = [folder / "a" / "00.png", folder / "a" / "9.jpg", folder / "b" / "3x.png"]
+    for path in bad:
+        path.write_bytes(random.Random(0).randbytes(50))
+    return folder, bad
+
+
+@pytest.mark.parametrize("budget", [2**30, 0], ids=["in memory", "streamed"])
+def test_skipped_images_leave_the_others_as_they_are(
+    tmp_path: Path, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, bad = _mixed(tmp_path / "data")
+    with pytest.raises(DataError, match="cannot decode"):
+        open_source(str(folder), labeled=True)
+    monkeypatch.setattr(images, "IN_MEMORY", budget)
+    found = open_source(str(folder), labeled=True, skip_bad=True).pool
+    assert [text.partition(":")[0] for text in found.skipped] == [f"cannot decode {path}" for path in bad]
+    for path in bad:
+        path.unlink()
+    whole = open_source(str(folder), labeled=True).pool
+    assert whole.skipped == ()
+    assert torch.equal(found.x[:], whole.x[:])
+    assert found.y is not None
+    assert whole.y is not None
+    assert torch.equal(found.y, whole.y)
+    assert found.unlabeled().subset(3, 0).skipped == found.skipped
+
+
+def test_what_is_skipped_is_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, bad = _mixed(tmp_path / "data")
+    train = ["train", "--data", folder, "--model", "mlp-4", "--epochs", 1, "--device", "cpu"]
+    code, _, err = command(capsys, *train, "--out", tmp_path / "strict")
+    assert code == 4
+    assert str(bad[0]) in err
+    run = tmp_path / "run"
+    code, _, err = command(capsys, *train, "--out", run, "--skip-bad")
+    assert code == 0
+    assert f"warning: 3 file(s) left out: cannot decode {bad[0]}" in err
+    assert len(json.loads((run / "split.json").read_text())["skipped"]) == 3
+    options = ["--measures", "mean_entropy", "--json", "--device", "cpu"]
+    for more in ([], ["--unlabeled", folder, "--skip-bad"]):
+        code, out, err = command(capsys, "measure", run, *options, *more)
+        assert code == 0
+        [result] = json.loads(out)
+        assert len(result["skipped"]) == 3
+        assert result["num_examples"] == (12 if more else 3)
+        assert ("3 file(s) left out" in err) == bool(more)
+    assert command(capsys, "measure", run, *options, "--unlabeled", "digits", "--skip-bad")[0] == 2
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "0.png").touch()
+    with pytest.raises(
+        DataError, match=r"none of 1 images can be decoded; the first: cannot decode .*0\.png"
+    ):
+        open_source(str(tmp_path), labeled=False, skip_bad=True)
+
+
+def test_an_error_is_one_line_whatever_a_file_is_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "two\nlines \x1b[2J.png").touch()
+    checkpoint = tmp_path / "a.pt"
+    torch.save({"0.weight": torch.ones(2, 64)}, checkpoint)
+    _, _, err = command(capsys, "measure", checkpoint, "--unlabeled", tmp_path, "--model", "mlp-8")
+    assert err.startswith("gmprobe: cannot decode ")
+    assert "two\\nlines \\x1b[2J.png" in err
+    assert err.count("\n") == 1
