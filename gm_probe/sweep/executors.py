@@ -176,6 +176,7 @@ def _serve(tasks: Connection, gpu: str | None) -> None:
     with suppress(EOFError, ConnectionError):
         while True:
             tasks.send(attempt(*tasks.recv()))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would break off what Python does at its end
 
 
 def _end_with_parent() -> None:
