@@ -116,6 +116,13 @@ class LiveView:
         return (now - self._paced) * left / done if done > 0 else None
 
     def render(self) -> RenderableType:
+        """What is to be seen now; never an error, for rich raises it from where the runs are done."""
+        try:
+            return self._drawn()
+        except Exception as error:  # noqa: BLE001  whatever it is, the runs go on
+            return Text(f"{len(self.ended)}/{len(self.paths)} (no view: {type(error).__name__}: {error})")
+
+    def _drawn(self) -> RenderableType:
         words = self._at_work()
         shares = {name: self._share(word) for name, word in words.items()}
         total, width = (
