@@ -24,7 +24,11 @@ from gm_probe.core.models import ModelSpec, initial_model
 from gm_probe.core.parameters import Parameters
 from gm_probe.probe.measures import SEPARATE, measure
 from gm_probe.probe.probe import Settings
+from gm_probe.sweep.manifest import write_sweep
 from gm_probe.sweep.measuring import measure_checkpoint
+from gm_probe.sweep.recipe import parse_recipe
+from gm_probe.sweep.runner import run_recipe
+from gm_probe.sweep.status import sweep_status
 from gm_probe.training.contrastive_batches import contrastive_batches
 from gm_probe.training.loop import train
 
@@ -311,3 +315,23 @@ def test_saved_measures_are_known_by_temperature_and_batch(run: Path, invoke: In
     other, rewritten = saved("--temperature", 3)
     assert other > first
     assert rewritten > written
+
+
+def test_a_sweep_measures_again_at_another_batch_size(tmp_path: Path) -> None:
+    """Of a classifier the batch size is memory and speed; of NT-Xent logits it is the measure."""
+    settings = {"data": "digits", "model": "mlp-4", "num_train": 64, "epochs": 1, "device": "cpu"}
+
+    def sweep(size: int, **base: Any) -> list[str]:
+        plan = {"measures": ["mean_entropy"], "batch_size": size, "max_examples": 64}
+        recipe = parse_recipe({"base": {**settings, **base}, "measure": plan})
+        out = tmp_path / str(base.get("objective"))
+        write_sweep(recipe, out)
+        before = sweep_status(out).counts.get("finished", 0)
+        return [outcome.status for outcome in run_recipe(recipe, out)] + [f"{before} before"]
+
+    encoder = {"objective": "simclr", "batch_size": 32}
+    assert sweep(16, **encoder) == ["finished", "0 before"]
+    assert sweep(16, **encoder) == ["skipped", "1 before"]
+    assert sweep(32, **encoder) == ["finished", "0 before"]
+    assert sweep(16) == ["finished", "0 before"]
+    assert sweep(32) == ["skipped", "1 before"]
