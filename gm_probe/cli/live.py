@@ -33,7 +33,7 @@ NARROW = 100
 
 @contextmanager
 def live_view(
-    paths: Mapping[str, Path], stages: Sequence[str], *, quiet: bool
+    paths: Mapping[str, Path], stages: Sequence[str], *, quiet: bool, kept: bool = True
 ) -> Iterator[Callable[[Outcome], None]]:
     """Show how the runs ``paths`` fare, and yield what is to be called with every outcome.
 
@@ -43,6 +43,7 @@ def live_view(
     Args:
         paths: run folders by their outcomes' names.
         stages: that each run passes, as its ``Word`` calls them.
+        kept: what has ended need not be done again; said where they are interrupted.
     """
     console = notes_console(quiet)
     view = LiveView(paths, stages, console)
@@ -63,7 +64,8 @@ def live_view(
         else:
             yield notify
     except KeyboardInterrupt:
-        note(console, f"{len(view.ended)} of {len(paths)} ended ({view.counts()}); the same command goes on")
+        goes_on = "; the same command goes on" if kept else ""
+        note(console, f"{len(view.ended)} of {len(paths)} ended ({view.counts()}){goes_on}")
         raise
 
 
