@@ -335,3 +335,20 @@ def test_a_sweep_measures_again_at_another_batch_size(tmp_path: Path) -> None:
     assert sweep(32, **encoder) == ["finished", "0 before"]
     assert sweep(16) == ["finished", "0 before"]
     assert sweep(32) == ["skipped", "1 before"]
+
+
+def test_images_of_one_class_are_not_compared_among_themselves_alone() -> None:
+    """A folder's images lie class by class; a batch of them holds all classes, as in training."""
+    shades = (
+        torch.arange(4).repeat_interleave(32).mul(60)
+    )  # four classes, each of one shade: no view changes that
+    x = shades.to(torch.uint8)[:, None, None, None].expand(-1, 1, 3, 3).contiguous()
+    dealt = contrastive_batches(Examples(x, None, (), "made up"), Normalization(), images=32, seed=0)
+    again = contrastive_batches(Examples(x, None, (), "made up"), Normalization(), images=32, seed=0)
+    other = contrastive_batches(Examples(x, None, (), "made up"), Normalization(), images=32, seed=1)
+    assert torch.equal(dealt.examples.x, again.examples.x)
+    assert not torch.equal(dealt.examples.x, other.examples.x)
+    firsts = [batch.x[:32].mean((1, 2, 3)) for batch in dealt]
+    dark = [int((first < 0.05).sum()) for first in firsts]  # of shade 0, black in any view
+    assert sum(dark) == 32
+    assert max(dark) < 20
