@@ -47,3 +47,36 @@ def test_gpus_are_those_that_this_process_sees(
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", environment)
     assert visible_gpus() == expected
+
+
+def linger(out: Path, threads: int | None) -> tuple[str, None]:
+    """Work that goes on until it is ended, and then tidies up."""
+    mine = out / str(os.getpid())
+    mine.touch()
+    try:
+        while True:
+            time.sleep(0.01)
+    finally:
+        mine.unlink()
+
+
+def test_closing_ends_all_processes_at_once_and_without_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = Processes(3)([Job("quick", tmp_path, leave), *(Job(str(n), tmp_path, linger) for n in range(2))])
+    assert next(ended).name == "quick"
+    began = time.monotonic()
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() - began < 60:
+        time.sleep(0.01)
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    ended.close()
+    assert list(tmp_path.iterdir()) == []  # by way of `finally`
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert capfd.readouterr().err == ""
+
+
+def leave(out: Path, threads: int | None) -> tuple[str, None]:
+    return "finished", None

@@ -384,6 +384,23 @@ def test_doctor_finds_a_folder_that_cannot_be_written(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_doctor_raises_nothing_where_it_may_not_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.exists
+
+    def exists(path: Path) -> bool:
+        if path.is_relative_to(tmp_path / "closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "closed" / "matplotlib"))
+    findings = found(tmp_path / "closed" / "runs", data_root=tmp_path / "closed")
+    writing = findings["folder", "writing"]
+    assert (writing.state, writing.found, writing.exit_code) == ("broken", "Permission denied", 7)
+    assert findings["data", "cifar10"].state == "absent"
+    assert findings["caches", "matplotlib"].state == "absent"
+
+
 def test_doctor_notices_locks_that_do_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "fcntl", None)  # as on a file system that grants every lock
     assert found(tmp_path)["folder", "locks"].state == "absent"

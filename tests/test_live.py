@@ -41,6 +41,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 # ---- words
 
 
+def test_a_lock_that_names_no_process_is_held_by_none(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(f"{socket.gethostname()} x{os.getpid()}\n")
+    assert not held(tmp_path)
+
+
 def test_a_word_is_read_back_while_the_folder_is_held(tmp_path: Path) -> None:
     assert told(tmp_path) is None
     with exclusive(tmp_path) as hold:
@@ -70,7 +75,15 @@ def test_words_are_few_and_their_time_left_counts_from_where_the_run_was_resumed
         assert told(tmp_path) == Word("measuring", 0, 5, None, {})
 
 
-@pytest.mark.parametrize("line", ["", "{", "3", "[]", '{"stage": 1}', '{"what": 1}'])
+BROKEN = [
+    '{"stage": "training", "done": "1", "total": 2, "left": null, "more": {}}',
+    '{"stage": "training", "done": 1, "total": 2, "left": NaN, "more": {}}',
+    '{"stage": ["training"], "done": 1, "total": 2, "left": 3, "more": {}}',
+    '{"stage": "training", "done": 1, "total": 2, "left": 3, "more": 4}',
+]
+
+
+@pytest.mark.parametrize("line", ["", "{", "3", "[]", '{"stage": 1}', '{"what": 1}', *BROKEN])
 def test_no_word_is_made_of_what_is_none(line: str, tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(f"{socket.gethostname()} {os.getpid()}\n{line}\n")
     assert told(tmp_path) is None
@@ -296,3 +309,15 @@ def test_on_a_terminal_it_vanishes_and_leaves_what_failed(
 def test_words_of_other_versions_do_no_harm() -> None:
     assert doing(Word("packing", 1, 2, None, {})) == ("packing ", "")
     assert doing(Word("training", 1, 2, None, {"loss": "high"}), brief=True) == ("training", "")
+
+
+def test_an_error_in_the_view_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(live, "notes_console", lambda quiet=False: terminal)
+    word = Word("training", 1, 2, 1e300, {})  # more seconds than a date holds
+    monkeypatch.setattr(live, "held", lambda path: True)
+    monkeypatch.setattr(live, "told", lambda path: word)
+    with live_view({"a": tmp_path / "a", "b": tmp_path / "b"}, ("training",), quiet=False) as notify:
+        notify(Outcome("a", "failed", "because"))
+    assert "OverflowError" in terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "failed: a: because" in terminal.file.getvalue()  # type: ignore[attr-defined]

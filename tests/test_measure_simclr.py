@@ -24,7 +24,11 @@ from gm_probe.core.models import ModelSpec, initial_model
 from gm_probe.core.parameters import Parameters
 from gm_probe.probe.measures import SEPARATE, measure
 from gm_probe.probe.probe import Settings
+from gm_probe.sweep.manifest import write_sweep
 from gm_probe.sweep.measuring import measure_checkpoint
+from gm_probe.sweep.recipe import parse_recipe
+from gm_probe.sweep.runner import run_recipe
+from gm_probe.sweep.status import sweep_status
 from gm_probe.training.contrastive_batches import contrastive_batches
 from gm_probe.training.loop import train
 
@@ -311,3 +315,40 @@ def test_saved_measures_are_known_by_temperature_and_batch(run: Path, invoke: In
     other, rewritten = saved("--temperature", 3)
     assert other > first
     assert rewritten > written
+
+
+def test_a_sweep_measures_again_at_another_batch_size(tmp_path: Path) -> None:
+    """Of a classifier the batch size is memory and speed; of NT-Xent logits it is the measure."""
+    settings = {"data": "digits", "model": "mlp-4", "num_train": 64, "epochs": 1, "device": "cpu"}
+
+    def sweep(size: int, **base: Any) -> list[str]:
+        plan = {"measures": ["mean_entropy"], "batch_size": size, "max_examples": 64}
+        recipe = parse_recipe({"base": {**settings, **base}, "measure": plan})
+        out = tmp_path / str(base.get("objective"))
+        write_sweep(recipe, out)
+        before = sweep_status(out).counts.get("finished", 0)
+        return [outcome.status for outcome in run_recipe(recipe, out)] + [f"{before} before"]
+
+    encoder = {"objective": "simclr", "batch_size": 32}
+    assert sweep(16, **encoder) == ["finished", "0 before"]
+    assert sweep(16, **encoder) == ["skipped", "1 before"]
+    assert sweep(32, **encoder) == ["finished", "0 before"]
+    assert sweep(16) == ["finished", "0 before"]
+    assert sweep(32) == ["skipped", "1 before"]
+
+
+def test_images_of_one_class_are_not_compared_among_themselves_alone() -> None:
+    """A folder's images lie class by class; a batch of them holds all classes, as in training."""
+    shades = (
+        torch.arange(4).repeat_interleave(32).mul(60)
+    )  # four classes, each of one shade: no view changes that
+    x = shades.to(torch.uint8)[:, None, None, None].expand(-1, 1, 3, 3).contiguous()
+    dealt = contrastive_batches(Examples(x, None, (), "made up"), Normalization(), images=32, seed=0)
+    again = contrastive_batches(Examples(x, None, (), "made up"), Normalization(), images=32, seed=0)
+    other = contrastive_batches(Examples(x, None, (), "made up"), Normalization(), images=32, seed=1)
+    assert torch.equal(dealt.examples.x, again.examples.x)
+    assert not torch.equal(dealt.examples.x, other.examples.x)
+    firsts = [batch.x[:32].mean((1, 2, 3)) for batch in dealt]
+    dark = [int((first < 0.05).sum()) for first in firsts]  # of shade 0, black in any view
+    assert sum(dark) == 32
+    assert max(dark) < 20

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from test_sweep_state import parse
 
+from gm_probe.cli import main
 from gm_probe.core.files import held
 from gm_probe.probe.probe import Settings
-from gm_probe.sweep.executors import Outcome, in_turn
+from gm_probe.sweep import executors
+from gm_probe.sweep.executors import Job, Outcome, attempt, in_turn
 from gm_probe.sweep.remeasure import Remeasure, measure_runs, trained_runs
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
@@ -35,3 +38,29 @@ def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
     assert [outcome.status for outcome in outcomes.values()] == ["skipped"] * 2 + ["finished"] * 2
     assert all(outcome.result["measures"]["fisher_trace"]["value"] > 0 for outcome in outcomes.values())
     assert [(run / "checkpoint.safetensors").stat().st_mtime_ns for run in runs] == weights
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_an_interrupted_command_prints_what_was_finished(
+    save: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(parse(measure={"measures": []}), tmp_path)
+    runs = trained_runs(tmp_path)
+
+    def once(job: Job) -> Outcome:
+        if job.out != runs[0]:
+            raise KeyboardInterrupt
+        return attempt(job)
+
+    monkeypatch.setattr(executors, "attempt", once)
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["measure", str(tmp_path), "--measures", "mean_entropy", "--json", "--device", "cpu"]
+            + ["--save"] * save
+        )
+    assert stop.value.code == 130
+    printed = capsys.readouterr()
+    [found] = json.loads(printed.out)
+    assert found["checkpoint"] == str(runs[0])
+    assert found["measures"]["mean_entropy"]["value"] > 0
+    assert ("the same command goes on" in printed.err) == save == (runs[0] / "measures.json").exists()

@@ -33,7 +33,7 @@ NARROW = 100
 
 @contextmanager
 def live_view(
-    paths: Mapping[str, Path], stages: Sequence[str], *, quiet: bool
+    paths: Mapping[str, Path], stages: Sequence[str], *, quiet: bool, kept: bool = True
 ) -> Iterator[Callable[[Outcome], None]]:
     """Show how the runs ``paths`` fare, and yield what is to be called with every outcome.
 
@@ -43,6 +43,7 @@ def live_view(
     Args:
         paths: run folders by their outcomes' names.
         stages: that each run passes, as its ``Word`` calls them.
+        kept: what has ended need not be done again; said where they are interrupted.
     """
     console = notes_console(quiet)
     view = LiveView(paths, stages, console)
@@ -63,7 +64,8 @@ def live_view(
         else:
             yield notify
     except KeyboardInterrupt:
-        note(console, f"{len(view.ended)} of {len(paths)} ended ({view.counts()}); the same command goes on")
+        goes_on = "; the same command goes on" if kept else ""
+        note(console, f"{len(view.ended)} of {len(paths)} ended ({view.counts()}){goes_on}")
         raise
 
 
@@ -116,6 +118,13 @@ class LiveView:
         return (now - self._paced) * left / done if done > 0 else None
 
     def render(self) -> RenderableType:
+        """What is to be seen now; never an error, for rich raises it from where the runs are done."""
+        try:
+            return self._drawn()
+        except Exception as error:  # noqa: BLE001  whatever it is, the runs go on
+            return Text(f"{len(self.ended)}/{len(self.paths)} (no view: {type(error).__name__}: {error})")
+
+    def _drawn(self) -> RenderableType:
         words = self._at_work()
         shares = {name: self._share(word) for name, word in words.items()}
         total, width = (

@@ -29,8 +29,11 @@ from gm_probe.core.errors import CheckpointError, ProbeError, UsageError
 
 if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples
-    from gm_probe.sweep.executors import Executor
+    from gm_probe.sweep.executors import Executor, Outcome
     from gm_probe.sweep.remeasure import Remeasure
+
+DONE = {"finished", "skipped"}
+"""How a measurement ends that gives a result."""
 
 
 @click.command(
@@ -338,13 +341,29 @@ def _opened(data: DataOptions, source: str, labeled: bool, run: Path) -> Example
 def _measure_many(
     checkpoints: Sequence[Path], what: Remeasure, executor: Executor, output: str | None, quiet: bool
 ) -> None:
-    """Measure on ``executor``, print all that came, and fail where one failed."""
+    """Measure on ``executor``, print all that came, also where it is interrupted, and fail where one failed."""
     from gm_probe.sweep.remeasure import measure_runs
 
-    with live_view({str(path): path for path in checkpoints}, ("measuring",), quiet=quiet) as notify:
-        outcomes = measure_runs(checkpoints, what, executor, notify)
-    done = {"finished", "skipped"}
-    results = [outcome.result for outcome in outcomes.values() if outcome.status in done]
+    ended: dict[str, Outcome] = {}
+    paths = {str(path): path for path in checkpoints}
+    try:
+        with live_view(paths, ("measuring",), quiet=quiet, kept=what.save) as show:
+
+            def notify(outcome: Outcome) -> None:
+                ended[outcome.name] = outcome
+                show(outcome)
+
+            measure_runs(checkpoints, what, executor, notify)
+    finally:
+        outcomes = [ended[name] for name in paths if name in ended]
+        _print_outcomes(outcomes, output, quiet)
+    failed = sum(outcome.status not in DONE for outcome in outcomes)
+    if failed:
+        raise ProbeError(f"{failed} of {len(outcomes)} checkpoints could not be measured")
+
+
+def _print_outcomes(outcomes: Sequence[Outcome], output: str | None, quiet: bool) -> None:
+    results = [outcome.result for outcome in outcomes if outcome.status in DONE]
     if output == "json":
         print_json(results)
     elif output == "csv":
@@ -355,11 +374,9 @@ def _measure_many(
     if not quiet:
         for result in results:
             warn(result)
-    failed = [outcome for outcome in outcomes.values() if outcome.status not in done]
-    for outcome in failed:
-        note(notes_console(), f"{outcome.status}: {outcome.name}: {outcome.reason}")
-    if failed:
-        raise ProbeError(f"{len(failed)} of {len(outcomes)} checkpoints could not be measured")
+    for outcome in outcomes:
+        if outcome.status not in DONE:
+            note(notes_console(), f"{outcome.status}: {outcome.name}: {outcome.reason}")
 
 
 def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:

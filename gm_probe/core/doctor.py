@@ -217,7 +217,7 @@ def _data(root: Path | None) -> Iterator[Finding]:
         return
     for name, entry in DATA.items():
         path = root / entry
-        if path.exists():
+        if _exists(path):
             yield Finding("data", name, f"{path} (whether it is whole, reading it will tell)")
         else:
             remedy = "--download, or --data-root where it is"
@@ -226,18 +226,26 @@ def _data(root: Path | None) -> Iterator[Finding]:
 
 def _folder(folder: Path) -> Iterator[Finding]:
     section, code = f"folder {folder}", StorageError.exit_code
-    home = _nearest(folder)
-    if not home.is_dir():
-        yield Finding(section, "writing", f"{home} is a file", "broken", "--out another folder", code)
-        return
-    yield Finding(section, "free space", f"{shutil.disk_usage(home).free / 1e9:,.1f} GB")
     try:
+        home = _nearest(folder)
+        if not home.is_dir():
+            yield Finding(section, "writing", f"{home} is a file", "broken", "--out another folder", code)
+            return
+        yield Finding(section, "free space", f"{shutil.disk_usage(home).free / 1e9:,.1f} GB")
         with tempfile.TemporaryDirectory(prefix=".gmprobe-doctor-", dir=home) as trial:
             yield _writing(section, Path(trial))
             yield _locks(section, Path(trial))
     except (OSError, StorageError) as error:
         text = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         yield Finding(section, "writing", text, "broken", "--out another folder", code)
+
+
+def _exists(path: Path) -> bool:
+    """False too where nobody may look."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _nearest(path: Path) -> Path:
@@ -260,7 +268,9 @@ def _locks(section: str, folder: Path) -> Finding:
                 text = "do not hold here: start one gmprobe at a time on this folder"
                 return Finding(section, "locks", text, "absent", "--out a folder on a local disk")
         except BusyError:
-            return Finding(section, "locks", "hold: two processes will not train one run")
+            return Finding(
+                section, "locks", "hold here: two processes of this machine will not train one run"
+            )
 
 
 def _caches() -> Iterator[Finding]:
@@ -268,8 +278,15 @@ def _caches() -> Iterator[Finding]:
     places = {"matplotlib": ("MPLCONFIGDIR", ".config/matplotlib"), "torch": ("TORCH_HOME", ".cache/torch")}
     for name, (variable, below) in places.items():
         path = Path(os.environ.get(variable) or os.path.join(os.path.expanduser("~"), below))  # noqa: PTH111, PTH118
-        if os.access(_nearest(path), os.W_OK):
+        if _writable(path):
             yield Finding("caches", name, str(path))
         else:
             remedy = f"export {variable}=$(mktemp -d)"
             yield Finding("caches", name, f"{path} cannot be written; slower starts", "absent", remedy)
+
+
+def _writable(path: Path) -> bool:
+    try:
+        return os.access(_nearest(path), os.W_OK)
+    except OSError:
+        return False

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import socket
 import tempfile
@@ -160,8 +161,11 @@ class Hold:
 def told(folder: Path) -> Word | None:
     """What the holder of ``folder`` last told; None where that is nothing, or is just being written."""
     try:
-        return Word(**json.loads((folder / LOCK).read_text(encoding="utf-8").split("\n")[1]))
-    except (OSError, ValueError, IndexError, TypeError):
+        word = Word(**json.loads((folder / LOCK).read_text(encoding="utf-8").split("\n")[1]))
+        # of another machine's gmprobe, which may be of another version
+        sound = all(math.isfinite(n) for n in (word.done, word.total, word.left or 0.0))
+        return word if sound and isinstance(word.stage, str) and isinstance(word.more, dict) else None
+    except (OSError, ValueError, IndexError, TypeError, OverflowError):
         return None
 
 

@@ -112,7 +112,9 @@ class Processes:
                     begin(worker, worker.slot)
         finally:
             for worker in workers:
-                worker.stop()
+                worker.terminate()
+            for worker in workers:
+                worker.end()
 
 
 def visible_gpus() -> list[str]:
@@ -153,9 +155,12 @@ class _Worker:
             reason = f"its process died (exit code {self.process.exitcode}: out of memory, or killed)"
             return Outcome(self.job.name, "failed", reason)
 
-    def stop(self) -> None:
+    def terminate(self) -> None:
         self.tasks.close()
         self.process.terminate()
+
+    def end(self) -> None:
+        """Wait until it has terminated, 10 seconds at most."""
         self.process.join(10)
         if self.process.is_alive():  # deep in a call that no signal reaches
             self.process.kill()
@@ -173,10 +178,13 @@ def _serve(tasks: Connection, gpu: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`: no half-written files stay
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with suppress(EOFError, ConnectionError):
-        while True:
-            tasks.send(attempt(*tasks.recv()))
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would break off what Python does at its end
+    try:
+        with suppress(EOFError, ConnectionError):
+            while True:
+                tasks.send(attempt(*tasks.recv()))
+    except SystemExit:
+        os._exit(143)  # torch's own end takes its time, and has nothing to lose
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # raised there, SystemExit would be a traceback
 
 
 def _end_with_parent() -> None:

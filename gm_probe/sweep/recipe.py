@@ -14,6 +14,7 @@ from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import read_toml
 from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES
 from gm_probe.probe.probe import Protocol, Settings
+from gm_probe.probe.speed import BATCH_SIZE
 from gm_probe.sweep.design import DESIGNS, points
 from gm_probe.training.config import SETTINGS, TrainConfig
 from gm_probe.training.parts import OWN_UNLABELED
@@ -31,7 +32,8 @@ _SHORT = {
 class MeasurePlan:
     """What to measure of every trained run, over its unlabeled part.
 
-    ``max_examples`` takes a seeded random subset of it; ``batch_size`` changes memory and speed only.
+    ``max_examples`` takes a seeded random subset of it; ``batch_size`` changes memory and speed only, except of SimCLR
+    encoders, where it is part of what is measured.
     """
 
     measures: tuple[str, ...]
@@ -48,6 +50,11 @@ class MeasurePlan:
     def asked(self) -> dict[str, Any]:
         """Every setting that a run's measures.json must agree with."""
         return {**self.settings.as_dict(), **self.scope}
+
+    @property
+    def coupled(self) -> dict[str, Any]:
+        """Those that a SimCLR encoder's must agree with besides."""
+        return {"batch_images": self.batch_size or BATCH_SIZE}
 
 
 @dataclass(frozen=True)

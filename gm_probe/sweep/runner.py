@@ -30,7 +30,8 @@ def is_complete(out: Path, plan: MeasurePlan) -> bool:
     except StorageError:
         return False  # trying the run will say what is broken
     if record.status == "finished":
-        return record.measured(plan.measures, plan.asked)
+        coupled = plan.coupled if record.config.get("objective") == "simclr" else {}
+        return record.measured(plan.measures, {**plan.asked, **coupled})
     return record.status == "diverged"
 
 

@@ -89,7 +89,8 @@ def run_status(path: Path, name: str, asked: dict[str, Any]) -> RunStatus:
     try:
         state, reason = run_state(path), failure(path)
         if state == "finished" and planned is not None:
-            measured = read_run(path).measured(asked["measures"], asked["settings"])
+            coupled = asked.get("coupled", {}) if planned.get("objective") == "simclr" else {}
+            measured = read_run(path).measured(asked["measures"], {**asked["settings"], **coupled})
             state = state if measured else "trained"
     except StorageError as error:
         state, reason = "failed", str(error)

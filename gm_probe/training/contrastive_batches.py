@@ -23,8 +23,9 @@ def contrastive_batches(
 ) -> Batches:
     """Batches of 2 · ``images`` views, first views before second ones, each with its partner's column as its label.
 
-    The images are taken in their order; those that fill no batch are left out. The views, drawn by ``seed`` on the CPU,
-    are kept in memory: 8 bytes a pixel and channel.
+    The images are dealt at random, as in training: a folder's own order would compare those of one class alone. Those
+    that fill no batch are left out. The views, drawn like the order by ``seed`` on the CPU, are kept in memory: 8 bytes
+    a pixel and channel.
 
     Raises:
         DataError: no batch is full.
@@ -37,7 +38,7 @@ def contrastive_batches(
             f"{examples.source} has {len(examples)} images, too few for a batch of {images}; lower the batch size"
         )
     generator = torch.Generator().manual_seed(seed)
-    keys = [slice(n * images, (n + 1) * images) for n in range(count)]
+    keys = torch.randperm(len(examples), generator=generator)[: count * images].split(images)
     views = []
     for x in taken(examples.x, keys):
         views += [see(x, draw_views(x, generator)) for _ in range(2)]
