@@ -8,6 +8,8 @@ import pdoc
 import gm_probe
 
 for name in gm_probe.__all__:
-    setattr(gm_probe, name, getattr(gm_probe, name))  # pdoc looks for what is there, not for what is asked for
+    setattr(
+        gm_probe, name, getattr(gm_probe, name)
+    )  # pdoc looks for what is there, not for what is asked for
 pdoc.render.configure(math=True)
 pdoc.pdoc("gm_probe", output_directory=Path(sys.argv[1]))
