@@ -101,7 +101,16 @@ def test_the_example_in_the_help_runs_literally(here, capsys):
 
 def test_json_follows_the_contract_and_agrees_with_the_library(here, capsys):
     result = result_of("gmprobe pairs runs", capsys)
-    keys = {"checkpoints", "training_sets", "excluded", "num_examples", "num_classes", "settings", "measures"}
+    keys = {
+        "checkpoints",
+        "training_sets",
+        "excluded",
+        "num_examples",
+        "num_classes",
+        "settings",
+        "measures",
+        "skipped",
+    }
     assert set(result) == keys | {"pairs", "notes"}
     assert (result["num_examples"], result["num_classes"], result["excluded"]) == (50, 10, [])
     names = [row["checkpoint"] for row in result["checkpoints"]]

@@ -450,7 +450,6 @@ def test_trials_by_command(config: TrainConfig, capsys: pytest.CaptureFixture[st
         ("--method sam --rho 0.1,inf --trials 2", 2, ["--rho takes two bounds LOW,HIGH"]),
         ("--method iam-d --rho 0.1,1 --beta 2,1 --trials 2", 2, ["--beta takes two bounds"]),
         ("--method sam --rho 0.1,1 --trials 2 --dry-run", 2, ["--dry-run", "--trials"]),
-        ("--method sam", 2, ["--rho"]),
         ("--method sam --rho 0.1 --model mlp-4 --lr 1e30 --epochs 3 --seeds 1", 5, ["every cell", "--lr"]),
         ("--method sam --rho 0.1 --model mpl --epochs 1 --seeds 1", 1, ["1 of 1 runs failed", "mlp"]),
     ],

@@ -110,7 +110,7 @@ ALONE = 0.8
 def warn(result: dict[str, Any]) -> None:
     """What did not converge, is undefined or looks wrong, one line each on stderr."""
     console = notes_console()
-    if result["out_of_memory_at"] is not None:
+    if result.get("out_of_memory_at") is not None:  # unknown to results of gm_probe 0.1.0
         note(
             console,
             f"note: out of memory on batches of {result['out_of_memory_at']}: went on with {result['batch_size']}, "

@@ -79,9 +79,10 @@ class ModelSpec:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ModelSpec:
         """Raises KeyError, TypeError, ValueError or OverflowError on a broken record."""
+        name = str(value["name"])  # of what is no mapping, a TypeError
         temperature = value.get("temperature")
         spec = cls(
-            str(value["name"]),
+            name,
             tuple(int(n) for n in value["input_shape"]),
             int(value["num_classes"]),
             None if temperature is None else float(temperature),
