@@ -70,7 +70,9 @@ class Completions(threading.Thread):
         self.out, self.seen, self.over = out, set(), threading.Event()
 
     def run(self) -> None:
-        while not self.over.wait(0.02):
+        over = False
+        while not over:
+            over = self.over.wait(0.02)  # one look more after the end: the last run may just have completed
             for path in self.out.glob("*/summary.json"):
                 self.seen.add((path.parent.name, path.stat().st_ino))
 
