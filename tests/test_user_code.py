@@ -1,4 +1,4 @@
-"""Code that a file names never runs: a checkpoint's record, config.toml, split.json, sweep.json; only a command does."""
+"""Code that a file names never runs, be it a checkpoint's record or a run folder's; only what a command names does."""
 
 from __future__ import annotations
 
