@@ -4,7 +4,7 @@
     python benchmarks/trust.py checkpoints images   # these parts, anew
     python benchmarks/trust.py --report             # only write the table again
 
-Parts are checkpoints, mutations and images; each lives in a file of its own beside this one. A row counts what
+Parts are checkpoints, mutations, images, kills and faults; they live in files beside this one. A row counts what
 was tried and what held, and names every exception. Rows are kept in benchmarks/results/trust.json as they are counted;
 the table is benchmarks/results/trust.md. Commands go through the
 command line's own ``main`` in forks of one process that has torch loaded.
@@ -29,7 +29,10 @@ PARTS = {
     "checkpoints": "trust_checkpoints",
     "mutations": "trust_mutations",
     "images": "trust_images",
+    "kills": "trust_faults:kills",
+    "faults": "trust_faults:faults",
 }
+"""Module of each, and its function where that is not ``run``."""
 Kept = dict[str, dict[str, object]]
 
 
@@ -67,7 +70,8 @@ def main(parts: tuple[str, ...], only_report: bool, small: bool) -> None:
     failed = False
     for part in () if only_report else chosen:
         began = time.perf_counter()
-        rows, notes = importlib.import_module(PARTS[part]).run(small)
+        module, _, function = PARTS[part].partition(":")
+        rows, notes = getattr(importlib.import_module(module), function or "run")(small)
         for row in rows:
             print(f"{part}: {row.what}: {row.held} of {row.tried}", file=sys.stderr)
             for text in row.exceptions:

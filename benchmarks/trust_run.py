@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -96,15 +97,31 @@ def _code(function: Callable[[], Any]) -> int:
     return code
 
 
-def gmprobe(*arguments: object, before: Callable[[], Any] | None = None, within: float = 120.0) -> Ran:
-    """`gmprobe ARGUMENTS` in a fork; ``before`` is called there first, to injure it."""
+def gmprobe(
+    *arguments: object,
+    before: Callable[[], Any] | None = None,
+    signalled: tuple[int, float] | None = None,
+    within: float = 120.0,
+) -> Ran:
+    """`gmprobe ARGUMENTS` in a fork; ``before`` is called there first, to injure it.
+
+    ``signalled``: a signal, and after how many seconds of the command it comes.
+    """
 
     def command() -> None:
         from gm_probe.cli import main
 
         if before is not None:
             before()
-        main([str(argument) for argument in arguments])
+        if signalled is not None:
+            timer = threading.Timer(signalled[1], os.kill, (os.getpid(), signalled[0]))
+            timer.daemon = True
+            timer.start()
+        try:
+            main([str(argument) for argument in arguments])
+        finally:
+            if signalled is not None:
+                timer.cancel()
 
     return fork(command, within)
 

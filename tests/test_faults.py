@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import signal
 import time
@@ -28,6 +29,7 @@ from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import Training, train
+from gm_probe.training.objectives import Objective
 
 TINY = {
     "data": "digits",
@@ -249,6 +251,89 @@ def test_what_is_not_finite_is_named_and_never_saved(
     for part in (state["model"], state["average"], *state["optimizer"]["state"].values()):
         assert all(bool(torch.isfinite(v).all()) for v in part.values() if isinstance(v, Tensor))
     assert (state["epoch"] * 4 + state["step"]) == step - 1
+
+
+def _data(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = training._batch
+
+    def batch(chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = original(chosen, x)
+        x.view(-1)[0] = float("nan")
+        return x, y
+
+    monkeypatch.setattr(training, "_batch", batch)
+
+
+def _gradient(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.updates.scaler, "unscale_", lambda _: _weight(training).grad.fill_(math.nan))
+
+
+def _loss(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = training.updates.rule.objective
+    monkeypatch.setattr(training.updates.rule, "objective", Objective(lambda *a: objective(*a) * math.nan))
+
+
+def _perturbation(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = training.updates.rule.parameters
+    original = parameters.moved
+    moved = lambda offset: original(offset * math.nan)  # noqa: E731
+    monkeypatch.setattr(parameters, "moved", moved)
+
+
+@pytest.mark.parametrize(
+    ("where", "method", "named"),
+    [
+        (_data, "sgd", "loss"),
+        (_gradient, "sgd", "weight"),
+        (_loss, "sgd", "loss"),
+        (_perturbation, "sam", "weight"),
+        (_perturbation, "iam-d", "loss"),
+        (_perturbation, "iam-s", "weight"),
+    ],
+)
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_step_on_what_is_not_finite_ends_the_run_as_diverged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: Callable[[Training, pytest.MonkeyPatch], None],
+    method: str,
+    named: str,
+    step: int,
+) -> None:
+    calls = 0
+    original = Training._step
+
+    def poisoned(self: Training, chosen: Tensor, x: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            where(self, monkeypatch)
+        original(self, chosen, x)
+
+    monkeypatch.setattr(Training, "_step", poisoned)
+    with pytest.raises(DivergedError, match=named) as caught:
+        train(config(method=method, checkpoint_every=1), tmp_path)
+    assert caught.value.exit_code == 5
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["reason"]) == ("diverged", str(caught.value))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)  # the last good one
+    assert all(bool(torch.isfinite(v).all()) for v in state["model"].values())
+    assert (state["epoch"] * 4 + state["step"]) == step - 1
+
+
+def test_correlate_counts_runs_that_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, runs = tmp_path / "recipe.toml", str(tmp_path / "runs")
+    base = "\n".join(f"{key} = {json.dumps(value)}" for key, value in TINY.items())
+    tables = f'[base]\n{base}\n[grid]\nlr = [0.01, 0.03, 0.1, 1e30, 1e31]\n[measure]\nmeasures = ["mean_entropy"]'
+    recipe.write_text(tables)
+    main(["sweep", str(recipe), "--out", runs, "-q"])
+    capsys.readouterr()
+    main(["correlate", runs, "--no-figure", "--json", "--resamples", "100"])
+    printed = capsys.readouterr()
+    excluded = json.loads(printed.out)["excluded"]
+    assert [row["reason"] for row in excluded] == ["diverged", "diverged"]
+    assert all(row["run"].startswith("lr1e+3") for row in excluded)
+    assert "2 diverged: " in printed.err
 
 
 # ---- SIGTERM

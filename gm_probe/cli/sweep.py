@@ -121,11 +121,14 @@ def run_with_progress(
 
 
 def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:
+    from gm_probe.core.models import is_user_code
     from gm_probe.sweep.runner import is_complete
 
     left = [name for name in recipe.runs if not is_complete(out / name, recipe.plan)]
     if not left:
         raise UsageError(f"every run in {out} is complete; there is nothing to submit")
+    own = dict.fromkeys(recipe.runs[name].model for name in left if is_user_code(recipe.runs[name].model))
+    named = "".join(f" --model {shlex.quote(name)}" for name in own)
     click.echo(
         "#!/bin/bash\n"
         "#SBATCH --job-name=gmprobe\n"
@@ -133,7 +136,7 @@ def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:
         f"#SBATCH --cpus-per-task={threads or 1}\n"
         "#SBATCH --requeue\n"
         f"RUNS=({' '.join(left)})\n"
-        f'exec gmprobe run-one {shlex.quote(str(out.resolve()))} "${{RUNS[$SLURM_ARRAY_TASK_ID]}}"'
+        f'exec gmprobe run-one {shlex.quote(str(out.resolve()))} "${{RUNS[$SLURM_ARRAY_TASK_ID]}}"{named}'
     )
 
 

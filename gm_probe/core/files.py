@@ -1,5 +1,6 @@
 """Files written so that a reader sees the old content or the new, never a part. Imports no torch."""
 
+import glob
 import io
 import json
 import math
@@ -46,7 +47,7 @@ def default_data_root() -> Path:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` through a synced temporary file and a rename.
+    """Write ``data`` to ``path`` through a synced temporary file and a rename; what a killed write left there goes.
 
     Raises:
         StorageError: the folder is missing, full or read-only; ``path`` is left as it was.
@@ -54,7 +55,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        _remove_left(path)
+        writer = f".{path.name}.{socket.gethostname()}.{os.getpid()}."
+        handle, temporary = tempfile.mkstemp(prefix=writer, suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -70,6 +73,16 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove temporary files of ``path`` that a process of this machine left when it was killed."""
+    beginning = f".{path.name}.{socket.gethostname()}."
+    for left in path.parent.glob(f"{glob.escape(beginning)}*.tmp"):
+        pid = left.name.removeprefix(beginning).partition(".")[0]
+        if pid.isdecimal() and not _alive(int(pid)):
+            with suppress(OSError):  # another that cleans up may be faster
+                left.unlink()
 
 
 def _umask() -> int:

@@ -65,9 +65,8 @@ class ModelSpec:
 
     @property
     def is_user_code(self) -> bool:
-        """Whether the name points to code outside gm_probe, torchvision and timm."""
-        prefix, separator, _ = self.name.rpartition(":")
-        return bool(separator) and prefix not in {"torchvision", "timm"}
+        """See ``is_user_code``."""
+        return is_user_code(self.name)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -94,6 +93,12 @@ class ModelSpec:
         if temperature is not None and not 0 < float(temperature) < math.inf:
             raise ValueError(f"temperature {temperature} must be positive")
         return spec
+
+
+def is_user_code(name: str) -> bool:
+    """Whether a model's name points to code outside gm_probe, torchvision and timm."""
+    prefix, separator, _ = name.rpartition(":")
+    return bool(separator) and prefix not in {"torchvision", "timm"}
 
 
 def initial_model(spec: ModelSpec, seed: int) -> nn.Module:
