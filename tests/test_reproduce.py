@@ -228,6 +228,64 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert methods._Test(found, "data", {"better": "b", "worse": "a"}).sign == -1
 
 
+def tracked(folder: Path, label: str, config: TrainConfig, seeds: list[dict[int, float]]) -> Arm:
+    """An arm of runs that have only probe errors, by epoch; one of a single value is a run that diverged."""
+    paths = []
+    for seed, track in enumerate(seeds):
+        path = folder / f"{label}-{seed}"
+        write_toml(path / "config.toml", {"method": "sgd"})
+        write_json(path / "summary.json", {"status": "finished" if len(track) > 1 else "diverged"})
+        lines = [
+            {"epoch": 1, "running_loss": 1.0},
+            *({"epoch": e, "probe_test_error": v} for e, v in track.items()),
+        ]
+        (path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        paths.append(path)
+    return Arm("data", label, config, tuple(paths), "")
+
+
+def test_means_over_training_are_areas_and_are_paired_by_seed(tmp_path):
+    config = TrainConfig(objective="simclr")
+    # by hand: ½(0.8 + 0.6)·2 + ½(0.6 + 0.4)·4 = 3.4 over 6 epochs; the last run of a diverged
+    a = tracked(tmp_path, "a", config, [{2: 0.8, 4: 0.6, 8: 0.4}, {2: 0.5, 8: 0.5}, {2: 0.1}])
+    assert a.means_along("probe_test_error") == [pytest.approx(3.4 / 6), pytest.approx(0.5), None]
+    b = tracked(tmp_path, "b", config, [{2: 0.8, 4: 0.8, 8: 0.4}, {2: 0.5, 8: 0.6}, {2: 0.3, 8: 0.3}])
+    test = methods._Test(
+        Comparison((a, b)), "data", {"better": "a", "worse": "b", "along": "probe_test_error"}
+    )
+    # b − a: 0.2 more at epoch 4 is ½·0.2·6/6 = 0.1; 0.05
+    np.testing.assert_allclose(test.differences, [0.1, 0.05])
+    assert test.compared == "mean probe error over training"
+    assert str(test).startswith("a against b: −7.5 points")
+
+
+def test_what_is_compared_is_named():
+    one = Arm("data", "a", TrainConfig(), (), "")
+    simclr = Arm("data", "a", TrainConfig(objective="simclr"), (), "")
+    cases = (
+        (one, {}, "final test error"),
+        (one, {"key": "test_error_min"}, "least test error over epochs"),
+        (one, {"key": "local_inconsistency"}, "S_ρ"),
+        (simclr, {}, "final probe error"),
+        (simclr, {"along": "local_inconsistency"}, "mean S_ρ over training"),
+    )
+    for arm, test, words in cases:
+        found = methods._Test(Comparison((arm,)), "data", {"better": "a", "worse": "a", **test})
+        assert found.compared == words
+
+
+def test_small_simclr_has_the_sizes_of_the_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import simclr
+
+    given = {option.name: option.default for option in simclr.main.params}
+    base = recipe("fig4").at("small")["base"]
+    for key in ("model", "num_train", "num_unlabeled", "num_test", "batch_size", "epochs"):
+        assert base[key] == given[key]
+    looks = (base["probe_every"], base["track_every"])
+    assert looks == (base["epochs"] // simclr.PROBES, base["epochs"] // simclr.TRACKS)
+
+
 def test_seeds_that_are_all_alike_tell_no_error(tmp_path):
     found = comparison(tmp_path, {"a": [0.25, 0.5], "b": [0.5, 0.75]})
     test = methods._Test(found, "data", {"better": "a", "worse": "b"})

@@ -22,8 +22,8 @@ def _look(index: int) -> dict[str, Any]:
     return {"color": COLOURS[place], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
 
 
-def _errors(arm: Arm, key: str = "test_error") -> list[float]:
-    return [100 * value for value in arm.figures(key) if value is not None]
+def _errors(arm: Arm) -> list[float]:
+    return [100 * value for value in arm.errors if value is not None]
 
 
 def _spread(axes: Axes, values: Mapping[Any, Sequence[float]], **look: Any) -> None:
@@ -58,16 +58,17 @@ def dots(found: Comparison) -> Figure:
 
 
 def along(found: Comparison) -> Figure:
-    """S_ρ and test error by epoch."""
+    """S_ρ and test accuracy by epoch, of a SimCLR encoder its linear probe's."""
     figure, (left, right) = panels(2, 2.4)
     for index, arm in enumerate(found.arms):
         style = {"label": arm.label, "linestyle": DASHES[index % 4], **_look(index), "markersize": 3}
-        tracked, errors = arm.along("local_inconsistency"), arm.along("test_error")
+        tracked, errors = arm.along("local_inconsistency"), arm.along(arm.error)
         _spread(left, tracked, **style)
         _spread(right, {epoch: [100 - 100 * value for value in of] for epoch, of in errors.items()}, **style)
     left.set_yscale("log")
-    left.set_ylabel(r"$S_\rho$ on unlabeled data (nats)")
-    right.set_ylabel("test accuracy, %")
+    simclr = found.arms[0].config.objective == "simclr"
+    left.set_ylabel(rf"$S_\rho$ {'over NT-Xent logits' if simclr else 'on unlabeled data'} (nats)")
+    right.set_ylabel("linear probe's test accuracy, %" if simclr else "test accuracy, %")
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -133,7 +134,7 @@ def plane(found: Comparison) -> Figure:
     """Final error over (ρ, β)."""
     cells: list[dict[str, Any]] = []
     for arm in found.arms:
-        errors = [value for value in arm.figures("test_error") if value is not None]
+        errors = [value for value in arm.errors if value is not None]
         whole = len(errors) == len(arm.runs)
         cells.append(
             {
@@ -157,7 +158,7 @@ PICTURES: Mapping[str, tuple[Callable[[Comparison], Figure], str]] = {
     "dots": (dots, "Final test errors: a mark a seed; black: mean ± standard error."),
     "along": (
         along,
-        "S_ρ on the unlabeled part and test accuracy along training; mean ± standard error over seeds.",
+        "S_ρ and test accuracy along training; mean ± standard error over seeds.",
     ),
     "effort": (
         effort,

@@ -15,7 +15,6 @@ import numpy as np
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet
 from gm_probe.core.errors import UsageError
-from gm_probe.core.records import read_run
 from gm_probe.probe.probe import Settings
 from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.finding import Finding, Outcome, Task
@@ -27,6 +26,8 @@ from gm_probe.sweep.tuning import NOTHING, VALIDATION
 from gm_probe.training.config import TrainConfig
 
 Table = Mapping[str, Any]
+COMPARED = {"local_inconsistency": "S_ρ"}
+"""Words for what is no error."""
 
 
 def study(
@@ -48,7 +49,8 @@ def study(
             those of the least error on a tenth of the training part are taken. A ``grid`` makes one variant a point.
         data: ``label``, settings of its own (``data`` = 'generated' makes images), and by a variant's label what the
             paper ``published`` and settings for it ``of``.
-        tests: what the claim says: a ``better`` and a ``worse`` variant, by the ``key`` of a run's summary.
+        tests: what the claim says: a ``better`` and a ``worse`` variant, by the ``key`` of a run's summary (its final
+            error, unless another is given), or by the mean over training of what its metrics have ``along`` it.
         picture: of ``method_pictures.PICTURES``.
         measure: settings of S_ρ, taken of every run at its end.
     """
@@ -130,8 +132,9 @@ def _tuned(task: Task, shared: Table, variant: Table, place: Table) -> TrainConf
     names = [run_name(cell, {"method": _plain(variant["label"])}) for cell in cells]
     folder = task.folder / "runs" / f"{_plain(place['label'])}-tune"
     trained(Recipe(dict(zip(names, cells, strict=True)), NOTHING, ()), folder, task)
-    errors = [read_run(folder / name).summary.get("test_error", math.inf) for name in names]
-    return config.replace(**points[errors.index(min(errors))])
+    errors = Arm(place["label"], variant["label"], config, tuple(folder / name for name in names), "").errors
+    known = [math.inf if error is None else error for error in errors]
+    return config.replace(**points[known.index(min(known))])
 
 
 def _plain(label: str) -> str:
@@ -149,8 +152,9 @@ class _Test:
     @cached_property
     def differences(self) -> np.ndarray:
         """worse − better of every seed where both ended, so that > 0 is what the claim says."""
+        arms = [self.found.arm(self.data, self.test[key]) for key in ("better", "worse")]
         better, worse = (
-            self.found.arm(self.data, self.test[key]).figures(self.key) for key in ("better", "worse")
+            arm.means_along(self.key) if "along" in self.test else arm.figures(self.key) for arm in arms
         )
         return np.array(
             [b - a for a, b in zip(better, worse, strict=True) if a is not None and b is not None]
@@ -158,7 +162,23 @@ class _Test:
 
     @property
     def key(self) -> str:
-        return str(self.test.get("key", "test_error"))
+        final = self.found.arm(self.data, self.test["better"]).error
+        return str(self.test.get("along", self.test.get("key", final)))
+
+    @property
+    def compared(self) -> str:
+        """What, in words."""
+        probe, least = self.key.startswith("probe_"), self.key.endswith("_min")
+        name = f"{'probe' if probe else 'test'} error" if self._is_error else COMPARED.get(self.key, self.key)
+        if "along" in self.test:
+            return f"mean {name} over training"
+        if not self._is_error:
+            return name
+        return f"least {name} over epochs" if least else f"final {name}"
+
+    @property
+    def _is_error(self) -> bool:
+        return self.key.removesuffix("_min").endswith("test_error")
 
     @property
     def interval(self) -> tuple[float, float, float] | None:
@@ -174,7 +194,7 @@ class _Test:
         return (low > 0) - (high < 0)
 
     def __str__(self) -> str:
-        scale, unit = (-100, " points") if self.key == "test_error" else (-1, f" in {self.key}")
+        scale, unit = (-100, " points") if self._is_error else (-1, "")
         names = f"{self.test['better']} against {self.test['worse']}"
         where = f" on {self.data}" if len(self.found.data) > 1 else ""
         if not len(self.differences):
@@ -202,32 +222,29 @@ def _outcome(results: Sequence[_Test]) -> Outcome:
 
 
 def _text(results: Sequence[_Test], seeds: int) -> str:
+    """The test, every difference by what is compared, and how many go which way."""
+    by_what: dict[str, list[str]] = {}
+    for result in results:
+        by_what.setdefault(result.compared, []).append(str(result))
+    told = [f"{what[0].upper()}{what[1:]}: {'; '.join(said)}." for what, said in by_what.items()]
     return (
-        "The test: the difference in final test error (or what is named), paired by seed (same data, start and order "
-        f"of batches; {seeds}), below 0 by a 95 % Student interval over seeds. "
-        + "; ".join(map(str, results))
-        + f". {sum(r.sign == 1 for r in results)} of {len(results)} comparisons go the claimed way clear of 0, "
-        f"{sum(r.sign == -1 for r in results)} the other way."
+        f"Tested on {', '.join(dict.fromkeys(r.data for r in results))}, by what is named: the difference, paired by "
+        f"seed (same data, start and order of batches; {seeds}), below 0 by a 95 % Student interval over seeds. "
+        f"{' '.join(told)} {sum(r.sign == 1 for r in results)} of {len(results)} comparisons go the claimed way clear "
+        f"of 0, {sum(r.sign == -1 for r in results)} the other way."
     )
 
 
 def _rows(found: Comparison) -> Iterator[dict[str, Any]]:
     """One a run."""
     for arm in found.arms:
-        for record in arm.records:
+        for record, s_rho in zip(arm.records, arm.s_rho, strict=True):
             settings = {
                 key: record.config.get(key)
                 for key in ("method", "rho", "beta", "k_steps", "m", "seed", "epochs")
             }
-            keys = (
-                "status",
-                "test_error",
-                "test_error_min",
-                "train_error",
-                "train_seconds",
-                "gradient_evaluations",
-            )
-            s_rho = record.measures.get("local_inconsistency", {}).get("value")
+            errors = (arm.error, f"{arm.error}_min", arm.error.replace("test", "train"))
+            keys = ("status", *errors, "train_seconds", "gradient_evaluations")
             results = {key: record.summary.get(key) for key in keys}
             yield {
                 "data": arm.data,
@@ -243,11 +260,7 @@ def _sheet(name: str, found: Comparison, reference: str) -> Sheet:
     for arm in found.arms:
         config, first = arm.config, found.arm(arm.data, reference or found.labels[0])
         point = [f"{key} = {getattr(config, key):g}" for key in ("rho", "beta") if _used(config, key)]
-        s_rho = [
-            r.measures["local_inconsistency"]["value"]
-            for r in arm.records
-            if "local_inconsistency" in r.measures
-        ]
+        s_rho = _mean_or_none(arm.s_rho)
         seconds = [_mean_or_none(each.figures("train_seconds")) for each in (arm, first)]
         per_epoch = None
         if seconds[0] and seconds[1]:
@@ -257,16 +270,18 @@ def _sheet(name: str, found: Comparison, reference: str) -> Sheet:
                 Cell(arm.data),
                 Cell(arm.label),
                 Cell(", ".join(point).replace("rho", "ρ").replace("beta", "β") or UNDEFINED),
-                Cell(_percent(arm.figures("test_error"))),
-                Cell(_percent(arm.figures("test_error_min"))),
+                Cell(_percent(arm.errors)),
+                Cell(_percent(arm.figures(f"{arm.error}_min"))),
                 Cell(UNDEFINED if per_epoch is None else f"{per_epoch:.2f}"),
-                Cell(f"{statistics.fmean(s_rho):.3g}" if s_rho else UNDEFINED),
+                Cell(UNDEFINED if s_rho is None else f"{s_rho:.3g}"),
                 Cell(arm.published or UNDEFINED),
             )
         )
     return Sheet(
         name,
-        "Test error by variant",
+        "Linear probe’s test error by variant"
+        if found.arms[0].config.objective == "simclr"
+        else "Test error by variant",
         f"Mean ± standard error over {len(found.arms[0].runs)} seeds, in %; s/epoch: time of an epoch relative to "
         f"{reference or found.labels[0]}’s",
         ("data", "variant", "setting", "final error", "least error", "s/epoch", "S_ρ", "paper"),
