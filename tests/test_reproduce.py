@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -333,6 +334,32 @@ def test_one_data_set_only_can_be_replaced(tmp_path):
     task = Task("tab4", "paper", tmp_path, data="somewhere")
     with pytest.raises(UsageError, match="takes several data sets"):
         methods.study(task, **recipe("tab4").at("paper"))
+
+
+def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):
+    entry = recipe("tab3").at("small")
+    task = Task("tab3", "small", tmp_path, data="somewhere")
+    assert [place["labels"] for place in entry["data"]] == [250, 1000]
+    for place in entry["data"]:
+        assert methods._source(task, place, entry["base"], entry["data"])["data"] == "somewhere"
+
+
+def test_few_labels_are_as_the_benchmark_tunes_them_and_alike_in_both_tables():
+    tuned = tomllib.loads((Path(__file__).parents[1] / "benchmarks" / "few-labels-tune.toml").read_text())
+    tried = [TrainConfig.from_dict(tuned["base"] | one).identity() for one in tuned["list"]]
+    found = {}
+    for name in ("tab3", "tab-fixmatch-sam"):
+        entry = recipe(name).at("small")
+        for variant in entry["variants"]:
+            settings = {
+                **entry["base"],
+                **methods._without(variant, "label"),
+                "labels": 250,
+                "num_test": 1000,
+            }
+            identity = TrainConfig.from_dict(settings).identity()
+            assert found.setdefault(variant["label"], identity) == identity
+    assert [label for label, identity in found.items() if identity not in tried] == ["FixMatch + SAM"]
 
 
 def test_generated_images_are_the_same_each_time_and_learnable(tmp_path):

@@ -109,10 +109,10 @@ def _without(table: Table, *keys: str) -> dict[str, Any]:
 def _source(task: Task, place: Table, base: Table, data: Sequence[Table]) -> dict[str, Any]:
     """Where the examples come from, as settings of training."""
     if task.data is not None:
-        if len(data) > 1:
-            names = ", ".join(each["label"] for each in data)
+        names = list(dict.fromkeys(each.get("data", base.get("data", "")) for each in data))
+        if len(names) > 1:
             raise UsageError(
-                f"{task.name} takes several data sets ({names}): --data cannot stand for all of them"
+                f"{task.name} takes several data sets ({', '.join(names)}): --data cannot stand for all of them"
             )
         return {"data": task.data, "device": task.device}
     name = place.get("data", base.get("data", ""))
@@ -228,8 +228,8 @@ def _text(results: Sequence[_Test], seeds: int) -> str:
         by_what.setdefault(result.compared, []).append(str(result))
     told = [f"{what[0].upper()}{what[1:]}: {'; '.join(said)}." for what, said in by_what.items()]
     return (
-        f"Tested on {', '.join(dict.fromkeys(r.data for r in results))}, by what is named: the difference, paired by "
-        f"seed (same data, start and order of batches; {seeds}), below 0 by a 95 % Student interval over seeds. "
+        f"The test, on {' and '.join(dict.fromkeys(r.data for r in results))}: the difference in what is named, paired "
+        f"by seed (same data, start and order of batches; {seeds}), below 0 by a 95 % Student interval over seeds. "
         f"{' '.join(told)} {sum(r.sign == 1 for r in results)} of {len(results)} comparisons go the claimed way clear "
         f"of 0, {sum(r.sign == -1 for r in results)} the other way."
     )
