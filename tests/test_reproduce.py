@@ -27,7 +27,7 @@ from gm_probe.probe.operators import fisher, hessian
 from gm_probe.reproduce import alignment, maximizer, methods, residuals
 from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
 from gm_probe.reproduce.comparison import Arm, Comparison
-from gm_probe.reproduce.finding import Task
+from gm_probe.reproduce.finding import Finding, Task
 from gm_probe.reproduce.gaussians import Mixture, Network, descending
 from gm_probe.reproduce.generated import image_folder
 from gm_probe.reproduce.run import STUDIES, study_of
@@ -258,6 +258,37 @@ def test_means_over_training_are_areas_and_are_paired_by_seed(tmp_path):
     np.testing.assert_allclose(test.differences, [0.1, 0.05])
     assert test.compared == "mean probe error over training"
     assert str(test).startswith("a against b: −7.5 points")
+
+
+def test_the_verdict_says_what_was_tested_and_what_was_not(tmp_path):
+    found = comparison(tmp_path, {"a": [0.10, 0.30, 0.50], "b": [0.111, 0.310, 0.509]})
+    claimed = [methods._Test(found, "data", {"better": "a", "worse": "b"})]
+    beside = [methods._Test(found, "data", {"better": "b", "worse": "a"})]
+    text = methods._text(claimed, beside, "its cost", 3)
+    assert text.startswith("The test, on data: ")
+    # what is no part of the claim counts on neither side
+    assert "1 of 1 comparisons go the claimed way clear of 0, 0 the other way." in text
+    assert "These are no part of the claim. Final test error: b against a: +1 points" in text
+    assert text.endswith("Not tested: its cost.")
+    assert methods._outcome(claimed) == "shows"
+    assert Finding("shows", text, [], []).verdict == "The claim shows."
+    assert Finding("shows", text, [], [], untested="x").verdict == "What was tested of the claim shows."
+    told = Finding("cannot be told", text, [], [], untested="x").verdict
+    assert told == "Whether what was tested of the claim holds cannot be told at this scale."
+
+
+@pytest.mark.parametrize("name", ["tab1", "tab4"])
+def test_the_least_error_is_tested_as_the_paper_reports_it_and_taken_over_several_looks(name):
+    for scale in ("small", "paper"):
+        entry = recipe(name).at(scale)
+        final = [(t["better"], t["worse"]) for t in entry["tests"] if "key" not in t]
+        least = [(t["better"], t["worse"]) for t in entry["tests"] if t.get("key") == "test_error_min"]
+        assert final == least
+        for variant in entry["variants"]:
+            config = TrainConfig.from_dict(entry["base"] | methods._without(variant, "label", "points"))
+            assert config.eval_every
+            assert config.epochs // config.eval_every >= 4
+        assert {v.get("kl_grad", "both") for v in entry["variants"]} == {"both", "perturbed"}
 
 
 def test_what_is_compared_is_named():

@@ -91,14 +91,26 @@ def effort(found: Comparison) -> Figure:
     return figure
 
 
+SIDES = {"both": "both sides of the KL", "perturbed": "perturbed side alone"}
+
+
 def steps(found: Comparison) -> Figure:
-    """By K of training: error, time of an epoch; and S_ρ of the trained models by the K that it is measured with."""
+    """By K of training: error, time of an epoch; and S_ρ of the trained models by the K that it is measured with.
+
+    Of the one-sided gradient (``kl_grad``), where there are such arms, the first two are lines of their own.
+    """
     figure, (errors, times, measured) = panels(3, 2.3, width=7.2)
     arms = [arm for arm in found.arms if arm.data == found.data[0]]
-    _spread(errors, {arm.config.k_steps: _errors(arm) for arm in arms if _errors(arm)}, **_look(0))
-    seconds = {arm.config.k_steps: [s for s in arm.figures("train_seconds") if s is not None] for arm in arms}
-    one = float(np.mean(seconds[min(seconds)]))
-    _spread(times, {k: [s / one for s in of] for k, of in seconds.items() if of}, **_look(1))
+    one = float(np.mean([s for s in arms[0].figures("train_seconds") if s is not None]))
+    sides = list(dict.fromkeys(arm.config.kl_grad for arm in arms))
+    for index, side in enumerate(sides):
+        mine = [arm for arm in arms if arm.config.kl_grad == side and _errors(arm)]
+        look = {"label": SIDES[side], "linestyle": DASHES[index], **_look(index)}
+        _spread(errors, {arm.config.k_steps: _errors(arm) for arm in mine}, **look)
+        seconds = {arm.config.k_steps: arm.figures("train_seconds") for arm in mine}
+        _spread(times, {k: [s / one for s in of if s is not None] for k, of in seconds.items()}, **look)
+    if len(sides) > 1:
+        errors.legend(frameon=False, fontsize=7)
     for index, arm in enumerate(arms):
         cells = [
             cell for r in arm.records for cell in r.measures.get("local_inconsistency", {}).get("grid", ())
@@ -107,8 +119,8 @@ def steps(found: Comparison) -> Figure:
         for cell in cells:
             by_k.setdefault(cell["k_steps"], []).append(cell["value"])
         if by_k:
-            _spread(measured, by_k, label=f"trained with {arm.label}", **_look(index))
-            measured.legend(frameon=False, fontsize=7)
+            _spread(measured, by_k, label=arm.label, **_look(index))
+            measured.legend(frameon=False, fontsize=7, title="trained with", title_fontsize=7)
     labels = ("final test error, %", "time of an epoch, relative", r"$S_\rho$ (nats)")
     for axes, label in zip((errors, times, measured), labels, strict=True):
         axes.set_ylabel(label)

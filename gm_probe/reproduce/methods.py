@@ -39,6 +39,8 @@ def study(
     seeds: int,
     tests: Sequence[Table],
     picture: str,
+    beside: Sequence[Table] = (),
+    untested: str = "",
     measure: Table | None = None,
 ) -> Finding:
     """Train every variant on every data set with every seed, tune what has several points first, and compare.
@@ -51,6 +53,8 @@ def study(
             paper ``published`` and settings for it ``of``.
         tests: what the claim says: a ``better`` and a ``worse`` variant, by the ``key`` of a run's summary (its final
             error, unless another is given), or by the mean over training of what its metrics have ``along`` it.
+        beside: likewise, but no part of the claim: these differences are given, and decide nothing.
+        untested: what the claim says that no test covers.
         picture: of ``method_pictures.PICTURES``.
         measure: settings of S_ρ, taken of every run at its end.
     """
@@ -80,16 +84,19 @@ def study(
             said = place.get("published", {}).get(label, "")
             arms.append(Arm(place["label"], label, config, paths, said))
     found = Comparison(tuple(arms))
-    results = [_Test(found, label, test) for label in found.data for test in tests]
+    results, others = (
+        [_Test(found, name, one) for name in found.data for one in of] for of in (tests, beside)
+    )
     draw, caption = PICTURES[picture]
     return Finding(
         # a smoke's runs have hardly begun to learn, some on images that are made up: they try the code
         "cannot be told" if task.scale == "smoke" else _outcome(results),
-        _text(results, seeds),
+        _text(results, others, untested, seeds),
         list(_rows(found)),
         [_sheet(task.name, found, tests[0]["worse"] if tests else "")],
         {"": draw(found)},
         {"": caption},
+        untested,
     )
 
 
@@ -221,18 +228,25 @@ def _outcome(results: Sequence[_Test]) -> Outcome:
     return "shows in part" if 1 in signs else "does not show"
 
 
-def _text(results: Sequence[_Test], seeds: int) -> str:
-    """The test, every difference by what is compared, and how many go which way."""
+def _text(results: Sequence[_Test], others: Sequence[_Test], untested: str, seeds: int) -> str:
+    """The test, every difference by what is compared, how many go which way, and what is left."""
+    text = (
+        f"The test, on {' and '.join(dict.fromkeys(r.data for r in results))}: the difference in what is named, paired "
+        f"by seed (same data, start and order of batches; {seeds}), below 0 by a 95 % Student interval over seeds. "
+        f"{_told(results)} {sum(r.sign == 1 for r in results)} of {len(results)} comparisons go the claimed way clear "
+        f"of 0, {sum(r.sign == -1 for r in results)} the other way."
+    )
+    given = f"These are no part of the claim. {_told(others)}" if others else ""
+    left = f"Not tested: {untested}." if untested else ""
+    return " ".join(filter(None, (text, given, left)))
+
+
+def _told(results: Sequence[_Test]) -> str:
     by_what: dict[str, list[str]] = {}
     for result in results:
         by_what.setdefault(result.compared, []).append(str(result))
-    told = [f"{what[0].upper()}{what[1:]}: {'; '.join(said)}." for what, said in by_what.items()]
-    return (
-        f"The test, on {' and '.join(dict.fromkeys(r.data for r in results))}: the difference in what is named, paired "
-        f"by seed (same data, start and order of batches; {seeds}), below 0 by a 95 % Student interval over seeds. "
-        f"{' '.join(told)} {sum(r.sign == 1 for r in results)} of {len(results)} comparisons go the claimed way clear "
-        f"of 0, {sum(r.sign == -1 for r in results)} the other way."
-    )
+    told = (f"{what}: {'; '.join(said)}." for what, said in by_what.items())
+    return " ".join(f"{each[0].upper()}{each[1:]}" for each in told)
 
 
 def _rows(found: Comparison) -> Iterator[dict[str, Any]]:
