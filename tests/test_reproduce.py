@@ -24,7 +24,7 @@ from gm_probe.core.errors import UsageError
 from gm_probe.core.files import write_json, write_toml
 from gm_probe.core.records import read_run
 from gm_probe.probe.operators import fisher, hessian
-from gm_probe.reproduce import alignment, maximizer, methods, residuals
+from gm_probe.reproduce import alignment, maximizer, methods, posteriors, residuals
 from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
 from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.finding import Finding, Task
@@ -199,6 +199,68 @@ def test_slopes_recover_a_power_law():
     assert mean == pytest.approx(0.7, abs=0.01)
     assert residuals._slopes(rows, "relative", 4)[0] == pytest.approx(0, abs=1e-9)
     assert residuals._slopes(rows[:3], "residual", 1) is None
+
+
+# ---- App. B
+
+
+def settings_of_runs(rising: float, offset: float, curvature: float) -> list[dict[str, float | str]]:
+    """Twelve settings an arm: C_θ a power of S_ρ and ``offset`` times σ² tr F, S_0.1 ``curvature`` times its term.
+
+    Two neighbours are exchanged in each, so that τ is not ±1, of which no resample tells the error.
+    """
+    tops = [1.0 + i for i in range(12)]
+    s_rho = [*tops[:3], tops[4], tops[3], *tops[5:]]
+    traces = [top**rising / offset for top in [*tops[:8], tops[9], tops[8], *tops[10:]]]
+    return [
+        {
+            "arm": arm,
+            "inconsistency": top**rising,
+            "predicted": trace,
+            "cloud": 1.0,
+            "cloud_small": 1.0,
+            "predicted_small": 1.0,
+            "lambda_max": top,
+            "rank": 2.0,
+            "s_rho": s,
+            "s_0.1": 0.1**2 / 2 * top * curvature,
+        }
+        for arm in posteriors.ARMS
+        for top, s, trace in zip(tops, s_rho, traces, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rising", "offset", "curvature", "held", "outcome"),
+    [
+        (1.0, 1.1, 1.1, (True, True, True), "shows"),
+        (-1.0, 1.1, 1.1, (True, True, False), "shows in part"),
+        (-1.0, 9.0, 1.5, (False, False, False), "does not show"),
+        (1.0, 9.0, 0.7, (False, False, True), "shows in part"),
+    ],
+)
+def test_each_part_of_app_b_is_told_apart(rising, offset, curvature, held, outcome):
+    rows = settings_of_runs(rising, offset, curvature)
+    taus = posteriors._taus(rows)
+    holds = posteriors._holds(rows, taus)
+    quadratic, predicted, proportional = held
+    assert list(holds.values()) == [quadratic, *[predicted] * 2, *[proportional] * 2]
+    assert posteriors._outcome(holds.values()) == outcome
+    text = posteriors._text(rows, taus, holds, 10)
+    first = "What holds: " if any(held) else "What does not: "
+    assert text.startswith(first)
+    sentence = next(s for s in text.split(". ") if "C_θ ∝ S_ρ (own start)" in s)
+    assert sentence.startswith("What holds" if proportional else "What does not")
+
+
+def test_what_no_interval_tells_of_app_b_is_said_so():
+    rows = settings_of_runs(1.0, 1.0, 1.0)
+    for row, value in zip(rows, [7, 2, 11, 4, 1, 9, 12, 3, 10, 5, 8, 6] * 2, strict=True):
+        row["s_rho"] = value
+    taus = posteriors._taus(rows)
+    holds = posteriors._holds(rows, taus)
+    assert holds["C_θ ∝ S_ρ (own start)"] is None
+    assert "What cannot be told: " in posteriors._text(rows, taus, holds, 10)
 
 
 # ---- tables of methods

@@ -99,7 +99,7 @@ def steps(found: Comparison) -> Figure:
 
     Of the one-sided gradient (``kl_grad``), where there are such arms, the first two are lines of their own.
     """
-    figure, (errors, times, measured) = panels(3, 2.3, width=7.2)
+    figure, (errors, times, measured) = panels(3, 2.3, width=8.4)
     arms = [arm for arm in found.arms if arm.data == found.data[0]]
     one = float(np.mean([s for s in arms[0].figures("train_seconds") if s is not None]))
     sides = list(dict.fromkeys(arm.config.kl_grad for arm in arms))
@@ -120,7 +120,9 @@ def steps(found: Comparison) -> Figure:
             by_k.setdefault(cell["k_steps"], []).append(cell["value"])
         if by_k:
             _spread(measured, by_k, label=arm.label, **_look(index))
-            measured.legend(frameon=False, fontsize=7, title="trained with", title_fontsize=7)
+    if measured.lines:
+        look = {"frameon": False, "fontsize": 7, "title": "trained with", "title_fontsize": 7}
+        measured.legend(loc="upper left", bbox_to_anchor=(1, 1), **look)
     labels = ("final test error, %", "time of an epoch, relative", r"$S_\rho$ (nats)")
     for axes, label in zip((errors, times, measured), labels, strict=True):
         axes.set_ylabel(label)
