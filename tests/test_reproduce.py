@@ -249,7 +249,7 @@ def test_each_part_of_app_b_is_told_apart(rising, offset, curvature, held, outco
     text = posteriors._text(rows, taus, holds, 10)
     first = "What holds: " if any(held) else "What does not: "
     assert text.startswith(first)
-    sentence = next(s for s in text.split(". ") if "C_θ ∝ S_ρ (own start)" in s)
+    sentence = next(s for s in text.split(". ") if "C_θ ∝ S_ρ in rank (own start)" in s)
     assert sentence.startswith("What holds" if proportional else "What does not")
 
 
@@ -259,7 +259,7 @@ def test_what_no_interval_tells_of_app_b_is_said_so():
         row["s_rho"] = value
     taus = posteriors._taus(rows)
     holds = posteriors._holds(rows, taus)
-    assert holds["C_θ ∝ S_ρ (own start)"] is None
+    assert holds["C_θ ∝ S_ρ in rank (own start)"] is None
     assert "What cannot be told: " in posteriors._text(rows, taus, holds, 10)
 
 
