@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +24,10 @@ from gm_probe.core.errors import UsageError
 from gm_probe.core.files import write_json, write_toml
 from gm_probe.core.records import read_run
 from gm_probe.probe.operators import fisher, hessian
-from gm_probe.reproduce import alignment, maximizer, methods, residuals
+from gm_probe.reproduce import alignment, maximizer, methods, posteriors, residuals
 from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
 from gm_probe.reproduce.comparison import Arm, Comparison
-from gm_probe.reproduce.finding import Task
+from gm_probe.reproduce.finding import Finding, Task
 from gm_probe.reproduce.gaussians import Mixture, Network, descending
 from gm_probe.reproduce.generated import image_folder
 from gm_probe.reproduce.run import STUDIES, study_of
@@ -200,6 +201,68 @@ def test_slopes_recover_a_power_law():
     assert residuals._slopes(rows[:3], "residual", 1) is None
 
 
+# ---- App. B
+
+
+def settings_of_runs(rising: float, offset: float, curvature: float) -> list[dict[str, float | str]]:
+    """Twelve settings an arm: C_θ a power of S_ρ and ``offset`` times σ² tr F, S_0.1 ``curvature`` times its term.
+
+    Two neighbours are exchanged in each, so that τ is not ±1, of which no resample tells the error.
+    """
+    tops = [1.0 + i for i in range(12)]
+    s_rho = [*tops[:3], tops[4], tops[3], *tops[5:]]
+    traces = [top**rising / offset for top in [*tops[:8], tops[9], tops[8], *tops[10:]]]
+    return [
+        {
+            "arm": arm,
+            "inconsistency": top**rising,
+            "predicted": trace,
+            "cloud": 1.0,
+            "cloud_small": 1.0,
+            "predicted_small": 1.0,
+            "lambda_max": top,
+            "rank": 2.0,
+            "s_rho": s,
+            "s_0.1": 0.1**2 / 2 * top * curvature,
+        }
+        for arm in posteriors.ARMS
+        for top, s, trace in zip(tops, s_rho, traces, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rising", "offset", "curvature", "held", "outcome"),
+    [
+        (1.0, 1.1, 1.1, (True, True, True), "shows"),
+        (-1.0, 1.1, 1.1, (True, True, False), "shows in part"),
+        (-1.0, 9.0, 1.5, (False, False, False), "does not show"),
+        (1.0, 9.0, 0.7, (False, False, True), "shows in part"),
+    ],
+)
+def test_each_part_of_app_b_is_told_apart(rising, offset, curvature, held, outcome):
+    rows = settings_of_runs(rising, offset, curvature)
+    taus = posteriors._taus(rows)
+    holds = posteriors._holds(rows, taus)
+    quadratic, predicted, proportional = held
+    assert list(holds.values()) == [quadratic, *[predicted] * 2, *[proportional] * 2]
+    assert posteriors._outcome(holds.values()) == outcome
+    text = posteriors._text(rows, taus, holds, 10)
+    first = "What holds: " if any(held) else "What does not: "
+    assert text.startswith(first)
+    sentence = next(s for s in text.split(". ") if "C_θ ∝ S_ρ in rank (own start)" in s)
+    assert sentence.startswith("What holds" if proportional else "What does not")
+
+
+def test_what_no_interval_tells_of_app_b_is_said_so():
+    rows = settings_of_runs(1.0, 1.0, 1.0)
+    for row, value in zip(rows, [7, 2, 11, 4, 1, 9, 12, 3, 10, 5, 8, 6] * 2, strict=True):
+        row["s_rho"] = value
+    taus = posteriors._taus(rows)
+    holds = posteriors._holds(rows, taus)
+    assert holds["C_θ ∝ S_ρ in rank (own start)"] is None
+    assert "What cannot be told: " in posteriors._text(rows, taus, holds, 10)
+
+
 # ---- tables of methods
 
 
@@ -226,6 +289,95 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert test.sign == 1
     assert "a against b: −1 points (−1.25 to −0.752)" in str(test)
     assert methods._Test(found, "data", {"better": "b", "worse": "a"}).sign == -1
+
+
+def tracked(folder: Path, label: str, config: TrainConfig, seeds: list[dict[int, float]]) -> Arm:
+    """An arm of runs that have only probe errors, by epoch; one of a single value is a run that diverged."""
+    paths = []
+    for seed, track in enumerate(seeds):
+        path = folder / f"{label}-{seed}"
+        write_toml(path / "config.toml", {"method": "sgd"})
+        write_json(path / "summary.json", {"status": "finished" if len(track) > 1 else "diverged"})
+        lines = [
+            {"epoch": 1, "running_loss": 1.0},
+            *({"epoch": e, "probe_test_error": v} for e, v in track.items()),
+        ]
+        (path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        paths.append(path)
+    return Arm("data", label, config, tuple(paths), "")
+
+
+def test_means_over_training_are_areas_and_are_paired_by_seed(tmp_path):
+    config = TrainConfig(objective="simclr")
+    # by hand: ½(0.8 + 0.6)·2 + ½(0.6 + 0.4)·4 = 3.4 over 6 epochs; the last run of a diverged
+    a = tracked(tmp_path, "a", config, [{2: 0.8, 4: 0.6, 8: 0.4}, {2: 0.5, 8: 0.5}, {2: 0.1}])
+    assert a.means_along("probe_test_error") == [pytest.approx(3.4 / 6), pytest.approx(0.5), None]
+    b = tracked(tmp_path, "b", config, [{2: 0.8, 4: 0.8, 8: 0.4}, {2: 0.5, 8: 0.6}, {2: 0.3, 8: 0.3}])
+    test = methods._Test(
+        Comparison((a, b)), "data", {"better": "a", "worse": "b", "along": "probe_test_error"}
+    )
+    # b − a: 0.2 more at epoch 4 is ½·0.2·6/6 = 0.1; 0.05
+    np.testing.assert_allclose(test.differences, [0.1, 0.05])
+    assert test.compared == "mean probe error over training"
+    assert str(test).startswith("a against b: −7.5 points")
+
+
+def test_the_verdict_says_what_was_tested_and_what_was_not(tmp_path):
+    found = comparison(tmp_path, {"a": [0.10, 0.30, 0.50], "b": [0.111, 0.310, 0.509]})
+    claimed = [methods._Test(found, "data", {"better": "a", "worse": "b"})]
+    beside = [methods._Test(found, "data", {"better": "b", "worse": "a"})]
+    text = methods._text(claimed, beside, "its cost", 3)
+    assert text.startswith("The test, on data: ")
+    # what is no part of the claim counts on neither side
+    assert "1 of 1 comparisons go the claimed way clear of 0, 0 the other way." in text
+    assert "These are no part of the claim. Final test error: b against a: +1 points" in text
+    assert text.endswith("Not tested: its cost.")
+    assert methods._outcome(claimed) == "shows"
+    assert Finding("shows", text, [], []).verdict == "The claim shows."
+    assert Finding("shows", text, [], [], untested="x").verdict == "What was tested of the claim shows."
+    told = Finding("cannot be told", text, [], [], untested="x").verdict
+    assert told == "Whether what was tested of the claim holds cannot be told at this scale."
+
+
+@pytest.mark.parametrize("name", ["tab1", "tab4"])
+def test_the_least_error_is_tested_as_the_paper_reports_it_and_taken_over_several_looks(name):
+    for scale in ("small", "paper"):
+        entry = recipe(name).at(scale)
+        final = [(t["better"], t["worse"]) for t in entry["tests"] if "key" not in t]
+        least = [(t["better"], t["worse"]) for t in entry["tests"] if t.get("key") == "test_error_min"]
+        assert final == least
+        for variant in entry["variants"]:
+            config = TrainConfig.from_dict(entry["base"] | methods._without(variant, "label", "points"))
+            assert config.eval_every
+            assert config.epochs // config.eval_every >= 4
+        assert {v.get("kl_grad", "both") for v in entry["variants"]} == {"both", "perturbed"}
+
+
+def test_what_is_compared_is_named():
+    one = Arm("data", "a", TrainConfig(), (), "")
+    simclr = Arm("data", "a", TrainConfig(objective="simclr"), (), "")
+    cases = (
+        (one, {}, "final test error"),
+        (one, {"key": "test_error_min"}, "least test error over epochs"),
+        (one, {"key": "local_inconsistency"}, "S_ρ"),
+        (simclr, {}, "final probe error"),
+        (simclr, {"along": "local_inconsistency"}, "mean S_ρ over training"),
+    )
+    for arm, test, words in cases:
+        found = methods._Test(Comparison((arm,)), "data", {"better": "a", "worse": "a", **test})
+        assert found.compared == words
+
+
+def test_small_simclr_has_the_sizes_of_the_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import simclr
+
+    given = {option.name: option.default for option in simclr.main.params}
+    base = recipe("fig4").at("small")["base"]
+    for key in ("model", "num_train", "num_unlabeled", "num_test", "batch_size", "epochs"):
+        assert base[key] == given[key]
+    looks = (base["probe_every"], base["track_every"])
+    assert looks == (base["epochs"] // simclr.PROBES, base["epochs"] // simclr.TRACKS)
 
 
 def test_seeds_that_are_all_alike_tell_no_error(tmp_path):
@@ -275,6 +427,32 @@ def test_one_data_set_only_can_be_replaced(tmp_path):
     task = Task("tab4", "paper", tmp_path, data="somewhere")
     with pytest.raises(UsageError, match="takes several data sets"):
         methods.study(task, **recipe("tab4").at("paper"))
+
+
+def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):
+    entry = recipe("tab3").at("small")
+    task = Task("tab3", "small", tmp_path, data="somewhere")
+    assert [place["labels"] for place in entry["data"]] == [250, 1000]
+    for place in entry["data"]:
+        assert methods._source(task, place, entry["base"], entry["data"])["data"] == "somewhere"
+
+
+def test_few_labels_are_as_the_benchmark_tunes_them_and_alike_in_both_tables():
+    tuned = tomllib.loads((Path(__file__).parents[1] / "benchmarks" / "few-labels-tune.toml").read_text())
+    tried = [TrainConfig.from_dict(tuned["base"] | one).identity() for one in tuned["list"]]
+    found = {}
+    for name in ("tab3", "tab-fixmatch-sam"):
+        entry = recipe(name).at("small")
+        for variant in entry["variants"]:
+            settings = {
+                **entry["base"],
+                **methods._without(variant, "label"),
+                "labels": 250,
+                "num_test": 1000,
+            }
+            identity = TrainConfig.from_dict(settings).identity()
+            assert found.setdefault(variant["label"], identity) == identity
+    assert [label for label, identity in found.items() if identity not in tried] == ["FixMatch + SAM"]
 
 
 def test_generated_images_are_the_same_each_time_and_learnable(tmp_path):

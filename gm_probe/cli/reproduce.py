@@ -59,7 +59,7 @@ def reproduce(
     chosen = recipe(name)
     scale = scale or chosen.default
     chosen.at(scale)
-    from gm_probe.reproduce.finding import SAID, Task
+    from gm_probe.reproduce.finding import Task
     from gm_probe.reproduce.run import reproduce as run
 
     console = notes_console(quiet)
@@ -76,13 +76,14 @@ def reproduce(
                 "scale": scale,
                 "outcome": found.outcome,
                 "text": found.text,
+                "untested": found.untested,
                 "out": str(folder),
                 "files": [path.name for path in paths],
             }
         )
         return
     console = results_console()
-    for text in (f"Claim: {chosen.claim}", f"{SAID[found.outcome]} {found.text}"):
+    for text in (f"Claim: {chosen.claim}", f"{found.verdict} {found.text}"):
         console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
     note(notes_console(quiet), f"written: {folder}/{{{', '.join(path.name for path in paths)}}}")
 

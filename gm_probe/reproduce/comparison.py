@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from gm_probe.core.records import RunRecord, read_metrics, read_run
 from gm_probe.training.config import TrainConfig
@@ -24,6 +27,11 @@ class Arm:
     published: str
 
     @property
+    def error(self) -> str:
+        """The summary's key of the error on the test part: of a SimCLR encoder, its linear probe's."""
+        return "probe_test_error" if self.config.objective == "simclr" else "test_error"
+
+    @property
     def records(self) -> list[RunRecord]:
         return [read_run(path) for path in self.runs]
 
@@ -32,14 +40,43 @@ class Arm:
         found = [r.summary | {name: row["value"] for name, row in r.measures.items()} for r in self.records]
         return [values.get(key) if values.get("status") == "finished" else None for values in found]
 
+    @property
+    def errors(self) -> list[float | None]:
+        """Of every run, at its end; None of one that diverged."""
+        return self.figures(self.error)
+
+    @property
+    def s_rho(self) -> list[float | None]:
+        """Of every run at its end: as it was measured, or else where it was tracked to the last epoch."""
+        measured = [r.measures.get("local_inconsistency", {}).get("value") for r in self.records]
+        tracked = [_track(path, "local_inconsistency").get(self.config.epochs) for path in self.runs]
+        return [one if one is not None else other for one, other in zip(measured, tracked, strict=True)]
+
     def along(self, key: str) -> dict[int, list[float]]:
         """``key`` of the runs' metrics by epoch."""
         found: dict[int, list[float]] = {}
         for path in self.runs:
-            for row in read_metrics(path):
-                if key in row:
-                    found.setdefault(row["epoch"], []).append(row[key])
+            for epoch, value in _track(path, key).items():
+                found.setdefault(epoch, []).append(value)
         return found
+
+    def means_along(self, key: str) -> list[float | None]:
+        """Every run's mean of ``key`` over the epochs from its first value to its last.
+
+        That is the area under straight lines between them by its width; None of a run that diverged, or has no two.
+        """
+        ended = [record.status == "finished" for record in self.records]
+        tracks = [_track(path, key) for path in self.runs]
+        return [_mean_height(t) if ok and len(t) > 1 else None for ok, t in zip(ended, tracks, strict=True)]
+
+
+def _track(path: Path, key: str) -> dict[int, float]:
+    return {row["epoch"]: row[key] for row in read_metrics(path) if key in row}
+
+
+def _mean_height(track: Mapping[int, float]) -> float:
+    epochs, values = list(track), list(track.values())
+    return float(np.trapezoid(values, epochs)) / (epochs[-1] - epochs[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ class Finding:
         sheets: the same or its summary as tables; the paper's own numbers stand in them, where it gives any.
         figures: by what is put after the name in the file's stem (the first one: nothing).
         captions: of the figures.
+        untested: part of the claim that no test here covers, which the verdict leaves out.
     """
 
     outcome: Outcome
@@ -68,6 +69,15 @@ class Finding:
     sheets: Sequence[Sheet]
     figures: Mapping[str, Figure] = field(default_factory=dict)
     captions: Mapping[str, str] = field(default_factory=dict)
+    untested: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """A sentence of the outcome, of no more than was tested."""
+        of = "what was tested of the claim" if self.untested else "the claim"
+        if self.outcome == "cannot be told":
+            return f"Whether {of} holds cannot be told at this scale."
+        return f"{of[0].upper()}{of[1:]} {self.outcome}."
 
 
 def write(
@@ -93,6 +103,7 @@ def write(
         "scale": task.scale,
         "outcome": finding.outcome,
         "text": finding.text,
+        "untested": finding.untested,
         "data": task.data,
         "settings": recipe.at(task.scale),
         "environment": environment,
@@ -100,14 +111,6 @@ def write(
     }
     write_json(folder / RESULT, result)
     return [*paths, *(folder / f"{name}.{kind}" for kind in texts), folder / RESULT]
-
-
-SAID: Mapping[Outcome, str] = {
-    "shows": "The claim shows.",
-    "shows in part": "The claim shows in part.",
-    "does not show": "The claim does not show.",
-    "cannot be told": "Whether the claim holds cannot be told at this scale.",
-}
 
 
 def _page(
@@ -131,7 +134,7 @@ def _page(
     blocks = [
         f"# {escape_markdown(recipe.title)}",
         f"The paper's claim: {escape_markdown(recipe.claim)}",
-        f"**{SAID[finding.outcome]}** {escape_markdown(finding.text)}",
+        f"**{finding.verdict}** {escape_markdown(finding.text)}",
         *(block for pair in zip(pictures, map(escape_markdown, said), strict=False) for block in pair),
         markdown(finding.sheets).strip(),
         f"The paper's own numbers: {escape_markdown(recipe.published)}",

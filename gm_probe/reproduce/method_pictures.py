@@ -22,8 +22,8 @@ def _look(index: int) -> dict[str, Any]:
     return {"color": COLOURS[place], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
 
 
-def _errors(arm: Arm, key: str = "test_error") -> list[float]:
-    return [100 * value for value in arm.figures(key) if value is not None]
+def _errors(arm: Arm) -> list[float]:
+    return [100 * value for value in arm.errors if value is not None]
 
 
 def _spread(axes: Axes, values: Mapping[Any, Sequence[float]], **look: Any) -> None:
@@ -58,16 +58,17 @@ def dots(found: Comparison) -> Figure:
 
 
 def along(found: Comparison) -> Figure:
-    """S_ρ and test error by epoch."""
+    """S_ρ and test accuracy by epoch, of a SimCLR encoder its linear probe's."""
     figure, (left, right) = panels(2, 2.4)
     for index, arm in enumerate(found.arms):
         style = {"label": arm.label, "linestyle": DASHES[index % 4], **_look(index), "markersize": 3}
-        tracked, errors = arm.along("local_inconsistency"), arm.along("test_error")
+        tracked, errors = arm.along("local_inconsistency"), arm.along(arm.error)
         _spread(left, tracked, **style)
         _spread(right, {epoch: [100 - 100 * value for value in of] for epoch, of in errors.items()}, **style)
     left.set_yscale("log")
-    left.set_ylabel(r"$S_\rho$ on unlabeled data (nats)")
-    right.set_ylabel("test accuracy, %")
+    simclr = found.arms[0].config.objective == "simclr"
+    left.set_ylabel(rf"$S_\rho$ {'over NT-Xent logits' if simclr else 'on unlabeled data'} (nats)")
+    right.set_ylabel("linear probe's test accuracy, %" if simclr else "test accuracy, %")
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -90,14 +91,26 @@ def effort(found: Comparison) -> Figure:
     return figure
 
 
+SIDES = {"both": "both sides of the KL", "perturbed": "perturbed side alone"}
+
+
 def steps(found: Comparison) -> Figure:
-    """By K of training: error, time of an epoch; and S_ρ of the trained models by the K that it is measured with."""
-    figure, (errors, times, measured) = panels(3, 2.3, width=7.2)
+    """By K of training: error, time of an epoch; and S_ρ of the trained models by the K that it is measured with.
+
+    Of the one-sided gradient (``kl_grad``), where there are such arms, the first two are lines of their own.
+    """
+    figure, (errors, times, measured) = panels(3, 2.3, width=8.4)
     arms = [arm for arm in found.arms if arm.data == found.data[0]]
-    _spread(errors, {arm.config.k_steps: _errors(arm) for arm in arms if _errors(arm)}, **_look(0))
-    seconds = {arm.config.k_steps: [s for s in arm.figures("train_seconds") if s is not None] for arm in arms}
-    one = float(np.mean(seconds[min(seconds)]))
-    _spread(times, {k: [s / one for s in of] for k, of in seconds.items() if of}, **_look(1))
+    one = float(np.mean([s for s in arms[0].figures("train_seconds") if s is not None]))
+    sides = list(dict.fromkeys(arm.config.kl_grad for arm in arms))
+    for index, side in enumerate(sides):
+        mine = [arm for arm in arms if arm.config.kl_grad == side and _errors(arm)]
+        look = {"label": SIDES[side], "linestyle": DASHES[index], **_look(index)}
+        _spread(errors, {arm.config.k_steps: _errors(arm) for arm in mine}, **look)
+        seconds = {arm.config.k_steps: arm.figures("train_seconds") for arm in mine}
+        _spread(times, {k: [s / one for s in of if s is not None] for k, of in seconds.items()}, **look)
+    if len(sides) > 1:
+        errors.legend(frameon=False, fontsize=7)
     for index, arm in enumerate(arms):
         cells = [
             cell for r in arm.records for cell in r.measures.get("local_inconsistency", {}).get("grid", ())
@@ -106,8 +119,10 @@ def steps(found: Comparison) -> Figure:
         for cell in cells:
             by_k.setdefault(cell["k_steps"], []).append(cell["value"])
         if by_k:
-            _spread(measured, by_k, label=f"trained with {arm.label}", **_look(index))
-            measured.legend(frameon=False, fontsize=7)
+            _spread(measured, by_k, label=arm.label, **_look(index))
+    if measured.lines:
+        look = {"frameon": False, "fontsize": 7, "title": "trained with", "title_fontsize": 7}
+        measured.legend(loc="upper left", bbox_to_anchor=(1, 1), **look)
     labels = ("final test error, %", "time of an epoch, relative", r"$S_\rho$ (nats)")
     for axes, label in zip((errors, times, measured), labels, strict=True):
         axes.set_ylabel(label)
@@ -133,7 +148,7 @@ def plane(found: Comparison) -> Figure:
     """Final error over (ρ, β)."""
     cells: list[dict[str, Any]] = []
     for arm in found.arms:
-        errors = [value for value in arm.figures("test_error") if value is not None]
+        errors = [value for value in arm.errors if value is not None]
         whole = len(errors) == len(arm.runs)
         cells.append(
             {
@@ -157,7 +172,7 @@ PICTURES: Mapping[str, tuple[Callable[[Comparison], Figure], str]] = {
     "dots": (dots, "Final test errors: a mark a seed; black: mean ± standard error."),
     "along": (
         along,
-        "S_ρ on the unlabeled part and test accuracy along training; mean ± standard error over seeds.",
+        "S_ρ and test accuracy along training; mean ± standard error over seeds.",
     ),
     "effort": (
         effort,

@@ -15,7 +15,6 @@ import numpy as np
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet
 from gm_probe.core.errors import UsageError
-from gm_probe.core.records import read_run
 from gm_probe.probe.probe import Settings
 from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.finding import Finding, Outcome, Task
@@ -27,6 +26,8 @@ from gm_probe.sweep.tuning import NOTHING, VALIDATION
 from gm_probe.training.config import TrainConfig
 
 Table = Mapping[str, Any]
+COMPARED = {"local_inconsistency": "S_ρ"}
+"""Words for what is no error."""
 
 
 def study(
@@ -38,6 +39,8 @@ def study(
     seeds: int,
     tests: Sequence[Table],
     picture: str,
+    beside: Sequence[Table] = (),
+    untested: str = "",
     measure: Table | None = None,
 ) -> Finding:
     """Train every variant on every data set with every seed, tune what has several points first, and compare.
@@ -48,7 +51,10 @@ def study(
             those of the least error on a tenth of the training part are taken. A ``grid`` makes one variant a point.
         data: ``label``, settings of its own (``data`` = 'generated' makes images), and by a variant's label what the
             paper ``published`` and settings for it ``of``.
-        tests: what the claim says: a ``better`` and a ``worse`` variant, by the ``key`` of a run's summary.
+        tests: what the claim says: a ``better`` and a ``worse`` variant, by the ``key`` of a run's summary (its final
+            error, unless another is given), or by the mean over training of what its metrics have ``along`` it.
+        beside: likewise, but no part of the claim: these differences are given, and decide nothing.
+        untested: what the claim says that no test covers.
         picture: of ``method_pictures.PICTURES``.
         measure: settings of S_ρ, taken of every run at its end.
     """
@@ -78,16 +84,19 @@ def study(
             said = place.get("published", {}).get(label, "")
             arms.append(Arm(place["label"], label, config, paths, said))
     found = Comparison(tuple(arms))
-    results = [_Test(found, label, test) for label in found.data for test in tests]
+    results, others = (
+        [_Test(found, name, one) for name in found.data for one in of] for of in (tests, beside)
+    )
     draw, caption = PICTURES[picture]
     return Finding(
         # a smoke's runs have hardly begun to learn, some on images that are made up: they try the code
         "cannot be told" if task.scale == "smoke" else _outcome(results),
-        _text(results, seeds),
+        _text(results, others, untested, seeds),
         list(_rows(found)),
         [_sheet(task.name, found, tests[0]["worse"] if tests else "")],
         {"": draw(found)},
         {"": caption},
+        untested,
     )
 
 
@@ -107,10 +116,10 @@ def _without(table: Table, *keys: str) -> dict[str, Any]:
 def _source(task: Task, place: Table, base: Table, data: Sequence[Table]) -> dict[str, Any]:
     """Where the examples come from, as settings of training."""
     if task.data is not None:
-        if len(data) > 1:
-            names = ", ".join(each["label"] for each in data)
+        names = list(dict.fromkeys(each.get("data", base.get("data", "")) for each in data))
+        if len(names) > 1:
             raise UsageError(
-                f"{task.name} takes several data sets ({names}): --data cannot stand for all of them"
+                f"{task.name} takes several data sets ({', '.join(names)}): --data cannot stand for all of them"
             )
         return {"data": task.data, "device": task.device}
     name = place.get("data", base.get("data", ""))
@@ -130,8 +139,9 @@ def _tuned(task: Task, shared: Table, variant: Table, place: Table) -> TrainConf
     names = [run_name(cell, {"method": _plain(variant["label"])}) for cell in cells]
     folder = task.folder / "runs" / f"{_plain(place['label'])}-tune"
     trained(Recipe(dict(zip(names, cells, strict=True)), NOTHING, ()), folder, task)
-    errors = [read_run(folder / name).summary.get("test_error", math.inf) for name in names]
-    return config.replace(**points[errors.index(min(errors))])
+    errors = Arm(place["label"], variant["label"], config, tuple(folder / name for name in names), "").errors
+    known = [math.inf if error is None else error for error in errors]
+    return config.replace(**points[known.index(min(known))])
 
 
 def _plain(label: str) -> str:
@@ -149,8 +159,9 @@ class _Test:
     @cached_property
     def differences(self) -> np.ndarray:
         """worse − better of every seed where both ended, so that > 0 is what the claim says."""
+        arms = [self.found.arm(self.data, self.test[key]) for key in ("better", "worse")]
         better, worse = (
-            self.found.arm(self.data, self.test[key]).figures(self.key) for key in ("better", "worse")
+            arm.means_along(self.key) if "along" in self.test else arm.figures(self.key) for arm in arms
         )
         return np.array(
             [b - a for a, b in zip(better, worse, strict=True) if a is not None and b is not None]
@@ -158,7 +169,23 @@ class _Test:
 
     @property
     def key(self) -> str:
-        return str(self.test.get("key", "test_error"))
+        final = self.found.arm(self.data, self.test["better"]).error
+        return str(self.test.get("along", self.test.get("key", final)))
+
+    @property
+    def compared(self) -> str:
+        """What, in words."""
+        probe, least = self.key.startswith("probe_"), self.key.endswith("_min")
+        name = f"{'probe' if probe else 'test'} error" if self._is_error else COMPARED.get(self.key, self.key)
+        if "along" in self.test:
+            return f"mean {name} over training"
+        if not self._is_error:
+            return name
+        return f"least {name} over epochs" if least else f"final {name}"
+
+    @property
+    def _is_error(self) -> bool:
+        return self.key.removesuffix("_min").endswith("test_error")
 
     @property
     def interval(self) -> tuple[float, float, float] | None:
@@ -174,7 +201,7 @@ class _Test:
         return (low > 0) - (high < 0)
 
     def __str__(self) -> str:
-        scale, unit = (-100, " points") if self.key == "test_error" else (-1, f" in {self.key}")
+        scale, unit = (-100, " points") if self._is_error else (-1, "")
         names = f"{self.test['better']} against {self.test['worse']}"
         where = f" on {self.data}" if len(self.found.data) > 1 else ""
         if not len(self.differences):
@@ -201,33 +228,37 @@ def _outcome(results: Sequence[_Test]) -> Outcome:
     return "shows in part" if 1 in signs else "does not show"
 
 
-def _text(results: Sequence[_Test], seeds: int) -> str:
-    return (
-        "The test: the difference in final test error (or what is named), paired by seed (same data, start and order "
-        f"of batches; {seeds}), below 0 by a 95 % Student interval over seeds. "
-        + "; ".join(map(str, results))
-        + f". {sum(r.sign == 1 for r in results)} of {len(results)} comparisons go the claimed way clear of 0, "
-        f"{sum(r.sign == -1 for r in results)} the other way."
+def _text(results: Sequence[_Test], others: Sequence[_Test], untested: str, seeds: int) -> str:
+    """The test, every difference by what is compared, how many go which way, and what is left."""
+    text = (
+        f"The test, on {' and '.join(dict.fromkeys(r.data for r in results))}: the difference in what is named, paired "
+        f"by seed (same data, start and order of batches; {seeds}), below 0 by a 95 % Student interval over seeds. "
+        f"{_told(results)} {sum(r.sign == 1 for r in results)} of {len(results)} comparisons go the claimed way clear "
+        f"of 0, {sum(r.sign == -1 for r in results)} the other way."
     )
+    given = f"These are no part of the claim. {_told(others)}" if others else ""
+    left = f"Not tested: {untested}." if untested else ""
+    return " ".join(filter(None, (text, given, left)))
+
+
+def _told(results: Sequence[_Test]) -> str:
+    by_what: dict[str, list[str]] = {}
+    for result in results:
+        by_what.setdefault(result.compared, []).append(str(result))
+    told = (f"{what}: {'; '.join(said)}." for what, said in by_what.items())
+    return " ".join(f"{each[0].upper()}{each[1:]}" for each in told)
 
 
 def _rows(found: Comparison) -> Iterator[dict[str, Any]]:
     """One a run."""
     for arm in found.arms:
-        for record in arm.records:
+        for record, s_rho in zip(arm.records, arm.s_rho, strict=True):
             settings = {
                 key: record.config.get(key)
                 for key in ("method", "rho", "beta", "k_steps", "m", "seed", "epochs")
             }
-            keys = (
-                "status",
-                "test_error",
-                "test_error_min",
-                "train_error",
-                "train_seconds",
-                "gradient_evaluations",
-            )
-            s_rho = record.measures.get("local_inconsistency", {}).get("value")
+            errors = (arm.error, f"{arm.error}_min", arm.error.replace("test", "train"))
+            keys = ("status", *errors, "train_seconds", "gradient_evaluations")
             results = {key: record.summary.get(key) for key in keys}
             yield {
                 "data": arm.data,
@@ -243,11 +274,7 @@ def _sheet(name: str, found: Comparison, reference: str) -> Sheet:
     for arm in found.arms:
         config, first = arm.config, found.arm(arm.data, reference or found.labels[0])
         point = [f"{key} = {getattr(config, key):g}" for key in ("rho", "beta") if _used(config, key)]
-        s_rho = [
-            r.measures["local_inconsistency"]["value"]
-            for r in arm.records
-            if "local_inconsistency" in r.measures
-        ]
+        s_rho = _mean_or_none(arm.s_rho)
         seconds = [_mean_or_none(each.figures("train_seconds")) for each in (arm, first)]
         per_epoch = None
         if seconds[0] and seconds[1]:
@@ -257,16 +284,18 @@ def _sheet(name: str, found: Comparison, reference: str) -> Sheet:
                 Cell(arm.data),
                 Cell(arm.label),
                 Cell(", ".join(point).replace("rho", "ρ").replace("beta", "β") or UNDEFINED),
-                Cell(_percent(arm.figures("test_error"))),
-                Cell(_percent(arm.figures("test_error_min"))),
+                Cell(_percent(arm.errors)),
+                Cell(_percent(arm.figures(f"{arm.error}_min"))),
                 Cell(UNDEFINED if per_epoch is None else f"{per_epoch:.2f}"),
-                Cell(f"{statistics.fmean(s_rho):.3g}" if s_rho else UNDEFINED),
+                Cell(UNDEFINED if s_rho is None else f"{s_rho:.3g}"),
                 Cell(arm.published or UNDEFINED),
             )
         )
     return Sheet(
         name,
-        "Test error by variant",
+        "Linear probe’s test error by variant"
+        if found.arms[0].config.objective == "simclr"
+        else "Test error by variant",
         f"Mean ± standard error over {len(found.arms[0].runs)} seeds, in %; s/epoch: time of an epoch relative to "
         f"{reference or found.labels[0]}’s",
         ("data", "variant", "setting", "final error", "least error", "s/epoch", "S_ρ", "paper"),
