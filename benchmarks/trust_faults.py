@@ -280,13 +280,19 @@ def kills(small: bool) -> tuple[list[Row], list[str]]:
             points[bench.name] = bench.points
             _say(row, bench)
     counted = ", ".join(f"{name} {count}" for name, count in points.items())
-    return [row], [f"points at writes (made, synced, renamed, folder synced): {counted}; {RANDOM} random each"]
+    return [row], [
+        f"points at writes (made, synced, renamed, folder synced): {counted}; {RANDOM} random each"
+    ]
 
 
 def faults(small: bool) -> tuple[list[Row], list[str]]:
     rows = [
-        Row("ENOSPC, EIO, EROFS at each write: exit 7, one line; nothing torn or left; again, the same files"),
-        Row("the same, of a cache (exit 0, all else is there) or one of a sweep's runs (exit 1, named; others done)"),
+        Row(
+            "ENOSPC, EIO, EROFS at each write: exit 7, one line; nothing torn or left; again, the same files"
+        ),
+        Row(
+            "the same, of a cache (exit 0, all else is there) or one of a sweep's runs (exit 1, named; others done)"
+        ),
         Row("Ctrl-C, SIGTERM at random: one line, 130 or 143; nothing torn or left; again, the same files"),
     ]
     chance = random.Random(1)
@@ -300,4 +306,7 @@ def faults(small: bool) -> tuple[list[Row], list[str]]:
 
 
 def _say(row: Row, bench: Bench) -> None:
-    print(f"{bench.name}: {bench.points} points, {bench.seconds:.2f} s; {row.held} of {row.tried}", file=sys.stderr)
+    print(
+        f"{bench.name}: {bench.points} points, {bench.seconds:.2f} s; {row.held} of {row.tried}",
+        file=sys.stderr,
+    )

@@ -324,7 +324,9 @@ def test_a_step_on_what_is_not_finite_ends_the_run_as_diverged(
 def test_correlate_counts_runs_that_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, runs = tmp_path / "recipe.toml", str(tmp_path / "runs")
     base = "\n".join(f"{key} = {json.dumps(value)}" for key, value in TINY.items())
-    tables = f'[base]\n{base}\n[grid]\nlr = [0.01, 0.03, 0.1, 1e30, 1e31]\n[measure]\nmeasures = ["mean_entropy"]'
+    tables = (
+        f'[base]\n{base}\n[grid]\nlr = [0.01, 0.03, 0.1, 1e30, 1e31]\n[measure]\nmeasures = ["mean_entropy"]'
+    )
     recipe.write_text(tables)
     main(["sweep", str(recipe), "--out", runs, "-q"])
     capsys.readouterr()
