@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import BusyError, StorageError, UsageError
 from gm_probe.core.files import LOCK, exclusive, held, write_json, write_toml
 from gm_probe.core.records import failure, run_state
+from gm_probe.sweep import estimate
 from gm_probe.sweep.estimate import estimates
 from gm_probe.sweep.manifest import only, read_sweep, write_sweep
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
@@ -311,6 +313,20 @@ def test_estimates_scale_with_the_work() -> None:
     first, second, third = (cost.seconds for cost in estimates(configs, plan))
     assert third - second == pytest.approx(second - first)  # one timing for all three: nothing is random
     assert second > first > 0
+
+
+def test_measuring_is_estimated_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = estimate._timed
+
+    def fixed(config: TrainConfig) -> tuple[float, Any]:
+        return (1.0 if config.amp == "bf16" else 3.0), timed(config)[1]
+
+    monkeypatch.setattr(estimate, "_timed", fixed)
+    plan = parse().plan
+    configs = [TrainConfig.from_dict({**BASE, "amp": amp}) for amp in ("none", "bf16")]
+    plain, cast = (cost.seconds for cost in estimates(configs, plan))
+    [plain_training] = (cost.seconds for cost in estimates(configs[:1], replace(plan, measures=())))
+    assert plain - cast == pytest.approx(plain_training * 2 / 3)  # training alone is three times as fast
 
 
 # ---- measured again

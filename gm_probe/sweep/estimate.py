@@ -50,9 +50,11 @@ def estimates(configs: Iterable[TrainConfig], plan: MeasurePlan) -> list[Estimat
 
 @dataclass(frozen=True, slots=True)
 class _Rate:
-    """Seconds a gradient evaluation of one example, evaluations a step, examples of each part, bytes of weights."""
+    """Seconds a gradient evaluation of one example, likewise in full precision (measuring has no autocast),
+    evaluations a step, examples of each part, bytes of weights."""
 
     seconds: float
+    full_precision: float
     evaluations: float
     num_train: int
     num_test: int
@@ -61,14 +63,15 @@ class _Rate:
 
     def estimate(self, config: TrainConfig, plan: MeasurePlan) -> Estimate:
         examples = self.num_train * self.evaluations * config.epochs + (self.num_train + self.num_test) / 3
+        seconds = examples * self.seconds
         if plan.measures:
             probed = min(self.num_unlabeled, plan.max_examples or self.num_unlabeled)
-            examples += expected_cost(plan.measures, plan.settings) * probed
+            seconds += expected_cost(plan.measures, plan.settings) * probed * self.full_precision
         indices = 6 * (self.num_train + self.num_test + self.num_unlabeled)  # split.json
         kept = (2 if config.eval_every else 1) * self.weights + indices + 300 * config.epochs + 5000
         moments = {"sgd": int(config.momentum > 0), "adamw": 2}[config.optimizer]
         copies = 1 + moments + (config.ema_decay is not None)
-        return Estimate(examples * self.seconds, kept, copies * self.weights)
+        return Estimate(seconds, kept, copies * self.weights)
 
 
 def _rate(config: TrainConfig) -> _Rate:
@@ -82,21 +85,29 @@ def _rate(config: TrainConfig) -> _Rate:
         init=None,
         checkpoint_every=None,
     )
-    with tempfile.TemporaryDirectory() as nowhere:  # nothing is written
-        training = Training(short, Path(nowhere))
-        training.run_epoch()
-        training.epoch = 0  # the learning rate of a second epoch may be undefined
-        row = training.run_epoch()
+    seconds, training = _timed(short)
+    full_precision = seconds
+    if config.amp != "none":
+        full_precision, _ = _timed(short.replace(amp="none"))
     passes = training.updates.rule.passes / 3
-    weights = sum(_bytes(value) for value in training.model.state_dict().values())
     return _Rate(
-        row["seconds"] / few / passes,
+        seconds / few / passes,
+        full_precision / few / passes,
         passes,
         len(splits.train),
         len(splits.test),
         len(splits.unlabeled),
-        weights,
+        sum(_bytes(value) for value in training.model.state_dict().values()),
     )
+
+
+def _timed(short: TrainConfig) -> tuple[float, Training]:
+    """Seconds of its second epoch; nothing is written."""
+    with tempfile.TemporaryDirectory() as nowhere:
+        training = Training(short, Path(nowhere))
+        training.run_epoch()
+        training.epoch = 0  # the learning rate of a second epoch may be undefined
+        return training.run_epoch()["seconds"], training
 
 
 def _bytes(value: torch.Tensor) -> int:
