@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -358,6 +359,37 @@ def test_a_folder_of_runs_is_measured_without_training(
     assert {Path(r["checkpoint"]).name for r in json.loads(again)} == set(recipe.runs)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert {path: before[path] for path in weights} == weights
+
+
+MEASURE = """
+import sys
+from gm_probe.cli import main
+main(["measure", sys.argv[1], "--measures", "fisher_trace,input_jacobian_norm", "--save", "--quiet", "--jobs", "2",
+      "--trace-tolerance", "1e-9", "--max-probes", "300", "--device", "cpu", "--json"])
+"""
+
+
+def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
+    recipe = parse(grid={"seed": [0, 1, 2, 3]}, measure={"measures": []})
+    run_recipe(recipe, tmp_path)
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoint.safetensors")}
+    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    first = subprocess.Popen(command, env=paths, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("*/measures.json")) and time.monotonic() < end and first.poll() is None:
+        time.sleep(0.005)
+    first.send_signal(signal.SIGINT)
+    assert b"interrupted" in first.communicate(timeout=60)[1]
+    assert first.returncode == 130
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/measures.json")}
+    assert 1 <= len(before) < 4
+    assert set(states(tmp_path).values()) == {"finished"}  # nobody holds one any more
+    found = json.loads(subprocess.run(command, env=paths, check=True, stdout=subprocess.PIPE).stdout)
+    assert [Path(result["checkpoint"]).name for result in found] == sorted(recipe.runs)
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # those were not measured twice
+    assert len(list(tmp_path.glob("*/measures.json"))) == 4
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights
 
 
 def test_a_job_array_does_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
