@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_sweep_state import parse
@@ -64,3 +65,26 @@ def test_an_interrupted_command_prints_what_was_finished(
     assert found["checkpoint"] == str(runs[0])
     assert found["measures"]["mean_entropy"]["value"] > 0
     assert ("the same command goes on" in printed.err) == save == (runs[0] / "measures.json").exists()
+
+
+def test_saving_keeps_what_was_taken_so_and_names_what_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_recipe(parse(measure={"measures": []}), tmp_path / "runs")
+    [run, *_] = trained_runs(tmp_path / "runs")
+    options = ["--density-probes", "1", "--density-steps", "2", "--starts", "1", "--device", "cpu", "--save"]
+
+    def saved(*more: str) -> tuple[dict[str, Any], str]:
+        main(["measure", str(run), *options, *more])
+        return json.loads((run / "measures.json").read_text()), capsys.readouterr().err
+
+    first, _ = saved("--measures", "mean_entropy", "--density", "a.png")
+    again, note = saved("--measures", "mean_confidence,local_inconsistency")
+    assert again["density"] == first["density"]
+    assert set(again["measures"]) == {"mean_entropy", "mean_confidence", "local_inconsistency"}
+    assert "of other settings" not in note
+    other, note = saved("--measures", "local_inconsistency", "--rho", "0.2")
+    assert "density" not in other
+    assert set(other["measures"]) == {"local_inconsistency"}
+    assert "held mean_entropy, mean_confidence, density of other settings" in " ".join(note.split())

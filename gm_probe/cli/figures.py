@@ -116,6 +116,12 @@ def warn(result: dict[str, Any]) -> None:
             f"note: out of memory on batches of {result['out_of_memory_at']}: went on with {result['batch_size']}, "
             "which changes no figure; --batch-size or --memory spare the attempt",
         )
+    if result.get("replaced"):
+        note(
+            console,
+            f"note: {result['checkpoint']}: measures.json held {', '.join(result['replaced'])} of other settings, "
+            "which are gone: one file never mixes two",
+        )
     for name, row in result["measures"].items():
         if row["value"] is None:
             note(console, f"note: {name} is undefined: {row['reason']}")

@@ -297,7 +297,7 @@ def measure(
                 if not speaks:
                     continue
                 if save:
-                    merge_measures(path / MEASURES_FILE, result)
+                    result["replaced"] = merge_measures(path / MEASURES_FILE, result)
                 if density is not None:
                     _draw_density(result, path.name, density)
                 if output is None:  # one checkpoint's table as soon as it is known

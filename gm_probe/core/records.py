@@ -51,7 +51,7 @@ class RunRecord:
     ``test_error``, ``train_ce``, ``test_ce``, ``error_gap``, ``ce_gap``; empty while the run is under way.
     A SimCLR encoder has none of these but ``nt_xent``, and ``probe_train_error`` and the like of its linear probe.
     ``measures`` maps a measure's name to its row (``value``, ``stderr``, ...); empty when not measured.
-    ``settings`` is how these were taken.
+    ``settings`` is how these, and the spectral ``density`` if there is one, were taken.
     """
 
     path: Path
@@ -59,6 +59,7 @@ class RunRecord:
     summary: dict[str, Any]
     measures: dict[str, dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
+    density: dict[str, Any] | None = None
 
     @property
     def status(self) -> str:
@@ -85,7 +86,7 @@ def read_run(path: Path) -> RunRecord:
     measures, settings = measured.get("measures", {}), measured.get("settings", {})
     if not isinstance(measures, dict) or not isinstance(settings, dict):
         raise StorageError(f"{path / MEASURES} holds no table of measures; remove it and measure again")
-    return RunRecord(path, config, summary, measures, settings)
+    return RunRecord(path, config, summary, measures, settings, measured.get("density"))
 
 
 def _read_table(path: Path) -> dict[str, Any]:

@@ -281,12 +281,14 @@ def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
         ) from error
 
 
-def merge_measures(path: Path, result: dict[str, Any]) -> None:
-    """Write ``result`` to a measures.json, keeping other measures that were taken with the same settings.
+def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
+    """Write ``result`` to a measures.json, keeping other measures, and a density, of the same settings.
 
-    Rows of other settings are replaced as a whole: one file never mixes two.
+    What was taken with other settings goes: one file never mixes two. Returns what went and was not taken again.
     """
     before = read_run(path.parent)
+    density = {} if before.density is None else {"density": before.density}
     if before.settings == result["settings"]:
-        result = {**result, "measures": {**before.measures, **result["measures"]}}
+        result = {**density, **result, "measures": {**before.measures, **result["measures"]}}
     write_json(path, result)
+    return [name for name in (*before.measures, *density) if name not in {**result["measures"], **result}]

@@ -47,7 +47,7 @@ class Remeasure:
             ):
                 return "skipped", read_json(out / MEASURES)
             result = self._measured(out, threads, hold)
-            merge_measures(out / MEASURES, result)
+            result["replaced"] = merge_measures(out / MEASURES, result)
             return "finished", result
 
     @property
