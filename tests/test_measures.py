@@ -420,6 +420,84 @@ def test_outputs_that_depend_on_no_measured_parameter() -> None:
     assert found == dict.fromkeys(names, 0.0)
 
 
+class Detached(nn.Sequential):
+    """Its first layer is hidden from autograd."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x).detach())
+
+
+class Graphless(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+@pytest.mark.parametrize(("net", "hidden"), [(Detached, 2), (Graphless, 4)])
+def test_parameters_hidden_from_autograd_are_named(net: type[nn.Sequential], hidden: int) -> None:
+    """They would count as constants: of ``Graphless``, every measure would be 0 or contradict another."""
+    model, batches = net(nn.Linear(3, 4), nn.Linear(4, 2)), Batches.from_tensors(torch.randn(5, 3))
+    for name in ["local_inconsistency", "fisher_lambda_max", "fisher_trace", "hessian_trace"]:
+        with pytest.raises(UsageError, match=rf"^{name}: {hidden} of 4 .*'0\.weight' first"):
+            measure(model, batches, [name], FAST)
+    assert measure(model, batches, ["mean_entropy"]).rows["mean_entropy"].value > 0  # type: ignore[operator]
+    model[0].requires_grad_(False)
+    if net is Detached:
+        plain = measure(nn.Sequential(*model), batches, ["fisher_trace"]).rows["fisher_trace"]
+        assert measure(model, batches, ["fisher_trace"]).rows["fisher_trace"].value == plain.value
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no backward"), ValueError("no backward")])
+@pytest.mark.parametrize(
+    "name", ["local_inconsistency", "fisher_trace", "hessian_lambda_max", "input_jacobian_norm"]
+)
+def test_a_backward_pass_that_raises_is_told(name: str, error: Exception) -> None:
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def,override]
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):  # type: ignore[no-untyped-def,override]
+            raise error
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return Refusing.apply(super().forward(x))
+
+    with pytest.raises(UsageError, match=rf"^{name}: the model cannot be differentiated .*\(no backward\)"):
+        measure(Net(3, 2), Batches.from_tensors(torch.ones(4, 3)), [name], FAST)
+
+
+def test_no_input_gradient_is_undefined() -> None:
+    class Steps(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sign().detach())
+
+    row = measure(Steps(3, 2), Batches.from_tensors(torch.ones(4, 3)), ["input_jacobian_norm"])
+    assert row.rows["input_jacobian_norm"].value is None
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_every_pass_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples that the model saw, and what the cost is reckoned by; a few trials on 4 or 16 examples are free."""
+    counted, seen, add = [], [], Work.add
+
+    def counting(work: Work, passes: float, batch_size: int) -> None:
+        counted.append(batch_size)
+        add(work, passes, batch_size)
+
+    monkeypatch.setattr(Work, "add", counting)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = small_net(2, 4, nn.GELU, 3)
+        x, labels = torch.randn(200, 3), torch.randint(0, 3, (200,))
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    measure(model, Batches.from_tensors(x, labels, batch_size=64), [name], FAST)
+    assert 0 <= sum(seen) - sum(counted) <= 2 * 16 + 6 * 4
+    assert sum(counted) >= 2 * len(x)
+
+
 def test_a_single_output_is_refused() -> None:
     with pytest.raises(UsageError, match="single output"):
         measure(nn.Linear(3, 1), Batches.from_tensors(torch.ones(4, 3)), ["fisher_trace"])
@@ -535,11 +613,14 @@ def test_model_is_untouched_after_a_failure_anywhere(name: str, error: BaseExcep
     inner = prepared(case)
     counter = Fragile(inner, 0, None)
     expected = measure(counter, case.batches(), [name], FAST).rows[name].value
-    check, raised = photograph(inner), []
+    check, raised, messages = photograph(inner), [], []
     for n in sorted({1, 4, counter.calls // 2, counter.calls - 1, counter.calls}):
         try:
             row = measure(Fragile(inner, n, error), case.batches(), [name], FAST).rows[name]
         except type(error):
+            raised.append(n)
+        except UsageError as told:  # that a derivative is absent, and why
+            messages.append(str(told))
             raised.append(n)
         else:
             # a cheap way's trial has failed: a slow one gives the same, or an estimate of the same
@@ -547,6 +628,8 @@ def test_model_is_untouched_after_a_failure_anywhere(name: str, error: BaseExcep
             assert row.value == pytest.approx(expected, rel=0.02, abs=5 * (row.stderr or 0))
         check()
     assert {1, 4} <= set(raised)
+    assert all("boom" in message for message in messages)
+    assert isinstance(error, RuntimeError) or not messages
     if name != "hessian_trace":  # its last call is a trial
         assert counter.calls in raised
     # nor is anything left behind in autograd

@@ -271,8 +271,9 @@ def test_wrong_forward_mode_is_not_trusted(
         ends.append(gradient(moved))
     expected = (ends[0] - ends[1]) / (2 * step)
     torch.testing.assert_close(operator.matvec(v), expected, rtol=1e-6, atol=1e-8)
-    work.evaluations = 0
     torch.testing.assert_close(operator.terms(v).mean(), v @ expected, rtol=1e-6, atol=1e-8)
+    work.evaluations = 0
+    operator.terms(v)  # once it has been tried
     way = NESTED_JVP if forward_mode == "right" else TRIPLE_BACKWARD
     assert work.evaluations == pytest.approx(way / GRADIENT)
 
@@ -295,6 +296,8 @@ def test_confident_examples_do_not_cost_the_cheap_curvature_terms() -> None:
     x = torch.randn(64, 4)
     batches, work = Batches.from_tensors(x), Work(64)
     operator = hessian(Parameters(model), batches, model(x).argmax(1), work)
+    operator.terms(torch.ones(operator.size))
+    work.evaluations = 0
     operator.terms(torch.ones(operator.size))
     # forward over forward, not three backward passes
     assert work.evaluations == pytest.approx(NESTED_JVP / GRADIENT)
@@ -388,3 +391,74 @@ def test_a_wrong_second_derivative_is_told(kind: str) -> None:
     v = torch.randn(operator.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with pytest.raises(UsageError, match="not symmetric"):
         operator.matvec(v)
+
+
+class Cubed(torch.autograd.Function):
+    """x³, whose backward pass counts as a constant where it is differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def,override]
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def,override]
+        (x,) = ctx.saved_tensors
+        return 3 * gradient * x * x
+
+
+class Cubes(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 4), nn.Linear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](Cubed.apply(self[0](x)))
+
+
+class Bag(nn.Sequential):
+    """torch has no derivative of its backward pass, and no forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.EmbeddingBag(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("how", ["matvec", "terms"])
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("net", [Cubes, Bag])
+def test_a_derivative_that_is_absent_or_wrong_is_told(net: type[nn.Module], kind: str, how: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = net().double().eval()
+        x = torch.randint(0, 5, (6, 3)) if net is Bag else torch.randn(6, 3, dtype=torch.float64)
+    operator = of_model(kind, model, x, torch.tensor([0, 1, 2, 0, 1, 2]))
+    v = torch.randn(operator.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with pytest.raises(
+        UsageError, match="_embedding_bag_backward" if net is Bag else "nor right ones|not symmetric"
+    ):
+        getattr(operator, how)(v)
+
+
+@pytest.mark.parametrize("scale", [100.0, 300.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fisher_of_saturated_probabilities_keeps_its_digits(dtype: torch.dtype, scale: float) -> None:
+    """Against Σ_{i<j} p_i p_j (J_i − J_j)ᵀ(J_i − J_j), which no difference from 1 disturbs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = nn.Linear(3, 4).eval()
+        x, v = torch.randn(5, 3), torch.randn(16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)
+    exact = copy.deepcopy(model).double()
+    p = exact(x.double()).detach().softmax(1)
+    assert float((1 - p.amax(1)).max()) < 0.2
+    assert float(p.sort(1)[0][:, -2].min()) < 1e-15
+    change = v[:12].view(4, 3).double() @ x.double().T + v[12:, None].double()  # J v, (C, N)
+    pairs = p.T[:, None] * p.T[None] * (change[:, None] - change[None]).square()
+    expected = pairs.sum((0, 1)) / 2
+    operator = of_model("fisher", model.to(dtype), x.to(dtype), torch.zeros(5, dtype=torch.int64))
+    found = operator.terms(v.to(dtype)).double()
+    rel = 1e-3 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(found, expected, rtol=rel, atol=1e-35)
+    assert float(v.to(dtype) @ operator.matvec(v.to(dtype))) == pytest.approx(float(expected.mean()), rel=rel)

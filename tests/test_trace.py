@@ -279,6 +279,16 @@ def test_root_squares_to_the_covariance(classes: int) -> None:
 
 
 @pytest.mark.parametrize("classes", CLASSES)
+def test_root_of_saturated_probabilities(classes: int) -> None:
+    """Its trace is Σ p(1 − p), with 1 − p far below float64's epsilon."""
+    p = torch.full((1, classes), 1e-25, dtype=torch.float64)
+    p[0, 1] = 1.0
+    matrix = matrix_of(CovarianceRoot(p), 1)[0]
+    assert float(matrix.square().sum()) == pytest.approx(2 * (classes - 1) * 1e-25, rel=1e-9)
+    assert float(matrix[0] @ matrix[1]) == pytest.approx(-1e-25, rel=1e-9)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
 def test_root_of_float32_probabilities(classes: int) -> None:
     p = probabilities(classes).float()
     root, exact = CovarianceRoot(p), p.double()

@@ -144,9 +144,7 @@ def adaptive(probe: Probe) -> Figure:
 def batchwise(probe: Probe) -> Figure:
     """The paper's protocol with a perturbation of its own for every m examples (m-sharpness, Foret 2021)."""
     if count() > 1:
-        raise UsageError(
-            "local_inconsistency_batchwise cuts the examples into batches; take it in one process"
-        )
+        raise UsageError("it cuts the examples into batches; take it in one process")
     settings, parameters = probe.settings, probe.parameters
     batches = probe.batches.of_size(settings.sub_batch)
     all_terms = []

@@ -229,7 +229,7 @@ def measure(
         notify: called with the measure at work and the gradient evaluations done so far.
 
     Raises:
-        UsageError: an unknown measure, or a model without trainable parameters.
+        UsageError: an unknown measure, a model without trainable parameters, or one that lacks a derivative.
         CheckpointError: weights that are not finite.
         DataError: labels that do not fit, a measure that needs absent labels, data that changes between passes.
         DivergedError: outputs or derivatives that are not finite.
@@ -267,7 +267,10 @@ def measure(
             current = name
             before = work.evaluations
             compute = MEASURES[name].compute
-            figure, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
+            try:
+                figure, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
+            except UsageError as error:
+                raise UsageError(f"{name}: {error}") from error
             value, stderr, example_error, converged, details = figure
             if example_error is None:
                 one = "batch" if batches.coupled else "example"

@@ -6,7 +6,6 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +13,19 @@ from torch.func import grad, jvp
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches, cut
-from gm_probe.core.errors import UsageError, out_of_memory
+from gm_probe.core.errors import UsageError
 from gm_probe.core.parameters import Parameters, differentiable_attention
 from gm_probe.core.processes import gather_examples, sum_over_processes
+from gm_probe.probe.derivatives import (
+    Arguments,
+    Push,
+    Way,
+    agree,
+    along,
+    first_adjoint,
+    gradients,
+    require_symmetric,
+)
 from gm_probe.probe.speed import TRIAL, clearly_faster
 from gm_probe.probe.work import (
     DOUBLE_BACKWARD,
@@ -71,7 +80,9 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
     def pushed_forward(x: Tensor, v: Tensor) -> Tensor:
         with torch.no_grad():
             tangents = parameters.split(v)
-            return jvp(lambda values: parameters.logits(x, values), (parameters.values(),), (tangents,))[1]
+            result = jvp(lambda values: parameters.logits(x, values), (parameters.values(),), (tangents,))[1]
+        work.add(JVP, len(x))
+        return result
 
     def pushed_reverse(x: Tensor, v: Tensor) -> Tensor:
         """The slope by u of (Jᵀu)ᵀv."""
@@ -79,50 +90,52 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
             values = {name: value.requires_grad_() for name, value in parameters.values().items()}
             logits = parameters.logits(x, values)
             u = torch.zeros_like(logits, requires_grad=True)
-            slope = _along(_gradients(logits, values, u, create_graph=True), parameters.split(v), logits)
-            [result] = _gradients(slope, {"": u})
-            return torch.zeros_like(logits) if result is None else result
+            slope = along(gradients(logits, values, u, create_graph=True), parameters.split(v), logits)
+            [result] = gradients(slope, {"": u})
+        work.add(REVERSE_JVP, len(x))
+        return torch.zeros_like(logits) if result is None else result
 
-    has_forward: list[bool] = []  # whether the model has forward-mode derivatives, once that has been tried
+    def pulled(x: Tensor, u: Tensor) -> Tensor:  # Jᵀu, (P,)
+        with torch.enable_grad():
+            values = {name: value.requires_grad_() for name, value in parameters.values().items()}
+            result = parameters.join(gradients(parameters.logits(x, values), values, u))
+        work.add(GRADIENT, len(x))
+        return result
+
+    chosen: list[Push] = []  # once it has been tried
 
     def pushed(x: Tensor, v: Tensor) -> Tensor:  # J v, (B, C)
-        if not has_forward:
-            try:
-                pushed_forward(x[batches.few(TRIAL)], v)
-                has_forward.append(True)
-            except (
-                NotImplementedError,
-                RuntimeError,
-            ) as error:  # an LSTM's in float32, a stranger's autograd.Function
-                if out_of_memory(error):
-                    raise
-                has_forward.append(False)
-        work.add(JVP if has_forward[0] else REVERSE_JVP, len(x))
-        return (pushed_forward if has_forward[0] else pushed_reverse)(x, v)
+        if not chosen:
+            noise = parameters.random(1.0, torch.Generator().manual_seed(0))
+            ways = (pushed_forward, pushed_reverse)
+            chosen.append(first_adjoint(ways, pulled, x[batches.few(TRIAL)], noise))
+        return chosen[0](x, v)
 
     @differentiable_attention()
     def matvec(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
         for batch, p in zip(batches, probabilities, strict=True):
-            direction = pushed(batch.x, v)
-            cotangent = p * (direction - (p * direction).sum(-1, keepdim=True))
-            with torch.enable_grad():
-                values = {name: value.requires_grad_() for name, value in parameters.values().items()}
-                logits = parameters.logits(batch.x, values)
-                result += parameters.join(_gradients(logits, values, cotangent))
-            work.add(GRADIENT, len(p))
+            result += pulled(batch.x, p * _centred(pushed(batch.x, v), p))
         return sum_over_processes(result) / batches.total
 
     @differentiable_attention()
     def terms(v: Tensor) -> Tensor:
         result = []
         for batch, p in zip(batches, probabilities, strict=True):
-            direction = pushed(batch.x, v)
-            centred = direction - (p * direction).sum(-1, keepdim=True)
-            result.append((p * centred.square()).sum(-1))  # the variance under p of the logits' change
+            # the variance under p of the logits' change
+            result.append((p * _centred(pushed(batch.x, v), p).square()).sum(-1))
         return gather_examples(batches.independent(torch.cat(result)))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
+
+
+def _centred(values: Tensor, p: Tensor) -> Tensor:
+    """``values`` (B, C) less their mean under ``p`` (B, C).
+
+    The likeliest class is taken for the origin first: where p is nearly 1 there, all else would be lost to rounding.
+    """
+    values = values - values.gather(1, p.argmax(1, keepdim=True))
+    return values - (p * values).sum(1, keepdim=True)
 
 
 def hessian(parameters: Parameters, batches: Batches, labels: Tensor, work: Work | None = None) -> Operator:
@@ -181,13 +194,16 @@ def _curvature(
         with torch.enable_grad():
             values = {name: value.requires_grad_() for name, value in parameters.values(v.dtype).items()}
             total = values_of(values, x, d).sum()
-            slope = _along(_gradients(total, values, create_graph=True), tangents, total)
-            return parameters.join(_gradients(slope, values))
+            slope = along(gradients(total, values, create_graph=True), tangents, total)
+            result = parameters.join(gradients(slope, values))
+        work.add(DOUBLE_BACKWARD, len(d))
+        return result
 
     def forward_product(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
         """The tangent of a gradient: less memory traffic than a second backward pass."""
         gradient = grad(lambda values: values_of(values, x, d).sum())
         tangent = jvp(gradient, (parameters.values(v.dtype),), (parameters.split(v),))[1]
+        work.add(FORWARD_OVER_REVERSE, len(d))
         return parameters.join(tangent.values())
 
     def forward_terms(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
@@ -198,7 +214,9 @@ def _curvature(
             return jvp(lambda inner: values_of(inner, x, d), (values,), (tangents,))[1]
 
         with torch.no_grad():
-            return jvp(slope, (parameters.values(v.dtype),), (tangents,))[1]
+            result = jvp(slope, (parameters.values(v.dtype),), (tangents,))[1]
+        work.add(NESTED_JVP, len(d))
+        return result
 
     def reverse_terms(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
         """The same by reverse mode alone: weights on the examples pull their terms out of one product."""
@@ -208,41 +226,38 @@ def _curvature(
             each = values_of(values, x, d)
             weights = torch.ones_like(each, requires_grad=True)
             total = weights @ each
-            slope = _along(_gradients(total, values, create_graph=True), tangents, total)
-            curvature = _along(_gradients(slope, values, create_graph=True), tangents, total)
-            [terms] = _gradients(curvature, {"": weights})
-            return torch.zeros_like(each) if terms is None else terms
+            slope = along(gradients(total, values, create_graph=True), tangents, total)
+            curvature = along(gradients(slope, values, create_graph=True), tangents, total)
+            [terms] = gradients(curvature, {"": weights})
+        work.add(TRIPLE_BACKWARD, len(d))
+        return torch.zeros_like(each) if terms is None else terms
 
     trial = batches.few(TRIAL)
-    in_float64 = partial(_few_in_float64, whole=batches.coupled)
-    chosen: dict[str, bool] = {}  # whether forward mode serves this model best, once it has been tried
+    chosen: dict[Way, Way] = {}  # by the reference, what serves this model best, once it has been tried
 
-    def serves(kind: str, cheap: Way, reference: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
-        if kind not in chosen:
+    def best(cheap: Way, reference: Way, v: Tensor, x: Tensor, d: Tensor) -> Way:
+        if reference not in chosen:
             few = (v, x[trial], d[trial])
-            chosen[kind] = _agree(cheap, reference, few, in_float64(v, x, d)) and not clearly_faster(
-                lambda: reference(*few), lambda: cheap(*few), v.device
-            )
-        return chosen[kind]
+            in_float64 = _few_in_float64(v, x, d, whole=batches.coupled)
+            if not chosen:
+                require_symmetric(reverse_product, few, in_float64)
+            trusted = agree(cheap, reference, few, in_float64)
+            slower = trusted and clearly_faster(lambda: reference(*few), lambda: cheap(*few), v.device)
+            chosen[reference] = cheap if trusted and not slower else reference
+        return chosen[reference]
 
     @differentiable_attention()
     def matvec(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
         for batch, d in zip(batches, pieces, strict=True):
-            if "product" not in chosen:
-                _require_symmetric(reverse_product, *in_float64(v, batch.x, d))
-            forward = serves("product", forward_product, reverse_product, v, batch.x, d)
-            result += (forward_product if forward else reverse_product)(v, batch.x, d)
-            work.add(FORWARD_OVER_REVERSE if forward else DOUBLE_BACKWARD, len(d))
+            result += best(forward_product, reverse_product, v, batch.x, d)(v, batch.x, d)
         return sum_over_processes(result) / batches.total
 
     @differentiable_attention()
     def terms(v: Tensor) -> Tensor:
         result = []
         for batch, d in zip(batches, pieces, strict=True):
-            forward = serves("terms", forward_terms, reverse_terms, v, batch.x, d)
-            result.append((forward_terms if forward else reverse_terms)(v, batch.x, d))
-            work.add(NESTED_JVP if forward else TRIPLE_BACKWARD, len(d))
+            result.append(best(forward_terms, reverse_terms, v, batch.x, d)(v, batch.x, d))
         return gather_examples(batches.independent(torch.cat(result)))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
@@ -253,74 +268,9 @@ def _require_eval(parameters: Parameters) -> None:
         raise UsageError("curvature is that of a fixed function; call model.eval() first")
 
 
-Way = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""direction (P,), input (B, ...), data (B, ...) ↦ a product or the examples' terms"""
-
-
-Arguments = tuple[Tensor, Tensor, Tensor]
-
-
-def _agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool:
-    """Whether the cheap way gives what the sound one does.
-
-    Forward over forward is silently wrong through LayerNorm and absent for SiLU (pytorch#196700, #196699). Asked
-    of 16 examples in float64: on confident ones the terms are so small that float32 rounds them apart. In the model's
-    own dtype it must exist, too: an LSTM's kernel for float32 has no forward mode.
-    """
-    try:
-        cheap(*few)
-        first, second = cheap(*in_float64), sound(*in_float64)
-    except (NotImplementedError, RuntimeError) as error:
-        # no such derivative, or a layer that insists on its dtype
-        if out_of_memory(error):
-            raise
-        return False
-    return bool((first - second).norm() <= 1e-8 * second.norm())
-
-
-def _require_symmetric(product: Way, v: Tensor, x: Tensor, d: Tensor) -> None:
-    """Raise UsageError where uᵀH v is not vᵀH u: a layer states a wrong second derivative, as torch's weight_norm does.
-
-    (Its double backward takes the norms for constants, torch 2.14.)
-    """
-    u = v.flip(0)
-    try:
-        one, other = product(v, x, d).double(), product(u, x, d).double()
-    except RuntimeError as error:  # a layer that insists on its dtype
-        if out_of_memory(error):
-            raise
-        return
-    if float((u @ one - v @ other).abs()) > 1e-6 * float(v.norm() * (one.norm() + other.norm())):
-        raise UsageError(
-            "the Hessian's products are not symmetric: a layer's second derivative is wrong, as that of torch's "
-            "weight_norm is; fold it into its weight by torch.nn.utils.parametrize.remove_parametrizations, or leave "
-            "the Hessian's measures out by --measures"
-        )
-
-
 def _few_in_float64(v: Tensor, x: Tensor, d: Tensor, *, whole: bool) -> Arguments:
     """16 examples, or all of the batch where they hang together."""
     if not whole:
         spread = torch.linspace(0, len(d) - 1, min(16, len(d)), device=x.device).long()
         x, d = x[spread], d[spread]
     return v.double(), x.double() if x.is_floating_point() else x, d
-
-
-def _gradients(
-    output: Tensor,
-    inputs: dict[str, Tensor],
-    cotangent: Tensor | None = None,
-    create_graph: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """autograd.grad; None for what ``output`` does not depend on, be it all of them."""
-    if not output.requires_grad:
-        return (None,) * len(inputs)
-    return torch.autograd.grad(
-        output, list(inputs.values()), cotangent, create_graph=create_graph, allow_unused=True
-    )
-
-
-def _along(gradients: tuple[Tensor | None, ...], tangents: dict[str, Tensor], like: Tensor) -> Tensor:
-    """Σ g·v over the parameters that have a gradient, as a 0-dim tensor."""
-    parts = [(g * t).sum() for g, t in zip(gradients, tangents.values(), strict=True) if g is not None]
-    return torch.stack(parts).sum() if parts else like.new_zeros(())

@@ -45,7 +45,9 @@ def input_jacobian_norm(probe: Probe) -> Figure:
         x = batch.x.detach().requires_grad_()
         squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         with torch.enable_grad():
-            p = probe.parameters.logits(x, probe.parameters.values()).softmax(1)
+            p = probe.differentiable.logits(x, probe.parameters.values()).softmax(1)
+            if not p.requires_grad:
+                return None, None, None, False, {"reason": "the outputs have no gradient by the inputs"}
             for c in range(p.shape[1]):
                 [g] = torch.autograd.grad(p[:, c].sum(), x, retain_graph=True)
                 squares += g.double().flatten(1).square().sum(1)

@@ -17,8 +17,10 @@ from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import gather_examples
 from gm_probe.probe.affine import Verdict, affine_in_each_parameter
 from gm_probe.probe.ascent import FisherByDifference, ProbeDivergence
+from gm_probe.probe.derivatives import require_gradients
 from gm_probe.probe.operators import Operator, fisher, hessian, residual
 from gm_probe.probe.spectrum import Eigenpair, certified, lanczos
+from gm_probe.probe.speed import TRIAL
 from gm_probe.probe.trace import Trace, fisher_trace
 from gm_probe.probe.work import FORWARD, Work
 
@@ -149,6 +151,17 @@ class Probe:
         self.batches, self.settings, self.work = batches, settings, work
         self.initial = initial
 
+    @cached_property
+    def differentiable(self) -> Parameters:
+        """The parameters, of which the logits have been seen to have gradients.
+
+        Raises:
+            UsageError: they have none, or forward hides some from autograd.
+        """
+        few = next(iter(self.batches)).x[self.batches.few(TRIAL)]
+        require_gradients(self.parameters, few, self.generator("gradients"))
+        return self.parameters
+
     def generator(self, name: str) -> torch.Generator:
         """A generator of its own for each purpose, so that no figure depends on which others were asked for."""
         # hashed to 32 bits: torch's CPU generator ignores the higher ones
@@ -209,15 +222,15 @@ class Probe:
 
     @cached_property
     def divergence(self) -> ProbeDivergence:
-        return ProbeDivergence(self.parameters, self.batches, self.clean, self.work)
+        return ProbeDivergence(self.differentiable, self.batches, self.clean, self.work)
 
     @cached_property
     def fisher(self) -> Operator:
-        return fisher(self.parameters, self.batches, self.clean, self.work)
+        return fisher(self.differentiable, self.batches, self.clean, self.work)
 
     @cached_property
     def hessian(self) -> Operator:
-        return hessian(self.parameters, self.batches, self.hessian_labels, self.work)
+        return hessian(self.differentiable, self.batches, self.hessian_labels, self.work)
 
     @property
     def hessian_labels(self) -> Tensor:
@@ -257,7 +270,7 @@ class Probe:
         if self.batches.coupled:
             return None
         return fisher_trace(
-            self.parameters,
+            self.differentiable,
             self.batches,
             self.clean,
             self.work,
@@ -273,9 +286,11 @@ class Probe:
 
     @cached_property
     def residual(self) -> Operator:
-        return residual(self.parameters, self.batches, self.clean, self.hessian_labels, self.work)
+        return residual(self.differentiable, self.batches, self.clean, self.hessian_labels, self.work)
 
     def starts(self) -> list[Tensor]:
         generator = self.generator("starts")
         settings = self.settings
-        return [self.parameters.random(settings.noise_scale, generator) for _ in range(settings.num_starts)]
+        return [
+            self.differentiable.random(settings.noise_scale, generator) for _ in range(settings.num_starts)
+        ]

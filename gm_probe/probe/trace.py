@@ -166,7 +166,9 @@ class CovarianceRoot:
         self._tail = ordered[:, head:]  # (B, T)
         self._mass = self._tail.sum(1, keepdim=True)
         lumped = torch.cat([ordered[:, :head], self._mass], 1) if self._tail.shape[1] else ordered
-        covariance = torch.diag_embed(lumped) - lumped[:, :, None] * lumped[:, None, :]
+        # p(1 − p) as a sum over the others: where p is nearly 1, the difference would be rounding alone
+        products = lumped[:, :, None] * lumped[:, None, :] * (1 - torch.eye(lumped.shape[1]).to(lumped))
+        covariance = torch.diag_embed(products.sum(2)) - products
         values, vectors = torch.linalg.eigh(covariance)
         columns = (vectors * values.clamp(min=0).sqrt()[:, None, :])[
             :, :, 1:

@@ -1,0 +1,150 @@
+"""Whether a model's derivatives can be had and trusted, tried on a few examples: layers may lack or misstate them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gm_probe.core.errors import UsageError, first_line, out_of_memory
+from gm_probe.core.parameters import Parameters
+
+Push = Callable[[Tensor, Tensor], Tensor]
+"""input (B, ...), direction (P,) ↦ the logits' change (B, C)"""
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""direction (P,), input (B, ...), data (B, ...) ↦ a product or the examples' terms"""
+Arguments = tuple[Tensor, Tensor, Tensor]
+
+REMEDY = "replace that layer, or choose measures that do without by --measures"
+
+
+def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Generator) -> None:
+    """Raise UsageError unless the logits of ``x`` (B, ...) have gradients by all parameters that they depend on.
+
+    A layer's backward pass may raise, and a forward pass under ``torch.no_grad`` or by way of NumPy hides parameters
+    from autograd: they would silently count as constants.
+    """
+    try:
+        with torch.enable_grad():
+            values = {name: value.requires_grad_() for name, value in parameters.values().items()}
+            logits = parameters.logits(x, values)
+            found = gradients(logits, values, torch.ones_like(logits))
+    except Exception as error:  # whatever a stranger's layer raises
+        if out_of_memory(error):
+            raise
+        raise UsageError(
+            f"the model cannot be differentiated by its parameters ({first_line(error)}); {REMEDY}"
+        ) from error
+    hidden = [name for name, g in zip(values, found, strict=True) if g is None]
+    if not hidden:
+        return
+    with torch.no_grad():
+        noise = parameters.split(parameters.random(0.1 * parameters.size**0.5, generator))
+        moved = parameters.logits(x, {n: v + noise[n] if n in hidden else v for n, v in values.items()})
+    if not torch.allclose(moved, logits, rtol=1e-4, atol=1e-4 * float(logits.detach().abs().max())):
+        raise UsageError(
+            f"{len(hidden)} of {len(values)} parameter tensors ({hidden[0]!r} first) move the outputs but have no "
+            "gradient: forward hides them, as torch.no_grad, detach or numpy do; freeze them by requires_grad_(False), "
+            "or choose the others by --params"
+        )
+
+
+def first_adjoint(ways: Sequence[Push], pulled: Push, x: Tensor, v: Tensor) -> Push:
+    """The first of ``ways`` to take J v that is the adjoint of ``pulled``, u ↦ Jᵀu, on ``x`` for ``v`` (P,).
+
+    An LSTM's kernel for float32 and a stranger's autograd.Function have no forward mode, and what takes its place needs
+    derivatives of the backward pass, which may be absent, too (nn.EmbeddingBag) or wrong.
+
+    Raises:
+        UsageError: none is.
+    """
+    error: Exception | None = None
+    for way in ways:
+        try:
+            found = way(x, v).double()
+            signs = torch.arange(found.numel(), device=x.device) % 3 - 1.0
+            u = found / found.norm().clamp(min=1e-300) + signs.view_as(found) / signs.norm().clamp(min=1)
+            apart = float((u * found).sum() - pulled(x, u.to(v)).double() @ v.double())
+        except Exception as lacking:  # whatever a stranger's layer raises
+            if out_of_memory(lacking):
+                raise
+            error = lacking
+            continue
+        if abs(apart) <= max(1e-3, 30 * torch.finfo(v.dtype).eps) * float(u.norm() * found.norm()):
+            return way
+    if error is None:
+        raise UsageError(f"a layer's forward and backward derivatives differ; {REMEDY}")
+    raise UsageError(
+        f"a layer has neither forward derivatives nor right ones of its backward pass ({first_line(error)}); {REMEDY}"
+    ) from error
+
+
+def agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool:
+    """Whether the cheap way gives what the sound one does.
+
+    Forward over forward is silently wrong through LayerNorm and absent for SiLU (pytorch#196700, #196699). Asked
+    of 16 examples in float64: on confident ones the terms are so small that float32 rounds them apart. In the model's
+    own dtype it must exist, too: an LSTM's kernel for float32 has no forward mode.
+    """
+    try:
+        cheap(*few)
+        first, second = cheap(*in_float64), sound(*in_float64)
+    except Exception as error:  # no such derivative, or a layer that insists on its dtype
+        if out_of_memory(error):
+            raise
+        return False
+    return bool((first - second).norm() <= 1e-8 * second.norm())
+
+
+def require_symmetric(product: Way, few: Arguments, in_float64: Arguments) -> None:
+    """Raise UsageError where ``product`` cannot be taken, or uᵀH v is not vᵀH u.
+
+    A layer may state a wrong second derivative: torch's weight_norm does (its double backward takes the norms for
+    constants, torch 2.14).
+    """
+    v, *rest = in_float64
+    u = v.flip(0)
+    try:
+        one, other = product(v, *rest), product(u, *rest)
+    except Exception as error:  # whatever a stranger's layer raises; be it that it insists on its dtype
+        if out_of_memory(error):
+            raise
+        _require_product(product, few)
+        return
+    one, other = one.double(), other.double()
+    if float((u @ one - v @ other).abs()) > 1e-6 * float(v.norm() * (one.norm() + other.norm())):
+        raise UsageError(
+            "the Hessian's products are not symmetric: a layer's second derivative is wrong, as that of torch's "
+            "weight_norm is; fold it into its weight by torch.nn.utils.parametrize.remove_parametrizations, or leave "
+            "the Hessian's measures out by --measures"
+        )
+
+
+def _require_product(product: Way, few: Arguments) -> None:
+    try:
+        product(*few)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise UsageError(f"a layer has no second derivative ({first_line(error)}); {REMEDY}") from error
+
+
+def gradients(
+    output: Tensor,
+    inputs: dict[str, Tensor],
+    cotangent: Tensor | None = None,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """autograd.grad; None for what ``output`` does not depend on, be it all of them."""
+    if not output.requires_grad:
+        return (None,) * len(inputs)
+    return torch.autograd.grad(
+        output, list(inputs.values()), cotangent, create_graph=create_graph, allow_unused=True
+    )
+
+
+def along(gradients: tuple[Tensor | None, ...], tangents: dict[str, Tensor], like: Tensor) -> Tensor:
+    """Σ g·v over the parameters that have a gradient, as a 0-dim tensor."""
+    parts = [(g * t).sum() for g, t in zip(gradients, tangents.values(), strict=True) if g is not None]
+    return torch.stack(parts).sum() if parts else like.new_zeros(())
