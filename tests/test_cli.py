@@ -297,6 +297,27 @@ def build():
     return Net(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 2))
 """
 
+REFUSING = """
+import torch
+from torch import nn
+
+class Refusing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ValueError("no way back")
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        return Refusing.apply(super().forward(x))
+
+def build():
+    return Net(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 2))
+"""
+
 
 @pytest.mark.parametrize(
     ("command", "code", "words"),
@@ -339,6 +360,11 @@ def build():
             4,
             ["wrong height", "--image-size"],
         ),
+        (
+            "gmprobe measure plain.pt --unlabeled data --model refusing.py:build --no-normalize",
+            2,
+            ["local_inconsistency: the model cannot be differentiated", "(no way back)", "--measures"],
+        ),
         ("gmprobe train --method iamd", 2, ["iamd", "iam-d"]),
         ("gmprobe train --model 7cnn", 2, ["7cnn", "6cnn"]),
         ("gmprobe train --epochs 0", 2, ["epochs"]),
@@ -354,6 +380,7 @@ def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, 
     save_checkpoint(tmp_path / "mine.pt", model, ModelSpec("danger.py:build", (1, 8, 8), 2), Normalization())
     (tmp_path / "danger.py").write_text("from pathlib import Path\nPath('canary').touch()\n")
     (tmp_path / "asserting.py").write_text(ASSERTING)
+    (tmp_path / "refusing.py").write_text(REFUSING)
     with torch.no_grad():
         model[1].weight[0, 0] = float("nan")
     save_checkpoint(tmp_path / "nan.pt", model, spec, Normalization((0.5,), (0.25,)))

@@ -59,25 +59,25 @@ def first_adjoint(ways: Sequence[Push], pulled: Push, x: Tensor, v: Tensor) -> P
     Raises:
         UsageError: none is.
     """
-    error: Exception | None = None
+    cause: Exception | None = None
     for way in ways:
         try:
             found = way(x, v).double()
             signs = torch.arange(found.numel(), device=x.device) % 3 - 1.0
             u = found / found.norm().clamp(min=1e-300) + signs.view_as(found) / signs.norm().clamp(min=1)
             apart = float((u * found).sum() - pulled(x, u.to(v)).double() @ v.double())
-        except Exception as lacking:  # whatever a stranger's layer raises
-            if out_of_memory(lacking):
+        except Exception as error:  # whatever a stranger's layer raises
+            if out_of_memory(error):
                 raise
-            error = lacking
+            cause = error
             continue
         if abs(apart) <= max(1e-3, 30 * torch.finfo(v.dtype).eps) * float(u.norm() * found.norm()):
             return way
-    if error is None:
-        raise UsageError(f"a layer's forward and backward derivatives differ; {REMEDY}")
+        cause = None
+    flaw = "these would be wrong" if cause is None else first_line(cause)
     raise UsageError(
-        f"a layer has neither forward derivatives nor right ones of its backward pass ({first_line(error)}); {REMEDY}"
-    ) from error
+        f"a layer lacks derivatives in forward mode, and of its backward pass, which would do ({flaw}); {REMEDY}"
+    ) from cause
 
 
 def agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gm_probe.core.errors import out_of_memory
 from gm_probe.core.parameters import Parameters, differentiable_attention, evaluating
 from gm_probe.probe.ascent import kl_gradient
 
@@ -61,7 +62,12 @@ def fastest_layout(model: nn.Module, x: Tensor) -> torch.memory_format:
         with torch.no_grad():
             clean = parameters.logits(x)
         still = torch.zeros(parameters.size, dtype=parameters.dtype, device=parameters.device)
-        last = not clearly_faster(lambda: gradient(False), lambda: gradient(True), x.device)
+        try:
+            last = not clearly_faster(lambda: gradient(False), lambda: gradient(True), x.device)
+        except Exception as error:  # of a stranger's layer; what needs the gradient will tell
+            if out_of_memory(error):
+                raise
+            last = True
     model.to(memory_format=layouts[last])
     return layouts[last]
 
