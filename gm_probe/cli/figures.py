@@ -94,6 +94,8 @@ def _ascents(result: dict[str, Any]) -> str:
             starts = f"{row['num_starts']} starts" if row["num_starts"] > 1 else "1 start"
             spread = "" if row["sd_starts"] is None else f" (sd {number(row['sd_starts'], 2)})"
             text += f"S_ρ: K = {settings['k_steps']}, mean over {starts}{spread}; "
+        else:
+            text += f"max S_ρ: the best of {len(row['starts'])} ascents, a lower bound of the maximum; "
     return text
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import click
+from rich.padding import Padding
+from rich.text import Text
 
 from gm_probe.cli.output import number, print_json, results_console, table
+
+NARROW = 100
+"""Columns below which names and definitions do not fit beside each other."""
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -69,13 +74,22 @@ def measures(as_json: bool) -> None:
             ]
         )
         return
-    rows = [
-        [name, m.symbol, "yes" if m.needs_labels else "no", number(m.cost, 3), m.description]
-        for name, m in MEASURES.items()
-    ]
-    listing = table(None, ["measure", "symbol", "labels", "cost", "definition"], rows)
-    listing.columns[-1].justify = "left"
-    results_console().print(listing)
+    console = results_console()
+    if console.width < NARROW:
+        for name, m in MEASURES.items():
+            labels = ", needs labels" if m.needs_labels else ""
+            console.print(
+                f"{name}: {m.symbol}, cost {number(m.cost, 3)}{labels}", markup=False, highlight=False
+            )
+            console.print(Padding(Text(m.description), (0, 0, 0, 4)))
+    else:
+        rows = [
+            [name, m.symbol, "yes" if m.needs_labels else "no", number(m.cost, 3), m.description]
+            for name, m in MEASURES.items()
+        ]
+        listing = table(None, ["measure", "symbol", "labels", "cost", "definition"], rows)
+        listing.columns[-1].justify = "left"
+        console.print(listing)
     click.echo("cost: typical gradient evaluations over the probe set at the default settings")
 
 

@@ -45,7 +45,10 @@ DONE = {"finished", "skipped"}
 )
 @click.option("--labeled", metavar="DATA", help="The same, with class folders (or 'y') read as labels.")
 @click.option(
-    "--measures", metavar="A,B", default="", help="Which to take; see `gmprobe measures`.  [default: all]"
+    "--measures",
+    metavar="A,B",
+    default="",
+    help="Which to take; see `gmprobe measures`.  [default: S_ρ, λ_max and tr of F and H; with labels error and CE]",
 )
 @click.option(
     "--protocol",
@@ -99,6 +102,7 @@ DONE = {"finished", "skipped"}
     "top_eigenvalues",
     type=click.IntRange(1),
     default=1,
+    show_default=True,
     help="How many eigenvalues λ_max rows list.",
 )
 @click.option("--target-error", metavar="PERCENT", help="Say how many examples this error needs, such as 2%.")
