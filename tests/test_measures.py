@@ -207,8 +207,57 @@ def small_net(depth: int, width: int, activation: type[nn.Module], classes: int)
     return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 
 
-@settings_of(max_examples=12, deadline=None, derandomize=True)
+class Residual(nn.Module):
+    """Convolution and batch norm, to which their input is added in place, and an activation."""
+
+    def __init__(self, width: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.activation = nn.ReLU(inplace=True) if activation is nn.ReLU else activation()
+        with torch.no_grad():
+            for tensor in (self.norm.running_mean, self.norm.weight, self.norm.bias):
+                tensor.add_(0.3 * torch.randn(width))  # type: ignore[union-attr]
+            self.norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.convolution(x))
+        out += x
+        return self.activation(out)
+
+
+class Tokens(nn.Module):
+    """Embedded tokens, ``depth`` times through one and the same attention layer, and layer norm."""
+
+    def __init__(self, depth: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.depth, self.embedding, self.norm = depth, nn.Embedding(5, width), nn.LayerNorm(width)
+        self.keys, self.head = nn.Linear(width, 2 * width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embedding(x)
+        for _ in range(self.depth):
+            queries, keys = self.keys(h).chunk(2, -1)
+            h = self.norm(h + (queries @ keys.transpose(1, 2)).softmax(-1) @ h)
+        return self.head(h.mean(1))
+
+
+def random_case(
+    kind: str, depth: int, width: int, activation: type[nn.Module], classes: int, examples: int
+) -> tuple[nn.Module, Tensor]:
+    if kind == "tokens":
+        return Tokens(depth, width + 1, classes), torch.randint(0, 5, (examples, 4))
+    if kind == "images":
+        blocks = [Residual(width, activation) for _ in range(depth)]
+        head = [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * width, classes)]
+        return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), *blocks, *head), torch.randn(
+            examples, 1, 4, 4
+        )
+    return small_net(depth, width, activation, classes), torch.randn(examples, 3)
+
+
+@settings_of(max_examples=20, deadline=None, derandomize=True)
 @given(
+    kind=st.sampled_from(["vectors", "images", "tokens"]),
     depth=st.integers(0, 3),
     width=st.integers(1, 6),
     activation=st.sampled_from([nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU]),
@@ -220,6 +269,7 @@ def small_net(depth: int, width: int, activation: type[nn.Module], classes: int)
     seed=st.integers(0, 2**20),
 )
 def test_any_small_network_against_dense_matrices(
+    kind: str,
     depth: int,
     width: int,
     activation: type[nn.Module],
@@ -232,21 +282,23 @@ def test_any_small_network_against_dense_matrices(
 ) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = small_net(depth, width, activation, classes).to(dtype).eval()
-        x, y = torch.randn(examples, 3, dtype=dtype), torch.randint(0, classes, (examples,))
+        model, x = random_case(kind, depth, width, activation, classes, examples)
+        model, y = model.to(dtype).eval(), torch.randint(0, classes, (examples,))
+    x = x.to(dtype) if x.is_floating_point() else x
     settings = Settings(trace_tolerance=0.02, max_probes=60, seed=seed)
     report = measure(
         model, Batches.from_tensors(x, y if labeled else None, batch_size=batch_size), None, settings
     )
 
     exact = copy.deepcopy(model).double()
+    inputs = x.double() if x.is_floating_point() else x
     flat = nn.utils.parameters_to_vector(exact.parameters()).detach()
     names = [name for name, _ in exact.named_parameters()]
     sizes, shapes = zip(*[(p.numel(), p.shape) for p in exact.parameters()], strict=True)
 
     def logits(vector: Tensor) -> Tensor:
         pieces = [p.view(shape) for p, shape in zip(vector.split(sizes), shapes, strict=True)]
-        return torch.func.functional_call(exact, dict(zip(names, pieces, strict=True)), (x.double(),))
+        return torch.func.functional_call(exact, dict(zip(names, pieces, strict=True)), (inputs,))
 
     labels = y if labeled else logits(flat).argmax(1)
     jacobian = torch.autograd.functional.jacobian(logits, flat)
@@ -259,9 +311,9 @@ def test_any_small_network_against_dense_matrices(
         ),
     }
     assert report.num_parameters == len(flat)
-    for kind, matrix in matrices.items():
+    for name, matrix in matrices.items():
         eigenvalues = np.linalg.eigvalsh(matrix.numpy())
-        top, total = report.rows[f"{kind}_lambda_max"], report.rows[f"{kind}_trace"]
+        top, total = report.rows[f"{name}_lambda_max"], report.rows[f"{name}_trace"]
         noise = (1e-4 if dtype == torch.float32 else 1e-8) * np.abs(eigenvalues).max() + 1e-12
         assert top.converged
         assert top.value == pytest.approx(eigenvalues[-1], rel=0.012, abs=noise)

@@ -70,6 +70,10 @@ class Parameters:
         """Copies of the parameters: some layers write to theirs in a forward pass (an embedding with max_norm)."""
         return {name: p.detach().to(dtype or p.dtype, copy=True) for name, p in self.named.items()}
 
+    def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """``values`` that autograd differentiates by."""
+        return {name: value.requires_grad_() for name, value in self.values(dtype).items()}
+
     def moved(self, offset: Tensor) -> dict[str, Tensor]:
         """θ + offset, differentiable in θ and in ``offset`` (P,)."""
         return {name: self.named[name] + piece for name, piece in self.split(offset).items()}

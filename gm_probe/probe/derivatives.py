@@ -27,7 +27,7 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
     """
     try:
         with torch.enable_grad():
-            values = {name: value.requires_grad_() for name, value in parameters.values().items()}
+            values = parameters.leaves()
             logits = parameters.logits(x, values)
             found = gradients(logits, values, torch.ones_like(logits))
     except Exception as error:  # whatever a stranger's layer raises

@@ -237,7 +237,7 @@ class ExampleGradients:
     def _holds(self, x: Tensor) -> bool:
         """Whether the rules give what plain reverse mode does, on the few examples ``x``."""
         with suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):
-            values = {name: value.requires_grad_() for name, value in self.parameters.values().items()}
+            values = self.parameters.leaves()
             with torch.enable_grad():
                 logits = self.parameters.logits(x, values)
                 signs = torch.where(torch.arange(logits.numel(), device=x.device) % 3 == 0, -1.0, 1.0)

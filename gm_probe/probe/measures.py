@@ -271,32 +271,29 @@ def measure(
                 figure, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
             except UsageError as error:
                 raise UsageError(f"{name}: {error}") from error
-            value, stderr, example_error, converged, details = figure
-            if example_error is None:
-                one = "batch" if batches.coupled else "example"
-                details = {"reason_stderr_examples": f"one {one}, or lost in the probes' noise", **details}
-            figures: dict[str, float | None] = {
-                "value": value,
-                "stderr": stderr,
-                "stderr_examples": example_error,
-            }
-            for label, number in figures.items():
-                if number is not None and not math.isfinite(number):
-                    figures[label] = None
-                    reason = "reason" if label == "value" else f"reason_{label}"
-                    details = {**details, reason: f"not finite ({number})"}
-            value, target = figures["value"], settings.target_error
-            if target and value and figures["stderr_examples"] is not None:
-                ratio = figures["stderr_examples"] / (target * abs(value))
-                details = {**details, "examples_needed": math.ceil(batches.total * ratio**2)}
-            cost = round(work.evaluations - before, 3)
-            rows[name] = Estimate(
-                **figures,
-                converged=converged and figures["value"] is not None,
-                num_evals=cost,
-                details=details,
-            )
+            rows[name] = _estimate(figure, batches, settings.target_error, work.evaluations - before)
     return Report(probe.parameters.size, batches.total, settings, rows, batches.batch_size)
+
+
+def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float) -> Estimate:
+    """With reasons for what is missing or not finite, and how many examples ``target_error`` takes."""
+    value, stderr, example_error, converged, details = figure
+    details = dict(details)
+    if example_error is None:
+        one = "batch" if batches.coupled else "example"
+        details.setdefault("reason_stderr_examples", f"one {one}, or lost in the probes' noise")
+    found = {"value": value, "stderr": stderr, "stderr_examples": example_error}
+    for label, number in found.items():
+        if number is not None and not math.isfinite(number):
+            found[label] = None
+            details["reason" if label == "value" else f"reason_{label}"] = f"not finite ({number})"
+    value, example_error = found["value"], found["stderr_examples"]
+    if target_error and value and example_error is not None:
+        ratio = example_error / (target_error * abs(value))
+        details["examples_needed"] = math.ceil(batches.total * ratio**2)
+    return Estimate(
+        **found, converged=converged and value is not None, num_evals=round(cost, 3), details=details
+    )
 
 
 def expected_cost(names: Sequence[str], settings: Settings) -> float:

@@ -87,7 +87,7 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
     def pushed_reverse(x: Tensor, v: Tensor) -> Tensor:
         """The slope by u of (Jᵀu)ᵀv."""
         with torch.enable_grad():
-            values = {name: value.requires_grad_() for name, value in parameters.values().items()}
+            values = parameters.leaves()
             logits = parameters.logits(x, values)
             u = torch.zeros_like(logits, requires_grad=True)
             slope = along(gradients(logits, values, u, create_graph=True), parameters.split(v), logits)
@@ -97,7 +97,7 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
 
     def pulled(x: Tensor, u: Tensor) -> Tensor:  # Jᵀu, (P,)
         with torch.enable_grad():
-            values = {name: value.requires_grad_() for name, value in parameters.values().items()}
+            values = parameters.leaves()
             result = parameters.join(gradients(parameters.logits(x, values), values, u))
         work.add(GRADIENT, len(x))
         return result
@@ -192,7 +192,7 @@ def _curvature(
         """The gradient of a gradient's slope along v."""
         tangents = parameters.split(v)
         with torch.enable_grad():
-            values = {name: value.requires_grad_() for name, value in parameters.values(v.dtype).items()}
+            values = parameters.leaves(v.dtype)
             total = values_of(values, x, d).sum()
             slope = along(gradients(total, values, create_graph=True), tangents, total)
             result = parameters.join(gradients(slope, values))
@@ -222,7 +222,7 @@ def _curvature(
         """The same by reverse mode alone: weights on the examples pull their terms out of one product."""
         tangents = parameters.split(v)
         with torch.enable_grad():
-            values = {name: value.requires_grad_() for name, value in parameters.values(v.dtype).items()}
+            values = parameters.leaves(v.dtype)
             each = values_of(values, x, d)
             weights = torch.ones_like(each, requires_grad=True)
             total = weights @ each
