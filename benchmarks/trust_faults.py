@@ -267,7 +267,7 @@ def benches(names: list[str], folder: Path) -> list[Bench]:
     return found
 
 
-KILLED = ["measure", "sweep", "collect", "correlate", "report"]
+KILLED = ["train", "measure", "sweep", "collect", "correlate", "report"]
 FAILED = ["train", "measure", "sweep", "collect", "correlate", "report", "reproduce"]
 SIGNALLED = ["measure", "sweep", "train"]
 
@@ -282,7 +282,8 @@ def kills(small: bool) -> tuple[list[Row], list[str]]:
             _say(row, bench)
     counted = ", ".join(f"{name} {count}" for name, count in points.items())
     return [row], [
-        f"points at writes (made, synced, renamed, folder synced): {counted}; {RANDOM} random each"
+        f"points at writes (made, synced, renamed, folder synced): {counted}; {RANDOM} random each",
+        "training by every rule, compared bit for bit: 244 more in kill-resume.md; sweeps of more jobs: kill-sweep.md",
     ]
 
 

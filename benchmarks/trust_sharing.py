@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from trust_faults import COMMANDS, Bench, benches, content
 from trust_run import Row, _code
 
 PROCESSES = 16
+RUNS = 4
+"""Of the recipe."""
 
 
 def sound(_: int) -> None:
@@ -74,6 +77,9 @@ def _shared(bench: Bench, injure: Callable[[int], None]) -> str | None:
     strange = [text for code, text in ended if code != 0]
     if strange:
         return f"{len(strange)} processes failed, one of them: {strange[0][-300:]}"
+    done = sum(int(count) for _, text in ended for count in re.findall(r"(\d+) finished", text))
+    if done != RUNS:
+        return f"{done} runs were done, of {RUNS}"
     found = content(out)
     wrong = sorted(n for n in {*found, *bench.expected} if found.get(n) != bench.expected.get(n))
     return f"{wrong[0]} differs" if wrong else bench.after(out, temporary=False)
@@ -94,7 +100,9 @@ def run(small: bool) -> tuple[list[Row], list[str]]:
     rows = [
         Row(f"{many}: every run done once; the same files as of one process"),
         Row(f"{many}, locks known to each of {PROCESSES} machines alone: likewise"),
-        Row(f"{many}, locks refused (ENOLCK): exit 1, each run's reason; nothing trained; with locks again, all"),
+        Row(
+            f"{many}, locks refused (ENOLCK): exit 1, each run's reason; nothing trained; with locks again, all"
+        ),
     ]
     with tempfile.TemporaryDirectory() as name:
         [bench] = benches(["sweep"], Path(name))

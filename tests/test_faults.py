@@ -8,8 +8,11 @@ import json
 import math
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +420,45 @@ def test_a_lock_that_another_machine_does_not_see_is_no_leave(
     os.utime(lock, (old, old))
     with exclusive(tmp_path):
         assert lock.read_text().endswith(f"{os.getpid()}\n")
+
+
+def test_of_many_machines_one_takes_a_folder_though_locks_exclude_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    host, original = threading.local(), files.Hold.__init__
+    monkeypatch.setattr(socket, "gethostname", lambda: host.name)
+    all_look, took = threading.Barrier(8), []
+
+    def slow(self: files.Hold, file: Any) -> None:  # whoever else looks meanwhile would see nobody
+        time.sleep(0.05)
+        original(self, file)
+
+    monkeypatch.setattr(files.Hold, "__init__", slow)
+
+    def machine(number: int) -> None:
+        host.name = f"node{number}"
+        all_look.wait()
+        with suppress(BusyError), exclusive(tmp_path):
+            took.append(number)
+            time.sleep(1)
+
+    threads = [threading.Thread(target=machine, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(took) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_kill_while_a_folder_is_taken_is_got_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BEAT", 0.2)
+    (tmp_path / files.TAKING).touch()
+    began = time.monotonic()
+    with exclusive(tmp_path):
+        assert time.monotonic() - began > 0.2  # it may have been another's
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 # ---- disks that fail at any write

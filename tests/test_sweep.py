@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -18,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 
+from gm_probe.core import files
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import DivergedError, StorageError, UsageError
 from gm_probe.core.files import LOCK, exclusive, read_json, read_toml, write_json
-from gm_probe.core.records import failure, find_runs, read_run
+from gm_probe.core.records import failure, find_runs, read_run, run_state
 from gm_probe.sweep import runner
 from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe, run_name
@@ -62,8 +64,8 @@ def records(recipe: Recipe, out: Path) -> dict[str, Any]:
 
 
 def stamps(out: Path) -> dict[str, int]:
-    files = (path for path in out.rglob("*") if path.is_file() and path.name != LOCK)
-    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files}
+    found = (path for path in out.rglob("*") if path.is_file() and path.name != LOCK)
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in found}
 
 
 def statuses(recipe: Recipe, outcomes: list[Outcome]) -> list[str]:
@@ -340,6 +342,25 @@ def test_a_failed_measurement_keeps_the_training(
     monkeypatch.undo()
     assert run(recipe, tmp_path) == ["finished"] * 4
     assert before.items() <= stamps(tmp_path).items()
+
+
+def test_a_run_whose_last_sync_failed_is_complete_and_no_failure(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = files._sync_folder
+
+    def failing(folder: Path) -> None:
+        original(folder)
+        if (folder / "measures.json").exists() and not (folder / "error.txt").exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "_sync_folder", failing)
+    assert run(recipe, tmp_path) == ["failed"] * 4
+    monkeypatch.undo()
+    before = {name: time for name, time in stamps(tmp_path).items() if not name.endswith("error.txt")}
+    assert run(recipe, tmp_path) == ["skipped"] * 4
+    assert {run_state(tmp_path / name) for name in recipe.runs} == {"finished"}
+    assert stamps(tmp_path) == before
 
 
 def test_a_full_disk_is_reported_for_every_run(

@@ -12,7 +12,17 @@ import torch
 from gm_probe.core.devices import pick_device
 from gm_probe.core.errors import DivergedError, StorageError
 from gm_probe.core.files import Hold, exclusive, read_json, write_atomic, write_json
-from gm_probe.core.records import CHECKPOINT, CONFIG, ERROR, MEASURES, STATE, SUMMARY, failure, read_run, run_state
+from gm_probe.core.records import (
+    CHECKPOINT,
+    CONFIG,
+    ERROR,
+    MEASURES,
+    STATE,
+    SUMMARY,
+    failure,
+    read_run,
+    run_state,
+)
 from gm_probe.sweep.executors import Executor, Job, Outcome, Processes, in_turn, visible_gpus
 from gm_probe.sweep.measuring import measure_checkpoint, telling
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
@@ -48,7 +58,9 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads or before)
     try:
-        train(config, out, resume=True)  # of a finished run only what a kill after its summary left is removed
+        train(
+            config, out, resume=True
+        )  # of a finished run only what a kill after its summary left is removed
         if plan.measures:
             with exclusive(out) as hold:
                 _measure(config, plan, out, hold)
@@ -141,6 +153,7 @@ def run_recipe(
     for name, config in recipe.runs.items():
         folder = out / name
         if is_complete(folder, recipe.plan):
+            _forget_failure(folder)  # a disk may refuse the last write's sync with all of it there
             report(Outcome(name, "skipped"))
         elif not retry_failed and _failed_before(folder):
             report(Outcome(name, "failed", failure(folder)))
