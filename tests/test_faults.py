@@ -25,11 +25,14 @@ from gm_probe.core import files
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import BusyError, DivergedError, ResourceError, StorageError
 from gm_probe.core.files import LOCK, exclusive, locked
+from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import Parameters
+from gm_probe.core.records import read_metrics
 from gm_probe.core.signals import TERMINATED, Terminated
 from gm_probe.probe import example_gradients, operators
 from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
+from gm_probe.training import evaluation, rules
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import Training, train
 from gm_probe.training.objectives import Objective
@@ -141,29 +144,93 @@ def test_a_single_example_that_is_too_much_is_an_error(monkeypatch: pytest.Monke
     assert caught.value.exit_code == 6
 
 
-def test_training_never_changes_its_batch_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes: list[int] = []
+STEPS: dict[str, tuple[Any, str]] = {
+    "batch": (Training, "_batch"),
+    "clean pass": (nn.Flatten, "forward"),
+    "ascent": (rules, "kl_gradient"),
+    "gradient": (rules.Rule, "_differentiate"),
+    "update": (torch.optim.SGD, "step"),
+}
 
-    def failing(self: Training, chosen: Tensor, x: Tensor) -> None:
+
+@pytest.mark.parametrize("depth", STEPS)
+def test_training_never_changes_its_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], depth: str
+) -> None:
+    options = [part for key, value in TINY.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    command = ["train", "-q", "--method", "iam-d", *options]
+    main([*command, "--out", str(tmp_path / "whole")])
+    sizes: list[int] = []
+    step = Training._step
+
+    def counted(self: Training, chosen: Tensor, x: Tensor) -> None:
         sizes.append(len(chosen))
+        step(self, chosen, x)
+
+    monkeypatch.setattr(Training, "_step", counted)
+    owner, name = STEPS[depth]
+    original = getattr(owner, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
         if len(sizes) == 6:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nof many")
-        original(self, chosen, x)
+        return original(*args, **kwargs)
 
-    original = Training._step
-    monkeypatch.setattr(Training, "_step", failing)
-    options = [part for key, value in TINY.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(owner, name, failing)
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        main(["train", "-q", "--out", str(tmp_path / "a"), *options])
+        main([*command, "--out", str(tmp_path / "a")])
     assert stop.value.code == 6
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "batches of 20" in err
     assert "--m" in err
     assert set(sizes) == {20}
-    assert (tmp_path / "a" / "state.pt").exists()  # the epoch before is there to be resumed
+    monkeypatch.undo()
+    main([*command, "--out", str(tmp_path / "a"), "--resume"])  # from the epoch before
+    final = "checkpoint.safetensors"
+    assert (tmp_path / "a" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
+
+
+def test_figures_along_the_way_say_where_their_batches_were_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [part for key, value in TINY.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    command = ["train", "--track-every", "1", "--eval-every", "1", *options, "--out"]
+    main([*command, str(tmp_path / "whole")])
+    assert "out of memory" not in capsys.readouterr().err
+    probing, evaluating = Parameters.logits, evaluation.logits_of
+
+    def logits(self: Parameters, x: Tensor, *rest: Any) -> Tensor:
+        if len(x) > 10:
+            raise MemoryError
+        return probing(self, x, *rest)
+
+    def logits_of(outputs: Tensor) -> Tensor:
+        if len(outputs) > 30:
+            raise MemoryError
+        return evaluating(outputs)
+
+    monkeypatch.setattr(Parameters, "logits", logits)
+    monkeypatch.setattr(evaluation, "logits_of", logits_of)
+    main([*command, str(tmp_path / "halved")])
+    err = capsys.readouterr().err
+    assert [f"after epoch {epoch}: went on with batches of 10" in err for epoch in (1, 2, 3)] == [True] * 3
+    found, expected = (list(read_metrics(tmp_path / name)) for name in ("halved", "whole"))
+    for row, other in zip(found, expected, strict=True):
+        assert row.pop("local_inconsistency_batch_size") == 10
+        for timed in ("seconds", "examples_per_second"):
+            del row[timed], other[timed]
+        assert row == pytest.approx(other, rel=1e-5)  # single precision
+
+
+def test_a_batch_that_belongs_to_what_is_computed_is_not_halved() -> None:
+    def failing(_: Batches) -> None:
+        raise MemoryError
+
+    coupled = Batches(inputs().examples, batch_size=12, coupled=True)
+    with pytest.raises(ResourceError, match="batches of 12, whose examples hang together"):
+        within_memory(coupled, failing)
 
 
 # ---- the model after an exception, at any call of its forward

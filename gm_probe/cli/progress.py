@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from gm_probe.cli.output import notes_console
+from gm_probe.cli.output import note, notes_console
 
 
 class Bar:
@@ -39,7 +39,7 @@ class Bar:
 
     def print(self, text: str) -> None:
         """A line above the bar."""
-        self._progress.console.print(text, markup=False)
+        note(self._progress.console, text)
 
 
 @contextmanager
