@@ -30,7 +30,7 @@ from gm_probe.core.parameters import Parameters
 from gm_probe.core.records import read_metrics
 from gm_probe.core.signals import TERMINATED, Terminated
 from gm_probe.probe import example_gradients, operators
-from gm_probe.probe.measures import measure
+from gm_probe.probe.measures import MEASURES, measure
 from gm_probe.probe.probe import Settings
 from gm_probe.training import evaluation, rules
 from gm_probe.training.config import TrainConfig
@@ -80,12 +80,18 @@ def whole(model: nn.Module) -> dict[str, Any]:
     """All of a model that a measurement could leave changed."""
     tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
     others = {name: (p.requires_grad, p.grad, id(p)) for name, p in model.named_parameters()}
-    return {"tensors": tensors, "others": others, "modes": [module.training for module in model.modules()]}
+    hooks = [
+        (dict(m._forward_hooks), dict(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()
+    ]
+    modes = [module.training for module in model.modules()]
+    return {"tensors": tensors, "others": others, "hooks": hooks, "modes": modes}
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     pairs = zip(one["tensors"].values(), other["tensors"].values(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs) and all(one[k] == other[k] for k in ("others", "modes"))
+    return all(torch.equal(a, b) for a, b in pairs) and all(
+        one[k] == other[k] for k in ("others", "hooks", "modes")
+    )
 
 
 # ---- memory
@@ -233,30 +239,37 @@ def test_a_batch_that_belongs_to_what_is_computed_is_not_halved() -> None:
         within_memory(coupled, failing)
 
 
-# ---- the model after an exception, at any call of its forward
+# ---- the model after an exception at any stage
 
 
-def test_a_model_is_left_whole_after_an_exception_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("depth", [*DEPTHS, "layer"])
+def test_a_model_is_left_whole_after_an_exception_anywhere(
+    monkeypatch: pytest.MonkeyPatch, depth: str
+) -> None:
     model = network()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    model[4].bias.requires_grad_(False)
+    names = [name for name in MEASURES if name not in {"error", "cross_entropy"}]
     before, flags = whole(model), torch.backends.mha.get_fastpath_enabled()
     state = torch.get_rng_state()
-    original, calls, limit = Parameters.logits, 0, -1
+    owner, name = {**DEPTHS, "layer": (nn.Flatten, "forward")}[depth]
+    original, calls, limit = getattr(owner, name), 0, -1
 
-    def counted(self: Parameters, *args: Any) -> Tensor:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == limit:
             raise KeyboardInterrupt
-        return original(self, *args)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(Parameters, "logits", counted)
-    measure(model, inputs(), NAMES, SETTINGS)
+    monkeypatch.setattr(owner, name, counted)
+    measure(model, inputs(), names, SETTINGS, initial=network())
     total = calls
-    assert total > 20
-    for limit in sorted({*range(1, 12), *range(12, total, max(1, total // 12)), total}):
+    assert total >= 3
+    for limit in sorted({1, 2, 3, *range(4, total, max(1, total // 12)), total}):
         calls = 0
         with pytest.raises(KeyboardInterrupt):
-            measure(model, inputs(), NAMES, SETTINGS)
+            measure(model, inputs(), names, SETTINGS, initial=network())
         assert same(whole(model), before), limit
         assert torch.backends.mha.get_fastpath_enabled() == flags
         assert torch.equal(torch.get_rng_state(), state)
