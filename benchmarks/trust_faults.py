@@ -304,7 +304,10 @@ def faults(small: bool) -> tuple[list[Row], list[str]]:
             if bench.name in SIGNALLED:
                 bench.signals(rows[2], 4 if small else 2 * RANDOM, chance)
             _say(rows[0], bench)
-    return rows, []
+    many = (
+        "of the points at writes of train, sweep and reproduce each met one of the three; they come in turn"
+    )
+    return rows, [many]
 
 
 def _say(row: Row, bench: Bench) -> None:

@@ -573,6 +573,29 @@ def test_two_sweeps_on_one_folder_do_not_train_a_run_twice(recipe: Recipe, tmp_p
     assert run(recipe, tmp_path) == ["finished"] + ["skipped"] * 3
 
 
+def test_what_another_measured_meanwhile_is_not_measured_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, measured = runner.train, runner.measure_checkpoint
+    taken = []
+
+    def train(config: TrainConfig, out: Path, **options: Any) -> Any:
+        summary = real(config, out, **options)
+        monkeypatch.setattr(runner, "train", real)
+        assert run_one(config, recipe.plan, out) == "finished"  # the other, between this one's two holds
+        monkeypatch.setattr(runner, "train", train)
+        return summary
+
+    def measure(*args: Any, **options: Any) -> Any:
+        taken.append(args[0])
+        return measured(*args, **options)
+
+    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(runner, "measure_checkpoint", measure)
+    assert run(recipe, tmp_path) == ["skipped"] * 4
+    assert len(taken) == 4
+
+
 def test_a_measurement_over_other_data_does_not_count(recipe: Recipe, tmp_path: Path) -> None:
     run_recipe(recipe, tmp_path)
     name = next(iter(recipe.runs))

@@ -63,6 +63,8 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
         )  # of a finished run only what a kill after its summary left is removed
         if plan.measures:
             with exclusive(out) as hold:
+                if is_complete(out, plan):  # another did it since this one looked
+                    return "skipped"
                 _measure(config, plan, out, hold)
         return "finished"
     except DivergedError:
