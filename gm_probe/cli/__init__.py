@@ -96,6 +96,9 @@ def main(args: list[str] | None = None) -> None:
     # of odd image files, which are decoded or refused: one line is the file's due, not the library's own beside it
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    logging.getLogger("matplotlib").setLevel(
+        logging.ERROR
+    )  # of a home that is read-only; `gmprobe doctor` tells
     try:
         with on_sigterm(terminate):
             cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
