@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import random
 import struct
@@ -241,6 +242,7 @@ def arrays(folder: Path) -> dict[str, Path]:
 def mutated(first: int, count: int, folder: Path, store: Path) -> None:
     """Decode seeded mutations of images of every format; write how each ended."""
     whole = {form: saved(noisy(), form) for form in images.FORMATS}
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # as cli.main
     with store.open("w") as log:
         for seed in range(first, first + count):
             draw = random.Random(seed)

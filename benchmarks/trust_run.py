@@ -114,6 +114,7 @@ def gmprobe(
         if before is not None:
             before()
         if signalled is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
             timer = threading.Timer(signalled[1], os.kill, (os.getpid(), signalled[0]))
             timer.daemon = True
             timer.start()

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples as Examples
     from gm_probe.core.datasets import open_source as open_source
     from gm_probe.core.devices import keep_freed_memory as keep_freed_memory
+    from gm_probe.core.errors import BusyError as BusyError
     from gm_probe.core.errors import CheckpointError as CheckpointError
     from gm_probe.core.errors import DataError as DataError
     from gm_probe.core.errors import DivergedError as DivergedError
     from gm_probe.core.errors import ProbeError as ProbeError
+    from gm_probe.core.errors import ResourceError as ResourceError
+    from gm_probe.core.errors import StorageError as StorageError
     from gm_probe.core.errors import UsageError as UsageError
     from gm_probe.core.models import ModelSpec as ModelSpec
     from gm_probe.core.models import build_model as build_model
@@ -61,7 +64,16 @@ _HOMES = {
     "core.contrastive": ("Contrastive", "as_encoder", "partners", "projector"),
     "core.datasets": ("Examples", "open_source"),
     "core.devices": ("keep_freed_memory",),
-    "core.errors": ("CheckpointError", "DataError", "DivergedError", "ProbeError", "UsageError"),
+    "core.errors": (
+        "BusyError",
+        "CheckpointError",
+        "DataError",
+        "DivergedError",
+        "ProbeError",
+        "ResourceError",
+        "StorageError",
+        "UsageError",
+    ),
     "core.models": ("ModelSpec", "build_model"),
     "core.parameters": ("Parameters",),
     "core.pretrained": ("load_pretrained",),

@@ -217,7 +217,7 @@ def test_sixteen_writers_lose_and_tear_no_row(tmp_path: Path) -> None:
         time.sleep(0.01)
     assert [writer.wait() for writer in writers] == [0] * 16
     assert sizes == sorted(sizes)  # no table was replaced by an older one
-    frame = pd.read_csv(table)
+    frame = pd.read_csv(table, converters={"lr": float, "error_gap": float})
     assert sorted(frame.run) == sorted(f"w{k}-{n}" for k in range(16) for n in range(count))
     assert (frame.status == "finished").all()
     for row in frame.itertuples():

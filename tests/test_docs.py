@@ -30,6 +30,7 @@ from torch import nn
 
 import gm_probe
 from gm_probe.cli import cli, main
+from gm_probe.core import errors
 from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import save_checkpoint
 from gm_probe.core.models import ModelSpec, build_model
@@ -222,10 +223,17 @@ def test_the_index_has_every_page() -> None:
     assert {f"docs/{page}" for page in pages} <= set(links(ROOT / "README.md"))
 
 
-def test_every_exit_code_is_explained() -> None:
-    codes = {kind.exit_code for kind in gm_probe.ProbeError.__subclasses__()} | {0, 1, 130}
+def test_every_exit_code_and_error_is_explained() -> None:
+    codes = {kind.exit_code for kind in gm_probe.ProbeError.__subclasses__()} | {0, 1, 130, 143}
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)} == codes
+    rows = re.findall(r"^\| (\d+) \| (?:`(\w+)`)? ?\|", text, re.MULTILINE)
+    assert {int(code) for code, _ in rows} == codes
+    named = {(name, int(code)) for code, name in rows if name.endswith("Error")}
+    kinds = [
+        kind for kind in vars(errors).values() if inspect.isclass(kind) and kind.__module__ == errors.__name__
+    ]
+    assert named == {(kind.__name__, kind.exit_code) for kind in kinds} - {("ProbeError", 1)}
+    assert {kind.__name__ for kind in kinds} <= set(gm_probe.__all__)
 
 
 @pytest.mark.parametrize("name", gm_probe.__all__)

@@ -8,8 +8,11 @@ import json
 import math
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,14 @@ from gm_probe.core import files
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import BusyError, DivergedError, ResourceError, StorageError
 from gm_probe.core.files import LOCK, exclusive, locked
+from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import Parameters
+from gm_probe.core.records import read_metrics
 from gm_probe.core.signals import TERMINATED, Terminated
 from gm_probe.probe import example_gradients, operators
-from gm_probe.probe.measures import measure
+from gm_probe.probe.measures import MEASURES, measure
 from gm_probe.probe.probe import Settings
+from gm_probe.training import evaluation, rules
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import Training, train
 from gm_probe.training.objectives import Objective
@@ -64,21 +70,28 @@ def network() -> nn.Module:
         return nn.Sequential(*layers)
 
 
-def inputs(size: int = 24) -> Batches:
+def inputs(size: int = 24, dtype: torch.dtype = torch.float32) -> Batches:
     generator = torch.Generator().manual_seed(1)
-    return Batches.from_tensors(torch.randn(size, 1, 8, 8, generator=generator), batch_size=16)
+    x = torch.randn(size, 1, 8, 8, generator=generator)
+    return Batches.from_tensors(x.to(dtype), batch_size=16)
 
 
 def whole(model: nn.Module) -> dict[str, Any]:
     """All of a model that a measurement could leave changed."""
     tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
     others = {name: (p.requires_grad, p.grad, id(p)) for name, p in model.named_parameters()}
-    return {"tensors": tensors, "others": others, "modes": [module.training for module in model.modules()]}
+    hooks = [
+        (dict(m._forward_hooks), dict(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()
+    ]
+    modes = [module.training for module in model.modules()]
+    return {"tensors": tensors, "others": others, "hooks": hooks, "modes": modes}
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     pairs = zip(one["tensors"].values(), other["tensors"].values(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs) and all(one[k] == other[k] for k in ("others", "modes"))
+    return all(torch.equal(a, b) for a, b in pairs) and all(
+        one[k] == other[k] for k in ("others", "hooks", "modes")
+    )
 
 
 # ---- memory
@@ -104,8 +117,8 @@ ERRORS = {
 def test_batches_are_halved_where_memory_runs_out(
     monkeypatch: pytest.MonkeyPatch, depth: str, error: str
 ) -> None:
-    model = network()
-    expected = measure(model, inputs(), NAMES, SETTINGS)
+    model = network().double()
+    expected = measure(model, inputs(dtype=torch.float64), NAMES, SETTINGS)
     before = whole(model)
     owner, name = DEPTHS[depth]
     original, calls = getattr(owner, name), 0
@@ -118,11 +131,11 @@ def test_batches_are_halved_where_memory_runs_out(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, failing)
-    found = measure(model, inputs(), NAMES, SETTINGS)
+    found = measure(model, inputs(dtype=torch.float64), NAMES, SETTINGS)
     assert calls >= 3
     assert found.batch_size in {8, 4}
     for row in NAMES:
-        assert found.rows[row].value == pytest.approx(expected.rows[row].value, rel=1e-5), row
+        assert found.rows[row].value == pytest.approx(expected.rows[row].value, rel=1e-6), row
         assert found.rows[row].converged == expected.rows[row].converged
     assert same(whole(model), before)
 
@@ -137,55 +150,126 @@ def test_a_single_example_that_is_too_much_is_an_error(monkeypatch: pytest.Monke
     assert caught.value.exit_code == 6
 
 
-def test_training_never_changes_its_batch_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes: list[int] = []
+STEPS: dict[str, tuple[Any, str]] = {
+    "batch": (Training, "_batch"),
+    "clean pass": (nn.Flatten, "forward"),
+    "ascent": (rules, "kl_gradient"),
+    "gradient": (rules.Rule, "_differentiate"),
+    "update": (torch.optim.SGD, "step"),
+}
 
-    def failing(self: Training, chosen: Tensor, x: Tensor) -> None:
+
+@pytest.mark.parametrize("depth", STEPS)
+def test_training_never_changes_its_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], depth: str
+) -> None:
+    options = [part for key, value in TINY.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    command = ["train", "-q", "--method", "iam-d", *options]
+    main([*command, "--out", str(tmp_path / "whole")])
+    sizes: list[int] = []
+    step = Training._step
+
+    def counted(self: Training, chosen: Tensor, x: Tensor) -> None:
         sizes.append(len(chosen))
+        step(self, chosen, x)
+
+    monkeypatch.setattr(Training, "_step", counted)
+    owner, name = STEPS[depth]
+    original = getattr(owner, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
         if len(sizes) == 6:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nof many")
-        original(self, chosen, x)
+        return original(*args, **kwargs)
 
-    original = Training._step
-    monkeypatch.setattr(Training, "_step", failing)
-    options = [part for key, value in TINY.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(owner, name, failing)
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        main(["train", "-q", "--out", str(tmp_path / "a"), *options])
+        main([*command, "--out", str(tmp_path / "a")])
     assert stop.value.code == 6
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "batches of 20" in err
     assert "--m" in err
     assert set(sizes) == {20}
-    assert (tmp_path / "a" / "state.pt").exists()  # the epoch before is there to be resumed
+    monkeypatch.undo()
+    main([*command, "--out", str(tmp_path / "a"), "--resume"])  # from the epoch before
+    final = "checkpoint.safetensors"
+    assert (tmp_path / "a" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
 
 
-# ---- the model after an exception, at any call of its forward
+def test_figures_along_the_way_say_where_their_batches_were_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [part for key, value in TINY.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    command = ["train", "--track-every", "1", "--eval-every", "1", *options, "--out"]
+    main([*command, str(tmp_path / "whole")])
+    assert "out of memory" not in capsys.readouterr().err
+    probing, evaluating = Parameters.logits, evaluation.logits_of
+
+    def logits(self: Parameters, x: Tensor, *rest: Any) -> Tensor:
+        if len(x) > 10:
+            raise MemoryError
+        return probing(self, x, *rest)
+
+    def logits_of(outputs: Tensor) -> Tensor:
+        if len(outputs) > 30:
+            raise MemoryError
+        return evaluating(outputs)
+
+    monkeypatch.setattr(Parameters, "logits", logits)
+    monkeypatch.setattr(evaluation, "logits_of", logits_of)
+    main([*command, str(tmp_path / "halved")])
+    err = capsys.readouterr().err
+    assert [f"after epoch {epoch}: went on with batches of 10" in err for epoch in (1, 2, 3)] == [True] * 3
+    found, expected = (list(read_metrics(tmp_path / name)) for name in ("halved", "whole"))
+    for row, other in zip(found, expected, strict=True):
+        assert row.pop("local_inconsistency_batch_size") == 10
+        for timed in ("seconds", "examples_per_second"):
+            del row[timed], other[timed]
+        assert row == pytest.approx(other, rel=1e-5)  # single precision
 
 
-def test_a_model_is_left_whole_after_an_exception_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_belongs_to_what_is_computed_is_not_halved() -> None:
+    def failing(_: Batches) -> None:
+        raise MemoryError
+
+    coupled = Batches(inputs().examples, batch_size=12, coupled=True)
+    with pytest.raises(ResourceError, match="batches of 12, whose examples hang together"):
+        within_memory(coupled, failing)
+
+
+# ---- the model after an exception at any stage
+
+
+@pytest.mark.parametrize("depth", [*DEPTHS, "layer"])
+def test_a_model_is_left_whole_after_an_exception_anywhere(
+    monkeypatch: pytest.MonkeyPatch, depth: str
+) -> None:
     model = network()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    model[4].bias.requires_grad_(False)
+    names = [name for name in MEASURES if name not in {"error", "cross_entropy"}]
     before, flags = whole(model), torch.backends.mha.get_fastpath_enabled()
     state = torch.get_rng_state()
-    original, calls, limit = Parameters.logits, 0, -1
+    owner, name = {**DEPTHS, "layer": (nn.Flatten, "forward")}[depth]
+    original, calls, limit = getattr(owner, name), 0, -1
 
-    def counted(self: Parameters, *args: Any) -> Tensor:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == limit:
             raise KeyboardInterrupt
-        return original(self, *args)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(Parameters, "logits", counted)
-    measure(model, inputs(), NAMES, SETTINGS)
+    monkeypatch.setattr(owner, name, counted)
+    measure(model, inputs(), names, SETTINGS, initial=network())
     total = calls
-    assert total > 20
-    for limit in sorted({*range(1, 12), *range(12, total, max(1, total // 12)), total}):
+    assert total >= 3
+    for limit in sorted({1, 2, 3, *range(4, total, max(1, total // 12)), total}):
         calls = 0
         with pytest.raises(KeyboardInterrupt):
-            measure(model, inputs(), NAMES, SETTINGS)
+            measure(model, inputs(), names, SETTINGS, initial=network())
         assert same(whole(model), before), limit
         assert torch.backends.mha.get_fastpath_enabled() == flags
         assert torch.equal(torch.get_rng_state(), state)
@@ -416,6 +500,45 @@ def test_a_lock_that_another_machine_does_not_see_is_no_leave(
     os.utime(lock, (old, old))
     with exclusive(tmp_path):
         assert lock.read_text().endswith(f"{os.getpid()}\n")
+
+
+def test_of_many_machines_one_takes_a_folder_though_locks_exclude_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    host, original = threading.local(), files.Hold.__init__
+    monkeypatch.setattr(socket, "gethostname", lambda: host.name)
+    all_look, took = threading.Barrier(8), []
+
+    def slow(self: files.Hold, file: Any) -> None:  # whoever else looks meanwhile would see nobody
+        time.sleep(0.05)
+        original(self, file)
+
+    monkeypatch.setattr(files.Hold, "__init__", slow)
+
+    def machine(number: int) -> None:
+        host.name = f"node{number}"
+        all_look.wait()
+        with suppress(BusyError), exclusive(tmp_path):
+            took.append(number)
+            time.sleep(1)
+
+    threads = [threading.Thread(target=machine, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(took) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_kill_while_a_folder_is_taken_is_got_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BEAT", 0.2)
+    (tmp_path / files.TAKING).touch()
+    began = time.monotonic()
+    with exclusive(tmp_path):
+        assert time.monotonic() - began > 0.2  # it may have been another's
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 # ---- disks that fail at any write

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from gm_probe.cli import COMMANDS, cli, main
+from gm_probe.cli.output import results_console, table
 from gm_probe.cli.plain import SIGNS, spelled
 from gm_probe.core import doctor, files
 from gm_probe.core.datasets import DATASETS
@@ -417,3 +418,24 @@ def test_doctor_as_a_command() -> None:
     assert {f["exit_code"] for f in broken} == {6, 7}
     assert all(f["remedy"] for f in broken)
     assert done.err == ""
+
+
+def test_a_long_title_is_not_folded_to_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    title = "a/long/path/of a checkpoint.th  and/a/model.py:name  P = 269,722  N = 100"
+    results_console().print(table(title, ["a", "b"], [["1", "2"]]))
+    assert title in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_home_that_cannot_be_written_is_no_noise(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("error_gap,m,lr\n" + "".join(f"{i},{i % 3},{i}\n" for i in range(6)))
+    unset = {
+        key: value for key, value in os.environ.items() if key not in {"MPLCONFIGDIR", "XDG_CONFIG_HOME"}
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "gm_probe", "correlate", "t.csv", "--resamples", "100", "-q"],
+        cwd=tmp_path,
+        env={**unset, "HOME": "/proc", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

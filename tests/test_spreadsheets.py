@@ -54,6 +54,16 @@ def test_csv_values_that_are_not_finite_are_missing(tmp_path: Path) -> None:
     assert (result.tau, result.n, len(result.missing)) == (pytest.approx(1.0), 2, 4)
 
 
+def test_numbers_are_what_spreadsheets_write_and_rounded_correctly(tmp_path: Path) -> None:
+    cells = ["0.14285714285714285", "1e-5", "-3", "+.5", "8.988465674311579e107", " 2 "]
+    path = make_csv(tmp_path, "error_gap,m\n" + "".join(f"{i},{cell}\n" for i, cell in enumerate(cells)))
+    assert load_table(path).frame["m"].to_list() == [1 / 7, 1e-5, -3.0, 0.5, 8.988465674311579e107, 2.0]
+    for cell in ("1_000", "0x10", "\u0661", "1,5", "1e", "True"):
+        path = make_csv(tmp_path, f'error_gap,m\n1,1\n2,"{cell}"\n')
+        with pytest.raises(DataError, match=r"column 'm' row 2 holds .*, which is not a number"):
+            load_table(path, measures=["m"])
+
+
 def test_csv_hyperparameters_keep_numbers_text_and_gaps(tmp_path: Path) -> None:
     path = make_csv(tmp_path, "error_gap,m,wd,kind,rho\n1,1,0.10,a,inf\n2,2,0.1,,1\n3,3,,b,1\n4,4,10,b,1\n")
     table = load_table(path, hyperparameters=["wd", "kind", "rho"])

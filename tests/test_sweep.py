@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -18,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 
+from gm_probe.core import files
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import DivergedError, StorageError, UsageError
 from gm_probe.core.files import LOCK, exclusive, read_json, read_toml, write_json
-from gm_probe.core.records import failure, find_runs, read_run
+from gm_probe.core.records import failure, find_runs, read_run, run_state
 from gm_probe.sweep import runner
 from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe, run_name
@@ -62,8 +64,8 @@ def records(recipe: Recipe, out: Path) -> dict[str, Any]:
 
 
 def stamps(out: Path) -> dict[str, int]:
-    files = (path for path in out.rglob("*") if path.is_file() and path.name != LOCK)
-    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files}
+    found = (path for path in out.rglob("*") if path.is_file() and path.name != LOCK)
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in found}
 
 
 def statuses(recipe: Recipe, outcomes: list[Outcome]) -> list[str]:
@@ -342,6 +344,25 @@ def test_a_failed_measurement_keeps_the_training(
     assert before.items() <= stamps(tmp_path).items()
 
 
+def test_a_run_whose_last_sync_failed_is_complete_and_no_failure(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = files._sync_folder
+
+    def failing(folder: Path) -> None:
+        original(folder)
+        if (folder / "measures.json").exists() and not (folder / "error.txt").exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "_sync_folder", failing)
+    assert run(recipe, tmp_path) == ["failed"] * 4
+    monkeypatch.undo()
+    before = {name: time for name, time in stamps(tmp_path).items() if not name.endswith("error.txt")}
+    assert run(recipe, tmp_path) == ["skipped"] * 4
+    assert {run_state(tmp_path / name) for name in recipe.runs} == {"finished"}
+    assert stamps(tmp_path) == before
+
+
 def test_a_full_disk_is_reported_for_every_run(
     tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,6 +571,29 @@ def test_two_sweeps_on_one_folder_do_not_train_a_run_twice(recipe: Recipe, tmp_p
     assert not (tmp_path / first / "summary.json").exists()  # it is not the second sweep's to judge
     assert [outcomes[name].status for name in recipe.runs if name != first] == ["finished"] * 3
     assert run(recipe, tmp_path) == ["finished"] + ["skipped"] * 3
+
+
+def test_what_another_measured_meanwhile_is_not_measured_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, measured = runner.train, runner.measure_checkpoint
+    taken = []
+
+    def train(config: TrainConfig, out: Path, **options: Any) -> Any:
+        summary = real(config, out, **options)
+        monkeypatch.setattr(runner, "train", real)
+        assert run_one(config, recipe.plan, out) == "finished"  # the other, between this one's two holds
+        monkeypatch.setattr(runner, "train", train)
+        return summary
+
+    def measure(*args: Any, **options: Any) -> Any:
+        taken.append(args[0])
+        return measured(*args, **options)
+
+    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(runner, "measure_checkpoint", measure)
+    assert run(recipe, tmp_path) == ["skipped"] * 4
+    assert len(taken) == 4
 
 
 def test_a_measurement_over_other_data_does_not_count(recipe: Recipe, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,3 +220,33 @@ def test_an_error_is_one_line_whatever_a_file_is_called(
     assert err.startswith("gmprobe: cannot decode ")
     assert "two\\nlines \\x1b[2J.png" in err
     assert err.count("\n") == 1
+
+
+def test_pillow_says_nothing_beside_the_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, samples = tmp_path / "a.tif", struct.Struct("<HHIHH")  # tag, type, count, value, padding
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    content = path.read_bytes()
+    assert content.count(samples.pack(277, 3, 1, 3, 0)) == 1
+    path.write_bytes(content.replace(samples.pack(277, 3, 1, 3, 0), samples.pack(277, 3, 1, 2048, 0)))
+    checkpoint = tmp_path / "a.pt"
+    torch.save({"0.weight": torch.ones(2, 64)}, checkpoint)
+    code, _, err = command(capsys, "measure", checkpoint, "--unlabeled", tmp_path, "--model", "mlp-8")
+    assert (code, err.count("\n")) == (4, 1)
+    assert str(path) in err
+    assert not caplog.records  # without a handler of logging's they go to stderr
+
+
+def test_of_a_folders_other_entries_nothing_is_kept(tmp_path: Path) -> None:
+    names = [*(f"{index:04d}.txt" for index in range(3000)), "b.png", "a.PNG", ".hidden.png"]
+    for name in names:
+        (tmp_path / name).touch()
+    tracemalloc.start()
+    try:
+        found = list(images.images_below(tmp_path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [path.name for path in found] == ["a.PNG", "b.png"]
+    assert peak < 50_000  # the names alone would be 180,000 bytes

@@ -49,6 +49,18 @@ def run(out: Path) -> object:
         return error.exit_code
 
 
+def patient(model: nn.Module, batches: Batches) -> str | int:
+    try:
+        gm_probe.measure(model, batches)
+    except gm_probe.BusyError as error:
+        return str(error)
+    except (gm_probe.UsageError, gm_probe.CheckpointError, gm_probe.DataError) as error:
+        return f"mine: {error}"
+    except (gm_probe.DivergedError, gm_probe.ResourceError, gm_probe.StorageError) as error:
+        return error.exit_code
+    return 0
+
+
 def checkpoint(path: Path, model: nn.Module) -> None:
     gm_probe.load_weights(model, gm_probe.read_checkpoint(path))
     spec = gm_probe.ModelSpec("mlp-8", (1, 8, 8), 10)

@@ -120,7 +120,7 @@ class _Column:
 def _column(cells: pd.Series) -> _Column:
     text = cells.map(lambda cell: str(cell).strip())
     empty = text.str.lower().isin(NO_VALUE)
-    values = pd.to_numeric(text.mask(empty), errors="coerce").astype(float)
+    values = text.mask(empty, "nan").map(_number).astype(float)
     wrong = values.isna() & ~empty
     infinite = values.isin([math.inf, -math.inf])
     large = (values.abs() > LARGEST) & ~infinite
@@ -132,6 +132,16 @@ def _column(cells: pd.Series) -> _Column:
         dict(zip(text.index[wrong].tolist(), text[wrong].tolist(), strict=True)),
         missing,
     )
+
+
+def _number(cell: str) -> float:
+    """``cell`` rounded correctly, which not every release of pandas does; NaN where it is none."""
+    try:
+        return (
+            float(cell) if cell.isascii() and "_" not in cell else math.nan
+        )  # Python's own grammar takes more
+    except ValueError:
+        return math.nan
 
 
 def _settings(column: _Column, cells: pd.Series) -> pd.Series:

@@ -6,6 +6,7 @@ for torch.
 
 import importlib
 import io
+import logging
 import os
 import sys
 import traceback
@@ -92,8 +93,12 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=HANDLER)
-    # of odd image files, which are decoded or refused: one line is the file's due, not the library's two beside it
+    # of odd image files, which are decoded or refused: one line is the file's due, not the library's own beside it
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    logging.getLogger("matplotlib").setLevel(
+        logging.ERROR
+    )  # of a home that is read-only; `gmprobe doctor` tells
     try:
         with on_sigterm(terminate):
             cli.main(args=args, prog_name="gmprobe", standalone_mode=False)

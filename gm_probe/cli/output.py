@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gm_probe.cli.plain import plain
 from gm_probe.core.errors import printable
@@ -80,9 +81,9 @@ def _harmless(value: Any) -> Any:
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table whose first column is left-aligned and the others right-aligned."""
-    result = Table(
-        title=None if title is None else escape(plain(title)), title_justify="left", header_style="bold"
-    )
+    # rich would fold a title to the table's width, however wide the terminal
+    above = None if title is None else Text(plain(title), "table.title", no_wrap=True, overflow="ignore")
+    result = Table(title=above, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         result.add_column(escape(plain(column)), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -14,14 +15,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from gm_probe.cli.output import notes_console
+from gm_probe.cli.output import note, notes_console
 
 
 class Bar:
     """What ``progress_bar`` hands out."""
 
-    def __init__(self, progress: Progress, label: str, total: float) -> None:
-        self._progress, self._total = progress, total
+    def __init__(self, progress: Progress, console: Console, label: str, total: float) -> None:
+        self._progress, self._console, self._total = progress, console, total
         self._task = progress.add_task(label, total=total, state="")
 
     @property
@@ -39,7 +40,7 @@ class Bar:
 
     def print(self, text: str) -> None:
         """A line above the bar."""
-        self._progress.console.print(text, markup=False)
+        note(self._console, text)
 
 
 @contextmanager
@@ -56,5 +57,8 @@ def progress_bar(label: str, total: float, *, quiet: bool) -> Iterator[Bar]:
         TimeRemainingColumn(),
     )
     hidden = quiet or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden, expand=True) as progress:
-        yield Bar(progress, label, total)
+    shown = (
+        notes_console(quiet=True) if hidden else console
+    )  # rich before 14.3 ends a disabled bar with a line
+    with Progress(*columns, console=shown, transient=True, disable=hidden, expand=True) as progress:
+        yield Bar(progress, console, label, total)

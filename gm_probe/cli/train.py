@@ -213,6 +213,11 @@ def train(
             def notify(row: dict[str, Any]) -> None:
                 epoch, loss = row["epoch"], row["running_loss"]
                 bar.update(epoch, state=f"{epoch}/{config.epochs}  loss {loss:.3g}")
+                if loop.PROBE_BATCH in row:
+                    bar.print(
+                        f"note: out of memory where S_ρ was measured after epoch {epoch}: went on with batches of "
+                        f"{row[loop.PROBE_BATCH]}, which changes no figure"
+                    )
                 if events is not None:
                     events.write(row)
 

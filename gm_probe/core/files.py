@@ -26,6 +26,8 @@ except ImportError:  # Windows: two processes on one folder are the user's care 
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+TAKING = ".lock.new"
+"""There while a process looks whether a folder is held, and if not names itself."""
 BEAT = 5.0
 """Seconds between two signs of life of who holds a folder."""
 STALE = 60.0
@@ -198,16 +200,16 @@ def exclusive(folder: Path) -> Iterator[Hold]:
         # nothing of another's is overwritten before the lock is ours
         file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
     except OSError as error:
-        raise StorageError(
-            f"cannot write {folder}: {error.strerror or error}; choose another folder"
-        ) from error
+        raise _unwritable(folder, error) from error
     with file:
         _lock(file, folder, wait=False)
-        _require_no_other_machine(folder)
+        with _alone_in_taking(folder):
+            _require_no_other_machine(folder)
+            hold = Hold(file)
+            os.fsync(file.fileno())  # over a network others see it only now
         ended = threading.Event()
         beat = threading.Thread(target=_beat, args=(path, ended), daemon=True)
         try:
-            hold = Hold(file)
             beat.start()
             yield hold
         finally:
@@ -229,9 +231,7 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = (path.parent / f".{path.name}.lock").open("a")
     except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; choose another folder"
-        ) from error
+        raise _unwritable(path, error) from error
     with file:
         _lock(file, path.parent, wait=True)
         yield
@@ -249,6 +249,34 @@ def _lock(file: IO[Any] | io.FileIO, folder: Path, *, wait: bool) -> None:
             f"{folder} is on a file system without locks ({error.strerror or error}); choose a folder on a local disk, "
             "or mount it with locks"
         ) from error
+
+
+@contextmanager
+def _alone_in_taking(folder: Path) -> Iterator[None]:
+    """Let one at a time look who holds ``folder``: a new file is made by one, even where locks exclude nobody."""
+    path = folder / TAKING
+    began = time.monotonic()
+    while True:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            break
+        except FileExistsError:
+            if time.monotonic() - began > BEAT:  # left by a kill within these few lines
+                path.unlink(missing_ok=True)
+                began = time.monotonic()
+            time.sleep(0.01)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write {path}: {error.strerror or error}; choose another folder")
 
 
 def _require_no_other_machine(folder: Path) -> None:

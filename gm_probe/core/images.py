@@ -165,21 +165,40 @@ def taken(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor])
 
 def images_below(path: Path) -> Iterator[Path]:
     """Images below ``path`` in sorted order, hidden folders left out; links are followed, no folder is read twice."""
-    here, seen = path.resolve(), set()
-
-    def fail(error: OSError) -> None:
-        raise unreadable(error) from error
-
-    for folder, subfolders, names in os.walk(path, onerror=fail, followlinks=True):
-        real = Path(folder).resolve()
+    here, seen, waiting = path.resolve(), set(), [path]
+    while waiting:
+        folder = waiting.pop()
+        real = folder.resolve()
         if real in seen or (real != here and here.is_relative_to(real)):  # a link to elsewhere, or back up
-            subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(folder) / name
+        images, subfolders = _entries(folder)
+        yield from (folder / name for name in sorted(images))
+        waiting += (folder / name for name in sorted(subfolders, reverse=True))
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the images and of the folders in ``folder``, the hidden ones left out; of others nothing is kept."""
+    images, subfolders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    subfolders.append(entry.name)
+                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122  names by the million
+                    images.append(entry.name)
+    except OSError as error:
+        raise unreadable(error) from error
+    return images, subfolders
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads round in a circle
+        return False
 
 
 def unreadable(error: OSError) -> DataError:

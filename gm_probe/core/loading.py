@@ -42,6 +42,11 @@ def load_model(
             raise UsageError(
                 f"{checkpoint.path} was not written by gmprobe; name its network with --model "
                 "(e.g. torchvision:resnet18, or your own package.module:callable)"
+                + (
+                    ""
+                    if checkpoint.normalization
+                    else " and, for images, its normalisation with --mean and --std"
+                )
             )
         if recorded.is_user_code:
             raise UsageError(

@@ -20,7 +20,7 @@ def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T,
     Only for what is a sum over examples. Of several processes none may fall behind the others: the error is theirs.
 
     Raises:
-        ResourceError: a single example is too much.
+        ResourceError: a single example is too much, or a batch whose size belongs to what is computed.
     """
     while True:
         try:
@@ -28,6 +28,11 @@ def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T,
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or count() > 1:
                 raise
+            if batches.coupled:
+                raise ResourceError(
+                    f"out of memory on batches of {batches.batch_size}, whose examples hang together "
+                    f"({first_line(error)}); a smaller --batch-size is another measure"
+                ) from error
             size = min(batches.batch_size, batches.num_examples) // 2
             if size == 0:
                 raise ResourceError(

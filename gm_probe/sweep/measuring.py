@@ -71,11 +71,11 @@ def open_subject(
     checkpoint = read_checkpoint(path)
     simclr = _check_head(checkpoint, head, temperature)
     check_fit(checkpoint, examples)
-    chosen = choose_normalization(checkpoint, examples, normalization)
     shape = tuple(examples.x.shape[1:])
     model = load_model(
         checkpoint, model_name, input_shape=shape, num_classes=num_classes, temperature=temperature
     )
+    chosen = choose_normalization(checkpoint, examples, normalization)
     device = torch.device(device)
     if device.type == "mps":
         raise UsageError("MPS has no float64, which the estimators need; measure with --device cpu")

@@ -141,7 +141,7 @@ def _read(folder: Path) -> dict[str, bytes]:
     """Every file of a run folder by its name, but for the lock and drafts."""
     if not folder.is_dir():
         return {}
-    own = [path for path in folder.iterdir() if path.is_file() and path.name != LOCK]
+    own = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(LOCK)]
     return {path.name: path.read_bytes() for path in own if path.suffix != ".tmp"}
 
 
@@ -149,7 +149,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
     """Replace what ``folder`` holds by what a worker returned."""
     with exclusive(folder):
         for path in folder.iterdir():
-            if path.is_file() and path.name not in files and path.name != LOCK:
+            if path.is_file() and path.name not in files and not path.name.startswith(LOCK):
                 path.unlink()
         for name, content in sorted(files.items(), key=lambda item: item[0] in {"summary.json", MEASURES}):
             write_atomic(folder / name, content)

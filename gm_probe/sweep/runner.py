@@ -12,7 +12,17 @@ import torch
 from gm_probe.core.devices import pick_device
 from gm_probe.core.errors import DivergedError, StorageError
 from gm_probe.core.files import Hold, exclusive, read_json, write_atomic, write_json
-from gm_probe.core.records import CHECKPOINT, CONFIG, ERROR, MEASURES, SUMMARY, failure, read_run, run_state
+from gm_probe.core.records import (
+    CHECKPOINT,
+    CONFIG,
+    ERROR,
+    MEASURES,
+    STATE,
+    SUMMARY,
+    failure,
+    read_run,
+    run_state,
+)
 from gm_probe.sweep.executors import Executor, Job, Outcome, Processes, in_turn, visible_gpus
 from gm_probe.sweep.measuring import measure_checkpoint, telling
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
@@ -29,7 +39,7 @@ def is_complete(out: Path, plan: MeasurePlan) -> bool:
         record = read_run(out)
     except StorageError:
         return False  # trying the run will say what is broken
-    if record.status == "finished":
+    if record.status == "finished" and not (out / STATE).exists():
         coupled = plan.coupled if record.config.get("objective") == "simclr" else {}
         return record.measured(plan.measures, {**plan.asked, **coupled})
     return record.status == "diverged"
@@ -48,10 +58,13 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads or before)
     try:
-        if record is None or record.status != "finished":
-            train(config, out, resume=True)
+        train(
+            config, out, resume=True
+        )  # of a finished run only what a kill after its summary left is removed
         if plan.measures:
             with exclusive(out) as hold:
+                if is_complete(out, plan):  # another did it since this one looked
+                    return "skipped"
                 _measure(config, plan, out, hold)
         return "finished"
     except DivergedError:
@@ -142,6 +155,7 @@ def run_recipe(
     for name, config in recipe.runs.items():
         folder = out / name
         if is_complete(folder, recipe.plan):
+            _forget_failure(folder)  # a disk may refuse the last write's sync with all of it there
             report(Outcome(name, "skipped"))
         elif not retry_failed and _failed_before(folder):
             report(Outcome(name, "failed", failure(folder)))

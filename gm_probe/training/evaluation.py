@@ -14,6 +14,7 @@ from gm_probe.core import processes
 from gm_probe.core.batches import Batches
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.errors import DivergedError
+from gm_probe.core.memory import within_memory
 from gm_probe.core.models import logits_of
 from gm_probe.core.parameters import evaluating
 from gm_probe.training.config import TrainConfig
@@ -28,9 +29,10 @@ Figures = dict[str, Any]
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
     """Mean cross-entropy in nats (never smoothed) and error rate, in eval mode; the mode is restored.
 
-    Of several processes each evaluates its share, and all return the whole's.
+    Of several processes each evaluates its share, and all return the whole's. Where memory runs out, ``batches`` are
+    of half the size from then on.
     """
-    loss, errors = _sums(model, batches, math.inf)
+    loss, errors = _fitting_sums(model, batches, math.inf)
     return loss / batches.num_examples, errors / batches.num_examples
 
 
@@ -39,9 +41,15 @@ def evaluate_within(model: nn.Module, batches: Batches, limit: float) -> tuple[f
 
     Else None, mostly after a few batches: terms are never negative, so that a sum too large stays so.
     """
-    loss, errors = _sums(model, batches, limit * batches.num_examples)
+    loss, errors = _fitting_sums(model, batches, limit * batches.num_examples)
     mean = loss / batches.num_examples
     return (mean, errors / batches.num_examples) if mean <= limit else None
+
+
+def _fitting_sums(model: nn.Module, batches: Batches, limit: float) -> tuple[float, float]:
+    sums, fitting = within_memory(batches, lambda batches: _sums(model, batches, limit))
+    batches.batch_size = fitting.batch_size
+    return sums
 
 
 def _sums(model: nn.Module, batches: Batches, limit: float) -> tuple[float, float]:

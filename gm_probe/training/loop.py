@@ -62,6 +62,8 @@ from gm_probe.training.updates import Updates
 EVAL_BATCH = 500
 CHECK_EVERY = 20
 """Steps between looks at whether all is finite: each waits for the device."""
+PROBE_BATCH = "local_inconsistency_batch_size"
+"""A row's key for the batches that S_ρ was taken on, where memory ran out on those of ``EVAL_BATCH``."""
 PROJECTION = 128
 """Outputs of SimCLR's projector (Chen et al. 2020)."""
 
@@ -302,8 +304,12 @@ class Training:
         if config.track_every > 0 and self.epoch % config.track_every == 0:
             settings = Settings(rho=config.track_rho, noise_scale=config.track_rho, seed=config.seed)
             name = "local_inconsistency"
-            estimate = measure(model, self._probe_set(), [name], settings).rows[name]
+            probe_set = self._probe_set()
+            report = measure(model, probe_set, [name], settings)
+            estimate = report.rows[name]
             row |= {name: estimate.value, f"{name}_stderr": estimate.stderr, f"{name}_rho": config.track_rho}
+            if report.batch_size < probe_set.batch_size:
+                row[PROBE_BATCH] = report.batch_size
         return config.stop_ce is not None and row.get("train_ce", math.inf) <= config.stop_ce
 
     def _probe_set(self) -> Batches:
