@@ -575,3 +575,17 @@ def test_options_without_effect_are_named(tmp_path: Path, capsys: pytest.Capture
     assert "note: --momentum has no effect with --optimizer adamw" in err
     code, _, err = run(f"{tiny} --method sam --rho 0.1 --momentum 0.8 --out {tmp_path}/b", capsys)
     assert "no effect" not in err
+
+
+def test_epochs_beyond_the_run_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = (
+        "gmprobe train --num-train 20 --num-test 10 --num-unlabeled 10 --model mlp-4 --device cpu --lr 0.05"
+    )
+    late = "--epochs 2 --warmup-epochs 3 --schedule multi-step --milestones 1,2,5"
+    code, _, err = run(f"{tiny} {late} --out {tmp_path}/a", capsys)
+    assert code == 0
+    assert "note: --warmup-epochs goes beyond the 2 epochs: lr never rises to 0.05" in err
+    assert "note: --milestones goes beyond the 2 epochs: lr is never lowered at 2, 5" in err
+    code, _, err = run(f"{tiny} --epochs 2 --warmup-epochs 2 --out {tmp_path}/b", capsys)
+    assert code == 0
+    assert "goes beyond" not in err

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from scipy.io import savemat
 
 from gm_probe.core import datasets
 from gm_probe.core.datasets import Examples, open_source
@@ -546,6 +547,53 @@ def test_cifar10_by_the_real_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert bare.pool.y is None
     assert bare.test is not None
     assert bare.test.y is None
+
+
+def _told(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def test_cifar100_by_the_real_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = torchvision.datasets.CIFAR100
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    images = {part: rng.integers(0, 256, (3, 3, 32, 32), dtype=np.uint8) for part in ("train", "test")}
+    for part, x in images.items():
+        content = {"data": x.reshape(3, -1), "fine_labels": [99, 0, 7], "coarse_labels": [1, 2, 3]}
+        (folder / part).write_bytes(pickle.dumps(content))
+        monkeypatch.setattr(kind, f"{part}_list", [[part, _told(folder / part)]])
+    names = [f"class {i:02}" for i in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    meta = {"filename": "meta", "key": "fine_label_names", "md5": _told(folder / "meta")}
+    monkeypatch.setattr(kind, "meta", meta)
+    source = open_source("cifar100", labeled=True, root=tmp_path)
+    assert source.test is not None
+    assert torch.equal(source.pool.x, torch.from_numpy(images["train"]))
+    assert torch.equal(source.test.x, torch.from_numpy(images["test"]))
+    assert source.pool.y is not None
+    assert source.pool.y.tolist() == [99, 0, 7]
+    assert source.pool.classes == tuple(names)
+
+
+def test_svhn_by_the_real_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files have the images last, and 10 for the digit 0."""
+    kind = torchvision.datasets.SVHN
+    rng = np.random.default_rng(2)
+    images = {part: rng.integers(0, 256, (32, 32, 3, 4), dtype=np.uint8) for part in ("train", "test")}
+    split_list = {}
+    for part, x in images.items():
+        path = tmp_path / f"{part}_32x32.mat"
+        savemat(path, {"X": x, "y": np.array([[10], [1], [9], [10]])})
+        split_list[part] = ["", path.name, _told(path)]
+    monkeypatch.setattr(kind, "split_list", split_list)
+    source = open_source("svhn", labeled=True, root=tmp_path)
+    assert source.test is not None
+    assert torch.equal(source.pool.x, torch.from_numpy(images["train"].transpose(3, 2, 0, 1).copy()))
+    assert torch.equal(source.test.x, torch.from_numpy(images["test"].transpose(3, 2, 0, 1).copy()))
+    assert source.pool.y is not None
+    assert source.pool.y.tolist() == [0, 1, 9, 0]
+    assert source.pool.num_classes == 10
 
 
 def test_altered_cifar10_is_refused_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

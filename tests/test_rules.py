@@ -578,6 +578,37 @@ def test_frozen_parameters_are_constants(rule: str) -> None:
     torch.testing.assert_close(rule_gradient(rule, frozen, x, y, generator=seeded(2)), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("rule", list(RULES))
+def test_layers_unfrozen_and_frozen_between_steps(rule: str) -> None:
+    """What is trainable is looked up at every step: the gradients are those of a rule built anew."""
+    model, (x, y) = make(), data()
+    first = next(iter(model.parameters()))
+    first.requires_grad_(False)
+    before = RULES[rule](model, generator=seeded(3))
+    before.backward(x, y)
+    assert first.grad is None
+    for trains in (True, False):
+        first.requires_grad_(trains)
+        model.zero_grad(set_to_none=True)
+        before.generator.manual_seed(4)
+        before.backward(x, y)
+        there, fresh = grads(model), RULES[rule](model, generator=seeded(4))
+        assert (first.grad is not None) == trains
+        model.zero_grad(set_to_none=True)
+        fresh.backward(x, y)
+        torch.testing.assert_close(there, grads(model), **CLOSE)
+
+
+def test_parameters_of_several_dtypes_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3).bfloat16())
+    with pytest.raises(
+        UsageError, match=r"'1.weight' is torch.bfloat16 and '0.weight' torch.float32; .*float"
+    ):
+        IAMD(model)
+    model[1].requires_grad_(False)  # a frozen part may have its own
+    IAMD(model)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_generator_alone_decides(rule: str) -> None:
     model, (x, y) = make(), data()

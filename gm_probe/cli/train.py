@@ -35,12 +35,14 @@ BF16_NOISE = 3.0
 
 
 def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any]) -> None:
-    """Name the options that were given and change nothing, and noise that bf16 rounds away."""
+    """Name the options that change nothing or come too late, and noise that bf16 rounds away."""
     idle = config.idle()
     for name, by in idle.items():
         if given.get(name) is not None:
             option, decides = (f"--{key.replace('_', '-')}" for key in (name, by))
             note(console, f"note: {option} has no effect with {decides} {getattr(config, by)}")
+    for name, what in config.unreached().items():
+        note(console, f"note: --{name.replace('_', '-')} goes beyond the {config.epochs} epochs: {what}")
     if config.amp == "bf16" and config.noise_scale < BF16_NOISE and "noise_scale" not in idle:
         note(
             console,

@@ -27,7 +27,7 @@ class Parameters:
         pattern: regular expression; only parameters in whose name it is found count, the others are constants.
 
     Raises:
-        UsageError: the model has none, or none of that name.
+        UsageError: the model has none, or none of that name, or some of another dtype than others.
     """
 
     def __init__(self, model: nn.Module, pattern: str = "") -> None:
@@ -42,8 +42,14 @@ class Parameters:
         if not self.named:
             some = ", ".join(list(trainable)[:3])
             raise UsageError(f"{pattern!r} is found in no parameter's name; there are {some}, ...")
-        first = next(iter(self.named.values()))
+        first_name, first = next(iter(self.named.items()))
         self.dtype, self.device = first.dtype, first.device
+        for name, p in self.named.items():
+            if p.dtype != self.dtype:
+                raise UsageError(
+                    f"parameter {name!r} is {p.dtype} and {first_name!r} {self.dtype}; give all one dtype "
+                    "(model.float()), and use autocast for speed"
+                )
         self._sizes = [p.numel() for p in self.named.values()]
         self.size = sum(self._sizes)
 

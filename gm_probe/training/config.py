@@ -243,6 +243,16 @@ class TrainConfig:
         used_by |= dict.fromkeys(("temperature", "probe_every"), ("objective", self.objective == "simclr"))
         return {name: by for name, (by, used) in used_by.items() if not used}
 
+    def unreached(self) -> dict[str, str]:
+        """Settings whose epoch does not come within this run, and what does not happen therefore."""
+        late = [epoch for epoch in self.milestones if epoch >= self.epochs]
+        found = {}
+        if self.warmup_epochs > self.epochs:
+            found["warmup_epochs"] = f"lr never rises to {self.lr:g}"
+        if self.schedule == "multi-step" and late:
+            found["milestones"] = f"lr is never lowered at {', '.join(map(str, late))}"
+        return found
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Check names and types.

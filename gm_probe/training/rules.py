@@ -102,6 +102,7 @@ class Rule:
             scaler: multiplies the gradient by its factor.
         """
         self._scaler = scaler
+        self.parameters = Parameters(self.model)  # layers may have been frozen or unfrozen meanwhile
         parts, total = self._cut(x, y)
         steps, sums = [], self._no_gradient
         for part_x, part_y in parts:
@@ -382,6 +383,7 @@ class OnePassIAMD(Rule):
     One backward pass gives the parameters' gradient and, with respect to the moved parameters, the KL's: δ's next
     direction. So δ follows the ascent across mini-batches, at SAM's cost. The first δ is noise of length ρ; where
     the KL has no gradient, or not a finite one, δ stays as it was. With ``m`` it goes from sub-batch to sub-batch.
+    Where layers have been frozen or unfrozen it starts from noise again.
     """
 
     passes = 6.0
@@ -404,7 +406,7 @@ class OnePassIAMD(Rule):
         self.delta: Tensor | None = None  # (P,)
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
-        if self.delta is None:
+        if self.delta is None or len(self.delta) != self.parameters.size:
             self.delta = to_sphere(self.parameters.random(1.0, self.generator), self.rho)
         sign = _random_sign(self.generator)
         draws = _Draws(x.device)
