@@ -30,6 +30,7 @@ from gm_probe.core.checkpoints import HEADER, save_checkpoint
 from gm_probe.core.models import ModelSpec, build_model
 
 SPEC = ModelSpec("mlp-8", (1, 8, 8), 10)
+GIB = b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00@\x85R."  # a pickle that asks for a gibibyte
 BIG = 4_000_000  # values of a tensor, where the size of the file should show
 
 
@@ -58,6 +59,24 @@ def rezipped(
             for name, data in more:
                 new.writestr(name, data)
     return buffer.getvalue()
+
+
+class Disguised:
+    """A tensor that is unpickled with attributes in its methods' place."""
+
+    def __init__(self, tensor: torch.Tensor, **attributes: Any) -> None:
+        self.tensor, self.attributes = tensor, attributes
+
+    def __reduce__(self) -> Any:
+        build, values = self.tensor.__reduce_ex__(2)
+        return torch._tensor._rebuild_from_type_v2, (build, torch.Tensor, values, self.attributes)
+
+
+def renamed(content: bytes, name: str) -> bytes:
+    """A torch zip file whose pickle has another ``name``: torch's reader finds it whatever its case."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        records = {old.replace("data.pkl", name): archive.read(old) for old in archive.namelist()}
+    return _zip(records)
 
 
 def with_pickle(data: bytes) -> bytes:
@@ -238,8 +257,8 @@ def broken(folder: Path) -> dict[str, bytes]:
         "path out of the zip.pt": _zip({"../../evil/data.pkl": b"\x80\x02}."}),
         "deflated.pt": rezipped(whole({"w": torch.zeros(BIG)}), method=zipfile.ZIP_DEFLATED),
         "bomb in a record beside.pt": rezipped(plain, method=zipfile.ZIP_DEFLATED, more=(("a", bytes(10**8)),)),
-        "bytearray of 1 GiB.pt": with_pickle(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00@\x85R."),
-        "bytearray, legacy.pt": b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00@\x85R.",
+        "bytearray of 1 GiB.pt": with_pickle(GIB),
+        "bytearray, legacy.pt": GIB,
         "tensor of 1 GiB of nothing.pt": with_pickle(
             b"\x80\x02}X\x01\x00\x00\x00wctorch\nFloatTensor\nJ\x00\x00\x00\x10\x85\x81s."
         ),
@@ -253,6 +272,10 @@ def broken(folder: Path) -> dict[str, bytes]:
         ),
         "key 100,000 deep.pt": with_pickle(b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s."),
         "key of 2^60 parts.pt": with_pickle(b"\x80\x02}()" + laugh + b"K\x01u."),
+        "key of 2^60 parts in Data.pkl.pt": renamed(with_pickle(b"\x80\x02}()" + laugh + b"K\x01u."), "Data.pkl"),
+        "bytearray of 1 GiB in DATA.PKL.pt": renamed(with_pickle(GIB), "DATA.PKL"),
+        "data.pkl and DATA.PKL.pt": _zip({"a/data.pkl": _data(plain), "a/DATA.PKL": GIB, "a/version": b"3"}),
+        "NaN behind an attribute.pt": whole({**state, word: Disguised(poison[word], detach=torch.Size)}),
         "key of 2^60 parts, legacy.pt": b"\x80\x02}()" + laugh + b"K\x01u.",
         "key of 100^9 parts.pt": with_pickle(b"\x80\x02}(" + b"".join(
             b"(" + (b"h" + bytes([i]) if i else b")") * 100 + b"tq" + bytes([i + 1]) for i in range(9)) + b"K\x01u."),
@@ -322,6 +345,11 @@ def broken(folder: Path) -> dict[str, bytes]:
         "record of a billion classes.pt": recorded(model={**SPEC.as_dict(), "num_classes": 10**9}),
         "record of a network a million deep.pt": recorded(model={**SPEC.as_dict(), "name": "wrn-999994-1"}),
         "record of torchvision's unknown.pt": recorded(model={**SPEC.as_dict(), "name": "torchvision:resnet0"}),
+        "record of a name of 5,000 digits.pt": recorded(model={**SPEC.as_dict(), "name": "mlp-" + "9" * 5000}),
+        "record of a name of 400 kB.pt": recorded(model={**SPEC.as_dict(), "name": "mlp" + "-1" * 200_000}),
+        "record with classes of numbers.pt": recorded(classes=[1, 2]),
+        "record with classes in a text.pt": recorded(classes="0123456789"),
+        "record with a class too few.pt": recorded(classes=["a"]),
         "record no json.pt": whole({"state_dict": state, HEADER: "{"}),
         "record 100,000 deep.pt": whole({"state_dict": state, HEADER: "[" * 100_000}),
         "record with std 0.pt": recorded(mean=[0.5], std=[0.0]),
@@ -329,6 +357,8 @@ def broken(folder: Path) -> dict[str, bytes]:
         "names that forge a terminal.pt": whole({"w\x1b[2J\nall is well": torch.tensor([float("nan")])}),
         "name of a megabyte.pt": whole({"x" * 10**6: torch.tensor([float("nan")])}),
         "50,000 names.pt": with_pickle(_many(50_000)),
+        "100,000 tensors of nothing.safetensors": safe(
+            {f"w{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}),
     }  # fmt: skip
     with warnings.catch_warnings(action="ignore"):
         scripted = folder / "scripted"

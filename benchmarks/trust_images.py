@@ -11,6 +11,7 @@ import struct
 import tempfile
 import time
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
+from trust_checkpoints import GIB, Disguised, whole, with_pickle
 from trust_run import Row, fork, gmprobe, one_line, warm
 
 from gm_probe.core import images
@@ -183,6 +185,27 @@ def odd_entries(folder: Path) -> dict[str, Callable[[Path], None]]:
     }
 
 
+def packed(x: Any) -> bytes:
+    """A torch file of an array ``x``; torch warns of odd kinds."""
+    with warnings.catch_warnings(action="ignore"):
+        return whole({"x": x})
+
+
+def bomb_of_zeros() -> bytes:
+    """An .npz of a megabyte that would unpack to 1.2 GB."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w", force_zip64=True) as x,
+    ):
+        shape = (1_200, 10**6)
+        x.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118))
+        x.write(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n")
+        for _ in range(shape[0]):
+            x.write(bytes(shape[1]))
+    return buffer.getvalue()
+
+
 def arrays(folder: Path) -> dict[str, Path]:
     """Array files that are no data."""
     x = np.zeros((5, 1, SIZE, SIZE), dtype=np.uint8)
@@ -215,7 +238,7 @@ def arrays(folder: Path) -> dict[str, Path]:
         paths[name] = folder / name
         np.savez(paths[name], **content)
     np.savez(folder / "whole.npz", x=x)
-    whole = (folder / "whole.npz").read_bytes()
+    bare = (folder / "whole.npz").read_bytes()
     head = b"\x93NUMPY\x01\x00" + struct.pack("<H", 118)
     lying = (
         head
@@ -223,15 +246,22 @@ def arrays(folder: Path) -> dict[str, Path]:
         + b"\n"
     )
     raw = {
-        "cut.npz": whole[: len(whole) // 2],
+        "cut.npz": bare[: len(bare) // 2],
         "empty.npz": b"",
         "text of a file.npz": b"hello",
         "a pickle.npy": b"\x80\x02cposix\nsystem\nX\x02\x00\x00\x00id\x85R.",
         "header that lies.npy": lying,
         "header that runs.npy": head + b"__import__('os').system('id')".ljust(117) + b"\n",
-        "cut.npy": whole[60:90],
+        "cut.npy": bare[60:90],
         "code.pt": b"\x80\x02cposix\nsystem\nX\x02\x00\x00\x00id\x85R.",
         "no data.csv": b"a,b\n1,2\n",
+        "bytearray of 1 GiB.pt": with_pickle(GIB),
+        "nested.pt": packed(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+        "sparse.pt": packed(torch.ones(5, 2).to_sparse()),
+        "expanded.pt": packed(torch.ones(1, 1).expand(10**9, 9)),
+        "NaN behind an attribute.pt": packed(Disguised(torch.full((5, 2), torch.nan), detach=torch.Size)),
+        "labels of a sparse kind.pt": whole({"x": torch.ones(5, 2), "y": torch.ones(5).long().to_sparse()}),
+        "packed thousandfold.npz": bomb_of_zeros(),
     }
     for name, content in raw.items():
         paths[name] = folder / name

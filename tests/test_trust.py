@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 
 from gm_probe.cli import main
-from gm_probe.core import images
+from gm_probe.core import datasets, images
 from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import CheckpointError, DataError
 from gm_probe.core.loading import load_model
+from gm_probe.training.state import read_state
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -83,19 +84,71 @@ def test_broken_files_and_unusable_weights_are_refused(tmp_path: Path, trust: Si
 
 def test_a_file_may_not_unpack_to_more_than_itself(tmp_path: Path, trust: SimpleNamespace) -> None:
     files = trust.checkpoints.broken(tmp_path)
-    path = tmp_path / "a.pt"
     for case, reason in {
         "deflated.pt": "would unpack to 16,",
         "two pickles of one name.pt": "two records of one name",
         "bytearray of 1 GiB.pt": "holds a bytearray",
         "tensor of 1 GiB of nothing.pt": "the file holds fewer",
+        "key of 2^60 parts in Data.pkl.pt": "nests a tuple in itself",
+        "bytearray of 1 GiB in DATA.PKL.pt": "holds a bytearray",
+        "data.pkl and DATA.PKL.pt": "two records of one name",
+        "NaN behind an attribute.pt": "NaN or infinite",
+        "record of a name of 400 kB.pt": "a model's name of 400,003 characters",
+        "record with classes of numbers.pt": "classes is no list of names",
+        "record with a class too few.pt": "1 names of 10 classes",
+        "100,000 tensors of nothing.safetensors": "networks need less",
         "bit flips.pt": "checksum",
         "record of a network of 4 TB.pt": "does not fit the model",
         "record of no network.pt": "records a network that cannot be",
         "key 100,000 deep.pt": "a key of tuple",
     }.items():
+        path = tmp_path / f"a{Path(case).suffix}"
         path.write_bytes(files[case])
         assert reason in refusal(path, None if case.startswith("record") else "mlp-8"), case
+
+
+def test_attributes_hide_no_method(tmp_path: Path, trust: SimpleNamespace) -> None:
+    """A file may set attributes on a tensor, in its methods' place; none is left on what is read."""
+    made, path = trust.checkpoints, tmp_path / "a.pt"
+    state = made.model_state()
+    path.write_bytes(made.whole({n: made.Disguised(t, detach=3, numel=3, dim=3) for n, t in state.items()}))
+    read = read_checkpoint(path).state
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], value) and not read[name].__dict__ for name, value in state.items())
+
+
+def test_states_and_data_are_looked_through_too(tmp_path: Path, trust: SimpleNamespace) -> None:
+    """What a checkpoint may not hold, neither may the file that a run is resumed from, nor an array file."""
+    path = tmp_path / "state.pt"
+    path.write_bytes(trust.checkpoints.with_pickle(trust.checkpoints.GIB))
+    with pytest.raises(CheckpointError, match="holds a bytearray"):
+        read_state(path, torch.device("cpu"))
+    with pytest.raises(DataError, match="holds a bytearray"):
+        open_source(str(path), labeled=False)
+
+
+def test_arrays_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: SimpleNamespace
+) -> None:
+    packed, path = trust.images.packed, tmp_path / "a.pt"
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    for x, reason in (
+        (ragged, "nested"),
+        (torch.ones(5, 2).to_sparse(), "plain real numbers"),
+        (torch.ones(1, 1).expand(10**9, 9), "the file holds fewer"),
+        (trust.checkpoints.Disguised(torch.full((5, 2), torch.nan), detach=3), "NaN"),
+    ):
+        path.write_bytes(packed(x))
+        with pytest.raises(DataError, match=reason):
+            open_source(str(path), labeled=False)
+    path.write_bytes(packed(torch.ones(5, 2).to(torch.float8_e4m3fn)))
+    assert torch.equal(open_source(str(path), labeled=False).pool.x, torch.ones(5, 2))
+    zeros = tmp_path / "zeros.npz"
+    np.savez_compressed(zeros, x=np.zeros((5, 10**6), dtype=np.uint8))
+    assert len(open_source(str(zeros), labeled=False).pool) == 5
+    monkeypatch.setattr(datasets, "UNPACKED", 10**6)
+    with pytest.raises(DataError, match=r"would unpack to 5,000,\d+ bytes from"):
+        open_source(str(zeros), labeled=False)
 
 
 def test_mutated_files_load_or_are_refused(tmp_path: Path, trust: SimpleNamespace) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,14 @@ from gm_probe.core.batches import Normalization
 from gm_probe.core.errors import CheckpointError, UsageError
 from gm_probe.core.files import write_atomic
 from gm_probe.core.models import ModelSpec
-from gm_probe.core.pickles import check_unpacking
+from gm_probe.core.pickles import entries, load_torch
 from gm_probe.core.records import CHECKPOINT
 
 HEADER = "gm_probe"
 NESTED = ("state_dict", "model_state_dict", "model_state", "model")
 PREFIXES = ("module.", "_orig_mod.", "model.")
+LISTED = 2**21
+"""Bytes of a safetensors header: some 20,000 tensors."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, state, None, None, ())
     try:
         record = json.loads(header)
-        return Checkpoint(
-            path,
-            state,
-            ModelSpec.from_dict(record["model"]),
-            Normalization(tuple(record["mean"]), tuple(record["std"])),
-            tuple(record["classes"]),
-        )
+        spec, classes = ModelSpec.from_dict(record["model"]), record["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise TypeError("classes is no list of names")
+        if classes and spec.temperature is None and len(classes) != spec.num_classes:
+            raise ValueError(f"{len(classes)} names of {spec.num_classes} classes")
+        normalization = Normalization(tuple(record["mean"]), tuple(record["std"]))
+        return Checkpoint(path, state, spec, normalization, tuple(classes))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, UsageError) as error:
         raise CheckpointError(f"{path}: its gm_probe header is broken ({_plain(error)})") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    with path.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if LISTED < length <= path.stat().st_size:  # it takes many times its size in memory
+        raise CheckpointError(f"{path} has a header of {length:,} bytes; networks need less than {LISTED:,}")
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no __iter__
@@ -95,9 +100,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # on odd formats, which are refused in a moment
-            check_unpacking(path)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_torch(path)
     except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # torch, zipfile and the unpickler raise many kinds on a broken file
@@ -113,10 +116,9 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
-    content = _entries(content)
     header = content.get(HEADER)
     for _ in range(3):  # bounded: a hostile file may nest itself in itself
-        content = next((_entries(content[k]) for k in NESTED if isinstance(content.get(k), dict)), content)
+        content = next((entries(content[k]) for k in NESTED if isinstance(content.get(k), dict)), content)
     others = [
         name
         if isinstance(name, str)
@@ -129,12 +131,11 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
             f"{path} is no state dict: {_some(others)} are not tensors; weights are looked for at the top or "
             f"under {', '.join(NESTED)}"
         )
-    return {name: value.detach() for name, value in content.items()}, header
-
-
-def _entries(value: dict[Any, Any]) -> dict[Any, Any]:
-    """The plain dict in one of a subclass, on which a file may have set attributes that hide its methods."""
-    return {name: dict.__getitem__(value, name) for name in dict.__iter__(value)}
+    nested = [name for name, value in content.items() if value.is_nested]
+    if nested:
+        raise CheckpointError(f"{path}: tensor {_plain(nested[0])!r} is nested; dense weights are needed")
+    # by the class: on a tensor, too, a file may have set an attribute that hides a method; this leaves them behind
+    return {name: Tensor.detach(value) for name, value in content.items()}, header
 
 
 def _plain(text: object) -> str:
@@ -158,8 +159,8 @@ def _problem(value: Tensor, size: int) -> str | None:
     """Why a tensor from a file of ``size`` bytes cannot serve as weights."""
     if value.is_meta:
         return "has no data (it was saved from the meta device)"
-    if value.layout != torch.strided or value.is_nested or value.is_quantized:
-        return "is sparse, nested or quantized; dense weights are needed"
+    if value.layout != torch.strided or value.is_quantized:
+        return "is sparse or quantized; dense weights are needed"
     if value.is_complex():
         return "is complex; real weights are needed"
     held = value.untyped_storage().nbytes()

@@ -6,6 +6,7 @@ applied here: it belongs to the checkpoint.
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gm_probe.core.errors import DataError, UsageError, did_you_mean, first_line
+from gm_probe.core.errors import CheckpointError, DataError, UsageError, did_you_mean, first_line
 from gm_probe.core.files import default_data_root
 from gm_probe.core.images import SUFFIXES, ImageFiles, images_below, open_images, sound, unreadable
+from gm_probe.core.pickles import load_torch
 
 DESCRIPTIONS = {
     "digits": "1,797 handwritten digits of 8×8 that scikit-learn ships (bundled)",
@@ -29,6 +31,7 @@ DESCRIPTIONS = {
     "FILE.npz": "arrays x (N, C, H, W) and, where labeled, y (N,); also .pt, and x alone as .npy",
 }
 """What --data, --unlabeled and --labeled take."""
+UNPACKED = 2**30
 TEST_PARTS = ("test", "val", "valid", "validation")
 """What the test part beside ``train`` may be called; the first that is there counts."""
 
@@ -214,14 +217,17 @@ def _array_file(path: Path) -> Examples:
     try:
         if path.suffix in {".npy", ".npz"}:
             with path.open("rb") as file:
+                _check_packed(path)
                 loaded = np.load(file, allow_pickle=False)
                 arrays: Any = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
         elif path.suffix in {".pt", ".pth"}:
-            arrays = torch.load(path, map_location="cpu", weights_only=True)
+            arrays = load_torch(path)
         else:
             raise UsageError(f"{path}: data files end in .npz, .npy or .pt")
-    except UsageError:
+    except (MemoryError, UsageError, DataError):
         raise
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
     except Exception as error:  # numpy, zipfile and torch each raise their own kinds on a broken file
         raise DataError(f"cannot read {path}: {first_line(error)}") from error
     if isinstance(arrays, Tensor):
@@ -247,13 +253,34 @@ def _array_file(path: Path) -> Examples:
 
 
 def _tensor(path: Path, name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor) and value.is_nested:
+        raise DataError(f"{path}: {name} is a nested tensor; it must be one array")
     try:
-        tensor = torch.as_tensor(value).detach()
+        # by the class: on a tensor a file may have set an attribute that hides a method; this leaves them behind
+        tensor = Tensor.detach(torch.as_tensor(value))
     except (TypeError, ValueError, RuntimeError) as error:  # text, records, foreign byte order
         raise DataError(f"{path}: {name} is no array of numbers: {first_line(error)}") from error
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
         raise DataError(f"{path}: {name} must hold plain real numbers, got {tensor.dtype} on {tensor.device}")
+    if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), 2**20):
+        raise DataError(f"{path}: {name} claims {tensor.numel():,} values but the file holds fewer")
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # narrow floats lack most operations
+        try:
+            return tensor.float()
+        except NotImplementedError as error:
+            raise DataError(
+                f"{path}: {name} is {tensor.dtype}, which torch cannot convert to float32"
+            ) from error
     return tensor
+
+
+def _check_packed(path: Path) -> None:
+    """Refuse arrays that are packed hundredfold and unpack to more than images do in memory (core.images)."""
+    if path.suffix == ".npz" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size, total = path.stat().st_size, sum(entry.file_size for entry in archive.infolist())
+        if total > max(100 * size, UNPACKED):
+            raise DataError(f"{path} would unpack to {total:,} bytes from {size:,}; save it with np.savez")
 
 
 def _folder(

@@ -45,6 +45,8 @@ MODELS = {
     "path/file.py:callable": "likewise, from a file",
 }
 """What --model takes."""
+LONGEST = 1000
+"""Characters of a name: one that a file records may claim layers without end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class ModelSpec:
     def from_dict(cls, value: Mapping[str, Any]) -> ModelSpec:
         """Raises KeyError, TypeError, ValueError or OverflowError on a broken record."""
         name = str(value["name"])  # of what is no mapping, a TypeError
+        if len(name) > LONGEST:
+            raise ValueError(f"a model's name of {len(name):,} characters")
         temperature = value.get("temperature")
         spec = cls(
             name,
@@ -213,11 +217,11 @@ def _timm_missing(name: str) -> UsageError:
 
 _FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = {
     r"6cnn": _cnn6,
-    r"mlp((?:-\d+)*)": _mlp,
-    r"wrn-(\d+)-(\d+)(-authors)?": _wide_resnet,
+    r"mlp((?:-\d{1,9})*)": _mlp,
+    r"wrn-(\d{1,4})-(\d{1,4})(-authors)?": _wide_resnet,
     r"resnet(18|34|50|101|152)(-cifar)?": _resnet,
-    r"vit-(tiny|s)-(\d+)": _vit,
-    r"mixer-(\d+)": _mixer,
+    r"vit-(tiny|s)-(\d{1,4})": _vit,
+    r"mixer-(\d{1,4})": _mixer,
 }
 
 

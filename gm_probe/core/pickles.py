@@ -1,11 +1,14 @@
-"""What unpickling a torch file would take, found without doing it: ``weights_only`` bounds what, not how much."""
+"""The one place that unpickles: torch files by ``weights_only``, which bounds what they hold, but not how much."""
 
 from __future__ import annotations
 
 import pickletools
+import warnings
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import torch
 
 from gm_probe.core.errors import CheckpointError, printable
 
@@ -13,6 +16,24 @@ LEGACY = 5
 """Pickles in a row at the start of torch's format before 1.6: three headers, the content, the storages' keys."""
 PARTS = 10**6
 """A tuple of more parts, counted as often as they are in it, is none that a checkpoint needs."""
+
+
+def load_torch(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What a torch file holds, its tensors on ``device``; a dict at its top is a plain one.
+
+    Raises:
+        CheckpointError: it would take far more memory or time than its size says.
+        Exception: whatever torch, zipfile and the unpickler raise on a broken file, or on one that holds code.
+    """
+    with warnings.catch_warnings(action="ignore"):  # on odd formats, which callers refuse in a line of theirs
+        check_unpacking(path)
+        content = torch.load(path, map_location=device, weights_only=True)
+    return entries(content) if isinstance(content, dict) else content
+
+
+def entries(value: dict[Any, Any]) -> dict[Any, Any]:
+    """The plain dict in one of a subclass, on which a file may have set attributes that hide its methods."""
+    return {name: dict.__getitem__(value, name) for name in dict.__iter__(value)}
 
 
 def check_unpacking(path: Path) -> None:
@@ -36,7 +57,8 @@ def check_unpacking(path: Path) -> None:
                 raise CheckpointError(
                     f"{path} would unpack to {total:,} bytes from {size:,}; save it again with torch.save"
                 )
-            if len(set(names)) < len(names):  # of which readers take the first or the last, as they like
+            # of which readers take the first or the last, as they like; torch's own does not heed case
+            if len({name.lower() for name in names}) < len(names):
                 raise CheckpointError(f"{path} holds two records of one name; save it again with torch.save")
             spoiled = archive.testzip()
             if spoiled is not None:
@@ -44,7 +66,7 @@ def check_unpacking(path: Path) -> None:
                     f"{path} is damaged: the checksum of its record {printable(spoiled)[:160]} is wrong; copy it again"
                 )
             for name in names:
-                if name.endswith("/data.pkl"):
+                if name.lower().endswith("/data.pkl"):
                     with archive.open(name) as record:
                         _check_pickle(path, record)
 
@@ -61,7 +83,7 @@ def _check_pickle(path: Path, file: IO[bytes]) -> None:
     for operation, argument, _ in pickletools.genops(file):
         name = operation.name
         if name == "GLOBAL" and str(argument).endswith(" bytearray"):
-            raise CheckpointError(f"{path} holds a bytearray, which may be of any size; save a state dict")
+            raise CheckpointError(f"{path} holds a bytearray, which may be of any size; save tensors alone")
         if "PUT" in name:
             memo[int(str(argument))] = stack[-1]
             continue
@@ -78,6 +100,6 @@ def _check_pickle(path: Path, file: IO[bytes]) -> None:
             taken.append(stack.pop())
         parts = 1 + sum(value or 0 for value in taken) if "TUPLE" in name else 1
         if parts > PARTS:
-            raise CheckpointError(f"{path} nests a tuple in itself {PARTS:,} times; save a state dict")
+            raise CheckpointError(f"{path} nests a tuple in itself {PARTS:,} times; save tensors alone")
         for after in operation.stack_after:
             stack.append(None if after is pickletools.markobject else parts)

@@ -11,6 +11,7 @@ import torch
 
 from gm_probe.core.errors import CheckpointError
 from gm_probe.core.files import write_atomic
+from gm_probe.core.pickles import load_torch
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -27,7 +28,9 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any]:
         CheckpointError: the file is broken.
     """
     try:
-        return dict(torch.load(path, map_location=device, weights_only=True))
+        return dict(load_torch(path, device))
+    except MemoryError:
+        raise
     except Exception as error:  # torch, zipfile and the unpickler raise many kinds on a broken file
         raise broken(path, error) from error
 
