@@ -101,7 +101,7 @@ DEPTHS: dict[str, tuple[Any, str]] = {
     "forward": (Parameters, "logits"),
     "jvp": (operators, "jvp"),
     "accumulate": (Parameters, "join"),
-    "vjp": (operators, "_gradients"),
+    "vjp": (operators, "gradients"),
     "example gradients": (example_gradients.ExampleGradients, "_tapped"),
 }
 ERRORS = {
@@ -358,10 +358,8 @@ def _loss(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _perturbation(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = training.updates.rule.parameters
-    original = parameters.moved
-    moved = lambda offset: original(offset * math.nan)  # noqa: E731
-    monkeypatch.setattr(parameters, "moved", moved)
+    original = Parameters.moved
+    monkeypatch.setattr(Parameters, "moved", lambda self, offset: original(self, offset * math.nan))
 
 
 @pytest.mark.parametrize(
