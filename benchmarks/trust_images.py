@@ -256,7 +256,7 @@ def arrays(folder: Path) -> dict[str, Path]:
         "code.pt": b"\x80\x02cposix\nsystem\nX\x02\x00\x00\x00id\x85R.",
         "no data.csv": b"a,b\n1,2\n",
         "bytearray of 1 GiB.pt": with_pickle(GIB),
-        "nested.pt": packed(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+        "nested.pt": packed(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)),
         "sparse.pt": packed(torch.ones(5, 2).to_sparse()),
         "expanded.pt": packed(torch.ones(1, 1).expand(10**9, 9)),
         "NaN behind an attribute.pt": packed(Disguised(torch.full((5, 2), torch.nan), detach=torch.Size)),

@@ -224,7 +224,7 @@ def _array_file(path: Path) -> Examples:
             arrays = load_torch(path)
         else:
             raise UsageError(f"{path}: data files end in .npz, .npy or .pt")
-    except (MemoryError, UsageError, DataError):
+    except (UsageError, DataError):
         raise
     except CheckpointError as error:
         raise DataError(str(error)) from error
