@@ -125,6 +125,9 @@ def main(args: list[str] | None = None) -> None:
     except ProbeError as error:
         _debug(args)
         _fail(str(error), error.exit_code)
+    except UnicodeEncodeError as error:
+        _debug(args)
+        _fail(f"a name that is not {error.encoding} cannot be used here: {error.object[:200]}; rename it", 2)
     except (MemoryError, RuntimeError) as error:
         _debug(args)
         if out_of_memory(error):

@@ -106,11 +106,11 @@ def report(
         shapes=correlation.group_rows(table, shape_by) if shape_by else {},
         command=_command(ctx),
     )
-    write_atomic(out, html(page).encode())
+    write_atomic(out, html(page).encode(errors="replace"))
     written = [str(out)]
     for path, text in ((markdown, typeset.markdown), (latex, typeset.latex)):
         if path is not None:
-            write_atomic(path, text(page.printed).encode())
+            write_atomic(path, text(page.printed).encode(errors="replace"))
             written.append(str(path))
     if figures is not None:
         for picture in page.pictures:

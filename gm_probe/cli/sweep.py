@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -129,7 +130,7 @@ def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:
         raise UsageError(f"every run in {out} is complete; there is nothing to submit")
     own = dict.fromkeys(recipe.runs[name].model for name in left if is_user_code(recipe.runs[name].model))
     named = "".join(f" --model {shlex.quote(name)}" for name in own)
-    click.echo(
+    script = (
         "#!/bin/bash\n"
         "#SBATCH --job-name=gmprobe\n"
         f"#SBATCH --array=0-{len(left) - 1}\n"
@@ -138,6 +139,11 @@ def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:
         f"RUNS=({' '.join(left)})\n"
         f'exec gmprobe run-one {shlex.quote(str(out.resolve()))} "${{RUNS[$SLURM_ARRAY_TASK_ID]}}"{named}'
     )
+    try:
+        script.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError as error:  # elsewhere a name may be shown otherwise, but here it is run
+        raise UsageError(f"this locale cannot write {out} into a script; choose a folder in plain letters") from error
+    click.echo(script)
 
 
 def _dry_run(recipe: Recipe, out: Path, jobs: int, as_json: bool) -> None:
