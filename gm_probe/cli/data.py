@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gm_probe.cli.paths import PATH
 from gm_probe.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,9 +52,7 @@ _OPTIONS = (
         type=click.IntRange(2),
         help="Classes of a foreign checkpoint.  [default: its head's]",
     ),
-    click.option(
-        "--data-root", metavar="DIR", type=click.Path(path_type=Path), help="Where torchvision keeps data."
-    ),
+    click.option("--data-root", metavar="DIR", type=PATH, help="Where torchvision keeps data."),
     click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
     click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps."),

@@ -24,6 +24,7 @@ from gm_probe.cli.output import (
     print_csv,
     print_json,
 )
+from gm_probe.cli.paths import PATH
 from gm_probe.cli.progress import Bar, progress_bar
 from gm_probe.core.errors import CheckpointError, ProbeError, UsageError
 
@@ -39,7 +40,7 @@ DONE = {"finished", "skipped"}
 @click.command(
     epilog="Example:  gmprobe measure ckpt.pt --unlabeled data/",
 )
-@click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("checkpoints", nargs=-1, type=PATH)
 @click.option(
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )
@@ -109,7 +110,7 @@ DONE = {"finished", "skipped"}
 @click.option(
     "--density",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Also plot the spectral densities of F and H to this .png, .pdf or .svg (some 800 gradients).",
 )
 @click.option(

@@ -20,6 +20,7 @@ from gm_probe.cli.output import (
     results_console,
     table,
 )
+from gm_probe.cli.paths import PATH
 from gm_probe.cli.progress import progress_bar
 from gm_probe.core.errors import (
     DataError,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example:  gmprobe pairs runs/")
-@click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("checkpoints", nargs=-1, type=PATH)
 @click.option(
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )

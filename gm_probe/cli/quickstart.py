@@ -8,12 +8,13 @@ from pathlib import Path
 import click
 
 from gm_probe.cli.output import note, notes_console
+from gm_probe.cli.paths import PATH
 
 
 @click.command(epilog="Example:  gmprobe quickstart")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("gmprobe-quickstart"),
     show_default=True,
     help="Folder of the runs and the figure.",

@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
+from gm_probe.cli.paths import PATH
 from gm_probe.cli.selection import (
     control_option,
     converged_only_option,
@@ -27,22 +28,20 @@ from gm_probe.core.errors import DataError, UsageError
 @click.option(
     "--out",
     metavar="FILE.html",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The page.  [default: report.html in SOURCE, or beside a file]",
 )
-@click.option(
-    "--markdown", metavar="FILE", type=click.Path(path_type=Path), help="Also write the tables as Markdown."
-)
+@click.option("--markdown", metavar="FILE", type=PATH, help="Also write the tables as Markdown.")
 @click.option(
     "--latex",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Also write the tables as LaTeX (booktabs).",
 )
 @click.option(
     "--figures",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Also write every figure as PNG, PDF and SVG.",
 )
 @measures_option

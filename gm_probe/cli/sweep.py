@@ -14,6 +14,7 @@ import click
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
 from gm_probe.cli.live import LEFT_OUT, live_view
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
+from gm_probe.cli.paths import PATH
 from gm_probe.core.errors import ProbeError, UsageError
 from gm_probe.core.records import RUNS
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.command(epilog="Example:  gmprobe sweep quickstart --out runs/ --jobs 2")
 @click.argument("recipe")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the runs.  [default: runs/RECIPE]")
+@click.option("--out", type=PATH, help="Folder of the runs.  [default: runs/RECIPE]")
 @executor_options("local", "ray", "slurm")
 @click.option("--data", help="Data to use instead of the recipe's (a folder, file or name).")
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
@@ -142,7 +143,9 @@ def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:
     try:
         script.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError as error:  # elsewhere a name may be shown otherwise, but here it is run
-        raise UsageError(f"this locale cannot write {out} into a script; choose a folder in plain letters") from error
+        raise UsageError(
+            f"this locale cannot write {out} into a script; choose a folder in plain letters"
+        ) from error
     click.echo(script)
 
 

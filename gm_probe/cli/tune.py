@@ -22,6 +22,7 @@ from gm_probe.cli.output import (
     results_console,
     table,
 )
+from gm_probe.cli.paths import PATH
 from gm_probe.cli.train import note_settings, train
 from gm_probe.core.errors import UsageError
 
@@ -55,9 +56,7 @@ NOT_TRAINS = frozenset(
     "--trials", type=click.IntRange(1), help="Let Optuna choose this many points instead of a grid."
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs a point.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the runs and figure.  [default: tune/NAME]"
-)
+@click.option("--out", type=PATH, help="Folder of the runs and figure.  [default: tune/NAME]")
 @click.option(
     "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time, each a process."
 )

@@ -61,6 +61,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         path = inner
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        path.open("rb").close()  # safetensors says of what it may not read that it is not there
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     if path.suffix == ".safetensors":
         state, header = _read_safetensors(path)
     else:

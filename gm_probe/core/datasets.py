@@ -136,8 +136,12 @@ def open_source(
     if path.is_dir():
         read = partial(_folder, labeled=labeled, channels=channels, image_size=image_size, skip_bad=skip_bad)
         train = path / "train"
-        test = next((path / part for part in TEST_PARTS if (path / part).is_dir()), None)
-        if train.is_dir() and test is not None:
+        try:
+            others = [path / part for part in TEST_PARTS] if train.is_dir() else []
+            test = next((part for part in others if part.is_dir()), None)
+        except OSError as error:  # the parts it names were not given
+            raise DataError(f"cannot read the folder {path}: {error.strerror}") from error
+        if test is not None:
             return _two_parts(read(train), read(test))
         return Source(read(path), None)
     if path.is_file():
