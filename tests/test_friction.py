@@ -151,6 +151,30 @@ def test_a_posix_locale_is_no_crash() -> None:
     assert "S_rho" in done.out
 
 
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("measures >&-", 0),
+        ("measures 2>&-", 0),
+        ("measure nope.pt 2>/dev/full", 3),
+        ("measure nope.pt >&- 2>&-", 3),
+        ("--debug measure nope.pt 2>/dev/full", 3),
+        ("measures >/dev/full", 7),
+    ],
+)
+def test_streams_that_are_closed_or_full(command: str, code: int) -> None:
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    done = subprocess.run(
+        f"{sys.executable} -m gm_probe {command}",
+        shell=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+
+
 @pytest.mark.parametrize("name", [None, *COMMANDS])
 @pytest.mark.parametrize("width", [60, 100])
 def test_help_fits_the_terminal(name: str | None, width: int) -> None:
@@ -225,7 +249,19 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(TINY_RECIPE)
     data, runs, run = f"{here}/images", f"{here}/runs", f"{here}/run"
     for words in (
-        ["train", "--data", data, "--model", "mlp-4", "--epochs", "1", "--out", run, "--save", f"{here}/a.pt"],
+        [
+            "train",
+            "--data",
+            data,
+            "--model",
+            "mlp-4",
+            "--epochs",
+            "1",
+            "--out",
+            run,
+            "--save",
+            f"{here}/a.pt",
+        ],
         ["measure", run, "--measures", "mean_entropy", "--save"],
         ["measure", f"{run}/checkpoint.safetensors", "--unlabeled", data, "--measures", "mean_entropy"],
         ["measure", f"{here}/a.pt", "--unlabeled", data, "--measures", "mean_entropy"],

@@ -277,7 +277,11 @@ def test_what_may_not_be_read_is_named_with_its_exit_code(tmp_path: Path) -> Non
     (tmp_path / "parts" / "test").mkdir(parents=True)
     cases = [
         (["measure", "a.pt", "--unlabeled", "digits"], 3, "cannot read a.pt: Permission denied"),
-        (["measure", "run", "--unlabeled", "digits"], 3, "cannot read run/checkpoint.safetensors: Permission"),
+        (
+            ["measure", "run", "--unlabeled", "digits"],
+            3,
+            "cannot read run/checkpoint.safetensors: Permission",
+        ),
         (["measure", "locked"], 7, "Permission denied: locked"),
         (["status", "locked"], 7, "Permission denied: locked"),
         (["correlate", "locked"], 7, "cannot read locked: Permission denied"),
