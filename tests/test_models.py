@@ -216,6 +216,14 @@ def test_names_that_cannot_be_built(name: str, shape: tuple[int, ...], reason: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["timm:hf-hub:evil/repo", "timm:local-dir:/tmp/x"])
+def test_of_timm_no_hub_is_asked(name: str) -> None:
+    with pytest.raises(UsageError, match=f"no model '{name}'; of timm's own models one is given as timm:NAME"):
+        build(name)
+    with pytest.raises(UsageError, match="torchvision has no classifier 'os:getcwd'"):
+        build("torchvision:os:getcwd")
+
+
 def test_timm_missing_or_unknown() -> None:
     with pytest.raises(UsageError, match=r"pip install 'gm_probe\[timm\]'|timm has no model"):
         build("timm:no_such_network")
@@ -324,11 +332,12 @@ def test_user_code_that_is_not_there(folder: Path) -> None:
         ("wrn-28-2", False),
         ("torchvision:resnet18", False),
         ("timm:vit_tiny_patch16_224", False),
+        ("timm:hf-hub:evil/repo", False),
         ("os:getcwd", True),
         ("package.module:build", True),
         ("path/file.py:build", True),
         ("C:\\path\\file.py:build", True),
-        ("torchvision:os:getcwd", True),
+        ("torchvision:os:getcwd", False),
         (":build", True),
     ],
 )

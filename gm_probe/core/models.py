@@ -97,7 +97,7 @@ class ModelSpec:
 
 def is_user_code(name: str) -> bool:
     """Whether a model's name points to code outside gm_probe, torchvision and timm."""
-    prefix, separator, _ = name.rpartition(":")
+    prefix, separator, _ = name.partition(":")
     return bool(separator) and prefix not in {"torchvision", "timm"}
 
 
@@ -237,6 +237,11 @@ def _torchvision_model(name: str, spec: ModelSpec) -> nn.Module:
 
 
 def _timm_model(name: str, spec: ModelSpec) -> nn.Module:
+    if ":" in name:  # hf-hub: and local-dir: are timm's ways to others' files
+        raise UsageError(
+            f"no model 'timm:{name}'; of timm's own models one is given as timm:NAME, any other by code of yours as "
+            "file.py:callable"
+        )
     try:
         import timm
     except ImportError as error:
