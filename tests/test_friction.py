@@ -25,7 +25,7 @@ from gm_probe.cli.plain import SIGNS, spelled
 from gm_probe.core import doctor, files
 from gm_probe.core.datasets import DATASETS
 from gm_probe.core.doctor import Finding, diagnose
-from gm_probe.core.errors import StorageError
+from gm_probe.core.errors import StorageError, did_you_mean
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "torchvision", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "jinja2", "timm"}
@@ -391,13 +391,33 @@ def test_runs_is_where_everything_looks(tmp_path: Path) -> None:
         (["sweep", "quikstart"], "'quickstart'"),
         (["sweep", "r.toml"], "'fisher_trace'"),
         (["completion", "bsh"], "'bash'"),
+        (["measure", "x.pt", "--protocol", "convergd"], "'converged'"),
+        (["sweep", "quickstart", "--executor", "locl"], "'local'"),
+        (["train", "--device", "cdua", "--out", "new"], "'cuda'"),
+        (["sweep", "quickstart", "--device", "cdua"], "'cuda'"),
+        (["sweep", "quickstart", "--device", "cdua", "--dry-run"], "'cuda'"),
+        (["sweep", "quickstart", "--data", "digit"], "'digits'"),
+        (["sweep", "model.toml"], "'mlp'"),
+        (["sweep", "model.toml", "--dry-run"], "'mlp'"),
+        (["sweep", "code.toml"], "net.py"),
+        (["sweep", "method.toml"], "'iam-d'"),
+        (["tune", "--method", "sam", "--model", "mpl"], "'mlp'"),
     ],
 )
 def test_did_you_mean(words: list[str], meant: str) -> None:
     Path("r.toml").write_text("[measure]\nmeasures = ['fisher_trase']\n")
+    for name, setting in {"model": "mpl", "code": "net.py:build", "method": "iamd"}.items():
+        Path(f"{name}.toml").write_text(f"[grid]\n{name.replace('code', 'model')} = ['{setting}']\n")
     done = gmprobe(*words)
     assert done.code == 2
     assert meant in done.err.splitlines()[-1]
+    assert words[0] not in {"sweep", "tune"} or not any(Path(name).exists() for name in ("runs", "tune"))
+
+
+def test_of_many_names_the_nearest_comes_first() -> None:
+    names = ["batch_size", "lr", "data", *(f"x{i}" for i in range(9)), "label_smoothing", "warmup_epochs"]
+    assert did_you_mean("leraning", names).startswith("there are: label_smoothing, ")
+    assert did_you_mean("zzz", ["b", "a"]) == "there are: b, a"
 
 
 # ---- completion

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import note, notes_console
-from gm_probe.cli.paths import PATH
 from gm_probe.core.records import RUNS
 
 

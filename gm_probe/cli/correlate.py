@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import FIGURE_SUFFIXES, format_options, notes_console, print_csv, print_json
-from gm_probe.cli.paths import PATH
 from gm_probe.cli.selection import (
     control_option,
     converged_only_option,

@@ -14,6 +14,7 @@ import click
 from gm_probe.cli.data import DataOptions, data_options, floats
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
 from gm_probe.cli.figures import as_rows, print_result, warn
+from gm_probe.cli.kinds import PATH, Choice
 from gm_probe.cli.live import live_view
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
@@ -24,7 +25,6 @@ from gm_probe.cli.output import (
     print_csv,
     print_json,
 )
-from gm_probe.cli.paths import PATH
 from gm_probe.cli.progress import Bar, progress_bar
 from gm_probe.core.errors import CheckpointError, ProbeError, UsageError
 
@@ -53,7 +53,7 @@ DONE = {"finished", "skipped"}
 )
 @click.option(
     "--protocol",
-    type=click.Choice(["paper", "converged", "both"]),
+    type=Choice(["paper", "converged", "both"]),
     default="paper",
     show_default=True,
     help="S_ρ as the mean over random starts of K steps, or as the converged maximum.",
@@ -121,7 +121,7 @@ DONE = {"finished", "skipped"}
 )
 @click.option(
     "--head",
-    type=click.Choice(["classifier", "simclr"]),
+    type=Choice(["classifier", "simclr"]),
     default="classifier",
     show_default=True,
     help="simclr: NT-Xent logits over seeded views, in batches of --batch-size images (250).",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import DataOptions, data_options
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import (
     format_options,
     note,
@@ -20,7 +21,6 @@ from gm_probe.cli.output import (
     results_console,
     table,
 )
-from gm_probe.cli.paths import PATH
 from gm_probe.cli.progress import progress_bar
 from gm_probe.core.errors import (
     DataError,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import note, notes_console
-from gm_probe.cli.paths import PATH
 
 
 @click.command(epilog="Example:  gmprobe quickstart")

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
-from gm_probe.cli.paths import PATH
 from gm_probe.cli.selection import (
     control_option,
     converged_only_option,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from gm_probe.cli.kinds import PATH, Choice
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
-from gm_probe.cli.paths import PATH
 from gm_probe.core.errors import UsageError
 from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
 
@@ -16,7 +16,7 @@ from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
 @click.argument("name", required=False)
 @click.option(
     "--scale",
-    type=click.Choice(SCALES),
+    type=Choice(SCALES),
     help="smoke: seconds; small: 2 cores, the same axes; paper: the paper's setting.  [default: small, or paper where "
     "that is as cheap]",
 )

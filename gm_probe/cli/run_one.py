@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gm_probe.cli.paths import PATH
+from gm_probe.cli.kinds import PATH
 from gm_probe.core.errors import BusyError, ProbeError, UsageError
 
 

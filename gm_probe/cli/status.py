@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.live import doing, duration
 from gm_probe.cli.output import format_options, print_csv, print_json, results_console, table
-from gm_probe.cli.paths import PATH
 from gm_probe.core.records import RUNS
 
 if TYPE_CHECKING:

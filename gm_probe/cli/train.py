@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import note, note_skipped, notes_console, number, print_json, results_console, table
-from gm_probe.cli.paths import PATH
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.tensorboard import Events
 from gm_probe.core.errors import UsageError

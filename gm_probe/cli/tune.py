@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import floats
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import (
     format_options,
     note,
@@ -22,7 +23,6 @@ from gm_probe.cli.output import (
     results_console,
     table,
 )
-from gm_probe.cli.paths import PATH
 from gm_probe.cli.train import note_settings, train
 from gm_probe.core.errors import UsageError
 
@@ -84,13 +84,14 @@ def tune(
     """
     from gm_probe.cli.sweep import run_with_progress
     from gm_probe.sweep import tuning
-    from gm_probe.sweep.recipe import run_name
+    from gm_probe.sweep.recipe import require_names, run_name
     from gm_probe.training.config import TrainConfig
     from gm_probe.training.parts import load_splits
 
     console = notes_console(quiet)
     settings = {key: value for key, value in given.items() if value is not None}
     config = TrainConfig.from_dict(settings)
+    require_names([config])
     if "data" not in settings:
         note(console, "no --data given: tuning on the bundled handwritten digits (1,797 images of 8×8)")
     note_settings(console, config, given)

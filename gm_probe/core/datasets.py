@@ -147,9 +147,19 @@ def open_source(
     if path.is_file():
         pool = _array_file(path)
         return Source(pool if labeled else pool.unlabeled(), None)
-    known_names = ["digits", *DATASETS]
-    hint = did_you_mean(name, known_names, f"not one of {', '.join(known_names)} either")
-    raise UsageError(f"no folder or file {name!r}; {hint}")
+    raise _no_source(name)
+
+
+def require_source(name: str) -> None:
+    """Raise UsageError where ``name`` is neither a path nor a known data set; nothing is read."""
+    if name not in {"digits", *DATASETS} and not Path(name).exists():
+        raise _no_source(name)
+
+
+def _no_source(name: str) -> UsageError:
+    known = ["digits", *DATASETS]
+    hint = did_you_mean(name, known, f"not one of {', '.join(known)} either")
+    return UsageError(f"no folder or file {name!r}; {hint}")
 
 
 def _two_parts(train: Examples, test: Examples) -> Source:

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Collection
 
+FEW = 10
+"""Names that are read at a glance, in whatever order."""
+
 
 class ProbeError(Exception):
     """Base of every deliberate error; ``exit_code`` is what the command line returns."""
@@ -67,8 +70,10 @@ def printable(text: str) -> str:
 
 
 def did_you_mean(name: object, known: Collection[str], otherwise: str | None = None) -> str:
-    """The nearest of ``known`` as a question; ``otherwise``, or the whole list, where none is near."""
+    """The nearest of ``known`` as a question; where none is near ``otherwise``, or all, the nearest first if many."""
     close = difflib.get_close_matches(str(name), known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
+    if len(known) > FEW:
+        known = difflib.get_close_matches(str(name), known, n=len(known), cutoff=0.0)
     return otherwise or f"there are: {', '.join(known) or 'none'}"
