@@ -129,7 +129,7 @@ def gmprobe(
 
 def one_line(ran: Ran, code: int, *names: object) -> str | None:
     """What is wrong with a refusal: another exit code, more than one line, or a name that is not in it."""
-    lines = [line for line in ran.err.splitlines() if line.strip()]
+    lines = ran.err.splitlines()
     said = lines[-1][:300] if lines else "nothing"
     if ran.code is None:
         return f"hung for {ran.seconds:.0f} s"

@@ -32,7 +32,7 @@ from gm_probe.core.signals import TERMINATED, Terminated
 from gm_probe.probe import example_gradients, operators
 from gm_probe.probe.measures import MEASURES, measure
 from gm_probe.probe.probe import Settings
-from gm_probe.training import evaluation, rules
+from gm_probe.training import evaluation, loop, rules
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import Training, train
 from gm_probe.training.objectives import Objective
@@ -418,6 +418,16 @@ def test_correlate_counts_runs_that_diverged(tmp_path: Path, capsys: pytest.Capt
     assert [row["reason"] for row in excluded] == ["diverged", "diverged"]
     assert all(row["run"].startswith("lr1e+3") for row in excluded)
     assert "2 diverged: " in printed.err
+
+
+def test_a_model_that_no_batch_size_makes_fit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        loop, "initial_model", lambda *_: torch.empty(2**60)
+    )  # beyond any machine's addresses
+    with pytest.raises(ResourceError, match=r"mlp-8 is too big .*choose a smaller --model$"):
+        train(config(), tmp_path)
 
 
 # ---- SIGTERM

@@ -61,10 +61,10 @@ def gmprobe(*words: str, encoding: str = "utf-8", **env: str) -> Done:
     return Done(code, out, err)
 
 
-def python(code: str, **env: str) -> Done:
-    """``code`` in a process of its own."""
+def python(code: str, *words: str, **env: str) -> Done:
+    """``code`` in a process of its own, with the arguments ``words``."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *words],
         capture_output=True,
         encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
@@ -151,6 +151,30 @@ def test_a_posix_locale_is_no_crash() -> None:
     assert "S_rho" in done.out
 
 
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("measures >&-", 0),
+        ("measures 2>&-", 0),
+        ("measure nope.pt 2>/dev/full", 3),
+        ("measure nope.pt >&- 2>&-", 3),
+        ("--debug measure nope.pt 2>/dev/full", 3),
+        ("measures >/dev/full", 7),
+    ],
+)
+def test_streams_that_are_closed_or_full(command: str, code: int) -> None:
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    done = subprocess.run(
+        f"{sys.executable} -m gm_probe {command}",
+        shell=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+
+
 @pytest.mark.parametrize("name", [None, *COMMANDS])
 @pytest.mark.parametrize("width", [60, 100])
 def test_help_fits_the_terminal(name: str | None, width: int) -> None:
@@ -200,6 +224,88 @@ def test_spaces_and_letters_of_any_alphabet_in_paths(tmp_path: Path, monkeypatch
     done = gmprobe("collect", ".", "--out", "tableau ρ.csv")
     assert done.code == 0, done.err
     assert (here / "tableau ρ.csv").exists()
+
+
+def image_folder(folder: Path) -> None:
+    for label in "ab":
+        (folder / label).mkdir(parents=True)
+        for index in range(12):
+            pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{index}.png")
+
+
+TINY_RECIPE = (
+    "[base]\nmodel = 'mlp-4'\nepochs = 1\n[grid]\nseed = [0, 1]\n"
+    "[measure]\nmeasures = ['mean_entropy']\nmax_examples = 5\n"
+)
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    here = tmp_path / os.fsdecode(b"d\xff")
+    try:
+        image_folder(here / "images")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    (tmp_path / "r.toml").write_text(TINY_RECIPE)
+    data, runs, run = f"{here}/images", f"{here}/runs", f"{here}/run"
+    for words in (
+        [
+            "train",
+            "--data",
+            data,
+            "--model",
+            "mlp-4",
+            "--epochs",
+            "1",
+            "--out",
+            run,
+            "--save",
+            f"{here}/a.pt",
+        ],
+        ["measure", run, "--measures", "mean_entropy", "--save"],
+        ["measure", f"{run}/checkpoint.safetensors", "--unlabeled", data, "--measures", "mean_entropy"],
+        ["measure", f"{here}/a.pt", "--unlabeled", data, "--measures", "mean_entropy"],
+        ["sweep", "r.toml", "--data", data, "--out", runs],
+        ["status", runs],
+        ["collect", runs],
+        ["correlate", f"{runs}/table.csv", "--resamples", "100", "--skip", "details"],
+        ["report", runs, "--resamples", "100", "--skip", "details", "--markdown", f"{here}/page.md"],
+    ):
+        done = gmprobe(*words, "-q")
+        assert done.code == 0, (words, done.err)
+    assert b"d\xff/images" in (here / "run" / "config.toml").read_bytes()
+    done = gmprobe("train", "--data", f"{here}/image", "-q")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "d\\udcff/image" in done.err
+    done = gmprobe("sweep", "r.toml", "--data", data, "--out", f"{here}/array", "--executor", "slurm")
+    assert (done.code, "cannot write" in done.err) == (2, True), done.err
+
+
+def test_a_name_that_a_library_refuses_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        "a\udcff".encode()
+
+    from gm_probe.cli import listings
+
+    monkeypatch.setattr(listings.measures, "callback", refuse)
+    done = gmprobe("measures")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "a\\udcff" in done.err
+
+
+def test_a_run_made_in_one_locale_is_measured_in_another(tmp_path: Path) -> None:
+    image_folder(tmp_path / "données é")
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    train = ["train", "--data", "données é", "--model", "mlp-4", "--epochs", "1", "--out"]
+    for words, env in (
+        ([*train, "à"], ascii_only),
+        (["measure", "à"], {"PYTHONUTF8": "1"}),
+        ([*train, "ü"], {"PYTHONUTF8": "1"}),
+        (["measure", "ü"], ascii_only),
+    ):
+        more = ["--measures", "mean_entropy"] if words[0] == "measure" else []
+        done = python("from gm_probe.cli import main; main()", *words, *more, "-q", **env)
+        assert done.code == 0, (words, done.err)
 
 
 SMALL = ["--model", "mlp-4", "--num-train", "60", "--epochs", "1"]
@@ -285,13 +391,27 @@ def test_runs_is_where_everything_looks(tmp_path: Path) -> None:
         (["sweep", "quikstart"], "'quickstart'"),
         (["sweep", "r.toml"], "'fisher_trace'"),
         (["completion", "bsh"], "'bash'"),
+        (["measure", "x.pt", "--protocol", "convergd"], "'converged'"),
+        (["sweep", "quickstart", "--executor", "locl"], "'local'"),
+        (["train", "--device", "cdua", "--out", "new"], "'cuda'"),
+        (["sweep", "quickstart", "--device", "cdua"], "'cuda'"),
+        (["sweep", "quickstart", "--device", "cdua", "--dry-run"], "'cuda'"),
+        (["sweep", "quickstart", "--data", "digit"], "'digits'"),
+        (["sweep", "model.toml"], "'mlp'"),
+        (["sweep", "model.toml", "--dry-run"], "'mlp'"),
+        (["sweep", "code.toml"], "net.py"),
+        (["sweep", "method.toml"], "'iam-d'"),
+        (["tune", "--method", "sam", "--model", "mpl"], "'mlp'"),
     ],
 )
 def test_did_you_mean(words: list[str], meant: str) -> None:
     Path("r.toml").write_text("[measure]\nmeasures = ['fisher_trase']\n")
+    for name, setting in {"model": "mpl", "code": "net.py:build", "method": "iamd"}.items():
+        Path(f"{name}.toml").write_text(f"[grid]\n{name.replace('code', 'model')} = ['{setting}']\n")
     done = gmprobe(*words)
     assert done.code == 2
     assert meant in done.err.splitlines()[-1]
+    assert words[0] not in {"sweep", "tune"} or not any(Path(name).exists() for name in ("runs", "tune"))
 
 
 # ---- completion

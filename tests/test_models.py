@@ -183,7 +183,9 @@ def test_weights_follow_the_seed() -> None:
         ("wrn-27-2", CIFAR, "depth must be 6n + 4"),
         ("wrn-4-2", CIFAR, "depth must be 6n + 4"),
         ("wrn-28-0", CIFAR, "wrn-28-0"),
-        ("mlp-0", CIFAR, "every width must be at least 1"),
+        ("mlp-0", CIFAR, "every width must lie in [1, 1,000,000,000]"),
+        (f"mlp-{10**30}", CIFAR, "every width must lie in"),
+        (f"wrn-28-{10**30}", CIFAR, "the width at most 1,000,000,000"),
         ("6cnn", (64,), "takes images (C, H, W), not examples of shape (64,)"),
         ("wrn-28-2", (28, 28), "takes images (C, H, W), not examples of shape (28, 28)"),
         ("resnet18-cifa", CIFAR, "did you mean 'resnet18-cifar'?"),
@@ -214,6 +216,16 @@ def test_names_that_cannot_be_built(name: str, shape: tuple[int, ...], reason: s
         build(name, shape)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["timm:hf-hub:evil/repo", "timm:local-dir:/tmp/x"])
+def test_of_timm_no_hub_is_asked(name: str) -> None:
+    with pytest.raises(
+        UsageError, match=f"no model '{name}'; of timm's own models one is given as timm:NAME"
+    ):
+        build(name)
+    with pytest.raises(UsageError, match="torchvision has no classifier 'os:getcwd'"):
+        build("torchvision:os:getcwd")
 
 
 def test_timm_missing_or_unknown() -> None:
@@ -324,11 +336,12 @@ def test_user_code_that_is_not_there(folder: Path) -> None:
         ("wrn-28-2", False),
         ("torchvision:resnet18", False),
         ("timm:vit_tiny_patch16_224", False),
+        ("timm:hf-hub:evil/repo", False),
         ("os:getcwd", True),
         ("package.module:build", True),
         ("path/file.py:build", True),
         ("C:\\path\\file.py:build", True),
-        ("torchvision:os:getcwd", True),
+        ("torchvision:os:getcwd", False),
         (":build", True),
     ],
 )
@@ -342,7 +355,13 @@ def test_what_counts_as_user_code(name: str, is_user_code: bool) -> None:
 def test_spec_round_trip() -> None:
     spec = ModelSpec("6cnn", CIFAR, 10)
     assert ModelSpec.from_dict(spec.as_dict()) == spec
-    for broken in ({"num_classes": 0}, {"input_shape": [3, -1]}, {"input_shape": ["x"]}):
+    for broken in (
+        {"num_classes": 0},
+        {"input_shape": [3, -1]},
+        {"num_classes": 2**70},
+        {"input_shape": [1, 2**40, 2**40]},
+        {"input_shape": ["x"]},
+    ):
         with pytest.raises(ValueError, match=r"."):
             ModelSpec.from_dict({**spec.as_dict(), **broken})
 

@@ -186,6 +186,7 @@ def test_failed_runs_wait_for_retry(tmp_path: Path, capsys: pytest.CaptureFixtur
     lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in BASE.items() if key != "data")
     recipe = tmp_path / "r.toml"
     recipe.write_text(f'[base]\ndata = "{data}"\n{lines}\n[grid]\nseed = [0, 1]\n[measure]\nmeasures = []\n')
+    data.touch()
     code, printed, err = command(capsys, "sweep", recipe, "--out", out)
     assert code == 1
     assert printed.count("late.npz") == 2

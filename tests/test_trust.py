@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import struct
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
@@ -18,10 +21,12 @@ from PIL import Image
 
 from gm_probe.cli import main
 from gm_probe.core import datasets, images
-from gm_probe.core.checkpoints import read_checkpoint
+from gm_probe.core.batches import Normalization
+from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import CheckpointError, DataError
 from gm_probe.core.loading import load_model
+from gm_probe.core.models import ModelSpec, build_model
 from gm_probe.training.state import read_state
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -303,3 +308,64 @@ def test_of_a_folders_other_entries_nothing_is_kept(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert [path.name for path in found] == ["a.PNG", "b.png"]
     assert peak < 50_000  # the names alone would be 180,000 bytes
+
+
+def test_what_may_not_be_read_is_named_with_its_exit_code(tmp_path: Path) -> None:
+    """A checkpoint, a run folder, the checkpoint in one, images: each with the permissions taken away."""
+    drop: list[str] = []
+    if os.geteuid() == 0:  # root may read all, until it gives that up
+        drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+        if shutil.which("setpriv") is None or subprocess.run([*drop, "true"], check=False).returncode:
+            pytest.skip("root may read everything")
+    torch.save({"0.weight": torch.ones(2, 64)}, tmp_path / "a.pt")
+    for name in ("run", "locked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").touch()
+        save_checkpoint(
+            tmp_path / name / "checkpoint.safetensors",
+            build_model(ModelSpec("mlp-4", (1, 8, 8), 2)),
+            ModelSpec("mlp-4", (1, 8, 8), 2),
+            Normalization(),
+        )
+    (tmp_path / "parts" / "test").mkdir(parents=True)
+    cases = [
+        (["measure", "a.pt", "--unlabeled", "digits"], 3, "cannot read a.pt: Permission denied"),
+        (
+            ["measure", "run", "--unlabeled", "digits"],
+            3,
+            "cannot read run/checkpoint.safetensors: Permission",
+        ),
+        (["measure", "locked"], 7, "Permission denied: locked"),
+        (["status", "locked"], 7, "Permission denied: locked"),
+        (["correlate", "locked"], 7, "cannot read locked: Permission denied"),
+        (["train", "--data", "parts", "--out", "new"], 4, "/parts: Permission denied"),
+        (["measure", "a.safetensors", "--unlabeled", "parts"], 4, "cannot read the folder parts: Permission"),
+    ]
+    shutil.copy(tmp_path / "run" / "checkpoint.safetensors", tmp_path / "a.safetensors")
+    closed = ["a.pt", "run/checkpoint.safetensors", "locked", "parts"]
+    code = (
+        "import sys\n"
+        "from gm_probe.cli import main\n"
+        f"for words, code, _ in {cases!r}:\n"
+        "    try: main([*words, '-q'])\n"
+        "    except SystemExit as stop: assert stop.code == code, (words, stop.code)\n"
+    )
+    for name in closed:
+        (tmp_path / name).chmod(0)
+    try:
+        done = subprocess.run(
+            [*drop, sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        for name in closed:
+            (tmp_path / name).chmod(0o700)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(cases), lines
+    for line, (_, _, said) in zip(lines, cases, strict=True):
+        assert said in line

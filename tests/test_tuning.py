@@ -451,7 +451,8 @@ def test_trials_by_command(config: TrainConfig, capsys: pytest.CaptureFixture[st
         ("--method iam-d --rho 0.1,1 --beta 2,1 --trials 2", 2, ["--beta takes two bounds"]),
         ("--method sam --rho 0.1,1 --trials 2 --dry-run", 2, ["--dry-run", "--trials"]),
         ("--method sam --rho 0.1 --model mlp-4 --lr 1e30 --epochs 3 --seeds 1", 5, ["every cell", "--lr"]),
-        ("--method sam --rho 0.1 --model mpl --epochs 1 --seeds 1", 1, ["1 of 1 runs failed", "mlp"]),
+        ("--method sam --rho 0.1 --model mpl --epochs 1 --seeds 1", 2, ["no model 'mpl'", "'mlp'"]),
+        ("--method sam --rho 0.1 --init gone.pt --epochs 1 --seeds 1", 1, ["1 of 1 runs failed", "gone.pt"]),
     ],
 )
 def test_one_line_that_names_offender_and_remedy(

@@ -155,6 +155,7 @@ def test_only_a_command_does(folder: Path, name: str, capsys: pytest.CaptureFixt
 
 
 def test_a_job_array_names_the_code_of_its_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my nets.py").touch()
     Path("own.toml").write_text(RECIPE.replace("mlp-8", "my nets.py:build"))
     assert command("sweep", "own.toml", "--out", "array", "--executor", "slurm") == 0
     assert capsys.readouterr().out.rstrip().endswith(" --model 'my nets.py:build'")

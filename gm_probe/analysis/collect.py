@@ -40,9 +40,9 @@ def collect(root: Path) -> pd.DataFrame:
         try:
             row = cache.row(run, path, _row)
             now = {"status": "running"} if held(path) else {}
-            rows.append({"run": run, **row, **now})
+            rows.append({"run": _cell(run), **row, **now})
         except StorageError as error:
-            rows.append({"run": run, "status": "failed", "reason": str(error)})
+            rows.append({"run": _cell(run), "status": "failed", "reason": _cell(str(error))})
     cache.write()
     rows.sort(key=lambda row: row["run"])
     return pd.DataFrame(rows, columns=_columns(rows))
@@ -50,7 +50,7 @@ def collect(root: Path) -> pd.DataFrame:
 
 def _row(path: Path) -> dict[str, Any]:
     record = read_run(path)
-    row = {"status": state_at_rest(path), "reason": failure(path)}
+    row = {"status": state_at_rest(path), "reason": _cell(failure(path))}
     row |= {key: _cell(value) for key, value in record.config.items() if key != "environment"}
     row |= {key: _cell(value) for key, value in record.summary.items() if key not in {"status", "reason"}}
     row |= {f"probe.{key}": _cell(value) for key, value in record.settings.items()}
@@ -60,8 +60,10 @@ def _row(path: Path) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> Any:
-    """Numbers, text and truth values as they are; lists and tables as text."""
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    """Numbers, text and truth values as they are, names that are no UTF-8 escaped; lists and tables as text."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:

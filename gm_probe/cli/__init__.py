@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -57,6 +58,12 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # before click prints an empty line for it
+            raise click.Abort from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -90,6 +97,9 @@ def main(args: list[str] | None = None) -> None:
     143 terminated.
     """
     args = sys.argv[1:] if args is None else args
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, who wants none of it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123  for good
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=HANDLER)
@@ -125,6 +135,9 @@ def main(args: list[str] | None = None) -> None:
     except ProbeError as error:
         _debug(args)
         _fail(str(error), error.exit_code)
+    except UnicodeEncodeError as error:
+        _debug(args)
+        _fail(f"a name that is not {error.encoding} cannot be used here: {error.object[:200]}; rename it", 2)
     except (MemoryError, RuntimeError) as error:
         _debug(args)
         if out_of_memory(error):
@@ -141,9 +154,15 @@ def main(args: list[str] | None = None) -> None:
 
 def _debug(args: list[Any]) -> None:
     if "--debug" in args:
-        traceback.print_exc()
+        with suppress(OSError):
+            traceback.print_exc()
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"gmprobe: {printable(message)}", file=sys.stderr)
+    try:
+        print(f"gmprobe: {printable(message)}", file=sys.stderr, flush=True)
+    except (
+        OSError
+    ):  # nobody to tell but by the code, which Python would change if it failed to flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(code)

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import note, notes_console
 from gm_probe.core.records import RUNS
 
 
 @click.command(epilog="Example:  gmprobe collect runs/ --out table.csv")
-@click.argument("folder", type=click.Path(path_type=Path), default=RUNS)
+@click.argument("folder", type=PATH, default=RUNS)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The table: a .csv or .parquet file.  [default: table.csv in FOLDER]",
 )
 @click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")

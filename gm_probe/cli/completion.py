@@ -5,12 +5,14 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from gm_probe.cli.kinds import Choice
+
 VARIABLE = "_GMPROBE_COMPLETE"
 """What click reads when a shell asks for completions."""
 
 
 @click.command(epilog='Example:  eval "$(gmprobe completion bash)"')
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
     """Print the script that completes commands and options in SHELL.

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import FIGURE_SUFFIXES, format_options, notes_console, print_csv, print_json
 from gm_probe.cli.selection import (
     control_option,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     "--figure",
     "figure_path",
     metavar="PATH",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Figure file: .png, .pdf or .svg; no suffix writes all three. Default: beside SOURCE, "
     "or none with --json and --csv.",
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gm_probe.cli.kinds import PATH, Choice
 from gm_probe.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _OPTIONS = (
     click.option(
         "--part",
-        type=click.Choice(["test", "train"]),
+        type=Choice(["test", "train"]),
         help="Of data that has both.  [default: test where the data has one]",
     ),
     click.option(
@@ -40,7 +41,7 @@ _OPTIONS = (
     click.option(
         "--image-size", type=click.IntRange(1), help="Resize a folder's images to this many pixels."
     ),
-    click.option("--channels", type=click.Choice(["1", "3"]), help="Read a folder's images as grey or RGB."),
+    click.option("--channels", type=Choice(["1", "3"]), help="Read a folder's images as grey or RGB."),
     click.option(
         "--skip-bad",
         is_flag=True,
@@ -51,11 +52,9 @@ _OPTIONS = (
         type=click.IntRange(2),
         help="Classes of a foreign checkpoint.  [default: its head's]",
     ),
-    click.option(
-        "--data-root", metavar="DIR", type=click.Path(path_type=Path), help="Where torchvision keeps data."
-    ),
+    click.option("--data-root", metavar="DIR", type=PATH, help="Where torchvision keeps data."),
     click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
-    click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True),
+    click.option("--dtype", type=Choice(["float32", "float64"]), default="float32", show_default=True),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps."),
     click.option("--threads", type=click.IntRange(1), help="CPU threads."),
 )

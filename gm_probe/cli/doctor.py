@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import print_json, results_console, table
 
 MARKS = {"ok": "ok", "absent": "–", "broken": "WRONG"}
@@ -16,7 +17,7 @@ MARKS = {"ok": "ok", "absent": "–", "broken": "WRONG"}
 @click.command(epilog="Example:  gmprobe doctor --out runs/")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path(),
     show_default=True,
     help="Folder that runs will be written into; it is tried and left as it was.",
@@ -24,7 +25,7 @@ MARKS = {"ok": "ok", "absent": "–", "broken": "WRONG"}
 @click.option(
     "--data-root",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Where torchvision keeps data.  [default: ~/.cache/gm_probe]",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")

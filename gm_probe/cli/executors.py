@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gm_probe.cli.kinds import Choice
 from gm_probe.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _OPTIONS = (
 
 def executor_options(*kinds: str) -> Any:
     """Add ``--executor`` with these kinds, ``--jobs``, ``--address`` and ``--gpus``."""
-    kind = click.option("--executor", type=click.Choice(kinds), default="local", show_default=True)
+    kind = click.option("--executor", type=Choice(kinds), default="local", show_default=True)
     return lambda command: reduce(lambda inner, option: option(inner), reversed((kind, *_OPTIONS)), command)
 
 

@@ -14,6 +14,7 @@ import click
 from gm_probe.cli.data import DataOptions, data_options, floats
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
 from gm_probe.cli.figures import as_rows, print_result, warn
+from gm_probe.cli.kinds import PATH, Choice
 from gm_probe.cli.live import live_view
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
@@ -39,7 +40,7 @@ DONE = {"finished", "skipped"}
 @click.command(
     epilog="Example:  gmprobe measure ckpt.pt --unlabeled data/",
 )
-@click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("checkpoints", nargs=-1, type=PATH)
 @click.option(
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )
@@ -52,7 +53,7 @@ DONE = {"finished", "skipped"}
 )
 @click.option(
     "--protocol",
-    type=click.Choice(["paper", "converged", "both"]),
+    type=Choice(["paper", "converged", "both"]),
     default="paper",
     show_default=True,
     help="S_ρ as the mean over random starts of K steps, or as the converged maximum.",
@@ -109,7 +110,7 @@ DONE = {"finished", "skipped"}
 @click.option(
     "--density",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Also plot the spectral densities of F and H to this .png, .pdf or .svg (some 800 gradients).",
 )
 @click.option(
@@ -120,7 +121,7 @@ DONE = {"finished", "skipped"}
 )
 @click.option(
     "--head",
-    type=click.Choice(["classifier", "simclr"]),
+    type=Choice(["classifier", "simclr"]),
     default="classifier",
     show_default=True,
     help="simclr: NT-Xent logits over seeded views, in batches of --batch-size images (250).",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import DataOptions, data_options
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import (
     format_options,
     note,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example:  gmprobe pairs runs/")
-@click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("checkpoints", nargs=-1, type=PATH)
 @click.option(
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import note, notes_console
 
 
 @click.command(epilog="Example:  gmprobe quickstart")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("gmprobe-quickstart"),
     show_default=True,
     help="Folder of the runs and the figure.",

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
 from gm_probe.cli.selection import (
     control_option,
@@ -27,22 +28,20 @@ from gm_probe.core.errors import DataError, UsageError
 @click.option(
     "--out",
     metavar="FILE.html",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The page.  [default: report.html in SOURCE, or beside a file]",
 )
-@click.option(
-    "--markdown", metavar="FILE", type=click.Path(path_type=Path), help="Also write the tables as Markdown."
-)
+@click.option("--markdown", metavar="FILE", type=PATH, help="Also write the tables as Markdown.")
 @click.option(
     "--latex",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Also write the tables as LaTeX (booktabs).",
 )
 @click.option(
     "--figures",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Also write every figure as PNG, PDF and SVG.",
 )
 @measures_option
@@ -106,11 +105,11 @@ def report(
         shapes=correlation.group_rows(table, shape_by) if shape_by else {},
         command=_command(ctx),
     )
-    write_atomic(out, html(page).encode())
+    write_atomic(out, html(page).encode(errors="replace"))
     written = [str(out)]
     for path, text in ((markdown, typeset.markdown), (latex, typeset.latex)):
         if path is not None:
-            write_atomic(path, text(page.printed).encode())
+            write_atomic(path, text(page.printed).encode(errors="replace"))
             written.append(str(path))
     if figures is not None:
         for picture in page.pictures:

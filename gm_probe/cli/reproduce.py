@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from gm_probe.cli.kinds import PATH, Choice
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
 from gm_probe.core.errors import UsageError
 from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
@@ -15,13 +16,11 @@ from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
 @click.argument("name", required=False)
 @click.option(
     "--scale",
-    type=click.Choice(SCALES),
+    type=Choice(SCALES),
     help="smoke: seconds; small: 2 cores, the same axes; paper: the paper's setting.  [default: small, or paper where "
     "that is as cheap]",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: reproduce/NAME-SCALE]"
-)
+@click.option("--out", type=PATH, help="Folder to write.  [default: reproduce/NAME-SCALE]")
 @click.option("--data", help="Image folder, file or name instead of the recipe's data.")
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, help="Let torchvision download what is missing.")

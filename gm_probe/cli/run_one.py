@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.core.errors import BusyError, ProbeError, UsageError
 
 
 @click.command("run-one", epilog="Example:  gmprobe run-one runs/ lr0.01-s0-1a2b3c4d")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.argument("run")
 @click.option(
     "--model", "named", multiple=True, help="Your own code that the run may call; it names it itself."

@@ -1,17 +1,16 @@
 """The options that say which runs enter and how τ is taken; `correlate` and `report` share them."""
 
-from pathlib import Path
-
 import click
 
+from gm_probe.cli.kinds import PATH, Choice
 from gm_probe.core.records import RUNS
 
-source_argument = click.argument("source", type=click.Path(path_type=Path), default=RUNS)
+source_argument = click.argument("source", type=PATH, default=RUNS)
 measures_option = click.option(
     "--measures", metavar="A,B", default="", help="Measures to use. Default: all there are."
 )
 gap_option = click.option(
-    "--gap", type=click.Choice(["error_gap", "ce_gap", "both"]), default="both", show_default=True
+    "--gap", type=Choice(["error_gap", "ce_gap", "both"]), default="both", show_default=True
 )
 converged_only_option = click.option(
     "--converged-only",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.live import doing, duration
 from gm_probe.cli.output import format_options, print_csv, print_json, results_console, table
 from gm_probe.core.records import RUNS
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example:  gmprobe status runs/")
-@click.argument("folder", type=click.Path(path_type=Path), default=RUNS)
+@click.argument("folder", type=PATH, default=RUNS)
 @format_options
 def status(folder: Path, output: str | None, quiet: bool) -> None:
     """Say of every run in FOLDER how far it is, when the rest will be done, and why what failed did.

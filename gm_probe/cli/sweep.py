@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.live import LEFT_OUT, live_view
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
 from gm_probe.core.errors import ProbeError, UsageError
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.command(epilog="Example:  gmprobe sweep quickstart --out runs/ --jobs 2")
 @click.argument("recipe")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the runs.  [default: runs/RECIPE]")
+@click.option("--out", type=PATH, help="Folder of the runs.  [default: runs/RECIPE]")
 @executor_options("local", "ray", "slurm")
 @click.option("--data", help="Data to use instead of the recipe's (a folder, file or name).")
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
@@ -129,7 +131,7 @@ def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:
         raise UsageError(f"every run in {out} is complete; there is nothing to submit")
     own = dict.fromkeys(recipe.runs[name].model for name in left if is_user_code(recipe.runs[name].model))
     named = "".join(f" --model {shlex.quote(name)}" for name in own)
-    click.echo(
+    script = (
         "#!/bin/bash\n"
         "#SBATCH --job-name=gmprobe\n"
         f"#SBATCH --array=0-{len(left) - 1}\n"
@@ -138,6 +140,13 @@ def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:
         f"RUNS=({' '.join(left)})\n"
         f'exec gmprobe run-one {shlex.quote(str(out.resolve()))} "${{RUNS[$SLURM_ARRAY_TASK_ID]}}"{named}'
     )
+    try:
+        script.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError as error:  # elsewhere a name may be shown otherwise, but here it is run
+        raise UsageError(
+            f"this locale cannot write {out} into a script; choose a folder in plain letters"
+        ) from error
+    click.echo(script)
 
 
 def _dry_run(recipe: Recipe, out: Path, jobs: int, as_json: bool) -> None:

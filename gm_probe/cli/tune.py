@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import floats
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import (
     format_options,
     note,
@@ -55,9 +56,7 @@ NOT_TRAINS = frozenset(
     "--trials", type=click.IntRange(1), help="Let Optuna choose this many points instead of a grid."
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs a point.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the runs and figure.  [default: tune/NAME]"
-)
+@click.option("--out", type=PATH, help="Folder of the runs and figure.  [default: tune/NAME]")
 @click.option(
     "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time, each a process."
 )
@@ -85,13 +84,14 @@ def tune(
     """
     from gm_probe.cli.sweep import run_with_progress
     from gm_probe.sweep import tuning
-    from gm_probe.sweep.recipe import run_name
+    from gm_probe.sweep.recipe import require_names, run_name
     from gm_probe.training.config import TrainConfig
     from gm_probe.training.parts import load_splits
 
     console = notes_console(quiet)
     settings = {key: value for key, value in given.items() if value is not None}
     config = TrainConfig.from_dict(settings)
+    require_names([config])
     if "data" not in settings:
         note(console, "no --data given: tuning on the bundled handwritten digits (1,797 images of 8×8)")
     note_settings(console, config, given)

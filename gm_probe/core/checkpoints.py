@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         path = inner
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        path.open("rb").close()  # safetensors says of what it may not read that it is not there
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     if path.suffix == ".safetensors":
         state, header = _read_safetensors(path)
     else:
@@ -89,13 +94,25 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     if LISTED < length <= path.stat().st_size:  # it takes many times its size in memory
         raise CheckpointError(f"{path} has a header of {length:,} bytes; networks need less than {LISTED:,}")
     try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+        with _utf8_name(path) as name, safetensors.safe_open(name, framework="pt", device="cpu") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no __iter__
             return state, (file.metadata() or {}).get(HEADER)
     except MemoryError:
         raise
     except Exception as error:  # safetensors and torch raise many kinds on a broken file
         raise CheckpointError(f"{path} is not a readable safetensors file: {_plain(error)}") from error
+
+
+@contextmanager
+def _utf8_name(path: Path) -> Iterator[Path]:
+    """``path`` by a name that is UTF-8, which safetensors asks of one."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield Path(f"/dev/fd/{file.fileno()}")
+    else:
+        yield path
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:

@@ -139,16 +139,31 @@ def open_source(
     if path.is_dir():
         read = partial(_folder, labeled=labeled, channels=channels, image_size=image_size, skip_bad=skip_bad)
         train = path / "train"
-        test = next((path / part for part in TEST_PARTS if (path / part).is_dir()), None)
-        if train.is_dir() and test is not None:
+        try:
+            others = [path / part for part in TEST_PARTS] if train.is_dir() else []
+            test = next((part for part in others if part.is_dir()), None)
+        except OSError as error:  # the parts it names were not given
+            raise DataError(f"cannot read the folder {path}: {error.strerror}") from error
+        if test is not None:
             return _two_parts(read(train), read(test))
         return Source(read(path), None)
     if path.is_file():
         pool = _array_file(path)
         return Source(pool if labeled else pool.unlabeled(), None)
-    known_names = ["digits", *DATASETS]
-    hint = did_you_mean(name, known_names, f"not one of {', '.join(known_names)} either")
-    raise UsageError(f"no folder or file {name!r}; {hint}")
+    raise _no_source(name)
+
+
+def require_source(name: str) -> None:
+    """Raise UsageError where ``name`` is no known data set, nothing here, and no path to elsewhere; nothing is read."""
+    elsewhere = Path(name).name != name  # maybe on the machine that will read it
+    if name not in {"digits", *DATASETS} and not elsewhere and not Path(name).exists():
+        raise _no_source(name)
+
+
+def _no_source(name: str) -> UsageError:
+    known = ["digits", *DATASETS]
+    hint = did_you_mean(name, known, f"not one of {', '.join(known)} either")
+    return UsageError(f"no folder or file {name!r}; {hint}")
 
 
 def _two_parts(train: Examples, test: Examples) -> Source:

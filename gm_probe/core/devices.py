@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-from gm_probe.core.errors import ResourceError, UsageError
+from gm_probe.core.errors import ResourceError, UsageError, did_you_mean
+
+NAMES = ("auto", "cpu", "cuda", "cuda:1", "mps")
+"""Devices by name, cuda:1 for those of any number."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -22,12 +25,7 @@ def pick_device(name: str) -> torch.device:
         UsageError: no such name.
         ResourceError: no such device here.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"no device {name!r}; use auto, cpu, cuda, cuda:1 or mps") from error
+    device = named_device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ResourceError(
             f"no device {name}: torch sees {torch.cuda.device_count()} CUDA device(s); use --device cpu"
@@ -35,6 +33,21 @@ def pick_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ResourceError("no MPS device here; use --device cpu")
     return device
+
+
+def named_device(name: str) -> torch.device:
+    """As ``pick_device``, whether or not there is such a device here.
+
+    Raises:
+        UsageError: no such name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        hint = did_you_mean(name, NAMES, f"use {', '.join(NAMES)}")
+        raise UsageError(f"no device {name!r}; {hint}") from error
 
 
 @contextmanager

@@ -329,6 +329,20 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def in_utf8(text: str) -> bytes:
+    """``text`` as a file holds it; a name that is no UTF-8, or of another locale, goes in as the bytes it has."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def as_named(path: str) -> str:
+    """``path``, maybe recorded under another locale, as this process names the same file."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return os.fsdecode(in_utf8(path))
+    return path
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as strict JSON (no NaN: an undefined figure is null beside its reason)."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
@@ -336,7 +350,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_toml(path: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` as TOML; keys whose value is None are left out, since TOML has no null."""
-    write_atomic(path, tomli_w.dumps(_without_none(value)).encode())
+    write_atomic(path, in_utf8(tomli_w.dumps(_without_none(value))))
 
 
 def _without_none(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,7 +374,7 @@ def read_json(path: Path) -> Any:
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse the TOML file ``path``. Raises StorageError when it is missing or broken."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -247,7 +247,11 @@ def decode(file: Path, channels: int | None, size: int | None) -> np.ndarray:
 
 
 def _opened(file: Path) -> Image.Image:
-    if not file.is_file():  # opening a pipe would wait for ever
+    try:
+        regular = file.is_file()
+    except OSError as error:  # its folder may be listed but not entered
+        raise _broken(file, error) from error
+    if not regular:  # opening a pipe would wait for ever
         raise DataError(f"cannot decode {file}: it is gone, or no regular file; remove or replace it")
     try:
         image = Image.open(file, formats=FORMATS)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,6 +48,8 @@ MODELS = {
 """What --model takes."""
 LONGEST = 1000
 """Characters of a name: one that a file records may claim layers without end."""
+WIDEST = 10**9
+"""Beyond all memory; what is wider still is beyond torch's integers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +93,11 @@ class ModelSpec:
             int(value["num_classes"]),
             None if temperature is None else float(temperature),
         )
-        if min(spec.num_classes, *spec.input_shape) < 1:
+        sizes = (spec.num_classes, *spec.input_shape)
+        if min(sizes) < 1 or max(spec.num_classes, math.prod(spec.input_shape)) > WIDEST:
             raise ValueError(
-                f"input_shape {spec.input_shape} and num_classes {spec.num_classes} must be positive"
+                f"input_shape {spec.input_shape} and num_classes {spec.num_classes} must be positive, and no more than "
+                f"{WIDEST:,}"
             )
         if temperature is not None and not 0 < float(temperature) < math.inf:
             raise ValueError(f"temperature {temperature} must be positive")
@@ -101,7 +106,7 @@ class ModelSpec:
 
 def is_user_code(name: str) -> bool:
     """Whether a model's name points to code outside gm_probe, torchvision and timm."""
-    prefix, separator, _ = name.rpartition(":")
+    prefix, separator, _ = name.partition(":")
     return bool(separator) and prefix not in {"torchvision", "timm"}
 
 
@@ -121,16 +126,26 @@ def build_model(spec: ModelSpec) -> nn.Module:
     if spec.temperature is not None:
         encoder, features = as_encoder(build_model(replace(spec, temperature=None)))
         return Contrastive(encoder, projector(features, spec.num_classes), temperature=spec.temperature)
-    name = spec.name
-    if spec.is_user_code:
+    return builder(spec.name)(spec)
+
+
+def builder(name: str) -> Callable[[ModelSpec], nn.Module]:
+    """What builds the model ``name``; until it is called nothing is built, and no code of the user's runs.
+
+    Raises:
+        UsageError: no such model.
+    """
+    if is_user_code(name):
         return _user_model(name)
     if name.startswith("torchvision:"):
-        return _torchvision_model(name.removeprefix("torchvision:"), spec)
+        return _torchvision_model(name.removeprefix("torchvision:"))
     if name.startswith("timm:"):
-        return _timm_model(name.removeprefix("timm:"), spec)
+        return _timm_model(name.removeprefix("timm:"))
+    if len(name) > LONGEST:
+        raise UsageError(f"no model of a name as long as {name[:20]!r}…; `gmprobe models` lists them")
     for pattern, build in _FAMILIES.items():
         if match := re.fullmatch(pattern, name):
-            return build(match, spec)
+            return partial(build, match)
     resnets = [f"resnet{depth}{stem}" for depth in (18, 34, 50, 101, 152) for stem in ("", "-cifar")]
     hint = did_you_mean(name, [*BUILT_IN, *resnets], "`gmprobe models` lists them")
     raise UsageError(f"no model {name!r}; {hint}")
@@ -170,16 +185,19 @@ def _cnn6(_: re.Match[str], spec: ModelSpec) -> nn.Module:
 
 def _mlp(match: re.Match[str], spec: ModelSpec) -> nn.Module:
     widths = tuple(int(width) for width in match[1].split("-")[1:]) or (128, 128)
-    if 0 in widths:
-        raise UsageError(f"{spec.name}: every width must be at least 1")
+    if not all(1 <= width <= WIDEST for width in widths):
+        raise UsageError(f"{spec.name}: every width must lie in [1, {WIDEST:,}]")
     return mlp(math.prod(spec.input_shape), widths, spec.num_classes)
 
 
 def _wide_resnet(match: re.Match[str], spec: ModelSpec) -> nn.Module:
     channels, _, _ = _image_shape(spec)
     depth, widen = int(match[1]), int(match[2])
-    if not 10 <= depth <= 1000 or (depth - 4) % 6 or widen < 1:
-        raise UsageError(f"{spec.name}: the depth must be 6n + 4 ≤ 1,000 with n ≥ 1 (10, 16, 22, 28, ...)")
+    if not 10 <= depth <= 1000 or (depth - 4) % 6 or not 1 <= widen <= WIDEST:
+        raise UsageError(
+            f"{spec.name}: the depth must be 6n + 4 ≤ 1,000 with n ≥ 1 (10, 16, 22, 28, ...), and the width at most "
+            f"{WIDEST:,}"
+        )
     return WideResNet(channels, spec.num_classes, (depth - 4) // 6 + bool(match[3]), widen)
 
 
@@ -217,15 +235,15 @@ def _timm_missing(name: str) -> UsageError:
 
 _FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = {
     r"6cnn": _cnn6,
-    r"mlp((?:-\d{1,9})*)": _mlp,
-    r"wrn-(\d{1,4})-(\d{1,4})(-authors)?": _wide_resnet,
+    r"mlp((?:-\d+)*)": _mlp,
+    r"wrn-(\d+)-(\d+)(-authors)?": _wide_resnet,
     r"resnet(18|34|50|101|152)(-cifar)?": _resnet,
-    r"vit-(tiny|s)-(\d{1,4})": _vit,
-    r"mixer-(\d{1,4})": _mixer,
+    r"vit-(tiny|s)-(\d+)": _vit,
+    r"mixer-(\d+)": _mixer,
 }
 
 
-def _torchvision_model(name: str, spec: ModelSpec) -> nn.Module:
+def _torchvision_model(name: str) -> Callable[[ModelSpec], nn.Module]:
     # imported here: torchvision takes a second or two, and only its own models need it
     import torchvision
 
@@ -233,14 +251,23 @@ def _torchvision_model(name: str, spec: ModelSpec) -> nn.Module:
     if name not in available:
         close = difflib.get_close_matches(name, available, n=3)
         raise UsageError(f"torchvision has no classifier {name!r}; nearest: {', '.join(close) or 'none'}")
-    if len(spec.input_shape) != 3 or spec.input_shape[0] != 3:
+
+    def build(spec: ModelSpec) -> nn.Module:
+        if len(spec.input_shape) != 3 or spec.input_shape[0] != 3:
+            raise UsageError(
+                f"torchvision:{name} takes RGB images (3, H, W), not examples of shape {spec.input_shape}"
+            )
+        return torchvision.models.get_model(name, weights=None, num_classes=spec.num_classes)
+
+    return build
+
+
+def _timm_model(name: str) -> Callable[[ModelSpec], nn.Module]:
+    if ":" in name:  # hf-hub: and local-dir: are timm's ways to others' files
         raise UsageError(
-            f"torchvision:{name} takes RGB images (3, H, W), not examples of shape {spec.input_shape}"
+            f"no model 'timm:{name}'; of timm's own models one is given as timm:NAME, any other by code of yours as "
+            "file.py:callable"
         )
-    return torchvision.models.get_model(name, weights=None, num_classes=spec.num_classes)
-
-
-def _timm_model(name: str, spec: ModelSpec) -> nn.Module:
     try:
         import timm
     except ImportError as error:
@@ -248,33 +275,41 @@ def _timm_model(name: str, spec: ModelSpec) -> nn.Module:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UsageError(f"timm has no model {name!r}; nearest: {', '.join(close) or 'none'}")
-    options: dict[str, Any] = {"num_classes": spec.num_classes, "in_chans": spec.input_shape[0]}
-    try:
-        return timm.create_model(name, pretrained=False, img_size=spec.input_shape[-1], **options)
-    except TypeError:  # convolutional networks take any size and know no img_size
-        return timm.create_model(name, pretrained=False, **options)
+
+    def build(spec: ModelSpec) -> nn.Module:
+        options: dict[str, Any] = {"num_classes": spec.num_classes, "in_chans": spec.input_shape[0]}
+        try:
+            return timm.create_model(name, pretrained=False, img_size=spec.input_shape[-1], **options)
+        except TypeError:  # convolutional networks take any size and know no img_size
+            return timm.create_model(name, pretrained=False, **options)
+
+    return build
 
 
-def _user_model(name: str) -> nn.Module:
+def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
     location, _, attribute = name.rpartition(":")
     file = Path(location) if location.endswith(".py") else None
     if file is not None and not file.is_file():
         raise UsageError(f"--model {name}: there is no file {location}")
-    # as `python file.py` and `python -m module` do: code finds what lies beside it
-    folder = str(Path.cwd() if file is None else file.resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(location) if file is None else _module_of(file)
-        model = getattr(module, attribute)()
-    except (Exception, SystemExit) as error:  # whatever a user's own code raises
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--model {name}: {type(error).__name__}: {reason}") from error
-    finally:
-        with suppress(ValueError):  # it may have cleared the path itself
-            sys.path.remove(folder)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"--model {name} returned {type(model).__name__}, not an nn.Module")
-    return model
+
+    def build(_: ModelSpec) -> nn.Module:
+        # as `python file.py` and `python -m module` do: code finds what lies beside it
+        folder = str(Path.cwd() if file is None else file.resolve().parent)
+        sys.path.insert(0, folder)
+        try:
+            module = importlib.import_module(location) if file is None else _module_of(file)
+            model = getattr(module, attribute)()
+        except (Exception, SystemExit) as error:  # whatever a user's own code raises
+            reason = " ".join(str(error).split())
+            raise UsageError(f"--model {name}: {type(error).__name__}: {reason}") from error
+        finally:
+            with suppress(ValueError):  # it may have cleared the path itself
+                sys.path.remove(folder)
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"--model {name} returned {type(model).__name__}, not an nn.Module")
+        return model
+
+    return build
 
 
 def _module_of(file: Path) -> ModuleType:

@@ -133,9 +133,14 @@ def find_runs(root: Path) -> list[Path]:
 
     Raises:
         UsageError: ``root`` does not exist or holds no run.
+        StorageError: it cannot be read.
     """
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give the folder that `gmprobe sweep --out` wrote")
+    try:
+        os.scandir(root).close()  # walking passes over what it cannot read
+    except OSError as error:
+        raise StorageError(f"cannot read {root}: {error.strerror or error}") from error
     runs = sorted(Path(folder) for folder, _, files in os.walk(root) if {CONFIG, SUMMARY} & set(files))
     if not runs:
         raise UsageError(f"{root} holds no run (no {CONFIG} below it); train one with `gmprobe train --out`")

@@ -95,7 +95,7 @@ def write(
         "md": _page(finding, recipe, task, stems, environment, seconds),
     }
     for kind, text in texts.items():
-        write_atomic(folder / f"{name}.{kind}", text.encode())
+        write_atomic(folder / f"{name}.{kind}", text.encode(errors="replace"))
     result = {
         "name": name,
         "title": recipe.title,

@@ -102,7 +102,7 @@ def _work(
     """On a worker: the outcome, and the run's files where the driver does not see them."""
     if token is not None and token.exists():
         return _patient(job, threads), None
-    place = Path(tempfile.gettempdir()) / f"gmprobe-{sha256(str(job.out).encode()).hexdigest()[:16]}"
+    place = Path(tempfile.gettempdir()) / f"gmprobe-{sha256(os.fsencode(job.out)).hexdigest()[:16]}"
     place.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         if not (place / name).exists():  # an earlier try here is further on

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
+from gm_probe.core.datasets import require_source
+from gm_probe.core.devices import named_device
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import read_toml
+from gm_probe.core.models import builder
 from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES
 from gm_probe.probe.probe import Protocol, Settings
 from gm_probe.probe.speed import BATCH_SIZE
@@ -83,7 +86,8 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
         overrides: settings that replace the recipe's ``[base]``.
 
     Raises:
-        UsageError: no such recipe, or an unknown or ill-typed setting in it.
+        UsageError: no such recipe, or an unknown or ill-typed setting in it, or data, a model or a device that there
+            is not.
         StorageError: the file cannot be read or is not TOML.
     """
     path = Path(name)
@@ -96,7 +100,21 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
             content = read_toml(file)
     else:
         content = read_toml(path)
-    return parse_recipe(content, overrides)
+    recipe = parse_recipe(content, overrides)
+    require_names(recipe.runs.values())
+    return recipe
+
+
+def require_names(configs: Collection[TrainConfig]) -> None:
+    """Raise UsageError for data, a model or a device that there is not, before a run of many fails of it."""
+    checks: dict[str, Callable[[str], Any]] = {
+        "data": require_source,
+        "model": builder,
+        "device": named_device,
+    }
+    for setting, check in checks.items():
+        for name in dict.fromkeys(getattr(config, setting) for config in configs):
+            check(name)
 
 
 def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -11,7 +11,7 @@ import torch
 
 from gm_probe.core.devices import pick_device
 from gm_probe.core.errors import DivergedError, StorageError
-from gm_probe.core.files import Hold, exclusive, read_json, write_atomic, write_json
+from gm_probe.core.files import Hold, exclusive, in_utf8, read_json, write_atomic, write_json
 from gm_probe.core.records import (
     CHECKPOINT,
     CONFIG,
@@ -107,7 +107,7 @@ def _forget_failure(out: Path) -> None:
 
 def _record_failure(out: Path, outcome: Outcome) -> None:
     with suppress(StorageError):  # a full disk, say: the outcome is still reported
-        write_atomic(out / ERROR, f"{outcome.result or ''}{outcome.reason}\n".encode())
+        write_atomic(out / ERROR, in_utf8(f"{outcome.result or ''}{outcome.reason}\n"))
         # a finished training whose measurement failed keeps its summary; the missing measures say the rest
         if not (out / SUMMARY).exists():
             write_json(out / SUMMARY, {"status": "failed", "reason": outcome.reason})

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from gm_probe.core.datasets import DATASETS
 from gm_probe.core.errors import UsageError, did_you_mean
+from gm_probe.core.files import as_named
 
 NAMES = frozenset({"digits", *DATASETS})
 CHOICES = {
@@ -266,6 +267,10 @@ class TrainConfig:
             if name not in hints:
                 raise UsageError(f"no setting {name!r}; {did_you_mean(name, hints)}")
             checked[name] = _typed(name, value, hints[name])
+        paths = {
+            name: checked[name] for name in ("data", "data_root", "init") if checked.get(name) is not None
+        }
+        checked |= {name: as_named(path) for name, path in paths.items()}
         data = checked.get("data", "digits")
         if data not in NAMES and Path(data).exists():  # a run must find its data from any folder
             checked["data"] = str(Path(data).resolve())

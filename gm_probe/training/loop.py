@@ -6,8 +6,8 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,19 @@ class Progress:
         return self.seconds + time.perf_counter() - self.began
 
 
+@contextmanager
+def _in_memory(model: str) -> Iterator[None]:
+    """Raise ResourceError where there is no room for the model itself, whatever the batches."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"{model} is too big for the memory ({first_line(error)}); choose a smaller --model"
+        ) from error
+
+
 class Training:
     """One run: its data, its model and how that is updated, and the epochs and steps it has done.
 
@@ -118,13 +131,15 @@ class Training:
             PROJECTION if self.simclr else self.splits.num_classes,
             config.temperature if self.simclr else None,
         )
-        self.model = initial_model(self.spec, config.seed).to(self.device)
+        with _in_memory(config.model):
+            self.model = initial_model(self.spec, config.seed).to(self.device)
         self.fresh: tuple[str, ...] = ()  # of the weights, those that --init did not give
         if config.init is not None and not (out / STATE).exists():
             self.fresh = load_pretrained(self.model, read_checkpoint(Path(config.init)))
         if train.x.dim() == 4:
             self.model.to(memory_format=torch.channels_last)
-        self.updates = Updates(config, self.model, self.device)
+        with _in_memory(config.model):
+            self.updates = Updates(config, self.model, self.device)
         self.epoch = 0
         self.rows: list[dict[str, Any]] = []
         self.progress = self._no_progress()
@@ -510,7 +525,8 @@ def _train(
             raise
         raise ResourceError(
             f"out of memory in epoch {training.epoch + 1} on batches of {config.batch_size} ({first_line(error)}); "
-            "accumulate gradients with --m, or lower --batch-size: another run, into another --out"
+            "accumulate gradients with --m, lower --batch-size or choose a smaller --model: another run, into another "
+            "--out"
         ) from error
     except DivergedError as error:
         if processes.rank() == 0:
