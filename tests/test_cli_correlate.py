@@ -248,7 +248,7 @@ def test_gap_chooses_one(capsys: pytest.CaptureFixture[str], table: Path) -> Non
         (["--group-by", "lrr"], "did you mean 'lr'"),
         (["--figure", "plot.jpg"], "no format '.jpg'"),
         (["--figure", "plot.png", "--no-figure"], "exclude each other"),
-        (["--gap", "neither"], "'neither' is not one of"),
+        (["--gap", "ce_gapp"], "did you mean 'ce_gap'?"),
     ],
 )
 def test_usage_errors(capsys: pytest.CaptureFixture[str], table: Path, args: list[str], message: str) -> None:
