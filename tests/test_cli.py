@@ -577,6 +577,17 @@ def test_options_without_effect_are_named(tmp_path: Path, capsys: pytest.Capture
     assert "no effect" not in err
 
 
+@pytest.mark.parametrize(
+    ("option", "meant"), [("--model mlpp", "mlp"), ("--data digts", "digits"), ("--device cdua", "cuda")]
+)
+def test_a_misspelt_name_leaves_no_run(
+    option: str, meant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(f"gmprobe train {option} --epochs 1 --out {tmp_path}/a", capsys)
+    assert (code, f"did you mean '{meant}'?" in err) == (2, True), err
+    assert not list(tmp_path.iterdir())
+
+
 def test_epochs_beyond_the_run_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = (
         "gmprobe train --num-train 20 --num-test 10 --num-unlabeled 10 --model mlp-4 --device cpu --lr 0.05"

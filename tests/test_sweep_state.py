@@ -390,12 +390,12 @@ def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
     told = first.communicate(timeout=60)[1].decode()
     assert (first.returncode, "interrupted" in told) == (130, True), told
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/measures.json")}
-    assert 1 <= len(before) < 4
+    assert 1 <= len(before) < len(recipe.runs)
     assert set(states(tmp_path).values()) == {"finished"}  # nobody holds one any more
     found = json.loads(subprocess.run(command, env=paths, check=True, stdout=subprocess.PIPE).stdout)
     assert [Path(result["checkpoint"]).name for result in found] == sorted(recipe.runs)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # those were not measured twice
-    assert len(list(tmp_path.glob("*/measures.json"))) == 4
+    assert len(list(tmp_path.glob("*/measures.json"))) == len(recipe.runs)
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
 
 

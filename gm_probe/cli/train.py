@@ -185,7 +185,7 @@ def train(
     from gm_probe.core import processes
     from gm_probe.core.devices import keep_freed_memory, pick_device
     from gm_probe.core.records import CONFIG, RUNS, read_metrics, read_run
-    from gm_probe.sweep.recipe import run_name
+    from gm_probe.sweep.recipe import require_names, run_name
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
     from gm_probe.training.parts import load_splits, skipped
@@ -197,6 +197,7 @@ def train(
     elif resume and out is not None:
         note(console, f"there is no run in {out} to resume: starting a new one")
     config = TrainConfig.from_dict(settings)
+    require_names([config])
     if "data" not in settings:
         note(console, "no --data given: training on the bundled handwritten digits (1,797 images of 8×8)")
     note_settings(console, config, given)
