@@ -84,18 +84,19 @@ def at_writes(blow: Callable[[int], None]) -> None:
     """Call ``blow`` with 1, 2, ... whenever a temporary file is to be made, synced or renamed."""
     calls = 0
 
-    def wrapped(owner: Any, name: str) -> None:
+    def wrapped(owner: Any, name: str, counts: Callable[..., bool] = lambda *_: True) -> None:
         original = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
-            calls += 1
-            blow(calls)
+            if counts(*args):
+                calls += 1
+                blow(calls)
             return original(*args, **kwargs)
 
         setattr(owner, name, call)
 
-    wrapped(tempfile, "mkstemp")
+    wrapped(Path, "open", lambda _, mode="r", *__: mode == "xb")
     wrapped(os, "fsync")
     wrapped(Path, "replace")
 

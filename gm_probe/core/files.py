@@ -5,8 +5,8 @@ import io
 import json
 import math
 import os
+import secrets
 import socket
-import tempfile
 import threading
 import time
 import tomllib
@@ -54,27 +54,25 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         StorageError: the folder is missing, full or read-only; ``path`` is left as it was.
     """
-    temporary: str | None = None
+    # named before it is there: Ctrl-C may come right after it has been made
+    writer = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+    temporary = path.parent / f".{path.name}.{writer}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left(path)
-        writer = f".{path.name}.{socket.gethostname()}.{os.getpid()}."
-        handle, temporary = tempfile.mkstemp(prefix=writer, suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-        temporary = None
+        temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
         ) from error
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may not be there; what went wrong before is what counts
+            temporary.unlink()
 
 
 def _remove_left(path: Path) -> None:
@@ -85,12 +83,6 @@ def _remove_left(path: Path) -> None:
         if pid.isdecimal() and not _alive(int(pid)):
             with suppress(OSError):  # another that cleans up may be faster
                 left.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:
