@@ -79,12 +79,25 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":  # which the collectives of plain objects use
         torch.cuda.set_device(own_device(device))
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with _stdout_apart():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
         distributed.barrier()  # none takes the group down while another still talks
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _stdout_apart() -> Iterator[None]:
+    """Send what libraries print to stdout, as gloo of torch 2.10 does, to stderr: stdout is for results."""
+    results = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(results, 1)
+        os.close(results)
 
 
 def _together() -> bool:
