@@ -63,11 +63,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        path.open("rb").close()  # safetensors says of what it may not read that it is not there
+        with path.open("rb") as file:  # safetensors says of what it may not read that it is not there
+            beginning = file.read(8)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     if path.suffix == ".safetensors":
-        state, header = _read_safetensors(path)
+        state, header = _read_safetensors(path, int.from_bytes(beginning, "little"))
     else:
         state, header = _read_torch(path)
     if not state:
@@ -88,9 +89,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: its gm_probe header is broken ({_plain(error)})") from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    with path.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
+def _read_safetensors(path: Path, length: int) -> tuple[dict[str, Tensor], str | None]:
+    """Of a file that says its header has ``length`` bytes."""
     if LISTED < length <= path.stat().st_size:  # it takes many times its size in memory
         raise CheckpointError(f"{path} has a header of {length:,} bytes; networks need less than {LISTED:,}")
     try:
