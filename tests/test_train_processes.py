@@ -67,16 +67,12 @@ def launcher(processes: int) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run by one and by two processes."""
-    for _ in range(3):
-        path = tmp_path_factory.mktemp("together")
-        (path / "runs.json").write_text(json.dumps(RUNS | REFUSED))
-        for processes in (1, 2):
-            command = [*launcher(processes), str(Path(__file__).parent / "train_together.py"), str(path)]
-            done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-        # seen once in some thirty launches: torch ends a process that still has a thread of its own (SIGABRT)
-        if "terminate called without an active exception" not in done.stderr:
-            break
-    assert done.returncode == 0, done.stderr
+    path = tmp_path_factory.mktemp("together")
+    (path / "runs.json").write_text(json.dumps(RUNS | REFUSED))
+    for processes in (1, 2):
+        command = [*launcher(processes), str(Path(__file__).parent / "train_together.py"), str(path)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
     return path
 
 

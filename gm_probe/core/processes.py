@@ -79,6 +79,10 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":  # which the collectives of plain objects use
         torch.cuda.set_device(own_device(device))
+    # Its functions take the group of the moment of their import as a default. Imported later (as torch.optim does,
+    # by torch._dynamo), they would keep the group and its threads alive until the interpreter's end, which aborts then
+    import torch.distributed.nn
+
     with _stdout_apart():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
