@@ -175,6 +175,21 @@ def test_streams_that_are_closed_or_full(command: str, code: int) -> None:
     assert done.returncode == code, done.stderr
 
 
+def test_closed_streams_keep_their_numbers(tmp_path: Path) -> None:
+    """Or a file opened later would take one, and what a library writes to stdout would end in it."""
+    script = tmp_path / "closed.py"
+    script.write_text(
+        "import contextlib, sys\nfrom gm_probe.cli import main\n"
+        "with contextlib.suppress(SystemExit):\n    main(['measures'])\n"
+        "sys.exit([stream.fileno() for stream in (sys.stdin, sys.stdout, sys.stderr)] != [0, 1, 2])"
+    )
+    command = f"{sys.executable} {script} <&- >&-"
+    assert (
+        subprocess.run(command, shell=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
+        == 0
+    )
+
+
 @pytest.mark.parametrize("name", [None, *COMMANDS])
 @pytest.mark.parametrize("width", [60, 100])
 def test_help_fits_the_terminal(name: str | None, width: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -81,8 +82,7 @@ def joined(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(own_device(device))
     # Its functions take the group of the moment of their import as a default. Imported later (as torch.optim does,
     # by torch._dynamo), they would keep the group and its threads alive until the interpreter's end, which aborts then
-    import torch.distributed.nn
-
+    import_module("torch.distributed.nn")
     with _stdout_apart():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
