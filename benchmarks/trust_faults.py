@@ -284,7 +284,7 @@ def kills(small: bool) -> tuple[list[Row], list[str]]:
     counted = ", ".join(f"{name} {count}" for name, count in points.items())
     return [row], [
         f"points at writes (made, synced, renamed, folder synced): {counted}; {RANDOM} random each",
-        "training by every rule, compared bit for bit: 244 more in kill-resume.md; sweeps of more jobs: kill-sweep.md",
+        "training by every rule, compared bit for bit: kill-resume.md; sweeps of more jobs: kill-sweep.md",
     ]
 
 
