@@ -73,6 +73,9 @@ def test_words_are_few_and_their_time_left_counts_from_where_the_run_was_resumed
         assert len(asked) == 3
         hold.tell("measuring", 0, 5)  # another stage at once
         assert told(tmp_path) == Word("measuring", 0, 5, None, {})
+        clock.now += 10
+        hold.tell("measuring", 6, 6)  # more than was expected: nobody knows how much more
+        assert told(tmp_path) == Word("measuring", 6, 6, None, {})
 
 
 BROKEN = [
@@ -213,7 +216,7 @@ def test_rows_say_where_runs_are(tmp_path: Path) -> None:
 def test_the_time_left_is_reckoned_from_ended_runs_and_shares_of_others(tmp_path: Path, clock: Clock) -> None:
     paths = {name: tmp_path / name for name in "abcdefgh"}
     view = LiveView(paths, ("training", "measuring"), console(140))
-    view.add(Outcome("a", "skipped"))
+    view.add(Outcome("a", "failed", "at an earlier time", tried=False))
     clock.now += 50  # nothing was at work: data was read
     work(tmp_path, "b", **trained(3))  # resumed: 0.35 of training, 0.175 of the run
     assert "ETA -:--:--" in lines(view, view.console)[0]

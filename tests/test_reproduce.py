@@ -268,15 +268,16 @@ def test_what_no_interval_tells_of_app_b_is_said_so():
 # ---- tables of methods
 
 
-def comparison(tmp_path: Path, errors: dict[str, list[float]]) -> Comparison:
-    """Run folders with just the summaries that a comparison reads."""
+def comparison(tmp_path: Path, errors: dict[str, list[float | None]]) -> Comparison:
+    """Run folders with just the summaries that a comparison reads; None is a run that diverged."""
     arms = []
     for label, values in errors.items():
         paths = []
         for seed, error in enumerate(values):
             folder = tmp_path / f"{label}-{seed}"
             write_toml(folder / "config.toml", {"method": "sgd"})
-            write_json(folder / "summary.json", {"status": "finished", "test_error": error})
+            ended = {"status": "diverged"} if error is None else {"status": "finished", "test_error": error}
+            write_json(folder / "summary.json", ended)
             paths.append(folder)
         arms.append(Arm("data", label, TrainConfig(), tuple(paths), ""))
     return Comparison(tuple(arms))
@@ -289,8 +290,44 @@ def test_differences_are_paired_by_seed(tmp_path):
     expected = stats.ttest_rel([0.111, 0.310, 0.509], [0.10, 0.30, 0.50]).confidence_interval(0.95)
     assert test.interval[1:] == pytest.approx([expected.low, expected.high])
     assert test.sign == 1
-    assert "a against b: −1 points (−1.25 to −0.752)" in str(test)
+    assert "a against b: −1 points (−1.25 to −0.752; n = 3)" in str(test)
     assert methods._Test(found, "data", {"better": "b", "worse": "a"}).sign == -1
+
+
+def test_against_the_claim_one_of_many_comparisons_must_be_clearer(tmp_path):
+    a, b = [0.10, 0.30, 0.50, 0.20], [0.104, 0.311, 0.520, 0.212]
+    found = comparison(tmp_path, {"a": a, "b": b})
+    assert 0.05 / 2 < stats.ttest_rel(a, b).pvalue < 0.05
+    claimed, reverse = {"better": "a", "worse": "b"}, {"better": "b", "worse": "a"}
+    signs = {m: methods._Test(found, "data", reverse, m).sign for m in (1, 2)}
+    assert signs == {1: -1, 2: 0}
+    # as claimed all of them must be clear, which needs no adjustment
+    many = [methods._Test(found, "data", claimed, 2) for _ in range(2)]
+    assert methods._outcome(many) == "shows"
+    text = methods._text(many, (), "", False)
+    assert "2 of 2 comparisons go the claimed way clear of 0, 0 the other way (by 97.5 % intervals:" in text
+
+
+def test_a_variant_that_alone_diverges_is_not_helped_by_it(tmp_path):
+    low, high = [0.10, 0.30, 0.50, 0.20], [0.20, 0.41, 0.60, 0.31]
+    lost = [*low[:3], None]
+    cases = (  # better, worse, sign, what is said
+        (low, high, 1, "; n = 4)"),
+        (lost, high, 0, "; n = 3, a alone diverged in 1)"),
+        (low, [*high[:3], None], 1, "; n = 3, b alone diverged in 1)"),
+        (lost, [*high[:3], None], 1, "; n = 3)"),
+        (high, low, -1, "; n = 4)"),
+        (high, lost, 0, "; n = 3, b alone diverged in 1)"),
+        ([*high[:3], None], low, -1, "; n = 3, a alone diverged in 1)"),
+        ([None] * 4, low, 0, "no seed in which both ended (n = 0, a alone diverged in 4)"),
+    )
+    for number, (better, worse, sign, said) in enumerate(cases):
+        found = comparison(tmp_path / str(number), {"a": better, "b": worse})
+        test = methods._Test(found, "data", {"better": "a", "worse": "b"})
+        assert test.sign == sign, number
+        assert str(test).endswith(said)
+        text = methods._text([test], (), "", False)
+        assert ("no comparison goes its way" in text) == ("alone" in said)
 
 
 def tracked(folder: Path, label: str, config: TrainConfig, seeds: list[dict[int, float]]) -> Arm:
@@ -322,16 +359,17 @@ def test_means_over_training_are_areas_and_are_paired_by_seed(tmp_path):
     np.testing.assert_allclose(test.differences, [0.1, 0.05])
     assert test.compared == "mean probe error over training"
     assert str(test).startswith("a against b: −7.5 points")
+    assert str(test).endswith("; n = 2, a alone diverged in 1)")
 
 
 def test_the_verdict_says_what_was_tested_and_what_was_not(tmp_path):
     found = comparison(tmp_path, {"a": [0.10, 0.30, 0.50], "b": [0.111, 0.310, 0.509]})
     claimed = [methods._Test(found, "data", {"better": "a", "worse": "b"})]
     beside = [methods._Test(found, "data", {"better": "b", "worse": "a"})]
-    text = methods._text(claimed, beside, "its cost", 3)
+    text = methods._text(claimed, beside, "its cost", False)
     assert text.startswith("The test, on data: ")
     # what is no part of the claim counts on neither side
-    assert "1 of 1 comparisons go the claimed way clear of 0, 0 the other way." in text
+    assert "1 of 1 comparisons go the claimed way clear of 0, 0 the other way (by 95 %" in text
     assert "These are no part of the claim. Final test error: b against a: +1 points" in text
     assert text.endswith("Not tested: its cost.")
     assert methods._outcome(claimed) == "shows"
@@ -370,18 +408,6 @@ def test_what_is_compared_is_named():
         assert found.compared == words
 
 
-def test_small_simclr_has_the_sizes_of_the_benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import simclr
-
-    given = {option.name: option.default for option in simclr.main.params}
-    base = recipe("fig4").at("small")["base"]
-    for key in ("model", "num_train", "num_unlabeled", "num_test", "batch_size", "epochs"):
-        assert base[key] == given[key]
-    looks = (base["probe_every"], base["track_every"])
-    assert looks == (base["epochs"] // simclr.PROBES, base["epochs"] // simclr.TRACKS)
-
-
 def test_seeds_that_are_all_alike_tell_no_error(tmp_path):
     found = comparison(tmp_path, {"a": [0.25, 0.5], "b": [0.5, 0.75]})
     test = methods._Test(found, "data", {"better": "a", "worse": "b"})
@@ -417,12 +443,80 @@ def test_tuning_takes_the_point_of_least_validation_error(tmp_path):
         "threads": 1,
     }
     variant = {"label": "x", "method": "sgd", "points": [{"lr": 1e-6}, {"lr": 0.05}]}
-    chosen = methods._tuned(task, shared, variant, {"label": "digits"})
-    assert (chosen.lr, chosen.validation) == (0.05, None)
+    chosen, rows = methods._tuned(task, shared, variant, {"label": "digits"}, {"epochs": 3})
+    assert (chosen.lr, chosen.validation, chosen.epochs) == (0.05, None, 4)
     runs = [read_run(path) for path in (tmp_path / "runs" / "digits-tune").iterdir() if path.is_dir()]
     errors = {run.config["lr"]: run.summary["test_error"] for run in runs}
     assert errors[0.05] < errors[1e-6]
-    assert all(run.config["validation"] == 0.1 for run in runs)
+    assert all((run.config["validation"], run.config["epochs"]) == (0.1, 3) for run in runs)
+    shown = [("lr = 1e-06", errors[1e-6]), ("lr = 0.05", errors[0.05])]
+    assert [[cell.text for cell in row[2:]] for row in rows] == [
+        [setting, "3", f"{100 * error:.2f}"] for setting, error in shown
+    ]
+
+
+DIGITS = {
+    "model": "mlp-8",
+    "objective": "joint",
+    "num_train": 60,
+    "num_unlabeled": 20,
+    "num_test": 40,
+    "labels": 20,
+    "mu": 1,
+    "batch_size": 10,
+    "epochs": 1,
+    "threads": 1,
+}
+
+
+@pytest.mark.parametrize("split_by_seed", [True, False])
+def test_a_seed_may_draw_its_split_and_labels_which_its_runs_share(tmp_path, split_by_seed):
+    found = methods.study(
+        Task("tab3", "small", tmp_path, notify=lambda _: None),
+        base=DIGITS,
+        variants=[{"label": "SGD"}, {"label": "SAM", "method": "sam"}],
+        data=[{"label": "digits", "data": "digits"}],
+        seeds=2,
+        tests=[{"better": "SAM", "worse": "SGD"}, {"better": "SAM", "worse": "SGD", "key": "test_error_min"}],
+        picture="dots",
+        split_by_seed=split_by_seed,
+    )
+    parts = {}
+    for path in (tmp_path / "runs" / "digits").glob("*/split.json"):
+        config = read_run(path.parent).config
+        parts[config["method"], config["seed"]] = json.loads(path.read_text())
+    assert len(parts) == 4
+    for seed in (0, 1):
+        assert parts["sgd", seed] == parts["sam", seed]
+    for part in ("train", "train_unlabeled", "unlabeled", "test"):
+        assert (parts["sgd", 0][part] != parts["sgd", 1][part]) == split_by_seed, part
+    said = "same split and labels, which each seed draws anew" if split_by_seed else "same data, start"
+    assert said in found.text
+    # the family is the claim's own comparisons
+    assert "by 97.5 % intervals" in found.text
+
+
+def test_a_variant_takes_the_rate_that_was_tuned_for_another(tmp_path):
+    found = methods.study(
+        Task("fig4", "smoke", tmp_path, notify=lambda _: None),
+        base=methods._without(DIGITS, "objective", "labels", "mu") | {"num_train": 200, "epochs": 4},
+        variants=[
+            {"label": "SGD", "points": [{"lr": 1e-6}, {"lr": 0.05}]},
+            {"label": "SAM", "method": "sam", "lr_of": "SGD", "points": [{"rho": 0.01}, {"rho": 0.02}]},
+        ],
+        data=[{"label": "digits", "data": "digits"}],
+        seeds=1,
+        tests=[{"better": "SAM", "worse": "SGD"}],
+        picture="dots",
+    )
+    assert {row["lr"] for row in found.rows} == {0.05}
+    _, tuning = found.sheets
+    assert [row[2].text for row in tuning.rows] == [
+        "lr = 1e-06",
+        "lr = 0.05",
+        "lr = 0.05, ρ = 0.01",
+        "lr = 0.05, ρ = 0.02",
+    ]
 
 
 def test_one_data_set_only_can_be_replaced(tmp_path):
@@ -440,21 +534,33 @@ def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):
 
 
 def test_few_labels_are_as_the_benchmark_tunes_them_and_alike_in_both_tables():
-    tuned = tomllib.loads((Path(__file__).parents[1] / "benchmarks" / "few-labels-tune.toml").read_text())
-    tried = [TrainConfig.from_dict(tuned["base"] | one).identity() for one in tuned["list"]]
-    found = {}
-    for name in ("tab3", "tab-fixmatch-sam"):
-        entry = recipe(name).at("small")
+    folder = Path(__file__).parents[1] / "benchmarks"
+    stages = [
+        tomllib.loads((folder / name).read_text())
+        for name in ("few-labels-tune.toml", "few-labels-tune-2.toml")
+    ]
+    assert stages[0]["base"] == stages[1]["base"]
+    first, second = ([TrainConfig.from_dict(s["base"] | one) for one in s["list"]] for s in stages)
+    tables = [recipe(name).at("small") for name in ("tab3", "tab-fixmatch-sam")]
+    for key in ("data", "seeds", "split_by_seed", "measure"):  # so that runs of one serve the other
+        assert tables[0][key] == tables[1][key]
+    found: dict[str, TrainConfig] = {}
+    for entry in tables:
         for variant in entry["variants"]:
-            settings = {
-                **entry["base"],
-                **methods._without(variant, "label"),
-                "labels": 250,
-                "num_test": 1000,
-            }
-            identity = TrainConfig.from_dict(settings).identity()
-            assert found.setdefault(variant["label"], identity) == identity
-    assert [label for label, identity in found.items() if identity not in tried] == ["FixMatch + SAM"]
+            config = TrainConfig.from_dict(
+                entry["base"] | methods._without(variant, "label") | {"labels": 250, "device": "cpu"}
+            )
+            assert found.setdefault(variant["label"], config) == config
+    assert len(found) == 6
+    # every variant is a point that tuning tries, where only these differ
+    apart = {"num_test": 1000, "epochs": stages[0]["base"]["epochs"], "eval_every": 0}
+    for label, config in found.items():
+        assert config.eval_every > 0
+        assert config.replace(**apart) in (first if label in {"SGD", "FixMatch"} else second), label
+    # rate and threshold of SGD and FixMatch are all the others' too
+    for objective, label in (("joint", "SGD"), ("fixmatch", "FixMatch")):
+        others = [config for config in (*second, *found.values()) if config.objective == objective]
+        assert {(c.lr, c.threshold) for c in others} == {(found[label].lr, found[label].threshold)}
 
 
 def test_generated_images_are_the_same_each_time_and_learnable(tmp_path):

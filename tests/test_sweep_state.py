@@ -28,9 +28,11 @@ from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import BusyError, StorageError, UsageError
 from gm_probe.core.files import LOCK, exclusive, held, write_json, write_toml
 from gm_probe.core.records import failure, run_state
+from gm_probe.probe.measures import expected_cost
+from gm_probe.probe.probe import Settings
 from gm_probe.sweep import estimate
 from gm_probe.sweep.estimate import estimates
-from gm_probe.sweep.manifest import only, read_sweep, write_sweep
+from gm_probe.sweep.manifest import named_as_found, only, read_sweep, write_sweep
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.sweep.status import sweep_status
@@ -143,6 +145,36 @@ def test_every_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(printed)["counts"] == dict.fromkeys(wanted, 1)
     assert states(tmp_path)[running] == "pending"
     assert sweep_status(tmp_path).eta is None  # nothing runs
+
+
+def test_status_of_a_folder_of_sweeps(tmp_path: Path) -> None:
+    recipe = parse()
+    for name in ("one", "two"):
+        write_sweep(recipe, tmp_path / name)
+    run_recipe(only(recipe, next(iter(recipe.runs))), tmp_path / "one")
+    found = states(tmp_path)
+    assert set(found) == {f"{folder}/{name}" for folder in ("one", "two") for name in recipe.runs}
+    assert sorted(found.values()) == ["finished"] + ["pending"] * 7
+    os.utime(tmp_path / "one" / "sweep.json", (time.time() - 100,) * 2)
+    at_work = tmp_path / "one" / list(recipe.runs)[1]
+    with exclusive(at_work) as hold:
+        write_toml(at_work / "config.toml", {"epochs": 4})
+        hold.tell("measuring", 1, 2)  # its second stage of two: three quarters
+        eta = sweep_status(tmp_path).eta
+    assert eta is not None
+    began = (tmp_path / "one" / next(iter(recipe.runs)) / "config.toml").stat().st_mtime
+    assert eta == pytest.approx((time.time() - began) / 1.75 * 2.25, rel=0.2)
+
+
+def test_runs_keep_their_folders_where_the_recipe_orders_settings_otherwise(tmp_path: Path) -> None:
+    recipe = parse()
+    run_recipe(recipe, tmp_path)
+    turned = parse(grid={"seed": [0, 1], "lr": [0.02, 0.1]})
+    assert set(turned.runs) != set(recipe.runs)
+    again = named_as_found(turned, tmp_path)
+    assert again.runs == recipe.runs
+    assert {outcome.status for outcome in run_recipe(again, tmp_path)} == {"skipped"}
+    assert named_as_found(turned, tmp_path / "elsewhere") == turned
 
 
 def test_status_of_what_is_no_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,11 +362,27 @@ def test_measuring_is_estimated_without_autocast(monkeypatch: pytest.MonkeyPatch
         return (1.0 if config.amp == "bf16" else 3.0), timed(config)[1]
 
     monkeypatch.setattr(estimate, "_timed", fixed)
-    plan = parse().plan
     configs = [TrainConfig.from_dict({**BASE, "amp": amp}) for amp in ("none", "bf16")]
-    plain, cast = (cost.seconds for cost in estimates(configs, plan))
-    [plain_training] = (cost.seconds for cost in estimates(configs[:1], replace(plan, measures=())))
-    assert plain - cast == pytest.approx(plain_training * 2 / 3)  # training alone is three times as fast
+    plain, cast = (cost.seconds for cost in estimates(configs, parse().plan))
+    assert plain - cast == pytest.approx((3.0 - 1.0) * 3 * 3)  # of 3 epochs of 3 steps, and nothing else
+
+
+def test_estimates_count_what_looks_and_unlabeled_images_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = estimate._timed
+    monkeypatch.setattr(estimate, "_timed", lambda config: (1.0, timed(config)[1]))
+    few = {**BASE, "model": "6cnn", "labels": 20, "objective": "fixmatch", "mu": 2, "batch_size": 5}
+    variants = [BASE, {**BASE, "eval_every": 1}, {**BASE, "track_every": 1}, few]
+    configs = [TrainConfig.from_dict({"epochs": 3, **each}) for each in variants]
+    plan = replace(parse().plan, measures=())
+    base, looking, tracking, unlabeled = (cost.seconds for cost in estimates(configs, plan))
+    evaluation = 1 / 20  # a step of 20 examples is as many gradient evaluations
+    assert base == pytest.approx(3 * 3 + (60 + 50) / 3 * evaluation)
+    assert looking - base == pytest.approx(3 * (60 + 50) / 3 * evaluation)
+    assert tracking - base == pytest.approx(
+        3 * 40 * expected_cost(["local_inconsistency"], Settings()) * evaluation
+    )
+    # 40 unlabeled ones, 10 a step, each in two views beside the labeled one
+    assert unlabeled == pytest.approx(3 * 4 + (20 + 50) / 3 / (5 * (1 + 2 * 2)))
 
 
 # ---- measured again
@@ -344,12 +392,14 @@ def test_measuring_is_estimated_without_autocast(monkeypatch: pytest.MonkeyPatch
 def test_a_folder_of_runs_is_measured_without_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], jobs: int
 ) -> None:
-    recipe = parse(grid={"seed": [0, 1]})
+    recipe = parse(grid={"seed": [0, 1]}, measure={**PLAN, "min_probes": 3})
     run_recipe(recipe, tmp_path)
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.toml").write_text("epochs = 3\n")
+    for name in recipe.runs:
+        (tmp_path / name / "error.txt").write_text("measuring failed before\n")
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoint.safetensors")}
-    options = ["--measures", "parameter_norm", "--starts", 2, "--save", "--json", "--device", "cpu"]
+    options = ["--measures", "parameter_norm", "--save", "--json", "--device", "cpu"]
     code, printed, _ = command(capsys, "measure", tmp_path, *options, "--jobs", jobs)
     assert code == 0
     found = {Path(result["checkpoint"]).name: result for result in json.loads(printed)}
@@ -359,13 +409,26 @@ def test_a_folder_of_runs_is_measured_without_training(
         norm = sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5
         kept = json.loads((tmp_path / name / "measures.json").read_text())["measures"]
         assert found[name]["measures"]["parameter_norm"]["value"] == pytest.approx(norm, rel=1e-5)
-        # the sweep's own, taken with the same settings, stay beside it
+        # the sweep's own stay beside it, for the new one is taken as they were: from 2 starts, 3 probes at least
         assert set(kept) == {"local_inconsistency", "mean_entropy", "parameter_norm"}
+        assert found[name]["as_before"] == {"num_starts": 2, "min_probes": 3}
+        assert not (tmp_path / name / "error.txt").exists()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*") if path.name != LOCK}
     code, again, _ = command(capsys, "measure", tmp_path, *options, "--jobs", jobs)
     assert {Path(r["checkpoint"]).name for r in json.loads(again)} == set(recipe.runs)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert {path: before[path] for path in weights} == weights
+
+
+def test_a_broken_run_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = run_recipe(parse(grid={"seed": [0, 1]}, measure={"measures": []}), tmp_path)
+    (tmp_path / one.name / "summary.json").write_text("{")
+    code, printed, told = command(
+        capsys, "measure", tmp_path, "--measures", "parameter_norm", "--save", "--json"
+    )
+    assert code == 1
+    assert [Path(result["checkpoint"]).name for result in json.loads(printed)] == [two.name]
+    assert f"{one.name}/summary.json is not valid JSON" in told
 
 
 MEASURE = """

@@ -124,6 +124,9 @@ def warn(result: dict[str, Any]) -> None:
             f"note: {result['checkpoint']}: measures.json held {', '.join(result['replaced'])} of other settings, "
             "which are gone: one file never mixes two",
         )
+    if result.get("as_before"):
+        settings = ", ".join(f"{key} = {value}" for key, value in result["as_before"].items())
+        note(console, f"note: {result['checkpoint']}: taken as measures.json was, with {settings}")
     for name, row in result["measures"].items():
         if row["value"] is None:
             note(console, f"note: {name} is undefined: {row['reason']}")

@@ -75,6 +75,7 @@ class LiveView:
     def __init__(self, paths: Mapping[str, Path], stages: Sequence[str], console: Console) -> None:
         self.paths, self.stages, self.console = paths, stages, console
         self.ended: dict[str, str] = {}  # statuses by name
+        self._idle: set[str] = set()  # of these, those that took no work
         self._began = self._paced = time.monotonic()
         self._first: dict[str, float] = {}  # shares that were done when they were first seen
         self._words: dict[str, Word | None] = {}
@@ -84,6 +85,8 @@ class LiveView:
 
     def add(self, outcome: Outcome) -> None:
         self.ended[outcome.name] = outcome.status
+        if not outcome.tried or outcome.status in {"skipped", "busy"}:
+            self._idle.add(outcome.name)
 
     def counts(self) -> str:
         found = Counter(self.ended.values())
@@ -98,21 +101,16 @@ class LiveView:
             self._next_look = now + 10 * (time.monotonic() - now)
         return {name: word for name, word in self._words.items() if name not in self.ended}
 
-    def _share(self, word: Word | None) -> float:
-        """Of a run, that is done; its stages count alike."""
-        if word is None or word.stage not in self.stages or word.total <= 0:
-            return 0.0
-        return (self.stages.index(word.stage) + min(word.done / word.total, 1.0)) / len(self.stages)
-
     def _eta(self, shares: Mapping[str, float]) -> float | None:
         """Seconds to go at the pace since the first word, in which a resumed run counts with what it did since."""
         now = time.monotonic()
-        if not self._first and set(self.ended.values()) <= {"skipped"}:
+        worked = [name for name in self.ended if name not in self._idle]
+        if not self._first and not worked:
             self._paced = now  # so far, data was read
         for name, share in shares.items():
             if share > 0:
                 self._first.setdefault(name, share)
-        done = sum(1 - self._first.get(name, 0.0) for name, s in self.ended.items() if s != "skipped")
+        done = sum(1 - self._first.get(name, 0.0) for name in worked)
         done += sum(share - self._first.get(name, 0.0) for name, share in shares.items())
         left = len(self.paths) - len(self.ended) - sum(shares.values())
         return (now - self._paced) * left / done if done > 0 else None
@@ -126,7 +124,7 @@ class LiveView:
 
     def _drawn(self) -> RenderableType:
         words = self._at_work()
-        shares = {name: self._share(word) for name, word in words.items()}
+        shares = {name: 0.0 if word is None else word.share(self.stages) for name, word in words.items()}
         total, width = (
             len(self.paths),
             max(20, self.console.width - 3),

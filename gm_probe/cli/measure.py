@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +32,10 @@ from gm_probe.core.errors import CheckpointError, ProbeError, UsageError
 
 if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples
-    from gm_probe.sweep.executors import Executor, Outcome
+    from gm_probe.sweep.executors import Executor, Job, Outcome
     from gm_probe.sweep.remeasure import Remeasure
 
+GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
 DONE = {"finished", "skipped"}
 """How a measurement ends that gives a result."""
 
@@ -226,11 +229,13 @@ def measure(
             f"--density {density}: no format {density.suffix!r}; use {', '.join(FIGURE_SUFFIXES)}"
         )
     from gm_probe.core import processes
+    from gm_probe.core.devices import named_device
+    from gm_probe.core.files import exclusive
     from gm_probe.core.records import MEASURES as MEASURES_FILE
     from gm_probe.probe.measures import expected_cost
     from gm_probe.probe.probe import Settings
     from gm_probe.sweep.executors import Processes, in_turn, visible_gpus
-    from gm_probe.sweep.measuring import measure_checkpoint, merge_measures
+    from gm_probe.sweep.measuring import as_recorded, measure_checkpoint, merge_measures
     from gm_probe.sweep.remeasure import Remeasure
     from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
 
@@ -252,8 +257,13 @@ def measure(
         max_iterations=max_iterations,
         seed=seed,
     )
+    given_settings = _given(click.get_current_context())
     names = _chosen(measures, protocol, labeled is not None, head == "simclr")
-    loading = data.loading() | {
+    here = data
+    if executor == "ray":  # a worker picks its device itself: see _on_workers
+        named_device(data.device)
+        here = replace(data, device="cpu")
+    loading = here.loading() | {
         "memory": _bytes(memory),
         "head": head,
         "temperature": temperature,
@@ -267,13 +277,16 @@ def measure(
         if hint and not quiet:
             note(notes_console(), f"note: {hint}")
         opened = own_unlabeled if source is None else partial(_opened, data, source, labeled is not None)
-        what = Remeasure(tuple(names), settings, opened, part, data.max_examples, save, loading)
+        what = Remeasure(
+            tuple(names), settings, opened, part, data.max_examples, save, given_settings, loading
+        )
         engine: Executor = in_turn
         if jobs > 1:
             engine = Processes(jobs, visible_gpus() if data.device in {"auto", "cuda"} else ())
         elif executor == "ray":
             root = given[0] if given[0].is_dir() else given[0].parent
-            engine = ray_executor(root, address, gpus, data.threads)
+            cluster = ray_executor(root, address, gpus, data.threads)
+            engine = partial(_on_workers, cluster, what, data.device)
         _measure_many(checkpoints, what, engine, output, quiet)
         return
     with processes.joined(loading["device"]):
@@ -295,14 +308,21 @@ def measure(
                         bar.update(evaluations, state=rate, label=name)
 
                     own = own_unlabeled(path) if examples is None else examples
-                    chosen = own.subset(data.max_examples, seed)
-                    result = measure_checkpoint(path, chosen, names, settings, notify=notify, **loading)
-                result["settings"] |= {"part": measured_part, "max_examples": data.max_examples}
+                    scope: dict[str, Any] = {"part": measured_part, "max_examples": data.max_examples}
+                    changed: dict[str, Any] = {}
+                    how = settings
+                    with exclusive(path) if save and speaks else nullcontext():
+                        if save:
+                            how, scope, changed = as_recorded(path, settings, scope, given_settings)
+                        chosen = own.subset(scope["max_examples"], how.seed)
+                        result = measure_checkpoint(path, chosen, names, how, notify=notify, **loading)
+                        result["settings"] |= scope
+                        if save and speaks:
+                            result["replaced"] = merge_measures(path / MEASURES_FILE, result)
+                            result["as_before"] = changed
                 results.append(result)
                 if not speaks:
                     continue
-                if save:
-                    result["replaced"] = merge_measures(path / MEASURES_FILE, result)
                 if density is not None:
                     _draw_density(result, path.name, density)
                 if output is None:  # one checkpoint's table as soon as it is known
@@ -314,6 +334,15 @@ def measure(
                 print_json(results)
             elif output == "csv" and results and speaks:
                 print_csv(as_rows(results))
+
+
+def _given(context: click.Context) -> frozenset[str]:
+    """The names of settings that the command line gives, and of the grids around them."""
+    default = click.core.ParameterSource.DEFAULT
+    names = {name for name in context.params if context.get_parameter_source(name) is not default}
+    if context.params["protocol"] == "both":  # asks for one more measure, not for another protocol
+        names.discard("protocol")
+    return frozenset(names | {GRIDS[name] for name in names & set(GRIDS)})
 
 
 def _last_run() -> Path:
@@ -341,6 +370,19 @@ def _source(data: DataOptions, source: str, labeled: bool) -> Examples:
 def _opened(data: DataOptions, source: str, labeled: bool, run: Path) -> Examples:
     """The examples of ``source``, whichever the run; a process reads them once."""
     return _source(data, source, labeled)
+
+
+def _on_workers(
+    cluster: Executor, what: Remeasure, device: str, jobs: Sequence[Job]
+) -> Generator[Outcome, None, None]:
+    """Measure on ``cluster``, on what each worker takes ``device`` for: auto may be a GPU that is not here."""
+    return cluster([replace(job, do=partial(_there, what, device)) for job in jobs])
+
+
+def _there(what: Remeasure, device: str, out: Path, threads: int | None) -> tuple[str, Any]:
+    from gm_probe.core.devices import pick_device
+
+    return replace(what, loading={**what.loading, "device": pick_device(device)})(out, threads)
 
 
 def _measure_many(

@@ -10,6 +10,7 @@ import click
 from gm_probe.cli.kinds import PATH
 from gm_probe.cli.live import doing, duration
 from gm_probe.cli.output import format_options, print_csv, print_json, results_console, table
+from gm_probe.core.errors import printable
 from gm_probe.core.records import RUNS
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def status(folder: Path, output: str | None, quiet: bool) -> None:
     click.echo(f"{ended} of {len(found.runs)} runs ended: {counts}{eta}")
     for run in found.runs:
         if run.reason is not None:
-            click.echo(f"  {run.state}: {run.run}: {run.reason}")
+            click.echo(f"  {run.state}: {run.run}: {printable(run.reason)}")
 
 
 def _now(run: RunStatus) -> tuple[str, str]:

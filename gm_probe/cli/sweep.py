@@ -15,7 +15,7 @@ from gm_probe.cli.executors import check_executor, executor_options, ray_executo
 from gm_probe.cli.kinds import PATH
 from gm_probe.cli.live import LEFT_OUT, live_view
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
-from gm_probe.core.errors import ProbeError, UsageError
+from gm_probe.core.errors import ProbeError, UsageError, printable
 from gm_probe.core.records import RUNS
 
 if TYPE_CHECKING:
@@ -63,23 +63,24 @@ def sweep(
     `sbatch` and runs nothing.
     """
     check_executor(executor, jobs, address, gpus)
-    from gm_probe.sweep.manifest import write_sweep
+    from gm_probe.sweep.manifest import named_as_found, write_sweep
     from gm_probe.sweep.recipe import load_recipe
 
     given = {"data": data, "data_root": data_root, "device": device, "threads": threads}
     overrides: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if download:
         overrides["download"] = True
-    loaded = load_recipe(recipe, overrides)
     out = out or RUNS / Path(recipe).stem
+    loaded = named_as_found(load_recipe(recipe, overrides), out)
     if dry_run:
-        _dry_run(loaded, out, jobs, as_json)
+        _dry_run(loaded, out, jobs, retry_failed, as_json)
         return
     write_sweep(loaded, out)
+    cpus = max(config.threads or 1 for config in loaded.runs.values())  # what the hungriest run computes on
     if executor == "slurm":
-        _print_job_array(loaded, out, threads)
+        _print_job_array(loaded, out, cpus)
         return
-    engine = ray_executor(out, address, gpus, threads) if executor == "ray" else None
+    engine = ray_executor(out, address, gpus, cpus) if executor == "ray" else None
     outcomes = run_with_progress(
         loaded, out, jobs=jobs, executor=engine, retry_failed=retry_failed, quiet=quiet
     )
@@ -93,7 +94,7 @@ def sweep(
         click.echo(f"{len(outcomes)} runs in {out}: {summary}")
         for outcome in left_out:
             click.echo(
-                f"  {outcome.status}: {outcome.name}: {outcome.reason or 'the loss stopped being finite'}"
+                f"  {outcome.status}: {outcome.name}: {printable(outcome.reason or 'the loss stopped being finite')}"
             )
     if counts["failed"]:
         raise ProbeError(
@@ -122,7 +123,7 @@ def run_with_progress(
         return run_recipe(recipe, out, jobs=jobs, executor=executor, retry_failed=retry_failed, notify=notify)
 
 
-def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:
+def _print_job_array(recipe: Recipe, out: Path, cpus: int) -> None:
     from gm_probe.core.models import is_user_code
     from gm_probe.sweep.runner import is_complete
 
@@ -135,7 +136,7 @@ def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:
         "#!/bin/bash\n"
         "#SBATCH --job-name=gmprobe\n"
         f"#SBATCH --array=0-{len(left) - 1}\n"
-        f"#SBATCH --cpus-per-task={threads or 1}\n"
+        f"#SBATCH --cpus-per-task={cpus}\n"
         "#SBATCH --requeue\n"
         f"RUNS=({' '.join(left)})\n"
         f'exec gmprobe run-one {shlex.quote(str(out.resolve()))} "${{RUNS[$SLURM_ARRAY_TASK_ID]}}"{named}'
@@ -149,11 +150,14 @@ def _print_job_array(recipe: Recipe, out: Path, threads: int | None) -> None:
     click.echo(script)
 
 
-def _dry_run(recipe: Recipe, out: Path, jobs: int, as_json: bool) -> None:
+def _dry_run(recipe: Recipe, out: Path, jobs: int, retry_failed: bool, as_json: bool) -> None:
     from gm_probe.sweep.estimate import estimates
-    from gm_probe.sweep.runner import is_complete
+    from gm_probe.sweep.runner import failed_before, is_complete
 
-    left = {name: config for name, config in recipe.runs.items() if not is_complete(out / name, recipe.plan)}
+    done = {name: "complete" for name in recipe.runs if is_complete(out / name, recipe.plan)}
+    if not retry_failed:
+        done |= {name: "failed" for name in recipe.runs if name not in done and failed_before(out / name)}
+    left = {name: config for name, config in recipe.runs.items() if name not in done}
     costs = dict(zip(left, estimates(left.values(), recipe.plan), strict=True))
     seconds = sum(cost.seconds for cost in costs.values())
     passing = sorted((cost.passing_disk for cost in costs.values()), reverse=True)
@@ -165,7 +169,7 @@ def _dry_run(recipe: Recipe, out: Path, jobs: int, as_json: bool) -> None:
         ]
         print_json({"out": str(out), "seconds": seconds, "bytes": round(disk), "runs": runs})
         return
-    rows = [[name, f"{costs[name].seconds:,.0f} s" if name in left else "complete"] for name in recipe.runs]
+    rows = [[name, done.get(name) or f"{costs[name].seconds:,.0f} s"] for name in recipe.runs]
     console = results_console()
     console.print(table(f"{len(left)} of {len(recipe.runs)} runs to do", ["run", "at most about"], rows))
     click.echo(

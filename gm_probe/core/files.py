@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,6 +129,12 @@ class Word:
     left: float | None
     more: Mapping[str, Any]
 
+    def share(self, stages: Sequence[str]) -> float:
+        """Of all the work, that is done; its ``stages`` count alike."""
+        if self.stage not in stages or self.total <= 0:
+            return 0.0
+        return (stages.index(self.stage) + min(self.done / self.total, 1.0)) / len(stages)
+
 
 class Hold:
     """A held folder: its lock names the holder and, in a second line, what it last told; see ``told``."""
@@ -154,7 +160,8 @@ class Hold:
             return
         self._last = now
         rate = (done - self._first) / max(now - self._began, 1e-9)
-        word = Word(stage, done, total, (total - done) / rate if rate > 0 else None, more())
+        known = rate > 0 and done < total  # beyond what was expected nobody knows
+        word = Word(stage, done, total, (total - done) / rate if known else None, more())
         self._write(json.dumps(asdict(word)) + "\n")
 
     def _write(self, word: str) -> None:
@@ -247,15 +254,18 @@ def _lock(file: IO[Any] | io.FileIO, folder: Path, *, wait: bool) -> None:
 def _alone_in_taking(folder: Path) -> Iterator[None]:
     """Let one at a time look who holds ``folder``: a new file is made by one, even where locks exclude nobody."""
     path = folder / TAKING
-    began = time.monotonic()
+    began, seen = time.monotonic(), 0
     while True:
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             break
         except FileExistsError:
-            if time.monotonic() - began > BEAT:  # left by a kill within these few lines
-                path.unlink(missing_ok=True)
-                began = time.monotonic()
+            with suppress(FileNotFoundError):
+                made = path.stat().st_mtime_ns
+                if made != seen:  # another's than before
+                    began, seen = time.monotonic(), made
+                elif time.monotonic() - began > BEAT:  # left by a kill within these few lines
+                    path.unlink()
             time.sleep(0.01)
         except OSError as error:
             raise _unwritable(folder, error) from error

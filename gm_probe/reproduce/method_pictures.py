@@ -169,7 +169,7 @@ def plane(found: Comparison) -> Figure:
 
 
 PICTURES: Mapping[str, tuple[Callable[[Comparison], Figure], str]] = {
-    "dots": (dots, "Final test errors: a mark a seed; black: mean ± standard error."),
+    "dots": (dots, "Final test errors: a mark a seed, none where it diverged; black: mean ± standard error."),
     "along": (
         along,
         "S_ρ and test accuracy along training; mean ± standard error over seeds.",

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from gm_probe.core.files import Hold
 from gm_probe.probe.measures import expected_cost
+from gm_probe.probe.probe import Settings
 from gm_probe.sweep.recipe import MeasurePlan
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import Training
-from gm_probe.training.parts import load_splits
 
 STEPS = 3
 """Timed, after as many that warm up."""
@@ -21,6 +27,8 @@ SAME_SPEED = frozenset(
     {"lr", "weight_decay", "seed", "epochs", "stop_ce", "min_lr", "milestones", "schedule"}
 )
 """Settings that leave the time of a step and the size of a run's files as they are."""
+INDEX = 10
+"""Bytes that split.json takes for an example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,64 +58,93 @@ def estimates(configs: Iterable[TrainConfig], plan: MeasurePlan) -> list[Estimat
 
 @dataclass(frozen=True, slots=True)
 class _Rate:
-    """Seconds a gradient evaluation of one example, likewise in full precision (measuring has no autocast),
-    evaluations a step, examples of each part, bytes of weights."""
+    """How fast runs of one kind are, and how big.
 
-    seconds: float
-    full_precision: float
-    evaluations: float
+    Attributes:
+        step: seconds; ``steps`` of them are an epoch.
+        evaluation: seconds a gradient evaluation of one example, in full precision: evaluating and measuring have no
+            autocast.
+        inputs: of training, labeled or not.
+        weights: bytes.
+    """
+
+    step: float
+    steps: int
+    evaluation: float
     num_train: int
     num_test: int
     num_unlabeled: int
+    inputs: int
     weights: int
 
     def estimate(self, config: TrainConfig, plan: MeasurePlan) -> Estimate:
-        examples = self.num_train * self.evaluations * config.epochs + (self.num_train + self.num_test) / 3
-        seconds = examples * self.seconds
+        seconds = self.step * self.steps * config.epochs + self._looks(config) * self.evaluation
         if plan.measures:
             probed = min(self.num_unlabeled, plan.max_examples or self.num_unlabeled)
-            seconds += expected_cost(plan.measures, plan.settings) * probed * self.full_precision
-        indices = 6 * (self.num_train + self.num_test + self.num_unlabeled)  # split.json
-        kept = (2 if config.eval_every else 1) * self.weights + indices + 300 * config.epochs + 5000
+            seconds += expected_cost(plan.measures, plan.settings) * probed * self.evaluation
+        indices = INDEX * (self.inputs + self.num_test + self.num_unlabeled)
+        copies = 1 + (config.eval_every > 0) + (config.ema_decay is not None)  # the last, the best, the raw
+        kept = copies * self.weights + indices + 300 * config.epochs + 5000
         moments = {"sgd": int(config.momentum > 0), "adamw": 2}[config.optimizer]
-        copies = 1 + moments + (config.ema_decay is not None)
-        return Estimate(seconds, kept, copies * self.weights)
+        passing = 1 + moments + (config.ema_decay is not None)
+        return Estimate(seconds, kept, passing * self.weights)
+
+    def _looks(self, config: TrainConfig) -> float:
+        """Gradient evaluations that looking at the weights takes, along the way and at the end; the fits of linear
+        probes, and how soon ``stop_ce`` is seen to be missed, are left out."""
+        forward = 1 / 3
+        every = config.probe_every if config.objective == "simclr" else config.eval_every
+        looks = 1 + (config.epochs // every if every else 0)
+        found = looks * forward * (self.num_train + self.num_test)
+        if config.track_every:
+            tracked = expected_cost(["local_inconsistency"], Settings()) * self.num_unlabeled
+            found += config.epochs // config.track_every * tracked
+        return found
 
 
 def _rate(config: TrainConfig) -> _Rate:
-    splits = load_splits(config)
-    few = min(len(splits.train), STEPS * config.batch_size)
-    # the same parts, but for the number of training examples
-    short = config.replace(
-        num_train=few,
-        num_unlabeled=len(splits.unlabeled),
-        num_test=len(splits.test),
-        init=None,
-        checkpoint_every=None,
-    )
-    seconds, training = _timed(short)
-    full_precision = seconds
-    if config.amp != "none":
-        full_precision, _ = _timed(short.replace(amp="none"))
-    passes = training.updates.rule.passes / 3
+    seconds, training = _timed(config)
+    full_precision = seconds if config.amp == "none" else _timed(config.replace(amp="none"))[0]
+    feed, splits = training.feed, training.splits
+    examples = min(config.batch_size, feed.examples) * feed.rows
     return _Rate(
-        seconds / few / passes,
-        full_precision / few / passes,
-        passes,
+        seconds,
+        training.steps,
+        full_precision / (examples * training.updates.rule.passes / 3),
         len(splits.train),
         len(splits.test),
         len(splits.unlabeled),
+        len(splits.inputs),
         sum(_bytes(value) for value in training.model.state_dict().values()),
     )
 
 
-def _timed(short: TrainConfig) -> tuple[float, Training]:
-    """Seconds of its second epoch; nothing is written."""
+def _timed(config: TrainConfig) -> tuple[float, Training]:
+    """Median seconds a step of a training that is stopped after a few; nothing is written."""
+    watch = _Watch()
     with tempfile.TemporaryDirectory() as nowhere:
-        training = Training(short, Path(nowhere))
-        training.run_epoch()
-        training.epoch = 0  # the learning rate of a second epoch may be undefined
-        return training.run_epoch()["seconds"], training
+        training = Training(config.replace(init=None, checkpoint_every=None), Path(nowhere), watch)
+        with suppress(_Enough):
+            while True:  # an epoch may have fewer steps
+                training.run_epoch()
+                training.epoch = 0  # the learning rate of a later one may be undefined
+    return statistics.median(b - a for a, b in pairwise(watch.times[STEPS:])), training
+
+
+class _Enough(Exception):
+    """That many steps were timed."""
+
+
+class _Watch(Hold):
+    """In the place of a held folder: notes when each step has ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def tell(self, *_: Any) -> None:
+        self.times.append(time.perf_counter())
+        if len(self.times) > 2 * STEPS:
+            raise _Enough
 
 
 def _bytes(value: torch.Tensor) -> int:

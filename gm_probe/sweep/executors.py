@@ -42,12 +42,14 @@ class Outcome:
     Attributes:
         status: finished, diverged, failed, skipped (it was complete before) or busy (in another sweep).
         result: what it found; of a failure by no deliberate error, its traceback.
+        tried: False where how it ended was known before.
     """
 
     name: str
     status: str
     reason: str | None = None
     result: Any = None
+    tried: bool = True
 
 
 Executor = Callable[[Sequence[Job]], Generator[Outcome, None, None]]

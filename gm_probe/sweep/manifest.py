@@ -59,6 +59,24 @@ def _plan(content: dict[str, Any]) -> MeasurePlan:
     return MeasurePlan(tuple(content["measures"]), Settings(**settings), max_examples, content["batch_size"])
 
 
+def named_as_found(recipe: Recipe, out: Path) -> Recipe:
+    """``recipe`` with its runs named as their folders in ``out`` are.
+
+    The settings that a name shows, and their order, follow the recipe's tables; the hash at its end does not.
+    """
+    folders = [path.name for path in out.iterdir() if path.is_dir()] if out.is_dir() else []
+    found = {_hash(name): name for name in folders}
+    runs = {
+        name if name in folders else found.get(_hash(name), name): config
+        for name, config in recipe.runs.items()
+    }
+    return replace(recipe, runs=runs)
+
+
+def _hash(name: str) -> str:
+    return name.rpartition("-")[2]
+
+
 def only(recipe: Recipe, name: str) -> Recipe:
     """``recipe`` with the one run ``name``.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import differentiable_attention, evaluating
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
-from gm_probe.core.records import read_run
+from gm_probe.core.records import ERROR, read_run
 from gm_probe.probe.density import density
 from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names, expected_cost, measure
 from gm_probe.probe.probe import Probe, Settings
@@ -281,6 +281,35 @@ def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
         ) from error
 
 
+def as_recorded(
+    run: Path, settings: Settings, scope: Mapping[str, Any], given: Collection[str]
+) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
+    """How to measure more of ``run`` so that it stands beside what was: as that was taken, but for what is ``given``.
+
+    Args:
+        scope: ``part`` and ``max_examples``, as settings of a measures.json have them beside those of ``settings``.
+        given: names of settings that are to be as they are.
+
+    Returns:
+        Settings, scope, and what was changed in either.
+    """
+    recorded = read_run(run).settings
+    asked = {**settings.as_dict(), **scope}
+    if recorded.get("part") != scope["part"]:
+        return settings, dict(scope), {}
+    changed = {
+        key: recorded[key]
+        for key in asked
+        if key in recorded and key not in given and recorded[key] != asked[key]
+    }
+    ours: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in changed.items()
+        if key not in scope
+    }
+    return replace(settings, **ours), {key: changed.get(key, value) for key, value in scope.items()}, changed
+
+
 def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
     """Write ``result`` to a measures.json, keeping other measures, and a density, of the same settings.
 
@@ -291,4 +320,5 @@ def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
     if before.settings == result["settings"]:
         result = {**density, **result, "measures": {**before.measures, **result["measures"]}}
     write_json(path, result)
+    (path.parent / ERROR).unlink(missing_ok=True)  # what failed before has succeeded now
     return [name for name in (*before.measures, *density) if name not in {**result["measures"], **result}]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import secrets
 import shutil
@@ -15,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.core.errors import ProbeError, ResourceError, UsageError, first_line
-from gm_probe.core.files import LOCK, STALE, exclusive, read_json, write_atomic, write_json
-from gm_probe.core.records import MEASURES
+from gm_probe.core.files import BEAT, LOCK, STALE, exclusive, held, write_atomic
+from gm_probe.core.records import MEASURES, SUMMARY
 from gm_probe.sweep.executors import Job, Outcome, attempt
 
 RETRIES = 5
 """Times a job is begun again after its machine or process was lost."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,11 @@ class Ray:
 
     Attributes:
         cpus, gpus: what a job asks Ray for; it computes on as many threads, and several share a GPU by a fraction.
+            With 0 GPUs it sees none.
         fetch: True = take nothing for shared.
+
+    Raises:
+        UsageError: this machine alone has less than a job asks for. Of a cluster, which others may join, it is logged.
     """
 
     root: Path
@@ -50,20 +57,29 @@ class Ray:
         if ours:
             _connect(ray, self.address)
         task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=RETRIES)(_work)
+        send = self.fetch
         token = self.root.resolve() / f".shared-{secrets.token_hex(8)}"
         left = list(reversed(jobs))
         waiting: dict[Any, Job] = {}
         try:
+            self._check_room(ray, alone=ours and self.address is None)
             write_atomic(token, b"")
             while left or waiting:
                 # no more than keep every machine busy: a run's files wait in Ray's memory
                 slots = 2 * int(ray.cluster_resources().get("CPU", 0) / self.cpus) + 1
                 while left and len(waiting) < slots:
-                    job = replace(left[-1], out=left.pop().out.resolve())
-                    seen = None if self.fetch else token
-                    waiting[task.remote(job, seen, _read(job.out), self.cpus)] = job
+                    job = left.pop()
+                    job = replace(job, out=job.out.resolve())
+                    seen, files = None if self.fetch else token, _read(job.out) if send else None
+                    waiting[task.remote(job, seen, files, self.cpus, self.gpus)] = job
                 [ready], _ = ray.wait(list(waiting), num_returns=1)
-                yield _outcome(ray, ready, waiting.pop(ready))
+                job = waiting.pop(ready)
+                outcome = _outcome(ray, ready, job)
+                if outcome is None:  # that worker does not see the folder: from now on files go along
+                    send = True
+                    left.append(job)
+                else:
+                    yield outcome
         finally:
             with suppress(Exception):  # the cluster may be gone
                 for reference in waiting:
@@ -71,6 +87,24 @@ class Ray:
             token.unlink(missing_ok=True)
             if ours:
                 ray.shutdown()
+
+    def _check_room(self, ray: Any, *, alone: bool) -> None:
+        """Say where no node has what a job asks for: Ray waits for one in silence."""
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in resources]
+        # the one with most CPUs of those with GPUs enough
+        cpus, gpus = max(nodes, key=lambda node: (min(node[1], self.gpus), node[0]), default=(0, 0))
+        lacks = {"--threads": self.cpus > cpus, "--gpus": self.gpus > gpus}
+        if not any(lacks.values()):
+            return
+        lower = " and ".join(option for option, lacking in lacks.items() if lacking)
+        told = (
+            f"a run asks Ray for {self.cpus} CPU(s) and {self.gpus:g} GPU(s), "
+            f"but the largest node has {cpus:g} and {gpus:g}"
+        )
+        if alone:
+            raise UsageError(f"{told}; lower {lower}")
+        _log.warning(f"{told}: runs wait until a larger one joins; if none will, lower {lower}")
 
 
 def _ray() -> Any:
@@ -88,7 +122,8 @@ def _connect(ray: Any, address: str | None) -> None:
     alone = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address is None else {}
     os.environ.setdefault("RAY_worker_niceness", "0")  # of our own cluster: at 15 any other work starves them
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error", **alone)
+        # by no address Ray would take RAY_ADDRESS, or the cluster that was started last
+        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **alone)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ResourceError(
             f"no Ray cluster at {address}: {first_line(error)}; "
@@ -97,12 +132,21 @@ def _connect(ray: Any, address: str | None) -> None:
 
 
 def _work(
-    job: Job, token: Path | None, files: dict[str, bytes], threads: int
-) -> tuple[Outcome, dict[str, bytes] | None]:
-    """On a worker: the outcome, and the run's files where the driver does not see them."""
+    job: Job, token: Path | None, files: dict[str, bytes] | None, threads: int, gpus: float
+) -> tuple[Outcome, dict[str, bytes] | None] | None:
+    """On a worker: the outcome, and the run's files where the driver does not see them.
+
+    None = nothing is done, for the folder is not seen here and no ``files`` came along.
+    """
+    if not gpus:  # else all runs of a node would share its first one; CUDA looks here when it starts
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if token is not None and token.exists():
         return _patient(job, threads), None
+    if files is None:
+        return None
     place = Path(tempfile.gettempdir()) / f"gmprobe-{sha256(os.fsencode(job.out)).hexdigest()[:16]}"
+    if SUMMARY in files and not held(place):  # trained elsewhere since a kill left a copy here
+        shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         if not (place / name).exists():  # an earlier try here is further on
@@ -111,12 +155,26 @@ def _work(
     found = _read(place)
     if outcome.status != "busy":
         shutil.rmtree(place, ignore_errors=True)
+    # the checkpoint is named where it was measured, and the driver has it elsewhere
+    if MEASURES in found:
+        found[MEASURES] = found[MEASURES].replace(_in_json(place), _in_json(job.out))
+    if isinstance(outcome.result, dict) and "checkpoint" in outcome.result:
+        named = outcome.result["checkpoint"].replace(str(place), str(job.out))
+        outcome = replace(outcome, result={**outcome.result, "checkpoint": named})
     return outcome, found
 
 
+def _in_json(path: Path) -> bytes:
+    """The start of a string in JSON that begins with ``path``."""
+    return json.dumps(str(path))[:-1].encode()
+
+
 def _patient(job: Job, threads: int) -> Outcome:
-    """A worker whose node was lost may live, and hold the run, for a moment: wait for its end."""
-    end = time.monotonic() + STALE
+    """A worker whose node was lost may live, and hold the run, for a moment: wait for its end.
+
+    It counts as gone ``STALE`` after its last beat; the rest is for clocks that differ.
+    """
+    end = time.monotonic() + STALE + 2 * BEAT
     while True:
         outcome = attempt(job, threads)
         if outcome.status != "busy" or time.monotonic() > end:
@@ -124,11 +182,15 @@ def _patient(job: Job, threads: int) -> Outcome:
         time.sleep(0.5)
 
 
-def _outcome(ray: Any, reference: Any, job: Job) -> Outcome:
+def _outcome(ray: Any, reference: Any, job: Job) -> Outcome | None:
+    """How ``job`` ended, its files written; None where the worker needs them first."""
     try:
-        outcome, files = ray.get(reference)
+        done = ray.get(reference)
     except ray.exceptions.RayError as error:
         return Outcome(job.name, "failed", f"lost by Ray: {type(error).__name__}: {first_line(error)}")
+    if done is None:
+        return None
+    outcome, files = done
     try:
         if files is not None:
             _write(job.out, files)
@@ -141,8 +203,12 @@ def _read(folder: Path) -> dict[str, bytes]:
     """Every file of a run folder by its name, but for the lock and drafts."""
     if not folder.is_dir():
         return {}
-    own = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(LOCK)]
-    return {path.name: path.read_bytes() for path in own if path.suffix != ".tmp"}
+    files = {}
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.startswith(LOCK) and path.suffix != ".tmp":
+            with suppress(FileNotFoundError):  # gone since it was listed, as a finished run's state goes
+                files[path.name] = path.read_bytes()
+    return files
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:
@@ -153,6 +219,3 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
                 path.unlink()
         for name, content in sorted(files.items(), key=lambda item: item[0] in {"summary.json", MEASURES}):
             write_atomic(folder / name, content)
-        if MEASURES in files:  # it names the checkpoint where the worker had it
-            measured = read_json(folder / MEASURES)
-            write_json(folder / MEASURES, {**measured, "checkpoint": str(folder / "checkpoint.safetensors")})

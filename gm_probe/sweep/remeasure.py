@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from gm_probe.core.datasets import Examples
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import StorageError, UsageError
 from gm_probe.core.files import Hold, exclusive, read_json
 from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, find_runs, read_run
 from gm_probe.probe.probe import Settings
 from gm_probe.probe.speed import BATCH_SIZE
 from gm_probe.sweep.executors import Executor, Job, Outcome
-from gm_probe.sweep.measuring import measure_checkpoint, merge_measures, telling
+from gm_probe.sweep.measuring import as_recorded, measure_checkpoint, merge_measures, telling
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,9 @@ class Remeasure:
 
     Attributes:
         examples: of a run folder, such as ``own_unlabeled``; ``part`` is what measures.json calls them.
-        save: merge into the run's measures.json; a run that has all of it, taken so, is not measured again.
+        save: merge into the run's measures.json, taken as what is there was (see ``as_recorded``); a run that has all
+            of it is not measured again.
+        given: names of settings that were asked for, whatever the run has.
         loading: as ``measure_checkpoint`` takes it.
     """
 
@@ -36,34 +38,32 @@ class Remeasure:
     part: str
     max_examples: int | None
     save: bool
+    given: frozenset[str]
     loading: Mapping[str, Any]
 
     def __call__(self, out: Path, threads: int | None) -> tuple[str, dict[str, Any]]:
+        scope = {"part": self.part, "max_examples": self.max_examples}
         if not self.save:  # the folder may be anybody's: it is only read
-            return "finished", self._measured(out, threads, None)
+            return "finished", self._measured(out, threads, None, self.settings, scope)
         with exclusive(out) as hold:
-            if read_run(out).measured(
-                self.names, {**self.settings.as_dict(), **self._scope, **self._coupled(out)}
-            ):
+            settings, scope, changed = as_recorded(out, self.settings, scope, self.given)
+            if read_run(out).measured(self.names, {**settings.as_dict(), **scope, **self._coupled(out)}):
                 return "skipped", read_json(out / MEASURES)
-            result = self._measured(out, threads, hold)
+            result = self._measured(out, threads, hold, settings, scope)
             result["replaced"] = merge_measures(out / MEASURES, result)
+            result["as_before"] = changed
             return "finished", result
 
-    @property
-    def _scope(self) -> dict[str, Any]:
-        return {"part": self.part, "max_examples": self.max_examples}
-
-    def _measured(self, out: Path, threads: int | None, hold: Hold | None) -> dict[str, Any]:
+    def _measured(
+        self, out: Path, threads: int | None, hold: Hold | None, settings: Settings, scope: Mapping[str, Any]
+    ) -> dict[str, Any]:
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
-            examples = self.examples(out).subset(self.max_examples, self.settings.seed)
-            notify = None if hold is None else telling(hold, self.names, self.settings)
-            result = measure_checkpoint(
-                out, examples, self.names, self.settings, notify=notify, **self.loading
-            )
-            result["settings"] |= self._scope
+            examples = self.examples(out).subset(scope["max_examples"], settings.seed)
+            notify = None if hold is None else telling(hold, self.names, settings)
+            result = measure_checkpoint(out, examples, self.names, settings, notify=notify, **self.loading)
+            result["settings"] |= scope
             return result
         finally:
             torch.set_num_threads(before)
@@ -82,17 +82,26 @@ class Remeasure:
 def trained_runs(folder: Path) -> list[Path]:
     """The finished runs below ``folder``, or itself where it is one run or holds none.
 
+    A run whose files are broken is among them: measuring it says what is, and does not stop the others.
+
     Raises:
         UsageError: none of its runs has finished.
-        StorageError: a run's files are broken.
     """
     if (folder / CONFIG).exists() or not any(folder.rglob(CONFIG)):
         return [folder]
-    runs = [run for run in find_runs(folder) if (run / CHECKPOINT).exists()]
-    runs = [run for run in runs if read_run(run).status == "finished"]
+    runs = [run for run in find_runs(folder) if _has_finished(run)]
     if not runs:
         raise UsageError(f"no run in {folder} has finished; see `gmprobe status {folder}`")
     return runs
+
+
+def _has_finished(run: Path) -> bool:
+    try:
+        return (run / CHECKPOINT).exists() and read_run(run).status == "finished"
+    except StorageError:
+        return True
+    except OSError:  # another's, who lets nobody in
+        return False
 
 
 def measure_runs(

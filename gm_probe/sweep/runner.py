@@ -24,7 +24,7 @@ from gm_probe.core.records import (
     run_state,
 )
 from gm_probe.sweep.executors import Executor, Job, Outcome, Processes, in_turn, visible_gpus
-from gm_probe.sweep.measuring import measure_checkpoint, telling
+from gm_probe.sweep.measuring import measure_checkpoint, merge_measures, telling
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
@@ -33,12 +33,12 @@ from gm_probe.training.parts import own_unlabeled
 
 def is_complete(out: Path, plan: MeasurePlan) -> bool:
     """Whether a run folder needs nothing more: diverged, or finished and measured as the plan says."""
-    if not (out / CONFIG).exists():
-        return False
     try:
+        if not (out / CONFIG).exists():
+            return False
         record = read_run(out)
-    except StorageError:
-        return False  # trying the run will say what is broken
+    except (StorageError, OSError):
+        return False  # trying the run will say what is broken, or may not be read
     if record.status == "finished" and not (out / STATE).exists():
         coupled = plan.coupled if record.config.get("objective") == "simclr" else {}
         return record.measured(plan.measures, {**plan.asked, **coupled})
@@ -89,7 +89,7 @@ def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, hold: Hold) -> N
         head="simclr" if config.objective == "simclr" else "classifier",
     )
     result["settings"] |= plan.scope
-    write_json(out / MEASURES, result)
+    merge_measures(out / MEASURES, result)
 
 
 def _do(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | None) -> tuple[str, None]:
@@ -106,15 +106,16 @@ def _forget_failure(out: Path) -> None:
 
 
 def _record_failure(out: Path, outcome: Outcome) -> None:
-    with suppress(StorageError):  # a full disk, say: the outcome is still reported
+    with suppress(StorageError, OSError):  # a full disk, say: the outcome is still reported
         write_atomic(out / ERROR, in_utf8(f"{outcome.result or ''}{outcome.reason}\n"))
         # a finished training whose measurement failed keeps its summary; the missing measures say the rest
         if not (out / SUMMARY).exists():
             write_json(out / SUMMARY, {"status": "failed", "reason": outcome.reason})
 
 
-def _failed_before(out: Path) -> bool:
-    with suppress(StorageError):
+def failed_before(out: Path) -> bool:
+    """Whether an earlier try ended so, which a sweep does not repeat unasked."""
+    with suppress(StorageError, OSError):
         return run_state(out) == "failed"
     return False
 
@@ -156,9 +157,9 @@ def run_recipe(
         folder = out / name
         if is_complete(folder, recipe.plan):
             _forget_failure(folder)  # a disk may refuse the last write's sync with all of it there
-            report(Outcome(name, "skipped"))
-        elif not retry_failed and _failed_before(folder):
-            report(Outcome(name, "failed", failure(folder)))
+            report(Outcome(name, "skipped", tried=False))
+        elif not retry_failed and failed_before(folder):
+            report(Outcome(name, "failed", failure(folder), tried=False))
         else:
             _forget_failure(folder)
             todo.append(Job(name, folder, partial(_do, config, recipe.plan)))

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gm_probe.core.errors import StorageError, UsageError
 from gm_probe.core.files import Word, read_json, told
-from gm_probe.core.records import MEASURES, METRICS, SUMMARY, SWEEP, failure, find_runs, read_run, run_state
+from gm_probe.core.records import (
+    CONFIG,
+    MEASURES,
+    METRICS,
+    SUMMARY,
+    SWEEP,
+    failure,
+    find_runs,
+    read_run,
+    run_state,
+)
 
 STATES = ("finished", "trained", "running", "stale", "pending", "diverged", "failed")
 ENDED = frozenset({"finished", "diverged", "failed"})
@@ -25,7 +37,8 @@ class RunStatus:
         state: as ``run_state`` says it; ``trained`` = finished, but not measured as the sweep asks for.
         epochs: done so far; ``max_epochs`` at most, None where its settings cannot be read.
         reason: the last line of what a failed run left, or why training diverged.
-        ended: when (seconds since 1970) it came to its end.
+        began: when (seconds since 1970) it was begun first.
+        ended: likewise, when it came to its end.
         word: what its holder last told, while it is running.
     """
 
@@ -34,6 +47,7 @@ class RunStatus:
     epochs: int
     max_epochs: int | None
     reason: str | None = None
+    began: float | None = None
     ended: float | None = None
     word: Word | None = None
 
@@ -43,8 +57,8 @@ class SweepStatus:
     """Every run that was asked for or lies there.
 
     Attributes:
-        eta: seconds until the last one ends at the rate of those that ended since the sweep was last started; None
-            while nothing runs or none has.
+        eta: seconds until the last one ends, at the pace since the sweep was last started; None while nothing runs or
+            nothing is done. Of several sweeps, until the last of them ends.
     """
 
     runs: tuple[RunStatus, ...]
@@ -58,46 +72,74 @@ class SweepStatus:
     def as_dict(self) -> dict[str, Any]:
         runs = [asdict(run) for run in self.runs]
         for run in runs:
-            del run["ended"]
+            del run["began"], run["ended"]
         return {"counts": self.counts, "eta_seconds": self.eta, "runs": runs}
 
 
 def sweep_status(root: Path) -> SweepStatus:
-    """Look at every run at or below ``root``, and at those that its sweep.json asks for.
+    """Look at every run at or below ``root``, and at those that a sweep.json there asks for.
 
     Raises:
         UsageError: ``root`` holds neither.
-        StorageError: sweep.json is broken.
+        StorageError: a sweep.json is broken.
     """
-    asked = read_json(root / SWEEP) if (root / SWEEP).exists() else {}
-    planned = asked.get("runs", {})
+    sweeps = [_read_sweep(Path(folder)) for folder, _, files in os.walk(root) if SWEEP in files]
+    asked = {sweep.folder / name: (sweep, name) for sweep in sweeps for name in sweep.runs}
     try:
         found = find_runs(root)
     except UsageError:
-        if not planned:
+        if not asked:
             raise
         found = []
-    paths = dict.fromkeys([*(root / name for name in planned), *found])
-    runs = tuple(run_status(path, _name(path, root), asked) for path in paths)
-    began = (root / SWEEP).stat().st_mtime if planned else None
-    return SweepStatus(runs, _eta(runs, began))
+    runs = {
+        path: run_status(path, _name(path, root), *asked.get(path, ()))
+        for path in dict.fromkeys([*asked, *found])
+    }
+    etas = [_eta([runs[sweep.folder / name] for name in sweep.runs], sweep) for sweep in sweeps]
+    return SweepStatus(tuple(runs.values()), max((eta for eta in etas if eta is not None), default=None))
 
 
-def run_status(path: Path, name: str, asked: dict[str, Any]) -> RunStatus:
-    """Of the run folder ``path``; ``asked`` is the content of sweep.json, or empty."""
-    planned = asked.get("runs", {}).get(name)
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    """What the sweep.json in ``folder`` asks for, and when (seconds since 1970) it was started last."""
+
+    folder: Path
+    began: float
+    content: dict[str, Any]
+
+    @property
+    def runs(self) -> dict[str, Any]:
+        return dict(self.content.get("runs", {}))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return ("training", "measuring") if self.content.get("measures") else ("training",)
+
+
+def _read_sweep(folder: Path) -> _Sweep:
+    content = read_json(folder / SWEEP)
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), dict):
+        raise StorageError(f"{folder / SWEEP} is broken; run `gmprobe sweep` into {folder} again")
+    return _Sweep(folder, (folder / SWEEP).stat().st_mtime, content)
+
+
+def run_status(path: Path, name: str, sweep: _Sweep | None = None, planned_as: str = "") -> RunStatus:
+    """Of the run folder ``path``, which ``sweep`` asks for under the name ``planned_as``."""
+    planned = None if sweep is None else sweep.runs[planned_as]
     try:
         state, reason = run_state(path), failure(path)
-        if state == "finished" and planned is not None:
-            coupled = asked.get("coupled", {}) if planned.get("objective") == "simclr" else {}
-            measured = read_run(path).measured(asked["measures"], {**asked["settings"], **coupled})
-            state = state if measured else "trained"
+        if state == "finished" and sweep is not None and planned is not None:
+            coupled = sweep.content.get("coupled", {}) if planned.get("objective") == "simclr" else {}
+            asked = {**sweep.content["settings"], **coupled}
+            state = state if read_run(path).measured(sweep.content["measures"], asked) else "trained"
     except StorageError as error:
         state, reason = "failed", str(error)
+    except OSError as error:  # another's, who lets nobody in
+        state, reason = "failed", f"cannot read {path}: {error.strerror or error}"
     most = planned["epochs"] if planned is not None else _max_epochs(path)
-    ended = _ended(path) if state in ENDED else None
+    ended = _latest(path, (SUMMARY, MEASURES)) if state in ENDED else None
     word = told(path) if state == "running" else None
-    return RunStatus(name, state, _epochs(path), most, reason, ended, word)
+    return RunStatus(name, state, _epochs(path), most, reason, _latest(path, (CONFIG,)), ended, word)
 
 
 def _name(path: Path, root: Path) -> str:
@@ -114,19 +156,30 @@ def _epochs(path: Path) -> int:
 def _max_epochs(path: Path) -> int | None:
     try:
         epochs = read_run(path).config.get("epochs")
-    except StorageError:
+    except (StorageError, OSError):
         return None
     return epochs if isinstance(epochs, int) else None
 
 
-def _ended(path: Path) -> float | None:
-    times = [(path / name).stat().st_mtime for name in (SUMMARY, MEASURES) if (path / name).exists()]
+def _latest(path: Path, names: Sequence[str]) -> float | None:
+    """When the last of its files was written; None where it has none of them."""
+    times = []
+    for name in names:
+        with suppress(OSError):
+            times.append((path / name).stat().st_mtime)
     return max(times, default=None)
 
 
-def _eta(runs: Sequence[RunStatus], began: float | None) -> float | None:
-    if began is None or not any(run.state == "running" for run in runs):
+def _eta(runs: Sequence[RunStatus], sweep: _Sweep) -> float | None:
+    """At the pace since the sweep's start; what runs that had been begun before did since then is not known."""
+    at_work = [run for run in runs if run.state == "running"]
+    ended = [run for run in runs if run.ended is not None and run.ended >= sweep.began]
+    shares = {run.run: run.word.share(sweep.stages) for run in at_work if run.word is not None}
+    begun = [run.began for run in (*at_work, *ended) if run.began is not None]
+    fresh = [run for run in at_work if run.began is not None and run.began >= sweep.began]
+    done = len(ended) + sum(shares.get(run.run, 0.0) for run in fresh)
+    if not at_work or not done:
         return None
-    recent = sum(run.ended is not None and run.ended >= began for run in runs)
-    left = sum(run.state not in ENDED for run in runs)
-    return (time.time() - began) / recent * left if recent else None
+    left = sum(run.state not in ENDED for run in runs) - sum(shares.values())
+    since = max(sweep.began, min(begun, default=0.0))  # a cluster may have let it wait
+    return (time.time() - since) / done * left

@@ -38,6 +38,7 @@ from gm_probe.core.records import (
     BEST,
     CHECKPOINT,
     CONFIG,
+    ERROR,
     METRICS,
     RAW,
     SPLIT,
@@ -432,7 +433,8 @@ class Training:
         self._save(CHECKPOINT)
         if self._writes:
             write_json(self.out / SUMMARY, summary)
-            (self.out / STATE).unlink(missing_ok=True)
+            for past in (STATE, ERROR):  # ERROR: why an earlier try failed
+                (self.out / past).unlink(missing_ok=True)
         return summary
 
 
