@@ -23,7 +23,7 @@ from gm_probe.analysis.collect import collect
 from gm_probe.core.errors import UsageError
 from gm_probe.core.files import BEAT, STALE, read_json, write_json
 from gm_probe.core.records import CHECKPOINT, MEASURES, METRICS, STATE, SUMMARY
-from gm_probe.sweep.executors import Job, Outcome
+from gm_probe.sweep.executors import Job, Outcome, attempt
 from gm_probe.sweep.recipe import Recipe, parse_recipe
 from gm_probe.sweep.runner import run_recipe
 
@@ -378,7 +378,7 @@ def test_a_run_sees_a_gpu_only_where_it_asked_for_one(
 
 def test_measure_picks_its_device_on_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gm_probe.cli.measure as command
-    from gm_probe.sweep.remeasure import Remeasure
+    from gm_probe.sweep import remeasure
 
     devices: list[torch.device] = []
 
@@ -386,20 +386,22 @@ def test_measure_picks_its_device_on_the_worker(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         for job in jobs:
-            job.do(job.out, 1)
-            yield Outcome(job.name, "failed", "enough seen")
+            yield attempt(job, 1)
 
-    def tell(what: Remeasure, out: Path, threads: int | None) -> None:
-        devices.append(what.loading["device"])
+    def tell(*_: object, device: torch.device, **__: object) -> None:
+        devices.append(device)
+        raise UsageError("enough seen")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(command, "ray_executor", lambda *_: cluster)
-    monkeypatch.setattr(Remeasure, "__call__", tell)
+    monkeypatch.setattr(remeasure, "measure_checkpoint", tell)
     for name in ("auto", "cuda", "cpu"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-        CliRunner().invoke(command.measure, [str(tmp_path), "--executor", "ray", "--device", name])
+        CliRunner().invoke(
+            command.measure, [str(tmp_path), "--unlabeled", "digits", "--executor", "ray", "--device", name]
+        )
     assert [device.type for device in devices] == ["cuda", "cuda", "cpu"]
     wrong = CliRunner().invoke(command.measure, [str(tmp_path), "--executor", "ray", "--device", "cud"])
     assert isinstance(wrong.exception, UsageError)

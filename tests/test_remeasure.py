@@ -10,11 +10,12 @@ import pytest
 from test_sweep_state import parse
 
 from gm_probe.cli import main
-from gm_probe.core.files import held
+from gm_probe.core.files import held, write_json, write_toml
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep import executors
 from gm_probe.sweep.executors import Job, Outcome, attempt, in_turn
-from gm_probe.sweep.remeasure import Remeasure, measure_runs, trained_runs
+from gm_probe.sweep.measuring import How, as_recorded
+from gm_probe.sweep.remeasure import Remeasure, last_finished, measure_runs, trained_runs
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
 
@@ -23,7 +24,8 @@ def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
     run_recipe(parse(measure={"measures": []}), tmp_path)
     runs = trained_runs(tmp_path)
     weights = [(run / "checkpoint.safetensors").stat().st_mtime_ns for run in runs]
-    what = Remeasure(("fisher_trace",), Settings(), own_unlabeled, OWN_UNLABELED, None, True, frozenset(), {})
+    how = How(Settings(), {"part": OWN_UNLABELED, "max_examples": None}, {"device": "cpu"})
+    what = Remeasure(("fisher_trace",), own_unlabeled, how, True, frozenset())
     seen: list[str] = []
 
     def interrupt(outcome: Outcome) -> None:
@@ -88,3 +90,32 @@ def test_saving_keeps_what_was_taken_so_and_names_what_goes(
     assert "density" not in other
     assert set(other["measures"]) == {"local_inconsistency"}
     assert "held mean_entropy, mean_confidence, density of other settings" in " ".join(note.split())
+
+
+def test_more_is_measured_as_before_but_for_what_is_given_and_of_other_data(tmp_path: Path) -> None:
+    taken = Settings(num_starts=2, rho_grid=(3.0,))
+    scope = {"part": "all", "data": "A", "labeled": False, "max_examples": 7}
+    write_toml(tmp_path / "config.toml", {})
+    write_json(tmp_path / "measures.json", {"settings": {**taken.as_dict(), **scope, "batch_images": 128}})
+    now = How(Settings(), {**scope, "max_examples": None}, {"head": "simclr", "device": "cpu"})
+    how, changed = as_recorded(tmp_path, now, {"device", "measures"})
+    assert how == How(taken, scope, {"head": "simclr", "device": "cpu", "batch_size": 128})
+    assert changed == {"num_starts": 2, "rho_grid": [3.0], "max_examples": 7, "batch_images": 128}
+    how, changed = as_recorded(tmp_path, now, {"num_starts", "max_examples"})
+    assert (how.settings.num_starts, how.scope["max_examples"], how.settings.rho_grid) == (10, None, (3.0,))
+    sized = How(now.settings, now.scope, {"head": "simclr", "device": "cpu", "batch_size": 64})
+    assert as_recorded(tmp_path, sized, ())[0].loading["batch_size"] == 64
+    for other in ({"data": "B"}, {"labeled": True}, {"part": "own unlabeled"}):
+        elsewhere = How(now.settings, {**now.scope, **other}, now.loading)
+        assert as_recorded(tmp_path, elsewhere, ()) == (elsewhere, {})
+
+
+def test_the_last_that_finished_is_no_broken_one(tmp_path: Path) -> None:
+    for name in ("good", "broken", "bare"):
+        write_toml(tmp_path / name / "config.toml", {})
+        (tmp_path / name / "checkpoint.safetensors").touch()
+    write_json(tmp_path / "good" / "summary.json", {"status": "finished"})
+    (tmp_path / "broken" / "summary.json").write_text("{")
+    (tmp_path / "bare" / "config.toml").write_text("[")
+    assert last_finished(tmp_path) == tmp_path / "good"
+    assert {run.name for run in trained_runs(tmp_path)} == {"good", "broken", "bare"}

@@ -313,13 +313,13 @@ def test_a_variant_that_alone_diverges_is_not_helped_by_it(tmp_path):
     lost = [*low[:3], None]
     cases = (  # better, worse, sign, what is said
         (low, high, 1, "; n = 4)"),
-        (lost, high, 0, "; n = 3, a alone diverged in 1)"),
-        (low, [*high[:3], None], 1, "; n = 3, b alone diverged in 1)"),
+        (lost, high, 0, "; n = 3, a alone without a result in 1)"),
+        (low, [*high[:3], None], 1, "; n = 3, b alone without a result in 1)"),
         (lost, [*high[:3], None], 1, "; n = 3)"),
         (high, low, -1, "; n = 4)"),
-        (high, lost, 0, "; n = 3, b alone diverged in 1)"),
-        ([*high[:3], None], low, -1, "; n = 3, a alone diverged in 1)"),
-        ([None] * 4, low, 0, "no seed in which both ended (n = 0, a alone diverged in 4)"),
+        (high, lost, 0, "; n = 3, b alone without a result in 1)"),
+        ([*high[:3], None], low, -1, "; n = 3, a alone without a result in 1)"),
+        ([None] * 4, low, 0, "no seed in which both ended (n = 0, a alone without a result in 4)"),
     )
     for number, (better, worse, sign, said) in enumerate(cases):
         found = comparison(tmp_path / str(number), {"a": better, "b": worse})
@@ -359,7 +359,7 @@ def test_means_over_training_are_areas_and_are_paired_by_seed(tmp_path):
     np.testing.assert_allclose(test.differences, [0.1, 0.05])
     assert test.compared == "mean probe error over training"
     assert str(test).startswith("a against b: −7.5 points")
-    assert str(test).endswith("; n = 2, a alone diverged in 1)")
+    assert str(test).endswith("; n = 2, a alone without a result in 1)")
 
 
 def test_the_verdict_says_what_was_tested_and_what_was_not(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -32,7 +32,7 @@ from gm_probe.core.errors import CheckpointError, ProbeError, UsageError
 
 if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples
-    from gm_probe.sweep.executors import Executor, Job, Outcome
+    from gm_probe.sweep.executors import Executor, Outcome
     from gm_probe.sweep.remeasure import Remeasure
 
 GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
@@ -141,7 +141,10 @@ DONE = {"finished", "skipped"}
 @executor_options("local", "ray")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
-    "--save", is_flag=True, help="Also write measures.json into each run folder, for `gmprobe correlate`."
+    "--save",
+    is_flag=True,
+    help="Also write measures.json into each run folder, for `gmprobe correlate`; what is not given here is as the run "
+    "was measured before.",
 )
 @format_options
 def measure(
@@ -235,7 +238,7 @@ def measure(
     from gm_probe.probe.measures import expected_cost
     from gm_probe.probe.probe import Settings
     from gm_probe.sweep.executors import Processes, in_turn, visible_gpus
-    from gm_probe.sweep.measuring import as_recorded, measure_checkpoint, merge_measures
+    from gm_probe.sweep.measuring import How, as_recorded, measure_checkpoint, merge_measures
     from gm_probe.sweep.remeasure import Remeasure
     from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
 
@@ -259,34 +262,33 @@ def measure(
     )
     given_settings = _given(click.get_current_context())
     names = _chosen(measures, protocol, labeled is not None, head == "simclr")
-    here = data
-    if executor == "ray":  # a worker picks its device itself: see _on_workers
-        named_device(data.device)
-        here = replace(data, device="cpu")
-    loading = here.loading() | {
+    named_device(data.device)
+    # of many each looks for its device where it is measured: a GPU may be on Ray's workers alone
+    loading = (replace(data, device="cpu") if many else data).loading() | {
         "memory": _bytes(memory),
         "head": head,
         "temperature": temperature,
         "quadrature": (density_probes, density_steps) if density is not None else None,
     }
+    other: dict[str, Any] = {}  # of data that are not the run's own
     if many:
         part, hint = OWN_UNLABELED, None
         if source is not None:
             opened_once, part, hint = data.open(source, labeled=labeled is not None)
+            other = {"data": opened_once.source, "labeled": labeled is not None}
             note_skipped(notes_console(quiet), opened_once.skipped)
         if hint and not quiet:
             note(notes_console(), f"note: {hint}")
         opened = own_unlabeled if source is None else partial(_opened, data, source, labeled is not None)
-        what = Remeasure(
-            tuple(names), settings, opened, part, data.max_examples, save, given_settings, loading
-        )
+        scope = {"part": part, "max_examples": data.max_examples, **other}
+        how = How(settings, scope, loading | {"device": data.device})
+        what = Remeasure(tuple(names), opened, how, save, given_settings)
         engine: Executor = in_turn
         if jobs > 1:
             engine = Processes(jobs, visible_gpus() if data.device in {"auto", "cuda"} else ())
         elif executor == "ray":
             root = given[0] if given[0].is_dir() else given[0].parent
-            cluster = ray_executor(root, address, gpus, data.threads)
-            engine = partial(_on_workers, cluster, what, data.device)
+            engine = ray_executor(root, address, gpus, data.threads)
         _measure_many(checkpoints, what, engine, output, quiet)
         return
     with processes.joined(loading["device"]):
@@ -295,31 +297,34 @@ def measure(
         examples, measured_part = None, OWN_UNLABELED
         if source is not None:
             examples, measured_part, hint = data.open(source, labeled=labeled is not None)
+            other = {"data": examples.source, "labeled": labeled is not None}
             note_skipped(notes_console(quiet), examples.skipped)
             if hint and not quiet:
                 note(notes_console(), f"note: {hint}")
         results: list[dict[str, Any]] = []
         try:
             for path in checkpoints:
-                with progress_bar(path.name, expected_cost(names, settings), quiet=quiet) as bar:
+                scope = {"part": measured_part, "max_examples": data.max_examples, **other}
+                how = How(settings, scope, loading)
+                changed: dict[str, Any] = {}
+                own = own_unlabeled(path) if examples is None else examples
+                with exclusive(path) if save and speaks else nullcontext():
+                    if save:
+                        how, changed = as_recorded(path, how, given_settings)
+                    chosen = own.subset(how.scope["max_examples"], how.settings.seed)
+                    with progress_bar(path.name, expected_cost(names, how.settings), quiet=quiet) as bar:
 
-                    def notify(name: str, evaluations: float, bar: Bar = bar) -> None:
-                        rate = f"{bar.speed:.2g} grad/s" if bar.speed else ""
-                        bar.update(evaluations, state=rate, label=name)
+                        def notify(name: str, evaluations: float, bar: Bar = bar) -> None:
+                            rate = f"{bar.speed:.2g} grad/s" if bar.speed else ""
+                            bar.update(evaluations, state=rate, label=name)
 
-                    own = own_unlabeled(path) if examples is None else examples
-                    scope: dict[str, Any] = {"part": measured_part, "max_examples": data.max_examples}
-                    changed: dict[str, Any] = {}
-                    how = settings
-                    with exclusive(path) if save and speaks else nullcontext():
-                        if save:
-                            how, scope, changed = as_recorded(path, settings, scope, given_settings)
-                        chosen = own.subset(scope["max_examples"], how.seed)
-                        result = measure_checkpoint(path, chosen, names, how, notify=notify, **loading)
-                        result["settings"] |= scope
-                        if save and speaks:
-                            result["replaced"] = merge_measures(path / MEASURES_FILE, result)
-                            result["as_before"] = changed
+                        result = measure_checkpoint(
+                            path, chosen, names, how.settings, notify=notify, **how.loading
+                        )
+                    result["settings"] |= how.scope
+                    if save and speaks:
+                        result["replaced"] = merge_measures(path / MEASURES_FILE, result)
+                        result["as_before"] = changed
                 results.append(result)
                 if not speaks:
                     continue
@@ -340,19 +345,17 @@ def _given(context: click.Context) -> frozenset[str]:
     """The names of settings that the command line gives, and of the grids around them."""
     default = click.core.ParameterSource.DEFAULT
     names = {name for name in context.params if context.get_parameter_source(name) is not default}
-    if context.params["protocol"] == "both":  # asks for one more measure, not for another protocol
-        names.discard("protocol")
     return frozenset(names | {GRIDS[name] for name in names & set(GRIDS)})
 
 
 def _last_run() -> Path:
     """The run below runs/ that finished last."""
-    from gm_probe.core.records import RUNS, SUMMARY
-    from gm_probe.sweep.remeasure import trained_runs
+    from gm_probe.core.records import RUNS
+    from gm_probe.sweep.remeasure import last_finished
 
     if not RUNS.is_dir():
         raise UsageError(f"no checkpoint given, and there is no {RUNS}/ here; name a file or a run folder")
-    return max(trained_runs(RUNS), key=lambda run: (run / SUMMARY).stat().st_mtime)
+    return last_finished(RUNS)
 
 
 def _expanded(given: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -370,19 +373,6 @@ def _source(data: DataOptions, source: str, labeled: bool) -> Examples:
 def _opened(data: DataOptions, source: str, labeled: bool, run: Path) -> Examples:
     """The examples of ``source``, whichever the run; a process reads them once."""
     return _source(data, source, labeled)
-
-
-def _on_workers(
-    cluster: Executor, what: Remeasure, device: str, jobs: Sequence[Job]
-) -> Generator[Outcome, None, None]:
-    """Measure on ``cluster``, on what each worker takes ``device`` for: auto may be a GPU that is not here."""
-    return cluster([replace(job, do=partial(_there, what, device)) for job in jobs])
-
-
-def _there(what: Remeasure, device: str, out: Path, threads: int | None) -> tuple[str, Any]:
-    from gm_probe.core.devices import pick_device
-
-    return replace(what, loading={**what.loading, "device": pick_device(device)})(out, threads)
 
 
 def _measure_many(

@@ -187,7 +187,7 @@ class _Test:
 
     @cached_property
     def pairs(self) -> list[tuple[float | None, float | None]]:
-        """What the better and the worse variant came to, a pair a seed; None of a run that diverged."""
+        """What the better and the worse variant came to, a pair a seed; None without a result: mostly it diverged."""
         arms = [self.found.arm(self.data, self.test[key]) for key in ("better", "worse")]
         better, worse = (
             arm.means_along(self.key) if "along" in self.test else arm.figures(self.key) for arm in arms
@@ -201,7 +201,7 @@ class _Test:
 
     @property
     def lost(self) -> dict[str, int]:
-        """Seeds in which the ``better`` variant alone diverged, and those in which the ``worse`` one alone did."""
+        """Seeds in which the ``better`` variant alone has no result, and those in which the ``worse`` one has none."""
         return {
             "better": sum(a is None and b is not None for a, b in self.pairs),
             "worse": sum(a is not None and b is None for a, b in self.pairs),
@@ -239,7 +239,7 @@ class _Test:
 
         As the claim says: the 95 % interval is clear of 0. The other way: that of 1 − 5 % / ``family`` is, for a single
         one of them decides against the claim (Bonferroni; Holm's further steps would change no outcome). A seed in
-        which one variant alone diverged is in no interval, and speaks against that variant: no sign is in its favour.
+        which one variant alone has no result is in no interval, and speaks against that variant: no sign favours it.
         """
         if self.interval is None:
             return 0
@@ -253,7 +253,9 @@ class _Test:
         scale, unit = (-100, " points") if self._is_error else (-1, "")
         names = f"{self.test['better']} against {self.test['worse']}"
         where = f" on {self.data}" if len(self.found.data) > 1 else ""
-        lost = [f"{self.test[key]} alone diverged in {count}" for key, count in self.lost.items() if count]
+        lost = [
+            f"{self.test[key]} alone without a result in {count}" for key, count in self.lost.items() if count
+        ]
         seeds = ", ".join([f"n = {len(self.differences)}", *lost])
         if not len(self.differences):
             return f"{names}{where}: no seed in which both ended ({seeds})"
@@ -300,7 +302,7 @@ def _text(results: Sequence[_Test], others: Sequence[_Test], untested: str, spli
         f"of 0, {sum(r.sign == -1 for r in results)} the other way (by {reversed_level:.4g} % intervals: Bonferroni)."
     )
     if any(count for r in results for count in r.lost.values()):
-        text += " Where a variant alone diverged in a seed, no comparison goes its way."
+        text += " Where a variant alone has no result in a seed, as where it diverged, no comparison goes its way."
     given = f"These are no part of the claim. {_told(others)}" if others else ""
     left = f"Not tested: {untested}." if untested else ""
     return " ".join(filter(None, (text, given, left)))

@@ -41,15 +41,16 @@ class Estimate:
 
 
 def estimates(configs: Iterable[TrainConfig], plan: MeasurePlan) -> list[Estimate]:
-    """Of each run; one of every kind is timed, at the threads that torch has now.
+    """Of each run; one of every kind is timed, at its threads or, where it names none, those that torch has now.
 
     Raises:
-        DataError, UsageError, ResourceError: as training raises them.
+        DataError, UsageError, ResourceError, DivergedError: as training raises them.
     """
     known: dict[str, _Rate] = {}
     found = []
     for config in configs:
-        kind = repr(sorted((k, v) for k, v in config.identity().items() if k not in SAME_SPEED))
+        settings = config.identity() | {"threads": config.threads, "device": config.device}
+        kind = repr(sorted((key, value) for key, value in settings.items() if key not in SAME_SPEED))
         if kind not in known:
             known[kind] = _rate(config)
         found.append(known[kind].estimate(config, plan))
@@ -62,8 +63,9 @@ class _Rate:
 
     Attributes:
         step: seconds; ``steps`` of them are an epoch.
-        evaluation: seconds a gradient evaluation of one example, in full precision: evaluating and measuring have no
+        evaluation: seconds a gradient evaluation of one input, in full precision: evaluating and measuring have no
             autocast.
+        views: inputs that an example is measured by.
         inputs: of training, labeled or not.
         weights: bytes.
     """
@@ -71,6 +73,7 @@ class _Rate:
     step: float
     steps: int
     evaluation: float
+    views: int
     num_train: int
     num_test: int
     num_unlabeled: int
@@ -81,7 +84,7 @@ class _Rate:
         seconds = self.step * self.steps * config.epochs + self._looks(config) * self.evaluation
         if plan.measures:
             probed = min(self.num_unlabeled, plan.max_examples or self.num_unlabeled)
-            seconds += expected_cost(plan.measures, plan.settings) * probed * self.evaluation
+            seconds += expected_cost(plan.measures, plan.settings) * probed * self.views * self.evaluation
         indices = INDEX * (self.inputs + self.num_test + self.num_unlabeled)
         copies = 1 + (config.eval_every > 0) + (config.ema_decay is not None)  # the last, the best, the raw
         kept = copies * self.weights + indices + 300 * config.epochs + 5000
@@ -97,7 +100,7 @@ class _Rate:
         looks = 1 + (config.epochs // every if every else 0)
         found = looks * forward * (self.num_train + self.num_test)
         if config.track_every:
-            tracked = expected_cost(["local_inconsistency"], Settings()) * self.num_unlabeled
+            tracked = expected_cost(["local_inconsistency"], Settings()) * self.num_unlabeled * self.views
             found += config.epochs // config.track_every * tracked
         return found
 
@@ -106,11 +109,12 @@ def _rate(config: TrainConfig) -> _Rate:
     seconds, training = _timed(config)
     full_precision = seconds if config.amp == "none" else _timed(config.replace(amp="none"))[0]
     feed, splits = training.feed, training.splits
-    examples = min(config.batch_size, feed.examples) * feed.rows
+    inputs = min(config.batch_size, feed.examples) * feed.rows
     return _Rate(
         seconds,
         training.steps,
-        full_precision / (examples * training.updates.rule.passes / 3),
+        full_precision / (inputs * training.updates.rule.passes / 3),
+        2 if training.simclr else 1,
         len(splits.train),
         len(splits.test),
         len(splits.unlabeled),
@@ -121,13 +125,17 @@ def _rate(config: TrainConfig) -> _Rate:
 
 def _timed(config: TrainConfig) -> tuple[float, Training]:
     """Median seconds a step of a training that is stopped after a few; nothing is written."""
-    watch = _Watch()
-    with tempfile.TemporaryDirectory() as nowhere:
-        training = Training(config.replace(init=None, checkpoint_every=None), Path(nowhere), watch)
-        with suppress(_Enough):
-            while True:  # an epoch may have fewer steps
-                training.run_epoch()
-                training.epoch = 0  # the learning rate of a later one may be undefined
+    watch, before = _Watch(), torch.get_num_threads()
+    torch.set_num_threads(config.threads or before)
+    try:
+        with tempfile.TemporaryDirectory() as nowhere:
+            training = Training(config.replace(init=None, checkpoint_every=None), Path(nowhere), watch)
+            with suppress(_Enough):
+                while True:  # an epoch may have fewer steps
+                    training.run_epoch()
+                    training.epoch = 0  # the learning rate of a later one may be undefined
+    finally:
+        torch.set_num_threads(before)
     return statistics.median(b - a for a, b in pairwise(watch.times[STEPS:])), training
 
 

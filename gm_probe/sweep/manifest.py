@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,14 @@ def _plan(content: dict[str, Any]) -> MeasurePlan:
 def named_as_found(recipe: Recipe, out: Path) -> Recipe:
     """``recipe`` with its runs named as their folders in ``out`` are.
 
-    The settings that a name shows, and their order, follow the recipe's tables; the hash at its end does not.
+    The settings that a name shows, and their order, follow the recipe's tables; the hash at its end does not. Runs that
+    differ only in where they compute (``threads``) share it, and keep their names.
     """
     folders = [path.name for path in out.iterdir() if path.is_dir()] if out.is_dir() else []
+    shared = Counter(map(_hash, recipe.runs))
     found = {_hash(name): name for name in folders}
     runs = {
-        name if name in folders else found.get(_hash(name), name): config
+        found.get(_hash(name), name) if shared[_hash(name)] == 1 and name not in folders else name: config
         for name, config in recipe.runs.items()
     }
     return replace(recipe, runs=runs)

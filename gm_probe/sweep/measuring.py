@@ -23,7 +23,7 @@ from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import differentiable_attention, evaluating
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
-from gm_probe.core.records import ERROR, read_run
+from gm_probe.core.records import read_run
 from gm_probe.probe.density import density
 from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names, expected_cost, measure
 from gm_probe.probe.probe import Probe, Settings
@@ -281,33 +281,65 @@ def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
         ) from error
 
 
-def as_recorded(
-    run: Path, settings: Settings, scope: Mapping[str, Any], given: Collection[str]
-) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class How:
+    """All that the figures of a run depend on beside its weights.
+
+    Attributes:
+        scope: over what, as a measures.json says it beside ``settings``: ``part``, ``max_examples`` and, of other data
+            than the run's own, ``data`` and whether it is ``labeled``.
+        loading: as ``measure_checkpoint`` takes it.
+    """
+
+    settings: Settings
+    scope: Mapping[str, Any]
+    loading: Mapping[str, Any]
+
+
+def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[str, Any]]:
     """How to measure more of ``run`` so that it stands beside what was: as that was taken, but for what is ``given``.
 
     Args:
-        scope: ``part`` and ``max_examples``, as settings of a measures.json have them beside those of ``settings``.
         given: names of settings that are to be as they are.
 
     Returns:
-        Settings, scope, and what was changed in either.
+        This, and what it changes.
     """
     recorded = read_run(run).settings
-    asked = {**settings.as_dict(), **scope}
-    if recorded.get("part") != scope["part"]:
-        return settings, dict(scope), {}
-    changed = {
-        key: recorded[key]
-        for key in asked
-        if key in recorded and key not in given and recorded[key] != asked[key]
-    }
-    ours: dict[str, Any] = {
+    if any(recorded.get(key) != value for key, value in how.scope.items() if key != "max_examples"):
+        return how, {}
+    asked = {**how.settings.as_dict(), "max_examples": how.scope["max_examples"]}
+    if how.loading.get("head") == "simclr" and how.loading.get("batch_size") is None:
+        asked["batch_images"] = BATCH_SIZE
+    kept = {key: recorded[key] for key in asked if key in recorded and key not in given}
+    changed = {key: value for key, value in kept.items() if value != asked[key]}
+    settings: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in changed.items()
-        if key not in scope
+        if key not in {"max_examples", "batch_images"}
     }
-    return replace(settings, **ours), {key: changed.get(key, value) for key, value in scope.items()}, changed
+    scope, loading = dict(how.scope), dict(how.loading)
+    if "max_examples" in changed:
+        scope["max_examples"] = changed["max_examples"]
+    if "batch_images" in changed:
+        loading["batch_size"] = changed["batch_images"]
+    return How(replace(how.settings, **settings), scope, loading), changed
+
+
+MACHINE = frozenset(
+    {
+        "gm_probe",
+        "torch",
+        "torchvision",
+        "python",
+        "platform",
+        "device",
+        "device_name",
+        "threads",
+        "processes",
+    }
+)
+"""What measures.json says of where figures were taken, which decides on their last digits alone."""
 
 
 def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
@@ -317,8 +349,11 @@ def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
     """
     before = read_run(path.parent)
     density = {} if before.density is None else {"density": before.density}
-    if before.settings == result["settings"]:
+    ours, theirs = (
+        {key: value for key, value in settings.items() if key not in MACHINE}
+        for settings in (result["settings"], before.settings)
+    )
+    if ours == theirs:
         result = {**density, **result, "measures": {**before.measures, **result["measures"]}}
     write_json(path, result)
-    (path.parent / ERROR).unlink(missing_ok=True)  # what failed before has succeeded now
     return [name for name in (*before.measures, *density) if name not in {**result["measures"], **result}]

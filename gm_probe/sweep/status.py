@@ -118,7 +118,11 @@ class _Sweep:
 
 def _read_sweep(folder: Path) -> _Sweep:
     content = read_json(folder / SWEEP)
-    if not isinstance(content, dict) or not isinstance(content.get("runs"), dict):
+    whole = isinstance(content, dict) and all(
+        isinstance(content.get(key), kind)
+        for key, kind in (("runs", dict), ("measures", list), ("settings", dict))
+    )
+    if not whole or not all(isinstance(run, dict) for run in content["runs"].values()):
         raise StorageError(f"{folder / SWEEP} is broken; run `gmprobe sweep` into {folder} again")
     return _Sweep(folder, (folder / SWEEP).stat().st_mtime, content)
 
@@ -136,7 +140,7 @@ def run_status(path: Path, name: str, sweep: _Sweep | None = None, planned_as: s
         state, reason = "failed", str(error)
     except OSError as error:  # another's, who lets nobody in
         state, reason = "failed", f"cannot read {path}: {error.strerror or error}"
-    most = planned["epochs"] if planned is not None else _max_epochs(path)
+    most = planned.get("epochs") if planned is not None else _max_epochs(path)
     ended = _latest(path, (SUMMARY, MEASURES)) if state in ENDED else None
     word = told(path) if state == "running" else None
     return RunStatus(name, state, _epochs(path), most, reason, _latest(path, (CONFIG,)), ended, word)
