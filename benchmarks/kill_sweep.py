@@ -165,7 +165,8 @@ def report(results: list[dict[str, Any]], seed: int) -> None:
         "the last bit; the tables are compared without `train_seconds`.\n"
     )
     print(
-        "| jobs | undisturbed, s | kills | runs finished | table equal | final weights equal | same files |"
+        "| jobs | undisturbed, s | kills | runs complete after each | runs finished | table equal "
+        "| final weights equal | same files |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for r in results:
