@@ -378,7 +378,7 @@ def test_a_run_sees_a_gpu_only_where_it_asked_for_one(
 
 def test_measure_picks_its_device_on_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gm_probe.cli.measure as command
-    from gm_probe.sweep import remeasure
+    from gm_probe.sweep import measuring
 
     devices: list[torch.device] = []
 
@@ -395,7 +395,7 @@ def test_measure_picks_its_device_on_the_worker(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(command, "ray_executor", lambda *_: cluster)
-    monkeypatch.setattr(remeasure, "measure_checkpoint", tell)
+    monkeypatch.setattr(measuring, "measure_checkpoint", tell)
     for name in ("auto", "cuda", "cpu"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

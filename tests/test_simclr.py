@@ -28,7 +28,8 @@ from gm_probe.core.loading import load_model
 from gm_probe.core.models import ModelSpec, initial_model
 from gm_probe.core.records import CHECKPOINT, MEASURES, RAW, SPLIT, read_metrics, read_run
 from gm_probe.probe.probe import Settings
-from gm_probe.sweep.measuring import measure_checkpoint, merge_measures
+from gm_probe.sweep.measuring import measure_checkpoint
+from gm_probe.sweep.saved_measures import merge_measures
 from gm_probe.training import loop, parts
 from gm_probe.training.linear_probe import BATCH, LR, fit, linear_probe
 from gm_probe.training.loop import train

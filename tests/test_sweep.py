@@ -24,7 +24,7 @@ from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import DivergedError, StorageError, UsageError
 from gm_probe.core.files import LOCK, exclusive, read_json, read_toml, write_json
 from gm_probe.core.records import failure, find_runs, read_run, run_state
-from gm_probe.sweep import runner
+from gm_probe.sweep import measuring, runner
 from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe, run_name
 from gm_probe.sweep.runner import is_complete, run_one, run_recipe
@@ -337,7 +337,7 @@ def test_a_failed_measurement_keeps_the_training(
     def diverge(*_: object, **__: object) -> NoReturn:
         raise DivergedError("not finite")
 
-    monkeypatch.setattr(runner, "measure_checkpoint", diverge)
+    monkeypatch.setattr(measuring, "measure_checkpoint", diverge)
     outcomes = run_recipe(recipe, tmp_path)
     assert {(o.status, o.reason) for o in outcomes} == {("failed", "not finite")}
     assert {record.status for record in records(recipe, tmp_path).values()} == {"finished"}
@@ -580,7 +580,7 @@ def test_two_sweeps_on_one_folder_do_not_train_a_run_twice(recipe: Recipe, tmp_p
 def test_what_another_measured_meanwhile_is_not_measured_again(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, measured = runner.train, runner.measure_checkpoint
+    real, measured = runner.train, measuring.measure_checkpoint
     taken = []
 
     def train(config: TrainConfig, out: Path, **options: Any) -> Any:
@@ -595,7 +595,7 @@ def test_what_another_measured_meanwhile_is_not_measured_again(
         return measured(*args, **options)
 
     monkeypatch.setattr(runner, "train", train)
-    monkeypatch.setattr(runner, "measure_checkpoint", measure)
+    monkeypatch.setattr(measuring, "measure_checkpoint", measure)
     assert run(recipe, tmp_path) == ["skipped"] * 4
     assert len(taken) == 4
 

@@ -97,11 +97,8 @@ def main(args: list[str] | None = None) -> None:
     143 terminated.
     """
     args = sys.argv[1:] if args is None else args
-    for name, mode in (
-        ("stdin", "r"),
-        ("stdout", "w"),
-        ("stderr", "w"),
-    ):  # in turn: each takes its own number
+    # in this order: each takes its own number
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller, who wants none of it
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123  for good
     for stream in (sys.stdout, sys.stderr):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gm_probe.sweep.remeasure import Remeasure
 
 GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
+"""Settings that more than one value of an option make a grid of."""
 DONE = {"finished", "skipped"}
 """How a measurement ends that gives a result."""
 
@@ -238,9 +239,10 @@ def measure(
     from gm_probe.probe.measures import expected_cost
     from gm_probe.probe.probe import Settings
     from gm_probe.sweep.executors import Processes, in_turn, visible_gpus
-    from gm_probe.sweep.measuring import How, as_recorded, measure_checkpoint, merge_measures
+    from gm_probe.sweep.measuring import How, measure_as
     from gm_probe.sweep.remeasure import Remeasure
-    from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
+    from gm_probe.sweep.saved_measures import as_recorded, merge_measures
+    from gm_probe.training.parts import own_unlabeled
 
     radii, steps = floats("--rho", rho), tuple(map(_whole, floats("--k-steps", k_steps)))
     settings = Settings(
@@ -270,17 +272,9 @@ def measure(
         "temperature": temperature,
         "quadrature": (density_probes, density_steps) if density is not None else None,
     }
-    other: dict[str, Any] = {}  # of data that are not the run's own
     if many:
-        part, hint = OWN_UNLABELED, None
-        if source is not None:
-            opened_once, part, hint = data.open(source, labeled=labeled is not None)
-            other = {"data": opened_once.source, "labeled": labeled is not None}
-            note_skipped(notes_console(quiet), opened_once.skipped)
-        if hint and not quiet:
-            note(notes_console(), f"note: {hint}")
+        _, scope = _measured_over(data, source, labeled is not None, quiet)
         opened = own_unlabeled if source is None else partial(_opened, data, source, labeled is not None)
-        scope = {"part": part, "max_examples": data.max_examples, **other}
         how = How(settings, scope, loading | {"device": data.device})
         what = Remeasure(tuple(names), opened, how, save, given_settings)
         engine: Executor = in_turn
@@ -294,34 +288,23 @@ def measure(
     with processes.joined(loading["device"]):
         speaks = processes.rank() == 0  # of several processes, one prints and writes
         quiet = quiet or not speaks
-        examples, measured_part = None, OWN_UNLABELED
-        if source is not None:
-            examples, measured_part, hint = data.open(source, labeled=labeled is not None)
-            other = {"data": examples.source, "labeled": labeled is not None}
-            note_skipped(notes_console(quiet), examples.skipped)
-            if hint and not quiet:
-                note(notes_console(), f"note: {hint}")
+        examples, scope = _measured_over(data, source, labeled is not None, quiet)
         results: list[dict[str, Any]] = []
         try:
             for path in checkpoints:
-                scope = {"part": measured_part, "max_examples": data.max_examples, **other}
                 how = How(settings, scope, loading)
                 changed: dict[str, Any] = {}
                 own = own_unlabeled(path) if examples is None else examples
                 with exclusive(path) if save and speaks else nullcontext():
                     if save:
                         how, changed = as_recorded(path, how, given_settings)
-                    chosen = own.subset(how.scope["max_examples"], how.settings.seed)
                     with progress_bar(path.name, expected_cost(names, how.settings), quiet=quiet) as bar:
 
                         def notify(name: str, evaluations: float, bar: Bar = bar) -> None:
                             rate = f"{bar.speed:.2g} grad/s" if bar.speed else ""
                             bar.update(evaluations, state=rate, label=name)
 
-                        result = measure_checkpoint(
-                            path, chosen, names, how.settings, notify=notify, **how.loading
-                        )
-                    result["settings"] |= how.scope
+                        result = measure_as(path, own, names, how, notify)
                     if save and speaks:
                         result["replaced"] = merge_measures(path / MEASURES_FILE, result)
                         result["as_before"] = changed
@@ -363,6 +346,22 @@ def _expanded(given: tuple[Path, ...]) -> tuple[Path, ...]:
     from gm_probe.sweep.remeasure import trained_runs
 
     return tuple(run for path in given for run in (trained_runs(path) if path.is_dir() else [path]))
+
+
+def _measured_over(
+    data: DataOptions, source: str | None, labeled: bool, quiet: bool
+) -> tuple[Examples | None, dict[str, Any]]:
+    """The examples of ``source``, None where each run's own are meant, and what measures.json says of the choice."""
+    from gm_probe.training.parts import OWN_UNLABELED
+
+    if source is None:
+        return None, {"part": OWN_UNLABELED, "max_examples": data.max_examples}
+    examples, part, hint = data.open(source, labeled=labeled)
+    note_skipped(notes_console(quiet), examples.skipped)
+    if hint and not quiet:
+        note(notes_console(), f"note: {hint}")
+    chosen = {"part": part, "max_examples": data.max_examples}
+    return examples, {**chosen, "data": examples.source, "labeled": labeled}
 
 
 @lru_cache(maxsize=1)

@@ -314,6 +314,6 @@ def expected_cost(names: Sequence[str], settings: Settings) -> float:
 def _cost_of_starts(settings: Settings) -> float:
     """Gradient evaluations of the paper's protocol: the first gradient serves every ρ of a grid."""
     radii = len({settings.rho, *settings.rho_grid})
-    most = max(settings.k_steps, *settings.k_grid, 1)
+    most = max((settings.k_steps, *settings.k_grid))
     along = 1 / 3 if settings.k_steps < most else 0  # the examples' terms, in passing
     return settings.num_starts * (1 + radii * (most - 1 + 1 / 3) + along)

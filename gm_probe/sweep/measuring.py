@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from gm_probe.core.contrastive import ONE_PROCESS, Contrastive
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment
 from gm_probe.core.errors import DataError, ProbeError, UsageError, first_line, out_of_memory
-from gm_probe.core.files import Hold, write_json
+from gm_probe.core.files import Hold
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.memory import within_memory
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
@@ -180,6 +180,35 @@ def measure_checkpoint(
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """All that the figures of a run depend on beside its weights.
+
+    Attributes:
+        scope: over what, as a measures.json says it beside ``settings``: ``part``, ``max_examples`` and, of other data
+            than the run's own, ``data`` and whether it is ``labeled``.
+        loading: as ``measure_checkpoint`` takes it.
+    """
+
+    settings: Settings
+    scope: Mapping[str, Any]
+    loading: Mapping[str, Any]
+
+
+def measure_as(
+    path: Path,
+    examples: Examples,
+    names: Sequence[str],
+    how: How,
+    notify: Callable[[str, float], None] | None = None,
+) -> dict[str, Any]:
+    """``measure_checkpoint`` over what ``how`` takes of ``examples``, which the result's settings then say."""
+    chosen = examples.subset(how.scope["max_examples"], how.settings.seed)
+    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **how.loading)
+    result["settings"] |= how.scope
+    return result
+
+
 def telling(hold: Hold, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
     """A ``notify`` of ``measure_checkpoint`` that tells those who look at the held run folder."""
     expected = expected_cost(names, settings)
@@ -279,81 +308,3 @@ def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
             f"{name} does not take examples of shape {tuple(first.shape[1:])} from {batches.examples.source}: "
             f"{first_line(error)}; see --image-size and --channels"
         ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class How:
-    """All that the figures of a run depend on beside its weights.
-
-    Attributes:
-        scope: over what, as a measures.json says it beside ``settings``: ``part``, ``max_examples`` and, of other data
-            than the run's own, ``data`` and whether it is ``labeled``.
-        loading: as ``measure_checkpoint`` takes it.
-    """
-
-    settings: Settings
-    scope: Mapping[str, Any]
-    loading: Mapping[str, Any]
-
-
-def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[str, Any]]:
-    """How to measure more of ``run`` so that it stands beside what was: as that was taken, but for what is ``given``.
-
-    Args:
-        given: names of settings that are to be as they are.
-
-    Returns:
-        This, and what it changes.
-    """
-    recorded = read_run(run).settings
-    if any(recorded.get(key) != value for key, value in how.scope.items() if key != "max_examples"):
-        return how, {}
-    asked = {**how.settings.as_dict(), "max_examples": how.scope["max_examples"]}
-    if how.loading.get("head") == "simclr" and how.loading.get("batch_size") is None:
-        asked["batch_images"] = BATCH_SIZE
-    kept = {key: recorded[key] for key in asked if key in recorded and key not in given}
-    changed = {key: value for key, value in kept.items() if value != asked[key]}
-    settings: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in changed.items()
-        if key not in {"max_examples", "batch_images"}
-    }
-    scope, loading = dict(how.scope), dict(how.loading)
-    if "max_examples" in changed:
-        scope["max_examples"] = changed["max_examples"]
-    if "batch_images" in changed:
-        loading["batch_size"] = changed["batch_images"]
-    return How(replace(how.settings, **settings), scope, loading), changed
-
-
-MACHINE = frozenset(
-    {
-        "gm_probe",
-        "torch",
-        "torchvision",
-        "python",
-        "platform",
-        "device",
-        "device_name",
-        "threads",
-        "processes",
-    }
-)
-"""What measures.json says of where figures were taken, which decides on their last digits alone."""
-
-
-def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
-    """Write ``result`` to a measures.json, keeping other measures, and a density, of the same settings.
-
-    What was taken with other settings goes: one file never mixes two. Returns what went and was not taken again.
-    """
-    before = read_run(path.parent)
-    density = {} if before.density is None else {"density": before.density}
-    ours, theirs = (
-        {key: value for key, value in settings.items() if key not in MACHINE}
-        for settings in (result["settings"], before.settings)
-    )
-    if ours == theirs:
-        result = {**density, **result, "measures": {**before.measures, **result["measures"]}}
-    write_json(path, result)
-    return [name for name in (*before.measures, *density) if name not in {**result["measures"], **result}]

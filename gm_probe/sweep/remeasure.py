@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from gm_probe.core.files import Hold, exclusive, read_json
 from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, SUMMARY, find_runs, read_run
 from gm_probe.probe.speed import BATCH_SIZE
 from gm_probe.sweep.executors import Executor, Job, Outcome
-from gm_probe.sweep.measuring import How, as_recorded, measure_checkpoint, merge_measures, telling
+from gm_probe.sweep.measuring import How, measure_as, telling
+from gm_probe.sweep.saved_measures import as_recorded, merge_measures
+
+BROKEN = "broken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,9 @@ class Remeasure:
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
-            examples = self.examples(out).subset(how.scope["max_examples"], how.settings.seed)
             notify = None if hold is None else telling(hold, self.names, how.settings)
-            loading = {**how.loading, "device": pick_device(how.loading["device"])}
-            result = measure_checkpoint(out, examples, self.names, how.settings, notify=notify, **loading)
-            result["settings"] |= how.scope
-            return result
+            here = replace(how, loading={**how.loading, "device": pick_device(how.loading["device"])})
+            return measure_as(out, self.examples(out), self.names, here, notify)
         finally:
             torch.set_num_threads(before)
 
@@ -86,7 +86,7 @@ def trained_runs(folder: Path) -> list[Path]:
     """
     if (folder / CONFIG).exists() or not any(folder.rglob(CONFIG)):
         return [folder]
-    runs = [run for run in find_runs(folder) if _has_finished(run)]
+    runs = [run for run in find_runs(folder) if _status(run) in {"finished", BROKEN}]
     if not runs:
         raise UsageError(f"no run in {folder} has finished; see `gmprobe status {folder}`")
     return runs
@@ -98,25 +98,20 @@ def last_finished(folder: Path) -> Path:
     Raises:
         UsageError: none has.
     """
-    whole = [run for run in trained_runs(folder) if not _is_broken(run) and (run / SUMMARY).exists()]
+    whole = [run for run in trained_runs(folder) if _status(run) == "finished"]
     if not whole:
         raise UsageError(f"no run in {folder} has finished; see `gmprobe status {folder}`")
     return max(whole, key=lambda run: (run / SUMMARY).stat().st_mtime)
 
 
-def _has_finished(run: Path) -> bool:
+def _status(run: Path) -> str | None:
+    """Of a run that has a checkpoint; ``BROKEN`` where its files are, None where there is nothing to be seen."""
     try:
-        return (run / CHECKPOINT).exists() and (_is_broken(run) or read_run(run).status == "finished")
-    except OSError:  # another's, who lets nobody in
-        return False
-
-
-def _is_broken(run: Path) -> bool:
-    try:
-        read_run(run)
+        return read_run(run).status if (run / CHECKPOINT).exists() else None
     except StorageError:
-        return True
-    return False
+        return BROKEN
+    except OSError:  # another's, who lets nobody in
+        return None
 
 
 def measure_runs(

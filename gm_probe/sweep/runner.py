@@ -24,8 +24,9 @@ from gm_probe.core.records import (
     run_state,
 )
 from gm_probe.sweep.executors import Executor, Job, Outcome, Processes, in_turn, visible_gpus
-from gm_probe.sweep.measuring import measure_checkpoint, merge_measures, telling
+from gm_probe.sweep.measuring import How, measure_as, telling
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
+from gm_probe.sweep.saved_measures import merge_measures
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 from gm_probe.training.parts import own_unlabeled
@@ -76,19 +77,19 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
 
 
 def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, hold: Hold) -> None:
-    examples = own_unlabeled(out).subset(plan.max_examples, plan.settings.seed)
-    result = measure_checkpoint(
+    loading = {
+        "model_name": config.model,  # the code that the recipe names, never one that a file names
+        "batch_size": plan.batch_size,
+        "device": pick_device(config.device),
+        "head": "simclr" if config.objective == "simclr" else "classifier",
+    }
+    result = measure_as(
         out / CHECKPOINT,
-        examples,
+        own_unlabeled(out),
         plan.measures,
-        plan.settings,
-        model_name=config.model,  # the code that the recipe names, never one that a file names
-        batch_size=plan.batch_size,
-        device=pick_device(config.device),
-        notify=telling(hold, plan.measures, plan.settings),
-        head="simclr" if config.objective == "simclr" else "classifier",
+        How(plan.settings, plan.scope, loading),
+        telling(hold, plan.measures, plan.settings),
     )
-    result["settings"] |= plan.scope
     merge_measures(out / MEASURES, result)
 
 

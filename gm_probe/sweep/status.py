@@ -109,11 +109,11 @@ class _Sweep:
 
     @property
     def runs(self) -> dict[str, Any]:
-        return dict(self.content.get("runs", {}))
+        return self.content["runs"]
 
     @property
     def stages(self) -> tuple[str, ...]:
-        return ("training", "measuring") if self.content.get("measures") else ("training",)
+        return ("training", "measuring") if self.content["measures"] else ("training",)
 
 
 def _read_sweep(folder: Path) -> _Sweep:

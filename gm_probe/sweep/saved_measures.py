@@ -1,0 +1,64 @@
+"""More measures beside those that a run's measures.json has: taken as they were, and written without losing them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gm_probe.core.devices import environment
+from gm_probe.core.files import write_json
+from gm_probe.core.records import read_run
+from gm_probe.probe.speed import BATCH_SIZE
+from gm_probe.sweep.measuring import How
+
+
+def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[str, Any]]:
+    """How to measure more of ``run`` so that it stands beside what was: as that was taken, but for what is ``given``.
+
+    Args:
+        given: names of settings that are to be as they are.
+
+    Returns:
+        This, and what it changes.
+    """
+    recorded = read_run(run).settings
+    if any(recorded.get(key) != value for key, value in how.scope.items() if key != "max_examples"):
+        return how, {}
+    settings, scope, loading = how.settings.as_dict(), dict(how.scope), dict(how.loading)
+    asked = {**settings, "max_examples": scope["max_examples"]}
+    if loading.get("head") == "simclr" and loading.get("batch_size") is None:
+        asked["batch_images"] = BATCH_SIZE
+    kept = {key: recorded[key] for key in asked if key in recorded and key not in given}
+    changed = {key: value for key, value in kept.items() if value != asked[key]}
+    if "batch_images" in changed:
+        loading["batch_size"] = changed["batch_images"]
+    ours: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in changed.items()
+        if key in settings
+    }
+    scope = {key: changed.get(key, value) for key, value in scope.items()}
+    return How(replace(how.settings, **ours), scope, loading), changed
+
+
+def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
+    """Write ``result`` to a measures.json, keeping other measures, and a density, of the same settings.
+
+    What was taken with other settings goes: one file never mixes two. Returns what went and was not taken again.
+    """
+    before = read_run(path.parent)
+    density = {} if before.density is None else {"density": before.density}
+    if _decisive(before.settings) == _decisive(result["settings"]):
+        result = {**density, **result, "measures": {**before.measures, **result["measures"]}}
+    write_json(path, result)
+    return [name for name in (*before.measures, *density) if name not in {**result["measures"], **result}]
+
+
+def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without where figures were taken, which decides on their last digits alone."""
+    machine = {*environment(torch.device("cpu")), "processes"}
+    return {key: value for key, value in settings.items() if key not in machine}
