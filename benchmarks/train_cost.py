@@ -31,8 +31,9 @@ from gm_probe.core.devices import keep_freed_memory
 from gm_probe.core.models import ModelSpec, initial_model
 from gm_probe.training.augment import crop_and_flip, draw_crops
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.loop import Training
-from gm_probe.training.rules import METHODS, Rule
+from gm_probe.training.rule import Rule
+from gm_probe.training.rules import METHODS
+from gm_probe.training.run import Training
 
 RULES: dict[str, dict[str, Any]] = {
     "sgd": {},

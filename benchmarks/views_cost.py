@@ -30,7 +30,7 @@ from train_cost import interleaved, ratios  # beside this file
 
 from gm_probe.core.devices import keep_freed_memory
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.loop import Training
+from gm_probe.training.run import Training
 
 View = Callable[[Image.Image], Tensor]
 OBJECTIVES: dict[str, dict[str, Any]] = {

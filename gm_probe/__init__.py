@@ -51,12 +51,12 @@ if TYPE_CHECKING:
     from gm_probe.training.loop import train as train
     from gm_probe.training.objectives import FixMatch as FixMatch
     from gm_probe.training.objectives import Joint as Joint
+    from gm_probe.training.rule import Rule as Rule
     from gm_probe.training.rules import ASAM as ASAM
     from gm_probe.training.rules import IAMD as IAMD
     from gm_probe.training.rules import IAMS as IAMS
     from gm_probe.training.rules import SAM as SAM
     from gm_probe.training.rules import OnePassIAMD as OnePassIAMD
-    from gm_probe.training.rules import Rule as Rule
 
 _HOMES = {
     "core.batches": ("Batches", "Normalization"),
@@ -87,7 +87,8 @@ _HOMES = {
     "training.config": ("TrainConfig",),
     "training.loop": ("train",),
     "training.objectives": ("FixMatch", "Joint"),
-    "training.rules": ("ASAM", "IAMD", "IAMS", "OnePassIAMD", "Rule", "SAM"),
+    "training.rule": ("Rule",),
+    "training.rules": ("ASAM", "IAMD", "IAMS", "OnePassIAMD", "SAM"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -20,7 +20,8 @@ from gm_probe.analysis import collect as module
 from gm_probe.analysis import row_cache
 from gm_probe.analysis.collect import collect, write_table
 from gm_probe.analysis.row_cache import CACHE
-from gm_probe.core.files import exclusive, write_json, write_toml
+from gm_probe.core.files import write_json, write_toml
+from gm_probe.core.locks import exclusive
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.cli import main
-from gm_probe.core import files
+from gm_probe.core import locks
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import BusyError, DivergedError, ResourceError, StorageError
-from gm_probe.core.files import LOCK, exclusive, locked
+from gm_probe.core.locks import LOCK, exclusive, locked
 from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.records import read_metrics
@@ -34,8 +34,9 @@ from gm_probe.probe.measures import MEASURES, measure
 from gm_probe.probe.probe import Settings
 from gm_probe.training import evaluation, loop, rules
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.loop import Training, train
+from gm_probe.training.loop import train
 from gm_probe.training.objectives import Objective
+from gm_probe.training.run import Training
 
 TINY = {
     "data": "digits",
@@ -504,7 +505,7 @@ def test_a_lock_that_another_machine_does_not_see_is_no_leave(
     with pytest.raises(BusyError, match="elsewhere is working on"), exclusive(tmp_path):
         pass
     assert lock.read_text() == "elsewhere 1\n"
-    old = time.time() - files.STALE - 1
+    old = time.time() - locks.STALE - 1
     os.utime(lock, (old, old))
     with exclusive(tmp_path):
         assert lock.read_text().endswith(f"{os.getpid()}\n")
@@ -514,15 +515,15 @@ def test_of_many_machines_one_takes_a_folder_though_locks_exclude_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    host, original = threading.local(), files.Hold.__init__
+    host, original = threading.local(), locks.Hold.__init__
     monkeypatch.setattr(socket, "gethostname", lambda: host.name)
     all_look, took = threading.Barrier(8), []
 
-    def slow(self: files.Hold, file: Any) -> None:  # whoever else looks meanwhile would see nobody
+    def slow(self: locks.Hold, file: Any) -> None:  # whoever else looks meanwhile would see nobody
         time.sleep(0.05)
         original(self, file)
 
-    monkeypatch.setattr(files.Hold, "__init__", slow)
+    monkeypatch.setattr(locks.Hold, "__init__", slow)
 
     def machine(number: int) -> None:
         host.name = f"node{number}"
@@ -541,8 +542,8 @@ def test_of_many_machines_one_takes_a_folder_though_locks_exclude_nobody(
 
 
 def test_a_kill_while_a_folder_is_taken_is_got_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BEAT", 0.2)
-    (tmp_path / files.TAKING).touch()
+    monkeypatch.setattr(locks, "BEAT", 0.2)
+    (tmp_path / locks.TAKING).touch()
     began = time.monotonic()
     with exclusive(tmp_path):
         assert time.monotonic() - began > 0.2  # it may have been another's

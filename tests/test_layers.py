@@ -29,6 +29,7 @@ WITHOUT_TORCH = [
     "gm_probe",
     "gm_probe.core.errors",
     "gm_probe.core.files",
+    "gm_probe.core.locks",
     "gm_probe.core.records",
     "gm_probe.reproduce.catalogue",
     *(f"gm_probe.analysis.{path.stem}" for path in sorted((ROOT / "analysis").glob("[!_]*.py"))),

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from gm_probe.cli import live
 from gm_probe.cli.live import LiveView, doing, duration, live_view
-from gm_probe.core import files
-from gm_probe.core.files import LOCK, Hold, Word, exclusive, held, told
+from gm_probe.core import locks
+from gm_probe.core.locks import LOCK, Hold, Word, exclusive, held, told
 from gm_probe.core.records import read_metrics
 from gm_probe.probe.measures import expected_cost
 from gm_probe.sweep.executors import Outcome
@@ -103,7 +103,7 @@ def test_a_run_tells_each_step_and_each_measure(tmp_path: Path, monkeypatch: pyt
             words.append(json.loads(word))
 
     monkeypatch.setattr(Hold, "_write", write)
-    monkeypatch.setattr(files, "TELL", 0.0)
+    monkeypatch.setattr(locks, "TELL", 0.0)
     base = {"data": "digits", "model": "mlp-8", "num_train": 60, "num_unlabeled": 40, "num_test": 50}
     base |= {"epochs": 2, "batch_size": 25, "device": "cpu"}
     recipe = parse_recipe({"base": base, "measure": {"measures": ["local_inconsistency", "fisher_trace"]}})

@@ -28,12 +28,14 @@ from gm_probe.core.splits import split
 from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep.measuring import measure_checkpoint
-from gm_probe.training import loop, parts
+from gm_probe.training import parts
 from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
 from gm_probe.training.loop import train
 from gm_probe.training.objectives import FixMatch, Joint, Objective
 from gm_probe.training.parts import load_splits, own_unlabeled
-from gm_probe.training.rules import IAMD, METHODS, SAM, Rule
+from gm_probe.training.rule import Rule
+from gm_probe.training.rules import IAMD, METHODS, SAM
+from gm_probe.training.run import Training
 
 SEMI: dict[str, Any] = {"labels": 20, "batch_size": 10, "mu": 3, "num_train": 80, "epochs": 2}
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -302,9 +304,9 @@ def test_resumed_run_is_bit_identical(name: str, tmp_path: Path) -> None:
     straight = train(settings, tmp_path / "straight")
     broken = train_interrupted(settings, tmp_path / "broken", 1)
     within, steps = tmp_path / "within", 0
-    step = loop.Training._step
+    step = Training._step
 
-    def interrupted(self: loop.Training, chosen: Tensor, x: Tensor) -> None:
+    def interrupted(self: Training, chosen: Tensor, x: Tensor) -> None:
         nonlocal steps
         if steps == 1 and self.progress.step == 1:
             raise Interrupted
@@ -312,7 +314,7 @@ def test_resumed_run_is_bit_identical(name: str, tmp_path: Path) -> None:
         step(self, chosen, x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Training, "_step", interrupted)
+        patch.setattr(Training, "_step", interrupted)
         with pytest.raises(Interrupted):
             train(settings.replace(checkpoint_every=1), within)
     train(settings, within, resume=True)
@@ -324,7 +326,7 @@ def test_resumed_run_is_bit_identical(name: str, tmp_path: Path) -> None:
 
 def test_batches_are_whole_and_pass_over_everything(tmp_path: Path) -> None:
     """60 unlabeled examples in batches of 3 · 8 take three steps; 20 labels are passed over once and a bit."""
-    training = loop.Training(semi("fixmatch", batch_size=8), tmp_path)
+    training = Training(semi("fixmatch", batch_size=8), tmp_path)
     dealt = training.feed.deal(seeded())
     assert [len(chosen) for chosen in dealt] == [8 + 24] * 3 == [32] * training.steps
     labeled = torch.cat([chosen[:8] for chosen in dealt]).tolist()
@@ -337,7 +339,7 @@ def test_batches_are_whole_and_pass_over_everything(tmp_path: Path) -> None:
 def test_three_fixmatch_steps_with_momentum_and_average(tmp_path: Path) -> None:
     """The loop's batches, and all that is done with them once more by hand."""
     settings = semi("fixmatch", epochs=1, lambda_u=0.5, num_train=110, weight_decay=0.01)
-    training = loop.Training(settings, tmp_path)
+    training = Training(settings, tmp_path)
     assert training.steps == 3
     shadow = copy.deepcopy(training.model)
     velocity = [torch.zeros_like(p) for p in shadow.parameters()]

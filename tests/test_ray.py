@@ -21,7 +21,8 @@ from pandas.testing import assert_frame_equal
 
 from gm_probe.analysis.collect import collect
 from gm_probe.core.errors import UsageError
-from gm_probe.core.files import BEAT, STALE, read_json, write_json
+from gm_probe.core.files import read_json, write_json
+from gm_probe.core.locks import BEAT, STALE
 from gm_probe.core.records import CHECKPOINT, MEASURES, METRICS, STATE, SUMMARY
 from gm_probe.sweep.executors import Job, Outcome, attempt
 from gm_probe.sweep.recipe import Recipe, parse_recipe

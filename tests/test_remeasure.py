@@ -10,7 +10,8 @@ import pytest
 from test_sweep_state import parse
 
 from gm_probe.cli import main
-from gm_probe.core.files import held, write_json, write_toml
+from gm_probe.core.files import write_json, write_toml
+from gm_probe.core.locks import held
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep import executors
 from gm_probe.sweep.executors import Job, Outcome, attempt, in_turn

@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from gm_probe.core.errors import UsageError
-from gm_probe.training.rules import ASAM, IAMD, IAMS, METHODS, SAM, OnePassIAMD, Rule
+from gm_probe.training.rule import Rule
+from gm_probe.training.rules import ASAM, IAMD, IAMS, METHODS, SAM, OnePassIAMD
 
 RULES: dict[str, Callable[..., Rule]] = {
     "sgd": Rule,

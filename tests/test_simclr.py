@@ -30,11 +30,12 @@ from gm_probe.core.records import CHECKPOINT, MEASURES, RAW, SPLIT, read_metrics
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep.measuring import measure_checkpoint
 from gm_probe.sweep.saved_measures import merge_measures
-from gm_probe.training import loop, parts
+from gm_probe.training import parts
 from gm_probe.training.linear_probe import BATCH, LR, fit, linear_probe
 from gm_probe.training.loop import train
 from gm_probe.training.parts import own_unlabeled
 from gm_probe.training.rules import METHODS
+from gm_probe.training.run import Training
 from gm_probe.training.views import draw_views, see
 
 SIMCLR: dict[str, Any] = {"objective": "simclr", "batch_size": 32, "probe_every": 1, "epochs": 2}
@@ -66,16 +67,16 @@ def test_resumes_bit_for_bit(method: str, tmp_path: Path) -> None:
 def test_resumes_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = simclr(method="iam-d-onepass", epochs=2, checkpoint_every=2)
     train(settings, tmp_path / "straight")
-    step, done = loop.Training._step, 0
+    step, done = Training._step, 0
 
-    def stopping(self: loop.Training, *batch: Any) -> None:
+    def stopping(self: Training, *batch: Any) -> None:
         nonlocal done
         done += 1
         if done == 11:  # the fifth of the second epoch's six
             raise Interrupted
         step(self, *batch)
 
-    monkeypatch.setattr(loop.Training, "_step", stopping)
+    monkeypatch.setattr(Training, "_step", stopping)
     with pytest.raises(Interrupted):
         train(settings, tmp_path / "again")
     monkeypatch.undo()
@@ -253,7 +254,7 @@ def test_learns(tmp_path: Path) -> None:
 def test_one_step_by_hand(tmp_path: Path) -> None:
     """Gradient descent on the naive NT-Xent of the views, without the loop's or the rules' code."""
     settings = simclr(num_train=32, epochs=1, lr=0.3, momentum=0.0)
-    training = loop.Training(settings, tmp_path / "twin")
+    training = Training(settings, tmp_path / "twin")
     model, feed = training.model, training.feed
     draws = torch.Generator().manual_seed(zlib.crc32(b"0:0"))
     [chosen] = feed.deal(draws)

@@ -22,7 +22,8 @@ import torch
 from gm_probe.core import files
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import DivergedError, StorageError, UsageError
-from gm_probe.core.files import LOCK, exclusive, read_json, read_toml, write_json
+from gm_probe.core.files import read_json, read_toml, write_json
+from gm_probe.core.locks import LOCK, exclusive
 from gm_probe.core.records import failure, find_runs, read_run, run_state
 from gm_probe.sweep import measuring, runner
 from gm_probe.sweep.executors import Outcome

@@ -23,10 +23,11 @@ from safetensors.torch import load_file
 from gm_probe.analysis.collect import collect
 from gm_probe.analysis.runs import load_table
 from gm_probe.cli import main
-from gm_probe.core import files
+from gm_probe.core import locks
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import BusyError, StorageError, UsageError
-from gm_probe.core.files import LOCK, exclusive, held, write_json, write_toml
+from gm_probe.core.files import write_json, write_toml
+from gm_probe.core.locks import LOCK, exclusive, held
 from gm_probe.core.records import failure, run_state
 from gm_probe.probe.measures import expected_cost
 from gm_probe.probe.probe import Settings
@@ -89,7 +90,7 @@ def test_a_held_folder_names_its_holder_until_it_is_let_go(tmp_path: Path) -> No
 
 
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BEAT", 0.01)
+    monkeypatch.setattr(locks, "BEAT", 0.01)
     with exclusive(tmp_path):
         os.utime(tmp_path / LOCK, (0, 0))
         end = time.monotonic() + 20
@@ -106,7 +107,7 @@ def test_a_dead_holder_and_a_silent_one_hold_nothing(tmp_path: Path) -> None:
     assert not held(tmp_path)
     lock.write_text("elsewhere 1\n")
     assert held(tmp_path)
-    old = time.time() - files.STALE - 1
+    old = time.time() - locks.STALE - 1
     os.utime(lock, (old, old))
     assert not held(tmp_path)
 
@@ -479,7 +480,7 @@ def test_a_job_array_does_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "gmprobe").write_text(f'#!/bin/sh\nexec {sys.executable} -m gm_probe "$@"\n')
     (tmp_path / "gmprobe").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    root = str(Path(files.__file__).parents[2])
+    root = str(Path(locks.__file__).parents[2])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": root, "SLURM_ARRAY_TASK_ID": "1"}
     subprocess.run(
         ["bash", "-c", script], env=environment, check=True, capture_output=True

@@ -9,7 +9,7 @@ import pytest
 
 from gm_probe.cli import main
 from gm_probe.core.records import read_metrics
-from gm_probe.training import loop
+from gm_probe.training.run import Training
 
 ARGUMENTS = (
     "train --data digits --model mlp-8 --num-train 100 --num-unlabeled 30 --num-test 30 --epochs 4 --quiet"
@@ -19,15 +19,15 @@ ARGUMENTS = (
 def test_events_are_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = [*ARGUMENTS.split(), "--eval-every", "2", "--tensorboard", "--resume", "--out", str(tmp_path)]
-    save, saved = loop.Training.save_state, []
+    save, saved = Training.save_state, []
 
-    def broken(self: loop.Training) -> None:
+    def broken(self: Training) -> None:
         saved.append(self.epoch)
         if saved == [1, 2, 3]:
             raise KeyboardInterrupt
         save(self)
 
-    monkeypatch.setattr(loop.Training, "save_state", broken)
+    monkeypatch.setattr(Training, "save_state", broken)
     with pytest.raises(SystemExit, match="130"):
         main(arguments)
     main(arguments)

@@ -18,14 +18,16 @@ from gm_probe.core.batches import Batches
 from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import BusyError, CheckpointError, DataError, DivergedError, UsageError
-from gm_probe.core.files import exclusive
+from gm_probe.core.locks import exclusive
 from gm_probe.core.records import BEST, CHECKPOINT, SPLIT, STATE, read_metrics, read_run
-from gm_probe.training import loop, parts
+from gm_probe.training import parts
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import evaluate, evaluate_within
 from gm_probe.training.loop import train
 from gm_probe.training.parts import load_splits, own_unlabeled
-from gm_probe.training.rules import METHODS, Rule, Step
+from gm_probe.training.rule import Rule, Step
+from gm_probe.training.rules import METHODS
+from gm_probe.training.run import Training
 from gm_probe.training.schedule import lr_factor
 from gm_probe.training.updates import make_optimizer
 
@@ -113,7 +115,7 @@ def test_first_epoch_by_hand(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     settings = config(epochs=1, batch_size=200, lr=0.3, momentum=0.0, weight_decay=0.01)
-    training = loop.Training(settings, tmp_path / "twin")
+    training = Training(settings, tmp_path / "twin")
     model, part = training.model, training.splits.train
     assert part.y is not None
     x = part.x.double() / 255
@@ -127,7 +129,7 @@ def test_first_epoch_by_hand(tmp_path: Path) -> None:
 
 
 def test_every_epoch_sees_every_example_once_in_a_new_order(tmp_path: Path) -> None:
-    training = loop.Training(config(batch_size=48), tmp_path)
+    training = Training(config(batch_size=48), tmp_path)
     backward, seen = training.updates.rule.backward, []
 
     def watch(x: Tensor, y: Tensor, scaler: None) -> Step:
@@ -193,10 +195,10 @@ def test_resumed_from_within_an_epoch(name: str, every: int, tmp_path: Path) -> 
     settings = config(**{"epochs": 2, "weight_decay": 1e-3, "batch_size": 40, **RESUMED[name]})
     straight = train(settings, tmp_path / "straight")
     broken = settings.replace(checkpoint_every=every)
-    batch, taken = loop.Training._batch, 0
+    batch, taken = Training._batch, 0
     within: list[int] = []
 
-    def interrupted(self: loop.Training, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def interrupted(self: Training, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal taken
         taken += 1
         if taken > every + 1:
@@ -204,7 +206,7 @@ def test_resumed_from_within_an_epoch(name: str, every: int, tmp_path: Path) -> 
         return batch(self, chosen, x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Training, "_batch", interrupted)
+        patch.setattr(Training, "_batch", interrupted)
         while True:
             taken = 0
             try:
@@ -342,8 +344,8 @@ def test_runs_of_one_seed_agree_and_of_others_do_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [256, 2**32 - 1])
 def test_no_two_seeds_share_their_order(seed: int, tmp_path: Path) -> None:
     """Same weights at the start, so that only the order of examples tells the seeds apart."""
-    changed = loop.Training(config(seed=seed), tmp_path)
-    plain = loop.Training(config(seed=seed % 256), tmp_path)
+    changed = Training(config(seed=seed), tmp_path)
+    plain = Training(config(seed=seed % 256), tmp_path)
     changed.model.load_state_dict(plain.model.state_dict())
     assert changed.run_epoch()["running_loss"] != plain.run_epoch()["running_loss"]
 
@@ -592,7 +594,7 @@ def test_optimizers() -> None:
 
 def by_hand(settings: TrainConfig, folder: Path, steps: int, clip: float) -> list[dict[str, Tensor]]:
     """Weights after each full-batch gradient step with clipping, without any of the loop's code."""
-    training = loop.Training(settings, folder)
+    training = Training(settings, folder)
     model, part = training.model, training.splits.train
     assert part.y is not None
     x = part.x.double() / 255
@@ -639,7 +641,7 @@ def test_the_average_is_what_is_evaluated_tracked_and_saved(tmp_path: Path) -> N
 
 
 def test_averaged_weights_keep_the_models_batch_norm_statistics(tmp_path: Path) -> None:
-    training = loop.Training(config(model="wrn-10-1", ema_decay=0.5, num_train=48, batch_size=16), tmp_path)
+    training = Training(config(model="wrn-10-1", ema_decay=0.5, num_train=48, batch_size=16), tmp_path)
     training.run_epoch()
     ours, models = dict(training.updates.result.named_buffers()), dict(training.model.named_buffers())
     assert ours
@@ -671,7 +673,7 @@ def test_the_weights_of_the_lowest_test_error_are_kept(tmp_path: Path) -> None:
     best = errors.index(min(errors))
     assert best < 11
     assert summary["test_error_min"] == min(errors) < summary["test_error"]
-    training = loop.Training(settings, tmp_path / "twin")
+    training = Training(settings, tmp_path / "twin")
     for _ in range(best + 1):
         training.run_epoch()
     kept = read_checkpoint(tmp_path / BEST)
@@ -713,7 +715,7 @@ def overflowing(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 def test_overflowed_steps_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if these batches had not been: weights, their average, momentum and running sums."""
     overflowing(monkeypatch, {2, 3})
-    training = loop.Training(config(amp="fp16", batch_size=40, ema_decay=0.5), tmp_path)
+    training = Training(config(amp="fp16", batch_size=40, ema_decay=0.5), tmp_path)
     training.updates.scaler = torch.amp.GradScaler(
         "cpu", init_scale=2.0**10
     )  # below what overflows by itself
@@ -741,11 +743,11 @@ def test_overflowed_steps_are_skipped_and_counted(tmp_path: Path, monkeypatch: p
 
 def test_the_scalers_factor_is_part_of_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overflowing(monkeypatch, {2})
-    training = loop.Training(config(amp="fp16"), tmp_path)
+    training = Training(config(amp="fp16"), tmp_path)
     training.begin()
     training.run_epoch()
     training.save_state()
-    resumed = loop.Training(config(amp="fp16"), tmp_path)
+    resumed = Training(config(amp="fp16"), tmp_path)
     before = resumed.updates.scaler.state_dict()
     resumed.load_state()
     assert resumed.updates.scaler.state_dict() == training.updates.scaler.state_dict() != before

@@ -10,7 +10,8 @@ import pandas as pd
 
 from gm_probe.analysis.row_cache import RowCache
 from gm_probe.core.errors import StorageError, UsageError
-from gm_probe.core.files import held, locked, write_atomic
+from gm_probe.core.files import write_atomic
+from gm_probe.core.locks import held, locked
 from gm_probe.core.records import failure, find_runs, read_run, state_at_rest
 
 PARTS = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import PATH, Choice
+from gm_probe.cli.kinds import PATH, Choice, floats
 from gm_probe.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -150,11 +150,3 @@ class DataOptions:
         if self.mean is None or self.std is None:
             raise UsageError("--mean and --std go together; give both")
         return Normalization(floats("--mean", self.mean), floats("--std", self.std))
-
-
-def floats(option: str, text: str) -> tuple[float, ...]:
-    """Comma-separated numbers."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} must be comma-separated numbers") from error

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gm_probe.cli.output import note, notes_console
-from gm_probe.core.files import Word, held, told
+from gm_probe.core.locks import Word, held, told
 
 if TYPE_CHECKING:
     from gm_probe.sweep.executors import Outcome

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.data import DataOptions, data_options, floats
+from gm_probe.cli.data import DataOptions, data_options
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
 from gm_probe.cli.figures import as_rows, print_result, warn
-from gm_probe.cli.kinds import PATH, Choice
-from gm_probe.cli.live import live_view
+from gm_probe.cli.kinds import PATH, Choice, floats, num_bytes, share, wholes
+from gm_probe.cli.measure_many import measure_many, opened_once
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
     format_options,
@@ -28,17 +26,14 @@ from gm_probe.cli.output import (
     print_json,
 )
 from gm_probe.cli.progress import Bar, progress_bar
-from gm_probe.core.errors import CheckpointError, ProbeError, UsageError
+from gm_probe.core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples
-    from gm_probe.sweep.executors import Executor, Outcome
-    from gm_probe.sweep.remeasure import Remeasure
+    from gm_probe.sweep.executors import Executor
 
 GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
 """Settings that more than one value of an option make a grid of."""
-DONE = {"finished", "skipped"}
-"""How a measurement ends that gives a result."""
 
 
 @click.command(
@@ -234,7 +229,7 @@ def measure(
         )
     from gm_probe.core import processes
     from gm_probe.core.devices import named_device
-    from gm_probe.core.files import exclusive
+    from gm_probe.core.locks import exclusive
     from gm_probe.core.records import MEASURES as MEASURES_FILE
     from gm_probe.probe.measures import expected_cost
     from gm_probe.probe.probe import Settings
@@ -244,7 +239,7 @@ def measure(
     from gm_probe.sweep.saved_measures import as_recorded, merge_measures
     from gm_probe.training.parts import own_unlabeled
 
-    radii, steps = floats("--rho", rho), tuple(map(_whole, floats("--k-steps", k_steps)))
+    radii, steps = floats("--rho", rho), wholes("--k-steps", k_steps)
     settings = Settings(
         rho=radii[0],
         rho_grid=radii[1:],
@@ -252,7 +247,7 @@ def measure(
         k_grid=steps[1:],
         params=params,
         top_eigenvalues=top_eigenvalues,
-        target_error=_percent(target_error),
+        target_error=0.0 if target_error is None else share("--target-error", target_error),
         noise_scale=noise_scale,
         num_starts=num_starts,
         protocol="converged" if protocol == "converged" else "paper",
@@ -267,14 +262,14 @@ def measure(
     named_device(data.device)
     # of many each looks for its device where it is measured: a GPU may be on Ray's workers alone
     loading = (replace(data, device="cpu") if many else data).loading() | {
-        "memory": _bytes(memory),
+        "memory": num_bytes("--memory", memory),
         "head": head,
         "temperature": temperature,
         "quadrature": (density_probes, density_steps) if density is not None else None,
     }
     if many:
         _, scope = _measured_over(data, source, labeled is not None, quiet)
-        opened = own_unlabeled if source is None else partial(_opened, data, source, labeled is not None)
+        opened = own_unlabeled if source is None else partial(opened_once, data, source, labeled is not None)
         how = How(settings, scope, loading | {"device": data.device})
         what = Remeasure(tuple(names), opened, how, save, given_settings)
         engine: Executor = in_turn
@@ -283,7 +278,7 @@ def measure(
         elif executor == "ray":
             root = given[0] if given[0].is_dir() else given[0].parent
             engine = ray_executor(root, address, gpus, data.threads)
-        _measure_many(checkpoints, what, engine, output, quiet)
+        measure_many(checkpoints, what, engine, output, quiet)
         return
     with processes.joined(loading["device"]):
         speaks = processes.rank() == 0  # of several processes, one prints and writes
@@ -364,88 +359,12 @@ def _measured_over(
     return examples, {**chosen, "data": examples.source, "labeled": labeled}
 
 
-@lru_cache(maxsize=1)
-def _source(data: DataOptions, source: str, labeled: bool) -> Examples:
-    return data.open(source, labeled=labeled)[0]
-
-
-def _opened(data: DataOptions, source: str, labeled: bool, run: Path) -> Examples:
-    """The examples of ``source``, whichever the run; a process reads them once."""
-    return _source(data, source, labeled)
-
-
-def _measure_many(
-    checkpoints: Sequence[Path], what: Remeasure, executor: Executor, output: str | None, quiet: bool
-) -> None:
-    """Measure on ``executor``, print all that came, also where it is interrupted, and fail where one failed."""
-    from gm_probe.sweep.remeasure import measure_runs
-
-    ended: dict[str, Outcome] = {}
-    paths = {str(path): path for path in checkpoints}
-    try:
-        with live_view(paths, ("measuring",), quiet=quiet, kept=what.save) as show:
-
-            def notify(outcome: Outcome) -> None:
-                ended[outcome.name] = outcome
-                show(outcome)
-
-            measure_runs(checkpoints, what, executor, notify)
-    finally:
-        outcomes = [ended[name] for name in paths if name in ended]
-        _print_outcomes(outcomes, output, quiet)
-    failed = sum(outcome.status not in DONE for outcome in outcomes)
-    if failed:
-        raise ProbeError(f"{failed} of {len(outcomes)} checkpoints could not be measured")
-
-
-def _print_outcomes(outcomes: Sequence[Outcome], output: str | None, quiet: bool) -> None:
-    results = [outcome.result for outcome in outcomes if outcome.status in DONE]
-    if output == "json":
-        print_json(results)
-    elif output == "csv":
-        print_csv(as_rows(results))
-    else:
-        for result in results:
-            print_result(result)
-    if not quiet:
-        for result in results:
-            warn(result)
-    for outcome in outcomes:
-        if outcome.status not in DONE:
-            note(notes_console(), f"{outcome.status}: {outcome.name}: {outcome.reason}")
-
-
 def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:
     from gm_probe.analysis.density_plot import density_panels
     from gm_probe.analysis.plots import write_figure
 
     figure = density_panels(result["density"], checkpoint=checkpoint, num_examples=result["num_examples"])
     write_figure(figure, [file])
-
-
-def _whole(value: float) -> int:
-    if value != int(value):
-        raise UsageError(f"--k-steps takes whole numbers, not {value:g}")
-    return int(value)
-
-
-def _bytes(text: str) -> float:
-    """``4GB`` as bytes; units are powers of 1,000."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", text)
-    if match is None or not float(match[1]):
-        raise UsageError(f"--memory {text!r} must be a size such as 4GB or 500MB")
-    return float(match[1]) * 1000.0 ** ["", "k", "M", "G", "T"].index(match[2])
-
-
-def _percent(text: str | None) -> float:
-    """A relative error as a fraction: "2%" and "0.02" are the same; 0 where none is asked."""
-    if text is None:
-        return 0.0
-    [value] = floats("--target-error", text.removesuffix("%"))[:1]
-    value = value / 100 if text.endswith("%") else value
-    if not 0 < value < 1:
-        raise UsageError(f"--target-error {text!r} must lie between 0 and 100 %, such as 2%")
-    return value
 
 
 def _chosen(measures: str, protocol: str, labeled: bool, coupled: bool) -> list[str]:

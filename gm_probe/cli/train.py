@@ -189,6 +189,7 @@ def train(
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
     from gm_probe.training.parts import load_splits, skipped
+    from gm_probe.training.run import PROBE_BATCH
 
     console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
     settings = {key: value for key, value in given.items() if value is not None}
@@ -215,10 +216,10 @@ def train(
             def notify(row: dict[str, Any]) -> None:
                 epoch, loss = row["epoch"], row["running_loss"]
                 bar.update(epoch, state=f"{epoch}/{config.epochs}  loss {loss:.3g}")
-                if loop.PROBE_BATCH in row:
+                if PROBE_BATCH in row:
                     bar.print(
                         f"note: out of memory where S_ρ was measured after epoch {epoch}: went on with batches of "
-                        f"{row[loop.PROBE_BATCH]}, which changes no figure"
+                        f"{row[PROBE_BATCH]}, which changes no figure"
                     )
                 if events is not None:
                     events.write(row)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.data import floats
-from gm_probe.cli.kinds import PATH
+from gm_probe.cli.kinds import PATH, floats
 from gm_probe.cli.output import (
     format_options,
     note,

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from gm_probe.core.errors import BusyError, ProbeError, ResourceError, StorageError, UsageError, first_line
-from gm_probe.core.files import default_data_root, exclusive, write_atomic
+from gm_probe.core.files import default_data_root, write_atomic
+from gm_probe.core.locks import exclusive
 
 State = Literal["ok", "absent", "broken"]
 EXTRAS = {

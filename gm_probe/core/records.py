@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.core.errors import StorageError, UsageError
-from gm_probe.core.files import held, read_json, read_toml
+from gm_probe.core.files import read_json, read_toml
+from gm_probe.core.locks import held
 
 CONFIG = "config.toml"
 SPLIT = "split.json"

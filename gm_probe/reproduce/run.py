@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gm_probe.core.devices import environment, pick_device
-from gm_probe.core.files import exclusive, remove_temporary
+from gm_probe.core.files import remove_temporary
+from gm_probe.core.locks import exclusive
 from gm_probe.reproduce.catalogue import recipe
 from gm_probe.reproduce.finding import Finding, Task, write
 

@@ -16,8 +16,8 @@ from gm_probe.core.contrastive import ONE_PROCESS, Contrastive
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment
 from gm_probe.core.errors import DataError, ProbeError, UsageError, first_line, out_of_memory
-from gm_probe.core.files import Hold
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
+from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
 from gm_probe.core.parameters import differentiable_attention, evaluating

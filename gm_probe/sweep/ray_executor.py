@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.core.errors import ProbeError, ResourceError, UsageError, first_line
-from gm_probe.core.files import BEAT, LOCK, STALE, exclusive, held, write_atomic
+from gm_probe.core.files import write_atomic
+from gm_probe.core.locks import BEAT, LOCK, STALE, exclusive, held
 from gm_probe.core.records import MEASURES, SUMMARY
 from gm_probe.sweep.executors import Job, Outcome, attempt
 

@@ -13,7 +13,8 @@ import torch
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import pick_device
 from gm_probe.core.errors import StorageError, UsageError
-from gm_probe.core.files import Hold, exclusive, read_json
+from gm_probe.core.files import read_json
+from gm_probe.core.locks import Hold, exclusive
 from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, SUMMARY, find_runs, read_run
 from gm_probe.probe.speed import BATCH_SIZE
 from gm_probe.sweep.executors import Executor, Job, Outcome

@@ -11,7 +11,8 @@ import torch
 
 from gm_probe.core.devices import pick_device
 from gm_probe.core.errors import DivergedError, StorageError
-from gm_probe.core.files import Hold, exclusive, in_utf8, read_json, write_atomic, write_json
+from gm_probe.core.files import in_utf8, read_json, write_atomic, write_json
+from gm_probe.core.locks import Hold, exclusive
 from gm_probe.core.records import (
     CHECKPOINT,
     CONFIG,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.core.errors import StorageError, UsageError
-from gm_probe.core.files import Word, read_json, told
+from gm_probe.core.files import read_json
+from gm_probe.core.locks import Word, told
 from gm_probe.core.records import (
     CONFIG,
     MEASURES,

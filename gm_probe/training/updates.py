@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from gm_probe.core.processes import average_over_processes
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.objectives import FixMatch, Joint, Objective
-from gm_probe.training.rules import METHODS, Rule, Step
+from gm_probe.training.rule import Rule, Step
+from gm_probe.training.rules import METHODS
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -107,6 +108,23 @@ class Updates:
         if self.average is not None and not skipped:
             self.average.update_parameters(self.model)
         return seen, skipped
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a state is made of, by what an error calls it, on this device."""
+        named = dict(self.model.named_parameters())
+        found: dict[str, Tensor] = {f"weight {name!r}": p for name, p in named.items()}
+        found |= {f"buffer {name!r}": value for name, value in self.model.named_buffers()}
+        if self.average is not None:
+            average = self.average.module.named_parameters()
+            found |= {f"the average of weight {name!r}": value for name, value in average}
+        names: dict[Tensor, str] = {p: name for name, p in named.items()}
+        for weight, state in self.optimizer.state.items():
+            found |= {
+                f"the optimizer's {key} of {names[weight]!r}": value.to(self.device)
+                for key, value in state.items()
+                if isinstance(value, Tensor)
+            }
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,415 @@
+"""One run: its data and its model, the epochs it has done, and what it keeps in its folder to go on from."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gm_probe.core import processes
+from gm_probe.core.batches import Batches, Normalization
+from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
+from gm_probe.core.datasets import Examples
+from gm_probe.core.devices import environment, pick_device
+from gm_probe.core.errors import DivergedError, ResourceError, UsageError, first_line, out_of_memory
+from gm_probe.core.files import append_line, write_atomic, write_json, write_toml
+from gm_probe.core.images import taken
+from gm_probe.core.locks import Hold
+from gm_probe.core.models import ModelSpec, initial_model
+from gm_probe.core.pretrained import load_pretrained
+from gm_probe.core.records import (
+    BEST,
+    CHECKPOINT,
+    CONFIG,
+    ERROR,
+    METRICS,
+    RAW,
+    SPLIT,
+    STATE,
+    SUMMARY,
+    read_metrics,
+)
+from gm_probe.core.signals import Terminated
+from gm_probe.probe.measures import measure
+from gm_probe.probe.probe import Settings
+from gm_probe.training.config import TrainConfig
+from gm_probe.training.contrastive_batches import contrastive_batches
+from gm_probe.training.evaluation import Evaluation, ProbeEvaluation
+from gm_probe.training.feeds import make_feed
+from gm_probe.training.parts import load_splits, split_record
+from gm_probe.training.rule import Step
+from gm_probe.training.schedule import lr_factor
+from gm_probe.training.state import broken, random_state, read_state, set_random_state, write_state
+from gm_probe.training.updates import Updates
+
+EVAL_BATCH = 500
+CHECK_EVERY = 20
+"""Steps between looks at whether all is finite: each waits for the device."""
+PROBE_BATCH = "local_inconsistency_batch_size"
+"""A row's key for the batches that S_ρ was taken on, where memory ran out on those of ``EVAL_BATCH``."""
+PROJECTION = 128
+"""Outputs of SimCLR's projector (Chen et al. 2020)."""
+
+
+@dataclass
+class Progress:
+    """How far the running epoch has come, in this process.
+
+    Attributes:
+        sums: (5,) float64: labeled examples, and over them loss, cross-entropy, errors and KL; under FixMatch
+            (6,), with the share of confident views.
+        step: steps done.
+        skipped: steps whose gradient overflowed in float16; they are in no sum.
+        seconds: spent before the clock ``began``.
+    """
+
+    sums: Tensor
+    step: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    began: float = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.began
+
+
+@contextmanager
+def _in_memory(model: str) -> Iterator[None]:
+    """Raise ResourceError where there is no room for the model itself, whatever the batches."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"{model} is too big for the memory ({first_line(error)}); choose a smaller --model"
+        ) from error
+
+
+class Training:
+    """One run: its data, its model and how that is updated, and the epochs and steps it has done.
+
+    ``torchrun``'s processes work off each batch together and all hold the same weights; the first one writes.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        hold: Hold | None = None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.out, self.hold, self.asked_to_stop = config, out, hold, asked_to_stop
+        self.device = processes.own_device(pick_device(config.device))
+        self.splits = load_splits(config)
+        train = self.splits.train
+        self.feed = make_feed(config, self.splits)
+        self.steps = self.feed.steps
+        self.normalization = Normalization.of(self.splits.inputs)
+        self.simclr = config.objective == "simclr"
+        self.spec = ModelSpec(
+            config.model,
+            tuple(train.x.shape[1:]),
+            PROJECTION if self.simclr else self.splits.num_classes,
+            config.temperature if self.simclr else None,
+        )
+        with _in_memory(config.model):
+            self.model = initial_model(self.spec, config.seed).to(self.device)
+        self.fresh: tuple[str, ...] = ()  # of the weights, those that --init did not give
+        if config.init is not None and not (out / STATE).exists():
+            self.fresh = load_pretrained(self.model, read_checkpoint(Path(config.init)))
+        if train.x.dim() == 4:
+            self.model.to(memory_format=torch.channels_last)
+        with _in_memory(config.model):
+            self.updates = Updates(config, self.model, self.device)
+        self.epoch = 0
+        self.rows: list[dict[str, Any]] = []
+        self.progress = self._no_progress()
+        self._random: dict[str, Any] = {}
+        self.evaluation = (ProbeEvaluation if self.simclr else Evaluation)(
+            config, self._batches(train), self._batches(self.splits.test), self.splits.num_classes
+        )
+        self._writes = processes.rank() == 0
+        self._mine = slice(processes.rank(), None, processes.count())  # of every batch
+
+    def _no_progress(self) -> Progress:
+        size = 6 if self.config.objective == "fixmatch" else 5
+        return Progress(torch.zeros(size, dtype=torch.float64, device=self.device))
+
+    def _batches(self, examples: Examples) -> Batches:
+        return Batches(examples, self.normalization, batch_size=EVAL_BATCH, device=self.device)
+
+    def run_epoch(self) -> dict[str, Any]:
+        """Train one epoch, or the rest of one, and return its metrics row.
+
+        Raises:
+            DivergedError: the loss or a weight stopped being finite.
+        """
+        self.progress.began = time.perf_counter()
+        seed = zlib.crc32(f"{self.config.seed}:{self.epoch}".encode())
+        draws = torch.Generator().manual_seed(seed)
+        dealt = self.feed.deal(draws)
+        self.model.train()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            if self.progress.step == 0:
+                self.updates.generator.set_state(draws.get_state())
+                torch.manual_seed(seed + processes.rank())  # dropout draws from the global generator
+            else:
+                set_random_state(self._random, self.device)
+            left = dealt[self.progress.step :]
+            mine = [chosen[self._mine] for chosen in left]
+            for chosen, x in zip(left, taken(self.splits.inputs.x, mine), strict=True):
+                self._step(chosen, x)
+                self._tell()
+                done = self.epoch * self.steps + self.progress.step
+                every = self.config.checkpoint_every
+                last = self.progress.step == self.steps
+                stop = not last and self.stop_everywhere(False)
+                if stop or (not last and (every is not None and done % every == 0)):
+                    self._check()
+                    self.save_state()
+                if stop:
+                    raise self.terminated()
+        self._check()
+        row = self._row()
+        self.epoch += 1
+        self.progress = self._no_progress()
+        return row
+
+    def stop_everywhere(self, now: bool = True) -> bool:
+        """Whether SIGTERM has come to any process; of several, all must stop at one step: asked where they agree."""
+        if processes.count() == 1:
+            return self.asked_to_stop()
+        due = now or self.progress.step % CHECK_EVERY == 0
+        return due and not processes.everywhere(not self.asked_to_stop(), self.device)
+
+    def terminated(self) -> Terminated:
+        return Terminated(
+            f"terminated in epoch {self.epoch + 1} after step {self.progress.step}; the state is saved: go on with "
+            f"--out {self.out} --resume"
+        )
+
+    def _step(self, chosen: Tensor, x: Tensor) -> None:
+        config, progress = self.config, self.progress
+        x, y = self._batch(chosen, x)
+        lr = config.lr * lr_factor(config, self.epoch + progress.step / self.steps)
+        seen, skipped = self.updates.step(x, y, lr)
+        if skipped:
+            progress.skipped += 1
+        else:
+            progress.sums += self._sums(seen, y)
+        progress.step += 1
+        if skipped or progress.step % CHECK_EVERY == 0:
+            self._check_loss(seen.loss)
+
+    def _tell(self) -> None:
+        if self.hold is not None:
+            self.hold.tell(
+                "training", self.epoch + self.progress.step / self.steps, self.config.epochs, self._so_far
+            )
+
+    def _so_far(self) -> dict[str, Any]:
+        """Within the running epoch; the loss is this process's."""
+        examples, loss = self.progress.sums[:2].tolist()
+        step = {"epoch": self.epoch + 1, "step": self.progress.step, "steps": self.steps}
+        return {**step, "loss": loss / examples if examples else None}
+
+    def _batch(self, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's part of a batch on the device: images augmented and normalised, and the first ones' labels."""
+        x, y = x.to(self.device), self.feed.labels(chosen[self._mine]).to(self.device)
+        x = self.feed.views(x, chosen, self._mine, self.updates.generator)
+        x = self.normalization.apply(x)
+        return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), y
+
+    def _sums(self, seen: Step, y: Tensor) -> Tensor:
+        loss = seen.loss.double() * len(y)
+        entropy = loss
+        labeled = seen.logits[: len(y)]
+        if self.config.label_smoothing or self.config.objective == "fixmatch":
+            entropy = functional.cross_entropy(labeled.float(), y, reduction="sum").double()
+        wrong = (labeled.argmax(1) != y).sum().double()
+        divergence = torch.zeros_like(loss) if seen.inconsistency is None else seen.inconsistency * len(y)
+        noted = self.updates.rule.objective.noted(seen.logits, y)
+        further = [value.double() * len(y) for value in noted]
+        return torch.stack(
+            [torch.full_like(loss, len(y)), loss, entropy, wrong, divergence.double(), *further]
+        )
+
+    def _check_loss(self, loss: Tensor) -> None:
+        finite = math.isfinite(float(self.progress.sums.sum() + loss))
+        if not processes.everywhere(finite, self.device):
+            raise DivergedError(
+                f"the training loss is not finite at epoch {self.epoch + 1}, step {self.progress.step} "
+                f"(looked at every {CHECK_EVERY} steps)"
+            )
+
+    def _check(self) -> None:
+        """Raise DivergedError unless all is finite: nothing else is ever saved."""
+        self._check_loss(torch.zeros((), device=self.device))
+        where = f"after epoch {self.epoch + 1}, step {self.progress.step}"
+        saved = self.updates.tensors()
+        finite = torch.stack([torch.isfinite(value).all() for value in saved.values()])
+        if not bool(finite.all()):
+            first = list(saved)[finite.tolist().index(False)]
+            raise DivergedError(f"{first} is not finite {where}")
+        if self.progress.skipped == self.steps:
+            raise DivergedError(f"every gradient overflowed in float16 {where}; use --amp bf16")
+
+    def _row(self) -> dict[str, Any]:
+        sums = processes.sum_over_processes(self.progress.sums).tolist()
+        examples, loss, entropy, wrong, divergence, *further = sums
+        seconds = self.progress.elapsed
+        passes = self.updates.rule.passes * self.feed.rows
+        row: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "running_loss": loss / examples,
+            **self.evaluation.running(entropy / examples, wrong / examples),
+            "lr": self.updates.optimizer.param_groups[0]["lr"],
+            "gradient_evaluations": (self.epoch + 1) * self.steps * passes / 3,
+            "seconds": round(seconds, 3),
+            "examples_per_second": round(self.feed.examples / seconds, 1),
+        }
+        if further:
+            row["running_confident"] = further[0] / examples
+        if self.config.method.startswith("iam-d"):
+            row["running_inconsistency"] = divergence / examples
+        if self.config.amp == "fp16":
+            row["skipped_steps"] = self.progress.skipped
+        return row
+
+    def evaluate_epoch(self, row: dict[str, Any]) -> bool:
+        """Add what is due at this epoch to ``row``; True once ``stop_ce`` is met."""
+        config, model = self.config, self.updates.result
+        row |= self.evaluation.of_epoch(self.epoch, model)
+        if "test_error" in row:
+            self._keep_best(row["test_error"])
+        if config.track_every > 0 and self.epoch % config.track_every == 0:
+            settings = Settings(rho=config.track_rho, noise_scale=config.track_rho, seed=config.seed)
+            name = "local_inconsistency"
+            probe_set = self._probe_set()
+            report = measure(model, probe_set, [name], settings)
+            estimate = report.rows[name]
+            row |= {name: estimate.value, f"{name}_stderr": estimate.stderr, f"{name}_rho": config.track_rho}
+            if report.batch_size < probe_set.batch_size:
+                row[PROBE_BATCH] = report.batch_size
+        return config.stop_ce is not None and row.get("train_ce", math.inf) <= config.stop_ce
+
+    def _probe_set(self) -> Batches:
+        """This process's share of the unlabeled part; for SimCLR in batches of as many images as in training."""
+        unlabeled = self.splits.unlabeled.unlabeled()
+        if not self.simclr:
+            return self._batches(unlabeled).shard(processes.rank(), processes.count())
+        images = min(self.config.batch_size, len(unlabeled))
+        return contrastive_batches(
+            unlabeled, self.normalization, images=images, seed=self.config.seed, device=self.device
+        )
+
+    def _keep_best(self, test_error: float) -> None:
+        if test_error < min(Evaluation.tested(self.rows), default=math.inf):
+            self._save(BEST)
+
+    def _save(self, name: str, model: nn.Module | None = None) -> None:
+        if self._writes:
+            classes = self.splits.train.classes
+            model = model or self.updates.result
+            save_checkpoint(self.out / name, model, self.spec, self.normalization, classes)
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self._writes:
+            append_line(self.out / METRICS, json.dumps(row))
+
+    def save_state(self) -> None:
+        """Write what resuming needs, atomically."""
+        progress = self.progress
+        state = {
+            "epoch": self.epoch,
+            "step": progress.step,
+            "sums": processes.from_all(progress.sums.cpu()),
+            "skipped": progress.skipped,
+            "seconds": progress.elapsed if progress.step else 0.0,
+            "random": processes.from_all(random_state(self.device)),
+            "model": self.model.state_dict(),
+            **self.updates.state_dict(),
+        }
+        if self._writes:
+            write_state(self.out / STATE, state)
+
+    def load_state(self) -> None:
+        """Go back to the last saved epoch or step; rows of later epochs are cut from the metrics.
+
+        Raises:
+            CheckpointError: the state is broken.
+            UsageError: as many processes wrote it as there are not now.
+        """
+        path = self.out / STATE
+        state = read_state(path, self.device)
+        try:
+            states = state.get("random", [{}])
+            if len(states) != processes.count():
+                raise UsageError(
+                    f"{self.out} was trained by {len(states)} process(es); resume it with as many"
+                )
+            self.model.load_state_dict(state["model"])
+            self.updates.load_state_dict(state)
+            self.epoch = int(state["epoch"])
+            if state.get("step"):
+                sums = state["sums"][processes.rank()].to(self.device)
+                self.progress = Progress(
+                    sums, int(state["step"]), int(state["skipped"]), float(state["seconds"])
+                )
+                self._random = states[processes.rank()]
+        except UsageError:
+            raise
+        except Exception as error:  # torch raises many kinds on what does not fit
+            raise broken(path, error) from error
+        self.rows = [row for row in read_metrics(self.out) if row["epoch"] <= self.epoch]
+        processes.wait_for_all()  # to have read what the first of them now writes
+        if self._writes:
+            write_atomic(self.out / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+
+    def begin(self) -> None:
+        """Write what the run is."""
+        if self._writes:
+            machine = {**environment(self.device), "processes": processes.count()}
+            if self.config.init is not None:
+                machine["fresh_weights"] = list(self.fresh)
+            write_atomic(self.out / METRICS, b"")
+            write_json(self.out / SPLIT, split_record(self.splits))
+            write_toml(self.out / CONFIG, {**self.config.as_dict(), "environment": machine})
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate, write the checkpoint and, last of all, the summary; the resume state goes."""
+        results = self.evaluation.of_run(self.rows, self.updates.result)
+        if self.config.eval_every > 0:
+            self._keep_best(results["test_error"])
+        summary = {
+            "status": "finished",
+            "epochs": self.epoch,
+            **results,
+            "num_train": len(self.splits.train),
+            "num_test": len(self.splits.test),
+            "gradient_evaluations": self.rows[-1]["gradient_evaluations"],
+            "train_seconds": round(sum(row["seconds"] for row in self.rows), 3),
+        }
+        if self.config.labels is not None:
+            summary["num_unlabeled_train"] = len(self.splits.inputs) - len(self.splits.train)
+        if self.config.ema_decay is not None:
+            self._save(RAW, self.model)
+        self._save(CHECKPOINT)
+        if self._writes:
+            write_json(self.out / SUMMARY, summary)
+            for past in (STATE, ERROR):  # ERROR: why an earlier try failed
+                (self.out / past).unlink(missing_ok=True)
+        return summary
