@@ -31,7 +31,11 @@ from gm_probe.analysis.table import RunTable
 
 @dataclass(frozen=True)
 class Scenario:
-    """A design; ``levels`` are the hyperparameters' numbers of values, ``sizes`` the seeds a setting may have."""
+    """A design; ``levels`` are the hyperparameters' numbers of values, ``sizes`` the seeds a setting may have.
+
+    ``icc`` of the variance is shared by a setting's runs, ``seeds`` by a seed's in all settings; None where every
+    run has a seed of its own.
+    """
 
     levels: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -39,15 +43,20 @@ class Scenario:
     between: float = 0.0
     within: float = 0.0
     digits: int | None = None  # to which the gap is rounded, which ties it
+    seeds: float | None = None
 
     @property
     def tau(self) -> float:
-        """τ = 2/π arcsin r of a bivariate normal, averaged over pairs between and within settings."""
-        across = 2 / math.pi * math.asin(self.icc * self.between + (1 - self.icc) * self.within)
-        inside = 2 / math.pi * math.asin(self.within)
-        num, size = math.prod(self.levels), self.sizes[0]
-        part = (size - 1) / (num * size - 1)
-        return (1 - part) * across + part * inside
+        """τ = 2/π arcsin r of a bivariate normal, averaged over pairs of runs."""
+        num, size, seeds = math.prod(self.levels), self.sizes[0], self.seeds or 0.0
+        own = 1 - self.icc - seeds
+        setting, run = self.icc * self.between, own * self.within
+        of_pairs = [
+            ((num - 1) * (size - 1), setting + run),
+            (size - 1, run / (own + seeds)),
+            (num - 1, (setting + run) / (1 - seeds)),
+        ]
+        return 2 / math.pi * sum(n * math.asin(r) for n, r in of_pairs) / (num * size - 1)
 
 
 SCENARIOS = {
@@ -58,6 +67,9 @@ SCENARIOS = {
     "null, 12 settings × 2": Scenario((3, 2, 2), (2,), 0.8),
     "null, 3 to 5 seeds": Scenario((5, 3, 2), (3, 4, 5), 0.8),
     "null, gap tied": Scenario((5, 3, 2), (5,), 0.8, digits=0),
+    "null, seeds shared": Scenario((5, 3, 2), (5,), 0.6, seeds=0.2),
+    "true τ .2, seeds shared": Scenario((5, 3, 2), (5,), 0.6, 0.5, seeds=0.2),
+    "null, seeds shared for nothing": Scenario((5, 3, 2), (5,), 0.8, seeds=0.0),
 }
 RESAMPLES = 1000  # half the default: firing rates and coverage need no finer p
 FULL = 50  # simulations a scenario that also take the details, which cost six times as much
@@ -77,7 +89,11 @@ def sweep(scenario: Scenario, rng: np.random.Generator) -> RunTable:
 
     shared = correlated(len(settings), scenario.between)[setting]
     own = correlated(len(setting), scenario.within)
-    values = math.sqrt(scenario.icc) * shared + math.sqrt(1 - scenario.icc) * own
+    part = scenario.seeds or 0.0
+    values = math.sqrt(scenario.icc) * shared + math.sqrt(1 - scenario.icc - part) * own
+    if scenario.seeds is not None:
+        seed = np.concatenate([np.arange(size) for size in sizes])
+        values = values + math.sqrt(part) * rng.normal(size=(max(sizes), 3))[seed]
     gap = values[:, 0] if scenario.digits is None else values[:, 0].round(scenario.digits)
     frame = {
         "run": [str(i) for i in range(len(setting))],
@@ -85,6 +101,8 @@ def sweep(scenario: Scenario, rng: np.random.Generator) -> RunTable:
         "a": values[:, 1],
         "b": values[:, 2],
     }
+    if scenario.seeds is not None:
+        frame["seed"] = seed
     names = [f"h{i}" for i in range(len(scenario.levels))]
     frame |= {name: np.array([s[i] for s in settings])[setting] for i, name in enumerate(names)}
     return RunTable(Path("simulated"), pd.DataFrame(frame), ("error_gap",), ("a", "b"), tuple(names))
@@ -193,8 +211,9 @@ DETAILS = {
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--sims", default=500, show_default=True, help="Simulations a scenario.")
 @click.option("--first", default=0, show_default=True, help="The first seed.")
+@click.option("--scenario", multiple=True, help="Only these, by name or part of it.")
 @click.option("--table", "show", is_flag=True, help="Print what PATH holds, and simulate nothing.")
-def main(path: Path, sims: int, first: int, show: bool) -> None:
+def main(path: Path, sims: int, first: int, scenario: tuple[str, ...], show: bool) -> None:
     """Simulate sweeps and append what `correlate` says of each to PATH."""
     if show:
         print("\n".join(table(path)))
@@ -207,7 +226,8 @@ def main(path: Path, sims: int, first: int, show: bool) -> None:
             (row["scenario"], row["seed"]) for row in map(json.loads, path.read_text("utf-8").splitlines())
         }
     with path.open("a", encoding="utf-8") as file:
-        for seed, name in product(range(first, first + sims), SCENARIOS):
+        names = [name for name in SCENARIOS if not scenario or any(part in name for part in scenario)]
+        for seed, name in product(range(first, first + sims), names):
             if (name, seed) not in done:
                 file.write(json.dumps(simulate(name, seed, seed - first < FULL), ensure_ascii=False) + "\n")
                 file.flush()

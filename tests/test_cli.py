@@ -333,7 +333,11 @@ def build():
         ),
         ("gmprobe measure ckpt.pt --unlabeled data --measures error", 4, ["error", "--labeled"]),
         ("gmprobe measure ckpt.pt --unlabeled data --rho -1", 2, ["rho"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --k-steps 1,inf", 2, ["--k-steps", "whole numbers", "inf"]),
+        (
+            "gmprobe measure ckpt.pt --unlabeled data --k-steps 1,inf",
+            2,
+            ["--k-steps", "whole numbers", "inf"],
+        ),
         ("gmprobe measure ckpt.pt --unlabeled data --k-steps 1.5", 2, ["--k-steps", "whole numbers", "1.5"]),
         ("gmprobe measure ckpt.pt --unlabeled data --target-error 1,2%", 2, ["--target-error '1,2%'", "2%"]),
         ("gmprobe measure ckpt.pt --unlabeled data --target-error 200%", 2, ["--target-error '200%'", "2%"]),

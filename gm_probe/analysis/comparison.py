@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from gm_probe.analysis.intervals import LEAST_UNITS
+from gm_probe.analysis.intervals import LEAST_UNITS, seeds_share
 from gm_probe.analysis.pair_sums import pair_sums, tau_of
 from gm_probe.analysis.rank import Floats
 from gm_probe.analysis.results import Comparison, Quantity
@@ -16,24 +16,36 @@ from gm_probe.analysis.sample import Draws, Sample
 
 @dataclass(frozen=True, slots=True)
 class Resampled:
-    """A measure's τ, its values without each setting (S,), and those on the shared resamples (B,)."""
+    """A measure's τ, its values without each run (n,), and those on the shared resamples of settings (B,)."""
 
     sample: Sample
     tau: float
-    without: Floats
+    without_run: Floats
     resampled: Floats
 
 
 def compare(
     samples: Mapping[str, Sample], known: Mapping[str, Resampled], draws: Draws
 ) -> tuple[Comparison, ...]:
-    """Every pair of the measures ``samples``, each on the runs that have both; ``known`` where τ is defined."""
+    """Every pair of the measures ``samples``, each on the runs that have both; ``known`` where τ is defined.
+
+    Of measures with equal values, as tr H and tr F of ReLU networks, one counts in the adjustment, and all get its p.
+    """
     pairs = list(combinations(samples, 2))
     differences = [_difference(samples, known, first, second, draws) for first, second in pairs]
-    adjusted = holm([each.p for each in differences])
+    first_of: dict[tuple[bytes, bytes], str] = {}
+    stands_for = {
+        name: first_of.setdefault((of.x.tobytes(), of.rows.tobytes()), name) for name, of in samples.items()
+    }
+    distinct = {
+        frozenset(pair): difference.p
+        for pair, difference in zip(pairs, differences, strict=True)
+        if all(stands_for[name] == name for name in pair)
+    }
+    adjusted = dict(zip(distinct, holm(list(distinct.values())), strict=True))
     return tuple(
-        Comparison(*pair, difference, p)
-        for pair, difference, p in zip(pairs, differences, adjusted, strict=True)
+        Comparison(*pair, difference, adjusted.get(frozenset(map(stands_for.__getitem__, pair))))
+        for pair, difference in zip(pairs, differences, strict=True)
     )
 
 
@@ -57,13 +69,13 @@ def resample(sample: Sample, draws: Draws) -> Resampled | None:
     if not sums.total[1:].all():
         return None
     resampled = tau_of(sums.resampled(draws.counts(sample.num_settings)))
-    return Resampled(sample, float(tau_of(sums.total)), tau_of(sums.leave_one_out()), resampled)
+    return Resampled(sample, float(tau_of(sums.total)), tau_of(sums.leave_one_run_out()), resampled)
 
 
 def _difference(
     samples: Mapping[str, Sample], known: Mapping[str, Resampled], first: str, second: str, draws: Draws
 ) -> Quantity:
-    """p and interval from the resamples' standard error and Student's t of S − 1 degrees."""
+    """p and interval from the resamples' standard error, what shared seeds add, and Student's t."""
     a, b = samples[first], samples[second]
     if np.array_equal(a.rows, b.rows):
         pair = known.get(first), known.get(second)
@@ -86,6 +98,9 @@ def _difference(
     if error < 1e-12:
         why = "no resample differs: the two order the runs alike"
         return Quantity(value, n=one.sample.n, interval_reason=why, p_reason=why)
-    half = float(stats.t.ppf(0.975, num - 1)) * error
-    p = 2 * float(stats.t.sf(abs(value) / error, num - 1))
+    without_run = one.without_run - other.without_run
+    share = seeds_share(value, without_run, one.sample.setting, one.sample.seed)
+    error, freedom = share.added_to(error, num - 1)
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    p = 2 * float(stats.t.sf(abs(value) / error, freedom))
     return Quantity(value, value - half, value + half, p, one.sample.n)

@@ -1,7 +1,7 @@
 """All statistics of each measure against each generalization gap, over all runs and per subgroup.
 
-Kendall's τ-b with an interval from leaving out whole settings and a p from permuting them: the naive p takes
-runs as independent draws, which the seeds of one setting are not.
+Kendall's τ-b with an interval from leaving out whole settings, and seeds that they share, and a p from permuting
+settings: the naive p takes runs as independent draws, which the seeds of one setting are not.
 """
 
 import math
@@ -14,9 +14,9 @@ from scipy import stats
 
 from gm_probe.analysis.comparison import Resampled, compare
 from gm_probe.analysis.conditional import conditioning
-from gm_probe.analysis.design import Design, design_of, setting_names
+from gm_probe.analysis.design import Design, design_of, seed_numbers, setting_names
 from gm_probe.analysis.granulated import granulated
-from gm_probe.analysis.intervals import jackknife_interval, percentile_interval
+from gm_probe.analysis.intervals import jackknife_interval, percentile_interval, seeds_share
 from gm_probe.analysis.noise import noise_filtered
 from gm_probe.analysis.pair_sums import EXACT_SETTINGS, PairSums, pair_sums, tau_of
 from gm_probe.analysis.partial import partial
@@ -178,7 +178,9 @@ def _part(table: RunTable, design: Design, name: str, gap: str, rows: np.ndarray
     frame = table.frame.iloc[rows]
     x, y = frame[name].to_numpy(), frame[gap].to_numpy()
     present = np.isfinite(x) & np.isfinite(y)
-    sample = sample_of(x[present], y[present], rows[present], design.setting[rows[present]])
+    kept = rows[present]
+    seed = None if design.seed is None else design.seed[kept]
+    sample = sample_of(x[present], y[present], kept, design.setting[kept], seed)
     names = frame["run"].to_list()
     missing = tuple(
         Exclusion(
@@ -198,7 +200,10 @@ def _part(table: RunTable, design: Design, name: str, gap: str, rows: np.ndarray
     sums = pair_sums(sample.x, sample.y, sample.setting, sample.num_settings, between=True)
     without = tau_of(sums.leave_one_out())
     taus = tau_of(sums.resampled(draws.counts(sample.num_settings)))
-    low, high, why = jackknife_interval(result.tau, without, "runs" if sample.one_setting else "settings")
+    without_run = tau_of(sums.leave_one_run_out())
+    share = seeds_share(result.tau, without_run, sample.setting, sample.seed)
+    unit = "runs" if sample.one_setting else "settings"
+    low, high, why = jackknife_interval(result.tau, without, unit, share)
     finite = taus[np.isfinite(taus)]
     percentiles = (None, None) if why else percentile_interval(finite)
     permutations = draws.blocks(sample.setting)
@@ -217,7 +222,7 @@ def _part(table: RunTable, design: Design, name: str, gap: str, rows: np.ndarray
         p_reason=permutations.limit,
         num_permutations=num,
     )
-    return _Part(result, sample, sums, Resampled(sample, result.tau or 0.0, without, taus))
+    return _Part(result, sample, sums, Resampled(sample, result.tau or 0.0, without_run, taus))
 
 
 def _details(
@@ -286,6 +291,9 @@ def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
         )
     elif alone:
         notes.append(f"{alone} of {len(sizes)} settings have a single run")
+    seed = seed_numbers(table)
+    if seed is not None and table.num_runs > len(set(seed)) == 1 and len(sizes) > 1 and seed[0] >= 0:
+        notes.append("all runs have one seed: what another would have changed is in no interval")
     if table.num_runs > EXACT_RUNS:
         notes.append(f"more than {EXACT_RUNS} runs: permutations take Spearman's ρ in place of τ")
     if len(sizes) > EXACT_SETTINGS:

@@ -82,26 +82,35 @@ STATISTICS = {
     "√((pairs untied in the measure)(pairs untied in the gap)). 1: the measure orders the runs as the gap does.",
     "setting": "one choice of all hyperparameters; its runs differ in their seeds only and are not independent.",
     "95 % CI": "confidence interval of τ by leaving out each setting with all its seeds (jackknife, Student’s t on "
-    "Fisher’s scale). Bootstrap: the middle 95 % over resamples of whole settings, in which a run forms no pair "
-    "with its own copy; it covers less than 95 % where settings are few.",
-    "p": "two-sided permutation p: the gaps of whole settings are exchanged, so seeds stay together. "
-    "p (naive) takes runs as independent and is too small where settings repeat.",
+    "Fisher’s scale). Where settings take the same seeds, whose runs start from the same weights, it also holds what "
+    "another choice of seeds would change, by leaving out each seed in all settings. Settings count as drawn "
+    "independently: where neighbours on a grid hardly differ, it is too narrow. Bootstrap: the middle 95 % over "
+    "resamples of whole settings, in which a run forms no pair with its own copy; it covers less than 95 % where "
+    "settings are few or seeds shared.",
+    "p": "two-sided permutation p: the gaps of whole settings are exchanged, so seeds stay together. It tests whether "
+    "settings with a larger measure have a larger gap, given the seeds and, where settings differ in their number of "
+    "runs, those that no other matches; so it can differ from what the interval says. p (naive) takes runs as "
+    "independent and is too small where settings repeat. No p is adjusted for the number of tests but p (Holm).",
     "noise-filtered": "τ over only those pairs of runs whose error gaps differ by more than 1.96 binomial standard "
     "errors.",
-    "between, within": "τ of the settings’ means; τ over pairs of runs of the same setting.",
+    "between, within": "τ of the settings’ means; τ over pairs of runs of the same setting. Seeds that settings share "
+    "are the same few draws in each: they change places in all settings alike for the p of τ within.",
     "ψ, Ψ": "granulated τ (Jiang et al. 2020): ψ of a hyperparameter is the mean τ over cells in which it alone "
     "varies, over at least 3 values; Ψ is the mean over hyperparameters.",
     "K(S)": "conditional mutual information between the signs of the differences in measure and gap, given the "
     "hyperparameters S (Jiang et al. 2020), in bits a bit, less its mean when the gaps of whole settings are "
-    "exchanged. The least over S of at most two hyperparameters is the conservative figure.",
+    "exchanged (which tests for no association at all, not for none given S). The least over S of at most two "
+    "hyperparameters is the conservative figure; negative: no evidence.",
     "sign error": "part of the pairs of runs of two settings that differ in one hyperparameter which the measure "
     "orders wrongly (Dziugaite et al. 2020), over environments of effective size ≥ 12. ½ is chance; robust measures "
     "have a small maximum, not only a small mean.",
     "Simpson": "τ within the values of a setting has the other sign than τ over all runs, and both intervals "
     "exclude 0.",
-    "partial τ": "τ of measure and gap once what both share with a third quantity is taken out; p by permutation "
-    "within strata of it.",
-    "Δτ": "difference of two measures’ τ on the same resamples; p (Holm) is adjusted for all pairs of measures.",
+    "partial τ": "τ of measure and gap once what both share with a third quantity is taken out. Where the two are "
+    "independent given the third it need not be 0, so its interval is no test; the test is p, by permutation within "
+    "strata of the third.",
+    "Δτ": "difference of two measures’ τ on the same resamples; p (Holm) is adjusted for all pairs of measures, of "
+    "which those with equal values count once.",
     "skill": "1 − (error of the gap predicted from the measure by isotonic regression, whole settings left out) / "
     "(error of predicting the mean gap). Above 0: the measure helps.",
     "regret": "test error of the run with the least measure − that of the best run.",

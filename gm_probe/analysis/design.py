@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gm_probe.analysis.rank import Floats, Integers
-from gm_probe.analysis.table import BOOKKEEPING, RunTable, show
+from gm_probe.analysis.table import BOOKKEEPING, SEED, RunTable, show
 
 Cells = tuple[Integers, Integers]
 """(n,) which cell each run of the table is in, and (n,) which value of the hyperparameter it has."""
@@ -18,9 +18,13 @@ CONTROLS = ("train_ce", "hessian_lambda_max", "parameter_norm")
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """What the hyperparameters say of each run of the table (n,): its setting, cells, values and strata."""
+    """What the hyperparameters say of each run of the table (n,): its setting, cells, values and strata.
+
+    ``seed`` numbers the seeds, −1 where unknown; None where the table has none, or they make settings.
+    """
 
     setting: Integers
+    seed: Integers | None
     cells: Mapping[str, Cells]
     strata: Mapping[str, Integers]
     controls: Mapping[str, Floats | str]  # a str says why there are no numbers
@@ -38,7 +42,8 @@ def design_of(table: RunTable, group_by: Sequence[str], controls: Sequence[str])
     if group_by and ", ".join(group_by) not in strata:
         strata[", ".join(group_by)] = group_numbers(table, group_by)
     usual = [name for name in CONTROLS if name in table.frame] + list(values)
-    return Design(setting, cells, strata, {name: _control(table, name) for name in controls or usual})
+    known = {name: _control(table, name) for name in controls or usual}
+    return Design(setting, seed_numbers(table), cells, strata, known)
 
 
 def _control(table: RunTable, name: str) -> Floats | str:
@@ -61,6 +66,14 @@ def setting_numbers(table: RunTable) -> Integers:
     """
     names = setting_names(table)
     return group_numbers(table, names) if names else np.arange(table.num_runs)
+
+
+def seed_numbers(table: RunTable) -> Integers | None:
+    """(n,) equal where the seeds are, −1 where a run has none; None where the table has no seeds."""
+    if SEED not in table.frame or SEED in table.measures:
+        return None
+    unknown = table.frame[SEED].isna().to_numpy()
+    return np.where(unknown, -1, group_numbers(table, [SEED]))
 
 
 def setting_names(table: RunTable) -> list[str]:

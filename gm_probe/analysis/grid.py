@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from gm_probe.analysis.correlation import kendall
-from gm_probe.analysis.design import setting_numbers
-from gm_probe.analysis.intervals import jackknife_interval
+from gm_probe.analysis.design import seed_numbers, setting_numbers
+from gm_probe.analysis.intervals import jackknife_interval, seeds_share
 from gm_probe.analysis.pair_sums import pair_sums, tau_of
 from gm_probe.analysis.results import Quantity
 from gm_probe.analysis.sample import sample_of
@@ -21,7 +21,7 @@ def grid_taus(
     table: RunTable, records: Mapping[str, RunRecord], gap: str
 ) -> dict[int, dict[float, Quantity]]:
     """``[k_steps][rho]``: τ-b with ``gap`` over the ``n`` runs that have both, its interval by leaving out
-    whole settings; empty where no run has a grid."""
+    whole settings, and seeds that they share; empty where no run has a grid."""
     cells: dict[tuple[int, float], np.ndarray] = {}
     for row, run in enumerate(table.frame["run"]):
         for cell in grid_of(records[run]):
@@ -29,18 +29,22 @@ def grid_taus(
             cells.setdefault(place, np.full(table.num_runs, np.nan))[row] = cell["value"]
     lines: dict[int, dict[float, Quantity]] = {}
     for (k_steps, rho), values in sorted(cells.items()):
-        lines.setdefault(k_steps, {})[rho] = _tau(values, table.frame[gap].to_numpy(), setting_numbers(table))
+        lines.setdefault(k_steps, {})[rho] = _tau(values, table.frame[gap].to_numpy(), table)
     return lines
 
 
-def _tau(x: np.ndarray, y: np.ndarray, setting: np.ndarray) -> Quantity:
+def _tau(x: np.ndarray, y: np.ndarray, table: RunTable) -> Quantity:
     both = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
-    sample = sample_of(x[both], y[both], both, setting[both])
+    seed = seed_numbers(table)
+    sample = sample_of(
+        x[both], y[both], both, setting_numbers(table)[both], None if seed is None else seed[both]
+    )
     found = kendall(sample.x, sample.y)
     if found.tau is None:
         return Quantity(None, n=found.n, reason=found.reason)
     sums = pair_sums(sample.x, sample.y, sample.setting, sample.num_settings)
-    low, high, why = jackknife_interval(found.tau, tau_of(sums.leave_one_out()))
+    share = seeds_share(found.tau, tau_of(sums.leave_one_run_out()), sample.setting, sample.seed)
+    low, high, why = jackknife_interval(found.tau, tau_of(sums.leave_one_out()), share=share)
     return Quantity(found.tau, low, high, n=found.n, interval_reason=why)
 
 

@@ -1,12 +1,21 @@
-"""Intervals, most from leaving out or resampling whole settings: runs of one setting are not independent."""
+"""Intervals, most from leaving out or resampling whole settings: runs of one setting are not independent.
+
+Nor are runs of one seed, where all settings take the same few: they start from the same weights and see the same
+batches. ``seeds_share`` says what another choice of seeds would add to the variance.
+"""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
+from gm_probe.analysis.rank import Floats, Integers
+
 LEAST_UNITS = 5
 """Of fewer settings, no error can be told."""
+SWEEPS = 30
+"""Of taking off the means by setting and by seed in turn, where some settings lack some seeds."""
 Interval = tuple[float | None, float | None, str | None]
 """Low, high and None; or None, None and the reason."""
 
@@ -20,19 +29,73 @@ def jackknife_error(without: np.ndarray) -> float:
     return math.sqrt((num - 1) / num * float(((without - without.mean()) ** 2).sum()))
 
 
-def jackknife_interval(value: float, without: np.ndarray, unit: str = "settings") -> Interval:
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What seeds that settings share add to an estimate's variance: ``of_seeds`` less ``of_runs``, if above 0.
+
+    ``of_seeds`` is the variance of leaving out seeds, to ``num_seeds`` − 1 degrees; ``of_runs`` what of it the runs
+    would bring were no seed shared, to ``freedom`` degrees.
+    """
+
+    of_seeds: float = 0.0
+    num_seeds: int = 0
+    of_runs: float = 0.0
+    freedom: int = 0
+
+    def added_to(self, error: float, freedom: int) -> tuple[float, float]:
+        """Standard error and degrees of freedom of settings and seeds, from the settings' own.
+
+        Source: degrees by Satterthwaite 1946, "An approximate distribution of estimates of variance components".
+        """
+        variance = error**2 + self.of_seeds - self.of_runs
+        if variance <= error**2:
+            return error, freedom
+        parts = [(error**2, freedom), (self.of_seeds, self.num_seeds - 1), (self.of_runs, self.freedom)]
+        return math.sqrt(variance), variance**2 / sum(part**2 / of for part, of in parts if part)
+
+
+NO_SHARE = Share()
+
+
+def seeds_share(value: float, without: Floats, setting: Integers, seed: Integers | None) -> Share:
+    """The part of shared seeds in the variance of an estimate, from its values ``without`` each run (n,).
+
+    ``setting`` and ``seed`` (n,) number each run's, from 0; ``seed`` None where no two settings share one. An
+    analysis of variance of the runs' influences: seeds, crossed with settings, and the rest.
+
+    Source: Efron and Stein 1981 for the influences.
+    """
+    if seed is None or not np.isfinite(without).all():
+        return NO_SHARE
+    n, num_seeds = len(without), int(seed.max()) + 1
+    influence = (n - 1) * (value - without)
+    influence -= influence.mean()
+    sums = np.bincount(seed, influence)
+    of_seeds = num_seeds / (num_seeds - 1) * float(sums @ sums) / n**2
+    rest = influence
+    for _ in range(SWEEPS):  # one is exact where every setting has every seed
+        for group in (setting, seed):
+            rest = rest - (np.bincount(group, rest) / np.bincount(group))[group]
+    freedom = n - int(setting.max()) - num_seeds
+    return Share(of_seeds, num_seeds, float(rest @ rest) / freedom / n if freedom > 0 else 0.0, freedom)
+
+
+def jackknife_interval(
+    value: float, without: np.ndarray, unit: str = "settings", share: Share = NO_SHARE
+) -> Interval:
     """Interval of a coefficient in (−1, 1) from its values ``without`` each unit (S,).
 
-    On Fisher's scale: tanh(artanh τ ± t·SE/(1 − τ²)), SE the jackknife's and t Student's of S − 1 degrees.
+    On Fisher's scale: tanh(artanh τ ± t·SE/(1 − τ²)), SE the jackknife's and t Student's of S − 1 degrees, or with
+    what shared seeds add.
     """
     if len(without) < LEAST_UNITS:
         return None, None, f"{len(without)} {unit}, and an interval needs {LEAST_UNITS}"
     if not np.isfinite(without).all():
         return None, None, f"undefined without one of the {unit}"
-    return fisher_interval(value, jackknife_error(without), len(without) - 1)
+    return fisher_interval(value, *share.added_to(jackknife_error(without), len(without) - 1))
 
 
-def fisher_interval(value: float, error: float, freedom: int) -> Interval:
+def fisher_interval(value: float, error: float, freedom: float) -> Interval:
     """Interval of a coefficient with standard ``error``, symmetric on the scale of artanh."""
     if 1 - abs(value) < 1e-12:
         return None, None, f"at {value:+.0f} no resample differs, and none tells the error"

@@ -44,7 +44,7 @@ def noise_filtered(sample: Sample, gap: str, table: RunTable, draws: Draws) -> N
     error = errors[kept.rows]
     clear = draws.once(("clear", kept.y.tobytes(), error.tobytes()), lambda: clear_pairs(kept.y, error))
     sums = pair_sums(kept.x, kept.y, kept.setting, kept.num_settings, clear)
-    tau = pooled(sums, "no pair differs by 1.96 standard errors in the gap, and in the measure")
+    tau = pooled(sums, kept, "no pair differs by 1.96 standard errors in the gap, and in the measure")
     return NoiseFiltered(tau, int(sums.total[2]), pairs)
 
 

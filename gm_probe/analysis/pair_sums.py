@@ -15,12 +15,15 @@ class PairSums:
     """Sums over pairs of runs of: the score, 1 where x is untied, 1 where y is untied.
 
     ``own`` (3, S) over the pairs inside each setting; ``others`` (3, S) over the pairs of its runs with other
-    settings' (each pair counts for both); ``between`` (3, S, S) the same by pair of settings, zero on the
-    diagonal, or None where resampled totals take their first-order term.
+    settings' (each pair counts for both); ``of_run`` (3, n) over the pairs of each run, and ``of_run_inside`` over
+    those inside its setting; ``between`` (3, S, S) as ``others`` by pair of settings, zero on the diagonal, or None
+    where resampled totals take their first-order term.
     """
 
     own: Floats
     others: Floats
+    of_run: Floats
+    of_run_inside: Floats
     between: Floats | None = None
 
     @property
@@ -31,6 +34,14 @@ class PairSums:
     def leave_one_out(self) -> Floats:
         """(3, S) totals without each setting."""
         return self.total[:, None] - self.own - self.others
+
+    def leave_one_run_out(self) -> Floats:
+        """(3, n) totals without each run."""
+        return self.total[:, None] - self.of_run
+
+    def inside(self) -> "PairSums":
+        """Over the pairs inside settings alone."""
+        return PairSums(self.own, np.zeros_like(self.others), self.of_run_inside, self.of_run_inside)
 
     def resampled(self, counts: Floats) -> Floats:
         """(3, B) totals where setting s is drawn counts[b, s] times; ``counts`` (B, S).
@@ -59,10 +70,13 @@ def pair_sums(
     """
     if between and num_settings <= EXACT_SETTINGS and clear is None:
         return _sums_between(x, y, setting, num_settings)
-    by_run = run_scores(x, y, clear)
-    others = np.stack([np.bincount(setting, terms, num_settings) for terms in by_run])
-    own = _own_sums(x, y, setting, num_settings, clear)
-    return PairSums(own, others - 2 * own)
+    of_run = run_scores(x, y, clear).astype(float)
+    inside = _sums_inside(x, y, setting, clear)
+    whole, own = (
+        np.stack([np.bincount(setting, terms, num_settings).astype(float) for terms in sums])
+        for sums in (of_run, inside)
+    )
+    return PairSums(own / 2, whole - own, of_run, inside)
 
 
 def tau_of(sums: np.ndarray) -> Floats:
@@ -79,20 +93,21 @@ def _sums_between(x: np.ndarray, y: np.ndarray, setting: Integers, num_settings:
     for (rows, sign_x), (_, sign_y) in zip(sign_blocks(x[order]), sign_blocks(y[order]), strict=True):
         for index, terms in enumerate((sign_x * sign_y, np.abs(sign_x), np.abs(sign_y))):
             by_run[index, rows] = np.add.reduceat(terms, starts, axis=1, dtype=np.int32)
+    of_run, inside = np.zeros((3, len(x))), np.zeros((3, len(x)))
     if len(x):
         between[:, present[:, None], present] = np.add.reduceat(by_run, starts, axis=1)
+        of_run[:, order] = by_run.sum(axis=2)
+        inside[:, order] = by_run[:, np.arange(len(x)), np.searchsorted(present, setting[order])]
     diagonal = np.arange(num_settings)
     own = between[:, diagonal, diagonal] / 2
     between[:, diagonal, diagonal] = 0
-    return PairSums(own, between.sum(axis=2), between)
+    return PairSums(own, between.sum(axis=2), of_run, inside, between)
 
 
-def _own_sums(
-    x: np.ndarray, y: np.ndarray, setting: Integers, num_settings: int, clear: Bits | None
-) -> Floats:
-    """(3, S) over the pairs inside each setting: one distance in their order at a time."""
+def _sums_inside(x: np.ndarray, y: np.ndarray, setting: Integers, clear: Bits | None) -> Floats:
+    """(3, n) over the pairs of each run inside its setting: one distance in their order at a time."""
     order = np.argsort(setting, kind="stable")
-    own = np.zeros((3, num_settings))
+    inside = np.zeros((3, len(x)))
     for lag in range(1, int(np.bincount(setting).max(initial=0))):
         first, second = order[:-lag], order[lag:]
         same = setting[first] == setting[second]
@@ -103,5 +118,6 @@ def _own_sums(
             first, second = first[chosen], second[chosen]
         sign_x, sign_y = np.sign(x[first] - x[second]), np.sign(y[first] - y[second])
         for index, terms in enumerate((sign_x * sign_y, np.abs(sign_x), np.abs(sign_y))):
-            own[index] += np.bincount(setting[first], terms, num_settings)
-    return own
+            inside[index, first] += terms  # a distance has no run twice on a side
+            inside[index, second] += terms
+    return inside

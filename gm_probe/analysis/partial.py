@@ -6,7 +6,7 @@ its values where there are few, else fifths, within which it still varies a litt
 
 import numpy as np
 
-from gm_probe.analysis.intervals import jackknife_interval
+from gm_probe.analysis.intervals import jackknife_interval, seeds_share
 from gm_probe.analysis.pair_sums import tau_of
 from gm_probe.analysis.permutation import permutation_p, permuted_coefficients
 from gm_probe.analysis.rank import Floats, Integers, dense_ranks
@@ -36,7 +36,12 @@ def partial(sample: Sample, control: Floats, draws: Draws) -> Quantity:
                 None, n=sample.n, reason=f"{name} are in the same order: nothing is left to explain"
             )
     value = float(_partial(*whole))
-    low, high, why = jackknife_interval(value, _partial(*(tau_of(of.leave_one_out()) for of in sums)))
+    without_run = _partial(*(tau_of(of.leave_one_run_out()) for of in sums))
+    low, high, why = jackknife_interval(
+        value,
+        _partial(*(tau_of(of.leave_one_out()) for of in sums)),
+        share=seeds_share(value, without_run, sample.setting, sample.seed),
+    )
     permutations = draws.blocks(sample.setting, _strata(z, sample))
     p = None
     if len(permutations.rows):

@@ -76,11 +76,19 @@ def _every_order(movable: Sequence[Sequence[Integers]], rng: np.random.Generator
     return [np.array(orders) for orders in zip(*shuffled, strict=True)]
 
 
-def permute_within(stratum: Integers, num: int, rng: np.random.Generator) -> NDArray[np.int32]:
-    """(num, n) permutations of single runs that leave each in its ``stratum`` (n,)."""
-    order = np.argsort(stratum, kind="stable")
+def permute_within(
+    stratum: Integers, num: int, rng: np.random.Generator, seed: Integers | None = None
+) -> NDArray[np.int32]:
+    """(num, n) permutations of single runs that leave each in its ``stratum`` (n,).
+
+    With ``seed`` (n,), the numbers of seeds that strata share, the seeds change places, alike in every stratum.
+    """
+    if seed is None:
+        order, keys = np.argsort(stratum, kind="stable"), rng.random((num, len(stratum)))
+    else:
+        order, keys = np.lexsort((seed, stratum)), rng.random((num, int(seed.max()) + 1))[:, seed]
     rows = np.empty((num, len(stratum)), np.int32)
-    rows[:, order] = np.argsort(stratum + rng.random((num, len(stratum))), axis=1)
+    rows[:, order] = np.argsort(stratum + keys, axis=1, kind="stable")
     return rows
 
 

@@ -15,6 +15,7 @@ from gm_probe.analysis.table import (
     KNOWN_MEASURES,
     LARGEST,
     OUTCOMES,
+    SEED,
     TOO_LARGE,
     Exclusion,
     RunTable,
@@ -114,7 +115,7 @@ def _table_from_folders(
         conditions[name] = _conditions(
             name, [records[i].settings for i in measured], [rows[i] for i in measured]
         )
-    for name in hypers:
+    for name in unique([*hypers, *([SEED] if SEED in settings else [])]):
         columns[name] = pd.Series([config.get(name) for config in configs], dtype=object)
     outcomes = [
         name for name in OUTCOMES if name not in columns and any(name in record.summary for record in records)

@@ -23,7 +23,8 @@ class Sample:
     """``x`` (measure) and ``y`` (gap) of n runs, their ``rows`` in the table, and who is independent.
 
     ``setting`` (n,) numbers the independent units 0..S-1: the settings, or where all runs are of
-    ``one_setting`` the runs, which are independent draws from it.
+    ``one_setting`` the runs, which are independent draws from it. ``seed`` (n,) numbers the seeds, where settings
+    share them; else None.
     """
 
     x: Floats
@@ -32,6 +33,7 @@ class Sample:
     setting: Integers
     num_settings: int
     one_setting: bool
+    seed: Integers | None = None
 
     @property
     def n(self) -> int:
@@ -45,17 +47,32 @@ class Sample:
 
     def only(self, keep: np.ndarray) -> "Sample":
         """The runs where ``keep`` (n,) is True; settings are numbered anew."""
-        part = sample_of(self.x[keep], self.y[keep], self.rows[keep], self.setting[keep])
+        seed = None if self.seed is None else self.seed[keep]
+        part = sample_of(self.x[keep], self.y[keep], self.rows[keep], self.setting[keep], seed)
         return replace(part, one_setting=part.one_setting or self.one_setting)
 
 
-def sample_of(x: np.ndarray, y: np.ndarray, rows: np.ndarray, setting: np.ndarray) -> Sample:
-    """A sample of runs that all have finite values; equal numbers in ``setting`` (n,) are one setting."""
+def sample_of(
+    x: np.ndarray, y: np.ndarray, rows: np.ndarray, setting: np.ndarray, seed: np.ndarray | None = None
+) -> Sample:
+    """A sample of runs that all have finite values; equal numbers in ``setting`` (n,) are one setting.
+
+    So are those in ``seed`` (n,) one seed; negative ones are unknown, and shared with no other run.
+    """
     numbers = dense_ranks(setting)
     one_setting = len(numbers) > 1 and numbers.max() == 0
+    shared = None if seed is None or one_setting else _shared(numbers, seed)
     if one_setting:
         numbers = np.arange(len(numbers))
-    return Sample(x, y, rows, numbers, int(numbers.max(initial=-1)) + 1, one_setting)
+    return Sample(x, y, rows, numbers, int(numbers.max(initial=-1)) + 1, one_setting, shared)
+
+
+def _shared(setting: Integers, seed: np.ndarray) -> Integers | None:
+    """Numbers from 0 of the seeds; None where no two settings share one, or there is but one."""
+    seed = dense_ranks(np.where(seed < 0, seed.max(initial=0) + 1 + np.arange(len(seed)), seed))
+    num_seeds = int(seed.max(initial=-1)) + 1
+    with_settings = np.unique(np.stack([seed, setting]), axis=1)[0]
+    return seed if 1 < num_seeds < len(with_settings) else None
 
 
 @dataclass(slots=True)
@@ -94,14 +111,14 @@ class Draws:
         key = ("sums", x.tobytes(), y.tobytes(), sample.setting.tobytes())
         return self.once(key, lambda: pair_sums(x, y, sample.setting, sample.num_settings))
 
-    def within(self, stratum: Integers) -> np.ndarray:
-        """(B, n) permutations of single runs; see ``permute_within``."""
+    def within(self, stratum: Integers, seed: Integers | None = None) -> np.ndarray:
+        """(B, n) permutations of single runs, or of seeds; see ``permute_within``."""
 
         def draw() -> np.ndarray:
             num = self._num("permutations", len(stratum), "values")
-            return permute_within(stratum, num, self.rng("within"))
+            return permute_within(stratum, num, self.rng("within"), seed)
 
-        return self.once(("within", stratum.tobytes()), draw)
+        return self.once(("within", stratum.tobytes(), b"" if seed is None else seed.tobytes()), draw)
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator of its own for each ``purpose``."""

@@ -13,6 +13,7 @@ from gm_probe.analysis.table import (
     KNOWN_MEASURES,
     LARGEST,
     OUTCOMES,
+    SEED,
     TOO_LARGE,
     RunTable,
     printable,
@@ -94,7 +95,8 @@ def table_from_file(
     )
     frame = {"run": rows}
     frame |= {name: columns[name].values for name in [*gaps, *chosen]}
-    frame |= {name: _settings(columns[name], raw[name]) for name in hypers}
+    seeds = [SEED] if SEED in names and SEED not in chosen else []
+    frame |= {name: _settings(columns[name], raw[name]) for name in unique([*hypers, *seeds])}
     frame |= {name: columns[name].values for name in outcomes}
     return RunTable(
         source=source,

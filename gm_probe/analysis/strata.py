@@ -1,10 +1,13 @@
 """τ between the settings' means, within settings, and within any strata: where an association comes from."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 
-from gm_probe.analysis.intervals import excludes_zero, jackknife_interval
+from gm_probe.analysis.intervals import Share, excludes_zero, jackknife_error, jackknife_interval, seeds_share
 from gm_probe.analysis.pair_sums import PairSums, pair_sums, tau_of
-from gm_probe.analysis.permutation import permutation_p, permuted_coefficients
+from gm_probe.analysis.permutation import FEW_ARRANGEMENTS, permutation_p, permuted_coefficients
 from gm_probe.analysis.rank import BLOCK, Floats, Integers, permuted_scores
 from gm_probe.analysis.results import Correlation, Quantity, Stratified
 from gm_probe.analysis.sample import Draws, Sample
@@ -12,8 +15,8 @@ from gm_probe.analysis.sample import Draws, Sample
 PAIRWISE_RUNS = 50  # settings of more runs are faster one by one
 
 
-def pooled(sums: PairSums, reason: str) -> Quantity:
-    """τ over the pairs in ``sums`` with its jackknife interval; undefined for ``reason`` without a pair.
+def pooled(sums: PairSums, sample: Sample, reason: str) -> Quantity:
+    """τ over the pairs of ``sample`` in ``sums`` with its jackknife interval; undefined for ``reason`` without a pair.
 
     ``n`` counts the pairs untied in x, or in y where these are fewer.
     """
@@ -21,7 +24,8 @@ def pooled(sums: PairSums, reason: str) -> Quantity:
     if n == 0:
         return Quantity(None, reason=reason)
     tau = float(tau_of(sums.total))
-    low, high, why = jackknife_interval(tau, tau_of(sums.leave_one_out()))
+    share = seeds_share(tau, tau_of(sums.leave_one_run_out()), sample.setting, sample.seed)
+    low, high, why = jackknife_interval(tau, tau_of(sums.leave_one_out()), share=share)
     return Quantity(tau, low, high, n=n, interval_reason=why)
 
 
@@ -36,37 +40,65 @@ def between(sample: Sample, draws: Draws) -> Quantity:
     if not sums.total[1:].all():
         return Quantity(None, n=num, reason=f"the means of {num} settings are constant in measure or gap")
     tau = float(tau_of(sums.total))
-    low, high, why = jackknife_interval(tau, tau_of(sums.leave_one_out()))
+    low, high, why = jackknife_interval(tau, tau_of(sums.leave_one_out()), share=_between_share(sample))
     permutations = draws.blocks(each)
     p = permutation_p(permuted_coefficients(x, y, permutations.rows)) if len(permutations.rows) else None
     return Quantity(tau, low, high, p, num, interval_reason=why, p_reason=permutations.limit)
 
 
+def _between_share(sample: Sample) -> Share:
+    """Of seeds in τ between settings, by leaving each out; what runs would bring anyway stays in it."""
+    if sample.seed is None:
+        return Share()
+    taus = []
+    for seed in range(int(sample.seed.max()) + 1):
+        part = sample.only(sample.seed != seed)
+        each = np.arange(part.num_settings)
+        taus.append(tau_of(pair_sums(part.means(part.x), part.means(part.y), each, part.num_settings).total))
+    without = np.array(taus)
+    return Share(jackknife_error(without) ** 2, len(without)) if np.isfinite(without).all() else Share()
+
+
 def within(sample: Sample, sums: PairSums, draws: Draws) -> Quantity:
-    """τ over the pairs of runs of the same setting, pooled; p lets the runs of a setting change places."""
+    """τ over the pairs of runs of the same setting, pooled; p lets the runs of a setting change places.
+
+    Seeds that settings share change places alike in all of them.
+    """
     if sample.one_setting:
         return Quantity(None, reason="all runs are of one setting: τ itself is within it")
     if sample.num_settings == sample.n:
         return Quantity(None, reason="no setting has two runs")
-    own = PairSums(sums.own, np.zeros_like(sums.own))
-    result = pooled(own, "measure or gap is constant within every setting")
+    result = pooled(sums.inside(), sample, "measure or gap is constant within every setting")
     if result.value is None:
         return result
-    scores = _scores_within(sample, draws.within(sample.setting))
-    return Quantity(result.value, result.low, result.high, permutation_p(scores), result.n,
-                    interval_reason=result.interval_reason)  # fmt: skip
+    scores = _scores_within(sample, draws.within(sample.setting, sample.seed))
+    return replace(result, p=permutation_p(scores), p_reason=_few_seeds(sample))
+
+
+def _few_seeds(sample: Sample) -> str | None:
+    if sample.seed is None:
+        return None
+    num = int(sample.seed.max()) + 1
+    arrangements = math.factorial(min(num, 20))
+    if arrangements >= 10 * FEW_ARRANGEMENTS:
+        return None
+    return f"{arrangements} arrangements of {num} seeds: p cannot be below {min(1, 2 / arrangements):.2g}"
 
 
 def stratified(sample: Sample, by: str, stratum: Integers, whole: Correlation) -> Stratified:
     """τ over the pairs within the same ``stratum`` (n,), and whether it opposes that of the ``whole``."""
     strata = np.unique(stratum)
     own, others = np.zeros((3, sample.num_settings)), np.zeros((3, sample.num_settings))
+    of_run, inside = np.zeros((3, sample.n)), np.zeros((3, sample.n))
     for each in strata:
         members = stratum == each
         sums = pair_sums(sample.x[members], sample.y[members], sample.setting[members], sample.num_settings)
         own += sums.own
         others += sums.others
-    tau = pooled(PairSums(own, others), "measure or gap is constant within every stratum")
+        of_run[:, members], inside[:, members] = sums.of_run, sums.of_run_inside
+    tau = pooled(
+        PairSums(own, others, of_run, inside), sample, "measure or gap is constant within every stratum"
+    )
     clear = excludes_zero(tau.low, tau.high) and excludes_zero(whole.low, whole.high)
     opposes = clear and tau.value is not None and whole.tau is not None and tau.value * whole.tau < 0
     return Stratified(by, tau, len(strata), opposes)

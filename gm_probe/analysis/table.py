@@ -42,6 +42,7 @@ KNOWN_MEASURES = (
 )
 OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "num_test")
 """What a run may say of its training besides the gaps; not taken for measures."""
+SEED = "seed"
 UNSET = "unset"
 LARGEST = 1e150
 """A value beyond has no finite square, and is as good as not finite."""
@@ -69,7 +70,8 @@ class RunTable:
 
     ``frame`` has rows 0..n-1 and the columns ``run`` (str), ``gaps`` and ``measures`` (float, NaN where
     ``missing`` gives the reason), ``outcomes`` (float, NaN where unknown; those of ``OUTCOMES`` that were found
-    and play no other role) and ``hyperparameters`` (bool, int, float, str, or None where unset).
+    and play no other role), ``hyperparameters`` (bool, int, float, str, or None where unset) and, where runs record
+    one, ``seed`` (the same).
     ``missing[column]`` maps a row to its reason; ``unconverged[measure]`` holds the rows whose estimate had
     not converged. ``conditions[measure][setting]`` counts the runs under each value that the measure was taken
     with (``show``n; of runs that have the measure). ``notes`` are the choices made while reading, for the
