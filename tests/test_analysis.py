@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gm_probe.analysis.collect import write_table
 from gm_probe.analysis.correlation import correlate, group_rows, kendall, tied_pairs
 from gm_probe.analysis.runs import load_table
 from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
@@ -395,9 +396,34 @@ def test_runs_that_missed_their_stop_ce_are_noted_or_left_out_on_request(tmp_pat
     assert strict.excluded == (Exclusion("2", "training ended before it reached its stop_ce"),)
 
 
-def test_converged_only_needs_run_folders(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="run folders"):
+def test_a_collected_table_says_which_runs_finished_and_converged(tmp_path: Path) -> None:
+    """The statistics of the table are those of the folder."""
+    for index, met in enumerate([True, True, False, None]):
+        measures = {"fisher_trace": {"value": float(index), "converged": True}}
+        make_run(tmp_path / "runs" / str(index), measures=measures, error_gap=0.1 * index, met_stop_ce=met)
+    make_run(tmp_path / "runs" / "lost", status="diverged")
+    write_table(tmp_path / "runs", tmp_path / "runs.csv")
+    for converged_only in (False, True):
+        folder, file = (
+            load_table(tmp_path / name, converged_only=converged_only) for name in ("runs", "runs.csv")
+        )
+        assert file.frame["run"].to_list() == folder.frame["run"].to_list()
+        assert by_reason(file.excluded) == by_reason(folder.excluded)
+        assert ("diverged", ["lost"]) in by_reason(file.excluded).items()
+        assert any("1 of 4 runs ended before" in note for note in file.notes) != converged_only
+
+
+def test_what_a_file_does_not_say_of_its_runs_is_an_error_or_is_not_guessed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no column met_stop_ce.*run folders"):
         load_table(make_csv(tmp_path, "error_gap,a\n1,2\n2,3\n"), converged_only=True)
+    with pytest.raises(DataError, match=r"no run of .* is usable: training ended before"):
+        load_table(make_csv(tmp_path, "error_gap,a,met_stop_ce\n1,2,False\n2,3,False\n"), converged_only=True)
+    foreign = load_table(make_csv(tmp_path, "error_gap,a,status\n1,2,good\n2,3,bad\n"))
+    assert (foreign.num_runs, foreign.excluded) == (2, ())
+    with pytest.raises(DataError, match="row 3 holds 'x'"):
+        load_table(
+            make_csv(tmp_path, "error_gap,fisher_trace,status\n1,2,failed\n1,2,finished\n2,x,finished\n")
+        )
 
 
 def test_every_measure_is_known_to_correlate() -> None:

@@ -14,12 +14,14 @@ from gm_probe.analysis.table import (
     GAPS,
     KNOWN_MEASURES,
     LARGEST,
+    MISSED_STOP,
     OUTCOMES,
     SEED,
     TOO_LARGE,
     Exclusion,
     RunTable,
     by_reason,
+    missed_stop_note,
     printable,
     require_distinct,
     require_known,
@@ -50,22 +52,22 @@ def load_table(
     name, or where none does, every numeric column that is not a gap, an outcome, a setting or an identifier.
     Empty ``hyperparameters`` takes the settings that vary over the run folders; of a file, the columns that
     bear a setting's name. ``group_by`` columns always count as hyperparameters. ``converged_only`` leaves out
-    runs whose training ended before it reached its ``stop_ce``; without it they stay, and a note counts them.
+    runs whose training ended before it reached its ``stop_ce``; without it they stay, and a note counts them. A file
+    that `gmprobe collect` wrote says which, and which runs did not finish.
 
     Raises:
-        UsageError: ``source`` is neither, or a column that was asked for is not there or has another role.
+        UsageError: ``source`` is neither, or a column that was asked for is not there or has another role; or
+            ``converged_only`` of a file that does not say.
         DataError: no gap, no measure, no usable run, a duplicated column, or text where a number belongs.
         StorageError: the file cannot be read.
     """
     if source.is_dir():
         return _table_from_folders(source, measures, hyperparameters, group_by, converged_only)
-    if converged_only:
-        raise UsageError("--converged-only needs run folders: a file does not say which runs converged")
     if not source.exists():
         raise UsageError(f"{source} does not exist; give a folder of runs, a .csv or a .parquet file")
     if source.suffix.lower() not in READERS:
         raise UsageError(f"{source} is no folder of runs and ends neither in .csv nor in .parquet")
-    return table_from_file(source, measures, hyperparameters, group_by)
+    return table_from_file(source, measures, hyperparameters, group_by, converged_only)
 
 
 def _table_from_folders(
@@ -123,12 +125,7 @@ def _table_from_folders(
     for name in outcomes:
         columns[name], _ = _finite([{"value": record.summary.get(name)} for record in records], absent="")
     notes = [f"hyperparameters that vary over the runs: {', '.join(varying) or 'none'}"]
-    missed = sum(map(_missed_stop, records))
-    if missed:
-        notes.append(
-            f"{missed} of {len(records)} runs ended before they reached their stop_ce; they are kept "
-            "(--converged-only leaves them out)"
-        )
+    notes += missed_stop_note(sum(map(_missed_stop, records)), len(records))
     return RunTable(
         source=root,
         frame=pd.DataFrame(columns),
@@ -157,7 +154,7 @@ def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord
             record = read_run(path)
             reason = _unusable(record)
             if reason is None and converged_only and _missed_stop(record):
-                reason = "training ended before it reached its stop_ce"
+                reason = MISSED_STOP
         except StorageError as error:  # one torn file must not hide the other runs
             excluded.append(Exclusion(run, str(error)))
             continue

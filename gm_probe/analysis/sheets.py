@@ -14,6 +14,8 @@ NAMED = 20
 """Runs that a cell names before it counts the rest."""
 LONGEST = 1000
 """Rows that the table of runs lists."""
+SHOWN_OUTCOMES = ("train_ce", "test_error")
+"""What tells in the table of runs whether training was done."""
 # fmt: off
 CORRELATIONS = (
     "Measure", "Gap", "τ-b", "95 % CI", "Bootstrap", "p", "Flag", "Runs", "Settings", "Spearman", "Pearson",
@@ -53,7 +55,7 @@ def statistics_sheets(statistics: SweepStatistics, gaps: Sequence[str]) -> tuple
 def run_sheets(table: RunTable) -> tuple[Sheet, ...]:
     """The runs that entered, and what was left out and why."""
     frame = table.frame.head(LONGEST)
-    figures = [*table.gaps, *table.measures]
+    figures = [*table.gaps, *(name for name in SHOWN_OUTCOMES if name in table.outcomes), *table.measures]
     rows = []
     for place, record in enumerate(frame.to_dict("records")):
         settings = [_setting(record[name]) for name in table.hyperparameters]
@@ -184,8 +186,8 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
     return Sheet(
         name="correlations",
         title="Correlations",
-        caption="Kendall’s τ-b; its intervals and its permutation p keep the seeds of a setting together. Beware of "
-        "a flagged row.",
+        caption="Kendall’s τ-b; interval and permutation p keep the seeds of a setting together; the interval allows "
+        "for seeds that settings share. Beware of a flagged row.",
         columns=CORRELATIONS,
         rows=tuple(lines),
         num_labels=2,

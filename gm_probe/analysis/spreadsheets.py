@@ -12,10 +12,13 @@ from gm_probe.analysis.table import (
     GAPS,
     KNOWN_MEASURES,
     LARGEST,
+    MISSED_STOP,
     OUTCOMES,
     SEED,
     TOO_LARGE,
+    Exclusion,
     RunTable,
+    missed_stop_note,
     printable,
     require_distinct,
     require_known,
@@ -33,16 +36,24 @@ SETTINGS = frozenset((
 # fmt: on
 # Neither: epochs and steps are outcomes where training stops early, and would then tell seeds apart as settings.
 LEFT_OUT = frozenset(("train_accuracy", "test_accuracy", "epochs", "steps", "", *OUTCOMES))
+MET_STOP = "met_stop_ce"
+ROW = "\0row"
+"""Name of the column that numbers the rows: no file has it."""
 NO_VALUE = ("", "-", "na", "n/a", "nan", "nat", "null", "none", "<na>")
 
 
 def table_from_file(
-    source: Path, measures: Sequence[str], hyperparameters: Sequence[str], group_by: Sequence[str]
+    source: Path,
+    measures: Sequence[str],
+    hyperparameters: Sequence[str],
+    group_by: Sequence[str],
+    converged_only: bool,
 ) -> RunTable:
-    """Read ``source``, whose suffix is in ``READERS``; see ``runs.load_table`` for the choice of columns.
+    """Read ``source``, whose suffix is in ``READERS``; see ``runs.load_table`` for the choice of columns and runs.
 
     Raises:
-        UsageError: a column that was asked for is not there or has another role; or pyarrow is missing.
+        UsageError: a column that was asked for is not there or has another role; ``converged_only``, and nothing says
+            which runs converged; or pyarrow is missing.
         DataError: no gap, no measure, no row, a duplicated column, or text where a number belongs.
         StorageError: the file cannot be read.
     """
@@ -65,6 +76,7 @@ def table_from_file(
     if raw.empty:
         raise DataError(f"{source} has a header but no run below it")
     require_known([*measures, *hyperparameters, *group_by], names, f"column in {source} named")
+    raw, excluded, notes = _finished(raw, source, converged_only)
 
     columns = {name: _column(raw[name]) for name in names}
     by_name = [name for name in names if name in SETTINGS and name not in measures]
@@ -82,18 +94,14 @@ def table_from_file(
     outcomes = [name for name in OUTCOMES if name in names and name not in (*gaps, *chosen, *hypers)]
     for name in [*gaps, *chosen]:
         for row, cell in columns[name].text.items():
-            raise DataError(f"{source} column {name!r} row {row + 1} holds {cell!r}, which is not a number")
+            place = int(raw[ROW].iloc[row])
+            raise DataError(f"{source} column {name!r} row {place} holds {cell!r}, which is not a number")
 
     left_out = [name or "a column without a name" for name in free if name not in chosen]
     note = f"measures taken: {', '.join(chosen)}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
     gone = {name: int(columns[name].values.isna().sum()) for name in outcomes}
     lacking = [f"{name} is no number in {num} of {len(raw)} runs" for name, num in gone.items() if num]
-    rows = (
-        raw["run"].map(str).map(printable)
-        if "run" in names
-        else pd.Series([f"row {i + 1}" for i in raw.index])
-    )
-    frame = {"run": rows}
+    frame = {"run": _names(raw)}
     frame |= {name: columns[name].values for name in [*gaps, *chosen]}
     seeds = [SEED] if SEED in names and SEED not in chosen else []
     frame |= {name: _settings(columns[name], raw[name]) for name in unique([*hypers, *seeds])}
@@ -105,9 +113,47 @@ def table_from_file(
         measures=tuple(chosen),
         hyperparameters=tuple(hypers),
         missing={name: columns[name].missing for name in [*gaps, *chosen]},
-        notes=(*(() if measures else (note,)), *lacking),
+        excluded=excluded,
+        notes=(*(() if measures else (note,)), *lacking, *notes),
         outcomes=tuple(outcomes),
     )
+
+
+def _finished(
+    raw: pd.DataFrame, source: Path, converged_only: bool
+) -> tuple[pd.DataFrame, tuple[Exclusion, ...], list[str]]:
+    """The rows that may enter, with their number in ``ROW``; the others; and a note on those that missed their stop.
+
+    Only a table that says of some run that it is finished says of the others that they are not.
+    """
+    raw = raw.assign(**{ROW: range(1, len(raw) + 1)})
+    reasons: dict[int, str] = {}
+    if "status" in raw and (raw["status"] == "finished").any():
+        reasons = {row: str(status) for row, status in enumerate(raw["status"]) if status != "finished"}
+    if converged_only and MET_STOP not in raw:
+        raise UsageError(
+            f"--converged-only: {source} has no column {MET_STOP}, so nothing says which runs converged; give run "
+            "folders, or a table of `gmprobe collect`"
+        )
+    missed = []
+    if MET_STOP in raw:
+        missed = [
+            row for row, met in enumerate(raw[MET_STOP]) if str(met).lower() == "false" and row not in reasons
+        ]
+    if converged_only:
+        reasons |= dict.fromkeys(missed, MISSED_STOP)
+    kept = raw.drop(index=list(reasons)).reset_index(drop=True)
+    if kept.empty:
+        raise DataError(f"no run of {source} is usable: {', '.join(dict.fromkeys(reasons.values()))}")
+    names = _names(raw)
+    excluded = tuple(Exclusion(names[row], reason) for row, reason in reasons.items())
+    return kept, excluded, [] if converged_only else missed_stop_note(len(missed), len(kept))
+
+
+def _names(raw: pd.DataFrame) -> pd.Series:
+    if "run" in raw:
+        return raw["run"].map(str).map(printable)
+    return raw[ROW].map(lambda row: f"row {row}")
 
 
 @dataclass(frozen=True, slots=True)

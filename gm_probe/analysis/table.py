@@ -42,6 +42,7 @@ KNOWN_MEASURES = (
 )
 OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "num_test")
 """What a run may say of its training besides the gaps; not taken for measures."""
+MISSED_STOP = "training ended before it reached its stop_ce"
 SEED = "seed"
 UNSET = "unset"
 LARGEST = 1e150
@@ -133,6 +134,16 @@ def by_reason(exclusions: Iterable[Exclusion]) -> dict[str, list[str]]:
     for exclusion in exclusions:
         reasons.setdefault(exclusion.reason, []).append(exclusion.run)
     return dict(sorted(reasons.items(), key=lambda item: -len(item[1])))
+
+
+def missed_stop_note(missed: int, of: int) -> list[str]:
+    """What is said of runs that are kept though they missed their ``stop_ce``; nothing where there is none."""
+    if not missed:
+        return []
+    return [
+        f"{missed} of {of} runs ended before they reached their stop_ce; they are kept "
+        "(--converged-only leaves them out)"
+    ]
 
 
 def require_known(names: Iterable[str], known: Collection[str], what: str) -> None:

@@ -15,7 +15,7 @@ gap_option = click.option(
 converged_only_option = click.option(
     "--converged-only",
     is_flag=True,
-    help="Leave out runs whose training ended before it reached its stop_ce (they are counted).",
+    help="Leave out runs whose training ended before it reached its stop_ce (they are named).",
 )
 control_option = click.option(
     "--control",

@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
 
 LEGEND = (
     "τ-b: +1 where the measure orders the runs as their gaps, −1 where the other way round. {runs}; 95 % interval and "
-    "p take settings as independent, not their seeds. Every statistic: --details or --json."
+    "p take settings as independent, not runs of one setting or, in the interval, of one seed. Every statistic: "
+    "--details or --json."
 )
 Row = tuple[str, ...]
 
@@ -133,7 +134,7 @@ def print_details(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
             row = _row(f"{each.first} − {each.second}", each.difference)
             differences.append((*row[:3], number(each.p_holm, 2), row[4]))
         if differences:
-            title = f"Δτ with {gap}; p adjusted for {len(differences)} comparisons (Holm)"
+            title = f"Δτ with {gap}; p adjusted for the number of comparisons (Holm)"
             console.print(table(title, columns, differences))
 
 
