@@ -62,6 +62,7 @@ def reproduce(
     from gm_probe.reproduce.run import reproduce as run
 
     console = notes_console(quiet)
+    name = chosen.name
     folder = out or Path("reproduce") / f"{name}-{scale}"
     note(console, f"{chosen.title}: {scale}, about {chosen.costs[scale]}")
     task = Task(
@@ -92,7 +93,13 @@ def _list(as_json: bool) -> None:
     if as_json:
         print_json(
             [
-                {"name": r.name, "title": r.title, "claim": r.claim, "scales": dict(r.costs)}
+                {
+                    "name": r.name,
+                    "also": list(r.also),
+                    "title": r.title,
+                    "claim": r.claim,
+                    "scales": dict(r.costs),
+                }
                 for r in found.values()
             ]
         )
@@ -105,4 +112,5 @@ def _list(as_json: bool) -> None:
 
 
 def _row(entry: Recipe) -> list[str]:
-    return [entry.name, entry.claim, "\n".join(f"{scale}: {cost}" for scale, cost in entry.costs.items())]
+    costs = "\n".join(f"{scale}: {cost}" for scale, cost in entry.costs.items())
+    return ["\n".join([entry.name, *entry.also]), entry.claim, costs]

@@ -3,9 +3,10 @@
 ::
 
     title, claim, published  what it is, what the paper says, and which of the paper's own numbers survive
+    also                     further names of the paper's that this command gives
     study                    the function that does it (``run.STUDIES``)
     [settings]               its arguments, at every scale
-    [smoke] [small] [paper]  ``cost``, and arguments that differ at this scale
+    [smoke] [small] [paper]  ``cost``, and arguments that differ at this scale; ``data`` keeps what is ``published``
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Recipe:
     title: str
     claim: str
     published: str
+    also: tuple[str, ...]
     study: str
     settings: Mapping[str, Mapping[str, Any]]
     costs: Mapping[str, str]
@@ -65,20 +67,32 @@ def recipes() -> Mapping[str, Recipe]:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe ``name``; UsageError where there is none."""
-    if name not in recipes():
-        hint = did_you_mean(name, recipes(), "`gmprobe reproduce --list` lists them")
+    """The recipe of this name, or that gives it too; UsageError where there is none."""
+    names = {other: entry for entry in recipes().values() for other in (entry.name, *entry.also)}
+    if name not in names:
+        hint = did_you_mean(name, names, "`gmprobe reproduce --list` lists them")
         raise UsageError(f"no table or figure {name!r}; {hint}")
-    return recipes()[name]
+    return names[name]
 
 
 def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
     parts = {scale: dict(content[scale]) for scale in SCALES if scale in content}
     costs = {scale: str(part.pop("cost")) for scale, part in parts.items()}
     shared = content.get("settings", {})
-    settings = {scale: {**shared, **part} for scale, part in parts.items()}
+    numbers = {place["label"]: place["published"] for place in shared.get("data", []) if "published" in place}
+    settings = {}
+    for scale, part in parts.items():
+        settings[scale] = {**shared, **part}
+        if "data" in part:
+            settings[scale]["data"] = [_with_numbers(place, numbers) for place in part["data"]]
     texts = {key: str(content[key]) for key in ("title", "claim", "published", "study")}
-    return Recipe(name=name, settings=settings, costs=costs, **texts)
+    also = tuple(map(str, content.get("also", ())))
+    return Recipe(name=name, settings=settings, costs=costs, also=also, **texts)
+
+
+def _with_numbers(place: Mapping[str, Any], numbers: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A data set with what the paper published of the one that bears its label."""
+    return {"published": numbers[place["label"]], **place} if place["label"] in numbers else place
 
 
 def _natural(name: str) -> list[str | int]:

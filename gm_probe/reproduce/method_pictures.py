@@ -61,7 +61,8 @@ def along(found: Comparison) -> Figure:
     """S_ρ and test accuracy by epoch, of a SimCLR encoder its linear probe's."""
     figure, (left, right) = panels(2, 2.4)
     for index, arm in enumerate(found.arms):
-        style = {"label": arm.label, "linestyle": DASHES[index % 4], **_look(index), "markersize": 3}
+        label = arm.label if len(found.data) == 1 else f"{arm.label}, {arm.data}"
+        style = {"label": label, "linestyle": DASHES[index % 4], **_look(index), "markersize": 3}
         tracked, errors = arm.along("local_inconsistency"), arm.along(arm.error)
         _spread(left, tracked, **style)
         _spread(right, {epoch: [100 - 100 * value for value in of] for epoch, of in errors.items()}, **style)
@@ -187,5 +188,5 @@ PICTURES: Mapping[str, tuple[Callable[[Comparison], Figure], str]] = {
         sub_batches,
         "Final test error by the size m of sub-batches; mean ± standard error over seeds.",
     ),
-    "plane": (plane, "Error on the held-out tenth over ρ and β; outlined: the least."),
+    "plane": (plane, "Error on the part that is held out over ρ and β; outlined: the least."),
 }

@@ -26,7 +26,7 @@ from gm_probe.sweep.tuning import NOTHING, VALIDATION
 from gm_probe.training.config import TrainConfig
 
 Table = Mapping[str, Any]
-COMPARED = {"local_inconsistency": "S_ρ"}
+COMPARED = {"local_inconsistency": "S_ρ", "running_nt_xent": "NT-Xent of training"}
 """Words for what is no error."""
 
 
@@ -216,7 +216,9 @@ class _Test:
     def compared(self) -> str:
         """What, in words."""
         probe, least = self.key.startswith("probe_"), self.key.endswith("_min")
-        name = f"{'probe' if probe else 'test'} error" if self._is_error else COMPARED.get(self.key, self.key)
+        held_out = self.found.arm(self.data, self.test["better"]).config.validation is not None
+        part = "probe" if probe else "validation" if held_out else "test"
+        name = f"{part} error" if self._is_error else COMPARED.get(self.key, self.key)
         if "along" in self.test:
             return f"mean {name} over training"
         if not self._is_error:
@@ -340,6 +342,7 @@ def _sheet(name: str, found: Comparison, reference: str) -> Sheet:
     body = []
     for arm in found.arms:
         config, first = arm.config, found.arm(arm.data, reference or found.labels[0])
+        simclr = config.objective == "simclr"  # of its probe nobody asks how it fits
         s_rho = _mean_or_none(arm.s_rho)
         seconds = [_mean_or_none(each.figures("train_seconds")) for each in (arm, first)]
         per_epoch = None
@@ -352,6 +355,7 @@ def _sheet(name: str, found: Comparison, reference: str) -> Sheet:
                 Cell(_setting(config)),
                 Cell(_percent(arm.errors)),
                 Cell(_percent(arm.figures(f"{arm.error}_min"))),
+                Cell(UNDEFINED if simclr else _percent(arm.figures("train_error"))),
                 Cell(UNDEFINED if per_epoch is None else f"{per_epoch:.2f}"),
                 Cell(UNDEFINED if s_rho is None else f"{s_rho:.3g}"),
                 Cell(arm.published or UNDEFINED),
@@ -359,15 +363,30 @@ def _sheet(name: str, found: Comparison, reference: str) -> Sheet:
         )
     return Sheet(
         name,
-        "Linear probe’s test error by variant"
-        if found.arms[0].config.objective == "simclr"
-        else "Test error by variant",
+        f"{_words(found.arms[0].config)} by variant",
         f"Mean ± standard error over {len(found.arms[0].runs)} seeds, in %; s/epoch: time of an epoch relative to "
         f"{reference or found.labels[0]}’s",
-        ("data", "variant", "setting", "final error", "least error", "s/epoch", "S_ρ", "paper"),
+        (
+            "data",
+            "variant",
+            "setting",
+            "final error",
+            "least error",
+            "training error",
+            "s/epoch",
+            "S_ρ",
+            "paper",
+        ),
         tuple(body),
         3,
     )
+
+
+def _words(config: TrainConfig) -> str:
+    """Of which error a table is."""
+    if config.objective == "simclr":
+        return "Linear probe’s test error"
+    return "Validation error" if config.validation else "Test error"
 
 
 def _tuning_sheet(name: str, rows: Sequence[tuple[Cell, ...]]) -> Iterator[Sheet]:
