@@ -37,6 +37,11 @@ def test_normalization_of_many_bright_pixels_is_exact() -> None:
     assert found.std[0] == pytest.approx(math.sqrt((1 / count) * (1 - 1 / count)) / 255, rel=1e-3)
 
 
+def test_bare_tensors_are_what_the_model_takes_not_pixels() -> None:
+    with pytest.raises(DataError, match=r"x is uint8: .*x\.float\(\) / 255 or x\.long\(\)"):
+        Batches.from_tensors(torch.zeros(4, 3, dtype=torch.uint8))
+
+
 def test_floats_need_no_normalization() -> None:
     assert Normalization.of(Examples(torch.randn(4, 3), None, (), "floats")) == Normalization()
 

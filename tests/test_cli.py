@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -339,6 +340,16 @@ def build():
             ["--k-steps", "whole numbers", "inf"],
         ),
         ("gmprobe measure ckpt.pt --unlabeled data --k-steps 1.5", 2, ["--k-steps", "whole numbers", "1.5"]),
+        (
+            "gmprobe measure ckpt.pt --unlabeled data --protocol converged --k-steps 1,3",
+            2,
+            ["--k-steps", "paper's protocol"],
+        ),
+        (
+            "gmprobe measure ckpt.pt --unlabeled data --measures average_inconsistency --rho 0.1,0.2",
+            2,
+            ["--rho", "local_inconsistency alone"],
+        ),
         ("gmprobe measure ckpt.pt --unlabeled data --target-error 1,2%", 2, ["--target-error '1,2%'", "2%"]),
         ("gmprobe measure ckpt.pt --unlabeled data --target-error 200%", 2, ["--target-error '200%'", "2%"]),
         ("gmprobe measure ckpt.pt --unlabeled data --memory 4XB", 2, ["--memory '4XB'", "4GB"]),
@@ -609,3 +620,37 @@ def test_epochs_beyond_the_run_are_named(tmp_path: Path, capsys: pytest.CaptureF
     code, _, err = run(f"{tiny} --epochs 2 --warmup-epochs 2 --out {tmp_path}/b", capsys)
     assert code == 0
     assert "goes beyond" not in err
+
+
+def test_every_cell_of_a_grid_is_a_row_of_the_csv(images, checkpoint, capsys):
+    command = "gmprobe measure ckpt.pt --unlabeled data --measures local_inconsistency,fisher_trace --starts 1 -q --csv"
+    code, out, _ = run(f"{command} --rho 0.1,0.3 --k-steps 1,2 --protocol both", capsys)
+    assert code == 0
+    rows = pd.read_csv(io.StringIO(out))
+    cells = rows[rows["measure"] == "local_inconsistency"]
+    assert sorted(zip(cells["rho"], cells["k_steps"], strict=True)) == [
+        (0.1, 1),
+        (0.1, 2),
+        (0.3, 1),
+        (0.3, 2),
+    ]
+    assert cells["value"].nunique() == 4
+    converged = rows[rows["measure"] == "local_inconsistency_converged"]
+    assert sorted(converged["rho"]) == [0.1, 0.3]
+    assert (rows["measure"] == "fisher_trace").sum() == 1
+
+
+def test_one_draw_is_not_called_exact(images, checkpoint, capsys):
+    code, out, _ = run(
+        "gmprobe measure ckpt.pt --unlabeled data --measures average_inconsistency,fisher_trace --starts 1 -q",
+        capsys,
+    )
+    assert code == 0
+    lines = {
+        name: line
+        for line in out.splitlines()
+        for name in ("average_inconsistency", "fisher_trace")
+        if name in line
+    }
+    assert "exact" not in lines["average_inconsistency"]
+    assert "exact" in lines["fisher_trace"]

@@ -25,7 +25,7 @@ def row(case: Case, name: str, settings: Settings, batch_size: int = 3) -> Estim
 
 
 def starts(case: Case, settings: Settings) -> list[Tensor]:
-    return Probe(case.model, case.batches(), settings, Work(7)).starts()
+    return list(Probe(case.model, case.batches(), settings, Work(7)).starts())
 
 
 def divergence(case: Case, delta: Tensor, rows: slice = slice(None)) -> Tensor:

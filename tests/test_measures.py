@@ -24,7 +24,7 @@ from torch.nn import functional
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import CheckpointError, DataError, UsageError
 from gm_probe.probe.measures import MEASURES, expected_cost, measure
-from gm_probe.probe.probe import Probe, Settings
+from gm_probe.probe.probe import Estimate, Probe, Settings
 from gm_probe.probe.work import Work
 
 FAST = Settings(num_starts=2, max_probes=5)
@@ -548,6 +548,103 @@ def test_every_pass_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     measure(model, Batches.from_tensors(x, labels, batch_size=64), [name], FAST)
     assert 0 <= sum(seen) - sum(counted) <= 2 * 16 + 6 * 4
     assert sum(counted) >= 2 * len(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused(dtype: torch.dtype) -> None:
+    batches = Batches.from_tensors(torch.ones(4, 3, dtype=dtype))
+    with pytest.raises(UsageError, match=r"the weights are torch\.\w+16, .* measure model\.float\(\)"):
+        measure(nn.Linear(3, 2).to(dtype), batches, ["fisher_trace"])
+
+
+def test_a_model_whose_train_changes_its_weights_is_measured_as_it_is() -> None:
+    """As adapters do that are merged into the weights they belong to."""
+
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 2)
+            self.more = nn.Parameter(torch.full((2, 3), 0.5))
+            self.merged = False
+
+        def train(self, mode: bool = True) -> Adapted:
+            super().train(mode)
+            if self.merged == mode:
+                self.weight.data += -self.more if mode else self.more
+                self.merged = not mode
+            return self
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.merged else super().forward(x) + x @ self.more.T
+
+    model = Adapted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = measure(model, Batches.from_tensors(torch.randn(6, 3)), ["fisher_lambda_max"], FAST)
+    assert (found.rows["fisher_lambda_max"].value or 0) > 0
+    assert model.training
+    assert not model.merged
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_products_are_taken_in_full_precision_whatever_was_set() -> None:
+    seen = []
+
+    class Looking(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return super().forward(x)
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        measure(Looking(3, 2), Batches.from_tensors(torch.ones(4, 3)), ["fisher_trace"], FAST)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {("highest", False)}
+    assert torch.backends.cudnn.allow_tf32  # torch's own default
+
+
+def test_a_trace_that_cancels_is_taken_to_its_own_size() -> None:
+    """tr H = tr F + tr(H − F) far below tr F: tr F's error is then told relative to tr H."""
+    case = BY_NAME["tanh-mlp"]
+    rows = []
+    for seed in range(3):
+        settings = Settings(trace_tolerance=0.1, max_probes=1000, seed=seed)
+        rows.append(measure(case.model, case.batches(), ["hessian_trace"], settings).rows["hessian_trace"])
+    truth = float(torch.einsum("nii->n", case.hessian_terms).mean())
+    for row in rows:
+        assert row.converged
+        assert row.value is not None
+        assert row.stderr is not None
+        assert row.stderr <= 0.1 * abs(row.value)
+        assert abs(row.value - truth) < 4 * row.stderr
+
+
+@pytest.mark.parametrize("kind", ["fisher", "hessian"])
+def test_eigenvalues_that_were_not_found_are_not_passed_over(kind: str) -> None:
+    case = BY_NAME["tanh-mlp"]
+    settings = Settings(top_eigenvalues=8, max_iterations=6, eigen_tolerance=1e-3)
+    row = measure(case.model, case.batches(), [f"{kind}_lambda_max"], settings).rows[f"{kind}_lambda_max"]
+    assert len(row.details["eigenvalues"]) == 8
+    assert not all(each["converged"] for each in row.details["eigenvalues"])
+    assert not row.converged
+    few = Settings(top_eigenvalues=2, eigen_tolerance=1e-3)
+    assert (
+        measure(case.model, case.batches(), [f"{kind}_lambda_max"], few).rows[f"{kind}_lambda_max"].converged
+    )
+
+
+def test_a_grid_of_radii_has_the_converged_maximum_of_each() -> None:
+    case, name = BY_NAME["tanh-mlp"], "local_inconsistency_converged"
+
+    def row(rho: float, *more: float) -> Estimate:
+        settings = Settings(rho=rho, rho_grid=more, num_starts=2)
+        return measure(case.model, case.batches(), [name], settings).rows[name]
+
+    found = row(0.1, 0.4, 0.02)
+    assert [cell["rho"] for cell in found.details["grid"]] == [0.02, 0.1, 0.4]
+    for cell in found.details["grid"]:
+        assert cell["value"] == pytest.approx(row(cell["rho"]).value, rel=1e-9)
+    assert "grid" not in row(0.1).details
 
 
 def test_a_single_output_is_refused() -> None:

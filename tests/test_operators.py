@@ -15,7 +15,7 @@ from torch.nn.utils import vector_to_parameters
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import UsageError
 from gm_probe.core.parameters import Parameters
-from gm_probe.probe.operators import Operator, fisher, hessian, residual
+from gm_probe.probe.operators import Operator, _cross_entropy, fisher, hessian, residual
 from gm_probe.probe.work import GRADIENT, NESTED_JVP, TRIPLE_BACKWARD, Work
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
@@ -292,7 +292,7 @@ def test_confident_examples_do_not_cost_the_cheap_curvature_terms() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
     with torch.no_grad():
-        model[2].weight.mul_(40)
+        model[2].weight.mul_(80)
     x = torch.randn(64, 4)
     batches, work = Batches.from_tensors(x), Work(64)
     operator = hessian(Parameters(model), batches, model(x).argmax(1), work)
@@ -439,10 +439,11 @@ def test_a_derivative_that_is_absent_or_wrong_is_told(net: type[nn.Module], kind
         getattr(operator, how)(v)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [100.0, 300.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fisher_of_saturated_probabilities_keeps_its_digits(dtype: torch.dtype, scale: float) -> None:
-    """Against Σ_{i<j} p_i p_j (J_i − J_j)ᵀ(J_i − J_j), which no difference from 1 disturbs."""
+def test_saturated_probabilities_keep_their_digits(kind: str, dtype: torch.dtype, scale: float) -> None:
+    """Against Σ_{i<j} p_i p_j (J_i − J_j)ᵀ(J_i − J_j), which no difference from 1 disturbs; H = F of one layer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = nn.Linear(3, 4).eval()
@@ -457,8 +458,48 @@ def test_fisher_of_saturated_probabilities_keeps_its_digits(dtype: torch.dtype, 
     change = v[:12].view(4, 3).double() @ x.double().T + v[12:, None].double()  # J v, (C, N)
     pairs = p.T[:, None] * p.T[None] * (change[:, None] - change[None]).square()
     expected = pairs.sum((0, 1)) / 2
-    operator = of_model("fisher", model.to(dtype), x.to(dtype), torch.zeros(5, dtype=torch.int64))
+    labels = torch.tensor([0, 1, 2, 3, 0])  # right and wrong ones
+    operator = of_model(kind, model.to(dtype), x.to(dtype), labels)
     found = operator.terms(v.to(dtype)).double()
     rel = 1e-3 if dtype == torch.float32 else 1e-10
     torch.testing.assert_close(found, expected, rtol=rel, atol=1e-35)
     assert float(v.to(dtype) @ operator.matvec(v.to(dtype))) == pytest.approx(float(expected.mean()), rel=rel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_residual_of_confident_examples_keeps_its_digits(dtype: torch.dtype) -> None:
+    """Σ_c (p_c − y_c) ∇²z_c, where p − 1 of the label is what the other classes have."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double().eval()
+        x, v = torch.randn(5, 3, dtype=torch.float64), torch.randn(31, dtype=torch.float64)
+    with torch.no_grad():
+        model[2].weight.mul_(80)
+    z = model(x).detach()
+    labels = z.argmax(1)
+    p = z.softmax(1)
+    others = torch.ones_like(p).scatter(1, labels[:, None], 0)
+    assert float((p * others).sum(1).median()) < 1e-10
+    slopes = p * others - (1 - others) * (p * others).sum(1, keepdim=True)
+    parameters = Parameters(model)
+
+    def along_v(t: Tensor) -> Tensor:  # (5,)
+        return (slopes * parameters.logits(x, parameters.moved(t * v))).sum(1)
+
+    zero = torch.zeros((), dtype=torch.float64)
+    expected = torch.stack(
+        [torch.autograd.functional.hessian(lambda t, n=n: along_v(t)[n], zero) for n in range(5)]
+    )
+    found = of_model("residual", model.to(dtype), x.to(dtype), labels).terms(v.to(dtype)).double()
+    rel = 2e-3 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(found, expected, rtol=rel, atol=1e-12 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_cross_entropy_is_torchs(classes: int) -> None:
+    z = 3 * torch.randn(50, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(50) % classes
+    found = _cross_entropy(z, y)
+    torch.testing.assert_close(
+        found, functional.cross_entropy(z, y, reduction="none"), rtol=1e-12, atol=1e-14
+    )

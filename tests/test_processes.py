@@ -18,6 +18,8 @@ from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import DataError
 from gm_probe.core.models import ModelSpec, build_model
 from gm_probe.probe.measures import MEASURES
+from gm_probe.training.config import TrainConfig
+from gm_probe.training.loop import train
 
 ALONE = {"local_inconsistency_batchwise"}  # cuts the examples itself
 
@@ -71,6 +73,26 @@ def test_two_processes_give_what_one_gives(folder: Path) -> None:
         for figure in ("value", "stderr", "stderr_examples"):
             expected = None if one[figure] is None else pytest.approx(one[figure], rel=1e-6, abs=1e-9)
             assert rows[1][name][figure] == expected, (name, figure)
+
+
+def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(tmp_path: Path) -> None:
+    settings = {"model": "mlp-4", "num_train": 40, "num_unlabeled": 23, "num_test": 20, "epochs": 1}
+    for seed in range(2):
+        train(TrainConfig(**settings, seed=seed), tmp_path / "runs" / str(seed))
+    values = []
+    for number in (1, 2):
+        done = call(
+            ["measure", "runs", "--measures", "fisher_trace", "--dtype", "float64", "--json", "-q"],
+            number,
+            tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        results = json.loads(done.stdout)  # printed once
+        assert [result["settings"]["processes"] for result in results] == [number, number]
+        values.append([result["measures"]["fisher_trace"]["value"] for result in results])
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    done = call(["measure", "runs", "--jobs", "2", "-q"], 2, tmp_path)
+    assert "under torchrun checkpoints are measured one by one" in done.stderr
 
 
 def test_fewer_examples_than_processes() -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters, differentiable_attention
+from gm_probe.probe import trace as trace_module
 from gm_probe.probe.measures import measure
 from gm_probe.probe.operators import Operator
 from gm_probe.probe.probe import Probe, Settings
@@ -50,6 +51,35 @@ def test_trace_within_four_standard_errors(seed: int) -> None:
     assert estimate.converged
     assert estimate.stderr <= 0.02 * abs(estimate.value)
     assert abs(estimate.value - float(terms.mean(0).trace())) < 4 * estimate.stderr
+
+
+def test_the_error_of_what_is_known_counts() -> None:
+    terms = stack(5, 20)
+    known = torch.full((5,), 100.0, dtype=torch.float64)
+    alone = trace(operator_of(terms), generator=seeded(1), tolerance=0.02, max_probes=300, offset=known)
+    error = 0.015 * alone.value
+    found = trace(
+        operator_of(terms),
+        generator=seeded(1),
+        tolerance=0.02,
+        max_probes=300,
+        offset=known,
+        offset_error=error,
+    )
+    assert alone.converged
+    assert found.converged
+    assert found.stderr is not None
+    assert error < found.stderr <= 0.02 * found.value
+    assert found.num_probes > alone.num_probes  # they make up for it
+    hopeless = trace(
+        operator_of(terms),
+        generator=seeded(1),
+        tolerance=0.01,
+        max_probes=300,
+        offset=known,
+        offset_error=error,
+    )
+    assert (hopeless.converged, hopeless.num_probes) == (False, 10)
 
 
 def test_the_examples_error_is_free_of_the_probes_noise(generator: torch.Generator) -> None:
@@ -386,11 +416,42 @@ def test_exact_where_signs_would_cost_more() -> None:
     assert setup(5).trace(tolerance=0.2).stderr is not None
 
 
-def test_more_classes_than_are_diagonalised_never_end_exactly() -> None:
+def test_all_classes_are_diagonalised_where_the_exact_value_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = setup(20).trace(tolerance=0, max_probes=6)
+    assert found.value == pytest.approx(setup(20).truth, rel=1e-9)
+    assert (found.num_probes, found.stderr, found.converged) == (19, None, True)
+    monkeypatch.setattr(trace_module, "EXACT_CLASSES", 18)  # of more the covariances would fill the memory
     found = setup(20).trace(tolerance=0, max_probes=6)
     assert (found.num_probes, found.converged) == (6, False)
     assert found.stderr is not None
     assert abs(found.value - setup(20).truth) < 4 * found.stderr
+
+
+@pytest.mark.parametrize(("classes", "examples"), [(4, 1), (5, 1), (4, 2), (20, 1)])
+def test_signs_that_agree_by_chance_are_no_certificate(classes: int, examples: int) -> None:
+    """Two draws for one example of 4 classes have the same norm in a quarter of all cases."""
+    few = setup(classes, examples)
+    for seed in range(40):
+        found = few.trace(seed, batch_size=examples, tolerance=0.05)
+        assert found.converged
+        error = 1e-9 * few.truth if found.stderr is None else 5 * found.stderr
+        assert abs(found.value - few.truth) <= error
+
+
+def test_parameters_without_a_rule_cost_a_gradient_a_pass() -> None:
+    class Scaled(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 3))
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.scale * x)
+
+    model, x, work = Scaled().double().eval(), torch.ones(6, 4, dtype=torch.float64), Work(6)
+    batches, clean = Batches.from_tensors(x), model(x).detach()
+    found = fisher_trace(Parameters(model), batches, clean, work, generator=seeded(0), tolerance=0)
+    assert found is not None
+    assert work.evaluations == pytest.approx((FORWARD + 2 * (EXAMPLE_NORMS + GRADIENT)) / GRADIENT)
 
 
 @pytest.mark.parametrize("classes", [5, 10, HEAD + 2, 40])
@@ -404,7 +465,7 @@ def test_within_four_standard_errors(classes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "max_probes"), [(0.0, 4), (0.02, 100)], ids=["four probes", "stopping by tolerance"]
+    ("tolerance", "max_probes"), [(1e-9, 4), (0.02, 100)], ids=["four probes", "stopping by tolerance"]
 )
 def test_standard_error_of_signs_is_calibrated(tolerance: float, max_probes: int) -> None:
     many, inside, values = setup(20, 100), 0, []  # of 30 examples the error itself is too uncertain
@@ -419,12 +480,14 @@ def test_standard_error_of_signs_is_calibrated(tolerance: float, max_probes: int
 
 def test_examples_error_of_signs_is_free_of_their_noise() -> None:
     truth = float(setup(20).terms.var()) / 30
-    found = [setup(20).trace(s, batch_size=30, tolerance=0, max_probes=2).stderr_examples for s in range(100)]
+    found = [
+        setup(20).trace(s, batch_size=30, tolerance=1e-9, max_probes=2).stderr_examples for s in range(100)
+    ]
     squares = np.array([0.0 if error is None else error**2 for error in found])
     assert abs(squares.mean() - truth) < 4 * squares.std(ddof=1) / math.sqrt(100)
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 0.3])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-9, 0.3])
 @pytest.mark.parametrize("classes", [10, 20])
 def test_batch_size_does_not_matter(classes: int, tolerance: float) -> None:
     """An example's signs are its own, whatever the batches."""

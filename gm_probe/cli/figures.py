@@ -57,7 +57,13 @@ def _print_more(result: dict[str, Any]) -> None:
     """Below the table: S_ρ's grid, and the eigenvalues after the largest."""
     console = results_console()
     for name, row in result["measures"].items():
-        if "grid" in row:
+        if "grid" in row and row.get("protocol") == "converged":
+            rows = [
+                [f"ρ = {cell['rho']:g}", number(cell["value"]), "yes" if cell["converged"] else "NO"]
+                for cell in row["grid"]
+            ]
+            console.print(table(f"{name}, converged", ["", "value", "conv."], rows))
+        elif "grid" in row:
             steps = sorted({cell["k_steps"] for cell in row["grid"]})
             cells = {(cell["rho"], cell["k_steps"]): cell["value"] for cell in row["grid"]}
             rows = [
@@ -66,10 +72,16 @@ def _print_more(result: dict[str, Any]) -> None:
             ]
             console.print(table(f"{name}, mean over starts", ["", *(f"K = {k}" for k in steps)], rows))
         if "eigenvalues" in row:
-            found = ", ".join(
-                f"{number(p['value'])} ± {number(p['residual'], 2)}" for p in row["eigenvalues"]
-            )
+            found = ", ".join(map(_eigenvalue, row["eigenvalues"]))
             console.print(f"{name}, the largest: {found}", markup=False, highlight=False)
+
+
+def _eigenvalue(row: dict[str, Any]) -> str:
+    if row["value"] is None:
+        return "one not found"
+    return f"{number(row['value'])} ± {number(row['residual'], 2)}" + (
+        "" if row["converged"] else " (not converged)"
+    )
 
 
 def _coupled(result: dict[str, Any]) -> str:
@@ -102,7 +114,8 @@ def _ascents(result: dict[str, Any]) -> str:
 def _estimator_error(row: dict[str, Any]) -> str:
     if row["stderr"] is not None:
         return number(row["stderr"], 2)
-    return "—" if "protocol" in row else "exact"  # an ascent or a single start knows no error of its own
+    unknown = "protocol" in row or "reason_stderr" in row or row["value"] is None
+    return "—" if unknown else "exact"  # an ascent or a single start knows no error of its own
 
 
 ALONE = 0.8
@@ -156,9 +169,18 @@ def _remedy(row: dict[str, Any]) -> str:
 
 
 def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a checkpoint and measure, for ``--csv``."""
+    """One row a checkpoint and measure, for ``--csv``, and one a further ρ and K of its grid."""
     figures = ("value", "stderr", "stderr_examples", "converged", "num_evals")
-    details = ("labels", "protocol", "sd_starts", "num_starts", "reason")
+    details = (
+        "labels",
+        "protocol",
+        "sd_starts",
+        "num_starts",
+        "num_probes",
+        "iterations",
+        "examples_needed",
+        "reason",
+    )
     of_settings = ["rho", "k_steps", "noise_scale", "seed", "part"]
     if any("head" in result["settings"] for result in results):  # else the columns would be empty
         of_settings += ["head", "temperature", "batch_images"]
@@ -168,9 +190,21 @@ def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "model": result["model"],
             "num_examples": result["num_examples"],
             "measure": name,
-            **{key: row.get(key) for key in (*figures, *details)},
-            **{key: result["settings"].get(key) for key in of_settings},
+            **{key: of.get(key) for key in (*figures, *details)},
+            **{key: of.get(key, result["settings"].get(key)) for key in of_settings},
         }
         for result in results
         for name, row in result["measures"].items()
+        for of in (row, *_cells(row, result["settings"]))
+    ]
+
+
+def _cells(row: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a grid, those that are not the row itself."""
+    own = {key: settings[key] for key in ("rho", "k_steps")}
+    kept = ("value", "rho", "k_steps", "converged")
+    return [
+        {"protocol": row.get("protocol"), **{key: value for key, value in cell.items() if key in kept}}
+        for cell in row.get("grid", ())
+        if own != {key: cell.get(key, value) for key, value in own.items()}
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -30,6 +32,7 @@ from gm_probe.core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples
+    from gm_probe.probe.probe import Settings
     from gm_probe.sweep.executors import Executor
 
 GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
@@ -220,7 +223,13 @@ def measure(
     data = DataOptions(**options)
     if source is None:
         data.require_source()
-    many = executor == "ray" or jobs > 1 or given != checkpoints
+    # torchrun's processes share the examples of one checkpoint after another
+    together = "WORLD_SIZE" in os.environ
+    if together and (executor == "ray" or jobs > 1):
+        raise UsageError(
+            "under torchrun checkpoints are measured one by one; leave out --jobs and --executor"
+        )
+    many = executor == "ray" or jobs > 1 or (given != checkpoints and not together)
     if density is not None and (many or len(checkpoints) > 1):
         raise UsageError("--density draws one checkpoint; give one")
     if density is not None and density.suffix.lower() not in FIGURE_SUFFIXES:
@@ -259,6 +268,7 @@ def measure(
     )
     given_settings = _given(click.get_current_context())
     names = _chosen(measures, protocol, labeled is not None, head == "simclr")
+    _require_use_of_grids(names, settings)
     named_device(data.device)
     # of many each looks for its device where it is measured: a GPU may be on Ray's workers alone
     loading = (replace(data, device="cpu") if many else data).loading() | {
@@ -365,6 +375,18 @@ def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:
 
     figure = density_panels(result["density"], checkpoint=checkpoint, num_examples=result["num_examples"])
     write_figure(figure, [file])
+
+
+def _require_use_of_grids(names: Sequence[str], settings: Settings) -> None:
+    """Raise UsageError where more than one ρ or K is given, and no measure takes them."""
+    paper = "local_inconsistency" in names and settings.protocol == "paper"
+    converged = "local_inconsistency_converged" in names or (
+        "local_inconsistency" in names and settings.protocol == "converged"
+    )
+    if settings.k_grid and not paper:
+        raise UsageError("--k-steps: several K are of local_inconsistency by the paper's protocol; give one")
+    if settings.rho_grid and not (paper or converged):
+        raise UsageError("--rho: several ρ are of local_inconsistency alone; give one")
 
 
 def _chosen(measures: str, protocol: str, labeled: bool, coupled: bool) -> list[str]:

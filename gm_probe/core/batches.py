@@ -126,7 +126,15 @@ class Batches:
 
     @classmethod
     def from_tensors(cls, x: Tensor, y: Tensor | None = None, **options: int | str) -> Batches:
-        """Batches over tensors x (N, ...) and y (N,) that are already what the model takes."""
+        """Batches over tensors x (N, ...) and y (N,) that are already what the model takes.
+
+        Raises:
+            DataError: x is uint8, which elsewhere are pixels, and are scaled to [0, 1].
+        """
+        if x.dtype == torch.uint8:
+            raise DataError(
+                "x is uint8: give what the model takes, x.float() / 255 or x.long(), or Examples with a Normalization"
+            )
         device, dtype = x.device, x.dtype if x.is_floating_point() else torch.float32
         return cls(Examples(x, y, (), "tensors"), device=device, dtype=dtype, **options)  # type: ignore[arg-type]
 

@@ -122,10 +122,14 @@ def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into eval mode; restore each module's own mode after, whatever happens."""
+    """Put ``model`` into eval mode; restore each module's own mode after, whatever happens.
+
+    By the flags alone: a model's own ``train()`` may change its weights (adapters that merge theirs).
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        for module, _ in modes:
+            module.training = False
         yield
     finally:
         for module, mode in modes:

@@ -149,6 +149,11 @@ class ExampleGradients:
         self._rest = [name for name in parameters.named if name not in covered]
         self.supported = self._holds(few)
 
+    @property
+    def has_others(self) -> bool:
+        """Whether some parameters have no rule: their gradients are taken example by example."""
+        return bool(self._rest)
+
     def squared_norms(self, x: Tensor, cotangents: Tensor) -> Tensor:
         """(K, B) squared gradient norms of cᵀz_x for cotangents (K, B, C), from one forward pass."""
         result = cotangents.new_zeros(cotangents.shape[:2])

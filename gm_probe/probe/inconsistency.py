@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from gm_probe.probe.probe import Figure, Probe, example_error
 from gm_probe.probe.work import FORWARD, GRADIENT
 
 
-def _over_starts(terms: list[Tensor], kind: str, **details: Any) -> Figure:
+def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Figure:
     """The mean over starts (or draws) of mean divergences, from their examples' terms (N,) each."""
+    terms = list(found)
     values = torch.stack([each.double().mean() for each in terms])
     spread = float(values.std()) if len(values) > 1 else None
     error = None if spread is None else spread / math.sqrt(len(values))
@@ -71,8 +73,23 @@ def paper(probe: Probe) -> Figure:
 def converged(probe: Probe) -> Figure:
     """The largest divergence that ascents from ± the Fisher matrix's top eigenvector and from noise reach.
 
-    A lower bound of the maximum (Eq. 3), not a certificate: the problem is not concave.
+    A lower bound of the maximum (Eq. 3), not a certificate: the problem is not concave. A grid is over ρ alone, for K
+    is of the paper's protocol.
     """
+    settings = probe.settings
+    figure = _converged_at(probe, settings.rho)
+    if settings.rho_grid:
+        radii = sorted({settings.rho, *settings.rho_grid})
+        found = {rho: figure if rho == settings.rho else _converged_at(probe, rho) for rho in radii}
+        *_, details = figure
+        details["grid"] = [
+            {"rho": rho, "value": value, "converged": converged}
+            for rho, (value, _, _, converged, _) in found.items()
+        ]
+    return figure
+
+
+def _converged_at(probe: Probe, rho: float) -> Figure:
     settings = probe.settings
     top = probe.fisher_top
 
@@ -80,26 +97,26 @@ def converged(probe: Probe) -> Figure:
         return maximize(
             probe.divergence.value_and_gradient,
             start,
-            settings.rho,
+            rho,
             tolerance=settings.ascent_tolerance,
             max_steps=settings.max_iterations,
             rival=rival,
         )
 
     # the two signs of v₁ end 12-43 % apart beyond the quadratic regime: the more promising one first
-    signed = {"+v1": to_sphere(top.vector, settings.rho), "-v1": to_sphere(-top.vector, settings.rho)}
+    signed = {"+v1": to_sphere(top.vector, rho), "-v1": to_sphere(-top.vector, rho)}
     values = {name: float(probe.divergence.terms(start).double().mean()) for name, start in signed.items()}
     ends: dict[str, Maximum] = {}
     for name in sorted(signed, key=values.__getitem__, reverse=True):
         ends[name] = up(signed[name], max((end.value for end in ends.values()), default=0.0))
     # noise guards against a poor v₁
-    for i, noise in enumerate(probe.starts()[:2]):
+    for i, noise in enumerate(islice(probe.starts(), 2)):
         # a raw noise direction is flat: one step of Algorithm 1 first
-        start = ascend(probe.divergence.gradient, noise, settings.rho, 1)
+        start = ascend(probe.divergence.gradient, noise, rho, 1)
         ends[f"noise {i}"] = up(start, max(end.value for end in ends.values()))
     best = max(ends.values(), key=lambda end: end.value)
     second = sorted(end.value for end in ends.values())[-2]
-    quadratic = settings.rho**2 / 2 * top.value
+    quadratic = rho**2 / 2 * top.value if top.converged else 0.0
     details = {
         "protocol": "converged",
         "starts": {name: end.value for name, end in ends.items()},
@@ -123,10 +140,10 @@ def relative(probe: Probe) -> Figure:
     length, *_ = parameter_norm(probe)
     assert length is not None
     radius = probe.settings.rho * length
-    ends = [
+    ends = (
         ascend(probe.divergence.gradient, start, radius, probe.settings.k_steps) for start in probe.starts()
-    ]
-    return _over_starts([probe.divergence.terms(end) for end in ends], "start", radius=radius)
+    )
+    return _over_starts(map(probe.divergence.terms, ends), "start", radius=radius)
 
 
 def adaptive(probe: Probe) -> Figure:
@@ -137,8 +154,8 @@ def adaptive(probe: Probe) -> Figure:
     def gradient(u: Tensor) -> Tensor:
         return scale * probe.divergence.gradient(scale * u)
 
-    ends = [scale * ascend(gradient, start, settings.rho, settings.k_steps) for start in probe.starts()]
-    return _over_starts([probe.divergence.terms(end) for end in ends], "start", eta=settings.eta)
+    ends = (scale * ascend(gradient, start, settings.rho, settings.k_steps) for start in probe.starts())
+    return _over_starts(map(probe.divergence.terms, ends), "start", eta=settings.eta)
 
 
 def batchwise(probe: Probe) -> Figure:
@@ -171,5 +188,5 @@ def _gradient_on(probe: Probe, x: Tensor, clean: Tensor) -> Callable[[Tensor], T
 def average(probe: Probe) -> Figure:
     """A_ρ = E mean KL(f_θ ‖ f_{θ+ε}) over ε ~ N(0, ρ²I/P): what the maximum is compared with."""
     generator = probe.generator("average")
-    draws = [probe.parameters.random(probe.settings.rho, generator) for _ in range(probe.settings.num_starts)]
-    return _over_starts([probe.divergence.terms(draw) for draw in draws], "draw")
+    draws = (probe.parameters.random(probe.settings.rho, generator) for _ in range(probe.settings.num_starts))
+    return _over_starts(map(probe.divergence.terms, draws), "draw")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gm_probe.core.batches import Batches
+from gm_probe.core.devices import full_precision
 from gm_probe.core.errors import DataError, UsageError, did_you_mean
 from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import differentiable_attention, evaluating
@@ -72,7 +73,7 @@ MEASURES: dict[str, Measure] = {
     "hessian_trace": Measure(
         curvature.hessian_trace,
         False,
-        0.0,
+        2.7,
         "tr H",
         "trace of the loss Hessian: tr F where every parameter enters affinely, else with labels given or predicted",
     ),
@@ -251,8 +252,14 @@ def measure(
     rows: dict[str, Estimate] = {}
     gpus = [batches.device] if batches.device.type == "cuda" else []
     # a model may draw at random though its outputs stay the same
-    with torch.random.fork_rng(devices=gpus), evaluating(model), differentiable_attention():
+    with (
+        torch.random.fork_rng(devices=gpus),
+        evaluating(model),
+        differentiable_attention(),
+        full_precision(),
+    ):
         probe = Probe(model, batches, settings, work, initial)
+        _require_full(probe.parameters.dtype)
 
         def probed(batches: Batches) -> Probe:
             nonlocal probe
@@ -273,6 +280,13 @@ def measure(
                 raise UsageError(f"{name}: {error}") from error
             rows[name] = _estimate(figure, batches, settings.target_error, work.evaluations - before)
     return Report(probe.parameters.size, batches.total, settings, rows, batches.batch_size)
+
+
+def _require_full(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise UsageError(
+            f"the weights are {dtype}, in which no residual below a few percent can be told; measure model.float()"
+        )
 
 
 def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float) -> Estimate:
@@ -300,13 +314,15 @@ def expected_cost(names: Sequence[str], settings: Settings) -> float:
     """Gradient evaluations that ``measure`` will take, roughly: for progress bars and estimates."""
     total = 2 / 3  # the two clean passes
     for name in names:
+        if name == "local_inconsistency" and settings.protocol == "converged":
+            name = "local_inconsistency_converged"
         cost = MEASURES[name].cost
         if name == "local_inconsistency":
-            cost = (
-                MEASURES["local_inconsistency_converged"].cost
-                if settings.protocol == "converged"
-                else _cost_of_starts(settings)
-            )
+            cost = _cost_of_starts(settings)
+        if name == "local_inconsistency_converged":
+            cost *= len({settings.rho, *settings.rho_grid})
+        if name == "hessian_trace" and "fisher_trace" in names:
+            cost = 0.0  # of networks that are affine in each parameter, it is the same
         total += cost
     return total
 

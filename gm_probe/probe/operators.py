@@ -148,10 +148,24 @@ def hessian(parameters: Parameters, batches: Batches, labels: Tensor, work: Work
         UsageError: a part of the model is in train mode.
     """
 
-    def losses(logits: Tensor, y: Tensor) -> Tensor:  # (B,)
-        return functional.cross_entropy(logits, y, reduction="none")
+    return _curvature(parameters, batches, _cross_entropy, labels, work)
 
-    return _curvature(parameters, batches, losses, labels, work)
+
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """(B,) of logits (B, C) and labels (B,), whose derivatives keep their digits where one class has all but all.
+
+    The likeliest class's logit is taken off the others': 1 − p is then never taken of a p that rounds to 1.
+    """
+    likeliest = logits.argmax(1, keepdim=True)
+    highest = logits.gather(1, likeliest)
+    others = logits.gather(1, _all_but(likeliest, logits.shape[1]))
+    return (highest - logits.gather(1, y[:, None]))[:, 0] + (others - highest).exp().sum(1).log1p()
+
+
+def _all_but(classes: Tensor, count: int) -> Tensor:
+    """(B, C − 1) the class indices other than each of ``classes`` (B, 1)."""
+    places = torch.arange(count - 1, device=classes.device)
+    return places + (places >= classes).long()
 
 
 def residual(
@@ -165,7 +179,10 @@ def residual(
     Raises:
         UsageError: a part of the model is in train mode.
     """
-    slopes = functional.softmax(clean, dim=-1) - functional.one_hot(labels, clean.shape[1])
+    slopes = functional.softmax(clean.double(), dim=-1)
+    # p − 1 of the label as what the others have: where p is nearly 1, the difference would be rounding alone
+    rest = slopes.gather(1, _all_but(labels[:, None], clean.shape[1])).sum(1, keepdim=True)
+    slopes = slopes.scatter(1, labels[:, None], -rest)
 
     def contracted(logits: Tensor, slope: Tensor) -> Tensor:  # (B,)
         return (logits * slope.to(logits.dtype)).sum(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -267,6 +268,10 @@ class Probe:
     @cached_property
     def example_fisher_trace(self) -> Trace | None:
         """tr F by examples' own gradients; None where this model does not allow it, or they hang together."""
+        return self.fisher_trace_to(self.settings.trace_tolerance)
+
+    def fisher_trace_to(self, tolerance: float) -> Trace | None:
+        """The same to another tolerance."""
         if self.batches.coupled:
             return None
         return fisher_trace(
@@ -275,7 +280,7 @@ class Probe:
             self.clean,
             self.work,
             generator=self.generator("fisher trace"),
-            tolerance=self.settings.trace_tolerance,
+            tolerance=tolerance,
             max_probes=self.settings.max_probes,
         )
 
@@ -288,9 +293,9 @@ class Probe:
     def residual(self) -> Operator:
         return residual(self.differentiable, self.batches, self.clean, self.hessian_labels, self.work)
 
-    def starts(self) -> list[Tensor]:
+    def starts(self) -> Iterator[Tensor]:
+        """Random starts (P,), one at a time: all of them would take P times their number."""
         generator = self.generator("starts")
         settings = self.settings
-        return [
-            self.differentiable.random(settings.noise_scale, generator) for _ in range(settings.num_starts)
-        ]
+        for _ in range(settings.num_starts):
+            yield self.differentiable.random(settings.noise_scale, generator)

@@ -17,10 +17,14 @@ from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import everywhere, gather_examples
 from gm_probe.probe.example_gradients import ExampleGradients
 from gm_probe.probe.operators import Operator
-from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, Work
+from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
 
 SKETCH = 16  # products that find directions to deflate; of F they cut a probe's deviation 28 and 19 times
 HEAD = 16  # classes whose covariance is diagonalised; the others are handled as one and a remainder
+EXACT_CLASSES = 256  # up to so many are all diagonalised where the exact value is asked
+LEAST_NORMS = (
+    32  # squared norms that a standard error is told from: signs of few classes often agree by chance
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ def trace(
     max_probes: int = 100,
     deflate: Sequence[Tensor] = (),
     offset: Tensor | None = None,
+    offset_error: float = 0.0,
 ) -> Trace:
     """Hutchinson's estimator with Rademacher probes, until its standard error is ≤ ``tolerance`` · \\|value\\|.
 
@@ -64,12 +69,14 @@ def trace(
         max_probes: before giving up; a sketched direction counts as two.
         deflate: orthonormal vectors (P,) whose share is taken exactly, instead of a sketch's.
         offset: (N,) examples' known shares of another matrix, to estimate the trace of the sum.
+        offset_error: standard error of their mean, which counts as this estimate's; where it is too large for the
+            tolerance, the least number of probes is drawn.
 
     Raises:
         DivergedError: a term is not finite.
     """
     known = torch.zeros((), dtype=torch.float64) if offset is None else offset.double()
-    probes = _Probes(operator, generator, deflate, known)
+    probes = _Probes(operator, generator, deflate, known, offset_error)
     first = max(min(min_probes, max_probes), 2)
     sketched = False
     while True:
@@ -78,12 +85,14 @@ def trace(
         if count < first:
             continue
         allowed = tolerance * abs(probes.mean)
-        if probes.stderr <= allowed or count >= max_probes:
-            return probes.result(probes.stderr <= allowed, sketched)
+        done, hopeless = probes.stderr <= allowed, bool(allowed) and offset_error > allowed
+        if done or hopeless or count >= max_probes:
+            return probes.result(done, sketched)
         left = max_probes - count - 2 * SKETCH
-        needed = count * (probes.stderr / allowed) ** 2 if allowed else math.inf
+        own = allowed**2 - offset_error**2
+        needed = count * (probes.spread**2 / own) if own > 0 else math.inf
         if not (sketched or deflate) and left >= first and needed > 4 * SKETCH < operator.size:
-            probes = _Probes(operator, generator, _sketch(operator, generator), known)
+            probes = _Probes(operator, generator, _sketch(operator, generator), known, offset_error)
             max_probes, sketched = left, True
 
 
@@ -91,10 +100,15 @@ class _Probes:
     """zᵀA z for random signs z, outside of the span of ``deflate``, whose share is taken exactly."""
 
     def __init__(
-        self, operator: Operator, generator: torch.Generator, deflate: Sequence[Tensor], known: Tensor
+        self,
+        operator: Operator,
+        generator: torch.Generator,
+        deflate: Sequence[Tensor],
+        known: Tensor,
+        known_error: float,
     ) -> None:
         self._operator, self._generator, self._deflate = operator, generator, deflate
-        self._known = known
+        self._known, self._known_error = known, known_error
         for vector in deflate:
             self._known = self._known + operator.terms(vector).double()
         self.samples: list[float] = []
@@ -119,14 +133,21 @@ class _Probes:
         return float(np.mean(self.samples))
 
     @property
-    def stderr(self) -> float:
+    def spread(self) -> float:
+        """Standard error from the probes."""
         return float(np.std(self.samples, ddof=1)) / math.sqrt(len(self.samples))
+
+    @property
+    def stderr(self) -> float:
+        """And from what is known."""
+        return math.hypot(self.spread, self._known_error)
 
     def result(self, converged: bool, sketched: bool) -> Trace:
         total, n = self._total, len(self.samples)
         assert isinstance(total, Tensor)
         # Var(mean over n probes) = V + E/n and Var(one probe) = V + E, solved for the examples' own V
         own = (float(total.var()) - self._variances) / (n * (n - 1)) if len(total) > 1 else -1.0
+        own -= len(total) * self._known_error**2  # the noise of the examples' known shares
         stderr_examples = math.sqrt(own / len(total)) if own >= 0 else None
         return Trace(self.mean, self.stderr, stderr_examples, n, converged, total / n, sketched)
 
@@ -154,15 +175,18 @@ class CovarianceRoot:
     what this leaves out, p_T (diag q − q qᵀ) with q their distribution among themselves, is taken by the root
     √p_T (diag √q − q √qᵀ) (law of total variance).
 
+    Args:
+        most: classes that are diagonalised.
+
     Attributes:
         rank: number of columns.
         columns: (B, C, R) those of the head; all of them where ``complete``.
     """
 
-    def __init__(self, p: Tensor) -> None:
+    def __init__(self, p: Tensor, most: int = HEAD) -> None:
         p = p.double()
         ordered, self._order = p.sort(dim=1, descending=True)
-        head = HEAD if p.shape[1] > HEAD + 1 else p.shape[1]
+        head = most if p.shape[1] > most + 1 else p.shape[1]
         self._tail = ordered[:, head:]  # (B, T)
         self._mass = self._tail.sum(1, keepdim=True)
         lumped = torch.cat([ordered[:, :head], self._mass], 1) if self._tail.shape[1] else ordered
@@ -218,8 +242,9 @@ def fisher_trace(
 
     Args:
         clean: (n, C) logits at θ in the order of ``batches``.
-        tolerance: standard error relative to the trace; 0 asks for the exact value.
-        max_probes: passes before giving up, unless the exact value takes fewer.
+        tolerance: standard error relative to the trace; 0 asks for the exact value, which up to ``EXACT_CLASSES``
+            classes have.
+        max_probes: passes before giving up, unless the exact value takes fewer or is asked for.
 
     Returns:
         None where examples' gradients cannot be had of this model; see ``ExampleGradients``.
@@ -227,7 +252,13 @@ def fisher_trace(
     examples = ExampleGradients(parameters, next(iter(batches)).x)
     if not everywhere(examples.supported, clean.device):
         return None
-    first = CovarianceRoot(clean[:1].double().softmax(1))
+    most = HEAD if tolerance else EXACT_CLASSES
+
+    def root_of(logits: Tensor) -> CovarianceRoot:
+        return CovarianceRoot(logits.double().softmax(1), most)
+
+    first = root_of(clean[:1])
+    each = EXAMPLE_NORMS + (GRADIENT if examples.has_others else 0.0)
 
     def passes(number: int | None) -> Tensor:
         """(number, N) squared norms for signs; None = for every column of L."""
@@ -237,13 +268,13 @@ def fisher_trace(
         signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
         mine = signs[:, batches.first : batches.first + batches.num_examples].split(batches.batch_size, 1)
         for batch, part, some in zip(batches, cut(clean, batches), mine, strict=True):
-            root = CovarianceRoot(part.double().softmax(1))
+            root = root_of(part)
             if number is None:
                 cotangents = root.columns.permute(2, 0, 1)
             else:
                 cotangents = torch.stack([root.applied(one) for one in some])
             rows.append(examples.squared_norms(batch.x, cotangents.to(clean.dtype)).double())
-            work.add(FORWARD + len(cotangents) * EXAMPLE_NORMS, len(part))
+            work.add(FORWARD + len(cotangents) * each, len(part))
         norms = gather_examples(torch.cat(rows, 1).T).T
         if not bool(torch.isfinite(norms).all()):
             raise DivergedError("an example's gradient is not finite; try --dtype float64")
@@ -264,10 +295,11 @@ def fisher_trace(
         taken, size = norms.shape
         noise = float(norms.var(0).mean()) / taken  # of an example's mean over probes
         stderr, value = math.sqrt(noise / size), float(norms.mean())
-        converged = stderr <= tolerance * value
+        least = math.ceil(LEAST_NORMS / size)
+        converged = stderr <= tolerance * value and taken >= least
         if converged or taken >= max_probes:
             return result(norms.mean(0), noise, stderr, taken, converged)
-        needed = taken * (stderr / (tolerance * value)) ** 2 if tolerance else math.inf
+        needed = max(taken * (stderr / (tolerance * value)) ** 2, least) if tolerance else math.inf
         if first.complete and needed - taken >= first.rank:
             return exact()
         more = min(math.ceil(needed) - taken if math.isfinite(needed) else max_probes, max_probes - taken, 8)
