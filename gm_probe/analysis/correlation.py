@@ -14,9 +14,9 @@ from scipy import stats
 
 from gm_probe.analysis.comparison import Resampled, compare
 from gm_probe.analysis.conditional import conditioning
-from gm_probe.analysis.design import Design, design_of, seed_numbers, setting_names
+from gm_probe.analysis.design import Design, design_of, seed_numbers, setting_names, setting_numbers
 from gm_probe.analysis.granulated import granulated
-from gm_probe.analysis.intervals import jackknife_interval, percentile_interval, seeds_share
+from gm_probe.analysis.intervals import LEAST_UNITS, jackknife_interval, percentile_interval, seeds_share
 from gm_probe.analysis.noise import noise_filtered
 from gm_probe.analysis.pair_sums import EXACT_SETTINGS, PairSums, pair_sums, tau_of
 from gm_probe.analysis.partial import partial
@@ -291,9 +291,13 @@ def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
         )
     elif alone:
         notes.append(f"{alone} of {len(sizes)} settings have a single run")
-    seed = seed_numbers(table)
-    if seed is not None and table.num_runs > len(set(seed)) == 1 and len(sizes) > 1 and seed[0] >= 0:
+    seeds = _shared_seeds(table)
+    if seeds == 1:
         notes.append("all runs have one seed: what another would have changed is in no interval")
+    elif 0 < seeds < LEAST_UNITS:
+        notes.append(
+            f"settings share {seeds} seeds, too few to tell what others would have changed: intervals are for these"
+        )
     if table.num_runs > EXACT_RUNS:
         notes.append(f"more than {EXACT_RUNS} runs: permutations take Spearman's ρ in place of τ")
     if len(sizes) > EXACT_SETTINGS:
@@ -309,6 +313,14 @@ def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
                 f"{repeated.sum()} runs repeat the {what} of another, such as {first}: is one listed twice?"
             )
     return notes
+
+
+def _shared_seeds(table: RunTable) -> int:
+    """How many seeds the settings share; 0 where they share none, or there are not several settings."""
+    seed, setting = seed_numbers(table), setting_numbers(table)
+    if seed is None or (seed < 0).any() or len(set(setting)) == 1:
+        return 0
+    return len(set(seed)) if len(set(seed)) < len(set(zip(seed, setting, strict=True))) else 0
 
 
 def _warnings(table: RunTable, name: str) -> tuple[str, ...]:

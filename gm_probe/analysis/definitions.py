@@ -82,11 +82,11 @@ STATISTICS = {
     "√((pairs untied in the measure)(pairs untied in the gap)). 1: the measure orders the runs as the gap does.",
     "setting": "one choice of all hyperparameters; its runs differ in their seeds only and are not independent.",
     "95 % CI": "confidence interval of τ by leaving out each setting with all its seeds (jackknife, Student’s t on "
-    "Fisher’s scale). Where settings take the same seeds, whose runs start from the same weights, it also holds what "
-    "another choice of seeds would change, by leaving out each seed in all settings. Settings count as drawn "
-    "independently: where neighbours on a grid hardly differ, it is too narrow. Bootstrap: the middle 95 % over "
-    "resamples of whole settings, in which a run forms no pair with its own copy; it covers less than 95 % where "
-    "settings are few or seeds shared.",
+    "Fisher’s scale). Where settings take the same seeds, whose runs start from the same weights, it also "
+    "holds what another choice of seeds would change, by leaving out each seed in all settings, if there are "
+    "5 or more. Settings count as drawn independently: where neighbours on a grid hardly differ, it is too "
+    "narrow. Bootstrap: the middle 95 % over resamples of whole settings, in which a run forms no pair with "
+    "its own copy; it covers less than 95 % where settings are few or seeds shared.",
     "p": "two-sided permutation p: the gaps of whole settings are exchanged, so seeds stay together. It tests whether "
     "settings with a larger measure have a larger gap, given the seeds and, where settings differ in their number of "
     "runs, those that no other matches; so it can differ from what the interval says. p (naive) takes runs as "

@@ -13,7 +13,7 @@ from scipy import stats
 from gm_probe.analysis.rank import Floats, Integers
 
 LEAST_UNITS = 5
-"""Of fewer settings, no error can be told."""
+"""Of fewer settings, or seeds, no error can be told."""
 SWEEPS = 30
 """Of taking off the means by setting and by seed in turn, where some settings lack some seeds."""
 Interval = tuple[float | None, float | None, str | None]
@@ -61,11 +61,12 @@ def seeds_share(value: float, without: Floats, setting: Integers, seed: Integers
     """The part of shared seeds in the variance of an estimate, from its values ``without`` each run (n,).
 
     ``setting`` and ``seed`` (n,) number each run's, from 0; ``seed`` None where no two settings share one. An
-    analysis of variance of the runs' influences: seeds, crossed with settings, and the rest.
+    analysis of variance of the runs' influences: seeds, crossed with settings, and the rest. Nothing of fewer than
+    ``LEAST_UNITS`` seeds: the interval is then for these.
 
     Source: Efron and Stein 1981 for the influences.
     """
-    if seed is None or not np.isfinite(without).all():
+    if seed is None or seed.max() + 1 < LEAST_UNITS or not np.isfinite(without).all():
         return NO_SHARE
     n, num_seeds = len(without), int(seed.max()) + 1
     influence = (n - 1) * (value - without)

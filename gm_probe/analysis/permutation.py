@@ -81,15 +81,23 @@ def permute_within(
 ) -> NDArray[np.int32]:
     """(num, n) permutations of single runs that leave each in its ``stratum`` (n,).
 
-    With ``seed`` (n,), the numbers of seeds that strata share, the seeds change places, alike in every stratum.
+    With ``seed`` (n,), the numbers of seeds that strata share, the seeds change places, alike in every stratum: where
+    there are no more than ``num`` such ways, each other one once, so that p is exact.
     """
     if seed is None:
         order, keys = np.argsort(stratum, kind="stable"), rng.random((num, len(stratum)))
     else:
-        order, keys = np.lexsort((seed, stratum)), rng.random((num, int(seed.max()) + 1))[:, seed]
-    rows = np.empty((num, len(stratum)), np.int32)
+        order, keys = np.lexsort((seed, stratum)), _seed_keys(int(seed.max()) + 1, num, rng)[:, seed]
+    rows = np.empty((len(keys), len(stratum)), np.int32)
     rows[:, order] = np.argsort(stratum + keys, axis=1, kind="stable")
     return rows
+
+
+def _seed_keys(num_seeds: int, num: int, rng: np.random.Generator) -> Floats:
+    """Keys in [0, 1) that order the seeds (B, num_seeds)."""
+    if math.factorial(min(num_seeds, 20)) - 1 > num:
+        return rng.random((num, num_seeds))
+    return np.array(list(permutations(range(num_seeds)))[1:], float) / num_seeds
 
 
 def permuted_coefficients(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> Floats:

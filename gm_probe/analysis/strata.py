@@ -5,7 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from gm_probe.analysis.intervals import Share, excludes_zero, jackknife_error, jackknife_interval, seeds_share
+from gm_probe.analysis.intervals import (
+    LEAST_UNITS,
+    Share,
+    excludes_zero,
+    jackknife_error,
+    jackknife_interval,
+    seeds_share,
+)
 from gm_probe.analysis.pair_sums import PairSums, pair_sums, tau_of
 from gm_probe.analysis.permutation import FEW_ARRANGEMENTS, permutation_p, permuted_coefficients
 from gm_probe.analysis.rank import BLOCK, Floats, Integers, permuted_scores
@@ -48,7 +55,7 @@ def between(sample: Sample, draws: Draws) -> Quantity:
 
 def _between_share(sample: Sample) -> Share:
     """Of seeds in τ between settings, by leaving each out; what runs would bring anyway stays in it."""
-    if sample.seed is None:
+    if sample.seed is None or sample.seed.max() + 1 < LEAST_UNITS:
         return Share()
     taus = []
     for seed in range(int(sample.seed.max()) + 1):
@@ -72,7 +79,12 @@ def within(sample: Sample, sums: PairSums, draws: Draws) -> Quantity:
     if result.value is None:
         return result
     scores = _scores_within(sample, draws.within(sample.setting, sample.seed))
-    return replace(result, p=permutation_p(scores), p_reason=_few_seeds(sample))
+    result = replace(result, p=permutation_p(scores), p_reason=_few_seeds(sample))
+    num_seeds = 0 if sample.seed is None else int(sample.seed.max()) + 1
+    if 0 < num_seeds < LEAST_UNITS:  # settings repeat what these few differ by
+        why = f"{num_seeds} seeds that settings share, and an interval needs {LEAST_UNITS}"
+        return replace(result, low=None, high=None, interval_reason=why)
+    return result
 
 
 def _few_seeds(sample: Sample) -> str | None:

@@ -29,6 +29,7 @@ class _Runs:
 
     table: RunTable
     measures: Mapping[str, MeasureStatistics]
+    about_seeds: str
 
 
 def study(
@@ -72,7 +73,8 @@ def study(
 def _runs(folder: Path, expected: Mapping[str, int], recipe: Recipe, *, converged_only: bool) -> _Runs:
     table = load_table(folder, list(expected), (), recipe.group_by, converged_only=converged_only)
     found = correlate(table, table.gaps, recipe.group_by, skip=PARTS)
-    return _Runs(table, {measure.name: measure for measure in found.measures})
+    about_seeds = " ".join(f"{note[0].upper()}{note[1:]}." for note in found.notes if "seed" in note)
+    return _Runs(table, {measure.name: measure for measure in found.measures}, about_seeds)
 
 
 def _sign(tau: Correlation) -> int:
@@ -105,8 +107,9 @@ def _text(ended: _Runs, expected: Mapping[str, int], recipe: Recipe) -> str:
     whole = first.gaps[GAP]
     return (
         "The test: the sign of Kendall's τ-b with the error gap, by a 95 % interval that takes the settings of the "
-        "grid for independent draws and allows for seeds that they share. "
+        f"grid for independent draws{'' if ended.about_seeds else ' and allows for seeds that they share'}. "
         f"Over {whole.n} of {len(recipe.runs)} runs, of {whole.num_settings} settings: {'; '.join(said)}."
+        + (f" {ended.about_seeds}" if ended.about_seeds else "")
         + (f" Within subgroups, in the same order, untested: {'; '.join(groups)}." if groups else "")
     )
 
