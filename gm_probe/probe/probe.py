@@ -191,7 +191,7 @@ class Probe:
                 "the model has a single output, whose softmax is 1 always; wrap it to return two logits"
             )
         if not bool(torch.isfinite(first).all()):
-            row = int((~torch.isfinite(first)).any(1).nonzero()[0])
+            row = self.batches.first + int((~torch.isfinite(first)).any(1).nonzero()[0])
             raise DivergedError(
                 f"the model's output on example {row} is not finite; check weights and normalisation"
             )
