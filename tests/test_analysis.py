@@ -418,6 +418,10 @@ def test_what_a_file_does_not_say_of_its_runs_is_an_error_or_is_not_guessed(tmp_
         load_table(make_csv(tmp_path, "error_gap,a\n1,2\n2,3\n"), converged_only=True)
     with pytest.raises(DataError, match=r"no run of .* is usable: training ended before"):
         load_table(make_csv(tmp_path, "error_gap,a,met_stop_ce\n1,2,False\n2,3,False\n"), converged_only=True)
+    numbers = load_table(
+        make_csv(tmp_path, "error_gap,a,met_stop_ce\n1,2,0.0\n2,3,1.0\n3,4,\n"), converged_only=True
+    )
+    assert numbers.num_runs == 2
     foreign = load_table(make_csv(tmp_path, "error_gap,a,status\n1,2,good\n2,3,bad\n"))
     assert (foreign.num_runs, foreign.excluded) == (2, ())
     with pytest.raises(DataError, match="row 3 holds 'x'"):

@@ -586,21 +586,29 @@ def test_a_model_whose_train_changes_its_weights_is_measured_as_it_is() -> None:
 
 
 def test_products_are_taken_in_full_precision_whatever_was_set() -> None:
+    places = [
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+        torch.backends.mkldnn.matmul,
+        torch.backends.mkldnn.conv,
+    ]
     seen = []
 
     class Looking(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            seen.append(tuple(place.fp32_precision for place in places))
             return super().forward(x)
 
-    torch.set_float32_matmul_precision("medium")
+    before = [place.fp32_precision for place in places]
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # torch's getters of old then raise
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
         measure(Looking(3, 2), Batches.from_tensors(torch.ones(4, 3)), ["fisher_trace"], FAST)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert [place.fp32_precision for place in places] == ["tf32", before[1], "bf16", before[3]]
     finally:
-        torch.set_float32_matmul_precision("highest")
-    assert set(seen) == {("highest", False)}
-    assert torch.backends.cudnn.allow_tf32  # torch's own default
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+    assert set(seen) == {("ieee",) * 4}
 
 
 def test_a_trace_that_cancels_is_taken_to_its_own_size() -> None:
@@ -631,6 +639,16 @@ def test_eigenvalues_that_were_not_found_are_not_passed_over(kind: str) -> None:
     assert (
         measure(case.model, case.batches(), [f"{kind}_lambda_max"], few).rows[f"{kind}_lambda_max"].converged
     )
+
+
+def test_eigenvalues_that_there_are_not_are_not_missed() -> None:
+    batches = Batches.from_tensors(torch.ones(1, 3, dtype=torch.float64))
+    settings = Settings(top_eigenvalues=5)
+    row = measure(nn.Linear(3, 2).double(), batches, ["fisher_lambda_max"], settings).rows[
+        "fisher_lambda_max"
+    ]
+    assert row.converged
+    assert all(each["converged"] for each in row.details["eigenvalues"])
 
 
 def test_a_grid_of_radii_has_the_converged_maximum_of_each() -> None:

@@ -24,7 +24,7 @@ from gm_probe.core.errors import UsageError
 from gm_probe.core.files import write_json, write_toml
 from gm_probe.core.records import read_run
 from gm_probe.probe.operators import fisher, hessian
-from gm_probe.reproduce import alignment, maximizer, methods, posteriors, residuals
+from gm_probe.reproduce import alignment, maximizer, methods, posteriors, residuals, scatter
 from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
 from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.finding import Finding, Task
@@ -122,6 +122,40 @@ def test_unknown_names_and_scales_are_usage_errors():
         recipe("fig66")
     with pytest.raises(UsageError, match="fig6 has no scale 'small'; it has smoke, paper"):
         recipe("fig6").at("small")
+
+
+SWEEP = {
+    "base": {
+        "data": "digits",
+        "model": "mlp-8",
+        "num_train": 60,
+        "num_unlabeled": 40,
+        "num_test": 60,
+        "batch_size": 20,
+    },
+    "grid": {"lr": [0.1, 0.2, 1e-6], "seed": [0, 1]},
+    "measure": {"measures": ["parameter_norm"]},
+}
+
+
+@pytest.mark.parametrize(("epochs", "done"), [(60, 4), (1, 0)])
+def test_a_sweep_is_decided_on_runs_that_are_done(tmp_path, epochs, done):
+    inline = SWEEP | {"base": SWEEP["base"] | {"epochs": epochs, "stop_ce": 0.3}}
+    task = Task("fig1-6cnn", "small", tmp_path, notify=lambda _: None)
+    found = scatter.study(task, expected={"parameter_norm": 1}, inline=inline)
+    rows = {row[1].text: row for row in found.sheets[0].rows}
+    assert len(found.rows) == 6
+    if done:
+        assert rows["done"][2].text == "4"
+        assert rows["all that finished"][2].text == "6"
+        assert f"Over {done} of 6 runs" in found.text
+        assert "Left out: 2 for training ended before it reached its stop_ce (lr1e-06-s0" in found.text
+        assert "Over all 6 runs that finished" in found.text
+    else:
+        assert list(rows) == ["all"]
+        assert found.outcome == "cannot be told"
+        assert "Only 0 of these reached the cross-entropy" in found.text
+    assert "Settings share 2 seeds, too few" in found.text
 
 
 # ---- the plane: dense matrices against the probe's operators, which share no code with them

@@ -22,7 +22,7 @@ from gm_probe.analysis.intervals import (
     seeds_share,
 )
 from gm_probe.analysis.pair_sums import pair_sums, tau_of
-from gm_probe.analysis.permutation import permute_within
+from gm_probe.analysis.permutation import permute_blocks, permute_within
 from gm_probe.analysis.results import SweepStatistics
 from gm_probe.analysis.runs import load_table
 from gm_probe.analysis.sample import sample_of
@@ -84,6 +84,24 @@ def test_where_runs_are_missing_the_rest_is_that_of_least_squares() -> None:
     assert share.of_runs == pytest.approx((rest**2).sum() / 15 / 26)
 
 
+def test_what_settings_differ_by_is_no_share_of_their_seeds() -> None:
+    """Two merged sweeps of seeds of their own, whose settings differ, and one run a setting."""
+    rng = np.random.default_rng(2)
+    setting = np.repeat(np.arange(12), 5)
+    seed = np.tile(np.arange(5), 12) + 5 * (setting >= 6)
+    values = 10.0 * (setting >= 6) + rng.normal(size=12)[setting] + rng.normal(size=60)
+    share = seeds_share(values.mean(), without_each(values, np.arange(60)), setting, seed)
+    assert share.of_seeds < 3 * share.of_runs  # both of the runs' own noise
+    alone = seeds_share(values.mean(), without_each(values, np.arange(60)), np.arange(60), seed)
+    assert alone.of_seeds == pytest.approx(0)
+
+
+def test_degrees_of_freedom_do_not_fall_to_nothing() -> None:
+    error, freedom = Share(0.0101, 5, 0.0100, 16).added_to(0.05, 4)
+    assert error == pytest.approx(math.sqrt(0.0026))
+    assert freedom == 4
+
+
 def test_seeds_never_narrow_an_interval() -> None:
     less = Share(0.001, 5, 0.002, 20)
     assert less.added_to(0.1, 17) == (0.1, 17)
@@ -103,7 +121,8 @@ def test_no_share_where_no_seed_is_shared() -> None:
         "nested": ([0, 1, 2, 3, 4, 5], None),
         "one seed": ([3, 3, 3, 3, 3, 3], None),
         "unknown": ([-1, -1, -1, -1, -1, -1], None),
-        "partly": ([-1, 4, 4, -1, 4, 2], [2, 1, 1, 3, 1, 0]),
+        "partly": ([-1, 4, 4, 7, 7, 2], [-1, 0, 0, 1, 1, -1]),
+        "one of them": ([-1, 4, 4, -1, 3, 2], None),
     }
     for name, (seed, expected) in cases.items():
         found = sample_of(values, values, rows, setting, np.array(seed)).seed
@@ -147,6 +166,31 @@ def test_seeds_change_places_alike_in_every_setting() -> None:
         order = [moves[0][place] for place in range(3) if moves[0][place] != 2]  # that 0 and 1 now have
         assert [moves[2][0], moves[2][1]] == order
     assert len({tuple(row) for row in rows}) == len(rows) == 5  # every other order once
+
+
+def test_permutations_of_settings_keep_runs_with_their_seed() -> None:
+    rng = np.random.default_rng(3)
+    setting, seed = (each.ravel() for each in np.indices((6, 5)))
+    order = rng.permutation(30)
+    setting, seed = setting[order], seed[order]
+    found = permute_blocks(setting, 200, rng, seed=seed)
+    assert found.limit is None
+    assert all((seed[row] == seed).all() for row in found.rows)
+    some = permute_blocks(setting[1:], 200, rng, seed=seed[1:])  # a setting lacks a seed: none is like it
+    assert str(some.limit).startswith(
+        "settings change places with those of the same seeds only (1 of 4, 5 of 5)"
+    )
+    assert all((seed[1:][row] == seed[1:]).all() for row in some.rows)
+
+
+def test_p_is_that_of_the_runs_whatever_their_order() -> None:
+    """Measure and gap depend on the seed alone: no order of settings tells anything."""
+    frame = crossed(np.random.default_rng(11), 10, 5, (0.0, 1.0, 0.0))
+    frame["m"] = frame["error_gap"]
+    shuffled = frame.sample(frac=1, random_state=0)
+    for each in (frame, shuffled):
+        found = correlate(table_of(each), resamples=300, skip=PARTS).measures[0].gaps["error_gap"]
+        assert (found.tau, found.p) == (pytest.approx(1), 1)
 
 
 # ---- what correlate says

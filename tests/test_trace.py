@@ -438,6 +438,20 @@ def test_signs_that_agree_by_chance_are_no_certificate(classes: int, examples: i
         assert abs(found.value - few.truth) <= error
 
 
+@pytest.mark.parametrize("examples", [1, 7, 40])
+@pytest.mark.parametrize("classes", [3, 5, 30])
+def test_a_trace_of_zero_is_zero(classes: int, examples: int) -> None:
+    model, x = nn.Linear(3, classes).eval(), torch.eye(3)[torch.arange(examples) % 3]
+    with torch.no_grad():
+        model.weight.copy_(1e4 * torch.randn(classes, 3, generator=seeded(0)))
+    clean = model(x).detach()
+    found = fisher_trace(
+        Parameters(model), Batches.from_tensors(x), clean, Work(examples), generator=seeded(0)
+    )
+    assert found is not None
+    assert (found.value, found.converged) == (0, True)
+
+
 def test_parameters_without_a_rule_cost_a_gradient_a_pass() -> None:
     class Scaled(nn.Sequential):
         def __init__(self) -> None:

@@ -29,7 +29,7 @@ def conditioning(sample: Sample, values: Mapping[str, Integers], draws: Draws) -
     most = max(LEAST_PERMUTATIONS, RUNS_TIMES_PERMUTATIONS // max(sample.n, 1))
     if min(PERMUTATIONS, draws.resamples) > most:
         draws.notes[f"{most} permutations for conditional information for {sample.n:,} runs"] = None
-    permutations = draws.blocks(sample.setting)
+    permutations = draws.blocks(sample.setting, seed=sample.seed)
     rows = permutations.rows[: min(PERMUTATIONS, most)]
     if not len(rows):
         return Conditioning((), None, 0, f"nothing to take K's bias from: {permutations.limit}")

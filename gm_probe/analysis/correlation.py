@@ -206,7 +206,7 @@ def _part(table: RunTable, design: Design, name: str, gap: str, rows: np.ndarray
     low, high, why = jackknife_interval(result.tau, without, unit, share)
     finite = taus[np.isfinite(taus)]
     percentiles = (None, None) if why else percentile_interval(finite)
-    permutations = draws.blocks(sample.setting)
+    permutations = draws.blocks(sample.setting, seed=sample.seed)
     num = len(permutations.rows)
     p = permutation_p(permuted_coefficients(sample.x, sample.y, permutations.rows)) if num else None
     result = replace(
@@ -318,9 +318,10 @@ def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
 def _shared_seeds(table: RunTable) -> int:
     """How many seeds the settings share; 0 where they share none, or there are not several settings."""
     seed, setting = seed_numbers(table), setting_numbers(table)
-    if seed is None or (seed < 0).any() or len(set(setting)) == 1:
+    if seed is None or len(set(setting)) == 1:
         return 0
-    return len(set(seed)) if len(set(seed)) < len(set(zip(seed, setting, strict=True))) else 0
+    of_pairs = [of for of, _ in set(zip(seed.tolist(), setting.tolist(), strict=True)) if of >= 0]
+    return sum(of_pairs.count(of) > 1 for of in set(of_pairs))
 
 
 def _warnings(table: RunTable, name: str) -> tuple[str, ...]:

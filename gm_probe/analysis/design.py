@@ -20,7 +20,7 @@ CONTROLS = ("train_ce", "hessian_lambda_max", "parameter_norm")
 class Design:
     """What the hyperparameters say of each run of the table (n,): its setting, cells, values and strata.
 
-    ``seed`` numbers the seeds, −1 where unknown; None where the table has none, or they make settings.
+    ``seed`` numbers the seeds, −1 where unknown; None where the table has none, or takes them for a measure.
     """
 
     setting: Integers

@@ -51,7 +51,9 @@ class Share:
         if variance <= error**2:
             return error, freedom
         parts = [(error**2, freedom), (self.of_seeds, self.num_seeds - 1), (self.of_runs, self.freedom)]
-        return math.sqrt(variance), variance**2 / sum(part**2 / of for part, of in parts if part)
+        satterthwaite = variance**2 / sum(part**2 / of for part, of in parts if part)
+        # of a difference of parts they can fall to nothing
+        return math.sqrt(variance), max(satterthwaite, min(freedom, self.num_seeds - 1))
 
 
 NO_SHARE = Share()
@@ -60,25 +62,30 @@ NO_SHARE = Share()
 def seeds_share(value: float, without: Floats, setting: Integers, seed: Integers | None) -> Share:
     """The part of shared seeds in the variance of an estimate, from its values ``without`` each run (n,).
 
-    ``setting`` and ``seed`` (n,) number each run's, from 0; ``seed`` None where no two settings share one. An
-    analysis of variance of the runs' influences: seeds, crossed with settings, and the rest. Nothing of fewer than
-    ``LEAST_UNITS`` seeds: the interval is then for these.
+    ``setting`` and ``seed`` (n,) number each run's, as ``Sample`` has them. An analysis of variance of the runs'
+    influences within settings: seeds, and the rest. Nothing of fewer than ``LEAST_UNITS`` seeds: the interval is then
+    for these.
 
     Source: Efron and Stein 1981 for the influences.
     """
     if seed is None or seed.max() + 1 < LEAST_UNITS or not np.isfinite(without).all():
         return NO_SHARE
-    n, num_seeds = len(without), int(seed.max()) + 1
-    influence = (n - 1) * (value - without)
-    influence -= influence.mean()
-    sums = np.bincount(seed, influence)
+    n, num_seeds, shared = len(without), int(seed.max()) + 1, seed >= 0
+    influence = ((n - 1) * (value - without))[shared]
+    setting, seed = np.unique(setting[shared], return_inverse=True)[1], seed[shared]
+    inside = _less_means(influence, setting)  # what settings differ by is not the seeds'
+    sums = np.bincount(seed, inside)
     of_seeds = num_seeds / (num_seeds - 1) * float(sums @ sums) / n**2
-    rest = influence
+    rest = inside
     for _ in range(SWEEPS):  # one is exact where every setting has every seed
-        for group in (setting, seed):
-            rest = rest - (np.bincount(group, rest) / np.bincount(group))[group]
-    freedom = n - int(setting.max()) - num_seeds
-    return Share(of_seeds, num_seeds, float(rest @ rest) / freedom / n if freedom > 0 else 0.0, freedom)
+        rest = _less_means(_less_means(rest, seed), setting)
+    freedom = len(rest) - int(setting.max()) - num_seeds
+    of_runs = float(rest @ rest) / freedom * len(rest) / n**2 if freedom > 0 else 0.0
+    return Share(of_seeds, num_seeds, of_runs, freedom)
+
+
+def _less_means(values: Floats, group: Integers) -> Floats:
+    return values - (np.bincount(group, values) / np.bincount(group))[group]
 
 
 def jackknife_interval(

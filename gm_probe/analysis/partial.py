@@ -42,7 +42,7 @@ def partial(sample: Sample, control: Floats, draws: Draws) -> Quantity:
         _partial(*(tau_of(of.leave_one_out()) for of in sums)),
         share=seeds_share(value, without_run, sample.setting, sample.seed),
     )
-    permutations = draws.blocks(sample.setting, _strata(z, sample))
+    permutations = draws.blocks(sample.setting, _strata(z, sample), sample.seed)
     p = None
     if len(permutations.rows):
         of_measure, of_control = (

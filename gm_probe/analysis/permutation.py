@@ -30,22 +30,29 @@ class Permutations:
 
 
 def permute_blocks(
-    setting: Integers, num: int, rng: np.random.Generator, stratum: Integers | None = None
+    setting: Integers,
+    num: int,
+    rng: np.random.Generator,
+    stratum: Integers | None = None,
+    seed: Integers | None = None,
 ) -> Permutations:
     """``num`` permutations that let whole settings of equal size (and ``stratum``) change places.
 
     Where there are fewer than ``FEW_ARRANGEMENTS``, each other one once, so that p is exact.
-    ``setting`` and ``stratum`` (n,); a setting lies in one stratum. Runs keep their order within a setting.
-    Settings of a size that no other has stay where they are; ``limit`` says so.
+    ``setting`` and ``stratum`` (n,); a setting lies in one stratum. Runs keep their order within a setting; with
+    ``seed`` (n,), the numbers of seeds that settings share (−1: shared with none), that of their seeds, and only
+    settings with the same seeds change places. Settings that no other is like stay in place; ``limit`` says so.
     """
-    blocks: dict[tuple[int, int], list[Integers]] = {}
-    order = np.argsort(setting, kind="stable")
+    blocks: dict[tuple[int, ...], list[Integers]] = {}
+    order = np.argsort(setting, kind="stable") if seed is None else np.lexsort((seed, setting))
     starts = np.flatnonzero(np.diff(setting[order])) + 1
     for members in np.split(order, starts) if len(order) else []:
         of = 0 if stratum is None else int(stratum[members[0]])
-        blocks.setdefault((len(members), of), []).append(members)
+        seeds = () if seed is None else tuple(map(int, seed[members]))
+        blocks.setdefault((len(members), of, *seeds), []).append(members)
     movable = [same for same in blocks.values() if len(same) > 1]
-    what = "number of runs" if stratum is None else "number of runs and stratum"
+    of_runs = "number of runs" if seed is None else "seeds"
+    what = of_runs if stratum is None else f"{of_runs} and stratum"
     if not movable:
         return Permutations(np.empty((0, len(setting)), np.int32), f"no two settings share their {what}")
     arrangements = math.prod(math.factorial(min(len(same), 20)) for same in movable)
@@ -61,7 +68,8 @@ def permute_blocks(
     num_blocks, fixed = sum(map(len, blocks.values())), len(blocks) - len(movable)
     if stratum is None and len(blocks) > 1:
         sizes = ", ".join(f"{len(blocks[each])} of {each[0]}" for each in sorted(blocks))
-        limits.append(f"settings change places with those of as many runs only ({sizes})")
+        alike = "as many runs" if seed is None else "the same seeds"
+        limits.append(f"settings change places with those of {alike} only ({sizes})")
     elif fixed:
         limits.append(f"{fixed} of {num_blocks} settings stay in place: no other shares their {what}")
     if few:  # two-sided: twice the tail that holds the arrangement as it is
@@ -81,12 +89,16 @@ def permute_within(
 ) -> NDArray[np.int32]:
     """(num, n) permutations of single runs that leave each in its ``stratum`` (n,).
 
-    With ``seed`` (n,), the numbers of seeds that strata share, the seeds change places, alike in every stratum: where
-    there are no more than ``num`` such ways, each other one once, so that p is exact.
+    With ``seed`` (n,), the numbers of seeds that strata share (−1: shared with none), the seeds change places, alike in
+    every stratum that has them all, elsewhere by the order that they come into: where there are no more than ``num``
+    such ways, each other one once.
     """
     if seed is None:
         order, keys = np.argsort(stratum, kind="stable"), rng.random((num, len(stratum)))
     else:
+        # a seed of its own for every run whose seed nobody shares
+        seed = np.where(seed < 0, seed.max() + 1 + np.arange(len(seed)), seed)
+        seed = np.unique(seed, return_inverse=True)[1]
         order, keys = np.lexsort((seed, stratum)), _seed_keys(int(seed.max()) + 1, num, rng)[:, seed]
     rows = np.empty((len(keys), len(stratum)), np.int32)
     rows[:, order] = np.argsort(stratum + keys, axis=1, kind="stable")

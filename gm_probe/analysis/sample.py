@@ -23,8 +23,8 @@ class Sample:
     """``x`` (measure) and ``y`` (gap) of n runs, their ``rows`` in the table, and who is independent.
 
     ``setting`` (n,) numbers the independent units 0..S-1: the settings, or where all runs are of
-    ``one_setting`` the runs, which are independent draws from it. ``seed`` (n,) numbers the seeds, where settings
-    share them; else None.
+    ``one_setting`` the runs, which are independent draws from it. ``seed`` (n,) numbers from 0 the seeds that several
+    settings share, −1 where none has it but the run's own; None where there are no two such seeds.
     """
 
     x: Floats
@@ -68,11 +68,14 @@ def sample_of(
 
 
 def _shared(setting: Integers, seed: np.ndarray) -> Integers | None:
-    """Numbers from 0 of the seeds; None where no two settings share one, or there is but one."""
-    seed = dense_ranks(np.where(seed < 0, seed.max(initial=0) + 1 + np.arange(len(seed)), seed))
-    num_seeds = int(seed.max(initial=-1)) + 1
-    with_settings = np.unique(np.stack([seed, setting]), axis=1)[0]
-    return seed if 1 < num_seeds < len(with_settings) else None
+    """Numbers from 0 of the seeds that several settings have, −1 of the others; None where there are no two."""
+    of_pairs, times = np.unique(np.unique(np.stack([seed, setting]), axis=1)[0], return_counts=True)
+    shared = of_pairs[(times > 1) & (of_pairs >= 0)]
+    if len(shared) < 2:
+        return None
+    places = np.searchsorted(shared, seed)
+    found = np.isin(seed, shared)
+    return np.where(found, np.where(found, places, 0), -1).astype(np.int64)
 
 
 @dataclass(slots=True)
@@ -97,14 +100,16 @@ class Draws:
 
         return self.once(("counts", num_settings), draw)
 
-    def blocks(self, setting: Integers, stratum: Integers | None = None) -> Permutations:
+    def blocks(
+        self, setting: Integers, stratum: Integers | None = None, seed: Integers | None = None
+    ) -> Permutations:
         """Permutations of whole settings; see ``permute_blocks``."""
 
         def draw() -> Permutations:
             num = self._num("permutations", len(setting), "values")
-            return permute_blocks(setting, num, self.rng("blocks"), stratum)
+            return permute_blocks(setting, num, self.rng("blocks"), stratum, seed)
 
-        return self.once(("blocks", setting.tobytes(), b"" if stratum is None else stratum.tobytes()), draw)
+        return self.once(("blocks", *map(_bytes, (setting, stratum, seed))), draw)
 
     def sums(self, x: Floats, y: Floats, sample: Sample) -> PairSums:
         """Sums of two columns of the runs of ``sample``; see ``pair_sums``."""
@@ -118,7 +123,7 @@ class Draws:
             num = self._num("permutations", len(stratum), "values")
             return permute_within(stratum, num, self.rng("within"), seed)
 
-        return self.once(("within", stratum.tobytes(), b"" if seed is None else seed.tobytes()), draw)
+        return self.once(("within", *map(_bytes, (stratum, seed))), draw)
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator of its own for each ``purpose``."""
@@ -138,6 +143,10 @@ class Draws:
         if self.resamples > most:
             self.notes[f"{most:,} {what} instead of {self.resamples:,} for {length:,} {unit}"] = None
         return min(self.resamples, most)
+
+
+def _bytes(numbers: Integers | None) -> bytes:
+    return b"" if numbers is None else numbers.tobytes()
 
 
 def _size(value: object) -> int:

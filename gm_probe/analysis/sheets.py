@@ -187,7 +187,7 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
         name="correlations",
         title="Correlations",
         caption="Kendall’s τ-b; interval and permutation p keep the seeds of a setting together; the interval allows "
-        "for seeds that settings share. Beware of a flagged row.",
+        "for five seeds or more that settings share. Beware of a flagged row.",
         columns=CORRELATIONS,
         rows=tuple(lines),
         num_labels=2,

@@ -37,6 +37,7 @@ SETTINGS = frozenset((
 # Neither: epochs and steps are outcomes where training stops early, and would then tell seeds apart as settings.
 LEFT_OUT = frozenset(("train_accuracy", "test_accuracy", "epochs", "steps", "", *OUTCOMES))
 MET_STOP = "met_stop_ce"
+NO = ("false", "0", "0.0")
 ROW = "\0row"
 """Name of the column that numbers the rows: no file has it."""
 NO_VALUE = ("", "-", "na", "n/a", "nan", "nat", "null", "none", "<na>")
@@ -138,7 +139,9 @@ def _finished(
     missed = []
     if MET_STOP in raw:
         missed = [
-            row for row, met in enumerate(raw[MET_STOP]) if str(met).lower() == "false" and row not in reasons
+            row
+            for row, met in enumerate(raw[MET_STOP])
+            if str(met).strip().lower() in NO and row not in reasons
         ]
     if converged_only:
         reasons |= dict.fromkeys(missed, MISSED_STOP)

@@ -94,7 +94,9 @@ def _few_seeds(sample: Sample) -> str | None:
     arrangements = math.factorial(min(num, 20))
     if arrangements >= 10 * FEW_ARRANGEMENTS:
         return None
-    return f"{arrangements} arrangements of {num} seeds: p cannot be below {min(1, 2 / arrangements):.2g}"
+    least = f"{arrangements} arrangements of {num} seeds: p cannot be below {min(1, 2 / arrangements):.2g}"
+    whole = len(sample.seed) == num * sample.num_settings and not (sample.seed < 0).any()
+    return least if whole else f"{least}, and is not exact, for some settings lack some seeds"
 
 
 def stratified(sample: Sample, by: str, stratum: Integers, whole: Correlation) -> Stratified:

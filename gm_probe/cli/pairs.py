@@ -183,6 +183,7 @@ def _outputs(
     path: Path, examples: Examples, **loading: Any
 ) -> tuple[torch.Tensor, dict[str, Any], tuple[str, ...]]:
     """(N, C) logits of one checkpoint in eval mode, its row of the result, and the classes it recorded."""
+    from gm_probe.core.devices import full_precision
     from gm_probe.core.parameters import evaluating
     from gm_probe.probe.probe import Probe, Settings
     from gm_probe.probe.work import Work
@@ -190,7 +191,7 @@ def _outputs(
 
     subject = open_subject(path, examples, **loading)
     try:
-        with evaluating(subject.model):
+        with evaluating(subject.model), full_precision():
             logits = Probe(subject.model, subject.batches, Settings(), Work(len(examples))).clean
     except (DataError, DivergedError) as error:  # which know of no path
         raise type(error)(f"{path}: {error}") from error

@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
 
 LEGEND = (
     "τ-b: +1 where the measure orders the runs as their gaps, −1 where the other way round. {runs}; 95 % interval and "
-    "p take settings as independent, not runs of one setting or, in the interval, of one seed. Every statistic: "
-    "--details or --json."
+    "p take settings as independent, not runs of one setting or, in the interval, of one seed (of five or more). "
+    "Every statistic: --details or --json."
 )
 Row = tuple[str, ...]
 

@@ -69,14 +69,18 @@ def deterministic(enabled: bool) -> Iterator[None]:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Products of float32 in float32: TF32 (on a GPU) or bfloat16 would round weights away that moved little."""
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    cudnn: Any = torch.backends.cudnn
+    onednn: Any = torch.backends.mkldnn
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    places += (onednn.matmul, onednn.conv, onednn.rnn)
+    before = [place.fp32_precision for place in places]
     try:
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        for place in places:
+            place.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h

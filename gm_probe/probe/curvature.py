@@ -11,6 +11,9 @@ from gm_probe.probe.probe import Figure, Probe, example_error
 from gm_probe.probe.spectrum import Eigenpair, eigenpairs, random_start
 from gm_probe.probe.trace import Trace, trace
 
+REFINEMENTS = 3
+"""Of tr F, where tr H turns out much smaller: each time more of tr H's own size is known."""
+
 
 def _eigenvalue(operator: Operator, pair: Eigenpair, **details: Any) -> Figure:
     details = {**details, "iterations": pair.iterations, "error_kind": "residual bound"}
@@ -43,9 +46,11 @@ def _more(probe: Probe, operator: Operator, name: str) -> dict[str, Any]:
     rows: list[dict[str, Any]] = [
         {"value": p.value, "residual": p.residual, "converged": p.converged} for p in pairs
     ]
-    # the iterations, or the parameters, may be fewer than what is asked
-    missing = min(wanted, operator.size) - len(rows)
-    rows += missing * [{"value": None, "residual": None, "converged": False}]
+    if (
+        pairs[0].iterations >= probe.settings.max_iterations
+    ):  # else there are no more: all others are 0, or repeated
+        missing = min(wanted, operator.size) - len(rows)
+        rows += missing * [{"value": None, "residual": None, "converged": False}]
     return {"eigenvalues": rows}
 
 
@@ -106,12 +111,15 @@ def hessian_trace(probe: Probe) -> Figure:
     if everywhere(probe.affinity.affine, probe.clean.device):
         return _row(fisher, "tr F: every parameter enters affinely", labels="none needed")
     found = _corrected(probe, fisher)
-    allowed = probe.settings.trace_tolerance * abs(found.value)
-    if not found.converged and (fisher.stderr or 0.0) > allowed / 2:
+    for _ in range(REFINEMENTS):
+        allowed = probe.settings.trace_tolerance * abs(found.value)
+        if found.converged or not fisher.stderr or fisher.stderr <= allowed / 2:
+            break
         # tr F was taken to its own size, which tr(H − F) may all but cancel; now it takes a half of what is allowed
         finer = probe.fisher_trace_to(allowed / 2 / fisher.value)
-        assert finer is not None
-        found = _corrected(probe, finer)
+        if finer is None or (finer.stderr or 0.0) >= fisher.stderr:
+            break
+        fisher, found = finer, _corrected(probe, finer)
     details = {"labels": probe.label_kind, "not_affine": probe.affinity.reason}
     return _row(found, f"tr F + tr(H − F), the latter by {_estimator(found)}", **details)
 

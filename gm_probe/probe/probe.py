@@ -45,7 +45,8 @@ class Settings:
         max_probes: of a trace in any case, also where it is below ``min_probes``.
         max_iterations: Lanczos iterations and ascent steps before giving up (and saying so).
         seed: of every random draw.
-        rho_grid, k_grid: more radii and steps at which the paper's S_ρ is taken along the way.
+        rho_grid, k_grid: more radii and steps at which the paper's S_ρ is taken along the way; the converged maximum
+            at more radii, an ascent each.
         eta: η of the adaptive ball ‖δ/(\|θ\|+η)‖ ≤ ρ.
         sub_batch: examples m that share a perturbation in the batchwise variant.
         params: regular expression that chooses parameters by name; empty = all trainable ones.

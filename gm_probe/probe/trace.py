@@ -299,7 +299,12 @@ def fisher_trace(
         converged = stderr <= tolerance * value and taken >= least
         if converged or taken >= max_probes:
             return result(norms.mean(0), noise, stderr, taken, converged)
-        needed = max(taken * (stderr / (tolerance * value)) ** 2, least) if tolerance else math.inf
+        allowed = tolerance * value
+        needed = (
+            max(taken * (stderr / allowed) ** 2 if stderr else 0, least)
+            if allowed or not stderr
+            else math.inf
+        )
         if first.complete and needed - taken >= first.rank:
             return exact()
         more = min(math.ceil(needed) - taken if math.isfinite(needed) else max_probes, max_probes - taken, 8)

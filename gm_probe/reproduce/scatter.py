@@ -23,6 +23,10 @@ GAP = "error_gap"
 """The paper's gap: test error − train error."""
 
 
+LEAST_RUNS = 2
+"""A rank correlation needs them."""
+
+
 @dataclass(frozen=True)
 class _Runs:
     """Some of the runs, and their measures' statistics by name."""
@@ -52,13 +56,18 @@ def study(
     recipe = parse_recipe(inline, task.place) if inline is not None else load_recipe(sweep, task.place)
     folder = trained(recipe, task.folder / "runs", task)
     every = _runs(folder, expected, recipe, converged_only=False)
-    ended = _runs(folder, expected, recipe, converged_only=True)
+    num_done = every.table.num_runs - sum(_missed(folder / run) for run in every.table.frame["run"])
+    ended = _runs(folder, expected, recipe, converged_only=True) if num_done >= LEAST_RUNS else every
     table = ended.table
     groups = group_rows(table, recipe.group_by) if recipe.group_by else {}
     left_out = _left_out(table)
+    undone = ""
+    if num_done < LEAST_RUNS:
+        undone = f"Only {num_done} of these reached the cross-entropy at which training stops: nothing can be told."
+    said = (_text(ended, expected, recipe), undone, left_out, _all_too(every, ended, expected))
     return Finding(
-        _outcome(ended.measures, expected),
-        " ".join(filter(None, (_text(ended, expected, recipe), left_out, _all_too(every, ended, expected)))),
+        "cannot be told" if undone else _outcome(ended.measures, expected),
+        " ".join(filter(None, said)),
         [{str(key): value for key, value in row.items()} for row in every.table.frame.to_dict("records")],
         [_sheet(task.name, every, ended, expected, folder)],
         {"": scatter_panels(table, list(ended.measures.values()), table.gaps, groups)},
@@ -75,6 +84,10 @@ def _runs(folder: Path, expected: Mapping[str, int], recipe: Recipe, *, converge
     found = correlate(table, table.gaps, recipe.group_by, skip=PARTS)
     about_seeds = " ".join(f"{note[0].upper()}{note[1:]}." for note in found.notes if "seed" in note)
     return _Runs(table, {measure.name: measure for measure in found.measures}, about_seeds)
+
+
+def _missed(run: Path) -> bool:
+    return read_run(run).summary.get("met_stop_ce") is False  # None: no stop_ce was set
 
 
 def _sign(tau: Correlation) -> int:
