@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gm_probe.core.batches import Batches
 
 torch.set_num_threads(1)
+os.environ.pop("COLUMNS", None)  # of the caller's terminal, or of pytest-xdist: tests say how wide theirs are
 
 
 class Unused(nn.Module):

@@ -32,7 +32,7 @@ from gm_probe.core.signals import TERMINATED, Terminated
 from gm_probe.probe import example_gradients, operators
 from gm_probe.probe.measures import MEASURES, measure
 from gm_probe.probe.probe import Settings
-from gm_probe.training import evaluation, loop, rules
+from gm_probe.training import evaluation, rules, run
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 from gm_probe.training.objectives import Objective
@@ -424,9 +424,7 @@ def test_correlate_counts_runs_that_diverged(tmp_path: Path, capsys: pytest.Capt
 def test_a_model_that_no_batch_size_makes_fit_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        loop, "initial_model", lambda *_: torch.empty(2**60)
-    )  # beyond any machine's addresses
+    monkeypatch.setattr(run, "initial_model", lambda *_: torch.empty(2**60))  # beyond any machine's addresses
     with pytest.raises(ResourceError, match=r"mlp-8 is too big .*choose a smaller --model$"):
         train(config(), tmp_path)
 

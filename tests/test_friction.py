@@ -22,7 +22,7 @@ from PIL import Image
 from gm_probe.cli import COMMANDS, cli, main
 from gm_probe.cli.output import results_console, table
 from gm_probe.cli.plain import SIGNS, spelled
-from gm_probe.core import doctor, files
+from gm_probe.core import doctor, locks
 from gm_probe.core.datasets import DATASETS
 from gm_probe.core.doctor import Finding, diagnose
 from gm_probe.core.errors import StorageError
@@ -538,7 +538,7 @@ def test_doctor_raises_nothing_where_it_may_not_look(tmp_path: Path, monkeypatch
 
 
 def test_doctor_notices_locks_that_do_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "fcntl", None)  # as on a file system that grants every lock
+    monkeypatch.setattr(locks, "fcntl", None)  # as on a file system that grants every lock
     assert found(tmp_path)["folder", "locks"].state == "absent"
 
 
