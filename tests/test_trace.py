@@ -58,27 +58,25 @@ def test_the_error_of_what_is_known_counts() -> None:
     known = torch.full((5,), 100.0, dtype=torch.float64)
     alone = trace(operator_of(terms), generator=seeded(1), tolerance=0.02, max_probes=300, offset=known)
     error = 0.015 * alone.value
-    found = trace(
-        operator_of(terms),
-        generator=seeded(1),
-        tolerance=0.02,
-        max_probes=300,
-        offset=known,
-        offset_error=error,
-    )
+
+    def with_error(tolerance: float) -> Trace:
+        operator = operator_of(terms)
+        return trace(
+            operator,
+            generator=seeded(1),
+            tolerance=tolerance,
+            max_probes=300,
+            offset=known,
+            offset_error=error,
+        )
+
+    found = with_error(0.02)
     assert alone.converged
     assert found.converged
     assert found.stderr is not None
     assert error < found.stderr <= 0.02 * found.value
     assert found.num_probes > alone.num_probes  # they make up for it
-    hopeless = trace(
-        operator_of(terms),
-        generator=seeded(1),
-        tolerance=0.01,
-        max_probes=300,
-        offset=known,
-        offset_error=error,
-    )
+    hopeless = with_error(0.01)
     assert (hopeless.converged, hopeless.num_probes) == (False, 10)
 
 

@@ -16,7 +16,7 @@ from gm_probe.analysis.comparison import Resampled, compare
 from gm_probe.analysis.conditional import conditioning
 from gm_probe.analysis.design import Design, design_of, seed_numbers, setting_names, setting_numbers
 from gm_probe.analysis.granulated import granulated
-from gm_probe.analysis.intervals import LEAST_UNITS, jackknife_interval, percentile_interval, seeds_share
+from gm_probe.analysis.intervals import LEAST_UNITS, percentile_interval
 from gm_probe.analysis.noise import noise_filtered
 from gm_probe.analysis.pair_sums import EXACT_SETTINGS, PairSums, pair_sums, tau_of
 from gm_probe.analysis.partial import partial
@@ -30,7 +30,7 @@ from gm_probe.analysis.results import (
     Quantity,
     SweepStatistics,
 )
-from gm_probe.analysis.sample import Draws, Sample, sample_of
+from gm_probe.analysis.sample import Draws, Sample, sample_of, shared_seeds, tau_interval
 from gm_probe.analysis.sign_error import sign_error
 from gm_probe.analysis.strata import between, stratified, within
 from gm_probe.analysis.table import Exclusion, RunTable, by_reason, require_known, show
@@ -198,12 +198,8 @@ def _part(table: RunTable, design: Design, name: str, gap: str, rows: np.ndarray
     if result.tau is None:
         return _Part(replace(result, num_settings=num_settings), sample)
     sums = pair_sums(sample.x, sample.y, sample.setting, sample.num_settings, between=True)
-    without = tau_of(sums.leave_one_out())
     taus = tau_of(sums.resampled(draws.counts(sample.num_settings)))
-    without_run = tau_of(sums.leave_one_run_out())
-    share = seeds_share(result.tau, without_run, sample.setting, sample.seed)
-    unit = "runs" if sample.one_setting else "settings"
-    low, high, why = jackknife_interval(result.tau, without, unit, share)
+    low, high, why = tau_interval(result.tau, sums, sample)
     finite = taus[np.isfinite(taus)]
     percentiles = (None, None) if why else percentile_interval(finite)
     permutations = draws.blocks(sample.setting, seed=sample.seed)
@@ -222,6 +218,7 @@ def _part(table: RunTable, design: Design, name: str, gap: str, rows: np.ndarray
         p_reason=permutations.limit,
         num_permutations=num,
     )
+    without_run = tau_of(sums.leave_one_run_out())
     return _Part(result, sample, sums, Resampled(sample, result.tau or 0.0, without_run, taus))
 
 
@@ -291,13 +288,16 @@ def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
         )
     elif alone:
         notes.append(f"{alone} of {len(sizes)} settings have a single run")
-    seeds = _shared_seeds(table)
-    if seeds == 1:
-        notes.append("all runs have one seed: what another would have changed is in no interval")
-    elif 0 < seeds < LEAST_UNITS:
-        notes.append(
-            f"settings share {seeds} seeds, too few to tell what others would have changed: intervals are for these"
-        )
+    seed = seed_numbers(table)
+    if seed is not None and len(sizes) > 1:
+        num_shared = len(shared_seeds(setting_numbers(table), seed))
+        if num_shared == len(set(seed)) == 1:
+            notes.append("all runs have one seed: what another would have changed is in no interval")
+        elif 1 < num_shared < LEAST_UNITS:
+            notes.append(
+                f"settings share {num_shared} seeds, too few to tell what others would have changed: "
+                "intervals are for these"
+            )
     if table.num_runs > EXACT_RUNS:
         notes.append(f"more than {EXACT_RUNS} runs: permutations take Spearman's ρ in place of τ")
     if len(sizes) > EXACT_SETTINGS:
@@ -313,15 +313,6 @@ def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
                 f"{repeated.sum()} runs repeat the {what} of another, such as {first}: is one listed twice?"
             )
     return notes
-
-
-def _shared_seeds(table: RunTable) -> int:
-    """How many seeds the settings share; 0 where they share none, or there are not several settings."""
-    seed, setting = seed_numbers(table), setting_numbers(table)
-    if seed is None or len(set(setting)) == 1:
-        return 0
-    of_pairs = [of for of, _ in set(zip(seed.tolist(), setting.tolist(), strict=True)) if of >= 0]
-    return sum(of_pairs.count(of) > 1 for of in set(of_pairs))
 
 
 def _warnings(table: RunTable, name: str) -> tuple[str, ...]:

@@ -7,10 +7,9 @@ import numpy as np
 
 from gm_probe.analysis.correlation import kendall
 from gm_probe.analysis.design import seed_numbers, setting_numbers
-from gm_probe.analysis.intervals import jackknife_interval, seeds_share
-from gm_probe.analysis.pair_sums import pair_sums, tau_of
+from gm_probe.analysis.pair_sums import pair_sums
 from gm_probe.analysis.results import Quantity
-from gm_probe.analysis.sample import sample_of
+from gm_probe.analysis.sample import sample_of, tau_interval
 from gm_probe.analysis.table import LARGEST, RunTable
 from gm_probe.core.records import RunRecord
 
@@ -43,8 +42,7 @@ def _tau(x: np.ndarray, y: np.ndarray, table: RunTable) -> Quantity:
     if found.tau is None:
         return Quantity(None, n=found.n, reason=found.reason)
     sums = pair_sums(sample.x, sample.y, sample.setting, sample.num_settings)
-    share = seeds_share(found.tau, tau_of(sums.leave_one_run_out()), sample.setting, sample.seed)
-    low, high, why = jackknife_interval(found.tau, tau_of(sums.leave_one_out()), share=share)
+    low, high, why = tau_interval(found.tau, sums, sample)
     return Quantity(found.tau, low, high, n=found.n, interval_reason=why)
 
 

@@ -125,7 +125,7 @@ def _table_from_folders(
     for name in outcomes:
         columns[name], _ = _finite([{"value": record.summary.get(name)} for record in records], absent="")
     notes = [f"hyperparameters that vary over the runs: {', '.join(varying) or 'none'}"]
-    notes += missed_stop_note(sum(map(_missed_stop, records)), len(records))
+    notes += missed_stop_note(sum(record.missed_stop for record in records), len(records))
     return RunTable(
         source=root,
         frame=pd.DataFrame(columns),
@@ -153,7 +153,7 @@ def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord
         try:
             record = read_run(path)
             reason = _unusable(record)
-            if reason is None and converged_only and _missed_stop(record):
+            if reason is None and converged_only and record.missed_stop:
                 reason = MISSED_STOP
         except StorageError as error:  # one torn file must not hide the other runs
             excluded.append(Exclusion(run, str(error)))
@@ -174,10 +174,6 @@ def _unusable(record: RunRecord) -> str | None:
     if record.status != "finished":
         return record.status
     return None if record.measures else "not measured"
-
-
-def _missed_stop(record: RunRecord) -> bool:
-    return record.summary.get("met_stop_ce") is False  # None: no stop_ce was set
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from gm_probe.analysis.pair_sums import PairSums, pair_sums
+from gm_probe.analysis.intervals import Interval, jackknife_interval, seeds_share
+from gm_probe.analysis.pair_sums import PairSums, pair_sums, tau_of
 from gm_probe.analysis.permutation import Permutations, permute_blocks, permute_within
 from gm_probe.analysis.rank import Floats, Integers, dense_ranks
 
@@ -39,6 +40,11 @@ class Sample:
     def n(self) -> int:
         return len(self.x)
 
+    @property
+    def num_seeds(self) -> int:
+        """That settings share."""
+        return 0 if self.seed is None else int(self.seed.max()) + 1
+
     def means(self, values: Floats) -> Floats:
         """(S,) mean of ``values`` (n,) by setting over the largest, rounded: means of equal values stay equal."""
         means = np.bincount(self.setting, values, self.num_settings) / np.bincount(self.setting)
@@ -50,6 +56,13 @@ class Sample:
         seed = None if self.seed is None else self.seed[keep]
         part = sample_of(self.x[keep], self.y[keep], self.rows[keep], self.setting[keep], seed)
         return replace(part, one_setting=part.one_setting or self.one_setting)
+
+
+def tau_interval(value: float, sums: PairSums, sample: Sample) -> Interval:
+    """Of τ = ``value`` over the pairs of ``sample`` in ``sums``: by leaving out settings, and seeds that they share."""
+    share = seeds_share(value, tau_of(sums.leave_one_run_out()), sample.setting, sample.seed)
+    unit = "runs" if sample.one_setting else "settings"
+    return jackknife_interval(value, tau_of(sums.leave_one_out()), unit, share)
 
 
 def sample_of(
@@ -67,10 +80,15 @@ def sample_of(
     return Sample(x, y, rows, numbers, int(numbers.max(initial=-1)) + 1, one_setting, shared)
 
 
+def shared_seeds(setting: Integers, seed: Integers) -> Integers:
+    """Those in ``seed`` (n,; negative: unknown) that several in ``setting`` (n,) have, ascending."""
+    seeds, settings = np.unique(np.unique(np.stack([seed, setting]), axis=1)[0], return_counts=True)
+    return seeds[(settings > 1) & (seeds >= 0)]
+
+
 def _shared(setting: Integers, seed: np.ndarray) -> Integers | None:
     """Numbers from 0 of the seeds that several settings have, −1 of the others; None where there are no two."""
-    of_pairs, times = np.unique(np.unique(np.stack([seed, setting]), axis=1)[0], return_counts=True)
-    shared = of_pairs[(times > 1) & (of_pairs >= 0)]
+    shared = shared_seeds(setting, seed)
     if len(shared) < 2:
         return None
     places = np.searchsorted(shared, seed)

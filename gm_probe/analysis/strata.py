@@ -11,13 +11,12 @@ from gm_probe.analysis.intervals import (
     excludes_zero,
     jackknife_error,
     jackknife_interval,
-    seeds_share,
 )
 from gm_probe.analysis.pair_sums import PairSums, pair_sums, tau_of
 from gm_probe.analysis.permutation import FEW_ARRANGEMENTS, permutation_p, permuted_coefficients
 from gm_probe.analysis.rank import BLOCK, Floats, Integers, permuted_scores
 from gm_probe.analysis.results import Correlation, Quantity, Stratified
-from gm_probe.analysis.sample import Draws, Sample
+from gm_probe.analysis.sample import Draws, Sample, tau_interval
 
 PAIRWISE_RUNS = 50  # settings of more runs are faster one by one
 
@@ -31,8 +30,7 @@ def pooled(sums: PairSums, sample: Sample, reason: str) -> Quantity:
     if n == 0:
         return Quantity(None, reason=reason)
     tau = float(tau_of(sums.total))
-    share = seeds_share(tau, tau_of(sums.leave_one_run_out()), sample.setting, sample.seed)
-    low, high, why = jackknife_interval(tau, tau_of(sums.leave_one_out()), share=share)
+    low, high, why = tau_interval(tau, sums, sample)
     return Quantity(tau, low, high, n=n, interval_reason=why)
 
 
@@ -55,10 +53,10 @@ def between(sample: Sample, draws: Draws) -> Quantity:
 
 def _between_share(sample: Sample) -> Share:
     """Of seeds in τ between settings, by leaving each out; what runs would bring anyway stays in it."""
-    if sample.seed is None or sample.seed.max() + 1 < LEAST_UNITS:
+    if sample.seed is None or sample.num_seeds < LEAST_UNITS:
         return Share()
     taus = []
-    for seed in range(int(sample.seed.max()) + 1):
+    for seed in range(sample.num_seeds):
         part = sample.only(sample.seed != seed)
         each = np.arange(part.num_settings)
         taus.append(tau_of(pair_sums(part.means(part.x), part.means(part.y), each, part.num_settings).total))
@@ -80,9 +78,8 @@ def within(sample: Sample, sums: PairSums, draws: Draws) -> Quantity:
         return result
     scores = _scores_within(sample, draws.within(sample.setting, sample.seed))
     result = replace(result, p=permutation_p(scores), p_reason=_few_seeds(sample))
-    num_seeds = 0 if sample.seed is None else int(sample.seed.max()) + 1
-    if 0 < num_seeds < LEAST_UNITS:  # settings repeat what these few differ by
-        why = f"{num_seeds} seeds that settings share, and an interval needs {LEAST_UNITS}"
+    if 0 < sample.num_seeds < LEAST_UNITS:  # settings repeat what these few differ by
+        why = f"{sample.num_seeds} seeds that settings share, and an interval needs {LEAST_UNITS}"
         return replace(result, low=None, high=None, interval_reason=why)
     return result
 
@@ -90,7 +87,7 @@ def within(sample: Sample, sums: PairSums, draws: Draws) -> Quantity:
 def _few_seeds(sample: Sample) -> str | None:
     if sample.seed is None:
         return None
-    num = int(sample.seed.max()) + 1
+    num = sample.num_seeds
     arrangements = math.factorial(min(num, 20))
     if arrangements >= 10 * FEW_ARRANGEMENTS:
         return None

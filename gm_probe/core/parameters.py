@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gm_probe.core.devices import full_precision
 from gm_probe.core.errors import CheckpointError, UsageError
 from gm_probe.core.models import logits_of
 
@@ -134,6 +135,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def as_measured(model: nn.Module) -> Iterator[None]:
+    """``model`` as the fixed, differentiable function that is measured: see the three."""
+    with evaluating(model), differentiable_attention(), full_precision():
+        yield
 
 
 @contextmanager

@@ -66,6 +66,11 @@ class RunRecord:
     def status(self) -> str:
         return str(self.summary.get("status", "unfinished"))
 
+    @property
+    def missed_stop(self) -> bool:
+        """Whether training ended before it reached its ``stop_ce``; False where none was set."""
+        return self.summary.get("met_stop_ce") is False
+
     def measured(self, names: Iterable[str], asked: Mapping[str, Any]) -> bool:
         """Whether it has the measures ``names``, taken with the settings ``asked``."""
         names = set(names)

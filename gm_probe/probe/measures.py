@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.devices import full_precision
 from gm_probe.core.errors import DataError, UsageError, did_you_mean
 from gm_probe.core.memory import within_memory
-from gm_probe.core.parameters import differentiable_attention, evaluating
+from gm_probe.core.parameters import as_measured
 from gm_probe.probe import curvature, inconsistency, outputs
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
 from gm_probe.probe.work import Work
@@ -252,12 +251,7 @@ def measure(
     rows: dict[str, Estimate] = {}
     gpus = [batches.device] if batches.device.type == "cuda" else []
     # a model may draw at random though its outputs stay the same
-    with (
-        torch.random.fork_rng(devices=gpus),
-        evaluating(model),
-        differentiable_attention(),
-        full_precision(),
-    ):
+    with torch.random.fork_rng(devices=gpus), as_measured(model):
         probe = Probe(model, batches, settings, work, initial)
         _require_full(probe.parameters.dtype)
 

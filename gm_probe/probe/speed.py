@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gm_probe.core.errors import out_of_memory
-from gm_probe.core.parameters import Parameters, differentiable_attention, evaluating
+from gm_probe.core.parameters import Parameters, as_measured, differentiable_attention, evaluating
 from gm_probe.probe.ascent import kl_gradient
 
 MEMORY = 4 * 10**9
@@ -58,7 +58,7 @@ def fastest_layout(model: nn.Module, x: Tensor) -> torch.memory_format:
         model.to(memory_format=layouts[last])
         kl_gradient(parameters, inputs[last], clean, still)
 
-    with evaluating(model), differentiable_attention():
+    with as_measured(model):
         with torch.no_grad():
             clean = parameters.logits(x)
         still = torch.zeros(parameters.size, dtype=parameters.dtype, device=parameters.device)

@@ -10,11 +10,12 @@ from typing import Any
 from gm_probe.analysis.correlation import PARTS, correlate, group_rows
 from gm_probe.analysis.grid import grid_taus
 from gm_probe.analysis.plots import scatter_panels
+from gm_probe.analysis.provenance import read_records
 from gm_probe.analysis.results import Correlation, MeasureStatistics, Quantity
 from gm_probe.analysis.runs import load_table
 from gm_probe.analysis.table import RunTable, by_reason
 from gm_probe.analysis.typeset import Cell, Sheet, two_decimals
-from gm_probe.core.records import read_run
+from gm_probe.core.records import RunRecord
 from gm_probe.reproduce.finding import Finding, Outcome, Task
 from gm_probe.reproduce.training import trained
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
@@ -56,8 +57,10 @@ def study(
     recipe = parse_recipe(inline, task.place) if inline is not None else load_recipe(sweep, task.place)
     folder = trained(recipe, task.folder / "runs", task)
     every = _runs(folder, expected, recipe, converged_only=False)
-    num_done = every.table.num_runs - sum(_missed(folder / run) for run in every.table.frame["run"])
-    ended = _runs(folder, expected, recipe, converged_only=True) if num_done >= LEAST_RUNS else every
+    records = read_records(every.table)
+    num_done = sum(not record.missed_stop for record in records.values())
+    some_done = LEAST_RUNS <= num_done < len(records)
+    ended = _runs(folder, expected, recipe, converged_only=True) if some_done else every
     table = ended.table
     groups = group_rows(table, recipe.group_by) if recipe.group_by else {}
     left_out = _left_out(table)
@@ -69,7 +72,7 @@ def study(
         "cannot be told" if undone else _outcome(ended.measures, expected),
         " ".join(filter(None, said)),
         [{str(key): value for key, value in row.items()} for row in every.table.frame.to_dict("records")],
-        [_sheet(task.name, every, ended, expected, folder)],
+        [_sheet(task.name, every, ended, expected, records)],
         {"": scatter_panels(table, list(ended.measures.values()), table.gaps, groups)},
         {
             "": f"Each measure against the gap, a point a run, Kendall's τ-b above; {table.num_runs} of "
@@ -84,10 +87,6 @@ def _runs(folder: Path, expected: Mapping[str, int], recipe: Recipe, *, converge
     found = correlate(table, table.gaps, recipe.group_by, skip=PARTS)
     about_seeds = " ".join(f"{note[0].upper()}{note[1:]}." for note in found.notes if "seed" in note)
     return _Runs(table, {measure.name: measure for measure in found.measures}, about_seeds)
-
-
-def _missed(run: Path) -> bool:
-    return read_run(run).summary.get("met_stop_ce") is False  # None: no stop_ce was set
 
 
 def _sign(tau: Correlation) -> int:
@@ -150,7 +149,13 @@ def _tau(tau: Correlation | Quantity, short: bool = False) -> str:
     return f"{two_decimals(value)} ({two_decimals(tau.low)} to {two_decimals(tau.high)})"
 
 
-def _sheet(name: str, every: _Runs, ended: _Runs, expected: Mapping[str, int], folder: Path) -> Sheet:
+def _sheet(
+    name: str,
+    every: _Runs,
+    ended: _Runs,
+    expected: Mapping[str, int],
+    records: Mapping[str, RunRecord],
+) -> Sheet:
     gaps = ended.table.gaps
     some = every.table.num_runs > ended.table.num_runs
     body: list[tuple[Cell, ...]] = []
@@ -170,7 +175,7 @@ def _sheet(name: str, every: _Runs, ended: _Runs, expected: Mapping[str, int], f
     for measure in expected:
         for label, of in ended.measures[measure].subgroups.items():
             add(measure, label, [of[gap] for gap in gaps])
-    for cell, taus in _readings(ended.table, gaps, folder):
+    for cell, taus in _readings(ended.table, gaps, records):
         add("local_inconsistency", cell, taus)
     columns = {"error_gap": "τ with the error gap", "ce_gap": "τ with the CE gap"}
     done = " “Done”: training reached the cross-entropy at which it stops." if some else ""
@@ -185,9 +190,10 @@ def _sheet(name: str, every: _Runs, ended: _Runs, expected: Mapping[str, int], f
     )
 
 
-def _readings(table: RunTable, gaps: Sequence[str], folder: Path) -> list[tuple[str, list[Quantity]]]:
+def _readings(
+    table: RunTable, gaps: Sequence[str], records: Mapping[str, RunRecord]
+) -> list[tuple[str, list[Quantity]]]:
     """τ of S_ρ at every ρ and K that it was measured with: the paper's row that names them is lost."""
-    records = {run: read_run(folder / run) for run in table.frame["run"]}
     by_gap = {gap: grid_taus(table, records, gap) for gap in gaps}
     return [
         (f"at ρ = {rho:g}, K = {steps}", [by_gap[gap][steps][rho] for gap in gaps])

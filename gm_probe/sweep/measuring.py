@@ -14,13 +14,13 @@ from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.core.contrastive import ONE_PROCESS, Contrastive
 from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment, full_precision
+from gm_probe.core.devices import environment
 from gm_probe.core.errors import DataError, ProbeError, UsageError, first_line, out_of_memory
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
-from gm_probe.core.parameters import differentiable_attention, evaluating
+from gm_probe.core.parameters import as_measured, evaluating
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
 from gm_probe.core.records import read_run
@@ -273,7 +273,7 @@ def _densities(
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``."""
     num_probes, num_steps = quadrature
-    with evaluating(subject.model), differentiable_attention(), full_precision():
+    with as_measured(subject.model):
         probe = Probe(subject.model, part, settings, Work(part.num_examples))
         found = {}
         for name, operator in (("fisher", probe.fisher), ("hessian", probe.hessian)):
