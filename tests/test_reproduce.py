@@ -24,7 +24,7 @@ from gm_probe.core.errors import UsageError
 from gm_probe.core.files import write_json, write_toml
 from gm_probe.core.records import read_run
 from gm_probe.probe.operators import fisher, hessian
-from gm_probe.reproduce import alignment, maximizer, methods, posteriors, residuals, scatter
+from gm_probe.reproduce import alignment, maximizer, methods, posteriors, residuals, scatter, verdict
 from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
 from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.finding import Finding, Task
@@ -350,12 +350,12 @@ def comparison(tmp_path: Path, errors: dict[str, list[float | None]]) -> Compari
 def test_differences_are_paired_by_seed(tmp_path):
     # seeds differ by far more than the two variants do, whose difference is 1 point with a spread of 0.1
     found = comparison(tmp_path, {"a": [0.10, 0.30, 0.50], "b": [0.111, 0.310, 0.509]})
-    test = methods._Test(found, "data", {"better": "a", "worse": "b"})
+    test = verdict.Test(found, "data", {"better": "a", "worse": "b"})
     expected = stats.ttest_rel([0.111, 0.310, 0.509], [0.10, 0.30, 0.50]).confidence_interval(0.95)
     assert test.interval[1:] == pytest.approx([expected.low, expected.high])
     assert test.sign == 1
     assert "a against b: −1 points (−1.25 to −0.752; n = 3)" in str(test)
-    assert methods._Test(found, "data", {"better": "b", "worse": "a"}).sign == -1
+    assert verdict.Test(found, "data", {"better": "b", "worse": "a"}).sign == -1
 
 
 def test_against_the_claim_one_of_many_comparisons_must_be_clearer(tmp_path):
@@ -363,12 +363,12 @@ def test_against_the_claim_one_of_many_comparisons_must_be_clearer(tmp_path):
     found = comparison(tmp_path, {"a": a, "b": b})
     assert 0.05 / 2 < stats.ttest_rel(a, b).pvalue < 0.05
     claimed, reverse = {"better": "a", "worse": "b"}, {"better": "b", "worse": "a"}
-    signs = {m: methods._Test(found, "data", reverse, m).sign for m in (1, 2)}
+    signs = {m: verdict.Test(found, "data", reverse, m).sign for m in (1, 2)}
     assert signs == {1: -1, 2: 0}
     # as claimed all of them must be clear, which needs no adjustment
-    many = [methods._Test(found, "data", claimed, 2) for _ in range(2)]
-    assert methods._outcome(many) == "shows"
-    text = methods._text(many, (), "", False)
+    many = [verdict.Test(found, "data", claimed, 2) for _ in range(2)]
+    assert verdict.outcome(many) == "shows"
+    text = verdict.text_of(many, (), "", False)
     assert "2 of 2 comparisons go the claimed way clear of 0, 0 the other way (by 97.5 % intervals:" in text
 
 
@@ -387,10 +387,10 @@ def test_a_variant_that_alone_diverges_is_not_helped_by_it(tmp_path):
     )
     for number, (better, worse, sign, said) in enumerate(cases):
         found = comparison(tmp_path / str(number), {"a": better, "b": worse})
-        test = methods._Test(found, "data", {"better": "a", "worse": "b"})
+        test = verdict.Test(found, "data", {"better": "a", "worse": "b"})
         assert test.sign == sign, number
         assert str(test).endswith(said)
-        text = methods._text([test], (), "", False)
+        text = verdict.text_of([test], (), "", False)
         assert ("no comparison goes its way" in text) == ("alone" in said)
 
 
@@ -416,7 +416,7 @@ def test_means_over_training_are_areas_and_are_paired_by_seed(tmp_path):
     a = tracked(tmp_path, "a", config, [{2: 0.8, 4: 0.6, 8: 0.4}, {2: 0.5, 8: 0.5}, {2: 0.1}])
     assert a.means_along("probe_test_error") == [pytest.approx(3.4 / 6), pytest.approx(0.5), None]
     b = tracked(tmp_path, "b", config, [{2: 0.8, 4: 0.8, 8: 0.4}, {2: 0.5, 8: 0.6}, {2: 0.3, 8: 0.3}])
-    test = methods._Test(
+    test = verdict.Test(
         Comparison((a, b)), "data", {"better": "a", "worse": "b", "along": "probe_test_error"}
     )
     # b − a: 0.2 more at epoch 4 is ½·0.2·6/6 = 0.1; 0.05
@@ -428,15 +428,15 @@ def test_means_over_training_are_areas_and_are_paired_by_seed(tmp_path):
 
 def test_the_verdict_says_what_was_tested_and_what_was_not(tmp_path):
     found = comparison(tmp_path, {"a": [0.10, 0.30, 0.50], "b": [0.111, 0.310, 0.509]})
-    claimed = [methods._Test(found, "data", {"better": "a", "worse": "b"})]
-    beside = [methods._Test(found, "data", {"better": "b", "worse": "a"})]
-    text = methods._text(claimed, beside, "its cost", False)
+    claimed = [verdict.Test(found, "data", {"better": "a", "worse": "b"})]
+    beside = [verdict.Test(found, "data", {"better": "b", "worse": "a"})]
+    text = verdict.text_of(claimed, beside, "its cost", False)
     assert text.startswith("The test, on data: ")
     # what is no part of the claim counts on neither side
     assert "1 of 1 comparisons go the claimed way clear of 0, 0 the other way (by 95 %" in text
     assert "These are no part of the claim. Final test error: b against a: +1 points" in text
     assert text.endswith("Not tested: its cost.")
-    assert methods._outcome(claimed) == "shows"
+    assert verdict.outcome(claimed) == "shows"
     assert Finding("shows", text, [], []).verdict == "The claim shows."
     assert Finding("shows", text, [], [], untested="x").verdict == "What was tested of the claim shows."
     told = Finding("cannot be told", text, [], [], untested="x").verdict
@@ -475,22 +475,22 @@ def test_what_is_compared_is_named():
         (simclr, {"along": "local_inconsistency"}, "mean S_ρ over training"),
     )
     for arm, test, words in cases:
-        found = methods._Test(Comparison((arm,)), "data", {"better": "a", "worse": "a", **test})
+        found = verdict.Test(Comparison((arm,)), "data", {"better": "a", "worse": "a", **test})
         assert found.compared == words
 
 
 def test_seeds_that_are_all_alike_tell_no_error(tmp_path):
     found = comparison(tmp_path, {"a": [0.25, 0.5], "b": [0.5, 0.75]})
-    test = methods._Test(found, "data", {"better": "a", "worse": "b"})
+    test = verdict.Test(found, "data", {"better": "a", "worse": "b"})
     assert test.interval is None
     assert test.sign == 0
-    assert methods._outcome([test]) == "cannot be told"
+    assert verdict.outcome([test]) == "cannot be told"
 
 
 def test_outcomes_follow_the_signs():
     signs = {"shows": (1, 1), "shows in part": (1, -1), "does not show": (0, -1), "cannot be told": (1, 0)}
     for outcome, values in signs.items():
-        assert methods._outcome([SimpleNamespace(sign=sign) for sign in values]) == outcome
+        assert verdict.outcome([SimpleNamespace(sign=sign) for sign in values]) == outcome
 
 
 def test_a_grid_is_one_variant_a_point():

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from typing import Any
 
-import numpy as np
-
-from gm_probe.analysis.intervals import mean_interval
-from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet
+from gm_probe.analysis.typeset import Cell
 from gm_probe.core.errors import UsageError
 from gm_probe.probe.probe import Settings
 from gm_probe.reproduce.comparison import Arm, Comparison
-from gm_probe.reproduce.finding import Finding, Outcome, Task
+from gm_probe.reproduce.finding import Finding, Task
 from gm_probe.reproduce.generated import GENERATED, image_folder
 from gm_probe.reproduce.method_pictures import PICTURES
+from gm_probe.reproduce.method_tables import percent, run_rows, setting, sheet, tuning_sheet
 from gm_probe.reproduce.training import trained
+from gm_probe.reproduce.verdict import Test, outcome, text_of
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.sweep.tuning import NOTHING, VALIDATION
 from gm_probe.training.config import TrainConfig
 
 Table = Mapping[str, Any]
-COMPARED = {"local_inconsistency": "S_ρ", "running_nt_xent": "NT-Xent of training"}
-"""Words for what is no error."""
 
 
 def study(
@@ -97,16 +91,16 @@ def study(
             arms.append(Arm(place["label"], label, config, paths, said))
     found = Comparison(tuple(arms))
     results, others = (
-        [_Test(found, name, one, len(found.data) * len(of)) for name in found.data for one in of]
+        [Test(found, name, one, len(found.data) * len(of)) for name in found.data for one in of]
         for of in (tests, beside)
     )
     draw, caption = PICTURES[picture]
     return Finding(
         # a smoke's runs have hardly begun to learn, some on images that are made up: they try the code
-        "cannot be told" if task.scale == "smoke" else _outcome(results),
-        _text(results, others, untested, split_by_seed),
-        list(_rows(found)),
-        [_sheet(task.name, found, tests[0]["worse"] if tests else ""), *_tuning_sheet(task.name, tried)],
+        "cannot be told" if task.scale == "smoke" else outcome(results),
+        text_of(results, others, untested, split_by_seed),
+        list(run_rows(found)),
+        [sheet(task.name, found, tests[0]["worse"] if tests else ""), *tuning_sheet(task.name, tried)],
         {"": draw(found)},
         {"": caption},
         untested,
@@ -162,7 +156,7 @@ def _tuned(
     known = [math.inf if error is None else error for error in errors]
     names_of_row = (Cell(place["label"]), Cell(variant["label"]))
     rows: list[tuple[Cell, ...]] = [
-        (*names_of_row, Cell(_setting(cell)), Cell(str(cell.epochs)), Cell(_percent([error])))
+        (*names_of_row, Cell(setting(cell)), Cell(str(cell.epochs)), Cell(percent([error])))
         for cell, error in zip(cells, errors, strict=True)
     ]
     return config.replace(**points[known.index(min(known))]), rows
@@ -170,255 +164,3 @@ def _tuned(
 
 def _plain(label: str) -> str:
     return "".join(c for c in label.lower() if c.isalnum() or c == "-")
-
-
-@dataclass(frozen=True)
-class _Test:
-    """Whether one variant does better than another on one data set: paired by seed.
-
-    Attributes:
-        family: comparisons that the claim is made of, this one among them.
-    """
-
-    found: Comparison
-    data: str
-    test: Table
-    family: int = 1
-
-    @cached_property
-    def pairs(self) -> list[tuple[float | None, float | None]]:
-        """What the better and the worse variant came to, a pair a seed; None without a result: mostly it diverged."""
-        arms = [self.found.arm(self.data, self.test[key]) for key in ("better", "worse")]
-        better, worse = (
-            arm.means_along(self.key) if "along" in self.test else arm.figures(self.key) for arm in arms
-        )
-        return list(zip(better, worse, strict=True))
-
-    @cached_property
-    def differences(self) -> np.ndarray:
-        """worse − better of every seed where both ended, so that > 0 is what the claim says."""
-        return np.array([b - a for a, b in self.pairs if a is not None and b is not None])
-
-    @property
-    def lost(self) -> dict[str, int]:
-        """Seeds in which the ``better`` variant alone has no result, and those in which the ``worse`` one has none."""
-        return {
-            "better": sum(a is None and b is not None for a, b in self.pairs),
-            "worse": sum(a is not None and b is None for a, b in self.pairs),
-        }
-
-    @property
-    def key(self) -> str:
-        final = self.found.arm(self.data, self.test["better"]).error
-        return str(self.test.get("along", self.test.get("key", final)))
-
-    @property
-    def compared(self) -> str:
-        """What, in words."""
-        probe, least = self.key.startswith("probe_"), self.key.endswith("_min")
-        held_out = self.found.arm(self.data, self.test["better"]).config.validation is not None
-        part = "probe" if probe else "validation" if held_out else "test"
-        name = f"{part} error" if self._is_error else COMPARED.get(self.key, self.key)
-        if "along" in self.test:
-            return f"mean {name} over training"
-        if not self._is_error:
-            return name
-        return f"least {name} over epochs" if least else f"final {name}"
-
-    @property
-    def _is_error(self) -> bool:
-        return self.key.removesuffix("_min").endswith("test_error")
-
-    @property
-    def interval(self) -> tuple[float, float, float] | None:
-        """None where the seeds are too few, or all alike, to tell an error."""
-        spread = len(self.differences) > 1 and float(np.ptp(self.differences)) > 0
-        return mean_interval(self.differences, 0.95) if spread else None
-
-    @property
-    def sign(self) -> int:
-        """1 where it goes as the claim says, −1 where the other way, 0 where neither can be told.
-
-        As the claim says: the 95 % interval is clear of 0. The other way: that of 1 − 5 % / ``family`` is, for a single
-        one of them decides against the claim (Bonferroni; Holm's further steps would change no outcome). A seed in
-        which one variant alone has no result is in no interval, and speaks against that variant: no sign favours it.
-        """
-        if self.interval is None:
-            return 0
-        _, low, _ = self.interval
-        _, _, high = mean_interval(self.differences, 1 - 0.05 / self.family)
-        if low > 0:
-            return 0 if self.lost["better"] else 1
-        return -1 if high < 0 and not self.lost["worse"] else 0
-
-    def __str__(self) -> str:
-        scale, unit = (-100, " points") if self._is_error else (-1, "")
-        names = f"{self.test['better']} against {self.test['worse']}"
-        where = f" on {self.data}" if len(self.found.data) > 1 else ""
-        lost = [
-            f"{self.test[key]} alone without a result in {count}" for key, count in self.lost.items() if count
-        ]
-        seeds = ", ".join([f"n = {len(self.differences)}", *lost])
-        if not len(self.differences):
-            return f"{names}{where}: no seed in which both ended ({seeds})"
-        text = f"{names}{where}: {_signed(scale * float(self.differences.mean()))}{unit}"
-        if self.interval is None:
-            return f"{text} ({seeds})"
-        _, low, high = (scale * value for value in self.interval)
-        return f"{text} ({_signed(high)} to {_signed(low)}; {seeds})"
-
-
-def _signed(value: float) -> str:
-    """Three digits with the sign that print has, none before 0."""
-    text = f"{value:+.3g}".replace("-", "−")
-    return text if value else "0"
-
-
-def _outcome(results: Sequence[_Test]) -> Outcome:
-    """Of the whole claim, by the signs of its comparisons.
-
-    It shows where all of them do. That is an intersection-union test (Berger 1982): "shows" is wrong as rarely as
-    one comparison at 95 % is, and needs no adjustment for their number. Against the claim speaks any one that is
-    reversed, and the more there are, the likelier one is by chance: ``_Test.sign`` adjusts for that.
-    """
-    signs = [result.sign for result in results]
-    if signs and all(sign == 1 for sign in signs):
-        return "shows"
-    if -1 not in signs:
-        return "cannot be told"
-    return "shows in part" if 1 in signs else "does not show"
-
-
-def _text(results: Sequence[_Test], others: Sequence[_Test], untested: str, split_by_seed: bool) -> str:
-    """The test, every difference by what is compared, how many go which way, and what is left."""
-    shared = (
-        "same start and order of batches, same split and labels, which each seed draws anew"
-        if split_by_seed
-        else "same data, start and order of batches"
-    )
-    reversed_level = 100 * (1 - 0.05 / max(1, len(results)))
-    text = (
-        f"The test, on {' and '.join(dict.fromkeys(r.data for r in results))}: the difference in what is named, paired "
-        f"by seed ({shared}), below 0 by a 95 % Student interval over the n seeds in which both ended. "
-        f"{_told(results)} {sum(r.sign == 1 for r in results)} of {len(results)} comparisons go the claimed way clear "
-        f"of 0, {sum(r.sign == -1 for r in results)} the other way (by {reversed_level:.4g} % intervals: Bonferroni)."
-    )
-    if any(count for r in results for count in r.lost.values()):
-        text += " Where a variant alone has no result in a seed, as where it diverged, no comparison goes its way."
-    given = f"These are no part of the claim. {_told(others)}" if others else ""
-    left = f"Not tested: {untested}." if untested else ""
-    return " ".join(filter(None, (text, given, left)))
-
-
-def _told(results: Sequence[_Test]) -> str:
-    by_what: dict[str, list[str]] = {}
-    for result in results:
-        by_what.setdefault(result.compared, []).append(str(result))
-    told = (f"{what}: {'; '.join(said)}." for what, said in by_what.items())
-    return " ".join(f"{each[0].upper()}{each[1:]}" for each in told)
-
-
-def _rows(found: Comparison) -> Iterator[dict[str, Any]]:
-    """One a run."""
-    for arm in found.arms:
-        for record, s_rho in zip(arm.records, arm.s_rho, strict=True):
-            settings = {
-                key: record.config.get(key)
-                for key in ("method", "lr", "rho", "beta", "k_steps", "m", "seed", "epochs")
-            }
-            errors = (arm.error, f"{arm.error}_min", arm.error.replace("test", "train"))
-            keys = ("status", *errors, "train_seconds", "gradient_evaluations")
-            results = {key: record.summary.get(key) for key in keys}
-            yield {
-                "data": arm.data,
-                "variant": arm.label,
-                **settings,
-                **results,
-                "local_inconsistency": s_rho,
-            }
-
-
-def _sheet(name: str, found: Comparison, reference: str) -> Sheet:
-    body = []
-    for arm in found.arms:
-        config, first = arm.config, found.arm(arm.data, reference or found.labels[0])
-        simclr = config.objective == "simclr"  # of its probe nobody asks how it fits
-        s_rho = _mean_or_none(arm.s_rho)
-        seconds = [_mean_or_none(each.figures("train_seconds")) for each in (arm, first)]
-        per_epoch = None
-        if seconds[0] and seconds[1]:
-            per_epoch = seconds[0] / config.epochs / (seconds[1] / first.config.epochs)
-        body.append(
-            (
-                Cell(arm.data),
-                Cell(arm.label),
-                Cell(_setting(config)),
-                Cell(_percent(arm.errors)),
-                Cell(_percent(arm.figures(f"{arm.error}_min"))),
-                Cell(UNDEFINED if simclr else _percent(arm.figures("train_error"))),
-                Cell(UNDEFINED if per_epoch is None else f"{per_epoch:.2f}"),
-                Cell(UNDEFINED if s_rho is None else f"{s_rho:.3g}"),
-                Cell(arm.published or UNDEFINED),
-            )
-        )
-    return Sheet(
-        name,
-        f"{_words(found.arms[0].config)} by variant",
-        f"Mean ± standard error over {len(found.arms[0].runs)} seeds, in %; s/epoch: time of an epoch relative to "
-        f"{reference or found.labels[0]}’s",
-        (
-            "data",
-            "variant",
-            "setting",
-            "final error",
-            "least error",
-            "training error",
-            "s/epoch",
-            "S_ρ",
-            "paper",
-        ),
-        tuple(body),
-        3,
-    )
-
-
-def _words(config: TrainConfig) -> str:
-    """Of which error a table is."""
-    if config.objective == "simclr":
-        return "Linear probe’s test error"
-    return "Validation error" if config.validation else "Test error"
-
-
-def _tuning_sheet(name: str, rows: Sequence[tuple[Cell, ...]]) -> Iterator[Sheet]:
-    """Where anything was tuned, by what it was chosen."""
-    if rows:
-        yield Sheet(
-            f"{name}-tuning",
-            "Tuning",
-            "Error on a tenth of the training part, which is held out, in %; seed 0",
-            ("data", "variant", "setting", "epochs", "error"),
-            tuple(rows),
-            3,
-        )
-
-
-def _setting(config: TrainConfig) -> str:
-    """What may have been tuned."""
-    known = {key: getattr(config, key) for key in ("lr", "rho", "beta") if key not in config.idle()}
-    shown = [f"{key} = {value:g}" for key, value in known.items() if value is not None]
-    return ", ".join(shown).replace("rho", "ρ").replace("beta", "β")
-
-
-def _mean_or_none(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
-def _percent(values: Sequence[float | None]) -> str:
-    """Mean ± standard error in %; runs that diverged are counted."""
-    known = [100 * value for value in values if value is not None]
-    lost = f" ({len(values) - len(known)} diverged)" if len(known) < len(values) else ""
-    if not known:
-        return f"{UNDEFINED}{lost}"
-    spread = f" ± {statistics.stdev(known) / math.sqrt(len(known)):.2f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.2f}{spread}{lost}"
