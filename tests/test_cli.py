@@ -556,11 +556,15 @@ def test_the_table_fits_its_terminal(images, checkpoint, columns):
     assert "\x1b" not in done.stdout
 
 
-@pytest.mark.parametrize(("second", "doubted"), [(0.5, True), (0.97, False)])
+@pytest.mark.parametrize(
+    ("second", "ratio", "doubted"),
+    [(0.5, 9.0, True), (0.5, None, True), (0.5, 0.9, False), (0.97, 9.0, False)],
+)
 def test_a_maximum_that_one_start_reached_is_doubted(
-    second: float, doubted: bool, capsys: pytest.CaptureFixture[str]
+    second: float, ratio: float | None, doubted: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = {"value": 2.0, "converged": True, "starts": {"+v1": 2.0, "-v1": 2 * second}, "runner_up": second}
+    row["quadratic_ratio"] = ratio
     warn({"measures": {"local_inconsistency_converged": row}, "num_classes": 10})
     assert ("one of 2 starts reached it, the next 50%" in capsys.readouterr().err) == doubted
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from gm_probe.core.parameters import Parameters, differentiable_attention
 from gm_probe.probe import example_gradients
-from gm_probe.probe.example_gradients import ExampleGradients
+from gm_probe.probe.example_gradients import ExampleGradients, RepeatedLayerError
 
 N = 6
 
@@ -382,6 +382,7 @@ SPREAD = {
     "a layer used twice": Net(Twice, (3,)),
     "tokens as examples": Net(TokensAsExamples, (4, 3)),
     "a position embedding": Net(Positions, TOKENS),
+    "a weight used beside its layer": Net(Backdoor, (3,)),
 }
 
 
@@ -420,7 +421,6 @@ def test_gradients_of_their_own_are_taken_some_at_a_time(monkeypatch: pytest.Mon
 
 UNSUPPORTED = {
     "a choice by the data": Net(Branching, (3,)),
-    "a weight used twice": Net(Backdoor, (3,)),
     "batch statistics": Net(Batchwide, (3,)),
 }
 
@@ -444,7 +444,7 @@ def test_a_layer_used_twice_on_some_batches_only_is_refused_there() -> None:
     model, x = prepared(Net(Moody, (3,)))
     examples, cotangents = ExampleGradients(Parameters(model), x), cotangents_for(model, x)
     assert examples.supported
-    with pytest.raises(NotImplementedError, match="used twice"):
+    with pytest.raises(RepeatedLayerError):
         examples.squared_norms(x, cotangents)
 
 

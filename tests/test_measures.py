@@ -29,6 +29,11 @@ from gm_probe.probe.work import Work
 
 FAST = Settings(num_starts=2, max_probes=5)
 BY_NAME = {case.name: case for case in CASES}
+MEASURES_OF_VECTORS = [
+    name  # of inputs that are no images, and of which nothing else is known
+    for name in MEASURES
+    if name not in ("flip_rate", "crop_rate", "distance_from_initialization", "input_jacobian_norm")
+]
 
 
 def values(
@@ -461,6 +466,92 @@ def test_weights_that_are_not_finite_are_named(name: str, bad: float) -> None:
         model.state_dict()[name].view(-1)[-1] = bad
     with pytest.raises(CheckpointError, match=f"'{name}'"):
         measure(model, case.batches(), ["fisher_trace"])
+
+
+class WritesToItsInput(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WritesToItsInput(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)),
+        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)),
+    ],
+)
+def test_a_model_that_writes_to_its_input(make: Callable[[], nn.Sequential]) -> None:
+    torch.manual_seed(0)
+    model = make().double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    before, y = x.clone(), torch.tensor([0, 1, 2, 0, 1, 2])
+    found = values(model, Batches.from_tensors(x, y), list(MEASURES_OF_VECTORS))
+    assert torch.equal(x, before)
+    moved = nn.Sequential(*model[1:]) if isinstance(model[0], nn.ReLU) else nn.Sequential(*model)
+    shifted = before.relu() if isinstance(model[0], nn.ReLU) else before - 0.5
+    expected = values(moved, Batches.from_tensors(shifted, y), list(MEASURES_OF_VECTORS))
+    assert_same(found, expected)
+
+
+class Moody(nn.Module):
+    """Runs its layer twice where an example is far out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        once = self.layer(x)
+        return self.head(torch.tanh(self.layer(torch.tanh(once)) if bool((x.abs() > 50).any()) else once))
+
+
+def test_a_layer_that_runs_twice_on_some_batches_only() -> None:
+    torch.manual_seed(0)
+    model, x = Moody().double(), torch.randn(40, 3, dtype=torch.float64)
+    x[-1] *= 1e3
+    row = measure(model, Batches.from_tensors(x, batch_size=20), ["fisher_trace"]).rows["fisher_trace"]
+    assert row.details["method"].startswith("Hutch")
+    exact = 0.0
+    for part in x.split(20):
+        parameters = list(model.parameters())
+        for logits in model(part):
+            p = logits.detach().softmax(0)
+            jacobian = torch.stack(
+                [
+                    torch.cat([g.flatten() for g in torch.autograd.grad(z, parameters, retain_graph=True)])
+                    for z in logits
+                ]
+            )
+            exact += float((jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian).trace())
+    assert row.stderr is not None
+    assert abs(row.value - exact / 40) < 5 * row.stderr
+
+
+def test_more_eigenvalues_and_the_row_agree() -> None:
+    case = BY_NAME["tanh-mlp"]
+    for name in ("fisher_lambda_max", "hessian_lambda_max"):
+        row = measure(case.model, case.batches(), [name], Settings(top_eigenvalues=2)).rows[name]
+        assert row.value == row.details["eigenvalues"][0]["value"]
+
+
+def test_what_two_figures_share_is_taken_once() -> None:
+    case = BY_NAME["tied"]
+    names = ["fisher_lambda_max", "fisher_trace", "effective_rank"]
+    rows = measure(case.model, case.batches(), names).rows
+    assert rows["effective_rank"].num_evals == 0
+    alone = measure(case.model, case.batches(), ["effective_rank"]).rows["effective_rank"]
+    assert alone.value == rows["effective_rank"].value
+    assert alone.num_evals == pytest.approx(sum(rows[name].num_evals for name in names[:2]), abs=2e-3)
+
+
+def test_an_estimator_coarser_than_the_target_is_told() -> None:
+    case = BY_NAME["tanh-mlp"]
+    names = ["fisher_lambda_max", "cross_entropy"]
+    rows = measure(case.model, case.batches(), names, Settings(target_error=1e-15)).rows
+    row = rows["fisher_lambda_max"]
+    assert row.details["estimator_above_target"] == pytest.approx(row.stderr / row.value)  # type: ignore[operator]
+    assert "estimator_above_target" not in rows["cross_entropy"].details
 
 
 def test_outputs_that_depend_on_no_measured_parameter() -> None:

@@ -15,7 +15,7 @@ from gm_probe.core.locks import held
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep import executors
 from gm_probe.sweep.executors import Job, Outcome, attempt, in_turn
-from gm_probe.sweep.measuring import How
+from gm_probe.sweep.measuring import How, measure_checkpoint
 from gm_probe.sweep.remeasure import Remeasure, last_finished, measure_runs, trained_runs
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.sweep.saved_measures import as_recorded
@@ -86,12 +86,33 @@ def test_saving_keeps_what_was_taken_so_and_names_what_goes(
     first, _ = saved("--measures", "mean_entropy", "--density", "a.png")
     again, note = saved("--measures", "mean_confidence,local_inconsistency")
     assert again["density"] == first["density"]
+    # two products, with F of two gradients each and with H of three, and what trying them took
+    assert all(4 <= first["density"][matrix]["num_evals"] < 20 for matrix in ("fisher", "hessian"))
     assert set(again["measures"]) == {"mean_entropy", "mean_confidence", "local_inconsistency"}
     assert "of other settings" not in note
     other, note = saved("--measures", "local_inconsistency", "--rho", "0.2")
     assert "density" not in other
     assert set(other["measures"]) == {"local_inconsistency"}
     assert "held mean_entropy, mean_confidence, density of other settings" in " ".join(note.split())
+
+
+def test_progress_goes_on_through_the_densities(tmp_path: Path) -> None:
+    run_recipe(parse(measure={"measures": []}), tmp_path / "runs")
+    [run, *_] = trained_runs(tmp_path / "runs")
+    seen: list[tuple[str, float]] = []
+    found = measure_checkpoint(
+        run,
+        own_unlabeled(run),
+        ["fisher_trace"],
+        Settings(),
+        quadrature=(1, 2),
+        notify=lambda *told: seen.append(told),
+    )
+    done = [evaluations for _, evaluations in seen]
+    assert done == sorted(done)
+    assert {"density of the fisher", "density of the hessian"} <= {name for name, _ in seen}
+    costs = [row["num_evals"] for row in (*found["measures"].values(), *found["density"].values())]
+    assert done[-1] == pytest.approx(sum(costs) + 2 / 3, rel=0.05)  # and the two clean passes
 
 
 def test_more_is_measured_as_before_but_for_what_is_given_and_of_other_data(tmp_path: Path) -> None:

@@ -145,7 +145,14 @@ def warn(result: dict[str, Any]) -> None:
             note(console, f"note: {name} is undefined: {row['reason']}")
         elif not row["converged"]:
             note(console, f"note: {name} did not converge within its limits; {_remedy(row)}")
-        if row.get("runner_up") is not None and row["runner_up"] < ALONE:
+        if "estimator_above_target" in row:
+            note(
+                console,
+                f"note: {name}: the estimator alone errs by {row['estimator_above_target']:.2g} of it, more than "
+                "--target-error, whatever the examples; lower --trace-tolerance or --eigen-tolerance",
+            )
+        # within the quadratic regime v₁'s basin is the one: others are behind, or were abandoned on their way into it
+        if row.get("runner_up") is not None and row["runner_up"] < ALONE and _beyond_quadratic(row):
             note(
                 console,
                 f"note: {name}: one of {len(row['starts'])} starts reached it, the next {row['runner_up']:.0%}; far "
@@ -158,6 +165,11 @@ def warn(result: dict[str, Any]) -> None:
             f"warning: the error {error:.3f} is near chance for {result['num_classes']} classes; class folders are "
             "numbered in sorted order: check that this is the checkpoint's order, and its normalisation",
         )
+
+
+def _beyond_quadratic(row: dict[str, Any]) -> bool:
+    ratio = row.get("quadratic_ratio")
+    return ratio is None or not 0.5 < ratio < 2
 
 
 def _remedy(row: dict[str, Any]) -> str:

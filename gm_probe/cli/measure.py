@@ -243,7 +243,7 @@ def measure(
     from gm_probe.probe.measures import expected_cost
     from gm_probe.probe.probe import Settings
     from gm_probe.sweep.executors import Processes, in_turn, visible_gpus
-    from gm_probe.sweep.measuring import How, measure_as
+    from gm_probe.sweep.measuring import How, density_cost, measure_as
     from gm_probe.sweep.remeasure import Remeasure
     from gm_probe.sweep.saved_measures import as_recorded, merge_measures
     from gm_probe.training.parts import own_unlabeled
@@ -303,7 +303,8 @@ def measure(
                 with exclusive(path) if save and speaks else nullcontext():
                     if save:
                         how, changed = as_recorded(path, how, given_settings)
-                    with progress_bar(path.name, expected_cost(names, how.settings), quiet=quiet) as bar:
+                    expected = expected_cost(names, how.settings) + density_cost(loading["quadrature"])
+                    with progress_bar(path.name, expected, quiet=quiet) as bar:
 
                         def notify(name: str, evaluations: float, bar: Bar = bar) -> None:
                             rate = f"{bar.speed:.2g} grad/s" if bar.speed else ""

@@ -86,7 +86,7 @@ class Parameters:
         return {name: self.named[name] + piece for name, piece in self.split(offset).items()}
 
     def logits(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
-        """(B, C) logits at parameter ``values`` (default: the model's own), buffers left untouched."""
+        """(B, C) logits at parameter ``values`` (default: the model's own); buffers and ``x`` are left untouched."""
         values = self.values() if values is None else values
         # copies, also in eval mode: some models write to a buffer or a parameter in every forward pass
         rest = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -97,7 +97,8 @@ class Parameters:
             rest = {n: t.to(dtype) if t.is_floating_point() else t for n, t in rest.items()}
         tensors = {**rest, **values}
         placed = {place: tensors[name] for place, name in _places(self.model)}
-        return logits_of(functional_call(self.model, placed, (x,), tie_weights=False))
+        # of x, too, a copy: a forward pass may begin by an operation in place
+        return logits_of(functional_call(self.model, placed, (x.clone(),), tie_weights=False))
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:
         """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
@@ -141,6 +142,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def as_measured(model: nn.Module) -> Iterator[None]:
     """``model`` as the fixed, differentiable function that is measured: see the three."""
     with evaluating(model), differentiable_attention(), full_precision():
+        yield
+
+
+@contextmanager
+def drawing_nothing(device: torch.device) -> Iterator[None]:
+    """Leave the global generators as they were: a model may draw from them though its outputs stay the same."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 

@@ -22,7 +22,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gm_probe.core.errors import first_line, out_of_memory
-from gm_probe.core.parameters import Parameters, differentiable_attention, evaluating
+from gm_probe.core.parameters import Parameters, differentiable_attention, drawing_nothing, evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def affine_in_each_parameter(parameters: Parameters, x: Tensor) -> Verdict:
 
 
 def _reason(parameters: Parameters, x: Tensor) -> str | None:
-    model, device = parameters.model, parameters.device
+    model = parameters.model
     # clones, frozen ones too: some layers (an embedding with max_norm) write to their weights in a forward pass
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
     frozen = {name: value for name, value in state.items() if name not in parameters.named}
@@ -64,7 +64,7 @@ def _reason(parameters: Parameters, x: Tensor) -> str | None:
         return parameters.logits(x, {**dict(zip(names, trainable, strict=True)), **frozen})
 
     with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        drawing_nothing(parameters.device),
         evaluating(model),
         _attributes_kept(model),
         differentiable_attention(),
@@ -245,6 +245,8 @@ def _after(node: fx.Node, forms: Mapping[fx.Node, _Form], order: Mapping[str, in
     keys = (argument.name for argument in node.target._schema.arguments)
     arguments = {**dict(zip(keys, node.args, strict=False)), **node.kwargs}
     fixed = _FIXED.get(operation, ())
+    if arguments.get("reduce") == "multiply":  # scatter's values times what lies there
+        return _Form(names, f"{called} multiplies (reached by parameter {nearest!r})")
     if arguments.get("training") is True:
         called, fixed = f"{called} by the batch's own statistics", (*fixed, "input")
     parts = {key: _joined(argument, forms).names for key, argument in arguments.items()}

@@ -23,19 +23,18 @@ def _eigenvalue(operator: Operator, pair: Eigenpair, **details: Any) -> Figure:
 
 
 def fisher_lambda_max(probe: Probe) -> Figure:
-    return _eigenvalue(probe.fisher, probe.fisher_top, **_more(probe, probe.fisher, "fisher"))
+    return probe.once("λ_max(F)", lambda: _largest(probe, probe.fisher, "fisher"))
 
 
 def hessian_lambda_max(probe: Probe) -> Figure:
-    more = _more(probe, probe.hessian, "hessian")
-    return _eigenvalue(probe.hessian, probe.hessian_top, labels=probe.label_kind, **more)
+    return _largest(probe, probe.hessian, "hessian", labels=probe.label_kind)
 
 
-def _more(probe: Probe, operator: Operator, name: str) -> dict[str, Any]:
-    """The next eigenvalues, where ``top_eigenvalues`` asks for more than one."""
+def _largest(probe: Probe, operator: Operator, name: str, **details: Any) -> Figure:
+    """The largest eigenvalue, and where ``top_eigenvalues`` asks for more than one the next."""
     wanted = probe.settings.top_eigenvalues
     if wanted == 1:
-        return {}
+        return _eigenvalue(operator, getattr(probe, f"{name}_top"), **details)
     pairs, _ = eigenpairs(
         operator,
         random_start(operator, probe.generator(f"{name} top")),
@@ -51,7 +50,7 @@ def _more(probe: Probe, operator: Operator, name: str) -> dict[str, Any]:
     ):  # else there are no more: all others are 0, or repeated
         missing = min(wanted, operator.size) - len(rows)
         rows += missing * [{"value": None, "residual": None, "converged": False}]
-    return {"eigenvalues": rows}
+    return _eigenvalue(operator, pairs[0], **details, eigenvalues=rows)
 
 
 def hessian_lambda_min(probe: Probe) -> Figure:
@@ -93,6 +92,10 @@ EXAMPLES = "examples' own gradients"
 
 def fisher_trace(probe: Probe) -> Figure:
     """By examples' own gradients, or where the model has none, by Hutchinson's estimator."""
+    return probe.once("tr F", lambda: _fisher_trace(probe))
+
+
+def _fisher_trace(probe: Probe) -> Figure:
     found = probe.example_fisher_trace
     if found is not None:
         return _row(
@@ -132,7 +135,7 @@ def _corrected(probe: Probe, fisher: Trace) -> Trace:
 
 def effective_rank(probe: Probe) -> Figure:
     """tr F / λ_max(F): over how many directions the curvature is spread."""
-    top, top_error, top_examples, top_converged, _ = _eigenvalue(probe.fisher, probe.fisher_top)
+    top, top_error, top_examples, top_converged, _ = fisher_lambda_max(probe)
     total, error, examples, converged, details = fisher_trace(probe)
     assert top is not None
     assert total is not None

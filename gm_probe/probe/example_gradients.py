@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from gm_probe.core.parameters import Parameters
 
@@ -116,6 +117,10 @@ def _has_rule(module: nn.Module) -> bool:
     return True
 
 
+class RepeatedLayerError(RuntimeError):
+    """A layer ran twice on a batch, though once on the examples that the rules were tried on."""
+
+
 class ExampleGradients:
     """x ↦ ‖∇_θ cᵀz_x‖² for each example x of a batch and any cotangent c.
 
@@ -148,6 +153,9 @@ class ExampleGradients:
                 covered |= {names[id(module._parameters[n])] for n in own}
         self._rest = [name for name in parameters.named if name not in covered]
         self.supported = self._holds(few)
+        if not self.supported and self._layers:  # some weight is used beside its layer
+            self._layers, self._rest = {}, list(parameters.named)
+            self.supported = self._holds(few)
 
     @property
     def has_others(self) -> bool:
@@ -155,7 +163,11 @@ class ExampleGradients:
         return bool(self._rest)
 
     def squared_norms(self, x: Tensor, cotangents: Tensor) -> Tensor:
-        """(K, B) squared gradient norms of cᵀz_x for cotangents (K, B, C), from one forward pass."""
+        """(K, B) squared gradient norms of cᵀz_x for cotangents (K, B, C), from one forward pass.
+
+        Raises:
+            RepeatedLayerError: on these examples no rule holds.
+        """
         result = cotangents.new_zeros(cotangents.shape[:2])
         row = 0
 
@@ -185,9 +197,7 @@ class ExampleGradients:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             calls[module] += 1
             if calls[module] > 1:
-                raise NotImplementedError(
-                    "a layer is used twice: its two gradients add before they are squared"
-                )
+                raise RepeatedLayerError("its two gradients add before they are squared")
             fresh = not output.requires_grad
             if fresh:  # nothing before it has a gradient; a copy, for a leaf may not be written in place
                 leaves.append(output.detach().requires_grad_())
@@ -196,8 +206,9 @@ class ExampleGradients:
             output.register_hook(partial(collect, module, self._layers[module], args[0]))
             return output if fresh else None
 
-        handles = [module.register_forward_hook(hook) for module in self._layers]
+        handles: list[RemovableHandle] = []
         try:
+            handles.extend(module.register_forward_hook(hook) for module in self._layers)
             yield leaves
         finally:
             for handle in handles:
@@ -214,8 +225,11 @@ class ExampleGradients:
             if not all(isinstance(t, Tensor) and len(t) == len(x) for t in rows):
                 apart.add(module)
 
-        handles = [m.register_forward_hook(hook) for m in self.parameters.model.modules() if _has_rule(m)]
+        handles: list[RemovableHandle] = []
         try:
+            handles.extend(
+                m.register_forward_hook(hook) for m in self.parameters.model.modules() if _has_rule(m)
+            )
             with torch.no_grad():
                 self.parameters.logits(x)
         finally:

@@ -13,7 +13,7 @@ from torch import nn
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DataError, UsageError, did_you_mean
 from gm_probe.core.memory import within_memory
-from gm_probe.core.parameters import as_measured
+from gm_probe.core.parameters import as_measured, drawing_nothing
 from gm_probe.probe import curvature, inconsistency, outputs
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
 from gm_probe.probe.work import Work
@@ -249,9 +249,7 @@ def measure(
 
     work = Work(batches.num_examples, tick)
     rows: dict[str, Estimate] = {}
-    gpus = [batches.device] if batches.device.type == "cuda" else []
-    # a model may draw at random though its outputs stay the same
-    with torch.random.fork_rng(devices=gpus), as_measured(model):
+    with drawing_nothing(batches.device), as_measured(model):
         probe = Probe(model, batches, settings, work, initial)
         _require_full(probe.parameters.dtype)
 
@@ -298,7 +296,11 @@ def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float
     value, example_error = found["value"], found["stderr_examples"]
     if target_error and value and example_error is not None:
         ratio = example_error / (target_error * abs(value))
-        details["examples_needed"] = math.ceil(batches.total * ratio**2)
+        images = 2 if batches.coupled else 1  # two views of an image
+        details["examples_needed"] = math.ceil(batches.total / images * ratio**2)
+        estimator = (found["stderr"] or 0.0) / abs(value)
+        if estimator > target_error:  # which more examples need not lower
+            details["estimator_above_target"] = estimator
     return Estimate(
         **found, converged=converged and value is not None, num_evals=round(cost, 3), details=details
     )

@@ -157,11 +157,13 @@ def certified(operator: Operator, guess: Eigenpair, *, tolerance: float, max_ite
     """Check a cheaply found eigenpair by exact products, and go on from it where it does not hold.
 
     One product gives the exact Rayleigh quotient and residual of ``guess``; where that residual is too large, Lanczos
-    continues from there.
+    continues from there. Of a guess that had not converged the residual must hold twice.
     """
     [pair], _ = eigenpairs(
-        operator, guess.vector, tolerance=tolerance, max_iterations=max_iterations, patience=1
+        operator,
+        guess.vector,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        patience=1 if guess.converged else 2,
     )
-    return Eigenpair(
-        pair.value, pair.vector, pair.residual, pair.iterations, pair.converged and guess.converged
-    )
+    return pair

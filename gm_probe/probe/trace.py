@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from gm_probe.core.batches import Batches, cut
 from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import everywhere, gather_examples
-from gm_probe.probe.example_gradients import ExampleGradients
+from gm_probe.probe.example_gradients import ExampleGradients, RepeatedLayerError
 from gm_probe.probe.operators import Operator
 from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
 
@@ -252,6 +253,20 @@ def fisher_trace(
     examples = ExampleGradients(parameters, next(iter(batches)).x)
     if not everywhere(examples.supported, clean.device):
         return None
+    with suppress(RepeatedLayerError):
+        return _by_examples(examples, batches, clean, work, generator, tolerance, max_probes)
+    return None
+
+
+def _by_examples(
+    examples: ExampleGradients,
+    batches: Batches,
+    clean: Tensor,
+    work: Work,
+    generator: torch.Generator,
+    tolerance: float,
+    max_probes: int,
+) -> Trace:
     most = HEAD if tolerance else EXACT_CLASSES
 
     def root_of(logits: Tensor) -> CovarianceRoot:
@@ -261,8 +276,13 @@ def fisher_trace(
     each = EXAMPLE_NORMS + (GRADIENT if examples.has_others else 0.0)
 
     def passes(number: int | None) -> Tensor:
-        """(number, N) squared norms for signs; None = for every column of L."""
+        """(number, N) squared norms for signs; None = for every column of L.
+
+        Raises:
+            RepeatedLayerError: in all processes, where one of them met such examples.
+        """
         rows = []
+        held = True
         # for all examples at once, so that an example's signs hang neither on the batch size nor on the process
         shape = (number or 0, batches.total, first.rank)
         signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
@@ -273,8 +293,14 @@ def fisher_trace(
                 cotangents = root.columns.permute(2, 0, 1)
             else:
                 cotangents = torch.stack([root.applied(one) for one in some])
-            rows.append(examples.squared_norms(batch.x, cotangents.to(clean.dtype)).double())
+            try:
+                rows.append(examples.squared_norms(batch.x, cotangents.to(clean.dtype)).double())
+            except RepeatedLayerError:
+                held = False
+                break
             work.add(FORWARD + len(cotangents) * each, len(part))
+        if not everywhere(held, clean.device):
+            raise RepeatedLayerError
         norms = gather_examples(torch.cat(rows, 1).T).T
         if not bool(torch.isfinite(norms).all()):
             raise DivergedError("an example's gradient is not finite; try --dtype float64")

@@ -20,7 +20,7 @@ from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
 from gm_probe.core.models import ModelSpec, initial_model, logits_of
-from gm_probe.core.parameters import as_measured, evaluating
+from gm_probe.core.parameters import as_measured, drawing_nothing, evaluating
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
 from gm_probe.core.records import read_run
@@ -153,7 +153,15 @@ def measure_checkpoint(
     batches = subject.batches
     part = batches.shard(rank(), count())
     initial = _initial(path, subject) if "distance_from_initialization" in (names or ()) else None
-    report = measure(subject.model, part, names, settings, initial=initial, notify=notify)
+    spent = 0.0
+
+    def tick(name: str, evaluations: float) -> None:
+        nonlocal spent
+        spent = evaluations
+        if notify is not None:
+            notify(name, evaluations)
+
+    report = measure(subject.model, part, names, settings, initial=initial, notify=tick)
     result = report.as_dict(
         checkpoint=str(path),
         model=subject.name,
@@ -174,8 +182,16 @@ def measure_checkpoint(
         "skipped": list(examples.skipped),
     }
     if quadrature is not None:
+        before = spent
         result["density"], _ = within_memory(
-            part, lambda part: _densities(subject, part, settings, quadrature, notify)
+            part if report.batch_size == part.batch_size else part.of_size(report.batch_size),
+            lambda part: _densities(
+                subject,
+                part,
+                settings,
+                quadrature,
+                lambda name, evaluations: tick(name, before + evaluations),
+            ),
         )
     return result
 
@@ -217,6 +233,11 @@ def telling(hold: Hold, names: Sequence[str], settings: Settings) -> Callable[[s
         hold.tell("measuring", evaluations, max(expected, evaluations), lambda: {"measure": name})
 
     return notify
+
+
+def density_cost(quadrature: tuple[int, int] | None) -> float:
+    """Gradient evaluations of both densities, roughly: a product with F takes two, one with H three."""
+    return 5.0 * quadrature[0] * quadrature[1] if quadrature else 0.0
 
 
 def _how_coupled(subject: Subject) -> dict[str, Any]:
@@ -269,18 +290,18 @@ def _densities(
     part: Batches,
     settings: Settings,
     quadrature: tuple[int, int],
-    notify: Callable[[str, float], None] | None,
+    notify: Callable[[str, float], None],
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``."""
     num_probes, num_steps = quadrature
-    with as_measured(subject.model):
+    with drawing_nothing(part.device), as_measured(subject.model):
         probe = Probe(subject.model, part, settings, Work(part.num_examples))
         found = {}
         for name, operator in (("fisher", probe.fisher), ("hessian", probe.hessian)):
+            before = probe.work.evaluations
 
             def tick(_: int, __: int, name: str = name) -> None:
-                if notify is not None:
-                    notify(f"density of the {name}", probe.work.evaluations)
+                notify(f"density of the {name}", probe.work.evaluations)
 
             found[name] = density(
                 operator,
@@ -289,6 +310,7 @@ def _densities(
                 num_steps=num_steps,
                 notify=tick,
             ).as_dict()
+            found[name]["num_evals"] = round(probe.work.evaluations - before, 3)
         found["hessian"]["labels"] = probe.label_kind
     return found
 
