@@ -581,3 +581,28 @@ def test_a_disk_that_fails_at_any_write_loses_nothing(
         train(settings, out, resume=True)
         name = "checkpoint.safetensors"
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), limit
+
+
+@pytest.mark.parametrize(
+    ("objective", "remedy"),
+    [("fixmatch", "lower --mu, lower --batch-size"), ("simclr", "; lower --batch-size")],
+)
+def test_out_of_memory_names_no_option_that_is_refused(
+    objective: str,
+    remedy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(torch.optim.SGD, "step", failing)
+    options = "--data digits --model mlp-8 --num-train 60 --num-unlabeled 20 --num-test 40 --batch-size 10"
+    labels = " --labels 20" if objective == "fixmatch" else ""
+    with pytest.raises(SystemExit) as stop:
+        main(f"train -q --objective {objective} {options}{labels} --out {tmp_path / 'a'}".split())
+    assert stop.value.code == 6
+    err = " ".join(capsys.readouterr().err.split())
+    assert remedy in err
+    assert "--m," not in err

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from gm_probe.cli import main
 from gm_probe.core.batches import Batches
 from gm_probe.core.datasets import Examples, Source, open_source
 from gm_probe.core.errors import DataError, UsageError
@@ -375,7 +376,7 @@ def test_three_fixmatch_steps_with_momentum_and_average(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.detach(), theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_raw_weights_are_kept_beside_the_average(tmp_path: Path) -> None:
+def test_raw_weights_are_kept_beside_the_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are what the same run has without an average."""
     averaged, plain = semi("fixmatch"), semi("fixmatch", ema_decay=None)
     train(averaged, tmp_path / "averaged")
@@ -386,6 +387,17 @@ def test_raw_weights_are_kept_beside_the_average(tmp_path: Path) -> None:
     average = load_file(tmp_path / "averaged" / CHECKPOINT)
     assert not any(torch.equal(raw[name], average[name]) for name in raw)
     assert not (tmp_path / "plain" / RAW).exists()
+    # both are measured over the run's own unlabeled part
+    results = []
+    for path in (tmp_path / "averaged", tmp_path / "averaged" / RAW):
+        main(["measure", str(path), "--measures", "parameter_norm,mean_entropy", "--json", "-q"])
+        results += json.loads(capsys.readouterr().out)
+    assert results[0]["settings"]["data"] == results[1]["settings"]["data"]
+    assert {result["settings"]["part"] for result in results} == {"own unlabeled"}
+    for result, weights in zip(results, (average, raw), strict=True):
+        norm = float(torch.cat([tensor.flatten() for tensor in weights.values()]).norm())
+        assert result["measures"]["parameter_norm"]["value"] == pytest.approx(norm, rel=1e-5)
+    assert results[0]["measures"]["mean_entropy"]["value"] != results[1]["measures"]["mean_entropy"]["value"]
 
 
 @pytest.mark.parametrize(

@@ -118,16 +118,23 @@ def test_progress_goes_on_through_the_densities(tmp_path: Path) -> None:
 def test_more_is_measured_as_before_but_for_what_is_given_and_of_other_data(tmp_path: Path) -> None:
     taken = Settings(num_starts=2, rho_grid=(3.0,))
     scope = {"part": "all", "data": "A", "labeled": False, "max_examples": 7}
-    write_toml(tmp_path / "config.toml", {})
-    write_json(tmp_path / "measures.json", {"settings": {**taken.as_dict(), **scope, "batch_images": 128}})
+    write_toml(tmp_path / "config.toml", {"temperature": 0.5})
+    recorded = {**taken.as_dict(), **scope, "batch_images": 128, "temperature": 3.0}
+    write_json(tmp_path / "measures.json", {"settings": recorded})
     now = How(Settings(), {**scope, "max_examples": None}, {"head": "simclr", "device": "cpu"})
     how, changed = as_recorded(tmp_path, now, {"device", "measures"})
-    assert how == How(taken, scope, {"head": "simclr", "device": "cpu", "batch_size": 128})
-    assert changed == {"num_starts": 2, "rho_grid": [3.0], "max_examples": 7, "batch_images": 128}
+    loading = {"head": "simclr", "device": "cpu", "batch_size": 128, "temperature": 3.0}
+    assert how == How(taken, scope, loading)
+    coupled = {"batch_images": 128, "temperature": 3.0}
+    assert changed == {"num_starts": 2, "rho_grid": [3.0], "max_examples": 7, **coupled}
+    write_json(
+        tmp_path / "measures.json", {"settings": {**recorded, "temperature": 0.5}}
+    )  # as it was trained
+    assert "temperature" not in as_recorded(tmp_path, now, {"device", "measures"})[1]
     how, changed = as_recorded(tmp_path, now, {"num_starts", "max_examples"})
     assert (how.settings.num_starts, how.scope["max_examples"], how.settings.rho_grid) == (10, None, (3.0,))
-    sized = How(now.settings, now.scope, {"head": "simclr", "device": "cpu", "batch_size": 64})
-    assert as_recorded(tmp_path, sized, ())[0].loading["batch_size"] == 64
+    sized = How(now.settings, now.scope, {**now.loading, "batch_size": 64, "temperature": 2.0})
+    assert as_recorded(tmp_path, sized, ())[0].loading == sized.loading
     for other in ({"data": "B"}, {"labeled": True}, {"part": "own unlabeled"}):
         elsewhere = How(now.settings, {**now.scope, **other}, now.loading)
         assert as_recorded(tmp_path, elsewhere, ()) == (elsewhere, {})

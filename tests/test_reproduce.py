@@ -20,7 +20,7 @@ from gm_probe.analysis.intervals import mean_interval
 from gm_probe.cli.reproduce import reproduce as command
 from gm_probe.core.batches import Batches
 from gm_probe.core.datasets import open_source
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import DivergedError, UsageError
 from gm_probe.core.files import write_json, write_toml
 from gm_probe.core.records import read_run
 from gm_probe.probe.operators import fisher, hessian
@@ -522,8 +522,12 @@ def test_tuning_takes_the_point_of_least_validation_error(tmp_path):
     assert all((run.config["validation"], run.config["epochs"]) == (0.1, 3) for run in runs)
     shown = [("lr = 1e-06", errors[1e-6]), ("lr = 0.05", errors[0.05])]
     assert [[cell.text for cell in row[2:]] for row in rows] == [
-        [setting, "3", f"{100 * error:.2f}"] for setting, error in shown
+        [setting, "3", f"{100 * error:.2f}", chosen]
+        for (setting, error), chosen in zip(shown, ("", "yes"), strict=True)
     ]
+    bad = {**variant, "label": "bad", "points": [{"lr": 1e30}, {"lr": 1e31}]}
+    with pytest.raises(DivergedError, match="bad on digits diverged at each of its 2 points"):
+        methods._tuned(task, shared, bad, {"label": "digits"}, {"epochs": 1})
 
 
 DIGITS = {

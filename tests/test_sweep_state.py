@@ -487,3 +487,15 @@ def test_a_job_array_does_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixtur
     )  # as sbatch would
     assert list(states(out).values()) == ["pending", "finished"]
     assert "#SBATCH --array=0-0\n" in command(capsys, "sweep", recipe, "--out", out, "--executor", "slurm")[1]
+
+
+def test_what_simclr_encoders_cannot_be_measured_by_is_refused_before_they_are_trained() -> None:
+    views = {**BASE, "objective": "simclr", "num_train": 300}
+    with pytest.raises(UsageError, match="flip_rate counts classes"):
+        parse(base=views, measure={"measures": ["flip_rate"], "batch_size": 20})
+    with pytest.raises(UsageError, match="batches of 250 images, of which there are 40; set"):
+        parse(base=views)
+    with pytest.raises(UsageError, match="there are 10"):
+        parse(base=views, measure={**PLAN, "batch_size": 20, "max_examples": 10})
+    assert parse(base=views, measure={**PLAN, "batch_size": 20}).runs
+    assert parse(base=views, measure={"measures": []}).runs

@@ -24,7 +24,7 @@ from PIL import Image
 from gm_probe.analysis.heat_map import heat_map, trial_map
 from gm_probe.analysis.plots import render
 from gm_probe.cli import main
-from gm_probe.cli.tune import NOT_TRAINS, tune
+from gm_probe.cli.tune import NOT_TRAINS, _doubts, tune
 from gm_probe.core import images
 from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.errors import DataError, DivergedError, ProbeError, UsageError
@@ -108,6 +108,27 @@ def test_cells_see_the_training_part_alone(config: TrainConfig, split_seed: int)
         assert cell.indices[part] == examples.x[:, 0, 0, 0].tolist()  # their numbers are their positions
         labels = dict(zip(whole.train.x[:, 0, 0, 0].tolist(), whole.train.y.tolist(), strict=True))  # type: ignore[union-attr]
         assert [labels[number] for number in cell.indices[part]] == examples.y.tolist()
+
+
+def test_of_few_labels_as_many_of_each_class_are_held_out(config: TrainConfig) -> None:
+    few = config.replace(data="digits", objective="joint", labels=50, num_train=500, num_unlabeled=50)
+    for seed in (0, 1):
+        whole, cell = (load_splits(few.replace(split_seed=seed, validation=v)) for v in (None, 0.2))
+        for part, count in (("train", 4), ("test", 1)):
+            assert getattr(cell, part).y.bincount().tolist() == [count] * 10
+        assert sorted(cell.indices["train"] + cell.indices["test"]) == whole.indices["train"]
+        assert (
+            len(cell.inputs) == len(whole.inputs) - 10
+        )  # the held-out images are not trained on, unlabeled either
+    with pytest.raises(DataError, match="1 training examples of a class"):
+        load_splits(few.replace(labels=10, validation=0.2))
+
+
+def test_few_held_out_examples_are_a_doubt() -> None:
+    cells = [Cell(Point(0.1), (0.3,)), Cell(Point(0.2), (0.4,))]
+    [doubt] = _doubts(cells, cells[0], {}, 100)
+    assert "100 held-out examples has a standard error of up to 5 points" in doubt
+    assert not list(_doubts(cells, cells[0], {}, 500))
 
 
 def test_what_is_held_out_is_drawn_by_the_split_seed_alone(config: TrainConfig) -> None:

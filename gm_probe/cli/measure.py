@@ -209,6 +209,8 @@ def measure(
         raise UsageError("NT-Xent reads no labels; give --unlabeled")
     if temperature is not None and not 0 < temperature < math.inf:
         raise UsageError(f"--temperature {temperature} must be a finite number above 0")
+    from gm_probe.core.records import CONFIG
+
     given, checkpoints = checkpoints, _expanded(checkpoints)
     if save and not all(path.is_dir() for path in checkpoints):
         raise UsageError("--save writes into run folders; give folders, or use --json > file")
@@ -216,9 +218,9 @@ def measure(
     for path in checkpoints:
         if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint")
-        if source is None and not path.is_dir():
+        if source is None and not (path.is_dir() or (path.parent / CONFIG).exists()):
             raise UsageError(
-                f"{path} is no run folder with data of its own; give --unlabeled or --labeled DATA"
+                f"{path} is no run folder with data of its own, nor in one; give --unlabeled or --labeled DATA"
             )
     data = DataOptions(**options)
     if source is None:

@@ -141,12 +141,16 @@ def tune(
     else:
         _print_table(tuner, cells, best, num_train, num_validation)
         click.echo(f"train with it:  {command}")
-    for text in _doubts(cells, best, {} if trials else values):
+    for text in _doubts(cells, best, {} if trials else values, num_validation):
         note(console, f"note: {text}")
     note(console, f"figure: {', '.join(map(str, figures))}")
 
 
 tune.params += [option for option in train.params if option.name not in NOT_TRAINS]
+
+
+FEW = 500
+"""Held-out examples, of which an error is known to 2 points."""
 
 
 def _bounds(name: str, values: Sequence[float]) -> tuple[float, float]:
@@ -170,10 +174,17 @@ def _print_trial(console: Console, trials: int | None, number_of: int, cell: Cel
     note(console, f"trial {number_of}/{trials}: {at}, validation error {number(cell.mean)}")
 
 
-def _doubts(cells: Sequence[Cell], best: Cell, grid: Mapping[str, Sequence[float]]) -> Iterator[str]:
+def _doubts(
+    cells: Sequence[Cell], best: Cell, grid: Mapping[str, Sequence[float]], num_validation: int
+) -> Iterator[str]:
     """What a reader must know before taking the best point for the best there is."""
     from gm_probe.sweep.tuning import rivals_of
 
+    if num_validation < FEW:
+        yield (
+            f"an error on {num_validation} held-out examples has a standard error of up to "
+            f"{50 / math.sqrt(num_validation):.2g} points: what lies closer together is not told apart"
+        )
     rivals = rivals_of(best, cells)
     if rivals:
         yield f"{len(rivals)} other point(s) tie with the best within one standard error; more --seeds tell them apart"

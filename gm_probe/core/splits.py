@@ -132,17 +132,28 @@ def _keep_labels(
 def hold_out(splits: Splits, share: float, seed: int) -> Splits:
     """``splits`` with ``share`` of the training part, at least one example, in the test part's place.
 
+    Of few labels, which are as many of each class, it is the same share of each.
+
     Raises:
         DataError: none would be left to train on.
     """
     train = splits.train
-    size = max(1, round(share * len(train)))
-    if size >= len(train):
-        raise DataError(
-            f"{train.source}: {len(train)} training examples are too few to hold out {size} of them"
-        )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    chosen = {"train": order[size:].sort().values, "test": order[:size].sort().values}
+    groups = [order]
+    if len(splits.inputs) > len(train):
+        assert train.y is not None
+        groups = [order[train.y[order] == index] for index in range(train.num_classes)]
+    held, left = [], []
+    for group in groups:
+        size = max(1, round(share * len(group)))
+        if size >= len(group):
+            of_class = f" of a class (of {len(train)})" if len(groups) > 1 else ""
+            raise DataError(
+                f"{train.source}: {len(group)} training examples{of_class} are too few to hold out {size} of them"
+            )
+        held.append(group[:size])
+        left.append(group[size:])
+    chosen = {"train": torch.cat(left).sort().values, "test": torch.cat(held).sort().values}
     positions = torch.tensor(splits.indices["train"])
     indices = {part: positions[of].tolist() for part, of in chosen.items()}
     kept = inputs = train.select(chosen["train"])

@@ -90,7 +90,7 @@ def tuning_sheet(name: str, rows: Sequence[tuple[Cell, ...]]) -> Iterator[Sheet]
             f"{name}-tuning",
             "Tuning",
             "Error on a tenth of the training part, which is held out, in %; seed 0",
-            ("data", "variant", "setting", "epochs", "error"),
+            ("data", "variant", "setting", "epochs", "error", "chosen"),
             tuple(rows),
             3,
         )

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from gm_probe.analysis.typeset import Cell
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import DivergedError, UsageError
 from gm_probe.probe.probe import Settings
 from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.finding import Finding, Task
@@ -154,12 +154,23 @@ def _tuned(
     trained(Recipe(dict(zip(names, cells, strict=True)), NOTHING, ()), folder, task)
     errors = Arm(place["label"], variant["label"], config, tuple(folder / name for name in names), "").errors
     known = [math.inf if error is None else error for error in errors]
+    if min(known) == math.inf:
+        raise DivergedError(
+            f"{task.name}: {variant['label']} on {place['label']} diverged at each of its {len(points)} points"
+        )
+    best = known.index(min(known))
     names_of_row = (Cell(place["label"]), Cell(variant["label"]))
     rows: list[tuple[Cell, ...]] = [
-        (*names_of_row, Cell(setting(cell)), Cell(str(cell.epochs)), Cell(percent([error])))
-        for cell, error in zip(cells, errors, strict=True)
+        (
+            *names_of_row,
+            Cell(setting(cell)),
+            Cell(str(cell.epochs)),
+            Cell(percent([error])),
+            Cell("yes" if i == best else ""),
+        )
+        for i, (cell, error) in enumerate(zip(cells, errors, strict=True))
     ]
-    return config.replace(**points[known.index(min(known))]), rows
+    return config.replace(**points[best]), rows
 
 
 def _plain(label: str) -> str:

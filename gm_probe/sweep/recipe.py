@@ -15,7 +15,7 @@ from gm_probe.core.devices import named_device
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import read_toml
 from gm_probe.core.models import builder
-from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES
+from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names
 from gm_probe.probe.probe import Protocol, Settings
 from gm_probe.probe.speed import BATCH_SIZE
 from gm_probe.sweep.design import DESIGNS, points
@@ -145,7 +145,23 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
         if name in runs:
             raise UsageError(f"recipe: the design names one run twice ({name})")
         runs[name] = config
-    return Recipe(runs, _plan(content.get("measure", {})), _group_by(content.get("correlate", {})))
+    plan = _plan(content.get("measure", {}))
+    if any(config.objective == "simclr" for config in runs.values()):
+        _require_of_views(plan, runs.values())
+    return Recipe(runs, plan, _group_by(content.get("correlate", {})))
+
+
+def _require_of_views(plan: MeasurePlan, configs: Collection[TrainConfig]) -> None:
+    """Raise UsageError for what of SimCLR encoders cannot be measured, before they are trained."""
+    check_names(plan.measures, labeled=True, coupled=True)
+    size = plan.batch_size or BATCH_SIZE
+    for config in configs:
+        images = [n for n in (config.num_unlabeled, plan.max_examples) if n is not None]
+        if plan.measures and config.objective == "simclr" and images and min(images) < size:
+            raise UsageError(
+                f"recipe: NT-Xent is measured on batches of {size} images, of which there are {min(images)}; set "
+                "measure.batch_size, or raise num_unlabeled or measure.max_examples"
+            )
 
 
 def _group_by(content: Mapping[str, Any]) -> tuple[str, ...]:

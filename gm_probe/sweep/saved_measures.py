@@ -30,12 +30,16 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
         return how, {}
     settings, scope, loading = how.settings.as_dict(), dict(how.scope), dict(how.loading)
     asked = {**settings, "max_examples": scope["max_examples"]}
-    if loading.get("head") == "simclr" and loading.get("batch_size") is None:
-        asked["batch_images"] = BATCH_SIZE
+    if loading.get("head") == "simclr":
+        if loading.get("batch_size") is None:
+            asked["batch_images"] = BATCH_SIZE
+        if loading.get("temperature") is None:
+            asked["temperature"] = read_run(run).config.get("temperature")
     kept = {key: recorded[key] for key in asked if key in recorded and key not in given}
     changed = {key: value for key, value in kept.items() if value != asked[key]}
-    if "batch_images" in changed:
-        loading["batch_size"] = changed["batch_images"]
+    for key, option in (("batch_images", "batch_size"), ("temperature", "temperature")):
+        if key in changed:
+            loading[option] = changed[key]
     ours: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in changed.items()

@@ -18,6 +18,13 @@ from gm_probe.training.config import TrainConfig
 from gm_probe.training.parts import check_splits
 from gm_probe.training.run import Training
 
+_LESS_MEMORY = {
+    "supervised": "accumulate gradients with --m, ",
+    "fixmatch": "lower --mu, ",
+    "joint": "lower --mu, ",
+}
+"""What an objective offers beside what all do."""
+
 
 def train(
     config: TrainConfig,
@@ -108,8 +115,8 @@ def _train(
             raise
         raise ResourceError(
             f"out of memory in epoch {training.epoch + 1} on batches of {config.batch_size} ({first_line(error)}); "
-            "accumulate gradients with --m, lower --batch-size or choose a smaller --model: another run, into another "
-            "--out"
+            f"{_LESS_MEMORY.get(config.objective, '')}lower --batch-size or choose a smaller --model: another run, "
+            "into another --out"
         ) from error
     except DivergedError as error:
         if processes.rank() == 0:

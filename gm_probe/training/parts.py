@@ -74,15 +74,16 @@ def check_splits(splits: Splits, run: Path) -> None:
         )
 
 
-def own_unlabeled(run: Path) -> Examples:
-    """The unlabeled part that a run folder was trained beside, labels dropped.
+def own_unlabeled(path: Path) -> Examples:
+    """The unlabeled part that a run folder, or a checkpoint file in one, was trained beside, labels dropped.
 
     Raises:
-        UsageError: the folder is no run.
+        UsageError: it is no run, nor in one.
         DataError: its data has changed since.
     """
+    run = path if path.is_dir() else path.parent
     if not (run / CONFIG).exists():
-        raise UsageError(f"{run} is no run folder; give --unlabeled or --labeled DATA")
+        raise UsageError(f"{path} is no run folder, nor in one; give --unlabeled or --labeled DATA")
     splits = load_splits(TrainConfig.from_record(read_run(run).config))
     check_splits(splits, run)
     return splits.unlabeled.unlabeled()
