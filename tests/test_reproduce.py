@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import json
 import re
@@ -611,16 +612,28 @@ def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):
 def test_few_labels_are_as_the_benchmark_tunes_them_and_alike_in_both_tables():
     folder = Path(__file__).parents[1] / "benchmarks"
     stages = [
-        tomllib.loads((folder / name).read_text())
-        for name in ("few-labels-tune.toml", "few-labels-tune-2.toml")
+        tomllib.loads((folder / f"few-labels-tune{name}.toml").read_text()) for name in ("", "-2", "-3")
     ]
-    assert stages[0]["base"] == stages[1]["base"]
-    first, second = ([TrainConfig.from_dict(s["base"] | one) for one in s["list"]] for s in stages)
+    assert stages[0]["base"] == stages[1]["base"] == stages[2]["base"]
+    tried = [TrainConfig.from_dict(s["base"] | one) for s in stages for one in s["list"]]
+
+    def point(config: TrainConfig) -> tuple[str, ...]:
+        known = ("objective", "method", "lr", "threshold", "rho", "beta")
+        return tuple("" if key in config.idle() else str(getattr(config, key)) for key in known)
+
+    with (folder / "results" / "few-labels-tune.csv").open() as file:
+        errors = {tuple(row[:6]): float(row[6]) for row in list(csv.reader(file))[1:]}
+    assert errors.keys() == {point(config) for config in tried}
     tables = [recipe(name).at("small") for name in ("tab3", "tab-fixmatch-sam")]
     for key in ("seeds", "split_by_seed", "measure"):  # so that runs of one serve the other
         assert tables[0][key] == tables[1][key]
     apart_from_numbers = [[methods._without(place, "published") for place in t["data"]] for t in tables]
     assert apart_from_numbers[0][:1] == apart_from_numbers[1]
+    assert tables[0]["variants"][3:] == [
+        {"objective": tables[1]["base"]["objective"], **shared, **variant}
+        for variant in tables[1]["variants"]
+        for shared in [{key: tables[1]["base"][key] for key in ("ema_decay", "lr", "threshold")}]
+    ]
     found: dict[str, TrainConfig] = {}
     for entry in tables:
         for variant in entry["variants"]:
@@ -629,14 +642,15 @@ def test_few_labels_are_as_the_benchmark_tunes_them_and_alike_in_both_tables():
             )
             assert found.setdefault(variant["label"], config) == config
     assert len(found) == 6
-    # every variant is a point that tuning tries, where only these differ
-    apart = {"num_test": 1000, "epochs": stages[0]["base"]["epochs"], "eval_every": 0}
+    # every variant is of its method's points the one of the least error there, where only these differ
+    apart = {"num_test": 1000, "eval_every": 0}
     for label, config in found.items():
         assert config.eval_every > 0
-        assert config.replace(**apart) in (first if label in {"SGD", "FixMatch"} else second), label
+        rivals = [c for c in tried if (c.objective, c.method) == (config.objective, config.method)]
+        assert config.replace(**apart) == min(rivals, key=lambda c: errors[point(c)]), label
     # rate and threshold of SGD and FixMatch are all the others' too
     for objective, label in (("joint", "SGD"), ("fixmatch", "FixMatch")):
-        others = [config for config in (*second, *found.values()) if config.objective == objective]
+        others = [c for c in found.values() if c.objective == objective]
         assert {(c.lr, c.threshold) for c in others} == {(found[label].lr, found[label].threshold)}
 
 
