@@ -166,8 +166,12 @@ def test_measures_of_single_examples_are_refused(name: str) -> None:
 def test_a_batch_is_neither_cut_nor_shared() -> None:
     with pytest.raises(UsageError, match="hang together"):
         batches().of_size(4)
-    with pytest.raises(UsageError, match="one process"):
-        batches().shard(0, 2)
+    shares = [batches().shard(rank, 2) for rank in range(2)]
+    assert [share.first for share in shares] == [0, 2 * BATCH]
+    assert [len(share) for share in shares] == [1, 2]
+    assert torch.equal(torch.cat([share.examples.x for share in shares]), batches().examples.x)
+    with pytest.raises(DataError, match="3 batches do not go round 4 processes"):
+        batches().shard(0, 4)
     with pytest.raises(DataError, match="do not fill"):
         Batches(images(), batch_size=4, coupled=True)
     with pytest.raises(DataError, match="too few for a batch of 14"):

@@ -75,6 +75,33 @@ def test_two_processes_give_what_one_gives(folder: Path) -> None:
             assert rows[1][name][figure] == expected, (name, figure)
 
 
+def test_two_processes_measure_a_simclr_encoder_as_one_does(tmp_path: Path) -> None:
+    settings = {"model": "mlp-4", "objective": "simclr", "num_train": 40, "num_unlabeled": 26, "num_test": 20}
+    train(TrainConfig(**settings, batch_size=10, epochs=1), tmp_path / "run")
+    names = "local_inconsistency,fisher_lambda_max,hessian_lambda_max,fisher_trace,cross_entropy"
+    found = []
+    for number in (1, 2):  # three batches: shares of one and two
+        done = call(
+            f"measure run --head simclr --batch-size 8 --measures {names} --dtype float64 --json -q".split(),
+            number,
+            tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        [result] = json.loads(done.stdout)
+        assert (result["settings"]["processes"], result["settings"]["num_images"]) == (number, 24)
+        found.append(
+            {name: (row["value"], row["stderr_examples"]) for name, row in result["measures"].items()}
+        )
+    for name, one in found[0].items():
+        assert found[1][name] == pytest.approx(one, rel=1e-6), name
+    done = call(
+        ["measure", "run", "--head", "simclr", "--batch-size", "20", "--measures", "cross_entropy", "-q"],
+        2,
+        tmp_path,
+    )
+    assert "1 batches do not go round 2 processes" in done.stderr
+
+
 def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(tmp_path: Path) -> None:
     settings = {"model": "mlp-4", "num_train": 40, "num_unlabeled": 23, "num_test": 20, "epochs": 1}
     for seed in range(2):

@@ -20,6 +20,14 @@ from gm_probe.training.rules import METHODS
 # 203 examples in batches of 64: the last batch is one of 11, which two processes share unequally
 SHARED = {**BASE, "num_train": 203, "epochs": 2, "lr": 0.05, "eval_every": 1, "track_every": 1}
 FEW = {**SHARED, "num_train": 80, "labels": 20, "batch_size": 10, "mu": 3}
+VIEWS = {
+    **SHARED,
+    "objective": "simclr",
+    "num_train": 90,
+    "batch_size": 16,
+    "probe_every": 1,
+    "eval_every": 0,
+}
 RUNS: dict[str, dict[str, Any]] = {
     **{method: {**SHARED, "method": method} for method in METHODS},
     "iam-s loss": {**SHARED, "method": "iam-s", "sign": "loss", "m": 16, "num_train": 204},
@@ -44,12 +52,17 @@ RUNS: dict[str, dict[str, Any]] = {
         for method in ("sgd", "sam", "iam-d")
     },
     "fixmatch mask": {**FEW, "objective": "fixmatch", "threshold": 0.18, "unlabeled_mean": "mask"},
+    "simclr sgd": VIEWS,
+    "simclr iam-d": {**VIEWS, "method": "iam-d", "k_steps": 2},
+    "simclr sam": {**VIEWS, "method": "sam", "clip_norm": 0.5},
     "batch norm": {**SHARED, "model": "wrn-10-1", "num_train": 32, "batch_size": 16, "epochs": 1},
 }
 REFUSED = {
     "too few": {**SHARED, "num_train": 65, "batch_size": 64},
     "odd batch": {**FEW, "objective": "fixmatch", "batch_size": 5},
     "odd m": {**SHARED, "m": 5},
+    "odd views": {**VIEWS, "batch_size": 15},
+    "one batch to track": {**VIEWS, "num_unlabeled": 20},
     "a part left over": {**SHARED, "num_train": 65, "batch_size": 65, "m": 32},
 }
 
@@ -86,7 +99,7 @@ def test_two_processes_train_what_one_trains(name: str, folder: Path) -> None:
     for ours, theirs in zip(rows(two), rows(one), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     summaries = [{**read_run(run).summary, "train_seconds": 0} for run in (one, two)]
-    assert [(s.pop("status"), s.pop("met_stop_ce")) for s in summaries] == [("finished", None)] * 2
+    assert [(s.pop("status"), s.pop("met_stop_ce", None)) for s in summaries] == [("finished", None)] * 2
     assert summaries[1] == pytest.approx(summaries[0], rel=1e-3, abs=1e-5)
 
 
@@ -112,6 +125,8 @@ def test_rules_under_ddp_give_the_gradient_of_all_examples(method: str, folder: 
         ("too few", "too few for 2 processes"),
         ("odd batch", "does not go evenly round 2"),
         ("odd m", "m = 5"),
+        ("odd views", "15 images does not go evenly round 2"),
+        ("one batch to track", "1 batches of 16, fewer than 2 processes"),
         ("a part left over", "without its part"),
     ],
 )

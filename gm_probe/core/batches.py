@@ -149,14 +149,16 @@ class Batches:
     def shard(self, rank: int, count: int) -> Batches:
         """The part of process ``rank`` of ``count``: neighbouring examples, as many to each as can be.
 
+        Batches whose examples hang together are not cut.
+
         Raises:
-            DataError: fewer examples than processes.
+            DataError: fewer examples, or such batches, than processes.
         """
-        if count > self.num_examples:
-            raise DataError(f"{self.num_examples} examples do not go round {count} processes; use fewer")
-        if self.coupled and count > 1:
-            raise UsageError("a batch whose examples hang together is not shared: use one process")
-        bounds = [self.num_examples * i // count for i in (rank, rank + 1)]
+        size, name = (self.batch_size, "batches") if self.coupled else (1, "examples")
+        units = self.num_examples // size
+        if count > units:
+            raise DataError(f"{units} {name} do not go round {count} processes; use fewer")
+        bounds = [units * i // count * size for i in (rank, rank + 1)]
         part = copy(self)
         part.examples, part.first = self.examples.select(torch.arange(*bounds)), bounds[0]
         return part

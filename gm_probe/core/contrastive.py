@@ -8,7 +8,8 @@
     rule.backward(torch.cat([one_view, other_view]), partners(len(one_view)))
 
 NT-Xent is the cross-entropy of these logits with each view's partner as its label, and the inconsistency term is
-taken over them. They couple a batch: it cannot be cut (``m``), nor shared by processes.
+taken over them. They couple a batch: it cannot be cut (``m``). In training several processes share one, each with as
+many images: its views are compared with those of all, in the order of ranks. In eval mode its batches are its own.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gm_probe.core.errors import UsageError
-from gm_probe.core.processes import count
-
-ONE_PROCESS = "NT-Xent compares all views of a batch: use one process"
+from gm_probe.core.processes import gather_with_gradient, rank
 
 
 def projector(features: int, width: int = 128) -> nn.Sequential:
@@ -44,10 +43,8 @@ class Contrastive(nn.Module):
         self.encoder, self.head, self.temperature = encoder, head, temperature
 
     def forward(self, views: Tensor) -> Tensor:
-        """(2B, 2B - 1) logits."""
-        if count() > 1:
-            raise UsageError(ONE_PROCESS)
-        return nt_xent_logits(self.head(self.features(views)), self.temperature)
+        """(2B, 2B - 1) logits; in training shared by W processes (2B, 2BW - 1)."""
+        return nt_xent_logits(self.head(self.features(views)), self.temperature, shared=self.training)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, D), what a linear probe reads.
@@ -83,20 +80,25 @@ def as_encoder(classifier: nn.Module) -> tuple[nn.Module, int]:
     return classifier, head.in_features
 
 
-def nt_xent_logits(outputs: Tensor, temperature: float) -> Tensor:
-    """Cosine similarities of each of ``outputs`` (n, D) with all others, over τ: (n, n - 1), at least float32."""
+def nt_xent_logits(outputs: Tensor, temperature: float, *, shared: bool = False) -> Tensor:
+    """Cosine similarities of each of ``outputs`` (n, D) with all others, over τ: (n, n - 1), at least float32.
+
+    ``shared``: the others are those of all W processes, in the order of ranks: (n, Wn - 1).
+    """
     outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     directions = functional.normalize(outputs, dim=1)
-    n = len(directions)
+    every = gather_with_gradient(directions) if shared else directions
+    n, total = len(directions), len(every)
     with torch.autocast(outputs.device.type, enabled=False):
-        similarities = directions @ directions.T / temperature
-    # without the diagonal: a logit of -∞ would put NaN into the KL
-    others = ~torch.eye(n, dtype=torch.bool, device=outputs.device)
-    return similarities[others].view(n, n - 1)
+        similarities = directions @ every.T / temperature
+    # without the view itself: a logit of -∞ would put NaN into the KL
+    others = torch.ones(n, total, dtype=torch.bool, device=outputs.device)
+    others.diagonal(n * rank() if shared else 0).fill_(False)
+    return similarities[others].view(n, total - 1)
 
 
-def partners(images: int, device: torch.device | None = None) -> Tensor:
-    """(2B,) the column in which each of 2B views finds the other view of its image."""
-    # of the first views the diagonal lies left of the partner, which moves it up by one
-    index = torch.arange(images, device=device)
+def partners(images: int, before: int = 0) -> Tensor:
+    """(2B,) the column in which each of 2B views finds the other view of its image, ``before`` other views."""
+    # of the first views the view itself lies left of the partner, which moves it up by one
+    index = torch.arange(images) + before
     return torch.cat([index + images - 1, index])

@@ -72,6 +72,29 @@ def gather_examples(values: Tensor) -> Tensor:
     return torch.cat(from_all(values.cpu())).to(values.device)
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(count())]
+        distributed.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        # of the sum of all processes' losses: each has looked at every part
+        total = sum_over_processes(slopes[0].clone(memory_format=torch.contiguous_format))
+        return total.chunk(count())[rank()]
+
+
+def gather_with_gradient(own: Tensor) -> Tensor:
+    """Join (n, ...) tensors of one shape, one of each process, to (W·n, ...) in the order of ranks.
+
+    The gradient that comes back is that of the sum of what all processes make of it.
+    """
+    joined: Tensor = _Gather.apply(own) if _together() else own
+    return joined
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """Join the processes that ``torchrun`` started (gloo on CPU, nccl on GPU); without torchrun, do nothing."""

@@ -12,7 +12,7 @@ import torch
 
 from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
-from gm_probe.core.contrastive import ONE_PROCESS, Contrastive
+from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment
 from gm_probe.core.errors import DataError, ProbeError, UsageError, first_line, out_of_memory
@@ -116,8 +116,6 @@ def _check_head(checkpoint: Checkpoint, head: str, temperature: float | None) ->
         raise UsageError(f"{path} holds a classifier, without SimCLR's projector; leave --head simclr out")
     if not simclr and temperature is None:
         raise UsageError(f"{path} records no temperature; give --temperature")
-    if count() > 1:
-        raise UsageError(ONE_PROCESS)
     return True
 
 

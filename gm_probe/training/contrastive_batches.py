@@ -41,7 +41,7 @@ def contrastive_batches(
     keys = torch.randperm(len(examples), generator=generator)[: count * images].split(images)
     views = []
     for x in taken(examples.x, keys):
-        views += [see(x, draw_views(x, generator)) for _ in range(2)]
+        views += [see(x, draw_views(x.shape, generator)) for _ in range(2)]
     y = partners(images).repeat(count)
     return Batches(
         Examples(torch.cat(views), y, (), examples.source),

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gm_probe.core.contrastive import ONE_PROCESS, partners
+from gm_probe.core.contrastive import partners
 from gm_probe.core.errors import UsageError
-from gm_probe.core.processes import count
+from gm_probe.core.processes import count, rank
 from gm_probe.core.splits import Splits
 from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
 from gm_probe.training.config import TrainConfig
@@ -131,8 +131,11 @@ class ViewsFeed(Feed):
     rows = 2
 
     def __init__(self, config: TrainConfig, splits: Splits) -> None:
-        if count() > 1:
-            raise UsageError(ONE_PROCESS)
+        if config.batch_size % count():
+            raise UsageError(
+                f"a batch of {config.batch_size} images does not go evenly round {count()} processes; "
+                "choose another --batch-size"
+            )
         require_images(splits.inputs.x)
         self.config, self.inputs = config, len(splits.inputs)
         self.steps = self.inputs // config.batch_size
@@ -147,10 +150,11 @@ class ViewsFeed(Feed):
         return order[: self.examples].split(self.config.batch_size)
 
     def views(self, x: Tensor, chosen: Tensor, mine: slice, generator: torch.Generator) -> Tensor:
-        return torch.cat([see(x, draw_views(x, generator)) for _ in range(2)])
+        shape = (len(chosen), *x.shape[1:])
+        return torch.cat([see(x, draw_views(shape, generator).of(mine)) for _ in range(2)])
 
     def labels(self, mine: Tensor) -> Tensor:
-        return partners(len(mine))
+        return partners(len(mine), before=rank() * 2 * len(mine))
 
 
 def _passes(size: int, length: int, generator: torch.Generator) -> Tensor:

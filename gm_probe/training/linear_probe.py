@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
+from gm_probe.core import processes
 from gm_probe.core.batches import Batches
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.errors import DivergedError
@@ -24,11 +25,14 @@ LR = 0.02
 def features(model: Contrastive, batches: Batches) -> Tensor:
     """(N, D) features of the encoder, in eval mode and without the projector; the mode is restored.
 
+    Of several processes each takes its share, and all return the whole.
+
     Raises:
         DivergedError: some are not finite.
     """
+    part = batches.shard(processes.rank(), processes.count())
     with evaluating(model), torch.no_grad():
-        found = torch.cat([model.features(batch.x).float() for batch in batches])
+        found = processes.gather_examples(torch.cat([model.features(batch.x).float() for batch in part]))
     if not bool(torch.isfinite(found).all()):
         raise DivergedError(f"the encoder's features of {batches.examples.source} are not finite")
     return found

@@ -140,6 +140,14 @@ class Training:
         self.evaluation = (ProbeEvaluation if self.simclr else Evaluation)(
             config, self._batches(train), self._batches(self.splits.test), self.splits.num_classes
         )
+        if self.simclr and config.track_every > 0:
+            batches = len(self.splits.unlabeled) // self._images
+            if batches < processes.count():
+                raise UsageError(
+                    f"S_ρ cannot be tracked: {len(self.splits.unlabeled)} unlabeled images are {batches} batches of "
+                    f"{self._images}, fewer than {processes.count()} processes; raise --num-unlabeled, or leave out "
+                    "--track-every"
+                )
         self._writes = processes.rank() == 0
         self._mine = slice(processes.rank(), None, processes.count())  # of every batch
 
@@ -310,10 +318,15 @@ class Training:
         unlabeled = self.splits.unlabeled.unlabeled()
         if not self.simclr:
             return self._batches(unlabeled).shard(processes.rank(), processes.count())
-        images = min(self.config.batch_size, len(unlabeled))
-        return contrastive_batches(
-            unlabeled, self.normalization, images=images, seed=self.config.seed, device=self.device
+        whole = contrastive_batches(
+            unlabeled, self.normalization, images=self._images, seed=self.config.seed, device=self.device
         )
+        return whole.shard(processes.rank(), processes.count())
+
+    @property
+    def _images(self) -> int:
+        """A batch that S_ρ of a SimCLR encoder is taken over."""
+        return min(self.config.batch_size, len(self.splits.unlabeled))
 
     def _keep_best(self, test_error: float) -> None:
         if test_error < min(Evaluation.tested(self.rows), default=math.inf):

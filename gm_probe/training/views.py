@@ -7,8 +7,8 @@ torchvision's transforms of the same names; each image has draws of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class Draws:
     factors: Tensor
     order: Tensor
 
+    def of(self, mine: slice) -> Draws:
+        """Those of the images at ``mine``."""
+        return Draws(*(getattr(self, field.name)[..., mine] for field in fields(self)))
+
 
 def require_images(x: Tensor | ImageFiles) -> None:
     """Raise UsageError unless x are grey or RGB images of 8 bits."""
@@ -59,9 +63,9 @@ def require_images(x: Tensor | ImageFiles) -> None:
         )
 
 
-def draw_views(images: Tensor, generator: torch.Generator) -> Draws:
-    """Draws for each of ``images`` (B, C, H, W), from a generator on the CPU."""
-    count, _, height, width = images.shape
+def draw_views(shape: Sequence[int], generator: torch.Generator) -> Draws:
+    """Draws for each image of a batch of ``shape`` (B, C, H, W), from a generator on the CPU."""
+    count, _, height, width = shape
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * torch.rand(*shape, count, generator=generator)
