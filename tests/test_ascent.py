@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 from gm_probe.core.batches import Batches
 from gm_probe.core.parameters import Parameters
 from gm_probe.probe.ascent import (
+    JOINED,
     FisherByDifference,
+    Maximum,
     ProbeDivergence,
     ascend,
     kl_gradient,
@@ -251,16 +254,25 @@ def test_an_ascent_that_falls_behind_is_abandoned() -> None:
     def objective(d: Tensor) -> tuple[float, Tensor]:
         return float(d @ matrix @ d) / 2, matrix @ d
 
+    def at(value: float) -> Maximum:
+        return replace(alone, delta=-alone.delta, value=value)
+
     start = torch.tensor([1.0, 0.05], dtype=torch.float64)
     alone = maximize(objective, start, 1.0, tolerance=1e-6)
     assert (alone.converged, alone.abandoned) == (True, False)
     assert alone.value == pytest.approx(2, rel=1e-5)
-    behind = maximize(objective, start, 1.0, tolerance=1e-6, rival=1.9)
+    behind = maximize(objective, start, 1.0, tolerance=1e-6, rival=at(1.9))
     assert (behind.converged, behind.abandoned) == (False, True)
     assert len(behind.gains) < len(alone.gains)
     gain = behind.gains[-1]
     assert behind.value * (1 + gain) ** 2 < 1.9
-    ahead = maximize(objective, start, 1.0, tolerance=1e-6, rival=0.4)
+    # of an ascent that ended in the same place it stops as soon as it is near
+    near = maximize(objective, start, 1.0, tolerance=1e-6, rival=replace(alone, value=100.0))
+    assert (near.converged, near.abandoned, near.joined) == (False, True, False)  # as long as that is far
+    near = maximize(objective, alone.delta + 0.2 * start, 1.0, tolerance=1e-6, rival=alone)
+    assert (near.converged, near.abandoned, near.joined) == (False, False, True)
+    assert float(near.delta @ alone.delta) > JOINED
+    ahead = maximize(objective, start, 1.0, tolerance=1e-6, rival=at(0.4))
     assert (ahead.value, ahead.abandoned) == (alone.value, False)
 
 

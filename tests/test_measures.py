@@ -380,7 +380,8 @@ def test_batch_size_does_not_matter(case: Case, batch_size: int) -> None:
 def test_training_mode_is_not_measured() -> None:
     case = BY_NAME["batch-norm-cnn"]
     expected = values(case.model, case.batches(), list(MEASURES))
-    assert values(case.model.train(), case.batches(), list(MEASURES)) == expected
+    # to rounding: of equally good ways to a product the faster is taken, by the clock
+    assert_same(values(case.model.train(), case.batches(), list(MEASURES)), expected)
 
 
 def test_seed() -> None:

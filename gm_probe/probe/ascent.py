@@ -163,6 +163,7 @@ class Maximum:
         alignment: cosine of δ and the gradient; 1 at a stationary point of the sphere.
         converged: the last full step gained less than the tolerance.
         abandoned: it stopped early, for it fell behind.
+        joined: it stopped early, for it came where another ascent had ended.
     """
 
     delta: Tensor
@@ -171,6 +172,12 @@ class Maximum:
     alignment: float
     converged: bool
     abandoned: bool
+    joined: bool
+
+
+JOINED = 0.95
+"""Cosine of two ascents' δ from which they count as in one basin. At ρ = 0.1 on a resnet20 and a 6CNN all that came so
+near went on to the same end; at ρ = 1, where maxima lie closer, none came so near."""
 
 
 def maximize(
@@ -180,7 +187,8 @@ def maximize(
     *,
     tolerance: float = 1e-3,
     max_steps: int = 50,
-    rival: float = 0.0,
+    first: tuple[float, Tensor] | None = None,
+    rival: Maximum | None = None,
 ) -> Maximum:
     """Ascend on the sphere ‖δ‖ = ρ until a step gains less than ``tolerance`` relative.
 
@@ -190,13 +198,15 @@ def maximize(
     Args:
         objective: maps δ (P,) to the mean KL and its gradient.
         start: (P,) direction to start in.
-        rival: value of another ascent; one that would not reach it by two more gains like its last is abandoned.
+        first: what the objective is there, where it is known.
+        rival: another ascent's end; one that comes there, or would not reach its value by two more gains like its
+            last, goes no further.
     """
     delta = to_sphere(start, radius)
-    value, gradient = objective(delta)
+    value, gradient = objective(delta) if first is None else first
     gains: list[float] = []
     step = float("inf")  # in radii; infinite = Algorithm 1's full step
-    converged = abandoned = False
+    converged = abandoned = joined = False
     for _ in range(max_steps):
         if not float(gradient.norm()):  # a flat divergence has no ascent direction
             converged = True
@@ -215,10 +225,12 @@ def maximize(
         if gain <= tolerance and step >= 1:
             converged = True
             break
-        if value * (1 + gain) ** 2 < rival:
-            abandoned = True
-            break
+        if rival is not None and value <= rival.value:
+            joined = float(delta @ rival.delta) > JOINED * radius**2
+            abandoned = not joined and value * (1 + gain) ** 2 < rival.value
+            if joined or abandoned:
+                break
         step = step * 2 if step < 4 else float("inf")
     norms = float(gradient.norm()) * float(delta.norm())
     alignment = float(gradient @ delta) / norms if norms else 1.0
-    return Maximum(delta, value, tuple(gains), alignment, converged, abandoned)
+    return Maximum(delta, value, tuple(gains), alignment, converged, abandoned, joined)

@@ -90,42 +90,48 @@ def converged(probe: Probe) -> Figure:
 
 
 def _converged_at(probe: Probe, rho: float) -> Figure:
-    settings = probe.settings
-    top = probe.fisher_top
+    settings, top = probe.settings, probe.fisher_draft
+    ends: dict[str, Maximum] = {}
+    reached: dict[str, float] = {}  # of an ascent that joined another, by that one
 
-    def up(start: Tensor, rival: float) -> Maximum:
-        return maximize(
+    def go(name: str, start: Tensor, first: tuple[float, Tensor] | None = None) -> Maximum:
+        """Ascend from ``start``, and return the best end so far."""
+        leader = max(ends.values(), key=lambda end: end.value, default=None)
+        end = maximize(
             probe.divergence.value_and_gradient,
             start,
             rho,
             tolerance=settings.ascent_tolerance,
             max_steps=settings.max_iterations,
-            rival=rival,
+            first=first,
+            rival=leader,
         )
+        ends[name] = end
+        reached[name] = leader.value if leader is not None and end.joined else end.value
+        return end if leader is None or end.value > leader.value else leader
 
     # the two signs of v₁ end 12-43 % apart beyond the quadratic regime: the more promising one first
     signed = {"+v1": to_sphere(top.vector, rho), "-v1": to_sphere(-top.vector, rho)}
-    values = {name: float(probe.divergence.terms(start).double().mean()) for name, start in signed.items()}
-    ends: dict[str, Maximum] = {}
-    for name in sorted(signed, key=values.__getitem__, reverse=True):
-        ends[name] = up(signed[name], max((end.value for end in ends.values()), default=0.0))
-    # noise guards against a poor v₁
+    firsts = {name: probe.divergence.value_and_gradient(start) for name, start in signed.items()}
+    for name in sorted(signed, key=lambda name: firsts[name][0], reverse=True):
+        best = go(name, signed[name], firsts[name])
+    # noise guards against a poor v₁, and finds other maxima
     for i, noise in enumerate(islice(probe.starts(), 2)):
         # a raw noise direction is flat: one step of Algorithm 1 first
-        start = ascend(probe.divergence.gradient, noise, rho, 1)
-        ends[f"noise {i}"] = up(start, max(end.value for end in ends.values()))
-    best = max(ends.values(), key=lambda end: end.value)
-    second = sorted(end.value for end in ends.values())[-2]
+        best = go(f"noise {i}", ascend(probe.divergence.gradient, noise, rho, 1))
+    second = sorted(reached.values())[-2]
     quadratic = rho**2 / 2 * top.value if top.converged else 0.0
     details = {
         "protocol": "converged",
         "starts": {name: end.value for name, end in ends.items()},
         "steps": {name: len(end.gains) for name, end in ends.items()},
         "abandoned": [name for name, end in ends.items() if end.abandoned],
+        "joined": [name for name, end in ends.items() if end.joined],
         "runner_up": second / best.value if best.value > 0 else None,
         "alignment": best.alignment,
         "gains": list(best.gains),
         "quadratic_ratio": best.value / quadratic if quadratic > 0 else None,
+        "quadratic_residual": top.residual / top.value if quadratic > 0 else None,
     }
     return best.value, None, example_error(probe.divergence.terms(best.delta)), best.converged, details
 

@@ -255,19 +255,25 @@ class Probe:
         return "predicted" if self.labels is None else "given"
 
     @cached_property
-    def fisher_top(self) -> Eigenpair:
-        """The Fisher matrix's top eigenpair: found by difference products, certified by an exact one."""
+    def fisher_draft(self) -> Eigenpair:
+        """The Fisher matrix's top eigenpair by difference products: good to start an ascent from."""
         draft = replace(self.fisher, matvec=FisherByDifference(self.divergence))
-        tolerance, limit = self.settings.eigen_tolerance, self.settings.max_iterations
         # a difference product's own error, half a percent, is no tolerance to wait for; where it is more, as on tiny
         # networks, the draft stalls
-        found = lanczos(
+        return lanczos(
             draft,
             generator=self.generator("fisher"),
-            tolerance=max(tolerance, 0.01),
-            max_iterations=min(limit, DRAFT),
+            tolerance=max(self.settings.eigen_tolerance, 0.01),
+            max_iterations=min(self.settings.max_iterations, DRAFT),
         )
-        exact = certified(self.fisher, found, tolerance=tolerance, max_iterations=limit)
+
+    @cached_property
+    def fisher_top(self) -> Eigenpair:
+        """``fisher_draft``, certified by an exact product."""
+        found, settings = self.fisher_draft, self.settings
+        exact = certified(
+            self.fisher, found, tolerance=settings.eigen_tolerance, max_iterations=settings.max_iterations
+        )
         return replace(exact, iterations=found.iterations + exact.iterations)
 
     @cached_property
