@@ -8,7 +8,7 @@ from gm_probe.analysis import definitions
 from gm_probe.analysis.provenance import Provenance
 from gm_probe.analysis.results import Details, MeasureStatistics, Quantity, SweepStatistics
 from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
-from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, two_decimals
+from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, shared_remarks, two_decimals
 
 NAMED = 20
 """Runs that a cell names before it counts the rest."""
@@ -180,6 +180,7 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
         )
         if result.p is not None and result.p_reason:
             notes.append(f"p of {measure.name}, {SHORT[gap]}: {result.p_reason}")
+    notes = shared_remarks(notes)
     notes += [
         f"{measure.name}: {text}" for measure, _ in rows for text in (*measure.warnings, *measure.notes)
     ]

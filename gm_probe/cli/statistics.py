@@ -76,6 +76,7 @@ def as_rows(statistics: SweepStatistics) -> list[dict[str, Any]]:
 def print_tables(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
     """One table a gap: side by side they would not fit 60 columns."""
     from gm_probe.analysis.table import GAPS
+    from gm_probe.analysis.typeset import shared_remarks
 
     console = results_console()
     for gap in gaps:
@@ -98,7 +99,7 @@ def print_tables(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
         columns = ["measure", "τ-b", "95 %", "p", "n", "beware"]
         width = 6 if any(row[5] for row in rows) else 5
         console.print(table(f"{gap}: {GAPS[gap]}", columns[:width], [row[:width] for row in rows]))
-        for line in _shared(remarks):
+        for line in shared_remarks(remarks):
             console.print(line, markup=False, highlight=False)
     for line in warnings(statistics.measures):
         console.print(line, style="bold", markup=False, highlight=False)
@@ -323,13 +324,3 @@ def _interval(low: float | None, high: float | None) -> str:
 
 def _signed(value: float | None) -> str:
     return "—" if value is None else f"{value:+.3f}".replace("-", "−")
-
-
-def _shared(remarks: Sequence[str]) -> list[str]:
-    """Remarks that differ in the name alone become one."""
-    names: dict[str, list[str]] = {}
-    for remark in remarks:
-        name, _, text = remark.partition(": ")
-        names.setdefault(text, []).append(name)
-    return [f"{'; '.join(some[:3])}{f' and {len(some) - 3} more' if len(some) > 3 else ''}: {text}"
-            for text, some in names.items()]  # fmt: skip
