@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -170,6 +171,12 @@ def in_place_product(layers: nn.ModuleList, x: Tensor) -> Tensor:
     return x
 
 
+def multiplied(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    x = layers[0](x)
+    with warnings.catch_warnings(action="ignore"):  # deprecated, and in use
+        return x.scatter(1, torch.zeros(len(x), 1, dtype=torch.int64), x[:, 1:2], reduce="multiply")
+
+
 def masked(layers: nn.ModuleList, x: Tensor) -> Tensor:
     x = layers[0](x)
     return layers[1](torch.where(functional.gelu(x) > 0, x, 0.1 * x) + x.argmax(1, keepdim=True))
@@ -281,6 +288,10 @@ CURVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "quotient": (
         lambda: Net(lambda layers, x: x / layers[0](x).abs().clamp(min=1), linear()),
         "aten.div is not affine in its 'other' (reached by parameter 'layers.0.bias')",
+    ),
+    "a scatter that multiplies": (
+        lambda: Net(multiplied, linear()),
+        "aten.scatter multiplies (reached by parameter 'layers.0.bias')",
     ),
     "weight norm": (lambda: parametrizations.weight_norm(linear()), "aten._weight_norm_interface is not"),
     "spectral norm": (

@@ -272,6 +272,9 @@ def test_an_ascent_that_falls_behind_is_abandoned() -> None:
     near = maximize(objective, alone.delta + 0.2 * start, 1.0, tolerance=1e-6, rival=alone)
     assert (near.converged, near.abandoned, near.joined) == (False, False, True)
     assert float(near.delta @ alone.delta) > JOINED
+    # nor does it stop at one that had not ended itself
+    cut_short = replace(alone, converged=False)
+    assert not maximize(objective, alone.delta + 0.2 * start, 1.0, tolerance=1e-6, rival=cut_short).joined
     ahead = maximize(objective, start, 1.0, tolerance=1e-6, rival=at(0.4))
     assert (ahead.value, ahead.abandoned) == (alone.value, False)
 

@@ -546,6 +546,17 @@ def test_what_two_figures_share_is_taken_once() -> None:
     assert alone.num_evals == pytest.approx(sum(rows[name].num_evals for name in names[:2]), abs=2e-3)
 
 
+def test_effective_rank_does_not_hang_on_further_eigenvalues() -> None:
+    case = BY_NAME["batch-norm-cnn"]
+    settings = Settings(top_eigenvalues=8, max_iterations=10, eigen_tolerance=0.01)
+    rows = measure(case.model, case.batches(), ["fisher_lambda_max", "effective_rank"], settings).rows
+    listed = [row["converged"] for row in rows["fisher_lambda_max"].details["eigenvalues"]]
+    assert listed[0]
+    assert not all(listed)
+    assert not rows["fisher_lambda_max"].converged
+    assert rows["effective_rank"].converged
+
+
 def test_an_estimator_coarser_than_the_target_is_told() -> None:
     case = BY_NAME["tanh-mlp"]
     names = ["fisher_lambda_max", "cross_entropy"]

@@ -492,6 +492,23 @@ def test_batch_norm_sees_one_clean_pass(rule: str) -> None:
         assert torch.equal(buffer, expected[name]), name
 
 
+class Shifting(nn.Sequential):
+    """Begins by an operation in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_model_that_writes_to_its_input(rule: str) -> None:
+    x, y = data()
+    before = x.clone()
+    found = rule_gradient(rule, make(lambda: Shifting(*tanh_mlp())), x, y)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(found, rule_gradient(rule, make(), x - 0.5, y), **CLOSE)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_accumulate_as_backward_does(rule: str) -> None:
     model, (x, y) = make(), data()

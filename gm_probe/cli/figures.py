@@ -149,7 +149,7 @@ def warn(result: dict[str, Any]) -> None:
             note(
                 console,
                 f"note: {name}: the estimator alone errs by {row['estimator_above_target']:.2g} of it, more than "
-                "--target-error, whatever the examples; lower --trace-tolerance or --eigen-tolerance",
+                f"--target-error, whatever the examples; {_finer(row)}",
             )
         # within the quadratic regime v₁'s basin is the one: others are behind, or were abandoned on their way into it
         if row.get("runner_up") is not None and row["runner_up"] < ALONE and _beyond_quadratic(row):
@@ -165,6 +165,12 @@ def warn(result: dict[str, Any]) -> None:
             f"warning: the error {error:.3f} is near chance for {result['num_classes']} classes; class folders are "
             "numbered in sorted order: check that this is the checkpoint's order, and its normalisation",
         )
+
+
+def _finer(row: dict[str, Any]) -> str:
+    if "num_starts" in row:
+        return "raise --starts"
+    return "lower --trace-tolerance" if "num_probes" in row else "lower --eigen-tolerance"
 
 
 def _beyond_quadratic(row: dict[str, Any]) -> bool:

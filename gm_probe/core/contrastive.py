@@ -97,8 +97,12 @@ def nt_xent_logits(outputs: Tensor, temperature: float, *, shared: bool = False)
     return similarities[others].view(n, total - 1)
 
 
-def partners(images: int, before: int = 0) -> Tensor:
-    """(2B,) the column in which each of 2B views finds the other view of its image, ``before`` other views."""
+def partners(images: int, before: int | None = None) -> Tensor:
+    """(2B,) the column in which each of 2B views finds the other view of its image.
+
+    Args:
+        before: views of other processes that stand before this one's; None: of a batch that all share, by rank.
+    """
     # of the first views the view itself lies left of the partner, which moves it up by one
-    index = torch.arange(images) + before
+    index = torch.arange(images) + (2 * images * rank() if before is None else before)
     return torch.cat([index + images - 1, index])

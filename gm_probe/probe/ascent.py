@@ -226,7 +226,7 @@ def maximize(
             converged = True
             break
         if rival is not None and value <= rival.value:
-            joined = float(delta @ rival.delta) > JOINED * radius**2
+            joined = rival.converged and float(delta @ rival.delta) > JOINED * radius**2
             abandoned = not joined and value * (1 + gain) ** 2 < rival.value
             if joined or abandoned:
                 break

@@ -135,7 +135,9 @@ def _corrected(probe: Probe, fisher: Trace) -> Trace:
 
 def effective_rank(probe: Probe) -> Figure:
     """tr F / λ_max(F): over how many directions the curvature is spread."""
-    top, top_error, top_examples, top_converged, _ = fisher_lambda_max(probe)
+    top, top_error, top_examples, top_converged, listed = fisher_lambda_max(probe)
+    if "eigenvalues" in listed:  # of which the others do not matter here
+        top_converged = listed["eigenvalues"][0]["converged"]
     total, error, examples, converged, details = fisher_trace(probe)
     assert top is not None
     assert total is not None

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from gm_probe.core.parameters import Parameters
+from gm_probe.probe.work import EXAMPLE_NORMS, GRADIENT
 
 _CHUNK = (
     2**21
@@ -153,14 +154,15 @@ class ExampleGradients:
                 covered |= {names[id(module._parameters[n])] for n in own}
         self._rest = [name for name in parameters.named if name not in covered]
         self.supported = self._holds(few)
-        if not self.supported and self._layers:  # some weight is used beside its layer
+        # some weight is used beside its layer; of many parameters single gradients would take too long
+        if not self.supported and self._layers and parameters.size <= _CHUNK:
             self._layers, self._rest = {}, list(parameters.named)
             self.supported = self._holds(few)
 
     @property
-    def has_others(self) -> bool:
-        """Whether some parameters have no rule: their gradients are taken example by example."""
-        return bool(self._rest)
+    def passes(self) -> float:
+        """Of a cotangent, in forward passes."""
+        return (EXAMPLE_NORMS if self._layers else 0.0) + (GRADIENT if self._rest else 0.0)
 
     def squared_norms(self, x: Tensor, cotangents: Tensor) -> Tensor:
         """(K, B) squared gradient norms of cᵀz_x for cotangents (K, B, C), from one forward pass.

@@ -294,13 +294,14 @@ def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float
             found[label] = None
             details["reason" if label == "value" else f"reason_{label}"] = f"not finite ({number})"
     value, example_error = found["value"], found["stderr_examples"]
+    if target_error and value:
+        estimator = (found["stderr"] or 0.0) / abs(value)
+        if estimator > target_error:  # which more examples need not lower
+            details["estimator_above_target"] = estimator
     if target_error and value and example_error is not None:
         ratio = example_error / (target_error * abs(value))
         images = 2 if batches.coupled else 1  # two views of an image
         details["examples_needed"] = math.ceil(batches.total / images * ratio**2)
-        estimator = (found["stderr"] or 0.0) / abs(value)
-        if estimator > target_error:  # which more examples need not lower
-            details["estimator_above_target"] = estimator
     return Estimate(
         **found, converged=converged and value is not None, num_evals=round(cost, 3), details=details
     )

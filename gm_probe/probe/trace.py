@@ -18,7 +18,7 @@ from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import everywhere, gather_examples
 from gm_probe.probe.example_gradients import ExampleGradients, RepeatedLayerError
 from gm_probe.probe.operators import Operator
-from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
+from gm_probe.probe.work import FORWARD, Work
 
 SKETCH = 16  # products that find directions to deflate; of F they cut a probe's deviation 28 and 19 times
 HEAD = 16  # classes whose covariance is diagonalised; the others are handled as one and a remainder
@@ -273,7 +273,6 @@ def _by_examples(
         return CovarianceRoot(logits.double().softmax(1), most)
 
     first = root_of(clean[:1])
-    each = EXAMPLE_NORMS + (GRADIENT if examples.has_others else 0.0)
 
     def passes(number: int | None) -> Tensor:
         """(number, N) squared norms for signs; None = for every column of L.
@@ -298,7 +297,7 @@ def _by_examples(
             except RepeatedLayerError:
                 held = False
                 break
-            work.add(FORWARD + len(cotangents) * each, len(part))
+            work.add(FORWARD + len(cotangents) * examples.passes, len(part))
         if not everywhere(held, clean.device):
             raise RepeatedLayerError
         norms = gather_examples(torch.cat(rows, 1).T).T

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from gm_probe.analysis.typeset import Cell
-from gm_probe.core.errors import DivergedError, UsageError
+from gm_probe.core.errors import UsageError
 from gm_probe.probe.probe import Settings
 from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.finding import Finding, Task
@@ -154,11 +154,7 @@ def _tuned(
     trained(Recipe(dict(zip(names, cells, strict=True)), NOTHING, ()), folder, task)
     errors = Arm(place["label"], variant["label"], config, tuple(folder / name for name in names), "").errors
     known = [math.inf if error is None else error for error in errors]
-    if min(known) == math.inf:
-        raise DivergedError(
-            f"{task.name}: {variant['label']} on {place['label']} diverged at each of its {len(points)} points"
-        )
-    best = known.index(min(known))
+    best = known.index(min(known))  # where all diverged the first, whose runs will say so
     names_of_row = (Cell(place["label"]), Cell(variant["label"]))
     rows: list[tuple[Cell, ...]] = [
         (
@@ -166,7 +162,7 @@ def _tuned(
             Cell(setting(cell)),
             Cell(str(cell.epochs)),
             Cell(percent([error])),
-            Cell("yes" if i == best else ""),
+            Cell("yes" if i == best and error is not None else ""),
         )
         for i, (cell, error) in enumerate(zip(cells, errors, strict=True))
     ]

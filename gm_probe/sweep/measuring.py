@@ -315,7 +315,7 @@ def _densities(
 
 def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
     """Logits a row, by one example: what does not fit fails here, with the data's name."""
-    first = next(iter(batches)).x[:1]
+    first = next(iter(batches)).x[:1].clone()  # which a forward pass may write to
     try:
         with evaluating(model), torch.no_grad():
             return logits_of(model(first)).shape[1]

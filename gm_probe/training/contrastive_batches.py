@@ -42,7 +42,7 @@ def contrastive_batches(
     views = []
     for x in taken(examples.x, keys):
         views += [see(x, draw_views(x.shape, generator)) for _ in range(2)]
-    y = partners(images).repeat(count)
+    y = partners(images, before=0).repeat(count)  # no process shares another's
     return Batches(
         Examples(torch.cat(views), y, (), examples.source),
         normalization,

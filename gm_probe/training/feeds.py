@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gm_probe.core.contrastive import partners
 from gm_probe.core.errors import UsageError
-from gm_probe.core.processes import count, rank
+from gm_probe.core.processes import count
 from gm_probe.core.splits import Splits
 from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
 from gm_probe.training.config import TrainConfig
@@ -154,7 +154,7 @@ class ViewsFeed(Feed):
         return torch.cat([see(x, draw_views(shape, generator).of(mine)) for _ in range(2)])
 
     def labels(self, mine: Tensor) -> Tensor:
-        return partners(len(mine), before=rank() * 2 * len(mine))
+        return partners(len(mine))
 
 
 def _passes(size: int, length: int, generator: torch.Generator) -> Tensor:

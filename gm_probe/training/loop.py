@@ -18,12 +18,13 @@ from gm_probe.training.config import TrainConfig
 from gm_probe.training.parts import check_splits
 from gm_probe.training.run import Training
 
-_LESS_MEMORY = {
-    "supervised": "accumulate gradients with --m, ",
-    "fixmatch": "lower --mu, ",
-    "joint": "lower --mu, ",
-}
-"""What an objective offers beside what all do."""
+
+def _less_memory(config: TrainConfig) -> str:
+    """What this run offers beside what all do."""
+    if config.objective == "supervised":
+        return "accumulate gradients with --m, "
+    penalized = config.objective == "joint" and config.method.startswith("iam-")
+    return "lower --mu, " if penalized or config.objective == "fixmatch" else ""
 
 
 def train(
@@ -115,7 +116,7 @@ def _train(
             raise
         raise ResourceError(
             f"out of memory in epoch {training.epoch + 1} on batches of {config.batch_size} ({first_line(error)}); "
-            f"{_LESS_MEMORY.get(config.objective, '')}lower --batch-size or choose a smaller --model: another run, "
+            f"{_less_memory(config)}lower --batch-size or choose a smaller --model: another run, "
             "into another --out"
         ) from error
     except DivergedError as error:

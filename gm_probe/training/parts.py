@@ -69,8 +69,8 @@ def check_splits(splits: Splits, run: Path) -> None:
     recorded = read_json(run / SPLIT)
     if recorded != split_record(splits):
         raise DataError(
-            f"the data of {run} has changed since it was started: its parts would no longer be disjoint; "
-            "restore the data, or train into a new folder"
+            f"the data of {run} has changed since it was started (or an older gm_probe drew its parts otherwise): they "
+            "would no longer be disjoint; restore the data, or train into a new folder"
         )
 
 

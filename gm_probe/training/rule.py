@@ -37,6 +37,7 @@ from torch.amp import GradScaler
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.errors import UsageError
 from gm_probe.core.models import logits_of
 from gm_probe.core.parameters import Parameters
@@ -136,9 +137,13 @@ class Rule:
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
         """The rule itself: the gradient of the mean over one (sub-)batch, scaled."""
-        logits = logits_of(self.model(x))
+        logits = self._clean(x)
         loss = self.objective(logits, y)
         return Step(logits.detach(), loss.detach(), None), self._differentiate(loss)
+
+    def _clean(self, x: Tensor) -> Tensor:
+        """(B, C) logits at θ. Of x a copy: a forward pass may begin by an operation in place, and others follow."""
+        return logits_of(self.model(x.clone()))
 
     def _cut(self, x: Tensor, y: Tensor) -> tuple[list[tuple[Tensor, Tensor]], int]:
         """The sub-batches, and the number of examples in all processes."""
@@ -153,8 +158,10 @@ class Rule:
             size = max(len(x), 1)
         parts = list(zip(x.split(size), y.split(size), strict=True)) if len(y) else []
         if count() > 1:
-            sizes = sum_over_processes(torch.tensor([len(y), len(parts)], device=x.device))
+            sizes = sum_over_processes(torch.tensor([len(y), len(parts), len(y) ** 2], device=x.device))
             total = int(sizes[0])
+            if isinstance(self.model, Contrastive) and int(sizes[2]) * count() != total**2:
+                raise UsageError("NT-Xent compares the views of all processes: each needs as many")
             if not parts or int(sizes[1]) != count() * len(parts):
                 raise UsageError(
                     f"a batch of {total} examples leaves a process without its part of a (sub-)batch; "
