@@ -465,6 +465,23 @@ def test_the_least_error_is_tested_as_the_paper_reports_it_and_taken_over_severa
         assert {v.get("kl_grad", "both") for v in entry["variants"]} == {"both", "perturbed"}
 
 
+def test_rows_that_share_runs_with_table_1_are_the_same_runs():
+    def configs(name):
+        entry = recipe(name).at("small")
+        assert entry["split_by_seed"]
+        return {
+            v["label"]: TrainConfig.from_dict(entry["base"] | methods._without(v, "label", "points", "lr_of"))
+            for v in entry["variants"]
+        }
+
+    table, along, steps, shares = (configs(name) for name in ("tab1", "fig3", "tab4", "msharp"))
+    pairs = [(table[label], along[label]) for label in ("SGD", "IAM-D")]
+    pairs += [(table["IAM-D"], steps["K = 1"]), (table["IAM-D, one-sided"], steps["K = 1, one-sided"])]
+    pairs += [(table["SGD"], shares["SGD"]), (table["IAM-S"].replace(rho=0.05), shares["m = 64"])]
+    for one, other in pairs:
+        assert one.identity() == other.identity()
+
+
 def test_what_is_compared_is_named():
     one = Arm("data", "a", TrainConfig(), (), "")
     simclr = Arm("data", "a", TrainConfig(objective="simclr"), (), "")

@@ -1,4 +1,7 @@
-"""How comparisons of training settings are drawn: each a function of the whole comparison."""
+"""How comparisons of training settings are drawn: each a function of the whole comparison.
+
+Errors are final ones, or where ``least`` the least over epochs.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,13 @@ def _look(index: int) -> dict[str, Any]:
     return {"color": COLOURS[place], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
 
 
-def _errors(arm: Arm) -> list[float]:
-    return [100 * value for value in arm.errors if value is not None]
+def _errors(arm: Arm, least: bool) -> list[float]:
+    values = arm.figures(f"{arm.error}_min") if least else arm.errors
+    return [100 * value for value in values if value is not None]
+
+
+def _which(least: bool) -> str:
+    return "least" if least else "final"
 
 
 def _spread(axes: Axes, values: Mapping[Any, Sequence[float]], **look: Any) -> None:
@@ -37,14 +45,14 @@ def _stderr(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
-def dots(found: Comparison) -> Figure:
-    """Final errors: a mark a seed, beside them mean and standard error."""
+def dots(found: Comparison, least: bool) -> Figure:
+    """Errors: a mark a seed, beside them mean and standard error."""
     width = min(PAGE, 0.8 + 0.55 * len(found.labels) * len(found.data))
     titles = found.data if len(found.data) > 1 else ()
     figure, places = panels(len(found.data), 2.3, width=width, titles=titles)
     for axes, data in zip(places, found.data, strict=True):
         for index, label in enumerate(found.labels):
-            errors = _errors(found.arm(data, label))
+            errors = _errors(found.arm(data, label), least)
             if errors:
                 spots = index - 0.15 + 0.1 * np.linspace(-1, 1, len(errors)) * (len(errors) > 1)
                 axes.plot(spots, errors, linestyle="none", alpha=0.7, **_look(index))
@@ -53,41 +61,45 @@ def dots(found: Comparison) -> Figure:
             range(len(found.labels)), found.labels, rotation=35, ha="right", rotation_mode="anchor"
         )
         axes.set_xlim(-0.6, len(found.labels) - 0.4)
-    places[0].set_ylabel("final test error, %")
+    places[0].set_ylabel(f"{_which(least)} test error, %")
     return figure
 
 
-def along(found: Comparison) -> Figure:
-    """S_ρ and test accuracy by epoch, of a SimCLR encoder its linear probe's."""
-    figure, (left, right) = panels(2, 2.4)
+def along(found: Comparison, least: bool) -> Figure:
+    """S_ρ and test accuracy by epoch; of a SimCLR encoder its linear probe's, and NT-Xent."""
+    simclr = found.arms[0].config.objective == "simclr"
+    figure, places = panels(3 if simclr else 2, 2.4, width=8.4 if simclr else PAGE)
+    left, right = places[:2]
     for index, arm in enumerate(found.arms):
         label = arm.label if len(found.data) == 1 else f"{arm.label}, {arm.data}"
         style = {"label": label, "linestyle": DASHES[index % 4], **_look(index), "markersize": 3}
         tracked, errors = arm.along("local_inconsistency"), arm.along(arm.error)
         _spread(left, tracked, **style)
         _spread(right, {epoch: [100 - 100 * value for value in of] for epoch, of in errors.items()}, **style)
+        if simclr:
+            _spread(places[2], arm.along("running_nt_xent"), **style | {"marker": ""})
+            places[2].set_ylabel("NT-Xent of training (nats)")
     left.set_yscale("log")
-    simclr = found.arms[0].config.objective == "simclr"
     left.set_ylabel(rf"$S_\rho$ {'over NT-Xent logits' if simclr else 'on unlabeled data'} (nats)")
     right.set_ylabel("linear probe's test accuracy, %" if simclr else "test accuracy, %")
-    for axes in (left, right):
+    for axes in places:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.legend(frameon=False, fontsize=7)
     return figure
 
 
-def effort(found: Comparison) -> Figure:
-    """Final accuracy by the gradient evaluations that were spent, a line a method."""
+def effort(found: Comparison, least: bool) -> Figure:
+    """Accuracy by the gradient evaluations that were spent, a line a method."""
     figure, (axes,) = panels(1, 2.6, width=4.2)
     methods = list(dict.fromkeys(arm.config.method for arm in found.arms))
     for index, method in enumerate(methods):
-        arms = [arm for arm in found.arms if arm.config.method == method and _errors(arm)]
+        arms = [arm for arm in found.arms if arm.config.method == method and _errors(arm, least)]
         spent = {float(np.mean([v for v in arm.figures("gradient_evaluations") if v])): arm for arm in arms}
-        accuracy = {at: [100 - error for error in _errors(arm)] for at, arm in sorted(spent.items())}
+        accuracy = {at: [100 - error for error in _errors(arm, least)] for at, arm in sorted(spent.items())}
         _spread(axes, accuracy, label=method.upper(), **_look(index))
     axes.set_xlabel("gradient evaluations (batches)")
-    axes.set_ylabel("final test accuracy, %")
+    axes.set_ylabel(f"{'best' if least else 'final'} test accuracy, %")
     axes.legend(frameon=False, fontsize=7)
     return figure
 
@@ -95,7 +107,7 @@ def effort(found: Comparison) -> Figure:
 SIDES = {"both": "both sides of the KL", "perturbed": "perturbed side alone"}
 
 
-def steps(found: Comparison) -> Figure:
+def steps(found: Comparison, least: bool) -> Figure:
     """By K of training: error, time of an epoch; and S_ρ of the trained models by the K that it is measured with.
 
     Of the one-sided gradient (``kl_grad``), where there are such arms, the first two are lines of their own.
@@ -105,9 +117,9 @@ def steps(found: Comparison) -> Figure:
     one = float(np.mean([s for s in arms[0].figures("train_seconds") if s is not None]))
     sides = list(dict.fromkeys(arm.config.kl_grad for arm in arms))
     for index, side in enumerate(sides):
-        mine = [arm for arm in arms if arm.config.kl_grad == side and _errors(arm)]
+        mine = [arm for arm in arms if arm.config.kl_grad == side and _errors(arm, least)]
         look = {"label": SIDES[side], "linestyle": DASHES[index], **_look(index)}
-        _spread(errors, {arm.config.k_steps: _errors(arm) for arm in mine}, **look)
+        _spread(errors, {arm.config.k_steps: _errors(arm, least) for arm in mine}, **look)
         seconds = {arm.config.k_steps: arm.figures("train_seconds") for arm in mine}
         _spread(times, {k: [s / one for s in of if s is not None] for k, of in seconds.items()}, **look)
     if len(sides) > 1:
@@ -124,7 +136,7 @@ def steps(found: Comparison) -> Figure:
     if measured.lines:
         look = {"frameon": False, "fontsize": 7, "title": "trained with", "title_fontsize": 7}
         measured.legend(loc="upper left", bbox_to_anchor=(1, 1), **look)
-    labels = ("final test error, %", "time of an epoch, relative", r"$S_\rho$ (nats)")
+    labels = (f"{_which(least)} test error, %", "time of an epoch, relative", r"$S_\rho$ (nats)")
     for axes, label in zip((errors, times, measured), labels, strict=True):
         axes.set_ylabel(label)
         axes.set_xlabel("K in training" if axes is not measured else r"K of measuring $S_\rho$")
@@ -132,24 +144,33 @@ def steps(found: Comparison) -> Figure:
     return figure
 
 
-def sub_batches(found: Comparison) -> Figure:
-    """Final error by m."""
+def sub_batches(found: Comparison, least: bool) -> Figure:
+    """Error by m, a line a method."""
     figure, (axes,) = panels(1, 2.4, width=3.4)
-    arms = [arm for arm in found.arms if _errors(arm)]
-    _spread(axes, {arm.config.m or arm.config.batch_size: _errors(arm) for arm in arms}, **_look(0))
+    arms = [arm for arm in found.arms if _errors(arm, least)]
+    methods = list(dict.fromkeys(arm.config.method for arm in arms))
+    for index, method in enumerate(methods):
+        by_m = {_share(arm): _errors(arm, least) for arm in arms if arm.config.method == method}
+        _spread(axes, dict(sorted(by_m.items())), label=method.upper(), **_look(index))
     axes.set_xscale("log", base=2)
-    sizes = [arm.config.m or arm.config.batch_size for arm in arms]
+    sizes = sorted({_share(arm) for arm in arms})
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("examples that share a perturbation, m")
-    axes.set_ylabel("final test error, %")
+    axes.set_ylabel(f"{_which(least)} test error, %")
+    if len(methods) > 1:
+        axes.legend(frameon=False, fontsize=7)
     return figure
 
 
-def plane(found: Comparison) -> Figure:
-    """Final error over (ρ, β)."""
+def _share(arm: Arm) -> int:
+    return arm.config.m or arm.config.batch_size
+
+
+def plane(found: Comparison, least: bool) -> Figure:
+    """Error over (ρ, β)."""
     cells: list[dict[str, Any]] = []
     for arm in found.arms:
-        errors = [value for value in arm.errors if value is not None]
+        errors = [value / 100 for value in _errors(arm, least)]
         whole = len(errors) == len(arm.runs)
         cells.append(
             {
@@ -169,24 +190,35 @@ def plane(found: Comparison) -> Figure:
     )
 
 
-PICTURES: Mapping[str, tuple[Callable[[Comparison], Figure], str]] = {
-    "dots": (dots, "Final test errors: a mark a seed, none where it diverged; black: mean ± standard error."),
+PICTURES: Mapping[str, tuple[Callable[[Comparison, bool], Figure], str]] = {
+    "dots": (
+        dots,
+        "{Which} test errors: a mark a seed, none where it diverged; black: mean ± standard error.",
+    ),
     "along": (
         along,
         "S_ρ and test accuracy along training; mean ± standard error over seeds.",
     ),
     "effort": (
         effort,
-        "Final test accuracy by gradient evaluations spent; mean ± standard error over seeds.",
+        "Test accuracy ({which} error) by gradient evaluations spent; mean ± standard error over seeds.",
     ),
     "steps": (
         steps,
-        "IAM-D by its ascent steps K: final test error, time of an epoch relative to K = 1, and S_ρ of the trained "
+        "IAM-D by its ascent steps K: {which} test error, time of an epoch relative to K = 1, and S_ρ of the trained "
         "models by the K it is measured with; mean ± standard error over seeds.",
     ),
     "sub_batches": (
         sub_batches,
-        "Final test error by the size m of sub-batches; mean ± standard error over seeds.",
+        "{Which} test error by the size m of sub-batches; mean ± standard error over seeds.",
     ),
     "plane": (plane, "Error on the part that is held out over ρ and β; outlined: the least."),
 }
+"""Each with its caption."""
+
+
+def picture(name: str, found: Comparison, least: bool) -> tuple[Figure, str]:
+    """One of ``PICTURES``, and its caption."""
+    draw, caption = PICTURES[name]
+    which = "least over epochs" if least else "final"
+    return draw(found, least), caption.format(which=which, Which=which.capitalize())

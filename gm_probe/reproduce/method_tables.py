@@ -83,13 +83,13 @@ def _words(config: TrainConfig) -> str:
     return "Validation error" if config.validation else "Test error"
 
 
-def tuning_sheet(name: str, rows: Sequence[tuple[Cell, ...]]) -> Iterator[Sheet]:
+def tuning_sheet(name: str, rows: Sequence[tuple[Cell, ...]], share: float) -> Iterator[Sheet]:
     """Where anything was tuned, by what it was chosen."""
     if rows:
         yield Sheet(
             f"{name}-tuning",
             "Tuning",
-            "Error on a tenth of the training part, which is held out, in %; seed 0",
+            f"Error on {share:.0%} of the training part, which is held out, in %; seed 0",
             ("data", "variant", "setting", "epochs", "error", "chosen"),
             tuple(rows),
             3,

@@ -10,10 +10,10 @@ from typing import Any
 from gm_probe.analysis.typeset import Cell
 from gm_probe.core.errors import UsageError
 from gm_probe.probe.probe import Settings
+from gm_probe.reproduce import method_pictures
 from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.finding import Finding, Task
 from gm_probe.reproduce.generated import GENERATED, image_folder
-from gm_probe.reproduce.method_pictures import PICTURES
 from gm_probe.reproduce.method_tables import percent, run_rows, setting, sheet, tuning_sheet
 from gm_probe.reproduce.training import trained
 from gm_probe.reproduce.verdict import Test, outcome, text_of
@@ -44,9 +44,9 @@ def study(
     Args:
         base: settings of training that all share.
         variants: ``label``, settings that differ and, where it is tuned, ``points``: a list of more settings, of which
-            those of the least error on a tenth of the training part are taken. Of few labels that tenth is too small
-            to choose by. ``lr_of`` names a variant before it whose learning rate, once tuned, it takes. A ``grid``
-            makes one variant a point.
+            those of the least error on a part of the training part are taken, a tenth unless ``tuning`` has another
+            ``validation`` share. Of few labels that is too small to choose by. ``lr_of`` names a variant before it
+            whose learning rate, once tuned, it takes. A ``grid`` makes one variant a point.
         data: ``label``, settings of its own (``data`` = 'generated' makes images), and by a variant's label what the
             paper ``published`` and settings for it ``of``.
         tests: what the claim says: a ``better`` and a ``worse`` variant, by the ``key`` of a run's summary (its final
@@ -94,14 +94,18 @@ def study(
         [Test(found, name, one, len(found.data) * len(of)) for name in found.data for one in of]
         for of in (tests, beside)
     )
-    draw, caption = PICTURES[picture]
+    least = any(str(test.get("key", "")).endswith("_min") for test in tests)
+    figure, caption = method_pictures.picture(picture, found, least)
     return Finding(
         # a smoke's runs have hardly begun to learn, some on images that are made up: they try the code
         "cannot be told" if task.scale == "smoke" else outcome(results),
         text_of(results, others, untested, split_by_seed),
         list(run_rows(found)),
-        [sheet(task.name, found, tests[0]["worse"] if tests else ""), *tuning_sheet(task.name, tried)],
-        {"": draw(found)},
+        [
+            sheet(task.name, found, tests[0]["worse"] if tests else ""),
+            *tuning_sheet(task.name, tried, _share(tuning)),
+        ],
+        {"": figure},
         {"": caption},
         untested,
     )
@@ -138,7 +142,7 @@ def _source(task: Task, place: Table, base: Table, data: Sequence[Table]) -> dic
 def _tuned(
     task: Task, shared: Table, variant: Table, place: Table, tuning: Table
 ) -> tuple[TrainConfig, list[tuple[Cell, ...]]]:
-    """The variant's configuration, at its point of the least validation error (seed 0, a tenth held out).
+    """The variant's configuration, at its point of the least validation error (seed 0).
 
     Beside it what was tried, a row of the table of tuning each.
     """
@@ -147,7 +151,7 @@ def _tuned(
     points = variant.get("points", [{}])
     if len(points) == 1:
         return config.replace(**points[0]), []
-    held_out = {"validation": VALIDATION, "eval_every": 0, "track_every": 0, **tuning}
+    held_out = {"validation": _share(tuning), "eval_every": 0, "track_every": 0, **tuning}
     cells = [config.replace(**point, **held_out) for point in points]
     names = [run_name(cell, {"method": _plain(variant["label"])}) for cell in cells]
     folder = task.folder / "runs" / f"{_plain(place['label'])}-tune"
@@ -167,6 +171,11 @@ def _tuned(
         for i, (cell, error) in enumerate(zip(cells, errors, strict=True))
     ]
     return config.replace(**points[best]), rows
+
+
+def _share(tuning: Table | None) -> float:
+    """Of the training part, that tuning is judged on."""
+    return float((tuning or {}).get("validation", VALIDATION))
 
 
 def _plain(label: str) -> str:
