@@ -359,6 +359,18 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert verdict.Test(found, "data", {"better": "b", "worse": "a"}).sign == -1
 
 
+def test_the_rise_of_an_error_is_from_its_least_to_its_end(tmp_path):
+    found = comparison(tmp_path, {"a": [0.31, None, 0.30], "b": [0.35, 0.3, 0.36]})
+    for path in tmp_path.glob("*/summary.json"):
+        summary = json.loads(path.read_text())
+        if summary["status"] == "finished":
+            write_json(path, summary | {"test_error_min": 0.30})
+    assert found.arm("data", "a").figures("error_rise") == [pytest.approx(0.01), None, 0]
+    test = verdict.Test(found, "data", {"better": "a", "worse": "b", "key": "error_rise"})
+    assert test.differences == pytest.approx([0.04, 0.06])
+    assert "a against b: −5 points" in str(test)
+
+
 def test_against_the_claim_one_of_many_comparisons_must_be_clearer(tmp_path):
     a, b = [0.10, 0.30, 0.50, 0.20], [0.104, 0.311, 0.520, 0.212]
     found = comparison(tmp_path, {"a": a, "b": b})
@@ -489,6 +501,8 @@ def test_what_is_compared_is_named():
         (one, {}, "final test error"),
         (one, {"key": "test_error_min"}, "least test error over epochs"),
         (one, {"key": "local_inconsistency"}, "S_ρ"),
+        (one, {"key": "train_error"}, "final training error"),
+        (one, {"key": "error_rise"}, "rise of the test error from its least over epochs to its end"),
         (simclr, {}, "final probe error"),
         (simclr, {"along": "local_inconsistency"}, "mean S_ρ over training"),
     )

@@ -11,6 +11,8 @@ import numpy as np
 from gm_probe.core.records import RunRecord, read_metrics, read_run
 from gm_probe.training.config import TrainConfig
 
+RISE = "error_rise"
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -36,7 +38,13 @@ class Arm:
         return [read_run(path) for path in self.runs]
 
     def figures(self, key: str) -> list[float | None]:
-        """``key`` of every run's summary, or the measure of that name; None of a run that diverged."""
+        """``key`` of every run's summary, or the measure of that name; None of a run that diverged.
+
+        ``RISE`` is how far the error has come up again from its least over epochs.
+        """
+        if key == RISE:
+            ends, least = self.errors, self.figures(f"{self.error}_min")
+            return [None if a is None or b is None else a - b for a, b in zip(ends, least, strict=True)]
         found = [r.summary | {name: row["value"] for name, row in r.measures.items()} for r in self.records]
         return [values.get(key) if values.get("status") == "finished" else None for values in found]
 

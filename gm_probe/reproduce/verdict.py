@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gm_probe.analysis.intervals import mean_interval
-from gm_probe.reproduce.comparison import Comparison
+from gm_probe.reproduce.comparison import RISE, Comparison
 from gm_probe.reproduce.finding import Outcome
 
 COMPARED = {"local_inconsistency": "S_ρ", "running_nt_xent": "NT-Xent of training"}
@@ -63,7 +63,10 @@ class Test:
         probe, least = self.key.startswith("probe_"), self.key.endswith("_min")
         held_out = self.found.arm(self.data, self.test["better"]).config.validation is not None
         part = "probe" if probe else "validation" if held_out else "test"
+        part = "training" if self.key == "train_error" else part
         name = f"{part} error" if self._is_error else COMPARED.get(self.key, self.key)
+        if self.key == RISE:
+            return f"rise of the {part} error from its least over epochs to its end"
         if "along" in self.test:
             return f"mean {name} over training"
         if not self._is_error:
@@ -72,7 +75,7 @@ class Test:
 
     @property
     def _is_error(self) -> bool:
-        return self.key.removesuffix("_min").endswith("test_error")
+        return self.key in {RISE, "train_error"} or self.key.removesuffix("_min").endswith("test_error")
 
     @property
     def interval(self) -> tuple[float, float, float] | None:
