@@ -206,20 +206,20 @@ def test_figures_along_the_way_say_where_their_batches_were_halved(
     command = ["train", "--track-every", "1", "--eval-every", "1", *options, "--out"]
     main([*command, str(tmp_path / "whole")])
     assert "out of memory" not in capsys.readouterr().err
-    probing, evaluating = Parameters.logits, evaluation.logits_of
+    probing, evaluating = Parameters.logits, evaluation.logits_at
 
     def logits(self: Parameters, x: Tensor, *rest: Any) -> Tensor:
         if len(x) > 10:
             raise MemoryError
         return probing(self, x, *rest)
 
-    def logits_of(outputs: Tensor) -> Tensor:
-        if len(outputs) > 30:
+    def logits_at(model: nn.Module, x: Tensor) -> Tensor:
+        if len(x) > 30:
             raise MemoryError
-        return evaluating(outputs)
+        return evaluating(model, x)
 
     monkeypatch.setattr(Parameters, "logits", logits)
-    monkeypatch.setattr(evaluation, "logits_of", logits_of)
+    monkeypatch.setattr(evaluation, "logits_at", logits_at)
     main([*command, str(tmp_path / "halved")])
     err = capsys.readouterr().err
     assert [f"after epoch {epoch}: went on with batches of 10" in err for epoch in (1, 2, 3)] == [True] * 3

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import CheckpointError, DataError, UsageError
+from gm_probe.probe import operators
 from gm_probe.probe.measures import MEASURES, expected_cost, measure
 from gm_probe.probe.probe import Estimate, Probe, Settings
 from gm_probe.probe.work import Work
@@ -377,11 +378,12 @@ def test_batch_size_does_not_matter(case: Case, batch_size: int) -> None:
     assert_same(other, one)
 
 
-def test_training_mode_is_not_measured() -> None:
+def test_training_mode_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    # of equally good ways to a product the faster is taken, by the clock: their last digits differ
+    monkeypatch.setattr(operators, "clearly_faster", lambda *_: False)
     case = BY_NAME["batch-norm-cnn"]
     expected = values(case.model, case.batches(), list(MEASURES))
-    # to rounding: of equally good ways to a product the faster is taken, by the clock
-    assert_same(values(case.model.train(), case.batches(), list(MEASURES)), expected)
+    assert values(case.model.train(), case.batches(), list(MEASURES)) == expected
 
 
 def test_seed() -> None:

@@ -16,7 +16,9 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from gm_probe.core.batches import Batches
 from gm_probe.core.errors import UsageError
+from gm_probe.training.evaluation import evaluate
 from gm_probe.training.rule import Rule
 from gm_probe.training.rules import ASAM, IAMD, IAMS, METHODS, SAM, OnePassIAMD
 
@@ -507,6 +509,14 @@ def test_a_model_that_writes_to_its_input(rule: str) -> None:
     found = rule_gradient(rule, make(lambda: Shifting(*tanh_mlp())), x, y)
     assert torch.equal(x, before)
     torch.testing.assert_close(found, rule_gradient(rule, make(), x - 0.5, y), **CLOSE)
+
+
+def test_examples_are_left_alone_where_a_model_that_writes_to_its_input_is_evaluated() -> None:
+    x, y = data()
+    before, model = x.clone(), make(lambda: Shifting(*tanh_mlp()))
+    found = evaluate(model, Batches.from_tensors(x, y))
+    assert torch.equal(x, before)
+    assert found == evaluate(make(), Batches.from_tensors(x - 0.5, y))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -189,7 +189,7 @@ def train(
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
     from gm_probe.training.parts import load_splits, skipped
-    from gm_probe.training.run import PROBE_BATCH
+    from gm_probe.training.tracking import PROBE_BATCH
 
     console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
     settings = {key: value for key, value in given.items() if value is not None}

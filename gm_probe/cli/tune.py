@@ -36,6 +36,9 @@ NOT_TRAINS = frozenset(
 )
 """Options of `gmprobe train` that `tune` has in a sense of its own, or not at all."""
 
+FEW = 500
+"""Held-out examples, of which an error is known to 2 points."""
+
 
 @click.command(epilog="Example:  gmprobe tune --method iam-d --model mlp --rho 0.1,0.3 --out tune/")
 @click.option(
@@ -147,10 +150,6 @@ def tune(
 
 
 tune.params += [option for option in train.params if option.name not in NOT_TRAINS]
-
-
-FEW = 500
-"""Held-out examples, of which an error is known to 2 points."""
 
 
 def _bounds(name: str, values: Sequence[float]) -> tuple[float, float]:

@@ -18,6 +18,13 @@ NAMES = ("auto", "cpu", "cuda", "cuda:1", "mps")
 """Devices by name, cuda:1 for those of any number."""
 
 
+@contextmanager
+def generators_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Leave torch's global generators, on the CPU and on a ``device`` that is a GPU, as they were."""
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        yield
+
+
 def pick_device(name: str) -> torch.device:
     """``auto`` (CUDA, else CPU: MPS lacks the estimators' float64), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gm_probe.core.batches import PIXELS, Normalization
 from gm_probe.core.checkpoints import Checkpoint, fitting, load_weights
 from gm_probe.core.datasets import Examples
+from gm_probe.core.devices import generators_kept
 from gm_probe.core.errors import CheckpointError, DataError, UsageError
 from gm_probe.core.models import ModelSpec, build_model
 
@@ -71,9 +72,7 @@ def load_model(
             if not followed:
                 raise
             raise CheckpointError(f"{checkpoint.path} records a network that cannot be: {error}") from error
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # initial weights are overwritten; the caller's draws stay its own
+    with generators_kept():  # initial weights are overwritten; the caller's draws stay its own
         model = build_model(spec)
     load_weights(model, checkpoint)
     if len(spec.input_shape) == 3:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.core.contrastive import Contrastive, as_encoder, projector
+from gm_probe.core.devices import generators_kept
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.networks import WideResNet, cnn6, mixer, mlp, resnet, vit
 
@@ -112,7 +113,7 @@ def is_user_code(name: str) -> bool:
 
 def initial_model(spec: ModelSpec, seed: int) -> nn.Module:
     """``spec`` with the weights that a run of this seed starts from; the global generator is left alone."""
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept():
         torch.manual_seed(seed)
         return build_model(spec)
 
@@ -322,6 +323,15 @@ def _module_of(file: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
+
+
+def logits_at(function: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    """The (B, C) logits that ``function`` makes of x, which is left untouched: it may begin by an operation in place.
+
+    Raises:
+        UsageError: as ``logits_of``.
+    """
+    return logits_of(function(x.clone()))
 
 
 def logits_of(output: Any) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gm_probe.core.devices import full_precision
 from gm_probe.core.errors import CheckpointError, UsageError
-from gm_probe.core.models import logits_of
+from gm_probe.core.models import logits_at
 
 
 class Parameters:
@@ -97,8 +97,7 @@ class Parameters:
             rest = {n: t.to(dtype) if t.is_floating_point() else t for n, t in rest.items()}
         tensors = {**rest, **values}
         placed = {place: tensors[name] for place, name in _places(self.model)}
-        # of x, too, a copy: a forward pass may begin by an operation in place
-        return logits_of(functional_call(self.model, placed, (x.clone(),), tie_weights=False))
+        return logits_at(lambda x: functional_call(self.model, placed, (x,), tie_weights=False), x)
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:
         """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
@@ -142,13 +141,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def as_measured(model: nn.Module) -> Iterator[None]:
     """``model`` as the fixed, differentiable function that is measured: see the three."""
     with evaluating(model), differentiable_attention(), full_precision():
-        yield
-
-
-@contextmanager
-def drawing_nothing(device: torch.device) -> Iterator[None]:
-    """Leave the global generators as they were: a model may draw from them though its outputs stay the same."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 

@@ -21,8 +21,9 @@ from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from gm_probe.core.devices import generators_kept
 from gm_probe.core.errors import first_line, out_of_memory
-from gm_probe.core.parameters import Parameters, differentiable_attention, drawing_nothing, evaluating
+from gm_probe.core.parameters import Parameters, differentiable_attention, evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def _reason(parameters: Parameters, x: Tensor) -> str | None:
         return parameters.logits(x, {**dict(zip(names, trainable, strict=True)), **frozen})
 
     with (
-        drawing_nothing(parameters.device),
+        generators_kept(parameters.device),
         evaluating(model),
         _attributes_kept(model),
         differentiable_attention(),

@@ -17,24 +17,37 @@ REFINEMENTS = 3
 
 def _eigenvalue(operator: Operator, pair: Eigenpair, **details: Any) -> Figure:
     details = {**details, "iterations": pair.iterations, "error_kind": "residual bound"}
-    converged = pair.converged and all(row["converged"] for row in details.get("eigenvalues", ()))
     # the per-example Rayleigh terms of the eigenvector have the eigenvalue as their mean
-    return pair.value, pair.residual, example_error(operator.terms(pair.vector)), converged, details
+    return pair.value, pair.residual, example_error(operator.terms(pair.vector)), pair.converged, details
 
 
 def fisher_lambda_max(probe: Probe) -> Figure:
-    return probe.once("λ_max(F)", lambda: _largest(probe, probe.fisher, "fisher"))
+    return _listed(*_fisher_largest(probe))
 
 
 def hessian_lambda_max(probe: Probe) -> Figure:
-    return _largest(probe, probe.hessian, "hessian", labels=probe.label_kind)
+    return _listed(*_largest(probe, probe.hessian, "hessian", labels=probe.label_kind))
 
 
-def _largest(probe: Probe, operator: Operator, name: str, **details: Any) -> Figure:
-    """The largest eigenvalue, and where ``top_eigenvalues`` asks for more than one the next."""
+def _listed(figure: Figure, rows: list[dict[str, Any]]) -> Figure:
+    """With all of ``rows``, which must have converged."""
+    value, error, examples, converged, details = figure
+    if rows:
+        details = {**details, "eigenvalues": rows}
+    return value, error, examples, converged and all(row["converged"] for row in rows), details
+
+
+def _fisher_largest(probe: Probe) -> tuple[Figure, list[dict[str, Any]]]:
+    return probe.once("largest of F", lambda: _largest(probe, probe.fisher, "fisher"))
+
+
+def _largest(
+    probe: Probe, operator: Operator, name: str, **details: Any
+) -> tuple[Figure, list[dict[str, Any]]]:
+    """The largest eigenvalue by itself, and a row of each where ``top_eigenvalues`` asks for more than one."""
     wanted = probe.settings.top_eigenvalues
     if wanted == 1:
-        return _eigenvalue(operator, getattr(probe, f"{name}_top"), **details)
+        return _eigenvalue(operator, getattr(probe, f"{name}_top"), **details), []
     pairs, _ = eigenpairs(
         operator,
         random_start(operator, probe.generator(f"{name} top")),
@@ -50,7 +63,7 @@ def _largest(probe: Probe, operator: Operator, name: str, **details: Any) -> Fig
     ):  # else there are no more: all others are 0, or repeated
         missing = min(wanted, operator.size) - len(rows)
         rows += missing * [{"value": None, "residual": None, "converged": False}]
-    return _eigenvalue(operator, pairs[0], **details, eigenvalues=rows)
+    return _eigenvalue(operator, pairs[0], **details), rows
 
 
 def hessian_lambda_min(probe: Probe) -> Figure:
@@ -135,9 +148,7 @@ def _corrected(probe: Probe, fisher: Trace) -> Trace:
 
 def effective_rank(probe: Probe) -> Figure:
     """tr F / λ_max(F): over how many directions the curvature is spread."""
-    top, top_error, top_examples, top_converged, listed = fisher_lambda_max(probe)
-    if "eigenvalues" in listed:  # of which the others do not matter here
-        top_converged = listed["eigenvalues"][0]["converged"]
+    (top, top_error, top_examples, top_converged, _), _ = _fisher_largest(probe)
     total, error, examples, converged, details = fisher_trace(probe)
     assert top is not None
     assert total is not None

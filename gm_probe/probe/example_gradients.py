@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -118,6 +118,18 @@ def _has_rule(module: nn.Module) -> bool:
     return True
 
 
+@contextmanager
+def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """``hook`` on the forward pass of each of ``modules``; removed whatever happens."""
+    handles: list[RemovableHandle] = []
+    try:
+        handles.extend(module.register_forward_hook(hook) for module in modules)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class RepeatedLayerError(RuntimeError):
     """A layer ran twice on a batch, though once on the examples that the rules were tried on."""
 
@@ -208,13 +220,8 @@ class ExampleGradients:
             output.register_hook(partial(collect, module, self._layers[module], args[0]))
             return output if fresh else None
 
-        handles: list[RemovableHandle] = []
-        try:
-            handles.extend(module.register_forward_hook(hook) for module in self._layers)
+        with _hooked(self._layers, hook):
             yield leaves
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _spread(self, x: Tensor) -> set[nn.Module]:
         """Layers that run more than once, or not on one row an example (a position embedding, say)."""
@@ -227,16 +234,8 @@ class ExampleGradients:
             if not all(isinstance(t, Tensor) and len(t) == len(x) for t in rows):
                 apart.add(module)
 
-        handles: list[RemovableHandle] = []
-        try:
-            handles.extend(
-                m.register_forward_hook(hook) for m in self.parameters.model.modules() if _has_rule(m)
-            )
-            with torch.no_grad():
-                self.parameters.logits(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with _hooked(filter(_has_rule, self.parameters.model.modules()), hook), torch.no_grad():
+            self.parameters.logits(x)
         return apart | {module for module, count in calls.items() if count > 1}
 
     def _others(self, x: Tensor, cotangent: Tensor) -> Tensor:

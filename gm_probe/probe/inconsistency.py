@@ -94,8 +94,7 @@ def _converged_at(probe: Probe, rho: float) -> Figure:
     ends: dict[str, Maximum] = {}
     reached: dict[str, float] = {}  # of an ascent that joined another, by that one
 
-    def go(name: str, start: Tensor, first: tuple[float, Tensor] | None = None) -> Maximum:
-        """Ascend from ``start``, and return the best end so far."""
+    def go(name: str, start: Tensor, first: tuple[float, Tensor] | None = None) -> None:
         leader = max(ends.values(), key=lambda end: end.value, default=None)
         end = maximize(
             probe.divergence.value_and_gradient,
@@ -108,17 +107,17 @@ def _converged_at(probe: Probe, rho: float) -> Figure:
         )
         ends[name] = end
         reached[name] = leader.value if leader is not None and end.joined else end.value
-        return end if leader is None or end.value > leader.value else leader
 
     # the two signs of v₁ end 12-43 % apart beyond the quadratic regime: the more promising one first
     signed = {"+v1": to_sphere(top.vector, rho), "-v1": to_sphere(-top.vector, rho)}
     firsts = {name: probe.divergence.value_and_gradient(start) for name, start in signed.items()}
     for name in sorted(signed, key=lambda name: firsts[name][0], reverse=True):
-        best = go(name, signed[name], firsts[name])
+        go(name, signed[name], firsts[name])
     # noise guards against a poor v₁, and finds other maxima
     for i, noise in enumerate(islice(probe.starts(), 2)):
         # a raw noise direction is flat: one step of Algorithm 1 first
-        best = go(f"noise {i}", ascend(probe.divergence.gradient, noise, rho, 1))
+        go(f"noise {i}", ascend(probe.divergence.gradient, noise, rho, 1))
+    best = max(ends.values(), key=lambda end: end.value)
     second = sorted(reached.values())[-2]
     quadratic = rho**2 / 2 * top.value if top.converged else 0.0
     details = {

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from gm_probe.core.batches import Batches
+from gm_probe.core.devices import generators_kept
 from gm_probe.core.errors import DataError, UsageError, did_you_mean
 from gm_probe.core.memory import within_memory
-from gm_probe.core.parameters import as_measured, drawing_nothing
+from gm_probe.core.parameters import as_measured
 from gm_probe.probe import curvature, inconsistency, outputs
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
 from gm_probe.probe.work import Work
@@ -249,7 +250,8 @@ def measure(
 
     work = Work(batches.num_examples, tick)
     rows: dict[str, Estimate] = {}
-    with drawing_nothing(batches.device), as_measured(model):
+    # a model may draw at random though its outputs stay the same
+    with generators_kept(batches.device), as_measured(model):
         probe = Probe(model, batches, settings, work, initial)
         _require_full(probe.parameters.dtype)
 

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from gm_probe.probe.trace import Trace, fisher_trace
 from gm_probe.probe.work import FORWARD, Work
 
 Protocol = Literal["paper", "converged"]
+T = TypeVar("T")
 DRAFT = 40
 """Difference products before exact ones go on: of CIFAR-10 networks 8 to 14 are enough."""
 
@@ -154,7 +155,7 @@ class Probe:
         self.parameters = Parameters(model, settings.params)
         self.batches, self.settings, self.work = batches, settings, work
         self.initial = initial
-        self._figures: dict[str, Figure] = {}
+        self._found: dict[str, Any] = {}
 
     @cached_property
     def differentiable(self) -> Parameters:
@@ -172,11 +173,12 @@ class Probe:
         # hashed to 32 bits: torch's CPU generator ignores the higher ones
         return torch.Generator().manual_seed(zlib.crc32(f"{name}:{self.settings.seed}".encode()))
 
-    def once(self, name: str, compute: Callable[[], Figure]) -> Figure:
-        """A figure that another is made from, too: computed the first time."""
-        if name not in self._figures:
-            self._figures[name] = compute()
-        return self._figures[name]
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """What several figures are made from: computed the first time."""
+        if name not in self._found:
+            self._found[name] = compute()
+        found: T = self._found[name]
+        return found
 
     def _outputs(self) -> Tensor:
         rows = []

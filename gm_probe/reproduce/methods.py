@@ -60,6 +60,7 @@ def study(
         tuning: settings that runs of tuning differ by, such as fewer ``epochs``.
     """
     variants = [each for variant in variants for each in _expanded(variant)]
+    held_out = {"validation": VALIDATION, "eval_every": 0, "track_every": 0, **(tuning or {})}
     plan = NOTHING
     if measure is not None:
         grids: dict[str, Any] = {
@@ -73,7 +74,7 @@ def study(
         chosen: dict[str, TrainConfig] = {}
         for variant in variants:
             rate = {"lr": chosen[variant["lr_of"]].lr} if "lr_of" in variant else {}
-            chosen[variant["label"]], rows = _tuned(task, {**shared, **rate}, variant, place, tuning or {})
+            chosen[variant["label"]], rows = _tuned(task, {**shared, **rate}, variant, place, held_out)
             tried += rows
         runs = {
             (label, seed): config.replace(seed=seed, **({"split_seed": seed} if split_by_seed else {}))
@@ -103,7 +104,7 @@ def study(
         list(run_rows(found)),
         [
             sheet(task.name, found, tests[0]["worse"] if tests else ""),
-            *tuning_sheet(task.name, tried, _share(tuning)),
+            *tuning_sheet(task.name, tried, held_out["validation"]),
         ],
         {"": figure},
         {"": caption},
@@ -140,9 +141,9 @@ def _source(task: Task, place: Table, base: Table, data: Sequence[Table]) -> dic
 
 
 def _tuned(
-    task: Task, shared: Table, variant: Table, place: Table, tuning: Table
+    task: Task, shared: Table, variant: Table, place: Table, held_out: Table
 ) -> tuple[TrainConfig, list[tuple[Cell, ...]]]:
-    """The variant's configuration, at its point of the least validation error (seed 0).
+    """The variant's configuration, at its point of the least error on what is ``held_out`` (seed 0).
 
     Beside it what was tried, a row of the table of tuning each.
     """
@@ -151,7 +152,6 @@ def _tuned(
     points = variant.get("points", [{}])
     if len(points) == 1:
         return config.replace(**points[0]), []
-    held_out = {"validation": _share(tuning), "eval_every": 0, "track_every": 0, **tuning}
     cells = [config.replace(**point, **held_out) for point in points]
     names = [run_name(cell, {"method": _plain(variant["label"])}) for cell in cells]
     folder = task.folder / "runs" / f"{_plain(place['label'])}-tune"
@@ -171,11 +171,6 @@ def _tuned(
         for i, (cell, error) in enumerate(zip(cells, errors, strict=True))
     ]
     return config.replace(**points[best]), rows
-
-
-def _share(tuning: Table | None) -> float:
-    """Of the training part, that tuning is judged on."""
-    return float((tuning or {}).get("validation", VALIDATION))
 
 
 def _plain(label: str) -> str:

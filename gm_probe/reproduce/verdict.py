@@ -62,8 +62,8 @@ class Test:
         """What, in words."""
         probe, least = self.key.startswith("probe_"), self.key.endswith("_min")
         held_out = self.found.arm(self.data, self.test["better"]).config.validation is not None
-        part = "probe" if probe else "validation" if held_out else "test"
-        part = "training" if self.key == "train_error" else part
+        training = self.key == "train_error"
+        part = "training" if training else "probe" if probe else "validation" if held_out else "test"
         name = f"{part} error" if self._is_error else COMPARED.get(self.key, self.key)
         if self.key == RISE:
             return f"rise of the {part} error from its least over epochs to its end"

@@ -14,13 +14,13 @@ from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment
+from gm_probe.core.devices import environment, generators_kept
 from gm_probe.core.errors import DataError, ProbeError, UsageError, first_line, out_of_memory
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
-from gm_probe.core.models import ModelSpec, initial_model, logits_of
-from gm_probe.core.parameters import as_measured, drawing_nothing, evaluating
+from gm_probe.core.models import ModelSpec, initial_model, logits_at
+from gm_probe.core.parameters import as_measured, evaluating
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
 from gm_probe.core.records import read_run
@@ -182,7 +182,7 @@ def measure_checkpoint(
     if quadrature is not None:
         before = spent
         result["density"], _ = within_memory(
-            part if report.batch_size == part.batch_size else part.of_size(report.batch_size),
+            part.of_size(report.batch_size),
             lambda part: _densities(
                 subject,
                 part,
@@ -292,7 +292,7 @@ def _densities(
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``."""
     num_probes, num_steps = quadrature
-    with drawing_nothing(part.device), as_measured(subject.model):
+    with generators_kept(part.device), as_measured(subject.model):
         probe = Probe(subject.model, part, settings, Work(part.num_examples))
         found = {}
         for name, operator in (("fisher", probe.fisher), ("hessian", probe.hessian)):
@@ -315,10 +315,10 @@ def _densities(
 
 def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
     """Logits a row, by one example: what does not fit fails here, with the data's name."""
-    first = next(iter(batches)).x[:1].clone()  # which a forward pass may write to
+    first = next(iter(batches)).x[:1]
     try:
         with evaluating(model), torch.no_grad():
-            return logits_of(model(first)).shape[1]
+            return logits_at(model, first).shape[1]
     except ProbeError:
         raise
     except Exception as error:  # whatever a stranger's forward raises: torchvision's ViT asserts

@@ -146,18 +146,18 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
             raise UsageError(f"recipe: the design names one run twice ({name})")
         runs[name] = config
     plan = _plan(content.get("measure", {}))
-    if any(config.objective == "simclr" for config in runs.values()):
-        _require_of_views(plan, runs.values())
+    if views := [config for config in runs.values() if config.objective == "simclr"]:
+        _require_of_views(plan, views)
     return Recipe(runs, plan, _group_by(content.get("correlate", {})))
 
 
 def _require_of_views(plan: MeasurePlan, configs: Collection[TrainConfig]) -> None:
-    """Raise UsageError for what of SimCLR encoders cannot be measured, before they are trained."""
+    """Raise UsageError for what of SimCLR encoders, ``configs``, cannot be measured, before they are trained."""
     check_names(plan.measures, labeled=True, coupled=True)
-    size = plan.batch_size or BATCH_SIZE
-    for config in configs:
+    size = plan.coupled["batch_images"]
+    for config in configs if plan.measures else ():
         images = [n for n in (config.num_unlabeled, plan.max_examples) if n is not None]
-        if plan.measures and config.objective == "simclr" and images and min(images) < size:
+        if images and min(images) < size:
             raise UsageError(
                 f"recipe: NT-Xent is measured on batches of {size} images, of which there are {min(images)}; set "
                 "measure.batch_size, or raise num_unlabeled or measure.max_examples"

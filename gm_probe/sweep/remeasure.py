@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +16,9 @@ from gm_probe.core.errors import StorageError, UsageError
 from gm_probe.core.files import read_json
 from gm_probe.core.locks import Hold, exclusive
 from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, SUMMARY, find_runs, read_run
-from gm_probe.probe.speed import BATCH_SIZE
 from gm_probe.sweep.executors import Executor, Job, Outcome
 from gm_probe.sweep.measuring import How, measure_as, telling
-from gm_probe.sweep.saved_measures import as_recorded, merge_measures
+from gm_probe.sweep.saved_measures import as_recorded, coupled_settings, merge_measures
 
 BROKEN = "broken"
 
@@ -47,7 +46,7 @@ class Remeasure:
             return "finished", self._measured(out, threads, None, self.how)
         with exclusive(out) as hold:
             how, changed = as_recorded(out, self.how, self.given)
-            asked = {**how.settings.as_dict(), **how.scope, **self._coupled(out, how.loading)}
+            asked = {**how.settings.as_dict(), **how.scope, **coupled_settings(out, how.loading)}
             if read_run(out).measured(self.names, asked):
                 return "skipped", read_json(out / MEASURES)
             result = self._measured(out, threads, hold, how)
@@ -64,17 +63,6 @@ class Remeasure:
             return measure_as(out, self.examples(out), self.names, here, notify)
         finally:
             torch.set_num_threads(before)
-
-    @staticmethod
-    def _coupled(out: Path, loading: Mapping[str, Any]) -> dict[str, Any]:
-        """What NT-Xent's figures depend on besides; nothing of a classifier."""
-        if loading.get("head") != "simclr":
-            return {}
-        return {
-            "head": "simclr",
-            "temperature": loading.get("temperature") or read_run(out).config.get("temperature"),
-            "batch_images": loading.get("batch_size") or BATCH_SIZE,
-        }
 
 
 def trained_runs(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,20 @@ from gm_probe.core.files import write_json
 from gm_probe.core.records import read_run
 from gm_probe.probe.speed import BATCH_SIZE
 from gm_probe.sweep.measuring import How
+
+COUPLED = {"batch_images": "batch_size", "temperature": "temperature"}
+"""Settings that NT-Xent's figures depend on besides, and what ``measure_checkpoint`` calls them."""
+
+
+def coupled_settings(run: Path, loading: Mapping[str, Any]) -> dict[str, Any]:
+    """What the NT-Xent figures of ``run`` will be taken with besides; nothing of a classifier."""
+    if loading.get("head") != "simclr":
+        return {}
+    return {
+        "head": "simclr",
+        "temperature": loading.get("temperature") or read_run(run).config.get("temperature"),
+        "batch_images": loading.get("batch_size") or BATCH_SIZE,
+    }
 
 
 def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[str, Any]]:
@@ -30,16 +44,11 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
         return how, {}
     settings, scope, loading = how.settings.as_dict(), dict(how.scope), dict(how.loading)
     asked = {**settings, "max_examples": scope["max_examples"]}
-    if loading.get("head") == "simclr":
-        if loading.get("batch_size") is None:
-            asked["batch_images"] = BATCH_SIZE
-        if loading.get("temperature") is None:
-            asked["temperature"] = read_run(run).config.get("temperature")
+    by_default = {key for key, option in COUPLED.items() if loading.get(option) is None}
+    asked |= {key: value for key, value in coupled_settings(run, loading).items() if key in by_default}
     kept = {key: recorded[key] for key in asked if key in recorded and key not in given}
     changed = {key: value for key, value in kept.items() if value != asked[key]}
-    for key, option in (("batch_images", "batch_size"), ("temperature", "temperature")):
-        if key in changed:
-            loading[option] = changed[key]
+    loading |= {option: changed[key] for key, option in COUPLED.items() if key in changed}
     ours: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in changed.items()

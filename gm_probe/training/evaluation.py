@@ -15,7 +15,7 @@ from gm_probe.core.batches import Batches
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.errors import DivergedError
 from gm_probe.core.memory import within_memory
-from gm_probe.core.models import logits_of
+from gm_probe.core.models import logits_at
 from gm_probe.core.parameters import evaluating
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.linear_probe import linear_probe
@@ -58,7 +58,7 @@ def _sums(model: nn.Module, batches: Batches, limit: float) -> tuple[float, floa
     with evaluating(model), torch.no_grad():
         for batch in batches.shard(processes.rank(), processes.count()):
             assert batch.y is not None
-            logits = logits_of(model(batch.x)).float()
+            logits = logits_at(model, batch.x).float()
             loss += float(functional.cross_entropy(logits, batch.y, reduction="sum"))
             wrong += int((logits.argmax(1) != batch.y).sum())
             if loss > limit:

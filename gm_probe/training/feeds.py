@@ -68,11 +68,7 @@ class LabeledFeed(Feed):
         self.unlabeled = len(splits.inputs) - self.labeled
         self.steps = -(-self.unlabeled // (config.mu * config.batch_size))
         self.examples = self.steps * config.batch_size
-        if config.batch_size % count():
-            raise UsageError(
-                f"a batch of {config.batch_size} labeled examples does not go evenly round {count()} processes; "
-                "choose another --batch-size"
-            )
+        _require_even(config, "labeled examples")
 
     def deal(self, generator: torch.Generator) -> Sequence[Tensor]:
         size = self.config.batch_size
@@ -131,11 +127,7 @@ class ViewsFeed(Feed):
     rows = 2
 
     def __init__(self, config: TrainConfig, splits: Splits) -> None:
-        if config.batch_size % count():
-            raise UsageError(
-                f"a batch of {config.batch_size} images does not go evenly round {count()} processes; "
-                "choose another --batch-size"
-            )
+        _require_even(config, "images")
         require_images(splits.inputs.x)
         self.config, self.inputs = config, len(splits.inputs)
         self.steps = self.inputs // config.batch_size
@@ -155,6 +147,15 @@ class ViewsFeed(Feed):
 
     def labels(self, mine: Tensor) -> Tensor:
         return partners(len(mine))
+
+
+def _require_even(config: TrainConfig, what: str) -> None:
+    """Raise UsageError unless each process gets as many of a batch."""
+    if config.batch_size % count():
+        raise UsageError(
+            f"a batch of {config.batch_size} {what} does not go evenly round {count()} processes; "
+            "choose another --batch-size"
+        )
 
 
 def _passes(size: int, length: int, generator: torch.Generator) -> Tensor:

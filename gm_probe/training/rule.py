@@ -38,8 +38,9 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from gm_probe.core.contrastive import Contrastive
+from gm_probe.core.devices import generators_kept
 from gm_probe.core.errors import UsageError
-from gm_probe.core.models import logits_of
+from gm_probe.core.models import logits_at
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import count, sum_over_processes
 from gm_probe.probe.kl import kl_divergence
@@ -137,13 +138,9 @@ class Rule:
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
         """The rule itself: the gradient of the mean over one (sub-)batch, scaled."""
-        logits = self._clean(x)
+        logits = logits_at(self.model, x)
         loss = self.objective(logits, y)
         return Step(logits.detach(), loss.detach(), None), self._differentiate(loss)
-
-    def _clean(self, x: Tensor) -> Tensor:
-        """(B, C) logits at θ. Of x a copy: a forward pass may begin by an operation in place, and others follow."""
-        return logits_of(self.model(x.clone()))
 
     def _cut(self, x: Tensor, y: Tensor) -> tuple[list[tuple[Tensor, Tensor]], int]:
         """The sub-batches, and the number of examples in all processes."""
@@ -235,7 +232,7 @@ class Draws:
     @contextmanager
     def again(self) -> Iterator[None]:
         """Draw the same once more; the generators then go on from where they were."""
-        with torch.random.fork_rng(devices=[] if self._cuda is None else [self._cuda]):
+        with generators_kept(self._cuda):
             torch.set_rng_state(self._cpu)
             if self._cuda is not None and self._state is not None:
                 torch.cuda.set_rng_state(self._state, self._cuda)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gm_probe.core.errors import UsageError
+from gm_probe.core.models import logits_at
 from gm_probe.probe.ascent import ascend, kl_gradient, to_sphere
 from gm_probe.training.objectives import Criterion
 from gm_probe.training.rule import Draws, Gradients, Rule, Step
@@ -39,7 +40,7 @@ class SAM(Rule):
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
         draws = Draws(x.device)
-        logits = self._clean(x)
+        logits = logits_at(self.model, x)
         loss, rest = self.objective.loss(logits, y), self.objective.unlabeled_loss(logits, y)
         gradients = self._differentiate(loss, again=rest is not None)
         gradient = self._direction(self.parameters.join(gradients), len(y))
@@ -146,7 +147,7 @@ class IAMD(_Inconsistency):
 
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
         draws = Draws(x.device)
-        logits = self._clean(x)
+        logits = logits_at(self.model, x)
         loss = self.objective(logits, y)
         offset = self._ascend(x, y, logits, draws)
         with draws.again():
@@ -189,7 +190,7 @@ class OnePassIAMD(Rule):
             self.delta = to_sphere(self.parameters.random(1.0, self.generator), self.rho)
         sign = _random_sign(self.generator)
         draws = Draws(x.device)
-        logits = self._clean(x)
+        logits = logits_at(self.model, x)
         loss = self.objective(logits, y)
         shift = self.parameters.split(sign * self.delta)
         # leaves of their own, so that their gradient is the KL's alone
@@ -249,7 +250,7 @@ class IAMS(_Inconsistency):
     def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
         draws = Draws(x.device)
         with torch.set_grad_enabled(self.sign == "loss"):
-            logits = self._clean(x)
+            logits = logits_at(self.model, x)
             loss = self.objective(logits, y)
         offset = self._ascend(x, y, logits, draws)
         if self.sign == "random":

@@ -20,7 +20,7 @@ from gm_probe.core import processes
 from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment, pick_device
+from gm_probe.core.devices import environment, generators_kept, pick_device
 from gm_probe.core.errors import DivergedError, ResourceError, UsageError, first_line, out_of_memory
 from gm_probe.core.files import append_line, write_atomic, write_json, write_toml
 from gm_probe.core.images import taken
@@ -40,23 +40,19 @@ from gm_probe.core.records import (
     read_metrics,
 )
 from gm_probe.core.signals import Terminated
-from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Settings
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.contrastive_batches import contrastive_batches
 from gm_probe.training.evaluation import Evaluation, ProbeEvaluation
 from gm_probe.training.feeds import make_feed
 from gm_probe.training.parts import load_splits, split_record
 from gm_probe.training.rule import Step
 from gm_probe.training.schedule import lr_factor
 from gm_probe.training.state import broken, random_state, read_state, set_random_state, write_state
+from gm_probe.training.tracking import Tracking
 from gm_probe.training.updates import Updates
 
 EVAL_BATCH = 500
 CHECK_EVERY = 20
 """Steps between looks at whether all is finite: each waits for the device."""
-PROBE_BATCH = "local_inconsistency_batch_size"
-"""A row's key for the batches that S_ρ was taken on, where memory ran out on those of ``EVAL_BATCH``."""
 PROJECTION = 128
 """Outputs of SimCLR's projector (Chen et al. 2020)."""
 
@@ -140,14 +136,7 @@ class Training:
         self.evaluation = (ProbeEvaluation if self.simclr else Evaluation)(
             config, self._batches(train), self._batches(self.splits.test), self.splits.num_classes
         )
-        if self.simclr and config.track_every > 0:
-            batches = len(self.splits.unlabeled) // self._images
-            if batches < processes.count():
-                raise UsageError(
-                    f"S_ρ cannot be tracked: {len(self.splits.unlabeled)} unlabeled images are {batches} batches of "
-                    f"{self._images}, fewer than {processes.count()} processes; raise --num-unlabeled, or leave out "
-                    "--track-every"
-                )
+        self.tracking = Tracking(config, self._batches(self.splits.unlabeled.unlabeled()))
         self._writes = processes.rank() == 0
         self._mine = slice(processes.rank(), None, processes.count())  # of every batch
 
@@ -169,7 +158,7 @@ class Training:
         draws = torch.Generator().manual_seed(seed)
         dealt = self.feed.deal(draws)
         self.model.train()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        with generators_kept(self.device):
             if self.progress.step == 0:
                 self.updates.generator.set_state(draws.get_state())
                 torch.manual_seed(seed + processes.rank())  # dropout draws from the global generator
@@ -302,31 +291,8 @@ class Training:
         row |= self.evaluation.of_epoch(self.epoch, model)
         if "test_error" in row:
             self._keep_best(row["test_error"])
-        if config.track_every > 0 and self.epoch % config.track_every == 0:
-            settings = Settings(rho=config.track_rho, noise_scale=config.track_rho, seed=config.seed)
-            name = "local_inconsistency"
-            probe_set = self._probe_set()
-            report = measure(model, probe_set, [name], settings)
-            estimate = report.rows[name]
-            row |= {name: estimate.value, f"{name}_stderr": estimate.stderr, f"{name}_rho": config.track_rho}
-            if report.batch_size < probe_set.batch_size:
-                row[PROBE_BATCH] = report.batch_size
+        row |= self.tracking.of_epoch(self.epoch, model)
         return config.stop_ce is not None and row.get("train_ce", math.inf) <= config.stop_ce
-
-    def _probe_set(self) -> Batches:
-        """This process's share of the unlabeled part; for SimCLR in batches of as many images as in training."""
-        unlabeled = self.splits.unlabeled.unlabeled()
-        if not self.simclr:
-            return self._batches(unlabeled).shard(processes.rank(), processes.count())
-        whole = contrastive_batches(
-            unlabeled, self.normalization, images=self._images, seed=self.config.seed, device=self.device
-        )
-        return whole.shard(processes.rank(), processes.count())
-
-    @property
-    def _images(self) -> int:
-        """A batch that S_ρ of a SimCLR encoder is taken over."""
-        return min(self.config.batch_size, len(self.splits.unlabeled))
 
     def _keep_best(self, test_error: float) -> None:
         if test_error < min(Evaluation.tested(self.rows), default=math.inf):
