@@ -184,8 +184,8 @@ def measure(
     A checkpoint is a run folder, a file that gmprobe wrote, or any .pt/.pth/.th/.ckpt/.safetensors with a state
     dict (then --model names its network, and --mean/--std its normalisation). Unlabeled data gives local
     inconsistency and the Fisher matrix exactly as defined, and the Hessian with predicted labels, marked so;
-    labeled data gives the Hessian proper, the error and the cross-entropy too. A run folder needs no data option:
-    its own unlabeled part is used.
+    labeled data gives the Hessian proper, the error and the cross-entropy too. A run folder, or a file in one, needs
+    no data option: its own unlabeled part is used.
 
     Of a SimCLR encoder --head simclr measures the NT-Xent logits of two seeded views of every image. These hang
     together over a batch, whose size belongs to the figures: images that fill no batch are left out, and F is a mean

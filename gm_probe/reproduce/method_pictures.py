@@ -197,7 +197,8 @@ PICTURES: Mapping[str, tuple[Callable[[Comparison, bool], Figure], str]] = {
     ),
     "along": (
         along,
-        "S_ρ and test accuracy along training; mean ± standard error over seeds.",
+        "S_ρ and test accuracy, of a SimCLR encoder its linear probe's and NT-Xent too, along training; mean ± "
+        "standard error over seeds.",
     ),
     "effort": (
         effort,
@@ -220,5 +221,5 @@ PICTURES: Mapping[str, tuple[Callable[[Comparison, bool], Figure], str]] = {
 def picture(name: str, found: Comparison, least: bool) -> tuple[Figure, str]:
     """One of ``PICTURES``, and its caption."""
     draw, caption = PICTURES[name]
-    which = "least over epochs" if least else "final"
+    which = _which(least)
     return draw(found, least), caption.format(which=which, Which=which.capitalize())
