@@ -546,7 +546,9 @@ def test_tuning_takes_the_point_of_least_validation_error(tmp_path):
         "threads": 1,
     }
     variant = {"label": "x", "method": "sgd", "points": [{"lr": 1e-6}, {"lr": 0.05}]}
-    chosen, rows = methods._tuned(task, shared, variant, {"label": "digits"}, {"epochs": 3})
+    chosen, rows = methods._tuned(
+        task, shared, variant, {"label": "digits"}, methods._held_out({"epochs": 3})
+    )
     assert (chosen.lr, chosen.validation, chosen.epochs) == (0.05, None, 4)
     runs = [read_run(path) for path in (tmp_path / "runs" / "digits-tune").iterdir() if path.is_dir()]
     errors = {run.config["lr"]: run.summary["test_error"] for run in runs}
@@ -558,7 +560,7 @@ def test_tuning_takes_the_point_of_least_validation_error(tmp_path):
         for (setting, error), chosen in zip(shown, ("", "yes"), strict=True)
     ]
     bad = {**variant, "label": "bad", "points": [{"lr": 1e30}, {"lr": 1e31}]}
-    chosen, rows = methods._tuned(task, shared, bad, {"label": "digits"}, {"epochs": 1})
+    chosen, rows = methods._tuned(task, shared, bad, {"label": "digits"}, methods._held_out({"epochs": 1}))
     assert chosen.lr == 1e30  # its own runs will be said to have diverged
     assert [[cell.text for cell in row[4:]] for row in rows] == [["— (1 diverged)", ""]] * 2
 

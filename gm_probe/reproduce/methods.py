@@ -60,7 +60,7 @@ def study(
         tuning: settings that runs of tuning differ by, such as fewer ``epochs``.
     """
     variants = [each for variant in variants for each in _expanded(variant)]
-    held_out = {"validation": VALIDATION, "eval_every": 0, "track_every": 0, **(tuning or {})}
+    held_out = _held_out(tuning or {})
     plan = NOTHING
     if measure is not None:
         grids: dict[str, Any] = {
@@ -171,6 +171,11 @@ def _tuned(
         for i, (cell, error) in enumerate(zip(cells, errors, strict=True))
     ]
     return config.replace(**points[best]), rows
+
+
+def _held_out(tuning: Table) -> dict[str, Any]:
+    """What runs of tuning differ by: they are judged at their end, on a part of the training part."""
+    return {"validation": VALIDATION, "eval_every": 0, "track_every": 0, **tuning}
 
 
 def _plain(label: str) -> str:
