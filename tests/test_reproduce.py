@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -604,6 +605,25 @@ def test_a_seed_may_draw_its_split_and_labels_which_its_runs_share(tmp_path, spl
     assert said in found.text
     # the family is the claim's own comparisons
     assert "by 97.5 % intervals" in found.text
+
+
+def test_a_data_set_may_have_fewer_seeds(tmp_path):
+    found = methods.study(
+        Task("tab3", "small", tmp_path, notify=lambda _: None),
+        base=DIGITS,
+        variants=[{"label": "SGD"}, {"label": "SAM", "method": "sam"}],
+        data=[
+            {"label": "many", "data": "digits"},
+            {"label": "few", "data": "digits", "labels": 30, "seeds": 2},
+        ],
+        seeds=3,
+        tests=[{"better": "SAM", "worse": "SGD"}],
+        picture="dots",
+    )
+    assert Counter(row["data"] for row in found.rows) == {"many": 6, "few": 4}
+    assert "3 seeds of many and 2 seeds of few" in found.sheets[0].caption
+    assert "on many" in found.text
+    assert re.search(r"on few: [^;]*n = 2", found.text)
 
 
 def test_a_variant_takes_the_rate_that_was_tuned_for_another(tmp_path):

@@ -134,13 +134,20 @@ def gradients(
     output: Tensor,
     inputs: dict[str, Tensor],
     cotangent: Tensor | None = None,
+    *,
     create_graph: bool = False,
+    keep_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """autograd.grad; None for what ``output`` does not depend on, be it all of them."""
     if not output.requires_grad:
         return (None,) * len(inputs)
     return torch.autograd.grad(
-        output, list(inputs.values()), cotangent, create_graph=create_graph, allow_unused=True
+        output,
+        list(inputs.values()),
+        cotangent,
+        create_graph=create_graph,
+        retain_graph=create_graph or keep_graph,
+        allow_unused=True,
     )
 
 

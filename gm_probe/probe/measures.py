@@ -17,6 +17,7 @@ from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import as_measured
 from gm_probe.probe import curvature, inconsistency, outputs
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
+from gm_probe.probe.speed import MEMORY
 from gm_probe.probe.work import Work
 
 
@@ -220,6 +221,7 @@ def measure(
     settings: Settings | None = None,
     *,
     initial: nn.Module | None = None,
+    memory: float = MEMORY,
     notify: Callable[[str, float], None] | None = None,
 ) -> Report:
     """Measure ``model`` over ``batches`` in eval mode; the model is left bit-identical.
@@ -227,6 +229,7 @@ def measure(
     Args:
         names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
         initial: the model before training, for its distance.
+        memory: bytes that the Hessian's products may keep between them beside what they take; speed only.
         notify: called with the measure at work and the gradient evaluations done so far.
 
     Raises:
@@ -252,13 +255,13 @@ def measure(
     rows: dict[str, Estimate] = {}
     # a model may draw at random though its outputs stay the same
     with generators_kept(batches.device), as_measured(model):
-        probe = Probe(model, batches, settings, work, initial)
+        probe = Probe(model, batches, settings, work, initial, memory)
         _require_full(probe.parameters.dtype)
 
         def probed(batches: Batches) -> Probe:
             nonlocal probe
             if probe.batches is not batches:  # what is shared was made on the others
-                probe = Probe(model, batches, settings, work, initial)
+                probe = Probe(model, batches, settings, work, initial, memory)
             return probe
 
         probe.parameters.check_finite()

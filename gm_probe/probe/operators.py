@@ -13,7 +13,7 @@ from torch.func import grad, jvp
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches, cut
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import UsageError, out_of_memory
 from gm_probe.core.parameters import Parameters, differentiable_attention
 from gm_probe.core.processes import gather_examples, sum_over_processes
 from gm_probe.probe.derivatives import (
@@ -27,6 +27,7 @@ from gm_probe.probe.derivatives import (
     require_symmetric,
 )
 from gm_probe.probe.speed import TRIAL, clearly_faster
+from gm_probe.probe.tapes import Tape, Tapes
 from gm_probe.probe.work import (
     DOUBLE_BACKWARD,
     FORWARD_OVER_REVERSE,
@@ -138,17 +139,20 @@ def _centred(values: Tensor, p: Tensor) -> Tensor:
     return values - (p * values).sum(1, keepdim=True)
 
 
-def hessian(parameters: Parameters, batches: Batches, labels: Tensor, work: Work | None = None) -> Operator:
+def hessian(
+    parameters: Parameters, batches: Batches, labels: Tensor, work: Work | None = None, memory: float = 0.0
+) -> Operator:
     """H = ∇²_θ (1/N) Σ CE(z_θ(x), y) (paper §3.3, Lemma A.1), by exact differentiation.
 
     Args:
         labels: (n,) class indices, given or predicted, in the order of ``batches``.
+        memory: bytes that products may take, with what is kept from one to the next.
 
     Raises:
         UsageError: a part of the model is in train mode.
     """
 
-    return _curvature(parameters, batches, _cross_entropy, labels, work)
+    return _curvature(parameters, batches, _cross_entropy, labels, work, memory)
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -196,6 +200,7 @@ def _curvature(
     scalars: Callable[[Tensor, Tensor], Tensor],
     data: Tensor,
     work: Work | None,
+    memory: float = 0.0,
 ) -> Operator:
     """∇²_θ (1/N) Σ_x s(z_θ(x), d_x) for ``scalars`` s: logits (B, C), data (B, ...) ↦ (B,)."""
     _require_eval(parameters)
@@ -205,16 +210,16 @@ def _curvature(
     def values_of(values: dict[str, Tensor], x: Tensor, d: Tensor) -> Tensor:  # (B,)
         return scalars(parameters.logits(x, values), d)
 
+    def recorded(dtype: torch.dtype, x: Tensor, d: Tensor) -> Tape:
+        tape = Tape.record(lambda values: values_of(values, x, d).sum(), parameters.leaves(dtype))
+        work.add(GRADIENT, len(d))
+        return tape
+
     def reverse_product(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
         """The gradient of a gradient's slope along v."""
-        tangents = parameters.split(v)
-        with torch.enable_grad():
-            values = parameters.leaves(v.dtype)
-            total = values_of(values, x, d).sum()
-            slope = along(gradients(total, values, create_graph=True), tangents, total)
-            result = parameters.join(gradients(slope, values))
-        work.add(DOUBLE_BACKWARD, len(d))
-        return result
+        result = recorded(v.dtype, x, d).play(parameters.split(v))
+        work.add(DOUBLE_BACKWARD - GRADIENT, len(d))
+        return parameters.join(result)
 
     def forward_product(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
         """The tangent of a gradient: less memory traffic than a second backward pass."""
@@ -263,15 +268,47 @@ def _curvature(
             chosen[reference] = cheap if trusted and not slower else reference
         return chosen[reference]
 
+    def replays(way: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
+        """Whether a tape that is played again gives a fresh one's product, and that sooner than ``way`` does."""
+        tape = recorded(v.dtype, x, d)
+        fresh = reverse_product(v, x, d)
+
+        def again() -> Tensor:
+            work.add(DOUBLE_BACKWARD - GRADIENT, len(d))
+            return parameters.join(tape.play(parameters.split(v), keep=True))
+
+        try:
+            tape.play(parameters.split(v.flip(0)), keep=True)
+            sound = (again() - fresh).norm() <= 1e-3 * fresh.norm()
+        except Exception as error:  # a stranger's layer that lets go of its tensors, or writes to them
+            if out_of_memory(error):
+                raise
+            return False
+        return bool(sound) and clearly_faster(again, lambda: way(v, x, d), v.device)
+
+    kept: list[Tapes] = []  # one, once it is known whether there is any use in keeping tapes
+
+    def product(index: int, v: Tensor, x: Tensor, d: Tensor) -> Tensor:
+        way = best(forward_product, reverse_product, v, x, d)
+        if not kept:
+            kept.append(Tapes(memory if memory and replays(way, v, x[trial], d[trial]) else 0.0))
+        tape = kept[0].of(index, lambda: recorded(v.dtype, x, d))
+        if tape is None:
+            return way(v, x, d)
+        work.add(DOUBLE_BACKWARD - GRADIENT, len(d))
+        return parameters.join(tape.play(parameters.split(v), keep=True))
+
     @differentiable_attention()
     def matvec(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
-        for batch, d in zip(batches, pieces, strict=True):
-            result += best(forward_product, reverse_product, v, batch.x, d)(v, batch.x, d)
+        for index, (batch, d) in enumerate(zip(batches, pieces, strict=True)):
+            result += product(index, v, batch.x, d)
         return sum_over_processes(result) / batches.total
 
     @differentiable_attention()
     def terms(v: Tensor) -> Tensor:
+        for tapes in kept:  # the vector that they were kept for is found, and its terms take memory, too
+            tapes.clear()
         result = []
         for batch, d in zip(batches, pieces, strict=True):
             result.append(best(forward_terms, reverse_terms, v, batch.x, d)(v, batch.x, d))

@@ -21,7 +21,7 @@ from gm_probe.probe.ascent import FisherByDifference, ProbeDivergence
 from gm_probe.probe.derivatives import require_gradients
 from gm_probe.probe.operators import Operator, fisher, hessian, residual
 from gm_probe.probe.spectrum import Eigenpair, certified, lanczos
-from gm_probe.probe.speed import TRIAL
+from gm_probe.probe.speed import MEMORY, TRIAL
 from gm_probe.probe.trace import Trace, fisher_trace
 from gm_probe.probe.work import FORWARD, Work
 
@@ -151,10 +151,11 @@ class Probe:
         settings: Settings,
         work: Work,
         initial: nn.Module | None = None,
+        memory: float = MEMORY,
     ) -> None:
         self.parameters = Parameters(model, settings.params)
         self.batches, self.settings, self.work = batches, settings, work
-        self.initial = initial
+        self.initial, self.memory = initial, memory
         self._found: dict[str, Any] = {}
 
     @cached_property
@@ -243,7 +244,7 @@ class Probe:
 
     @cached_property
     def hessian(self) -> Operator:
-        return hessian(self.differentiable, self.batches, self.hessian_labels, self.work)
+        return hessian(self.differentiable, self.batches, self.hessian_labels, self.work, memory=self.memory)
 
     @property
     def hessian_labels(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from gm_probe.core.errors import out_of_memory
 from gm_probe.core.parameters import Parameters, as_measured, differentiable_attention, evaluating
 from gm_probe.probe.ascent import kl_gradient
+from gm_probe.probe.tapes import saved_bytes
 
 MEMORY = 4 * 10**9
 """Bytes that a product may take, by default."""
@@ -77,21 +78,12 @@ def bytes_an_example(model: nn.Module, x: Tensor) -> float:
     values = {
         name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in model.named_parameters()
     }
-    weights = {value.untyped_storage().data_ptr() for value in values.values()}
-    kept: dict[int, int] = {}
-
-    def keep(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        address = storage.data_ptr()
-        if address not in weights:  # a view may be less than its storage, an expanded one more
-            kept[address] = max(kept.get(address, 0), min(value.nbytes, storage.nbytes()))
-        return value
-
+    weights = frozenset(value.untyped_storage().data_ptr() for value in values.values())
     with evaluating(model), torch.enable_grad(), differentiable_attention():
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        with saved_bytes(weights) as saved:
             loss = functional.log_softmax(Parameters(model).logits(x, values), dim=1).sum()
-        del loss  # until here the graph holds what was kept, so that no address is used twice
-    return sum(kept.values()) / len(x)
+        del loss  # until here the graph holds what was saved, so that no address is used twice
+    return sum(saved.values()) / len(x)
 
 
 def batch_size_within(memory: float, model: nn.Module, x: Tensor) -> int:

@@ -58,7 +58,7 @@ def sheet(name: str, found: Comparison, reference: str) -> Sheet:
     return Sheet(
         name,
         f"{_words(found.arms[0].config)} by variant",
-        f"Mean ± standard error over {len(found.arms[0].runs)} seeds, in %; s/epoch: time of an epoch relative to "
+        f"Mean ± standard error over {_seeds(found)}, in %; s/epoch: time of an epoch relative to "
         f"{reference or found.labels[0]}’s",
         (
             "data",
@@ -74,6 +74,14 @@ def sheet(name: str, found: Comparison, reference: str) -> Sheet:
         tuple(body),
         3,
     )
+
+
+def _seeds(found: Comparison) -> str:
+    """How many, by data set where these differ."""
+    counts = {arm.data: len(arm.runs) for arm in found.arms}
+    if len(set(counts.values())) == 1:
+        return f"{len(found.arms[0].runs)} seeds"
+    return " and ".join(f"{count} seeds of {name}" for name, count in counts.items())
 
 
 def _words(config: TrainConfig) -> str:

@@ -48,7 +48,7 @@ def study(
             ``validation`` share. Of few labels that is too small to choose by. ``lr_of`` names a variant before it
             whose learning rate, once tuned, it takes. A ``grid`` makes one variant a point.
         data: ``label``, settings of its own (``data`` = 'generated' makes images), and by a variant's label what the
-            paper ``published`` and settings for it ``of``.
+            paper ``published`` and settings for it ``of``; ``seeds``, where it has not as many as the others.
         tests: what the claim says: a ``better`` and a ``worse`` variant, by the ``key`` of a run's summary (its final
             error, unless another is given), or by the mean over training of what its metrics have ``along`` it.
         beside: likewise, but no part of the claim: these differences are given, and decide nothing.
@@ -70,7 +70,8 @@ def study(
     arms: list[Arm] = []
     tried: list[tuple[Cell, ...]] = []
     for place in data:
-        shared = {**base, **_without(place, "label", "published", "of"), **_source(task, place, base, data)}
+        shared = {**base, **_without(place, "label", "published", "of", "seeds"), **_source(task, place, base, data)}
+        numbers = range(place.get("seeds", seeds))
         chosen: dict[str, TrainConfig] = {}
         for variant in variants:
             rate = {"lr": chosen[variant["lr_of"]].lr} if "lr_of" in variant else {}
@@ -79,7 +80,7 @@ def study(
         runs = {
             (label, seed): config.replace(seed=seed, **({"split_seed": seed} if split_by_seed else {}))
             for label, config in chosen.items()
-            for seed in range(seeds)
+            for seed in numbers
         }
         named = {
             key: run_name(config, {"method": _plain(key[0]), "seed": key[1]}) for key, config in runs.items()
@@ -87,7 +88,7 @@ def study(
         folder = task.folder / "runs" / _plain(place["label"])
         trained(Recipe({named[key]: config for key, config in runs.items()}, plan, ()), folder, task)
         for label, config in chosen.items():
-            paths = tuple(folder / named[label, seed] for seed in range(seeds))
+            paths = tuple(folder / named[label, seed] for seed in numbers)
             said = place.get("published", {}).get(label, "")
             arms.append(Arm(place["label"], label, config, paths, said))
     found = Comparison(tuple(arms))

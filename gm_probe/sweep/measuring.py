@@ -138,6 +138,7 @@ def measure_checkpoint(
     Args:
         quadrature: probes and steps of the spectral densities; None = do without.
         batch_size: None = what ``memory`` bytes hold.
+        memory: bytes that products may take, with what is kept from one to the next.
         loading: as ``open_subject`` takes them.
 
     Raises:
@@ -159,7 +160,7 @@ def measure_checkpoint(
         if notify is not None:
             notify(name, evaluations)
 
-    report = measure(subject.model, part, names, settings, initial=initial, notify=tick)
+    report = measure(subject.model, part, names, settings, initial=initial, memory=memory, notify=tick)
     result = report.as_dict(
         checkpoint=str(path),
         model=subject.name,
@@ -188,6 +189,7 @@ def measure_checkpoint(
                 part,
                 settings,
                 quadrature,
+                memory,
                 lambda name, evaluations: tick(name, before + evaluations),
             ),
         )
@@ -288,12 +290,13 @@ def _densities(
     part: Batches,
     settings: Settings,
     quadrature: tuple[int, int],
+    memory: float,
     notify: Callable[[str, float], None],
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``."""
     num_probes, num_steps = quadrature
     with generators_kept(part.device), as_measured(subject.model):
-        probe = Probe(subject.model, part, settings, Work(part.num_examples))
+        probe = Probe(subject.model, part, settings, Work(part.num_examples), memory=memory)
         found = {}
         for name, operator in (("fisher", probe.fisher), ("hessian", probe.hessian)):
             before = probe.work.evaluations
