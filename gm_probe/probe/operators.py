@@ -29,12 +29,12 @@ from gm_probe.probe.derivatives import (
 from gm_probe.probe.speed import TRIAL, clearly_faster
 from gm_probe.probe.tapes import Tape, Tapes
 from gm_probe.probe.work import (
-    DOUBLE_BACKWARD,
     FORWARD_OVER_REVERSE,
     GRADIENT,
     JVP,
     NESTED_JVP,
     REVERSE_JVP,
+    THROUGH_GRADIENT,
     TRIPLE_BACKWARD,
     Work,
 )
@@ -218,7 +218,7 @@ def _curvature(
     def reverse_product(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
         """The gradient of a gradient's slope along v."""
         result = recorded(v.dtype, x, d).play(parameters.split(v))
-        work.add(DOUBLE_BACKWARD - GRADIENT, len(d))
+        work.add(THROUGH_GRADIENT, len(d))
         return parameters.join(result)
 
     def forward_product(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
@@ -268,35 +268,34 @@ def _curvature(
             chosen[reference] = cheap if trusted and not slower else reference
         return chosen[reference]
 
-    def replays(way: Way, v: Tensor, x: Tensor, d: Tensor) -> bool:
-        """Whether a tape that is played again gives a fresh one's product, and that sooner than ``way`` does."""
-        tape = recorded(v.dtype, x, d)
-        fresh = reverse_product(v, x, d)
+    def played(tape: Tape, v: Tensor, d: Tensor) -> Tensor:
+        work.add(THROUGH_GRADIENT, len(d))
+        return parameters.join(tape.play(parameters.split(v), keep=True))
 
-        def again() -> Tensor:
-            work.add(DOUBLE_BACKWARD - GRADIENT, len(d))
-            return parameters.join(tape.play(parameters.split(v), keep=True))
-
+    def plays_again(v: Tensor, x: Tensor, d: Tensor) -> bool:
+        """Whether a tape's second product is a fresh one's."""
+        tape, fresh = recorded(v.dtype, x, d), reverse_product(v, x, d)
         try:
-            tape.play(parameters.split(v.flip(0)), keep=True)
-            sound = (again() - fresh).norm() <= 1e-3 * fresh.norm()
+            played(tape, v.flip(0), d)
+            return bool((played(tape, v, d) - fresh).norm() <= 1e-3 * fresh.norm())
         except Exception as error:  # a stranger's layer that lets go of its tensors, or writes to them
             if out_of_memory(error):
                 raise
             return False
-        return bool(sound) and clearly_faster(again, lambda: way(v, x, d), v.device)
 
-    kept: list[Tapes] = []  # one, once it is known whether there is any use in keeping tapes
+    kept: list[Tapes] = []  # one, once it is known whether tapes can be trusted
 
     def product(index: int, v: Tensor, x: Tensor, d: Tensor) -> Tensor:
         way = best(forward_product, reverse_product, v, x, d)
         if not kept:
-            kept.append(Tapes(memory if memory and replays(way, v, x[trial], d[trial]) else 0.0))
-        tape = kept[0].of(index, lambda: recorded(v.dtype, x, d))
-        if tape is None:
-            return way(v, x, d)
-        work.add(DOUBLE_BACKWARD - GRADIENT, len(d))
-        return parameters.join(tape.play(parameters.split(v), keep=True))
+            kept.append(Tapes(memory if memory and plays_again(v, x[trial], d[trial]) else 0.0, v.device))
+        return kept[0].product(
+            index,
+            len(d),
+            record=lambda: recorded(v.dtype, x, d),
+            play=lambda tape: played(tape, v, d),
+            usual=lambda: way(v, x, d),
+        )
 
     @differentiable_attention()
     def matvec(v: Tensor) -> Tensor:

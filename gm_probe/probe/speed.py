@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,8 @@ from torch.nn import functional
 from gm_probe.core.errors import out_of_memory
 from gm_probe.core.parameters import Parameters, as_measured, differentiable_attention, evaluating
 from gm_probe.probe.ascent import kl_gradient
-from gm_probe.probe.tapes import saved_bytes
 
+T = TypeVar("T")
 MEMORY = 4 * 10**9
 """Bytes that a product may take, by default."""
 BATCH_SIZE = 250
@@ -27,22 +29,30 @@ TRIAL = 16
 
 def clearly_faster(other: Callable[[], object], usual: Callable[[], object], device: torch.device) -> bool:
     """Whether ``other`` takes clearly less time than ``usual``; each runs twice, the first time to warm up."""
-
-    def seconds(way: Callable[[], object]) -> float:
-        if device.type != "cuda":  # the processor's own time: others on this machine must not decide
-            start = time.process_time()
-            way()
-            return time.process_time() - start
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        way()
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    if seconds(usual) < LONG:
+    usual()
+    before, _ = timed(usual, device)
+    if before < LONG:
         return False
     other()
-    return seconds(other) < CLEARLY * seconds(usual)
+    return clearly_less(timed(other, device)[0], before)
+
+
+def clearly_less(other: float, usual: float) -> bool:
+    """Whether ``other`` seconds are so much less than ``usual`` ones that it is no noise, and of any use."""
+    return usual >= LONG and other < CLEARLY * usual
+
+
+def timed(way: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """The seconds that ``way`` takes, and what it returns."""
+    if device.type != "cuda":  # the processor's own time: others on this machine must not decide
+        start = time.process_time()
+        result = way()
+        return time.process_time() - start, result
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = way()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
 
 
 def fastest_layout(model: nn.Module, x: Tensor) -> torch.memory_format:
@@ -84,6 +94,25 @@ def bytes_an_example(model: nn.Module, x: Tensor) -> float:
             loss = functional.log_softmax(Parameters(model).logits(x, values), dim=1).sum()
         del loss  # until here the graph holds what was saved, so that no address is used twice
     return sum(saved.values()) / len(x)
+
+
+@contextmanager
+def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int]]:
+    """Fills a dict of address ↦ bytes with what autograd saves meanwhile, but for storages at ``ignored`` addresses.
+
+    Each storage counts once, as long as its graph lives: an address that is used anew would count as the old one.
+    """
+    found: dict[int, int] = {}
+
+    def save(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        address = storage.data_ptr()
+        if address not in ignored:  # a view may be less than its storage, an expanded one more
+            found[address] = max(found.get(address, 0), min(value.nbytes, storage.nbytes()))
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda value: value):
+        yield found
 
 
 def batch_size_within(memory: float, model: nn.Module, x: Tensor) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gm_probe.probe.derivatives import along, gradients
+from gm_probe.probe.speed import clearly_less, saved_bytes, timed
 
 PLAYING = 2.0
 """Times what a tape holds: what playing it takes meanwhile."""
@@ -37,17 +37,53 @@ class Tape:
 
 
 class Tapes:
-    """A tape for each of the first batches, as many as ``memory`` bytes hold beside what playing one takes."""
+    """Products by tapes that are kept, where playing one again is faster than the usual way.
 
-    def __init__(self, memory: float) -> None:
-        self._memory = memory
+    That is found from the first products, each taken in the one way or in the other: on a few examples tapes do better
+    than on whole batches. They are kept for the first batches, as many as ``memory`` bytes hold beside what playing one
+    takes.
+    """
+
+    def __init__(self, memory: float, device: torch.device) -> None:
+        self._memory, self._device = memory, device
+        self._products = 0
+        self._playing = 0.0  # seconds an example
+        self._useful = memory > 0
         self.clear()
 
     def clear(self) -> None:
         self._room = self._memory
         self._tapes: dict[int, Tape] = {}
 
-    def of(self, index: int, record: Callable[[], Tape]) -> Tape | None:
+    def product(
+        self,
+        index: int,
+        count: int,
+        *,
+        record: Callable[[], Tape],
+        play: Callable[[Tape], Tensor],
+        usual: Callable[[], Tensor],
+    ) -> Tensor:
+        """A product over the batch ``index`` of ``count`` examples, by its tape or in the ``usual`` way."""
+        self._products += 1
+        trial = self._products if self._useful else 0
+        tape = self._of(index, record) if self._useful and trial not in (1, 3) else None
+        if trial == 2:
+            if tape is None:
+                self._useful = False
+                return usual()
+            seconds, result = timed(lambda: play(tape), self._device)
+            self._playing = seconds / count
+        elif trial == 3:  # not the first time, which is slow
+            seconds, result = timed(usual, self._device)
+            self._useful = clearly_less(self._playing * count, seconds)
+            if not self._useful:
+                self.clear()
+        else:
+            result = usual() if tape is None else play(tape)
+        return result
+
+    def _of(self, index: int, record: Callable[[], Tape]) -> Tape | None:
         """The tape of batch ``index``, made by ``record`` the first time; None where there is no room for it."""
         if index not in self._tapes and self._room:
             with saved_bytes() as saved:
@@ -59,22 +95,3 @@ class Tapes:
             else:
                 self._room = 0.0  # nor will there be for another
         return self._tapes.get(index)
-
-
-@contextmanager
-def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int]]:
-    """Fills a dict of address ↦ bytes with what autograd saves meanwhile, but for storages at ``ignored`` addresses.
-
-    Each storage counts once, as long as its graph lives: an address that is used anew would count as the old one.
-    """
-    found: dict[int, int] = {}
-
-    def save(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        address = storage.data_ptr()
-        if address not in ignored:  # a view may be less than its storage, an expanded one more
-            found[address] = max(found.get(address, 0), min(value.nbytes, storage.nbytes()))
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda value: value):
-        yield found

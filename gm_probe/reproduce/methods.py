@@ -70,7 +70,11 @@ def study(
     arms: list[Arm] = []
     tried: list[tuple[Cell, ...]] = []
     for place in data:
-        shared = {**base, **_without(place, "label", "published", "of", "seeds"), **_source(task, place, base, data)}
+        shared = {
+            **base,
+            **_without(place, "label", "published", "of", "seeds"),
+            **_source(task, place, base, data),
+        }
         numbers = range(place.get("seeds", seeds))
         chosen: dict[str, TrainConfig] = {}
         for variant in variants:
