@@ -39,17 +39,17 @@ def wrn_parameters(depth: int, widen: int) -> int:
     return total + 2 * before + 10 * before + 10
 
 
-def vit_parameters(width: int, patch: int, size: int, classes: int) -> int:
-    """Patches, class token and positions; 12 blocks of 4 W² attention, 8 W² MLP, their biases and norms; head."""
+def vit_parameters(width: int, patch: int, size: int, classes: int, depth: int = 12) -> int:
+    """Patches, class token and positions; blocks of 4 W² attention, 8 W² MLP, their biases and norms; head."""
     tokens = (size // patch) ** 2 + 1
     block = 4 * width**2 + 4 * width + 8 * width**2 + 5 * width + 4 * width
-    return (3 * patch**2 + 1 + 1 + tokens) * width + 12 * block + 2 * width + (width + 1) * classes
+    return (3 * patch**2 + 1 + 1 + tokens) * width + depth * block + 2 * width + (width + 1) * classes
 
 
-def mixer_parameters(width: int, patch: int, size: int, classes: int) -> int:
+def mixer_parameters(width: int, patch: int, size: int, classes: int, blocks: int = 10) -> int:
     tokens, hidden = (size // patch) ** 2, width // 2
     block = 4 * width + 2 * tokens * hidden + hidden + tokens + 8 * width**2 + 5 * width
-    return (3 * patch**2 + 1) * width + 10 * block + 2 * width + (width + 1) * classes
+    return (3 * patch**2 + 1) * width + blocks * block + 2 * width + (width + 1) * classes
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,8 @@ def mixer_parameters(width: int, patch: int, size: int, classes: int) -> int:
         ("resnet50", 25_557_032 - 990 * (2048 + 1)),
         ("resnet50-cifar", 25_557_032 - 990 * (2048 + 1) - 64 * 3 * (49 - 9)),
         pytest.param("vit-tiny-4", vit_parameters(192, 4, 32, 10), marks=NEEDS_TIMM),
+        pytest.param("vit-micro-4", vit_parameters(64, 4, 32, 10, 6), marks=NEEDS_TIMM),
+        pytest.param("mixer-micro-8", mixer_parameters(64, 8, 32, 10, 4), marks=NEEDS_TIMM),
         pytest.param("vit-s-16", vit_parameters(384, 16, 32, 10), marks=NEEDS_TIMM),
         pytest.param("vit-s-32", vit_parameters(384, 32, 32, 10), marks=NEEDS_TIMM),
         pytest.param("mixer-4", mixer_parameters(256, 4, 32, 10), marks=NEEDS_TIMM),

@@ -129,7 +129,8 @@ def escape_markdown(text: str) -> str:
 def escape_latex(text: str) -> str:
     """``text`` as LaTeX shows it literally, in text mode; the symbols used here as their commands."""
     flat = " ".join(text.split())
-    return "".join(_LATEX.get(letter, letter) for letter in flat)
+    found = "".join(_LATEX.get(letter, letter) for letter in flat)
+    return re.sub("\\$(\\\\[a-z]+)\\$\N{COMBINING CIRCUMFLEX ACCENT}", r"$\\hat{\1}$", found)
 
 
 _LATEX = {
@@ -159,6 +160,8 @@ _LATEX = {
     "–": "--",
     "…": r"\dots{}",
     "’": "'",
+    "“": "``",
+    "”": "''",
     "τ": r"$\tau$",
     "ρ": r"$\rho$",
     "λ": r"$\lambda$",
@@ -172,7 +175,11 @@ _LATEX = {
     "η": r"$\eta$",
     "‖": r"$\Vert$",
     "∂": r"$\partial$",
+    "ξ": r"$\xi$",
     "₀": r"$_0$",
+    "₁": r"$_1$",
+    "₂": r"$_2$",
+    "₃": r"$_3$",
     "ᵢ": r"$_i$",
     "½": r"$\frac12$",
     "²": r"$^2$",

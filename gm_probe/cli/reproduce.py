@@ -18,7 +18,7 @@ from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
     "--scale",
     type=Choice(SCALES),
     help="smoke: seconds; small: 2 cores, the same axes; paper: the paper's setting.  [default: small, or paper where "
-    "that is as cheap]",
+    "that is as cheap; of what takes a GPU there is none]",
 )
 @click.option("--out", type=PATH, help="Folder to write.  [default: reproduce/NAME-SCALE]")
 @click.option("--data", help="Image folder, file or name instead of the recipe's data.")

@@ -34,9 +34,11 @@ BUILT_IN = {
     "resnet18-cifar": "ResNet-18 with a 3×3 stem of stride 1, no max-pool; also 34, 50, 101, 152",
     "resnet50": "ResNet-50 with its own 7×7 stem, for large images; also 18, 34, 101, 152",
     "vit-tiny-4": "Vision Transformer of width 192, patches of 4×4; vit-tiny-P takes any; needs gm_probe[timm]",
+    "vit-micro-4": "Vision Transformer of 6 blocks of width 64, for a CPU; vit-micro-P likewise",
     "vit-s-16": "Vision Transformer of width 384, patches of 16×16; vit-s-P takes any; needs gm_probe[timm]",
     "vit-s-32": "likewise, patches of 32×32",
     "mixer-4": "MLP-Mixer, 10 blocks of width 256, patches of 4×4; mixer-P takes any; needs gm_probe[timm]",
+    "mixer-micro-4": "MLP-Mixer of 4 blocks of width 64, for a CPU; mixer-micro-P likewise",
 }
 """The networks of gm_probe itself, by a name that builds one."""
 MODELS = {
@@ -208,12 +210,13 @@ def _resnet(match: re.Match[str], spec: ModelSpec) -> nn.Module:
 
 
 def _vit(match: re.Match[str], spec: ModelSpec) -> nn.Module:
-    embedding, heads = {"tiny": (192, 3), "s": (384, 6)}[match[1]]
-    return _patched(vit, spec, int(match[2]), embedding=embedding, heads=heads)
+    embedding, heads, depth = {"micro": (64, 4, 6), "tiny": (192, 3, 12), "s": (384, 6, 12)}[match[1]]
+    return _patched(vit, spec, int(match[2]), embedding=embedding, heads=heads, depth=depth)
 
 
 def _mixer(match: re.Match[str], spec: ModelSpec) -> nn.Module:
-    return _patched(mixer, spec, int(match[1]))
+    embedding, blocks = (64, 4) if match[1] else (256, 10)
+    return _patched(mixer, spec, int(match[2]), embedding=embedding, blocks=blocks)
 
 
 def _patched(network: Callable[..., nn.Module], spec: ModelSpec, patch: int, **options: int) -> nn.Module:
@@ -239,8 +242,8 @@ _FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = {
     r"mlp((?:-\d+)*)": _mlp,
     r"wrn-(\d+)-(\d+)(-authors)?": _wide_resnet,
     r"resnet(18|34|50|101|152)(-cifar)?": _resnet,
-    r"vit-(tiny|s)-(\d+)": _vit,
-    r"mixer-(\d+)": _mixer,
+    r"vit-(micro|tiny|s)-(\d+)": _vit,
+    r"mixer-(micro-)?(\d+)": _mixer,
 }
 
 

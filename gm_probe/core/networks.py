@@ -117,7 +117,7 @@ def vit(
     patch: int,
     embedding: int,
     heads: int,
-    depth: int = 12,
+    depth: int,
 ) -> nn.Module:
     """timm's Vision Transformer (Dosovitskiy et al. 2021): class token, learned positions, MLP of 4 times the width.
 
@@ -148,8 +148,8 @@ def mixer(
     classes: int,
     *,
     patch: int,
-    embedding: int = 256,
-    blocks: int = 10,
+    embedding: int,
+    blocks: int,
 ) -> nn.Module:
     """timm's MLP-Mixer (Tolstikhin et al. 2021): token MLPs of half, channel MLPs of 4 times the width.
 

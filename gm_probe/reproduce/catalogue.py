@@ -4,6 +4,7 @@
 
     title, claim, published  what it is, what the paper says, and which of the paper's own numbers survive
     also                     further names of the paper's that this command gives
+    default                  the scale that is taken unless told, where there is no small one
     study                    the function that does it (``run.STUDIES``)
     [settings]               its arguments, at every scale
     [smoke] [small] [paper]  ``cost``, and arguments that differ at this scale; ``data`` keeps what is ``published``
@@ -37,6 +38,7 @@ class Recipe:
     study: str
     settings: Mapping[str, Mapping[str, Any]]
     costs: Mapping[str, str]
+    chosen: str
 
     @property
     def scales(self) -> tuple[str, ...]:
@@ -44,8 +46,11 @@ class Recipe:
 
     @property
     def default(self) -> str:
-        """``small``; ``paper`` where the paper's setting is cheap enough that there is no small one."""
-        return "small" if "small" in self.settings else "paper"
+        """``small``; ``paper`` where that is cheap enough; UsageError where it takes a GPU, and is to be asked for."""
+        if not self.chosen:
+            costs = " or ".join(f"--scale {scale} ({cost})" for scale, cost in self.costs.items())
+            raise UsageError(f"{self.name} has no small scale; give {costs}")
+        return self.chosen
 
     def at(self, scale: str) -> Mapping[str, Any]:
         """The settings of ``scale``; UsageError where it has none."""
@@ -87,7 +92,8 @@ def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
             settings[scale]["data"] = [_with_numbers(place, numbers) for place in part["data"]]
     texts = {key: str(content[key]) for key in ("title", "claim", "published", "study")}
     also = tuple(map(str, content.get("also", ())))
-    return Recipe(name=name, settings=settings, costs=costs, also=also, **texts)
+    chosen = str(content.get("default", "small" if "small" in parts else ""))
+    return Recipe(name=name, settings=settings, costs=costs, also=also, chosen=chosen, **texts)
 
 
 def _with_numbers(place: Mapping[str, Any], numbers: Mapping[str, Any]) -> Mapping[str, Any]:

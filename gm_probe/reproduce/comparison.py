@@ -60,6 +60,12 @@ class Arm:
         tracked = [_track(path, "local_inconsistency").get(self.config.epochs) for path in self.runs]
         return [one if one is not None else other for one, other in zip(measured, tracked, strict=True)]
 
+    @property
+    def epoch_seconds(self) -> list[float]:
+        """The fastest epoch's of every run that has any: what slows a machine down now and then is not in it."""
+        tracks = [_track(path, "seconds") for path in self.runs]
+        return [min(track.values()) for track in tracks if track]
+
     def along(self, key: str) -> dict[int, list[float]]:
         """``key`` of the runs' metrics by epoch."""
         found: dict[int, list[float]] = {}

@@ -114,14 +114,13 @@ def steps(found: Comparison, least: bool) -> Figure:
     """
     figure, (errors, times, measured) = panels(3, 2.3, width=8.4)
     arms = [arm for arm in found.arms if arm.data == found.data[0]]
-    one = float(np.mean([s for s in arms[0].figures("train_seconds") if s is not None]))
+    one = min(arms[0].epoch_seconds)
     sides = list(dict.fromkeys(arm.config.kl_grad for arm in arms))
     for index, side in enumerate(sides):
         mine = [arm for arm in arms if arm.config.kl_grad == side and _errors(arm, least)]
         look = {"label": SIDES[side], "linestyle": DASHES[index], **_look(index)}
         _spread(errors, {arm.config.k_steps: _errors(arm, least) for arm in mine}, **look)
-        seconds = {arm.config.k_steps: arm.figures("train_seconds") for arm in mine}
-        _spread(times, {k: [s / one for s in of if s is not None] for k, of in seconds.items()}, **look)
+        _spread(times, {arm.config.k_steps: [s / one for s in arm.epoch_seconds] for arm in mine}, **look)
     if len(sides) > 1:
         errors.legend(frameon=False, fontsize=7)
     for index, arm in enumerate(arms):

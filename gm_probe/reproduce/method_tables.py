@@ -38,10 +38,8 @@ def sheet(name: str, found: Comparison, reference: str) -> Sheet:
         config, first = arm.config, found.arm(arm.data, reference or found.labels[0])
         simclr = config.objective == "simclr"  # of its probe nobody asks how it fits
         s_rho = _mean_or_none(arm.s_rho)
-        seconds = [_mean_or_none(each.figures("train_seconds")) for each in (arm, first)]
-        per_epoch = None
-        if seconds[0] and seconds[1]:
-            per_epoch = seconds[0] / config.epochs / (seconds[1] / first.config.epochs)
+        mine, reference_s = (min(each.epoch_seconds, default=None) for each in (arm, first))
+        per_epoch = mine / reference_s if mine and reference_s else None
         body.append(
             (
                 Cell(arm.data),
@@ -58,7 +56,7 @@ def sheet(name: str, found: Comparison, reference: str) -> Sheet:
     return Sheet(
         name,
         f"{_words(found.arms[0].config)} by variant",
-        f"Mean ± standard error over {_seeds(found)}, in %; s/epoch: time of an epoch relative to "
+        f"Mean ± standard error over {_seeds(found)}, in %; s/epoch: time of the fastest epoch relative to "
         f"{reference or found.labels[0]}’s",
         (
             "data",

@@ -32,8 +32,21 @@ class Test:
 
     @cached_property
     def pairs(self) -> list[tuple[float | None, float | None]]:
-        """What the better and the worse variant came to, a pair a seed; None without a result: mostly it diverged."""
-        arms = [self.found.arm(self.data, self.test[key]) for key in ("better", "worse")]
+        """What the better and the worse variant came to, a pair a seed; None without a result: mostly it diverged.
+
+        ``beyond`` names two more variants, whose difference is taken off.
+        """
+        pairs = self._pairs_of(self.test)
+        if "beyond" not in self.test:
+            return pairs
+        others = self._pairs_of(self.test["beyond"])
+        return [
+            (_difference(better, a), _difference(worse, b))
+            for (better, worse), (a, b) in zip(pairs, others, strict=True)
+        ]
+
+    def _pairs_of(self, names: Mapping[str, Any]) -> list[tuple[float | None, float | None]]:
+        arms = [self.found.arm(self.data, names[key]) for key in ("better", "worse")]
         better, worse = (
             arm.means_along(self.key) if "along" in self.test else arm.figures(self.key) for arm in arms
         )
@@ -102,6 +115,8 @@ class Test:
     def __str__(self) -> str:
         scale, unit = (-100, " points") if self._is_error else (-1, "")
         names = f"{self.test['better']} against {self.test['worse']}"
+        if beyond := self.test.get("beyond"):
+            names += f", beyond what {beyond['better']} has against {beyond['worse']}"
         where = f" on {self.data}" if len(self.found.data) > 1 else ""
         lost = [
             f"{self.test[key]} alone without a result in {count}" for key, count in self.lost.items() if count
@@ -114,6 +129,10 @@ class Test:
             return f"{text} ({seeds})"
         _, low, high = (scale * value for value in self.interval)
         return f"{text} ({_signed(high)} to {_signed(low)}; {seeds})"
+
+
+def _difference(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
 
 
 def _signed(value: float) -> str:

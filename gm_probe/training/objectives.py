@@ -2,7 +2,7 @@
 
 An objective takes a gradient rule's criterion's place::
 
-    rule = IAMD(model, FixMatch(threshold=0.95), rho=3.0)
+    rule = IAMD(model, FixMatch(threshold=0.95), rho=0.1, noise_scale=3.0)
     rule.backward(torch.cat([labeled, weak, strong]), y)      # all inputs in one forward pass
 
 The labeled inputs come first, as many as there are labels. Of several processes each must hold as many labeled
