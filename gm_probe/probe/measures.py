@@ -229,7 +229,7 @@ def measure(
     Args:
         names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
         initial: the model before training, for its distance.
-        memory: bytes that the Hessian's products may keep between them beside what they take; speed only.
+        memory: bytes, a quarter of which the Hessian's products may keep from one to the next; speed only.
         notify: called with the measure at work and the gradient evaluations done so far.
 
     Raises:

@@ -146,7 +146,7 @@ def hessian(
 
     Args:
         labels: (n,) class indices, given or predicted, in the order of ``batches``.
-        memory: bytes that products may take, with what is kept from one to the next.
+        memory: bytes that may be kept from one product to the next.
 
     Raises:
         UsageError: a part of the model is in train mode.

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gm_probe.core.errors import out_of_memory
 from gm_probe.probe.derivatives import along, gradients
 from gm_probe.probe.speed import clearly_less, saved_bytes, timed
-
-PLAYING = 2.0
-"""Times what a tape holds: what playing it takes meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +38,8 @@ class Tapes:
     """Products by tapes that are kept, where playing one again is faster than the usual way.
 
     That is found from the first products, each taken in the one way or in the other: on a few examples tapes do better
-    than on whole batches. They are kept for the first batches, as many as ``memory`` bytes hold beside what playing one
-    takes.
+    than on whole batches. They are kept for the first batches, as many as ``memory`` bytes hold. Where memory runs
+    out, all are let go for good.
     """
 
     def __init__(self, memory: float, device: torch.device) -> None:
@@ -65,23 +63,40 @@ class Tapes:
         usual: Callable[[], Tensor],
     ) -> Tensor:
         """A product over the batch ``index`` of ``count`` examples, by its tape or in the ``usual`` way."""
+        try:
+            return self._product(index, count, record, play, usual)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or not self._tapes:
+                raise
+        # outside of the except clause, whose traceback holds on to what was allocated
+        self._useful = False
+        self.clear()
+        return usual()
+
+    def _product(
+        self,
+        index: int,
+        count: int,
+        record: Callable[[], Tape],
+        play: Callable[[Tape], Tensor],
+        usual: Callable[[], Tensor],
+    ) -> Tensor:
         self._products += 1
         trial = self._products if self._useful else 0
         tape = self._of(index, record) if self._useful and trial not in (1, 3) else None
-        if trial == 2:
-            if tape is None:
-                self._useful = False
-                return usual()
+        if trial == 2 and tape is not None:
             seconds, result = timed(lambda: play(tape), self._device)
             self._playing = seconds / count
-        elif trial == 3:  # not the first time, which is slow
+            return result
+        if trial == 3:  # not the first time, which is slow
             seconds, result = timed(usual, self._device)
             self._useful = clearly_less(self._playing * count, seconds)
             if not self._useful:
                 self.clear()
-        else:
-            result = usual() if tape is None else play(tape)
-        return result
+            return result
+        if trial == 2:
+            self._useful = False  # not even one could be kept
+        return usual() if tape is None else play(tape)
 
     def _of(self, index: int, record: Callable[[], Tape]) -> Tape | None:
         """The tape of batch ``index``, made by ``record`` the first time; None where there is no room for it."""
@@ -89,7 +104,7 @@ class Tapes:
             with saved_bytes() as saved:
                 tape = record()
             size = sum(saved.values())
-            if (1 + PLAYING) * size <= self._room:
+            if size <= self._room:
                 self._room -= size
                 self._tapes[index] = tape
             else:

@@ -138,7 +138,7 @@ def measure_checkpoint(
     Args:
         quadrature: probes and steps of the spectral densities; None = do without.
         batch_size: None = what ``memory`` bytes hold.
-        memory: bytes that products may take, with what is kept from one to the next.
+        memory: bytes that a product may take, and a quarter more for what is kept from one to the next.
         loading: as ``open_subject`` takes them.
 
     Raises:
