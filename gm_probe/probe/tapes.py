@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,14 @@ class Tape:
         with torch.enable_grad():
             slope = along(self.gradients, tangents, self.total)
             return gradients(slope, self.values, keep_graph=keep)
+
+    def num_bytes(self, saved: Mapping[int, int]) -> int:
+        """What it holds: what autograd ``saved`` by address, and of parameters and gradients what is not among it."""
+        held = dict(saved)
+        for tensor in (*self.values.values(), *self.gradients):
+            if tensor is not None:
+                held.setdefault(tensor.untyped_storage().data_ptr(), tensor.nbytes)
+        return sum(held.values())
 
 
 class Tapes:
@@ -103,7 +111,7 @@ class Tapes:
         if index not in self._tapes and self._room:
             with saved_bytes() as saved:
                 tape = record()
-            size = sum(saved.values())
+            size = tape.num_bytes(saved)
             if size <= self._room:
                 self._room -= size
                 self._tapes[index] = tape
