@@ -215,11 +215,13 @@ def _curvature(
         work.add(GRADIENT, len(d))
         return tape
 
+    def played(tape: Tape, v: Tensor, d: Tensor, *, keep: bool) -> Tensor:
+        work.add(THROUGH_GRADIENT, len(d))
+        return parameters.join(tape.play(parameters.split(v), keep=keep))
+
     def reverse_product(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
         """The gradient of a gradient's slope along v."""
-        result = recorded(v.dtype, x, d).play(parameters.split(v))
-        work.add(THROUGH_GRADIENT, len(d))
-        return parameters.join(result)
+        return played(recorded(v.dtype, x, d), v, d, keep=False)
 
     def forward_product(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
         """The tangent of a gradient: less memory traffic than a second backward pass."""
@@ -268,16 +270,12 @@ def _curvature(
             chosen[reference] = cheap if trusted and not slower else reference
         return chosen[reference]
 
-    def played(tape: Tape, v: Tensor, d: Tensor) -> Tensor:
-        work.add(THROUGH_GRADIENT, len(d))
-        return parameters.join(tape.play(parameters.split(v), keep=True))
-
     def plays_again(v: Tensor, x: Tensor, d: Tensor) -> bool:
         """Whether a tape's second product is a fresh one's."""
         tape, fresh = recorded(v.dtype, x, d), reverse_product(v, x, d)
         try:
-            played(tape, v.flip(0), d)
-            return bool((played(tape, v, d) - fresh).norm() <= 1e-3 * fresh.norm())
+            played(tape, v.flip(0), d, keep=True)
+            return bool((played(tape, v, d, keep=True) - fresh).norm() <= 1e-3 * fresh.norm())
         except Exception as error:  # a stranger's layer that lets go of its tensors, or writes to them
             if out_of_memory(error):
                 raise
@@ -293,7 +291,7 @@ def _curvature(
             index,
             len(d),
             record=lambda: recorded(v.dtype, x, d),
-            play=lambda tape: played(tape, v, d),
+            play=lambda tape: played(tape, v, d, keep=True),
             usual=lambda: way(v, x, d),
         )
 

@@ -27,7 +27,7 @@ class Tape:
             total = function(values)
             return cls(values, total, gradients(total, values, create_graph=True))
 
-    def play(self, tangents: dict[str, Tensor], *, keep: bool = False) -> tuple[Tensor | None, ...]:
+    def play(self, tangents: dict[str, Tensor], *, keep: bool) -> tuple[Tensor | None, ...]:
         """The Hessian's product with ``tangents``; unless told to ``keep`` the graph, once only."""
         with torch.enable_grad():
             slope = along(self.gradients, tangents, self.total)
@@ -72,7 +72,22 @@ class Tapes:
     ) -> Tensor:
         """A product over the batch ``index`` of ``count`` examples, by its tape or in the ``usual`` way."""
         try:
-            return self._product(index, count, record, play, usual)
+            self._products += 1
+            trial = self._products if self._useful else 0
+            tape = self._of(index, record) if self._useful and trial not in (1, 3) else None
+            if trial == 2 and tape is not None:
+                seconds, result = timed(lambda: play(tape), self._device)
+                self._playing = seconds / count
+                return result
+            if trial == 3:  # not the first time, which is slow
+                seconds, result = timed(usual, self._device)
+                self._useful = clearly_less(self._playing * count, seconds)
+                if not self._useful:
+                    self.clear()
+                return result
+            if trial == 2:
+                self._useful = False  # not even one could be kept
+            return usual() if tape is None else play(tape)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or not self._tapes:
                 raise
@@ -80,31 +95,6 @@ class Tapes:
         self._useful = False
         self.clear()
         return usual()
-
-    def _product(
-        self,
-        index: int,
-        count: int,
-        record: Callable[[], Tape],
-        play: Callable[[Tape], Tensor],
-        usual: Callable[[], Tensor],
-    ) -> Tensor:
-        self._products += 1
-        trial = self._products if self._useful else 0
-        tape = self._of(index, record) if self._useful and trial not in (1, 3) else None
-        if trial == 2 and tape is not None:
-            seconds, result = timed(lambda: play(tape), self._device)
-            self._playing = seconds / count
-            return result
-        if trial == 3:  # not the first time, which is slow
-            seconds, result = timed(usual, self._device)
-            self._useful = clearly_less(self._playing * count, seconds)
-            if not self._useful:
-                self.clear()
-            return result
-        if trial == 2:
-            self._useful = False  # not even one could be kept
-        return usual() if tape is None else play(tape)
 
     def _of(self, index: int, record: Callable[[], Tape]) -> Tape | None:
         """The tape of batch ``index``, made by ``record`` the first time; None where there is no room for it."""

@@ -28,7 +28,10 @@ SCALES = ("smoke", "small", "paper")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One table or figure; ``settings[scale]`` are the arguments of its study, ``costs[scale]`` the time it takes."""
+    """One table or figure; ``settings[scale]`` are the arguments of its study, ``costs[scale]`` the time it takes.
+
+    ``chosen`` is the scale that is taken unless told; '' = none.
+    """
 
     name: str
     title: str

@@ -38,8 +38,8 @@ def sheet(name: str, found: Comparison, reference: str) -> Sheet:
         config, first = arm.config, found.arm(arm.data, reference or found.labels[0])
         simclr = config.objective == "simclr"  # of its probe nobody asks how it fits
         s_rho = _mean_or_none(arm.s_rho)
-        mine, reference_s = (min(each.epoch_seconds, default=None) for each in (arm, first))
-        per_epoch = mine / reference_s if mine and reference_s else None
+        seconds = [min(each.epoch_seconds, default=None) for each in (arm, first)]
+        per_epoch = seconds[0] / seconds[1] if seconds[0] and seconds[1] else None
         body.append(
             (
                 Cell(arm.data),
@@ -78,7 +78,7 @@ def _seeds(found: Comparison) -> str:
     """How many, by data set where these differ."""
     counts = {arm.data: len(arm.runs) for arm in found.arms}
     if len(set(counts.values())) == 1:
-        return f"{len(found.arms[0].runs)} seeds"
+        return f"{max(counts.values())} seeds"
     return " and ".join(f"{count} seeds of {name}" for name, count in counts.items())
 
 

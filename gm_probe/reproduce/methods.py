@@ -50,7 +50,8 @@ def study(
         data: ``label``, settings of its own (``data`` = 'generated' makes images), and by a variant's label what the
             paper ``published`` and settings for it ``of``; ``seeds``, where it has not as many as the others.
         tests: what the claim says: a ``better`` and a ``worse`` variant, by the ``key`` of a run's summary (its final
-            error, unless another is given), or by the mean over training of what its metrics have ``along`` it.
+            error, unless another is given), or by the mean over training of what its metrics have ``along`` it;
+            less what two more differ by, where the claim goes ``beyond`` these.
         beside: likewise, but no part of the claim: these differences are given, and decide nothing.
         untested: what the claim says that no test covers.
         picture: of ``method_pictures.PICTURES``.
