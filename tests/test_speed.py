@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from gm_probe.core.batches import Batches
+from gm_probe.core.batches import BATCH_SIZE, Batches
 from gm_probe.core.datasets import Examples
 from gm_probe.core.parameters import Parameters
 from gm_probe.probe import operators, speed
-from gm_probe.probe.speed import batch_size_within, bytes_an_example, clearly_faster, fastest_layout
+from gm_probe.probe.measures import measure
+from gm_probe.probe.speed import bytes_an_example, clearly_faster, fastest_layout, within
 
 
 def small_cnn() -> nn.Module:
@@ -87,15 +88,31 @@ def test_weights_are_no_share_of_an_example() -> None:
 def test_a_model_that_keeps_nothing_takes_any_batch() -> None:
     model = nn.Linear(10, 3).requires_grad_(False)
     model.unused = nn.Linear(2, 2)
-    assert batch_size_within(1000, model, torch.randn(6, 10)) == speed.BATCH_SIZE
+    batches = Batches.from_tensors(torch.randn(6, 10))
+    assert within(1000, model, batches).batch_size == BATCH_SIZE
 
 
 def test_batch_size_follows_the_memory() -> None:
     model, x = small_cnn(), images(4)
-    one = bytes_an_example(model, x)
-    assert batch_size_within(1e12, model, x) == speed.BATCH_SIZE
-    assert batch_size_within(speed.TAPES * one * 37.5, model, x) == 37
-    assert batch_size_within(10, model, x) == 1
+    batches = Batches.from_tensors(x)
+    one = bytes_an_example(model, next(iter(batches)).x)
+    assert batches.batch_size == within(1e12, model, batches).batch_size == BATCH_SIZE
+    assert within(speed.TAPES * one * 37.5, model, batches).batch_size == 37
+    assert within(10, model, batches).batch_size == 1
+
+
+def test_measuring_takes_no_more_than_the_memory_unless_a_size_is_given() -> None:
+    model, x = small_cnn(), images(8)
+    laid_out = next(iter(Batches.from_tensors(x))).x
+    memory = speed.TAPES * bytes_an_example(model, laid_out) * 3.5
+
+    def size(names: list[str], **options: int) -> int:
+        report = measure(model, Batches.from_tensors(x, **options), names, memory=memory)
+        return report.batch_size
+
+    assert size(["fisher_lambda_max"]) == 3
+    assert size(["fisher_lambda_max"], batch_size=5) == 5
+    assert size(["mean_entropy"]) == BATCH_SIZE  # a forward pass keeps nothing
 
 
 def test_the_slower_product_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:

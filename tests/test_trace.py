@@ -22,7 +22,7 @@ from gm_probe.probe import trace as trace_module
 from gm_probe.probe.measures import measure
 from gm_probe.probe.operators import Operator
 from gm_probe.probe.probe import Probe, Settings
-from gm_probe.probe.trace import HEAD, CovarianceRoot, Trace, fisher_trace, trace
+from gm_probe.probe.trace import COLUMNS, HEAD, CovarianceRoot, Trace, _signs, fisher_trace, trace
 from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
 
 BY_NAME = {case.name: case for case in CASES}
@@ -299,10 +299,9 @@ def test_root_squares_to_the_covariance(classes: int) -> None:
     covariance = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     matrix = matrix_of(root, len(p))
     torch.testing.assert_close(matrix @ matrix.transpose(1, 2), covariance, rtol=1e-9, atol=1e-15)
-    assert root.complete == (classes <= HEAD + 1)
-    assert root.rank <= (classes - 1 if root.complete else classes)
-    if root.complete:
-        torch.testing.assert_close(root.columns, matrix, rtol=1e-12, atol=1e-16)
+    assert root.rank == (classes - 1 if classes <= HEAD + 1 else classes)
+    columns = torch.cat(list(root.columns()))
+    torch.testing.assert_close(columns.permute(1, 2, 0), matrix, rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.parametrize("classes", CLASSES)
@@ -330,8 +329,6 @@ def test_applied_signs_have_the_covariance(classes: int, generator: torch.Genera
     root, draws = CovarianceRoot(p), 1500
     signs = torch.randint(0, 2, (draws, len(p), root.rank), generator=generator, dtype=torch.int8) * 2 - 1
     applied = torch.stack([root.applied(one) for one in signs])  # (D, B, C)
-    if root.complete:
-        torch.testing.assert_close(applied[0], (root.columns @ signs[0].double()[:, :, None])[:, :, 0])
     products = applied[:, :, :, None] * applied[:, :, None, :]
     error = products.std(0) / math.sqrt(draws)
     covariance = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
@@ -413,15 +410,34 @@ def test_exact_where_signs_would_cost_more() -> None:
     assert setup(5).trace(tolerance=0.2).stderr is not None
 
 
-def test_all_classes_are_diagonalised_where_the_exact_value_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = setup(20).trace(tolerance=0, max_probes=6)
-    assert found.value == pytest.approx(setup(20).truth, rel=1e-9)
-    assert (found.num_probes, found.stderr, found.converged) == (19, None, True)
-    monkeypatch.setattr(trace_module, "EXACT_CLASSES", 18)  # of more the covariances would fill the memory
-    found = setup(20).trace(tolerance=0, max_probes=6)
-    assert (found.num_probes, found.converged) == (6, False)
-    assert found.stderr is not None
-    assert abs(found.value - setup(20).truth) < 4 * found.stderr
+@pytest.mark.parametrize("classes", [HEAD + 2, COLUMNS, COLUMNS + 1, 300])
+def test_exact_of_many_classes_where_it_is_asked(classes: int) -> None:
+    work = Work(5)
+    found = setup(classes, 5).trace(work=work, batch_size=5, tolerance=0, max_probes=6)
+    assert found.value == pytest.approx(setup(classes, 5).truth, rel=1e-9)
+    assert (found.num_probes, found.stderr, found.converged) == (classes, None, True)
+    forwards = -(-classes // COLUMNS)
+    assert work.evaluations == pytest.approx((forwards * FORWARD + classes * EXAMPLE_NORMS) / GRADIENT)
+
+
+def test_no_more_passes_than_allowed_where_the_exact_value_is_not_asked() -> None:
+    found = setup(30, 5).trace(tolerance=1e-6, max_probes=12)
+    assert (found.num_probes, found.converged) == (12, False)
+    assert setup(30, 5).trace(tolerance=1e-6, max_probes=30).stderr is None
+
+
+def test_signs_are_drawn_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever share of the examples a process has, and in whatever batches."""
+    whole = setup(5).trace(3, batch_size=30, tolerance=0.2)
+    for drawn in (1, 40):
+        monkeypatch.setattr(trace_module, "DRAWN", drawn)
+        again = setup(5).trace(3, batch_size=4, tolerance=0.2)
+        torch.testing.assert_close(again.terms, whole.terms, rtol=1e-10, atol=0)
+    batches = Batches.from_tensors(torch.zeros(10, 1), batch_size=3)
+    everyone = torch.cat(list(_signs(batches, 7, seeded(1))))
+    assert set(everyone.unique().tolist()) == {-1, 1}
+    for rank, part in enumerate(everyone.split([3, 3, 4])):
+        torch.testing.assert_close(torch.cat(list(_signs(batches.shard(rank, 3), 7, seeded(1)))), part)
 
 
 @pytest.mark.parametrize(("classes", "examples"), [(4, 1), (5, 1), (4, 2), (20, 1)])

@@ -79,7 +79,11 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     "--starts", "num_starts", type=int, default=10, show_default=True, help="Random starts averaged over."
 )
 @click.option(
-    "--trace-tolerance", type=float, default=0.05, show_default=True, help="Relative standard error."
+    "--trace-tolerance",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Relative standard error; 0 = exact tr F.",
 )
 @click.option(
     "--eigen-tolerance", type=float, default=0.01, show_default=True, help="Relative Lanczos residual."

@@ -88,13 +88,18 @@ class Normalization:
         return result
 
 
+BATCH_SIZE = 250
+"""Larger batches were not faster on a CPU."""
+
+
 class Batches:
     """A re-iterable over examples in their stored order, normalised, without augmentation.
 
     Args:
         examples: what to iterate over.
         normalization: applied to every batch.
-        batch_size: examples a batch; the last may be smaller.
+        batch_size: examples a batch; the last may be smaller. None = ``BATCH_SIZE``, or what memory holds where
+            derivatives are taken (``gm_probe.measure``).
         device, dtype: of the inputs handed out.
         channels_last: hand out images in channels-last memory format (faster convolutions on CPU and GPU).
         coupled: the outputs of a batch's examples hang together, as NT-Xent logits do. Then its size belongs to what is
@@ -106,7 +111,7 @@ class Batches:
         examples: Examples,
         normalization: Normalization | None = None,
         *,
-        batch_size: int = 250,
+        batch_size: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
@@ -114,13 +119,14 @@ class Batches:
     ) -> None:
         self.examples = examples
         self.normalization = normalization or Normalization()
-        self.batch_size = batch_size
+        self.batch_size = batch_size or BATCH_SIZE
+        self.free = batch_size is None  # to be made smaller
         self.device = torch.device(device)
         self.dtype = dtype
         self.channels_last = channels_last and examples.x.dim() == 4
         self.coupled = coupled
-        if coupled and len(examples) % batch_size:
-            raise DataError(f"{len(examples)} coupled examples do not fill batches of {batch_size}")
+        if coupled and len(examples) % self.batch_size:
+            raise DataError(f"{len(examples)} coupled examples do not fill batches of {self.batch_size}")
         self.total = len(examples)  # N over all processes that share the work
         self.first = 0  # of them, the number of this process's first example
 
@@ -170,7 +176,7 @@ class Batches:
                 "another batch size would be another measure: the batch's examples hang together"
             )
         other = copy(self)
-        other.batch_size = batch_size
+        other.batch_size, other.free = batch_size, False
         return other
 
     def few(self, count: int) -> slice:

@@ -17,7 +17,7 @@ from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import as_measured
 from gm_probe.probe import curvature, inconsistency, outputs
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
-from gm_probe.probe.speed import MEMORY
+from gm_probe.probe.speed import MEMORY, within
 from gm_probe.probe.work import Work
 
 
@@ -76,7 +76,8 @@ MEASURES: dict[str, Measure] = {
         False,
         2.7,
         "tr H",
-        "trace of the loss Hessian: tr F where every parameter enters affinely, else with labels given or predicted",
+        "trace of the loss Hessian: tr F where every parameter enters affinely; else with labels given or predicted, "
+        "at three gradients a probe",
     ),
     "error": Measure(outputs.error, True, 0.0, "error", "fraction of examples classified wrongly"),
     "cross_entropy": Measure(outputs.cross_entropy, True, 0.0, "CE", "mean cross-entropy in nats"),
@@ -229,7 +230,8 @@ def measure(
     Args:
         names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
         initial: the model before training, for its distance.
-        memory: bytes, a quarter of which the Hessian's products may keep from one to the next; speed only.
+        memory: bytes that a product may take, where ``batches`` are of no size of their own, and a quarter more that
+            the Hessian's products may keep from one to the next.
         notify: called with the measure at work and the gradient evaluations done so far.
 
     Raises:
@@ -265,6 +267,8 @@ def measure(
             return probe
 
         probe.parameters.check_finite()
+        if batches.free and any(MEASURES[name].cost >= 1 for name in names):
+            batches = within(memory, model, batches)
         # its cost is the report's, not the first measure's
         _, batches = within_memory(batches, lambda batches: probed(batches).clean)
         for name in names:

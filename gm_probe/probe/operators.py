@@ -26,6 +26,7 @@ from gm_probe.probe.derivatives import (
     gradients,
     require_symmetric,
 )
+from gm_probe.probe.nestable import Nestable
 from gm_probe.probe.speed import TRIAL, clearly_faster
 from gm_probe.probe.tapes import Tape, Tapes
 from gm_probe.probe.work import (
@@ -237,7 +238,7 @@ def _curvature(
         def slope(values: dict[str, Tensor]) -> Tensor:
             return jvp(lambda inner: values_of(inner, x, d), (values,), (tangents,))[1]
 
-        with torch.no_grad():
+        with torch.no_grad(), Nestable():
             result = jvp(slope, (parameters.values(v.dtype),), (tangents,))[1]
         work.add(NESTED_JVP, len(d))
         return result

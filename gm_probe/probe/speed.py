@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gm_probe.core.batches import BATCH_SIZE, Batches
 from gm_probe.core.errors import out_of_memory
 from gm_probe.core.parameters import Parameters, as_measured, differentiable_attention, evaluating
 from gm_probe.probe.ascent import kl_gradient
@@ -18,8 +19,6 @@ from gm_probe.probe.ascent import kl_gradient
 T = TypeVar("T")
 MEMORY = 4 * 10**9
 """Bytes that a product may take, by default."""
-BATCH_SIZE = 250
-"""Larger batches were not faster on a CPU."""
 TAPES = 7  # times what a gradient pass keeps: forward over reverse took 3.4 to 5.6, nested jvps up to 6.5
 CLEARLY = 0.9  # of the usual way's time: what is nearer is noise
 LONG = 0.03  # seconds; shorter ways tell little apart, and there is little to gain
@@ -115,7 +114,8 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
         yield found
 
 
-def batch_size_within(memory: float, model: nn.Module, x: Tensor) -> int:
-    """The largest batch, up to ``BATCH_SIZE``, whose products take about ``memory`` bytes; 1 at least."""
-    taken = TAPES * bytes_an_example(model, x)
-    return int(max(1, min(BATCH_SIZE, memory // taken))) if taken else BATCH_SIZE
+def within(memory: float, model: nn.Module, batches: Batches) -> Batches:
+    """``batches`` of the size, up to ``BATCH_SIZE``, whose products take about ``memory`` bytes; 1 at least."""
+    few = next(iter(batches.of_size(4))).x
+    taken = TAPES * bytes_an_example(model, few)
+    return batches.of_size(int(max(1, min(BATCH_SIZE, memory // taken))) if taken else BATCH_SIZE)

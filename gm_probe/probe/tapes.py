@@ -45,15 +45,16 @@ class Tape:
 class Tapes:
     """Products by tapes that are kept, where playing one again is faster than the usual way.
 
-    That is found from the first products, each taken in the one way or in the other: on a few examples tapes do better
-    than on whole batches. They are kept for the first batches, as many as ``memory`` bytes hold. Where memory runs
-    out, all are let go for good.
+    That is found from the first products over full batches, each taken in the one way or in the other: on a few
+    examples tapes do better than on whole batches, and a shorter last batch takes longer an example. They are kept for
+    the first batches, as many as ``memory`` bytes hold. Where memory runs out, all are let go for good.
     """
 
     def __init__(self, memory: float, device: torch.device) -> None:
         self._memory, self._device = memory, device
-        self._products = 0
-        self._playing = 0.0  # seconds an example
+        self._full = 0  # examples in the first batch
+        self._products = 0  # over as many
+        self._playing = 0.0  # seconds
         self._useful = memory > 0
         self.clear()
 
@@ -72,16 +73,14 @@ class Tapes:
     ) -> Tensor:
         """A product over the batch ``index`` of ``count`` examples, by its tape or in the ``usual`` way."""
         try:
-            self._products += 1
-            trial = self._products if self._useful else 0
+            trial = self._trial(count) if self._useful else 0
             tape = self._of(index, record) if self._useful and trial not in (1, 3) else None
             if trial == 2 and tape is not None:
-                seconds, result = timed(lambda: play(tape), self._device)
-                self._playing = seconds / count
+                self._playing, result = timed(lambda: play(tape), self._device)
                 return result
             if trial == 3:  # not the first time, which is slow
                 seconds, result = timed(usual, self._device)
-                self._useful = clearly_less(self._playing * count, seconds)
+                self._useful = clearly_less(self._playing, seconds)
                 if not self._useful:
                     self.clear()
                 return result
@@ -95,6 +94,14 @@ class Tapes:
         self._useful = False
         self.clear()
         return usual()
+
+    def _trial(self, count: int) -> int:
+        """The number of this product over ``count`` examples: up to 3 while it is being found out what is faster."""
+        self._full = self._full or count
+        if count == self._full:
+            self._products += 1
+            return self._products
+        return 1 if self._products < 3 else 4
 
     def _of(self, index: int, record: Callable[[], Tape]) -> Tape | None:
         """The tape of batch ``index``, made by ``record`` the first time; None where there is no room for it."""

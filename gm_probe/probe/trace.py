@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -22,7 +22,8 @@ from gm_probe.probe.work import FORWARD, Work
 
 SKETCH = 16  # products that find directions to deflate; of F they cut a probe's deviation 28 and 19 times
 HEAD = 16  # classes whose covariance is diagonalised; the others are handled as one and a remainder
-EXACT_CLASSES = 256  # up to so many are all diagonalised where the exact value is asked
+COLUMNS = 32  # of L, whose gradients follow one forward pass
+DRAWN = 2**20  # signs at a time
 LEAST_NORMS = (
     32  # squared norms that a standard error is told from: signs of few classes often agree by chance
 )
@@ -176,18 +177,14 @@ class CovarianceRoot:
     what this leaves out, p_T (diag q − q qᵀ) with q their distribution among themselves, is taken by the root
     √p_T (diag √q − q √qᵀ) (law of total variance).
 
-    Args:
-        most: classes that are diagonalised.
-
     Attributes:
         rank: number of columns.
-        columns: (B, C, R) those of the head; all of them where ``complete``.
     """
 
-    def __init__(self, p: Tensor, most: int = HEAD) -> None:
+    def __init__(self, p: Tensor) -> None:
         p = p.double()
         ordered, self._order = p.sort(dim=1, descending=True)
-        head = most if p.shape[1] > most + 1 else p.shape[1]
+        head = HEAD if p.shape[1] > HEAD + 1 else p.shape[1]
         self._tail = ordered[:, head:]  # (B, T)
         self._mass = self._tail.sum(1, keepdim=True)
         lumped = torch.cat([ordered[:, :head], self._mass], 1) if self._tail.shape[1] else ordered
@@ -200,8 +197,7 @@ class CovarianceRoot:
         ]  # the first belongs to eigenvalue 0
         if self._tail.shape[1]:
             columns = torch.cat([columns[:, :head], self._q[:, :, None] * columns[:, head:]], 1)
-        self.columns = self._restored(columns)
-        self.complete = not self._tail.shape[1]
+        self._head = self._restored(columns)  # (B, C, R) but for the tail's
         self.rank = columns.shape[2] + self._tail.shape[1]
 
     @property
@@ -215,14 +211,20 @@ class CovarianceRoot:
 
     def applied(self, signs: Tensor) -> Tensor:
         """L ε (B, C) for ε = ``signs`` (B, R)."""
-        signs = signs.to(self.columns)
-        head, tail = signs.split([self.columns.shape[2], self._tail.shape[1]], dim=1)
-        result = torch.einsum("bcr,br->bc", self.columns, head)
-        if self.complete:
+        signs = signs.to(self._head)
+        head, tail = signs.split([self._head.shape[2], self._tail.shape[1]], dim=1)
+        result = torch.einsum("bcr,br->bc", self._head, head)
+        if not self._tail.shape[1]:
             return result
         signed = self._q.sqrt() * tail
         rest = self._mass.sqrt() * (signed - self._q * signed.sum(1, keepdim=True))
         return result + self._restored(functional.pad(rest, (result.shape[1] - rest.shape[1], 0)))
+
+    def columns(self) -> Iterator[Tensor]:
+        """L's columns, (K, B, C) for a few at a time: all of many classes' would fill the memory."""
+        units = torch.eye(self.rank, dtype=torch.int8, device=self._head.device)
+        for some in units.split(COLUMNS):
+            yield torch.stack([self.applied(unit.expand(len(self._head), -1)) for unit in some])
 
 
 def fisher_trace(
@@ -243,8 +245,7 @@ def fisher_trace(
 
     Args:
         clean: (n, C) logits at θ in the order of ``batches``.
-        tolerance: standard error relative to the trace; 0 asks for the exact value, which up to ``EXACT_CLASSES``
-            classes have.
+        tolerance: standard error relative to the trace; 0 asks for the exact value, about a gradient a class.
         max_probes: passes before giving up, unless the exact value takes fewer or is asked for.
 
     Returns:
@@ -267,43 +268,46 @@ def _by_examples(
     tolerance: float,
     max_probes: int,
 ) -> Trace:
-    most = HEAD if tolerance else EXACT_CLASSES
-
     def root_of(logits: Tensor) -> CovarianceRoot:
-        return CovarianceRoot(logits.double().softmax(1), most)
+        return CovarianceRoot(logits.double().softmax(1))
 
-    first = root_of(clean[:1])
+    rank = root_of(clean[:1]).rank
 
-    def passes(number: int | None) -> Tensor:
-        """(number, N) squared norms for signs; None = for every column of L.
+    def gathered(pieces: Callable[[CovarianceRoot], Iterable[Tensor]]) -> Tensor:
+        """(K, N) squared norms for ``pieces`` (some of K, B, C) of each batch's root.
 
         Raises:
             RepeatedLayerError: in all processes, where one of them met such examples.
         """
         rows = []
         held = True
-        # for all examples at once, so that an example's signs hang neither on the batch size nor on the process
-        shape = (number or 0, batches.total, first.rank)
-        signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
-        mine = signs[:, batches.first : batches.first + batches.num_examples].split(batches.batch_size, 1)
-        for batch, part, some in zip(batches, cut(clean, batches), mine, strict=True):
-            root = root_of(part)
-            if number is None:
-                cotangents = root.columns.permute(2, 0, 1)
-            else:
-                cotangents = torch.stack([root.applied(one) for one in some])
+        for batch, part in zip(batches, cut(clean, batches), strict=True):
+            norms = []
             try:
-                rows.append(examples.squared_norms(batch.x, cotangents.to(clean.dtype)).double())
+                for cotangents in pieces(root_of(part)):
+                    norms.append(examples.squared_norms(batch.x, cotangents.to(clean.dtype)).double())
+                    work.add(FORWARD + len(cotangents) * examples.passes, len(part))
             except RepeatedLayerError:
                 held = False
                 break
-            work.add(FORWARD + len(cotangents) * examples.passes, len(part))
+            rows.append(torch.cat(norms))
         if not everywhere(held, clean.device):
             raise RepeatedLayerError
-        norms = gather_examples(torch.cat(rows, 1).T).T
-        if not bool(torch.isfinite(norms).all()):
+        result = gather_examples(torch.cat(rows, 1).T).T
+        if not bool(torch.isfinite(result).all()):
             raise DivergedError("an example's gradient is not finite; try --dtype float64")
-        return norms
+        return result
+
+    def passes(number: int) -> Tensor:
+        """(number, N) squared norms for signs of their own."""
+        seed = int(torch.randint(2**32, (), generator=generator))  # the next round's signs begin anywhere
+        signs = _signs(batches, number * rank, torch.Generator().manual_seed(seed))
+
+        def signed(root: CovarianceRoot) -> Iterator[Tensor]:
+            some = next(signs).view(-1, number, rank)
+            yield torch.stack([root.applied(one) for one in some.unbind(1)])
+
+        return gathered(signed)
 
     def result(terms: Tensor, noise: float, stderr: float | None, probes: int, converged: bool) -> Trace:
         own = float(terms.var()) - noise if len(terms) > 1 else -1.0
@@ -311,9 +315,9 @@ def _by_examples(
         return Trace(float(terms.mean()), stderr, error, probes, converged, terms)
 
     def exact() -> Trace:
-        return result(passes(None).sum(0), 0.0, None, first.rank, True)
+        return result(gathered(CovarianceRoot.columns).sum(0), 0.0, None, rank, True)
 
-    if first.complete and (first.rank <= 2 or tolerance == 0):
+    if tolerance == 0 or rank <= 2:
         return exact()
     norms = passes(2)
     while True:
@@ -330,7 +334,23 @@ def _by_examples(
             if allowed or not stderr
             else math.inf
         )
-        if first.complete and needed - taken >= first.rank:
+        if needed - taken >= rank <= max(HEAD, max_probes):
             return exact()
         more = min(math.ceil(needed) - taken if math.isfinite(needed) else max_probes, max_probes - taken, 8)
         norms = torch.cat([norms, passes(max(more, 1))])
+
+
+def _signs(batches: Batches, number: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """(B, number) random signs for each batch, drawn example by example in the order of the whole set.
+
+    So they hang neither on the batch size nor on the process, and never fill the memory.
+    """
+
+    def drawn(count: int) -> Tensor:
+        return torch.randint(0, 2, (count, number), generator=generator, dtype=torch.int8) * 2 - 1
+
+    step = max(1, DRAWN // number)
+    for start in range(0, batches.first, step):  # of the processes before this one
+        drawn(min(step, batches.first - start))
+    for start in range(0, batches.num_examples, batches.batch_size):
+        yield drawn(min(batches.batch_size, batches.num_examples - start))

@@ -12,7 +12,7 @@ REVERSE_JVP = 7.0  # a gradient, and back through its backward pass
 NESTED_JVP = 9.0  # a jvp of a jvp
 FORWARD_OVER_REVERSE = 9.0  # a gradient and its tangent, two products for each of a gradient's
 THROUGH_GRADIENT = 6.0  # a gradient through a gradient's own graph, which no forward pass precedes
-TRIPLE_BACKWARD = 27.0  # and once more
+TRIPLE_BACKWARD = 18.0  # and once more, by the weights of the examples alone
 EXAMPLE_NORMS = 3.0  # back to every layer's output, and its weights' gradient example by example
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gm_probe.core.batches import Batches, Normalization
+from gm_probe.core.batches import BATCH_SIZE, Batches, Normalization
 from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.datasets import Examples
@@ -27,7 +27,7 @@ from gm_probe.core.records import read_run
 from gm_probe.probe.density import density
 from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names, expected_cost, measure
 from gm_probe.probe.probe import Probe, Settings
-from gm_probe.probe.speed import BATCH_SIZE, MEMORY, TRIAL, batch_size_within, fastest_layout
+from gm_probe.probe.speed import MEMORY, TRIAL, fastest_layout, within
 from gm_probe.probe.work import Work
 from gm_probe.training.contrastive_batches import contrastive_batches
 
@@ -51,7 +51,7 @@ def open_subject(
     model_name: str | None = None,
     normalization: Normalization | None = None,
     num_classes: int | None = None,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     head: str = "classifier",
@@ -261,7 +261,7 @@ def _fitted(subject: Subject, batch_size: int | None, memory: float) -> Subject:
     if batches.channels_last:
         batches.channels_last = fastest_layout(subject.model, few) == torch.channels_last
     if batch_size is None:
-        batches.batch_size = batch_size_within(memory, subject.model, few[:4])
+        batches = within(memory, subject.model, batches)
     return replace(subject, batches=batches)
 
 

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
+from gm_probe.core.batches import BATCH_SIZE
 from gm_probe.core.datasets import require_source
 from gm_probe.core.devices import named_device
 from gm_probe.core.errors import UsageError, did_you_mean
@@ -17,7 +18,6 @@ from gm_probe.core.files import read_toml
 from gm_probe.core.models import builder
 from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names
 from gm_probe.probe.probe import Protocol, Settings
-from gm_probe.probe.speed import BATCH_SIZE
 from gm_probe.sweep.design import DESIGNS, points
 from gm_probe.training.config import SETTINGS, TrainConfig
 from gm_probe.training.parts import OWN_UNLABELED

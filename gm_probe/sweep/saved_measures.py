@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from gm_probe.core.batches import BATCH_SIZE
 from gm_probe.core.devices import environment
 from gm_probe.core.files import write_json
 from gm_probe.core.records import read_run
-from gm_probe.probe.speed import BATCH_SIZE
 from gm_probe.sweep.measuring import How
 
 COUPLED = {"batch_images": "batch_size", "temperature": "temperature"}

@@ -1,0 +1,63 @@
+"""Layers that forward mode over forward mode misstates or refuses (torch 2.14), by operations that it can follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """torch's own jvp of a jvp is wrong without a word (pytorch issue 196700)."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(axes, keepdim=True)
+    result = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
+    return input * input.sigmoid()
+
+
+def _mish(input: Tensor, inplace: bool = False) -> Tensor:
+    return input * functional.softplus(input).tanh()
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
+_SUBSTITUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    functional.layer_norm: _layer_norm,
+    functional.silu: _silu,
+    functional.mish: _mish,
+    functional.glu: _glu,
+}
+
+
+class Nestable(TorchFunctionMode):
+    """Within this context the layers of ``_SUBSTITUTES`` compute the same by operations with nested jvps.
+
+    Nothing is written in place: whoever reads a layer's input after it meets the old value, so that results are to be
+    compared with reverse mode's before they are trusted.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return _SUBSTITUTES.get(func, func)(*args, **(kwargs or {}))
