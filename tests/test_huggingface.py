@@ -33,13 +33,15 @@ def resnet() -> tuple[nn.Module, Tensor]:
 
 
 def bert() -> tuple[nn.Module, Tensor]:
-    config = transformers.BertConfig(vocab_size=20, num_labels=3, **SIZES)
+    config = transformers.BertConfig(vocab_size=20, max_position_embeddings=8, num_labels=3, **SIZES)
     return transformers.BertForSequenceClassification(config), torch.randint(0, 20, (EXAMPLES, 7))
 
 
 def gpt2() -> tuple[nn.Module, Tensor]:
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, num_labels=3, **ids)
+    config = transformers.GPT2Config(
+        vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2, num_labels=3, **ids
+    )
     return transformers.GPT2ForSequenceClassification(config), torch.randint(1, 20, (EXAMPLES, 7))
 
 
@@ -56,7 +58,7 @@ def test_curvature_against_dense_jacobians(make: Callable[[], tuple[nn.Module, T
     rows = gm_probe.measure(model, gm_probe.Batches.from_tensors(x), names, settings).rows
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
-    fisher, hessian = dense(model, x)
+    fisher, hessian, trace_of_hessian = dense(model, x)
     eigenvalues = np.linalg.eigvalsh(fisher)
     assert rows["fisher_lambda_max"].value == pytest.approx(eigenvalues[-1], rel=1e-6)
     largest = eigsh(hessian, k=1, which="LA", return_eigenvectors=False, tol=1e-9)[0]
@@ -64,11 +66,13 @@ def test_curvature_against_dense_jacobians(make: Callable[[], tuple[nn.Module, T
     trace = rows["fisher_trace"]
     assert trace.value is not None
     assert abs(trace.value - eigenvalues.sum()) < 4 * (trace.stderr or 1e-9)
-    assert rows["hessian_trace"].value is not None
+    total = rows["hessian_trace"]
+    assert total.value is not None
+    assert abs(total.value - trace_of_hessian) < 4 * (total.stderr or 1e-9)
 
 
-def dense(model: nn.Module, x: Tensor) -> tuple[np.ndarray, LinearOperator]:
-    """F's nonzero eigenvalues' Gram matrix (N·C, N·C), and the Hessian for predicted labels by double backward."""
+def dense(model: nn.Module, x: Tensor) -> tuple[np.ndarray, LinearOperator, float]:
+    """F's Gram matrix (N·C, N·C), and by double backward the Hessian for predicted labels, and its trace."""
     parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         logits = functional_call(model, parameters, (x,)).logits
@@ -89,5 +93,15 @@ def dense(model: nn.Module, x: Tensor) -> tuple[np.ndarray, LinearOperator]:
     def product(v: np.ndarray) -> np.ndarray:
         return joined(gradient @ torch.from_numpy(v.ravel())).numpy()
 
-    size = len(gradient)
-    return (root @ root.T).numpy(), LinearOperator((size, size), matvec=product, dtype=np.float64)
+    size, trace = len(gradient), 0.0
+    for some in torch.arange(size).split(256):
+        units = nn.functional.one_hot(some, size).double()
+        rows = torch.autograd.grad(
+            gradient, values, units, allow_unused=True, retain_graph=True, is_grads_batched=True
+        )
+        joint = [
+            torch.zeros(len(some), p.numel(), dtype=torch.float64) if r is None else r.flatten(1)
+            for r, p in zip(rows, values, strict=True)
+        ]
+        trace += float(torch.cat(joint, 1).gather(1, some[:, None]).sum())
+    return (root @ root.T).numpy(), LinearOperator((size, size), matvec=product, dtype=np.float64), trace

@@ -13,6 +13,7 @@ from torch import nn
 
 from gm_probe.core.batches import BATCH_SIZE, Batches
 from gm_probe.core.datasets import Examples
+from gm_probe.core.errors import UsageError
 from gm_probe.core.parameters import Parameters
 from gm_probe.probe import operators, speed
 from gm_probe.probe.measures import measure
@@ -113,6 +114,31 @@ def test_measuring_takes_no_more_than_the_memory_unless_a_size_is_given() -> Non
     assert size(["fisher_lambda_max"]) == 3
     assert size(["fisher_lambda_max"], batch_size=5) == 5
     assert size(["mean_entropy"]) == BATCH_SIZE  # a forward pass keeps nothing
+
+
+def test_batches_whose_size_belongs_to_the_measure_are_left() -> None:
+    batches = Batches(Examples(images(BATCH_SIZE), None, (), "x"), coupled=True)
+    assert measure(small_cnn(), batches, ["fisher_lambda_max"], memory=1).batch_size == BATCH_SIZE
+
+
+def test_no_memory_for_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "bytes_an_example", Mock(side_effect=torch.OutOfMemoryError("out of memory")))
+    assert within(1e9, small_cnn(), Batches.from_tensors(images(8))).batch_size == 1
+
+
+def test_a_model_without_gradients_is_told_by_what_needs_them() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_cnn()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(self.inner(x).numpy())
+
+    batches = Batches.from_tensors(images(8))
+    assert within(1, Hidden(), batches).batch_size == BATCH_SIZE
+    with pytest.raises(UsageError, match="cannot be differentiated by its parameters"):
+        measure(Hidden(), batches, ["fisher_lambda_max"])
 
 
 def test_the_slower_product_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:

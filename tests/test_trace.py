@@ -18,7 +18,6 @@ from torch.func import functional_call, jacrev
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters, differentiable_attention
-from gm_probe.probe import trace as trace_module
 from gm_probe.probe.measures import measure
 from gm_probe.probe.operators import Operator
 from gm_probe.probe.probe import Probe, Settings
@@ -421,18 +420,13 @@ def test_exact_of_many_classes_where_it_is_asked(classes: int) -> None:
 
 
 def test_no_more_passes_than_allowed_where_the_exact_value_is_not_asked() -> None:
-    found = setup(30, 5).trace(tolerance=1e-6, max_probes=12)
-    assert (found.num_probes, found.converged) == (12, False)
-    assert setup(30, 5).trace(tolerance=1e-6, max_probes=30).stderr is None
+    for allowed in (12, 31):
+        found = setup(30, 5).trace(tolerance=1e-6, max_probes=allowed)
+        assert (found.num_probes, found.converged) == (allowed, False)
+    assert setup(30, 5).trace(tolerance=1e-6, max_probes=32).stderr is None
 
 
-def test_signs_are_drawn_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever share of the examples a process has, and in whatever batches."""
-    whole = setup(5).trace(3, batch_size=30, tolerance=0.2)
-    for drawn in (1, 40):
-        monkeypatch.setattr(trace_module, "DRAWN", drawn)
-        again = setup(5).trace(3, batch_size=4, tolerance=0.2)
-        torch.testing.assert_close(again.terms, whole.terms, rtol=1e-10, atol=0)
+def test_an_examples_signs_hang_on_no_process() -> None:
     batches = Batches.from_tensors(torch.zeros(10, 1), batch_size=3)
     everyone = torch.cat(list(_signs(batches, 7, seeded(1))))
     assert set(everyone.unique().tolist()) == {-1, 1}

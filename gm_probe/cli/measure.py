@@ -83,13 +83,13 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     type=float,
     default=0.05,
     show_default=True,
-    help="Relative standard error; 0 = exact tr F.",
+    help="Relative standard error; 0 = tr F exactly, at a pass a class.",
 )
 @click.option(
     "--eigen-tolerance", type=float, default=0.01, show_default=True, help="Relative Lanczos residual."
 )
 @click.option(
-    "--max-probes", type=int, default=100, show_default=True, help="Most probes of a trace estimate."
+    "--max-probes", type=int, default=100, show_default=True, help="Most probes of a trace that is estimated."
 )
 @click.option(
     "--max-iterations",

@@ -83,9 +83,9 @@ def first_adjoint(ways: Sequence[Push], pulled: Push, x: Tensor, v: Tensor) -> P
 def agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool:
     """Whether the cheap way gives what the sound one does.
 
-    Forward over forward is silently wrong through LayerNorm and absent for SiLU (pytorch#196700, #196699). Asked
-    of 16 examples in float64: on confident ones the terms are so small that float32 rounds them apart. In the model's
-    own dtype it must exist, too: an LSTM's kernel for float32 has no forward mode.
+    Forward over forward is silently wrong or absent through some layers (pytorch#196700, #196699). Asked of 16 examples
+    in float64: on confident ones the terms are so small that float32 rounds them apart. In the model's own dtype it
+    must exist, too: an LSTM's kernel for float32 has no forward mode.
     """
     try:
         cheap(*few)

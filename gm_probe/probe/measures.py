@@ -170,7 +170,7 @@ SEPARATE = {
 class Report:
     """What ``measure`` found: ``rows`` maps a measure's name to its estimate.
 
-    ``batch_size`` is what it ended with: less than it began with where memory ran out.
+    ``batch_size`` is what it ended with: that of the batches, or what memory holds.
     """
 
     num_parameters: int

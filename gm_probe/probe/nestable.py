@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -16,21 +17,19 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Tensor:
     """torch's own jvp of a jvp is wrong without a word (pytorch issue 196700)."""
+    if input.dtype in (
+        torch.float16,
+        torch.bfloat16,
+    ):  # under autocast; torch's statistics are of float32, too
+        input = input.float()
     axes = tuple(range(-len(normalized_shape), 0))
     centred = input - input.mean(axes, keepdim=True)
     result = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
     result = result if weight is None else result * weight
     return result if bias is None else result + bias
-
-
-def _silu(input: Tensor, inplace: bool = False) -> Tensor:
-    return input * input.sigmoid()
-
-
-def _mish(input: Tensor, inplace: bool = False) -> Tensor:
-    return input * functional.softplus(input).tanh()
 
 
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
@@ -40,18 +39,13 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
 
 _SUBSTITUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     functional.layer_norm: _layer_norm,
-    functional.silu: _silu,
-    functional.mish: _mish,
+    torch.layer_norm: _layer_norm,
     functional.glu: _glu,
 }
 
 
 class Nestable(TorchFunctionMode):
-    """Within this context the layers of ``_SUBSTITUTES`` compute the same by operations with nested jvps.
-
-    Nothing is written in place: whoever reads a layer's input after it meets the old value, so that results are to be
-    compared with reverse mode's before they are trusted.
-    """
+    """Within this context the layers of ``_SUBSTITUTES`` compute the same by operations with nested jvps."""
 
     def __torch_function__(
         self,

@@ -238,7 +238,8 @@ def _curvature(
         def slope(values: dict[str, Tensor]) -> Tensor:
             return jvp(lambda inner: values_of(inner, x, d), (values,), (tangents,))[1]
 
-        with torch.no_grad(), Nestable():
+        # torch's SiLU and Mish have no jvp of a jvp without autograd; of values without gradients there is no graph
+        with torch.enable_grad(), Nestable():
             result = jvp(slope, (parameters.values(v.dtype),), (tangents,))[1]
         work.add(NESTED_JVP, len(d))
         return result

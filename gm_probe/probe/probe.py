@@ -48,7 +48,7 @@ class Settings:
         eigen_tolerance: Lanczos residual relative to the eigenvalue.
         trace_tolerance: standard error of a trace relative to its value.
         min_probes: of a trace before its standard error may stop it; from fewer than 10 it is too uncertain.
-        max_probes: of a trace in any case, also where it is below ``min_probes``.
+        max_probes: of a trace, also where it is below ``min_probes``; an exact tr F takes a pass a class.
         max_iterations: Lanczos iterations and ascent steps before giving up (and saying so).
         seed: of every random draw.
         rho_grid, k_grid: more radii and steps at which the paper's S_ρ is taken along the way; the converged maximum

@@ -115,7 +115,13 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
 
 
 def within(memory: float, model: nn.Module, batches: Batches) -> Batches:
-    """``batches`` of the size, up to ``BATCH_SIZE``, whose products take about ``memory`` bytes; 1 at least."""
+    """``batches`` of the size, up to ``BATCH_SIZE``, whose products take about ``memory`` bytes; 1 at least.
+
+    As they are where a model has no gradients, which whatever needs them will tell.
+    """
     few = next(iter(batches.of_size(4))).x
-    taken = TAPES * bytes_an_example(model, few)
+    try:
+        taken = TAPES * bytes_an_example(model, few)
+    except Exception as error:  # noqa: BLE001  of a stranger's layer
+        return batches.of_size(1) if out_of_memory(error) else batches
     return batches.of_size(int(max(1, min(BATCH_SIZE, memory // taken))) if taken else BATCH_SIZE)

@@ -23,7 +23,6 @@ from gm_probe.probe.work import FORWARD, Work
 SKETCH = 16  # products that find directions to deflate; of F they cut a probe's deviation 28 and 19 times
 HEAD = 16  # classes whose covariance is diagonalised; the others are handled as one and a remainder
 COLUMNS = 32  # of L, whose gradients follow one forward pass
-DRAWN = 2**20  # signs at a time
 LEAST_NORMS = (
     32  # squared norms that a standard error is told from: signs of few classes often agree by chance
 )
@@ -222,9 +221,9 @@ class CovarianceRoot:
 
     def columns(self) -> Iterator[Tensor]:
         """L's columns, (K, B, C) for a few at a time: all of many classes' would fill the memory."""
-        units = torch.eye(self.rank, dtype=torch.int8, device=self._head.device)
-        for some in units.split(COLUMNS):
-            yield torch.stack([self.applied(unit.expand(len(self._head), -1)) for unit in some])
+        for some in torch.arange(self.rank, device=self._head.device).split(COLUMNS):
+            units = functional.one_hot(some, self.rank)
+            yield torch.stack([self.applied(unit.expand(len(self._head), -1)) for unit in units])
 
 
 def fisher_trace(
@@ -241,12 +240,12 @@ def fisher_trace(
 
     The examples' errors are independent, so one probe over N examples has an example's relative standard deviation
     divided by √N (METHOD.md, tr F by output signs, where one norm of the summed gradient is taken instead). Where more
-    probes than columns of L would be needed, every column is taken: the exact value.
+    probes than columns of L would be needed, every column is taken, if ``max_probes`` allow it: the exact value.
 
     Args:
         clean: (n, C) logits at θ in the order of ``batches``.
         tolerance: standard error relative to the trace; 0 asks for the exact value, about a gradient a class.
-        max_probes: passes before giving up, unless the exact value takes fewer or is asked for.
+        max_probes: passes before giving up, unless the exact value is asked for or takes fewer of ``HEAD`` at most.
 
     Returns:
         None where examples' gradients cannot be had of this model; see ``ExampleGradients``.
@@ -273,8 +272,8 @@ def _by_examples(
 
     rank = root_of(clean[:1]).rank
 
-    def gathered(pieces: Callable[[CovarianceRoot], Iterable[Tensor]]) -> Tensor:
-        """(K, N) squared norms for ``pieces`` (some of K, B, C) of each batch's root.
+    def gathered(pieces: Callable[[CovarianceRoot], Iterable[Tensor]], *, total: bool = False) -> Tensor:
+        """(K, N) squared norms for ``pieces`` (some of K, B, C) of each batch's root; (1, N) their ``total``.
 
         Raises:
             RepeatedLayerError: in all processes, where one of them met such examples.
@@ -285,12 +284,14 @@ def _by_examples(
             norms = []
             try:
                 for cotangents in pieces(root_of(part)):
-                    norms.append(examples.squared_norms(batch.x, cotangents.to(clean.dtype)).double())
+                    found = examples.squared_norms(batch.x, cotangents.to(clean.dtype)).double()
+                    norms.append(found.sum(0, keepdim=True) if total else found)
                     work.add(FORWARD + len(cotangents) * examples.passes, len(part))
             except RepeatedLayerError:
                 held = False
                 break
-            rows.append(torch.cat(norms))
+            joined = torch.cat(norms)
+            rows.append(joined.sum(0, keepdim=True) if total else joined)
         if not everywhere(held, clean.device):
             raise RepeatedLayerError
         result = gather_examples(torch.cat(rows, 1).T).T
@@ -315,7 +316,7 @@ def _by_examples(
         return Trace(float(terms.mean()), stderr, error, probes, converged, terms)
 
     def exact() -> Trace:
-        return result(gathered(CovarianceRoot.columns).sum(0), 0.0, None, rank, True)
+        return result(gathered(CovarianceRoot.columns, total=True)[0], 0.0, None, rank, True)
 
     if tolerance == 0 or rank <= 2:
         return exact()
@@ -334,7 +335,7 @@ def _by_examples(
             if allowed or not stderr
             else math.inf
         )
-        if needed - taken >= rank <= max(HEAD, max_probes):
+        if needed - taken >= rank and (rank <= HEAD or taken + rank <= max_probes):
             return exact()
         more = min(math.ceil(needed) - taken if math.isfinite(needed) else max_probes, max_probes - taken, 8)
         norms = torch.cat([norms, passes(max(more, 1))])
@@ -349,8 +350,8 @@ def _signs(batches: Batches, number: int, generator: torch.Generator) -> Iterato
     def drawn(count: int) -> Tensor:
         return torch.randint(0, 2, (count, number), generator=generator, dtype=torch.int8) * 2 - 1
 
-    step = max(1, DRAWN // number)
+    step = batches.batch_size
     for start in range(0, batches.first, step):  # of the processes before this one
         drawn(min(step, batches.first - start))
-    for start in range(0, batches.num_examples, batches.batch_size):
-        yield drawn(min(batches.batch_size, batches.num_examples - start))
+    for start in range(0, batches.num_examples, step):
+        yield drawn(min(step, batches.num_examples - start))
