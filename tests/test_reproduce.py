@@ -508,23 +508,45 @@ def test_the_one_sided_gradient_is_trained_beside(name):
         assert {v.get("kl_grad", "both") for v in recipe(name).at(scale)["variants"]} == {"both", "perturbed"}
 
 
-def test_rows_that_share_runs_with_table_1_are_the_same_runs():
-    def configs(name):
-        entry = recipe(name).at("small")
-        assert entry["split_by_seed"]
-        return {
-            v["label"]: TrainConfig.from_dict(entry["base"] | methods._without(v, "label", "points", "lr_of"))
-            for v in entry["variants"]
-        }
+def at_small(name):
+    """label ↦ configuration"""
+    entry = recipe(name).at("small")
+    assert entry["split_by_seed"]
+    return {
+        v["label"]: TrainConfig.from_dict(entry["base"] | methods._without(v, "label", "points", "lr_of"))
+        for v in entry["variants"]
+    }
 
-    table, along, steps, shares = (configs(name) for name in ("tab1", "fig3", "tab4", "msharp"))
-    pairs = [(table["SGD"], along["SGD"]), (table["SGD"], shares["SGD"])]
-    # radii are table 1's, which tunes them
-    tuned = [("IAM-D", along["IAM-D"]), ("IAM-D", steps["K = 1"])]
-    tuned += [("IAM-D, one-sided", steps["K = 1, one-sided"]), ("IAM-S", shares["m = 64"])]
-    pairs += [(table[label].replace(rho=one.rho, beta=one.beta), one) for label, one in tuned]
+
+def tuned_by_table_1():
+    """Its label, and the row of another that takes its radii."""
+    along, steps, shares = (at_small(name) for name in ("fig3", "tab4", "msharp"))
+    return [
+        ("IAM-D", along["IAM-D"]),
+        ("IAM-D", steps["K = 1"]),
+        ("IAM-D, one-sided", steps["K = 1, one-sided"]),
+        ("IAM-S", shares["m = 64"]),
+    ]
+
+
+def test_rows_that_share_runs_with_table_1_are_the_same_runs():
+    table = at_small("tab1")
+    pairs = [(table["SGD"], at_small(name)["SGD"]) for name in ("fig3", "msharp")]
+    pairs += [(table[label].replace(rho=one.rho, beta=one.beta), one) for label, one in tuned_by_table_1()]
     for one, other in pairs:
         assert one.identity() == other.identity()
+
+
+PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results" / "reproduce" / "tab1" / "tab1.csv"
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="results are no part of a source distribution")
+def test_their_radii_are_those_that_table_1_chose():
+    with PUBLISHED.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["rho"]]
+    chosen = {row["variant"]: (float(row["rho"]), float(row["beta"])) for row in rows}
+    for label, one in tuned_by_table_1():
+        assert (one.rho, one.beta) == chosen[label]
 
 
 def test_a_difference_beyond_anothers(tmp_path):
