@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gm_probe.core.models import build_model as build_model
     from gm_probe.core.parameters import Parameters as Parameters
     from gm_probe.core.pretrained import load_pretrained as load_pretrained
+    from gm_probe.probe.fisher_trace import fisher_trace as fisher_trace
     from gm_probe.probe.kl import kl_divergence as kl_divergence
     from gm_probe.probe.measures import MEASURES as MEASURES
     from gm_probe.probe.measures import Report as Report
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from gm_probe.probe.probe import Settings as Settings
     from gm_probe.probe.spectrum import eigenpairs as eigenpairs
     from gm_probe.probe.spectrum import lanczos as lanczos
-    from gm_probe.probe.trace import fisher_trace as fisher_trace
     from gm_probe.probe.trace import trace as trace
     from gm_probe.training.config import TrainConfig as TrainConfig
     from gm_probe.training.loop import train as train
@@ -77,13 +77,14 @@ _HOMES = {
     "core.models": ("ModelSpec", "build_model"),
     "core.parameters": ("Parameters",),
     "core.pretrained": ("load_pretrained",),
+    "probe.fisher_trace": ("fisher_trace",),
     "probe.kl": ("kl_divergence",),
     "probe.measures": ("MEASURES", "Report", "measure"),
     "probe.operators": ("Operator", "fisher", "hessian"),
     "probe.probe": ("Estimate", "Settings"),
     "probe.pairwise": ("PairEstimate", "PairReport", "compare"),
     "probe.spectrum": ("eigenpairs", "lanczos"),
-    "probe.trace": ("fisher_trace", "trace"),
+    "probe.trace": ("trace",),
     "training.config": ("TrainConfig",),
     "training.loop": ("train",),
     "training.objectives": ("FixMatch", "Joint"),

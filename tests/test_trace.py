@@ -18,10 +18,11 @@ from torch.func import functional_call, jacrev
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters, differentiable_attention
+from gm_probe.probe.fisher_trace import COLUMNS, HEAD, CovarianceRoot, _signs, fisher_trace
 from gm_probe.probe.measures import measure
 from gm_probe.probe.operators import Operator
 from gm_probe.probe.probe import Probe, Settings
-from gm_probe.probe.trace import COLUMNS, HEAD, CovarianceRoot, Trace, _signs, fisher_trace, trace
+from gm_probe.probe.trace import Trace, trace
 from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
 
 BY_NAME = {case.name: case for case in CASES}
@@ -328,6 +329,8 @@ def test_applied_signs_have_the_covariance(classes: int, generator: torch.Genera
     root, draws = CovarianceRoot(p), 1500
     signs = torch.randint(0, 2, (draws, len(p), root.rank), generator=generator, dtype=torch.int8) * 2 - 1
     applied = torch.stack([root.applied(one) for one in signs])  # (D, B, C)
+    columns = torch.cat(list(root.columns()))  # (R, B, C)
+    torch.testing.assert_close(applied[0], torch.einsum("rbc,br->bc", columns, signs[0].double()))
     products = applied[:, :, :, None] * applied[:, :, None, :]
     error = products.std(0) / math.sqrt(draws)
     covariance = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]

@@ -120,7 +120,7 @@ class Batches:
         self.examples = examples
         self.normalization = normalization or Normalization()
         self.batch_size = batch_size or BATCH_SIZE
-        self.free = batch_size is None and not coupled  # to be made smaller
+        self.free = batch_size is None and not coupled  # whoever measures may choose it
         self.device = torch.device(device)
         self.dtype = dtype
         self.channels_last = channels_last and examples.x.dim() == 4

@@ -206,6 +206,11 @@ def check_names(names: Sequence[str], *, labeled: bool, coupled: bool = False) -
             raise DataError(f"{name} needs labels; give class folders with --labeled")
 
 
+def takes_derivatives(names: Sequence[str]) -> bool:
+    """Whether one does by more than a forward pass, so that the batch must leave memory for it."""
+    return any(MEASURES[name].cost >= 1 for name in names)
+
+
 def default_measures(*, labeled: bool, coupled: bool = False) -> list[str]:
     """``DEFAULT_MEASURES`` that can be taken; NT-Xent of ``coupled`` examples needs no labels."""
     return [
@@ -267,7 +272,7 @@ def measure(
             return probe
 
         probe.parameters.check_finite()
-        if batches.free and any(MEASURES[name].cost >= 1 for name in names):
+        if batches.free and takes_derivatives(names):
             batches = within(memory, model, batches)
         # its cost is the report's, not the first measure's
         _, batches = within_memory(batches, lambda batches: probed(batches).clean)

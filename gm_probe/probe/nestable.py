@@ -20,10 +20,8 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     """torch's own jvp of a jvp is wrong without a word (pytorch issue 196700)."""
-    if input.dtype in (
-        torch.float16,
-        torch.bfloat16,
-    ):  # under autocast; torch's statistics are of float32, too
+    # under autocast; torch's statistics are of float32, too
+    if input.dtype in (torch.float16, torch.bfloat16):
         input = input.float()
     axes = tuple(range(-len(normalized_shape), 0))
     centred = input - input.mean(axes, keepdim=True)

@@ -19,10 +19,11 @@ from gm_probe.core.processes import gather_examples
 from gm_probe.probe.affine import Verdict, affine_in_each_parameter
 from gm_probe.probe.ascent import FisherByDifference, ProbeDivergence
 from gm_probe.probe.derivatives import require_gradients
+from gm_probe.probe.fisher_trace import fisher_trace
 from gm_probe.probe.operators import Operator, fisher, hessian, residual
 from gm_probe.probe.spectrum import Eigenpair, certified, lanczos
 from gm_probe.probe.speed import MEMORY, TRIAL
-from gm_probe.probe.trace import Trace, fisher_trace
+from gm_probe.probe.trace import Trace
 from gm_probe.probe.work import FORWARD, Work
 
 Protocol = Literal["paper", "converged"]

@@ -25,7 +25,13 @@ from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
 from gm_probe.core.records import read_run
 from gm_probe.probe.density import density
-from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names, expected_cost, measure
+from gm_probe.probe.measures import (
+    DEFAULT_MEASURES,
+    check_names,
+    expected_cost,
+    measure,
+    takes_derivatives,
+)
 from gm_probe.probe.probe import Probe, Settings
 from gm_probe.probe.speed import MEMORY, TRIAL, fastest_layout, within
 from gm_probe.probe.work import Work
@@ -147,7 +153,7 @@ def measure_checkpoint(
     simclr = loading.get("head") == "simclr"
     check_names(names or (), labeled=simclr or examples.y is not None, coupled=simclr)
     subject = open_subject(path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading)
-    if not simclr and (quadrature or any(MEASURES[name].cost >= 1 for name in names or DEFAULT_MEASURES)):
+    if not simclr and (quadrature or takes_derivatives(names or DEFAULT_MEASURES)):
         subject = _fitted(subject, batch_size, memory)
     batches = subject.batches
     part = batches.shard(rank(), count())
