@@ -279,11 +279,43 @@ def test_an_ascent_that_falls_behind_is_abandoned() -> None:
     assert (ahead.value, ahead.abandoned) == (alone.value, False)
 
 
-def test_only_abandoned_starts_are_named(case: Case) -> None:
+def test_maximize_where_a_gradients_norm_underflows() -> None:
+    """Squares of 1e-30 are 0 in float32."""
+    scale, values = 1e-30, torch.tensor([3.0, 1.0, 0.5])
+
+    def objective(delta: Tensor) -> tuple[float, Tensor]:
+        gradient = scale * values * delta
+        return float((gradient.double() * delta.double()).sum()) / 2, gradient
+
+    found = maximize(objective, torch.ones(3), 1.0, tolerance=1e-9)
+    assert found.value == pytest.approx(1.5 * scale, rel=1e-5)
+    assert len(found.gains) > 3
+    assert 0.999 < found.alignment <= 1.000001
+    start = maximize(objective, torch.ones(3), 1.0, max_steps=0)
+    assert start.alignment == pytest.approx(
+        float(torch.cosine_similarity(values, torch.ones(3), 0)), rel=1e-5
+    )
+
+
+def test_the_ascents_of_each_start_are_told(case: Case) -> None:
     details = measure(case.model, case.batches(7), CONVERGED, Settings(rho=1.0)).rows[CONVERGED[0]].details
-    assert set(details["starts"]) == set(details["steps"]) >= set(details["abandoned"])
+    assert set(details["starts"]) == set(details["gains"]) >= set(details["abandoned"])
     best = max(details["starts"], key=details["starts"].__getitem__)
     assert best not in details["abandoned"]
+    assert all(gain >= 0 for gains in details["gains"].values() for gain in gains)
+
+
+def test_ratio_to_the_quadratic_value(case: Case) -> None:
+    """Also where the draft of the eigenvector stalls, as on networks as tiny as these."""
+    largest = float(torch.linalg.eigvalsh(case.fisher_terms.mean(0))[-1])
+    for rho in (1e-3, 1.0):
+        row = measure(case.model, case.batches(7), CONVERGED, Settings(rho=rho, eigen_tolerance=1e-6)).rows[
+            CONVERGED[0]
+        ]
+        assert row.value is not None
+        assert row.details["quadratic_ratio"] == pytest.approx(row.value / (rho**2 / 2 * largest), rel=1e-3)
+        if rho < 1:
+            assert row.details["quadratic_ratio"] == pytest.approx(1, rel=0.02)
 
 
 # F v by one gradient

@@ -155,6 +155,29 @@ def test_the_caption_tells_of_the_ascents_that_were_made(images, checkpoint, cap
     assert "K = " not in out
     assert "3 starts" not in out
     assert "ρ = " not in run(f"{command}fisher_trace", capsys)[1]
+    out = " ".join(run(f"{command}local_inconsistency_relative,average_inconsistency", capsys)[1].split())
+    assert re.search(
+        r"ρ = 0.1; S_ρ rel.: K = 1, mean over 3 starts \(sd \S+\); A_ρ: mean over 3 draws \(sd", out
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ("--measures fisher_trace --rho 0.2 --protocol converged --seed 3", ["--protocol", "--rho"]),
+        ("--measures fisher_trace --max-probes 5 --trace-tolerance 0.2", []),
+        ("--measures fisher_lambda_max --max-probes 5 --top 2", ["--max-probes"]),
+        ("--measures local_inconsistency --protocol converged --k-steps 2 --starts 2", ["--k-steps"]),
+        ("--measures local_inconsistency_converged --starts 3", ["--starts beyond 2"]),
+        ("--measures local_inconsistency --protocol both --starts 3 --k-steps 2", []),
+        ("--measures average_inconsistency --starts 3 --noise-scale 1", ["--noise-scale"]),
+    ],
+)
+def test_options_that_change_nothing_are_named(images, checkpoint, capsys, options, idle):
+    code, _, err = run(f"gmprobe measure ckpt.pt --unlabeled data {options} --max-iterations 40", capsys)
+    assert code == 0
+    told = re.findall(r"note: (.*) has no effect on what is measured", err)
+    assert [option for option in told if option != "--max-iterations"] == idle
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.errors import CheckpointError, DataError, UsageError
-from gm_probe.probe import operators
-from gm_probe.probe.measures import MEASURES, expected_cost, measure
+from gm_probe.core.errors import CheckpointError, DataError, DerivativeError, UsageError
+from gm_probe.probe import measures, operators
+from gm_probe.probe.measures import MEASURES, check_names, expected_cost, measure
 from gm_probe.probe.probe import Estimate, Probe, Settings
 from gm_probe.probe.work import THROUGH_GRADIENT, Work
 
@@ -626,6 +626,38 @@ def test_a_backward_pass_that_raises_is_told(name: str, error: Exception) -> Non
         measure(Net(3, 2), Batches.from_tensors(torch.ones(4, 3)), [name], FAST)
 
 
+def test_what_a_model_lacks_a_derivative_for_is_undefined_and_the_rest_is_kept() -> None:
+    """torch has no second derivative of Hardsigmoid."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Hardsigmoid(), nn.Linear(4, 2))
+    batches = Batches.from_tensors(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)))
+    names = ["hessian_lambda_max", "fisher_lambda_max", "hessian_lambda_min"]
+    rows = measure(model, batches, names, FAST).rows
+    alone = measure(model, batches, ["fisher_lambda_max"], FAST).rows["fisher_lambda_max"]
+    assert rows["fisher_lambda_max"].value == alone.value
+    for name in (names[0], names[2]):
+        assert (rows[name].value, rows[name].converged) == (None, False)
+        assert "no second derivative" in rows[name].details["reason"]
+        assert "--measures" in rows[name].details["reason"]
+    with pytest.raises(DerivativeError, match=r"^hessian_lambda_max: .*no second derivative"):
+        measure(model, batches, [names[0], names[2]], FAST)
+
+
+def test_a_missing_derivative_ends_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them alone may have seen it: the others would wait for its next sum."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Hardsigmoid(), nn.Linear(4, 2))
+    monkeypatch.setattr(measures, "count", lambda: 2)
+    with pytest.raises(DerivativeError, match=r"^hessian_lambda_max: "):
+        measure(model, Batches.from_tensors(torch.ones(6, 3)), ["parameter_norm", "hessian_lambda_max"], FAST)
+
+
+def test_batchwise_inconsistency_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measures, "count", lambda: 2)
+    with pytest.raises(UsageError, match="one process"):
+        check_names(["error", "local_inconsistency_batchwise"], labeled=True)
+
+
 def test_no_input_gradient_is_undefined() -> None:
     class Steps(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -774,6 +806,20 @@ def test_a_grid_of_radii_has_the_converged_maximum_of_each() -> None:
 def test_a_single_output_is_refused() -> None:
     with pytest.raises(UsageError, match="single output"):
         measure(nn.Linear(3, 1), Batches.from_tensors(torch.ones(4, 3)), ["fisher_trace"])
+
+
+@pytest.mark.parametrize(("dtype", "jitter"), [(torch.float32, 1e-3), (torch.float64, 1e-7)])
+def test_outputs_that_jitter_beyond_rounding_are_refused(dtype: torch.dtype, jitter: float) -> None:
+    class Jittery(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x) * (1 + jitter * self.calls)
+
+    batches = Batches.from_tensors(torch.ones(4, 3, dtype=dtype))
+    with pytest.raises(DataError, match="two passes"):
+        measure(Jittery(3, 2, dtype=dtype), batches, ["mean_entropy"], FAST)
 
 
 def test_a_model_that_draws_at_random_is_refused() -> None:

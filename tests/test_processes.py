@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,27 +32,36 @@ def call(arguments: list[str], number: int, folder: Path) -> subprocess.Complete
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def checkpoint_of(folder: Path, network: str) -> Path:
     """A checkpoint and 23 labeled examples: shares of 11 and 12, batches of 5."""
     import numpy as np
 
-    spec = ModelSpec("6cnn", (1, 8, 8), 3)
+    spec = ModelSpec(network, (1, 8, 8), 3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = build_model(spec)
         x, y = torch.randn(23, 1, 8, 8, dtype=torch.float64), torch.randint(0, 3, (23,))
-    save_checkpoint(tmp_path / "c.safetensors", model, spec, Normalization())
-    np.savez(tmp_path / "data.npz", x=x.numpy(), y=y.numpy())
-    return tmp_path
+    save_checkpoint(folder / "c.safetensors", model, spec, Normalization())
+    np.savez(folder / "data.npz", x=x.numpy(), y=y.numpy())
+    return folder
 
 
-def test_two_processes_give_what_one_gives(folder: Path) -> None:
-    names = ",".join(name for name in MEASURES if name not in ALONE)
+CURVED = ("hessian_trace", "hessian_lambda_max", "fisher_trace")
+"""Of these a network that is not affine in each parameter takes other ways."""
+
+
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [("6cnn", [name for name in MEASURES if name not in ALONE]), ("mixer-micro-4", CURVED)],
+)
+def test_two_processes_give_what_one_gives(network: str, names: Sequence[str], tmp_path: Path) -> None:
+    if network != "6cnn":
+        pytest.importorskip("timm")
+    folder = checkpoint_of(tmp_path, network)
     arguments = ["measure", "c.safetensors", "--labeled", "data.npz", "--no-normalize", "--json", "--quiet"]
     arguments += [
         "--measures",
-        names,
+        ",".join(names),
         "--dtype",
         "float64",
         "--batch-size",

@@ -6,15 +6,18 @@ import csv
 import inspect
 import json
 import re
+import struct
 import tomllib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.axes import Axes
 from scipy import stats
 from torch.nn import functional
 
@@ -26,7 +29,16 @@ from gm_probe.core.errors import UsageError
 from gm_probe.core.files import write_json, write_toml
 from gm_probe.core.records import read_run
 from gm_probe.probe.operators import fisher, hessian
-from gm_probe.reproduce import alignment, maximizer, methods, posteriors, residuals, scatter, verdict
+from gm_probe.reproduce import (
+    alignment,
+    maximizer,
+    method_pictures,
+    methods,
+    posteriors,
+    residuals,
+    scatter,
+    verdict,
+)
 from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
 from gm_probe.reproduce.comparison import Arm, Comparison
 from gm_probe.reproduce.finding import Finding, Task
@@ -74,6 +86,7 @@ def test_smoke_writes_its_folder(name, tmp_path):
     assert recipe(name).claim[:20] in page.replace("\\", "")
     assert "The paper's own numbers:" in page
     assert "Scale `smoke`" in page
+    assert recipe(name).notes["smoke"] in page.replace("\\", "")
     # every picture that the page shows is there, and the numbers of its paragraph are finite
     for picture in re.findall(r"\]\((\S+\.png)\)", page):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
@@ -451,6 +464,83 @@ def test_means_over_training_are_areas_and_are_paired_by_seed(tmp_path):
     assert test.compared == "mean probe error over training"
     assert str(test).startswith("a against b: −7.5 points")
     assert str(test).endswith("; n = 2, a alone without a result in 1)")
+    # a picture's means are over runs that ended, so that none jumps where another stops
+    assert a.along("probe_test_error") == {2: [0.8, 0.5], 4: [0.6], 8: [0.4, 0.5]}
+
+
+def of_data_sets(folder: Path, number: int = 2) -> Comparison:
+    """SGD, IAM-S by m and IAM-D by K on each; errors grow by 0.1 from one data set to the next."""
+    settings: dict[str, dict[str, Any]] = {
+        "SGD": {"method": "sgd"},
+        **{f"m = {m}": {"method": "iam-s", "m": m} for m in (8, 64)},
+        **{f"K = {k}": {"method": "iam-d", "k_steps": k, "rho": 0.1, "beta": 1.0} for k in (1, 3)},
+    }
+    arms = []
+    for place in range(number):
+        for index, (label, own) in enumerate(settings.items()):
+            paths = []
+            for seed in range(2):
+                path = folder / f"{place}-{index}-{seed}"
+                write_toml(path / "config.toml", own)
+                error = 0.1 * (place + 1) + 0.01 * (index + 1) + 0.001 * seed
+                spent = {"gradient_evaluations": 100 * (1 + index)}
+                write_json(path / "summary.json", {"status": "finished", "test_error": error, **spent})
+                line = json.dumps({"epoch": 1, "seconds": 1.0 + index})
+                (path / "metrics.jsonl").write_text(f"{line}\n")
+                paths.append(path)
+            arms.append(Arm(f"data {place}", label, TrainConfig.from_dict(own), tuple(paths), ""))
+    return Comparison(tuple(arms))
+
+
+def heights(axes: Axes) -> set[float]:
+    return {round(float(y), 3) for line in axes.lines for y in np.asarray(line.get_ydata(), dtype=float)}
+
+
+@pytest.mark.parametrize("name", ["dots", "effort", "sub_batches", "steps"])
+def test_a_picture_shows_every_data_set(name, tmp_path):
+    figure = method_pictures.picture(name, of_data_sets(tmp_path), False)[0][""]
+    panels = 3 if name == "steps" else 1
+    assert len(figure.axes) == 2 * panels
+    for place, axes in enumerate(figure.axes[::panels]):
+        assert f"data {place}" in axes.get_title("left")
+        drawn = (1, 2) if name == "sub_batches" else (3, 4)  # IAM-S by m, IAM-D by K
+        means = {round(10 * (place + 1) + index + 1.05, 3) for index in drawn}
+        if name == "effort":
+            means = {round(100 - mean, 3) for mean in means}
+        assert means <= heights(axes)
+    others = [heights(axes) for axes in figure.axes[::panels]]
+    assert not others[0] & others[1]
+
+
+def test_a_plane_is_drawn_of_each_data_set(tmp_path):
+    whole = of_data_sets(tmp_path)
+    found = Comparison(tuple(arm for arm in whole.arms if arm.label == "K = 1"))
+    figures, caption = method_pictures.picture("plane", found, False)
+    assert list(figures) == ["", "data1"]
+    for place, figure in enumerate(figures.values()):
+        assert f"data {place}" in figure.axes[0].get_title("left")
+        assert [text.get_text()[:5] for text in figure.axes[0].texts] == [f"{10 * (place + 1) + 4.05:.2f}"]
+    assert "outlined" in caption
+
+
+def test_a_picture_of_steps_without_a_time_has_no_line_of_it(tmp_path):
+    found = of_data_sets(tmp_path, 1)
+    for path in found.arms[0].runs:  # as of runs that diverged in their first epoch
+        (path / "metrics.jsonl").write_text("")
+    figure = method_pictures.picture("steps", found, False)[0][""]
+    errors, times, _ = figure.axes
+    assert errors.lines
+    assert not times.lines
+
+
+def test_dots_of_many_data_sets_stand_below_each_other(tmp_path):
+    """Four times five labels side by side would overlap."""
+    figure = method_pictures.picture("dots", of_data_sets(tmp_path, 7), False)[0][""]
+    assert len(figure.axes) == 7
+    figure.canvas.draw()
+    for axes in figure.axes:
+        spots = axes.transData.transform([(float(i), 0.0) for i in range(2)])[:, 0]
+        assert (spots[1] - spots[0]) / figure.dpi > 0.15  # inches, a line of text
 
 
 def test_the_verdict_says_what_was_tested_and_what_was_not(tmp_path):
@@ -672,6 +762,32 @@ def test_a_seed_may_draw_its_split_and_labels_which_its_runs_share(tmp_path, spl
     assert said in found.text
     # the family is the claim's own comparisons
     assert "by 97.5 % intervals" in found.text
+
+
+def test_a_data_set_of_torchvisions_is_read_by_its_own_loader(tmp_path):
+    """Table 1's entry of F-MNIST, on its file format: idx, which has no checksum to meet."""
+    raw = tmp_path / "root" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 80), ("t10k", 40)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        for kind, values in (("images", images), ("labels", labels)):
+            header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
+            (raw / f"{part}-{kind}-idx{values.ndim}-ubyte").write_bytes(header + values.tobytes())
+    [place] = (place for place in recipe("tab1").at("paper")["data"] if place["label"].startswith("F-MNIST"))
+    task = Task("tab1", "paper", tmp_path / "out", data_root=str(tmp_path / "root"), notify=lambda _: None)
+    found = methods.study(
+        task,
+        base=methods._without(DIGITS, "objective", "labels", "mu"),
+        variants=[{"label": "SGD"}, {"label": "IAM-D", "method": "iam-d"}],
+        data=[place | {"model": "mlp-8"}],  # in place of a wrn-28-10
+        seeds=1,
+        tests=[{"better": "IAM-D", "worse": "SGD"}],
+        picture="dots",
+    )
+    assert [row["status"] for row in found.rows] == ["finished"] * 2
+    assert {row[-1].text for row in found.sheets[0].rows} == {place["published"][v] for v in ("SGD", "IAM-D")}
 
 
 def test_a_data_set_may_have_fewer_seeds(tmp_path):

@@ -11,7 +11,7 @@ from conftest import CASES, Case
 from test_operators import build, dense_terms
 from torch import Tensor
 
-from gm_probe.core.errors import DivergedError
+from gm_probe.core.errors import DivergedError, ResourceError
 from gm_probe.probe.operators import Operator
 from gm_probe.probe.spectrum import Eigenpair, certified, eigenpairs, lanczos, random_start
 
@@ -35,6 +35,23 @@ def with_spectrum(
     rng = np.random.default_rng(seed)
     basis, _ = np.linalg.qr(rng.normal(size=(len(values), len(values))))
     return torch.from_numpy((basis * np.asarray(values)) @ basis.T).to(dtype).unsqueeze(0)
+
+
+def test_vectors_that_memory_does_not_hold_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller batches would not help."""
+    operator = operator_of(with_spectrum(np.linspace(0, 1, 30), dtype=torch.float32))
+    start, to = random_start(operator, torch.Generator().manual_seed(0)), Tensor.to
+    calls = []
+
+    def scarce(tensor: Tensor, *arguments: object) -> Tensor:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return to(tensor, *arguments)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(Tensor, "to", scarce)
+    with pytest.raises(ResourceError, match=r"5 Lanczos vectors of 30 parameters; lower --max-iterations"):
+        eigenpairs(operator, start, tolerance=0)
 
 
 SPECTRA = {

@@ -556,7 +556,10 @@ def test_none_where_examples_have_no_gradients_of_their_own() -> None:
     p = model(x).softmax(1).detach()
     centred = flat - torch.einsum("nc,ncp->np", p, flat)[:, None]
     truth = float(torch.einsum("nc,ncp,ncp->n", p, centred, centred).mean())
-    assert {row.details["method"] for row in rows.values()} == {"Hutchinson"}
+    assert [row.details["method"] for row in rows.values()] == [
+        "Hutchinson",
+        "tr F, for every parameter enters affinely: Hutchinson",
+    ]
     found = rows["fisher_trace"]
     assert found.stderr is not None
     assert found.stderr > 0
@@ -616,6 +619,27 @@ def test_hessian_trace(case: Case, labeled: bool) -> None:
         assert row.stderr is not None
         assert row.stderr > 0
         assert abs(row.value - truth) < 4 * row.stderr
+
+
+def test_hessian_trace_is_the_fishers_also_without_examples_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Probe, "fisher_trace_to", lambda self, tolerance: None)
+    settings = Settings(trace_tolerance=0, max_probes=6)
+    for case in CASES:
+        rows = measure(case.model, case.batches(), ["fisher_trace", "hessian_trace"], settings).rows
+        one, other = rows["fisher_trace"], rows["hessian_trace"]
+        assert "Hutchinson" in other.details["method"]
+        assert (other.details["labels"] == "none needed") == case.affine
+        assert (other.num_evals == 0) == case.affine
+        if case.affine:
+            assert (other.value, other.stderr, other.stderr_examples) == (
+                one.value,
+                one.stderr,
+                one.stderr_examples,
+            )
+        else:
+            assert other.details["not_affine"]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.affine], ids=lambda case: case.name)

@@ -99,15 +99,20 @@ def _coupled(result: dict[str, Any]) -> str:
 def _ascents(result: dict[str, Any]) -> str:
     """For the caption: by which ascents local inconsistency was found; empty where it was not."""
     settings = result["settings"]
-    rows = [row for row in result["measures"].values() if "protocol" in row]
+    rows = {name: row for name, row in result["measures"].items() if "starts" in row}
     text = f"ρ = {settings['rho']:g}; " if rows else ""
-    for row in rows:
-        if row["protocol"] == "paper":
-            starts = f"{row['num_starts']} starts" if row["num_starts"] > 1 else "1 start"
-            spread = "" if row["sd_starts"] is None else f" (sd {number(row['sd_starts'], 2)})"
-            text += f"S_ρ: K = {settings['k_steps']}, mean over {starts}{spread}; "
-        else:
+    for name, row in rows.items():
+        if row.get("protocol") == "converged":
             text += f"max S_ρ: the best of {len(row['starts'])} ascents, a lower bound of the maximum; "
+            continue
+        from gm_probe.probe.measures import MEASURES
+
+        drawn = name == "average_inconsistency"  # by no ascent
+        one = "draw" if drawn else "start"
+        starts = f"{row['num_starts']} {one}s" if row["num_starts"] > 1 else f"1 {one}"
+        spread = "" if row["sd_starts"] is None else f" (sd {number(row['sd_starts'], 2)})"
+        steps = "" if drawn else f"K = {settings['k_steps']}, "
+        text += f"{MEASURES[name].symbol}: {steps}mean over {starts}{spread}; "
     return text
 
 

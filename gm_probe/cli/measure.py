@@ -275,6 +275,9 @@ def measure(
     given_settings = _given(click.get_current_context())
     names = _chosen(measures, protocol, labeled is not None, head == "simclr")
     _require_use_of_grids(names, settings)
+    if not quiet:
+        for option in _idle(names, settings, given_settings):
+            note(notes_console(), f"note: {option} has no effect on what is measured")
     named_device(data.device)
     # of many each looks for its device where it is measured: a GPU may be on Ray's workers alone
     loading = (replace(data, device="cpu") if many else data).loading() | {
@@ -382,6 +385,39 @@ def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:
 
     figure = density_panels(result["density"], checkpoint=checkpoint, num_examples=result["num_examples"])
     write_figure(figure, [file])
+
+
+ASCENTS = tuple(f"local_inconsistency{kind}" for kind in ("", "_adaptive", "_relative", "_batchwise"))
+CONVERGED = "local_inconsistency_converged"
+TRACES = ("fisher_trace", "hessian_trace", "effective_rank")
+EIGENVALUES = ("fisher_lambda_max", "hessian_lambda_max", "hessian_lambda_min", "effective_rank")
+READ_BY = {
+    "rho": ("--rho", {*ASCENTS, CONVERGED, "average_inconsistency"}),
+    "k_steps": ("--k-steps", {*ASCENTS}),
+    "noise_scale": ("--noise-scale", {*ASCENTS, CONVERGED}),
+    "num_starts": ("--starts", {*ASCENTS, CONVERGED, "average_inconsistency"}),
+    "trace_tolerance": ("--trace-tolerance", {*TRACES}),
+    "max_probes": ("--max-probes", {*TRACES}),
+    "eigen_tolerance": ("--eigen-tolerance", {*EIGENVALUES, CONVERGED}),
+    "max_iterations": ("--max-iterations", {*EIGENVALUES, CONVERGED}),
+    "top_eigenvalues": ("--top", {*EIGENVALUES}),
+}
+"""Settings, the options that give them, and the measures that read them."""
+
+
+def _idle(names: Sequence[str], settings: Settings, given: frozenset[str]) -> list[str]:
+    """The options of ``given`` that change none of the measures ``names``."""
+    from gm_probe.probe.inconsistency import NOISE_STARTS
+
+    taken = set(names)
+    idle = ["--protocol"] if "protocol" in given and "local_inconsistency" not in taken else []
+    if settings.protocol == "converged" and "local_inconsistency" in taken:
+        taken = taken - {"local_inconsistency"} | {CONVERGED}
+    idle += [option for name, (option, readers) in READ_BY.items() if name in given and not taken & readers]
+    started = taken & READ_BY["num_starts"][1]
+    if "num_starts" in given and started == {CONVERGED} and settings.num_starts > NOISE_STARTS:
+        idle.append(f"--starts beyond {NOISE_STARTS}")
+    return idle
 
 
 def _require_use_of_grids(names: Sequence[str], settings: Settings) -> None:

@@ -16,6 +16,10 @@ class UsageError(ProbeError):
     exit_code = 2
 
 
+class DerivativeError(UsageError):
+    """A derivative that a model lacks, hides from autograd, or misstates."""
+
+
 class CheckpointError(ProbeError):
     """A checkpoint that cannot be read, does not fit its model, or holds unusable weights."""
 

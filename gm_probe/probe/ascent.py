@@ -208,7 +208,7 @@ def maximize(
     step = float("inf")  # in radii; infinite = Algorithm 1's full step
     converged = abandoned = joined = False
     for _ in range(max_steps):
-        if not float(gradient.norm()):  # a flat divergence has no ascent direction
+        if not bool(gradient.any()):  # a flat divergence has no ascent direction
             converged = True
             break
         direction = to_sphere(gradient, radius)
@@ -231,6 +231,6 @@ def maximize(
             if joined or abandoned:
                 break
         step = step * 2 if step < 4 else float("inf")
-    norms = float(gradient.norm()) * float(delta.norm())
-    alignment = float(gradient @ delta) / norms if norms else 1.0
+    # of unit vectors, for squares of a tiny gradient underflow
+    alignment = float(to_sphere(gradient, 1.0) @ to_sphere(delta, 1.0)) if bool(gradient.any()) else 1.0
     return Maximum(delta, value, tuple(gains), alignment, converged, abandoned, joined)

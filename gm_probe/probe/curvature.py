@@ -120,12 +120,15 @@ def _fisher_trace(probe: Probe) -> Figure:
 
 def hessian_trace(probe: Probe) -> Figure:
     """tr F where every parameter enters affinely, else tr F + tr(H − F) (METHOD.md, tr H = tr F)."""
+    if everywhere(probe.affinity.affine, probe.clean.device):
+        value, error, examples, converged, details = fisher_trace(probe)
+        method = f"tr F, for every parameter enters affinely: {details['method']}"
+        return value, error, examples, converged, {**details, "method": method, "labels": "none needed"}
     fisher = probe.example_fisher_trace
     if fisher is None:
         found = _hutchinson(probe, probe.hessian, "hessian trace")
-        return _row(found, _estimator(found), labels=probe.label_kind)
-    if everywhere(probe.affinity.affine, probe.clean.device):
-        return _row(fisher, "tr F: every parameter enters affinely", labels="none needed")
+        details = {"labels": probe.label_kind, "not_affine": probe.affinity.reason}
+        return _row(found, _estimator(found), **details)
     found = _corrected(probe, fisher)
     for _ in range(REFINEMENTS):
         allowed = probe.settings.trace_tolerance * abs(found.value)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gm_probe.core.errors import UsageError, first_line, out_of_memory
+from gm_probe.core.errors import DerivativeError, first_line, out_of_memory
 from gm_probe.core.parameters import Parameters
 
 Push = Callable[[Tensor, Tensor], Tensor]
@@ -20,7 +20,7 @@ REMEDY = "replace that layer, or choose measures that do without by --measures"
 
 
 def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Generator) -> None:
-    """Raise UsageError unless the logits of ``x`` (B, ...) have gradients by all parameters that they depend on.
+    """Raise DerivativeError unless the logits of ``x`` (B, ...) have gradients by all parameters that they depend on.
 
     A layer's backward pass may raise, and a forward pass under ``torch.no_grad`` or by way of NumPy hides parameters
     from autograd: they would silently count as constants.
@@ -33,7 +33,7 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
     except Exception as error:  # whatever a stranger's layer raises
         if out_of_memory(error):
             raise
-        raise UsageError(
+        raise DerivativeError(
             f"the model cannot be differentiated by its parameters ({first_line(error)}); {REMEDY}"
         ) from error
     hidden = [name for name, g in zip(values, found, strict=True) if g is None]
@@ -43,7 +43,7 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
         noise = parameters.split(parameters.random(0.1 * parameters.size**0.5, generator))
         moved = parameters.logits(x, {n: v + noise[n] if n in hidden else v for n, v in values.items()})
     if not torch.allclose(moved, logits, rtol=1e-4, atol=1e-4 * float(logits.detach().abs().max())):
-        raise UsageError(
+        raise DerivativeError(
             f"{len(hidden)} of {len(values)} parameter tensors ({hidden[0]!r} first) move the outputs but have no "
             "gradient: forward hides them, as torch.no_grad, detach or numpy do; freeze them by requires_grad_(False), "
             "or choose the others by --params"
@@ -57,7 +57,7 @@ def first_adjoint(ways: Sequence[Push], pulled: Push, x: Tensor, v: Tensor) -> P
     derivatives of the backward pass, which may be absent, too (nn.EmbeddingBag) or wrong.
 
     Raises:
-        UsageError: none is.
+        DerivativeError: none is.
     """
     cause: Exception | None = None
     for way in ways:
@@ -75,7 +75,7 @@ def first_adjoint(ways: Sequence[Push], pulled: Push, x: Tensor, v: Tensor) -> P
             return way
         cause = None
     flaw = "these would be wrong" if cause is None else first_line(cause)
-    raise UsageError(
+    raise DerivativeError(
         f"a layer lacks derivatives in forward mode, and of its backward pass, which would do ({flaw}); {REMEDY}"
     ) from cause
 
@@ -98,7 +98,7 @@ def agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool
 
 
 def require_symmetric(product: Way, few: Arguments, in_float64: Arguments) -> None:
-    """Raise UsageError where ``product`` cannot be taken, or uᵀH v is not vᵀH u.
+    """Raise DerivativeError where ``product`` cannot be taken, or uᵀH v is not vᵀH u.
 
     A layer may state a wrong second derivative: torch's weight_norm does (its double backward takes the norms for
     constants, torch 2.14).
@@ -114,7 +114,7 @@ def require_symmetric(product: Way, few: Arguments, in_float64: Arguments) -> No
         return
     one, other = one.double(), other.double()
     if float((u @ one - v @ other).abs()) > 1e-6 * float(v.norm() * (one.norm() + other.norm())):
-        raise UsageError(
+        raise DerivativeError(
             "the Hessian's products are not symmetric: a layer's second derivative is wrong, as that of torch's "
             "weight_norm is; fold it into its weight by torch.nn.utils.parametrize.remove_parametrizations, or leave "
             "the Hessian's measures out by --measures"
@@ -127,7 +127,7 @@ def _require_product(product: Way, few: Arguments) -> None:
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise UsageError(f"a layer has no second derivative ({first_line(error)}); {REMEDY}") from error
+        raise DerivativeError(f"a layer has no second derivative ({first_line(error)}); {REMEDY}") from error
 
 
 def gradients(

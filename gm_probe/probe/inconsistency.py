@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from gm_probe.core.batches import cut
-from gm_probe.core.errors import UsageError
-from gm_probe.core.processes import count
 from gm_probe.probe.ascent import Maximum, ascend, kl_gradient, maximize, to_sphere
 from gm_probe.probe.kl import kl_divergence
 from gm_probe.probe.outputs import parameter_norm
 from gm_probe.probe.probe import Figure, Probe, example_error
 from gm_probe.probe.work import FORWARD, GRADIENT
+
+NOISE_STARTS = 2
+"""Of a converged maximum, beside the two from ± the Fisher matrix's top eigenvector."""
 
 
 def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Figure:
@@ -114,23 +115,24 @@ def _converged_at(probe: Probe, rho: float) -> Figure:
     for name in sorted(signed, key=lambda name: firsts[name][0], reverse=True):
         go(name, signed[name], firsts[name])
     # noise guards against a poor v₁, and finds other maxima
-    for i, noise in enumerate(islice(probe.starts(), 2)):
+    for i, noise in enumerate(islice(probe.starts(), NOISE_STARTS)):
         # a raw noise direction is flat: one step of Algorithm 1 first
         go(f"noise {i}", ascend(probe.divergence.gradient, noise, rho, 1))
     best = max(ends.values(), key=lambda end: end.value)
     second = sorted(reached.values())[-2]
-    quadratic = rho**2 / 2 * top.value if top.converged else 0.0
+    # of tiny networks the draft stalls, and exact products cost little
+    certain = top if top.converged else probe.fisher_top
+    quadratic = rho**2 / 2 * certain.value if certain.converged else 0.0
     details = {
         "protocol": "converged",
         "starts": {name: end.value for name, end in ends.items()},
-        "steps": {name: len(end.gains) for name, end in ends.items()},
+        "gains": {name: list(end.gains) for name, end in ends.items()},
         "abandoned": [name for name, end in ends.items() if end.abandoned],
         "joined": [name for name, end in ends.items() if end.joined],
         "runner_up": second / best.value if best.value > 0 else None,
         "alignment": best.alignment,
-        "gains": list(best.gains),
         "quadratic_ratio": best.value / quadratic if quadratic > 0 else None,
-        "quadratic_residual": top.residual / top.value if quadratic > 0 else None,
+        "quadratic_residual": certain.residual / certain.value if quadratic > 0 else None,
     }
     return best.value, None, example_error(probe.divergence.terms(best.delta)), best.converged, details
 
@@ -165,8 +167,6 @@ def adaptive(probe: Probe) -> Figure:
 
 def batchwise(probe: Probe) -> Figure:
     """The paper's protocol with a perturbation of its own for every m examples (m-sharpness, Foret 2021)."""
-    if count() > 1:
-        raise UsageError("it cuts the examples into batches; take it in one process")
     settings, parameters = probe.settings, probe.parameters
     batches = probe.batches.of_size(settings.sub_batch)
     all_terms = []

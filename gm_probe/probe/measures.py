@@ -12,9 +12,10 @@ from torch import nn
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.devices import generators_kept
-from gm_probe.core.errors import DataError, UsageError, did_you_mean
+from gm_probe.core.errors import DataError, DerivativeError, UsageError, did_you_mean
 from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import as_measured
+from gm_probe.core.processes import count
 from gm_probe.probe import curvature, inconsistency, outputs
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
 from gm_probe.probe.speed import MEMORY, within
@@ -50,7 +51,7 @@ MEASURES: dict[str, Measure] = {
     "local_inconsistency_converged": Measure(
         inconsistency.converged,
         False,
-        20.0,
+        35.0,
         "max S_ρ",
         "the worst such KL within the ball: ascent from ± the top Fisher eigenvector and noise, until it gains no more",
     ),
@@ -122,7 +123,7 @@ MEASURES: dict[str, Measure] = {
         False,
         7.0,
         "‖∂f/∂x‖",
-        "root mean square norm of the output probabilities' derivative by the normalised input",
+        "root mean square norm of the output probabilities' derivative by the normalised input; a pass a class",
     ),
     "flip_rate": Measure(
         outputs.flip_rate, False, 0.33, "flips", "predictions that change in the mirror image"
@@ -192,7 +193,8 @@ class Report:
 
 
 def check_names(names: Sequence[str], *, labeled: bool, coupled: bool = False) -> None:
-    """Raise UsageError for an unknown measure or, of ``coupled`` examples, an undefined one.
+    """Raise UsageError for an unknown measure, one that several processes cannot share, or of ``coupled`` examples an
+    undefined one.
 
     Raises:
         DataError: one needs labels that are not there.
@@ -202,6 +204,8 @@ def check_names(names: Sequence[str], *, labeled: bool, coupled: bool = False) -
             raise UsageError(f"no measure {name!r}; {did_you_mean(name, MEASURES)}")
         if coupled and name in SEPARATE:
             raise UsageError(f"{name} {SEPARATE[name]}: of NT-Xent logits it is undefined; leave it out")
+        if name == "local_inconsistency_batchwise" and count() > 1:
+            raise UsageError(f"{name} cuts the examples into batches; take it in one process")
         if MEASURES[name].needs_labels and not labeled:
             raise DataError(f"{name} needs labels; give class folders with --labeled")
 
@@ -240,7 +244,8 @@ def measure(
         notify: called with the measure at work and the gradient evaluations done so far.
 
     Raises:
-        UsageError: an unknown measure, a model without trainable parameters, or one that lacks a derivative.
+        UsageError: an unknown measure, a model without trainable parameters, or one that lacks what every measure
+            takes (DerivativeError); of some measures alone it makes these undefined.
         CheckpointError: weights that are not finite.
         DataError: labels that do not fit, a measure that needs absent labels, data that changes between passes.
         DivergedError: outputs or derivatives that are not finite.
@@ -260,6 +265,7 @@ def measure(
 
     work = Work(batches.num_examples, tick)
     rows: dict[str, Estimate] = {}
+    refusals: list[DerivativeError] = []
     # a model may draw at random though its outputs stay the same
     with generators_kept(batches.device), as_measured(model):
         probe = Probe(model, batches, settings, work, initial, memory)
@@ -283,8 +289,15 @@ def measure(
             try:
                 figure, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
             except UsageError as error:
-                raise UsageError(f"{name}: {error}") from error
+                told = type(error)(f"{name}: {error}")
+                # of several processes one alone may have seen it, for which the others would wait
+                if not isinstance(told, DerivativeError) or count() > 1:
+                    raise told from error
+                refusals.append(told)
+                figure = None, None, None, False, {"reason": str(error)}
             rows[name] = _estimate(figure, batches, settings.target_error, work.evaluations - before)
+    if refusals and all(row.value is None for row in rows.values()):
+        raise refusals[0]
     return Report(probe.parameters.size, batches.total, settings, rows, batches.batch_size)
 
 

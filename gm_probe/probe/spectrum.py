@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from gm_probe.core.errors import DivergedError
+from gm_probe.core.errors import DivergedError, ResourceError, out_of_memory
 from gm_probe.probe.operators import Operator
 
 
@@ -36,8 +36,17 @@ class Krylov:
 
         Raises:
             DivergedError: it is not finite.
+            ResourceError: no memory for one more vector, which smaller batches would not help.
         """
-        self.basis.append((self._next / self._norm).to(self.operator.dtype))
+        try:
+            self.basis.append((self._next / self._norm).to(self.operator.dtype))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise ResourceError(
+                f"out of memory for {len(self.basis) + 1} Lanczos vectors of {self.operator.size:,} parameters; lower "
+                "--max-iterations, raise --eigen-tolerance, or choose parameters by --params"
+            ) from error
         w = self.operator.matvec(self.basis[-1]).double()
         if not bool(torch.isfinite(w).all()):
             raise DivergedError("a curvature product is not finite; try --dtype float64")

@@ -7,7 +7,8 @@
     default                  the scale that is taken unless told, where there is no small one
     study                    the function that does it (``run.STUDIES``)
     [settings]               its arguments, at every scale
-    [smoke] [small] [paper]  ``cost``, and arguments that differ at this scale; ``data`` keeps what is ``published``
+    [smoke] [small] [paper]  ``cost``, a ``note`` for the page, and arguments that differ at this scale; ``data`` keeps
+                             what is ``published``
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SCALES = ("smoke", "small", "paper")
 class Recipe:
     """One table or figure; ``settings[scale]`` are the arguments of its study, ``costs[scale]`` the time it takes.
 
+    ``notes[scale]``: what else is to be known of it at this scale; '' = nothing.
     ``chosen`` is the scale that is taken unless told; '' = none.
     """
 
@@ -41,6 +43,7 @@ class Recipe:
     study: str
     settings: Mapping[str, Mapping[str, Any]]
     costs: Mapping[str, str]
+    notes: Mapping[str, str]
     chosen: str
 
     @property
@@ -86,6 +89,7 @@ def recipe(name: str) -> Recipe:
 def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
     parts = {scale: dict(content[scale]) for scale in SCALES if scale in content}
     costs = {scale: str(part.pop("cost")) for scale, part in parts.items()}
+    notes = {scale: str(part.pop("note", "")) for scale, part in parts.items()}
     shared = content.get("settings", {})
     numbers = {place["label"]: place["published"] for place in shared.get("data", []) if "published" in place}
     settings = {}
@@ -96,7 +100,7 @@ def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
     texts = {key: str(content[key]) for key in ("title", "claim", "published", "study")}
     also = tuple(map(str, content.get("also", ())))
     chosen = str(content.get("default", "small" if "small" in parts else ""))
-    return Recipe(name=name, settings=settings, costs=costs, also=also, chosen=chosen, **texts)
+    return Recipe(name=name, settings=settings, costs=costs, notes=notes, also=also, chosen=chosen, **texts)
 
 
 def _with_numbers(place: Mapping[str, Any], numbers: Mapping[str, Any]) -> Mapping[str, Any]:

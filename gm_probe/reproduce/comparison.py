@@ -67,9 +67,9 @@ class Arm:
         return [min(track.values()) for track in tracks if track]
 
     def along(self, key: str) -> dict[int, list[float]]:
-        """``key`` of the runs' metrics by epoch."""
+        """``key`` of the runs' metrics by epoch; of those that ended, lest means jump where one stops."""
         found: dict[int, list[float]] = {}
-        for path in self.runs:
+        for path in (path for path, r in zip(self.runs, self.records, strict=True) if r.status == "finished"):
             for epoch, value in _track(path, key).items():
                 found.setdefault(epoch, []).append(value)
         return found
@@ -91,6 +91,11 @@ def _track(path: Path, key: str) -> dict[int, float]:
 def _mean_height(track: Mapping[int, float]) -> float:
     epochs, values = list(track), list(track.values())
     return float(np.trapezoid(values, epochs)) / (epochs[-1] - epochs[0])
+
+
+def plain(label: str) -> str:
+    """``label`` as a part of a file's name."""
+    return "".join(c for c in label.lower() if c.isalnum() or c == "-")
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,14 +54,15 @@ def outline(axes: Axes, values: np.ndarray, edges: np.ndarray, index: int, label
 
 
 def logarithmic(axes: Axes) -> None:
-    """Both axes on a logarithmic scale, with plain numbers at 1, 2 and 5 where less than two decades are shown."""
+    """Both axes on a logarithmic scale, with ``log_ticks``."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        _log_ticks(axis)
+        log_ticks(axis)
 
 
-def _log_ticks(axis: Axis) -> None:
+def log_ticks(axis: Axis) -> None:
+    """On a logarithmic ``axis`` plain numbers at 1, 2 and 5, where less than two decades are shown."""
     low, high = sorted(axis.get_view_interval())  # an inverted axis has the higher one first
     axis.set_minor_formatter(NullFormatter())
     if high < 100 * low:

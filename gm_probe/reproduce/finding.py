@@ -104,6 +104,7 @@ def write(
         "outcome": finding.outcome,
         "text": finding.text,
         "untested": finding.untested,
+        "note": recipe.notes[task.scale],
         "data": task.data,
         "settings": recipe.at(task.scale),
         "environment": environment,
@@ -111,6 +112,15 @@ def write(
     }
     write_json(folder / RESULT, result)
     return [*paths, *(folder / f"{name}.{kind}" for kind in texts), folder / RESULT]
+
+
+def _time(finding: Finding, seconds: float) -> str:
+    """Of this call, which may have found every run there, and of the runs where they say."""
+    of_runs = sum(float(row.get("train_seconds") or 0.0) for row in finding.rows)
+    trained = (
+        f"the runs of its table trained for {of_runs:,.0f} s, the last call" if of_runs else "the last call"
+    )
+    return f"{trained} took {seconds:,.0f} s"
 
 
 def _page(
@@ -135,10 +145,11 @@ def _page(
         f"# {escape_markdown(recipe.title)}",
         f"The paper's claim: {escape_markdown(recipe.claim)}",
         f"**{finding.verdict}** {escape_markdown(finding.text)}",
+        *filter(None, [escape_markdown(recipe.notes[task.scale])]),
         *(block for pair in zip(pictures, map(escape_markdown, said), strict=False) for block in pair),
         markdown(finding.sheets).strip(),
         f"The paper's own numbers: {escape_markdown(recipe.published)}",
-        f"Scale `{task.scale}`: `{command}`; the last call took {seconds:,.0f} s ({machine}). "
+        f"Scale `{task.scale}`: `{command}`; {_time(finding, seconds)} ({machine}). "
         f"Settings: {escape_markdown(shown)}.",
     ]
     return "\n\n".join(blocks) + "\n"

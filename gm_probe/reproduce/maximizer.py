@@ -171,7 +171,9 @@ def _text(
         mine = [row for row in rows if row["rho"] == rho]
         ratio = np.array([row["ascent"] / row["theory"] for row in mine])
         gaps = ", ".join(f"{100 * means[rho, k][0]:.2g} % (K = {k})" for k in k_steps)
-        enough = [k for k in k_steps if means[rho, k][2] < NEGLIGIBLE]
+        enough = [
+            k for k in k_steps if all(means[rho, more][2] < NEGLIGIBLE for more in k_steps if more >= k)
+        ]
         last = [row for row in mine if row["k"] == most]
         said.append(
             f"At ρ = {rho:g} the long ascent reaches {ratio.min():.3f} to {ratio.max():.3f} of the λ_max term, and "

@@ -5,6 +5,7 @@ Errors are final ones, or where ``least`` the least over epochs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from gm_probe.analysis.figures import DASHES
 from gm_probe.analysis.heat_map import heat_map
 from gm_probe.analysis.plots import COLOURS, MARKERS
-from gm_probe.reproduce.comparison import Arm, Comparison
-from gm_probe.reproduce.drawing import PAGE, panels
+from gm_probe.reproduce.comparison import Arm, Comparison, plain
+from gm_probe.reproduce.drawing import PAGE, log_ticks, panels
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -47,9 +48,15 @@ def _stderr(values: Sequence[float]) -> float | None:
 
 def dots(found: Comparison, least: bool) -> Figure:
     """Errors: a mark a seed, beside them mean and standard error."""
-    width = min(PAGE, 0.8 + 0.55 * len(found.labels) * len(found.data))
+    # what does not fit side by side goes below: labels of less than a fifth of an inch each would overlap
+    needed = 0.8 + 0.55 * len(found.labels) * len(found.data)
+    rows = min(len(found.data), math.ceil(needed / (2 * PAGE)))
+    columns = math.ceil(len(found.data) / rows)
     titles = found.data if len(found.data) > 1 else ()
-    figure, places = panels(len(found.data), 2.3, width=width, titles=titles)
+    figure, places = panels(columns, 2.3, rows=rows, width=min(PAGE, needed), titles=titles)
+    for axes in places[len(found.data) :]:
+        axes.remove()
+    places = places[: len(found.data)]
     for axes, data in zip(places, found.data, strict=True):
         for index, label in enumerate(found.labels):
             errors = _errors(found.arm(data, label), least)
@@ -61,7 +68,8 @@ def dots(found: Comparison, least: bool) -> Figure:
             range(len(found.labels)), found.labels, rotation=35, ha="right", rotation_mode="anchor"
         )
         axes.set_xlim(-0.6, len(found.labels) - 0.4)
-    places[0].set_ylabel(f"{_which(least)} test error, %")
+    for axes in places[::columns]:
+        axes.set_ylabel(f"{_which(least)} test error, %")
     return figure
 
 
@@ -80,6 +88,7 @@ def along(found: Comparison, least: bool) -> Figure:
             _spread(places[2], arm.along("running_nt_xent"), **style | {"marker": ""})
             places[2].set_ylabel("NT-Xent of training (nats)")
     left.set_yscale("log")
+    log_ticks(left.yaxis)
     left.set_ylabel(rf"$S_\rho$ {'over NT-Xent logits' if simclr else 'on unlabeled data'} (nats)")
     right.set_ylabel("linear probe's test accuracy, %" if simclr else "test accuracy, %")
     for axes in places:
@@ -91,17 +100,28 @@ def along(found: Comparison, least: bool) -> Figure:
 
 def effort(found: Comparison, least: bool) -> Figure:
     """Accuracy by the gradient evaluations that were spent, a line a method."""
-    figure, (axes,) = panels(1, 2.6, width=4.2)
-    methods = list(dict.fromkeys(arm.config.method for arm in found.arms))
-    for index, method in enumerate(methods):
-        arms = [arm for arm in found.arms if arm.config.method == method and _errors(arm, least)]
-        spent = {float(np.mean([v for v in arm.figures("gradient_evaluations") if v])): arm for arm in arms}
-        accuracy = {at: [100 - error for error in _errors(arm, least)] for at, arm in sorted(spent.items())}
-        _spread(axes, accuracy, label=method.upper(), **_look(index))
-    axes.set_xlabel("gradient evaluations (batches)")
-    axes.set_ylabel(f"{'best' if least else 'final'} test accuracy, %")
-    axes.legend(frameon=False, fontsize=7)
+    figure, places = _panel_each(found, 2.6, 4.2)
+    for axes, data in zip(places, found.data, strict=True):
+        known = [arm for arm in found.arms if arm.data == data and _errors(arm, least)]
+        for index, method in enumerate(dict.fromkeys(arm.config.method for arm in known)):
+            arms = [arm for arm in known if arm.config.method == method]
+            spent = {
+                float(np.mean([v for v in arm.figures("gradient_evaluations") if v])): arm for arm in arms
+            }
+            accuracy = {
+                at: [100 - error for error in _errors(arm, least)] for at, arm in sorted(spent.items())
+            }
+            _spread(axes, accuracy, label=method.upper(), **_look(index))
+        axes.set_xlabel("gradient evaluations (batches)")
+        axes.legend(frameon=False, fontsize=7)
+    places[0].set_ylabel(f"{'best' if least else 'final'} test accuracy, %")
     return figure
+
+
+def _panel_each(found: Comparison, height: float, width: float) -> tuple[Figure, Sequence[Axes]]:
+    """One a data set, side by side."""
+    titles = found.data if len(found.data) > 1 else ()
+    return panels(len(found.data), height, width=width * len(found.data), titles=titles)
 
 
 SIDES = {"both": "both sides of the KL", "perturbed": "perturbed side alone"}
@@ -112,15 +132,24 @@ def steps(found: Comparison, least: bool) -> Figure:
 
     Of the one-sided gradient (``kl_grad``), where there are such arms, the first two are lines of their own.
     """
-    figure, (errors, times, measured) = panels(3, 2.3, width=8.4)
-    arms = [arm for arm in found.arms if arm.data == found.data[0]]
-    one = min(arms[0].epoch_seconds)
+    titles = [name for name in found.data for _ in range(3)] if len(found.data) > 1 else ()
+    figure, places = panels(3, 2.3, rows=len(found.data), width=8.4, titles=titles)
+    for row, name in enumerate(found.data):
+        arms = [arm for arm in found.arms if arm.data == name]
+        _steps_of(arms, places[3 * row : 3 * row + 3], least)
+    return figure
+
+
+def _steps_of(arms: Sequence[Arm], places: Sequence[Axes], least: bool) -> None:
+    errors, times, measured = places
+    one = min(arms[0].epoch_seconds, default=None)
     sides = list(dict.fromkeys(arm.config.kl_grad for arm in arms))
     for index, side in enumerate(sides):
         mine = [arm for arm in arms if arm.config.kl_grad == side and _errors(arm, least)]
         look = {"label": SIDES[side], "linestyle": DASHES[index], **_look(index)}
         _spread(errors, {arm.config.k_steps: _errors(arm, least) for arm in mine}, **look)
-        _spread(times, {arm.config.k_steps: [s / one for s in arm.epoch_seconds] for arm in mine}, **look)
+        if one is not None:
+            _spread(times, {arm.config.k_steps: [s / one for s in arm.epoch_seconds] for arm in mine}, **look)
     if len(sides) > 1:
         errors.legend(frameon=False, fontsize=7)
     for index, arm in enumerate(arms):
@@ -140,24 +169,24 @@ def steps(found: Comparison, least: bool) -> Figure:
         axes.set_ylabel(label)
         axes.set_xlabel("K in training" if axes is not measured else r"K of measuring $S_\rho$")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
 
 
 def sub_batches(found: Comparison, least: bool) -> Figure:
     """Error by m, a line a method."""
-    figure, (axes,) = panels(1, 2.4, width=3.4)
-    arms = [arm for arm in found.arms if _errors(arm, least)]
-    methods = list(dict.fromkeys(arm.config.method for arm in arms))
-    for index, method in enumerate(methods):
-        by_m = {_share(arm): _errors(arm, least) for arm in arms if arm.config.method == method}
-        _spread(axes, dict(sorted(by_m.items())), label=method.upper(), **_look(index))
-    axes.set_xscale("log", base=2)
-    sizes = sorted({_share(arm) for arm in arms})
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set_xlabel("examples that share a perturbation, m")
-    axes.set_ylabel(f"{_which(least)} test error, %")
-    if len(methods) > 1:
-        axes.legend(frameon=False, fontsize=7)
+    figure, places = _panel_each(found, 2.4, 3.4)
+    for axes, data in zip(places, found.data, strict=True):
+        arms = [arm for arm in found.arms if arm.data == data and _errors(arm, least)]
+        methods = list(dict.fromkeys(arm.config.method for arm in arms))
+        for index, method in enumerate(methods):
+            by_m = {_share(arm): _errors(arm, least) for arm in arms if arm.config.method == method}
+            _spread(axes, dict(sorted(by_m.items())), label=method.upper(), **_look(index))
+        axes.set_xscale("log", base=2)
+        sizes = sorted({_share(arm) for arm in arms})
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xlabel("examples that share a perturbation, m")
+        if len(methods) > 1:
+            axes.legend(frameon=False, fontsize=7)
+    places[0].set_ylabel(f"{_which(least)} test error, %")
     return figure
 
 
@@ -166,7 +195,7 @@ def _share(arm: Arm) -> int:
 
 
 def plane(found: Comparison, least: bool) -> Figure:
-    """Error over (ρ, β)."""
+    """Error over (ρ, β), of one data set."""
     cells: list[dict[str, Any]] = []
     for arm in found.arms:
         errors = [value / 100 for value in _errors(arm, least)]
@@ -184,9 +213,8 @@ def plane(found: Comparison, least: bool) -> Figure:
     known = [cell for cell in cells if cell["error"] is not None]
     best = min(known, key=lambda cell: cell["error"], default=cells[0])
     first = found.arms[0]
-    return heat_map(
-        cells, best, f"{first.label.split()[0]}, {first.config.model}, {len(first.runs)} seed(s) a point"
-    )
+    method = f"{first.label.split()[0]} on {first.data}"
+    return heat_map(cells, best, f"{method}, {first.config.model}, {len(first.runs)} seed(s) a point")
 
 
 PICTURES: Mapping[str, tuple[Callable[[Comparison, bool], Figure], str]] = {
@@ -217,8 +245,18 @@ PICTURES: Mapping[str, tuple[Callable[[Comparison, bool], Figure], str]] = {
 """Each with its caption."""
 
 
-def picture(name: str, found: Comparison, least: bool) -> tuple[Figure, str]:
-    """One of ``PICTURES``, and its caption."""
+def picture(name: str, found: Comparison, least: bool) -> tuple[dict[str, Figure], str]:
+    """One of ``PICTURES`` by what is put after the row's name in the file's, and its caption.
+
+    Of a plane there is one a data set, the first without a suffix; all others hold every data set.
+    """
     draw, caption = PICTURES[name]
     which = _which(least)
-    return draw(found, least), caption.format(which=which, Which=which.capitalize())
+    parts = {"": found}
+    if name == "plane":
+        parts = {
+            plain(data) if place else "": Comparison(tuple(arm for arm in found.arms if arm.data == data))
+            for place, data in enumerate(found.data)
+        }
+    figures = {suffix: draw(part, least) for suffix, part in parts.items()}
+    return figures, caption.format(which=which, Which=which.capitalize())

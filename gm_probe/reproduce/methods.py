@@ -11,7 +11,7 @@ from gm_probe.analysis.typeset import Cell
 from gm_probe.core.errors import UsageError
 from gm_probe.probe.probe import Settings
 from gm_probe.reproduce import method_pictures
-from gm_probe.reproduce.comparison import Arm, Comparison
+from gm_probe.reproduce.comparison import Arm, Comparison, plain
 from gm_probe.reproduce.finding import Finding, Task
 from gm_probe.reproduce.generated import GENERATED, image_folder
 from gm_probe.reproduce.method_tables import percent, run_rows, setting, sheet, tuning_sheet
@@ -88,9 +88,9 @@ def study(
             for seed in numbers
         }
         named = {
-            key: run_name(config, {"method": _plain(key[0]), "seed": key[1]}) for key, config in runs.items()
+            key: run_name(config, {"method": plain(key[0]), "seed": key[1]}) for key, config in runs.items()
         }
-        folder = task.folder / "runs" / _plain(place["label"])
+        folder = task.folder / "runs" / plain(place["label"])
         trained(Recipe({named[key]: config for key, config in runs.items()}, plan, ()), folder, task)
         for label, config in chosen.items():
             paths = tuple(folder / named[label, seed] for seed in numbers)
@@ -102,7 +102,7 @@ def study(
         for of in (tests, beside)
     )
     least = any(str(test.get("key", "")).endswith("_min") for test in tests)
-    figure, caption = method_pictures.picture(picture, found, least)
+    figures, caption = method_pictures.picture(picture, found, least)
     return Finding(
         # a smoke's runs have hardly begun to learn, some on images that are made up: they try the code
         "cannot be told" if task.scale == "smoke" else outcome(results),
@@ -112,8 +112,8 @@ def study(
             sheet(task.name, found, tests[0]["worse"] if tests else ""),
             *tuning_sheet(task.name, tried, held_out["validation"]),
         ],
-        {"": figure},
-        {"": caption},
+        figures,
+        dict.fromkeys(figures, caption),
         untested,
     )
 
@@ -159,8 +159,8 @@ def _tuned(
     if len(points) == 1:
         return config.replace(**points[0]), []
     cells = [config.replace(**point, **held_out) for point in points]
-    names = [run_name(cell, {"method": _plain(variant["label"])}) for cell in cells]
-    folder = task.folder / "runs" / f"{_plain(place['label'])}-tune"
+    names = [run_name(cell, {"method": plain(variant["label"])}) for cell in cells]
+    folder = task.folder / "runs" / f"{plain(place['label'])}-tune"
     trained(Recipe(dict(zip(names, cells, strict=True)), NOTHING, ()), folder, task)
     errors = Arm(place["label"], variant["label"], config, tuple(folder / name for name in names), "").errors
     known = [math.inf if error is None else error for error in errors]
@@ -182,7 +182,3 @@ def _tuned(
 def _held_out(tuning: Table) -> dict[str, Any]:
     """What runs of tuning differ by: they are judged at their end, on a part of the training part."""
     return {"validation": VALIDATION, "eval_every": 0, "track_every": 0, **tuning}
-
-
-def _plain(label: str) -> str:
-    return "".join(c for c in label.lower() if c.isalnum() or c == "-")

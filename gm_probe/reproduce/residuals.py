@@ -146,7 +146,8 @@ def _text(rows: Sequence[Mapping[str, Any]], slopes: Slopes, cases: Sequence[str
         )
     worst = max(abs(row["hessian"] - row["fisher"]) / row["residual"] for row in rows)
     said.append(
-        f"Lemma A.2 holds in all {len(rows):,} checkpoints: |λ_max(H) − λ_max(F)| is at most {worst:.3f} ξ. P = {size}."
+        f"Lemma A.2 {'holds' if worst <= 1 else 'fails'} over all {len(rows):,} checkpoints: |λ_max(H) − λ_max(F)| is "
+        f"at most {worst:.3f} ξ. P = {size}."
     )
     return " ".join(said)
 
