@@ -161,6 +161,19 @@ def test_the_caption_tells_of_the_ascents_that_were_made(images, checkpoint, cap
     )
 
 
+def test_settings_of_other_balls_and_ascents_are_taken(images, checkpoint, capsys):
+    command = "gmprobe measure ckpt.pt --unlabeled data --json --measures local_inconsistency_"
+    for name, option, key, value in (
+        ("adaptive", "--eta 0.5", "eta", 0.5),
+        ("batchwise", "--sub-batch 3", "sub_batch", 3),
+        ("converged", "--ascent-tolerance 0.5", "ascent_tolerance", 0.5),
+    ):
+        [plain], [other] = (json.loads(run(f"{command}{name} {o}", capsys)[1]) for o in ("", option))
+        assert other["settings"][key] == value
+        one, two = (result["measures"][f"local_inconsistency_{name}"] for result in (plain, other))
+        assert (one["value"], one["num_evals"]) != (two["value"], two["num_evals"]), name
+
+
 @pytest.mark.parametrize(
     ("options", "idle"),
     [
@@ -171,6 +184,10 @@ def test_the_caption_tells_of_the_ascents_that_were_made(images, checkpoint, cap
         ("--measures local_inconsistency_converged --starts 3", ["--starts beyond 2"]),
         ("--measures local_inconsistency --protocol both --starts 3 --k-steps 2", []),
         ("--measures average_inconsistency --starts 3 --noise-scale 1", ["--noise-scale"]),
+        (
+            "--measures local_inconsistency_adaptive --eta 1 --sub-batch 4 --ascent-tolerance 0.1",
+            ["--ascent-tolerance", "--sub-batch"],
+        ),
     ],
 )
 def test_options_that_change_nothing_are_named(images, checkpoint, capsys, options, idle):

@@ -25,7 +25,7 @@ from gm_probe.analysis.intervals import mean_interval
 from gm_probe.cli.reproduce import reproduce as command
 from gm_probe.core.batches import Batches
 from gm_probe.core.datasets import open_source
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import DivergedError, UsageError
 from gm_probe.core.files import write_json, write_toml
 from gm_probe.core.records import read_run
 from gm_probe.probe.operators import fisher, hessian
@@ -345,6 +345,23 @@ def test_each_part_of_app_b_is_told_apart(rising, offset, curvature, held, outco
     assert text.startswith(first)
     sentence = next(s for s in text.split(". ") if "C_θ ∝ S_ρ in rank (own start)" in s)
     assert sentence.startswith("What holds" if proportional else "What does not")
+
+
+def test_what_diverged_in_app_b_is_said_and_where_all_did_is_an_error(tmp_path):
+    entry = recipe("appB").at("smoke")
+    grid = {"num_train": [100], "lr": [0.02, 0.05, 1e30], "batch_size": [32], "seed": [0, 1]}
+    found = posteriors.study(
+        Task("appB", "smoke", tmp_path / "a", notify=lambda _: None), **{**entry, "grid": grid}
+    )
+    assert found.text.endswith(
+        "Left out: 2 of 6 runs diverged (own start); 2 of 6 runs diverged (common start)."
+    )
+    assert {row["lr"] for row in found.rows} == {0.02, 0.05}
+    grid["lr"] = [1e30]
+    with pytest.raises(DivergedError):
+        posteriors.study(
+            Task("appB", "smoke", tmp_path / "b", notify=lambda _: None), **{**entry, "grid": grid}
+        )
 
 
 def test_what_no_interval_tells_of_app_b_is_said_so():
@@ -834,8 +851,25 @@ def test_a_variant_takes_the_rate_that_was_tuned_for_another(tmp_path):
 
 def test_one_data_set_only_can_be_replaced(tmp_path):
     task = Task("tab4", "paper", tmp_path, data="somewhere")
-    with pytest.raises(UsageError, match="takes several data sets"):
+    with pytest.raises(UsageError, match=r"takes several data sets .*--only 'CIFAR-10'"):
         methods.study(task, **recipe("tab4").at("paper"))
+
+
+def test_one_data_set_can_be_chosen(tmp_path):
+    arguments = ["tab1", "--scale", "smoke", "--out", str(tmp_path / "out"), "--json", "--only"]
+    result = CliRunner().invoke(command, [*arguments, "10 classes, 28×28×1"])
+    assert result.exception is None, result.output
+    page = (tmp_path / "out" / "tab1.md").read_text()
+    assert "--only '10 classes, 28×28×1'`" in page
+    assert "| digits |" not in page
+    rows = csv.DictReader((tmp_path / "out" / "tab1.csv").read_text().splitlines())
+    assert {row["data"] for row in rows} == {"10 classes, 28×28×1"}
+    wrong = CliRunner().invoke(command, [*arguments, "digit"])
+    assert str(wrong.exception) == "--only 'digit' is none of its data sets; did you mean 'digits'?"
+    other = CliRunner().invoke(
+        command, ["fig6", "--scale", "smoke", "--out", str(tmp_path / "x"), "--only", "y"]
+    )
+    assert "one data set" in str(other.exception)
 
 
 def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):

@@ -79,6 +79,23 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     "--starts", "num_starts", type=int, default=10, show_default=True, help="Random starts averaged over."
 )
 @click.option(
+    "--ascent-tolerance",
+    type=float,
+    default=0.001,
+    show_default=True,
+    help="Relative gain of a step at which a converged ascent stops.",
+)
+@click.option(
+    "--eta", type=float, default=0.01, show_default=True, help="η of the adaptive ball ‖δ/(|θ|+η)‖ ≤ ρ."
+)
+@click.option(
+    "--sub-batch",
+    type=int,
+    default=128,
+    show_default=True,
+    help="Examples that share a perturbation in the batchwise S_ρ.",
+)
+@click.option(
     "--trace-tolerance",
     type=float,
     default=0.05,
@@ -160,6 +177,9 @@ def measure(
     k_steps: str,
     noise_scale: float,
     num_starts: int,
+    ascent_tolerance: float,
+    eta: float,
+    sub_batch: int,
     trace_tolerance: float,
     eigen_tolerance: float,
     max_probes: int,
@@ -265,6 +285,9 @@ def measure(
         target_error=0.0 if target_error is None else share("--target-error", target_error),
         noise_scale=noise_scale,
         num_starts=num_starts,
+        ascent_tolerance=ascent_tolerance,
+        eta=eta,
+        sub_batch=sub_batch,
         protocol="converged" if protocol == "converged" else "paper",
         trace_tolerance=trace_tolerance,
         eigen_tolerance=eigen_tolerance,
@@ -396,6 +419,9 @@ READ_BY = {
     "k_steps": ("--k-steps", {*ASCENTS}),
     "noise_scale": ("--noise-scale", {*ASCENTS, CONVERGED}),
     "num_starts": ("--starts", {*ASCENTS, CONVERGED, "average_inconsistency"}),
+    "ascent_tolerance": ("--ascent-tolerance", {CONVERGED}),
+    "eta": ("--eta", {"local_inconsistency_adaptive"}),
+    "sub_batch": ("--sub-batch", {"local_inconsistency_batchwise"}),
     "trace_tolerance": ("--trace-tolerance", {*TRACES}),
     "max_probes": ("--max-probes", {*TRACES}),
     "eigen_tolerance": ("--eigen-tolerance", {*EIGENVALUES, CONVERGED}),

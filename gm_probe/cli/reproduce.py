@@ -22,6 +22,7 @@ from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
 )
 @click.option("--out", type=PATH, help="Folder to write.  [default: reproduce/NAME-SCALE]")
 @click.option("--data", help="Image folder, file or name instead of the recipe's data.")
+@click.option("--only", metavar="LABEL", help="One of a table's data sets, as its column names it: CIFAR-10.")
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
@@ -34,6 +35,7 @@ def reproduce(
     scale: str | None,
     out: Path | None,
     data: str | None,
+    only: str | None,
     data_root: str | None,
     download: bool,
     jobs: int,
@@ -66,7 +68,7 @@ def reproduce(
     folder = out or Path("reproduce") / f"{name}-{scale}"
     note(console, f"{chosen.title}: {scale}, about {chosen.costs[scale]}")
     task = Task(
-        name, scale, folder, data, jobs, device, data_root, download, lambda text: note(console, text)
+        name, scale, folder, data, jobs, device, data_root, download, only, lambda text: note(console, text)
     )
     found, paths = run(task)
     if as_json:

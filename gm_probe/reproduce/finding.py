@@ -28,6 +28,7 @@ class Task:
     Attributes:
         folder: for what it leaves to be resumed from (runs).
         data: image folder, file or name in place of the recipe's own; None = the recipe's.
+        only: label of the one data set of the recipe's that is taken; None = all.
         jobs: runs at a time.
         data_root, download: of torchvision's data sets.
         notify: called with a line on what is done.
@@ -41,6 +42,7 @@ class Task:
     device: str = "auto"
     data_root: str | None = None
     download: bool = False
+    only: str | None = None
     notify: Callable[[str], None] = print
 
     @property
@@ -106,6 +108,7 @@ def write(
         "untested": finding.untested,
         "note": recipe.notes[task.scale],
         "data": task.data,
+        "only": task.only,
         "settings": recipe.at(task.scale),
         "environment": environment,
         "seconds": round(seconds, 1),
@@ -139,8 +142,9 @@ def _page(
         f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.at(task.scale).items()
     )
     machine = ", ".join(f"{key} {environment[key]}" for key in ("torch", "python", "device", "threads"))
+    only = ["--only", task.only] if task.only else []
     data = ["--data", Path(task.data).name] if task.data else []
-    command = shlex.join(["gmprobe", "reproduce", task.name, "--scale", task.scale, *data])
+    command = shlex.join(["gmprobe", "reproduce", task.name, "--scale", task.scale, *only, *data])
     blocks = [
         f"# {escape_markdown(recipe.title)}",
         f"The paper's claim: {escape_markdown(recipe.claim)}",

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from gm_probe.analysis.typeset import Cell
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.probe.probe import Settings
 from gm_probe.reproduce import method_pictures
 from gm_probe.reproduce.comparison import Arm, Comparison, plain
@@ -60,6 +60,7 @@ def study(
             over seeds are over these too; else all runs share those of ``split_seed``. Tuning is on seed 0's.
         tuning: settings that runs of tuning differ by, such as fewer ``epochs``.
     """
+    data = _of_interest(data, task.only)
     variants = [each for variant in variants for each in _expanded(variant)]
     held_out = _held_out(tuning or {})
     plan = NOTHING
@@ -118,6 +119,14 @@ def study(
     )
 
 
+def _of_interest(data: Sequence[Table], only: str | None) -> Sequence[Table]:
+    """``data``, or the one that is labelled ``only``."""
+    labels = [place["label"] for place in data]
+    if only is not None and only not in labels:
+        raise UsageError(f"--only {only!r} is none of its data sets; {did_you_mean(only, labels)}")
+    return [place for place in data if only in {None, place["label"]}]
+
+
 def _expanded(variant: Table) -> Iterator[Table]:
     """``variant``, or one for each point of its ``grid``, labelled by its values in that order."""
     grid = variant.get("grid", {})
@@ -137,7 +146,8 @@ def _source(task: Task, place: Table, base: Table, data: Sequence[Table]) -> dic
         names = list(dict.fromkeys(each.get("data", base.get("data", "")) for each in data))
         if len(names) > 1:
             raise UsageError(
-                f"{task.name} takes several data sets ({', '.join(names)}): --data cannot stand for all of them"
+                f"{task.name} takes several data sets ({', '.join(names)}): --data cannot stand for all of them; "
+                f"choose one by --only, such as --only '{data[0]['label']}'"
             )
         return {"data": task.data, "device": task.device}
     name = place.get("data", base.get("data", ""))

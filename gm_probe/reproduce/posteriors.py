@@ -20,6 +20,7 @@ from gm_probe.analysis.correlation import kendall
 from gm_probe.analysis.intervals import jackknife_interval
 from gm_probe.analysis.typeset import Cell, Sheet, two_decimals
 from gm_probe.core.batches import Batches
+from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.records import read_run
 from gm_probe.probe.kl import kl_divergence
@@ -52,18 +53,24 @@ def study(
     start = first.replace(epochs=start_epochs, seed=10_000)
     trained(Recipe({"start": start}, NOTHING, ()), task.folder / "runs", task)
     rows: list[dict[str, Any]] = []
+    lost: list[str] = []
     for arm in ARMS:
         given = {"init": str(task.folder / "runs" / "start")} if arm == "common" else {}
         recipe = parse_recipe({"base": {**base, **given}, "grid": grid, "measure": measure})
         folder = trained(recipe, task.folder / "runs" / arm, task)
-        rows += [{"arm": arm, **_of_setting(paths, config)} for paths, config in _settings(recipe, folder)]
+        settings, diverged = _settings(recipe, folder)
+        if not settings:
+            raise DivergedError(f"of no setting did two runs end ({folder}); lower lr in the recipe's grid")
+        if diverged:
+            lost.append(f"{diverged} of {len(recipe.runs)} runs diverged ({ARMS[arm]})")
+        rows += [{"arm": arm, **_of_setting(paths, config)} for paths, config in settings]
         task.notify(f"{ARMS[arm]}: {len(rows)} settings done")
     taus = _taus(rows)
     num_parameters = rows[0]["parameters"]
     holds = _holds(rows, taus)
     return Finding(
         _outcome(holds.values()),
-        _text(rows, taus, holds, num_parameters),
+        _text(rows, taus, holds, num_parameters) + (f" Left out: {'; '.join(lost)}." if lost else ""),
         rows,
         [_sheet(rows)],
         {"": _draw(rows, num_parameters)},
@@ -76,14 +83,17 @@ def study(
     )
 
 
-def _settings(recipe: Recipe, folder: Path) -> list[tuple[list[Path], TrainConfig]]:
-    """The run folders of each setting, and its configuration at seed 0; runs that diverged are left out."""
+def _settings(recipe: Recipe, folder: Path) -> tuple[list[tuple[list[Path], TrainConfig]], int]:
+    """The run folders of each setting with two runs that ended, and its configuration at seed 0; how many diverged."""
     found: dict[str, tuple[list[Path], TrainConfig]] = {}
+    diverged = 0
     for name, config in recipe.runs.items():
         if read_run(folder / name).status == "finished":
             one = config.replace(seed=0)
             found.setdefault(str(one.as_dict()), ([], one))[0].append(folder / name)
-    return [(paths, config) for paths, config in found.values() if len(paths) > 1]
+        else:
+            diverged += 1
+    return [(paths, config) for paths, config in found.values() if len(paths) > 1], diverged
 
 
 def _of_setting(paths: Sequence[Path], config: TrainConfig) -> dict[str, Any]:
@@ -121,8 +131,8 @@ def _of_setting(paths: Sequence[Path], config: TrainConfig) -> dict[str, Any]:
         "sigma": sigma,
         "inconsistency": found,
         "predicted": variance * trace,
-        "cloud": _cloud(models[0], x, outputs[0], sigma, generator),
-        "cloud_small": _cloud(models[0], x, outputs[0], sigma / 100, generator),
+        "cloud": _cloud(models[0], x, sigma, generator),
+        "cloud_small": _cloud(models[0], x, sigma / 100, generator),
         "predicted_small": variance / 1e4 * records[0].measures["fisher_trace"]["value"],
         "trace": trace,
         "lambda_max": top,
@@ -137,7 +147,7 @@ def _inputs(batches: Batches) -> Tensor:
     return torch.cat([batch.x for batch in batches])
 
 
-def _cloud(model: Parameters, x: Tensor, clean: Tensor, sigma: float, generator: torch.Generator) -> float:
+def _cloud(model: Parameters, x: Tensor, sigma: float, generator: torch.Generator) -> float:
     """Mean KL between ``CLOUD`` pairs of N(θ, σ²I): the paper's assumption, made true."""
     norm = sigma * model.size**0.5
 
@@ -245,9 +255,11 @@ def _text(
         for rho, ratio in _quadratic(rows).items()
     ]
     rank = np.array([row["rank"] for row in rows])
+    nearer = "1" if np.median(rank) < num_parameters**0.5 else "P"  # on a logarithmic scale
     said.append(
         f"S_ρ over (ρ²/2)λ_max(F) is {'; '.join(quadratic)}. tr F/λ_max(F) is {np.median(rank):.1f} in the median "
-        f"({rank.min():.1f} to {rank.max():.1f}): far nearer to its limit 1 than to P = {num_parameters:,}."
+        f"({rank.min():.1f} to {rank.max():.1f}), nearer to its limit {nearer} than to the other of 1 and P = "
+        f"{num_parameters:,}."
     )
     return " ".join(said)
 

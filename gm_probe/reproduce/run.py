@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gm_probe.core.devices import environment, pick_device
+from gm_probe.core.errors import UsageError
 from gm_probe.core.files import remove_temporary
 from gm_probe.core.locks import exclusive
 from gm_probe.reproduce.catalogue import recipe
@@ -37,11 +38,13 @@ def reproduce(task: Task) -> tuple[Finding, list[Path]]:
     Runs that are complete in the folder are not trained again.
 
     Raises:
-        UsageError: no such table or figure, or it has no such scale.
+        UsageError: no such table or figure, or it has no such scale or data set.
         BusyError: another process is at work on the folder.
     """
     chosen = recipe(task.name)
     settings = chosen.at(task.scale)
+    if task.only is not None and chosen.study != "methods":
+        raise UsageError(f"--only: {task.name} is of one data set")
     machine = environment(pick_device(task.device))
     with exclusive(task.folder):
         remove_temporary(task.folder)
