@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gm_probe.core.errors import BusyError as BusyError
     from gm_probe.core.errors import CheckpointError as CheckpointError
     from gm_probe.core.errors import DataError as DataError
+    from gm_probe.core.errors import DerivativeError as DerivativeError
     from gm_probe.core.errors import DivergedError as DivergedError
     from gm_probe.core.errors import ProbeError as ProbeError
     from gm_probe.core.errors import ResourceError as ResourceError
@@ -68,6 +69,7 @@ _HOMES = {
         "BusyError",
         "CheckpointError",
         "DataError",
+        "DerivativeError",
         "DivergedError",
         "ProbeError",
         "ResourceError",
