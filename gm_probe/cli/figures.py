@@ -98,6 +98,8 @@ def _coupled(result: dict[str, Any]) -> str:
 
 def _ascents(result: dict[str, Any]) -> str:
     """For the caption: by which ascents local inconsistency was found; empty where it was not."""
+    from gm_probe.probe.measures import MEASURES
+
     settings = result["settings"]
     rows = {name: row for name, row in result["measures"].items() if "starts" in row}
     text = f"ρ = {settings['rho']:g}; " if rows else ""
@@ -105,8 +107,6 @@ def _ascents(result: dict[str, Any]) -> str:
         if row.get("protocol") == "converged":
             text += f"max S_ρ: the best of {len(row['starts'])} ascents, a lower bound of the maximum; "
             continue
-        from gm_probe.probe.measures import MEASURES
-
         drawn = name == "average_inconsistency"  # by no ascent
         one = "draw" if drawn else "start"
         starts = f"{row['num_starts']} {one}s" if row["num_starts"] > 1 else f"1 {one}"

@@ -120,9 +120,8 @@ def _converged_at(probe: Probe, rho: float) -> Figure:
         go(f"noise {i}", ascend(probe.divergence.gradient, noise, rho, 1))
     best = max(ends.values(), key=lambda end: end.value)
     second = sorted(reached.values())[-2]
-    # of tiny networks the draft stalls, and exact products cost little
-    certain = top if top.converged else probe.fisher_top
-    quadratic = rho**2 / 2 * certain.value if certain.converged else 0.0
+    # a draft that stalled, as of tiny networks, is good to its residual, too
+    quadratic = rho**2 / 2 * top.value
     details = {
         "protocol": "converged",
         "starts": {name: end.value for name, end in ends.items()},
@@ -132,7 +131,7 @@ def _converged_at(probe: Probe, rho: float) -> Figure:
         "runner_up": second / best.value if best.value > 0 else None,
         "alignment": best.alignment,
         "quadratic_ratio": best.value / quadratic if quadratic > 0 else None,
-        "quadratic_residual": certain.residual / certain.value if quadratic > 0 else None,
+        "quadratic_residual": top.residual / top.value if quadratic > 0 else None,
     }
     return best.value, None, example_error(probe.divergence.terms(best.delta)), best.converged, details
 
