@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from gm_probe.cli import COMMANDS, main
 from gm_probe.cli.figures import warn
@@ -172,6 +173,26 @@ def test_settings_of_other_balls_and_ascents_are_taken(images, checkpoint, capsy
         assert other["settings"][key] == value
         one, two = (result["measures"][f"local_inconsistency_{name}"] for result in (plain, other))
         assert (one["value"], one["num_evals"]) != (two["value"], two["num_evals"]), name
+
+
+@pytest.mark.parametrize("width", [70, 110])
+def test_a_measure_without_its_derivative_is_a_dash_with_a_reason(images, monkeypatch, capsys, width):
+    torch.save(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Hardsigmoid(), nn.Linear(4, 2)).state_dict(), "h.pt"
+    )
+    Path("hard.py").write_text(
+        "from torch import nn\ndef build():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Hardsigmoid(), nn.Linear(4, 2))\n"
+    )
+    monkeypatch.setenv("COLUMNS", str(width))
+    command = "gmprobe measure h.pt --unlabeled data --model hard.py:build --no-normalize"
+    code, out, err = run(f"{command} --measures fisher_lambda_max,hessian_lambda_max", capsys)
+    assert code == 0, err
+    [row] = (line for line in out.splitlines() if "λ_max(H)" in line or "hessian_lambda_max" in line)
+    assert row.count("—") == (3 if width == 70 else 4)
+    assert "NO" not in row
+    assert "not converged" not in row
+    assert "note: hessian_lambda_max is undefined: a layer has no second derivative" in err
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,15 @@ def print_result(result: dict[str, Any]) -> None:
             label += " (no labels needed)" if row["labels"] == "none needed" else f" ({row['labels']} labels)"
         if row.get("protocol") == "converged" and name == "local_inconsistency":
             label += " (converged)"
-        if narrow and not row["converged"]:
+        undefined = row["value"] is None  # a dash says so
+        if narrow and not row["converged"] and not undefined:
             label += " (not converged)"
         figures = [
             label,
             number(row["value"]),
             _estimator_error(row),
             number(row["stderr_examples"], 2),
-            "yes" if row["converged"] else "NO",
+            "—" if undefined else "yes" if row["converged"] else "NO",
             number(row["num_evals"], 3),
         ]
         figures = figures[:4] if narrow else figures
