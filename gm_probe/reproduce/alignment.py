@@ -76,8 +76,8 @@ def study(
         {"": _draw(cosines, noise, inside, noise_inside)},
         {
             "": f"(a) |cos| of δ with the top three Fisher eigenvectors, and of its random start with v₁; (b) squared "
-            f"norm of the projection of δ/‖δ‖ and of the start onto the top-3 space. {starts:,} starts; the outlines of the "
-            "start are cut off above."
+            f"norm of the projection of δ/‖δ‖ and of the start onto the top-3 space. {starts:,} starts; the outlines "
+            "of the start are cut off above."
         },
     )
 
