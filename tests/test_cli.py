@@ -8,21 +8,26 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import CASES
 from PIL import Image
 from torch import nn
 
 from gm_probe.cli import COMMANDS, main
 from gm_probe.cli.figures import warn
+from gm_probe.cli.measure import READ_BY
 from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.models import ModelSpec, build_model
-from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES
+from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, measure
+from gm_probe.probe.probe import Settings
 
 QUICK = ["--starts", "2", "--max-probes", "2", "--trace-tolerance", "9"]
 
@@ -193,6 +198,12 @@ def test_a_measure_without_its_derivative_is_a_dash_with_a_reason(images, monkey
     assert "NO" not in row
     assert "not converged" not in row
     assert "note: hessian_lambda_max is undefined: a layer has no second derivative" in err
+    if width == 110:  # a density of F is drawn, and what was measured stands
+        density = "--density d.png --density-steps 5 --density-probes 1"
+        code, out, err = run(f"{command} --measures fisher_trace {density}", capsys)
+        assert (code, "fisher_trace" in out) == (0, True), err
+        assert "note: there is no density of the hessian: a layer has no second derivative" in err
+        assert Path("d.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -201,6 +212,12 @@ def test_a_measure_without_its_derivative_is_a_dash_with_a_reason(images, monkey
         ("--measures fisher_trace --rho 0.2 --protocol converged --seed 3", ["--protocol", "--rho"]),
         ("--measures fisher_trace --max-probes 5 --trace-tolerance 0.2", []),
         ("--measures fisher_lambda_max --max-probes 5 --top 2", ["--max-probes"]),
+        (
+            "--measures fisher_trace --max-iterations 40 --density-steps 5",
+            ["--density-steps", "--max-iterations"],
+        ),
+        ("--measures fisher_trace --density d.png --density-steps 5 --density-probes 1", []),
+        ("--measures hessian_lambda_min --top 2", ["--top"]),
         ("--measures local_inconsistency --protocol converged --k-steps 2 --starts 2", ["--k-steps"]),
         ("--measures local_inconsistency_converged --starts 3", ["--starts beyond 2"]),
         ("--measures local_inconsistency --protocol both --starts 3 --k-steps 2", []),
@@ -212,10 +229,41 @@ def test_a_measure_without_its_derivative_is_a_dash_with_a_reason(images, monkey
     ],
 )
 def test_options_that_change_nothing_are_named(images, checkpoint, capsys, options, idle):
-    code, _, err = run(f"gmprobe measure ckpt.pt --unlabeled data {options} --max-iterations 40", capsys)
+    code, _, err = run(f"gmprobe measure ckpt.pt --unlabeled data {options}", capsys)
     assert code == 0
-    told = re.findall(r"note: (.*) has no effect on what is measured", err)
-    assert [option for option in told if option != "--max-iterations"] == idle
+    assert re.findall(r"note: (.*) has no effect on what is measured", err) == idle
+
+
+def test_measures_that_read_no_setting_do_not_change_with_it():
+    """READ_BY against the measures themselves."""
+    case = next(case for case in CASES if case.name == "tanh-mlp")
+    base = Settings(rho=0.5, num_starts=2, max_iterations=30, trace_tolerance=0.0, max_probes=20, sub_batch=2)
+
+    def values(settings: Settings) -> dict[str, Any]:
+        report = measure(case.model, case.batches(labeled=True), list(MEASURES), settings)
+        return {name: (row.value, row.details.get("eigenvalues")) for name, row in report.rows.items()}
+
+    plain = values(base)
+    others = {
+        "rho": 0.7,
+        "k_steps": 3,
+        "noise_scale": 0.5,
+        "num_starts": 3,
+        "ascent_tolerance": 0.5,
+        "eta": 1.0,
+        "sub_batch": 5,
+        "trace_tolerance": 0.9,
+        "max_probes": 15,
+        "eigen_tolerance": 0.9,
+        "max_iterations": 1,
+        "top_eigenvalues": 2,
+    }
+    assert others.keys() == READ_BY.keys()
+    for key, value in others.items():
+        found = values(replace(base, **{key: value}))
+        changed = {name for name in MEASURES if found[name] != plain[name]}
+        assert changed <= READ_BY[key][1], key
+        assert changed, key
 
 
 @pytest.fixture

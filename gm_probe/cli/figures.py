@@ -146,6 +146,9 @@ def warn(result: dict[str, Any]) -> None:
     if result.get("as_before"):
         settings = ", ".join(f"{key} = {value}" for key, value in result["as_before"].items())
         note(console, f"note: {result['checkpoint']}: taken as measures.json was, with {settings}")
+    for name, one in result.get("density", {}).items():
+        if "reason" in one:
+            note(console, f"note: there is no density of the {name}: {one['reason']}")
     for name, row in result["measures"].items():
         if row["value"] is None:
             note(console, f"note: {name} is undefined: {row['reason']}")

@@ -298,8 +298,9 @@ def measure(
     given_settings = _given(click.get_current_context())
     names = _chosen(measures, protocol, labeled is not None, head == "simclr")
     _require_use_of_grids(names, settings)
-    if not quiet:
-        for option in _idle(names, settings, given_settings):
+    # with --save a run's own record fills in what is not given; of torchrun's processes one speaks
+    if not (quiet or save) and os.environ.get("RANK", "0") == "0":
+        for option in _idle(names, settings, given_settings, density is not None):
             note(notes_console(), f"note: {option} has no effect on what is measured")
     named_device(data.device)
     # of many each looks for its device where it is measured: a GPU may be on Ray's workers alone
@@ -406,8 +407,11 @@ def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:
     from gm_probe.analysis.density_plot import density_panels
     from gm_probe.analysis.plots import write_figure
 
-    figure = density_panels(result["density"], checkpoint=checkpoint, num_examples=result["num_examples"])
-    write_figure(figure, [file])
+    known = {name: one for name, one in result["density"].items() if "reason" not in one}
+    if known:
+        write_figure(
+            density_panels(known, checkpoint=checkpoint, num_examples=result["num_examples"]), [file]
+        )
 
 
 ASCENTS = tuple(f"local_inconsistency{kind}" for kind in ("", "_adaptive", "_relative", "_batchwise"))
@@ -426,19 +430,27 @@ READ_BY = {
     "max_probes": ("--max-probes", {*TRACES}),
     "eigen_tolerance": ("--eigen-tolerance", {*EIGENVALUES, CONVERGED}),
     "max_iterations": ("--max-iterations", {*EIGENVALUES, CONVERGED}),
-    "top_eigenvalues": ("--top", {*EIGENVALUES}),
+    "top_eigenvalues": ("--top", {*EIGENVALUES} - {"hessian_lambda_min"}),
 }
 """Settings, the options that give them, and the measures that read them."""
 
 
-def _idle(names: Sequence[str], settings: Settings, given: frozenset[str]) -> list[str]:
-    """The options of ``given`` that change none of the measures ``names``."""
+def _taken(names: Sequence[str], settings: Settings) -> set[str]:
+    """``names``, the converged S_ρ by its own name where that is the protocol."""
+    converged = settings.protocol == "converged"
+    return {CONVERGED if converged and name == "local_inconsistency" else name for name in names}
+
+
+def _idle(names: Sequence[str], settings: Settings, given: frozenset[str], density: bool) -> list[str]:
+    """The options of ``given`` that change none of the measures ``names``, nor a ``density``."""
     from gm_probe.probe.inconsistency import NOISE_STARTS
 
-    taken = set(names)
-    idle = ["--protocol"] if "protocol" in given and "local_inconsistency" not in taken else []
-    if settings.protocol == "converged" and "local_inconsistency" in taken:
-        taken = taken - {"local_inconsistency"} | {CONVERGED}
+    taken = _taken(names, settings)
+    idle = ["--protocol"] if "protocol" in given and "local_inconsistency" not in names else []
+    if not density:
+        idle += [
+            f"--{name.replace('_', '-')}" for name in ("density_probes", "density_steps") if name in given
+        ]
     idle += [option for name, (option, readers) in READ_BY.items() if name in given and not taken & readers]
     started = taken & READ_BY["num_starts"][1]
     if "num_starts" in given and started == {CONVERGED} and settings.num_starts > NOISE_STARTS:
@@ -448,13 +460,10 @@ def _idle(names: Sequence[str], settings: Settings, given: frozenset[str]) -> li
 
 def _require_use_of_grids(names: Sequence[str], settings: Settings) -> None:
     """Raise UsageError where more than one ρ or K is given, and no measure takes them."""
-    paper = "local_inconsistency" in names and settings.protocol == "paper"
-    converged = "local_inconsistency_converged" in names or (
-        "local_inconsistency" in names and settings.protocol == "converged"
-    )
-    if settings.k_grid and not paper:
+    taken = _taken(names, settings)
+    if settings.k_grid and "local_inconsistency" not in taken:
         raise UsageError("--k-steps: several K are of local_inconsistency by the paper's protocol; give one")
-    if settings.rho_grid and not (paper or converged):
+    if settings.rho_grid and not taken & {"local_inconsistency", CONVERGED}:
         raise UsageError("--rho: several ρ are of local_inconsistency alone; give one")
 
 
@@ -465,7 +474,6 @@ def _chosen(measures: str, protocol: str, labeled: bool, coupled: bool) -> list[
     check_names(names, labeled=labeled or coupled, coupled=coupled)
     names = names or default_measures(labeled=labeled, coupled=coupled)
     if protocol == "both" and "local_inconsistency" in names:
-        extra = "local_inconsistency_converged"
         # last of all: it then starts from the Fisher eigenvector that λ_max(F) has paid for
-        names = [*(name for name in names if name != extra), extra]
+        names = [*(name for name in names if name != CONVERGED), CONVERGED]
     return names

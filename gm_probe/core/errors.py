@@ -17,7 +17,7 @@ class UsageError(ProbeError):
 
 
 class DerivativeError(UsageError):
-    """A derivative that a model lacks, hides from autograd, or misstates."""
+    """A derivative beyond the gradient that a model lacks or misstates; measures that do without can be taken."""
 
 
 class CheckpointError(ProbeError):

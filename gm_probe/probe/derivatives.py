@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gm_probe.core.errors import DerivativeError, first_line, out_of_memory
+from gm_probe.core.errors import DerivativeError, UsageError, first_line, out_of_memory
 from gm_probe.core.parameters import Parameters
 
 Push = Callable[[Tensor, Tensor], Tensor]
@@ -20,7 +20,7 @@ REMEDY = "replace that layer, or choose measures that do without by --measures"
 
 
 def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Generator) -> None:
-    """Raise DerivativeError unless the logits of ``x`` (B, ...) have gradients by all parameters that they depend on.
+    """Raise UsageError unless the logits of ``x`` (B, ...) have gradients by all parameters that they depend on.
 
     A layer's backward pass may raise, and a forward pass under ``torch.no_grad`` or by way of NumPy hides parameters
     from autograd: they would silently count as constants.
@@ -33,7 +33,7 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
     except Exception as error:  # whatever a stranger's layer raises
         if out_of_memory(error):
             raise
-        raise DerivativeError(
+        raise UsageError(
             f"the model cannot be differentiated by its parameters ({first_line(error)}); {REMEDY}"
         ) from error
     hidden = [name for name, g in zip(values, found, strict=True) if g is None]
@@ -43,7 +43,7 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
         noise = parameters.split(parameters.random(0.1 * parameters.size**0.5, generator))
         moved = parameters.logits(x, {n: v + noise[n] if n in hidden else v for n, v in values.items()})
     if not torch.allclose(moved, logits, rtol=1e-4, atol=1e-4 * float(logits.detach().abs().max())):
-        raise DerivativeError(
+        raise UsageError(
             f"{len(hidden)} of {len(values)} parameter tensors ({hidden[0]!r} first) move the outputs but have no "
             "gradient: forward hides them, as torch.no_grad, detach or numpy do; freeze them by requires_grad_(False), "
             "or choose the others by --params"

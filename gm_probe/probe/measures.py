@@ -244,8 +244,9 @@ def measure(
         notify: called with the measure at work and the gradient evaluations done so far.
 
     Raises:
-        UsageError: an unknown measure, a model without trainable parameters, or one that lacks what every measure
-            takes (DerivativeError); of some measures alone it makes these undefined.
+        UsageError: an unknown measure, a model without trainable parameters, or whose gradients fail or are hidden.
+        DerivativeError: of no measure the model has the derivative, or of one in several processes; else that one
+            is undefined.
         CheckpointError: weights that are not finite.
         DataError: labels that do not fit, a measure that needs absent labels, data that changes between passes.
         DivergedError: outputs or derivatives that are not finite.
@@ -312,7 +313,7 @@ def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float
     """With reasons for what is missing or not finite, and how many examples ``target_error`` takes."""
     value, stderr, example_error, converged, details = figure
     details = dict(details)
-    if example_error is None:
+    if example_error is None and value is not None:
         one = "batch" if batches.coupled else "example"
         details.setdefault("reason_stderr_examples", f"one {one}, or lost in the probes' noise")
     found = {"value": value, "stderr": stderr, "stderr_examples": example_error}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,16 +40,26 @@ class Krylov:
             DivergedError: it is not finite.
             ResourceError: no memory for one more vector, which smaller batches would not help.
         """
-        try:
+        with self._vectors():
             self.basis.append((self._next / self._norm).to(self.operator.dtype))
+        product = self.operator.matvec(self.basis[-1])
+        with self._vectors():
+            self._orthogonalise(product)
+
+    @contextmanager
+    def _vectors(self) -> Iterator[None]:
+        try:
+            yield
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             raise ResourceError(
-                f"out of memory for {len(self.basis) + 1} Lanczos vectors of {self.operator.size:,} parameters; lower "
-                "--max-iterations, raise --eigen-tolerance, or choose parameters by --params"
+                f"out of memory for {len(self.basis)} Lanczos vectors of {self.operator.size:,} parameters; take fewer "
+                "steps (--max-iterations, --density-steps), or choose parameters by --params"
             ) from error
-        w = self.operator.matvec(self.basis[-1]).double()
+
+    def _orthogonalise(self, product: Tensor) -> None:
+        w = product.double()
         if not bool(torch.isfinite(w).all()):
             raise DivergedError("a curvature product is not finite; try --dtype float64")
         self.diagonal.append(float(self.basis[-1].double() @ w))

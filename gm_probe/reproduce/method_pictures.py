@@ -233,8 +233,9 @@ PICTURES: Mapping[str, tuple[Callable[[Comparison, bool], Figure], str]] = {
     ),
     "steps": (
         steps,
-        "IAM-D by its ascent steps K: {which} test error, time of an epoch relative to K = 1, and S_ρ of the trained "
-        "models by the K it is measured with; mean ± standard error over seeds.",
+        "IAM-D by its ascent steps K: {which} test error, time of each run's fastest epoch relative to that of the "
+        "fastest run of K = 1, and S_ρ of the trained models by the K it is measured with; mean ± standard error over "
+        "seeds.",
     ),
     "sub_batches": (
         sub_batches,

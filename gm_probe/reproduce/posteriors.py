@@ -58,11 +58,12 @@ def study(
         given = {"init": str(task.folder / "runs" / "start")} if arm == "common" else {}
         recipe = parse_recipe({"base": {**base, **given}, "grid": grid, "measure": measure})
         folder = trained(recipe, task.folder / "runs" / arm, task)
-        settings, diverged = _settings(recipe, folder)
+        settings = _settings(recipe, folder)
         if not settings:
             raise DivergedError(f"of no setting did two runs end ({folder}); lower lr in the recipe's grid")
-        if diverged:
-            lost.append(f"{diverged} of {len(recipe.runs)} runs diverged ({ARMS[arm]})")
+        left = len(recipe.runs) - sum(len(paths) for paths, _ in settings)
+        if left:
+            lost.append(f"{left} of {len(recipe.runs)} runs ({ARMS[arm]})")
         rows += [{"arm": arm, **_of_setting(paths, config)} for paths, config in settings]
         task.notify(f"{ARMS[arm]}: {len(rows)} settings done")
     taus = _taus(rows)
@@ -70,7 +71,8 @@ def study(
     holds = _holds(rows, taus)
     return Finding(
         _outcome(holds.values()),
-        _text(rows, taus, holds, num_parameters) + (f" Left out: {'; '.join(lost)}." if lost else ""),
+        _text(rows, taus, holds, num_parameters)
+        + (f" Left out, diverged or alone in their setting: {'; '.join(lost)}." if lost else ""),
         rows,
         [_sheet(rows)],
         {"": _draw(rows, num_parameters)},
@@ -83,17 +85,14 @@ def study(
     )
 
 
-def _settings(recipe: Recipe, folder: Path) -> tuple[list[tuple[list[Path], TrainConfig]], int]:
-    """The run folders of each setting with two runs that ended, and its configuration at seed 0; how many diverged."""
+def _settings(recipe: Recipe, folder: Path) -> list[tuple[list[Path], TrainConfig]]:
+    """The run folders of each setting with two runs that ended, and its configuration at seed 0."""
     found: dict[str, tuple[list[Path], TrainConfig]] = {}
-    diverged = 0
     for name, config in recipe.runs.items():
         if read_run(folder / name).status == "finished":
             one = config.replace(seed=0)
             found.setdefault(str(one.as_dict()), ([], one))[0].append(folder / name)
-        else:
-            diverged += 1
-    return [(paths, config) for paths, config in found.values() if len(paths) > 1], diverged
+    return [(paths, config) for paths, config in found.values() if len(paths) > 1]
 
 
 def _of_setting(paths: Sequence[Path], config: TrainConfig) -> dict[str, Any]:

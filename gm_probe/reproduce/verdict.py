@@ -168,7 +168,8 @@ def text_of(results: Sequence[Test], others: Sequence[Test], untested: str, spli
         f"The test, on {' and '.join(dict.fromkeys(r.data for r in results))}: the difference in what is named, paired "
         f"by seed ({shared}), below 0 by a 95 % Student interval over the n seeds in which both ended. "
         f"{_told(results)} {sum(r.sign == 1 for r in results)} of {len(results)} comparisons go the claimed way clear "
-        f"of 0, {sum(r.sign == -1 for r in results)} the other way (by {reversed_level:.4g} % intervals: Bonferroni)."
+        f"of 0, {sum(r.sign == -1 for r in results)} the other way by the {reversed_level:.4g} % interval that decides "
+        "against the claim (Bonferroni)."
     )
     if any(count for r in results for count in r.lost.values()):
         text += " Where a variant alone has no result in a seed, as where it diverged, no comparison goes its way."

@@ -15,7 +15,7 @@ from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment, generators_kept
-from gm_probe.core.errors import DataError, ProbeError, UsageError, first_line, out_of_memory
+from gm_probe.core.errors import DataError, DerivativeError, ProbeError, UsageError, first_line, out_of_memory
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
@@ -299,7 +299,7 @@ def _densities(
     memory: float,
     notify: Callable[[str, float], None],
 ) -> dict[str, Any]:
-    """The spectral densities of F and H as JSON objects by name; see ``density``."""
+    """The spectral densities of F and H as JSON objects by name; see ``density``. ``reason``: why there is none."""
     num_probes, num_steps = quadrature
     with generators_kept(part.device), as_measured(subject.model):
         probe = Probe(subject.model, part, settings, Work(part.num_examples), memory=memory)
@@ -310,13 +310,18 @@ def _densities(
             def tick(_: int, __: int, name: str = name) -> None:
                 notify(f"density of the {name}", probe.work.evaluations)
 
-            found[name] = density(
-                operator,
-                generator=probe.generator(f"{name} density"),
-                num_probes=num_probes,
-                num_steps=num_steps,
-                notify=tick,
-            ).as_dict()
+            try:
+                found[name] = density(
+                    operator,
+                    generator=probe.generator(f"{name} density"),
+                    num_probes=num_probes,
+                    num_steps=num_steps,
+                    notify=tick,
+                ).as_dict()
+            except DerivativeError as error:  # as ``measure`` has it: what there is stands
+                if count() > 1:
+                    raise
+                found[name] = {"reason": str(error)}
             found[name]["num_evals"] = round(probe.work.evaluations - before, 3)
         found["hessian"]["labels"] = probe.label_kind
     return found
