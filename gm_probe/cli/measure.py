@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,11 +27,11 @@ from gm_probe.cli.output import (
     print_json,
 )
 from gm_probe.cli.progress import Bar, progress_bar
+from gm_probe.cli.relevance import CONVERGED, idle, require_use_of_grids
 from gm_probe.core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples
-    from gm_probe.probe.probe import Settings
     from gm_probe.sweep.executors import Executor
 
 GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
@@ -295,12 +294,14 @@ def measure(
         max_iterations=max_iterations,
         seed=seed,
     )
-    given_settings = _given(click.get_current_context())
+    context = click.get_current_context()
+    given_settings = _given(context)
     names = _chosen(measures, protocol, labeled is not None, head == "simclr")
-    _require_use_of_grids(names, settings)
+    require_use_of_grids(names, settings)
     # with --save a run's own record fills in what is not given; of torchrun's processes one speaks
     if not (quiet or save) and os.environ.get("RANK", "0") == "0":
-        for option in _idle(names, settings, given_settings, density is not None):
+        options = {p.name: p.opts[0] for p in context.command.params if p.name in given_settings}
+        for option in idle(names, settings, options, density=density is not None):
             note(notes_console(), f"note: {option} has no effect on what is measured")
     named_device(data.device)
     # of many each looks for its device where it is measured: a GPU may be on Ray's workers alone
@@ -412,59 +413,6 @@ def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:
         write_figure(
             density_panels(known, checkpoint=checkpoint, num_examples=result["num_examples"]), [file]
         )
-
-
-ASCENTS = tuple(f"local_inconsistency{kind}" for kind in ("", "_adaptive", "_relative", "_batchwise"))
-CONVERGED = "local_inconsistency_converged"
-TRACES = ("fisher_trace", "hessian_trace", "effective_rank")
-EIGENVALUES = ("fisher_lambda_max", "hessian_lambda_max", "hessian_lambda_min", "effective_rank")
-READ_BY = {
-    "rho": ("--rho", {*ASCENTS, CONVERGED, "average_inconsistency"}),
-    "k_steps": ("--k-steps", {*ASCENTS}),
-    "noise_scale": ("--noise-scale", {*ASCENTS, CONVERGED}),
-    "num_starts": ("--starts", {*ASCENTS, CONVERGED, "average_inconsistency"}),
-    "ascent_tolerance": ("--ascent-tolerance", {CONVERGED}),
-    "eta": ("--eta", {"local_inconsistency_adaptive"}),
-    "sub_batch": ("--sub-batch", {"local_inconsistency_batchwise"}),
-    "trace_tolerance": ("--trace-tolerance", {*TRACES}),
-    "max_probes": ("--max-probes", {*TRACES}),
-    "eigen_tolerance": ("--eigen-tolerance", {*EIGENVALUES, CONVERGED}),
-    "max_iterations": ("--max-iterations", {*EIGENVALUES, CONVERGED}),
-    "top_eigenvalues": ("--top", {*EIGENVALUES} - {"hessian_lambda_min"}),
-}
-"""Settings, the options that give them, and the measures that read them."""
-
-
-def _taken(names: Sequence[str], settings: Settings) -> set[str]:
-    """``names``, the converged S_ρ by its own name where that is the protocol."""
-    converged = settings.protocol == "converged"
-    return {CONVERGED if converged and name == "local_inconsistency" else name for name in names}
-
-
-def _idle(names: Sequence[str], settings: Settings, given: frozenset[str], density: bool) -> list[str]:
-    """The options of ``given`` that change none of the measures ``names``, nor a ``density``."""
-    from gm_probe.probe.inconsistency import NOISE_STARTS
-
-    taken = _taken(names, settings)
-    idle = ["--protocol"] if "protocol" in given and "local_inconsistency" not in names else []
-    if not density:
-        idle += [
-            f"--{name.replace('_', '-')}" for name in ("density_probes", "density_steps") if name in given
-        ]
-    idle += [option for name, (option, readers) in READ_BY.items() if name in given and not taken & readers]
-    started = taken & READ_BY["num_starts"][1]
-    if "num_starts" in given and started == {CONVERGED} and settings.num_starts > NOISE_STARTS:
-        idle.append(f"--starts beyond {NOISE_STARTS}")
-    return idle
-
-
-def _require_use_of_grids(names: Sequence[str], settings: Settings) -> None:
-    """Raise UsageError where more than one ρ or K is given, and no measure takes them."""
-    taken = _taken(names, settings)
-    if settings.k_grid and "local_inconsistency" not in taken:
-        raise UsageError("--k-steps: several K are of local_inconsistency by the paper's protocol; give one")
-    if settings.rho_grid and not taken & {"local_inconsistency", CONVERGED}:
-        raise UsageError("--rho: several ρ are of local_inconsistency alone; give one")
 
 
 def _chosen(measures: str, protocol: str, labeled: bool, coupled: bool) -> list[str]:

@@ -1,8 +1,9 @@
-"""Work that runs out of memory is done again on batches of half the size."""
+"""Work that runs out of memory is done again on batches of half the size, or told by an error that says what to do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,17 @@ from gm_probe.core.errors import ResourceError, first_line, out_of_memory
 from gm_probe.core.processes import count
 
 T = TypeVar("T")
+
+
+@contextmanager
+def memory_or(told: Callable[[str], str]) -> Iterator[None]:
+    """Raise ResourceError, of the text that ``told`` makes of the cause's, where memory runs out within."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(told(first_line(error))) from error
 
 
 def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T, Batches]:

@@ -335,12 +335,18 @@ def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float
     )
 
 
+def by_protocol(name: str, settings: Settings) -> str:
+    """``name``, or of ``local_inconsistency`` under the converged protocol the maximum's own."""
+    if name == "local_inconsistency" and settings.protocol == "converged":
+        return "local_inconsistency_converged"
+    return name
+
+
 def expected_cost(names: Sequence[str], settings: Settings) -> float:
     """Gradient evaluations that ``measure`` will take, roughly: for progress bars and estimates."""
     total = 2 / 3  # the two clean passes
     for name in names:
-        if name == "local_inconsistency" and settings.protocol == "converged":
-            name = "local_inconsistency_converged"
+        name = by_protocol(name, settings)
         cost = MEASURES[name].cost
         if name == "local_inconsistency":
             cost = _cost_of_starts(settings)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +9,8 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from gm_probe.core.errors import DivergedError, ResourceError, out_of_memory
+from gm_probe.core.errors import DivergedError
+from gm_probe.core.memory import memory_or
 from gm_probe.probe.operators import Operator
 
 
@@ -40,23 +39,17 @@ class Krylov:
             DivergedError: it is not finite.
             ResourceError: no memory for one more vector, which smaller batches would not help.
         """
-        with self._vectors():
+        with memory_or(self._too_many):
             self.basis.append((self._next / self._norm).to(self.operator.dtype))
         product = self.operator.matvec(self.basis[-1])
-        with self._vectors():
+        with memory_or(self._too_many):
             self._orthogonalise(product)
 
-    @contextmanager
-    def _vectors(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise ResourceError(
-                f"out of memory for {len(self.basis)} Lanczos vectors of {self.operator.size:,} parameters; take fewer "
-                "steps (--max-iterations, --density-steps), or choose parameters by --params"
-            ) from error
+    def _too_many(self, _: str) -> str:
+        return (
+            f"out of memory for {len(self.basis)} Lanczos vectors of {self.operator.size:,} parameters; take fewer "
+            "steps (--max-iterations, --density-steps), or choose parameters by --params"
+        )
 
     def _orthogonalise(self, product: Tensor) -> None:
         w = product.double()

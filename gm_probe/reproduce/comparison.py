@@ -69,8 +69,8 @@ class Arm:
     def along(self, key: str) -> dict[int, list[float]]:
         """``key`` of the runs' metrics by epoch; of those that ended, lest means jump where one stops."""
         found: dict[int, list[float]] = {}
-        for path in (path for path, r in zip(self.runs, self.records, strict=True) if r.status == "finished"):
-            for epoch, value in _track(path, key).items():
+        for track in filter(None, self._tracks(key)):
+            for epoch, value in track.items():
                 found.setdefault(epoch, []).append(value)
         return found
 
@@ -79,9 +79,12 @@ class Arm:
 
         That is the area under straight lines between them by its width; None of a run that diverged, or has no two.
         """
+        return [_mean_height(t) if t is not None and len(t) > 1 else None for t in self._tracks(key)]
+
+    def _tracks(self, key: str) -> list[dict[int, float] | None]:
+        """``key`` of every run's metrics by epoch; None of a run that diverged."""
         ended = [record.status == "finished" for record in self.records]
-        tracks = [_track(path, key) for path in self.runs]
-        return [_mean_height(t) if ok and len(t) > 1 else None for ok, t in zip(ended, tracks, strict=True)]
+        return [_track(path, key) if ok else None for path, ok in zip(self.runs, ended, strict=True)]
 
 
 def _track(path: Path, key: str) -> dict[int, float]:
@@ -105,7 +108,11 @@ class Comparison:
     arms: tuple[Arm, ...]
 
     def arm(self, data: str, label: str) -> Arm:
-        return next(arm for arm in self.arms if (arm.data, arm.label) == (data, label))
+        return next(arm for arm in self.of(data) if arm.label == label)
+
+    def of(self, data: str) -> list[Arm]:
+        """Those on one data set."""
+        return [arm for arm in self.arms if arm.data == data]
 
     @property
     def data(self) -> list[str]:

@@ -102,7 +102,7 @@ def effort(found: Comparison, least: bool) -> Figure:
     """Accuracy by the gradient evaluations that were spent, a line a method."""
     figure, places = _panel_each(found, 2.6, 4.2)
     for axes, data in zip(places, found.data, strict=True):
-        known = [arm for arm in found.arms if arm.data == data and _errors(arm, least)]
+        known = [arm for arm in found.of(data) if _errors(arm, least)]
         for index, method in enumerate(dict.fromkeys(arm.config.method for arm in known)):
             arms = [arm for arm in known if arm.config.method == method]
             spent = {
@@ -135,8 +135,7 @@ def steps(found: Comparison, least: bool) -> Figure:
     titles = [name for name in found.data for _ in range(3)] if len(found.data) > 1 else ()
     figure, places = panels(3, 2.3, rows=len(found.data), width=8.4, titles=titles)
     for row, name in enumerate(found.data):
-        arms = [arm for arm in found.arms if arm.data == name]
-        _steps_of(arms, places[3 * row : 3 * row + 3], least)
+        _steps_of(found.of(name), places[3 * row : 3 * row + 3], least)
     return figure
 
 
@@ -175,7 +174,7 @@ def sub_batches(found: Comparison, least: bool) -> Figure:
     """Error by m, a line a method."""
     figure, places = _panel_each(found, 2.4, 3.4)
     for axes, data in zip(places, found.data, strict=True):
-        arms = [arm for arm in found.arms if arm.data == data and _errors(arm, least)]
+        arms = [arm for arm in found.of(data) if _errors(arm, least)]
         methods = list(dict.fromkeys(arm.config.method for arm in arms))
         for index, method in enumerate(methods):
             by_m = {_share(arm): _errors(arm, least) for arm in arms if arm.config.method == method}
@@ -256,7 +255,7 @@ def picture(name: str, found: Comparison, least: bool) -> tuple[dict[str, Figure
     parts = {"": found}
     if name == "plane":
         parts = {
-            plain(data) if place else "": Comparison(tuple(arm for arm in found.arms if arm.data == data))
+            plain(data) if place else "": Comparison(tuple(found.of(data)))
             for place, data in enumerate(found.data)
         }
     figures = {suffix: draw(part, least) for suffix, part in parts.items()}

@@ -9,9 +9,10 @@ from typing import Any
 
 from gm_probe.core import processes
 from gm_probe.core.devices import deterministic
-from gm_probe.core.errors import DivergedError, ResourceError, UsageError, first_line, out_of_memory
+from gm_probe.core.errors import DivergedError, UsageError
 from gm_probe.core.files import remove_temporary, write_json
 from gm_probe.core.locks import Hold, exclusive
+from gm_probe.core.memory import memory_or
 from gm_probe.core.records import CONFIG, STATE, SUMMARY, read_run
 from gm_probe.core.signals import Terminated, sigterm_noted
 from gm_probe.training.config import TrainConfig
@@ -98,27 +99,28 @@ def _train(
     else:
         training.begin()
     stopped = False
-    try:
-        while training.epoch < config.epochs and not stopped:
-            row = training.run_epoch()
-            stopped = training.evaluate_epoch(row)
-            training.log(row)
-            if notify is not None:
-                notify(row)
-            # after stop_ce nothing is left to train: resuming from here would train on
-            if not stopped and training.epoch < config.epochs:
-                training.save_state()
-                if training.stop_everywhere():
-                    raise training.terminated()
-        return training.finish()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise ResourceError(
-            f"out of memory in epoch {training.epoch + 1} on batches of {config.batch_size} ({first_line(error)}); "
+
+    def too_much(cause: str) -> str:
+        return (
+            f"out of memory in epoch {training.epoch + 1} on batches of {config.batch_size} ({cause}); "
             f"{_less_memory(config)}lower --batch-size or choose a smaller --model: another run, "
             "into another --out"
-        ) from error
+        )
+
+    try:
+        with memory_or(too_much):
+            while training.epoch < config.epochs and not stopped:
+                row = training.run_epoch()
+                stopped = training.evaluate_epoch(row)
+                training.log(row)
+                if notify is not None:
+                    notify(row)
+                # after stop_ce nothing is left to train: resuming from here would train on
+                if not stopped and training.epoch < config.epochs:
+                    training.save_state()
+                    if training.stop_everywhere():
+                        raise training.terminated()
+            return training.finish()
     except DivergedError as error:
         if processes.rank() == 0:
             write_json(out / SUMMARY, {"status": "diverged", "epochs": training.epoch, "reason": str(error)})

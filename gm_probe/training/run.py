@@ -6,8 +6,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment, generators_kept, pick_device
-from gm_probe.core.errors import DivergedError, ResourceError, UsageError, first_line, out_of_memory
+from gm_probe.core.errors import DivergedError, UsageError
 from gm_probe.core.files import append_line, write_atomic, write_json, write_toml
 from gm_probe.core.images import taken
 from gm_probe.core.locks import Hold
+from gm_probe.core.memory import memory_or
 from gm_probe.core.models import ModelSpec, initial_model
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.records import (
@@ -80,19 +80,6 @@ class Progress:
         return self.seconds + time.perf_counter() - self.began
 
 
-@contextmanager
-def _in_memory(model: str) -> Iterator[None]:
-    """Raise ResourceError where there is no room for the model itself, whatever the batches."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise ResourceError(
-            f"{model} is too big for the memory ({first_line(error)}); choose a smaller --model"
-        ) from error
-
-
 class Training:
     """One run: its data, its model and how that is updated, and the epochs and steps it has done.
 
@@ -120,14 +107,18 @@ class Training:
             PROJECTION if self.simclr else self.splits.num_classes,
             config.temperature if self.simclr else None,
         )
-        with _in_memory(config.model):
+
+        def too_big(cause: str) -> str:  # whatever the batches
+            return f"{config.model} is too big for the memory ({cause}); choose a smaller --model"
+
+        with memory_or(too_big):
             self.model = initial_model(self.spec, config.seed).to(self.device)
         self.fresh: tuple[str, ...] = ()  # of the weights, those that --init did not give
         if config.init is not None and not (out / STATE).exists():
             self.fresh = load_pretrained(self.model, read_checkpoint(Path(config.init)))
         if train.x.dim() == 4:
             self.model.to(memory_format=torch.channels_last)
-        with _in_memory(config.model):
+        with memory_or(too_big):
             self.updates = Updates(config, self.model, self.device)
         self.epoch = 0
         self.rows: list[dict[str, Any]] = []

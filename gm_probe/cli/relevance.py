@@ -1,0 +1,67 @@
+"""Which of ``gmprobe measure``'s options bear on which measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from gm_probe.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from gm_probe.probe.probe import Settings
+
+PAPER, CONVERGED = "local_inconsistency", "local_inconsistency_converged"
+ASCENTS = {f"{PAPER}{kind}" for kind in ("", "_adaptive", "_relative", "_batchwise")}
+INCONSISTENCIES = {*ASCENTS, CONVERGED, "average_inconsistency"}
+TRACES = {"fisher_trace", "hessian_trace", "effective_rank"}
+LARGEST = {"fisher_lambda_max", "hessian_lambda_max", "effective_rank"}
+ITERATED = {*LARGEST, "hessian_lambda_min", CONVERGED}
+READ_BY = {
+    "rho": INCONSISTENCIES,
+    "k_steps": ASCENTS,
+    "noise_scale": {*ASCENTS, CONVERGED},
+    "num_starts": INCONSISTENCIES,
+    "ascent_tolerance": {CONVERGED},
+    "eta": {"local_inconsistency_adaptive"},
+    "sub_batch": {"local_inconsistency_batchwise"},
+    "trace_tolerance": TRACES,
+    "max_probes": TRACES,
+    "eigen_tolerance": ITERATED,
+    "max_iterations": ITERATED,
+    "top_eigenvalues": LARGEST,
+}
+"""The measures that read each setting; tests/test_cli.py holds it to the measures themselves."""
+
+
+def idle(names: Sequence[str], settings: Settings, given: Mapping[str, str], *, density: bool) -> list[str]:
+    """Of the options ``given``, by their settings, those that change no measure of ``names``, nor a ``density``."""
+    from gm_probe.probe.inconsistency import NOISE_STARTS
+
+    taken = _taken(names, settings)
+    read = {key for key, readers in READ_BY.items() if taken & readers}
+    read |= {"protocol"} if PAPER in names else set()
+    read |= {"density_probes", "density_steps"} if density else set()
+    known = ("protocol", "density_probes", "density_steps", *READ_BY)
+    found = [given[key] for key in known if key in given and key not in read]
+    if (
+        "num_starts" in given
+        and taken & INCONSISTENCIES == {CONVERGED}
+        and settings.num_starts > NOISE_STARTS
+    ):
+        found.append(f"{given['num_starts']} beyond {NOISE_STARTS}")
+    return found
+
+
+def require_use_of_grids(names: Sequence[str], settings: Settings) -> None:
+    """Raise UsageError where more than one ρ or K is given, and no measure takes them."""
+    taken = _taken(names, settings)
+    if settings.k_grid and PAPER not in taken:
+        raise UsageError("--k-steps: several K are of local_inconsistency by the paper's protocol; give one")
+    if settings.rho_grid and not taken & {PAPER, CONVERGED}:
+        raise UsageError("--rho: several ρ are of local_inconsistency alone; give one")
+
+
+def _taken(names: Sequence[str], settings: Settings) -> set[str]:
+    from gm_probe.probe.measures import by_protocol
+
+    return {by_protocol(name, settings) for name in names}
