@@ -254,11 +254,12 @@ def _text(
         for rho, ratio in _quadratic(rows).items()
     ]
     rank = np.array([row["rank"] for row in rows])
-    nearer = "1" if np.median(rank) < num_parameters**0.5 else "P"  # on a logarithmic scale
+    limits = ["1", f"P = {num_parameters:,}"]
+    if np.median(rank) > num_parameters**0.5:  # on a logarithmic scale
+        limits.reverse()
     said.append(
         f"S_ρ over (ρ²/2)λ_max(F) is {'; '.join(quadratic)}. tr F/λ_max(F) is {np.median(rank):.1f} in the median "
-        f"({rank.min():.1f} to {rank.max():.1f}), nearer to its limit {nearer} than to the other of 1 and P = "
-        f"{num_parameters:,}."
+        f"({rank.min():.1f} to {rank.max():.1f}), nearer to its limit {' than to '.join(limits)}."
     )
     return " ".join(said)
 
