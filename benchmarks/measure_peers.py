@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from peers.plan import MODELS, TASKS, TOOLS, Cell, Setting, cells
+from peers.plan import METHOD_NAMES, MODELS, TASKS, TOOLS, Cell, Setting, cells
 from peers.table import render
 
 PACKAGES = ("torch", "numpy", "scipy", "PyHessian", "hessian-eigenthings", "curvlinops-for-pytorch")
@@ -139,6 +139,14 @@ def listing(name: str, choices: tuple[str, ...]) -> Any:
 @listing("models", MODELS)
 @listing("tasks", TASKS)
 @listing("tools", TOOLS)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    type=click.Choice(METHOD_NAMES),
+    metavar="NAME",
+    help="only this; repeatable",
+)
 @click.option("--examples", default=1000, show_default=True, help="images, a seeded subset")
 @click.option("--batch-size", default=250, show_default=True)
 @click.option("--threads", default=1, show_default=True)
@@ -157,6 +165,7 @@ def main(
     models: tuple[str, ...],
     tasks: tuple[str, ...],
     tools: tuple[str, ...],
+    methods: tuple[str, ...],
     examples: int,
     batch_size: int,
     threads: int,
@@ -201,7 +210,8 @@ def main(
         truth = _reference(asked, results, lines)
         if truth is None:
             continue
-        for one in pending(lines, asked, tuple(cells((model,), tools, tasks)), max_seconds, code):
+        wanted = tuple(one for one in cells((model,), tools, tasks) if not methods or one.method in methods)
+        for one in pending(lines, asked, wanted, max_seconds, code):
             click.echo(f"{now()} {' · '.join(one)}", err=True, nl=False)
             load = os.getloadavg()[0]
             request = {**asked, "cell": one, "truth": truth, "max_seconds": max_seconds}

@@ -51,6 +51,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """tool → task → methods; pyhessian-graph is PyHessian with all images as one ``data`` batch, whose graph it keeps."""
 
+METHOD_NAMES = sorted({name for tasks in METHODS.values() for names in tasks.values() for name in names})
 TOOLS = tuple(METHODS)
 PEERS = ("pyhessian", "pyhessian-graph", "eigenthings", "curvlinops")
 
