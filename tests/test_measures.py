@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.errors import CheckpointError, DataError, DerivativeError, UsageError
+from gm_probe.core.errors import CheckpointError, DataError, DerivativeError, DivergedError, UsageError
 from gm_probe.probe import measures, operators
 from gm_probe.probe.measures import MEASURES, check_names, expected_cost, measure
 from gm_probe.probe.probe import Estimate, Probe, Settings
@@ -643,6 +643,41 @@ def test_what_a_model_lacks_a_derivative_for_is_undefined_and_the_rest_is_kept()
         measure(model, batches, [names[0], names[2]], FAST)
 
 
+def test_what_is_not_finite_of_one_measure_leaves_the_others() -> None:
+    """Of sin(10²⁵ a) the value is bounded and the second derivative overflows in float32."""
+
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(self.a * 1e25) * x
+
+    batches = Batches.from_tensors(torch.linspace(0.1, 1, 5)[:, None])
+    names = ["hessian_lambda_max", "parameter_norm"]
+    rows = measure(Steep(), batches, names, FAST).rows
+    assert rows["parameter_norm"].value == pytest.approx(5**0.5)
+    assert (rows[names[0]].value, rows[names[0]].converged) == (None, False)
+    assert "is not finite" in rows[names[0]].details["reason"]
+    with pytest.raises(DivergedError, match=r"^hessian_lambda_max: .*is not finite"):
+        measure(Steep(), batches, names[:1], FAST)
+
+
+def test_what_is_not_finite_is_null_in_json() -> None:
+    """A radius whose square overflows in float32: no start has a value."""
+    batches = Batches.from_tensors(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)))
+    settings = Settings(rho=1e38, num_starts=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    report = measure(model, batches, ["local_inconsistency", "parameter_norm"], settings)
+    rows = json.loads(json.dumps(report.as_dict(checkpoint="", model=""), allow_nan=False))["measures"]
+    assert rows["local_inconsistency"]["value"] is None
+    assert rows["local_inconsistency"]["starts"] == [None, None]
+    assert "--dtype float64" in rows["local_inconsistency"]["reason"]
+    assert rows["parameter_norm"]["value"] > 0
+
+
 def test_a_missing_derivative_ends_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them alone may have seen it: the others would wait for its next sum."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Hardsigmoid(), nn.Linear(4, 2))
@@ -1066,7 +1101,7 @@ def test_undefined_is_null_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     case = BY_NAME["relu-mlp"]
     row = measure(case.model, case.batches(), ["fisher_trace"]).rows["fisher_trace"].as_dict()
     assert (row["value"], row["stderr"], row["stderr_examples"]) == (None, None, 0.5)
-    assert row["reason"] == "not finite (nan)"
+    assert row["reason"] == "not finite (nan); try --dtype float64"
     assert row["reason_stderr"] == "not finite (inf)"
     assert row["converged"] is False
 

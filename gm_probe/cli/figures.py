@@ -111,7 +111,8 @@ def _ascents(result: dict[str, Any]) -> str:
         drawn = name == "average_inconsistency"  # by no ascent
         one = "draw" if drawn else "start"
         starts = f"{row['num_starts']} {one}s" if row["num_starts"] > 1 else f"1 {one}"
-        spread = "" if row["sd_starts"] is None else f" (sd {number(row['sd_starts'], 2)})"
+        sd = row["sd_starts"]
+        spread = f" (sd {number(sd, 2)})" if sd is not None and row["value"] is not None else ""
         steps = "" if drawn else f"K = {settings['k_steps']}, "
         text += f"{MEASURES[name].symbol}: {steps}mean over {starts}{spread}; "
     return text

@@ -12,7 +12,7 @@ from torch import nn
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.devices import generators_kept
-from gm_probe.core.errors import DataError, DerivativeError, UsageError, did_you_mean
+from gm_probe.core.errors import DataError, DerivativeError, DivergedError, UsageError, did_you_mean
 from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import as_measured
 from gm_probe.core.processes import count
@@ -245,11 +245,11 @@ def measure(
 
     Raises:
         UsageError: an unknown measure, a model without trainable parameters, or whose gradients fail or are hidden.
-        DerivativeError: of no measure the model has the derivative, or of one in several processes; else that one
-            is undefined.
+        DerivativeError: the model lacks the derivative of every measure, or in several processes of one; else that
+            one is undefined.
         CheckpointError: weights that are not finite.
         DataError: labels that do not fit, a measure that needs absent labels, data that changes between passes.
-        DivergedError: outputs or derivatives that are not finite.
+        DivergedError: outputs that are not finite; derivatives, as DerivativeError.
         ResourceError: no memory for a single example; before, batches are halved where it runs out.
     """
     settings = settings or Settings()
@@ -266,7 +266,7 @@ def measure(
 
     work = Work(batches.num_examples, tick)
     rows: dict[str, Estimate] = {}
-    refusals: list[DerivativeError] = []
+    refusals: list[DerivativeError | DivergedError] = []
     # a model may draw at random though its outputs stay the same
     with generators_kept(batches.device), as_measured(model):
         probe = Probe(model, batches, settings, work, initial, memory)
@@ -289,10 +289,10 @@ def measure(
             compute = MEASURES[name].compute
             try:
                 figure, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
-            except UsageError as error:
+            except (UsageError, DivergedError) as error:
                 told = type(error)(f"{name}: {error}")
                 # of several processes one alone may have seen it, for which the others would wait
-                if not isinstance(told, DerivativeError) or count() > 1:
+                if not isinstance(told, DerivativeError | DivergedError) or count() > 1:
                     raise told from error
                 refusals.append(told)
                 figure = None, None, None, False, {"reason": str(error)}
@@ -320,7 +320,8 @@ def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float
     for label, number in found.items():
         if number is not None and not math.isfinite(number):
             found[label] = None
-            details["reason" if label == "value" else f"reason_{label}"] = f"not finite ({number})"
+            remedy = "; try --dtype float64" if label == "value" else ""
+            details["reason" if label == "value" else f"reason_{label}"] = f"not finite ({number}){remedy}"
     value, example_error = found["value"], found["stderr_examples"]
     if target_error and value:
         estimator = (found["stderr"] or 0.0) / abs(value)

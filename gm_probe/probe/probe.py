@@ -104,10 +104,18 @@ class Settings:
 
 
 def as_row(estimate: Any) -> dict[str, Any]:
-    """The fields of a dataclass with ``details``, and those beside them."""
+    """The fields of a dataclass with ``details``, and those beside them, as JSON has it: None for NaN and infinity."""
     row = asdict(estimate)
     details = row.pop("details")
-    return {**row, **details}
+    return _finite({**row, **details})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, slots=True)

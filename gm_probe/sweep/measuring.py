@@ -15,7 +15,15 @@ from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment, generators_kept
-from gm_probe.core.errors import DataError, DerivativeError, ProbeError, UsageError, first_line, out_of_memory
+from gm_probe.core.errors import (
+    DataError,
+    DerivativeError,
+    DivergedError,
+    ProbeError,
+    UsageError,
+    first_line,
+    out_of_memory,
+)
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
@@ -318,7 +326,7 @@ def _densities(
                     num_steps=num_steps,
                     notify=tick,
                 ).as_dict()
-            except DerivativeError as error:  # as ``measure`` has it: what there is stands
+            except (DerivativeError, DivergedError) as error:  # as ``measure`` has it: what there is stands
                 if count() > 1:
                     raise
                 found[name] = {"reason": str(error)}
