@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import CASES
+from networks import BagOfWords
 from PIL import Image
 from torch import nn
 
@@ -305,6 +306,30 @@ def test_labels_of_an_array_file_need_not_reach_the_last_class(checkpoint, capsy
         code, out, err = run(f"{command} --seed {seed}", capsys)
         assert code == 0, err
         assert json.loads(out)[0]["measures"]["error"]["value"] in {0, 1}
+
+
+def test_token_ids_of_an_array_file_are_measured_as_they_are(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = BagOfWords()
+    torch.save(model.state_dict(), tmp_path / "words.pt")
+    ids = np.random.default_rng(0).integers(0, 50, (12, 7))
+    np.savez(tmp_path / "words.npz", x=ids)
+    names = "fisher_trace,hessian_trace,fisher_lambda_max,local_inconsistency,mean_entropy"
+    code, out, err = run(
+        f"gmprobe measure words.pt --model {Path(__file__).parent / 'networks.py'}:BagOfWords --unlabeled words.npz "
+        f"--measures {names} --trace-tolerance 0 --json -q",
+        capsys,
+    )
+    assert (code, err) == (0, "")
+    rows = json.loads(out)[0]["measures"]
+    assert all(rows[name]["value"] is not None for name in names.split(","))
+    scores = model(torch.from_numpy(ids)).log_softmax(1)
+    exact = 0.0
+    for row in scores:
+        for score in row:
+            gradients = torch.autograd.grad(score, list(model.parameters()), retain_graph=True)
+            exact += float(score.detach().exp() * sum(g.square().sum() for g in gradients)) / len(ids)
+    assert rows["fisher_trace"]["value"] == pytest.approx(exact, rel=1e-5)
 
 
 def test_a_missing_checkpoint_is_told_before_any_work(images, checkpoint, monkeypatch, capsys):

@@ -643,6 +643,20 @@ def test_what_a_model_lacks_a_derivative_for_is_undefined_and_the_rest_is_kept()
         measure(model, batches, [names[0], names[2]], FAST)
 
 
+def test_a_model_left_in_train_mode_is_measured_in_eval_mode_and_left_so() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.5), nn.Linear(5, 2))
+    batches = Batches.from_tensors(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    names = ["local_inconsistency", "fisher_lambda_max", "fisher_trace", "hessian_lambda_max", "mean_entropy"]
+    inference = measure(copy.deepcopy(model).eval(), batches, names, FAST)
+    before = copy.deepcopy(model.train().state_dict())
+    rows = measure(model, batches, names, FAST).rows
+    assert {name: row.value for name, row in rows.items()} == {
+        name: row.value for name, row in inference.rows.items()
+    }
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_what_is_not_finite_of_one_measure_leaves_the_others() -> None:
     """Of sin(10²⁵ a) the value is bounded and the second derivative overflows in float32."""
 
