@@ -1,74 +1,66 @@
 """How measuring scales: time against examples N, parameters P and processes, each cell in a fresh process.
 
-    python benchmarks/measure_scaling.py > benchmarks/results/scaling.md
+    python benchmarks/measure_scaling.py > table.md
 
-Random 64×64 images and fresh weights; the CNN at 32×32. One thread a process. Medians of ``--repeats`` runs.
+Random 64×64 images and fresh weights; the CNN at 32×32. One thread a process. Medians of ``--repeats`` runs of each
+measure alone, from reading the checkpoint to its value.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
 
+from gm_probe.core import processes
 from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import save_checkpoint
+from gm_probe.core.datasets import open_source
 from gm_probe.core.models import ModelSpec, initial_model
+from gm_probe.probe.probe import Settings
+from gm_probe.sweep.measuring import measure_checkpoint
 
 MODELS = {"6cnn": 32, "torchvision:resnet18": 64, "torchvision:resnet50": 64}
+NAMES = {"fisher_lambda_max": "λ_max(F)", "fisher_trace": "tr F", "hessian_lambda_max": "λ_max(H)"}
 SELF = Path(__file__).resolve()
 
 
 def cell(checkpoint: Path, data: Path) -> None:
-    """Inside a process: take the measures, and print their seconds from rank 0."""
-    import time
-
-    from gm_probe.core import processes
-    from gm_probe.core.datasets import open_source
-    from gm_probe.probe.probe import Settings
-    from gm_probe.sweep.measuring import measure_checkpoint
-
+    """Inside a process: take each measure by itself, and print what it took from rank 0."""
     torch.set_num_threads(1)
+    taken = {}
     with processes.joined(torch.device("cpu")):
         examples = open_source(str(data), labeled=False).pool
-        starts: dict[str, float] = {}
-        result = measure_checkpoint(
-            checkpoint,
-            examples,
-            ["fisher_lambda_max", "fisher_trace"],
-            Settings(max_iterations=15),
-            batch_size=32,
-            notify=lambda name, _: starts.setdefault(name, time.perf_counter()) and None,
-        )
-        end = time.perf_counter()
+        for name in NAMES:
+            begin = time.perf_counter()
+            result = measure_checkpoint(checkpoint, examples, [name], Settings(), batch_size=32)
+            row = result["measures"][name]
+            taken[name] = {
+                "seconds": time.perf_counter() - begin,
+                "cost": f"{row['num_evals']:g}" + ("" if row["converged"] else " (not converged)"),
+            }
         if processes.rank() == 0:
-            first = starts["fisher_lambda_max"]
-            rows = result["measures"]
-            print(
-                json.dumps(
-                    {
-                        "parameters": result["num_parameters"],
-                        "lambda": starts["fisher_trace"] - first,
-                        "trace": end - starts["fisher_trace"],
-                        "evaluations": [rows[name]["num_evals"] for name in rows],
-                    }
-                )
-            )
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            print(json.dumps({"parameters": result["num_parameters"], "peak": peak, **taken}))
 
 
-def launch(processes: int, checkpoint: Path, data: Path) -> dict[str, float]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def launch(number: int, checkpoint: Path, data: Path) -> dict[str, Any]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
     command = [
         sys.executable,
-        *(launcher if processes > 1 else []),
+        *(launcher if number > 1 else []),
         str(SELF),
         "--cell",
         str(checkpoint),
@@ -80,34 +72,48 @@ def launch(processes: int, checkpoint: Path, data: Path) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def row(model: str, count: int, number: int, runs: list[dict[str, Any]]) -> str:
+    cells = [model, f"{runs[0]['parameters']:,}", str(count), str(number)]
+    for name in NAMES:
+        seconds = statistics.median(run[name]["seconds"] for run in runs)
+        cells += [f"{seconds:.1f}", runs[0][name]["cost"]]
+    return " | ".join(["", *cells, f"{statistics.median(run['peak'] for run in runs):,.0f}", ""]).strip()
+
+
 @click.command()
+@click.option("--models", default=",".join(MODELS), show_default=True, help="comma-separated")
 @click.option("--examples", multiple=True, type=int, default=(64, 128, 256), show_default=True)
+@click.option("--processes", "numbers", multiple=True, type=int, default=(1, 2), show_default=True)
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--cell", "inner", nargs=2, type=click.Path(path_type=Path), hidden=True)
-def main(examples: tuple[int, ...], repeats: int, inner: tuple[Path, Path] | None) -> None:
-    """Print the table."""
+def main(
+    models: str,
+    examples: tuple[int, ...],
+    numbers: tuple[int, ...],
+    repeats: int,
+    inner: tuple[Path, Path] | None,
+) -> None:
+    """Print the table; several processes take the most examples alone."""
     if inner:
         cell(*inner)
         return
-    print("| model | P | N | processes | λ_max(F), s | tr F, s | gradients |\n|---|---|---|---|---|---|---|")
+    titles = [title for symbol in NAMES.values() for title in (f"{symbol}, s", "gradients")]
+    titles = ["model", "P", "N", "processes", *titles, "peak MiB"]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name, size in MODELS.items():
+        for name in models.split(","):
+            size = MODELS[name]
             spec = ModelSpec(name, (3, size, size), 10)
             checkpoint = Path(folder) / "c.safetensors"
             save_checkpoint(checkpoint, initial_model(spec, 0), spec, Normalization())
-            for count in examples:
+            for number, count in itertools.product(numbers, examples):
+                if number > 1 and count < max(examples):
+                    continue
                 data = Path(folder) / "x.npz"
                 rng = np.random.default_rng(0)
                 np.savez(data, x=rng.normal(size=(count, 3, size, size)).astype(np.float32))
-                for processes in (1, 2) if count == max(examples) else (1,):
-                    runs = [launch(processes, checkpoint, data) for _ in range(repeats)]
-                    seconds = [statistics.median(run[key] for run in runs) for key in ("lambda", "trace")]
-                    cost = "/".join(f"{value:g}" for value in runs[0]["evaluations"])
-                    print(
-                        f"| {name} | {runs[0]['parameters']:,} | {count} | {processes} | {seconds[0]:.1f} | "
-                        f"{seconds[1]:.1f} | {cost} |",
-                        flush=True,
-                    )
+                runs = [launch(number, checkpoint, data) for _ in range(repeats)]
+                print(row(name, count, number, runs), flush=True)
 
 
 if __name__ == "__main__":
