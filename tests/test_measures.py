@@ -848,9 +848,18 @@ def test_a_grid_of_radii_has_the_converged_maximum_of_each() -> None:
 
     found = row(0.1, 0.4, 0.02)
     assert [cell["rho"] for cell in found.details["grid"]] == [0.02, 0.1, 0.4]
+    alone = {cell["rho"]: row(cell["rho"]) for cell in found.details["grid"]}
     for cell in found.details["grid"]:
-        assert cell["value"] == pytest.approx(row(cell["rho"]).value, rel=1e-9)
-    assert "grid" not in row(0.1).details
+        assert cell["value"] == pytest.approx(alone[cell["rho"]].value, rel=1e-9)
+    assert "grid" not in alone[0.1].details
+    probe = Probe(case.model, case.batches(), Settings(), Work(case.batches().num_examples))
+    _ = probe.clean
+    clean = probe.work.evaluations
+    _ = probe.fisher_draft
+    draft = probe.work.evaluations - clean
+    # v₁ and the gradients at two noise starts are paid once
+    shared = 2 * (draft + 2)
+    assert found.num_evals == pytest.approx(sum(each.num_evals for each in alone.values()) - shared, abs=0.01)
 
 
 def test_a_single_output_is_refused() -> None:

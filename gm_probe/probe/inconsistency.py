@@ -78,10 +78,12 @@ def converged(probe: Probe) -> Figure:
     is of the paper's protocol.
     """
     settings = probe.settings
-    figure = _converged_at(probe, settings.rho)
+    # noise guards against a poor v₁, and finds other maxima; it is flat: one step of Algorithm 1 first, for every ρ
+    noise = [probe.divergence.gradient(start) for start in islice(probe.starts(), NOISE_STARTS)]
+    figure = _converged_at(probe, settings.rho, noise)
     if settings.rho_grid:
         radii = sorted({settings.rho, *settings.rho_grid})
-        found = {rho: figure if rho == settings.rho else _converged_at(probe, rho) for rho in radii}
+        found = {rho: figure if rho == settings.rho else _converged_at(probe, rho, noise) for rho in radii}
         *_, details = figure
         details["grid"] = [
             {"rho": rho, "value": value, "converged": converged}
@@ -90,7 +92,8 @@ def converged(probe: Probe) -> Figure:
     return figure
 
 
-def _converged_at(probe: Probe, rho: float) -> Figure:
+def _converged_at(probe: Probe, rho: float, noise: list[Tensor]) -> Figure:
+    """``noise``: directions (P,) to ascend in beside ± the top eigenvector."""
     settings, top = probe.settings, probe.fisher_draft
     ends: dict[str, Maximum] = {}
     reached: dict[str, float] = {}  # of an ascent that joined another, by that one
@@ -114,10 +117,8 @@ def _converged_at(probe: Probe, rho: float) -> Figure:
     firsts = {name: probe.divergence.value_and_gradient(start) for name, start in signed.items()}
     for name in sorted(signed, key=lambda name: firsts[name][0], reverse=True):
         go(name, signed[name], firsts[name])
-    # noise guards against a poor v₁, and finds other maxima
-    for i, noise in enumerate(islice(probe.starts(), NOISE_STARTS)):
-        # a raw noise direction is flat: one step of Algorithm 1 first
-        go(f"noise {i}", ascend(probe.divergence.gradient, noise, rho, 1))
+    for i, direction in enumerate(noise):
+        go(f"noise {i}", direction)
     best = max(ends.values(), key=lambda end: end.value)
     second = sorted(reached.values())[-2]
     # a draft that stalled, as of tiny networks, is good to its residual, too
