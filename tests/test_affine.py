@@ -321,6 +321,14 @@ CURVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Net(lambda layers, x: layers[0](x[:, torch.randperm(4)]), linear()),
         "aten.randperm draws at random",
     ),
+    "a branch for some examples, be it for none": (
+        lambda: Net(lambda layers, x: layers[0](x)[(x[:, 0] > -9).nonzero()[:, 0]], linear()),
+        "aten.nonzero picks by the data what is computed",
+    ),
+    "rows by a mask": (
+        lambda: Net(lambda layers, x: layers[0](x)[x[:, 0] > -9], linear()),
+        "aten.index picks by the data what is computed",
+    ),
     "dropout that stays on": (
         lambda: Net(lambda layers, x: functional.dropout(layers[0](x)), linear()),
         "aten.bernoulli draws at random",

@@ -66,6 +66,14 @@ def test_gradient_against_finite_differences(case: Case, generator: torch.Genera
     torch.testing.assert_close(terms, naive_kl(case, offset), rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("radius", [0.1, 5.0, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_zero_vector_has_no_direction(radius: float, dtype: torch.dtype) -> None:
+    assert torch.equal(to_sphere(torch.zeros(3, dtype=dtype), radius), torch.zeros(3, dtype=dtype))
+    tiny = torch.full((3,), torch.finfo(dtype).tiny / 64, dtype=dtype)
+    assert float(to_sphere(tiny, radius).norm()) == pytest.approx(radius, rel=1e-4)
+
+
 def test_divergence_at_no_offset_is_exactly_zero(case: Case) -> None:
     divergence, zero = divergence_of(case), torch.zeros_like(case.theta)
     assert torch.equal(divergence.terms(zero), torch.zeros(7, dtype=torch.float64))

@@ -21,6 +21,30 @@ def images() -> Examples:
     return Examples(torch.from_numpy(PIXELS), torch.from_numpy(LABELS), (), "pixels")
 
 
+@pytest.mark.parametrize(
+    "y",
+    [
+        torch.zeros(4, 1).long(),
+        torch.zeros(1).long(),
+        torch.zeros(5).long(),
+        torch.zeros(4),
+        torch.ones(4) > 0,
+    ],
+)
+def test_labels_of_another_shape_or_kind_are_refused(y: torch.Tensor) -> None:
+    """Of shape (N, 1) they would be compared with every prediction."""
+    with pytest.raises(DataError, match="give a class index for each"):
+        Batches.from_tensors(torch.rand(4, 3), y)
+
+
+def test_labels_of_any_whole_numbers_and_inputs_with_gradients_are_taken() -> None:
+    x = torch.rand(4, 3, requires_grad=True)
+    (batch,) = Batches.from_tensors(x, torch.tensor([0, 1, 1, 0], dtype=torch.int32))
+    assert batch.y is not None
+    assert batch.y.dtype == torch.int64
+    assert not batch.x.requires_grad
+
+
 def test_normalization_of_images(images: Examples) -> None:
     scaled = PIXELS.astype(np.float64) / 255
     found = Normalization.of(images)

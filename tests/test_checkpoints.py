@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -26,6 +27,7 @@ from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import HEADER, Checkpoint, load_weights, read_checkpoint, save_checkpoint
 from gm_probe.core.errors import CheckpointError
 from gm_probe.core.models import ModelSpec, build_model
+from gm_probe.core.parameters import Parameters
 
 SHARED = Path(os.environ.get("GM_PROBE_SHARED", Path(__file__).parents[2] / "shared"))
 SPEC = ModelSpec("my.package:build", (3, 8, 8), 3)
@@ -274,6 +276,23 @@ def test_unusable_tensors_are_named(tmp_path: Path, kind: str) -> None:
     message = refused(tmp_path / "a.pt")
     assert "tensor 'layer.weight'" in message
     assert reason in message
+
+
+def test_a_mask_may_hold_minus_infinity_and_weights_may_not(tmp_path: Path) -> None:
+    class Masked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+
+    model = Masked()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    load_weights(Masked(), read_checkpoint(tmp_path / "a.pt"))
+    Parameters(model).check_finite()
+    torch.save({**model.state_dict(), "weight": torch.full((2, 2), -math.inf)}, tmp_path / "b.pt")
+    assert "tensor 'weight' has 4 NaN or infinite value(s)" in refused(tmp_path / "b.pt", model=Masked())
+    model.mask.fill_(math.inf)
+    with pytest.raises(CheckpointError, match="tensor 'mask' of the model holds NaN or infinite"):
+        Parameters(model).check_finite()
 
 
 def test_names_cannot_forge_a_terminal(tmp_path: Path) -> None:

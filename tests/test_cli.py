@@ -332,6 +332,42 @@ def test_token_ids_of_an_array_file_are_measured_as_they_are(tmp_path, capsys):
     assert rows["fisher_trace"]["value"] == pytest.approx(exact, rel=1e-5)
 
 
+def test_the_table_stands_though_the_density_cannot_be_written(images, checkpoint, capsys):
+    Path("file").write_bytes(b"")
+    command = "gmprobe measure ckpt.pt --unlabeled data --measures fisher_trace --density file/d.png"
+    code, out, err = run(f"{command} --density-steps 2 --density-probes 1", capsys)
+    assert code == 7
+    assert "fisher_trace" in out
+    assert "cannot write file/d.png" in err
+
+
+def test_ones_own_model_tells_its_number_of_classes(images, capsys):
+    """No weight of it is a matrix whose rows could be counted."""
+    Path("own.py").write_text(
+        "from torch import nn\ndef net():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    torch.save({"0.weight": torch.rand(3, 1, 1, 1), "0.bias": torch.rand(3)}, "own.pt")
+    command = "gmprobe measure own.pt --model own.py:net --unlabeled data --channels 1 --no-normalize"
+    code, out, err = run(f"{command} --measures mean_entropy --json", capsys)
+    assert code == 0, err
+    assert json.loads(out)[0]["num_classes"] == 3
+    code, _, err = run(f"{command} --measures mean_entropy --num-classes 9", capsys)
+    assert (code, err.strip()) == (2, "gmprobe: own.py:net has 3 outputs, not --num-classes 9")
+
+
+def test_float64_weights_keep_their_digits(capsys):
+    Path("own.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(2, 2)\n")
+    weight = torch.tensor([[1 / 3, 0.1], [0.7, 0.2]], dtype=torch.float64)
+    torch.save({"weight": weight, "bias": torch.zeros(2, dtype=torch.float64)}, "own.pt")
+    np.savez("x.npz", x=np.zeros((2, 2)))
+    command = "gmprobe measure own.pt --model own.py:net --unlabeled x.npz --measures parameter_norm --json"
+    code, out, err = run(f"{command} --dtype float64 --params weight", capsys)
+    assert code == 0, err
+    value = json.loads(out)[0]["measures"]["parameter_norm"]["value"]
+    assert value == pytest.approx(float(weight.norm()), rel=1e-14)
+
+
 def test_a_missing_checkpoint_is_told_before_any_work(images, checkpoint, monkeypatch, capsys):
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("data was read")

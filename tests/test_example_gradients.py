@@ -12,9 +12,12 @@ from conftest import ATTENTION, CASES, Case, Tied, relu_mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gm_probe.core.batches import Batches
 from gm_probe.core.parameters import Parameters, differentiable_attention
 from gm_probe.probe import example_gradients
-from gm_probe.probe.example_gradients import ExampleGradients, RepeatedLayerError
+from gm_probe.probe.example_gradients import ExampleGradients, IrregularLayerError
+from gm_probe.probe.measures import measure
+from gm_probe.probe.probe import Settings
 
 N = 6
 
@@ -93,6 +96,17 @@ class Net(NamedTuple):
     x: tuple[int, ...] | Tensor
 
 
+class SingleIds(nn.Module):
+    """Tabular data: a table a column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Embedding(5, 2), nn.Embedding(5, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(torch.cat([self.one(x[:, 0]), self.other(x[:, 1])], 1)))
+
+
 TOKENS = torch.tensor([[0, 1, 1, 2], [3, 3, 3, 3], [4, 0, 0, 1], [2, 2, 1, 0], [0, 0, 0, 0], [4, 3, 2, 1]])
 IMAGE = (2, 7, 6)
 NETS = {
@@ -139,6 +153,7 @@ NETS = {
     "group norm": Net(flat(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), out=80), IMAGE),
     "group norm without an affine map": Net(flat(nn.GroupNorm(1, 2, affine=False), out=84), IMAGE),
     "embedding, repeated tokens": Net(flat(nn.Embedding(5, 3), nn.Tanh(), out=12), TOKENS),
+    "embedding of single ids": Net(SingleIds, TOKENS),
     "embedding, padding": Net(flat(nn.Embedding(5, 3, padding_idx=0), nn.Tanh(), out=12), TOKENS),
     "in place": Net(Residual, IMAGE),
     "raw parameters": Net(ClassToken, (3, 3)),
@@ -444,8 +459,31 @@ def test_a_layer_used_twice_on_some_batches_only_is_refused_there() -> None:
     model, x = prepared(Net(Moody, (3,)))
     examples, cotangents = ExampleGradients(Parameters(model), x), cotangents_for(model, x)
     assert examples.supported
-    with pytest.raises(RepeatedLayerError):
+    with pytest.raises(IrregularLayerError):
         examples.squared_norms(x, cotangents)
+
+
+def test_a_layer_of_some_examples_only_is_refused_there() -> None:
+    """A single row's norm would be added to every example's."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all, self.some = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hard = (x[:, 0] > 9).nonzero()[:, 0]
+            z = self.all(x)
+            return z.index_add(0, hard, self.some(x[hard])) if len(hard) else z
+
+    model, x = prepared(Net(Branch, (3,)))
+    examples, cotangents = ExampleGradients(Parameters(model), x), cotangents_for(model, x)
+    assert examples.supported
+    x[1, 0] = 10.0
+    with pytest.raises(IrregularLayerError):
+        examples.squared_norms(x, cotangents)
+    report = measure(model, Batches.from_tensors(x), ["fisher_trace"], Settings(trace_tolerance=0.0))
+    assert report.rows["fisher_trace"].details["method"] == "Hutchinson"
 
 
 EITHER = {

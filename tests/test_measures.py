@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches
@@ -919,6 +920,8 @@ def test_a_model_that_draws_at_random_is_refused() -> None:
         {"max_probes": 1},
         {"protocol": "exact"},
         {"rho_grid": (0.1, -1.0)},
+        {"target_error": 1e-200},
+        {"trace_tolerance": 1e-180},
         {"rho_grid": (math.nan,)},
         {"k_grid": (0,)},
         {"eta": 0.0},
@@ -1005,7 +1008,10 @@ def test_model_is_untouched_after_a_failure_anywhere(name: str, error: BaseExcep
             row = measure(Fragile(inner, n, error), case.batches(), [name], FAST).rows[name]
         except type(error):
             raised.append(n)
-        except UsageError as told:  # that a derivative is absent, and why
+        except (
+            UsageError,
+            DataError,
+        ) as told:  # that a derivative is absent or an example not taken, and why
             messages.append(str(told))
             raised.append(n)
         else:
@@ -1143,3 +1149,184 @@ def test_converged_protocol_fills_the_local_inconsistency_row() -> None:
     separate = measure(case.model, case.batches(), ["local_inconsistency_converged"]).rows
     assert rows["local_inconsistency"].details["protocol"] == "converged"
     assert rows["local_inconsistency"].value == separate["local_inconsistency_converged"].value
+
+
+# what a stranger's model, or settings, may do to the figures
+
+
+def test_examples_that_hang_together_are_refused() -> None:
+    """BatchNorm without running statistics: every figure would change with the batch size."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2))
+    x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    for batch_size in (2, 4, 12):
+        with pytest.raises(UsageError, match="hang on the others of its batch"):
+            measure(model, Batches.from_tensors(x, batch_size=batch_size), ["mean_entropy"])
+    usual = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    assert measure(usual, Batches.from_tensors(x), ["mean_entropy"]).rows["mean_entropy"].converged
+
+
+def test_an_example_that_the_model_does_not_take_is_told() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embedding(ids).mean(1))
+
+    ids = torch.zeros(7, 2, dtype=torch.int64)
+    ids[5, 0] = 5
+    with pytest.raises(DataError, match=r"fails on examples 4 to 6 of tensors .*index out of range"):
+        measure(Words(), Batches.from_tensors(ids, batch_size=4), ["mean_entropy"])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("local_inconsistency", {"rho": 1e-9}),
+        ("local_inconsistency", {"noise_scale": 1e-9}),
+        ("local_inconsistency", {"rho_grid": (1e-9,)}),
+        ("local_inconsistency_converged", {"rho": 1e-9}),
+        ("local_inconsistency_relative", {"rho": 1e-9}),
+        ("local_inconsistency_batchwise", {"rho": 1e-9}),
+        ("average_inconsistency", {"rho": 1e-9}),
+    ],
+)
+def test_a_perturbation_lost_to_rounding_is_refused(name: str, wrong: dict[str, Any]) -> None:
+    """θ + δ = θ in float32, whose S_ρ would be 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    settings = replace(Settings(num_starts=2), **wrong)
+    with pytest.raises(UsageError, match=r"rounding of float32 weights takes \d+% .*--dtype float64"):
+        measure(model, Batches.from_tensors(x), [name], settings)
+    row = measure(model.double(), Batches.from_tensors(x.double()), [name], settings).rows[name]
+    assert row.value is not None
+    assert row.value > 0
+
+
+def test_the_eigenvalue_of_a_saturated_network_needs_no_difference_step() -> None:
+    """The steps that would move its outputs by anything are longer than θ: exact products go on."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(6, 6), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(6, 3))
+    with torch.no_grad():
+        model[-1].bias.copy_(torch.tensor([40.0, 0.0, 0.0]))
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    names = ["fisher_lambda_max", "local_inconsistency_converged", "effective_rank"]
+    rows = measure(model, Batches.from_tensors(x), names).rows
+    exact = measure(
+        copy.deepcopy(model).double(), Batches.from_tensors(x.double()), ["fisher_lambda_max"]
+    ).rows["fisher_lambda_max"]
+    assert exact.value is not None
+    assert 0 < exact.value < 1e-12
+    assert rows["fisher_lambda_max"].converged
+    assert rows["fisher_lambda_max"].value == pytest.approx(exact.value, rel=0.01)
+    assert all(rows[name].value is not None for name in names)
+
+
+def test_batchwise_inconsistency_runs_no_more_examples_at_a_time_than_the_batches() -> None:
+    largest = 0
+
+    class Watched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal largest
+            largest = max(largest, len(x))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Watched(3, 4).double()
+    x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    name, settings = "local_inconsistency_batchwise", Settings(num_starts=2, sub_batch=8)
+    whole = measure(model, Batches.from_tensors(x, batch_size=20), [name], settings).rows[name]
+    largest = 0
+    pieces = measure(model, Batches.from_tensors(x, batch_size=3), [name], settings).rows[name]
+    assert largest == 3
+    assert pieces.value == pytest.approx(whole.value, rel=1e-9)
+    assert pieces.num_evals == pytest.approx(whole.num_evals)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(x, g)
+        return 3 * x * x * g
+
+    @staticmethod
+    @once_differentiable  # torch then drops the third derivative in silence
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+        x, g = ctx.saved_tensors
+        return 6 * x * g * h, 3 * x * x * h
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return Square.apply(ctx.saved_tensors[0], g)
+
+
+def test_derivatives_that_end_after_the_second_are_told() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(Cube.apply(self.first(x)))
+
+    torch.manual_seed(0)
+    batches = Batches.from_tensors(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(DerivativeError, match=r"^hessian_trace: a layer's derivatives end after the second"):
+        measure(Net(), batches, ["hessian_trace"])
+
+
+def test_what_limits_the_effective_rank_is_told() -> None:
+    case = BY_NAME["tanh-mlp"]
+    row = measure(case.model, case.batches(), ["effective_rank"], replace(FAST, max_iterations=1)).rows[
+        "effective_rank"
+    ]
+    assert not row.converged
+    assert "iterations" in row.details
+
+
+def test_no_spread_says_nothing_of_the_examples_needed() -> None:
+    model = nn.Linear(3, 2)
+    x = torch.ones(4, 3)
+    y = torch.full((4,), 1 - int(model(x[:1]).argmax()))
+    row = measure(model, Batches.from_tensors(x, y), ["error"], Settings(target_error=0.02)).rows["error"]
+    assert (row.value, row.stderr_examples) == (1.0, 0.0)
+    assert "examples_needed" not in row.details
+
+
+def test_no_more_than_is_empty_is_measured() -> None:
+    model = nn.Linear(3, 2)
+    model.register_parameter("empty", nn.Parameter(torch.zeros(0)))
+    with pytest.raises(UsageError, match="all parameters to be measured are empty: empty"):
+        measure(model, Batches.from_tensors(torch.ones(4, 3)), ["parameter_norm"], Settings(params="empty"))
+
+
+def test_an_input_that_the_first_layer_gives_no_gradient_leaves_the_other_measures() -> None:
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x @ w.T
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+            return None, g.T @ ctx.saved_tensors[0]
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return Opaque.apply(x, self.weight)
+
+    rows = measure(
+        Net(3, 2), Batches.from_tensors(torch.rand(4, 3)), ["input_jacobian_norm", "mean_entropy"]
+    ).rows
+    assert rows["input_jacobian_norm"].details["reason"] == "the outputs have no gradient by the inputs"
+    assert rows["mean_entropy"].value is not None

@@ -15,7 +15,7 @@ from torch import nn
 
 from gm_probe.cli import main
 from gm_probe.core.errors import UsageError
-from gm_probe.core.models import BUILT_IN, ModelSpec, build_model, logits_of, num_parameters
+from gm_probe.core.models import BUILT_IN, ModelSpec, build_model, logits_at, logits_of, num_parameters
 
 CIFAR = (3, 32, 32)
 NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")
@@ -240,7 +240,9 @@ def test_timm_missing_or_unknown() -> None:
 SOURCE = """
 from __future__ import annotations
 from dataclasses import dataclass
+import warnings
 import helper_of_user
+import torch
 from torch import nn
 
 @dataclass
@@ -258,6 +260,13 @@ def leaves():
 
 def returns_class():
     return nn.Linear
+
+def lazy():
+    return nn.LazyLinear(3)
+
+def traced():
+    with warnings.catch_warnings(action="ignore"):
+        return torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
 
 number = 3
 """
@@ -310,6 +319,8 @@ def test_callable_of_an_installed_module() -> None:
         ("returns_class", "returned type, not an nn.Module"),
         ("number", "TypeError"),
         ("absent", "has no attribute 'absent'"),
+        ("lazy", "parameter 'weight' is lazy; run the network on one example"),
+        ("traced", "returned a scripted module"),
     ],
 )
 def test_user_code_that_fails_is_named(folder: Path, attribute: str, reason: str) -> None:
@@ -390,8 +401,15 @@ def test_logits_of_every_kind_of_output() -> None:
         ((), "tuple"),
         (None, "NoneType"),
         (SimpleNamespace(logits=None), "NoneType"),
+        (torch.ones(2, 3, dtype=torch.int64), "torch.int64"),
     ],
 )
 def test_outputs_without_logits(output: Any, kind: str) -> None:
     with pytest.raises(UsageError, match=f"the model returned {kind}, not logits"):
         logits_of(output)
+
+
+def test_a_row_of_logits_for_each_example() -> None:
+    """A language model that flattens its tokens: sums over rows would be divided by the number of examples."""
+    with pytest.raises(UsageError, match=r"12 rows of logits for 4 example"):
+        logits_at(lambda x: x.flatten(0, 1), torch.rand(4, 3, 5))

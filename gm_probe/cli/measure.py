@@ -158,7 +158,7 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
 )
 @data_options
 @executor_options("local", "ray")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option(
     "--save",
     is_flag=True,
@@ -351,12 +351,12 @@ def measure(
                 results.append(result)
                 if not speaks:
                     continue
-                if density is not None:
-                    _draw_density(result, path.name, density)
                 if output is None:  # one checkpoint's table as soon as it is known
                     print_result(result)
                 if not quiet:
                     warn(result)
+                if density is not None:
+                    _draw_density(result, path.name, density)
         finally:  # an error costs what it struck, not what is done
             if output == "json" and results and speaks:
                 print_json(results)

@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )
 @data_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the subset.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the subset."
+)
 @format_options
 def pairs(
     checkpoints: tuple[Path, ...],

@@ -135,14 +135,22 @@ class Batches:
         """Batches over tensors x (N, ...) and y (N,) that are already what the model takes.
 
         Raises:
-            DataError: x is uint8, which elsewhere are pixels, and are scaled to [0, 1].
+            DataError: x is uint8, which elsewhere are pixels, and are scaled to [0, 1]; y is no class index for each.
         """
         if x.dtype == torch.uint8:
             raise DataError(
                 "x is uint8: give what the model takes, x.float() / 255 or x.long(), or Examples with a Normalization"
             )
+        if y is not None and (
+            y.shape != (len(x),) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool
+        ):
+            raise DataError(
+                f"y is {y.dtype} of shape {tuple(y.shape)} for {len(x)} examples; give a class index for each, "
+                f"whole numbers of shape ({len(x)},)"
+            )
         device, dtype = x.device, x.dtype if x.is_floating_point() else torch.float32
-        return cls(Examples(x, y, (), "tensors"), device=device, dtype=dtype, **options)  # type: ignore[arg-type]
+        y = None if y is None else y.to(torch.int64)
+        return cls(Examples(x.detach(), y, (), "tensors"), device=device, dtype=dtype, **options)  # type: ignore[arg-type]
 
     @property
     def num_examples(self) -> int:

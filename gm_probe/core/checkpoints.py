@@ -172,6 +172,9 @@ def _check_tensors(path: Path, state: Mapping[str, Tensor], size: int) -> None:
             raise CheckpointError(f"{path}: tensor {_plain(name)!r} {problem}")
 
 
+NOT_FINITE = "NaN or infinite value(s); use an earlier checkpoint"
+
+
 def _problem(value: Tensor, size: int) -> str | None:
     """Why a tensor from a file of ``size`` bytes cannot serve as weights."""
     if value.is_meta:
@@ -193,8 +196,9 @@ def _problem(value: Tensor, size: int) -> str | None:
     pieces = value.reshape(-1).split(
         2**20
     )  # a mask over all of it, and what it takes, would be twice the file
-    bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
-    return f"has {bad} NaN or infinite value(s); use an earlier checkpoint" if bad else None
+    # −∞ is a mask's, where the tensor turns out to be a buffer (``fitting``)
+    bad = sum(int((~(torch.isfinite(piece) | torch.isneginf(piece))).sum()) for piece in pieces)
+    return f"has {bad} {NOT_FINITE}" if bad else None
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -233,9 +237,14 @@ def fitting(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; check --model"
         )
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, value in state.items():
         if expected[name].is_floating_point() and not value.is_floating_point():
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is {value.dtype}, not floating point")
+        if name not in buffers and value.is_floating_point() and value.numel():
+            infinite = int(torch.isneginf(value.float() if value.element_size() == 1 else value).sum())
+            if infinite:
+                raise CheckpointError(f"{checkpoint.path}: tensor {name!r} has {infinite} {NOT_FINITE}")
     return state
 
 

@@ -12,7 +12,7 @@ from gm_probe.core.checkpoints import Checkpoint, fitting, load_weights
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import generators_kept
 from gm_probe.core.errors import CheckpointError, DataError, UsageError
-from gm_probe.core.models import ModelSpec, build_model
+from gm_probe.core.models import ModelSpec, build_model, is_user_code
 
 
 def load_model(
@@ -22,6 +22,7 @@ def load_model(
     input_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
     temperature: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Build the checkpoint's model and load its weights.
 
@@ -31,6 +32,7 @@ def load_model(
         input_shape: of one example, for built-in models without a record.
         num_classes: None infers it from the record, or from the rows of the last weight matrix.
         temperature: of a SimCLR model (``ModelSpec``); None = the recorded one.
+        dtype: of the model, before it takes the weights; None = as it is built.
 
     Raises:
         UsageError: no name is known, or the recorded one is a user's own code.
@@ -59,12 +61,11 @@ def load_model(
         input_shape = input_shape or recorded.input_shape
         num_classes = num_classes or recorded.num_classes
         temperature = temperature or recorded.temperature
-    spec = ModelSpec(
-        name, input_shape or (3, 32, 32), num_classes or _rows_of_last_matrix(checkpoint), temperature
-    )
-    if (
-        not spec.is_user_code
-    ):  # before it takes memory: the record, or a head, may claim a network of any size
+    if num_classes is None and not (is_user_code(name) and temperature is None):  # which builds what it will
+        num_classes = _rows_of_last_matrix(checkpoint)
+    spec = ModelSpec(name, input_shape or (3, 32, 32), num_classes or 0, temperature)
+    if not spec.is_user_code:
+        # before it takes memory: the record, or a head, may claim a network of any size
         try:
             with torch.device("meta"):
                 fitting(build_model(spec), checkpoint)
@@ -73,7 +74,7 @@ def load_model(
                 raise
             raise CheckpointError(f"{checkpoint.path} records a network that cannot be: {error}") from error
     with generators_kept():  # initial weights are overwritten; the caller's draws stay its own
-        model = build_model(spec)
+        model = build_model(spec).to(dtype)
     load_weights(model, checkpoint)
     if len(spec.input_shape) == 3:
         model.to(memory_format=torch.channels_last)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gm_probe.core.contrastive import Contrastive, as_encoder, projector
 from gm_probe.core.devices import generators_kept
@@ -311,6 +312,15 @@ def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
                 sys.path.remove(folder)
         if not isinstance(model, nn.Module):
             raise UsageError(f"--model {name} returned {type(model).__name__}, not an nn.Module")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise UsageError(
+                f"--model {name} returned a scripted module, which takes no moved weights; return its source"
+            )
+        lazy = [key for key, p in model.named_parameters() if is_lazy(p)]
+        if lazy:
+            raise UsageError(
+                f"--model {name}: parameter {lazy[0]!r} is lazy; run the network on one example before returning it"
+            )
         return model
 
     return build
@@ -332,16 +342,21 @@ def logits_at(function: Callable[[Tensor], Any], x: Tensor) -> Tensor:
     """The (B, C) logits that ``function`` makes of x, which is left untouched: it may begin by an operation in place.
 
     Raises:
-        UsageError: as ``logits_of``.
+        UsageError: as ``logits_of``, or not a row for each example.
     """
-    return logits_of(function(x.clone()))
+    logits = logits_of(function(x.clone()))
+    if len(logits) != len(x):
+        raise UsageError(
+            f"the model returned {len(logits)} rows of logits for {len(x)} example(s); wrap it to return one each"
+        )
+    return logits
 
 
 def logits_of(output: Any) -> Tensor:
     """The (B, C) logits in a model's output: a tensor, ``.logits``, ``['logits']`` or a tuple's first.
 
     Raises:
-        UsageError: nothing of that kind is there.
+        UsageError: nothing of that kind is there, or whole numbers.
     """
     if hasattr(output, "logits"):
         output = output.logits
@@ -352,4 +367,6 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() != 2:
         kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UsageError(f"the model returned {kind}, not logits of shape (B, C); wrap it to return them")
+    if not output.is_floating_point():
+        raise UsageError(f"the model returned {output.dtype}, not logits; wrap it to return them")
     return output

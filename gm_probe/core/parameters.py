@@ -53,13 +53,22 @@ class Parameters:
                 )
         self._sizes = [p.numel() for p in self.named.values()]
         self.size = sum(self._sizes)
+        if not self.size:
+            raise UsageError(f"all parameters to be measured are empty: {', '.join(list(self.named)[:3])}")
 
     def check_finite(self) -> None:
-        """Raise CheckpointError naming the first parameter or buffer that holds NaN or infinity."""
-        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
-        for name, value in tensors:
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise CheckpointError(f"tensor {name!r} of the model holds NaN or infinite values")
+        """Raise CheckpointError naming the first parameter or buffer that holds NaN or infinity.
+
+        Buffers may hold −∞, as attention's masks do: as a statistic it would show in the outputs.
+        """
+        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if not value.is_floating_point():
+                continue
+            masked = not isinstance(value, nn.Parameter)
+            if not bool((torch.isfinite(value) | (masked & torch.isneginf(value))).all()):
+                raise CheckpointError(
+                    f"tensor {name!r} of the model holds NaN or infinite values; use an earlier checkpoint"
+                )
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Cut a (P,) vector into views of the parameters' shapes."""
@@ -98,6 +107,12 @@ class Parameters:
         tensors = {**rest, **values}
         placed = {place: tensors[name] for place, name in _places(self.model)}
         return logits_at(lambda x: functional_call(self.model, placed, (x,), tie_weights=False), x)
+
+    def rounding(self, norm: float) -> float:
+        """Which share of a step of length ``norm`` in a random direction θ + δ loses to rounding in θ's dtype."""
+        step = self.random(norm, torch.Generator().manual_seed(0))
+        weights = self.join(self.values().values())
+        return float(((weights + step) - weights - step).norm()) / max(float(step.norm()), 1e-300)
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:
         """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""

@@ -9,7 +9,7 @@ not for GELU, sigmoids, attention, layer norm or a weight used twice in sequence
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -205,11 +205,23 @@ def _barred(node: fx.Node, forms: Mapping[fx.Node, _Form]) -> str | None:
         return None
     if torch.Tag.nondeterministic_seeded in node.target.tags:
         return f"{node.target.overloadpacket} draws at random"
+    if torch.Tag.dynamic_output_shape in node.target.tags and not _counts_nothing(node):
+        return f"{node.target.overloadpacket} picks by the data what is computed, be it nothing"
     # left over where functionalization does not reach: views of what it changes are not followed
     writes = node.target._schema.is_mutable and torch.Tag.inplace_view not in node.target.tags
     if writes and _joined((node.args, node.kwargs), forms).names:
         return f"{node.target.overloadpacket} writes to a tensor in place"
     return None
+
+
+def _counts_nothing(node: fx.Node) -> bool:
+    """Whether it is an indexing by whole numbers, whose result has a shape that no data change."""
+    if node.target is not torch.ops.aten.index.Tensor:
+        return False
+    indices = node.args[1]
+    assert isinstance(indices, Sequence)
+    chosen = (index.meta["val"].dtype for index in indices if isinstance(index, fx.Node))
+    return not any(dtype in (torch.bool, torch.uint8) for dtype in chosen)
 
 
 def _joined(argument: Any, forms: Mapping[fx.Node, _Form]) -> _Form:

@@ -151,7 +151,7 @@ def _corrected(probe: Probe, fisher: Trace) -> Trace:
 
 def effective_rank(probe: Probe) -> Figure:
     """tr F / λ_max(F): over how many directions the curvature is spread."""
-    (top, top_error, top_examples, top_converged, _), _ = _fisher_largest(probe)
+    (top, top_error, top_examples, top_converged, top_details), _ = _fisher_largest(probe)
     total, error, examples, converged, details = fisher_trace(probe)
     assert top is not None
     assert total is not None
@@ -159,6 +159,9 @@ def effective_rank(probe: Probe) -> Figure:
         return None, None, None, False, {"reason": "λ_max(F) is not positive"}
     ratio = total / top
     estimator = ratio * math.hypot((error or 0.0) / total, (top_error or 0.0) / top)
+    # of the part that limits it
+    if not top_converged or (converged and (top_error or 0.0) / top > (error or 0.0) / total):
+        details = top_details
     # numerator and denominator share the examples; taken as independent, which errs high
     both = (
         None if examples is None or top_examples is None else math.hypot(examples / total, top_examples / top)

@@ -121,6 +121,28 @@ def require_symmetric(product: Way, few: Arguments, in_float64: Arguments) -> No
         )
 
 
+def require_terms(terms: Way, product: Way, in_float64: Arguments) -> None:
+    """Raise DerivativeError where the examples' ``terms`` do not add up to vᵀ of the ``product`` H v.
+
+    They are derivatives of the product by weights on the examples: a layer whose second derivative is right may have no
+    third, and torch.autograd.function.once_differentiable then drops it in silence.
+    """
+    v = in_float64[0]
+    try:
+        total, whole = float(terms(*in_float64).sum()), product(*in_float64).double()
+    except Exception as error:  # a layer that insists on its dtype
+        if out_of_memory(error):
+            raise
+        return
+    expected = float(whole @ v)
+    # of saturated outputs (curvatures of 1e-30) rounding alone takes a few percent
+    rounding = max(1e-4 * max(abs(total), abs(expected)), 1e-6 * float(whole.norm() * v.norm()), 1e-12)
+    if abs(total - expected) > rounding:
+        raise DerivativeError(
+            f"a layer's derivatives end after the second, so that examples' own curvature is wrong; {REMEDY}"
+        )
+
+
 def _require_product(product: Way, few: Arguments) -> None:
     try:
         product(*few)

@@ -87,7 +87,7 @@ def _norm(module: nn.Module, name: str, a: Tensor, g: Tensor) -> Tensor:
 
 
 def _embedding(module: nn.Embedding, name: str, a: Tensor, g: Tensor) -> Tensor:
-    a, g = a.flatten(1), g.reshape(len(g), -1, g.shape[-1])
+    a, g = a.reshape(len(a), -1), g.reshape(len(g), -1, g.shape[-1])
     same = a[:, :, None] == a[:, None, :]
     if module.padding_idx is not None:
         same &= (a != module.padding_idx)[:, :, None]
@@ -130,8 +130,8 @@ def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Tensor | None]) ->
             handle.remove()
 
 
-class RepeatedLayerError(RuntimeError):
-    """A layer ran twice on a batch, though once on the examples that the rules were tried on."""
+class IrregularLayerError(RuntimeError):
+    """A layer ran twice on a batch, or on some of its examples, though once on all that the rules were tried on."""
 
 
 class ExampleGradients:
@@ -180,7 +180,7 @@ class ExampleGradients:
         """(K, B) squared gradient norms of cᵀz_x for cotangents (K, B, C), from one forward pass.
 
         Raises:
-            RepeatedLayerError: on these examples no rule holds.
+            IrregularLayerError: on these examples no rule holds.
         """
         result = cotangents.new_zeros(cotangents.shape[:2])
         row = 0
@@ -189,7 +189,7 @@ class ExampleGradients:
             for name in names:
                 result[row] += _RULES[type(module)](module, name, a.detach(), g)
 
-        with torch.enable_grad(), self._tapped(collect) as leaves:
+        with torch.enable_grad(), self._tapped(collect, len(x)) as leaves:
             logits = self.parameters.logits(x, self.parameters.values())  # weights need no gradient here
             for row, cotangent in enumerate(cotangents):
                 if logits.requires_grad:
@@ -202,16 +202,21 @@ class ExampleGradients:
 
     @contextmanager
     def _tapped(
-        self, collect: Callable[[nn.Module, list[str], Tensor, Tensor], None]
+        self, collect: Callable[[nn.Module, list[str], Tensor, Tensor], None], rows: int
     ) -> Iterator[list[Tensor]]:
-        """Hooks that hand every layer's input and output gradient to ``collect``; yields what to differentiate by."""
+        """Hooks that hand every layer's input and output gradient to ``collect``; yields what to differentiate by.
+
+        ``rows``: examples, of each of which a layer must see one.
+        """
         leaves: list[Tensor] = []
         calls: Counter[nn.Module] = Counter()
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             calls[module] += 1
             if calls[module] > 1:
-                raise RepeatedLayerError("its two gradients add before they are squared")
+                raise IrregularLayerError("its two gradients add before they are squared")
+            if len(args[0]) != rows or len(output) != rows:
+                raise IrregularLayerError("a row cannot be told to be an example's")
             fresh = not output.requires_grad
             if fresh:  # nothing before it has a gradient; a copy, for a leaf may not be written in place
                 leaves.append(output.detach().requires_grad_())
@@ -256,7 +261,7 @@ class ExampleGradients:
 
     def _holds(self, x: Tensor) -> bool:
         """Whether the rules give what plain reverse mode does, on the few examples ``x``."""
-        with suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):
+        with suppress(NotImplementedError, RuntimeError, ValueError, AttributeError, LookupError, TypeError):
             values = self.parameters.leaves()
             with torch.enable_grad():
                 logits = self.parameters.logits(x, values)

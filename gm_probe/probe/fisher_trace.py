@@ -14,7 +14,7 @@ from gm_probe.core.batches import Batches, cut
 from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import everywhere, gather_examples
-from gm_probe.probe.example_gradients import ExampleGradients, RepeatedLayerError
+from gm_probe.probe.example_gradients import ExampleGradients, IrregularLayerError
 from gm_probe.probe.trace import Trace
 from gm_probe.probe.work import FORWARD, Work
 
@@ -109,7 +109,7 @@ def fisher_trace(
     examples = ExampleGradients(parameters, next(iter(batches)).x)
     if not everywhere(examples.supported, clean.device):
         return None
-    with suppress(RepeatedLayerError):
+    with suppress(IrregularLayerError):
         return _by_examples(examples, batches, clean, work, generator, tolerance, max_probes)
     return None
 
@@ -132,7 +132,7 @@ def _by_examples(
         """(K, N) squared norms for ``pieces`` (some of K, B, C) of each batch's root; ``summed``, a row for each piece.
 
         Raises:
-            RepeatedLayerError: in all processes, where one of them met such examples.
+            IrregularLayerError: in all processes, where one of them met such examples.
         """
         rows = []
         held = True
@@ -143,12 +143,12 @@ def _by_examples(
                     found = examples.squared_norms(batch.x, cotangents.to(clean.dtype)).double()
                     norms.append(found.sum(0, keepdim=True) if summed else found)
                     work.add(FORWARD + len(cotangents) * examples.passes, len(part))
-            except RepeatedLayerError:
+            except IrregularLayerError:
                 held = False
                 break
             rows.append(torch.cat(norms))
         if not everywhere(held, clean.device):
-            raise RepeatedLayerError
+            raise IrregularLayerError
         result = gather_examples(torch.cat(rows, 1).T).T
         if not bool(torch.isfinite(result).all()):
             raise DivergedError("an example's gradient is not finite; try --dtype float64")

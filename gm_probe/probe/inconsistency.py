@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gm_probe.core.batches import cut
+from gm_probe.core.errors import UsageError
 from gm_probe.probe.ascent import Maximum, ascend, kl_gradient, maximize, to_sphere
 from gm_probe.probe.kl import kl_divergence
 from gm_probe.probe.outputs import parameter_norm
@@ -19,6 +20,22 @@ from gm_probe.probe.work import FORWARD, GRADIENT
 
 NOISE_STARTS = 2
 """Of a converged maximum, beside the two from ± the Fisher matrix's top eigenvector."""
+
+
+LOST = 0.1
+"""Share of a perturbation that may be lost to rounding: of small networks S_ρ/ρ² then stays within a percent."""
+
+
+def _require_resolved(probe: Probe, *lengths: float) -> None:
+    """Raise UsageError where θ + δ is rounded to something else, be it θ, for δ of one of these ``lengths``."""
+    for length in lengths:
+        share = probe.parameters.rounding(length)
+        if share > LOST:
+            dtype = str(probe.parameters.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"rounding of {dtype} weights takes {min(share, 1):.0%} of a perturbation of length {length:g}; raise "
+                "--rho or --noise-scale, or use --dtype float64"
+            )
 
 
 def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Figure:
@@ -41,6 +58,7 @@ def paper(probe: Probe) -> Figure:
     """
     settings = probe.settings
     radii = sorted({settings.rho, *settings.rho_grid})
+    _require_resolved(probe, settings.noise_scale, *radii)
     steps = sorted({settings.k_steps, *settings.k_grid})
     ends: list[Tensor] = []
     grid: dict[tuple[float, int], list[float]] = {(rho, k): [] for rho in radii for k in steps}
@@ -78,6 +96,7 @@ def converged(probe: Probe) -> Figure:
     is of the paper's protocol.
     """
     settings = probe.settings
+    _require_resolved(probe, settings.noise_scale, settings.rho, *settings.rho_grid)
     # noise guards against a poor v₁, and finds other maxima; it is flat: one step of Algorithm 1 first, for every ρ
     noise = [probe.divergence.gradient(start) for start in islice(probe.starts(), NOISE_STARTS)]
     figure = _converged_at(probe, settings.rho, noise)
@@ -147,6 +166,7 @@ def relative(probe: Probe) -> Figure:
     length, *_ = parameter_norm(probe)
     assert length is not None
     radius = probe.settings.rho * length
+    _require_resolved(probe, probe.settings.noise_scale, radius)
     ends = (
         ascend(probe.divergence.gradient, start, radius, probe.settings.k_steps) for start in probe.starts()
     )
@@ -168,30 +188,39 @@ def adaptive(probe: Probe) -> Figure:
 def batchwise(probe: Probe) -> Figure:
     """The paper's protocol with a perturbation of its own for every m examples (m-sharpness, Foret 2021)."""
     settings, parameters = probe.settings, probe.parameters
+    _require_resolved(probe, settings.noise_scale, settings.rho)
     batches = probe.batches.of_size(settings.sub_batch)
     all_terms = []
     for start in probe.starts():
         terms = []
         for batch, clean in zip(batches, cut(probe.clean, batches), strict=True):
-            slope = _gradient_on(probe, batch.x, clean)
-            delta = ascend(slope, start, settings.rho, settings.k_steps)
-            with torch.no_grad():
-                terms.append(kl_divergence(clean, parameters.logits(batch.x, parameters.moved(delta))))
-            probe.work.add(FORWARD, len(clean))
+            # no more at a time than memory was found to hold
+            pieces = list(zip(*(t.split(probe.batches.batch_size) for t in (batch.x, clean)), strict=True))
+            delta = ascend(_gradient_on(probe, pieces), start, settings.rho, settings.k_steps)
+            for x, part in pieces:
+                with torch.no_grad():
+                    terms.append(kl_divergence(part, parameters.logits(x, parameters.moved(delta))))
+                probe.work.add(FORWARD, len(part))
         all_terms.append(torch.cat(terms))
     return _over_starts(all_terms, "start", sub_batch=settings.sub_batch)
 
 
-def _gradient_on(probe: Probe, x: Tensor, clean: Tensor) -> Callable[[Tensor], Tensor]:
+def _gradient_on(probe: Probe, pieces: list[tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+    """The gradient of the summed divergence over pairs of inputs (B, ...) and their clean logits (B, C)."""
+
     def gradient(offset: Tensor) -> Tensor:
-        probe.work.add(GRADIENT, len(clean))
-        return kl_gradient(probe.parameters, x, clean, offset)[1]
+        total = torch.zeros_like(offset)
+        for x, clean in pieces:
+            total += kl_gradient(probe.parameters, x, clean, offset)[1]
+            probe.work.add(GRADIENT, len(clean))
+        return total
 
     return gradient
 
 
 def average(probe: Probe) -> Figure:
     """A_ρ = E mean KL(f_θ ‖ f_{θ+ε}) over ε ~ N(0, ρ²I/P): what the maximum is compared with."""
+    _require_resolved(probe, probe.settings.rho)
     generator = probe.generator("average")
     draws = (probe.parameters.random(probe.settings.rho, generator) for _ in range(probe.settings.num_starts))
     return _over_starts(map(probe.divergence.terms, draws), "draw")

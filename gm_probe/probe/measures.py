@@ -330,7 +330,8 @@ def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float
     if target_error and value and example_error is not None:
         ratio = example_error / (target_error * abs(value))
         images = 2 if batches.coupled else 1  # two views of an image
-        details["examples_needed"] = math.ceil(batches.total / images * ratio**2)
+        if ratio > 0:  # without a spread nothing can be told
+            details["examples_needed"] = math.ceil(batches.total / images * ratio**2)
     return Estimate(
         **found, converged=converged and value is not None, num_evals=round(cost, 3), details=details
     )

@@ -25,6 +25,7 @@ from gm_probe.probe.derivatives import (
     first_adjoint,
     gradients,
     require_symmetric,
+    require_terms,
 )
 from gm_probe.probe.nestable import Nestable
 from gm_probe.probe.speed import TRIAL, clearly_faster
@@ -267,6 +268,8 @@ def _curvature(
             in_float64 = _few_in_float64(v, x, d, whole=batches.coupled)
             if not chosen:
                 require_symmetric(reverse_product, few, in_float64)
+            if reference is reverse_terms:
+                require_terms(reverse_terms, reverse_product, in_float64)
             trusted = agree(cheap, reference, few, in_float64)
             slower = trusted and clearly_faster(lambda: reference(*few), lambda: cheap(*few), v.device)
             chosen[reference] = cheap if trusted and not slower else reference

@@ -14,6 +14,7 @@ from gm_probe.core.processes import gather_examples
 from gm_probe.probe.probe import Figure, Probe, example_error
 from gm_probe.probe.work import FORWARD, GRADIENT
 
+NO_INPUT_GRADIENT = "the outputs have no gradient by the inputs"
 SHIFT = 4  # pixels, as in the usual crop augmentation
 
 
@@ -47,9 +48,11 @@ def input_jacobian_norm(probe: Probe) -> Figure:
         with torch.enable_grad():
             p = probe.differentiable.logits(x, probe.parameters.values()).softmax(1)
             if not p.requires_grad:
-                return None, None, None, False, {"reason": "the outputs have no gradient by the inputs"}
+                return None, None, None, False, {"reason": NO_INPUT_GRADIENT}
             for c in range(p.shape[1]):
-                [g] = torch.autograd.grad(p[:, c].sum(), x, retain_graph=True)
+                [g] = torch.autograd.grad(p[:, c].sum(), x, retain_graph=True, allow_unused=True)
+                if g is None:
+                    return None, None, None, False, {"reason": NO_INPUT_GRADIENT}
                 squares += g.double().flatten(1).square().sum(1)
         probe.work.add(FORWARD + p.shape[1] * (GRADIENT - FORWARD), len(clean))
         rows.append(squares)

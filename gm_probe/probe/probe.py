@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.errors import DataError, DivergedError, UsageError
+from gm_probe.core.errors import (
+    DataError,
+    DivergedError,
+    ProbeError,
+    UsageError,
+    first_line,
+    out_of_memory,
+)
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import gather_examples
 from gm_probe.probe.affine import Verdict, affine_in_each_parameter
@@ -30,6 +37,9 @@ Protocol = Literal["paper", "converged"]
 T = TypeVar("T")
 DRAFT = 40
 """Difference products before exact ones go on: of CIFAR-10 networks 8 to 14 are enough."""
+
+LEAST_TOLERANCE = 1e-16
+"""Relative; float64 has no digits for less, and squares of its inverse may overflow."""
 
 KEPT = 0.25
 """Of the memory, what the Hessian's products may keep from one to the next."""
@@ -95,8 +105,8 @@ class Settings:
                 raise UsageError(f"{name} must be positive and finite, not {value}")
         for name in ("ascent_tolerance", "eigen_tolerance", "trace_tolerance", "target_error"):
             value = getattr(self, name)
-            if not value >= 0 or not math.isfinite(value):
-                raise UsageError(f"{name} must be 0 or positive, not {value}")
+            if not (value == 0 or value >= LEAST_TOLERANCE) or not math.isfinite(value):
+                raise UsageError(f"{name} must be 0 or at least {LEAST_TOLERANCE:g}, and finite, not {value}")
         if self.protocol not in get_args(Protocol):
             raise UsageError(f"protocol must be {' or '.join(get_args(Protocol))}, not {self.protocol!r}")
         if self.min_probes < 2 or self.max_probes < 2:
@@ -153,6 +163,12 @@ def example_error(terms: Tensor) -> float | None:
     return float(terms.double().std()) / math.sqrt(len(terms)) if len(terms) > 1 else None
 
 
+def _same(logits: Tensor, again: Tensor) -> bool:
+    """To a tolerance: threaded reductions, and those over batches of another size, may differ in the last bits."""
+    tolerance = torch.finfo(logits.dtype).eps ** 0.6  # 7e-5 in float32, 4e-10 in float64
+    return bool(torch.allclose(logits, again, rtol=tolerance, atol=tolerance * float(logits.abs().max())))
+
+
 class Probe:
     """A model over a probe set, with what several measures share: outputs, labels, the top Fisher eigenpair."""
 
@@ -194,21 +210,51 @@ class Probe:
         return found
 
     def _outputs(self) -> Tensor:
-        rows = []
+        rows: list[Tensor] = []
         with torch.no_grad():
             for batch in self.batches:
-                rows.append(self.parameters.logits(batch.x))
+                try:
+                    rows.append(self.parameters.logits(batch.x))
+                except Exception as error:  # whatever a stranger's forward raises
+                    if isinstance(error, ProbeError) or out_of_memory(error):
+                        raise
+                    start = self.batches.first + sum(map(len, rows))
+                    raise DataError(
+                        f"the model fails on examples {start} to {start + len(batch.x) - 1} of "
+                        f"{self.batches.examples.source} ({first_line(error)}); leave out what it does not take"
+                    ) from error
                 self.work.add(FORWARD, len(rows[-1]))
         return torch.cat(rows)
+
+    def _require_independent(self, clean: Tensor) -> None:
+        """Raise UsageError where an example's outputs hang on its batch: so would every measure."""
+        x = next(iter(self.batches)).x
+        if self.batches.coupled or len(x) < 2:
+            return
+        few = x[: min(TRIAL, len(x) // 2)]
+        cause: Exception | None = None
+        try:
+            with torch.no_grad():
+                if _same(clean[: len(few)], self.parameters.logits(few)):
+                    return
+        except Exception as error:  # BatchNorm has no statistics of a single value
+            if isinstance(error, ProbeError) or out_of_memory(error):
+                raise
+            cause = error
+        raise UsageError(
+            "an example's outputs hang on the others of its batch "
+            f"({'as of BatchNorm without running statistics' if cause is None else first_line(cause)}), and so would "
+            "what is measured; give the model statistics of its own"
+        ) from cause
 
     @cached_property
     def clean(self) -> Tensor:
         """(n, C) logits at θ of this process's examples.
 
         Raises:
-            UsageError: one class only.
+            UsageError: one class only; an example's outputs hang on its batch.
             DivergedError: some are not finite.
-            DataError: two passes over the data differ.
+            DataError: two passes over the data differ; the model does not take some.
         """
         first, again = self._outputs(), self._outputs()
         if first.shape[1] < 2:
@@ -220,10 +266,9 @@ class Probe:
             raise DivergedError(
                 f"the model's output on example {row} is not finite; check weights and normalisation"
             )
-        # tolerance, not equality: threaded reductions may differ in the last bits
-        tolerance = torch.finfo(first.dtype).eps ** 0.6  # 7e-5 in float32, 4e-10 in float64
-        if not torch.allclose(first, again, rtol=tolerance, atol=tolerance * float(first.abs().max())):
+        if not _same(first, again):
             raise DataError("two passes over the data gave different outputs; no shuffling, no random layers")
+        self._require_independent(first)
         return first
 
     def mean(self, values: Tensor) -> Figure:
@@ -275,15 +320,21 @@ class Probe:
     @cached_property
     def fisher_draft(self) -> Eigenpair:
         """The Fisher matrix's top eigenpair by difference products: good to start an ascent from."""
-        draft = replace(self.fisher, matvec=FisherByDifference(self.divergence))
-        # a difference product's own error, half a percent, is no tolerance to wait for; where it is more, as on tiny
-        # networks, the draft stalls
-        return lanczos(
-            draft,
-            generator=self.generator("fisher"),
-            tolerance=max(self.settings.eigen_tolerance, 0.01),
-            max_iterations=min(self.settings.max_iterations, DRAFT),
-        )
+
+        def drafted(operator: Operator) -> Eigenpair:
+            # a difference product's own error, half a percent, is no tolerance to wait for; where it is more, as on
+            # tiny networks, the draft stalls
+            return lanczos(
+                operator,
+                generator=self.generator("fisher"),
+                tolerance=max(self.settings.eigen_tolerance, 0.01),
+                max_iterations=min(self.settings.max_iterations, DRAFT),
+            )
+
+        try:
+            return drafted(replace(self.fisher, matvec=FisherByDifference(self.divergence)))
+        except DivergedError:  # as its steps may, of a deep network
+            return drafted(self.fisher)
 
     @cached_property
     def fisher_top(self) -> Eigenpair:

@@ -60,6 +60,8 @@ class Krylov:
             for q in self.basis:
                 w -= (q.double() @ w) * q
         self._next, self._norm = w, float(w.norm())
+        if not np.isfinite(self._norm):
+            raise DivergedError("a curvature product's length is not finite; try --dtype float64")
         self.off_diagonal.append(self._norm)
         scale = max(map(abs, (*self.diagonal, *self.off_diagonal[:-1], 1e-300)))
         lost = self._norm <= 4 * torch.finfo(self.operator.dtype).eps * scale

@@ -87,7 +87,12 @@ def open_subject(
     check_fit(checkpoint, examples)
     shape = tuple(examples.x.shape[1:])
     model = load_model(
-        checkpoint, model_name, input_shape=shape, num_classes=num_classes, temperature=temperature
+        checkpoint,
+        model_name,
+        input_shape=shape,
+        num_classes=num_classes,
+        temperature=temperature,
+        dtype=dtype,
     )
     chosen = choose_normalization(checkpoint, examples, normalization)
     device = torch.device(device)
@@ -102,6 +107,8 @@ def open_subject(
         return Subject(model, name, views, 2 * batch_size - 1, checkpoint.classes, checkpoint.model)
     batches = Batches(examples, chosen, batch_size=batch_size, device=device, dtype=dtype)
     classes = _num_outputs(model, batches, model_name or path)
+    if num_classes is not None and num_classes != classes:
+        raise UsageError(f"{model_name or path} has {classes} outputs, not --num-classes {num_classes}")
     # an array file names no classes: its labels need only lie below the number of outputs
     if examples.y is not None and examples.classes and len(examples.classes) != classes:
         raise DataError(
@@ -346,7 +353,9 @@ def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
     except Exception as error:  # whatever a stranger's forward raises: torchvision's ViT asserts
         if out_of_memory(error):
             raise
+        remedies = ["--image-size and --channels"] if first.dim() == 4 else ["the data's shape"]
+        remedies += ["--dtype float32"] if first.dtype == torch.float64 else []
         raise DataError(
             f"{name} does not take examples of shape {tuple(first.shape[1:])} from {batches.examples.source}: "
-            f"{first_line(error)}; see --image-size and --channels"
+            f"{first_line(error)}; see {' and '.join(remedies)}"
         ) from error
