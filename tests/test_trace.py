@@ -14,6 +14,7 @@ from test_operators import build, dense_terms
 from test_spectrum import operator_of
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.nn import functional
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DivergedError
@@ -531,18 +532,21 @@ def test_seed_matters() -> None:
 
 
 def test_none_where_examples_have_no_gradients_of_their_own() -> None:
-    class Batchwide(nn.Module):
+    class Paired(nn.Module):
+        """Its weights are used beside their layer, and it takes no example by itself."""
+
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            z = self.layer(x)
-            return z - z.mean(0)
+            if len(x) < 2:
+                raise ValueError("a single example")
+            return functional.linear(x, self.layer.weight, self.layer.bias)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, x = Batchwide().double().eval(), torch.randn(9, 3, dtype=torch.float64)
+        model, x = Paired().double().eval(), torch.randn(9, 3, dtype=torch.float64)
     parameters, batches = Parameters(model), Batches.from_tensors(x)
     assert fisher_trace(parameters, batches, model(x).detach(), Work(9), generator=seeded(0)) is None
     # then Hutchinson takes over
