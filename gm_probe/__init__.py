@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gm_probe.core.errors import DataError as DataError
     from gm_probe.core.errors import DerivativeError as DerivativeError
     from gm_probe.core.errors import DivergedError as DivergedError
+    from gm_probe.core.errors import PrecisionError as PrecisionError
     from gm_probe.core.errors import ProbeError as ProbeError
     from gm_probe.core.errors import ResourceError as ResourceError
     from gm_probe.core.errors import StorageError as StorageError
@@ -71,6 +72,7 @@ _HOMES = {
         "DataError",
         "DerivativeError",
         "DivergedError",
+        "PrecisionError",
         "ProbeError",
         "ResourceError",
         "StorageError",

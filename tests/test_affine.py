@@ -342,7 +342,15 @@ CURVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "branch on a parameter": (
         lambda: Net(lambda layers, x: layers[0](x) if layers[0].weight.sum() > 0 else x, linear()),
-        "the network could not be traced (",
+        "Tensor.__bool__ takes data out of torch",
+    ),
+    "a path chosen by a list": (
+        lambda: Net(lambda layers, x: layers[0](x) if max(x[:, 0].tolist()) < 9 else x, linear()),
+        "Tensor.tolist takes data out of torch",
+    ),
+    "a path chosen by NumPy": (
+        lambda: Net(lambda layers, x: layers[0](x) if x[:, 0].numpy().max() < 9 else x, linear()),
+        "Tensor.numpy takes data out of torch",
     ),
     "not logits": (
         lambda: Net(lambda layers, x: layers[0](x)[0], linear()),

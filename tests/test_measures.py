@@ -24,7 +24,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.errors import CheckpointError, DataError, DerivativeError, DivergedError, UsageError
+from gm_probe.core.errors import (
+    CheckpointError,
+    DataError,
+    DerivativeError,
+    DivergedError,
+    PrecisionError,
+    UsageError,
+)
 from gm_probe.probe import measures, operators
 from gm_probe.probe.measures import MEASURES, check_names, expected_cost, measure
 from gm_probe.probe.probe import Estimate, Probe, Settings
@@ -1158,7 +1165,7 @@ def test_examples_that_hang_together_are_refused() -> None:
     """BatchNorm without running statistics: every figure would change with the batch size."""
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2))
     x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
-    for batch_size in (2, 4, 12):
+    for batch_size in (2, 3, 4, 12):
         with pytest.raises(UsageError, match="hang on the others of its batch"):
             measure(model, Batches.from_tensors(x, batch_size=batch_size), ["mean_entropy"])
     usual = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
@@ -1185,7 +1192,7 @@ def test_an_example_that_the_model_does_not_take_is_told() -> None:
     [
         ("local_inconsistency", {"rho": 1e-9}),
         ("local_inconsistency", {"noise_scale": 1e-9}),
-        ("local_inconsistency", {"rho_grid": (1e-9,)}),
+        ("local_inconsistency_adaptive", {"rho": 1e-9}),
         ("local_inconsistency_converged", {"rho": 1e-9}),
         ("local_inconsistency_relative", {"rho": 1e-9}),
         ("local_inconsistency_batchwise", {"rho": 1e-9}),
@@ -1198,11 +1205,40 @@ def test_a_perturbation_lost_to_rounding_is_refused(name: str, wrong: dict[str, 
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
     settings = replace(Settings(num_starts=2), **wrong)
-    with pytest.raises(UsageError, match=r"rounding of float32 weights takes \d+% .*--dtype float64"):
+    with pytest.raises(PrecisionError, match=r"rounding of float32 weights takes \d+% .*--dtype float64"):
         measure(model, Batches.from_tensors(x), [name], settings)
+    kept = measure(model, Batches.from_tensors(x), [name, "mean_entropy"], settings).rows
+    assert kept[name].value is None
+    assert kept["mean_entropy"].value is not None
     row = measure(model.double(), Batches.from_tensors(x.double()), [name], settings).rows[name]
     assert row.value is not None
     assert row.value > 0
+
+
+@pytest.mark.parametrize("name", ["local_inconsistency", "local_inconsistency_converged"])
+def test_a_cell_of_a_grid_that_rounding_swallows_leaves_the_others(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    settings = Settings(num_starts=2, rho_grid=(1e-9,))
+    row = measure(model, Batches.from_tensors(x), [name], settings).rows[name].as_dict()
+    lost, found = row["grid"]
+    assert (lost["rho"], lost["value"]) == (1e-9, None)
+    assert found["value"] == row["value"] > 0
+
+
+def test_a_perturbation_of_few_of_many_weights_is_resolved() -> None:
+    """Rows of the table that no example names take nothing of δ; a direction over all weights would be rounded off."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20_000, 16), nn.Flatten(), nn.Linear(48, 3))
+    ids = torch.arange(24).view(8, 3)
+    settings = Settings(rho=1e-5, num_starts=2)
+    names = ["local_inconsistency", "average_inconsistency"]
+    rows = measure(model, Batches.from_tensors(ids), names, settings).rows
+    assert rows["average_inconsistency"].value is None
+    assert "rounding" in rows["average_inconsistency"].details["reason"]
+    far = measure(model, Batches.from_tensors(ids), names[:1], replace(settings, rho=1e-2)).rows[names[0]]
+    assert rows[names[0]].value == pytest.approx(1e-6 * far.value, rel=0.02)
 
 
 def test_the_eigenvalue_of_a_saturated_network_needs_no_difference_step() -> None:

@@ -20,6 +20,10 @@ class DerivativeError(UsageError):
     """A derivative beyond the gradient that a model lacks or misstates; measures that do without can be taken."""
 
 
+class PrecisionError(UsageError):
+    """A perturbation that the weights' dtype cannot resolve; other measures can be taken."""
+
+
 class CheckpointError(ProbeError):
     """A checkpoint that cannot be read, does not fit its model, or holds unusable weights."""
 

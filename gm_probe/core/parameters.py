@@ -108,11 +108,11 @@ class Parameters:
         placed = {place: tensors[name] for place, name in _places(self.model)}
         return logits_at(lambda x: functional_call(self.model, placed, (x,), tie_weights=False), x)
 
-    def rounding(self, norm: float) -> float:
-        """Which share of a step of length ``norm`` in a random direction θ + δ loses to rounding in θ's dtype."""
-        step = self.random(norm, torch.Generator().manual_seed(0))
+    def rounding(self, offset: Tensor) -> float:
+        """Which share of ``offset`` (P,) is lost where θ + offset is rounded to θ's dtype; 0 of no offset."""
         weights = self.join(self.values().values())
-        return float(((weights + step) - weights - step).norm()) / max(float(step.norm()), 1e-300)
+        lost = float(((weights + offset) - weights - offset).norm())
+        return lost / float(offset.norm()) if lost else 0.0
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:
         """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""

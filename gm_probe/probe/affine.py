@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from gm_probe.core.devices import generators_kept
 from gm_probe.core.errors import first_line, out_of_memory
@@ -70,12 +71,33 @@ def _reason(parameters: Parameters, x: Tensor) -> str | None:
         _attributes_kept(model),
         differentiable_attention(),
     ):
-        with torch.enable_grad():
+        with torch.enable_grad(), _Watch() as watch:
             function = _custom_function(logits(*[value.detach().requires_grad_() for value in values]))
+        if watch.taken_out:
+            return f"{watch.taken_out} takes data out of torch, by which its path may be chosen"
         if function is not None:
             return f"{function} states derivatives of its own"
         # functionalized: what is written in place, or through a view, becomes a value of its own
         return _flaw(make_fx(functionalize(logits))(*values).graph, names)
+
+
+_LEAVING = frozenset(
+    ["__array__", "__bool__", "__contains__", "__float__", "__index__", "__int__", "item", "numpy", "tolist"]
+)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes a call that hands a tensor's values to Python, where no trace follows them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken_out: str | None = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in _LEAVING:
+            self.taken_out = f"Tensor.{name}"
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -105,6 +105,9 @@ _RULES: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 
 
+_REFUSALS = (NotImplementedError, RuntimeError, ValueError, AttributeError, LookupError, TypeError)
+
+
 def _has_rule(module: nn.Module) -> bool:
     if type(module) not in _RULES:  # a subclass may compute something else
         return False
@@ -156,8 +159,13 @@ class ExampleGradients:
         names = {id(p): name for name, p in parameters.named.items()}
         few = x[:: max(1, len(x) // 4)][:4]
         # there may be as many positions as examples by chance, but not as one example less, too
-        spread = self._spread(few) | self._spread(few[: max(1, len(few) - 1)])
         self._layers: dict[nn.Module, list[str]] = {}
+        self._rest: list[str] = []
+        try:
+            spread = self._spread(few) | self._spread(few[: max(1, len(few) - 1)])
+        except _REFUSALS:  # it does not take so few
+            self.supported = False
+            return
         covered = set()
         for module in parameters.model.modules():
             own = [n for n, p in module._parameters.items() if id(p) in names and uses[id(p)] == 1]
@@ -261,7 +269,7 @@ class ExampleGradients:
 
     def _holds(self, x: Tensor) -> bool:
         """Whether the rules give what plain reverse mode does, on the few examples ``x``."""
-        with suppress(NotImplementedError, RuntimeError, ValueError, AttributeError, LookupError, TypeError):
+        with suppress(*_REFUSALS):
             values = self.parameters.leaves()
             with torch.enable_grad():
                 logits = self.parameters.logits(x, values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gm_probe.core.batches import cut
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import PrecisionError
 from gm_probe.probe.ascent import Maximum, ascend, kl_gradient, maximize, to_sphere
 from gm_probe.probe.kl import kl_divergence
 from gm_probe.probe.outputs import parameter_norm
@@ -24,18 +24,36 @@ NOISE_STARTS = 2
 
 LOST = 0.1
 """Share of a perturbation that may be lost to rounding: of small networks S_ρ/ρ² then stays within a percent."""
+LOST_START = 0.9
+"""Likewise of a start, of which the direction alone counts."""
 
 
-def _require_resolved(probe: Probe, *lengths: float) -> None:
-    """Raise UsageError where θ + δ is rounded to something else, be it θ, for δ of one of these ``lengths``."""
-    for length in lengths:
-        share = probe.parameters.rounding(length)
-        if share > LOST:
-            dtype = str(probe.parameters.dtype).removeprefix("torch.")
-            raise UsageError(
-                f"rounding of {dtype} weights takes {min(share, 1):.0%} of a perturbation of length {length:g}; raise "
-                "--rho or --noise-scale, or use --dtype float64"
-            )
+def _resolved(probe: Probe, offset: Tensor, most: float = LOST) -> bool:
+    """Whether θ + ``offset`` (P,) is what it says, and not rounded to something else, be it θ."""
+    return probe.parameters.rounding(offset) <= most
+
+
+def _require_resolved(probe: Probe, offset: Tensor, most: float = LOST) -> Tensor:
+    """``offset`` (P,), or a PrecisionError."""
+    if not _resolved(probe, offset, most):
+        option = "--rho" if most == LOST else "--noise-scale"
+        dtype = str(probe.parameters.dtype).removeprefix("torch.")
+        raise PrecisionError(
+            f"rounding of {dtype} weights takes {min(probe.parameters.rounding(offset), 1):.0%} of a perturbation of "
+            f"length {float(offset.norm()):.3g}; raise {option} or use --dtype float64"
+        )
+    return offset
+
+
+def _starts(probe: Probe, scale: Tensor | float = 1.0) -> Iterator[Tensor]:
+    """Random starts δ₀ (P,), of which rounding leaves a direction; ``scale``: by which they will be multiplied.
+
+    Raises:
+        PrecisionError: it does not.
+    """
+    for start in probe.starts():
+        _require_resolved(probe, scale * start, LOST_START)
+        yield start
 
 
 def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Figure:
@@ -58,17 +76,17 @@ def paper(probe: Probe) -> Figure:
     """
     settings = probe.settings
     radii = sorted({settings.rho, *settings.rho_grid})
-    _require_resolved(probe, settings.noise_scale, *radii)
     steps = sorted({settings.k_steps, *settings.k_grid})
     ends: list[Tensor] = []
     grid: dict[tuple[float, int], list[float]] = {(rho, k): [] for rho in radii for k in steps}
-    for start in probe.starts():
+    for start in _starts(probe):
         first = probe.divergence.gradient(start)
         for rho in radii:
             delta = to_sphere(first, rho)
             for k in range(1, steps[-1] + 1):
                 primary = (rho, k) == (settings.rho, settings.k_steps)
                 if primary:
+                    _require_resolved(probe, delta)
                     ends.append(probe.divergence.terms(delta))
                     value = float(ends[-1].double().mean())
                 if k < steps[-1]:
@@ -77,7 +95,7 @@ def paper(probe: Probe) -> Figure:
                 elif not primary:
                     value = float(probe.divergence.terms(delta).double().mean())
                 if (rho, k) in grid:
-                    grid[rho, k].append(value)
+                    grid[rho, k].append(value if _resolved(probe, delta) else math.nan)
                 if k < steps[-1]:
                     delta = following
     details: dict[str, Any] = {"protocol": "paper"}
@@ -96,18 +114,19 @@ def converged(probe: Probe) -> Figure:
     is of the paper's protocol.
     """
     settings = probe.settings
-    _require_resolved(probe, settings.noise_scale, settings.rho, *settings.rho_grid)
     # noise guards against a poor v₁, and finds other maxima; it is flat: one step of Algorithm 1 first, for every ρ
-    noise = [probe.divergence.gradient(start) for start in islice(probe.starts(), NOISE_STARTS)]
+    noise = [probe.divergence.gradient(start) for start in islice(_starts(probe), NOISE_STARTS)]
     figure = _converged_at(probe, settings.rho, noise)
     if settings.rho_grid:
         radii = sorted({settings.rho, *settings.rho_grid})
-        found = {rho: figure if rho == settings.rho else _converged_at(probe, rho, noise) for rho in radii}
         *_, details = figure
-        details["grid"] = [
-            {"rho": rho, "value": value, "converged": converged}
-            for rho, (value, _, _, converged, _) in found.items()
-        ]
+        details["grid"] = []
+        for rho in radii:
+            try:
+                value, _, _, reached, _ = figure if rho == settings.rho else _converged_at(probe, rho, noise)
+            except PrecisionError:  # the other radii stand
+                value, reached = None, False
+            details["grid"].append({"rho": rho, "value": value, "converged": reached})
     return figure
 
 
@@ -139,6 +158,7 @@ def _converged_at(probe: Probe, rho: float, noise: list[Tensor]) -> Figure:
     for i, direction in enumerate(noise):
         go(f"noise {i}", direction)
     best = max(ends.values(), key=lambda end: end.value)
+    _require_resolved(probe, best.delta)
     second = sorted(reached.values())[-2]
     # a draft that stalled, as of tiny networks, is good to its residual, too
     quadratic = rho**2 / 2 * top.value
@@ -161,16 +181,19 @@ def local_inconsistency(probe: Probe) -> Figure:
     return converged(probe) if probe.settings.protocol == "converged" else paper(probe)
 
 
+def _terms(probe: Probe, offset: Tensor) -> Tensor:
+    return probe.divergence.terms(_require_resolved(probe, offset))
+
+
 def relative(probe: Probe) -> Figure:
     """The paper's protocol at radius ρ‖θ‖."""
     length, *_ = parameter_norm(probe)
     assert length is not None
     radius = probe.settings.rho * length
-    _require_resolved(probe, probe.settings.noise_scale, radius)
     ends = (
-        ascend(probe.divergence.gradient, start, radius, probe.settings.k_steps) for start in probe.starts()
+        ascend(probe.divergence.gradient, start, radius, probe.settings.k_steps) for start in _starts(probe)
     )
-    return _over_starts(map(probe.divergence.terms, ends), "start", radius=radius)
+    return _over_starts((_terms(probe, end) for end in ends), "start", radius=radius)
 
 
 def adaptive(probe: Probe) -> Figure:
@@ -181,22 +204,24 @@ def adaptive(probe: Probe) -> Figure:
     def gradient(u: Tensor) -> Tensor:
         return scale * probe.divergence.gradient(scale * u)
 
-    ends = (scale * ascend(gradient, start, settings.rho, settings.k_steps) for start in probe.starts())
-    return _over_starts(map(probe.divergence.terms, ends), "start", eta=settings.eta)
+    ends = (
+        scale * ascend(gradient, start, settings.rho, settings.k_steps) for start in _starts(probe, scale)
+    )
+    return _over_starts((_terms(probe, end) for end in ends), "start", eta=settings.eta)
 
 
 def batchwise(probe: Probe) -> Figure:
     """The paper's protocol with a perturbation of its own for every m examples (m-sharpness, Foret 2021)."""
     settings, parameters = probe.settings, probe.parameters
-    _require_resolved(probe, settings.noise_scale, settings.rho)
     batches = probe.batches.of_size(settings.sub_batch)
     all_terms = []
-    for start in probe.starts():
+    for start in _starts(probe):
         terms = []
         for batch, clean in zip(batches, cut(probe.clean, batches), strict=True):
             # no more at a time than memory was found to hold
             pieces = list(zip(*(t.split(probe.batches.batch_size) for t in (batch.x, clean)), strict=True))
             delta = ascend(_gradient_on(probe, pieces), start, settings.rho, settings.k_steps)
+            _require_resolved(probe, delta)
             for x, part in pieces:
                 with torch.no_grad():
                     terms.append(kl_divergence(part, parameters.logits(x, parameters.moved(delta))))
@@ -220,7 +245,6 @@ def _gradient_on(probe: Probe, pieces: list[tuple[Tensor, Tensor]]) -> Callable[
 
 def average(probe: Probe) -> Figure:
     """A_ρ = E mean KL(f_θ ‖ f_{θ+ε}) over ε ~ N(0, ρ²I/P): what the maximum is compared with."""
-    _require_resolved(probe, probe.settings.rho)
     generator = probe.generator("average")
     draws = (probe.parameters.random(probe.settings.rho, generator) for _ in range(probe.settings.num_starts))
-    return _over_starts(map(probe.divergence.terms, draws), "draw")
+    return _over_starts((_terms(probe, draw) for draw in draws), "draw")

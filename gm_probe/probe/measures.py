@@ -12,7 +12,15 @@ from torch import nn
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.devices import generators_kept
-from gm_probe.core.errors import DataError, DerivativeError, DivergedError, UsageError, did_you_mean
+from gm_probe.core.errors import (
+    DataError,
+    DerivativeError,
+    DivergedError,
+    PrecisionError,
+    ProbeError,
+    UsageError,
+    did_you_mean,
+)
 from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import as_measured
 from gm_probe.core.processes import count
@@ -250,6 +258,7 @@ def measure(
         CheckpointError: weights that are not finite.
         DataError: labels that do not fit, a measure that needs absent labels, data that changes between passes.
         DivergedError: outputs that are not finite; derivatives, as DerivativeError.
+        PrecisionError: perturbations lost to rounding, as DerivativeError.
         ResourceError: no memory for a single example; before, batches are halved where it runs out.
     """
     settings = settings or Settings()
@@ -266,7 +275,7 @@ def measure(
 
     work = Work(batches.num_examples, tick)
     rows: dict[str, Estimate] = {}
-    refusals: list[DerivativeError | DivergedError] = []
+    refusals: list[ProbeError] = []
     # a model may draw at random though its outputs stay the same
     with generators_kept(batches.device), as_measured(model):
         probe = Probe(model, batches, settings, work, initial, memory)
@@ -292,7 +301,7 @@ def measure(
             except (UsageError, DivergedError) as error:
                 told = type(error)(f"{name}: {error}")
                 # of several processes one alone may have seen it, for which the others would wait
-                if not isinstance(told, DerivativeError | DivergedError) or count() > 1:
+                if not isinstance(told, DerivativeError | DivergedError | PrecisionError) or count() > 1:
                     raise told from error
                 refusals.append(told)
                 figure = None, None, None, False, {"reason": str(error)}
