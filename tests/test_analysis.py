@@ -246,6 +246,29 @@ def test_runs_measured_with_different_settings_are_not_comparable(tmp_path: Path
     }
 
 
+@pytest.mark.parametrize(
+    ("measure", "settings", "one", "other"),
+    [
+        ("average_inconsistency", "rho", 0.1, 0.5),
+        ("local_inconsistency_adaptive", "eta", 0.01, 1.0),
+        ("local_inconsistency_batchwise", "sub_batch", 128, 32),
+        ("fisher_trace", "params", "", "weight"),
+        ("fisher_trace", "mean", [0.3], []),
+        ("mean_entropy", "temperature", 0.5, 0.1),
+        ("mean_entropy", "data_sha256", "a", "b"),
+    ],
+)
+def test_whatever_a_measure_depends_on_makes_runs_not_comparable(
+    tmp_path: Path, measure: str, settings: str, one: object, other: object
+) -> None:
+    for i, value in enumerate([one, one, one, other]):
+        base = {"rho": 0.1, "dtype": "float32", "eta": 0.01, settings: value}
+        make_run(tmp_path / str(i), measures={measure: {"value": 1.0 + i}}, settings=base, error_gap=0.1 * i)
+    [found] = correlate(load_table(tmp_path)).measures
+    [warning] = [told for told in found.warnings if "not comparable" in told]
+    assert warning.startswith("normalized" if settings == "mean" else settings)
+
+
 def test_a_long_list_of_differing_settings_is_cut(tmp_path: Path) -> None:
     for i in range(8):
         make_run(

@@ -278,6 +278,26 @@ def test_unusable_tensors_are_named(tmp_path: Path, kind: str) -> None:
     assert reason in message
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.other.weight = self.one.weight
+
+
+def test_of_a_tied_tensor_one_name_is_enough_and_two_must_agree(tmp_path: Path) -> None:
+    """safetensors' own writer, as transformers uses it, keeps one name."""
+    whole = Tied()
+    safetensors.torch.save_model(whole, str(tmp_path / "a.safetensors"))
+    assert len(safetensors.torch.load_file(tmp_path / "a.safetensors")) == len(whole.state_dict()) - 1
+    model = Tied()
+    load_weights(model, read_checkpoint(tmp_path / "a.safetensors"))
+    assert torch.equal(model.one.weight, whole.one.weight)
+    assert model.one.weight is model.other.weight
+    torch.save({**whole.state_dict(), "other.weight": whole.one.weight.detach() + 1}, tmp_path / "b.pt")
+    assert "'one.weight' and 'other.weight' differ" in refused(tmp_path / "b.pt", model=Tied())
+
+
 def test_a_mask_may_hold_minus_infinity_and_weights_may_not(tmp_path: Path) -> None:
     class Masked(nn.Linear):
         def __init__(self) -> None:

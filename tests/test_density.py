@@ -226,6 +226,12 @@ def test_equal_outliers_count_as_many_and_no_outliers_as_none() -> None:
     assert bulk.outliers() == ()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_spectrum_that_is_resolved_as_a_whole_is_listed_once(dtype: torch.dtype) -> None:
+    found = density(rotated(np.array([5, 3, 2, 1, -0.5, -2.0]), dtype), generator=seeded())
+    assert [outlier.value for outlier in found.outliers()] == pytest.approx([5, 3, 2, 1, -0.5, -2], rel=1e-5)
+
+
 def test_float32_finds_the_same(generator: torch.Generator) -> None:
     values = np.r_[np.zeros(150), np.linspace(0, 0.1, 40), 2.0, 9.0]
     found = density(rotated(values, torch.float32), generator=generator)

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_sweep_state import parse
 
-from gm_probe.cli import main
+from gm_probe.cli import main, measure_many
 from gm_probe.core.files import write_json, write_toml
 from gm_probe.core.locks import held
 from gm_probe.probe.probe import Settings
@@ -149,3 +150,80 @@ def test_the_last_that_finished_is_no_broken_one(tmp_path: Path) -> None:
     (tmp_path / "bare" / "config.toml").write_text("[")
     assert last_finished(tmp_path) == tmp_path / "good"
     assert {run.name for run in trained_runs(tmp_path)} == {"good", "broken", "bare"}
+
+
+def measured(
+    folder: Path, capsys: pytest.CaptureFixture[str], *options: str
+) -> tuple[list[dict[str, Any]], str]:
+    main(
+        [
+            "measure",
+            str(folder),
+            "--measures",
+            "mean_entropy",
+            "--device",
+            "cpu",
+            "--save",
+            "--json",
+            *options,
+        ]
+    )
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def test_runs_measured_in_another_way_are_not_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(parse(measure={"measures": []}), tmp_path)
+    first, _ = measured(tmp_path, capsys)
+    again, told = measured(tmp_path, capsys)
+    assert [each["measures"] for each in again] == [each["measures"] for each in first]
+    assert "skipped" in told
+    for option, key, value in (("--dtype=float64", "dtype", "float64"), ("--no-normalize", "mean", [])):
+        found, told = measured(tmp_path, capsys, option)
+        assert "skipped" not in told
+        assert {json.dumps(each["settings"][key]) for each in found} == {json.dumps(value)}
+    # what is not given is as it was, also of a single run
+    [one], told = measured(trained_runs(tmp_path)[0], capsys)
+    assert (one["settings"]["dtype"], one["settings"]["mean"]) == ("float64", [])
+    assert "taken as measures.json was, with mean = [], std = [], dtype = float64" in " ".join(told.split())
+
+
+def test_data_that_changed_under_its_name_are_measured_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(parse(measure={"measures": []}), tmp_path / "runs")
+    data = tmp_path / "d.npz"
+    options = ("--unlabeled", str(data))
+    shape = own_unlabeled(trained_runs(tmp_path / "runs")[0]).x.shape[1:]
+    for seed in (0, 1):
+        images = np.random.default_rng(seed).integers(0, 256, (9, *shape), dtype=np.uint8)
+        np.savez(data, x=images)
+        measure_many._source.cache_clear()  # a process reads data once
+        found, told = measured(tmp_path / "runs", capsys, *options)
+        assert "skipped" not in told
+        again, told = measured(tmp_path / "runs", capsys, *options)
+        assert "skipped" in told
+        assert [each["measures"] for each in again] == [each["measures"] for each in found]
+
+
+def test_a_moved_run_is_named_by_where_it_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_recipe(parse(measure={"measures": []}), tmp_path / "a")
+    measured(tmp_path / "a", capsys)
+    (tmp_path / "a").rename(tmp_path / "b")
+    found, _ = measured(tmp_path / "b", capsys)
+    assert [each["checkpoint"] for each in found] == [str(run) for run in trained_runs(tmp_path / "b")]
+
+
+def test_a_finished_run_without_its_weights_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(parse(measure={"measures": []}), tmp_path)
+    gone = trained_runs(tmp_path)[0]
+    (gone / "checkpoint.safetensors").unlink()
+    with pytest.raises(SystemExit):
+        measured(tmp_path, capsys)
+    assert f"failed: {gone}: {gone} holds no checkpoint.safetensors" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -31,10 +31,18 @@ from gm_probe.analysis.table import (
 from gm_probe.core.errors import DataError, StorageError, UsageError
 from gm_probe.core.records import RunRecord, find_runs, read_run
 
-# What a measure's value depends on besides the run. The first two are in the settings of measures.json, the
-# last is in the measure's own row.
-PROBE_SETTINGS = ("data", "part", "num_examples", "max_examples", "dtype")
+# What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
+# Whether pixels were normalised, not by what: that is the training data's own.
+PROBE_SETTINGS = (
+    *("data", "data_sha256", "part", "num_examples", "max_examples", "dtype", "params", "normalized"),
+    *("head", "temperature", "batch_images"),
+)
 ASCENT_SETTINGS = ("rho", "k_steps", "noise_scale", "num_starts")
+OWN_SETTINGS = {
+    "average_inconsistency": ("rho", "num_starts"),
+    "local_inconsistency_adaptive": (*ASCENT_SETTINGS, "eta"),
+    "local_inconsistency_batchwise": (*ASCENT_SETTINGS, "sub_batch"),
+}
 ROW_SETTINGS = ("protocol", "labels")
 
 
@@ -204,7 +212,9 @@ def _conditions(
 ) -> dict[str, Counter[str]]:
     """How many runs took the measure ``name`` with each value of each setting that it depends on."""
     ascent = ASCENT_SETTINGS if name.startswith("local_inconsistency") else ()
-    counts = {key: Counter(show(each.get(key)) for each in settings) for key in (*ascent, *PROBE_SETTINGS)}
+    own = OWN_SETTINGS.get(name, ascent)
+    known = [{"normalized": bool(each["mean"]), **each} if "mean" in each else each for each in settings]
+    counts = {key: Counter(show(each.get(key)) for each in known) for key in (*own, *PROBE_SETTINGS)}
     return counts | {key: Counter(show(row.get(key)) for row in rows) for key in ROW_SETTINGS}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.kinds import PATH, Choice, floats
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +106,10 @@ class DataOptions:
             image_size=self.image_size,
             skip_bad=self.skip_bad,
         )
+        if labeled and any(part.y is None for part in (opened.pool, opened.test or opened.pool)):
+            raise DataError(
+                f"{opened.pool.source} has no labels; add 'y' (N,) to it, or give it by --unlabeled"
+            )
         if opened.test is None:
             if self.part == "test":
                 raise UsageError(f"{opened.pool.source} has no test part; leave --part out")

@@ -195,7 +195,7 @@ def _outputs(
     try:
         with evaluating(subject.model), full_precision():
             logits = Probe(subject.model, subject.batches, Settings(), Work(len(examples))).clean
-    except (DataError, DivergedError) as error:  # which know of no path
+    except (DataError, DivergedError, UsageError) as error:  # which know of no path
         raise type(error)(f"{path}: {error}") from error
     used = subject.batches.normalization
     row = {"checkpoint": str(path), "model": subject.name, "mean": list(used.mean), "std": list(used.std)}

@@ -221,6 +221,15 @@ def fitting(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """
     expected = model.state_dict()
     state = strip_prefixes(checkpoint, expected)
+    for first, *others in _tied(model):  # of which a file may hold one alone, as safetensors' own writer does
+        held = [name for name in (first, *others) if name in state]
+        for name in held[1:]:
+            if state[name].shape == state[held[0]].shape and not torch.equal(state[name], state[held[0]]):
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensors {held[0]!r} and {name!r} differ, but the model has one for both; "
+                    "check --model"
+                )
+        state |= {name: state[held[0]] for name in (first, *others) if held}
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k not in expected]
     shapes = [
@@ -246,6 +255,14 @@ def fitting(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
             if infinite:
                 raise CheckpointError(f"{checkpoint.path}: tensor {name!r} has {infinite} {NOT_FINITE}")
     return state
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of every tensor that has several."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(name)
+    return [some for some in names.values() if len(some) > 1]
 
 
 def strip_prefixes(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -41,6 +41,11 @@ class Parameters:
         except re.error as error:
             raise UsageError(f"{pattern!r} is no regular expression: {error}") from error
         if not self.named:
+            frozen = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+            if frozen:
+                raise UsageError(
+                    f"{pattern!r} finds frozen parameters alone ({frozen[0]!r}: requires_grad=False)"
+                )
             some = ", ".join(list(trainable)[:3])
             raise UsageError(f"{pattern!r} is found in no parameter's name; there are {some}, ...")
         first_name, first = next(iter(self.named.items()))

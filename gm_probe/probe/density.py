@@ -153,7 +153,9 @@ class Density:
             tolerance: of residuals and of the probes' differences, relative to the value.
         """
         above = list(self._from_end(-1, tolerance))
-        below = [one for one in self._from_end(1, tolerance) if not above or one.value < above[-1].value]
+        # what both ends reach, each has to its probes' differences
+        reached = above[-1].value - tolerance * abs(above[-1].value) if above else math.inf
+        below = [one for one in self._from_end(1, tolerance) if one.value < reached]
         return (*above, *reversed(below))
 
     def as_dict(self, *, sigma: float = 0.003, points: int = 1000) -> dict[str, Any]:

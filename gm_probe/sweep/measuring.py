@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from gm_probe.core.errors import (
     first_line,
     out_of_memory,
 )
+from gm_probe.core.images import blocks
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
@@ -242,8 +244,22 @@ def measure_as(
     """``measure_checkpoint`` over what ``how`` takes of ``examples``, which the result's settings then say."""
     chosen = examples.subset(how.scope["max_examples"], how.settings.seed)
     result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **how.loading)
-    result["settings"] |= how.scope
+    result["settings"] |= {**how.scope, **data_digest(examples, how.scope)}
     return result
+
+
+DIGEST = "data_sha256"
+"""A setting of what was measured over other data than the run's own: a file may change under its name."""
+
+
+def data_digest(examples: Examples, scope: Mapping[str, Any]) -> dict[str, str]:
+    """``DIGEST`` where ``scope`` names other data than the run's own, whose split.json vouches for it."""
+    if "data" not in scope:
+        return {}
+    digest = hashlib.sha256()
+    for block in (*blocks(examples.x), *([] if examples.y is None else [examples.y])):
+        digest.update(block.contiguous().numpy().tobytes())
+    return {DIGEST: digest.hexdigest()}
 
 
 def telling(hold: Hold, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:

@@ -17,8 +17,8 @@ from gm_probe.core.files import read_json
 from gm_probe.core.locks import Hold, exclusive
 from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, SUMMARY, find_runs, read_run
 from gm_probe.sweep.executors import Executor, Job, Outcome
-from gm_probe.sweep.measuring import How, measure_as, telling
-from gm_probe.sweep.saved_measures import as_recorded, coupled_settings, merge_measures
+from gm_probe.sweep.measuring import How, data_digest, measure_as, telling
+from gm_probe.sweep.saved_measures import as_recorded, coupled_settings, input_settings, merge_measures
 
 BROKEN = "broken"
 
@@ -46,9 +46,11 @@ class Remeasure:
             return "finished", self._measured(out, threads, None, self.how)
         with exclusive(out) as hold:
             how, changed = as_recorded(out, self.how, self.given)
-            asked = {**how.settings.as_dict(), **how.scope, **coupled_settings(out, how.loading)}
+            asked = {**how.settings.as_dict(), **how.scope, "head": None, **input_settings(how.loading)}
+            asked |= coupled_settings(out, how.loading)
+            asked |= data_digest(self.examples(out), how.scope) if "data" in how.scope else {}
             if read_run(out).measured(self.names, asked):
-                return "skipped", read_json(out / MEASURES)
+                return "skipped", {**read_json(out / MEASURES), "checkpoint": str(out)}
             result = self._measured(out, threads, hold, how)
             result["replaced"] = merge_measures(out / MEASURES, result)
             result["as_before"] = changed
@@ -96,7 +98,10 @@ def last_finished(folder: Path) -> Path:
 def _status(run: Path) -> str | None:
     """Of a run that has a checkpoint; ``BROKEN`` where its files are, None where there is nothing to be seen."""
     try:
-        return read_run(run).status if (run / CHECKPOINT).exists() else None
+        status = read_run(run).status
+        if (run / CHECKPOINT).exists():
+            return status
+        return BROKEN if status == "finished" else None  # its weights are gone
     except StorageError:
         return BROKEN
     except OSError:  # another's, who lets nobody in

@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 
-from gm_probe.core.batches import BATCH_SIZE
+from gm_probe.core.batches import BATCH_SIZE, Normalization
+from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.devices import environment
+from gm_probe.core.errors import ProbeError
 from gm_probe.core.files import write_json
-from gm_probe.core.records import read_run
-from gm_probe.sweep.measuring import How
+from gm_probe.core.records import CHECKPOINT, read_run
+from gm_probe.sweep.measuring import DIGEST, How
 
+NORMALIZING = {"mean", "std", "no_normalize"}
+"""Names of the options that say how pixels are normalised."""
 COUPLED = {"batch_images": "batch_size", "temperature": "temperature"}
 """Settings that NT-Xent's figures depend on besides, and what ``measure_checkpoint`` calls them."""
 
@@ -28,6 +32,22 @@ def coupled_settings(run: Path, loading: Mapping[str, Any]) -> dict[str, Any]:
         "temperature": loading.get("temperature") or read_run(run).config.get("temperature"),
         "batch_images": loading.get("batch_size") or BATCH_SIZE,
     }
+
+
+def input_settings(loading: Mapping[str, Any]) -> dict[str, Any]:
+    """What is done to the inputs, as a measures.json says it; of a normalisation only where one is asked for."""
+    found: dict[str, Any] = {"dtype": str(loading.get("dtype", torch.float32)).removeprefix("torch.")}
+    chosen = loading.get("normalization")
+    return found if chosen is None else found | {"mean": list(chosen.mean), "std": list(chosen.std)}
+
+
+def own_normalization(run: Path) -> dict[str, Any]:
+    """That of a run's checkpoint; empty where it records none, or cannot be read, which measuring will say."""
+    try:
+        recorded = read_checkpoint(run / CHECKPOINT).normalization
+    except ProbeError:
+        return {}
+    return {} if recorded is None else {"mean": list(recorded.mean), "std": list(recorded.std)}
 
 
 def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[str, Any]]:
@@ -46,9 +66,16 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
     asked = {**settings, "max_examples": scope["max_examples"]}
     by_default = {key for key, option in COUPLED.items() if loading.get(option) is None}
     asked |= {key: value for key, value in coupled_settings(run, loading).items() if key in by_default}
+    asked |= {**own_normalization(run), **input_settings(loading)}
+    if {*given} & NORMALIZING:
+        given = {*given, "mean", "std"}
     kept = {key: recorded[key] for key in asked if key in recorded and key not in given}
     changed = {key: value for key, value in kept.items() if value != asked[key]}
     loading |= {option: changed[key] for key, option in COUPLED.items() if key in changed}
+    if "dtype" in changed:
+        loading["dtype"] = getattr(torch, changed["dtype"])
+    if "mean" in changed:
+        loading["normalization"] = Normalization(tuple(changed["mean"]), tuple(changed["std"]))
     ours: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in changed.items()
@@ -65,7 +92,10 @@ def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
     """
     before = read_run(path.parent)
     density = {} if before.density is None else {"density": before.density}
-    if _decisive(before.settings) == _decisive(result["settings"]):
+    old, new = _decisive(before.settings), _decisive(result["settings"])
+    if DIGEST not in old:  # of an earlier version
+        new.pop(DIGEST, None)
+    if old == new:
         result = {**density, **result, "measures": {**before.measures, **result["measures"]}}
     write_json(path, result)
     return [name for name in (*before.measures, *density) if name not in {**result["measures"], **result}]
