@@ -224,6 +224,14 @@ def test_a_checkpoint_counts_once_however_it_is_named(here, capsys):
     assert (code, len(err.splitlines())) == (2, 1)
 
 
+def test_a_copy_is_told(here, capsys):
+    shutil.copytree("runs/a0", "runs/copy")
+    code, out, _ = run("gmprobe pairs runs/a0 runs/a1 runs/copy", capsys)
+    assert code == 0
+    assert "runs/copy has the outputs of runs/a0; is one model listed twice?" in " ".join(out.split())
+    assert "listed twice" not in run("gmprobe pairs runs/a0 runs/a1", capsys)[1]
+
+
 def test_unfinished_runs_are_counted_and_left_out(here, capsys):
     write_json(here / "runs" / "a0" / "summary.json", {"status": "diverged"})
     (here / "runs" / "a0" / "checkpoint.safetensors").unlink()

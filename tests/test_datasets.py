@@ -431,6 +431,7 @@ BAD_ARRAYS: dict[str, dict[str, Any]] = {
     "y is no array of numbers": {"x": X, "y": np.array(["cat", "dog"])},
     "byte order": {"x": X.astype(">f4")},
     "plain real numbers": {"x": X.astype(np.complex64)},
+    "save pixels as uint8 or floats": {"x": np.zeros((2, 1, 8, 8), np.uint16)},
     "looks like (N, H, W, C)": {"x": np.zeros((2, 32, 32, 3), np.uint8)},
     "y must be 2 class indices ≥ 0, got torch.int64 (3,)": {"x": X, "y": np.array([0, 1, 2])},
     "y must be 2 class indices ≥ 0, got torch.int64 (2, 1)": {"x": X, "y": np.array([[0], [1]])},

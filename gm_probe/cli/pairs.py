@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,7 @@ def pairs(
         note_skipped(notes_console(quiet), examples.skipped)
     examples = examples.subset(data.max_examples, seed)
     outputs, models = _all_outputs(paths, examples, quiet=quiet, **loading)
+    notes += _same_twice(paths, outputs)
     with progress_bar("pairs", len(paths) * (len(paths) - 1) // 2, quiet=quiet) as bar:
         report = compare(outputs, training_sets, names=[str(path) for path in paths], notify=bar.update)
     result: dict[str, Any] = {
@@ -200,6 +202,17 @@ def _outputs(
     used = subject.batches.normalization
     row = {"checkpoint": str(path), "model": subject.name, "mean": list(used.mean), "std": list(used.std)}
     return logits, row, subject.classes
+
+
+def _same_twice(paths: Sequence[Path], outputs: Sequence[torch.Tensor]) -> list[str]:
+    """A note for each checkpoint whose outputs are those of one before: a copy counts as a model of its own."""
+    first: dict[bytes, Path] = {}
+    notes = []
+    for path, logits in zip(paths, outputs, strict=True):
+        before = first.setdefault(sha256(logits.cpu().numpy().tobytes()).digest(), path)
+        if before is not path:
+            notes.append(f"{path} has the outputs of {before}; is one model listed twice?")
+    return notes
 
 
 # ---- what is shown

@@ -257,6 +257,8 @@ def _array_file(path: Path) -> Examples:
         raise DataError(f"{path}: x has shape {tuple(x.shape)}; it must be (N, ...) with N ≥ 1")
     if x.dtype == torch.uint8 and x.dim() == 4 and x.shape[1] > 4 >= x.shape[3]:
         raise DataError(f"{path}: x {tuple(x.shape)} looks like (N, H, W, C); transpose it to (N, C, H, W)")
+    if x.dtype in {torch.uint16, torch.uint32, torch.uint64}:  # torch computes with none of them
+        raise DataError(f"{path}: x is {x.dtype}; save pixels as uint8 or floats, and token ids as int64")
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
         raise DataError(f"{path}: x holds NaN or infinite values")
     y = None if arrays.get("y") is None else _tensor(path, "y", arrays["y"])

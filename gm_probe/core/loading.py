@@ -128,8 +128,9 @@ def check_fit(checkpoint: Checkpoint, examples: Examples) -> None:
         return
     shape = tuple(examples.x.shape[1:])
     if shape != recorded.input_shape and math.prod(shape) != math.prod(recorded.input_shape):
-        remedy = "check the file"
-        if len(shape) == len(recorded.input_shape) == 3:
+        remedy = "save examples of that shape"
+        of_array = examples.source.endswith((".npz", ".npy", ".pt", ".pth"))
+        if not of_array and len(shape) == len(recorded.input_shape) == 3:
             options = [f"--channels {recorded.input_shape[0]}"] if shape[0] != recorded.input_shape[0] else []
             if shape[1:] != recorded.input_shape[1:]:
                 options.append(f"--image-size {recorded.input_shape[-1]}")

@@ -88,7 +88,10 @@ def read_run(path: Path) -> RunRecord:
     # a run that failed before it could begin has no configuration
     began = (path / CONFIG).exists() or summary.get("status") != "failed"
     config = read_toml(path / CONFIG) if began else {}
-    measured = _read_table(path / MEASURES)
+    try:
+        measured = _read_table(path / MEASURES)
+    except StorageError as error:
+        raise StorageError(f"{error}; remove it and measure again") from error
     measures, settings = measured.get("measures", {}), measured.get("settings", {})
     if not isinstance(measures, dict) or not isinstance(settings, dict):
         raise StorageError(f"{path / MEASURES} holds no table of measures; remove it and measure again")
@@ -99,7 +102,7 @@ def _read_table(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; empty where there is no such file."""
     value = read_json(path) if path.exists() else {}
     if not isinstance(value, dict):
-        raise StorageError(f"{path} holds a {type(value).__name__}, not an object; remove it")
+        raise StorageError(f"{path} holds a {type(value).__name__}, not an object")
     return value
 
 

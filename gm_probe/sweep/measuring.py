@@ -130,7 +130,8 @@ def _check_head(checkpoint: Checkpoint, head: str, temperature: float | None) ->
     if head != "simclr":
         if simclr:
             raise UsageError(
-                f"{path} holds a SimCLR encoder, which knows no classes; measure it with --head simclr"
+                f"{path} holds a SimCLR encoder, which knows no classes; `gmprobe measure --head simclr` takes its "
+                "NT-Xent figures"
             )
         if temperature is not None:
             raise UsageError("--temperature goes with --head simclr")
