@@ -142,7 +142,7 @@ def test_every_run_folder_is_included_or_excluded_with_its_reason(tmp_path: Path
     assert table.num_runs + len(table.excluded) == 9
     reasons = {exclusion.run: exclusion.reason for exclusion in table.excluded}
     assert reasons.pop("torn").endswith(
-        "is not valid JSON: Unterminated string starting at: line 1 column 15 (char 14)"
+        "is not valid JSON: Unterminated string starting at: line 1 column 15 (char 14); remove it and measure again"
     )
     assert reasons == {
         "boom": "diverged",
