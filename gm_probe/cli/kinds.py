@@ -9,6 +9,7 @@ import click
 
 from gm_probe.core.errors import UsageError, did_you_mean
 
+SEED = click.IntRange(0, 2**32 - 1)
 PATH = click.Path(path_type=Path, readable=False)
 """Any path: that it cannot be read is said where it is read, with the exit code of what it should have been."""
 

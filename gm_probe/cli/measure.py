@@ -15,7 +15,7 @@ import click
 from gm_probe.cli.data import DataOptions, data_options
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
 from gm_probe.cli.figures import as_rows, print_result, warn
-from gm_probe.cli.kinds import PATH, Choice, floats, num_bytes, share, wholes
+from gm_probe.cli.kinds import PATH, SEED, Choice, floats, num_bytes, share, wholes
 from gm_probe.cli.measure_many import measure_many, opened_once
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
@@ -158,7 +158,7 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
 )
 @data_options
 @executor_options("local", "ray")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option(
     "--save",
     is_flag=True,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import DataOptions, data_options
-from gm_probe.cli.kinds import PATH
+from gm_probe.cli.kinds import PATH, SEED
 from gm_probe.cli.output import (
     format_options,
     note,
@@ -43,9 +43,7 @@ if TYPE_CHECKING:
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )
 @data_options
-@click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the subset."
-)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the subset.")
 @format_options
 def pairs(
     checkpoints: tuple[Path, ...],

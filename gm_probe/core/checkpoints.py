@@ -196,7 +196,7 @@ def _problem(value: Tensor, size: int) -> str | None:
     pieces = value.reshape(-1).split(
         2**20
     )  # a mask over all of it, and what it takes, would be twice the file
-    # −∞ is a mask's, where the tensor turns out to be a buffer (``fitting``)
+    # −∞ is a mask's, where the tensor turns out to be a buffer (``load_weights``)
     bad = sum(int((~(torch.isfinite(piece) | torch.isneginf(piece))).sum()) for piece in pieces)
     return f"has {bad} {NOT_FINITE}" if bad else None
 
@@ -205,9 +205,16 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy the checkpoint's weights into ``model``; see ``fitting``.
 
     Raises:
-        CheckpointError: a mismatch, naming the tensors.
+        CheckpointError: a mismatch, or −∞ in what is no buffer, naming the tensors.
     """
-    model.load_state_dict(fitting(model, checkpoint), strict=False)
+    state = fitting(model, checkpoint)
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name, value in state.items():
+        if name not in buffers and value.is_floating_point() and value.numel():
+            infinite = int(torch.isneginf(value.float() if value.element_size() == 1 else value).sum())
+            if infinite:
+                raise CheckpointError(f"{checkpoint.path}: tensor {name!r} has {infinite} {NOT_FINITE}")
+    model.load_state_dict(state, strict=False)
 
 
 def fitting(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -246,14 +253,9 @@ def fitting(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; check --model"
         )
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, value in state.items():
         if expected[name].is_floating_point() and not value.is_floating_point():
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is {value.dtype}, not floating point")
-        if name not in buffers and value.is_floating_point() and value.numel():
-            infinite = int(torch.isneginf(value.float() if value.element_size() == 1 else value).sum())
-            if infinite:
-                raise CheckpointError(f"{checkpoint.path}: tensor {name!r} has {infinite} {NOT_FINITE}")
     return state
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import zipfile
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from gm_probe.core.errors import CheckpointError, DataError, UsageError, did_you_mean, first_line
 from gm_probe.core.files import default_data_root
-from gm_probe.core.images import SUFFIXES, ImageFiles, images_below, open_images, sound, unreadable
+from gm_probe.core.images import SUFFIXES, ImageFiles, contents, images_below, open_images, sound, unreadable
 from gm_probe.core.pickles import load_torch
 
 DESCRIPTIONS = {
@@ -34,6 +35,10 @@ DESCRIPTIONS = {
 UNPACKED = 2**30
 TEST_PARTS = ("test", "val", "valid", "validation")
 """What the test part beside ``train`` may be called; the first that is there counts."""
+
+
+NUMPY_SUFFIXES, TORCH_SUFFIXES = (".npy", ".npz"), (".pt", ".pth")
+"""Of array files."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,15 @@ class Examples:
         """The examples at ``indices`` (int64), in that order."""
         x = self.x[indices] if isinstance(self.x, Tensor) else self.x.select(indices)
         return replace(self, x=x, y=None if self.y is None else self.y[indices])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of inputs and labels."""
+        found = sha256()
+        for values in (self.x,) if self.y is None else (self.x, self.y):
+            for some in contents(values):
+                found.update(some)
+        return found.hexdigest()
 
     def unlabeled(self) -> Examples:
         """The same examples without their labels."""
@@ -230,12 +244,12 @@ def _torchvision(name: str, root: Path, download: bool, train: bool) -> Examples
 def _array_file(path: Path) -> Examples:
     """Arrays ``x`` and optionally ``y`` of a .npz or .pt, or ``x`` alone as .npy."""
     try:
-        if path.suffix in {".npy", ".npz"}:
+        if path.suffix in NUMPY_SUFFIXES:
             with path.open("rb") as file:
                 _check_packed(path)
                 loaded = np.load(file, allow_pickle=False)
                 arrays: Any = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-        elif path.suffix in {".pt", ".pth"}:
+        elif path.suffix in TORCH_SUFFIXES:
             arrays = load_torch(path)
         else:
             raise UsageError(f"{path}: data files end in .npz, .npy or .pt")

@@ -1,7 +1,8 @@
 """The errors that gm_probe raises on purpose. Each message names the offender and the remedy in one line."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 
 class ProbeError(Exception):
@@ -56,6 +57,22 @@ class StorageError(ProbeError):
 
 class BusyError(StorageError):
     """A run folder that another process is working on."""
+
+
+@contextmanager
+def foreign_or(told: Callable[[str], ProbeError]) -> Iterator[None]:
+    """Raise what ``told`` makes of the cause's first line where a stranger's code, a model say, fails within.
+
+    Deliberate errors and memory that runs out are none of its own.
+    """
+    try:
+        yield
+    except ProbeError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise told(first_line(error)) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -151,6 +151,12 @@ def blocks(images: Tensor | ImageFiles) -> Iterator[Tensor]:
         yield images[start : start + BLOCK]
 
 
+def contents(values: Tensor | ImageFiles) -> Iterator[bytes]:
+    """What ``values`` hold, for a digest: their bytes in order, some at a time."""
+    for block in blocks(values):
+        yield block.contiguous().numpy().tobytes()
+
+
 def taken(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor]) -> Iterator[Tensor]:
     """``images[key]`` of every key; of files, the next ones are decoded while one is at work."""
     if isinstance(images, Tensor):

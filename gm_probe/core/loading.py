@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gm_probe.core.batches import PIXELS, Normalization
 from gm_probe.core.checkpoints import Checkpoint, fitting, load_weights
-from gm_probe.core.datasets import Examples
+from gm_probe.core.datasets import NUMPY_SUFFIXES, TORCH_SUFFIXES, Examples
 from gm_probe.core.devices import generators_kept
 from gm_probe.core.errors import CheckpointError, DataError, UsageError
 from gm_probe.core.models import ModelSpec, build_model, is_user_code
@@ -129,7 +129,7 @@ def check_fit(checkpoint: Checkpoint, examples: Examples) -> None:
     shape = tuple(examples.x.shape[1:])
     if shape != recorded.input_shape and math.prod(shape) != math.prod(recorded.input_shape):
         remedy = "save examples of that shape"
-        of_array = examples.source.endswith((".npz", ".npy", ".pt", ".pth"))
+        of_array = examples.source.endswith(NUMPY_SUFFIXES + TORCH_SUFFIXES)
         if not of_array and len(shape) == len(recorded.input_shape) == 3:
             options = [f"--channels {recorded.input_shape[0]}"] if shape[0] != recorded.input_shape[0] else []
             if shape[1:] != recorded.input_shape[1:]:

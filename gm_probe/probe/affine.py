@@ -227,7 +227,7 @@ def _barred(node: fx.Node, forms: Mapping[fx.Node, _Form]) -> str | None:
         return None
     if torch.Tag.nondeterministic_seeded in node.target.tags:
         return f"{node.target.overloadpacket} draws at random"
-    if torch.Tag.dynamic_output_shape in node.target.tags and not _counts_nothing(node):
+    if torch.Tag.dynamic_output_shape in node.target.tags and not _by_integers(node):
         return f"{node.target.overloadpacket} picks by the data what is computed, be it nothing"
     # left over where functionalization does not reach: views of what it changes are not followed
     writes = node.target._schema.is_mutable and torch.Tag.inplace_view not in node.target.tags
@@ -236,7 +236,7 @@ def _barred(node: fx.Node, forms: Mapping[fx.Node, _Form]) -> str | None:
     return None
 
 
-def _counts_nothing(node: fx.Node) -> bool:
+def _by_integers(node: fx.Node) -> bool:
     """Whether it is an indexing by whole numbers, whose result has a shape that no data change."""
     if node.target is not torch.ops.aten.index.Tensor:
         return False

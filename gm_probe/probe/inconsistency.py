@@ -95,7 +95,7 @@ def paper(probe: Probe) -> Figure:
                 elif not primary:
                     value = float(probe.divergence.terms(delta).double().mean())
                 if (rho, k) in grid:
-                    grid[rho, k].append(value if _resolved(probe, delta) else math.nan)
+                    grid[rho, k].append(value if primary or _resolved(probe, delta) else math.nan)
                 if k < steps[-1]:
                     delta = following
     details: dict[str, Any] = {"protocol": "paper"}

@@ -165,6 +165,9 @@ DEFAULT_MEASURES = (
 )
 
 
+UNDEFINING = (DerivativeError, DivergedError, PrecisionError)
+"""Errors that leave one measure undefined, and the others as they are."""
+
 SEPARATE = {
     "error": "counts classes",
     "input_jacobian_norm": "differentiates an output by its own input",
@@ -298,10 +301,10 @@ def measure(
             compute = MEASURES[name].compute
             try:
                 figure, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
-            except (UsageError, DivergedError) as error:
+            except (UsageError, *UNDEFINING) as error:
                 told = type(error)(f"{name}: {error}")
                 # of several processes one alone may have seen it, for which the others would wait
-                if not isinstance(told, DerivativeError | DivergedError | PrecisionError) or count() > 1:
+                if not isinstance(told, UNDEFINING) or count() > 1:
                     raise told from error
                 refusals.append(told)
                 figure = None, None, None, False, {"reason": str(error)}

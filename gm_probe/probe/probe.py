@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.errors import (
-    DataError,
-    DivergedError,
-    ProbeError,
-    UsageError,
-    first_line,
-    out_of_memory,
-)
+from gm_probe.core.errors import DataError, DivergedError, UsageError, foreign_or
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import gather_examples
 from gm_probe.probe.affine import Verdict, affine_in_each_parameter
@@ -213,16 +206,14 @@ class Probe:
         rows: list[Tensor] = []
         with torch.no_grad():
             for batch in self.batches:
-                try:
+                start = self.batches.first + sum(map(len, rows))
+                some = f"examples {start} to {start + len(batch.x) - 1} of {self.batches.examples.source}"
+
+                def fails(cause: str, some: str = some) -> DataError:
+                    return DataError(f"the model fails on {some} ({cause}); leave out what it does not take")
+
+                with foreign_or(fails):
                     rows.append(self.parameters.logits(batch.x))
-                except Exception as error:  # whatever a stranger's forward raises
-                    if isinstance(error, ProbeError) or out_of_memory(error):
-                        raise
-                    start = self.batches.first + sum(map(len, rows))
-                    raise DataError(
-                        f"the model fails on examples {start} to {start + len(batch.x) - 1} of "
-                        f"{self.batches.examples.source} ({first_line(error)}); leave out what it does not take"
-                    ) from error
                 self.work.add(FORWARD, len(rows[-1]))
         return torch.cat(rows)
 
@@ -233,20 +224,17 @@ class Probe:
             return
         count = min(TRIAL, len(x)) - 1
         few = slice(1, 1 + count - (count + 1) % 2)  # an odd number, which no groups of examples divide
-        cause: Exception | None = None
-        try:
-            with torch.no_grad():
-                if _same(clean[: len(x)][few], self.parameters.logits(x[few]), torch.float32):
-                    return
-        except Exception as error:  # BatchNorm has no statistics of a single value
-            if isinstance(error, ProbeError) or out_of_memory(error):
-                raise
-            cause = error
-        raise UsageError(
-            "an example's outputs hang on the others of its batch "
-            f"({'as of BatchNorm without running statistics' if cause is None else first_line(cause)}), and so would "
-            "what is measured; give the model statistics of its own"
-        ) from cause
+
+        def hanging(cause: str) -> UsageError:
+            return UsageError(
+                f"an example's outputs hang on the others of its batch ({cause}), and so would what is measured; give "
+                "the model statistics of its own"
+            )
+
+        with foreign_or(hanging), torch.no_grad():  # BatchNorm has no statistics of a single value
+            apart = self.parameters.logits(x[few])
+        if not _same(clean[: len(x)][few], apart, torch.float32):
+            raise hanging("as of BatchNorm without running statistics")
 
     @cached_property
     def clean(self) -> Tensor:

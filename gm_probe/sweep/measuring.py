@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -16,16 +15,7 @@ from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment, generators_kept
-from gm_probe.core.errors import (
-    DataError,
-    DerivativeError,
-    DivergedError,
-    ProbeError,
-    UsageError,
-    first_line,
-    out_of_memory,
-)
-from gm_probe.core.images import blocks
+from gm_probe.core.errors import DataError, UsageError, foreign_or
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
@@ -37,6 +27,7 @@ from gm_probe.core.records import read_run
 from gm_probe.probe.density import density
 from gm_probe.probe.measures import (
     DEFAULT_MEASURES,
+    UNDEFINING,
     check_names,
     expected_cost,
     measure,
@@ -234,6 +225,15 @@ class How:
     scope: Mapping[str, Any]
     loading: Mapping[str, Any]
 
+    @property
+    def of_other_data(self) -> bool:
+        """Than the run's own, for which its split.json vouches."""
+        return "data" in self.scope
+
+    def chosen(self, examples: Examples) -> Examples:
+        """What it takes of ``examples``."""
+        return examples.subset(self.scope["max_examples"], self.settings.seed)
+
 
 def measure_as(
     path: Path,
@@ -243,24 +243,16 @@ def measure_as(
     notify: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any]:
     """``measure_checkpoint`` over what ``how`` takes of ``examples``, which the result's settings then say."""
-    chosen = examples.subset(how.scope["max_examples"], how.settings.seed)
+    chosen = how.chosen(examples)
     result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **how.loading)
-    result["settings"] |= {**how.scope, **data_digest(examples, how.scope)}
+    result["settings"] |= how.scope
+    if how.of_other_data:
+        result["settings"][DIGEST] = chosen.digest
     return result
 
 
 DIGEST = "data_sha256"
 """A setting of what was measured over other data than the run's own: a file may change under its name."""
-
-
-def data_digest(examples: Examples, scope: Mapping[str, Any]) -> dict[str, str]:
-    """``DIGEST`` where ``scope`` names other data than the run's own, whose split.json vouches for it."""
-    if "data" not in scope:
-        return {}
-    digest = hashlib.sha256()
-    for block in (*blocks(examples.x), *([] if examples.y is None else [examples.y])):
-        digest.update(block.contiguous().numpy().tobytes())
-    return {DIGEST: digest.hexdigest()}
 
 
 def telling(hold: Hold, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
@@ -350,7 +342,7 @@ def _densities(
                     num_steps=num_steps,
                     notify=tick,
                 ).as_dict()
-            except (DerivativeError, DivergedError) as error:  # as ``measure`` has it: what there is stands
+            except UNDEFINING as error:  # as ``measure`` has it: what there is stands
                 if count() > 1:
                     raise
                 found[name] = {"reason": str(error)}
@@ -362,17 +354,14 @@ def _densities(
 def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
     """Logits a row, by one example: what does not fit fails here, with the data's name."""
     first = next(iter(batches)).x[:1]
-    try:
-        with evaluating(model), torch.no_grad():
-            return logits_at(model, first).shape[1]
-    except ProbeError:
-        raise
-    except Exception as error:  # whatever a stranger's forward raises: torchvision's ViT asserts
-        if out_of_memory(error):
-            raise
-        remedies = ["--image-size and --channels"] if first.dim() == 4 else ["the data's shape"]
-        remedies += ["--dtype float32"] if first.dtype == torch.float64 else []
-        raise DataError(
+    remedies = ["--image-size and --channels"] if first.dim() == 4 else ["the data's shape"]
+    remedies += ["--dtype float32"] if first.dtype == torch.float64 else []
+
+    def refused(cause: str) -> DataError:  # torchvision's ViT asserts
+        return DataError(
             f"{name} does not take examples of shape {tuple(first.shape[1:])} from {batches.examples.source}: "
-            f"{first_line(error)}; see {' and '.join(remedies)}"
-        ) from error
+            f"{cause}; see {' and '.join(remedies)}"
+        )
+
+    with foreign_or(refused), evaluating(model), torch.no_grad():
+        return logits_at(model, first).shape[1]

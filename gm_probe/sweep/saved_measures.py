@@ -66,9 +66,11 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
     asked = {**settings, "max_examples": scope["max_examples"]}
     by_default = {key for key, option in COUPLED.items() if loading.get(option) is None}
     asked |= {key: value for key, value in coupled_settings(run, loading).items() if key in by_default}
-    asked |= {**own_normalization(run), **input_settings(loading)}
     if {*given} & NORMALIZING:
         given = {*given, "mean", "std"}
+    else:
+        asked |= own_normalization(run)
+    asked |= input_settings(loading)
     kept = {key: recorded[key] for key in asked if key in recorded and key not in given}
     changed = {key: value for key, value in kept.items() if value != asked[key]}
     loading |= {option: changed[key] for key, option in COUPLED.items() if key in changed}

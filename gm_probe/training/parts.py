@@ -7,12 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gm_probe.core.datasets import Examples, Source, open_source
 from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.files import read_json
-from gm_probe.core.images import blocks
+from gm_probe.core.images import contents
 from gm_probe.core.records import CONFIG, SPLIT, read_run
 from gm_probe.core.splits import Splits, hold_out, split
 from gm_probe.training.config import TrainConfig
@@ -51,17 +49,14 @@ def split_record(splits: Splits) -> dict[str, Any]:
     """What split.json holds: every part's indices, a digest of the examples that were used, the files left out."""
     digest = hashlib.sha256()
     for part in (splits.inputs, splits.unlabeled, splits.test):
-        for block in blocks(part.x):
-            digest.update(_bytes(block))
+        for some in contents(part.x):
+            digest.update(some)
     for part in (splits.train, splits.test):  # no other labels are ever read
         if part.y is not None:
-            digest.update(_bytes(part.y))
+            for some in contents(part.y):
+                digest.update(some)
     left_out = {"skipped": list(skipped(splits))} if skipped(splits) else {}
     return {**splits.indices, "sha256": digest.hexdigest(), **left_out}
-
-
-def _bytes(values: torch.Tensor) -> bytes:
-    return values.contiguous().numpy().tobytes()
 
 
 def check_splits(splits: Splits, run: Path) -> None:
