@@ -1,4 +1,4 @@
-"""Read a folder of run folders, or anybody's CSV or Parquet, into one RunTable."""
+"""Read a folder of run folders, or anybody's CSV, TSV or Parquet, into one RunTable."""
 
 import math
 from collections import Counter
@@ -54,7 +54,7 @@ def load_table(
     *,
     converged_only: bool = False,
 ) -> RunTable:
-    """Read ``source``: a folder of run folders, or a .csv or .parquet file with one run a row.
+    """Read ``source``: a folder of run folders, or a .csv, .tsv or .parquet file with one run a row.
 
     Empty ``measures`` takes every measure of the run folders; of a file, the columns that bear a measure's
     name, or where none does, every numeric column that is not a gap, an outcome, a setting or an identifier.
@@ -72,9 +72,9 @@ def load_table(
     if source.is_dir():
         return _table_from_folders(source, measures, hyperparameters, group_by, converged_only)
     if not source.exists():
-        raise UsageError(f"{source} does not exist; give a folder of runs, a .csv or a .parquet file")
+        raise UsageError(f"{source} does not exist; give a folder of runs, a .csv, .tsv or .parquet file")
     if source.suffix.lower() not in READERS:
-        raise UsageError(f"{source} is no folder of runs and ends neither in .csv nor in .parquet")
+        raise UsageError(f"{source} is no folder of runs and ends neither in .csv, .tsv nor .parquet")
     return table_from_file(source, measures, hyperparameters, group_by, converged_only)
 
 

@@ -101,9 +101,10 @@ def correlate(
     paths = _figure_paths(source, figure_path) if wanted else []
     by = _names(group_by)
     found = runs.load_table(source, _names(measures), _names(hyper), by, converged_only=converged_only)
+    by, controls = found.named(by), found.named(_names(control))
     gaps = found.gaps if gap == "both" else (gap,)
     statistics = correlation.correlate(
-        found, gaps, by, controls=_names(control), seed=seed, resamples=resamples, skip=_names(skip)
+        found, gaps, by, controls=controls, seed=seed, resamples=resamples, skip=_names(skip)
     )
 
     if output == "json":
