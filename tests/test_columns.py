@@ -31,7 +31,10 @@ def test_known_names_in_every_writing(written: str, known: str) -> None:
 
 
 def test_unknown_names_stay_but_for_a_prefix() -> None:
-    assert called(["Sharpness", "metrics.flatness"]) == {"Sharpness": "Sharpness", "metrics.flatness": "flatness"}
+    assert called(["Sharpness", "metrics.flatness"]) == {
+        "Sharpness": "Sharpness",
+        "metrics.flatness": "flatness",
+    }
 
 
 def test_names_that_would_fall_together_stay_as_they_are() -> None:
@@ -70,7 +73,11 @@ def test_runs_that_did_not_finish() -> None:
     assert unfinished(wandb) == {
         1: "crashed", 2: "failed", 3: "killed", 4: "running", 5: "preempting", 7: "no status",
     }  # fmt: skip
-    assert unfinished(["FINISHED", "FAILED", "SCHEDULED", "KILLED"]) == {1: "FAILED", 2: "SCHEDULED", 3: "KILLED"}
+    assert unfinished(["FINISHED", "FAILED", "SCHEDULED", "KILLED"]) == {
+        1: "FAILED",
+        2: "SCHEDULED",
+        3: "KILLED",
+    }
     assert unfinished(["TrialState.COMPLETE", "TrialState.PRUNED"]) == {1: "TrialState.PRUNED"}
     assert unfinished(["running", "running"]) == {0: "running", 1: "running"}
     assert unfinished(["CA", "NY"]) == {}, "a state of another kind"

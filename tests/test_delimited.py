@@ -11,7 +11,10 @@ import pytest
 from gm_probe.analysis.delimited import read_delimited
 from gm_probe.core.errors import DataError
 
-HEADER, ROWS = ["name", "größe", "gap"], [["a, b", "1", "0.5"], ['say "x"; y', "2", "0.25"], ["tab\tbar|", "", "3"]]
+HEADER, ROWS = (
+    ["name", "größe", "gap"],
+    [["a, b", "1", "0.5"], ['say "x"; y', "2", "0.25"], ["tab\tbar|", "", "3"]],
+)
 
 
 def written(separator: str, end: str = "\n") -> str:
@@ -21,7 +24,9 @@ def written(separator: str, end: str = "\n") -> str:
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"]
+)
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_the_same_cells_however_written(tmp_path: Path, separator: str, encoding: str, end: str) -> None:
     (tmp_path / "t.csv").write_bytes(written(separator, end).encode(encoding))

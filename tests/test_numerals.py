@@ -32,7 +32,9 @@ def test_notations(cells: tuple[str, ...], expected: tuple[float, ...]) -> None:
     assert values(*cells) == pytest.approx(list(expected), rel=1e-15)
 
 
-@pytest.mark.parametrize("cell", ["1,2,3.5", "1 2", "12,34.5", "0x10", "1_000", "True", "12:30", "1.2.3", "٣"])
+@pytest.mark.parametrize(
+    "cell", ["1,2,3.5", "1 2", "12,34.5", "0x10", "1_000", "True", "12:30", "1.2.3", "٣"]
+)
 def test_what_is_no_number(cell: str) -> None:
     read = read_numbers({"m": [cell, "0.5"]})["m"]
     assert read.text == {0: cell}
@@ -55,7 +57,9 @@ def test_excel_errors_and_blanks_have_no_value() -> None:
 
 def test_any_numbers_come_back_from_either_notation() -> None:
     draws = random.Random(0)
-    numbers = [round(draws.uniform(-1, 1) * 10 ** draws.randint(-3, 6), draws.randint(0, 5)) for _ in range(300)]
+    numbers = [
+        round(draws.uniform(-1, 1) * 10 ** draws.randint(-3, 6), draws.randint(0, 5)) for _ in range(300)
+    ]
     written = [f"{number:,.5f}" for number in numbers]
     assert values(*written) == numbers
     swapped = [text.translate(str.maketrans(",.", ".,")) for text in written]

@@ -227,10 +227,19 @@ WRITTEN = {
     "a sep= line": b"sep=;\r\n" + lines(separator=";").encode(),
     "capitals": lines(["Name", "WD", "LR", "Seed", "Error_Gap", "sharpness"]).encode(),
     "MLflow": lines(
-        ["tags.mlflow.runName", "params.wd", "params.lr", "params.seed", "metrics.error_gap", "metrics.sharpness"]
+        [
+            "tags.mlflow.runName",
+            "params.wd",
+            "params.lr",
+            "params.seed",
+            "metrics.error_gap",
+            "metrics.sharpness",
+        ]
     ).encode(),
     "percent": lines(
-        show=lambda v: f"{100 * v!r}%" if isinstance(v, float) and v in {r["error_gap"] for r in RUNS} else str(v)
+        show=lambda v: (
+            f"{100 * v!r}%" if isinstance(v, float) and v in {r["error_gap"] for r in RUNS} else str(v)
+        )
     ).encode(),
 }
 

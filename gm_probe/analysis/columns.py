@@ -54,7 +54,9 @@ _NO_MEASURE = re.compile(
     r"|(?:train|training|test|val|valid|validation|eval)_(?:error|err|acc|accuracy|ce|loss)"
     r"|(?:gpu|cpu|git|mlflow|slurm)_.*|host|hostname|node_ip|user|tags|notes|sweep|commit"
 )
-FINISHED = frozenset(("finished", "finish", "completed", "complete", "succeeded", "successful", "success", "done", "ok"))
+FINISHED = frozenset(
+    ("finished", "finish", "completed", "complete", "succeeded", "successful", "success", "done", "ok")
+)
 # fmt: off
 UNFINISHED = frozenset((
     "crashed", "crash", "failed", "fail", "failure", "error", "errored", "killed", "running", "preempting", "preempted",

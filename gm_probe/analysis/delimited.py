@@ -99,7 +99,9 @@ def _separator(text: str) -> tuple[str, str]:
 
 
 def _reader(text: str, separator: str, *, strict: bool = True):  # type: ignore[no-untyped-def]  # csv names no type
-    return csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=strict)
+    return csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=strict
+    )
 
 
 def _rows(text: str, separator: str, path: Path) -> tuple[list[str], list[list[str]]]:

@@ -29,7 +29,8 @@ from gm_probe.analysis.table import (
     unique,
 )
 from gm_probe.core.errors import DataError, StorageError, UsageError
-from gm_probe.core.records import RunRecord, find_runs, read_run
+from gm_probe.core.files import read_json
+from gm_probe.core.records import SWEEP, RunRecord, find_runs, read_run
 
 # What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
 # Whether pixels were normalised, not by what: that is the training data's own.
@@ -76,6 +77,24 @@ def load_table(
     if source.suffix.lower() not in READERS:
         raise UsageError(f"{source} is no folder of runs and ends neither in .csv, .tsv nor .parquet")
     return table_from_file(source, measures, hyperparameters, group_by, converged_only)
+
+
+def recipe_groups(source: Path) -> list[str]:
+    """Return the settings by which the recipe of the sweep folder ``source`` groups; none of any other source.
+
+    Raises:
+        StorageError: its sweep.json is broken.
+    """
+    path = source / SWEEP
+    if not path.is_file():
+        return []
+    content = read_json(path)
+    names = content.get("group_by", []) if isinstance(content, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise StorageError(
+            f"{path}: group_by is not a list of names; run `gmprobe sweep` into {source} again"
+        )
+    return names
 
 
 def _table_from_folders(

@@ -136,7 +136,9 @@ def _sheet(source: Path) -> _Sheet:
     if raw.empty:
         raise DataError(f"{source} has a header but no run below it")
     new = called(names)
-    return _Sheet(source, raw.rename(columns=new), {old: name for old, name in new.items() if old != name}, written)
+    return _Sheet(
+        source, raw.rename(columns=new), {old: name for old, name in new.items() if old != name}, written
+    )
 
 
 def _gaps(columns: dict[str, Numbers], source: Path) -> tuple[list[str], list[str]]:
@@ -171,7 +173,9 @@ def _require_numbers(
         for row, cell in columns[name].text.items():
             remedy = "which is not a number"
             if ambiguous(cell):
-                remedy = "which may have a decimal comma or set thousands apart; write it with a decimal point"
+                remedy = (
+                    "which may have a decimal comma or set thousands apart; write it with a decimal point"
+                )
             raise DataError(f"{source} column {name!r} row {int(places.iloc[row])} holds {cell!r}, {remedy}")
 
 

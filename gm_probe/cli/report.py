@@ -96,7 +96,13 @@ def report(
     by, shape_by = table.named(by), table.named(shape_by)
     gaps = table.gaps if gap == "both" else (gap,)
     statistics = correlation.correlate(
-        table, gaps, by, controls=table.named(_names(control)), seed=seed, resamples=resamples, skip=_names(skip)
+        table,
+        gaps,
+        by,
+        controls=table.named(_names(control)),
+        seed=seed,
+        resamples=resamples,
+        skip=_names(skip),
     )
     page = compose(
         table,
