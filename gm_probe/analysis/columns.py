@@ -18,8 +18,8 @@ SETTINGS = frozenset((
     "method", "model", "arch", "architecture", "data", "dataset", "optimizer", "lr", "learning_rate", "batch_size",
     "bs", "weight_decay", "wd", "momentum", "nesterov", "schedule", "scheduler", "lr_schedule", "lr_scheduler",
     "warmup", "warmup_epochs", "warmup_steps", "min_lr", "gamma", "augment", "augmentation", "label_smoothing",
-    "dropout", "mixup", "cutmix", "clip_norm", "grad_clip", "ema_decay", "rho", "beta", "eta", "ascent_steps", "k_steps",
-    "noise_scale", "depth", "width", "num_layers", "hidden_size", "width_multiplier", "num_parameters", "num_params",
+    "dropout", "mixup", "cutmix", "clip_norm", "grad_clip", "ema_decay", "rho", "beta", "eta", "ascent_steps",
+    "k_steps", "noise_scale", "depth", "width", "num_layers", "hidden_size", "width_multiplier", "num_parameters", "num_params",
     "num_examples", "train_size", "labels", "stop_ce",
 ))
 # fmt: on
@@ -54,10 +54,10 @@ _NO_MEASURE = re.compile(
     r"|(?:train|training|test|val|valid|validation|eval)_(?:error|err|acc|accuracy|ce|loss)"
     r"|(?:gpu|cpu|git|mlflow|slurm)_.*|host|hostname|node_ip|user|tags|notes|sweep|commit"
 )
-FINISHED = frozenset(
-    ("finished", "finish", "completed", "complete", "succeeded", "successful", "success", "done", "ok")
-)
 # fmt: off
+FINISHED = frozenset((
+    "finished", "finish", "completed", "complete", "succeeded", "successful", "success", "done", "ok",
+))
 UNFINISHED = frozenset((
     "crashed", "crash", "failed", "fail", "failure", "error", "errored", "killed", "running", "preempting", "preempted",
     "pending", "scheduled", "queued", "waiting", "created", "starting", "initializing", "paused", "stopped", "stopping",

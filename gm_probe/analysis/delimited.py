@@ -1,4 +1,4 @@
-"""Read a text table as spreadsheets, experiment trackers and scripts write it: its encoding, its separator, its rows."""
+"""Read a text table as spreadsheets, trackers and scripts write it: its encoding, its separator, its rows."""
 
 from __future__ import annotations
 
