@@ -12,6 +12,7 @@ from torch import nn
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.devices import generators_kept
+from gm_probe.core.door import Outputs
 from gm_probe.core.errors import (
     DataError,
     DerivativeError,
@@ -244,10 +245,12 @@ def measure(
     initial: nn.Module | None = None,
     memory: float = MEMORY,
     notify: Callable[[str, float], None] | None = None,
+    outputs: Outputs | None = None,
 ) -> Report:
     """Measure ``model`` over ``batches`` in eval mode; the model is left bit-identical.
 
     Args:
+        outputs: how what the model returns is read (core.door). Default: a tensor of logits, or what is named so.
         names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
         initial: the model before training, for its distance.
         memory: bytes that a product may take, where ``batches`` are of no size of their own, and a quarter more that
@@ -281,13 +284,13 @@ def measure(
     refusals: list[ProbeError] = []
     # a model may draw at random though its outputs stay the same
     with generators_kept(batches.device), as_measured(model):
-        probe = Probe(model, batches, settings, work, initial, memory)
+        probe = Probe(model, batches, settings, work, initial, memory, outputs)
         _require_full(probe.parameters.dtype)
 
         def probed(batches: Batches) -> Probe:
             nonlocal probe
             if probe.batches is not batches:  # what is shared was made on the others
-                probe = Probe(model, batches, settings, work, initial, memory)
+                probe = Probe(model, batches, settings, work, initial, memory, outputs)
             return probe
 
         probe.parameters.check_finite()
