@@ -208,18 +208,14 @@ class OnePassIAMD(Rule):
         draws = Draws(x.device)
         outputs = self._clean(x, y)
         loss = self._loss(outputs, y)
-        shift = self.parameters.split(sign * self.delta)
-        # leaves of their own, so that their gradient is the KL's alone
-        moved = {n: (p.detach() + shift[n]).requires_grad_() for n, p in self.parameters.named.items()}
+        moved = self.parameters.moved(sign * self.delta)
         with draws.again():
             perturbed = self.parameters.taken(x, moved)
         divergence = self._divergence(outputs, perturbed, y, self.kl_grad)
         whole = loss + self.beta * self._share * divergence
         gradients = self._differentiate(whole, list(moved.values()))
-        clean, ascent = gradients[: -len(moved)], gradients[-len(moved) :]
-        self._follow(self._direction(self.parameters.join(ascent)))
-        step = Step(outputs.detach(), loss.detach(), divergence.detach())
-        return step, self._sum(clean, ascent)
+        self._follow(self._direction(self.parameters.join(gradients[-len(moved) :])))
+        return Step(outputs.detach(), loss.detach(), divergence.detach()), gradients[: -len(moved)]
 
     def _follow(self, direction: Tensor) -> None:
         assert self.delta is not None
