@@ -52,6 +52,17 @@ _OPTIONS = (
         type=click.IntRange(2),
         help="Classes of a foreign checkpoint.  [default: its head's]",
     ),
+    click.option(
+        "--output",
+        "model_output",
+        metavar="NAME",
+        help="Index or name of the logits among several outputs of the model.",
+    ),
+    click.option(
+        "--outputs-are",
+        type=Choice(["logits", "probabilities", "log-probabilities"]),
+        help="What the model returns. Without it, outputs that look like probabilities are refused.",
+    ),
     click.option("--data-root", metavar="DIR", type=PATH, help="Where torchvision keeps data."),
     click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
     click.option("--dtype", type=Choice(["float32", "float64"]), default="float32", show_default=True),
@@ -80,6 +91,8 @@ class DataOptions:
     channels: str | None
     skip_bad: bool
     num_classes: int | None
+    model_output: str | None
+    outputs_are: Any
     data_root: Path | None
     download: bool
     dtype: str
@@ -124,6 +137,7 @@ class DataOptions:
         import torch
 
         from gm_probe.core.devices import keep_freed_memory, pick_device
+        from gm_probe.core.door import Outputs
 
         keep_freed_memory()
         if self.threads is not None:
@@ -133,6 +147,7 @@ class DataOptions:
             "model_name": self.model_name,
             "normalization": self._normalization(),
             "num_classes": self.num_classes,
+            "outputs": Outputs(self.model_output, self.outputs_are),
             "dtype": self._dtype(),
             "device": pick_device(self.device),
         }

@@ -143,10 +143,11 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
 )
 @click.option(
     "--head",
-    type=Choice(["classifier", "simclr"]),
+    type=Choice(["classifier", "binary", "multilabel", "simclr"]),
     default="classifier",
     show_default=True,
-    help="simclr: NT-Xent logits over seeded views, in batches of --batch-size images (250).",
+    help="What the outputs stand for: exclusive classes, one yes-or-no logit, several independent ones, or SimCLR's "
+    "NT-Xent logits over seeded views (in batches of --batch-size images, 250).",
 )
 @click.option("--temperature", type=float, help="τ of NT-Xent.  [default: as trained]")
 @click.option(

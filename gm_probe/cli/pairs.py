@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import DataOptions, data_options
-from gm_probe.cli.kinds import PATH, SEED
+from gm_probe.cli.kinds import PATH, SEED, Choice
 from gm_probe.cli.output import (
     format_options,
     note,
@@ -42,12 +42,20 @@ if TYPE_CHECKING:
 @click.option(
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )
+@click.option(
+    "--head",
+    type=Choice(["classifier", "binary", "multilabel"]),
+    default="classifier",
+    show_default=True,
+    help="What the outputs stand for: exclusive classes, one yes-or-no logit, or several independent ones.",
+)
 @data_options
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the subset.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random subset.")
 @format_options
 def pairs(
     checkpoints: tuple[Path, ...],
     unlabeled: str | None,
+    head: str,
     seed: int,
     output: str | None,
     quiet: bool,
@@ -93,9 +101,10 @@ def pairs(
         data.require_source()
     from gm_probe.core.devices import environment
     from gm_probe.probe.pairwise import compare
+    from gm_probe.sweep.measuring import output_settings
     from gm_probe.training.parts import OWN_UNLABELED
 
-    loading = data.loading()
+    loading = data.loading() | {"head": head}
     training_sets = training_sets_of(paths)
     notes += doubts(paths, training_sets)
     if unlabeled is None:
@@ -124,6 +133,7 @@ def pairs(
             "max_examples": data.max_examples,
             "seed": seed,
             "dtype": data.dtype,
+            **{key: value for key, value in output_settings(loading).items() if value is not None},
             "batchnorm": "eval (running statistics)",
             **environment(loading["device"]),
         },
@@ -194,7 +204,8 @@ def _outputs(
     subject = open_subject(path, examples, **loading)
     try:
         with evaluating(subject.model), full_precision():
-            logits = Probe(subject.model, subject.batches, Settings(), Work(len(examples))).clean
+            work = Work(len(examples))
+            logits = Probe(subject.model, subject.batches, Settings(), work, outputs=subject.outputs).clean
     except (DataError, DivergedError, UsageError) as error:  # which know of no path
         raise type(error)(f"{path}: {error}") from error
     used = subject.batches.normalization

@@ -76,8 +76,6 @@ def load_model(
     with generators_kept():  # initial weights are overwritten; the caller's draws stay its own
         model = build_model(spec).to(dtype)
     load_weights(model, checkpoint)
-    if len(spec.input_shape) == 3:
-        model.to(memory_format=torch.channels_last)
     return model
 
 
