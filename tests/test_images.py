@@ -14,7 +14,7 @@ from gm_probe.core import images
 from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.datasets import Examples, open_source
 from gm_probe.core.errors import DataError
-from gm_probe.core.images import ImageFiles, blocks
+from gm_probe.core.images import ImageFiles, Reading, blocks
 
 
 def write(path: Path, array: np.ndarray) -> Path:
@@ -65,7 +65,7 @@ def test_it_looks_and_indexes_like_the_tensor(streamed: Examples, in_memory: Exa
 def test_batches_are_the_same_and_decoded_ahead(
     streamed: Examples, in_memory: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    normalization = Normalization((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+    normalization = Normalization((0.1, 0.2, 0.3), (1.0, 0.5, 0.25))
     threads = set()
     original = ImageFiles.__getitem__
 
@@ -116,8 +116,9 @@ def test_blocks_cover_all_once(
 
 def test_a_selection_that_fits_is_decoded(streamed: Examples, in_memory: Examples) -> None:
     few, many = torch.tensor([9, 1, 4]), torch.tensor([9, 1, 4, 5, 0])
-    assert torch.equal(tensor(streamed.select(few)), tensor(in_memory)[few])
-    still = streamed.select(many)
+    assert isinstance(streamed.select(few).x, ImageFiles)
+    assert torch.equal(tensor(streamed.select(few).in_memory()), tensor(in_memory)[few])
+    still = streamed.select(many).in_memory()
     assert isinstance(still.x, ImageFiles)
     assert torch.equal(still.x[:], tensor(in_memory)[many])
     assert torch.equal(tensor(streamed.subset(3, seed=1)), tensor(in_memory.subset(3, seed=1)))
@@ -127,15 +128,15 @@ def test_grey_only_where_all_are(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     grey = np.arange(30, dtype=np.uint8).reshape(6, 5)
     flat = folder.parent / "grey"
     files = [write(flat / f"{i}.png", grey + i) for i in range(3)]
-    assert ImageFiles(files, None, None).shape == (3, 1, 6, 5)
-    assert ImageFiles(files, 3, None).shape == (3, 3, 6, 5)
-    mixed = [*files, next(folder.rglob("*.png"))]
-    monkeypatch.setattr(images, "IN_MEMORY", 0)
-    x = images.open_images(mixed, None, None)
-    assert isinstance(x, ImageFiles)
-    monkeypatch.undo()
-    assert torch.equal(x[:], images.decode_all(mixed, None, None))
-    assert torch.equal(x[:1], torch.from_numpy(grey).expand(1, 3, 6, 5))
+    assert ImageFiles(files).shape == (3, 1, 6, 5)
+    assert ImageFiles(files, Reading(channels=3)).shape == (3, 3, 6, 5)
+    colour = next(folder.rglob("*.png"))
+    for headers in (1000, 2):  # where the coloured one is among the first that are looked at, or not
+        monkeypatch.setattr(images, "HEADERS", headers)
+        x = ImageFiles([files[0], colour, *files[1:]])
+        assert x.shape == (4, 3, 6, 5)
+        assert torch.equal(x[:1], torch.from_numpy(grey).expand(1, 3, 6, 5))
+        assert torch.equal(x[:], x.in_memory())  # type: ignore[arg-type]
 
 
 def test_two_parts_agree_in_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,34 +153,39 @@ def test_two_parts_agree_in_channels(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert torch.equal(tensor(a), b.x[:])
 
 
-def test_resized_images_may_differ_in_size(folder: Path) -> None:
+def test_resized_images_may_differ_in_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = write(folder / "a" / "odd.png", np.zeros((9, 9, 3), dtype=np.uint8))
     files = [*sorted(folder.rglob("0.png")), odd]
-    x = ImageFiles(files, None, 8)
+    x = ImageFiles(files, Reading(image_size=8))
     assert x.shape == (3, 3, 8, 8)
-    assert torch.equal(x[:], images.decode_all(files, None, 8))
-    with pytest.raises(DataError, match=r"odd\.png is 9×9 but 0\.png is 5×6; resize all with --image-size"):
-        ImageFiles(files, None, None)
+    assert torch.equal(x[:], x.in_memory())  # type: ignore[arg-type]
+    for room in (images.IN_MEMORY, 0):  # decoded, and found by the headers before anything is decoded
+        monkeypatch.setattr(images, "IN_MEMORY", room)
+        with pytest.raises(
+            DataError, match=r"odd\.png is 9×9 but 0\.png is 5×6; resize all with --image-size"
+        ):
+            ImageFiles(files).in_memory()
 
 
 def test_a_broken_file_is_named_when_it_is_taken(folder: Path) -> None:
     whole = (folder / "b" / "1.png").read_bytes()
     (folder / "b" / "1.png").write_bytes(whole[: len(whole) // 2])  # the header is whole
     files = sorted((folder / "b").glob("*.png"))
-    x = ImageFiles(files, None, None)
-    assert len(x[:1]) == 1
+    for _ in range(2):
+        x = ImageFiles(files)
+        assert len(x[:1]) == 1
+        with pytest.raises(DataError, match=r"cannot decode .*1\.png"):
+            _ = x[:]
+        with pytest.raises(DataError, match=r"cannot decode .*1\.png"):
+            list(Batches(Examples(x, None, (), "files"), batch_size=1))
+        (folder / "b" / "1.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"cannot decode .*1\.png"):
-        _ = x[:]
-    with pytest.raises(DataError, match=r"cannot decode .*1\.png"):
-        list(Batches(Examples(x, None, (), "files"), batch_size=1))
-    (folder / "b" / "1.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"cannot decode .*1\.png"):
-        ImageFiles(files, None, None)
+        ImageFiles(files[1:2])
 
 
 def test_a_file_that_changed_its_size_is_an_error(folder: Path) -> None:
     files = sorted((folder / "b").glob("*.png"))
-    x = ImageFiles(files, None, None)
+    x = ImageFiles(files)
     write(files[2], np.zeros((3, 3, 3), dtype=np.uint8))
     with pytest.raises(DataError, match=r"2\.png is 3×3"):
         _ = x[1:3]
@@ -187,7 +193,7 @@ def test_a_file_that_changed_its_size_is_an_error(folder: Path) -> None:
 
 def test_a_file_that_is_gone_is_named(folder: Path) -> None:
     files = sorted((folder / "b").glob("*.png"))
-    x = ImageFiles(files, None, None)
+    x = ImageFiles(files)
     files[3].unlink()
     with pytest.raises(DataError, match=r"cannot decode .*3\.png"):
         _ = x[2:]

@@ -14,7 +14,7 @@ from gm_probe.cli.kinds import PATH, SEED
 from gm_probe.cli.output import (
     format_options,
     note,
-    note_skipped,
+    note_reading,
     notes_console,
     number,
     print_csv,
@@ -90,7 +90,7 @@ def pairs(
         for path in paths:
             if not is_run(path):
                 raise UsageError(f"{path} is no run folder with data of its own; give --unlabeled DATA")
-        data.require_source()
+    data.require_use(unlabeled)
     from gm_probe.core.devices import environment
     from gm_probe.probe.pairwise import compare
     from gm_probe.training.parts import OWN_UNLABELED
@@ -99,11 +99,11 @@ def pairs(
     training_sets = training_sets_of(paths)
     notes += doubts(paths, training_sets)
     if unlabeled is None:
-        examples, used_part = common_unlabeled(paths), OWN_UNLABELED
+        examples, used_part = common_unlabeled(paths, data.data), OWN_UNLABELED
     else:
         examples, used_part, hint = data.open(unlabeled, labeled=False)
-        notes += [hint] if hint else []
-        note_skipped(notes_console(quiet), examples.skipped)
+        notes += [*([hint] if hint else []), *examples.notes]
+        note_reading(notes_console(quiet), (), examples.skipped)
     examples = examples.subset(data.max_examples, seed)
     outputs, models = _all_outputs(paths, examples, quiet=quiet, **loading)
     notes += _same_twice(paths, outputs)
@@ -122,6 +122,8 @@ def pairs(
             "data": examples.source,
             "part": used_part,
             "max_examples": data.max_examples,
+            **data.reading(),
+            "passed_over": dict(examples.passed_over),
             "seed": seed,
             "dtype": data.dtype,
             "batchnorm": "eval (running statistics)",

@@ -81,8 +81,8 @@ class Normalization:
             return
         if not (all(0 <= mean <= 1 for mean in self.mean) and max(self.std) <= 1):
             raise UsageError(
-                f"a normalisation by mean {_listed(self.mean)} and std {_listed(self.std)} is not for pixels in [0, 1], "
-                f"to which {examples.source} is scaled; divide both by 255 if they are for pixels from 0 to 255"
+                f"the normalisation by mean {_listed(self.mean)} and std {_listed(self.std)} is not for pixels in "
+                f"[0, 1], as those of {examples.source} are; divide both by 255 if it is for pixels from 0 to 255"
             )
         if not isinstance(x, Tensor) or not len(x) or not (x.dtype == torch.uint8 or x.is_floating_point()):
             return

@@ -247,8 +247,6 @@ def require_source(name: str) -> None:
 
 def _no_source(name: str) -> UsageError:
     known = ["digits", *DATASETS]
-    if Path(name).is_absolute():
-        return UsageError(f"no folder or file {name!r}; if it has moved, say where it is now with --data")
     hint = did_you_mean(name, known, f"not one of {', '.join(known)} either")
     return UsageError(f"no folder or file {name!r}; {hint}")
 

@@ -154,6 +154,7 @@ class ImageFiles:
         uneven = [f"{file} ({h.width}×{h.height})" for file, h in headers if h.width != h.height]
         self.distorted = uneven[0] if reading.image_size and uneven else None
         """An image whose aspect ratio changes, with its size, if there is one."""
+        self._agree = False  # whether all sizes are known to be the first's
 
     @property
     def shape(self) -> torch.Size:
@@ -199,18 +200,16 @@ class ImageFiles:
         """
         if len(self) * self.shape[1:].numel() <= IN_MEMORY:
             return self._decoded
-        return self._checked
+        if not self._agree:
+            for file, header in zip(self.files, _in_threads(_header, self.files), strict=True):
+                self._require_size(file, self._reading.size_of(header.height, header.width))
+            self._agree = True
+        return self
 
     @cached_property
     def _decoded(self) -> Tensor:
         with warnings.catch_warnings(action="ignore"):
             return self[:]
-
-    @cached_property
-    def _checked(self) -> ImageFiles:
-        for file, header in zip(self.files, _in_threads(_header, self.files), strict=True):
-            self._require_size(file, self._reading.size_of(header.height, header.width))
-        return self
 
     def with_channels(self, channels: int) -> ImageFiles:
         """The same as grey or RGB."""
@@ -220,6 +219,7 @@ class ImageFiles:
         other = object.__new__(ImageFiles)  # the headers are read
         other.files, other._reading = files, reading
         other._first, other._size, other.distorted = self._first, self._size, self.distorted
+        other._agree = self._agree
         return other
 
     def _require_size(self, file: Path, size: tuple[int, ...]) -> None:
@@ -373,7 +373,9 @@ def _is_deep(image: Image.Image) -> bool:
 def _has_16_bits(image: Image.Image) -> bool:
     """Whether its pixels have 16 bits a channel; of colours Pillow keeps the upper eight."""
     modes = [str(tile[3:]) for tile in getattr(image, "tile", ())]
-    return _is_deep(image) or any(";16" in mode and "BGR;16" not in mode for mode in modes)  # 5 and 6 bits each
+    return _is_deep(image) or any(
+        ";16" in mode and "BGR;16" not in mode for mode in modes
+    )  # 5 and 6 bits each
 
 
 def _broken(file: Path, error: Exception) -> DataError:

@@ -183,6 +183,7 @@ def measure_checkpoint(
         num_examples=len(examples),
         mean=list(batches.normalization.mean),
         std=list(batches.normalization.std),
+        passed_over=dict(examples.passed_over),
         dtype=str(batches.dtype).removeprefix("torch."),
         processes=count(),
         **_how_coupled(subject),

@@ -35,6 +35,7 @@ class TrainConfig:
 
     Attributes:
         data: folder, array file, ``digits``, or a torchvision name (core.datasets.open_source).
+        image_size, resize, crop: of a folder's images (core.images.Reading).
         skip_bad: leave out images that cannot be decoded; split.json lists them.
         num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = core.splits.split's defaults.
         labels: training examples that keep their labels, as many of each class (None = all).
@@ -78,6 +79,8 @@ class TrainConfig:
     data_root: str | None = None
     download: bool = False
     image_size: int | None = None
+    resize: int | None = None
+    crop: int | None = None
     skip_bad: bool = False
     num_train: int | None = None
     labels: int | None = None
