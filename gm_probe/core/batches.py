@@ -123,7 +123,7 @@ class Normalization:
 
 
 def _listed(values: tuple[float, ...]) -> str:
-    return ",".join(f"{value:.3g}" for value in values)
+    return ",".join(f"{value:.4g}" for value in values)
 
 
 BATCH_SIZE = 250

@@ -23,7 +23,7 @@ from gm_probe.core.errors import DataError, UsageError, first_line
 
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000")
 """What Pillow may take any file for, whatever its name says: never EPS, which it would hand to Ghostscript."""
-NAMED_FORMATS = ("TGA", "DIB", "PCX", "DDS", "QOI", "SGI", "SUN", "MSP", "IM", "XBM", "XPM", "PSD")
+NAMED_FORMATS = ("TGA", "DIB", "PCX", "DDS", "QOI", "SGI", "SUN", "MSP", "XBM", "XPM", "PSD")
 """What Pillow may take a file for whose suffix says so: garbage passes for some of these.
 
 Icons and FITS are not among them: they may unpack to far more pixels than they claim.

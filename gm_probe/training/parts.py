@@ -93,18 +93,19 @@ def split_record(splits: Splits) -> dict[str, Any]:
             for some in contents(part.y):
                 digest.update(some)
     left_out = {"skipped": list(skipped(splits))} if skipped(splits) else {}
-    return {
-        **splits.indices,
-        "sha256": digest.hexdigest(),
-        MARKS: list(marks(splits.unlabeled.x)),
-        **left_out,
-    }
+    record = {**splits.indices, "sha256": digest.hexdigest(), **left_out}
+    if Path(splits.unlabeled.source).is_dir():  # else all is in memory, and the digest is soon taken
+        record[MARKS] = list(marks(splits.unlabeled.x))
+    return record
 
 
 def check_splits(splits: Splits, run: Path, data: str) -> None:
     """Raise DataError unless ``splits``, cut from ``data``, are those that the run folder was started with."""
-    recorded, now = read_json(run / SPLIT), split_record(splits)
-    if recorded != {key: value for key, value in now.items() if key != MARKS or key in recorded}:
+    recorded, now = (
+        {key: value for key, value in record.items() if key != MARKS}
+        for record in (read_json(run / SPLIT), split_record(splits))
+    )
+    if recorded != now:
         raise DataError(_otherwise(run, data))
 
 
