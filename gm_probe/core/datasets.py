@@ -445,7 +445,7 @@ def _folder(
 
 
 def _notes(path: Path, passed: PassedOver, distorted: str | None, reading: Reading) -> tuple[str, ...]:
-    notes = [f"{path}: {passed.total()} entries were passed over: {passed}"] if passed else []
+    notes = [f"{path}: these entries were passed over: {passed}"] if passed else []
     if distorted:
         size = reading.image_size
         notes.append(
