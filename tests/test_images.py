@@ -20,6 +20,7 @@ from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.datasets import Examples, open_source
 from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.images import ImageFiles, Reading, blocks
+from gm_probe.training.config import TrainConfig
 
 
 def write(path: Path, array: np.ndarray) -> Path:
@@ -233,6 +234,16 @@ def test_crops_that_would_have_a_black_border_are_refused(tmp_path: Path) -> Non
         Reading(resize=9, crop=10)
     with pytest.raises(UsageError, match="--image-size"):
         Reading(image_size=8, crop=8)
+
+
+@pytest.mark.parametrize("values", [{"channels": 2}, {"image_size": 0}, {"resize": -1}, {"crop": 0}])
+def test_impossible_readings_are_refused_by_name(values: dict[str, int]) -> None:
+    (name,) = values
+    with pytest.raises(UsageError, match=f"{name} = "):
+        Reading(**values)
+    if name != "channels":
+        with pytest.raises(UsageError, match=f"{name} = "):
+            TrainConfig.from_dict(values)
 
 
 def test_a_sliver_is_not_blown_up(tmp_path: Path) -> None:

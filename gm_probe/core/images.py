@@ -67,7 +67,8 @@ class Reading:
         crop: pixels a side of the square that is then cut from the centre. It equals torchvision's ``CenterCrop``.
 
     Raises:
-        UsageError: ``image_size`` is combined with another size, or ``crop`` is larger than ``resize``.
+        UsageError: a value is impossible, ``image_size`` is combined with another size, or ``crop`` is larger than
+            ``resize``.
     """
 
     channels: int | None = None
@@ -76,6 +77,12 @@ class Reading:
     crop: int | None = None
 
     def __post_init__(self) -> None:
+        if self.channels not in {None, 1, 3}:
+            raise UsageError(f"channels = {self.channels} must be 1 (grey) or 3 (RGB)")
+        for name in ("image_size", "resize", "crop"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} = {value} must be at least 1 pixel")
         if self.image_size and (self.resize or self.crop):
             raise UsageError(
                 "--image-size sets both sides at once; give it, or --resize and --crop, but not both"

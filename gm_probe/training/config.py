@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 from gm_probe.core.datasets import DATASETS
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import as_named
+from gm_probe.core.images import Reading
 
 NAMES = frozenset({"digits", *DATASETS})
 CHOICES = {
@@ -179,6 +180,7 @@ class TrainConfig:
             raise UsageError(f"validation = {self.validation} must lie in (0, 1)")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
+        Reading(None, self.image_size, self.resize, self.crop)  # which checks them
         self._check_objective()
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
