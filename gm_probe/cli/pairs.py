@@ -14,7 +14,7 @@ from gm_probe.cli.kinds import PATH, SEED, Choice
 from gm_probe.cli.output import (
     format_options,
     note,
-    note_skipped,
+    note_reading,
     notes_console,
     number,
     print_csv,
@@ -98,7 +98,7 @@ def pairs(
         for path in paths:
             if not is_run(path):
                 raise UsageError(f"{path} is no run folder with data of its own; give --unlabeled DATA")
-        data.require_source()
+    data.require_use(unlabeled)
     from gm_probe.core.devices import environment
     from gm_probe.probe.pairwise import compare
     from gm_probe.sweep.measuring import output_settings
@@ -108,11 +108,11 @@ def pairs(
     training_sets = training_sets_of(paths)
     notes += doubts(paths, training_sets)
     if unlabeled is None:
-        examples, used_part = common_unlabeled(paths), OWN_UNLABELED
+        examples, used_part = common_unlabeled(paths, data.data), OWN_UNLABELED
     else:
         examples, used_part, hint = data.open(unlabeled, labeled=False)
-        notes += [hint] if hint else []
-        note_skipped(notes_console(quiet), examples.skipped)
+        notes += [*([hint] if hint else []), *examples.notes]
+        note_reading(notes_console(quiet), (), examples.skipped)
     examples = examples.subset(data.max_examples, seed)
     outputs, models = _all_outputs(paths, examples, quiet=quiet, **loading)
     notes += _same_twice(paths, outputs)
@@ -131,6 +131,8 @@ def pairs(
             "data": examples.source,
             "part": used_part,
             "max_examples": data.max_examples,
+            **data.reading(),
+            "passed_over": dict(examples.passed_over),
             "seed": seed,
             "dtype": data.dtype,
             **{key: value for key, value in output_settings(loading).items() if value is not None},

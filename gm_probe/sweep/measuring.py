@@ -212,6 +212,7 @@ def measure_checkpoint(
         num_examples=len(examples),
         mean=list(batches.normalization.mean),
         std=list(batches.normalization.std),
+        passed_over=dict(examples.passed_over),
         dtype=str(batches.dtype).removeprefix("torch."),
         processes=count(),
         **{key: value for key, value in subject.outputs.settings().items() if value is not None},
