@@ -22,7 +22,7 @@ from gm_probe.core.layout import settle_layout
 from gm_probe.core.loading import check_fit, choose_normalization, load_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
-from gm_probe.core.models import ModelSpec, initial_model, logits_at
+from gm_probe.core.models import ModelSpec, initial_model, is_user_code, logits_at
 from gm_probe.core.parameters import as_measured, evaluating
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
