@@ -116,9 +116,10 @@ def open_subject(
     batches = Batches(examples, chosen, batch_size=batch_size, device=device, dtype=dtype)
     if batches.channels_last:
         batches.channels_last = settle_layout(model, next(iter(batches.of_size(2))).x)
-    outputs = _examined(
-        model, batches, replace(outputs or Outputs(), head=cast(Head, head)), model_name or path
-    )
+    outputs = replace(outputs or Outputs(), head=cast(Head, head))
+    if not is_user_code(name):  # libraries' networks return logits, however they look
+        outputs = replace(outputs, kind=outputs.kind or "logits")
+    outputs = _examined(model, batches, outputs, model_name or path)
     classes = _num_classes(model, batches, outputs)
     if num_classes is not None and num_classes != classes:
         raise UsageError(f"{model_name or path} has {classes} outputs, not --num-classes {num_classes}")
