@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gm_probe.core.devices import full_precision
 from gm_probe.core.errors import CheckpointError, UsageError
 from gm_probe.core.models import logits_at
+from gm_probe.core.precision import float32_products
 
 
 class Parameters:
@@ -28,7 +28,7 @@ class Parameters:
         pattern: regular expression; only parameters in whose name it is found count, the others are constants.
 
     Raises:
-        UsageError: the model has none, or none of that name, or some of another dtype than others.
+        UsageError: the model has none, or none of that name, or some of another dtype or device than others.
     """
 
     def __init__(self, model: nn.Module, pattern: str = "") -> None:
@@ -55,6 +55,11 @@ class Parameters:
                 raise UsageError(
                     f"parameter {name!r} is {p.dtype} and {first_name!r} {self.dtype}; give all one dtype "
                     "(model.float()), and use autocast for speed"
+                )
+            if p.device != self.device:
+                raise UsageError(
+                    f"parameter {name!r} is on {p.device} and {first_name!r} on {self.device}; move the whole model to "
+                    "one device"
                 )
         self._sizes = [p.numel() for p in self.named.values()]
         self.size = sum(self._sizes)
@@ -111,7 +116,8 @@ class Parameters:
             rest = {n: t.to(dtype) if t.is_floating_point() else t for n, t in rest.items()}
         tensors = {**rest, **values}
         placed = {place: tensors[name] for place, name in _places(self.model)}
-        return logits_at(lambda x: functional_call(self.model, placed, (x,), tie_weights=False), x)
+        with differentiable_recurrence(self.model):
+            return logits_at(lambda x: functional_call(self.model, placed, (x,), tie_weights=False), x)
 
     def rounding(self, offset: Tensor) -> float:
         """Which share of ``offset`` (P,) is lost where θ + offset is rounded to θ's dtype; 0 of no offset."""
@@ -160,7 +166,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def as_measured(model: nn.Module) -> Iterator[None]:
     """``model`` as the fixed, differentiable function that is measured: see the three."""
-    with evaluating(model), differentiable_attention(), full_precision():
+    with evaluating(model), differentiable_attention(), float32_products():
         yield
 
 
@@ -174,3 +180,19 @@ def differentiable_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Run recurrent layers without cuDNN, for the passes of ``model`` within.
+
+    cuDNN differentiates none in eval mode and none twice, and no generator's state replays its dropout.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    try:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            cudnn.enabled = False
+        yield
+    finally:
+        cudnn.enabled = before

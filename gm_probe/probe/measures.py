@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.devices import generators_kept
+from gm_probe.core.devices import generators_kept, require_float64
 from gm_probe.core.errors import (
     DataError,
     DerivativeError,
@@ -20,9 +20,10 @@ from gm_probe.core.errors import (
     ProbeError,
     UsageError,
     did_you_mean,
+    one_device,
 )
 from gm_probe.core.memory import within_memory
-from gm_probe.core.parameters import as_measured
+from gm_probe.core.parameters import Parameters, as_measured
 from gm_probe.core.processes import count
 from gm_probe.probe import curvature, inconsistency, outputs
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
@@ -235,6 +236,7 @@ def default_measures(*, labeled: bool, coupled: bool = False) -> list[str]:
     ]
 
 
+@one_device()
 def measure(
     model: nn.Module,
     batches: Batches,
@@ -246,6 +248,8 @@ def measure(
     notify: Callable[[str, float], None] | None = None,
 ) -> Report:
     """Measure ``model`` over ``batches`` in eval mode; the model is left bit-identical.
+
+    Batches are taken to the model's device. Products of float32 are taken in float32, not in TF32.
 
     Args:
         names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
@@ -270,6 +274,9 @@ def measure(
     check_names(names, labeled=batches.labeled, coupled=batches.coupled)
     if batches.num_examples == 0:
         raise DataError("the probe set is empty")
+    device = Parameters(model, settings.params).device
+    require_float64(device)
+    batches = batches.on(device)
     current = names[0] if names else ""
 
     def tick(evaluations: float) -> None:

@@ -38,10 +38,10 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from gm_probe.core.contrastive import Contrastive
-from gm_probe.core.devices import generators_kept
-from gm_probe.core.errors import UsageError
+from gm_probe.core.devices import generator_state, generators_kept, set_generator_state
+from gm_probe.core.errors import DeviceError, UsageError, first_line, on_two_devices
 from gm_probe.core.models import logits_at
-from gm_probe.core.parameters import Parameters
+from gm_probe.core.parameters import Parameters, differentiable_recurrence
 from gm_probe.core.processes import count, sum_over_processes
 from gm_probe.probe.kl import kl_divergence
 from gm_probe.training.objectives import Criterion, Objective
@@ -107,7 +107,8 @@ class Rule:
         parts, total = self._cut(x, y)
         steps, sums = [], self._no_gradient
         for part_x, part_y in parts:
-            step, gradients = self._gradients(part_x, part_y)
+            with differentiable_recurrence(self.model), self._told_of_devices(x, y):
+                step, gradients = self._gradients(part_x, part_y)
             if len(part_y) != total:
                 gradients = [None if g is None else g * (len(part_y) / total) for g in gradients]
             sums = self._sum(sums, gradients)
@@ -165,6 +166,20 @@ class Rule:
                     "choose another batch size, m, or number of processes"
                 )
         return parts, total
+
+    @contextmanager
+    def _told_of_devices(self, x: Tensor, y: Tensor) -> Iterator[None]:
+        """Raise DeviceError that says where x, y and the model are, where torch raises of two devices."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not on_two_devices(error):
+                raise
+            places = {"x": x.device, "y": y.device, "the model": self.parameters.device}
+            told = ", ".join(f"{name} is on {place}" for name, place in places.items())
+            raise DeviceError(
+                f"{told}; move all, and what the criterion holds, to one device ({first_line(error)})"
+            ) from error
 
     def _differentiate(
         self, loss: Tensor, inputs: Sequence[Tensor] | None = None, *, again: bool = False
@@ -225,15 +240,12 @@ class Draws:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = device if device.type == "cuda" else None
-        self._state = torch.cuda.get_rng_state(device) if self._cuda is not None else None
+        self._cpu, self._device, self._own = torch.get_rng_state(), device, generator_state(device)
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Draw the same once more; the generators then go on from where they were."""
-        with generators_kept(self._cuda):
+        with generators_kept(self._device):
             torch.set_rng_state(self._cpu)
-            if self._cuda is not None and self._state is not None:
-                torch.cuda.set_rng_state(self._state, self._cuda)
+            set_generator_state(self._own, self._device)
             yield
