@@ -101,7 +101,8 @@ _MEMORY = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _DEVICES = re.compile(
-    r"\b(same|different|two) devices?\b|\bis on \S+.* but expected|device type for generator|of device type"
+    r"\b(same|different|two) devices?\b|\bis on \S+.* but expected|not on the expected device"
+    r"|device type for generator|of device type"
     r"|placeholder storage",  # MPS, of a tensor that is on the CPU
     re.IGNORECASE,
 )
