@@ -80,15 +80,6 @@ class Attentive(nn.Module):
         return self.head(nn.functional.gelu(self.norm(tokens + mixed)).mean(1))
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.RNN(8, 4, batch_first=True), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x.flatten(1).view(len(x), 4, 8))[0][:, -1])
-
-
 class Forgetful(nn.Module):
     """It makes a constant on the CPU, whatever device its input is on."""
 
@@ -258,9 +249,6 @@ CHECKS: dict[str, Callable[[str], Any]] = {
     "the measures of a convolutional network": lambda device: measured(convolutional, device),
     "its other measures": lambda device: measured(convolutional, device, OTHERS),
     "the measures of an attentive network": lambda device: measured(Attentive, device),
-    "S_ρ and λ_max(F) of a recurrent network": lambda device: measured(
-        Recurrent, device, DEFAULT_MEASURES[:2]
-    ),
     **{f"steps of {method}": lambda device, method=method: stepped(method, device) for method in METHODS},
     **{
         f"a run by {method}": lambda device, method=method: trained(device, method=method)
