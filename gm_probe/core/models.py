@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from gm_probe.core.contrastive import Contrastive, as_encoder, projector
 from gm_probe.core.devices import generators_kept
 from gm_probe.core.door import Outputs
-from gm_probe.core.errors import UsageError, did_you_mean
+from gm_probe.core.errors import UsageError, did_you_mean, out_of_memory
 from gm_probe.core.fields import Inputs, arguments
 from gm_probe.core.networks import WideResNet, cnn6, mixer, mlp, resnet, vit
 
@@ -307,6 +307,8 @@ def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
             module = importlib.import_module(location) if file is None else _module_of(file)
             model = getattr(module, attribute)()
         except (Exception, SystemExit) as error:  # whatever a user's own code raises
+            if out_of_memory(error):
+                raise
             reason = " ".join(str(error).split())
             raise UsageError(f"--model {name}: {type(error).__name__}: {reason}") from error
         finally:
