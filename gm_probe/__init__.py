@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples as Examples
     from gm_probe.core.datasets import open_source as open_source
     from gm_probe.core.devices import keep_freed_memory as keep_freed_memory
+    from gm_probe.core.door import Outputs as Outputs
     from gm_probe.core.errors import BusyError as BusyError
     from gm_probe.core.errors import CheckpointError as CheckpointError
     from gm_probe.core.errors import DataError as DataError
     from gm_probe.core.errors import DerivativeError as DerivativeError
+    from gm_probe.core.errors import DeviceError as DeviceError
     from gm_probe.core.errors import DivergedError as DivergedError
     from gm_probe.core.errors import PrecisionError as PrecisionError
     from gm_probe.core.errors import ProbeError as ProbeError
@@ -66,11 +68,13 @@ _HOMES = {
     "core.contrastive": ("Contrastive", "as_encoder", "partners", "projector"),
     "core.datasets": ("Examples", "open_source"),
     "core.devices": ("keep_freed_memory",),
+    "core.door": ("Outputs",),
     "core.errors": (
         "BusyError",
         "CheckpointError",
         "DataError",
         "DerivativeError",
+        "DeviceError",
         "DivergedError",
         "PrecisionError",
         "ProbeError",

@@ -22,7 +22,9 @@ from torch.nn.parameter import is_lazy
 
 from gm_probe.core.contrastive import Contrastive, as_encoder, projector
 from gm_probe.core.devices import generators_kept
-from gm_probe.core.errors import UsageError, did_you_mean
+from gm_probe.core.door import Outputs
+from gm_probe.core.errors import UsageError, did_you_mean, out_of_memory
+from gm_probe.core.fields import Inputs, arguments
 from gm_probe.core.networks import WideResNet, cnn6, mixer, mlp, resnet, vit
 
 BUILT_IN = {
@@ -305,6 +307,8 @@ def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
             module = importlib.import_module(location) if file is None else _module_of(file)
             model = getattr(module, attribute)()
         except (Exception, SystemExit) as error:  # whatever a user's own code raises
+            if out_of_memory(error):
+                raise
             reason = " ".join(str(error).split())
             raise UsageError(f"--model {name}: {type(error).__name__}: {reason}") from error
         finally:
@@ -338,35 +342,12 @@ def _module_of(file: Path) -> ModuleType:
     return module
 
 
-def logits_at(function: Callable[[Tensor], Any], x: Tensor) -> Tensor:
-    """The (B, C) logits that ``function`` makes of x, which is left untouched: it may begin by an operation in place.
+def logits_at(model: nn.Module, x: Inputs, outputs: Outputs | None = None) -> Tensor:
+    """Return the model's logits for ``x``, (B, C) or (B, L, 2), of which nothing is written to.
 
     Raises:
-        UsageError: as ``logits_of``, or not a row for each example.
+        UsageError: as ``Outputs.taken``.
     """
-    logits = logits_of(function(x.clone()))
-    if len(logits) != len(x):
-        raise UsageError(
-            f"the model returned {len(logits)} rows of logits for {len(x)} example(s); wrap it to return one each"
-        )
-    return logits
-
-
-def logits_of(output: Any) -> Tensor:
-    """The (B, C) logits in a model's output: a tensor, ``.logits``, ``['logits']`` or a tuple's first.
-
-    Raises:
-        UsageError: nothing of that kind is there, or whole numbers.
-    """
-    if hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    elif isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        kind = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UsageError(f"the model returned {kind}, not logits of shape (B, C); wrap it to return them")
-    if not output.is_floating_point():
-        raise UsageError(f"the model returned {output.dtype}, not logits; wrap it to return them")
-    return output
+    outputs = outputs or Outputs()
+    args, kwargs = arguments(model, x)
+    return outputs.logits(outputs.taken(model(*args, **kwargs), len(x)))

@@ -16,23 +16,28 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gm_probe.core.devices import full_precision
+from gm_probe.core.door import Outputs, unwrapped
 from gm_probe.core.errors import CheckpointError, UsageError
-from gm_probe.core.models import logits_at
+from gm_probe.core.fields import Inputs, arguments
+from gm_probe.core.precision import float32_products
 
 
 class Parameters:
     """The P trainable parameters of ``model`` in the order of ``named_parameters`` (tied ones once).
 
     Args:
+        model: wrappers around it are looked through (core.door).
         pattern: regular expression; only parameters in whose name it is found count, the others are constants.
+        outputs: how what the model returns is read.
 
     Raises:
-        UsageError: the model has none, or none of that name, or some of another dtype than others.
+        UsageError: the model has none, or none of that name, or complex ones, or some of another dtype or on another
+            device than others.
     """
 
-    def __init__(self, model: nn.Module, pattern: str = "") -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, pattern: str = "", outputs: Outputs | None = None) -> None:
+        self.model = model = unwrapped(model)
+        self.outputs = outputs or Outputs()
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise UsageError("the model has no trainable parameters (all have requires_grad=False)")
@@ -51,10 +56,21 @@ class Parameters:
         first_name, first = next(iter(self.named.items()))
         self.dtype, self.device = first.dtype, first.device
         for name, p in self.named.items():
+            if p.is_complex():
+                raise UsageError(
+                    f"parameter {name!r} is complex ({p.dtype}), and a ball in parameter space is one of real numbers; "
+                    "hold it as two real parameters (torch.complex(real, imag) in forward), freeze it by "
+                    "requires_grad_(False), or choose the others by --params"
+                )
             if p.dtype != self.dtype:
                 raise UsageError(
                     f"parameter {name!r} is {p.dtype} and {first_name!r} {self.dtype}; give all one dtype "
                     "(model.float()), and use autocast for speed"
+                )
+            if p.device != self.device:
+                raise UsageError(
+                    f"parameter {name!r} is on {p.device} and {first_name!r} on {self.device}; move the whole model to "
+                    "one device"
                 )
         self._sizes = [p.numel() for p in self.named.values()]
         self.size = sum(self._sizes)
@@ -85,7 +101,8 @@ class Parameters:
     def join(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """Join tensors in the parameters' order to one (P,) vector; None stands for zeros (unused)."""
         pairs = zip(tensors, self.named.values(), strict=True)
-        return torch.cat([p.new_zeros(p.numel()) if t is None else t.reshape(-1) for t, p in pairs])
+        # an embedding's gradient may be sparse
+        return torch.cat([p.new_zeros(p.numel()) if t is None else dense(t).reshape(-1) for t, p in pairs])
 
     def values(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Copies of the parameters: some layers write to theirs in a forward pass (an embedding with max_norm)."""
@@ -99,8 +116,15 @@ class Parameters:
         """θ + offset, differentiable in θ and in ``offset`` (P,)."""
         return {name: self.named[name] + piece for name, piece in self.split(offset).items()}
 
-    def logits(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
-        """(B, C) logits at parameter ``values`` (default: the model's own); buffers and ``x`` are left untouched."""
+    def logits(self, x: Inputs, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return logits (B, C), or (B, L, 2) of yes-or-no labels, at parameter ``values`` (default: the model's own).
+
+        Buffers and ``x`` are left untouched.
+        """
+        return self.outputs.logits(self.taken(x, values))
+
+    def taken(self, x: Inputs, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the outputs as a loss takes them; see ``Outputs.taken``."""
         values = self.values() if values is None else values
         # copies, also in eval mode: some models write to a buffer or a parameter in every forward pass
         rest = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -108,10 +132,13 @@ class Parameters:
         rest |= {name: p.detach().clone() for name, p in self.model.named_parameters() if name not in values}
         dtype = next((value.dtype for value in values.values()), self.dtype)
         if dtype != self.dtype:  # the whole model moves to the dtype of the parameters it is given
-            rest = {n: t.to(dtype) if t.is_floating_point() else t for n, t in rest.items()}
+            rest = {name: as_dtype(t, dtype) for name, t in rest.items()}
         tensors = {**rest, **values}
         placed = {place: tensors[name] for place, name in _places(self.model)}
-        return logits_at(lambda x: functional_call(self.model, placed, (x,), tie_weights=False), x)
+        args, kwargs = arguments(self.model, x)
+        with differentiable_recurrence(self.model):
+            returned = functional_call(self.model, placed, args, kwargs, tie_weights=False)
+        return self.outputs.taken(returned, len(x))
 
     def rounding(self, offset: Tensor) -> float:
         """Which share of ``offset`` (P,) is lost where θ + offset is rounded to θ's dtype; 0 of no offset."""
@@ -123,6 +150,18 @@ class Parameters:
         """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
         sample = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
         return sample.to(self.device) * (norm / math.sqrt(self.size))
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return a sparse tensor as a dense one, and others as they are."""
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a floating-point tensor in ``dtype``, a complex one in its complex partner, and others as they are."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -160,7 +199,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def as_measured(model: nn.Module) -> Iterator[None]:
     """``model`` as the fixed, differentiable function that is measured: see the three."""
-    with evaluating(model), differentiable_attention(), full_precision():
+    with evaluating(model), differentiable_attention(), float32_products():
         yield
 
 
@@ -174,3 +213,19 @@ def differentiable_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Run recurrent layers without cuDNN, for the passes of ``model`` within.
+
+    cuDNN differentiates none in eval mode and none twice, and no generator's state replays its dropout.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    try:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            cudnn.enabled = False
+        yield
+    finally:
+        cudnn.enabled = before

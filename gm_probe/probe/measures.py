@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.devices import generators_kept
+from gm_probe.core.devices import generators_kept, require_float64
+from gm_probe.core.door import Outputs
 from gm_probe.core.errors import (
     DataError,
     DerivativeError,
@@ -20,9 +21,11 @@ from gm_probe.core.errors import (
     ProbeError,
     UsageError,
     did_you_mean,
+    one_device,
 )
+from gm_probe.core.layout import in_layout_taken
 from gm_probe.core.memory import within_memory
-from gm_probe.core.parameters import as_measured
+from gm_probe.core.parameters import Parameters, as_measured
 from gm_probe.core.processes import count
 from gm_probe.probe import curvature, inconsistency, outputs
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
@@ -235,6 +238,7 @@ def default_measures(*, labeled: bool, coupled: bool = False) -> list[str]:
     ]
 
 
+@one_device()
 def measure(
     model: nn.Module,
     batches: Batches,
@@ -244,10 +248,14 @@ def measure(
     initial: nn.Module | None = None,
     memory: float = MEMORY,
     notify: Callable[[str, float], None] | None = None,
+    outputs: Outputs | None = None,
 ) -> Report:
     """Measure ``model`` over ``batches`` in eval mode; the model is left bit-identical.
 
+    Batches are taken to the model's device. Products of float32 are taken in float32, not in TF32.
+
     Args:
+        outputs: how what the model returns is read (core.door). Default: a tensor of logits, or what is named so.
         names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
         initial: the model before training, for its distance.
         memory: bytes that a product may take, where ``batches`` are of no size of their own, and a quarter more that
@@ -270,6 +278,9 @@ def measure(
     check_names(names, labeled=batches.labeled, coupled=batches.coupled)
     if batches.num_examples == 0:
         raise DataError("the probe set is empty")
+    device = Parameters(model, settings.params).device
+    require_float64(device)
+    batches = batches.on(device)
     current = names[0] if names else ""
 
     def tick(evaluations: float) -> None:
@@ -280,19 +291,20 @@ def measure(
     rows: dict[str, Estimate] = {}
     refusals: list[ProbeError] = []
     # a model may draw at random though its outputs stay the same
+    batches = in_layout_taken(model, batches)
     with generators_kept(batches.device), as_measured(model):
-        probe = Probe(model, batches, settings, work, initial, memory)
+        probe = Probe(model, batches, settings, work, initial, memory, outputs)
         _require_full(probe.parameters.dtype)
 
         def probed(batches: Batches) -> Probe:
             nonlocal probe
             if probe.batches is not batches:  # what is shared was made on the others
-                probe = Probe(model, batches, settings, work, initial, memory)
+                probe = Probe(model, batches, settings, work, initial, memory, outputs)
             return probe
 
         probe.parameters.check_finite()
         if batches.free and takes_derivatives(names):
-            batches = within(memory, model, batches)
+            batches = within(memory, model, batches, outputs)
         # its cost is the report's, not the first measure's
         _, batches = within_memory(batches, lambda batches: probed(batches).clean)
         for name in names:

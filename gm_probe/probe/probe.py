@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.core.batches import Batches
+from gm_probe.core.door import Outputs
 from gm_probe.core.errors import DataError, DivergedError, UsageError, foreign_or
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import gather_examples
@@ -173,8 +174,9 @@ class Probe:
         work: Work,
         initial: nn.Module | None = None,
         memory: float = MEMORY,
+        outputs: Outputs | None = None,
     ) -> None:
-        self.parameters = Parameters(model, settings.params)
+        self.parameters = Parameters(model, settings.params, outputs)
         self.batches, self.settings, self.work = batches, settings, work
         self.initial, self.memory = initial, memory
         self._found: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 from gm_probe.core.datasets import DATASETS
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import as_named
+from gm_probe.core.images import Reading
 
 NAMES = frozenset({"digits", *DATASETS})
 CHOICES = {
@@ -35,6 +36,7 @@ class TrainConfig:
 
     Attributes:
         data: folder, array file, ``digits``, or a torchvision name (core.datasets.open_source).
+        image_size, resize, crop: of a folder's images (core.images.Reading).
         skip_bad: leave out images that cannot be decoded; split.json lists them.
         num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = core.splits.split's defaults.
         labels: training examples that keep their labels, as many of each class (None = all).
@@ -70,6 +72,7 @@ class TrainConfig:
         checkpoint_every: steps between saved states, beside one an epoch.
         amp: bf16 and fp16 run forward and backward passes under autocast; parameters stay float32. fp16 scales
             the loss; a step whose gradient overflows is skipped.
+        tf32: on an NVIDIA GPU, take products of float32 in TF32, faster and to 3 digits; measurements stay in float32.
         deterministic: use only algorithms that give the same bits in every run (on a CPU all do).
         threads: CPU threads, set by the command line and the sweep (None = torch's own choice).
     """
@@ -78,6 +81,8 @@ class TrainConfig:
     data_root: str | None = None
     download: bool = False
     image_size: int | None = None
+    resize: int | None = None
+    crop: int | None = None
     skip_bad: bool = False
     num_train: int | None = None
     labels: int | None = None
@@ -124,6 +129,7 @@ class TrainConfig:
     track_every: int = 0
     track_rho: float = 0.1
     amp: str = "none"
+    tf32: bool = False
     deterministic: bool = False
     checkpoint_every: int | None = None
     seed: int = 0
@@ -176,6 +182,7 @@ class TrainConfig:
             raise UsageError(f"validation = {self.validation} must lie in (0, 1)")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
+        Reading(None, self.image_size, self.resize, self.crop)  # which checks them
         self._check_objective()
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
