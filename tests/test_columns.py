@@ -46,7 +46,7 @@ def test_names_that_would_fall_together_stay_as_they_are() -> None:
     "name",
     ["Unnamed: 0", "Unnamed: 0.1", "_step", "_runtime", "_timestamp", "_wandb", "Runtime", "Created", "experiment_id",
      "run_id", "ID", "start_time", "end_time", "datetime_start", "updated_at", "epoch", "global_step",
-     "trainer/global_step", "iterations_since_restore_id", "GPU Count", "index", "", "...1", "0", "level_0", "status", "State", "val_acc",
+     "trainer/global_step", "GPU Count", "index", "", "...1", "0", "level_0", "status", "State", "val_acc",
      "train_loss", "tags.x", "params.anything", "LR", "Seed", "Error_Gap", "test_error", "date", "duration", "pid"],
 )  # fmt: skip
 def test_no_measure_unasked(name: str) -> None:

@@ -19,8 +19,8 @@ SETTINGS = frozenset((
     "bs", "weight_decay", "wd", "momentum", "nesterov", "schedule", "scheduler", "lr_schedule", "lr_scheduler",
     "warmup", "warmup_epochs", "warmup_steps", "min_lr", "gamma", "augment", "augmentation", "label_smoothing",
     "dropout", "mixup", "cutmix", "clip_norm", "grad_clip", "ema_decay", "rho", "beta", "eta", "ascent_steps",
-    "k_steps", "noise_scale", "depth", "width", "num_layers", "hidden_size", "width_multiplier", "num_parameters", "num_params",
-    "num_examples", "train_size", "labels", "stop_ce",
+    "k_steps", "noise_scale", "depth", "width", "num_layers", "hidden_size", "width_multiplier", "num_parameters",
+    "num_params", "num_examples", "train_size", "labels", "stop_ce",
 ))
 # fmt: on
 MET_STOP = "met_stop_ce"

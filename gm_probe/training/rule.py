@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional
 
+from gm_probe.core.checks import optional, whole
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.devices import generator_state, generators_kept, set_generator_state
 from gm_probe.core.door import Outputs, unwrapped
@@ -97,8 +98,7 @@ class Rule:
         generator: torch.Generator | None = None,
         outputs: Outputs | None = None,
     ) -> None:
-        if m is not None and m < 1:
-            raise UsageError(f"m must be at least 1, not {m}")
+        optional(whole, "m", m)
         self.model = unwrapped(model)
         self.objective = criterion if isinstance(criterion, Objective) else Objective(criterion)
         self.m = m
