@@ -26,8 +26,7 @@ looked through and its hooks never fire. ``generator`` must be seeded alike in e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -38,13 +37,15 @@ from torch.amp import GradScaler
 from torch.nn import functional
 
 from gm_probe.core.contrastive import Contrastive
-from gm_probe.core.devices import generators_kept
 from gm_probe.core.door import Outputs, unwrapped
 from gm_probe.core.errors import UsageError
 from gm_probe.core.fields import Inputs, arguments, as_inputs
 from gm_probe.core.parameters import Parameters, dense
 from gm_probe.core.processes import count, sum_over_processes
+from gm_probe.core.randomness import Draws
+from gm_probe.core.recomputation import non_reentrant
 from gm_probe.probe.kl import kl_divergence
+from gm_probe.probe.written import require_repeatable
 from gm_probe.training.objectives import Criterion, Objective
 from gm_probe.training.sub_batches import SubBatches, as_targets, value_of
 
@@ -85,6 +86,8 @@ class Rule:
     """
 
     passes = 3.0
+    perturbs = False
+    """Whether the rule runs the model at moved parameters, too."""
     compares = False
     """Whether the rule has a KL divergence between outputs, and so must know what they are."""
 
@@ -164,7 +167,10 @@ class Rule:
     def _clean(self, x: Inputs, y: Any) -> Tensor:
         """What the model itself returns for x, as the criterion takes it; looked at once, at the first step."""
         args, kwargs = arguments(self.model, x)
-        outputs = self.outputs.taken(self.model(*args, **kwargs), len(x))
+        if self.perturbs and not self._examined:
+            require_repeatable(self.parameters, x, Draws(x.device, self.model))
+        with non_reentrant():
+            outputs = self.outputs.taken(self.model(*args, **kwargs), len(x))
         if not self._examined:
             if self.compares or self.objective.criterion is functional.cross_entropy:
                 self.outputs = self.parameters.outputs = self.outputs.checked(outputs)
@@ -296,24 +302,3 @@ def _multi_hot(y: Any) -> bool:
     if not isinstance(y, Tensor) or y.dim() != 2 or y.shape[1] < 2:
         return False
     return bool(((y == 0) | (y == 1)).all()) and bool((y.sum(1) != 1).any())
-
-
-class Draws:
-    """The global generators as they stood, so that a perturbed pass drops the units that the clean one dropped.
-
-    Without it a network with dropout would have KL > 0 at δ = 0, and SAM with ρ = 0 would not be SGD.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = device if device.type == "cuda" else None
-        self._state = torch.cuda.get_rng_state(device) if self._cuda is not None else None
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw the same once more; the generators then go on from where they were."""
-        with generators_kept(self._cuda):
-            torch.set_rng_state(self._cpu)
-            if self._cuda is not None and self._state is not None:
-                torch.cuda.set_rng_state(self._state, self._cuda)
-            yield
