@@ -527,6 +527,23 @@ def build():
         ("gmprobe measure ckpt.pt --unlabeled data --device cuda:7", 6, ["cuda:7", "cpu"]),
         ("gmprobe measure plain.pt --unlabeled data", 2, ["--model", "--mean"]),
         ("gmprobe measure plain.pt --unlabeled data --model mlp-6", 2, ["--mean", "--no-normalize"]),
+        ("gmprobe measure plain.pt --unlabeled floats.npz --model mlp-6", 2, ["--mean", "--no-normalize"]),
+        (
+            "gmprobe measure plain.pt --unlabeled data --model mlp-6 --mean 127.5 --std 50",
+            2,
+            ["mean 127.5", "divide both by 255"],
+        ),
+        (
+            "gmprobe measure plain.pt --unlabeled floats.npz --model mlp-6 --mean 0.5 --std 0.2",
+            4,
+            ["floats.npz", "from 0 to 255"],
+        ),
+        ("gmprobe measure ckpt.pt --unlabeled data --image-size 8 --crop 8", 2, ["--image-size", "--crop"]),
+        ("gmprobe measure ckpt.pt --unlabeled data --resize 8 --crop 9", 2, ["--crop 9", "--resize 8"]),
+        ("gmprobe measure ckpt.pt --unlabeled digits --crop 8", 2, ["digits", "--crop"]),
+        ("gmprobe measure . --crop 8", 2, ["--crop", "--unlabeled"]),
+        ("gmprobe measure ckpt.pt --unlabeled data --data data", 2, ["--data"]),
+        ("gmprobe train --data data --resize 8 --crop 9 --out d", 2, ["--crop 9"]),
         ("gmprobe measure plain.pt --unlabeled data --no-normalize", 2, ["--model"]),
         ("gmprobe measure plain.pt --unlabeled data --no-normalize --model mlp-7", 3, ["1.weight"]),
         ("gmprobe measure nan.pt --unlabeled data", 3, ["nan.pt", "1.weight", "NaN"]),
@@ -583,7 +600,7 @@ def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, 
     (tmp_path / "colour").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "colour" / "x.png")
     zeros = np.zeros((3, 1, 8, 8))
-    np.savez(tmp_path / "floats.npz", x=zeros + 255.0)
+    np.savez(tmp_path / "floats.npz", x=zeros + np.linspace(0, 255, 8))
     np.savez(tmp_path / "ints.npz", x=zeros.astype(np.int64))
     np.savez(tmp_path / "far.npz", x=zeros.astype(np.uint8), y=[0, 1, 2])
     (tmp_path / "broken").mkdir()

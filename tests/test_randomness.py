@@ -149,5 +149,7 @@ def test_measuring_leaves_all_generators_alone() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     model[1] = Wasteful(lambda _, n: n)
-    gm_probe.measure(model, gm_probe.Batches.from_tensors(*data()), ["local_inconsistency", "hessian_lambda_max"])
+    gm_probe.measure(
+        model, gm_probe.Batches.from_tensors(*data()), ["local_inconsistency", "hessian_lambda_max"]
+    )
     assert drawn(model) == before

@@ -198,9 +198,14 @@ def test_input_jacobian_beside_other_measures() -> None:
 
 def test_torch_is_as_it_was_after_a_failure() -> None:
     before = dict(vars(torch.utils.checkpoint))
-    with pytest.raises(KeyError), activations_kept():
-        assert vars(torch.utils.checkpoint) != before
-        raise KeyError
+
+    def fail() -> None:
+        with activations_kept():
+            assert vars(torch.utils.checkpoint) != before
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert vars(torch.utils.checkpoint) == before
 
 

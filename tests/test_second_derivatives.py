@@ -132,11 +132,20 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "spectral norm": (spectral, 5),
     "orthogonal": (lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(5, 5)), nn.Linear(5, 3)), 5),
     "prelu": (lambda: nn.Sequential(nn.Linear(5, 8), nn.PReLU(8), nn.Linear(8, 3)), 5),
-    "maxout": (lambda: nn.Sequential(nn.Linear(5, 8), Apply(lambda h: h.view(-1, 4, 2).amax(2)), nn.Linear(4, 3)), 5),
+    "maxout": (
+        lambda: nn.Sequential(nn.Linear(5, 8), Apply(lambda h: h.view(-1, 4, 2).amax(2)), nn.Linear(4, 3)),
+        5,
+    ),
     "float32 inside": (lambda: nn.Sequential(nn.Linear(5, 8), InFloat32(), nn.Tanh(), nn.Linear(8, 3)), 5),
-    "float32 inside, ReLU": (lambda: nn.Sequential(nn.Linear(5, 8), InFloat32(), nn.ReLU(), nn.Linear(8, 3)), 5),
+    "float32 inside, ReLU": (
+        lambda: nn.Sequential(nn.Linear(5, 8), InFloat32(), nn.ReLU(), nn.Linear(8, 3)),
+        5,
+    ),
     "saturated": (saturated, 5),
-    "deep": (lambda: nn.Sequential(nn.Linear(5, 8), *[Apply(torch.relu), nn.Linear(8, 8)] * 9, nn.Linear(8, 3)), 5),
+    "deep": (
+        lambda: nn.Sequential(nn.Linear(5, 8), *[Apply(torch.relu), nn.Linear(8, 8)] * 9, nn.Linear(8, 3)),
+        5,
+    ),
     "linear": (lambda: nn.Linear(5, 3), 5),
     "wide": (lambda: nn.Sequential(nn.Linear(5, 3000), nn.ReLU(), nn.Linear(3000, 3)), 5),
     "zero biases": (zero_biases, 5),
@@ -146,9 +155,7 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], int]] = {
 def product(model: nn.Module, inputs: int, *, scale: float = 1.0, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     parameters = Parameters(model.eval())
-    batches = Batches.from_tensors(
-        scale * torch.randn(24, inputs, generator=generator), torch.arange(24) % 3
-    )
+    batches = Batches.from_tensors(scale * torch.randn(24, inputs, generator=generator), torch.arange(24) % 3)
     v = torch.randn(parameters.size, generator=generator)
     return hessian(parameters, batches, torch.arange(24) % 3).matvec(v)
 
@@ -249,7 +256,7 @@ def test_weight_norm_is_told_to_be_folded() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 8)), nn.Tanh(), nn.Linear(8, 3))
-    with pytest.raises(DerivativeError, match="WeightNormInterface in module .*remove_parametrizations"):
+    with pytest.raises(DerivativeError, match=r"WeightNormInterface in module .*remove_parametrizations"):
         product(model, 5)
     nn.utils.parametrize.remove_parametrizations(model[0], "weight")
     assert bool(torch.isfinite(product(model, 5)).all())
@@ -260,7 +267,9 @@ def test_other_measures_stand() -> None:
         torch.manual_seed(0)
         model, x = mlp(LeanSiLU.apply), torch.randn(30, 5)
     report = gm_probe.measure(
-        model, gm_probe.Batches.from_tensors(x, torch.arange(30) % 3), ["hessian_lambda_min", "fisher_lambda_max"]
+        model,
+        gm_probe.Batches.from_tensors(x, torch.arange(30) % 3),
+        ["hessian_lambda_min", "fisher_lambda_max"],
     )
     assert report.rows["hessian_lambda_min"].value is None
     assert "LeanSiLU in module '1'" in report.rows["hessian_lambda_min"].details["reason"]

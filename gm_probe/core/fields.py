@@ -30,7 +30,9 @@ class Fields:
         self.content: dict[Any, Any] = dict(content if isinstance(content, Mapping) else enumerate(content))
         rows = {key: len(value) for key, value in self._tensors()}
         if not rows:
-            raise UsageError(f"a batch of {type(content).__name__} holds no tensor with a row for each example")
+            raise UsageError(
+                f"a batch of {type(content).__name__} holds no tensor with a row for each example"
+            )
         if len(set(rows.values())) > 1:
             shown = ", ".join(f"{key!r}: {count}" for key, count in rows.items())
             raise UsageError(f"the tensors of one batch have different numbers of rows ({shown})")

@@ -125,7 +125,9 @@ class Rule:
             UsageError: inputs, outputs or a criterion that the rule cannot work with; or gradients are off.
         """
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-            raise UsageError("rule.backward takes gradients; call it outside of torch.no_grad() and inference_mode()")
+            raise UsageError(
+                "rule.backward takes gradients; call it outside of torch.no_grad() and inference_mode()"
+            )
         self._scaler = scaler
         # layers may have been frozen or unfrozen meanwhile
         self.parameters = Parameters(self.model, outputs=self.outputs)
@@ -135,7 +137,8 @@ class Rule:
         self._leaves: list[Tensor] = list(self.parameters.named.values())
         steps: list[Step] = []
         sums: Gradients = []
-        for self._index, part in enumerate(self._batch.parts):
+        for index, part in enumerate(self._batch.parts):
+            self._index = index
             step, gradients = self._gradients(part.x, value_of(part.y))
             sums = self._sum(sums, gradients)
             steps.append(step)
@@ -172,7 +175,8 @@ class Rule:
         with non_reentrant():
             outputs = self.outputs.taken(self.model(*args, **kwargs), len(x))
         if not self._examined:
-            if self.compares or self.objective.criterion is functional.cross_entropy:
+            ours = self.objective.is_mean or self.objective.criterion is functional.cross_entropy
+            if self.compares or ours:
                 self.outputs = self.parameters.outputs = self.outputs.checked(outputs)
             if self.compares:
                 require_head(self.outputs, self.objective.criterion, y)

@@ -210,18 +210,14 @@ class OnePassIAMD(Rule):
         draws = Draws(x.device, self.model)
         outputs = self._clean(x, y)
         loss = self._loss(outputs, y)
-        # leaves of their own, whose gradient is the KL's alone
-        shift = {
-            name: s.clone().requires_grad_() for name, s in self.parameters.split(sign * self.delta).items()
-        }
+        moved = self.parameters.moved(sign * self.delta)
         with draws.again():
-            perturbed = self.parameters.taken(x, {n: p + shift[n] for n, p in self.parameters.named.items()})
+            perturbed = self.parameters.taken(x, moved)
         divergence = self._divergence(outputs, perturbed, y, self.kl_grad)
         whole = loss + self.beta * self._share * divergence
-        gradients = self._differentiate(whole, list(shift.values()))
-        self._follow(self._direction(self.parameters.join(gradients[-len(shift) :])))
-        step = Step(outputs.detach(), loss.detach(), divergence.detach())
-        return step, gradients[: -len(shift)]
+        gradients = self._differentiate(whole, list(moved.values()))
+        self._follow(self._direction(self.parameters.join(gradients[-len(moved) :])))
+        return Step(outputs.detach(), loss.detach(), divergence.detach()), gradients[: -len(moved)]
 
     def _follow(self, direction: Tensor) -> None:
         assert self.delta is not None

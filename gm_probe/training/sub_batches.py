@@ -71,7 +71,9 @@ class SubBatches:
             start = size * (len(cuts) - 2)
             cuts[-2:] = [(x[start:], y[start:])]
         self.parts = [Part(*cut, len(cut[1]) / total) for cut in cuts]
-        self._losses: list[float] | None = None  # shares of every part of every process, in the order of ranks
+        self._losses: list[float] | None = (
+            None  # shares of every part of every process, in the order of ranks
+        )
 
     @property
     def whole(self) -> bool:
@@ -90,8 +92,12 @@ class SubBatches:
         if self._losses is None:
             every = [target for targets in from_all([part.y for part in self.parts]) for target in targets]
             every = [target.to(like.device) for target in every]
-            made_up = [_made_up(len(target), like, outputs) for target in every]
-            self._losses = loss_shares(loss, made_up, every)
+            self._losses, again = (
+                loss_shares(loss, [_made_up(len(y), like, outputs, scale) for y in every], every)
+                for scale in (0.1, 0.25)  # small: a hinge loss has a slope within its margin alone
+            )
+            if any(abs(a - b) > _TOLERANCE * max(a, b) for a, b in zip(self._losses, again, strict=True)):
+                raise _refusal()  # the shares depend on the outputs, as those of a squared mean do
         return self._losses[self._first + index]
 
     @property
@@ -116,8 +122,8 @@ class SubBatches:
 def loss_shares(loss: Loss, outputs: Sequence[Tensor], targets: Sequence[Inputs]) -> list[float]:
     """Return ω_i with L(batch) = Σ_i ω_i L(part i), in value and in gradient.
 
-    They are n_i/n for a mean, 1 for a sum, and with class weights or ignored labels the part's share of the weights. For
-    such losses the shares depend on the targets alone, so that made-up outputs tell them.
+    They are n_i/n for a mean, 1 for a sum, and with class weights or ignored labels the part's share of the weights.
+    For such losses the shares depend on the targets alone, so that made-up outputs tell them.
 
     Args:
         outputs: made-up outputs (n_i, ...) of each part.
@@ -163,11 +169,11 @@ def _refusal() -> UsageError:
     )
 
 
-def _made_up(rows: int, like: Tensor, outputs: Outputs) -> Tensor:
+def _made_up(rows: int, like: Tensor, outputs: Outputs, scale: float) -> Tensor:
     """Random outputs of ``rows`` examples, of the kind that the model returns; the same in every process."""
     generator = torch.Generator().manual_seed(rows)
     dtype = torch.promote_types(like.dtype, torch.float32)
-    values = torch.randn(rows, *like.shape[1:], generator=generator, dtype=dtype).to(like.device)
+    values = scale * torch.randn(rows, *like.shape[1:], generator=generator, dtype=dtype).to(like.device)
     classes = outputs.head == "classifier"
     match outputs.kind:
         case "probabilities":
