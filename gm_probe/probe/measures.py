@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.devices import generators_kept, require_float64
+from gm_probe.core.devices import require_float64
 from gm_probe.core.door import Outputs
 from gm_probe.core.errors import (
     DataError,
@@ -27,6 +27,7 @@ from gm_probe.core.layout import in_layout_taken
 from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import Parameters, as_measured
 from gm_probe.core.processes import count
+from gm_probe.core.randomness import generators_kept
 from gm_probe.probe import curvature, inconsistency, outputs
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
 from gm_probe.probe.speed import MEMORY, within
@@ -292,7 +293,7 @@ def measure(
     refusals: list[ProbeError] = []
     # a model may draw at random though its outputs stay the same
     batches = in_layout_taken(model, batches)
-    with generators_kept(batches.device), as_measured(model):
+    with generators_kept(batches.device, model), as_measured(model):
         probe = Probe(model, batches, settings, work, initial, memory, outputs)
         _require_full(probe.parameters.dtype)
 

@@ -24,10 +24,10 @@ from gm_probe.probe.derivatives import (
     along,
     first_adjoint,
     gradients,
-    require_symmetric,
     require_terms,
 )
 from gm_probe.probe.nestable import Nestable
+from gm_probe.probe.second_derivatives import require_second_derivative
 from gm_probe.probe.speed import TRIAL, clearly_faster
 from gm_probe.probe.tapes import Tape, Tapes
 from gm_probe.probe.work import (
@@ -215,8 +215,11 @@ def _curvature(
     def values_of(values: dict[str, Tensor], x: Tensor, d: Tensor) -> Tensor:  # (B,)
         return scalars(parameters.logits(x, values), d)
 
+    def summed(values: dict[str, Tensor], x: Tensor, d: Tensor) -> Tensor:
+        return values_of(values, x, d).sum()
+
     def recorded(dtype: torch.dtype, x: Tensor, d: Tensor) -> Tape:
-        tape = Tape.record(lambda values: values_of(values, x, d).sum(), parameters.leaves(dtype))
+        tape = Tape.record(lambda values: summed(values, x, d), parameters.leaves(dtype))
         work.add(GRADIENT, len(d))
         return tape
 
@@ -230,7 +233,7 @@ def _curvature(
 
     def forward_product(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
         """The tangent of a gradient: less memory traffic than a second backward pass."""
-        gradient = grad(lambda values: values_of(values, x, d).sum())
+        gradient = grad(lambda values: summed(values, x, d))
         tangent = jvp(gradient, (parameters.values(v.dtype),), (parameters.split(v),))[1]
         work.add(FORWARD_OVER_REVERSE, len(d))
         return parameters.join(tangent.values())
@@ -270,7 +273,7 @@ def _curvature(
             few = (v, x[trial], d[trial])
             in_float64 = _few_in_float64(v, x, d, whole=batches.coupled)
             if not chosen:
-                require_symmetric(reverse_product, few, in_float64)
+                require_second_derivative(parameters, summed, reverse_product, few, in_float64)
             if reference is reverse_terms:
                 require_terms(reverse_terms, reverse_product, in_float64)
             trusted = agree(cheap, reference, few, in_float64)

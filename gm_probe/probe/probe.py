@@ -17,15 +17,17 @@ from gm_probe.core.door import Outputs
 from gm_probe.core.errors import DataError, DivergedError, UsageError, foreign_or
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import gather_examples
+from gm_probe.core.randomness import Draws
 from gm_probe.probe.affine import Verdict, affine_in_each_parameter
 from gm_probe.probe.ascent import FisherByDifference, ProbeDivergence
-from gm_probe.probe.derivatives import require_gradients
+from gm_probe.probe.derivatives import differentiable, require_gradients
 from gm_probe.probe.fisher_trace import fisher_trace
 from gm_probe.probe.operators import Operator, fisher, hessian, residual
 from gm_probe.probe.spectrum import Eigenpair, certified, lanczos
 from gm_probe.probe.speed import MEMORY, TRIAL
 from gm_probe.probe.trace import Trace
 from gm_probe.probe.work import FORWARD, Work
+from gm_probe.probe.written import require_repeatable
 
 Protocol = Literal["paper", "converged"]
 T = TypeVar("T")
@@ -186,9 +188,11 @@ class Probe:
         """The parameters, of which the logits have been seen to have gradients.
 
         Raises:
-            UsageError: they have none, or forward hides some from autograd.
+            UsageError: they have none, or forward hides some from autograd, or the backward pass runs forward again.
         """
         few = next(iter(self.batches)).x[self.batches.few(TRIAL)]
+        with differentiable():
+            require_repeatable(self.parameters, few, Draws(few.device, self.parameters.model))
         require_gradients(self.parameters, few, self.generator("gradients"))
         return self.parameters
 
