@@ -66,6 +66,10 @@ class Fields:
     def __getitem__(self, key: Any) -> Fields:
         return self.each(lambda value: value[key])
 
+    def select(self, indices: Tensor) -> Fields:
+        """Return the rows at ``indices``, as images in files do."""
+        return self[indices]
+
     def split(self, size: int) -> list[Fields]:
         """Cut into batches of ``size`` rows; the last may be smaller."""
         return [self[start : start + size] for start in range(0, len(self), size)]
@@ -109,6 +113,16 @@ class Fields:
 
 Inputs = Tensor | Fields
 """A batch's input: one tensor (B, ...), or several."""
+
+
+def tensors_of(x: Inputs) -> dict[Any, Tensor]:
+    """Return the tensors of an input by their names or places; a single tensor has none."""
+    return {"": x} if isinstance(x, Tensor) else dict(x._tensors())
+
+
+def with_tensors(x: Inputs, tensors: Mapping[Any, Tensor]) -> Inputs:
+    """Return an input like ``x`` of other ``tensors``, by the keys of ``tensors_of``."""
+    return tensors[""] if isinstance(x, Tensor) else x._like({**x.content, **tensors})
 
 
 def as_inputs(x: Any) -> Inputs:

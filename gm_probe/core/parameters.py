@@ -68,6 +68,7 @@ class Parameters:
                     "(model.float()), and use autocast for speed"
                 )
         self._sizes = [p.numel() for p in self.named.values()]
+        self._sparse = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
         self.size = sum(self._sizes)
         if not self.size:
             raise UsageError(f"all parameters to be measured are empty: {', '.join(list(self.named)[:3])}")
@@ -131,9 +132,9 @@ class Parameters:
         tensors = {**rest, **values}
         placed = {place: tensors[name] for place, name in _places(self.model)}
         args, kwargs = arguments(self.model, x)
-        return self.outputs.taken(
-            functional_call(self.model, placed, args, kwargs, tie_weights=False), len(x)
-        )
+        with _dense_gradients(self._sparse):
+            returned = functional_call(self.model, placed, args, kwargs, tie_weights=False)
+        return self.outputs.taken(returned, len(x))
 
     def rounding(self, offset: Tensor) -> float:
         """Which share of ``offset`` (P,) is lost where θ + offset is rounded to θ's dtype; 0 of no offset."""
@@ -145,6 +146,18 @@ class Parameters:
         """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
         sample = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
         return sample.to(self.device) * (norm / math.sqrt(self.size))
+
+
+@contextmanager
+def _dense_gradients(embeddings: Iterable[nn.Embedding | nn.EmbeddingBag]) -> Iterator[None]:
+    """Let ``embeddings`` have dense gradients: their sparse ones have no second derivative (torch 2.14)."""
+    try:
+        for module in embeddings:
+            module.sparse = False
+        yield
+    finally:
+        for module in embeddings:
+            module.sparse = True
 
 
 def dense(tensor: Tensor) -> Tensor:
