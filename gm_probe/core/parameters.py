@@ -68,7 +68,9 @@ class Parameters:
                     "(model.float()), and use autocast for speed"
                 )
         self._sizes = [p.numel() for p in self.named.values()]
-        self._sparse = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+        self._sparse = [
+            m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
+        ]
         self.size = sum(self._sizes)
         if not self.size:
             raise UsageError(f"all parameters to be measured are empty: {', '.join(list(self.named)[:3])}")
@@ -82,6 +84,7 @@ class Parameters:
             if not value.is_floating_point():
                 continue
             masked = not isinstance(value, nn.Parameter)
+            value = value.detach()  # of a model that was built in inference mode, torch would refuse it
             if not bool((torch.isfinite(value) | (masked & torch.isneginf(value))).all()):
                 raise CheckpointError(
                     f"tensor {name!r} of the model holds NaN or infinite values; use an earlier checkpoint"

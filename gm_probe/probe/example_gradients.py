@@ -281,7 +281,10 @@ class ExampleGradients:
                 norms = []
                 for n in range(len(x)):
                     gradients = torch.autograd.grad(
-                        (logits[n] * cotangent[n]).sum(), list(values.values()), retain_graph=True, allow_unused=True
+                        (logits[n] * cotangent[n]).sum(),
+                        list(values.values()),
+                        retain_graph=True,
+                        allow_unused=True,
                     )
                     norms.append(self.parameters.join(gradients).square().sum())
             expected = torch.stack(norms)

@@ -135,7 +135,9 @@ def _by_examples(
     rank = root_of(clean[:1]).rank
 
     def gathered(pieces: Callable[[CovarianceRoot], Iterable[Tensor]], *, summed: bool = False) -> Tensor:
-        """(K, N) squared norms for ``pieces`` (some of K, B, ..., C) of each batch's root; ``summed``, a row for each piece.
+        """(K, N) squared norms for ``pieces`` (some of K, B, ..., C) of each batch's root.
+
+        ``summed``: a row for each piece.
 
         Raises:
             IrregularLayerError: in all processes, where one of them met such examples.

@@ -159,9 +159,9 @@ def hessian(
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """(B,) of logits (B, ..., C) and labels (B, ...), whose derivatives keep their digits where one class has all but all.
+    """Return (B,) cross-entropies of logits (B, ..., C) and labels (B, ...), summed over an example's labels.
 
-    Of several labels an example it is their sum.
+    Their derivatives keep their digits where one class has all but all.
 
     The likeliest class's logit is taken off the others': 1 − p is then never taken of a p that rounds to 1.
     """
