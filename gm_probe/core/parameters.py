@@ -77,6 +77,9 @@ class Parameters:
                     "one device"
                 )
         self._sizes = [p.numel() for p in self.named.values()]
+        self._sparse = [
+            m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
+        ]
         self.size = sum(self._sizes)
         if not self.size:
             raise UsageError(f"all parameters to be measured are empty: {', '.join(list(self.named)[:3])}")
@@ -90,6 +93,7 @@ class Parameters:
             if not value.is_floating_point():
                 continue
             masked = not isinstance(value, nn.Parameter)
+            value = value.detach()  # of a model that was built in inference mode, torch would refuse it
             if not bool((torch.isfinite(value) | (masked & torch.isneginf(value))).all()):
                 raise CheckpointError(
                     f"tensor {name!r} of the model holds NaN or infinite values; use an earlier checkpoint"
@@ -145,7 +149,7 @@ class Parameters:
         placed = {f"model.{place}": tensors[name] for place, name in _places(self.model)}
         args, kwargs = arguments(self.model, x)
         run = _Then(self.model, lambda returned: then(self.outputs.taken(returned, len(x))))
-        with differentiable_recurrence(self.model), activations_kept():
+        with _dense_gradients(self._sparse), differentiable_recurrence(self.model), activations_kept():
             found: T = functional_call(run, placed, args, kwargs, tie_weights=False)
         return found
 
@@ -170,6 +174,18 @@ class _Then(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.then(self.model(*args, **kwargs))
+
+
+@contextmanager
+def _dense_gradients(embeddings: Iterable[nn.Embedding | nn.EmbeddingBag]) -> Iterator[None]:
+    """Let ``embeddings`` have dense gradients: their sparse ones have no second derivative (torch 2.14)."""
+    try:
+        for module in embeddings:
+            module.sparse = False
+        yield
+    finally:
+        for module in embeddings:
+            module.sparse = True
 
 
 def dense(tensor: Tensor) -> Tensor:
