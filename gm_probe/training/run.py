@@ -25,7 +25,7 @@ from gm_probe.core.files import append_line, write_atomic, write_json, write_tom
 from gm_probe.core.images import taken
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import memory_or
-from gm_probe.core.models import ModelSpec, initial_model
+from gm_probe.core.models import ModelSpec, check_configured, initial_model
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.records import (
     BEST,
@@ -115,7 +115,10 @@ class Training:
             self.model = initial_model(self.spec, config.seed).to(self.device)
         self.fresh: tuple[str, ...] = ()  # of the weights, those that --init did not give
         if config.init is not None and not (out / STATE).exists():
-            self.fresh = load_pretrained(self.model, read_checkpoint(Path(config.init)))
+            given = read_checkpoint(Path(config.init))
+            if given.model is None:
+                check_configured(config.model)
+            self.fresh = load_pretrained(self.model, given)
         if train.x.dim() == 4:
             self.model.to(memory_format=torch.channels_last)
         with memory_or(too_big):
