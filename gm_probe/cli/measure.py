@@ -246,6 +246,7 @@ def measure(
                 f"{path} is no run folder with data of its own, nor in one; give --unlabeled or --labeled DATA"
             )
     data = DataOptions(**options)
+    own_loading = data.of_each(checkpoints)
     if source is None:
         data.require_source()
     # torchrun's processes share the examples of one checkpoint after another
@@ -314,7 +315,7 @@ def measure(
     if many:
         _, scope = _measured_over(data, source, labeled is not None, quiet)
         opened = own_unlabeled if source is None else partial(opened_once, data, source, labeled is not None)
-        how = How(settings, scope, loading | {"device": data.device})
+        how = How(settings, scope, loading | {"device": data.device}, own_loading)
         what = Remeasure(tuple(names), opened, how, save, given_settings)
         engine: Executor = in_turn
         if jobs > 1:
@@ -331,7 +332,7 @@ def measure(
         results: list[dict[str, Any]] = []
         try:
             for path in checkpoints:
-                how = How(settings, scope, loading)
+                how = How(settings, scope, loading, own_loading)
                 changed: dict[str, Any] = {}
                 own = own_unlabeled(path) if examples is None else examples
                 with exclusive(path) if save and speaks else nullcontext():

@@ -147,7 +147,9 @@ def _chosen(path: Path, content: Any, key: str | None) -> Chosen:
 def _stripped(path: Path, state: dict[str, Tensor], strip: str) -> dict[str, Tensor]:
     found = below(state, strip if strip.endswith(".") else f"{strip}.") or below(state, strip)
     if not found:
-        raise UsageError(f"{path}: no tensor's name begins with --strip {_plain(strip)}; they are {_some(list(state))}")
+        raise UsageError(
+            f"{path}: no tensor's name begins with --strip {_plain(strip)}; they are {_some(list(state))}"
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Name the files that hold a network in another way than as plain tensors, by their first bytes, without reading them."""
+"""Name files that hold a network in another way than as plain tensors, by their first bytes alone."""
 
 from __future__ import annotations
 

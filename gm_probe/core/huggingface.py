@@ -63,7 +63,9 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} holds an adapter of PEFT, not a network; merge it into its base (merge_and_unload) and save that"
         )
-    raise CheckpointError(f"{folder} has a {CONFIG} but no {WEIGHTS[0]}; save it with save_pretrained(FOLDER)")
+    raise CheckpointError(
+        f"{folder} has a {CONFIG} but no {WEIGHTS[0]}; save it with save_pretrained(FOLDER)"
+    )
 
 
 def build(folder: Path, tensors: int) -> nn.Module:
@@ -98,9 +100,7 @@ def build(folder: Path, tensors: int) -> nn.Module:
         kinds = transformers.CONFIG_MAPPING
         kind = record.get("model_type")
         if not isinstance(kind, str) or kind not in kinds:
-            remote = (
-                " and brings its own code, which is never run" if record.get("auto_map") else ""
-            )
+            remote = " and brings its own code, which is never run" if record.get("auto_map") else ""
             raise CheckpointError(
                 f"{path} is of the model type {_short(kind)}, which transformers {transformers.__version__} does not "
                 f"have{remote}; build it by code of yours: --model file.py:callable"
@@ -138,7 +138,9 @@ def _offline() -> Iterator[None]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LONGEST:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; networks need less than {LONGEST:,}")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes; networks need less than {LONGEST:,}"
+            )
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error

@@ -89,11 +89,17 @@ def _recorded_name(checkpoint: Checkpoint) -> str:
     recorded = checkpoint.model
     if recorded is None:
         if huggingface.is_folder(checkpoint.path):
-            raise UsageError(f"{checkpoint.path} is a folder of Hugging Face's; add --model {huggingface.NAME}")
+            raise UsageError(
+                f"{checkpoint.path} is a folder of Hugging Face's; add --model {huggingface.NAME}"
+            )
         raise UsageError(
             f"{checkpoint.path} was not written by gmprobe; name its network with --model "
             "(e.g. torchvision:resnet18, or your own package.module:callable)"
-            + ("" if checkpoint.normalization else " and, for images, its normalisation with --mean and --std")
+            + (
+                ""
+                if checkpoint.normalization
+                else " and, for images, its normalisation with --mean and --std"
+            )
         )
     if recorded.is_user_code:
         raise UsageError(
@@ -108,8 +114,8 @@ def _folder(checkpoint: Checkpoint) -> Path:
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     if not huggingface.is_folder(folder):
         raise UsageError(
-            f"--model {huggingface.NAME} needs {huggingface.CONFIG} beside the weights, and {folder} has none; give the "
-            "folder that save_pretrained wrote"
+            f"--model {huggingface.NAME} needs {huggingface.CONFIG} beside the weights, and {folder} has none; give "
+            "the folder that save_pretrained wrote"
         )
     return folder
 

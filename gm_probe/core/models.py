@@ -56,7 +56,9 @@ MODELS = {
 """What --model takes."""
 INPUTS_CHANGED = frozenset(("googlenet", "inception_v3"))
 """Networks of torchvision that may change their inputs' normalisation, which no state dict says."""
-_NO_KEYWORDS = re.compile(r"weight|pretrain|checkpoint|path|dir|file|url|hub|cfg|cache|progress|num_classes|in_chans")
+_NO_KEYWORDS = re.compile(
+    r"weight|pretrain|checkpoint|path|dir|file|url|hub|cfg|cache|progress|num_classes|in_chans"
+)
 """What keywords of a builder are called that read files, download, or are given in another way."""
 _MOST = 4096
 """Beyond every keyword's number that a network needs: a depth, say, takes time whatever the weights."""
@@ -191,7 +193,9 @@ def _with_keywords(name: str) -> tuple[str, dict[str, Any]]:
     for one in given:
         key, separator, text = one.partition("=")
         if not separator or not key.isidentifier() or key in keywords:
-            raise UsageError(f"{name}: {one!r} is no KEYWORD=VALUE, or is there twice; e.g. {network},drop_rate=0.1")
+            raise UsageError(
+                f"{name}: {one!r} is no KEYWORD=VALUE, or is there twice; e.g. {network},drop_rate=0.1"
+            )
         if _NO_KEYWORDS.search(key):
             raise UsageError(f"{name}: {key} cannot be passed to the builder; leave it out")
         keywords[key] = _value(name, one, text)
@@ -359,9 +363,7 @@ def _timm_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec],
     def build(spec: ModelSpec) -> nn.Module:
         options = {"num_classes": spec.num_classes, "in_chans": spec.input_shape[0], **keywords}
         try:
-            return timm.create_model(
-                name, pretrained=False, **{"img_size": spec.input_shape[-1], **options}
-            )
+            return timm.create_model(name, pretrained=False, **{"img_size": spec.input_shape[-1], **options})
         except TypeError:  # convolutional networks take any size and know no img_size
             with _building(f"timm:{name}", keywords):
                 return timm.create_model(name, pretrained=False, **options)

@@ -23,7 +23,11 @@ PARTS = 10**6
 
 BESIDE = (
     "argparse.Namespace",
-    *(f"pathlib.{inner}{kind}Path" for inner in ("", "_local.") for kind in ("Posix", "Windows", "PurePosix")),
+    *(
+        f"pathlib.{inner}{kind}Path"
+        for inner in ("", "_local.")
+        for kind in ("Posix", "Windows", "PurePosix")
+    ),
     *(f"datetime.{kind}" for kind in ("datetime", "date", "timedelta")),
     *(f"numpy.{core}.multiarray.{made}" for core in ("core", "_core") for made in ("scalar", "_reconstruct")),
     "numpy.dtype",
@@ -46,7 +50,7 @@ class _Passed:
 @contextmanager
 def passing_over() -> Iterator[None]:
     """Within, ``load_torch`` puts an empty object in the place of what ``BESIDE`` lists, which it refuses elsewhere."""
-    with torch.serialization.safe_globals([(_Passed, name) for name in BESIDE]):  # type: ignore[list-item]
+    with torch.serialization.safe_globals([(_Passed, name) for name in BESIDE]):
         yield
 
 

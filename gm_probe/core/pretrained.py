@@ -38,6 +38,12 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]
     return fresh
 
 
+def others_there(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return where the file holds the same weights again with other values, such as an average of them."""
+    held = {name: checkpoint.state[own] for name, own in plain(checkpoint.state).items()}
+    return (*checkpoint.alternatives, *(prefix.rstrip(".") for prefix in locate(model, held).copies))
+
+
 def _by_own_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The file's tensors by the network's names, and what it has no place for by the file's; copies are left out."""
     wanted = plain(model.state_dict())

@@ -111,7 +111,9 @@ def state_dicts(content: Any) -> dict[Place, dict[str, Tensor]]:
             continue
         seen.add(id(value))  # a hostile file may nest itself in itself
         if isinstance(value, dict):
-            tensors = {n: v for n, v in entries(value).items() if isinstance(n, str) and isinstance(v, Tensor)}
+            tensors = {
+                n: v for n, v in entries(value).items() if isinstance(n, str) and isinstance(v, Tensor)
+            }
             if tensors:
                 found[place] = tensors
         if len(place) < DEPTH:

@@ -15,7 +15,16 @@ WRAPPERS = frozenset(
 )
 """Parts that DataParallel, DDP, torch.compile, FSDP, checkpointing and DeepSpeed put into names, at any depth."""
 COUNTERS = frozenset(
-    ("num_batches_tracked", "n_averaged", "num_updates", "decay", "initted", "step", "total_ops", "total_params")
+    (
+        "num_batches_tracked",
+        "n_averaged",
+        "num_updates",
+        "decay",
+        "initted",
+        "step",
+        "total_ops",
+        "total_params",
+    )
 )
 """Last parts of names of single numbers that training code keeps beside weights: averages, profilers."""
 OPTIONAL = ("num_batches_tracked", "n_averaged")
@@ -116,9 +125,7 @@ def locate(model: nn.Module, held: Mapping[str, Tensor]) -> Located:
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     wanted = plain(shapes)
     heads = {name for names in unused_heads(model).values() for name in names}
-    needed = [
-        name for name, own in wanted.items() if not name.endswith(OPTIONAL) and own not in heads
-    ]
+    needed = [name for name, own in wanted.items() if not name.endswith(OPTIONAL) and own not in heads]
     names_of = {own: name for name, own in wanted.items()}
     same = {names_of[own]: {names_of[other] for other in some} for some in tied(model) for own in some}
     found = placed(wanted.keys(), held) or {"": set()}
@@ -129,9 +136,13 @@ def locate(model: nn.Module, held: Mapping[str, Tensor]) -> Located:
             held[prefix + name].shape == shapes[wanted[name]] for name in there
         )
 
-    whole = [prefix for prefix in found if len(found[prefix]) * (1 + len(same)) >= len(needed) and fits(prefix)]
+    whole = [
+        prefix for prefix in found if len(found[prefix]) * (1 + len(same)) >= len(needed) and fits(prefix)
+    ]
     prefix = (
-        min(whole, key=looks_averaged) if whole else min(found, key=lambda p: (-len(found[p]), looks_averaged(p)))
+        min(whole, key=looks_averaged)
+        if whole
+        else min(found, key=lambda p: (-len(found[p]), looks_averaged(p)))
     )
     copies = tuple(other for other in whole if other != prefix)
     left_out, extra = _others(model, held, prefix, {p: found[p] for p in (prefix, *copies)})

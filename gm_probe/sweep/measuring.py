@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment, generators_kept
 from gm_probe.core.errors import DataError, UsageError, foreign_or
-from gm_probe.core.loading import check_fit, choose_normalization, load_model
+from gm_probe.core.loading import check_fit, choose_normalization, fitted_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
 from gm_probe.core.models import ModelSpec, initial_model, logits_at
@@ -49,6 +49,8 @@ class Subject:
     num_classes: int
     classes: tuple[str, ...]  # as the checkpoint records them
     recorded: ModelSpec | None  # likewise
+    key: str = ""  # where the weights stand in a foreign file
+    notes: tuple[str, ...] = ()  # what was chosen of a file without being asked for
 
 
 def open_subject(
@@ -56,6 +58,8 @@ def open_subject(
     examples: Examples,
     *,
     model_name: str | None = None,
+    key: str | None = None,
+    strip: str | None = None,
     normalization: Normalization | None = None,
     num_classes: int | None = None,
     batch_size: int = BATCH_SIZE,
@@ -68,6 +72,7 @@ def open_subject(
     """Load the checkpoint ``path`` and lay ``examples`` out for it.
 
     Args:
+        key, strip: as ``read_checkpoint`` takes them.
         model_name, normalization, num_classes: needed for foreign checkpoints; override the recorded ones.
         head: ``classifier``, or ``simclr``: the outputs are NT-Xent logits, over batches of two views, drawn by
             ``seed``, of ``batch_size`` images each. ``temperature`` None is the recorded one.
@@ -75,11 +80,11 @@ def open_subject(
     Raises:
         CheckpointError, DataError, UsageError: as the parts raise them.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, key, strip)
     simclr = _check_head(checkpoint, head, temperature)
     check_fit(checkpoint, examples)
     shape = tuple(examples.x.shape[1:])
-    model = load_model(
+    model, fit = fitted_model(
         checkpoint,
         model_name,
         input_shape=shape,
@@ -93,11 +98,13 @@ def open_subject(
         raise UsageError("MPS has no float64, which the estimators need; measure with --device cpu")
     model.to(device, dtype)
     name = model_name or (checkpoint.model.name if checkpoint.model else "")
+    said = "" if checkpoint.model else fit.key, tuple(fit.notes(path))
     if simclr:
         views = contrastive_batches(
             examples, chosen, images=batch_size, seed=seed, device=device, dtype=dtype
         )
-        return Subject(model, name, views, 2 * batch_size - 1, checkpoint.classes, checkpoint.model)
+        classes = 2 * batch_size - 1
+        return Subject(model, name, views, classes, checkpoint.classes, checkpoint.model, *said)
     batches = Batches(examples, chosen, batch_size=batch_size, device=device, dtype=dtype)
     classes = _num_outputs(model, batches, model_name or path)
     if num_classes is not None and num_classes != classes:
@@ -108,7 +115,7 @@ def open_subject(
             f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; "
             "each class needs its folder, or measure it --unlabeled"
         )
-    return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model)
+    return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model, *said)
 
 
 def _check_head(checkpoint: Checkpoint, head: str, temperature: float | None) -> bool:
@@ -185,6 +192,7 @@ def measure_checkpoint(
         std=list(batches.normalization.std),
         dtype=str(batches.dtype).removeprefix("torch."),
         processes=count(),
+        **({"key": subject.key} if subject.key else {}),
         **_how_coupled(subject),
         **environment(batches.device),
     )
@@ -195,6 +203,8 @@ def measure_checkpoint(
         "channels_last": batches.channels_last,
         "skipped": list(examples.skipped),
     }
+    if subject.notes:
+        result["notes"] = list(subject.notes)
     if quadrature is not None:
         before = spent
         result["density"], _ = within_memory(
@@ -219,11 +229,13 @@ class How:
         scope: over what, as a measures.json says it beside ``settings``: ``part``, ``max_examples`` and, of other data
             than the run's own, ``data`` and whether it is ``labeled``.
         loading: as ``measure_checkpoint`` takes it.
+        own_loading: what belongs to one checkpoint alone, such as its network's name.
     """
 
     settings: Settings
     scope: Mapping[str, Any]
     loading: Mapping[str, Any]
+    own_loading: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def of_other_data(self) -> bool:
@@ -244,7 +256,8 @@ def measure_as(
 ) -> dict[str, Any]:
     """``measure_checkpoint`` over what ``how`` takes of ``examples``, which the result's settings then say."""
     chosen = how.chosen(examples)
-    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **how.loading)
+    loading = {**how.loading, **how.own_loading.get(path, {})}
+    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **loading)
     result["settings"] |= how.scope
     if how.of_other_data:
         result["settings"][DIGEST] = chosen.digest

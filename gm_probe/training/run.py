@@ -26,7 +26,7 @@ from gm_probe.core.images import taken
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import memory_or
 from gm_probe.core.models import ModelSpec, check_configured, initial_model
-from gm_probe.core.pretrained import load_pretrained
+from gm_probe.core.pretrained import load_pretrained, others_there
 from gm_probe.core.records import (
     BEST,
     CHECKPOINT,
@@ -114,10 +114,12 @@ class Training:
         with memory_or(too_big):
             self.model = initial_model(self.spec, config.seed).to(self.device)
         self.fresh: tuple[str, ...] = ()  # of the weights, those that --init did not give
+        self.not_taken: tuple[str, ...] = ()  # other copies of the weights in its file
         if config.init is not None and not (out / STATE).exists():
             given = read_checkpoint(Path(config.init))
             if given.model is None:
                 check_configured(config.model)
+            self.not_taken = others_there(self.model, given)
             self.fresh = load_pretrained(self.model, given)
         if train.x.dim() == 4:
             self.model.to(memory_format=torch.channels_last)
@@ -358,6 +360,7 @@ class Training:
             machine = {**environment(self.device), "processes": processes.count()}
             if self.config.init is not None:
                 machine["fresh_weights"] = list(self.fresh)
+                machine |= {"init_not_taken": list(self.not_taken)} if self.not_taken else {}
             write_atomic(self.out / METRICS, b"")
             write_json(self.out / SPLIT, split_record(self.splits))
             write_toml(self.out / CONFIG, {**self.config.as_dict(), "environment": machine})
