@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gm_probe.core.errors import CheckpointError, UsageError, first_line, out_of_memory, printable
+from gm_probe.core.errors import CheckpointError, ProbeError, UsageError, first_line, out_of_memory, printable
 
 NAME = "hf"
 """What --model calls the network that a folder's config.json describes."""
@@ -24,11 +26,6 @@ DEEP = ("layers", "layer", "depth", "depths", "blocks", "experts")
 """Endings of the names of settings that say how many modules there are; each takes time, whatever it holds."""
 DEEPEST, LABELS, WIDEST = 1000, 10**5, 2**24
 """Most that a config may ask for: of modules, of labels, of all else."""
-HEADS = {
-    "ForImageClassification": "AutoModelForImageClassification",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-}
-"""What an architecture's name ends with, and transformers' class that builds such."""
 # kernels and backbones of these names may come from the Hub, and kernels are code
 _DROPPED = ("attn_implementation", "experts_implementation", "use_kernels", "auto_map", "quantization_config")
 
@@ -68,28 +65,24 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def build(folder: Path, tensors: int) -> nn.Module:
-    """Build the network that the folder's config.json describes, with fresh weights in float32 and eager attention.
+def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[str, ...]]:
+    """Build what the folder's config.json describes, in float32 and with eager attention, and load ``state``.
 
-    Args:
-        tensors: that its files hold; no network has more layers.
+    transformers itself does both, for it knows which names of older files its networks have today.
+
+    Returns:
+        The network, and the names in ``state`` that it has no place for: fewer than it takes.
 
     Raises:
         UsageError: transformers is not installed.
-        CheckpointError: no config of a classifier that transformers itself has, or one that it cannot build.
+        CheckpointError: no config of a classifier that transformers itself has, or weights that are not the network's.
     """
     path = folder / CONFIG
     record = _read(path)
-    architectures = record.get("architectures") or [None]
-    name = architectures[0] if isinstance(architectures, list) else None
-    automatic = next((auto for ending, auto in HEADS.items() if str(name).endswith(ending)), None)
-    if automatic is None:
-        raise CheckpointError(
-            f"{path} is of {_short(name)}; classifiers of images and of sequences can be built (…{', …'.join(HEADS)})"
-        )
+    name = _architecture(path, record)
     if record.get("quantization_config"):
         raise CheckpointError(f"{path} is of a quantized network; save it dequantized, in float32")
-    _check_sizes(path, record, tensors)
+    _check_sizes(path, record, len(state))
     with _offline():
         try:
             import transformers
@@ -97,26 +90,94 @@ def build(folder: Path, tensors: int) -> nn.Module:
             raise UsageError(
                 f"--model {NAME} needs transformers, which is not installed; pip install 'gm_probe[hf]'"
             ) from error
-        kinds = transformers.CONFIG_MAPPING
         kind = record.get("model_type")
-        if not isinstance(kind, str) or kind not in kinds:
+        if (
+            not isinstance(kind, str)
+            or kind not in transformers.CONFIG_MAPPING
+            or not hasattr(transformers, name)
+        ):
             remote = " and brings its own code, which is never run" if record.get("auto_map") else ""
             raise CheckpointError(
-                f"{path} is of the model type {_short(kind)}, which transformers {transformers.__version__} does not "
-                f"have{remote}; build it by code of yours: --model file.py:callable"
+                f"{path} is of a {_short(name)} of the type {_short(kind)}, which transformers "
+                f"{transformers.__version__} does not have{remote}; build it by code of yours: --model file.py:callable"
             )
-        try:
-            config = kinds[kind].from_dict(_plain(record))
-            return getattr(transformers, automatic).from_config(
-                config, trust_remote_code=False, attn_implementation="eager", dtype=torch.float32
+        made = getattr(transformers, name)
+        with _quiet(transformers), _told(path):
+            config = transformers.CONFIG_MAPPING[kind].from_dict(_plain(record))
+            with torch.device("meta"):
+                size = sum(p.numel() for p in made(config).parameters())
+            held = sum(value.numel() for value in state.values())
+            if size > 2 * held + 2**20:  # before it takes memory
+                raise CheckpointError(
+                    f"{path} describes {size:,} parameters, and the weights are {held:,} numbers"
+                )
+            model, found = made.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(state),
+                attn_implementation="eager",
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # they are told below
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
-        except Exception as error:  # whatever a config's values make it raise
-            if out_of_memory(error):
-                raise
-            raise CheckpointError(
-                f"transformers cannot build the network of {path}: {type(error).__name__}: "
-                f"{printable(first_line(error))[:300]}"
-            ) from error
+    wrong = {
+        "missing": sorted(found["missing_keys"]),
+        "of another shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
+    }
+    left_out = sorted(found["unexpected_keys"])
+    if 2 * len(left_out) > len(state):
+        wrong["unexpected"] = left_out
+    problems = [f"{len(names)} {what} ({_some(names)})" for what, names in wrong.items() if names]
+    if problems:
+        raise CheckpointError(f"the weights in {folder} do not fit its {CONFIG}: {'; '.join(problems)}")
+    return model, tuple(left_out)
+
+
+def _architecture(path: Path, record: Mapping[str, Any]) -> str:
+    named = record.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    if not isinstance(name, str) or not re.fullmatch(
+        r"\w+For(Image|Sequence)Classification(WithTeacher)?", name
+    ):
+        raise CheckpointError(
+            f"{path} is of {_short(name)}; classifiers can be built, of images or sequences (…ForImageClassification, "
+            "…ForSequenceClassification)"
+        )
+    return name
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Whatever a config's values make transformers raise becomes one line."""
+    try:
+        yield
+    except ProbeError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"transformers cannot build the network of {path}: {type(error).__name__}: "
+            f"{printable(first_line(error))[:300]}"
+        ) from error
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bar and no report of transformers': what it says is said in our words."""
+    log = transformers.logging
+    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bar:
+            log.enable_progress_bar()
 
 
 @contextmanager
@@ -178,3 +239,7 @@ def _check_sizes(path: Path, record: Mapping[str, Any], tensors: int) -> None:
 
 def _short(value: object) -> str:
     return printable(str(value))[:80] if isinstance(value, str) else f"{value!r}"[:80]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(printable(name)[:80] for name in names[:3]) + (", …" if len(names) > 3 else "")

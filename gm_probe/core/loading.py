@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,26 +59,22 @@ def fitted_model(
         input_shape = input_shape or recorded.input_shape
         num_classes = num_classes or recorded.num_classes
         temperature = temperature or recorded.temperature
-    folder = _folder(checkpoint) if name == huggingface.NAME else None
-    # others build what they will
-    if num_classes is None and folder is None and not (is_user_code(name) and temperature is None):
+    if name == huggingface.NAME:
+        return _from_folder(checkpoint, dtype)
+    if num_classes is None and not (is_user_code(name) and temperature is None):  # which builds what it will
         num_classes = _rows_of_last_matrix(checkpoint)
     spec = ModelSpec(name, input_shape or (3, 32, 32), num_classes or 0, temperature)
-
-    def build() -> nn.Module:
-        return build_model(spec) if folder is None else huggingface.build(folder, len(checkpoint.state))
-
     if not spec.is_user_code:
         # before it takes memory: the record, or a head, may claim a network of any size
         try:
             with torch.device("meta"):
-                fitting(build(), checkpoint)
+                fitting(build_model(spec), checkpoint)
         except UsageError as error:
             if not followed:
                 raise
             raise CheckpointError(f"{checkpoint.path} records a network that cannot be: {error}") from error
     with generators_kept():  # initial weights are overwritten; the caller's draws stay its own
-        model = build().to(dtype)
+        model = build_model(spec).to(dtype)
     fit = load_weights(model, checkpoint)
     if len(spec.input_shape) == 3:
         model.to(memory_format=torch.channels_last)
@@ -109,15 +105,19 @@ def _recorded_name(checkpoint: Checkpoint) -> str:
     return recorded.name
 
 
-def _folder(checkpoint: Checkpoint) -> Path:
-    """The folder whose config.json describes the network."""
+def _from_folder(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.Module, Fit]:
+    """The network that config.json beside the weights describes."""
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     if not huggingface.is_folder(folder):
         raise UsageError(
             f"--model {huggingface.NAME} needs {huggingface.CONFIG} beside the weights, and {folder} has none; give "
             "the folder that save_pretrained wrote"
         )
-    return folder
+    with generators_kept():
+        model, left_out = huggingface.load(folder, checkpoint.state)
+    model.to(dtype)
+    fit = load_weights(model, replace(checkpoint, state=dict(model.state_dict())))
+    return model, replace(fit, left_out=left_out)
 
 
 def _rows_of_last_matrix(checkpoint: Checkpoint) -> int:
