@@ -24,8 +24,8 @@ from gm_probe.core.formats import refuse_foreign, whole_object
 from gm_probe.core.models import ModelSpec
 from gm_probe.core.pickles import load_torch, passing_over
 from gm_probe.core.records import CHECKPOINT
-from gm_probe.core.state_dicts import Chosen, below, choose, choose_at
-from gm_probe.core.weight_names import drop_heads, locate, plain, tied, unused_heads
+from gm_probe.core.state_dicts import Chosen, below, choose, choose_at, plain
+from gm_probe.core.weight_names import drop_heads, locate, tied, unused_heads
 
 HEADER = "gm_probe"
 LISTED = 2**21

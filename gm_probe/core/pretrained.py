@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gm_probe.core.checkpoints import Checkpoint, is_simclr, load_weights
 from gm_probe.core.contrastive import Contrastive, last_linear
-from gm_probe.core.weight_names import locate, plain
+from gm_probe.core.state_dicts import plain
+from gm_probe.core.weight_names import locate
 
 POSITIONS = "pos_embed"
 """A Vision Transformer's position embedding, (1, tokens, width)."""

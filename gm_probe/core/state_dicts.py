@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,16 @@ from torch import Tensor
 Place = tuple[str, ...]
 """The keys that lead to a state dict, from the top of a file; () is the top itself."""
 
+WRAPPERS = frozenset(
+    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+)
+"""Parts that DataParallel, DDP, torch.compile, FSDP, checkpointing and DeepSpeed put into names, at any depth."""
 DEPTH = 5
 """How deep state dicts are looked for."""
 USUAL = ("state_dict", "model_state_dict", "model_state", "model")
 """Keys that training code uses for the raw weights most often."""
 _AVERAGED = re.compile(
-    r"(?i)(?<![a-z])ema|ema(?![a-z])|(?<![a-z])(averaged?|avg|swa|shadow|teacher|momentum|target)(?![a-z])|_k$"
+    r"(?i)(?<![a-z])ema|ema(?![a-z])|(?<![a-z])(averaged?|avg|swa|shadow|teacher|momentum|target)(?![a-z])|_k\.?$"
 )
 
 
@@ -86,7 +90,8 @@ def choose_at(content: Any, key: str) -> Chosen | None:
     places = {first.key: first.state} | {joined(p): state for p, state in state_dicts(content).items()}
     for place, state in places.items():
         rest = key.removeprefix(f"{place}.") if place else key
-        if inside := below(state, f"{rest}."):
+        bare = {name: state[own] for name, own in plain(state).items()}
+        if inside := below(state, f"{rest}.") or below(bare, f"{rest}."):
             return Chosen(f"{place}.{rest}" if place else rest, inside)
     return None
 
@@ -94,6 +99,13 @@ def choose_at(content: Any, key: str) -> Chosen | None:
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names begin with ``prefix``, named without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def plain(names: Iterable[str]) -> dict[str, str]:
+    """Return ``names`` by what they are without wrappers' parts; as they are where two would become one."""
+    names = list(names)
+    found = {".".join(part for part in name.split(".") if part not in WRAPPERS): name for name in names}
+    return found if len(found) == len(names) else {name: name for name in names}
 
 
 def state_dicts(content: Any) -> dict[Place, dict[str, Tensor]]:

@@ -8,12 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from gm_probe.core.state_dicts import looks_averaged
+from gm_probe.core.state_dicts import looks_averaged, plain
 
-WRAPPERS = frozenset(
-    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-)
-"""Parts that DataParallel, DDP, torch.compile, FSDP, checkpointing and DeepSpeed put into names, at any depth."""
 COUNTERS = frozenset(
     (
         "num_batches_tracked",
@@ -32,13 +28,6 @@ OPTIONAL = ("num_batches_tracked", "n_averaged")
 HEADS = frozenset(("aux1", "aux2", "AuxLogits"))
 """Auxiliary heads of GoogLeNet and Inception, which run in training alone."""
 _LOSS = re.compile(r"(?i)(^|_)(loss|criterion)(_|$)")
-
-
-def plain(names: Iterable[str]) -> dict[str, str]:
-    """Return ``names`` by what they are without wrappers' parts; as they are where two would become one."""
-    names = list(names)
-    found = {".".join(part for part in name.split(".") if part not in WRAPPERS): name for name in names}
-    return found if len(found) == len(names) else {name: name for name in names}
 
 
 def placed(wanted: Collection[str], held: Iterable[str]) -> dict[str, set[str]]:
