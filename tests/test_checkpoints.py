@@ -296,9 +296,9 @@ def test_weights_that_are_there_twice_are_named_and_chosen(tmp_path: Path, train
 def test_a_key_that_is_not_there_is_a_usage_error(tmp_path: Path, trained: Net) -> None:
     torch.save({"model": trained.state_dict(), "epoch": 3}, tmp_path / "a.pt")
     for key in ("ema", "epoch", "model.conv.weight", "", "mode"):
-        with pytest.raises(UsageError, match="no tensors under --key .*there are some under model"):
+        with pytest.raises(UsageError, match=r"no tensors under --key .*there are some under model"):
             read_checkpoint(tmp_path / "a.pt", key=key)
-    with pytest.raises(UsageError, match="begins with --strip net; they are conv.weight"):
+    with pytest.raises(UsageError, match=r"begins with --strip net; they are conv\.weight"):
         read_checkpoint(tmp_path / "a.pt", strip="net")
 
 

@@ -71,7 +71,7 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
     transformers itself does both, for it knows which names of older files its networks have today.
 
     Returns:
-        The network, and the names in ``state`` that it has no place for: fewer than it takes.
+        The network, and the names in ``state`` of parts beside it, such as the head of another task.
 
     Raises:
         UsageError: transformers is not installed.
@@ -126,9 +126,9 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
         "missing": sorted(found["missing_keys"]),
         "of another shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
     }
-    left_out = sorted(found["unexpected_keys"])
-    if 2 * len(left_out) > len(state):
-        wrong["unexpected"] = left_out
+    own = {child for child, _ in model.named_children()}
+    left_out = [key for key in sorted(found["unexpected_keys"]) if key.partition(".")[0] not in own]
+    wrong["unexpected"] = sorted(set(found["unexpected_keys"]) - set(left_out))
     problems = [f"{len(names)} {what} ({_some(names)})" for what, names in wrong.items() if names]
     if problems:
         raise CheckpointError(f"the weights in {folder} do not fit its {CONFIG}: {'; '.join(problems)}")
