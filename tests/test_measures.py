@@ -1027,7 +1027,7 @@ def test_model_is_untouched_after_a_failure_anywhere(name: str, error: BaseExcep
             assert isinstance(error, RuntimeError)
             assert row.value == pytest.approx(expected, rel=0.02, abs=5 * (row.stderr or 0))
         check()
-    assert {1, 4} <= set(raised)
+    assert 4 in raised  # a failure of the first call is a memory format's, and the other one is taken
     assert all("boom" in message for message in messages)
     assert isinstance(error, RuntimeError) or not messages
     if name != "hessian_trace":  # its last call is a trial

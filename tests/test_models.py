@@ -7,8 +7,6 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from gm_probe.core.errors import UsageError
 from gm_probe.core.loading import fitted_model, load_model
-from gm_probe.core.models import BUILT_IN, ModelSpec, build_model, logits_at, logits_of, num_parameters
+from gm_probe.core.models import BUILT_IN, ModelSpec, build_model, logits_at, num_parameters
 
 CIFAR = (3, 32, 32)
 NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")
@@ -156,7 +154,7 @@ def test_output_shapes(name: str, shape: tuple[int, ...], classes: int) -> None:
     torch.manual_seed(0)
     model = build(name, shape, classes).eval()
     with torch.no_grad():
-        logits = logits_of(model(torch.rand(2, *shape)))
+        logits = logits_at(model, torch.rand(2, *shape))
     assert logits.shape == (2, classes)
     assert bool(torch.isfinite(logits).all())
 
@@ -382,42 +380,6 @@ def test_spec_round_trip() -> None:
     ):
         with pytest.raises(ValueError, match=r"."):
             ModelSpec.from_dict({**spec.as_dict(), **broken})
-
-
-def test_logits_of_every_kind_of_output() -> None:
-    logits = torch.rand(2, 3)
-    kinds: list[Any] = [
-        logits,
-        SimpleNamespace(logits=logits, loss=None),
-        {"logits": logits, "hidden": None},
-        (logits, "aux"),
-        [logits],
-    ]
-    for output in kinds:
-        assert logits_of(output) is logits
-
-
-@pytest.mark.parametrize(
-    ("output", "kind"),
-    [
-        (torch.rand(3), r"\(3,\)"),
-        (torch.rand(2, 3, 4), r"\(2, 3, 4\)"),
-        ({"scores": torch.rand(2, 3)}, "dict"),
-        ((), "tuple"),
-        (None, "NoneType"),
-        (SimpleNamespace(logits=None), "NoneType"),
-        (torch.ones(2, 3, dtype=torch.int64), "torch.int64"),
-    ],
-)
-def test_outputs_without_logits(output: Any, kind: str) -> None:
-    with pytest.raises(UsageError, match=f"the model returned {kind}, not logits"):
-        logits_of(output)
-
-
-def test_a_row_of_logits_for_each_example() -> None:
-    """A language model that flattens its tokens: sums over rows would be divided by the number of examples."""
-    with pytest.raises(UsageError, match=r"12 rows of logits for 4 example"):
-        logits_at(lambda x: x.flatten(0, 1), torch.rand(4, 3, 5))
 
 
 # ---- keywords of others' builders

@@ -26,6 +26,11 @@ _OPTIONS = (
         help="Of data that has both.  [default: test where the data has one]",
     ),
     click.option(
+        "--data",
+        metavar="WHERE",
+        help="Where the data of a run is now, if it has moved. It must be the same.",
+    ),
+    click.option(
         "--model",
         "model_names",
         metavar="NAME",
@@ -60,7 +65,17 @@ _OPTIONS = (
     click.option("--std", metavar="R,G,B", help="Likewise."),
     click.option("--no-normalize", is_flag=True, help="Pixels in [0, 1] as they are."),
     click.option(
-        "--image-size", type=click.IntRange(1), help="Resize a folder's images to this many pixels."
+        "--image-size",
+        type=click.IntRange(1),
+        help="Resize a folder's images to this many pixels a side, whatever their aspect ratio.",
+    ),
+    click.option(
+        "--resize",
+        type=click.IntRange(1),
+        help="Resize the shorter side of a folder's images to this many pixels, as torchvision does.",
+    ),
+    click.option(
+        "--crop", type=click.IntRange(1), help="Then cut this many pixels a side from the centre of each."
     ),
     click.option("--channels", type=Choice(["1", "3"]), help="Read a folder's images as grey or RGB."),
     click.option(
@@ -72,6 +87,17 @@ _OPTIONS = (
         "--num-classes",
         type=click.IntRange(2),
         help="Classes of a foreign checkpoint.  [default: its head's]",
+    ),
+    click.option(
+        "--output",
+        "model_output",
+        metavar="NAME",
+        help="Index or name of the logits among several outputs of the model.",
+    ),
+    click.option(
+        "--outputs-are",
+        type=Choice(["logits", "probabilities", "log-probabilities"]),
+        help="What the model returns. Without it, outputs that look like probabilities are refused.",
     ),
     click.option("--data-root", metavar="DIR", type=PATH, help="Where torchvision keeps data."),
     click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
@@ -91,6 +117,7 @@ class DataOptions:
     """What ``data_options`` read."""
 
     part: str | None
+    data: str | None
     model_names: tuple[str, ...]
     keys: tuple[str, ...]
     strips: tuple[str, ...]
@@ -100,24 +127,47 @@ class DataOptions:
     std: str | None
     no_normalize: bool
     image_size: int | None
+    resize: int | None
+    crop: int | None
     channels: str | None
     skip_bad: bool
     num_classes: int | None
+    model_output: str | None
+    outputs_are: Any
     data_root: Path | None
     download: bool
     dtype: str
     device: str
     threads: int | None
 
-    def require_source(self) -> None:
-        """Raise UsageError where an option is given that says how to read data which is not named."""
-        if self.part or self.image_size or self.channels or self.skip_bad:
+    def require_use(self, source: str | None) -> None:
+        """Raise UsageError where an option is given that does not go with the data that is measured over.
+
+        Args:
+            source: data that is named by --unlabeled or --labeled; None = the runs' own.
+        """
+        if source is None and (self.part or self.skip_bad or any(self.reading().values())):
             raise UsageError(
-                "--part, --image-size, --channels and --skip-bad go with --unlabeled or --labeled DATA"
+                "--part, --image-size, --resize, --crop, --channels and --skip-bad go with --unlabeled or --labeled "
+                "DATA"
             )
+        if source is not None and self.data is not None:
+            raise UsageError("--data says where a run's own data is; leave it out, or leave other data out")
+
+    def reading(self) -> dict[str, int | None]:
+        """How a folder's images are read: keywords of ``open_source``."""
+        return {
+            "channels": int(self.channels) if self.channels else None,
+            "image_size": self.image_size,
+            "resize": self.resize,
+            "crop": self.crop,
+        }
 
     def open(self, source: str, *, labeled: bool) -> tuple[Examples, str, str | None]:
-        """The examples of ``source``, the name of their part, and a note where a part was chosen unasked."""
+        """The examples of ``source``, the name of their part, and a note where a part was chosen unasked.
+
+        A folder's images are decoded by ``Examples.subset``.
+        """
         from gm_probe.core.datasets import open_source
 
         opened = open_source(
@@ -125,9 +175,9 @@ class DataOptions:
             labeled=labeled,
             root=self.data_root,
             download=self.download,
-            channels=int(self.channels) if self.channels else None,
-            image_size=self.image_size,
             skip_bad=self.skip_bad,
+            decode=False,
+            **self.reading(),
         )
         if labeled and any(part.y is None for part in (opened.pool, opened.test or opened.pool)):
             raise DataError(
@@ -147,6 +197,7 @@ class DataOptions:
         import torch
 
         from gm_probe.core.devices import keep_freed_memory, pick_device
+        from gm_probe.core.door import Outputs
 
         keep_freed_memory()
         if self.threads is not None:
@@ -155,6 +206,7 @@ class DataOptions:
         return size | {
             "normalization": self._normalization(),
             "num_classes": self.num_classes,
+            "outputs": Outputs(self.model_output, self.outputs_are),
             "dtype": self._dtype(),
             "device": pick_device(self.device),
         }

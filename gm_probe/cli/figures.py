@@ -44,7 +44,7 @@ def print_result(result: dict[str, Any]) -> None:
         columns.append(f"N for {100 * target:g} %")
     console.print(table(title, columns, [row[: len(columns)] for row in rows]))
     _print_more(result)
-    over = ", over batches" if "head" in result["settings"] else ""
+    over = ", over batches" if result["settings"].get("head") == "simclr" else ""
     console.print(
         f"{_coupled(result)}{_ascents(result)}"
         "± estim.: standard error over starts or probes, Lanczos residual for λ_max; "
@@ -88,7 +88,7 @@ def _eigenvalue(row: dict[str, Any]) -> str:
 def _coupled(result: dict[str, Any]) -> str:
     """For the caption: what NT-Xent's figures depend on; empty of a classifier."""
     settings = result["settings"]
-    if "head" not in settings:
+    if settings.get("head") != "simclr":
         return ""
     images = settings["batch_images"]
     return (
@@ -212,7 +212,9 @@ def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         "reason",
     )
     of_settings = ["rho", "k_steps", "noise_scale", "seed", "part"]
-    if any("head" in result["settings"] for result in results):  # else the columns would be empty
+    if any(
+        result["settings"].get("head") == "simclr" for result in results
+    ):  # else the columns would be empty
         of_settings += ["head", "temperature", "batch_images"]
     return [
         {

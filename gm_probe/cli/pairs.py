@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import DataOptions, data_options
-from gm_probe.cli.kinds import PATH, SEED
+from gm_probe.cli.kinds import PATH, SEED, Choice
 from gm_probe.cli.output import (
     format_options,
     note,
-    note_skipped,
+    note_reading,
     notes_console,
     number,
     print_csv,
@@ -43,12 +43,20 @@ if TYPE_CHECKING:
 @click.option(
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )
+@click.option(
+    "--head",
+    type=Choice(["classifier", "binary", "multilabel"]),
+    default="classifier",
+    show_default=True,
+    help="What the outputs stand for: exclusive classes, one yes-or-no logit, or several independent ones.",
+)
 @data_options
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the subset.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random subset.")
 @format_options
 def pairs(
     checkpoints: tuple[Path, ...],
     unlabeled: str | None,
+    head: str,
     seed: int,
     output: str | None,
     quiet: bool,
@@ -91,21 +99,22 @@ def pairs(
         for path in paths:
             if not is_run(path):
                 raise UsageError(f"{path} is no run folder with data of its own; give --unlabeled DATA")
-        data.require_source()
+    data.require_use(unlabeled)
     from gm_probe.core.devices import environment
     from gm_probe.probe.pairwise import compare
+    from gm_probe.sweep.measuring import output_settings
     from gm_probe.training.parts import OWN_UNLABELED
 
-    loading = data.loading()
+    loading = data.loading() | {"head": head}
     own_loading = data.of_each(paths)
     training_sets = training_sets_of(paths)
     notes += doubts(paths, training_sets)
     if unlabeled is None:
-        examples, used_part = common_unlabeled(paths), OWN_UNLABELED
+        examples, used_part = common_unlabeled(paths, data.data), OWN_UNLABELED
     else:
         examples, used_part, hint = data.open(unlabeled, labeled=False)
-        notes += [hint] if hint else []
-        note_skipped(notes_console(quiet), examples.skipped)
+        notes += [*([hint] if hint else []), *examples.notes]
+        note_reading(notes_console(quiet), (), examples.skipped)
     examples = examples.subset(data.max_examples, seed)
     outputs, models, chosen = _all_outputs(paths, examples, own_loading, quiet=quiet, **loading)
     notes += chosen
@@ -125,8 +134,11 @@ def pairs(
             "data": examples.source,
             "part": used_part,
             "max_examples": data.max_examples,
+            **data.reading(),
+            "passed_over": dict(examples.passed_over),
             "seed": seed,
             "dtype": data.dtype,
+            **{key: value for key, value in output_settings(loading).items() if value is not None},
             "batchnorm": "eval (running statistics)",
             **environment(loading["device"]),
         },
@@ -199,7 +211,8 @@ def _outputs(path: Path, examples: Examples, **loading: Any) -> tuple[torch.Tens
     subject = open_subject(path, examples, **loading)
     try:
         with evaluating(subject.model), full_precision():
-            logits = Probe(subject.model, subject.batches, Settings(), Work(len(examples))).clean
+            work = Work(len(examples))
+            logits = Probe(subject.model, subject.batches, Settings(), work, outputs=subject.outputs).clean
     except (DataError, DivergedError, UsageError) as error:  # which know of no path
         raise type(error)(f"{path}: {error}") from error
     used = subject.batches.normalization

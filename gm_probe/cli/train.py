@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.kinds import PATH
-from gm_probe.cli.output import note, note_skipped, notes_console, number, print_json, results_console, table
+from gm_probe.cli.output import note, note_reading, notes_console, number, print_json, results_console, table
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.tensorboard import Events
 from gm_probe.core.errors import UsageError
@@ -54,11 +54,23 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 
 @click.command(epilog="Example:  gmprobe train --method iam-d")
 @click.option(
-    "--data", help="Image folder, array file or data set name; see `gmprobe datasets`.  [default: digits]"
+    "--data",
+    help="Image folder, array file or data set name; see `gmprobe datasets`. With --resume, where the same data is now."
+    "  [default: digits]",
 )
 @click.option("--data-root", metavar="DIR", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, default=None, help="Let torchvision download what is missing.")
-@click.option("--image-size", type=click.IntRange(1), help="Resize images to this many pixels a side.")
+@click.option(
+    "--image-size",
+    type=click.IntRange(1),
+    help="Resize images to this many pixels a side, whatever their aspect ratio.",
+)
+@click.option(
+    "--resize",
+    type=click.IntRange(1),
+    help="Resize the shorter side of images to this many pixels, as torchvision does.",
+)
+@click.option("--crop", type=click.IntRange(1), help="Then cut this many pixels a side from their centre.")
 @click.option(
     "--skip-bad",
     is_flag=True,
@@ -184,11 +196,10 @@ def train(
     from gm_probe.analysis.plots import write_figure
     from gm_probe.core import processes
     from gm_probe.core.devices import keep_freed_memory, pick_device
-    from gm_probe.core.records import CONFIG, RUNS, read_metrics, read_run
+    from gm_probe.core.records import CONFIG, RUNS, SUMMARY, read_metrics, read_run
     from gm_probe.sweep.recipe import require_names, run_name
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
-    from gm_probe.training.parts import load_splits, skipped
     from gm_probe.training.tracking import PROBE_BATCH
 
     console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
@@ -209,7 +220,9 @@ def train(
     keep_freed_memory()
     with processes.joined(pick_device(config.device)):
         speaks = processes.rank() == 0  # of several processes, one prints and writes
-        note_skipped(console, skipped(load_splits(config)) if config.skip_bad else ())
+        began = (out / CONFIG).exists()
+        if not began or (resume and not (out / SUMMARY).exists()):  # else there is nothing to train
+            _note_data(console, config)
         events = Events(out) if tensorboard and speaks else None
         with progress_bar("epochs", config.epochs, quiet=quiet or not speaks) as bar:
 
@@ -254,6 +267,18 @@ def train(
     )
     results_console().print(table(title, ["", "error", "cross-entropy", "examples"], rows))
     note(console, f"next:  gmprobe measure {out}{' --head simclr' if simclr else ''}")
+
+
+def _note_data(console: Console, config: TrainConfig) -> None:
+    """Say how the data of a run that begins is read."""
+    from gm_probe.training.parts import open_data
+
+    if console.quiet:
+        return
+    source = open_data(config)
+    parts = [part for part in (source.pool, source.test) if part is not None]
+    notes = dict.fromkeys(text for part in parts for text in part.notes)
+    note_reading(console, list(notes), [error for part in parts for error in part.skipped])
 
 
 def _results(summary: Mapping[str, Any], held_out: str, prefix: str) -> list[list[str]]:

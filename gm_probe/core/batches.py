@@ -17,6 +17,8 @@ from gm_probe.core.images import blocks, taken
 
 PIXELS = "save pixels as uint8, or as floats in [0, 1], or pass --no-normalize for ready inputs"
 """The remedy for data that a normalisation cannot be applied to."""
+ROUNDING = 1e-3
+"""How far floats may lie outside of [0, 1]."""
 
 
 class Batch(NamedTuple):
@@ -64,6 +66,38 @@ class Normalization:
             )
         return cls(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
 
+    def require_range(self, examples: Examples, *, recorded: bool = False) -> None:
+        """Check that ``examples`` and this normalisation are on one scale, pixels in [0, 1].
+
+        Images are uint8, or have four dimensions or more. A table or a signal of floats has a scale of its own, unless
+        the normalisation is ``recorded``: then it is that of the pixels that the model was trained on.
+
+        Raises:
+            UsageError: a mean or standard deviation is beyond what pixels in [0, 1] can have.
+            DataError: the pixels lie outside of [0, 1], or are all darker than every mean.
+        """
+        x = examples.x
+        if not self.mean or not (x.dtype == torch.uint8 or x.dim() >= 4 or recorded):
+            return
+        if not (all(0 <= mean <= 1 for mean in self.mean) and max(self.std) <= 1):
+            raise UsageError(
+                f"the normalisation by mean {_listed(self.mean)} and std {_listed(self.std)} is not for pixels in "
+                f"[0, 1], as those of {examples.source} are; divide both by 255 if it is for pixels from 0 to 255"
+            )
+        if not isinstance(x, Tensor) or not len(x) or not (x.dtype == torch.uint8 or x.is_floating_point()):
+            return
+        low, high = (float(value) / (255 if x.dtype == torch.uint8 else 1) for value in x.aminmax())
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise DataError(
+                f"{examples.source} holds floats from {low:.3g} to {high:.3g} but the normalisation is for pixels in "
+                f"[0, 1]; {PIXELS}"
+            )
+        if 0 < high < min(self.mean):
+            raise DataError(
+                f"the brightest pixel of {examples.source} is {high:.3g} on the scale from 0 to 1, below every mean of "
+                f"the normalisation ({_listed(self.mean)}); use the whole range: {PIXELS}"
+            )
+
     def apply(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Scale uint8 (B, C, H, W) to [0, 1] and normalise; floats are normalised without scaling.
 
@@ -88,6 +122,10 @@ class Normalization:
         return result
 
 
+def _listed(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:.4g}" for value in values)
+
+
 BATCH_SIZE = 250
 """Larger batches were not faster on a CPU."""
 
@@ -104,6 +142,9 @@ class Batches:
         channels_last: hand out images in channels-last memory format (faster convolutions on CPU and GPU).
         coupled: the outputs of a batch's examples hang together, as NT-Xent logits do. Then its size belongs to what is
             measured, and batches, all of one size, are what is independent.
+
+    Raises:
+        DataError, UsageError: as ``Normalization.require_range`` raises them.
     """
 
     def __init__(
@@ -119,6 +160,7 @@ class Batches:
     ) -> None:
         self.examples = examples
         self.normalization = normalization or Normalization()
+        self.normalization.require_range(examples)
         self.batch_size = batch_size or BATCH_SIZE
         self.free = batch_size is None and not coupled  # whoever measures may choose it
         self.device = torch.device(device)

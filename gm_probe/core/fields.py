@@ -30,7 +30,9 @@ class Fields:
         self.content: dict[Any, Any] = dict(content if isinstance(content, Mapping) else enumerate(content))
         rows = {key: len(value) for key, value in self._tensors()}
         if not rows:
-            raise UsageError(f"a batch of {type(content).__name__} holds no tensor with a row for each example")
+            raise UsageError(
+                f"a batch of {type(content).__name__} holds no tensor with a row for each example"
+            )
         if len(set(rows.values())) > 1:
             shown = ", ".join(f"{key!r}: {count}" for key, count in rows.items())
             raise UsageError(f"the tensors of one batch have different numbers of rows ({shown})")
@@ -45,6 +47,18 @@ class Fields:
 
     def _like(self, content: dict[Any, Any]) -> Fields:
         return Fields(content if self.named else list(content.values()))
+
+    @property
+    def value(self) -> Any:
+        """The content as a dict or a tuple, as a model or a loss takes it."""
+        return dict(self.content) if self.named else tuple(self.content.values())
+
+    @staticmethod
+    def joined(parts: Sequence[Fields]) -> Fields:
+        """Join batches of the same fields one after another."""
+        first = parts[0]
+        joined = {key: torch.cat([part.content[key] for part in parts]) for key, _ in first._tensors()}
+        return first._like({**first.content, **joined})
 
     def __len__(self) -> int:
         return self._rows
@@ -118,10 +132,10 @@ def arguments(model: nn.Module, x: Inputs) -> tuple[tuple[Any, ...], dict[str, A
     """
     if isinstance(x, Tensor):
         return (x.clone(),), {}
-    content = x.clone().content
-    args, kwargs = ((), content) if x.named else (tuple(content.values()), {})
+    content = x.clone().value
+    args, kwargs = ((), content) if x.named else (content, {})
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except (TypeError, ValueError):
-        return (content if x.named else args,), {}
+        return (content,), {}
     return args, kwargs

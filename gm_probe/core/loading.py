@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gm_probe.core import huggingface
-from gm_probe.core.batches import PIXELS, Normalization
+from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import Checkpoint, Fit, fitting, load_weights
 from gm_probe.core.datasets import NUMPY_SUFFIXES, TORCH_SUFFIXES, Examples
 from gm_probe.core.devices import generators_kept
@@ -76,8 +76,6 @@ def fitted_model(
     with generators_kept():  # initial weights are overwritten; the caller's draws stay its own
         model = build_model(spec).to(dtype)
     fit = load_weights(model, checkpoint)
-    if len(spec.input_shape) == 3:
-        model.to(memory_format=torch.channels_last)
     return model, fit
 
 
@@ -130,29 +128,25 @@ def _rows_of_last_matrix(checkpoint: Checkpoint) -> int:
 def choose_normalization(
     checkpoint: Checkpoint, examples: Examples, given: Normalization | None
 ) -> Normalization:
-    """The normalisation given, or else the recorded one; float data needs none.
+    """The normalisation given, or else the recorded one, which fits the range of ``examples``.
+
+    A foreign checkpoint needs one for images, whether they are uint8 or floats. Tables and signals of floats, and token
+    ids, are taken as they are: they have no colour channels.
 
     Raises:
-        UsageError: images for a foreign checkpoint, and none given.
-        DataError: floats that are no pixels in [0, 1], as the recorded normalisation wants them.
+        UsageError: images for a foreign checkpoint, and none given; or it is not for pixels in [0, 1].
+        DataError: the images are no pixels in [0, 1], as the normalisation wants them.
     """
-    if given is not None:
-        return given
-    if checkpoint.normalization is not None:
-        x = examples.x
-        if checkpoint.normalization.mean and isinstance(x, Tensor) and x.is_floating_point():
-            low, high = float(x.min()), float(x.max())
-            if low < 0 or high > 1:
-                raise DataError(
-                    f"{examples.source} holds floats from {low:.3g} to {high:.3g} but {checkpoint.path} normalises "
-                    f"pixels; {PIXELS}"
-                )
-        return checkpoint.normalization
-    if examples.x.dtype != torch.uint8:
+    chosen = checkpoint.normalization if given is None else given
+    if chosen is not None:
+        chosen.require_range(examples, recorded=given is None)
+        return chosen
+    x = examples.x
+    if x.dtype != torch.uint8 and not (x.dim() >= 4 and x.is_floating_point()):
         return Normalization()
     raise UsageError(
         f"{checkpoint.path} records no normalisation; give what it was trained with by --mean and --std "
-        "(e.g. --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225), or --no-normalize"
+        "(e.g. --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225, for pixels in [0, 1]), or --no-normalize"
     )
 
 

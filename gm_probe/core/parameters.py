@@ -131,7 +131,9 @@ class Parameters:
         tensors = {**rest, **values}
         placed = {place: tensors[name] for place, name in _places(self.model)}
         args, kwargs = arguments(self.model, x)
-        return self.outputs.taken(functional_call(self.model, placed, args, kwargs, tie_weights=False), len(x))
+        return self.outputs.taken(
+            functional_call(self.model, placed, args, kwargs, tie_weights=False), len(x)
+        )
 
     def rounding(self, offset: Tensor) -> float:
         """Which share of ``offset`` (P,) is lost where θ + offset is rounded to θ's dtype; 0 of no offset."""

@@ -22,6 +22,7 @@ from gm_probe.core.errors import (
     UsageError,
     did_you_mean,
 )
+from gm_probe.core.layout import in_layout_taken
 from gm_probe.core.memory import within_memory
 from gm_probe.core.parameters import as_measured
 from gm_probe.core.processes import count
@@ -283,6 +284,7 @@ def measure(
     rows: dict[str, Estimate] = {}
     refusals: list[ProbeError] = []
     # a model may draw at random though its outputs stay the same
+    batches = in_layout_taken(model, batches)
     with generators_kept(batches.device), as_measured(model):
         probe = Probe(model, batches, settings, work, initial, memory, outputs)
         _require_full(probe.parameters.dtype)
@@ -295,7 +297,7 @@ def measure(
 
         probe.parameters.check_finite()
         if batches.free and takes_derivatives(names):
-            batches = within(memory, model, batches)
+            batches = within(memory, model, batches, outputs)
         # its cost is the report's, not the first measure's
         _, batches = within_memory(batches, lambda batches: probed(batches).clean)
         for name in names:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gm_probe.core.batches import BATCH_SIZE, Batches
+from gm_probe.core.door import Outputs
 from gm_probe.core.errors import out_of_memory
+from gm_probe.core.fields import Inputs
 from gm_probe.core.parameters import Parameters, as_measured, differentiable_attention, evaluating
 from gm_probe.probe.ascent import kl_gradient
 
@@ -54,14 +56,14 @@ def timed(way: Callable[[], T], device: torch.device) -> tuple[float, T]:
     return time.perf_counter() - start, result
 
 
-def fastest_layout(model: nn.Module, x: Tensor) -> torch.memory_format:
+def fastest_layout(model: nn.Module, x: Tensor, outputs: Outputs | None = None) -> torch.memory_format:
     """The memory format of weights and images (B, C, H, W) in which a gradient pass is fastest; sets the model's.
 
     Channels last where there is no clear difference: it saves 7 to 18 % on CIFAR-sized networks, and costs 20 % on
     ResNet-18 at 64×64 (both on a CPU). The weights' values stay as they are.
     """
     layouts = {True: torch.channels_last, False: torch.contiguous_format}
-    parameters = Parameters(model)
+    parameters = Parameters(model, outputs=outputs)
     inputs = {last: x.contiguous(memory_format=layout) for last, layout in layouts.items()}
 
     def gradient(last: bool) -> None:
@@ -82,15 +84,17 @@ def fastest_layout(model: nn.Module, x: Tensor) -> torch.memory_format:
     return layouts[last]
 
 
-def bytes_an_example(model: nn.Module, x: Tensor) -> float:
+def bytes_an_example(model: nn.Module, x: Inputs, outputs: Outputs | None = None) -> float:
     """Bytes that a gradient pass keeps for its backward pass, by example; ``x`` (B, ...) is a few of them."""
+    parameters = Parameters(model, outputs=outputs)
     values = {
-        name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in model.named_parameters()
+        name: p.detach().clone().requires_grad_(p.requires_grad)
+        for name, p in parameters.model.named_parameters()
     }
     weights = frozenset(value.untyped_storage().data_ptr() for value in values.values())
     with evaluating(model), torch.enable_grad(), differentiable_attention():
         with saved_bytes(weights) as saved:
-            loss = functional.log_softmax(Parameters(model).logits(x, values), dim=1).sum()
+            loss = functional.log_softmax(parameters.logits(x, values), dim=-1).sum()
         del loss  # until here the graph holds what was saved, so that no address is used twice
     return sum(saved.values()) / len(x)
 
@@ -114,14 +118,14 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
         yield found
 
 
-def within(memory: float, model: nn.Module, batches: Batches) -> Batches:
+def within(memory: float, model: nn.Module, batches: Batches, outputs: Outputs | None = None) -> Batches:
     """``batches`` of the size, up to ``BATCH_SIZE``, whose products take about ``memory`` bytes; 1 at least.
 
     As they are where a model has no gradients, which whatever needs them will tell.
     """
     few = next(iter(batches.of_size(4))).x
     try:
-        taken = TAPES * bytes_an_example(model, few)
+        taken = TAPES * bytes_an_example(model, few, outputs)
     except Exception as error:  # noqa: BLE001  of a stranger's layer
         return batches.of_size(1) if out_of_memory(error) else batches
     return batches.of_size(int(max(1, min(BATCH_SIZE, memory // taken))) if taken else BATCH_SIZE)

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 from gm_probe.core.datasets import DATASETS
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import as_named
+from gm_probe.core.images import Reading
 
 NAMES = frozenset({"digits", *DATASETS})
 CHOICES = {
@@ -35,6 +36,7 @@ class TrainConfig:
 
     Attributes:
         data: folder, array file, ``digits``, or a torchvision name (core.datasets.open_source).
+        image_size, resize, crop: of a folder's images (core.images.Reading).
         skip_bad: leave out images that cannot be decoded; split.json lists them.
         num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = core.splits.split's defaults.
         labels: training examples that keep their labels, as many of each class (None = all).
@@ -78,6 +80,8 @@ class TrainConfig:
     data_root: str | None = None
     download: bool = False
     image_size: int | None = None
+    resize: int | None = None
+    crop: int | None = None
     skip_bad: bool = False
     num_train: int | None = None
     labels: int | None = None
@@ -176,6 +180,7 @@ class TrainConfig:
             raise UsageError(f"validation = {self.validation} must lie in (0, 1)")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
+        Reading(None, self.image_size, self.resize, self.crop)  # which checks them
         self._check_objective()
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")

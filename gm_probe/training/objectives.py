@@ -12,6 +12,7 @@ and as many unlabeled inputs as any other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
@@ -19,8 +20,8 @@ from torch.nn import functional
 from gm_probe.core.errors import UsageError
 from gm_probe.core.processes import count, sum_over_processes
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
-"""Maps logits (B, C) and labels (B,) to the mean loss."""
+Criterion = Callable[[Tensor, Any], Tensor]
+"""Maps a model's outputs (B, ...) and the targets to a loss (0-dim), a weighted mean or a sum over examples."""
 
 
 class Objective:
@@ -29,24 +30,27 @@ class Objective:
     two_losses = False
     """Whether there is an unlabeled loss."""
 
+    is_mean = False
+    """Whether the criterion is known to be a plain mean over examples, so that no part's share need be found."""
+
     def __init__(self, criterion: Criterion = functional.cross_entropy) -> None:
         self.criterion = criterion
 
-    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The whole base loss (0-dim) of logits (B, C), the first of which have the labels y (n,)."""
+    def __call__(self, logits: Tensor, y: Any) -> Tensor:
+        """The whole base loss (0-dim) of outputs (B, ...), the first of which have the labels y (n,)."""
         loss, rest = self.loss(logits, y), self.unlabeled_loss(logits, y)
         return loss if rest is None else loss + rest
 
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, y: Any) -> Tensor:
         """The labeled loss, which SAM and ASAM sharpen."""
         return self.criterion(logits, y)
 
-    def unlabeled_loss(self, logits: Tensor, y: Tensor) -> Tensor | None:
+    def unlabeled_loss(self, logits: Tensor, y: Any) -> Tensor | None:
         """What the unlabeled inputs add to it."""
         return None
 
-    def compared(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The logits whose inconsistency counts."""
+    def compared(self, logits: Tensor, y: Any) -> Tensor:
+        """The outputs whose inconsistency counts."""
         return logits
 
     def noted(self, logits: Tensor, y: Tensor) -> list[Tensor]:

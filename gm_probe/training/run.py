@@ -23,6 +23,7 @@ from gm_probe.core.devices import environment, generators_kept, pick_device
 from gm_probe.core.errors import DivergedError, UsageError
 from gm_probe.core.files import append_line, write_atomic, write_json, write_toml
 from gm_probe.core.images import taken
+from gm_probe.core.layout import settle_layout
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import memory_or
 from gm_probe.core.models import ModelSpec, check_configured, initial_model
@@ -121,8 +122,9 @@ class Training:
                 check_configured(config.model)
             self.not_taken = others_there(self.model, given)
             self.fresh = load_pretrained(self.model, given)
-        if train.x.dim() == 4:
-            self.model.to(memory_format=torch.channels_last)
+        self.channels_last = train.x.dim() == 4 and settle_layout(
+            self.model, torch.zeros(2, *train.x.shape[1:], device=self.device)
+        )
         with memory_or(too_big):
             self.updates = Updates(config, self.model, self.device)
         self.epoch = 0
@@ -141,7 +143,13 @@ class Training:
         return Progress(torch.zeros(size, dtype=torch.float64, device=self.device))
 
     def _batches(self, examples: Examples) -> Batches:
-        return Batches(examples, self.normalization, batch_size=EVAL_BATCH, device=self.device)
+        return Batches(
+            examples,
+            self.normalization,
+            batch_size=EVAL_BATCH,
+            device=self.device,
+            channels_last=self.channels_last,
+        )
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch, or the rest of one, and return its metrics row.
@@ -223,7 +231,7 @@ class Training:
         x, y = x.to(self.device), self.feed.labels(chosen[self._mine]).to(self.device)
         x = self.feed.views(x, chosen, self._mine, self.updates.generator)
         x = self.normalization.apply(x)
-        return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), y
+        return (x.contiguous(memory_format=torch.channels_last) if self.channels_last else x), y
 
     def _sums(self, seen: Step, y: Tensor) -> Tensor:
         loss = seen.loss.double() * len(y)
