@@ -202,15 +202,15 @@ def _first_difference(classes: Sequence[str], others: Sequence[str]) -> str:
 
 def _outputs(path: Path, examples: Examples, **loading: Any) -> tuple[torch.Tensor, dict[str, Any], Subject]:
     """Return (N, C) logits of one checkpoint in eval mode, its row of the result, and the checkpoint as opened."""
-    from gm_probe.core.devices import full_precision
     from gm_probe.core.parameters import evaluating
+    from gm_probe.core.precision import float32_products
     from gm_probe.probe.probe import Probe, Settings
     from gm_probe.probe.work import Work
     from gm_probe.sweep.measuring import open_subject
 
     subject = open_subject(path, examples, **loading)
     try:
-        with evaluating(subject.model), full_precision():
+        with evaluating(subject.model), float32_products():
             work = Work(len(examples))
             logits = Probe(subject.model, subject.batches, Settings(), work, outputs=subject.outputs).clean
     except (DataError, DivergedError, UsageError) as error:  # which know of no path

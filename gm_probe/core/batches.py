@@ -229,6 +229,14 @@ class Batches:
         other.batch_size, other.free = batch_size, False
         return other
 
+    def on(self, device: torch.device) -> Batches:
+        """The same batches, handed out on ``device``."""
+        if device == self.device:
+            return self
+        other = copy(self)
+        other.device = device
+        return other
+
     def few(self, count: int) -> slice:
         """Which of a batch's examples ways may be tried on: the first ``count``, or all where they hang together."""
         return slice(None) if self.coupled else slice(count)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.devices import generators_kept
-from gm_probe.core.errors import out_of_memory
+from gm_probe.core.errors import of_machine
 from gm_probe.core.fields import Inputs, arguments
 from gm_probe.core.parameters import evaluating
 
@@ -50,7 +50,7 @@ def _runs(model: nn.Module, x: Inputs) -> bool:
             args, kwargs = arguments(model, x)
             model(*args, **kwargs)
     except Exception as error:  # whatever a layer of somebody's raises
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         return False
     return True

@@ -385,6 +385,8 @@ def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
             module = importlib.import_module(location) if file is None else _module_of(file)
             model = getattr(module, attribute)()
         except (Exception, SystemExit) as error:  # whatever a user's own code raises
+            if out_of_memory(error):
+                raise
             reason = " ".join(str(error).split())
             raise UsageError(f"--model {name}: {type(error).__name__}: {reason}") from error
         finally:

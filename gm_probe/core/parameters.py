@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gm_probe.core.devices import full_precision
 from gm_probe.core.door import Outputs, unwrapped
 from gm_probe.core.errors import CheckpointError, UsageError
 from gm_probe.core.fields import Inputs, arguments
+from gm_probe.core.precision import float32_products
 
 
 class Parameters:
@@ -66,6 +66,11 @@ class Parameters:
                 raise UsageError(
                     f"parameter {name!r} is {p.dtype} and {first_name!r} {self.dtype}; give all one dtype "
                     "(model.float()), and use autocast for speed"
+                )
+            if p.device != self.device:
+                raise UsageError(
+                    f"parameter {name!r} is on {p.device} and {first_name!r} on {self.device}; move the whole model to "
+                    "one device"
                 )
         self._sizes = [p.numel() for p in self.named.values()]
         self.size = sum(self._sizes)
@@ -131,9 +136,9 @@ class Parameters:
         tensors = {**rest, **values}
         placed = {place: tensors[name] for place, name in _places(self.model)}
         args, kwargs = arguments(self.model, x)
-        return self.outputs.taken(
-            functional_call(self.model, placed, args, kwargs, tie_weights=False), len(x)
-        )
+        with differentiable_recurrence(self.model):
+            returned = functional_call(self.model, placed, args, kwargs, tie_weights=False)
+        return self.outputs.taken(returned, len(x))
 
     def rounding(self, offset: Tensor) -> float:
         """Which share of ``offset`` (P,) is lost where θ + offset is rounded to θ's dtype; 0 of no offset."""
@@ -194,7 +199,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def as_measured(model: nn.Module) -> Iterator[None]:
     """``model`` as the fixed, differentiable function that is measured: see the three."""
-    with evaluating(model), differentiable_attention(), full_precision():
+    with evaluating(model), differentiable_attention(), float32_products():
         yield
 
 
@@ -208,3 +213,19 @@ def differentiable_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Run recurrent layers without cuDNN, for the passes of ``model`` within.
+
+    cuDNN differentiates none in eval mode and none twice, and no generator's state replays its dropout.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    try:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            cudnn.enabled = False
+        yield
+    finally:
+        cudnn.enabled = before

@@ -54,8 +54,8 @@ def passing_over() -> Iterator[None]:
         yield
 
 
-def load_torch(path: Path, device: torch.device | str = "cpu") -> Any:
-    """What a torch file holds, its tensors on ``device``; a dict at its top is a plain one.
+def load_torch(path: Path) -> Any:
+    """What a torch file holds, its tensors on the CPU; a dict at its top is a plain one.
 
     Raises:
         CheckpointError: it would take far more memory or time than its size says.
@@ -63,7 +63,7 @@ def load_torch(path: Path, device: torch.device | str = "cpu") -> Any:
     """
     with warnings.catch_warnings(action="ignore"):  # on odd formats, which callers refuse in a line of theirs
         check_unpacking(path)
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     return entries(content) if isinstance(content, dict) else content
 
 

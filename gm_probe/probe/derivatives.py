@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gm_probe.core.errors import DerivativeError, UsageError, first_line, out_of_memory
+from gm_probe.core.errors import DerivativeError, UsageError, first_line, of_machine
 from gm_probe.core.parameters import Parameters
 
 Push = Callable[[Tensor, Tensor], Tensor]
@@ -31,7 +31,7 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
             logits = parameters.logits(x, values)
             found = gradients(logits, values, torch.ones_like(logits))
     except Exception as error:  # whatever a stranger's layer raises
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         raise UsageError(
             f"the model cannot be differentiated by its parameters ({first_line(error)}); {REMEDY}"
@@ -67,7 +67,7 @@ def first_adjoint(ways: Sequence[Push], pulled: Push, x: Tensor, v: Tensor) -> P
             u = found / found.norm().clamp(min=1e-300) + signs.view_as(found) / signs.norm().clamp(min=1)
             apart = float((u * found).sum() - pulled(x, u.to(v)).double() @ v.double())
         except Exception as error:  # whatever a stranger's layer raises
-            if out_of_memory(error):
+            if of_machine(error):
                 raise
             cause = error
             continue
@@ -91,7 +91,7 @@ def agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool
         cheap(*few)
         first, second = cheap(*in_float64), sound(*in_float64)
     except Exception as error:  # no such derivative, or a layer that insists on its dtype
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         return False
     return bool((first - second).norm() <= 1e-8 * second.norm())
@@ -108,7 +108,7 @@ def require_symmetric(product: Way, few: Arguments, in_float64: Arguments) -> No
     try:
         one, other = product(v, *rest), product(u, *rest)
     except Exception as error:  # whatever a stranger's layer raises; be it that it insists on its dtype
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         _require_product(product, few)
         return
@@ -131,7 +131,7 @@ def require_terms(terms: Way, product: Way, in_float64: Arguments) -> None:
     try:
         total, whole = float(terms(*in_float64).sum()), product(*in_float64).double()
     except Exception as error:  # a layer that insists on its dtype
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         return
     expected = float(whole @ v)
@@ -147,7 +147,7 @@ def _require_product(product: Way, few: Arguments) -> None:
     try:
         product(*few)
     except Exception as error:
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         raise DerivativeError(f"a layer has no second derivative ({first_line(error)}); {REMEDY}") from error
 

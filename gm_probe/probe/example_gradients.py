@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import grad, vmap
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from gm_probe.core.errors import of_machine
 from gm_probe.core.parameters import Parameters
 from gm_probe.probe.work import EXAMPLE_NORMS, GRADIENT
 
@@ -108,6 +109,16 @@ _RULES: dict[type[nn.Module], Callable[..., Tensor]] = {
 _REFUSALS = (NotImplementedError, RuntimeError, ValueError, AttributeError, LookupError, TypeError)
 
 
+@contextmanager
+def _refusals_noted() -> Iterator[None]:
+    """End the block where the network raises: it refuses what is tried. What tells of the machine is passed on."""
+    try:
+        yield
+    except _REFUSALS as error:
+        if of_machine(error):
+            raise
+
+
 def _has_rule(module: nn.Module) -> bool:
     if type(module) not in _RULES:  # a subclass may compute something else
         return False
@@ -161,10 +172,11 @@ class ExampleGradients:
         # there may be as many positions as examples by chance, but not as one example less, too
         self._layers: dict[nn.Module, list[str]] = {}
         self._rest: list[str] = []
-        try:
+        self.supported = False
+        spread: set[nn.Module] | None = None
+        with _refusals_noted():  # it may not take so few
             spread = self._spread(few) | self._spread(few[: max(1, len(few) - 1)])
-        except _REFUSALS:  # it does not take so few
-            self.supported = False
+        if spread is None:
             return
         covered = set()
         for module in parameters.model.modules():
@@ -269,7 +281,7 @@ class ExampleGradients:
 
     def _holds(self, x: Tensor) -> bool:
         """Whether the rules give what plain reverse mode does, on the few examples ``x``."""
-        with suppress(*_REFUSALS):
+        with _refusals_noted():
             values = self.parameters.leaves()
             with torch.enable_grad():
                 logits = self.parameters.logits(x, values)

@@ -106,6 +106,7 @@ def fisher_trace(
     Returns:
         None where examples' gradients cannot be had of this model; see ``ExampleGradients``.
     """
+    batches, clean = batches.on(parameters.device), clean.to(parameters.device)
     examples = ExampleGradients(parameters, next(iter(batches)).x)
     if not everywhere(examples.supported, clean.device):
         return None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.devices import generators_kept
+from gm_probe.core.devices import generators_kept, require_float64
 from gm_probe.core.door import Outputs
 from gm_probe.core.errors import (
     DataError,
@@ -21,10 +21,11 @@ from gm_probe.core.errors import (
     ProbeError,
     UsageError,
     did_you_mean,
+    one_device,
 )
 from gm_probe.core.layout import in_layout_taken
 from gm_probe.core.memory import within_memory
-from gm_probe.core.parameters import as_measured
+from gm_probe.core.parameters import Parameters, as_measured
 from gm_probe.core.processes import count
 from gm_probe.probe import curvature, inconsistency, outputs
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
@@ -237,6 +238,7 @@ def default_measures(*, labeled: bool, coupled: bool = False) -> list[str]:
     ]
 
 
+@one_device()
 def measure(
     model: nn.Module,
     batches: Batches,
@@ -249,6 +251,8 @@ def measure(
     outputs: Outputs | None = None,
 ) -> Report:
     """Measure ``model`` over ``batches`` in eval mode; the model is left bit-identical.
+
+    Batches are taken to the model's device. Products of float32 are taken in float32, not in TF32.
 
     Args:
         outputs: how what the model returns is read (core.door). Default: a tensor of logits, or what is named so.
@@ -274,6 +278,9 @@ def measure(
     check_names(names, labeled=batches.labeled, coupled=batches.coupled)
     if batches.num_examples == 0:
         raise DataError("the probe set is empty")
+    device = Parameters(model, settings.params).device
+    require_float64(device)
+    batches = batches.on(device)
     current = names[0] if names else ""
 
     def tick(evaluations: float) -> None:

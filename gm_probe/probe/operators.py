@@ -13,7 +13,7 @@ from torch.func import grad, jvp
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches, cut
-from gm_probe.core.errors import UsageError, out_of_memory
+from gm_probe.core.errors import UsageError, of_machine
 from gm_probe.core.parameters import Parameters, differentiable_attention
 from gm_probe.core.processes import gather_examples, sum_over_processes
 from gm_probe.probe.derivatives import (
@@ -77,8 +77,9 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
         UsageError: a part of the model is in train mode.
     """
     _require_eval(parameters)
+    batches = batches.on(parameters.device)
     work = work or Work(batches.num_examples)
-    probabilities = cut(functional.softmax(clean, dim=-1), batches)
+    probabilities = cut(functional.softmax(clean.to(parameters.device), dim=-1), batches)
 
     def pushed_forward(x: Tensor, v: Tensor) -> Tensor:
         with torch.no_grad():
@@ -185,6 +186,7 @@ def residual(
     Raises:
         UsageError: a part of the model is in train mode.
     """
+    labels = labels.to(clean.device)
     slopes = functional.softmax(clean.double(), dim=-1)
     # p − 1 of the label as what the others have: where p is nearly 1, the difference would be rounding alone
     rest = slopes.gather(1, _all_but(labels[:, None], clean.shape[1])).sum(1, keepdim=True)
@@ -206,8 +208,9 @@ def _curvature(
 ) -> Operator:
     """∇²_θ (1/N) Σ_x s(z_θ(x), d_x) for ``scalars`` s: logits (B, C), data (B, ...) ↦ (B,)."""
     _require_eval(parameters)
+    batches = batches.on(parameters.device)
     work = work or Work(batches.num_examples)
-    pieces = cut(data, batches)
+    pieces = cut(data.to(parameters.device), batches)
 
     def values_of(values: dict[str, Tensor], x: Tensor, d: Tensor) -> Tensor:  # (B,)
         return scalars(parameters.logits(x, values), d)
@@ -282,7 +285,7 @@ def _curvature(
             played(tape, v.flip(0), d, keep=True)
             return bool((played(tape, v, d, keep=True) - fresh).norm() <= 1e-3 * fresh.norm())
         except Exception as error:  # a stranger's layer that lets go of its tensors, or writes to them
-            if out_of_memory(error):
+            if of_machine(error):
                 raise
             return False
 

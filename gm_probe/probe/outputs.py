@@ -110,7 +110,9 @@ def distance_from_initialization(probe: Probe) -> Figure:
     if probe.initial is None:
         return None, None, None, False, {"reason": "the initial parameters are known of run folders only"}
     before = dict(probe.initial.named_parameters())
-    return _length({name: p.detach() - before[name] for name, p in probe.parameters.named.items()})
+    return _length(
+        {name: p.detach() - before[name].to(p.device) for name, p in probe.parameters.named.items()}
+    )
 
 
 def _length(tensors: Mapping[str, Tensor]) -> Figure:

@@ -113,7 +113,7 @@ def compare(
         DataError: outputs that differ in shape.
         DivergedError: outputs that are not finite.
     """
-    models = [outputs.detach() for outputs in logits]
+    models = [outputs.detach().to(logits[0].device) for outputs in logits]
     names = names or [f"model {index}" for index in range(len(models))]
     if len(models) < 2:
         raise UsageError(f"pairs need 2 models at least, got {len(models)}")

@@ -14,9 +14,9 @@ from gm_probe.core.batches import BATCH_SIZE, Batches, Normalization
 from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment, generators_kept
+from gm_probe.core.devices import environment, generators_kept, require_float64
 from gm_probe.core.door import Head, Outputs
-from gm_probe.core.errors import DataError, UsageError, foreign_or
+from gm_probe.core.errors import DataError, UsageError, foreign_or, one_device
 from gm_probe.core.fields import arguments
 from gm_probe.core.layout import settle_layout
 from gm_probe.core.loading import check_fit, choose_normalization, fitted_model
@@ -100,8 +100,7 @@ def open_subject(
     )
     chosen = choose_normalization(checkpoint, examples, normalization)
     device = torch.device(device)
-    if device.type == "mps":
-        raise UsageError("MPS has no float64, which the estimators need; measure with --device cpu")
+    require_float64(device)
     model.to(device, dtype)
     name = model_name or (checkpoint.model.name if checkpoint.model else "")
     said = "" if checkpoint.model else fit.key, tuple(fit.notes(path))
@@ -370,7 +369,7 @@ def _densities(
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``. ``reason``: why there is none."""
     num_probes, num_steps = quadrature
-    with generators_kept(part.device), as_measured(subject.model):
+    with one_device(), generators_kept(part.device), as_measured(subject.model):
         work = Work(part.num_examples)
         probe = Probe(subject.model, part, settings, work, memory=memory, outputs=subject.outputs)
         found = {}

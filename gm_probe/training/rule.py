@@ -38,11 +38,11 @@ from torch.amp import GradScaler
 from torch.nn import functional
 
 from gm_probe.core.contrastive import Contrastive
-from gm_probe.core.devices import generators_kept
+from gm_probe.core.devices import generator_state, generators_kept, set_generator_state
 from gm_probe.core.door import Outputs, unwrapped
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import DeviceError, UsageError, first_line, on_two_devices
 from gm_probe.core.fields import Inputs, arguments, as_inputs
-from gm_probe.core.parameters import Parameters, dense
+from gm_probe.core.parameters import Parameters, dense, differentiable_recurrence
 from gm_probe.core.processes import count, sum_over_processes
 from gm_probe.probe.kl import kl_divergence
 from gm_probe.training.objectives import Criterion, Objective
@@ -128,15 +128,15 @@ class Rule:
         self._scaler = scaler
         # layers may have been frozen or unfrozen meanwhile
         self.parameters = Parameters(self.model, outputs=self.outputs)
-        self._batch = SubBatches(
-            as_inputs(x), as_targets(y), self.m, equal=isinstance(self.model, Contrastive)
-        )
+        x, y = as_inputs(x), as_targets(y)
+        self._batch = SubBatches(x, y, self.m, equal=isinstance(self.model, Contrastive))
         self._leaves: list[Tensor] = list(self.parameters.named.values())
         steps: list[Step] = []
         sums: Gradients = []
         for index, part in enumerate(self._batch.parts):
             self._index = index
-            step, gradients = self._gradients(part.x, value_of(part.y))
+            with differentiable_recurrence(self.model), self._told_of_devices(x, y):
+                step, gradients = self._gradients(part.x, value_of(part.y))
             sums = self._sum(sums, gradients)
             steps.append(step)
         self._accumulate(self._over_processes(sums))
@@ -202,6 +202,20 @@ class Rule:
     def _share(self) -> float:
         """Of the sub-batch at work in the examples of all processes."""
         return self._batch.parts[self._index].share
+
+    @contextmanager
+    def _told_of_devices(self, x: Inputs, y: Inputs) -> Iterator[None]:
+        """Raise DeviceError that says where x, y and the model are, where torch raises of two devices."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not on_two_devices(error):
+                raise
+            places = {"x": x.device, "y": y.device, "the model": self.parameters.device}
+            told = ", ".join(f"{name} is on {place}" for name, place in places.items())
+            raise DeviceError(
+                f"{told}; move all, and what the criterion holds, to one device ({first_line(error)})"
+            ) from error
 
     def _differentiate(
         self, loss: Tensor, inputs: Sequence[Tensor] | None = None, *, again: bool = False
@@ -309,15 +323,12 @@ class Draws:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = device if device.type == "cuda" else None
-        self._state = torch.cuda.get_rng_state(device) if self._cuda is not None else None
+        self._cpu, self._device, self._own = torch.get_rng_state(), device, generator_state(device)
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Draw the same once more; the generators then go on from where they were."""
-        with generators_kept(self._cuda):
+        with generators_kept(self._device):
             torch.set_rng_state(self._cpu)
-            if self._cuda is not None and self._state is not None:
-                torch.cuda.set_rng_state(self._state, self._cuda)
+            set_generator_state(self._own, self._device)
             yield

@@ -20,7 +20,7 @@ from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment, generators_kept, pick_device
-from gm_probe.core.errors import DivergedError, UsageError
+from gm_probe.core.errors import DivergedError, UsageError, of_machine
 from gm_probe.core.files import append_line, write_atomic, write_json, write_toml
 from gm_probe.core.images import taken
 from gm_probe.core.layout import settle_layout
@@ -163,9 +163,9 @@ class Training:
         dealt = self.feed.deal(draws)
         self.model.train()
         with generators_kept(self.device):
+            torch.manual_seed(seed + processes.rank())  # dropout draws from the global generators
             if self.progress.step == 0:
                 self.updates.generator.set_state(draws.get_state())
-                torch.manual_seed(seed + processes.rank())  # dropout draws from the global generator
             else:
                 set_random_state(self._random, self.device)
             left = dealt[self.progress.step :]
@@ -337,7 +337,7 @@ class Training:
             UsageError: as many processes wrote it as there are not now.
         """
         path = self.out / STATE
-        state = read_state(path, self.device)
+        state = read_state(path)
         try:
             states = state.get("random", [{}])
             if len(states) != processes.count():
@@ -356,6 +356,8 @@ class Training:
         except UsageError:
             raise
         except Exception as error:  # torch raises many kinds on what does not fit
+            if of_machine(error):
+                raise
             raise broken(path, error) from error
         self.rows = [row for row in read_metrics(self.out) if row["epoch"] <= self.epoch]
         processes.wait_for_all()  # to have read what the first of them now writes
@@ -365,7 +367,7 @@ class Training:
     def begin(self) -> None:
         """Write what the run is."""
         if self._writes:
-            machine = {**environment(self.device), "processes": processes.count()}
+            machine = {**environment(self.device, tf32=self.config.tf32), "processes": processes.count()}
             if self.config.init is not None:
                 machine["fresh_weights"] = list(self.fresh)
                 machine |= {"init_not_taken": list(self.not_taken)} if self.not_taken else {}
