@@ -234,7 +234,7 @@ class DataOptions:
                     "once for each in their order"
                 )
             for index, path in enumerate(checkpoints):
-                if values:
+                if values and values[index % len(values)]:  # an empty one stands for none
                     found[path][name] = values[index % len(values)]
         return found
 
