@@ -13,9 +13,9 @@ from gm_probe.core import huggingface
 from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import Checkpoint, Fit, fitting, load_weights
 from gm_probe.core.datasets import NUMPY_SUFFIXES, TORCH_SUFFIXES, Examples
-from gm_probe.core.devices import generators_kept
 from gm_probe.core.errors import CheckpointError, DataError, UsageError
 from gm_probe.core.models import ModelSpec, build_model, check_configured, is_user_code
+from gm_probe.core.randomness import generators_kept
 
 
 def load_model(checkpoint: Checkpoint, name: str | None = None, **options: Any) -> nn.Module:

@@ -22,11 +22,11 @@ from torch.nn.parameter import is_lazy
 
 from gm_probe.core import huggingface
 from gm_probe.core.contrastive import Contrastive, as_encoder, projector
-from gm_probe.core.devices import generators_kept
 from gm_probe.core.door import Outputs
 from gm_probe.core.errors import UsageError, did_you_mean, first_line, out_of_memory, printable
 from gm_probe.core.fields import Inputs, arguments
 from gm_probe.core.networks import WideResNet, cnn6, mixer, mlp, resnet, vit
+from gm_probe.core.randomness import generators_kept
 
 BUILT_IN = {
     "6cnn": "four convolutions and two linear layers, the paper's small network",

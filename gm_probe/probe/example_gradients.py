@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from gm_probe.core.errors import of_machine
+from gm_probe.core.fields import Inputs, tensors_of, with_tensors
 from gm_probe.core.parameters import Parameters
 from gm_probe.probe.work import EXAMPLE_NORMS, GRADIENT
 
@@ -159,7 +161,7 @@ class ExampleGradients:
         x: (B, ...) a batch to try it on.
     """
 
-    def __init__(self, parameters: Parameters, x: Tensor) -> None:
+    def __init__(self, parameters: Parameters, x: Inputs) -> None:
         self.parameters = parameters
         uses = Counter(
             id(p)
@@ -196,8 +198,8 @@ class ExampleGradients:
         """Of a cotangent, in forward passes."""
         return (EXAMPLE_NORMS if self._layers else 0.0) + (GRADIENT if self._rest else 0.0)
 
-    def squared_norms(self, x: Tensor, cotangents: Tensor) -> Tensor:
-        """(K, B) squared gradient norms of cᵀz_x for cotangents (K, B, C), from one forward pass.
+    def squared_norms(self, x: Inputs, cotangents: Tensor) -> Tensor:
+        """(K, B) squared gradient norms of cᵀz_x for cotangents (K, B, ..., C), from one forward pass.
 
         Raises:
             IrregularLayerError: on these examples no rule holds.
@@ -248,7 +250,7 @@ class ExampleGradients:
         with _hooked(self._layers, hook):
             yield leaves
 
-    def _spread(self, x: Tensor) -> set[nn.Module]:
+    def _spread(self, x: Inputs) -> set[nn.Module]:
         """Layers that run more than once, or not on one row an example (a position embedding, say)."""
         calls: Counter[nn.Module] = Counter()
         apart: set[nn.Module] = set()
@@ -263,23 +265,24 @@ class ExampleGradients:
             self.parameters.logits(x)
         return apart | {module for module, count in calls.items() if count > 1}
 
-    def _others(self, x: Tensor, cotangent: Tensor) -> Tensor:
+    def _others(self, x: Inputs, cotangent: Tensor) -> Tensor:
         """(B,) squared norms over the parameters that no rule covers."""
         values = self.parameters.values()
         fixed = {name: value for name, value in values.items() if name not in self._rest}
 
-        def output(rest: dict[str, Tensor], one: Tensor, c: Tensor) -> Tensor:
-            return (self.parameters.logits(one[None], {**fixed, **rest})[0] * c).sum()
+        def output(rest: dict[str, Tensor], one: dict[Any, Tensor], c: Tensor) -> Tensor:
+            alone = with_tensors(x, {key: value[None] for key, value in one.items()})
+            return (self.parameters.logits(alone, {**fixed, **rest})[0] * c).sum()
 
         rest = {name: values[name] for name in self._rest}
         size = max(1, _CHUNK // sum(map(Tensor.numel, rest.values())))  # gradients of their own for so many
         norms = []
         for some, slopes in zip(x.split(size), cotangent.split(size), strict=True):
-            gradients = vmap(grad(output), (None, 0, 0))(rest, some, slopes)
+            gradients = vmap(grad(output), (None, 0, 0))(rest, tensors_of(some), slopes)
             norms.append(torch.stack([_square(g) for g in gradients.values()]).sum(0))
         return torch.cat(norms)
 
-    def _holds(self, x: Tensor) -> bool:
+    def _holds(self, x: Inputs) -> bool:
         """Whether the rules give what plain reverse mode does, on the few examples ``x``."""
         with _refusals_noted():
             values = self.parameters.leaves()
@@ -290,7 +293,10 @@ class ExampleGradients:
                 norms = []
                 for n in range(len(x)):
                     gradients = torch.autograd.grad(
-                        logits[n] @ cotangent[n], list(values.values()), retain_graph=True, allow_unused=True
+                        (logits[n] * cotangent[n]).sum(),
+                        list(values.values()),
+                        retain_graph=True,
+                        allow_unused=True,
                     )
                     norms.append(self.parameters.join(gradients).square().sum())
             expected = torch.stack(norms)

@@ -109,6 +109,8 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
     found: dict[int, int] = {}
 
     def save(value: Tensor) -> Tensor:
+        if value.layout != torch.strided:  # a functional embedding's sparse gradient, which has no storage
+            return value
         storage = value.untyped_storage()
         address = storage.data_ptr()
         if address not in ignored:  # a view may be less than its storage, an expanded one more

@@ -14,7 +14,7 @@ from gm_probe.core.batches import BATCH_SIZE, Batches, Normalization
 from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment, generators_kept, require_float64
+from gm_probe.core.devices import environment, require_float64
 from gm_probe.core.door import Head, Outputs
 from gm_probe.core.errors import DataError, UsageError, foreign_or, one_device
 from gm_probe.core.fields import arguments
@@ -26,6 +26,7 @@ from gm_probe.core.models import ModelSpec, initial_model, is_user_code, logits_
 from gm_probe.core.parameters import as_measured, evaluating
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
+from gm_probe.core.randomness import generators_kept
 from gm_probe.core.records import read_run
 from gm_probe.probe.density import density
 from gm_probe.probe.measures import (
@@ -369,7 +370,7 @@ def _densities(
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``. ``reason``: why there is none."""
     num_probes, num_steps = quadrature
-    with one_device(), generators_kept(part.device), as_measured(subject.model):
+    with one_device(), generators_kept(part.device, subject.model), as_measured(subject.model):
         work = Work(part.num_examples)
         probe = Probe(subject.model, part, settings, work, memory=memory, outputs=subject.outputs)
         found = {}

@@ -38,13 +38,15 @@ from torch.amp import GradScaler
 from torch.nn import functional
 
 from gm_probe.core.contrastive import Contrastive
-from gm_probe.core.devices import generator_state, generators_kept, set_generator_state
 from gm_probe.core.door import Outputs, unwrapped
 from gm_probe.core.errors import DeviceError, UsageError, first_line, on_two_devices
 from gm_probe.core.fields import Inputs, arguments, as_inputs
 from gm_probe.core.parameters import Parameters, dense, differentiable_recurrence
 from gm_probe.core.processes import count, sum_over_processes
+from gm_probe.core.randomness import Draws
+from gm_probe.core.recomputation import non_reentrant
 from gm_probe.probe.kl import kl_divergence
+from gm_probe.probe.written import require_repeatable
 from gm_probe.training.objectives import Criterion, Objective
 from gm_probe.training.sub_batches import SubBatches, as_targets, value_of
 
@@ -85,6 +87,8 @@ class Rule:
     """
 
     passes = 3.0
+    perturbs = False
+    """Whether the rule runs the model at moved parameters, too."""
     compares = False
     """Whether the rule has a KL divergence between outputs, and so must know what they are."""
 
@@ -167,7 +171,10 @@ class Rule:
     def _clean(self, x: Inputs, y: Any) -> Tensor:
         """What the model itself returns for x, as the criterion takes it; looked at once, at the first step."""
         args, kwargs = arguments(self.model, x)
-        outputs = self.outputs.taken(self.model(*args, **kwargs), len(x))
+        if self.perturbs and not self._examined:
+            require_repeatable(self.parameters, x, Draws(x.device, self.model))
+        with non_reentrant():
+            outputs = self.outputs.taken(self.model(*args, **kwargs), len(x))
         if not self._examined:
             ours = self.objective.is_mean or self.objective.criterion is functional.cross_entropy
             if self.compares or ours:
@@ -314,21 +321,3 @@ def _multi_hot(y: Any) -> bool:
     if not isinstance(y, Tensor) or y.dim() != 2 or y.shape[1] < 2:
         return False
     return bool(((y == 0) | (y == 1)).all()) and bool((y.sum(1) != 1).any())
-
-
-class Draws:
-    """The global generators as they stood, so that a perturbed pass drops the units that the clean one dropped.
-
-    Without it a network with dropout would have KL > 0 at δ = 0, and SAM with ρ = 0 would not be SGD.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cpu, self._device, self._own = torch.get_rng_state(), device, generator_state(device)
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw the same once more; the generators then go on from where they were."""
-        with generators_kept(self._device):
-            torch.set_rng_state(self._cpu)
-            set_generator_state(self._own, self._device)
-            yield

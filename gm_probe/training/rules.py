@@ -12,9 +12,10 @@ from torch.nn import functional
 from gm_probe.core.door import Outputs
 from gm_probe.core.errors import UsageError
 from gm_probe.core.fields import Inputs
+from gm_probe.core.randomness import Draws
 from gm_probe.probe.ascent import ascend, kl_gradient, to_sphere
 from gm_probe.training.objectives import Criterion
-from gm_probe.training.rule import Draws, Gradients, Rule, Step
+from gm_probe.training.rule import Gradients, Rule, Step
 
 
 class SAM(Rule):
@@ -25,6 +26,7 @@ class SAM(Rule):
     """
 
     passes = 6.0
+    perturbs = True
 
     def __init__(
         self,
@@ -41,7 +43,7 @@ class SAM(Rule):
         self.passes = 8.0 if self.objective.two_losses else 6.0
 
     def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
-        draws = Draws(x.device)
+        draws = Draws(x.device, self.model)
         outputs = self._clean(x, y)
         loss, rest = self._labeled(outputs, y), self._rest(outputs, y)
         gradients = self._differentiate(loss, again=rest is not None)
@@ -87,7 +89,7 @@ class ASAM(SAM):
 class _Inconsistency(Rule):
     """What IAM-D and IAM-S share: Algorithm 1 on the current mini-batch, from fresh noise."""
 
-    compares = True
+    perturbs = compares = True
 
     def __init__(
         self,
@@ -160,7 +162,7 @@ class IAMD(_Inconsistency):
         self.passes = 6.0 + 3.0 * k_steps
 
     def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
-        draws = Draws(x.device)
+        draws = Draws(x.device, self.model)
         outputs = self._clean(x, y)
         loss = self._loss(outputs, y)
         offset = self._ascend(x, y, outputs, draws)
@@ -181,7 +183,7 @@ class OnePassIAMD(Rule):
     """
 
     passes = 6.0
-    compares = True
+    perturbs = compares = True
 
     def __init__(
         self,
@@ -205,7 +207,7 @@ class OnePassIAMD(Rule):
         if self.delta is None or len(self.delta) != self.parameters.size:
             self.delta = to_sphere(self.parameters.random(1.0, self.generator), self.rho)
         sign = _random_sign(self.generator)
-        draws = Draws(x.device)
+        draws = Draws(x.device, self.model)
         outputs = self._clean(x, y)
         loss = self._loss(outputs, y)
         moved = self.parameters.moved(sign * self.delta)
@@ -268,7 +270,7 @@ class IAMS(_Inconsistency):
         self.passes = 4.0 + 3.0 * k_steps + (2.0 if sign == "loss" else 0.0)
 
     def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
-        draws = Draws(x.device)
+        draws = Draws(x.device, self.model)
         with torch.set_grad_enabled(self.sign == "loss"):
             outputs = self._clean(x, y)
             loss = self._loss(outputs, y)

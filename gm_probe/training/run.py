@@ -19,7 +19,7 @@ from gm_probe.core import processes
 from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment, generators_kept, pick_device
+from gm_probe.core.devices import environment, pick_device
 from gm_probe.core.errors import DivergedError, UsageError, of_machine
 from gm_probe.core.files import append_line, write_atomic, write_json, write_toml
 from gm_probe.core.images import taken
@@ -28,6 +28,7 @@ from gm_probe.core.locks import Hold
 from gm_probe.core.memory import memory_or
 from gm_probe.core.models import ModelSpec, check_configured, initial_model
 from gm_probe.core.pretrained import load_pretrained, others_there
+from gm_probe.core.randomness import generators_kept, seed_generators
 from gm_probe.core.records import (
     BEST,
     CHECKPOINT,
@@ -163,7 +164,7 @@ class Training:
         dealt = self.feed.deal(draws)
         self.model.train()
         with generators_kept(self.device):
-            torch.manual_seed(seed + processes.rank())  # dropout draws from the global generators
+            seed_generators(seed + processes.rank())  # dropout draws from the global generators
             if self.progress.step == 0:
                 self.updates.generator.set_state(draws.get_state())
             else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gm_probe.core.devices import generator_state, set_generator_state
@@ -41,11 +43,23 @@ def broken(path: Path, error: Exception) -> CheckpointError:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of torch's global generators, by kind of device: dropout draws from them."""
-    return {device.type: generator_state(device), "cpu": torch.get_rng_state()}
+    """Return the states of the global generators, of torch by kind of device, and of Python and NumPy.
+
+    Layers draw from them: dropout from torch's, a network of the user's from any.
+    """
+    name, keys, *rest = np.random.get_state()
+    return {
+        device.type: generator_state(device),
+        "cpu": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+    }
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Set what ``random_state`` returned; a kind of device that it does not know keeps its generator's state."""
+    """Set what ``random_state`` returned; a generator that it does not know keeps its state."""
     torch.set_rng_state(state["cpu"])
+    if "python" in state:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
     set_generator_state(state.get(device.type), device)
