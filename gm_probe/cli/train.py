@@ -248,8 +248,15 @@ def train(
     if save is not None:
         _save(out, config.model, save)
     if config.init is not None:
-        fresh = read_run(out).config["environment"].get("fresh_weights", [])
+        started = read_run(out).config["environment"]
+        fresh = started.get("fresh_weights", [])
         note(console, f"started from {config.init}; fresh: {', '.join(fresh) or 'nothing'}")
+        if others := started.get("init_not_taken"):
+            note(
+                console,
+                f"note: {config.init} holds the weights more than once, and {', '.join(others)} not taken; to start "
+                "from those, save them alone",
+            )
     write_figure(run_curves(list(read_metrics(out))), [out / CURVES_FILE])
     if as_json:
         print_json({"out": str(out), **summary})
