@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.kinds import PATH, Choice, floats
+from gm_probe.core.device_names import require_device_name
 from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.reading import Reading
+from gm_probe.core.sources import require_source
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +34,27 @@ _OPTIONS = (
         help="Where the data of a run is now, if it has moved. It must be the same.",
     ),
     click.option(
-        "--model", "model_name", metavar="NAME", help="Network of a foreign checkpoint; see `gmprobe models`."
+        "--model",
+        "model_names",
+        metavar="NAME",
+        multiple=True,
+        help="Network of a foreign checkpoint; see `gmprobe models`. Once for all checkpoints, or once for each.",
+    ),
+    click.option(
+        "--key",
+        "keys",
+        metavar="NAME",
+        multiple=True,
+        help="Which weights of a file to take, such as state_dict_ema: a key, a dotted path of keys, or a prefix of "
+        "names. Once for all checkpoints, or once for each.",
+    ),
+    click.option(
+        "--strip",
+        "strips",
+        metavar="PREFIX",
+        multiple=True,
+        help="Take only tensors whose names begin with this, and take it off. Once for all checkpoints, or once for "
+        "each.",
     ),
     click.option("--max-examples", type=click.IntRange(1), help="Use a seeded random subset of this size."),
     click.option(
@@ -102,7 +126,9 @@ class DataOptions:
 
     part: str | None
     data: str | None
-    model_name: str | None
+    model_names: tuple[str, ...]
+    keys: tuple[str, ...]
+    strips: tuple[str, ...]
     max_examples: int | None
     batch_size: int | None
     mean: str | None
@@ -135,6 +161,11 @@ class DataOptions:
             )
         if source is not None and self.data is not None:
             raise UsageError("--data says where a run's own data is; leave it out, or leave other data out")
+        self._pixels()
+        Reading(**self.reading())  # which checks them
+        require_device_name(self.device)
+        for name in filter(None, (source, self.data)):
+            require_source(name, here=True)
 
     def reading(self) -> dict[str, int | None]:
         """How a folder's images are read: keywords of ``open_source``."""
@@ -186,7 +217,6 @@ class DataOptions:
             torch.set_num_threads(self.threads)
         size = {} if self.batch_size is None else {"batch_size": self.batch_size}
         return size | {
-            "model_name": self.model_name,
             "normalization": self._normalization(),
             "num_classes": self.num_classes,
             "outputs": Outputs(self.model_output, self.outputs_are),
@@ -194,20 +224,47 @@ class DataOptions:
             "device": pick_device(self.device),
         }
 
+    def of_each(self, checkpoints: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+        """How to load each checkpoint beside ``loading``: the options that may differ from one to the next.
+
+        Raises:
+            UsageError: one is given neither once nor as often as there are checkpoints.
+        """
+        found: dict[Path, dict[str, Any]] = {path: {} for path in checkpoints}
+        for option, name, values in (
+            ("--model", "model_name", self.model_names),
+            ("--key", "key", self.keys),
+            ("--strip", "strip", self.strips),
+        ):
+            if len(values) not in {0, 1, len(checkpoints)}:
+                raise UsageError(
+                    f"{option} is given {len(values)} times for {len(checkpoints)} checkpoint(s); give it once, or "
+                    "once for each in their order"
+                )
+            for index, path in enumerate(checkpoints):
+                if values and values[index % len(values)]:  # an empty one stands for none
+                    found[path][name] = values[index % len(values)]
+        return found
+
     def _dtype(self) -> torch.dtype:
         import torch
 
         return {"float32": torch.float32, "float64": torch.float64}[self.dtype]
 
-    def _normalization(self) -> Normalization | None:
-        from gm_probe.core.batches import Normalization
-
+    def _pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of each channel; empty = pixels as they are, None = as recorded."""
         if self.no_normalize:
             if self.mean or self.std:
                 raise UsageError("--no-normalize and --mean/--std exclude each other; give one")
-            return Normalization()
+            return (), ()
         if self.mean is None and self.std is None:
             return None
         if self.mean is None or self.std is None:
             raise UsageError("--mean and --std go together; give both")
-        return Normalization(floats("--mean", self.mean), floats("--std", self.std))
+        return floats("--mean", self.mean), floats("--std", self.std)
+
+    def _normalization(self) -> Normalization | None:
+        from gm_probe.core.batches import Normalization
+
+        pixels = self._pixels()
+        return None if pixels is None else Normalization(*pixels)

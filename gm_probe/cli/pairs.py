@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +24,19 @@ from gm_probe.cli.output import (
 )
 from gm_probe.cli.progress import progress_bar
 from gm_probe.core.errors import (
+    CheckpointError,
     DataError,
     DivergedError,
     UsageError,
 )
-from gm_probe.core.records import RUNS
+from gm_probe.core.records import RUNS, find_runs
 
 if TYPE_CHECKING:
     import torch
 
     from gm_probe.core.datasets import Examples
     from gm_probe.probe.pairwise import PairReport
+    from gm_probe.sweep.measuring import Subject
 
 
 @click.command(epilog="Example:  gmprobe pairs runs/")
@@ -77,6 +79,13 @@ def pairs(
     files are taken to have the same. What is undefined (S_P of a single training set, say) is shown so, with the
     reason. --json also has every pair; --csv prints one row a pair.
     """
+    data = DataOptions(**options)
+    data.require_use(unlabeled)
+    for path in checkpoints:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint")
+    if not checkpoints:
+        find_runs(RUNS)
     from gm_probe.sweep.training_sets import (
         common_unlabeled,
         described,
@@ -87,7 +96,6 @@ def pairs(
         training_sets_of,
     )
 
-    data = DataOptions(**options)
     paths, excluded, notes = find_checkpoints(checkpoints or (RUNS,))
     if len(paths) < 2:
         left_out = f" ({len(excluded)} left out: {reasons(excluded)})" if excluded else ""
@@ -98,13 +106,13 @@ def pairs(
         for path in paths:
             if not is_run(path):
                 raise UsageError(f"{path} is no run folder with data of its own; give --unlabeled DATA")
-    data.require_use(unlabeled)
     from gm_probe.core.devices import environment
     from gm_probe.probe.pairwise import compare
     from gm_probe.sweep.measuring import output_settings
     from gm_probe.training.parts import OWN_UNLABELED
 
     loading = data.loading() | {"head": head}
+    own_loading = data.of_each(paths)
     training_sets = training_sets_of(paths)
     notes += doubts(paths, training_sets)
     if unlabeled is None:
@@ -114,7 +122,8 @@ def pairs(
         notes += [*([hint] if hint else []), *examples.notes]
         note_reading(notes_console(quiet), (), examples.skipped)
     examples = examples.subset(data.max_examples, seed)
-    outputs, models = _all_outputs(paths, examples, quiet=quiet, **loading)
+    outputs, models, chosen = _all_outputs(paths, examples, own_loading, quiet=quiet, **loading)
+    notes += chosen
     notes += _same_twice(paths, outputs)
     with progress_bar("pairs", len(paths) * (len(paths) - 1) // 2, quiet=quiet) as bar:
         report = compare(outputs, training_sets, names=[str(path) for path in paths], notify=bar.update)
@@ -160,20 +169,24 @@ def pairs(
 def _all_outputs(
     paths: Sequence[Path],
     examples: Examples,
+    own_loading: Mapping[Path, Mapping[str, Any]],
     *,
     quiet: bool,
     **options: Any,
-) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
-    """(N, C) logits of each checkpoint, and what it is; the first that does not fit the others ends it."""
+) -> tuple[list[torch.Tensor], list[dict[str, Any]], list[str]]:
+    """Return (N, C) logits of each checkpoint, what it is, and notes; one that does not fit the others ends it."""
     from gm_probe.probe.pairwise import check_outputs
 
     outputs: list[torch.Tensor] = []
     models: list[dict[str, Any]] = []
+    notes: list[str] = []
     named: tuple[Path, tuple[str, ...]] | None = None
     with progress_bar("outputs", len(paths), quiet=quiet) as bar:
         for index, path in enumerate(paths):
             bar.update(index, label=path.name)
-            logits, model, classes = _outputs(path, examples, **options)
+            logits, model, subject = _outputs(path, examples, **options, **own_loading[path])
+            classes = subject.classes
+            notes += subject.notes
             check_outputs(str(path), logits, str(paths[0]), outputs[0] if outputs else logits)
             if classes and named is not None and classes != named[1]:
                 raise DataError(
@@ -183,7 +196,7 @@ def _all_outputs(
             named = named or ((path, classes) if classes else None)
             outputs.append(logits)
             models.append(model)
-    return outputs, models
+    return outputs, models, notes
 
 
 def _first_difference(classes: Sequence[str], others: Sequence[str]) -> str:
@@ -193,10 +206,8 @@ def _first_difference(classes: Sequence[str], others: Sequence[str]) -> str:
     return f"{len(classes)} and {len(others)} names"
 
 
-def _outputs(
-    path: Path, examples: Examples, **loading: Any
-) -> tuple[torch.Tensor, dict[str, Any], tuple[str, ...]]:
-    """(N, C) logits of one checkpoint in eval mode, its row of the result, and the classes it recorded."""
+def _outputs(path: Path, examples: Examples, **loading: Any) -> tuple[torch.Tensor, dict[str, Any], Subject]:
+    """Return (N, C) logits of one checkpoint in eval mode, its row of the result, and the checkpoint as opened."""
     from gm_probe.core.parameters import evaluating
     from gm_probe.core.precision import float32_products
     from gm_probe.probe.probe import Probe
@@ -213,7 +224,7 @@ def _outputs(
         raise type(error)(f"{path}: {error}") from error
     used = subject.batches.normalization
     row = {"checkpoint": str(path), "model": subject.name, "mean": list(used.mean), "std": list(used.std)}
-    return logits, row, subject.classes
+    return logits, row | ({"key": subject.key} if subject.key else {}), subject
 
 
 def _same_twice(paths: Sequence[Path], outputs: Sequence[torch.Tensor]) -> list[str]:

@@ -23,11 +23,12 @@ def run_one(folder: Path, run: str, named: tuple[str, ...]) -> None:
     Does what is missing and nothing else: a complete run is left as it is, an interrupted one goes on, a failed one
     is tried again. `gmprobe sweep --executor slurm` prints a job array of these.
     """
-    from gm_probe.core.models import is_user_code
     from gm_probe.sweep.manifest import only, read_sweep
-    from gm_probe.sweep.runner import run_recipe
 
     recipe = only(read_sweep(folder), run)
+    from gm_probe.core.models import is_user_code  # torch, which a wrong name must not wait for
+    from gm_probe.sweep.runner import run_recipe
+
     model = recipe.runs[run].model
     if is_user_code(model) and model not in named:
         raise UsageError(

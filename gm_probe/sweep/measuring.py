@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from gm_probe.core.door import Head, Outputs
 from gm_probe.core.errors import DataError, UsageError, foreign_or, one_device
 from gm_probe.core.fields import arguments
 from gm_probe.core.layout import settle_layout
-from gm_probe.core.loading import check_fit, choose_normalization, load_model
+from gm_probe.core.loading import check_fit, choose_normalization, fitted_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
 from gm_probe.core.models import ModelSpec, initial_model, is_user_code, logits_at
@@ -49,6 +49,8 @@ class Subject:
     classes: tuple[str, ...]  # as the checkpoint records them
     recorded: ModelSpec | None  # likewise
     outputs: Outputs  # how what the model returns is read
+    key: str = ""  # where the weights stand in a foreign file
+    notes: tuple[str, ...] = ()  # what was chosen of a file without being asked for
 
 
 def open_subject(
@@ -56,6 +58,8 @@ def open_subject(
     examples: Examples,
     *,
     model_name: str | None = None,
+    key: str | None = None,
+    strip: str | None = None,
     normalization: Normalization | None = None,
     num_classes: int | None = None,
     batch_size: int = BATCH_SIZE,
@@ -69,6 +73,7 @@ def open_subject(
     """Load the checkpoint ``path`` and lay ``examples`` out for it.
 
     Args:
+        key, strip: as ``read_checkpoint`` takes them.
         model_name, normalization, num_classes: needed for foreign checkpoints; override the recorded ones.
         head: what the outputs stand for (core.door); or ``simclr``: they are NT-Xent logits, over batches of two
             views, drawn by ``seed``, of ``batch_size`` images each. ``temperature`` None is the recorded one.
@@ -77,11 +82,11 @@ def open_subject(
     Raises:
         CheckpointError, DataError, UsageError: as the parts raise them.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, key, strip)
     simclr = _check_head(checkpoint, head, temperature)
     check_fit(checkpoint, examples)
     shape = tuple(examples.x.shape[1:])
-    model = load_model(
+    model, fit = fitted_model(
         checkpoint,
         model_name,
         input_shape=shape,
@@ -94,6 +99,7 @@ def open_subject(
     require_float64(device)
     model.to(device, dtype)
     name = model_name or (checkpoint.model.name if checkpoint.model else "")
+    said = "" if checkpoint.model else fit.key, tuple(fit.notes(path))
     if simclr:
         views = contrastive_batches(
             examples, chosen, images=batch_size, seed=seed, device=device, dtype=dtype
@@ -107,6 +113,7 @@ def open_subject(
             checkpoint.classes,
             checkpoint.model,
             Outputs(kind="logits"),
+            *said,
         )
     batches = Batches(examples, chosen, batch_size=batch_size, device=device, dtype=dtype)
     if batches.channels_last:
@@ -124,7 +131,7 @@ def open_subject(
             f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; "
             "each class needs its folder, or measure it --unlabeled"
         )
-    return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs)
+    return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs, *said)
 
 
 def _check_head(checkpoint: Checkpoint, head: str, temperature: float | None) -> bool:
@@ -211,6 +218,7 @@ def measure_checkpoint(
         passed_over=dict(examples.passed_over),
         dtype=str(batches.dtype).removeprefix("torch."),
         processes=count(),
+        **({"key": subject.key} if subject.key else {}),
         **{key: value for key, value in subject.outputs.settings().items() if value is not None},
         **_how_coupled(subject),
         **environment(batches.device),
@@ -222,6 +230,8 @@ def measure_checkpoint(
         "channels_last": batches.channels_last,
         "skipped": list(examples.skipped),
     }
+    if subject.notes:
+        result["notes"] = list(subject.notes)
     if quadrature is not None:
         before = spent
         result["density"], _ = within_memory(
@@ -246,11 +256,13 @@ class How:
         scope: over what, as a measures.json says it beside ``settings``: ``part``, ``max_examples`` and, of other data
             than the run's own, ``data`` and whether it is ``labeled``.
         loading: as ``measure_checkpoint`` takes it.
+        own_loading: what belongs to one checkpoint alone, such as its network's name.
     """
 
     settings: Settings
     scope: Mapping[str, Any]
     loading: Mapping[str, Any]
+    own_loading: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def of_other_data(self) -> bool:
@@ -271,7 +283,8 @@ def measure_as(
 ) -> dict[str, Any]:
     """``measure_checkpoint`` over what ``how`` takes of ``examples``, which the result's settings then say."""
     chosen = how.chosen(examples)
-    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **how.loading)
+    loading = {**how.loading, **how.own_loading.get(path, {})}
+    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **loading)
     result["settings"] |= how.scope
     if how.of_other_data:
         result["settings"][DIGEST] = chosen.digest

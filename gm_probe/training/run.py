@@ -26,8 +26,8 @@ from gm_probe.core.images import taken
 from gm_probe.core.layout import settle_layout
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import memory_or
-from gm_probe.core.models import ModelSpec, initial_model
-from gm_probe.core.pretrained import load_pretrained
+from gm_probe.core.models import ModelSpec, check_configured, initial_model
+from gm_probe.core.pretrained import load_pretrained, others_there
 from gm_probe.core.randomness import generators_kept, seed_generators
 from gm_probe.core.records import (
     BEST,
@@ -116,8 +116,13 @@ class Training:
         with memory_or(too_big):
             self.model = initial_model(self.spec, config.seed).to(self.device)
         self.fresh: tuple[str, ...] = ()  # of the weights, those that --init did not give
+        self.not_taken: tuple[str, ...] = ()  # other copies of the weights in its file
         if config.init is not None and not (out / STATE).exists():
-            self.fresh = load_pretrained(self.model, read_checkpoint(Path(config.init)))
+            given = read_checkpoint(Path(config.init))
+            if given.model is None:
+                check_configured(config.model)
+            self.not_taken = others_there(self.model, given)
+            self.fresh = load_pretrained(self.model, given)
         self.channels_last = train.x.dim() == 4 and settle_layout(
             self.model, torch.zeros(2, *train.x.shape[1:], device=self.device)
         )
@@ -366,6 +371,7 @@ class Training:
             machine = {**environment(self.device, tf32=self.config.tf32), "processes": processes.count()}
             if self.config.init is not None:
                 machine["fresh_weights"] = list(self.fresh)
+                machine |= {"init_not_taken": list(self.not_taken)} if self.not_taken else {}
             write_atomic(self.out / METRICS, b"")
             write_json(self.out / SPLIT, split_record(self.splits))
             write_toml(self.out / CONFIG, {**self.config.as_dict(), "environment": machine})
