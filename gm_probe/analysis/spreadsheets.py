@@ -220,7 +220,7 @@ def _names(raw: pd.DataFrame) -> pd.Series:
     """Names of the runs: of the column ``run``, or of another that names each run apart, or else row numbers."""
     for wanted in NAMES:
         for name in raw:
-            if key(name) == wanted:
+            if key(str(name)) == wanted:
                 cells = raw[name].map(lambda cell: str(cell).strip())
                 if name == "run" or (cells.is_unique and not cells.str.lower().isin(NO_VALUE).any()):
                     return cells.map(printable)

@@ -18,7 +18,7 @@ def whole(name: str, value: Any, least: int = 1, most: float = math.inf) -> int:
     Raises:
         UsageError: it is no whole number, or not from ``least`` to ``most``. 2.0 and True are none.
     """
-    if isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most:
+    if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most:
         return int(value)
     upper = f" and ≤ {most:,}" if most < math.inf else ""
     raise UsageError(f"{name} = {value!r} must be a whole number ≥ {least}{upper}")
