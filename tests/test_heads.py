@@ -95,7 +95,9 @@ def test_one_logit_is_measured_as_the_form_with_two(name: str, labeled: bool) ->
 
 
 FACTORS = {
-    **dict.fromkeys(["error", "mean_confidence", "flip_rate", "crop_rate", "effective_rank", "parameter_norm"], 1.0),
+    **dict.fromkeys(
+        ["error", "mean_confidence", "flip_rate", "crop_rate", "effective_rank", "parameter_norm"], 1.0
+    ),
     "input_jacobian_norm": LABELS**0.5,
 }
 """What a sum over an example's labels is to the mean over pairs of an example and a label, where that is not L."""
@@ -154,14 +156,24 @@ def dense(net: nn.Module, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]
 def test_curvature_against_dense_matrices(labels: int) -> None:
     net, (x, y) = network(labels), data(labels)
     fisher, hessian = dense(net, x, y)
-    names = ["fisher_lambda_max", "fisher_trace", "hessian_lambda_max", "hessian_lambda_min", "cross_entropy", "error"]
+    names = [
+        "fisher_lambda_max",
+        "fisher_trace",
+        "hessian_lambda_max",
+        "hessian_lambda_min",
+        "cross_entropy",
+        "error",
+    ]
     rows = measure(net, (x, y), names, EXACT, outputs=MULTILABEL).rows
     expected = {
         "fisher_lambda_max": np.linalg.eigvalsh(fisher)[-1],
         "fisher_trace": np.trace(fisher),
         "hessian_lambda_max": np.linalg.eigvalsh(hessian)[-1],
         "hessian_lambda_min": np.linalg.eigvalsh(hessian)[0],
-        "cross_entropy": functional.binary_cross_entropy_with_logits(net(x), y.double(), reduction="sum").item() / 10,
+        "cross_entropy": functional.binary_cross_entropy_with_logits(
+            net(x), y.double(), reduction="sum"
+        ).item()
+        / 10,
         "error": ((net(x) > 0) != y).double().mean().item(),
     }
     for name, value in expected.items():
