@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples as Examples
     from gm_probe.core.datasets import open_source as open_source
     from gm_probe.core.devices import keep_freed_memory as keep_freed_memory
+    from gm_probe.core.door import Outputs as Outputs
     from gm_probe.core.errors import BusyError as BusyError
     from gm_probe.core.errors import CheckpointError as CheckpointError
     from gm_probe.core.errors import DataError as DataError
@@ -66,6 +67,7 @@ _HOMES = {
     "core.contrastive": ("Contrastive", "as_encoder", "partners", "projector"),
     "core.datasets": ("Examples", "open_source"),
     "core.devices": ("keep_freed_memory",),
+    "core.door": ("Outputs",),
     "core.errors": (
         "BusyError",
         "CheckpointError",

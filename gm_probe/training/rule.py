@@ -169,7 +169,8 @@ class Rule:
         args, kwargs = arguments(self.model, x)
         outputs = self.outputs.taken(self.model(*args, **kwargs), len(x))
         if not self._examined:
-            if self.compares or self.objective.criterion is functional.cross_entropy:
+            ours = self.objective.is_mean or self.objective.criterion is functional.cross_entropy
+            if self.compares or ours:
                 self.outputs = self.parameters.outputs = self.outputs.checked(outputs)
             if self.compares:
                 require_head(self.outputs, self.objective.criterion, y)
