@@ -14,7 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from gm_probe import Batches, DataError, Examples, Normalization, ProbeError, Settings, UsageError, measure
+from gm_probe import (
+    Batches,
+    DataError,
+    Examples,
+    Normalization,
+    Parameters,
+    ProbeError,
+    Settings,
+    UsageError,
+    fisher,
+    hessian,
+    measure,
+)
 from gm_probe.core.collecting import as_batches
 
 NAMES = ["local_inconsistency", "fisher_lambda_max", "fisher_trace", "hessian_lambda_max"]
@@ -165,6 +177,21 @@ def test_the_caller_may_be_in_inference_mode(expected: dict[str, float | None]) 
     assert values(Batches.from_tensors(x, y)) == expected
     assert values((x, y), model) == expected
     assert values({"input": x, "labels": y}, model) == expected
+
+
+def test_operators_do_not_vanish_in_inference_mode() -> None:
+    model, batches = network().eval(), Batches.from_tensors(X, Y)
+    parameters = Parameters(model)
+    clean = parameters.logits(X).detach()
+    operators = fisher(parameters, batches, clean), hessian(parameters, batches, Y)
+    v = torch.randn(parameters.size, generator=generator())
+    expected = [found for operator in operators for found in (operator.matvec(v), operator.terms(v))]
+    with torch.inference_mode():
+        inside = fisher(parameters, batches, clean), hessian(parameters, batches, Y)
+        for many in (operators, inside):
+            found = [one for operator in many for one in (operator.matvec(v * 1), operator.terms(v * 1))]
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 class Packed(nn.Module):
