@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gm_probe.core.errors import CheckpointError as CheckpointError
     from gm_probe.core.errors import DataError as DataError
     from gm_probe.core.errors import DerivativeError as DerivativeError
+    from gm_probe.core.errors import DeviceError as DeviceError
     from gm_probe.core.errors import DivergedError as DivergedError
     from gm_probe.core.errors import PrecisionError as PrecisionError
     from gm_probe.core.errors import ProbeError as ProbeError
@@ -73,6 +74,7 @@ _HOMES = {
         "CheckpointError",
         "DataError",
         "DerivativeError",
+        "DeviceError",
         "DivergedError",
         "PrecisionError",
         "ProbeError",

@@ -24,15 +24,16 @@ def images() -> Examples:
 @pytest.mark.parametrize(
     "y",
     [
-        torch.zeros(4, 1).long(),
+        torch.tensor(1),
         torch.zeros(1).long(),
         torch.zeros(5).long(),
-        torch.zeros(4),
-        torch.ones(4) > 0,
+        torch.zeros(4, 1, 1).long(),
+        torch.full((4,), 0.5),
+        torch.full((4,), torch.nan),
+        torch.zeros(4, dtype=torch.complex64),
     ],
 )
 def test_labels_of_another_shape_or_kind_are_refused(y: torch.Tensor) -> None:
-    """Of shape (N, 1) they would be compared with every prediction."""
     with pytest.raises(DataError, match="give a class index for each"):
         Batches.from_tensors(torch.rand(4, 3), y)
 

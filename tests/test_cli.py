@@ -20,6 +20,7 @@ from conftest import CASES
 from networks import BagOfWords
 from PIL import Image
 from torch import nn
+from torchvision import transforms
 
 from gm_probe.cli import COMMANDS, main
 from gm_probe.cli.figures import warn
@@ -845,3 +846,33 @@ def test_one_draw_is_not_called_exact(images, checkpoint, capsys):
     }
     assert "exact" not in lines["average_inconsistency"]
     assert "exact" in lines["fisher_trace"]
+
+
+def test_wide_photographs_are_measured_as_torchvision_evaluates_them(tmp_path, capsys):
+    """The right error by hand: Resize and CenterCrop, then the network."""
+    Path("net.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))\n"
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    torch.save(model.state_dict(), "net.pt")
+    rng = np.random.default_rng(0)
+    steps = transforms.Compose([transforms.Resize(10), transforms.CenterCrop(8), transforms.ToTensor()])
+    x, y = [], []
+    for index in range(20):
+        picture = Image.fromarray(rng.integers(0, 256, (12, 40, 3), dtype=np.uint8))
+        folder = tmp_path / "wide" / "ab"[index // 10]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{index}.png")
+        x.append(steps(picture))
+        y.append(index // 10)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(torch.stack(x)), torch.tensor(y))
+    command = "gmprobe measure net.pt --model net.py:build --labeled wide --no-normalize"
+    code, out, err = run(f"{command} --measures cross_entropy --resize 10 --crop 8 --json", capsys)
+    assert (code, err) == (0, ""), err
+    value = json.loads(out)[0]["measures"]["cross_entropy"]["value"]
+    assert value == pytest.approx(float(expected), rel=1e-5)
+    code, _, err = run(f"{command} --measures cross_entropy --image-size 8 --json", capsys)
+    assert code == 0
+    assert "note: --image-size 8 changes the aspect ratio" in err

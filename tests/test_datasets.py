@@ -433,10 +433,10 @@ BAD_ARRAYS: dict[str, dict[str, Any]] = {
     "plain real numbers": {"x": X.astype(np.complex64)},
     "save pixels as uint8 or floats": {"x": np.zeros((2, 1, 8, 8), np.uint16)},
     "looks like (N, H, W, C)": {"x": np.zeros((2, 32, 32, 3), np.uint8)},
-    "y must be 2 class indices ≥ 0, got torch.int64 (3,)": {"x": X, "y": np.array([0, 1, 2])},
-    "y must be 2 class indices ≥ 0, got torch.int64 (2, 1)": {"x": X, "y": np.array([[0], [1]])},
-    "y must be 2 class indices ≥ 0, got torch.int64 (2,)": {"x": X, "y": np.array([0, -1])},
-    "y must be 2 class indices ≥ 0, got torch.float64": {"x": X, "y": np.array([0.0, 1.0])},
+    "y is torch.int64 of shape (3,) for 2 examples; give a class index for each": {"x": X, "y": np.arange(3)},
+    "y is torch.int64 of shape (2, 1, 1) for 2": {"x": X, "y": np.zeros((2, 1, 1), int)},
+    "y must be class indices ≥ 0, got -1": {"x": X, "y": np.array([0, -1])},
+    "y holds numbers that are not whole, as soft labels are": {"x": X, "y": np.array([0.0, 0.5])},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -30,7 +31,27 @@ _OPTIONS = (
         help="Where the data of a run is now, if it has moved. It must be the same.",
     ),
     click.option(
-        "--model", "model_name", metavar="NAME", help="Network of a foreign checkpoint; see `gmprobe models`."
+        "--model",
+        "model_names",
+        metavar="NAME",
+        multiple=True,
+        help="Network of a foreign checkpoint; see `gmprobe models`. Once for all checkpoints, or once for each.",
+    ),
+    click.option(
+        "--key",
+        "keys",
+        metavar="NAME",
+        multiple=True,
+        help="Which weights of a file to take, such as state_dict_ema: a key, a dotted path of keys, or a prefix of "
+        "names. Once for all checkpoints, or once for each.",
+    ),
+    click.option(
+        "--strip",
+        "strips",
+        metavar="PREFIX",
+        multiple=True,
+        help="Take only tensors whose names begin with this, and take it off. Once for all checkpoints, or once for "
+        "each.",
     ),
     click.option("--max-examples", type=click.IntRange(1), help="Use a seeded random subset of this size."),
     click.option(
@@ -81,7 +102,12 @@ _OPTIONS = (
     click.option("--data-root", metavar="DIR", type=PATH, help="Where torchvision keeps data."),
     click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
     click.option("--dtype", type=Choice(["float32", "float64"]), default="float32", show_default=True),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda, cuda:1, or what else torch has.",
+    ),
     click.option("--threads", type=click.IntRange(1), help="CPU threads."),
 )
 
@@ -97,7 +123,9 @@ class DataOptions:
 
     part: str | None
     data: str | None
-    model_name: str | None
+    model_names: tuple[str, ...]
+    keys: tuple[str, ...]
+    strips: tuple[str, ...]
     max_examples: int | None
     batch_size: int | None
     mean: str | None
@@ -181,13 +209,34 @@ class DataOptions:
             torch.set_num_threads(self.threads)
         size = {} if self.batch_size is None else {"batch_size": self.batch_size}
         return size | {
-            "model_name": self.model_name,
             "normalization": self._normalization(),
             "num_classes": self.num_classes,
             "outputs": Outputs(self.model_output, self.outputs_are),
             "dtype": self._dtype(),
             "device": pick_device(self.device),
         }
+
+    def of_each(self, checkpoints: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+        """How to load each checkpoint beside ``loading``: the options that may differ from one to the next.
+
+        Raises:
+            UsageError: one is given neither once nor as often as there are checkpoints.
+        """
+        found: dict[Path, dict[str, Any]] = {path: {} for path in checkpoints}
+        for option, name, values in (
+            ("--model", "model_name", self.model_names),
+            ("--key", "key", self.keys),
+            ("--strip", "strip", self.strips),
+        ):
+            if len(values) not in {0, 1, len(checkpoints)}:
+                raise UsageError(
+                    f"{option} is given {len(values)} times for {len(checkpoints)} checkpoint(s); give it once, or "
+                    "once for each in their order"
+                )
+            for index, path in enumerate(checkpoints):
+                if values and values[index % len(values)]:  # an empty one stands for none
+                    found[path][name] = values[index % len(values)]
+        return found
 
     def _dtype(self) -> torch.dtype:
         import torch

@@ -132,6 +132,8 @@ ALONE = 0.8
 def warn(result: dict[str, Any]) -> None:
     """What did not converge, is undefined or looks wrong, one line each on stderr."""
     console = notes_console()
+    for line in result.get("notes", ()):
+        note(console, f"note: {line}")
     if result.get("out_of_memory_at") is not None:  # unknown to results of gm_probe 0.1.0
         note(
             console,

@@ -247,6 +247,7 @@ def measure(
                 f"{path} is no run folder with data of its own, nor in one; give --unlabeled or --labeled DATA"
             )
     data = DataOptions(**options)
+    own_loading = data.of_each(checkpoints)
     data.require_use(source)
     # torchrun's processes share the examples of one checkpoint after another
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -318,7 +319,7 @@ def measure(
             if source is None
             else partial(opened_once, data, source, labeled is not None)
         )
-        how = How(settings, scope, loading | {"device": data.device})
+        how = How(settings, scope, loading | {"device": data.device}, own_loading)
         what = Remeasure(tuple(names), opened, how, save, given_settings)
         engine: Executor = in_turn
         if jobs > 1:
@@ -335,7 +336,7 @@ def measure(
         results: list[dict[str, Any]] = []
         try:
             for path in checkpoints:
-                how = How(settings, scope, loading)
+                how = How(settings, scope, loading, own_loading)
                 changed: dict[str, Any] = {}
                 own = own_unlabeled(path, data.data) if examples is None else examples
                 with exclusive(path) if save and speaks else nullcontext():

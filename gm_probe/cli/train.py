@@ -159,6 +159,7 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 @click.option("--track-every", type=int, help="Epochs between measurements of S_ρ (0 = never).  [default: 0]")
 @click.option("--track-rho", type=float, help="Radius of that S_ρ.  [default: 0.1]")
 @click.option("--amp", help="none, bf16 or fp16.  [default: none]")
+@click.option("--tf32", is_flag=True, default=None, help="Let an NVIDIA GPU round products to TF32: faster.")
 @click.option("--deterministic", is_flag=True, default=None, help="Bit-identical runs on a GPU too; slower.")
 @click.option(
     "--checkpoint-every",
@@ -166,7 +167,7 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
     help="Save the state every so many steps, beside every epoch.",
 )
 @click.option("--seed", type=int, help="[default: 0]")
-@click.option("--device", help="auto, cpu, cuda, cuda:1 or mps.  [default: auto]")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, or what else torch has.  [default: auto]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 @click.option("--out", type=PATH, help="Run folder.  [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on where the run in --out stopped.")
@@ -247,8 +248,15 @@ def train(
     if save is not None:
         _save(out, config.model, save)
     if config.init is not None:
-        fresh = read_run(out).config["environment"].get("fresh_weights", [])
+        started = read_run(out).config["environment"]
+        fresh = started.get("fresh_weights", [])
         note(console, f"started from {config.init}; fresh: {', '.join(fresh) or 'nothing'}")
+        if others := started.get("init_not_taken"):
+            note(
+                console,
+                f"note: {config.init} holds the weights more than once, and {', '.join(others)} not taken; to start "
+                "from those, save them alone",
+            )
     write_figure(run_curves(list(read_metrics(out))), [out / CURVES_FILE])
     if as_json:
         print_json({"out": str(out), **summary})

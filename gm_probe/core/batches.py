@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.fields import Fields, as_inputs, ordinary
 from gm_probe.core.images import blocks, taken
+from gm_probe.core.labels import as_labels
 
 PIXELS = "save pixels as uint8, or as floats in [0, 1], or pass --no-normalize for ready inputs"
 """The remedy for data that a normalisation cannot be applied to."""
@@ -24,8 +26,8 @@ ROUNDING = 1e-3
 class Batch(NamedTuple):
     """Model input and labels of B examples."""
 
-    x: Tensor  # (B, ...)
-    y: Tensor | None  # (B,) int64; None = unlabeled
+    x: Tensor  # (B, ...), or Fields that stand for one
+    y: Tensor | None  # (B,) int64, (B, L) of L yes-or-no labels; None = unlabeled
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +104,14 @@ class Normalization:
         """Scale uint8 (B, C, H, W) to [0, 1] and normalise; floats are normalised without scaling.
 
         Raises:
-            DataError: another number of channels, or integers whose range nobody knows.
+            DataError: another number of channels, integers whose range nobody knows, or several tensors.
         """
+        if isinstance(x, Fields):
+            if self.mean:
+                raise DataError(
+                    "several tensors have no channels to normalise by; give them as the model takes them"
+                )
+            return x.to(dtype)
         result = (
             x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype) if x.is_floating_point() else x
         )
@@ -173,26 +181,28 @@ class Batches:
         self.first = 0  # of them, the number of this process's first example
 
     @classmethod
-    def from_tensors(cls, x: Tensor, y: Tensor | None = None, **options: int | str) -> Batches:
+    def from_tensors(cls, x: Any, y: Any = None, **options: int | str) -> Batches:
         """Batches over tensors x (N, ...) and y (N,) that are already what the model takes.
 
+        Args:
+            x: a tensor or array, or a dict or tuple of several with N rows, which the model takes by name or in order.
+            y: (N,) class indices, or (N, L) zeros and ones of L yes-or-no labels. They may be floats or booleans.
+
         Raises:
-            DataError: x is uint8, which elsewhere are pixels, and are scaled to [0, 1]; y is no class index for each.
+            UsageError: x is none of these.
+            DataError: x is uint8, which elsewhere are pixels, and are scaled to [0, 1]; y does not fit.
         """
-        if x.dtype == torch.uint8:
+        x = as_inputs(x)
+        if isinstance(x, Tensor) and not x.dim():
+            raise UsageError("x is a single number; give a tensor with a row for each example")
+        if isinstance(x, Tensor) and x.dtype == torch.uint8:
             raise DataError(
                 "x is uint8: give what the model takes, x.float() / 255 or x.long(), or Examples with a Normalization"
             )
-        if y is not None and (
-            y.shape != (len(x),) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool
-        ):
-            raise DataError(
-                f"y is {y.dtype} of shape {tuple(y.shape)} for {len(x)} examples; give a class index for each, "
-                f"whole numbers of shape ({len(x)},)"
-            )
         device, dtype = x.device, x.dtype if x.is_floating_point() else torch.float32
-        y = None if y is None else y.to(torch.int64)
-        return cls(Examples(x.detach(), y, (), "tensors"), device=device, dtype=dtype, **options)  # type: ignore[arg-type]
+        y = None if y is None else as_labels(y, len(x))
+        examples = Examples(cast(Tensor, x.detach()), y, (), "tensors")
+        return cls(examples, device=device, dtype=dtype, **options)  # type: ignore[arg-type]
 
     @property
     def num_examples(self) -> int:
@@ -229,6 +239,20 @@ class Batches:
         other.batch_size, other.free = batch_size, False
         return other
 
+    def on(self, device: torch.device) -> Batches:
+        """The same batches, handed out on ``device``."""
+        if device == self.device:
+            return self
+        other = copy(self)
+        other.device = device
+        return other
+
+    def of_dtype(self, dtype: torch.dtype) -> Batches:
+        """The same batches, whose floating-point inputs are of ``dtype``."""
+        other = copy(self)
+        other.dtype = dtype
+        return other
+
     def few(self, count: int) -> slice:
         """Which of a batch's examples ways may be tried on: the first ``count``, or all where they hang together."""
         return slice(None) if self.coupled else slice(count)
@@ -244,7 +268,7 @@ class Batches:
         starts = range(0, self.num_examples, self.batch_size)
         keys = [slice(start, start + self.batch_size) for start in starts]
         for key, raw in zip(keys, taken(self.examples.x, keys), strict=True):
-            x = self.normalization.apply(raw.to(self.device), self.dtype)
+            x = ordinary(self.normalization.apply(raw.to(self.device), self.dtype))
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             y = self.examples.y

@@ -22,6 +22,7 @@ from gm_probe.core.errors import CheckpointError, DataError, UsageError, did_you
 from gm_probe.core.files import default_data_root
 from gm_probe.core.folders import PassedOver, class_folders, entries, images_below
 from gm_probe.core.images import ImageFiles, Reading, blocks, contents, sound
+from gm_probe.core.labels import as_labels
 from gm_probe.core.pickles import load_torch
 
 DESCRIPTIONS = {
@@ -48,8 +49,9 @@ class Examples:
     """Examples in memory, or images in files.
 
     Attributes:
-        x: (N, C, H, W) uint8 images, or (N, ...) floats that are taken as they are. Index it to get a tensor.
-        y: (N,) int64 class indices; None = unlabeled.
+        x: (N, C, H, W) uint8 images, or (N, ...) floats that are taken as they are. Index it to get a tensor. Or
+            ``Fields`` of several tensors with N rows, which stand for one.
+        y: (N,) int64 class indices, or (N, L) zeros and ones of L yes-or-no labels; None = unlabeled.
         classes: class names in index order; empty when unknown.
         source: where they came from, for messages and records.
         skipped: of the files there, those that could not be decoded and were asked to be left out: their errors.
@@ -132,10 +134,14 @@ class Examples:
         """Number of classes.
 
         Raises:
-            DataError: the examples carry no labels.
+            DataError: the examples carry no labels, or several yes-or-no labels each.
         """
         if self.y is None:
             raise DataError(f"{self.source} has no labels; give class subfolders or an array file with 'y'")
+        if self.y.dim() > 1:
+            raise DataError(
+                f"{self.source} has labels of shape {tuple(self.y.shape)}; give one class index for each example"
+            )
         return len(self.classes) or int(self.y.max()) + 1
 
 
@@ -369,9 +375,11 @@ def _array_file(path: Path) -> Examples:
         raise DataError(f"{path}: x holds NaN or infinite values")
     y = None if arrays.get("y") is None else _tensor(path, "y", arrays["y"])
     if y is not None:
-        if y.shape != (len(x),) or y.is_floating_point() or bool((y.to(torch.int64) < 0).any()):
-            raise DataError(f"{path}: y must be {len(x)} class indices ≥ 0, got {y.dtype} {tuple(y.shape)}")
-        y = y.to(torch.int64)
+        y = as_labels(y, len(x), f"{path}: y")
+        if bool((y < 0).any()):
+            raise DataError(
+                f"{path}: y must be class indices ≥ 0, got {int(y.min())}; leave such examples out"
+            )
     return Examples(x, y, (), str(path))
 
 

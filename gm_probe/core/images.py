@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from gm_probe.core.errors import DataError, UsageError, first_line
+from gm_probe.core.fields import Fields, tensors_of
 
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000")
 """What Pillow may take any file for, whatever its name says: never EPS, which it would hand to Ghostscript."""
@@ -293,14 +294,19 @@ def blocks(images: Tensor | ImageFiles) -> Iterator[Tensor]:
 
 
 def contents(values: Tensor | ImageFiles) -> Iterator[bytes]:
-    """What ``values`` hold, for a digest: their bytes in order, some at a time."""
+    """What ``values`` hold, for a digest: their bytes in order, some at a time; of several tensors with their names."""
+    if isinstance(values, Fields):
+        for name, value in tensors_of(values).items():
+            yield str(name).encode()
+            yield from contents(value)
+        return
     for block in blocks(values):
         yield block.contiguous().numpy().tobytes()
 
 
 def taken(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor]) -> Iterator[Tensor]:
     """``images[key]`` of every key; of files, the next ones are decoded while one is at work."""
-    if isinstance(images, Tensor):
+    if isinstance(images, Tensor | Fields):
         yield from (images[key] for key in keys)
         return
     with ThreadPoolExecutor(1) as ahead:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.devices import generators_kept
-from gm_probe.core.errors import out_of_memory
+from gm_probe.core.errors import of_machine
 from gm_probe.core.fields import Inputs, arguments
 from gm_probe.core.parameters import evaluating
+from gm_probe.core.precision import float32_products
+from gm_probe.core.randomness import generators_kept
 
 
 def settle_layout(model: nn.Module, x: Tensor) -> bool:
@@ -46,11 +47,11 @@ def in_layout_taken(model: nn.Module, batches: Batches) -> Batches:
 
 def _runs(model: nn.Module, x: Inputs) -> bool:
     try:
-        with evaluating(model), torch.no_grad(), generators_kept(x.device):
+        with evaluating(model), torch.no_grad(), generators_kept(x.device, model), float32_products():
             args, kwargs = arguments(model, x)
             model(*args, **kwargs)
     except Exception as error:  # whatever a layer of somebody's raises
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         return False
     return True

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gm_probe.core.devices import full_precision
 from gm_probe.core.door import Outputs, unwrapped
 from gm_probe.core.errors import CheckpointError, UsageError
 from gm_probe.core.fields import Inputs, arguments
+from gm_probe.core.precision import float32_products
 from gm_probe.core.recomputation import activations_kept
 
 T = TypeVar("T")
@@ -71,7 +71,15 @@ class Parameters:
                     f"parameter {name!r} is {p.dtype} and {first_name!r} {self.dtype}; give all one dtype "
                     "(model.float()), and use autocast for speed"
                 )
+            if p.device != self.device:
+                raise UsageError(
+                    f"parameter {name!r} is on {p.device} and {first_name!r} on {self.device}; move the whole model to "
+                    "one device"
+                )
         self._sizes = [p.numel() for p in self.named.values()]
+        self._sparse = [
+            m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
+        ]
         self.size = sum(self._sizes)
         if not self.size:
             raise UsageError(f"all parameters to be measured are empty: {', '.join(list(self.named)[:3])}")
@@ -85,6 +93,7 @@ class Parameters:
             if not value.is_floating_point():
                 continue
             masked = not isinstance(value, nn.Parameter)
+            value = value.detach()  # of a model that was built in inference mode, torch would refuse it
             if not bool((torch.isfinite(value) | (masked & torch.isneginf(value))).all()):
                 raise CheckpointError(
                     f"tensor {name!r} of the model holds NaN or infinite values; use an earlier checkpoint"
@@ -140,7 +149,7 @@ class Parameters:
         placed = {f"model.{place}": tensors[name] for place, name in _places(self.model)}
         args, kwargs = arguments(self.model, x)
         run = _Then(self.model, lambda returned: then(self.outputs.taken(returned, len(x))))
-        with activations_kept():
+        with _dense_gradients(self._sparse), differentiable_recurrence(self.model), activations_kept():
             found: T = functional_call(run, placed, args, kwargs, tie_weights=False)
         return found
 
@@ -165,6 +174,18 @@ class _Then(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.then(self.model(*args, **kwargs))
+
+
+@contextmanager
+def _dense_gradients(embeddings: Iterable[nn.Embedding | nn.EmbeddingBag]) -> Iterator[None]:
+    """Let ``embeddings`` have dense gradients: their sparse ones have no second derivative (torch 2.14)."""
+    try:
+        for module in embeddings:
+            module.sparse = False
+        yield
+    finally:
+        for module in embeddings:
+            module.sparse = True
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -214,7 +235,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def as_measured(model: nn.Module) -> Iterator[None]:
     """``model`` as the fixed, differentiable function that is measured: see the three."""
-    with evaluating(model), differentiable_attention(), full_precision():
+    with evaluating(model), differentiable_attention(), float32_products():
         yield
 
 
@@ -228,3 +249,19 @@ def differentiable_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Run recurrent layers without cuDNN, for the passes of ``model`` within.
+
+    cuDNN differentiates none in eval mode and none twice, and no generator's state replays its dropout.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    try:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            cudnn.enabled = False
+        yield
+    finally:
+        cudnn.enabled = before

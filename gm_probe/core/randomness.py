@@ -34,6 +34,13 @@ def generators_kept(device: torch.device | None = None, model: nn.Module | None 
                 each()
 
 
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of torch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 class Draws:
     """The generators as they stood, so that a perturbed pass drops the units that the clean one dropped.
 
@@ -55,9 +62,7 @@ class Draws:
 
 def _torch_restorers(device: torch.device) -> Iterator[Callable[[], None]]:
     yield partial(torch.set_rng_state, torch.get_rng_state())
-    backend: Any = getattr(torch, device.type, None)
-    if device.type != "cpu" and hasattr(backend, "get_rng_state"):
-        yield partial(backend.set_rng_state, backend.get_rng_state(device), device)
+    yield partial(devices.set_generator_state, devices.generator_state(device), device)
 
 
 def _restorers(model: nn.Module | None) -> list[Callable[[], None]]:

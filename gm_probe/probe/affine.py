@@ -22,7 +22,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from gm_probe.core.errors import first_line, out_of_memory
+from gm_probe.core.errors import first_line, of_machine
 from gm_probe.core.parameters import Parameters, differentiable_attention, evaluating
 from gm_probe.core.randomness import generators_kept
 from gm_probe.probe.written import written
@@ -50,7 +50,7 @@ def affine_in_each_parameter(parameters: Parameters, x: Tensor) -> Verdict:
     try:
         return Verdict(_reason(parameters, x[:2]))
     except Exception as error:  # whatever a stranger's forward raises under tracing
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         return Verdict(f"the network could not be traced ({first_line(error)})")
 

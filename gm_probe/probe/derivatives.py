@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gm_probe.core.errors import DerivativeError, UsageError, first_line, foreign_or, out_of_memory
+from gm_probe.core.errors import DerivativeError, UsageError, first_line, foreign_or, of_machine
 from gm_probe.core.parameters import Parameters
 
 Push = Callable[[Tensor, Tensor], Tensor]
@@ -72,7 +72,7 @@ def first_adjoint(ways: Sequence[Push], pulled: Push, x: Tensor, v: Tensor) -> P
             u = found / found.norm().clamp(min=1e-300) + signs.view_as(found) / signs.norm().clamp(min=1)
             apart = float((u * found).sum() - pulled(x, u.to(v)).double() @ v.double())
         except Exception as error:  # whatever a stranger's layer raises
-            if out_of_memory(error):
+            if of_machine(error):
                 raise
             cause = error
             continue
@@ -96,7 +96,7 @@ def agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool
         cheap(*few)
         first, second = cheap(*in_float64), sound(*in_float64)
     except Exception as error:  # no such derivative, or a layer that insists on its dtype
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         return False
     return bool((first - second).norm() <= 1e-8 * second.norm())
@@ -112,7 +112,7 @@ def require_terms(terms: Way, product: Way, in_float64: Arguments) -> None:
     try:
         total, whole = float(terms(*in_float64).sum()), product(*in_float64).double()
     except Exception as error:  # a layer that insists on its dtype
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         return
     expected = float(whole @ v)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from gm_probe.core.batches import Batches
+from gm_probe.core.collecting import Data, as_batches
+from gm_probe.core.devices import require_float64
 from gm_probe.core.door import Outputs
 from gm_probe.core.errors import (
     DataError,
@@ -20,10 +22,11 @@ from gm_probe.core.errors import (
     ProbeError,
     UsageError,
     did_you_mean,
+    one_device,
 )
 from gm_probe.core.layout import in_layout_taken
 from gm_probe.core.memory import within_memory
-from gm_probe.core.parameters import as_measured
+from gm_probe.core.parameters import Parameters, as_measured
 from gm_probe.core.processes import count
 from gm_probe.core.randomness import generators_kept
 from gm_probe.probe import curvature, inconsistency, outputs
@@ -184,7 +187,8 @@ SEPARATE = {
 class Report:
     """What ``measure`` found: ``rows`` maps a measure's name to its estimate.
 
-    ``batch_size`` is what it ended with: that of the batches, or what memory holds.
+    ``batch_size`` is what it ended with: that of the batches, or what memory holds. ``outputs`` says how what the
+    model returns was read.
     """
 
     num_parameters: int
@@ -192,6 +196,7 @@ class Report:
     settings: Settings
     rows: dict[str, Estimate]
     batch_size: int
+    outputs: Outputs = field(default_factory=Outputs)
 
     def as_dict(self, *, checkpoint: str, model: str, **more: Any) -> dict[str, Any]:
         """The JSON object of ``gmprobe measure --json`` and of a run's measures.json."""
@@ -200,7 +205,12 @@ class Report:
             "model": model,
             "num_parameters": self.num_parameters,
             "num_examples": self.num_examples,
-            "settings": {**self.settings.as_dict(), "batchnorm": "eval (running statistics)", **more},
+            "settings": {
+                **self.settings.as_dict(),
+                "batchnorm": "eval (running statistics)",
+                **{key: value for key, value in self.outputs.settings().items() if value is not None},
+                **more,
+            },
             "measures": {name: row.as_dict() for name, row in self.rows.items()},
         }
 
@@ -237,9 +247,11 @@ def default_measures(*, labeled: bool, coupled: bool = False) -> list[str]:
     ]
 
 
+@one_device()
+@torch.inference_mode(False)
 def measure(
     model: nn.Module,
-    batches: Batches,
+    data: Data,
     names: Sequence[str] | None = None,
     settings: Settings | None = None,
     *,
@@ -248,18 +260,23 @@ def measure(
     notify: Callable[[str, float], None] | None = None,
     outputs: Outputs | None = None,
 ) -> Report:
-    """Measure ``model`` over ``batches`` in eval mode; the model is left bit-identical.
+    """Measure ``model`` over ``data`` in eval mode; the model is left bit-identical.
+
+    Batches are taken to the model's device. Products of float32 are taken in float32, not in TF32.
 
     Args:
+        data: ``Batches``, or what they are made of: x, (x, y), a list of batches, a data set, a loader that does not
+            shuffle. Inputs of floating-point numbers are taken in the dtype of the model's weights.
         outputs: how what the model returns is read (core.door). Default: a tensor of logits, or what is named so.
         names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
         initial: the model before training, for its distance.
-        memory: bytes that a product may take, where ``batches`` are of no size of their own, and a quarter more that
+        memory: bytes that a product may take, where the data has no batch size of its own, and a quarter more that
             the Hessian's products may keep from one to the next.
         notify: called with the measure at work and the gradient evaluations done so far.
 
     Raises:
-        UsageError: an unknown measure, a model without trainable parameters, or whose gradients fail or are hidden.
+        UsageError: an unknown measure, data or outputs that cannot be read, a model without trainable parameters, or
+            whose gradients fail or are hidden.
         DerivativeError: the model lacks the derivative of every measure, or in several processes of one; else that
             one is undefined.
         CheckpointError: weights that are not finite.
@@ -269,11 +286,15 @@ def measure(
         ResourceError: no memory for a single example; before, batches are halved where it runs out.
     """
     settings = settings or Settings()
+    batches = _in_dtype_of(model, as_batches(data))
     if names is None:
         names = default_measures(labeled=batches.labeled, coupled=batches.coupled)
     check_names(names, labeled=batches.labeled, coupled=batches.coupled)
     if batches.num_examples == 0:
         raise DataError("the probe set is empty")
+    device = Parameters(model, settings.params).device
+    require_float64(device)
+    batches = batches.on(device)
     current = names[0] if names else ""
 
     def tick(evaluations: float) -> None:
@@ -316,7 +337,14 @@ def measure(
             rows[name] = _estimate(figure, batches, settings.target_error, work.evaluations - before)
     if refusals and all(row.value is None for row in rows.values()):
         raise refusals[0]
-    return Report(probe.parameters.size, batches.total, settings, rows, batches.batch_size)
+    how = outputs or Outputs()
+    return Report(probe.parameters.size, batches.total, settings, rows, batches.batch_size, how)
+
+
+def _in_dtype_of(model: nn.Module, batches: Batches) -> Batches:
+    """``batches`` in the dtype of the model's weights, where these have a single one."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return batches.of_dtype(dtypes.pop()) if len(dtypes) == 1 else batches
 
 
 def _require_full(dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gm_probe.core.batches import Batches
 from gm_probe.core.door import Outputs
 from gm_probe.core.errors import DataError, DivergedError, UsageError, foreign_or
+from gm_probe.core.labels import as_labels, fitting
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import gather_examples
 from gm_probe.core.randomness import Draws
@@ -209,6 +210,7 @@ class Probe:
         return found
 
     def _outputs(self) -> Tensor:
+        """What the model returns for this process's examples, as it returns it."""
         rows: list[Tensor] = []
         with torch.no_grad():
             for batch in self.batches:
@@ -219,11 +221,11 @@ class Probe:
                     return DataError(f"the model fails on {some} ({cause}); leave out what it does not take")
 
                 with foreign_or(fails):
-                    rows.append(self.parameters.logits(batch.x))
+                    rows.append(self.parameters.taken(batch.x))
                 self.work.add(FORWARD, len(rows[-1]))
         return torch.cat(rows)
 
-    def _require_independent(self, clean: Tensor) -> None:
+    def _require_independent(self, outputs: Tensor) -> None:
         """Raise UsageError where an example's outputs hang on its batch: so would every measure."""
         x = next(iter(self.batches)).x
         if self.batches.coupled or len(x) < 2:
@@ -238,24 +240,20 @@ class Probe:
             )
 
         with foreign_or(hanging), torch.no_grad():  # BatchNorm has no statistics of a single value
-            apart = self.parameters.logits(x[few])
-        if not _same(clean[: len(x)][few], apart, torch.float32):
+            apart = self.parameters.taken(x[few])
+        if not _same(outputs[: len(x)][few], apart, torch.float32):
             raise hanging("as of BatchNorm without running statistics")
 
     @cached_property
     def clean(self) -> Tensor:
-        """(n, C) logits at θ of this process's examples.
+        """(n, C) logits at θ of this process's examples; (n, L, 2) of L yes-or-no labels.
 
         Raises:
-            UsageError: one class only; an example's outputs hang on its batch.
+            UsageError: one class only, or outputs of another kind; an example's outputs hang on its batch.
             DivergedError: some are not finite.
             DataError: two passes over the data differ; the model does not take some.
         """
         first, again = self._outputs(), self._outputs()
-        if first.shape[1] < 2:
-            raise UsageError(
-                "the model has a single output, whose softmax is 1 always; wrap it to return two logits"
-            )
         if not bool(torch.isfinite(first).all()):
             row = self.batches.first + int((~torch.isfinite(first)).any(1).nonzero()[0])
             raise DivergedError(
@@ -264,7 +262,8 @@ class Probe:
         if not _same(first, again, first.dtype):
             raise DataError("two passes over the data gave different outputs; no shuffling, no random layers")
         self._require_independent(first)
-        return first
+        self.parameters.outputs = self.parameters.outputs.checked(first)
+        return self.parameters.outputs.logits(first)
 
     def mean(self, values: Tensor) -> Figure:
         """The exact mean of this process's per-example ``values`` (n,) over all examples."""
@@ -273,19 +272,12 @@ class Probe:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """(N,) class indices as given; None = unlabeled."""
-        y = self.batches.examples.y
-        if y is None:
+        """(n,) class indices as given, or (n, L) yes-or-no labels; None = unlabeled."""
+        examples = self.batches.examples
+        if examples.y is None:
             return None
-        classes = self.clean.shape[1]
-        if int(y.min()) < 0:
-            raise DataError(f"labels must be class indices ≥ 0, got {int(y.min())}; leave such examples out")
-        if int(y.max()) >= classes:
-            raise DataError(
-                f"{self.batches.examples.source} has labels up to {int(y.max())} but the model has {classes} classes "
-                f"(0 to {classes - 1}); check the labels, or measure it --unlabeled"
-            )
-        return y.to(self.clean.device)
+        y = as_labels(examples.y.clone(), len(examples))  # a copy, for it may be of inference mode
+        return fitting(y, self.clean, examples.source).to(self.clean.device)
 
     @cached_property
     def divergence(self) -> ProbeDivergence:
@@ -303,8 +295,8 @@ class Probe:
 
     @property
     def hessian_labels(self) -> Tensor:
-        """(n,) as given, or else predicted."""
-        return self.clean.argmax(1) if self.labels is None else self.labels
+        """(n,) or (n, L) as given, or else predicted."""
+        return self.clean.argmax(-1) if self.labels is None else self.labels
 
     @property
     def label_kind(self) -> str:

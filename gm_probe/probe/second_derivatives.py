@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gm_probe.core.errors import DerivativeError, first_line, out_of_memory
+from gm_probe.core.errors import DerivativeError, first_line, of_machine
 from gm_probe.core.parameters import Parameters
 from gm_probe.probe.derivatives import REMEDY, Arguments, Way, gradients
 from gm_probe.probe.written import located
@@ -45,7 +45,7 @@ def require_second_derivative(
         except DerivativeError:
             raise
         except Exception as error:  # whatever a stranger's layer raises; be it that it insists on its dtype
-            if out_of_memory(error):
+            if of_machine(error):
                 raise
             cause = error
     raise DerivativeError(f"a layer has no second derivative ({first_line(cause)}); {REMEDY}") from cause

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gm_probe.core.batches import BATCH_SIZE, Batches
+from gm_probe.core.devices import synchronize
 from gm_probe.core.door import Outputs
-from gm_probe.core.errors import out_of_memory
+from gm_probe.core.errors import of_machine, on_two_devices, out_of_memory
 from gm_probe.core.fields import Inputs
 from gm_probe.core.parameters import Parameters, as_measured, differentiable_attention, evaluating
 from gm_probe.probe.ascent import kl_gradient
@@ -45,14 +46,14 @@ def clearly_less(other: float, usual: float) -> bool:
 
 def timed(way: Callable[[], T], device: torch.device) -> tuple[float, T]:
     """The seconds that ``way`` takes, and what it returns."""
-    if device.type != "cuda":  # the processor's own time: others on this machine must not decide
+    if device.type == "cpu":  # the processor's own time: others on this machine must not decide
         start = time.process_time()
         result = way()
         return time.process_time() - start, result
-    torch.cuda.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     result = way()
-    torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start, result
 
 
@@ -77,7 +78,7 @@ def fastest_layout(model: nn.Module, x: Tensor, outputs: Outputs | None = None) 
         try:
             last = not clearly_faster(lambda: gradient(False), lambda: gradient(True), x.device)
         except Exception as error:  # of a stranger's layer; what needs the gradient will tell
-            if out_of_memory(error):
+            if of_machine(error):
                 raise
             last = True
     model.to(memory_format=layouts[last])
@@ -108,6 +109,8 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
     found: dict[int, int] = {}
 
     def save(value: Tensor) -> Tensor:
+        if value.layout != torch.strided:  # a functional embedding's sparse gradient, which has no storage
+            return value
         storage = value.untyped_storage()
         address = storage.data_ptr()
         if address not in ignored:  # a view may be less than its storage, an expanded one more
@@ -126,6 +129,8 @@ def within(memory: float, model: nn.Module, batches: Batches, outputs: Outputs |
     few = next(iter(batches.of_size(4))).x
     try:
         taken = TAPES * bytes_an_example(model, few, outputs)
-    except Exception as error:  # noqa: BLE001  of a stranger's layer
+    except Exception as error:  # of a stranger's layer
+        if on_two_devices(error):
+            raise
         return batches.of_size(1) if out_of_memory(error) else batches
     return batches.of_size(int(max(1, min(BATCH_SIZE, memory // taken))) if taken else BATCH_SIZE)

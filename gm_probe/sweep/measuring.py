@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +14,15 @@ from gm_probe.core.batches import BATCH_SIZE, Batches, Normalization
 from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment
+from gm_probe.core.devices import environment, require_float64
 from gm_probe.core.door import Head, Outputs
-from gm_probe.core.errors import DataError, UsageError, foreign_or
+from gm_probe.core.errors import DataError, UsageError, foreign_or, one_device
 from gm_probe.core.fields import arguments
 from gm_probe.core.layout import settle_layout
-from gm_probe.core.loading import check_fit, choose_normalization, load_model
+from gm_probe.core.loading import check_fit, choose_normalization, fitted_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
-from gm_probe.core.models import ModelSpec, initial_model, logits_at
+from gm_probe.core.models import ModelSpec, initial_model, is_user_code, logits_at
 from gm_probe.core.parameters import as_measured, evaluating
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
@@ -54,6 +54,8 @@ class Subject:
     classes: tuple[str, ...]  # as the checkpoint records them
     recorded: ModelSpec | None  # likewise
     outputs: Outputs  # how what the model returns is read
+    key: str = ""  # where the weights stand in a foreign file
+    notes: tuple[str, ...] = ()  # what was chosen of a file without being asked for
 
 
 def open_subject(
@@ -61,6 +63,8 @@ def open_subject(
     examples: Examples,
     *,
     model_name: str | None = None,
+    key: str | None = None,
+    strip: str | None = None,
     normalization: Normalization | None = None,
     num_classes: int | None = None,
     batch_size: int = BATCH_SIZE,
@@ -74,6 +78,7 @@ def open_subject(
     """Load the checkpoint ``path`` and lay ``examples`` out for it.
 
     Args:
+        key, strip: as ``read_checkpoint`` takes them.
         model_name, normalization, num_classes: needed for foreign checkpoints; override the recorded ones.
         head: what the outputs stand for (core.door); or ``simclr``: they are NT-Xent logits, over batches of two
             views, drawn by ``seed``, of ``batch_size`` images each. ``temperature`` None is the recorded one.
@@ -82,11 +87,11 @@ def open_subject(
     Raises:
         CheckpointError, DataError, UsageError: as the parts raise them.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, key, strip)
     simclr = _check_head(checkpoint, head, temperature)
     check_fit(checkpoint, examples)
     shape = tuple(examples.x.shape[1:])
-    model = load_model(
+    model, fit = fitted_model(
         checkpoint,
         model_name,
         input_shape=shape,
@@ -96,10 +101,10 @@ def open_subject(
     )
     chosen = choose_normalization(checkpoint, examples, normalization)
     device = torch.device(device)
-    if device.type == "mps":
-        raise UsageError("MPS has no float64, which the estimators need; measure with --device cpu")
+    require_float64(device)
     model.to(device, dtype)
     name = model_name or (checkpoint.model.name if checkpoint.model else "")
+    said = "" if checkpoint.model else fit.key, tuple(fit.notes(path))
     if simclr:
         views = contrastive_batches(
             examples, chosen, images=batch_size, seed=seed, device=device, dtype=dtype
@@ -113,13 +118,15 @@ def open_subject(
             checkpoint.classes,
             checkpoint.model,
             Outputs(kind="logits"),
+            *said,
         )
     batches = Batches(examples, chosen, batch_size=batch_size, device=device, dtype=dtype)
     if batches.channels_last:
         batches.channels_last = settle_layout(model, next(iter(batches.of_size(2))).x)
-    outputs = _examined(
-        model, batches, replace(outputs or Outputs(), head=cast(Head, head)), model_name or path
-    )
+    outputs = replace(outputs or Outputs(), head=cast(Head, head))
+    if not is_user_code(name):  # libraries' networks return logits, however they look
+        outputs = replace(outputs, kind=outputs.kind or "logits")
+    outputs = _examined(model, batches, outputs, model_name or path)
     classes = _num_classes(model, batches, outputs)
     if num_classes is not None and num_classes != classes:
         raise UsageError(f"{model_name or path} has {classes} outputs, not --num-classes {num_classes}")
@@ -129,7 +136,7 @@ def open_subject(
             f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; "
             "each class needs its folder, or measure it --unlabeled"
         )
-    return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs)
+    return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs, *said)
 
 
 def _check_head(checkpoint: Checkpoint, head: str, temperature: float | None) -> bool:
@@ -216,6 +223,7 @@ def measure_checkpoint(
         passed_over=dict(examples.passed_over),
         dtype=str(batches.dtype).removeprefix("torch."),
         processes=count(),
+        **({"key": subject.key} if subject.key else {}),
         **{key: value for key, value in subject.outputs.settings().items() if value is not None},
         **_how_coupled(subject),
         **environment(batches.device),
@@ -227,6 +235,8 @@ def measure_checkpoint(
         "channels_last": batches.channels_last,
         "skipped": list(examples.skipped),
     }
+    if subject.notes:
+        result["notes"] = list(subject.notes)
     if quadrature is not None:
         before = spent
         result["density"], _ = within_memory(
@@ -251,11 +261,13 @@ class How:
         scope: over what, as a measures.json says it beside ``settings``: ``part``, ``max_examples`` and, of other data
             than the run's own, ``data`` and whether it is ``labeled``.
         loading: as ``measure_checkpoint`` takes it.
+        own_loading: what belongs to one checkpoint alone, such as its network's name.
     """
 
     settings: Settings
     scope: Mapping[str, Any]
     loading: Mapping[str, Any]
+    own_loading: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def of_other_data(self) -> bool:
@@ -276,7 +288,8 @@ def measure_as(
 ) -> dict[str, Any]:
     """``measure_checkpoint`` over what ``how`` takes of ``examples``, which the result's settings then say."""
     chosen = how.chosen(examples)
-    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **how.loading)
+    loading = {**how.loading, **how.own_loading.get(path, {})}
+    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **loading)
     result["settings"] |= how.scope
     if how.of_other_data:
         result["settings"][DIGEST] = chosen.digest
@@ -357,7 +370,7 @@ def _densities(
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``. ``reason``: why there is none."""
     num_probes, num_steps = quadrature
-    with generators_kept(part.device, subject.model), as_measured(subject.model):
+    with one_device(), generators_kept(part.device, subject.model), as_measured(subject.model):
         work = Work(part.num_examples)
         probe = Probe(subject.model, part, settings, work, memory=memory, outputs=subject.outputs)
         found = {}

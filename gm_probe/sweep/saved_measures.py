@@ -85,7 +85,7 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
         if key in settings
     }
     scope = {key: changed.get(key, value) for key, value in scope.items()}
-    return How(replace(how.settings, **ours), scope, loading), changed
+    return How(replace(how.settings, **ours), scope, loading, how.own_loading), changed
 
 
 def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import CheckpointError, DataError, StorageError
 from gm_probe.core.files import read_json
+from gm_probe.core.huggingface import is_folder
 from gm_probe.core.images import blocks
 from gm_probe.core.records import CHECKPOINT, CONFIG, SPLIT, find_runs, read_run
 from gm_probe.training.parts import MARKS, own_unlabeled
@@ -50,7 +51,7 @@ def find_checkpoints(given: Sequence[Path]) -> tuple[list[Path], list[tuple[Path
         if path.name == CHECKPOINT and is_run(path.parent):
             path = path.parent  # the run's own file: its training set is known
         found = [path]
-        if path.is_dir() and not (path / CHECKPOINT).exists():
+        if path.is_dir() and not ((path / CHECKPOINT).exists() or is_folder(path)):
             found, others = _finished_runs(path)
             excluded += others
         for one in found:

@@ -72,6 +72,7 @@ class TrainConfig:
         checkpoint_every: steps between saved states, beside one an epoch.
         amp: bf16 and fp16 run forward and backward passes under autocast; parameters stay float32. fp16 scales
             the loss; a step whose gradient overflows is skipped.
+        tf32: on an NVIDIA GPU, take products of float32 in TF32, faster and to 3 digits; measurements stay in float32.
         deterministic: use only algorithms that give the same bits in every run (on a CPU all do).
         threads: CPU threads, set by the command line and the sweep (None = torch's own choice).
     """
@@ -128,6 +129,7 @@ class TrainConfig:
     track_every: int = 0
     track_rho: float = 0.1
     amp: str = "none"
+    tf32: bool = False
     deterministic: bool = False
     checkpoint_every: int | None = None
     seed: int = 0

@@ -26,7 +26,8 @@ looked through and its hooks never fire. ``generator`` must be seeded alike in e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -38,9 +39,9 @@ from torch.nn import functional
 
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.door import Outputs, unwrapped
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import DeviceError, UsageError, first_line, on_two_devices
 from gm_probe.core.fields import Inputs, arguments, as_inputs
-from gm_probe.core.parameters import Parameters, dense
+from gm_probe.core.parameters import Parameters, dense, differentiable_recurrence
 from gm_probe.core.processes import count, sum_over_processes
 from gm_probe.core.randomness import Draws
 from gm_probe.core.recomputation import non_reentrant
@@ -131,15 +132,15 @@ class Rule:
         self._scaler = scaler
         # layers may have been frozen or unfrozen meanwhile
         self.parameters = Parameters(self.model, outputs=self.outputs)
-        self._batch = SubBatches(
-            as_inputs(x), as_targets(y), self.m, equal=isinstance(self.model, Contrastive)
-        )
+        x, y = as_inputs(x), as_targets(y)
+        self._batch = SubBatches(x, y, self.m, equal=isinstance(self.model, Contrastive))
         self._leaves: list[Tensor] = list(self.parameters.named.values())
         steps: list[Step] = []
         sums: Gradients = []
         for index, part in enumerate(self._batch.parts):
             self._index = index
-            step, gradients = self._gradients(part.x, value_of(part.y))
+            with differentiable_recurrence(self.model), self._told_of_devices(x, y):
+                step, gradients = self._gradients(part.x, value_of(part.y))
             sums = self._sum(sums, gradients)
             steps.append(step)
         self._accumulate(self._over_processes(sums))
@@ -208,6 +209,20 @@ class Rule:
     def _share(self) -> float:
         """Of the sub-batch at work in the examples of all processes."""
         return self._batch.parts[self._index].share
+
+    @contextmanager
+    def _told_of_devices(self, x: Inputs, y: Inputs) -> Iterator[None]:
+        """Raise DeviceError that says where x, y and the model are, where torch raises of two devices."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not on_two_devices(error):
+                raise
+            places = {"x": x.device, "y": y.device, "the model": self.parameters.device}
+            told = ", ".join(f"{name} is on {place}" for name, place in places.items())
+            raise DeviceError(
+                f"{told}; move all, and what the criterion holds, to one device ({first_line(error)})"
+            ) from error
 
     def _differentiate(
         self, loss: Tensor, inputs: Sequence[Tensor] | None = None, *, again: bool = False
