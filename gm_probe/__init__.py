@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from gm_probe.probe.pairwise import PairReport as PairReport
     from gm_probe.probe.pairwise import compare as compare
     from gm_probe.probe.probe import Estimate as Estimate
-    from gm_probe.probe.probe import Settings as Settings
+    from gm_probe.probe.settings import Settings as Settings
     from gm_probe.probe.spectrum import eigenpairs as eigenpairs
     from gm_probe.probe.spectrum import lanczos as lanczos
     from gm_probe.probe.trace import trace as trace
@@ -89,7 +89,8 @@ _HOMES = {
     "probe.kl": ("kl_divergence",),
     "probe.measures": ("MEASURES", "Report", "measure"),
     "probe.operators": ("Operator", "fisher", "hessian"),
-    "probe.probe": ("Estimate", "Settings"),
+    "probe.probe": ("Estimate",),
+    "probe.settings": ("Settings",),
     "probe.pairwise": ("PairEstimate", "PairReport", "compare"),
     "probe.spectrum": ("eigenpairs", "lanczos"),
     "probe.trace": ("trace",),

@@ -29,8 +29,9 @@ from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DeviceError
 from gm_probe.core.records import CHECKPOINT, MEASURES, read_metrics
 from gm_probe.probe import fisher_trace, operators, pairwise, probe, speed
-from gm_probe.probe.measures import DEFAULT_MEASURES, measure
+from gm_probe.probe.catalogue import DEFAULT_MEASURES
 from gm_probe.probe.measures import MEASURES as ALL_MEASURES
+from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep.recipe import parse_recipe
 from gm_probe.sweep.runner import run_recipe

@@ -28,7 +28,8 @@ from gm_probe.cli.relevance import READ_BY
 from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.models import ModelSpec, build_model
-from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, measure
+from gm_probe.probe.catalogue import DEFAULT_MEASURES
+from gm_probe.probe.measures import MEASURES, measure
 from gm_probe.probe.probe import Settings
 
 QUICK = ["--starts", "2", "--max-probes", "2", "--trace-tolerance", "9"]

@@ -19,7 +19,8 @@ from gm_probe.core import images
 from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.datasets import Examples, open_source
 from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.images import ImageFiles, Reading, blocks
+from gm_probe.core.images import ImageFiles, blocks
+from gm_probe.core.reading import Reading
 from gm_probe.training.config import TrainConfig
 
 

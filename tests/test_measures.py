@@ -34,7 +34,8 @@ from gm_probe.core.errors import (
     UsageError,
 )
 from gm_probe.probe import measures, operators
-from gm_probe.probe.measures import MEASURES, check_names, expected_cost, measure
+from gm_probe.probe.catalogue import check_names, expected_cost
+from gm_probe.probe.measures import MEASURES, measure
 from gm_probe.probe.probe import Estimate, Probe, Settings
 from gm_probe.probe.work import THROUGH_GRADIENT, Work
 

@@ -16,7 +16,7 @@ from gm_probe.cli import main
 from gm_probe.core import images
 from gm_probe.core.errors import DataError
 from gm_probe.core.files import read_json, write_json
-from gm_probe.core.images import Reading
+from gm_probe.core.reading import Reading
 from gm_probe.training import parts
 from gm_probe.training.parts import own_unlabeled
 from gm_probe.training.run import Training

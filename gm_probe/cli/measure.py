@@ -266,8 +266,8 @@ def measure(
     from gm_probe.core.devices import named_device
     from gm_probe.core.locks import exclusive
     from gm_probe.core.records import MEASURES as MEASURES_FILE
-    from gm_probe.probe.measures import expected_cost
-    from gm_probe.probe.probe import Settings
+    from gm_probe.probe.catalogue import expected_cost
+    from gm_probe.probe.settings import Settings
     from gm_probe.sweep.executors import Processes, in_turn, visible_gpus
     from gm_probe.sweep.measuring import How, density_cost, measure_as
     from gm_probe.sweep.remeasure import Remeasure

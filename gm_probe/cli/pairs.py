@@ -204,7 +204,8 @@ def _outputs(path: Path, examples: Examples, **loading: Any) -> tuple[torch.Tens
     """Return (N, C) logits of one checkpoint in eval mode, its row of the result, and the checkpoint as opened."""
     from gm_probe.core.parameters import evaluating
     from gm_probe.core.precision import float32_products
-    from gm_probe.probe.probe import Probe, Settings
+    from gm_probe.probe.probe import Probe
+    from gm_probe.probe.settings import Settings
     from gm_probe.probe.work import Work
     from gm_probe.sweep.measuring import open_subject
 

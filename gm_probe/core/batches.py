@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from gm_probe.core.checks import optional, whole
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.fields import Fields, as_inputs, ordinary
@@ -166,6 +167,7 @@ class Batches:
         channels_last: bool = True,
         coupled: bool = False,
     ) -> None:
+        optional(whole, "batch_size", batch_size)
         self.examples = examples
         self.normalization = normalization or Normalization()
         self.normalization.require_range(examples)
@@ -231,6 +233,7 @@ class Batches:
 
     def of_size(self, batch_size: int) -> Batches:
         """The same examples in batches of another size."""
+        whole("batch_size", batch_size)
         if self.coupled and batch_size != self.batch_size:
             raise UsageError(
                 "another batch size would be another measure: the batch's examples hang together"

@@ -21,9 +21,10 @@ from torch import Tensor
 from gm_probe.core.errors import CheckpointError, DataError, UsageError, did_you_mean, first_line
 from gm_probe.core.files import default_data_root
 from gm_probe.core.folders import PassedOver, class_folders, entries, images_below
-from gm_probe.core.images import ImageFiles, Reading, blocks, contents, sound
+from gm_probe.core.images import ImageFiles, blocks, contents, sound
 from gm_probe.core.labels import as_labels
 from gm_probe.core.pickles import load_torch
+from gm_probe.core.reading import Reading
 
 DESCRIPTIONS = {
     "digits": "1,797 handwritten digits of 8×8 that scikit-learn ships (bundled)",

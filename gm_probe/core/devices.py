@@ -134,18 +134,21 @@ def named_device(name: str) -> torch.device:
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Let torch use no algorithm whose result differs from run to run; restored after.
+    """Let torch use no algorithm whose result differs from run to run, where ``enabled``; restored after.
 
-    On a GPU some are slower, and an operation that has no such algorithm raises RuntimeError.
+    On a GPU some are slower, and an operation that has no such algorithm raises RuntimeError. Where not enabled, the
+    caller's own setting is left as it is.
     """
-    before = torch.are_deterministic_algorithms_enabled()
-    if enabled:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-        torch.use_deterministic_algorithms(True)
+    if not enabled:
+        yield
+        return
+    before = torch.get_deterministic_debug_mode()  # which knows warnings from errors
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gm_probe.core import huggingface
+from gm_probe.core.checks import whole
 from gm_probe.core.contrastive import Contrastive, as_encoder, projector
 from gm_probe.core.door import Outputs
 from gm_probe.core.errors import UsageError, did_you_mean, first_line, out_of_memory, printable
@@ -137,8 +138,11 @@ def build_model(spec: ModelSpec) -> nn.Module:
     """Build ``spec`` with fresh weights from torch's global generator.
 
     Raises:
-        UsageError: no such model, or it does not take this input.
+        UsageError: no such model, a size that is no whole number above 0, or it does not take this input.
     """
+    whole("num_classes", spec.num_classes)
+    for size in spec.input_shape:
+        whole("input_shape", size)
     if spec.temperature is not None:
         encoder, features = as_encoder(build_model(replace(spec, temperature=None)))
         return Contrastive(encoder, projector(features, spec.num_classes), temperature=spec.temperature)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches, cut
+from gm_probe.core.checks import real, whole
 from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import everywhere, gather_examples
@@ -111,7 +112,12 @@ def fisher_trace(
 
     Returns:
         None where examples' gradients cannot be had of this model; see ``ExampleGradients``.
+
+    Raises:
+        UsageError: a number is none that can be.
     """
+    real("tolerance", tolerance, least=0)
+    whole("max_probes", max_probes)
     batches, clean = batches.on(parameters.device), clean.to(parameters.device)
     examples = ExampleGradients(parameters, next(iter(batches)).x)
     if not everywhere(examples.supported, clean.device):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from gm_probe.core.errors import (
     PrecisionError,
     ProbeError,
     UsageError,
-    did_you_mean,
     one_device,
 )
 from gm_probe.core.layout import in_layout_taken
@@ -30,157 +29,49 @@ from gm_probe.core.parameters import Parameters, as_measured
 from gm_probe.core.processes import count
 from gm_probe.core.randomness import generators_kept
 from gm_probe.probe import curvature, inconsistency, outputs
+from gm_probe.probe.catalogue import CATALOGUE, Listed, check_names, default_measures, takes_derivatives
 from gm_probe.probe.probe import Estimate, Figure, Probe, Settings
 from gm_probe.probe.speed import MEMORY, within
 from gm_probe.probe.work import Work
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
-    """One row of ``MEASURES``.
-
-    Attributes:
-        compute: takes the shared probe, returns the figure.
-        needs_labels: undefined on unlabeled data.
-        cost: typical gradient evaluations at the default settings, for time estimates.
-        symbol: short name for tables and axes.
-    """
+class Measure(Listed):
+    """One row of ``MEASURES``: ``compute`` takes the shared probe and returns the figure."""
 
     compute: Callable[[Probe], Figure]
-    needs_labels: bool
-    cost: float
-    symbol: str
-    description: str
 
 
+_COMPUTED_BY: dict[str, Callable[[Probe], Figure]] = {
+    "local_inconsistency": inconsistency.local_inconsistency,
+    "local_inconsistency_converged": inconsistency.converged,
+    "fisher_lambda_max": curvature.fisher_lambda_max,
+    "fisher_trace": curvature.fisher_trace,
+    "hessian_lambda_max": curvature.hessian_lambda_max,
+    "hessian_trace": curvature.hessian_trace,
+    "error": outputs.error,
+    "cross_entropy": outputs.cross_entropy,
+    "hessian_lambda_min": curvature.hessian_lambda_min,
+    "effective_rank": curvature.effective_rank,
+    "local_inconsistency_adaptive": inconsistency.adaptive,
+    "local_inconsistency_relative": inconsistency.relative,
+    "local_inconsistency_batchwise": inconsistency.batchwise,
+    "average_inconsistency": inconsistency.average,
+    "mean_entropy": outputs.mean_entropy,
+    "mean_confidence": outputs.mean_confidence,
+    "input_jacobian_norm": outputs.input_jacobian_norm,
+    "flip_rate": outputs.flip_rate,
+    "crop_rate": outputs.crop_rate,
+    "distance_from_initialization": outputs.distance_from_initialization,
+    "parameter_norm": outputs.parameter_norm,
+}
 MEASURES: dict[str, Measure] = {
-    "local_inconsistency": Measure(
-        inconsistency.local_inconsistency,
-        False,
-        13.3,
-        "S_ρ",
-        "KL between the outputs of the model and of its copy moved by ρ, by Algorithm 1: mean over random starts",
-    ),
-    "local_inconsistency_converged": Measure(
-        inconsistency.converged,
-        False,
-        35.0,
-        "max S_ρ",
-        "the worst such KL within the ball: ascent from ± the top Fisher eigenvector and noise, until it gains no more",
-    ),
-    "fisher_lambda_max": Measure(
-        curvature.fisher_lambda_max,
-        False,
-        10.0,
-        "λ_max(F)",
-        "largest eigenvalue of the Fisher matrix, by Lanczos",
-    ),
-    "fisher_trace": Measure(
-        curvature.fisher_trace, False, 2.7, "tr F", "trace of the Fisher matrix, by examples' own gradients"
-    ),
-    "hessian_lambda_max": Measure(
-        curvature.hessian_lambda_max,
-        False,
-        24.0,
-        "λ_max(H)",
-        "largest eigenvalue of the loss Hessian (labels given, or else predicted), by Lanczos",
-    ),
-    "hessian_trace": Measure(
-        curvature.hessian_trace,
-        False,
-        2.7,
-        "tr H",
-        "trace of the loss Hessian: tr F where every parameter enters affinely; else with labels given or predicted, "
-        "at three gradients a probe",
-    ),
-    "error": Measure(outputs.error, True, 0.0, "error", "fraction of examples classified wrongly"),
-    "cross_entropy": Measure(outputs.cross_entropy, True, 0.0, "CE", "mean cross-entropy in nats"),
-    "hessian_lambda_min": Measure(
-        curvature.hessian_lambda_min,
-        False,
-        90.0,
-        "λ_min(H)",
-        "smallest (most negative) eigenvalue of the loss Hessian, by Lanczos",
-    ),
-    "effective_rank": Measure(
-        curvature.effective_rank,
-        False,
-        13.0,
-        "tr F/λ_max",
-        "over how many directions the curvature is spread",
-    ),
-    "local_inconsistency_adaptive": Measure(
-        inconsistency.adaptive,
-        False,
-        13.3,
-        "S_ρ adapt.",
-        "S_ρ in the ball ‖δ/(|θ|+η)‖ ≤ ρ, invariant to rescaling",
-    ),
-    "local_inconsistency_relative": Measure(
-        inconsistency.relative, False, 13.3, "S_ρ rel.", "S_ρ at radius ρ‖θ‖"
-    ),
-    "local_inconsistency_batchwise": Measure(
-        inconsistency.batchwise, False, 13.3, "S_ρ batch", "mean over batches of m of each batch's own S_ρ"
-    ),
-    "average_inconsistency": Measure(
-        inconsistency.average, False, 3.3, "A_ρ", "KL on average over random perturbations of length about ρ"
-    ),
-    "mean_entropy": Measure(
-        outputs.mean_entropy, False, 0.0, "entropy", "mean entropy of the outputs in nats"
-    ),
-    "mean_confidence": Measure(
-        outputs.mean_confidence, False, 0.0, "confidence", "mean probability of the predicted class"
-    ),
-    "input_jacobian_norm": Measure(
-        outputs.input_jacobian_norm,
-        False,
-        7.0,
-        "‖∂f/∂x‖",
-        "root mean square norm of the output probabilities' derivative by the normalised input; a pass a class",
-    ),
-    "flip_rate": Measure(
-        outputs.flip_rate, False, 0.33, "flips", "predictions that change in the mirror image"
-    ),
-    "crop_rate": Measure(
-        outputs.crop_rate,
-        False,
-        0.33,
-        "crops",
-        "predictions that change where the image moves by up to 4 pixels",
-    ),
-    "distance_from_initialization": Measure(
-        outputs.distance_from_initialization,
-        False,
-        0.0,
-        "‖θ − θ₀‖",
-        "length of the way from the initial parameters; known of run folders",
-    ),
-    "parameter_norm": Measure(outputs.parameter_norm, False, 0.0, "‖θ‖", "length of the parameter vector"),
+    name: Measure(**asdict(listed), compute=_COMPUTED_BY[name]) for name, listed in CATALOGUE.items()
 }
 """All measures by their names, in the order of a table."""
 
-DEFAULT_MEASURES = (
-    "local_inconsistency",
-    "fisher_lambda_max",
-    "fisher_trace",
-    "hessian_lambda_max",
-    "hessian_trace",
-    "error",
-    "cross_entropy",
-)
-
-
 UNDEFINING = (DerivativeError, DivergedError, PrecisionError)
 """Errors that leave one measure undefined, and the others as they are."""
-
-SEPARATE = {
-    "error": "counts classes",
-    "input_jacobian_norm": "differentiates an output by its own input",
-    "flip_rate": "counts classes",
-    "crop_rate": "counts classes",
-    "local_inconsistency_batchwise": "cuts the batch",
-}
-"""Why some are undefined where the outputs of a batch hang together (``Batches.coupled``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,38 +104,6 @@ class Report:
             },
             "measures": {name: row.as_dict() for name, row in self.rows.items()},
         }
-
-
-def check_names(names: Sequence[str], *, labeled: bool, coupled: bool = False) -> None:
-    """Raise UsageError for an unknown measure, one that several processes cannot share, or of ``coupled`` examples an
-    undefined one.
-
-    Raises:
-        DataError: one needs labels that are not there.
-    """
-    for name in names:
-        if name not in MEASURES:
-            raise UsageError(f"no measure {name!r}; {did_you_mean(name, MEASURES)}")
-        if coupled and name in SEPARATE:
-            raise UsageError(f"{name} {SEPARATE[name]}: of NT-Xent logits it is undefined; leave it out")
-        if name == "local_inconsistency_batchwise" and count() > 1:
-            raise UsageError(f"{name} cuts the examples into batches; take it in one process")
-        if MEASURES[name].needs_labels and not labeled:
-            raise DataError(f"{name} needs labels; give class folders with --labeled")
-
-
-def takes_derivatives(names: Sequence[str]) -> bool:
-    """Whether one does by more than a forward pass, so that the batch must leave memory for it."""
-    return any(MEASURES[name].cost >= 1 for name in names)
-
-
-def default_measures(*, labeled: bool, coupled: bool = False) -> list[str]:
-    """``DEFAULT_MEASURES`` that can be taken; NT-Xent of ``coupled`` examples needs no labels."""
-    return [
-        name
-        for name in DEFAULT_MEASURES
-        if (labeled or coupled or not MEASURES[name].needs_labels) and not (coupled and name in SEPARATE)
-    ]
 
 
 @one_device()
@@ -289,7 +148,7 @@ def measure(
     batches = _in_dtype_of(model, as_batches(data))
     if names is None:
         names = default_measures(labeled=batches.labeled, coupled=batches.coupled)
-    check_names(names, labeled=batches.labeled, coupled=batches.coupled)
+    check_names(names, labeled=batches.labeled, coupled=batches.coupled, num_processes=count())
     if batches.num_examples == 0:
         raise DataError("the probe set is empty")
     device = Parameters(model, settings.params).device
@@ -380,34 +239,3 @@ def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float
     return Estimate(
         **found, converged=converged and value is not None, num_evals=round(cost, 3), details=details
     )
-
-
-def by_protocol(name: str, settings: Settings) -> str:
-    """``name``, or of ``local_inconsistency`` under the converged protocol the maximum's own."""
-    if name == "local_inconsistency" and settings.protocol == "converged":
-        return "local_inconsistency_converged"
-    return name
-
-
-def expected_cost(names: Sequence[str], settings: Settings) -> float:
-    """Gradient evaluations that ``measure`` will take, roughly: for progress bars and estimates."""
-    total = 2 / 3  # the two clean passes
-    for name in names:
-        name = by_protocol(name, settings)
-        cost = MEASURES[name].cost
-        if name == "local_inconsistency":
-            cost = _cost_of_starts(settings)
-        if name == "local_inconsistency_converged":
-            cost *= len({settings.rho, *settings.rho_grid})
-        if name == "hessian_trace" and "fisher_trace" in names:
-            cost = 0.0  # of networks that are affine in each parameter, it is the same
-        total += cost
-    return total
-
-
-def _cost_of_starts(settings: Settings) -> float:
-    """Gradient evaluations of the paper's protocol: the first gradient serves every ρ of a grid."""
-    radii = len({settings.rho, *settings.rho_grid})
-    most = max((settings.k_steps, *settings.k_grid))
-    along = 1 / 3 if settings.k_steps < most else 0  # the examples' terms, in passing
-    return settings.num_starts * (1 + radii * (most - 1 + 1 / 3) + along)

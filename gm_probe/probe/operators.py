@@ -48,6 +48,10 @@ with warnings.catch_warnings(), contextlib.suppress(ImportError):
     import torch._decomp.decompositions_for_jvp
 
 
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""The dtypes of class indices."""
+
+
 @dataclass(frozen=True, slots=True)
 class Operator:
     """A symmetric (P, P) matrix A = (1/N) Σ_x A_x, known by its products.
@@ -153,10 +157,26 @@ def hessian(
         memory: bytes that may be kept from one product to the next.
 
     Raises:
-        UsageError: a part of the model is in train mode.
+        UsageError: a part of the model is in train mode, or the labels are no class indices of these examples.
     """
+    _require_labels(parameters, batches, labels)
+    return _curvature(parameters, batches, _cross_entropy, labels.long(), work, memory)
 
-    return _curvature(parameters, batches, _cross_entropy, labels, work, memory)
+
+def _require_labels(parameters: Parameters, batches: Batches, labels: Tensor) -> None:
+    """Raise UsageError unless ``labels`` are class indices of the model, (n,) or (n, L)."""
+    with torch.no_grad():
+        x = next(iter(batches.on(parameters.device))).x
+        *each, classes = parameters.logits(x[batches.few(1)]).shape[1:]
+    shape = (batches.num_examples, *each)
+    if not isinstance(labels, Tensor) or labels.shape != shape or labels.dtype not in WHOLE:
+        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        raise UsageError(f"labels are {found}; give class indices, a tensor {shape} of whole numbers")
+    least, most = (int(value) for value in labels.aminmax())
+    if least < 0 or most >= classes:
+        raise UsageError(
+            f"labels go from {least} to {most}, but the model has the classes 0 to {classes - 1}"
+        )
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

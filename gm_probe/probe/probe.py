@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,90 +24,19 @@ from gm_probe.probe.ascent import FisherByDifference, ProbeDivergence
 from gm_probe.probe.derivatives import differentiable, require_gradients
 from gm_probe.probe.fisher_trace import fisher_trace
 from gm_probe.probe.operators import Operator, fisher, hessian, residual
+from gm_probe.probe.settings import Settings
 from gm_probe.probe.spectrum import Eigenpair, certified, lanczos
 from gm_probe.probe.speed import MEMORY, TRIAL
 from gm_probe.probe.trace import Trace
 from gm_probe.probe.work import FORWARD, Work
 from gm_probe.probe.written import require_moved_weights
 
-Protocol = Literal["paper", "converged"]
 T = TypeVar("T")
 DRAFT = 40
 """Difference products before exact ones go on: of CIFAR-10 networks 8 to 14 are enough."""
 
-LEAST_TOLERANCE = 1e-16
-"""Relative; float64 has no digits for less, and squares of its inverse may overflow."""
-
 KEPT = 0.25
 """Of the memory, what the Hessian's products may keep from one to the next."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    r"""How to measure.
-
-    Attributes:
-        rho: radius ρ of the ball in parameter space.
-        k_steps: ascent steps K of Algorithm 1.
-        noise_scale: expected length of the random start δ₀ (σ = noise_scale/√P).
-        num_starts: random starts that the paper's protocol averages over (App. F: 10).
-        protocol: what `local_inconsistency` reports: the paper's mean over starts, or the converged maximum.
-        ascent_tolerance: relative gain of a step at which a converged ascent stops.
-        eigen_tolerance: Lanczos residual relative to the eigenvalue.
-        trace_tolerance: standard error of a trace relative to its value.
-        min_probes: of a trace before its standard error may stop it; from fewer than 10 it is too uncertain.
-        max_probes: of a trace, also where it is below ``min_probes``; an exact tr F takes a pass a class.
-        max_iterations: Lanczos iterations and ascent steps before giving up (and saying so).
-        seed: of every random draw.
-        rho_grid, k_grid: more radii and steps at which the paper's S_ρ is taken along the way; the converged maximum
-            at more radii, an ascent each.
-        eta: η of the adaptive ball ‖δ/(\|θ\|+η)‖ ≤ ρ.
-        sub_batch: examples m that share a perturbation in the batchwise variant.
-        params: regular expression that chooses parameters by name; empty = all trainable ones.
-        top_eigenvalues: how many of the largest eigenvalues λ_max rows list.
-        target_error: relative error at which rows say how many examples they would need; 0 = don't.
-    """
-
-    rho: float = 0.1
-    k_steps: int = 1
-    noise_scale: float = 0.1
-    num_starts: int = 10
-    protocol: Protocol = "paper"
-    ascent_tolerance: float = 1e-3
-    eigen_tolerance: float = 0.01
-    trace_tolerance: float = 0.05
-    min_probes: int = 10
-    max_probes: int = 100
-    max_iterations: int = 100
-    seed: int = 0
-    rho_grid: tuple[float, ...] = ()
-    k_grid: tuple[int, ...] = ()
-    eta: float = 0.01
-    sub_batch: int = 128
-    params: str = ""
-    top_eigenvalues: int = 1
-    target_error: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-
-    def __post_init__(self) -> None:
-        positive = {"rho": self.rho, "noise_scale": self.noise_scale, "k_steps": self.k_steps}
-        positive |= {"num_starts": self.num_starts, "max_iterations": self.max_iterations}
-        positive |= {"eta": self.eta, "sub_batch": self.sub_batch, "top_eigenvalues": self.top_eigenvalues}
-        positive |= {f"rho {rho}": rho for rho in self.rho_grid} | {f"k_steps {k}": k for k in self.k_grid}
-        for name, value in positive.items():
-            if not value > 0 or not math.isfinite(value):
-                raise UsageError(f"{name} must be positive and finite, not {value}")
-        for name in ("ascent_tolerance", "eigen_tolerance", "trace_tolerance", "target_error"):
-            value = getattr(self, name)
-            if not (value == 0 or value >= LEAST_TOLERANCE) or not math.isfinite(value):
-                raise UsageError(f"{name} must be 0 or at least {LEAST_TOLERANCE:g}, and finite, not {value}")
-        if self.protocol not in get_args(Protocol):
-            raise UsageError(f"protocol must be {' or '.join(get_args(Protocol))}, not {self.protocol!r}")
-        if self.min_probes < 2 or self.max_probes < 2:
-            raise UsageError(f"a trace needs 2 probes at least, got {self.min_probes} and {self.max_probes}")
 
 
 def as_row(estimate: Any) -> dict[str, Any]:

@@ -28,16 +28,11 @@ from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
 from gm_probe.core.randomness import generators_kept
 from gm_probe.core.records import read_run
+from gm_probe.probe.catalogue import DEFAULT_MEASURES, check_names, expected_cost, takes_derivatives
 from gm_probe.probe.density import density
-from gm_probe.probe.measures import (
-    DEFAULT_MEASURES,
-    UNDEFINING,
-    check_names,
-    expected_cost,
-    measure,
-    takes_derivatives,
-)
-from gm_probe.probe.probe import Probe, Settings
+from gm_probe.probe.measures import UNDEFINING, measure
+from gm_probe.probe.probe import Probe
+from gm_probe.probe.settings import Settings
 from gm_probe.probe.speed import MEMORY, TRIAL, fastest_layout, within
 from gm_probe.probe.work import Work
 from gm_probe.training.contrastive_batches import contrastive_batches
@@ -188,7 +183,7 @@ def measure_checkpoint(
         CheckpointError, DataError, UsageError, DivergedError: as the parts raise them.
     """
     simclr = loading.get("head") == "simclr"
-    check_names(names or (), labeled=simclr or examples.y is not None, coupled=simclr)
+    check_names(names or (), labeled=simclr or examples.y is not None, coupled=simclr, num_processes=count())
     subject = open_subject(path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading)
     if not simclr and (quadrature or takes_derivatives(names or DEFAULT_MEASURES)):
         subject = _fitted(subject, batch_size, memory)

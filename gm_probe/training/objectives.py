@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from gm_probe.core.checks import one_of, real
 from gm_probe.core.errors import UsageError
 from gm_probe.core.processes import count, sum_over_processes
 
@@ -88,7 +89,9 @@ class FixMatch(Joint):
         mean: str = "batch",
     ) -> None:
         super().__init__(criterion)
-        self.threshold, self.weight, self.mean = threshold, weight, mean
+        self.threshold = real("threshold", threshold, least=0, most=1)
+        self.weight = real("weight", weight, least=0)
+        self.mean = one_of("mean", mean, ("batch", "mask"))
 
     def unlabeled_loss(self, logits: Tensor, y: Tensor) -> Tensor:
         weak, strong = self._views(logits, y)

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional
 
+from gm_probe.core.checks import optional, whole
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.door import Outputs, unwrapped
 from gm_probe.core.errors import DeviceError, UsageError, first_line, on_two_devices
@@ -101,8 +102,7 @@ class Rule:
         generator: torch.Generator | None = None,
         outputs: Outputs | None = None,
     ) -> None:
-        if m is not None and m < 1:
-            raise UsageError(f"m must be at least 1, not {m}")
+        optional(whole, "m", m)
         self.model = unwrapped(model)
         self.objective = criterion if isinstance(criterion, Objective) else Objective(criterion)
         self.m = m

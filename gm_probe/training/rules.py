@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gm_probe.core.checks import one_of, real, whole
 from gm_probe.core.door import Outputs
-from gm_probe.core.errors import UsageError
 from gm_probe.core.fields import Inputs
 from gm_probe.core.randomness import Draws
 from gm_probe.probe.ascent import ascend, kl_gradient, to_sphere
 from gm_probe.training.objectives import Criterion
 from gm_probe.training.rule import Gradients, Rule, Step
+
+KlGrad = Literal["both", "perturbed"]
+Sign = Literal["random", "none", "loss"]
+KL_GRADS: tuple[KlGrad, ...] = get_args(KlGrad)
+SIGNS: tuple[Sign, ...] = get_args(Sign)
 
 
 class SAM(Rule):
@@ -39,7 +44,7 @@ class SAM(Rule):
         outputs: Outputs | None = None,
     ) -> None:
         super().__init__(model, criterion, m=m, generator=generator, outputs=outputs)
-        self.rho = _radius(rho)
+        self.rho = real("rho", rho, least=0)
         self.passes = 8.0 if self.objective.two_losses else 6.0
 
     def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
@@ -76,7 +81,7 @@ class ASAM(SAM):
         outputs: Outputs | None = None,
     ) -> None:
         super().__init__(model, criterion, rho=rho, m=m, generator=generator, outputs=outputs)
-        self.eta = eta
+        self.eta = real("eta", eta, least=0)
 
     def _perturbation(self, gradient: Tensor) -> Tensor:
         named = self.parameters.named.items()
@@ -104,9 +109,8 @@ class _Inconsistency(Rule):
         outputs: Outputs | None = None,
     ) -> None:
         super().__init__(model, criterion, m=m, generator=generator, outputs=outputs)
-        if k_steps < 1:
-            raise UsageError(f"k_steps must be at least 1, not {k_steps}")
-        self.rho, self.k_steps, self.noise_scale = _radius(rho), k_steps, noise_scale
+        self.rho, self.k_steps = real("rho", rho, least=0), whole("k_steps", k_steps)
+        self.noise_scale = real("noise_scale", noise_scale, least=0)
 
     def _ascend(self, x: Inputs, y: Any, outputs: Tensor, draws: Draws) -> Tensor:
         clean = self._compared(outputs.detach(), y)
@@ -143,7 +147,7 @@ class IAMD(_Inconsistency):
         beta: float = 1.0,
         k_steps: int = 1,
         noise_scale: float = 0.1,
-        kl_grad: Literal["both", "perturbed"] = "both",
+        kl_grad: KlGrad = "both",
         m: int | None = None,
         generator: torch.Generator | None = None,
         outputs: Outputs | None = None,
@@ -158,7 +162,7 @@ class IAMD(_Inconsistency):
             generator=generator,
             outputs=outputs,
         )
-        self.beta, self.kl_grad = beta, kl_grad
+        self.beta, self.kl_grad = real("beta", beta, least=0), one_of("kl_grad", kl_grad, KL_GRADS)
         self.passes = 6.0 + 3.0 * k_steps
 
     def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
@@ -192,15 +196,14 @@ class OnePassIAMD(Rule):
         *,
         rho: float = 0.1,
         beta: float = 1.0,
-        kl_grad: Literal["both", "perturbed"] = "both",
+        kl_grad: KlGrad = "both",
         m: int | None = None,
         generator: torch.Generator | None = None,
         outputs: Outputs | None = None,
     ) -> None:
         super().__init__(model, criterion, m=m, generator=generator, outputs=outputs)
-        if not beta > 0:
-            raise UsageError(f"beta must be above 0, not {beta}: the term's gradient is what δ follows")
-        self.rho, self.beta, self.kl_grad = _radius(rho), beta, kl_grad
+        self.rho, self.kl_grad = real("rho", rho, least=0), one_of("kl_grad", kl_grad, KL_GRADS)
+        self.beta = real("beta", beta, above=0)  # δ follows the term's gradient
         self.delta: Tensor | None = None  # (P,)
 
     def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
@@ -251,7 +254,7 @@ class IAMS(_Inconsistency):
         rho: float = 0.1,
         k_steps: int = 1,
         noise_scale: float = 0.1,
-        sign: Literal["random", "none", "loss"] = "random",
+        sign: Sign = "random",
         m: int | None = None,
         generator: torch.Generator | None = None,
         outputs: Outputs | None = None,
@@ -266,7 +269,7 @@ class IAMS(_Inconsistency):
             generator=generator,
             outputs=outputs,
         )
-        self.sign = sign
+        self.sign = one_of("sign", sign, SIGNS)
         self.passes = 4.0 + 3.0 * k_steps + (2.0 if sign == "loss" else 0.0)
 
     def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
@@ -286,12 +289,6 @@ class IAMS(_Inconsistency):
 
 def _random_sign(generator: torch.Generator) -> int:
     return 2 * int(torch.randint(0, 2, (), generator=generator, device=generator.device)) - 1
-
-
-def _radius(rho: float) -> float:
-    if not rho >= 0:
-        raise UsageError(f"rho must be ≥ 0, not {rho}")
-    return rho
 
 
 METHODS: dict[str, type[Rule]] = {
