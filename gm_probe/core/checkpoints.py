@@ -22,6 +22,7 @@ from gm_probe.core.files import write_atomic
 from gm_probe.core.models import ModelSpec
 from gm_probe.core.pickles import entries, load_torch
 from gm_probe.core.records import CHECKPOINT
+from gm_probe.core.regular import open_to_read
 
 HEADER = "gm_probe"
 NESTED = ("state_dict", "model_state_dict", "model_state", "model")
@@ -63,7 +64,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        with path.open("rb") as file:  # safetensors says of what it may not read that it is not there
+        with open_to_read(
+            path, follow=True
+        ) as file:  # safetensors says of what it may not read that it is not there
             beginning = file.read(8)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error

@@ -12,6 +12,7 @@ import torch
 from gm_probe.core.errors import CheckpointError
 from gm_probe.core.files import write_atomic
 from gm_probe.core.pickles import load_torch
+from gm_probe.core.regular import open_to_read
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -28,6 +29,7 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any]:
         CheckpointError: the file is broken.
     """
     try:
+        open_to_read(path).close()  # no link, no pipe
         return dict(load_torch(path, device))
     except MemoryError:
         raise
