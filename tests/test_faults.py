@@ -494,9 +494,6 @@ def test_a_file_system_without_locks_is_refused(
             pass
 
 
-def test_a_lock_that_another_machine_does_not_see_is_no_leave(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
 def test_of_many_machines_one_takes_a_folder_though_locks_exclude_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

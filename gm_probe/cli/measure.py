@@ -313,7 +313,11 @@ def measure(
     }
     if many:
         _, scope = _measured_over(data, source, labeled is not None, quiet)
-        opened = own_unlabeled if source is None else partial(opened_once, data, source, labeled is not None)
+        opened = (
+            partial(own_unlabeled, leave=data.leave())
+            if source is None
+            else partial(opened_once, data, source, labeled is not None)
+        )
         how = How(settings, scope, loading | {"device": data.device})
         what = Remeasure(tuple(names), opened, how, save, given_settings)
         engine: Executor = in_turn
@@ -333,7 +337,7 @@ def measure(
             for path in checkpoints:
                 how = How(settings, scope, loading)
                 changed: dict[str, Any] = {}
-                own = own_unlabeled(path) if examples is None else examples
+                own = own_unlabeled(path, data.leave()) if examples is None else examples
                 with exclusive(path) if save and speaks else nullcontext():
                     if save:
                         how, changed = as_recorded(path, how, given_settings)

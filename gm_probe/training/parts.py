@@ -14,7 +14,9 @@ from gm_probe.core.images import contents
 from gm_probe.core.records import CONFIG, SPLIT, read_run
 from gm_probe.core.splits import Splits, hold_out, split
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.leave import Leave
 
+NO_LEAVE = Leave()
 OWN_UNLABELED = "own unlabeled"
 """What measures.json calls the part that ``own_unlabeled`` gives."""
 
@@ -69,16 +71,19 @@ def check_splits(splits: Splits, run: Path) -> None:
         )
 
 
-def own_unlabeled(path: Path) -> Examples:
+def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
     """The unlabeled part that a run folder, or a checkpoint file in one, was trained beside, labels dropped.
 
+    Args:
+        leave: where its data may be looked for, whatever the folder says.
+
     Raises:
-        UsageError: it is no run, nor in one.
+        UsageError: it is no run, nor in one; or it needs more leave.
         DataError: its data has changed since.
     """
     run = path if path.is_dir() else path.parent
     if not (run / CONFIG).exists():
         raise UsageError(f"{path} is no run folder, nor in one; give --unlabeled or --labeled DATA")
-    splits = load_splits(TrainConfig.from_record(read_run(run).config))
+    splits = load_splits(leave.applied(TrainConfig.from_record(read_run(run).config), run))
     check_splits(splits, run)
     return splits.unlabeled.unlabeled()
