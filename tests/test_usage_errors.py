@@ -38,6 +38,8 @@ ERRORS = {
     "K of one and a half": (2, *MEASURE, *DATA, "--k-steps", "1.5"),
     "no probes": (2, *MEASURE, *DATA, "--max-probes", "0"),
     "no starts": (2, *MEASURE, *DATA, "--starts", "0"),
+    "an unknown model": (2, *MEASURE, *DATA, "--model", "resnet999"),
+    "training an unknown model": (2, "train", "--model", "6cn"),
     "an unknown device": (2, *MEASURE, *DATA, "--device", "gpu"),
     "a size in words": (2, *MEASURE, *DATA, "--memory", "much"),
     "a mean without a std": (2, *MEASURE, *DATA, "--mean", "0.5"),

@@ -32,6 +32,7 @@ from gm_probe.analysis.table import (
 from gm_probe.core.errors import DataError, StorageError
 from gm_probe.core.files import read_json
 from gm_probe.core.records import SWEEP, RunRecord, find_runs, read_run
+from gm_probe.core.regular import open_to_read
 
 # What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
 # Whether pixels were normalised, not by what: that is the training data's own.
@@ -74,6 +75,10 @@ def load_table(
     if source.is_dir():
         return _table_from_folders(source, measures, hyperparameters, group_by, converged_only)
     require_source(source)
+    try:
+        open_to_read(source, follow=True).close()
+    except OSError as error:
+        raise StorageError(f"cannot read {source}: {error.strerror or error}") from error
     return table_from_file(source, measures, hyperparameters, group_by, converged_only)
 
 

@@ -13,6 +13,7 @@ import click
 from gm_probe.cli.kinds import PATH, Choice, floats
 from gm_probe.core.device_names import require_device_name
 from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.model_names import require_model_name
 from gm_probe.core.reading import Reading
 from gm_probe.core.sources import require_source
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from gm_probe.core.batches import Normalization
     from gm_probe.core.datasets import Examples
+    from gm_probe.training.leave import Leave
 
 _OPTIONS = (
     click.option(
@@ -164,6 +166,8 @@ class DataOptions:
         self._pixels()
         Reading(**self.reading())  # which checks them
         require_device_name(self.device)
+        for name in filter(None, self.model_names):
+            require_model_name(name)
         for name in filter(None, (source, self.data)):
             require_source(name, here=True)
 
@@ -204,6 +208,12 @@ class DataOptions:
             return opened.pool, "train", None
         note = f"{source} has two parts; its test part is used (see --part)"
         return opened.test, "test", note if self.part is None else None
+
+    def leave(self) -> Leave:
+        """Where a run's own data may be looked for."""
+        from gm_probe.training.leave import Leave
+
+        return Leave(self.data_root, self.download, self.data)
 
     def loading(self) -> dict[str, Any]:
         """How to load a checkpoint: the keywords of ``open_subject``. Sets threads and allocator of this process."""

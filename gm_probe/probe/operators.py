@@ -174,7 +174,9 @@ def _require_labels(parameters: Parameters, batches: Batches, labels: Tensor) ->
         raise UsageError(f"labels are {found}; give class indices, a tensor {shape} of whole numbers")
     least, most = (int(value) for value in labels.aminmax())
     if least < 0 or most >= classes:
-        raise UsageError(f"labels go from {least} to {most}, but the model has the classes 0 to {classes - 1}")
+        raise UsageError(
+            f"labels go from {least} to {most}, but the model has the classes 0 to {classes - 1}"
+        )
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from gm_probe.probe.spectrum import Eigenpair, certified, lanczos
 from gm_probe.probe.speed import MEMORY, TRIAL
 from gm_probe.probe.trace import Trace
 from gm_probe.probe.work import FORWARD, Work
-from gm_probe.probe.written import require_repeatable
+from gm_probe.probe.written import require_moved_weights
 
 T = TypeVar("T")
 DRAFT = 40
@@ -122,7 +122,7 @@ class Probe:
         """
         few = next(iter(self.batches)).x[self.batches.few(TRIAL)]
         with differentiable():
-            require_repeatable(self.parameters, few, Draws(few.device, self.parameters.model))
+            require_moved_weights(self.parameters, few, Draws(few.device, self.parameters.model))
         require_gradients(self.parameters, few, self.generator("gradients"))
         return self.parameters
 

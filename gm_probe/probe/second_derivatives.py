@@ -20,7 +20,8 @@ from gm_probe.probe.written import located
 STEPS = (30.0, 3.0, 0.3, 300.0)
 """Of √ε, relative to the weights: short ones, lest a ReLU changes sides on the way, and a long one against rounding."""
 _AS_ONE = 0.1
-"""Quotients of two steps that are as many times nearer to each other than to the product contradict it."""
+"""Quotients of two steps count as one value if they differ by less than this, relative to it and to their distance from
+the product."""
 
 Scalar = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
 """parameter values, input (B, ...), data (B, ...) ↦ the sum over examples of what is differentiated twice"""
@@ -57,33 +58,38 @@ def _contradicted(
 
     At a kink they do not settle: their quotients go with the reciprocal of the step.
     """
-    found = product(v, x, d).double()
     precision = _Precision(v.dtype)
+    with precision:
+        found = product(v, x, d).double()
     values = parameters.values(v.dtype)
     length = float(parameters.join(values.values()).norm()) or float(v.norm())
 
     def gradient(step: float) -> Tensor:
-        with torch.enable_grad(), precision:
+        with torch.enable_grad():
             moved = {n: (values[n] + step * part).requires_grad_() for n, part in parameters.split(v).items()}
             slopes = gradients(scalar(moved, x, d), moved)
         return parameters.join(slopes).double()
 
-    still = gradient(0.0)  # shows how precise the layers are, too
-    quotients: list[Tensor] = []
+    quotients: list[tuple[float, Tensor, float]] = []
     for factor in STEPS:
         step = factor * precision.eps**0.5 * length / float(v.norm())
-        quotients.append((gradient(step) - gradient(-step)) / (2 * step))
+        ahead = gradient(step)
+        quotient = (ahead - gradient(-step)) / (2 * step)
         # of a confident example that is wrong the gradient is all but constant, and what changes is lost in rounding
-        lost = 10 * precision.eps * float(still.norm()) / step
-        expected = precision.eps**0.25 * float(found.norm() + quotients[-1].norm())
-        if float((quotients[-1] - found).norm()) <= max(expected, lost):
+        lost = 10 * precision.eps * float(ahead.norm()) / step
+        expected = precision.eps**0.25 * float(found.norm() + quotient.norm())
+        if float((quotient - found).norm()) <= max(expected, lost):
             return False
-    quotients.insert(0, quotients.pop())  # from the longest step to the shortest
-    return any(
-        float((one - other).norm())
-        <= _AS_ONE * min(float((one - found).norm()), float((other - found).norm()))
-        for one, other in pairwise(quotients)
-    )
+        quotients.append((step, quotient, lost))
+    quotients.sort(key=lambda entry: -entry[0])
+    return any(_settled(one, other, found, lost) for (_, one, _), (_, other, lost) in pairwise(quotients))
+
+
+def _settled(one: Tensor, other: Tensor, found: Tensor, lost: float) -> bool:
+    """Whether two quotients (P,) are one value, up to what is ``lost`` in rounding, and another than ``found``."""
+    apart = float((one - other).norm())
+    far = min(float((one - found).norm()), float((other - found).norm()))
+    return apart <= _AS_ONE * far and apart <= max(_AS_ONE * float(one.norm()), lost)
 
 
 class _Precision(torch.autograd.graph.saved_tensors_hooks):

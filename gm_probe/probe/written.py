@@ -81,17 +81,22 @@ def require_repeatable(parameters: Parameters, x: Inputs, draws: Draws) -> None:
             "two passes with the same random draws gave different outputs: the model draws from a generator that is "
             "not replayed; use the global ones of torch, random or numpy, or one that is a module's attribute"
         )
-    require_moved_weights(parameters, x, outputs, draws)
+    require_moved_weights(parameters, x, draws, outputs)
 
 
-def require_moved_weights(parameters: Parameters, x: Inputs, outputs: Tensor, draws: Draws) -> None:
+def require_moved_weights(
+    parameters: Parameters, x: Inputs, draws: Draws, outputs: Tensor | None = None
+) -> None:
     """Raise UsageError where hand-written code runs a part of the model again in the backward pass.
 
     By then the model has its own weights again. A backward pass within a call at moved weights tells the difference.
 
     Args:
-        outputs: of ``x``, with their graph.
+        outputs: of ``x``, with their graph; None if they are not at hand.
     """
+    if outputs is None:
+        with torch.enable_grad():
+            outputs = parameters.taken(x, parameters.leaves())
     if next(written(outputs), None) is None:
         return
     length = float(parameters.join(parameters.values().values()).norm()) or 1.0

@@ -14,6 +14,7 @@ from gm_probe.core.checks import whole
 from gm_probe.core.device_names import require_device_name
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import read_toml
+from gm_probe.core.model_names import require_model_name
 from gm_probe.core.sources import require_source
 from gm_probe.probe.catalogue import CATALOGUE, DEFAULT_MEASURES, check_names
 from gm_probe.probe.settings import Settings
@@ -99,9 +100,9 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
             hint = did_you_mean(name, known, f"give a .toml file or one of {', '.join(known)}")
             raise UsageError(f"no recipe {name!r}; {hint}")
         with resources.as_file(resources.files("gm_probe") / "recipes" / f"{name}.toml") as file:
-            content = read_toml(file)
+            content = read_toml(file, follow=True)
     else:
-        content = read_toml(path)
+        content = read_toml(path, follow=True)
     recipe = parse_recipe(content, overrides)
     require_names(recipe.runs.values())
     return recipe
@@ -109,7 +110,7 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
 
 def require_names(configs: Collection[TrainConfig]) -> None:
     """Raise UsageError for data, a model or a device that there is not, before a run of many fails of it."""
-    _check_each(configs, {"data": require_source, "device": require_device_name})
+    _check_each(configs, {"data": require_source, "device": require_device_name, "model": require_model_name})
     from gm_probe.core.devices import named_device  # torch, which a wrong name must not wait for
     from gm_probe.core.models import builder
 

@@ -27,13 +27,17 @@ CHOICES = {
 
 
 WHOLE = {
-    **dict.fromkeys(("epochs", "batch_size", "k_steps", "mu", "m", "labels", "threads", "checkpoint_every"), 1),
+    **dict.fromkeys(
+        ("epochs", "batch_size", "k_steps", "mu", "m", "labels", "threads", "checkpoint_every"), 1
+    ),
     **dict.fromkeys(("num_train", "num_unlabeled", "num_test"), 1),
     **dict.fromkeys(("eval_every", "track_every", "probe_every"), 0),
 }
 """Settings that are whole numbers, and their least."""
 REAL: dict[str, dict[str, float]] = {
-    **{name: {"least": 0} for name in ("rho", "beta", "noise_scale", "eta", "lr", "momentum", "weight_decay")},
+    **{
+        name: {"least": 0} for name in ("rho", "beta", "noise_scale", "eta", "lr", "momentum", "weight_decay")
+    },
     **{name: {"least": 0} for name in ("gamma", "min_lr", "warmup_epochs", "lambda_u")},
     **{name: {"above": 0} for name in ("temperature", "track_rho", "stop_ce", "clip_norm")},
     "threshold": {"least": 0, "most": 1},
