@@ -12,9 +12,8 @@ from gm_probe.core.checks import one_of, optional, real, whole
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import as_named
 from gm_probe.core.reading import Reading
+from gm_probe.core.sources import NAMES
 
-NAMES = frozenset({"digits", "cifar10", "cifar100", "fashionmnist", "svhn"})
-"""Data that is known by name (core.datasets, which imports torch); anything else is a path."""
 CHOICES = {
     "objective": ("supervised", "joint", "fixmatch", "simclr"),
     "unlabeled_mean": ("batch", "mask"),
