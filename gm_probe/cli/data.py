@@ -57,7 +57,7 @@ _OPTIONS = (
     click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
     click.option("--dtype", type=Choice(["float32", "float64"]), default="float32", show_default=True),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps."),
-    click.option("--threads", type=click.IntRange(1), help="CPU threads."),
+    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
 )
 
 

@@ -155,7 +155,7 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 )
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="auto, cpu, cuda, cuda:1 or mps.  [default: auto]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.")
 @click.option("--out", type=PATH, help="Run folder.  [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on where the run in --out stopped.")
 @click.option("--save", type=PATH, help="Also write the final weights here (.pt, .safetensors).")
@@ -237,7 +237,7 @@ def train(
     if save is not None:
         _save(out, config.model, save)
     if config.init is not None:
-        fresh = read_run(out).config["environment"].get("fresh_weights", [])
+        fresh = read_run(out).config.get("environment", {}).get("fresh_weights", [])
         note(console, f"started from {config.init}; fresh: {', '.join(fresh) or 'nothing'}")
     write_figure(run_curves(list(read_metrics(out))), [out / CURVES_FILE])
     if as_json:

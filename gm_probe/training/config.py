@@ -24,7 +24,8 @@ CHOICES = {
     "amp": ("none", "bf16", "fp16"),
 }
 
-
+MOST_THREADS = 1024
+"""Of many more torch takes the process down."""
 PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_every"})
 """Settings of where and how a run is computed, no part of what it computes."""
 
@@ -150,6 +151,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not value >= least or not math.isfinite(value):
                 raise UsageError(f"{name} = {value} must be a finite number ≥ {least}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise UsageError(f"threads = {self.threads} must be from 1 to {MOST_THREADS}")
         positive = {
             "temperature": self.temperature,
             "track_rho": self.track_rho,
