@@ -286,8 +286,8 @@ def mutated(first: int, count: int, folder: Path, store: Path) -> None:
             path = folder / f"mutated-{seed}.png"
             path.write_bytes(data)
             try:
-                with warnings.catch_warnings(action="ignore"):  # as images.decode_all
-                    images.decode(path, None, 8)
+                with warnings.catch_warnings(action="ignore"):  # as images.ImageFiles.in_memory
+                    images.decode(path, images.Reading(image_size=8))
                 ended = "decoded"
             except DataError as error:
                 ended = "refused" if str(path) in str(error) else f"refused as {error}"

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples as Examples
     from gm_probe.core.datasets import open_source as open_source
     from gm_probe.core.devices import keep_freed_memory as keep_freed_memory
+    from gm_probe.core.door import Outputs as Outputs
     from gm_probe.core.errors import BusyError as BusyError
     from gm_probe.core.errors import CheckpointError as CheckpointError
     from gm_probe.core.errors import DataError as DataError
     from gm_probe.core.errors import DerivativeError as DerivativeError
+    from gm_probe.core.errors import DeviceError as DeviceError
     from gm_probe.core.errors import DivergedError as DivergedError
     from gm_probe.core.errors import PrecisionError as PrecisionError
     from gm_probe.core.errors import ProbeError as ProbeError
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from gm_probe.probe.pairwise import PairReport as PairReport
     from gm_probe.probe.pairwise import compare as compare
     from gm_probe.probe.probe import Estimate as Estimate
-    from gm_probe.probe.probe import Settings as Settings
+    from gm_probe.probe.settings import Settings as Settings
     from gm_probe.probe.spectrum import eigenpairs as eigenpairs
     from gm_probe.probe.spectrum import lanczos as lanczos
     from gm_probe.probe.trace import trace as trace
@@ -66,11 +68,13 @@ _HOMES = {
     "core.contrastive": ("Contrastive", "as_encoder", "partners", "projector"),
     "core.datasets": ("Examples", "open_source"),
     "core.devices": ("keep_freed_memory",),
+    "core.door": ("Outputs",),
     "core.errors": (
         "BusyError",
         "CheckpointError",
         "DataError",
         "DerivativeError",
+        "DeviceError",
         "DivergedError",
         "PrecisionError",
         "ProbeError",
@@ -85,7 +89,8 @@ _HOMES = {
     "probe.kl": ("kl_divergence",),
     "probe.measures": ("MEASURES", "Report", "measure"),
     "probe.operators": ("Operator", "fisher", "hessian"),
-    "probe.probe": ("Estimate", "Settings"),
+    "probe.probe": ("Estimate",),
+    "probe.settings": ("Settings",),
     "probe.pairwise": ("PairEstimate", "PairReport", "compare"),
     "probe.spectrum": ("eigenpairs", "lanczos"),
     "probe.trace": ("trace",),

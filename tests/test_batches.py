@@ -24,15 +24,16 @@ def images() -> Examples:
 @pytest.mark.parametrize(
     "y",
     [
-        torch.zeros(4, 1).long(),
+        torch.tensor(1),
         torch.zeros(1).long(),
         torch.zeros(5).long(),
-        torch.zeros(4),
-        torch.ones(4) > 0,
+        torch.zeros(4, 1, 1).long(),
+        torch.full((4,), 0.5),
+        torch.full((4,), torch.nan),
+        torch.zeros(4, dtype=torch.complex64),
     ],
 )
 def test_labels_of_another_shape_or_kind_are_refused(y: torch.Tensor) -> None:
-    """Of shape (N, 1) they would be compared with every prediction."""
     with pytest.raises(DataError, match="give a class index for each"):
         Batches.from_tensors(torch.rand(4, 3), y)
 
@@ -163,3 +164,44 @@ def test_len_counts_the_batches(num: int, batch_size: int) -> None:
     assert len(batches) == len(list(batches))
     pieces = cut(torch.arange(num), batches)
     assert [len(piece) for piece in pieces] == [len(batch.x) for batch in batches]
+
+
+# ---- one scale of pixels and normalisation
+
+SANE = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+UNIT = PIXELS.astype(np.float32) / 255
+UNEVEN = {
+    "mean in 0–255": (PIXELS, Normalization((127.5,) * 3, (50.0,) * 3), UsageError, "divide both by 255"),
+    "std in 0–255": (PIXELS, Normalization((0.0,) * 3, (255.0,) * 3), UsageError, "divide both by 255"),
+    "one mean": (UNIT, Normalization((0.5, 0.5, 1.5), (0.2,) * 3), UsageError, "mean 0.5,0.5,1.5"),
+    "negative mean": (UNIT, Normalization((-0.5,) * 3, (0.2,) * 3), UsageError, "not for pixels"),
+    "floats in 0–255": (UNIT * 255, SANE, DataError, "holds floats from 0 to 255"),
+    "normalised before": ((UNIT - 0.5) / 0.25, SANE, DataError, r"holds floats from -2 to 2"),
+    "12 bits in 16": (UNIT / 16, SANE, DataError, "below every mean"),
+    "divided twice": (UNIT / 255, SANE, DataError, "below every mean"),
+    "0 to 16 as uint8": (PIXELS // 16, SANE, DataError, "below every mean"),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_another_scale_than_the_normalisations_is_refused(name: str) -> None:
+    array, normalization, kind, words = UNEVEN[name]
+    with pytest.raises(kind, match=words):
+        Batches(Examples(torch.from_numpy(array), None, (), "pixels"), normalization)
+
+
+@pytest.mark.parametrize(
+    "array", [PIXELS, UNIT, UNIT.astype(np.float64), UNIT * (1 + 1e-6), np.zeros_like(PIXELS), UNIT + 0]
+)
+def test_pixels_on_the_same_scale_are_taken(array: np.ndarray) -> None:
+    for std in (1.0, 0.25, 1 / 255):
+        examples = Examples(torch.from_numpy(array), None, (), "pixels")
+        Batches(examples, Normalization((0.485, 0.456, 0.406), (std,) * 3))
+        Batches(examples, Normalization())
+
+
+def test_a_table_has_a_scale_of_its_own_unless_the_normalisation_is_recorded() -> None:
+    table = Examples(torch.tensor([[1.0, 10.0], [3.0, 30.0]]), None, (), "table")
+    Normalization((2.0, 20.0), (1.0, 5.0)).require_range(table)
+    with pytest.raises(DataError, match="table holds floats from 1 to 30"):
+        Normalization((0.5, 0.5), (0.2, 0.2)).require_range(table, recorded=True)

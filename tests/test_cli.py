@@ -20,6 +20,7 @@ from conftest import CASES
 from networks import BagOfWords
 from PIL import Image
 from torch import nn
+from torchvision import transforms
 
 from gm_probe.cli import COMMANDS, main
 from gm_probe.cli.figures import warn
@@ -27,7 +28,8 @@ from gm_probe.cli.relevance import READ_BY
 from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.models import ModelSpec, build_model
-from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, measure
+from gm_probe.probe.catalogue import DEFAULT_MEASURES
+from gm_probe.probe.measures import MEASURES, measure
 from gm_probe.probe.probe import Settings
 
 QUICK = ["--starts", "2", "--max-probes", "2", "--trace-tolerance", "9"]
@@ -527,6 +529,23 @@ def build():
         ("gmprobe measure ckpt.pt --unlabeled data --device cuda:7", 6, ["cuda:7", "cpu"]),
         ("gmprobe measure plain.pt --unlabeled data", 2, ["--model", "--mean"]),
         ("gmprobe measure plain.pt --unlabeled data --model mlp-6", 2, ["--mean", "--no-normalize"]),
+        ("gmprobe measure plain.pt --unlabeled floats.npz --model mlp-6", 2, ["--mean", "--no-normalize"]),
+        (
+            "gmprobe measure plain.pt --unlabeled data --model mlp-6 --mean 127.5 --std 50",
+            2,
+            ["mean 127.5", "divide both by 255"],
+        ),
+        (
+            "gmprobe measure plain.pt --unlabeled floats.npz --model mlp-6 --mean 0.5 --std 0.2",
+            4,
+            ["floats.npz", "from 0 to 255"],
+        ),
+        ("gmprobe measure ckpt.pt --unlabeled data --image-size 8 --crop 8", 2, ["--image-size", "--crop"]),
+        ("gmprobe measure ckpt.pt --unlabeled data --resize 8 --crop 9", 2, ["--crop 9", "--resize 8"]),
+        ("gmprobe measure ckpt.pt --unlabeled digits --crop 8", 2, ["digits", "--crop"]),
+        ("gmprobe measure . --crop 8", 2, ["--crop", "--unlabeled"]),
+        ("gmprobe measure ckpt.pt --unlabeled data --data data", 2, ["--data"]),
+        ("gmprobe train --data data --resize 8 --crop 9 --out d", 2, ["--crop 9"]),
         ("gmprobe measure plain.pt --unlabeled data --no-normalize", 2, ["--model"]),
         ("gmprobe measure plain.pt --unlabeled data --no-normalize --model mlp-7", 3, ["1.weight"]),
         ("gmprobe measure nan.pt --unlabeled data", 3, ["nan.pt", "1.weight", "NaN"]),
@@ -583,7 +602,7 @@ def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, 
     (tmp_path / "colour").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "colour" / "x.png")
     zeros = np.zeros((3, 1, 8, 8))
-    np.savez(tmp_path / "floats.npz", x=zeros + 255.0)
+    np.savez(tmp_path / "floats.npz", x=zeros + np.linspace(0, 255, 8))
     np.savez(tmp_path / "ints.npz", x=zeros.astype(np.int64))
     np.savez(tmp_path / "far.npz", x=zeros.astype(np.uint8), y=[0, 1, 2])
     (tmp_path / "broken").mkdir()
@@ -828,3 +847,33 @@ def test_one_draw_is_not_called_exact(images, checkpoint, capsys):
     }
     assert "exact" not in lines["average_inconsistency"]
     assert "exact" in lines["fisher_trace"]
+
+
+def test_wide_photographs_are_measured_as_torchvision_evaluates_them(tmp_path, capsys):
+    """The right error by hand: Resize and CenterCrop, then the network."""
+    Path("net.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))\n"
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    torch.save(model.state_dict(), "net.pt")
+    rng = np.random.default_rng(0)
+    steps = transforms.Compose([transforms.Resize(10), transforms.CenterCrop(8), transforms.ToTensor()])
+    x, y = [], []
+    for index in range(20):
+        picture = Image.fromarray(rng.integers(0, 256, (12, 40, 3), dtype=np.uint8))
+        folder = tmp_path / "wide" / "ab"[index // 10]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{index}.png")
+        x.append(steps(picture))
+        y.append(index // 10)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(torch.stack(x)), torch.tensor(y))
+    command = "gmprobe measure net.pt --model net.py:build --labeled wide --no-normalize"
+    code, out, err = run(f"{command} --measures cross_entropy --resize 10 --crop 8 --json", capsys)
+    assert (code, err) == (0, ""), err
+    value = json.loads(out)[0]["measures"]["cross_entropy"]["value"]
+    assert value == pytest.approx(float(expected), rel=1e-5)
+    code, _, err = run(f"{command} --measures cross_entropy --image-size 8 --json", capsys)
+    assert code == 0
+    assert "note: --image-size 8 changes the aspect ratio" in err

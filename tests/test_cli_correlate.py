@@ -103,6 +103,29 @@ def test_json_contract(capsys: pytest.CaptureFixture[str], table: Path) -> None:
     }
 
 
+def test_a_sweeps_recipe_says_the_subgroups_unless_an_option_does(
+    capsys: pytest.CaptureFixture[str], runs: Path
+) -> None:
+    def subgroups(*args: str) -> set[str]:
+        code, out, _ = run(capsys, str(runs), "--json", *args)
+        assert code == 0
+        return set(json.loads(out)["measures"]["fisher_trace"]["subgroups"])
+
+    assert subgroups() == set()
+    write_json(runs / "sweep.json", {"group_by": ["weight_decay"]})
+    assert subgroups() == {"weight_decay=0", "weight_decay=0.1"}
+    assert subgroups("--group-by", "") == set()
+    write_json(runs / "sweep.json", {"group_by": []})
+    assert subgroups("--group-by", "weight_decay") == {"weight_decay=0", "weight_decay=0.1"}
+    _, _, err = run(capsys, str(runs), "--json")
+    assert "subgroups by" not in err
+    for broken in ([1], {"group_by": "lr"}, {"group_by": [1]}):
+        write_json(runs / "sweep.json", broken)
+        code, _, err = run(capsys, str(runs), "--json")
+        assert (code, err.count("\n")) == (7, 1), err
+        assert "sweep.json: group_by is not a list of names" in err
+
+
 def test_run_folders_exclude_with_counted_reasons(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
     code, out, err = run(capsys, str(runs), "--json")
     result = json.loads(out)

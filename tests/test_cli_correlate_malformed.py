@@ -33,7 +33,7 @@ REFUSED = {
     "a header alone": ("error_gap,m\n", (), 4, "has a header but no run below it"),
     "no gap": ("a,b\n1,2\n", (), 4, "no column error_gap"),
     "a gap of another name": ("gap,m\n1,2\n2,3\n", (), 4, "it has: gap, m"),
-    "semicolons": ("error_gap;m\n1;2\n", (), 4, "it has: error_gap;m"),
+    "colons": ("error_gap:m\n1:2\n", (), 4, "it has: error_gap:m"),
     "a column twice": ("error_gap,m,m\n1,2,3\n", (), 4, "'m' more than once"),
     "a gap twice": ("error_gap,m,error_gap\n1,2,3\n", (), 4, "'error_gap' more than once"),
     "one run": ("error_gap,m\n1,2\n", (), 4, "1 usable run; a rank correlation needs at least 2"),
@@ -42,7 +42,8 @@ REFUSED = {
     "text for a gap": ("error_gap,m\nlow,1\n2,3\n", (), 4, "'error_gap' row 1 holds 'low'"),
     "a formula for a gap": ("error_gap,m\n=1+1,1\n2,3\n", (), 4, "holds '=1+1', which is not a number"),
     "two numbers in a cell": ('error_gap,m\n"1 2",1\n2,3\n', (), 4, "holds '1 2'"),
-    "a decimal comma": ('error_gap,m\n"0,5",1\n2,3\n', (), 4, "holds '0,5'"),
+    "a decimal comma beside a point": ('error_gap,m\n"0,5",1\n0.2,3\n', (), 4, "holds '0,5'"),
+    "a comma that may be either": ('error_gap,m\n"1,500",1\n2,3\n', (), 4, "may have a decimal comma"),
     "a longer row": ("error_gap,m\n1,2\n3,4,5\n", (), 4, "not a readable CSV"),
     "a torn quote": ('error_gap,m\n1,"2\n3,4\n', (), 4, "not a readable CSV"),
     "an escape sequence in a name": (
@@ -129,6 +130,7 @@ ODD = {
     ),
     "words for hyperparameters": ("error_gap,m,optimizer\n1,1,sgd\n2,3,adam\n3,2,sgd\n4,4,adam\n", ""),
     "a byte order mark": ("\ufeff" + GOOD, ""),
+    "decimal commas": (GOOD.replace(",", ";").replace(".", ","), "decimal commas in error_gap"),
 }
 
 

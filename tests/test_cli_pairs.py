@@ -409,3 +409,59 @@ def test_a_broken_split_is_named(here, capsys):
     code, _, err = run("gmprobe pairs runs/a0 runs/a1", capsys)
     assert code == 7
     assert "runs/a1/split.json" in err
+
+
+# ---- files of several networks, and of several copies
+
+
+def test_each_checkpoint_may_have_its_own_network_and_key(foreign, capsys):
+    """The oracle: pairs of the same weights in files of their own."""
+    torch.manual_seed(5)
+    wide = build_model(ModelSpec("mlp-9", (1, 8, 8), 2)).state_dict()
+    first, other = torch.load("x.pt", weights_only=True), torch.load("y.pt", weights_only=True)
+    torch.save({"model": first, "model_ema": other}, "both.pt")
+    torch.save(wide, "wide.pt")
+    command = "gmprobe pairs {} --unlabeled data --no-normalize --model mlp-6 --model mlp-9"
+    expected = result_of(command.format("y.pt wide.pt"), capsys)
+    found = result_of(command.format("both.pt wide.pt") + " --key model_ema --key ''", capsys)
+    assert found["pairs"][0]["kl_ab"] == expected["pairs"][0]["kl_ab"]
+    assert [row["model"] for row in found["checkpoints"]] == ["mlp-6", "mlp-9"]
+
+
+def test_a_copy_that_was_not_chosen_is_noted(foreign, capsys):
+    state = torch.load("x.pt", weights_only=True)
+    torch.save({"model": state, "model_ema": torch.load("y.pt", weights_only=True)}, "both.pt")
+    command = "gmprobe pairs both.pt y.pt --unlabeled data --no-normalize --model mlp-6"
+    found = result_of(command, capsys)
+    assert [note for note in found["notes"] if "choose with --key" in note] == [
+        "both.pt holds the weights more than once: model is taken, and model_ema not; choose with --key NAME"
+    ]
+    assert [row.get("key") for row in found["checkpoints"]] == ["model", None]
+
+
+@pytest.mark.parametrize("option", ["--model mlp-6", "--key model", "--strip model."])
+def test_an_option_once_or_once_for_each(foreign, capsys, option):
+    for command, count in (("pairs x.pt y.pt", 3), ("measure x.pt", 2)):
+        code, _, err = run(
+            f"gmprobe {command} --unlabeled data --no-normalize {' '.join([option] * count)}", capsys
+        )
+        assert code == 2
+        assert f"{option.split()[0]} is given {count} times" in err
+
+
+def test_measure_says_what_was_taken(foreign, capsys):
+    states = {"model": torch.load("x.pt", weights_only=True), "ema": torch.load("y.pt", weights_only=True)}
+    torch.save(states, "both.pt")
+    command = "gmprobe measure {} --unlabeled data --no-normalize --model mlp-6 --measures mean_confidence"
+    values = {row["checkpoint"]: row for row in result_of(command.format("x.pt y.pt"), capsys)}
+    [unasked] = result_of(command.format("both.pt"), capsys)
+    assert unasked["measures"] == values["x.pt"]["measures"]
+    assert unasked["settings"]["key"] == "model"
+    assert "choose with --key" in unasked["notes"][0]
+    assert f"note: {unasked['notes'][0]}" in run(command.format("both.pt"), capsys)[2]
+    [asked] = result_of(command.format("both.pt --key ema"), capsys)
+    assert asked["measures"] == values["y.pt"]["measures"]
+    assert asked["settings"]["key"] == "ema"
+    assert "notes" not in asked
+    code, _, err = run(command.format("both.pt --key nothing"), capsys)
+    assert (code, "no tensors under --key nothing" in err) == (2, True)

@@ -433,11 +433,20 @@ BAD_ARRAYS: dict[str, dict[str, Any]] = {
     "plain real numbers": {"x": X.astype(np.complex64)},
     "save pixels as uint8 or floats": {"x": np.zeros((2, 1, 8, 8), np.uint16)},
     "looks like (N, H, W, C)": {"x": np.zeros((2, 32, 32, 3), np.uint8)},
-    "y must be 2 class indices ≥ 0, got torch.int64 (3,)": {"x": X, "y": np.array([0, 1, 2])},
-    "y must be 2 class indices ≥ 0, got torch.int64 (2, 1)": {"x": X, "y": np.array([[0], [1]])},
-    "y must be 2 class indices ≥ 0, got torch.int64 (2,)": {"x": X, "y": np.array([0, -1])},
-    "y must be 2 class indices ≥ 0, got torch.float64": {"x": X, "y": np.array([0.0, 1.0])},
+    "y is torch.int64 of shape (3,) for 2 examples; give a class index for each": {"x": X, "y": np.arange(3)},
+    "y is torch.int64 of shape (2, 1, 1) for 2": {"x": X, "y": np.zeros((2, 1, 1), int)},
+    "y must be class indices ≥ 0, got -1": {"x": X, "y": np.array([0, -1])},
+    "y holds numbers that are not whole, as soft labels are": {"x": X, "y": np.array([0.0, 0.5])},
 }
+
+
+def test_yes_or_no_labels_are_read_and_have_no_number_of_classes(tmp_path: Path) -> None:
+    labels = np.array([[0.0, 1.0], [1.0, 1.0]])
+    examples = open_source(str(save(tmp_path / "a.npz", x=X, y=labels)), labeled=True).pool
+    assert examples.y is not None
+    assert examples.y.tolist() == [[0, 1], [1, 1]]
+    with pytest.raises(DataError, match=r"labels of shape \(2, 2\); give one class index for each example"):
+        _ = examples.num_classes
 
 
 @pytest.mark.parametrize("reason", BAD_ARRAYS)

@@ -112,7 +112,7 @@ def perform(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages speak of, tiny: data/, ckpt.pt, resnet.pth, theirs.csv, recipe.toml, runs/ and a run in it."""
+    """Make all that the pages speak of, tiny: data/, checkpoints, theirs.csv, recipe.toml, runs/ and a run in it."""
     folder = tmp_path_factory.mktemp("prepared")
     rng = np.random.default_rng(0)
     for part, count in (("train", 24), ("test", 12)):
@@ -124,7 +124,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     spec = ModelSpec("mlp-4", (3, 32, 32), 2)
     save_checkpoint(folder / "ckpt.pt", build_model(spec), spec, Normalization(), ("bright", "dark"))
-    torch.save(torchvision.models.resnet18(num_classes=2).state_dict(), folder / "resnet.pth")
+    resnet = torchvision.models.resnet18(num_classes=2).state_dict()
+    torch.save(resnet, folder / "resnet.pth")
+    torch.save({"model": resnet, "model_ema": resnet}, folder / "ema.pt")
     rows = [f"{0.1 + i / 50:.3f},{rng.normal() + i},{0.1 * (i % 3)}" for i in range(12)]
     (folder / "theirs.csv").write_text("\n".join(["error_gap,sharpness,lr", *rows]))
     (folder / "recipe.toml").write_text(RECIPE)

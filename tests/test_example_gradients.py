@@ -421,7 +421,7 @@ def test_gradients_of_their_own_are_taken_some_at_a_time(monkeypatch: pytest.Mon
         mapped = original(function, *options)
 
         def run(rest: object, some: Tensor, slopes: Tensor) -> object:
-            sizes.append(len(some))
+            sizes.append(len(slopes))
             return mapped(rest, some, slopes)
 
         return run

@@ -19,7 +19,7 @@ from gm_probe.cli.live import LiveView, doing, duration, live_view
 from gm_probe.core import locks
 from gm_probe.core.locks import LOCK, Hold, Word, exclusive, held, told
 from gm_probe.core.records import read_metrics
-from gm_probe.probe.measures import expected_cost
+from gm_probe.probe.catalogue import expected_cost
 from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.recipe import parse_recipe
 from gm_probe.sweep.runner import run_recipe

@@ -22,7 +22,8 @@ from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.models import ModelSpec, initial_model
 from gm_probe.core.parameters import Parameters
-from gm_probe.probe.measures import SEPARATE, measure
+from gm_probe.probe.catalogue import SEPARATE
+from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep.manifest import write_sweep
 from gm_probe.sweep.measuring import measure_checkpoint

@@ -34,7 +34,8 @@ from gm_probe.core.errors import (
     UsageError,
 )
 from gm_probe.probe import measures, operators
-from gm_probe.probe.measures import MEASURES, check_names, expected_cost, measure
+from gm_probe.probe.catalogue import check_names, expected_cost
+from gm_probe.probe.measures import MEASURES, measure
 from gm_probe.probe.probe import Estimate, Probe, Settings
 from gm_probe.probe.work import THROUGH_GRADIENT, Work
 
@@ -743,7 +744,7 @@ def test_every_pass_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         x, labels = torch.randn(200, 3), torch.randint(0, 3, (200,))
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     measure(model, Batches.from_tensors(x, labels, batch_size=64), [name], FAST)
-    assert 0 <= sum(seen) - sum(counted) <= 2 * 16 + 6 * 4
+    assert 0 <= sum(seen) - sum(counted) <= 5 * 16 + 6 * 4
     assert sum(counted) >= 2 * len(x)
 
 
@@ -872,7 +873,7 @@ def test_a_grid_of_radii_has_the_converged_maximum_of_each() -> None:
 
 
 def test_a_single_output_is_refused() -> None:
-    with pytest.raises(UsageError, match="single output"):
+    with pytest.raises(UsageError, match=r"one logit an example; .*--head binary"):
         measure(nn.Linear(3, 1), Batches.from_tensors(torch.ones(4, 3)), ["fisher_trace"])
 
 
@@ -1027,7 +1028,7 @@ def test_model_is_untouched_after_a_failure_anywhere(name: str, error: BaseExcep
             assert isinstance(error, RuntimeError)
             assert row.value == pytest.approx(expected, rel=0.02, abs=5 * (row.stderr or 0))
         check()
-    assert {1, 4} <= set(raised)
+    assert 4 in raised  # a failure of the first call is a memory format's, and the other one is taken
     assert all("boom" in message for message in messages)
     assert isinstance(error, RuntimeError) or not messages
     if name != "hessian_trace":  # its last call is a trial

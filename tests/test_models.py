@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from gm_probe.cli import main
+from gm_probe.core.batches import Normalization
+from gm_probe.core.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from gm_probe.core.errors import UsageError
-from gm_probe.core.models import BUILT_IN, ModelSpec, build_model, logits_at, logits_of, num_parameters
+from gm_probe.core.loading import fitted_model, load_model
+from gm_probe.core.models import BUILT_IN, ModelSpec, build_model, logits_at, num_parameters
 
 CIFAR = (3, 32, 32)
 NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")
@@ -151,7 +154,7 @@ def test_output_shapes(name: str, shape: tuple[int, ...], classes: int) -> None:
     torch.manual_seed(0)
     model = build(name, shape, classes).eval()
     with torch.no_grad():
-        logits = logits_of(model(torch.rand(2, *shape)))
+        logits = logits_at(model, torch.rand(2, *shape))
     assert logits.shape == (2, classes)
     assert bool(torch.isfinite(logits).all())
 
@@ -379,37 +382,74 @@ def test_spec_round_trip() -> None:
             ModelSpec.from_dict({**spec.as_dict(), **broken})
 
 
-def test_logits_of_every_kind_of_output() -> None:
-    logits = torch.rand(2, 3)
-    kinds: list[Any] = [
-        logits,
-        SimpleNamespace(logits=logits, loss=None),
-        {"logits": logits, "hidden": None},
-        (logits, "aux"),
-        [logits],
-    ]
-    for output in kinds:
-        assert logits_of(output) is logits
+# ---- keywords of others' builders
+
+
+@NEEDS_TIMM
+def test_keywords_reach_the_builder() -> None:
+    wide = build("torchvision:vgg11,dropout=0.25", classes=3)
+    assert {module.p for module in wide.modules() if isinstance(module, nn.Dropout)} == {0.25}
+    model = build("timm:resnet10t,drop_rate=0.25,global_pool=max", classes=3)
+    assert model.drop_rate == 0.25
+    assert model.global_pool.pool_type == "max"
 
 
 @pytest.mark.parametrize(
-    ("output", "kind"),
+    ("name", "said"),
     [
-        (torch.rand(3), r"\(3,\)"),
-        (torch.rand(2, 3, 4), r"\(2, 3, 4\)"),
-        ({"scores": torch.rand(2, 3)}, "dict"),
-        ((), "tuple"),
-        (None, "NoneType"),
-        (SimpleNamespace(logits=None), "NoneType"),
-        (torch.ones(2, 3, dtype=torch.int64), "torch.int64"),
+        ("torchvision:resnet18,nonsense=1", "cannot be built with nonsense: .*unexpected keyword"),
+        ("timm:resnet10t,nonsense=1", "cannot be built with nonsense"),
+        ("torchvision:resnet18,weights=DEFAULT", "weights cannot be passed"),
+        ("timm:resnet10t,pretrained=true", "pretrained cannot be passed"),
+        ("timm:resnet10t,checkpoint_path=a", "checkpoint_path cannot be passed"),
+        ("timm:resnet10t,num_classes=3", "num_classes cannot be passed"),
+        ("timm:resnet10t,drop_rate", "'drop_rate' is no KEYWORD=VALUE"),
+        ("timm:resnet10t,drop_rate=0,drop_rate=1", "or is there twice"),
+        ("timm:vit_tiny_patch16_224,depth=100000", r"must lie in \[-4,096, 4,096\]"),
+        ("timm:resnet10t,drop_rate=nan", "must lie in"),
+        ("timm:resnet10t,drop_rate=../a", "true, false, a number or a word"),
+        ("torchvision:resnet0,a=1", "torchvision has no classifier 'resnet0'"),
+        ("torchvision:resnet18,x=" + "1" * 1000, "a name as long"),
+        ("hf", r"config\.json beside a Hugging Face checkpoint"),
     ],
 )
-def test_outputs_without_logits(output: Any, kind: str) -> None:
-    with pytest.raises(UsageError, match=f"the model returned {kind}, not logits"):
-        logits_of(output)
+def test_keywords_that_cannot_be_passed(name: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        build(name)
 
 
-def test_a_row_of_logits_for_each_example() -> None:
-    """A language model that flattens its tokens: sums over rows would be divided by the number of examples."""
-    with pytest.raises(UsageError, match=r"12 rows of logits for 4 example"):
-        logits_at(lambda x: x.flatten(0, 1), torch.rand(4, 3, 5))
+@pytest.mark.parametrize(("name", "pixels"), [("googlenet", 32), ("inception_v3", 75)])
+def test_inputs_that_a_network_changes_are_asked_for(tmp_path: Path, name: str, pixels: int) -> None:
+    """The oracle is the network that was saved; a state dict does not say how it changes its inputs."""
+    torch.manual_seed(0)
+    make = getattr(torchvision.models, name)
+    theirs = make(num_classes=3, init_weights=False, transform_input=True).eval()
+    x, path, shape = torch.rand(2, 3, pixels, pixels), tmp_path / "a.pt", (3, pixels, pixels)
+    torch.save(theirs.state_dict(), path)
+    checkpoint = read_checkpoint(path)
+    with pytest.raises(UsageError, match=f"say torchvision:{name},transform_input=true"):
+        load_model(checkpoint, f"torchvision:{name}", input_shape=shape)
+    model, fit = fitted_model(checkpoint, f"torchvision:{name},transform_input=true", input_shape=shape)
+    assert {head.partition(".")[0] for head in fit.left_out} in ({"aux1", "aux2"}, {"AuxLogits"})
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), theirs(x))
+    other = load_model(checkpoint, f"torchvision:{name},transform_input=false", input_shape=shape)
+    assert not other.transform_input
+    spec = ModelSpec(f"torchvision:{name},transform_input=true", shape, 3)
+    save_checkpoint(path, model, spec, Normalization())  # which records it
+    for given in (None, f"torchvision:{name}"):
+        assert load_model(read_checkpoint(path), given).transform_input
+
+
+@pytest.mark.parametrize(("name", "pixels"), [("googlenet", 32), ("inception_v3", 75)])
+def test_auxiliary_heads_that_a_file_lacks_are_taken_off(tmp_path: Path, name: str, pixels: int) -> None:
+    torch.manual_seed(0)
+    make = partial(getattr(torchvision.models, name), num_classes=3, init_weights=False)
+    theirs = make(aux_logits=False).eval()
+    torch.save(theirs.state_dict(), tmp_path / "a.pt")
+    model = make().eval()
+    load_weights(model, read_checkpoint(tmp_path / "a.pt"))
+    assert size(model) == size(theirs)
+    x = torch.rand(2, 3, pixels, pixels)
+    with torch.no_grad():
+        assert torch.equal(model(x), theirs(x))

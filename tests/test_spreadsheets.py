@@ -1,10 +1,13 @@
 """Anybody's CSV or Parquet as a run table: which columns are taken, what is missing, what is refused."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import kendalltau
 
 from gm_probe.analysis.correlation import correlate, group_rows
 from gm_probe.analysis.runs import load_table
@@ -58,7 +61,7 @@ def test_numbers_are_what_spreadsheets_write_and_rounded_correctly(tmp_path: Pat
     cells = ["0.14285714285714285", "1e-5", "-3", "+.5", "8.988465674311579e107", " 2 "]
     path = make_csv(tmp_path, "error_gap,m\n" + "".join(f"{i},{cell}\n" for i, cell in enumerate(cells)))
     assert load_table(path).frame["m"].to_list() == [1 / 7, 1e-5, -3.0, 0.5, 8.988465674311579e107, 2.0]
-    for cell in ("1_000", "0x10", "\u0661", "1,5", "1e", "True"):
+    for cell in ("1_000", "0x10", "\u0661", "1,5,0", "1e", "True"):
         path = make_csv(tmp_path, f'error_gap,m\n1,1\n2,"{cell}"\n')
         with pytest.raises(DataError, match=r"column 'm' row 2 holds .*, which is not a number"):
             load_table(path, measures=["m"])
@@ -106,7 +109,7 @@ def test_csv_outcomes_are_no_measures(tmp_path: Path) -> None:
         ("\n\n", "is empty"),
         ("error_gap,m\n", "no run below"),
         ("gap,m\n1,2\n", "no column error_gap .* it has: gap, m"),
-        ("error_gap;m\n1;2\n", "it has: error_gap;m"),
+        ("error_gap:m\n1:2\n", "it has: error_gap:m"),
         ("error_gap,m,m\n1,2,3\n", "'m' more than once"),
         ("error_gap,fisher_trace\n1,2\n3,high\n", "'fisher_trace' row 2 holds 'high', which is not a number"),
         ("error_gap,m\n=1+1,2\n3,4\n", "'error_gap' row 1 holds '=1\\+1'"),
@@ -150,7 +153,7 @@ def test_sources_that_are_neither(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         load_table(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UsageError, match=r"neither in \.csv nor in \.parquet"):
+    with pytest.raises(UsageError, match=r"neither in \.csv, \.tsv nor \.parquet"):
         load_table(tmp_path / "notes.txt")
     with pytest.raises(UsageError, match="holds no run"):
         load_table(tmp_path)
@@ -190,3 +193,109 @@ def test_unreadable_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "t.parquet").touch()
     with pytest.raises(StorageError, match="Permission denied"):
         load_table(tmp_path / "t.parquet")
+
+
+# ---- one table, as trackers and spreadsheets write it
+
+RUNS = [
+    {"name": f"run-{i}", "wd": wd, "lr": lr, "seed": seed, "error_gap": gap, "sharpness": 3 * gap + noise}
+    for i, (wd, lr, seed, gap, noise) in enumerate(
+        zip(
+            *([0.0, 0.0005] * 6, [0.01, 0.01, 0.1, 0.1] * 3, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]),
+            np.random.default_rng(0).uniform(0.01, 0.3, 12).round(4).tolist(),
+            np.random.default_rng(1).normal(0, 0.3, 12).round(3).tolist(),
+            strict=True,
+        )
+    )
+]
+NAMES = list(RUNS[0])
+
+
+def lines(names: Sequence[str] = NAMES, separator: str = ",", show: Callable[[Any], str] = str) -> str:
+    rows = [names, *([show(row[name]) for name in NAMES] for row in RUNS)]
+    return "\n".join(separator.join(row) for row in rows) + "\n"
+
+
+def german(value: Any) -> str:
+    return str(value).replace(".", ",") if isinstance(value, float) else str(value)
+
+
+WRITTEN = {
+    "plain": lines().encode(),
+    "semicolons and decimal commas": lines(separator=";", show=german).encode("utf-8-sig"),
+    "Excel's Unicode text": lines(separator="\t", show=german).encode("utf-16"),
+    "a sep= line": b"sep=;\r\n" + lines(separator=";").encode(),
+    "capitals": lines(["Name", "WD", "LR", "Seed", "Error_Gap", "sharpness"]).encode(),
+    "MLflow": lines(
+        [
+            "tags.mlflow.runName",
+            "params.wd",
+            "params.lr",
+            "params.seed",
+            "metrics.error_gap",
+            "metrics.sharpness",
+        ]
+    ).encode(),
+    "percent": lines(
+        show=lambda v: (
+            f"{100 * v!r}%" if isinstance(v, float) and v in {r["error_gap"] for r in RUNS} else str(v)
+        )
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("data", WRITTEN.values(), ids=WRITTEN.keys())
+def test_a_table_means_the_same_however_it_is_written(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(data)
+    table = load_table(path)
+    assert (table.gaps, table.measures) == (("error_gap",), ("sharpness",))
+    assert sorted(table.hyperparameters) == ["lr", "wd"]
+    assert table.frame["run"].to_list() == [row["name"] for row in RUNS]
+    assert table.frame["error_gap"].to_list() == pytest.approx([row["error_gap"] for row in RUNS], rel=1e-14)
+    assert table.frame["sharpness"].to_list() == [row["sharpness"] for row in RUNS]
+    assert table.frame["seed"].to_list() == [row["seed"] for row in RUNS]
+    expected = kendalltau([row["sharpness"] for row in RUNS], [row["error_gap"] for row in RUNS]).statistic
+    assert correlate(table).measures[0].gaps["error_gap"].tau == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("column", "bad", "good"),
+    [
+        ("State", ("crashed", "failed", "killed"), "finished"),
+        ("status", ("FAILED", "KILLED", "RUNNING"), "FINISHED"),
+        ("tags.status", ("Preempting", "SCHEDULED", "pending"), "Finished"),
+    ],
+)
+def test_runs_that_did_not_finish_are_left_out_and_named(
+    tmp_path: Path, column: str, bad: tuple[str, ...], good: str
+) -> None:
+    header = ",".join(["Name", column, "_step", "_runtime", "error_gap", "sharpness"])
+    rows = [
+        f"{row['name']},{bad[i % 3] if i % 4 == 0 else good},{i},{i}.5,{row['error_gap']},{row['sharpness']}"
+        for i, row in enumerate(RUNS)
+    ]
+    table = load_table(make_csv(tmp_path, "\n".join([header, *rows, ""])))
+    assert table.measures == ("sharpness",)
+    assert [(gone.run, gone.reason) for gone in table.excluded] == [
+        (f"run-{i}", bad[i % 3]) for i in range(0, 12, 4)
+    ]
+    assert table.frame["run"].to_list() == [f"run-{i}" for i in range(12) if i % 4]
+
+
+def test_a_gap_that_is_not_there_is_taken_from_the_two_errors(tmp_path: Path) -> None:
+    rows = "".join(f"{0.01 * (i % 2)},{0.01 * (i % 2) + 0.1 * (i // 2)},{i}\n" for i in range(6))
+    table = load_table(make_csv(tmp_path, "train_error,Test_Error,m\n" + rows))
+    assert table.frame["error_gap"].to_list() == [0.0, 0.0, 0.1, 0.1, 0.2, 0.2], "ties stay ties"
+    assert "error_gap is test_error − train_error" in table.notes
+    table = load_table(make_csv(tmp_path, "train_acc,test_acc,m\n99%,90%,1\n98%,80%,2\n"))
+    assert table.frame["error_gap"].to_list() == [0.09, 0.18]
+    with pytest.raises(DataError, match="'test_error' row 1 holds 'x'"):
+        load_table(make_csv(tmp_path, "train_error,test_error,m\n0.1,x,1\n0.1,0.2,2\n"))
+
+
+def test_columns_may_be_asked_for_as_the_file_calls_them(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "metrics.error_gap,metrics.a,params.LR,params.x\n1,1,1,7\n2,2,1,8\n")
+    table = load_table(path, measures=["metrics.a"], hyperparameters=["params.LR"], group_by=["x"])
+    assert (table.measures, table.hyperparameters) == (("a",), ("lr", "x"))
+    assert table.named(["params.LR", "metrics.a", "lr"]) == ["lr", "a", "lr"]

@@ -29,7 +29,7 @@ from gm_probe.core.errors import BusyError, StorageError, UsageError
 from gm_probe.core.files import write_json, write_toml
 from gm_probe.core.locks import LOCK, Word, exclusive, held, told
 from gm_probe.core.records import failure, run_state
-from gm_probe.probe.measures import expected_cost
+from gm_probe.probe.catalogue import expected_cost
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep import estimate
 from gm_probe.sweep.estimate import estimates

@@ -25,6 +25,7 @@ from gm_probe.core.batches import Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import CheckpointError, DataError
+from gm_probe.core.folders import PassedOver, images_below
 from gm_probe.core.loading import load_model
 from gm_probe.core.models import ModelSpec, build_model
 from gm_probe.training.state import read_state
@@ -127,7 +128,7 @@ def test_states_and_data_are_looked_through_too(tmp_path: Path, trust: SimpleNam
     path = tmp_path / "state.pt"
     path.write_bytes(trust.checkpoints.with_pickle(trust.checkpoints.GIB))
     with pytest.raises(CheckpointError, match="holds a bytearray"):
-        read_state(path, torch.device("cpu"))
+        read_state(path)
     with pytest.raises(DataError, match="holds a bytearray"):
         open_source(str(path), labeled=False)
 
@@ -300,13 +301,16 @@ def test_of_a_folders_other_entries_nothing_is_kept(tmp_path: Path) -> None:
     names = [*(f"{index:04d}.txt" for index in range(3000)), "b.png", "a.PNG", ".hidden.png"]
     for name in names:
         (tmp_path / name).touch()
+    passed = PassedOver()
+    images.suffixes()  # Pillow's plugins take memory of their own
     tracemalloc.start()
     try:
-        found = list(images.images_below(tmp_path))
+        found = list(images_below(tmp_path, passed))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert [path.name for path in found] == ["a.PNG", "b.png"]
+    assert passed == {".txt": 3000, "hidden": 1}
     assert peak < 50_000  # the names alone would be 180,000 bytes
 
 

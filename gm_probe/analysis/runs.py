@@ -1,4 +1,4 @@
-"""Read a folder of run folders, or anybody's CSV or Parquet, into one RunTable."""
+"""Read a folder of run folders, or anybody's CSV, TSV or Parquet, into one RunTable."""
 
 import math
 from collections import Counter
@@ -29,7 +29,8 @@ from gm_probe.analysis.table import (
     unique,
 )
 from gm_probe.core.errors import DataError, StorageError, UsageError
-from gm_probe.core.records import RunRecord, find_runs, read_run
+from gm_probe.core.files import read_json
+from gm_probe.core.records import SWEEP, RunRecord, find_runs, read_run
 from gm_probe.core.regular import open_to_read
 
 # What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
@@ -55,7 +56,7 @@ def load_table(
     *,
     converged_only: bool = False,
 ) -> RunTable:
-    """Read ``source``: a folder of run folders, or a .csv or .parquet file with one run a row.
+    """Read ``source``: a folder of run folders, or a .csv, .tsv or .parquet file with one run a row.
 
     Empty ``measures`` takes every measure of the run folders; of a file, the columns that bear a measure's
     name, or where none does, every numeric column that is not a gap, an outcome, a setting or an identifier.
@@ -73,14 +74,32 @@ def load_table(
     if source.is_dir():
         return _table_from_folders(source, measures, hyperparameters, group_by, converged_only)
     if not source.exists():
-        raise UsageError(f"{source} does not exist; give a folder of runs, a .csv or a .parquet file")
+        raise UsageError(f"{source} does not exist; give a folder of runs, a .csv, .tsv or .parquet file")
     if source.suffix.lower() not in READERS:
-        raise UsageError(f"{source} is no folder of runs and ends neither in .csv nor in .parquet")
+        raise UsageError(f"{source} is no folder of runs and ends neither in .csv, .tsv nor .parquet")
     try:
         open_to_read(source, follow=True).close()
     except OSError as error:
         raise StorageError(f"cannot read {source}: {error.strerror or error}") from error
     return table_from_file(source, measures, hyperparameters, group_by, converged_only)
+
+
+def recipe_groups(source: Path) -> list[str]:
+    """Return the settings by which the recipe of the sweep folder ``source`` groups; none of any other source.
+
+    Raises:
+        StorageError: its sweep.json is broken.
+    """
+    path = source / SWEEP
+    if not path.is_file():
+        return []
+    content = read_json(path)
+    names = content.get("group_by", []) if isinstance(content, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise StorageError(
+            f"{path}: group_by is not a list of names; run `gmprobe sweep` into {source} again"
+        )
+    return names
 
 
 def _table_from_folders(

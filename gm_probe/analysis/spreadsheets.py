@@ -1,17 +1,26 @@
 """A table of anybody's own runs, one a row, from CSV or Parquet."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from gm_probe.analysis.columns import (
+    MET_STOP,
+    NAMES,
+    called,
+    is_setting,
+    is_status,
+    key,
+    may_be_measure,
+    unfinished,
+)
+from gm_probe.analysis.delimited import read_delimited
+from gm_probe.analysis.numerals import COMMA, NO_VALUE, Numbers, ambiguous, read_numbers
 from gm_probe.analysis.table import (
-    BOOKKEEPING,
     GAPS,
     KNOWN_MEASURES,
-    LARGEST,
     MISSED_STOP,
     OUTCOMES,
     SEED,
@@ -26,21 +35,25 @@ from gm_probe.analysis.table import (
 )
 from gm_probe.core.errors import DataError, StorageError, UsageError
 
-# Usual names of training choices: never taken for a measure unless asked for.
-# fmt: off
-SETTINGS = frozenset((
-    "method", "model", "data", "dataset", "optimizer", "lr", "learning_rate", "batch_size", "weight_decay",
-    "momentum", "schedule", "augment", "augmentation", "label_smoothing", "rho", "beta",
-    "ascent_steps", "noise_scale", "num_parameters", "num_examples",
-))
-# fmt: on
-# Neither: epochs and steps are outcomes where training stops early, and would then tell seeds apart as settings.
-LEFT_OUT = frozenset(("train_accuracy", "test_accuracy", "epochs", "steps", "", *OUTCOMES))
-MET_STOP = "met_stop_ce"
 NO = ("false", "0", "0.0")
 ROW = "\0row"
 """Name of the column that numbers the rows: no file has it."""
-NO_VALUE = ("", "-", "na", "n/a", "nan", "nat", "null", "none", "<na>")
+DIFFERENCES = (
+    ("error_gap", "test_error", "train_error"),
+    ("error_gap", "train_accuracy", "test_accuracy"),
+    ("ce_gap", "test_ce", "train_ce"),
+)
+"""The gap that a table without one is given: the second column less the third."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sheet:
+    """A table as it was read: its cells, what its columns are called in the file, and remarks on how it is written."""
+
+    source: Path
+    cells: pd.DataFrame
+    aliases: Mapping[str, str]
+    written: tuple[str, ...] = ()
 
 
 def table_from_file(
@@ -58,48 +71,27 @@ def table_from_file(
         DataError: no gap, no measure, no row, a duplicated column, or text where a number belongs.
         StorageError: the file cannot be read.
     """
-    raw = READERS[source.suffix.lower()](source)
-    names = list(raw.columns)
-    repeated = [name for name in names if names.count(name) > 1]
-    if repeated:
-        raise DataError(f"{source} has the column {repeated[0]!r} more than once; rename or remove one")
-    odd = [name for name in names if not name.isprintable()]
-    if odd:
-        raise DataError(
-            f"{source} has the column {odd[0]!r}, with characters that cannot be shown; rename it"
-        )
-    gaps = [gap for gap in GAPS if gap in names]
-    if not gaps:
-        raise DataError(
-            f"{source} has no column error_gap (test error − train error) or ce_gap; "
-            f"it has: {', '.join(names)}"
-        )
-    if raw.empty:
-        raise DataError(f"{source} has a header but no run below it")
+    sheet = _sheet(source)
+    raw, excluded, notes = _finished(sheet.cells, source, converged_only)
+    columns = read_numbers({str(name): raw[name].to_list() for name in raw if name != ROW})
+    gaps, taken_from = _gaps(columns, source)
+    names = [*columns]
+    measures, hyperparameters, group_by = (
+        [sheet.aliases.get(name, name) for name in asked] for asked in (measures, hyperparameters, group_by)
+    )
     require_known([*measures, *hyperparameters, *group_by], names, f"column in {source} named")
-    raw, excluded, notes = _finished(raw, source, converged_only)
-
-    columns = {name: _column(raw[name]) for name in names}
-    by_name = [name for name in names if name in SETTINGS and name not in measures]
+    by_name = [name for name in names if is_setting(name) and name not in measures]
     hypers = unique([*(hyperparameters or by_name), *group_by])
     free = [name for name in names if name not in {*gaps, *hypers, "run"}]
-    candidates = [name for name in free if name not in BOOKKEEPING | SETTINGS | LEFT_OUT]
-    chosen = (
-        unique(measures)
-        or [name for name in KNOWN_MEASURES if name in candidates]
-        or [name for name in candidates if not columns[name].text]
-    )
+    chosen = unique(measures) or _measures(free, columns)
     if not chosen:
         raise DataError(f"{source} has no numeric column to take as a measure; it has: {', '.join(names)}")
     require_distinct(gaps, chosen, hypers)
-    outcomes = [name for name in OUTCOMES if name in names and name not in (*gaps, *chosen, *hypers)]
-    for name in [*gaps, *chosen]:
-        for row, cell in columns[name].text.items():
-            place = int(raw[ROW].iloc[row])
-            raise DataError(f"{source} column {name!r} row {place} holds {cell!r}, which is not a number")
+    _require_numbers([*gaps, *taken_from, *chosen], columns, raw[ROW], source)
 
     left_out = [name or "a column without a name" for name in free if name not in chosen]
     note = f"measures taken: {', '.join(chosen)}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
+    outcomes = [name for name in OUTCOMES if name in names and name not in (*gaps, *chosen, *hypers)]
     gone = {name: int(columns[name].values.isna().sum()) for name in outcomes}
     lacking = [f"{name} is no number in {num} of {len(raw)} runs" for name, num in gone.items() if num]
     frame = {"run": _names(raw)}
@@ -115,22 +107,93 @@ def table_from_file(
         hyperparameters=tuple(hypers),
         missing={name: columns[name].missing for name in [*gaps, *chosen]},
         excluded=excluded,
-        notes=(*(() if measures else (note,)), *lacking, *notes),
+        notes=(
+            *_said(sheet, columns, [*gaps, *taken_from, *chosen, *hypers]),
+            *((f"{gaps[0]} is {' − '.join(taken_from)}",) if taken_from else ()),
+            *(() if measures else (note,)),
+            *lacking,
+            *notes,
+        ),
         outcomes=tuple(outcomes),
+        aliases=sheet.aliases,
     )
+
+
+def _sheet(source: Path) -> _Sheet:
+    """The cells of ``source``, its columns by the names that the rest of the code knows."""
+    raw, written = READERS[source.suffix.lower()](source)
+    empty = [bool(name == "" and (raw.iloc[:, place] == "").all()) for place, name in enumerate(raw.columns)]
+    raw = raw.loc[:, [not gone for gone in empty]]
+    names = list(raw.columns)
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise DataError(f"{source} has the column {repeated[0]!r} more than once; rename or remove one")
+    odd = [name for name in names if not name.isprintable()]
+    if odd:
+        raise DataError(
+            f"{source} has the column {odd[0]!r}, with characters that cannot be shown; rename it"
+        )
+    if raw.empty:
+        raise DataError(f"{source} has a header but no run below it")
+    new = called(names)
+    return _Sheet(
+        source, raw.rename(columns=new), {old: name for old, name in new.items() if old != name}, written
+    )
+
+
+def _gaps(columns: dict[str, Numbers], source: Path) -> tuple[list[str], list[str]]:
+    """The gaps among ``columns``, or one that is added as a difference, and the two columns that it is taken from."""
+    gaps = [gap for gap in GAPS if gap in columns]
+    if gaps:
+        return gaps, []
+    for gap, first, second in DIFFERENCES:
+        if first in columns and second in columns:
+            columns[gap] = _difference(columns[first], columns[second])
+            return [gap], [first, second]
+    raise DataError(
+        f"{source} has no column error_gap (test error − train error) or ce_gap; it has: {', '.join(columns)}"
+    )
+
+
+def _difference(first: Numbers, second: Numbers) -> Numbers:
+    """Rounded to 12 digits after the point, so that differences of equal sizes stay equal."""
+    return Numbers((first.values - second.values).round(12), {}, {**second.missing, **first.missing})
+
+
+def _measures(free: Sequence[str], columns: Mapping[str, Numbers]) -> list[str]:
+    """The columns taken unasked: those that bear a measure's name, or else all that may be one and hold numbers."""
+    known = [name for name in KNOWN_MEASURES if name in free]
+    return known or [name for name in free if may_be_measure(name) and not columns[name].text]
+
+
+def _require_numbers(
+    names: Sequence[str], columns: Mapping[str, Numbers], places: pd.Series, source: Path
+) -> None:
+    for name in names:
+        for row, cell in columns[name].text.items():
+            remedy = "which is not a number"
+            if ambiguous(cell):
+                remedy = (
+                    "which may have a decimal comma or set thousands apart; write it with a decimal point"
+                )
+            raise DataError(f"{source} column {name!r} row {int(places.iloc[row])} holds {cell!r}, {remedy}")
+
+
+def _said(sheet: _Sheet, columns: Mapping[str, Numbers], used: Sequence[str]) -> list[str]:
+    """How the table is written, in words; nothing of plain CSV."""
+    commas = unique(name for name in used if columns[name].decimal == COMMA)
+    written = [*sheet.written, *([f"with decimal commas in {', '.join(commas)}"] if commas else [])]
+    return [f"the table was read {', '.join(written)}"] if written else []
 
 
 def _finished(
     raw: pd.DataFrame, source: Path, converged_only: bool
 ) -> tuple[pd.DataFrame, tuple[Exclusion, ...], list[str]]:
-    """The rows that may enter, with their number in ``ROW``; the others; and a note on those that missed their stop.
-
-    Only a table that says of some run that it is finished says of the others that they are not.
-    """
+    """The rows that may enter, with their number in ``ROW``; the others; and a note on those that missed their stop."""
     raw = raw.assign(**{ROW: range(1, len(raw) + 1)})
     reasons: dict[int, str] = {}
-    if "status" in raw and (raw["status"] == "finished").any():
-        reasons = {row: str(status) for row, status in enumerate(raw["status"]) if status != "finished"}
+    for name in filter(is_status, raw.columns):
+        reasons |= unfinished(raw[name].to_list())
     if converged_only and MET_STOP not in raw:
         raise UsageError(
             f"--converged-only: {source} has no column {MET_STOP}, so nothing says which runs converged; give run "
@@ -154,48 +217,17 @@ def _finished(
 
 
 def _names(raw: pd.DataFrame) -> pd.Series:
-    if "run" in raw:
-        return raw["run"].map(str).map(printable)
+    """Names of the runs: of the column ``run``, or of another that names each run apart, or else row numbers."""
+    for wanted in NAMES:
+        for name in raw:
+            if key(str(name)) == wanted:
+                cells = raw[name].map(lambda cell: str(cell).strip())
+                if name == "run" or (cells.is_unique and not cells.str.lower().isin(NO_VALUE).any()):
+                    return cells.map(printable)
     return raw[ROW].map(lambda row: f"row {row}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """Finite floats or NaN; the rows whose cell is text; the rows without a finite value and the reason."""
-
-    values: pd.Series
-    text: dict[int, str]
-    missing: dict[int, str]
-
-
-def _column(cells: pd.Series) -> _Column:
-    text = cells.map(lambda cell: str(cell).strip())
-    empty = text.str.lower().isin(NO_VALUE)
-    values = text.mask(empty, "nan").map(_number).astype(float)
-    wrong = values.isna() & ~empty
-    infinite = values.isin([math.inf, -math.inf])
-    large = (values.abs() > LARGEST) & ~infinite
-    missing = dict.fromkeys(text.index[empty].tolist(), "no value")
-    missing |= dict.fromkeys(text.index[infinite].tolist(), "not finite")
-    missing |= dict.fromkeys(text.index[large].tolist(), TOO_LARGE)
-    return _Column(
-        values.mask(infinite | large),
-        dict(zip(text.index[wrong].tolist(), text[wrong].tolist(), strict=True)),
-        missing,
-    )
-
-
-def _number(cell: str) -> float:
-    """``cell`` rounded correctly, which not every release of pandas does; NaN where it is none."""
-    try:
-        return (
-            float(cell) if cell.isascii() and "_" not in cell else math.nan
-        )  # Python's own grammar takes more
-    except ValueError:
-        return math.nan
-
-
-def _settings(column: _Column, cells: pd.Series) -> pd.Series:
+def _settings(column: Numbers, cells: pd.Series) -> pd.Series:
     """A hyperparameter's cells: numbers where all of them are, else text; None where there is no value."""
     numeric = not column.text and not {"not finite", TOO_LARGE} & set(column.missing.values())
     values = column.values.tolist() if numeric else [str(cell).strip() for cell in cells]
@@ -203,22 +235,15 @@ def _settings(column: _Column, cells: pd.Series) -> pd.Series:
     return pd.Series([None if row in unset else value for row, value in enumerate(values)], dtype=object)
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _read_csv(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """All cells as text, so that what is a number and what is missing is decided above and not guessed."""
-    try:
-        raw = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    except pd.errors.EmptyDataError as error:
-        raise DataError(f"{path} is empty; it needs a header line and one line a run") from error
-    except ValueError as error:  # pandas' ParserError and UnicodeDecodeError are ValueErrors
-        raise DataError(f"{path} is not a readable CSV: {str(error).strip()}") from error
-    table = raw.iloc[1:].reset_index(drop=True)
-    table.columns = pd.Index([str(name).strip() for name in raw.iloc[0]])
-    return table
+    found = read_delimited(path)
+    table = pd.DataFrame(found.rows, columns=range(len(found.header)), dtype=object)
+    table.columns = pd.Index(found.header)
+    return table, found.written
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
+def _read_parquet(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     try:
         table = pd.read_parquet(path)
     except ImportError as error:
@@ -228,7 +253,12 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     except ValueError as error:  # pyarrow's ArrowInvalid is a ValueError
         raise DataError(f"{path} is not a readable Parquet file: {str(error).strip()}") from error
     table.columns = pd.Index([str(name).strip() for name in table.columns])
-    return table.reset_index(drop=True)
+    return table.reset_index(drop=True), ()
 
 
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": _read_csv, ".parquet": _read_parquet}
+READERS: dict[str, Callable[[Path], tuple[pd.DataFrame, tuple[str, ...]]]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
+"""By the suffix of a file: its cells, and how they are written where that is not plain."""

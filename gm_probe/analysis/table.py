@@ -76,7 +76,7 @@ class RunTable:
     ``missing[column]`` maps a row to its reason; ``unconverged[measure]`` holds the rows whose estimate had
     not converged. ``conditions[measure][setting]`` counts the runs under each value that the measure was taken
     with (``show``n; of runs that have the measure). ``notes`` are the choices made while reading, for the
-    reader to see.
+    reader to see. ``aliases`` maps what the source calls a column to what it is called here, where that differs.
     """
 
     source: Path
@@ -90,6 +90,11 @@ class RunTable:
     conditions: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     outcomes: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self, names: Iterable[str]) -> list[str]:
+        """``names`` of columns, as the source or this table calls them, as this table does."""
+        return [self.aliases.get(name, name) for name in names]
 
     @property
     def num_runs(self) -> int:

@@ -34,7 +34,11 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     default="",
     help="Hyperparameters, as --json lists. Default: settings that vary.",
 )
-@click.option("--group-by", metavar="A,B", default="", help="Also within each subgroup of these settings.")
+@click.option(
+    "--group-by",
+    metavar="A,B",
+    help="Also within each subgroup of these settings.  [default: those of the sweep's recipe]",
+)
 @gap_option
 @converged_only_option
 @click.option(
@@ -56,7 +60,7 @@ def correlate(
     source: Path,
     measures: str,
     hyper: str,
-    group_by: str,
+    group_by: str | None,
     gap: str,
     converged_only: bool,
     figure_path: Path | None,
@@ -71,11 +75,11 @@ def correlate(
 ) -> None:
     """Correlate each measure with the generalization gap over many runs.
 
-    SOURCE is a folder of run folders (runs/ unless given), or a .csv or .parquet file with one run a row: columns
-    error_gap (test error − train error) and/or ce_gap (the same for cross-entropy), one a measure, one a
+    SOURCE is a folder of run folders (runs/ unless given), or a .csv, .tsv or .parquet file with one run a row:
+    columns error_gap (test error − train error) and/or ce_gap (the same for cross-entropy), one a measure, one a
     hyperparameter. Only finished and measured runs enter; every other run is counted and listed with its
     reason. Of a file, the columns that bear a measure's name are taken, or else every numeric column that is
-    not a setting or an identifier; stderr says which.
+    not a setting, an identifier or a date; stderr says which.
 
     The statistic is Kendall's τ-b, of all runs and of each --group-by subgroup, with a 95 % interval and a p
     that take settings as independent and the seeds of one setting as not: runs that agree in every
@@ -99,11 +103,14 @@ def correlate(
         raise UsageError("--figure and --no-figure exclude each other; give one")
     wanted = figure_path is not None or not (no_figure or output)
     paths = _figure_paths(source, figure_path) if wanted else []
-    by = _names(group_by)
+    by = runs.recipe_groups(source) if group_by is None else _names(group_by)
+    if by and group_by is None:
+        _say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)", quiet)
     found = runs.load_table(source, _names(measures), _names(hyper), by, converged_only=converged_only)
+    by, controls = found.named(by), found.named(_names(control))
     gaps = found.gaps if gap == "both" else (gap,)
     statistics = correlation.correlate(
-        found, gaps, by, controls=_names(control), seed=seed, resamples=resamples, skip=_names(skip)
+        found, gaps, by, controls=controls, seed=seed, resamples=resamples, skip=_names(skip)
     )
 
     if output == "json":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -26,7 +27,32 @@ _OPTIONS = (
         help="Of data that has both.  [default: test where the data has one]",
     ),
     click.option(
-        "--model", "model_name", metavar="NAME", help="Network of a foreign checkpoint; see `gmprobe models`."
+        "--data",
+        metavar="WHERE",
+        help="Where the data of a run is now, if it has moved. It must be the same.",
+    ),
+    click.option(
+        "--model",
+        "model_names",
+        metavar="NAME",
+        multiple=True,
+        help="Network of a foreign checkpoint; see `gmprobe models`. Once for all checkpoints, or once for each.",
+    ),
+    click.option(
+        "--key",
+        "keys",
+        metavar="NAME",
+        multiple=True,
+        help="Which weights of a file to take, such as state_dict_ema: a key, a dotted path of keys, or a prefix of "
+        "names. Once for all checkpoints, or once for each.",
+    ),
+    click.option(
+        "--strip",
+        "strips",
+        metavar="PREFIX",
+        multiple=True,
+        help="Take only tensors whose names begin with this, and take it off. Once for all checkpoints, or once for "
+        "each.",
     ),
     click.option("--max-examples", type=click.IntRange(1), help="Use a seeded random subset of this size."),
     click.option(
@@ -40,7 +66,17 @@ _OPTIONS = (
     click.option("--std", metavar="R,G,B", help="Likewise."),
     click.option("--no-normalize", is_flag=True, help="Pixels in [0, 1] as they are."),
     click.option(
-        "--image-size", type=click.IntRange(1), help="Resize a folder's images to this many pixels."
+        "--image-size",
+        type=click.IntRange(1),
+        help="Resize a folder's images to this many pixels a side, whatever their aspect ratio.",
+    ),
+    click.option(
+        "--resize",
+        type=click.IntRange(1),
+        help="Resize the shorter side of a folder's images to this many pixels, as torchvision does.",
+    ),
+    click.option(
+        "--crop", type=click.IntRange(1), help="Then cut this many pixels a side from the centre of each."
     ),
     click.option("--channels", type=Choice(["1", "3"]), help="Read a folder's images as grey or RGB."),
     click.option(
@@ -53,10 +89,26 @@ _OPTIONS = (
         type=click.IntRange(2),
         help="Classes of a foreign checkpoint.  [default: its head's]",
     ),
+    click.option(
+        "--output",
+        "model_output",
+        metavar="NAME",
+        help="Index or name of the logits among several outputs of the model.",
+    ),
+    click.option(
+        "--outputs-are",
+        type=Choice(["logits", "probabilities", "log-probabilities"]),
+        help="What the model returns. Without it, outputs that look like probabilities are refused.",
+    ),
     click.option("--data-root", metavar="DIR", type=PATH, help="Where torchvision keeps data."),
     click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
     click.option("--dtype", type=Choice(["float32", "float64"]), default="float32", show_default=True),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda, cuda:1, or what else torch has.",
+    ),
     click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
 )
 
@@ -71,31 +123,57 @@ class DataOptions:
     """What ``data_options`` read."""
 
     part: str | None
-    model_name: str | None
+    data: str | None
+    model_names: tuple[str, ...]
+    keys: tuple[str, ...]
+    strips: tuple[str, ...]
     max_examples: int | None
     batch_size: int | None
     mean: str | None
     std: str | None
     no_normalize: bool
     image_size: int | None
+    resize: int | None
+    crop: int | None
     channels: str | None
     skip_bad: bool
     num_classes: int | None
+    model_output: str | None
+    outputs_are: Any
     data_root: Path | None
     download: bool
     dtype: str
     device: str
     threads: int | None
 
-    def require_source(self) -> None:
-        """Raise UsageError where an option is given that says how to read data which is not named."""
-        if self.part or self.image_size or self.channels or self.skip_bad:
+    def require_use(self, source: str | None) -> None:
+        """Raise UsageError where an option is given that does not go with the data that is measured over.
+
+        Args:
+            source: data that is named by --unlabeled or --labeled; None = the runs' own.
+        """
+        if source is None and (self.part or self.skip_bad or any(self.reading().values())):
             raise UsageError(
-                "--part, --image-size, --channels and --skip-bad go with --unlabeled or --labeled DATA"
+                "--part, --image-size, --resize, --crop, --channels and --skip-bad go with --unlabeled or --labeled "
+                "DATA"
             )
+        if source is not None and self.data is not None:
+            raise UsageError("--data says where a run's own data is; leave it out, or leave other data out")
+
+    def reading(self) -> dict[str, int | None]:
+        """How a folder's images are read: keywords of ``open_source``."""
+        return {
+            "channels": int(self.channels) if self.channels else None,
+            "image_size": self.image_size,
+            "resize": self.resize,
+            "crop": self.crop,
+        }
 
     def open(self, source: str, *, labeled: bool) -> tuple[Examples, str, str | None]:
-        """The examples of ``source``, the name of their part, and a note where a part was chosen unasked."""
+        """The examples of ``source``, the name of their part, and a note where a part was chosen unasked.
+
+        A folder's images are decoded by ``Examples.subset``.
+        """
         from gm_probe.core.datasets import open_source
 
         opened = open_source(
@@ -103,9 +181,9 @@ class DataOptions:
             labeled=labeled,
             root=self.data_root,
             download=self.download,
-            channels=int(self.channels) if self.channels else None,
-            image_size=self.image_size,
             skip_bad=self.skip_bad,
+            decode=False,
+            **self.reading(),
         )
         if labeled and any(part.y is None for part in (opened.pool, opened.test or opened.pool)):
             raise DataError(
@@ -124,25 +202,48 @@ class DataOptions:
         """Where a run's own data may be looked for."""
         from gm_probe.training.leave import Leave
 
-        return Leave(self.data_root, self.download)
+        return Leave(self.data_root, self.download, self.data)
 
     def loading(self) -> dict[str, Any]:
         """How to load a checkpoint: the keywords of ``open_subject``. Sets threads and allocator of this process."""
         import torch
 
         from gm_probe.core.devices import keep_freed_memory, pick_device
+        from gm_probe.core.door import Outputs
 
         keep_freed_memory()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         size = {} if self.batch_size is None else {"batch_size": self.batch_size}
         return size | {
-            "model_name": self.model_name,
             "normalization": self._normalization(),
             "num_classes": self.num_classes,
+            "outputs": Outputs(self.model_output, self.outputs_are),
             "dtype": self._dtype(),
             "device": pick_device(self.device),
         }
+
+    def of_each(self, checkpoints: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+        """How to load each checkpoint beside ``loading``: the options that may differ from one to the next.
+
+        Raises:
+            UsageError: one is given neither once nor as often as there are checkpoints.
+        """
+        found: dict[Path, dict[str, Any]] = {path: {} for path in checkpoints}
+        for option, name, values in (
+            ("--model", "model_name", self.model_names),
+            ("--key", "key", self.keys),
+            ("--strip", "strip", self.strips),
+        ):
+            if len(values) not in {0, 1, len(checkpoints)}:
+                raise UsageError(
+                    f"{option} is given {len(values)} times for {len(checkpoints)} checkpoint(s); give it once, or "
+                    "once for each in their order"
+                )
+            for index, path in enumerate(checkpoints):
+                if values and values[index % len(values)]:  # an empty one stands for none
+                    found[path][name] = values[index % len(values)]
+        return found
 
     def _dtype(self) -> torch.dtype:
         import torch

@@ -28,7 +28,12 @@ MARKS = {"ok": "ok", "absent": "–", "broken": "WRONG"}
     type=PATH,
     help="Where torchvision keeps data.  [default: ~/.cache/gm_probe]",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda, cuda:1, or what else torch has.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(out: Path, data_root: Path | None, device: str, as_json: bool) -> None:
     """Say what this machine has of what gmprobe uses, and how to mend what it lacks.

@@ -44,7 +44,7 @@ def print_result(result: dict[str, Any]) -> None:
         columns.append(f"N for {100 * target:g} %")
     console.print(table(title, columns, [row[: len(columns)] for row in rows]))
     _print_more(result)
-    over = ", over batches" if "head" in result["settings"] else ""
+    over = ", over batches" if result["settings"].get("head") == "simclr" else ""
     console.print(
         f"{_coupled(result)}{_ascents(result)}"
         "± estim.: standard error over starts or probes, Lanczos residual for λ_max; "
@@ -88,7 +88,7 @@ def _eigenvalue(row: dict[str, Any]) -> str:
 def _coupled(result: dict[str, Any]) -> str:
     """For the caption: what NT-Xent's figures depend on; empty of a classifier."""
     settings = result["settings"]
-    if "head" not in settings:
+    if settings.get("head") != "simclr":
         return ""
     images = settings["batch_images"]
     return (
@@ -132,6 +132,8 @@ ALONE = 0.8
 def warn(result: dict[str, Any]) -> None:
     """What did not converge, is undefined or looks wrong, one line each on stderr."""
     console = notes_console()
+    for line in result.get("notes", ()):
+        note(console, f"note: {line}")
     if result.get("out_of_memory_at") is not None:  # unknown to results of gm_probe 0.1.0
         note(
             console,
@@ -210,7 +212,9 @@ def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         "reason",
     )
     of_settings = ["rho", "k_steps", "noise_scale", "seed", "part"]
-    if any("head" in result["settings"] for result in results):  # else the columns would be empty
+    if any(
+        result["settings"].get("head") == "simclr" for result in results
+    ):  # else the columns would be empty
         of_settings += ["head", "temperature", "batch_images"]
     return [
         {

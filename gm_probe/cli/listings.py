@@ -58,7 +58,7 @@ def recipes(as_json: bool) -> None:
 @as_json_option
 def measures(as_json: bool) -> None:
     """List the measures: definition, whether labels are needed, and cost in gradient evaluations."""
-    from gm_probe.probe.measures import MEASURES
+    from gm_probe.probe.catalogue import CATALOGUE
 
     if as_json:
         print_json(
@@ -70,13 +70,13 @@ def measures(as_json: bool) -> None:
                     "cost": m.cost,
                     "description": m.description,
                 }
-                for name, m in MEASURES.items()
+                for name, m in CATALOGUE.items()
             ]
         )
         return
     console = results_console()
     if console.width < NARROW:
-        for name, m in MEASURES.items():
+        for name, m in CATALOGUE.items():
             labels = ", needs labels" if m.needs_labels else ""
             console.print(
                 f"{name}: {m.symbol}, cost {number(m.cost, 3)}{labels}", markup=False, highlight=False
@@ -85,7 +85,7 @@ def measures(as_json: bool) -> None:
     else:
         rows = [
             [name, m.symbol, "yes" if m.needs_labels else "no", number(m.cost, 3), m.description]
-            for name, m in MEASURES.items()
+            for name, m in CATALOGUE.items()
         ]
         listing = table(None, ["measure", "symbol", "labels", "cost", "definition"], rows)
         listing.columns[-1].justify = "left"

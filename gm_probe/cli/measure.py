@@ -21,7 +21,7 @@ from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
     format_options,
     note,
-    note_skipped,
+    note_reading,
     notes_console,
     print_csv,
     print_json,
@@ -143,10 +143,11 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
 )
 @click.option(
     "--head",
-    type=Choice(["classifier", "simclr"]),
+    type=Choice(["classifier", "binary", "multilabel", "simclr"]),
     default="classifier",
     show_default=True,
-    help="simclr: NT-Xent logits over seeded views, in batches of --batch-size images (250).",
+    help="What the outputs stand for: exclusive classes, one yes-or-no logit, several independent ones, or SimCLR's "
+    "NT-Xent logits over seeded views (in batches of --batch-size images, 250).",
 )
 @click.option("--temperature", type=float, help="τ of NT-Xent.  [default: as trained]")
 @click.option(
@@ -246,8 +247,8 @@ def measure(
                 f"{path} is no run folder with data of its own, nor in one; give --unlabeled or --labeled DATA"
             )
     data = DataOptions(**options)
-    if source is None:
-        data.require_source()
+    own_loading = data.of_each(checkpoints)
+    data.require_use(source)
     # torchrun's processes share the examples of one checkpoint after another
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if together and (executor == "ray" or jobs > 1):
@@ -265,8 +266,8 @@ def measure(
     from gm_probe.core.devices import named_device
     from gm_probe.core.locks import exclusive
     from gm_probe.core.records import MEASURES as MEASURES_FILE
-    from gm_probe.probe.measures import expected_cost
-    from gm_probe.probe.probe import Settings
+    from gm_probe.probe.catalogue import expected_cost
+    from gm_probe.probe.settings import Settings
     from gm_probe.sweep.executors import Processes, in_turn, visible_gpus
     from gm_probe.sweep.measuring import How, density_cost, measure_as
     from gm_probe.sweep.remeasure import Remeasure
@@ -318,7 +319,7 @@ def measure(
             if source is None
             else partial(opened_once, data, source, labeled is not None)
         )
-        how = How(settings, scope, loading | {"device": data.device})
+        how = How(settings, scope, loading | {"device": data.device}, own_loading)
         what = Remeasure(tuple(names), opened, how, save, given_settings)
         engine: Executor = in_turn
         if jobs > 1:
@@ -335,7 +336,7 @@ def measure(
         results: list[dict[str, Any]] = []
         try:
             for path in checkpoints:
-                how = How(settings, scope, loading)
+                how = How(settings, scope, loading, own_loading)
                 changed: dict[str, Any] = {}
                 own = own_unlabeled(path, data.leave()) if examples is None else examples
                 with exclusive(path) if save and speaks else nullcontext():
@@ -401,11 +402,9 @@ def _measured_over(
     if source is None:
         return None, {"part": OWN_UNLABELED, "max_examples": data.max_examples}
     examples, part, hint = data.open(source, labeled=labeled)
-    note_skipped(notes_console(quiet), examples.skipped)
-    if hint and not quiet:
-        note(notes_console(), f"note: {hint}")
+    note_reading(notes_console(quiet), [*([hint] if hint else []), *examples.notes], examples.skipped)
     chosen = {"part": part, "max_examples": data.max_examples}
-    return examples, {**chosen, "data": examples.source, "labeled": labeled}
+    return examples, {**chosen, "data": examples.source, "labeled": labeled, **data.reading()}
 
 
 def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:

@@ -101,8 +101,10 @@ def note(console: Console, text: str) -> None:
     console.print(printable(text), markup=False, soft_wrap=not console.is_terminal)
 
 
-def note_skipped(console: Console, skipped: Sequence[str]) -> None:
-    """Say which files were left out; ``skipped`` are their errors."""
+def note_reading(console: Console, notes: Sequence[str], skipped: Sequence[str]) -> None:
+    """Say how data was read, and which files were left out; ``skipped`` are their errors."""
+    for text in notes:
+        note(console, f"note: {text}")
     if skipped:
         more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         note(console, f"warning: {len(skipped)} file(s) left out: {'; '.join(skipped[:3])}{more}")

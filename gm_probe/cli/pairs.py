@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import DataOptions, data_options
-from gm_probe.cli.kinds import PATH, SEED
+from gm_probe.cli.kinds import PATH, SEED, Choice
 from gm_probe.cli.output import (
     format_options,
     note,
-    note_skipped,
+    note_reading,
     notes_console,
     number,
     print_csv,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from gm_probe.core.datasets import Examples
     from gm_probe.probe.pairwise import PairReport
+    from gm_probe.sweep.measuring import Subject
 
 
 @click.command(epilog="Example:  gmprobe pairs runs/")
@@ -42,12 +43,20 @@ if TYPE_CHECKING:
 @click.option(
     "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
 )
+@click.option(
+    "--head",
+    type=Choice(["classifier", "binary", "multilabel"]),
+    default="classifier",
+    show_default=True,
+    help="What the outputs stand for: exclusive classes, one yes-or-no logit, or several independent ones.",
+)
 @data_options
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the subset.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random subset.")
 @format_options
 def pairs(
     checkpoints: tuple[Path, ...],
     unlabeled: str | None,
+    head: str,
     seed: int,
     output: str | None,
     quiet: bool,
@@ -90,22 +99,25 @@ def pairs(
         for path in paths:
             if not is_run(path):
                 raise UsageError(f"{path} is no run folder with data of its own; give --unlabeled DATA")
-        data.require_source()
+    data.require_use(unlabeled)
     from gm_probe.core.devices import environment
     from gm_probe.probe.pairwise import compare
+    from gm_probe.sweep.measuring import output_settings
     from gm_probe.training.parts import OWN_UNLABELED
 
-    loading = data.loading()
+    loading = data.loading() | {"head": head}
+    own_loading = data.of_each(paths)
     training_sets = training_sets_of(paths)
     notes += doubts(paths, training_sets)
     if unlabeled is None:
         examples, used_part = common_unlabeled(paths, data.leave()), OWN_UNLABELED
     else:
         examples, used_part, hint = data.open(unlabeled, labeled=False)
-        notes += [hint] if hint else []
-        note_skipped(notes_console(quiet), examples.skipped)
+        notes += [*([hint] if hint else []), *examples.notes]
+        note_reading(notes_console(quiet), (), examples.skipped)
     examples = examples.subset(data.max_examples, seed)
-    outputs, models = _all_outputs(paths, examples, quiet=quiet, **loading)
+    outputs, models, chosen = _all_outputs(paths, examples, own_loading, quiet=quiet, **loading)
+    notes += chosen
     notes += _same_twice(paths, outputs)
     with progress_bar("pairs", len(paths) * (len(paths) - 1) // 2, quiet=quiet) as bar:
         report = compare(outputs, training_sets, names=[str(path) for path in paths], notify=bar.update)
@@ -122,8 +134,11 @@ def pairs(
             "data": examples.source,
             "part": used_part,
             "max_examples": data.max_examples,
+            **data.reading(),
+            "passed_over": dict(examples.passed_over),
             "seed": seed,
             "dtype": data.dtype,
+            **{key: value for key, value in output_settings(loading).items() if value is not None},
             "batchnorm": "eval (running statistics)",
             **environment(loading["device"]),
         },
@@ -148,20 +163,24 @@ def pairs(
 def _all_outputs(
     paths: Sequence[Path],
     examples: Examples,
+    own_loading: Mapping[Path, Mapping[str, Any]],
     *,
     quiet: bool,
     **options: Any,
-) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
-    """(N, C) logits of each checkpoint, and what it is; the first that does not fit the others ends it."""
+) -> tuple[list[torch.Tensor], list[dict[str, Any]], list[str]]:
+    """Return (N, C) logits of each checkpoint, what it is, and notes; one that does not fit the others ends it."""
     from gm_probe.probe.pairwise import check_outputs
 
     outputs: list[torch.Tensor] = []
     models: list[dict[str, Any]] = []
+    notes: list[str] = []
     named: tuple[Path, tuple[str, ...]] | None = None
     with progress_bar("outputs", len(paths), quiet=quiet) as bar:
         for index, path in enumerate(paths):
             bar.update(index, label=path.name)
-            logits, model, classes = _outputs(path, examples, **options)
+            logits, model, subject = _outputs(path, examples, **options, **own_loading[path])
+            classes = subject.classes
+            notes += subject.notes
             check_outputs(str(path), logits, str(paths[0]), outputs[0] if outputs else logits)
             if classes and named is not None and classes != named[1]:
                 raise DataError(
@@ -171,7 +190,7 @@ def _all_outputs(
             named = named or ((path, classes) if classes else None)
             outputs.append(logits)
             models.append(model)
-    return outputs, models
+    return outputs, models, notes
 
 
 def _first_difference(classes: Sequence[str], others: Sequence[str]) -> str:
@@ -181,25 +200,25 @@ def _first_difference(classes: Sequence[str], others: Sequence[str]) -> str:
     return f"{len(classes)} and {len(others)} names"
 
 
-def _outputs(
-    path: Path, examples: Examples, **loading: Any
-) -> tuple[torch.Tensor, dict[str, Any], tuple[str, ...]]:
-    """(N, C) logits of one checkpoint in eval mode, its row of the result, and the classes it recorded."""
-    from gm_probe.core.devices import full_precision
+def _outputs(path: Path, examples: Examples, **loading: Any) -> tuple[torch.Tensor, dict[str, Any], Subject]:
+    """Return (N, C) logits of one checkpoint in eval mode, its row of the result, and the checkpoint as opened."""
     from gm_probe.core.parameters import evaluating
-    from gm_probe.probe.probe import Probe, Settings
+    from gm_probe.core.precision import float32_products
+    from gm_probe.probe.probe import Probe
+    from gm_probe.probe.settings import Settings
     from gm_probe.probe.work import Work
     from gm_probe.sweep.measuring import open_subject
 
     subject = open_subject(path, examples, **loading)
     try:
-        with evaluating(subject.model), full_precision():
-            logits = Probe(subject.model, subject.batches, Settings(), Work(len(examples))).clean
+        with evaluating(subject.model), float32_products():
+            work = Work(len(examples))
+            logits = Probe(subject.model, subject.batches, Settings(), work, outputs=subject.outputs).clean
     except (DataError, DivergedError, UsageError) as error:  # which know of no path
         raise type(error)(f"{path}: {error}") from error
     used = subject.batches.normalization
     row = {"checkpoint": str(path), "model": subject.name, "mean": list(used.mean), "std": list(used.std)}
-    return logits, row, subject.classes
+    return logits, row | ({"key": subject.key} if subject.key else {}), subject
 
 
 def _same_twice(paths: Sequence[Path], outputs: Sequence[torch.Tensor]) -> list[str]:

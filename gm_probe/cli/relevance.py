@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gm_probe.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from gm_probe.probe.probe import Settings
+    from gm_probe.probe.settings import Settings
 
 PAPER, CONVERGED = "local_inconsistency", "local_inconsistency_converged"
 ASCENTS = {f"{PAPER}{kind}" for kind in ("", "_adaptive", "_relative", "_batchwise")}
@@ -35,7 +35,7 @@ READ_BY = {
 
 def idle(names: Sequence[str], settings: Settings, given: Mapping[str, str], *, density: bool) -> list[str]:
     """Of the options ``given``, by their settings, those that change no measure of ``names``, nor a ``density``."""
-    from gm_probe.probe.inconsistency import NOISE_STARTS
+    from gm_probe.probe.settings import NOISE_STARTS
 
     taken = _taken(names, settings)
     read = {key for key, readers in READ_BY.items() if taken & readers}
@@ -62,6 +62,6 @@ def require_use_of_grids(names: Sequence[str], settings: Settings) -> None:
 
 
 def _taken(names: Sequence[str], settings: Settings) -> set[str]:
-    from gm_probe.probe.measures import by_protocol
+    from gm_probe.probe.catalogue import by_protocol
 
     return {by_protocol(name, settings) for name in names}

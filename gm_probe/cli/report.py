@@ -93,9 +93,16 @@ def report(
     table = runs.load_table(
         source, _names(measures), _names(hyper), [*by, *shape_by], converged_only=converged_only
     )
+    by, shape_by = table.named(by), table.named(shape_by)
     gaps = table.gaps if gap == "both" else (gap,)
     statistics = correlation.correlate(
-        table, gaps, by, controls=_names(control), seed=seed, resamples=resamples, skip=_names(skip)
+        table,
+        gaps,
+        by,
+        controls=table.named(_names(control)),
+        seed=seed,
+        resamples=resamples,
+        skip=_names(skip),
     )
     page = compose(
         table,

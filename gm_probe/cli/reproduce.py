@@ -26,7 +26,12 @@ from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda, cuda:1, or what else torch has.",
+)
 @click.option("--list", "listing", is_flag=True, help="List what there is: claim, scales, cost.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")

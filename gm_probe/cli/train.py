@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.kinds import PATH
-from gm_probe.cli.output import note, note_skipped, notes_console, number, print_json, results_console, table
+from gm_probe.cli.output import note, note_reading, notes_console, number, print_json, results_console, table
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.tensorboard import Events
 from gm_probe.core.errors import UsageError
@@ -54,11 +54,23 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 
 @click.command(epilog="Example:  gmprobe train --method iam-d")
 @click.option(
-    "--data", help="Image folder, array file or data set name; see `gmprobe datasets`.  [default: digits]"
+    "--data",
+    help="Image folder, array file or data set name; see `gmprobe datasets`. With --resume, where the same data is now."
+    "  [default: digits]",
 )
 @click.option("--data-root", metavar="DIR", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, default=None, help="Let torchvision download what is missing.")
-@click.option("--image-size", type=click.IntRange(1), help="Resize images to this many pixels a side.")
+@click.option(
+    "--image-size",
+    type=click.IntRange(1),
+    help="Resize images to this many pixels a side, whatever their aspect ratio.",
+)
+@click.option(
+    "--resize",
+    type=click.IntRange(1),
+    help="Resize the shorter side of images to this many pixels, as torchvision does.",
+)
+@click.option("--crop", type=click.IntRange(1), help="Then cut this many pixels a side from their centre.")
 @click.option(
     "--skip-bad",
     is_flag=True,
@@ -147,6 +159,7 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 @click.option("--track-every", type=int, help="Epochs between measurements of S_ρ (0 = never).  [default: 0]")
 @click.option("--track-rho", type=float, help="Radius of that S_ρ.  [default: 0.1]")
 @click.option("--amp", help="none, bf16 or fp16.  [default: none]")
+@click.option("--tf32", is_flag=True, default=None, help="Let an NVIDIA GPU round products to TF32: faster.")
 @click.option("--deterministic", is_flag=True, default=None, help="Bit-identical runs on a GPU too; slower.")
 @click.option(
     "--checkpoint-every",
@@ -154,7 +167,7 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
     help="Save the state every so many steps, beside every epoch.",
 )
 @click.option("--seed", type=int, help="[default: 0]")
-@click.option("--device", help="auto, cpu, cuda, cuda:1 or mps.  [default: auto]")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, or what else torch has.  [default: auto]")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.")
 @click.option("--out", type=PATH, help="Run folder.  [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on where the run in --out stopped.")
@@ -184,12 +197,11 @@ def train(
     from gm_probe.analysis.plots import write_figure
     from gm_probe.core import processes
     from gm_probe.core.devices import keep_freed_memory, pick_device
-    from gm_probe.core.records import CONFIG, RUNS, read_metrics, read_run
+    from gm_probe.core.records import CONFIG, RUNS, SUMMARY, read_metrics, read_run
     from gm_probe.sweep.recipe import require_names, run_name
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
     from gm_probe.training.leave import asked, refuse
-    from gm_probe.training.parts import load_splits, skipped
     from gm_probe.training.tracking import PROBE_BATCH
 
     console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
@@ -212,7 +224,9 @@ def train(
     keep_freed_memory()
     with processes.joined(pick_device(config.device)):
         speaks = processes.rank() == 0  # of several processes, one prints and writes
-        note_skipped(console, skipped(load_splits(config)) if config.skip_bad else ())
+        began = (out / CONFIG).exists()
+        if not began or (resume and not (out / SUMMARY).exists()):  # else there is nothing to train
+            _note_data(console, config)
         events = Events(out) if tensorboard and speaks else None
         with progress_bar("epochs", config.epochs, quiet=quiet or not speaks) as bar:
 
@@ -237,8 +251,15 @@ def train(
     if save is not None:
         _save(out, config.model, save)
     if config.init is not None:
-        fresh = read_run(out).config.get("environment", {}).get("fresh_weights", [])
+        started = read_run(out).config.get("environment", {})
+        fresh = started.get("fresh_weights", [])
         note(console, f"started from {config.init}; fresh: {', '.join(fresh) or 'nothing'}")
+        if others := started.get("init_not_taken"):
+            note(
+                console,
+                f"note: {config.init} holds the weights more than once, and {', '.join(others)} not taken; to start "
+                "from those, save them alone",
+            )
     write_figure(run_curves(list(read_metrics(out))), [out / CURVES_FILE])
     if as_json:
         print_json({"out": str(out), **summary})
@@ -250,6 +271,18 @@ def train(
     )
     results_console().print(table(title, ["", "error", "cross-entropy", "examples"], rows))
     note(console, f"next:  gmprobe measure {out}{' --head simclr' if simclr else ''}")
+
+
+def _note_data(console: Console, config: TrainConfig) -> None:
+    """Say how the data of a run that begins is read."""
+    from gm_probe.training.parts import open_data
+
+    if console.quiet:
+        return
+    source = open_data(config)
+    parts = [part for part in (source.pool, source.test) if part is not None]
+    notes = dict.fromkeys(text for part in parts for text in part.notes)
+    note_reading(console, list(notes), [error for part in parts for error in part.skipped])
 
 
 def _results(summary: Mapping[str, Any], held_out: str, prefix: str) -> list[list[str]]:

@@ -6,24 +6,29 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from gm_probe.core.checks import optional, whole
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.fields import Fields, as_inputs, ordinary
 from gm_probe.core.images import blocks, taken
+from gm_probe.core.labels import as_labels
 
 PIXELS = "save pixels as uint8, or as floats in [0, 1], or pass --no-normalize for ready inputs"
 """The remedy for data that a normalisation cannot be applied to."""
+ROUNDING = 1e-3
+"""How far floats may lie outside of [0, 1]."""
 
 
 class Batch(NamedTuple):
     """Model input and labels of B examples."""
 
-    x: Tensor  # (B, ...)
-    y: Tensor | None  # (B,) int64; None = unlabeled
+    x: Tensor  # (B, ...), or Fields that stand for one
+    y: Tensor | None  # (B,) int64, (B, L) of L yes-or-no labels; None = unlabeled
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +69,50 @@ class Normalization:
             )
         return cls(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
 
+    def require_range(self, examples: Examples, *, recorded: bool = False) -> None:
+        """Check that ``examples`` and this normalisation are on one scale, pixels in [0, 1].
+
+        Images are uint8, or have four dimensions or more. A table or a signal of floats has a scale of its own, unless
+        the normalisation is ``recorded``: then it is that of the pixels that the model was trained on.
+
+        Raises:
+            UsageError: a mean or standard deviation is beyond what pixels in [0, 1] can have.
+            DataError: the pixels lie outside of [0, 1], or are all darker than every mean.
+        """
+        x = examples.x
+        if not self.mean or not (x.dtype == torch.uint8 or x.dim() >= 4 or recorded):
+            return
+        if not (all(0 <= mean <= 1 for mean in self.mean) and max(self.std) <= 1):
+            raise UsageError(
+                f"the normalisation by mean {_listed(self.mean)} and std {_listed(self.std)} is not for pixels in "
+                f"[0, 1], as those of {examples.source} are; divide both by 255 if it is for pixels from 0 to 255"
+            )
+        if not isinstance(x, Tensor) or not len(x) or not (x.dtype == torch.uint8 or x.is_floating_point()):
+            return
+        low, high = (float(value) / (255 if x.dtype == torch.uint8 else 1) for value in x.aminmax())
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise DataError(
+                f"{examples.source} holds floats from {low:.3g} to {high:.3g} but the normalisation is for pixels in "
+                f"[0, 1]; {PIXELS}"
+            )
+        if 0 < high < min(self.mean):
+            raise DataError(
+                f"the brightest pixel of {examples.source} is {high:.3g} on the scale from 0 to 1, below every mean of "
+                f"the normalisation ({_listed(self.mean)}); use the whole range: {PIXELS}"
+            )
+
     def apply(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Scale uint8 (B, C, H, W) to [0, 1] and normalise; floats are normalised without scaling.
 
         Raises:
-            DataError: another number of channels, or integers whose range nobody knows.
+            DataError: another number of channels, integers whose range nobody knows, or several tensors.
         """
+        if isinstance(x, Fields):
+            if self.mean:
+                raise DataError(
+                    "several tensors have no channels to normalise by; give them as the model takes them"
+                )
+            return x.to(dtype)
         result = (
             x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype) if x.is_floating_point() else x
         )
@@ -88,6 +131,10 @@ class Normalization:
         return result
 
 
+def _listed(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:.4g}" for value in values)
+
+
 BATCH_SIZE = 250
 """Larger batches were not faster on a CPU."""
 
@@ -104,6 +151,9 @@ class Batches:
         channels_last: hand out images in channels-last memory format (faster convolutions on CPU and GPU).
         coupled: the outputs of a batch's examples hang together, as NT-Xent logits do. Then its size belongs to what is
             measured, and batches, all of one size, are what is independent.
+
+    Raises:
+        DataError, UsageError: as ``Normalization.require_range`` raises them.
     """
 
     def __init__(
@@ -117,8 +167,10 @@ class Batches:
         channels_last: bool = True,
         coupled: bool = False,
     ) -> None:
+        optional(whole, "batch_size", batch_size)
         self.examples = examples
         self.normalization = normalization or Normalization()
+        self.normalization.require_range(examples)
         self.batch_size = batch_size or BATCH_SIZE
         self.free = batch_size is None and not coupled  # whoever measures may choose it
         self.device = torch.device(device)
@@ -131,26 +183,28 @@ class Batches:
         self.first = 0  # of them, the number of this process's first example
 
     @classmethod
-    def from_tensors(cls, x: Tensor, y: Tensor | None = None, **options: int | str) -> Batches:
+    def from_tensors(cls, x: Any, y: Any = None, **options: int | str) -> Batches:
         """Batches over tensors x (N, ...) and y (N,) that are already what the model takes.
 
+        Args:
+            x: a tensor or array, or a dict or tuple of several with N rows, which the model takes by name or in order.
+            y: (N,) class indices, or (N, L) zeros and ones of L yes-or-no labels. They may be floats or booleans.
+
         Raises:
-            DataError: x is uint8, which elsewhere are pixels, and are scaled to [0, 1]; y is no class index for each.
+            UsageError: x is none of these.
+            DataError: x is uint8, which elsewhere are pixels, and are scaled to [0, 1]; y does not fit.
         """
-        if x.dtype == torch.uint8:
+        x = as_inputs(x)
+        if isinstance(x, Tensor) and not x.dim():
+            raise UsageError("x is a single number; give a tensor with a row for each example")
+        if isinstance(x, Tensor) and x.dtype == torch.uint8:
             raise DataError(
                 "x is uint8: give what the model takes, x.float() / 255 or x.long(), or Examples with a Normalization"
             )
-        if y is not None and (
-            y.shape != (len(x),) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool
-        ):
-            raise DataError(
-                f"y is {y.dtype} of shape {tuple(y.shape)} for {len(x)} examples; give a class index for each, "
-                f"whole numbers of shape ({len(x)},)"
-            )
         device, dtype = x.device, x.dtype if x.is_floating_point() else torch.float32
-        y = None if y is None else y.to(torch.int64)
-        return cls(Examples(x.detach(), y, (), "tensors"), device=device, dtype=dtype, **options)  # type: ignore[arg-type]
+        y = None if y is None else as_labels(y, len(x))
+        examples = Examples(cast(Tensor, x.detach()), y, (), "tensors")
+        return cls(examples, device=device, dtype=dtype, **options)  # type: ignore[arg-type]
 
     @property
     def num_examples(self) -> int:
@@ -179,12 +233,27 @@ class Batches:
 
     def of_size(self, batch_size: int) -> Batches:
         """The same examples in batches of another size."""
+        whole("batch_size", batch_size)
         if self.coupled and batch_size != self.batch_size:
             raise UsageError(
                 "another batch size would be another measure: the batch's examples hang together"
             )
         other = copy(self)
         other.batch_size, other.free = batch_size, False
+        return other
+
+    def on(self, device: torch.device) -> Batches:
+        """The same batches, handed out on ``device``."""
+        if device == self.device:
+            return self
+        other = copy(self)
+        other.device = device
+        return other
+
+    def of_dtype(self, dtype: torch.dtype) -> Batches:
+        """The same batches, whose floating-point inputs are of ``dtype``."""
+        other = copy(self)
+        other.dtype = dtype
         return other
 
     def few(self, count: int) -> slice:
@@ -202,7 +271,7 @@ class Batches:
         starts = range(0, self.num_examples, self.batch_size)
         keys = [slice(start, start + self.batch_size) for start in starts]
         for key, raw in zip(keys, taken(self.examples.x, keys), strict=True):
-            x = self.normalization.apply(raw.to(self.device), self.dtype)
+            x = ordinary(self.normalization.apply(raw.to(self.device), self.dtype))
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             y = self.examples.y

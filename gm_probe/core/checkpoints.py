@@ -16,30 +16,42 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from gm_probe.core import huggingface
 from gm_probe.core.batches import Normalization
 from gm_probe.core.errors import CheckpointError, UsageError
 from gm_probe.core.files import write_atomic
+from gm_probe.core.formats import refuse_foreign, whole_object
 from gm_probe.core.models import ModelSpec
-from gm_probe.core.pickles import entries, load_torch
+from gm_probe.core.pickles import load_torch, passing_over
 from gm_probe.core.records import CHECKPOINT
 from gm_probe.core.regular import open_to_read
+from gm_probe.core.state_dicts import Chosen, below, choose, choose_at, plain
+from gm_probe.core.weight_names import drop_heads, locate, tied, unused_heads
 
 HEADER = "gm_probe"
-NESTED = ("state_dict", "model_state_dict", "model_state", "model")
-PREFIXES = ("module.", "_orig_mod.", "model.")
 LISTED = 2**21
 """Bytes of a safetensors header: some 20,000 tensors."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights as read, with what gm_probe recorded beside them (None in a foreign file)."""
+    """Weights as read, with what gm_probe recorded beside them (None in a foreign file).
+
+    Attributes:
+        key: under which the weights stand in the file; empty at the top.
+        alternatives: keys of the same weights with other values, such as an average of them, where none was chosen by
+            ``key``.
+        elsewhere: keys of other tensors in the file.
+    """
 
     path: Path
     state: dict[str, Tensor]
     model: ModelSpec | None
     normalization: Normalization | None
     classes: tuple[str, ...]
+    key: str = ""
+    alternatives: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
 
 
 def is_simclr(checkpoint: Checkpoint) -> bool:
@@ -47,38 +59,44 @@ def is_simclr(checkpoint: Checkpoint) -> bool:
     return checkpoint.model is not None and checkpoint.model.temperature is not None
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a run folder, a .safetensors, or a torch file (.pt, .pth, .th, .ckpt, ...).
+def read_checkpoint(path: Path, key: str | None = None, strip: str | None = None) -> Checkpoint:
+    """Read a run folder, a folder of Hugging Face's, a .safetensors, or a torch file (.pt, .pth, .th, .ckpt, ...).
 
-    Torch files may hold a plain state dict or one under 'state_dict', 'model', 'model_state_dict' or
-    'model_state' (Lightning's included), or one such inside another.
+    Torch files may hold a state dict at the top or under any key, and in lists. Of several, the raw weights are
+    taken before an average of them, those under a usual key before others; ``alternatives`` names the others.
+
+    Args:
+        key: dotted path of the state dict to take, or what the names of its tensors begin with.
+        strip: prefix; only the tensors are taken whose names begin with it, named without it.
 
     Raises:
         CheckpointError: the file is missing, broken, holds code, or no usable weights.
+        UsageError: nothing is under ``key``, or no name begins with ``strip``.
     """
-    if path.is_dir():
-        inner = path / CHECKPOINT
-        if not inner.exists():
-            raise CheckpointError(f"{path} holds no {CHECKPOINT}; give a run folder or a checkpoint file")
-        path = inner
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        with open_to_read(
-            path, follow=True
-        ) as file:  # safetensors says of what it may not read that it is not there
-            beginning = file.read(8)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    if path.suffix == ".safetensors":
-        state, header = _read_safetensors(path, int.from_bytes(beginning, "little"))
-    else:
-        state, header = _read_torch(path)
-    if not state:
-        raise CheckpointError(f"{path} holds no tensors")
-    _check_tensors(path, state, path.stat().st_size)
+    path, files = _files(path)
+    size, contents, header = 0, [], None
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such checkpoint")
+        try:
+            refuse_foreign(file)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
+        size += file.stat().st_size
+        content, header = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+        contents.append(content)
+    content = contents[0] if len(contents) == 1 else {n: v for part in contents for n, v in part.items()}
+    chosen = _chosen(path, content, key)
+    state = chosen.state if strip is None else _stripped(path, chosen.state, strip)
+    nested = [name for name, value in state.items() if value.is_nested]
+    if nested:
+        raise CheckpointError(f"{path}: tensor {_plain(nested[0])!r} is nested; dense weights are needed")
+    # by the class: on a tensor, too, a file may have set an attribute that hides a method; this leaves them behind
+    state = {name: Tensor.detach(value) for name, value in state.items()}
+    _check_tensors(path, state, size)
+    others = chosen.key, () if key is not None else chosen.alternatives, chosen.elsewhere
     if header is None:
-        return Checkpoint(path, state, None, None, ())
+        return Checkpoint(path, state, None, None, (), *others)
     try:
         record = json.loads(header)
         spec, classes = ModelSpec.from_dict(record["model"]), record["classes"]
@@ -87,13 +105,58 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if classes and spec.temperature is None and len(classes) != spec.num_classes:
             raise ValueError(f"{len(classes)} names of {spec.num_classes} classes")
         normalization = Normalization(tuple(record["mean"]), tuple(record["std"]))
-        return Checkpoint(path, state, spec, normalization, tuple(classes))
+        return Checkpoint(path, state, spec, normalization, tuple(classes), *others)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, UsageError) as error:
         raise CheckpointError(f"{path}: its gm_probe header is broken ({_plain(error)})") from error
 
 
-def _read_safetensors(path: Path, length: int) -> tuple[dict[str, Tensor], str | None]:
-    """Of a file that says its header has ``length`` bytes."""
+def _files(path: Path) -> tuple[Path, list[Path]]:
+    """What a checkpoint is called, and the files that hold its weights."""
+    if not path.is_dir():
+        return path, [path]
+    if (path / CHECKPOINT).exists():
+        return path / CHECKPOINT, [path / CHECKPOINT]
+    if huggingface.is_folder(path):
+        return path, huggingface.weight_files(path)
+    raise CheckpointError(
+        f"{path} holds no {CHECKPOINT}; give a run folder, a checkpoint file, or a folder of Hugging Face's with "
+        f"{huggingface.CONFIG}"
+    )
+
+
+def _chosen(path: Path, content: Any, key: str | None) -> Chosen:
+    chosen = choose(content) if key is None else choose_at(content, key)
+    if chosen is not None:
+        return chosen
+    there = choose(content)
+    if there is not None:
+        raise UsageError(
+            f"{path} holds no tensors under --key {_plain(key)}; "
+            f"there are some under {_some([there.key or 'no key', *there.alternatives, *there.elsewhere])}"
+        )
+    if not isinstance(content, (dict, list, tuple)):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
+    names = content if isinstance(content, dict) else ()
+    # the text of another key may be beyond all bounds
+    keys = [name if isinstance(name, str) else f"a key of {type(name).__name__}" for name in names]
+    held = f"it has {_some(keys)}" if keys else f"it is a {type(content).__name__} without names"
+    raise CheckpointError(
+        f"{path} holds no tensors by their names, as model.state_dict() gives them ({held}); save that"
+    )
+
+
+def _stripped(path: Path, state: dict[str, Tensor], strip: str) -> dict[str, Tensor]:
+    found = below(state, strip if strip.endswith(".") else f"{strip}.") or below(state, strip)
+    if not found:
+        raise UsageError(
+            f"{path}: no tensor's name begins with --strip {_plain(strip)}; they are {_some(list(state))}"
+        )
+    return found
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    with open_to_read(path, follow=True) as file:
+        length = int.from_bytes(file.read(8), "little")
     if LISTED < length <= path.stat().st_size:  # it takes many times its size in memory
         raise CheckpointError(f"{path} has a header of {length:,} bytes; networks need less than {LISTED:,}")
     try:
@@ -112,50 +175,33 @@ def _utf8_name(path: Path) -> Iterator[Path]:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        with path.open("rb") as file:
+        with open_to_read(path, follow=True) as file:
             yield Path(f"/dev/fd/{file.fileno()}")
     else:
         yield path
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _read_torch(path: Path) -> tuple[Any, Any]:
+    """All that the file holds, and gm_probe's record in it."""
     try:
-        content = load_torch(path)
+        with passing_over():
+            content = load_torch(path)
     except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # torch, zipfile and the unpickler raise many kinds on a broken file
         code = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
         if code is not None:
+            whole = whole_object(path)
+            what = f"a whole object of {_plain(whole)}" if whole else _plain(code[1] or code[2])
             raise CheckpointError(
-                f"{path} holds more than plain tensors, which could run code ({_plain(code[1] or code[2])}); "
+                f"{path} holds more than plain tensors, which could run code ({what}); "
                 "where you trust it, load it yourself and torch.save(model.state_dict(), ...) to a new file"
             ) from error
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         raise CheckpointError(
             f"{path} is not a readable checkpoint: {type(error).__name__}: {_plain(reason)}"
         ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
-    header = content.get(HEADER)
-    for _ in range(3):  # bounded: a hostile file may nest itself in itself
-        content = next((entries(content[k]) for k in NESTED if isinstance(content.get(k), dict)), content)
-    others = [
-        name
-        if isinstance(name, str)
-        else f"a key of {type(name).__name__}"  # whose text may be beyond all bounds
-        for name, value in content.items()
-        if not isinstance(name, str) or not isinstance(value, Tensor)
-    ]
-    if others:
-        raise CheckpointError(
-            f"{path} is no state dict: {_some(others)} are not tensors; weights are looked for at the top or "
-            f"under {', '.join(NESTED)}"
-        )
-    nested = [name for name, value in content.items() if value.is_nested]
-    if nested:
-        raise CheckpointError(f"{path}: tensor {_plain(nested[0])!r} is nested; dense weights are needed")
-    # by the class: on a tensor, too, a file may have set an attribute that hides a method; this leaves them behind
-    return {name: Tensor.detach(value) for name, value in content.items()}, header
+    return content, content.get(HEADER) if isinstance(content, dict) else None
 
 
 def _plain(text: object) -> str:
@@ -204,90 +250,125 @@ def _problem(value: Tensor, size: int) -> str | None:
     return f"has {bad} {NOT_FINITE}" if bad else None
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy the checkpoint's weights into ``model``; see ``fitting``.
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a checkpoint's tensors fit a network.
+
+    Attributes:
+        state: the tensors by their names in the network.
+        key: where they stand in the file, with the prefix of their names; empty at the top and without one.
+        alternatives: where the same weights are again with other values, and none was chosen.
+        left_out: names of tensors in the file that the network has no place for and can do without.
+    """
+
+    state: dict[str, Tensor]
+    key: str
+    alternatives: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def notes(self, path: Path) -> list[str]:
+        """Return what was chosen without being asked for, a sentence each."""
+        found = []
+        if self.alternatives:
+            found.append(
+                f"{path} holds the weights more than once: {_plain(self.key or 'those without a prefix')} is taken, "
+                f"and {_some(self.alternatives)} not; choose with --key NAME"
+            )
+        if self.left_out:
+            found.append(
+                f"{path}: {len(self.left_out)} tensor(s) that the network has no place for are left out "
+                f"({_some(self.left_out)})"
+            )
+        return found
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> Fit:
+    """Copy the checkpoint's weights into ``model`` and return how they fit; see ``fitting``.
+
+    Auxiliary heads of torchvision's GoogLeNet and Inception that the file lacks are taken off the model: they run in
+    training alone.
 
     Raises:
         CheckpointError: a mismatch, or −∞ in what is no buffer, naming the tensors.
     """
-    state = fitting(model, checkpoint)
+    fit = fitting(model, checkpoint)
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    for name, value in state.items():
+    for name, value in fit.state.items():
         if name not in buffers and value.is_floating_point() and value.numel():
             infinite = int(torch.isneginf(value.float() if value.element_size() == 1 else value).sum())
             if infinite:
                 raise CheckpointError(f"{checkpoint.path}: tensor {name!r} has {infinite} {NOT_FINITE}")
-    model.load_state_dict(state, strict=False)
+    for module, names in unused_heads(model).items():
+        if any(name not in fit.state for name in names):
+            drop_heads(module)
+    model.load_state_dict(fit.state, strict=False)
+    return fit
 
 
-def fitting(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The checkpoint's tensors by their names in ``model`` (which may be on the meta device): each with its shape.
+def fitting(model: nn.Module, checkpoint: Checkpoint) -> Fit:
+    """Return the checkpoint's tensors by their names in ``model`` (which may be on the meta device).
 
-    Prefixes 'module.', '_orig_mod.' and 'model.' are stripped, also nested. Only BatchNorm's
-    ``num_batches_tracked`` may be absent (checkpoints before torch 0.4.1 have none; eval mode ignores it).
+    Names agree without the parts that wrappers put in (``module``, ``_orig_mod``), below any prefix. What lies
+    outside of that prefix is left out where it is less than the network; counters, losses, auxiliary heads and buffers
+    that belong to no state dict are left out anywhere. BatchNorm's ``num_batches_tracked`` may be absent
+    (checkpoints before torch 0.4.1 have none; eval mode ignores it).
 
     Raises:
         CheckpointError: a mismatch, naming the tensors.
     """
     expected = model.state_dict()
-    state = strip_prefixes(checkpoint, expected)
-    for first, *others in _tied(model):  # of which a file may hold one alone, as safetensors' own writer does
-        held = [name for name in (first, *others) if name in state]
-        for name in held[1:]:
-            if state[name].shape == state[held[0]].shape and not torch.equal(state[name], state[held[0]]):
+    wanted, held = plain(expected), plain(checkpoint.state)
+    place = locate(model, {name: checkpoint.state[own] for name, own in held.items()})
+    state = {wanted[name]: checkpoint.state[held[place.prefix + name]] for name in place.names}
+    for first, *others in tied(model):  # of which a file may hold one alone, as safetensors' own writer does
+        there = [name for name in (first, *others) if name in state]
+        for name in there[1:]:
+            if state[name].shape == state[there[0]].shape and not torch.equal(state[name], state[there[0]]):
                 raise CheckpointError(
-                    f"{checkpoint.path}: tensors {held[0]!r} and {name!r} differ, but the model has one for both; "
+                    f"{checkpoint.path}: tensors {there[0]!r} and {name!r} differ, but the model has one for both; "
                     "check --model"
                 )
-        state |= {name: state[held[0]] for name in (first, *others) if held}
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    extra = [k for k in state if k not in expected]
+        state |= {name: state[there[0]] for name in (first, *others) if there}
+    missing = [wanted[name] for name in place.needed if wanted[name] not in state]
     shapes = [
         f"{k} {tuple(state[k].shape)} ≠ {tuple(expected[k].shape)} in the model"
         for k in expected
         if k in state and state[k].shape != expected[k].shape
     ]
+    unexpected = [held[name] for name in place.extra]
     problems = [
         f"{len(names)} {kind} ({_some(names)})"
-        for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", shapes))
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if names
     ]
     if problems:
         raise CheckpointError(
-            f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; check --model"
+            f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; "
+            f"{_remedy(checkpoint, place.prefix, bool(missing or shapes))}"
         )
     for name, value in state.items():
         if expected[name].is_floating_point() and not value.is_floating_point():
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is {value.dtype}, not floating point")
-    return state
+    key = checkpoint.key
+    copies = [_key(key, prefix) for prefix in place.copies]
+    return Fit(
+        state,
+        _key(key, place.prefix),
+        (*checkpoint.alternatives, *copies),
+        tuple(held[name] for name in place.left_out),
+    )
 
 
-def _tied(model: nn.Module) -> list[list[str]]:
-    """The names of every tensor that has several."""
-    names: dict[int, list[str]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(value), []).append(name)
-    return [some for some in names.values() if len(some) > 1]
+def _key(key: str, prefix: str) -> str:
+    return ".".join(filter(None, (key, prefix.rstrip("."))))
 
 
-def strip_prefixes(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The checkpoint's tensors by the names in ``expected``, where a name agrees once its prefixes are gone."""
-    stripped: dict[str, Tensor] = {}
-    for name, value in checkpoint.state.items():
-        short = name
-        while short not in expected:
-            prefix = next((p for p in PREFIXES if short.startswith(p)), None)
-            if prefix is None:
-                short = name  # no match below any prefix: report the name as the file has it
-                break
-            short = short.removeprefix(prefix)
-        if short in stripped:
-            raise CheckpointError(
-                f"{checkpoint.path} holds two tensors for {_plain(short)!r} once its prefixes are stripped; "
-                "save one model"
-            )
-        stripped[short] = value
-    return stripped
+def _remedy(checkpoint: Checkpoint, prefix: str, wrong: bool) -> str:
+    if not wrong:  # all that the network needs is there
+        return f"--strip {_plain(prefix)} takes those below it alone" if prefix else "check --model"
+    others = [*checkpoint.alternatives, *checkpoint.elsewhere]
+    more = f", or choose among the file's other tensors by --key ({_some(others)})" if others else ""
+    return f"check --model{more}"
 
 
 def save_checkpoint(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gm_probe.core.checks import real
 from gm_probe.core.errors import UsageError
 from gm_probe.core.processes import gather_with_gradient, rank
 
@@ -38,8 +39,7 @@ class Contrastive(nn.Module):
 
     def __init__(self, encoder: nn.Module, head: nn.Module, *, temperature: float = 0.5) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise UsageError(f"temperature must be above 0, not {temperature}")
+        real("temperature", temperature, above=0)
         self.encoder, self.head, self.temperature = encoder, head, temperature
 
     def forward(self, views: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ applied here: it belongs to the checkpoint.
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
@@ -19,8 +20,12 @@ from torch import Tensor
 
 from gm_probe.core.errors import CheckpointError, DataError, UsageError, did_you_mean, first_line
 from gm_probe.core.files import default_data_root
-from gm_probe.core.images import SUFFIXES, ImageFiles, contents, images_below, open_images, sound, unreadable
+from gm_probe.core.folders import PassedOver, class_folders, entries, images_below
+from gm_probe.core.images import ImageFiles, blocks, contents, sound
+from gm_probe.core.labels import as_labels
 from gm_probe.core.pickles import load_torch
+from gm_probe.core.reading import Reading
+from gm_probe.core.regular import open_to_read
 
 DESCRIPTIONS = {
     "digits": "1,797 handwritten digits of 8×8 that scikit-learn ships (bundled)",
@@ -46,11 +51,15 @@ class Examples:
     """Examples in memory, or images in files.
 
     Attributes:
-        x: (N, C, H, W) uint8 images, or (N, ...) floats that are taken as they are. Index it to get a tensor.
-        y: (N,) int64 class indices; None = unlabeled.
+        x: (N, C, H, W) uint8 images, or (N, ...) floats that are taken as they are. Index it to get a tensor. Or
+            ``Fields`` of several tensors with N rows, which stand for one.
+        y: (N,) int64 class indices, or (N, L) zeros and ones of L yes-or-no labels; None = unlabeled.
         classes: class names in index order; empty when unknown.
         source: where they came from, for messages and records.
         skipped: of the files there, those that could not be decoded and were asked to be left out: their errors.
+        passed_over: how many entries of the folder are no images that are read, by suffix or kind.
+        notes: what a person should know of how they were read, a sentence each.
+        recorded: what they must be; ``in_memory`` compares them with it.
     """
 
     x: Tensor | ImageFiles
@@ -58,14 +67,32 @@ class Examples:
     classes: tuple[str, ...]
     source: str
     skipped: tuple[str, ...] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    recorded: Recorded | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def select(self, indices: Tensor) -> Examples:
-        """The examples at ``indices`` (int64), in that order."""
+        """The examples at ``indices`` (int64), in that order; images in files stay there."""
         x = self.x[indices] if isinstance(self.x, Tensor) else self.x.select(indices)
-        return replace(self, x=x, y=None if self.y is None else self.y[indices])
+        recorded = None if self.recorded is None else self.recorded.select(indices)
+        return replace(self, x=x, y=None if self.y is None else self.y[indices], recorded=recorded)
+
+    def in_memory(self) -> Examples:
+        """The same examples, decoded where they fit into memory.
+
+        Raises:
+            DataError: a file cannot be decoded, or they are not what was recorded.
+        """
+        if isinstance(self.x, Tensor) and self.recorded is None:
+            return self
+        held = self if isinstance(self.x, Tensor) else replace(self, x=self.x.in_memory())
+        if self.recorded is None:
+            return held
+        self.recorded.require(held)
+        return replace(held, recorded=None)
 
     @cached_property
     def digest(self) -> str:
@@ -81,22 +108,74 @@ class Examples:
         return replace(self, y=None)
 
     def subset(self, size: int | None, seed: int) -> Examples:
-        """A seeded random subset of ``size`` examples, never the first ones of a sorted folder."""
+        """A seeded random subset of ``size`` examples, never the first ones of a sorted folder; None = all.
+
+        It is in memory where it fits, and nothing else is decoded. The one that was taken last is kept.
+
+        Raises:
+            DataError: as ``in_memory``.
+        """
         if size is None or size >= len(self):
-            return self
+            return self._kept("all", self)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self.select(order[:size].sort().values)
+        return self._kept((size, seed), self.select(order[:size].sort().values))
+
+    def _kept(self, key: object, chosen: Examples) -> Examples:
+        if key not in self._last:
+            self._last.clear()
+            self._last[key] = chosen.in_memory()
+        return self._last[key]
+
+    @cached_property
+    def _last(self) -> dict[object, Examples]:
+        """What ``subset`` gave last: many models are measured over it, one after the other."""
+        return {}
 
     @property
     def num_classes(self) -> int:
         """Number of classes.
 
         Raises:
-            DataError: the examples carry no labels.
+            DataError: the examples carry no labels, or several yes-or-no labels each.
         """
         if self.y is None:
             raise DataError(f"{self.source} has no labels; give class subfolders or an array file with 'y'")
+        if self.y.dim() > 1:
+            raise DataError(
+                f"{self.source} has labels of shape {tuple(self.y.shape)}; give one class index for each example"
+            )
         return len(self.classes) or int(self.y.max()) + 1
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What examples were when a run began.
+
+    Attributes:
+        marks: one for each example, as ``marks`` gives it.
+        otherwise: the message of the error where they are no longer the same.
+    """
+
+    marks: tuple[str, ...]
+    otherwise: str
+
+    def select(self, indices: Tensor) -> Recorded:
+        """Return the record of the examples at ``indices``."""
+        return replace(self, marks=tuple(self.marks[i] for i in indices.tolist()))
+
+    def require(self, examples: Examples) -> None:
+        """Raise DataError unless ``examples`` are those that were recorded."""
+        if len(self.marks) != len(examples) or any(
+            mark != now for mark, now in zip(self.marks, marks(examples.x), strict=True)
+        ):
+            raise DataError(self.otherwise)
+
+
+def marks(x: Tensor | ImageFiles) -> Iterator[str]:
+    """Yield the first 16 digits of the SHA-256 of each example."""
+    for block in blocks(x):
+        for one in block:
+            yield sha256(one.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -105,6 +184,10 @@ class Source:
 
     pool: Examples
     test: Examples | None
+
+    def in_memory(self) -> Source:
+        """The same data, decoded where it fits into memory."""
+        return Source(self.pool.in_memory(), None if self.test is None else self.test.in_memory())
 
 
 def open_source(
@@ -115,7 +198,10 @@ def open_source(
     download: bool = False,
     channels: int | None = None,
     image_size: int | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
     skip_bad: bool = False,
+    decode: bool = True,
 ) -> Source:
     """Open ``name``: a folder, a .npz/.npy/.pt file, ``digits``, or one of ``DATASETS``.
 
@@ -125,9 +211,9 @@ def open_source(
     Args:
         root: where torchvision's data sets are kept (default ``~/.cache/gm_probe``).
         download: let torchvision download what is missing.
-        channels: 1 or 3 converts a folder's images to grey or RGB; None keeps grey only if all are.
-        image_size: resize a folder's images to this many pixels a side.
+        channels, image_size, resize, crop: of a folder's images; see ``core.images.Reading``.
         skip_bad: leave out images that cannot be decoded (``Examples.skipped``). All are decoded once more for it.
+        decode: False leaves a folder's images in their files until they are taken (``Examples.subset``).
 
     Raises:
         DataError: a file is missing, broken, too large or of another size than the first, or two parts differ in
@@ -135,11 +221,12 @@ def open_source(
         UsageError: ``name`` is neither a path nor a known data set, or images of no folder are to be converted.
     """
     path = Path(name)
+    reading = Reading(channels, image_size, resize, crop)
     known = name == "digits" or name in DATASETS
-    if (channels or image_size or skip_bad) and (known or path.is_file()):
+    if (reading != Reading() or skip_bad) and (known or path.is_file()):
         raise UsageError(
-            f"{name} is taken as it is; --image-size and --channels convert image folders only, and --skip-bad "
-            "looks through them"
+            f"{name} is taken as it is; --image-size and --channels convert image folders only, as do --resize and "
+            "--crop, and --skip-bad looks through them"
         )
     if name == "digits":
         pool = _digits()
@@ -151,16 +238,8 @@ def open_source(
             parts = [part.unlabeled() for part in parts]
         return Source(*parts)
     if path.is_dir():
-        read = partial(_folder, labeled=labeled, channels=channels, image_size=image_size, skip_bad=skip_bad)
-        train = path / "train"
-        try:
-            others = [path / part for part in TEST_PARTS] if train.is_dir() else []
-            test = next((part for part in others if part.is_dir()), None)
-        except OSError as error:  # the parts it names were not given
-            raise DataError(f"cannot read the folder {path}: {error.strerror}") from error
-        if test is not None:
-            return _two_parts(read(train), read(test))
-        return Source(read(path), None)
+        source = _folder_source(path, labeled, reading, skip_bad)
+        return source.in_memory() if decode else source
     if path.is_file():
         pool = _array_file(path)
         return Source(pool if labeled else pool.unlabeled(), None)
@@ -180,6 +259,26 @@ def _no_source(name: str) -> UsageError:
     return UsageError(f"no folder or file {name!r}; {hint}")
 
 
+def _folder_source(path: Path, labeled: bool, reading: Reading, skip_bad: bool) -> Source:
+    """The two parts of a folder that has such, or all of it; its images are still in their files."""
+    read = partial(_folder, labeled=labeled, reading=reading, skip_bad=skip_bad)
+    train = path / "train"
+    try:
+        others = [path / part for part in TEST_PARTS] if train.is_dir() else []
+        test = next((part for part in others if part.is_dir()), None)
+    except OSError as error:  # the parts it names were not given
+        raise DataError(f"cannot read the folder {path}: {error.strerror}") from error
+    if test is None:
+        return Source(read(path), None)
+    beside = PassedOver()
+    loose, folders = entries(path, beside)
+    beside.note("image beside the parts", len(loose))
+    for name in folders:
+        if path / name not in {train, test}:
+            beside.note(f"folder {name}")
+    return _two_parts(read(train, beside=beside), read(test, beside=beside))
+
+
 def _two_parts(train: Examples, test: Examples) -> Source:
     """Parts whose classes have the same numbers and whose images have the same shape; grey only if both are."""
     if train.classes != test.classes:
@@ -193,14 +292,15 @@ def _two_parts(train: Examples, test: Examples) -> Source:
     if shapes[0] != shapes[1]:
         sizes = [f"{width}×{height}" for height, width in shapes]
         raise DataError(
-            f"{train.source} has images of {sizes[0]} but {test.source} of {sizes[1]}; resize all with --image-size"
+            f"{train.source} has images of {sizes[0]} but {test.source} of {sizes[1]}; resize all with --image-size, "
+            "or with --resize and --crop"
         )
     channels = max(part.x.shape[1] for part in (train, test))
     return Source(*(replace(part, x=_with_channels(part.x, channels)) for part in (train, test)))
 
 
 def _with_channels(x: Tensor | ImageFiles, channels: int) -> Tensor | ImageFiles:
-    return x.expand(-1, channels, -1, -1).contiguous() if isinstance(x, Tensor) else x.with_channels(channels)
+    return x if isinstance(x, Tensor) or x.shape[1] == channels else x.with_channels(channels)
 
 
 def _digits() -> Examples:
@@ -245,7 +345,7 @@ def _array_file(path: Path) -> Examples:
     """Arrays ``x`` and optionally ``y`` of a .npz or .pt, or ``x`` alone as .npy."""
     try:
         if path.suffix in NUMPY_SUFFIXES:
-            with path.open("rb") as file:
+            with open_to_read(path, follow=True) as file:
                 _check_packed(path)
                 loaded = np.load(file, allow_pickle=False)
                 arrays: Any = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
@@ -269,7 +369,7 @@ def _array_file(path: Path) -> Examples:
     x = _tensor(path, "x", arrays["x"])
     if x.dim() < 2 or len(x) == 0:
         raise DataError(f"{path}: x has shape {tuple(x.shape)}; it must be (N, ...) with N ≥ 1")
-    if x.dtype == torch.uint8 and x.dim() == 4 and x.shape[1] > 4 >= x.shape[3]:
+    if _channels_last(x):
         raise DataError(f"{path}: x {tuple(x.shape)} looks like (N, H, W, C); transpose it to (N, C, H, W)")
     if x.dtype in {torch.uint16, torch.uint32, torch.uint64}:  # torch computes with none of them
         raise DataError(f"{path}: x is {x.dtype}; save pixels as uint8 or floats, and token ids as int64")
@@ -277,10 +377,19 @@ def _array_file(path: Path) -> Examples:
         raise DataError(f"{path}: x holds NaN or infinite values")
     y = None if arrays.get("y") is None else _tensor(path, "y", arrays["y"])
     if y is not None:
-        if y.shape != (len(x),) or y.is_floating_point() or bool((y.to(torch.int64) < 0).any()):
-            raise DataError(f"{path}: y must be {len(x)} class indices ≥ 0, got {y.dtype} {tuple(y.shape)}")
-        y = y.to(torch.int64)
+        y = as_labels(y, len(x), f"{path}: y")
+        if bool((y < 0).any()):
+            raise DataError(
+                f"{path}: y must be class indices ≥ 0, got {int(y.min())}; leave such examples out"
+            )
     return Examples(x, y, (), str(path))
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether ``x`` looks like (N, H, W, C), which a network that flattens its input takes without a word."""
+    if x.dim() != 4 or not x.shape[1] > 4 >= x.shape[3]:
+        return False
+    return x.dtype == torch.uint8 or (x.shape[3] in {3, 4} and x.shape[2] > 4)
 
 
 def _tensor(path: Path, name: str, value: Any) -> Tensor:
@@ -315,24 +424,21 @@ def _check_packed(path: Path) -> None:
 
 
 def _folder(
-    path: Path, *, labeled: bool, channels: int | None, image_size: int | None, skip_bad: bool
+    path: Path, *, labeled: bool, reading: Reading, skip_bad: bool, beside: Mapping[str, int] | None = None
 ) -> Examples:
+    """The images of ``path``, still in their files; ``beside`` counts what was passed over outside of it."""
+    passed = PassedOver(beside or {})
+    names = _class_names(path) if labeled else ()
     if labeled:
-        names = _class_names(path)
-        if not names:
-            raise DataError(f"{path} has no class subfolders; give unlabeled images with --unlabeled")
-        # a class may well be called train (CIFAR-100 has it); class folders in it make it a part
-        for name in names:
-            if name in {"train", *TEST_PARTS} and _class_names(path / name):
-                raise DataError(
-                    f"{path / name} is a part with class folders, not a class; give {path / name}"
-                )
-        files = [(file, index) for index, name in enumerate(names) for file in images_below(path / name)]
+        files = [
+            (file, index) for index, name in enumerate(names) for file in images_below(path / name, passed)
+        ]
+        loose, _ = entries(path, passed)
+        passed.note("image outside the class folders", len(loose))
     else:
-        names = ()
-        files = [(file, -1) for file in images_below(path)]
+        files = [(file, -1) for file in images_below(path, passed)]
     if not files:
-        raise DataError(f"{path} holds no images (of {', '.join(sorted(SUFFIXES))})")
+        raise DataError(f"{path} holds no images that are read{f' ({passed})' if passed else ''}")
     skipped: list[str] = []
     if skip_bad:
         kept, skipped = sound([file for file, _ in files])
@@ -342,16 +448,34 @@ def _folder(
     empty = set(range(len(names))) - {index for _, index in files}
     if empty:
         raise DataError(f"{path / names[min(empty)]} holds no images; remove the folder or fill it")
-    images = open_images([file for file, _ in files], channels, image_size)
+    images = ImageFiles([file for file, _ in files], reading)
     labels = torch.tensor([index for _, index in files], dtype=torch.int64) if labeled else None
-    return Examples(images, labels, names, str(path), tuple(skipped))
+    notes = _notes(path, passed, images.distorted, reading)
+    return Examples(images, labels, names, str(path), tuple(skipped), dict(passed), notes)
+
+
+def _notes(path: Path, passed: PassedOver, distorted: str | None, reading: Reading) -> tuple[str, ...]:
+    notes = [f"{path}: these entries were passed over: {passed}"] if passed else []
+    if distorted:
+        size = reading.image_size
+        notes.append(
+            f"--image-size {size} changes the aspect ratio of images such as {distorted}; "
+            f"--resize {size} --crop {size} keeps it"
+        )
+    return tuple(notes)
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
-    """Sorted names of the class folders in ``path``: not hidden, no links that lead back to ``path``."""
-    here = path.resolve()
-    try:
-        folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-        return tuple(sorted(entry.name for entry in folders if not here.is_relative_to(entry.resolve())))
-    except OSError as error:
-        raise unreadable(error) from error
+    """The sorted names of the class folders.
+
+    Raises:
+        DataError: there are none, or one of them is a part with class folders of its own.
+    """
+    names = class_folders(path)
+    if not names:
+        raise DataError(f"{path} has no class subfolders; give unlabeled images with --unlabeled")
+    # a class may well be called train (CIFAR-100 has it); class folders in it make it a part
+    for name in names:
+        if name in {"train", *TEST_PARTS} and class_folders(path / name):
+            raise DataError(f"{path / name} is a part with class folders, not a class; give {path / name}")
+    return names

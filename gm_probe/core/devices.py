@@ -11,25 +11,76 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gm_probe.core.errors import ResourceError, UsageError, did_you_mean
+from gm_probe.core.errors import ResourceError, UsageError, did_you_mean, first_line
 
-NAMES = ("auto", "cpu", "cuda", "cuda:1", "mps")
-"""Devices by name, cuda:1 for those of any number."""
+NAMES = ("auto", "cpu", "cuda", "cuda:1", "xpu")
+"""Devices by name, as an error suggests them; torch may know others."""
+
+LACKING = {
+    "mps": "has no float64, in which gm_probe keeps its sums",
+    "meta": "holds no values: load the weights first",
+}
+"""Devices that torch knows and that cannot be computed on here, and why."""
 
 
 @contextmanager
 def generators_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Leave torch's global generators, on the CPU and on a ``device`` that is a GPU, as they were."""
-    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+    """Leave torch's global generators, on the CPU and on ``device``, as they were."""
+    state, own = torch.get_rng_state(), None if device is None else generator_state(device)
+    try:
         yield
+    finally:
+        torch.set_rng_state(state)
+        if device is not None:
+            set_generator_state(own, device)
+
+
+def generator_state(device: torch.device) -> Tensor | None:
+    """Return the state of ``device``'s own global generator; None where it has none, as the CPU's is torch's."""
+    return _module(device).get_rng_state(*_place(device)) if _has_generator(device) else None
+
+
+def set_generator_state(state: Tensor | None, device: torch.device) -> None:
+    """Set what ``generator_state`` returned; None leaves the generator alone."""
+    if state is not None and _has_generator(device):
+        _module(device).set_rng_state(state.cpu(), *_place(device))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work that ``device`` was given; a CPU has done it already."""
+    wait = getattr(_module(device), "synchronize", None)
+    if device.type != "cpu" and wait is not None:
+        wait(*_place(device))
+
+
+def release_memory(device: torch.device) -> None:
+    """Hand back what torch keeps of ``device``'s freed memory."""
+    release = getattr(_module(device), "empty_cache", None)
+    if release is not None:
+        release()
+
+
+def _module(device: torch.device) -> Any:
+    """torch.cuda, torch.xpu, ...: None of a device without one."""
+    return getattr(torch, device.type, None)
+
+
+def _place(device: torch.device) -> tuple[torch.device, ...]:
+    """What the functions of its module take: torch.mps has a single device."""
+    return () if device.type == "mps" else (device,)
+
+
+def _has_generator(device: torch.device) -> bool:
+    return device.type != "cpu" and hasattr(_module(device), "get_rng_state")
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (CUDA, else CPU: MPS lacks the estimators' float64), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+    """``auto`` (CUDA, else CPU), or any device that torch knows by ``name`` and that computes in float64.
 
     Raises:
-        UsageError: no such name.
+        UsageError: torch knows no such name, or the device lacks float64, as MPS does.
         ResourceError: no such device here.
     """
     device = named_device(name)
@@ -37,9 +88,33 @@ def pick_device(name: str) -> torch.device:
         raise ResourceError(
             f"no device {name}: torch sees {torch.cuda.device_count()} CUDA device(s); use --device cpu"
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ResourceError("no MPS device here; use --device cpu")
+    require_float64(device)
     return device
+
+
+def require_float64(device: torch.device) -> None:
+    """Raise unless ``device`` computes in float64, in which sums over examples are kept.
+
+    Raises:
+        UsageError: it does not.
+        ResourceError: there is no such device here.
+    """
+    if device.type in {"cpu", "cuda"}:
+        return
+    if device.type in LACKING:  # by name: what torch raises depends on the platform
+        raise UsageError(f"device {device} {LACKING[device.type]}; use --device cpu")
+    try:
+        torch.ones(1, device=device)
+    except Exception as error:  # each backend raises its own kind
+        cause = first_line(error).partition(". ")[0]
+        raise ResourceError(f"no device {device} here ({cause}); use --device cpu") from error
+    try:
+        float(torch.ones(2, dtype=torch.float64, device=device).sum())
+    except Exception as error:
+        raise UsageError(
+            f"device {device} cannot compute in float64, in which gm_probe keeps its sums ({first_line(error)}); "
+            "use --device cpu"
+        ) from error
 
 
 def named_device(name: str) -> torch.device:
@@ -53,41 +128,27 @@ def named_device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        hint = did_you_mean(name, NAMES, f"use {', '.join(NAMES)}")
+        hint = did_you_mean(name, NAMES, f"use {', '.join(NAMES)} or another that torch knows")
         raise UsageError(f"no device {name!r}; {hint}") from error
 
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Let torch use no algorithm whose result differs from run to run; restored after.
+    """Let torch use no algorithm whose result differs from run to run, where ``enabled``; restored after.
 
-    On a GPU some are slower, and an operation that has no such algorithm raises RuntimeError.
+    On a GPU some are slower, and an operation that has no such algorithm raises RuntimeError. Where not enabled, the
+    caller's own setting is left as it is.
     """
-    before = torch.are_deterministic_algorithms_enabled()
-    if enabled:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-        torch.use_deterministic_algorithms(True)
+    if not enabled:
+        yield
+        return
+    before = torch.get_deterministic_debug_mode()  # which knows warnings from errors
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of float32 in float32: TF32 (on a GPU) or bfloat16 would round weights away that moved little."""
-    cudnn: Any = torch.backends.cudnn
-    onednn: Any = torch.backends.mkldnn
-    places: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    places += (onednn.matmul, onednn.conv, onednn.rnn)
-    before = [place.fp32_precision for place in places]
-    try:
-        for place in places:
-            place.fp32_precision = "ieee"
-        yield
-    finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
+        torch.set_deterministic_debug_mode(before)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -105,13 +166,9 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and threads, to be stored with every result."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+def environment(device: torch.device, *, tf32: bool = False) -> dict[str, Any]:
+    """Versions, device, threads and whether products may use TF32, to be stored with every result."""
+    named = getattr(_module(device), "get_device_name", None) if device.type != "cpu" else None
     return {
         "gm_probe": version("gm_probe"),
         "torch": torch.__version__,
@@ -119,6 +176,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(device),
-        "device_name": name,
+        "device_name": named(device) if named is not None else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "tf32": tf32,
     }

@@ -23,6 +23,7 @@ from gm_probe.core.locks import exclusive
 State = Literal["ok", "absent", "broken"]
 EXTRAS = {
     "timm": "models vit-*, mixer-* and timm:NAME",
+    "hf": "--model hf",
     "parquet": "tables as .parquet",
     "tensorboard": "train --tensorboard",
     "tune": "tune --trials",

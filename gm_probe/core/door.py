@@ -50,6 +50,12 @@ class Outputs:
         if self.head not in get_args(Head):
             raise UsageError(f"head must be {', '.join(get_args(Head))}, not {self.head!r}")
 
+    def settings(self) -> dict[str, Any]:
+        """Return what a record of a measurement says of the outputs, None where it is the default."""
+        head = None if self.head == "classifier" else self.head
+        kind = None if self.kind == "logits" else self.kind
+        return {"head": head, "output": self.output, "outputs_are": kind}
+
     def taken(self, returned: Any, rows: int) -> Tensor:
         """Return the tensor (B, C), (B, L) or (B, 1) that is measured, as the model returned it.
 
@@ -63,7 +69,9 @@ class Outputs:
         if not isinstance(found, Tensor):
             raise UsageError(f"the model returned {_described(returned)}; {_REMEDY}")
         if not found.is_floating_point():
-            raise UsageError(f"the model returned numbers of {found.dtype}; logits are floating-point numbers")
+            raise UsageError(
+                f"the model returned numbers of {found.dtype}; logits are floating-point numbers"
+            )
         if found.dim() == 0:
             raise UsageError("the model returned a single number, as a loss is; return the logits (B, C)")
         if found.dim() == 1 and self.head == "binary":
@@ -124,13 +132,17 @@ class Outputs:
         if not len(values) or not bool(torch.isfinite(values).all() if self.kind is None else True):
             return replace(self, kind=self.kind or "logits")
         if self.kind is None and self._probabilities(values):
+            seen = "every row is ≥ 0 and sums to 1"
+            if self.head != "classifier":
+                seen = "every number lies in [0, 1]"
             raise UsageError(
-                f"the model returned probabilities (every {'row is ≥ 0 and sums to 1' if self.head == 'classifier' else 'number lies in [0, 1]'}), "
-                "and logits are needed; remove its softmax or sigmoid, or say --outputs-are probabilities "
-                "(outputs_are=), or logits where they are"
+                f"the model returned probabilities ({seen}), and logits are needed: remove its softmax or sigmoid, or "
+                "say --outputs-are probabilities (Outputs(kind=...) in Python), or logits where they are"
             )
         if self.kind == "probabilities" and not self._probabilities(values):
-            raise UsageError("outputs are said to be probabilities, and some rows do not lie in [0, 1] and sum to 1")
+            raise UsageError(
+                "outputs are said to be probabilities, and some rows do not lie in [0, 1] and sum to 1"
+            )
         if self.kind == "log-probabilities" and not self._probabilities(values.exp()):
             raise UsageError("outputs are said to be log-probabilities, and some rows of exp do not sum to 1")
         return replace(self, kind=self.kind or "logits")
@@ -142,8 +154,12 @@ class Outputs:
         return self.head != "classifier" or bool(((values.sum(1) - 1).abs() <= _SUM).all())
 
 
-_REMEDY = "choose the logits by --output INDEX or NAME (output= in Python), or return them alone or named 'logits'"
-_BINARY = "its softmax would be 1 always: say --head binary (head= in Python) for a yes-or-no model of one logit"
+_REMEDY = (
+    "choose the logits by --output INDEX or NAME (output= in Python), or return them alone or named 'logits'"
+)
+_BINARY = (
+    "its softmax would be 1 always: say --head binary (head= in Python) for a yes-or-no model of one logit"
+)
 
 
 def _named(returned: Any, output: int | str) -> Any:
@@ -156,9 +172,15 @@ def _named(returned: Any, output: int | str) -> Any:
     try:
         if isinstance(returned, Mapping):
             return returned[output] if output in returned else list(returned.values())[key]
-        return returned[key] if isinstance(key, int) and not isinstance(returned, Tensor) else getattr(returned, key)
+        return (
+            returned[key]
+            if isinstance(key, int) and not isinstance(returned, Tensor)
+            else getattr(returned, key)
+        )
     except (LookupError, AttributeError, TypeError):
-        raise UsageError(f"the model returned {_described(returned)}, which has no output {output!r}") from None
+        raise UsageError(
+            f"the model returned {_described(returned)}, which has no output {output!r}"
+        ) from None
 
 
 def _described(returned: Any) -> str:
@@ -177,7 +199,8 @@ def _described(returned: Any) -> str:
     else:
         return f"a {type(returned).__name__}"
     parts = [
-        f"{name}: {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}" for name, value in named
+        f"{name}: {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+        for name, value in named
     ]
     return f"a {type(returned).__name__} of {', '.join(parts[:8])}{', …' * (len(parts) > 8)}"
 
@@ -195,8 +218,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             raise UsageError(f"the model is a {type(model).__name__}, not an nn.Module")
         if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]  torch.compile's
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
         else:
             break
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -211,5 +234,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         )
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
-        raise UsageError(f"parameter {lazy[0]!r} is lazy and has no shape yet; run the network on one example first")
+        raise UsageError(
+            f"parameter {lazy[0]!r} is lazy and has no shape yet; run the network on one example first"
+        )
     return model

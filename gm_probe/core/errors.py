@@ -1,6 +1,7 @@
 """The errors that gm_probe raises on purpose. Each message names the offender and the remedy in one line."""
 
 import difflib
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,10 @@ class DerivativeError(UsageError):
 
 class PrecisionError(UsageError):
     """A perturbation that the weights' dtype cannot resolve; other measures can be taken."""
+
+
+class DeviceError(UsageError):
+    """Tensors on two devices in one operation."""
 
 
 class CheckpointError(ProbeError):
@@ -63,10 +68,14 @@ class BusyError(StorageError):
 def foreign_or(told: Callable[[str], ProbeError]) -> Iterator[None]:
     """Raise what ``told`` makes of the cause's first line where a stranger's code, a model say, fails within.
 
-    Deliberate errors and memory that runs out are none of its own.
+    Deliberate errors, and those that tell of the machine, are none of its own.
+
+    Raises:
+        DeviceError: tensors met on two devices.
     """
     try:
-        yield
+        with one_device():
+            yield
     except ProbeError:
         raise
     except Exception as error:
@@ -80,10 +89,66 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+_MEMORY = re.compile(
+    r"""out[ _]of[ _](\w+[ _])?memory | _OUT_OF_RESOURCES | ErrorOutOfMemory | ErrorMemoryAllocation
+    | (can't|cannot|can\ not|unable\ to|failed\ to)\ allocate | not\ enough\ memory | bad[ _]alloc
+    | ALLOC(ATION)?_FAILED                                  # cuBLAS, cuSOLVER, cuSPARSE, cuDNN, cuFFT, cuRAND
+    | CUDNN_STATUS_INTERNAL_ERROR                           # a handle or a workspace that did not fit
+    | CUBLAS_STATUS_NOT_INITIALIZED.*create                 # likewise
+    | unable\ to\ find\ (an\ engine|a\ valid\ cudnn\ algorithm)  # none whose workspace fits
+    | invalid\ buffer\ size                                  # MPS, of a tensor beyond its memory
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_DEVICES = re.compile(
+    r"\b(same|different|two) devices?\b|\bis on \S+.* but expected|not on the expected device"
+    r"|device type for generator|of device type"
+    r"|placeholder storage",  # MPS, of a tensor that is on the CPU
+    re.IGNORECASE,
+)
+_KINDS = re.compile(r"input type \((\S+)\) and (?:weight|bias) type \((\S+)\)", re.IGNORECASE)
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out: Python's, torch's on a GPU, or its CPU allocator's."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text
+    """Whether ``error`` says that memory ran out: Python's, a CPU's, or a GPU's by any of its libraries' words."""
+    return isinstance(error, MemoryError) or _MEMORY.search(str(error)) is not None
+
+
+def on_two_devices(error: BaseException) -> bool:
+    """Whether ``error`` says that an operation met tensors, or a generator, of two devices."""
+    if isinstance(error, DeviceError):
+        return True
+    text = str(error)
+    kinds = _KINDS.search(text)
+    if (
+        kinds is not None
+    ):  # said of two dtypes, too: torch.cuda.FloatTensor and torch.FloatTensor differ in the device
+        return _device_of(kinds[1]) != _device_of(kinds[2])
+    return isinstance(error, RuntimeError) and _DEVICES.search(text) is not None
+
+
+def _device_of(kind: str) -> str:
+    """ "torch.cuda" of torch.cuda.FloatTensor."""
+    return kind.rpartition(".")[0]
+
+
+def of_machine(error: BaseException) -> bool:
+    """Whether ``error`` tells of the machine, not of a stranger's code that is tried: who tries it passes this on."""
+    return out_of_memory(error) or on_two_devices(error)
+
+
+@contextmanager
+def one_device() -> Iterator[None]:
+    """Raise DeviceError where an operation meets tensors of two devices within."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not on_two_devices(error):
+            raise
+        raise DeviceError(
+            f"tensors met on two devices ({first_line(error)}); move the model, its inputs and what its forward makes "
+            "to one device"
+        ) from error
 
 
 def printable(text: str) -> str:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +31,9 @@ class Fields:
         self.content: dict[Any, Any] = dict(content if isinstance(content, Mapping) else enumerate(content))
         rows = {key: len(value) for key, value in self._tensors()}
         if not rows:
-            raise UsageError(f"a batch of {type(content).__name__} holds no tensor with a row for each example")
+            raise UsageError(
+                f"a batch of {type(content).__name__} holds no tensor with a row for each example"
+            )
         if len(set(rows.values())) > 1:
             shown = ", ".join(f"{key!r}: {count}" for key, count in rows.items())
             raise UsageError(f"the tensors of one batch have different numbers of rows ({shown})")
@@ -46,11 +49,27 @@ class Fields:
     def _like(self, content: dict[Any, Any]) -> Fields:
         return Fields(content if self.named else list(content.values()))
 
+    @property
+    def value(self) -> Any:
+        """The content as a dict or a tuple, as a model or a loss takes it."""
+        return dict(self.content) if self.named else tuple(self.content.values())
+
+    @staticmethod
+    def joined(parts: Sequence[Fields]) -> Fields:
+        """Join batches of the same fields one after another."""
+        first = parts[0]
+        joined = {key: torch.cat([part.content[key] for part in parts]) for key, _ in first._tensors()}
+        return first._like({**first.content, **joined})
+
     def __len__(self) -> int:
         return self._rows
 
     def __getitem__(self, key: Any) -> Fields:
         return self.each(lambda value: value[key])
+
+    def select(self, indices: Tensor) -> Fields:
+        """Return the rows at ``indices``, as images in files do."""
+        return self[indices]
 
     def split(self, size: int) -> list[Fields]:
         """Cut into batches of ``size`` rows; the last may be smaller."""
@@ -97,17 +116,48 @@ Inputs = Tensor | Fields
 """A batch's input: one tensor (B, ...), or several."""
 
 
+def tensors_of(x: Inputs) -> dict[Any, Tensor]:
+    """Return the tensors of an input by their names or places; a single tensor has none."""
+    return {"": x} if isinstance(x, Tensor) else dict(x._tensors())
+
+
+def with_tensors(x: Inputs, tensors: Mapping[Any, Tensor]) -> Inputs:
+    """Return an input like ``x`` of other ``tensors``, by the keys of ``tensors_of``."""
+    return tensors[""] if isinstance(x, Tensor) else x._like({**x.content, **tensors})
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """Return tensors that were made in inference mode as copies, which autograd takes; others as they are."""
+    if isinstance(x, Fields):
+        return x.each(lambda value: value.clone() if value.is_inference() else value)
+    return x.clone() if x.is_inference() else x
+
+
 def as_inputs(x: Any) -> Inputs:
-    """Return a tensor as it is, and a mapping, tuple or list of tensors as ``Fields``.
+    """Return a tensor or array as a tensor, and a mapping, tuple or list of them as ``Fields``.
 
     Raises:
         UsageError: anything else.
     """
+    if isinstance(x, np.ndarray):
+        return _as_tensor(x)
     if isinstance(x, Tensor | Fields):
         return x
-    if isinstance(x, Mapping | tuple | list):
-        return Fields(x)
+    if isinstance(x, Mapping):
+        return Fields({key: _as_tensor(value) for key, value in x.items()})
+    if isinstance(x, tuple | list):
+        return Fields([_as_tensor(value) for value in x])
     raise UsageError(f"the input is a {type(x).__name__}; give a tensor, or a dict or tuple of tensors")
+
+
+def _as_tensor(value: Any) -> Any:
+    """An array as a tensor of its own, and anything else as it is."""
+    if not isinstance(value, np.ndarray):
+        return value
+    try:
+        return torch.from_numpy(np.array(value))
+    except TypeError as error:
+        raise UsageError(f"the input is an array of {value.dtype}, of which torch has no tensors") from error
 
 
 def arguments(model: nn.Module, x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -118,10 +168,10 @@ def arguments(model: nn.Module, x: Inputs) -> tuple[tuple[Any, ...], dict[str, A
     """
     if isinstance(x, Tensor):
         return (x.clone(),), {}
-    content = x.clone().content
-    args, kwargs = ((), content) if x.named else (tuple(content.values()), {})
+    content = x.clone().value
+    args, kwargs = ((), content) if x.named else (content, {})
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except (TypeError, ValueError):
-        return (content if x.named else args,), {}
+        return (content,), {}
     return args, kwargs

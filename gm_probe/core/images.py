@@ -1,4 +1,4 @@
-"""Image files: found in folders, decoded by Pillow into uint8, all at once or as they are taken.
+"""Image files: decoded by Pillow into uint8, all at once or as they are taken.
 
 Pixels count as torchvision's ImageFolder takes them: the first frame of an animation, alpha dropped, an EXIF rotation
 and a colour profile not applied.
@@ -6,13 +6,13 @@ and a colour profile not applied.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import replace
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,43 +20,86 @@ from PIL import Image
 from torch import Tensor
 
 from gm_probe.core.errors import DataError, first_line
+from gm_probe.core.fields import Fields, tensors_of
+from gm_probe.core.reading import MAX_PIXELS, Reading
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif"})
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
-"""What Pillow may take a file for, whatever its name says: never EPS, which it would hand to Ghostscript."""
-MAX_PIXELS = 64_000_000
-"""Images with more pixels are refused before they are decoded (decompression bombs)."""
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000")
+"""What Pillow may take any file for, whatever its name says: never EPS, which it would hand to Ghostscript."""
+NAMED_FORMATS = ("TGA", "DIB", "PCX", "DDS", "QOI", "SGI", "SUN", "MSP", "XBM", "XPM", "PSD")
+"""What Pillow may take a file for whose suffix says so: garbage passes for some of these.
+
+Icons and FITS are not among them: they may unpack to far more pixels than they claim.
+"""
 IN_MEMORY = 2**30
 """Bytes up to which decoded images are kept; more are decoded again whenever they are taken."""
 T = TypeVar("T")
 BLOCK = 1000  # images handled at a time where a pass over all must not fill the memory
+HEADERS = 1000
+"""Headers that are read where a folder is opened, at even distances: those of millions would take minutes."""
+DEEP = 16
+"""Images of 16 bits that are decoded to see which of these bits are used."""
+
+
+@cache
+def suffixes() -> dict[str, str]:
+    """Every suffix of an image that is read, in lower case, and the format that Pillow has registered for it."""
+    formats = {*FORMATS, *NAMED_FORMATS, "MPO"}  # an MPO file is opened as the JPEG that it begins with
+    return {suffix: name for suffix, name in Image.registered_extensions().items() if name in formats}
+
+
+@cache
+def _formats(suffix: str) -> tuple[str, ...]:
+    """What Pillow may take a file of this suffix for; an older or a smaller Pillow knows fewer formats."""
+    by_name = suffixes().get(suffix)
+    return tuple(
+        name for name in (*FORMATS, *NAMED_FORMATS) if name in Image.OPEN and name in {*FORMATS, by_name}
+    )
+
+
+class Header(NamedTuple):
+    """What a file says of its image, whose pixels are not decoded."""
+
+    height: int
+    width: int
+    grey: bool
+    deep: bool  # 16 bits a pixel and channel
 
 
 class ImageFiles:
     """Images of one shape in files, as a read-only (N, C, H, W) uint8 tensor that is decoded where it is indexed.
 
-    Args:
-        channels: 1 or 3 converts to grey or RGB; None keeps grey only if all are.
-        image_size: resizes to this many pixels a side.
+    Only some headers are read at first. A broken file, or one of another size, is named when it is taken.
 
     Raises:
-        DataError: a file is no image, too large, or of another size than the first.
+        DataError: no header can be read, or images of 16 bits use the lower ones alone.
     """
 
     dtype = torch.uint8
 
-    def __init__(self, files: Sequence[Path], channels: int | None, image_size: int | None) -> None:
-        self.files, self._image_size = tuple(files), image_size
-        headers = _in_threads(_header, self.files)
-        sizes = [(image_size, image_size) if image_size else size for size, _ in headers]
-        for file, size in zip(self.files, sizes, strict=True):
-            _require_equal(file, size, self.files[0], sizes[0])
-        grey = channels == 1 or (channels is None and all(grey for _, grey in headers))
-        self._frame = (1 if grey else 3, *sizes[0])  # (C, H, W)
+    def __init__(self, files: Sequence[Path], reading: Reading | None = None) -> None:
+        self.files = tuple(files)
+        reading = reading or Reading()
+        seen = _evenly(self.files, HEADERS)
+        read = _in_threads(_header_or_none, seen)
+        headers = [(file, header) for file, header in zip(seen, read, strict=True) if header is not None]
+        if not headers:
+            headers = [(self.files[0], _header(self.files[0]))]  # which says what is wrong
+        _require_full_range([file for file, header in headers if header.deep])
+        channels = reading.channels
+        if channels is None:
+            grey = all(header.grey for _, header in headers) and _all_grey(self.files, set(seen))
+            channels = 1 if grey else 3
+        self._first, first = headers[0]
+        self._reading = replace(reading, channels=channels)
+        self._size = reading.size_of(first.height, first.width)
+        uneven = [f"{file} ({h.width}×{h.height})" for file, h in headers if h.width != h.height]
+        self.distorted = uneven[0] if reading.image_size and uneven else None
+        """An image whose aspect ratio changes, with its size, if there is one."""
+        self._agree = False  # whether all sizes are known to be the first's
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((len(self.files), *self._frame))
+        return torch.Size((len(self.files), self._reading.channels or 3, *self._size))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -73,44 +116,92 @@ class ImageFiles:
         Raises:
             DataError: one cannot be decoded.
         """
+        if "_decoded" in vars(self):
+            return self._decoded[key]
         files = self.files[key] if isinstance(key, slice) else [self.files[i] for i in key.tolist()]
-        function = partial(decode, channels=self._frame[0], size=self._image_size)
         # no filter of warnings, which are the process's: this may run in a thread beside the caller's
         with ThreadPoolExecutor() as pool:
-            return _stacked(files, list(pool.map(function, files)), self._frame[1:])
+            arrays = list(pool.map(partial(decode, reading=self._reading), files))
+        for file, array in zip(files, arrays, strict=True):
+            self._require_size(file, array.shape[:2])
+        images = torch.from_numpy(np.stack(arrays))
+        return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
 
     def select(self, indices: Tensor) -> Tensor | ImageFiles:
-        """Those at ``indices``: decoded, where they fit into memory."""
-        if len(indices) * self._bytes_an_image <= IN_MEMORY:
-            return self[indices]
-        return self._like(tuple(self.files[i] for i in indices.tolist()), self._frame)
+        """Those at ``indices``, still in their files where these are."""
+        if "_decoded" in vars(self):
+            return self._decoded[indices]
+        return self._like(tuple(self.files[i] for i in indices.tolist()), self._reading)
+
+    def in_memory(self) -> Tensor | ImageFiles:
+        """Decode them, once, where they fit into memory; else these, whose sizes are then all known to agree.
+
+        Raises:
+            DataError: a file is no image, too large, or of another size than the first.
+        """
+        if len(self) * self.shape[1:].numel() <= IN_MEMORY:
+            return self._decoded
+        if not self._agree:
+            for file, header in zip(self.files, _in_threads(_header, self.files), strict=True):
+                self._require_size(file, self._reading.size_of(header.height, header.width))
+            self._agree = True
+        return self
+
+    @cached_property
+    def _decoded(self) -> Tensor:
+        with warnings.catch_warnings(action="ignore"):
+            return self[:]
 
     def with_channels(self, channels: int) -> ImageFiles:
         """The same as grey or RGB."""
-        return self._like(self.files, (channels, *self._frame[1:]))
+        return self._like(self.files, replace(self._reading, channels=channels))
 
-    @property
-    def _bytes_an_image(self) -> int:
-        channels, height, width = self._frame
-        return channels * height * width
-
-    def _like(self, files: tuple[Path, ...], frame: tuple[int, int, int]) -> ImageFiles:
+    def _like(self, files: tuple[Path, ...], reading: Reading) -> ImageFiles:
         other = object.__new__(ImageFiles)  # the headers are read
-        other.files, other._image_size, other._frame = files, self._image_size, frame
+        other.files, other._reading = files, reading
+        other._first, other._size, other.distorted = self._first, self._size, self.distorted
+        other._agree = self._agree
         return other
 
+    def _require_size(self, file: Path, size: tuple[int, ...]) -> None:
+        """Raise DataError where the (H, W) of ``file`` is another than the first's."""
+        if tuple(size) != self._size:
+            (height, width), (first_height, first_width) = size, self._size
+            raise DataError(
+                f"{file} is {width}×{height} but {self._first.name} is {first_width}×{first_height}; "
+                "resize all with --image-size, or with --resize and --crop"
+            )
 
-def open_images(files: Sequence[Path], channels: int | None, image_size: int | None) -> Tensor | ImageFiles:
-    """(N, C, H, W) uint8 of ``files`` (one at least): decoded where they fit into memory.
 
-    Raises:
-        DataError: as ``ImageFiles``, or a file that cannot be decoded.
-    """
-    [((height, width), _)] = _in_threads(_header, files[:1])
-    pixels = image_size * image_size if image_size else height * width
-    if len(files) * (channels or 3) * pixels <= IN_MEMORY:
-        return decode_all(files, channels, image_size)
-    return ImageFiles(files, channels, image_size)
+def _evenly(files: Sequence[Path], count: int) -> list[Path]:
+    """At most ``count`` of ``files`` at even distances, the first and the last among them."""
+    if len(files) <= count:
+        return list(files)
+    return [files[i * (len(files) - 1) // (count - 1)] for i in range(count)]
+
+
+def _all_grey(files: Sequence[Path], seen: set[Path]) -> bool:
+    """Whether every image is grey whose file is not among the ``seen``; what is broken is none."""
+    headers = (_header_or_none(file) for file in files if file not in seen)
+    return all(header is None or header.grey for header in headers)
+
+
+def _require_full_range(files: Sequence[Path]) -> None:
+    """Raise DataError where no image of 16 bits uses the upper two: values of 12 or 14 bits would be all but black."""
+    peaks = []
+    for file in _evenly(files, DEEP):
+        try:
+            peaks.append(int(decode(file, Reading()).max()))
+        except DataError:  # it is named when it is taken
+            continue
+        if peaks[-1] >= 64:  # of the upper eight bits
+            return
+    if peaks:
+        bits = 8 + max(peaks).bit_length()
+        raise DataError(
+            f"{files[0]} stores 16 bits a pixel, but no pixel of {len(peaks)} such image(s) uses more than {bits} of "
+            "them; scale the pixels to 0–65535, or save them as 8 bits"
+        )
 
 
 def sound(files: Sequence[Path]) -> tuple[list[int], list[str]]:
@@ -118,7 +209,7 @@ def sound(files: Sequence[Path]) -> tuple[list[int], list[str]]:
 
     def problem(file: Path) -> str | None:
         try:
-            decode(file, None, None)
+            decode(file, Reading())
         except DataError as error:
             return str(error)
         return None
@@ -129,22 +220,6 @@ def sound(files: Sequence[Path]) -> tuple[list[int], list[str]]:
     ]
 
 
-def decode_all(files: Sequence[Path], channels: int | None, image_size: int | None) -> Tensor:
-    """(N, C, H, W) uint8; see ``ImageFiles``."""
-    arrays = _in_threads(partial(decode, channels=channels, size=image_size), files)
-    if channels is None and any(array.ndim == 3 for array in arrays):
-        arrays = [a if a.ndim == 3 else np.repeat(a[..., None], 3, axis=2) for a in arrays]
-    return _stacked(files, arrays, arrays[0].shape[:2])
-
-
-def _stacked(files: Sequence[Path], arrays: Sequence[np.ndarray], size: tuple[int, ...]) -> Tensor:
-    """(N, C, H, W) of (H, W) or (H, W, C) arrays, all of this (H, W)."""
-    for file, array in zip(files, arrays, strict=True):
-        _require_equal(file, array.shape[:2], files[0], size)
-    images = torch.from_numpy(np.stack(arrays))
-    return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
-
-
 def blocks(images: Tensor | ImageFiles) -> Iterator[Tensor]:
     """``images`` in their order, some at a time."""
     for start in range(0, len(images), BLOCK):
@@ -152,14 +227,19 @@ def blocks(images: Tensor | ImageFiles) -> Iterator[Tensor]:
 
 
 def contents(values: Tensor | ImageFiles) -> Iterator[bytes]:
-    """What ``values`` hold, for a digest: their bytes in order, some at a time."""
+    """What ``values`` hold, for a digest: their bytes in order, some at a time; of several tensors with their names."""
+    if isinstance(values, Fields):
+        for name, value in tensors_of(values).items():
+            yield str(name).encode()
+            yield from contents(value)
+        return
     for block in blocks(values):
         yield block.contiguous().numpy().tobytes()
 
 
 def taken(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor]) -> Iterator[Tensor]:
     """``images[key]`` of every key; of files, the next ones are decoded while one is at work."""
-    if isinstance(images, Tensor):
+    if isinstance(images, Tensor | Fields):
         yield from (images[key] for key in keys)
         return
     with ThreadPoolExecutor(1) as ahead:
@@ -169,70 +249,25 @@ def taken(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor])
             yield waiting.pop(0).result()
 
 
-def images_below(path: Path) -> Iterator[Path]:
-    """Images below ``path`` in sorted order, hidden folders left out; links are followed, no folder is read twice."""
-    here, seen, waiting = path.resolve(), set(), [path]
-    while waiting:
-        folder = waiting.pop()
-        real = folder.resolve()
-        if real in seen or (real != here and here.is_relative_to(real)):  # a link to elsewhere, or back up
-            continue
-        seen.add(real)
-        images, subfolders = _entries(folder)
-        yield from (folder / name for name in sorted(images))
-        waiting += (folder / name for name in sorted(subfolders, reverse=True))
-
-
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the images and of the folders in ``folder``, the hidden ones left out; of others nothing is kept."""
-    images, subfolders = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    subfolders.append(entry.name)
-                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122  names by the million
-                    images.append(entry.name)
-    except OSError as error:
-        raise unreadable(error) from error
-    return images, subfolders
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads round in a circle
-        return False
-
-
-def unreadable(error: OSError) -> DataError:
-    return DataError(f"cannot read the folder {error.filename}: {error.strerror}")
-
-
 def _in_threads(function: Callable[[Path], T], files: Sequence[Path]) -> list[T]:
     # warnings are silenced once for all threads (the filters are the process's); our own cap follows
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:  # decoding releases the GIL
         return list(pool.map(function, files))
 
 
-def _require_equal(file: Path, size: tuple[int, ...], first: Path, expected: tuple[int, ...]) -> None:
-    """Raise DataError where the (H, W) of ``file`` is another than the first's."""
-    if tuple(size) != tuple(expected):
-        raise DataError(
-            f"{file} is {size[1]}×{size[0]} but {first.name} is {expected[1]}×{expected[0]}; "
-            "resize all with --image-size"
-        )
-
-
-def _header(file: Path) -> tuple[tuple[int, int], bool]:
-    """(H, W), and whether the image is grey; its pixels are not decoded."""
+def _header(file: Path) -> Header:
     with _opened(file) as image:
-        return (image.height, image.width), _is_grey(image)
+        return Header(image.height, image.width, _is_grey(image), _has_16_bits(image))
 
 
-def decode(file: Path, channels: int | None, size: int | None) -> np.ndarray:
+def _header_or_none(file: Path) -> Header | None:
+    try:
+        return _header(file)
+    except DataError:
+        return None
+
+
+def decode(file: Path, reading: Reading) -> np.ndarray:
     """(H, W) grey or (H, W, 3) RGB uint8.
 
     Raises:
@@ -243,11 +278,11 @@ def decode(file: Path, channels: int | None, size: int | None) -> np.ndarray:
             picture = image
             if _is_deep(image):  # Pillow's own conversion clips at 255 instead of scaling
                 picture = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            grey = channels == 1 or (channels is None and _is_grey(picture))
-            picture = picture.convert("L" if grey else "RGB")
-            if size is not None:
-                picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+            grey = reading.channels == 1 or (reading.channels is None and _is_grey(picture))
+            picture = reading.shaped(picture.convert("L" if grey else "RGB"))
             return np.asarray(picture, dtype=np.uint8)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from error
         except Exception as error:  # Pillow raises many kinds on broken files (OSError, struct.error, ...)
             raise _broken(file, error) from error
 
@@ -260,7 +295,7 @@ def _opened(file: Path) -> Image.Image:
     if not regular:  # opening a pipe would wait for ever
         raise DataError(f"cannot decode {file}: it is gone, or no regular file; remove or replace it")
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=_formats(file.suffix.lower()))
     except Exception as error:  # likewise
         raise _broken(file, error) from error
     if image.width * image.height > MAX_PIXELS:
@@ -279,6 +314,14 @@ def _is_grey(image: Image.Image) -> bool:
 def _is_deep(image: Image.Image) -> bool:
     """Whether it is grey of 16 bits."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether its pixels have 16 bits a channel; of colours Pillow keeps the upper eight."""
+    modes = [str(tile[3:]) for tile in getattr(image, "tile", ())]
+    return _is_deep(image) or any(
+        ";16" in mode and "BGR;16" not in mode for mode in modes
+    )  # 5 and 6 bits each
 
 
 def _broken(file: Path, error: Exception) -> DataError:

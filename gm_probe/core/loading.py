@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gm_probe.core.batches import PIXELS, Normalization
-from gm_probe.core.checkpoints import Checkpoint, fitting, load_weights
+from gm_probe.core import huggingface
+from gm_probe.core.batches import Normalization
+from gm_probe.core.checkpoints import Checkpoint, Fit, fitting, load_weights
 from gm_probe.core.datasets import NUMPY_SUFFIXES, TORCH_SUFFIXES, Examples
-from gm_probe.core.devices import generators_kept
 from gm_probe.core.errors import CheckpointError, DataError, UsageError
-from gm_probe.core.models import ModelSpec, build_model, is_user_code
+from gm_probe.core.models import ModelSpec, build_model, check_configured, is_user_code
+from gm_probe.core.randomness import generators_kept
 
 
-def load_model(
+def load_model(checkpoint: Checkpoint, name: str | None = None, **options: Any) -> nn.Module:
+    """Build the checkpoint's model and load its weights, as ``fitted_model`` does."""
+    return fitted_model(checkpoint, name, **options)[0]
+
+
+def fitted_model(
     checkpoint: Checkpoint,
     name: str | None = None,
     *,
@@ -23,8 +31,8 @@ def load_model(
     num_classes: int | None = None,
     temperature: float | None = None,
     dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """Build the checkpoint's model and load its weights.
+) -> tuple[nn.Module, Fit]:
+    """Build the checkpoint's model, load its weights, and return it with how they fit.
 
     Args:
         name: as ``--model`` takes it; None uses what the checkpoint recorded. Code that a checkpoint names is
@@ -35,32 +43,24 @@ def load_model(
         dtype: of the model, before it takes the weights; None = as it is built.
 
     Raises:
-        UsageError: no name is known, or the recorded one is a user's own code.
+        UsageError: no name is known, the recorded one is a user's own code, or the weights leave open how the network
+            is configured.
         CheckpointError: the weights do not fit.
     """
     recorded = checkpoint.model
     followed = name is None
     if name is None:
-        if recorded is None:
-            raise UsageError(
-                f"{checkpoint.path} was not written by gmprobe; name its network with --model "
-                "(e.g. torchvision:resnet18, or your own package.module:callable)"
-                + (
-                    ""
-                    if checkpoint.normalization
-                    else " and, for images, its normalisation with --mean and --std"
-                )
-            )
-        if recorded.is_user_code:
-            raise UsageError(
-                f"{checkpoint.path} belongs to your own code {recorded.name!r}, which runs only when named: "
-                f"add --model {recorded.name}"
-            )
-        name = recorded.name
+        name = _recorded_name(checkpoint)
+    elif recorded is not None and recorded.name.partition(",")[0] == name:
+        name = recorded.name  # with its builder's keywords
+    elif recorded is None:
+        check_configured(name)
     if recorded is not None:
         input_shape = input_shape or recorded.input_shape
         num_classes = num_classes or recorded.num_classes
         temperature = temperature or recorded.temperature
+    if name == huggingface.NAME:
+        return _from_folder(checkpoint, dtype)
     if num_classes is None and not (is_user_code(name) and temperature is None):  # which builds what it will
         num_classes = _rows_of_last_matrix(checkpoint)
     spec = ModelSpec(name, input_shape or (3, 32, 32), num_classes or 0, temperature)
@@ -75,10 +75,47 @@ def load_model(
             raise CheckpointError(f"{checkpoint.path} records a network that cannot be: {error}") from error
     with generators_kept():  # initial weights are overwritten; the caller's draws stay its own
         model = build_model(spec).to(dtype)
-    load_weights(model, checkpoint)
-    if len(spec.input_shape) == 3:
-        model.to(memory_format=torch.channels_last)
-    return model
+    fit = load_weights(model, checkpoint)
+    return model, fit
+
+
+def _recorded_name(checkpoint: Checkpoint) -> str:
+    recorded = checkpoint.model
+    if recorded is None:
+        if huggingface.is_folder(checkpoint.path):
+            raise UsageError(
+                f"{checkpoint.path} is a folder of Hugging Face's; add --model {huggingface.NAME}"
+            )
+        raise UsageError(
+            f"{checkpoint.path} was not written by gmprobe; name its network with --model "
+            "(e.g. torchvision:resnet18, or your own package.module:callable)"
+            + (
+                ""
+                if checkpoint.normalization
+                else " and, for images, its normalisation with --mean and --std"
+            )
+        )
+    if recorded.is_user_code:
+        raise UsageError(
+            f"{checkpoint.path} belongs to your own code {recorded.name!r}, which runs only when named: "
+            f"add --model {recorded.name}"
+        )
+    return recorded.name
+
+
+def _from_folder(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.Module, Fit]:
+    """The network that config.json beside the weights describes."""
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if not huggingface.is_folder(folder):
+        raise UsageError(
+            f"--model {huggingface.NAME} needs {huggingface.CONFIG} beside the weights, and {folder} has none; give "
+            "the folder that save_pretrained wrote"
+        )
+    with generators_kept():
+        model, left_out = huggingface.load(folder, checkpoint.state)
+    model.to(dtype)
+    fit = load_weights(model, replace(checkpoint, state=dict(model.state_dict())))
+    return model, replace(fit, left_out=left_out)
 
 
 def _rows_of_last_matrix(checkpoint: Checkpoint) -> int:
@@ -91,29 +128,25 @@ def _rows_of_last_matrix(checkpoint: Checkpoint) -> int:
 def choose_normalization(
     checkpoint: Checkpoint, examples: Examples, given: Normalization | None
 ) -> Normalization:
-    """The normalisation given, or else the recorded one; float data needs none.
+    """The normalisation given, or else the recorded one, which fits the range of ``examples``.
+
+    A foreign checkpoint needs one for images, whether they are uint8 or floats. Tables and signals of floats, and token
+    ids, are taken as they are: they have no colour channels.
 
     Raises:
-        UsageError: images for a foreign checkpoint, and none given.
-        DataError: floats that are no pixels in [0, 1], as the recorded normalisation wants them.
+        UsageError: images for a foreign checkpoint, and none given; or it is not for pixels in [0, 1].
+        DataError: the images are no pixels in [0, 1], as the normalisation wants them.
     """
-    if given is not None:
-        return given
-    if checkpoint.normalization is not None:
-        x = examples.x
-        if checkpoint.normalization.mean and isinstance(x, Tensor) and x.is_floating_point():
-            low, high = float(x.min()), float(x.max())
-            if low < 0 or high > 1:
-                raise DataError(
-                    f"{examples.source} holds floats from {low:.3g} to {high:.3g} but {checkpoint.path} normalises "
-                    f"pixels; {PIXELS}"
-                )
-        return checkpoint.normalization
-    if examples.x.dtype != torch.uint8:
+    chosen = checkpoint.normalization if given is None else given
+    if chosen is not None:
+        chosen.require_range(examples, recorded=given is None)
+        return chosen
+    x = examples.x
+    if x.dtype != torch.uint8 and not (x.dim() >= 4 and x.is_floating_point()):
         return Normalization()
     raise UsageError(
         f"{checkpoint.path} records no normalisation; give what it was trained with by --mean and --std "
-        "(e.g. --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225), or --no-normalize"
+        "(e.g. --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225, for pixels in [0, 1]), or --no-normalize"
     )
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
-
 from gm_probe.core.batches import Batches
+from gm_probe.core.devices import release_memory
 from gm_probe.core.errors import ResourceError, first_line, out_of_memory
 from gm_probe.core.processes import count
 
@@ -52,6 +51,5 @@ def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T,
                     "a machine with more"
                 ) from error
         # outside of the except clause, whose traceback holds on to what was allocated
-        if batches.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(batches.device)
         batches = batches.of_size(size)

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gm_probe.core import huggingface
+from gm_probe.core.checks import whole
 from gm_probe.core.contrastive import Contrastive, as_encoder, projector
-from gm_probe.core.devices import generators_kept
 from gm_probe.core.door import Outputs
-from gm_probe.core.errors import UsageError, did_you_mean
+from gm_probe.core.errors import UsageError, did_you_mean, first_line, out_of_memory, printable
 from gm_probe.core.fields import Inputs, arguments
 from gm_probe.core.networks import WideResNet, cnn6, mixer, mlp, resnet, vit
+from gm_probe.core.randomness import generators_kept
 
 BUILT_IN = {
     "6cnn": "four convolutions and two linear layers, the paper's small network",
@@ -46,12 +48,21 @@ BUILT_IN = {
 """The networks of gm_probe itself, by a name that builds one."""
 MODELS = {
     **BUILT_IN,
-    "torchvision:NAME": "any classifier of torchvision, e.g. torchvision:resnet18",
-    "timm:NAME": "any classifier of timm (pip install 'gm_probe[timm]')",
+    "torchvision:NAME": "any classifier of torchvision, e.g. torchvision:resnet18; NAME,KEYWORD=VALUE passes keywords",
+    "timm:NAME": "any classifier of timm (pip install 'gm_probe[timm]'); NAME,KEYWORD=VALUE passes keywords",
+    "hf": "what a Hugging Face folder's config.json describes (pip install 'gm_probe[hf]')",
     "package.module:callable": "your own function without arguments that returns an nn.Module",
     "path/file.py:callable": "likewise, from a file",
 }
 """What --model takes."""
+INPUTS_CHANGED = frozenset(("googlenet", "inception_v3"))
+"""Networks of torchvision that may change their inputs' normalisation, which no state dict says."""
+_NO_KEYWORDS = re.compile(
+    r"weight|pretrain|checkpoint|path|dir|file|url|hub|cfg|cache|progress|num_classes|in_chans"
+)
+"""What keywords of a builder are called that read files, download, or are given in another way."""
+_MOST = 4096
+"""Beyond every keyword's number that a network needs: a depth, say, takes time whatever the weights."""
 LONGEST = 1000
 """Characters of a name: one that a file records may claim layers without end."""
 WIDEST = 10**9
@@ -127,8 +138,11 @@ def build_model(spec: ModelSpec) -> nn.Module:
     """Build ``spec`` with fresh weights from torch's global generator.
 
     Raises:
-        UsageError: no such model, or it does not take this input.
+        UsageError: no such model, a size that is no whole number above 0, or it does not take this input.
     """
+    whole("num_classes", spec.num_classes)
+    for size in spec.input_shape:
+        whole("input_shape", size)
     if spec.temperature is not None:
         encoder, features = as_encoder(build_model(replace(spec, temperature=None)))
         return Contrastive(encoder, projector(features, spec.num_classes), temperature=spec.temperature)
@@ -143,18 +157,68 @@ def builder(name: str) -> Callable[[ModelSpec], nn.Module]:
     """
     if is_user_code(name):
         return _user_model(name)
-    if name.startswith("torchvision:"):
-        return _torchvision_model(name.removeprefix("torchvision:"))
-    if name.startswith("timm:"):
-        return _timm_model(name.removeprefix("timm:"))
     if len(name) > LONGEST:
         raise UsageError(f"no model of a name as long as {name[:20]!r}…; `gmprobe models` lists them")
+    if name.startswith("torchvision:"):
+        return _torchvision_model(*_with_keywords(name))
+    if name.startswith("timm:"):
+        return _timm_model(*_with_keywords(name))
+    if name == huggingface.NAME:
+        raise UsageError(
+            f"--model {name} builds what config.json beside a Hugging Face checkpoint describes; there is none here"
+        )
     for pattern, build in _FAMILIES.items():
         if match := re.fullmatch(pattern, name):
             return partial(build, match)
     resnets = [f"resnet{depth}{stem}" for depth in (18, 34, 50, 101, 152) for stem in ("", "-cifar")]
     hint = did_you_mean(name, [*BUILT_IN, *resnets], "`gmprobe models` lists them")
     raise UsageError(f"no model {name!r}; {hint}")
+
+
+def check_configured(name: str) -> None:
+    """Raise UsageError where the weights of others leave open what the network ``name`` does to its inputs."""
+    source, _, rest = name.partition(":")
+    network, keywords = _with_keywords(name) if source == "torchvision" else (rest, {})
+    if source == "torchvision" and network in INPUTS_CHANGED and "transform_input" not in keywords:
+        raise UsageError(
+            f"{name} has a setting that is in no checkpoint: say {name},transform_input=true for torchvision's own "
+            "weights and others trained with it, or =false"
+        )
+
+
+def _with_keywords(name: str) -> tuple[str, dict[str, Any]]:
+    """The network in 'torchvision:NAME,KEYWORD=VALUE,...', and the keywords for its builder.
+
+    Raises:
+        UsageError: a keyword that is none, is given twice, or may not be passed.
+    """
+    network, *given = name.partition(":")[2].split(",")
+    keywords: dict[str, Any] = {}
+    for one in given:
+        key, separator, text = one.partition("=")
+        if not separator or not key.isidentifier() or key in keywords:
+            raise UsageError(
+                f"{name}: {one!r} is no KEYWORD=VALUE, or is there twice; e.g. {network},drop_rate=0.1"
+            )
+        if _NO_KEYWORDS.search(key):
+            raise UsageError(f"{name}: {key} cannot be passed to the builder; leave it out")
+        keywords[key] = _value(name, one, text)
+    return network, keywords
+
+
+def _value(name: str, one: str, text: str) -> Any:
+    """A truth value, a number or a word."""
+    if text.lower() in {"true", "false"}:
+        return text.lower() == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            number = kind(text)
+            if not abs(number) <= _MOST:
+                raise UsageError(f"{name}: {one} must lie in [-{_MOST:,}, {_MOST:,}]")
+            return number
+    if re.fullmatch(r"\w+", text):
+        return text
+    raise UsageError(f"{name}: {one} must be true, false, a number or a word")
 
 
 def num_parameters(
@@ -250,7 +314,7 @@ _FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = {
 }
 
 
-def _torchvision_model(name: str) -> Callable[[ModelSpec], nn.Module]:
+def _torchvision_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:
     # imported here: torchvision takes a second or two, and only its own models need it
     import torchvision
 
@@ -264,12 +328,29 @@ def _torchvision_model(name: str) -> Callable[[ModelSpec], nn.Module]:
             raise UsageError(
                 f"torchvision:{name} takes RGB images (3, H, W), not examples of shape {spec.input_shape}"
             )
-        return torchvision.models.get_model(name, weights=None, num_classes=spec.num_classes)
+        # auxiliary heads run in training alone, where nothing reads them
+        heads = {"aux_logits": False, "init_weights": True} if name in INPUTS_CHANGED else {}
+        options = {**heads, **keywords, "num_classes": spec.num_classes}
+        with _building(f"torchvision:{name}", keywords):
+            return torchvision.models.get_model(name, weights=None, **options)
 
     return build
 
 
-def _timm_model(name: str) -> Callable[[ModelSpec], nn.Module]:
+@contextmanager
+def _building(name: str, keywords: Mapping[str, Any]) -> Iterator[None]:
+    """Blame the ``keywords``, where there are any, for an error of a library's builder."""
+    try:
+        yield
+    except Exception as error:
+        if not keywords or out_of_memory(error):
+            raise
+        raise UsageError(
+            f"{name} cannot be built with {', '.join(keywords)}: {printable(first_line(error))[:200]}"
+        ) from error
+
+
+def _timm_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:
     if ":" in name:  # hf-hub: and local-dir: are timm's ways to others' files
         raise UsageError(
             f"no model 'timm:{name}'; of timm's own models one is given as timm:NAME, any other by code of yours as "
@@ -284,11 +365,12 @@ def _timm_model(name: str) -> Callable[[ModelSpec], nn.Module]:
         raise UsageError(f"timm has no model {name!r}; nearest: {', '.join(close) or 'none'}")
 
     def build(spec: ModelSpec) -> nn.Module:
-        options: dict[str, Any] = {"num_classes": spec.num_classes, "in_chans": spec.input_shape[0]}
+        options = {"num_classes": spec.num_classes, "in_chans": spec.input_shape[0], **keywords}
         try:
-            return timm.create_model(name, pretrained=False, img_size=spec.input_shape[-1], **options)
+            return timm.create_model(name, pretrained=False, **{"img_size": spec.input_shape[-1], **options})
         except TypeError:  # convolutional networks take any size and know no img_size
-            return timm.create_model(name, pretrained=False, **options)
+            with _building(f"timm:{name}", keywords):
+                return timm.create_model(name, pretrained=False, **options)
 
     return build
 
@@ -305,6 +387,8 @@ def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
                 module = importlib.import_module(location) if file is None else _module_of(file)
                 model = getattr(module, attribute)()
         except (Exception, SystemExit) as error:  # whatever a user's own code raises
+            if out_of_memory(error):
+                raise
             reason = " ".join(str(error).split())
             raise UsageError(f"--model {name}: {type(error).__name__}: {reason}") from error
         if not isinstance(model, nn.Module):

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gm_probe.core.devices import full_precision
 from gm_probe.core.door import Outputs, unwrapped
 from gm_probe.core.errors import CheckpointError, UsageError
 from gm_probe.core.fields import Inputs, arguments
+from gm_probe.core.precision import float32_products
+from gm_probe.core.recomputation import activations_kept
+
+T = TypeVar("T")
 
 
 class Parameters:
@@ -67,7 +71,15 @@ class Parameters:
                     f"parameter {name!r} is {p.dtype} and {first_name!r} {self.dtype}; give all one dtype "
                     "(model.float()), and use autocast for speed"
                 )
+            if p.device != self.device:
+                raise UsageError(
+                    f"parameter {name!r} is on {p.device} and {first_name!r} on {self.device}; move the whole model to "
+                    "one device"
+                )
         self._sizes = [p.numel() for p in self.named.values()]
+        self._sparse = [
+            m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
+        ]
         self.size = sum(self._sizes)
         if not self.size:
             raise UsageError(f"all parameters to be measured are empty: {', '.join(list(self.named)[:3])}")
@@ -81,6 +93,7 @@ class Parameters:
             if not value.is_floating_point():
                 continue
             masked = not isinstance(value, nn.Parameter)
+            value = value.detach()  # of a model that was built in inference mode, torch would refuse it
             if not bool((torch.isfinite(value) | (masked & torch.isneginf(value))).all()):
                 raise CheckpointError(
                     f"tensor {name!r} of the model holds NaN or infinite values; use an earlier checkpoint"
@@ -120,6 +133,10 @@ class Parameters:
 
     def taken(self, x: Inputs, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the outputs as a loss takes them; see ``Outputs.taken``."""
+        return self.in_force(x, values, lambda outputs: outputs)
+
+    def in_force(self, x: Inputs, values: Mapping[str, Tensor] | None, then: Callable[[Tensor], T]) -> T:
+        """Return ``then`` of the outputs, called before the model has its own parameters again."""
         values = self.values() if values is None else values
         # copies, also in eval mode: some models write to a buffer or a parameter in every forward pass
         rest = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -129,9 +146,12 @@ class Parameters:
         if dtype != self.dtype:  # the whole model moves to the dtype of the parameters it is given
             rest = {name: as_dtype(t, dtype) for name, t in rest.items()}
         tensors = {**rest, **values}
-        placed = {place: tensors[name] for place, name in _places(self.model)}
+        placed = {f"model.{place}": tensors[name] for place, name in _places(self.model)}
         args, kwargs = arguments(self.model, x)
-        return self.outputs.taken(functional_call(self.model, placed, args, kwargs, tie_weights=False), len(x))
+        run = _Then(self.model, lambda returned: then(self.outputs.taken(returned, len(x))))
+        with _dense_gradients(self._sparse), differentiable_recurrence(self.model), activations_kept():
+            found: T = functional_call(run, placed, args, kwargs, tie_weights=False)
+        return found
 
     def rounding(self, offset: Tensor) -> float:
         """Which share of ``offset`` (P,) is lost where θ + offset is rounded to θ's dtype; 0 of no offset."""
@@ -143,6 +163,29 @@ class Parameters:
         """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
         sample = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
         return sample.to(self.device) * (norm / math.sqrt(self.size))
+
+
+class _Then(nn.Module):
+    """A function of what ``model`` returns, inside one call of functional_call."""
+
+    def __init__(self, model: nn.Module, then: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.model, self.then = model, then
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.then(self.model(*args, **kwargs))
+
+
+@contextmanager
+def _dense_gradients(embeddings: Iterable[nn.Embedding | nn.EmbeddingBag]) -> Iterator[None]:
+    """Let ``embeddings`` have dense gradients: their sparse ones have no second derivative (torch 2.14)."""
+    try:
+        for module in embeddings:
+            module.sparse = False
+        yield
+    finally:
+        for module in embeddings:
+            module.sparse = True
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -192,17 +235,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def as_measured(model: nn.Module) -> Iterator[None]:
     """``model`` as the fixed, differentiable function that is measured: see the three."""
-    with evaluating(model), differentiable_attention(), full_precision():
+    with evaluating(model), differentiable_attention(), float32_products():
         yield
 
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Attention by kernels that have second and forward-mode derivatives; the fused ones have neither."""
+    """Attention by kernels that have second and forward-mode derivatives; the fused ones have neither.
+
+    Inference mode, in which every derivative would be 0 without a word, is off meanwhile.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Run recurrent layers without cuDNN, for the passes of ``model`` within.
+
+    cuDNN differentiates none in eval mode and none twice, and no generator's state replays its dropout.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    try:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            cudnn.enabled = False
+        yield
+    finally:
+        cudnn.enabled = before

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickletools
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,6 +14,7 @@ import torch
 
 from gm_probe.core.errors import CheckpointError, printable
 from gm_probe.core.regular import open_to_read
+from gm_probe.core.state_dicts import entries
 
 LEGACY = 5
 """Pickles in a row at the start of torch's format before 1.6: three headers, the content, the storages' keys."""
@@ -19,8 +22,41 @@ PARTS = 10**6
 """A tuple of more parts, counted as often as they are in it, is none that a checkpoint needs."""
 
 
-def load_torch(path: Path, device: torch.device | str = "cpu") -> Any:
-    """What a torch file holds, its tensors on ``device``; a dict at its top is a plain one.
+BESIDE = (
+    "argparse.Namespace",
+    *(
+        f"pathlib.{inner}{kind}Path"
+        for inner in ("", "_local.")
+        for kind in ("Posix", "Windows", "PurePosix")
+    ),
+    *(f"datetime.{kind}" for kind in ("datetime", "date", "timedelta")),
+    *(f"numpy.{core}.multiarray.{made}" for core in ("core", "_core") for made in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+)
+"""Classes of settings and records that training code keeps beside weights."""
+
+
+class _Passed:
+    """What stands for an object of ``BESIDE``: it keeps nothing of what it is made of, and runs none of its code."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Passed:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+@contextmanager
+def passing_over() -> Iterator[None]:
+    """Within, ``load_torch`` puts an empty object in the place of what ``BESIDE`` lists, which it refuses elsewhere."""
+    with torch.serialization.safe_globals([(_Passed, name) for name in BESIDE]):
+        yield
+
+
+def load_torch(path: Path) -> Any:
+    """What a torch file holds, its tensors on the CPU; a dict at its top is a plain one.
 
     Raises:
         CheckpointError: it would take far more memory or time than its size says.
@@ -28,13 +64,8 @@ def load_torch(path: Path, device: torch.device | str = "cpu") -> Any:
     """
     with warnings.catch_warnings(action="ignore"):  # on odd formats, which callers refuse in a line of theirs
         check_unpacking(path)
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     return entries(content) if isinstance(content, dict) else content
-
-
-def entries(value: dict[Any, Any]) -> dict[Any, Any]:
-    """The plain dict in one of a subclass, on which a file may have set attributes that hide its methods."""
-    return {name: dict.__getitem__(value, name) for name in dict.__iter__(value)}
 
 
 def check_unpacking(path: Path) -> None:

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from gm_probe.core.checkpoints import Checkpoint, is_simclr, load_weights, strip_prefixes
+from gm_probe.core.checkpoints import Checkpoint, is_simclr, load_weights
 from gm_probe.core.contrastive import Contrastive, last_linear
+from gm_probe.core.state_dicts import plain
+from gm_probe.core.weight_names import locate
 
 POSITIONS = "pos_embed"
 """A Vision Transformer's position embedding, (1, tokens, width)."""
@@ -27,7 +29,7 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]
     own = model.state_dict()
     if is_simclr(checkpoint) and not isinstance(model, Contrastive):
         checkpoint = replace(checkpoint, state=_encoder(checkpoint))
-    state = strip_prefixes(checkpoint, own)
+    state = _by_own_names(model, checkpoint)
     head = [name for name in own if name.rpartition(".")[0] == last_linear(model)]
     fresh = tuple(head) if any(_other_classes(own[name], state.get(name)) for name in head) else ()
     state |= {name: own[name] for name in fresh}
@@ -35,6 +37,22 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]
         state[POSITIONS] = _resampled(model, state[POSITIONS])
     load_weights(model, replace(checkpoint, state=state))
     return fresh
+
+
+def others_there(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return where the file holds the same weights again with other values, such as an average of them."""
+    held = {name: checkpoint.state[own] for name, own in plain(checkpoint.state).items()}
+    return (*checkpoint.alternatives, *(prefix.rstrip(".") for prefix in locate(model, held).copies))
+
+
+def _by_own_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The file's tensors by the network's names, and what it has no place for by the file's; copies are left out."""
+    wanted = plain(model.state_dict())
+    held = {name: checkpoint.state[own] for name, own in plain(checkpoint.state).items()}
+    found = locate(model, held)
+    return {wanted[name]: held[found.prefix + name] for name in found.names} | {
+        name: held[name] for name in found.extra
+    }
 
 
 def _encoder(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from gm_probe.core.errors import UsageError
+
 
 def rank() -> int:
     """This process's number; 0 prints."""
@@ -55,7 +57,7 @@ def wait_for_all() -> None:
 
 def own_device(device: torch.device) -> torch.device:
     """``device``, or where it is just "a GPU" and ``torchrun`` started several processes, this one's GPU."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+    if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
@@ -97,22 +99,32 @@ def gather_with_gradient(own: Tensor) -> Tensor:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Join the processes that ``torchrun`` started (gloo on CPU, nccl on GPU); without torchrun, do nothing."""
+    """Join the processes that ``torchrun`` started (by gloo on CPU, nccl on GPU); without torchrun, do nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or _together():
         yield
         return
-    if device.type == "cuda":  # which the collectives of plain objects use
-        torch.cuda.set_device(own_device(device))
+    if device.type != "cpu":  # which the collectives of plain objects use
+        torch.get_device_module(device).set_device(own_device(device))
     # Its functions take the group of the moment of their import as a default. Imported later (as torch.optim does,
     # by torch._dynamo), they would keep the group and its threads alive until the interpreter's end, which aborts then
     import_module("torch.distributed.nn")
     with _stdout_apart():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group(_backend(device))
     try:
         yield
         distributed.barrier()  # none takes the group down while another still talks
     finally:
         distributed.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    try:
+        return distributed.get_default_backend_for_device(device)
+    except ValueError as error:
+        raise UsageError(
+            f"torch has no backend by which processes share work on device {device.type}; use one process, or --device "
+            "cpu"
+        ) from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,16 @@ class Splits:
     def num_classes(self) -> int:
         """Classes in train and test; the unlabeled part's labels are not read."""
         return max(self.train.num_classes, self.test.num_classes)
+
+    def in_memory(self) -> Splits:
+        """The same parts, each decoded where it fits into memory."""
+        return replace(
+            self,
+            train=self.train.in_memory(),
+            unlabeled=self.unlabeled.in_memory(),
+            test=self.test.in_memory(),
+            inputs=self.inputs.in_memory(),
+        )
 
 
 def split(

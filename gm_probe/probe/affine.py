@@ -22,9 +22,10 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from gm_probe.core.devices import generators_kept
-from gm_probe.core.errors import first_line, out_of_memory
+from gm_probe.core.errors import first_line, of_machine
 from gm_probe.core.parameters import Parameters, differentiable_attention, evaluating
+from gm_probe.core.randomness import generators_kept
+from gm_probe.probe.written import written
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def affine_in_each_parameter(parameters: Parameters, x: Tensor) -> Verdict:
     try:
         return Verdict(_reason(parameters, x[:2]))
     except Exception as error:  # whatever a stranger's forward raises under tracing
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         return Verdict(f"the network could not be traced ({first_line(error)})")
 
@@ -66,17 +67,17 @@ def _reason(parameters: Parameters, x: Tensor) -> str | None:
         return parameters.logits(x, {**dict(zip(names, trainable, strict=True)), **frozen})
 
     with (
-        generators_kept(parameters.device),
+        generators_kept(parameters.device, model),
         evaluating(model),
         _attributes_kept(model),
         differentiable_attention(),
     ):
         with torch.enable_grad(), _Watch() as watch:
-            function = _custom_function(logits(*[value.detach().requires_grad_() for value in values]))
+            function = next(written(logits(*[value.detach().requires_grad_() for value in values])), None)
         if watch.taken_out:
             return f"{watch.taken_out} takes data out of torch, by which its path may be chosen"
         if function is not None:
-            return f"{function} states derivatives of its own"
+            return f"the autograd function {function} states derivatives of its own"
         # functionalized: what is written in place, or through a view, becomes a value of its own
         return _flaw(make_fx(functionalize(logits))(*values).graph, names)
 
@@ -112,20 +113,6 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
         for space, content in kept:
             space.clear()
             space.update(content)
-
-
-def _custom_function(logits: Tensor) -> str | None:
-    """The name of a torch.autograd.Function behind ``logits``: its backward need not be its forward's derivative."""
-    todo, seen = [logits.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return f"the autograd function {node.name().removesuffix('Backward')}"
-        seen.add(node)
-        todo += [parent for parent, _ in node.next_functions]
-    return None
 
 
 class _Form(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gm_probe.core.batches import Batches, cut
 from gm_probe.core.errors import DivergedError
+from gm_probe.core.fields import Inputs
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import gather_examples, sum_over_processes
 from gm_probe.probe.kl import kl_divergence
@@ -22,11 +23,11 @@ from gm_probe.probe.work import FORWARD, GRADIENT, Work
 
 def kl_gradient(
     parameters: Parameters,
-    x: Tensor,
+    x: Inputs,
     clean: Tensor,
     offset: Tensor,
     factor: Tensor | float = 1.0,
-    compared: Callable[[Tensor], Tensor] = lambda logits: logits,
+    compared: Callable[[Tensor], Tensor] = lambda outputs: outputs,
 ) -> tuple[Tensor, Tensor]:
     """Per-example KL(f_θ ‖ f_{θ+δ}) and the gradient of its sum with respect to δ; f_θ held constant.
 
@@ -35,17 +36,18 @@ def kl_gradient(
         clean: (n, C) logits at θ, detached.
         offset: (P,) δ.
         factor: multiplies the sum before it is differentiated, lest float16 gradients underflow.
-        compared: maps the (B, C) logits at θ + δ to the (n, C) that ``clean`` is compared with.
+        compared: maps the outputs (B, ...) at θ + δ to the n rows that ``clean`` is compared with.
 
     Returns:
         (n,) divergences and the (P,) gradient.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         moved = {
             name: (p.detach() + d).requires_grad_()
             for (name, p), d in zip(parameters.named.items(), parameters.split(offset).values(), strict=True)
         }
-        terms = kl_divergence(clean, compared(parameters.logits(x, moved)))
+        outputs = compared(parameters.taken(x, moved))
+        terms = kl_divergence(clean, parameters.outputs.logits(outputs))
         total = factor * terms.sum()
         gradients: Sequence[Tensor | None] = [None] * len(moved)
         if total.requires_grad:  # else the outputs depend on none of them

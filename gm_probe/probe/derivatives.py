@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from gm_probe.core.errors import DerivativeError, UsageError, first_line, out_of_memory
+from gm_probe.core.errors import DerivativeError, UsageError, first_line, foreign_or, of_machine
 from gm_probe.core.parameters import Parameters
 
 Push = Callable[[Tensor, Tensor], Tensor]
@@ -19,23 +20,27 @@ Arguments = tuple[Tensor, Tensor, Tensor]
 REMEDY = "replace that layer, or choose measures that do without by --measures"
 
 
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Raise UsageError where the model's own code fails in a first derivative."""
+
+    def told(cause: str) -> UsageError:
+        return UsageError(f"the model cannot be differentiated by its parameters ({cause}); {REMEDY}")
+
+    with foreign_or(told):
+        yield
+
+
 def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Generator) -> None:
     """Raise UsageError unless the logits of ``x`` (B, ...) have gradients by all parameters that they depend on.
 
     A layer's backward pass may raise, and a forward pass under ``torch.no_grad`` or by way of NumPy hides parameters
     from autograd: they would silently count as constants.
     """
-    try:
-        with torch.enable_grad():
-            values = parameters.leaves()
-            logits = parameters.logits(x, values)
-            found = gradients(logits, values, torch.ones_like(logits))
-    except Exception as error:  # whatever a stranger's layer raises
-        if out_of_memory(error):
-            raise
-        raise UsageError(
-            f"the model cannot be differentiated by its parameters ({first_line(error)}); {REMEDY}"
-        ) from error
+    with differentiable(), torch.enable_grad():
+        values = parameters.leaves()
+        logits = parameters.logits(x, values)
+        found = gradients(logits, values, torch.ones_like(logits))
     hidden = [name for name, g in zip(values, found, strict=True) if g is None]
     if not hidden:
         return
@@ -67,7 +72,7 @@ def first_adjoint(ways: Sequence[Push], pulled: Push, x: Tensor, v: Tensor) -> P
             u = found / found.norm().clamp(min=1e-300) + signs.view_as(found) / signs.norm().clamp(min=1)
             apart = float((u * found).sum() - pulled(x, u.to(v)).double() @ v.double())
         except Exception as error:  # whatever a stranger's layer raises
-            if out_of_memory(error):
+            if of_machine(error):
                 raise
             cause = error
             continue
@@ -91,34 +96,10 @@ def agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool
         cheap(*few)
         first, second = cheap(*in_float64), sound(*in_float64)
     except Exception as error:  # no such derivative, or a layer that insists on its dtype
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         return False
     return bool((first - second).norm() <= 1e-8 * second.norm())
-
-
-def require_symmetric(product: Way, few: Arguments, in_float64: Arguments) -> None:
-    """Raise DerivativeError where ``product`` cannot be taken, or uᵀH v is not vᵀH u.
-
-    A layer may state a wrong second derivative: torch's weight_norm does (its double backward takes the norms for
-    constants, torch 2.14).
-    """
-    v, *rest = in_float64
-    u = v.flip(0)
-    try:
-        one, other = product(v, *rest), product(u, *rest)
-    except Exception as error:  # whatever a stranger's layer raises; be it that it insists on its dtype
-        if out_of_memory(error):
-            raise
-        _require_product(product, few)
-        return
-    one, other = one.double(), other.double()
-    if float((u @ one - v @ other).abs()) > 1e-6 * float(v.norm() * (one.norm() + other.norm())):
-        raise DerivativeError(
-            "the Hessian's products are not symmetric: a layer's second derivative is wrong, as that of torch's "
-            "weight_norm is; fold it into its weight by torch.nn.utils.parametrize.remove_parametrizations, or leave "
-            "the Hessian's measures out by --measures"
-        )
 
 
 def require_terms(terms: Way, product: Way, in_float64: Arguments) -> None:
@@ -131,7 +112,7 @@ def require_terms(terms: Way, product: Way, in_float64: Arguments) -> None:
     try:
         total, whole = float(terms(*in_float64).sum()), product(*in_float64).double()
     except Exception as error:  # a layer that insists on its dtype
-        if out_of_memory(error):
+        if of_machine(error):
             raise
         return
     expected = float(whole @ v)
@@ -141,15 +122,6 @@ def require_terms(terms: Way, product: Way, in_float64: Arguments) -> None:
         raise DerivativeError(
             f"a layer's derivatives end after the second, so that examples' own curvature is wrong; {REMEDY}"
         )
-
-
-def _require_product(product: Way, few: Arguments) -> None:
-    try:
-        product(*few)
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        raise DerivativeError(f"a layer has no second derivative ({first_line(error)}); {REMEDY}") from error
 
 
 def gradients(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch.func import grad, vmap
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from gm_probe.core.errors import of_machine
+from gm_probe.core.fields import Inputs, tensors_of, with_tensors
 from gm_probe.core.parameters import Parameters
 from gm_probe.probe.work import EXAMPLE_NORMS, GRADIENT
 
@@ -108,6 +111,16 @@ _RULES: dict[type[nn.Module], Callable[..., Tensor]] = {
 _REFUSALS = (NotImplementedError, RuntimeError, ValueError, AttributeError, LookupError, TypeError)
 
 
+@contextmanager
+def _refusals_noted() -> Iterator[None]:
+    """End the block where the network raises: it refuses what is tried. What tells of the machine is passed on."""
+    try:
+        yield
+    except _REFUSALS as error:
+        if of_machine(error):
+            raise
+
+
 def _has_rule(module: nn.Module) -> bool:
     if type(module) not in _RULES:  # a subclass may compute something else
         return False
@@ -148,7 +161,7 @@ class ExampleGradients:
         x: (B, ...) a batch to try it on.
     """
 
-    def __init__(self, parameters: Parameters, x: Tensor) -> None:
+    def __init__(self, parameters: Parameters, x: Inputs) -> None:
         self.parameters = parameters
         uses = Counter(
             id(p)
@@ -161,10 +174,11 @@ class ExampleGradients:
         # there may be as many positions as examples by chance, but not as one example less, too
         self._layers: dict[nn.Module, list[str]] = {}
         self._rest: list[str] = []
-        try:
+        self.supported = False
+        spread: set[nn.Module] | None = None
+        with _refusals_noted():  # it may not take so few
             spread = self._spread(few) | self._spread(few[: max(1, len(few) - 1)])
-        except _REFUSALS:  # it does not take so few
-            self.supported = False
+        if spread is None:
             return
         covered = set()
         for module in parameters.model.modules():
@@ -184,8 +198,8 @@ class ExampleGradients:
         """Of a cotangent, in forward passes."""
         return (EXAMPLE_NORMS if self._layers else 0.0) + (GRADIENT if self._rest else 0.0)
 
-    def squared_norms(self, x: Tensor, cotangents: Tensor) -> Tensor:
-        """(K, B) squared gradient norms of cᵀz_x for cotangents (K, B, C), from one forward pass.
+    def squared_norms(self, x: Inputs, cotangents: Tensor) -> Tensor:
+        """(K, B) squared gradient norms of cᵀz_x for cotangents (K, B, ..., C), from one forward pass.
 
         Raises:
             IrregularLayerError: on these examples no rule holds.
@@ -236,7 +250,7 @@ class ExampleGradients:
         with _hooked(self._layers, hook):
             yield leaves
 
-    def _spread(self, x: Tensor) -> set[nn.Module]:
+    def _spread(self, x: Inputs) -> set[nn.Module]:
         """Layers that run more than once, or not on one row an example (a position embedding, say)."""
         calls: Counter[nn.Module] = Counter()
         apart: set[nn.Module] = set()
@@ -251,25 +265,26 @@ class ExampleGradients:
             self.parameters.logits(x)
         return apart | {module for module, count in calls.items() if count > 1}
 
-    def _others(self, x: Tensor, cotangent: Tensor) -> Tensor:
+    def _others(self, x: Inputs, cotangent: Tensor) -> Tensor:
         """(B,) squared norms over the parameters that no rule covers."""
         values = self.parameters.values()
         fixed = {name: value for name, value in values.items() if name not in self._rest}
 
-        def output(rest: dict[str, Tensor], one: Tensor, c: Tensor) -> Tensor:
-            return (self.parameters.logits(one[None], {**fixed, **rest})[0] * c).sum()
+        def output(rest: dict[str, Tensor], one: dict[Any, Tensor], c: Tensor) -> Tensor:
+            alone = with_tensors(x, {key: value[None] for key, value in one.items()})
+            return (self.parameters.logits(alone, {**fixed, **rest})[0] * c).sum()
 
         rest = {name: values[name] for name in self._rest}
         size = max(1, _CHUNK // sum(map(Tensor.numel, rest.values())))  # gradients of their own for so many
         norms = []
         for some, slopes in zip(x.split(size), cotangent.split(size), strict=True):
-            gradients = vmap(grad(output), (None, 0, 0))(rest, some, slopes)
+            gradients = vmap(grad(output), (None, 0, 0))(rest, tensors_of(some), slopes)
             norms.append(torch.stack([_square(g) for g in gradients.values()]).sum(0))
         return torch.cat(norms)
 
-    def _holds(self, x: Tensor) -> bool:
+    def _holds(self, x: Inputs) -> bool:
         """Whether the rules give what plain reverse mode does, on the few examples ``x``."""
-        with suppress(*_REFUSALS):
+        with _refusals_noted():
             values = self.parameters.leaves()
             with torch.enable_grad():
                 logits = self.parameters.logits(x, values)
@@ -278,7 +293,10 @@ class ExampleGradients:
                 norms = []
                 for n in range(len(x)):
                     gradients = torch.autograd.grad(
-                        logits[n] @ cotangent[n], list(values.values()), retain_graph=True, allow_unused=True
+                        (logits[n] * cotangent[n]).sum(),
+                        list(values.values()),
+                        retain_graph=True,
+                        allow_unused=True,
                     )
                     norms.append(self.parameters.join(gradients).square().sum())
             expected = torch.stack(norms)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches, cut
+from gm_probe.core.checks import real, whole
 from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import everywhere, gather_examples
@@ -27,6 +28,8 @@ LEAST_NORMS = 32
 class CovarianceRoot:
     """L with L Lᵀ = diag p − p pᵀ, the covariance of a class drawn from p, for probabilities p (B, C).
 
+    Of independent labels, p (B, M, C), it is block-diagonal: each label's columns are 0 elsewhere.
+
     Its columns are the eigenvectors: with them the columns' gradients are nearly orthogonal, so that random signs on
     them hardly disturb the squared norm. Of more than ``HEAD`` + 1 classes the less likely are lumped into one, and
     what this leaves out, p_T (diag q − q qᵀ) with q their distribution among themselves, is taken by the root
@@ -37,7 +40,8 @@ class CovarianceRoot:
     """
 
     def __init__(self, p: Tensor) -> None:
-        p = p.double()
+        self._shape = p.shape
+        p = p.double().flatten(0, -2)  # a row for each example, or for each of its labels
         ordered, self._order = p.sort(dim=1, descending=True)
         head = HEAD if p.shape[1] > HEAD + 1 else p.shape[1]
         self._tail = ordered[:, head:]  # (B, T)
@@ -53,7 +57,8 @@ class CovarianceRoot:
         if self._tail.shape[1]:
             columns = torch.cat([columns[:, :head], self._q[:, :, None] * columns[:, head:]], 1)
         self._head = self._restored(columns)  # (B, C, R) but for the tail's
-        self.rank = columns.shape[2] + self._tail.shape[1]
+        self._row_rank = columns.shape[2] + self._tail.shape[1]
+        self.rank = self._shape[1:-1].numel() * self._row_rank
 
     @property
     def _q(self) -> Tensor:
@@ -65,8 +70,10 @@ class CovarianceRoot:
         return torch.zeros_like(rows).scatter_(1, order, rows)
 
     def applied(self, signs: Tensor) -> Tensor:
-        """L ε (B, C) for ε = ``signs`` (B, R)."""
-        signs = signs.to(self._head)
+        """L ε (B, C) or (B, M, C) for ε = ``signs`` (B, R)."""
+        return self._of_rows(signs.reshape(-1, self._row_rank).to(self._head)).view(self._shape)
+
+    def _of_rows(self, signs: Tensor) -> Tensor:
         head, tail = signs.split([self._head.shape[2], self._tail.shape[1]], dim=1)
         result = torch.einsum("bcr,br->bc", self._head, head)
         if not self._tail.shape[1]:
@@ -76,12 +83,13 @@ class CovarianceRoot:
         return result + self._restored(functional.pad(rest, (result.shape[1] - rest.shape[1], 0)))
 
     def columns(self) -> Iterator[Tensor]:
-        """L's columns, (K, B, C) for a few at a time: all of many classes' would fill the memory."""
+        """L's columns, (K, B, ..., C) for a few at a time: all of many classes' would fill the memory."""
         for some in torch.arange(self.rank, device=self._head.device).split(COLUMNS):
             units = functional.one_hot(some, self.rank)
-            yield torch.stack([self.applied(unit.expand(len(self._head), -1)) for unit in units])
+            yield torch.stack([self.applied(unit.expand(self._shape[0], -1)) for unit in units])
 
 
+@torch.inference_mode(False)
 def fisher_trace(
     parameters: Parameters,
     batches: Batches,
@@ -99,13 +107,19 @@ def fisher_trace(
     probes than columns of L would be needed, every column is taken, if ``max_probes`` allow it: the exact value.
 
     Args:
-        clean: (n, C) logits at θ in the order of ``batches``.
+        clean: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) of yes-or-no labels.
         tolerance: standard error relative to the trace; 0 asks for the exact value, about a gradient a class.
         max_probes: passes before giving up, unless the exact value is asked for or takes fewer of ``HEAD`` at most.
 
     Returns:
         None where examples' gradients cannot be had of this model; see ``ExampleGradients``.
+
+    Raises:
+        UsageError: a number is none that can be.
     """
+    real("tolerance", tolerance, least=0)
+    whole("max_probes", max_probes)
+    batches, clean = batches.on(parameters.device), clean.to(parameters.device)
     examples = ExampleGradients(parameters, next(iter(batches)).x)
     if not everywhere(examples.supported, clean.device):
         return None
@@ -124,12 +138,14 @@ def _by_examples(
     max_probes: int,
 ) -> Trace:
     def root_of(logits: Tensor) -> CovarianceRoot:
-        return CovarianceRoot(logits.double().softmax(1))
+        return CovarianceRoot(logits.double().softmax(-1))
 
     rank = root_of(clean[:1]).rank
 
     def gathered(pieces: Callable[[CovarianceRoot], Iterable[Tensor]], *, summed: bool = False) -> Tensor:
-        """(K, N) squared norms for ``pieces`` (some of K, B, C) of each batch's root; ``summed``, a row for each piece.
+        """(K, N) squared norms for ``pieces`` (some of K, B, ..., C) of each batch's root.
+
+        ``summed``: a row for each piece.
 
         Raises:
             IrregularLayerError: in all processes, where one of them met such examples.

@@ -16,11 +16,8 @@ from gm_probe.probe.ascent import Maximum, ascend, kl_gradient, maximize, to_sph
 from gm_probe.probe.kl import kl_divergence
 from gm_probe.probe.outputs import parameter_norm
 from gm_probe.probe.probe import Figure, Probe, example_error
+from gm_probe.probe.settings import NOISE_STARTS
 from gm_probe.probe.work import FORWARD, GRADIENT
-
-NOISE_STARTS = 2
-"""Of a converged maximum, beside the two from ± the Fisher matrix's top eigenvector."""
-
 
 LOST = 0.1
 """Share of a perturbation that may be lost to rounding: of small networks S_ρ/ρ² then stays within a percent."""

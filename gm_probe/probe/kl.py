@@ -1,4 +1,7 @@
-"""KL divergence between two softmax outputs, accurate down to divergences far below the dtype's epsilon."""
+"""KL divergence between two softmax outputs, accurate down to divergences far below the dtype's epsilon.
+
+Logits are (B, C) of C exclusive classes, or (B, L, C) of L independent labels of an example, whose divergences add.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ _LARGE = 30.0  # above, p·eᵗ may overflow, and the log-sum-exp form is exact 
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(softmax(p_logits) ‖ softmax(q_logits)) per row.
+    """KL(softmax(p_logits) ‖ softmax(q_logits)) of each example: the sum over its rows.
 
     With d = q_logits - p_logits and t = d - Σ p d, it equals log1p(Σ p (eᵗ - 1 - t)): every term is ≥ 0, the
     difference of logits is taken before any rounding of logarithms, and equal logits give exactly 0. The naive
     Σ p (log p - log q) is negative on a third of rows where logits differ by 1e-3 (METHOD.md, numerics).
 
     Args:
-        p_logits: (B, C).
-        q_logits: (B, C). Gradients flow through both arguments.
+        p_logits: (B, C) or (B, L, C).
+        q_logits: of the same shape. Gradients flow through both arguments.
 
     Returns:
         (B,) in nats, at least float32, never negative.
@@ -34,7 +37,12 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     near = weighted.amax(-1) <= _LARGE
     # each branch sees only harmless values, or the unused one would put NaN into the gradient
     terms = torch.where(t <= 1, p * _excess(t), weighted.clamp(max=_LARGE).exp() - p * (1 + t))
-    return torch.where(near, torch.log1p(terms.sum(-1)), torch.logsumexp(weighted, dim=-1))
+    return over_rows(torch.where(near, torch.log1p(terms.sum(-1)), torch.logsumexp(weighted, dim=-1)))
+
+
+def over_rows(values: Tensor) -> Tensor:
+    """Return (B,) of values (B,) as they are, and of values (B, L) of L independent labels their sums."""
+    return values if values.dim() == 1 else values.flatten(1).sum(1)
 
 
 def _excess(t: Tensor) -> Tensor:

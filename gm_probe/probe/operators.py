@@ -13,7 +13,7 @@ from torch.func import grad, jvp
 from torch.nn import functional
 
 from gm_probe.core.batches import Batches, cut
-from gm_probe.core.errors import UsageError, out_of_memory
+from gm_probe.core.errors import UsageError, of_machine
 from gm_probe.core.parameters import Parameters, differentiable_attention
 from gm_probe.core.processes import gather_examples, sum_over_processes
 from gm_probe.probe.derivatives import (
@@ -24,10 +24,11 @@ from gm_probe.probe.derivatives import (
     along,
     first_adjoint,
     gradients,
-    require_symmetric,
     require_terms,
 )
+from gm_probe.probe.kl import over_rows
 from gm_probe.probe.nestable import Nestable
+from gm_probe.probe.second_derivatives import require_second_derivative
 from gm_probe.probe.speed import TRIAL, clearly_faster
 from gm_probe.probe.tapes import Tape, Tapes
 from gm_probe.probe.work import (
@@ -45,6 +46,10 @@ from gm_probe.probe.work import (
 with warnings.catch_warnings(), contextlib.suppress(ImportError):
     warnings.simplefilter("ignore", FutureWarning)
     import torch._decomp.decompositions_for_jvp
+
+
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""The dtypes of class indices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +76,15 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
     It equals the Gauss-Newton matrix of softmax cross-entropy.
 
     Args:
-        clean: (n, C) logits at θ in the order of ``batches``.
+        clean: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) of yes-or-no labels.
 
     Raises:
         UsageError: a part of the model is in train mode.
     """
     _require_eval(parameters)
+    batches = batches.on(parameters.device)
     work = work or Work(batches.num_examples)
-    probabilities = cut(functional.softmax(clean, dim=-1), batches)
+    probabilities = cut(functional.softmax(clean.to(parameters.device), dim=-1), batches)
 
     def pushed_forward(x: Tensor, v: Tensor) -> Tensor:
         with torch.no_grad():
@@ -107,7 +113,7 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
 
     chosen: list[Push] = []  # once it has been tried
 
-    def pushed(x: Tensor, v: Tensor) -> Tensor:  # J v, (B, C)
+    def pushed(x: Tensor, v: Tensor) -> Tensor:  # J v, (B, ..., C)
         if not chosen:
             noise = parameters.random(1.0, torch.Generator().manual_seed(0))
             ways = (pushed_forward, pushed_reverse)
@@ -126,19 +132,19 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
         result = []
         for batch, p in zip(batches, probabilities, strict=True):
             # the variance under p of the logits' change
-            result.append((p * _centred(pushed(batch.x, v), p).square()).sum(-1))
+            result.append(over_rows((p * _centred(pushed(batch.x, v), p).square()).sum(-1)))
         return gather_examples(batches.independent(torch.cat(result)))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
 
 
 def _centred(values: Tensor, p: Tensor) -> Tensor:
-    """``values`` (B, C) less their mean under ``p`` (B, C).
+    """``values`` (B, ..., C) less their mean under ``p`` (B, ..., C) over the last dimension.
 
     The likeliest class is taken for the origin first: where p is nearly 1 there, all else would be lost to rounding.
     """
-    values = values - values.gather(1, p.argmax(1, keepdim=True))
-    return values - (p * values).sum(1, keepdim=True)
+    values = values - values.gather(-1, p.argmax(-1, keepdim=True))
+    return values - (p * values).sum(-1, keepdim=True)
 
 
 def hessian(
@@ -147,29 +153,48 @@ def hessian(
     """H = ∇²_θ (1/N) Σ CE(z_θ(x), y) (paper §3.3, Lemma A.1), by exact differentiation.
 
     Args:
-        labels: (n,) class indices, given or predicted, in the order of ``batches``.
+        labels: (n,) class indices, given or predicted, in the order of ``batches``; (n, L) of yes-or-no labels.
         memory: bytes that may be kept from one product to the next.
 
     Raises:
-        UsageError: a part of the model is in train mode.
+        UsageError: a part of the model is in train mode, or the labels are no class indices of these examples.
     """
+    _require_labels(parameters, batches, labels)
+    return _curvature(parameters, batches, _cross_entropy, labels.long(), work, memory)
 
-    return _curvature(parameters, batches, _cross_entropy, labels, work, memory)
+
+def _require_labels(parameters: Parameters, batches: Batches, labels: Tensor) -> None:
+    """Raise UsageError unless ``labels`` are class indices of the model, (n,) or (n, L)."""
+    with torch.no_grad():
+        x = next(iter(batches.on(parameters.device))).x
+        *each, classes = parameters.logits(x[batches.few(1)]).shape[1:]
+    shape = (batches.num_examples, *each)
+    if not isinstance(labels, Tensor) or labels.shape != shape or labels.dtype not in WHOLE:
+        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        raise UsageError(f"labels are {found}; give class indices, a tensor {shape} of whole numbers")
+    least, most = (int(value) for value in labels.aminmax())
+    if least < 0 or most >= classes:
+        raise UsageError(
+            f"labels go from {least} to {most}, but the model has the classes 0 to {classes - 1}"
+        )
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """(B,) of logits (B, C) and labels (B,), whose derivatives keep their digits where one class has all but all.
+    """Return (B,) cross-entropies of logits (B, ..., C) and labels (B, ...), summed over an example's labels.
+
+    Their derivatives keep their digits where one class has all but all.
 
     The likeliest class's logit is taken off the others': 1 − p is then never taken of a p that rounds to 1.
     """
-    likeliest = logits.argmax(1, keepdim=True)
-    highest = logits.gather(1, likeliest)
-    others = logits.gather(1, _all_but(likeliest, logits.shape[1]))
-    return (highest - logits.gather(1, y[:, None]))[:, 0] + (others - highest).exp().sum(1).log1p()
+    likeliest = logits.argmax(-1, keepdim=True)
+    highest = logits.gather(-1, likeliest)
+    others = logits.gather(-1, _all_but(likeliest, logits.shape[-1]))
+    each = (highest - logits.gather(-1, y[..., None]))[..., 0] + (others - highest).exp().sum(-1).log1p()
+    return over_rows(each)
 
 
 def _all_but(classes: Tensor, count: int) -> Tensor:
-    """(B, C − 1) the class indices other than each of ``classes`` (B, 1)."""
+    """(B, ..., C − 1) the class indices other than each of ``classes`` (B, ..., 1)."""
     places = torch.arange(count - 1, device=classes.device)
     return places + (places >= classes).long()
 
@@ -180,18 +205,19 @@ def residual(
     """H − F = (1/N) Σ_x Σ_c (p_c − y_c) ∇²z_c (paper Lemma A.1), the part of H that depends on the labels.
 
     Args:
-        clean: (n, C) logits at θ; ``labels``: (n,) class indices; both in the order of ``batches``.
+        clean: (n, C) or (n, L, 2) logits at θ; ``labels``: (n,) or (n, L); both in the order of ``batches``.
 
     Raises:
         UsageError: a part of the model is in train mode.
     """
+    labels = labels.to(clean.device)
     slopes = functional.softmax(clean.double(), dim=-1)
     # p − 1 of the label as what the others have: where p is nearly 1, the difference would be rounding alone
-    rest = slopes.gather(1, _all_but(labels[:, None], clean.shape[1])).sum(1, keepdim=True)
-    slopes = slopes.scatter(1, labels[:, None], -rest)
+    rest = slopes.gather(-1, _all_but(labels[..., None], clean.shape[-1])).sum(-1, keepdim=True)
+    slopes = slopes.scatter(-1, labels[..., None], -rest)
 
     def contracted(logits: Tensor, slope: Tensor) -> Tensor:  # (B,)
-        return (logits * slope.to(logits.dtype)).sum(-1)
+        return over_rows((logits * slope.to(logits.dtype)).sum(-1))
 
     return _curvature(parameters, batches, contracted, slopes, work)
 
@@ -204,16 +230,20 @@ def _curvature(
     work: Work | None,
     memory: float = 0.0,
 ) -> Operator:
-    """∇²_θ (1/N) Σ_x s(z_θ(x), d_x) for ``scalars`` s: logits (B, C), data (B, ...) ↦ (B,)."""
+    """∇²_θ (1/N) Σ_x s(z_θ(x), d_x) for ``scalars`` s: logits (B, ..., C), data (B, ...) ↦ (B,)."""
     _require_eval(parameters)
+    batches = batches.on(parameters.device)
     work = work or Work(batches.num_examples)
-    pieces = cut(data, batches)
+    pieces = cut(data.to(parameters.device), batches)
 
     def values_of(values: dict[str, Tensor], x: Tensor, d: Tensor) -> Tensor:  # (B,)
         return scalars(parameters.logits(x, values), d)
 
+    def summed(values: dict[str, Tensor], x: Tensor, d: Tensor) -> Tensor:
+        return values_of(values, x, d).sum()
+
     def recorded(dtype: torch.dtype, x: Tensor, d: Tensor) -> Tape:
-        tape = Tape.record(lambda values: values_of(values, x, d).sum(), parameters.leaves(dtype))
+        tape = Tape.record(lambda values: summed(values, x, d), parameters.leaves(dtype))
         work.add(GRADIENT, len(d))
         return tape
 
@@ -227,7 +257,7 @@ def _curvature(
 
     def forward_product(v: Tensor, x: Tensor, d: Tensor) -> Tensor:
         """The tangent of a gradient: less memory traffic than a second backward pass."""
-        gradient = grad(lambda values: values_of(values, x, d).sum())
+        gradient = grad(lambda values: summed(values, x, d))
         tangent = jvp(gradient, (parameters.values(v.dtype),), (parameters.split(v),))[1]
         work.add(FORWARD_OVER_REVERSE, len(d))
         return parameters.join(tangent.values())
@@ -267,7 +297,7 @@ def _curvature(
             few = (v, x[trial], d[trial])
             in_float64 = _few_in_float64(v, x, d, whole=batches.coupled)
             if not chosen:
-                require_symmetric(reverse_product, few, in_float64)
+                require_second_derivative(parameters, summed, reverse_product, few, in_float64)
             if reference is reverse_terms:
                 require_terms(reverse_terms, reverse_product, in_float64)
             trusted = agree(cheap, reference, few, in_float64)
@@ -282,7 +312,7 @@ def _curvature(
             played(tape, v.flip(0), d, keep=True)
             return bool((played(tape, v, d, keep=True) - fresh).norm() <= 1e-3 * fresh.norm())
         except Exception as error:  # a stranger's layer that lets go of its tensors, or writes to them
-            if out_of_memory(error):
+            if of_machine(error):
                 raise
             return False
 

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from gm_probe.core.batches import cut
+from gm_probe.core.fields import tensors_of, with_tensors
+from gm_probe.core.parameters import dense
 from gm_probe.core.processes import gather_examples
+from gm_probe.probe.kl import over_rows
 from gm_probe.probe.probe import Figure, Probe, example_error
 from gm_probe.probe.work import FORWARD, GRADIENT
 
@@ -19,47 +22,67 @@ SHIFT = 4  # pixels, as in the usual crop augmentation
 
 
 def error(probe: Probe) -> Figure:
+    """Fraction of wrong predictions; of several labels an example, of wrong labels (the Hamming loss)."""
     assert probe.labels is not None
-    return probe.mean(probe.clean.argmax(1) != probe.labels)
+    return probe.mean(_over_labels(probe.clean.argmax(-1) != probe.labels))
 
 
 def cross_entropy(probe: Probe) -> Figure:
+    """Mean over examples; of several labels an example, of their sum, whose Hessian is measured."""
     assert probe.labels is not None
-    return probe.mean(functional.cross_entropy(probe.clean.double(), probe.labels, reduction="none"))
+    log_p = probe.clean.double().log_softmax(-1)
+    return probe.mean(over_rows(-log_p.gather(-1, probe.labels[..., None])[..., 0]))
 
 
 def mean_entropy(probe: Probe) -> Figure:
-    log_p = probe.clean.double().log_softmax(1)
-    return probe.mean(-(log_p.exp() * log_p).sum(1))
+    """Mean over examples; independent labels' entropies add."""
+    log_p = probe.clean.double().log_softmax(-1)
+    return probe.mean(over_rows(-(log_p.exp() * log_p).sum(-1)))
 
 
 def mean_confidence(probe: Probe) -> Figure:
-    return probe.mean(probe.clean.double().softmax(1).amax(1))
+    """Mean over examples and their labels, as the error is."""
+    return probe.mean(_over_labels(probe.clean.double().softmax(-1).amax(-1)))
+
+
+def _over_labels(values: Tensor) -> Tensor:
+    """(n,) of values (n,) as they are, and of values (n, L) of L labels an example their means."""
+    return values if values.dim() == 1 else values.double().mean(1)
 
 
 def input_jacobian_norm(probe: Probe) -> Figure:
-    """Root mean square over examples of ‖∂f_θ(x)/∂x‖_F (Novak et al. 2018), exact: one backward pass a class."""
+    """Root mean square over examples of ‖∂f_θ(x)/∂x‖_F (Novak et al. 2018), exact: one backward pass a class.
+
+    f_θ(x) are all probabilities, of a yes-or-no label both of p and 1 − p.
+    """
     rows = []
     for batch, clean in zip(probe.batches, cut(probe.clean, probe.batches), strict=True):
         if not batch.x.is_floating_point():
             return None, None, None, False, {"reason": "inputs are integers: nothing to differentiate by"}
-        x = batch.x.detach().requires_grad_()
+        x = with_tensors(batch.x, {key: _leaf(value) for key, value in tensors_of(batch.x).items()})
+        by = [value for value in tensors_of(x).values() if value.requires_grad]
         squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         with torch.enable_grad():
-            p = probe.differentiable.logits(x, probe.parameters.values()).softmax(1)
-            if not p.requires_grad:
+            p = probe.differentiable.logits(x, probe.parameters.values()).softmax(-1).flatten(1)
+            found: list[Tensor] = []
+            for c in range(p.shape[1] if p.requires_grad else 0):
+                gradients = torch.autograd.grad(p[:, c].sum(), by, retain_graph=True, allow_unused=True)
+                found = [dense(g) for g in gradients if g is not None]
+                for g in found:
+                    squares += g.double().flatten(1).square().sum(1)
+            if not found:
                 return None, None, None, False, {"reason": NO_INPUT_GRADIENT}
-            for c in range(p.shape[1]):
-                [g] = torch.autograd.grad(p[:, c].sum(), x, retain_graph=True, allow_unused=True)
-                if g is None:
-                    return None, None, None, False, {"reason": NO_INPUT_GRADIENT}
-                squares += g.double().flatten(1).square().sum(1)
         probe.work.add(FORWARD + p.shape[1] * (GRADIENT - FORWARD), len(clean))
         rows.append(squares)
     squares = gather_examples(torch.cat(rows))
     value = math.sqrt(float(squares.mean()))
     spread = example_error(squares)
     return value, None, None if spread is None or value == 0 else spread / (2 * value), True, {}
+
+
+def _leaf(value: Tensor) -> Tensor:
+    """What autograd differentiates by, of an input of floating-point numbers; others as they are."""
+    return value.detach().requires_grad_() if value.is_floating_point() else value
 
 
 def flip_rate(probe: Probe) -> Figure:
@@ -91,12 +114,12 @@ def _changed(probe: Probe, transform: Callable[[Tensor, Tensor], Tensor]) -> Fig
     numbers = torch.rand(batches.total, 2, generator=probe.generator("crop"))
     mine = numbers[batches.first : batches.first + batches.num_examples].split(batches.batch_size)
     for batch, clean, some in zip(batches, cut(probe.clean, batches), mine, strict=True):
-        if batch.x.dim() != 4 or not batch.x.is_floating_point():
+        if not isinstance(batch.x, Tensor) or batch.x.dim() != 4 or not batch.x.is_floating_point():
             return None, None, None, False, {"reason": "inputs are no images"}
         with torch.no_grad():
             logits = probe.parameters.logits(transform(batch.x, some))
         probe.work.add(FORWARD, len(clean))
-        rows.append(logits.argmax(1) != clean.argmax(1))
+        rows.append(_over_labels(logits.argmax(-1) != clean.argmax(-1)))
     return probe.mean(torch.cat(rows))
 
 
@@ -110,7 +133,9 @@ def distance_from_initialization(probe: Probe) -> Figure:
     if probe.initial is None:
         return None, None, None, False, {"reason": "the initial parameters are known of run folders only"}
     before = dict(probe.initial.named_parameters())
-    return _length({name: p.detach() - before[name] for name, p in probe.parameters.named.items()})
+    return _length(
+        {name: p.detach() - before[name].to(p.device) for name, p in probe.parameters.named.items()}
+    )
 
 
 def _length(tensors: Mapping[str, Tensor]) -> Figure:

@@ -75,7 +75,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class PairReport:
-    """What ``compare`` found: every pair, and the figures by their names in ``PAIR_MEASURES``."""
+    """What ``compare`` found: every pair, and the figures by their names in ``PAIR_MEASURES``.
+
+    ``num_classes`` is C: of each of several yes-or-no labels, 2.
+    """
 
     num_examples: int
     num_classes: int
@@ -103,17 +106,19 @@ def compare(
     a handful) where no model stands out from the others.
 
     Args:
-        logits: (M, N, C), or M tensors (N, C), of any floating dtype; the figures are computed in float64.
+        logits: (M, N, C), or M tensors (N, C), of any floating dtype; the figures are computed in float64. Of L
+            independent yes-or-no labels (M, N, L, 2): divergences are summed over an example's labels, disagreement is
+            averaged, and the mean prediction is each label's.
         training_sets: M labels that name each model's training set.
         names: of the models, for messages.
         notify: called with the pairs done so far.
 
     Raises:
-        UsageError: fewer than two models, or another number of labels.
+        UsageError: fewer than two models, another number of labels, or one logit an example.
         DataError: outputs that differ in shape.
         DivergedError: outputs that are not finite.
     """
-    models = [outputs.detach() for outputs in logits]
+    models = [outputs.detach().to(logits[0].device) for outputs in logits]
     names = names or [f"model {index}" for index in range(len(models))]
     if len(models) < 2:
         raise UsageError(f"pairs need 2 models at least, got {len(models)}")
@@ -127,16 +132,16 @@ def compare(
     labels = {label: index for index, label in enumerate(dict.fromkeys(training_sets))}
     indices = [labels[label] for label in training_sets]
     groups = torch.tensor(indices)
-    num_examples, num_classes = models[0].shape
+    num_examples, num_classes = len(models[0]), models[0].shape[-1]
     device = models[0].device
-    predictions = [outputs.argmax(1) for outputs in models]
+    predictions = [outputs.argmax(-1) for outputs in models]
     kl, differ = torch.zeros(2, len(models), len(models), dtype=torch.float64)
     differ_terms = torch.zeros(num_examples, dtype=torch.float64, device=device)
     within = torch.zeros(len(labels), num_examples, dtype=torch.float64, device=device)
     pairs: list[Pair] = []
     for a in range(len(models)):
         for b in range(a + 1, len(models)):
-            apart = (predictions[a] != predictions[b]).double()
+            apart = (predictions[a] != predictions[b]).double().view(num_examples, -1).mean(1)
             forth, back = _divergences(models[a], models[b])
             differ_terms += apart
             same = indices[a] == indices[b]
@@ -158,14 +163,25 @@ def compare(
 
 
 def check_outputs(name: str, outputs: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless ``outputs`` are finite logits (N, C) of the shape of ``other``'s.
+    """Raise unless ``outputs`` are finite logits (N, C) or (N, L, 2) of the shape of ``other``'s.
 
     Raises:
+        UsageError: one logit an example.
         DataError: another shape, or no example.
         DivergedError: a value is not finite.
     """
-    if outputs.dim() != 2 or outputs.numel() == 0:
+    if outputs.dim() not in (2, 3) or outputs.numel() == 0:
         raise DataError(f"{name}: its outputs have shape {tuple(outputs.shape)}; they must be logits (N, C)")
+    if outputs.shape[-1] == 1:
+        raise UsageError(
+            f"{name}: one logit an example, whose softmax is 1 always; of a yes-or-no model give "
+            "torch.stack([torch.zeros_like(z), z], -1) of its logits z (N, L)"
+        )
+    if outputs.dim() == 3 and outputs.shape[1:] != other.shape[1:]:
+        raise DataError(
+            f"{name} has outputs of shape {tuple(outputs.shape)} but {other_name} of {tuple(other.shape)}; only models "
+            "of the same labels can be compared"
+        )
     if outputs.shape[1:] != other.shape[1:]:
         raise DataError(
             f"{name} has {outputs.shape[1]} classes but {other_name} has {other.shape[1]}; "
@@ -176,7 +192,7 @@ def check_outputs(name: str, outputs: Tensor, other_name: str, other: Tensor) ->
             f"{name} has outputs for {len(outputs)} examples but {other_name} for {len(other)}; "
             "all models need the same probe set"
         )
-    finite = torch.isfinite(outputs).all(1)
+    finite = torch.isfinite(outputs).flatten(1).all(1)
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
         raise DivergedError(
@@ -186,7 +202,7 @@ def check_outputs(name: str, outputs: Tensor, other_name: str, other: Tensor) ->
 
 def _divergences(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) KL(p ‖ q) and (N,) KL(q ‖ p), in float64."""
-    rows = max(1, _CELLS // p_logits.shape[1])
+    rows = max(1, _CELLS // p_logits[0].numel())
     parts = [
         (p.double(), q.double()) for p, q in zip(p_logits.split(rows), q_logits.split(rows), strict=True)
     ]
@@ -196,8 +212,8 @@ def _divergences(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_mean_prediction(models: Sequence[Tensor]) -> Tensor:
-    """(N, C) logarithm of the mean of the models' probabilities, never by way of a probability that is 0."""
-    logs = (functional.log_softmax(outputs.double(), dim=1) for outputs in models)
+    """(N, ..., C) logarithm of the mean of the models' probabilities, never by way of a probability that is 0."""
+    logs = (functional.log_softmax(outputs.double(), dim=-1) for outputs in models)
     return reduce(torch.logaddexp, logs) - math.log(len(models))
 
 

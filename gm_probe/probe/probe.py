@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,96 +15,28 @@ from torch import Tensor, nn
 from gm_probe.core.batches import Batches
 from gm_probe.core.door import Outputs
 from gm_probe.core.errors import DataError, DivergedError, UsageError, foreign_or
+from gm_probe.core.labels import as_labels, fitting
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import gather_examples
+from gm_probe.core.randomness import Draws
 from gm_probe.probe.affine import Verdict, affine_in_each_parameter
 from gm_probe.probe.ascent import FisherByDifference, ProbeDivergence
-from gm_probe.probe.derivatives import require_gradients
+from gm_probe.probe.derivatives import differentiable, require_gradients
 from gm_probe.probe.fisher_trace import fisher_trace
 from gm_probe.probe.operators import Operator, fisher, hessian, residual
+from gm_probe.probe.settings import Settings
 from gm_probe.probe.spectrum import Eigenpair, certified, lanczos
 from gm_probe.probe.speed import MEMORY, TRIAL
 from gm_probe.probe.trace import Trace
 from gm_probe.probe.work import FORWARD, Work
+from gm_probe.probe.written import require_moved_weights
 
-Protocol = Literal["paper", "converged"]
 T = TypeVar("T")
 DRAFT = 40
 """Difference products before exact ones go on: of CIFAR-10 networks 8 to 14 are enough."""
 
-LEAST_TOLERANCE = 1e-16
-"""Relative; float64 has no digits for less, and squares of its inverse may overflow."""
-
 KEPT = 0.25
 """Of the memory, what the Hessian's products may keep from one to the next."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    r"""How to measure.
-
-    Attributes:
-        rho: radius ρ of the ball in parameter space.
-        k_steps: ascent steps K of Algorithm 1.
-        noise_scale: expected length of the random start δ₀ (σ = noise_scale/√P).
-        num_starts: random starts that the paper's protocol averages over (App. F: 10).
-        protocol: what `local_inconsistency` reports: the paper's mean over starts, or the converged maximum.
-        ascent_tolerance: relative gain of a step at which a converged ascent stops.
-        eigen_tolerance: Lanczos residual relative to the eigenvalue.
-        trace_tolerance: standard error of a trace relative to its value.
-        min_probes: of a trace before its standard error may stop it; from fewer than 10 it is too uncertain.
-        max_probes: of a trace, also where it is below ``min_probes``; an exact tr F takes a pass a class.
-        max_iterations: Lanczos iterations and ascent steps before giving up (and saying so).
-        seed: of every random draw.
-        rho_grid, k_grid: more radii and steps at which the paper's S_ρ is taken along the way; the converged maximum
-            at more radii, an ascent each.
-        eta: η of the adaptive ball ‖δ/(\|θ\|+η)‖ ≤ ρ.
-        sub_batch: examples m that share a perturbation in the batchwise variant.
-        params: regular expression that chooses parameters by name; empty = all trainable ones.
-        top_eigenvalues: how many of the largest eigenvalues λ_max rows list.
-        target_error: relative error at which rows say how many examples they would need; 0 = don't.
-    """
-
-    rho: float = 0.1
-    k_steps: int = 1
-    noise_scale: float = 0.1
-    num_starts: int = 10
-    protocol: Protocol = "paper"
-    ascent_tolerance: float = 1e-3
-    eigen_tolerance: float = 0.01
-    trace_tolerance: float = 0.05
-    min_probes: int = 10
-    max_probes: int = 100
-    max_iterations: int = 100
-    seed: int = 0
-    rho_grid: tuple[float, ...] = ()
-    k_grid: tuple[int, ...] = ()
-    eta: float = 0.01
-    sub_batch: int = 128
-    params: str = ""
-    top_eigenvalues: int = 1
-    target_error: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-
-    def __post_init__(self) -> None:
-        positive = {"rho": self.rho, "noise_scale": self.noise_scale, "k_steps": self.k_steps}
-        positive |= {"num_starts": self.num_starts, "max_iterations": self.max_iterations}
-        positive |= {"eta": self.eta, "sub_batch": self.sub_batch, "top_eigenvalues": self.top_eigenvalues}
-        positive |= {f"rho {rho}": rho for rho in self.rho_grid} | {f"k_steps {k}": k for k in self.k_grid}
-        for name, value in positive.items():
-            if not value > 0 or not math.isfinite(value):
-                raise UsageError(f"{name} must be positive and finite, not {value}")
-        for name in ("ascent_tolerance", "eigen_tolerance", "trace_tolerance", "target_error"):
-            value = getattr(self, name)
-            if not (value == 0 or value >= LEAST_TOLERANCE) or not math.isfinite(value):
-                raise UsageError(f"{name} must be 0 or at least {LEAST_TOLERANCE:g}, and finite, not {value}")
-        if self.protocol not in get_args(Protocol):
-            raise UsageError(f"protocol must be {' or '.join(get_args(Protocol))}, not {self.protocol!r}")
-        if self.min_probes < 2 or self.max_probes < 2:
-            raise UsageError(f"a trace needs 2 probes at least, got {self.min_probes} and {self.max_probes}")
 
 
 def as_row(estimate: Any) -> dict[str, Any]:
@@ -186,9 +118,11 @@ class Probe:
         """The parameters, of which the logits have been seen to have gradients.
 
         Raises:
-            UsageError: they have none, or forward hides some from autograd.
+            UsageError: they have none, or forward hides some from autograd, or the backward pass runs forward again.
         """
         few = next(iter(self.batches)).x[self.batches.few(TRIAL)]
+        with differentiable():
+            require_moved_weights(self.parameters, few, Draws(few.device, self.parameters.model))
         require_gradients(self.parameters, few, self.generator("gradients"))
         return self.parameters
 
@@ -205,6 +139,7 @@ class Probe:
         return found
 
     def _outputs(self) -> Tensor:
+        """What the model returns for this process's examples, as it returns it."""
         rows: list[Tensor] = []
         with torch.no_grad():
             for batch in self.batches:
@@ -215,11 +150,11 @@ class Probe:
                     return DataError(f"the model fails on {some} ({cause}); leave out what it does not take")
 
                 with foreign_or(fails):
-                    rows.append(self.parameters.logits(batch.x))
+                    rows.append(self.parameters.taken(batch.x))
                 self.work.add(FORWARD, len(rows[-1]))
         return torch.cat(rows)
 
-    def _require_independent(self, clean: Tensor) -> None:
+    def _require_independent(self, outputs: Tensor) -> None:
         """Raise UsageError where an example's outputs hang on its batch: so would every measure."""
         x = next(iter(self.batches)).x
         if self.batches.coupled or len(x) < 2:
@@ -234,24 +169,20 @@ class Probe:
             )
 
         with foreign_or(hanging), torch.no_grad():  # BatchNorm has no statistics of a single value
-            apart = self.parameters.logits(x[few])
-        if not _same(clean[: len(x)][few], apart, torch.float32):
+            apart = self.parameters.taken(x[few])
+        if not _same(outputs[: len(x)][few], apart, torch.float32):
             raise hanging("as of BatchNorm without running statistics")
 
     @cached_property
     def clean(self) -> Tensor:
-        """(n, C) logits at θ of this process's examples.
+        """(n, C) logits at θ of this process's examples; (n, L, 2) of L yes-or-no labels.
 
         Raises:
-            UsageError: one class only; an example's outputs hang on its batch.
+            UsageError: one class only, or outputs of another kind; an example's outputs hang on its batch.
             DivergedError: some are not finite.
             DataError: two passes over the data differ; the model does not take some.
         """
         first, again = self._outputs(), self._outputs()
-        if first.shape[1] < 2:
-            raise UsageError(
-                "the model has a single output, whose softmax is 1 always; wrap it to return two logits"
-            )
         if not bool(torch.isfinite(first).all()):
             row = self.batches.first + int((~torch.isfinite(first)).any(1).nonzero()[0])
             raise DivergedError(
@@ -260,7 +191,8 @@ class Probe:
         if not _same(first, again, first.dtype):
             raise DataError("two passes over the data gave different outputs; no shuffling, no random layers")
         self._require_independent(first)
-        return first
+        self.parameters.outputs = self.parameters.outputs.checked(first)
+        return self.parameters.outputs.logits(first)
 
     def mean(self, values: Tensor) -> Figure:
         """The exact mean of this process's per-example ``values`` (n,) over all examples."""
@@ -269,19 +201,12 @@ class Probe:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """(N,) class indices as given; None = unlabeled."""
-        y = self.batches.examples.y
-        if y is None:
+        """(n,) class indices as given, or (n, L) yes-or-no labels; None = unlabeled."""
+        examples = self.batches.examples
+        if examples.y is None:
             return None
-        classes = self.clean.shape[1]
-        if int(y.min()) < 0:
-            raise DataError(f"labels must be class indices ≥ 0, got {int(y.min())}; leave such examples out")
-        if int(y.max()) >= classes:
-            raise DataError(
-                f"{self.batches.examples.source} has labels up to {int(y.max())} but the model has {classes} classes "
-                f"(0 to {classes - 1}); check the labels, or measure it --unlabeled"
-            )
-        return y.to(self.clean.device)
+        y = as_labels(examples.y.clone(), len(examples))  # a copy, for it may be of inference mode
+        return fitting(y, self.clean, examples.source).to(self.clean.device)
 
     @cached_property
     def divergence(self) -> ProbeDivergence:
@@ -299,8 +224,8 @@ class Probe:
 
     @property
     def hessian_labels(self) -> Tensor:
-        """(n,) as given, or else predicted."""
-        return self.clean.argmax(1) if self.labels is None else self.labels
+        """(n,) or (n, L) as given, or else predicted."""
+        return self.clean.argmax(-1) if self.labels is None else self.labels
 
     @property
     def label_kind(self) -> str:

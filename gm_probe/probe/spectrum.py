@@ -9,7 +9,8 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from gm_probe.core.errors import DivergedError
+from gm_probe.core.checks import real, whole
+from gm_probe.core.errors import DivergedError, UsageError
 from gm_probe.core.memory import memory_or
 from gm_probe.probe.operators import Operator
 
@@ -118,8 +119,16 @@ def eigenpairs(
         patience: successive iterations in which all must be done before it stops.
 
     Raises:
+        UsageError: ``top`` and ``bottom`` are both 0, or a number is none that can be.
         DivergedError: a product is not finite.
     """
+    if not whole("top", top, 0) + whole("bottom", bottom, 0):
+        raise UsageError("top and bottom are both 0: there is no eigenpair to find; ask for at least one")
+    whole("max_iterations", max_iterations)
+    whole("patience", patience)
+    real("tolerance", tolerance, least=0)
+    if not isinstance(start, Tensor) or start.shape != (operator.size,):
+        raise UsageError(f"start must be a tensor ({operator.size},), one number a parameter")
     krylov = Krylov(operator, start)
     met = np.zeros(0, dtype=int)
     for _ in range(max_iterations):

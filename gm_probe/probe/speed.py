@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gm_probe.core.batches import BATCH_SIZE, Batches
-from gm_probe.core.errors import out_of_memory
+from gm_probe.core.devices import synchronize
+from gm_probe.core.door import Outputs
+from gm_probe.core.errors import of_machine, on_two_devices, out_of_memory
+from gm_probe.core.fields import Inputs
 from gm_probe.core.parameters import Parameters, as_measured, differentiable_attention, evaluating
 from gm_probe.probe.ascent import kl_gradient
 
@@ -43,25 +46,25 @@ def clearly_less(other: float, usual: float) -> bool:
 
 def timed(way: Callable[[], T], device: torch.device) -> tuple[float, T]:
     """The seconds that ``way`` takes, and what it returns."""
-    if device.type != "cuda":  # the processor's own time: others on this machine must not decide
+    if device.type == "cpu":  # the processor's own time: others on this machine must not decide
         start = time.process_time()
         result = way()
         return time.process_time() - start, result
-    torch.cuda.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     result = way()
-    torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start, result
 
 
-def fastest_layout(model: nn.Module, x: Tensor) -> torch.memory_format:
+def fastest_layout(model: nn.Module, x: Tensor, outputs: Outputs | None = None) -> torch.memory_format:
     """The memory format of weights and images (B, C, H, W) in which a gradient pass is fastest; sets the model's.
 
     Channels last where there is no clear difference: it saves 7 to 18 % on CIFAR-sized networks, and costs 20 % on
     ResNet-18 at 64×64 (both on a CPU). The weights' values stay as they are.
     """
     layouts = {True: torch.channels_last, False: torch.contiguous_format}
-    parameters = Parameters(model)
+    parameters = Parameters(model, outputs=outputs)
     inputs = {last: x.contiguous(memory_format=layout) for last, layout in layouts.items()}
 
     def gradient(last: bool) -> None:
@@ -75,22 +78,24 @@ def fastest_layout(model: nn.Module, x: Tensor) -> torch.memory_format:
         try:
             last = not clearly_faster(lambda: gradient(False), lambda: gradient(True), x.device)
         except Exception as error:  # of a stranger's layer; what needs the gradient will tell
-            if out_of_memory(error):
+            if of_machine(error):
                 raise
             last = True
     model.to(memory_format=layouts[last])
     return layouts[last]
 
 
-def bytes_an_example(model: nn.Module, x: Tensor) -> float:
+def bytes_an_example(model: nn.Module, x: Inputs, outputs: Outputs | None = None) -> float:
     """Bytes that a gradient pass keeps for its backward pass, by example; ``x`` (B, ...) is a few of them."""
+    parameters = Parameters(model, outputs=outputs)
     values = {
-        name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in model.named_parameters()
+        name: p.detach().clone().requires_grad_(p.requires_grad)
+        for name, p in parameters.model.named_parameters()
     }
     weights = frozenset(value.untyped_storage().data_ptr() for value in values.values())
     with evaluating(model), torch.enable_grad(), differentiable_attention():
         with saved_bytes(weights) as saved:
-            loss = functional.log_softmax(Parameters(model).logits(x, values), dim=1).sum()
+            loss = functional.log_softmax(parameters.logits(x, values), dim=-1).sum()
         del loss  # until here the graph holds what was saved, so that no address is used twice
     return sum(saved.values()) / len(x)
 
@@ -104,6 +109,8 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
     found: dict[int, int] = {}
 
     def save(value: Tensor) -> Tensor:
+        if value.layout != torch.strided:  # a functional embedding's sparse gradient, which has no storage
+            return value
         storage = value.untyped_storage()
         address = storage.data_ptr()
         if address not in ignored:  # a view may be less than its storage, an expanded one more
@@ -114,14 +121,16 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
         yield found
 
 
-def within(memory: float, model: nn.Module, batches: Batches) -> Batches:
+def within(memory: float, model: nn.Module, batches: Batches, outputs: Outputs | None = None) -> Batches:
     """``batches`` of the size, up to ``BATCH_SIZE``, whose products take about ``memory`` bytes; 1 at least.
 
     As they are where a model has no gradients, which whatever needs them will tell.
     """
     few = next(iter(batches.of_size(4))).x
     try:
-        taken = TAPES * bytes_an_example(model, few)
-    except Exception as error:  # noqa: BLE001  of a stranger's layer
+        taken = TAPES * bytes_an_example(model, few, outputs)
+    except Exception as error:  # of a stranger's layer
+        if on_two_devices(error):
+            raise
         return batches.of_size(1) if out_of_memory(error) else batches
     return batches.of_size(int(max(1, min(BATCH_SIZE, memory // taken))) if taken else BATCH_SIZE)

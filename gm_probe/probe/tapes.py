@@ -37,7 +37,7 @@ class Tape:
         """What it holds: what autograd ``saved`` by address, and of parameters and gradients what is not among it."""
         held = dict(saved)
         for tensor in (*self.values.values(), *self.gradients):
-            if tensor is not None:
+            if tensor is not None and tensor.layout == torch.strided:
                 held.setdefault(tensor.untyped_storage().data_ptr(), tensor.nbytes)
         return sum(held.values())
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gm_probe.core.checks import real, whole
 from gm_probe.core.errors import DivergedError
 from gm_probe.probe.operators import Operator
 
@@ -62,8 +63,13 @@ def trace(
             tolerance, the least number of probes is drawn.
 
     Raises:
+        UsageError: a number is none that can be.
         DivergedError: a term is not finite.
     """
+    real("tolerance", tolerance, least=0)
+    real("offset_error", offset_error, least=0)
+    whole("min_probes", min_probes)
+    whole("max_probes", max_probes)
     known = torch.zeros((), dtype=torch.float64) if offset is None else offset.double()
     probes = _Probes(operator, generator, deflate, known, offset_error)
     first = max(min(min_probes, max_probes), 2)

@@ -9,7 +9,7 @@ from typing import Any
 
 from gm_probe.analysis.typeset import Cell
 from gm_probe.core.errors import UsageError, did_you_mean
-from gm_probe.probe.probe import Settings
+from gm_probe.probe.settings import Settings
 from gm_probe.reproduce import method_pictures
 from gm_probe.reproduce.comparison import Arm, Comparison, plain
 from gm_probe.reproduce.finding import Finding, Task

@@ -10,7 +10,7 @@ from typing import Any
 from gm_probe.core.errors import StorageError, UsageError, did_you_mean
 from gm_probe.core.files import read_json, write_json
 from gm_probe.core.records import SWEEP
-from gm_probe.probe.probe import Settings
+from gm_probe.probe.settings import Settings
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
 

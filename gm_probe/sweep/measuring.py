@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,26 +14,25 @@ from gm_probe.core.batches import BATCH_SIZE, Batches, Normalization
 from gm_probe.core.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.core.contrastive import Contrastive
 from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment, generators_kept
-from gm_probe.core.errors import DataError, UsageError, foreign_or
-from gm_probe.core.loading import check_fit, choose_normalization, load_model
+from gm_probe.core.devices import environment, require_float64
+from gm_probe.core.door import Head, Outputs
+from gm_probe.core.errors import DataError, UsageError, foreign_or, one_device
+from gm_probe.core.fields import arguments
+from gm_probe.core.layout import settle_layout
+from gm_probe.core.loading import check_fit, choose_normalization, fitted_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
-from gm_probe.core.models import ModelSpec, initial_model, logits_at
+from gm_probe.core.models import ModelSpec, initial_model, is_user_code, logits_at
 from gm_probe.core.parameters import as_measured, evaluating
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
+from gm_probe.core.randomness import generators_kept
 from gm_probe.core.records import read_run
+from gm_probe.probe.catalogue import DEFAULT_MEASURES, check_names, expected_cost, takes_derivatives
 from gm_probe.probe.density import density
-from gm_probe.probe.measures import (
-    DEFAULT_MEASURES,
-    UNDEFINING,
-    check_names,
-    expected_cost,
-    measure,
-    takes_derivatives,
-)
-from gm_probe.probe.probe import Probe, Settings
+from gm_probe.probe.measures import UNDEFINING, measure
+from gm_probe.probe.probe import Probe
+from gm_probe.probe.settings import Settings
 from gm_probe.probe.speed import MEMORY, TRIAL, fastest_layout, within
 from gm_probe.probe.work import Work
 from gm_probe.training.contrastive_batches import contrastive_batches
@@ -49,6 +48,9 @@ class Subject:
     num_classes: int
     classes: tuple[str, ...]  # as the checkpoint records them
     recorded: ModelSpec | None  # likewise
+    outputs: Outputs  # how what the model returns is read
+    key: str = ""  # where the weights stand in a foreign file
+    notes: tuple[str, ...] = ()  # what was chosen of a file without being asked for
 
 
 def open_subject(
@@ -56,30 +58,35 @@ def open_subject(
     examples: Examples,
     *,
     model_name: str | None = None,
+    key: str | None = None,
+    strip: str | None = None,
     normalization: Normalization | None = None,
     num_classes: int | None = None,
     batch_size: int = BATCH_SIZE,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     head: str = "classifier",
+    outputs: Outputs | None = None,
     temperature: float | None = None,
     seed: int = 0,
 ) -> Subject:
     """Load the checkpoint ``path`` and lay ``examples`` out for it.
 
     Args:
+        key, strip: as ``read_checkpoint`` takes them.
         model_name, normalization, num_classes: needed for foreign checkpoints; override the recorded ones.
-        head: ``classifier``, or ``simclr``: the outputs are NT-Xent logits, over batches of two views, drawn by
-            ``seed``, of ``batch_size`` images each. ``temperature`` None is the recorded one.
+        head: what the outputs stand for (core.door); or ``simclr``: they are NT-Xent logits, over batches of two
+            views, drawn by ``seed``, of ``batch_size`` images each. ``temperature`` None is the recorded one.
+        outputs: which output of the model to take, and what kind it is.
 
     Raises:
         CheckpointError, DataError, UsageError: as the parts raise them.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, key, strip)
     simclr = _check_head(checkpoint, head, temperature)
     check_fit(checkpoint, examples)
     shape = tuple(examples.x.shape[1:])
-    model = load_model(
+    model, fit = fitted_model(
         checkpoint,
         model_name,
         input_shape=shape,
@@ -89,17 +96,33 @@ def open_subject(
     )
     chosen = choose_normalization(checkpoint, examples, normalization)
     device = torch.device(device)
-    if device.type == "mps":
-        raise UsageError("MPS has no float64, which the estimators need; measure with --device cpu")
+    require_float64(device)
     model.to(device, dtype)
     name = model_name or (checkpoint.model.name if checkpoint.model else "")
+    said = "" if checkpoint.model else fit.key, tuple(fit.notes(path))
     if simclr:
         views = contrastive_batches(
             examples, chosen, images=batch_size, seed=seed, device=device, dtype=dtype
         )
-        return Subject(model, name, views, 2 * batch_size - 1, checkpoint.classes, checkpoint.model)
+        views.channels_last = settle_layout(model, next(iter(views)).x)
+        return Subject(
+            model,
+            name,
+            views,
+            2 * batch_size - 1,
+            checkpoint.classes,
+            checkpoint.model,
+            Outputs(kind="logits"),
+            *said,
+        )
     batches = Batches(examples, chosen, batch_size=batch_size, device=device, dtype=dtype)
-    classes = _num_outputs(model, batches, model_name or path)
+    if batches.channels_last:
+        batches.channels_last = settle_layout(model, next(iter(batches.of_size(2))).x)
+    outputs = replace(outputs or Outputs(), head=cast(Head, head))
+    if not is_user_code(name):  # libraries' networks return logits, however they look
+        outputs = replace(outputs, kind=outputs.kind or "logits")
+    outputs = _examined(model, batches, outputs, model_name or path)
+    classes = _num_classes(model, batches, outputs)
     if num_classes is not None and num_classes != classes:
         raise UsageError(f"{model_name or path} has {classes} outputs, not --num-classes {num_classes}")
     # an array file names no classes: its labels need only lie below the number of outputs
@@ -108,7 +131,7 @@ def open_subject(
             f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; "
             "each class needs its folder, or measure it --unlabeled"
         )
-    return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model)
+    return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs, *said)
 
 
 def _check_head(checkpoint: Checkpoint, head: str, temperature: float | None) -> bool:
@@ -160,7 +183,7 @@ def measure_checkpoint(
         CheckpointError, DataError, UsageError, DivergedError: as the parts raise them.
     """
     simclr = loading.get("head") == "simclr"
-    check_names(names or (), labeled=simclr or examples.y is not None, coupled=simclr)
+    check_names(names or (), labeled=simclr or examples.y is not None, coupled=simclr, num_processes=count())
     subject = open_subject(path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading)
     if not simclr and (quadrature or takes_derivatives(names or DEFAULT_MEASURES)):
         subject = _fitted(subject, batch_size, memory)
@@ -175,7 +198,16 @@ def measure_checkpoint(
         if notify is not None:
             notify(name, evaluations)
 
-    report = measure(subject.model, part, names, settings, initial=initial, memory=memory, notify=tick)
+    report = measure(
+        subject.model,
+        part,
+        names,
+        settings,
+        initial=initial,
+        memory=memory,
+        notify=tick,
+        outputs=subject.outputs,
+    )
     result = report.as_dict(
         checkpoint=str(path),
         model=subject.name,
@@ -183,8 +215,11 @@ def measure_checkpoint(
         num_examples=len(examples),
         mean=list(batches.normalization.mean),
         std=list(batches.normalization.std),
+        passed_over=dict(examples.passed_over),
         dtype=str(batches.dtype).removeprefix("torch."),
         processes=count(),
+        **({"key": subject.key} if subject.key else {}),
+        **{key: value for key, value in subject.outputs.settings().items() if value is not None},
         **_how_coupled(subject),
         **environment(batches.device),
     )
@@ -195,6 +230,8 @@ def measure_checkpoint(
         "channels_last": batches.channels_last,
         "skipped": list(examples.skipped),
     }
+    if subject.notes:
+        result["notes"] = list(subject.notes)
     if quadrature is not None:
         before = spent
         result["density"], _ = within_memory(
@@ -219,11 +256,13 @@ class How:
         scope: over what, as a measures.json says it beside ``settings``: ``part``, ``max_examples`` and, of other data
             than the run's own, ``data`` and whether it is ``labeled``.
         loading: as ``measure_checkpoint`` takes it.
+        own_loading: what belongs to one checkpoint alone, such as its network's name.
     """
 
     settings: Settings
     scope: Mapping[str, Any]
     loading: Mapping[str, Any]
+    own_loading: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def of_other_data(self) -> bool:
@@ -244,7 +283,8 @@ def measure_as(
 ) -> dict[str, Any]:
     """``measure_checkpoint`` over what ``how`` takes of ``examples``, which the result's settings then say."""
     chosen = how.chosen(examples)
-    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **how.loading)
+    loading = {**how.loading, **how.own_loading.get(path, {})}
+    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **loading)
     result["settings"] |= how.scope
     if how.of_other_data:
         result["settings"][DIGEST] = chosen.digest
@@ -289,9 +329,9 @@ def _fitted(subject: Subject, batch_size: int | None, memory: float) -> Subject:
     batches = copy(subject.batches)
     few = next(iter(batches.of_size(2 * TRIAL))).x
     if batches.channels_last:
-        batches.channels_last = fastest_layout(subject.model, few) == torch.channels_last
+        batches.channels_last = fastest_layout(subject.model, few, subject.outputs) == torch.channels_last
     if batch_size is None:
-        batches = within(memory, subject.model, batches)
+        batches = within(memory, subject.model, batches, subject.outputs)
     return replace(subject, batches=batches)
 
 
@@ -325,8 +365,9 @@ def _densities(
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``. ``reason``: why there is none."""
     num_probes, num_steps = quadrature
-    with generators_kept(part.device), as_measured(subject.model):
-        probe = Probe(subject.model, part, settings, Work(part.num_examples), memory=memory)
+    with one_device(), generators_kept(part.device, subject.model), as_measured(subject.model):
+        work = Work(part.num_examples)
+        probe = Probe(subject.model, part, settings, work, memory=memory, outputs=subject.outputs)
         found = {}
         for name, operator in (("fisher", probe.fisher), ("hessian", probe.hessian)):
             before = probe.work.evaluations
@@ -351,17 +392,36 @@ def _densities(
     return found
 
 
-def _num_outputs(model: torch.nn.Module, batches: Batches, name: object) -> int:
-    """Logits a row, by one example: what does not fit fails here, with the data's name."""
-    first = next(iter(batches)).x[:1]
-    remedies = ["--image-size and --channels"] if first.dim() == 4 else ["the data's shape"]
-    remedies += ["--dtype float32"] if first.dtype == torch.float64 else []
+def _examined(model: torch.nn.Module, batches: Batches, outputs: Outputs, name: object) -> Outputs:
+    """Look at the outputs of some examples: what does not fit fails here, with the data's name.
+
+    Raises:
+        UsageError: outputs that cannot be read as ``outputs`` says.
+        DataError: the model does not take the examples.
+    """
+    few = next(iter(batches.of_size(TRIAL))).x
+    remedies = ["--image-size and --channels"] if few.dim() == 4 else ["the data's shape"]
+    remedies += ["--dtype float32"] if few.dtype == torch.float64 else []
 
     def refused(cause: str) -> DataError:  # torchvision's ViT asserts
         return DataError(
-            f"{name} does not take examples of shape {tuple(first.shape[1:])} from {batches.examples.source}: "
+            f"{name} does not take examples of shape {tuple(few.shape[1:])} from {batches.examples.source}: "
             f"{cause}; see {' and '.join(remedies)}"
         )
 
     with foreign_or(refused), evaluating(model), torch.no_grad():
-        return logits_at(model, first).shape[1]
+        args, kwargs = arguments(model, few)
+        return outputs.checked(outputs.taken(model(*args, **kwargs), len(few)))
+
+
+def _num_classes(model: torch.nn.Module, batches: Batches, outputs: Outputs) -> int:
+    """Classes of a row of logits: 2 of a yes-or-no model, and of several labels their number."""
+    with evaluating(model), torch.no_grad():
+        logits = logits_at(model, next(iter(batches.of_size(1))).x, outputs)
+    return logits.shape[1] if outputs.head == "multilabel" else logits.shape[-1]
+
+
+def output_settings(loading: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a measurement will say of the outputs: ``head``, ``output`` and ``outputs_are``."""
+    outputs, head = loading.get("outputs") or Outputs(), loading.get("head", "classifier")
+    return replace(outputs, head=cast(Head, head)).settings() if head != "simclr" else {}

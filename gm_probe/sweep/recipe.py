@@ -16,8 +16,8 @@ from gm_probe.core.devices import named_device
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import read_toml
 from gm_probe.core.models import builder
-from gm_probe.probe.measures import DEFAULT_MEASURES, MEASURES, check_names
-from gm_probe.probe.probe import Protocol, Settings
+from gm_probe.probe.catalogue import CATALOGUE, DEFAULT_MEASURES, check_names
+from gm_probe.probe.settings import Protocol, Settings
 from gm_probe.sweep.design import DESIGNS, points
 from gm_probe.training.config import SETTINGS, TrainConfig
 from gm_probe.training.parts import OWN_UNLABELED
@@ -189,12 +189,12 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
     if unknown:
         known = ("measures", "max_examples", "batch_size", *sorted(settings))
         raise UsageError(f"recipe: no setting measure.{unknown[0]}; {did_you_mean(unknown[0], known)}")
-    default = [name for name in DEFAULT_MEASURES if not MEASURES[name].needs_labels]
+    default = [name for name in DEFAULT_MEASURES if not CATALOGUE[name].needs_labels]
     names = _names("measure.measures", content.get("measures", default))
     for name in names:
-        if name not in MEASURES:
-            raise UsageError(f"recipe: no measure {name!r}; {did_you_mean(name, MEASURES)}")
-        if MEASURES[name].needs_labels:
+        if name not in CATALOGUE:
+            raise UsageError(f"recipe: no measure {name!r}; {did_you_mean(name, CATALOGUE)}")
+        if CATALOGUE[name].needs_labels:
             raise UsageError(f"recipe: {name} needs labels; a sweep measures on the unlabeled part")
     chosen = {key: _like(key, value, settings[key]) for key, value in content.items() if key in settings}
     sizes = {key: content[key] for key in ("max_examples", "batch_size") if key in content}

@@ -17,7 +17,7 @@ from gm_probe.core.files import read_json
 from gm_probe.core.locks import Hold, exclusive
 from gm_probe.core.records import CHECKPOINT, CONFIG, MEASURES, SUMMARY, find_runs, read_run
 from gm_probe.sweep.executors import Executor, Job, Outcome
-from gm_probe.sweep.measuring import DIGEST, How, measure_as, telling
+from gm_probe.sweep.measuring import DIGEST, How, measure_as, output_settings, telling
 from gm_probe.sweep.saved_measures import as_recorded, coupled_settings, input_settings, merge_measures
 
 BROKEN = "broken"
@@ -46,7 +46,8 @@ class Remeasure:
             return "finished", self._measured(out, threads, None, self.how)
         with exclusive(out) as hold:
             how, changed = as_recorded(out, self.how, self.given)
-            asked = {**how.settings.as_dict(), **how.scope, "head": None, **input_settings(how.loading)}
+            asked = {**how.settings.as_dict(), **how.scope, **input_settings(how.loading)}
+            asked |= output_settings(how.loading)
             asked |= coupled_settings(out, how.loading)
             if how.of_other_data:
                 asked[DIGEST] = how.chosen(self.examples(out)).digest

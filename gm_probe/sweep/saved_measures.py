@@ -16,6 +16,7 @@ from gm_probe.core.errors import ProbeError
 from gm_probe.core.files import write_json
 from gm_probe.core.records import CHECKPOINT, read_run
 from gm_probe.sweep.measuring import DIGEST, How
+from gm_probe.training.parts import OWN_UNLABELED
 
 NORMALIZING = {"mean", "std", "no_normalize"}
 """Names of the options that say how pixels are normalised."""
@@ -84,7 +85,7 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
         if key in settings
     }
     scope = {key: changed.get(key, value) for key, value in scope.items()}
-    return How(replace(how.settings, **ours), scope, loading), changed
+    return How(replace(how.settings, **ours), scope, loading, how.own_loading), changed
 
 
 def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
@@ -104,6 +105,9 @@ def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without where figures were taken, which decides on their last digits alone."""
-    machine = {*environment(torch.device("cpu")), "processes"}
-    return {key: value for key, value in settings.items() if key not in machine}
+    """Without where measures were taken, which decides on their last digits alone, and what lay beside the data."""
+    machine = {*environment(torch.device("cpu")), "processes", "passed_over"}
+    if settings.get("part") == OWN_UNLABELED:  # split.json says what the data is, wherever it lies
+        machine.add("data")
+    # an earlier version does not name what is null
+    return {key: value for key, value in settings.items() if key not in machine and value is not None}

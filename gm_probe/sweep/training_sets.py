@@ -14,17 +14,18 @@ import torch
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import CheckpointError, DataError, StorageError
 from gm_probe.core.files import read_json
-from gm_probe.core.images import ImageFiles, blocks
+from gm_probe.core.huggingface import is_folder
+from gm_probe.core.images import blocks
 from gm_probe.core.records import CHECKPOINT, CONFIG, SPLIT, find_runs, read_run
 from gm_probe.training.leave import Leave
-from gm_probe.training.parts import NO_LEAVE, own_unlabeled
+from gm_probe.training.parts import MARKS, NO_LEAVE, own_unlabeled
 
 UNKNOWN = "unknown"
 """What the training set of every checkpoint without a run folder is called."""
 # fmt: off
 NO_PROCEDURE = frozenset((
     "environment", "data_root", "download", "device", "threads", "seed", "split_seed",
-    "data", "image_size", "num_train", "labels", "num_unlabeled", "num_test", "validation",
+    "data", "image_size", "resize", "crop", "num_train", "labels", "num_unlabeled", "num_test", "validation",
     "eval_every", "track_every", "track_rho",
 ))
 # fmt: on
@@ -51,7 +52,7 @@ def find_checkpoints(given: Sequence[Path]) -> tuple[list[Path], list[tuple[Path
         if path.name == CHECKPOINT and is_run(path.parent):
             path = path.parent  # the run's own file: its training set is known
         found = [path]
-        if path.is_dir() and not (path / CHECKPOINT).exists():
+        if path.is_dir() and not ((path / CHECKPOINT).exists() or is_folder(path)):
             found, others = _finished_runs(path)
             excluded += others
         for one in found:
@@ -108,9 +109,10 @@ def training_sets_of(paths: Sequence[Path]) -> list[str]:
     keys: dict[Path, tuple[str, str]] = {}
     for path, split in splits.items():
         config = read_run(path).config
-        source = sources.setdefault(split["sha256"], (config.get("data"), config.get("image_size")))
+        sizes = (config.get(name) for name in ("image_size", "resize", "crop"))
+        source = sources.setdefault(split["sha256"], (config.get("data"), *sizes))
         train = _digest([source, split["train"]])
-        indices = {name: part for name, part in split.items() if name != "sha256"}
+        indices = {name: part for name, part in split.items() if name not in {"sha256", MARKS}}
         keys[path] = train, _digest([source, indices])
         contents.setdefault(keys[path][1], set()).add(split["sha256"])
     changed = {train for train, parts in keys.values() if len(contents[parts]) > 1}
@@ -183,8 +185,7 @@ def common_unlabeled(runs: Sequence[Path], leave: Leave = NO_LEAVE) -> Examples:
     for run in runs[1:]:
         if _split_of(run) == split:  # with its digest of the examples: no need to read them again
             continue
-        other = own_unlabeled(run, leave)
-        if not _equal(other.x, examples.x):
+        if not _equal(own_unlabeled(run, leave), examples):
             raise DataError(
                 f"{first} and {run} have different unlabeled parts; name data that none of the runs was trained on "
                 "with --unlabeled"
@@ -192,5 +193,7 @@ def common_unlabeled(runs: Sequence[Path], leave: Leave = NO_LEAVE) -> Examples:
     return examples
 
 
-def _equal(a: torch.Tensor | ImageFiles, b: torch.Tensor | ImageFiles) -> bool:
-    return a.shape == b.shape and all(map(torch.equal, blocks(a), blocks(b)))
+def _equal(a: Examples, b: Examples) -> bool:
+    if a.recorded is not None and b.recorded is not None:
+        return a.recorded.marks == b.recorded.marks
+    return a.x.shape == b.x.shape and all(map(torch.equal, blocks(a.x), blocks(b.x)))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from gm_probe.core.errors import DivergedError, ProbeError, UsageError
 from gm_probe.core.records import read_run
-from gm_probe.probe.probe import Settings
+from gm_probe.probe.settings import Settings
 from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.training.config import TrainConfig

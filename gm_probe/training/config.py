@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from gm_probe.core.datasets import DATASETS
+from gm_probe.core.checks import one_of, optional, real, whole
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import as_named
+from gm_probe.core.reading import Reading
 
-NAMES = frozenset({"digits", *DATASETS})
+NAMES = frozenset({"digits", "cifar10", "cifar100", "fashionmnist", "svhn"})
+"""Data that is known by name (core.datasets, which imports torch); anything else is a path."""
 CHOICES = {
     "objective": ("supervised", "joint", "fixmatch", "simclr"),
     "unlabeled_mean": ("batch", "mask"),
@@ -24,8 +26,29 @@ CHOICES = {
     "amp": ("none", "bf16", "fp16"),
 }
 
+
+WHOLE = {
+    **dict.fromkeys(
+        ("epochs", "batch_size", "k_steps", "mu", "m", "labels", "checkpoint_every"), 1
+    ),
+    **dict.fromkeys(("num_train", "num_unlabeled", "num_test"), 1),
+    **dict.fromkeys(("eval_every", "track_every", "probe_every"), 0),
+}
+"""Settings that are whole numbers, and their least."""
+REAL: dict[str, dict[str, float]] = {
+    **{
+        name: {"least": 0} for name in ("rho", "beta", "noise_scale", "eta", "lr", "momentum", "weight_decay")
+    },
+    **{name: {"least": 0} for name in ("gamma", "min_lr", "warmup_epochs", "lambda_u")},
+    **{name: {"above": 0} for name in ("temperature", "track_rho", "stop_ce", "clip_norm")},
+    "threshold": {"least": 0, "most": 1},
+    "ema_decay": {"least": 0, "below": 1},
+    "label_smoothing": {"least": 0, "below": 1},
+    "validation": {"above": 0, "below": 1},
+}
+"""Settings that are finite numbers, and their bounds."""
 MOST_THREADS = 1024
-"""Of many more torch takes the process down."""
+"""With many more torch takes the process down."""
 PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_every"})
 """Settings of where and how a run is computed, no part of what it computes."""
 
@@ -36,6 +59,7 @@ class TrainConfig:
 
     Attributes:
         data: folder, array file, ``digits``, or a torchvision name (core.datasets.open_source).
+        image_size, resize, crop: of a folder's images (core.images.Reading).
         skip_bad: leave out images that cannot be decoded; split.json lists them.
         num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = core.splits.split's defaults.
         labels: training examples that keep their labels, as many of each class (None = all).
@@ -71,6 +95,7 @@ class TrainConfig:
         checkpoint_every: steps between saved states, beside one an epoch.
         amp: bf16 and fp16 run forward and backward passes under autocast; parameters stay float32. fp16 scales
             the loss; a step whose gradient overflows is skipped.
+        tf32: on an NVIDIA GPU, take products of float32 in TF32, faster and to 3 digits; measurements stay in float32.
         deterministic: use only algorithms that give the same bits in every run (on a CPU all do).
         threads: CPU threads, set by the command line and the sweep (None = torch's own choice).
     """
@@ -79,6 +104,8 @@ class TrainConfig:
     data_root: str | None = None
     download: bool = False
     image_size: int | None = None
+    resize: int | None = None
+    crop: int | None = None
     skip_bad: bool = False
     num_train: int | None = None
     labels: int | None = None
@@ -125,6 +152,7 @@ class TrainConfig:
     track_every: int = 0
     track_rho: float = 0.1
     amp: str = "none"
+    tf32: bool = False
     deterministic: bool = False
     checkpoint_every: int | None = None
     seed: int = 0
@@ -132,66 +160,37 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        for name, hint in _hints().items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                hint = did_you_mean(value, choices, f"choose from {', '.join(choices)}")
-                raise UsageError(f"{name} = {value!r}; {hint}")
-        at_least = {"epochs": 1, "batch_size": 1, "k_steps": 1, "eval_every": 0, "track_every": 0, "lr": 0.0}
-        at_least |= {"probe_every": 0}
-        at_least |= {
-            "weight_decay": 0.0,
-            "momentum": 0.0,
-            "warmup_epochs": 0.0,
-            "noise_scale": 0.0,
-            "beta": 0.0,
-        }
-        at_least |= {"gamma": 0.0, "eta": 0.0, "min_lr": 0.0, "mu": 1, "lambda_u": 0.0, "threshold": 0.0}
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if not value >= least or not math.isfinite(value):
-                raise UsageError(f"{name} = {value} must be a finite number ≥ {least}")
-        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
-            raise UsageError(f"threads = {self.threads} must be from 1 to {MOST_THREADS}")
-        positive = {
-            "temperature": self.temperature,
-            "track_rho": self.track_rho,
-            "stop_ce": self.stop_ce,
-            "clip_norm": self.clip_norm,
-            "checkpoint_every": self.checkpoint_every,
-        }
+            one_of(name, getattr(self, name), choices)
+        for name, least in WHOLE.items():
+            optional(whole, name, getattr(self, name), least)
+        optional(whole, "threads", self.threads, 1, MOST_THREADS)
+        for name in ("seed", "split_seed"):
+            whole(name, getattr(self, name), 0, 2**32 - 1)
+        for name, bounds in REAL.items():
+            optional(real, name, getattr(self, name), **bounds)
         if self.method == "iam-d-onepass":  # it follows the gradient of β·KL
-            positive |= {"beta": self.beta}
+            real("beta", self.beta, above=0)
         if self.method in {"iam-d", "iam-s"}:  # at δ = 0 the KL has no gradient to ascend
-            positive |= {"noise_scale": self.noise_scale}
-        for name, value in positive.items():
-            if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"{name} = {value} must be a finite number above 0")
-        if self.rho is not None and not 0 <= self.rho < math.inf:
-            raise UsageError(f"rho = {self.rho} must be a finite number ≥ 0")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise UsageError(f"ema_decay = {self.ema_decay} must lie in [0, 1)")
+            real("noise_scale", self.noise_scale, above=0)
+        for epoch in self.milestones:
+            whole("milestones", epoch, 0)
         if self.min_lr and (self.schedule not in {"cosine", "linear"} or self.min_lr > self.lr):
             raise UsageError(
                 f"min_lr = {self.min_lr} is where a cosine or linear schedule ends, at most lr = {self.lr}"
             )
-        if self.validation is not None and not 0 < self.validation < 1:
-            raise UsageError(f"validation = {self.validation} must lie in (0, 1)")
-        if not 0 <= self.label_smoothing < 1:
-            raise UsageError(f"label_smoothing = {self.label_smoothing} must lie in [0, 1)")
+        Reading(None, self.image_size, self.resize, self.crop)  # which checks them
         self._check_objective()
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed = {self.seed} must lie in [0, 2³²)")
         if self.schedule == "multi-step" and not self.milestones:
             raise UsageError(
                 "schedule = 'multi-step' needs milestones (epochs at which lr is multiplied by gamma)"
             )
 
     def _check_objective(self) -> None:
-        if self.threshold > 1:
-            raise UsageError(f"threshold = {self.threshold} must lie in [0, 1]")
         if self.objective == "supervised":
             return
         if self.objective == "simclr":
@@ -264,7 +263,7 @@ class TrainConfig:
         Raises:
             UsageError: an unknown setting, or one of another type.
         """
-        hints = get_type_hints(cls)
+        hints = _hints()
         checked: dict[str, Any] = {}
         for name, value in values.items():
             if name not in hints:
@@ -306,6 +305,11 @@ class TrainConfig:
 
 
 SETTINGS = tuple(field.name for field in fields(TrainConfig))
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(TrainConfig)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

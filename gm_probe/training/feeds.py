@@ -19,6 +19,9 @@ from gm_probe.training.views import draw_views, require_images, see
 class Feed:
     """Supervised learning: every training example once an epoch, the last batch what is left.
 
+    A last batch that would leave a process with one example joins the one before it, since BatchNorm has no statistics
+    of a single example.
+
     Positions are those in ``Splits.inputs``, where the labeled examples come first. Draws are made for a whole batch,
     so that the number of processes that share it does not matter.
 
@@ -36,15 +39,18 @@ class Feed:
         self.examples = self.labeled
         self.steps = -(-self.labeled // config.batch_size)
         last = self.labeled - (self.steps - 1) * config.batch_size
-        if last < count():
+        if self.steps > 1 and last < min(2 * count(), config.batch_size):
+            self.steps -= 1
+        elif last < count():
             raise UsageError(
-                f"the last batch of {self.labeled} examples has {last}, too few for {count()} processes; "
-                "choose another --batch-size"
+                f"{last} training examples are too few for {count()} processes; use more examples or fewer processes"
             )
 
     def deal(self, generator: torch.Generator) -> Sequence[Tensor]:
         """The positions of each step's examples, labeled ones first."""
-        return torch.randperm(self.labeled, generator=generator).split(self.config.batch_size)
+        order = torch.randperm(self.labeled, generator=generator)
+        cuts = torch.arange(1, self.steps) * self.config.batch_size
+        return order.tensor_split(cuts)
 
     def views(self, x: Tensor, chosen: Tensor, mine: slice, generator: torch.Generator) -> Tensor:
         """What the network is given of the inputs x, this process's part (``mine``) of those at ``chosen``."""

@@ -23,12 +23,14 @@ class Leave:
     """Where the command line lets a run's data be looked for.
 
     Attributes:
+        data: where the run's data is now; None = where it was.
         data_root: where torchvision's data sets are; None = ``default_data_root``.
         download: torchvision may download what is missing.
     """
 
     data_root: Path | None = None
     download: bool = False
+    data: str | None = None
 
     @classmethod
     def of(cls, config: TrainConfig) -> Leave:
@@ -41,6 +43,8 @@ class Leave:
         Raises:
             UsageError: the record names another place, and this none.
         """
+        if self.data is not None:
+            config = config.replace(data=self.data)
         if self.data_root is None:
             refuse({name: value for name, value in asked(config).items() if name == "data_root"}, run)
         root = None if self.data_root is None else str(self.data_root)

@@ -13,10 +13,11 @@ from gm_probe.core.errors import DivergedError, UsageError
 from gm_probe.core.files import remove_temporary, write_json
 from gm_probe.core.locks import Hold, exclusive
 from gm_probe.core.memory import memory_or
-from gm_probe.core.records import CONFIG, STATE, SUMMARY, read_run
+from gm_probe.core.precision import float32_products
+from gm_probe.core.records import CONFIG, SPLIT, STATE, SUMMARY, read_run
 from gm_probe.core.signals import Terminated, sigterm_noted
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.parts import check_splits
+from gm_probe.training.parts import check_splits, load_splits
 from gm_probe.training.run import Training
 
 
@@ -76,7 +77,9 @@ def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | N
     record = read_run(out)
     recorded, now = TrainConfig.from_record(record.config).identity(), config.identity()
     changed = sorted(key for key in {*recorded, *now} if recorded.get(key) != now.get(key))
-    if changed:
+    if changed == ["data"] and (out / SPLIT).exists():  # it has moved, if it is the same
+        check_splits(load_splits(config), out, config.data)
+    elif changed:
         raise UsageError(
             f"{out} was started with another {', '.join(changed)}; repeat its settings to resume"
         )
@@ -93,11 +96,6 @@ def _train(
     asked_to_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     training = Training(config, out, hold, asked_to_stop)
-    if (out / STATE).exists():
-        check_splits(training.splits, out)
-        training.load_state()
-    else:
-        training.begin()
     stopped = False
 
     def too_much(cause: str) -> str:
@@ -108,7 +106,12 @@ def _train(
         )
 
     try:
-        with memory_or(too_much):
+        with memory_or(too_much), float32_products(tf32=config.tf32):
+            if (out / STATE).exists():
+                check_splits(training.splits, out, config.data)
+                training.load_state()
+            else:
+                training.begin()
             while training.epoch < config.epochs and not stopped:
                 row = training.run_epoch()
                 stopped = training.evaluate_epoch(row)

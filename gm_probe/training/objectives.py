@@ -12,15 +12,17 @@ and as many unlabeled inputs as any other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
+from gm_probe.core.checks import one_of, real
 from gm_probe.core.errors import UsageError
 from gm_probe.core.processes import count, sum_over_processes
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
-"""Maps logits (B, C) and labels (B,) to the mean loss."""
+Criterion = Callable[[Tensor, Any], Tensor]
+"""Maps a model's outputs (B, ...) and the targets to a loss (0-dim), a weighted mean or a sum over examples."""
 
 
 class Objective:
@@ -29,24 +31,27 @@ class Objective:
     two_losses = False
     """Whether there is an unlabeled loss."""
 
+    is_mean = False
+    """Whether the criterion is known to be a plain mean over examples, so that no part's share need be found."""
+
     def __init__(self, criterion: Criterion = functional.cross_entropy) -> None:
         self.criterion = criterion
 
-    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The whole base loss (0-dim) of logits (B, C), the first of which have the labels y (n,)."""
+    def __call__(self, logits: Tensor, y: Any) -> Tensor:
+        """The whole base loss (0-dim) of outputs (B, ...), the first of which have the labels y (n,)."""
         loss, rest = self.loss(logits, y), self.unlabeled_loss(logits, y)
         return loss if rest is None else loss + rest
 
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, y: Any) -> Tensor:
         """The labeled loss, which SAM and ASAM sharpen."""
         return self.criterion(logits, y)
 
-    def unlabeled_loss(self, logits: Tensor, y: Tensor) -> Tensor | None:
+    def unlabeled_loss(self, logits: Tensor, y: Any) -> Tensor | None:
         """What the unlabeled inputs add to it."""
         return None
 
-    def compared(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The logits whose inconsistency counts."""
+    def compared(self, logits: Tensor, y: Any) -> Tensor:
+        """The outputs whose inconsistency counts."""
         return logits
 
     def noted(self, logits: Tensor, y: Tensor) -> list[Tensor]:
@@ -84,7 +89,9 @@ class FixMatch(Joint):
         mean: str = "batch",
     ) -> None:
         super().__init__(criterion)
-        self.threshold, self.weight, self.mean = threshold, weight, mean
+        self.threshold = real("threshold", threshold, least=0, most=1)
+        self.weight = real("weight", weight, least=0)
+        self.mean = one_of("mean", mean, ("batch", "mask"))
 
     def unlabeled_loss(self, logits: Tensor, y: Tensor) -> Tensor:
         weak, strong = self._views(logits, y)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gm_probe.core.datasets import Examples, Source, open_source
+from torch import Tensor
+
+from gm_probe.core.datasets import Examples, Recorded, Source, marks, open_source
 from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.files import read_json
 from gm_probe.core.images import contents
@@ -19,12 +22,18 @@ from gm_probe.training.leave import Leave
 NO_LEAVE = Leave()
 OWN_UNLABELED = "own unlabeled"
 """What measures.json calls the part that ``own_unlabeled`` gives."""
+MARKS = "unlabeled_marks"
+"""What split.json calls the marks of the unlabeled examples, by which some of them are known without the others."""
 
 
 def load_splits(config: TrainConfig) -> Splits:
     """The run's parts. Decoded data stays in memory, so that the runs of a sweep share it."""
+    return _cut(open_data(config).in_memory(), config).in_memory()
+
+
+def _cut(source: Source, config: TrainConfig) -> Splits:
     splits = split(
-        _open(config.data, config.data_root, config.download, config.image_size, config.skip_bad),
+        source,
         num_train=config.num_train,
         num_unlabeled=config.num_unlabeled,
         num_test=config.num_test,
@@ -34,11 +43,39 @@ def load_splits(config: TrainConfig) -> Splits:
     return splits if config.validation is None else hold_out(splits, config.validation, config.split_seed)
 
 
+def open_data(config: TrainConfig) -> Source:
+    """The data of a run, uncut; a folder's images are still in their files.
+
+    Raises:
+        DataError, UsageError: as ``core.datasets.open_source``.
+    """
+    if Path(config.data).is_absolute() and not Path(config.data).exists():  # as a run records it
+        raise UsageError(f"no folder or file {config.data!r}; if it has moved, say where it is with --data")
+    sizes = config.image_size, config.resize, config.crop
+    return _open(config.data, config.data_root, config.download, config.skip_bad, *sizes)
+
+
 @lru_cache(maxsize=2)
-def _open(data: str, root: str | None, download: bool, image_size: int | None, skip_bad: bool) -> Source:
-    folder = None if root is None else Path(root)
+def _open(
+    data: str,
+    root: str | None,
+    download: bool,
+    skip_bad: bool,
+    image_size: int | None,
+    resize: int | None,
+    crop: int | None,
+) -> Source:
+    """A folder's images are still in their files; those that ``in_memory`` decodes are then shared."""
     return open_source(
-        data, labeled=True, root=folder, download=download, image_size=image_size, skip_bad=skip_bad
+        data,
+        labeled=True,
+        root=None if root is None else Path(root),
+        download=download,
+        skip_bad=skip_bad,
+        image_size=image_size,
+        resize=resize,
+        crop=crop,
+        decode=False,
     )
 
 
@@ -58,32 +95,58 @@ def split_record(splits: Splits) -> dict[str, Any]:
             for some in contents(part.y):
                 digest.update(some)
     left_out = {"skipped": list(skipped(splits))} if skipped(splits) else {}
-    return {**splits.indices, "sha256": digest.hexdigest(), **left_out}
+    record = {**splits.indices, "sha256": digest.hexdigest(), **left_out}
+    if Path(splits.unlabeled.source).is_dir():  # else all is in memory, and the digest is soon taken
+        record[MARKS] = list(marks(splits.unlabeled.x))
+    return record
 
 
-def check_splits(splits: Splits, run: Path) -> None:
-    """Raise DataError unless ``splits`` are those that the run folder was started with."""
-    recorded = read_json(run / SPLIT)
-    if recorded != split_record(splits):
-        raise DataError(
+def check_splits(splits: Splits, run: Path, data: str) -> None:
+    """Raise DataError unless ``splits``, cut from ``data``, are those that the run folder was started with."""
+    recorded, now = (
+        {key: value for key, value in record.items() if key != MARKS}
+        for record in (read_json(run / SPLIT), split_record(splits))
+    )
+    if recorded != now:
+        raise DataError(_otherwise(run, data))
+
+
+def _otherwise(run: Path, data: str) -> str:
+    """What is said where ``data`` is not, or is no longer, that of ``run``."""
+    trained_on = TrainConfig.from_record(read_run(run).config).data
+    if data == trained_on:
+        return (
             f"the data of {run} has changed since it was started (or an older gm_probe drew its parts otherwise): they "
             "would no longer be disjoint; restore the data, or train into a new folder"
         )
+    return f"{data} is not the data that {run} was trained on, which was in {trained_on}; say with --data where that is"
 
 
 def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
     """The unlabeled part that a run folder, or a checkpoint file in one, was trained beside, labels dropped.
 
+    A folder's images are still in their files. Those that ``Examples.subset`` takes are compared with the run's record;
+    no others are decoded.
+
     Args:
         leave: where its data may be looked for, whatever the folder says.
 
     Raises:
-        UsageError: it is no run, nor in one; or it needs more leave.
+        UsageError: it is no run, nor in one; or there is no such data; or it needs more leave.
         DataError: its data has changed since.
     """
     run = path if path.is_dir() else path.parent
     if not (run / CONFIG).exists():
         raise UsageError(f"{path} is no run folder, nor in one; give --unlabeled or --labeled DATA")
-    splits = load_splits(leave.applied(TrainConfig.from_record(read_run(run).config), run))
-    check_splits(splits, run)
-    return splits.unlabeled.unlabeled()
+    config = leave.applied(TrainConfig.from_record(read_run(run).config), run)
+    source, recorded = open_data(config), read_json(run / SPLIT)
+    # all that was used vouches for a part of it; it is looked at where no image is decoded for it, or without marks
+    if isinstance(source.pool.x, Tensor) or MARKS not in recorded:
+        splits = load_splits(config)
+        check_splits(splits, run, config.data)
+        return splits.unlabeled.unlabeled()
+    splits = _cut(source, config)
+    otherwise = _otherwise(run, config.data)
+    if any(recorded.get(part) != indices for part, indices in splits.indices.items()):
+        raise DataError(otherwise)
+    return replace(splits.unlabeled.unlabeled(), recorded=Recorded(tuple(recorded[MARKS]), otherwise))

@@ -29,32 +29,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
+from gm_probe.core.checks import optional, whole
 from gm_probe.core.contrastive import Contrastive
-from gm_probe.core.devices import generators_kept
-from gm_probe.core.errors import UsageError
-from gm_probe.core.models import logits_at
-from gm_probe.core.parameters import Parameters
+from gm_probe.core.door import Outputs, unwrapped
+from gm_probe.core.errors import DeviceError, UsageError, first_line, on_two_devices
+from gm_probe.core.fields import Inputs, arguments, as_inputs
+from gm_probe.core.parameters import Parameters, dense, differentiable_recurrence
 from gm_probe.core.processes import count, sum_over_processes
+from gm_probe.core.randomness import Draws
+from gm_probe.core.recomputation import non_reentrant
 from gm_probe.probe.kl import kl_divergence
+from gm_probe.probe.written import require_repeatable
 from gm_probe.training.objectives import Criterion, Objective
+from gm_probe.training.sub_batches import SubBatches, as_targets, value_of
 
 Gradients = Sequence[Tensor | None]
-"""One a trainable parameter, in order; None = the loss does not depend on it."""
+"""One a trainable parameter, in order, and then one a further leaf; None = the loss does not depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one ``backward`` saw of this process's examples: clean logits (B, C), clean loss, and β·KL's KL.
+    """What one ``backward`` saw of this process's examples: clean outputs (B, ...), clean loss, and β·KL's KL.
 
-    The last two are means, 0-dim; the KL is None where the rule has no such term.
+    The outputs are those that the criterion takes. The loss (0-dim) is the criterion's; the KL is a mean, and None
+    where the rule has no such term.
     """
 
     logits: Tensor
@@ -66,16 +72,26 @@ class Rule:
     """Base of all rules, itself plain backpropagation (SGD, AdamW, ... by the optimizer that steps).
 
     Args:
-        model: its trainable parameters get the gradients.
-        criterion: maps logits (B, C) and labels (B,) to the mean loss; or an objective.
-        m: the batch is worked off in sub-batches of this size, and their gradients are averaged by size: gradient
-            accumulation, and m-sharpness (App. E.1), for each has a perturbation of its own. None = all at once.
+        model: its trainable parameters get the gradients. Wrappers around it are looked through (core.door).
+        criterion: maps the model's outputs (B, ...) and the targets to a loss; or an objective. Its own trainable
+            parameters, and every other leaf that ``loss.backward()`` would reach, get their gradients, too.
+        m: the batch is worked off in sub-batches of this size: gradient accumulation, and m-sharpness (App. E.1), for
+            each has a perturbation of its own. Their gradients are weighted as the criterion weights them, and add up
+            to the whole batch's. None = all at once. A last sub-batch of one example joins the one before it.
         generator: of the noise starts; None draws one seeded with 0 on the CPU.
+        outputs: how what the model returns is read; see core.door. The criterion gets the chosen output as it is.
 
     ``passes`` is the cost of a step in forward passes (a backward counts 2).
+
+    Raises:
+        UsageError: options that make no sense, or a model that has no parameters or takes no moved ones.
     """
 
     passes = 3.0
+    perturbs = False
+    """Whether the rule runs the model at moved parameters, too."""
+    compares = False
+    """Whether the rule has a KL divergence between outputs, and so must know what they are."""
 
     def __init__(
         self,
@@ -84,48 +100,55 @@ class Rule:
         *,
         m: int | None = None,
         generator: torch.Generator | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
-        if m is not None and m < 1:
-            raise UsageError(f"m must be at least 1, not {m}")
-        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        optional(whole, "m", m)
+        self.model = unwrapped(model)
         self.objective = criterion if isinstance(criterion, Objective) else Objective(criterion)
         self.m = m
-        self.parameters = Parameters(self.model)
+        self.outputs = outputs or Outputs()
+        self.parameters = Parameters(self.model, outputs=self.outputs)
         self.generator = generator or torch.Generator().manual_seed(0)
         self._scaler: GradScaler | None = None
+        self._examined = False
 
-    def backward(self, x: Tensor, y: Tensor, *, scaler: GradScaler | None = None) -> Step:
+    def backward(self, x: Any, y: Any, *, scaler: GradScaler | None = None) -> Step:
         """Add this rule's gradient on the batch x (B, ...), y (B,) to every ``p.grad``, as backward() does.
 
         Under an objective that learns from unlabeled inputs too, x has rows after the labeled ones.
 
         Args:
+            x: a tensor, or a dict or tuple of tensors with B rows, which the model takes by name or in order.
+            y: a tensor, or a dict or tuple that the criterion takes; its tensors with B rows are cut as x is.
             scaler: multiplies the gradient by its factor.
+
+        Raises:
+            UsageError: inputs, outputs or a criterion that the rule cannot work with; or gradients are off.
         """
+        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            raise UsageError(
+                "rule.backward takes gradients; call it outside of torch.no_grad() and inference_mode()"
+            )
         self._scaler = scaler
-        self.parameters = Parameters(self.model)  # layers may have been frozen or unfrozen meanwhile
-        parts, total = self._cut(x, y)
-        steps, sums = [], self._no_gradient
-        for part_x, part_y in parts:
-            step, gradients = self._gradients(part_x, part_y)
-            if len(part_y) != total:
-                gradients = [None if g is None else g * (len(part_y) / total) for g in gradients]
+        # layers may have been frozen or unfrozen meanwhile
+        self.parameters = Parameters(self.model, outputs=self.outputs)
+        x, y = as_inputs(x), as_targets(y)
+        self._batch = SubBatches(x, y, self.m, equal=isinstance(self.model, Contrastive))
+        self._leaves: list[Tensor] = list(self.parameters.named.values())
+        steps: list[Step] = []
+        sums: Gradients = []
+        for index, part in enumerate(self._batch.parts):
+            self._index = index
+            with differentiable_recurrence(self.model), self._told_of_devices(x, y):
+                step, gradients = self._gradients(part.x, value_of(part.y))
             sums = self._sum(sums, gradients)
-            steps.append((len(part_y), step))
+            steps.append(step)
         self._accumulate(self._over_processes(sums))
-        if len(steps) == 1:
-            return steps[0][1]
-
-        def mean(values: Sequence[Tensor]) -> Tensor:
-            return torch.stack(
-                [size * value for (size, _), value in zip(steps, values, strict=True)]
-            ).sum() / len(y)
-
-        divergences = [step.inconsistency for _, step in steps if step.inconsistency is not None]
+        divergences = [step.inconsistency for step in steps if step.inconsistency is not None]
         return Step(
-            torch.cat([step.logits for _, step in steps]),
-            mean([step.loss for _, step in steps]),
-            mean(divergences) if divergences else None,
+            torch.cat([step.logits for step in steps]),
+            self._batch.mean_loss([step.loss for step in steps]),
+            self._batch.mean(divergences) if divergences else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,104 +159,165 @@ class Rule:
         """Go on from what ``state_dict`` gave."""
         self.generator.set_state(state["generator"].cpu())
 
-    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
-        """The rule itself: the gradient of the mean over one (sub-)batch, scaled."""
-        logits = logits_at(self.model, x)
-        loss = self.objective(logits, y)
-        return Step(logits.detach(), loss.detach(), None), self._differentiate(loss)
+    def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
+        """The rule itself: the gradient of a sub-batch's share of the whole batch's objective, scaled.
 
-    def _cut(self, x: Tensor, y: Tensor) -> tuple[list[tuple[Tensor, Tensor]], int]:
-        """The sub-batches, and the number of examples in all processes."""
-        size, total = self.m or max(len(y), 1), len(y)
-        if count() > 1 and self.m is not None:
-            if self.m % count():
-                raise UsageError(f"m = {self.m} cannot be shared by {count()} processes; take a multiple")
-            size = self.m // count()
-        if len(x) != len(y):
-            if self.m is not None:
-                raise UsageError("m cuts batches in which every example has a label; leave it out")
-            size = max(len(x), 1)
-        parts = list(zip(x.split(size), y.split(size), strict=True)) if len(y) else []
-        if count() > 1:
-            sizes = sum_over_processes(torch.tensor([len(y), len(parts), len(y) ** 2], device=x.device))
-            total = int(sizes[0])
-            if isinstance(self.model, Contrastive) and int(sizes[2]) * count() != total**2:
-                raise UsageError("NT-Xent compares the views of all processes: each needs as many")
-            if not parts or int(sizes[1]) != count() * len(parts):
-                raise UsageError(
-                    f"a batch of {total} examples leaves a process without its part of a (sub-)batch; "
-                    "choose another batch size, m, or number of processes"
-                )
-        return parts, total
+        The step's loss is that share, too.
+        """
+        outputs = self._clean(x, y)
+        loss = self._loss(outputs, y)
+        return Step(outputs.detach(), loss.detach(), None), self._differentiate(loss)
+
+    def _clean(self, x: Inputs, y: Any) -> Tensor:
+        """What the model itself returns for x, as the criterion takes it; looked at once, at the first step."""
+        args, kwargs = arguments(self.model, x)
+        if self.perturbs and not self._examined:
+            require_repeatable(self.parameters, x, Draws(x.device, self.model))
+        with non_reentrant():
+            outputs = self.outputs.taken(self.model(*args, **kwargs), len(x))
+        if not self._examined:
+            ours = self.objective.is_mean or self.objective.criterion is functional.cross_entropy
+            if self.compares or ours:
+                self.outputs = self.parameters.outputs = self.outputs.checked(outputs)
+            if self.compares:
+                require_head(self.outputs, self.objective.criterion, y)
+            self._examined = True
+        return outputs
+
+    def _loss(self, outputs: Tensor, y: Any) -> Tensor:
+        """The share of the sub-batch at work in the whole batch's loss."""
+        rest = self._rest(outputs, y)
+        loss = self._labeled(outputs, y)
+        return loss if rest is None else loss + rest
+
+    def _labeled(self, outputs: Tensor, y: Any) -> Tensor:
+        loss = self.objective.loss(outputs, y)
+        if not isinstance(loss, Tensor) or loss.dim():
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise UsageError(f"the criterion returned {shape}, not one number; reduce it to a mean or a sum")
+        if self.objective.is_mean:
+            return loss * self._share
+        share = self._batch.share_of_loss(self._index, self.objective.loss, outputs, self.outputs)
+        return loss * share if share else 0 * outputs.sum()  # of a part in which nothing counts, 0/0
+
+    def _rest(self, outputs: Tensor, y: Any) -> Tensor | None:
+        """The share in the unlabeled loss, a mean over examples; None where the objective has none."""
+        rest = self.objective.unlabeled_loss(outputs, y)
+        return None if rest is None else rest * self._share
+
+    @property
+    def _share(self) -> float:
+        """Of the sub-batch at work in the examples of all processes."""
+        return self._batch.parts[self._index].share
+
+    @contextmanager
+    def _told_of_devices(self, x: Inputs, y: Inputs) -> Iterator[None]:
+        """Raise DeviceError that says where x, y and the model are, where torch raises of two devices."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not on_two_devices(error):
+                raise
+            places = {"x": x.device, "y": y.device, "the model": self.parameters.device}
+            told = ", ".join(f"{name} is on {place}" for name, place in places.items())
+            raise DeviceError(
+                f"{told}; move all, and what the criterion holds, to one device ({first_line(error)})"
+            ) from error
 
     def _differentiate(
         self, loss: Tensor, inputs: Sequence[Tensor] | None = None, *, again: bool = False
     ) -> Gradients:
-        """``again``: the same forward pass will be differentiated once more."""
+        """The gradients by the parameters, by every other leaf that the loss depends on, and by ``inputs``.
+
+        Args:
+            inputs: they come last.
+            again: the same forward pass will be differentiated once more.
+        """
+        known = {id(leaf) for leaf in (*self._leaves, *(inputs or ()))}
+        self._leaves += [leaf for leaf in leaves_of(loss) if id(leaf) not in known]
         scaled = loss if self._scaler is None else self._scaler.scale(loss)
-        leaves = self._leaves if inputs is None else inputs
-        return torch.autograd.grad(scaled, leaves, allow_unused=True, retain_graph=again)
+        return torch.autograd.grad(
+            scaled, [*self._leaves, *(inputs or ())], allow_unused=True, retain_graph=again
+        )
 
-    def _direction(self, mean: Tensor, examples: int) -> Tensor:
-        """A multiple of the whole batch's gradient, of this process's ``mean`` (P,) over its examples."""
-        return mean if count() == 1 else sum_over_processes(mean * examples)
+    def _joined(self, gradients: Gradients) -> Tensor:
+        """The parameters' gradient (P,), without other leaves'."""
+        return self.parameters.join(gradients[: len(self.parameters.named)])
 
-    def _at(self, x: Tensor, y: Tensor, offset: Tensor, loss: Criterion) -> Gradients:
+    def _direction(self, sums: Tensor) -> Tensor:
+        """A multiple of the whole batch's gradient, of this process's share of it (P,)."""
+        return sum_over_processes(sums)
+
+    def _at(self, x: Inputs, y: Any, offset: Tensor, loss: Criterion) -> Gradients:
         """∇ ``loss`` at θ + offset, the offset held constant."""
-        return self._differentiate(loss(self.parameters.logits(x, self.parameters.moved(offset)), y))
+        return self._differentiate(loss(self.parameters.taken(x, self.parameters.moved(offset)), y))
 
-    def _divergence(self, logits: Tensor, moved: Tensor, y: Tensor, kl_grad: str) -> Tensor:
-        """Mean KL from clean to ``moved`` logits, over those that the objective compares."""
-        clean = logits if kl_grad == "both" else logits.detach()
-        return kl_divergence(self.objective.compared(clean, y), self.objective.compared(moved, y)).mean()
+    def _compared(self, outputs: Tensor, y: Any) -> Tensor:
+        """The logits (n, ...) whose KL divergence counts."""
+        return self.outputs.logits(self.objective.compared(outputs, y))
+
+    def _divergence(self, clean: Tensor, moved: Tensor, y: Any, kl_grad: str) -> Tensor:
+        """Mean KL from clean to ``moved`` outputs, over those that the objective compares."""
+        clean = clean if kl_grad == "both" else clean.detach()
+        return kl_divergence(self._compared(clean, y), self._compared(moved, y)).mean()
 
     @staticmethod
     def _sum(one: Gradients, other: Gradients) -> Gradients:
         # never in place: autograd may hand out one tensor as the gradient of two parameters
-        return [b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)]
+        return [b if a is None else a if b is None else a + b for a, b in zip_longest(one, other)]
 
     def _over_processes(self, gradients: Gradients) -> Gradients:
         used = [g for g in gradients if g is not None]
         if count() == 1 or not used:
             return gradients
-        joined = sum_over_processes(torch.cat([g.reshape(-1) for g in used]))
+        joined = sum_over_processes(torch.cat([dense(g).reshape(-1) for g in used]))
         pieces = iter(joined.split([g.numel() for g in used]))
-        return [None if g is None else next(pieces).view_as(g) for g in gradients]
+        return [None if g is None else next(pieces).view(g.shape) for g in gradients]
 
     def _accumulate(self, gradients: Gradients) -> None:
-        for p, g in zip(self._leaves, gradients, strict=True):
+        for leaf, g in zip(self._leaves, gradients, strict=True):
             if g is None:
                 continue
-            if p.grad is None:
-                p.grad = g.clone()  # of its own: it will be clipped and unscaled in place
-            else:
-                p.grad.add_(g)
-
-    @property
-    def _leaves(self) -> list[nn.Parameter]:
-        return list(self.parameters.named.values())
-
-    @property
-    def _no_gradient(self) -> Gradients:
-        return [None] * len(self.parameters.named)
+            # of its own: it will be clipped and unscaled in place
+            leaf.grad = dense(g).clone() if leaf.grad is None else dense(leaf.grad).add_(dense(g))
+            for hook in (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values():
+                hook(leaf)
 
 
-class Draws:
-    """The global generators as they stood, so that a perturbed pass drops the units that the clean one dropped.
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """Return the leaves that ``loss.backward()`` would accumulate gradients in."""
+    found: list[Tensor] = [loss] if loss.is_leaf and loss.requires_grad else []
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return found
 
-    Without it a network with dropout would have KL > 0 at δ = 0, and SAM with ρ = 0 would not be SGD.
-    """
 
-    def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = device if device.type == "cuda" else None
-        self._state = torch.cuda.get_rng_state(device) if self._cuda is not None else None
+def require_head(outputs: Outputs, criterion: object, y: Any) -> None:
+    """Raise UsageError for losses of independent labels under a head of exclusive classes."""
+    if outputs.head != "classifier":
+        return
+    independent = (nn.BCEWithLogitsLoss, nn.BCELoss, nn.MultiLabelSoftMarginLoss)
+    functions = (
+        functional.binary_cross_entropy_with_logits,
+        functional.binary_cross_entropy,
+        functional.multilabel_soft_margin_loss,
+    )
+    if isinstance(criterion, independent) or criterion in functions or _multi_hot(y):
+        raise UsageError(
+            "the loss is one of independent labels, and the KL divergence would be one of exclusive classes; say "
+            "outputs=Outputs(head='multilabel'), or 'binary' of one logit"
+        )
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw the same once more; the generators then go on from where they were."""
-        with generators_kept(self._cuda):
-            torch.set_rng_state(self._cpu)
-            if self._cuda is not None and self._state is not None:
-                torch.cuda.set_rng_state(self._state, self._cuda)
-            yield
+
+def _multi_hot(y: Any) -> bool:
+    """Whether targets (B, L) are zeros and ones, of which some row has not exactly one 1."""
+    if not isinstance(y, Tensor) or y.dim() != 2 or y.shape[1] < 2:
+        return False
+    return bool(((y == 0) | (y == 1)).all()) and bool((y.sum(1) != 1).any())

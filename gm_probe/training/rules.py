@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.core.errors import UsageError
-from gm_probe.core.models import logits_at
+from gm_probe.core.checks import one_of, real, whole
+from gm_probe.core.door import Outputs
+from gm_probe.core.fields import Inputs
+from gm_probe.core.randomness import Draws
 from gm_probe.probe.ascent import ascend, kl_gradient, to_sphere
 from gm_probe.training.objectives import Criterion
-from gm_probe.training.rule import Draws, Gradients, Rule, Step
+from gm_probe.training.rule import Gradients, Rule, Step
+
+KlGrad = Literal["both", "perturbed"]
+Sign = Literal["random", "none", "loss"]
+KL_GRADS: tuple[KlGrad, ...] = get_args(KlGrad)
+SIGNS: tuple[Sign, ...] = get_args(Sign)
 
 
 class SAM(Rule):
@@ -24,6 +31,7 @@ class SAM(Rule):
     """
 
     passes = 6.0
+    perturbs = True
 
     def __init__(
         self,
@@ -33,22 +41,23 @@ class SAM(Rule):
         rho: float = 0.05,
         m: int | None = None,
         generator: torch.Generator | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
-        super().__init__(model, criterion, m=m, generator=generator)
-        self.rho = _radius(rho)
+        super().__init__(model, criterion, m=m, generator=generator, outputs=outputs)
+        self.rho = real("rho", rho, least=0)
         self.passes = 8.0 if self.objective.two_losses else 6.0
 
-    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
-        draws = Draws(x.device)
-        logits = logits_at(self.model, x)
-        loss, rest = self.objective.loss(logits, y), self.objective.unlabeled_loss(logits, y)
+    def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
+        draws = Draws(x.device, self.model)
+        outputs = self._clean(x, y)
+        loss, rest = self._labeled(outputs, y), self._rest(outputs, y)
         gradients = self._differentiate(loss, again=rest is not None)
-        gradient = self._direction(self.parameters.join(gradients), len(y))
-        calm = self._no_gradient if rest is None else self._differentiate(rest)
+        gradient = self._direction(self._joined(gradients))
+        calm = [] if rest is None else self._differentiate(rest)
         with draws.again():
-            moved = self._at(x, y, self._perturbation(gradient), self.objective.loss)
+            moved = self._at(x, y, self._perturbation(gradient), self._labeled)
         whole = loss.detach() if rest is None else (loss + rest).detach()
-        return Step(logits.detach(), whole, None), self._sum(calm, moved)
+        return Step(outputs.detach(), whole, None), self._sum(calm, moved)
 
     def _perturbation(self, gradient: Tensor) -> Tensor:
         return to_sphere(gradient, self.rho)
@@ -69,9 +78,10 @@ class ASAM(SAM):
         eta: float = 0.01,
         m: int | None = None,
         generator: torch.Generator | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
-        super().__init__(model, criterion, rho=rho, m=m, generator=generator)
-        self.eta = eta
+        super().__init__(model, criterion, rho=rho, m=m, generator=generator, outputs=outputs)
+        self.eta = real("eta", eta, least=0)
 
     def _perturbation(self, gradient: Tensor) -> Tensor:
         named = self.parameters.named.items()
@@ -84,6 +94,8 @@ class ASAM(SAM):
 class _Inconsistency(Rule):
     """What IAM-D and IAM-S share: Algorithm 1 on the current mini-batch, from fresh noise."""
 
+    perturbs = compares = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -94,24 +106,24 @@ class _Inconsistency(Rule):
         noise_scale: float = 0.1,
         m: int | None = None,
         generator: torch.Generator | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
-        super().__init__(model, criterion, m=m, generator=generator)
-        if k_steps < 1:
-            raise UsageError(f"k_steps must be at least 1, not {k_steps}")
-        self.rho, self.k_steps, self.noise_scale = _radius(rho), k_steps, noise_scale
+        super().__init__(model, criterion, m=m, generator=generator, outputs=outputs)
+        self.rho, self.k_steps = real("rho", rho, least=0), whole("k_steps", k_steps)
+        self.noise_scale = real("noise_scale", noise_scale, least=0)
 
-    def _ascend(self, x: Tensor, y: Tensor, logits: Tensor, draws: Draws) -> Tensor:
-        clean = self.objective.compared(logits.detach(), y)
-        factor: Tensor | float = 1 / len(clean)
+    def _ascend(self, x: Inputs, y: Any, outputs: Tensor, draws: Draws) -> Tensor:
+        clean = self._compared(outputs.detach(), y)
+        factor: Tensor | float = self._share / len(clean)
         if self._scaler is not None:
             factor = self._scaler.scale(torch.tensor(factor, device=x.device))
 
         def gradient(offset: Tensor) -> Tensor:
             with draws.again():
-                mean = kl_gradient(
+                share = kl_gradient(
                     self.parameters, x, clean, offset, factor, lambda moved: self.objective.compared(moved, y)
                 )[1]
-            return self._direction(mean, len(clean))
+            return self._direction(share)
 
         start = self.parameters.random(self.noise_scale, self.generator)
         return ascend(gradient, start, self.rho, self.k_steps)
@@ -135,26 +147,34 @@ class IAMD(_Inconsistency):
         beta: float = 1.0,
         k_steps: int = 1,
         noise_scale: float = 0.1,
-        kl_grad: Literal["both", "perturbed"] = "both",
+        kl_grad: KlGrad = "both",
         m: int | None = None,
         generator: torch.Generator | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
         super().__init__(
-            model, criterion, rho=rho, k_steps=k_steps, noise_scale=noise_scale, m=m, generator=generator
+            model,
+            criterion,
+            rho=rho,
+            k_steps=k_steps,
+            noise_scale=noise_scale,
+            m=m,
+            generator=generator,
+            outputs=outputs,
         )
-        self.beta, self.kl_grad = beta, kl_grad
+        self.beta, self.kl_grad = real("beta", beta, least=0), one_of("kl_grad", kl_grad, KL_GRADS)
         self.passes = 6.0 + 3.0 * k_steps
 
-    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
-        draws = Draws(x.device)
-        logits = logits_at(self.model, x)
-        loss = self.objective(logits, y)
-        offset = self._ascend(x, y, logits, draws)
+    def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
+        draws = Draws(x.device, self.model)
+        outputs = self._clean(x, y)
+        loss = self._loss(outputs, y)
+        offset = self._ascend(x, y, outputs, draws)
         with draws.again():
-            moved = self.parameters.logits(x, self.parameters.moved(offset))
-        divergence = self._divergence(logits, moved, y, self.kl_grad)
-        step = Step(logits.detach(), loss.detach(), divergence.detach())
-        return step, self._differentiate(loss + self.beta * divergence)
+            moved = self.parameters.taken(x, self.parameters.moved(offset))
+        divergence = self._divergence(outputs, moved, y, self.kl_grad)
+        step = Step(outputs.detach(), loss.detach(), divergence.detach())
+        return step, self._differentiate(loss + self.beta * self._share * divergence)
 
 
 class OnePassIAMD(Rule):
@@ -167,6 +187,7 @@ class OnePassIAMD(Rule):
     """
 
     passes = 6.0
+    perturbs = compares = True
 
     def __init__(
         self,
@@ -175,35 +196,31 @@ class OnePassIAMD(Rule):
         *,
         rho: float = 0.1,
         beta: float = 1.0,
-        kl_grad: Literal["both", "perturbed"] = "both",
+        kl_grad: KlGrad = "both",
         m: int | None = None,
         generator: torch.Generator | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
-        super().__init__(model, criterion, m=m, generator=generator)
-        if not beta > 0:
-            raise UsageError(f"beta must be above 0, not {beta}: the term's gradient is what δ follows")
-        self.rho, self.beta, self.kl_grad = _radius(rho), beta, kl_grad
+        super().__init__(model, criterion, m=m, generator=generator, outputs=outputs)
+        self.rho, self.kl_grad = real("rho", rho, least=0), one_of("kl_grad", kl_grad, KL_GRADS)
+        self.beta = real("beta", beta, above=0)  # δ follows the term's gradient
         self.delta: Tensor | None = None  # (P,)
 
-    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
+    def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
         if self.delta is None or len(self.delta) != self.parameters.size:
             self.delta = to_sphere(self.parameters.random(1.0, self.generator), self.rho)
         sign = _random_sign(self.generator)
-        draws = Draws(x.device)
-        logits = logits_at(self.model, x)
-        loss = self.objective(logits, y)
-        shift = self.parameters.split(sign * self.delta)
-        # leaves of their own, so that their gradient is the KL's alone
-        moved = {n: (p.detach() + shift[n]).requires_grad_() for n, p in self.parameters.named.items()}
+        draws = Draws(x.device, self.model)
+        outputs = self._clean(x, y)
+        loss = self._loss(outputs, y)
+        moved = self.parameters.moved(sign * self.delta)
         with draws.again():
-            perturbed = self.parameters.logits(x, moved)
-        divergence = self._divergence(logits, perturbed, y, self.kl_grad)
-        leaves = [*self._leaves, *moved.values()]
-        gradients = self._differentiate(loss + self.beta * divergence, leaves)
-        clean, ascent = gradients[: len(moved)], gradients[len(moved) :]
-        self._follow(self._direction(self.parameters.join(ascent), len(y)))
-        step = Step(logits.detach(), loss.detach(), divergence.detach())
-        return step, self._sum(clean, ascent)
+            perturbed = self.parameters.taken(x, moved)
+        divergence = self._divergence(outputs, perturbed, y, self.kl_grad)
+        whole = loss + self.beta * self._share * divergence
+        gradients = self._differentiate(whole, list(moved.values()))
+        self._follow(self._direction(self.parameters.join(gradients[-len(moved) :])))
+        return Step(outputs.detach(), loss.detach(), divergence.detach()), gradients[: -len(moved)]
 
     def _follow(self, direction: Tensor) -> None:
         assert self.delta is not None
@@ -237,39 +254,41 @@ class IAMS(_Inconsistency):
         rho: float = 0.1,
         k_steps: int = 1,
         noise_scale: float = 0.1,
-        sign: Literal["random", "none", "loss"] = "random",
+        sign: Sign = "random",
         m: int | None = None,
         generator: torch.Generator | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
         super().__init__(
-            model, criterion, rho=rho, k_steps=k_steps, noise_scale=noise_scale, m=m, generator=generator
+            model,
+            criterion,
+            rho=rho,
+            k_steps=k_steps,
+            noise_scale=noise_scale,
+            m=m,
+            generator=generator,
+            outputs=outputs,
         )
-        self.sign = sign
+        self.sign = one_of("sign", sign, SIGNS)
         self.passes = 4.0 + 3.0 * k_steps + (2.0 if sign == "loss" else 0.0)
 
-    def _gradients(self, x: Tensor, y: Tensor) -> tuple[Step, Gradients]:
-        draws = Draws(x.device)
+    def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
+        draws = Draws(x.device, self.model)
         with torch.set_grad_enabled(self.sign == "loss"):
-            logits = logits_at(self.model, x)
-            loss = self.objective(logits, y)
-        offset = self._ascend(x, y, logits, draws)
+            outputs = self._clean(x, y)
+            loss = self._loss(outputs, y)
+        offset = self._ascend(x, y, outputs, draws)
         if self.sign == "random":
             offset = offset * _random_sign(self.generator)
         elif self.sign == "loss":
-            gradient = self._direction(self.parameters.join(self._differentiate(loss)), len(y))
+            gradient = self._direction(self._joined(self._differentiate(loss)))
             offset = torch.where(gradient @ offset < 0, -offset, offset)
         with draws.again():
-            return Step(logits.detach(), loss.detach(), None), self._at(x, y, offset, self.objective)
+            return Step(outputs.detach(), loss.detach(), None), self._at(x, y, offset, self._loss)
 
 
 def _random_sign(generator: torch.Generator) -> int:
     return 2 * int(torch.randint(0, 2, (), generator=generator, device=generator.device)) - 1
-
-
-def _radius(rho: float) -> float:
-    if not rho >= 0:
-        raise UsageError(f"rho must be ≥ 0, not {rho}")
-    return rho
 
 
 METHODS: dict[str, type[Rule]] = {

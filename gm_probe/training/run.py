@@ -19,14 +19,16 @@ from gm_probe.core import processes
 from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment, generators_kept, pick_device
-from gm_probe.core.errors import DivergedError, UsageError
+from gm_probe.core.devices import environment, pick_device
+from gm_probe.core.errors import DivergedError, UsageError, of_machine
 from gm_probe.core.files import append_line, write_atomic, write_json, write_toml
 from gm_probe.core.images import taken
+from gm_probe.core.layout import settle_layout
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import memory_or
-from gm_probe.core.models import ModelSpec, initial_model
-from gm_probe.core.pretrained import load_pretrained
+from gm_probe.core.models import ModelSpec, check_configured, initial_model
+from gm_probe.core.pretrained import load_pretrained, others_there
+from gm_probe.core.randomness import generators_kept, seed_generators
 from gm_probe.core.records import (
     BEST,
     CHECKPOINT,
@@ -114,10 +116,16 @@ class Training:
         with memory_or(too_big):
             self.model = initial_model(self.spec, config.seed).to(self.device)
         self.fresh: tuple[str, ...] = ()  # of the weights, those that --init did not give
+        self.not_taken: tuple[str, ...] = ()  # other copies of the weights in its file
         if config.init is not None and not (out / STATE).exists():
-            self.fresh = load_pretrained(self.model, read_checkpoint(Path(config.init)))
-        if train.x.dim() == 4:
-            self.model.to(memory_format=torch.channels_last)
+            given = read_checkpoint(Path(config.init))
+            if given.model is None:
+                check_configured(config.model)
+            self.not_taken = others_there(self.model, given)
+            self.fresh = load_pretrained(self.model, given)
+        self.channels_last = train.x.dim() == 4 and settle_layout(
+            self.model, torch.zeros(2, *train.x.shape[1:], device=self.device)
+        )
         with memory_or(too_big):
             self.updates = Updates(config, self.model, self.device)
         self.epoch = 0
@@ -136,7 +144,13 @@ class Training:
         return Progress(torch.zeros(size, dtype=torch.float64, device=self.device))
 
     def _batches(self, examples: Examples) -> Batches:
-        return Batches(examples, self.normalization, batch_size=EVAL_BATCH, device=self.device)
+        return Batches(
+            examples,
+            self.normalization,
+            batch_size=EVAL_BATCH,
+            device=self.device,
+            channels_last=self.channels_last,
+        )
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch, or the rest of one, and return its metrics row.
@@ -150,9 +164,9 @@ class Training:
         dealt = self.feed.deal(draws)
         self.model.train()
         with generators_kept(self.device):
+            seed_generators(seed + processes.rank())  # dropout draws from the global generators
             if self.progress.step == 0:
                 self.updates.generator.set_state(draws.get_state())
-                torch.manual_seed(seed + processes.rank())  # dropout draws from the global generator
             else:
                 set_random_state(self._random, self.device)
             left = dealt[self.progress.step :]
@@ -218,7 +232,7 @@ class Training:
         x, y = x.to(self.device), self.feed.labels(chosen[self._mine]).to(self.device)
         x = self.feed.views(x, chosen, self._mine, self.updates.generator)
         x = self.normalization.apply(x)
-        return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x), y
+        return (x.contiguous(memory_format=torch.channels_last) if self.channels_last else x), y
 
     def _sums(self, seen: Step, y: Tensor) -> Tensor:
         loss = seen.loss.double() * len(y)
@@ -324,7 +338,7 @@ class Training:
             UsageError: as many processes wrote it as there are not now.
         """
         path = self.out / STATE
-        state = read_state(path, self.device)
+        state = read_state(path)
         try:
             states = state.get("random", [{}])
             if len(states) != processes.count():
@@ -343,6 +357,8 @@ class Training:
         except UsageError:
             raise
         except Exception as error:  # torch raises many kinds on what does not fit
+            if of_machine(error):
+                raise
             raise broken(path, error) from error
         self.rows = [row for row in read_metrics(self.out) if row["epoch"] <= self.epoch]
         processes.wait_for_all()  # to have read what the first of them now writes
@@ -352,9 +368,10 @@ class Training:
     def begin(self) -> None:
         """Write what the run is."""
         if self._writes:
-            machine = {**environment(self.device), "processes": processes.count()}
+            machine = {**environment(self.device, tf32=self.config.tf32), "processes": processes.count()}
             if self.config.init is not None:
                 machine["fresh_weights"] = list(self.fresh)
+                machine |= {"init_not_taken": list(self.not_taken)} if self.not_taken else {}
             write_atomic(self.out / METRICS, b"")
             write_json(self.out / SPLIT, split_record(self.splits))
             write_toml(self.out / CONFIG, {**self.config.as_dict(), "environment": machine})

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from gm_probe.core.devices import generator_state, set_generator_state
 from gm_probe.core.errors import CheckpointError
 from gm_probe.core.files import write_atomic
 from gm_probe.core.pickles import load_torch
@@ -22,15 +25,15 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read what ``write_state`` wrote, its tensors on ``device``.
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what ``write_state`` wrote, its tensors on the CPU whatever device they were on: it may not be here.
 
     Raises:
         CheckpointError: the file is broken.
     """
     try:
         open_to_read(path).close()  # no link, no pipe
-        return dict(load_torch(path, device))
+        return dict(load_torch(path))
     except MemoryError:
         raise
     except Exception as error:  # torch, zipfile and the unpickler raise many kinds on a broken file
@@ -42,12 +45,23 @@ def broken(path: Path, error: Exception) -> CheckpointError:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Torch's global generators: dropout draws from them."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    """Return the states of the global generators, of torch by kind of device, and of Python and NumPy.
+
+    Layers draw from them: dropout from torch's, a network of the user's from any.
+    """
+    name, keys, *rest = np.random.get_state()
+    return {
+        device.type: generator_state(device),
+        "cpu": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+    }
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    """Set what ``random_state`` returned; a generator that it does not know keeps its state."""
+    torch.set_rng_state(state["cpu"])
+    if "python" in state:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+    set_generator_state(state.get(device.type), device)

@@ -10,7 +10,7 @@ from gm_probe.core import processes
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import UsageError
 from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Settings
+from gm_probe.probe.settings import Settings
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.contrastive_batches import contrastive_batches
 

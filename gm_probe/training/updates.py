@@ -28,10 +28,13 @@ def make_objective(config: TrainConfig) -> Objective:
         return functional.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
 
     if config.objective == "fixmatch":
-        return FixMatch(
+        objective: Objective = FixMatch(
             criterion, threshold=config.threshold, weight=config.lambda_u, mean=config.unlabeled_mean
         )
-    return Joint(criterion) if config.objective == "joint" else Objective(criterion)
+    else:
+        objective = Joint(criterion) if config.objective == "joint" else Objective(criterion)
+    objective.is_mean = True
+    return objective
 
 
 def make_rule(config: TrainConfig, model: nn.Module, generator: torch.Generator) -> Rule:

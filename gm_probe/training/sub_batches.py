@@ -1,0 +1,199 @@
+"""A batch that is worked off in parts, by one process or several: its parts, and how much each counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gm_probe.core.door import Outputs
+from gm_probe.core.errors import UsageError
+from gm_probe.core.fields import Fields, Inputs, as_inputs
+from gm_probe.core.processes import count, from_all, rank, sum_over_processes
+from gm_probe.core.randomness import generators_kept
+
+Loss = Callable[[Tensor, Any], Tensor]
+"""Maps a model's outputs and the targets to one number."""
+
+_TOLERANCE = 1e-3
+"""Relative; float32 gradients of a mean over 1,000 examples agree to 1e-5."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Inputs and targets of one sub-batch, and its share of the examples of all processes."""
+
+    x: Inputs
+    y: Inputs
+    share: float
+
+
+class SubBatches:
+    """The parts of a batch x, y that this process works off one after another.
+
+    Args:
+        m: examples in a part of all processes together; None = the whole batch. A last part that would leave a process
+            with one example is merged into the part before it: BatchNorm has no statistics of a single one.
+        equal: every process must hold as many examples as any other.
+
+    Raises:
+        UsageError: processes whose parts do not correspond, or ``m`` for a batch with inputs that have no label.
+    """
+
+    def __init__(self, x: Inputs, y: Inputs, m: int | None, *, equal: bool = False) -> None:
+        size, total = m or max(len(y), 1), len(y)
+        if count() > 1 and m is not None:
+            if m % count():
+                raise UsageError(f"m = {m} cannot be shared by {count()} processes; take a multiple")
+            size = m // count()
+        if len(x) != len(y):
+            if m is not None:
+                raise UsageError("m cuts batches in which every example has a label; leave it out")
+            cuts = [(x, y)] if len(y) else []
+        else:
+            cuts = list(zip(x.split(size), y.split(size), strict=True)) if len(y) else []
+        single = size > 1 and len(cuts) > 1 and len(cuts[-1][1]) == 1
+        if count() > 1:
+            figures = torch.tensor([len(y), len(cuts), len(y) ** 2, int(single)], device=x.device)
+            total, number, squares, singles = map(int, sum_over_processes(figures))
+            single = singles > 0
+            if equal and squares * count() != total**2:
+                raise UsageError("NT-Xent compares the views of all processes: each needs as many")
+            if not cuts or number != count() * len(cuts):
+                raise UsageError(
+                    f"a batch of {total} examples leaves a process without its part of a (sub-)batch; "
+                    "choose another batch size, m, or number of processes"
+                )
+        if single and len(cuts) > 1:
+            start = size * (len(cuts) - 2)
+            cuts[-2:] = [(x[start:], y[start:])]
+        self.parts = [Part(*cut, len(cut[1]) / total) for cut in cuts]
+        self._losses: list[float] | None = (
+            None  # shares of every part of every process, in the order of ranks
+        )
+
+    @property
+    def whole(self) -> bool:
+        """Whether one part is all of the batch."""
+        return len(self.parts) == 1 and count() == 1
+
+    def share_of_loss(self, index: int, loss: Loss, like: Tensor, outputs: Outputs) -> float:
+        """Return the share of part ``index`` in the whole batch's loss; see ``loss_shares``.
+
+        Args:
+            like: outputs of the model, of which the shape, the dtype and the device count.
+            outputs: what kind they are.
+        """
+        if self.whole:
+            return 1.0
+        if self._losses is None:
+            every = [target for targets in from_all([part.y for part in self.parts]) for target in targets]
+            every = [target.to(like.device) for target in every]
+            self._losses, again = (
+                loss_shares(loss, [_made_up(len(y), like, outputs, scale) for y in every], every)
+                for scale in (0.1, 0.25)  # small: a hinge loss has a slope within its margin alone
+            )
+            if any(abs(a - b) > _TOLERANCE * max(a, b) for a, b in zip(self._losses, again, strict=True)):
+                raise _refusal()  # the shares depend on the outputs, as those of a squared mean do
+        return self._losses[self._first + index]
+
+    @property
+    def _first(self) -> int:
+        """Of this process's parts, the first one's place among all."""
+        return rank() * len(self.parts)
+
+    def mean_loss(self, losses: Sequence[Tensor]) -> Tensor:
+        """Return this process's loss, from its parts' shares of the whole batch's: a mean of a mean, a sum of a sum."""
+        total = torch.stack(list(losses)).sum()
+        if self._losses is None:
+            return total / sum(part.share for part in self.parts)
+        here = sum(self._losses[self._first : self._first + len(self.parts)])
+        return total / here if here and abs(sum(self._losses) - 1) < _TOLERANCE else total
+
+    def mean(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the mean over this process's examples, from means over its parts."""
+        weighted = [part.share * value for part, value in zip(self.parts, values, strict=True)]
+        return torch.stack(weighted).sum() / sum(part.share for part in self.parts)
+
+
+def loss_shares(loss: Loss, outputs: Sequence[Tensor], targets: Sequence[Inputs]) -> list[float]:
+    """Return ω_i with L(batch) = Σ_i ω_i L(part i), in value and in gradient.
+
+    They are n_i/n for a mean, 1 for a sum, and with class weights or ignored labels the part's share of the weights.
+    For such losses the shares depend on the targets alone, so that made-up outputs tell them.
+
+    Args:
+        outputs: made-up outputs (n_i, ...) of each part.
+        targets: of each part.
+
+    Raises:
+        UsageError: the loss is neither, so that the parts of a batch do not make up its gradient.
+    """
+    with torch.enable_grad(), generators_kept(outputs[0].device):
+        leaves = [part.detach().requires_grad_() for part in outputs]
+        total = loss(torch.cat(leaves), value_of(_joined(targets)))
+        slopes = _slopes(total, leaves)
+        if not bool(torch.isfinite(total)):  # as where every label is ignored; the parts' losses are so, too
+            return [1.0] * len(leaves)
+        shares, value = [], 0.0
+        for leaf, target, slope in zip(leaves, targets, slopes, strict=True):
+            if not bool(slope.any()):  # no example of the part counts; its own loss may be 0/0
+                shares.append(0.0)
+                continue
+            part = loss(leaf, value_of(target))
+            [own] = _slopes(part, [leaf])
+            shares.append(float((slope * own).sum() / own.square().sum()))
+            if not float((slope - shares[-1] * own).norm()) <= _TOLERANCE * float(slope.norm()):
+                raise _refusal()
+            value += shares[-1] * float(part.detach())
+    expected = float(total.detach())
+    if abs(value - expected) > _TOLERANCE * max(abs(value), abs(expected), 1e-6):
+        raise _refusal()
+    return shares
+
+
+def _slopes(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+
+
+def _refusal() -> UsageError:
+    return UsageError(
+        "the criterion is neither a weighted mean nor a sum over examples, so that a batch in parts (m, or several "
+        "processes) would have another gradient; take the batch whole"
+    )
+
+
+def _made_up(rows: int, like: Tensor, outputs: Outputs, scale: float) -> Tensor:
+    """Random outputs of ``rows`` examples, of the kind that the model returns; the same in every process."""
+    generator = torch.Generator().manual_seed(rows)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    values = scale * torch.randn(rows, *like.shape[1:], generator=generator, dtype=dtype).to(like.device)
+    classes = outputs.head == "classifier"
+    match outputs.kind:
+        case "probabilities":
+            return values.softmax(-1) if classes else values.sigmoid()
+        case "log-probabilities":
+            return values.log_softmax(-1) if classes else torch.nn.functional.logsigmoid(values)
+    return values
+
+
+def as_targets(y: Any) -> Inputs:
+    """Return a tensor as it is, an array as a tensor, and a dict or tuple as ``Fields``."""
+    return as_inputs(torch.as_tensor(y) if hasattr(y, "__array__") and not isinstance(y, Tensor) else y)
+
+
+def value_of(inputs: Inputs) -> Any:
+    """Return what a loss takes: the tensor, or the dict or tuple."""
+    return inputs.value if isinstance(inputs, Fields) else inputs
+
+
+def _joined(targets: Sequence[Inputs]) -> Inputs:
+    if isinstance(targets[0], Fields):
+        return Fields.joined([target for target in targets if isinstance(target, Fields)])
+    return torch.cat([target for target in targets if isinstance(target, Tensor)])

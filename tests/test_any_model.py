@@ -1,0 +1,458 @@
+"""Somebody's model is measured right, against dense matrices of the plain network in float64, or refused by name.
+
+The kinds are the rows of docs/models.md: each stands there, and each row is tried here.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+from gm_probe.core.batches import Batches
+from gm_probe.core.door import Outputs
+from gm_probe.core.errors import ProbeError
+from gm_probe.probe.measures import measure
+from gm_probe.probe.probe import Settings
+from gm_probe.training.rules import METHODS
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+N, D, C = 14, 5, 3
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def vectors() -> Tensor:
+    return torch.randn(N, D, generator=seeded(1))
+
+
+def images() -> Tensor:
+    return torch.randn(N, 2, 6, 6, generator=seeded(1))
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 9, (N, 4), generator=seeded(1))
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, C))
+
+
+class Wrapped(nn.Module):
+    """A network whose outputs are changed by ``after``."""
+
+    def __init__(self, net: nn.Module, after: Callable[..., Any]) -> None:
+        super().__init__()
+        self.net, self.after = net, after
+
+    def forward(self, x: Tensor) -> Any:
+        return self.after(self.net(x), x)
+
+
+class Cnn(nn.Module):
+    def __init__(self, *, view: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)
+        self.head, self.view = nn.Linear(48, C), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.conv(x)))
+        return self.head(x.view(x.size(0), -1) if self.view else x.flatten(1))
+
+
+class Recomputed(nn.Module):
+    """Activation checkpointing, as ``reentrant`` says; None without."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Linear(D, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.head, self.reentrant = nn.Linear(6, C), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        if self.reentrant is None:
+            return self.head(self.block(x))
+        return self.head(checkpoint(self.block, x, use_reentrant=self.reentrant))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase] = nn.GRU) -> None:
+        super().__init__()
+        self.embedding, self.rnn, self.head = (
+            nn.Embedding(9, 3),
+            kind(3, 4, batch_first=True),
+            nn.Linear(4, C),
+        )  # type: ignore[call-arg]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embedding(x))[0][:, -1])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.2, batch_first=True)
+        self.head = nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embedding(x)).mean(1))
+
+
+class Bag(nn.Module):
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 4, sparse=sparse), nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(x).mean(1)))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.decoder = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(torch.tanh(self.embedding(x).mean(1)))
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, input_values: Tensor, mask: Tensor) -> Any:
+        return SimpleNamespace(logits=self.net(input_values * mask))
+
+
+class Noisy(nn.Module):
+    """Draws from Python's, NumPy's or torch's generator in train mode."""
+
+    def __init__(self, draw: Callable[[], float], *, always: bool = False) -> None:
+        super().__init__()
+        self.net, self.draw, self.always = mlp(), draw, always
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * (1 + self.draw())) if self.training or self.always else self.net(x)
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D, C, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(self.weight.dtype) @ self.weight).abs()
+
+
+class LeanSine(torch.autograd.Function):
+    """Its backward pass keeps the slope, so that the second derivative lacks a term."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.slope = 3 * torch.cos(3 * x)
+        return torch.sin(3 * x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g * ctx.slope
+
+
+def frozen() -> nn.Module:
+    net = mlp()
+    net[0].requires_grad_(False)
+    return net
+
+
+def half_precision() -> nn.Module:
+    net = mlp()
+    net[2].half()
+    return net
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the page.
+
+    Attributes:
+        build: the model; ``plain``: a network of the same parameters that needs no special care (None: itself).
+        refused: words of the refusal; empty where it is measured.
+        undefined: measures that are undefined.
+    """
+
+    build: Callable[[], nn.Module]
+    plain: Callable[[], nn.Module] | None = None
+    x: Callable[[], Any] = vectors
+    outputs: Outputs = field(default_factory=Outputs)
+    refused: str = ""
+    undefined: tuple[str, ...] = ()
+    plain_x: Callable[[], Tensor] | None = None
+
+
+def binary() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, 1))
+
+
+def pair(z: Tensor, _: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(z), z], 1)
+
+
+def sine(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 6), Wrapped(nn.Identity(), lambda z, x: function(z)), nn.Linear(6, C))
+
+
+def training(model: nn.Module) -> nn.Module:
+    """``model`` in train mode, by its flags: exported modules have no train()."""
+    for module in model.modules():
+        module.training = True
+    return model
+
+
+KINDS: dict[str, Kind] = {
+    "a tensor of logits (B, C)": Kind(mlp),
+    "an object with .logits": Kind(
+        lambda: Wrapped(mlp(), lambda z, x: SimpleNamespace(logits=z, hidden=x)),
+        lambda: Wrapped(mlp(), lambda z, x: z),
+    ),
+    'a mapping with "logits"': Kind(
+        lambda: Wrapped(mlp(), lambda z, x: {"features": x, "logits": z}),
+        lambda: Wrapped(mlp(), lambda z, x: z),
+    ),
+    "a tuple, list or mapping": Kind(lambda: Wrapped(mlp(), lambda z, x: (x, z)), refused="--output"),
+    "a tuple, list or mapping, with --output": Kind(
+        lambda: Wrapped(mlp(), lambda z, x: (x, z)),
+        lambda: Wrapped(mlp(), lambda z, x: z),
+        outputs=Outputs(1),
+    ),
+    "probabilities": Kind(lambda: Wrapped(mlp(), lambda z, x: z.softmax(1)), refused="probabilities"),
+    "probabilities, with --outputs-are": Kind(
+        lambda: Wrapped(mlp(), lambda z, x: z.softmax(1)),
+        lambda: Wrapped(mlp(), lambda z, x: z),
+        outputs=Outputs(kind="probabilities"),
+    ),
+    "log-probabilities": Kind(
+        lambda: Wrapped(mlp(), lambda z, x: z.log_softmax(1)), lambda: Wrapped(mlp(), lambda z, x: z)
+    ),
+    "a loss": Kind(lambda: Wrapped(mlp(), lambda z, x: z.mean()), refused="a single number"),
+    "several rows of logits an example": Kind(
+        lambda: Wrapped(mlp(), lambda z, x: z[:, None].expand(-1, 2, -1)), refused="not one row"
+    ),
+    "one logit": Kind(binary, refused="--head binary"),
+    "one logit, with --head binary": Kind(
+        lambda: Wrapped(binary(), lambda z, x: z),
+        lambda: Wrapped(binary(), pair),
+        outputs=Outputs(head="binary"),
+    ),
+    "DataParallel, DistributedDataParallel": Kind(lambda: nn.DataParallel(mlp()), mlp),
+    "torch.compile": Kind(lambda: torch.compile(mlp(), backend="eager"), mlp),  # type: ignore[arg-type, return-value]
+    "AveragedModel (EMA, SWA)": Kind(lambda: AveragedModel(mlp()), mlp),
+    "fx graph modules": Kind(lambda: torch.fx.symbolic_trace(mlp()), mlp),
+    "exported modules": Kind(
+        lambda: torch.export.export(
+            mlp(), (vectors(),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+        ).module(),
+        mlp,
+    ),
+    "TorchScript": Kind(lambda: torch.jit.trace(mlp(), vectors()), refused="TorchScript"),
+    "networks that flatten by view": Kind(lambda: Cnn(view=True), Cnn, images),
+    "BatchNorm": Kind(Cnn, x=images),
+    "BatchNorm without running statistics": Kind(
+        lambda: nn.Sequential(nn.Linear(D, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, C)),
+        refused="batch",
+    ),
+    "activation checkpointing": Kind(lambda: Recomputed(False), lambda: Recomputed(None)),
+    "activation checkpointing, reentrant": Kind(lambda: Recomputed(True), lambda: Recomputed(None)),
+    "recurrent networks": Kind(Recurrent, x=tokens),
+    "attention": Kind(Attention, x=tokens),
+    "sparse embeddings": Kind(lambda: Bag(sparse=True), lambda: Bag(sparse=False), tokens),
+    "tied weights": Kind(Tied, x=tokens),
+    "weight_norm, spectral_norm": Kind(
+        lambda: nn.Sequential(nn.Linear(D, 6), nn.Tanh(), parametrizations.spectral_norm(nn.Linear(6, C)))
+    ),
+    "frozen parameters": Kind(frozen),
+    "several inputs by name": Kind(
+        ByName,
+        lambda: Wrapped(mlp(), lambda z, x: z),
+        lambda: {"input_values": vectors(), "mask": torch.ones(N, D)},
+        plain_x=vectors,
+    ),
+    "layers that draw in train mode": Kind(
+        lambda: Noisy(random.random), lambda: Wrapped(mlp(), lambda z, x: z)
+    ),
+    "layers that draw in eval mode": Kind(
+        lambda: Noisy(lambda: float(np.random.rand()), always=True), refused="different outputs"
+    ),
+    "complex parameters": Kind(Complex, refused="complex"),
+    "parameters of several dtypes": Kind(half_precision, refused="float16"),
+    "a backward pass without its second derivative": Kind(
+        lambda: sine(LeanSine.apply),
+        lambda: sine(lambda z: torch.sin(3 * z)),
+        undefined=("hessian_lambda_max", "hessian_trace"),
+    ),
+    "weights that are not finite": Kind(
+        lambda: nn.Linear(D, C).requires_grad_(True).apply(lambda m: m.weight.data.fill_(float("nan"))),  # type: ignore[union-attr, operator]
+        refused="NaN",
+    ),
+}
+
+
+def built(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = make()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.7)
+    return model
+
+
+def row(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: estimate.value for name, estimate in values.items()}
+
+
+def dense(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """F and H (P, P) in float64: F by Jacobians of single logits, H by central differences of the gradient."""
+    model = copy.deepcopy(model).double().eval()
+    x = x.double() if x.is_floating_point() else x
+    named = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    theta = torch.cat([p.reshape(-1) for p in named.values()])
+
+    def logits(flat: Tensor) -> Tensor:
+        pieces = flat.split([p.numel() for p in named.values()])
+        values = {name: v.view(p.shape) for (name, p), v in zip(named.items(), pieces, strict=True)}
+        return functional_call(model, values, (x,))
+
+    theta.requires_grad_()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        z = logits(theta)
+        labels = z.argmax(1)
+        rows = [torch.autograd.grad(value, theta, retain_graph=True)[0] for value in z.reshape(-1)]
+        jacobian = torch.stack(rows).view(len(x), -1, len(theta))
+        p = z.detach().softmax(1)
+        covariance = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        fisher = torch.einsum("ncp,ncd,ndq->pq", jacobian, covariance, jacobian) / len(x)
+
+        def slope(flat: Tensor) -> Tensor:
+            flat = flat.detach().requires_grad_()
+            return torch.autograd.grad(functional.cross_entropy(logits(flat), labels), flat)[0]
+
+        step = 1e-6
+        steps = step * torch.eye(len(theta), dtype=torch.float64)
+        hessian = torch.stack([(slope(theta + e) - slope(theta - e)) / (2 * step) for e in steps])
+    return fisher, (hessian + hessian.T) / 2
+
+
+NAMES = [
+    "fisher_trace",
+    "fisher_lambda_max",
+    "hessian_lambda_max",
+    "hessian_trace",
+    "local_inconsistency_converged",
+]
+SETTINGS = Settings(rho=0.02, trace_tolerance=0.01, max_probes=400, eigen_tolerance=1e-4)
+PARTS = [pytest.param(name, id=name) for name in KINDS]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of checkpointing, tracing and compiling
+@pytest.mark.parametrize("name", PARTS)
+def test_measures_are_those_of_the_plain_network_or_the_model_is_refused(name: str) -> None:
+    kind = KINDS[name]
+    model = built(kind.build)
+    batches = Batches.from_tensors(kind.x())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    if kind.refused:
+        with pytest.raises(ProbeError, match=kind.refused):
+            measure(model, batches, NAMES, SETTINGS, outputs=kind.outputs)
+        return
+    rows = measure(model, batches, NAMES, SETTINGS, outputs=kind.outputs).rows
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    fisher, hessian = dense(built(kind.plain or kind.build), (kind.plain_x or kind.x)())
+    top = torch.linalg.eigvalsh(fisher)[-1]
+    expected = {
+        "fisher_trace": fisher.trace(),
+        "fisher_lambda_max": top,
+        "hessian_lambda_max": torch.linalg.eigvalsh(hessian)[-1],
+        "hessian_trace": hessian.trace(),
+        "local_inconsistency_converged": SETTINGS.rho**2 / 2 * top,
+    }
+    for measured, right in expected.items():
+        estimate = rows[measured]
+        if measured in kind.undefined:
+            assert estimate.value is None
+            assert estimate.details["reason"]
+            continue
+        # S_ρ is the quadratic form's to first order in ρ alone
+        loose = 0.1 if measured == "local_inconsistency_converged" else 2e-3
+        allowed = loose * abs(float(right)) + 5 * (estimate.stderr or 0) + 1e-6
+        assert estimate.value == pytest.approx(float(right), abs=allowed), measured
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in KINDS if not KINDS[name].refused])
+def test_rules_in_train_mode_are_those_of_the_plain_network(name: str) -> None:
+    kind = KINDS[name]
+    found = []
+    for make, x, outputs in (
+        (kind.build, kind.x(), kind.outputs),
+        (kind.plain or kind.build, (kind.plain_x or kind.x)(), Outputs()),
+    ):
+        gradients = []
+        for method in ("sam", "iam-d", "iam-d-onepass", "iam-s"):
+            model = training(built(make))
+            labels = torch.arange(N) % (2 if kind.outputs.head == "binary" else C)
+            loss: Any = functional.cross_entropy
+            y = labels
+            if outputs.head == "binary":
+                loss, y = nn.BCEWithLogitsLoss(), labels[:, None].float()
+            if outputs.kind == "probabilities":
+                loss = lambda p, y: functional.nll_loss(p.log(), y)  # noqa: E731
+            random.seed(0)
+            torch.manual_seed(0)
+            METHODS[method](model, loss, rho=0.3, generator=seeded(3), outputs=outputs).backward(x, y)  # type: ignore[call-arg]
+            gradients.append(
+                torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+            )
+        found.append(torch.stack(gradients))
+    if name != "layers that draw in train mode":  # which has another gradient than the network without them
+        torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in KINDS if not KINDS[name].refused])
+def test_the_divergence_vanishes_with_the_radius(name: str) -> None:
+    kind = KINDS[name]
+    model = training(built(kind.build))
+    labels = torch.arange(N) % (2 if kind.outputs.head == "binary" else C)
+    loss: Any = functional.cross_entropy
+    if kind.outputs.head == "binary":
+        loss, labels = nn.BCEWithLogitsLoss(), labels[:, None].float()
+    step = METHODS["iam-d"](model, loss, rho=1e-6, outputs=kind.outputs).backward(kind.x(), labels)  # type: ignore[call-arg]
+    assert step.inconsistency is not None
+    assert float(step.inconsistency) < 1e-9
+
+
+def test_the_page_lists_these_kinds() -> None:
+    rows = re.findall(r"^\| (.+?) \| (taken|refused)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    said = {name.replace("`", ""): verdict for name, verdict in rows}
+    assert said == {name: "refused" if kind.refused else "taken" for name, kind in KINDS.items()}
