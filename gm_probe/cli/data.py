@@ -113,7 +113,7 @@ _OPTIONS = (
         show_default=True,
         help="auto, cpu, cuda, cuda:1, or what else torch has.",
     ),
-    click.option("--threads", type=click.IntRange(1), help="CPU threads."),
+    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
 )
 
 

@@ -168,7 +168,7 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 )
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, or what else torch has.  [default: auto]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.")
 @click.option("--out", type=PATH, help="Run folder.  [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on where the run in --out stopped.")
 @click.option("--save", type=PATH, help="Also write the final weights here (.pt, .safetensors).")
@@ -256,7 +256,7 @@ def train(
     if save is not None:
         _save(out, config.model, save)
     if config.init is not None:
-        started = read_run(out).config["environment"]
+        started = read_run(out).config.get("environment", {})
         fresh = started.get("fresh_weights", [])
         note(console, f"started from {config.init}; fresh: {', '.join(fresh) or 'nothing'}")
         if others := started.get("init_not_taken"):

@@ -25,6 +25,7 @@ from gm_probe.core.images import ImageFiles, blocks, contents, sound
 from gm_probe.core.labels import as_labels
 from gm_probe.core.pickles import load_torch
 from gm_probe.core.reading import Reading
+from gm_probe.core.regular import open_to_read
 from gm_probe.core.sources import DATASETS, no_source
 
 DESCRIPTIONS = {
@@ -328,7 +329,7 @@ def _array_file(path: Path) -> Examples:
     """Arrays ``x`` and optionally ``y`` of a .npz or .pt, or ``x`` alone as .npy."""
     try:
         if path.suffix in NUMPY_SUFFIXES:
-            with path.open("rb") as file:
+            with open_to_read(path, follow=True) as file:
                 _check_packed(path)
                 loaded = np.load(file, allow_pickle=False)
                 arrays: Any = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
