@@ -440,6 +440,15 @@ BAD_ARRAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_yes_or_no_labels_are_read_and_have_no_number_of_classes(tmp_path: Path) -> None:
+    labels = np.array([[0.0, 1.0], [1.0, 1.0]])
+    examples = open_source(str(save(tmp_path / "a.npz", x=X, y=labels)), labeled=True).pool
+    assert examples.y is not None
+    assert examples.y.tolist() == [[0, 1], [1, 1]]
+    with pytest.raises(DataError, match=r"labels of shape \(2, 2\); give one class index for each example"):
+        _ = examples.num_classes
+
+
 @pytest.mark.parametrize("reason", BAD_ARRAYS)
 def test_unusable_arrays_are_named(tmp_path: Path, reason: str) -> None:
     path = save(tmp_path / "a.npz", **BAD_ARRAYS[reason])

@@ -80,3 +80,17 @@ def test_closing_ends_all_processes_at_once_and_without_a_word(
 
 def leave(out: Path, threads: int | None) -> tuple[str, None]:
     return "finished", None
+
+
+def test_no_process_imports_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pickle", "torch", "json", "selectors", "tempfile", "logging"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nraise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    (tmp_path / "out").mkdir()
+    for number in range(3):  # so that nobody is waited for
+        (tmp_path / "out" / str(number)).touch()
+    [outcome] = Processes(1)([Job("a", tmp_path / "out", tell)])
+    assert outcome.status == "finished"
+    assert not (tmp_path / "canary").exists()
+    assert dict(os.environ) == before

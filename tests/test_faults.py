@@ -494,21 +494,6 @@ def test_a_file_system_without_locks_is_refused(
             pass
 
 
-def test_a_lock_that_another_machine_does_not_see_is_no_leave(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # succeeds, and excludes nobody
-    lock = tmp_path / LOCK
-    lock.write_text("elsewhere 1\n")
-    with pytest.raises(BusyError, match="elsewhere is working on"), exclusive(tmp_path):
-        pass
-    assert lock.read_text() == "elsewhere 1\n"
-    old = time.time() - locks.STALE - 1
-    os.utime(lock, (old, old))
-    with exclusive(tmp_path):
-        assert lock.read_text().endswith(f"{os.getpid()}\n")
-
-
 def test_of_many_machines_one_takes_a_folder_though_locks_exclude_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import math
 import os
+import socket
 import stat
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from gm_probe.core import files
+from gm_probe.core import files, regular
 from gm_probe.core.errors import StorageError
 from gm_probe.core.files import (
     append_line,
@@ -163,7 +166,118 @@ def test_lines_are_appended(tmp_path: Path) -> None:
 
 def test_only_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
     write_atomic(tmp_path / "state.pt", b"whole")
-    for name in (".state.pt.x1.tmp", ".hidden", "notes.tmp"):
-        (tmp_path / name).touch()
+    (tmp_path / ".state.pt.gmprobe-node.7.0123abcd.tmp").touch()
     remove_temporary(tmp_path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".hidden", "notes.tmp", "state.pt"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+
+
+OTHERS = (
+    ".notes.tmp",
+    ".draft.docx.tmp",
+    ".state.pt.node.7.0123abcd.tmp",
+    ".state.pt.gmprobe-node.7.0123abc.tmp",
+    ".state.pt.gmprobe-node.x.0123abcd.tmp",
+    "state.pt.gmprobe-node.7.0123abcd.tmp",
+    ".gmprobe-node.7.0123abcd.tmp",
+    ".state.pt.gmprobe-node.7.0123abcd.tmp.bak",
+)
+
+
+def test_nobody_elses_files_are_removed(tmp_path: Path) -> None:
+    for name in OTHERS:
+        (tmp_path / name).write_text("mine")
+    target = tmp_path / "target"
+    target.write_text("mine")
+    dead = f".a.gmprobe-{socket.gethostname()}"
+    (tmp_path / f"{dead}.4194304.0123abcd.tmp").symlink_to(target)  # beyond all numbers of processes
+    (tmp_path / f"{dead}.4194305.0123abcd.tmp").mkdir()
+    before = sorted(entry.name for entry in tmp_path.iterdir())
+    remove_temporary(tmp_path)
+    write_atomic(tmp_path / "a", b"")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*before, "a"])
+    assert target.read_text() == "mine"
+
+
+# ---- what is opened
+
+
+def _links(folder: Path, path: Path) -> dict[str, Callable[[], object]]:
+    """Ways to put at ``path`` what is no regular file of ``folder``."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.write_text("{}")
+
+    def bound() -> None:
+        with socket.socket(socket.AF_UNIX) as server:
+            here = os.open(path.parent, os.O_RDONLY)
+            server.bind(f"/proc/self/fd/{here}/{path.name}")  # the path itself may be too long for a socket
+            os.close(here)
+
+    return {
+        "a pipe": lambda: os.mkfifo(path),
+        "a socket": bound,
+        "a folder": path.mkdir,
+        "a link": lambda: path.symlink_to(elsewhere),
+        "a link to a device": lambda: path.symlink_to("/dev/zero"),
+        "a link to nothing": lambda: path.symlink_to(folder / "nothing"),
+        "a link to itself": lambda: path.symlink_to(path),
+    }
+
+
+KINDS = (
+    "a pipe",
+    "a socket",
+    "a folder",
+    "a link",
+    "a link to a device",
+    "a link to nothing",
+    "a link to itself",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_regular_files_are_read_and_written(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "record.json"
+    _links(tmp_path, path)[kind]()
+    for use in (read_json, read_toml, partial(append_line, line="line")):
+        with pytest.raises(
+            StorageError, match=r"record\.json: (it is a link|it is no regular|Is a directory)"
+        ):
+            use(path)
+    assert (tmp_path / "elsewhere").read_text() == "{}"
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_what_the_user_names_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("a = 1")
+    (tmp_path / "link.toml").symlink_to("recipe.toml")
+    assert read_toml(tmp_path / "link.toml", follow=True) == {"a": 1}
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "device.toml").symlink_to("/dev/zero")
+    for name in ("pipe.toml", "device.toml"):
+        with pytest.raises(StorageError, match="no regular file"):
+            read_toml(tmp_path / name, follow=True)
+
+
+def test_a_file_of_two_names_is_not_written_in_place(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "log").hardlink_to(tmp_path / "mine")
+    with pytest.raises(StorageError, match="second name"):
+        append_line(tmp_path / "log", "line")
+    write_atomic(tmp_path / "log", b"new")  # puts another file in its place
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_record_has_a_size(tmp_path: Path) -> None:
+    for name, size in (("summary.json", regular.RECORD), ("split.json", regular.LARGER["split.json"])):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size + 1)  # of holes alone
+        with pytest.raises(StorageError, match=f"larger than {size:,} bytes"):
+            read_json(tmp_path / name)
+
+
+def test_an_output_that_is_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out.csv").symlink_to(tmp_path / "mine")
+    write_atomic(tmp_path / "out.csv", b"new")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "out.csv").is_symlink()

@@ -53,7 +53,7 @@ def test_a_word_is_read_back_while_the_folder_is_held(tmp_path: Path) -> None:
         hold.tell("training", 1.5, 4, lambda: {"loss": float("inf")})
         assert told(tmp_path) == Word("training", 1.5, 4, None, {"loss": float("inf")})
         hold.tell("measuring", 1, 2)  # a shorter one leaves nothing of the longer
-        assert (tmp_path / LOCK).read_text().count("\n") == 2
+        assert (tmp_path / LOCK).read_text().count("\n") == 3
         assert held(tmp_path)
     assert told(tmp_path) is None
     assert not held(tmp_path)
@@ -97,10 +97,10 @@ def test_a_run_tells_each_step_and_each_measure(tmp_path: Path, monkeypatch: pyt
     words: list[dict[str, Any]] = []
     real = Hold._write
 
-    def write(self: Hold, word: str) -> None:
-        real(self, word)
-        if word:
-            words.append(json.loads(word))
+    def write(self: Hold) -> None:
+        real(self)
+        if self._word:
+            words.append(json.loads(self._word))
 
     monkeypatch.setattr(Hold, "_write", write)
     monkeypatch.setattr(locks, "TELL", 0.0)

@@ -27,7 +27,7 @@ from gm_probe.core import locks
 from gm_probe.core.datasets import open_source
 from gm_probe.core.errors import BusyError, StorageError, UsageError
 from gm_probe.core.files import write_json, write_toml
-from gm_probe.core.locks import LOCK, exclusive, held
+from gm_probe.core.locks import LOCK, Word, exclusive, held, told
 from gm_probe.core.records import failure, run_state
 from gm_probe.probe.catalogue import expected_cost
 from gm_probe.probe.probe import Settings
@@ -80,7 +80,7 @@ def states(root: Path) -> dict[str, str]:
 def test_a_held_folder_names_its_holder_until_it_is_let_go(tmp_path: Path) -> None:
     assert not held(tmp_path / "none")
     with exclusive(tmp_path):
-        assert (tmp_path / LOCK).read_text().split() == [socket.gethostname(), str(os.getpid())]
+        assert (tmp_path / LOCK).read_text().split()[:2] == [socket.gethostname(), str(os.getpid())]
         assert held(tmp_path)
         assert run_state(tmp_path) == "running"
         with pytest.raises(BusyError), exclusive(tmp_path):
@@ -91,25 +91,25 @@ def test_a_held_folder_names_its_holder_until_it_is_let_go(tmp_path: Path) -> No
 
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "BEAT", 0.01)
-    with exclusive(tmp_path):
-        os.utime(tmp_path / LOCK, (0, 0))
-        end = time.monotonic() + 20
-        while not held(tmp_path):
+    with exclusive(tmp_path) as hold:
+        hold.tell("training", 1, 2)
+        before, end = (tmp_path / LOCK).read_text(), time.monotonic() + 20
+        while (tmp_path / LOCK).read_text() == before:
             assert time.monotonic() < end
             time.sleep(0.01)
+        assert told(tmp_path) == Word("training", 1, 2, None, {})
 
 
 def test_a_dead_holder_and_a_silent_one_hold_nothing(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
-    lock = tmp_path / LOCK
-    lock.write_text(f"{socket.gethostname()} {gone.pid}\n")
-    assert not held(tmp_path)
-    lock.write_text("elsewhere 1\n")
-    assert held(tmp_path)
+    for name in ("dead", "live", "silent"):
+        (tmp_path / name).mkdir()
+        holder = f"{socket.gethostname()} {gone.pid}\n" if name == "dead" else "elsewhere 1\n"
+        (tmp_path / name / LOCK).write_text(holder)
     old = time.time() - locks.STALE - 1
-    os.utime(lock, (old, old))
-    assert not held(tmp_path)
+    os.utime(tmp_path / "silent" / LOCK, (old, old))
+    assert [held(tmp_path / name) for name in ("dead", "live", "silent")] == [False, True, False]
 
 
 # ---- states

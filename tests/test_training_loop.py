@@ -246,7 +246,7 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
 
     with pytest.raises(Interrupted):
         train(config(), tmp_path, notify=stop)
-    left = tmp_path / f".{STATE}.abc.tmp"
+    left = tmp_path / f".{STATE}.gmprobe-node.7.0123abcd.tmp"
     left.write_bytes(b"half")
     train(config(), tmp_path, resume=True)
     assert not left.exists()

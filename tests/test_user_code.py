@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +14,9 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+import gm_probe
 from gm_probe.cli import main
+from gm_probe.core.errors import DataError
 from gm_probe.core.files import read_json, read_toml
 
 EVIL = "from pathlib import Path\nPath({canary!r}).touch()\ndef build():\n    raise SystemExit\n"
@@ -159,3 +164,133 @@ def test_a_job_array_names_the_code_of_its_recipe(folder: Path, capsys: pytest.C
     Path("own.toml").write_text(RECIPE.replace("mlp-8", "my nets.py:build"))
     assert command("sweep", "own.toml", "--out", "array", "--executor", "slurm") == 0
     assert capsys.readouterr().out.rstrip().endswith(" --model 'my nets.py:build'")
+
+
+# ---- the current folder
+
+
+def test_what_lies_beside_named_code_hides_no_installed_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gm_probe.core.models import ModelSpec, build_model
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("this", "colorsys", "ensurepip"):  # modules that nothing has imported
+        sys.modules.pop(name, None)
+        Path(f"{name}.py").write_text("from pathlib import Path\nPath('canary').touch()\n")
+    Path("helper_of_net.py").write_text("width = 3\n")
+    Path("net_of_mine.py").write_text(
+        "import colorsys, ensurepip, torch\nfrom helper_of_net import width\n"
+        "def build():\n    return torch.nn.Linear(2, width)\n"
+    )
+    path = list(sys.path)
+    for name in ("net_of_mine.py:build", "net_of_mine:build"):
+        model = build_model(ModelSpec(name, (2,), 3))
+        assert model.out_features == 3
+        sys.modules.pop("helper_of_net")
+    sys.modules.pop("net_of_mine")
+    assert not Path("canary").exists()
+    assert sys.path == path
+
+
+def test_python_m_imports_nothing_from_the_current_folder(tmp_path: Path) -> None:
+    for name in ("logging", "click", "json", "pandas", "tempfile", "tomli_w"):
+        (tmp_path / f"{name}.py").write_text("open('canary', 'w')\nraise SystemExit")
+    root = str(Path(gm_probe.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "gm_probe", "recipes"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "canary").exists()
+
+
+# ---- what else a record may not decide
+
+
+def _changed(run: Path, **changes: object) -> None:
+    (run / "config.toml").write_bytes(tomli_w.dumps({**read_toml(run / "config.toml"), **changes}).encode())
+
+
+def test_a_record_names_no_place_to_look_for_data(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gm_probe.core import datasets
+
+    asked: list[tuple[Path, bool]] = []
+
+    def torchvision(name: str, root: Path, download: bool, train: bool) -> object:
+        asked.append((root, download))
+        raise DataError(f"{name} is not in {root}; add --download")
+
+    monkeypatch.setattr(datasets, "_torchvision", torchvision)
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    run = min(path.parent for path in folder.glob("runs/*/config.toml"))
+    _changed(run, data="cifar10", download=True, data_root=str(folder / "else where"))
+    measure = "measure", run, "--measures", "mean_entropy", "--save", "-q"
+    for args in (measure, ("train", "--out", run, "--resume")):
+        assert command(*args) == 2
+        assert (
+            f"only the command line may decide: add --data-root '{folder}/else where'"
+            in capsys.readouterr().err
+        )
+    assert not asked
+    for options, root, download in (
+        (("--data-root", folder / "mine"), folder / "mine", False),
+        (("--data-root", folder / "mine", "--download"), folder / "mine", True),
+    ):
+        assert command(*measure, *options) == 4
+        assert asked.pop(0) == (root, download)
+    _changed(run, data_root=str(folder / "home" / ".cache" / "gm_probe"))
+    assert command(*measure) == 4
+    assert asked == [(folder / "home" / ".cache" / "gm_probe", False)]
+    assert "add --download" in capsys.readouterr().err
+    assert not (folder / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"model": "evil:build"}, "--model evil:build"),
+        ({"model": "evil.py:build"}, "--model evil.py:build"),
+        ({"device": "cuda:7"}, "--device cuda:7"),
+        ({"device": "meta"}, "--device meta"),
+        ({"threads": 10**6}, "--threads 1000000"),
+    ],
+)
+def test_a_run_is_resumed_as_far_as_the_command_lets_it(
+    folder: Path, changes: dict[str, object], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = min(path.parent for path in folder.glob("runs/*/config.toml"))
+    (run / "summary.json").unlink()
+    _changed(run, **changes)
+    assert command("train", "--out", run, "--resume", "-q") == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"only the command line may decide: add {option}")
+    assert not (folder / "canary").exists()
+    if "threads" in changes:
+        assert command("train", "--out", run, "--resume", "-q", "--threads", "1") == 0
+
+
+def test_a_job_array_gives_its_runs_leave(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--data", "cifar10", "--data-root", "my data", "--download", "--device", "cuda"
+    assert command("sweep", "recipe.toml", "--out", "array", "--executor", "slurm", *options) == 0
+    printed = capsys.readouterr().out.rstrip()
+    assert printed.endswith(" --data-root 'my data' --device cuda --download")
+    name = min(json.loads((folder / "array" / "sweep.json").read_text())["runs"])
+    assert command("run-one", "array", name) == 2
+    assert "add --data-root 'my data' --device cuda" in capsys.readouterr().err
+
+
+def test_a_sweep_writes_through_no_link(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = min(path.parent for path in folder.glob("runs/*/config.toml"))
+    shutil.rmtree(run)
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "error.txt").write_text("mine")
+    run.symlink_to(folder / "elsewhere")
+    assert command("sweep", "recipe.toml", "--out", "runs", "-q") == 1
+    assert "is a link; a sweep writes into its own folder only" in capsys.readouterr().out
+    assert [path.name for path in (folder / "elsewhere").iterdir()] == ["error.txt"]

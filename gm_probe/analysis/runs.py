@@ -31,6 +31,7 @@ from gm_probe.analysis.table import (
 from gm_probe.core.errors import DataError, StorageError, UsageError
 from gm_probe.core.files import read_json
 from gm_probe.core.records import SWEEP, RunRecord, find_runs, read_run
+from gm_probe.core.regular import open_to_read
 
 # What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
 # Whether pixels were normalised, not by what: that is the training data's own.
@@ -76,6 +77,10 @@ def load_table(
         raise UsageError(f"{source} does not exist; give a folder of runs, a .csv, .tsv or .parquet file")
     if source.suffix.lower() not in READERS:
         raise UsageError(f"{source} is no folder of runs and ends neither in .csv, .tsv nor .parquet")
+    try:
+        open_to_read(source, follow=True).close()
+    except OSError as error:
+        raise StorageError(f"cannot read {source}: {error.strerror or error}") from error
     return table_from_file(source, measures, hyperparameters, group_by, converged_only)
 
 

@@ -110,6 +110,7 @@ def main(args: list[str] | None = None) -> None:
     logging.getLogger("matplotlib").setLevel(
         logging.ERROR
     )  # of a home that is read-only; `gmprobe doctor` tells
+    _pass_over_settings_here()
     try:
         with on_sigterm(terminate):
             cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
@@ -151,6 +152,19 @@ def main(args: list[str] | None = None) -> None:
             "run again as `gmprobe --debug ...` to report it",
             1,
         )
+
+
+def _pass_over_settings_here() -> None:
+    """Import matplotlib from elsewhere where the current folder has settings for it, which it would take unasked."""
+    name = "matplotlibrc"
+    if not os.path.lexists(name):  # a link to nothing, too
+        return
+    here = os.getcwd()  # noqa: PTH109
+    os.chdir(os.path.dirname(__file__))  # noqa: PTH120
+    try:
+        importlib.import_module("matplotlib")
+    finally:
+        os.chdir(here)
 
 
 def _debug(args: list[Any]) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gm_probe.core.batches import Normalization
     from gm_probe.core.datasets import Examples
+    from gm_probe.training.leave import Leave
 
 _OPTIONS = (
     click.option(
@@ -196,6 +197,12 @@ class DataOptions:
             return opened.pool, "train", None
         note = f"{source} has two parts; its test part is used (see --part)"
         return opened.test, "test", note if self.part is None else None
+
+    def leave(self) -> Leave:
+        """Where a run's own data may be looked for."""
+        from gm_probe.training.leave import Leave
+
+        return Leave(self.data_root, self.download, self.data)
 
     def loading(self) -> dict[str, Any]:
         """How to load a checkpoint: the keywords of ``open_subject``. Sets threads and allocator of this process."""

@@ -315,7 +315,7 @@ def measure(
     if many:
         _, scope = _measured_over(data, source, labeled is not None, quiet)
         opened = (
-            partial(own_unlabeled, data=data.data)
+            partial(own_unlabeled, leave=data.leave())
             if source is None
             else partial(opened_once, data, source, labeled is not None)
         )
@@ -338,7 +338,7 @@ def measure(
             for path in checkpoints:
                 how = How(settings, scope, loading, own_loading)
                 changed: dict[str, Any] = {}
-                own = own_unlabeled(path, data.data) if examples is None else examples
+                own = own_unlabeled(path, data.leave()) if examples is None else examples
                 with exclusive(path) if save and speaks else nullcontext():
                     if save:
                         how, changed = as_recorded(path, how, given_settings)

@@ -110,7 +110,7 @@ def pairs(
     training_sets = training_sets_of(paths)
     notes += doubts(paths, training_sets)
     if unlabeled is None:
-        examples, used_part = common_unlabeled(paths, data.data), OWN_UNLABELED
+        examples, used_part = common_unlabeled(paths, data.leave()), OWN_UNLABELED
     else:
         examples, used_part, hint = data.open(unlabeled, labeled=False)
         notes += [*([hint] if hint else []), *examples.notes]

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import click
 
 from gm_probe.cli.kinds import PATH
-from gm_probe.core.errors import BusyError, ProbeError, UsageError
+from gm_probe.core.errors import BusyError, ProbeError
 
 
 @click.command("run-one", epilog="Example:  gmprobe run-one runs/ lr0.01-s0-1a2b3c4d")
 @click.argument("folder", type=PATH)
 @click.argument("run")
 @click.option(
-    "--model", "named", multiple=True, help="Your own code that the run may call; it names it itself."
+    "--model", "models", multiple=True, help="Your own code that the run may call; it names it itself."
 )
-def run_one(folder: Path, run: str, named: tuple[str, ...]) -> None:
+@click.option("--data-root", "data_roots", multiple=True, help="A place where the run may look for data.")
+@click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
+@click.option("--device", "devices", multiple=True, help="A device that the run may use beside the CPU.")
+def run_one(
+    folder: Path,
+    run: str,
+    models: tuple[str, ...],
+    data_roots: tuple[str, ...],
+    download: bool,
+    devices: tuple[str, ...],
+) -> None:
     """Train and measure RUN of the sweep in FOLDER, as `gmprobe sweep` asked for it.
 
     Does what is missing and nothing else: a complete run is left as it is, an interrupted one goes on, a failed one
     is tried again. `gmprobe sweep --executor slurm` prints a job array of these.
     """
-    from gm_probe.core.models import is_user_code
     from gm_probe.sweep.manifest import only, read_sweep
     from gm_probe.sweep.runner import run_recipe
+    from gm_probe.training.leave import asked, refuse
 
     recipe = only(read_sweep(folder), run)
-    model = recipe.runs[run].model
-    if is_user_code(model) and model not in named:
-        raise UsageError(
-            f"{run} of {folder} is of code {model!r}, which runs only when named: add --model {shlex.quote(model)}"
-        )
+    config = recipe.runs[run]
+    given = {"model": models, "data_root": data_roots, "device": devices}
+    refuse(
+        {name: value for name, value in asked(config).items() if value not in given.get(name, value)},
+        folder / run,
+    )
+    recipe.runs[run] = config.replace(download=download)
     [outcome] = run_recipe(recipe, folder)
     click.echo(f"{outcome.name} {outcome.status}" + (f": {outcome.reason}" if outcome.reason else ""))
     if outcome.status == "busy":

@@ -124,14 +124,13 @@ def run_with_progress(
 
 
 def _print_job_array(recipe: Recipe, out: Path, cpus: int) -> None:
-    from gm_probe.core.models import is_user_code
     from gm_probe.sweep.runner import is_complete
+    from gm_probe.training.leave import as_options
 
     left = [name for name in recipe.runs if not is_complete(out / name, recipe.plan)]
     if not left:
         raise UsageError(f"every run in {out} is complete; there is nothing to submit")
-    own = dict.fromkeys(recipe.runs[name].model for name in left if is_user_code(recipe.runs[name].model))
-    named = "".join(f" --model {shlex.quote(name)}" for name in own)
+    named = as_options(recipe.runs[name] for name in left)
     script = (
         "#!/bin/bash\n"
         "#SBATCH --job-name=gmprobe\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import StorageError, UsageError
 
 
 class Events:
@@ -13,6 +13,7 @@ class Events:
 
     Raises:
         UsageError: TensorBoard is not installed.
+        StorageError: that folder is a link.
     """
 
     def __init__(self, out: Path) -> None:
@@ -20,7 +21,10 @@ class Events:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UsageError("--tensorboard needs: pip install 'gm_probe[tensorboard]'") from error
-        self._open, self._folder = SummaryWriter, str(out / "tensorboard")
+        folder = out / "tensorboard"
+        if folder.is_symlink():  # it may lead anywhere
+            raise StorageError(f"{folder} is a link, which is not followed here; remove it")
+        self._open, self._folder = SummaryWriter, str(folder)
         self._writer: Any = None
 
     def write(self, row: dict[str, Any]) -> None:

@@ -201,12 +201,15 @@ def train(
     from gm_probe.sweep.recipe import require_names, run_name
     from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
+    from gm_probe.training.leave import asked, refuse
     from gm_probe.training.tracking import PROBE_BATCH
 
     console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
     settings = {key: value for key, value in given.items() if value is not None}
     if resume and out is not None and (out / CONFIG).exists():  # a run knows its own settings
-        settings = {**TrainConfig.from_record(read_run(out).config).as_dict(), **settings}
+        recorded = TrainConfig.from_record(read_run(out).config)
+        refuse({name: value for name, value in asked(recorded).items() if name not in settings}, out)
+        settings = {**recorded.as_dict(), "download": False, **settings}
     elif resume and out is not None:
         note(console, f"there is no run in {out} to resume: starting a new one")
     config = TrainConfig.from_dict(settings)

@@ -24,6 +24,7 @@ from gm_probe.core.formats import refuse_foreign, whole_object
 from gm_probe.core.models import ModelSpec
 from gm_probe.core.pickles import load_torch, passing_over
 from gm_probe.core.records import CHECKPOINT
+from gm_probe.core.regular import open_to_read
 from gm_probe.core.state_dicts import Chosen, below, choose, choose_at, plain
 from gm_probe.core.weight_names import drop_heads, locate, tied, unused_heads
 
@@ -154,7 +155,7 @@ def _stripped(path: Path, state: dict[str, Tensor], strip: str) -> dict[str, Ten
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    with path.open("rb") as file:
+    with open_to_read(path, follow=True) as file:
         length = int.from_bytes(file.read(8), "little")
     if LISTED < length <= path.stat().st_size:  # it takes many times its size in memory
         raise CheckpointError(f"{path} has a header of {length:,} bytes; networks need less than {LISTED:,}")
@@ -174,7 +175,7 @@ def _utf8_name(path: Path) -> Iterator[Path]:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        with path.open("rb") as file:
+        with open_to_read(path, follow=True) as file:
             yield Path(f"/dev/fd/{file.fileno()}")
     else:
         yield path

@@ -1,10 +1,13 @@
 """Files written so that a reader sees the old content or the new, never a part. Imports no torch."""
 
 import glob
+import io
 import json
 import os
+import re
 import secrets
 import socket
+import stat
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,6 +18,12 @@ import tomli_w
 
 from gm_probe.core.errors import StorageError, UsageError
 from gm_probe.core.locks import alive
+from gm_probe.core.regular import open_to_write, read_record
+
+OURS = "gmprobe-"
+"""How the part of a temporary file's name begins that says who writes it: nobody else's file has it."""
+DRAFT = re.compile(rf"\..+\.{OURS}.+\.\d+\.[0-9a-f]{{8}}\.tmp")
+"""The name of a temporary file of ``write_atomic``."""
 
 
 def default_data_root() -> Path:
@@ -36,7 +45,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         StorageError: the folder is missing, full or read-only; ``path`` is left as it was.
     """
     # named before it is there: Ctrl-C may come right after it has been made
-    writer = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+    writer = f"{OURS}{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
     temporary = path.parent / f".{path.name}.{writer}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,12 +67,20 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def _remove_left(path: Path) -> None:
     """Remove temporary files of ``path`` that a process of this machine left when it was killed."""
-    beginning = f".{path.name}.{socket.gethostname()}."
+    beginning = f".{path.name}.{OURS}{socket.gethostname()}."
     for left in path.parent.glob(f"{glob.escape(beginning)}*.tmp"):
         pid = left.name.removeprefix(beginning).partition(".")[0]
-        if pid.isdecimal() and not alive(int(pid)):
+        if pid.isdecimal() and _is_draft(left) and not alive(int(pid)):
             with suppress(OSError):  # another that cleans up may be faster
                 left.unlink()
+
+
+def _is_draft(path: Path) -> bool:
+    """Whether ``path`` is a temporary file that ``write_atomic`` made, to judge by its name; no link and no folder."""
+    try:
+        return DRAFT.fullmatch(path.name) is not None and stat.S_ISREG(path.lstat().st_mode)
+    except OSError:  # it has gone meanwhile
+        return False
 
 
 def _sync_folder(folder: Path) -> None:
@@ -80,11 +97,11 @@ def append_line(path: Path, line: str) -> None:
     """Add ``line`` to ``path`` and sync it.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: the file cannot be written, or is no regular file.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with io.BufferedWriter(open_to_write(path, append=True)) as file:
+            file.write((line + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -92,9 +109,10 @@ def append_line(path: Path, line: str) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what a killed ``write_atomic`` left in ``folder``; nobody else may be writing there."""
-    for left in folder.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
+    """Remove what a killed ``write_atomic`` left in ``folder``, and nothing else; nobody else may be writing there."""
+    for left in folder.glob(f".*.{OURS}*.tmp"):
+        if _is_draft(left):
+            left.unlink(missing_ok=True)
 
 
 def in_utf8(text: str) -> bytes:
@@ -130,20 +148,29 @@ def _without_none(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Parse the JSON file ``path``. Raises StorageError when it is missing or broken."""
+    """Parse the JSON file ``path`` of a run folder.
+
+    Raises:
+        StorageError: it is missing, broken, too large or no regular file.
+    """
+    content = read_record(path)
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is not valid JSON: {error}") from error
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Parse the TOML file ``path``. Raises StorageError when it is missing or broken."""
+def read_toml(path: Path, *, follow: bool = False) -> dict[str, Any]:
+    """Parse the TOML file ``path``.
+
+    Args:
+        follow: it may be a link: a file that the user names, not one of a run folder.
+
+    Raises:
+        StorageError: it is missing, broken, too large or no regular file.
+    """
+    content = read_record(path, follow=follow)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+        return tomllib.loads(content.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is not valid TOML: {error}") from error

@@ -2,18 +2,21 @@
 
 import io
 import json
+import logging
 import math
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from gm_probe.core.errors import BusyError, StorageError
+from gm_probe.core.errors import BusyError, StorageError, printable
+from gm_probe.core.regular import open_to_read, open_to_write
 
 try:
     import fcntl
@@ -26,9 +29,16 @@ TAKING = ".lock.new"
 BEAT = 5.0
 """Seconds between two signs of life of who holds a folder."""
 STALE = 60.0
-"""Seconds without one after which a holder on another machine counts as gone."""
+"""Seconds without one after which a holder on another machine counts as gone, by the clock of who waits."""
+POLL = 0.5
+"""Seconds between two looks at the lock of another machine."""
+LONGEST = 2**16
+"""Bytes of a lock that are read: names, numbers and one word."""
 TELL = 1.0
 """Seconds between two words of how far a holder is."""
+_log = logging.getLogger(__name__)
+Sign = tuple[int, bytes]
+"""A lock as it is at one time: when it was written (ns), and its content. Any change of it is a sign of life."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +62,16 @@ class Word:
 
 
 class Hold:
-    """A held folder: its lock names the holder and, in a second line, what it last told; see ``told``."""
+    """A held folder: its lock names the holder, what it last told (see ``told``), and counts its signs of life."""
 
     def __init__(self, file: io.FileIO) -> None:
         self._file = file
         self._holder = f"{socket.gethostname()} {os.getpid()}\n"
+        self._word, self._beats = "", 0
+        self._writing = threading.Lock()  # the beat comes from a thread of its own
         self._stage = ""
         self._first = self._began = self._last = 0.0
-        self._write("")
+        self._write()
 
     def tell(
         self, stage: str, done: float, total: float, more: Callable[[], Mapping[str, Any]] = dict
@@ -77,11 +89,17 @@ class Hold:
         rate = (done - self._first) / max(now - self._began, 1e-9)
         known = rate > 0 and done < total  # beyond what was expected nobody knows
         word = Word(stage, done, total, (total - done) / rate if known else None, more())
-        self._write(json.dumps(asdict(word)) + "\n")
+        self._word = json.dumps(asdict(word))
+        self._write()
 
-    def _write(self, word: str) -> None:
-        content = (self._holder + word).encode()
-        with suppress(OSError):  # a full disk must not end the work over this
+    def beat(self) -> None:
+        """Give a sign of life: change the lock, so that who watches it needs no clock that agrees with this one."""
+        self._beats += 1
+        self._write()
+
+    def _write(self) -> None:
+        content = f"{self._holder}{self._word}\n{self._beats}\n".encode()
+        with self._writing, suppress(OSError):  # a full disk must not end the work over this
             self._file.seek(0)
             self._file.write(content)  # over what stood there, so that the first line is never torn
             self._file.truncate()
@@ -90,7 +108,7 @@ class Hold:
 def told(folder: Path) -> Word | None:
     """What the holder of ``folder`` last told; None where that is nothing, or is just being written."""
     try:
-        word = Word(**json.loads((folder / LOCK).read_text(encoding="utf-8").split("\n")[1]))
+        word = Word(**json.loads(_read(folder)[1].decode().split("\n")[1]))
         # of another machine's gmprobe, which may be of another version
         sound = all(math.isfinite(n) for n in (word.done, word.total, word.left or 0.0))
         return word if sound and isinstance(word.stage, str) and isinstance(word.more, dict) else None
@@ -102,27 +120,31 @@ def told(folder: Path) -> Word | None:
 def exclusive(folder: Path) -> Iterator[Hold]:
     """Hold ``folder`` for this process alone; the lock goes with the process, however it ends.
 
-    While it is held the lock file names host and process, and is touched every ``BEAT`` seconds: see ``held``.
+    While it is held the lock file names host and process, and changes every ``BEAT`` seconds. Some file systems keep a
+    lock to one machine. So where the file names another machine it is watched, ``STALE`` seconds at most: if it
+    changes, that machine is at work; if it does not, the machine is gone.
 
     Raises:
         BusyError: another process holds it.
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be written, or its lock is no file of gmprobe.
     """
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # nothing of another's is overwritten before the lock is ours
-        file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        file = open_to_write(path)  # nothing of another's is overwritten before the lock is ours
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(path, error) from error
     with file:
-        _lock(file, folder, wait=False)
+        _lock(file, folder)
+        _require_ours(file, path)
+        gone = _watched(folder)
         with _alone_in_taking(folder):
-            _require_no_other_machine(folder)
+            if _other_machine(folder) not in (None, gone):  # another that watched was faster
+                raise _busy(folder)
             hold = Hold(file)
             os.fsync(file.fileno())  # over a network others see it only now
         ended = threading.Event()
-        beat = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+        beat = threading.Thread(target=_beat, args=(hold, ended), daemon=True)
         try:
             beat.start()
             yield hold
@@ -134,35 +156,48 @@ def exclusive(folder: Path) -> Iterator[Hold]:
                 file.truncate(0)
 
 
+def _require_ours(file: io.FileIO, path: Path) -> None:
+    """Raise StorageError where a file of this name is somebody else's: it would be overwritten."""
+    content = file.read(LONGEST)
+    if content.strip(b"\0") and _named(content) is None:
+        raise StorageError(f"{path} is no lock of gmprobe; move it away, or choose another folder")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Wait until no other process is in here for ``path``; for a moment's work, such as replacing it.
 
     Raises:
+        BusyError: another is in here for more than ``STALE`` seconds.
         StorageError: its folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = (path.parent / f".{path.name}.lock").open("a")
+        file = open_to_write(path.parent / f".{path.name}.lock")
     except OSError as error:
         raise _unwritable(path, error) from error
     with file:
-        _lock(file, path.parent, wait=True)
+        _lock(file, path.parent, within=STALE)
         yield
 
 
-def _lock(file: IO[Any] | io.FileIO, folder: Path, *, wait: bool) -> None:
+def _lock(file: io.FileIO, folder: Path, *, within: float = 0.0) -> None:
+    """Lock ``file``, where another has it within so many seconds."""
     if fcntl is None:
         return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BusyError(f"another gmprobe is working on {folder}; wait for it to end") from error
-    except OSError as error:  # a network's file system without locks: two could write at a time
-        raise StorageError(
-            f"{folder} is on a file system without locks ({error.strerror or error}); choose a folder on a local disk, "
-            "or mount it with locks"
-        ) from error
+    end = time.monotonic() + within
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= end:
+                raise BusyError(f"another gmprobe is working on {folder}; wait for it to end") from error
+            time.sleep(0.01)
+        except OSError as error:  # a network's file system without locks: two could write at a time
+            raise StorageError(
+                f"{folder} is on a file system without locks ({error.strerror or error}); choose a folder on a local "
+                "disk, or mount it with locks"
+            ) from error
 
 
 @contextmanager
@@ -176,7 +211,7 @@ def _alone_in_taking(folder: Path) -> Iterator[None]:
             break
         except FileExistsError:
             with suppress(FileNotFoundError):
-                made = path.stat().st_mtime_ns
+                made = _left(path)
                 if made != seen:  # another's than before
                     began, seen = time.monotonic(), made
                 elif time.monotonic() - began > BEAT:  # left by a kill within these few lines
@@ -192,46 +227,125 @@ def _alone_in_taking(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+def _left(path: Path) -> int:
+    """When the empty file ``path`` was made (ns); StorageError where it is something that ``exclusive`` never makes."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size:
+        raise StorageError(f"{path} is no file of gmprobe; move it away, or choose another folder")
+    return found.st_mtime_ns
+
+
 def _unwritable(path: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot write {path}: {error.strerror or error}; choose another folder")
 
 
-def _require_no_other_machine(folder: Path) -> None:
-    """Raise BusyError while one works on ``folder``: on some file systems a lock is known to one machine only."""
-    holder = _holder(folder)
-    if holder is not None and holder[0] != socket.gethostname() and held(folder):
-        raise BusyError(
-            f"{holder[0]} is working on {folder}, or was within the last {STALE:g} s; "
-            "wait for it to end, or for that long"
-        )
+def _busy(folder: Path) -> BusyError:
+    host, _ = _holder(folder) or ("another gmprobe", 0)
+    return BusyError(f"{host} is working on {folder}; wait for it to end")
+
+
+def _watched(folder: Path) -> Sign | None:
+    """Watch the lock of another machine until it has been silent for ``STALE`` seconds, and return it as it then is.
+
+    Returns None at once where no other machine is named.
+
+    Raises:
+        BusyError: it gave a sign of life.
+    """
+    first = sign = _other_machine(folder)
+    if sign is None:
+        return None
+    if _watch.silence(folder, sign) < STALE:
+        host, _ = _holder(folder) or ("another machine", 0)
+        where, who = printable(str(folder)), printable(host)
+        _log.warning(f"{where} was held by {who}; waiting up to {STALE:g} s to see whether it still is")
+    while _watch.silence(folder, sign) < STALE:
+        time.sleep(min(POLL, STALE / 10))
+        sign = _other_machine(folder)
+        if sign is None:  # it has let go
+            return None
+        if sign != first:
+            raise _busy(folder)
+    return sign
+
+
+def _other_machine(folder: Path) -> Sign | None:
+    """The lock of ``folder`` as it is now, where it names another machine."""
+    try:
+        sign = _read(folder)
+    except OSError:
+        return None
+    holder = _named(sign[1])
+    return None if holder is None or holder[0] == socket.gethostname() else sign
+
+
+def _read(folder: Path) -> Sign:
+    """Return the lock of ``folder`` as it is now; OSError where there is none."""
+    with open_to_read(folder / LOCK) as file:
+        return os.fstat(file.fileno()).st_mtime_ns, file.read(LONGEST)
 
 
 def _holder(folder: Path) -> tuple[str, int] | None:
     """Host and process that the lock file of ``folder`` names; None where nobody holds it."""
     try:
-        host, pid = (folder / LOCK).read_text(encoding="utf-8").split("\n")[0].split()
-        return host, int(pid)
-    except (OSError, ValueError):  # never held, or let go
+        return _named(_read(folder)[1])
+    except OSError:  # never held
         return None
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
+def _named(content: bytes) -> tuple[str, int] | None:
+    """Host and process that a lock of this content names; None where it names none, as one that was let go."""
+    try:
+        host, pid = content.decode().split("\n")[0].split()
+        return host, int(pid)
+    except ValueError:
+        return None
+
+
+def _beat(hold: Hold, ended: threading.Event) -> None:
     while not ended.wait(BEAT):
-        with suppress(OSError):  # the folder may be gone, or its server away for a moment
-            os.utime(path)
+        hold.beat()
+
+
+class _Watch:
+    """Since when each lock is as it is, by this process's own clock, and whether it was ever seen to change."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[Sign, float, bool]] = {}
+
+    def silence(self, folder: Path, sign: Sign) -> float:
+        """Seconds for which the lock of ``folder``, now ``sign``, is known not to have changed."""
+        now = time.monotonic()
+        before, since, changed = self._seen.get(folder, (sign, now, False))
+        if sign != before:
+            since, changed = now, True
+        self._seen[folder] = sign, since, changed
+        return now - since
+
+    def lives(self, folder: Path, sign: Sign) -> bool:
+        """Whether the holder gives signs of life; before any was seen, whether the date of the last is about now."""
+        silent = self.silence(folder, sign) >= STALE
+        recent = abs(time.time() - sign[0] / 1e9) < STALE
+        return not silent and (self._seen[folder][2] or recent)
+
+
+_watch = _Watch()
 
 
 def held(folder: Path) -> bool:
-    """Whether a living process holds ``folder``: on this machine it is looked for, of others ``STALE`` decides."""
-    holder = _holder(folder)
+    """Whether ``folder`` seems to be held, without waiting: for those who look on, never for who wants to work in it.
+
+    A process of this machine is looked for. Of another machine, the signs of life that this process has seen decide; at
+    its first look it has only the date of the last one. ``exclusive`` relies on no date.
+    """
     try:
-        silent = time.time() - (folder / LOCK).stat().st_mtime
+        sign = _read(folder)
     except OSError:
         return False
-    if holder is None or silent >= STALE:
+    holder = _named(sign[1])
+    if holder is None or (holder[0] == socket.gethostname() and not alive(holder[1])):
         return False
-    host, pid = holder
-    return host != socket.gethostname() or alive(pid)
+    return _watch.lives(folder, sign)
 
 
 def alive(pid: int) -> bool:

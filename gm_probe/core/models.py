@@ -382,20 +382,15 @@ def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
         raise UsageError(f"--model {name}: there is no file {location}")
 
     def build(_: ModelSpec) -> nn.Module:
-        # as `python file.py` and `python -m module` do: code finds what lies beside it
-        folder = str(Path.cwd() if file is None else file.resolve().parent)
-        sys.path.insert(0, folder)
         try:
-            module = importlib.import_module(location) if file is None else _module_of(file)
-            model = getattr(module, attribute)()
+            with _found_last(Path.cwd() if file is None else file.resolve().parent):
+                module = importlib.import_module(location) if file is None else _module_of(file)
+                model = getattr(module, attribute)()
         except (Exception, SystemExit) as error:  # whatever a user's own code raises
             if out_of_memory(error):
                 raise
             reason = " ".join(str(error).split())
             raise UsageError(f"--model {name}: {type(error).__name__}: {reason}") from error
-        finally:
-            with suppress(ValueError):  # it may have cleared the path itself
-                sys.path.remove(folder)
         if not isinstance(model, nn.Module):
             raise UsageError(f"--model {name} returned {type(model).__name__}, not an nn.Module")
         if isinstance(model, torch.jit.ScriptModule):
@@ -410,6 +405,18 @@ def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
         return model
 
     return build
+
+
+@contextmanager
+def _found_last(folder: Path) -> Iterator[None]:
+    """Let code import meanwhile what lies in ``folder``; Python's own modules and installed ones come before it."""
+    entry = str(folder)
+    sys.path.append(entry)
+    try:
+        yield
+    finally:
+        if entry in sys.path:  # the code may have changed the path itself
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(entry)]
 
 
 def _module_of(file: Path) -> ModuleType:

@@ -241,11 +241,14 @@ def as_measured(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Attention by kernels that have second and forward-mode derivatives; the fused ones have neither."""
+    """Attention by kernels that have second and forward-mode derivatives; the fused ones have neither.
+
+    Inference mode, in which every derivative would be 0 without a word, is off meanwhile.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

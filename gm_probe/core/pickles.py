@@ -13,6 +13,7 @@ from typing import IO, Any
 import torch
 
 from gm_probe.core.errors import CheckpointError, printable
+from gm_probe.core.regular import open_to_read
 from gm_probe.core.state_dicts import entries
 
 LEGACY = 5
@@ -75,7 +76,7 @@ def check_unpacking(path: Path) -> None:
             wrong checksum, which torch does not look at; or its pickle is made to explode.
         Exception: whatever zipfile and pickletools raise on a broken file.
     """
-    with path.open("rb") as file:
+    with open_to_read(path, follow=True) as file:
         if file.read(4) != b"PK\x03\x04":  # as torch tells a zip file from its older format
             file.seek(0)
             for _ in range(LEGACY):

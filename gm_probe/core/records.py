@@ -28,6 +28,7 @@ from typing import Any
 from gm_probe.core.errors import StorageError, UsageError
 from gm_probe.core.files import read_json, read_toml
 from gm_probe.core.locks import held
+from gm_probe.core.regular import read_record
 
 CONFIG = "config.toml"
 SPLIT = "split.json"
@@ -131,7 +132,7 @@ def failure(run: Path) -> str | None:
     """The last line of what a failed run left, or why training diverged; None of others."""
     error = run / ERROR
     if error.exists():
-        lines = error.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = read_record(error).decode(errors="replace").split("\n")
         return next((line for line in reversed(lines) if line.strip()), "no reason recorded")
     reason = _read_table(run / SUMMARY).get("reason")
     return None if reason is None else str(reason)
@@ -158,10 +159,7 @@ def find_runs(root: Path) -> list[Path]:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the epoch rows of a run folder. A torn last line (the run was killed there) ends the rows."""
-    try:
-        lines = (path / METRICS).read_bytes().splitlines()
-    except OSError as error:
-        raise StorageError(f"cannot read {path / METRICS}: {error.strerror or error}") from error
+    lines = read_record(path / METRICS).splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -41,7 +41,7 @@ def kl_gradient(
     Returns:
         (n,) divergences and the (P,) gradient.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         moved = {
             name: (p.detach() + d).requires_grad_()
             for (name, p), d in zip(parameters.named.items(), parameters.split(offset).values(), strict=True)

@@ -89,6 +89,7 @@ class CovarianceRoot:
             yield torch.stack([self.applied(unit.expand(self._shape[0], -1)) for unit in units])
 
 
+@torch.inference_mode(False)
 def fisher_trace(
     parameters: Parameters,
     batches: Batches,

@@ -73,7 +73,7 @@ def recipes() -> Mapping[str, Recipe]:
     for entry in folder.iterdir():
         if entry.name.endswith(".toml"):
             with resources.as_file(entry) as file:
-                found[file.stem] = _recipe(file.stem, read_toml(file))
+                found[file.stem] = _recipe(file.stem, read_toml(file, follow=True))
     return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
 
 

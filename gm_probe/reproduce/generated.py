@@ -37,5 +37,6 @@ def image_folder(name: str, folder: Path) -> Path:
                 pixels = noisy.clip(0, 255).astype(np.uint8)
                 path = place / f"{index:03d}.png"
                 if not path.exists():
-                    Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(path)
+                    with path.open("xb") as file:  # never through a link
+                        Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(file, "PNG")
     return root

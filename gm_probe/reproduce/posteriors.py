@@ -32,6 +32,7 @@ from gm_probe.sweep.measuring import open_subject
 from gm_probe.sweep.recipe import Recipe, parse_recipe
 from gm_probe.sweep.tuning import NOTHING
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.leave import Leave
 from gm_probe.training.parts import own_unlabeled
 
 ARMS = {"own": "own start", "common": "common start"}
@@ -97,7 +98,7 @@ def _settings(recipe: Recipe, folder: Path) -> list[tuple[list[Path], TrainConfi
 
 def _of_setting(paths: Sequence[Path], config: TrainConfig) -> dict[str, Any]:
     """C_θ, the variance of the parameters over seeds, and the means of what was measured of each run."""
-    examples = own_unlabeled(paths[0]).in_memory()
+    examples = own_unlabeled(paths[0], Leave.of(config)).in_memory()
     subjects = [open_subject(path, examples) for path in paths]
     models = [Parameters(subject.model.eval()) for subject in subjects]
     x = _inputs(subjects[0].batches)

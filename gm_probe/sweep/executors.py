@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from gm_probe.core.errors import BusyError, ProbeError
+
+SAFE_PATH = "PYTHONSAFEPATH"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,8 @@ class _Worker:
         # a Ctrl-C while it imports is the parent's to handle: the child inherits this
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
         try:
-            self.process.start()
+            with _safe_path():
+                self.process.start()
         finally:
             if before is not None:
                 signal.signal(signal.SIGINT, before)
@@ -167,6 +170,20 @@ class _Worker:
         if self.process.is_alive():  # deep in a call that no signal reaches
             self.process.kill()
             self.process.join()
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Start Python meanwhile so that it imports nothing from the current folder, where anybody's pickle.py may lie."""
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
 
 
 def _in_main_thread() -> bool:

@@ -9,8 +9,8 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -72,7 +72,7 @@ class Ray:
                     job = left.pop()
                     job = replace(job, out=job.out.resolve())
                     seen, files = None if self.fetch else token, _read(job.out) if send else None
-                    waiting[task.remote(job, seen, files, self.cpus, self.gpus)] = job
+                    waiting[task.remote(job, seen, files, self.cpus, self.gpus, Path.cwd())] = job
                 [ready], _ = ray.wait(list(waiting), num_returns=1)
                 job = waiting.pop(ready)
                 outcome = _outcome(ray, ready, job)
@@ -123,8 +123,9 @@ def _connect(ray: Any, address: str | None) -> None:
     alone = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address is None else {}
     os.environ.setdefault("RAY_worker_niceness", "0")  # of our own cluster: at 15 any other work starves them
     try:
-        # by no address Ray would take RAY_ADDRESS, or the cluster that was started last
-        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **alone)
+        with _in_root():
+            # by no address Ray would take RAY_ADDRESS, or the cluster that was started last
+            ray.init(address=address or "local", log_to_driver=False, logging_level="error", **alone)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ResourceError(
             f"no Ray cluster at {address}: {first_line(error)}; "
@@ -132,13 +133,32 @@ def _connect(ray: Any, address: str | None) -> None:
         ) from error
 
 
+@contextmanager
+def _in_root() -> Iterator[None]:
+    """Be at the root meanwhile: workers import what lies in the folder from where Ray was started."""
+    here = Path.cwd()
+    os.chdir(here.anchor)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
 def _work(
-    job: Job, token: Path | None, files: dict[str, bytes] | None, threads: int, gpus: float
+    job: Job,
+    token: Path | None,
+    files: dict[str, bytes] | None,
+    threads: int,
+    gpus: float,
+    here: Path = Path(),
 ) -> tuple[Outcome, dict[str, bytes] | None] | None:
     """On a worker: the outcome, and the run's files where the driver does not see them.
 
-    None = nothing is done, for the folder is not seen here and no ``files`` came along.
+    None = nothing is done, for the folder is not seen here and no ``files`` came along. Names of files are meant as
+    from the driver's folder ``here``.
     """
+    with suppress(OSError):  # it may not be there; names that begin at the root lead as far
+        os.chdir(here)
     if not gpus:  # else all runs of a node would share its first one; CUDA looks here when it starts
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if token is not None and token.exists():

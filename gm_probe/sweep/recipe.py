@@ -97,9 +97,9 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
             hint = did_you_mean(name, known, f"give a .toml file or one of {', '.join(known)}")
             raise UsageError(f"no recipe {name!r}; {hint}")
         with resources.as_file(resources.files("gm_probe") / "recipes" / f"{name}.toml") as file:
-            content = read_toml(file)
+            content = read_toml(file, follow=True)
     else:
-        content = read_toml(path)
+        content = read_toml(path, follow=True)
     recipe = parse_recipe(content, overrides)
     require_names(recipe.runs.values())
     return recipe

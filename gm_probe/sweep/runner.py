@@ -29,6 +29,7 @@ from gm_probe.sweep.measuring import How, measure_as, telling
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.sweep.saved_measures import merge_measures
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.leave import Leave
 from gm_probe.training.loop import train
 from gm_probe.training.parts import own_unlabeled
 
@@ -86,7 +87,7 @@ def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, hold: Hold) -> N
     }
     result = measure_as(
         out / CHECKPOINT,
-        own_unlabeled(out),
+        own_unlabeled(out, Leave.of(config)),
         plan.measures,
         How(plan.settings, plan.scope, loading),
         telling(hold, plan.measures, plan.settings),
@@ -157,7 +158,10 @@ def run_recipe(
     todo: list[Job] = []
     for name, config in recipe.runs.items():
         folder = out / name
-        if is_complete(folder, recipe.plan):
+        if folder.is_symlink():
+            reason = f"{folder} is a link; a sweep writes into its own folder only: remove it"
+            report(Outcome(name, "failed", reason, tried=False))
+        elif is_complete(folder, recipe.plan):
             _forget_failure(folder)  # a disk may refuse the last write's sync with all of it there
             report(Outcome(name, "skipped", tried=False))
         elif not retry_failed and failed_before(folder):

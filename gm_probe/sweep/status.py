@@ -25,6 +25,7 @@ from gm_probe.core.records import (
     read_run,
     run_state,
 )
+from gm_probe.core.regular import read_record
 
 STATES = ("finished", "trained", "running", "stale", "pending", "diverged", "failed")
 ENDED = frozenset({"finished", "diverged", "failed"})
@@ -153,8 +154,8 @@ def _name(path: Path, root: Path) -> str:
 
 def _epochs(path: Path) -> int:
     try:
-        return (path / METRICS).read_bytes().count(b"\n")
-    except OSError:
+        return read_record(path / METRICS).count(b"\n")
+    except StorageError:
         return 0
 
 

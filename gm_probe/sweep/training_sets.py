@@ -17,7 +17,8 @@ from gm_probe.core.files import read_json
 from gm_probe.core.huggingface import is_folder
 from gm_probe.core.images import blocks
 from gm_probe.core.records import CHECKPOINT, CONFIG, SPLIT, find_runs, read_run
-from gm_probe.training.parts import MARKS, own_unlabeled
+from gm_probe.training.leave import Leave
+from gm_probe.training.parts import MARKS, NO_LEAVE, own_unlabeled
 
 UNKNOWN = "unknown"
 """What the training set of every checkpoint without a run folder is called."""
@@ -173,18 +174,18 @@ def doubts(paths: Sequence[Path], training_sets: Sequence[str]) -> list[str]:
     return notes
 
 
-def common_unlabeled(runs: Sequence[Path], data: str | None = None) -> Examples:
-    """The unlabeled part that all ``runs`` were trained beside; ``data`` says where it is now (None = where it was).
+def common_unlabeled(runs: Sequence[Path], leave: Leave = NO_LEAVE) -> Examples:
+    """The unlabeled part that all ``runs`` were trained beside, looked for where ``leave`` says.
 
     Raises:
         DataError: two runs have different ones, or the data has changed.
     """
-    first, examples = runs[0], own_unlabeled(runs[0], data)
+    first, examples = runs[0], own_unlabeled(runs[0], leave)
     split = _split_of(first)
     for run in runs[1:]:
         if _split_of(run) == split:  # with its digest of the examples: no need to read them again
             continue
-        if not _equal(own_unlabeled(run, data), examples):
+        if not _equal(own_unlabeled(run, leave), examples):
             raise DataError(
                 f"{first} and {run} have different unlabeled parts; name data that none of the runs was trained on "
                 "with --unlabeled"

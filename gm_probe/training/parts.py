@@ -17,7 +17,9 @@ from gm_probe.core.images import contents
 from gm_probe.core.records import CONFIG, SPLIT, read_run
 from gm_probe.core.splits import Splits, hold_out, split
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.leave import Leave
 
+NO_LEAVE = Leave()
 OWN_UNLABELED = "own unlabeled"
 """What measures.json calls the part that ``own_unlabeled`` gives."""
 MARKS = "unlabeled_marks"
@@ -120,24 +122,23 @@ def _otherwise(run: Path, data: str) -> str:
     return f"{data} is not the data that {run} was trained on, which was in {trained_on}; say with --data where that is"
 
 
-def own_unlabeled(path: Path, data: str | None = None) -> Examples:
+def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
     """The unlabeled part that a run folder, or a checkpoint file in one, was trained beside, labels dropped.
 
     A folder's images are still in their files. Those that ``Examples.subset`` takes are compared with the run's record;
     no others are decoded.
 
     Args:
-        data: where the run's data is now; None = where it was.
+        leave: where its data may be looked for, whatever the folder says.
 
     Raises:
-        UsageError: it is no run, nor in one; or there is no such data.
+        UsageError: it is no run, nor in one; or there is no such data; or it needs more leave.
         DataError: its data has changed since.
     """
     run = path if path.is_dir() else path.parent
     if not (run / CONFIG).exists():
         raise UsageError(f"{path} is no run folder, nor in one; give --unlabeled or --labeled DATA")
-    config = TrainConfig.from_record(read_run(run).config)
-    config = config if data is None else config.replace(data=data)
+    config = leave.applied(TrainConfig.from_record(read_run(run).config), run)
     source, recorded = open_data(config), read_json(run / SPLIT)
     # all that was used vouches for a part of it; it is looked at where no image is decoded for it, or without marks
     if isinstance(source.pool.x, Tensor) or MARKS not in recorded:

@@ -15,6 +15,7 @@ from gm_probe.core.devices import generator_state, set_generator_state
 from gm_probe.core.errors import CheckpointError
 from gm_probe.core.files import write_atomic
 from gm_probe.core.pickles import load_torch
+from gm_probe.core.regular import open_to_read
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -31,6 +32,7 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: the file is broken.
     """
     try:
+        open_to_read(path).close()  # no link, no pipe
         return dict(load_torch(path))
     except MemoryError:
         raise

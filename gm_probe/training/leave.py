@@ -1,0 +1,93 @@
+"""What the record of a run may ask for, and only the command line may decide: a run folder may be anybody's."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gm_probe.core.datasets import DATASETS
+from gm_probe.core.errors import UsageError
+from gm_probe.core.files import default_data_root
+from gm_probe.core.models import is_user_code
+from gm_probe.training.config import TrainConfig
+
+THREADS = "threads"
+OPTIONS = {"model": "--model", "data_root": "--data-root", "device": "--device", THREADS: "--threads"}
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Where the command line lets a run's data be looked for.
+
+    Attributes:
+        data: where the run's data is now; None = where it was.
+        data_root: where torchvision's data sets are; None = ``default_data_root``.
+        download: torchvision may download what is missing.
+    """
+
+    data_root: Path | None = None
+    download: bool = False
+    data: str | None = None
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Leave:
+        """That which ``config``, given by the caller and not by a folder, has of its own."""
+        return cls(None if config.data_root is None else Path(config.data_root), config.download)
+
+    def applied(self, config: TrainConfig, run: Path) -> TrainConfig:
+        """Return what the record of ``run`` says, its data looked for where this says.
+
+        Raises:
+            UsageError: the record names another place, and this none.
+        """
+        if self.data is not None:
+            config = config.replace(data=self.data)
+        if self.data_root is None:
+            refuse({name: value for name, value in asked(config).items() if name == "data_root"}, run)
+        root = None if self.data_root is None else str(self.data_root)
+        return config.replace(data_root=root, download=self.download)
+
+
+def refuse(lacking: Mapping[str, str], run: Path) -> None:
+    """Raise UsageError where something is in ``lacking``: settings that the command line would have to give."""
+    if lacking:
+        options = "".join(_option(name, value) for name, value in lacking.items())
+        raise UsageError(f"{run} asks for what only the command line may decide: add{options}")
+
+
+def as_options(configs: Iterable[TrainConfig]) -> str:
+    """The options by which `gmprobe run-one` lets these runs do what they ask for, each with a space before it."""
+    configs = list(configs)
+    needed = dict.fromkeys(
+        _option(*item) for config in configs for item in asked(config).items() if item[0] != THREADS
+    )
+    return "".join(needed) + (" --download" if any(config.download for config in configs) else "")
+
+
+def _option(name: str, value: str) -> str:
+    return f" {OPTIONS[name]} {shlex.quote(value)}"
+
+
+def asked(config: TrainConfig) -> dict[str, str]:
+    """Return the settings of a record that reach beyond its folder and beyond what any process uses, as text.
+
+    They are code of somebody's own, another place of torchvision's data, another device than the CPU, and more threads
+    than this machine has. A download is none of them: without leave there simply is none.
+    """
+    found: dict[str, str] = {}
+    if is_user_code(config.model):
+        found["model"] = config.model
+    if (
+        config.data in DATASETS
+        and config.data_root is not None
+        and config.data_root != str(default_data_root())
+    ):
+        found["data_root"] = config.data_root
+    if config.device not in {"auto", "cpu"}:
+        found["device"] = config.device
+    if (config.threads or 0) > (os.cpu_count() or 1):
+        found[THREADS] = str(config.threads)
+    return found
