@@ -93,6 +93,32 @@ class Recomputed(nn.Module):
         return self.head(checkpoint(self.block, x, use_reentrant=self.reentrant))
 
 
+class Again(torch.autograd.Function):
+    """Runs a part of the network in its backward pass, as hand-written checkpointing does."""
+
+    @staticmethod
+    def forward(ctx: Any, block: nn.Module, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.block, ctx.inputs = block, (x, *weights)
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        x, *weights = ctx.inputs
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.block(x)
+        return None, *torch.autograd.grad(output, (x, *weights), slopes, allow_unused=True)
+
+
+class RecomputedByHand(Recomputed):
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Again.apply(self.block, torch.tanh(self.stem(x)), *self.block.parameters()))
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase] = nn.GRU) -> None:
         super().__init__()
@@ -282,6 +308,9 @@ KINDS: dict[str, Kind] = {
     ),
     "activation checkpointing": Kind(lambda: Recomputed(False), lambda: Recomputed(None)),
     "activation checkpointing, reentrant": Kind(lambda: Recomputed(True), lambda: Recomputed(None)),
+    "activation checkpointing by an autograd function of one's own": Kind(
+        RecomputedByHand, refused="runs a part of itself again"
+    ),
     "recurrent networks": Kind(Recurrent, x=tokens),
     "attention": Kind(Attention, x=tokens),
     "sparse embeddings": Kind(lambda: Bag(sparse=True), lambda: Bag(sparse=False), tokens),
