@@ -19,8 +19,8 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in background
 from gm_probe.cli import listings, main
 def callback(**_):
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         while True:
             time.sleep(0.001)
     finally:
