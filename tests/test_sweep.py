@@ -149,7 +149,7 @@ def test_overrides_replace_base(recipe: Recipe) -> None:
         ({"measure": {"radius": 0.1}}, "no setting measure.radius; there are: measures, max_examples"),
         ({"measure": {"rho": "big"}}, "measure.rho = 'big' must be of type float"),
         ({"measure": {"rho": True}}, "measure.rho = True must be of type float"),
-        ({"measure": {"rho": -1}}, "rho must be positive"),
+        ({"measure": {"rho": -1}}, "measure.rho = -1.0 must be a finite number above 0"),
         ({"measure": {"num_starts": 2.5}}, "measure.num_starts = 2.5 must be of type int"),
         ({"measure": {"protocol": "papr"}}, "measure.protocol = 'papr'"),
         ({"measure": {"max_examples": 0}}, "measure.max_examples = 0 must be a whole number ≥ 1"),

@@ -18,7 +18,7 @@ import click
 
 from gm_probe.cli.plain import HANDLER
 from gm_probe.core.errors import ProbeError, did_you_mean, first_line, out_of_memory, printable
-from gm_probe.core.signals import TERMINATED, Terminated, on_sigterm, terminate
+from gm_probe.core.signals import INTERRUPTED, TERMINATED, Terminated, ending_in_order, last_words
 
 COMMANDS = {
     "quickstart": "Train, measure and correlate a small sweep on bundled real digits.",
@@ -96,7 +96,16 @@ def main(args: list[str] | None = None) -> None:
     Codes: 0 ok, 1 internal, 2 usage, 3 checkpoint, 4 data, 5 diverged, 6 resources, 7 I/O, 130 interrupted,
     143 terminated.
     """
-    args = sys.argv[1:] if args is None else args
+    with ending_in_order(for_good=args is None):
+        try:
+            _run(sys.argv[1:] if args is None else args)
+        except KeyboardInterrupt:  # while another end was told
+            _fail("interrupted; what was finished is kept", INTERRUPTED)
+        except Terminated as stop:
+            _fail(stop.message, TERMINATED)
+
+
+def _run(args: list[str]) -> None:
     # in this order: each takes its own number
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller, who wants none of it
@@ -112,10 +121,7 @@ def main(args: list[str] | None = None) -> None:
     )  # of a home that is read-only; `gmprobe doctor` tells
     _pass_over_settings_here()
     try:
-        with on_sigterm(terminate):
-            cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
-    except Terminated as stop:
-        _fail(stop.message, TERMINATED)
+        cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -126,8 +132,8 @@ def main(args: list[str] | None = None) -> None:
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
         message = " ".join(error.format_message().split()).rstrip(".")
         _fail(f"{message}{hint}", error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; what was finished is kept", 130)
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
     except BrokenPipeError:  # the reader (head, less) closed early, which is its right
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -174,10 +180,10 @@ def _debug(args: list[Any]) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    try:
-        print(f"gmprobe: {printable(message)}", file=sys.stderr, flush=True)
-    except (
-        OSError
-    ):  # nobody to tell but by the code, which Python would change if it failed to flush at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    with last_words():
+        try:
+            print(f"gmprobe: {printable(message)}", file=sys.stderr, flush=True)
+        except OSError:
+            # nobody to tell but by the code, which Python would change if it failed to flush at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(code)

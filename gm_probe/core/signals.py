@@ -1,15 +1,28 @@
-"""SIGTERM, by which a scheduler takes a machine back: what is at work ends in order."""
+"""SIGINT and SIGTERM: at the first, what is at work ends in order; at the second, the process ends at once.
+
+A handler may be called while it is at work already, or while the code that it interrupts holds any lock. So handlers
+here set plain flags, raise, or end the process by ``os._exit``; they take no lock and call nothing that takes one.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-TERMINATED = 143
-"""Exit code of a process that ended by SIGTERM, as shells have it: 128 + 15."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of a process that ended by SIGINT or SIGTERM, as shells have it: 128 and the signal's number."""
+ENDED_BY = {
+    signal.SIGINT: (INTERRUPTED, "interrupted; what was finished is kept"),
+    signal.SIGTERM: (TERMINATED, "terminated; what was finished is kept"),
+}
+SAME = 0.5
+"""Seconds in which a second SIGTERM counts as the first: launchers pass on what the whole process group was sent."""
 
 
 class Terminated(SystemExit):
@@ -20,27 +33,105 @@ class Terminated(SystemExit):
         self.message = message
 
 
+class _Ending:
+    """Whether the program, if it handles signals, was asked to end, and whether it has said so."""
+
+    handled = False
+    asked = False
+    said = False
+
+
 @contextmanager
-def on_sigterm(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Have ``handler`` called at SIGTERM; outside of the main thread, which alone may ask for that, nothing changes."""
+def ending_in_order(*, for_good: bool = False) -> Iterator[None]:
+    """Raise KeyboardInterrupt at SIGINT and ``Terminated`` at SIGTERM; a second signal ends the process at once.
+
+    Outside of the main thread, which alone may ask for signals, nothing changes. A SIGINT that the caller ignores stays
+    ignored.
+
+    Args:
+        for_good: keep the handlers after the block, for the rest of the process.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    _Ending.handled, _Ending.asked, _Ending.said = True, False, False
+    handlers: dict[signal.Signals, Callable[[int, Any], None]] = {signal.SIGTERM: terminate}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        handlers[signal.SIGINT] = _interrupt
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    if for_good:  # Python's own end would set the defaults, by which a process dies with another code
+        atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in handlers])
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if for_good:
+            _Ending.asked = _Ending.said = True  # what is left is Python's own end
+        else:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+            _Ending.handled = False
+
+
+@contextmanager
+def last_words() -> Iterator[None]:
+    """Say within why the program ends. A signal that comes later ends it without another line."""
+    _Ending.asked = True
+    mask = getattr(signal, "pthread_sigmask", None)
+    before = None if mask is None else mask(signal.SIG_BLOCK, ENDED_BY)
+    try:
+        yield
+    finally:
+        _Ending.said = True
+        if mask is not None:
+            mask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
 def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Only note SIGTERM meanwhile; yields what says whether it came."""
-    came = threading.Event()
-    with on_sigterm(lambda *_: came.set()):
-        yield came.is_set
+    """Only note SIGTERM meanwhile; yields what says whether it came. A second one ends the process at once."""
+    came: list[float] = []
+
+    def handler(number: int, _: Any) -> None:
+        now = time.monotonic()
+        if (came and now - came[0] > SAME) or (not came and _Ending.handled and _Ending.asked):
+            _end_at_once(number)
+        came.append(now)
+        _Ending.asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked, before = _Ending.asked, signal.signal(signal.SIGTERM, handler)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if not _Ending.handled:
+            _Ending.asked = asked
 
 
-def terminate(*_: object) -> None:
+def terminate(number: int, _: object) -> None:
     """A handler that ends the process by way of every ``finally``, so that no half-written file stays."""
-    raise Terminated("terminated; what was finished is kept")
+    _first(number)
+    raise Terminated(ENDED_BY[signal.SIGTERM][1])
+
+
+def _interrupt(number: int, _: object) -> None:
+    _first(number)
+    raise KeyboardInterrupt
+
+
+def _first(number: int) -> None:
+    if _Ending.asked:
+        _end_at_once(number)
+    _Ending.asked = True
+
+
+def _end_at_once(number: int) -> None:
+    code, message = ENDED_BY[signal.Signals(number)]
+    with suppress(OSError):
+        if not _Ending.said:
+            # a progress bar may have hidden the cursor, and its line may be half drawn
+            restored = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""
+            os.write(2, f"{restored}gmprobe: {message}\n".encode())
+    os._exit(code)
