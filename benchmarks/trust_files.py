@@ -500,6 +500,11 @@ def _obstacles() -> dict[str, Make]:
         with path.open("wb") as file:
             file.truncate(2**40)
 
+    def brackets(path: Path) -> None:
+        with path.open("wb") as file:
+            for _ in range(64):  # in pieces: forks would inherit the memory
+                file.write(b"[" * 1_000_000)
+
     return {
         "a pipe": os.mkfifo,
         "a socket": bound,
@@ -511,7 +516,7 @@ def _obstacles() -> dict[str, Make]:
         "a link to itself": lambda path: path.symlink_to(path),
         "a link to nothing": lambda path: path.symlink_to("nothing"),
         "1 TB of holes": holes,
-        "64 MB of brackets": lambda path: path.write_bytes(b"[" * 64_000_000),
+        "64 MB of brackets": brackets,
     }
 
 

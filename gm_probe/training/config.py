@@ -27,9 +27,7 @@ CHOICES = {
 
 
 WHOLE = {
-    **dict.fromkeys(
-        ("epochs", "batch_size", "k_steps", "mu", "m", "labels", "checkpoint_every"), 1
-    ),
+    **dict.fromkeys(("epochs", "batch_size", "k_steps", "mu", "m", "labels", "checkpoint_every"), 1),
     **dict.fromkeys(("num_train", "num_unlabeled", "num_test"), 1),
     **dict.fromkeys(("eval_every", "track_every", "probe_every"), 0),
 }
