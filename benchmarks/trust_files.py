@@ -357,7 +357,8 @@ def requests(bench: Bench, small: bool) -> Row:
     asked |= {"root": {"data": "cifar10", "data_root": elsewhere}}
     asked |= {f"model {name}": {"model": name} for name in ("evil:build", "evil.py:build", "os:getcwd")}
     asked |= {f"device {name}": {"device": name} for name in ("cuda", "cuda:7", "mps", "meta", "xla:0")}
-    asked |= {"10⁶ threads": {"threads": 10**6}, "init elsewhere": {"init": elsewhere}}
+    asked |= {f"{count:,} threads": {"threads": count} for count in (1000, 10**6, 10**18, 0, -1)}
+    asked |= {"init elsewhere": {"init": elsewhere}}
     for name, changes in list(asked.items())[:: 6 if small else 1]:
         for command in random.Random(name).sample(list(COMMANDS), 3) if small else COMMANDS:
             runs = bench.fresh()
@@ -379,7 +380,7 @@ def requests(bench: Bench, small: bool) -> Row:
             problem = ended_well(ran, 2**40)
             if canary.exists():
                 problem = "went out, or ran code"
-            elif place.exists() or (runs.parent / "home").exists():
+            elif place.exists() or (runs.parent / "home" / ".cache" / "gm_probe").exists():
                 problem = "made a folder"
             row.add(f"{name} at {command}", problem)
     return row

@@ -23,9 +23,9 @@ from gm_probe.cli import COMMANDS, cli, main
 from gm_probe.cli.output import results_console, table
 from gm_probe.cli.plain import SIGNS, spelled
 from gm_probe.core import doctor, locks
-from gm_probe.core.datasets import DATASETS
 from gm_probe.core.doctor import Finding, diagnose
 from gm_probe.core.errors import StorageError
+from gm_probe.core.sources import DATASETS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "torchvision", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "jinja2", "timm"}

@@ -17,9 +17,10 @@ from gm_probe.probe.probe import Settings
 from gm_probe.sweep import executors
 from gm_probe.sweep.executors import Job, Outcome, attempt, in_turn
 from gm_probe.sweep.measuring import How, measure_checkpoint
-from gm_probe.sweep.remeasure import Remeasure, last_finished, measure_runs, trained_runs
+from gm_probe.sweep.remeasure import Remeasure, measure_runs
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.sweep.saved_measures import as_recorded
+from gm_probe.sweep.trained import last_finished, trained_runs
 from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
 
 

@@ -249,7 +249,7 @@ def test_a_record_names_no_place_to_look_for_data(
     assert command(*measure) == 4
     assert asked == [(folder / "home" / ".cache" / "gm_probe", False)]
     assert "add --download" in capsys.readouterr().err
-    assert not (folder / "home").exists()
+    assert not (folder / "home" / ".cache" / "gm_probe").exists()  # matplotlib may make its own
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_record_names_no_place_to_look_for_data(
         ({"model": "evil.py:build"}, "--model evil.py:build"),
         ({"device": "cuda:7"}, "--device cuda:7"),
         ({"device": "meta"}, "--device meta"),
-        ({"threads": 10**6}, "--threads 1000000"),
+        ({"threads": 1000}, "--threads 1000"),
     ],
 )
 def test_a_run_is_resumed_as_far_as_the_command_lets_it(

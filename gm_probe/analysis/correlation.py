@@ -23,6 +23,7 @@ from gm_probe.analysis.partial import partial
 from gm_probe.analysis.permutation import EXACT_RUNS, permutation_p, permuted_coefficients
 from gm_probe.analysis.prediction import prediction, selection
 from gm_probe.analysis.rank import tied_pairs
+from gm_probe.analysis.requests import require_statistics
 from gm_probe.analysis.results import (
     Correlation,
     Details,
@@ -34,13 +35,11 @@ from gm_probe.analysis.sample import Draws, Sample, sample_of, shared_seeds, tau
 from gm_probe.analysis.sign_error import sign_error
 from gm_probe.analysis.strata import between, stratified, within
 from gm_probe.analysis.table import Exclusion, RunTable, by_reason, require_known, show
-from gm_probe.core.errors import DataError, ResourceError, UsageError
+from gm_probe.core.errors import DataError, ResourceError
 
 RESAMPLES = 2000
 MOST_RUNS = 30_000
 """All pairs of more runs do not fit in memory."""
-PARTS = ("details", "conditional", "prediction", "comparisons")
-"""What can be skipped; ``details`` holds all that goes beyond τ and comparisons."""
 
 
 def correlate(
@@ -64,12 +63,10 @@ def correlate(
         ResourceError: more than ``MOST_RUNS`` runs.
     """
     require_known(gaps, table.gaps, "gap")
-    require_known(skip, PARTS, "part to skip named")
+    require_statistics(skip, resamples)
     require_known(
         controls, [*table.measures, *table.hyperparameters, *table.outcomes], "column to control for named"
     )
-    if resamples < 100:
-        raise UsageError(f"{resamples} resamples tell neither an interval nor p; give 100 or more")
     _require_runs(table)
     gaps = gaps or table.gaps
     draws = Draws(seed, resamples)

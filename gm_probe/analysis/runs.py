@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from gm_probe.analysis.spreadsheets import READERS, table_from_file
+from gm_probe.analysis.requests import require_source
+from gm_probe.analysis.spreadsheets import table_from_file
 from gm_probe.analysis.table import (
     BOOKKEEPING,
     GAPS,
@@ -28,7 +29,7 @@ from gm_probe.analysis.table import (
     show,
     unique,
 )
-from gm_probe.core.errors import DataError, StorageError, UsageError
+from gm_probe.core.errors import DataError, StorageError
 from gm_probe.core.files import read_json
 from gm_probe.core.records import SWEEP, RunRecord, find_runs, read_run
 from gm_probe.core.regular import open_to_read
@@ -73,10 +74,7 @@ def load_table(
     """
     if source.is_dir():
         return _table_from_folders(source, measures, hyperparameters, group_by, converged_only)
-    if not source.exists():
-        raise UsageError(f"{source} does not exist; give a folder of runs, a .csv, .tsv or .parquet file")
-    if source.suffix.lower() not in READERS:
-        raise UsageError(f"{source} is no folder of runs and ends neither in .csv, .tsv nor .parquet")
+    require_source(source)
     try:
         open_to_read(source, follow=True).close()
     except OSError as error:

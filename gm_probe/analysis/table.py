@@ -4,15 +4,18 @@ Nothing is dropped in silence: a run that cannot enter is in ``RunTable.excluded
 that enters without a usable value in some column is in ``RunTable.missing`` under that column.
 """
 
+from __future__ import annotations
+
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from gm_probe.core.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 GAPS = {"error_gap": "test error − train error", "ce_gap": "test CE − train CE"}
 KNOWN_MEASURES = (

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gm_probe.analysis.requests import require_source, require_statistics
 from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import FIGURE_SUFFIXES, format_options, notes_console, print_csv, print_json
 from gm_probe.cli.selection import (
@@ -93,8 +94,6 @@ def correlate(
     A scatter figure (PNG, PDF, SVG) is written beside SOURCE; with --json or --csv only where --figure asks
     for it.
     """
-    from gm_probe.analysis import correlation, runs
-
     if details and output:
         raise UsageError(
             "--details is for the printed tables; --json has every statistic, --csv the main ones"
@@ -103,10 +102,16 @@ def correlate(
         raise UsageError("--figure and --no-figure exclude each other; give one")
     wanted = figure_path is not None or not (no_figure or output)
     paths = _figure_paths(source, figure_path) if wanted else []
+    require_source(source)
+    require_statistics(_names(skip), resamples)
+    from gm_probe.analysis import runs
+
     by = runs.recipe_groups(source) if group_by is None else _names(group_by)
     if by and group_by is None:
         _say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)", quiet)
     found = runs.load_table(source, _names(measures), _names(hyper), by, converged_only=converged_only)
+    from gm_probe.analysis import correlation  # scipy, which a wrong table must not wait for
+
     by, controls = found.named(by), found.named(_names(control))
     gaps = found.gaps if gap == "both" else (gap,)
     statistics = correlation.correlate(

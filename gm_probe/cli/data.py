@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.kinds import PATH, Choice, floats
+from gm_probe.core.device_names import require_device_name
 from gm_probe.core.errors import DataError, UsageError
+from gm_probe.core.model_names import require_model_name
+from gm_probe.core.reading import Reading
+from gm_probe.core.sources import require_source
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +113,7 @@ _OPTIONS = (
         show_default=True,
         help="auto, cpu, cuda, cuda:1, or what else torch has.",
     ),
-    click.option("--threads", type=click.IntRange(1), help="CPU threads."),
+    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
 )
 
 
@@ -159,6 +163,13 @@ class DataOptions:
             )
         if source is not None and self.data is not None:
             raise UsageError("--data says where a run's own data is; leave it out, or leave other data out")
+        self._pixels()
+        Reading(**self.reading())  # which checks them
+        require_device_name(self.device)
+        for name in filter(None, self.model_names):
+            require_model_name(name)
+        for name in filter(None, (source, self.data)):
+            require_source(name, here=True)
 
     def reading(self) -> dict[str, int | None]:
         """How a folder's images are read: keywords of ``open_source``."""
@@ -250,15 +261,20 @@ class DataOptions:
 
         return {"float32": torch.float32, "float64": torch.float64}[self.dtype]
 
-    def _normalization(self) -> Normalization | None:
-        from gm_probe.core.batches import Normalization
-
+    def _pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of each channel; empty = pixels as they are, None = as recorded."""
         if self.no_normalize:
             if self.mean or self.std:
                 raise UsageError("--no-normalize and --mean/--std exclude each other; give one")
-            return Normalization()
+            return (), ()
         if self.mean is None and self.std is None:
             return None
         if self.mean is None or self.std is None:
             raise UsageError("--mean and --std go together; give both")
-        return Normalization(floats("--mean", self.mean), floats("--std", self.std))
+        return floats("--mean", self.mean), floats("--std", self.std)
+
+    def _normalization(self) -> Normalization | None:
+        from gm_probe.core.batches import Normalization
+
+        pixels = self._pixels()
+        return None if pixels is None else Normalization(*pixels)

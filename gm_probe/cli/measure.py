@@ -29,6 +29,8 @@ from gm_probe.cli.output import (
 from gm_probe.cli.progress import Bar, progress_bar
 from gm_probe.cli.relevance import CONVERGED, idle, require_use_of_grids
 from gm_probe.core.errors import CheckpointError, UsageError
+from gm_probe.probe.catalogue import check_names, default_measures, expected_cost
+from gm_probe.probe.settings import Settings
 
 if TYPE_CHECKING:
     from gm_probe.core.datasets import Examples
@@ -222,58 +224,10 @@ def measure(
     check_executor(executor, jobs, address, gpus)
     if unlabeled is not None and labeled is not None:
         raise UsageError("--unlabeled and --labeled exclude each other; give one")
-    if not checkpoints:
-        checkpoints = (_last_run(),)
-        if not quiet:
-            note(
-                notes_console(),
-                f"no checkpoint given: measuring {checkpoints[0]}, the last run that finished",
-            )
     if head == "simclr" and labeled is not None:
         raise UsageError("NT-Xent reads no labels; give --unlabeled")
     if temperature is not None and not 0 < temperature < math.inf:
         raise UsageError(f"--temperature {temperature} must be a finite number above 0")
-    from gm_probe.core.records import CONFIG
-
-    given, checkpoints = checkpoints, _expanded(checkpoints)
-    if save and not all(path.is_dir() for path in checkpoints):
-        raise UsageError("--save writes into run folders; give folders, or use --json > file")
-    source = unlabeled if labeled is None else labeled
-    for path in checkpoints:
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such checkpoint")
-        if source is None and not (path.is_dir() or (path.parent / CONFIG).exists()):
-            raise UsageError(
-                f"{path} is no run folder with data of its own, nor in one; give --unlabeled or --labeled DATA"
-            )
-    data = DataOptions(**options)
-    own_loading = data.of_each(checkpoints)
-    data.require_use(source)
-    # torchrun's processes share the examples of one checkpoint after another
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if together and (executor == "ray" or jobs > 1):
-        raise UsageError(
-            "under torchrun checkpoints are measured one by one; leave out --jobs and --executor"
-        )
-    many = executor == "ray" or jobs > 1 or (given != checkpoints and not together)
-    if density is not None and (many or len(checkpoints) > 1):
-        raise UsageError("--density draws one checkpoint; give one")
-    if density is not None and density.suffix.lower() not in FIGURE_SUFFIXES:
-        raise UsageError(
-            f"--density {density}: no format {density.suffix!r}; use {', '.join(FIGURE_SUFFIXES)}"
-        )
-    from gm_probe.core import processes
-    from gm_probe.core.devices import named_device
-    from gm_probe.core.locks import exclusive
-    from gm_probe.core.records import MEASURES as MEASURES_FILE
-    from gm_probe.probe.catalogue import expected_cost
-    from gm_probe.probe.settings import Settings
-    from gm_probe.sweep.executors import Processes, in_turn, visible_gpus
-    from gm_probe.sweep.measuring import How, density_cost, measure_as
-    from gm_probe.sweep.remeasure import Remeasure
-    from gm_probe.sweep.saved_measures import as_recorded, merge_measures
-    from gm_probe.training.parts import own_unlabeled
-
     radii, steps = floats("--rho", rho), wholes("--k-steps", k_steps)
     settings = Settings(
         rho=radii[0],
@@ -295,19 +249,49 @@ def measure(
         max_iterations=max_iterations,
         seed=seed,
     )
-    context = click.get_current_context()
-    given_settings = _given(context)
     names = _chosen(measures, protocol, labeled is not None, head == "simclr")
     require_use_of_grids(names, settings)
+    bytes_of_memory = num_bytes("--memory", memory)
+    if density is not None and density.suffix.lower() not in FIGURE_SUFFIXES:
+        raise UsageError(
+            f"--density {density}: no format {density.suffix!r}; use {', '.join(FIGURE_SUFFIXES)}"
+        )
+    data = DataOptions(**options)
+    source = unlabeled if labeled is None else labeled
+    data.require_use(source)
+    given, checkpoints = _checkpoints(checkpoints, source, save, quiet)
+    own_loading = data.of_each(checkpoints)
+    # torchrun's processes share the examples of one checkpoint after another
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if together and (executor == "ray" or jobs > 1):
+        raise UsageError(
+            "under torchrun checkpoints are measured one by one; leave out --jobs and --executor"
+        )
+    many = executor == "ray" or jobs > 1 or (given != checkpoints and not together)
+    if density is not None and (many or len(checkpoints) > 1):
+        raise UsageError("--density draws one checkpoint; give one")
+    context = click.get_current_context()
+    given_settings = _given(context)
     # with --save a run's own record fills in what is not given; of torchrun's processes one speaks
     if not (quiet or save) and os.environ.get("RANK", "0") == "0":
         options = {p.name: p.opts[0] for p in context.command.params if p.name in given_settings}
         for option in idle(names, settings, options, density=density is not None):
             note(notes_console(), f"note: {option} has no effect on what is measured")
+    # below, torch is imported, which takes seconds: what can be wrong with the options has been told
+    from gm_probe.core import processes
+    from gm_probe.core.devices import named_device
+    from gm_probe.core.locks import exclusive
+    from gm_probe.core.records import MEASURES as MEASURES_FILE
+    from gm_probe.sweep.executors import Processes, in_turn, visible_gpus
+    from gm_probe.sweep.measuring import How, density_cost, measure_as
+    from gm_probe.sweep.remeasure import Remeasure
+    from gm_probe.sweep.saved_measures import as_recorded, merge_measures
+    from gm_probe.training.parts import own_unlabeled
+
     named_device(data.device)
     # of many each looks for its device where it is measured: a GPU may be on Ray's workers alone
     loading = (replace(data, device="cpu") if many else data).loading() | {
-        "memory": num_bytes("--memory", memory),
+        "memory": bytes_of_memory,
         "head": head,
         "temperature": temperature,
         "quadrature": (density_probes, density_steps) if density is not None else None,
@@ -379,18 +363,41 @@ def _given(context: click.Context) -> frozenset[str]:
 def _last_run() -> Path:
     """The run below runs/ that finished last."""
     from gm_probe.core.records import RUNS
-    from gm_probe.sweep.remeasure import last_finished
+    from gm_probe.sweep.trained import last_finished
 
     if not RUNS.is_dir():
         raise UsageError(f"no checkpoint given, and there is no {RUNS}/ here; name a file or a run folder")
     return last_finished(RUNS)
 
 
-def _expanded(given: tuple[Path, ...]) -> tuple[Path, ...]:
-    """Folders of runs replaced by the finished runs in them."""
-    from gm_probe.sweep.remeasure import trained_runs
+def _checkpoints(
+    given: tuple[Path, ...], source: str | None, save: bool, quiet: bool
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The checkpoints that are ``given``, or else the last run, and these with folders of runs replaced by their runs.
 
-    return tuple(run for path in given for run in (trained_runs(path) if path.is_dir() else [path]))
+    Raises:
+        CheckpointError: one does not exist.
+        UsageError: one has no data of its own, and there is no other ``source``; or one that is to be saved into is no
+            folder.
+    """
+    from gm_probe.core.records import CONFIG
+    from gm_probe.sweep.trained import trained_runs
+
+    if not given:
+        given = (_last_run(),)
+        if not quiet:
+            note(notes_console(), f"no checkpoint given: measuring {given[0]}, the last run that finished")
+    found = tuple(run for path in given for run in (trained_runs(path) if path.is_dir() else [path]))
+    if save and not all(path.is_dir() for path in found):
+        raise UsageError("--save writes into run folders; give folders, or use --json > file")
+    for path in found:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint")
+        if source is None and not (path.is_dir() or (path.parent / CONFIG).exists()):
+            raise UsageError(
+                f"{path} is no run folder with data of its own, nor in one; give --unlabeled or --labeled DATA"
+            )
+    return given, found
 
 
 def _measured_over(
@@ -419,8 +426,6 @@ def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:
 
 
 def _chosen(measures: str, protocol: str, labeled: bool, coupled: bool) -> list[str]:
-    from gm_probe.probe.measures import check_names, default_measures
-
     names = [name.strip() for name in measures.split(",") if name.strip()]
     check_names(names, labeled=labeled or coupled, coupled=coupled)
     names = names or default_measures(labeled=labeled, coupled=coupled)

@@ -24,11 +24,12 @@ from gm_probe.cli.output import (
 )
 from gm_probe.cli.progress import progress_bar
 from gm_probe.core.errors import (
+    CheckpointError,
     DataError,
     DivergedError,
     UsageError,
 )
-from gm_probe.core.records import RUNS
+from gm_probe.core.records import RUNS, find_runs
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,13 @@ def pairs(
     files are taken to have the same. What is undefined (S_P of a single training set, say) is shown so, with the
     reason. --json also has every pair; --csv prints one row a pair.
     """
+    data = DataOptions(**options)
+    data.require_use(unlabeled)
+    for path in checkpoints:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint")
+    if not checkpoints:
+        find_runs(RUNS)
     from gm_probe.sweep.training_sets import (
         common_unlabeled,
         described,
@@ -88,7 +96,6 @@ def pairs(
         training_sets_of,
     )
 
-    data = DataOptions(**options)
     paths, excluded, notes = find_checkpoints(checkpoints or (RUNS,))
     if len(paths) < 2:
         left_out = f" ({len(excluded)} left out: {reasons(excluded)})" if excluded else ""
@@ -99,7 +106,6 @@ def pairs(
         for path in paths:
             if not is_run(path):
                 raise UsageError(f"{path} is no run folder with data of its own; give --unlabeled DATA")
-    data.require_use(unlabeled)
     from gm_probe.core.devices import environment
     from gm_probe.probe.pairwise import compare
     from gm_probe.sweep.measuring import output_settings

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from gm_probe.core.errors import UsageError
-
-if TYPE_CHECKING:
-    from gm_probe.probe.settings import Settings
+from gm_probe.probe.catalogue import by_protocol
+from gm_probe.probe.settings import NOISE_STARTS, Settings
 
 PAPER, CONVERGED = "local_inconsistency", "local_inconsistency_converged"
 ASCENTS = {f"{PAPER}{kind}" for kind in ("", "_adaptive", "_relative", "_batchwise")}
@@ -35,8 +33,6 @@ READ_BY = {
 
 def idle(names: Sequence[str], settings: Settings, given: Mapping[str, str], *, density: bool) -> list[str]:
     """Of the options ``given``, by their settings, those that change no measure of ``names``, nor a ``density``."""
-    from gm_probe.probe.settings import NOISE_STARTS
-
     taken = _taken(names, settings)
     read = {key for key, readers in READ_BY.items() if taken & readers}
     read |= {"protocol"} if PAPER in names else set()
@@ -62,6 +58,4 @@ def require_use_of_grids(names: Sequence[str], settings: Settings) -> None:
 
 
 def _taken(names: Sequence[str], settings: Settings) -> set[str]:
-    from gm_probe.probe.catalogue import by_protocol
-
     return {by_protocol(name, settings) for name in names}

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from gm_probe.analysis.requests import require_source, require_statistics
 from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
 from gm_probe.cli.selection import (
@@ -83,12 +84,14 @@ def report(
     file with one run a row. The page holds all it shows and opens without a network, on a phone, by keyboard,
     in dark mode and on paper.
     """
+    require_source(source)
+    require_statistics(_names(skip), resamples)
+    out = _page(source, out)
+    _require_distinct({"SOURCE": source, "--out": out, "--markdown": markdown, "--latex": latex})
     from gm_probe.analysis import correlation, plots, runs, typeset
     from gm_probe.analysis.report import compose, html
     from gm_probe.core.files import write_atomic
 
-    out = _page(source, out)
-    _require_distinct({"SOURCE": source, "--out": out, "--markdown": markdown, "--latex": latex})
     by, shape_by = _names(group_by), _names(markers)
     table = runs.load_table(
         source, _names(measures), _names(hyper), [*by, *shape_by], converged_only=converged_only

@@ -33,10 +33,11 @@ def run_one(
     is tried again. `gmprobe sweep --executor slurm` prints a job array of these.
     """
     from gm_probe.sweep.manifest import only, read_sweep
-    from gm_probe.sweep.runner import run_recipe
-    from gm_probe.training.leave import asked, refuse
 
     recipe = only(read_sweep(folder), run)
+    from gm_probe.sweep.runner import run_recipe  # torch, which a wrong name must not wait for
+    from gm_probe.training.leave import asked, refuse
+
     config = recipe.runs[run]
     given = {"model": models, "data_root": data_roots, "device": devices}
     refuse(

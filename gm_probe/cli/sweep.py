@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, or what else torch has.  [default: auto]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads a run.  [default: cores / jobs]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads a run.  [default: cores / jobs]")
 @click.option("--retry-failed", is_flag=True, help="Try runs again that failed before.")
 @click.option("--dry-run", is_flag=True, help="List what is left to do, timed on a few steps; run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

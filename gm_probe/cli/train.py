@@ -168,7 +168,7 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 )
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, or what else torch has.  [default: auto]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.")
 @click.option("--out", type=PATH, help="Run folder.  [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on where the run in --out stopped.")
 @click.option("--save", type=PATH, help="Also write the final weights here (.pt, .safetensors).")
@@ -191,18 +191,11 @@ def train(
 
     With several GPUs or machines:  torchrun --nproc-per-node N -m gm_probe train ...
     """
-    import torch
-
-    from gm_probe.analysis.figures import run_curves
-    from gm_probe.analysis.plots import write_figure
-    from gm_probe.core import processes
-    from gm_probe.core.devices import keep_freed_memory, pick_device
     from gm_probe.core.records import CONFIG, RUNS, SUMMARY, read_metrics, read_run
+    from gm_probe.core.sources import require_source
     from gm_probe.sweep.recipe import require_names, run_name
-    from gm_probe.training import loop
     from gm_probe.training.config import TrainConfig
     from gm_probe.training.leave import asked, refuse
-    from gm_probe.training.tracking import PROBE_BATCH
 
     console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
     settings = {key: value for key, value in given.items() if value is not None}
@@ -213,10 +206,22 @@ def train(
     elif resume and out is not None:
         note(console, f"there is no run in {out} to resume: starting a new one")
     config = TrainConfig.from_dict(settings)
+    if given.get("data") is not None:
+        require_source(config.data, here=True)
     require_names([config])
     if "data" not in settings:
         note(console, "no --data given: training on the bundled handwritten digits (1,797 images of 8×8)")
     note_settings(console, config, given)
+    # below, torch and matplotlib are imported, which takes seconds: what can be wrong with the options has been told
+    import torch
+
+    from gm_probe.analysis.figures import run_curves
+    from gm_probe.analysis.plots import write_figure
+    from gm_probe.core import processes
+    from gm_probe.core.devices import keep_freed_memory, pick_device
+    from gm_probe.training import loop
+    from gm_probe.training.tracking import PROBE_BATCH
+
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if out is None:
@@ -251,7 +256,7 @@ def train(
     if save is not None:
         _save(out, config.model, save)
     if config.init is not None:
-        started = read_run(out).config["environment"]
+        started = read_run(out).config.get("environment", {})
         fresh = started.get("fresh_weights", [])
         note(console, f"started from {config.init}; fresh: {', '.join(fresh) or 'nothing'}")
         if others := started.get("init_not_taken"):

@@ -85,29 +85,31 @@ def tune(
     that trains with the best point on the whole training part.
     """
     from gm_probe.cli.sweep import run_with_progress
-    from gm_probe.sweep import tuning
+    from gm_probe.core.sources import require_source
     from gm_probe.sweep.recipe import require_names, run_name
     from gm_probe.training.config import TrainConfig
-    from gm_probe.training.parts import load_splits
 
     console = notes_console(quiet)
     settings = {key: value for key, value in given.items() if value is not None}
     config = TrainConfig.from_dict(settings)
+    radii = floats("--rho", rho_text) if rho_text else ()
+    betas = None if beta_text is None else floats("--beta", beta_text)
+    if trials and dry_run:
+        raise UsageError("--dry-run cannot know the points that --trials will choose")
+    if given.get("data") is not None:
+        require_source(config.data, here=True)
     require_names([config])
+    from gm_probe.sweep import tuning  # torch, which a wrong option must not wait for
+    from gm_probe.training.parts import load_splits
+
     if "data" not in settings:
         note(console, "no --data given: tuning on the bundled handwritten digits (1,797 images of 8×8)")
     note_settings(console, config, given)
     tuning.check_tunable(config, beta=beta_text is not None)
-    values = {
-        "rho": floats("--rho", rho_text)
-        if rho_text
-        else tuning.radii_around_default(config, bounds=bool(trials))
-    }
-    if beta_text is not None:
-        values["beta"] = floats("--beta", beta_text)
+    values = {"rho": radii or tuning.radii_around_default(config, bounds=bool(trials))}
+    if betas is not None:
+        values["beta"] = betas
     out = out or Path("tune", run_name(config, {"method": config.method, "model": config.model}))
-    if trials and dry_run:
-        raise UsageError("--dry-run cannot know the points that --trials will choose")
     bounds = {name: _bounds(name, ends) for name, ends in values.items()} if trials else {}
     points = [tuning.Point(rho, beta) for beta in values.get("beta", (None,)) for rho in values["rho"]]
     if not trials and len(set(points)) < len(points):

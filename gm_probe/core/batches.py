@@ -8,13 +8,14 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gm_probe.core.checks import optional, whole
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.fields import Fields, as_inputs, ordinary
+from gm_probe.core.fields import Fields, Given, as_inputs, ordinary
 from gm_probe.core.images import blocks, taken
 from gm_probe.core.labels import as_labels
 
@@ -183,7 +184,9 @@ class Batches:
         self.first = 0  # of them, the number of this process's first example
 
     @classmethod
-    def from_tensors(cls, x: Any, y: Any = None, **options: int | str) -> Batches:
+    def from_tensors(
+        cls, x: Given, y: Tensor | np.ndarray | list[Any] | None = None, **options: int | str
+    ) -> Batches:
         """Batches over tensors x (N, ...) and y (N,) that are already what the model takes.
 
         Args:

@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gm_probe.core.errors import CheckpointError, DataError, UsageError, did_you_mean, first_line
+from gm_probe.core.errors import CheckpointError, DataError, UsageError, first_line
 from gm_probe.core.files import default_data_root
 from gm_probe.core.folders import PassedOver, class_folders, entries, images_below
 from gm_probe.core.images import ImageFiles, blocks, contents, sound
 from gm_probe.core.labels import as_labels
 from gm_probe.core.pickles import load_torch
 from gm_probe.core.reading import Reading
+from gm_probe.core.regular import open_to_read
+from gm_probe.core.sources import DATASETS, no_source
 
 DESCRIPTIONS = {
     "digits": "1,797 handwritten digits of 8×8 that scikit-learn ships (bundled)",
@@ -242,20 +244,7 @@ def open_source(
     if path.is_file():
         pool = _array_file(path)
         return Source(pool if labeled else pool.unlabeled(), None)
-    raise _no_source(name)
-
-
-def require_source(name: str) -> None:
-    """Raise UsageError where ``name`` is no known data set, nothing here, and no path to elsewhere; nothing is read."""
-    elsewhere = Path(name).name != name  # maybe on the machine that will read it
-    if name not in {"digits", *DATASETS} and not elsewhere and not Path(name).exists():
-        raise _no_source(name)
-
-
-def _no_source(name: str) -> UsageError:
-    known = ["digits", *DATASETS]
-    hint = did_you_mean(name, known, f"not one of {', '.join(known)} either")
-    return UsageError(f"no folder or file {name!r}; {hint}")
+    raise no_source(name)
 
 
 def _folder_source(path: Path, labeled: bool, reading: Reading, skip_bad: bool) -> Source:
@@ -312,10 +301,6 @@ def _digits() -> Examples:
     return Examples(images, labels, tuple(str(name) for name in digits.target_names), "digits")
 
 
-DATASETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST", "svhn": "SVHN"}
-"""Names, and torchvision's classes for them."""
-
-
 def _torchvision(name: str, root: Path, download: bool, train: bool) -> Examples:
     # imported here: torchvision takes a second or two, and only its own data sets need it
     import torchvision
@@ -344,7 +329,7 @@ def _array_file(path: Path) -> Examples:
     """Arrays ``x`` and optionally ``y`` of a .npz or .pt, or ``x`` alone as .npy."""
     try:
         if path.suffix in NUMPY_SUFFIXES:
-            with path.open("rb") as file:
+            with open_to_read(path, follow=True) as file:
                 _check_packed(path)
                 loaded = np.load(file, allow_pickle=False)
                 arrays: Any = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gm_probe.core.errors import ResourceError, UsageError, did_you_mean, first_line
-
-NAMES = ("auto", "cpu", "cuda", "cuda:1", "xpu")
-"""Devices by name, as an error suggests them; torch may know others."""
+from gm_probe.core.device_names import no_device
+from gm_probe.core.errors import ResourceError, UsageError, first_line
 
 LACKING = {
     "mps": "has no float64, in which gm_probe keeps its sums",
@@ -128,8 +126,7 @@ def named_device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        hint = did_you_mean(name, NAMES, f"use {', '.join(NAMES)} or another that torch knows")
-        raise UsageError(f"no device {name!r}; {hint}") from error
+        raise no_device(name) from error
 
 
 @contextmanager

@@ -116,6 +116,10 @@ Inputs = Tensor | Fields
 """A batch's input: one tensor (B, ...), or several."""
 
 
+Given = Tensor | Fields | np.ndarray | Mapping[str, Any] | tuple[Any, ...] | list[Any]
+"""What ``as_inputs`` takes: one tensor or array, or several."""
+
+
 def tensors_of(x: Inputs) -> dict[Any, Tensor]:
     """Return the tensors of an input by their names or places; a single tensor has none."""
     return {"": x} if isinstance(x, Tensor) else dict(x._tensors())

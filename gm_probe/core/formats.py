@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 from gm_probe.core.errors import CheckpointError, printable
+from gm_probe.core.regular import open_to_read
 
 _WEIGHTS = "save plain weights: torch.save(model.state_dict(), 'weights.pt')"
 _SOURCE = f"load it where it was made and {_WEIGHTS}"
@@ -54,7 +55,7 @@ def refuse_foreign(path: Path) -> None:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_to_read(path, follow=True) as file:
         start = file.read(512)
     named = path.suffix == ".safetensors"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.core.errors import CheckpointError, ProbeError, UsageError, first_line, out_of_memory, printable
+from gm_probe.core.regular import open_to_read
 
 NAME = "hf"
 """What --model calls the network that a folder's config.json describes."""
@@ -202,7 +203,8 @@ def _read(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size:,} bytes; networks need less than {LONGEST:,}"
             )
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with open_to_read(path, follow=True) as file:
+            found = json.loads(file.read().decode())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

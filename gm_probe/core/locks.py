@@ -96,6 +96,8 @@ class Hold:
         """Give a sign of life: change the lock, so that who watches it needs no clock that agrees with this one."""
         self._beats += 1
         self._write()
+        with suppress(OSError, TypeError):  # on a full disk this is all that changes; Windows has it not
+            os.utime(self._file.fileno())
 
     def _write(self) -> None:
         content = f"{self._holder}{self._word}\n{self._beats}\n".encode()

@@ -24,28 +24,12 @@ from gm_probe.core import huggingface
 from gm_probe.core.checks import whole
 from gm_probe.core.contrastive import Contrastive, as_encoder, projector
 from gm_probe.core.door import Outputs
-from gm_probe.core.errors import UsageError, did_you_mean, first_line, out_of_memory, printable
+from gm_probe.core.errors import UsageError, first_line, out_of_memory, printable
 from gm_probe.core.fields import Inputs, arguments
+from gm_probe.core.model_names import BUILT_IN, FAMILIES, LONGEST, is_user_code, no_model, require_model_name
 from gm_probe.core.networks import WideResNet, cnn6, mixer, mlp, resnet, vit
 from gm_probe.core.randomness import generators_kept
 
-BUILT_IN = {
-    "6cnn": "four convolutions and two linear layers, the paper's small network",
-    "mlp": "fully connected, two hidden layers of 128; mlp-W1-W2-... sets the widths",
-    "wrn-16-8": "Wide ResNet of depth 16 and width 8; wrn-D-K takes any (depth 6n + 4)",
-    "wrn-28-2": "likewise; wrn-D-K-authors has one more block a stage, as in the paper's published code",
-    "wrn-28-8": "likewise",
-    "wrn-28-10": "likewise",
-    "resnet18-cifar": "ResNet-18 with a 3×3 stem of stride 1, no max-pool; also 34, 50, 101, 152",
-    "resnet50": "ResNet-50 with its own 7×7 stem, for large images; also 18, 34, 101, 152",
-    "vit-tiny-4": "Vision Transformer of width 192, patches of 4×4; vit-tiny-P takes any; needs gm_probe[timm]",
-    "vit-micro-4": "Vision Transformer of 6 blocks of width 64, for a CPU; vit-micro-P likewise",
-    "vit-s-16": "Vision Transformer of width 384, patches of 16×16; vit-s-P takes any; needs gm_probe[timm]",
-    "vit-s-32": "likewise, patches of 32×32",
-    "mixer-4": "MLP-Mixer, 10 blocks of width 256, patches of 4×4; mixer-P takes any; needs gm_probe[timm]",
-    "mixer-micro-4": "MLP-Mixer of 4 blocks of width 64, for a CPU; mixer-micro-P likewise",
-}
-"""The networks of gm_probe itself, by a name that builds one."""
 MODELS = {
     **BUILT_IN,
     "torchvision:NAME": "any classifier of torchvision, e.g. torchvision:resnet18; NAME,KEYWORD=VALUE passes keywords",
@@ -63,8 +47,6 @@ _NO_KEYWORDS = re.compile(
 """What keywords of a builder are called that read files, download, or are given in another way."""
 _MOST = 4096
 """Beyond every keyword's number that a network needs: a depth, say, takes time whatever the weights."""
-LONGEST = 1000
-"""Characters of a name: one that a file records may claim layers without end."""
 WIDEST = 10**9
 """Beyond all memory; what is wider still is beyond torch's integers."""
 
@@ -121,12 +103,6 @@ class ModelSpec:
         return spec
 
 
-def is_user_code(name: str) -> bool:
-    """Whether a model's name points to code outside gm_probe, torchvision and timm."""
-    prefix, separator, _ = name.partition(":")
-    return bool(separator) and prefix not in {"torchvision", "timm"}
-
-
 def initial_model(spec: ModelSpec, seed: int) -> nn.Module:
     """``spec`` with the weights that a run of this seed starts from; the global generator is left alone."""
     with generators_kept():
@@ -157,8 +133,7 @@ def builder(name: str) -> Callable[[ModelSpec], nn.Module]:
     """
     if is_user_code(name):
         return _user_model(name)
-    if len(name) > LONGEST:
-        raise UsageError(f"no model of a name as long as {name[:20]!r}…; `gmprobe models` lists them")
+    require_model_name(name)
     if name.startswith("torchvision:"):
         return _torchvision_model(*_with_keywords(name))
     if name.startswith("timm:"):
@@ -170,9 +145,7 @@ def builder(name: str) -> Callable[[ModelSpec], nn.Module]:
     for pattern, build in _FAMILIES.items():
         if match := re.fullmatch(pattern, name):
             return partial(build, match)
-    resnets = [f"resnet{depth}{stem}" for depth in (18, 34, 50, 101, 152) for stem in ("", "-cifar")]
-    hint = did_you_mean(name, [*BUILT_IN, *resnets], "`gmprobe models` lists them")
-    raise UsageError(f"no model {name!r}; {hint}")
+    raise no_model(name)
 
 
 def check_configured(name: str) -> None:
@@ -304,14 +277,9 @@ def _timm_missing(name: str) -> UsageError:
     return _NotInstalledError(f"{name} needs timm, which is not installed; pip install 'gm_probe[timm]'")
 
 
-_FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = {
-    r"6cnn": _cnn6,
-    r"mlp((?:-\d+)*)": _mlp,
-    r"wrn-(\d+)-(\d+)(-authors)?": _wide_resnet,
-    r"resnet(18|34|50|101|152)(-cifar)?": _resnet,
-    r"vit-(micro|tiny|s)-(\d+)": _vit,
-    r"mixer-(micro-)?(\d+)": _mixer,
-}
+_FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = dict(
+    zip(FAMILIES, (_cnn6, _mlp, _wide_resnet, _resnet, _vit, _mixer), strict=True)
+)
 
 
 def _torchvision_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:

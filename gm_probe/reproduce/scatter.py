@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gm_probe.analysis.correlation import PARTS, correlate, group_rows
+from gm_probe.analysis.correlation import correlate, group_rows
 from gm_probe.analysis.grid import grid_taus
 from gm_probe.analysis.plots import scatter_panels
 from gm_probe.analysis.provenance import read_records
+from gm_probe.analysis.requests import PARTS
 from gm_probe.analysis.results import Correlation, MeasureStatistics, Quantity
 from gm_probe.analysis.runs import load_table
 from gm_probe.analysis.table import RunTable, by_reason

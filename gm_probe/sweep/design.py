@@ -7,9 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from scipy.stats import qmc
-
 from gm_probe.core.errors import UsageError
 
 DESIGNS = ("grid", "list", "random", "sobol")
@@ -66,8 +63,12 @@ def _drawn(kind: str, content: Any) -> list[dict[str, Any]]:
         raise UsageError(f"recipe: [{kind}.space] must give each setting a list or {{low, high}}")
     if kind == "sobol" and count & (count - 1):
         raise UsageError(f"recipe: sobol.points = {count} must be a power of 2, or the points are unbalanced")
+    import numpy as np  # with scipy it takes a second, which a wrong recipe must not wait for
+
     generator = np.random.default_rng(seed)
     if kind == "sobol":
+        from scipy.stats import qmc
+
         units = qmc.Sobol(len(space), rng=generator).random_base2(count.bit_length() - 1)
     else:
         units = generator.random((count, len(space)))

@@ -193,7 +193,7 @@ def _in_json(path: Path) -> bytes:
 def _patient(job: Job, threads: int) -> Outcome:
     """A worker whose node was lost may live, and hold the run, for a moment: wait for its end.
 
-    It counts as gone ``STALE`` after its last beat; the rest is for clocks that differ.
+    ``exclusive`` watches the lock of another machine for ``STALE`` by itself; the rest is for one of this machine.
     """
     end = time.monotonic() + STALE + 2 * BEAT
     while True:

@@ -8,19 +8,18 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from gm_probe.core.batches import BATCH_SIZE
-from gm_probe.core.datasets import require_source
-from gm_probe.core.devices import named_device
+from gm_probe.core.checks import whole
+from gm_probe.core.device_names import require_device_name
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import read_toml
-from gm_probe.core.models import builder
+from gm_probe.core.model_names import require_model_name
+from gm_probe.core.sources import require_source
 from gm_probe.probe.catalogue import CATALOGUE, DEFAULT_MEASURES, check_names
-from gm_probe.probe.settings import Protocol, Settings
+from gm_probe.probe.settings import Settings
 from gm_probe.sweep.design import DESIGNS, points
 from gm_probe.training.config import SETTINGS, TrainConfig
-from gm_probe.training.parts import OWN_UNLABELED
 
 _SHORT = {
     "batch_size": "bs",
@@ -47,6 +46,8 @@ class MeasurePlan:
     @property
     def scope(self) -> dict[str, Any]:
         """Over what a run is measured, as its measures.json says it."""
+        from gm_probe.training.parts import OWN_UNLABELED  # torch, which a wrong recipe must not wait for
+
         return {"part": OWN_UNLABELED, "max_examples": self.max_examples}
 
     @property
@@ -57,6 +58,8 @@ class MeasurePlan:
     @property
     def coupled(self) -> dict[str, Any]:
         """Those that a SimCLR encoder's must agree with besides."""
+        from gm_probe.core.batches import BATCH_SIZE
+
         return {"batch_images": self.batch_size or BATCH_SIZE}
 
 
@@ -107,11 +110,14 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
 
 def require_names(configs: Collection[TrainConfig]) -> None:
     """Raise UsageError for data, a model or a device that there is not, before a run of many fails of it."""
-    checks: dict[str, Callable[[str], Any]] = {
-        "data": require_source,
-        "model": builder,
-        "device": named_device,
-    }
+    _check_each(configs, {"data": require_source, "device": require_device_name, "model": require_model_name})
+    from gm_probe.core.devices import named_device  # torch, which a wrong name must not wait for
+    from gm_probe.core.models import builder
+
+    _check_each(configs, {"model": builder, "device": named_device})
+
+
+def _check_each(configs: Collection[TrainConfig], checks: Mapping[str, Callable[[str], Any]]) -> None:
     for setting, check in checks.items():
         for name in dict.fromkeys(getattr(config, setting) for config in configs):
             check(name)
@@ -184,10 +190,10 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
 
 
 def _plan(content: Mapping[str, Any]) -> MeasurePlan:
-    settings = {field.name: field.default for field in fields(Settings)}
-    unknown = sorted(set(content) - set(settings) - {"measures", "max_examples", "batch_size"})
+    defaults = {field.name: field.default for field in fields(Settings)}
+    unknown = sorted(set(content) - set(defaults) - {"measures", "max_examples", "batch_size"})
     if unknown:
-        known = ("measures", "max_examples", "batch_size", *sorted(settings))
+        known = ("measures", "max_examples", "batch_size", *sorted(defaults))
         raise UsageError(f"recipe: no setting measure.{unknown[0]}; {did_you_mean(unknown[0], known)}")
     default = [name for name in DEFAULT_MEASURES if not CATALOGUE[name].needs_labels]
     names = _names("measure.measures", content.get("measures", default))
@@ -196,15 +202,15 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
             raise UsageError(f"recipe: no measure {name!r}; {did_you_mean(name, CATALOGUE)}")
         if CATALOGUE[name].needs_labels:
             raise UsageError(f"recipe: {name} needs labels; a sweep measures on the unlabeled part")
-    chosen = {key: _like(key, value, settings[key]) for key, value in content.items() if key in settings}
+    chosen = {key: _like(key, value, defaults[key]) for key, value in content.items() if key in defaults}
     sizes = {key: content[key] for key in ("max_examples", "batch_size") if key in content}
     for key, value in sizes.items():
-        if _like(key, value, 1) < 1:
-            raise UsageError(f"recipe: measure.{key} = {value} must be at least 1")
-    if chosen.get("protocol", "paper") not in get_args(Protocol):
-        options = " or ".join(map(repr, get_args(Protocol)))
-        raise UsageError(f"recipe: measure.protocol = {chosen['protocol']!r} must be {options}")
-    return MeasurePlan(names, Settings(**chosen), sizes.get("max_examples"), sizes.get("batch_size"))
+        whole(f"recipe: measure.{key}", value)
+    try:
+        settings = Settings(**chosen)
+    except UsageError as error:
+        raise UsageError(f"recipe: measure.{error}") from error
+    return MeasurePlan(names, settings, sizes.get("max_examples"), sizes.get("batch_size"))
 
 
 def _like(key: str, value: Any, default: Any) -> Any:

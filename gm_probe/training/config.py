@@ -12,9 +12,8 @@ from gm_probe.core.checks import one_of, optional, real, whole
 from gm_probe.core.errors import UsageError, did_you_mean
 from gm_probe.core.files import as_named
 from gm_probe.core.reading import Reading
+from gm_probe.core.sources import NAMES
 
-NAMES = frozenset({"digits", "cifar10", "cifar100", "fashionmnist", "svhn"})
-"""Data that is known by name (core.datasets, which imports torch); anything else is a path."""
 CHOICES = {
     "objective": ("supervised", "joint", "fixmatch", "simclr"),
     "unlabeled_mean": ("batch", "mask"),
@@ -29,7 +28,7 @@ CHOICES = {
 
 WHOLE = {
     **dict.fromkeys(
-        ("epochs", "batch_size", "k_steps", "mu", "m", "labels", "threads", "checkpoint_every"), 1
+        ("epochs", "batch_size", "k_steps", "mu", "m", "labels", "checkpoint_every"), 1
     ),
     **dict.fromkeys(("num_train", "num_unlabeled", "num_test"), 1),
     **dict.fromkeys(("eval_every", "track_every", "probe_every"), 0),
@@ -47,6 +46,8 @@ REAL: dict[str, dict[str, float]] = {
     "validation": {"above": 0, "below": 1},
 }
 """Settings that are finite numbers, and their bounds."""
+MOST_THREADS = 1024
+"""With many more torch takes the process down."""
 PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_every"})
 """Settings of where and how a run is computed, no part of what it computes."""
 
@@ -164,6 +165,7 @@ class TrainConfig:
             one_of(name, getattr(self, name), choices)
         for name, least in WHOLE.items():
             optional(whole, name, getattr(self, name), least)
+        optional(whole, "threads", self.threads, 1, MOST_THREADS)
         for name in ("seed", "split_seed"):
             whole(name, getattr(self, name), 0, 2**32 - 1)
         for name, bounds in REAL.items():
