@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gm_probe.cli import main as command_line
 from gm_probe.core import batches as core_batches
-from gm_probe.core import parameters
+from gm_probe.core import parameters, randomness
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DeviceError
 from gm_probe.core.records import CHECKPOINT, MEASURES, read_metrics
@@ -35,7 +35,7 @@ from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep.recipe import parse_recipe
 from gm_probe.sweep.runner import run_recipe
-from gm_probe.training import linear_probe, rule, rules, run, state
+from gm_probe.training import linear_probe, rules, run, state
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 from gm_probe.training.rules import METHODS
@@ -294,10 +294,13 @@ class Fault(NamedTuple):
 CNN = "the measures of a convolutional network"
 FAULTS: dict[str, Fault] = {
     "dropout is not replayed": Fault(
-        rule.Draws.again, "set_generator_state(self._own, self._device)", "pass", "steps of sam"
+        randomness._torch_restorers,
+        "yield partial(devices.set_generator_state, devices.generator_state(device), device)",
+        "pass",
+        "steps of sam",
     ),
     "the device's generator is not seeded": Fault(
-        run.Training.run_epoch,
+        randomness.seed_generators,
         "torch.manual_seed(",
         "torch.default_generator.manual_seed(",
         "resumed on the same device, with dropout",
@@ -309,10 +312,10 @@ FAULTS: dict[str, Fault] = {
         parameters.Parameters.random, "sample.to(self.device)", "sample", "steps of iam-s"
     ),
     "batches stay on the CPU": Fault(Batches.on, "other.device = device", "pass", CNN),
-    "labels stay on the CPU": Fault(probe.Probe.labels.func, "y.to(self.clean.device)", "y", CNN),  # type: ignore[attr-defined]
+    "labels stay on the CPU": Fault(probe.Probe.labels.func, ".to(self.clean.device)", "", CNN),  # type: ignore[attr-defined]
     "places are counted on the CPU": Fault(operators._all_but, ", device=classes.device", "", CNN),
     "signs stay on the CPU": Fault(
-        fisher_trace.CovarianceRoot.applied, "signs.to(self._head)", "signs.to(self._head.dtype)", CNN
+        fisher_trace.CovarianceRoot.applied, ".to(self._head)", ".to(self._head.dtype)", CNN
     ),
     "the mean of the pixels is on the CPU": Fault(
         core_batches.Normalization.apply,

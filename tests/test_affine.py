@@ -354,7 +354,7 @@ CURVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "not logits": (
         lambda: Net(lambda layers, x: layers[0](x)[0], linear()),
-        "the network could not be traced (the model returned (4,), not logits of shape (B, C)",
+        "the network could not be traced (the model returned one number an example, (4,)",
     ),
     "failing": (
         lambda: Net(lambda layers, x: layers[0](x) * (1 // 0), linear()),

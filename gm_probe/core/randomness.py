@@ -49,11 +49,7 @@ class Draws:
 
     def __init__(self, device: torch.device, model: nn.Module) -> None:
         self._device, self._model = device, model
-        self._restore: list[Callable[[], None]] = [
-            partial(torch.set_rng_state, torch.get_rng_state()),
-            partial(devices.set_generator_state, devices.generator_state(device), device),
-            *_restorers(model),
-        ]
+        self._restore = [*_torch_restorers(device), *_restorers(model)]
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -62,6 +58,11 @@ class Draws:
             for each in self._restore:
                 each()
             yield
+
+
+def _torch_restorers(device: torch.device) -> Iterator[Callable[[], None]]:
+    yield partial(torch.set_rng_state, torch.get_rng_state())
+    yield partial(devices.set_generator_state, devices.generator_state(device), device)
 
 
 def _restorers(model: nn.Module | None) -> list[Callable[[], None]]:
