@@ -1026,7 +1026,9 @@ def test_model_is_untouched_after_a_failure_anywhere(name: str, error: BaseExcep
         else:
             # a cheap way's trial has failed: a slow one gives the same, or an estimate of the same
             assert isinstance(error, RuntimeError)
-            assert row.value == pytest.approx(expected, rel=0.02, abs=5 * (row.stderr or 0))
+            assert row.value is expected is None or row.value == pytest.approx(
+                expected, rel=0.02, abs=5 * (row.stderr or 0)
+            )
         check()
     assert 4 in raised  # a failure of the first call is a memory format's, and the other one is taken
     assert all("boom" in message for message in messages)
