@@ -710,12 +710,9 @@ def test_a_missing_derivative_ends_several_processes(monkeypatch: pytest.MonkeyP
         measure(model, Batches.from_tensors(torch.ones(6, 3)), ["parameter_norm", "hessian_lambda_max"], FAST)
 
 
-def test_batchwise_inconsistency_is_refused_before_anything_is_measured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(measures, "count", lambda: 2)
+def test_batchwise_inconsistency_is_refused_before_anything_is_measured() -> None:
     with pytest.raises(UsageError, match="one process"):
-        check_names(["error", "local_inconsistency_batchwise"], labeled=True)
+        check_names(["error", "local_inconsistency_batchwise"], labeled=True, num_processes=2)
 
 
 def test_no_input_gradient_is_undefined() -> None:

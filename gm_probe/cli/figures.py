@@ -171,7 +171,7 @@ def warn(result: dict[str, Any]) -> None:
                 "from the quadratic regime the maximum may be much higher: lower --rho",
             )
     error = result["measures"].get("error", {}).get("value")
-    yes_or_no = result["settings"].get("head") in {"binary", "multilabel"}
+    yes_or_no = result.get("settings", {}).get("head") in {"binary", "multilabel"}
     chance = 0.5 if yes_or_no else 1 - 1 / result["num_classes"]
     if error is not None and error > 0.9 * chance:
         note(
