@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import Recomputes
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -93,30 +94,12 @@ class Recomputed(nn.Module):
         return self.head(checkpoint(self.block, x, use_reentrant=self.reentrant))
 
 
-class Again(torch.autograd.Function):
-    """Runs a part of the network in its backward pass, as hand-written checkpointing does."""
-
-    @staticmethod
-    def forward(ctx: Any, block: nn.Module, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.block, ctx.inputs = block, (x, *weights)
-        with torch.no_grad():
-            return block(x)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> Any:
-        x, *weights = ctx.inputs
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            output = ctx.block(x)
-        return None, *torch.autograd.grad(output, (x, *weights), slopes, allow_unused=True)
-
-
 class RecomputedByHand(Recomputed):
     def __init__(self) -> None:
         super().__init__(None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(Again.apply(self.block, torch.tanh(self.stem(x)), *self.block.parameters()))
+        return self.head(Recomputes.apply(self.block, torch.tanh(self.stem(x)), *self.block.parameters()))
 
 
 class Recurrent(nn.Module):

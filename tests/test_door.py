@@ -20,6 +20,7 @@ from gm_probe.core.models import logits_at
 from gm_probe.probe.measures import measure
 
 Z = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -3.0]])
+MANY = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
 FEATURES = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
 Named = namedtuple("Named", "features scores")
 
@@ -85,6 +86,9 @@ def test_an_output_that_is_not_there(output: int | str) -> None:
         (Outputs(), Z.softmax(1), "returned probabilities"),
         (Outputs(), Z.softmax(1).half(), "returned probabilities"),
         (Outputs(), torch.eye(3), "returned probabilities"),
+        (Outputs(), (100 * MANY).softmax(1).bfloat16(), "returned probabilities"),
+        (Outputs(), MANY.softmax(1).bfloat16(), "sums to 1"),
+        (Outputs(), MANY.sigmoid(), "as a sigmoid's do"),
         (Outputs(head="binary"), torch.tensor([[0.2], [0.9]]), "every number lies in"),
         (Outputs(head="multilabel"), Z.sigmoid(), "every number lies in"),
         (Outputs(), Z[:, :1], "--head binary"),
@@ -105,6 +109,8 @@ def test_outputs_of_another_kind_are_refused(outputs: Outputs, values: Tensor, w
         (Outputs(), Z.log_softmax(1)),
         (Outputs(), Z.abs()),
         (Outputs(), torch.zeros(4, 3)),
+        (Outputs(), (MANY / 10).relu()),
+        (Outputs(), MANY / 100),
         (Outputs(kind="logits"), Z.softmax(1)),
         (Outputs(head="multilabel"), Z),
     ],

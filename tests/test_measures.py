@@ -1009,7 +1009,7 @@ def test_model_is_untouched_after_a_failure_anywhere(name: str, error: BaseExcep
     counter = Fragile(inner, 0, None)
     expected = measure(counter, case.batches(), [name], FAST).rows[name].value
     check, raised, messages = photograph(inner), [], []
-    for n in sorted({1, 4, counter.calls // 2, counter.calls - 1, counter.calls}):
+    for n in sorted({1, 2, 4, counter.calls // 2, counter.calls - 1, counter.calls}):
         try:
             row = measure(Fragile(inner, n, error), case.batches(), [name], FAST).rows[name]
         except type(error):
@@ -1027,7 +1027,7 @@ def test_model_is_untouched_after_a_failure_anywhere(name: str, error: BaseExcep
                 expected, rel=0.02, abs=5 * (row.stderr or 0)
             )
         check()
-    assert 4 in raised  # a failure of the first call is a memory format's, and the other one is taken
+    assert {2, 4} <= set(raised)  # where the first call fails, the network is run in the other memory format
     assert all("boom" in message for message in messages)
     assert isinstance(error, RuntimeError) or not messages
     if name != "hessian_trace":  # its last call is a trial

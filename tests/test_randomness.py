@@ -38,6 +38,7 @@ class Drawing(nn.Module):
 
 
 def drop_path() -> nn.Module:
+    pytest.importorskip("timm")
     from timm.layers import DropPath
 
     return DropPath(0.5)

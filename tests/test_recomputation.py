@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
+from networks import Recomputes
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -60,6 +61,7 @@ def bound_generator(on: bool) -> nn.Module:
 
 
 def timm_vit(on: bool) -> nn.Module:
+    pytest.importorskip("timm")
     from timm.models.vision_transformer import VisionTransformer
 
     net = VisionTransformer(img_size=8, patch_size=4, num_classes=4, embed_dim=8, depth=2, num_heads=2)
@@ -70,6 +72,7 @@ def timm_vit(on: bool) -> nn.Module:
 class HuggingFace(nn.Module):
     def __init__(self, on: bool, use_reentrant: bool) -> None:
         super().__init__()
+        pytest.importorskip("transformers")
         from transformers import ViTConfig, ViTForImageClassification
 
         self.inner = ViTForImageClassification(
@@ -209,24 +212,6 @@ def test_torch_is_as_it_was_after_a_failure() -> None:
     assert vars(torch.utils.checkpoint) == before
 
 
-class Takes(torch.autograd.Function):
-    """A checkpoint of one's own, that is told the segment's parameters."""
-
-    @staticmethod
-    def forward(ctx: Any, block: nn.Module, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.block, ctx.inputs = block, (x, *weights)
-        with torch.no_grad():
-            return block(x)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> Any:
-        x, *weights = ctx.inputs
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            output = ctx.block(x)
-        return None, *torch.autograd.grad(output, (x, *weights), slopes, allow_unused=True)
-
-
 class Accumulates(torch.autograd.Function):
     """A checkpoint of one's own, whose backward pass accumulates in the parameters."""
 
@@ -260,7 +245,7 @@ class Slopes(torch.autograd.Function):
 
 
 OWN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "Takes": lambda block, h: Takes.apply(block, h, *block.parameters()),
+    "Recomputes": lambda block, h: Recomputes.apply(block, h, *block.parameters()),
     "Accumulates": lambda block, h: Accumulates.apply(block, h),
     "Slopes": lambda block, h: block(h) + Slopes.apply(block, h),
 }

@@ -121,6 +121,12 @@ def test_a_loss_that_parts_do_not_make_up_is_refused(loss: Callable[..., Tensor]
         Rule(model, loss, m=8).backward(x, y)
 
 
+def test_an_empty_batch_is_refused() -> None:
+    x, y = examples()
+    with pytest.raises(UsageError, match="holds no example"):
+        Rule(network()).backward(x[:0], y[:0])
+
+
 def test_a_loss_of_several_numbers_is_refused() -> None:
     x, y = examples()
     with pytest.raises(UsageError, match="not one number"):

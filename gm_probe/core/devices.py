@@ -23,18 +23,6 @@ LACKING = {
 """Devices that torch knows and that cannot be computed on here, and why."""
 
 
-@contextmanager
-def generators_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Leave torch's global generators, on the CPU and on ``device``, as they were."""
-    state, own = torch.get_rng_state(), None if device is None else generator_state(device)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        if device is not None:
-            set_generator_state(own, device)
-
-
 def generator_state(device: torch.device) -> Tensor | None:
     """Return the state of ``device``'s own global generator; None where it has none, as the CPU's is torch's."""
     return _module(device).get_rng_state(*_place(device)) if _has_generator(device) else None

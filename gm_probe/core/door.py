@@ -22,8 +22,12 @@ from gm_probe.core.errors import UsageError
 Head = Literal["classifier", "binary", "multilabel"]
 Kind = Literal["logits", "probabilities", "log-probabilities"]
 
+_MANY = 24
+"""Numbers that all lie between 0 and 1 by chance in no untrained network, whose logits are as often negative."""
 _SUM = 1e-3
-"""Rows of rounded probabilities (bfloat16's aside) sum to 1 within this; logits hit it by chance in no whole batch."""
+"""Rows of what is said to be probabilities sum to 1 within this."""
+_ROUNDED = 1e-2
+"""Rows of probabilities that bfloat16 has rounded sum to 1 within this; logits hit it by chance in no whole batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +135,12 @@ class Outputs:
         values = taken.detach().double()
         if not len(values) or not bool(torch.isfinite(values).all() if self.kind is None else True):
             return replace(self, kind=self.kind or "logits")
-        if self.kind is None and self._probabilities(values):
-            seen = "every row is ≥ 0 and sums to 1"
-            if self.head != "classifier":
-                seen = "every number lies in [0, 1]"
+        seen = "" if self.kind is not None else self._seen_as_probabilities(values)
+        if seen:
             raise UsageError(
                 f"the model returned probabilities ({seen}), and logits are needed: remove its softmax or sigmoid, or "
-                "say --outputs-are probabilities (Outputs(kind=...) in Python), or logits where they are"
+                "say --outputs-are probabilities (Outputs(kind=...) in Python; of independent labels --head multilabel, "
+                "too), or logits where they are"
             )
         if self.kind == "probabilities" and not self._probabilities(values):
             raise UsageError(
@@ -147,11 +150,24 @@ class Outputs:
             raise UsageError("outputs are said to be log-probabilities, and some rows of exp do not sum to 1")
         return replace(self, kind=self.kind or "logits")
 
-    def _probabilities(self, values: Tensor) -> bool:
+    def _seen_as_probabilities(self, values: Tensor) -> str:
+        """By what ``values`` look like probabilities; empty where they do not."""
+        if self._probabilities(values, _ROUNDED):
+            return (
+                "every row is ≥ 0 and sums to 1"
+                if self.head == "classifier"
+                else "every number lies in [0, 1]"
+            )
+        # a sigmoid of each class; logits that a ReLU made have zeros among them
+        if values.numel() >= _MANY and bool(((values > 0) & (values <= 1)).all()):
+            return "every number lies between 0 and 1, as a sigmoid's do"
+        return ""
+
+    def _probabilities(self, values: Tensor, tolerance: float = _SUM) -> bool:
         """Whether rows are probabilities of exclusive classes, or of yes-or-no labels."""
-        if not bool(((values >= 0) & (values <= 1 + _SUM)).all()):
+        if not bool(((values >= 0) & (values <= 1 + tolerance)).all()):
             return False
-        return self.head != "classifier" or bool(((values.sum(1) - 1).abs() <= _SUM).all())
+        return self.head != "classifier" or bool(((values.sum(1) - 1).abs() <= tolerance).all())
 
 
 _REMEDY = (

@@ -25,13 +25,12 @@ def generators_kept(device: torch.device | None = None, model: nn.Module | None 
     Args:
         device: whose generator counts, beside the CPU's.
     """
-    with devices.generators_kept(device):
-        restore = _restorers(model)
-        try:
-            yield
-        finally:
-            for each in restore:
-                each()
+    restore = _restorers(device, model)
+    try:
+        yield
+    finally:
+        for each in restore:
+            each()
 
 
 def seed_generators(seed: int) -> None:
@@ -49,7 +48,7 @@ class Draws:
 
     def __init__(self, device: torch.device, model: nn.Module) -> None:
         self._device, self._model = device, model
-        self._restore = [*_torch_restorers(device), *_restorers(model)]
+        self._restore = _restorers(device, model)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -60,14 +59,16 @@ class Draws:
             yield
 
 
-def _torch_restorers(device: torch.device) -> Iterator[Callable[[], None]]:
+def _torch_restorers(device: torch.device | None) -> Iterator[Callable[[], None]]:
     yield partial(torch.set_rng_state, torch.get_rng_state())
-    yield partial(devices.set_generator_state, devices.generator_state(device), device)
+    if device is not None:
+        yield partial(devices.set_generator_state, devices.generator_state(device), device)
 
 
-def _restorers(model: nn.Module | None) -> list[Callable[[], None]]:
-    """Functions that set Python's, NumPy's and the modules' own generators to their present states."""
+def _restorers(device: torch.device | None, model: nn.Module | None) -> list[Callable[[], None]]:
+    """Functions that set torch's, Python's, NumPy's and the modules' own generators to their present states."""
     found: list[Callable[[], None]] = [
+        *_torch_restorers(device),
         partial(random.setstate, random.getstate()),
         partial(np.random.set_state, np.random.get_state(legacy=False)),
     ]

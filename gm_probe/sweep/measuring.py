@@ -22,7 +22,7 @@ from gm_probe.core.layout import settle_layout
 from gm_probe.core.loading import check_fit, choose_normalization, fitted_model
 from gm_probe.core.locks import Hold
 from gm_probe.core.memory import within_memory
-from gm_probe.core.models import ModelSpec, initial_model, is_user_code, logits_at
+from gm_probe.core.models import ModelSpec, initial_model, is_user_code
 from gm_probe.core.parameters import as_measured, evaluating
 from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
@@ -121,8 +121,7 @@ def open_subject(
     outputs = replace(outputs or Outputs(), head=cast(Head, head))
     if not is_user_code(name):  # libraries' networks return logits, however they look
         outputs = replace(outputs, kind=outputs.kind or "logits")
-    outputs = _examined(model, batches, outputs, model_name or path)
-    classes = _num_classes(model, batches, outputs)
+    outputs, classes = _examined(model, batches, outputs, model_name or path)
     if num_classes is not None and num_classes != classes:
         raise UsageError(f"{model_name or path} has {classes} outputs, not --num-classes {num_classes}")
     # an array file names no classes: its labels need only lie below the number of outputs
@@ -219,7 +218,6 @@ def measure_checkpoint(
         dtype=str(batches.dtype).removeprefix("torch."),
         processes=count(),
         **({"key": subject.key} if subject.key else {}),
-        **{key: value for key, value in subject.outputs.settings().items() if value is not None},
         **_how_coupled(subject),
         **environment(batches.device),
     )
@@ -392,8 +390,13 @@ def _densities(
     return found
 
 
-def _examined(model: torch.nn.Module, batches: Batches, outputs: Outputs, name: object) -> Outputs:
+def _examined(
+    model: torch.nn.Module, batches: Batches, outputs: Outputs, name: object
+) -> tuple[Outputs, int]:
     """Look at the outputs of some examples: what does not fit fails here, with the data's name.
+
+    Returns:
+        How the outputs are read, and the number of classes: 2 of a yes-or-no model, and of several labels theirs.
 
     Raises:
         UsageError: outputs that cannot be read as ``outputs`` says.
@@ -411,14 +414,9 @@ def _examined(model: torch.nn.Module, batches: Batches, outputs: Outputs, name: 
 
     with foreign_or(refused), evaluating(model), torch.no_grad():
         args, kwargs = arguments(model, few)
-        return outputs.checked(outputs.taken(model(*args, **kwargs), len(few)))
-
-
-def _num_classes(model: torch.nn.Module, batches: Batches, outputs: Outputs) -> int:
-    """Classes of a row of logits: 2 of a yes-or-no model, and of several labels their number."""
-    with evaluating(model), torch.no_grad():
-        logits = logits_at(model, next(iter(batches.of_size(1))).x, outputs)
-    return logits.shape[1] if outputs.head == "multilabel" else logits.shape[-1]
+        taken = outputs.taken(model(*args, **kwargs), len(few))
+        outputs = outputs.checked(taken)
+        return outputs, 2 if outputs.head == "binary" else taken.shape[1]
 
 
 def output_settings(loading: Mapping[str, Any]) -> dict[str, Any]:

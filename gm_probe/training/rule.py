@@ -244,10 +244,6 @@ class Rule:
         """The parameters' gradient (P,), without other leaves'."""
         return self.parameters.join(gradients[: len(self.parameters.named)])
 
-    def _direction(self, sums: Tensor) -> Tensor:
-        """A multiple of the whole batch's gradient, of this process's share of it (P,)."""
-        return sum_over_processes(sums)
-
     def _at(self, x: Inputs, y: Any, offset: Tensor, loss: Criterion) -> Gradients:
         """∇ ``loss`` at θ + offset, the offset held constant."""
         return self._differentiate(loss(self.parameters.taken(x, self.parameters.moved(offset)), y))

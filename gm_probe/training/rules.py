@@ -12,6 +12,7 @@ from torch.nn import functional
 from gm_probe.core.checks import one_of, real, whole
 from gm_probe.core.door import Outputs
 from gm_probe.core.fields import Inputs
+from gm_probe.core.processes import sum_over_processes
 from gm_probe.core.randomness import Draws
 from gm_probe.probe.ascent import ascend, kl_gradient, to_sphere
 from gm_probe.training.objectives import Criterion
@@ -52,7 +53,7 @@ class SAM(Rule):
         outputs = self._clean(x, y)
         loss, rest = self._labeled(outputs, y), self._rest(outputs, y)
         gradients = self._differentiate(loss, again=rest is not None)
-        gradient = self._direction(self._joined(gradients))
+        gradient = sum_over_processes(self._joined(gradients))
         calm = [] if rest is None else self._differentiate(rest)
         with draws.again():
             moved = self._at(x, y, self._perturbation(gradient), self._labeled)
@@ -123,7 +124,7 @@ class _Inconsistency(Rule):
                 share = kl_gradient(
                     self.parameters, x, clean, offset, factor, lambda moved: self.objective.compared(moved, y)
                 )[1]
-            return self._direction(share)
+            return sum_over_processes(share)
 
         start = self.parameters.random(self.noise_scale, self.generator)
         return ascend(gradient, start, self.rho, self.k_steps)
@@ -219,7 +220,7 @@ class OnePassIAMD(Rule):
         divergence = self._divergence(outputs, perturbed, y, self.kl_grad)
         whole = loss + self.beta * self._share * divergence
         gradients = self._differentiate(whole, list(moved.values()))
-        self._follow(self._direction(self.parameters.join(gradients[-len(moved) :])))
+        self._follow(sum_over_processes(self.parameters.join(gradients[-len(moved) :])))
         return Step(outputs.detach(), loss.detach(), divergence.detach()), gradients[: -len(moved)]
 
     def _follow(self, direction: Tensor) -> None:
@@ -281,7 +282,7 @@ class IAMS(_Inconsistency):
         if self.sign == "random":
             offset = offset * _random_sign(self.generator)
         elif self.sign == "loss":
-            gradient = self._direction(self._joined(self._differentiate(loss)))
+            gradient = sum_over_processes(self._joined(self._differentiate(loss)))
             offset = torch.where(gradient @ offset < 0, -offset, offset)
         with draws.again():
             return Step(outputs.detach(), loss.detach(), None), self._at(x, y, offset, self._loss)

@@ -44,6 +44,8 @@ class SubBatches:
     """
 
     def __init__(self, x: Inputs, y: Inputs, m: int | None, *, equal: bool = False) -> None:
+        if not len(y) and count() == 1:
+            raise UsageError("the batch holds no example with a target")
         size, total = m or max(len(y), 1), len(y)
         if count() > 1 and m is not None:
             if m % count():
