@@ -139,8 +139,8 @@ class Outputs:
         if seen:
             raise UsageError(
                 f"the model returned probabilities ({seen}), and logits are needed: remove its softmax or sigmoid, or "
-                "say --outputs-are probabilities (Outputs(kind=...) in Python; of independent labels --head multilabel, "
-                "too), or logits where they are"
+                "say --outputs-are probabilities (Outputs(kind=...) in Python; of independent labels with --head "
+                "multilabel), or logits where they are"
             )
         if self.kind == "probabilities" and not self._probabilities(values):
             raise UsageError(
