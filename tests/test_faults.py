@@ -145,7 +145,7 @@ def test_a_single_example_that_is_too_much_is_an_error(monkeypatch: pytest.Monke
     def failing(*_: object, **__: object) -> Tensor:
         raise MemoryError
 
-    monkeypatch.setattr(Parameters, "logits", failing)
+    monkeypatch.setattr(Parameters, "in_force", failing)
     with pytest.raises(ResourceError, match="single example") as caught:
         measure(network(), inputs(), ["mean_entropy"])
     assert caught.value.exit_code == 6

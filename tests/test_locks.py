@@ -55,7 +55,7 @@ def _write(lock: Path, offset: float, content: str) -> None:
     os.utime(lock, (time.time() + offset,) * 2)
 
 
-@pytest.mark.parametrize("offset", [*OFFSETS, DATED_2099])
+@pytest.mark.parametrize("offset", [*OFFSETS, pytest.param(DATED_2099, id="2099")])
 def test_a_live_holder_is_left_alone_whatever_its_clock_says(tmp_path: Path, offset: float) -> None:
     with another_machine(tmp_path, offset) as lock:
         with pytest.raises(BusyError, match="elsewhere is working on"), exclusive(tmp_path):
@@ -67,7 +67,7 @@ def test_a_live_holder_is_left_alone_whatever_its_clock_says(tmp_path: Path, off
             time.sleep(0.02)
 
 
-@pytest.mark.parametrize("offset", [*OFFSETS, DATED_2099])
+@pytest.mark.parametrize("offset", [*OFFSETS, pytest.param(DATED_2099, id="2099")])
 def test_a_dead_holder_is_got_over_whatever_its_clock_said(tmp_path: Path, offset: float) -> None:
     _write(tmp_path / LOCK, offset, "elsewhere 1\n")
     began = time.monotonic()

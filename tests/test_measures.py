@@ -710,12 +710,9 @@ def test_a_missing_derivative_ends_several_processes(monkeypatch: pytest.MonkeyP
         measure(model, Batches.from_tensors(torch.ones(6, 3)), ["parameter_norm", "hessian_lambda_max"], FAST)
 
 
-def test_batchwise_inconsistency_is_refused_before_anything_is_measured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(measures, "count", lambda: 2)
+def test_batchwise_inconsistency_is_refused_before_anything_is_measured() -> None:
     with pytest.raises(UsageError, match="one process"):
-        check_names(["error", "local_inconsistency_batchwise"], labeled=True)
+        check_names(["error", "local_inconsistency_batchwise"], labeled=True, num_processes=2)
 
 
 def test_no_input_gradient_is_undefined() -> None:
@@ -1026,7 +1023,9 @@ def test_model_is_untouched_after_a_failure_anywhere(name: str, error: BaseExcep
         else:
             # a cheap way's trial has failed: a slow one gives the same, or an estimate of the same
             assert isinstance(error, RuntimeError)
-            assert row.value == pytest.approx(expected, rel=0.02, abs=5 * (row.stderr or 0))
+            assert row.value is expected is None or row.value == pytest.approx(
+                expected, rel=0.02, abs=5 * (row.stderr or 0)
+            )
         check()
     assert 4 in raised  # a failure of the first call is a memory format's, and the other one is taken
     assert all("boom" in message for message in messages)

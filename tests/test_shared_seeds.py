@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from gm_probe.analysis.correlation import PARTS, correlate
+from gm_probe.analysis.correlation import correlate
 from gm_probe.analysis.design import design_of
 from gm_probe.analysis.intervals import (
     NO_SHARE,
@@ -23,6 +23,7 @@ from gm_probe.analysis.intervals import (
 )
 from gm_probe.analysis.pair_sums import pair_sums, tau_of
 from gm_probe.analysis.permutation import permute_blocks, permute_within
+from gm_probe.analysis.requests import PARTS
 from gm_probe.analysis.results import SweepStatistics
 from gm_probe.analysis.runs import load_table
 from gm_probe.analysis.sample import sample_of

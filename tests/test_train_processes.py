@@ -170,8 +170,8 @@ def test_killed_and_resumed_by_two_processes(tmp_path: Path) -> None:
             command, env=environment() | more, cwd=tmp_path, capture_output=True, text=True, timeout=200
         )
 
-    # one pass for the memory format, and two a step: in the 16th, of the second epoch
-    assert start("killed", KILL_AT="32").returncode != 0
+    # one pass for the memory format, two to try the model, and two a step: in the 16th, of the second epoch
+    assert start("killed", KILL_AT="34").returncode != 0
     assert torch.load(tmp_path / "killed" / STATE, weights_only=True)["step"] == 5
     for name in ("killed", "straight"):
         done = start(name)

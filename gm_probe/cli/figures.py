@@ -171,7 +171,9 @@ def warn(result: dict[str, Any]) -> None:
                 "from the quadratic regime the maximum may be much higher: lower --rho",
             )
     error = result["measures"].get("error", {}).get("value")
-    if error is not None and error > 0.9 * (1 - 1 / result["num_classes"]):
+    yes_or_no = result.get("settings", {}).get("head") in {"binary", "multilabel"}
+    chance = 0.5 if yes_or_no else 1 - 1 / result["num_classes"]
+    if error is not None and error > 0.9 * chance:
         note(
             console,
             f"warning: the error {error:.3f} is near chance for {result['num_classes']} classes; class folders are "

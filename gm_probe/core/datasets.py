@@ -87,9 +87,7 @@ class Examples:
         Raises:
             DataError: a file cannot be decoded, or they are not what was recorded.
         """
-        if isinstance(self.x, Tensor) and self.recorded is None:
-            return self
-        held = self if isinstance(self.x, Tensor) else replace(self, x=self.x.in_memory())
+        held = replace(self, x=self.x.in_memory()) if isinstance(self.x, ImageFiles) else self
         if self.recorded is None:
             return held
         self.recorded.require(held)

@@ -141,7 +141,7 @@ class Outputs:
             )
         if self.kind == "probabilities" and not self._probabilities(values):
             raise UsageError(
-                "outputs are said to be probabilities, and some rows do not lie in [0, 1] and sum to 1"
+                "outputs are said to be probabilities, and some lie outside of [0, 1] or do not sum to 1 over classes"
             )
         if self.kind == "log-probabilities" and not self._probabilities(values.exp()):
             raise UsageError("outputs are said to be log-probabilities, and some rows of exp do not sum to 1")
