@@ -175,9 +175,13 @@ def by_protocol(name: str, settings: Settings) -> str:
     return name
 
 
+CLEAN_PASSES = 2 / 3
+"""Gradient evaluations of the two clean passes, before the first measure."""
+
+
 def expected_cost(names: Sequence[str], settings: Settings) -> float:
     """Gradient evaluations that ``measure`` will take, roughly: for progress bars and estimates."""
-    return 2 / 3 + sum(expected_costs(names, settings).values())  # the two clean passes
+    return CLEAN_PASSES + sum(expected_costs(names, settings).values())
 
 
 def expected_costs(names: Sequence[str], settings: Settings) -> dict[str, float]:
@@ -214,7 +218,8 @@ class Outlook:
         taken more.
         """
         if name != self._name:
-            self._name, self._began = name, float(evaluations)
+            self._began = float(evaluations) if self._name else CLEAN_PASSES
+            self._name = name
         names = list(self.costs)
         later = names[names.index(name) + 1 :] if name in names else []
         left = getattr(evaluations, "left", None)

@@ -188,9 +188,7 @@ def lanczos(
     a larger one has an eigenvector orthogonal to it; noise mixed in that finds such a one costs what was saved.
     """
     start = random_start(operator, generator)
-    [pair], _ = eigenpairs(
-        operator, start, tolerance=tolerance, max_iterations=max_iterations, expect=expect
-    )
+    [pair], _ = eigenpairs(operator, start, tolerance=tolerance, max_iterations=max_iterations, expect=expect)
     return pair
 
 
