@@ -118,16 +118,21 @@ class Hutchinson:
                     return self._probes.result(offset, offset_error, done, self._spent > 0)
                 self._look_ahead(allowed**2 - offset_error**2)
             self._probes.draw()
+            if count == 0:  # what a probe costs is reckoned from here
+                self._tell(self.first)
 
     def _look_ahead(self, own: float) -> None:
         """Tell how many probes a variance of ``own`` needs, and sketch where these are many."""
         count = self._probes.count
         needed = count * (self._probes.spread**2 / own) if own > 0 else math.inf
+        self._tell(needed)
         left = self.most - count - 2 * SKETCH
         if self._may_sketch and left >= self.first and needed > 4 * SKETCH < self._operator.size:
             self._probes = _Probes(self._operator, self._generator, _sketch(self._operator, self._generator))
             self._may_sketch, self._spent = False, count + 2 * SKETCH
-            needed = left
+            self._tell(left)
+
+    def _tell(self, needed: float) -> None:
         if self._expect is not None:
             self._expect(self._spent + self._probes.count, self._spent + min(needed, self.most - self._spent))
 
