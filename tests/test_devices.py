@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.core.batches import Batches
-from gm_probe.core.devices import environment, generator_state, named_device, pick_device, set_generator_state
+from gm_probe.core.devices import (
+    deterministic,
+    environment,
+    generator_state,
+    named_device,
+    pick_device,
+    set_generator_state,
+)
 from gm_probe.core.errors import DeviceError, ProbeError, ResourceError, UsageError
 from gm_probe.core.files import read_toml
 from gm_probe.core.parameters import Parameters
@@ -266,3 +273,18 @@ def test_cudnn_is_on_again_where_a_recurrent_network_fails() -> None:
     with pytest.raises(RuntimeError):
         Parameters(model).logits(torch.randn(6, 5, 2))
     assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.parametrize(("strict", "warn"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_determinism_is_left_as_the_caller_has_it(strict: bool, warn: bool, enabled: bool) -> None:
+    """Also where the caller asked for warnings instead of errors."""
+    before = torch.get_deterministic_debug_mode()
+    try:
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
+        callers = torch.get_deterministic_debug_mode()
+        with deterministic(enabled):
+            assert torch.get_deterministic_debug_mode() == (2 if enabled else callers)
+        assert torch.get_deterministic_debug_mode() == callers
+    finally:
+        torch.set_deterministic_debug_mode(before)

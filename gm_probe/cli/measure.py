@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -29,7 +30,7 @@ from gm_probe.cli.output import (
 from gm_probe.cli.progress import Bar, progress_bar
 from gm_probe.cli.relevance import CONVERGED, idle, require_use_of_grids
 from gm_probe.core.errors import CheckpointError, UsageError
-from gm_probe.probe.catalogue import check_names, default_measures, expected_cost
+from gm_probe.probe.catalogue import Outlook, check_names, default_measures, expected_costs
 from gm_probe.probe.settings import Settings
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ def measure(
     from gm_probe.core.locks import exclusive
     from gm_probe.core.records import MEASURES as MEASURES_FILE
     from gm_probe.sweep.executors import Processes, in_turn, visible_gpus
-    from gm_probe.sweep.measuring import How, density_cost, measure_as
+    from gm_probe.sweep.measuring import How, density_costs, measure_as
     from gm_probe.sweep.remeasure import Remeasure
     from gm_probe.sweep.saved_measures import as_recorded, merge_measures
     from gm_probe.training.parts import own_unlabeled
@@ -326,14 +327,11 @@ def measure(
                 with exclusive(path) if save and speaks else nullcontext():
                     if save:
                         how, changed = as_recorded(path, how, given_settings)
-                    expected = expected_cost(names, how.settings) + density_cost(loading["quadrature"])
-                    with progress_bar(path.name, expected, quiet=quiet) as bar:
-
-                        def notify(name: str, evaluations: float, bar: Bar = bar) -> None:
-                            rate = f"{bar.speed:.2g} grad/s" if bar.speed else ""
-                            bar.update(evaluations, state=rate, label=name)
-
-                        result = measure_as(path, own, names, how, notify)
+                    costs = expected_costs(names, how.settings) | density_costs(loading["quadrature"])
+                    with progress_bar(
+                        path.name, sum(costs.values()), unit="gradient evaluations", quiet=quiet
+                    ) as bar:
+                        result = measure_as(path, own, names, how, _shown(bar, Outlook(costs)))
                     if save and speaks:
                         result["replaced"] = merge_measures(path / MEASURES_FILE, result)
                         result["as_before"] = changed
@@ -351,6 +349,16 @@ def measure(
                 print_json(results)
             elif output == "csv" and results and speaks:
                 print_csv(as_rows(results))
+
+
+def _shown(bar: Bar, outlook: Outlook) -> Callable[[str, float], None]:
+    """A ``notify`` of ``measure_as`` that moves ``bar``."""
+
+    def notify(name: str, evaluations: float) -> None:
+        rate = f"{bar.speed:.2g} grad/s" if bar.speed else ""
+        bar.update(evaluations, total=outlook.total(name, evaluations), state=rate, label=name)
+
+    return notify
 
 
 def _given(context: click.Context) -> frozenset[str]:

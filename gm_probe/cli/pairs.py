@@ -125,7 +125,7 @@ def pairs(
     outputs, models, chosen = _all_outputs(paths, examples, own_loading, quiet=quiet, **loading)
     notes += chosen
     notes += _same_twice(paths, outputs)
-    with progress_bar("pairs", len(paths) * (len(paths) - 1) // 2, quiet=quiet) as bar:
+    with progress_bar("pairs", len(paths) * (len(paths) - 1) // 2, unit="pairs", quiet=quiet) as bar:
         report = compare(outputs, training_sets, names=[str(path) for path in paths], notify=bar.update)
     result: dict[str, Any] = {
         "checkpoints": [
@@ -181,7 +181,7 @@ def _all_outputs(
     models: list[dict[str, Any]] = []
     notes: list[str] = []
     named: tuple[Path, tuple[str, ...]] | None = None
-    with progress_bar("outputs", len(paths), quiet=quiet) as bar:
+    with progress_bar("outputs", len(paths), unit="models", quiet=quiet) as bar:
         for index, path in enumerate(paths):
             bar.update(index, label=path.name)
             logits, model, subject = _outputs(path, examples, **options, **own_loading[path])

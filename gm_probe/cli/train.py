@@ -233,7 +233,7 @@ def train(
         if not began or (resume and not (out / SUMMARY).exists()):  # else there is nothing to train
             _note_data(console, config)
         events = Events(out) if tensorboard and speaks else None
-        with progress_bar("epochs", config.epochs, quiet=quiet or not speaks) as bar:
+        with progress_bar("training", config.epochs, unit="epochs", quiet=quiet or not speaks) as bar:
 
             def notify(row: dict[str, Any]) -> None:
                 epoch, loss = row["epoch"], row["running_loss"]

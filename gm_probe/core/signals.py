@@ -34,11 +34,9 @@ class Terminated(SystemExit):
 
 
 class _Ending:
-    """Whether the program, if it handles signals, was asked to end, and whether it has said so."""
+    """Whether the program handles signals, was asked to end, is saying so, and has said so."""
 
-    handled = False
-    asked = False
-    said = False
+    handled = asked = speaking = said = False
 
 
 @contextmanager
@@ -54,7 +52,7 @@ def ending_in_order(*, for_good: bool = False) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _Ending.handled, _Ending.asked, _Ending.said = True, False, False
+    _Ending.handled, _Ending.asked, _Ending.speaking, _Ending.said = True, False, False, False
     handlers: dict[signal.Signals, Callable[[int, Any], None]] = {signal.SIGTERM: terminate}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         handlers[signal.SIGINT] = _interrupt
@@ -75,15 +73,11 @@ def ending_in_order(*, for_good: bool = False) -> Iterator[None]:
 @contextmanager
 def last_words() -> Iterator[None]:
     """Say within why the program ends. A signal that comes later ends it without another line."""
-    _Ending.asked = True
-    mask = getattr(signal, "pthread_sigmask", None)
-    before = None if mask is None else mask(signal.SIG_BLOCK, ENDED_BY)
+    _Ending.asked = _Ending.speaking = True
     try:
         yield
     finally:
-        _Ending.said = True
-        if mask is not None:
-            mask(signal.SIG_SETMASK, before)
+        _Ending.said, _Ending.speaking = True, False
 
 
 @contextmanager
@@ -112,22 +106,26 @@ def sigterm_noted() -> Iterator[Callable[[], bool]]:
 
 def terminate(number: int, _: object) -> None:
     """A handler that ends the process by way of every ``finally``, so that no half-written file stays."""
-    _first(number)
+    if _Ending.asked:
+        _end_at_once(number)
+        return
+    _Ending.asked = True
     raise Terminated(ENDED_BY[signal.SIGTERM][1])
 
 
 def _interrupt(number: int, _: object) -> None:
-    _first(number)
+    if _Ending.asked:
+        _end_at_once(number)
+        return
+    _Ending.asked = True
     raise KeyboardInterrupt
 
 
-def _first(number: int) -> None:
-    if _Ending.asked:
-        _end_at_once(number)
-    _Ending.asked = True
-
-
 def _end_at_once(number: int) -> None:
+    """End the process with one line, or return where another call, which this one interrupts, is about to."""
+    if _Ending.speaking:
+        return
+    _Ending.speaking = True
     code, message = ENDED_BY[signal.Signals(number)]
     with suppress(OSError):
         if not _Ending.said:

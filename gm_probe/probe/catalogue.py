@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gm_probe.core.errors import DataError, UsageError, did_you_mean
@@ -175,11 +175,20 @@ def by_protocol(name: str, settings: Settings) -> str:
     return name
 
 
+CLEAN_PASSES = 2 / 3
+"""Gradient evaluations of the two clean passes, before the first measure."""
+
+
 def expected_cost(names: Sequence[str], settings: Settings) -> float:
     """Gradient evaluations that ``measure`` will take, roughly: for progress bars and estimates."""
-    total = 2 / 3  # the two clean passes
-    for name in names:
-        name = by_protocol(name, settings)
+    return CLEAN_PASSES + sum(expected_costs(names, settings).values())
+
+
+def expected_costs(names: Sequence[str], settings: Settings) -> dict[str, float]:
+    """The same by measure, without the clean passes."""
+    costs = {}
+    for listed in names:
+        name = by_protocol(listed, settings)
         cost = CATALOGUE[name].cost
         if name == "local_inconsistency":
             cost = _cost_of_starts(settings)
@@ -187,8 +196,36 @@ def expected_cost(names: Sequence[str], settings: Settings) -> float:
             cost *= len({settings.rho, *settings.rho_grid})
         if name == "hessian_trace" and "fisher_trace" in names:
             cost = 0.0  # of networks that are affine in each parameter, it is the same
-        total += cost
-    return total
+        costs[listed] = cost
+    return costs
+
+
+class Outlook:
+    """How many gradient evaluations a measurement will take in all, as far as it can be told while it runs.
+
+    Args:
+        costs: what each stage usually takes, by its name, in order.
+    """
+
+    def __init__(self, costs: Mapping[str, float]) -> None:
+        self.costs = costs
+        self._name, self._began = "", 0.0
+
+    def total(self, name: str, evaluations: float) -> float | None:
+        """The total, where stage ``name`` is at work and ``evaluations`` are done; None where it is unknown.
+
+        A ``probe.work.Count`` says what is left of the stage; else it is what the stage usually takes, until it has
+        taken more.
+        """
+        if name != self._name:
+            self._began = float(evaluations) if self._name else CLEAN_PASSES
+            self._name = name
+        names = list(self.costs)
+        later = names[names.index(name) + 1 :] if name in names else []
+        left = getattr(evaluations, "left", None)
+        if left is None:
+            left = self.costs.get(name, 0.0) - (evaluations - self._began)
+        return None if left < 0 else evaluations + left + sum(self.costs[each] for each in later)
 
 
 def _cost_of_starts(settings: Settings) -> float:

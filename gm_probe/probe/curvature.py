@@ -9,7 +9,7 @@ from gm_probe.core.processes import everywhere
 from gm_probe.probe.operators import Operator
 from gm_probe.probe.probe import Figure, Probe, example_error
 from gm_probe.probe.spectrum import Eigenpair, eigenpairs, random_start
-from gm_probe.probe.trace import Trace, trace
+from gm_probe.probe.trace import Hutchinson, Trace
 
 REFINEMENTS = 3
 """Of tr F, where tr H turns out much smaller: each time more of tr H's own size is known."""
@@ -54,6 +54,7 @@ def _largest(
         top=wanted,
         tolerance=probe.settings.eigen_tolerance,
         max_iterations=probe.settings.max_iterations,
+        expect=probe.work.expect,
     )
     rows: list[dict[str, Any]] = [
         {"value": p.value, "residual": p.residual, "converged": p.converged} for p in pairs
@@ -75,19 +76,20 @@ def hessian_lambda_min(probe: Probe) -> Figure:
         bottom=1,
         tolerance=probe.settings.eigen_tolerance,
         max_iterations=probe.settings.max_iterations,
+        expect=probe.work.expect,
     )
     return _eigenvalue(probe.hessian, pair, labels=probe.label_kind)
 
 
-def _hutchinson(probe: Probe, operator: Operator, name: str, **options: Any) -> Trace:
+def _hutchinson(probe: Probe, operator: Operator, name: str) -> Hutchinson:
     settings = probe.settings
-    return trace(
+    return Hutchinson(
         operator,
         generator=probe.generator(name),
         tolerance=settings.trace_tolerance,
         min_probes=settings.min_probes,
         max_probes=settings.max_probes,
-        **options,
+        expect=probe.work.expect,
     )
 
 
@@ -114,7 +116,7 @@ def _fisher_trace(probe: Probe) -> Figure:
         return _row(
             found, f"{EXAMPLES}, {'exact' if found.stderr is None else 'random signs on the outputs'}"
         )
-    found = _hutchinson(probe, probe.fisher, "fisher trace")
+    found = _hutchinson(probe, probe.fisher, "fisher trace").estimate()
     return _row(found, _estimator(found))
 
 
@@ -126,10 +128,11 @@ def hessian_trace(probe: Probe) -> Figure:
         return value, error, examples, converged, {**details, "method": method, "labels": "none needed"}
     fisher = probe.example_fisher_trace
     if fisher is None:
-        found = _hutchinson(probe, probe.hessian, "hessian trace")
+        found = _hutchinson(probe, probe.hessian, "hessian trace").estimate()
         details = {"labels": probe.label_kind, "not_affine": probe.affinity.reason}
         return _row(found, _estimator(found), **details)
-    found = _corrected(probe, fisher)
+    rest = _hutchinson(probe, probe.residual, "hessian trace")  # its probes serve all refinements of tr F
+    found = rest.estimate(fisher.terms, fisher.stderr or 0.0)
     for _ in range(REFINEMENTS):
         allowed = probe.settings.trace_tolerance * abs(found.value)
         if found.converged or not fisher.stderr or fisher.stderr <= allowed / 2:
@@ -138,15 +141,9 @@ def hessian_trace(probe: Probe) -> Figure:
         finer = probe.fisher_trace_to(allowed / 2 / fisher.value)
         if finer is None or (finer.stderr or 0.0) >= fisher.stderr:
             break
-        fisher, found = finer, _corrected(probe, finer)
+        fisher, found = finer, rest.estimate(finer.terms, finer.stderr or 0.0)
     details = {"labels": probe.label_kind, "not_affine": probe.affinity.reason}
     return _row(found, f"tr F + tr(H − F), the latter by {_estimator(found)}", **details)
-
-
-def _corrected(probe: Probe, fisher: Trace) -> Trace:
-    """tr F + tr(H − F), with both errors."""
-    error = fisher.stderr or 0.0
-    return _hutchinson(probe, probe.residual, "hessian trace", offset=fisher.terms, offset_error=error)
 
 
 def effective_rank(probe: Probe) -> Figure:

@@ -17,7 +17,7 @@ from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import everywhere, gather_examples
 from gm_probe.probe.example_gradients import ExampleGradients, IrregularLayerError
 from gm_probe.probe.trace import Trace
-from gm_probe.probe.work import FORWARD, Work
+from gm_probe.probe.work import FORWARD, GRADIENT, Work
 
 HEAD = 16  # classes whose covariance is diagonalised; the others are handled as one and a remainder
 COLUMNS = 32  # of L, whose gradients follow one forward pass
@@ -187,6 +187,7 @@ def _by_examples(
         return Trace(float(terms.mean()), stderr, error, probes, converged, terms)
 
     def exact() -> Trace:
+        work.foresee((math.ceil(rank / COLUMNS) * FORWARD + rank * examples.passes) / GRADIENT)
         return result(gathered(CovarianceRoot.columns, summed=True).sum(0), 0.0, None, rank, True)
 
     if tolerance == 0 or rank <= 2:
@@ -208,6 +209,7 @@ def _by_examples(
         )
         if needed - taken >= rank and (rank <= HEAD or taken + rank <= max_probes):
             return exact()
+        work.expect(taken, min(needed, max_probes))
         more = min(math.ceil(needed) - taken if math.isfinite(needed) else max_probes, max_probes - taken, 8)
         norms = torch.cat([norms, passes(max(more, 1))])
 

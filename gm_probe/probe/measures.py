@@ -182,6 +182,7 @@ def measure(
         _, batches = within_memory(batches, lambda batches: probed(batches).clean)
         for name in names:
             current = name
+            work.begin()
             before = work.evaluations
             compute = MEASURES[name].compute
             try:

@@ -245,6 +245,7 @@ class Probe:
                 generator=self.generator("fisher"),
                 tolerance=max(self.settings.eigen_tolerance, 0.01),
                 max_iterations=min(self.settings.max_iterations, DRAFT),
+                expect=self.work.expect,
             )
 
         try:
@@ -257,7 +258,11 @@ class Probe:
         """``fisher_draft``, certified by an exact product."""
         found, settings = self.fisher_draft, self.settings
         exact = certified(
-            self.fisher, found, tolerance=settings.eigen_tolerance, max_iterations=settings.max_iterations
+            self.fisher,
+            found,
+            tolerance=settings.eigen_tolerance,
+            max_iterations=settings.max_iterations,
+            expect=self.work.expect,
         )
         return replace(exact, iterations=found.iterations + exact.iterations)
 
@@ -268,6 +273,7 @@ class Probe:
             generator=self.generator("hessian"),
             tolerance=self.settings.eigen_tolerance,
             max_iterations=self.settings.max_iterations,
+            expect=self.work.expect,
         )
 
     @cached_property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,7 @@ from gm_probe.core.checks import real, whole
 from gm_probe.core.errors import DivergedError, UsageError
 from gm_probe.core.memory import memory_or
 from gm_probe.probe.operators import Operator
+from gm_probe.probe.work import Expect
 
 
 class Krylov:
@@ -108,6 +111,7 @@ def eigenpairs(
     tolerance: float = 0.01,
     max_iterations: int = 100,
     patience: int = 2,
+    expect: Expect | None = None,
 ) -> tuple[list[Eigenpair], list[Eigenpair]]:
     """The ``top`` largest (descending) and ``bottom`` smallest (ascending) eigenpairs by Lanczos.
 
@@ -117,6 +121,7 @@ def eigenpairs(
         start: (P,) start vector; see ``random_start``.
         tolerance: residual relative to \\|θ\\| at which an eigenpair is done.
         patience: successive iterations in which all must be done before it stops.
+        expect: called after every iteration.
 
     Raises:
         UsageError: ``top`` and ``bottom`` are both 0, or a number is none that can be.
@@ -124,24 +129,26 @@ def eigenpairs(
     """
     if not whole("top", top, 0) + whole("bottom", bottom, 0):
         raise UsageError("top and bottom are both 0: there is no eigenpair to find; ask for at least one")
-    whole("max_iterations", max_iterations)
-    whole("patience", patience)
     real("tolerance", tolerance, least=0)
+    whole("patience", patience)
     if not isinstance(start, Tensor) or start.shape != (operator.size,):
         raise UsageError(f"start must be a tensor ({operator.size},), one number a parameter")
-    krylov = Krylov(operator, start)
-    met = np.zeros(0, dtype=int)
-    for _ in range(max_iterations):
+    krylov, met, excess = Krylov(operator, start), np.zeros(0, dtype=int), list[float]()
+    for _ in range(whole("max_iterations", max_iterations)):
         krylov.extend()
         values, vectors = krylov.eigen()
         last = len(values) - 1
         wanted = [last - i for i in range(min(top, last + 1))] + list(range(min(bottom, last + 1)))
         residuals = krylov.off_diagonal[-1] * np.abs(vectors[-1])
         floor = 4 * torch.finfo(operator.dtype).eps * float(np.abs(values).max())
-        done = residuals[wanted] <= np.maximum(tolerance * np.abs(values[wanted]), floor)
+        allowed = np.maximum(tolerance * np.abs(values[wanted]), floor)
+        done = residuals[wanted] <= allowed
         met = np.where(done, met + 1, 0) if len(met) == len(wanted) else done.astype(int)
         if krylov.exhausted or (len(wanted) == top + bottom and met.min() >= patience):
             break
+        if expect is not None:
+            excess.append(float((residuals[wanted] / np.maximum(allowed, 1e-300)).max()))
+            expect(len(excess), min(iterations_ahead(excess) + patience - 1, max_iterations))
     pairs = [
         Eigenpair(
             float(values[i]),
@@ -156,12 +163,24 @@ def eigenpairs(
     return pairs[:count], pairs[count:]
 
 
+def iterations_ahead(excess: Sequence[float]) -> float:
+    """About how many iterations there will be, of whose residuals each is ``excess`` times what is allowed.
+
+    They fall like a geometric series, in the end; the slope is that of the latter half.
+    """
+    logs = [math.log(max(value, 1.0)) for value in excess]
+    half = len(logs) // 2
+    slope = (logs[half - 1] - logs[-1]) / (len(logs) - half) if half else 0.0
+    return len(logs) + logs[-1] / slope if slope > 0 else (math.inf if logs[-1] > 0 else len(logs))
+
+
 def lanczos(
     operator: Operator,
     *,
     generator: torch.Generator,
     tolerance: float = 0.01,
     max_iterations: int = 100,
+    expect: Expect | None = None,
 ) -> Eigenpair:
     """Largest (algebraic) eigenvalue, from a random start.
 
@@ -169,7 +188,7 @@ def lanczos(
     a larger one has an eigenvector orthogonal to it; noise mixed in that finds such a one costs what was saved.
     """
     start = random_start(operator, generator)
-    [pair], _ = eigenpairs(operator, start, tolerance=tolerance, max_iterations=max_iterations)
+    [pair], _ = eigenpairs(operator, start, tolerance=tolerance, max_iterations=max_iterations, expect=expect)
     return pair
 
 
@@ -178,7 +197,14 @@ def random_start(operator: Operator, generator: torch.Generator) -> Tensor:
     return torch.randn(operator.size, generator=generator, dtype=torch.float64).to(operator.device)
 
 
-def certified(operator: Operator, guess: Eigenpair, *, tolerance: float, max_iterations: int) -> Eigenpair:
+def certified(
+    operator: Operator,
+    guess: Eigenpair,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    expect: Expect | None = None,
+) -> Eigenpair:
     """Check a cheaply found eigenpair by exact products, and go on from it where it does not hold.
 
     One product gives the exact Rayleigh quotient and residual of ``guess``; where that residual is too large, Lanczos
@@ -190,5 +216,6 @@ def certified(operator: Operator, guess: Eigenpair, *, tolerance: float, max_ite
         tolerance=tolerance,
         max_iterations=max_iterations,
         patience=1 if guess.converged else 2,
+        expect=expect,
     )
     return pair

@@ -28,7 +28,7 @@ from gm_probe.core.pretrained import load_pretrained
 from gm_probe.core.processes import count, rank
 from gm_probe.core.randomness import generators_kept
 from gm_probe.core.records import read_run
-from gm_probe.probe.catalogue import DEFAULT_MEASURES, check_names, expected_cost, takes_derivatives
+from gm_probe.probe.catalogue import DEFAULT_MEASURES, Outlook, check_names, expected_costs, takes_derivatives
 from gm_probe.probe.density import density
 from gm_probe.probe.measures import UNDEFINING, measure
 from gm_probe.probe.probe import Probe
@@ -246,6 +246,10 @@ def measure_checkpoint(
     return result
 
 
+DENSITY_OF = "density of the {}"
+"""The stage in which a density is taken, as ``notify`` is told of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class How:
     """All that the figures of a run depend on beside its weights.
@@ -295,17 +299,21 @@ DIGEST = "data_sha256"
 
 def telling(hold: Hold, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
     """A ``notify`` of ``measure_checkpoint`` that tells those who look at the held run folder."""
-    expected = expected_cost(names, settings)
+    outlook = Outlook(expected_costs(names, settings))
 
     def notify(name: str, evaluations: float) -> None:
-        hold.tell("measuring", evaluations, max(expected, evaluations), lambda: {"measure": name})
+        total = outlook.total(name, evaluations)
+        hold.tell("measuring", evaluations, evaluations if total is None else total, lambda: {"measure": name})
 
     return notify
 
 
-def density_cost(quadrature: tuple[int, int] | None) -> float:
-    """Gradient evaluations of both densities, roughly: a product with F takes two, one with H three."""
-    return 5.0 * quadrature[0] * quadrature[1] if quadrature else 0.0
+def density_costs(quadrature: tuple[int, int] | None) -> dict[str, float]:
+    """Gradient evaluations of each density, roughly, by the name that ``notify`` is called with."""
+    if not quadrature:
+        return {}
+    products = float(quadrature[0] * quadrature[1])
+    return {DENSITY_OF.format("fisher"): 2 * products, DENSITY_OF.format("hessian"): 3 * products}
 
 
 def _how_coupled(subject: Subject) -> dict[str, Any]:
@@ -371,7 +379,7 @@ def _densities(
             before = probe.work.evaluations
 
             def tick(_: int, __: int, name: str = name) -> None:
-                notify(f"density of the {name}", probe.work.evaluations)
+                notify(DENSITY_OF.format(name), probe.work.evaluations)
 
             try:
                 found[name] = density(
