@@ -15,6 +15,8 @@ from gm_probe.analysis.table import (
     KNOWN_MEASURES,
     LARGEST,
     MISSED_STOP,
+    MOST_MEASURES,
+    MOST_SETTINGS,
     OUTCOMES,
     SEED,
     TOO_LARGE,
@@ -24,12 +26,13 @@ from gm_probe.analysis.table import (
     missed_stop_note,
     printable,
     require_distinct,
+    require_few,
     require_known,
     show,
     unique,
 )
 from gm_probe.core.errors import DataError, StorageError, UsageError
-from gm_probe.core.records import RunRecord, find_runs, read_run
+from gm_probe.core.records import CONFIG, RunRecord, find_runs, read_run
 
 # What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
 # Whether pixels were normalised, not by what: that is the training data's own.
@@ -44,6 +47,9 @@ OWN_SETTINGS = {
     "local_inconsistency_batchwise": (*ASCENT_SETTINGS, "sub_batch"),
 }
 ROW_SETTINGS = ("protocol", "labels")
+MOST_OF_ONE = 200
+"""Settings of one run; the tool's own are some 60."""
+NOT_MEASURED = {"value": None, "reason": "not measured"}
 
 
 def load_table(
@@ -91,6 +97,7 @@ def _table_from_folders(
     found = unique(name for record in records for name in record.measures)
     require_known(measures, found, "measure")
     chosen = unique(measures) or sorted(found, key=_rank)
+    require_few(chosen, MOST_MEASURES, root, "measures", "--measures")
     gaps = [gap for gap in GAPS if any(gap in record.summary for record in records)]
     if not gaps:
         raise DataError(
@@ -106,6 +113,7 @@ def _table_from_folders(
         if name not in BOOKKEEPING and len({config.get(name) for config in configs}) > 1
     ]
     hypers = unique([*(hyperparameters or varying), *group_by])
+    require_few(hypers, MOST_SETTINGS, root, "settings that vary", "--hyper")
     require_distinct(gaps, chosen, hypers)
 
     columns: dict[str, pd.Series] = {"run": pd.Series(list(kept))}
@@ -116,7 +124,7 @@ def _table_from_folders(
         values = [{"value": record.summary.get(gap)} for record in records]
         columns[gap], missing[gap] = _finite(values, absent=f"no {gap} in summary.json")
     for name in chosen:
-        rows = [_row(record, name) for record in records]
+        rows = [record.measures.get(name, NOT_MEASURED) for record in records]
         columns[name], missing[name] = _finite(rows, absent="no value and no reason recorded")
         unconverged[name] = frozenset(
             i for i, row in enumerate(rows) if i not in missing[name] and row.get("converged") is False
@@ -170,6 +178,9 @@ def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord
             kept[run] = record
         else:
             excluded.append(Exclusion(run, reason))
+    for run, reason in _clashing(kept).items():
+        del kept[run]
+        excluded.append(Exclusion(run, reason))
     if not kept:
         reasons = "; ".join(f"{len(runs)} × {reason}" for reason, runs in by_reason(excluded).items())
         raise DataError(
@@ -181,7 +192,29 @@ def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord
 def _unusable(record: RunRecord) -> str | None:
     if record.status != "finished":
         return record.status
+    if len(_flatten(record.config)) > MOST_OF_ONE:
+        return f"{CONFIG} has more than {MOST_OF_ONE} settings"
     return None if record.measures else "not measured"
+
+
+def _clashing(records: Mapping[str, RunRecord]) -> dict[str, str]:
+    """Runs that call a measure what others call a setting, or the reverse: the fewer of the two, with the reason."""
+    measured: dict[str, list[str]] = {}
+    configured: dict[str, list[str]] = {}
+    for run, record in records.items():
+        for names, found in ((record.measures, measured), (_flatten(record.config), configured)):
+            for name in names:
+                found.setdefault(name, []).append(run)
+    reasons: dict[str, str] = {}
+    for name in sorted(set(measured) & set(configured)):
+        fewer = min((measured[name], "measure", "setting"), (configured[name], "setting", "measure"), key=_number)
+        for run in fewer[0]:
+            reasons.setdefault(run, f"its {fewer[1]} {show(name)} has the name of a {fewer[2]}")
+    return reasons
+
+
+def _number(group: tuple[list[str], str, str]) -> int:
+    return len(group[0])
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -200,11 +233,6 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | in
             usable = abs(value) <= LARGEST if isinstance(value, int | float) else isinstance(value, str)
             flat[prefix + key] = value if usable else str(value)  # NaN is not equal to itself
     return flat
-
-
-def _row(record: RunRecord, name: str) -> Mapping[str, Any]:
-    row = record.measures.get(name, {"value": None, "reason": "not measured"})
-    return row if isinstance(row, dict) else {"value": None, "reason": "its row is not a table of values"}
 
 
 def _conditions(
@@ -226,9 +254,7 @@ def _finite(rows: Sequence[Mapping[str, Any]], absent: str) -> tuple[pd.Series, 
         value = row.get("value")
         if value is None:
             missing[i] = str(row.get("reason") or absent)
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            missing[i] = "not a number"
-        elif LARGEST < abs(value) < math.inf:  # an int may be too large for a float
+        elif LARGEST < abs(value) < math.inf:
             missing[i] = TOO_LARGE
         elif not math.isfinite(value):
             missing[i] = "not finite"

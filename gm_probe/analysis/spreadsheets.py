@@ -1,8 +1,12 @@
 """A table of anybody's own runs, one a row, from CSV or Parquet."""
 
+import csv
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +17,8 @@ from gm_probe.analysis.table import (
     KNOWN_MEASURES,
     LARGEST,
     MISSED_STOP,
+    MOST_MEASURES,
+    MOST_SETTINGS,
     OUTCOMES,
     SEED,
     TOO_LARGE,
@@ -21,10 +27,12 @@ from gm_probe.analysis.table import (
     missed_stop_note,
     printable,
     require_distinct,
+    require_few,
     require_known,
     unique,
 )
 from gm_probe.core.errors import DataError, StorageError, UsageError
+from gm_probe.core.schema import LONGEST_TEXT
 
 # Usual names of training choices: never taken for a measure unless asked for.
 # fmt: off
@@ -40,6 +48,8 @@ MET_STOP = "met_stop_ce"
 NO = ("false", "0", "0.0")
 ROW = "\0row"
 """Name of the column that numbers the rows: no file has it."""
+MOST_COLUMNS, MOST_CELLS, MOST_BYTES = 5000, 10**7, 2**30
+"""Of a file; thirty thousand runs with three hundred columns are fewer."""
 NO_VALUE = ("", "-", "na", "n/a", "nan", "nat", "null", "none", "<na>")
 
 
@@ -60,7 +70,7 @@ def table_from_file(
     """
     raw = READERS[source.suffix.lower()](source)
     names = list(raw.columns)
-    repeated = [name for name in names if names.count(name) > 1]
+    repeated = [name for name, times in Counter(names).items() if times > 1]
     if repeated:
         raise DataError(f"{source} has the column {repeated[0]!r} more than once; rename or remove one")
     odd = [name for name in names if not name.isprintable()]
@@ -79,7 +89,7 @@ def table_from_file(
     require_known([*measures, *hyperparameters, *group_by], names, f"column in {source} named")
     raw, excluded, notes = _finished(raw, source, converged_only)
 
-    columns = {name: _column(raw[name]) for name in names}
+    columns = _Columns(raw)
     by_name = [name for name in names if name in SETTINGS and name not in measures]
     hypers = unique([*(hyperparameters or by_name), *group_by])
     free = [name for name in names if name not in {*gaps, *hypers, "run"}]
@@ -87,8 +97,10 @@ def table_from_file(
     chosen = (
         unique(measures)
         or [name for name in KNOWN_MEASURES if name in candidates]
-        or [name for name in candidates if not columns[name].text]
+        or list(islice((name for name in candidates if not columns[name].text), MOST_MEASURES + 1))
     )
+    require_few(chosen, MOST_MEASURES, source, "columns to take as measures", "--measures")
+    require_few(hypers, MOST_SETTINGS, source, "hyperparameters", "--hyper")
     if not chosen:
         raise DataError(f"{source} has no numeric column to take as a measure; it has: {', '.join(names)}")
     require_distinct(gaps, chosen, hypers)
@@ -168,6 +180,18 @@ class _Column:
     missing: dict[int, str]
 
 
+class _Columns(dict[str, _Column]):
+    """The columns of ``raw`` by their names, each made when it is first asked for."""
+
+    def __init__(self, raw: pd.DataFrame) -> None:
+        super().__init__()
+        self._raw = raw
+
+    def __missing__(self, name: str) -> _Column:
+        found = self[name] = _column(self._raw[name])
+        return found
+
+
 def _column(cells: pd.Series) -> _Column:
     text = cells.map(lambda cell: str(cell).strip())
     empty = text.str.lower().isin(NO_VALUE)
@@ -203,15 +227,34 @@ def _settings(column: _Column, cells: pd.Series) -> pd.Series:
     return pd.Series([None if row in unset else value for row, value in enumerate(values)], dtype=object)
 
 
+def _require_fit(path: Path, num_rows: int, num_columns: int) -> None:
+    """Raise DataError where a table is larger than any table of runs, before it is read."""
+    if num_columns > MOST_COLUMNS or num_rows * num_columns > MOST_CELLS:
+        raise DataError(
+            f"{path} has {num_rows:,} rows and {num_columns:,} columns; a table of runs may have {MOST_COLUMNS:,} "
+            f"columns and {MOST_CELLS:,} cells; keep one row a run, and the columns that you need"
+        )
+
+
+def _size_of_csv(path: Path) -> tuple[int, int]:
+    """Rows at most, and columns: pandas pads every row to the length of the first."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        first = next(csv.reader(file), [])
+    with path.open("rb") as binary:
+        rows = sum(block.count(b"\n") + block.count(b"\r") for block in iter(partial(binary.read, 2**20), b""))
+    return rows + 1, len(first)
+
+
 def _read_csv(path: Path) -> pd.DataFrame:
     """All cells as text, so that what is a number and what is missing is decided above and not guessed."""
     try:
+        _require_fit(path, *_size_of_csv(path))
         raw = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     except pd.errors.EmptyDataError as error:
         raise DataError(f"{path} is empty; it needs a header line and one line a run") from error
-    except ValueError as error:  # pandas' ParserError and UnicodeDecodeError are ValueErrors
+    except (ValueError, csv.Error) as error:  # pandas' ParserError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{path} is not a readable CSV: {str(error).strip()}") from error
     table = raw.iloc[1:].reset_index(drop=True)
     table.columns = pd.Index([str(name).strip() for name in raw.iloc[0]])
@@ -220,7 +263,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_parquet(path)
+        table = _parquet_frame(path)
     except ImportError as error:
         raise UsageError(f"reading {path} needs pyarrow; pip install 'gm_probe[parquet]'") from error
     except OSError as error:
@@ -229,6 +272,31 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         raise DataError(f"{path} is not a readable Parquet file: {str(error).strip()}") from error
     table.columns = pd.Index([str(name).strip() for name in table.columns])
     return table.reset_index(drop=True)
+
+
+def _parquet_frame(path: Path) -> pd.DataFrame:
+    """What ``path`` holds, its texts by way of a dictionary: a file may name one long text in a million rows."""
+    from pyarrow import parquet, types  # it is an extra
+
+    with parquet.ParquetFile(path) as file:
+        meta = file.metadata
+        groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
+        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+        cells = max(meta.num_rows * meta.num_columns, sum(chunk.num_values for chunk in chunks))  # of nested ones more
+        _require_fit(path, -(-cells // max(meta.num_columns, 1)), meta.num_columns)
+        unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+        if unpacked > MOST_BYTES:
+            raise DataError(f"{path} would unpack to {unpacked:,} bytes, more than {MOST_BYTES:,}; keep fewer columns")
+        texts = [field.name for field in file.schema_arrow if not types.is_primitive(field.type)]
+    table = parquet.read_table(path, read_dictionary=texts)
+    for column in table.columns:
+        for chunk in column.chunks if types.is_dictionary(column.type) else ():
+            longest = max(map(len, map(str, chunk.dictionary.to_pylist())), default=0)
+            if longest > LONGEST_TEXT:
+                raise DataError(f"{path} has a cell of {longest:,} characters, more than {LONGEST_TEXT:,}")
+    frame = table.to_pandas()
+    categories = [name for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype)]
+    return frame.astype(dict.fromkeys(categories, object))
 
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": _read_csv, ".parquet": _read_parquet}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from gm_probe.core.errors import UsageError, did_you_mean
+from gm_probe.core.errors import DataError, UsageError, did_you_mean
 
 GAPS = {"error_gap": "test error − train error", "ce_gap": "test CE − train CE"}
 KNOWN_MEASURES = (
@@ -42,6 +42,8 @@ KNOWN_MEASURES = (
 )
 OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "num_test")
 """What a run may say of its training besides the gaps; not taken for measures."""
+MOST_MEASURES, MOST_SETTINGS = 100, 300
+"""Of one table: statistics look at every two of them."""
 MISSED_STOP = "training ended before it reached its stop_ce"
 SEED = "seed"
 UNSET = "unset"
@@ -151,6 +153,12 @@ def require_known(names: Iterable[str], known: Collection[str], what: str) -> No
     for name in names:
         if name not in known:
             raise UsageError(f"no {what} {name!r}; {did_you_mean(name, known)}")
+
+
+def require_few(names: Sequence[str], most: int, source: Path, role: str, option: str) -> None:
+    """Raise DataError where ``source`` has more than ``most`` columns of a ``role``: every two are compared."""
+    if len(names) > most:
+        raise DataError(f"{source} has more than {most} {role}, too many to compare; choose some with {option}")
 
 
 def require_distinct(gaps: Sequence[str], measures: Sequence[str], hyperparameters: Sequence[str]) -> None:

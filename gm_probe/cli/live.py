@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gm_probe.cli.output import note, notes_console
-from gm_probe.core.locks import Word, held, told
+from gm_probe.core.locks import LIFETIME, Word, held, told
 
 if TYPE_CHECKING:
     from gm_probe.sweep.executors import Outcome
@@ -187,5 +187,6 @@ def doing(word: Word, *, brief: bool = False) -> tuple[str, str]:
 
 
 def duration(seconds: float | None) -> str:
-    """As hours, minutes and seconds; empty where it is not known."""
-    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+    """As hours, minutes and seconds; empty where it is not known, or is no time that work takes."""
+    known = seconds is not None and 0 <= seconds < LIFETIME
+    return str(timedelta(seconds=round(seconds))) if known else ""  # type: ignore[arg-type]

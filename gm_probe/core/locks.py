@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import socket
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gm_probe.core.errors import BusyError, StorageError
+from gm_probe.core.schema import between, bounded, mapping, optional, scalar, table, text
 
 try:
     import fcntl
@@ -29,6 +29,16 @@ STALE = 60.0
 """Seconds without one after which a holder on another machine counts as gone."""
 TELL = 1.0
 """Seconds between two words of how far a holder is."""
+
+
+LIFETIME = 1e10
+"""Seconds that no work takes."""
+_PART = between(0.0, 1e15)
+WORD = table(
+    {"stage": text, "done": _PART, "total": _PART, "left": optional(between(0.0, LIFETIME)), "more": mapping(scalar)},
+    required=("stage", "done", "total", "left", "more"),
+)
+"""What a lock may tell, as JSON has a ``Word``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +100,11 @@ class Hold:
 def told(folder: Path) -> Word | None:
     """What the holder of ``folder`` last told; None where that is nothing, or is just being written."""
     try:
-        word = Word(**json.loads((folder / LOCK).read_text(encoding="utf-8").split("\n")[1]))
-        # of another machine's gmprobe, which may be of another version
-        sound = all(math.isfinite(n) for n in (word.done, word.total, word.left or 0.0))
-        return word if sound and isinstance(word.stage, str) and isinstance(word.more, dict) else None
-    except (OSError, ValueError, IndexError, TypeError, OverflowError):
+        word = json.loads((folder / LOCK).read_text(encoding="utf-8").split("\n")[1])
+        bounded(word, nan=False)
+        WORD(word, "")  # of another machine's gmprobe, which may be of another version
+        return Word(**word)
+    except (OSError, ValueError, IndexError, TypeError, RecursionError):
         return None
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from gm_probe.core.datasets import Examples, Source, open_source
 from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.files import read_json
 from gm_probe.core.images import contents
-from gm_probe.core.records import CONFIG, SPLIT, read_run
+from gm_probe.core.records import CONFIG, read_run, read_split
 from gm_probe.core.splits import Splits, hold_out, split
 from gm_probe.training.config import TrainConfig
 
@@ -61,8 +60,7 @@ def split_record(splits: Splits) -> dict[str, Any]:
 
 def check_splits(splits: Splits, run: Path) -> None:
     """Raise DataError unless ``splits`` are those that the run folder was started with."""
-    recorded = read_json(run / SPLIT)
-    if recorded != split_record(splits):
+    if read_split(run) != split_record(splits):
         raise DataError(
             f"the data of {run} has changed since it was started (or an older gm_probe drew its parts otherwise): they "
             "would no longer be disjoint; restore the data, or train into a new folder"

@@ -344,7 +344,7 @@ class Training:
             raise
         except Exception as error:  # torch raises many kinds on what does not fit
             raise broken(path, error) from error
-        self.rows = [row for row in read_metrics(self.out) if row["epoch"] <= self.epoch]
+        self.rows = [row for row in read_metrics(self.out, ["seconds"]) if row["epoch"] <= self.epoch]
         processes.wait_for_all()  # to have read what the first of them now writes
         if self._writes:
             write_atomic(self.out / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
