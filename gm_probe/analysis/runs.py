@@ -24,14 +24,13 @@ from gm_probe.analysis.table import (
     RunTable,
     by_reason,
     missed_stop_note,
-    printable,
     require_distinct,
     require_few,
     require_known,
     show,
     unique,
 )
-from gm_probe.core.errors import DataError, StorageError, UsageError
+from gm_probe.core.errors import DataError, StorageError, UsageError, printable
 from gm_probe.core.records import CONFIG, RunRecord, find_runs, read_run
 
 # What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
@@ -207,7 +206,9 @@ def _clashing(records: Mapping[str, RunRecord]) -> dict[str, str]:
                 found.setdefault(name, []).append(run)
     reasons: dict[str, str] = {}
     for name in sorted(set(measured) & set(configured)):
-        fewer = min((measured[name], "measure", "setting"), (configured[name], "setting", "measure"), key=_number)
+        fewer = min(
+            (measured[name], "measure", "setting"), (configured[name], "setting", "measure"), key=_number
+        )
         for run in fewer[0]:
             reasons.setdefault(run, f"its {fewer[1]} {show(name)} has the name of a {fewer[2]}")
     return reasons

@@ -25,13 +25,12 @@ from gm_probe.analysis.table import (
     Exclusion,
     RunTable,
     missed_stop_note,
-    printable,
     require_distinct,
     require_few,
     require_known,
     unique,
 )
-from gm_probe.core.errors import DataError, StorageError, UsageError
+from gm_probe.core.errors import DataError, StorageError, UsageError, printable
 from gm_probe.core.schema import LONGEST_TEXT
 
 # Usual names of training choices: never taken for a measure unless asked for.
@@ -241,7 +240,9 @@ def _size_of_csv(path: Path) -> tuple[int, int]:
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         first = next(csv.reader(file), [])
     with path.open("rb") as binary:
-        rows = sum(block.count(b"\n") + block.count(b"\r") for block in iter(partial(binary.read, 2**20), b""))
+        rows = sum(
+            block.count(b"\n") + block.count(b"\r") for block in iter(partial(binary.read, 2**20), b"")
+        )
     return rows + 1, len(first)
 
 
@@ -276,17 +277,21 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 def _parquet_frame(path: Path) -> pd.DataFrame:
     """What ``path`` holds, its texts by way of a dictionary: a file may name one long text in a million rows."""
-    from pyarrow import parquet, types  # it is an extra
+    from pyarrow import parquet, types  # an extra
 
     with parquet.ParquetFile(path) as file:
         meta = file.metadata
         groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
         chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-        cells = max(meta.num_rows * meta.num_columns, sum(chunk.num_values for chunk in chunks))  # of nested ones more
+        cells = max(
+            meta.num_rows * meta.num_columns, sum(chunk.num_values for chunk in chunks)
+        )  # of nested ones more
         _require_fit(path, -(-cells // max(meta.num_columns, 1)), meta.num_columns)
         unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
         if unpacked > MOST_BYTES:
-            raise DataError(f"{path} would unpack to {unpacked:,} bytes, more than {MOST_BYTES:,}; keep fewer columns")
+            raise DataError(
+                f"{path} would unpack to {unpacked:,} bytes, more than {MOST_BYTES:,}; keep fewer columns"
+            )
         texts = [field.name for field in file.schema_arrow if not types.is_primitive(field.type)]
     table = parquet.read_table(path, read_dictionary=texts)
     for column in table.columns:

@@ -4,7 +4,6 @@ Nothing is dropped in silence: a run that cannot enter is in ``RunTable.excluded
 that enters without a usable value in some column is in ``RunTable.missing`` under that column.
 """
 
-import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from gm_probe.core.errors import DataError, UsageError, did_you_mean
+from gm_probe.core.errors import DataError, UsageError, did_you_mean, printable
 
 GAPS = {"error_gap": "test error − train error", "ce_gap": "test CE − train CE"}
 KNOWN_MEASURES = (
@@ -122,14 +121,6 @@ def show(value: Any) -> str:
     return printable(str(value))
 
 
-def printable(text: str) -> str:
-    """``text`` with control characters as escapes: raw, they steer a terminal and break a figure's XML."""
-    return "".join(
-        letter if unicodedata.category(letter) not in ("Cc", "Cs", "Cn") else ascii(letter)[1:-1]
-        for letter in text
-    )
-
-
 def by_reason(exclusions: Iterable[Exclusion]) -> dict[str, list[str]]:
     """Names of the runs under the reason they were left out for, the commonest reason first."""
     reasons: dict[str, list[str]] = {}
@@ -158,7 +149,9 @@ def require_known(names: Iterable[str], known: Collection[str], what: str) -> No
 def require_few(names: Sequence[str], most: int, source: Path, role: str, option: str) -> None:
     """Raise DataError where ``source`` has more than ``most`` columns of a ``role``: every two are compared."""
     if len(names) > most:
-        raise DataError(f"{source} has more than {most} {role}, too many to compare; choose some with {option}")
+        raise DataError(
+            f"{source} has more than {most} {role}, too many to compare; choose some with {option}"
+        )
 
 
 def require_distinct(gaps: Sequence[str], measures: Sequence[str], hyperparameters: Sequence[str]) -> None:

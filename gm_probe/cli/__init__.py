@@ -156,7 +156,8 @@ def main(args: list[str] | None = None) -> None:
 def _debug(args: list[Any]) -> None:
     if "--debug" in args:
         with suppress(OSError):
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                print(printable(line), file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> None:

@@ -86,7 +86,7 @@ def reproduce(
         return
     console = results_console()
     for text in (f"Claim: {chosen.claim}", f"{found.verdict} {found.text}"):
-        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+        note(console, text)
     note(notes_console(quiet), f"written: {folder}/{{{', '.join(path.name for path in paths)}}}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from gm_probe.cli.kinds import PATH
+from gm_probe.cli.output import echo
 from gm_probe.core.errors import BusyError, ProbeError, UsageError
 
 
@@ -34,7 +35,7 @@ def run_one(folder: Path, run: str, named: tuple[str, ...]) -> None:
             f"{run} of {folder} is of code {model!r}, which runs only when named: add --model {shlex.quote(model)}"
         )
     [outcome] = run_recipe(recipe, folder)
-    click.echo(f"{outcome.name} {outcome.status}" + (f": {outcome.reason}" if outcome.reason else ""))
+    echo(f"{outcome.name} {outcome.status}" + (f": {outcome.reason}" if outcome.reason else ""))
     if outcome.status == "busy":
         raise BusyError(str(outcome.reason))
     if outcome.status == "failed":

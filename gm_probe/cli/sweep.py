@@ -14,8 +14,8 @@ import click
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
 from gm_probe.cli.kinds import PATH
 from gm_probe.cli.live import LEFT_OUT, live_view
-from gm_probe.cli.output import note, notes_console, print_json, results_console, table
-from gm_probe.core.errors import ProbeError, UsageError, printable
+from gm_probe.cli.output import echo, note, notes_console, print_json, results_console, table
+from gm_probe.core.errors import ProbeError, UsageError
 from gm_probe.core.records import RUNS
 
 if TYPE_CHECKING:
@@ -91,11 +91,9 @@ def sweep(
         print_json({"out": str(out), "counts": dict(counts), "runs": rows})
     else:
         summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-        click.echo(f"{len(outcomes)} runs in {out}: {summary}")
+        echo(f"{len(outcomes)} runs in {out}: {summary}")
         for outcome in left_out:
-            click.echo(
-                f"  {outcome.status}: {outcome.name}: {printable(outcome.reason or 'the loss stopped being finite')}"
-            )
+            echo(f"  {outcome.status}: {outcome.name}: {outcome.reason or 'the loss stopped being finite'}")
     if counts["failed"]:
         raise ProbeError(
             f"{counts['failed']} of {len(outcomes)} runs failed; "
@@ -172,7 +170,7 @@ def _dry_run(recipe: Recipe, out: Path, jobs: int, retry_failed: bool, as_json: 
     rows = [[name, done.get(name) or f"{costs[name].seconds:,.0f} s"] for name in recipe.runs]
     console = results_console()
     console.print(table(f"{len(left)} of {len(recipe.runs)} runs to do", ["run", "at most about"], rows))
-    click.echo(
+    echo(
         f"{len(left)} runs: at most about {timedelta(seconds=round(seconds))} one after the other (timed on a few "
         f"steps of each kind on this machine; less where a run stops early), {disk / 1e6:,.0f} MB of disk"
     )

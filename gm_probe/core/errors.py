@@ -1,6 +1,7 @@
 """The errors that gm_probe raises on purpose. Each message names the offender and the remedy in one line."""
 
 import difflib
+import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -87,8 +88,17 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def printable(text: str) -> str:
-    """``text`` as one line that cannot steer a terminal: files and folders may have any name."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Return ``text`` as one line that cannot steer a terminal: control characters and bidi marks become escapes.
+
+    Joiners stay, of which scripts and emoji are made, and spaces of any width.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if _shows(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shows(character: str) -> bool:
+    return character.isprintable() or character in "\u200c\u200d" or unicodedata.category(character) == "Zs"
 
 
 def did_you_mean(name: object, known: Collection[str], otherwise: str | None = None) -> str:

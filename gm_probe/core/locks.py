@@ -35,7 +35,13 @@ LIFETIME = 1e10
 """Seconds that no work takes."""
 _PART = between(0.0, 1e15)
 WORD = table(
-    {"stage": text, "done": _PART, "total": _PART, "left": optional(between(0.0, LIFETIME)), "more": mapping(scalar)},
+    {
+        "stage": text,
+        "done": _PART,
+        "total": _PART,
+        "left": optional(between(0.0, LIFETIME)),
+        "more": mapping(scalar),
+    },
     required=("stage", "done", "total", "left", "more"),
 )
 """What a lock may tell, as JSON has a ``Word``."""
@@ -101,7 +107,7 @@ def told(folder: Path) -> Word | None:
     """What the holder of ``folder`` last told; None where that is nothing, or is just being written."""
     try:
         word = json.loads((folder / LOCK).read_text(encoding="utf-8").split("\n")[1])
-        bounded(word, nan=False)
+        bounded(word)
         WORD(word, "")  # of another machine's gmprobe, which may be of another version
         return Word(**word)
     except (OSError, ValueError, IndexError, TypeError, RecursionError):

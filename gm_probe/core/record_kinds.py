@@ -1,7 +1,7 @@
 """The schema of each file of a run or sweep: its keys and the kinds of their values. Imports no torch.
 
-Keys that no schema names may be there, for files of other versions and other people's settings; their values are bounded
-(``schema.bounded``) and of the kind that every reader of the file takes.
+Keys that no schema names may be there, for files of other versions and other people's settings. Their values are
+bounded (``schema.bounded``) and of the kind that every reader of the file takes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ SETTING_KINDS: dict[str, Check] = {
 }
 """Of every setting of a training run, its kind; None (in a sweep.json) is a setting that is not set."""
 _PLAIN = either("a number, a text, true or false, or a list of these", scalar, listed(scalar))
-_OTHERS = either("a number, a text, true or false, or a list or table of these", optional(_PLAIN), mapping(anything))
+_OTHERS = either(
+    "a number, a text, true or false, or a list or table of these", optional(_PLAIN), mapping(anything)
+)
 _NO_SETTINGS = _IDENTITY | set(RESULTS)
 CONFIG_KIND = table(
     {**SETTING_KINDS, "environment": mapping(_PLAIN)},
@@ -80,10 +82,10 @@ SUMMARY_KIND = table(
         "status": one_of(*STATUSES),
         "reason": optional(text),
         "met_stop_ce": optional(flag),
-        "epochs": optional(count),
-        "num_train": optional(count),
-        "num_test": optional(count),
-        **dict.fromkeys(RESULTS, optional(number)),
+        "epochs": count,
+        "num_train": count,
+        "num_test": count,
+        **dict.fromkeys((*RESULTS, *(f"probe_{name}" for name in RESULTS), "nt_xent"), optional(number)),
     },
     others=optional(_PLAIN),
     refused={"run"},
@@ -109,7 +111,9 @@ _EIGENVALUE = table(
 _FIGURES = ("value", "stderr", "stderr_examples", "converged", "num_evals")
 _ROW_KINDS: dict[str, Check] = {
     **dict.fromkeys(("value", "stderr", "stderr_examples"), optional(number)),
-    **dict.fromkeys(("sd_starts", "runner_up", "quadratic_ratio", "estimator_above_target"), optional(number)),
+    **dict.fromkeys(
+        ("sd_starts", "runner_up", "quadratic_ratio", "estimator_above_target"), optional(number)
+    ),
     **dict.fromkeys(("num_starts", "num_probes", "iterations", "examples_needed"), count),
     **dict.fromkeys(("reason", "reason_stderr", "reason_stderr_examples", "labels", "protocol"), text),
     "num_evals": number,
@@ -148,7 +152,9 @@ RESULT_KIND = table(
         "checkpoint": text,
         "model": text,
         "measures": mapping(_WHOLE_ROW, refused=_NO_MEASURES, most=MOST_MEASURES),
-        "settings": table(MEASURED_SETTING_KINDS, required=("rho", "k_steps", "seed", "target_error"), others=_OTHERS),
+        "settings": table(
+            MEASURED_SETTING_KINDS, required=("rho", "k_steps", "seed", "target_error"), others=_OTHERS
+        ),
         **dict.fromkeys(("num_parameters", "num_examples", "num_classes"), count),
         **dict.fromkeys(("batch_size", "out_of_memory_at"), optional(count)),
         "density": optional(mapping(mapping(anything))),

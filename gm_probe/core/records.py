@@ -81,6 +81,16 @@ class RunRecord:
         """Whether training ended before it reached its ``stop_ce``; False where none was set."""
         return self.summary.get("met_stop_ce") is False
 
+    def result(self, key: str) -> Any:
+        """What the summary of a finished run says under ``key``.
+
+        Raises:
+            StorageError: nothing.
+        """
+        if self.summary.get(key) is None:
+            raise StorageError(f"{self.path / SUMMARY}: {key} is missing; train into a new folder")
+        return self.summary[key]
+
     def measured(self, names: Iterable[str], asked: Mapping[str, Any]) -> bool:
         """Whether it has the measures ``names``, taken with the settings ``asked``."""
         names = set(names)

@@ -59,6 +59,9 @@ def _passes(value: Any, nan: bool) -> bool:
 
 
 def _check_keys(table: Mapping[Any, Any], place: str) -> None:
+    odd = next((key for key in table if not key.isprintable()), None)
+    if odd is not None:
+        raise Unfit(f"{_start(place)} has the key {_start(odd)}, with characters that cannot be shown")
     long = next((key for key in table if len(key) > LONGEST_NAME), None)
     if long is not None:
         raise Unfit(f"{_start(place)} has the key {_start(long)} of {len(long):,} characters")
@@ -182,7 +185,6 @@ def listed(check: Check) -> Check:
 def mapping(check: Check, *, refused: Collection[str] = (), most: int = MOST_KEYS) -> Check:
     """A table of such values under any names but ``refused``, which mean something else to a reader of the table."""
     return table({}, others=check, refused=refused, most=most)
-
 
 
 def table(

@@ -100,7 +100,7 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
 
 
 def _require_modest(file: Path, changed: Mapping[str, Any]) -> None:
-    """Refuse settings in a run's ``file`` that would keep this machine busy for ever, or that nothing can be taken with.
+    """Refuse settings in a run's ``file`` that would keep this machine busy for ever, or that mean nothing.
 
     Raises:
         StorageError: naming the setting.
@@ -119,7 +119,9 @@ def _require_modest(file: Path, changed: Mapping[str, Any]) -> None:
 
 def _slow(pattern: str) -> bool:
     """Whether a regular expression may take exponential time: repeated groups, many repetitions, or great length."""
-    return len(pattern) > 200 or bool(re.search(r"\)[*+?{]", pattern)) or len(re.findall(r"[*+?{]", pattern)) > 4
+    return (
+        len(pattern) > 200 or bool(re.search(r"\)[*+?{]", pattern)) or len(re.findall(r"[*+?{]", pattern)) > 4
+    )
 
 
 def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:

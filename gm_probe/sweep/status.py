@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -74,6 +75,12 @@ class SweepStatus:
         runs = [asdict(run) for run in self.runs]
         for run in runs:
             del run["began"], run["ended"]
+            if run["word"] is not None:  # a loss may be infinite, which JSON has no word for
+                more = run["word"]["more"]
+                run["word"]["more"] = {
+                    key: None if isinstance(value, float) and not math.isfinite(value) else value
+                    for key, value in more.items()
+                }
         return {"counts": self.counts, "eta_seconds": self.eta, "runs": runs}
 
 
