@@ -336,7 +336,7 @@ def test_what_another_user_planted_in_the_temporary_folder_is_not_taken(
     from gm_probe.sweep.ray_executor import _copies, _work
 
     def metrics(out: Path, threads: int | None) -> tuple[str, bytes]:
-        assert out.parent.stat().st_mode & 0o077 == 0
+        assert out.parents[1].stat().st_mode & 0o077 == 0
         return "finished", (out / METRICS).read_bytes()
 
     stand_in()

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from gm_probe.analysis.row_cache import RowCache
-from gm_probe.core.cells import no_formula
+from gm_probe.core.cells import cell
 from gm_probe.core.errors import StorageError, UsageError
 from gm_probe.core.files import write_atomic
 from gm_probe.core.locks import held, locked
@@ -95,7 +95,7 @@ def write_table(root: Path, out: Path) -> pd.DataFrame:
 
 def _bytes(frame: pd.DataFrame, suffix: str) -> bytes:
     if suffix == ".csv":
-        return frame.map(no_formula).rename(columns=no_formula).to_csv(index=False).encode()
+        return frame.map(cell).rename(columns=cell).to_csv(index=False).encode()
     buffer = io.BytesIO()
     for name in frame.columns:  # in Parquet a column has one type
         if frame[name].dtype.kind == "O" and frame[name].dropna().map(type).nunique() > 1:

@@ -254,7 +254,7 @@ def _finite(rows: Sequence[Mapping[str, Any]], absent: str) -> tuple[pd.Series, 
     for i, row in enumerate(rows):
         value = row.get("value")
         if value is None:
-            missing[i] = str(row.get("reason") or absent)
+            missing[i] = printable(str(row.get("reason") or absent))
         elif LARGEST < abs(value) < math.inf:
             missing[i] = TOO_LARGE
         elif not math.isfinite(value):

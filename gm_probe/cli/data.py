@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import PATH, Choice, floats
+from gm_probe.cli.kinds import AT_ONCE, PATH, Choice, floats
 from gm_probe.core.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ _OPTIONS = (
     click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
     click.option("--dtype", type=Choice(["float32", "float64"]), default="float32", show_default=True),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps."),
-    click.option("--threads", type=click.IntRange(1), help="CPU threads."),
+    click.option("--threads", type=AT_ONCE, help="CPU threads."),
 )
 
 

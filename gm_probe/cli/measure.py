@@ -249,7 +249,9 @@ def measure(
     if source is None:
         data.require_source()
     # torchrun's processes share the examples of one checkpoint after another
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    from gm_probe.core.processes import launched
+
+    together = launched() > 1
     if together and (executor == "ray" or jobs > 1):
         raise UsageError(
             "under torchrun checkpoints are measured one by one; leave out --jobs and --executor"

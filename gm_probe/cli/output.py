@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gm_probe.cli.plain import plain
-from gm_probe.core.cells import no_formula
+from gm_probe.core.cells import cell
 from gm_probe.core.errors import printable
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
@@ -77,8 +77,8 @@ def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(_cell, columns))
-    writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+    writer.writerow(map(cell, columns))
+    writer.writerows([cell(row.get(column)) for column in columns] for row in rows)
     _print(text.getvalue())
 
 
@@ -87,10 +87,6 @@ def _print(text: str) -> None:
         click.echo(text, nl=False)
     except BrokenPipeError as error:
         raise BrokenPipeError from error  # click would exit with 1 at an errno; see _Results
-
-
-def _cell(value: Any) -> Any:
-    return no_formula(printable(value) if isinstance(value, str) else value)
 
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gm_probe.cli.kinds import PATH, Choice
+from gm_probe.cli.kinds import AT_ONCE, PATH, Choice
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
 from gm_probe.core.errors import UsageError
 from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
@@ -25,7 +25,7 @@ from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
 @click.option("--only", metavar="LABEL", help="One of a table's data sets, as its column names it: CIFAR-10.")
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
+@click.option("--jobs", type=AT_ONCE, default=1, show_default=True, help="Runs at a time.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
 @click.option("--list", "listing", is_flag=True, help="List what there is: claim, scales, cost.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

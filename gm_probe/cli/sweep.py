@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
-from gm_probe.cli.kinds import PATH
+from gm_probe.cli.kinds import AT_ONCE, PATH
 from gm_probe.cli.live import LEFT_OUT, live_view
 from gm_probe.cli.output import echo, note, notes_console, print_json, results_console, table
 from gm_probe.core.errors import ProbeError, UsageError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1 or mps.  [default: auto]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads a run.  [default: cores / jobs]")
+@click.option("--threads", type=AT_ONCE, help="CPU threads a run.  [default: cores / jobs]")
 @click.option("--retry-failed", is_flag=True, help="Try runs again that failed before.")
 @click.option("--dry-run", is_flag=True, help="List what is left to do, timed on a few steps; run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

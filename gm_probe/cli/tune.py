@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import PATH, floats
+from gm_probe.cli.kinds import AT_ONCE, PATH, floats
 from gm_probe.cli.output import (
     echo,
     format_options,
@@ -61,9 +61,7 @@ FEW = 500
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs a point.")
 @click.option("--out", type=PATH, help="Folder of the runs and figure.  [default: tune/NAME]")
-@click.option(
-    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time, each a process."
-)
+@click.option("--jobs", type=AT_ONCE, default=1, show_default=True, help="Runs at a time, each a process.")
 @click.option("--dry-run", is_flag=True, help="Say what is left to do; run nothing. Grids only.")
 @format_options
 def tune(

@@ -2,10 +2,15 @@
 
 from typing import Any
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+from gm_probe.core.errors import printable
+
+FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 """What a text begins with that spreadsheet programs run, in ASCII and full width."""
 
 
-def no_formula(value: Any) -> Any:
-    """Return ``value``, with an apostrophe before a text that a spreadsheet program would run as a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+def cell(value: Any) -> Any:
+    """Return ``value`` as a CSV may hold it: a text on one line, with an apostrophe where it would run as a formula."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip().startswith(FORMULA) else text

@@ -81,10 +81,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate", "cannot allocate memory", "failed to map segment")
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out: Python's, torch's on a GPU, or its CPU allocator's."""
+    """Whether ``error`` says that memory ran out: Python's, torch's on a GPU, its CPU allocator's, or the loader's."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text
+    return isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY)
 
 
 def printable(text: str) -> str:

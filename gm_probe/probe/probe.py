@@ -96,6 +96,10 @@ class Settings:
         for name, value in positive.items():
             if not value > 0 or not math.isfinite(value):
                 raise UsageError(f"{name} must be positive and finite, not {value}")
+        whole = {"min_probes": self.min_probes, "max_probes": self.max_probes, "seed": self.seed, **positive}
+        for name, value in whole.items():
+            if isinstance(value, int) and not 0 <= value < 2**32:
+                raise UsageError(f"{name} must lie in [0, 2³²), not {value}")
         for name in ("ascent_tolerance", "eigen_tolerance", "trace_tolerance", "target_error"):
             value = getattr(self, name)
             if not (value == 0 or value >= LEAST_TOLERANCE) or not math.isfinite(value):

@@ -25,6 +25,8 @@ CHOICES = {
 }
 
 
+MOST_THREADS = 1024
+"""On one machine."""
 PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_every"})
 """Settings of where and how a run is computed, no part of what it computes."""
 
@@ -131,6 +133,10 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            most = {"seed": 2**32, "split_seed": 2**32, "threads": MOST_THREADS}.get(name, 2**31 - 1)
+            if type(value) is int and abs(value) > most:
+                raise UsageError(f"{name} = {value} must be at most {most}")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -179,8 +185,9 @@ class TrainConfig:
         self._check_objective()
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed = {self.seed} must lie in [0, 2³²)")
+        for name in ("seed", "split_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise UsageError(f"{name} = {getattr(self, name)} must lie in [0, 2³²)")
         if self.schedule == "multi-step" and not self.milestones:
             raise UsageError(
                 "schedule = 'multi-step' needs milestones (epochs at which lr is multiplied by gamma)"
