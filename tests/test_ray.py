@@ -320,6 +320,10 @@ def test_a_copy_that_a_kill_left_serves_the_same_files_alone(
         assert not list((tmp_path / "copies").iterdir())
 
 
+LOOSE = {f"open {mode:o}": mode for mode in (0o777, 0o770, 0o707, 0o755, 0o711, 0o702, 0o710)}
+"""Modes that let others in."""
+
+
 def planted(folder: Path, content: bytes) -> None:
     """Fill the place of a copy, wherever it is looked for, with results."""
     for name in (folder.name, f"gmprobe-{folder.name}", f"gmprobe-{os.getuid()}/{folder.name}"):
@@ -329,7 +333,10 @@ def planted(folder: Path, content: bytes) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="temporary folders are each user's own there")
-@pytest.mark.parametrize("how", ["before", "open to all", "a link", "of another owner", "a file"])
+@pytest.mark.parametrize(
+    "how",
+    [*("before", "a link", "a dangling link", "of another owner", "a file", "a pipe"), *LOOSE],
+)
 def test_what_another_user_planted_in_the_temporary_folder_is_not_taken(
     how: str, stand_in: Callable[..., Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,9 +351,13 @@ def test_what_another_user_planted_in_the_temporary_folder_is_not_taken(
     ours = copies / f"gmprobe-{os.getuid()}"
     if how == "a file":
         ours.write_bytes(b"")
+    elif how == "a pipe":
+        os.mkfifo(ours)
+    elif how == "a dangling link":
+        ours.symlink_to(tmp_path / "nowhere")
     else:
         planted(copies / sha256(os.fsencode(run)).hexdigest()[:16], b"planted")
-        ours.chmod(0o777 if how == "open to all" else 0o700)
+        ours.chmod(LOOSE.get(how, 0o700))
     if how == "a link":
         ours.rename(tmp_path / "elsewhere").chmod(0o700)
         ours.symlink_to(tmp_path / "elsewhere")
