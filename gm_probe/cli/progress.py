@@ -48,10 +48,10 @@ def progress_bar(label: str, total: float, *, quiet: bool) -> Iterator[Bar]:
     """A bar that vanishes when it is done."""
     console = notes_console(quiet)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         TaskProgressColumn(),
-        TextColumn("{task.fields[state]}"),
+        TextColumn("{task.fields[state]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),

@@ -9,7 +9,9 @@ from gm_probe.core.errors import UsageError, did_you_mean
 
 SUGGESTED = ("auto", "cpu", "cuda", "cuda:1", "xpu")
 """Devices by name, as an error suggests them; torch may know others."""
-KINDS = frozenset(("cpu", "cuda", "hip", "hpu", "ipu", "maia", "meta", "mps", "mtia", "privateuseone", "xla", "xpu"))
+KINDS = frozenset(
+    ("cpu", "cuda", "hip", "hpu", "ipu", "maia", "meta", "mps", "mtia", "privateuseone", "xla", "xpu")
+)
 
 
 def require_device_name(name: str) -> None:
