@@ -32,7 +32,7 @@ from gm_probe.analysis.table import (
     unique,
 )
 from gm_probe.core.errors import DataError, StorageError, printable
-from gm_probe.core.records import CONFIG, SWEEP, RunRecord, find_runs, read_run, read_sweep_record
+from gm_probe.core.records import CONFIG, SWEEP, RunRecord, find_runs, read_groups, read_run
 from gm_probe.core.regular import open_to_read
 
 # What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
@@ -92,10 +92,7 @@ def recipe_groups(source: Path) -> list[str]:
     Raises:
         StorageError: its sweep.json is broken.
     """
-    if not (source / SWEEP).is_file():
-        return []
-    names: list[str] = read_sweep_record(source).get("group_by", [])
-    return names
+    return read_groups(source) if (source / SWEEP).is_file() else []
 
 
 def _table_from_folders(

@@ -13,6 +13,9 @@ from torch import Tensor, distributed
 
 from gm_probe.core.errors import ResourceError, UsageError, foreign_or
 
+MOST_DEVICES = 64
+"""Of a machine that tells of none: that one lacks is said where it is used."""
+
 
 def rank() -> int:
     """This process's number; 0 prints."""
@@ -58,8 +61,8 @@ def wait_for_all() -> None:
 def own_device(device: torch.device) -> torch.device:
     """``device``, or where it is just "a GPU" and ``torchrun`` started several processes, this one's GPU."""
     if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
-        present = max(torch.get_device_module(device).device_count(), 1)
-        return torch.device(device.type, _told("LOCAL_RANK", 0, present))
+        present = torch.get_device_module(device).device_count()
+        return torch.device(device.type, _told("LOCAL_RANK", 0, present or MOST_DEVICES))
     return device
 
 

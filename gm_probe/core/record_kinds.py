@@ -195,6 +195,8 @@ def _runs(value: Any, place: str) -> None:
         _run_name(name)
 
 
+GROUPS_KIND = table({"group_by": listed(text)})
+"""What is read of a sweep.json where its runs are not."""
 SWEEP_KIND = table(
     {
         "runs": _runs,

@@ -30,6 +30,7 @@ from gm_probe.core.files import read_json, read_toml
 from gm_probe.core.locks import held
 from gm_probe.core.record_kinds import (
     CONFIG_KIND,
+    GROUPS_KIND,
     MEASURES_KIND,
     METRICS_KIND,
     RESULT_KIND,
@@ -141,8 +142,22 @@ def read_sweep_record(folder: Path) -> dict[str, Any]:
     Raises:
         StorageError: it is missing or broken.
     """
-    advice = f"run `gmprobe sweep` into {folder} again"
-    return _checked(folder / SWEEP, read_json(folder / SWEEP), SWEEP_KIND, advice)
+    return _checked(folder / SWEEP, read_json(folder / SWEEP), SWEEP_KIND, _again(folder))
+
+
+def read_groups(folder: Path) -> list[str]:
+    """The settings by which the recipe of the sweep ``folder`` groups, of its sweep.json; none where none are named.
+
+    Raises:
+        StorageError: it is missing or broken.
+    """
+    content = _checked(folder / SWEEP, read_json(folder / SWEEP), GROUPS_KIND, _again(folder))
+    names: list[str] = content.get("group_by", [])
+    return names
+
+
+def _again(folder: Path) -> str:
+    return f"run `gmprobe sweep` into {folder} again"
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
