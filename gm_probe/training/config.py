@@ -45,7 +45,7 @@ REAL: dict[str, dict[str, float]] = {
 }
 """Settings that are finite numbers, and their bounds."""
 MOST = 2**31 - 1
-"""Of any whole number: torch's own functions take no larger ones."""
+"""Of a whole number, so that it fits wherever it goes: into an index, a size or a file."""
 MOST_THREADS = 1024
 """With many more torch takes the process down."""
 PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_every"})
