@@ -4,8 +4,8 @@
     python benchmarks/trust.py checkpoints images   # these parts, anew
     python benchmarks/trust.py --report             # only write the table again
 
-Parts are checkpoints, mutations, images, kills, faults, sharing, files, numbers and memory; they live in files beside
-this one. A row counts what was tried and what held, and names every exception. Rows are kept in
+Parts are checkpoints, mutations, images, kills, faults, sharing, files, numbers, memory and records; they live in
+files beside this one. A row counts what was tried and what held, and names every exception. Rows are kept in
 benchmarks/results/trust.json as they are counted; the table is benchmarks/results/trust.md. Commands go through the
 command line's own ``main`` in forks of one process that has torch loaded.
 """
@@ -35,6 +35,7 @@ PARTS = {
     "files": "trust_files",
     "numbers": "trust_tests:numbers",
     "memory": "trust_tests:memory",
+    "records": "trust_records",
 }
 """Module of each, and its function where that is not ``run``."""
 Kept = dict[str, dict[str, object]]

@@ -182,19 +182,20 @@ def test_missing_values_keep_their_reasons(tmp_path: Path) -> None:
             assert result.n + len(result.missing) == table.num_runs
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"value": None}, "no value and no reason recorded"),
-        ({"value": "3"}, "not a number"),
-        ({"value": True}, "not a number"),
-        ([1, 2], "its row is not a table of values"),
-    ],
-)
-def test_unusable_measure_rows_are_missing_with_a_reason(tmp_path: Path, row: Any, reason: str) -> None:
+def test_measure_rows_without_a_value_are_missing_with_a_reason(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", measures={"m": {"value": None}}, error_gap=0.1)
+    make_run(tmp_path / "b", measures={"m": {"value": 1}}, error_gap=0.1)
+    assert load_table(tmp_path).missing["m"] == {0: "no value and no reason recorded"}
+
+
+@pytest.mark.parametrize("row", [{"value": "3"}, {"value": True}, [1, 2], {"value": 10**400}])
+def test_runs_whose_measures_are_ill_typed_are_left_out_by_name(tmp_path: Path, row: Any) -> None:
     make_run(tmp_path / "a", measures={"m": row}, error_gap=0.1)
     make_run(tmp_path / "b", measures={"m": {"value": 1}}, error_gap=0.1)
-    assert load_table(tmp_path).missing["m"] == {0: reason}
+    table = load_table(tmp_path)
+    (left_out,) = table.excluded
+    assert (left_out.run, table.num_runs) == ("a", 1)
+    assert "measures.json: measures.m" in left_out.reason
 
 
 def test_infinite_values_and_unmeasured_names_are_missing(tmp_path: Path) -> None:
@@ -205,10 +206,10 @@ def test_infinite_values_and_unmeasured_names_are_missing(tmp_path: Path) -> Non
 
 
 def test_values_too_large_to_square_and_names_that_steer_a_terminal_are_listed(tmp_path: Path) -> None:
-    for name, value in (("a", 1), ("b", 10**400), ("c", -1e200), ("x\x1b[2Jy", 2)):
+    for name, value in (("a", 1), ("b", 1e200), ("c", -1e200), ("x\x1b[2Jy", 2)):
         make_run(
             tmp_path / name,
-            config={"big": 10**400 * len(name), "note": f"\x07{name}"},
+            config={"big": 1e200 * len(name), "note": f"\x07{name}"},
             measures={"m": {"value": value, "grid": [{"rho": 0.1, "k_steps": 1, "value": value}]}},
             error_gap=0.1,
         )
@@ -341,8 +342,12 @@ def test_no_gap_in_any_summary(tmp_path: Path) -> None:
 def test_a_setting_and_a_measure_of_one_name(tmp_path: Path) -> None:
     for i in range(2):
         make_run(tmp_path / str(i), config={"rho": i}, measures={"rho": {"value": i}}, error_gap=0.1)
-    with pytest.raises(UsageError, match="'rho' is a measure and cannot be a hyperparameter too"):
+    with pytest.raises(DataError, match="2 × its measure rho has the name of a setting"):
         load_table(tmp_path)
+    for i in range(2, 5):  # the fewer are left out
+        make_run(tmp_path / str(i), config={"rho": i}, measures={"m": {"value": i}}, error_gap=0.1)
+    table = load_table(tmp_path)
+    assert (table.num_runs, table.measures, table.hyperparameters) == (3, ("m",), ("rho",))
 
 
 # ---- statistics of a table

@@ -123,7 +123,8 @@ def test_a_sweeps_recipe_says_the_subgroups_unless_an_option_does(
         write_json(runs / "sweep.json", broken)
         code, _, err = run(capsys, str(runs), "--json")
         assert (code, err.count("\n")) == (7, 1), err
-        assert "sweep.json: group_by is not a list of names" in err
+        assert "sweep.json: " in err
+        assert "run `gmprobe sweep` into" in err
 
 
 def test_run_folders_exclude_with_counted_reasons(capsys: pytest.CaptureFixture[str], runs: Path) -> None:

@@ -180,12 +180,12 @@ def test_parquet_holds_the_same(root: Path) -> None:
 
 def test_parquet_of_runs_whose_settings_have_several_types(root: Path) -> None:
     pytest.importorskip("pyarrow")
-    write_json(root / "r1" / "summary.json", {"status": "finished", "error_gap": "wide", "met_stop_ce": True})
-    write_json(root / "r2" / "summary.json", {"status": "finished", "error_gap": 0.5, "met_stop_ce": 3})
+    write_json(root / "r1" / "summary.json", {"status": "finished", "width": "wide", "done": True})
+    write_json(root / "r2" / "summary.json", {"status": "finished", "width": 0.5, "done": 3})
     write_table(root, root.parent / "t.parquet")
     found = pd.read_parquet(root.parent / "t.parquet")
-    assert found.error_gap.tolist()[1:3] == ["wide", "0.5"]
-    assert found.met_stop_ce.tolist()[1:3] == ["True", "3"]
+    assert found.width.tolist()[1:3] == ["wide", "0.5"]
+    assert found.done.tolist()[1:3] == ["True", "3"]
 
 
 WRITER = """

@@ -317,7 +317,9 @@ def test_words_of_other_versions_do_no_harm() -> None:
 def test_an_error_in_the_view_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
     monkeypatch.setattr(live, "notes_console", lambda quiet=False: terminal)
-    word = Word("training", 1, 2, 1e300, {})  # more seconds than a date holds
+    word = Word(
+        "training", 1, 2, None, {"epoch": 1, "step": 1, "steps": 2, "loss": 10**400}
+    )  # beyond a float
     monkeypatch.setattr(live, "held", lambda path: True)
     monkeypatch.setattr(live, "told", lambda path: word)
     with live_view({"a": tmp_path / "a", "b": tmp_path / "b"}, ("training",), quiet=False) as notify:

@@ -1,5 +1,6 @@
 """Anybody's CSV or Parquet as a run table: which columns are taken, what is missing, what is refused."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
+from gm_probe.analysis import spreadsheets
 from gm_probe.analysis.correlation import correlate, group_rows
 from gm_probe.analysis.runs import load_table
 from gm_probe.core.errors import DataError, StorageError, UsageError
@@ -177,7 +179,7 @@ def test_parquet_reads_like_csv_or_names_the_extra(tmp_path: Path) -> None:
 def test_parquet_with_typed_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What pandas hands over from Parquet, without needing pyarrow here."""
     frame = pd.DataFrame({"error_gap": [0.1, np.nan], "m": [1, 2], "flag": [True, False], "wd": [0, 1]})
-    monkeypatch.setattr(pd, "read_parquet", lambda path: frame)
+    monkeypatch.setattr(spreadsheets, "_parquet_frame", lambda path: frame)
     (tmp_path / "t.parquet").touch()
     table = load_table(tmp_path / "t.parquet", hyperparameters=["wd"])
     assert table.measures == ("m",)
@@ -189,7 +191,7 @@ def test_unreadable_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def denied(path: Path) -> pd.DataFrame:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(pd, "read_parquet", denied)
+    monkeypatch.setattr(spreadsheets, "_parquet_frame", denied)
     (tmp_path / "t.parquet").touch()
     with pytest.raises(StorageError, match="Permission denied"):
         load_table(tmp_path / "t.parquet")
@@ -299,3 +301,57 @@ def test_columns_may_be_asked_for_as_the_file_calls_them(tmp_path: Path) -> None
     table = load_table(path, measures=["metrics.a"], hyperparameters=["params.LR"], group_by=["x"])
     assert (table.measures, table.hyperparameters) == (("a",), ("lr", "x"))
     assert table.named(["params.LR", "metrics.a", "lr"]) == ["lr", "a", "lr"]
+
+
+# ---- tables that are no tables of runs
+
+
+def test_thousands_of_columns_are_refused_at_once_unless_some_are_chosen(tmp_path: Path) -> None:
+    names = [f"c{number}" for number in range(3000)]
+    rows = [",".join(str((7 * row + number) % 11) for number in range(3001)) for row in range(12)]
+    path = make_csv(tmp_path, "\n".join([",".join(["error_gap", *names]), *rows]))
+    began = time.perf_counter()
+    with pytest.raises(DataError, match=r"more than 100 columns to take as measures.*--measures"):
+        load_table(path)
+    assert load_table(path, measures=["c1", "c2"]).measures == ("c1", "c2")
+    assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("header", "rows"), [(4001, 5000), (6000, 1), (2, 6_000_000)], ids=["padded", "wide", "long"]
+)
+def test_a_csv_of_too_many_cells_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: int, rows: int
+) -> None:
+    monkeypatch.setattr(pd, "read_csv", lambda *_, **__: pytest.fail("read"))
+    path = make_csv(tmp_path, ",".join(f"c{i}" for i in range(header)) + "\n" + "1\n" * rows)
+    with pytest.raises(DataError, match="keep one row a run"):
+        load_table(path)
+
+
+def test_parquet_bombs_are_refused(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    zeros = np.zeros(6_000_000, np.int8)
+    some = {"error_gap": [0.1, 0.2], "m": [1.0, 2.0]}
+    long = arrow.DictionaryArray.from_arrays(arrow.array([0, 0], arrow.int32()), arrow.array(["a" * 20_000]))
+    bombs = {
+        "rows": ({"error_gap": zeros, "m": zeros}, "keep one row a run"),
+        "a list in a cell": ({**some, "x": [zeros, zeros]}, "keep one row a run"),
+        "a text in many rows": ({**some, "x": long}, "a cell of 20,000 characters"),
+        "columns": ({f"c{i}": [1] for i in range(5001)}, "5,001 columns"),
+    }
+    for name, (columns, message) in bombs.items():
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(arrow.table(columns), path)
+        with pytest.raises(DataError, match=message):
+            load_table(path)
+
+
+def test_parquet_texts_are_what_they_are_in_csv(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame({"error_gap": [0.1, 0.2, 0.3], "m": [1, 2, 3], "optimizer": ["sgd", None, "adam"]})
+    frame.to_parquet(tmp_path / "t.parquet")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    one, other = (load_table(tmp_path / f"t{suffix}") for suffix in (".parquet", ".csv"))
+    pd.testing.assert_frame_equal(one.frame, other.frame)

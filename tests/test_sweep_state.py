@@ -196,7 +196,7 @@ def test_a_sweep_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         write_sweep(recipe, tmp_path)
         assert read_sweep(tmp_path) == recipe
     (tmp_path / "sweep.json").write_text('{"runs": {}}')
-    with pytest.raises(StorageError, match=r"sweep\.json is broken"):
+    with pytest.raises(StorageError, match=r"sweep\.json: measures is missing"):
         read_sweep(tmp_path)
     with pytest.raises(UsageError, match="holds no sweep"):
         read_sweep(tmp_path / "gone")

@@ -153,8 +153,10 @@ def test_arrays_that_are_none(
     np.savez_compressed(zeros, x=np.zeros((5, 10**6), dtype=np.uint8))
     assert len(open_source(str(zeros), labeled=False).pool) == 5
     monkeypatch.setattr(datasets, "UNPACKED", 10**6)
-    with pytest.raises(DataError, match=r"would unpack to 5,000,\d+ bytes from"):
-        open_source(str(zeros), labeled=False)
+    for suffix in (".npz", ".npy"):  # numpy goes by the content
+        zeros = zeros.rename(zeros.with_suffix(suffix))
+        with pytest.raises(DataError, match=r"would unpack to 5,000,\d+ bytes from"):
+            open_source(str(zeros), labeled=False)
 
 
 def test_mutated_files_load_or_are_refused(tmp_path: Path, trust: SimpleNamespace) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from gm_probe.analysis.row_cache import RowCache
+from gm_probe.core.cells import cell
 from gm_probe.core.errors import StorageError, UsageError
 from gm_probe.core.files import write_atomic
 from gm_probe.core.locks import held, locked
@@ -57,7 +58,7 @@ def _row(path: Path) -> dict[str, Any]:
     row |= {f"probe.{key}": _cell(value) for key, value in record.settings.items()}
     for name, measure in record.measures.items():
         row |= {name + ending: measure.get(part) for part, ending in PARTS.items()}
-    return row
+    return {_cell(name): value for name, value in row.items()}
 
 
 def _cell(value: Any) -> Any:
@@ -94,7 +95,7 @@ def write_table(root: Path, out: Path) -> pd.DataFrame:
 
 def _bytes(frame: pd.DataFrame, suffix: str) -> bytes:
     if suffix == ".csv":
-        return frame.to_csv(index=False).encode()
+        return frame.map(cell).rename(columns=cell).to_csv(index=False).encode()
     buffer = io.BytesIO()
     for name in frame.columns:  # in Parquet a column has one type
         if frame[name].dtype.kind == "O" and frame[name].dropna().map(type).nunique() > 1:

@@ -22,10 +22,12 @@ PERMUTATIONS = 200
 LEAST_PERMUTATIONS = 5
 RUNS_TIMES_PERMUTATIONS = 5 * 10**4
 LEAST_FOR_P = 100
+MOST_IN_PAIRS = 30
+"""Hyperparameters of which sets of two are looked at; their number grows with the square."""
 
 
 def conditioning(sample: Sample, values: Mapping[str, Integers], draws: Draws) -> Conditioning:
-    """K(S) for every S of at most two of the hyperparameters ``values`` (n of the table, as numbers)."""
+    """K(S) for every S of at most two (of many: one) of the hyperparameters ``values`` (n of the table, as numbers)."""
     most = max(LEAST_PERMUTATIONS, RUNS_TIMES_PERMUTATIONS // max(sample.n, 1))
     if min(PERMUTATIONS, draws.resamples) > most:
         draws.notes[f"{most} permutations for conditional information for {sample.n:,} runs"] = None
@@ -34,9 +36,15 @@ def conditioning(sample: Sample, values: Mapping[str, Integers], draws: Draws) -
     if not len(rows):
         return Conditioning((), None, 0, f"nothing to take K's bias from: {permutations.limit}")
     rows, num_drawn = np.concatenate([np.arange(sample.n)[None, :], rows]), len(permutations.rows)
+    largest = 2 if len(values) <= MOST_IN_PAIRS else 1
+    if largest == 1:
+        draws.notes[
+            f"{len(values)} hyperparameters: conditional information is given one at a time; of two at a time, "
+            f"choose at most {MOST_IN_PAIRS} with --hyper"
+        ] = None
     sets = [
         _information(sample, given, [values[name][sample.rows] for name in given], rows, num_drawn)
-        for size in range(3)
+        for size in range(largest + 1)
         for given in combinations(values, size)
     ]
     defined = [(each.value, each) for each in sets if each.value is not None]

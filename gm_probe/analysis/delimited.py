@@ -24,6 +24,17 @@ WINDOWS = "cp1252"
 _NAMED_SEPARATOR = re.compile(r'\s*"?sep=([^\r\n])"?[,;\t|]*[^\S\r\n]*(?:\r\n|\r|\n|$)', re.IGNORECASE)
 """The first line by which Excel is told the separator."""
 _SAMPLE = 200  # rows that choose the separator
+MOST_COLUMNS, MOST_CELLS, MOST_BYTES = 5000, 10**7, 2**30
+"""Of a file; thirty thousand runs with three hundred columns are fewer."""
+
+
+def require_fit(path: Path, num_rows: int, num_columns: int) -> None:
+    """Raise DataError where a table is larger than any table of runs, before it is read."""
+    if num_columns > MOST_COLUMNS or num_rows * num_columns > MOST_CELLS:
+        raise DataError(
+            f"{path} has {num_rows:,} rows and {num_columns:,} columns; a table of runs may have {MOST_COLUMNS:,} "
+            f"columns and {MOST_CELLS:,} cells; keep one row a run, and the columns that you need"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +56,12 @@ def read_delimited(path: Path) -> Delimited:
         DataError: it is empty, no text, or its rows do not fit its header.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(data) > MOST_BYTES:
+        raise DataError(f"{path} has more than {MOST_BYTES:,} bytes; keep fewer rows or columns")
     text, encoding = _decoded(data, path)
     try:
         separator, text = _separator(text)
@@ -114,6 +128,7 @@ def _rows(text: str, separator: str, path: Path) -> tuple[list[str], list[list[s
             continue
         if not header:
             header = row
+            require_fit(path, text.count("\n") + text.count("\r"), len(header))  # short rows are filled
             continue
         if any(row[len(header) :]):
             raise DataError(

@@ -23,6 +23,7 @@ SETTLED = 2.0
 
 Stamp = list[list[int] | None]
 Row = dict[str, Any]
+Cell = bool | int | float | str
 
 
 def stamp(run: Path) -> Stamp:
@@ -72,5 +73,7 @@ class RowCache:
         with suppress(StorageError, TypeError, ValueError, KeyError, AttributeError):
             content = read_json(self._path)
             rows = {name: (before, dict(row)) for name, (before, row) in content["rows"].items()}
-            return rows if content["code"] == self._code else {}
+            cells = (cell for _, row in rows.values() for cell in row.values())
+            whole = content["code"] == self._code and all(isinstance(cell, Cell | None) for cell in cells)
+            return rows if whole else {}
         return {}

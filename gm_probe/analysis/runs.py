@@ -16,6 +16,8 @@ from gm_probe.analysis.table import (
     KNOWN_MEASURES,
     LARGEST,
     MISSED_STOP,
+    MOST_MEASURES,
+    MOST_SETTINGS,
     OUTCOMES,
     SEED,
     TOO_LARGE,
@@ -23,15 +25,14 @@ from gm_probe.analysis.table import (
     RunTable,
     by_reason,
     missed_stop_note,
-    printable,
     require_distinct,
+    require_few,
     require_known,
     show,
     unique,
 )
-from gm_probe.core.errors import DataError, StorageError
-from gm_probe.core.files import read_json
-from gm_probe.core.records import SWEEP, RunRecord, find_runs, read_run
+from gm_probe.core.errors import DataError, StorageError, printable
+from gm_probe.core.records import CONFIG, SWEEP, RunRecord, find_runs, read_groups, read_run
 from gm_probe.core.regular import open_to_read
 
 # What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
@@ -47,6 +48,9 @@ OWN_SETTINGS = {
     "local_inconsistency_batchwise": (*ASCENT_SETTINGS, "sub_batch"),
 }
 ROW_SETTINGS = ("protocol", "labels")
+MOST_OF_ONE = 200
+"""Settings of one run; the tool's own are some 60."""
+NOT_MEASURED = {"value": None, "reason": "not measured"}
 
 
 def load_table(
@@ -88,16 +92,7 @@ def recipe_groups(source: Path) -> list[str]:
     Raises:
         StorageError: its sweep.json is broken.
     """
-    path = source / SWEEP
-    if not path.is_file():
-        return []
-    content = read_json(path)
-    names = content.get("group_by", []) if isinstance(content, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise StorageError(
-            f"{path}: group_by is not a list of names; run `gmprobe sweep` into {source} again"
-        )
-    return names
+    return read_groups(source) if (source / SWEEP).is_file() else []
 
 
 def _table_from_folders(
@@ -113,6 +108,7 @@ def _table_from_folders(
     found = unique(name for record in records for name in record.measures)
     require_known(measures, found, "measure")
     chosen = unique(measures) or sorted(found, key=_rank)
+    require_few(chosen, MOST_MEASURES, root, "measures", "--measures")
     gaps = [gap for gap in GAPS if any(gap in record.summary for record in records)]
     if not gaps:
         raise DataError(
@@ -128,6 +124,7 @@ def _table_from_folders(
         if name not in BOOKKEEPING and len({config.get(name) for config in configs}) > 1
     ]
     hypers = unique([*(hyperparameters or varying), *group_by])
+    require_few(hypers, MOST_SETTINGS, root, "settings that vary", "--hyper")
     require_distinct(gaps, chosen, hypers)
 
     columns: dict[str, pd.Series] = {"run": pd.Series(list(kept))}
@@ -138,7 +135,7 @@ def _table_from_folders(
         values = [{"value": record.summary.get(gap)} for record in records]
         columns[gap], missing[gap] = _finite(values, absent=f"no {gap} in summary.json")
     for name in chosen:
-        rows = [_row(record, name) for record in records]
+        rows = [record.measures.get(name, NOT_MEASURED) for record in records]
         columns[name], missing[name] = _finite(rows, absent="no value and no reason recorded")
         unconverged[name] = frozenset(
             i for i, row in enumerate(rows) if i not in missing[name] and row.get("converged") is False
@@ -192,6 +189,9 @@ def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord
             kept[run] = record
         else:
             excluded.append(Exclusion(run, reason))
+    for run, reason in _clashing(kept).items():
+        del kept[run]
+        excluded.append(Exclusion(run, reason))
     if not kept:
         reasons = "; ".join(f"{len(runs)} × {reason}" for reason, runs in by_reason(excluded).items())
         raise DataError(
@@ -203,7 +203,31 @@ def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord
 def _unusable(record: RunRecord) -> str | None:
     if record.status != "finished":
         return record.status
+    if len(_flatten(record.config)) > MOST_OF_ONE:
+        return f"{CONFIG} has more than {MOST_OF_ONE} settings"
     return None if record.measures else "not measured"
+
+
+def _clashing(records: Mapping[str, RunRecord]) -> dict[str, str]:
+    """Runs that call a measure what others call a setting, or the reverse: the fewer of the two, with the reason."""
+    measured: dict[str, list[str]] = {}
+    configured: dict[str, list[str]] = {}
+    for run, record in records.items():
+        for names, found in ((record.measures, measured), (_flatten(record.config), configured)):
+            for name in names:
+                found.setdefault(name, []).append(run)
+    reasons: dict[str, str] = {}
+    for name in sorted(set(measured) & set(configured)):
+        fewer = min(
+            (measured[name], "measure", "setting"), (configured[name], "setting", "measure"), key=_number
+        )
+        for run in fewer[0]:
+            reasons.setdefault(run, f"its {fewer[1]} {show(name)} has the name of a {fewer[2]}")
+    return reasons
+
+
+def _number(group: tuple[list[str], str, str]) -> int:
+    return len(group[0])
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -224,11 +248,6 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | in
     return flat
 
 
-def _row(record: RunRecord, name: str) -> Mapping[str, Any]:
-    row = record.measures.get(name, {"value": None, "reason": "not measured"})
-    return row if isinstance(row, dict) else {"value": None, "reason": "its row is not a table of values"}
-
-
 def _conditions(
     name: str, settings: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Counter[str]]:
@@ -247,10 +266,8 @@ def _finite(rows: Sequence[Mapping[str, Any]], absent: str) -> tuple[pd.Series, 
     for i, row in enumerate(rows):
         value = row.get("value")
         if value is None:
-            missing[i] = str(row.get("reason") or absent)
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            missing[i] = "not a number"
-        elif LARGEST < abs(value) < math.inf:  # an int may be too large for a float
+            missing[i] = printable(str(row.get("reason") or absent))
+        elif LARGEST < abs(value) < math.inf:
             missing[i] = TOO_LARGE
         elif not math.isfinite(value):
             missing[i] = "not finite"

@@ -1,5 +1,6 @@
 """A table of anybody's own runs, one a row, from CSV or Parquet."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +17,27 @@ from gm_probe.analysis.columns import (
     may_be_measure,
     unfinished,
 )
-from gm_probe.analysis.delimited import read_delimited
+from gm_probe.analysis.delimited import MOST_BYTES, read_delimited, require_fit
 from gm_probe.analysis.numerals import COMMA, NO_VALUE, Numbers, ambiguous, read_numbers
 from gm_probe.analysis.table import (
     GAPS,
     KNOWN_MEASURES,
     MISSED_STOP,
+    MOST_MEASURES,
+    MOST_SETTINGS,
     OUTCOMES,
     SEED,
     TOO_LARGE,
     Exclusion,
     RunTable,
     missed_stop_note,
-    printable,
     require_distinct,
+    require_few,
     require_known,
     unique,
 )
-from gm_probe.core.errors import DataError, StorageError, UsageError
+from gm_probe.core.errors import DataError, StorageError, UsageError, printable
+from gm_probe.core.schema import LONGEST_TEXT
 
 NO = ("false", "0", "0.0")
 ROW = "\0row"
@@ -84,6 +88,8 @@ def table_from_file(
     hypers = unique([*(hyperparameters or by_name), *group_by])
     free = [name for name in names if name not in {*gaps, *hypers, "run"}]
     chosen = unique(measures) or _measures(free, columns)
+    require_few(chosen, MOST_MEASURES, source, "columns to take as measures", "--measures")
+    require_few(hypers, MOST_SETTINGS, source, "hyperparameters", "--hyper")
     if not chosen:
         raise DataError(f"{source} has no numeric column to take as a measure; it has: {', '.join(names)}")
     require_distinct(gaps, chosen, hypers)
@@ -125,7 +131,7 @@ def _sheet(source: Path) -> _Sheet:
     empty = [bool(name == "" and (raw.iloc[:, place] == "").all()) for place, name in enumerate(raw.columns)]
     raw = raw.loc[:, [not gone for gone in empty]]
     names = list(raw.columns)
-    repeated = [name for name in names if names.count(name) > 1]
+    repeated = [name for name, times in Counter(names).items() if times > 1]
     if repeated:
         raise DataError(f"{source} has the column {repeated[0]!r} more than once; rename or remove one")
     odd = [name for name in names if not name.isprintable()]
@@ -245,7 +251,7 @@ def _read_csv(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
 
 def _read_parquet(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     try:
-        table = pd.read_parquet(path)
+        table = _parquet_frame(path)
     except ImportError as error:
         raise UsageError(f"reading {path} needs pyarrow; pip install 'gm_probe[parquet]'") from error
     except OSError as error:
@@ -254,6 +260,35 @@ def _read_parquet(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
         raise DataError(f"{path} is not a readable Parquet file: {str(error).strip()}") from error
     table.columns = pd.Index([str(name).strip() for name in table.columns])
     return table.reset_index(drop=True), ()
+
+
+def _parquet_frame(path: Path) -> pd.DataFrame:
+    """What ``path`` holds, its texts by way of a dictionary: a file may name one long text in a million rows."""
+    from pyarrow import parquet, types  # an extra
+
+    with parquet.ParquetFile(path) as file:
+        meta = file.metadata
+        groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
+        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+        cells = max(
+            meta.num_rows * meta.num_columns, sum(chunk.num_values for chunk in chunks)
+        )  # of nested ones more
+        require_fit(path, -(-cells // max(meta.num_columns, 1)), meta.num_columns)
+        unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+        if unpacked > MOST_BYTES:
+            raise DataError(
+                f"{path} would unpack to {unpacked:,} bytes, more than {MOST_BYTES:,}; keep fewer columns"
+            )
+        texts = [field.name for field in file.schema_arrow if not types.is_primitive(field.type)]
+    table = parquet.read_table(path, read_dictionary=texts)
+    for column in table.columns:
+        for chunk in column.chunks if types.is_dictionary(column.type) else ():
+            longest = max(map(len, map(str, chunk.dictionary.to_pylist())), default=0)
+            if longest > LONGEST_TEXT:
+                raise DataError(f"{path} has a cell of {longest:,} characters, more than {LONGEST_TEXT:,}")
+    frame = table.to_pandas()
+    categories = [name for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype)]
+    return frame.astype(dict.fromkeys(categories, object))
 
 
 READERS: dict[str, Callable[[Path], tuple[pd.DataFrame, tuple[str, ...]]]] = {

@@ -6,13 +6,12 @@ that enters without a usable value in some column is in ``RunTable.missing`` und
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gm_probe.core.errors import UsageError, did_you_mean
+from gm_probe.core.errors import DataError, UsageError, did_you_mean, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +44,8 @@ KNOWN_MEASURES = (
 )
 OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "num_test")
 """What a run may say of its training besides the gaps; not taken for measures."""
+MOST_MEASURES, MOST_SETTINGS = 100, 300
+"""Of one table: statistics look at every two of them."""
 MISSED_STOP = "training ended before it reached its stop_ce"
 SEED = "seed"
 UNSET = "unset"
@@ -128,14 +129,6 @@ def show(value: Any) -> str:
     return printable(str(value))
 
 
-def printable(text: str) -> str:
-    """``text`` with control characters as escapes: raw, they steer a terminal and break a figure's XML."""
-    return "".join(
-        letter if unicodedata.category(letter) not in ("Cc", "Cs", "Cn") else ascii(letter)[1:-1]
-        for letter in text
-    )
-
-
 def by_reason(exclusions: Iterable[Exclusion]) -> dict[str, list[str]]:
     """Names of the runs under the reason they were left out for, the commonest reason first."""
     reasons: dict[str, list[str]] = {}
@@ -159,6 +152,14 @@ def require_known(names: Iterable[str], known: Collection[str], what: str) -> No
     for name in names:
         if name not in known:
             raise UsageError(f"no {what} {name!r}; {did_you_mean(name, known)}")
+
+
+def require_few(names: Sequence[str], most: int, source: Path, role: str, option: str) -> None:
+    """Raise DataError where ``source`` has more than ``most`` columns of a ``role``: every two are compared."""
+    if len(names) > most:
+        raise DataError(
+            f"{source} has more than {most} {role}, too many to compare; choose some with {option}"
+        )
 
 
 def require_distinct(gaps: Sequence[str], measures: Sequence[str], hyperparameters: Sequence[str]) -> None:

@@ -12,10 +12,11 @@ import sys
 import traceback
 import warnings
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from gm_probe.cli.limits import require_room_for_torch
 from gm_probe.cli.plain import HANDLER
 from gm_probe.core.errors import ProbeError, did_you_mean, first_line, out_of_memory, printable
 from gm_probe.core.signals import INTERRUPTED, TERMINATED, Terminated, ending_in_order, last_words
@@ -40,6 +41,8 @@ COMMANDS = {
     "doctor": "Say what this machine has, what is missing, and the command that mends it.",
     "completion": "Print the script that completes commands and options in your shell.",
 }
+LIGHT = ("status", "collect", "correlate", "report", "completion")
+"""Commands that do without torch."""
 LISTINGS = ("models", "datasets", "measures", "recipes")
 
 
@@ -52,6 +55,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
+        if name not in LIGHT:
+            require_room_for_torch()
         own = name.replace("-", "_")
         module = importlib.import_module(f"{__name__}.{'listings' if name in LISTINGS else own}")
         command = getattr(module, own)
@@ -146,18 +151,19 @@ def _run(args: list[str]) -> None:
     except UnicodeEncodeError as error:
         _debug(args)
         _fail(f"a name that is not {error.encoding} cannot be used here: {error.object[:200]}; rename it", 2)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError) as error:
         _debug(args)
         if out_of_memory(error):
             _fail(f"out of memory ({first_line(error)}); lower --batch-size or --max-examples", 6)
-        _fail(f"internal error: {first_line(error)}; run again as `gmprobe --debug ...` to report it", 1)
+        _internal(error)
     except Exception as error:  # noqa: BLE001  the last resort: a stranger gets a line, --debug gets the rest
         _debug(args)
-        _fail(
-            f"internal error: {type(error).__name__}: {first_line(error)}; "
-            "run again as `gmprobe --debug ...` to report it",
-            1,
-        )
+        _internal(error)
+
+
+def _internal(error: Exception) -> NoReturn:
+    kind = type(error).__name__
+    _fail(f"internal error: {kind}: {first_line(error)}; run again as `gmprobe --debug ...` to report it", 1)
 
 
 def _pass_over_settings_here() -> None:
@@ -176,10 +182,11 @@ def _pass_over_settings_here() -> None:
 def _debug(args: list[Any]) -> None:
     if "--debug" in args:
         with suppress(OSError):
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                print(printable(line), file=sys.stderr)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     with last_words():
         try:
             print(f"gmprobe: {printable(message)}", file=sys.stderr, flush=True)

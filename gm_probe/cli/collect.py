@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gm_probe.cli.kinds import PATH
-from gm_probe.cli.output import note, notes_console
+from gm_probe.cli.output import echo, note, notes_console
 from gm_probe.core.records import RUNS
 
 
@@ -30,6 +30,6 @@ def collect(folder: Path, out: Path | None, quiet: bool) -> None:
     out = out or folder / "table.csv"
     frame = write_table(folder, out)
     counts = ", ".join(f"{count} {state}" for state, count in frame["status"].value_counts().items())
-    click.echo(f"{len(frame)} runs into {out}: {counts}")
+    echo(f"{len(frame)} runs into {out}: {counts}")
     if not quiet:
         note(notes_console(), f"next:  gmprobe correlate {out}")

@@ -7,7 +7,14 @@ import click
 
 from gm_probe.analysis.requests import require_source, require_statistics
 from gm_probe.cli.kinds import PATH
-from gm_probe.cli.output import FIGURE_SUFFIXES, format_options, notes_console, print_csv, print_json
+from gm_probe.cli.output import (
+    FIGURE_SUFFIXES,
+    format_options,
+    note,
+    notes_console,
+    print_csv,
+    print_json,
+)
 from gm_probe.cli.selection import (
     control_option,
     converged_only_option,
@@ -154,14 +161,14 @@ def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:
 
 
 def _say(text: str, quiet: bool) -> None:
-    notes_console(quiet).print(text, markup=False, soft_wrap=True)
+    note(notes_console(quiet), text)
 
 
 def _print_notes(found: "RunTable", statistics: "SweepStatistics", quiet: bool) -> None:
     from gm_probe.analysis.table import by_reason
 
-    for note in (*found.notes, *statistics.notes):
-        _say(note, quiet)
+    for text in (*found.notes, *statistics.notes):
+        _say(text, quiet)
     if found.excluded:
         total = found.num_runs + len(found.excluded)
         _say(f"excluded {len(found.excluded)} of {total} runs:", quiet)
@@ -171,5 +178,5 @@ def _print_notes(found: "RunTable", statistics: "SweepStatistics", quiet: bool) 
     for warning in warnings(statistics.measures):
         _say(f"warning: {warning}", quiet)
     for measure in statistics.measures:
-        for note in measure.notes:
-            _say(f"{measure.name}: {note}", quiet)
+        for text in measure.notes:
+            _say(f"{measure.name}: {text}", quiet)

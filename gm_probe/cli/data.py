@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import PATH, Choice, floats
+from gm_probe.cli.kinds import AT_ONCE, PATH, Choice, floats
 from gm_probe.core.device_names import require_device_name
 from gm_probe.core.errors import DataError, UsageError
 from gm_probe.core.model_names import require_model_name
@@ -113,7 +113,7 @@ _OPTIONS = (
         show_default=True,
         help="auto, cpu, cuda, cuda:1, or what else torch has.",
     ),
-    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads."),
+    click.option("--threads", type=AT_ONCE, help="CPU threads."),
 )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import Choice
+from gm_probe.cli.kinds import AT_ONCE, Choice
 from gm_probe.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _OPTIONS = (
     click.option(
         "--jobs",
-        type=click.IntRange(1),
+        type=AT_ONCE,
         default=1,
         show_default=True,
         help="Runs at a time on this machine, each a process.",

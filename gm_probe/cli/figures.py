@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gm_probe.cli.output import note, notes_console, number, results_console, table
+from gm_probe.cli.output import note, notes_console, number, results_console, say, table
 
 
 def print_result(result: dict[str, Any]) -> None:
     """One checkpoint's table on stdout, with a caption that says how its figures are to be read."""
-    from gm_probe.probe.measures import MEASURES
 
     console = results_console()
     # the figures' columns and the frame take 57; where names do not fit beside them, symbols do
     narrow = console.width < 57 + max(map(len, result["measures"]), default=0)
     rows = []
     for name, row in result["measures"].items():
-        label = MEASURES[name].symbol if narrow else name
+        label = _symbol(name) if narrow else name
         if "labels" in row:
             label += " (no labels needed)" if row["labels"] == "none needed" else f" ({row['labels']} labels)"
         if row.get("protocol") == "converged" and name == "local_inconsistency":
@@ -45,12 +44,13 @@ def print_result(result: dict[str, Any]) -> None:
     console.print(table(title, columns, [row[: len(columns)] for row in rows]))
     _print_more(result)
     over = ", over batches" if result["settings"].get("head") == "simclr" else ""
-    console.print(
+    say(
+        console,
         f"{_coupled(result)}{_ascents(result)}"
         "± estim.: standard error over starts or probes, Lanczos residual for λ_max; "
         f"± examples: standard error from the probe set's size{over}; "
         f"{'' if narrow else 'cost in gradient evaluations. '}BatchNorm in eval mode.",
-        style="dim",
+        "dim",
     )
 
 
@@ -74,7 +74,7 @@ def _print_more(result: dict[str, Any]) -> None:
             console.print(table(f"{name}, mean over starts", ["", *(f"K = {k}" for k in steps)], rows))
         if "eigenvalues" in row:
             found = ", ".join(map(_eigenvalue, row["eigenvalues"]))
-            console.print(f"{name}, the largest: {found}", markup=False, highlight=False)
+            say(console, f"{name}, the largest: {found}")
 
 
 def _eigenvalue(row: dict[str, Any]) -> str:
@@ -99,7 +99,6 @@ def _coupled(result: dict[str, Any]) -> str:
 
 def _ascents(result: dict[str, Any]) -> str:
     """For the caption: by which ascents local inconsistency was found; empty where it was not."""
-    from gm_probe.probe.measures import MEASURES
 
     settings = result["settings"]
     rows = {name: row for name, row in result["measures"].items() if "starts" in row}
@@ -114,8 +113,15 @@ def _ascents(result: dict[str, Any]) -> str:
         sd = row["sd_starts"]
         spread = f" (sd {number(sd, 2)})" if sd is not None and row["value"] is not None else ""
         steps = "" if drawn else f"K = {settings['k_steps']}, "
-        text += f"{MEASURES[name].symbol}: {steps}mean over {starts}{spread}; "
+        text += f"{_symbol(name)}: {steps}mean over {starts}{spread}; "
     return text
+
+
+def _symbol(name: str) -> str:
+    """A measure's symbol; its name where a file of another version names one that this version has not."""
+    from gm_probe.probe.measures import MEASURES
+
+    return MEASURES[name].symbol if name in MEASURES else name
 
 
 def _estimator_error(row: dict[str, Any]) -> str:

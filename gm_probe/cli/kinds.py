@@ -10,6 +10,8 @@ import click
 from gm_probe.core.errors import UsageError, did_you_mean
 
 SEED = click.IntRange(0, 2**32 - 1)
+AT_ONCE = click.IntRange(1, 1024)
+"""Threads or processes of one machine."""
 PATH = click.Path(path_type=Path, readable=False)
 """Any path: that it cannot be read is said where it is read, with the exit code of what it should have been."""
 

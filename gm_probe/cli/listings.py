@@ -6,7 +6,7 @@ import click
 from rich.padding import Padding
 from rich.text import Text
 
-from gm_probe.cli.output import number, print_json, results_console, table
+from gm_probe.cli.output import echo, number, print_json, results_console, say, table
 
 NARROW = 100
 """Columns below which names and definitions do not fit beside each other."""
@@ -33,7 +33,7 @@ def models(as_json: bool) -> None:
     listing = table(None, ["model", "parameters", ""], rows)
     listing.columns[-1].justify = "left"
     results_console().print(listing)
-    click.echo("parameters: for images of 3×32×32 and 10 classes")
+    echo("parameters: for images of 3×32×32 and 10 classes")
 
 
 @click.command(epilog="Example:  gmprobe datasets")
@@ -78,9 +78,7 @@ def measures(as_json: bool) -> None:
     if console.width < NARROW:
         for name, m in CATALOGUE.items():
             labels = ", needs labels" if m.needs_labels else ""
-            console.print(
-                f"{name}: {m.symbol}, cost {number(m.cost, 3)}{labels}", markup=False, highlight=False
-            )
+            say(console, f"{name}: {m.symbol}, cost {number(m.cost, 3)}{labels}")
             console.print(Padding(Text(m.description), (0, 0, 0, 4)))
     else:
         rows = [
@@ -90,7 +88,7 @@ def measures(as_json: bool) -> None:
         listing = table(None, ["measure", "symbol", "labels", "cost", "definition"], rows)
         listing.columns[-1].justify = "left"
         console.print(listing)
-    click.echo("cost: typical gradient evaluations over the probe set at the default settings")
+    echo("cost: typical gradient evaluations over the probe set at the default settings")
 
 
 def _list(kind: str, entries: dict[str, str], as_json: bool) -> None:

@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gm_probe.cli.output import note, notes_console
-from gm_probe.core.locks import Word, held, told
+from gm_probe.core.errors import printable
+from gm_probe.core.locks import LIFETIME, Word, held, told
 
 if TYPE_CHECKING:
     from gm_probe.sweep.executors import Outcome
@@ -55,7 +56,7 @@ def live_view(
         if not moving:
             note(console, f"[{len(view.ended)}/{len(paths)}] {outcome.name} {outcome.status}{reason}")
         elif outcome.status in LEFT_OUT:
-            console.print(f"{outcome.status}: {outcome.name}{reason}", markup=False)
+            note(console, f"{outcome.status}: {outcome.name}{reason}")
 
     try:
         if moving:
@@ -120,7 +121,8 @@ class LiveView:
         try:
             return self._drawn()
         except Exception as error:  # noqa: BLE001  whatever it is, the runs go on
-            return Text(f"{len(self.ended)}/{len(self.paths)} (no view: {type(error).__name__}: {error})")
+            why = printable(f"{type(error).__name__}: {error}")
+            return Text(f"{len(self.ended)}/{len(self.paths)} (no view: {why})")
 
     def _drawn(self) -> RenderableType:
         words = self._at_work()
@@ -169,7 +171,8 @@ class LiveView:
             where, loss = ("starting", "") if word is None else doing(word, brief=not wide)
             left = "" if word is None else duration(word.left)
             run = os.path.relpath(self.paths[name], self._common)
-            result.add_row(escape(run), *bar, escape(where), loss, left)
+            cells = (escape(printable(text)) for text in (run, where, loss))
+            result.add_row(next(cells), *bar, *cells, left)
         return result
 
 
@@ -187,5 +190,6 @@ def doing(word: Word, *, brief: bool = False) -> tuple[str, str]:
 
 
 def duration(seconds: float | None) -> str:
-    """As hours, minutes and seconds; empty where it is not known."""
-    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+    """As hours, minutes and seconds; empty where it is not known, or is no time that work takes."""
+    known = seconds is not None and 0 <= seconds < LIFETIME
+    return str(timedelta(seconds=round(seconds))) if known else ""  # type: ignore[arg-type]

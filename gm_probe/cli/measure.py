@@ -263,7 +263,9 @@ def measure(
     given, checkpoints = _checkpoints(checkpoints, source, save, quiet)
     own_loading = data.of_each(checkpoints)
     # torchrun's processes share the examples of one checkpoint after another
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    from gm_probe.core.processes import launched
+
+    together = launched() > 1
     if together and (executor == "ray" or jobs > 1):
         raise UsageError(
             "under torchrun checkpoints are measured one by one; leave out --jobs and --executor"

@@ -5,26 +5,40 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from gm_probe.cli.plain import plain
+from gm_probe.core.cells import cell
 from gm_probe.core.errors import printable
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 """What figures may be written as."""
 UNFOLDED = 1000
 """Columns of what is no terminal."""
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-class _Results(Console):
+class _Safe(Console):
+    """Shows no control character of a text that it is given, whoever prints: files choose names and reasons."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=_lines(segment.text))
+
+
+def _lines(text: str) -> str:
+    """``text`` with its line breaks, and no other control character."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+class _Results(_Safe):
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # rich would exit with 1; ``cli.main`` takes a reader's early leave for success
 
@@ -40,7 +54,7 @@ def results_console() -> Console:
 
 def notes_console(quiet: bool = False) -> Console:
     """Console on stderr for progress, notes and warnings."""
-    return Console(file=sys.stderr, quiet=quiet, highlight=False)
+    return _Safe(file=sys.stderr, quiet=quiet, highlight=False)
 
 
 def format_options(command: Any) -> Any:
@@ -63,8 +77,8 @@ def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(_harmless, columns))
-    writer.writerows([_harmless(row.get(column)) for column in columns] for row in rows)
+    writer.writerow(map(cell, columns))
+    writer.writerows([cell(row.get(column)) for column in columns] for row in rows)
     _print(text.getvalue())
 
 
@@ -75,19 +89,20 @@ def _print(text: str) -> None:
         raise BrokenPipeError from error  # click would exit with 1 at an errno; see _Results
 
 
-def _harmless(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
-
-
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table whose first column is left-aligned and the others right-aligned."""
     # rich would fold a title to the table's width, however wide the terminal
-    above = None if title is None else Text(plain(title), "table.title", no_wrap=True, overflow="ignore")
+    above = (
+        None
+        if title is None
+        else Text(plain(printable(title)), "table.title", no_wrap=True, overflow="ignore")
+    )
     result = Table(title=above, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        result.add_column(escape(plain(column)), justify="left" if index == 0 else "right", overflow="fold")
+        justify: JustifyMethod = "left" if index == 0 else "right"
+        result.add_column(escape(plain(printable(column))), justify=justify, overflow="fold")
     for row in rows:
-        result.add_row(*(escape(plain(cell)) for cell in row))
+        result.add_row(*(escape(plain(_lines(cell))) for cell in row))
     return result
 
 
@@ -97,8 +112,18 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def note(console: Console, text: str) -> None:
-    """A line for a person on ``console``, never wrapped where no terminal asks for it."""
-    console.print(printable(text), markup=False, soft_wrap=not console.is_terminal)
+    """Print a line for a person on ``console``, never wrapped where no terminal asks for it."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a remark beside a table on ``console``, wrapped as the table is."""
+    console.print(printable(text), style=style, markup=False, highlight=False)
+
+
+def echo(text: str) -> None:
+    """Print a line on stdout, as it is."""
+    _print(printable(text) + "\n")
 
 
 def note_reading(console: Console, notes: Sequence[str], skipped: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from gm_probe.cli.output import (
     print_csv,
     print_json,
     results_console,
+    say,
     table,
 )
 from gm_probe.cli.progress import progress_bar
@@ -278,14 +279,13 @@ def _print_result(result: dict[str, Any]) -> None:
     )
     console.print(table(title, ("measure", "value", "± pairs", "± examples", "n"), rows))
     for line in (*lines, *(f"note: {line}" for line in result["notes"])):
-        console.print(line, markup=False, highlight=False)
-    console.print(
+        say(console, line)
+    say(
+        console,
         f"{_legend(narrow)}KL in nats, mean of both directions. ± pairs: jackknife over models or training sets; "
         "± examples: standard error from the probe set's size; n: pairs of models (S_P: of training sets). "
         "BatchNorm in eval mode.",
-        style="dim",
-        markup=False,
-        highlight=False,
+        "dim",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gm_probe.cli.kinds import PATH
+from gm_probe.cli.kinds import AT_ONCE, PATH
 from gm_probe.cli.output import note, notes_console
 
 
@@ -19,7 +19,7 @@ from gm_probe.cli.output import note, notes_console
     show_default=True,
     help="Folder of the runs and the figure.",
 )
-@click.option("--jobs", type=click.IntRange(1), help="Runs at a time.  [default: cores, at most 4]")
+@click.option("--jobs", type=AT_ONCE, help="Runs at a time.  [default: cores, at most 4]")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
 @click.pass_context
 def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> None:

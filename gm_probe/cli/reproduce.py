@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gm_probe.cli.kinds import PATH, Choice
+from gm_probe.cli.kinds import AT_ONCE, PATH, Choice
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
 from gm_probe.core.errors import UsageError
 from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
@@ -25,7 +25,7 @@ from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
 @click.option("--only", metavar="LABEL", help="One of a table's data sets, as its column names it: CIFAR-10.")
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
+@click.option("--jobs", type=AT_ONCE, default=1, show_default=True, help="Runs at a time.")
 @click.option(
     "--device",
     default="auto",
@@ -91,7 +91,7 @@ def reproduce(
         return
     console = results_console()
     for text in (f"Claim: {chosen.claim}", f"{found.verdict} {found.text}"):
-        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+        note(console, text)
     note(notes_console(quiet), f"written: {folder}/{{{', '.join(path.name for path in paths)}}}")
 
 

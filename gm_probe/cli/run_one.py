@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from gm_probe.cli.kinds import PATH
+from gm_probe.cli.output import echo
 from gm_probe.core.errors import BusyError, ProbeError
 
 
@@ -46,7 +47,7 @@ def run_one(
     )
     recipe.runs[run] = config.replace(download=download)
     [outcome] = run_recipe(recipe, folder)
-    click.echo(f"{outcome.name} {outcome.status}" + (f": {outcome.reason}" if outcome.reason else ""))
+    echo(f"{outcome.name} {outcome.status}" + (f": {outcome.reason}" if outcome.reason else ""))
     if outcome.status == "busy":
         raise BusyError(str(outcome.reason))
     if outcome.status == "failed":

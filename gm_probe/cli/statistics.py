@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gm_probe.cli.output import number, results_console, table
+from gm_probe.cli.output import number, results_console, say, table
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
     from gm_probe.analysis.results import (
@@ -100,21 +100,21 @@ def print_tables(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
         width = 6 if any(row[5] for row in rows) else 5
         console.print(table(f"{gap}: {GAPS[gap]}", columns[:width], [row[:width] for row in rows]))
         for line in shared_remarks(remarks):
-            console.print(line, markup=False, highlight=False)
+            say(console, line)
     for line in warnings(statistics.measures):
-        console.print(line, style="bold", markup=False, highlight=False)
+        say(console, line, "bold")
     for measure in statistics.measures:
         for gap, details in measure.details.items():
             if gap in gaps and details.simpson:
-                console.print(
-                    f"{measure.name}, {gap}: Simpson's paradox: the sign turns within {', '.join(details.simpson)}",
-                    style="bold",
-                    markup=False,
-                    highlight=False,
+                turned = ", ".join(details.simpson)
+                say(
+                    console,
+                    f"{measure.name}, {gap}: Simpson's paradox: the sign turns within {turned}",
+                    "bold",
                 )
     num, of = statistics.num_runs, statistics.num_settings
     legend = LEGEND.format(runs=f"{num} run{'s' * (num != 1)} of {of} setting{'s' * (of != 1)}")
-    console.print(legend, style="dim", markup=False, highlight=False)
+    say(console, legend, "dim")
 
 
 def print_details(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
@@ -129,7 +129,7 @@ def print_details(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
                 rows += _detail_rows(measure.details[gap], remarks)
             console.print(table(f"{measure.name} and {gap}", columns, rows))
             for line in remarks:
-                console.print(line, style="dim", markup=False, highlight=False)
+                say(console, line, "dim")
         differences = []
         for each in statistics.comparisons.get(gap, ()):
             row = _row(f"{each.first} − {each.second}", each.difference)

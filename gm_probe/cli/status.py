@@ -9,8 +9,7 @@ import click
 
 from gm_probe.cli.kinds import PATH
 from gm_probe.cli.live import doing, duration
-from gm_probe.cli.output import format_options, print_csv, print_json, results_console, table
-from gm_probe.core.errors import printable
+from gm_probe.cli.output import echo, format_options, print_csv, print_json, results_console, table
 from gm_probe.core.records import RUNS
 
 if TYPE_CHECKING:
@@ -44,10 +43,10 @@ def status(folder: Path, output: str | None, quiet: bool) -> None:
     ended = sum(run.state in ENDED for run in found.runs)
     counts = ", ".join(f"{count} {state}" for state, count in found.counts.items())
     eta = "" if found.eta is None else f"; about {duration(found.eta)} to go"
-    click.echo(f"{ended} of {len(found.runs)} runs ended: {counts}{eta}")
+    echo(f"{ended} of {len(found.runs)} runs ended: {counts}{eta}")
     for run in found.runs:
         if run.reason is not None:
-            click.echo(f"  {run.state}: {run.run}: {printable(run.reason)}")
+            echo(f"  {run.state}: {run.run}: {run.reason}")
 
 
 def _now(run: RunStatus) -> tuple[str, str]:

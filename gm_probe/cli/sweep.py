@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
-from gm_probe.cli.kinds import PATH
+from gm_probe.cli.kinds import AT_ONCE, PATH
 from gm_probe.cli.live import LEFT_OUT, live_view
-from gm_probe.cli.output import note, notes_console, print_json, results_console, table
-from gm_probe.core.errors import ProbeError, UsageError, printable
+from gm_probe.cli.output import echo, note, notes_console, print_json, results_console, table
+from gm_probe.core.errors import ProbeError, UsageError
 from gm_probe.core.records import RUNS
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--data-root", help="Where torchvision's data sets are kept.")
 @click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, or what else torch has.  [default: auto]")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads a run.  [default: cores / jobs]")
+@click.option("--threads", type=AT_ONCE, help="CPU threads a run.  [default: cores / jobs]")
 @click.option("--retry-failed", is_flag=True, help="Try runs again that failed before.")
 @click.option("--dry-run", is_flag=True, help="List what is left to do, timed on a few steps; run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -91,11 +91,9 @@ def sweep(
         print_json({"out": str(out), "counts": dict(counts), "runs": rows})
     else:
         summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-        click.echo(f"{len(outcomes)} runs in {out}: {summary}")
+        echo(f"{len(outcomes)} runs in {out}: {summary}")
         for outcome in left_out:
-            click.echo(
-                f"  {outcome.status}: {outcome.name}: {printable(outcome.reason or 'the loss stopped being finite')}"
-            )
+            echo(f"  {outcome.status}: {outcome.name}: {outcome.reason or 'the loss stopped being finite'}")
     if counts["failed"]:
         raise ProbeError(
             f"{counts['failed']} of {len(outcomes)} runs failed; "
@@ -171,7 +169,7 @@ def _dry_run(recipe: Recipe, out: Path, jobs: int, retry_failed: bool, as_json: 
     rows = [[name, done.get(name) or f"{costs[name].seconds:,.0f} s"] for name in recipe.runs]
     console = results_console()
     console.print(table(f"{len(left)} of {len(recipe.runs)} runs to do", ["run", "at most about"], rows))
-    click.echo(
+    echo(
         f"{len(left)} runs: at most about {timedelta(seconds=round(seconds))} one after the other (timed on a few "
         f"steps of each kind on this machine; less where a run stops early), {disk / 1e6:,.0f} MB of disk"
     )

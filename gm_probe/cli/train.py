@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import PATH
+from gm_probe.cli.kinds import AT_ONCE, PATH
 from gm_probe.cli.output import note, note_reading, notes_console, number, print_json, results_console, table
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.tensorboard import Events
@@ -168,7 +168,7 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 )
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--device", help="auto, cpu, cuda, cuda:1, or what else torch has.  [default: auto]")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.")
+@click.option("--threads", type=AT_ONCE, help="CPU threads.")
 @click.option("--out", type=PATH, help="Run folder.  [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on where the run in --out stopped.")
 @click.option("--save", type=PATH, help="Also write the final weights here (.pt, .safetensors).")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import PATH, floats
+from gm_probe.cli.kinds import AT_ONCE, PATH, floats
 from gm_probe.cli.output import (
+    echo,
     format_options,
     note,
     notes_console,
@@ -20,6 +21,7 @@ from gm_probe.cli.output import (
     print_csv,
     print_json,
     results_console,
+    say,
     table,
 )
 from gm_probe.cli.train import note_settings, train
@@ -59,9 +61,7 @@ FEW = 500
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs a point.")
 @click.option("--out", type=PATH, help="Folder of the runs and figure.  [default: tune/NAME]")
-@click.option(
-    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time, each a process."
-)
+@click.option("--jobs", type=AT_ONCE, default=1, show_default=True, help="Runs at a time, each a process.")
 @click.option("--dry-run", is_flag=True, help="Say what is left to do; run nothing. Grids only.")
 @format_options
 def tune(
@@ -145,7 +145,7 @@ def tune(
         print_csv([{k: v for k, v in cell.as_dict().items() if k != "errors"} for cell in cells])
     else:
         _print_table(tuner, cells, best, num_train, num_validation)
-        click.echo(f"train with it:  {command}")
+        echo(f"train with it:  {command}")
     for text in _doubts(cells, best, {} if trials else values, num_validation):
         note(console, f"note: {text}")
     note(console, f"figure: {', '.join(map(str, figures))}")
@@ -224,11 +224,8 @@ def _print_table(
     )
     console = results_console()
     console.print(table(title, ["ρ", "β", "error", "± s.e.", ""], rows))
-    console.print(
-        f"trained on {num_train:,}; ± s.e.: standard error over seeds, the held-out examples are the same",
-        style="dim",
-        highlight=False,
-    )
+    text = f"trained on {num_train:,}; ± s.e.: standard error over seeds, the held-out examples are the same"
+    say(console, text, "dim")
 
 
 def _draw(tuner: Tuner, cells: Sequence[Cell], best: Cell, *, grid: bool) -> list[Path]:

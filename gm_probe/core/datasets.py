@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ TEST_PARTS = ("test", "val", "valid", "validation")
 
 NUMPY_SUFFIXES, TORCH_SUFFIXES = (".npy", ".npz"), (".pt", ".pth")
 """Of array files."""
+NUMPY_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+"""Beginnings that numpy takes for an .npz."""
 
 
 @dataclass(frozen=True)
@@ -328,7 +330,7 @@ def _array_file(path: Path) -> Examples:
     try:
         if path.suffix in NUMPY_SUFFIXES:
             with open_to_read(path, follow=True) as file:
-                _check_packed(path)
+                _check_packed(path, file)
                 loaded = np.load(file, allow_pickle=False)
                 arrays: Any = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
         elif path.suffix in TORCH_SUFFIXES:
@@ -396,13 +398,19 @@ def _tensor(path: Path, name: str, value: Any) -> Tensor:
     return tensor
 
 
-def _check_packed(path: Path) -> None:
-    """Refuse arrays that are packed hundredfold and unpack to more than images do in memory (core.images)."""
-    if path.suffix == ".npz" and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+def _check_packed(path: Path, file: BinaryIO) -> None:
+    """Refuse arrays that are packed hundredfold and unpack to more than images do in memory (core.images).
+
+    Whether they are packed the ``file`` at ``path`` itself says, by which numpy goes, and not its suffix.
+    """
+    packed = file.read(4) in NUMPY_ZIP
+    file.seek(0)
+    if packed:
+        with zipfile.ZipFile(file) as archive:
             size, total = path.stat().st_size, sum(entry.file_size for entry in archive.infolist())
         if total > max(100 * size, UNPACKED):
             raise DataError(f"{path} would unpack to {total:,} bytes from {size:,}; save it with np.savez")
+        file.seek(0)
 
 
 def _folder(

@@ -23,7 +23,7 @@ Head = Literal["classifier", "binary", "multilabel"]
 Kind = Literal["logits", "probabilities", "log-probabilities"]
 
 _MANY = 24
-"""Numbers that all lie between 0 and 1 by chance in no untrained network, whose logits are as often negative."""
+"""So many numbers reach close to 0 and to 1 and never beyond in no batch of logits."""
 _SUM = 1e-3
 """Rows of what is said to be probabilities sum to 1 within this."""
 _ROUNDED = 1e-2
@@ -158,8 +158,9 @@ class Outputs:
                 if self.head == "classifier"
                 else "every number lies in [0, 1]"
             )
-        # a sigmoid of each class; logits that a ReLU made have zeros among them
-        if values.numel() >= _MANY and bool(((values > 0) & (values <= 1)).all()):
+        # a trained network's sigmoid of each class; logits that a ReLU made have zeros among them
+        low, high = (float(values.min()), float(values.max())) if values.numel() >= _MANY else (0.0, 2.0)
+        if 0 < low < 0.05 and 0.95 < high <= 1:
             return "every number lies between 0 and 1, as a sigmoid's do"
         return ""
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -92,6 +93,7 @@ def first_line(error: BaseException) -> str:
 _MEMORY = re.compile(
     r"""out[ _]of[ _](\w+[ _])?memory | _OUT_OF_RESOURCES | ErrorOutOfMemory | ErrorMemoryAllocation
     | (can't|cannot|can\ not|unable\ to|failed\ to)\ allocate | not\ enough\ memory | bad[ _]alloc
+    | failed\ to\ map\ segment                              # the loader, of a library
     | ALLOC(ATION)?_FAILED                                  # cuBLAS, cuSOLVER, cuSPARSE, cuDNN, cuFFT, cuRAND
     | CUDNN_STATUS_INTERNAL_ERROR                           # a handle or a workspace that did not fit
     | CUBLAS_STATUS_NOT_INITIALIZED.*create                 # likewise
@@ -152,8 +154,17 @@ def one_device() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """``text`` as one line that cannot steer a terminal: files and folders may have any name."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Return ``text`` as one line that cannot steer a terminal: control characters and bidi marks become escapes.
+
+    Joiners stay, of which scripts and emoji are made, and spaces of any width.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if _shows(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shows(character: str) -> bool:
+    return character.isprintable() or character in "\u200c\u200d" or unicodedata.category(character) == "Zs"
 
 
 def did_you_mean(name: object, known: Collection[str], otherwise: str | None = None) -> str:

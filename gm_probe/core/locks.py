@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import math
 import os
 import socket
 import stat
@@ -17,6 +16,7 @@ from typing import Any
 
 from gm_probe.core.errors import BusyError, StorageError, printable
 from gm_probe.core.regular import open_to_read, open_to_write
+from gm_probe.core.schema import between, bounded, mapping, optional, scalar, table, text
 
 try:
     import fcntl
@@ -39,6 +39,22 @@ TELL = 1.0
 _log = logging.getLogger(__name__)
 Sign = tuple[int, bytes]
 """A lock as it is at one time: when it was written (ns), and its content. Any change of it is a sign of life."""
+
+
+LIFETIME = 1e10
+"""Seconds that no work takes."""
+_PART = between(0.0, 1e15)
+WORD = table(
+    {
+        "stage": text,
+        "done": _PART,
+        "total": _PART,
+        "left": optional(between(0.0, LIFETIME)),
+        "more": mapping(scalar),
+    },
+    required=("stage", "done", "total", "left", "more"),
+)
+"""What a lock may tell, as JSON has a ``Word``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +126,11 @@ class Hold:
 def told(folder: Path) -> Word | None:
     """What the holder of ``folder`` last told; None where that is nothing, or is just being written."""
     try:
-        word = Word(**json.loads(_read(folder)[1].decode().split("\n")[1]))
-        # of another machine's gmprobe, which may be of another version
-        sound = all(math.isfinite(n) for n in (word.done, word.total, word.left or 0.0))
-        return word if sound and isinstance(word.stage, str) and isinstance(word.more, dict) else None
-    except (OSError, ValueError, IndexError, TypeError, OverflowError):
+        word = json.loads(_read(folder)[1].decode().split("\n")[1])
+        bounded(word)
+        WORD(word, "")  # of another machine's gmprobe, which may be of another version
+        return Word(**word)
+    except (OSError, ValueError, IndexError, TypeError, RecursionError):
         return None
 
 

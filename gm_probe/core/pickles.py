@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickletools
+import tarfile
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import IO, Any
 
 import torch
 
-from gm_probe.core.errors import CheckpointError, printable
+from gm_probe.core.errors import CheckpointError
 from gm_probe.core.regular import open_to_read
 from gm_probe.core.state_dicts import entries
+from gm_probe.core.torch_zip import BEGINNING, read_records
 
 LEGACY = 5
 """Pickles in a row at the start of torch's format before 1.6: three headers, the content, the storages' keys."""
@@ -60,7 +62,7 @@ def load_torch(path: Path) -> Any:
 
     Raises:
         CheckpointError: it would take far more memory or time than its size says.
-        Exception: whatever torch, zipfile and the unpickler raise on a broken file, or on one that holds code.
+        Exception: whatever torch and the unpickler raise on a broken file, or on one that holds code.
     """
     with warnings.catch_warnings(action="ignore"):  # on odd formats, which callers refuse in a line of theirs
         check_unpacking(path)
@@ -72,35 +74,33 @@ def check_unpacking(path: Path) -> None:
     """Refuse a torch file that would take far more memory or time than its size says, before torch reads it.
 
     Raises:
-        CheckpointError: its records are compressed, overlap or share a name, which torch.save never does; one has a
-            wrong checksum, which torch does not look at; or its pickle is made to explode.
-        Exception: whatever zipfile and pickletools raise on a broken file.
+        CheckpointError: it is a zip file otherwise than torch.save writes it; a record has a wrong checksum, which
+            torch does not look at; or its pickle is made to explode.
+        Exception: whatever pickletools raises on a broken file.
     """
     with open_to_read(path, follow=True) as file:
-        if file.read(4) != b"PK\x03\x04":  # as torch tells a zip file from its older format
-            file.seek(0)
-            for _ in range(LEGACY):
-                _check_pickle(path, file)
+        beginning = file.read(len(BEGINNING))
+        if beginning == BEGINNING:
+            for record in read_records(path, file):
+                if record.name.lower().endswith(b"/data.pkl"):
+                    _check_pickle(path, io.BytesIO(b"".join(record.blocks(file))))
             return
-        with zipfile.ZipFile(file) as archive:
-            names, size = archive.namelist(), path.stat().st_size
-            total = sum(entry.file_size for entry in archive.infolist())
-            if total > size:
-                raise CheckpointError(
-                    f"{path} would unpack to {total:,} bytes from {size:,}; save it again with torch.save"
-                )
-            # of which readers take the first or the last, as they like; torch's own does not heed case
-            if len({name.lower() for name in names}) < len(names):
-                raise CheckpointError(f"{path} holds two records of one name; save it again with torch.save")
-            spoiled = archive.testzip()
-            if spoiled is not None:
-                raise CheckpointError(
-                    f"{path} is damaged: the checksum of its record {printable(spoiled)[:160]} is wrong; copy it again"
-                )
-            for name in names:
-                if name.lower().endswith("/data.pkl"):
-                    with archive.open(name) as record:
-                        _check_pickle(path, record)
+        if _is_tar(path):
+            raise CheckpointError(
+                f"{path} is a tar file, of torch before 0.1.10; save it again with torch.save"
+            )
+        file.seek(0)
+        for _ in range(LEGACY):
+            _check_pickle(path, file)
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether torch would unpack it as its oldest format, before it looks for a pickle."""
+    try:
+        tarfile.open(path, mode="r:").close()
+    except tarfile.TarError:
+        return False
+    return True
 
 
 def _check_pickle(path: Path, file: IO[bytes]) -> None:

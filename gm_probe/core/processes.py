@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from gm_probe.core.errors import UsageError
+from gm_probe.core.errors import ResourceError, UsageError, foreign_or
+
+MOST_DEVICES = 64
+"""Of a machine that tells of none: that one lacks is said where it is used."""
 
 
 def rank() -> int:
@@ -58,7 +61,8 @@ def wait_for_all() -> None:
 def own_device(device: torch.device) -> torch.device:
     """``device``, or where it is just "a GPU" and ``torchrun`` started several processes, this one's GPU."""
     if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        present = torch.get_device_module(device).device_count()
+        return torch.device(device.type, _told("LOCAL_RANK", 0, present or MOST_DEVICES))
     return device
 
 
@@ -99,8 +103,13 @@ def gather_with_gradient(own: Tensor) -> Tensor:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Join the processes that ``torchrun`` started (by gloo on CPU, nccl on GPU); without torchrun, do nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or _together():
+    """Join the processes that ``torchrun`` started (by gloo on CPU, nccl on GPU); without torchrun, do nothing.
+
+    Raises:
+        UsageError: the environment says that there are some, but not which this one is, or where they meet.
+        ResourceError: they do not meet.
+    """
+    if _together() or launched() < 2:
         yield
         return
     if device.type != "cpu":  # which the collectives of plain objects use
@@ -108,8 +117,9 @@ def joined(device: torch.device) -> Iterator[None]:
     # Its functions take the group of the moment of their import as a default. Imported later (as torch.optim does,
     # by torch._dynamo), they would keep the group and its threads alive until the interpreter's end, which aborts then
     import_module("torch.distributed.nn")
-    with _stdout_apart():
-        distributed.init_process_group(_backend(device))
+    backend = _backend(device)
+    with _stdout_apart(), foreign_or(_not_joined):
+        distributed.init_process_group(backend)
     try:
         yield
         distributed.barrier()  # none takes the group down while another still talks
@@ -125,6 +135,47 @@ def _backend(device: torch.device) -> str:
             f"torch has no backend by which processes share work on device {device.type}; use one process, or --device "
             "cpu"
         ) from error
+
+
+def launched() -> int:
+    """How many processes ``torchrun`` started; 1 without it.
+
+    Raises:
+        UsageError: the environment says that there are several, but not which this one is, or where they meet.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 1
+    world = _told("WORLD_SIZE", 1, 2**16)
+    if world > 1:
+        _told("RANK", 0, world)
+        _told("MASTER_PORT", 1, 2**16)
+        if not os.environ.get("MASTER_ADDR"):
+            raise _not_told("MASTER_ADDR", "is not set")
+    return world
+
+
+def _told(name: str, least: int, end: int) -> int:
+    """The whole number from ``least`` to below ``end`` in the environment variable ``name``."""
+    text = os.environ.get(name)
+    if text is None:
+        raise _not_told(name, "is not set")
+    if not text.isdecimal() or not least <= int(text[:20]) < end:
+        raise _not_told(name, f"is {text[:40]!r}, not a whole number from {least} to {end - 1}")
+    return int(text)
+
+
+def _not_told(name: str, problem: str) -> UsageError:
+    return UsageError(
+        f"{name} {problem}, though WORLD_SIZE or LOCAL_RANK says that several processes work together; start them "
+        "with torchrun, or unset these variables"
+    )
+
+
+def _not_joined(cause: str) -> ResourceError:
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return ResourceError(
+        f"the processes of torchrun do not meet at {where}: {cause}; start them with torchrun"
+    )
 
 
 @contextmanager

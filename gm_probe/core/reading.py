@@ -11,6 +11,8 @@ from gm_probe.core.errors import DataError, UsageError
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused before they are decoded (decompression bombs)."""
+MOST_PIXELS = 2**31 - 1
+"""Of a side, where it is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Reading:
         if self.channels not in {None, 1, 3}:
             raise UsageError(f"channels = {self.channels} must be 1 (grey) or 3 (RGB)")
         for name in ("image_size", "resize", "crop"):
-            optional(whole, name, getattr(self, name))
+            optional(whole, name, getattr(self, name), 1, MOST_PIXELS)
         if self.image_size and (self.resize or self.crop):
             raise UsageError(
                 "--image-size sets both sides at once; give it, or --resize and --crop, but not both"

@@ -28,7 +28,18 @@ from typing import Any
 from gm_probe.core.errors import StorageError, UsageError
 from gm_probe.core.files import read_json, read_toml
 from gm_probe.core.locks import held
+from gm_probe.core.record_kinds import (
+    CONFIG_KIND,
+    GROUPS_KIND,
+    MEASURES_KIND,
+    METRICS_KIND,
+    RESULT_KIND,
+    SPLIT_KIND,
+    SUMMARY_KIND,
+    SWEEP_KIND,
+)
 from gm_probe.core.regular import read_record
+from gm_probe.core.schema import LONGEST_TEXT, Check, Unfit, bounded
 
 CONFIG = "config.toml"
 SPLIT = "split.json"
@@ -72,6 +83,16 @@ class RunRecord:
         """Whether training ended before it reached its ``stop_ce``; False where none was set."""
         return self.summary.get("met_stop_ce") is False
 
+    def result(self, key: str) -> Any:
+        """What the summary of a finished run says under ``key``.
+
+        Raises:
+            StorageError: nothing.
+        """
+        if self.summary.get(key) is None:
+            raise StorageError(f"{self.path / SUMMARY}: {key} is missing; train into a new folder")
+        return self.summary[key]
+
     def measured(self, names: Iterable[str], asked: Mapping[str, Any]) -> bool:
         """Whether it has the measures ``names``, taken with the settings ``asked``."""
         names = set(names)
@@ -83,28 +104,92 @@ def read_run(path: Path) -> RunRecord:
     """Read the run folder ``path``.
 
     Raises:
-        StorageError: a file of it is missing or broken.
+        StorageError: a file of it is missing or broken, or holds what it may not (core.record_kinds).
     """
-    summary = _read_table(path / SUMMARY)
-    # a run that failed before it could begin has no configuration
-    began = (path / CONFIG).exists() or summary.get("status") != "failed"
-    config = read_toml(path / CONFIG) if began else {}
     try:
-        measured = _read_table(path / MEASURES)
-    except StorageError as error:
-        raise StorageError(f"{error}; remove it and measure again") from error
+        summary = _read_summary(path)
+        # a run that failed before it could begin has no configuration
+        began = (path / CONFIG).exists() or summary.get("status") != "failed"
+        config = _checked(path / CONFIG, read_toml(path / CONFIG), CONFIG_KIND) if began else {}
+        measured = _measured(path, MEASURES_KIND) if (path / MEASURES).exists() else {}
+    except OSError as error:  # another's folder, who lets nobody in
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     measures, settings = measured.get("measures", {}), measured.get("settings", {})
-    if not isinstance(measures, dict) or not isinstance(settings, dict):
-        raise StorageError(f"{path / MEASURES} holds no table of measures; remove it and measure again")
     return RunRecord(path, config, summary, measures, settings, measured.get("density"))
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; empty where there is no such file."""
-    value = read_json(path) if path.exists() else {}
-    if not isinstance(value, dict):
-        raise StorageError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
+def read_result(path: Path) -> dict[str, Any]:
+    """The whole measures.json of the run folder ``path``, with all that is shown of a measurement.
+
+    Raises:
+        StorageError: it is missing or broken, or lacks a key.
+    """
+    return _measured(path, RESULT_KIND, nan=False)
+
+
+def read_split(path: Path) -> dict[str, Any]:
+    """The split.json of the run folder ``path``: the indices of its parts, and a digest of its examples.
+
+    Raises:
+        StorageError: it is missing or broken.
+    """
+    return _checked(path / SPLIT, read_json(path / SPLIT), SPLIT_KIND, "train the run again")
+
+
+def read_sweep_record(folder: Path) -> dict[str, Any]:
+    """The sweep.json of ``folder``: the settings of every run by its name, and what to measure of each.
+
+    Raises:
+        StorageError: it is missing or broken.
+    """
+    return _checked(folder / SWEEP, read_json(folder / SWEEP), SWEEP_KIND, _again(folder))
+
+
+def read_groups(folder: Path) -> list[str]:
+    """The settings by which the recipe of the sweep ``folder`` groups, of its sweep.json; none where none are named.
+
+    Raises:
+        StorageError: it is missing or broken.
+    """
+    content = _checked(folder / SWEEP, read_json(folder / SWEEP), GROUPS_KIND, _again(folder))
+    names: list[str] = content.get("group_by", [])
+    return names
+
+
+def _again(folder: Path) -> str:
+    return f"run `gmprobe sweep` into {folder} again"
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    """Empty where there is none."""
+    file = path / SUMMARY
+    return _checked(file, read_json(file), SUMMARY_KIND) if file.exists() else {}
+
+
+def _measured(path: Path, kind: Check, *, nan: bool = True) -> dict[str, Any]:
+    advice = "remove it and measure again"
+    try:
+        value = read_json(path / MEASURES)
+    except StorageError as error:
+        raise StorageError(f"{error}; {advice}") from error
+    return _checked(path / MEASURES, value, kind, advice, nan=nan)
+
+
+def _checked(
+    place: Path | str, value: Any, kind: Check, advice: str = "", *, nan: bool = True
+) -> dict[str, Any]:
+    """Return ``value``, as read from ``place``, where it is a table of this ``kind``.
+
+    Raises:
+        StorageError: it is not; the message names file and key.
+    """
+    try:
+        bounded(value, nan=nan)
+        kind(value, "")
+    except Unfit as error:
+        raise StorageError(f"{place}: {error}{advice and f'; {advice}'}") from error
+    found: dict[str, Any] = value
+    return found
 
 
 def run_state(run: Path) -> str:
@@ -122,7 +207,7 @@ def state_at_rest(run: Path) -> str:
     """``run_state`` of a run that nobody holds."""
     if (run / ERROR).exists():
         return "failed"
-    status = _read_table(run / SUMMARY).get("status")
+    status = _read_summary(run).get("status")
     if status is not None:
         return str(status)
     return "stale" if (run / CONFIG).exists() else "pending"
@@ -133,8 +218,8 @@ def failure(run: Path) -> str | None:
     error = run / ERROR
     if error.exists():
         lines = read_record(error).decode(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), "no reason recorded")
-    reason = _read_table(run / SUMMARY).get("reason")
+        return next((line for line in reversed(lines) if line.strip()), "no reason recorded")[:LONGEST_TEXT]
+    reason = _read_summary(run).get("reason")
     return None if reason is None else str(reason)
 
 
@@ -157,16 +242,26 @@ def find_runs(root: Path) -> list[Path]:
     return runs
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the epoch rows of a run folder. A torn last line (the run was killed there) ends the rows."""
+def read_metrics(path: Path, required: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+    """Yield the epoch rows of a run folder. A torn last line (the run was killed there) ends the rows.
+
+    Args:
+        required: keys that every row must have beside ``epoch``.
+
+    Raises:
+        StorageError: the file is missing, or a line of it is broken.
+    """
     lines = read_record(path / METRICS).splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 return
             raise StorageError(f"{path / METRICS} line {number} is not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise StorageError(f"{path / METRICS} line {number} is no object")
+        place = f"{path / METRICS} line {number}"
+        row = _checked(place, row, METRICS_KIND)
+        lacking = [key for key in required if key not in row]
+        if lacking:
+            raise StorageError(f"{place}: {lacking[0]} is missing; train into a new folder")
         yield row

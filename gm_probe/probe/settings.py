@@ -12,6 +12,8 @@ Protocol = Literal["paper", "converged"]
 NOISE_STARTS = 2
 """Of a converged maximum, beside the two from ± the Fisher matrix's top eigenvector."""
 
+MOST = 2**32 - 1
+"""Of any whole number, a seed among them."""
 LEAST_TOLERANCE = 1e-16
 """Relative; float64 has no digits for less, and squares of its inverse may overflow."""
 
@@ -68,10 +70,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("k_steps", "num_starts", "max_iterations", "sub_batch", "top_eigenvalues"):
-            object.__setattr__(self, name, whole(name, getattr(self, name)))
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1, MOST))
         for name in ("min_probes", "max_probes"):  # of one there is no standard error
-            object.__setattr__(self, name, whole(name, getattr(self, name), 2))
-        object.__setattr__(self, "seed", whole("seed", self.seed, 0))
+            object.__setattr__(self, name, whole(name, getattr(self, name), 2, MOST))
+        object.__setattr__(self, "seed", whole("seed", self.seed, 0, MOST))
         for name in ("rho", "noise_scale", "eta"):
             object.__setattr__(self, name, real(name, getattr(self, name), above=0))
         for name in ("ascent_tolerance", "eigen_tolerance", "trace_tolerance", "target_error"):
@@ -80,7 +82,7 @@ class Settings:
             if not isinstance(grid, tuple):
                 raise UsageError(f"{name} = {grid!r} must be a tuple of numbers")
         object.__setattr__(self, "rho_grid", tuple(real("rho", rho, above=0) for rho in self.rho_grid))
-        object.__setattr__(self, "k_grid", tuple(whole("k_steps", k) for k in self.k_grid))
+        object.__setattr__(self, "k_grid", tuple(whole("k_steps", k, 1, MOST) for k in self.k_grid))
         one_of("protocol", self.protocol, get_args(Protocol))
         if not isinstance(self.params, str):
             raise UsageError(f"params = {self.params!r} must be a regular expression, a text")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.core.errors import StorageError, UsageError, did_you_mean
-from gm_probe.core.files import read_json, write_json
-from gm_probe.core.records import SWEEP
+from gm_probe.core.files import write_json
+from gm_probe.core.records import SWEEP, read_sweep_record
 from gm_probe.probe.settings import Settings
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
@@ -40,7 +40,7 @@ def read_sweep(out: Path) -> Recipe:
     """
     if not (out / SWEEP).exists():
         raise UsageError(f"{out} holds no {SWEEP}; give the folder that `gmprobe sweep --out` wrote")
-    content = read_json(out / SWEEP)
+    content = read_sweep_record(out)
     try:
         runs = {name: TrainConfig.from_dict(config) for name, config in content["runs"].items()}
         return Recipe(runs, _plan(content), tuple(content["group_by"]))

@@ -303,7 +303,9 @@ def telling(hold: Hold, names: Sequence[str], settings: Settings) -> Callable[[s
 
     def notify(name: str, evaluations: float) -> None:
         total = outlook.total(name, evaluations)
-        hold.tell("measuring", evaluations, evaluations if total is None else total, lambda: {"measure": name})
+        hold.tell(
+            "measuring", evaluations, evaluations if total is None else total, lambda: {"measure": name}
+        )
 
     return notify
 

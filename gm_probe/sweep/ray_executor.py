@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -19,11 +20,13 @@ from typing import Any
 from gm_probe.core.errors import ProbeError, ResourceError, UsageError, first_line
 from gm_probe.core.files import write_atomic
 from gm_probe.core.locks import BEAT, LOCK, STALE, exclusive, held
-from gm_probe.core.records import MEASURES, SUMMARY
+from gm_probe.core.records import MEASURES
 from gm_probe.sweep.executors import Job, Outcome, attempt
 
 RETRIES = 5
 """Times a job is begun again after its machine or process was lost."""
+SENT = "sent"
+"""Beside a worker's copy of a run folder: the digest of the files that it began with."""
 _log = logging.getLogger(__name__)
 
 
@@ -165,17 +168,15 @@ def _work(
         return _patient(job, threads), None
     if files is None:
         return None
-    place = Path(tempfile.gettempdir()) / f"gmprobe-{sha256(os.fsencode(job.out)).hexdigest()[:16]}"
-    if SUMMARY in files and not held(place):  # trained elsewhere since a kill left a copy here
-        shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        if not (place / name).exists():  # an earlier try here is further on
-            write_atomic(place / name, content)
+    copies = _copies()
+    own = copies / sha256(os.fsencode(job.out)).hexdigest()[:16]
+    place = _lay_out(own, files)
     outcome = _patient(replace(job, out=place), threads)
     found = _read(place)
     if outcome.status != "busy":
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
+    with suppress(OSError):  # other runs have their copies there
+        copies.rmdir()
     # the checkpoint is named where it was measured, and the driver has it elsewhere
     if MEASURES in found:
         found[MEASURES] = found[MEASURES].replace(_in_json(place), _in_json(job.out))
@@ -183,6 +184,42 @@ def _work(
         named = outcome.result["checkpoint"].replace(str(place), str(job.out))
         outcome = replace(outcome, result={**outcome.result, "checkpoint": named})
     return outcome, found
+
+
+def _copies() -> Path:
+    """The folder of this user's copies of run folders, in which nobody else can put anything."""
+    if not hasattr(os, "getuid"):  # on Windows every user has temporary folders of his own
+        return Path(tempfile.gettempdir()) / "gmprobe"
+    folder = Path(tempfile.gettempdir()) / f"gmprobe-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    private = (
+        stat.S_ISDIR(found.st_mode)
+        and found.st_uid == os.getuid()
+        and not stat.S_IMODE(found.st_mode) & 0o077
+    )
+    # another user may have made it first: then no earlier try is looked for
+    return folder if private else Path(tempfile.mkdtemp(prefix="gmprobe-"))
+
+
+def _lay_out(own: Path, files: dict[str, bytes]) -> Path:
+    """Return the copy of a run in the folder ``own``: ``files``, or what an earlier try has made of the same ones."""
+    place = own / "run"
+    sent = sha256()
+    for name, content in sorted(files.items()):
+        sent.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape") + content)
+    digest = sent.hexdigest().encode()
+    with suppress(OSError):
+        if (own / SENT).read_bytes() == digest:
+            return place
+    if not held(place):  # where it is, the job ends as busy
+        shutil.rmtree(own, ignore_errors=True)
+    place.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomic(place / name, content)
+    write_atomic(own / SENT, digest)  # last: what is torn counts as none
+    return place
 
 
 def _in_json(path: Path) -> bytes:

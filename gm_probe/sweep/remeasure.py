@@ -12,9 +12,8 @@ import torch
 
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import pick_device
-from gm_probe.core.files import read_json
 from gm_probe.core.locks import Hold, exclusive
-from gm_probe.core.records import MEASURES, read_run
+from gm_probe.core.records import MEASURES, read_result, read_run
 from gm_probe.sweep.executors import Executor, Job, Outcome
 from gm_probe.sweep.measuring import DIGEST, How, measure_as, output_settings, telling
 from gm_probe.sweep.saved_measures import as_recorded, coupled_settings, input_settings, merge_measures
@@ -49,7 +48,7 @@ class Remeasure:
             if how.of_other_data:
                 asked[DIGEST] = how.chosen(self.examples(out)).digest
             if read_run(out).measured(self.names, asked):
-                return "skipped", {**read_json(out / MEASURES), "checkpoint": str(out)}
+                return "skipped", {**read_result(out), "checkpoint": str(out)}
             result = self._measured(out, threads, hold, how)
             result["replaced"] = merge_measures(out / MEASURES, result)
             result["as_before"] = changed

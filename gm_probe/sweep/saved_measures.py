@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from gm_probe.core.batches import BATCH_SIZE, Normalization
 from gm_probe.core.checkpoints import read_checkpoint
 from gm_probe.core.devices import environment
-from gm_probe.core.errors import ProbeError
+from gm_probe.core.errors import ProbeError, StorageError, UsageError
 from gm_probe.core.files import write_json
-from gm_probe.core.records import CHECKPOINT, read_run
+from gm_probe.core.records import CHECKPOINT, MEASURES, read_run
 from gm_probe.sweep.measuring import DIGEST, How
 from gm_probe.training.parts import OWN_UNLABELED
 
@@ -22,6 +23,12 @@ NORMALIZING = {"mean", "std", "no_normalize"}
 """Names of the options that say how pixels are normalised."""
 COUPLED = {"batch_images": "batch_size", "temperature": "temperature"}
 """Settings that NT-Xent's figures depend on besides, and what ``measure_checkpoint`` calls them."""
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+"""That weights are measured in, by the names that a measures.json has for them."""
+COSTLY = ("k_steps", "k_grid", "num_starts", "min_probes", "max_probes", "max_iterations", "top_eigenvalues")
+"""Settings on which it depends how long a measurement takes."""
+MOST, MOST_LISTED = 10_000, 100
+"""Of each that a run's file may ask for, and how many values of a list; more must be asked for by its reader."""
 
 
 def coupled_settings(run: Path, loading: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,18 +81,48 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
     asked |= input_settings(loading)
     kept = {key: recorded[key] for key in asked if key in recorded and key not in given}
     changed = {key: value for key, value in kept.items() if value != asked[key]}
+    _require_modest(run / MEASURES, changed)
     loading |= {option: changed[key] for key, option in COUPLED.items() if key in changed}
     if "dtype" in changed:
-        loading["dtype"] = getattr(torch, changed["dtype"])
-    if "mean" in changed:
-        loading["normalization"] = Normalization(tuple(changed["mean"]), tuple(changed["std"]))
+        loading["dtype"] = DTYPES[changed["dtype"]]
     ours: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in changed.items()
         if key in settings
     }
     scope = {key: changed.get(key, value) for key, value in scope.items()}
-    return How(replace(how.settings, **ours), scope, loading, how.own_loading), changed
+    try:
+        if {"mean", "std"} & set(changed):
+            both = {**asked, **kept}
+            loading["normalization"] = Normalization(tuple(both["mean"]), tuple(both["std"]))
+        return How(replace(how.settings, **ours), scope, loading, how.own_loading), changed
+    except UsageError as error:
+        raise StorageError(f"{run / MEASURES}: settings: {error}; remove it and measure again") from error
+
+
+def _require_modest(file: Path, changed: Mapping[str, Any]) -> None:
+    """Refuse settings in a run's ``file`` that would keep this machine busy for ever, or that mean nothing.
+
+    Raises:
+        StorageError: naming the setting.
+    """
+    for key, value in changed.items():
+        values = value if isinstance(value, list) else [value]
+        excess = key in COSTLY and max(values, default=0) > MOST
+        if excess or len(values) > MOST_LISTED or (key == "params" and _slow(value)):
+            problem = "asks for more than a file may"
+        elif key == "dtype" and value not in DTYPES:
+            problem = f"is not one of {', '.join(DTYPES)}"
+        else:
+            continue
+        raise StorageError(f"{file}: settings.{key} {problem}; give it as an option, or remove the file")
+
+
+def _slow(pattern: str) -> bool:
+    """Whether a regular expression may take exponential time: repeated groups, many repetitions, or great length."""
+    return (
+        len(pattern) > 200 or bool(re.search(r"\)[*+?{]", pattern)) or len(re.findall(r"[*+?{]", pattern)) > 4
+    )
 
 
 def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.core.errors import StorageError, UsageError
-from gm_probe.core.files import read_json
 from gm_probe.core.locks import Word, told
 from gm_probe.core.records import (
     CONFIG,
@@ -23,6 +23,7 @@ from gm_probe.core.records import (
     failure,
     find_runs,
     read_run,
+    read_sweep_record,
     run_state,
 )
 from gm_probe.core.regular import read_record
@@ -75,6 +76,12 @@ class SweepStatus:
         runs = [asdict(run) for run in self.runs]
         for run in runs:
             del run["began"], run["ended"]
+            if run["word"] is not None:  # a loss may be infinite, which JSON has no word for
+                more = run["word"]["more"]
+                run["word"]["more"] = {
+                    key: None if isinstance(value, float) and not math.isfinite(value) else value
+                    for key, value in more.items()
+                }
         return {"counts": self.counts, "eta_seconds": self.eta, "runs": runs}
 
 
@@ -83,14 +90,14 @@ def sweep_status(root: Path) -> SweepStatus:
 
     Raises:
         UsageError: ``root`` holds neither.
-        StorageError: a sweep.json is broken.
+        StorageError: the sweep.json of ``root`` is broken. Below it, a broken one counts as a failed run.
     """
-    sweeps = [_read_sweep(Path(folder)) for folder, _, files in os.walk(root) if SWEEP in files]
+    sweeps, broken = _find_sweeps(root)
     asked = {sweep.folder / name: (sweep, name) for sweep in sweeps for name in sweep.runs}
     try:
         found = find_runs(root)
     except UsageError:
-        if not asked:
+        if not asked and not broken:
             raise
         found = []
     runs = {
@@ -98,7 +105,7 @@ def sweep_status(root: Path) -> SweepStatus:
         for path in dict.fromkeys([*asked, *found])
     }
     etas = [_eta([runs[sweep.folder / name] for name in sweep.runs], sweep) for sweep in sweeps]
-    return SweepStatus(tuple(runs.values()), max((eta for eta in etas if eta is not None), default=None))
+    return SweepStatus((*runs.values(), *broken), max((eta for eta in etas if eta is not None), default=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +125,23 @@ class _Sweep:
         return ("training", "measuring") if self.content["measures"] else ("training",)
 
 
+def _find_sweeps(root: Path) -> tuple[list[_Sweep], list[RunStatus]]:
+    """The sweeps at or below ``root``, and a failed row for each below it whose sweep.json is broken."""
+    sweeps, broken = [], []
+    for folder, _, files in os.walk(root):
+        if SWEEP not in files:
+            continue
+        try:
+            sweeps.append(_read_sweep(Path(folder)))
+        except StorageError as error:  # one folder must not hide the others
+            if Path(folder) == root:
+                raise
+            broken.append(RunStatus(_name(Path(folder) / SWEEP, root), "failed", 0, None, str(error)))
+    return sweeps, broken
+
+
 def _read_sweep(folder: Path) -> _Sweep:
-    content = read_json(folder / SWEEP)
-    whole = isinstance(content, dict) and all(
-        isinstance(content.get(key), kind)
-        for key, kind in (("runs", dict), ("measures", list), ("settings", dict))
-    )
-    if not whole or not all(isinstance(run, dict) for run in content["runs"].values()):
-        raise StorageError(f"{folder / SWEEP} is broken; run `gmprobe sweep` into {folder} again")
-    return _Sweep(folder, (folder / SWEEP).stat().st_mtime, content)
+    return _Sweep(folder, (folder / SWEEP).stat().st_mtime, read_sweep_record(folder))
 
 
 def run_status(path: Path, name: str, sweep: _Sweep | None = None, planned_as: str = "") -> RunStatus:
@@ -164,7 +179,7 @@ def _max_epochs(path: Path) -> int | None:
         epochs = read_run(path).config.get("epochs")
     except (StorageError, OSError):
         return None
-    return epochs if isinstance(epochs, int) else None
+    return epochs
 
 
 def _latest(path: Path, names: Sequence[str]) -> float | None:

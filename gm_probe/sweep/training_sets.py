@@ -13,10 +13,9 @@ import torch
 
 from gm_probe.core.datasets import Examples
 from gm_probe.core.errors import CheckpointError, DataError, StorageError
-from gm_probe.core.files import read_json
 from gm_probe.core.huggingface import is_folder
 from gm_probe.core.images import blocks
-from gm_probe.core.records import CHECKPOINT, CONFIG, SPLIT, find_runs, read_run
+from gm_probe.core.records import CHECKPOINT, CONFIG, SPLIT, find_runs, read_run, read_split
 from gm_probe.training.leave import Leave
 from gm_probe.training.parts import MARKS, NO_LEAVE, own_unlabeled
 
@@ -90,20 +89,13 @@ def reasons(excluded: Sequence[tuple[Path, str]]) -> str:
     return "; ".join(f"{count} × {reason}" for reason, count in counts.items())
 
 
-def _split_of(run: Path) -> dict[str, Any]:
-    split = read_json(run / SPLIT)
-    if not isinstance(split, dict) or not {"train", "unlabeled", "sha256"} <= set(split):
-        raise StorageError(f"{run / SPLIT} does not name the run's parts; train the run again")
-    return split
-
-
 def training_sets_of(paths: Sequence[Path]) -> list[str]:
     """One name a checkpoint, equal where the training set is: the same examples of the same data.
 
     A digest of all parts proves data the same wherever it lies (a copied folder), and proves data changed where all
     the indices agree and it does not. Where other parts differ it says nothing: then data of one name is the same.
     """
-    splits = {path: _split_of(path) for path in paths if is_run(path)}
+    splits = {path: read_split(path) for path in paths if is_run(path)}
     sources: dict[str, tuple[Any, ...]] = {}
     contents: dict[str, set[str]] = {}
     keys: dict[Path, tuple[str, str]] = {}
@@ -142,7 +134,7 @@ def described(paths: Sequence[Path], training_sets: Sequence[str]) -> list[dict[
             {
                 "training_set": name,
                 "data": read_run(members[0]).config.get("data") if known else None,
-                "num_train": len(_split_of(members[0])["train"]) if known else None,
+                "num_train": len(read_split(members[0])["train"]) if known else None,
                 "num_models": len(members),
                 "checkpoints": [str(path) for path in members],
             }
@@ -164,7 +156,7 @@ def doubts(paths: Sequence[Path], training_sets: Sequence[str]) -> list[str]:
     varying = [key for key in settings if len({str(config.get(key)) for config in configs}) > 1]
     if varying:
         notes.append(f"the runs differ in {', '.join(varying)}: pairs compare these too, not seeds alone")
-    counts = {len(_split_of(path)["train"]) for path in paths if is_run(path)}
+    counts = {len(read_split(path)["train"]) for path in paths if is_run(path)}
     if len(counts) > 1:
         notes.append(f"the training sets have {', '.join(map(str, sorted(counts)))} examples")
     if len(sizes) > 1 and min(sizes.values()) == 1:
@@ -181,9 +173,9 @@ def common_unlabeled(runs: Sequence[Path], leave: Leave = NO_LEAVE) -> Examples:
         DataError: two runs have different ones, or the data has changed.
     """
     first, examples = runs[0], own_unlabeled(runs[0], leave)
-    split = _split_of(first)
+    split = read_split(first)
     for run in runs[1:]:
-        if _split_of(run) == split:  # with its digest of the examples: no need to read them again
+        if read_split(run) == split:  # with its digest of the examples: no need to read them again
             continue
         if not _equal(own_unlabeled(run, leave), examples):
             raise DataError(

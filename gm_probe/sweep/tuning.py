@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gm_probe.core.errors import DivergedError, ProbeError, UsageError
-from gm_probe.core.records import read_run
+from gm_probe.core.records import RunRecord, read_run
 from gm_probe.probe.settings import Settings
 from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
@@ -149,13 +149,13 @@ class Tuner:
         records = [read_run(self.out / name) for name in self.recipe([point]).runs]
         return Cell(
             point,
-            tuple(_error(r.summary) if r.status == "finished" else None for r in records),
+            tuple(_error(r) if r.status == "finished" else None for r in records),
         )
 
 
-def _error(summary: Mapping[str, Any]) -> float:
+def _error(record: RunRecord) -> float:
     """On the held-out examples; of a SimCLR encoder, its linear probe's."""
-    return float(summary["probe_test_error" if "probe_test_error" in summary else "test_error"])
+    return float(record.result("probe_test_error" if "probe_test_error" in record.summary else "test_error"))
 
 
 def _require_success(outcomes: Sequence[Outcome]) -> None:

@@ -44,6 +44,8 @@ REAL: dict[str, dict[str, float]] = {
     "validation": {"above": 0, "below": 1},
 }
 """Settings that are finite numbers, and their bounds."""
+MOST = 2**31 - 1
+"""Of a whole number, so that it fits wherever it goes: into an index, a size or a file."""
 MOST_THREADS = 1024
 """With many more torch takes the process down."""
 PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_every"})
@@ -162,7 +164,7 @@ class TrainConfig:
         for name, choices in CHOICES.items():
             one_of(name, getattr(self, name), choices)
         for name, least in WHOLE.items():
-            optional(whole, name, getattr(self, name), least)
+            optional(whole, name, getattr(self, name), least, MOST)
         optional(whole, "threads", self.threads, 1, MOST_THREADS)
         for name in ("seed", "split_seed"):
             whole(name, getattr(self, name), 0, 2**32 - 1)
@@ -173,7 +175,7 @@ class TrainConfig:
         if self.method in {"iam-d", "iam-s"}:  # at δ = 0 the KL has no gradient to ascend
             real("noise_scale", self.noise_scale, above=0)
         for epoch in self.milestones:
-            whole("milestones", epoch, 0)
+            whole("milestones", epoch, 0, MOST)
         if self.min_lr and (self.schedule not in {"cosine", "linear"} or self.min_lr > self.lr):
             raise UsageError(
                 f"min_lr = {self.min_lr} is where a cosine or linear schedule ends, at most lr = {self.lr}"

@@ -20,6 +20,9 @@ from gm_probe.training.config import TrainConfig
 from gm_probe.training.parts import check_splits, load_splits
 from gm_probe.training.run import Training
 
+ERRORS = ("train_error", "test_error", "train_ce", "test_ce")
+"""What every finished run says, of a SimCLR encoder by its linear probe."""
+
 
 def _less_memory(config: TrainConfig) -> str:
     """What this run offers beside what all do."""
@@ -85,7 +88,12 @@ def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | N
         )
     if record.status == "diverged":  # it would again: runs are deterministic
         raise DivergedError(str(record.summary.get("reason")))
-    return record.summary if record.status == "finished" else None
+    if record.status != "finished":
+        return None
+    prefix = "probe_" if config.objective == "simclr" else ""
+    for key in ("epochs", "num_train", "num_test", *(f"{prefix}{name}" for name in ERRORS)):
+        record.result(key)
+    return record.summary
 
 
 def _train(

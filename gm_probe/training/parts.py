@@ -12,9 +12,8 @@ from torch import Tensor
 
 from gm_probe.core.datasets import Examples, Recorded, Source, marks, open_source
 from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.files import read_json
 from gm_probe.core.images import contents
-from gm_probe.core.records import CONFIG, SPLIT, read_run
+from gm_probe.core.records import CONFIG, read_run, read_split
 from gm_probe.core.splits import Splits, hold_out, split
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.leave import Leave
@@ -105,7 +104,7 @@ def check_splits(splits: Splits, run: Path, data: str) -> None:
     """Raise DataError unless ``splits``, cut from ``data``, are those that the run folder was started with."""
     recorded, now = (
         {key: value for key, value in record.items() if key != MARKS}
-        for record in (read_json(run / SPLIT), split_record(splits))
+        for record in (read_split(run), split_record(splits))
     )
     if recorded != now:
         raise DataError(_otherwise(run, data))
@@ -139,7 +138,7 @@ def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
     if not (run / CONFIG).exists():
         raise UsageError(f"{path} is no run folder, nor in one; give --unlabeled or --labeled DATA")
     config = leave.applied(TrainConfig.from_record(read_run(run).config), run)
-    source, recorded = open_data(config), read_json(run / SPLIT)
+    source, recorded = open_data(config), read_split(run)
     # all that was used vouches for a part of it; it is looked at where no image is decoded for it, or without marks
     if isinstance(source.pool.x, Tensor) or MARKS not in recorded:
         splits = load_splits(config)

@@ -360,7 +360,7 @@ class Training:
             if of_machine(error):
                 raise
             raise broken(path, error) from error
-        self.rows = [row for row in read_metrics(self.out) if row["epoch"] <= self.epoch]
+        self.rows = [row for row in read_metrics(self.out, ["seconds"]) if row["epoch"] <= self.epoch]
         processes.wait_for_all()  # to have read what the first of them now writes
         if self._writes:
             write_atomic(self.out / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
