@@ -128,6 +128,15 @@ def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(tmp_path: Path) -> 
         assert [result["settings"]["processes"] for result in results] == [number, number]
         values.append([result["measures"]["fisher_trace"]["value"] for result in results])
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+    broken = tmp_path / "runs" / "0" / "checkpoint.safetensors"
+    broken.write_bytes(b"no weights")
+    done = call(
+        ["measure", "runs", "--measures", "fisher_trace", "--dtype", "float64", "--json", "-q"], 2, tmp_path
+    )
+    entry, result = json.loads(done.stdout)
+    assert "1 of 2 checkpoints could not be measured" in done.stderr
+    assert (entry["checkpoint"], entry["exit_code"]) == ("runs/0", 3)
+    assert result["measures"]["fisher_trace"]["value"] == values[1][1]
     done = call(["measure", "runs", "--jobs", "2", "-q"], 2, tmp_path)
     assert "under torchrun checkpoints are measured one by one" in done.stderr
 

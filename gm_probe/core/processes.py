@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from gm_probe.core.errors import ResourceError, UsageError, foreign_or
+from gm_probe.core.errors import ProbeError, ResourceError, UsageError, first_line, foreign_or
 
 MOST_DEVICES = 64
 """Of a machine that tells of none: that one lacks is said where it is used."""
@@ -50,6 +50,36 @@ def from_all(value: Any) -> list[Any]:
     values: list[Any] = [None] * count()
     distributed.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise in every process what one of them raises within, so that all go on to the same work.
+
+    What runs within talks to no other process.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  raised below, once the others know of it
+        own = error
+    told = from_all(None if own is None else (first_line(own), getattr(own, "exit_code", 1)))
+    first = next(filter(None, told), None)
+    if first is None:
+        return
+    if own is None:
+        own = ProbeError(first[0])
+        own.exit_code = first[1]
+    own.add_note(_SHARED)
+    raise own
+
+
+_SHARED = "every process of torchrun raised an error here"
+
+
+def shared(error: Exception) -> bool:
+    """Return whether every process raised an error where this one raised ``error``."""
+    return _SHARED in getattr(error, "__notes__", ())
 
 
 def wait_for_all() -> None:

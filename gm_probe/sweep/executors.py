@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from gm_probe.core.errors import BusyError, ProbeError
+from gm_probe.core.errors import BusyError, ProbeError, ResourceError, out_of_memory
+from gm_probe.core.processes import count, shared
 
 SAFE_PATH = "PYTHONSAFEPATH"
 
@@ -45,6 +46,7 @@ class Outcome:
         status: finished, diverged, failed, skipped (it was complete before) or busy (in another sweep).
         result: what it found; of a failure by no deliberate error, its traceback.
         tried: False where how it ended was known before.
+        exit_code: of a failure, what the command line would end with.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Outcome:
     reason: str | None = None
     result: Any = None
     tried: bool = True
+    exit_code: int = 0
 
 
 Executor = Callable[[Sequence[Job]], Generator[Outcome, None, None]]
@@ -63,16 +66,24 @@ def attempt(job: Job, threads: int | None = None) -> Outcome:
     try:
         status, result = job.do(job.out, threads)
         return Outcome(job.name, status, None, result)
-    except BusyError as error:
-        return Outcome(job.name, "busy", str(error))
-    except ProbeError as error:
-        return Outcome(job.name, "failed", str(error))
-    except Exception as error:  # noqa: BLE001  its traceback is kept
-        return Outcome(job.name, "failed", f"{type(error).__name__}: {error}", traceback.format_exc())
+    except Exception as error:
+        if count() > 1 and not shared(error):  # the other processes would wait for this one
+            raise
+        return _failure(job, error)
+
+
+def _failure(job: Job, error: Exception) -> Outcome:
+    status = "busy" if isinstance(error, BusyError) else "failed"
+    if isinstance(error, ProbeError):
+        return Outcome(job.name, status, str(error), exit_code=error.exit_code)
+    code = ResourceError.exit_code if out_of_memory(error) else 1
+    return Outcome(
+        job.name, status, f"{type(error).__name__}: {error}", traceback.format_exc(), exit_code=code
+    )
 
 
 def in_turn(jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
-    """One after the other, in this process."""
+    """Do one job after the other in this process, or in all processes of a ``torchrun`` launch together."""
     for job in jobs:
         yield attempt(job)
 

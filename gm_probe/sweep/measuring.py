@@ -25,7 +25,7 @@ from gm_probe.core.memory import within_memory
 from gm_probe.core.models import ModelSpec, initial_model, is_user_code
 from gm_probe.core.parameters import as_measured, evaluating
 from gm_probe.core.pretrained import load_pretrained
-from gm_probe.core.processes import count, rank
+from gm_probe.core.processes import count, failing_together, rank
 from gm_probe.core.randomness import generators_kept
 from gm_probe.core.records import read_run
 from gm_probe.probe.catalogue import DEFAULT_MEASURES, Outlook, check_names, expected_costs, takes_derivatives
@@ -183,7 +183,10 @@ def measure_checkpoint(
     """
     simclr = loading.get("head") == "simclr"
     check_names(names or (), labeled=simclr or examples.y is not None, coupled=simclr, num_processes=count())
-    subject = open_subject(path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading)
+    with failing_together():
+        subject = open_subject(
+            path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading
+        )
     if not simclr and (quadrature or takes_derivatives(names or DEFAULT_MEASURES)):
         subject = _fitted(subject, batch_size, memory)
     batches = subject.batches

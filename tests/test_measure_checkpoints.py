@@ -16,8 +16,8 @@ from gm_probe.core.locks import held
 from gm_probe.probe.probe import Settings
 from gm_probe.sweep import executors
 from gm_probe.sweep.executors import Job, Outcome, attempt, in_turn
+from gm_probe.sweep.measure_checkpoints import Request, measure_checkpoints
 from gm_probe.sweep.measuring import How, measure_checkpoint
-from gm_probe.sweep.remeasure import Remeasure, measure_runs
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.sweep.saved_measures import as_recorded
 from gm_probe.sweep.trained import last_finished, trained_runs
@@ -29,7 +29,7 @@ def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
     runs = trained_runs(tmp_path)
     weights = [(run / "checkpoint.safetensors").stat().st_mtime_ns for run in runs]
     how = How(Settings(), {"part": OWN_UNLABELED, "max_examples": None}, {"device": "cpu"})
-    what = Remeasure(("fisher_trace",), own_unlabeled, how, True, frozenset())
+    what = Request(("fisher_trace",), own_unlabeled, how, True, frozenset())
     seen: list[str] = []
 
     def interrupt(outcome: Outcome) -> None:
@@ -38,10 +38,10 @@ def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_runs(runs, what, in_turn, interrupt)
+        measure_checkpoints(runs, what, in_turn, interrupt)
     assert [(run / "measures.json").exists() for run in runs] == [True, True, False, False]
     assert not any(map(held, runs))
-    outcomes = measure_runs(runs, what, in_turn, interrupt)
+    outcomes = measure_checkpoints(runs, what, in_turn, interrupt)
     assert [outcome.status for outcome in outcomes.values()] == ["skipped"] * 2 + ["finished"] * 2
     assert all(outcome.result["measures"]["fisher_trace"]["value"] > 0 for outcome in outcomes.values())
     assert [(run / "checkpoint.safetensors").stat().st_mtime_ns for run in runs] == weights
@@ -201,7 +201,7 @@ def test_data_that_changed_under_its_name_are_measured_anew(
     for seed in (0, 1):
         images = np.random.default_rng(seed).integers(0, 256, (9, *shape), dtype=np.uint8)
         np.savez(data, x=images)
-        measure_many._source.cache_clear()  # a process reads data once
+        measure_many.opened.cache_clear()  # a process reads data once
         found, told = measured(tmp_path / "runs", capsys, *options)
         assert "skipped" not in told
         again, told = measured(tmp_path / "runs", capsys, *options)
@@ -228,3 +228,59 @@ def test_a_finished_run_without_its_weights_is_told(
     assert f"failed: {gone}: {gone} holds no checkpoint.safetensors" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def broken_among(folder: Path) -> list[Path]:
+    """Two whole runs around one whose weights are no checkpoint, and a path where nothing is."""
+    run_recipe(parse(measure={"measures": []}), folder)
+    first, second, third, *_ = trained_runs(folder)
+    (second / "checkpoint.safetensors").write_bytes(b"no weights")
+    return [first, second, folder / "nowhere", third]
+
+
+@pytest.mark.parametrize("options", [(), ("--jobs", "2"), ("--save",)])
+def test_what_fails_is_an_entry_and_the_others_are_measured(
+    options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = broken_among(tmp_path)
+    if "--save" in options:  # which writes into folders only
+        del paths[2]
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["measure", *map(str, paths), "--measures", "mean_entropy", "--device", "cpu", "--json", *options]
+        )
+    printed = capsys.readouterr()
+    entries = json.loads(printed.out)
+    assert [entry["checkpoint"] for entry in entries] == list(map(str, paths))
+    failed = [entry for entry in entries if "error" in entry]
+    assert [entry["checkpoint"] for entry in failed] == list(map(str, paths[1:-1]))
+    assert {entry["exit_code"] for entry in failed} == {3}
+    assert all(str(path) in entry["error"] for path, entry in zip(paths[1:-1], failed, strict=True))
+    assert entries[0]["measures"]["mean_entropy"]["value"] > 0
+    assert entries[-1]["measures"]["mean_entropy"]["value"] > 0
+    assert stop.value.code == 3
+    assert f"{len(failed)} of {len(paths)} checkpoints could not be measured" in printed.err
+
+
+def test_one_that_fails_ends_with_its_own_line_and_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = broken_among(tmp_path)[1]
+    with pytest.raises(SystemExit) as stop:
+        main(["measure", str(broken), "--measures", "mean_entropy", "--device", "cpu", "--json"])
+    printed = capsys.readouterr()
+    [entry] = json.loads(printed.out)
+    assert (entry["checkpoint"], entry["exit_code"], stop.value.code) == (str(broken), 3, 3)
+    assert printed.err.split() == f"gmprobe: {entry['error']}".split()
+
+
+def test_several_files_that_are_saved_are_not_measured_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(parse(measure={"measures": []}), tmp_path)
+    runs = trained_runs(tmp_path)[:2]
+    words = ["measure", *map(str, runs), "--measures", "mean_entropy", "--device", "cpu", "--save"]
+    main(words)
+    capsys.readouterr()
+    main(words)
+    assert capsys.readouterr().err.count("skipped") == 2
