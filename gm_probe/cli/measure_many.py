@@ -39,9 +39,9 @@ def measure_many(
     from gm_probe.sweep.remeasure import measure_runs
 
     ended: dict[str, Outcome] = {}
-    paths = {str(path): path for path in checkpoints}
+    names = [str(path) for path in checkpoints]
     try:
-        with live_view(paths, ("measuring",), quiet=quiet, kept=what.save) as show:
+        with live_view(names, quiet=quiet, kept=what.save) as show:
 
             def notify(outcome: Outcome) -> None:
                 ended[outcome.name] = outcome
@@ -49,7 +49,7 @@ def measure_many(
 
             measure_runs(checkpoints, what, executor, notify)
     finally:
-        outcomes = [ended[name] for name in paths if name in ended]
+        outcomes = [ended[name] for name in names if name in ended]
         _print_outcomes(outcomes, output, quiet)
     failed = sum(outcome.status not in DONE for outcome in outcomes)
     if failed:
