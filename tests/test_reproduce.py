@@ -7,13 +7,13 @@ import inspect
 import json
 import re
 import struct
-import tomllib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
@@ -173,16 +173,14 @@ def test_a_sweep_is_decided_on_runs_that_are_done(tmp_path, epochs, done):
     inline = SWEEP | {"base": SWEEP["base"] | {"epochs": epochs, "stop_ce": 0.3}}
     task = Task("fig1-6cnn", "small", tmp_path, notify=lambda _: None)
     found = scatter.study(task, expected={"parameter_norm": 1}, inline=inline)
-    rows = {row[1].text: row for row in found.sheets[0].rows}
+    runs = found.sheets[0].columns.index("Runs")
+    assert [row[runs].text for row in found.sheets[0].rows if row[1].text == "error"] == [str(done or 6)]
     assert len(found.rows) == 6
     if done:
-        assert rows["done"][2].text == "4"
-        assert rows["all that finished"][2].text == "6"
         assert f"Over {done} of 6 runs" in found.text
         assert "Left out: 2 for training ended before it reached its stop_ce (lr1e-06-s0" in found.text
         assert "Over all 6 runs that finished" in found.text
     else:
-        assert list(rows) == ["all"]
         assert found.outcome == "cannot be told"
         assert "Only 0 of these reached the cross-entropy" in found.text
     assert "Settings share 2 seeds, too few" in found.text
@@ -224,7 +222,7 @@ def test_redrawn_labels_are_about_as_many_as_asked():
 
 def test_one_step_aligns_with_v1_more_than_with_v2_v3_and_noise(network):
     _, vectors = descending(network.fisher())
-    cosines, noise = alignment._cosines(network, vectors[:, :3], 400, 0.1, 0.1, 0)
+    cosines, noise = alignment.cosines_of(network, vectors[:, :3], 400, 0.1, 0.1, 0)
     for other in (cosines[:, 1], cosines[:, 2], noise[:, 0]):
         _, low, _ = mean_interval(cosines[:, 0] - other)
         assert low > 0
@@ -234,7 +232,7 @@ def test_one_step_is_a_product_with_the_fisher_matrix(network):
     """App. C: with coefficients a of the start, cos(δ, vᵢ) = λᵢaᵢ/√Σ λⱼ²aⱼ², where the start is small."""
     values, vectors = descending(network.fisher())
     scale = 1e-4  # of the starts: the quadratic regime
-    cosines, _ = alignment._cosines(network, vectors[:, :3], 20, 0.1, scale, 5)
+    cosines, _ = alignment.cosines_of(network, vectors[:, :3], 20, 0.1, scale, 5)
     generator = torch.Generator().manual_seed(5)
     for found in cosines:
         a = vectors.T @ network.parameters.random(scale, generator)
@@ -284,17 +282,18 @@ def test_steps_needed_by_hand():
 
 def test_slopes_recover_a_power_law():
     rng = np.random.default_rng(0)
-    rows = [
+    table = pd.DataFrame(
         {"seed": seed, "loss": loss, "residual": 3 * loss**0.7 * rng.lognormal(0, 0.01), "relative": 0.02}
         for seed in range(4)
         for loss in np.geomspace(1, 1e-4, 20)
-    ]
-    mean, low, high = residuals._slopes(rows, "residual", 4)
+    )
+    mean, low, high = residuals.slopes_of(table, "residual")
     assert low < 0.7 < high
     assert high - low < 0.05
     assert mean == pytest.approx(0.7, abs=0.01)
-    assert residuals._slopes(rows, "relative", 4)[0] == pytest.approx(0, abs=1e-9)
-    assert residuals._slopes(rows[:3], "residual", 1) is None
+    assert residuals.slopes_of(table, "relative")[0] == pytest.approx(0, abs=1e-9)
+    assert residuals.slopes_of(table[table.seed == 0], "residual") is None
+    assert residuals.slopes_of(table[:3], "residual") is None
 
 
 # ---- App. B
@@ -314,8 +313,6 @@ def settings_of_runs(rising: float, offset: float, curvature: float) -> list[dic
             "inconsistency": top**rising,
             "predicted": trace,
             "cloud": 1.0,
-            "cloud_small": 1.0,
-            "predicted_small": 1.0,
             "lambda_max": top,
             "rank": 2.0,
             "s_rho": s,
@@ -515,20 +512,28 @@ def heights(axes: Axes) -> set[float]:
     return {round(float(y), 3) for line in axes.lines for y in np.asarray(line.get_ydata(), dtype=float)}
 
 
-@pytest.mark.parametrize("name", ["dots", "effort", "sub_batches", "steps"])
-def test_a_picture_shows_every_data_set(name, tmp_path):
-    figure = method_pictures.picture(name, of_data_sets(tmp_path), False)[0][""]
-    panels = 3 if name == "steps" else 1
+@pytest.mark.parametrize(("name", "x"), [("dots", ""), *(("by", x) for x in method_pictures.X)])
+def test_a_picture_shows_every_data_set(name, x, tmp_path):
+    figure = method_pictures.picture(name, of_data_sets(tmp_path), False, x)[0][""]
+    panels = 2 if x == "k_steps" else 1
     assert len(figure.axes) == 2 * panels
     for place, axes in enumerate(figure.axes[::panels]):
         assert f"data {place}" in axes.get_title("left")
-        drawn = (1, 2) if name == "sub_batches" else (3, 4)  # IAM-S by m, IAM-D by K
-        means = {round(10 * (place + 1) + index + 1.05, 3) for index in drawn}
-        if name == "effort":
-            means = {round(100 - mean, 3) for mean in means}
-        assert means <= heights(axes)
+        drawn = (1, 2) if x == "m" else (3, 4)  # IAM-S by m, IAM-D by K
+        assert {round(10 * (place + 1) + index + 1.05, 3) for index in drawn} <= heights(axes)
     others = [heights(axes) for axes in figure.axes[::panels]]
     assert not others[0] & others[1]
+
+
+def test_errors_by_k_stand_beside_s_rho_by_the_k_of_its_measurement(tmp_path):
+    found = of_data_sets(tmp_path, 1)
+    for path in found.arm("data 0", "K = 3").runs:
+        grid = [{"k_steps": k, "rho": 0.1, "value": 0.5 + k} for k in (1, 3)]
+        row = {"value": 1.5, "grid": grid}
+        write_json(path / "measures.json", {"measures": {"local_inconsistency": row}, "settings": {}})
+    errors, measured = method_pictures.picture("by", found, False, "k_steps")[0][""].axes
+    assert {"IAM-D", "IAM-S", "SGD"} == {text.get_text() for text in errors.get_legend().get_texts()}
+    assert heights(measured) == {1.5, 3.5}
 
 
 def test_a_plane_is_drawn_of_each_data_set(tmp_path):
@@ -540,16 +545,6 @@ def test_a_plane_is_drawn_of_each_data_set(tmp_path):
         assert f"data {place}" in figure.axes[0].get_title("left")
         assert [text.get_text()[:5] for text in figure.axes[0].texts] == [f"{10 * (place + 1) + 4.05:.2f}"]
     assert "outlined" in caption
-
-
-def test_a_picture_of_steps_without_a_time_has_no_line_of_it(tmp_path):
-    found = of_data_sets(tmp_path, 1)
-    for path in found.arms[0].runs:  # as of runs that diverged in their first epoch
-        (path / "metrics.jsonl").write_text("")
-    figure = method_pictures.picture("steps", found, False)[0][""]
-    errors, times, _ = figure.axes
-    assert errors.lines
-    assert not times.lines
 
 
 def test_dots_of_many_data_sets_stand_below_each_other(tmp_path):
@@ -638,14 +633,6 @@ def tuned_by_table_1():
     ]
 
 
-def test_rows_that_share_runs_with_table_1_are_the_same_runs():
-    table = at_small("tab1")
-    pairs = [(table["SGD"], at_small(name)["SGD"]) for name in ("fig3", "msharp")]
-    pairs += [(table[label].replace(rho=one.rho, beta=one.beta), one) for label, one in tuned_by_table_1()]
-    for one, other in pairs:
-        assert one.identity() == other.identity()
-
-
 PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results" / "reproduce" / "tab1" / "tab1.csv"
 
 
@@ -732,14 +719,14 @@ def test_tuning_takes_the_point_of_least_validation_error(tmp_path):
     assert errors[0.05] < errors[1e-6]
     assert all((run.config["validation"], run.config["epochs"]) == (0.1, 3) for run in runs)
     shown = [("lr = 1e-06", errors[1e-6]), ("lr = 0.05", errors[0.05])]
-    assert [[cell.text for cell in row[2:]] for row in rows] == [
-        [setting, "3", f"{100 * error:.2f}", chosen]
+    assert [row[2:] for row in rows] == [
+        (setting, "3", f"{100 * error:.2f}", chosen)
         for (setting, error), chosen in zip(shown, ("", "yes"), strict=True)
     ]
     bad = {**variant, "label": "bad", "points": [{"lr": 1e30}, {"lr": 1e31}]}
     chosen, rows = methods._tuned(task, shared, bad, {"label": "digits"}, methods._held_out({"epochs": 1}))
     assert chosen.lr == 1e30  # its own runs will be said to have diverged
-    assert [[cell.text for cell in row[4:]] for row in rows] == [["— (1 diverged)", ""]] * 2
+    assert [row[4:] for row in rows] == [("— (1 diverged)", "")] * 2
 
 
 DIGITS = {
@@ -880,51 +867,6 @@ def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):
     assert [place["labels"] for place in entry["data"]] == [250, 1000]
     for place in entry["data"]:
         assert methods._source(task, place, entry["base"], entry["data"])["data"] == "somewhere"
-
-
-def test_few_labels_are_as_the_benchmark_tunes_them_and_alike_in_both_tables():
-    folder = Path(__file__).parents[1] / "benchmarks"
-    stages = [
-        tomllib.loads((folder / f"few-labels-tune{name}.toml").read_text()) for name in ("", "-2", "-3")
-    ]
-    assert stages[0]["base"] == stages[1]["base"] == stages[2]["base"]
-    tried = [TrainConfig.from_dict(s["base"] | one) for s in stages for one in s["list"]]
-
-    def point(config: TrainConfig) -> tuple[str, ...]:
-        known = ("objective", "method", "lr", "threshold", "rho", "beta")
-        return tuple("" if key in config.idle() else str(getattr(config, key)) for key in known)
-
-    with (folder / "results" / "few-labels-tune.csv").open() as file:
-        errors = {tuple(row[:6]): float(row[6]) for row in list(csv.reader(file))[1:]}
-    assert errors.keys() == {point(config) for config in tried}
-    tables = [recipe(name).at("small") for name in ("tab3", "tab-fixmatch-sam")]
-    for key in ("seeds", "split_by_seed", "measure"):  # so that runs of one serve the other
-        assert tables[0][key] == tables[1][key]
-    apart_from_numbers = [[methods._without(place, "published") for place in t["data"]] for t in tables]
-    assert apart_from_numbers[0][:1] == apart_from_numbers[1]
-    assert tables[0]["variants"][3:] == [
-        {"objective": tables[1]["base"]["objective"], **shared, **variant}
-        for variant in tables[1]["variants"]
-        for shared in [{key: tables[1]["base"][key] for key in ("ema_decay", "lr", "threshold")}]
-    ]
-    found: dict[str, TrainConfig] = {}
-    for entry in tables:
-        for variant in entry["variants"]:
-            config = TrainConfig.from_dict(
-                entry["base"] | methods._without(variant, "label") | {"labels": 250, "device": "cpu"}
-            )
-            assert found.setdefault(variant["label"], config) == config
-    assert len(found) == 6
-    # every variant is of its method's points the one of the least error there, where only these differ
-    apart = {"num_test": 1000, "eval_every": 0}
-    for label, config in found.items():
-        assert config.eval_every > 0
-        rivals = [c for c in tried if (c.objective, c.method) == (config.objective, config.method)]
-        assert config.replace(**apart) == min(rivals, key=lambda c: errors[point(c)]), label
-    # rate and threshold of SGD and FixMatch are all the others' too
-    for objective, label in (("joint", "SGD"), ("fixmatch", "FixMatch")):
-        others = [c for c in found.values() if c.objective == objective]
-        assert {(c.lr, c.threshold) for c in others} == {(found[label].lr, found[label].threshold)}
 
 
 def test_generated_images_are_the_same_each_time_and_learnable(tmp_path):

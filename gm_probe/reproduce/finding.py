@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from gm_probe.analysis.plots import write_figure
-from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown
+from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown, plain_sheet
 from gm_probe.core.files import write_atomic, write_json
 from gm_probe.reproduce.catalogue import Recipe
 
@@ -67,7 +67,7 @@ class Finding:
 
     outcome: Outcome
     text: str
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[Any, Any]]
     sheets: Sequence[Sheet]
     figures: Mapping[str, Figure] = field(default_factory=dict)
     captions: Mapping[str, str] = field(default_factory=dict)
@@ -115,6 +115,17 @@ def write(
     }
     write_json(folder / RESULT, result)
     return [*paths, *(folder / f"{name}.{kind}" for kind in texts), folder / RESULT]
+
+
+def quantile_sheet(name: str, title: str, found: pd.DataFrame) -> Sheet:
+    """Mean and quantiles of every column of ``found`` (a row a start)."""
+    quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
+    body = [
+        (str(key), *(f"{value:.3g}" for value in (column.mean(), *column.quantile(quantiles))))
+        for key, column in found.items()
+    ]
+    columns = ("", "mean", *(f"{100 * q:.0f} %" for q in quantiles))
+    return plain_sheet(name, title, f"Mean and quantiles over {len(found):,} random starts", columns, body)
 
 
 def _time(finding: Finding, seconds: float) -> str:
