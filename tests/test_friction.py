@@ -442,7 +442,7 @@ def test_doctor_tells_what_is_here(tmp_path: Path) -> None:
     findings = found(tmp_path / "runs" / "new", data_root=tmp_path)
     assert all(finding.exit_code == 0 for finding in findings.values())
     assert findings["versions", "torch"].found == version("torch")
-    assert findings["folder", "writing"].found.split()[1] == "MB/s,"
+    assert findings["folder", "writing"].found == "works"
     assert findings["folder", "locks"].state == "ok"
     assert findings["data", "cifar10"].state == "ok"
     assert findings["data", "svhn"].state == "absent"
@@ -504,12 +504,10 @@ def test_doctor_raises_nothing_where_it_may_not_look(tmp_path: Path, monkeypatch
         return real(path)
 
     monkeypatch.setattr(Path, "exists", exists)
-    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "closed" / "matplotlib"))
     findings = found(tmp_path / "closed" / "runs", data_root=tmp_path / "closed")
     writing = findings["folder", "writing"]
     assert (writing.state, writing.found, writing.exit_code) == ("broken", "Permission denied", 7)
     assert findings["data", "cifar10"].state == "absent"
-    assert findings["caches", "matplotlib"].state == "absent"
 
 
 def test_doctor_notices_locks_that_do_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,9 +119,7 @@ def _run(args: list[str]) -> None:
     # of odd image files, which are decoded or refused: one line is the file's due, not the library's own beside it
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    logging.getLogger("matplotlib").setLevel(
-        logging.ERROR
-    )  # of a home that is read-only; `gmprobe doctor` tells
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that is read-only
     _pass_over_settings_here()
     try:
         cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
