@@ -300,7 +300,7 @@ def test_the_same_runs_give_the_same_page(made: Made) -> None:
 
 def test_tables_and_figures_are_written_beside_it(whole: Path, page: Page) -> None:
     markdown, latex = (whole / "t.md").read_text(), (whole / "t.tex").read_text()
-    for sheet in ("Correlations", "Granulated ψ by hyperparameter", "Left out"):
+    for sheet in ("Correlations", "What one τ hides", "Left out"):
         assert f"### {sheet}" in markdown
     assert "<script" not in markdown.replace("\\<script", "")
     assert latex.count("\\toprule") == latex.count("\\bottomrule") == markdown.count("\n| --- ")

@@ -13,6 +13,7 @@ from gm_probe.analysis.curves import CURVES, Curve
 from gm_probe.analysis.intervals import excludes_zero
 from gm_probe.analysis.results import Correlation, Quantity, SweepStatistics
 from gm_probe.analysis.table import GAPS, RunTable
+from gm_probe.analysis.tidy import tau_of
 from gm_probe.analysis.typeset import two_decimals
 
 MEAN = "mean Ψ"
@@ -83,7 +84,8 @@ def pictures(
 
 def _forest(statistics: SweepStatistics, gaps: Sequence[str]) -> Picture:
     rows = {
-        measure.name: {GAPS[gap]: _tau(measure.gaps[gap]) for gap in gaps} for measure in statistics.measures
+        measure.name: {GAPS[gap]: tau_of(measure.gaps[gap]) for gap in gaps}
+        for measure in statistics.measures
     }
     clear = {
         gap: [m.name for m in statistics.measures if excludes_zero(m.gaps[gap].low, m.gaps[gap].high)]
@@ -155,10 +157,6 @@ def _between_measures(table: RunTable) -> Iterator[Picture]:
         "little.",
         figures.heat_map(taus, names, names),
     )
-
-
-def _tau(result: Correlation) -> Quantity:
-    return Quantity(result.tau, result.low, result.high, n=result.n, reason=result.reason)
 
 
 def _file_name(name: str) -> str:

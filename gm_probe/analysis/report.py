@@ -32,7 +32,7 @@ SECTIONS = {
         "A point a run. The heavy line is the LOWESS trend of all runs, a light one that of a subgroup, each from "
         f"{figures.FEWEST} runs on.",
     ),
-    "beyond": ("What one τ hides", ("beyond", "strata", "granulated", "partial", "conditioning"), ""),
+    "beyond": ("What one τ hides", ("beyond",), ""),
     "comparisons": ("Measures against each other", ("comparisons",), ""),
     "prediction": ("Prediction and selection", ("prediction",), ""),
     "grid": ("τ against ρ and K", (), ""),
