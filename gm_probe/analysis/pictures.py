@@ -58,7 +58,6 @@ def pictures(
                 figures.scatter(table, measure, gap, groups, shapes),
             )
     yield from _granulated(statistics, gaps)
-    yield from _sign_errors(statistics, gaps)
     yield from _between_measures(table)
     for gap, lines in grids.items():
         if lines:
@@ -118,24 +117,6 @@ def _granulated(statistics: SweepStatistics, gaps: Sequence[str]) -> Iterator[Pi
             + (f" Undefined, as the table says: {', '.join(absent)}." if absent else ""),
             figures.heat_map(np.array(values, dtype=float), list(found), [*names, MEAN], rule=1),
         )
-
-
-def _sign_errors(statistics: SweepStatistics, gaps: Sequence[str]) -> Iterator[Picture]:
-    for gap in gaps:
-        found = {m.name: m.details[gap].sign_error for m in statistics.measures if gap in m.details}
-        if any(each.environments for each in found.values()):
-            most = max(len(each.environments) for each in found.values())
-            yield Picture(
-                f"sign-error-{gap}",
-                "beyond",
-                f"Sign errors, {_short(gap)}",
-                f"A tick an environment (at most {most:,}), the quartiles as a box; the dashed ½ is chance.",
-                figures.distributions(
-                    {name: np.array([e.error for e in each.environments]) for name, each in found.items()},
-                    "sign error in an environment",
-                    reference=0.5,
-                ),
-            )
 
 
 def _between_measures(table: RunTable) -> Iterator[Picture]:
