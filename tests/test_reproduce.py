@@ -315,7 +315,7 @@ def test_slopes_recover_a_power_law():
 # ---- App. B
 
 
-def settings_of_runs(rising: float, offset: float, curvature: float) -> list[dict[str, float | str]]:
+def settings_of_runs(rising: float, offset: float, curvature: float) -> pd.DataFrame:
     """Twelve settings an arm: C_θ a power of S_ρ and ``offset`` times σ² tr F, S_0.1 ``curvature`` times its term.
 
     Two neighbours are exchanged in each, so that τ is not ±1, of which no resample tells the error.
@@ -323,9 +323,10 @@ def settings_of_runs(rising: float, offset: float, curvature: float) -> list[dic
     tops = [1.0 + i for i in range(12)]
     s_rho = [*tops[:3], tops[4], tops[3], *tops[5:]]
     traces = [top**rising / offset for top in [*tops[:8], tops[9], tops[8], *tops[10:]]]
-    return [
+    return pd.DataFrame(
         {
             "arm": arm,
+            "parameters": 10,
             "inconsistency": top**rising,
             "predicted": trace,
             "cloud": 1.0,
@@ -336,7 +337,7 @@ def settings_of_runs(rising: float, offset: float, curvature: float) -> list[dic
         }
         for arm in posteriors.ARMS
         for top, s, trace in zip(tops, s_rho, traces, strict=True)
-    ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -350,12 +351,12 @@ def settings_of_runs(rising: float, offset: float, curvature: float) -> list[dic
 )
 def test_each_part_of_app_b_is_told_apart(rising, offset, curvature, held, outcome):
     rows = settings_of_runs(rising, offset, curvature)
-    taus = posteriors._taus(rows)
-    holds = posteriors._holds(rows, taus)
+    taus = posteriors.taus_of(rows)
+    holds = posteriors.held(rows, taus)
     quadratic, predicted, proportional = held
     assert list(holds.values()) == [quadratic, *[predicted] * 2, *[proportional] * 2]
-    assert posteriors._outcome(holds.values()) == outcome
-    text = posteriors._text(rows, taus, holds, 10)
+    assert posteriors.outcome_of(holds.values()) == outcome
+    text = posteriors.text_of(rows, taus, holds)
     first = "What holds: " if any(held) else "What does not: "
     assert text.startswith(first)
     sentence = next(s for s in text.split(". ") if "C_θ ∝ S_ρ in rank (own start)" in s)
@@ -381,12 +382,11 @@ def test_what_diverged_in_app_b_is_said_and_where_all_did_is_an_error(tmp_path):
 
 def test_what_no_interval_tells_of_app_b_is_said_so():
     rows = settings_of_runs(1.0, 1.0, 1.0)
-    for row, value in zip(rows, [7, 2, 11, 4, 1, 9, 12, 3, 10, 5, 8, 6] * 2, strict=True):
-        row["s_rho"] = value
-    taus = posteriors._taus(rows)
-    holds = posteriors._holds(rows, taus)
+    rows["s_rho"] = [7, 2, 11, 4, 1, 9, 12, 3, 10, 5, 8, 6] * 2
+    taus = posteriors.taus_of(rows)
+    holds = posteriors.held(rows, taus)
     assert holds["C_θ ∝ S_ρ in rank (own start)"] is None
-    assert "What cannot be told: " in posteriors._text(rows, taus, holds, 10)
+    assert "What cannot be told: " in posteriors.text_of(rows, taus, holds)
 
 
 # ---- tables of methods

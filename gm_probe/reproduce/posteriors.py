@@ -17,17 +17,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gm_probe.analysis.correlation import kendall
-from gm_probe.analysis.intervals import jackknife_interval
+from gm_probe.analysis.intervals import excludes_zero, jackknife_interval
 from gm_probe.analysis.plots import COLOURS
-from gm_probe.analysis.results import Quantity as Tau
-from gm_probe.analysis.typeset import Sheet, plain_sheet, two_decimals
+from gm_probe.analysis.results import Quantity
+from gm_probe.analysis.typeset import Sheet
 from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.records import read_run
 from gm_probe.probe.kl import kl_divergence
 from gm_probe.probe.pairwise import compare
 from gm_probe.reproduce.drawing import logarithmic, panels
-from gm_probe.reproduce.finding import Finding, Outcome, Task
+from gm_probe.reproduce.finding import Finding, Outcome, Task, frame_sheet, shown_tau
 from gm_probe.reproduce.training import trained
 from gm_probe.sweep.measuring import open_subject
 from gm_probe.sweep.recipe import Recipe, parse_recipe
@@ -39,6 +39,8 @@ from gm_probe.training.parts import own_unlabeled
 ARMS = {"own": "own start", "common": "common start"}
 CLOSE = 0.25  # share by which an approximation may miss
 CLOUD = 10  # pairs drawn from an isotropic Gaussian
+Taus = Mapping[tuple[Any, str], Quantity]
+"""τ of C_θ by arm and what it is taken with."""
 
 
 def study(
@@ -68,22 +70,18 @@ def study(
             lost.append(f"{left} of {len(recipe.runs)} runs ({ARMS[arm]})")
         rows += [{"arm": arm, **_of_setting(paths, config)} for paths, config in settings]
         task.notify(f"{ARMS[arm]}: {len(rows)} settings done")
-    taus = _taus(rows)
-    num_parameters = rows[0]["parameters"]
-    holds = _holds(rows, taus)
-    return Finding(
-        _outcome(holds.values()),
-        _text(rows, taus, holds, num_parameters)
-        + (f" Left out, diverged or alone in their setting: {'; '.join(lost)}." if lost else ""),
-        rows,
-        [_sheet(rows)],
-        {"": _draw(rows)},
-        {
-            "": "A point a setting, means over its seeds. (a) C_θ of the runs against σ̂² tr F; hollow: C_θ of an "
-            "isotropic Gaussian of the same variance about one run. (b) C_θ against S_ρ. (c) S_ρ against its quadratic "
-            "term, a colour a ρ. Lines in (a) and (c): equality."
-        },
+    table = pd.DataFrame(rows)
+    taus = taus_of(table)
+    holds = held(table, taus)
+    text = text_of(table, taus, holds)
+    if lost:
+        text += f" Left out, diverged or alone in their setting: {'; '.join(lost)}."
+    caption = (
+        "A point a setting, means over its seeds. (a) C_θ of the runs against σ̂² tr F; hollow: C_θ of an isotropic "
+        "Gaussian of the same variance about one run. (b) C_θ against S_ρ. (c) S_ρ against its quadratic term, a "
+        "colour a ρ. Lines in (a) and (c): equality."
     )
+    return Finding(outcome_of(holds.values()), text, rows, [_sheet(table)], {"": _draw(table)}, {"": caption})
 
 
 def _settings(recipe: Recipe, folder: Path) -> list[tuple[list[Path], TrainConfig]]:
@@ -151,62 +149,52 @@ def _cloud(model: Parameters, x: Tensor, sigma: float) -> float:
     return float(torch.stack([kl_divergence(one(), one()).mean() for _ in range(CLOUD)]).mean())
 
 
-def _taus(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Tau]:
+def taus_of(table: pd.DataFrame) -> Taus:
     """C_θ with what it is said to follow, by arm."""
     return {
-        (arm, key): _tau([row for row in rows if row["arm"] == arm], key, "inconsistency")
-        for arm in ARMS
+        (arm, key): _tau(mine[key].to_numpy(), mine.inconsistency.to_numpy())
+        for arm, mine in table.groupby("arm", sort=False)
         for key in ("predicted", "s_rho")
     }
 
 
-def _tau(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> Tau:
+def _tau(x: np.ndarray, y: np.ndarray) -> Quantity:
     """Kendall's τ-b over settings with its 95 % jackknife interval."""
-    one, other = (np.array([row[key] for row in rows]) for key in (x, y))
-    tau = kendall(one, other).tau
+    tau = kendall(x, y).tau
     if tau is None:
-        return Tau(None)
-    without = [kendall(np.delete(one, i), np.delete(other, i)).tau for i in range(len(rows))]
+        return Quantity(None)
+    without = [kendall(np.delete(x, i), np.delete(y, i)).tau for i in range(len(x))]
     low, high, _ = jackknife_interval(tau, np.array(without, dtype=float))
-    return Tau(tau, low, high)
+    return Quantity(tau, low, high)
 
 
-def _ratios(rows: Sequence[Mapping[str, Any]], above: str, below: str) -> np.ndarray:
-    return np.array([row[above] / row[below] for row in rows])
-
-
-def _holds(rows: Sequence[Mapping[str, Any]], taus: Mapping[tuple[str, str], Tau]) -> dict[str, bool | None]:
+def held(table: pd.DataFrame, taus: Taus) -> dict[str, bool | None]:
     """Each part of the claim, in words, and whether it holds; None = cannot be told."""
     found: dict[str, bool | None] = {}
-    for rho, ratio in _quadratic(rows).items():
-        found[f"S_ρ ≈ (ρ²/2)λ_max(F) at ρ = {rho:g}"] = bool(np.all(np.abs(ratio - 1) < CLOSE))
+    for rho, ratio in _quadratic(table).items():
+        found[f"S_ρ ≈ (ρ²/2)λ_max(F) at ρ = {rho:g}"] = bool((abs(ratio - 1) < CLOSE).all())
+    factor = (table.inconsistency / table.predicted).groupby(table.arm).median()
     for arm, label in ARMS.items():
-        factor = np.median(_ratios([row for row in rows if row["arm"] == arm], "inconsistency", "predicted"))
         ranked = _positive(taus[arm, "predicted"])
-        found[f"C_θ ≈ σ̂² tr F ({label})"] = False if abs(np.log2(factor)) >= 1 else ranked
+        found[f"C_θ ≈ σ̂² tr F ({label})"] = False if abs(np.log2(factor[arm])) >= 1 else ranked
     for arm, label in ARMS.items():
         found[f"C_θ ∝ S_ρ in rank ({label})"] = _positive(taus[arm, "s_rho"])
     return found
 
 
-def _positive(tau: Tau) -> bool | None:
+def _positive(tau: Quantity) -> bool | None:
     """Whether its interval lies above 0, or below; None where it holds 0, or there is none."""
-    if tau.low is not None and tau.low > 0:
-        return True
-    return False if tau.high is not None and tau.high < 0 else None
+    return None if not excludes_zero(tau.low, tau.high) else (tau.value or 0) > 0
 
 
-def _quadratic(rows: Sequence[Mapping[str, Any]]) -> dict[float, np.ndarray]:
+def _quadratic(table: pd.DataFrame) -> dict[float, pd.Series]:
     """S_ρ over its quadratic term, a setting each, by ρ."""
-    keys = [key for key in rows[0] if key.startswith("s_") and key != "s_rho"]
-    radii = {float(key.removeprefix("s_")): key for key in keys}
-    return {
-        rho: np.array([row[key] / (rho**2 / 2 * row["lambda_max"]) for row in rows])
-        for rho, key in sorted(radii.items())
-    }
+    radii = {float(key[2:]): key for key in map(str, table) if key.startswith("s_") and key != "s_rho"}
+    return {rho: table[key] / (rho**2 / 2 * table.lambda_max) for rho, key in sorted(radii.items())}
 
 
-def _outcome(holds: Collection[bool | None]) -> Outcome:
+def outcome_of(holds: Collection[bool | None]) -> Outcome:
+    """Of the whole claim, by its parts."""
     if all(holds):
         return "shows"
     if True in holds:
@@ -214,15 +202,11 @@ def _outcome(holds: Collection[bool | None]) -> Outcome:
     return "does not show" if False in holds else "cannot be told"
 
 
-def _text(
-    rows: Sequence[Mapping[str, Any]],
-    taus: Mapping[tuple[str, str], Tau],
-    holds: Mapping[str, bool | None],
-    num_parameters: int,
-) -> str:
+def text_of(table: pd.DataFrame, taus: Taus, holds: Mapping[str, bool | None]) -> str:
+    """What holds, by which tests, and the numbers behind it."""
     said = []
     for value, start in ((True, "What holds"), (False, "What does not"), (None, "What cannot be told")):
-        parts = [part for part, held in holds.items() if held is value]
+        parts = [part for part, answer in holds.items() if answer is value]
         if parts:
             said.append(f"{start}: {'; '.join(parts)}.")
     said.append(
@@ -230,38 +214,32 @@ def _text(
         "σ̂² tr F and is within a factor 2 of it in the median; C_θ rises with S_ρ. It rises where the 95 % jackknife "
         "interval of Kendall's τ over settings lies above 0 (σ̂²: the parameters' mean variance over seeds)."
     )
-    for arm, label in ARMS.items():
-        mine = [row for row in rows if row["arm"] == arm]
-        factor = _ratios(mine, "inconsistency", "predicted")
+    for arm, mine in table.groupby("arm", sort=False):
+        factor, cloud = mine.inconsistency / mine.predicted, mine.cloud / mine.predicted
+        tau, with_s = (shown_tau(taus[arm, key]) for key in ("predicted", "s_rho"))
         said.append(
-            f"{label.capitalize()}, {len(mine)} settings: τ = {_said(taus[arm, 'predicted'])} with σ̂² tr F and "
-            f"{_said(taus[arm, 's_rho'])} with S_ρ. C_θ is {np.median(factor):.2g} times σ̂² tr F in the median "
-            f"({factor.min():.2g} to {factor.max():.2g}); that of an isotropic Gaussian of the same variance is "
-            f"{np.median(_ratios(mine, 'cloud', 'predicted')):.2g} times."
+            f"{ARMS[str(arm)].capitalize()}, {len(mine)} settings: τ = {tau} with σ̂² tr F and {with_s} with S_ρ. C_θ "
+            f"is {factor.median():.2g} times σ̂² tr F in the median ({factor.min():.2g} to {factor.max():.2g}); that of "
+            f"an isotropic Gaussian of the same variance is {cloud.median():.2g} times."
         )
     quadratic = [
-        f"{np.median(ratio):.2f} at ρ = {rho:g} ({ratio.min():.2f} to {ratio.max():.2f})"
-        for rho, ratio in _quadratic(rows).items()
+        f"{ratio.median():.2f} at ρ = {rho:g} ({ratio.min():.2f} to {ratio.max():.2f})"
+        for rho, ratio in _quadratic(table).items()
     ]
-    rank = np.array([row["rank"] for row in rows])
     said.append(
-        f"S_ρ over (ρ²/2)λ_max(F) is {'; '.join(quadratic)}. tr F/λ_max(F), between 1 and P = {num_parameters:,}, is "
-        f"{np.median(rank):.1f} in the median ({rank.min():.1f} to {rank.max():.1f})."
+        f"S_ρ over (ρ²/2)λ_max(F) is {'; '.join(quadratic)}. tr F/λ_max(F), between 1 and P = {table.parameters[0]:,}, "
+        f"is {table['rank'].median():.1f} in the median ({table['rank'].min():.1f} to {table['rank'].max():.1f})."
     )
     return " ".join(said)
 
 
-def _said(tau: Tau) -> str:
-    if tau.value is None:
-        return "undefined"
-    if tau.low is None or tau.high is None:
-        return two_decimals(tau.value)
-    return f"{two_decimals(tau.value)} ({two_decimals(tau.low)} to {two_decimals(tau.high)})"
-
-
-def _sheet(rows: Sequence[Mapping[str, Any]]) -> Sheet:
-    settings = {"num_train": "examples", "lr": "lr", "batch_size": "batch", "weight_decay": "decay"}
-    values = {
+def _sheet(table: pd.DataFrame) -> Sheet:
+    columns = {
+        "arm": "start",
+        "num_train": "examples",
+        "lr": "lr",
+        "batch_size": "batch",
+        "weight_decay": "decay",
         "inconsistency": "C_θ",
         "predicted": "σ̂² tr F",
         "cloud": "Gaussian",
@@ -270,45 +248,24 @@ def _sheet(rows: Sequence[Mapping[str, Any]]) -> Sheet:
         "lambda_max": "λ_max(F)",
         "rank": "tr F/λ_max",
     }
-    body = [
-        (ARMS[row["arm"]], *(f"{row[k]:g}" for k in settings), *(f"{row[k]:.3g}" for k in values))
-        for row in rows
-    ]
-    return plain_sheet(
-        "appb",
-        "Inconsistency and local inconsistency by setting",
-        f"Means over seeds; S_ρ at ρ = {rows[0]['rho']:g}; Gaussian: C_θ of N(θ, σ̂²I) about one run",
-        ("start", *settings.values(), *values.values()),
-        body,
-        5,
-    )
+    caption = f"Means over seeds; S_ρ at ρ = {table.rho[0]:g}; Gaussian: C_θ of N(θ, σ̂²I) about one run"
+    shown = table[[*columns]].rename(columns=columns)
+    return frame_sheet("appb", "Inconsistency and local inconsistency by setting", caption, shown, 5)
 
 
-def _draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def _draw(table: pd.DataFrame) -> Figure:
     figure, (a, b, c) = panels(3, 2.5, width=8.4)
-    for index, (arm, label) in enumerate(ARMS.items()):
-        mine = pd.DataFrame([row for row in rows if row["arm"] == arm])
-        style: dict[str, Any] = {
-            "linestyle": "none",
-            "marker": "o^"[index],
-            "markersize": 4,
-            "color": COLOURS[index],
-        }
+    for index, (arm, mine) in enumerate(table.groupby("arm", sort=False)):
+        label = ARMS[str(arm)]
+        style: dict[str, Any] = {"marker": "o^"[index], "linestyle": "none", "color": COLOURS[index]}
         a.plot(mine.predicted, mine.inconsistency, label=label, **style)
         a.plot(mine.predicted, mine.cloud, fillstyle="none", label=f"Gaussian, {label}", **style)
         b.plot(mine.s_rho, mine.inconsistency, label=label, **style)
-    for index, (rho, ratio) in enumerate(_quadratic(rows).items()):
-        x = np.array([rho**2 / 2 * row["lambda_max"] for row in rows])
-        c.plot(
-            x,
-            ratio * x,
-            "sDv"[index % 3],
-            markersize=3.5,
-            color=COLOURS[index + 2],
-            label=rf"$\rho$ = {rho:g}",
-        )
+    for index, (rho, ratio) in enumerate(_quadratic(table).items()):
+        term = rho**2 / 2 * table.lambda_max
+        c.plot(term, ratio * term, "sDv"[index % 3], color=COLOURS[index + 2], label=rf"$\rho$ = {rho:g}")
     a.set(xlabel=r"$\hat\sigma^2\,\mathrm{tr}\,F$ (nats)", ylabel=r"$C_\theta$ (nats)")
-    b.set(xlabel=rf"$S_\rho$ (nats), $\rho$ = {rows[0]['rho']:g}", ylabel=r"$C_\theta$ (nats)")
+    b.set(xlabel=rf"$S_\rho$ (nats), $\rho$ = {table.rho[0]:g}", ylabel=r"$C_\theta$ (nats)")
     c.set(xlabel=r"$(\rho^2/2)\,\lambda_{\max}(F)$ (nats)", ylabel=r"$S_\rho$ (nats)")
     for axes in (a, b, c):
         logarithmic(axes)

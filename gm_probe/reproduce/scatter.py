@@ -15,8 +15,7 @@ from gm_probe.analysis.results import Correlation, SweepStatistics
 from gm_probe.analysis.runs import load_table
 from gm_probe.analysis.sheets import statistics_sheets
 from gm_probe.analysis.table import RunTable, by_reason
-from gm_probe.analysis.typeset import two_decimals
-from gm_probe.reproduce.finding import Finding, Outcome, Task
+from gm_probe.reproduce.finding import Finding, Outcome, Task, shown_tau
 from gm_probe.reproduce.training import trained
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
 
@@ -61,7 +60,7 @@ def study(
     if reasons:
         said.append(f"Left out: {'; '.join(reasons)}.")
     if table is not every:
-        taus = ", ".join(f"{name} {_tau(tau)}" for name, tau in _taus(of_every).items())
+        taus = ", ".join(f"{name} {shown_tau(tau)}" for name, tau in _taus(of_every).items())
         said.append(f"Over all {every.num_runs} runs that finished, whether done or not: {taus}.")
     groups = group_rows(table, recipe.group_by) if recipe.group_by else {}
     caption = (
@@ -104,7 +103,7 @@ def _outcome(found: SweepStatistics, expected: Mapping[str, int]) -> Outcome:
 def _text(found: SweepStatistics, expected: Mapping[str, int], recipe: Recipe) -> str:
     taus = _taus(found)
     said = [
-        f"{name} τ = {_tau(taus[name])} (paper: {'positive' if sign > 0 else 'negative'})"
+        f"{name} τ = {shown_tau(taus[name])} (paper: {'positive' if sign > 0 else 'negative'})"
         for name, sign in expected.items()
     ]
     about_seeds = [note for note in found.notes if "seed" in note]
@@ -115,11 +114,3 @@ def _text(found: SweepStatistics, expected: Mapping[str, int], recipe: Recipe) -
         f"{len(recipe.runs)} runs, of {whole.num_settings} settings: {'; '.join(said)}."
         + "".join(f" {note[0].upper()}{note[1:]}." for note in about_seeds)
     )
-
-
-def _tau(tau: Correlation) -> str:
-    if tau.tau is None:
-        return "undefined"
-    if tau.low is None or tau.high is None:
-        return two_decimals(tau.tau)
-    return f"{two_decimals(tau.tau)} ({two_decimals(tau.low)} to {two_decimals(tau.high)})"
