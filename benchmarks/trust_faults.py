@@ -21,9 +21,6 @@ from typing import Any
 import pandas as pd
 from trust_run import Ran, Row, gmprobe, one_line, warm
 
-from gm_probe.analysis import row_cache
-from gm_probe.analysis.row_cache import CACHE
-
 RECIPE = """
 [base]
 data = "digits"
@@ -59,7 +56,6 @@ class Command:
     def __call__(self, folder: Path, injure: Callable[[], Any] | None = None, **more: Any) -> Ran:
         def before() -> None:
             os.chdir(folder)
-            row_cache.SETTLED = 0.0  # the folder was copied just now
             if injure is not None:
                 injure()
 
@@ -121,9 +117,7 @@ def content(folder: Path) -> dict[str, Any]:
             continue
         name = path.relative_to(folder).as_posix()
         data = path.read_bytes()
-        if path.name == CACHE:  # has times; it must be whole
-            json.loads(data)
-        elif path.suffix == ".json":
+        if path.suffix == ".json":
             found[name] = _untimed(json.loads(data))
         elif path.suffix == ".jsonl":
             found[name] = [_untimed(json.loads(line)) for line in data.splitlines()]

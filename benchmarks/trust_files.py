@@ -486,7 +486,7 @@ def _taken(folder: Path, offset: float, *, lives: bool) -> str | None:
 
 _PLACES = (
     "config.toml split.json metrics.jsonl summary.json measures.json error.txt state.pt "
-    "checkpoint.safetensors .lock .lock.new ../sweep.json ../.collected.json "
+    "checkpoint.safetensors .lock .lock.new ../sweep.json "
 )
 PLACES = tuple(_PLACES.split())
 

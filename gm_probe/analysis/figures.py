@@ -153,38 +153,6 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
     return figure
 
 
-def distributions(rows: Mapping[str, np.ndarray], xlabel: str, *, reference: float) -> Figure:
-    """A row a measure: every one of its values (n,) in 0..1 as a tick, the quartiles as a box, and the mean,
-    90th percentile and maximum marked; a line at ``reference``."""
-    marks = {"mean": ("o", COLOURS[1]), "90th percentile": ("D", COLOURS[0]), "maximum": (">", COLOURS[2])}
-    figure, axes = _column(0.45 + max(0.28, _row_height(rows)) * len(rows), _legend_lines([*marks]))
-    with mpl.rc_context(STYLE):
-        axes.axvline(reference, color=INK, linewidth=0.8, linestyle="--")
-        for place, values in enumerate(rows.values()):
-            if not len(values):
-                axes.text(reference, place, " undefined", va="center", fontsize=7, fontstyle="italic")
-                continue
-            low, high = np.quantile(values, [0.25, 0.75])
-            axes.barh(place, high - low, 0.5, low, color=INK, alpha=0.12, linewidth=0)
-            ticks = axes.vlines(values, place - 0.25, place + 0.25, color=INK, linewidth=0.5, alpha=0.5)
-            ticks.set_rasterized(sum(map(len, rows.values())) > MANY)
-            at = (values.mean(), np.quantile(values, 0.9), values.max())
-            for value, (marker, colour) in zip(at, marks.values(), strict=True):
-                axes.plot([value], [place], marker=marker, color=colour, markersize=4, linestyle="none")
-        _rows(axes, list(rows))
-        axes.set_xlim(-0.03, 1.03)
-        axes.set_xlabel(xlabel)
-        axes.grid(axis="x", **FAINT)
-        _legend(
-            figure,
-            [
-                _handle(name, marker=marker, color=colour, markersize=4)
-                for name, (marker, colour) in marks.items()
-            ],
-        )
-    return figure
-
-
 def tau_by_radius(lines: Mapping[int, Mapping[float, Quantity]], ylabel: str) -> Figure:
     """τ against ρ, a line a number of ascent steps K: ``lines[k][rho]``, by rising ρ; undefined ones are gaps."""
     figure, axes = _column(2.1, _legend_lines([f"K = {k}" for k in lines]))
@@ -329,12 +297,12 @@ def _row_height(labels: Iterable[str]) -> float:
 
 
 def _ink(cell: tuple[float, float, float, float]) -> str:
-    """White or all but black, whichever has more contrast on ``cell``; INK would turn light on a dark page.
+    """White or black, whichever has more contrast on ``cell``.
 
     Source: relative luminance of WCAG 2.1; contrast is the same at 0.179.
     """
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in cell[:3]]
-    return "#010101" if np.dot([0.2126, 0.7152, 0.0722], linear) > 0.179 else "#ffffff"
+    return INK if np.dot([0.2126, 0.7152, 0.0722], linear) > 0.179 else "white"
 
 
 def _colour(index: int) -> str:

@@ -106,12 +106,12 @@ def scatter_panels(
     return figure
 
 
-def render(figure: Figure, suffix: str, *, transparent: bool = False) -> bytes:
+def render(figure: Figure, suffix: str) -> bytes:
     """``figure`` as a ``png`` (200 dots an inch), ``pdf`` or ``svg``; equal figures give equal bytes."""
     undated: dict[str, dict[str, str | None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix), transparent=transparent)
+        figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix))
     return buffer.getvalue()
 
 

@@ -67,7 +67,7 @@ def measure_all(
         request = replace(request, watch=partial(_bar, quiet=quiet))
         view = nullcontext(partial(_told_here, len(paths), ended, notes_console(quiet)))
     else:
-        view = live_view(paths, ("measuring",), quiet=quiet, kept=request.save)
+        view = live_view(list(paths), quiet=quiet, kept=request.save)
 
     def notify(outcome: Outcome) -> None:
         ended[outcome.name] = outcome

@@ -112,12 +112,10 @@ def run_with_progress(
     retry_failed: bool = True,
     quiet: bool,
 ) -> list[Outcome]:
-    """Run the recipe under the live view."""
+    """Run the recipe under a bar."""
     from gm_probe.sweep.runner import run_recipe
 
-    paths = {name: out / name for name in recipe.runs}
-    stages = ("training", "measuring") if recipe.plan.measures else ("training",)
-    with live_view(paths, stages, quiet=quiet) as notify:
+    with live_view(recipe.runs, quiet=quiet) as notify:
         return run_recipe(recipe, out, jobs=jobs, executor=executor, retry_failed=retry_failed, notify=notify)
 
 

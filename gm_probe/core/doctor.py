@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -37,8 +36,6 @@ DATA = {
     "svhn": "train_32x32.mat",
 }
 """Where below --data-root torchvision keeps each data set."""
-PIECE = 32 * 2**20
-"""Bytes that the folder's write speed is taken from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,7 @@ class Finding:
 
 
 def diagnose(folder: Path, data_root: Path | None = None, device: str = "auto") -> Iterator[Finding]:
-    """Everything worth knowing before a long run: versions, devices, kernels, data, and ``folder`` to write into.
+    """Everything worth knowing before a long run: versions, devices, data, and ``folder`` to write into.
 
     Nothing is raised for what is wrong: it is a finding. ``folder`` is written to (and left as it was);
     ``data_root`` is ``default_data_root()`` where it is None.
@@ -70,7 +67,6 @@ def diagnose(folder: Path, data_root: Path | None = None, device: str = "auto") 
     yield from _machine(device)
     yield from _data(data_root)
     yield from _folder(folder)
-    yield from _caches()
 
 
 def _versions() -> Iterator[Finding]:
@@ -119,7 +115,7 @@ def _machine(device: str) -> Iterator[Finding]:
     source = f" (OMP_NUM_THREADS={given})" if given else ""
     yield Finding(section, "cpu", f"cores usable: {_usable_cores()}, threads of torch: {threads}{source}")
     yield Finding(section, "memory", _memory())
-    yield from _kernels(torch)
+    yield Finding(section, "kernels", str(torch.backends.cpu.get_cpu_capability()))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
@@ -162,53 +158,6 @@ def _memory() -> str:
     return f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB of it unused"
 
 
-def _kernels(torch: Any) -> Iterator[Finding]:
-    backends = torch.backends
-    libraries = {"oneDNN": backends.mkldnn.is_available(), "MKL": backends.mkl.is_available()}
-    there = [name for name, has in libraries.items() if has]
-    yield Finding(
-        "machine", "kernels", f"{', '.join(there) or 'neither oneDNN nor MKL'}; {_capability(torch)}"
-    )
-    slow, fast = _convolution_times(torch)
-    ratio = slow / fast["bfloat16"]
-    advice = "--amp bf16 pays in training" if ratio > 1.2 else "--amp bf16 does not pay in training"
-    yield Finding("machine", "bfloat16", f"{ratio:.1f} × the speed of float32 in a convolution; {advice}")
-    ratio = slow / fast["channels_last"]
-    text = f"{ratio:.1f} × the speed of contiguous images in a convolution; measure tries both"
-    yield Finding("machine", "channels_last", text)
-
-
-def _capability(torch: Any) -> str:
-    """The instruction set that torch's kernels use, and the processor's own units for bfloat16."""
-    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of torch ≥ 2.11
-    units = [name for name in ("avx512_bf16", "amx_bf16", "sve_bf16") if features.get(name)]
-    text = str(torch.backends.cpu.get_cpu_capability())
-    return f"{text}, {', '.join(units)}" if units else text
-
-
-def _convolution_times(torch: Any) -> tuple[float, dict[str, float]]:
-    """Processor seconds of a convolution, forward and back, on the CPU: plain, and with what may be faster.
-
-    The least of three; 64 channels of 16×16, 64 images, 3×3.
-    """
-
-    def seconds(dtype: Any, layout: Any) -> float:
-        x = torch.ones(64, 64, 16, 16, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
-        kernel = torch.ones(64, 64, 3, 3, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
-        times = []
-        for _ in range(4):  # the first one warms up
-            start = time.process_time()
-            torch.nn.functional.conv2d(x, kernel, padding=1).sum().backward()
-            times.append(time.process_time() - start)
-        return min(times[1:])
-
-    plain = seconds(torch.float32, torch.contiguous_format)
-    return plain, {
-        "bfloat16": seconds(torch.bfloat16, torch.contiguous_format),
-        "channels_last": seconds(torch.float32, torch.channels_last),
-    }
-
-
 def _data(root: Path | None) -> Iterator[Finding]:
     yield Finding("data", "digits", "bundled with scikit-learn")
     try:
@@ -235,7 +184,8 @@ def _folder(folder: Path) -> Iterator[Finding]:
             return
         yield Finding(section, "free space", f"{shutil.disk_usage(home).free / 1e9:,.1f} GB")
         with tempfile.TemporaryDirectory(prefix=".gmprobe-doctor-", dir=home) as trial:
-            yield _writing(section, Path(trial))
+            write_atomic(Path(trial) / "piece", b"")
+            yield Finding(section, "writing", "works")
             yield _locks(section, Path(trial))
     except (OSError, StorageError) as error:
         text = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
@@ -255,13 +205,6 @@ def _nearest(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
-def _writing(section: str, folder: Path) -> Finding:
-    start = time.perf_counter()
-    write_atomic(folder / "piece", os.urandom(2**20) * (PIECE // 2**20))
-    speed = PIECE / (time.perf_counter() - start)
-    return Finding(section, "writing", f"{speed / 1e6:,.0f} MB/s, synced (a checkpoint's way)")
-
-
 def _locks(section: str, folder: Path) -> Finding:
     """Whether a second holder is turned away; without that two processes may train one run."""
     with exclusive(folder):
@@ -273,22 +216,3 @@ def _locks(section: str, folder: Path) -> Finding:
             return Finding(
                 section, "locks", "hold here: two processes of this machine will not train one run"
             )
-
-
-def _caches() -> Iterator[Finding]:
-    """Folders in the user's home that libraries write into, and that may be read-only on a cluster."""
-    places = {"matplotlib": ("MPLCONFIGDIR", ".config/matplotlib"), "torch": ("TORCH_HOME", ".cache/torch")}
-    for name, (variable, below) in places.items():
-        path = Path(os.environ.get(variable) or os.path.join(os.path.expanduser("~"), below))  # noqa: PTH111, PTH118
-        if _writable(path):
-            yield Finding("caches", name, str(path))
-        else:
-            remedy = f"export {variable}=$(mktemp -d)"
-            yield Finding("caches", name, f"{path} cannot be written; slower starts", "absent", remedy)
-
-
-def _writable(path: Path) -> bool:
-    try:
-        return os.access(_nearest(path), os.W_OK)
-    except OSError:
-        return False

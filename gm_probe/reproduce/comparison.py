@@ -61,6 +61,15 @@ class Arm:
         return [one if one is not None else other for one, other in zip(measured, tracked, strict=True)]
 
     @property
+    def measured_by_k(self) -> dict[int, list[float]]:
+        """S_ρ of every run at its end, by the K that it was measured with; empty where there was no such grid."""
+        found: dict[int, list[float]] = {}
+        for record in self.records:
+            for cell in record.measures.get("local_inconsistency", {}).get("grid", ()):
+                found.setdefault(cell["k_steps"], []).append(cell["value"])
+        return found
+
+    @property
     def epoch_seconds(self) -> list[float]:
         """The fastest epoch's of every run that has any: what slows a machine down now and then is not in it."""
         tracks = [_track(path, "seconds") for path in self.runs]

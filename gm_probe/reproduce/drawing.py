@@ -47,10 +47,10 @@ def line(index: int, **more: Any) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)], **more}
 
 
-def outline(axes: Axes, values: np.ndarray, edges: np.ndarray, index: int, label: str) -> None:
-    """A histogram of ``values`` as shares, drawn as an outline so that several can lie on each other."""
-    shares = np.histogram(values, edges)[0] / len(values)
-    axes.plot(edges, [*shares, shares[-1]], drawstyle="steps-post", linewidth=1.2, label=label, **line(index))
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """What the lines of ``axes`` mean, in a row below all panels."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
 
 
 def logarithmic(axes: Axes) -> None:

@@ -125,6 +125,13 @@ class Network:
         return (matrix + matrix.T) / 2
 
 
+def trained_network(
+    *, per_class: int, spread: float, width: int, steps: int, lr: float, momentum: float, seed: int
+) -> Network:
+    """A network after ``steps`` of training on a mixture of its own."""
+    return Network(Mixture.draw(per_class, spread, seed), width, seed).trained(steps, lr, momentum)
+
+
 def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (P,) of a symmetric ``matrix``, largest first, and their unit vectors (P, P) as columns."""
     values, vectors = torch.linalg.eigh(matrix)
