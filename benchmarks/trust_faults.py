@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -204,12 +204,14 @@ class Bench:
         for signum, out, _ in self._random(moments, [signal.SIGKILL], chance):
             row.add(f"{self.name}, {signum.name} at random", self.after(out, temporary=True))
 
-    def _random(self, moments: int, signals: list[signal.Signals], chance: random.Random) -> Any:
+    def _random(
+        self, moments: int, signals: Sequence[signal.Signals], chance: random.Random, then: Then = ()
+    ) -> Any:
         """Strike at ``moments`` random moments; a command that was faster is called anew."""
         struck = 0
         while struck < moments:
             out, signum = self.fresh(), signals[struck % len(signals)]
-            ran = self.command(out, signalled=(signum, 0.005 + chance.random() * self.seconds))
+            ran = self.command(out, signalled=(signum, 0.005 + chance.random() * self.seconds), then=then)
             if ran.code != 0:
                 struck += 1
                 yield signum, out, ran
@@ -232,11 +234,20 @@ class Bench:
                 row.add(case, one_line(ran, 7, os.strerror(code)) or self.after(out, temporary=False))
 
     def signals(self, row: Row, moments: int, chance: random.Random) -> None:
-        for signum, out, ran in self._random(moments, [signal.SIGINT, signal.SIGTERM], chance):
+        for signum, out, ran in self._random(moments, SIGNALS, chance):
             said = one_line(ran, 128 + signum)
             row.add(
                 f"{self.name}, {signum.name} at a random moment", said or self.after(out, temporary=False)
             )
+
+
+    def storms(self, row: Row, chance: random.Random) -> None:
+        for name, then in STORMS.items():
+            for signum, out, ran in self._random(2, SIGNALS, chance, then):
+                codes = {128 + number for number in (signum, *(number for number, _ in then))}
+                said = one_line(ran, ran.code if ran.code in codes else 128 + signum)
+                case = f"{self.name}, {signum.name} and {name}"
+                row.add(case, said or self.after(out, temporary=True))
 
 
 def prepared(folder: Path) -> Path:
@@ -265,6 +276,14 @@ def benches(names: list[str], folder: Path) -> list[Bench]:
 KILLED = ["train", "measure", "sweep", "collect", "correlate", "report"]
 FAILED = ["train", "measure", "sweep", "collect", "correlate", "report", "reproduce"]
 SIGNALLED = ["measure", "sweep", "train"]
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Then = Sequence[tuple[signal.Signals, float]]
+STORMS: dict[str, Then] = {
+    f"{second.name} {pause * 1000:g} ms later": ((second, pause),)
+    for second in SIGNALS
+    for pause in (0.0, 0.002, 0.02, 0.1)
+} | {f"30 of {second.name}": ((second, 0.001),) * 30 for second in SIGNALS}
+"""What comes after a first signal."""
 
 
 def kills(small: bool) -> tuple[list[Row], list[str]]:
@@ -291,6 +310,7 @@ def faults(small: bool) -> tuple[list[Row], list[str]]:
             "the same, of a cache (exit 0, all else is there) or one of a sweep's runs (exit 1, named; others done)"
         ),
         Row("Ctrl-C, SIGTERM at random: one line, 130 or 143; nothing torn or left; again, the same files"),
+        Row("a second signal within 0.1 s, or 30 more: one line, 130 or 143; nothing torn; again, the same files"),
     ]
     chance = random.Random(1)
     with tempfile.TemporaryDirectory() as name:
@@ -298,6 +318,7 @@ def faults(small: bool) -> tuple[list[Row], list[str]]:
             bench.faults(rows[0], rows[1], 3 if small else 1)
             if bench.name in SIGNALLED:
                 bench.signals(rows[2], 4 if small else 2 * RANDOM, chance)
+                bench.storms(rows[3], chance)
             _say(rows[0], bench)
     many = (
         "of the points at writes of train, sweep and reproduce each met one of the three; they come in turn"

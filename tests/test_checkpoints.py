@@ -560,6 +560,10 @@ BROKEN_HEADERS: list[Any] = [
     json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": 3}}),
     json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": [float("inf")]}}),
     json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": -1}}),
+    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": 3.7}}),
+    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": "3"}}),
+    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": "388"}}),
+    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": [1] * 1000}}),
     json.dumps({**RECORD, "mean": 0.5}),
     json.dumps({**RECORD, "mean": ["a"]}),
     json.dumps({**RECORD, "mean": [0.5, 0.5]}),
@@ -766,3 +770,17 @@ def test_checkpoint_is_a_plain_record(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(tmp_path / "a.pt")
     assert isinstance(checkpoint, Checkpoint)
     assert torch.equal(checkpoint.state["w"], STATE["w"])
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 4, 5])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_pickle_of_another_protocol_names_the_way_out(tmp_path: Path, protocol: int, legacy: bool) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(
+        {"a": torch.ones(3), "b": torch.ones(3)},
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    with pytest.raises(CheckpointError, match=r"save it again with torch\.save's own pickle_protocol, which is 2"):
+        read_checkpoint(path)

@@ -58,8 +58,9 @@ def test_without_torchrun_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
     assert processes.launched() == 1
 
 
-@pytest.mark.parametrize("value", ["x", "-1", "64", ""])
+@pytest.mark.parametrize("value", ["x", "-1", "4", "0" * 20 + "9" * 5000, ""])
 def test_a_local_rank_is_a_gpu_that_there_is(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", value)
     assert processes.own_device(torch.device("cpu")) == torch.device("cpu")
     with pytest.raises(UsageError, match="LOCAL_RANK is"):

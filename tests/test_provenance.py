@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from gm_probe.analysis import curves, definitions, grid, provenance
+from gm_probe.analysis.figures import run_curves
 from gm_probe.analysis.runs import load_table
 from gm_probe.core.files import write_json, write_toml
 from gm_probe.core.records import read_run
@@ -102,6 +103,15 @@ def test_curves_have_what_was_recorded_and_name_what_was_not(runs: Path) -> None
     np.testing.assert_allclose(found["running_loss"][1][1], [1, 1 / 2, 1 / 3])
     assert list(unread) == ["run-4"]
     assert "metrics.jsonl" in unread["run-4"]
+
+
+def test_values_beyond_all_bounds_are_not_drawn() -> None:
+    """A figure of ±1e308 would overflow."""
+    values = [1e308, -1e308, float("nan"), float("inf"), None, "x", 0.5, 10**200]
+    rows = [{"epoch": epoch, "test_error": value} for epoch, value in enumerate(values, start=1)]
+    found = curves.curve(rows, "test_error")
+    np.testing.assert_array_equal(found, [[7], [0.5]])
+    run_curves([{**row, "test_ce": 0.1} for row in rows]).canvas.draw()
 
 
 def test_a_single_run_s_own_folder_is_found(runs: Path) -> None:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
+from gm_probe.analysis.curves import curve
 from gm_probe.analysis.plots import MARKERS, MEASURE_LABELS, STYLE, measure_axis, measure_label, wrapped
 from gm_probe.analysis.results import MeasureStatistics, Quantity
 from gm_probe.analysis.smoothing import lowess
@@ -217,8 +218,7 @@ def run_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
             figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
         ):
             for index, (name, label) in enumerate(lines.items()):
-                points = [(row["epoch"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-                x, y = np.array(points, dtype=float).reshape(-1, 2).T
+                x, y = curve(rows, name)
                 look = {"color": _colour(index), "linestyle": DASHES[index % 4], "marker": MARKERS[index]}
                 axes.plot(
                     x - 0.5 * name.startswith("running"), y, label=label, markersize=3, linewidth=1, **look

@@ -198,6 +198,11 @@ def _read_torch(path: Path) -> tuple[Any, Any]:
                 "where you trust it, load it yourself and torch.save(model.state_dict(), ...) to a new file"
             ) from error
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        if reason.startswith("Unsupported operand"):
+            raise CheckpointError(
+                f"{path} is pickled by another protocol than torch reads without running code ({_plain(reason)}); "
+                "save it again with torch.save's own pickle_protocol, which is 2"
+            ) from error
         raise CheckpointError(
             f"{path} is not a readable checkpoint: {type(error).__name__}: {_plain(reason)}"
         ) from error

@@ -27,8 +27,17 @@ DEEP = ("layers", "layer", "depth", "depths", "blocks", "experts")
 """Endings of the names of settings that say how many modules there are; each takes time, whatever it holds."""
 DEEPEST, LABELS, WIDEST = 1000, 10**5, 2**24
 """Most that a config may ask for: of modules, of labels, of all else."""
-# kernels and backbones of these names may come from the Hub, and kernels are code
-_DROPPED = ("attn_implementation", "experts_implementation", "use_kernels", "auto_map", "quantization_config")
+# Kernels and backbones of these names may come from the Hub, and kernels are code. A path leads to another file, and a
+# dtype becomes an attribute of torch.
+_DROPPED = (
+    "attn_implementation",
+    "experts_implementation",
+    "use_kernels",
+    "auto_map",
+    "quantization_config",
+    "checkpoint_path",
+    "dtype",
+)
 
 
 def is_folder(path: Path) -> bool:
@@ -84,6 +93,11 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
     if record.get("quantization_config"):
         raise CheckpointError(f"{path} is of a quantized network; save it dequantized, in float32")
     _check_sizes(path, record, len(state))
+    if ":" in str(record.get("architecture", "")):
+        raise CheckpointError(
+            f"{path} takes its network from {_short(record['architecture'])}, outside its folder; build it by code of "
+            "yours: --model file.py:callable"
+        )
     with _offline():
         try:
             import transformers

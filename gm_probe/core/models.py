@@ -50,6 +50,9 @@ _MOST = 4096
 WIDEST = 10**9
 """Beyond all memory; what is wider still is beyond torch's integers."""
 
+DIMENSIONS = 10
+"""Of an example; no network has more."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -88,11 +91,13 @@ class ModelSpec:
         temperature = value.get("temperature")
         spec = cls(
             name,
-            tuple(int(n) for n in value["input_shape"]),
-            int(value["num_classes"]),
+            tuple(_recorded_size(n) for n in value["input_shape"]),
+            _recorded_size(value["num_classes"]),
             None if temperature is None else float(temperature),
         )
         sizes = (spec.num_classes, *spec.input_shape)
+        if len(sizes) > DIMENSIONS:
+            raise ValueError(f"an input_shape of {len(spec.input_shape):,} dimensions")
         if min(sizes) < 1 or max(spec.num_classes, math.prod(spec.input_shape)) > WIDEST:
             raise ValueError(
                 f"input_shape {spec.input_shape} and num_classes {spec.num_classes} must be positive, and no more than "
@@ -101,6 +106,13 @@ class ModelSpec:
         if temperature is not None and not 0 < float(temperature) < math.inf:
             raise ValueError(f"temperature {temperature} must be positive")
         return spec
+
+
+def _recorded_size(value: Any) -> int:
+    """Return ``value`` as a record has a size; a text or a fraction is refused, not converted."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.40} is no whole number")
+    return value
 
 
 def initial_model(spec: ModelSpec, seed: int) -> nn.Module:

@@ -119,6 +119,9 @@ def _check_pickle(path: Path, file: IO[bytes]) -> None:
         if "PUT" in name:
             memo[int(str(argument))] = stack[-1]
             continue
+        if name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+            continue
         if "GET" in name:
             stack.append(memo[int(str(argument))])
             continue

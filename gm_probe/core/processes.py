@@ -189,7 +189,7 @@ def _told(name: str, least: int, end: int) -> int:
     text = os.environ.get(name)
     if text is None:
         raise _not_told(name, "is not set")
-    if not text.isdecimal() or not least <= int(text[:20]) < end:
+    if not text.isdecimal() or len(text) > 20 or not least <= int(text) < end:
         raise _not_told(name, f"is {text[:40]!r}, not a whole number from {least} to {end - 1}")
     return int(text)
 

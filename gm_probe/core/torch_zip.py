@@ -53,6 +53,8 @@ class Record:
 def read_records(path: Path, file: IO[bytes]) -> list[Record]:
     """Return the records of the zip ``file`` at ``path``, in the order of their places, with their checksums checked.
 
+    A file without any checksum is read too: torch.save can leave them out.
+
     Raises:
         CheckpointError: it is not as torch.save writes it: records are compressed, overlap, share a name or have
             another checksum, or bytes belong to none of them.
@@ -83,6 +85,8 @@ def read_records(path: Path, file: IO[bytes]) -> list[Record]:
     # torch's own reader does not heed case
     if len({record.name.lower() for record in records}) < len(records):
         raise CheckpointError(f"{path} holds two records of one name; save it again with torch.save")
+    if not any(record.checksum for record in records):  # torch.save was told to compute none (set_crc32_options)
+        return records
     for record in records:
         checksum = 0
         for block in record.blocks(file):
