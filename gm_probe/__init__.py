@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gm_probe.accuracy.estimate import estimate as estimate
+    from gm_probe.accuracy.report import EstimateReport as EstimateReport
     from gm_probe.core.batches import Batches as Batches
     from gm_probe.core.batches import Normalization as Normalization
     from gm_probe.core.checkpoints import load_weights as load_weights
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     from gm_probe.training.rules import OnePassIAMD as OnePassIAMD
 
 _HOMES = {
+    "accuracy.estimate": ("estimate",),
+    "accuracy.report": ("EstimateReport",),
     "core.batches": ("Batches", "Normalization"),
     "core.checkpoints": ("load_weights", "read_checkpoint", "save_checkpoint"),
     "core.contrastive": ("Contrastive", "as_encoder", "partners", "projector"),

@@ -17,11 +17,12 @@ ROOT = Path(gm_probe.__file__).parent
 BELOW = {
     "core": set(),
     "probe": {"core"},
+    "accuracy": {"core", "probe"},
     "training": {"core", "probe"},
     "sweep": {"core", "probe", "training"},
     "analysis": {"core"},
     "reproduce": {"core", "probe", "training", "sweep", "analysis"},
-    "cli": {"core", "probe", "training", "sweep", "analysis", "reproduce"},
+    "cli": {"core", "probe", "accuracy", "training", "sweep", "analysis", "reproduce"},
     "__main__": {"cli"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -23,6 +23,7 @@ from gm_probe.core.signals import INTERRUPTED, TERMINATED, Terminated, ending_in
 COMMANDS = {
     "quickstart": "Train, measure and correlate a small sweep on bundled real digits.",
     "measure": "Measure how well checkpoints will generalize, from unlabeled data.",
+    "estimate": "Estimate how accurate checkpoints are on unlabeled data, and rank them.",
     "train": "Train one model with SGD, SAM, ASAM, IAM-D or IAM-S.",
     "tune": "Choose ρ and β by the error on a held-out tenth of the training part.",
     "sweep": "Train and measure every run of a recipe.",

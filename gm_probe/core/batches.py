@@ -245,6 +245,18 @@ class Batches:
         other.batch_size, other.free = batch_size, False
         return other
 
+    def over(self, examples: Examples) -> Batches:
+        """Other examples, handed out in the same way.
+
+        Raises:
+            DataError, UsageError: as ``Normalization.require_range`` raises them.
+        """
+        self.normalization.require_range(examples)
+        other = copy(self)
+        other.examples, other.total, other.first = examples, len(examples), 0
+        other.channels_last = self.channels_last and examples.x.dim() == 4
+        return other
+
     def on(self, device: torch.device) -> Batches:
         """The same batches, handed out on ``device``."""
         if device == self.device:

@@ -1,0 +1,219 @@
+"""How far `gmprobe estimate` is off, and how often its intervals cover, on public CIFAR-10 networks under shifts.
+
+    python benchmarks/estimate_accuracy.py --checkpoints DIR --data CIFAR10_TEST_FOLDER --cache DIR
+
+The held-out shifts (benchmarks/held_out_shifts.py) belong to no family that the calibration uses. Label shift is made
+by drawing images with unequal class shares. All logits are kept under --cache, so that a second call goes on at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cifar_resnet import resnet20, resnet56
+from held_out_shifts import held_out_shifts
+
+from gm_probe.accuracy.calibration import sampling_error
+from gm_probe.accuracy.evidence import Evidence, Labeled
+from gm_probe.accuracy.known import Known, know
+from gm_probe.accuracy.predictions import Predictions, predict
+from gm_probe.accuracy.readings import read
+from gm_probe.accuracy.scores import scores_of
+from gm_probe.accuracy.shares import skewed
+from gm_probe.accuracy.shifts import shifted, synthetic_shifts
+from gm_probe.core.batches import Batches, Normalization
+from gm_probe.core.checkpoints import load_weights, read_checkpoint
+from gm_probe.core.datasets import Examples, open_source
+
+NETWORKS = {"resnet20-12fca82f.th": resnet20, "resnet56-4bfd9763.th": resnet56}
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CPU = torch.device("cpu")
+
+
+def sets(data: str, size: int, clean: int) -> dict[str, Examples]:
+    """Return a validation set, a target set to be shifted and a larger one that is not, which share no image."""
+    pool = open_source(data, labeled=True, decode=False).pool
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))
+    parts = order[:size], order[size : 2 * size], order[2 * size : 2 * size + clean]
+    names = ("validation", "target", "clean")
+    return {name: pool.select(part).in_memory() for name, part in zip(names, parts, strict=True)}
+
+
+def conditions(found: dict[str, Examples]) -> Iterator[tuple[str, str, int, Examples]]:
+    """Yield kind, family, strength and examples of every pass; made as they are needed."""
+    yield "validation", "none", 0, found["validation"]
+    yield "clean", "none", 0, found["clean"]
+    for kind, part, shifts in (
+        ("calibration", "validation", synthetic_shifts(3)),
+        ("held-out", "target", held_out_shifts()),
+    ):
+        for shift in shifts:
+            examples = found[part]
+            x = shifted(examples.x, shift, seed=0, device=CPU)
+            yield kind, shift.family, shift.strength, replace(examples, x=x)
+
+
+def collect(checkpoints: Path, found: dict[str, Examples], cache: Path) -> None:
+    """Run every network over every condition, except where the cache has it."""
+    models = {}
+    for name, build in NETWORKS.items():
+        models[name] = build().eval()
+        load_weights(models[name], read_checkpoint(checkpoints / name))
+    for kind, family, strength, examples in conditions(found):
+        for name, model in models.items():
+            file = cache / f"{name}-{kind}-{family}-{strength}.pt"
+            if file.exists():
+                continue
+            made = predict(model, Batches(examples, IMAGENET))
+            right = float((made.classes == examples.y).double().mean())
+            torch.save({**asdict(made), "labels": examples.y}, file)
+            print(f"{name:22s} {kind:12s} {family:12s} {strength} accuracy {right:.3f}", flush=True)
+
+
+# ---- what the estimates are worth
+
+RATIOS = (3.0, 8.0, 25.0)
+"""Between the largest and the smallest class share, where these are changed."""
+LEVEL = 0.9
+
+
+def kept(cache: Path, name: str, kind: str, family: str = "none", strength: int = 0) -> Labeled:
+    """Return what the cache has of one pass."""
+    found = torch.load(cache / f"{name}-{kind}-{family}-{strength}.pt")
+    return Labeled(Predictions(**{k: v for k, v in found.items() if k != "labels"}), found["labels"])
+
+
+def drawn(found: Labeled, ratio: float | None, size: int | None, g: torch.Generator) -> Labeled:
+    """Return a random part of ``size``; with ``ratio`` the largest one with such class shares."""
+    labels = found.labels
+    if ratio is None:
+        chosen = torch.randperm(len(labels), generator=g)[:size]
+    else:
+        counts = labels.bincount().double()
+        shares = skewed(torch.ones(len(counts)).double() / len(counts), ratio, g)
+        each = (shares * (counts / shares).min()).floor().long()
+        places = [(labels == c).nonzero()[:, 0] for c in range(len(counts))]
+        parts = [p[torch.randperm(len(p), generator=g)[:n]] for p, n in zip(places, each, strict=True)]
+        chosen = torch.cat(parts)[torch.randperm(int(each.sum()), generator=g)[:size]]
+    # sums over features are of the whole set, and so are left out
+    whole = len(chosen) == len(labels)
+    own = found.predictions
+    return Labeled(own if whole else Predictions(own.logits[chosen]), labels[chosen])
+
+
+def targets(cache: Path, name: str, size: int | None) -> Iterator[tuple[str, str, Labeled]]:
+    """Yield kind, name and set of every target; ``size`` None = as large as it can be."""
+    g = torch.Generator().manual_seed(1)
+    clean = kept(cache, name, "clean")
+    for index in range(3):
+        yield "no shift", f"clean {index}", drawn(clean, None, size or 1000, g)
+    for shift in held_out_shifts():
+        found = kept(cache, name, "held-out", shift.family, shift.strength)
+        yield "covariate", f"{shift.family} {shift.strength}", drawn(found, None, size or 10**9, g)
+    for ratio in RATIOS:
+        for index in range(4):
+            yield "label", f"ratio {ratio:g} draw {index}", drawn(clean, ratio, size, g)
+    for place, shift in enumerate(held_out_shifts()):
+        found = kept(cache, name, "held-out", shift.family, shift.strength)
+        ratio = RATIOS[(place + place // 3) % 3]
+        yield "both", f"{shift.family} {shift.strength} ratio {ratio:g}", drawn(found, ratio, size, g)
+
+
+def evaluate(cache: Path, name: str, size: int | None) -> list[dict[str, Any]]:
+    """Estimate the accuracy of one network on all targets."""
+    validation = kept(cache, name, "validation")
+    shifts = tuple(
+        (one.family, kept(cache, name, "calibration", one.family, one.strength))
+        for one in synthetic_shifts(3)
+    )
+    known: dict[int, Known] = {}
+    rows = []
+    for kind, target, found in targets(cache, name, size):
+        number = len(found.labels)
+        near = min((100, 400, 1000), key=lambda one: abs(one - number))  # of which size the signs are taken
+        if near not in known:
+            stand_in = Predictions(validation.predictions.logits[:near])
+            evidence = Evidence(name, stand_in, validation, shifted=shifts)
+            known[near] = know(evidence, [None] * (1 + len(shifts)), 0)
+        one = known[near]
+        scores = scores_of(found.predictions, one.reference, one.shares)
+        default = min(one.calibrations, key=lambda key: one.calibrations[key].mean_error)
+        row: dict[str, Any] = {"network": name, "kind": kind, "target": target, "n": number}
+        row |= {"accuracy": found.accuracy, "estimator": default}
+        for choice in ("auto", "validation", "estimated"):
+            made = read(one, found.predictions, scores, default, None, choice, LEVEL)
+            row[choice] = [made.value, made.low, made.high, list(made.readings)]
+        sizes = number, len(validation.labels)
+        for key, calibration in one.calibrations.items():
+            if key not in scores:
+                continue
+            value = calibration.accuracy(scores[key])
+            half = np.hypot(calibration.half_width(value, LEVEL), sampling_error(value, sizes, LEVEL))
+            row[f"line:{key}"] = [value, value - half, value + half]
+        for key in ("average_confidence", "doc", "atc", "atc_entropy", "cot"):
+            row[f"plain:{key}"] = [scores[key]]
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: mean absolute error in points, and coverage, by kind of shift."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(row["kind"], []).append(row)
+        if row["kind"] == "covariate" and row["accuracy"] > 0.6:
+            kinds.setdefault("covariate, accuracy > 0.6", []).append(row)
+    lines = ["| estimate | " + " | ".join(f"{kind} ({len(found)})" for kind, found in kinds.items()) + " |"]
+    lines.append("|---|" + "---:|" * len(kinds))
+    for key in [key for key in rows[0] if isinstance(rows[0][key], list)]:
+        cells = []
+        for found in kinds.values():
+            known = [row for row in found if key in row]
+            if not known:
+                cells.append("—")
+                continue
+            error = np.mean([abs(row[key][0] - row["accuracy"]) for row in known])
+            cell = f"{100 * error:.1f}"
+            if len(rows[0][key]) > 1:
+                held = np.mean([row[key][1] <= row["accuracy"] <= row[key][2] for row in known])
+                half = np.mean([(row[key][2] - row[key][1]) / 2 for row in known])
+                cell += f" (±{100 * half:.1f}, {100 * held:.0f} %)"
+            cells.append(cell)
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoints", type=Path, required=True)
+    parser.add_argument("--data", required=True, help="Folder of class folders of CIFAR-10 test images.")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument(
+        "--size", type=int, default=1000, help="Images of the validation and of the target set."
+    )
+    parser.add_argument("--clean", type=int, default=2000, help="Unshifted images for label shift.")
+    given = parser.parse_args()
+    given.cache.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    collect(given.checkpoints, sets(given.data, given.size, given.clean), given.cache)
+    for size in (None, 100):
+        rows = [row for name in NETWORKS for row in evaluate(given.cache, name, size)]
+        (given.cache / f"rows-{size or 'all'}.json").write_text(json.dumps(rows))
+        print(
+            f"\nunlabeled sets of {'300 to 2,000' if size is None else size} images\n\n{table(rows)}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

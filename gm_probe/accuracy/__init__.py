@@ -1,0 +1,1 @@
+"""How accurate a classifier is on unlabeled data: scores of its outputs, their calibration, intervals, a ranking."""

@@ -1,0 +1,111 @@
+"""The public entry: models and data in, a ranked report with intervals and one conclusion out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gm_probe.accuracy.evidence import Evidence, gather
+from gm_probe.accuracy.report import EstimateReport
+from gm_probe.accuracy.sets import examine
+from gm_probe.accuracy.verdict import Request, judge
+from gm_probe.core.batches import Batches
+from gm_probe.core.collecting import Data, as_batches
+from gm_probe.core.door import Outputs
+from gm_probe.core.errors import UsageError, one_device
+from gm_probe.core.layout import in_layout_taken
+from gm_probe.core.parameters import Parameters
+from gm_probe.probe.measures import measure
+from gm_probe.probe.settings import Settings
+
+EXTRA = "effective_invariance"
+"""An estimator that takes a second pass over every set, and so is computed on demand only."""
+
+
+@one_device()
+@torch.inference_mode(False)
+def estimate(
+    models: nn.Module | Mapping[str, nn.Module] | Sequence[nn.Module],
+    unlabeled: Data,
+    *,
+    validation: Data | None = None,
+    few_labels: Data | None = None,
+    class_shares: str | Tensor | Sequence[float] = "auto",
+    measures: Sequence[str] = (),
+    level: float = 0.9,
+    outputs: Outputs | None = None,
+    settings: Settings | None = None,
+    notify: Callable[[str, int], None] | None = None,
+) -> EstimateReport:
+    """Estimate how accurate ``models`` are on ``unlabeled`` data, and rank them.
+
+    Without labels no accuracy is claimed, only an order. With a labeled ``validation`` set of the training distribution
+    each estimate has an interval, learned on synthetic shifts of it (images in [0, 1] alone; of other data on random
+    halves of it). With ``few_labels``, a labeled random sample of the unlabeled data, the interval is a confidence
+    interval that needs no assumption on the shift.
+
+    Args:
+        models: one, several, or several by name.
+        unlabeled, validation, few_labels: as ``measure`` takes data. Images keep their pixels as ``Batches`` of
+            ``Examples`` with a ``Normalization``.
+        class_shares: of the unlabeled data: ``validation`` (those of the validation set), ``uniform``, ``estimated``
+            (by EM), or K numbers. ``auto`` tests whether they changed, and shows both readings where it cannot tell.
+        measures: names of ``MEASURES`` to add to each row, or ``effective_invariance``.
+        level: of every interval.
+        settings: of the measures, and the seed of every random draw.
+        notify: called with a model's name and the number of examples that it has done.
+
+    Raises:
+        UsageError, DataError: sets that do not fit each other or the models, or options that cannot be used.
+        CheckpointError, DivergedError: weights or outputs that are not finite.
+    """
+    settings = settings or Settings()
+    named = _named(models)
+    request = Request.of(class_shares, level, settings.seed)
+    extra = [name for name in measures if name != EXTRA]
+    target = as_batches(unlabeled)
+    labeled = [None if data is None else as_batches(data) for data in (validation, few_labels)]
+    notes = examine(target.examples, *(None if one is None else one.examples for one in labeled))
+    evidence: list[Evidence] = []
+    rows: dict[str, dict[str, Any]] = {}
+    for name, model in named.items():
+        own = _fitted(model, target)
+        evidence.append(
+            gather(
+                name,
+                model,
+                own,
+                *(None if one is None else _fitted(model, one) for one in labeled),
+                outputs=outputs,
+                mirror=EXTRA in measures,
+                seed=settings.seed,
+                notify=None if notify is None else partial(notify, name),
+            )
+        )
+        if extra:
+            report = measure(model, own, extra, settings, outputs=outputs)
+            rows[name] = {key: row.as_dict() for key, row in report.rows.items()}
+    return judge(evidence, request, rows, notes)
+
+
+def _named(models: nn.Module | Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, nn.Module]:
+    if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList | nn.ModuleDict):
+        return {"model": models}
+    named = (
+        dict(models.items())
+        if isinstance(models, Mapping | nn.ModuleDict)
+        else {f"model {index}": model for index, model in enumerate(models)}
+    )
+    if not named:
+        raise UsageError("no model is given; give one, a list, or a dict of them by name")
+    return named
+
+
+def _fitted(model: nn.Module, batches: Batches) -> Batches:
+    """Return ``batches`` on the model's device, in its dtype and memory format."""
+    parameters = Parameters(model)
+    return in_layout_taken(model, batches.on(parameters.device).of_dtype(parameters.dtype))

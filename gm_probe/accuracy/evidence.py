@@ -1,0 +1,125 @@
+"""All that a model is run over: the unlabeled set, the validation set and its shifts, the few labels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from gm_probe.accuracy.predictions import Predictions, predict, require_fit
+from gm_probe.accuracy.shifts import shifted, synthetic_shifts, why_not_shifted
+from gm_probe.core.batches import Batches
+from gm_probe.core.datasets import Examples
+from gm_probe.core.door import Outputs
+from gm_probe.core.errors import DataError
+from gm_probe.core.labels import fitting
+
+SHIFTED = 2000
+"""Most validation examples that each shift is applied to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labeled:
+    """A model's predictions for a labeled set, and the labels (N,)."""
+
+    predictions: Predictions
+    labels: Tensor
+
+    @property
+    def right(self) -> Tensor:
+        """(N,) whether each prediction is right."""
+        return self.predictions.classes == self.labels
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions."""
+        return float(self.right.double().mean())
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What one model said of every set.
+
+    Attributes:
+        shifted: each synthetic shift's family and the predictions for the validation set under it.
+        seconds: that the passes took.
+    """
+
+    name: str
+    unlabeled: Predictions
+    validation: Labeled | None = None
+    few_labels: Labeled | None = None
+    shifted: tuple[tuple[str, Labeled], ...] = ()
+    seconds: float = 0.0
+    outputs: Outputs = field(default_factory=Outputs)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.unlabeled.logits.shape[1]
+
+
+def gather(
+    name: str,
+    model: nn.Module,
+    unlabeled: Batches,
+    validation: Batches | None = None,
+    few_labels: Batches | None = None,
+    *,
+    outputs: Outputs | None = None,
+    mirror: bool = False,
+    seed: int = 0,
+    notify: Callable[[int], None] | None = None,
+) -> Evidence:
+    """Run ``model`` over all sets once, and over the validation set once more for each synthetic shift.
+
+    Args:
+        mirror: also run it over the mirror images of each set, for the effective invariance.
+        notify: called with the number of examples of each batch that is done.
+
+    Raises:
+        UsageError, CheckpointError, DataError, DivergedError: as ``require_fit`` and ``predict`` raise them.
+        DataError: labels that are none of the model's classes.
+    """
+    began = time.perf_counter()
+    read = require_fit(model, unlabeled, outputs)
+
+    def run(batches: Batches) -> Predictions:
+        return predict(model, batches, read, mirror=mirror, notify=notify)
+
+    def labeled(batches: Batches) -> Labeled:
+        found, examples = run(batches), batches.examples
+        if examples.y is None:
+            raise DataError(
+                f"{examples.source} has no labels, which it needs here; give class folders or 'y'"
+            )
+        return Labeled(found, fitting(examples.y, found.logits, examples.source).cpu())
+
+    moved = []
+    if validation is not None and why_not_shifted(validation.examples) is None:
+        some = validation.examples.subset(SHIFTED, seed)
+        for shift in synthetic_shifts(some.x.shape[1], min(some.x.shape[2:])):
+            x = shifted(some.x, shift, seed, validation.device)
+            moved.append((shift.family, labeled(validation.over(replace(some, x=x)))))
+    return Evidence(
+        name,
+        run(unlabeled),
+        None if validation is None else labeled(validation),
+        None if few_labels is None else labeled(few_labels),
+        tuple(moved),
+        time.perf_counter() - began,
+        read,
+    )
+
+
+def num_passes(unlabeled: Examples, validation: Examples | None, few_labels: Examples | None) -> int:
+    """Return over how many examples ``gather`` runs each model, for a progress bar."""
+    total = len(unlabeled) + (len(few_labels) if few_labels is not None else 0)
+    if validation is None:
+        return total
+    shifts = 0
+    if why_not_shifted(validation) is None:
+        shifts = len(synthetic_shifts(validation.x.shape[1]))
+    return total + len(validation) + shifts * min(SHIFTED, len(validation))

@@ -1,0 +1,156 @@
+"""What a labeled validation set and its synthetic shifts tell of one model: scores with known accuracies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gm_probe.accuracy.calibration import UNSHIFTED, Calibration, Row, as_it_is, fitted
+from gm_probe.accuracy.evidence import Evidence, Labeled
+from gm_probe.accuracy.predictions import Predictions
+from gm_probe.accuracy.scores import ESTIMATORS, Reference, probabilities, scores_of
+from gm_probe.accuracy.shares import Corrected, counted_shares, em_shares, rejected, skewed
+from gm_probe.accuracy.transport import transport
+
+HALVES = 20
+"""Random halves of a validation set that cannot be shifted."""
+SKEWS = (4.0, 4.0, 16.0, 16.0)
+"""Ratios between the largest and the smallest share by which those of the validation set are changed for a trial."""
+ON_HALVES = ("average_confidence", "doc", "atc", "atc_entropy", "cot")
+"""Estimators that need no synthetic shifts: their scores are accuracies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """What tells a change of the class shares from other shifts.
+
+    Attributes:
+        distance: Σ |π̂ − π| between the shares that EM finds and the validation's.
+        transported: COT under the shares that EM finds.
+        rejected: whether the confidences are distributed otherwise than a mere change of the shares explains.
+    """
+
+    distance: float
+    transported: float
+    rejected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of one model.
+
+    Attributes:
+        shares: (K,) class shares of the validation set.
+        calibrations: of each estimator.
+        signs: of each shifted validation set, at the size of the unlabeled set.
+        offset: validation accuracy minus COT there, which is added to COT where only the class shares changed.
+        skew_error: how far that was off on the validation set with other class shares, by reweighting.
+        by_shifts: whether the calibrations are by synthetic shifts, not by random halves.
+    """
+
+    reference: Reference
+    corrected: Corrected
+    validation: Labeled
+    shares: Tensor
+    calibrations: dict[str, Calibration]
+    signs: tuple[Signs, ...]
+    offset: float
+    skew_error: float
+    by_shifts: bool
+
+    def signs_of(self, predictions: Predictions) -> tuple[Signs, Tensor]:
+        """Return the signs of an unlabeled set, and the class shares (K,) that EM finds."""
+        return _signs(self.reference, self.corrected, self.validation, self.shares, predictions.logits)
+
+
+def know(evidence: Evidence, agreements: Sequence[float | None], seed: int) -> Known:
+    """Learn from the validation set and its shifts.
+
+    Args:
+        agreements: mean share on which the other models agree, of the validation set and each shifted one.
+    """
+    validation = evidence.validation
+    assert validation is not None
+    logits, labels = validation.predictions.logits, validation.labels
+    reference = Reference.of(logits, labels)
+    corrected = Corrected.of(logits, labels)
+    shares = counted_shares(labels, logits.shape[1])
+    sets = [(UNSHIFTED, validation), *evidence.shifted]
+    if evidence.shifted:
+        rows = [
+            Row(family, scores_of(found.predictions, reference, shares, agreement), found.accuracy)
+            for (family, found), agreement in zip(sets, agreements, strict=True)
+        ]
+        names = [name for name in ESTIMATORS if all(name in row.scores for row in rows)]
+        calibrations = {name: fitted(rows, name, reference.accuracy) for name in names}
+    else:
+        rows = _halves(validation, seed)
+        calibrations = {name: as_it_is(rows, name, reference.accuracy) for name in ON_HALVES}
+    generator = torch.Generator().manual_seed(seed)
+    signs = []
+    for _, found in evidence.shifted:
+        chosen = found.predictions.logits
+        size = min(len(chosen), len(evidence.unlabeled.logits))
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:size]]
+        signs.append(_signs(reference, corrected, validation, shares, chosen)[0])
+    offset, error = _on_skewed(reference, corrected, validation, shares, generator)
+    return Known(
+        reference,
+        corrected,
+        validation,
+        shares,
+        calibrations,
+        tuple(signs),
+        offset,
+        error,
+        bool(evidence.shifted),
+    )
+
+
+def _on_skewed(
+    reference: Reference,
+    corrected: Corrected,
+    validation: Labeled,
+    shares: Tensor,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    """Return COT's offset on the validation set, and its largest error there under ``SKEWS`` of the class shares."""
+    logits, labels = validation.predictions.logits, validation.labels
+    p, q = probabilities(logits, reference.temperature), corrected.probabilities(logits)
+    offset = reference.accuracy - transport(p, shares)
+    errors = [0.0]
+    for ratio in SKEWS:
+        weights = (skewed(shares, ratio, generator) / shares.clamp(min=1e-9))[labels]
+        estimate = transport(p, em_shares(q, shares, weights), weights) + offset
+        errors.append(estimate - float(weights @ validation.right.double() / weights.sum()))
+    return offset, max(map(abs, errors))
+
+
+def _halves(validation: Labeled, seed: int) -> list[Row]:
+    """Estimate the accuracy of one half from the labels of the other, ``HALVES`` times."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, labels = validation.predictions.logits, validation.labels
+    rows = []
+    for index in range(HALVES):
+        order = torch.randperm(len(labels), generator=generator)
+        first, second = order[: len(order) // 2], order[len(order) // 2 :]
+        reference = Reference.of(logits[first], labels[first])
+        shares = counted_shares(labels[first], logits.shape[1])
+        right = (logits[second].argmax(1) == labels[second]).double().mean()
+        scores = scores_of(Predictions(logits[second]), reference, shares)
+        rows.append(Row(f"half {index}", scores, float(right)))
+    return rows
+
+
+def _signs(
+    reference: Reference, corrected: Corrected, validation: Labeled, shares: Tensor, logits: Tensor
+) -> tuple[Signs, Tensor]:
+    found = em_shares(corrected.probabilities(logits), shares)
+    p = probabilities(logits, reference.temperature)
+    own = probabilities(validation.predictions.logits, reference.temperature).amax(1)
+    weights = (found / shares.clamp(min=1e-9))[validation.labels]
+    signs = Signs(float((found - shares).abs().sum()), transport(p, found), rejected(p.amax(1), own, weights))
+    return signs, found

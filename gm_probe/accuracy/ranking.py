@@ -1,0 +1,163 @@
+"""The order of the models, which of them can be told apart, what to label to tell more, and one conclusion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist, fmean
+
+import torch
+
+from gm_probe.accuracy.calibration import Calibration, conformal
+from gm_probe.accuracy.evidence import Evidence
+from gm_probe.accuracy.few_labels import labels_to_separate, paired_difference
+from gm_probe.accuracy.report import (
+    Accuracy,
+    EstimateReport,
+    ModelEstimate,
+    Suggestion,
+    percent,
+    whole,
+)
+from gm_probe.accuracy.scores import probabilities
+
+UNLABELED_ORDER = ("agreement", "average_confidence", "nuclear_norm")
+"""Scores whose mean rank orders models of which nothing labeled is known; the larger the better."""
+LEADERS = 5
+"""Most models whose disagreements are suggested for labeling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the order goes by: a model's evidence, the chosen estimator's calibration, its accuracy and its scores."""
+
+    evidence: Evidence
+    calibration: Calibration | None
+    accuracy: Accuracy | None
+    scores: dict[str, float]
+    temperature: float = 1.0
+
+
+def conclude(
+    rows: Sequence[ModelEstimate],
+    standings: Sequence[Standing],
+    agreement: Sequence[Sequence[float]],
+    level: float,
+    seed: int,
+    notes: Sequence[str],
+) -> EstimateReport:
+    """Return the report, best model first."""
+    order = _order(standings)
+    first = standings[order[0]]
+    ranked, leaders = [], [first]
+    for rank, index in enumerate(order):
+        apart = rank > 0 and separated(first, standings[index], agreement[order[0]][index], level)
+        ranked.append(replace(rows[index], rank=rank + 1, separated=apart))
+        if rank > 0 and not apart:
+            leaders.append(standings[index])
+    needed = _labels_needed(leaders[0], leaders[1], level) if len(leaders) > 1 else None
+    evidence = first.evidence
+    return EstimateReport(
+        tuple(ranked),
+        tuple(tuple(agreement[a][b] for b in order) for a in order),
+        conclusion(ranked, needed),
+        tuple(notes),
+        needed,
+        suggestions([one.evidence for one in leaders[:LEADERS]], seed),
+        len(evidence.unlabeled.logits),
+        None if evidence.validation is None else len(evidence.validation.labels),
+        None if evidence.few_labels is None else len(evidence.few_labels.labels),
+    )
+
+
+def _order(standings: Sequence[Standing]) -> list[int]:
+    indices = range(len(standings))
+    accuracies = [one.accuracy for one in standings]
+    if all(one is not None for one in accuracies):
+        return sorted(indices, key=lambda i: -accuracies[i].value)  # type: ignore[union-attr]
+    # with two models both agree with the other alike, and the ranks of that score are equal
+    names = [name for name in UNLABELED_ORDER if all(name in one.scores for one in standings)]
+    ranks = [
+        [sum(other.scores[name] > one.scores[name] for other in standings) for name in names]
+        for one in standings
+    ]
+    return sorted(indices, key=lambda i: fmean(ranks[i]))
+
+
+def separated(first: Standing, other: Standing, agreement: float, level: float) -> bool:
+    """Return whether the first model's accuracy is told from the other's.
+
+    With few labels by the same labels; else by how far the difference of their estimates was off on labeled sets, which
+    is less than each estimate was, since both err alike.
+    """
+    few, others = first.evidence.few_labels, other.evidence.few_labels
+    if few is not None and others is not None:
+        interval, _ = paired_difference(few.right, others.right, level)
+        return interval.low > 0
+    if first.accuracy is None or other.accuracy is None:
+        return False
+    assert first.calibration is not None
+    assert other.calibration is not None
+    pairs = zip(first.calibration.residuals, other.calibration.residuals, strict=True)
+    quantile = conformal([a - b for a, b in pairs], level)
+    sampling = (
+        NormalDist().inv_cdf((1 + level) / 2)
+        * ((1 - agreement) / len(first.evidence.unlabeled.logits)) ** 0.5
+    )
+    return first.accuracy.value - other.accuracy.value > (quantile**2 + sampling**2) ** 0.5
+
+
+def _labels_needed(first: Standing, other: Standing, level: float) -> int | None:
+    """Return about how many labels of images on which both disagree tell them apart; None where none would."""
+    if first.accuracy is None or other.accuracy is None:
+        return None
+    ours, theirs = first.evidence.unlabeled, other.evidence.unlabeled
+    apart = ours.classes != theirs.classes
+    if not bool(apart.any()):
+        return None
+    right = sum(
+        float(probabilities(one.evidence.unlabeled.logits[apart], one.temperature).amax(1).mean())
+        for one in (first, other)
+    )
+    share = float(apart.double().mean())
+    difference = first.accuracy.value - other.accuracy.value
+    return whole(labels_to_separate(difference, share, min(right, 1.0), level))
+
+
+def suggestions(leaders: Sequence[Evidence], seed: int) -> tuple[Suggestion, ...]:
+    """Return the examples on which the leaders disagree, in random order, so that any first part is a fair sample."""
+    if len(leaders) < 2:
+        return ()
+    classes = torch.stack([one.unlabeled.classes for one in leaders])
+    apart = (classes != classes[0]).any(0).nonzero()[:, 0]
+    order = torch.randperm(len(apart), generator=torch.Generator().manual_seed(seed))
+    return tuple(
+        Suggestion(int(index), {one.name: int(classes[row, index]) for row, one in enumerate(leaders)})
+        for index in apart[order]
+    )
+
+
+def conclusion(ranked: Sequence[ModelEstimate], needed: int | None) -> str:
+    """Say what follows, in plain words."""
+    first = ranked[0]
+    close = [one.name for one in ranked[1:] if not one.separated]
+    if first.accuracy is None:
+        order = ", ".join(one.name for one in ranked)
+        said = f"No accuracy is claimed: {first.reason}."
+        return (
+            said
+            if len(ranked) == 1
+            else f"{said} By agreement and confidence, a weak guide, the order is {order}."
+        )
+    found = first.accuracy
+    interval = f"{100 * found.level:g} % interval {percent(found.low)} to {percent(found.high)}"
+    if len(ranked) == 1:
+        return f"{first.name} is right on an estimated {percent(found.value)} of the unlabeled data ({interval})."
+    leads = f"{first.name} leads with {percent(found.value)} ({interval})"
+    if not close:
+        return f"{leads}; every other model is told from it."
+    listed = close[0] if len(close) == 1 else f"{', '.join(close[:-1])} and {close[-1]}"
+    said = f"{leads}; {listed} cannot be told from it."
+    if needed is None:
+        return f"{said} No number of labels is known that would tell them apart."
+    return f"{said} To separate {first.name} from {close[0]}, label about {needed:,} images on which they disagree."

@@ -1,0 +1,142 @@
+"""One model's accuracy under each reading of the class shares, and the interval over all that cannot be excluded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gm_probe.accuracy.calibration import sampling_error
+from gm_probe.accuracy.known import Known, Signs
+from gm_probe.accuracy.predictions import Predictions
+from gm_probe.accuracy.report import Accuracy
+from gm_probe.accuracy.scores import ESTIMATORS, probabilities
+from gm_probe.accuracy.shares import same_shares
+from gm_probe.accuracy.transport import transport
+
+NEAREST = 7
+"""Synthetic shifts of the most similar confidence, with which the distance of the class shares is compared."""
+SAME, CHANGED, GIVEN = "validation", "estimated", "given"
+"""The readings: class shares as in the validation set, as EM finds them, or as the user says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """An estimate, half its interval, and what it is called."""
+
+    value: float
+    half: float
+    method: str
+    assumption: str
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """Value, low and high, within [0, 1]."""
+        return self.value, max(self.value - self.half, 0.0), min(self.value + self.half, 1.0)
+
+
+def read(
+    known: Known,
+    predictions: Predictions,
+    scores: dict[str, float],
+    name: str,
+    shares: Tensor | None,
+    choice: str,
+    level: float,
+) -> Accuracy:
+    """Return one model's accuracy on the unlabeled set.
+
+    Args:
+        scores: of the unlabeled set; those that use class shares, with those of the validation set.
+        name: the estimator to use.
+        shares: (K,) known ones of the unlabeled set; None = unknown.
+        choice: ``auto``, or the reading that the user asks for.
+    """
+    sizes = len(predictions.logits), len(known.validation.labels)
+    if shares is not None:
+        score = transport(probabilities(predictions.logits, known.reference.temperature), shares)
+        found = _calibrated(known, "cot", score, sizes, level)
+        return _accuracy([(GIVEN, found)], level)
+    same = _calibrated(known, name, scores[name], sizes, level)
+    if choice == SAME or (choice == "auto" and _as_before(known, predictions)):
+        return _accuracy([(SAME, same)], level)
+    signs, estimated = known.signs_of(predictions)
+    changed = _changed(known, signs, estimated, sizes, level)
+    if choice == CHANGED:
+        return _accuracy([(CHANGED, changed)], level)
+    readings = {SAME: same, CHANGED: changed}
+    return _accuracy([(key, readings[key]) for key in plausible(known, signs)], level)
+
+
+def plausible(known: Known, signs: Signs) -> list[str]:
+    """Return the readings that cannot be excluded, the likelier first.
+
+    The distance of EM's class shares is compared with what synthetic shifts alone, which leave the shares as they are,
+    make EM believe: those that a test on the confidences takes for a change of the shares, or those that it does not.
+    """
+    alike = [one for one in known.signs if one.rejected == signs.rejected]
+    if signs.rejected:
+        alike = sorted(alike, key=lambda one: abs(one.transported - signs.transported))[:NEAREST]
+    usual = sorted(one.distance for one in alike)
+    if usual and signs.distance <= usual[len(usual) // 2]:
+        return [SAME]
+    if usual and signs.distance <= usual[-1]:
+        return [SAME, CHANGED]
+    return [CHANGED, SAME] if signs.rejected else [CHANGED]
+
+
+def _as_before(known: Known, predictions: Predictions) -> bool:
+    """Whether the predicted classes have the same shares as on the validation set."""
+    return same_shares(predictions.classes, known.validation.predictions.classes, len(known.shares))
+
+
+def _calibrated(known: Known, name: str, score: float, sizes: tuple[int, int], level: float) -> Reading:
+    calibration = known.calibrations[name]
+    value = calibration.accuracy(score)
+    half = math.hypot(calibration.half_width(value, level), sampling_error(value, sizes, level))
+    how = (
+        "calibrated on synthetic shifts"
+        if known.by_shifts
+        else "with errors from halves of the validation set"
+    )
+    assumption = ESTIMATORS[name].assumption
+    if known.by_shifts:
+        assumption += "; the shift is like the synthetic ones, and the class shares are the validation's"
+    else:
+        assumption = "the unlabeled data is distributed as the validation set is"
+    return Reading(value, half, f"{name}, {how}", assumption)
+
+
+def _changed(known: Known, signs: Signs, shares: Tensor, sizes: tuple[int, int], level: float) -> Reading:
+    """The reading by EM's class shares: COT with them, moved to fit the validation set, or calibrated under shifts."""
+    if signs.rejected and known.by_shifts:
+        found = _calibrated(known, "cot", signs.transported, sizes, level)
+        return Reading(
+            found.value,
+            found.half,
+            "cot with estimated class shares, calibrated on synthetic shifts",
+            "the class shares changed, and the images, too",
+        )
+    value = min(max(signs.transported + known.offset, 0.0), 1.0)
+    weights = (shares / known.shares.clamp(min=1e-9))[known.validation.labels]
+    effective = int(weights.sum().square() / weights.square().sum())
+    half = math.hypot(known.skew_error, sampling_error(value, (sizes[0], max(effective, 1)), level))
+    return Reading(
+        value, half, "cot with estimated class shares", "only the class shares changed (label shift)"
+    )
+
+
+def _accuracy(readings: list[tuple[str, Reading]], level: float) -> Accuracy:
+    """Return the first reading, with an interval over all of them."""
+    first = readings[0][1]
+    intervals = [reading.interval for _, reading in readings]
+    return Accuracy(
+        first.value,
+        min(low for _, low, _ in intervals),
+        max(high for _, _, high in intervals),
+        level,
+        first.method,
+        " or: ".join(reading.assumption for _, reading in readings),
+        {key: reading.interval for key, reading in readings},
+    )

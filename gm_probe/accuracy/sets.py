@@ -1,0 +1,86 @@
+"""What the sets must be, and what a person should know of them."""
+
+from __future__ import annotations
+
+from gm_probe.accuracy.shifts import why_not_shifted
+from gm_probe.core.datasets import Examples, marks
+from gm_probe.core.errors import DataError
+from gm_probe.core.fields import Fields
+
+FEW_UNLABELED, FEW_VALIDATION = 50, 200
+"""Below these sizes intervals are wide, and a note says so."""
+LEAST_VALIDATION = 20
+"""Fewer validation examples say nothing of a temperature and a threshold."""
+
+
+def examine(
+    unlabeled: Examples, validation: Examples | None = None, few_labels: Examples | None = None
+) -> list[str]:
+    """Return notes on the sets.
+
+    Raises:
+        DataError: a set is empty, without labels where it needs some, too small, of one class, or of another shape.
+    """
+    notes = []
+    for name, examples in (("validation", validation), ("few-labels", few_labels)):
+        if examples is None:
+            continue
+        if examples.y is None or examples.y.dim() != 1:
+            raise DataError(
+                f"{examples.source} has no class labels, which the {name} set needs; give class folders or 'y'"
+            )
+        if tuple(examples.x.shape[1:]) != tuple(unlabeled.x.shape[1:]):
+            raise DataError(
+                f"{examples.source} has examples of shape {tuple(examples.x.shape[1:])} but {unlabeled.source} of "
+                f"{tuple(unlabeled.x.shape[1:])}; give both the same size and channels"
+            )
+    if not len(unlabeled):
+        raise DataError(f"{unlabeled.source} holds no examples")
+    if len(unlabeled) < FEW_UNLABELED:
+        notes.append(
+            f"{unlabeled.source} has only {len(unlabeled)} examples; chance alone moves the accuracy on so few"
+        )
+    if validation is not None:
+        notes += _of_validation(validation, unlabeled)
+    if few_labels is not None and not len(few_labels):
+        raise DataError(f"{few_labels.source} holds no examples")
+    return notes
+
+
+def _of_validation(validation: Examples, unlabeled: Examples) -> list[str]:
+    assert validation.y is not None
+    source, size = validation.source, len(validation)
+    if size < LEAST_VALIDATION:
+        raise DataError(
+            f"{source} has {size} validation examples; {LEAST_VALIDATION} are the least, and {FEW_VALIDATION} or more "
+            "give usable intervals"
+        )
+    if len(validation.y.unique()) < 2:
+        raise DataError(
+            f"{source} has examples of one class only; a validation set needs those of every class, as in training"
+        )
+    notes = []
+    if size < FEW_VALIDATION:
+        notes.append(
+            f"{source} has only {size} validation examples; give {FEW_VALIDATION} or more for narrower intervals"
+        )
+    twice = _shared(unlabeled, validation)
+    if twice:
+        notes.append(
+            f"{twice} of {len(unlabeled)} unlabeled examples are in {source}, too; take them out of one of the two sets"
+        )
+    reason = why_not_shifted(validation)
+    if reason is not None:
+        notes.append(
+            f"{source} cannot be shifted synthetically ({reason}); the interval holds only if the unlabeled data is "
+            "distributed as the validation set is"
+        )
+    return notes
+
+
+def _shared(unlabeled: Examples, validation: Examples) -> int:
+    """Return how many unlabeled examples are in the validation set, too."""
+    if isinstance(unlabeled.x, Fields) or isinstance(validation.x, Fields):
+        return 0
+    known = set(marks(validation.x))
+    return sum(mark in known for mark in marks(unlabeled.x))

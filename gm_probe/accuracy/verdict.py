@@ -1,0 +1,202 @@
+"""From what the models said of the sets to one ranked report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gm_probe.accuracy.evidence import Evidence
+from gm_probe.accuracy.few_labels import prediction_powered
+from gm_probe.accuracy.known import Known, know
+from gm_probe.accuracy.predictions import Predictions
+from gm_probe.accuracy.ranking import Standing, conclude
+from gm_probe.accuracy.readings import read
+from gm_probe.accuracy.report import Accuracy, EstimateReport, ModelEstimate
+from gm_probe.accuracy.scores import probabilities, scores_of
+from gm_probe.core.errors import DataError, UsageError, did_you_mean
+
+CHOICES = ("auto", "validation", "uniform", "estimated")
+"""What class shares may be, beside numbers."""
+NOT_IDENTIFIABLE = (
+    "accuracy on unlabeled data is not identifiable without labeled data of the training distribution; give a "
+    "validation set"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """How to estimate: class shares (K,) or one of ``CHOICES``, the level of intervals, the seed."""
+
+    choice: str = "auto"
+    shares: Tensor | None = None
+    level: float = 0.9
+    seed: int = 0
+
+    @classmethod
+    def of(cls, class_shares: str | Tensor | Sequence[float], level: float, seed: int) -> Request:
+        """Check the values.
+
+        Raises:
+            UsageError: an unknown word, numbers that are no shares, or a level outside of (0, 1).
+        """
+        if not 0 < level < 1:
+            raise UsageError(f"level = {level} must lie between 0 and 1, such as 0.9")
+        if isinstance(class_shares, str):
+            if class_shares not in CHOICES:
+                raise UsageError(f"no class shares {class_shares!r}; {did_you_mean(class_shares, CHOICES)}")
+            return cls(class_shares, None, level, seed)
+        shares = torch.as_tensor(np.asarray(class_shares, dtype=float))
+        if (
+            shares.dim() != 1
+            or len(shares) < 2
+            or not bool((shares >= 0).all())
+            or not 0 < float(shares.sum()) < math.inf
+        ):
+            raise UsageError("class shares must be one number ≥ 0 a class, with a sum above 0")
+        return cls("given", shares / shares.sum(), level, seed)
+
+    def shares_of(self, classes: int) -> Tensor | None:
+        """Return the shares (K,) that are known beforehand; None = unknown.
+
+        Raises:
+            UsageError: another number of shares than classes.
+        """
+        if self.choice == "uniform":
+            return torch.full((classes,), 1 / classes, dtype=torch.float64)
+        if self.shares is not None and len(self.shares) != classes:
+            raise UsageError(
+                f"{len(self.shares)} class shares are given, but the models have {classes} classes"
+            )
+        return self.shares
+
+
+def judge(
+    evidence: Sequence[Evidence],
+    request: Request,
+    measures: Mapping[str, dict[str, Any]] | None = None,
+    notes: Sequence[str] = (),
+) -> EstimateReport:
+    """Rank the models by what they said of the sets.
+
+    Raises:
+        DataError: models of different numbers of classes.
+        UsageError: class shares that do not fit.
+    """
+    for one in evidence:
+        if one.num_classes != evidence[0].num_classes:
+            raise DataError(
+                f"{one.name} has {one.num_classes} classes but {evidence[0].name} has {evidence[0].num_classes}; only "
+                "models of the same classes can be compared"
+            )
+    shares = request.shares_of(evidence[0].num_classes)
+    agreement = agreements([one.unlabeled for one in evidence])
+    mutual = _means(agreement)
+    everyone = _known(evidence, request)
+    default = _best(everyone)
+    rows, standings = [], []
+    for index, one in enumerate(evidence):
+        known = everyone[index]
+        scores = scores_of(
+            one.unlabeled,
+            None if known is None else known.reference,
+            shares if known is None else known.shares,
+            mutual[index],
+        )
+        accuracy = _accuracy(one, known, scores, default, shares, request)
+        rows.append(
+            ModelEstimate(
+                one.name,
+                0,
+                accuracy,
+                "" if accuracy is not None else NOT_IDENTIFIABLE,
+                _estimators(known, scores),
+                (measures or {}).get(one.name, {}),
+                mutual[index],
+                False,
+                None if one.validation is None else one.validation.accuracy,
+                one.seconds,
+            )
+        )
+        standings.append(
+            Standing(
+                one,
+                None if known is None or default is None else known.calibrations[default],
+                accuracy,
+                scores,
+                1.0 if known is None else known.reference.temperature,
+            )
+        )
+    return conclude(rows, standings, agreement, request.level, request.seed, notes)
+
+
+def _known(evidence: Sequence[Evidence], request: Request) -> list[Known | None]:
+    if evidence[0].validation is None:
+        return [None] * len(evidence)
+    sets: list[list[Predictions]] = []  # of each labeled set, the models' predictions
+    for place in range(1 + len(evidence[0].shifted)):
+        found = [one.validation if place == 0 else one.shifted[place - 1][1] for one in evidence]
+        sets.append([one.predictions for one in found if one is not None])
+    means = [_means(agreements(predictions)) for predictions in sets]
+    return [know(one, [mean[index] for mean in means], request.seed) for index, one in enumerate(evidence)]
+
+
+def _best(everyone: Sequence[Known | None]) -> str | None:
+    """The estimator with the smallest mean error on labeled sets that its calibration had not seen, over all models."""
+    known = [one for one in everyone if one is not None]
+    if not known:
+        return None
+    names = [name for name in known[0].calibrations if all(name in one.calibrations for one in known)]
+    return min(names, key=lambda name: sum(one.calibrations[name].mean_error for one in known))
+
+
+def _accuracy(
+    evidence: Evidence,
+    known: Known | None,
+    scores: dict[str, float],
+    default: str | None,
+    shares: Tensor | None,
+    request: Request,
+) -> Accuracy | None:
+    few = evidence.few_labels
+    if few is not None:
+        temperature = 1.0 if known is None else known.reference.temperature
+        confidence, everywhere = (
+            probabilities(found.logits, temperature).amax(1)
+            for found in (few.predictions, evidence.unlabeled)
+        )
+        found = prediction_powered(few.right, confidence, everywhere, request.level)
+        assumption = "the labeled images are a random sample of the unlabeled data"
+        return Accuracy(found.value, found.low, found.high, request.level, found.method, assumption)
+    if known is None or default is None:
+        return None
+    return read(known, evidence.unlabeled, scores, default, shares, request.choice, request.level)
+
+
+def _estimators(known: Known | None, scores: dict[str, float]) -> dict[str, dict[str, float | None]]:
+    found: dict[str, dict[str, float | None]] = {}
+    for name, score in scores.items():
+        calibration = None if known is None else known.calibrations.get(name)
+        found[name] = {
+            "value": None if calibration is None else calibration.accuracy(score),
+            "score": score,
+            "mean_error": None if calibration is None else calibration.mean_error,
+        }
+    return found
+
+
+def agreements(predictions: Sequence[Predictions]) -> tuple[tuple[float, ...], ...]:
+    """Return (M, M) shares of examples on which two models predict the same class."""
+    classes = [one.classes for one in predictions]
+    return tuple(tuple(float((a == b).double().mean()) for b in classes) for a in classes)
+
+
+def _means(agreement: Sequence[Sequence[float]]) -> list[float | None]:
+    """Each model's mean agreement with the others; None of a single model."""
+    count = len(agreement)
+    return [None if count < 2 else (sum(row) - 1) / (count - 1) for row in agreement]

@@ -1,0 +1,349 @@
+"""``gmprobe estimate``: how accurate checkpoints are on unlabeled data, and which one to ship."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gm_probe.cli.data import DataOptions, data_options
+from gm_probe.cli.kinds import PATH, SEED
+from gm_probe.cli.output import (
+    format_options,
+    note,
+    note_reading,
+    notes_console,
+    number,
+    print_csv,
+    print_json,
+    results_console,
+    say,
+    table,
+)
+from gm_probe.cli.progress import progress_bar
+from gm_probe.core.errors import CheckpointError, DataError, UsageError
+from gm_probe.core.sources import require_source
+from gm_probe.probe.catalogue import CATALOGUE, check_names
+
+if TYPE_CHECKING:
+    from gm_probe.accuracy.evidence import Evidence
+    from gm_probe.accuracy.report import EstimateReport
+    from gm_probe.core.datasets import Examples
+
+EXTRA = "effective_invariance"
+
+
+@click.command(epilog="Example:  gmprobe estimate a.pt b.pt --unlabeled data/ --validation val/")
+@click.argument("checkpoints", nargs=-1, type=PATH, required=True)
+@click.option(
+    "--unlabeled",
+    metavar="DATA",
+    required=True,
+    help="The data to estimate the accuracy on: a folder of images (labels unread), an array file, or a data set name.",
+)
+@click.option(
+    "--validation",
+    metavar="DATA",
+    help="Labeled data of the training distribution that no checkpoint was trained on. It calibrates the estimates.",
+)
+@click.option(
+    "--few-labels",
+    metavar="DATA",
+    help="A labeled random sample of the unlabeled data. It gives a confidence interval under any shift.",
+)
+@click.option(
+    "--class-shares",
+    metavar="auto|validation|uniform|estimated|FILE",
+    default="auto",
+    show_default=True,
+    help="Class shares of the unlabeled data; FILE holds one number a class. auto tests whether they changed.",
+)
+@click.option(
+    "--suggest",
+    metavar="FILE.csv",
+    type=PATH,
+    help="Write the images on which the leading checkpoints disagree, in random order, for labeling.",
+)
+@click.option(
+    "--measures",
+    metavar="A,B",
+    default="",
+    help="Also show these measures (see `gmprobe measures`), or effective_invariance, which doubles the passes.",
+)
+@click.option("--level", type=float, default=0.9, show_default=True, help="Level of the intervals.")
+@data_options
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of every random draw.")
+@format_options
+def estimate(
+    checkpoints: tuple[Path, ...],
+    unlabeled: str,
+    validation: str | None,
+    few_labels: str | None,
+    class_shares: str,
+    suggest: Path | None,
+    measures: str,
+    level: float,
+    seed: int,
+    output: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Estimate how accurate CHECKPOINTS are on unlabeled data, best first.
+
+    A checkpoint is what `gmprobe measure` takes. What is claimed depends on what is labeled:
+
+    \b
+    nothing        no accuracy, which is not identifiable; an order by agreement and confidence
+    --validation   an estimate whose interval is learned on synthetic shifts of the validation images
+    --few-labels   a confidence interval that needs no assumption on the shift
+    """
+    data = DataOptions(**options)
+    data.require_use(unlabeled)
+    for path in checkpoints:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint")
+    for source in filter(None, (validation, few_labels)):
+        require_source(source, here=True)
+    shares = _shares(class_shares)
+    names = [name.strip() for name in measures.split(",") if name.strip()]
+    check_names([name for name in names if name != EXTRA], labeled=False, coupled=False)
+    paths = _runs(checkpoints)
+    from gm_probe.accuracy.sets import examine
+    from gm_probe.accuracy.verdict import Request, judge
+    from gm_probe.core.devices import environment
+
+    request = Request.of(shares, level, seed)
+    loading, own_loading = data.loading(), data.of_each(paths)
+    sets: list[Examples | None] = []
+    for source, labeled in ((unlabeled, False), (validation, True), (few_labels, True)):
+        sets.append(None if source is None else _opened(data, source, labeled, seed, quiet))
+    assert sets[0] is not None
+    notes = examine(sets[0], *sets[1:])
+    evidence, rows, chosen = _all_evidence(paths, sets, names, seed, quiet, loading, own_loading)
+    report = judge(evidence, request, rows, [*notes, *chosen])
+    result = report.as_dict(
+        unlabeled=sets[0].source,
+        validation=None if sets[1] is None else sets[1].source,
+        few_labels=None if sets[2] is None else sets[2].source,
+        settings={
+            "class_shares": class_shares,
+            "level": level,
+            "seed": seed,
+            "max_examples": data.max_examples,
+            **data.reading(),
+            "dtype": data.dtype,
+            "batchnorm": "eval (running statistics)",
+            **environment(loading["device"]),
+        },
+    )
+    if suggest is not None:
+        _write_suggestions(suggest, report, sets[0])
+    if output == "json":
+        print_json(result)
+    elif output == "csv":
+        print_csv([_flat(row) for row in result["checkpoints"]])
+    else:
+        _print(report, names)
+    if output is not None and not quiet:
+        for line in report.notes:
+            note(notes_console(), f"note: {line}")
+
+
+# ---- what is read
+
+
+def _runs(checkpoints: Sequence[Path]) -> list[Path]:
+    """The checkpoints, with folders of runs replaced by the finished runs in them."""
+    from gm_probe.sweep.trained import trained_runs
+
+    return [run for path in checkpoints for run in (trained_runs(path) if path.is_dir() else [path])]
+
+
+def _shares(given: str) -> str | list[float]:
+    """One of the words, or the numbers in a file.
+
+    Raises:
+        UsageError: it is neither, or the file holds no numbers.
+    """
+    if given in ("auto", "validation", "uniform", "estimated"):
+        return given
+    path = Path(given)
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [float(part) for part in text.replace(",", " ").split()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--class-shares {given} is neither auto, validation, uniform or estimated nor a text file that can be read"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"--class-shares {given} must hold one number a class ({error})") from error
+
+
+def _opened(data: DataOptions, source: str, labeled: bool, seed: int, quiet: bool) -> Examples:
+    examples, _, hint = data.open(source, labeled=labeled)
+    note_reading(notes_console(quiet), [*([hint] if hint else []), *examples.notes], examples.skipped)
+    return examples.subset(data.max_examples, seed)
+
+
+def _all_evidence(
+    paths: Sequence[Path],
+    sets: Sequence[Examples | None],
+    names: Sequence[str],
+    seed: int,
+    quiet: bool,
+    loading: Mapping[str, Any],
+    own_loading: Mapping[Path, Mapping[str, Any]],
+) -> tuple[list[Evidence], dict[str, dict[str, Any]], list[str]]:
+    """Run each checkpoint over the sets; one model is in memory at a time."""
+    from gm_probe.accuracy.evidence import gather, num_passes
+    from gm_probe.probe.measures import measure
+    from gm_probe.probe.settings import Settings
+    from gm_probe.sweep.measuring import open_subject
+
+    unlabeled, *labeled = sets
+    assert unlabeled is not None
+    evidence: list[Evidence] = []
+    rows: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    wanted = [name for name in names if name != EXTRA]
+    total = num_passes(unlabeled, *labeled) * len(paths)
+    with progress_bar("outputs", total, unit="images", quiet=quiet) as bar:
+        done = 0
+
+        def tick(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.update(done)
+
+        for path in paths:
+            subject = open_subject(path, unlabeled, **{**loading, **own_loading[path]})
+            notes += subject.notes
+            batches = subject.batches
+            for one in labeled:
+                if one is not None:
+                    _require_classes(path, one, subject.classes, subject.num_classes)
+            try:
+                evidence.append(
+                    gather(
+                        str(path),
+                        subject.model,
+                        batches,
+                        *(None if one is None else batches.over(one) for one in labeled),
+                        outputs=subject.outputs,
+                        mirror=EXTRA in names,
+                        seed=seed,
+                        notify=tick,
+                    )
+                )
+                if wanted:
+                    report = measure(
+                        subject.model, batches, wanted, Settings(seed=seed), outputs=subject.outputs
+                    )
+                    rows[str(path)] = {name: row.as_dict() for name, row in report.rows.items()}
+            except (DataError, UsageError) as error:  # which know of no path
+                raise type(error)(f"{path}: {error}") from error
+    return evidence, rows, notes
+
+
+def _require_classes(path: Path, examples: Examples, recorded: tuple[str, ...], classes: int) -> None:
+    """Raise DataError where labels are of other classes than the checkpoint's."""
+    if examples.classes and recorded and examples.classes != recorded:
+        odd = sorted(set(examples.classes) ^ set(recorded))
+        differ = f"they differ in {odd[0]}" if odd else "their order differs"
+        raise DataError(
+            f"{examples.source} has other classes than {path} was trained on; {differ}. Rename the class folders"
+        )
+    if examples.classes and len(examples.classes) != classes:
+        raise DataError(
+            f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; give each class "
+            "its folder, an empty one is not enough"
+        )
+
+
+# ---- what is shown
+
+
+def _print(report: EstimateReport, names: Sequence[str]) -> None:
+    console = results_console()
+    known = report.models[0].accuracy is not None
+    several = len(report.models) > 1
+    shown = [name for name in names if name != EXTRA]
+    head = ["checkpoint", *(["accuracy", "interval", "estimators"] if known else ["confidence"])]
+    head += ["agreement"] if several else []
+    head += [*(CATALOGUE[name].symbol for name in shown), "seconds"]
+    rows = []
+    for model in report.models:
+        cells = [model.name]
+        if model.accuracy is not None:
+            found = model.accuracy
+            values = _good(model.estimators)
+            cells += [_points(found.value), f"{_points(found.low)} to {_points(found.high)}"]
+            cells += [f"{_points(min(values))} to {_points(max(values))}" if values else "—"]
+        else:
+            cells += [_points(model.estimators["average_confidence"]["score"])]
+        cells += [_points(model.agreement)] if several else []
+        for name in shown:
+            row = model.measures[name]
+            error = row["stderr_examples"] if row["stderr"] is None else row["stderr"]
+            cells.append(f"{number(row['value'])} ± {number(error, 2)}")
+        rows.append([*cells, f"{model.seconds:.1f}"])
+    sizes = [f"N = {report.num_unlabeled:,}"]
+    if report.num_validation is not None:
+        sizes.append(f"validation = {report.num_validation:,}")
+    if report.num_labels is not None:
+        sizes.append(f"labels = {report.num_labels:,}")
+    console.print(table(f"accuracy on unlabeled data in %  {'  '.join(sizes)}", head, rows))
+    say(console, report.conclusion, "bold")
+    first = report.models[0].accuracy
+    if first is not None:
+        say(console, f"Estimate: {first.method}. It assumes that {first.assumption}.", "dim")
+        if len(first.readings) > 1:
+            read = [f"{name} {_points(value)}" for name, (value, _, _) in first.readings.items()]
+            say(console, f"Class shares: {', '.join(read)}; the interval spans both readings.", "dim")
+    for line in report.notes:
+        say(console, f"note: {line}")
+
+
+def _good(estimators: Mapping[str, Mapping[str, float | None]]) -> list[float]:
+    """The accuracies by estimators whose mean error is at most twice the smallest."""
+    known = [(one["mean_error"], one["value"]) for one in estimators.values()]
+    found = [(error, value) for error, value in known if error is not None and value is not None]
+    least = min((error for error, _ in found), default=0.0)
+    return [value for error, value in found if error <= 2 * least]
+
+
+def _points(share: float | None) -> str:
+    """A share in percent with one digit."""
+    return "—" if share is None else f"{100 * share:.1f}"
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint as a row of CSV."""
+    accuracy = row["accuracy"] or {}
+    flat = {key: row[key] for key in ("checkpoint", "rank")}
+    flat |= {key: accuracy.get(key) for key in ("value", "low", "high", "method")}
+    flat |= {
+        name: one["value"] if row["accuracy"] else one["score"] for name, one in row["estimators"].items()
+    }
+    return flat | {"agreement": row["agreement"], "seconds": row["seconds"]}
+
+
+def _write_suggestions(path: Path, report: EstimateReport, unlabeled: Examples) -> None:
+    """Write the suggested images: position, file where there is one, and each leader's class."""
+    import csv
+    import io
+
+    from gm_probe.core.cells import cell
+    from gm_probe.core.files import write_atomic
+
+    files = getattr(unlabeled.x, "files", None)
+    models = list(report.suggestions[0].predicted) if report.suggestions else []
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["index", *(["file"] if files else []), *map(cell, models)])
+    for one in report.suggestions:
+        place = [cell(str(files[one.index]))] if files else []
+        writer.writerow([one.index, *place, *one.predicted.values()])
+    write_atomic(path, text.getvalue().encode())
