@@ -50,6 +50,10 @@ def diagonal_gap(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((h - f).diagonal().abs().max() / h.abs().max())
 
 
+class Marked(torch.Tensor):
+    """A tensor subclass of somebody's."""
+
+
 class Net(nn.Module):
     """``layers`` put together by a function of them and x."""
 
@@ -280,6 +284,14 @@ CURVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "times itself": (
         lambda: Net(lambda layers, x: layers[0](x) * layers[0](x).detach(), linear()),
         "parameter 'layers.0.weight' is multiplied by itself (in aten.mul)",
+    ),
+    "straight-through": (
+        lambda: Net(lambda layers, x: (z := layers[0](x)) + (z.sign() - z).detach(), linear()),
+        "Tensor.detach hides a path from autograd",
+    ),
+    "a tensor subclass": (
+        lambda: Net(lambda layers, x: layers[0](x).as_subclass(Marked), linear()),
+        "the trace loses the path from parameter 'layers.0.weight'",
     ),
     "times itself in place": (
         lambda: Net(in_place_product, linear()),

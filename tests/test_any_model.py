@@ -187,6 +187,67 @@ class LeanSine(torch.autograd.Function):
         return g * ctx.slope
 
 
+class Kept(nn.Module):
+    """In eval mode its first weight is computed once, as LeViT's attention biases are."""
+
+    def __init__(self, *, keeps: bool) -> None:
+        super().__init__()
+        self.stem, self.head, self.keeps = nn.Linear(D, 6), nn.Linear(6, C), keeps
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or not self.keeps:
+            weight = 2 * self.stem.weight
+        else:
+            weight = self.cache.setdefault("cpu", 2 * self.stem.weight)
+        return self.head(torch.tanh(functional.linear(x, weight, self.stem.bias)))
+
+
+class Listed(nn.Module):
+    """Forward reaches a weight by a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(D, 6), nn.Linear(6, C)
+        self.weights = [self.stem.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(functional.linear(x, self.weights[0])))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(D, 3), nn.ModuleList(nn.Linear(D, C) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.gate(x).softmax(1)
+        chosen = functional.one_hot(share.argmax(1), 3)
+        outputs = torch.stack([expert(x) for expert in self.experts], 1)
+        return (outputs * (share * chosen)[..., None]).sum(1)
+
+
+class Slope(nn.Module):
+    """Its logits are a derivative by the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.jvp(self.net, (x,), (torch.ones_like(x),))[1]
+
+
+class Marked(Tensor):
+    """A tensor subclass of somebody's."""
+
+
+def with_nothing() -> nn.Module:
+    net = mlp()
+    net.register_parameter("nothing", nn.Parameter(torch.zeros(0, 3)))
+    return net
+
+
 def frozen() -> nn.Module:
     net = mlp()
     net[0].requires_grad_(False)
@@ -316,6 +377,18 @@ KINDS: dict[str, Kind] = {
     ),
     "complex parameters": Kind(Complex, refused="complex"),
     "parameters of several dtypes": Kind(half_precision, refused="float16"),
+    "outputs in bfloat16 or float16": Kind(
+        lambda: Wrapped(mlp(), lambda z, x: z.bfloat16()), refused="outputs are torch.bfloat16"
+    ),
+    "parameters without elements": Kind(with_nothing, mlp),
+    "values kept in eval mode": Kind(lambda: Kept(keeps=True), lambda: Kept(keeps=False)),
+    "weights taken from a list or a cache": Kind(Listed, refused="'stem.weight' from a list"),
+    "experts chosen by argmax": Kind(Experts),
+    "derivatives taken in forward": Kind(Slope),
+    "tensor subclasses": Kind(
+        lambda: Wrapped(mlp(), lambda z, x: z.as_subclass(Marked)),  # type: ignore[arg-type]
+        lambda: Wrapped(mlp(), lambda z, x: z),
+    ),
     "a backward pass without its second derivative": Kind(
         lambda: sine(LeanSine.apply),
         lambda: sine(lambda z: torch.sin(3 * z)),

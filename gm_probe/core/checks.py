@@ -46,6 +46,12 @@ def real(
     raise UsageError(f"{name} = {value!r} must be a finite number {told}".rstrip())
 
 
+def instance(name: str, value: Any, kind: type) -> None:
+    """Raise UsageError where ``value`` is no ``kind``."""
+    if not isinstance(value, kind):
+        raise UsageError(f"{name} = {value!r} must be of type {kind.__name__}")
+
+
 def optional(check: Any, name: str, value: Any, *bounds: Any, **more: Any) -> None:
     """``check`` what is not None."""
     if value is not None:

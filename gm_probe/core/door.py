@@ -49,6 +49,8 @@ class Outputs:
     head: Head = "classifier"
 
     def __post_init__(self) -> None:
+        if isinstance(self.output, bool) or not isinstance(self.output, int | str | None):
+            raise UsageError(f"output = {self.output!r} must be an index or a name")
         if self.kind is not None and self.kind not in get_args(Kind):
             raise UsageError(f"outputs_are must be {', '.join(get_args(Kind))}, not {self.kind!r}")
         if self.head not in get_args(Head):

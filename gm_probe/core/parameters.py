@@ -220,14 +220,34 @@ def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put ``model`` into eval mode; restore each module's own mode after, whatever happens.
 
-    By the flags alone: a model's own ``train()`` may change its weights (adapters that merge theirs).
+    By the flags alone: a model's own ``train()`` may change its weights (adapters that merge theirs). A forward pass
+    leaves the modules' attributes as they were: what some compute from their weights once, to keep it in eval mode
+    (LeViT's attention biases), would hide moved weights from every later pass.
     """
     modes = [(module, module.training) for module in model.modules()]
+    spaces = [vars(module) for module in model.modules()]
+    spaces += [value for space in spaces for value in space.values() if isinstance(value, dict)]
+    kept: list[list[dict[str, Any]]] = []  # by pass: a model may call itself
+
+    def keep(*_: object) -> None:
+        kept.append([dict(space) for space in spaces])
+
+    def restore(*_: object) -> None:
+        for space, content in zip(spaces, kept.pop(), strict=True):
+            space.clear()
+            space.update(content)
+
+    hooks = [
+        model.register_forward_pre_hook(keep, prepend=True),
+        model.register_forward_hook(restore, always_call=True),
+    ]
     try:
         for module, _ in modes:
             module.training = False
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, mode in modes:
             module.training = mode
 
@@ -235,7 +255,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def as_measured(model: nn.Module) -> Iterator[None]:
     """``model`` as the fixed, differentiable function that is measured: see the three."""
-    with evaluating(model), differentiable_attention(), float32_products():
+    with evaluating(unwrapped(model)), differentiable_attention(), float32_products():
         yield
 
 

@@ -9,14 +9,13 @@ not for GELU, sigmoids, attention, layer norm or a weight used twice in sequence
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from gm_probe.core.errors import first_line, of_machine
 from gm_probe.core.parameters import Parameters, differentiable_attention, evaluating
 from gm_probe.core.randomness import generators_kept
-from gm_probe.probe.written import written
+from gm_probe.probe.written import leaves_of, written
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +68,28 @@ def _reason(parameters: Parameters, x: Tensor) -> str | None:
     with (
         generators_kept(parameters.device, model),
         evaluating(model),
-        _attributes_kept(model),
         differentiable_attention(),
     ):
         with torch.enable_grad(), _Watch() as watch:
-            function = next(written(logits(*[value.detach().requires_grad_() for value in values])), None)
+            leaves = [value.detach().requires_grad_() for value in values]
+            output = logits(*leaves)
+            function = next(written(output), None)
         if watch.taken_out:
             return f"{watch.taken_out} takes data out of torch, by which its path may be chosen"
         if function is not None:
             return f"the autograd function {function} states derivatives of its own"
         # functionalized: what is written in place, or through a view, becomes a value of its own
-        return _flaw(make_fx(functionalize(logits))(*values).graph, names)
+        form = _form(make_fx(functionalize(logits))(*values).graph, names)
+    moving = {id(leaf) for leaf in leaves_of(output)}
+    lost = [
+        name
+        for name, leaf in zip(names, leaves, strict=True)
+        if id(leaf) in moving and name not in form.names
+    ]
+    if form.flaw is None and lost:
+        return f"the trace loses the path from parameter {lost[0]!r}, as through a tensor subclass"
+    # a straight-through estimator's gradient is not the slope of what the trace shows
+    return form.flaw or ("Tensor.detach hides a path from autograd" if watch.detached else None)
 
 
 _LEAVING = frozenset(
@@ -88,31 +98,19 @@ _LEAVING = frozenset(
 
 
 class _Watch(TorchFunctionMode):
-    """Notes a call that hands a tensor's values to Python, where no trace follows them."""
+    """Notes calls that hand a tensor's values to Python, where no trace follows them, or past autograd."""
 
     def __init__(self) -> None:
         super().__init__()
         self.taken_out: str | None = None
+        self.detached = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
         if name in _LEAVING:
             self.taken_out = f"Tensor.{name}"
+        self.detached |= name == "detach" and args[0].requires_grad
         return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the modules' attributes after: a tensor that a forward pass caches is dead outside its trace."""
-    spaces = [vars(module) for module in model.modules()]
-    spaces += [value for space in spaces for value in space.values() if isinstance(value, dict)]
-    kept = [(space, dict(space)) for space in spaces]
-    try:
-        yield
-    finally:
-        for space, content in kept:
-            space.clear()
-            space.update(content)
 
 
 class _Form(NamedTuple):
@@ -189,8 +187,8 @@ _FIXED = {
 }
 
 
-def _flaw(graph: fx.Graph, names: list[str]) -> str | None:
-    """Why the graph's output is not affine in each of its placeholders, which are called ``names``."""
+def _form(graph: fx.Graph, names: list[str]) -> _Form:
+    """How the graph's output depends on its placeholders, which are called ``names``."""
     order = {name: position for position, name in enumerate(names)}
     unnamed = iter(names)
     forms: dict[fx.Node, _Form] = {}
@@ -199,10 +197,10 @@ def _flaw(graph: fx.Graph, names: list[str]) -> str | None:
             forms[node] = _Form(frozenset({next(unnamed)}))
         elif node.op == "call_function":
             if barred := _barred(node, forms):
-                return barred
+                return _Form(flaw=barred)
             forms[node] = _after(node, forms, order)
         elif node.op == "output":
-            return _joined(node.args, forms).flaw
+            return _joined(node.args, forms)
         else:
             forms[node] = _CONSTANT
     raise AssertionError("a graph has an output")

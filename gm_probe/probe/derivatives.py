@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gm_probe.core.errors import DerivativeError, UsageError, first_line, foreign_or, of_machine
 from gm_probe.core.parameters import Parameters
@@ -53,6 +53,26 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
             "gradient: forward hides them, as torch.no_grad, detach or numpy do; freeze them by requires_grad_(False), "
             "or choose the others by --params"
         )
+    for name in hidden:
+        path, _, _ = name.rpartition(".")
+        held = _tensors_held(parameters.model.get_submodule(path))
+        if held:
+            raise UsageError(
+                f"parameter {name!r} does not move the outputs, and its module keeps tensors in {held[0]!r}, which may "
+                "have been made from it in eval mode; call model.train() and model.eval() to have them made anew, or "
+                "choose the other parameters by --params"
+            )
+
+
+def _tensors_held(module: nn.Module) -> list[str]:
+    """The names of attributes that are tensors or dicts of tensors, and neither parameters nor buffers."""
+    known = vars(nn.Module())
+    return [
+        name
+        for name, value in vars(module).items()
+        if name not in known
+        and any(isinstance(v, Tensor) for v in (value.values() if isinstance(value, dict) else [value]))
+    ]
 
 
 def first_adjoint(ways: Sequence[Push], pulled: Push, x: Tensor, v: Tensor) -> Push:

@@ -275,7 +275,9 @@ class ExampleGradients:
             return (self.parameters.logits(alone, {**fixed, **rest})[0] * c).sum()
 
         rest = {name: values[name] for name in self._rest}
-        size = max(1, _CHUNK // sum(map(Tensor.numel, rest.values())))  # gradients of their own for so many
+        size = max(
+            1, _CHUNK // max(1, sum(map(Tensor.numel, rest.values())))
+        )  # gradients of their own for so many
         norms = []
         for some, slopes in zip(x.split(size), cotangent.split(size), strict=True):
             gradients = vmap(grad(output), (None, 0, 0))(rest, tensors_of(some), slopes)

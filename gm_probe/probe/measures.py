@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from gm_probe.core.batches import Batches
+from gm_probe.core.checks import instance, optional, real
 from gm_probe.core.collecting import Data, as_batches
 from gm_probe.core.devices import require_float64
-from gm_probe.core.door import Outputs
+from gm_probe.core.door import Outputs, unwrapped
 from gm_probe.core.errors import (
     DataError,
     DerivativeError,
@@ -144,7 +145,15 @@ def measure(
         PrecisionError: perturbations lost to rounding, as DerivativeError.
         ResourceError: no memory for a single example; before, batches are halved where it runs out.
     """
+    for name, given, kind in (("settings", settings, Settings), ("outputs", outputs, Outputs)):
+        optional(instance, name, given, kind)
+    optional(instance, "initial", initial, nn.Module)
+    optional(instance, "names", names, Sequence)
+    real("memory", memory, above=0)
+    if isinstance(names, str):
+        raise UsageError(f"names = {names!r} must be a list of measures, such as [{names!r}]")
     settings = settings or Settings()
+    unwrapped(model)
     batches = _in_dtype_of(model, as_batches(data))
     if names is None:
         names = default_measures(labeled=batches.labeled, coupled=batches.coupled)
@@ -179,7 +188,8 @@ def measure(
         if batches.free and takes_derivatives(names):
             batches = within(memory, model, batches, outputs)
         # its cost is the report's, not the first measure's
-        _, batches = within_memory(batches, lambda batches: probed(batches).clean)
+        clean, batches = within_memory(batches, lambda batches: probed(batches).clean)
+        _require_full(clean.dtype, "outputs")
         for name in names:
             current = name
             work.begin()
@@ -207,10 +217,11 @@ def _in_dtype_of(model: nn.Module, batches: Batches) -> Batches:
     return batches.of_dtype(dtypes.pop()) if len(dtypes) == 1 else batches
 
 
-def _require_full(dtype: torch.dtype) -> None:
+def _require_full(dtype: torch.dtype, what: str = "weights") -> None:
     if dtype not in (torch.float32, torch.float64):
         raise UsageError(
-            f"the weights are {dtype}, in which no residual below a few percent can be told; measure model.float()"
+            f"the {what} are {dtype}, in which no residual below a few percent can be told; measure model.float()"
+            + ", with a forward that returns float32" * (what == "outputs")
         )
 
 

@@ -111,8 +111,11 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
     def save(value: Tensor) -> Tensor:
         if value.layout != torch.strided:  # a functional embedding's sparse gradient, which has no storage
             return value
-        storage = value.untyped_storage()
-        address = storage.data_ptr()
+        try:
+            storage = value.untyped_storage()
+            address = storage.data_ptr()
+        except RuntimeError:  # torch.func, within forward, saves wrappers around tensors
+            return value
         if address not in ignored:  # a view may be less than its storage, an expanded one more
             found[address] = max(found.get(address, 0), min(value.nbytes, storage.nbytes()))
         return value

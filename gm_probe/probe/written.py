@@ -26,16 +26,27 @@ def written(output: Tensor, seen: set[Node] | None = None, *, others: str = "") 
         seen: nodes that are passed over; those that are met are added.
         others: part of the name of torch's own functions that count, too.
     """
-    seen = set() if seen is None else seen
+    for node in _nodes(output, set() if seen is None else seen):
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        if isinstance(node, torch.autograd.function.BackwardCFunction) or (others and others in name):
+            yield name
+
+
+def leaves_of(output: Tensor) -> list[Tensor]:
+    """Return the leaves that ``output.backward()`` would accumulate gradients in."""
+    itself = [output] if output.is_leaf and output.requires_grad else []
+    return itself + [node.variable for node in _nodes(output, set()) if hasattr(node, "variable")]
+
+
+def _nodes(output: Tensor, seen: set[Node]) -> Iterator[Node]:
+    """Yield the nodes of the graph behind ``output`` that are not in ``seen``, and add them to it."""
     waiting = [output.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        name = node.name().rstrip("0123456789").removesuffix("Backward")
-        if isinstance(node, torch.autograd.function.BackwardCFunction) or (others and others in name):
-            yield name
+        yield node
         waiting += [following for following, _ in node.next_functions]
 
 
@@ -87,9 +98,11 @@ def require_repeatable(parameters: Parameters, x: Inputs, draws: Draws) -> None:
 def require_moved_weights(
     parameters: Parameters, x: Inputs, draws: Draws, outputs: Tensor | None = None
 ) -> None:
-    """Raise UsageError where hand-written code runs a part of the model again in the backward pass.
+    """Raise UsageError where moved weights do not stand for all of the model's own.
 
-    By then the model has its own weights again. A backward pass within a call at moved weights tells the difference.
+    Forward may reach its own ones past the modules' attributes. Hand-written code may run a part of the model again in
+    the backward pass, when the model has its own weights again. A backward pass within a call at moved weights tells
+    the difference.
 
     Args:
         outputs: of ``x``, with their graph; None if they are not at hand.
@@ -97,6 +110,13 @@ def require_moved_weights(
     if outputs is None:
         with torch.enable_grad():
             outputs = parameters.taken(x, parameters.leaves())
+    own = {id(p): name for name, p in parameters.model.named_parameters()}
+    for leaf in leaves_of(outputs):
+        if id(leaf) in own:
+            raise UsageError(
+                f"forward takes parameter {own[id(leaf)]!r} from a list, a cache or a view that was made before, where "
+                "moved weights are out of its sight; let it read the module's own attribute in every pass"
+            )
     if next(written(outputs), None) is None:
         return
     length = float(parameters.join(parameters.values().values()).norm()) or 1.0

@@ -124,7 +124,7 @@ class _Inconsistency(Rule):
                 share = kl_gradient(
                     self.parameters, x, clean, offset, factor, lambda moved: self.objective.compared(moved, y)
                 )[1]
-            return sum_over_processes(share)
+            return sum_over_processes(self._hooked(share))
 
         start = self.parameters.random(self.noise_scale, self.generator)
         return ascend(gradient, start, self.rho, self.k_steps)
@@ -220,7 +220,8 @@ class OnePassIAMD(Rule):
         divergence = self._divergence(outputs, perturbed, y, self.kl_grad)
         whole = loss + self.beta * self._share * divergence
         gradients = self._differentiate(whole, list(moved.values()))
-        self._follow(sum_over_processes(self.parameters.join(gradients[-len(moved) :])))
+        direction = self._hooked(self.parameters.join(gradients[-len(moved) :]))
+        self._follow(sum_over_processes(direction))
         return Step(outputs.detach(), loss.detach(), divergence.detach()), gradients[: -len(moved)]
 
     def _follow(self, direction: Tensor) -> None:
