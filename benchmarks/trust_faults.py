@@ -240,7 +240,6 @@ class Bench:
                 f"{self.name}, {signum.name} at a random moment", said or self.after(out, temporary=False)
             )
 
-
     def storms(self, row: Row, chance: random.Random) -> None:
         for name, then in STORMS.items():
             for signum, out, ran in self._random(2, SIGNALS, chance, then):
@@ -310,7 +309,9 @@ def faults(small: bool) -> tuple[list[Row], list[str]]:
             "the same, of a cache (exit 0, all else is there) or one of a sweep's runs (exit 1, named; others done)"
         ),
         Row("Ctrl-C, SIGTERM at random: one line, 130 or 143; nothing torn or left; again, the same files"),
-        Row("a second signal within 0.1 s, or 30 more: one line, 130 or 143; nothing torn; again, the same files"),
+        Row(
+            "a second signal within 0.1 s, or 30 more: one line, 130 or 143; nothing torn; again, the same files"
+        ),
     ]
     chance = random.Random(1)
     with tempfile.TemporaryDirectory() as name:

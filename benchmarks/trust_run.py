@@ -112,6 +112,10 @@ def gmprobe(
 
     def strike() -> None:
         assert signalled is not None
+        while (
+            signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        ):  # before that a signal is the shell's affair
+            time.sleep(0.001)
         os.kill(os.getpid(), signalled[0])
         for number, pause in then:
             time.sleep(pause)

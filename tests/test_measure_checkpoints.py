@@ -19,7 +19,7 @@ from gm_probe.sweep.executors import Job, Outcome, attempt, in_turn
 from gm_probe.sweep.measure_checkpoints import Request, measure_checkpoints
 from gm_probe.sweep.measuring import How, measure_checkpoint
 from gm_probe.sweep.runner import run_recipe
-from gm_probe.sweep.saved_measures import as_recorded
+from gm_probe.sweep.saved_measures import as_recorded, merge_measures
 from gm_probe.sweep.trained import last_finished, trained_runs
 from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
 
@@ -96,6 +96,19 @@ def test_saving_keeps_what_was_taken_so_and_names_what_goes(
     assert "density" not in other
     assert set(other["measures"]) == {"local_inconsistency"}
     assert "held mean_entropy, mean_confidence, density of other settings" in " ".join(note.split())
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("-inf")])
+def test_what_is_not_finite_in_a_file_goes_when_more_is_saved(tmp_path: Path, odd: float) -> None:
+    file, settings = tmp_path / "measures.json", {"rho": 0.1}
+    write_toml(tmp_path / "config.toml", {"lr": 0.1})
+    before = {"a": {"value": odd}, "b": {"value": 1.0, "starts": [odd]}, "c": {"value": 2.0}}
+    written = {"measures": before, "settings": settings, "density": {"fisher": {"trace": odd}}}
+    file.write_text(json.dumps(written), encoding="utf-8")
+    gone = merge_measures(file, {"measures": {"a": {"value": 3.0}}, "settings": settings})
+    assert gone == ["b", "density"]
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    assert kept == {"measures": {"c": {"value": 2.0}, "a": {"value": 3.0}}, "settings": settings}
 
 
 def test_progress_goes_on_through_the_densities(tmp_path: Path) -> None:

@@ -149,8 +149,8 @@ def warn(result: dict[str, Any]) -> None:
     if result.get("replaced"):
         note(
             console,
-            f"note: {result['checkpoint']}: measures.json held {', '.join(result['replaced'])} of other settings, "
-            "which are gone: one file never mixes two",
+            f"note: {result['checkpoint']}: measures.json held {', '.join(result['replaced'])} of other settings "
+            "or not finite, which are gone: one file never mixes two",
         )
     if result.get("as_before"):
         settings = ", ".join(f"{key} = {value}" for key, value in result["as_before"].items())

@@ -16,6 +16,7 @@ from gm_probe.core.devices import environment
 from gm_probe.core.errors import ProbeError, StorageError, UsageError
 from gm_probe.core.files import write_json
 from gm_probe.core.records import CHECKPOINT, MEASURES, read_run
+from gm_probe.core.schema import Unfit, bounded
 from gm_probe.sweep.measuring import DIGEST, How
 from gm_probe.training.parts import OWN_UNLABELED
 
@@ -128,17 +129,29 @@ def _slow(pattern: str) -> bool:
 def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
     """Write ``result`` to a measures.json, keeping other measures, and a density, of the same settings.
 
-    What was taken with other settings goes: one file never mixes two. Returns what went and was not taken again.
+    What was taken with other settings goes: one file never mixes two. What is not finite goes, too. Returns what went
+    and was not taken again.
     """
     before = read_run(path.parent)
-    density = {} if before.density is None else {"density": before.density}
+    had = before.measures | ({} if before.density is None else {"density": before.density})
+    kept = {name: value for name, value in had.items() if _writable(value)}
+    density = {name: kept.pop(name) for name in ("density",) if name in kept}
     old, new = _decisive(before.settings), _decisive(result["settings"])
     if DIGEST not in old:  # of an earlier version
         new.pop(DIGEST, None)
     if old == new:
-        result = {**density, **result, "measures": {**before.measures, **result["measures"]}}
+        result = {**density, **result, "measures": {**kept, **result["measures"]}}
     write_json(path, result)
-    return [name for name in (*before.measures, *density) if name not in {**result["measures"], **result}]
+    return [name for name in had if name not in {**result["measures"], **result}]
+
+
+def _writable(value: Any) -> bool:
+    """Whether strict JSON can hold ``value``: a file that gmprobe did not write may have NaN or infinity."""
+    try:
+        bounded(value, nan=False)
+    except Unfit:
+        return False
+    return True
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
