@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from gm_probe.analysis.intervals import mean_interval
+from gm_probe.analysis.plots import legend_below
 from gm_probe.analysis.typeset import Sheet
 from gm_probe.probe.ascent import ascend
 from gm_probe.probe.kl import kl_divergence
-from gm_probe.reproduce.drawing import legend_below, line, panels
+from gm_probe.reproduce.drawing import line, panels
 from gm_probe.reproduce.finding import Finding, Outcome, Task, frame_sheet
 from gm_probe.reproduce.gaussians import Mixture, Network, descending
 
@@ -222,5 +223,5 @@ def _draw(table: pd.DataFrame, k_steps: Sequence[int]) -> Figure:
         cosines.set_ylabel(r"|cosine| of $\delta$ and $v_1$")
         for axes in (values, gaps, cosines):
             axes.set_xlabel("training step")
-    legend_below(figure, found[0])
+    legend_below(figure, found[0].get_lines())
     return figure

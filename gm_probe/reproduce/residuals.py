@@ -14,8 +14,9 @@ import torch
 from matplotlib.figure import Figure
 
 from gm_probe.analysis.intervals import mean_interval
+from gm_probe.analysis.plots import legend_below
 from gm_probe.analysis.typeset import Sheet, two_decimals
-from gm_probe.reproduce.drawing import legend_below, line, logarithmic, panels
+from gm_probe.reproduce.drawing import line, logarithmic, panels
 from gm_probe.reproduce.finding import Finding, Outcome, Task, frame_sheet
 from gm_probe.reproduce.gaussians import Mixture, Network
 
@@ -183,5 +184,5 @@ def _draw(table: pd.DataFrame, rho: float) -> Figure:
             axes.set_xlim(1.5 * mine.loss.max(), mine.loss.min() / 1.5)
         for axes in (along, terms, ratio):
             logarithmic(axes)
-    legend_below(figure, found[0])
+    legend_below(figure, found[0].get_lines())
     return figure
