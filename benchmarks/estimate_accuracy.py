@@ -94,6 +94,8 @@ def kept(cache: Path, name: str, kind: str, family: str = "none", strength: int 
 def drawn(found: Labeled, ratio: float | None, size: int | None, g: torch.Generator) -> Labeled:
     """Return a random part of ``size``; with ``ratio`` the largest one with such class shares."""
     labels = found.labels
+    if ratio is None and size is None:
+        return found
     if ratio is None:
         chosen = torch.randperm(len(labels), generator=g)[:size]
     else:
@@ -104,9 +106,7 @@ def drawn(found: Labeled, ratio: float | None, size: int | None, g: torch.Genera
         parts = [p[torch.randperm(len(p), generator=g)[:n]] for p, n in zip(places, each, strict=True)]
         chosen = torch.cat(parts)[torch.randperm(int(each.sum()), generator=g)[:size]]
     # sums over features are of the whole set, and so are left out
-    whole = len(chosen) == len(labels)
-    own = found.predictions
-    return Labeled(own if whole else Predictions(own.logits[chosen]), labels[chosen])
+    return Labeled(Predictions(found.predictions.logits[chosen]), labels[chosen])
 
 
 def targets(cache: Path, name: str, size: int | None) -> Iterator[tuple[str, str, Labeled]]:
@@ -117,7 +117,7 @@ def targets(cache: Path, name: str, size: int | None) -> Iterator[tuple[str, str
         yield "no shift", f"clean {index}", drawn(clean, None, size or 1000, g)
     for shift in held_out_shifts():
         found = kept(cache, name, "held-out", shift.family, shift.strength)
-        yield "covariate", f"{shift.family} {shift.strength}", drawn(found, None, size or 10**9, g)
+        yield "covariate", f"{shift.family} {shift.strength}", drawn(found, None, size, g)
     for ratio in RATIOS:
         for index in range(4):
             yield "label", f"ratio {ratio:g} draw {index}", drawn(clean, ratio, size, g)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
+import numpy as np
 import torch
 
-from gm_probe.accuracy.calibration import Calibration, conformal
+from gm_probe.accuracy.calibration import Calibration, conformal, scale_at
 from gm_probe.accuracy.evidence import Evidence
 from gm_probe.accuracy.few_labels import labels_to_separate, paired_difference
 from gm_probe.accuracy.report import (
@@ -96,10 +97,12 @@ def separated(first: Standing, other: Standing, agreement: float, level: float) 
         return interval.low > 0
     if first.accuracy is None or other.accuracy is None:
         return False
-    assert first.calibration is not None
-    assert other.calibration is not None
-    pairs = zip(first.calibration.residuals, other.calibration.residuals, strict=True)
-    quantile = conformal([a - b for a, b in pairs], level)
+    ours, theirs = first.calibration, other.calibration
+    assert ours is not None
+    assert theirs is not None
+    differences = np.subtract(ours.residuals, theirs.residuals) / np.add(ours.scales, theirs.scales)
+    scale = scale_at(first.accuracy.value, ours.top) + scale_at(other.accuracy.value, theirs.top)
+    quantile = conformal(differences, level) * scale
     sampling = (
         NormalDist().inv_cdf((1 + level) / 2)
         * ((1 - agreement) / len(first.evidence.unlabeled.logits)) ** 0.5

@@ -15,8 +15,8 @@ from gm_probe.accuracy.scores import ESTIMATORS, probabilities
 from gm_probe.accuracy.shares import same_shares
 from gm_probe.accuracy.transport import transport
 
-NEAREST = 7
-"""Synthetic shifts of the most similar confidence, with which the distance of the class shares is compared."""
+NEAREST = 5
+"""Synthetic shifts of the most similar confidence, with which an unlabeled set is compared."""
 SAME, CHANGED, GIVEN = "validation", "estimated", "given"
 """The readings: class shares as in the validation set, as EM finds them, or as the user says."""
 
@@ -72,16 +72,17 @@ def read(
 def plausible(known: Known, signs: Signs) -> list[str]:
     """Return the readings that cannot be excluded, the likelier first.
 
-    The distance of EM's class shares is compared with what synthetic shifts alone, which leave the shares as they are,
-    make EM believe: those that a test on the confidences takes for a change of the shares, or those that it does not.
+    Under a shift that leaves the class shares as they are, EM still finds others, with which COT is larger. How much
+    larger is known of the synthetic shifts: of those that a test on the confidences does not tell from a change of the
+    shares, or of the most similar ones that it does. A larger gap than any of these speaks for changed shares.
     """
     alike = [one for one in known.signs if one.rejected == signs.rejected]
     if signs.rejected:
         alike = sorted(alike, key=lambda one: abs(one.transported - signs.transported))[:NEAREST]
-    usual = sorted(one.distance for one in alike)
-    if usual and signs.distance <= usual[len(usual) // 2]:
+    gaps = [one.gap for one in alike]
+    if gaps and signs.gap <= min(gaps):
         return [SAME]
-    if usual and signs.distance <= usual[-1]:
+    if gaps and signs.gap <= max(gaps):
         return [SAME, CHANGED]
     return [CHANGED, SAME] if signs.rejected else [CHANGED]
 
