@@ -61,7 +61,7 @@ def conclude(
     return EstimateReport(
         tuple(ranked),
         tuple(tuple(agreement[a][b] for b in order) for a in order),
-        conclusion(ranked, needed),
+        conclusion(ranked, needed, alike=first.evidence.unlabeled.logits.shape[0] == _agreeing(leaders)),
         tuple(notes),
         needed,
         suggestions([one.evidence for one in leaders[:LEADERS]], seed),
@@ -140,8 +140,14 @@ def suggestions(leaders: Sequence[Evidence], seed: int) -> tuple[Suggestion, ...
     )
 
 
-def conclusion(ranked: Sequence[ModelEstimate], needed: int | None) -> str:
-    """Say what follows, in plain words."""
+def _agreeing(leaders: Sequence[Standing]) -> int:
+    """On how many unlabeled examples all of them predict the same class."""
+    classes = torch.stack([one.evidence.unlabeled.classes for one in leaders])
+    return int((classes == classes[0]).all(0).sum())
+
+
+def conclusion(ranked: Sequence[ModelEstimate], needed: int | None, *, alike: bool) -> str:
+    """Say what follows, in plain words; ``alike``: whether the leaders predict the same on every example."""
     first = ranked[0]
     close = [one.name for one in ranked[1:] if not one.separated]
     if first.accuracy is None:
@@ -161,6 +167,8 @@ def conclusion(ranked: Sequence[ModelEstimate], needed: int | None) -> str:
         return f"{leads}; every other model is told from it."
     listed = close[0] if len(close) == 1 else f"{', '.join(close[:-1])} and {close[-1]}"
     said = f"{leads}; {listed} cannot be told from it."
+    if alike:
+        return f"{said} They predict the same class for every unlabeled example."
     if needed is None:
         return f"{said} No number of labels is known that would tell them apart."
     return f"{said} To separate {first.name} from {close[0]}, label about {needed:,} images on which they disagree."
