@@ -23,10 +23,11 @@ from held_out_shifts import held_out_shifts
 
 from gm_probe.accuracy.calibration import sampling_error
 from gm_probe.accuracy.evidence import Evidence, Labeled
+from gm_probe.accuracy.few_labels import clopper_pearson, prediction_powered
 from gm_probe.accuracy.known import Known, know
 from gm_probe.accuracy.predictions import Predictions, predict
 from gm_probe.accuracy.readings import read
-from gm_probe.accuracy.scores import scores_of
+from gm_probe.accuracy.scores import Reference, probabilities, scores_of
 from gm_probe.accuracy.shares import skewed
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts
 from gm_probe.core.batches import Batches, Normalization
@@ -94,6 +95,8 @@ def kept(cache: Path, name: str, kind: str, family: str = "none", strength: int 
 def drawn(found: Labeled, ratio: float | None, size: int | None, g: torch.Generator) -> Labeled:
     """Return a random part of ``size``; with ``ratio`` the largest one with such class shares."""
     labels = found.labels
+    if ratio is None and size is None:
+        return found
     if ratio is None:
         chosen = torch.randperm(len(labels), generator=g)[:size]
     else:
@@ -104,20 +107,18 @@ def drawn(found: Labeled, ratio: float | None, size: int | None, g: torch.Genera
         parts = [p[torch.randperm(len(p), generator=g)[:n]] for p, n in zip(places, each, strict=True)]
         chosen = torch.cat(parts)[torch.randperm(int(each.sum()), generator=g)[:size]]
     # sums over features are of the whole set, and so are left out
-    whole = len(chosen) == len(labels)
-    own = found.predictions
-    return Labeled(own if whole else Predictions(own.logits[chosen]), labels[chosen])
+    return Labeled(Predictions(found.predictions.logits[chosen]), labels[chosen])
 
 
-def targets(cache: Path, name: str, size: int | None) -> Iterator[tuple[str, str, Labeled]]:
+def targets(cache: Path, name: str, size: int | None, seed: int) -> Iterator[tuple[str, str, Labeled]]:
     """Yield kind, name and set of every target; ``size`` None = as large as it can be."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator().manual_seed(seed)
     clean = kept(cache, name, "clean")
     for index in range(3):
         yield "no shift", f"clean {index}", drawn(clean, None, size or 1000, g)
     for shift in held_out_shifts():
         found = kept(cache, name, "held-out", shift.family, shift.strength)
-        yield "covariate", f"{shift.family} {shift.strength}", drawn(found, None, size or 10**9, g)
+        yield "covariate", f"{shift.family} {shift.strength}", drawn(found, None, size, g)
     for ratio in RATIOS:
         for index in range(4):
             yield "label", f"ratio {ratio:g} draw {index}", drawn(clean, ratio, size, g)
@@ -127,7 +128,7 @@ def targets(cache: Path, name: str, size: int | None) -> Iterator[tuple[str, str
         yield "both", f"{shift.family} {shift.strength} ratio {ratio:g}", drawn(found, ratio, size, g)
 
 
-def evaluate(cache: Path, name: str, size: int | None) -> list[dict[str, Any]]:
+def evaluate(cache: Path, name: str, size: int | None, seed: int) -> list[dict[str, Any]]:
     """Estimate the accuracy of one network on all targets."""
     validation = kept(cache, name, "validation")
     shifts = tuple(
@@ -136,7 +137,7 @@ def evaluate(cache: Path, name: str, size: int | None) -> list[dict[str, Any]]:
     )
     known: dict[int, Known] = {}
     rows = []
-    for kind, target, found in targets(cache, name, size):
+    for kind, target, found in targets(cache, name, size, seed):
         number = len(found.labels)
         near = min((100, 400, 1000), key=lambda one: abs(one - number))  # of which size the signs are taken
         if near not in known:
@@ -191,6 +192,57 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draw the default estimate with its interval against the true accuracy, a panel a kind of shift."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = ("covariate", "label", "both")
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.8), sharex=True, sharey=True, layout="constrained")
+    for panel, kind in zip(panels, kinds, strict=True):
+        found = [row for row in rows if row["kind"] == kind]
+        truth = np.array([row["accuracy"] for row in found])
+        value, low, high = np.array([row["auto"][:3] for row in found]).T
+        panel.errorbar(truth, value, [value - low, high - value], fmt="o", ms=3, lw=0.6, color="C0")
+        panel.plot([0, 1], [0, 1], color="0.5", lw=1)
+        panel.set(title=f"{kind} shift", xlabel="true accuracy")
+    panels[0].set_ylabel("estimated accuracy, 90 % interval")
+    figure.savefig(file, dpi=110)
+
+
+LABEL_DRAWS = 300
+
+
+def few_labels(cache: Path, seed: int) -> str:
+    """Return a table of the 95 % intervals by few labels, on all unshifted and shifted sets of the networks."""
+    g = torch.Generator().manual_seed(seed)
+    kinds = [("clean", "none", 0), *(("held-out", one.family, one.strength) for one in held_out_shifts())]
+    sets = []
+    for name in NETWORKS:
+        own = kept(cache, name, "validation")
+        temperature = Reference.of(own.predictions.logits, own.labels).temperature
+        for kind in kinds:
+            found = kept(cache, name, *kind)
+            sets.append((probabilities(found.predictions.logits, temperature).amax(1), found.right))
+    lines = ["| labels | half width | labels alone | coverage |", "|---:|---:|---:|---:|"]
+    for count in (50, 100, 200, 500):
+        widths, alone, held = [], [], []
+        for index in range(LABEL_DRAWS):
+            confidence, right = sets[index % len(sets)]
+            # with replacement: both are samples of the same population, whose accuracy is that of the set
+            chosen = torch.randint(len(confidence), (count,), generator=g)
+            made = prediction_powered(right[chosen], confidence[chosen], confidence, 0.95)
+            low, high = clopper_pearson(int(right[chosen].sum()), count, 0.95)
+            widths.append((made.high - made.low) / 2)
+            alone.append((high - low) / 2)
+            held.append(made.low <= float(right.double().mean()) <= made.high)
+        cells = f"{100 * np.mean(widths):.1f} | {100 * np.mean(alone):.1f} | {100 * np.mean(held):.0f} %"
+        lines.append(f"| {count} | {cells} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -202,17 +254,22 @@ def main() -> None:
         "--size", type=int, default=1000, help="Images of the validation and of the target set."
     )
     parser.add_argument("--clean", type=int, default=2000, help="Unshifted images for label shift.")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="Of the images that are drawn from the cached ones."
+    )
+    parser.add_argument("--picture", type=Path, help="Draw estimated against true accuracy into this file.")
     given = parser.parse_args()
     given.cache.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     collect(given.checkpoints, sets(given.data, given.size, given.clean), given.cache)
     for size in (None, 100):
-        rows = [row for name in NETWORKS for row in evaluate(given.cache, name, size)]
-        (given.cache / f"rows-{size or 'all'}.json").write_text(json.dumps(rows))
-        print(
-            f"\nunlabeled sets of {'300 to 2,000' if size is None else size} images\n\n{table(rows)}",
-            flush=True,
-        )
+        rows = [row for name in NETWORKS for row in evaluate(given.cache, name, size, given.seed)]
+        (given.cache / f"rows-{size or 'all'}-{given.seed}.json").write_text(json.dumps(rows))
+        if size is None and given.picture is not None:
+            draw(rows, given.picture)
+        sizes = "300 to 2,000" if size is None else size
+        print(f"\nunlabeled sets of {sizes} images\n\n{table(rows)}", flush=True)
+    print(f"\nfew labels, {LABEL_DRAWS} draws each\n\n{few_labels(given.cache, given.seed)}")
 
 
 if __name__ == "__main__":

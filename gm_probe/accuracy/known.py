@@ -28,13 +28,13 @@ class Signs:
     """What tells a change of the class shares from other shifts.
 
     Attributes:
-        distance: Σ |π̂ − π| between the shares that EM finds and the validation's.
         transported: COT under the shares that EM finds.
+        gap: that minus COT under the validation's shares.
         rejected: whether the confidences are distributed otherwise than a mere change of the shares explains.
     """
 
-    distance: float
     transported: float
+    gap: float
     rejected: bool
 
 
@@ -152,5 +152,6 @@ def _signs(
     p = probabilities(logits, reference.temperature)
     own = probabilities(validation.predictions.logits, reference.temperature).amax(1)
     weights = (found / shares.clamp(min=1e-9))[validation.labels]
-    signs = Signs(float((found - shares).abs().sum()), transport(p, found), rejected(p.amax(1), own, weights))
-    return signs, found
+    transported = transport(p, found)
+    gap = transported - transport(p, shares)
+    return Signs(transported, gap, rejected(p.amax(1), own, weights)), found

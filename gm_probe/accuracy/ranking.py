@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
+import numpy as np
 import torch
 
-from gm_probe.accuracy.calibration import Calibration, conformal
+from gm_probe.accuracy.calibration import Calibration, conformal, scale_at
 from gm_probe.accuracy.evidence import Evidence
 from gm_probe.accuracy.few_labels import labels_to_separate, paired_difference
 from gm_probe.accuracy.report import (
@@ -60,7 +61,7 @@ def conclude(
     return EstimateReport(
         tuple(ranked),
         tuple(tuple(agreement[a][b] for b in order) for a in order),
-        conclusion(ranked, needed),
+        conclusion(ranked, needed, alike=first.evidence.unlabeled.logits.shape[0] == _agreeing(leaders)),
         tuple(notes),
         needed,
         suggestions([one.evidence for one in leaders[:LEADERS]], seed),
@@ -96,10 +97,12 @@ def separated(first: Standing, other: Standing, agreement: float, level: float) 
         return interval.low > 0
     if first.accuracy is None or other.accuracy is None:
         return False
-    assert first.calibration is not None
-    assert other.calibration is not None
-    pairs = zip(first.calibration.residuals, other.calibration.residuals, strict=True)
-    quantile = conformal([a - b for a, b in pairs], level)
+    ours, theirs = first.calibration, other.calibration
+    assert ours is not None
+    assert theirs is not None
+    differences = np.subtract(ours.residuals, theirs.residuals) / np.add(ours.scales, theirs.scales)
+    scale = scale_at(first.accuracy.value, ours.top) + scale_at(other.accuracy.value, theirs.top)
+    quantile = conformal(differences, level) * scale
     sampling = (
         NormalDist().inv_cdf((1 + level) / 2)
         * ((1 - agreement) / len(first.evidence.unlabeled.logits)) ** 0.5
@@ -137,8 +140,14 @@ def suggestions(leaders: Sequence[Evidence], seed: int) -> tuple[Suggestion, ...
     )
 
 
-def conclusion(ranked: Sequence[ModelEstimate], needed: int | None) -> str:
-    """Say what follows, in plain words."""
+def _agreeing(leaders: Sequence[Standing]) -> int:
+    """On how many unlabeled examples all of them predict the same class."""
+    classes = torch.stack([one.evidence.unlabeled.classes for one in leaders])
+    return int((classes == classes[0]).all(0).sum())
+
+
+def conclusion(ranked: Sequence[ModelEstimate], needed: int | None, *, alike: bool) -> str:
+    """Say what follows, in plain words; ``alike``: whether the leaders predict the same on every example."""
     first = ranked[0]
     close = [one.name for one in ranked[1:] if not one.separated]
     if first.accuracy is None:
@@ -158,6 +167,8 @@ def conclusion(ranked: Sequence[ModelEstimate], needed: int | None) -> str:
         return f"{leads}; every other model is told from it."
     listed = close[0] if len(close) == 1 else f"{', '.join(close[:-1])} and {close[-1]}"
     said = f"{leads}; {listed} cannot be told from it."
+    if alike:
+        return f"{said} They predict the same class for every unlabeled example."
     if needed is None:
         return f"{said} No number of labels is known that would tell them apart."
     return f"{said} To separate {first.name} from {close[0]}, label about {needed:,} images on which they disagree."

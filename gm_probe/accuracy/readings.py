@@ -15,8 +15,8 @@ from gm_probe.accuracy.scores import ESTIMATORS, probabilities
 from gm_probe.accuracy.shares import same_shares
 from gm_probe.accuracy.transport import transport
 
-NEAREST = 7
-"""Synthetic shifts of the most similar confidence, with which the distance of the class shares is compared."""
+NEAREST = 5
+"""Synthetic shifts of the most similar confidence, with which an unlabeled set is compared."""
 SAME, CHANGED, GIVEN = "validation", "estimated", "given"
 """The readings: class shares as in the validation set, as EM finds them, or as the user says."""
 
@@ -56,7 +56,7 @@ def read(
     sizes = len(predictions.logits), len(known.validation.labels)
     if shares is not None:
         score = transport(probabilities(predictions.logits, known.reference.temperature), shares)
-        found = _calibrated(known, "cot", score, sizes, level)
+        found = _calibrated(known, "cot", score, sizes, level, given=True)
         return _accuracy([(GIVEN, found)], level)
     same = _calibrated(known, name, scores[name], sizes, level)
     if choice == SAME or (choice == "auto" and _as_before(known, predictions)):
@@ -72,16 +72,17 @@ def read(
 def plausible(known: Known, signs: Signs) -> list[str]:
     """Return the readings that cannot be excluded, the likelier first.
 
-    The distance of EM's class shares is compared with what synthetic shifts alone, which leave the shares as they are,
-    make EM believe: those that a test on the confidences takes for a change of the shares, or those that it does not.
+    Under a shift that leaves the class shares as they are, EM still finds others, with which COT is larger. How much
+    larger is known of the synthetic shifts: of those that a test on the confidences does not tell from a change of the
+    shares, or of the most similar ones that it does. A larger gap than any of these speaks for changed shares.
     """
     alike = [one for one in known.signs if one.rejected == signs.rejected]
     if signs.rejected:
         alike = sorted(alike, key=lambda one: abs(one.transported - signs.transported))[:NEAREST]
-    usual = sorted(one.distance for one in alike)
-    if usual and signs.distance <= usual[len(usual) // 2]:
+    gaps = [one.gap for one in alike]
+    if gaps and signs.gap <= min(gaps):
         return [SAME]
-    if usual and signs.distance <= usual[-1]:
+    if gaps and signs.gap <= max(gaps):
         return [SAME, CHANGED]
     return [CHANGED, SAME] if signs.rejected else [CHANGED]
 
@@ -91,7 +92,9 @@ def _as_before(known: Known, predictions: Predictions) -> bool:
     return same_shares(predictions.classes, known.validation.predictions.classes, len(known.shares))
 
 
-def _calibrated(known: Known, name: str, score: float, sizes: tuple[int, int], level: float) -> Reading:
+def _calibrated(
+    known: Known, name: str, score: float, sizes: tuple[int, int], level: float, *, given: bool = False
+) -> Reading:
     calibration = known.calibrations[name]
     value = calibration.accuracy(score)
     half = math.hypot(calibration.half_width(value, level), sampling_error(value, sizes, level))
@@ -100,12 +103,11 @@ def _calibrated(known: Known, name: str, score: float, sizes: tuple[int, int], l
         if known.by_shifts
         else "with errors from halves of the validation set"
     )
-    assumption = ESTIMATORS[name].assumption
+    assumption = "the unlabeled data is distributed as the validation set is"
     if known.by_shifts:
-        assumption += "; the shift is like the synthetic ones, and the class shares are the validation's"
-    else:
-        assumption = "the unlabeled data is distributed as the validation set is"
-    return Reading(value, half, f"{name}, {how}", assumption)
+        whose = "those given" if name == "cot" and given else "those of the validation set"
+        assumption = f"images are shifted much as the synthetic shifts do, and the class shares are {whose}"
+    return Reading(value, half, f"{name} ({ESTIMATORS[name]}), {how}", assumption)
 
 
 def _changed(known: Known, signs: Signs, shares: Tensor, sizes: tuple[int, int], level: float) -> Reading:
@@ -116,15 +118,13 @@ def _changed(known: Known, signs: Signs, shares: Tensor, sizes: tuple[int, int],
             found.value,
             found.half,
             "cot with estimated class shares, calibrated on synthetic shifts",
-            "the class shares changed, and the images, too",
+            "images are shifted much as the synthetic shifts do, and the class shares changed, too",
         )
     value = min(max(signs.transported + known.offset, 0.0), 1.0)
     weights = (shares / known.shares.clamp(min=1e-9))[known.validation.labels]
     effective = int(weights.sum().square() / weights.square().sum())
     half = math.hypot(known.skew_error, sampling_error(value, (sizes[0], max(effective, 1)), level))
-    return Reading(
-        value, half, "cot with estimated class shares", "only the class shares changed (label shift)"
-    )
+    return Reading(value, half, "cot with estimated class shares", "only the class shares changed")
 
 
 def _accuracy(readings: list[tuple[str, Reading]], level: float) -> Accuracy:
@@ -137,6 +137,6 @@ def _accuracy(readings: list[tuple[str, Reading]], level: float) -> Accuracy:
         max(high for _, _, high in intervals),
         level,
         first.method,
-        " or: ".join(reading.assumption for _, reading in readings),
+        ", or ".join(reading.assumption for _, reading in readings),
         {key: reading.interval for key, reading in readings},
     )

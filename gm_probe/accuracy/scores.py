@@ -13,32 +13,18 @@ from torch.nn import functional
 from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.transport import transport
 
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """What an estimator is called in a table, whether its score is itself an accuracy, and what that assumes."""
-
-    symbol: str
-    is_accuracy: bool
-    assumption: str
-
-
-ESTIMATORS: dict[str, Listed] = {
-    "average_confidence": Listed("AC", True, "the confidence is calibrated on the unlabeled data, too"),
-    "doc": Listed("DoC", True, "the accuracy drops by as much as the mean confidence does"),
-    "atc": Listed("ATC", True, "the confidence that separates right from wrong stays the same"),
-    "atc_entropy": Listed("ATC-NE", True, "the entropy that separates right from wrong stays the same"),
-    "cot": Listed(
-        "COT", True, "the class shares are known, and mass moves between classes as confidence says"
-    ),
-    "nuclear_norm": Listed("nuclear", False, "it follows the accuracy as it does under synthetic shifts"),
-    "mano": Listed("MaNo", False, "it follows the accuracy as it does under synthetic shifts"),
-    "dispersion": Listed("dispersion", False, "it follows the accuracy as it does under synthetic shifts"),
-    "last_layer_gradient_norm": Listed(
-        "GdScore", False, "it follows the accuracy as it does under synthetic shifts"
-    ),
-    "effective_invariance": Listed("EI", False, "it follows the accuracy as it does under synthetic shifts"),
-    "agreement": Listed("agreement", True, "the models err independently enough that agreement is accuracy"),
+ESTIMATORS = {
+    "average_confidence": "mean probability of the predicted class",
+    "doc": "validation accuracy plus the difference of the mean confidences",
+    "atc": "share of confidences above the threshold that fits the validation accuracy",
+    "atc_entropy": "the same with negative entropies in place of confidences",
+    "cot": "largest mean confidence of an assignment with the given class shares",
+    "nuclear_norm": "nuclear norm of the matrix of outputs",
+    "mano": "fourth-power mean of the normalised outputs",
+    "dispersion": "spread of the predicted classes' mean features",
+    "last_layer_gradient_norm": "size of the last layer's gradient with predicted labels",
+    "effective_invariance": "confidence that image and mirror image share, where their classes agree",
+    "agreement": "share of examples on which the other models predict the same class",
 }
 """All estimators in the order of a table."""
 

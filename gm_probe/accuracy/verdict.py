@@ -132,7 +132,18 @@ def judge(
                 1.0 if known is None else known.reference.temperature,
             )
         )
+    notes = [*notes, *_faultless(evidence)]
     return conclude(rows, standings, agreement, request.level, request.seed, notes)
+
+
+def _faultless(evidence: Sequence[Evidence]) -> list[str]:
+    """A note for each model that makes no validation error, as models do on what they were trained on."""
+    return [
+        f"{one.name} makes no error on the {len(one.validation.labels):,} validation examples; if it was trained on "
+        "them, its estimate is worthless: give examples that were held out"
+        for one in evidence
+        if one.validation is not None and one.validation.accuracy == 1
+    ]
 
 
 def _known(evidence: Sequence[Evidence], request: Request) -> list[Known | None]:

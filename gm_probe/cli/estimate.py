@@ -270,7 +270,9 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
     known = report.models[0].accuracy is not None
     several = len(report.models) > 1
     shown = [name for name in names if name != EXTRA]
-    head = ["checkpoint", *(["accuracy", "interval", "estimators"] if known else ["confidence"])]
+    compared = report.num_labels is None
+    accuracy = ["accuracy", "interval", *(["estimators"] if compared else [])]
+    head = ["checkpoint", *(accuracy if known else ["confidence"])]
     head += ["agreement"] if several else []
     head += [*(CATALOGUE[name].symbol for name in shown), "seconds"]
     rows = []
@@ -280,7 +282,8 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
             found = model.accuracy
             values = _good(model.estimators)
             cells += [_points(found.value), f"{_points(found.low)} to {_points(found.high)}"]
-            cells += [f"{_points(min(values))} to {_points(max(values))}" if values else "—"]
+            if compared:
+                cells += [f"{_points(min(values))} to {_points(max(values))}"]
         else:
             cells += [_points(model.estimators["average_confidence"]["score"])]
         cells += [_points(model.agreement)] if several else []
@@ -299,6 +302,12 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
     first = report.models[0].accuracy
     if first is not None:
         say(console, f"Estimate: {first.method}. It assumes that {first.assumption}.", "dim")
+        if compared:
+            say(
+                console,
+                "Estimators: range over those that err at most twice as much on synthetic shifts.",
+                "dim",
+            )
         if len(first.readings) > 1:
             read = [f"{name} {_points(value)}" for name, (value, _, _) in first.readings.items()]
             say(console, f"Class shares: {', '.join(read)}; the interval spans both readings.", "dim")
