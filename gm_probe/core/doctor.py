@@ -174,7 +174,7 @@ def _kernels(torch: Any) -> Iterator[Finding]:
     advice = "--amp bf16 pays in training" if ratio > 1.2 else "--amp bf16 does not pay in training"
     yield Finding("machine", "bfloat16", f"{ratio:.1f} × the speed of float32 in a convolution; {advice}")
     ratio = slow / fast["channels_last"]
-    text = f"{ratio:.1f} × the speed of contiguous images in a convolution; measure tries both"
+    text = f"{ratio:.1f} × the speed of contiguous images in a convolution; it is used where a model takes it"
     yield Finding("machine", "channels_last", text)
 
 
