@@ -28,7 +28,7 @@ from gm_probe.core import parameters, randomness
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import DeviceError
 from gm_probe.core.records import CHECKPOINT, MEASURES, read_metrics
-from gm_probe.probe import fisher_trace, operators, pairwise, probe, speed
+from gm_probe.probe import fisher_trace, operators, pairwise, probe
 from gm_probe.probe.catalogue import DEFAULT_MEASURES
 from gm_probe.probe.measures import MEASURES as ALL_MEASURES
 from gm_probe.probe.measures import measure
@@ -379,19 +379,6 @@ def planted(fault: Fault) -> Iterator[None]:
         function.__code__ = usual
 
 
-def same_choices() -> None:
-    """Choose ways without a stopwatch, which would choose otherwise on each device."""
-
-    def never(other: object, usual: object, device: object) -> bool:
-        return False
-
-    def always(other: float, usual: float) -> bool:
-        return True
-
-    speed.clearly_faster.__code__ = never.__code__
-    speed.clearly_less.__code__ = always.__code__
-
-
 def judged(check: Callable[[str], Any], expected: Any) -> str:
     """What is wrong on the device; nothing where it gives what is ``expected``."""
     try:
@@ -403,7 +390,6 @@ def judged(check: Callable[[str], Any], expected: Any) -> str:
 def main() -> None:
     simulated_device.install()
     torch.set_num_threads(1)
-    same_choices()
     expected = {name: check("cpu") for name, check in CHECKS.items()}
     found: dict[str, dict[str, str]] = {"checks": {}, "faults": {}}
     for name, check in CHECKS.items():

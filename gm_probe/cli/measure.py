@@ -152,7 +152,7 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     metavar="SIZE",
     default="4GB",
     show_default=True,
-    help="What a pass may take, a quarter more for what is kept; sets the batch size where --batch-size does not.",
+    help="Memory budget of a pass; it sets the batch size where --batch-size does not.",
 )
 @data_options
 @executor_options("local", "ray")

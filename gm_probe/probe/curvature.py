@@ -121,15 +121,15 @@ def _fisher_trace(probe: Probe) -> Figure:
 
 
 def hessian_trace(probe: Probe) -> Figure:
-    """tr F where every parameter enters affinely, else tr F + tr(H − F) (METHOD.md, tr H = tr F)."""
-    if everywhere(probe.affinity.affine, probe.clean.device):
+    """Return tr F where every parameter enters affinely, else tr F + tr(H − F)."""
+    if everywhere(probe.not_affine is None, probe.clean.device):
         value, error, examples, converged, details = fisher_trace(probe)
         method = f"tr F, for every parameter enters affinely: {details['method']}"
         return value, error, examples, converged, {**details, "method": method, "labels": "none needed"}
     fisher = probe.example_fisher_trace
     if fisher is None:
         found = _hutchinson(probe, probe.hessian, "hessian trace").estimate()
-        details = {"labels": probe.label_kind, "not_affine": probe.affinity.reason}
+        details = {"labels": probe.label_kind, "not_affine": probe.not_affine}
         return _row(found, _estimator(found), **details)
     rest = _hutchinson(probe, probe.residual, "hessian trace")  # its probes serve all refinements of tr F
     found = rest.estimate(fisher.terms, fisher.stderr or 0.0)
@@ -142,7 +142,7 @@ def hessian_trace(probe: Probe) -> Figure:
         if finer is None or (finer.stderr or 0.0) >= fisher.stderr:
             break
         fisher, found = finer, rest.estimate(finer.terms, finer.stderr or 0.0)
-    details = {"labels": probe.label_kind, "not_affine": probe.affinity.reason}
+    details = {"labels": probe.label_kind, "not_affine": probe.not_affine}
     return _row(found, f"tr F + tr(H − F), the latter by {_estimator(found)}", **details)
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.core.errors import DerivativeError, UsageError, first_line, foreign_or, of_machine
+from gm_probe.core.fields import Inputs
 from gm_probe.core.parameters import Parameters
 
-Push = Callable[[Tensor, Tensor], Tensor]
+Push = Callable[[Inputs, Tensor], Tensor]
 """input (B, ...), direction (P,) ↦ the logits' change (B, C)"""
-Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+Way = Callable[[Tensor, Inputs, Tensor], Tensor]
 """direction (P,), input (B, ...), data (B, ...) ↦ a product or the examples' terms"""
-Arguments = tuple[Tensor, Tensor, Tensor]
+Arguments = tuple[Tensor, Inputs, Tensor]
 
 REMEDY = "replace that layer, or choose measures that do without by --measures"
 
@@ -75,7 +76,7 @@ def _tensors_held(module: nn.Module) -> list[str]:
     ]
 
 
-def first_adjoint(ways: Sequence[Push], pulled: Push, x: Tensor, v: Tensor) -> Push:
+def first_adjoint(ways: Sequence[Push], pulled: Push, x: Inputs, v: Tensor) -> Push:
     """The first of ``ways`` to take J v that is the adjoint of ``pulled``, u ↦ Jᵀu, on ``x`` for ``v`` (P,).
 
     An LSTM's kernel for float32 and a stranger's autograd.Function have no forward mode, and what takes its place needs
@@ -106,7 +107,7 @@ def first_adjoint(ways: Sequence[Push], pulled: Push, x: Tensor, v: Tensor) -> P
 
 
 def agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool:
-    """Whether the cheap way gives what the sound one does.
+    """Return whether the cheap way gives what the sound one does.
 
     Forward over forward is silently wrong or absent through some layers (pytorch#196700, #196699). Asked of 16 examples
     in float64: on confident ones the terms are so small that float32 rounds them apart. In the model's own dtype it

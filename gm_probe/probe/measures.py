@@ -130,8 +130,7 @@ def measure(
         outputs: how what the model returns is read (core.door). Default: a tensor of logits, or what is named so.
         names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
         initial: the model before training, for its distance.
-        memory: bytes that a product may take, where the data has no batch size of its own, and a quarter more that
-            the Hessian's products may keep from one to the next.
+        memory: bytes that a product may take, where the data has no batch size of its own.
         notify: called with the measure at work and the gradient evaluations done so far.
 
     Raises:
@@ -175,13 +174,13 @@ def measure(
     # a model may draw at random though its outputs stay the same
     batches = in_layout_taken(model, batches)
     with generators_kept(batches.device, model), as_measured(model):
-        probe = Probe(model, batches, settings, work, initial, memory, outputs)
+        probe = Probe(model, batches, settings, work, initial, outputs)
         _require_full(probe.parameters.dtype)
 
         def probed(batches: Batches) -> Probe:
             nonlocal probe
             if probe.batches is not batches:  # what is shared was made on the others
-                probe = Probe(model, batches, settings, work, initial, memory, outputs)
+                probe = Probe(model, batches, settings, work, initial, outputs)
             return probe
 
         probe.parameters.check_finite()

@@ -1,4 +1,4 @@
-"""Layers that forward mode over forward mode misstates or refuses (torch 2.14), by operations that it can follow."""
+"""Layers of which torch 2.14 misstates or lacks a second derivative, by operations that have one."""
 
 from __future__ import annotations
 
@@ -35,15 +35,21 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
     return value * gate.sigmoid()
 
 
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """torch's own backward pass has no derivative."""
+    return functional.relu6(input + 3) / 6
+
+
 _SUBSTITUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     functional.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     functional.glu: _glu,
+    functional.hardsigmoid: _hardsigmoid,
 }
 
 
 class Nestable(TorchFunctionMode):
-    """Within this context the layers of ``_SUBSTITUTES`` compute the same by operations with nested jvps."""
+    """Within this context the layers of ``_SUBSTITUTES`` compute the same by other operations."""
 
     def __torch_function__(
         self,

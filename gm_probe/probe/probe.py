@@ -19,14 +19,14 @@ from gm_probe.core.labels import as_labels, fitting
 from gm_probe.core.parameters import Parameters
 from gm_probe.core.processes import gather_examples
 from gm_probe.core.randomness import Draws
-from gm_probe.probe.affine import Verdict, affine_in_each_parameter
+from gm_probe.probe.affine import obstacle
 from gm_probe.probe.ascent import FisherByDifference, ProbeDivergence
 from gm_probe.probe.derivatives import differentiable, require_gradients
 from gm_probe.probe.fisher_trace import fisher_trace
 from gm_probe.probe.operators import Operator, fisher, hessian, residual
 from gm_probe.probe.settings import Settings
 from gm_probe.probe.spectrum import Eigenpair, certified, lanczos
-from gm_probe.probe.speed import MEMORY, TRIAL
+from gm_probe.probe.speed import TRIAL
 from gm_probe.probe.trace import Trace
 from gm_probe.probe.work import FORWARD, Work
 from gm_probe.probe.written import require_moved_weights
@@ -34,9 +34,6 @@ from gm_probe.probe.written import require_moved_weights
 T = TypeVar("T")
 DRAFT = 40
 """Difference products before exact ones go on: of CIFAR-10 networks 8 to 14 are enough."""
-
-KEPT = 0.25
-"""Of the memory, what the Hessian's products may keep from one to the next."""
 
 
 def as_row(estimate: Any) -> dict[str, Any]:
@@ -105,12 +102,11 @@ class Probe:
         settings: Settings,
         work: Work,
         initial: nn.Module | None = None,
-        memory: float = MEMORY,
         outputs: Outputs | None = None,
     ) -> None:
         self.parameters = Parameters(model, settings.params, outputs)
         self.batches, self.settings, self.work = batches, settings, work
-        self.initial, self.memory = initial, memory
+        self.initial = initial
         self._found: dict[str, Any] = {}
 
     @cached_property
@@ -218,9 +214,7 @@ class Probe:
 
     @cached_property
     def hessian(self) -> Operator:
-        return hessian(
-            self.differentiable, self.batches, self.hessian_labels, self.work, memory=KEPT * self.memory
-        )
+        return hessian(self.differentiable, self.batches, self.hessian_labels, self.work)
 
     @property
     def hessian_labels(self) -> Tensor:
@@ -296,9 +290,14 @@ class Probe:
         )
 
     @cached_property
-    def affinity(self) -> Verdict:
-        """Whether each single parameter enters the logits affinely, so that tr H = tr F."""
-        return affine_in_each_parameter(self.parameters, next(iter(self.batches)).x)
+    def not_affine(self) -> str | None:
+        """Why tr H need not be tr F; None where each parameter tensor enters the logits affinely."""
+        batches = self.batches
+        return (
+            "examples depend on each other"
+            if batches.coupled
+            else obstacle(self.parameters, next(iter(batches)).x)
+        )
 
     @cached_property
     def residual(self) -> Operator:

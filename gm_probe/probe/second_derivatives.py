@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gm_probe.core.errors import DerivativeError, first_line, of_machine
+from gm_probe.core.fields import Inputs
 from gm_probe.core.parameters import Parameters
 from gm_probe.probe.derivatives import REMEDY, Arguments, Way, gradients
 from gm_probe.probe.written import located
@@ -23,7 +24,7 @@ _AS_ONE = 0.1
 """Quotients of two steps count as one value if they differ by less than this, relative to it and to their distance from
 the product."""
 
-Scalar = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
+Scalar = Callable[[dict[str, Tensor], Inputs, Tensor], Tensor]
 """parameter values, input (B, ...), data (B, ...) ↦ the sum over examples of what is differentiated twice"""
 
 
@@ -52,7 +53,7 @@ def require_second_derivative(
 
 
 def _contradicted(
-    parameters: Parameters, scalar: Scalar, product: Way, v: Tensor, x: Tensor, d: Tensor
+    parameters: Parameters, scalar: Scalar, product: Way, v: Tensor, x: Inputs, d: Tensor
 ) -> bool:
     """Whether central differences of the gradient along ``v`` (P,) settle on something else than H v.
 

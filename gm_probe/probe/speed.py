@@ -1,88 +1,26 @@
-"""What runs a model fast within a memory budget: found by trying on a few of its examples."""
+"""How many examples a batch may have within a memory budget, found by a pass over a few of them."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from gm_probe.core.batches import BATCH_SIZE, Batches
-from gm_probe.core.devices import synchronize
 from gm_probe.core.door import Outputs
-from gm_probe.core.errors import of_machine, on_two_devices, out_of_memory
+from gm_probe.core.errors import on_two_devices, out_of_memory
 from gm_probe.core.fields import Inputs
-from gm_probe.core.parameters import Parameters, as_measured, differentiable_attention, evaluating
-from gm_probe.probe.ascent import kl_gradient
+from gm_probe.core.parameters import Parameters, differentiable_attention, evaluating
 
-T = TypeVar("T")
 MEMORY = 4 * 10**9
 """Bytes that a product may take, by default."""
-TAPES = 7  # times what a gradient pass keeps: forward over reverse took 3.4 to 5.6, nested jvps up to 6.5
-CLEARLY = 0.9  # of the usual way's time: what is nearer is noise
-LONG = 0.03  # seconds; shorter ways tell little apart, and there is little to gain
+PRODUCT = 7
+"""A product's memory over what a gradient pass keeps: forward over reverse took 3.4 to 5.6, nested jvps up to 6.5."""
 TRIAL = 16
-"""Examples that ways are tried on."""
-
-
-def clearly_faster(other: Callable[[], object], usual: Callable[[], object], device: torch.device) -> bool:
-    """Whether ``other`` takes clearly less time than ``usual``; each runs twice, the first time to warm up."""
-    usual()
-    before, _ = timed(usual, device)
-    if before < LONG:
-        return False
-    other()
-    return clearly_less(timed(other, device)[0], before)
-
-
-def clearly_less(other: float, usual: float) -> bool:
-    """Whether ``other`` seconds are so much less than ``usual`` ones that it is no noise, and of any use."""
-    return usual >= LONG and other < CLEARLY * usual
-
-
-def timed(way: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    """The seconds that ``way`` takes, and what it returns."""
-    if device.type == "cpu":  # the processor's own time: others on this machine must not decide
-        start = time.process_time()
-        result = way()
-        return time.process_time() - start, result
-    synchronize(device)
-    start = time.perf_counter()
-    result = way()
-    synchronize(device)
-    return time.perf_counter() - start, result
-
-
-def fastest_layout(model: nn.Module, x: Tensor, outputs: Outputs | None = None) -> torch.memory_format:
-    """The memory format of weights and images (B, C, H, W) in which a gradient pass is fastest; sets the model's.
-
-    Channels last where there is no clear difference: it saves 7 to 18 % on CIFAR-sized networks, and costs 20 % on
-    ResNet-18 at 64×64 (both on a CPU). The weights' values stay as they are.
-    """
-    layouts = {True: torch.channels_last, False: torch.contiguous_format}
-    parameters = Parameters(model, outputs=outputs)
-    inputs = {last: x.contiguous(memory_format=layout) for last, layout in layouts.items()}
-
-    def gradient(last: bool) -> None:
-        model.to(memory_format=layouts[last])
-        kl_gradient(parameters, inputs[last], clean, still)
-
-    with as_measured(model):
-        with torch.no_grad():
-            clean = parameters.logits(x)
-        still = torch.zeros(parameters.size, dtype=parameters.dtype, device=parameters.device)
-        try:
-            last = not clearly_faster(lambda: gradient(False), lambda: gradient(True), x.device)
-        except Exception as error:  # of a stranger's layer; what needs the gradient will tell
-            if of_machine(error):
-                raise
-            last = True
-    model.to(memory_format=layouts[last])
-    return layouts[last]
+"""Examples that a model's derivatives are tried on."""
 
 
 def bytes_an_example(model: nn.Module, x: Inputs, outputs: Outputs | None = None) -> float:
@@ -131,7 +69,7 @@ def within(memory: float, model: nn.Module, batches: Batches, outputs: Outputs |
     """
     few = next(iter(batches.of_size(4))).x
     try:
-        taken = TAPES * bytes_an_example(model, few, outputs)
+        taken = PRODUCT * bytes_an_example(model, few, outputs)
     except Exception as error:  # of a stranger's layer
         if on_two_devices(error):
             raise

@@ -10,8 +10,7 @@ GRADIENT = 3.0
 JVP = 3.0  # the primal pass, and a tangent pass of two products a layer
 REVERSE_JVP = 7.0  # a gradient, and back through its backward pass
 NESTED_JVP = 9.0  # a jvp of a jvp
-FORWARD_OVER_REVERSE = 9.0  # a gradient and its tangent, two products for each of a gradient's
-THROUGH_GRADIENT = 6.0  # a gradient through a gradient's own graph, which no forward pass precedes
+HESSIAN_PRODUCT = 9.0  # a gradient and its derivative along v, two products for each of a gradient's
 TRIPLE_BACKWARD = 18.0  # and once more, by the weights of the examples alone
 EXAMPLE_NORMS = 3.0  # back to every layer's output, and its weights' gradient example by example
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +32,7 @@ from gm_probe.probe.density import density
 from gm_probe.probe.measures import UNDEFINING, measure
 from gm_probe.probe.probe import Probe
 from gm_probe.probe.settings import Settings
-from gm_probe.probe.speed import MEMORY, TRIAL, fastest_layout, within
+from gm_probe.probe.speed import MEMORY, TRIAL, within
 from gm_probe.probe.work import Work
 from gm_probe.training.contrastive_batches import contrastive_batches
 
@@ -175,7 +174,7 @@ def measure_checkpoint(
     Args:
         quadrature: probes and steps of the spectral densities; None = do without.
         batch_size: None = what ``memory`` bytes hold.
-        memory: bytes that a product may take, and a quarter more for what is kept from one to the next.
+        memory: bytes that a product may take.
         loading: as ``open_subject`` takes them.
 
     Raises:
@@ -187,9 +186,10 @@ def measure_checkpoint(
         subject = open_subject(
             path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading
         )
-    if not simclr and (quadrature or takes_derivatives(names or DEFAULT_MEASURES)):
-        subject = _fitted(subject, batch_size, memory)
     batches = subject.batches
+    derivatives = quadrature is not None or takes_derivatives(names or DEFAULT_MEASURES)
+    if batch_size is None and derivatives and not simclr:
+        batches = within(memory, subject.model, batches, subject.outputs)
     part = batches.shard(rank(), count())
     initial = _initial(path, subject) if "distance_from_initialization" in (names or ()) else None
     spent = 0.0
@@ -242,7 +242,6 @@ def measure_checkpoint(
                 part,
                 settings,
                 quadrature,
-                memory,
                 lambda name, evaluations: tick(name, before + evaluations),
             ),
         )
@@ -335,17 +334,6 @@ def _how_coupled(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _fitted(subject: Subject, batch_size: int | None, memory: float) -> Subject:
-    """In the faster memory format and, where no size is given, in batches that ``memory`` bytes hold."""
-    batches = copy(subject.batches)
-    few = next(iter(batches.of_size(2 * TRIAL))).x
-    if batches.channels_last:
-        batches.channels_last = fastest_layout(subject.model, few, subject.outputs) == torch.channels_last
-    if batch_size is None:
-        batches = within(memory, subject.model, batches, subject.outputs)
-    return replace(subject, batches=batches)
-
-
 def _initial(path: Path, subject: Subject) -> torch.nn.Module | None:
     """What a run's training started from; None of other checkpoints.
 
@@ -371,14 +359,13 @@ def _densities(
     part: Batches,
     settings: Settings,
     quadrature: tuple[int, int],
-    memory: float,
     notify: Callable[[str, float], None],
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``. ``reason``: why there is none."""
     num_probes, num_steps = quadrature
     with one_device(), generators_kept(part.device, subject.model), as_measured(subject.model):
         work = Work(part.num_examples)
-        probe = Probe(subject.model, part, settings, work, memory=memory, outputs=subject.outputs)
+        probe = Probe(subject.model, part, settings, work, outputs=subject.outputs)
         found = {}
         for name, operator in (("fisher", probe.fisher), ("hessian", probe.hessian)):
             before = probe.work.evaluations
