@@ -311,6 +311,14 @@ def test_reason_names_the_parameter(name: str) -> None:
 
 
 UNTRIED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "times itself, hidden from autograd": (
+        lambda: Net(lambda layers, x: layers[0](x) * layers[0](x).detach(), linear()),
+        "autograd does not see every path from parameter 'layers.0.weight'",
+    ),
+    "straight-through": (
+        lambda: Net(lambda layers, x: (z := layers[0](x)) + (z.sign() - z).detach(), linear()),
+        "autograd does not see every path from parameter 'layers.0.weight'",
+    ),
     "derivatives of its own": (
         lambda: Net(lambda layers, x: Straight.apply(layers[0](x)), linear()),
         "the autograd function Straight states derivatives of its own",

@@ -24,6 +24,8 @@ NEGLIGIBLE = 30.0
 
 The direction is as long as the tensor. Autograd's second derivatives of piecewise linear layers are exactly 0.
 """
+APART = 0.1
+"""A slope that autograd states this far from the logits' own, in standard deviations of a random slope, is another."""
 _ENTRIES = 2**19
 """Parameters times examples that are tried: on few examples a large network has thousands of units to be curved."""
 
@@ -38,23 +40,27 @@ def obstacle(parameters: Parameters, x: Inputs) -> str | None:
     count = max(2, min(16, _ENTRIES // parameters.size))
     try:
         with generators_kept(parameters.device, parameters.model), as_measured(parameters.model):
-            return _curved(parameters, x[:count])
+            try:
+                return _curved(parameters, x[:count].double() if x.is_floating_point() else x[:count])
+            except RuntimeError:  # a layer insists on its dtype
+                return _curved(parameters, x[:count], parameters.dtype)
     except Exception as error:  # whatever a stranger's layer raises
         if of_machine(error):
             raise
         return f"second derivatives cannot be tried ({first_line(error)})"
 
 
-def _curved(parameters: Parameters, x: Inputs) -> str | None:
+def _curved(parameters: Parameters, x: Inputs, dtype: torch.dtype = torch.float64) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    negligible = NEGLIGIBLE * torch.finfo(parameters.dtype).eps
+    negligible = NEGLIGIBLE * torch.finfo(dtype).eps
     with torch.enable_grad(), Nestable():
-        values = parameters.leaves()
+        values = parameters.leaves(dtype)
         logits = parameters.logits(x, values)
         function = next(written(logits), None)
         if function is not None:
             return f"the autograd function {function} states derivatives of its own"
-        slopes = gradients(logits, values, _random(logits, generator), create_graph=True)
+        cotangent = _random(logits, generator)
+        slopes = gradients(logits, values, cotangent, create_graph=True)
         for (name, value), slope in zip(values.items(), slopes, strict=True):
             direction = _random(value, generator) * (float(value.detach().norm()) or 1.0)
             first = logits.new_zeros(()) if slope is None else (slope * direction).sum()
@@ -62,7 +68,36 @@ def _curved(parameters: Parameters, x: Inputs) -> str | None:
             second = 0.0 if change is None else float((change * direction).sum())
             if not abs(second) <= negligible * abs(float(first.detach())):
                 return f"the logits are not affine in parameter {name!r}"
+            # at float32's longer steps too many units change sides
+            if dtype == torch.float64 and not _stated(
+                parameters, x, values, name, direction, cotangent, float(first.detach())
+            ):
+                return f"autograd does not see every path from parameter {name!r}"
     return None
+
+
+def _stated(
+    parameters: Parameters,
+    x: Inputs,
+    values: dict[str, Tensor],
+    name: str,
+    direction: Tensor,
+    cotangent: Tensor,
+    slope: float,
+) -> bool:
+    """Return whether ``slope`` is that of cᵀz along ``direction``, by central differences of the logits.
+
+    It is not where a path is hidden from autograd, as by ``detach`` in a straight-through estimator.
+    """
+    step = torch.finfo(direction.dtype).eps ** (1 / 3)
+    with torch.no_grad():
+        ahead, behind = (
+            parameters.logits(x, {**values, name: values[name] + side * step * direction}).double()
+            for side in (1, -1)
+        )
+    quotient, cotangent = (ahead - behind) / (2 * step), cotangent.double()
+    spread = float(cotangent.norm() * quotient.norm()) / quotient.numel() ** 0.5
+    return abs(float((cotangent * quotient).sum()) - slope) <= APART * max(spread, abs(slope))
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
