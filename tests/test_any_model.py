@@ -28,7 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 from gm_probe.core.batches import Batches
 from gm_probe.core.door import Outputs
-from gm_probe.core.errors import ProbeError
+from gm_probe.core.errors import ProbeError, UsageError
+from gm_probe.core.parameters import Parameters
+from gm_probe.probe.ascent import kl_gradient, to_sphere
 from gm_probe.probe.measures import measure
 from gm_probe.probe.probe import Settings
 from gm_probe.training.rules import METHODS
@@ -535,6 +537,60 @@ def test_the_divergence_vanishes_with_the_radius(name: str) -> None:
     step = METHODS["iam-d"](model, loss, rho=1e-6, outputs=kind.outputs).backward(kind.x(), labels)  # type: ignore[call-arg]
     assert step.inconsistency is not None
     assert float(step.inconsistency) < 1e-9
+
+
+def test_what_was_kept_before_a_measurement_is_refused_and_what_is_kept_in_it_is_let_go() -> None:
+    model = built(lambda: Kept(keeps=True))
+    measure(model, vectors(), ["fisher_trace"])
+    assert not model.cache
+    with torch.no_grad():
+        model.eval()(vectors())
+    with pytest.raises(ProbeError, match=r"'stem.weight' does not move the outputs.*'cache'"):
+        measure(model, vectors(), ["fisher_trace"])
+
+
+def test_a_hook_that_masks_a_gradient_masks_the_ascent_too() -> None:
+    model, x, y = built(mlp), vectors(), torch.arange(N) % C
+    mask = torch.cat([torch.ones(30), torch.zeros(27)])  # the first weight is trained, the rest is not
+    parameters = Parameters(model)
+    start = parameters.random(0.1, seeded(3))
+    clean = model(x).detach()
+    direction = kl_gradient(parameters, x, clean, start, 1 / N)[1]
+    moved = parameters.moved(to_sphere(mask * direction, 0.3))
+    loss = functional.cross_entropy(parameters.logits(x, moved), y)
+    expected = mask * parameters.join(torch.autograd.grad(loss, list(model.parameters())))
+    for p in list(model.parameters())[1:]:
+        p.register_hook(torch.zeros_like)
+    METHODS["iam-s"](model, rho=0.3, sign="none", generator=seeded(3)).backward(x, y)  # type: ignore[call-arg]
+    torch.testing.assert_close(parameters.join(p.grad for p in model.parameters()), expected)
+    rule: Any = METHODS["iam-d-onepass"](model, rho=0.3, generator=seeded(3))  # type: ignore[call-arg]
+    rule.backward(x, y)
+    assert not rule.delta[30:].any()
+
+
+def test_targets_and_inputs_that_the_code_does_not_take_are_told() -> None:
+    x, y = vectors(), torch.arange(N) % C
+    for method in ("sgd", "sam"):
+        with pytest.raises(ProbeError, match="the criterion does not take a tuple of 2"):
+            METHODS[method](built(mlp)).backward(x, (y, y))
+        with pytest.raises(ProbeError, match="the model does not take a dict of 'pixels'"):
+            METHODS[method](built(mlp)).backward({"pixels": x}, y)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"names": "error"},
+        {"names": 3},
+        {"settings": {}},
+        {"outputs": "logits"},
+        {"memory": "4G"},
+        {"initial": 1},
+    ],
+)
+def test_arguments_of_another_type_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        measure(built(mlp), vectors(), **wrong)
 
 
 def test_the_page_lists_these_kinds() -> None:

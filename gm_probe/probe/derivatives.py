@@ -55,13 +55,15 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
             "or choose the others by --params"
         )
     for name in hidden:
-        path, _, _ = name.rpartition(".")
-        held = _tensors_held(parameters.model.get_submodule(path))
+        path = name.rpartition(".")[0]
+        # the module's own attributes, and those of the one around it
+        places = {path, path.rpartition(".")[0]}
+        held = [each for place in places for each in _tensors_held(parameters.model.get_submodule(place))]
         if held:
             raise UsageError(
-                f"parameter {name!r} does not move the outputs, and its module keeps tensors in {held[0]!r}, which may "
-                "have been made from it in eval mode; call model.train() and model.eval() to have them made anew, or "
-                "choose the other parameters by --params"
+                f"parameter {name!r} does not move the outputs, and a module around it keeps tensors in {held[0]!r}, "
+                "which may have been made from it in eval mode; call model.train() and model.eval() to make them anew, "
+                "or choose the other parameters by --params"
             )
 
 
@@ -72,6 +74,9 @@ def _tensors_held(module: nn.Module) -> list[str]:
         name
         for name, value in vars(module).items()
         if name not in known
+        and not any(
+            p.startswith(f"{name}_") for p in module._parameters
+        )  # as weight_norm and pruning leave theirs
         and any(isinstance(v, Tensor) for v in (value.values() if isinstance(value, dict) else [value]))
     ]
 
