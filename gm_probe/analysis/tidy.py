@@ -15,8 +15,8 @@ class Line:
     """One statistic.
 
     Attributes:
-        section: what it stands together with: correlations, subgroups, beyond, prediction or comparisons.
-        group: within, given or against what it is taken; '' = over all runs.
+        section: the table that it belongs to: correlations, subgroups, beyond, prediction or comparisons.
+        group: the subgroup, the control or the other measure; '' where there is none.
     """
 
     section: str

@@ -36,3 +36,8 @@ seed_option = click.option(
 resamples_option = click.option(
     "--resamples", default=2000, show_default=True, help="Bootstrap resamples and permutations."
 )
+
+
+def names(text: str) -> list[str]:
+    """Split a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]

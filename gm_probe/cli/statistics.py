@@ -139,7 +139,7 @@ def print_details(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
 
 
 def _title(line: Line) -> str:
-    """Of the table that ``line`` stands in."""
+    """Return the title of the table that ``line`` stands in."""
     if line.section == "comparisons":
         return f"Δτ with {line.gap}; p adjusted for the number of comparisons (Holm)"
     return f"{line.measure} and {line.gap}"

@@ -106,7 +106,7 @@ class Tuner:
         Raises:
             ProbeError: a run failed; the next call tries it again.
         """
-        _require_success(self.execute(self.recipe(points)))
+        require_success(self.execute(self.recipe(points)))
         return [self._cell(point) for point in points]
 
     def trials(
@@ -158,7 +158,8 @@ def _error(record: RunRecord) -> float:
     return float(record.result("probe_test_error" if "probe_test_error" in record.summary else "test_error"))
 
 
-def _require_success(outcomes: Sequence[Outcome]) -> None:
+def require_success(outcomes: Sequence[Outcome]) -> None:
+    """Raise ProbeError where a run failed; one that diverged is a result."""
     failed = [outcome for outcome in outcomes if outcome.status in {"failed", "busy"}]
     if failed:
         raise ProbeError(
