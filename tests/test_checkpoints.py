@@ -782,5 +782,7 @@ def test_a_pickle_of_another_protocol_names_the_way_out(tmp_path: Path, protocol
         pickle_protocol=protocol,
         _use_new_zipfile_serialization=not legacy,
     )
-    with pytest.raises(CheckpointError, match=r"save it again with torch\.save's own pickle_protocol, which is 2"):
+    with pytest.raises(
+        CheckpointError, match=r"save it again with torch\.save's own pickle_protocol, which is 2"
+    ):
         read_checkpoint(path)

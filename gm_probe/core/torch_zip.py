@@ -85,7 +85,9 @@ def read_records(path: Path, file: IO[bytes]) -> list[Record]:
     # torch's own reader does not heed case
     if len({record.name.lower() for record in records}) < len(records):
         raise CheckpointError(f"{path} holds two records of one name; save it again with torch.save")
-    if not any(record.checksum for record in records):  # torch.save was told to compute none (set_crc32_options)
+    if not any(
+        record.checksum for record in records
+    ):  # torch.save was told to compute none (set_crc32_options)
         return records
     for record in records:
         checksum = 0
