@@ -35,6 +35,10 @@ TESTS = {
         "test_spreadsheets.py::test_a_csv_of_too_many_cells_is_refused_before_it_is_read",
         "test_spreadsheets.py::test_parquet_bombs_are_refused",
     ),
+    "a state.pt that lies or is broken: exit 3, one line with the file; nothing is trained": (
+        "test_training_loop.py::test_a_state_that_lies_is_named",
+        "test_training_loop.py::test_broken_state_is_named",
+    ),
     "results planted in a shared temporary folder: none is taken by a worker of Ray": (
         "test_ray.py::test_what_another_user_planted_in_the_temporary_folder_is_not_taken",
     ),

@@ -285,6 +285,39 @@ def test_broken_state_is_named(content: bytes | None, tmp_path: Path) -> None:
         train(config(), tmp_path, resume=True)
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"epoch": -1},
+        {"epoch": "1"},
+        {"step": 3.5},
+        {"step": 1},
+        {"skipped": True},
+        {"skipped": "x"},
+        {"epoch": 10**30},
+        {"epoch": None},
+        {"sums": [], "step": 1},
+        {"rule": torch.ones(3)},
+        {"optimizer": {"state": {0: 1}}},
+    ],
+    ids=str,
+)
+def test_a_state_that_lies_is_named(lie: dict[str, Any], tmp_path: Path) -> None:
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(config(), tmp_path, notify=stop)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    nested = {
+        key: {**state[key], **value} if isinstance(value, dict) else value for key, value in lie.items()
+    }
+    torch.save({**state, **nested}, tmp_path / STATE)
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be resumed from"):
+        train(config(), tmp_path, resume=True)
+
+
 def test_resume_goes_on_from_the_saved_epoch(tmp_path: Path) -> None:
     seen: list[int] = []
 
