@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 from gm_probe.core.errors import UsageError, did_you_mean
 
@@ -33,6 +36,9 @@ FAMILIES = (
 )
 """Their names, as core.models reads them."""
 HUGGING_FACE = "hf"
+LIBRARIES = ("torchvision", "timm")
+"""Their models are given as LIBRARY:NAME."""
+_REGISTERED = re.compile(r"^@register_model\b.*?^def (\w+)\(", re.MULTILINE | re.DOTALL)
 LONGEST = 1000
 """Characters of a name: one that a file records may claim layers without end."""
 
@@ -40,17 +46,38 @@ LONGEST = 1000
 def is_user_code(name: str) -> bool:
     """Whether a model's name points to code outside gm_probe, torchvision and timm."""
     prefix, separator, _ = name.partition(":")
-    return bool(separator) and prefix not in {"torchvision", "timm"}
+    return bool(separator) and prefix not in LIBRARIES
 
 
 def require_model_name(name: str) -> None:
     """Raise UsageError where ``name`` is no network of gm_probe's, and no name of somebody else's."""
     if len(name) > LONGEST and not is_user_code(name):
         raise UsageError(f"no model of a name as long as {name[:20]!r}…; `gmprobe models` lists them")
-    if ":" in name or name == HUGGING_FACE:
+    prefix, separator, rest = name.partition(":")
+    if prefix in LIBRARIES and separator:
+        _require_registered(prefix, rest.partition(",")[0])
+    if separator or name == HUGGING_FACE:
         return
     if not any(re.fullmatch(pattern, name) for pattern in FAMILIES):
         raise no_model(name)
+
+
+def _require_registered(library: str, name: str) -> None:
+    """Raise UsageError where the library's code registers models, but none of this ``name``."""
+    texts = list(_sources(library))
+    names = {found for text in texts for found in _REGISTERED.findall(text)}
+    plain = name.partition(".")[0]  # timm names the weights after a dot
+    # timm keeps earlier names as strings
+    if names and ":" not in name and plain not in names and not any(f"'{name}'" in text for text in texts):
+        raise UsageError(f"{library} has no model {name!r}; {did_you_mean(name, names, 'see its own list')}")
+
+
+def _sources(library: str) -> Iterator[str]:
+    """The code of an installed library's models. To import it for their names would take seconds."""
+    spec = find_spec(library)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for file in Path(folder, "models").rglob("*.py"):
+            yield file.read_text(encoding="utf-8", errors="replace")
 
 
 def no_model(name: str) -> UsageError:
