@@ -40,21 +40,18 @@ def obstacle(parameters: Parameters, x: Inputs) -> str | None:
     count = max(2, min(16, _ENTRIES // parameters.size))
     try:
         with generators_kept(parameters.device, parameters.model), as_measured(parameters.model):
-            try:
-                return _curved(parameters, x[:count].double() if x.is_floating_point() else x[:count])
-            except RuntimeError:  # a layer insists on its dtype
-                return _curved(parameters, x[:count], parameters.dtype)
+            return _curved(parameters, x[:count])
     except Exception as error:  # whatever a stranger's layer raises
         if of_machine(error):
             raise
         return f"second derivatives cannot be tried ({first_line(error)})"
 
 
-def _curved(parameters: Parameters, x: Inputs, dtype: torch.dtype = torch.float64) -> str | None:
+def _curved(parameters: Parameters, x: Inputs) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    negligible = NEGLIGIBLE * torch.finfo(dtype).eps
+    negligible = NEGLIGIBLE * torch.finfo(parameters.dtype).eps
     with torch.enable_grad(), Nestable():
-        values = parameters.leaves(dtype)
+        values = parameters.leaves()
         logits = parameters.logits(x, values)
         function = next(written(logits), None)
         if function is not None:
@@ -68,34 +65,31 @@ def _curved(parameters: Parameters, x: Inputs, dtype: torch.dtype = torch.float6
             second = 0.0 if change is None else float((change * direction).sum())
             if not abs(second) <= negligible * abs(float(first.detach())):
                 return f"the logits are not affine in parameter {name!r}"
-            # at float32's longer steps too many units change sides
-            if dtype == torch.float64 and not _stated(
-                parameters, x, values, name, direction, cotangent, float(first.detach())
-            ):
+            if not _stated(parameters, x, name, direction, cotangent, float(first.detach())):
                 return f"autograd does not see every path from parameter {name!r}"
     return None
 
 
 def _stated(
-    parameters: Parameters,
-    x: Inputs,
-    values: dict[str, Tensor],
-    name: str,
-    direction: Tensor,
-    cotangent: Tensor,
-    slope: float,
+    parameters: Parameters, x: Inputs, name: str, direction: Tensor, cotangent: Tensor, slope: float
 ) -> bool:
-    """Return whether ``slope`` is that of cᵀz along ``direction``, by central differences of the logits.
+    """Return whether ``slope`` is that of cᵀz along ``direction``, by central differences of the logits in float64.
 
-    It is not where a path is hidden from autograd, as by ``detach`` in a straight-through estimator.
+    It is not where a path is hidden from autograd, as by ``detach`` in a straight-through estimator. At float32's
+    longer steps too many units would change sides.
     """
-    step = torch.finfo(direction.dtype).eps ** (1 / 3)
+    values, cotangent = parameters.values(torch.float64), cotangent.double()
+    step = torch.finfo(torch.float64).eps ** (1 / 3) * direction.double()
+    inputs = x.double() if x.is_floating_point() else x
     with torch.no_grad():
-        ahead, behind = (
-            parameters.logits(x, {**values, name: values[name] + side * step * direction}).double()
-            for side in (1, -1)
-        )
-    quotient, cotangent = (ahead - behind) / (2 * step), cotangent.double()
+        try:
+            ahead = parameters.logits(inputs, {**values, name: values[name] + step})
+            behind = parameters.logits(inputs, {**values, name: values[name] - step})
+        except RuntimeError as error:
+            if of_machine(error):
+                raise
+            return True  # a layer insists on its own dtype
+    quotient = (ahead - behind) / (2 * torch.finfo(torch.float64).eps ** (1 / 3))
     spread = float(cotangent.norm() * quotient.norm()) / quotient.numel() ** 0.5
     return abs(float((cotangent * quotient).sum()) - slope) <= APART * max(spread, abs(slope))
 
