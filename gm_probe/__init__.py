@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from gm_probe.probe.measures import MEASURES as MEASURES
     from gm_probe.probe.measures import Report as Report
     from gm_probe.probe.measures import measure as measure
-    from gm_probe.probe.operators import Operator as Operator
+    from gm_probe.probe.operator import Operator as Operator
     from gm_probe.probe.operators import fisher as fisher
     from gm_probe.probe.operators import hessian as hessian
     from gm_probe.probe.pairwise import PairEstimate as PairEstimate
@@ -92,7 +92,8 @@ _HOMES = {
     "probe.fisher_trace": ("fisher_trace",),
     "probe.kl": ("kl_divergence",),
     "probe.measures": ("MEASURES", "Report", "measure"),
-    "probe.operators": ("Operator", "fisher", "hessian"),
+    "probe.operator": ("Operator",),
+    "probe.operators": ("fisher", "hessian"),
     "probe.probe": ("Estimate",),
     "probe.settings": ("Settings",),
     "probe.pairwise": ("PairEstimate", "PairReport", "compare"),

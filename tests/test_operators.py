@@ -15,7 +15,8 @@ from torch.nn.utils import vector_to_parameters
 from gm_probe.core.batches import Batches
 from gm_probe.core.errors import UsageError
 from gm_probe.core.parameters import Parameters, differentiable_attention
-from gm_probe.probe.operators import Operator, _cross_entropy, fisher, hessian, residual
+from gm_probe.probe.operator import Operator
+from gm_probe.probe.operators import _cross_entropy, fisher, hessian, residual
 from gm_probe.probe.work import GRADIENT, NESTED_JVP, TRIPLE_BACKWARD, Work
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}

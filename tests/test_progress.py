@@ -13,7 +13,7 @@ from gm_probe.cli.progress import progress_bar
 from gm_probe.core.batches import Batches
 from gm_probe.probe.catalogue import Outlook, expected_cost, expected_costs
 from gm_probe.probe.measures import measure
-from gm_probe.probe.operators import Operator
+from gm_probe.probe.operator import Operator
 from gm_probe.probe.settings import Settings
 from gm_probe.probe.spectrum import eigenpairs, iterations_ahead
 from gm_probe.probe.trace import Hutchinson, trace

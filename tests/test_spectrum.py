@@ -12,7 +12,7 @@ from test_operators import build, dense_terms
 from torch import Tensor
 
 from gm_probe.core.errors import DivergedError, ResourceError
-from gm_probe.probe.operators import Operator
+from gm_probe.probe.operator import Operator
 from gm_probe.probe.spectrum import Eigenpair, certified, eigenpairs, lanczos, random_start
 
 

@@ -21,7 +21,7 @@ from gm_probe.core.errors import DivergedError
 from gm_probe.core.parameters import Parameters, differentiable_attention
 from gm_probe.probe.fisher_trace import COLUMNS, HEAD, CovarianceRoot, _signs, fisher_trace
 from gm_probe.probe.measures import measure
-from gm_probe.probe.operators import Operator
+from gm_probe.probe.operator import Operator
 from gm_probe.probe.probe import Probe, Settings
 from gm_probe.probe.trace import Trace, trace
 from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work

@@ -153,6 +153,17 @@ def one_device() -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def memory_or(told: Callable[[str], str]) -> Iterator[None]:
+    """Raise ResourceError, of the text that ``told`` makes of the cause's, where memory runs out within."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(told(first_line(error))) from error
+
+
 def printable(text: str) -> str:
     """Return ``text`` as one line that cannot steer a terminal: control characters and bidi marks become escapes.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 from gm_probe.core.batches import Batches
@@ -12,17 +11,6 @@ from gm_probe.core.errors import ResourceError, first_line, out_of_memory
 from gm_probe.core.processes import count
 
 T = TypeVar("T")
-
-
-@contextmanager
-def memory_or(told: Callable[[str], str]) -> Iterator[None]:
-    """Raise ResourceError, of the text that ``told`` makes of the cause's, where memory runs out within."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise ResourceError(told(first_line(error))) from error
 
 
 def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T, Batches]:

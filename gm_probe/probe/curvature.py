@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from gm_probe.core.processes import everywhere
-from gm_probe.probe.operators import Operator
+from gm_probe.probe.operator import Operator
 from gm_probe.probe.probe import Figure, Probe, example_error
 from gm_probe.probe.spectrum import Eigenpair, eigenpairs, random_start
 from gm_probe.probe.trace import Hutchinson, Trace

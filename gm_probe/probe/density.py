@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gm_probe.core.errors import UsageError
-from gm_probe.probe.operators import Operator
+from gm_probe.probe.operator import Operator
 from gm_probe.probe.spectrum import Krylov
 
 LUMP = 0.5  # mass from which on a node is the bulk, however well it is resolved

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from gm_probe.probe.derivatives import (
 )
 from gm_probe.probe.kl import over_rows
 from gm_probe.probe.nestable import Nestable
+from gm_probe.probe.operator import Operator
 from gm_probe.probe.second_derivatives import require_second_derivative
 from gm_probe.probe.speed import TRIAL
 from gm_probe.probe.work import (
@@ -52,24 +52,6 @@ WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 Scalars = Callable[[Tensor, Tensor], Tensor]
 """logits (B, ..., C), data (B, ...) ↦ the (B,) scalars that are differentiated twice"""
-
-
-@dataclass(frozen=True, slots=True)
-class Operator:
-    """A symmetric (P, P) matrix A = (1/N) Σ_x A_x, known by its products.
-
-    Attributes:
-        matvec: v (P,) ↦ A v (P,).
-        terms: v (P,) ↦ (N,) values vᵀA_x v, whose mean is vᵀA v; of coupled examples (``Batches``) their batches'
-            means.
-        size: P.
-    """
-
-    matvec: Callable[[Tensor], Tensor]
-    terms: Callable[[Tensor], Tensor]
-    size: int
-    dtype: torch.dtype
-    device: torch.device
 
 
 def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work | None = None) -> Operator:

@@ -23,7 +23,8 @@ from gm_probe.probe.affine import obstacle
 from gm_probe.probe.ascent import FisherByDifference, ProbeDivergence
 from gm_probe.probe.derivatives import differentiable, require_gradients
 from gm_probe.probe.fisher_trace import fisher_trace
-from gm_probe.probe.operators import Operator, fisher, hessian, residual
+from gm_probe.probe.operator import Operator
+from gm_probe.probe.operators import fisher, hessian, residual
 from gm_probe.probe.settings import Settings
 from gm_probe.probe.spectrum import Eigenpair, certified, lanczos
 from gm_probe.probe.speed import TRIAL

@@ -12,9 +12,8 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from gm_probe.core.checks import real, whole
-from gm_probe.core.errors import DivergedError, UsageError
-from gm_probe.core.memory import memory_or
-from gm_probe.probe.operators import Operator
+from gm_probe.core.errors import DivergedError, UsageError, memory_or
+from gm_probe.probe.operator import Operator
 from gm_probe.probe.work import Expect
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gm_probe.core.checks import real, whole
 from gm_probe.core.errors import DivergedError
-from gm_probe.probe.operators import Operator
+from gm_probe.probe.operator import Operator
 from gm_probe.probe.work import Expect
 
 SKETCH = 16  # products that find directions to deflate; of F they cut a probe's deviation 28 and 19 times

@@ -9,10 +9,9 @@ from typing import Any
 
 from gm_probe.core import processes
 from gm_probe.core.devices import deterministic
-from gm_probe.core.errors import DivergedError, UsageError
+from gm_probe.core.errors import DivergedError, UsageError, memory_or
 from gm_probe.core.files import remove_temporary, write_json
 from gm_probe.core.locks import Hold, exclusive
-from gm_probe.core.memory import memory_or
 from gm_probe.core.precision import float32_products
 from gm_probe.core.records import CONFIG, SPLIT, STATE, SUMMARY, read_run
 from gm_probe.core.signals import Terminated, sigterm_noted

@@ -20,12 +20,11 @@ from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.core.datasets import Examples
 from gm_probe.core.devices import environment, pick_device
-from gm_probe.core.errors import DivergedError, UsageError, of_machine
+from gm_probe.core.errors import DivergedError, UsageError, memory_or, of_machine
 from gm_probe.core.files import append_line, write_atomic, write_json, write_toml
 from gm_probe.core.images import taken
 from gm_probe.core.layout import settle_layout
 from gm_probe.core.locks import Hold
-from gm_probe.core.memory import memory_or
 from gm_probe.core.models import ModelSpec, check_configured, initial_model
 from gm_probe.core.pretrained import load_pretrained, others_there
 from gm_probe.core.randomness import generators_kept, seed_generators
