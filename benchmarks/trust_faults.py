@@ -240,8 +240,8 @@ class Bench:
                 f"{self.name}, {signum.name} at a random moment", said or self.after(out, temporary=False)
             )
 
-    def storms(self, row: Row, chance: random.Random) -> None:
-        for name, then in STORMS.items():
+    def storms(self, row: Row, step: int, chance: random.Random) -> None:
+        for name, then in list(STORMS.items())[::step]:
             for signum, out, ran in self._random(2, SIGNALS, chance, then):
                 codes = {128 + number for number in (signum, *(number for number, _ in then))}
                 said = one_line(ran, ran.code if ran.code in codes else 128 + signum)
@@ -319,7 +319,7 @@ def faults(small: bool) -> tuple[list[Row], list[str]]:
             bench.faults(rows[0], rows[1], 3 if small else 1)
             if bench.name in SIGNALLED:
                 bench.signals(rows[2], 4 if small else 2 * RANDOM, chance)
-                bench.storms(rows[3], chance)
+                bench.storms(rows[3], 5 if small else 1, chance)
             _say(rows[0], bench)
     many = (
         "of the points at writes of train, sweep and reproduce each met one of the three; they come in turn"
