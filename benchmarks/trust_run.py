@@ -164,7 +164,7 @@ def digits(folder: Path, count: int = 60, labels: bool = True) -> Path:
     """An array file of a few handwritten digits."""
     import numpy as np
 
-    from gm_probe.core.datasets import open_source
+    from gm_probe.data.datasets import open_source
 
     pool = open_source("digits", labeled=True).pool
     assert isinstance(pool.x, torch.Tensor)

@@ -23,16 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.cli import main as command_line
-from gm_probe.core import batches as core_batches
-from gm_probe.core import parameters, randomness
-from gm_probe.core.batches import Batches
-from gm_probe.core.errors import DeviceError
-from gm_probe.core.records import CHECKPOINT, MEASURES, read_metrics
-from gm_probe.probe import fisher_trace, operators, pairwise, probe
-from gm_probe.probe.catalogue import DEFAULT_MEASURES
-from gm_probe.probe.measures import MEASURES as ALL_MEASURES
-from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Settings
+from gm_probe.curvature import fisher_trace, operators
+from gm_probe.data import batches as core_batches
+from gm_probe.data.batches import Batches
+from gm_probe.errors import DeviceError
+from gm_probe.measures import context as probe
+from gm_probe.measures import pairwise
+from gm_probe.measures.catalogue import DEFAULT_MEASURES
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import MEASURES as ALL_MEASURES
+from gm_probe.measures.measure import measure
+from gm_probe.models import parameters
+from gm_probe.runs.records import CHECKPOINT, MEASURES, read_metrics
+from gm_probe.runtime import randomness
 from gm_probe.sweep.recipe import parse_recipe
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.training import linear_probe, rules, run, state

@@ -17,9 +17,9 @@ from torch.autograd.functional import hessian, jacobian
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from gm_probe.core.networks import WideResNet, cnn6, mlp
-from gm_probe.core.parameters import Parameters
-from gm_probe.probe.affine import obstacle
+from gm_probe.curvature.affine import obstacle
+from gm_probe.models.networks import WideResNet, cnn6, mlp
+from gm_probe.models.parameters import Parameters
 
 AFFINE_CASES = [case for case in CASES if case.affine]
 

@@ -26,13 +26,13 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.door import Outputs
-from gm_probe.core.errors import ProbeError, UsageError
-from gm_probe.core.parameters import Parameters
-from gm_probe.probe.ascent import kl_gradient, to_sphere
-from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Settings
+from gm_probe.data.batches import Batches
+from gm_probe.errors import ProbeError, UsageError
+from gm_probe.inconsistency.ascent import kl_gradient, to_sphere
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import measure
+from gm_probe.models.door import Outputs
+from gm_probe.models.parameters import Parameters
 from gm_probe.training.rules import METHODS
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 import gm_probe
-from gm_probe.core.batches import Normalization
-from gm_probe.core.checkpoints import HEADER, Checkpoint, load_weights, read_checkpoint, save_checkpoint
-from gm_probe.core.errors import CheckpointError, UsageError
-from gm_probe.core.models import ModelSpec, build_model
-from gm_probe.core.parameters import Parameters
+from gm_probe.data.batches import Normalization
+from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.models.checkpoints import HEADER, Checkpoint, load_weights, read_checkpoint, save_checkpoint
+from gm_probe.models.parameters import Parameters
+from gm_probe.models.zoo import ModelSpec, build_model
 
 SHARED = Path(os.environ.get("GM_PROBE_SHARED", Path(__file__).parents[2] / "shared"))
 SPEC = ModelSpec("my.package:build", (3, 8, 8), 3)

@@ -14,8 +14,8 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from gm_probe.analysis.collect import collect, write_table
-from gm_probe.core.files import write_json, write_toml
-from gm_probe.core.locks import exclusive
+from gm_probe.files.atomic import write_json, write_toml
+from gm_probe.files.locks import exclusive
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,7 +75,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from gm_probe.analysis.collect import write_table
-from gm_probe.core.files import write_json, write_toml
+from gm_probe.files.atomic import write_json, write_toml
 
 root, table, writer, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 for number in range(count):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from gm_probe.cli import limits, main
-from gm_probe.core import processes
-from gm_probe.core.errors import ResourceError, UsageError, out_of_memory
-from gm_probe.probe.settings import Settings
+from gm_probe.errors import ResourceError, UsageError, out_of_memory
+from gm_probe.measures.settings import Settings
+from gm_probe.runtime import processes
 from gm_probe.training.config import TrainConfig
 
 MEETING = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}

@@ -20,11 +20,12 @@ import pytest
 from PIL import Image
 
 from gm_probe.cli import COMMANDS, cli, main
+from gm_probe.cli import health as doctor
+from gm_probe.cli.health import Finding, diagnose
 from gm_probe.cli.output import results_console, table
-from gm_probe.core import doctor, locks
-from gm_probe.core.doctor import Finding, diagnose
-from gm_probe.core.errors import StorageError
-from gm_probe.core.sources import DATASETS
+from gm_probe.data.sources import DATASETS
+from gm_probe.errors import StorageError
+from gm_probe.files import locks
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "torchvision", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "jinja2", "timm"}

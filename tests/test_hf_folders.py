@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from gm_probe.cli import main
-from gm_probe.core import huggingface
-from gm_probe.core.checkpoints import read_checkpoint
-from gm_probe.core.errors import CheckpointError, UsageError
-from gm_probe.core.loading import fitted_model, load_model
+from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.models import huggingface
+from gm_probe.models.checkpoints import read_checkpoint
+from gm_probe.models.loading import fitted_model, load_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra")
 SMALL = {

@@ -17,11 +17,11 @@ from rich.console import Console
 from gm_probe.cli import live
 from gm_probe.cli.live import live_view
 from gm_probe.cli.status import doing, duration
-from gm_probe.core import locks
-from gm_probe.core.locks import LOCK, Hold, Word, exclusive, held, told
-from gm_probe.core.records import read_metrics
-from gm_probe.probe.catalogue import expected_cost
-from gm_probe.sweep.executors import Outcome
+from gm_probe.executors.local import Outcome
+from gm_probe.files import locks
+from gm_probe.files.locks import LOCK, Hold, Word, exclusive, held, told
+from gm_probe.measures.catalogue import expected_cost
+from gm_probe.runs.records import read_metrics
 from gm_probe.sweep.recipe import parse_recipe
 from gm_probe.sweep.runner import run_recipe
 

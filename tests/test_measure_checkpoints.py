@@ -11,16 +11,16 @@ import pytest
 from test_sweep_state import parse
 
 from gm_probe.cli import main, measure_many
-from gm_probe.core.files import write_json, write_toml
-from gm_probe.core.locks import held
-from gm_probe.probe.probe import Settings
-from gm_probe.sweep import executors
-from gm_probe.sweep.executors import Job, Outcome, attempt, in_turn
-from gm_probe.sweep.measure_checkpoints import Request, measure_checkpoints
-from gm_probe.sweep.measuring import How, measure_checkpoint
+from gm_probe.executors import local as executors
+from gm_probe.executors.local import Job, Outcome, attempt, in_turn
+from gm_probe.files.atomic import write_json, write_toml
+from gm_probe.files.locks import held
+from gm_probe.measures.context import Settings
+from gm_probe.measuring.checkpoint import How, measure_checkpoint
+from gm_probe.measuring.many import Request, measure_checkpoints
+from gm_probe.measuring.saved import as_recorded, merge_measures
+from gm_probe.measuring.trained import last_finished, trained_runs
 from gm_probe.sweep.runner import run_recipe
-from gm_probe.sweep.saved_measures import as_recorded, merge_measures
-from gm_probe.sweep.trained import last_finished, trained_runs
 from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
 
 

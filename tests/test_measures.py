@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.errors import (
+from gm_probe.data.batches import Batches
+from gm_probe.errors import (
     CheckpointError,
     DataError,
     DerivativeError,
@@ -33,11 +33,11 @@ from gm_probe.core.errors import (
     PrecisionError,
     UsageError,
 )
-from gm_probe.probe import measures
-from gm_probe.probe.catalogue import check_names, expected_cost
-from gm_probe.probe.measures import MEASURES, measure
-from gm_probe.probe.probe import Estimate, Probe, Settings
-from gm_probe.probe.work import Work
+from gm_probe.linalg.work import Work
+from gm_probe.measures import measure as measures
+from gm_probe.measures.catalogue import check_names, expected_cost
+from gm_probe.measures.context import Estimate, Probe, Settings
+from gm_probe.measures.measure import MEASURES, measure
 
 FAST = Settings(num_starts=2, max_probes=5)
 BY_NAME = {case.name: case for case in CASES}

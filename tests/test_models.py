@@ -14,11 +14,11 @@ import torchvision
 from torch import nn
 
 from gm_probe.cli import main
-from gm_probe.core.batches import Normalization
-from gm_probe.core.checkpoints import load_weights, read_checkpoint, save_checkpoint
-from gm_probe.core.errors import UsageError
-from gm_probe.core.loading import fitted_model, load_model
-from gm_probe.core.models import BUILT_IN, ModelSpec, build_model, logits_at, num_parameters
+from gm_probe.data.batches import Normalization
+from gm_probe.errors import UsageError
+from gm_probe.models.checkpoints import load_weights, read_checkpoint, save_checkpoint
+from gm_probe.models.loading import fitted_model, load_model
+from gm_probe.models.zoo import BUILT_IN, ModelSpec, build_model, logits_at, num_parameters
 
 CIFAR = (3, 32, 32)
 NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")

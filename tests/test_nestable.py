@@ -13,8 +13,8 @@ from torch.autograd.functional import vhp
 from torch.func import jvp
 from torch.nn import functional
 
-from gm_probe.probe import operators  # noqa: F401  quiets what torch warns of at its first jvp
-from gm_probe.probe.nestable import _SUBSTITUTES, Nestable
+from gm_probe.curvature import operators  # noqa: F401  quiets what torch warns of at its first jvp
+from gm_probe.curvature.nestable import _SUBSTITUTES, Nestable
 
 LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": partial(functional.layer_norm, normalized_shape=(6,)),

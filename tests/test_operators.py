@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import vector_to_parameters
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.errors import UsageError
-from gm_probe.core.parameters import Parameters, differentiable_attention
-from gm_probe.probe.operator import Operator
-from gm_probe.probe.operators import _cross_entropy, fisher, hessian, residual
-from gm_probe.probe.work import GRADIENT, NESTED_JVP, TRIPLE_BACKWARD, Work
+from gm_probe.curvature.operators import _cross_entropy, fisher, hessian, residual
+from gm_probe.data.batches import Batches
+from gm_probe.errors import UsageError
+from gm_probe.linalg.operator import Operator
+from gm_probe.linalg.work import GRADIENT, NESTED_JVP, TRIPLE_BACKWARD, Work
+from gm_probe.models.parameters import Parameters, differentiable_attention
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 KINDS = ("fisher", "hessian")

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gm_probe.core import processes
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import save_checkpoint
-from gm_probe.core.datasets import Examples
-from gm_probe.core.errors import DataError
-from gm_probe.core.models import ModelSpec, build_model
-from gm_probe.probe.measures import MEASURES
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.datasets import Examples
+from gm_probe.errors import DataError
+from gm_probe.measures.measure import MEASURES
+from gm_probe.models.checkpoints import save_checkpoint
+from gm_probe.models.zoo import ModelSpec, build_model
+from gm_probe.runtime import processes
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 

@@ -18,7 +18,7 @@ from scipy import stats
 
 from gm_probe.analysis import report
 from gm_probe.cli import main
-from gm_probe.core.files import write_json, write_toml
+from gm_probe.files.atomic import write_json, write_toml
 
 ATTACK = "<script>alert(1)</script>"
 VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}

@@ -23,12 +23,11 @@ from torch.nn import functional
 
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.cli.reproduce import reproduce as command
-from gm_probe.core.batches import Batches
-from gm_probe.core.datasets import open_source
-from gm_probe.core.errors import DivergedError, UsageError
-from gm_probe.core.files import write_json, write_toml
-from gm_probe.core.records import read_run
-from gm_probe.probe.operators import fisher, hessian
+from gm_probe.curvature.operators import fisher, hessian
+from gm_probe.data.batches import Batches
+from gm_probe.data.datasets import open_source
+from gm_probe.errors import DivergedError, UsageError
+from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.reproduce import (
     alignment,
     maximizer,
@@ -45,6 +44,7 @@ from gm_probe.reproduce.finding import Finding, Task
 from gm_probe.reproduce.gaussians import Mixture, Network, descending
 from gm_probe.reproduce.generated import image_folder
 from gm_probe.reproduce.run import STUDIES, study_of
+from gm_probe.runs.records import read_run
 from gm_probe.training.config import TrainConfig
 
 # fmt: off

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from gm_probe.core.batches import BATCH_SIZE, Batches, Normalization
-from gm_probe.core.datasets import Examples
-from gm_probe.core.errors import UsageError
-from gm_probe.core.networks import cnn6
-from gm_probe.probe import speed
-from gm_probe.probe.measures import measure
-from gm_probe.probe.settings import Settings
-from gm_probe.probe.speed import bytes_an_example, within
-from gm_probe.sweep.measuring import measure_checkpoint
+from gm_probe.curvature import speed
+from gm_probe.curvature.speed import bytes_an_example, within
+from gm_probe.data.batches import BATCH_SIZE, Batches, Normalization
+from gm_probe.data.datasets import Examples
+from gm_probe.errors import UsageError
+from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
+from gm_probe.measuring.checkpoint import measure_checkpoint
+from gm_probe.models.networks import cnn6
 
 
 def small_cnn() -> nn.Module:

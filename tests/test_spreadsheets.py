@@ -14,7 +14,7 @@ from scipy.stats import kendalltau
 from gm_probe.analysis import spreadsheets
 from gm_probe.analysis.correlation import correlate, group_rows
 from gm_probe.analysis.runs import load_table
-from gm_probe.core.errors import DataError, StorageError, UsageError
+from gm_probe.errors import DataError, StorageError, UsageError
 
 
 def make_csv(folder: Path, text: str) -> Path:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gm_probe.core.errors import CheckpointError
-from gm_probe.core.pickles import load_torch
-from gm_probe.core.torch_zip import read_records
+from gm_probe.errors import CheckpointError
+from gm_probe.files.pickles import load_torch
+from gm_probe.files.torch_zip import read_records
 
 END, END64, LOCATOR, ENTRY = 22, 56, 20, 46
 

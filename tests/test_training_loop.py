@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.checkpoints import read_checkpoint
-from gm_probe.core.datasets import open_source
-from gm_probe.core.errors import BusyError, CheckpointError, DataError, DivergedError, UsageError
-from gm_probe.core.locks import exclusive
-from gm_probe.core.records import BEST, CHECKPOINT, SPLIT, STATE, read_metrics, read_run
+from gm_probe.data.batches import Batches
+from gm_probe.data.datasets import open_source
+from gm_probe.errors import BusyError, CheckpointError, DataError, DivergedError, UsageError
+from gm_probe.files.locks import exclusive
+from gm_probe.models.checkpoints import read_checkpoint
+from gm_probe.runs.records import BEST, CHECKPOINT, SPLIT, STATE, read_metrics, read_run
 from gm_probe.training import parts
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import evaluate, evaluate_within
@@ -833,7 +833,7 @@ def test_images_that_do_not_fit_into_memory_train_the_same(
         checkpoint_every=3,
     )
     train(settings, tmp_path / "memory")
-    monkeypatch.setattr("gm_probe.core.images.IN_MEMORY", 0)
+    monkeypatch.setattr("gm_probe.data.images.IN_MEMORY", 0)
     parts._open.cache_clear()
     assert not isinstance(load_splits(settings).train.x, Tensor)
     train_interrupted(settings, tmp_path / "files", 1)

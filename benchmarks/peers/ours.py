@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.devices import keep_freed_memory
-from gm_probe.core.layout import settle_layout
-from gm_probe.probe.measures import Report, measure
-from gm_probe.probe.probe import Settings
+from gm_probe.data.batches import Batches
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import Report, measure
+from gm_probe.models.layout import settle_layout
+from gm_probe.runtime.devices import keep_freed_memory
 from peers.plan import Cell, quantity_of
 from peers.subject import Subject
 

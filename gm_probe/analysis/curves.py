@@ -7,8 +7,8 @@ import numpy as np
 
 from gm_probe.analysis.provenance import run_folder
 from gm_probe.analysis.table import LARGEST, RunTable
-from gm_probe.core.errors import StorageError
-from gm_probe.core.records import read_metrics
+from gm_probe.errors import StorageError
+from gm_probe.runs.records import read_metrics
 
 CURVES = {
     "running_loss": "training loss (running)",

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from gm_probe.core.errors import DataError, StorageError
-from gm_probe.core.regular import open_to_read
+from gm_probe.errors import DataError, StorageError
+from gm_probe.files.regular import open_to_read
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 BOMS = {  # UTF-32 first: its mark begins as that of UTF-16

@@ -1,6 +1,6 @@
 """Spectral densities, bulk and outliers in one picture: logarithmic both ways, linear around 0.
 
-Drawn from the JSON object of ``gm_probe.probe.density.Density.as_dict``.
+Drawn from the JSON object of ``gm_probe.linalg.density.Density.as_dict``.
 """
 
 import math

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from gm_probe.analysis.correlation import Correlation, MeasureStatistics
 from gm_probe.analysis.table import GAPS, RunTable
-from gm_probe.core.files import write_atomic
+from gm_probe.files.atomic import write_atomic
 
 FORMATS = ("png", "pdf", "svg")
 MEASURE_LABELS = {

@@ -15,7 +15,7 @@ from gm_probe.analysis.plots import MARKERS, render
 from gm_probe.analysis.results import SweepStatistics
 from gm_probe.analysis.table import RunTable, by_reason
 from gm_probe.analysis.typeset import Sheet
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
 
 MOST_COLOURS = 2 * len(figures.COLOURS)
 """Subgroups that colour and filling tell apart."""

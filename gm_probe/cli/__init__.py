@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import click
 
 from gm_probe.cli.limits import require_room_for_torch
-from gm_probe.core.errors import ProbeError, did_you_mean, first_line, out_of_memory, printable
-from gm_probe.core.signals import INTERRUPTED, TERMINATED, Terminated, ending_in_order, last_words
+from gm_probe.errors import ProbeError, did_you_mean, first_line, out_of_memory, printable
+from gm_probe.runtime.signals import INTERRUPTED, TERMINATED, Terminated, ending_in_order, last_words
 
 COMMANDS = {
     "quickstart": "Train, measure and correlate a small sweep on bundled real digits.",

@@ -27,7 +27,7 @@ from gm_probe.cli.selection import (
     source_argument,
 )
 from gm_probe.cli.statistics import as_json, as_rows, print_details, print_tables, warnings
-from gm_probe.core.errors import DataError, UsageError
+from gm_probe.errors import DataError, UsageError
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
     from gm_probe.analysis.results import SweepStatistics

@@ -42,7 +42,7 @@ def doctor(out: Path, data_root: Path | None, device: str, as_json: bool) -> Non
     locked. Exit code 0: all that is needed works, whatever is optional; 6: a needed library or the
     --device is missing or too old; 7: --out cannot be written.
     """
-    from gm_probe.core.doctor import diagnose
+    from gm_probe.cli.health import diagnose
 
     findings = list(diagnose(out, data_root, device))
     code = next((finding.exit_code for finding in findings if finding.exit_code), 0)

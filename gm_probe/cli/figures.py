@@ -119,7 +119,7 @@ def _ascents(result: dict[str, Any]) -> str:
 
 def _symbol(name: str) -> str:
     """A measure's symbol; its name where a file of another version names one that this version has not."""
-    from gm_probe.probe.measures import MEASURES
+    from gm_probe.measures.measure import MEASURES
 
     return MEASURES[name].symbol if name in MEASURES else name
 

@@ -19,7 +19,7 @@ from rich.progress import (
 from gm_probe.cli.output import note, notes_console
 
 if TYPE_CHECKING:
-    from gm_probe.sweep.executors import Outcome
+    from gm_probe.executors.local import Outcome
 
 LEFT_OUT = ("failed", "diverged", "busy")
 """How a run ends that gives no result now; each is named with its reason."""

@@ -24,12 +24,12 @@ from gm_probe.cli.output import (
     notes_console,
 )
 from gm_probe.cli.relevance import CONVERGED, idle, require_use_of_grids
-from gm_probe.core.errors import CheckpointError, UsageError
-from gm_probe.probe.catalogue import check_names, default_measures
-from gm_probe.probe.settings import Settings
+from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.measures.catalogue import check_names, default_measures
+from gm_probe.measures.settings import Settings
 
 if TYPE_CHECKING:
-    from gm_probe.sweep.executors import Executor
+    from gm_probe.executors.local import Executor
 
 GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
 """Settings that more than one value of an option make a grid of."""
@@ -257,7 +257,7 @@ def measure(
     given, checkpoints = _checkpoints(checkpoints, source, save, quiet)
     own_loading = data.of_each(checkpoints)
     # torchrun's processes share the examples of one checkpoint after another
-    from gm_probe.core.processes import launched
+    from gm_probe.runtime.processes import launched
 
     together = launched() > 1
     if together and (executor == "ray" or jobs > 1):
@@ -275,11 +275,11 @@ def measure(
         for option in idle(names, settings, options, density=density is not None):
             note(notes_console(), f"note: {option} has no effect on what is measured")
     # below, torch is imported, which takes seconds: what can be wrong with the options has been told
-    from gm_probe.core import processes
-    from gm_probe.core.devices import named_device, pick_device
-    from gm_probe.sweep.executors import Processes, visible_gpus
-    from gm_probe.sweep.measure_checkpoints import Request
-    from gm_probe.sweep.measuring import How
+    from gm_probe.executors.local import Processes, visible_gpus
+    from gm_probe.measuring.checkpoint import How
+    from gm_probe.measuring.many import Request
+    from gm_probe.runtime import processes
+    from gm_probe.runtime.devices import named_device, pick_device
     from gm_probe.training.parts import own_unlabeled
 
     named_device(data.device)
@@ -321,8 +321,8 @@ def _given(context: click.Context) -> frozenset[str]:
 
 def _last_run() -> Path:
     """The run below runs/ that finished last."""
-    from gm_probe.core.records import RUNS
-    from gm_probe.sweep.trained import last_finished
+    from gm_probe.measuring.trained import last_finished
+    from gm_probe.runs.records import RUNS
 
     if not RUNS.is_dir():
         raise UsageError(f"no checkpoint given, and there is no {RUNS}/ here; name a file or a run folder")
@@ -339,8 +339,8 @@ def _checkpoints(
         UsageError: one has no data of its own, and there is no other ``source``; or one that is to be saved into is no
             folder.
     """
-    from gm_probe.core.records import CONFIG
-    from gm_probe.sweep.trained import trained_runs
+    from gm_probe.measuring.trained import trained_runs
+    from gm_probe.runs.records import CONFIG
 
     if not given:
         given = (_last_run(),)

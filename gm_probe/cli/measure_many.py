@@ -16,13 +16,13 @@ from gm_probe.cli.figures import as_rows, print_result, warn
 from gm_probe.cli.live import live_view
 from gm_probe.cli.output import note, notes_console, print_csv, print_json
 from gm_probe.cli.progress import progress_bar
-from gm_probe.core.errors import ProbeError, printable
-from gm_probe.probe.catalogue import Outlook
+from gm_probe.errors import ProbeError, printable
+from gm_probe.measures.catalogue import Outlook
 
 if TYPE_CHECKING:
-    from gm_probe.core.datasets import Examples
-    from gm_probe.sweep.executors import Executor, Outcome
-    from gm_probe.sweep.measure_checkpoints import Request
+    from gm_probe.data.datasets import Examples
+    from gm_probe.executors.local import Executor, Outcome
+    from gm_probe.measuring.many import Request
 
 DONE = {"finished", "skipped"}
 """How a measurement ends that gives a result."""
@@ -57,8 +57,8 @@ def measure_all(
     Raises:
         ProbeError: one failed; all were tried. Its exit code is that of the first that failed.
     """
-    from gm_probe.sweep.executors import in_turn
-    from gm_probe.sweep.measure_checkpoints import measure_checkpoints
+    from gm_probe.executors.local import in_turn
+    from gm_probe.measuring.many import measure_checkpoints
 
     paths = {str(path): path for path in checkpoints}
     here, quiet, ended = executor is None, quiet or not speaks, dict[str, "Outcome"]()

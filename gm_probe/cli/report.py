@@ -22,7 +22,7 @@ from gm_probe.cli.selection import (
     skip_option,
     source_argument,
 )
-from gm_probe.core.errors import DataError, UsageError
+from gm_probe.errors import DataError, UsageError
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
@@ -91,7 +91,7 @@ def report(
     _require_distinct({"SOURCE": source, "--out": out, "--markdown": markdown, "--latex": latex})
     from gm_probe.analysis import correlation, plots, runs, typeset
     from gm_probe.analysis.report import compose, html
-    from gm_probe.core.files import write_atomic
+    from gm_probe.files.atomic import write_atomic
 
     by, shape_by = names(group_by), names(markers)
     table = runs.load_table(

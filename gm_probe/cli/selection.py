@@ -3,7 +3,7 @@
 import click
 
 from gm_probe.cli.kinds import PATH, Choice
-from gm_probe.core.records import RUNS
+from gm_probe.runs.records import RUNS
 
 source_argument = click.argument("source", type=PATH, default=RUNS)
 measures_option = click.option(

@@ -10,8 +10,8 @@ import click
 
 from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import echo, format_options, print_csv, print_json, results_console, table
-from gm_probe.core.locks import LIFETIME, Word
-from gm_probe.core.records import RUNS
+from gm_probe.files.locks import LIFETIME, Word
+from gm_probe.runs.records import RUNS
 
 if TYPE_CHECKING:
     from gm_probe.sweep.status import RunStatus

@@ -15,11 +15,11 @@ from gm_probe.cli.executors import check_executor, executor_options, ray_executo
 from gm_probe.cli.kinds import AT_ONCE, PATH
 from gm_probe.cli.live import LEFT_OUT, live_view
 from gm_probe.cli.output import echo, note, notes_console, print_json, results_console, table
-from gm_probe.core.errors import ProbeError, UsageError
-from gm_probe.core.records import RUNS
+from gm_probe.errors import ProbeError, UsageError
+from gm_probe.runs.records import RUNS
 
 if TYPE_CHECKING:
-    from gm_probe.sweep.executors import Executor, Outcome
+    from gm_probe.executors.local import Executor, Outcome
     from gm_probe.sweep.recipe import Recipe
 
 

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from gm_probe.analysis.intervals import mean_interval
-from gm_probe.probe.ascent import ascend
+from gm_probe.inconsistency.ascent import ascend
 from gm_probe.reproduce.drawing import line, panels
 from gm_probe.reproduce.finding import Finding, Outcome, Task, quantile_sheet
 from gm_probe.reproduce.gaussians import Network, descending, trained_network

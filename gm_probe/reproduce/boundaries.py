@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.analysis.plots import MARKERS
-from gm_probe.probe.ascent import ascend, to_sphere
+from gm_probe.inconsistency.ascent import ascend, to_sphere
 from gm_probe.reproduce.drawing import panels
 from gm_probe.reproduce.finding import Finding, Outcome, Task, quantile_sheet
 from gm_probe.reproduce.gaussians import CLASSES, Mixture, Network, trained_network

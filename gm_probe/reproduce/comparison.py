@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gm_probe.core.records import RunRecord, read_metrics, read_run
+from gm_probe.runs.records import RunRecord, read_metrics, read_run
 from gm_probe.training.config import TrainConfig
 
 RISE = "error_rise"

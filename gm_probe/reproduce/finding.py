@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from gm_probe.analysis.plots import write_figure
 from gm_probe.analysis.results import Correlation, Quantity
 from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown, plain_sheet, two_decimals
-from gm_probe.core.files import write_atomic, write_json
+from gm_probe.files.atomic import write_atomic, write_json
 from gm_probe.reproduce.catalogue import Recipe
 
 Outcome = Literal["shows", "shows in part", "does not show", "cannot be told"]

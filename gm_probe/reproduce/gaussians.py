@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 from torch.nn import functional
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.models import ModelSpec, initial_model
-from gm_probe.core.parameters import Parameters
-from gm_probe.probe.ascent import ProbeDivergence
-from gm_probe.probe.work import Work
+from gm_probe.data.batches import Batches
+from gm_probe.inconsistency.ascent import ProbeDivergence
+from gm_probe.linalg.work import Work
+from gm_probe.models.parameters import Parameters
+from gm_probe.models.zoo import ModelSpec, initial_model
 
 CLASSES = 3
 

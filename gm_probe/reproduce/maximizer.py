@@ -17,8 +17,8 @@ from torch.func import grad, vmap
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.analysis.plots import legend_below
 from gm_probe.analysis.typeset import Sheet
-from gm_probe.probe.ascent import ascend
-from gm_probe.probe.kl import kl_divergence
+from gm_probe.inconsistency.ascent import ascend
+from gm_probe.inconsistency.kl import kl_divergence
 from gm_probe.reproduce.drawing import line, panels
 from gm_probe.reproduce.finding import Finding, Outcome, Task, frame_sheet
 from gm_probe.reproduce.gaussians import Mixture, Network, descending

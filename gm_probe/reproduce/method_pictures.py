@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gm_probe.analysis.heat_map import heat_map
 from gm_probe.analysis.plots import MARKERS, log_ticks
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
 from gm_probe.reproduce.comparison import Arm, Comparison, plain
 from gm_probe.reproduce.drawing import PAGE, line, panels
 

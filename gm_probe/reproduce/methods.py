@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from gm_probe.core.errors import UsageError, did_you_mean
-from gm_probe.probe.settings import Settings
+from gm_probe.errors import UsageError, did_you_mean
+from gm_probe.measures.settings import Settings
 from gm_probe.reproduce import method_pictures
 from gm_probe.reproduce.comparison import Arm, Comparison, plain
 from gm_probe.reproduce.finding import Finding, Task

@@ -21,15 +21,15 @@ from gm_probe.analysis.intervals import excludes_zero, jackknife_interval
 from gm_probe.analysis.plots import COLOURS
 from gm_probe.analysis.results import Quantity
 from gm_probe.analysis.typeset import Sheet
-from gm_probe.core.errors import DivergedError
-from gm_probe.core.parameters import Parameters
-from gm_probe.core.records import read_run
-from gm_probe.probe.kl import kl_divergence
-from gm_probe.probe.pairwise import compare
+from gm_probe.errors import DivergedError
+from gm_probe.inconsistency.kl import kl_divergence
+from gm_probe.measures.pairwise import compare
+from gm_probe.measuring.checkpoint import open_subject
+from gm_probe.models.parameters import Parameters
 from gm_probe.reproduce.drawing import logarithmic, panels
 from gm_probe.reproduce.finding import Finding, Outcome, Task, frame_sheet, shown_tau
 from gm_probe.reproduce.training import trained
-from gm_probe.sweep.measuring import open_subject
+from gm_probe.runs.records import read_run
 from gm_probe.sweep.recipe import Recipe, parse_recipe
 from gm_probe.sweep.tuning import NOTHING
 from gm_probe.training.config import TrainConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gm_probe.executors.local import Outcome
 from gm_probe.reproduce.finding import Task
-from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.manifest import write_sweep
 from gm_probe.sweep.recipe import Recipe
 from gm_probe.sweep.runner import run_recipe

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gm_probe.core.errors import DivergedError, ProbeError, UsageError
-from gm_probe.core.records import RunRecord, read_run
-from gm_probe.probe.settings import Settings
-from gm_probe.sweep.executors import Outcome
+from gm_probe.errors import DivergedError, ProbeError, UsageError
+from gm_probe.executors.local import Outcome
+from gm_probe.measures.settings import Settings
+from gm_probe.runs.records import RunRecord, read_run
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.rules import METHODS

@@ -8,11 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from gm_probe.core.checks import one_of, optional, real, whole
-from gm_probe.core.errors import UsageError, did_you_mean
-from gm_probe.core.files import as_named
-from gm_probe.core.reading import Reading
-from gm_probe.core.sources import NAMES
+from gm_probe.checks import one_of, optional, real, whole
+from gm_probe.data.reading import Reading
+from gm_probe.data.sources import NAMES
+from gm_probe.errors import UsageError, did_you_mean
+from gm_probe.files.atomic import as_named
 
 CHOICES = {
     "objective": ("supervised", "joint", "fixmatch", "simclr"),

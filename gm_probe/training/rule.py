@@ -37,17 +37,17 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional
 
-from gm_probe.core.checks import instance, optional, whole
-from gm_probe.core.contrastive import Contrastive
-from gm_probe.core.door import Outputs, unwrapped
-from gm_probe.core.errors import DeviceError, UsageError, first_line, on_two_devices
-from gm_probe.core.fields import Inputs, arguments, as_inputs
-from gm_probe.core.parameters import Parameters, dense, differentiable_recurrence
-from gm_probe.core.processes import count, sum_over_processes
-from gm_probe.core.randomness import Draws
-from gm_probe.core.recomputation import non_reentrant
-from gm_probe.probe.kl import kl_divergence
-from gm_probe.probe.written import leaves_of, require_repeatable
+from gm_probe.checks import instance, optional, whole
+from gm_probe.curvature.written import leaves_of, require_repeatable
+from gm_probe.data.fields import Inputs, arguments, as_inputs
+from gm_probe.errors import DeviceError, UsageError, first_line, on_two_devices
+from gm_probe.inconsistency.kl import kl_divergence
+from gm_probe.models.contrastive import Contrastive
+from gm_probe.models.door import Outputs, unwrapped
+from gm_probe.models.parameters import Parameters, dense, differentiable_recurrence
+from gm_probe.models.recomputation import non_reentrant
+from gm_probe.runtime.processes import count, sum_over_processes
+from gm_probe.runtime.randomness import Draws
 from gm_probe.training.objectives import Criterion, Objective
 from gm_probe.training.sub_batches import SubBatches, as_targets, value_of
 

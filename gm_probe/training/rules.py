@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.core.checks import one_of, real, whole
-from gm_probe.core.door import Outputs
-from gm_probe.core.fields import Inputs
-from gm_probe.core.processes import sum_over_processes
-from gm_probe.core.randomness import Draws
-from gm_probe.probe.ascent import ascend, kl_gradient, to_sphere
+from gm_probe.checks import one_of, real, whole
+from gm_probe.data.fields import Inputs
+from gm_probe.inconsistency.ascent import ascend, kl_gradient, to_sphere
+from gm_probe.models.door import Outputs
+from gm_probe.runtime.processes import sum_over_processes
+from gm_probe.runtime.randomness import Draws
 from gm_probe.training.objectives import Criterion
 from gm_probe.training.rule import Gradients, Rule, Step
 

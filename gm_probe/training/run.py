@@ -15,20 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.core import processes
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
-from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment, pick_device
-from gm_probe.core.errors import DivergedError, UsageError, memory_or, of_machine
-from gm_probe.core.files import append_line, write_atomic, write_json, write_toml
-from gm_probe.core.images import taken
-from gm_probe.core.layout import settle_layout
-from gm_probe.core.locks import Hold
-from gm_probe.core.models import ModelSpec, check_configured, initial_model
-from gm_probe.core.pretrained import load_pretrained, others_there
-from gm_probe.core.randomness import generators_kept, seed_generators
-from gm_probe.core.records import (
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.datasets import Examples
+from gm_probe.data.images import taken
+from gm_probe.errors import DivergedError, UsageError, memory_or, of_machine
+from gm_probe.files.atomic import append_line, write_atomic, write_json, write_toml
+from gm_probe.files.locks import Hold
+from gm_probe.files.schema import anything, count, listed, mapping
+from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
+from gm_probe.models.layout import settle_layout
+from gm_probe.models.pretrained import load_pretrained, others_there
+from gm_probe.models.zoo import ModelSpec, check_configured, initial_model
+from gm_probe.runs.records import (
     BEST,
     CHECKPOINT,
     CONFIG,
@@ -40,8 +38,10 @@ from gm_probe.core.records import (
     SUMMARY,
     read_metrics,
 )
-from gm_probe.core.schema import anything, count, listed, mapping
-from gm_probe.core.signals import Terminated
+from gm_probe.runtime import processes
+from gm_probe.runtime.devices import environment, pick_device
+from gm_probe.runtime.randomness import generators_kept, seed_generators
+from gm_probe.runtime.signals import Terminated
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import Evaluation, ProbeEvaluation
 from gm_probe.training.feeds import make_feed
