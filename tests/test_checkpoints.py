@@ -740,7 +740,7 @@ def test_no_source_file_can_load_code() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 assert name.split(".")[0] not in {"pickle", "dill", "cloudpickle", "joblib", "marshal"}, path
-    assert loads == 1  # core.pickles, for checkpoints, array files and resume
+    assert loads == 1  # files.pickles, for checkpoints, array files and resume
 
 
 # ---- a real public checkpoint

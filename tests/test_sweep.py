@@ -353,7 +353,7 @@ def test_a_failed_measurement_keeps_the_training(
 def test_a_run_whose_last_sync_failed_is_complete_and_no_failure(
     tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = files._sync_folder
+    original = atomic._sync_folder
 
     def failing(folder: Path) -> None:
         original(folder)

@@ -1,6 +1,6 @@
 """Open labeled or unlabeled examples: image folders, array files, torchvision's data sets, bundled digits.
 
-Images are kept as uint8, or decoded as they are taken where they are too many (core.images). Normalisation is not
+Images are kept as uint8, or decoded as they are taken where they are too many (data.images). Normalisation is not
 applied here: it belongs to the checkpoint.
 """
 
@@ -212,7 +212,7 @@ def open_source(
     Args:
         root: where torchvision's data sets are kept (default ``~/.cache/gm_probe``).
         download: let torchvision download what is missing.
-        channels, image_size, resize, crop: of a folder's images; see ``core.images.Reading``.
+        channels, image_size, resize, crop: of a folder's images; see ``data.images.Reading``.
         skip_bad: leave out images that cannot be decoded (``Examples.skipped``). All are decoded once more for it.
         decode: False leaves a folder's images in their files until they are taken (``Examples.subset``).
 
@@ -399,7 +399,7 @@ def _tensor(path: Path, name: str, value: Any) -> Tensor:
 
 
 def _check_packed(path: Path, file: BinaryIO) -> None:
-    """Refuse arrays that are packed hundredfold and unpack to more than images do in memory (core.images).
+    """Refuse arrays that are packed hundredfold and unpack to more than images do in memory (data.images).
 
     Whether they are packed the ``file`` at ``path`` itself says, by which numpy goes, and not its suffix.
     """

@@ -214,7 +214,7 @@ class Outlook:
     def total(self, name: str, evaluations: float) -> float | None:
         """The total, where stage ``name`` is at work and ``evaluations`` are done; None where it is unknown.
 
-        A ``probe.work.Count`` says what is left of the stage; else it is what the stage usually takes, until it has
+        A ``linalg.work.Count`` says what is left of the stage; else it is what the stage usually takes, until it has
         taken more.
         """
         if name != self._name:

@@ -129,7 +129,7 @@ def measure(
     Args:
         data: ``Batches``, or what they are made of: x, (x, y), a list of batches, a data set, a loader that does not
             shuffle. Inputs of floating-point numbers are taken in the dtype of the model's weights.
-        outputs: how what the model returns is read (core.door). Default: a tensor of logits, or what is named so.
+        outputs: how what the model returns is read (models.door). Default: a tensor of logits, or what is named so.
         names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
         initial: the model before training, for its distance.
         memory: bytes that a product may take, where the data has no batch size of its own.

@@ -27,7 +27,7 @@ from gm_probe.measures.catalogue import (
 )
 from gm_probe.measures.context import Probe
 from gm_probe.measures.measure import UNDEFINING, measure
-from gm_probe.measures.settings import Settings
+from gm_probe.probe.settings import Settings
 from gm_probe.models.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.models.contrastive import Contrastive
 from gm_probe.models.door import Head, Outputs
@@ -80,7 +80,7 @@ def open_subject(
     Args:
         key, strip: as ``read_checkpoint`` takes them.
         model_name, normalization, num_classes: needed for foreign checkpoints; override the recorded ones.
-        head: what the outputs stand for (core.door); or ``simclr``: they are NT-Xent logits, over batches of two
+        head: what the outputs stand for (models.door); or ``simclr``: they are NT-Xent logits, over batches of two
             views, drawn by ``seed``, of ``batch_size`` images each. ``temperature`` None is the recorded one.
         outputs: which output of the model to take, and what kind it is.
 

@@ -30,7 +30,7 @@ class Parameters:
     """The P trainable parameters of ``model`` in the order of ``named_parameters`` (tied ones once).
 
     Args:
-        model: wrappers around it are looked through (core.door).
+        model: wrappers around it are looked through (models.door).
         pattern: regular expression; only parameters in whose name it is found count, the others are constants.
         outputs: how what the model returns is read.
 

@@ -62,7 +62,7 @@ class ModelSpec:
         input_shape: (C, H, W), or the shape of one example.
         num_classes: outputs; of a SimCLR model, its projector's.
         temperature: of NT-Xent, which makes it a SimCLR model: the network ``name`` without its last linear layer,
-            and a projector (core.contrastive). None = a classifier.
+            and a projector (models.contrastive). None = a classifier.
     """
 
     name: str

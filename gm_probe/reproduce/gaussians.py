@@ -106,7 +106,7 @@ class Network:
         )
 
     def fisher(self) -> Tensor:
-        """F (P, P) from every example's whole Jacobian: shares no code with ``probe.operators``."""
+        """F (P, P) from every example's whole Jacobian: shares no code with ``curvature.operators``."""
         x, theta = self.mixture.x, self.theta
         jacobian = vmap(lambda one: jacrev(lambda t: self._at(t, one[None])[0])(theta))(x)  # (N, C, P)
         p = self.logits(x).softmax(1)

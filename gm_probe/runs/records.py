@@ -104,7 +104,7 @@ def read_run(path: Path) -> RunRecord:
     """Read the run folder ``path``.
 
     Raises:
-        StorageError: a file of it is missing or broken, or holds what it may not (core.record_kinds).
+        StorageError: a file of it is missing or broken, or holds what it may not (runs.record_kinds).
     """
     try:
         summary = _read_summary(path)

@@ -46,7 +46,7 @@ def open_data(config: TrainConfig) -> Source:
     """The data of a run, uncut; a folder's images are still in their files.
 
     Raises:
-        DataError, UsageError: as ``core.datasets.open_source``.
+        DataError, UsageError: as ``data.datasets.open_source``.
     """
     if Path(config.data).is_absolute() and not Path(config.data).exists():  # as a run records it
         raise UsageError(f"no folder or file {config.data!r}; if it has moved, say where it is with --data")

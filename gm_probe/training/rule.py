@@ -72,14 +72,14 @@ class Rule:
     """Base of all rules, itself plain backpropagation (SGD, AdamW, ... by the optimizer that steps).
 
     Args:
-        model: its trainable parameters get the gradients. Wrappers around it are looked through (core.door).
+        model: its trainable parameters get the gradients. Wrappers around it are looked through (models.door).
         criterion: maps the model's outputs (B, ...) and the targets to a loss; or an objective. Its own trainable
             parameters, and every other leaf that ``loss.backward()`` would reach, get their gradients, too.
         m: the batch is worked off in sub-batches of this size: gradient accumulation, and m-sharpness (App. E.1), for
             each has a perturbation of its own. Their gradients are weighted as the criterion weights them, and add up
             to the whole batch's. None = all at once. A last sub-batch of one example joins the one before it.
         generator: of the noise starts; None draws one seeded with 0 on the CPU.
-        outputs: how what the model returns is read; see core.door. The criterion gets the chosen output as it is.
+        outputs: how what the model returns is read; see models.door. The criterion gets the chosen output as it is.
 
     ``passes`` is the cost of a step in forward passes (a backward counts 2).
 
