@@ -27,7 +27,7 @@ from gm_probe.measures.catalogue import (
 )
 from gm_probe.measures.context import Probe
 from gm_probe.measures.measure import UNDEFINING, measure
-from gm_probe.probe.settings import Settings
+from gm_probe.measures.settings import Settings
 from gm_probe.models.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.models.contrastive import Contrastive
 from gm_probe.models.door import Head, Outputs
