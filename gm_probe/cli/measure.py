@@ -24,6 +24,7 @@ from gm_probe.cli.output import (
     notes_console,
 )
 from gm_probe.cli.relevance import CONVERGED, idle, require_use_of_grids
+from gm_probe.cli.settings import GroupedCommand
 from gm_probe.errors import CheckpointError, UsageError
 from gm_probe.measures.catalogue import check_names, default_measures
 from gm_probe.measures.settings import Settings
@@ -36,6 +37,11 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
 
 
 @click.command(
+    cls=GroupedCommand,
+    first=(
+        *("unlabeled", "labeled", "model_names", "mean", "std", "no_normalize", "max_examples", "measures"),
+        *("protocol", "rho", "device", "save", "output"),
+    ),
     epilog="Example:  gmprobe measure ckpt.pt --unlabeled data/",
 )
 @click.argument("checkpoints", nargs=-1, type=PATH)

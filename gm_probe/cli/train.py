@@ -9,25 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import AT_ONCE, PATH
+from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import note, note_reading, notes_console, number, print_json, results_console, table
 from gm_probe.cli.progress import progress_bar
+from gm_probe.cli.settings import GroupedCommand, GroupedOption, setting_options
 from gm_probe.cli.tensorboard import Events
 from gm_probe.errors import UsageError
+from gm_probe.training.config import MAIN, TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from gm_probe.training.config import TrainConfig
-
-
-def _milestones(_: click.Context, __: click.Parameter, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--milestones {text!r} must be comma-separated epochs, e.g. 60,120,160") from error
 
 
 CURVES_FILE = "curves.png"
@@ -52,130 +43,30 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
         )
 
 
-@click.command(epilog="Example:  gmprobe train --method iam-d")
+@click.command(cls=GroupedCommand, epilog="Example:  gmprobe train --method iam-d")
+@setting_options(TrainConfig)
 @click.option(
-    "--data",
-    help="Image folder, array file or data set name; see `gmprobe datasets`. With --resume, where the same data is now."
-    "  [default: digits]",
+    "--config",
+    "config_file",
+    cls=GroupedOption,
+    group=MAIN,
+    type=PATH,
+    help="Take settings from this TOML file, such as a run's config.toml. Options given here win over it.",
 )
-@click.option("--data-root", metavar="DIR", help="Where torchvision's data sets are kept.")
-@click.option("--download", is_flag=True, default=None, help="Let torchvision download what is missing.")
+@click.option("--out", cls=GroupedOption, group=MAIN, type=PATH, help="Run folder.  [default: runs/NAME]")
 @click.option(
-    "--image-size",
-    type=click.IntRange(1),
-    help="Resize images to this many pixels a side, whatever their aspect ratio.",
-)
-@click.option(
-    "--resize",
-    type=click.IntRange(1),
-    help="Resize the shorter side of images to this many pixels, as torchvision does.",
-)
-@click.option("--crop", type=click.IntRange(1), help="Then cut this many pixels a side from their centre.")
-@click.option(
-    "--skip-bad",
+    "--resume",
+    cls=GroupedOption,
+    group=MAIN,
     is_flag=True,
-    default=None,
-    help="Leave out images that cannot be decoded; split.json lists them.",
+    help="Continue the run in --out. Its data may be elsewhere now: say where with --data.",
 )
-@click.option("--num-train", type=click.IntRange(1), help="Training examples.  [default: all that remain]")
-@click.option(
-    "--labels",
-    type=click.IntRange(1),
-    help="Keep the labels of so many of them, as many of each class.  [default: all]",
-)
-@click.option(
-    "--num-unlabeled", type=click.IntRange(1), help="Disjoint probe examples.  [default: a quarter ≤ 5000]"
-)
-@click.option(
-    "--num-test", type=click.IntRange(1), help="Test examples.  [default: its own part, or a quarter]"
-)
-@click.option(
-    "--validation",
-    type=float,
-    help="Share of the training part held out in the test part's place.  [default: none]",
-)
-@click.option("--split-seed", type=int, help="Seed of the split, apart from --seed.  [default: 0]")
-@click.option("--model", help="Network; see `gmprobe models`.  [default: 6cnn]")
-@click.option("--init", metavar="PATH", help="Start from these weights; a head for other classes is fresh.")
-@click.option(
-    "--objective",
-    help="supervised, joint, fixmatch or simclr; joint and fixmatch need --labels.  [default: supervised]",
-)
-@click.option(
-    "--mu",
-    type=click.IntRange(1),
-    help="Unlabeled examples a labeled one in joint and fixmatch.  [default: 7]",
-)
-@click.option(
-    "--threshold", type=float, help="FixMatch: confidence that makes a pseudo-label.  [default: 0.95]"
-)
-@click.option("--lambda-u", type=float, help="FixMatch: weight of the unlabeled loss.  [default: 1]")
-@click.option(
-    "--unlabeled-mean", help="FixMatch: mean over the batch, or the mask's views.  [default: batch]"
-)
-@click.option("--temperature", type=float, help="SimCLR: τ of NT-Xent.  [default: 0.5]")
-@click.option(
-    "--probe-every",
-    type=int,
-    help="SimCLR: epochs between linear probes (0 = only at the end).  [default: 0]",
-)
-@click.option("--method", help="sgd, sam, asam, iam-d, iam-d-onepass or iam-s.  [default: sgd]")
-@click.option("--rho", type=float, help="Radius ρ.  [default: 0.05 sam, 0.5 asam, 0.1 iam-*]")
-@click.option("--beta", type=float, help="Weight β of IAM-D's KL term.  [default: 1]")
-@click.option("--k-steps", type=int, help="Ascent steps K.  [default: 1]")
-@click.option("--noise-scale", type=float, help="Length of the ascent's random start.  [default: 0.1]")
-@click.option(
-    "--kl-grad", help="IAM-D: gradient through both sides of the KL, or perturbed only.  [default: both]"
-)
-@click.option("--sign", help="IAM-S: random, none or loss.  [default: random]")
-@click.option("--eta", type=float, help="ASAM's η.  [default: 0.01]")
-@click.option(
-    "--m",
-    type=click.IntRange(1),
-    help="Work batches off in sub-batches of this size: gradient accumulation; m-sharpness.  [default: whole]",
-)
-@click.option("--optimizer", help="Base optimizer: sgd or adamw.  [default: sgd]")
-@click.option("--lr", type=float, help="Learning rate.  [default: 0.05]")
-@click.option("--momentum", type=float, help="[default: 0.9]")
-@click.option("--nesterov", is_flag=True, default=None)
-@click.option("--weight-decay", type=float, help="[default: 0]")
-@click.option("--epochs", type=int, help="[default: 30]")
-@click.option("--batch-size", type=int, help="[default: 128]")
-@click.option("--schedule", help="constant, cosine, linear or multi-step.  [default: constant]")
-@click.option("--milestones", callback=_milestones, metavar="E1,E2", help="Epochs of multi-step.")
-@click.option("--gamma", type=float, help="Factor at each milestone.  [default: 0.2]")
-@click.option("--warmup-epochs", type=float, help="Linear warm-up.  [default: 0]")
-@click.option("--min-lr", type=float, help="Where cosine and linear end.  [default: 0]")
-@click.option("--clip-norm", type=float, help="Scale gradients down to this norm.  [default: never]")
-@click.option(
-    "--ema-decay", type=float, help="Evaluate and save a moving average of the weights.  [default: none]"
-)
-@click.option("--label-smoothing", type=float, help="[default: 0]")
-@click.option("--augment", is_flag=True, default=None, help="Zero-pad by 4, crop, flip.")
-@click.option("--stop-ce", type=float, help="Stop once the training cross-entropy is at most this.")
-@click.option(
-    "--eval-every", type=int, help="Epochs between evaluations (0 = only at the end).  [default: 0]"
-)
-@click.option("--track-every", type=int, help="Epochs between measurements of S_ρ (0 = never).  [default: 0]")
-@click.option("--track-rho", type=float, help="Radius of that S_ρ.  [default: 0.1]")
-@click.option("--amp", help="none, bf16 or fp16.  [default: none]")
-@click.option("--tf32", is_flag=True, default=None, help="Let an NVIDIA GPU round products to TF32: faster.")
-@click.option("--deterministic", is_flag=True, default=None, help="Bit-identical runs on a GPU too; slower.")
-@click.option(
-    "--checkpoint-every",
-    type=click.IntRange(1),
-    help="Save the state every so many steps, beside every epoch.",
-)
-@click.option("--seed", type=int, help="[default: 0]")
-@click.option("--device", help="auto, cpu, cuda, cuda:1, or what else torch has.  [default: auto]")
-@click.option("--threads", type=AT_ONCE, help="CPU threads.")
-@click.option("--out", type=PATH, help="Run folder.  [default: runs/NAME]")
-@click.option("--resume", is_flag=True, help="Go on where the run in --out stopped.")
-@click.option("--save", type=PATH, help="Also write the final weights here (.pt, .safetensors).")
+@click.option("--save", type=PATH, help="Also write the final weights to this .pt or .safetensors file.")
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events below --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress and no notes on stderr.")
 def train(
+    config_file: Path | None,
     out: Path | None,
     resume: bool,
     save: Path | None,
@@ -184,21 +75,24 @@ def train(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Train one model; without --data on the bundled handwritten digits.
+    """Train one model; without --data, on the bundled handwritten digits.
 
-    The data is cut by seed into disjoint train, unlabeled and test parts. The run folder holds configuration,
-    metrics, their curves, final weights and, until it has finished, the state to resume from.
+    The data is split by seed into disjoint train, unlabeled and test parts. The run folder holds the configuration,
+    metrics, their curves and the final weights. Until the run has finished it also holds the state to resume from.
 
-    With several GPUs or machines:  torchrun --nproc-per-node N -m gm_probe train ...
+    Several GPUs or machines share a run:  torchrun --nproc-per-node N -m gm_probe train ...
     """
     from gm_probe.data.sources import require_source
     from gm_probe.runs.records import CONFIG, RUNS, SUMMARY, read_metrics, read_run
     from gm_probe.sweep.recipe import require_names, run_name
-    from gm_probe.training.config import TrainConfig
     from gm_probe.training.leave import asked, refuse
 
     console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
     settings = {key: value for key, value in given.items() if value is not None}
+    if config_file is not None:
+        if resume:
+            raise UsageError("--config begins a run and --resume continues one; give one of them")
+        settings = _of_file(config_file, settings)
     if resume and out is not None and (out / CONFIG).exists():  # a run knows its own settings
         recorded = TrainConfig.from_record(read_run(out).config)
         refuse({name: value for name, value in asked(recorded).items() if name not in settings}, out)
@@ -276,6 +170,22 @@ def train(
     )
     results_console().print(table(title, ["", "error", "cross-entropy", "examples"], rows))
     note(console, f"next:  gmprobe measure {out}{' --head simclr' if simclr else ''}")
+
+
+def _of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in the TOML file ``path``, and those ``given`` in their place.
+
+    Raises:
+        UsageError: one is unknown, or may come only from the command line.
+        StorageError: the file cannot be read.
+    """
+    from gm_probe.files.atomic import read_toml
+    from gm_probe.training.leave import asked, refuse
+
+    found = {name: value for name, value in read_toml(path).items() if name != "environment"}
+    lacking = asked(TrainConfig.from_dict(found))
+    refuse({name: value for name, value in lacking.items() if name not in given}, path)
+    return {**found, "download": False, **given}
 
 
 def _note_data(console: Console, config: TrainConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -14,36 +14,6 @@ from gm_probe.data.sources import NAMES
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import as_named
 
-CHOICES = {
-    "objective": ("supervised", "joint", "fixmatch", "simclr"),
-    "unlabeled_mean": ("batch", "mask"),
-    "method": ("sgd", "sam", "asam", "iam-d", "iam-d-onepass", "iam-s"),
-    "optimizer": ("sgd", "adamw"),
-    "schedule": ("constant", "cosine", "linear", "multi-step"),
-    "sign": ("random", "none", "loss"),
-    "kl_grad": ("both", "perturbed"),
-    "amp": ("none", "bf16", "fp16"),
-}
-
-
-WHOLE = {
-    **dict.fromkeys(("epochs", "batch_size", "k_steps", "mu", "m", "labels", "checkpoint_every"), 1),
-    **dict.fromkeys(("num_train", "num_unlabeled", "num_test"), 1),
-    **dict.fromkeys(("eval_every", "track_every", "probe_every"), 0),
-}
-"""Settings that are whole numbers, and their least."""
-REAL: dict[str, dict[str, float]] = {
-    **{
-        name: {"least": 0} for name in ("rho", "beta", "noise_scale", "eta", "lr", "momentum", "weight_decay")
-    },
-    **{name: {"least": 0} for name in ("gamma", "min_lr", "warmup_epochs", "lambda_u")},
-    **{name: {"above": 0} for name in ("temperature", "track_rho", "stop_ce", "clip_norm")},
-    "threshold": {"least": 0, "most": 1},
-    "ema_decay": {"least": 0, "below": 1},
-    "label_smoothing": {"least": 0, "below": 1},
-    "validation": {"above": 0, "below": 1},
-}
-"""Settings that are finite numbers, and their bounds."""
 MOST = 2**31 - 1
 """Of a whole number, so that it fits wherever it goes: into an index, a size or a file."""
 MOST_THREADS = 1024
@@ -52,124 +22,212 @@ PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_eve
 """Settings of where and how a run is computed, no part of what it computes."""
 
 
+def setting(default: Any, group: str, text: str, *, unset: str | None = None, **rule: Any) -> Any:
+    """Return a field of ``TrainConfig``: all that is known of one setting.
+
+    Args:
+        group: section of ``gmprobe train --help`` that shows it.
+        text: what it does, in whole sentences, with its unit.
+        unset: what happens by default, where the value does not say it.
+        rule: ``choices`` of a text; or the bounds ``least``, ``above``, ``most`` and ``below`` of a number.
+    """
+    return field(default=default, metadata={"group": group, "help": text, "unset": unset, "rule": rule})
+
+
+MAIN, DATA, OBJECTIVE, METHOD = "Main options", "Data", "Objective", "Method"
+OPTIMIZER, EVALUATION, MACHINE = "Optimizer and schedule", "Evaluation", "Machine and precision"
+GROUPS = (MAIN, DATA, OBJECTIVE, METHOD, OPTIMIZER, EVALUATION, MACHINE)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """Settings of one run; the paper's where METHOD.md fixes them.
+    """Settings of one run: each field carries its help, its group and its bounds (see ``setting``)."""
 
-    Attributes:
-        data: folder, array file, ``digits``, or a torchvision name (data.datasets.open_source).
-        image_size, resize, crop: of a folder's images (data.images.Reading).
-        skip_bad: leave out images that cannot be decoded; split.json lists them.
-        num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = data.splits.split's defaults.
-        labels: training examples that keep their labels, as many of each class (None = all).
-        validation: share of the training part, drawn by ``split_seed``, that is held out in the test part's place, so
-            that settings can be chosen without it (None = none: the test part itself).
-        split_seed: draws the parts; apart from ``seed``, so that the runs of a sweep share their data.
-        init: checkpoint file or run folder whose weights training starts from; a head for other classes starts
-            afresh (models.pretrained.load_pretrained).
-        objective: what is learned (training.objectives): from labeled examples alone, jointly with the inconsistency
-            of unlabeled ones, or by FixMatch. Batches then hold ``mu`` unlabeled examples for each of the
-            ``batch_size`` labeled ones, and an epoch is a pass over the unlabeled ones (training.feeds). SimCLR learns
-            from two views of each image, without labels; these serve its linear probes alone.
-        threshold, lambda_u, unlabeled_mean: of FixMatch: confidence from which a weak view labels the strong one,
-            weight of that loss, and what it is averaged over.
-        temperature, probe_every: of SimCLR: τ of NT-Xent, and epochs between linear probes (0 = only at the end).
-        method: gradient rule. ``rho`` None takes the rule's own default.
-        beta, k_steps, noise_scale, kl_grad, sign, eta: of the rules (training.rules).
-        m: batches are worked off in sub-batches of this size: gradient accumulation, and for the rules that
-            perturb m-sharpness. None = whole.
-        optimizer: base optimizer; ``momentum`` and ``nesterov`` belong to sgd.
-        schedule: of the learning rate after ``warmup_epochs`` of linear warm-up; multi-step multiplies by
-            ``gamma`` at each of ``milestones`` (epochs), cosine and linear end at ``min_lr``.
-        clip_norm: gradients are scaled down to this norm (None = never).
-        ema_decay: keep an exponential moving average of the weights, updated every step with this decay. It, with
-            the model's own BatchNorm statistics, is what is evaluated, tracked and saved; at the end the weights
-            themselves are kept too (runs.records.RAW).
-        augment: zero-pad by 4, crop and flip.
-        stop_ce: stop once the training cross-entropy (un-augmented, eval mode) is at most this.
-        eval_every: epochs between evaluations on the train and test parts (0 = only at the end). With it the weights
-            of the lowest test error are kept too: chosen on the test part, their error there is no fair one.
-        track_every: epochs between measurements of S_ρ on the unlabeled part (0 = never), by the paper's
-            protocol with one step, radius ``track_rho`` and starts of that length.
-        checkpoint_every: steps between saved states, beside one an epoch.
-        amp: bf16 and fp16 run forward and backward passes under autocast; parameters stay float32. fp16 scales
-            the loss; a step whose gradient overflows is skipped.
-        tf32: on an NVIDIA GPU, take products of float32 in TF32, faster and to 3 digits; measurements stay in float32.
-        deterministic: use only algorithms that give the same bits in every run (on a CPU all do).
-        threads: CPU threads, set by the command line and the sweep (None = torch's own choice).
-    """
-
-    data: str = "digits"
-    data_root: str | None = None
-    download: bool = False
-    image_size: int | None = None
-    resize: int | None = None
-    crop: int | None = None
-    skip_bad: bool = False
-    num_train: int | None = None
-    labels: int | None = None
-    num_unlabeled: int | None = None
-    num_test: int | None = None
-    validation: float | None = None
-    split_seed: int = 0
-    model: str = "6cnn"
-    init: str | None = None
-    objective: str = "supervised"
-    mu: int = 7
-    threshold: float = 0.95
-    lambda_u: float = 1.0
-    unlabeled_mean: str = "batch"
-    temperature: float = 0.5
-    probe_every: int = 0
-    method: str = "sgd"
-    rho: float | None = None
-    beta: float = 1.0
-    k_steps: int = 1
-    noise_scale: float = 0.1
-    kl_grad: str = "both"
-    sign: str = "random"
-    eta: float = 0.01
-    m: int | None = None
-    optimizer: str = "sgd"
-    lr: float = 0.05
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    epochs: int = 30
-    batch_size: int = 128
-    schedule: str = "constant"
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.2
-    warmup_epochs: float = 0.0
-    min_lr: float = 0.0
-    clip_norm: float | None = None
-    ema_decay: float | None = None
-    label_smoothing: float = 0.0
-    augment: bool = False
-    stop_ce: float | None = None
-    eval_every: int = 0
-    track_every: int = 0
-    track_rho: float = 0.1
-    amp: str = "none"
-    tf32: bool = False
-    deterministic: bool = False
-    checkpoint_every: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    threads: int | None = None
+    data: str = setting("digits", MAIN, "Image folder, array file or data set name; see `gmprobe datasets`.")
+    data_root: str | None = setting(None, DATA, "Folder in which torchvision keeps its data sets.")
+    download: bool = setting(False, DATA, "Let torchvision download what is missing.")
+    image_size: int | None = setting(
+        None, DATA, "Resize images to this many pixels a side, whatever their aspect ratio."
+    )
+    resize: int | None = setting(
+        None, DATA, "Resize the shorter side of images to this many pixels, as torchvision does."
+    )
+    crop: int | None = setting(None, DATA, "Then cut this many pixels a side from the centre.")
+    skip_bad: bool = setting(False, DATA, "Leave out images that cannot be decoded; split.json lists them.")
+    num_train: int | None = setting(
+        None, DATA, "Number of training examples.", unset="all that remain", least=1
+    )
+    labels: int | None = setting(
+        None,
+        OBJECTIVE,
+        "Keep the labels of this many training examples, the same number of each class.",
+        unset="all",
+        least=1,
+    )
+    num_unlabeled: int | None = setting(
+        None,
+        DATA,
+        "Number of unlabeled examples, disjoint from the training examples.",
+        unset="a quarter, at most 5000",
+        least=1,
+    )
+    num_test: int | None = setting(
+        None, DATA, "Number of test examples.", unset="the data's test part, or a quarter", least=1
+    )
+    validation: float | None = setting(
+        None,
+        EVALUATION,
+        "Hold out this share of the training part and evaluate on it in place of the test part.",
+        unset="none",
+        above=0,
+        below=1,
+    )
+    split_seed: int = setting(0, DATA, "Seed of the split. Runs that differ only in --seed share their data.")
+    model: str = setting("6cnn", MAIN, "Network; see `gmprobe models`.")
+    init: str | None = setting(
+        None,
+        OBJECTIVE,
+        "Start from the weights of this checkpoint. A head for another number of classes starts afresh.",
+    )
+    objective: str = setting(
+        "supervised",
+        OBJECTIVE,
+        "What is learned. joint and fixmatch need --labels; simclr reads no labels.",
+        choices=("supervised", "joint", "fixmatch", "simclr"),
+    )
+    mu: int = setting(7, OBJECTIVE, "Unlabeled examples per labeled example in joint and fixmatch.", least=1)
+    threshold: float = setting(
+        0.95, OBJECTIVE, "FixMatch takes a prediction of this confidence as a label.", least=0, most=1
+    )
+    lambda_u: float = setting(1.0, OBJECTIVE, "Weight of FixMatch's loss on unlabeled examples.", least=0)
+    unlabeled_mean: str = setting(
+        "batch",
+        OBJECTIVE,
+        "Average FixMatch's loss over the whole batch, or over the examples above the threshold.",
+        choices=("batch", "mask"),
+    )
+    temperature: float = setting(0.5, OBJECTIVE, "Temperature of SimCLR's NT-Xent loss.", above=0)
+    probe_every: int = setting(
+        0, EVALUATION, "Epochs between SimCLR's linear probes; 0 probes only at the end.", least=0
+    )
+    method: str = setting(
+        "sgd",
+        MAIN,
+        "Gradient rule.",
+        choices=("sgd", "sam", "asam", "iam-d", "iam-d-onepass", "iam-s"),
+    )
+    rho: float | None = setting(
+        None,
+        MAIN,
+        "Radius of the perturbation in parameter space.",
+        unset="0.05 for sam, 0.5 for asam, 0.1 for iam-*",
+        least=0,
+    )
+    beta: float = setting(1.0, METHOD, "Weight of IAM-D's KL term.", least=0)
+    k_steps: int = setting(1, METHOD, "Ascent steps of IAM.", least=1)
+    noise_scale: float = setting(0.1, METHOD, "Length of the random start of IAM's ascent.", least=0)
+    kl_grad: str = setting(
+        "both",
+        METHOD,
+        "IAM-D differentiates both sides of the KL divergence, or the perturbed side only.",
+        choices=("both", "perturbed"),
+    )
+    sign: str = setting(
+        "random",
+        METHOD,
+        "IAM-S flips its perturbation at random, never, or so that the loss rises.",
+        choices=("random", "none", "loss"),
+    )
+    eta: float = setting(0.01, METHOD, "ASAM's stabiliser, added to the weights' magnitudes.", least=0)
+    m: int | None = setting(
+        None,
+        METHOD,
+        "Process each batch in sub-batches of this size: gradient accumulation, and m-sharpness for rules "
+        "that perturb.",
+        unset="whole batches",
+        least=1,
+    )
+    optimizer: str = setting(
+        "sgd", OPTIMIZER, "Optimizer that takes the rule's gradient.", choices=("sgd", "adamw")
+    )
+    lr: float = setting(0.05, MAIN, "Learning rate.", least=0)
+    momentum: float = setting(0.9, OPTIMIZER, "Momentum of sgd.", least=0)
+    nesterov: bool = setting(False, OPTIMIZER, "Use Nesterov's momentum.")
+    weight_decay: float = setting(0.0, MAIN, "Weight decay.", least=0)
+    epochs: int = setting(30, MAIN, "Number of epochs.", least=1)
+    batch_size: int = setting(128, MAIN, "Examples per batch.", least=1)
+    schedule: str = setting(
+        "constant",
+        OPTIMIZER,
+        "Schedule of the learning rate after the warm-up.",
+        choices=("constant", "cosine", "linear", "multi-step"),
+    )
+    milestones: tuple[int, ...] = setting(
+        (), OPTIMIZER, "Epochs at which multi-step lowers the rate, such as 60,120,160.", unset="none"
+    )
+    gamma: float = setting(0.2, OPTIMIZER, "Factor of multi-step at each milestone.", least=0)
+    warmup_epochs: float = setting(0.0, OPTIMIZER, "Epochs of linear warm-up.", least=0)
+    min_lr: float = setting(0.0, OPTIMIZER, "Learning rate at the end of cosine and linear.", least=0)
+    clip_norm: float | None = setting(
+        None, OPTIMIZER, "Scale gradients down to this norm.", unset="never", above=0
+    )
+    ema_decay: float | None = setting(
+        None,
+        OPTIMIZER,
+        "Evaluate and save an exponential moving average of the weights with this decay.",
+        unset="none",
+        least=0,
+        below=1,
+    )
+    label_smoothing: float = setting(
+        0.0, OPTIMIZER, "Smooth the labels by this much in the training loss.", least=0, below=1
+    )
+    augment: bool = setting(False, DATA, "Augment training images: zero-pad by 4, crop, flip.")
+    stop_ce: float | None = setting(
+        None,
+        EVALUATION,
+        "Stop once the training cross-entropy is at most this, in eval mode without augmentation.",
+        unset="never",
+        above=0,
+    )
+    eval_every: int = setting(
+        0,
+        EVALUATION,
+        "Epochs between evaluations; 0 evaluates only at the end. The weights of the lowest test error are "
+        "kept, too.",
+        least=0,
+    )
+    track_every: int = setting(
+        0, EVALUATION, "Epochs between measurements of S_ρ on the unlabeled part; 0 takes none.", least=0
+    )
+    track_rho: float = setting(0.1, EVALUATION, "Radius of that S_ρ.", above=0)
+    amp: str = setting(
+        "none",
+        MACHINE,
+        "Mixed precision: autocast forward and backward passes.",
+        choices=("none", "bf16", "fp16"),
+    )
+    tf32: bool = setting(
+        False, MACHINE, "Let an NVIDIA GPU round float32 products to TF32. It is faster and less exact."
+    )
+    deterministic: bool = setting(
+        False, MACHINE, "Use only algorithms that give the same bits in every run. They may be slower."
+    )
+    checkpoint_every: int | None = setting(
+        None, MACHINE, "Save the state every so many steps.", unset="once an epoch", least=1
+    )
+    seed: int = setting(0, MAIN, "Seed of weights, batches and perturbations.")
+    device: str = setting("auto", MAIN, "auto, cpu, cuda, cuda:1, or another device of torch.")
+    threads: int | None = setting(None, MACHINE, "CPU threads.", unset="torch's choice")
 
     def __post_init__(self) -> None:
-        for name, hint in _hints().items():
-            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
-        for name, choices in CHOICES.items():
-            one_of(name, getattr(self, name), choices)
-        for name, least in WHOLE.items():
-            optional(whole, name, getattr(self, name), least, MOST)
+        for name in _hints():
+            object.__setattr__(self, name, _typed(name, getattr(self, name)))
+        for each in fields(self):
+            _check(each.name, getattr(self, each.name), each.metadata["rule"])
         optional(whole, "threads", self.threads, 1, MOST_THREADS)
         for name in ("seed", "split_seed"):
             whole(name, getattr(self, name), 0, 2**32 - 1)
-        for name, bounds in REAL.items():
-            optional(real, name, getattr(self, name), **bounds)
         if self.method == "iam-d-onepass":  # it follows the gradient of β·KL
             real("beta", self.beta, above=0)
         if self.method in {"iam-d", "iam-s"}:  # at δ = 0 the KL has no gradient to ascend
@@ -267,7 +325,7 @@ class TrainConfig:
         for name, value in values.items():
             if name not in hints:
                 raise UsageError(f"no setting {name!r}; {did_you_mean(name, hints)}")
-            checked[name] = _typed(name, value, hints[name])
+            checked[name] = _typed(name, value)
         paths = {
             name: checked[name] for name in ("data", "data_root", "init") if checked.get(name) is not None
         }
@@ -303,7 +361,23 @@ class TrainConfig:
         return TrainConfig.from_dict({**self.as_dict(), **changes})
 
 
-SETTINGS = tuple(field.name for field in fields(TrainConfig))
+SETTINGS = tuple(each.name for each in fields(TrainConfig))
+
+
+def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
+    """Raise UsageError where ``value`` is beyond the ``rule`` of its setting."""
+    if "choices" in rule:
+        one_of(name, value, rule["choices"])
+    elif rule and float in (kinds := _kinds(name)):
+        optional(real, name, value, **rule)
+    elif rule and int in kinds:
+        optional(whole, name, value, rule["least"], MOST)
+
+
+def _kinds(name: str) -> tuple[Any, ...]:
+    """Return the types that a setting takes."""
+    hint = _hints()[name]
+    return get_args(hint) if type(None) in get_args(hint) else (hint,)
 
 
 @cache
@@ -311,8 +385,8 @@ def _hints() -> dict[str, Any]:
     return get_type_hints(TrainConfig)
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
+def _typed(name: str, value: Any) -> Any:
+    kinds = _kinds(name)
     if value is None:
         if type(None) in kinds:
             return None

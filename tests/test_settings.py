@@ -1,0 +1,103 @@
+"""Options are made from the settings' fields, and help shows the main ones first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gm_probe.cli import main
+from gm_probe.cli.train import train
+from gm_probe.files.atomic import read_toml
+from gm_probe.training.config import GROUPS, MAIN, SETTINGS, TrainConfig
+
+SMALL = [
+    "--model",
+    "mlp-4",
+    "--num-train",
+    "40",
+    "--num-unlabeled",
+    "20",
+    "--num-test",
+    "20",
+    "--epochs",
+    "1",
+]
+SMALL += ["--device", "cpu", "--quiet", "--json"]
+
+
+def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main(words)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_every_setting_is_an_option_with_help_in_whole_sentences() -> None:
+    options = {parameter.name: parameter for parameter in train.params}
+    assert set(SETTINGS) <= set(options)
+    for name in SETTINGS:
+        text = TrainConfig.__dataclass_fields__[name].metadata["help"]
+        assert text.endswith("."), name
+        assert text in str(options[name].help)
+        assert options[name].default is None, f"--{name}: the settings decide about defaults"
+
+
+@pytest.mark.parametrize(("command", "section"), [("train", MAIN), ("measure", "Main options")])
+def test_main_options_come_first(command: str, section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run([command, "--help"], capsys)
+    titles = [line[:-1] for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert (code, titles[0]) == (0, section)
+    first = out.split(f"{section}:")[1].split(f"{titles[1]}:")[0]
+    assert 10 <= sum(line.startswith("  -") for line in first.splitlines()) <= 14
+    if command == "train":
+        assert set(GROUPS) <= set(titles)
+
+
+def test_a_run_is_repeated_from_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again, other = (str(tmp_path / name) for name in ("a", "b", "c"))
+    assert run(["train", *SMALL, "--lr", "0.03", "--method", "sam", "--out", first], capsys)[0] == 0
+    config = f"{first}/config.toml"
+    code, out, err = run(
+        ["train", "--config", config, "--out", again, "--device", "cpu", "--quiet", "--json"], capsys
+    )
+    assert code == 0, err
+    weights = [(Path(folder) / "checkpoint.safetensors").read_bytes() for folder in (first, again)]
+    assert weights[0] == weights[1]
+    assert json.loads(out)["epochs"] == 1
+    assert (
+        run(["train", "--config", config, "--lr", "0.01", "--out", other, "--quiet", "--json"], capsys)[0]
+        == 0
+    )
+    found = read_toml(Path(other) / "config.toml")
+    assert (found["lr"], found["method"]) == (0.01, "sam")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lrr = 0.1", "did you mean 'lr'?"),
+        ('lr = "fast"', "lr = 'fast' must be of type float"),
+        ('model = "evil.py:build"', "only the command line may decide: add --model evil.py:build"),
+        ("lr = [", "file.toml"),
+    ],
+)
+def test_a_file_of_settings_that_cannot_be_used_is_one_line(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text(text)
+    code, _, err = run(["train", "--config", str(file), "--out", str(tmp_path / "run")], capsys)
+    assert code in {2, 7}
+    assert words in " ".join(err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_and_resume_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(["train", "--config", "x.toml", "--out", str(tmp_path), "--resume"], capsys)
+    assert code == 2
+    assert "--config begins a run and --resume continues one" in err
