@@ -223,23 +223,6 @@ def test_resumed_from_within_an_epoch(name: str, every: int, tmp_path: Path) -> 
     assert {**result, "train_seconds": 0} == {**straight, "train_seconds": 0}
 
 
-def test_a_state_of_the_first_release_is_resumed(tmp_path: Path) -> None:
-    """It held no more than epoch, model and optimizer."""
-
-    def stop(row: dict[str, Any]) -> None:
-        if row["epoch"] == 3:
-            raise Interrupted
-
-    settings = config(epochs=4, method="iam-d")
-    with pytest.raises(Interrupted):
-        train(settings, tmp_path / "old", notify=stop)
-    state = torch.load(tmp_path / "old" / STATE, weights_only=True)
-    torch.save({name: state[name] for name in ("epoch", "model", "optimizer")}, tmp_path / "old" / STATE)
-    train(settings, tmp_path / "old", resume=True)
-    train(settings, tmp_path / "new")
-    assert (tmp_path / "old" / CHECKPOINT).read_bytes() == (tmp_path / "new" / CHECKPOINT).read_bytes()
-
-
 def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
     def stop(row: dict[str, Any]) -> None:
         raise Interrupted

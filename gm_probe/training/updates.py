@@ -139,8 +139,6 @@ class Updates:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        if "rule" not in state:  # of gm_probe 0.1.0, whose runs had no more than that between two epochs
-            return
         self.rule.load_state_dict(state["rule"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
