@@ -174,7 +174,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             kinds.setdefault("covariate, accuracy > 0.6", []).append(row)
     lines = ["| estimate | " + " | ".join(f"{kind} ({len(found)})" for kind, found in kinds.items()) + " |"]
     lines.append("|---|" + "---:|" * len(kinds))
-    for key in [key for key in rows[0] if isinstance(rows[0][key], list)]:
+    for key in dict.fromkeys(key for row in rows for key in row if isinstance(row[key], list)):
         cells = []
         for found in kinds.values():
             known = [row for row in found if key in row]
@@ -183,7 +183,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 continue
             error = np.mean([abs(row[key][0] - row["accuracy"]) for row in known])
             cell = f"{100 * error:.1f}"
-            if len(rows[0][key]) > 1:
+            if len(known[0][key]) > 1:
                 held = np.mean([row[key][1] <= row["accuracy"] <= row[key][2] for row in known])
                 half = np.mean([(row[key][2] - row[key][1]) / 2 for row in known])
                 cell += f" (±{100 * half:.1f}, {100 * held:.0f} %)"

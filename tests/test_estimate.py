@@ -217,8 +217,9 @@ def test_notes_on_sets_that_mislead(world: World) -> None:
     assert "only 100 validation examples" in notes
     assert "30 of 30 unlabeled examples are in" in notes
     trained = gm_probe.estimate(
-        learned(world.train, 300, 0), batches(world.target), validation=batches(world.train)
+        learned(world.train, 300, 0), batches(world.target), validation=batches(world.train), level=0.99
     )
+    assert any("too few for a level of 0.99" in line for line in trained.notes)
     assert any("makes no error on the 400 validation examples" in line for line in trained.notes)
 
 
@@ -230,6 +231,11 @@ def test_models_that_cannot_be_estimated(world: World) -> None:
         gm_probe.estimate([world.models["good"], other], batches(world.target))
     with pytest.raises(UsageError, match="exclusive classes"):
         gm_probe.estimate(other, batches(world.target), outputs=gm_probe.Outputs(head="multilabel"))
+    with pytest.raises(UsageError, match="used with a validation set"):
+        gm_probe.estimate(other, batches(world.target), class_shares="uniform")
+    table = nn.Linear(4, 3)
+    with pytest.raises(UsageError, match="mirrors images"):
+        gm_probe.estimate(table, torch.randn(60, 4), measures=["effective_invariance"])
     with pytest.raises(UsageError, match="level = 2"):
         gm_probe.estimate(other, batches(world.target), level=2.0)
     broken = build_model(SPEC)

@@ -94,6 +94,10 @@ def judge(
                 f"{one.name} has {one.num_classes} classes but {evidence[0].name} has {evidence[0].num_classes}; only "
                 "models of the same classes can be compared"
             )
+    if request.choice != "auto" and evidence[0].validation is None:
+        raise UsageError(
+            "class shares are used with a validation set alone; give one, or leave the shares out"
+        )
     shares = request.shares_of(evidence[0].num_classes)
     agreement = agreements([one.unlabeled for one in evidence])
     mutual = _means(agreement)
@@ -105,7 +109,7 @@ def judge(
         scores = scores_of(
             one.unlabeled,
             None if known is None else known.reference,
-            shares if known is None else known.shares,
+            known.shares if shares is None and known is not None else shares,
             mutual[index],
         )
         accuracy = _accuracy(one, known, scores, default, shares, request)
@@ -132,8 +136,22 @@ def judge(
                 1.0 if known is None else known.reference.temperature,
             )
         )
-    notes = [*notes, *_faultless(evidence)]
+    notes = [*notes, *_faultless(evidence), *_too_few(everyone, default, request.level)]
     return conclude(rows, standings, agreement, request.level, request.seed, notes)
+
+
+def _too_few(everyone: Sequence[Known | None], default: str | None, level: float) -> list[str]:
+    """A note where so high a level needs more labeled sets than there are."""
+    known = everyone[0]
+    if known is None or default is None:
+        return []
+    count = len(known.calibrations[default].residuals)
+    if math.ceil((count + 1) * level) <= count:
+        return []
+    return [
+        f"errors on {count} labeled sets are too few for a level of {level:g}; the interval is by the largest of them, "
+        f"and its level is about {count / (count + 1):.2f}"
+    ]
 
 
 def _faultless(evidence: Sequence[Evidence]) -> list[str]:

@@ -104,8 +104,8 @@ def estimate(
     for path in checkpoints:
         if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint")
-    for source in filter(None, (validation, few_labels)):
-        require_source(source, here=True)
+    for name in filter(None, (validation, few_labels)):
+        require_source(name, here=True)
     shares = _shares(class_shares)
     names = [name.strip() for name in measures.split(",") if name.strip()]
     check_names([name for name in names if name != EXTRA], labeled=False, coupled=False)
@@ -140,6 +140,8 @@ def estimate(
     )
     if suggest is not None:
         _write_suggestions(suggest, report, sets[0])
+        if not report.suggestions and not quiet:
+            note(notes_console(), f"note: {suggest} is empty: there are no leaders that disagree")
     if output == "json":
         print_json(result)
     elif output == "csv":

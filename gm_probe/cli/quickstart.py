@@ -46,4 +46,6 @@ def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> 
     if failed:
         raise ProbeError(f"{len(failed)} runs failed, the first ({failed[0].name}): {failed[0].reason}")
     ctx.invoke(correlate, source=out, group_by=",".join(recipe.group_by), quiet=quiet)
-    note(console, "Next: which of your checkpoints should you ship? See docs/choose.md and `gmprobe estimate`.")
+    note(
+        console, "Next: which of your checkpoints should you ship? See docs/choose.md and `gmprobe estimate`."
+    )
