@@ -26,7 +26,7 @@ from gm_probe.accuracy.evidence import Evidence, Labeled
 from gm_probe.accuracy.few_labels import clopper_pearson, prediction_powered
 from gm_probe.accuracy.known import Known, know
 from gm_probe.accuracy.predictions import Predictions, predict
-from gm_probe.accuracy.readings import read
+from gm_probe.accuracy.readings import plausible, read
 from gm_probe.accuracy.scores import Reference, probabilities, scores_of
 from gm_probe.accuracy.shares import skewed
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts
@@ -150,7 +150,8 @@ def evaluate(cache: Path, name: str, size: int | None, seed: int) -> list[dict[s
         row: dict[str, Any] = {"network": name, "kind": kind, "target": target, "n": number}
         row |= {"accuracy": found.accuracy, "estimator": default}
         for choice in ("auto", "validation", "estimated"):
-            made = read(one, found.predictions, scores, default, None, choice, LEVEL)
+            keys = plausible([(one, found.predictions)]) if choice == "auto" else [choice]
+            made = read(one, found.predictions, scores, default, None, keys, LEVEL)
             row[choice] = [made.value, made.low, made.high, list(made.readings)]
         sizes = number, len(validation.labels)
         for key, calibration in one.calibrations.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
@@ -18,7 +19,6 @@ from gm_probe.accuracy.report import (
     ModelEstimate,
     Suggestion,
     percent,
-    whole,
 )
 from gm_probe.accuracy.scores import probabilities
 
@@ -111,7 +111,7 @@ def separated(first: Standing, other: Standing, agreement: float, level: float) 
 
 
 def _labels_needed(first: Standing, other: Standing, level: float) -> int | None:
-    """Return about how many labels of images on which both disagree tell them apart; None where none would."""
+    """Return about how many labels of images on which both disagree tell them apart; None where all are too few."""
     if first.accuracy is None or other.accuracy is None:
         return None
     ours, theirs = first.evidence.unlabeled, other.evidence.unlabeled
@@ -124,7 +124,8 @@ def _labels_needed(first: Standing, other: Standing, level: float) -> int | None
     )
     share = float(apart.double().mean())
     difference = first.accuracy.value - other.accuracy.value
-    return whole(labels_to_separate(difference, share, min(right, 1.0), level))
+    needed = labels_to_separate(difference, share, min(right, 1.0), level)
+    return math.ceil(needed) if needed <= int(apart.sum()) else None
 
 
 def suggestions(leaders: Sequence[Evidence], seed: int) -> tuple[Suggestion, ...]:
@@ -170,5 +171,5 @@ def conclusion(ranked: Sequence[ModelEstimate], needed: int | None, *, alike: bo
     if alike:
         return f"{said} They predict the same class for every unlabeled example."
     if needed is None:
-        return f"{said} No number of labels is known that would tell them apart."
+        return f"{said} They disagree on too few of these images for labels of them to separate the two."
     return f"{said} To separate {first.name} from {close[0]}, label about {needed:,} images on which they disagree."
