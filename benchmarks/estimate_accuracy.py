@@ -26,10 +26,12 @@ from gm_probe.accuracy.evidence import Evidence, Labeled
 from gm_probe.accuracy.few_labels import clopper_pearson, prediction_powered
 from gm_probe.accuracy.known import Known, know
 from gm_probe.accuracy.predictions import Predictions, predict
+from gm_probe.accuracy.ranking import Standing, separated
 from gm_probe.accuracy.readings import plausible, read
 from gm_probe.accuracy.scores import Reference, probabilities, scores_of
 from gm_probe.accuracy.shares import skewed
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts
+from gm_probe.accuracy.verdict import agreements
 from gm_probe.core.batches import Batches, Normalization
 from gm_probe.core.checkpoints import load_weights, read_checkpoint
 from gm_probe.core.datasets import Examples, open_source
@@ -244,6 +246,41 @@ def few_labels(cache: Path, seed: int) -> str:
     return "\n".join(lines)
 
 
+def pairs(cache: Path) -> str:
+    """Say how often the two networks are put in the right order under covariate shift, and told apart."""
+    first, second = NETWORKS
+    learned, shifts = {}, {}
+    for name in NETWORKS:
+        shifts[name] = tuple(
+            (one.family, kept(cache, name, "calibration", one.family, one.strength))
+            for one in synthetic_shifts(3)
+        )
+        validation = kept(cache, name, "validation")
+        evidence = Evidence(name, validation.predictions, validation, shifted=shifts[name])
+        learned[name] = know(evidence, [None] * (1 + len(shifts[name])), 0)
+    right = apart = wrong = 0
+    for shift in held_out_shifts():
+        found = {name: kept(cache, name, "held-out", shift.family, shift.strength) for name in NETWORKS}
+        keys = plausible([(learned[name], one.predictions) for name, one in found.items()])
+        standings = []
+        for name, one in found.items():
+            known = learned[name]
+            scores = scores_of(one.predictions, known.reference, known.shares)
+            made = read(known, one.predictions, scores, "cot", None, keys, LEVEL)
+            standings.append(
+                Standing(Evidence(name, one.predictions), known.calibrations["cot"], made, scores)
+            )
+        order = sorted(standings, key=lambda one: -one.accuracy.value)
+        truth = found[order[0].evidence.name].accuracy - found[order[1].evidence.name].accuracy
+        agreement = agreements([one.predictions for one in found.values()])[0][1]
+        told = separated(*order, agreement, LEVEL)
+        right, apart, wrong = right + (truth > 0), apart + told, wrong + (told and truth < 0)
+    return (
+        f"{first} and {second} under {len(held_out_shifts())} covariate shifts: right order {right} times, told apart "
+        f"{apart} times, {wrong} of these wrongly"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -270,6 +307,7 @@ def main() -> None:
             draw(rows, given.picture)
         sizes = "300 to 2,000" if size is None else size
         print(f"\nunlabeled sets of {sizes} images\n\n{table(rows)}", flush=True)
+    print(f"\n{pairs(given.cache)}")
     print(f"\nfew labels, {LABEL_DRAWS} draws each\n\n{few_labels(given.cache, given.seed)}")
 
 
