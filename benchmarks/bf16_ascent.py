@@ -15,10 +15,10 @@ import torch
 from torch.nn import functional
 
 from gm_probe import ModelSpec, Parameters, kl_divergence, open_source, read_checkpoint
-from gm_probe.core.images import taken
-from gm_probe.core.loading import choose_normalization, load_model
-from gm_probe.core.models import initial_model
-from gm_probe.probe.ascent import kl_gradient, to_sphere
+from gm_probe.data.images import taken
+from gm_probe.inconsistency.ascent import kl_gradient, to_sphere
+from gm_probe.models.loading import choose_normalization, load_model
+from gm_probe.models.zoo import initial_model
 
 SCALES = (0.01, 0.1, 0.5, 1.0, 3.0, 10.0)
 RHO = 0.1

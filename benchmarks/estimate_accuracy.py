@@ -32,9 +32,9 @@ from gm_probe.accuracy.scores import Reference, probabilities, scores_of
 from gm_probe.accuracy.shares import skewed
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts
 from gm_probe.accuracy.verdict import agreements
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import load_weights, read_checkpoint
-from gm_probe.core.datasets import Examples, open_source
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.datasets import Examples, open_source
+from gm_probe.models.checkpoints import load_weights, read_checkpoint
 
 NETWORKS = {"resnet20-12fca82f.th": resnet20, "resnet56-4bfd9763.th": resnet56}
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

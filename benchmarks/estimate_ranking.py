@@ -20,7 +20,7 @@ from scipy.stats import kendalltau
 
 import gm_probe
 from gm_probe.accuracy.shifts import shifted
-from gm_probe.core.loading import load_model
+from gm_probe.models.loading import load_model
 
 CURVATURE = ("local_inconsistency", "fisher_trace", "fisher_lambda_max")
 GREY = ("impulse", "cutout", "elastic")

@@ -24,13 +24,13 @@ import click
 import numpy as np
 import torch
 
-from gm_probe.core import processes
-from gm_probe.core.batches import Normalization
-from gm_probe.core.checkpoints import save_checkpoint
-from gm_probe.core.datasets import open_source
-from gm_probe.core.models import ModelSpec, initial_model
-from gm_probe.probe.probe import Settings
-from gm_probe.sweep.measuring import measure_checkpoint
+from gm_probe.data.batches import Normalization
+from gm_probe.data.datasets import open_source
+from gm_probe.measures.context import Settings
+from gm_probe.measuring.checkpoint import measure_checkpoint
+from gm_probe.models.checkpoints import save_checkpoint
+from gm_probe.models.zoo import ModelSpec, initial_model
+from gm_probe.runtime import processes
 
 MODELS = {"6cnn": 32, "torchvision:resnet18": 64, "torchvision:resnet50": 64}
 NAMES = {"fisher_lambda_max": "λ_max(F)", "fisher_trace": "tr F", "hessian_lambda_max": "λ_max(H)"}

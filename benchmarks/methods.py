@@ -34,9 +34,9 @@ import torch
 from torch import nn
 
 from gm_probe.cli.data import floats
-from gm_probe.core.devices import keep_freed_memory
-from gm_probe.core.records import CONFIG, RunRecord, read_metrics, read_run
-from gm_probe.probe.probe import Settings
+from gm_probe.measures.context import Settings
+from gm_probe.runs.records import CONFIG, RunRecord, read_metrics, read_run
+from gm_probe.runtime.devices import keep_freed_memory
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.sweep.runner import Outcome, run_recipe
 from gm_probe.sweep.tuning import NOTHING, VALIDATION

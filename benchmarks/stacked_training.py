@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 
-from gm_probe.core.devices import environment
-from gm_probe.core.models import ModelSpec, initial_model
+from gm_probe.models.zoo import ModelSpec, initial_model
+from gm_probe.runtime.devices import environment
 
 SPEC = ModelSpec("6cnn", (3, 32, 32), 10)
 LR, MOMENTUM = 0.05, 0.9

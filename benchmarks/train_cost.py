@@ -27,8 +27,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from gm_probe.core.devices import keep_freed_memory
-from gm_probe.core.models import ModelSpec, initial_model
+from gm_probe.models.zoo import ModelSpec, initial_model
+from gm_probe.runtime.devices import keep_freed_memory
 from gm_probe.training.augment import crop_and_flip, draw_crops
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.rule import Rule

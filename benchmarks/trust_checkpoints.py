@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from trust_run import NOISE, Ran, Row, digits, fork, gmprobe, one_line, warm
 
-from gm_probe.core.batches import Normalization
-from gm_probe.core.checkpoints import HEADER, save_checkpoint
-from gm_probe.core.models import ModelSpec, build_model
+from gm_probe.data.batches import Normalization
+from gm_probe.models.checkpoints import HEADER, save_checkpoint
+from gm_probe.models.zoo import ModelSpec, build_model
 
 SPEC = ModelSpec("mlp-8", (1, 8, 8), 10)
 GIB = b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00@\x85R."  # a pickle that asks for a gibibyte

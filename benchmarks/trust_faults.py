@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,6 @@ from typing import Any
 
 import pandas as pd
 from trust_run import Ran, Row, gmprobe, one_line, warm
-
-from gm_probe.analysis import row_cache
-from gm_probe.analysis.row_cache import CACHE
 
 RECIPE = """
 [base]
@@ -59,7 +56,6 @@ class Command:
     def __call__(self, folder: Path, injure: Callable[[], Any] | None = None, **more: Any) -> Ran:
         def before() -> None:
             os.chdir(folder)
-            row_cache.SETTLED = 0.0  # the folder was copied just now
             if injure is not None:
                 injure()
 
@@ -121,9 +117,7 @@ def content(folder: Path) -> dict[str, Any]:
             continue
         name = path.relative_to(folder).as_posix()
         data = path.read_bytes()
-        if path.name == CACHE:  # has times; it must be whole
-            json.loads(data)
-        elif path.suffix == ".json":
+        if path.suffix == ".json":
             found[name] = _untimed(json.loads(data))
         elif path.suffix == ".jsonl":
             found[name] = [_untimed(json.loads(line)) for line in data.splitlines()]
@@ -210,12 +204,14 @@ class Bench:
         for signum, out, _ in self._random(moments, [signal.SIGKILL], chance):
             row.add(f"{self.name}, {signum.name} at random", self.after(out, temporary=True))
 
-    def _random(self, moments: int, signals: list[signal.Signals], chance: random.Random) -> Any:
+    def _random(
+        self, moments: int, signals: Sequence[signal.Signals], chance: random.Random, then: Then = ()
+    ) -> Any:
         """Strike at ``moments`` random moments; a command that was faster is called anew."""
         struck = 0
         while struck < moments:
             out, signum = self.fresh(), signals[struck % len(signals)]
-            ran = self.command(out, signalled=(signum, 0.005 + chance.random() * self.seconds))
+            ran = self.command(out, signalled=(signum, 0.005 + chance.random() * self.seconds), then=then)
             if ran.code != 0:
                 struck += 1
                 yield signum, out, ran
@@ -238,11 +234,19 @@ class Bench:
                 row.add(case, one_line(ran, 7, os.strerror(code)) or self.after(out, temporary=False))
 
     def signals(self, row: Row, moments: int, chance: random.Random) -> None:
-        for signum, out, ran in self._random(moments, [signal.SIGINT, signal.SIGTERM], chance):
+        for signum, out, ran in self._random(moments, SIGNALS, chance):
             said = one_line(ran, 128 + signum)
             row.add(
                 f"{self.name}, {signum.name} at a random moment", said or self.after(out, temporary=False)
             )
+
+    def storms(self, row: Row, step: int, chance: random.Random) -> None:
+        for name, then in list(STORMS.items())[::step]:
+            for signum, out, ran in self._random(2, SIGNALS, chance, then):
+                codes = {128 + number for number in (signum, *(number for number, _ in then))}
+                said = one_line(ran, ran.code if ran.code in codes else 128 + signum)
+                case = f"{self.name}, {signum.name} and {name}"
+                row.add(case, said or self.after(out, temporary=True))
 
 
 def prepared(folder: Path) -> Path:
@@ -271,6 +275,14 @@ def benches(names: list[str], folder: Path) -> list[Bench]:
 KILLED = ["train", "measure", "sweep", "collect", "correlate", "report"]
 FAILED = ["train", "measure", "sweep", "collect", "correlate", "report", "reproduce"]
 SIGNALLED = ["measure", "sweep", "train"]
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Then = Sequence[tuple[signal.Signals, float]]
+STORMS: dict[str, Then] = {
+    f"{second.name} {pause * 1000:g} ms later": ((second, pause),)
+    for second in SIGNALS
+    for pause in (0.0, 0.002, 0.02, 0.1)
+} | {f"30 of {second.name}": ((second, 0.001),) * 30 for second in SIGNALS}
+"""What comes after a first signal."""
 
 
 def kills(small: bool) -> tuple[list[Row], list[str]]:
@@ -297,6 +309,9 @@ def faults(small: bool) -> tuple[list[Row], list[str]]:
             "the same, of a cache (exit 0, all else is there) or one of a sweep's runs (exit 1, named; others done)"
         ),
         Row("Ctrl-C, SIGTERM at random: one line, 130 or 143; nothing torn or left; again, the same files"),
+        Row(
+            "a second signal within 0.1 s, or 30 more: one line, 130 or 143; nothing torn; again, the same files"
+        ),
     ]
     chance = random.Random(1)
     with tempfile.TemporaryDirectory() as name:
@@ -304,6 +319,7 @@ def faults(small: bool) -> tuple[list[Row], list[str]]:
             bench.faults(rows[0], rows[1], 3 if small else 1)
             if bench.name in SIGNALLED:
                 bench.signals(rows[2], 4 if small else 2 * RANDOM, chance)
+                bench.storms(rows[3], 5 if small else 1, chance)
             _say(rows[0], bench)
     many = (
         "of the points at writes of train, sweep and reproduce each met one of the three; they come in turn"

@@ -22,9 +22,9 @@ from typing import Any
 import tomli_w
 from trust_run import Ran, Row, gmprobe, warm
 
-from gm_probe.core import locks
-from gm_probe.core.errors import BusyError
-from gm_probe.core.files import read_toml
+from gm_probe.errors import BusyError
+from gm_probe.files import locks
+from gm_probe.files.atomic import read_toml
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--data digits --model mlp-8 --num-train 60 --num-unlabeled 20 --num-test 20 --device cpu -q"
@@ -92,7 +92,7 @@ def _settings(run: Path) -> dict[str, Any]:
 
 
 def _asked(run: Path) -> dict[str, Any]:
-    from gm_probe.probe.probe import Settings
+    from gm_probe.measures.context import Settings
 
     recorded = json.loads((run / "measures.json").read_text())["settings"]
     return {key: recorded[key] for key in [*Settings().as_dict(), "part", "max_examples"]}
@@ -486,7 +486,7 @@ def _taken(folder: Path, offset: float, *, lives: bool) -> str | None:
 
 _PLACES = (
     "config.toml split.json metrics.jsonl summary.json measures.json error.txt state.pt "
-    "checkpoint.safetensors .lock .lock.new ../sweep.json ../.collected.json "
+    "checkpoint.safetensors .lock .lock.new ../sweep.json "
 )
 PLACES = tuple(_PLACES.split())
 

@@ -23,9 +23,9 @@ from PIL import Image, ImageCms, PngImagePlugin
 from trust_checkpoints import GIB, Disguised, whole, with_pickle
 from trust_run import Row, fork, gmprobe, one_line, warm
 
-from gm_probe.core import images
-from gm_probe.core.datasets import open_source
-from gm_probe.core.errors import DataError
+from gm_probe.data import images
+from gm_probe.data.datasets import open_source
+from gm_probe.errors import DataError
 
 SIZE = 8
 COUNT, BATCH = 4_000, 500

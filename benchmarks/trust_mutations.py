@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from trust_run import Row, fork
 
-from gm_probe.core.batches import Normalization
-from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
-from gm_probe.core.errors import CheckpointError
-from gm_probe.core.loading import load_model
-from gm_probe.core.models import ModelSpec, build_model
+from gm_probe.data.batches import Normalization
+from gm_probe.errors import CheckpointError
+from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
+from gm_probe.models.loading import load_model
+from gm_probe.models.zoo import ModelSpec, build_model
 
 SPEC = ModelSpec("mlp-8", (1, 8, 8), 10)
 COUNT, BATCH = 10_000, 250

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,25 @@ def gmprobe(
     *arguments: object,
     before: Callable[[], Any] | None = None,
     signalled: tuple[int, float] | None = None,
+    then: Sequence[tuple[int, float]] = (),
     within: float = 120.0,
 ) -> Ran:
     """`gmprobe ARGUMENTS` in a fork; ``before`` is called there first, to injure it.
 
-    ``signalled``: a signal, and after how many seconds of the command it comes.
+    ``signalled``: a signal, and after how many seconds of the command it comes; ``then``: further ones, and how many
+    seconds after the one before.
     """
+
+    def strike() -> None:
+        assert signalled is not None
+        while (
+            signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        ):  # before that a signal is the shell's affair
+            time.sleep(0.001)
+        os.kill(os.getpid(), signalled[0])
+        for number, pause in then:
+            time.sleep(pause)
+            os.kill(os.getpid(), number)
 
     def command() -> None:
         from gm_probe.cli import main
@@ -115,7 +128,7 @@ def gmprobe(
             before()
         if signalled is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
-            timer = threading.Timer(signalled[1], os.kill, (os.getpid(), signalled[0]))
+            timer = threading.Timer(signalled[1], strike)
             timer.daemon = True
             timer.start()
         try:
@@ -151,7 +164,7 @@ def digits(folder: Path, count: int = 60, labels: bool = True) -> Path:
     """An array file of a few handwritten digits."""
     import numpy as np
 
-    from gm_probe.core.datasets import open_source
+    from gm_probe.data.datasets import open_source
 
     pool = open_source("digits", labeled=True).pool
     assert isinstance(pool.x, torch.Tensor)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms import v2
 
 from gm_probe import IAMD
-from gm_probe.core.processes import count, joined, rank
+from gm_probe.runtime.processes import count, joined, rank
 
 
 @click.command()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gm_probe.core.batches import Batches
+from gm_probe.data.batches import Batches
 
 torch.set_num_threads(1)
 os.environ.pop("COLUMNS", None)  # of the caller's terminal, or of pytest-xdist: tests say how wide theirs are

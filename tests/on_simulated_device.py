@@ -23,16 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.cli import main as command_line
-from gm_probe.core import batches as core_batches
-from gm_probe.core import parameters, randomness
-from gm_probe.core.batches import Batches
-from gm_probe.core.errors import DeviceError
-from gm_probe.core.records import CHECKPOINT, MEASURES, read_metrics
-from gm_probe.probe import fisher_trace, operators, pairwise, probe, speed
-from gm_probe.probe.catalogue import DEFAULT_MEASURES
-from gm_probe.probe.measures import MEASURES as ALL_MEASURES
-from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Settings
+from gm_probe.curvature import fisher_trace, operators
+from gm_probe.data import batches as core_batches
+from gm_probe.data.batches import Batches
+from gm_probe.errors import DeviceError
+from gm_probe.measures import context as probe
+from gm_probe.measures import pairwise
+from gm_probe.measures.catalogue import DEFAULT_MEASURES
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import MEASURES as ALL_MEASURES
+from gm_probe.measures.measure import measure
+from gm_probe.models import parameters
+from gm_probe.runs.records import CHECKPOINT, MEASURES, read_metrics
+from gm_probe.runtime import randomness
 from gm_probe.sweep.recipe import parse_recipe
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.training import linear_probe, rules, run, state
@@ -306,7 +309,7 @@ FAULTS: dict[str, Fault] = {
         "resumed on the same device, with dropout",
     ),
     "a fast way forgets the device where a slow one would do": Fault(
-        operators.fisher, "(tangents,))[1]", "(tangents,))[1].cpu()", CNN
+        operators._Jacobian._by_forward_mode, "(tangents,))[1]", "(tangents,))[1].cpu()", CNN
     ),
     "noise stays on the CPU": Fault(
         parameters.Parameters.random, "sample.to(self.device)", "sample", "steps of iam-s"
@@ -379,19 +382,6 @@ def planted(fault: Fault) -> Iterator[None]:
         function.__code__ = usual
 
 
-def same_choices() -> None:
-    """Choose ways without a stopwatch, which would choose otherwise on each device."""
-
-    def never(other: object, usual: object, device: object) -> bool:
-        return False
-
-    def always(other: float, usual: float) -> bool:
-        return True
-
-    speed.clearly_faster.__code__ = never.__code__
-    speed.clearly_less.__code__ = always.__code__
-
-
 def judged(check: Callable[[str], Any], expected: Any) -> str:
     """What is wrong on the device; nothing where it gives what is ``expected``."""
     try:
@@ -403,7 +393,6 @@ def judged(check: Callable[[str], Any], expected: Any) -> str:
 def main() -> None:
     simulated_device.install()
     torch.set_num_threads(1)
-    same_choices()
     expected = {name: check("cpu") for name, check in CHECKS.items()}
     found: dict[str, dict[str, str]] = {"checks": {}, "faults": {}}
     for name, check in CHECKS.items():

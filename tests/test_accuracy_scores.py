@@ -23,7 +23,7 @@ from gm_probe.accuracy.scores import (
     scores_of,
 )
 from gm_probe.accuracy.transport import transport
-from gm_probe.core.batches import Batches
+from gm_probe.data.batches import Batches
 
 
 def outputs(rows: int, classes: int, scale: float, seed: int = 0) -> Tensor:

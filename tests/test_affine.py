@@ -1,4 +1,4 @@
-"""The verdict on networks of many kinds, against the diagonal of H − F as a dense matrix."""
+"""Which networks are affine in each parameter tensor, against the diagonal of H − F as a dense matrix."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from torch.autograd.functional import hessian, jacobian
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from gm_probe.core.networks import WideResNet, cnn6, mlp
-from gm_probe.core.parameters import Parameters
-from gm_probe.probe.affine import affine_in_each_parameter
+from gm_probe.curvature.affine import obstacle
+from gm_probe.models.networks import WideResNet, cnn6, mlp
+from gm_probe.models.parameters import Parameters
 
 AFFINE_CASES = [case for case in CASES if case.affine]
 
 
 def reason(model: nn.Module, x: Tensor) -> str | None:
-    verdict = affine_in_each_parameter(Parameters(model), x)
-    assert verdict.affine == (verdict.reason is None)
-    return verdict.reason
+    return obstacle(Parameters(model), x)
 
 
 def curvature(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +78,7 @@ class Straight(torch.autograd.Function):
 @pytest.mark.parametrize("size", [1, 3])
 def test_verdict_is_that_of_the_cases(case: Case, size: int) -> None:
     x = next(iter(case.batches(size))).x
-    assert affine_in_each_parameter(Parameters(case.model), x).affine == case.affine
+    assert (reason(case.model, x) is None) == case.affine
 
 
 @pytest.mark.parametrize("case", AFFINE_CASES, ids=lambda case: case.name)
@@ -98,45 +96,32 @@ def test_other_cases_have_a_diagonal(case: Case) -> None:
     assert (residual.diagonal().abs().max() > 1e-4) == (not case.affine)
 
 
-# networks in use: their builder, the side of the image, and the offender; None = affine
+# networks in use: their builder, the side of the image, and whether they are affine
 
 tv = torchvision.models
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, str | None]] = {
-    "resnet18": (tv.resnet18, 64, None),
-    "vgg11_bn": (partial(tv.vgg11_bn, init_weights=False), 32, None),
-    "densenet121": (tv.densenet121, 32, None),
-    "mobilenet_v2": (tv.mobilenet_v2, 32, None),
-    "mobilenet_v3_small": (tv.mobilenet_v3_small, 32, "aten.hardswish"),
-    "googlenet": (partial(tv.googlenet, init_weights=False), 32, None),
-    "inception_v3": (partial(tv.inception_v3, init_weights=False), 75, None),
-    "vit": (partial(tv.VisionTransformer, 32, 16, 1, 2, 8, 8), 32, "aten.native_layer_norm"),
-    "convnext": (
-        partial(tv.ConvNeXt, [tv.convnext.CNBlockConfig(8, None, 2)]),
-        32,
-        "aten.native_layer_norm",
-    ),
-    "efficientnet": (tv.efficientnet_b0, 32, "aten.silu"),
-    "6cnn": (partial(cnn6, 3, 16, 16, 10), 16, None),
-    "mlp": (partial(mlp, 3 * 8 * 8, (8, 8), 10), 8, None),
-    "wrn": (partial(WideResNet, 3, 10, 1, 1), 16, None),
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {
+    "resnet18": (tv.resnet18, 32, True),
+    "mobilenet_v2": (partial(tv.mobilenet_v2, width_mult=0.25), 32, True),
+    "mobilenet_v3_small": (partial(tv.mobilenet_v3_small, width_mult=0.25), 32, False),
+    "vit": (partial(tv.VisionTransformer, 32, 16, 1, 2, 8, 8), 32, False),
+    "convnext": (partial(tv.ConvNeXt, [tv.convnext.CNBlockConfig(8, None, 2)]), 32, False),
+    "efficientnet": (tv.efficientnet_b0, 32, False),
+    "6cnn": (partial(cnn6, 3, 16, 16, 10), 16, True),
+    "mlp": (partial(mlp, 3 * 8 * 8, (8, 8), 10), 8, True),
+    "wrn": (partial(WideResNet, 3, 10, 1, 1), 16, True),
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_in_use(name: str) -> None:
-    build, side, offender = NETWORKS[name]
-    with torch.device("meta"):  # most of the time would go into drawing weights
-        model = build()
-    model.to_empty(device="cpu")
-    for value in model.state_dict().values():
-        value.fill_(0.1)
-    # channels last, as Batches hands them out: pooling then writes strides in place
-    found = reason(model, torch.ones(2, 3, side, side).to(memory_format=torch.channels_last))
-    if offender is None:
-        assert found is None
-    else:
-        assert found is not None
-        assert found.startswith(offender)
+    build, side, affine = NETWORKS[name]
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, side, side).to(memory_format=torch.channels_last)
+    model = build().eval()
+    with torch.no_grad():  # a ViT's head is all 0 at first, and nothing below it moves the logits
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    assert (reason(model, x) is None) == affine
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -145,10 +130,23 @@ def test_networks_in_use(name: str) -> None:
 def test_dtypes_layouts_and_batch_sizes(
     dtype: torch.dtype, memory_format: torch.memory_format, size: int
 ) -> None:
-    x = torch.ones(size, 3, 8, 8, dtype=dtype).to(memory_format=memory_format)
+    torch.manual_seed(0)
+    x = torch.randn(size, 3, 8, 8, dtype=dtype).to(memory_format=memory_format)
     assert reason(WideResNet(3, 4, 1, 1).to(dtype), x) is None
     curved = nn.Sequential(nn.Conv2d(3, 2, 8), nn.GELU(), nn.Flatten()).to(dtype)
-    assert reason(curved, x) == "aten.gelu is not piecewise affine (reached by parameter '0.bias')"
+    assert reason(curved, x) == "the logits are not affine in parameter '0.weight'"
+
+
+def test_examples_that_differ_are_tried(generator: torch.Generator) -> None:
+    """A network that is curved on one example of sixteen."""
+    model = nn.Sequential(linear(), nn.ELU(), linear())
+    with torch.no_grad():
+        model[0].bias.fill_(50)
+    x = torch.randn(16, 4, generator=generator)
+    assert reason(model, x) is None
+    weight = model[0].weight[0].detach()
+    x[15] = -52 * weight / weight.square().sum()
+    assert reason(model, x) == "the logits are not affine in parameter '0.weight'"
 
 
 # single layers and their combinations, on x (5, 4) unless it is told otherwise
@@ -242,6 +240,13 @@ AFFINE: dict[str, Callable[[], nn.Module]] = {
     ),
     "layer norm of the input": lambda: nn.Sequential(nn.LayerNorm(4), linear()),
     "dropout in eval mode": lambda: nn.Sequential(linear(), nn.Dropout(), nn.ReLU(inplace=True), linear()),
+    "absolute value of complex numbers": lambda: Net(
+        lambda layers, x: (layers[0](x) * (1 + 1j)).abs(), linear()
+    ),
+    "rows by a mask": lambda: Net(lambda layers, x: layers[0](x)[x[:, 0] > -9], linear()),
+    "a path chosen by the data": lambda: Net(
+        lambda layers, x: layers[0](x) if float(x.max()) < 99 else x, linear()
+    ),
     "running statistics of instances": lambda: image(
         nn.Conv2d(1, 2, 1), nn.InstanceNorm2d(2, track_running_stats=True)
     ),
@@ -257,116 +262,90 @@ def test_affine_networks(name: str) -> None:
 
 
 CURVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    # by name the parameter that is met first
     "functional GELU": (
         lambda: Net(lambda layers, x: layers[1](functional.gelu(layers[0](x))), linear(), linear()),
-        "aten.gelu is not piecewise affine (reached by parameter 'layers.0.bias')",
+        "layers.0.weight",
     ),
-    "the first of two": (
-        lambda: nn.Sequential(linear(), nn.SiLU(), linear(), nn.Tanh()),
-        "aten.silu is not piecewise affine (reached by parameter '0.bias')",
-    ),
+    "the last of two": (lambda: nn.Sequential(linear(), nn.ReLU(), linear(), nn.Tanh()), "0.weight"),
     "tied in sequence": (
         lambda: Net(lambda layers, x: layers[0](layers[0](x).relu()), linear()),
-        "parameter 'layers.0.weight' is multiplied by itself (in aten.addmm)",
+        "layers.0.weight",
     ),
-    "tied by assignment": (
-        tied,
-        "parameter '0.weight' is multiplied by itself (in aten.addmm)",
-    ),
-    "square": (
-        lambda: Net(lambda layers, x: layers[0](x) ** 2, linear()),
-        "aten.pow is not piecewise affine (reached by parameter 'layers.0.bias')",
-    ),
+    "tied by assignment": (tied, "0.weight"),
+    "square": (lambda: Net(lambda layers, x: layers[0](x) ** 2, linear()), "layers.0.weight"),
     "times itself": (
-        lambda: Net(lambda layers, x: layers[0](x) * layers[0](x).detach(), linear()),
-        "parameter 'layers.0.weight' is multiplied by itself (in aten.mul)",
-    ),
-    "times itself in place": (
-        lambda: Net(in_place_product, linear()),
-        "parameter 'layers.0.weight' is multiplied by itself (in aten.mul)",
+        lambda: Net(lambda layers, x: layers[0](x) * layers[0](-x), linear()),
+        "layers.0.weight",
     ),
     "quotient": (
-        lambda: Net(lambda layers, x: x / layers[0](x).abs().clamp(min=1), linear()),
-        "aten.div is not affine in its 'other' (reached by parameter 'layers.0.bias')",
+        lambda: Net(lambda layers, x: x / layers[0](x).abs().clamp(min=0.1), linear()),
+        "layers.0.weight",
     ),
-    "a scatter that multiplies": (
-        lambda: Net(multiplied, linear()),
-        "aten.scatter multiplies (reached by parameter 'layers.0.bias')",
-    ),
-    "weight norm": (lambda: parametrizations.weight_norm(linear()), "aten._weight_norm_interface is not"),
-    "spectral norm": (
-        lambda: parametrizations.spectral_norm(linear()),
-        "aten.div is not affine in its 'other' (reached by parameter 'parametrizations.weight.original')",
-    ),
+    "weight norm": (lambda: parametrizations.weight_norm(linear()), "parametrizations.weight.original1"),
+    "spectral norm": (lambda: parametrizations.spectral_norm(linear()), "parametrizations.weight.original"),
     "batch statistics": (
         lambda: nn.Sequential(linear(), nn.BatchNorm1d(4, track_running_stats=False)),
-        "aten.native_batch_norm by the batch's own statistics is not affine in its 'input' (reached by parameter "
-        "'0.bias')",
+        "0.weight",
     ),
-    "instance norm": (
-        lambda: image(nn.Conv2d(1, 2, 1), nn.InstanceNorm2d(2)),
-        "aten.native_batch_norm by the batch's own statistics",
-    ),
-    "group norm": (lambda: nn.Sequential(linear(), nn.GroupNorm(2, 4)), "aten.native_group_norm is not"),
-    "log-probabilities": (lambda: nn.Sequential(linear(), nn.LogSoftmax(1)), "aten._log_softmax is not"),
-    "absolute value of complex numbers": (
-        lambda: Net(lambda layers, x: (layers[0](x) * (1 + 1j)).abs(), linear()),
-        "aten.mul is not piecewise affine (reached by parameter 'layers.0.bias')",
-    ),
-    "derivatives of its own": (
-        lambda: Net(lambda layers, x: Straight.apply(layers[0](x)), linear()),
-        "the autograd function Straight states derivatives of its own",
-    ),
-    "random": (
-        lambda: Net(lambda layers, x: layers[0](x[:, torch.randperm(4)]), linear()),
-        "aten.randperm draws at random",
-    ),
-    "a branch for some examples, be it for none": (
-        lambda: Net(lambda layers, x: layers[0](x)[(x[:, 0] > -9).nonzero()[:, 0]], linear()),
-        "aten.nonzero picks by the data what is computed",
-    ),
-    "rows by a mask": (
-        lambda: Net(lambda layers, x: layers[0](x)[x[:, 0] > -9], linear()),
-        "aten.index picks by the data what is computed",
-    ),
-    "dropout that stays on": (
-        lambda: Net(lambda layers, x: functional.dropout(layers[0](x)), linear()),
-        "aten.bernoulli draws at random",
-    ),
+    "instance norm": (lambda: image(nn.Conv2d(1, 2, 1), nn.InstanceNorm2d(2)), "1.weight"),
+    "layer norm": (lambda: nn.Sequential(linear(), nn.LayerNorm(4)), "0.weight"),
+    "group norm": (lambda: nn.Sequential(linear(), nn.GroupNorm(2, 4)), "0.weight"),
     "recurrent": (
         lambda: Net(
             lambda layers, x: layers[0](x[:, None].expand(-1, 2, -1))[0][:, 1],
             nn.RNN(4, 3, nonlinearity="relu"),
         ),
-        "aten.add_ writes to a tensor in place",
-    ),
-    "branch on a parameter": (
-        lambda: Net(lambda layers, x: layers[0](x) if layers[0].weight.sum() > 0 else x, linear()),
-        "Tensor.__bool__ takes data out of torch",
-    ),
-    "a path chosen by a list": (
-        lambda: Net(lambda layers, x: layers[0](x) if max(x[:, 0].tolist()) < 9 else x, linear()),
-        "Tensor.tolist takes data out of torch",
-    ),
-    "a path chosen by NumPy": (
-        lambda: Net(lambda layers, x: layers[0](x) if x[:, 0].numpy().max() < 9 else x, linear()),
-        "Tensor.numpy takes data out of torch",
-    ),
-    "not logits": (
-        lambda: Net(lambda layers, x: layers[0](x)[0], linear()),
-        "the network could not be traced (the model returned one number an example, (4,)",
-    ),
-    "failing": (
-        lambda: Net(lambda layers, x: layers[0](x) * (1 // 0), linear()),
-        "the network could not be traced (integer division or modulo by zero)",
+        "layers.0.weight_hh_l0",
     ),
 }
 
 
 @pytest.mark.parametrize("name", CURVED)
-def test_reason_names_the_offender(name: str) -> None:
+def test_reason_names_the_parameter(name: str) -> None:
     torch.manual_seed(0)
-    build, beginning = CURVED[name]
+    build, parameter = CURVED[name]
+    model, x, y = build().double().eval(), torch.randn(5, 4).double(), torch.randint(0, 3, (5,))
+    assert reason(model, x) == f"the logits are not affine in parameter {parameter!r}"
+    assert diagonal_gap(model, x, y) > 1e-6
+
+
+UNTRIED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "times itself, hidden from autograd": (
+        lambda: Net(lambda layers, x: layers[0](x) * layers[0](x).detach(), linear()),
+        "autograd does not see every path from parameter 'layers.0.weight'",
+    ),
+    "straight-through": (
+        lambda: Net(lambda layers, x: (z := layers[0](x)) + (z.sign() - z).detach(), linear()),
+        "autograd does not see every path from parameter 'layers.0.weight'",
+    ),
+    "derivatives of its own": (
+        lambda: Net(lambda layers, x: Straight.apply(layers[0](x)), linear()),
+        "the autograd function Straight states derivatives of its own",
+    ),
+    "in place what the gradient needs": (
+        lambda: Net(in_place_product, linear()),
+        "second derivatives cannot be tried (one of the variables needed for gradient computation",
+    ),
+    "without a second derivative": (
+        lambda: Net(multiplied, linear()),
+        "second derivatives cannot be tried (derivative for aten::scatter is not implemented",
+    ),
+    "not logits": (
+        lambda: Net(lambda layers, x: layers[0](x)[0], linear()),
+        "second derivatives cannot be tried (the model returned one number an example, (4,)",
+    ),
+    "failing": (
+        lambda: Net(lambda layers, x: layers[0](x) * (1 // 0), linear()),
+        "second derivatives cannot be tried (integer division or modulo by zero)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNTRIED)
+def test_reason_says_what_failed(name: str) -> None:
+    torch.manual_seed(0)
+    build, beginning = UNTRIED[name]
     found = reason(build(), torch.randn(5, 4))
     assert found is not None
     assert found.startswith(beginning)
@@ -387,28 +366,23 @@ def test_integer_inputs() -> None:
     assert reason(model, x) is None
     assert diagonal_gap(model, x, y) <= 1e-12
     assert reason(nn.Sequential(nn.EmbeddingBag(6, 3, mode="max"), nn.Linear(3, 3)), x) is None
-    renormed = nn.Sequential(nn.EmbeddingBag(6, 3, max_norm=0.1), nn.Linear(3, 3))
-    assert reason(renormed, x) == "aten.copy_ writes to a tensor in place"
 
 
 # the model stays as it was
 
 
 class Writer(nn.Module):
-    """Writes to its weights, a buffer, an attribute, its mode and the random generator in every pass."""
+    """Writes to its weights, a buffer, its mode and the random generator in every pass."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(6, 4, max_norm=0.1).requires_grad_(False)
         self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
         self.register_buffer("calls", torch.zeros(()))
-        self.cache: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         features = self.norm(self.table(x).mean(1))
-        self.features, self.cache["features"] = features, features
-        self.register_buffer("late", features.detach())
         self.head.train()
         torch.rand(())
         return self.head(features)
@@ -428,19 +402,16 @@ def test_model_is_left_as_it_was(fails: bool) -> None:
 
     model.head.register_forward_pre_hook(hook)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    attributes = [dict(vars(module)) for module in model.modules()]
     pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
     generator = torch.get_rng_state()
 
     found = reason(model, x)
 
-    assert found == ("the network could not be traced (stop here)" if fails else "aten.rand draws at random")
+    assert found == ("second derivatives cannot be tried (stop here)" if fails else None)
     assert seen
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert [dict(vars(module)) for module in model.modules()] == attributes
-    assert model.cache == {}
     assert pointers == {name: p.data_ptr() for name, p in model.named_parameters()}
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, True, True]
     assert all(p.grad is None for p in model.parameters())

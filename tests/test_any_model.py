@@ -26,11 +26,13 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.door import Outputs
-from gm_probe.core.errors import ProbeError
-from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Settings
+from gm_probe.data.batches import Batches
+from gm_probe.errors import ProbeError, UsageError
+from gm_probe.inconsistency.ascent import kl_gradient, to_sphere
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import measure
+from gm_probe.models.door import Outputs
+from gm_probe.models.parameters import Parameters
 from gm_probe.training.rules import METHODS
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -187,6 +189,67 @@ class LeanSine(torch.autograd.Function):
         return g * ctx.slope
 
 
+class Kept(nn.Module):
+    """In eval mode its first weight is computed once, as LeViT's attention biases are."""
+
+    def __init__(self, *, keeps: bool) -> None:
+        super().__init__()
+        self.stem, self.head, self.keeps = nn.Linear(D, 6), nn.Linear(6, C), keeps
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or not self.keeps:
+            weight = 2 * self.stem.weight
+        else:
+            weight = self.cache.setdefault("cpu", 2 * self.stem.weight)
+        return self.head(torch.tanh(functional.linear(x, weight, self.stem.bias)))
+
+
+class Listed(nn.Module):
+    """Forward reaches a weight by a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(D, 6), nn.Linear(6, C)
+        self.weights = [self.stem.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(functional.linear(x, self.weights[0])))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(D, 3), nn.ModuleList(nn.Linear(D, C) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.gate(x).softmax(1)
+        chosen = functional.one_hot(share.argmax(1), 3)
+        outputs = torch.stack([expert(x) for expert in self.experts], 1)
+        return (outputs * (share * chosen)[..., None]).sum(1)
+
+
+class Slope(nn.Module):
+    """Its logits are a derivative by the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.jvp(self.net, (x,), (torch.ones_like(x),))[1]
+
+
+class Marked(Tensor):
+    """A tensor subclass of somebody's."""
+
+
+def with_nothing() -> nn.Module:
+    net = mlp()
+    net.register_parameter("nothing", nn.Parameter(torch.zeros(0, 3)))
+    return net
+
+
 def frozen() -> nn.Module:
     net = mlp()
     net[0].requires_grad_(False)
@@ -316,6 +379,18 @@ KINDS: dict[str, Kind] = {
     ),
     "complex parameters": Kind(Complex, refused="complex"),
     "parameters of several dtypes": Kind(half_precision, refused="float16"),
+    "outputs in bfloat16 or float16": Kind(
+        lambda: Wrapped(mlp(), lambda z, x: z.bfloat16()), refused="outputs are torch.bfloat16"
+    ),
+    "parameters without elements": Kind(with_nothing, mlp),
+    "values kept in eval mode": Kind(lambda: Kept(keeps=True), lambda: Kept(keeps=False)),
+    "weights taken from a list or a cache": Kind(Listed, refused="'stem.weight' from a list"),
+    "experts chosen by argmax": Kind(Experts),
+    "derivatives taken in forward": Kind(Slope),
+    "tensor subclasses": Kind(
+        lambda: Wrapped(mlp(), lambda z, x: z.as_subclass(Marked)),  # type: ignore[arg-type]
+        lambda: Wrapped(mlp(), lambda z, x: z),
+    ),
     "a backward pass without its second derivative": Kind(
         lambda: sine(LeanSine.apply),
         lambda: sine(lambda z: torch.sin(3 * z)),
@@ -462,6 +537,60 @@ def test_the_divergence_vanishes_with_the_radius(name: str) -> None:
     step = METHODS["iam-d"](model, loss, rho=1e-6, outputs=kind.outputs).backward(kind.x(), labels)  # type: ignore[call-arg]
     assert step.inconsistency is not None
     assert float(step.inconsistency) < 1e-9
+
+
+def test_what_was_kept_before_a_measurement_is_refused_and_what_is_kept_in_it_is_let_go() -> None:
+    model = built(lambda: Kept(keeps=True))
+    measure(model, vectors(), ["fisher_trace"])
+    assert not model.cache
+    with torch.no_grad():
+        model.eval()(vectors())
+    with pytest.raises(ProbeError, match=r"'stem.weight' does not move the outputs.*'cache'"):
+        measure(model, vectors(), ["fisher_trace"])
+
+
+def test_a_hook_that_masks_a_gradient_masks_the_ascent_too() -> None:
+    model, x, y = built(mlp), vectors(), torch.arange(N) % C
+    mask = torch.cat([torch.ones(30), torch.zeros(27)])  # the first weight is trained, the rest is not
+    parameters = Parameters(model)
+    start = parameters.random(0.1, seeded(3))
+    clean = model(x).detach()
+    direction = kl_gradient(parameters, x, clean, start, 1 / N)[1]
+    moved = parameters.moved(to_sphere(mask * direction, 0.3))
+    loss = functional.cross_entropy(parameters.logits(x, moved), y)
+    expected = mask * parameters.join(torch.autograd.grad(loss, list(model.parameters())))
+    for p in list(model.parameters())[1:]:
+        p.register_hook(torch.zeros_like)
+    METHODS["iam-s"](model, rho=0.3, sign="none", generator=seeded(3)).backward(x, y)  # type: ignore[call-arg]
+    torch.testing.assert_close(parameters.join(p.grad for p in model.parameters()), expected)
+    rule: Any = METHODS["iam-d-onepass"](model, rho=0.3, generator=seeded(3))  # type: ignore[call-arg]
+    rule.backward(x, y)
+    assert not rule.delta[30:].any()
+
+
+def test_targets_and_inputs_that_the_code_does_not_take_are_told() -> None:
+    x, y = vectors(), torch.arange(N) % C
+    for method in ("sgd", "sam"):
+        with pytest.raises(ProbeError, match="the criterion does not take a tuple of 2"):
+            METHODS[method](built(mlp)).backward(x, (y, y))
+        with pytest.raises(ProbeError, match="the model does not take a dict of 'pixels'"):
+            METHODS[method](built(mlp)).backward({"pixels": x}, y)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"names": "error"},
+        {"names": 3},
+        {"settings": {}},
+        {"outputs": "logits"},
+        {"memory": "4G"},
+        {"initial": 1},
+    ],
+)
+def test_arguments_of_another_type_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        measure(built(mlp), vectors(), **wrong)
 
 
 def test_the_page_lists_these_kinds() -> None:

@@ -11,9 +11,8 @@ import torch
 from conftest import CASES, Case
 from torch import Tensor
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.parameters import Parameters
-from gm_probe.probe.ascent import (
+from gm_probe.data.batches import Batches
+from gm_probe.inconsistency.ascent import (
     JOINED,
     FisherByDifference,
     Maximum,
@@ -23,9 +22,10 @@ from gm_probe.probe.ascent import (
     maximize,
     to_sphere,
 )
-from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Settings
-from gm_probe.probe.work import Work
+from gm_probe.linalg.work import Work
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import measure
+from gm_probe.models.parameters import Parameters
 
 
 def divergence_of(case: Case, batch_size: int = 3) -> ProbeDivergence:

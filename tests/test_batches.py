@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from gm_probe.core.batches import Batches, Normalization, cut
-from gm_probe.core.datasets import Examples
-from gm_probe.core.errors import DataError, UsageError
+from gm_probe.data.batches import Batches, Normalization, cut
+from gm_probe.data.datasets import Examples
+from gm_probe.errors import DataError, UsageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 3, 5, 4), dtype=np.uint8)
 LABELS = np.array([2, 0, 1, 1, 2, 0, 0])

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 import gm_probe
-from gm_probe.core.batches import Normalization
-from gm_probe.core.checkpoints import HEADER, Checkpoint, load_weights, read_checkpoint, save_checkpoint
-from gm_probe.core.errors import CheckpointError, UsageError
-from gm_probe.core.models import ModelSpec, build_model
-from gm_probe.core.parameters import Parameters
+from gm_probe.data.batches import Normalization
+from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.models.checkpoints import HEADER, Checkpoint, load_weights, read_checkpoint, save_checkpoint
+from gm_probe.models.parameters import Parameters
+from gm_probe.models.zoo import ModelSpec, build_model
 
 SHARED = Path(os.environ.get("GM_PROBE_SHARED", Path(__file__).parents[2] / "shared"))
 SPEC = ModelSpec("my.package:build", (3, 8, 8), 3)
@@ -560,6 +560,10 @@ BROKEN_HEADERS: list[Any] = [
     json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": 3}}),
     json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": [float("inf")]}}),
     json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": -1}}),
+    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": 3.7}}),
+    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": "3"}}),
+    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": "388"}}),
+    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": [1] * 1000}}),
     json.dumps({**RECORD, "mean": 0.5}),
     json.dumps({**RECORD, "mean": ["a"]}),
     json.dumps({**RECORD, "mean": [0.5, 0.5]}),
@@ -736,7 +740,7 @@ def test_no_source_file_can_load_code() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 assert name.split(".")[0] not in {"pickle", "dill", "cloudpickle", "joblib", "marshal"}, path
-    assert loads == 1  # core.pickles, for checkpoints, array files and resume
+    assert loads == 1  # files.pickles, for checkpoints, array files and resume
 
 
 # ---- a real public checkpoint
@@ -766,3 +770,19 @@ def test_checkpoint_is_a_plain_record(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(tmp_path / "a.pt")
     assert isinstance(checkpoint, Checkpoint)
     assert torch.equal(checkpoint.state["w"], STATE["w"])
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 4, 5])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_pickle_of_another_protocol_names_the_way_out(tmp_path: Path, protocol: int, legacy: bool) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(
+        {"a": torch.ones(3), "b": torch.ones(3)},
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    with pytest.raises(
+        CheckpointError, match=r"save it again with torch\.save's own pickle_protocol, which is 2"
+    ):
+        read_checkpoint(path)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import gm_probe
-from gm_probe.core.checks import one_of, real, truth, whole
-from gm_probe.core.errors import UsageError
-from gm_probe.probe.work import Work
+from gm_probe.checks import one_of, real, truth, whole
+from gm_probe.errors import UsageError
+from gm_probe.linalg.work import Work
 from gm_probe.training.config import TrainConfig
 
 NAN, INF = float("nan"), float("inf")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gm_probe.cli import main
-from gm_probe.core.files import write_json, write_toml
+from gm_probe.files.atomic import write_json, write_toml
 
 TABLE = "error_gap,ce_gap,fisher_trace,local_inconsistency,lr\n" + "".join(
     f"{0.1 * i},{1.0 * (i % 3)},{2.0 * i},{3.0 - i},{0.1 * (i % 2)}\n" for i in range(6)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gm_probe.cli import main
-from gm_probe.core.files import write_json, write_toml
+from gm_probe.files.atomic import write_json, write_toml
 
 GOOD = "error_gap,m,lr\n" + "".join(f"{0.1 * i:.2f},{(7 * i) % 11},{i // 2}\n" for i in range(12))
 

@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 
 from gm_probe.cli import main
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
-from gm_probe.core.files import read_json, write_json
-from gm_probe.core.loading import load_model
-from gm_probe.core.models import ModelSpec, build_model
-from gm_probe.probe.pairwise import PAIR_MEASURES, compare
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.files.atomic import read_json, write_json
+from gm_probe.measures.pairwise import PAIR_MEASURES, compare
+from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
+from gm_probe.models.loading import load_model
+from gm_probe.models.zoo import ModelSpec, build_model
 from gm_probe.training.parts import own_unlabeled
 
 

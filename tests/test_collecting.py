@@ -27,7 +27,7 @@ from gm_probe import (
     hessian,
     measure,
 )
-from gm_probe.core.collecting import as_batches
+from gm_probe.data.collecting import as_batches
 
 NAMES = ["local_inconsistency", "fisher_lambda_max", "fisher_trace", "hessian_lambda_max"]
 NAMES += ["error", "mean_entropy", "input_jacobian_norm"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from gm_probe.core.contrastive import Contrastive, nt_xent_logits, partners, projector
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
+from gm_probe.models.contrastive import Contrastive, nt_xent_logits, partners, projector
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.rules import SAM
 from gm_probe.training.updates import make_rule

@@ -17,9 +17,9 @@ import torchvision
 from PIL import Image
 from scipy.io import savemat
 
-from gm_probe.core import datasets
-from gm_probe.core.datasets import Examples, open_source
-from gm_probe.core.errors import DataError, UsageError
+from gm_probe.data import datasets
+from gm_probe.data.datasets import Examples, open_source
+from gm_probe.errors import DataError, UsageError
 
 RED, GREEN, BLUE = (250, 10, 20), (10, 240, 30), (5, 15, 230)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gm_probe.analysis.delimited import read_delimited
-from gm_probe.core.errors import DataError
+from gm_probe.errors import DataError
 
 HEADER, ROWS = (
     ["name", "größe", "gap"],

@@ -17,9 +17,9 @@ from test_spectrum import SPECTRA as OTHERS
 
 from gm_probe.analysis.density_plot import density_panels
 from gm_probe.analysis.plots import write_figure
-from gm_probe.core.errors import DivergedError, UsageError
-from gm_probe.probe.density import Density, density
-from gm_probe.probe.operators import Operator
+from gm_probe.errors import DivergedError, UsageError
+from gm_probe.linalg.density import Density, density
+from gm_probe.linalg.operator import Operator
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import qmc
 
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
 from gm_probe.sweep.design import points
 from gm_probe.sweep.recipe import load_recipe, parse_recipe
 

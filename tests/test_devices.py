@@ -14,8 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.devices import (
+from gm_probe.curvature.operators import fisher
+from gm_probe.data.batches import Batches
+from gm_probe.errors import DeviceError, ProbeError, ResourceError, UsageError
+from gm_probe.files.atomic import read_toml
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import measure
+from gm_probe.models.parameters import Parameters
+from gm_probe.runs.records import CONFIG
+from gm_probe.runtime.devices import (
     deterministic,
     environment,
     generator_state,
@@ -23,13 +30,6 @@ from gm_probe.core.devices import (
     pick_device,
     set_generator_state,
 )
-from gm_probe.core.errors import DeviceError, ProbeError, ResourceError, UsageError
-from gm_probe.core.files import read_toml
-from gm_probe.core.parameters import Parameters
-from gm_probe.core.records import CONFIG
-from gm_probe.probe.measures import measure
-from gm_probe.probe.operators import fisher
-from gm_probe.probe.probe import Settings
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 from gm_probe.training.rule import Rule
@@ -38,7 +38,7 @@ from gm_probe.training.state import random_state, set_random_state
 
 FAULTS = """
 import resource, torch
-from gm_probe.core.devices import keep_freed_memory
+from gm_probe.runtime.devices import keep_freed_memory
 
 def faults():
     for _ in range(20):  # until the allocator has settled

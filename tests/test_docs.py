@@ -29,11 +29,11 @@ from PIL import Image
 from torch import nn
 
 import gm_probe
+from gm_probe import errors
 from gm_probe.cli import cli, main
-from gm_probe.core import errors
-from gm_probe.core.batches import Normalization
-from gm_probe.core.checkpoints import save_checkpoint
-from gm_probe.core.models import ModelSpec, build_model
+from gm_probe.data.batches import Normalization
+from gm_probe.models.checkpoints import save_checkpoint
+from gm_probe.models.zoo import ModelSpec, build_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.door import Outputs, unwrapped
-from gm_probe.core.errors import UsageError
-from gm_probe.core.fields import Fields, arguments, as_inputs
-from gm_probe.core.models import logits_at
-from gm_probe.probe.measures import measure
+from gm_probe.data.batches import Batches
+from gm_probe.data.fields import Fields, arguments, as_inputs
+from gm_probe.errors import UsageError
+from gm_probe.measures.measure import measure
+from gm_probe.models.door import Outputs, unwrapped
+from gm_probe.models.zoo import logits_at
 
 Z = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -3.0]])
 MANY = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from gm_probe.cli import limits, main
-from gm_probe.core import processes
-from gm_probe.core.errors import ResourceError, UsageError, out_of_memory
-from gm_probe.probe.settings import Settings
+from gm_probe.errors import ResourceError, UsageError, out_of_memory
+from gm_probe.measures.settings import Settings
+from gm_probe.runtime import processes
 from gm_probe.training.config import TrainConfig
 
 MEETING = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -58,8 +58,9 @@ def test_without_torchrun_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
     assert processes.launched() == 1
 
 
-@pytest.mark.parametrize("value", ["x", "-1", "64", ""])
+@pytest.mark.parametrize("value", ["x", "-1", "4", "0" * 20 + "9" * 5000, ""])
 def test_a_local_rank_is_a_gpu_that_there_is(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", value)
     assert processes.own_device(torch.device("cpu")) == torch.device("cpu")
     with pytest.raises(UsageError, match="LOCAL_RANK is"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gm_probe.core.errors import (
+from gm_probe.errors import (
     DataError,
     DeviceError,
     ProbeError,

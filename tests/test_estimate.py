@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import gm_probe
 from gm_probe.accuracy.shifts import noise
 from gm_probe.cli import main
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import save_checkpoint
-from gm_probe.core.datasets import Examples, open_source
-from gm_probe.core.errors import DataError, ProbeError, UsageError
-from gm_probe.core.models import ModelSpec, build_model
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.datasets import Examples, open_source
+from gm_probe.errors import DataError, ProbeError, UsageError
+from gm_probe.models.checkpoints import save_checkpoint
+from gm_probe.models.zoo import ModelSpec, build_model
 
 SPEC = ModelSpec("mlp-32", (1, 8, 8), 10)
 

@@ -12,12 +12,12 @@ from conftest import ATTENTION, CASES, Case, Tied, relu_mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.parameters import Parameters, differentiable_attention
-from gm_probe.probe import example_gradients
-from gm_probe.probe.example_gradients import ExampleGradients, IrregularLayerError
-from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Settings
+from gm_probe.curvature import example_gradients
+from gm_probe.curvature.example_gradients import ExampleGradients, IrregularLayerError
+from gm_probe.data.batches import Batches
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import measure
+from gm_probe.models.parameters import Parameters, differentiable_attention
 
 N = 6
 

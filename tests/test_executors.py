@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gm_probe.sweep.executors import Job, Processes, visible_gpus
+from gm_probe.executors.local import Job, Processes, visible_gpus
 
 
 def tell(out: Path, threads: int | None) -> tuple[str, tuple[str | None, int, int | None]]:

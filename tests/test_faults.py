@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.cli import main
-from gm_probe.core import locks
-from gm_probe.core.batches import Batches
-from gm_probe.core.errors import BusyError, DivergedError, ResourceError, StorageError
-from gm_probe.core.locks import LOCK, exclusive, locked
-from gm_probe.core.memory import within_memory
-from gm_probe.core.parameters import Parameters
-from gm_probe.core.records import read_metrics
-from gm_probe.core.signals import TERMINATED, Terminated
-from gm_probe.probe import example_gradients, operators
-from gm_probe.probe.measures import MEASURES, measure
-from gm_probe.probe.probe import Settings
+from gm_probe.curvature import example_gradients, operators
+from gm_probe.data.batches import Batches
+from gm_probe.data.memory import within_memory
+from gm_probe.errors import BusyError, DivergedError, ResourceError, StorageError
+from gm_probe.files import locks
+from gm_probe.files.locks import LOCK, exclusive, locked
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import MEASURES, measure
+from gm_probe.models.parameters import Parameters
+from gm_probe.runs.records import read_metrics
+from gm_probe.runtime.signals import TERMINATED, Terminated
 from gm_probe.training import evaluation, rules, run
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train

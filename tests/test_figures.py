@@ -186,25 +186,6 @@ def test_the_heat_map_s_scale_rises_in_grey() -> None:
     assert all(b > a for a, b in itertools.pairwise(shades))
 
 
-def test_distributions_mark_mean_percentile_and_maximum() -> None:
-    values = np.array([0.1, 0.2, 0.2, 0.6, 0.9])
-    figure = figures.distributions({"m": values, "none": np.array([])}, "sign error", reference=0.5)
-    axes = figure.axes[0]
-    assert sorted(x for x, _ in points_any(figure)) == pytest.approx([0.4, np.quantile(values, 0.9), 0.9])
-    drawn = [segment[0][0] for segment in axes.collections[0].get_segments()]  # type: ignore[attr-defined]
-    assert drawn == pytest.approx(values.tolist())
-    (box,) = axes.patches
-    assert (box.get_x(), box.get_width()) == pytest.approx((0.2, 0.4))  # type: ignore[attr-defined]
-    assert legend(figure) == ["mean", "90th percentile", "maximum"]
-    assert [text.get_text().strip() for text in axes.texts] == ["undefined"]
-
-
-def test_a_hundred_thousand_marks_leave_the_file_small() -> None:
-    values = np.random.default_rng(0).uniform(size=100_000)
-    figure = figures.distributions({"m": values}, "sign error", reference=0.5)
-    assert len(plots.render(figure, "svg")) < 200_000
-
-
 def test_tau_by_radius_has_a_line_a_step_count_and_a_tick_a_radius() -> None:
     lines = {k: {rho: Quantity(0.1 * k + rho, rho, 0.9) for rho in (0.05, 0.1, 0.5)} for k in (1, 5)}
     lines[5][0.1] = Quantity(None, reason="constant")
@@ -273,7 +254,6 @@ def test_figures_are_one_column_wide_and_nothing_is_cut_off(names: tuple[str, ..
             np.zeros((len(names), 4)), names, ["lr", "weight_decay", "optimizer.name", "mean Ψ"]
         ),
         figures.heat_map(np.zeros((len(names), len(names))), names, names),
-        figures.distributions({name: np.linspace(0, 1, 5) for name in names}, "x", reference=0.5),
     ]
     for figure in made:
         assert figure.get_figwidth() == figures.COLUMN

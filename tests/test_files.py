@@ -14,9 +14,9 @@ from typing import NoReturn
 
 import pytest
 
-from gm_probe.core import files, regular
-from gm_probe.core.errors import StorageError
-from gm_probe.core.files import (
+from gm_probe.errors import StorageError
+from gm_probe.files import atomic, regular
+from gm_probe.files.atomic import (
     append_line,
     read_json,
     read_toml,
@@ -151,7 +151,7 @@ def test_missing_files_name_the_path(tmp_path: Path) -> None:
 
 def test_folder_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(files, "_sync_folder", synced.append)
+    monkeypatch.setattr(atomic, "_sync_folder", synced.append)
     write_atomic(tmp_path / "a", b"x")
     assert synced == [tmp_path]
 

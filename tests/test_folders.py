@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from gm_probe.core.datasets import open_source
-from gm_probe.core.folders import KINDS, PassedOver
+from gm_probe.data.datasets import open_source
+from gm_probe.data.folders import KINDS, PassedOver
 
 
 def put(path: Path) -> None:

@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from gm_probe.core.checkpoints import read_checkpoint
-from gm_probe.core.errors import CheckpointError
+from gm_probe.errors import CheckpointError
+from gm_probe.models.checkpoints import read_checkpoint
 
 
 def zipped(*names: str) -> bytes:

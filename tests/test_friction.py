@@ -20,12 +20,12 @@ import pytest
 from PIL import Image
 
 from gm_probe.cli import COMMANDS, cli, main
+from gm_probe.cli import health as doctor
+from gm_probe.cli.health import Finding, diagnose
 from gm_probe.cli.output import results_console, table
-from gm_probe.cli.plain import SIGNS, spelled
-from gm_probe.core import doctor, locks
-from gm_probe.core.doctor import Finding, diagnose
-from gm_probe.core.errors import StorageError
-from gm_probe.core.sources import DATASETS
+from gm_probe.data.sources import DATASETS
+from gm_probe.errors import StorageError
+from gm_probe.files import locks
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "torchvision", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "jinja2", "timm"}
@@ -108,34 +108,13 @@ def test_correlate_and_report_never_import_torch(tmp_path: Path) -> None:
 # ---- terminals
 
 
-@pytest.mark.parametrize(
-    ("character", "expected"),
-    [("ρ", "rho"), ("Ψ", "Psi"), ("ᵀ", "T"), ("±", "+/-"), ("≥", ">="), ("漢", "?")],
-)
-def test_a_character_is_spelled(character: str, expected: str) -> None:
-    assert spelled(character) == expected
-
-
-def test_every_sign_that_the_code_prints_has_a_spelling() -> None:
-    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "gm_probe" / "cli").glob("*.py"))
-    shown = {character for character in text if not character.isascii()}
-    assert len(shown) > 5
-    assert not {character for character in shown if spelled(character) == "?"}
-    assert all(value.isascii() for value in SIGNS.values())
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
-def test_an_old_encoding_shows_names_instead_of_letters(encoding: str) -> None:
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_old_encoding_shows_the_codes_of_what_it_lacks(encoding: str) -> None:
     done = gmprobe("measures", encoding=encoding)
     assert done.code == 0, done.err
-    if encoding != "cp437":  # which has some Greek letters
-        assert "S_rho" in done.out
-        assert "lambda_max(F)" in done.out
-    lines = [line for line in done.out.splitlines() if line.startswith("|")]
-    assert len(lines) > 10
-    assert len({len(line) for line in lines}) == 1  # the table's edges stay in line
+    assert "S_\\u03c1" in done.out
     done = gmprobe("train", "--data", "ρ漢", encoding=encoding)
-    assert (done.code, "no folder or file 'rho?'" in done.err) == (2, True), done.err
+    assert (done.code, r"no folder or file '\u03c1\u6f22'" in done.err) == (2, True), done.err
 
 
 def test_a_posix_locale_is_no_crash() -> None:
@@ -148,7 +127,7 @@ def test_a_posix_locale_is_no_crash() -> None:
     )
     done = python(code, LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
     assert (done.code, done.err) == (0, "")
-    assert "S_rho" in done.out
+    assert "S_\\u03c1" in done.out
 
 
 @pytest.mark.parametrize(
@@ -405,7 +384,6 @@ def test_runs_is_where_everything_looks(tmp_path: Path) -> None:
         (["train", "--data", "cifar-10"], "'cifar10'"),
         (["sweep", "quikstart"], "'quickstart'"),
         (["sweep", "r.toml"], "'fisher_trace'"),
-        (["completion", "bsh"], "'bash'"),
         (["measure", "x.pt", "--protocol", "convergd"], "'converged'"),
         (["sweep", "quickstart", "--executor", "locl"], "'local'"),
         (["train", "--device", "cdua", "--out", "new"], "'cuda'"),
@@ -433,10 +411,9 @@ def test_did_you_mean(words: list[str], meant: str) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_the_shells_script(shell: str) -> None:
-    done = gmprobe("completion", shell)
+def test_click_prints_the_shells_script(shell: str) -> None:
+    done = gmprobe(_GMPROBE_COMPLETE=f"{shell}_source")
     assert done.code == 0, done.err
-    assert "gmprobe" in done.out
     assert f"_GMPROBE_COMPLETE={shell}_complete" in done.out
 
 
@@ -446,7 +423,6 @@ def test_completion_prints_the_shells_script(shell: str) -> None:
         ("gmprobe doc", {"doctor"}),
         ("gmprobe correlate --ga", {"--gap"}),
         ("gmprobe correlate --gap e", {"error_gap"}),
-        ("gmprobe completion z", {"zsh"}),
     ],
 )
 def test_bash_completes(typed: str, expected: set[str]) -> None:
@@ -467,7 +443,7 @@ def test_doctor_tells_what_is_here(tmp_path: Path) -> None:
     findings = found(tmp_path / "runs" / "new", data_root=tmp_path)
     assert all(finding.exit_code == 0 for finding in findings.values())
     assert findings["versions", "torch"].found == version("torch")
-    assert findings["folder", "writing"].found.split()[1] == "MB/s,"
+    assert findings["folder", "writing"].found == "works"
     assert findings["folder", "locks"].state == "ok"
     assert findings["data", "cifar10"].state == "ok"
     assert findings["data", "svhn"].state == "absent"
@@ -529,12 +505,10 @@ def test_doctor_raises_nothing_where_it_may_not_look(tmp_path: Path, monkeypatch
         return real(path)
 
     monkeypatch.setattr(Path, "exists", exists)
-    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "closed" / "matplotlib"))
     findings = found(tmp_path / "closed" / "runs", data_root=tmp_path / "closed")
     writing = findings["folder", "writing"]
     assert (writing.state, writing.found, writing.exit_code) == ("broken", "Permission denied", 7)
     assert findings["data", "cifar10"].state == "absent"
-    assert findings["caches", "matplotlib"].state == "absent"
 
 
 def test_doctor_notices_locks_that_do_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

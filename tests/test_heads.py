@@ -12,9 +12,9 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from gm_probe import MEASURES, Batches, DataError, Parameters, Settings, UsageError, compare, measure
-from gm_probe.core.door import Outputs
-from gm_probe.probe.ascent import ProbeDivergence
-from gm_probe.probe.work import Work
+from gm_probe.inconsistency.ascent import ProbeDivergence
+from gm_probe.linalg.work import Work
+from gm_probe.models.door import Outputs
 
 BINARY, MULTILABEL = Outputs(head="binary"), Outputs(head="multilabel")
 LABELS = 3

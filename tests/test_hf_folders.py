@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from gm_probe.cli import main
-from gm_probe.core import huggingface
-from gm_probe.core.checkpoints import read_checkpoint
-from gm_probe.core.errors import CheckpointError, UsageError
-from gm_probe.core.loading import fitted_model, load_model
+from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.models import huggingface
+from gm_probe.models.checkpoints import read_checkpoint
+from gm_probe.models.loading import fitted_model, load_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra")
 SMALL = {
@@ -137,7 +137,25 @@ def test_no_code_of_a_folder_runs(tmp_path: Path) -> None:
     for kernels in ("kernels-community/flash-attn", "evil"):
         changed(folder, model_type="vit", attn_implementation=kernels, _attn_implementation=kernels)
         load_model(read_checkpoint(folder), "hf")
+    for of_torch in ("hub", "nobodys"):
+        load_model(read_checkpoint(changed(folder, dtype=of_torch, torch_dtype=of_torch)), "hf")
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("source", ["hf-hub:somebody/net", "local-dir:/elsewhere"])
+def test_a_network_outside_the_folder_is_refused(tmp_path: Path, source: str) -> None:
+    message = refused(changed(saved(vit(), tmp_path / "a"), architecture=source))
+    assert re.search(rf"takes its network from {source}, outside its folder", message), message
+
+
+def test_a_path_in_a_config_is_not_read(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    config = TimmWrapperConfig(architecture="resnet10t", num_labels=3, model_args={"in_chans": 1})
+    folder = saved(TimmWrapperForImageClassification(config), tmp_path / "a")
+    elsewhere = {"in_chans": 1, "checkpoint_path": str(tmp_path / "absent.pth")}
+    load_model(read_checkpoint(changed(folder, model_args=elsewhere)), "hf")
 
 
 def test_the_hubs_flag_is_left_as_it_was(tmp_path: Path) -> None:

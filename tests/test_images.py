@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from gm_probe.core import images
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.datasets import Examples, open_source
-from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.images import ImageFiles, blocks
-from gm_probe.core.reading import Reading
+from gm_probe.data import images
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.datasets import Examples, open_source
+from gm_probe.data.images import ImageFiles, blocks
+from gm_probe.data.reading import Reading
+from gm_probe.errors import DataError, UsageError
 from gm_probe.training.config import TrainConfig
 
 

@@ -11,10 +11,10 @@ import torch
 from conftest import CASES, Case
 from torch import Tensor
 
-from gm_probe.core.parameters import Parameters
-from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Estimate, Probe, Settings
-from gm_probe.probe.work import Work
+from gm_probe.linalg.work import Work
+from gm_probe.measures.context import Estimate, Probe, Settings
+from gm_probe.measures.measure import measure
+from gm_probe.models.parameters import Parameters
 
 BY_NAME = {case.name: case for case in CASES}
 TANH = BY_NAME["tanh-mlp"]

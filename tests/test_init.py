@@ -8,13 +8,13 @@ import pytest
 import torch
 from test_training_loop import config, rows
 
-from gm_probe.core.batches import Normalization
-from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
-from gm_probe.core.errors import CheckpointError
-from gm_probe.core.models import ModelSpec, initial_model
-from gm_probe.core.records import CHECKPOINT, read_run
-from gm_probe.probe.probe import Settings
-from gm_probe.sweep.measuring import measure_checkpoint
+from gm_probe.data.batches import Normalization
+from gm_probe.errors import CheckpointError
+from gm_probe.measures.context import Settings
+from gm_probe.measuring.checkpoint import measure_checkpoint
+from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
+from gm_probe.models.zoo import ModelSpec, initial_model
+from gm_probe.runs.records import CHECKPOINT, read_run
 from gm_probe.training.loop import train
 from gm_probe.training.parts import own_unlabeled
 

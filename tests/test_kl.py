@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gm_probe.probe.kl import kl_divergence
+from gm_probe.inconsistency.kl import kl_divergence
 
 
 def exact(p_logits: Tensor, q_logits: Tensor) -> list[float]:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from gm_probe.core import locks
-from gm_probe.core.errors import BusyError, StorageError
-from gm_probe.core.locks import LOCK, TAKING, exclusive, held, locked
+from gm_probe.errors import BusyError, StorageError
+from gm_probe.files import locks
+from gm_probe.files.locks import LOCK, TAKING, exclusive, held, locked
 
 OFFSETS = (-(10**8), -3600, -120, -61, -1, 0, 1, 61, 120, 3600, 10**8)
 """Seconds by which the clock of another machine differs; the last are more than three years."""

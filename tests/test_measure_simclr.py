@@ -16,17 +16,17 @@ from torch import Tensor
 from torch.func import functional_call, hessian, jacrev
 
 from gm_probe.cli import main
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.contrastive import Contrastive
-from gm_probe.core.datasets import Examples
-from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.models import ModelSpec, initial_model
-from gm_probe.core.parameters import Parameters
-from gm_probe.probe.catalogue import SEPARATE
-from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Settings
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.datasets import Examples
+from gm_probe.errors import DataError, UsageError
+from gm_probe.measures.catalogue import SEPARATE
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import measure
+from gm_probe.measuring.checkpoint import measure_checkpoint
+from gm_probe.models.contrastive import Contrastive
+from gm_probe.models.parameters import Parameters
+from gm_probe.models.zoo import ModelSpec, initial_model
 from gm_probe.sweep.manifest import write_sweep
-from gm_probe.sweep.measuring import measure_checkpoint
 from gm_probe.sweep.recipe import parse_recipe
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.sweep.status import sweep_status
@@ -142,8 +142,8 @@ def test_the_divergence_is_that_of_moved_encoders() -> None:
     model = tiny()
     brute = Brute(model)
     row = measure(model, batches(), ["local_inconsistency"], Settings(rho=0.5, num_starts=1, seed=3)).rows
-    from gm_probe.probe.probe import Probe
-    from gm_probe.probe.work import Work
+    from gm_probe.linalg.work import Work
+    from gm_probe.measures.context import Probe
 
     [start] = Probe(model, batches(), Settings(num_starts=1, seed=3), Work(24)).starts()
 
@@ -234,7 +234,7 @@ def test_measures_a_run(run: Path, invoke: Invoke) -> None:
 
 
 def test_tracking_and_measuring_see_the_same_views(run: Path) -> None:
-    from gm_probe.core.records import read_metrics
+    from gm_probe.runs.records import read_metrics
     from gm_probe.training.parts import own_unlabeled
 
     [row] = read_metrics(run)

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from gm_probe.cli import main
-from gm_probe.core import images
-from gm_probe.core.errors import DataError
-from gm_probe.core.files import read_json, write_json
-from gm_probe.core.reading import Reading
+from gm_probe.data import images
+from gm_probe.data.reading import Reading
+from gm_probe.errors import DataError
+from gm_probe.files.atomic import read_json, write_json
 from gm_probe.training import parts
 from gm_probe.training.parts import own_unlabeled
 from gm_probe.training.run import Training

@@ -1,4 +1,4 @@
-"""Layers whose nested forward-mode derivative torch misstates or lacks, against reverse mode over reverse mode."""
+"""Layers whose second derivative torch misstates or lacks, against reverse mode over reverse mode."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.autograd.functional import vhp
 from torch.func import jvp
 from torch.nn import functional
 
-from gm_probe.probe import operators  # noqa: F401  quiets what torch warns of at its first jvp
-from gm_probe.probe.nestable import _SUBSTITUTES, Nestable
+from gm_probe.curvature import operators  # noqa: F401  quiets what torch warns of at its first jvp
+from gm_probe.curvature.nestable import _SUBSTITUTES, Nestable
 
 LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": partial(functional.layer_norm, normalized_shape=(6,)),
@@ -78,6 +78,17 @@ def test_statistics_are_of_float32_under_autocast(generator: torch.Generator) ->
     assert float((found - exact).abs().max()) < 1e-2
 
 
+def test_hardsigmoid_has_a_second_derivative() -> None:
+    """The slope 1/6 between the kinks at ±3, of which torch's own backward pass has no derivative."""
+    x = torch.tensor([-4.0, -1.0, 2.0, 5.0], dtype=torch.float64, requires_grad=True)
+    with Nestable():
+        y = functional.hardsigmoid(x)
+    [slope] = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert torch.allclose(y, functional.hardsigmoid(x))
+    assert torch.allclose(slope, torch.tensor([0, 1, 1, 0], dtype=torch.float64) / 6)
+    assert not bool(torch.autograd.grad(slope.sum(), x)[0].any())
+
+
 def test_every_substitute_is_tried() -> None:
-    named = {name.split()[0] for name in LAYERS}
+    named = {name.split()[0] for name in LAYERS} | {"hardsigmoid"}
     assert named == {function.__name__ for function in _SUBSTITUTES}

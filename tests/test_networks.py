@@ -14,12 +14,12 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gm_probe import measure
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
-from gm_probe.core.loading import load_model
-from gm_probe.core.models import ModelSpec, initial_model
-from gm_probe.core.networks import mixer, vit
-from gm_probe.probe.probe import Settings
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.measures.context import Settings
+from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
+from gm_probe.models.loading import load_model
+from gm_probe.models.networks import mixer, vit
+from gm_probe.models.zoo import ModelSpec, initial_model
 
 NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")
 FAMILIES = [

@@ -21,14 +21,14 @@ from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from gm_probe.cli import main
-from gm_probe.core.batches import Batches
-from gm_probe.core.datasets import Examples, Source, open_source
-from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.records import CHECKPOINT, RAW, SPLIT
-from gm_probe.core.splits import split
-from gm_probe.probe.measures import measure
-from gm_probe.probe.probe import Settings
-from gm_probe.sweep.measuring import measure_checkpoint
+from gm_probe.data.batches import Batches
+from gm_probe.data.datasets import Examples, Source, open_source
+from gm_probe.data.splits import split
+from gm_probe.errors import DataError, UsageError
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import measure
+from gm_probe.measuring.checkpoint import measure_checkpoint
+from gm_probe.runs.records import CHECKPOINT, RAW, SPLIT
 from gm_probe.training import parts
 from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
 from gm_probe.training.loop import train

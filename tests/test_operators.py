@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import vector_to_parameters
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.errors import UsageError
-from gm_probe.core.parameters import Parameters, differentiable_attention
-from gm_probe.probe import operators, tapes
-from gm_probe.probe.operators import Operator, _cross_entropy, fisher, hessian, residual
-from gm_probe.probe.speed import saved_bytes
-from gm_probe.probe.work import GRADIENT, NESTED_JVP, TRIPLE_BACKWARD, Work
+from gm_probe.curvature.operators import _cross_entropy, fisher, hessian, residual
+from gm_probe.data.batches import Batches
+from gm_probe.errors import UsageError
+from gm_probe.linalg.operator import Operator
+from gm_probe.linalg.work import GRADIENT, NESTED_JVP, TRIPLE_BACKWARD, Work
+from gm_probe.models.parameters import Parameters, differentiable_attention
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 KINDS = ("fisher", "hessian")
@@ -308,10 +306,7 @@ def test_confident_examples_do_not_cost_the_cheap_curvature_terms() -> None:
 
 
 @pytest.mark.parametrize("name", ["layer-norm", "silu", "attention"])
-def test_layers_that_torchs_nested_jvps_misstate_do_not_cost_them(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(operators, "clearly_faster", lambda other, usual, device: False)
+def test_layers_that_torchs_nested_jvps_misstate_do_not_cost_them(name: str) -> None:
     case = next(c for c in (*CASES, ATTENTION) if c.name == name)
     work = Work(7)
     with differentiable_attention():
@@ -522,153 +517,3 @@ def test_cross_entropy_is_torchs(classes: int) -> None:
     torch.testing.assert_close(
         found, functional.cross_entropy(z, y, reduction="none"), rtol=1e-12, atol=1e-14
     )
-
-
-def judged(monkeypatch: pytest.MonkeyPatch, *, wins: bool = True) -> None:
-    """The trial of tapes by the clock ends as told."""
-    monkeypatch.setattr(operators, "clearly_faster", lambda other, usual, device: False)
-    monkeypatch.setattr(tapes, "clearly_less", lambda other, usual: wins)
-
-
-@pytest.mark.parametrize("memory", [0.0, 1e12])
-def test_kept_graphs_spare_their_gradient_and_change_nothing(
-    memory: float, case: Case, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
-) -> None:
-    judged(monkeypatch)
-    _, x, y = case.data
-    work = Work(len(x))
-    operator = hessian(Parameters(case.model), case.batches(3), y, work, memory)
-    vectors = torch.randn(5, operator.size, generator=generator, dtype=torch.float64)
-    dense = case.hessian_terms.mean(0)
-    costs = []
-    for v in (*vectors, vectors[0]):
-        before = work.evaluations
-        torch.testing.assert_close(operator.matvec(v), dense @ v, **TIGHT)
-        costs.append(work.evaluations - before)
-    expected = 2.0 if memory else 3.0
-    assert costs[3:] == pytest.approx([expected] * 3)  # by then all are recorded
-    # the terms let go of them, and the next product makes them anew
-    torch.testing.assert_close(operator.terms(vectors[0]).mean(), vectors[0] @ dense @ vectors[0], **TIGHT)
-    before = work.evaluations
-    torch.testing.assert_close(operator.matvec(vectors[1]), dense @ vectors[1], **TIGHT)
-    assert work.evaluations - before == pytest.approx(3.0)
-
-
-def test_graphs_are_kept_where_they_fit_and_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(c for c in CASES if c.name == "max-pool-cnn")
-    model, x, y = case.data
-
-    def third(memory: float) -> float:
-        """Gradient evaluations of the third product."""
-        work = Work(len(x))
-        operator = hessian(Parameters(case.model), case.batches(1), y, work, memory)
-        v = torch.ones(operator.size, dtype=torch.float64)
-        for _ in range(2):
-            operator.matvec(v)
-        before = work.evaluations
-        operator.matvec(v)
-        return work.evaluations - before
-
-    judged(monkeypatch)
-    with saved_bytes() as saved:
-        tape = tapes.Tape.record(
-            lambda values: functional.cross_entropy(
-                Parameters(model).logits(x[:1], values), y[:1], reduction="sum"
-            ),
-            Parameters(model).leaves(),
-        )
-    size = tape.num_bytes(saved)
-    # its parameters and their gradients at least, which the first layer's backward pass does not save
-    assert size > sum(saved.values())
-    assert size >= sum(value.nbytes for value in (*tape.values.values(), *tape.gradients))
-    del tape
-    assert third(0.5 * size) == pytest.approx(3.0)  # none
-    assert third(1.5 * size) == pytest.approx(3.0 - 1 / len(x))  # one
-    assert third((len(x) + 0.5) * size) == pytest.approx(2.0)
-    judged(monkeypatch, wins=False)
-    assert third(1e12) == pytest.approx(3.0)
-
-
-@pytest.mark.parametrize("counts", [(5, 2), (5, 5, 2), (5, 5, 5, 2)])
-def test_full_batches_decide_whether_graphs_are_kept(
-    counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not the last one, of whose fewer examples each takes longer."""
-    clocked: list[int] = []
-    zero = torch.zeros(())
-    tape = tapes.Tape({}, zero, ())
-
-    def timed(way: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
-        clocked.append(count)
-        return 1.0, way()
-
-    monkeypatch.setattr(tapes, "timed", timed)
-    monkeypatch.setattr(tapes, "clearly_less", lambda other, usual: True)
-    kept = tapes.Tapes(1.0, torch.device("cpu"))
-    for _ in range(6):
-        played = 0
-        for index, count in enumerate(counts):
-            result = kept.product(
-                index, count, record=lambda: tape, play=lambda tape: zero + 1, usual=lambda: zero
-            )
-            played += int(result)
-    assert clocked == [5, 5]
-    assert played == len(counts)
-
-
-def test_where_memory_runs_out_what_was_kept_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    judged(monkeypatch)
-    case = next(c for c in CASES if c.name == "max-pool-cnn")
-    _, x, y = case.data
-    work = Work(len(x))
-    operator = hessian(Parameters(case.model), case.batches(1), y, work, 1e12)
-    v = torch.ones(operator.size, dtype=torch.float64)
-    expected = case.hessian_terms.mean(0) @ v
-    torch.testing.assert_close(operator.matvec(v), expected, **TIGHT)
-    play, plays = tapes.Tape.play, []
-
-    def playing(
-        tape: tapes.Tape, tangents: dict[str, Tensor], *, keep: bool = False
-    ) -> tuple[Tensor | None, ...]:
-        plays.append(keep)
-        if len(plays) == 4:
-            raise RuntimeError("CUDA out of memory")
-        return play(tape, tangents, keep=keep)
-
-    monkeypatch.setattr(tapes.Tape, "play", playing)
-    torch.testing.assert_close(operator.matvec(v), expected, **TIGHT)
-    before = work.evaluations
-    torch.testing.assert_close(operator.matvec(v), expected, **TIGHT)
-    assert work.evaluations - before == pytest.approx(3.0)
-    assert len(plays) == 4  # never again
-
-
-class OneUse(torch.autograd.Function):
-    """x², of which a second use of the graph is another function."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.uses = 0
-        return x.square()
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, g: Tensor) -> Tensor:
-        ctx.uses += 1
-        [x] = ctx.saved_tensors
-        return (2 if ctx.uses < 3 else 5) * g * x
-
-
-def test_graphs_that_wear_out_are_not_kept(
-    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
-) -> None:
-    judged(monkeypatch)
-    model = nn.Sequential(nn.Linear(3, 4), Squared("right"), nn.Linear(4, 3)).double().eval()
-    x, y = torch.randn(5, 3, generator=generator, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
-    worn = copy.deepcopy(model)
-    worn[1].square = OneUse.apply
-    v = torch.randn(sum(p.numel() for p in model.parameters()), generator=generator, dtype=torch.float64)
-    sound = hessian(Parameters(model), Batches.from_tensors(x, batch_size=5), y)
-    operator = hessian(Parameters(worn), Batches.from_tensors(x, batch_size=5), y, None, 1e12)
-    for _ in range(3):
-        torch.testing.assert_close(operator.matvec(v), sound.matvec(v), **TIGHT)

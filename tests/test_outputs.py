@@ -10,11 +10,11 @@ import torch
 from conftest import ATTENTION, CASES, Case
 from torch import Tensor, nn
 
-from gm_probe.core.batches import Batches
-from gm_probe.probe.measures import measure
-from gm_probe.probe.outputs import SHIFT
-from gm_probe.probe.probe import Estimate, Probe, Settings
-from gm_probe.probe.work import Work
+from gm_probe.data.batches import Batches
+from gm_probe.linalg.work import Work
+from gm_probe.measures.context import Estimate, Probe, Settings
+from gm_probe.measures.measure import measure
+from gm_probe.measures.outputs import SHIFT
 
 OUTPUTS = [
     "mean_entropy",

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gm_probe.core.errors import DataError, DivergedError, UsageError
-from gm_probe.probe import pairwise
-from gm_probe.probe.pairwise import PAIR_MEASURES, PairReport, compare
+from gm_probe.errors import DataError, DivergedError, UsageError
+from gm_probe.measures import pairwise
+from gm_probe.measures.pairwise import PAIR_MEASURES, PairReport, compare
 
 
 def values(report: PairReport) -> list[float | None]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.precision import float32_products
-from gm_probe.probe.measures import measure
+from gm_probe.data.batches import Batches
+from gm_probe.measures.measure import measure
+from gm_probe.runtime.precision import float32_products
 
 BACKENDS: Any = torch.backends
 ON_GPU = (BACKENDS.cuda.matmul, BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn)

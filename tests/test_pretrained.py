@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from gm_probe.core.checkpoints import read_checkpoint
-from gm_probe.core.errors import CheckpointError
-from gm_probe.core.models import ModelSpec, initial_model
-from gm_probe.core.networks import vit
-from gm_probe.core.pretrained import load_pretrained
+from gm_probe.errors import CheckpointError
+from gm_probe.models.checkpoints import read_checkpoint
+from gm_probe.models.networks import vit
+from gm_probe.models.pretrained import load_pretrained
+from gm_probe.models.zoo import ModelSpec, initial_model
 
 SHAPE = (3, 8, 8)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gm_probe.core import processes
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import save_checkpoint
-from gm_probe.core.datasets import Examples
-from gm_probe.core.errors import DataError
-from gm_probe.core.models import ModelSpec, build_model
-from gm_probe.probe.measures import MEASURES
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.datasets import Examples
+from gm_probe.errors import DataError
+from gm_probe.measures.measure import MEASURES
+from gm_probe.models.checkpoints import save_checkpoint
+from gm_probe.models.zoo import ModelSpec, build_model
+from gm_probe.runtime import processes
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 
@@ -128,6 +128,15 @@ def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(tmp_path: Path) -> 
         assert [result["settings"]["processes"] for result in results] == [number, number]
         values.append([result["measures"]["fisher_trace"]["value"] for result in results])
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+    broken = tmp_path / "runs" / "0" / "checkpoint.safetensors"
+    broken.write_bytes(b"no weights")
+    done = call(
+        ["measure", "runs", "--measures", "fisher_trace", "--dtype", "float64", "--json", "-q"], 2, tmp_path
+    )
+    entry, result = json.loads(done.stdout)
+    assert "1 of 2 checkpoints could not be measured" in done.stderr
+    assert (entry["checkpoint"], entry["exit_code"]) == ("runs/0", 3)
+    assert result["measures"]["fisher_trace"]["value"] == values[1][1]
     done = call(["measure", "runs", "--jobs", "2", "-q"], 2, tmp_path)
     assert "under torchrun checkpoints are measured one by one" in done.stderr
 

@@ -10,14 +10,14 @@ import torch
 
 from gm_probe.cli import progress
 from gm_probe.cli.progress import progress_bar
-from gm_probe.core.batches import Batches
-from gm_probe.probe.catalogue import Outlook, expected_cost, expected_costs
-from gm_probe.probe.measures import measure
-from gm_probe.probe.operators import Operator
-from gm_probe.probe.settings import Settings
-from gm_probe.probe.spectrum import eigenpairs, iterations_ahead
-from gm_probe.probe.trace import Hutchinson, trace
-from gm_probe.probe.work import Count, Work
+from gm_probe.data.batches import Batches
+from gm_probe.linalg.lanczos import eigenpairs, iterations_ahead
+from gm_probe.linalg.operator import Operator
+from gm_probe.linalg.trace import Hutchinson, trace
+from gm_probe.linalg.work import Count, Work
+from gm_probe.measures.catalogue import Outlook, expected_cost, expected_costs
+from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
 
 
 @pytest.fixture

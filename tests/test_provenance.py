@@ -10,9 +10,10 @@ import pytest
 from scipy import stats
 
 from gm_probe.analysis import curves, definitions, grid, provenance
+from gm_probe.analysis.figures import run_curves
 from gm_probe.analysis.runs import load_table
-from gm_probe.core.files import write_json, write_toml
-from gm_probe.core.records import read_run
+from gm_probe.files.atomic import write_json, write_toml
+from gm_probe.runs.records import read_run
 
 RADII, STEPS = (0.05, 0.1), (1, 3)
 
@@ -104,6 +105,15 @@ def test_curves_have_what_was_recorded_and_name_what_was_not(runs: Path) -> None
     assert "metrics.jsonl" in unread["run-4"]
 
 
+def test_values_beyond_all_bounds_are_not_drawn() -> None:
+    """A figure of ±1e308 would overflow."""
+    values = [1e308, -1e308, float("nan"), float("inf"), None, "x", 0.5, 10**200]
+    rows = [{"epoch": epoch, "test_error": value} for epoch, value in enumerate(values, start=1)]
+    found = curves.curve(rows, "test_error")
+    np.testing.assert_array_equal(found, [[7], [0.5]])
+    run_curves([{**row, "test_ce": 0.1} for row in rows]).canvas.draw()
+
+
 def test_a_single_run_s_own_folder_is_found(runs: Path) -> None:
     table = load_table(runs / "run-0")
     assert list(provenance.read_records(table)) == ["run-0"]
@@ -118,7 +128,7 @@ def test_runs_below_a_run_are_told_apart(runs: Path) -> None:
 
 def test_every_measure_is_defined_under_the_symbol_that_measuring_prints() -> None:
     from gm_probe.analysis.table import KNOWN_MEASURES
-    from gm_probe.probe.measures import MEASURES
+    from gm_probe.measures.measure import MEASURES
 
     assert set(definitions.MEASURES) >= set(MEASURES) | set(KNOWN_MEASURES)
     for name, measure in MEASURES.items():

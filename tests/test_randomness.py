@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gm_probe
-from gm_probe.core.randomness import generators_kept
+from gm_probe.runtime.randomness import generators_kept
 from gm_probe.training.rules import METHODS
 
 HIDDEN = np.random.default_rng(0)

@@ -21,11 +21,11 @@ from click.testing import CliRunner
 from pandas.testing import assert_frame_equal
 
 from gm_probe.analysis.collect import collect
-from gm_probe.core.errors import UsageError
-from gm_probe.core.files import read_json, write_json
-from gm_probe.core.locks import BEAT, STALE
-from gm_probe.core.records import CHECKPOINT, MEASURES, METRICS, STATE, SUMMARY
-from gm_probe.sweep.executors import Job, Outcome, attempt
+from gm_probe.errors import UsageError
+from gm_probe.executors.local import Job, Outcome, attempt
+from gm_probe.files.atomic import read_json, write_json
+from gm_probe.files.locks import BEAT, STALE
+from gm_probe.runs.records import CHECKPOINT, MEASURES, METRICS, STATE, SUMMARY
 from gm_probe.sweep.recipe import Recipe, parse_recipe
 from gm_probe.sweep.runner import run_recipe
 
@@ -89,7 +89,7 @@ class Completions(threading.Thread):
 
 
 def test_a_sweep_survives_the_loss_of_a_node(cluster: Any, tmp_path: Path) -> None:
-    from gm_probe.sweep.ray_executor import Ray
+    from gm_probe.executors.ray import Ray
 
     sweep, out = recipe(20), tmp_path / "ray"
     run_recipe(sweep, tmp_path / "here")
@@ -125,7 +125,7 @@ def test_a_sweep_survives_the_loss_of_a_node(cluster: Any, tmp_path: Path) -> No
 
 
 def test_where_nothing_is_shared_workers_return_their_files(cluster: Any, tmp_path: Path) -> None:
-    from gm_probe.sweep.ray_executor import Ray
+    from gm_probe.executors.ray import Ray
 
     add_node(cluster)
     sweep, out = recipe(2), tmp_path / "ray"
@@ -193,7 +193,7 @@ class Cluster:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Cluster]:
     """Makes a ``Cluster`` that the executor takes for Ray; its workers keep copies in ``tmp_path / "copies"``."""
-    from gm_probe.sweep import ray_executor
+    from gm_probe.executors import ray as ray_executor
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # and restored: a worker's process is this one
     (tmp_path / "copies").mkdir()
@@ -234,7 +234,7 @@ def test_what_no_node_has_is_refused_on_one_machine_and_told_on_a_cluster(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from gm_probe.sweep.ray_executor import Ray
+    from gm_probe.executors.ray import Ray
 
     cluster = stand_in({"CPU": 2.0, "GPU": 1.0}, {"CPU": 4.0}, {})
     job = run_folder(tmp_path / "run")
@@ -256,7 +256,7 @@ def test_what_no_node_has_is_refused_on_one_machine_and_told_on_a_cluster(
 def test_no_address_joins_no_cluster(
     given: str | None, taken: str, stand_in: Callable[..., Cluster], tmp_path: Path
 ) -> None:
-    from gm_probe.sweep.ray_executor import Ray
+    from gm_probe.executors.ray import Ray
 
     cluster = stand_in({"CPU": 1.0})
     list(Ray(tmp_path, given)([run_folder(tmp_path / "run")]))
@@ -266,7 +266,7 @@ def test_no_address_joins_no_cluster(
 def test_files_go_to_workers_that_do_not_see_the_folder(
     stand_in: Callable[..., Cluster], tmp_path: Path
 ) -> None:
-    from gm_probe.sweep.ray_executor import Ray
+    from gm_probe.executors.ray import Ray
 
     jobs = [run_folder(tmp_path / name, STATE) for name in "abc"]
     files = {STATE: b"the driver's"}
@@ -282,7 +282,7 @@ def test_files_go_to_workers_that_do_not_see_the_folder(
 
 
 def test_a_file_that_vanishes_while_a_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gm_probe.sweep.ray_executor import _read
+    from gm_probe.executors.ray import _read
 
     run_folder(tmp_path / "run", STATE, SUMMARY)
     read = Path.read_bytes
@@ -299,7 +299,7 @@ def test_a_file_that_vanishes_while_a_folder_is_read(tmp_path: Path, monkeypatch
 def test_a_copy_that_a_kill_left_serves_the_same_files_alone(
     stand_in: Callable[..., Cluster], tmp_path: Path
 ) -> None:
-    from gm_probe.sweep.ray_executor import _work
+    from gm_probe.executors.ray import _work
 
     stand_in()
 
@@ -340,7 +340,7 @@ def planted(folder: Path, content: bytes) -> None:
 def test_what_another_user_planted_in_the_temporary_folder_is_not_taken(
     how: str, stand_in: Callable[..., Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gm_probe.sweep.ray_executor import _copies, _work
+    from gm_probe.executors.ray import _copies, _work
 
     def metrics(out: Path, threads: int | None) -> tuple[str, bytes]:
         assert out.parents[1].stat().st_mode & 0o077 == 0
@@ -372,7 +372,7 @@ def test_what_another_user_planted_in_the_temporary_folder_is_not_taken(
 
 
 def test_what_a_copy_measured_names_the_run_folder(stand_in: Callable[..., Cluster], tmp_path: Path) -> None:
-    from gm_probe.sweep.ray_executor import Ray
+    from gm_probe.executors.ray import Ray
 
     def measured(out: Path, threads: int | None) -> tuple[str, dict[str, str]]:
         write_json(out / MEASURES, {"checkpoint": str(out / CHECKPOINT)})
@@ -389,7 +389,7 @@ def test_what_a_copy_measured_names_the_run_folder(stand_in: Callable[..., Clust
 def test_a_lost_holder_is_waited_for_beyond_what_clocks_differ(
     silent: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gm_probe.sweep import ray_executor
+    from gm_probe.executors import ray as ray_executor
 
     class Clock:
         now = 0.0
@@ -415,7 +415,7 @@ def test_a_lost_holder_is_waited_for_beyond_what_clocks_differ(
 def test_a_run_sees_a_gpu_only_where_it_asked_for_one(
     gpus: float, visible: str, stand_in: Callable[..., Cluster], tmp_path: Path
 ) -> None:
-    from gm_probe.sweep.ray_executor import Ray
+    from gm_probe.executors.ray import Ray
 
     def look(out: Path, threads: int | None) -> tuple[str, str]:
         return "finished", os.environ["CUDA_VISIBLE_DEVICES"]
@@ -427,7 +427,7 @@ def test_a_run_sees_a_gpu_only_where_it_asked_for_one(
 
 def test_measure_picks_its_device_on_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gm_probe.cli.measure as command
-    from gm_probe.sweep import measuring
+    from gm_probe.measuring import checkpoint as measuring
 
     devices: list[torch.device] = []
 

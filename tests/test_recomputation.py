@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import gm_probe
-from gm_probe.core.recomputation import activations_kept
+from gm_probe.models.recomputation import activations_kept
 from gm_probe.training.rules import METHODS
 
 RULES = [name for name in METHODS if name != "sgd"]

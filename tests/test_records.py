@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gm_probe.core.errors import StorageError, UsageError
-from gm_probe.core.files import write_json, write_toml
-from gm_probe.core.records import find_runs, read_metrics, read_run
+from gm_probe.errors import StorageError, UsageError
+from gm_probe.files.atomic import write_json, write_toml
+from gm_probe.runs.records import find_runs, read_metrics, read_run
 
 
 @pytest.fixture

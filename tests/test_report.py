@@ -18,7 +18,7 @@ from scipy import stats
 
 from gm_probe.analysis import report
 from gm_probe.cli import main
-from gm_probe.core.files import write_json, write_toml
+from gm_probe.files.atomic import write_json, write_toml
 
 ATTACK = "<script>alert(1)</script>"
 VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
@@ -198,7 +198,7 @@ def test_markup_in_names_settings_and_reasons_is_text(text: str, page: Page) -> 
     assert "run-03<script>alert(1)<script>" in [row[0] for row in runs]
     assert f"m{ATTACK}" in [row[runs[0].index("model")] for row in runs]
     assert any(f"lost {ATTACK}" in note for note in page.texts("li"))
-    assert any(f"model=m{ATTACK}" in label for label in page.texts("text", inside="svg"))
+    assert any(f"model=m{ATTACK}" in row[2] for row in page.table("subgroups"))
     assert page.texts("title")[0] == "Generalization measures of a & b"
 
 
@@ -216,12 +216,14 @@ def test_ids_are_unique_and_every_reference_has_its_target(page: Page) -> None:
 
 def test_figures_are_named_and_described_and_tables_sort_by_button(page: Page) -> None:
     figures = page.all("figure")
-    drawings = [a for tag, a, around, _ in page.elements if tag == "svg"]
+    drawings = page.all("img")
     assert len(figures) == len(drawings) == len(page.texts("figcaption")) > 8
-    titles, texts = page.texts("title", inside="svg"), page.texts("desc", inside="svg")
-    assert len(titles) == len(texts) == len(figures)
+    for drawing in drawings:
+        kind, _, data = drawing["src"].partition(",")
+        assert kind == "data:image/svg+xml;base64"
+        assert base64.b64decode(data).rstrip().endswith(b"</svg>")
+    titles = [drawing["alt"] for drawing in drawings]
     assert all(titles)
-    assert all(texts)
     assert len(set(titles)) == len(titles)
     heads = [(a, text) for tag, a, around, text in page.elements if tag == "th" and "thead" in around]
     buttons = page.texts("button", inside="thead")
@@ -300,7 +302,7 @@ def test_the_same_runs_give_the_same_page(made: Made) -> None:
 
 def test_tables_and_figures_are_written_beside_it(whole: Path, page: Page) -> None:
     markdown, latex = (whole / "t.md").read_text(), (whole / "t.tex").read_text()
-    for sheet in ("Correlations", "Granulated ψ by hyperparameter", "Left out"):
+    for sheet in ("Correlations", "What one τ hides", "Left out"):
         assert f"### {sheet}" in markdown
     assert "<script" not in markdown.replace("\\<script", "")
     assert latex.count("\\toprule") == latex.count("\\bottomrule") == markdown.count("\n| --- ")

@@ -16,8 +16,8 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.errors import UsageError
+from gm_probe.data.batches import Batches
+from gm_probe.errors import UsageError
 from gm_probe.training.evaluation import evaluate
 from gm_probe.training.rule import Rule
 from gm_probe.training.rules import ASAM, IAMD, IAMS, METHODS, SAM, OnePassIAMD

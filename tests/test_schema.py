@@ -8,10 +8,10 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from gm_probe.core import schema
-from gm_probe.core.record_kinds import CONFIG_KIND, MEASURED_SETTING_KINDS, SETTING_KINDS, SWEEP_KIND
-from gm_probe.core.schema import Check, Unfit, bounded
-from gm_probe.probe.settings import Settings
+from gm_probe.files import schema
+from gm_probe.files.schema import Check, Unfit, bounded
+from gm_probe.measures.settings import Settings
+from gm_probe.runs.record_kinds import CONFIG_KIND, MEASURED_SETTING_KINDS, SETTING_KINDS, SWEEP_KIND
 from gm_probe.training.config import TrainConfig
 
 KINDS: dict[str, tuple[Check, list[Any], list[Any]]] = {

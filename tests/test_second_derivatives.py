@@ -12,10 +12,10 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import gm_probe
-from gm_probe.core.batches import Batches
-from gm_probe.core.errors import DerivativeError
-from gm_probe.core.parameters import Parameters
-from gm_probe.probe.operators import hessian
+from gm_probe.curvature.operators import hessian
+from gm_probe.data.batches import Batches
+from gm_probe.errors import DerivativeError
+from gm_probe.models.parameters import Parameters
 
 
 class Apply(nn.Module):

@@ -28,7 +28,7 @@ from gm_probe.analysis.results import SweepStatistics
 from gm_probe.analysis.runs import load_table
 from gm_probe.analysis.sample import sample_of
 from gm_probe.analysis.table import RunTable
-from gm_probe.core.files import write_json, write_toml
+from gm_probe.files.atomic import write_json, write_toml
 
 
 def crossed(

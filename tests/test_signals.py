@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gm_probe.core.signals import INTERRUPTED, TERMINATED, Terminated, ending_in_order, sigterm_noted
+from gm_probe.runtime.signals import INTERRUPTED, TERMINATED, Terminated, ending_in_order, sigterm_noted
 
 WAITING = """
 import signal, sys, time
@@ -120,7 +120,7 @@ def test_a_second_sigterm_soon_after_counts_as_the_first() -> None:
 def test_a_later_sigterm_ends_what_only_notes_it() -> None:
     code = (
         "import os, signal, time\n"
-        "from gm_probe.core.signals import SAME, sigterm_noted\n"
+        "from gm_probe.runtime.signals import SAME, sigterm_noted\n"
         "with sigterm_noted():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(SAME + 0.1)\n"

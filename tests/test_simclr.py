@@ -19,17 +19,17 @@ from torch.nn import functional
 
 from gm_probe.analysis.figures import run_curves
 from gm_probe.analysis.runs import load_table
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import read_checkpoint
-from gm_probe.core.contrastive import Contrastive, as_encoder
-from gm_probe.core.datasets import Source, open_source
-from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.loading import load_model
-from gm_probe.core.models import ModelSpec, initial_model
-from gm_probe.core.records import CHECKPOINT, MEASURES, RAW, SPLIT, read_metrics, read_run
-from gm_probe.probe.probe import Settings
-from gm_probe.sweep.measuring import measure_checkpoint
-from gm_probe.sweep.saved_measures import merge_measures
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.datasets import Source, open_source
+from gm_probe.errors import DataError, UsageError
+from gm_probe.measures.context import Settings
+from gm_probe.measuring.checkpoint import measure_checkpoint
+from gm_probe.measuring.saved import merge_measures
+from gm_probe.models.checkpoints import read_checkpoint
+from gm_probe.models.contrastive import Contrastive, as_encoder
+from gm_probe.models.loading import load_model
+from gm_probe.models.zoo import ModelSpec, initial_model
+from gm_probe.runs.records import CHECKPOINT, MEASURES, RAW, SPLIT, read_metrics, read_run
 from gm_probe.training import parts
 from gm_probe.training.linear_probe import BATCH, LR, fit, linear_probe
 from gm_probe.training.loop import train

@@ -11,9 +11,9 @@ from conftest import CASES, Case
 from test_operators import build, dense_terms
 from torch import Tensor
 
-from gm_probe.core.errors import DivergedError, ResourceError
-from gm_probe.probe.operators import Operator
-from gm_probe.probe.spectrum import Eigenpair, certified, eigenpairs, lanczos, random_start
+from gm_probe.errors import DivergedError, ResourceError
+from gm_probe.linalg.lanczos import Eigenpair, certified, eigenpairs, lanczos, random_start
+from gm_probe.linalg.operator import Operator
 
 
 def operator_of(terms: Tensor) -> Operator:

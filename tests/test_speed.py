@@ -1,23 +1,27 @@
-"""Choices by trial: they change time and memory, never a figure."""
+"""Batch sizes within a memory budget; the same bits whatever else the machine does."""
 
 from __future__ import annotations
 
-import copy
+import itertools
 import time
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from gm_probe.core.batches import BATCH_SIZE, Batches
-from gm_probe.core.datasets import Examples
-from gm_probe.core.errors import UsageError
-from gm_probe.core.parameters import Parameters
-from gm_probe.probe import operators, speed
-from gm_probe.probe.measures import measure
-from gm_probe.probe.speed import bytes_an_example, clearly_faster, fastest_layout, within
+from gm_probe.curvature import speed
+from gm_probe.curvature.speed import bytes_an_example, within
+from gm_probe.data.batches import BATCH_SIZE, Batches, Normalization
+from gm_probe.data.datasets import Examples
+from gm_probe.errors import UsageError
+from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
+from gm_probe.measuring.checkpoint import measure_checkpoint
+from gm_probe.models.networks import cnn6
 
 
 def small_cnn() -> nn.Module:
@@ -30,44 +34,6 @@ def small_cnn() -> nn.Module:
 
 def images(count: int) -> torch.Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def busy(seconds: float, calls: list[float]) -> Callable[[], None]:
-    def way() -> None:
-        calls.append(seconds)
-        end = time.process_time() + seconds
-        while time.process_time() < end:
-            pass
-
-    return way
-
-
-def test_only_a_clear_win_counts() -> None:
-    device = torch.device("cpu")
-    slow, quick, brief = 0.2, 0.05, 0.001
-    assert clearly_faster(busy(quick, []), busy(slow, []), device)
-    assert not clearly_faster(busy(slow, []), busy(slow, []), device)
-    assert not clearly_faster(busy(slow, []), busy(quick, []), device)
-    calls: list[float] = []
-    assert not clearly_faster(busy(0, calls), busy(brief, []), device)
-    assert not calls  # what is brief anyway is not worth a trial
-
-
-@pytest.mark.parametrize("win", [True, False])
-def test_layout_is_the_faster_one_and_the_model_computes_the_same(
-    monkeypatch: pytest.MonkeyPatch, win: bool
-) -> None:
-    monkeypatch.setattr(speed, "clearly_faster", lambda other, usual, device: bool(other() or usual() or win))
-    model, x = small_cnn(), images(4)
-    before = copy.deepcopy(model)
-    found = fastest_layout(model, x)
-    assert found == (torch.contiguous_format if win else torch.channels_last)
-    weight = model[0].weight  # type: ignore[index]
-    assert weight.is_contiguous(memory_format=found)
-    assert not model.training
-    for (name, a), b in zip(model.state_dict().items(), before.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    assert torch.allclose(model(x), before(x), atol=1e-5)
 
 
 def test_bytes_an_example_by_hand() -> None:
@@ -98,14 +64,14 @@ def test_batch_size_follows_the_memory() -> None:
     batches = Batches.from_tensors(x)
     one = bytes_an_example(model, next(iter(batches)).x)
     assert batches.batch_size == within(1e12, model, batches).batch_size == BATCH_SIZE
-    assert within(speed.TAPES * one * 37.5, model, batches).batch_size == 37
+    assert within(speed.PRODUCT * one * 37.5, model, batches).batch_size == 37
     assert within(10, model, batches).batch_size == 1
 
 
 def test_measuring_takes_no_more_than_the_memory_unless_a_size_is_given() -> None:
     model, x = small_cnn(), images(8)
     laid_out = next(iter(Batches.from_tensors(x))).x
-    memory = speed.TAPES * bytes_an_example(model, laid_out) * 3.5
+    memory = speed.PRODUCT * bytes_an_example(model, laid_out) * 3.5
 
     def size(names: list[str], **options: int) -> int:
         report = measure(model, Batches.from_tensors(x, **options), names, memory=memory)
@@ -119,6 +85,42 @@ def test_measuring_takes_no_more_than_the_memory_unless_a_size_is_given() -> Non
 def test_batches_whose_size_belongs_to_the_measure_are_left() -> None:
     batches = Batches(Examples(images(BATCH_SIZE), None, (), "x"), coupled=True)
     assert measure(small_cnn(), batches, ["fisher_lambda_max"], memory=1).batch_size == BATCH_SIZE
+
+
+def test_a_busy_machine_changes_no_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither clocks that jump nor layers that are slow in one memory format choose what is computed."""
+    checkpoint = tmp_path / "6cnn.pt"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save(cnn6(3, 16, 16, 4).state_dict(), checkpoint)
+        x = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    examples = Examples(x, torch.arange(6) % 4, tuple("abcd"), "x")
+
+    def measured() -> dict[str, Any]:
+        return measure_checkpoint(
+            checkpoint,
+            examples,
+            ["hessian_lambda_max", "hessian_trace", "fisher_lambda_max", "local_inconsistency"],
+            Settings(num_starts=2, max_iterations=6),
+            model_name="6cnn",
+            normalization=Normalization((0.5,) * 3, (0.25,) * 3),
+        )
+
+    def slow(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if isinstance(module, nn.Conv2d) and not args[0].is_contiguous():
+            time.sleep(0.02)
+
+    idle = measured()
+    jumps = itertools.accumulate(itertools.cycle([0.001, 5.0, 0.3]))
+    for clock in ("perf_counter", "process_time", "monotonic"):
+        monkeypatch.setattr(time, clock, lambda: next(jumps))
+    handle = register_module_forward_hook(slow)
+    try:
+        busy = measured()
+    finally:
+        handle.remove()
+    assert busy == idle
+    assert idle["measures"]["hessian_lambda_max"]["num_evals"] > 6 * 3
 
 
 def test_no_memory_for_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,23 +141,3 @@ def test_a_model_without_gradients_is_told_by_what_needs_them() -> None:
     assert within(1, Hidden(), batches).batch_size == BATCH_SIZE
     with pytest.raises(UsageError, match="cannot be differentiated by its parameters"):
         measure(Hidden(), batches, ["fisher_lambda_max"])
-
-
-def test_the_slower_product_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever way is taken, the product and the terms are the same."""
-    model, x = small_cnn().double(), images(6).double()
-    y = torch.arange(6) % 5
-    batches = Batches(Examples(x, y, (), "t"), batch_size=4, dtype=torch.float64)
-    parameters = Parameters(model)
-    v = torch.randn(parameters.size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    results = []
-    for win in (True, False):
-        trial = Mock(return_value=win)
-        monkeypatch.setattr(operators, "clearly_faster", trial)
-        operator = operators.hessian(parameters, batches, y)
-        results.append((operator.matvec(v), operator.terms(v)))
-        operator.matvec(v)
-        assert trial.call_count == 2  # once for the product, once for the terms
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, rtol=1e-9)
-        assert not torch.equal(a, b)  # the two ways round differently: the choice was followed

@@ -7,9 +7,9 @@ from itertools import chain, combinations
 import pytest
 import torch
 
-from gm_probe.core.datasets import Examples, Source
-from gm_probe.core.errors import DataError
-from gm_probe.core.splits import Splits, split
+from gm_probe.data.datasets import Examples, Source
+from gm_probe.data.splits import Splits, split
+from gm_probe.errors import DataError
 
 
 def numbered(size: int, labels: torch.Tensor | None = None) -> Examples:

@@ -1,6 +1,7 @@
 """Anybody's CSV or Parquet as a run table: which columns are taken, what is missing, what is refused."""
 
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from scipy.stats import kendalltau
 from gm_probe.analysis import spreadsheets
 from gm_probe.analysis.correlation import correlate, group_rows
 from gm_probe.analysis.runs import load_table
-from gm_probe.core.errors import DataError, StorageError, UsageError
+from gm_probe.errors import DataError, StorageError, UsageError
 
 
 def make_csv(folder: Path, text: str) -> Path:
@@ -327,6 +328,17 @@ def test_a_csv_of_too_many_cells_is_refused_before_it_is_read(
     path = make_csv(tmp_path, ",".join(f"c{i}" for i in range(header)) + "\n" + "1\n" * rows)
     with pytest.raises(DataError, match="keep one row a run"):
         load_table(path)
+
+
+def test_a_csv_beyond_all_bounds_is_refused_by_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "holes.csv"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # a file of holes, which takes no room on the disk
+    tracemalloc.start()
+    with pytest.raises(DataError, match="more than 1,073,741,824 bytes"):
+        load_table(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_parquet_bombs_are_refused(tmp_path: Path) -> None:

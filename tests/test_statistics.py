@@ -21,7 +21,7 @@ from gm_probe.analysis.prediction import prediction
 from gm_probe.analysis.results import Correlation, Details, SweepStatistics
 from gm_probe.analysis.sample import Draws, sample_of
 from gm_probe.analysis.table import RunTable
-from gm_probe.core.errors import ResourceError, UsageError
+from gm_probe.errors import ResourceError, UsageError
 
 
 def table_of(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.core.door import Outputs
-from gm_probe.core.errors import UsageError
-from gm_probe.core.fields import as_inputs
+from gm_probe.data.fields import as_inputs
+from gm_probe.errors import UsageError
+from gm_probe.models.door import Outputs
 from gm_probe.training.rule import Rule
 from gm_probe.training.rules import ASAM, IAMD, IAMS, METHODS, SAM
 from gm_probe.training.sub_batches import SubBatches, loss_shares

@@ -19,14 +19,15 @@ import numpy as np
 import pytest
 import torch
 
-from gm_probe.core import files
-from gm_probe.core.datasets import open_source
-from gm_probe.core.errors import DivergedError, StorageError, UsageError
-from gm_probe.core.files import read_json, read_toml, write_json
-from gm_probe.core.locks import LOCK, exclusive
-from gm_probe.core.records import failure, find_runs, read_run, run_state
-from gm_probe.sweep import measuring, runner
-from gm_probe.sweep.executors import Outcome
+from gm_probe.data.datasets import open_source
+from gm_probe.errors import DivergedError, StorageError, UsageError
+from gm_probe.executors.local import Outcome
+from gm_probe.files import atomic
+from gm_probe.files.atomic import read_json, read_toml, write_json
+from gm_probe.files.locks import LOCK, exclusive
+from gm_probe.measuring import checkpoint as measuring
+from gm_probe.runs.records import failure, find_runs, read_run, run_state
+from gm_probe.sweep import runner
 from gm_probe.sweep.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe, run_name
 from gm_probe.sweep.runner import is_complete, run_one, run_recipe
 from gm_probe.training.config import TrainConfig
@@ -352,14 +353,14 @@ def test_a_failed_measurement_keeps_the_training(
 def test_a_run_whose_last_sync_failed_is_complete_and_no_failure(
     tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = files._sync_folder
+    original = atomic._sync_folder
 
     def failing(folder: Path) -> None:
         original(folder)
         if (folder / "measures.json").exists() and not (folder / "error.txt").exists():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(files, "_sync_folder", failing)
+    monkeypatch.setattr(atomic, "_sync_folder", failing)
     assert run(recipe, tmp_path) == ["failed"] * 4
     monkeypatch.undo()
     before = {name: time for name, time in stamps(tmp_path).items() if not name.endswith("error.txt")}

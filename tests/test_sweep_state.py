@@ -23,14 +23,14 @@ from safetensors.torch import load_file
 from gm_probe.analysis.collect import collect
 from gm_probe.analysis.runs import load_table
 from gm_probe.cli import main
-from gm_probe.core import locks
-from gm_probe.core.datasets import open_source
-from gm_probe.core.errors import BusyError, StorageError, UsageError
-from gm_probe.core.files import write_json, write_toml
-from gm_probe.core.locks import LOCK, Word, exclusive, held, told
-from gm_probe.core.records import failure, run_state
-from gm_probe.probe.catalogue import expected_cost
-from gm_probe.probe.probe import Settings
+from gm_probe.data.datasets import open_source
+from gm_probe.errors import BusyError, StorageError, UsageError
+from gm_probe.files import locks
+from gm_probe.files.atomic import write_json, write_toml
+from gm_probe.files.locks import LOCK, Word, exclusive, held, told
+from gm_probe.measures.catalogue import expected_cost
+from gm_probe.measures.context import Settings
+from gm_probe.runs.records import failure, run_state
 from gm_probe.sweep import estimate
 from gm_probe.sweep.estimate import estimates
 from gm_probe.sweep.manifest import named_as_found, only, read_sweep, write_sweep

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gm_probe.cli import main
-from gm_probe.core.records import read_metrics
+from gm_probe.runs.records import read_metrics
 from gm_probe.training.run import Training
 
 ARGUMENTS = (

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gm_probe.core.errors import CheckpointError
-from gm_probe.core.pickles import load_torch
-from gm_probe.core.torch_zip import read_records
+from gm_probe.errors import CheckpointError
+from gm_probe.files.pickles import load_torch
+from gm_probe.files.torch_zip import read_records
 
 END, END64, LOCATOR, ENTRY = 22, 56, 20, 46
 
@@ -156,3 +156,16 @@ def test_a_tar_file_that_begins_as_a_pickle_is_refused(tmp_path: Path) -> None:
             tar.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
     with pytest.raises(CheckpointError, match="is a tar file"):
         load_torch(path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
+    """torch.save computes none where it is told so."""
+    path = tmp_path / "a.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        path.write_bytes(saved())
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(path) as archive:
+        assert {entry.CRC for entry in archive.infolist()} == {0}
+    assert torch.equal(load_torch(path)["b"], torch.ones(3))

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.errors import DivergedError
-from gm_probe.core.parameters import Parameters, differentiable_attention
-from gm_probe.probe.fisher_trace import COLUMNS, HEAD, CovarianceRoot, _signs, fisher_trace
-from gm_probe.probe.measures import measure
-from gm_probe.probe.operators import Operator
-from gm_probe.probe.probe import Probe, Settings
-from gm_probe.probe.trace import Trace, trace
-from gm_probe.probe.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
+from gm_probe.curvature.fisher_trace import COLUMNS, HEAD, CovarianceRoot, _signs, fisher_trace
+from gm_probe.data.batches import Batches
+from gm_probe.errors import DivergedError
+from gm_probe.linalg.operator import Operator
+from gm_probe.linalg.trace import Trace, trace
+from gm_probe.linalg.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
+from gm_probe.measures.context import Probe, Settings
+from gm_probe.measures.measure import measure
+from gm_probe.models.parameters import Parameters, differentiable_attention
 
 BY_NAME = {case.name: case for case in CASES}
 

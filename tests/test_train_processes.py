@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_training_loop import BASE, rows
 
-from gm_probe.core.records import CHECKPOINT, STATE, read_run
+from gm_probe.runs.records import CHECKPOINT, STATE, read_run
 from gm_probe.training.rules import METHODS
 
 # 203 examples in batches of 64: the last batch is one of 11, which two processes share unequally

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.checkpoints import read_checkpoint
-from gm_probe.core.datasets import open_source
-from gm_probe.core.errors import BusyError, CheckpointError, DataError, DivergedError, UsageError
-from gm_probe.core.locks import exclusive
-from gm_probe.core.records import BEST, CHECKPOINT, SPLIT, STATE, read_metrics, read_run
+from gm_probe.data.batches import Batches
+from gm_probe.data.datasets import open_source
+from gm_probe.errors import BusyError, CheckpointError, DataError, DivergedError, UsageError
+from gm_probe.files.locks import exclusive
+from gm_probe.models.checkpoints import read_checkpoint
+from gm_probe.runs.records import BEST, CHECKPOINT, SPLIT, STATE, read_metrics, read_run
 from gm_probe.training import parts
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import evaluate, evaluate_within
@@ -281,6 +281,39 @@ def test_broken_state_is_named(content: bytes | None, tmp_path: Path) -> None:
         torch.save({**state, "model": {}}, tmp_path / STATE)
     else:
         (tmp_path / STATE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be resumed from"):
+        train(config(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"epoch": -1},
+        {"epoch": "1"},
+        {"step": 3.5},
+        {"step": 1},
+        {"skipped": True},
+        {"skipped": "x"},
+        {"epoch": 10**30},
+        {"epoch": None},
+        {"sums": [], "step": 1},
+        {"rule": torch.ones(3)},
+        {"optimizer": {"state": {0: 1}}},
+    ],
+    ids=str,
+)
+def test_a_state_that_lies_is_named(lie: dict[str, Any], tmp_path: Path) -> None:
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(config(), tmp_path, notify=stop)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    nested = {
+        key: {**state[key], **value} if isinstance(value, dict) else value for key, value in lie.items()
+    }
+    torch.save({**state, **nested}, tmp_path / STATE)
     with pytest.raises(CheckpointError, match=r"state\.pt cannot be resumed from"):
         train(config(), tmp_path, resume=True)
 
@@ -800,7 +833,7 @@ def test_images_that_do_not_fit_into_memory_train_the_same(
         checkpoint_every=3,
     )
     train(settings, tmp_path / "memory")
-    monkeypatch.setattr("gm_probe.core.images.IN_MEMORY", 0)
+    monkeypatch.setattr("gm_probe.data.images.IN_MEMORY", 0)
     parts._open.cache_clear()
     assert not isinstance(load_splits(settings).train.x, Tensor)
     train_interrupted(settings, tmp_path / "files", 1)

@@ -20,14 +20,14 @@ import torch
 from PIL import Image
 
 from gm_probe.cli import main
-from gm_probe.core import datasets, images
-from gm_probe.core.batches import Normalization
-from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
-from gm_probe.core.datasets import open_source
-from gm_probe.core.errors import CheckpointError, DataError
-from gm_probe.core.folders import PassedOver, images_below
-from gm_probe.core.loading import load_model
-from gm_probe.core.models import ModelSpec, build_model
+from gm_probe.data import datasets, images
+from gm_probe.data.batches import Normalization
+from gm_probe.data.datasets import open_source
+from gm_probe.data.folders import PassedOver, images_below
+from gm_probe.errors import CheckpointError, DataError
+from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
+from gm_probe.models.loading import load_model
+from gm_probe.models.zoo import ModelSpec, build_model
 from gm_probe.training.state import read_state
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

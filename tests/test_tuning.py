@@ -25,12 +25,12 @@ from gm_probe.analysis.heat_map import heat_map, trial_map
 from gm_probe.analysis.plots import render
 from gm_probe.cli import main
 from gm_probe.cli.tune import NOT_TRAINS, _doubts, tune
-from gm_probe.core import images
-from gm_probe.core.checkpoints import read_checkpoint
-from gm_probe.core.errors import DataError, DivergedError, ProbeError, UsageError
-from gm_probe.core.loading import load_model
-from gm_probe.core.records import find_runs
-from gm_probe.sweep.executors import Outcome
+from gm_probe.data import images
+from gm_probe.errors import DataError, DivergedError, ProbeError, UsageError
+from gm_probe.executors.local import Outcome
+from gm_probe.models.checkpoints import read_checkpoint
+from gm_probe.models.loading import load_model
+from gm_probe.runs.records import find_runs
 from gm_probe.sweep.recipe import Recipe
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.sweep.tuning import (

@@ -39,6 +39,7 @@ ERRORS = {
     "no probes": (2, *MEASURE, *DATA, "--max-probes", "0"),
     "no starts": (2, *MEASURE, *DATA, "--starts", "0"),
     "an unknown model": (2, *MEASURE, *DATA, "--model", "resnet999"),
+    "an unknown model of torchvision": (2, *MEASURE, *DATA, "--model", "torchvision:resnet19"),
     "training an unknown model": (2, "train", "--model", "6cn"),
     "an unknown device": (2, *MEASURE, *DATA, "--device", "gpu"),
     "a size in words": (2, *MEASURE, *DATA, "--memory", "much"),

@@ -16,8 +16,8 @@ import tomli_w
 
 import gm_probe
 from gm_probe.cli import main
-from gm_probe.core.errors import DataError
-from gm_probe.core.files import read_json, read_toml
+from gm_probe.errors import DataError
+from gm_probe.files.atomic import read_json, read_toml
 
 EVIL = "from pathlib import Path\nPath({canary!r}).touch()\ndef build():\n    raise SystemExit\n"
 RECIPE = """
@@ -172,7 +172,7 @@ def test_a_job_array_names_the_code_of_its_recipe(folder: Path, capsys: pytest.C
 def test_what_lies_beside_named_code_hides_no_installed_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gm_probe.core.models import ModelSpec, build_model
+    from gm_probe.models.zoo import ModelSpec, build_model
 
     monkeypatch.chdir(tmp_path)
     for name in ("this", "colorsys", "ensurepip"):  # modules that nothing has imported
@@ -219,7 +219,7 @@ def _changed(run: Path, **changes: object) -> None:
 def test_a_record_names_no_place_to_look_for_data(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gm_probe.core import datasets
+    from gm_probe.data import datasets
 
     asked: list[tuple[Path, bool]] = []
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as vision
 
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
 from gm_probe.training.views import HUE, RATIO, SCALE, STRENGTH, Draws, draw_views, require_images, see
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gm_probe.core import processes
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
+from gm_probe.runtime import processes
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 from gm_probe.training.rules import METHODS

@@ -1,17 +1,15 @@
-"""gm_probe's own cells, as ``gmprobe measure`` takes them: with freed memory kept, in the faster memory format."""
+"""gm_probe's own cells, as ``gmprobe measure`` takes them: with freed memory kept, in channels-last format."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-import torch
-
-from gm_probe.core.batches import Batches
-from gm_probe.core.devices import keep_freed_memory
-from gm_probe.probe.measures import Report, measure
-from gm_probe.probe.probe import Settings
-from gm_probe.probe.speed import TRIAL, fastest_layout
+from gm_probe.data.batches import Batches
+from gm_probe.measures.context import Settings
+from gm_probe.measures.measure import Report, measure
+from gm_probe.models.layout import settle_layout
+from gm_probe.runtime.devices import keep_freed_memory
 from peers.plan import Cell, quantity_of
 from peers.subject import Subject
 
@@ -29,12 +27,11 @@ def run_ours(subject: Subject, cell: Cell, seed: int) -> dict[str, Any]:
 
     def timed(names: list[str], settings: Settings) -> tuple[Report, float]:
         start = time.perf_counter()
-        layout = fastest_layout(subject.model, subject.batches[0][0][: 2 * TRIAL])
         batches = Batches(
             subject.examples,
             subject.normalization,
             batch_size=subject.batch_size,
-            channels_last=layout == torch.channels_last,
+            channels_last=settle_layout(subject.model, subject.batches[0][0][:2]),
         )
         report = measure(subject.model, batches, names, settings)
         return report, time.perf_counter() - start

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import read_checkpoint
-from gm_probe.core.datasets import Examples, open_source
-from gm_probe.core.loading import load_model
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.datasets import Examples, open_source
+from gm_probe.models.checkpoints import read_checkpoint
+from gm_probe.models.loading import load_model
 from peers.plan import Setting
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -13,14 +13,14 @@ from gm_probe.accuracy.evidence import Evidence, gather
 from gm_probe.accuracy.report import EstimateReport
 from gm_probe.accuracy.sets import examine
 from gm_probe.accuracy.verdict import Request, judge
-from gm_probe.core.batches import Batches
-from gm_probe.core.collecting import Data, as_batches
-from gm_probe.core.door import Outputs
-from gm_probe.core.errors import UsageError, one_device
-from gm_probe.core.layout import in_layout_taken
-from gm_probe.core.parameters import Parameters
-from gm_probe.probe.measures import measure
-from gm_probe.probe.settings import Settings
+from gm_probe.data.batches import Batches
+from gm_probe.data.collecting import Data, as_batches
+from gm_probe.errors import UsageError, one_device
+from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
+from gm_probe.models.door import Outputs
+from gm_probe.models.layout import in_layout_taken
+from gm_probe.models.parameters import Parameters
 
 EXTRA = "effective_invariance"
 """An estimator that takes a second pass over every set, and so is computed on demand only."""

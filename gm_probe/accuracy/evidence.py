@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from gm_probe.accuracy.predictions import Predictions, predict, require_fit
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts, why_not_shifted
-from gm_probe.core.batches import Batches
-from gm_probe.core.datasets import Examples
-from gm_probe.core.door import Outputs
-from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.labels import fitting
+from gm_probe.data.batches import Batches
+from gm_probe.data.datasets import Examples
+from gm_probe.data.labels import fitting
+from gm_probe.errors import DataError, UsageError
+from gm_probe.models.door import Outputs
 
 SHIFTED = 2000
 """Most validation examples that each shift is applied to."""

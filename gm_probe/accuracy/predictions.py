@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.door import Outputs
-from gm_probe.core.errors import DataError, DivergedError, UsageError, foreign_or
-from gm_probe.core.memory import within_memory
-from gm_probe.core.parameters import Parameters, evaluating
-from gm_probe.core.precision import float32_products
-from gm_probe.core.randomness import generators_kept
-from gm_probe.probe.probe import Probe
-from gm_probe.probe.settings import Settings
-from gm_probe.probe.work import Work
+from gm_probe.data.batches import Batches
+from gm_probe.data.memory import within_memory
+from gm_probe.errors import DataError, DivergedError, UsageError, foreign_or
+from gm_probe.linalg.work import Work
+from gm_probe.measures.context import Probe
+from gm_probe.measures.settings import Settings
+from gm_probe.models.door import Outputs
+from gm_probe.models.parameters import Parameters, evaluating
+from gm_probe.runtime.precision import float32_products
+from gm_probe.runtime.randomness import generators_kept
 
 CHECKED = 64
 """Examples on which the model is looked at before the pass: its outputs are finite, repeatable and independent."""

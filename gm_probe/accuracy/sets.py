@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from gm_probe.accuracy.shifts import why_not_shifted
-from gm_probe.core.datasets import Examples, marks
-from gm_probe.core.errors import DataError
-from gm_probe.core.fields import Fields
+from gm_probe.data.datasets import Examples, marks
+from gm_probe.data.fields import Fields
+from gm_probe.errors import DataError
 
 FEW_UNLABELED, FEW_VALIDATION = 50, 200
 """Below these sizes intervals are wide, and a note says so."""

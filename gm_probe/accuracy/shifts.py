@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gm_probe.core.datasets import Examples
-from gm_probe.core.images import ImageFiles, blocks
+from gm_probe.data.datasets import Examples
+from gm_probe.data.images import ImageFiles, blocks
 
 SMALLEST = 4
 """Pixels a side of the smallest image that is shifted."""

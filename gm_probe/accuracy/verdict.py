@@ -19,7 +19,7 @@ from gm_probe.accuracy.ranking import Standing, conclude
 from gm_probe.accuracy.readings import plausible, read
 from gm_probe.accuracy.report import Accuracy, EstimateReport, ModelEstimate
 from gm_probe.accuracy.scores import probabilities, scores_of
-from gm_probe.core.errors import DataError, UsageError, did_you_mean
+from gm_probe.errors import DataError, UsageError, did_you_mean
 
 CHOICES = ("auto", "validation", "uniform", "estimated")
 """What class shares may be, beside numbers."""

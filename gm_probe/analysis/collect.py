@@ -8,12 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from gm_probe.analysis.row_cache import RowCache
-from gm_probe.core.cells import cell
-from gm_probe.core.errors import StorageError, UsageError
-from gm_probe.core.files import write_atomic
-from gm_probe.core.locks import held, locked
-from gm_probe.core.records import failure, find_runs, read_run, state_at_rest
+from gm_probe.analysis.cells import cell
+from gm_probe.errors import StorageError, UsageError
+from gm_probe.files.atomic import write_atomic
+from gm_probe.files.locks import held, locked
+from gm_probe.runs.records import failure, find_runs, read_run, state_at_rest
 
 PARTS = {
     "value": "",
@@ -31,21 +30,18 @@ def collect(root: Path) -> pd.DataFrame:
     NAME_stderr_examples and NAME_has_converged; ``probe.KEY`` is a setting of the measurement. What a run does not have
     is empty. A run whose files are broken is a row whose ``reason`` says so.
 
-    Only runs whose files have changed since the last call are read; see ``RowCache``.
-
     Raises:
         UsageError: ``root`` holds no run.
     """
-    cache, rows = RowCache(root, Path(__file__)), []
+    rows = []
     for path in find_runs(root):
         run = path.relative_to(root).as_posix() if path != root else root.resolve().name
         try:
-            row = cache.row(run, path, _row)
+            row = _row(path)
             now = {"status": "running"} if held(path) else {}
             rows.append({"run": _cell(run), **row, **now})
         except StorageError as error:
             rows.append({"run": _cell(run), "status": "failed", "reason": _cell(str(error))})
-    cache.write()
     rows.sort(key=lambda row: row["run"])
     return pd.DataFrame(rows, columns=_columns(rows))
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from gm_probe.analysis.provenance import run_folder
-from gm_probe.analysis.table import RunTable
-from gm_probe.core.errors import StorageError
-from gm_probe.core.records import read_metrics
+from gm_probe.analysis.table import LARGEST, RunTable
+from gm_probe.errors import StorageError
+from gm_probe.runs.records import read_metrics
 
 CURVES = {
     "running_loss": "training loss (running)",
@@ -30,12 +30,17 @@ def read_curves(table: RunTable) -> tuple[dict[str, list[Curve]], dict[str, str]
         except StorageError as error:
             rows, unread[run] = [], str(error)
         for name, curves in found.items():
-            curves.append(_curve(rows, name))
+            curves.append(curve(rows, name))
     return {name: curves for name, curves in found.items() if any(len(x) for x, _ in curves)}, unread
 
 
-def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
+def curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
+    """Return the (epochs, values) of ``name`` in the metrics ``rows``.
+
+    Values that are not finite, or larger than any that a table takes, cannot be drawn and are left out.
+    """
     pairs = [(row.get("epoch"), row.get(name)) for row in rows]
     points = [pair for pair in pairs if all(isinstance(value, int | float) for value in pair)]
     x, y = np.array(points, dtype=float).reshape(-1, 2).T
-    return x[np.isfinite(y)], y[np.isfinite(y)]
+    drawn = np.abs(y) <= LARGEST  # False of NaN
+    return x[drawn], y[drawn]

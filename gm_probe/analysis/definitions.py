@@ -1,6 +1,6 @@
 """What each measure and each statistic of a report is, in words: the page must explain itself.
 
-The measures' own table (``gm_probe.probe.measures.MEASURES``) imports torch, which analysis does not wait for;
+The measures' own table (``gm_probe.measures.measure.MEASURES``) imports torch, which analysis does not wait for;
 a test holds the two to the same names.
 """
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import os
 import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from gm_probe.core.errors import DataError, StorageError
+from gm_probe.errors import DataError, StorageError
+from gm_probe.files.regular import open_to_read
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 BOMS = {  # UTF-32 first: its mark begins as that of UTF-16
@@ -56,11 +58,12 @@ def read_delimited(path: Path) -> Delimited:
         DataError: it is empty, no text, or its rows do not fit its header.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+        with open_to_read(path, follow=True) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(MOST_BYTES + 1) if size <= MOST_BYTES else b""
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(data) > MOST_BYTES:
+    if max(size, len(data)) > MOST_BYTES:
         raise DataError(f"{path} has more than {MOST_BYTES:,} bytes; keep fewer rows or columns")
     text, encoding = _decoded(data, path)
     try:

@@ -1,6 +1,6 @@
 """Spectral densities, bulk and outliers in one picture: logarithmic both ways, linear around 0.
 
-Drawn from the JSON object of ``gm_probe.probe.density.Density.as_dict``.
+Drawn from the JSON object of ``gm_probe.linalg.density.Density.as_dict``.
 """
 
 import math
@@ -10,11 +10,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-from gm_probe.analysis.plots import COLOURS, STYLE
+from gm_probe.analysis.plots import COLOURS, STYLE, new_figure
 
 NAMES = {"fisher": "Fisher matrix F", "hessian": "loss Hessian H"}
 FLOOR = 0.1  # eigenvalues per decade: a tenth of what one alone would have
@@ -36,8 +35,7 @@ def density_panels(
     low = min(one["curve"]["x"][0] for one in densities.values())
     high = max(one["curve"]["x"][-1] for one in densities.values())
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.7, 0.5 + 2.1 * len(densities)), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(6.7, 0.5 + 2.1 * len(densities))
         figure.suptitle(
             f"{checkpoint}, N = {num_examples:,}, P = {first['num_parameters']:,}, "
             f"{' and '.join(shapes)} (probes × steps)".replace("$", r"\$"),

@@ -4,20 +4,28 @@ Where colour tells things apart, so does a second sign: the marker, its filling,
 """
 
 import math
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
-from gm_probe.analysis.plots import MARKERS, MEASURE_LABELS, STYLE, measure_axis, measure_label, wrapped
+from gm_probe.analysis.curves import curve
+from gm_probe.analysis.plots import (
+    MARKERS,
+    MEASURE_LABELS,
+    STYLE,
+    legend_below,
+    measure_axis,
+    measure_label,
+    new_figure,
+    wrapped,
+)
 from gm_probe.analysis.results import MeasureStatistics, Quantity
 from gm_probe.analysis.smoothing import lowess
 from gm_probe.analysis.table import GAPS, RunTable
@@ -49,8 +57,7 @@ def scatter(
     """
     x, y = table.frame[measure.name].to_numpy(), table.frame[gap].to_numpy()
     present = np.isfinite(x) & np.isfinite(y)
-    entries = [*groups, *shapes]
-    figure, axes = _column(2.3, _legend_lines(entries))
+    figure, axes = _column(2.3)
     with mpl.rc_context(STYLE):
         axes.set_xlabel(measure_label(measure))
         axes.set_ylabel(GAPS[gap])
@@ -73,7 +80,7 @@ def scatter(
             if groups:
                 _trend(axes, x[rows], y[rows], color=_colour(index), linestyle=DASHES[index % 4], linewidth=1)
         _trend(axes, x[everyone], y[everyone], color=INK, linewidth=1.4, alpha=0.7)
-        _legend(
+        legend_below(
             figure,
             [_handle(label, **_look(index, 0 if shapes else index)) for index, label in enumerate(groups)]
             + [_handle(label, **(_look(0, shape) | NEUTRAL)) for shape, label in enumerate(shapes)],
@@ -85,7 +92,7 @@ def forest(rows: Mapping[str, Mapping[str, Quantity]], xlabel: str) -> Figure:
     """A row a measure, in it a figure in −1..1 with its interval for each series (such as a gap)."""
     series = list(dict.fromkeys(name for of in rows.values() for name in of))
     height = max(0.17 * len(series), _row_height(rows))
-    figure, axes = _column(0.45 + height * len(rows), _legend_lines(series))
+    figure, axes = _column(0.45 + height * len(rows))
     with mpl.rc_context(STYLE):
         axes.axvline(0, color=INK, linewidth=0.6)
         for place, of in enumerate(rows.values()):
@@ -102,7 +109,7 @@ def forest(rows: Mapping[str, Mapping[str, Quantity]], xlabel: str) -> Figure:
         axes.set_xlim(-1.03, 1.03)
         axes.set_xlabel(xlabel)
         axes.grid(axis="x", **FAINT)
-        _legend(figure, [_handle(name, **_look(index, index)) for index, name in enumerate(series)])
+        legend_below(figure, [_handle(name, **_look(index, index)) for index, name in enumerate(series)])
     return figure
 
 
@@ -116,7 +123,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
     longest = max(6 if "$" in label else len(label) for label in labels)
     upright = longest * 0.062 > (COLUMN - 1.2) / len(columns)
     head = 0.062 * longest + 0.2 if upright else 0.3
-    figure, axes = _column(0.1 + max(0.22, _row_height(rows)) * len(rows) + head, 0)
+    figure, axes = _column(0.1 + max(0.22, _row_height(rows)) * len(rows) + head)
     with mpl.rc_context(STYLE):
         scale, colours = Normalize(-1, 1), mpl.colormaps["cividis"]
         left = np.arange(len(columns)) + APART * (np.arange(len(columns)) >= len(columns) - rule)
@@ -153,41 +160,9 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
     return figure
 
 
-def distributions(rows: Mapping[str, np.ndarray], xlabel: str, *, reference: float) -> Figure:
-    """A row a measure: every one of its values (n,) in 0..1 as a tick, the quartiles as a box, and the mean,
-    90th percentile and maximum marked; a line at ``reference``."""
-    marks = {"mean": ("o", COLOURS[1]), "90th percentile": ("D", COLOURS[0]), "maximum": (">", COLOURS[2])}
-    figure, axes = _column(0.45 + max(0.28, _row_height(rows)) * len(rows), _legend_lines([*marks]))
-    with mpl.rc_context(STYLE):
-        axes.axvline(reference, color=INK, linewidth=0.8, linestyle="--")
-        for place, values in enumerate(rows.values()):
-            if not len(values):
-                axes.text(reference, place, " undefined", va="center", fontsize=7, fontstyle="italic")
-                continue
-            low, high = np.quantile(values, [0.25, 0.75])
-            axes.barh(place, high - low, 0.5, low, color=INK, alpha=0.12, linewidth=0)
-            ticks = axes.vlines(values, place - 0.25, place + 0.25, color=INK, linewidth=0.5, alpha=0.5)
-            ticks.set_rasterized(sum(map(len, rows.values())) > MANY)
-            at = (values.mean(), np.quantile(values, 0.9), values.max())
-            for value, (marker, colour) in zip(at, marks.values(), strict=True):
-                axes.plot([value], [place], marker=marker, color=colour, markersize=4, linestyle="none")
-        _rows(axes, list(rows))
-        axes.set_xlim(-0.03, 1.03)
-        axes.set_xlabel(xlabel)
-        axes.grid(axis="x", **FAINT)
-        _legend(
-            figure,
-            [
-                _handle(name, marker=marker, color=colour, markersize=4)
-                for name, (marker, colour) in marks.items()
-            ],
-        )
-    return figure
-
-
 def tau_by_radius(lines: Mapping[int, Mapping[float, Quantity]], ylabel: str) -> Figure:
     """τ against ρ, a line a number of ascent steps K: ``lines[k][rho]``, by rising ρ; undefined ones are gaps."""
-    figure, axes = _column(2.1, _legend_lines([f"K = {k}" for k in lines]))
+    figure, axes = _column(2.1)
     with mpl.rc_context(STYLE):
         axes.axhline(0, color=INK, linewidth=0.6)
         radii = sorted({rho for points in lines.values() for rho in points})
@@ -210,7 +185,7 @@ def tau_by_radius(lines: Mapping[int, Mapping[float, Quantity]], ylabel: str) ->
         axes.set_xlabel(r"radius $\rho$")
         axes.set_ylabel(ylabel)
         axes.grid(axis="y", **FAINT)
-        _legend(
+        legend_below(
             figure,
             [
                 _handle(f"K = {k}", linestyle=DASHES[index % 4], **_look(index, index))
@@ -243,14 +218,12 @@ def run_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     }
     shown = {ylabel: lines for ylabel, lines in shown.items() if lines}
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(COLUMN * len(shown), 2.6), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(COLUMN * len(shown), 2.6)
         for axes, (ylabel, lines) in zip(
             figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
         ):
             for index, (name, label) in enumerate(lines.items()):
-                points = [(row["epoch"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-                x, y = np.array(points, dtype=float).reshape(-1, 2).T
+                x, y = curve(rows, name)
                 look = {"color": _colour(index), "linestyle": DASHES[index % 4], "marker": MARKERS[index]}
                 axes.plot(
                     x - 0.5 * name.startswith("running"), y, label=label, markersize=3, linewidth=1, **look
@@ -273,7 +246,7 @@ def training_curves(
 
     ``groups`` maps a subgroup's label to the runs' rows; empty draws all runs alike.
     """
-    figure, axes = _column(2.1, _legend_lines([*groups]))
+    figure, axes = _column(2.1)
     with mpl.rc_context(STYLE):
         heavy = sum(len(x) for x, _ in curves) > 20_000
         thin = max(0.3, min(0.9, 20 / max(len(curves), 1)))
@@ -302,7 +275,7 @@ def training_curves(
             )
             for index, label in enumerate(groups)
         ]
-        _legend(figure, handles)
+        legend_below(figure, handles)
     return figure
 
 
@@ -315,11 +288,10 @@ def short_label(name: str, lines: int = 2) -> str:
     return ("\n".join(found[:lines]) + "…" * (len(found) > lines)).replace("$", r"\$")
 
 
-def _column(height: float, legend: float) -> tuple[Figure, Axes]:
-    """A figure with axes of about ``height`` inches, their labels included, above ``legend`` inches."""
+def _column(height: float) -> tuple[Figure, Axes]:
+    """A figure as wide as a column, with axes of about ``height`` inches, their labels included."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(COLUMN, height + legend), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(COLUMN, height)
         return figure, figure.add_subplot()
 
 
@@ -329,12 +301,12 @@ def _row_height(labels: Iterable[str]) -> float:
 
 
 def _ink(cell: tuple[float, float, float, float]) -> str:
-    """White or all but black, whichever has more contrast on ``cell``; INK would turn light on a dark page.
+    """White or black, whichever has more contrast on ``cell``.
 
     Source: relative luminance of WCAG 2.1; contrast is the same at 0.179.
     """
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in cell[:3]]
-    return "#010101" if np.dot([0.2126, 0.7152, 0.0722], linear) > 0.179 else "#ffffff"
+    return INK if np.dot([0.2126, 0.7152, 0.0722], linear) > 0.179 else "white"
 
 
 def _colour(index: int) -> str:
@@ -372,40 +344,7 @@ def _rows(axes: Axes, labels: Sequence[str], centre: float = 0.0) -> None:
 
 
 def _handle(label: str, **look: Any) -> Line2D:
-    return Line2D([], [], **{"linestyle": "none", **look}, label=_fit(label).replace("$", r"\$"))
-
-
-def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    if handles:
-        labels = [str(handle.get_label()) for handle in handles]
-        figure.legend(
-            handles=list(handles),
-            loc="outside lower center",
-            ncols=_legend_columns(labels),
-            frameon=False,
-            fontsize=7,
-            handletextpad=0.3,
-            columnspacing=1.0,
-            borderaxespad=0.2,
-        )
-
-
-def _legend_columns(labels: Sequence[str]) -> int:
-    longest = max(len(line) for label in labels for line in label.splitlines())
-    return max(1, min(len(labels), int(COLUMN / (0.32 + 0.053 * longest))))
-
-
-def _legend_lines(labels: Sequence[str]) -> float:
-    """Inches that the legend of ``labels`` takes below a figure."""
-    if not labels:
-        return 0.0
-    fitted = [_fit(label) for label in labels]
-    lines = max(len(label.splitlines()) for label in fitted)
-    return 0.08 + 0.15 * lines * -(-len(fitted) // _legend_columns(fitted))
-
-
-def _fit(label: str) -> str:
-    return textwrap.fill(label, int((COLUMN - 0.32) / 0.053))
+    return Line2D([], [], **{"linestyle": "none", **look}, label=label)
 
 
 def _short_number(value: float, columns: int) -> str:

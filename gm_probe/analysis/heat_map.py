@@ -9,14 +9,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from gm_probe.analysis.plots import STYLE
+from gm_probe.analysis.plots import STYLE, log_ticks, new_figure
 
 COLOURS = "cividis"  # even in lightness, and the same to colour-blind readers
 BEST = "#D55E00"
@@ -61,7 +58,6 @@ def trial_map(cells: Sequence[Mapping[str, Any]], best: Mapping[str, Any], title
     with mpl.rc_context(STYLE):
         figure, axes = _figure((4.2, 3.0), title)
         axes.set_xscale("log")
-        _few_ticks(axes.xaxis)
         known = [cell for cell in cells if cell["error"] is not None]
         lost = [cell for cell in cells if cell["error"] is None]
         rho, error = [cell["rho"] for cell in known], [_percent(cell["error"]) for cell in known]
@@ -74,7 +70,6 @@ def trial_map(cells: Sequence[Mapping[str, Any]], best: Mapping[str, Any], title
                 axes.axvline(cell["rho"], color="0.6", linestyle=":", linewidth=0.8)
         else:
             axes.set_yscale("log")
-            _few_ticks(axes.yaxis)
             axes.set_ylabel(r"$\beta$")
             beta = [cell["beta"] for cell in known]
             points = axes.scatter(rho, beta, c=error, cmap=COLOURS, norm=_norm(np.array(error)), s=28)
@@ -82,23 +77,18 @@ def trial_map(cells: Sequence[Mapping[str, Any]], best: Mapping[str, Any], title
             axes.scatter([c["rho"] for c in lost], [c["beta"] for c in lost], c="0.4", marker="x", s=20)
             height = best["beta"]
         axes.plot(best["rho"], height, "o", markersize=10, fillstyle="none", color=BEST, markeredgewidth=1.5)
+        log_ticks(axes.xaxis)
+        if best["beta"] is not None:
+            log_ticks(axes.yaxis)
     return figure
 
 
 def _figure(size: tuple[float, float], title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(*size)
     axes = figure.add_subplot()
     axes.set_title(title.replace("$", r"\$"), loc="left")
     axes.set_xlabel(r"$\rho$")
     return figure, axes
-
-
-def _few_ticks(axis: Axis) -> None:
-    """At 1, 2 and 5 of each decade, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _norm(errors: np.ndarray) -> Normalize:

@@ -13,6 +13,7 @@ from gm_probe.analysis.curves import CURVES, Curve
 from gm_probe.analysis.intervals import excludes_zero
 from gm_probe.analysis.results import Correlation, Quantity, SweepStatistics
 from gm_probe.analysis.table import GAPS, RunTable
+from gm_probe.analysis.tidy import tau_of
 from gm_probe.analysis.typeset import two_decimals
 
 MEAN = "mean Ψ"
@@ -57,7 +58,6 @@ def pictures(
                 figures.scatter(table, measure, gap, groups, shapes),
             )
     yield from _granulated(statistics, gaps)
-    yield from _sign_errors(statistics, gaps)
     yield from _between_measures(table)
     for gap, lines in grids.items():
         if lines:
@@ -83,7 +83,8 @@ def pictures(
 
 def _forest(statistics: SweepStatistics, gaps: Sequence[str]) -> Picture:
     rows = {
-        measure.name: {GAPS[gap]: _tau(measure.gaps[gap]) for gap in gaps} for measure in statistics.measures
+        measure.name: {GAPS[gap]: tau_of(measure.gaps[gap]) for gap in gaps}
+        for measure in statistics.measures
     }
     clear = {
         gap: [m.name for m in statistics.measures if excludes_zero(m.gaps[gap].low, m.gaps[gap].high)]
@@ -118,24 +119,6 @@ def _granulated(statistics: SweepStatistics, gaps: Sequence[str]) -> Iterator[Pi
         )
 
 
-def _sign_errors(statistics: SweepStatistics, gaps: Sequence[str]) -> Iterator[Picture]:
-    for gap in gaps:
-        found = {m.name: m.details[gap].sign_error for m in statistics.measures if gap in m.details}
-        if any(each.environments for each in found.values()):
-            most = max(len(each.environments) for each in found.values())
-            yield Picture(
-                f"sign-error-{gap}",
-                "beyond",
-                f"Sign errors, {_short(gap)}",
-                f"A tick an environment (at most {most:,}), the quartiles as a box; the dashed ½ is chance.",
-                figures.distributions(
-                    {name: np.array([e.error for e in each.environments]) for name, each in found.items()},
-                    "sign error in an environment",
-                    reference=0.5,
-                ),
-            )
-
-
 def _between_measures(table: RunTable) -> Iterator[Picture]:
     names = table.measures
     if len(names) < 2:
@@ -155,10 +138,6 @@ def _between_measures(table: RunTable) -> Iterator[Picture]:
         "little.",
         figures.heat_map(taus, names, names),
     )
-
-
-def _tau(result: Correlation) -> Quantity:
-    return Quantity(result.tau, result.low, result.high, n=result.n, reason=result.reason)
 
 
 def _file_name(name: str) -> str:

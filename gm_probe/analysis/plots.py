@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from gm_probe.analysis.correlation import Correlation, MeasureStatistics
 from gm_probe.analysis.table import GAPS, RunTable
-from gm_probe.core.files import write_atomic
+from gm_probe.files.atomic import write_atomic
 
 FORMATS = ("png", "pdf", "svg")
 MEASURE_LABELS = {
@@ -42,7 +43,7 @@ MEASURE_LABELS = {
 # factor, so the first 70 subgroups all look different, and 10 differ in shape alone.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "^", "s", "X", "D", "v", "P", "*", "<", ">")
-LETTER = 0.062  # inches that a letter of a legend takes, on average, at the font size below
+LETTER = 0.053  # inches that a letter of a legend takes, on average
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -72,11 +73,7 @@ def scatter_panels(
     num_columns = -(-len(statistics) // blocks)
     with mpl.rc_context(STYLE):
         width = 0.4 + 2.1 * num_columns  # inches; three panels fill a page's 6.7
-        entries = [textwrap.fill(label, int((width - 0.4) / LETTER)) for label in groups]
-        legend_columns, legend_height = _legend_shape(entries, width)
-        height = 0.1 + 1.85 * blocks * len(gaps) + legend_height
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(width, 0.1 + 1.85 * blocks * len(gaps))
         for block in range(blocks):
             some = statistics[block * num_columns : (block + 1) * num_columns]
             for row, gap in enumerate(gaps):
@@ -93,25 +90,53 @@ def scatter_panels(
                         first = axes
                     else:
                         axes.tick_params(labelleft=False)
-        if entries:
-            handles = [_handle(i, entry) for i, entry in enumerate(entries)]
-            figure.legend(
-                handles=handles,
-                loc="outside lower center",
-                ncols=legend_columns,
-                frameon=False,
-                handletextpad=0.1,
-                borderaxespad=0.2,
-            )
+        legend_below(figure, [_handle(index, label) for index, label in enumerate(groups)])
     return figure
 
 
-def render(figure: Figure, suffix: str, *, transparent: bool = False) -> bytes:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, which needs no pyplot."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """A legend below all axes, as wide as ``figure``, which grows by its height."""
+    if not handles:
+        return
+    room = figure.get_figwidth() - 0.32
+    labels = [textwrap.fill(str(handle.get_label()), int(room / LETTER)) for handle in handles]
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    legend = figure.legend(
+        handles=list(handles),
+        labels=[label.replace("$", r"\$") for label in labels],
+        loc="outside lower center",
+        ncols=max(1, min(len(labels), int((room + 0.32) / (0.32 + LETTER * longest)))),
+        frameon=False,
+        fontsize=7,
+        handletextpad=0.3,
+        columnspacing=1.0,
+        borderaxespad=0.2,
+    )
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
+
+
+def log_ticks(axis: Axis) -> None:
+    """On a logarithmic ``axis`` plain numbers at 1, 2 and 5, where less than two decades are shown."""
+    low, high = sorted(axis.get_view_interval())  # an inverted axis has the higher one first
+    axis.set_minor_formatter(NullFormatter())
+    if high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def render(figure: Figure, suffix: str) -> bytes:
     """``figure`` as a ``png`` (200 dots an inch), ``pdf`` or ``svg``; equal figures give equal bytes."""
     undated: dict[str, dict[str, str | None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix), transparent=transparent)
+        figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix))
     return buffer.getvalue()
 
 
@@ -191,15 +216,5 @@ def _handle(index: int, label: str) -> Line2D:
         marker=MARKERS[index % len(MARKERS)],
         color=COLOURS[index % len(COLOURS)],
         markeredgewidth=0,
-        label=label.replace("$", r"\$"),
+        label=label,
     )
-
-
-def _legend_shape(entries: Sequence[str], width: float) -> tuple[int, float]:
-    """Columns that fit ``width`` inches, and the height in inches that the legend then takes."""
-    if not entries:
-        return 1, 0.0
-    longest = max(len(line) for entry in entries for line in entry.splitlines())
-    columns = max(1, min(len(entries), int(width / (0.4 + LETTER * longest))))
-    lines = max(len(entry.splitlines()) for entry in entries)
-    return columns, 0.05 + 0.165 * lines * -(-len(entries) // columns)

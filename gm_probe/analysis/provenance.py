@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.analysis.table import RunTable, show
-from gm_probe.core.records import RunRecord, read_run
+from gm_probe.runs.records import RunRecord, read_run
 
 PACKAGES = ("gm_probe", "numpy", "scipy", "pandas", "matplotlib", "jinja2")
 

@@ -11,12 +11,11 @@ from markupsafe import Markup, escape
 
 from gm_probe.analysis import curves, figures, grid, provenance, sheets
 from gm_probe.analysis.pictures import Picture, Rows, pictures
-from gm_probe.analysis.plots import MARKERS
+from gm_probe.analysis.plots import MARKERS, render
 from gm_probe.analysis.results import SweepStatistics
-from gm_probe.analysis.svg import inline
 from gm_probe.analysis.table import RunTable, by_reason
 from gm_probe.analysis.typeset import Sheet
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
 
 MOST_COLOURS = 2 * len(figures.COLOURS)
 """Subgroups that colour and filling tell apart."""
@@ -32,7 +31,7 @@ SECTIONS = {
         "A point a run. The heavy line is the LOWESS trend of all runs, a light one that of a subgroup, each from "
         f"{figures.FEWEST} runs on.",
     ),
-    "beyond": ("What one τ hides", ("beyond", "strata", "granulated", "partial", "conditioning"), ""),
+    "beyond": ("What one τ hides", ("beyond",), ""),
     "comparisons": ("Measures against each other", ("comparisons",), ""),
     "prediction": ("Prediction and selection", ("prediction",), ""),
     "grid": ("τ against ρ and K", (), ""),
@@ -140,7 +139,7 @@ class _Section:
     name: str
     title: str
     lead: str
-    drawings: tuple[tuple[Picture, Markup], ...]
+    drawings: tuple[tuple[Picture, str], ...]
     sheets: tuple[Sheet, ...]
 
 
@@ -148,8 +147,8 @@ def _sections(report: Report) -> Iterable[_Section]:
     tables = {sheet.name: sheet for sheet in (*report.results, *report.runs, *report.explanations)}
     for name, (title, wanted, lead) in SECTIONS.items():
         drawings = tuple(
-            (picture, Markup(inline(picture.figure, f"figure-{index}", picture.title, picture.text)))
-            for index, picture in enumerate(report.pictures)
+            (picture, base64.b64encode(render(picture.figure, "svg")).decode())
+            for picture in report.pictures
             if picture.section == name
         )
         found = tuple(tables[sheet] for sheet in wanted if sheet in tables)

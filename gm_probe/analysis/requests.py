@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from gm_probe.analysis.table import require_known
-from gm_probe.core.errors import UsageError
-from gm_probe.core.records import find_runs
+from gm_probe.errors import UsageError
+from gm_probe.runs.records import find_runs
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 """Of the files that are read (spreadsheets.READERS)."""

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from gm_probe.analysis import definitions
 from gm_probe.analysis.provenance import Provenance
-from gm_probe.analysis.results import Details, MeasureStatistics, Quantity, SweepStatistics
+from gm_probe.analysis.results import MeasureStatistics, Quantity, SweepStatistics
 from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
+from gm_probe.analysis.tidy import Line, tidy
 from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, shared_remarks, two_decimals
 
 NAMED = 20
@@ -21,35 +22,58 @@ CORRELATIONS = (
     "Measure", "Gap", "τ-b", "95 % CI", "Bootstrap", "p", "Flag", "Runs", "Settings", "Spearman", "Pearson",
     "p (naive)", "Ties (measure / gap)",
 )
-BEYOND = (
-    "Measure", "Gap", "τ between settings", "τ within settings", "τ noise-filtered", "Pairs kept", "Ψ",
-    "Least K(S)", "S", "Sign error, mean", "90th percentile", "Maximum",
-)
-PREDICTION = (
-    "Measure", "Gap", "Error", "Error of the mean", "Skill", "Picked: test error", "Regret", "Regret of chance",
-    "Picked run",
-)
 # fmt: on
-NO_P = "too few permutations for a p"
+SECTIONS = {
+    "subgroups": ("Within subgroups", "τ-b within each subgroup alone."),
+    "beyond": (
+        "What one τ hides",
+        "τ between and within settings, beyond the gaps' noise, within the same value of a setting, and given another "
+        "quantity; ψ where one hyperparameter differs; conditional mutual information K; sign errors. Where τ within a "
+        "setting opposes τ over all runs, with both intervals clear of 0, Simpson’s paradox is named.",
+    ),
+    "comparisons": (
+        "Δτ between measures",
+        "Δτ = τ of the first − τ of the second, on the same resamples; p adjusted for their number (Holm).",
+    ),
+    "prediction": (
+        "Predicting the gap, picking a run",
+        "The gap of left-out settings predicted from the measure; the run picked for its least measure.",
+    ),
+}
+"""Tables of the tidy statistics: title and caption."""
 SHORT = {"error_gap": "error", "ce_gap": "CE"}
 
 
 def statistics_sheets(statistics: SweepStatistics, gaps: Sequence[str]) -> tuple[Sheet, ...]:
     """The tables of figures, most important first; those without a row are left out."""
     rows = [(measure, gap) for gap in gaps for measure in statistics.measures]
-    detailed = [(measure, gap, measure.details[gap]) for measure, gap in rows if gap in measure.details]
-    sheets = (
-        _correlations(rows),
-        _beyond(detailed),
-        _granulated(detailed),
-        _subgroups(rows),
-        _strata(detailed),
-        _partial(detailed),
-        _prediction(detailed),
-        _comparisons(statistics, gaps),
-        _conditioning(detailed),
-    )
+    lines = list(tidy(statistics, gaps))
+    sheets = [_correlations(rows), *(_section(name, lines) for name in SECTIONS)]
     return tuple(sheet for sheet in sheets if sheet.rows)
+
+
+def _section(name: str, lines: Sequence[Line]) -> Sheet:
+    """The lines of one section of the tidy table."""
+    title, caption = SECTIONS[name]
+    return Sheet(
+        name=name,
+        title=title,
+        caption=caption,
+        columns=("Measure", "Gap", "Statistic", "Value", "p", "n"),
+        rows=tuple(
+            (
+                Cell(line.measure),
+                Cell(SHORT[line.gap]),
+                Cell(line.label),
+                _quantity(line.found, 3 if name == "prediction" else None),
+                _p(line.found.p, line.found.reason or line.found.p_reason),
+                _count(line.found.n),
+            )
+            for line in lines
+            if line.section == name
+        ),
+        num_labels=3,
+    )
 
 
 def run_sheets(table: RunTable) -> tuple[Sheet, ...]:
@@ -196,212 +220,6 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
     )
 
 
-def _beyond(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
-    lines = []
-    for measure, gap, details in rows:
-        least = details.conditioning.least if details.conditioning is not None else None
-        off = details.conditioning.reason if details.conditioning is not None else "switched off"
-        sign, noise = details.sign_error, details.noise_filtered
-        lines.append(
-            (
-                *_place(measure, gap),
-                _quantity(details.between),
-                _quantity(details.within),
-                _quantity(noise.tau),
-                Cell(f"{noise.kept:,} of {noise.pairs:,}", noise.kept),
-                _quantity(details.granulated.mean),
-                _figure(None if least is None else least.value, None, off),
-                Cell(UNDEFINED if least is None else least.label),
-                _figure(sign.mean, None, sign.reason),
-                _figure(sign.percentile_90, None, sign.reason),
-                _figure(sign.maximum, None, sign.reason),
-            )
-        )
-    return Sheet(
-        name="beyond",
-        title="τ between, within and beyond the noise; Ψ, K(S) and sign error",
-        caption="Each with its 95 % interval where it has one.",
-        columns=BEYOND,
-        rows=tuple(lines),
-        num_labels=2,
-        notes=tuple(
-            dict.fromkeys(
-                f"Sign error: {d.sign_error.note}" for _, _, d in rows if d.sign_error.note is not None
-            )
-        ),
-    )
-
-
-def _granulated(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
-    return Sheet(
-        name="granulated",
-        title="Granulated ψ by hyperparameter",
-        caption="Cells in which only that hyperparameter differs; skipped ones have fewer than 3 of its values or a "
-        "constant measure or gap.",
-        columns=("Measure", "Gap", "Varied", "ψ", "Cells", "Skipped", "Runs in cells", "Coverage"),
-        rows=tuple(
-            (
-                *_place(measure, gap),
-                Cell(name),
-                _quantity(each.psi),
-                _count(each.psi.n),
-                _count(each.skipped),
-                _count(each.runs),
-                Cell(f"{100 * each.coverage:.0f} %", each.coverage),
-            )
-            for measure, gap, details in rows
-            for name, each in details.granulated.psi.items()
-        ),
-        num_labels=3,
-    )
-
-
-def _subgroups(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
-    lines = []
-    for measure, gap in rows:
-        for label, results in measure.subgroups.items():
-            result = results[gap]
-            tau = Quantity(
-                result.tau,
-                result.low,
-                result.high,
-                reason=result.reason,
-                interval_reason=result.interval_reason,
-            )
-            place = (*_place(measure, gap), Cell(label))
-            lines.append(
-                (*place, _quantity(tau), _p(result.p, result.reason or result.p_reason), _count(result.n))
-            )
-    return Sheet(
-        name="subgroups",
-        title="Within subgroups",
-        caption="τ-b within each subgroup alone.",
-        columns=("Measure", "Gap", "Subgroup", "τ-b", "p", "Runs"),
-        rows=tuple(lines),
-        num_labels=3,
-    )
-
-
-def _strata(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
-    return Sheet(
-        name="strata",
-        title="Simpson’s paradox",
-        caption="τ over pairs of runs with the same value of a setting, pooled. Its sign opposes τ over all runs, with "
-        "both intervals clear of 0, where the paradox is flagged.",
-        columns=("Measure", "Gap", "Same", "τ within", "Strata", "Pairs", "Flag"),
-        rows=tuple(
-            (
-                *_place(measure, gap),
-                Cell(each.by),
-                _quantity(each.tau),
-                _count(each.num_strata),
-                _count(each.tau.n),
-                Cell("Simpson" if each.opposes else "none"),
-            )
-            for measure, gap, details in rows
-            for each in details.strata
-        ),
-        num_labels=3,
-    )
-
-
-def _partial(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
-    return Sheet(
-        name="partial",
-        title="Partial τ",
-        caption="With another quantity held fixed.",
-        columns=("Measure", "Gap", "Given", "Partial τ", "p", "Runs"),
-        rows=tuple(
-            (
-                *_place(measure, gap),
-                Cell(name),
-                _quantity(each),
-                _p(each.p, each.reason or each.p_reason),
-                _count(each.n),
-            )
-            for measure, gap, details in rows
-            for name, each in details.partial.items()
-        ),
-        num_labels=3,
-    )
-
-
-def _prediction(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
-    lines = []
-    for measure, gap, details in rows:
-        told, pick = details.prediction, details.selection
-        reason = "switched off" if told is None else told.reason
-        lines.append(
-            (
-                *_place(measure, gap),
-                _figure(None if told is None else told.error, 3, reason),
-                _figure(None if told is None else told.error_mean, 3, reason),
-                _figure(None if told is None else told.skill, None, reason),
-                _figure(pick.test_error, 4, pick.reason),
-                _figure(pick.regret, 3, pick.reason),
-                _figure(pick.regret_random, 3, pick.reason),
-                Cell(pick.run or UNDEFINED, reason=pick.reason),
-            )
-        )
-    return Sheet(
-        name="prediction",
-        title="Predicting the gap, picking a run",
-        caption="The gap of left-out settings predicted from the measure; the run picked for its least measure.",
-        columns=PREDICTION,
-        rows=tuple(lines),
-        num_labels=2,
-    )
-
-
-def _comparisons(statistics: SweepStatistics, gaps: Sequence[str]) -> Sheet:
-    return Sheet(
-        name="comparisons",
-        title="Δτ between measures",
-        caption="Δτ = τ of the first − τ of the second, on the same resamples.",
-        columns=("First", "Second", "Gap", "Δτ", "p", "p (Holm)", "Runs"),
-        rows=tuple(
-            (
-                Cell(each.first),
-                Cell(each.second),
-                Cell(SHORT[gap]),
-                _quantity(each.difference),
-                _p(each.difference.p, each.difference.reason or each.difference.p_reason),
-                _p(each.p_holm, each.difference.reason or each.difference.p_reason),
-                _count(each.difference.n),
-            )
-            for gap in gaps
-            for each in statistics.comparisons.get(gap, ())
-        ),
-        num_labels=3,
-    )
-
-
-def _conditioning(rows: Sequence[tuple[MeasureStatistics, str, Details]]) -> Sheet:
-    return Sheet(
-        name="conditioning",
-        title="Conditional mutual information K(S)",
-        caption="The estimate less its mean when the gaps of whole settings are exchanged.",
-        columns=("Measure", "Gap", "S", "K(S)", "Raw", "Mean of the null", "p", "Pairs", "Cells", "Skipped"),
-        rows=tuple(
-            (
-                *_place(measure, gap),
-                Cell(each.label),
-                _figure(each.value, None, each.reason),
-                _figure(each.raw, None, each.reason),
-                _figure(each.null_mean, None, each.reason),
-                _p(each.p, each.reason or NO_P),
-                _count(each.n),
-                _count(each.num_cells),
-                _count(each.skipped),
-            )
-            for measure, gap, details in rows
-            if details.conditioning is not None
-            for each in details.conditioning.sets
-        ),
-        num_labels=3,
-    )
-
-
 def _place(measure: MeasureStatistics, gap: str) -> tuple[Cell, Cell]:
     labels = f" ({measure.labels} labels)" if measure.labels else ""
     return Cell(measure.name + labels), Cell(SHORT[gap])
@@ -414,12 +232,13 @@ def _figure(value: float | None, digits: int | None, reason: str | None) -> Cell
     return Cell(two_decimals(value) if digits is None else _minus(f"{value:.{digits}g}"), value)
 
 
-def _quantity(found: Quantity) -> Cell:
-    """A coefficient and its interval in one cell."""
+def _quantity(found: Quantity, digits: int | None = None) -> Cell:
+    """A figure and its interval in one cell."""
     if found.value is None:
         return Cell(UNDEFINED, reason=found.reason)
     interval = _interval(found)
-    text = two_decimals(found.value) + (f" {interval.text}" if interval.order is not None else "")
+    plain = _figure(found.value, digits, None)
+    text = plain.text + (f" {interval.text}" if interval.order is not None else "")
     reason = None if found.interval_reason is None else f"no interval, {found.interval_reason}"
     return Cell(text, found.value, reason)
 

@@ -36,8 +36,8 @@ from gm_probe.analysis.table import (
     require_known,
     unique,
 )
-from gm_probe.core.errors import DataError, StorageError, UsageError, printable
-from gm_probe.core.schema import LONGEST_TEXT
+from gm_probe.errors import DataError, StorageError, UsageError, printable
+from gm_probe.files.schema import LONGEST_TEXT
 
 NO = ("false", "0", "0.0")
 ROW = "\0row"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gm_probe.core.errors import DataError, UsageError, did_you_mean, printable
+from gm_probe.errors import DataError, UsageError, did_you_mean, printable
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -41,6 +41,19 @@ class Sheet:
         return {reason: _mark(index) for index, reason in enumerate(found)}
 
 
+def plain_sheet(
+    name: str,
+    title: str,
+    caption: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    num_labels: int = 1,
+) -> Sheet:
+    """A sheet of text alone."""
+    body = tuple(tuple(map(Cell, row)) for row in rows)
+    return Sheet(name, title, caption, tuple(columns), body, num_labels)
+
+
 def markdown(sheets: Sequence[Sheet]) -> str:
     """GitHub's pipe tables, each under a heading."""
     return "\n\n".join(_markdown(sheet) for sheet in sheets) + "\n"

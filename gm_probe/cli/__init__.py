@@ -17,9 +17,8 @@ from typing import Any, NoReturn
 import click
 
 from gm_probe.cli.limits import require_room_for_torch
-from gm_probe.cli.plain import HANDLER
-from gm_probe.core.errors import ProbeError, did_you_mean, first_line, out_of_memory, printable
-from gm_probe.core.signals import INTERRUPTED, TERMINATED, Terminated, ending_in_order, last_words
+from gm_probe.errors import ProbeError, did_you_mean, first_line, out_of_memory, printable
+from gm_probe.runtime.signals import INTERRUPTED, TERMINATED, Terminated, ending_in_order, last_words
 
 COMMANDS = {
     "quickstart": "Train, measure and correlate a small sweep on bundled real digits.",
@@ -40,9 +39,8 @@ COMMANDS = {
     "measures": "List the measures, what each needs and what it costs.",
     "recipes": "List the built-in recipes of `gmprobe sweep`.",
     "doctor": "Say what this machine has, what is missing, and the command that mends it.",
-    "completion": "Print the script that completes commands and options in your shell.",
 }
-LIGHT = ("status", "collect", "correlate", "report", "completion")
+LIGHT = ("status", "collect", "correlate", "report")
 """Commands that do without torch."""
 LISTINGS = ("models", "datasets", "measures", "recipes")
 
@@ -118,13 +116,11 @@ def _run(args: list[str]) -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123  for good
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=HANDLER)
+            stream.reconfigure(errors="backslashreplace")  # where ρ or λ cannot be shown
     # of odd image files, which are decoded or refused: one line is the file's due, not the library's own beside it
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    logging.getLogger("matplotlib").setLevel(
-        logging.ERROR
-    )  # of a home that is read-only; `gmprobe doctor` tells
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that is read-only
     _pass_over_settings_here()
     try:
         cli.main(args=args, prog_name="gmprobe", standalone_mode=False)

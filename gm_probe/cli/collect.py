@@ -8,7 +8,7 @@ import click
 
 from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import echo, note, notes_console
-from gm_probe.core.records import RUNS
+from gm_probe.runs.records import RUNS
 
 
 @click.command(epilog="Example:  gmprobe collect runs/ --out table.csv")

@@ -20,13 +20,14 @@ from gm_probe.cli.selection import (
     converged_only_option,
     gap_option,
     measures_option,
+    names,
     resamples_option,
     seed_option,
     skip_option,
     source_argument,
 )
 from gm_probe.cli.statistics import as_json, as_rows, print_details, print_tables, warnings
-from gm_probe.core.errors import DataError, UsageError
+from gm_probe.errors import DataError, UsageError
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
     from gm_probe.analysis.results import SweepStatistics
@@ -110,19 +111,19 @@ def correlate(
     wanted = figure_path is not None or not (no_figure or output)
     paths = _figure_paths(source, figure_path) if wanted else []
     require_source(source)
-    require_statistics(_names(skip), resamples)
+    require_statistics(names(skip), resamples)
     from gm_probe.analysis import runs
 
-    by = runs.recipe_groups(source) if group_by is None else _names(group_by)
+    by = runs.recipe_groups(source) if group_by is None else names(group_by)
     if by and group_by is None:
         _say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)", quiet)
-    found = runs.load_table(source, _names(measures), _names(hyper), by, converged_only=converged_only)
+    found = runs.load_table(source, names(measures), names(hyper), by, converged_only=converged_only)
     from gm_probe.analysis import correlation  # scipy, which a wrong table must not wait for
 
-    by, controls = found.named(by), found.named(_names(control))
+    by, controls = found.named(by), found.named(names(control))
     gaps = found.gaps if gap == "both" else (gap,)
     statistics = correlation.correlate(
-        found, gaps, by, controls=controls, seed=seed, resamples=resamples, skip=_names(skip)
+        found, gaps, by, controls=controls, seed=seed, resamples=resamples, skip=names(skip)
     )
 
     if output == "json":
@@ -143,10 +144,6 @@ def correlate(
         groups = correlation.group_rows(found, by) if by else {}
         plots.write_figure(plots.scatter_panels(found, statistics.measures, gaps, groups), paths)
         _say(f"figure: {', '.join(map(str, paths))}", quiet)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:
@@ -172,9 +169,11 @@ def _print_notes(found: "RunTable", statistics: "SweepStatistics", quiet: bool) 
     if found.excluded:
         total = found.num_runs + len(found.excluded)
         _say(f"excluded {len(found.excluded)} of {total} runs:", quiet)
-        for reason, names in by_reason(found.excluded).items():
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more (--json)" if len(names) > 5 else "")
-            _say(f"  {len(names)} {reason}: {shown}", quiet)
+        for reason, left_out in by_reason(found.excluded).items():
+            shown = ", ".join(left_out[:5]) + (
+                f" and {len(left_out) - 5} more (--json)" if len(left_out) > 5 else ""
+            )
+            _say(f"  {len(left_out)} {reason}: {shown}", quiet)
     for warning in warnings(statistics.measures):
         _say(f"warning: {warning}", quiet)
     for measure in statistics.measures:

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.kinds import AT_ONCE, PATH, Choice, floats
-from gm_probe.core.device_names import require_device_name
-from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.model_names import require_model_name
-from gm_probe.core.reading import Reading
-from gm_probe.core.sources import require_source
+from gm_probe.data.reading import Reading
+from gm_probe.data.sources import require_source
+from gm_probe.errors import DataError, UsageError
+from gm_probe.models.names import require_model_name
+from gm_probe.runtime.device_names import require_device_name
 
 if TYPE_CHECKING:
     import torch
 
-    from gm_probe.core.batches import Normalization
-    from gm_probe.core.datasets import Examples
+    from gm_probe.data.batches import Normalization
+    from gm_probe.data.datasets import Examples
     from gm_probe.training.leave import Leave
 
 _OPTIONS = (
@@ -185,7 +185,7 @@ class DataOptions:
 
         A folder's images are decoded by ``Examples.subset``.
         """
-        from gm_probe.core.datasets import open_source
+        from gm_probe.data.datasets import open_source
 
         opened = open_source(
             source,
@@ -219,8 +219,8 @@ class DataOptions:
         """How to load a checkpoint: the keywords of ``open_subject``. Sets threads and allocator of this process."""
         import torch
 
-        from gm_probe.core.devices import keep_freed_memory, pick_device
-        from gm_probe.core.door import Outputs
+        from gm_probe.models.door import Outputs
+        from gm_probe.runtime.devices import keep_freed_memory, pick_device
 
         keep_freed_memory()
         if self.threads is not None:
@@ -274,7 +274,7 @@ class DataOptions:
         return floats("--mean", self.mean), floats("--std", self.std)
 
     def _normalization(self) -> Normalization | None:
-        from gm_probe.core.batches import Normalization
+        from gm_probe.data.batches import Normalization
 
         pixels = self._pixels()
         return None if pixels is None else Normalization(*pixels)

@@ -38,11 +38,11 @@ MARKS = {"ok": "ok", "absent": "–", "broken": "WRONG"}
 def doctor(out: Path, data_root: Path | None, device: str, as_json: bool) -> None:
     """Say what this machine has of what gmprobe uses, and how to mend what it lacks.
 
-    Versions and extras, devices, threads and kernels, data sets that are here, and whether --out can be written,
-    how fast, and locked. Exit code 0: all that is needed works, whatever is optional; 6: a needed library or the
+    It lists versions and extras, devices, threads, the data sets that are here, and whether --out can be written and
+    locked. Exit code 0: all that is needed works, whatever is optional; 6: a needed library or the
     --device is missing or too old; 7: --out cannot be written.
     """
-    from gm_probe.core.doctor import diagnose
+    from gm_probe.cli.health import diagnose
 
     findings = list(diagnose(out, data_root, device))
     code = next((finding.exit_code for finding in findings if finding.exit_code), 0)

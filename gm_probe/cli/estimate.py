@@ -23,14 +23,14 @@ from gm_probe.cli.output import (
     table,
 )
 from gm_probe.cli.progress import progress_bar
-from gm_probe.core.errors import CheckpointError, DataError, UsageError
-from gm_probe.core.sources import require_source
-from gm_probe.probe.catalogue import CATALOGUE, check_names
+from gm_probe.data.sources import require_source
+from gm_probe.errors import CheckpointError, DataError, UsageError
+from gm_probe.measures.catalogue import CATALOGUE, check_names
 
 if TYPE_CHECKING:
     from gm_probe.accuracy.evidence import Evidence
     from gm_probe.accuracy.report import EstimateReport
-    from gm_probe.core.datasets import Examples
+    from gm_probe.data.datasets import Examples
 
 EXTRA = "effective_invariance"
 
@@ -112,7 +112,7 @@ def estimate(
     paths = _runs(checkpoints)
     from gm_probe.accuracy.sets import examine
     from gm_probe.accuracy.verdict import Request, judge
-    from gm_probe.core.devices import environment
+    from gm_probe.runtime.devices import environment
 
     request = Request.of(shares, level, seed)
     loading, own_loading = data.loading(), data.of_each(paths)
@@ -158,7 +158,7 @@ def estimate(
 
 def _runs(checkpoints: Sequence[Path]) -> list[Path]:
     """The checkpoints, with folders of runs replaced by the finished runs in them."""
-    from gm_probe.sweep.trained import trained_runs
+    from gm_probe.measuring.trained import trained_runs
 
     return [run for path in checkpoints for run in (trained_runs(path) if path.is_dir() else [path])]
 
@@ -200,9 +200,9 @@ def _all_evidence(
 ) -> tuple[list[Evidence], dict[str, dict[str, Any]], list[str]]:
     """Run each checkpoint over the sets; one model is in memory at a time."""
     from gm_probe.accuracy.evidence import gather, num_passes
-    from gm_probe.probe.measures import measure
-    from gm_probe.probe.settings import Settings
-    from gm_probe.sweep.measuring import open_subject
+    from gm_probe.measures.measure import measure
+    from gm_probe.measures.settings import Settings
+    from gm_probe.measuring.checkpoint import open_subject
 
     unlabeled, *labeled = sets
     assert unlabeled is not None
@@ -346,8 +346,8 @@ def _write_suggestions(path: Path, report: EstimateReport, unlabeled: Examples) 
     import csv
     import io
 
-    from gm_probe.core.cells import cell
-    from gm_probe.core.files import write_atomic
+    from gm_probe.analysis.cells import cell
+    from gm_probe.files.atomic import write_atomic
 
     files = getattr(unlabeled.x, "files", None)
     models = list(report.suggestions[0].predicted) if report.suggestions else []

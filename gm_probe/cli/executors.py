@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.kinds import AT_ONCE, Choice
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
 
 if TYPE_CHECKING:
-    from gm_probe.sweep.executors import Executor
+    from gm_probe.executors.local import Executor
 
 _OPTIONS = (
     click.option(
@@ -43,7 +43,7 @@ def executor_options(*kinds: str) -> Any:
 
 def ray_executor(root: Path, address: str | None, gpus: float, threads: int | None) -> Executor:
     """The Ray cluster at ``address`` for runs below ``root``."""
-    from gm_probe.sweep.ray_executor import Ray
+    from gm_probe.executors.ray import Ray
 
     return Ray(root, address, threads or 1, gpus)
 

@@ -119,7 +119,7 @@ def _ascents(result: dict[str, Any]) -> str:
 
 def _symbol(name: str) -> str:
     """A measure's symbol; its name where a file of another version names one that this version has not."""
-    from gm_probe.probe.measures import MEASURES
+    from gm_probe.measures.measure import MEASURES
 
     return MEASURES[name].symbol if name in MEASURES else name
 
@@ -149,8 +149,8 @@ def warn(result: dict[str, Any]) -> None:
     if result.get("replaced"):
         note(
             console,
-            f"note: {result['checkpoint']}: measures.json held {', '.join(result['replaced'])} of other settings, "
-            "which are gone: one file never mixes two",
+            f"note: {result['checkpoint']}: measures.json held {', '.join(result['replaced'])} of other settings "
+            "or not finite, which are gone: one file never mixes two",
         )
     if result.get("as_before"):
         settings = ", ".join(f"{key} = {value}" for key, value in result["as_before"].items())

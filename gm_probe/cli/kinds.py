@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gm_probe.core.errors import UsageError, did_you_mean
+from gm_probe.errors import UsageError, did_you_mean
 
 SEED = click.IntRange(0, 2**32 - 1)
 AT_ONCE = click.IntRange(1, 1024)

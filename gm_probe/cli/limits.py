@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from gm_probe.core.errors import ResourceError
+from gm_probe.errors import ResourceError
 
 try:
     import resource

@@ -18,7 +18,7 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 @as_json_option
 def models(as_json: bool) -> None:
     """List the models that --model takes."""
-    from gm_probe.core.models import BUILT_IN, MODELS, num_parameters
+    from gm_probe.models.zoo import BUILT_IN, MODELS, num_parameters
 
     sizes = {name: num_parameters(name) for name in BUILT_IN}
     if as_json:
@@ -40,7 +40,7 @@ def models(as_json: bool) -> None:
 @as_json_option
 def datasets(as_json: bool) -> None:
     """List the data that --data, --unlabeled and --labeled take."""
-    from gm_probe.core.datasets import DESCRIPTIONS
+    from gm_probe.data.datasets import DESCRIPTIONS
 
     _list("data", DESCRIPTIONS, as_json)
 
@@ -58,7 +58,7 @@ def recipes(as_json: bool) -> None:
 @as_json_option
 def measures(as_json: bool) -> None:
     """List the measures: definition, whether labels are needed, and cost in gradient evaluations."""
-    from gm_probe.probe.catalogue import CATALOGUE
+    from gm_probe.measures.catalogue import CATALOGUE
 
     if as_json:
         print_json(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,27 +14,22 @@ import click
 
 from gm_probe.cli.data import DataOptions, data_options
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
-from gm_probe.cli.figures import as_rows, print_result, warn
 from gm_probe.cli.kinds import PATH, SEED, Choice, floats, num_bytes, share, wholes
-from gm_probe.cli.measure_many import measure_many, opened_once
+from gm_probe.cli.measure_many import measure_all, opened, opened_once
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
     format_options,
     note,
     note_reading,
     notes_console,
-    print_csv,
-    print_json,
 )
-from gm_probe.cli.progress import Bar, progress_bar
 from gm_probe.cli.relevance import CONVERGED, idle, require_use_of_grids
-from gm_probe.core.errors import CheckpointError, UsageError
-from gm_probe.probe.catalogue import Outlook, check_names, default_measures, expected_costs
-from gm_probe.probe.settings import Settings
+from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.measures.catalogue import check_names, default_measures
+from gm_probe.measures.settings import Settings
 
 if TYPE_CHECKING:
-    from gm_probe.core.datasets import Examples
-    from gm_probe.sweep.executors import Executor
+    from gm_probe.executors.local import Executor
 
 GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
 """Settings that more than one value of an option make a grid of."""
@@ -158,7 +152,7 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     metavar="SIZE",
     default="4GB",
     show_default=True,
-    help="What a pass may take, a quarter more for what is kept; sets the batch size where --batch-size does not.",
+    help="Memory budget of a pass; it sets the batch size where --batch-size does not.",
 )
 @data_options
 @executor_options("local", "ray")
@@ -263,15 +257,15 @@ def measure(
     given, checkpoints = _checkpoints(checkpoints, source, save, quiet)
     own_loading = data.of_each(checkpoints)
     # torchrun's processes share the examples of one checkpoint after another
-    from gm_probe.core.processes import launched
+    from gm_probe.runtime.processes import launched
 
     together = launched() > 1
     if together and (executor == "ray" or jobs > 1):
         raise UsageError(
             "under torchrun checkpoints are measured one by one; leave out --jobs and --executor"
         )
-    many = executor == "ray" or jobs > 1 or (given != checkpoints and not together)
-    if density is not None and (many or len(checkpoints) > 1):
+    alone = executor == "local" and jobs == 1
+    if density is not None and (not alone or len(checkpoints) > 1):
         raise UsageError("--density draws one checkpoint; give one")
     context = click.get_current_context()
     given_settings = _given(context)
@@ -281,86 +275,41 @@ def measure(
         for option in idle(names, settings, options, density=density is not None):
             note(notes_console(), f"note: {option} has no effect on what is measured")
     # below, torch is imported, which takes seconds: what can be wrong with the options has been told
-    from gm_probe.core import processes
-    from gm_probe.core.devices import named_device
-    from gm_probe.core.locks import exclusive
-    from gm_probe.core.records import MEASURES as MEASURES_FILE
-    from gm_probe.sweep.executors import Processes, in_turn, visible_gpus
-    from gm_probe.sweep.measuring import How, density_costs, measure_as
-    from gm_probe.sweep.remeasure import Remeasure
-    from gm_probe.sweep.saved_measures import as_recorded, merge_measures
+    from gm_probe.executors.local import Processes, visible_gpus
+    from gm_probe.measuring.checkpoint import How
+    from gm_probe.measuring.many import Request
+    from gm_probe.runtime import processes
+    from gm_probe.runtime.devices import named_device, pick_device
     from gm_probe.training.parts import own_unlabeled
 
     named_device(data.device)
-    # of many each looks for its device where it is measured: a GPU may be on Ray's workers alone
-    loading = (replace(data, device="cpu") if many else data).loading() | {
+    # each looks for its device where it is measured: a GPU may be on Ray's workers alone
+    loading = (data if alone else replace(data, device="cpu")).loading() | {
+        "device": data.device,
         "memory": bytes_of_memory,
         "head": head,
         "temperature": temperature,
         "quadrature": (density_probes, density_steps) if density is not None else None,
     }
-    if many:
-        _, scope = _measured_over(data, source, labeled is not None, quiet)
-        opened = (
+    with processes.joined(pick_device(data.device)) if together else nullcontext():
+        speaks = processes.rank() == 0
+        scope = _measured_over(data, source, labeled is not None, quiet or not speaks)
+        examples = (
             partial(own_unlabeled, leave=data.leave())
             if source is None
             else partial(opened_once, data, source, labeled is not None)
         )
-        how = How(settings, scope, loading | {"device": data.device}, own_loading)
-        what = Remeasure(tuple(names), opened, how, save, given_settings)
-        engine: Executor = in_turn
+        how = How(settings, scope, loading, own_loading)
+        request = Request(tuple(names), examples, how, save, given_settings)
+        engine: Executor | None = None
         if jobs > 1:
             engine = Processes(jobs, visible_gpus() if data.device in {"auto", "cuda"} else ())
         elif executor == "ray":
             root = given[0] if given[0].is_dir() else given[0].parent
             engine = ray_executor(root, address, gpus, data.threads)
-        measure_many(checkpoints, what, engine, output, quiet)
-        return
-    with processes.joined(loading["device"]):
-        speaks = processes.rank() == 0  # of several processes, one prints and writes
-        quiet = quiet or not speaks
-        examples, scope = _measured_over(data, source, labeled is not None, quiet)
-        results: list[dict[str, Any]] = []
-        try:
-            for path in checkpoints:
-                how = How(settings, scope, loading, own_loading)
-                changed: dict[str, Any] = {}
-                own = own_unlabeled(path, data.leave()) if examples is None else examples
-                with exclusive(path) if save and speaks else nullcontext():
-                    if save:
-                        how, changed = as_recorded(path, how, given_settings)
-                    costs = expected_costs(names, how.settings) | density_costs(loading["quadrature"])
-                    with progress_bar(
-                        path.name, sum(costs.values()), unit="gradient evaluations", quiet=quiet
-                    ) as bar:
-                        result = measure_as(path, own, names, how, _shown(bar, Outlook(costs)))
-                    if save and speaks:
-                        result["replaced"] = merge_measures(path / MEASURES_FILE, result)
-                        result["as_before"] = changed
-                results.append(result)
-                if not speaks:
-                    continue
-                if output is None:  # one checkpoint's table as soon as it is known
-                    print_result(result)
-                if not quiet:
-                    warn(result)
-                if density is not None:
-                    _draw_density(result, path.name, density)
-        finally:  # an error costs what it struck, not what is done
-            if output == "json" and results and speaks:
-                print_json(results)
-            elif output == "csv" and results and speaks:
-                print_csv(as_rows(results))
-
-
-def _shown(bar: Bar, outlook: Outlook) -> Callable[[str, float], None]:
-    """A ``notify`` of ``measure_as`` that moves ``bar``."""
-
-    def notify(name: str, evaluations: float) -> None:
-        rate = f"{bar.speed:.2g} grad/s" if bar.speed else ""
-        bar.update(evaluations, total=outlook.total(name, evaluations), state=rate, label=name)
-
-    return notify
+        outcomes = measure_all(checkpoints, request, engine, output, quiet=quiet, speaks=speaks)
+        if density is not None and speaks:
+            _draw_density(outcomes[0].result, checkpoints[0].name, density)
 
 
 def _given(context: click.Context) -> frozenset[str]:
@@ -372,8 +321,8 @@ def _given(context: click.Context) -> frozenset[str]:
 
 def _last_run() -> Path:
     """The run below runs/ that finished last."""
-    from gm_probe.core.records import RUNS
-    from gm_probe.sweep.trained import last_finished
+    from gm_probe.measuring.trained import last_finished
+    from gm_probe.runs.records import RUNS
 
     if not RUNS.is_dir():
         raise UsageError(f"no checkpoint given, and there is no {RUNS}/ here; name a file or a run folder")
@@ -390,8 +339,8 @@ def _checkpoints(
         UsageError: one has no data of its own, and there is no other ``source``; or one that is to be saved into is no
             folder.
     """
-    from gm_probe.core.records import CONFIG
-    from gm_probe.sweep.trained import trained_runs
+    from gm_probe.measuring.trained import trained_runs
+    from gm_probe.runs.records import CONFIG
 
     if not given:
         given = (_last_run(),)
@@ -400,28 +349,26 @@ def _checkpoints(
     found = tuple(run for path in given for run in (trained_runs(path) if path.is_dir() else [path]))
     if save and not all(path.is_dir() for path in found):
         raise UsageError("--save writes into run folders; give folders, or use --json > file")
+    if not any(path.exists() for path in found):  # of several, one that is missing does not stop the others
+        raise CheckpointError(f"{found[0]}: no such checkpoint")
     for path in found:
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such checkpoint")
-        if source is None and not (path.is_dir() or (path.parent / CONFIG).exists()):
+        if source is None and path.exists() and not (path.is_dir() or (path.parent / CONFIG).exists()):
             raise UsageError(
                 f"{path} is no run folder with data of its own, nor in one; give --unlabeled or --labeled DATA"
             )
     return given, found
 
 
-def _measured_over(
-    data: DataOptions, source: str | None, labeled: bool, quiet: bool
-) -> tuple[Examples | None, dict[str, Any]]:
-    """The examples of ``source``, None where each run's own are meant, and what measures.json says of the choice."""
+def _measured_over(data: DataOptions, source: str | None, labeled: bool, quiet: bool) -> dict[str, Any]:
+    """What measures.json says of the examples of ``source``; None where each run's own are meant."""
     from gm_probe.training.parts import OWN_UNLABELED
 
     if source is None:
-        return None, {"part": OWN_UNLABELED, "max_examples": data.max_examples}
-    examples, part, hint = data.open(source, labeled=labeled)
+        return {"part": OWN_UNLABELED, "max_examples": data.max_examples}
+    examples, part, hint = opened(data, source, labeled)
     note_reading(notes_console(quiet), [*([hint] if hint else []), *examples.notes], examples.skipped)
     chosen = {"part": part, "max_examples": data.max_examples}
-    return examples, {**chosen, "data": examples.source, "labeled": labeled, **data.reading()}
+    return {**chosen, "data": examples.source, "labeled": labeled, **data.reading()}
 
 
 def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:

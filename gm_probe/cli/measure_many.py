@@ -1,65 +1,120 @@
-"""Many checkpoints measured on an executor: what is seen meanwhile, and what is printed in the end."""
+"""Checkpoints measured on an executor: what is seen meanwhile, what is printed, and the exit code."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from gm_probe.cli.data import DataOptions
 from gm_probe.cli.figures import as_rows, print_result, warn
 from gm_probe.cli.live import live_view
 from gm_probe.cli.output import note, notes_console, print_csv, print_json
-from gm_probe.core.errors import ProbeError
+from gm_probe.cli.progress import progress_bar
+from gm_probe.errors import ProbeError, printable
+from gm_probe.measures.catalogue import Outlook
 
 if TYPE_CHECKING:
-    from gm_probe.core.datasets import Examples
-    from gm_probe.sweep.executors import Executor, Outcome
-    from gm_probe.sweep.remeasure import Remeasure
+    from gm_probe.data.datasets import Examples
+    from gm_probe.executors.local import Executor, Outcome
+    from gm_probe.measuring.many import Request
 
 DONE = {"finished", "skipped"}
 """How a measurement ends that gives a result."""
 
 
 @lru_cache(maxsize=1)
-def _source(data: DataOptions, source: str, labeled: bool) -> Examples:
-    return data.open(source, labeled=labeled)[0]
+def opened(data: DataOptions, source: str, labeled: bool) -> tuple[Examples, str, str | None]:
+    """Open ``source`` as ``DataOptions.open`` does; a process reads it once."""
+    return data.open(source, labeled=labeled)
 
 
-def opened_once(data: DataOptions, source: str, labeled: bool, run: Path) -> Examples:
-    """The examples of ``source``, whichever the run; a process reads them once."""
-    return _source(data, source, labeled)
+def opened_once(data: DataOptions, source: str, labeled: bool, path: Path) -> Examples:
+    """Return the examples of ``source``, whatever the checkpoint."""
+    return opened(data, source, labeled)[0]
 
 
-def measure_many(
-    checkpoints: Sequence[Path], what: Remeasure, executor: Executor, output: str | None, quiet: bool
-) -> None:
-    """Measure on ``executor``, print all that came, also where it is interrupted, and fail where one failed."""
-    from gm_probe.sweep.remeasure import measure_runs
+def measure_all(
+    checkpoints: Sequence[Path],
+    request: Request,
+    executor: Executor | None,
+    output: str | None,
+    *,
+    quiet: bool,
+    speaks: bool = True,
+) -> list[Outcome]:
+    """Measure ``checkpoints`` and print every result, also where some fail or the user interrupts.
 
-    ended: dict[str, Outcome] = {}
+    Args:
+        executor: None measures one after the other in this process, with a bar, and prints each table at once.
+        speaks: whether this process prints; one of those that ``torchrun`` started does.
+
+    Raises:
+        ProbeError: one failed; all were tried. Its exit code is that of the first that failed.
+    """
+    from gm_probe.executors.local import in_turn
+    from gm_probe.measuring.many import measure_checkpoints
+
     paths = {str(path): path for path in checkpoints}
+    here, quiet, ended = executor is None, quiet or not speaks, dict[str, "Outcome"]()
+    view: AbstractContextManager[Callable[[Outcome], None]]
+    if here:
+        request = replace(request, watch=partial(_bar, quiet=quiet))
+        view = nullcontext(partial(_told_here, len(paths), ended, notes_console(quiet)))
+    else:
+        view = live_view(list(paths), quiet=quiet, kept=request.save)
+
+    def notify(outcome: Outcome) -> None:
+        ended[outcome.name] = outcome
+        show(outcome)
+        if here and speaks and output is None:
+            _print([outcome], output, quiet)
+
     try:
-        with live_view(paths, ("measuring",), quiet=quiet, kept=what.save) as show:
-
-            def notify(outcome: Outcome) -> None:
-                ended[outcome.name] = outcome
-                show(outcome)
-
-            measure_runs(checkpoints, what, executor, notify)
+        with view as show:
+            measure_checkpoints(checkpoints, request, executor or in_turn, notify)
+    except KeyboardInterrupt:
+        if here and request.save:
+            note(notes_console(quiet), f"{len(ended)} of {len(paths)} ended; the same command goes on")
+        raise
     finally:
         outcomes = [ended[name] for name in paths if name in ended]
-        _print_outcomes(outcomes, output, quiet)
-    failed = sum(outcome.status not in DONE for outcome in outcomes)
-    if failed:
-        raise ProbeError(f"{failed} of {len(outcomes)} checkpoints could not be measured")
+        if speaks and (output is not None or not here):
+            _print(outcomes, output, quiet)
+    _raise_failures(outcomes)
+    return outcomes
 
 
-def _print_outcomes(outcomes: Sequence[Outcome], output: str | None, quiet: bool) -> None:
+@contextmanager
+def _bar(path: Path, costs: Mapping[str, float], quiet: bool) -> Iterator[Callable[[str, float], None]]:
+    """Show a bar for ``path`` and give the ``notify`` that moves it."""
+    outlook = Outlook(dict(costs))
+    with progress_bar(path.name, sum(costs.values()), unit="gradient evaluations", quiet=quiet) as bar:
+
+        def notify(name: str, evaluations: float) -> None:
+            rate = f"{bar.speed:.2g} grad/s" if bar.speed else ""
+            bar.update(evaluations, total=outlook.total(name, evaluations), state=rate, label=name)
+
+        yield notify
+
+
+def _told_here(total: int, ended: Mapping[str, Outcome], console: object, outcome: Outcome) -> None:
+    """Say how a checkpoint ended, where there are several or where nothing was measured."""
+    if total > 1 or outcome.status == "skipped":
+        reason = f": {outcome.reason}" if outcome.reason else ""
+        note(console, f"[{len(ended)}/{total}] {outcome.name} {outcome.status}{reason}")  # type: ignore[arg-type]
+
+
+def _print(outcomes: Sequence[Outcome], output: str | None, quiet: bool) -> None:
+    """Print the results to stdout, and what is to be said about them to stderr."""
     results = [outcome.result for outcome in outcomes if outcome.status in DONE]
     if output == "json":
-        print_json(results)
+        print_json([outcome.result if outcome.status in DONE else _entry(outcome) for outcome in outcomes])
     elif output == "csv":
         print_csv(as_rows(results))
     else:
@@ -68,6 +123,27 @@ def _print_outcomes(outcomes: Sequence[Outcome], output: str | None, quiet: bool
     if not quiet:
         for result in results:
             warn(result)
-    for outcome in outcomes:
-        if outcome.status not in DONE:
+
+
+def _entry(outcome: Outcome) -> dict[str, object]:
+    """The JSON object of a checkpoint that failed."""
+    return {"checkpoint": outcome.name, "error": outcome.reason, "exit_code": outcome.exit_code}
+
+
+def _raise_failures(outcomes: Sequence[Outcome]) -> None:
+    failed = [outcome for outcome in outcomes if outcome.status not in DONE]
+    if not failed:
+        return
+    debug = click.get_current_context().find_root().params.get("debug", False)
+    for outcome in failed:
+        if debug and outcome.result:
+            for line in str(outcome.result).splitlines():
+                click.echo(printable(line), err=True)
+        if len(outcomes) > 1:
             note(notes_console(), f"{outcome.status}: {outcome.name}: {outcome.reason}")
+    error = ProbeError(f"{len(failed)} of {len(outcomes)} checkpoints could not be measured")
+    if len(outcomes) == 1:
+        internal = "internal error: " * (failed[0].exit_code == ProbeError.exit_code)
+        error = ProbeError(f"{internal}{failed[0].reason}")
+    error.exit_code = failed[0].exit_code
+    raise error

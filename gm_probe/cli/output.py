@@ -15,9 +15,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from gm_probe.cli.plain import plain
-from gm_probe.core.cells import cell
-from gm_probe.core.errors import printable
+from gm_probe.analysis.cells import cell
+from gm_probe.errors import printable
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 """What figures may be written as."""
@@ -92,17 +91,13 @@ def _print(text: str) -> None:
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table whose first column is left-aligned and the others right-aligned."""
     # rich would fold a title to the table's width, however wide the terminal
-    above = (
-        None
-        if title is None
-        else Text(plain(printable(title)), "table.title", no_wrap=True, overflow="ignore")
-    )
+    above = None if title is None else Text(printable(title), "table.title", no_wrap=True, overflow="ignore")
     result = Table(title=above, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         justify: JustifyMethod = "left" if index == 0 else "right"
-        result.add_column(escape(plain(printable(column))), justify=justify, overflow="fold")
+        result.add_column(escape(printable(column)), justify=justify, overflow="fold")
     for row in rows:
-        result.add_row(*(escape(plain(_lines(cell))) for cell in row))
+        result.add_row(*(escape(_lines(cell)) for cell in row))
     return result
 
 

@@ -24,20 +24,20 @@ from gm_probe.cli.output import (
     table,
 )
 from gm_probe.cli.progress import progress_bar
-from gm_probe.core.errors import (
+from gm_probe.errors import (
     CheckpointError,
     DataError,
     DivergedError,
     UsageError,
 )
-from gm_probe.core.records import RUNS, find_runs
+from gm_probe.runs.records import RUNS, find_runs
 
 if TYPE_CHECKING:
     import torch
 
-    from gm_probe.core.datasets import Examples
-    from gm_probe.probe.pairwise import PairReport
-    from gm_probe.sweep.measuring import Subject
+    from gm_probe.data.datasets import Examples
+    from gm_probe.measures.pairwise import PairReport
+    from gm_probe.measuring.checkpoint import Subject
 
 
 @click.command(epilog="Example:  gmprobe pairs runs/")
@@ -107,9 +107,9 @@ def pairs(
         for path in paths:
             if not is_run(path):
                 raise UsageError(f"{path} is no run folder with data of its own; give --unlabeled DATA")
-    from gm_probe.core.devices import environment
-    from gm_probe.probe.pairwise import compare
-    from gm_probe.sweep.measuring import output_settings
+    from gm_probe.measures.pairwise import compare
+    from gm_probe.measuring.checkpoint import output_settings
+    from gm_probe.runtime.devices import environment
     from gm_probe.training.parts import OWN_UNLABELED
 
     loading = data.loading() | {"head": head}
@@ -176,7 +176,7 @@ def _all_outputs(
     **options: Any,
 ) -> tuple[list[torch.Tensor], list[dict[str, Any]], list[str]]:
     """Return (N, C) logits of each checkpoint, what it is, and notes; one that does not fit the others ends it."""
-    from gm_probe.probe.pairwise import check_outputs
+    from gm_probe.measures.pairwise import check_outputs
 
     outputs: list[torch.Tensor] = []
     models: list[dict[str, Any]] = []
@@ -209,12 +209,12 @@ def _first_difference(classes: Sequence[str], others: Sequence[str]) -> str:
 
 def _outputs(path: Path, examples: Examples, **loading: Any) -> tuple[torch.Tensor, dict[str, Any], Subject]:
     """Return (N, C) logits of one checkpoint in eval mode, its row of the result, and the checkpoint as opened."""
-    from gm_probe.core.parameters import evaluating
-    from gm_probe.core.precision import float32_products
-    from gm_probe.probe.probe import Probe
-    from gm_probe.probe.settings import Settings
-    from gm_probe.probe.work import Work
-    from gm_probe.sweep.measuring import open_subject
+    from gm_probe.linalg.work import Work
+    from gm_probe.measures.context import Probe
+    from gm_probe.measures.settings import Settings
+    from gm_probe.measuring.checkpoint import open_subject
+    from gm_probe.models.parameters import evaluating
+    from gm_probe.runtime.precision import float32_products
 
     subject = open_subject(path, examples, **loading)
     try:
@@ -258,7 +258,7 @@ def _pair_rows(report: PairReport, paths: Sequence[Path]) -> list[dict[str, Any]
 
 def _print_result(result: dict[str, Any]) -> None:
     """The figures on stdout, and below them how they are to be read."""
-    from gm_probe.probe.pairwise import PAIR_MEASURES
+    from gm_probe.measures.pairwise import PAIR_MEASURES
 
     console = results_console()
     # the figures' columns and the frame take 48; where names do not fit beside them, symbols do
@@ -290,7 +290,7 @@ def _print_result(result: dict[str, Any]) -> None:
 
 
 def _legend(narrow: bool) -> str:
-    from gm_probe.probe.pairwise import PAIR_MEASURES
+    from gm_probe.measures.pairwise import PAIR_MEASURES
 
     if not narrow:
         return ""

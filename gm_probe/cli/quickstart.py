@@ -31,7 +31,7 @@ def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> 
     """
     from gm_probe.cli.correlate import correlate
     from gm_probe.cli.sweep import run_with_progress
-    from gm_probe.core.errors import ProbeError
+    from gm_probe.errors import ProbeError
     from gm_probe.sweep.manifest import write_sweep
     from gm_probe.sweep.recipe import load_recipe
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gm_probe.core.errors import UsageError
-from gm_probe.probe.catalogue import by_protocol
-from gm_probe.probe.settings import NOISE_STARTS, Settings
+from gm_probe.errors import UsageError
+from gm_probe.measures.catalogue import by_protocol
+from gm_probe.measures.settings import NOISE_STARTS, Settings
 
 PAPER, CONVERGED = "local_inconsistency", "local_inconsistency_converged"
 ASCENTS = {f"{PAPER}{kind}" for kind in ("", "_adaptive", "_relative", "_batchwise")}

@@ -16,12 +16,13 @@ from gm_probe.cli.selection import (
     converged_only_option,
     gap_option,
     measures_option,
+    names,
     resamples_option,
     seed_option,
     skip_option,
     source_argument,
 )
-from gm_probe.core.errors import DataError, UsageError
+from gm_probe.errors import DataError, UsageError
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
@@ -85,16 +86,16 @@ def report(
     in dark mode and on paper.
     """
     require_source(source)
-    require_statistics(_names(skip), resamples)
+    require_statistics(names(skip), resamples)
     out = _page(source, out)
     _require_distinct({"SOURCE": source, "--out": out, "--markdown": markdown, "--latex": latex})
     from gm_probe.analysis import correlation, plots, runs, typeset
     from gm_probe.analysis.report import compose, html
-    from gm_probe.core.files import write_atomic
+    from gm_probe.files.atomic import write_atomic
 
-    by, shape_by = _names(group_by), _names(markers)
+    by, shape_by = names(group_by), names(markers)
     table = runs.load_table(
-        source, _names(measures), _names(hyper), [*by, *shape_by], converged_only=converged_only
+        source, names(measures), names(hyper), [*by, *shape_by], converged_only=converged_only
     )
     by, shape_by = table.named(by), table.named(shape_by)
     gaps = table.gaps if gap == "both" else (gap,)
@@ -102,10 +103,10 @@ def report(
         table,
         gaps,
         by,
-        controls=table.named(_names(control)),
+        controls=table.named(names(control)),
         seed=seed,
         resamples=resamples,
-        skip=_names(skip),
+        skip=names(skip),
     )
     page = compose(
         table,
@@ -163,7 +164,3 @@ def _command(ctx: click.Context) -> str:
         else:
             words.append(f"{parameter.opts[-1]}={value}")
     return shlex.join(words)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

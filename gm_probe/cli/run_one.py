@@ -8,7 +8,7 @@ import click
 
 from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import echo
-from gm_probe.core.errors import BusyError, ProbeError
+from gm_probe.errors import BusyError, ProbeError
 
 
 @click.command("run-one", epilog="Example:  gmprobe run-one runs/ lr0.01-s0-1a2b3c4d")

@@ -3,7 +3,7 @@
 import click
 
 from gm_probe.cli.kinds import PATH, Choice
-from gm_probe.core.records import RUNS
+from gm_probe.runs.records import RUNS
 
 source_argument = click.argument("source", type=PATH, default=RUNS)
 measures_option = click.option(
@@ -36,3 +36,8 @@ seed_option = click.option(
 resamples_option = click.option(
     "--resamples", default=2000, show_default=True, help="Bootstrap resamples and permutations."
 )
+
+
+def names(text: str) -> list[str]:
+    """Split a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]

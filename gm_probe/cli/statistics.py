@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from gm_probe.cli.output import number, results_console, say, table
@@ -18,13 +19,13 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
         SweepStatistics,
     )
     from gm_probe.analysis.table import Exclusion, RunTable
+    from gm_probe.analysis.tidy import Line
 
 LEGEND = (
     "τ-b: +1 where the measure orders the runs as their gaps, −1 where the other way round. {runs}; 95 % interval and "
     "p take settings as independent, not runs of one setting or, in the interval, of one seed (of five or more). "
     "Every statistic: --details or --json."
 )
-Row = tuple[str, ...]
 
 
 def as_json(found: RunTable, statistics: SweepStatistics) -> dict[str, Any]:
@@ -118,25 +119,30 @@ def print_tables(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
 
 
 def print_details(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
-    """A table a measure and gap with every statistic, then the differences between measures."""
+    """A table for each measure and gap with every statistic; the differences between measures are among them."""
+    from gm_probe.analysis.tidy import tidy
+
     console = results_console()
-    columns = ("", "value", "95 %", "p", "n")
-    for gap in gaps:
-        for measure in statistics.measures:
-            rows = list(_correlation_rows(measure.gaps[gap]))
-            remarks: list[str] = []
-            if gap in measure.details:
-                rows += _detail_rows(measure.details[gap], remarks)
-            console.print(table(f"{measure.name} and {gap}", columns, rows))
-            for line in remarks:
-                say(console, line, "dim")
-        differences = []
-        for each in statistics.comparisons.get(gap, ()):
-            row = _row(f"{each.first} − {each.second}", each.difference)
-            differences.append((*row[:3], number(each.p_holm, 2), row[4]))
-        if differences:
-            title = f"Δτ with {gap}; p adjusted for the number of comparisons (Holm)"
-            console.print(table(title, columns, differences))
+    for title, lines in groupby(tidy(statistics, gaps), key=_title):
+        rows, remarks = [], []
+        for line in lines:
+            name = f"{line.measure} {line.label}" if line.section == "comparisons" else line.label
+            remarks += [f"{name}: {reason}" for reason in line.reasons]
+            found = line.found
+            if found.value is not None:
+                interval = _interval(found.low, found.high)
+                value = number(found.value, 3).replace("-", "−")
+                rows.append((name, value, interval, number(found.p, 2), str(found.n)))
+        console.print(table(title, ("", "value", "95 %", "p", "n"), rows))
+        for remark in remarks:
+            say(console, remark, "dim")
+
+
+def _title(line: Line) -> str:
+    """Return the title of the table that ``line`` stands in."""
+    if line.section == "comparisons":
+        return f"Δτ with {line.gap}; p adjusted for the number of comparisons (Holm)"
+    return f"{line.measure} and {line.gap}"
 
 
 def warnings(measures: Sequence[MeasureStatistics]) -> list[str]:
@@ -256,66 +262,6 @@ def _excluded(exclusions: Sequence[Exclusion]) -> list[dict[str, str]]:
 
 
 # ---- tables
-
-
-def _correlation_rows(result: Correlation) -> Iterator[Row]:
-    n = str(result.n)
-    yield ("τ-b", _signed(result.tau), _interval(result.low, result.high), number(result.p, 2), n)
-    percentile = _interval(result.low_percentile, result.high_percentile)
-    yield ("  percentile, naive p", "", percentile, number(result.p_naive, 2), "")
-    yield ("  ties: measure / gap", f"{result.ties_measure}/{result.ties_gap}", "", "", "")
-    yield ("Spearman", _signed(result.spearman), "", "", n)
-    yield ("Pearson", _signed(result.pearson), "", "", n)
-
-
-def _detail_rows(details: Details, remarks: list[str]) -> Iterator[Row]:
-    """Rows for what is defined; the reasons of the rest go to ``remarks``."""
-    quantities = {
-        f"beyond noise, of {details.noise_filtered.pairs} pairs": details.noise_filtered.tau,
-        "between settings": details.between,
-        "within settings": details.within,
-    }
-    quantities |= {f"within {each.by}": each.tau for each in details.strata}
-    quantities |= {f"given {name}": each for name, each in details.partial.items()}
-    quantities |= {f"ψ {name}": each.psi for name, each in details.granulated.psi.items()}
-    quantities["Ψ, their mean"] = details.granulated.mean
-    for name, quantity in quantities.items():
-        for reason in (quantity.reason, quantity.interval_reason, quantity.p_reason):
-            if reason is not None:
-                remarks.append(f"{name}: {reason}")
-        if quantity.reason is None:
-            yield _row(name, quantity)
-    conditioning = details.conditioning
-    if conditioning is not None and conditioning.least is not None:
-        least = conditioning.least
-        yield (f"least K, given {least.label}", _signed(least.value), "", number(least.p, 2), str(least.n))
-        if least.p is None:
-            remarks.append(f"K: {conditioning.num_permutations} permutations are too few for a p")
-    elif conditioning is not None:
-        remarks.append(f"K: {conditioning.reason}")
-    signs = details.sign_error
-    if signs.reason is None:
-        figures = {"mean": signs.mean, "90th percentile": signs.percentile_90, "maximum": signs.maximum}
-        for name, value in figures.items():
-            yield (f"sign error, {name}", number(value, 3), "", "", str(len(signs.environments)))
-    else:
-        remarks.append(f"sign error: {signs.reason}")
-    prediction, selection = details.prediction, details.selection
-    if prediction is not None and prediction.reason is None:
-        yield ("prediction error", number(prediction.error, 3), "", "", str(prediction.n))
-        yield ("  of the mean alone", number(prediction.error_mean, 3), "", "", "")
-    elif prediction is not None:
-        remarks.append(f"prediction: {prediction.reason}")
-    if selection.reason is None:
-        yield ("regret of the least", number(selection.regret, 3), "", "", str(selection.n))
-        yield ("  of a random run", number(selection.regret_random, 3), "", "", "")
-    else:
-        remarks.append(f"selection: {selection.reason}")
-
-
-def _row(name: str, quantity: Quantity) -> Row:
-    interval = _interval(quantity.low, quantity.high)
-    return (name, _signed(quantity.value), interval, number(quantity.p, 2), str(quantity.n))
 
 
 def _interval(low: float | None, high: float | None) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from gm_probe.cli.kinds import PATH
-from gm_probe.cli.live import doing, duration
 from gm_probe.cli.output import echo, format_options, print_csv, print_json, results_console, table
-from gm_probe.core.records import RUNS
+from gm_probe.files.locks import LIFETIME, Word
+from gm_probe.runs.records import RUNS
 
 if TYPE_CHECKING:
     from gm_probe.sweep.status import RunStatus
@@ -52,4 +53,19 @@ def status(folder: Path, output: str | None, quiet: bool) -> None:
 def _now(run: RunStatus) -> tuple[str, str]:
     if run.word is None:
         return "", ""
-    return ", ".join(filter(None, doing(run.word))), duration(run.word.left)
+    return doing(run.word), duration(run.word.left)
+
+
+def doing(word: Word) -> str:
+    """In words, where a run is, and its loss if it has one."""
+    more = word.more
+    if word.stage != "training" or not {"epoch", "step", "steps"} <= set(more):
+        return f"{word.stage} {more.get('measure', '')}".rstrip()
+    where = f"epoch {more['epoch']}/{word.total:g}, step {more['step']}/{more['steps']}"
+    loss = more.get("loss")
+    return f"{where}, loss {loss:.3g}" if isinstance(loss, float) else where
+
+
+def duration(seconds: float | None) -> str:
+    """As hours, minutes and seconds; empty where it is unknown, or is no time that work takes."""
+    return str(timedelta(seconds=round(seconds))) if seconds is not None and 0 <= seconds < LIFETIME else ""

@@ -15,11 +15,11 @@ from gm_probe.cli.executors import check_executor, executor_options, ray_executo
 from gm_probe.cli.kinds import AT_ONCE, PATH
 from gm_probe.cli.live import LEFT_OUT, live_view
 from gm_probe.cli.output import echo, note, notes_console, print_json, results_console, table
-from gm_probe.core.errors import ProbeError, UsageError
-from gm_probe.core.records import RUNS
+from gm_probe.errors import ProbeError, UsageError
+from gm_probe.runs.records import RUNS
 
 if TYPE_CHECKING:
-    from gm_probe.sweep.executors import Executor, Outcome
+    from gm_probe.executors.local import Executor, Outcome
     from gm_probe.sweep.recipe import Recipe
 
 
@@ -112,12 +112,10 @@ def run_with_progress(
     retry_failed: bool = True,
     quiet: bool,
 ) -> list[Outcome]:
-    """Run the recipe under the live view."""
+    """Run the recipe under a bar."""
     from gm_probe.sweep.runner import run_recipe
 
-    paths = {name: out / name for name in recipe.runs}
-    stages = ("training", "measuring") if recipe.plan.measures else ("training",)
-    with live_view(paths, stages, quiet=quiet) as notify:
+    with live_view(recipe.runs, quiet=quiet) as notify:
         return run_recipe(recipe, out, jobs=jobs, executor=executor, retry_failed=retry_failed, notify=notify)
 
 

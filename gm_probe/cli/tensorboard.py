@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gm_probe.core.errors import StorageError, UsageError
+from gm_probe.errors import StorageError, UsageError
 
 
 class Events:

@@ -13,7 +13,7 @@ from gm_probe.cli.kinds import AT_ONCE, PATH
 from gm_probe.cli.output import note, note_reading, notes_console, number, print_json, results_console, table
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.tensorboard import Events
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -191,8 +191,8 @@ def train(
 
     With several GPUs or machines:  torchrun --nproc-per-node N -m gm_probe train ...
     """
-    from gm_probe.core.records import CONFIG, RUNS, SUMMARY, read_metrics, read_run
-    from gm_probe.core.sources import require_source
+    from gm_probe.data.sources import require_source
+    from gm_probe.runs.records import CONFIG, RUNS, SUMMARY, read_metrics, read_run
     from gm_probe.sweep.recipe import require_names, run_name
     from gm_probe.training.config import TrainConfig
     from gm_probe.training.leave import asked, refuse
@@ -217,8 +217,8 @@ def train(
 
     from gm_probe.analysis.figures import run_curves
     from gm_probe.analysis.plots import write_figure
-    from gm_probe.core import processes
-    from gm_probe.core.devices import keep_freed_memory, pick_device
+    from gm_probe.runtime import processes
+    from gm_probe.runtime.devices import keep_freed_memory, pick_device
     from gm_probe.training import loop
     from gm_probe.training.tracking import PROBE_BATCH
 
@@ -309,8 +309,8 @@ def _results(summary: Mapping[str, Any], held_out: str, prefix: str) -> list[lis
 
 def _save(run: Path, model_name: str, path: Path) -> None:
     """Write a run's weights to ``path`` too, in the format that its suffix names."""
-    from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
-    from gm_probe.core.loading import load_model
+    from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
+    from gm_probe.models.loading import load_model
 
     checkpoint = read_checkpoint(run)
     assert checkpoint.model is not None

@@ -25,7 +25,7 @@ from gm_probe.cli.output import (
     table,
 )
 from gm_probe.cli.train import note_settings, train
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +85,7 @@ def tune(
     that trains with the best point on the whole training part.
     """
     from gm_probe.cli.sweep import run_with_progress
-    from gm_probe.core.sources import require_source
+    from gm_probe.data.sources import require_source
     from gm_probe.sweep.recipe import require_names, run_name
     from gm_probe.training.config import TrainConfig
 

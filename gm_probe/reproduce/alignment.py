@@ -5,84 +5,53 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from gm_probe.analysis.intervals import mean_interval
-from gm_probe.analysis.typeset import Cell, Sheet
-from gm_probe.probe.ascent import ascend
-from gm_probe.reproduce.drawing import outline, panels
-from gm_probe.reproduce.finding import Finding, Outcome, Task
-from gm_probe.reproduce.gaussians import Mixture, Network, descending
+from gm_probe.inconsistency.ascent import ascend
+from gm_probe.reproduce.drawing import line, panels
+from gm_probe.reproduce.finding import Finding, Outcome, Task, quantile_sheet
+from gm_probe.reproduce.gaussians import Network, descending, trained_network
 
 TOP = 3
-NAMES = ("v₁", "v₂", "v₃")
 
 
-def study(
-    task: Task,
-    *,
-    per_class: int,
-    spread: float,
-    width: int,
-    steps: int,
-    lr: float,
-    momentum: float,
-    starts: int,
-    rho: float,
-    noise_scale: float,
-    seed: int,
-) -> Finding:
+def study(task: Task, *, starts: int, rho: float, noise_scale: float, seed: int, **training: Any) -> Finding:
     """|cos(δ, vᵢ)| of ``starts`` random starts each, and the share of ‖δ‖² that lies in the top three directions."""
-    network = Network(Mixture.draw(per_class, spread, seed), width, seed).trained(steps, lr, momentum)
+    network = trained_network(seed=seed, **training)
     values, vectors = descending(network.fisher())
-    top = vectors[:, :TOP]
-    cosines, noise = _cosines(network, top, starts, rho, noise_scale, seed)
-    inside, noise_inside = (cosines**2).sum(1), (noise**2).sum(1)
-    rows = [
-        {
-            **{f"cos_v{i + 1}": cosines[n, i] for i in range(TOP)},
-            "noise_cos_v1": noise[n, 0],
-            "top3": inside[n],
-            "noise_top3": noise_inside[n],
-        }
-        for n in range(starts)
-    ]
-    gains = {f"{NAMES[i]}": mean_interval(cosines[:, 0] - cosines[:, i]) for i in range(1, TOP)} | {
-        "noise": mean_interval(cosines[:, 0] - noise[:, 0])
-    }
-    leads = (cosines[:, 0] > cosines[:, 1:].max(1)).mean()
+    cosines, noise = cosines_of(network, vectors[:, :TOP], starts, rho, noise_scale, seed)
+    found = pd.DataFrame({f"cos_v{i + 1}": cosines[:, i] for i in range(TOP)})
+    found = found.assign(noise_cos_v1=noise[:, 0], top3=(cosines**2).sum(1), noise_top3=(noise**2).sum(1))
+    others = {"with v₂": "cos_v2", "with v₃": "cos_v3", "of the start with v₁": "noise_cos_v1"}
+    gains = {name: mean_interval((found.cos_v1 - found[key]).to_numpy()) for name, key in others.items()}
     clear = all(low > 0 for _, low, _ in gains.values())
     refuted = any(high < 0 for _, _, high in gains.values())
     outcome: Outcome = "shows" if clear else "does not show" if refuted else "cannot be told"
-    ratios = [float(values[i] / values[0]) for i in range(1, TOP + 1)]
+    said = ", ".join(
+        f"{name} by {mean:.3f} (99 % CI {low:.3f} to {high:.3f})" for name, (mean, low, high) in gains.items()
+    )
+    ratios = ", ".join(
+        f"λ{i}/λ₁ = {float(values[k] / values[0]):.2f}" for k, i in ((1, "₂"), (2, "₃"), (3, "₄"))
+    )
     text = (
-        f"Over {starts:,} starts, |cos(δ, v₁)| of one step has the mean {cosines[:, 0].mean():.3f}; it exceeds that "
-        + ", ".join(
-            f"with {name} by {mean:.3f} (99 % {low:.3f} to {high:.3f})"
-            if name != "noise"
-            else f"and that of the start itself with v₁ by {mean:.3f} ({low:.3f} to {high:.3f})"
-            for name, (mean, low, high) in gains.items()
-        )
-        + f". That is on average: in {100 * leads:.0f} % of the starts v₁ is the nearest of the three. "
-        f"The squared norm of δ/‖δ‖ in the top-3 space has the median {np.median(inside):.3f} (5 % of the starts below "
-        f"{np.quantile(inside, 0.05):.2f}), that of noise {np.median(noise_inside):.4f}. "
-        f"λ₂/λ₁ = {ratios[0]:.2f}, λ₃/λ₁ = {ratios[1]:.2f}, λ₄/λ₁ = {ratios[2]:.2f}; P = {network.size}."
+        f"Over {starts:,} starts the mean of |cos(δ, v₁)| after one step is {found.cos_v1.mean():.3f}. It exceeds the "
+        f"mean |cos| {said}. v₁ is the nearest of the three in "
+        f"{100 * (cosines.argmax(1) == 0).mean():.0f} % of the starts. The squared norm of δ/‖δ‖ in the top-3 space "
+        f"has the median {found.top3.median():.3f} (5 % of the starts are below {found.top3.quantile(0.05):.2f}); that "
+        f"of the starts has {found.noise_top3.median():.4f}. {ratios}; P = {network.size}."
     )
-    return Finding(
-        outcome,
-        text,
-        rows,
-        [_sheet(cosines, noise, inside, noise_inside, starts)],
-        {"": _draw(cosines, noise, inside, noise_inside)},
-        {
-            "": f"(a) |cos| of δ with the top three Fisher eigenvectors, and of its random start with v₁; (b) squared "
-            f"norm of the projection of δ/‖δ‖ and of the start onto the top-3 space. {starts:,} starts; the outlines "
-            "of the start are cut off above."
-        },
+    sheet = quantile_sheet("fig6", "Alignment of one step with the top Fisher eigenvectors", found)
+    caption = (
+        "(a) |cos| of δ with the top three Fisher eigenvectors, and of its random start with v₁. (b) Squared norm of "
+        f"the projections of δ/‖δ‖ and of the start onto the top-3 space. {starts:,} starts."
     )
+    return Finding(outcome, text, found.to_dict("records"), [sheet], {"": _draw(found)}, {"": caption})
 
 
-def _cosines(
+def cosines_of(
     network: Network, top: torch.Tensor, starts: int, rho: float, noise_scale: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """|cos| (starts, 3) of Algorithm 1's δ after one step, and of the starts, with the columns of ``top`` (P, 3)."""
@@ -97,45 +66,24 @@ def _cosines(
     return both[:, 0], both[:, 1]
 
 
-def _sheet(
-    cosines: np.ndarray, noise: np.ndarray, inside: np.ndarray, noise_inside: np.ndarray, starts: int
-) -> Sheet:
-    columns: list[tuple[str, np.ndarray]] = [
-        *((f"|cos(δ, {name})|", cosines[:, i]) for i, name in enumerate(NAMES)),
-        ("|cos(start, v₁)|", noise[:, 0]),
-        ("‖projection of δ‖², top 3", inside),
-        ("‖projection of start‖², top 3", noise_inside),
-    ]
-    quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-    def row(name: str, values: np.ndarray) -> tuple[Cell, ...]:
-        return (Cell(name), *(Cell(f"{v:.3f}") for v in (values.mean(), *np.quantile(values, quantiles))))
-
-    return Sheet(
-        "fig6",
-        "Alignment of one step with the top Fisher eigenvectors",
-        f"Mean and quantiles over {starts:,} random starts",
-        ("", "mean", *(f"{100 * q:.0f} %" for q in quantiles)),
-        tuple(row(name, values) for name, values in columns),
-    )
-
-
-def _draw(cosines: np.ndarray, noise: np.ndarray, inside: np.ndarray, noise_inside: np.ndarray) -> Any:
+def _draw(found: pd.DataFrame) -> Figure:
     figure, (left, right) = panels(2, 2.5)
-    edges = np.linspace(0, 1, 51)
-    for index in range(TOP):
-        outline(left, cosines[:, index], edges, index, rf"$\delta$, $v_{index + 1}$")
-    outline(left, noise[:, 0], edges, 3, "start, $v_1$")
+    shown = {
+        "cos_v1": (left, r"$\delta$, $v_1$"),
+        "cos_v2": (left, r"$\delta$, $v_2$"),
+        "cos_v3": (left, r"$\delta$, $v_3$"),
+        "noise_cos_v1": (left, "start, $v_1$"),
+        "top3": (right, r"$\delta$"),
+        "noise_top3": (right, "start"),
+    }
+    weights = np.full(len(found), 1 / len(found))
+    for index, (key, (axes, label)) in enumerate(shown.items()):
+        look = line(index)
+        axes.hist(found[key], 50, range=(0, 1), weights=weights, histtype="step", label=label, **look)
     left.set_xlabel(r"|cosine| with a Fisher eigenvector")
-    left.set_ylim(
-        0, 1.25 * max(np.histogram(cosines[:, i], edges)[0].max() for i in range(TOP)) / len(cosines)
-    )
-    outline(right, inside, edges, 0, r"$\delta$")
-    outline(right, noise_inside, edges, 3, "start")
     right.set_xlabel(r"squared norm in the top-3 space")
-    right.set_ylim(0, 1.25 * np.histogram(inside, edges)[0].max() / len(inside))
     for axes in (left, right):
-        axes.set_xlim(0, 1)
+        axes.set_yscale("log")  # the starts lie in a few bins, δ in many
         axes.set_ylabel("share of starts")
         axes.legend(frameon=False, fontsize=7)
     return figure

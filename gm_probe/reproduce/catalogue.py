@@ -20,8 +20,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from gm_probe.core.errors import UsageError, did_you_mean
-from gm_probe.core.files import read_toml
+from gm_probe.errors import UsageError, did_you_mean
+from gm_probe.files.atomic import read_toml
 
 SCALES = ("smoke", "small", "paper")
 """What tests run; what two cores finish in minutes to an hour; the paper's own setting."""

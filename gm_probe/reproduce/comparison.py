@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gm_probe.core.records import RunRecord, read_metrics, read_run
+from gm_probe.runs.records import RunRecord, read_metrics, read_run
 from gm_probe.training.config import TrainConfig
 
 RISE = "error_rise"
@@ -59,6 +59,15 @@ class Arm:
         measured = [r.measures.get("local_inconsistency", {}).get("value") for r in self.records]
         tracked = [_track(path, "local_inconsistency").get(self.config.epochs) for path in self.runs]
         return [one if one is not None else other for one, other in zip(measured, tracked, strict=True)]
+
+    @property
+    def measured_by_k(self) -> dict[int, list[float]]:
+        """S_ρ of every run at its end, by the K that it was measured with; empty where there was no such grid."""
+        found: dict[int, list[float]] = {}
+        for record in self.records:
+            for cell in record.measures.get("local_inconsistency", {}).get("grid", ()):
+                found.setdefault(cell["k_steps"], []).append(cell["value"])
+        return found
 
     @property
     def epoch_seconds(self) -> list[float]:

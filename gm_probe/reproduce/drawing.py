@@ -8,13 +8,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from gm_probe.analysis.figures import DASHES
-from gm_probe.analysis.plots import COLOURS, STYLE
+from gm_probe.analysis.plots import COLOURS, STYLE, log_ticks, new_figure
 
 PAGE = 6.7  # inches that a page's width takes
 
@@ -33,8 +30,7 @@ def panels(
     Where there are several they are lettered, with a title each if ``titles`` are given.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height * rows), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(width, height * rows)
         found = list(np.ravel(figure.subplots(rows, count, squeeze=False)))
         for index, axes in enumerate(found):
             letter = f"({chr(ord('a') + index)})" if lettered and len(found) > 1 else ""
@@ -47,24 +43,9 @@ def line(index: int, **more: Any) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)], **more}
 
 
-def outline(axes: Axes, values: np.ndarray, edges: np.ndarray, index: int, label: str) -> None:
-    """A histogram of ``values`` as shares, drawn as an outline so that several can lie on each other."""
-    shares = np.histogram(values, edges)[0] / len(values)
-    axes.plot(edges, [*shares, shares[-1]], drawstyle="steps-post", linewidth=1.2, label=label, **line(index))
-
-
 def logarithmic(axes: Axes) -> None:
     """Both axes on a logarithmic scale, with ``log_ticks``."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
         log_ticks(axis)
-
-
-def log_ticks(axis: Axis) -> None:
-    """On a logarithmic ``axis`` plain numbers at 1, 2 and 5, where less than two decades are shown."""
-    low, high = sorted(axis.get_view_interval())  # an inverted axis has the higher one first
-    axis.set_minor_formatter(NullFormatter())
-    if high < 100 * low:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -13,8 +13,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from gm_probe.analysis.plots import write_figure
-from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown
-from gm_probe.core.files import write_atomic, write_json
+from gm_probe.analysis.results import Correlation, Quantity
+from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown, plain_sheet, two_decimals
+from gm_probe.files.atomic import write_atomic, write_json
 from gm_probe.reproduce.catalogue import Recipe
 
 Outcome = Literal["shows", "shows in part", "does not show", "cannot be told"]
@@ -67,7 +68,7 @@ class Finding:
 
     outcome: Outcome
     text: str
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[Any, Any]]
     sheets: Sequence[Sheet]
     figures: Mapping[str, Figure] = field(default_factory=dict)
     captions: Mapping[str, str] = field(default_factory=dict)
@@ -115,6 +116,34 @@ def write(
     }
     write_json(folder / RESULT, result)
     return [*paths, *(folder / f"{name}.{kind}" for kind in texts), folder / RESULT]
+
+
+def frame_sheet(name: str, title: str, caption: str, frame: pd.DataFrame, num_labels: int = 1) -> Sheet:
+    """``frame`` as a table, numbers to three digits."""
+    body = [
+        [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)
+    ]
+    return plain_sheet(name, title, caption, [*map(str, frame)], body, num_labels)
+
+
+def shown_tau(tau: Correlation | Quantity) -> str:
+    """A τ and its interval, as papers print them."""
+    value = tau.tau if isinstance(tau, Correlation) else tau.value
+    if value is None:
+        return "undefined"
+    if tau.low is None or tau.high is None:
+        return two_decimals(value)
+    return f"{two_decimals(value)} ({two_decimals(tau.low)} to {two_decimals(tau.high)})"
+
+
+def quantile_sheet(name: str, title: str, found: pd.DataFrame) -> Sheet:
+    """Mean and quantiles of every column of ``found`` (a row a start)."""
+    shares = (0.05, 0.25, 0.5, 0.75, 0.95)
+    quantiles = found.quantile([*shares]).T
+    quantiles.columns = pd.Index([f"{100 * share:.0f} %" for share in shares])
+    quantiles.insert(0, "mean", found.mean())
+    caption = f"Mean and quantiles over {len(found):,} random starts"
+    return frame_sheet(name, title, caption, quantiles.reset_index(names=""))
 
 
 def _time(finding: Finding, seconds: float) -> str:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 from torch.nn import functional
 
-from gm_probe.core.batches import Batches
-from gm_probe.core.models import ModelSpec, initial_model
-from gm_probe.core.parameters import Parameters
-from gm_probe.probe.ascent import ProbeDivergence
-from gm_probe.probe.work import Work
+from gm_probe.data.batches import Batches
+from gm_probe.inconsistency.ascent import ProbeDivergence
+from gm_probe.linalg.work import Work
+from gm_probe.models.parameters import Parameters
+from gm_probe.models.zoo import ModelSpec, initial_model
 
 CLASSES = 3
 
@@ -106,7 +106,7 @@ class Network:
         )
 
     def fisher(self) -> Tensor:
-        """F (P, P) from every example's whole Jacobian: shares no code with ``probe.operators``."""
+        """F (P, P) from every example's whole Jacobian: shares no code with ``curvature.operators``."""
         x, theta = self.mixture.x, self.theta
         jacobian = vmap(lambda one: jacrev(lambda t: self._at(t, one[None])[0])(theta))(x)  # (N, C, P)
         p = self.logits(x).softmax(1)
@@ -123,6 +123,13 @@ class Network:
 
         matrix = jacrev(grad(loss))(self.theta)
         return (matrix + matrix.T) / 2
+
+
+def trained_network(
+    *, per_class: int, spread: float, width: int, steps: int, lr: float, momentum: float, seed: int
+) -> Network:
+    """A network after ``steps`` of training on a mixture of its own."""
+    return Network(Mixture.draw(per_class, spread, seed), width, seed).trained(steps, lr, momentum)
 
 
 def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:

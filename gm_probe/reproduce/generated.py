@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
 
 GENERATED = "generated"
 TRAIN, TEST = 24, 8  # images a class

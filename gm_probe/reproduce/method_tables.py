@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet
+from gm_probe.analysis.typeset import UNDEFINED, Sheet, plain_sheet
 from gm_probe.reproduce.comparison import Comparison
 from gm_probe.training.config import TrainConfig
 
@@ -33,31 +33,27 @@ def run_rows(found: Comparison) -> Iterator[dict[str, Any]]:
 
 
 def sheet(name: str, found: Comparison, reference: str) -> Sheet:
+    """A row an arm."""
+    reference = reference or found.labels[0]
     body = []
     for arm in found.arms:
-        config, first = arm.config, found.arm(arm.data, reference or found.labels[0])
-        simclr = config.objective == "simclr"  # of its probe nobody asks how it fits
-        s_rho = _mean_or_none(arm.s_rho)
-        seconds = [min(each.epoch_seconds, default=None) for each in (arm, first)]
-        per_epoch = seconds[0] / seconds[1] if seconds[0] and seconds[1] else None
-        body.append(
-            (
-                Cell(arm.data),
-                Cell(arm.label),
-                Cell(setting(config)),
-                Cell(percent(arm.errors)),
-                Cell(percent(arm.figures(f"{arm.error}_min"))),
-                Cell(UNDEFINED if simclr else percent(arm.figures("train_error"))),
-                Cell(UNDEFINED if per_epoch is None else f"{per_epoch:.2f}"),
-                Cell(UNDEFINED if s_rho is None else f"{s_rho:.3g}"),
-                Cell(arm.published or UNDEFINED),
-            )
+        seconds = [min(each.epoch_seconds, default=None) for each in (arm, found.arm(arm.data, reference))]
+        s_rho = [value for value in arm.s_rho if value is not None]
+        simclr = arm.config.objective == "simclr"  # of its probe nobody asks how it fits
+        cells = (
+            setting(arm.config),
+            percent(arm.errors),
+            percent(arm.figures(f"{arm.error}_min")),
+            UNDEFINED if simclr else percent(arm.figures("train_error")),
+            f"{seconds[0] / seconds[1]:.2f}" if seconds[0] and seconds[1] else UNDEFINED,
+            f"{statistics.fmean(s_rho):.3g}" if s_rho else UNDEFINED,
+            arm.published or UNDEFINED,
         )
-    return Sheet(
+        body.append((arm.data, arm.label, *cells))
+    return plain_sheet(
         name,
         f"{_words(found.arms[0].config)} by variant",
-        f"Mean ± standard error over {_seeds(found)}, in %; s/epoch: time of the fastest epoch relative to "
-        f"{reference or found.labels[0]}’s",
+        f"Mean ± standard error over {_seeds(found)}, in %; s/epoch: the fastest epoch relative to {reference}’s",
         (
             "data",
             "variant",
@@ -69,7 +65,7 @@ def sheet(name: str, found: Comparison, reference: str) -> Sheet:
             "S_ρ",
             "paper",
         ),
-        tuple(body),
+        body,
         3,
     )
 
@@ -89,17 +85,12 @@ def _words(config: TrainConfig) -> str:
     return "Validation error" if config.validation else "Test error"
 
 
-def tuning_sheet(name: str, rows: Sequence[tuple[Cell, ...]], share: float) -> Iterator[Sheet]:
+def tuning_sheet(name: str, rows: Sequence[Sequence[str]], share: float) -> Iterator[Sheet]:
     """Where anything was tuned, by what it was chosen."""
     if rows:
-        yield Sheet(
-            f"{name}-tuning",
-            "Tuning",
-            f"Error on {share:.0%} of the training part, which is held out, in %; seed 0",
-            ("data", "variant", "setting", "epochs", "error", "chosen"),
-            tuple(rows),
-            3,
-        )
+        caption = f"Error on {share:.0%} of the training part, which is held out, in %; seed 0"
+        columns = ("data", "variant", "setting", "epochs", "error", "chosen")
+        yield plain_sheet(f"{name}-tuning", "Tuning", caption, columns, rows, 3)
 
 
 def setting(config: TrainConfig) -> str:
@@ -107,11 +98,6 @@ def setting(config: TrainConfig) -> str:
     known = {key: getattr(config, key) for key in ("lr", "rho", "beta") if key not in config.idle()}
     shown = [f"{key} = {value:g}" for key, value in known.items() if value is not None]
     return ", ".join(shown).replace("rho", "ρ").replace("beta", "β")
-
-
-def _mean_or_none(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
 
 
 def percent(values: Sequence[float | None]) -> str:

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from gm_probe.analysis.typeset import Cell
-from gm_probe.core.errors import UsageError, did_you_mean
-from gm_probe.probe.settings import Settings
+from gm_probe.errors import UsageError, did_you_mean
+from gm_probe.measures.settings import Settings
 from gm_probe.reproduce import method_pictures
 from gm_probe.reproduce.comparison import Arm, Comparison, plain
 from gm_probe.reproduce.finding import Finding, Task
@@ -33,6 +32,7 @@ def study(
     seeds: int,
     tests: Sequence[Table],
     picture: str,
+    x: str = "",
     beside: Sequence[Table] = (),
     untested: str = "",
     measure: Table | None = None,
@@ -54,7 +54,7 @@ def study(
             less what two more differ by, where the claim goes ``beyond`` these.
         beside: likewise, but no part of the claim: these differences are given, and decide nothing.
         untested: what the claim says that no test covers.
-        picture: of ``method_pictures.PICTURES``.
+        picture, x: of ``method_pictures.picture``.
         measure: settings of S_ρ, taken of every run at its end.
         split_by_seed: each seed also draws its own split and labels, the same ones for all variants, so that intervals
             over seeds are over these too; else all runs share those of ``split_seed``. Tuning is on seed 0's.
@@ -70,7 +70,7 @@ def study(
         }
         plan = MeasurePlan(("local_inconsistency",), Settings(**grids), None, None)
     arms: list[Arm] = []
-    tried: list[tuple[Cell, ...]] = []
+    tried: list[tuple[str, ...]] = []
     for place in data:
         shared = {
             **base,
@@ -103,7 +103,7 @@ def study(
         for of in (tests, beside)
     )
     least = any(str(test.get("key", "")).endswith("_min") for test in tests)
-    figures, caption = method_pictures.picture(picture, found, least)
+    figures, caption = method_pictures.picture(picture, found, least, x)
     return Finding(
         # a smoke's runs have hardly begun to learn, some on images that are made up: they try the code
         "cannot be told" if task.scale == "smoke" else outcome(results),
@@ -158,7 +158,7 @@ def _source(task: Task, place: Table, base: Table, data: Sequence[Table]) -> dic
 
 def _tuned(
     task: Task, shared: Table, variant: Table, place: Table, held_out: Table
-) -> tuple[TrainConfig, list[tuple[Cell, ...]]]:
+) -> tuple[TrainConfig, list[tuple[str, ...]]]:
     """The variant's configuration, at its point of the least error on what is ``held_out`` (seed 0).
 
     Beside it what was tried, a row of the table of tuning each.
@@ -175,14 +175,14 @@ def _tuned(
     errors = Arm(place["label"], variant["label"], config, tuple(folder / name for name in names), "").errors
     known = [math.inf if error is None else error for error in errors]
     best = known.index(min(known))  # where all diverged the first, whose runs will say so
-    names_of_row = (Cell(place["label"]), Cell(variant["label"]))
-    rows: list[tuple[Cell, ...]] = [
+    rows: list[tuple[str, ...]] = [
         (
-            *names_of_row,
-            Cell(setting(cell)),
-            Cell(str(cell.epochs)),
-            Cell(percent([error])),
-            Cell("yes" if i == best and error is not None else ""),
+            place["label"],
+            variant["label"],
+            setting(cell),
+            str(cell.epochs),
+            percent([error]),
+            "yes" if i == best and error is not None else "",
         )
         for i, (cell, error) in enumerate(zip(cells, errors, strict=True))
     ]

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gm_probe.core.devices import environment, pick_device
-from gm_probe.core.errors import UsageError
-from gm_probe.core.files import remove_temporary
-from gm_probe.core.locks import exclusive
+from gm_probe.errors import UsageError
+from gm_probe.files.atomic import remove_temporary
+from gm_probe.files.locks import exclusive
 from gm_probe.reproduce.catalogue import recipe
 from gm_probe.reproduce.finding import Finding, Task, write
+from gm_probe.runtime.devices import environment, pick_device
 
 STUDIES = {
     "boundaries": "boundaries",

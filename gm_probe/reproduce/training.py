@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gm_probe.core.errors import ProbeError
+from gm_probe.executors.local import Outcome
 from gm_probe.reproduce.finding import Task
-from gm_probe.sweep.executors import Outcome
 from gm_probe.sweep.manifest import write_sweep
 from gm_probe.sweep.recipe import Recipe
 from gm_probe.sweep.runner import run_recipe
+from gm_probe.sweep.tuning import require_success
 
 
 def trained(recipe: Recipe, folder: Path, task: Task) -> Path:
@@ -29,10 +29,5 @@ def trained(recipe: Recipe, folder: Path, task: Task) -> Path:
 
     write_sweep(recipe, folder)
     outcomes = run_recipe(recipe, folder, jobs=task.jobs, notify=notify)
-    failed = [outcome for outcome in outcomes if outcome.status in {"failed", "busy"}]
-    if failed:
-        raise ProbeError(
-            f"{len(failed)} of {len(outcomes)} runs failed, the first ({failed[0].name}): {failed[0].reason}; "
-            "the same command tries them again"
-        )
+    require_success(outcomes)
     return folder

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from gm_probe.core.errors import UsageError
+from gm_probe.errors import UsageError
 
 DESIGNS = ("grid", "list", "random", "sobol")
 

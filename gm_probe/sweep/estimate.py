@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from gm_probe.core.locks import Hold
-from gm_probe.probe.catalogue import expected_cost
-from gm_probe.probe.settings import Settings
+from gm_probe.files.locks import Hold
+from gm_probe.measures.catalogue import expected_cost
+from gm_probe.measures.settings import Settings
 from gm_probe.sweep.recipe import MeasurePlan
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.run import Training

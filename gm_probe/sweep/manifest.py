@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gm_probe.core.errors import StorageError, UsageError, did_you_mean
-from gm_probe.core.files import write_json
-from gm_probe.core.records import SWEEP, read_sweep_record
-from gm_probe.probe.settings import Settings
+from gm_probe.errors import StorageError, UsageError, did_you_mean
+from gm_probe.files.atomic import write_json
+from gm_probe.measures.settings import Settings
+from gm_probe.runs.records import SWEEP, read_sweep_record
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
 

@@ -10,14 +10,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from gm_probe.core.checks import whole
-from gm_probe.core.device_names import require_device_name
-from gm_probe.core.errors import UsageError, did_you_mean
-from gm_probe.core.files import read_toml
-from gm_probe.core.model_names import require_model_name
-from gm_probe.core.sources import require_source
-from gm_probe.probe.catalogue import CATALOGUE, DEFAULT_MEASURES, check_names
-from gm_probe.probe.settings import Settings
+from gm_probe.checks import whole
+from gm_probe.data.sources import require_source
+from gm_probe.errors import UsageError, did_you_mean
+from gm_probe.files.atomic import read_toml
+from gm_probe.measures.catalogue import CATALOGUE, DEFAULT_MEASURES, check_names
+from gm_probe.measures.settings import Settings
+from gm_probe.models.names import require_model_name
+from gm_probe.runtime.device_names import require_device_name
 from gm_probe.sweep.design import DESIGNS, points
 from gm_probe.training.config import SETTINGS, TrainConfig
 
@@ -58,7 +58,7 @@ class MeasurePlan:
     @property
     def coupled(self) -> dict[str, Any]:
         """Those that a SimCLR encoder's must agree with besides."""
-        from gm_probe.core.batches import BATCH_SIZE
+        from gm_probe.data.batches import BATCH_SIZE
 
         return {"batch_images": self.batch_size or BATCH_SIZE}
 
@@ -111,8 +111,8 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
 def require_names(configs: Collection[TrainConfig]) -> None:
     """Raise UsageError for data, a model or a device that there is not, before a run of many fails of it."""
     _check_each(configs, {"data": require_source, "device": require_device_name, "model": require_model_name})
-    from gm_probe.core.devices import named_device  # torch, which a wrong name must not wait for
-    from gm_probe.core.models import builder
+    from gm_probe.models.zoo import builder
+    from gm_probe.runtime.devices import named_device  # torch, which a wrong name must not wait for
 
     _check_each(configs, {"model": builder, "device": named_device})
 

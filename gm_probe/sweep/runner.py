@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from gm_probe.core.devices import pick_device
-from gm_probe.core.errors import DivergedError, StorageError
-from gm_probe.core.files import in_utf8, read_json, write_atomic, write_json
-from gm_probe.core.locks import Hold, exclusive
-from gm_probe.core.records import (
+from gm_probe.errors import DivergedError, StorageError
+from gm_probe.executors.local import Executor, Job, Outcome, Processes, in_turn, visible_gpus
+from gm_probe.files.atomic import in_utf8, read_json, write_atomic, write_json
+from gm_probe.files.locks import Hold, exclusive
+from gm_probe.measuring.checkpoint import How, measure_as, telling
+from gm_probe.measuring.saved import merge_measures
+from gm_probe.runs.records import (
     CHECKPOINT,
     CONFIG,
     ERROR,
@@ -24,10 +26,8 @@ from gm_probe.core.records import (
     read_run,
     run_state,
 )
-from gm_probe.sweep.executors import Executor, Job, Outcome, Processes, in_turn, visible_gpus
-from gm_probe.sweep.measuring import How, measure_as, telling
+from gm_probe.runtime.devices import pick_device
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
-from gm_probe.sweep.saved_measures import merge_measures
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.leave import Leave
 from gm_probe.training.loop import train

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gm_probe.core.errors import StorageError, UsageError
-from gm_probe.core.locks import Word, told
-from gm_probe.core.records import (
+from gm_probe.errors import StorageError, UsageError
+from gm_probe.files.locks import Word, told
+from gm_probe.files.regular import read_record
+from gm_probe.runs.records import (
     CONFIG,
     MEASURES,
     METRICS,
@@ -26,7 +27,6 @@ from gm_probe.core.records import (
     read_sweep_record,
     run_state,
 )
-from gm_probe.core.regular import read_record
 
 STATES = ("finished", "trained", "running", "stale", "pending", "diverged", "failed")
 ENDED = frozenset({"finished", "diverged", "failed"})

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from gm_probe.core.datasets import Examples
-from gm_probe.core.errors import CheckpointError, DataError, StorageError
-from gm_probe.core.huggingface import is_folder
-from gm_probe.core.images import blocks
-from gm_probe.core.records import CHECKPOINT, CONFIG, SPLIT, find_runs, read_run, read_split
+from gm_probe.data.datasets import Examples
+from gm_probe.data.images import blocks
+from gm_probe.errors import CheckpointError, DataError, StorageError
+from gm_probe.models.huggingface import is_folder
+from gm_probe.runs.records import CHECKPOINT, CONFIG, SPLIT, find_runs, read_run, read_split
 from gm_probe.training.leave import Leave
 from gm_probe.training.parts import MARKS, NO_LEAVE, own_unlabeled
 

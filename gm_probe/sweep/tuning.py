@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gm_probe.core.errors import DivergedError, ProbeError, UsageError
-from gm_probe.core.records import RunRecord, read_run
-from gm_probe.probe.settings import Settings
-from gm_probe.sweep.executors import Outcome
+from gm_probe.errors import DivergedError, ProbeError, UsageError
+from gm_probe.executors.local import Outcome
+from gm_probe.measures.settings import Settings
+from gm_probe.runs.records import RunRecord, read_run
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.rules import METHODS
@@ -106,7 +106,7 @@ class Tuner:
         Raises:
             ProbeError: a run failed; the next call tries it again.
         """
-        _require_success(self.execute(self.recipe(points)))
+        require_success(self.execute(self.recipe(points)))
         return [self._cell(point) for point in points]
 
     def trials(
@@ -158,7 +158,8 @@ def _error(record: RunRecord) -> float:
     return float(record.result("probe_test_error" if "probe_test_error" in record.summary else "test_error"))
 
 
-def _require_success(outcomes: Sequence[Outcome]) -> None:
+def require_success(outcomes: Sequence[Outcome]) -> None:
+    """Raise ProbeError where a run failed; one that diverged is a result."""
     failed = [outcome for outcome in outcomes if outcome.status in {"failed", "busy"}]
     if failed:
         raise ProbeError(

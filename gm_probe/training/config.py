@@ -8,11 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from gm_probe.core.checks import one_of, optional, real, whole
-from gm_probe.core.errors import UsageError, did_you_mean
-from gm_probe.core.files import as_named
-from gm_probe.core.reading import Reading
-from gm_probe.core.sources import NAMES
+from gm_probe.checks import one_of, optional, real, whole
+from gm_probe.data.reading import Reading
+from gm_probe.data.sources import NAMES
+from gm_probe.errors import UsageError, did_you_mean
+from gm_probe.files.atomic import as_named
 
 CHOICES = {
     "objective": ("supervised", "joint", "fixmatch", "simclr"),
@@ -57,16 +57,16 @@ class TrainConfig:
     """Settings of one run; the paper's where METHOD.md fixes them.
 
     Attributes:
-        data: folder, array file, ``digits``, or a torchvision name (core.datasets.open_source).
-        image_size, resize, crop: of a folder's images (core.images.Reading).
+        data: folder, array file, ``digits``, or a torchvision name (data.datasets.open_source).
+        image_size, resize, crop: of a folder's images (data.images.Reading).
         skip_bad: leave out images that cannot be decoded; split.json lists them.
-        num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = core.splits.split's defaults.
+        num_train, num_unlabeled, num_test: sizes of the disjoint parts; None = data.splits.split's defaults.
         labels: training examples that keep their labels, as many of each class (None = all).
         validation: share of the training part, drawn by ``split_seed``, that is held out in the test part's place, so
             that settings can be chosen without it (None = none: the test part itself).
         split_seed: draws the parts; apart from ``seed``, so that the runs of a sweep share their data.
         init: checkpoint file or run folder whose weights training starts from; a head for other classes starts
-            afresh (core.pretrained.load_pretrained).
+            afresh (models.pretrained.load_pretrained).
         objective: what is learned (training.objectives): from labeled examples alone, jointly with the inconsistency
             of unlabeled ones, or by FixMatch. Batches then hold ``mu`` unlabeled examples for each of the
             ``batch_size`` labeled ones, and an epoch is a pass over the unlabeled ones (training.feeds). SimCLR learns
@@ -84,7 +84,7 @@ class TrainConfig:
         clip_norm: gradients are scaled down to this norm (None = never).
         ema_decay: keep an exponential moving average of the weights, updated every step with this decay. It, with
             the model's own BatchNorm statistics, is what is evaluated, tracked and saved; at the end the weights
-            themselves are kept too (core.records.RAW).
+            themselves are kept too (runs.records.RAW).
         augment: zero-pad by 4, crop and flip.
         stop_ce: stop once the training cross-entropy (un-augmented, eval mode) is at most this.
         eval_every: epochs between evaluations on the train and test parts (0 = only at the end). With it the weights

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.contrastive import partners
-from gm_probe.core.datasets import Examples
-from gm_probe.core.errors import DataError
-from gm_probe.core.images import taken
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.datasets import Examples
+from gm_probe.data.images import taken
+from gm_probe.errors import DataError
+from gm_probe.models.contrastive import partners
 from gm_probe.training.views import draw_views, require_images, see
 
 

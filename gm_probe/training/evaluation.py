@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gm_probe.core import processes
-from gm_probe.core.batches import Batches
-from gm_probe.core.contrastive import Contrastive
-from gm_probe.core.errors import DivergedError
-from gm_probe.core.memory import within_memory
-from gm_probe.core.models import logits_at
-from gm_probe.core.parameters import evaluating
+from gm_probe.data.batches import Batches
+from gm_probe.data.memory import within_memory
+from gm_probe.errors import DivergedError
+from gm_probe.models.contrastive import Contrastive
+from gm_probe.models.parameters import evaluating
+from gm_probe.models.zoo import logits_at
+from gm_probe.runtime import processes
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.linear_probe import linear_probe
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gm_probe.core.contrastive import partners
-from gm_probe.core.errors import UsageError
-from gm_probe.core.processes import count
-from gm_probe.core.splits import Splits
+from gm_probe.data.splits import Splits
+from gm_probe.errors import UsageError
+from gm_probe.models.contrastive import partners
+from gm_probe.runtime.processes import count
 from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.views import draw_views, require_images, see

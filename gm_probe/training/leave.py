@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gm_probe.core.errors import UsageError
-from gm_probe.core.files import default_data_root
-from gm_probe.core.model_names import is_user_code
-from gm_probe.core.sources import DATASETS
+from gm_probe.data.sources import DATASETS
+from gm_probe.errors import UsageError
+from gm_probe.files.atomic import default_data_root
+from gm_probe.models.names import is_user_code
 from gm_probe.training.config import TrainConfig
 
 THREADS = "threads"

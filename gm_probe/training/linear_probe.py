@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
-from gm_probe.core import processes
-from gm_probe.core.batches import Batches
-from gm_probe.core.contrastive import Contrastive
-from gm_probe.core.errors import DivergedError
-from gm_probe.core.parameters import evaluating
+from gm_probe.data.batches import Batches
+from gm_probe.errors import DivergedError
+from gm_probe.models.contrastive import Contrastive
+from gm_probe.models.parameters import evaluating
+from gm_probe.runtime import processes
 
 EPOCHS, BATCH = 20, 1024
 """The paper's; its AdamW has lost its learning rate, ours comes near the optimum on standardised features."""

@@ -7,15 +7,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from gm_probe.core import processes
-from gm_probe.core.devices import deterministic
-from gm_probe.core.errors import DivergedError, UsageError
-from gm_probe.core.files import remove_temporary, write_json
-from gm_probe.core.locks import Hold, exclusive
-from gm_probe.core.memory import memory_or
-from gm_probe.core.precision import float32_products
-from gm_probe.core.records import CONFIG, SPLIT, STATE, SUMMARY, read_run
-from gm_probe.core.signals import Terminated, sigterm_noted
+from gm_probe.errors import DivergedError, UsageError, memory_or
+from gm_probe.files.atomic import remove_temporary, write_json
+from gm_probe.files.locks import Hold, exclusive
+from gm_probe.runs.records import CONFIG, SPLIT, STATE, SUMMARY, read_run
+from gm_probe.runtime import processes
+from gm_probe.runtime.devices import deterministic
+from gm_probe.runtime.precision import float32_products
+from gm_probe.runtime.signals import Terminated, sigterm_noted
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.parts import check_splits, load_splits
 from gm_probe.training.run import Training

@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from gm_probe.core.checks import one_of, real
-from gm_probe.core.errors import UsageError
-from gm_probe.core.processes import count, sum_over_processes
+from gm_probe.checks import one_of, real
+from gm_probe.errors import UsageError
+from gm_probe.runtime.processes import count, sum_over_processes
 
 Criterion = Callable[[Tensor, Any], Tensor]
 """Maps a model's outputs (B, ...) and the targets to a loss (0-dim), a weighted mean or a sum over examples."""

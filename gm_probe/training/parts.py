@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from gm_probe.core.datasets import Examples, Recorded, Source, marks, open_source
-from gm_probe.core.errors import DataError, UsageError
-from gm_probe.core.images import contents
-from gm_probe.core.records import CONFIG, read_run, read_split
-from gm_probe.core.splits import Splits, hold_out, split
+from gm_probe.data.datasets import Examples, Recorded, Source, marks, open_source
+from gm_probe.data.images import contents
+from gm_probe.data.splits import Splits, hold_out, split
+from gm_probe.errors import DataError, UsageError
+from gm_probe.runs.records import CONFIG, read_run, read_split
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.leave import Leave
 
@@ -46,7 +46,7 @@ def open_data(config: TrainConfig) -> Source:
     """The data of a run, uncut; a folder's images are still in their files.
 
     Raises:
-        DataError, UsageError: as ``core.datasets.open_source``.
+        DataError, UsageError: as ``data.datasets.open_source``.
     """
     if Path(config.data).is_absolute() and not Path(config.data).exists():  # as a run records it
         raise UsageError(f"no folder or file {config.data!r}; if it has moved, say where it is with --data")

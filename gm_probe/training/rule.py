@@ -37,17 +37,17 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional
 
-from gm_probe.core.checks import optional, whole
-from gm_probe.core.contrastive import Contrastive
-from gm_probe.core.door import Outputs, unwrapped
-from gm_probe.core.errors import DeviceError, UsageError, first_line, on_two_devices
-from gm_probe.core.fields import Inputs, arguments, as_inputs
-from gm_probe.core.parameters import Parameters, dense, differentiable_recurrence
-from gm_probe.core.processes import count, sum_over_processes
-from gm_probe.core.randomness import Draws
-from gm_probe.core.recomputation import non_reentrant
-from gm_probe.probe.kl import kl_divergence
-from gm_probe.probe.written import require_repeatable
+from gm_probe.checks import instance, optional, whole
+from gm_probe.curvature.written import leaves_of, require_repeatable
+from gm_probe.data.fields import Inputs, arguments, as_inputs
+from gm_probe.errors import DeviceError, UsageError, first_line, on_two_devices
+from gm_probe.inconsistency.kl import kl_divergence
+from gm_probe.models.contrastive import Contrastive
+from gm_probe.models.door import Outputs, unwrapped
+from gm_probe.models.parameters import Parameters, dense, differentiable_recurrence
+from gm_probe.models.recomputation import non_reentrant
+from gm_probe.runtime.processes import count, sum_over_processes
+from gm_probe.runtime.randomness import Draws
 from gm_probe.training.objectives import Criterion, Objective
 from gm_probe.training.sub_batches import SubBatches, as_targets, value_of
 
@@ -72,14 +72,14 @@ class Rule:
     """Base of all rules, itself plain backpropagation (SGD, AdamW, ... by the optimizer that steps).
 
     Args:
-        model: its trainable parameters get the gradients. Wrappers around it are looked through (core.door).
+        model: its trainable parameters get the gradients. Wrappers around it are looked through (models.door).
         criterion: maps the model's outputs (B, ...) and the targets to a loss; or an objective. Its own trainable
             parameters, and every other leaf that ``loss.backward()`` would reach, get their gradients, too.
         m: the batch is worked off in sub-batches of this size: gradient accumulation, and m-sharpness (App. E.1), for
             each has a perturbation of its own. Their gradients are weighted as the criterion weights them, and add up
             to the whole batch's. None = all at once. A last sub-batch of one example joins the one before it.
         generator: of the noise starts; None draws one seeded with 0 on the CPU.
-        outputs: how what the model returns is read; see core.door. The criterion gets the chosen output as it is.
+        outputs: how what the model returns is read; see models.door. The criterion gets the chosen output as it is.
 
     ``passes`` is the cost of a step in forward passes (a backward counts 2).
 
@@ -103,6 +103,9 @@ class Rule:
         outputs: Outputs | None = None,
     ) -> None:
         optional(whole, "m", m)
+        optional(instance, "outputs", outputs, Outputs)
+        if not callable(criterion) or isinstance(criterion, type):
+            raise UsageError(f"criterion = {criterion!r} must be a function of the outputs and the targets")
         self.model = unwrapped(model)
         self.objective = criterion if isinstance(criterion, Objective) else Objective(criterion)
         self.m = m
@@ -171,9 +174,10 @@ class Rule:
     def _clean(self, x: Inputs, y: Any) -> Tensor:
         """What the model itself returns for x, as the criterion takes it; looked at once, at the first step."""
         args, kwargs = arguments(self.model, x)
-        if self.perturbs and not self._examined:
-            require_repeatable(self.parameters, x, Draws(x.device, self.model))
-        with non_reentrant():
+        remedy = "pass the tensor itself, or name the entries as forward's arguments are named"
+        with non_reentrant(), _told_of_several("the model", x, remedy):
+            if self.perturbs and not self._examined:
+                require_repeatable(self.parameters, x, Draws(x.device, self.model))
             outputs = self.outputs.taken(self.model(*args, **kwargs), len(x))
         if not self._examined:
             ours = self.objective.is_mean or self.objective.criterion is functional.cross_entropy
@@ -191,7 +195,8 @@ class Rule:
         return loss if rest is None else loss + rest
 
     def _labeled(self, outputs: Tensor, y: Any) -> Tensor:
-        loss = self.objective.loss(outputs, y)
+        with _told_of_several("the criterion", y, "give Rule a criterion of the outputs and all of them"):
+            loss = self.objective.loss(outputs, y)
         if not isinstance(loss, Tensor) or loss.dim():
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise UsageError(f"the criterion returned {shape}, not one number; reduce it to a mean or a sum")
@@ -235,10 +240,26 @@ class Rule:
         """
         known = {id(leaf) for leaf in (*self._leaves, *(inputs or ()))}
         self._leaves += [leaf for leaf in leaves_of(loss) if id(leaf) not in known]
+        if not loss.requires_grad:
+            raise UsageError(
+                "the loss depends on no parameter that autograd sees: forward or the criterion runs under "
+                "torch.no_grad or inference_mode, or detaches the outputs"
+            )
         scaled = loss if self._scaler is None else self._scaler.scale(loss)
         return torch.autograd.grad(
             scaled, [*self._leaves, *(inputs or ())], allow_unused=True, retain_graph=again
         )
+
+    def _hooked(self, gradient: Tensor) -> Tensor:
+        """A gradient (P,) by moved parameters, as hooks on the parameters themselves change theirs (masks, say)."""
+        parts = self.parameters.split(gradient)
+        hooks = [
+            (n, hook) for n, p in self.parameters.named.items() for hook in (p._backward_hooks or {}).values()
+        ]
+        for name, hook in hooks:
+            changed = hook(parts[name])
+            parts[name] = parts[name] if changed is None else changed
+        return self.parameters.join(parts.values()) if hooks else gradient
 
     def _joined(self, gradients: Gradients) -> Tensor:
         """The parameters' gradient (P,), without other leaves'."""
@@ -280,19 +301,21 @@ class Rule:
                 hook(leaf)
 
 
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """Return the leaves that ``loss.backward()`` would accumulate gradients in."""
-    found: list[Tensor] = [loss] if loss.is_leaf and loss.requires_grad else []
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        waiting += [following for following, _ in node.next_functions]
-    return found
+@contextmanager
+def _told_of_several(whose: str, given: Any, remedy: str) -> Iterator[None]:
+    """Raise UsageError where ``whose`` code takes no dict or tuple of tensors, and was given one."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError) as error:
+        if isinstance(given, Tensor):
+            raise
+        value = value_of(given)
+        what = (
+            f"a dict of {', '.join(map(repr, value))}"
+            if isinstance(value, dict)
+            else f"a tuple of {len(value)}"
+        )
+        raise UsageError(f"{whose} does not take {what} ({first_line(error)}); {remedy}") from error
 
 
 def require_head(outputs: Outputs, criterion: object, y: Any) -> None:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.core.checks import one_of, real, whole
-from gm_probe.core.door import Outputs
-from gm_probe.core.fields import Inputs
-from gm_probe.core.processes import sum_over_processes
-from gm_probe.core.randomness import Draws
-from gm_probe.probe.ascent import ascend, kl_gradient, to_sphere
+from gm_probe.checks import one_of, real, whole
+from gm_probe.data.fields import Inputs
+from gm_probe.inconsistency.ascent import ascend, kl_gradient, to_sphere
+from gm_probe.models.door import Outputs
+from gm_probe.runtime.processes import sum_over_processes
+from gm_probe.runtime.randomness import Draws
 from gm_probe.training.objectives import Criterion
 from gm_probe.training.rule import Gradients, Rule, Step
 
@@ -124,7 +124,7 @@ class _Inconsistency(Rule):
                 share = kl_gradient(
                     self.parameters, x, clean, offset, factor, lambda moved: self.objective.compared(moved, y)
                 )[1]
-            return sum_over_processes(share)
+            return sum_over_processes(self._hooked(share))
 
         start = self.parameters.random(self.noise_scale, self.generator)
         return ascend(gradient, start, self.rho, self.k_steps)
@@ -220,7 +220,8 @@ class OnePassIAMD(Rule):
         divergence = self._divergence(outputs, perturbed, y, self.kl_grad)
         whole = loss + self.beta * self._share * divergence
         gradients = self._differentiate(whole, list(moved.values()))
-        self._follow(sum_over_processes(self.parameters.join(gradients[-len(moved) :])))
+        direction = self._hooked(self.parameters.join(gradients[-len(moved) :]))
+        self._follow(sum_over_processes(direction))
         return Step(outputs.detach(), loss.detach(), divergence.detach()), gradients[: -len(moved)]
 
     def _follow(self, direction: Tensor) -> None:

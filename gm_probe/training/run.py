@@ -6,7 +6,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.core import processes
-from gm_probe.core.batches import Batches, Normalization
-from gm_probe.core.checkpoints import read_checkpoint, save_checkpoint
-from gm_probe.core.datasets import Examples
-from gm_probe.core.devices import environment, pick_device
-from gm_probe.core.errors import DivergedError, UsageError, of_machine
-from gm_probe.core.files import append_line, write_atomic, write_json, write_toml
-from gm_probe.core.images import taken
-from gm_probe.core.layout import settle_layout
-from gm_probe.core.locks import Hold
-from gm_probe.core.memory import memory_or
-from gm_probe.core.models import ModelSpec, check_configured, initial_model
-from gm_probe.core.pretrained import load_pretrained, others_there
-from gm_probe.core.randomness import generators_kept, seed_generators
-from gm_probe.core.records import (
+from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.datasets import Examples
+from gm_probe.data.images import taken
+from gm_probe.errors import DivergedError, UsageError, memory_or, of_machine
+from gm_probe.files.atomic import append_line, write_atomic, write_json, write_toml
+from gm_probe.files.locks import Hold
+from gm_probe.files.schema import anything, count, listed, mapping
+from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
+from gm_probe.models.layout import settle_layout
+from gm_probe.models.pretrained import load_pretrained, others_there
+from gm_probe.models.zoo import ModelSpec, check_configured, initial_model
+from gm_probe.runs.records import (
     BEST,
     CHECKPOINT,
     CONFIG,
@@ -41,7 +38,10 @@ from gm_probe.core.records import (
     SUMMARY,
     read_metrics,
 )
-from gm_probe.core.signals import Terminated
+from gm_probe.runtime import processes
+from gm_probe.runtime.devices import environment, pick_device
+from gm_probe.runtime.randomness import generators_kept, seed_generators
+from gm_probe.runtime.signals import Terminated
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import Evaluation, ProbeEvaluation
 from gm_probe.training.feeds import make_feed
@@ -345,14 +345,15 @@ class Training:
                 raise UsageError(
                     f"{self.out} was trained by {len(states)} process(es); resume it with as many"
                 )
+            self._require_sound(state)
             self.model.load_state_dict(state["model"])
             self.updates.load_state_dict(state)
-            self.epoch = int(state["epoch"])
+            self.epoch = state["epoch"]
             if state.get("step"):
                 sums = state["sums"][processes.rank()].to(self.device)
-                self.progress = Progress(
-                    sums, int(state["step"]), int(state["skipped"]), float(state["seconds"])
-                )
+                self.progress = Progress(sums, state["step"], state["skipped"], float(state["seconds"]))
+                if self.progress.step > self.progress.skipped and not float(sums[0]) > 0:
+                    raise ValueError("its sums are of no example")
                 self._random = states[processes.rank()]
         except UsageError:
             raise
@@ -364,6 +365,15 @@ class Training:
         processes.wait_for_all()  # to have read what the first of them now writes
         if self._writes:
             write_atomic(self.out / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+
+    def _require_sound(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError where a value of ``state`` is of another kind than training goes on with."""
+        for name in ("epoch", "step", "skipped"):
+            count(state.get(name, 0), name)
+        mapping(anything)(state["rule"], "rule")
+        listed(mapping(anything))([*state["optimizer"]["state"].values()], "optimizer.state")
+        if state["epoch"] > self.config.epochs:
+            raise ValueError(f"epoch {state['epoch']} of {self.config.epochs}")
 
     def begin(self) -> None:
         """Write what the run is."""

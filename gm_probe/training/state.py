@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gm_probe.core.devices import generator_state, set_generator_state
-from gm_probe.core.errors import CheckpointError
-from gm_probe.core.files import write_atomic
-from gm_probe.core.pickles import load_torch
-from gm_probe.core.regular import open_to_read
+from gm_probe.errors import CheckpointError
+from gm_probe.files.atomic import write_atomic
+from gm_probe.files.pickles import load_torch
+from gm_probe.files.regular import open_to_read
+from gm_probe.runtime.devices import generator_state, set_generator_state
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

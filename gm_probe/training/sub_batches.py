@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gm_probe.core.door import Outputs
-from gm_probe.core.errors import UsageError
-from gm_probe.core.fields import Fields, Inputs, as_inputs
-from gm_probe.core.processes import count, from_all, rank, sum_over_processes
-from gm_probe.core.randomness import generators_kept
+from gm_probe.data.fields import Fields, Inputs, as_inputs
+from gm_probe.errors import UsageError
+from gm_probe.models.door import Outputs
+from gm_probe.runtime.processes import count, from_all, rank, sum_over_processes
+from gm_probe.runtime.randomness import generators_kept
 
 Loss = Callable[[Tensor, Any], Tensor]
 """Maps a model's outputs and the targets to one number."""

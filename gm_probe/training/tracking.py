@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from gm_probe.core import processes
-from gm_probe.core.batches import Batches
-from gm_probe.core.errors import UsageError
-from gm_probe.probe.measures import measure
-from gm_probe.probe.settings import Settings
+from gm_probe.data.batches import Batches
+from gm_probe.errors import UsageError
+from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
+from gm_probe.runtime import processes
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.contrastive_batches import contrastive_batches
 

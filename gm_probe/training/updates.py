@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from gm_probe.core.processes import average_over_processes
+from gm_probe.runtime.processes import average_over_processes
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.objectives import FixMatch, Joint, Objective
 from gm_probe.training.rule import Rule, Step

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gm_probe.core.errors import UsageError
-from gm_probe.core.images import ImageFiles
+from gm_probe.data.images import ImageFiles
+from gm_probe.errors import UsageError
 
 SCALE = (0.08, 1.0)
 """Share of the image's area that a crop covers."""

@@ -1,0 +1,218 @@
+"""What this machine has of what gm_probe uses, and the command that mends what it lacks. Imports no torch by itself."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+
+from gm_probe.errors import BusyError, ProbeError, ResourceError, StorageError, UsageError, first_line
+from gm_probe.files.atomic import default_data_root, write_atomic
+from gm_probe.files.locks import exclusive
+
+State = Literal["ok", "absent", "broken"]
+EXTRAS = {
+    "timm": "models vit-*, mixer-* and timm:NAME",
+    "hf": "--model hf",
+    "parquet": "tables as .parquet",
+    "tensorboard": "train --tensorboard",
+    "tune": "tune --trials",
+    "ray": "--executor ray",
+}
+"""Optional dependencies that a command may ask for, and what for."""
+DATA = {
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "fashionmnist": "FashionMNIST",
+    "svhn": "train_32x32.mat",
+}
+"""Where below --data-root torchvision keeps each data set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the diagnosis.
+
+    ``state`` is ``ok``; ``absent``: optional and not here; or ``broken``: needed, and ``exit_code`` says of what
+    kind. ``remedy`` is a command or an option, empty where nothing is to be done.
+    """
+
+    section: str
+    name: str
+    found: str
+    state: State = "ok"
+    remedy: str = ""
+    exit_code: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diagnose(folder: Path, data_root: Path | None = None, device: str = "auto") -> Iterator[Finding]:
+    """Everything worth knowing before a long run: versions, devices, data, and ``folder`` to write into.
+
+    Nothing is raised for what is wrong: it is a finding. ``folder`` is written to (and left as it was);
+    ``data_root`` is ``default_data_root()`` where it is None.
+    """
+    yield from _versions()
+    yield from _machine(device)
+    yield from _data(data_root)
+    yield from _folder(folder)
+
+
+def _versions() -> Iterator[Finding]:
+    section = "versions"
+    yield Finding(section, "python", f"{platform.python_version()} on {platform.platform(terse=True)}")
+    try:
+        yield Finding(section, "gm_probe", version("gm_probe"))
+        needed = [Requirement(line) for line in requires("gm_probe") or ()]
+    except PackageNotFoundError:
+        remedy = "pip install . in the checkout"
+        yield Finding(section, "gm_probe", "not installed", "broken", remedy, ResourceError.exit_code)
+        return
+    for requirement in needed:
+        if requirement.marker is None:
+            yield _installed(requirement, section, requirement.name, "", f"pip install '{requirement}'")
+            continue
+        for extra, purpose in EXTRAS.items():
+            if requirement.marker.evaluate({"extra": extra}):
+                yield _installed(requirement, "extras", extra, purpose, f"pip install 'gm_probe[{extra}]'")
+
+
+def _installed(needed: Requirement, section: str, name: str, purpose: str, remedy: str) -> Finding:
+    suffix = f" ({purpose})" if purpose else ""
+    lack: State = "absent" if purpose else "broken"
+    code = 0 if purpose else ResourceError.exit_code
+    try:
+        found = version(needed.name)
+    except PackageNotFoundError:
+        return Finding(section, name, f"not installed{suffix}", lack, remedy, code)
+    if not needed.specifier.contains(found, prereleases=True):
+        return Finding(section, name, f"{found}, needs {needed.specifier}{suffix}", lack, remedy, code)
+    return Finding(section, name, f"{found}{suffix}")
+
+
+def _machine(device: str) -> Iterator[Finding]:
+    section = "machine"
+    try:
+        # imported here: the diagnosis of a broken installation must not end at it
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        remedy = "pip install --force-reinstall torch torchvision"
+        yield Finding(section, "torch", first_line(error), "broken", remedy, ResourceError.exit_code)
+        return
+    threads = torch.get_num_threads()
+    given = os.environ.get("OMP_NUM_THREADS")
+    source = f" (OMP_NUM_THREADS={given})" if given else ""
+    yield Finding(section, "cpu", f"cores usable: {_usable_cores()}, threads of torch: {threads}{source}")
+    yield Finding(section, "memory", _memory())
+    yield Finding(section, "kernels", str(torch.backends.cpu.get_cpu_capability()))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            text = (
+                f"{card.name}, {card.total_memory / 1e9:.0f} GB, compute capability {card.major}.{card.minor}"
+            )
+            yield Finding(section, f"cuda:{index}", text)
+    else:
+        built = torch.version.cuda or torch.version.hip
+        reason = "torch sees no GPU" if built else "this torch is built for CPUs"
+        yield Finding(section, "cuda", f"{reason}; --device auto is cpu", "absent")
+    if torch.backends.mps.is_available():
+        yield Finding(section, "mps", "there is one; --device auto is cpu, for want of float64 there")
+    if device != "auto":
+        yield _device(device)
+
+
+def _device(name: str) -> Finding:
+    from gm_probe.runtime.devices import pick_device
+
+    try:
+        return Finding("machine", f"--device {name}", str(pick_device(name)))
+    except ProbeError as error:
+        text, _, remedy = str(error).rpartition("; ")
+        return Finding("machine", f"--device {name}", text, "broken", remedy, error.exit_code)
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> str:
+    try:
+        page, sysconf = os.sysconf("SC_PAGE_SIZE"), os.sysconf
+        total, free = page * sysconf("SC_PHYS_PAGES"), page * sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows, some containers
+        return "unknown on this system"
+    return f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB of it unused"
+
+
+def _data(root: Path | None) -> Iterator[Finding]:
+    yield Finding("data", "digits", "bundled with scikit-learn")
+    try:
+        root = root or default_data_root()
+    except UsageError as error:
+        text, _, remedy = str(error).rpartition("; ")
+        yield Finding("data", "others", text, "absent", remedy)
+        return
+    for name, entry in DATA.items():
+        path = root / entry
+        if _exists(path):
+            yield Finding("data", name, f"{path} (whether it is whole, reading it will tell)")
+        else:
+            remedy = "--download, or --data-root where it is"
+            yield Finding("data", name, f"not in {root}", "absent", remedy)
+
+
+def _folder(folder: Path) -> Iterator[Finding]:
+    section, code = f"folder {folder}", StorageError.exit_code
+    try:
+        home = _nearest(folder)
+        if not home.is_dir():
+            yield Finding(section, "writing", f"{home} is a file", "broken", "--out another folder", code)
+            return
+        yield Finding(section, "free space", f"{shutil.disk_usage(home).free / 1e9:,.1f} GB")
+        with tempfile.TemporaryDirectory(prefix=".gmprobe-doctor-", dir=home) as trial:
+            write_atomic(Path(trial) / "piece", b"")
+            yield Finding(section, "writing", "works")
+            yield _locks(section, Path(trial))
+    except (OSError, StorageError) as error:
+        text = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        yield Finding(section, "writing", text, "broken", "--out another folder", code)
+
+
+def _exists(path: Path) -> bool:
+    """False too where nobody may look."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _nearest(path: Path) -> Path:
+    """``path``, or the nearest folder above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def _locks(section: str, folder: Path) -> Finding:
+    """Whether a second holder is turned away; without that two processes may train one run."""
+    with exclusive(folder):
+        try:
+            with exclusive(folder):
+                text = "do not hold here: start one gmprobe at a time on this folder"
+                return Finding(section, "locks", text, "absent", "--out a folder on a local disk")
+        except BusyError:
+            return Finding(
+                section, "locks", "hold here: two processes of this machine will not train one run"
+            )

@@ -1,1 +1,0 @@
-"""Errors, files, data, models, checkpoints, flat parameters and run records. Imports nothing above it."""

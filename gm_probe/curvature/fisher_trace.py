@@ -1,0 +1,230 @@
+"""The trace of the Fisher matrix by each example's own gradients, with random signs on the outputs, or exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gm_probe.checks import real, whole
+from gm_probe.curvature.example_gradients import ExampleGradients, IrregularLayerError
+from gm_probe.data.batches import Batches, cut
+from gm_probe.errors import DivergedError
+from gm_probe.linalg.trace import Trace
+from gm_probe.linalg.work import FORWARD, GRADIENT, Work
+from gm_probe.models.parameters import Parameters
+from gm_probe.runtime.processes import everywhere, gather_examples
+
+HEAD = 16  # classes whose covariance is diagonalised; the others are handled as one and a remainder
+COLUMNS = 32  # of L, whose gradients follow one forward pass
+# squared norms that a standard error is told from: signs of few classes often agree by chance
+LEAST_NORMS = 32
+
+
+class CovarianceRoot:
+    """L with L Lᵀ = diag p − p pᵀ, the covariance of a class drawn from p, for probabilities p (B, C).
+
+    Of independent labels, p (B, M, C), it is block-diagonal: each label's columns are 0 elsewhere.
+
+    Its columns are the eigenvectors: with them the columns' gradients are nearly orthogonal, so that random signs on
+    them hardly disturb the squared norm. Of more than ``HEAD`` + 1 classes the less likely are lumped into one, and
+    what this leaves out, p_T (diag q − q qᵀ) with q their distribution among themselves, is taken by the root
+    √p_T (diag √q − q √qᵀ) (law of total variance).
+
+    Attributes:
+        rank: number of columns.
+    """
+
+    def __init__(self, p: Tensor) -> None:
+        self._shape = p.shape
+        p = p.double().flatten(0, -2)  # a row for each example, or for each of its labels
+        ordered, self._order = p.sort(dim=1, descending=True)
+        head = HEAD if p.shape[1] > HEAD + 1 else p.shape[1]
+        self._tail = ordered[:, head:]  # (B, T)
+        self._mass = self._tail.sum(1, keepdim=True)
+        lumped = torch.cat([ordered[:, :head], self._mass], 1) if self._tail.shape[1] else ordered
+        # p(1 − p) as a sum over the others: where p is nearly 1, the difference would be rounding alone
+        products = lumped[:, :, None] * lumped[:, None, :] * (1 - torch.eye(lumped.shape[1]).to(lumped))
+        covariance = torch.diag_embed(products.sum(2)) - products
+        values, vectors = torch.linalg.eigh(covariance)
+        columns = (vectors * values.clamp(min=0).sqrt()[:, None, :])[
+            :, :, 1:
+        ]  # the first belongs to eigenvalue 0
+        if self._tail.shape[1]:
+            columns = torch.cat([columns[:, :head], self._q[:, :, None] * columns[:, head:]], 1)
+        self._head = self._restored(columns)  # (B, C, R) but for the tail's
+        self._row_rank = columns.shape[2] + self._tail.shape[1]
+        self.rank = self._shape[1:-1].numel() * self._row_rank
+
+    @property
+    def _q(self) -> Tensor:
+        return self._tail / self._mass.clamp(min=1e-300)
+
+    def _restored(self, rows: Tensor) -> Tensor:
+        """Rows (B, C, ...) of the sorted classes in the classes' own order."""
+        order = self._order.view(*self._order.shape, *[1] * (rows.dim() - 2)).expand_as(rows)
+        return torch.zeros_like(rows).scatter_(1, order, rows)
+
+    def applied(self, signs: Tensor) -> Tensor:
+        """L ε (B, C) or (B, M, C) for ε = ``signs`` (B, R)."""
+        return self._of_rows(signs.reshape(-1, self._row_rank).to(self._head)).view(self._shape)
+
+    def _of_rows(self, signs: Tensor) -> Tensor:
+        head, tail = signs.split([self._head.shape[2], self._tail.shape[1]], dim=1)
+        result = torch.einsum("bcr,br->bc", self._head, head)
+        if not self._tail.shape[1]:
+            return result
+        signed = self._q.sqrt() * tail
+        rest = self._mass.sqrt() * (signed - self._q * signed.sum(1, keepdim=True))
+        return result + self._restored(functional.pad(rest, (result.shape[1] - rest.shape[1], 0)))
+
+    def columns(self) -> Iterator[Tensor]:
+        """L's columns, (K, B, ..., C) for a few at a time: all of many classes' would fill the memory."""
+        for some in torch.arange(self.rank, device=self._head.device).split(COLUMNS):
+            units = functional.one_hot(some, self.rank)
+            yield torch.stack([self.applied(unit.expand(self._shape[0], -1)) for unit in units])
+
+
+@torch.inference_mode(False)
+def fisher_trace(
+    parameters: Parameters,
+    batches: Batches,
+    clean: Tensor,
+    work: Work,
+    *,
+    generator: torch.Generator,
+    tolerance: float = 0.05,
+    max_probes: int = 100,
+) -> Trace | None:
+    """tr F = (1/N) Σ_x ‖∇_θ (L_x ε)ᵀ z_x‖² in expectation over output-space signs ε, by each example's own norm.
+
+    The examples' errors are independent, so one probe over N examples has an example's relative standard deviation
+    divided by √N (METHOD.md, tr F by output signs, where one norm of the summed gradient is taken instead). Where more
+    probes than columns of L would be needed, every column is taken, if ``max_probes`` allow it: the exact value.
+
+    Args:
+        clean: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) of yes-or-no labels.
+        tolerance: standard error relative to the trace; 0 asks for the exact value, about a gradient a class.
+        max_probes: passes before giving up, unless the exact value is asked for or takes fewer of ``HEAD`` at most.
+
+    Returns:
+        None where examples' gradients cannot be had of this model; see ``ExampleGradients``.
+
+    Raises:
+        UsageError: a number is none that can be.
+    """
+    real("tolerance", tolerance, least=0)
+    whole("max_probes", max_probes)
+    batches, clean = batches.on(parameters.device), clean.to(parameters.device)
+    examples = ExampleGradients(parameters, next(iter(batches)).x)
+    if not everywhere(examples.supported, clean.device):
+        return None
+    with suppress(IrregularLayerError):
+        return _by_examples(examples, batches, clean, work, generator, tolerance, max_probes)
+    return None
+
+
+def _by_examples(
+    examples: ExampleGradients,
+    batches: Batches,
+    clean: Tensor,
+    work: Work,
+    generator: torch.Generator,
+    tolerance: float,
+    max_probes: int,
+) -> Trace:
+    def root_of(logits: Tensor) -> CovarianceRoot:
+        return CovarianceRoot(logits.double().softmax(-1))
+
+    rank = root_of(clean[:1]).rank
+
+    def gathered(pieces: Callable[[CovarianceRoot], Iterable[Tensor]], *, summed: bool = False) -> Tensor:
+        """(K, N) squared norms for ``pieces`` (some of K, B, ..., C) of each batch's root.
+
+        ``summed``: a row for each piece.
+
+        Raises:
+            IrregularLayerError: in all processes, where one of them met such examples.
+        """
+        rows = []
+        held = True
+        for batch, part in zip(batches, cut(clean, batches), strict=True):
+            norms = []
+            try:
+                for cotangents in pieces(root_of(part)):
+                    found = examples.squared_norms(batch.x, cotangents.to(clean.dtype)).double()
+                    norms.append(found.sum(0, keepdim=True) if summed else found)
+                    work.add(FORWARD + len(cotangents) * examples.passes, len(part))
+            except IrregularLayerError:
+                held = False
+                break
+            rows.append(torch.cat(norms))
+        if not everywhere(held, clean.device):
+            raise IrregularLayerError
+        result = gather_examples(torch.cat(rows, 1).T).T
+        if not bool(torch.isfinite(result).all()):
+            raise DivergedError("an example's gradient is not finite; try --dtype float64")
+        return result
+
+    def passes(number: int) -> Tensor:
+        """(number, N) squared norms for signs of their own."""
+        seed = int(torch.randint(2**32, (), generator=generator))  # the next round's signs begin anywhere
+        signs = _signs(batches, number * rank, torch.Generator().manual_seed(seed))
+
+        def signed(root: CovarianceRoot) -> Iterator[Tensor]:
+            some = next(signs).view(-1, number, rank)
+            yield torch.stack([root.applied(one) for one in some.unbind(1)])
+
+        return gathered(signed)
+
+    def result(terms: Tensor, noise: float, stderr: float | None, probes: int, converged: bool) -> Trace:
+        own = float(terms.var()) - noise if len(terms) > 1 else -1.0
+        error = math.sqrt(own / len(terms)) if own >= 0 else None
+        return Trace(float(terms.mean()), stderr, error, probes, converged, terms)
+
+    def exact() -> Trace:
+        work.foresee((math.ceil(rank / COLUMNS) * FORWARD + rank * examples.passes) / GRADIENT)
+        return result(gathered(CovarianceRoot.columns, summed=True).sum(0), 0.0, None, rank, True)
+
+    if tolerance == 0 or rank <= 2:
+        return exact()
+    norms = passes(2)
+    while True:
+        taken, size = norms.shape
+        noise = float(norms.var(0).mean()) / taken  # of an example's mean over probes
+        stderr, value = math.sqrt(noise / size), float(norms.mean())
+        least = math.ceil(LEAST_NORMS / size)
+        converged = stderr <= tolerance * value and taken >= least
+        if converged or taken >= max_probes:
+            return result(norms.mean(0), noise, stderr, taken, converged)
+        allowed = tolerance * value
+        needed = (
+            max(taken * (stderr / allowed) ** 2 if stderr else 0, least)
+            if allowed or not stderr
+            else math.inf
+        )
+        if needed - taken >= rank and (rank <= HEAD or taken + rank <= max_probes):
+            return exact()
+        work.expect(taken, min(needed, max_probes))
+        more = min(math.ceil(needed) - taken if math.isfinite(needed) else max_probes, max_probes - taken, 8)
+        norms = torch.cat([norms, passes(max(more, 1))])
+
+
+def _signs(batches: Batches, number: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """(B, number) random signs for each batch, drawn example by example in the order of the whole set.
+
+    So they hang neither on the batch size nor on the process, and never fill the memory.
+    """
+
+    def drawn(count: int) -> Tensor:
+        return torch.randint(0, 2, (count, number), generator=generator, dtype=torch.int8) * 2 - 1
+
+    step = batches.batch_size
+    for start in range(0, batches.first, step):  # of the processes before this one
+        drawn(min(step, batches.first - start))
+    for start in range(0, batches.num_examples, step):
+        yield drawn(min(step, batches.num_examples - start))

@@ -1,0 +1,61 @@
+"""Layers of which torch 2.14 misstates or lacks a second derivative, by operations that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """torch's own jvp of a jvp is wrong without a word (pytorch issue 196700)."""
+    # under autocast; torch's statistics are of float32, too
+    if input.dtype in (torch.float16, torch.bfloat16):
+        input = input.float()
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(axes, keepdim=True)
+    result = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """torch's own backward pass has no derivative."""
+    return functional.relu6(input + 3) / 6
+
+
+_SUBSTITUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    functional.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    functional.glu: _glu,
+    functional.hardsigmoid: _hardsigmoid,
+}
+
+
+class Nestable(TorchFunctionMode):
+    """Within this context the layers of ``_SUBSTITUTES`` compute the same by other operations."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return _SUBSTITUTES.get(func, func)(*args, **(kwargs or {}))

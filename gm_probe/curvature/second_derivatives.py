@@ -1,0 +1,117 @@
+"""Whether Hessian-vector products are the derivative of the gradient, tried on a few examples by differences.
+
+A layer may state a wrong second derivative, or leave out a part of it: one that keeps an intermediate of its forward
+pass for its backward pass takes it for a constant there. What comes out may be symmetric all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from gm_probe.curvature.derivatives import REMEDY, Arguments, Way, gradients
+from gm_probe.curvature.written import located
+from gm_probe.data.fields import Inputs
+from gm_probe.errors import DerivativeError, first_line, of_machine
+from gm_probe.models.parameters import Parameters
+
+STEPS = (30.0, 3.0, 0.3, 300.0)
+"""Of √ε, relative to the weights: short ones, lest a ReLU changes sides on the way, and a long one against rounding."""
+_AS_ONE = 0.1
+"""Quotients of two steps count as one value if they differ by less than this, relative to it and to their distance from
+the product."""
+
+Scalar = Callable[[dict[str, Tensor], Inputs, Tensor], Tensor]
+"""parameter values, input (B, ...), data (B, ...) ↦ the sum over examples of what is differentiated twice"""
+
+
+def require_second_derivative(
+    parameters: Parameters, scalar: Scalar, product: Way, few: Arguments, in_float64: Arguments
+) -> None:
+    """Raise DerivativeError where ``product`` cannot be taken, or is not the derivative of the gradient.
+
+    Args:
+        product: v (P,), x, d ↦ H v (P,) of ``scalar``.
+        few: in the model's own dtype, for where a layer insists on it.
+    """
+    for arguments in (in_float64, few):
+        try:
+            v, x, d = arguments
+            if all(_contradicted(parameters, scalar, product, u, x, d) for u in (v, v.flip(0))):
+                raise DerivativeError(_flaw(located(parameters, few[1], others="WeightNorm")))
+            return
+        except DerivativeError:
+            raise
+        except Exception as error:  # whatever a stranger's layer raises; be it that it insists on its dtype
+            if of_machine(error):
+                raise
+            cause = error
+    raise DerivativeError(f"a layer has no second derivative ({first_line(cause)}); {REMEDY}") from cause
+
+
+def _contradicted(
+    parameters: Parameters, scalar: Scalar, product: Way, v: Tensor, x: Inputs, d: Tensor
+) -> bool:
+    """Whether central differences of the gradient along ``v`` (P,) settle on something else than H v.
+
+    At a kink they do not settle: their quotients go with the reciprocal of the step.
+    """
+    precision = _Precision(v.dtype)
+    with precision:
+        found = product(v, x, d).double()
+    values = parameters.values(v.dtype)
+    length = float(parameters.join(values.values()).norm()) or float(v.norm())
+
+    def gradient(step: float) -> Tensor:
+        with torch.enable_grad():
+            moved = {n: (values[n] + step * part).requires_grad_() for n, part in parameters.split(v).items()}
+            slopes = gradients(scalar(moved, x, d), moved)
+        return parameters.join(slopes).double()
+
+    quotients: list[tuple[float, Tensor, float]] = []
+    for factor in STEPS:
+        step = factor * precision.eps**0.5 * length / float(v.norm())
+        ahead = gradient(step)
+        quotient = (ahead - gradient(-step)) / (2 * step)
+        # of a confident example that is wrong the gradient is all but constant, and what changes is lost in rounding
+        lost = 10 * precision.eps * float(ahead.norm()) / step
+        expected = precision.eps**0.25 * float(found.norm() + quotient.norm())
+        if float((quotient - found).norm()) <= max(expected, lost):
+            return False
+        quotients.append((step, quotient, lost))
+    quotients.sort(key=lambda entry: -entry[0])
+    return any(_settled(one, other, found, lost) for (_, one, _), (_, other, lost) in pairwise(quotients))
+
+
+def _settled(one: Tensor, other: Tensor, found: Tensor, lost: float) -> bool:
+    """Whether two quotients (P,) are one value, up to what is ``lost`` in rounding, and another than ``found``."""
+    apart = float((one - other).norm())
+    far = min(float((one - found).norm()), float((other - found).norm()))
+    return apart <= _AS_ONE * far and apart <= max(_AS_ONE * float(one.norm()), lost)
+
+
+class _Precision(torch.autograd.graph.saved_tensors_hooks):
+    """The coarsest ε of what autograd saves: some layers compute in float32 whatever they are given."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.eps = torch.finfo(dtype).eps
+        super().__init__(self._save, lambda value: value)
+
+    def _save(self, value: Tensor) -> Tensor:
+        if value.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(value.dtype).eps)
+        return value
+
+
+def _flaw(suspects: list[str]) -> str:
+    named = f" ({'; '.join(suspects[:3])})" if suspects else ""
+    remedy = "write its backward pass as torch operations on what it saved of its input"
+    if any("WeightNorm" in suspect for suspect in suspects):
+        remedy = "fold weight_norm into its weight by torch.nn.utils.parametrize.remove_parametrizations"
+    return (
+        "the Hessian's products are not the derivative of the gradient, as its differences show: a layer's second "
+        f"derivative is wrong or incomplete{named}; {remedy}, or leave the Hessian's measures out by --measures"
+    )

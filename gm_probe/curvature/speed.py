@@ -1,0 +1,77 @@
+"""How many examples a batch may have within a memory budget, found by a pass over a few of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gm_probe.data.batches import BATCH_SIZE, Batches
+from gm_probe.data.fields import Inputs
+from gm_probe.errors import on_two_devices, out_of_memory
+from gm_probe.models.door import Outputs
+from gm_probe.models.parameters import Parameters, differentiable_attention, evaluating
+
+MEMORY = 4 * 10**9
+"""Bytes that a product may take, by default."""
+PRODUCT = 7
+"""A product's memory over what a gradient pass keeps: forward over reverse took 3.4 to 5.6, nested jvps up to 6.5."""
+TRIAL = 16
+"""Examples that a model's derivatives are tried on."""
+
+
+def bytes_an_example(model: nn.Module, x: Inputs, outputs: Outputs | None = None) -> float:
+    """Bytes that a gradient pass keeps for its backward pass, by example; ``x`` (B, ...) is a few of them."""
+    parameters = Parameters(model, outputs=outputs)
+    values = {
+        name: p.detach().clone().requires_grad_(p.requires_grad)
+        for name, p in parameters.model.named_parameters()
+    }
+    weights = frozenset(value.untyped_storage().data_ptr() for value in values.values())
+    with evaluating(model), torch.enable_grad(), differentiable_attention():
+        with saved_bytes(weights) as saved:
+            loss = functional.log_softmax(parameters.logits(x, values), dim=-1).sum()
+        del loss  # until here the graph holds what was saved, so that no address is used twice
+    return sum(saved.values()) / len(x)
+
+
+@contextmanager
+def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int]]:
+    """Fills a dict of address ↦ bytes with what autograd saves meanwhile, but for storages at ``ignored`` addresses.
+
+    Each storage counts once, as long as its graph lives: an address that is used anew would count as the old one.
+    """
+    found: dict[int, int] = {}
+
+    def save(value: Tensor) -> Tensor:
+        if value.layout != torch.strided:  # a functional embedding's sparse gradient, which has no storage
+            return value
+        try:
+            storage = value.untyped_storage()
+            address = storage.data_ptr()
+        except RuntimeError:  # torch.func, within forward, saves wrappers around tensors
+            return value
+        if address not in ignored:  # a view may be less than its storage, an expanded one more
+            found[address] = max(found.get(address, 0), min(value.nbytes, storage.nbytes()))
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda value: value):
+        yield found
+
+
+def within(memory: float, model: nn.Module, batches: Batches, outputs: Outputs | None = None) -> Batches:
+    """``batches`` of the size, up to ``BATCH_SIZE``, whose products take about ``memory`` bytes; 1 at least.
+
+    As they are where a model has no gradients, which whatever needs them will tell.
+    """
+    few = next(iter(batches.of_size(4))).x
+    try:
+        taken = PRODUCT * bytes_an_example(model, few, outputs)
+    except Exception as error:  # of a stranger's layer
+        if on_two_devices(error):
+            raise
+        return batches.of_size(1) if out_of_memory(error) else batches
+    return batches.of_size(int(max(1, min(BATCH_SIZE, memory // taken))) if taken else BATCH_SIZE)

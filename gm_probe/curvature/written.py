@@ -1,0 +1,146 @@
+"""Hand-written autograd functions (torch.autograd.Function): where a model has them, and whether they run it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from gm_probe.curvature.derivatives import gradients
+from gm_probe.data.fields import Inputs
+from gm_probe.errors import UsageError
+from gm_probe.models.parameters import Parameters
+from gm_probe.runtime.randomness import Draws
+
+STEP = 0.1
+"""Of the weights' length: how far they are moved to see whether code in the backward pass sees the moved ones."""
+
+
+def written(output: Tensor, seen: set[Node] | None = None, *, others: str = "") -> Iterator[str]:
+    """Yield the names of hand-written functions behind ``output``, whose derivatives need not be right.
+
+    Args:
+        seen: nodes that are passed over; those that are met are added.
+        others: part of the name of torch's own functions that count, too.
+    """
+    for node in _nodes(output, set() if seen is None else seen):
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        if isinstance(node, torch.autograd.function.BackwardCFunction) or (others and others in name):
+            yield name
+
+
+def leaves_of(output: Tensor) -> list[Tensor]:
+    """Return the leaves that ``output.backward()`` would accumulate gradients in."""
+    itself = [output] if output.is_leaf and output.requires_grad else []
+    return itself + [node.variable for node in _nodes(output, set()) if hasattr(node, "variable")]
+
+
+def _nodes(output: Tensor, seen: set[Node]) -> Iterator[Node]:
+    """Yield the nodes of the graph behind ``output`` that are not in ``seen``, and add them to it."""
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting += [following for following, _ in node.next_functions]
+
+
+def located(parameters: Parameters, x: Inputs, *, others: str = "") -> list[str]:
+    """Return the hand-written functions that run on ``x`` (B, ...), each with the name of its module."""
+    found: list[str] = []
+    seen: set[Node] = set()
+    names = {module: name for name, module in parameters.model.named_modules()}
+
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        # inner modules end first, so that a node belongs to the innermost one
+        for tensor in _tensors(output):
+            place = f"module {names[module]!r}" if names[module] else "the model itself"
+            found.extend(f"{name} in {place}" for name in written(tensor, seen, others=others))
+
+    with ExitStack() as stack, torch.enable_grad():
+        for module in names:
+            stack.callback(module.register_forward_hook(hook).remove)
+        parameters.taken(x, parameters.leaves())
+    return list(dict.fromkeys(found))
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(each)
+
+
+def require_repeatable(parameters: Parameters, x: Inputs, draws: Draws) -> None:
+    """Raise UsageError unless perturbed passes over ``x`` (B, ...) mean what they say.
+
+    Two with the same ``draws`` must agree, and their backward passes must see the moved weights.
+    """
+    with draws.again(), torch.enable_grad():
+        outputs = parameters.taken(x, parameters.leaves())
+    with draws.again(), torch.no_grad():
+        again = parameters.taken(x)
+    apart = float((outputs.detach() - again).double().norm())
+    if apart > torch.finfo(outputs.dtype).eps ** 0.5 * float(again.double().norm()):
+        raise UsageError(
+            "two passes with the same random draws gave different outputs: the model draws from a generator that is "
+            "not replayed; use the global ones of torch, random or numpy, or one that is a module's attribute"
+        )
+    require_moved_weights(parameters, x, draws, outputs)
+
+
+def require_moved_weights(
+    parameters: Parameters, x: Inputs, draws: Draws, outputs: Tensor | None = None
+) -> None:
+    """Raise UsageError where moved weights do not stand for all of the model's own.
+
+    Forward may reach its own ones past the modules' attributes. Hand-written code may run a part of the model again in
+    the backward pass, when the model has its own weights again. A backward pass within a call at moved weights tells
+    the difference.
+
+    Args:
+        outputs: of ``x``, with their graph; None if they are not at hand.
+    """
+    if outputs is None:
+        with torch.enable_grad():
+            outputs = parameters.taken(x, parameters.leaves())
+    own = {id(p): name for name, p in parameters.model.named_parameters()}
+    for leaf in leaves_of(outputs):
+        if id(leaf) in own:
+            raise UsageError(
+                f"forward takes parameter {own[id(leaf)]!r} from a list, a cache or a view that was made before, where "
+                "moved weights are out of its sight; let it read the module's own attribute in every pass"
+            )
+    if next(written(outputs), None) is None:
+        return
+    length = float(parameters.join(parameters.values().values()).norm()) or 1.0
+    noise = parameters.random(STEP * length, torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        values = {
+            name: (p.detach() + move).requires_grad_()
+            for (name, p), move in zip(
+                parameters.named.items(), parameters.split(noise).values(), strict=True
+            )
+        }
+        slopes = torch.arange(outputs.numel(), device=outputs.device).view_as(outputs) % 3 - 1.0
+        with draws.again():
+            right = parameters.in_force(x, values, lambda found: gradients(found, values, slopes.to(found)))
+        wrong = any(value.grad is not None for value in values.values())  # it went another way
+        if not wrong:
+            with draws.again():
+                found = gradients(parameters.taken(x, values), values, slopes.to(outputs))
+            expected = parameters.join(right)
+            apart = float((parameters.join(found) - expected).double().norm())
+            tolerance = max(1e-3, 30 * torch.finfo(expected.dtype).eps)
+            wrong = apart > tolerance * float(expected.double().norm())
+    if wrong:
+        raise UsageError(
+            f"the model runs a part of itself again in its backward pass ({'; '.join(located(parameters, x)[:3])}), "
+            "where moved weights are out of its sight; switch its own activation checkpointing off"
+        )

@@ -1,0 +1,298 @@
+"""Normalised batches in a fixed order, and the normalisation that a checkpoint records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gm_probe.checks import optional, whole
+from gm_probe.data.datasets import Examples
+from gm_probe.data.fields import Fields, Given, as_inputs, ordinary
+from gm_probe.data.images import blocks, taken
+from gm_probe.data.labels import as_labels
+from gm_probe.errors import DataError, UsageError
+
+PIXELS = "save pixels as uint8, or as floats in [0, 1], or pass --no-normalize for ready inputs"
+"""The remedy for data that a normalisation cannot be applied to."""
+ROUNDING = 1e-3
+"""How far floats may lie outside of [0, 1]."""
+
+
+class Batch(NamedTuple):
+    """Model input and labels of B examples."""
+
+    x: Tensor  # (B, ...), or Fields that stand for one
+    y: Tensor | None  # (B,) int64, (B, L) of L yes-or-no labels; None = unlabeled
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """Per-channel mean and standard deviation of pixels scaled to [0, 1]; empty = none applied."""
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        figures = (*self.mean, *self.std)
+        if (
+            len(self.mean) != len(self.std)
+            or not all(map(math.isfinite, figures))
+            or min(self.std, default=1) <= 0
+        ):
+            raise UsageError(
+                f"normalisation by mean {self.mean} and std {self.std}: one of each a channel, std > 0"
+            )
+
+    @classmethod
+    def of(cls, examples: Examples) -> Normalization:
+        """Mean and standard deviation of uint8 images; none for float data, which is taken as it is."""
+        if examples.x.dtype != torch.uint8:
+            return cls()
+        # exact integer sums: float32 accumulation over a million pixels would lose digits
+        sums = squares = torch.zeros(examples.x.shape[1], dtype=torch.float64)
+        for block in blocks(examples.x):
+            channels = block.transpose(0, 1).flatten(1)  # (C, n·H·W)
+            sums = sums + channels.sum(1, dtype=torch.int64)
+            squares = squares + channels.double().square().sum(1)
+        count = len(examples) * math.prod(examples.x.shape[2:])
+        mean = sums / count
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        if bool((std == 0).any()):
+            raise DataError(
+                f"{examples.source}: a colour channel is constant; normalisation would divide by zero"
+            )
+        return cls(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
+
+    def require_range(self, examples: Examples, *, recorded: bool = False) -> None:
+        """Check that ``examples`` and this normalisation are on one scale, pixels in [0, 1].
+
+        Images are uint8, or have four dimensions or more. A table or a signal of floats has a scale of its own, unless
+        the normalisation is ``recorded``: then it is that of the pixels that the model was trained on.
+
+        Raises:
+            UsageError: a mean or standard deviation is beyond what pixels in [0, 1] can have.
+            DataError: the pixels lie outside of [0, 1], or are all darker than every mean.
+        """
+        x = examples.x
+        if not self.mean or not (x.dtype == torch.uint8 or x.dim() >= 4 or recorded):
+            return
+        if not (all(0 <= mean <= 1 for mean in self.mean) and max(self.std) <= 1):
+            raise UsageError(
+                f"the normalisation by mean {_listed(self.mean)} and std {_listed(self.std)} is not for pixels in "
+                f"[0, 1], as those of {examples.source} are; divide both by 255 if it is for pixels from 0 to 255"
+            )
+        if not isinstance(x, Tensor) or not len(x) or not (x.dtype == torch.uint8 or x.is_floating_point()):
+            return
+        low, high = (float(value) / (255 if x.dtype == torch.uint8 else 1) for value in x.aminmax())
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise DataError(
+                f"{examples.source} holds floats from {low:.3g} to {high:.3g} but the normalisation is for pixels in "
+                f"[0, 1]; {PIXELS}"
+            )
+        if 0 < high < min(self.mean):
+            raise DataError(
+                f"the brightest pixel of {examples.source} is {high:.3g} on the scale from 0 to 1, below every mean of "
+                f"the normalisation ({_listed(self.mean)}); use the whole range: {PIXELS}"
+            )
+
+    def apply(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Scale uint8 (B, C, H, W) to [0, 1] and normalise; floats are normalised without scaling.
+
+        Raises:
+            DataError: another number of channels, integers whose range nobody knows, or several tensors.
+        """
+        if isinstance(x, Fields):
+            if self.mean:
+                raise DataError(
+                    "several tensors have no channels to normalise by; give them as the model takes them"
+                )
+            return x.to(dtype)
+        result = (
+            x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype) if x.is_floating_point() else x
+        )
+        if self.mean:
+            if len(self.mean) != x.shape[1]:
+                raise DataError(
+                    f"normalisation has {len(self.mean)} channels but the data has {x.shape[1]}; "
+                    "set --mean/--std, or --channels"
+                )
+            if x.dtype != torch.uint8 and not x.is_floating_point():
+                raise DataError(f"pixels of {x.dtype} cannot be normalised; {PIXELS}")
+            shape = (1, -1, *([1] * (x.dim() - 2)))
+            mean = torch.tensor(self.mean, dtype=dtype, device=x.device).view(shape)
+            std = torch.tensor(self.std, dtype=dtype, device=x.device).view(shape)
+            result = (result - mean) / std
+        return result
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:.4g}" for value in values)
+
+
+BATCH_SIZE = 250
+"""Larger batches were not faster on a CPU."""
+
+
+class Batches:
+    """A re-iterable over examples in their stored order, normalised, without augmentation.
+
+    Args:
+        examples: what to iterate over.
+        normalization: applied to every batch.
+        batch_size: examples a batch; the last may be smaller. None = ``BATCH_SIZE``, or what memory holds where
+            derivatives are taken (``gm_probe.measure``).
+        device, dtype: of the inputs handed out.
+        channels_last: hand out images in channels-last memory format (faster convolutions on CPU and GPU).
+        coupled: the outputs of a batch's examples hang together, as NT-Xent logits do. Then its size belongs to what is
+            measured, and batches, all of one size, are what is independent.
+
+    Raises:
+        DataError, UsageError: as ``Normalization.require_range`` raises them.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        normalization: Normalization | None = None,
+        *,
+        batch_size: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+        coupled: bool = False,
+    ) -> None:
+        optional(whole, "batch_size", batch_size)
+        self.examples = examples
+        self.normalization = normalization or Normalization()
+        self.normalization.require_range(examples)
+        self.batch_size = batch_size or BATCH_SIZE
+        self.free = batch_size is None and not coupled  # whoever measures may choose it
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.channels_last = channels_last and examples.x.dim() == 4
+        self.coupled = coupled
+        if coupled and len(examples) % self.batch_size:
+            raise DataError(f"{len(examples)} coupled examples do not fill batches of {self.batch_size}")
+        self.total = len(examples)  # N over all processes that share the work
+        self.first = 0  # of them, the number of this process's first example
+
+    @classmethod
+    def from_tensors(
+        cls, x: Given, y: Tensor | np.ndarray | list[Any] | None = None, **options: int | str
+    ) -> Batches:
+        """Batches over tensors x (N, ...) and y (N,) that are already what the model takes.
+
+        Args:
+            x: a tensor or array, or a dict or tuple of several with N rows, which the model takes by name or in order.
+            y: (N,) class indices, or (N, L) zeros and ones of L yes-or-no labels. They may be floats or booleans.
+
+        Raises:
+            UsageError: x is none of these.
+            DataError: x is uint8, which elsewhere are pixels, and are scaled to [0, 1]; y does not fit.
+        """
+        x = as_inputs(x)
+        if isinstance(x, Tensor) and not x.dim():
+            raise UsageError("x is a single number; give a tensor with a row for each example")
+        if isinstance(x, Tensor) and x.dtype == torch.uint8:
+            raise DataError(
+                "x is uint8: give what the model takes, x.float() / 255 or x.long(), or Examples with a Normalization"
+            )
+        device, dtype = x.device, x.dtype if x.is_floating_point() else torch.float32
+        y = None if y is None else as_labels(y, len(x))
+        examples = Examples(cast(Tensor, x.detach()), y, (), "tensors")
+        return cls(examples, device=device, dtype=dtype, **options)  # type: ignore[arg-type]
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.examples)
+
+    @property
+    def labeled(self) -> bool:
+        return self.examples.y is not None
+
+    def shard(self, rank: int, count: int) -> Batches:
+        """The part of process ``rank`` of ``count``: neighbouring examples, as many to each as can be.
+
+        Batches whose examples hang together are not cut.
+
+        Raises:
+            DataError: fewer examples, or such batches, than processes.
+        """
+        size, name = (self.batch_size, "batches") if self.coupled else (1, "examples")
+        units = self.num_examples // size
+        if count > units:
+            raise DataError(f"{units} {name} do not go round {count} processes; use fewer")
+        bounds = [units * i // count * size for i in (rank, rank + 1)]
+        part = copy(self)
+        part.examples, part.first = self.examples.select(torch.arange(*bounds)), bounds[0]
+        return part
+
+    def of_size(self, batch_size: int) -> Batches:
+        """The same examples in batches of another size."""
+        whole("batch_size", batch_size)
+        if self.coupled and batch_size != self.batch_size:
+            raise UsageError(
+                "another batch size would be another measure: the batch's examples hang together"
+            )
+        other = copy(self)
+        other.batch_size, other.free = batch_size, False
+        return other
+
+    def over(self, examples: Examples) -> Batches:
+        """Other examples, handed out in the same way.
+
+        Raises:
+            DataError, UsageError: as ``Normalization.require_range`` raises them.
+        """
+        self.normalization.require_range(examples)
+        other = copy(self)
+        other.examples, other.total, other.first = examples, len(examples), 0
+        other.channels_last = self.channels_last and examples.x.dim() == 4
+        return other
+
+    def on(self, device: torch.device) -> Batches:
+        """The same batches, handed out on ``device``."""
+        if device == self.device:
+            return self
+        other = copy(self)
+        other.device = device
+        return other
+
+    def of_dtype(self, dtype: torch.dtype) -> Batches:
+        """The same batches, whose floating-point inputs are of ``dtype``."""
+        other = copy(self)
+        other.dtype = dtype
+        return other
+
+    def few(self, count: int) -> slice:
+        """Which of a batch's examples ways may be tried on: the first ``count``, or all where they hang together."""
+        return slice(None) if self.coupled else slice(count)
+
+    def independent(self, terms: Tensor) -> Tensor:
+        """Examples' (n,) terms as independent ones of the same mean: themselves, or their batches' means."""
+        return terms.view(-1, self.batch_size).mean(1) if self.coupled else terms
+
+    def __len__(self) -> int:
+        return -(-self.num_examples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        starts = range(0, self.num_examples, self.batch_size)
+        keys = [slice(start, start + self.batch_size) for start in starts]
+        for key, raw in zip(keys, taken(self.examples.x, keys), strict=True):
+            x = ordinary(self.normalization.apply(raw.to(self.device), self.dtype))
+            if self.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            y = self.examples.y
+            yield Batch(x, None if y is None else y[key].to(self.device))
+
+
+def cut(values: Tensor, batches: Batches) -> Sequence[Tensor]:
+    """Cut per-example values (N, ...) at the borders of ``batches``."""
+    return values.split(batches.batch_size)

@@ -1,0 +1,29 @@
+"""The names that data may have. Imports no torch, so that a wrong one is told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gm_probe.errors import UsageError, did_you_mean
+
+DATASETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashionmnist": "FashionMNIST", "svhn": "SVHN"}
+"""Names, and torchvision's classes for them."""
+NAMES = ("digits", *DATASETS)
+"""Data that is known by name; anything else is a path."""
+
+
+def require_source(name: str, *, here: bool = False) -> None:
+    """Raise UsageError where ``name`` is no known data set, nothing here, and no path to elsewhere; nothing is read.
+
+    Args:
+        here: a path must exist on this machine, which will read it.
+    """
+    elsewhere = Path(name).name != name and not here  # maybe on the machine that will read it
+    if name not in NAMES and not elsewhere and not Path(name).exists():
+        raise no_source(name)
+
+
+def no_source(name: str) -> UsageError:
+    """The error for ``name``, which is neither a path nor a known data set."""
+    hint = did_you_mean(name, NAMES, f"not one of {', '.join(NAMES)} either")
+    return UsageError(f"no folder or file {name!r}; {hint}")

@@ -1,0 +1,1 @@
+"""The table of measures, what they share, and one file a family."""

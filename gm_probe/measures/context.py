@@ -1,0 +1,312 @@
+"""How to measure, one measured figure, and a model over its probe set with what several measures share."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gm_probe.curvature.affine import obstacle
+from gm_probe.curvature.derivatives import differentiable, require_gradients
+from gm_probe.curvature.fisher_trace import fisher_trace
+from gm_probe.curvature.operators import fisher, hessian, residual
+from gm_probe.curvature.speed import TRIAL
+from gm_probe.curvature.written import require_moved_weights
+from gm_probe.data.batches import Batches
+from gm_probe.data.labels import as_labels, fitting
+from gm_probe.errors import DataError, DivergedError, UsageError, foreign_or
+from gm_probe.inconsistency.ascent import FisherByDifference, ProbeDivergence
+from gm_probe.linalg.lanczos import Eigenpair, certified, lanczos
+from gm_probe.linalg.operator import Operator
+from gm_probe.linalg.trace import Trace
+from gm_probe.linalg.work import FORWARD, Work
+from gm_probe.measures.settings import Settings
+from gm_probe.models.door import Outputs
+from gm_probe.models.parameters import Parameters
+from gm_probe.runtime.processes import gather_examples
+from gm_probe.runtime.randomness import Draws
+
+T = TypeVar("T")
+DRAFT = 40
+"""Difference products before exact ones go on: of CIFAR-10 networks 8 to 14 are enough."""
+
+
+def as_row(estimate: Any) -> dict[str, Any]:
+    """The fields of a dataclass with ``details``, and those beside them, as JSON has it: None for NaN and infinity."""
+    row = asdict(estimate)
+    details = row.pop("details")
+    return _finite({**row, **details})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One measured figure.
+
+    Attributes:
+        value: None where it is undefined; ``details['reason']`` says why.
+        stderr: the estimator's standard error (probes, starts) or error bound (Lanczos residual); None = exact.
+        stderr_examples: standard error from the probe set being a sample of N examples.
+        converged: whether the estimator met its tolerance.
+        num_evals: gradient evaluations over the whole probe set that it took, beyond work shared with an
+            earlier row.
+        details: what else belongs to the figure.
+    """
+
+    value: float | None
+    stderr: float | None
+    stderr_examples: float | None
+    converged: bool
+    num_evals: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return as_row(self)
+
+
+Figure = tuple[float | None, float | None, float | None, bool, dict[str, Any]]
+"""value, estimator's error, error from the examples being a sample, converged, details"""
+
+
+def example_error(terms: Tensor) -> float | None:
+    """Standard error of the mean of (N,) per-example values; None of a single one."""
+    return float(terms.double().std()) / math.sqrt(len(terms)) if len(terms) > 1 else None
+
+
+def _same(logits: Tensor, again: Tensor, dtype: torch.dtype) -> bool:
+    """To ``dtype``'s tolerance: threaded reductions, and those over batches of other sizes, differ in the last bits."""
+    tolerance = torch.finfo(dtype).eps ** 0.6  # 7e-5 in float32, 4e-10 in float64
+    return bool(torch.allclose(logits, again, rtol=tolerance, atol=tolerance * float(logits.abs().max())))
+
+
+class Probe:
+    """A model over a probe set, with what several measures share: outputs, labels, the top Fisher eigenpair."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        settings: Settings,
+        work: Work,
+        initial: nn.Module | None = None,
+        outputs: Outputs | None = None,
+    ) -> None:
+        self.parameters = Parameters(model, settings.params, outputs)
+        self.batches, self.settings, self.work = batches, settings, work
+        self.initial = initial
+        self._found: dict[str, Any] = {}
+
+    @cached_property
+    def differentiable(self) -> Parameters:
+        """The parameters, of which the logits have been seen to have gradients.
+
+        Raises:
+            UsageError: they have none, or forward hides some from autograd, or the backward pass runs forward again.
+        """
+        few = next(iter(self.batches)).x[self.batches.few(TRIAL)]
+        with differentiable():
+            require_moved_weights(self.parameters, few, Draws(few.device, self.parameters.model))
+        require_gradients(self.parameters, few, self.generator("gradients"))
+        return self.parameters
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator of its own for each purpose, so that no figure depends on which others were asked for."""
+        # hashed to 32 bits: torch's CPU generator ignores the higher ones
+        return torch.Generator().manual_seed(zlib.crc32(f"{name}:{self.settings.seed}".encode()))
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """What several figures are made from: computed the first time."""
+        if name not in self._found:
+            self._found[name] = compute()
+        found: T = self._found[name]
+        return found
+
+    def _outputs(self) -> Tensor:
+        """What the model returns for this process's examples, as it returns it."""
+        rows: list[Tensor] = []
+        with torch.no_grad():
+            for batch in self.batches:
+                start = self.batches.first + sum(map(len, rows))
+                some = f"examples {start} to {start + len(batch.x) - 1} of {self.batches.examples.source}"
+
+                def fails(cause: str, some: str = some) -> DataError:
+                    return DataError(f"the model fails on {some} ({cause}); leave out what it does not take")
+
+                with foreign_or(fails):
+                    rows.append(self.parameters.taken(batch.x))
+                self.work.add(FORWARD, len(rows[-1]))
+        return torch.cat(rows)
+
+    def _require_independent(self, outputs: Tensor) -> None:
+        """Raise UsageError where an example's outputs hang on its batch: so would every measure."""
+        x = next(iter(self.batches)).x
+        if self.batches.coupled or len(x) < 2:
+            return
+        count = min(TRIAL, len(x)) - 1
+        few = slice(1, 1 + count - (count + 1) % 2)  # an odd number, which no groups of examples divide
+
+        def hanging(cause: str) -> UsageError:
+            return UsageError(
+                f"an example's outputs hang on the others of its batch ({cause}), and so would what is measured; give "
+                "the model statistics of its own"
+            )
+
+        with foreign_or(hanging), torch.no_grad():  # BatchNorm has no statistics of a single value
+            apart = self.parameters.taken(x[few])
+        if not _same(outputs[: len(x)][few], apart, torch.float32):
+            raise hanging("as of BatchNorm without running statistics")
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """(n, C) logits at θ of this process's examples; (n, L, 2) of L yes-or-no labels.
+
+        Raises:
+            UsageError: one class only, or outputs of another kind; an example's outputs hang on its batch.
+            DivergedError: some are not finite.
+            DataError: two passes over the data differ; the model does not take some.
+        """
+        first, again = self._outputs(), self._outputs()
+        if not bool(torch.isfinite(first).all()):
+            row = self.batches.first + int((~torch.isfinite(first)).any(1).nonzero()[0])
+            raise DivergedError(
+                f"the model's output on example {row} is not finite; check weights and normalisation"
+            )
+        if not _same(first, again, first.dtype):
+            raise DataError("two passes over the data gave different outputs; no shuffling, no random layers")
+        self._require_independent(first)
+        self.parameters.outputs = self.parameters.outputs.checked(first)
+        return self.parameters.outputs.logits(first)
+
+    def mean(self, values: Tensor) -> Figure:
+        """The exact mean of this process's per-example ``values`` (n,) over all examples."""
+        joined = gather_examples(self.batches.independent(values.double()))
+        return float(joined.mean()), None, example_error(joined), True, {}
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """(n,) class indices as given, or (n, L) yes-or-no labels; None = unlabeled."""
+        examples = self.batches.examples
+        if examples.y is None:
+            return None
+        y = as_labels(examples.y.clone(), len(examples))  # a copy, for it may be of inference mode
+        return fitting(y, self.clean, examples.source).to(self.clean.device)
+
+    @cached_property
+    def divergence(self) -> ProbeDivergence:
+        return ProbeDivergence(self.differentiable, self.batches, self.clean, self.work)
+
+    @cached_property
+    def fisher(self) -> Operator:
+        return fisher(self.differentiable, self.batches, self.clean, self.work)
+
+    @cached_property
+    def hessian(self) -> Operator:
+        return hessian(self.differentiable, self.batches, self.hessian_labels, self.work)
+
+    @property
+    def hessian_labels(self) -> Tensor:
+        """(n,) or (n, L) as given, or else predicted."""
+        return self.clean.argmax(-1) if self.labels is None else self.labels
+
+    @property
+    def label_kind(self) -> str:
+        if self.batches.coupled:
+            return "partner"
+        return "predicted" if self.labels is None else "given"
+
+    @cached_property
+    def fisher_draft(self) -> Eigenpair:
+        """The Fisher matrix's top eigenpair by difference products: good to start an ascent from."""
+
+        def drafted(operator: Operator) -> Eigenpair:
+            # a difference product's own error, half a percent, is no tolerance to wait for; where it is more, as on
+            # tiny networks, the draft stalls
+            return lanczos(
+                operator,
+                generator=self.generator("fisher"),
+                tolerance=max(self.settings.eigen_tolerance, 0.01),
+                max_iterations=min(self.settings.max_iterations, DRAFT),
+                expect=self.work.expect,
+            )
+
+        try:
+            return drafted(replace(self.fisher, matvec=FisherByDifference(self.divergence)))
+        except DivergedError:  # as its steps may, of a deep network
+            return drafted(self.fisher)
+
+    @cached_property
+    def fisher_top(self) -> Eigenpair:
+        """``fisher_draft``, certified by an exact product."""
+        found, settings = self.fisher_draft, self.settings
+        exact = certified(
+            self.fisher,
+            found,
+            tolerance=settings.eigen_tolerance,
+            max_iterations=settings.max_iterations,
+            expect=self.work.expect,
+        )
+        return replace(exact, iterations=found.iterations + exact.iterations)
+
+    @cached_property
+    def hessian_top(self) -> Eigenpair:
+        return lanczos(
+            self.hessian,
+            generator=self.generator("hessian"),
+            tolerance=self.settings.eigen_tolerance,
+            max_iterations=self.settings.max_iterations,
+            expect=self.work.expect,
+        )
+
+    @cached_property
+    def example_fisher_trace(self) -> Trace | None:
+        """tr F by examples' own gradients; None where this model does not allow it, or they hang together."""
+        return self.fisher_trace_to(self.settings.trace_tolerance)
+
+    def fisher_trace_to(self, tolerance: float) -> Trace | None:
+        """The same to another tolerance."""
+        if self.batches.coupled:
+            return None
+        return fisher_trace(
+            self.differentiable,
+            self.batches,
+            self.clean,
+            self.work,
+            generator=self.generator("fisher trace"),
+            tolerance=tolerance,
+            max_probes=self.settings.max_probes,
+        )
+
+    @cached_property
+    def not_affine(self) -> str | None:
+        """Why tr H need not be tr F; None where each parameter tensor enters the logits affinely."""
+        batches = self.batches
+        return (
+            "examples depend on each other"
+            if batches.coupled
+            else obstacle(self.parameters, next(iter(batches)).x)
+        )
+
+    @cached_property
+    def residual(self) -> Operator:
+        return residual(self.differentiable, self.batches, self.clean, self.hessian_labels, self.work)
+
+    def starts(self) -> Iterator[Tensor]:
+        """Random starts (P,), one at a time: all of them would take P times their number."""
+        generator = self.generator("starts")
+        settings = self.settings
+        for _ in range(settings.num_starts):
+            yield self.differentiable.random(settings.noise_scale, generator)

@@ -1,0 +1,431 @@
+"""Measure a checkpoint file over examples: what `gmprobe measure` and every run of a sweep do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from gm_probe.curvature.speed import MEMORY, TRIAL, within
+from gm_probe.data.batches import BATCH_SIZE, Batches, Normalization
+from gm_probe.data.datasets import Examples
+from gm_probe.data.fields import arguments
+from gm_probe.data.memory import within_memory
+from gm_probe.errors import DataError, UsageError, foreign_or, one_device
+from gm_probe.files.locks import Hold
+from gm_probe.linalg.density import density
+from gm_probe.linalg.work import Work
+from gm_probe.measures.catalogue import (
+    DEFAULT_MEASURES,
+    Outlook,
+    check_names,
+    expected_costs,
+    takes_derivatives,
+)
+from gm_probe.measures.context import Probe
+from gm_probe.measures.measure import UNDEFINING, measure
+from gm_probe.measures.settings import Settings
+from gm_probe.models.checkpoints import Checkpoint, is_simclr, read_checkpoint
+from gm_probe.models.contrastive import Contrastive
+from gm_probe.models.door import Head, Outputs
+from gm_probe.models.layout import settle_layout
+from gm_probe.models.loading import check_fit, choose_normalization, fitted_model
+from gm_probe.models.parameters import as_measured, evaluating
+from gm_probe.models.pretrained import load_pretrained
+from gm_probe.models.zoo import ModelSpec, initial_model, is_user_code
+from gm_probe.runs.records import read_run
+from gm_probe.runtime.devices import environment, require_float64
+from gm_probe.runtime.processes import count, failing_together, rank
+from gm_probe.runtime.randomness import generators_kept
+from gm_probe.training.contrastive_batches import contrastive_batches
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A checkpoint's model over examples, ready to be measured."""
+
+    model: torch.nn.Module
+    name: str
+    batches: Batches
+    num_classes: int
+    classes: tuple[str, ...]  # as the checkpoint records them
+    recorded: ModelSpec | None  # likewise
+    outputs: Outputs  # how what the model returns is read
+    key: str = ""  # where the weights stand in a foreign file
+    notes: tuple[str, ...] = ()  # what was chosen of a file without being asked for
+
+
+def open_subject(
+    path: Path,
+    examples: Examples,
+    *,
+    model_name: str | None = None,
+    key: str | None = None,
+    strip: str | None = None,
+    normalization: Normalization | None = None,
+    num_classes: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    head: str = "classifier",
+    outputs: Outputs | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+) -> Subject:
+    """Load the checkpoint ``path`` and lay ``examples`` out for it.
+
+    Args:
+        key, strip: as ``read_checkpoint`` takes them.
+        model_name, normalization, num_classes: needed for foreign checkpoints; override the recorded ones.
+        head: what the outputs stand for (models.door); or ``simclr``: they are NT-Xent logits, over batches of two
+            views, drawn by ``seed``, of ``batch_size`` images each. ``temperature`` None is the recorded one.
+        outputs: which output of the model to take, and what kind it is.
+
+    Raises:
+        CheckpointError, DataError, UsageError: as the parts raise them.
+    """
+    checkpoint = read_checkpoint(path, key, strip)
+    simclr = _check_head(checkpoint, head, temperature)
+    check_fit(checkpoint, examples)
+    shape = tuple(examples.x.shape[1:])
+    model, fit = fitted_model(
+        checkpoint,
+        model_name,
+        input_shape=shape,
+        num_classes=num_classes,
+        temperature=temperature,
+        dtype=dtype,
+    )
+    chosen = choose_normalization(checkpoint, examples, normalization)
+    device = torch.device(device)
+    require_float64(device)
+    model.to(device, dtype)
+    name = model_name or (checkpoint.model.name if checkpoint.model else "")
+    said = "" if checkpoint.model else fit.key, tuple(fit.notes(path))
+    if simclr:
+        views = contrastive_batches(
+            examples, chosen, images=batch_size, seed=seed, device=device, dtype=dtype
+        )
+        views.channels_last = settle_layout(model, next(iter(views)).x)
+        return Subject(
+            model,
+            name,
+            views,
+            2 * batch_size - 1,
+            checkpoint.classes,
+            checkpoint.model,
+            Outputs(kind="logits"),
+            *said,
+        )
+    batches = Batches(examples, chosen, batch_size=batch_size, device=device, dtype=dtype)
+    if batches.channels_last:
+        batches.channels_last = settle_layout(model, next(iter(batches.of_size(2))).x)
+    outputs = replace(outputs or Outputs(), head=cast(Head, head))
+    if not is_user_code(name):  # libraries' networks return logits, however they look
+        outputs = replace(outputs, kind=outputs.kind or "logits")
+    outputs, classes = _examined(model, batches, outputs, model_name or path)
+    if num_classes is not None and num_classes != classes:
+        raise UsageError(f"{model_name or path} has {classes} outputs, not --num-classes {num_classes}")
+    # an array file names no classes: its labels need only lie below the number of outputs
+    if examples.y is not None and examples.classes and len(examples.classes) != classes:
+        raise DataError(
+            f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; "
+            "each class needs its folder, or measure it --unlabeled"
+        )
+    return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs, *said)
+
+
+def _check_head(checkpoint: Checkpoint, head: str, temperature: float | None) -> bool:
+    """Whether NT-Xent logits are to be measured.
+
+    Raises:
+        UsageError: the checkpoint has not what ``head`` asks for.
+    """
+    simclr, path = is_simclr(checkpoint), checkpoint.path
+    if head != "simclr":
+        if simclr:
+            raise UsageError(
+                f"{path} holds a SimCLR encoder, which knows no classes; `gmprobe measure --head simclr` takes its "
+                "NT-Xent figures"
+            )
+        if temperature is not None:
+            raise UsageError("--temperature goes with --head simclr")
+        return False
+    if checkpoint.model is not None and not simclr:
+        raise UsageError(f"{path} holds a classifier, without SimCLR's projector; leave --head simclr out")
+    if not simclr and temperature is None:
+        raise UsageError(f"{path} records no temperature; give --temperature")
+    return True
+
+
+def measure_checkpoint(
+    path: Path,
+    examples: Examples,
+    names: Sequence[str] | None,
+    settings: Settings,
+    *,
+    quadrature: tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    memory: float = MEMORY,
+    notify: Callable[[str, float], None] | None = None,
+    **loading: Any,
+) -> dict[str, Any]:
+    """Measure the checkpoint ``path`` and return its JSON object (see ``Report.as_dict``).
+
+    Under ``torchrun`` each process takes its share of the examples; all return the same.
+
+    Args:
+        quadrature: probes and steps of the spectral densities; None = do without.
+        batch_size: None = what ``memory`` bytes hold.
+        memory: bytes that a product may take.
+        loading: as ``open_subject`` takes them.
+
+    Raises:
+        CheckpointError, DataError, UsageError, DivergedError: as the parts raise them.
+    """
+    simclr = loading.get("head") == "simclr"
+    check_names(names or (), labeled=simclr or examples.y is not None, coupled=simclr, num_processes=count())
+    with failing_together():
+        subject = open_subject(
+            path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading
+        )
+    batches = subject.batches
+    derivatives = quadrature is not None or takes_derivatives(names or DEFAULT_MEASURES)
+    if batch_size is None and derivatives and not simclr:
+        batches = within(memory, subject.model, batches, subject.outputs)
+    part = batches.shard(rank(), count())
+    initial = _initial(path, subject) if "distance_from_initialization" in (names or ()) else None
+    spent = 0.0
+
+    def tick(name: str, evaluations: float) -> None:
+        nonlocal spent
+        spent = evaluations
+        if notify is not None:
+            notify(name, evaluations)
+
+    report = measure(
+        subject.model,
+        part,
+        names,
+        settings,
+        initial=initial,
+        memory=memory,
+        notify=tick,
+        outputs=subject.outputs,
+    )
+    result = report.as_dict(
+        checkpoint=str(path),
+        model=subject.name,
+        data=examples.source,
+        num_examples=len(examples),
+        mean=list(batches.normalization.mean),
+        std=list(batches.normalization.std),
+        passed_over=dict(examples.passed_over),
+        dtype=str(batches.dtype).removeprefix("torch."),
+        processes=count(),
+        **({"key": subject.key} if subject.key else {}),
+        **_how_coupled(subject),
+        **environment(batches.device),
+    )
+    result |= {
+        "num_classes": subject.num_classes,
+        "batch_size": report.batch_size,
+        "out_of_memory_at": batches.batch_size if report.batch_size < batches.batch_size else None,
+        "channels_last": batches.channels_last,
+        "skipped": list(examples.skipped),
+    }
+    if subject.notes:
+        result["notes"] = list(subject.notes)
+    if quadrature is not None:
+        before = spent
+        result["density"], _ = within_memory(
+            part.of_size(report.batch_size),
+            lambda part: _densities(
+                subject,
+                part,
+                settings,
+                quadrature,
+                lambda name, evaluations: tick(name, before + evaluations),
+            ),
+        )
+    return result
+
+
+DENSITY_OF = "density of the {}"
+"""The stage in which a density is taken, as ``notify`` is told of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """All that the figures of a run depend on beside its weights.
+
+    Attributes:
+        scope: over what, as a measures.json says it beside ``settings``: ``part``, ``max_examples`` and, of other data
+            than the run's own, ``data`` and whether it is ``labeled``.
+        loading: as ``measure_checkpoint`` takes it.
+        own_loading: what belongs to one checkpoint alone, such as its network's name.
+    """
+
+    settings: Settings
+    scope: Mapping[str, Any]
+    loading: Mapping[str, Any]
+    own_loading: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def of_other_data(self) -> bool:
+        """Than the run's own, for which its split.json vouches."""
+        return "data" in self.scope
+
+    def chosen(self, examples: Examples) -> Examples:
+        """What it takes of ``examples``."""
+        return examples.subset(self.scope["max_examples"], self.settings.seed)
+
+
+def measure_as(
+    path: Path,
+    examples: Examples,
+    names: Sequence[str],
+    how: How,
+    notify: Callable[[str, float], None] | None = None,
+) -> dict[str, Any]:
+    """``measure_checkpoint`` over what ``how`` takes of ``examples``, which the result's settings then say."""
+    chosen = how.chosen(examples)
+    loading = {**how.loading, **how.own_loading.get(path, {})}
+    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **loading)
+    result["settings"] |= how.scope
+    if how.of_other_data:
+        result["settings"][DIGEST] = chosen.digest
+    return result
+
+
+DIGEST = "data_sha256"
+"""A setting of what was measured over other data than the run's own: a file may change under its name."""
+
+
+def telling(hold: Hold, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
+    """A ``notify`` of ``measure_checkpoint`` that tells those who look at the held run folder."""
+    outlook = Outlook(expected_costs(names, settings))
+
+    def notify(name: str, evaluations: float) -> None:
+        total = outlook.total(name, evaluations)
+        hold.tell(
+            "measuring", evaluations, evaluations if total is None else total, lambda: {"measure": name}
+        )
+
+    return notify
+
+
+def density_costs(quadrature: tuple[int, int] | None) -> dict[str, float]:
+    """Gradient evaluations of each density, roughly, by the name that ``notify`` is called with."""
+    if not quadrature:
+        return {}
+    products = float(quadrature[0] * quadrature[1])
+    return {DENSITY_OF.format("fisher"): 2 * products, DENSITY_OF.format("hessian"): 3 * products}
+
+
+def _how_coupled(subject: Subject) -> dict[str, Any]:
+    """What NT-Xent's figures depend on beside the model; nothing of a classifier."""
+    if not isinstance(subject.model, Contrastive):
+        return {}
+    images = subject.batches.batch_size // 2
+    return {
+        "head": "simclr",
+        "temperature": subject.model.temperature,
+        "batch_images": images,
+        "num_images": subject.batches.total // 2,
+        "per_example": f"a view, among the {2 * images} of its batch; standard errors over batches",
+    }
+
+
+def _initial(path: Path, subject: Subject) -> torch.nn.Module | None:
+    """What a run's training started from; None of other checkpoints.
+
+    A record that names another network than the one that was loaded is not followed: it could name anybody's code.
+    """
+    recorded = subject.recorded
+    if recorded is None or recorded.name != subject.name or not path.is_dir():
+        return None
+    config = read_run(path).config
+    seed, given = config.get("seed"), config.get("init")
+    if not isinstance(seed, int):
+        return None
+    model = initial_model(recorded, seed)
+    if given is not None:
+        if not Path(given).exists():  # the weights that it started from are gone
+            return None
+        load_pretrained(model, read_checkpoint(Path(given)))
+    return model.to(subject.batches.device, subject.batches.dtype)
+
+
+def _densities(
+    subject: Subject,
+    part: Batches,
+    settings: Settings,
+    quadrature: tuple[int, int],
+    notify: Callable[[str, float], None],
+) -> dict[str, Any]:
+    """The spectral densities of F and H as JSON objects by name; see ``density``. ``reason``: why there is none."""
+    num_probes, num_steps = quadrature
+    with one_device(), generators_kept(part.device, subject.model), as_measured(subject.model):
+        work = Work(part.num_examples)
+        probe = Probe(subject.model, part, settings, work, outputs=subject.outputs)
+        found = {}
+        for name, operator in (("fisher", probe.fisher), ("hessian", probe.hessian)):
+            before = probe.work.evaluations
+
+            def tick(_: int, __: int, name: str = name) -> None:
+                notify(DENSITY_OF.format(name), probe.work.evaluations)
+
+            try:
+                found[name] = density(
+                    operator,
+                    generator=probe.generator(f"{name} density"),
+                    num_probes=num_probes,
+                    num_steps=num_steps,
+                    notify=tick,
+                ).as_dict()
+            except UNDEFINING as error:  # as ``measure`` has it: what there is stands
+                if count() > 1:
+                    raise
+                found[name] = {"reason": str(error)}
+            found[name]["num_evals"] = round(probe.work.evaluations - before, 3)
+        found["hessian"]["labels"] = probe.label_kind
+    return found
+
+
+def _examined(
+    model: torch.nn.Module, batches: Batches, outputs: Outputs, name: object
+) -> tuple[Outputs, int]:
+    """Look at the outputs of some examples: what does not fit fails here, with the data's name.
+
+    Returns:
+        How the outputs are read, and the number of classes: 2 of a yes-or-no model, and of several labels theirs.
+
+    Raises:
+        UsageError: outputs that cannot be read as ``outputs`` says.
+        DataError: the model does not take the examples.
+    """
+    few = next(iter(batches.of_size(TRIAL))).x
+    remedies = ["--image-size and --channels"] if few.dim() == 4 else ["the data's shape"]
+    remedies += ["--dtype float32"] if few.dtype == torch.float64 else []
+
+    def refused(cause: str) -> DataError:  # torchvision's ViT asserts
+        return DataError(
+            f"{name} does not take examples of shape {tuple(few.shape[1:])} from {batches.examples.source}: "
+            f"{cause}; see {' and '.join(remedies)}"
+        )
+
+    with foreign_or(refused), evaluating(model), torch.no_grad():
+        args, kwargs = arguments(model, few)
+        taken = outputs.taken(model(*args, **kwargs), len(few))
+        outputs = outputs.checked(taken)
+        return outputs, 2 if outputs.head == "binary" else taken.shape[1]
+
+
+def output_settings(loading: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a measurement will say of the outputs: ``head``, ``output`` and ``outputs_are``."""
+    outputs, head = loading.get("outputs") or Outputs(), loading.get("head", "classifier")
+    return replace(outputs, head=cast(Head, head)).settings() if head != "simclr" else {}

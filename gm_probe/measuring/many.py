@@ -1,0 +1,117 @@
+"""The one way by which checkpoints are measured: a request that an executor carries out on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gm_probe.data.datasets import Examples
+from gm_probe.errors import CheckpointError
+from gm_probe.executors.local import Executor, Job, Outcome
+from gm_probe.files.locks import Hold, exclusive
+from gm_probe.measures.catalogue import expected_costs
+from gm_probe.measuring.checkpoint import DIGEST, How, density_costs, measure_as, output_settings, telling
+from gm_probe.measuring.saved import as_recorded, coupled_settings, input_settings, merge_measures
+from gm_probe.runs.records import MEASURES, read_result, read_run
+from gm_probe.runtime.devices import pick_device
+from gm_probe.runtime.processes import failing_together, rank
+
+Watch = Callable[[Path, Mapping[str, float]], AbstractContextManager[Callable[[str, float], None] | None]]
+"""Shows how far a checkpoint is: given it and the expected cost of each measure, gives a ``notify``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to measure of each checkpoint.
+
+    Attributes:
+        examples: gives the examples to measure a checkpoint over, such as ``own_unlabeled``.
+        how: its ``loading`` has the device's name, which is looked for where a checkpoint is measured.
+        save: write into the run's measures.json, with the settings that stand there (see ``as_recorded``). A run that
+            has every measure already is not measured again.
+        given: names of settings that are to be as they are here, whatever the run's file says.
+        watch: shows the progress; only for work in this process.
+    """
+
+    names: tuple[str, ...]
+    examples: Callable[[Path], Examples]
+    how: How
+    save: bool = False
+    given: frozenset[str] = frozenset()
+    watch: Watch | None = None
+
+    def __call__(self, path: Path, threads: int | None) -> tuple[str, dict[str, Any]]:
+        """Measure ``path``; return ``finished`` or ``skipped``, and its JSON object."""
+        if not self.save:  # the folder may be anybody's: it is only read
+            return "finished", self._measured(path, threads, None, self.how)
+        with ExitStack() as held:
+            with failing_together():
+                hold = held.enter_context(exclusive(path)) if rank() == 0 else None
+                how, changed = as_recorded(path, self.how, self.given)
+                if read_run(path).measured(self.names, self._asked(path, how)):
+                    return "skipped", {
+                        **read_result(path),
+                        "checkpoint": str(path),
+                        "as_before": changed,
+                    }
+            result = self._measured(path, threads, hold, how)
+            if rank() == 0:
+                result["replaced"] = merge_measures(path / MEASURES, result)
+            result["as_before"] = changed
+            return "finished", result
+
+    def _asked(self, path: Path, how: How) -> dict[str, Any]:
+        """Return the settings that the record of ``path`` must have, to be what is asked for."""
+        asked = {**how.settings.as_dict(), **how.scope, **input_settings(how.loading)}
+        asked |= output_settings(how.loading)
+        asked |= coupled_settings(path, how.loading)
+        if how.of_other_data:
+            asked[DIGEST] = how.chosen(self.examples(path)).digest
+        return asked
+
+    def _measured(self, path: Path, threads: int | None, hold: Hold | None, how: How) -> dict[str, Any]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        costs = expected_costs(self.names, how.settings) | density_costs(how.loading.get("quadrature"))
+        watch = nullcontext(None) if self.watch is None else self.watch(path, costs)
+        tell = None if hold is None else telling(hold, self.names, how.settings)
+        try:
+            with failing_together():
+                if not path.exists():
+                    raise CheckpointError(f"{path}: no such checkpoint")
+                examples = self.examples(path)
+                here = replace(how, loading={**how.loading, "device": pick_device(how.loading["device"])})
+            with watch as show:
+
+                def notify(name: str, evaluations: float) -> None:
+                    for each in (show, tell):
+                        if each is not None:
+                            each(name, evaluations)
+
+                return measure_as(path, examples, self.names, here, notify)
+        finally:
+            torch.set_num_threads(before)
+
+
+def measure_checkpoints(
+    paths: Sequence[Path],
+    request: Request,
+    executor: Executor,
+    notify: Callable[[Outcome], None] = lambda outcome: None,
+) -> dict[str, Outcome]:
+    """Measure ``paths`` on ``executor``; one that fails does not stop the others.
+
+    Returns:
+        How each ended, by its path, in the order of ``paths``.
+    """
+    found: dict[str, Outcome] = {}
+    with closing(executor([Job(str(path), path, request) for path in paths])) as ended:
+        for outcome in ended:
+            found[outcome.name] = outcome
+            notify(outcome)
+    return {str(path): found[str(path)] for path in paths}

@@ -1,0 +1,163 @@
+"""More measures beside those that a run's measures.json has: taken as they were, and written without losing them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gm_probe.data.batches import BATCH_SIZE, Normalization
+from gm_probe.errors import ProbeError, StorageError, UsageError
+from gm_probe.files.atomic import write_json
+from gm_probe.files.schema import Unfit, bounded
+from gm_probe.measuring.checkpoint import DIGEST, How
+from gm_probe.models.checkpoints import read_checkpoint
+from gm_probe.runs.records import CHECKPOINT, MEASURES, read_run
+from gm_probe.runtime.devices import environment
+from gm_probe.training.parts import OWN_UNLABELED
+
+NORMALIZING = {"mean", "std", "no_normalize"}
+"""Names of the options that say how pixels are normalised."""
+COUPLED = {"batch_images": "batch_size", "temperature": "temperature"}
+"""Settings that NT-Xent's figures depend on besides, and what ``measure_checkpoint`` calls them."""
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+"""That weights are measured in, by the names that a measures.json has for them."""
+COSTLY = ("k_steps", "k_grid", "num_starts", "min_probes", "max_probes", "max_iterations", "top_eigenvalues")
+"""Settings on which it depends how long a measurement takes."""
+MOST, MOST_LISTED = 10_000, 100
+"""Of each that a run's file may ask for, and how many values of a list; more must be asked for by its reader."""
+
+
+def coupled_settings(run: Path, loading: Mapping[str, Any]) -> dict[str, Any]:
+    """What the NT-Xent figures of ``run`` will be taken with besides; nothing of a classifier."""
+    if loading.get("head") != "simclr":
+        return {}
+    return {
+        "head": "simclr",
+        "temperature": loading.get("temperature") or read_run(run).config.get("temperature"),
+        "batch_images": loading.get("batch_size") or BATCH_SIZE,
+    }
+
+
+def input_settings(loading: Mapping[str, Any]) -> dict[str, Any]:
+    """What is done to the inputs, as a measures.json says it; of a normalisation only where one is asked for."""
+    found: dict[str, Any] = {"dtype": str(loading.get("dtype", torch.float32)).removeprefix("torch.")}
+    chosen = loading.get("normalization")
+    return found if chosen is None else found | {"mean": list(chosen.mean), "std": list(chosen.std)}
+
+
+def own_normalization(run: Path) -> dict[str, Any]:
+    """That of a run's checkpoint; empty where it records none, or cannot be read, which measuring will say."""
+    try:
+        recorded = read_checkpoint(run / CHECKPOINT).normalization
+    except ProbeError:
+        return {}
+    return {} if recorded is None else {"mean": list(recorded.mean), "std": list(recorded.std)}
+
+
+def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[str, Any]]:
+    """How to measure more of ``run`` so that it stands beside what was: as that was taken, but for what is ``given``.
+
+    Args:
+        given: names of settings that are to be as they are.
+
+    Returns:
+        This, and what it changes.
+    """
+    recorded = read_run(run).settings
+    if any(recorded.get(key) != value for key, value in how.scope.items() if key != "max_examples"):
+        return how, {}
+    settings, scope, loading = how.settings.as_dict(), dict(how.scope), dict(how.loading)
+    asked = {**settings, "max_examples": scope["max_examples"]}
+    by_default = {key for key, option in COUPLED.items() if loading.get(option) is None}
+    asked |= {key: value for key, value in coupled_settings(run, loading).items() if key in by_default}
+    if {*given} & NORMALIZING:
+        given = {*given, "mean", "std"}
+    else:
+        asked |= own_normalization(run)
+    asked |= input_settings(loading)
+    kept = {key: recorded[key] for key in asked if key in recorded and key not in given}
+    changed = {key: value for key, value in kept.items() if value != asked[key]}
+    _require_modest(run / MEASURES, changed)
+    loading |= {option: changed[key] for key, option in COUPLED.items() if key in changed}
+    if "dtype" in changed:
+        loading["dtype"] = DTYPES[changed["dtype"]]
+    ours: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in changed.items()
+        if key in settings
+    }
+    scope = {key: changed.get(key, value) for key, value in scope.items()}
+    try:
+        if {"mean", "std"} & set(changed):
+            both = {**asked, **kept}
+            loading["normalization"] = Normalization(tuple(both["mean"]), tuple(both["std"]))
+        return How(replace(how.settings, **ours), scope, loading, how.own_loading), changed
+    except UsageError as error:
+        raise StorageError(f"{run / MEASURES}: settings: {error}; remove it and measure again") from error
+
+
+def _require_modest(file: Path, changed: Mapping[str, Any]) -> None:
+    """Refuse settings in a run's ``file`` that would keep this machine busy for ever, or that mean nothing.
+
+    Raises:
+        StorageError: naming the setting.
+    """
+    for key, value in changed.items():
+        values = value if isinstance(value, list) else [value]
+        excess = key in COSTLY and max(values, default=0) > MOST
+        if excess or len(values) > MOST_LISTED or (key == "params" and _slow(value)):
+            problem = "asks for more than a file may"
+        elif key == "dtype" and value not in DTYPES:
+            problem = f"is not one of {', '.join(DTYPES)}"
+        else:
+            continue
+        raise StorageError(f"{file}: settings.{key} {problem}; give it as an option, or remove the file")
+
+
+def _slow(pattern: str) -> bool:
+    """Whether a regular expression may take exponential time: repeated groups, many repetitions, or great length."""
+    return (
+        len(pattern) > 200 or bool(re.search(r"\)[*+?{]", pattern)) or len(re.findall(r"[*+?{]", pattern)) > 4
+    )
+
+
+def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
+    """Write ``result`` to a measures.json, keeping other measures, and a density, of the same settings.
+
+    What was taken with other settings goes: one file never mixes two. What is not finite goes, too. Returns what went
+    and was not taken again.
+    """
+    before = read_run(path.parent)
+    had = before.measures | ({} if before.density is None else {"density": before.density})
+    kept = {name: value for name, value in had.items() if _writable(value)}
+    density = {name: kept.pop(name) for name in ("density",) if name in kept}
+    old, new = _decisive(before.settings), _decisive(result["settings"])
+    if DIGEST not in old:  # of an earlier version
+        new.pop(DIGEST, None)
+    if old == new:
+        result = {**density, **result, "measures": {**kept, **result["measures"]}}
+    write_json(path, result)
+    return [name for name in had if name not in {**result["measures"], **result}]
+
+
+def _writable(value: Any) -> bool:
+    """Whether strict JSON can hold ``value``: a file that gmprobe did not write may have NaN or infinity."""
+    try:
+        bounded(value, nan=False)
+    except Unfit:
+        return False
+    return True
+
+
+def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without where measures were taken, which decides on their last digits alone, and what lay beside the data."""
+    machine = {*environment(torch.device("cpu")), "processes", "passed_over"}
+    if settings.get("part") == OWN_UNLABELED:  # split.json says what the data is, wherever it lies
+        machine.add("data")
+    # an earlier version does not name what is null
+    return {key: value for key, value in settings.items() if key not in machine and value is not None}

@@ -1,0 +1,51 @@
+"""Find the trained runs of a folder. Imports no torch, so that a folder without any is told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gm_probe.errors import StorageError, UsageError
+from gm_probe.runs.records import CHECKPOINT, CONFIG, SUMMARY, find_runs, read_run
+
+BROKEN = "broken"
+
+
+def trained_runs(folder: Path) -> list[Path]:
+    """The finished runs below ``folder``, or itself where it is one run or holds none.
+
+    A run whose files are broken is among them: measuring it says what is, and does not stop the others.
+
+    Raises:
+        UsageError: none of its runs has finished.
+    """
+    if (folder / CONFIG).exists() or not any(folder.rglob(CONFIG)):
+        return [folder]
+    runs = [run for run in find_runs(folder) if _status(run) in {"finished", BROKEN}]
+    if not runs:
+        raise UsageError(f"no run in {folder} has finished; see `gmprobe status {folder}`")
+    return runs
+
+
+def last_finished(folder: Path) -> Path:
+    """The run below ``folder`` that finished last.
+
+    Raises:
+        UsageError: none has.
+    """
+    whole = [run for run in trained_runs(folder) if _status(run) == "finished"]
+    if not whole:
+        raise UsageError(f"no run in {folder} has finished; see `gmprobe status {folder}`")
+    return max(whole, key=lambda run: (run / SUMMARY).stat().st_mtime)
+
+
+def _status(run: Path) -> str | None:
+    """Of a run that has a checkpoint; ``BROKEN`` where its files are, None where there is nothing to be seen."""
+    try:
+        status = read_run(run).status
+        if (run / CHECKPOINT).exists():
+            return status
+        return BROKEN if status == "finished" else None  # its weights are gone
+    except StorageError:
+        return BROKEN
+    except OSError:  # another's, who lets nobody in
+        return None

@@ -1,0 +1,411 @@
+"""Read and write checkpoints. Nothing in a file can run code: ``weights_only=True`` always, no fallback."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from gm_probe.data.batches import Normalization
+from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.files.atomic import write_atomic
+from gm_probe.files.pickles import load_torch, passing_over
+from gm_probe.files.regular import open_to_read
+from gm_probe.files.state_dicts import Chosen, below, choose, choose_at, plain
+from gm_probe.models import huggingface
+from gm_probe.models.formats import refuse_foreign, whole_object
+from gm_probe.models.weight_names import drop_heads, locate, tied, unused_heads
+from gm_probe.models.zoo import ModelSpec
+from gm_probe.runs.records import CHECKPOINT
+
+HEADER = "gm_probe"
+LISTED = 2**21
+"""Bytes of a safetensors header: some 20,000 tensors."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights as read, with what gm_probe recorded beside them (None in a foreign file).
+
+    Attributes:
+        key: under which the weights stand in the file; empty at the top.
+        alternatives: keys of the same weights with other values, such as an average of them, where none was chosen by
+            ``key``.
+        elsewhere: keys of other tensors in the file.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    model: ModelSpec | None
+    normalization: Normalization | None
+    classes: tuple[str, ...]
+    key: str = ""
+    alternatives: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+
+
+def is_simclr(checkpoint: Checkpoint) -> bool:
+    """Whether it records a SimCLR model: an encoder and its projector."""
+    return checkpoint.model is not None and checkpoint.model.temperature is not None
+
+
+def read_checkpoint(path: Path, key: str | None = None, strip: str | None = None) -> Checkpoint:
+    """Read a run folder, a folder of Hugging Face's, a .safetensors, or a torch file (.pt, .pth, .th, .ckpt, ...).
+
+    Torch files may hold a state dict at the top or under any key, and in lists. Of several, the raw weights are
+    taken before an average of them, those under a usual key before others; ``alternatives`` names the others.
+
+    Args:
+        key: dotted path of the state dict to take, or what the names of its tensors begin with.
+        strip: prefix; only the tensors are taken whose names begin with it, named without it.
+
+    Raises:
+        CheckpointError: the file is missing, broken, holds code, or no usable weights.
+        UsageError: nothing is under ``key``, or no name begins with ``strip``.
+    """
+    path, files = _files(path)
+    size, contents, header = 0, [], None
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such checkpoint")
+        try:
+            refuse_foreign(file)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
+        size += file.stat().st_size
+        content, header = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+        contents.append(content)
+    content = contents[0] if len(contents) == 1 else {n: v for part in contents for n, v in part.items()}
+    chosen = _chosen(path, content, key)
+    state = chosen.state if strip is None else _stripped(path, chosen.state, strip)
+    nested = [name for name, value in state.items() if value.is_nested]
+    if nested:
+        raise CheckpointError(f"{path}: tensor {_plain(nested[0])!r} is nested; dense weights are needed")
+    # by the class: on a tensor, too, a file may have set an attribute that hides a method; this leaves them behind
+    state = {name: Tensor.detach(value) for name, value in state.items()}
+    _check_tensors(path, state, size)
+    others = chosen.key, () if key is not None else chosen.alternatives, chosen.elsewhere
+    if header is None:
+        return Checkpoint(path, state, None, None, (), *others)
+    try:
+        record = json.loads(header)
+        spec, classes = ModelSpec.from_dict(record["model"]), record["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise TypeError("classes is no list of names")
+        if classes and spec.temperature is None and len(classes) != spec.num_classes:
+            raise ValueError(f"{len(classes)} names of {spec.num_classes} classes")
+        normalization = Normalization(tuple(record["mean"]), tuple(record["std"]))
+        return Checkpoint(path, state, spec, normalization, tuple(classes), *others)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, UsageError) as error:
+        raise CheckpointError(f"{path}: its gm_probe header is broken ({_plain(error)})") from error
+
+
+def _files(path: Path) -> tuple[Path, list[Path]]:
+    """What a checkpoint is called, and the files that hold its weights."""
+    if not path.is_dir():
+        return path, [path]
+    if (path / CHECKPOINT).exists():
+        return path / CHECKPOINT, [path / CHECKPOINT]
+    if huggingface.is_folder(path):
+        return path, huggingface.weight_files(path)
+    raise CheckpointError(
+        f"{path} holds no {CHECKPOINT}; give a run folder, a checkpoint file, or a folder of Hugging Face's with "
+        f"{huggingface.CONFIG}"
+    )
+
+
+def _chosen(path: Path, content: Any, key: str | None) -> Chosen:
+    chosen = choose(content) if key is None else choose_at(content, key)
+    if chosen is not None:
+        return chosen
+    there = choose(content)
+    if there is not None:
+        raise UsageError(
+            f"{path} holds no tensors under --key {_plain(key)}; "
+            f"there are some under {_some([there.key or 'no key', *there.alternatives, *there.elsewhere])}"
+        )
+    if not isinstance(content, (dict, list, tuple)):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
+    names = content if isinstance(content, dict) else ()
+    # the text of another key may be beyond all bounds
+    keys = [name if isinstance(name, str) else f"a key of {type(name).__name__}" for name in names]
+    held = f"it has {_some(keys)}" if keys else f"it is a {type(content).__name__} without names"
+    raise CheckpointError(
+        f"{path} holds no tensors by their names, as model.state_dict() gives them ({held}); save that"
+    )
+
+
+def _stripped(path: Path, state: dict[str, Tensor], strip: str) -> dict[str, Tensor]:
+    found = below(state, strip if strip.endswith(".") else f"{strip}.") or below(state, strip)
+    if not found:
+        raise UsageError(
+            f"{path}: no tensor's name begins with --strip {_plain(strip)}; they are {_some(list(state))}"
+        )
+    return found
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    with open_to_read(path, follow=True) as file:
+        length = int.from_bytes(file.read(8), "little")
+    if LISTED < length <= path.stat().st_size:  # it takes many times its size in memory
+        raise CheckpointError(f"{path} has a header of {length:,} bytes; networks need less than {LISTED:,}")
+    try:
+        with _utf8_name(path) as name, safetensors.safe_open(name, framework="pt", device="cpu") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no __iter__
+            return state, (file.metadata() or {}).get(HEADER)
+    except MemoryError:
+        raise
+    except Exception as error:  # safetensors and torch raise many kinds on a broken file
+        raise CheckpointError(f"{path} is not a readable safetensors file: {_plain(error)}") from error
+
+
+@contextmanager
+def _utf8_name(path: Path) -> Iterator[Path]:
+    """``path`` by a name that is UTF-8, which safetensors asks of one."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with open_to_read(path, follow=True) as file:
+            yield Path(f"/dev/fd/{file.fileno()}")
+    else:
+        yield path
+
+
+def _read_torch(path: Path) -> tuple[Any, Any]:
+    """All that the file holds, and gm_probe's record in it."""
+    try:
+        with passing_over():
+            content = load_torch(path)
+    except (MemoryError, CheckpointError):
+        raise
+    except Exception as error:  # torch, zipfile and the unpickler raise many kinds on a broken file
+        code = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
+        if code is not None:
+            whole = whole_object(path)
+            what = f"a whole object of {_plain(whole)}" if whole else _plain(code[1] or code[2])
+            raise CheckpointError(
+                f"{path} holds more than plain tensors, which could run code ({what}); "
+                "where you trust it, load it yourself and torch.save(model.state_dict(), ...) to a new file"
+            ) from error
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        if reason.startswith("Unsupported operand"):
+            raise CheckpointError(
+                f"{path} is pickled by another protocol than torch reads without running code ({_plain(reason)}); "
+                "save it again with torch.save's own pickle_protocol, which is 2"
+            ) from error
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint: {type(error).__name__}: {_plain(reason)}"
+        ) from error
+    return content, content.get(HEADER) if isinstance(content, dict) else None
+
+
+def _plain(text: object) -> str:
+    """The start of a message or name, safe to print on one line: files choose parts of it."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:160]
+
+
+def _some(names: Sequence[object]) -> str:
+    """The first three names, safe to print."""
+    return ", ".join(_plain(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _check_tensors(path: Path, state: Mapping[str, Tensor], size: int) -> None:
+    for name, value in state.items():
+        problem = _problem(value, size)
+        if problem is not None:
+            raise CheckpointError(f"{path}: tensor {_plain(name)!r} {problem}")
+
+
+NOT_FINITE = "NaN or infinite value(s); use an earlier checkpoint"
+
+
+def _problem(value: Tensor, size: int) -> str | None:
+    """Why a tensor from a file of ``size`` bytes cannot serve as weights."""
+    if value.is_meta:
+        return "has no data (it was saved from the meta device)"
+    if value.layout != torch.strided or value.is_quantized:
+        return "is sparse or quantized; dense weights are needed"
+    if value.is_complex():
+        return "is complex; real weights are needed"
+    held = value.untyped_storage().nbytes()
+    if held > size or value.numel() * value.element_size() > max(held, 2**20):
+        return f"claims {value.numel():,} values but the file holds fewer"
+    if not value.is_floating_point():
+        return None
+    if value.element_size() == 1:  # narrow floats have no isfinite
+        try:
+            value = value.float()
+        except NotImplementedError:
+            return f"is {value.dtype}, which torch cannot convert to float32"
+    pieces = value.reshape(-1).split(
+        2**20
+    )  # a mask over all of it, and what it takes, would be twice the file
+    # −∞ is a mask's, where the tensor turns out to be a buffer (``load_weights``)
+    bad = sum(int((~(torch.isfinite(piece) | torch.isneginf(piece))).sum()) for piece in pieces)
+    return f"has {bad} {NOT_FINITE}" if bad else None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a checkpoint's tensors fit a network.
+
+    Attributes:
+        state: the tensors by their names in the network.
+        key: where they stand in the file, with the prefix of their names; empty at the top and without one.
+        alternatives: where the same weights are again with other values, and none was chosen.
+        left_out: names of tensors in the file that the network has no place for and can do without.
+    """
+
+    state: dict[str, Tensor]
+    key: str
+    alternatives: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def notes(self, path: Path) -> list[str]:
+        """Return what was chosen without being asked for, a sentence each."""
+        found = []
+        if self.alternatives:
+            found.append(
+                f"{path} holds the weights more than once: {_plain(self.key or 'those without a prefix')} is taken, "
+                f"and {_some(self.alternatives)} not; choose with --key NAME"
+            )
+        if self.left_out:
+            found.append(
+                f"{path}: {len(self.left_out)} tensor(s) that the network has no place for are left out "
+                f"({_some(self.left_out)})"
+            )
+        return found
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> Fit:
+    """Copy the checkpoint's weights into ``model`` and return how they fit; see ``fitting``.
+
+    Auxiliary heads of torchvision's GoogLeNet and Inception that the file lacks are taken off the model: they run in
+    training alone.
+
+    Raises:
+        CheckpointError: a mismatch, or −∞ in what is no buffer, naming the tensors.
+    """
+    fit = fitting(model, checkpoint)
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name, value in fit.state.items():
+        if name not in buffers and value.is_floating_point() and value.numel():
+            infinite = int(torch.isneginf(value.float() if value.element_size() == 1 else value).sum())
+            if infinite:
+                raise CheckpointError(f"{checkpoint.path}: tensor {name!r} has {infinite} {NOT_FINITE}")
+    for module, names in unused_heads(model).items():
+        if any(name not in fit.state for name in names):
+            drop_heads(module)
+    model.load_state_dict(fit.state, strict=False)
+    return fit
+
+
+def fitting(model: nn.Module, checkpoint: Checkpoint) -> Fit:
+    """Return the checkpoint's tensors by their names in ``model`` (which may be on the meta device).
+
+    Names agree without the parts that wrappers put in (``module``, ``_orig_mod``), below any prefix. What lies
+    outside of that prefix is left out where it is less than the network; counters, losses, auxiliary heads and buffers
+    that belong to no state dict are left out anywhere. BatchNorm's ``num_batches_tracked`` may be absent
+    (checkpoints before torch 0.4.1 have none; eval mode ignores it).
+
+    Raises:
+        CheckpointError: a mismatch, naming the tensors.
+    """
+    expected = model.state_dict()
+    wanted, held = plain(expected), plain(checkpoint.state)
+    place = locate(model, {name: checkpoint.state[own] for name, own in held.items()})
+    state = {wanted[name]: checkpoint.state[held[place.prefix + name]] for name in place.names}
+    for first, *others in tied(model):  # of which a file may hold one alone, as safetensors' own writer does
+        there = [name for name in (first, *others) if name in state]
+        for name in there[1:]:
+            if state[name].shape == state[there[0]].shape and not torch.equal(state[name], state[there[0]]):
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensors {there[0]!r} and {name!r} differ, but the model has one for both; "
+                    "check --model"
+                )
+        state |= {name: state[there[0]] for name in (first, *others) if there}
+    missing = [wanted[name] for name in place.needed if wanted[name] not in state]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} ≠ {tuple(expected[k].shape)} in the model"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
+    ]
+    unexpected = [held[name] for name in place.extra]
+    problems = [
+        f"{len(names)} {kind} ({_some(names)})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; "
+            f"{_remedy(checkpoint, place.prefix, bool(missing or shapes))}"
+        )
+    for name, value in state.items():
+        if expected[name].is_floating_point() and not value.is_floating_point():
+            raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is {value.dtype}, not floating point")
+    key = checkpoint.key
+    copies = [_key(key, prefix) for prefix in place.copies]
+    return Fit(
+        state,
+        _key(key, place.prefix),
+        (*checkpoint.alternatives, *copies),
+        tuple(held[name] for name in place.left_out),
+    )
+
+
+def _key(key: str, prefix: str) -> str:
+    return ".".join(filter(None, (key, prefix.rstrip("."))))
+
+
+def _remedy(checkpoint: Checkpoint, prefix: str, wrong: bool) -> str:
+    if not wrong:  # all that the network needs is there
+        return f"--strip {_plain(prefix)} takes those below it alone" if prefix else "check --model"
+    others = [*checkpoint.alternatives, *checkpoint.elsewhere]
+    more = f", or choose among the file's other tensors by --key ({_some(others)})" if others else ""
+    return f"check --model{more}"
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    spec: ModelSpec,
+    normalization: Normalization,
+    classes: tuple[str, ...] = (),
+) -> None:
+    """Write weights and record to ``path``: .safetensors, or a torch file by any other suffix. Atomic.
+
+    ``gmprobe measure`` needs neither ``--model`` nor ``--mean/--std`` for such a file.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    header = json.dumps(
+        {
+            "model": spec.as_dict(),
+            "mean": normalization.mean,
+            "std": normalization.std,
+            "classes": classes,
+        }
+    )
+    # cloned: safetensors refuses tied tensors that share memory, and strict loading wants both names
+    state = {
+        name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
+    if path.suffix == ".safetensors":
+        write_atomic(path, safetensors.torch.save(state, metadata={HEADER: header}))
+    else:
+        buffer = io.BytesIO()
+        torch.save({"state_dict": state, HEADER: header}, buffer)
+        write_atomic(path, buffer.getvalue())

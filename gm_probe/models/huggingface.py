@@ -1,0 +1,261 @@
+"""Folders as transformers writes them: config.json beside weights. None of their code runs, nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gm_probe.errors import CheckpointError, ProbeError, UsageError, first_line, out_of_memory, printable
+from gm_probe.files.regular import open_to_read
+
+NAME = "hf"
+"""What --model calls the network that a folder's config.json describes."""
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+LONGEST = 2**24
+"""Bytes of a JSON file: some hundred times what the largest networks need."""
+DEEP = ("layers", "layer", "depth", "depths", "blocks", "experts")
+"""Endings of the names of settings that say how many modules there are; each takes time, whatever it holds."""
+DEEPEST, LABELS, WIDEST = 1000, 10**5, 2**24
+"""Most that a config may ask for: of modules, of labels, of all else."""
+# Kernels and backbones of these names may come from the Hub, and kernels are code. A path leads to another file, and a
+# dtype becomes an attribute of torch.
+_DROPPED = (
+    "attn_implementation",
+    "experts_implementation",
+    "use_kernels",
+    "auto_map",
+    "quantization_config",
+    "checkpoint_path",
+    "dtype",
+)
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether ``path`` is a folder of a model of transformers'."""
+    return (path / CONFIG).is_file()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of ``folder`` that hold the weights, several where they are sharded.
+
+    Raises:
+        CheckpointError: there are none, or the index names what is no file in the folder.
+    """
+    if (folder / WEIGHTS[0]).exists():
+        return [folder / WEIGHTS[0]]
+    if (folder / INDEX).exists():
+        shards = _read(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map, which names the files of the weights")
+        names = dict.fromkeys(shards.values())
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{folder / INDEX} names {_short(name)}, which is no .safetensors in its folder"
+                )
+        return [folder / str(name) for name in names]
+    if (folder / WEIGHTS[1]).exists():
+        return [folder / WEIGHTS[1]]
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter of PEFT, not a network; merge it into its base (merge_and_unload) and save that"
+        )
+    raise CheckpointError(
+        f"{folder} has a {CONFIG} but no {WEIGHTS[0]}; save it with save_pretrained(FOLDER)"
+    )
+
+
+def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[str, ...]]:
+    """Build what the folder's config.json describes, in float32 and with eager attention, and load ``state``.
+
+    transformers itself does both, for it knows which names of older files its networks have today.
+
+    Returns:
+        The network, and the names in ``state`` of parts beside it, such as the head of another task.
+
+    Raises:
+        UsageError: transformers is not installed.
+        CheckpointError: no config of a classifier that transformers itself has, or weights that are not the network's.
+    """
+    path = folder / CONFIG
+    record = _read(path)
+    name = _architecture(path, record)
+    if record.get("quantization_config"):
+        raise CheckpointError(f"{path} is of a quantized network; save it dequantized, in float32")
+    _check_sizes(path, record, len(state))
+    if ":" in str(record.get("architecture", "")):
+        raise CheckpointError(
+            f"{path} takes its network from {_short(record['architecture'])}, outside its folder; build it by code of "
+            "yours: --model file.py:callable"
+        )
+    with _offline():
+        try:
+            import transformers
+        except ImportError as error:
+            raise UsageError(
+                f"--model {NAME} needs transformers, which is not installed; pip install 'gm_probe[hf]'"
+            ) from error
+        kind = record.get("model_type")
+        if (
+            not isinstance(kind, str)
+            or kind not in transformers.CONFIG_MAPPING
+            or not hasattr(transformers, name)
+        ):
+            remote = " and brings its own code, which is never run" if record.get("auto_map") else ""
+            raise CheckpointError(
+                f"{path} is of a {_short(name)} of the type {_short(kind)}, which transformers "
+                f"{transformers.__version__} does not have{remote}; build it by code of yours: --model file.py:callable"
+            )
+        made = getattr(transformers, name)
+        with _quiet(transformers), _told(path):
+            config = transformers.CONFIG_MAPPING[kind].from_dict(_plain(record))
+            with torch.device("meta"):
+                size = sum(p.numel() for p in made(config).parameters())
+            held = sum(value.numel() for value in state.values())
+            if size > 2 * held + 2**20:  # before it takes memory
+                raise CheckpointError(
+                    f"{path} describes {size:,} parameters, and the weights are {held:,} numbers"
+                )
+            model, found = made.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(state),
+                attn_implementation="eager",
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # they are told below
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    wrong = {
+        "missing": sorted(found["missing_keys"]),
+        "of another shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
+    }
+    own = {child for child, _ in model.named_children()}
+    left_out = [key for key in sorted(found["unexpected_keys"]) if key.partition(".")[0] not in own]
+    wrong["unexpected"] = sorted(set(found["unexpected_keys"]) - set(left_out))
+    problems = [f"{len(names)} {what} ({_some(names)})" for what, names in wrong.items() if names]
+    if problems:
+        raise CheckpointError(f"the weights in {folder} do not fit its {CONFIG}: {'; '.join(problems)}")
+    return model, tuple(left_out)
+
+
+def _architecture(path: Path, record: Mapping[str, Any]) -> str:
+    named = record.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    if not isinstance(name, str) or not re.fullmatch(
+        r"\w+For(Image|Sequence)Classification(WithTeacher)?", name
+    ):
+        raise CheckpointError(
+            f"{path} is of {_short(name)}; classifiers can be built, of images or sequences (…ForImageClassification, "
+            "…ForSequenceClassification)"
+        )
+    return name
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Whatever a config's values make transformers raise becomes one line."""
+    try:
+        yield
+    except ProbeError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"transformers cannot build the network of {path}: {type(error).__name__}: "
+            f"{printable(first_line(error))[:300]}"
+        ) from error
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bar and no report of transformers': what it says is said in our words."""
+    log = transformers.logging
+    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bar:
+            log.enable_progress_bar()
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep the Hub's library from the network."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:  # then there is no transformers either
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > LONGEST:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes; networks need less than {LONGEST:,}"
+            )
+        with open_to_read(path, follow=True) as file:
+            found = json.loads(file.read().decode())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {printable(str(error))[:160]}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return found
+
+
+def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without what could bring code or downloads in, at any depth."""
+    return {
+        key: _plain(value) if isinstance(value, dict) else value
+        for key, value in record.items()
+        if not any(word in key for word in _DROPPED)
+    } | ({"use_pretrained_backbone": False} if "use_pretrained_backbone" in record else {})
+
+
+def _check_sizes(path: Path, record: Mapping[str, Any], tensors: int) -> None:
+    """Refuse what would take for ever to build, or all memory, whatever the weights."""
+    left: list[tuple[str, Any]] = list(record.items())
+    while left:
+        key, value = left.pop()
+        if isinstance(value, (dict, list)):
+            left += value.items() if isinstance(value, dict) else [(key, inner) for inner in value]
+        elif isinstance(value, int):
+            limit = min(DEEPEST, tensors) if key.endswith(DEEP) else LABELS if "label" in key else WIDEST
+            if value > limit:
+                raise CheckpointError(
+                    f"{path} asks for {printable(key)[:80]} = {_short(value)}; {limit:,} is the most that its weights "
+                    "or any network can need"
+                )
+
+
+def _short(value: object) -> str:
+    return printable(str(value))[:80] if isinstance(value, str) else f"{value!r}"[:80]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(printable(name)[:80] for name in names[:3]) + (", …" if len(names) > 3 else "")

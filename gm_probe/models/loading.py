@@ -1,0 +1,183 @@
+"""From a checkpoint and a model's name to a model in memory, and from data to what that model takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gm_probe.data.batches import Normalization
+from gm_probe.data.datasets import NUMPY_SUFFIXES, TORCH_SUFFIXES, Examples
+from gm_probe.errors import CheckpointError, DataError, UsageError
+from gm_probe.models import huggingface
+from gm_probe.models.checkpoints import Checkpoint, Fit, fitting, load_weights
+from gm_probe.models.zoo import ModelSpec, build_model, check_configured, is_user_code
+from gm_probe.runtime.randomness import generators_kept
+
+
+def load_model(checkpoint: Checkpoint, name: str | None = None, **options: Any) -> nn.Module:
+    """Build the checkpoint's model and load its weights, as ``fitted_model`` does."""
+    return fitted_model(checkpoint, name, **options)[0]
+
+
+def fitted_model(
+    checkpoint: Checkpoint,
+    name: str | None = None,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+    num_classes: int | None = None,
+    temperature: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[nn.Module, Fit]:
+    """Build the checkpoint's model, load its weights, and return it with how they fit.
+
+    Args:
+        name: as ``--model`` takes it; None uses what the checkpoint recorded. Code that a checkpoint names is
+            never run: anybody's own callable must be named here.
+        input_shape: of one example, for built-in models without a record.
+        num_classes: None infers it from the record, or from the rows of the last weight matrix.
+        temperature: of a SimCLR model (``ModelSpec``); None = the recorded one.
+        dtype: of the model, before it takes the weights; None = as it is built.
+
+    Raises:
+        UsageError: no name is known, the recorded one is a user's own code, or the weights leave open how the network
+            is configured.
+        CheckpointError: the weights do not fit.
+    """
+    recorded = checkpoint.model
+    followed = name is None
+    if name is None:
+        name = _recorded_name(checkpoint)
+    elif recorded is not None and recorded.name.partition(",")[0] == name:
+        name = recorded.name  # with its builder's keywords
+    elif recorded is None:
+        check_configured(name)
+    if recorded is not None:
+        input_shape = input_shape or recorded.input_shape
+        num_classes = num_classes or recorded.num_classes
+        temperature = temperature or recorded.temperature
+    if name == huggingface.NAME:
+        return _from_folder(checkpoint, dtype)
+    if num_classes is None and not (is_user_code(name) and temperature is None):  # which builds what it will
+        num_classes = _rows_of_last_matrix(checkpoint)
+    spec = ModelSpec(name, input_shape or (3, 32, 32), num_classes or 0, temperature)
+    if not spec.is_user_code:
+        # before it takes memory: the record, or a head, may claim a network of any size
+        try:
+            with torch.device("meta"):
+                fitting(build_model(spec), checkpoint)
+        except UsageError as error:
+            if not followed:
+                raise
+            raise CheckpointError(f"{checkpoint.path} records a network that cannot be: {error}") from error
+    with generators_kept():  # initial weights are overwritten; the caller's draws stay its own
+        model = build_model(spec).to(dtype)
+    fit = load_weights(model, checkpoint)
+    return model, fit
+
+
+def _recorded_name(checkpoint: Checkpoint) -> str:
+    recorded = checkpoint.model
+    if recorded is None:
+        if huggingface.is_folder(checkpoint.path):
+            raise UsageError(
+                f"{checkpoint.path} is a folder of Hugging Face's; add --model {huggingface.NAME}"
+            )
+        raise UsageError(
+            f"{checkpoint.path} was not written by gmprobe; name its network with --model "
+            "(e.g. torchvision:resnet18, or your own package.module:callable)"
+            + (
+                ""
+                if checkpoint.normalization
+                else " and, for images, its normalisation with --mean and --std"
+            )
+        )
+    if recorded.is_user_code:
+        raise UsageError(
+            f"{checkpoint.path} belongs to your own code {recorded.name!r}, which runs only when named: "
+            f"add --model {recorded.name}"
+        )
+    return recorded.name
+
+
+def _from_folder(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.Module, Fit]:
+    """The network that config.json beside the weights describes."""
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if not huggingface.is_folder(folder):
+        raise UsageError(
+            f"--model {huggingface.NAME} needs {huggingface.CONFIG} beside the weights, and {folder} has none; give "
+            "the folder that save_pretrained wrote"
+        )
+    with generators_kept():
+        model, left_out = huggingface.load(folder, checkpoint.state)
+    model.to(dtype)
+    fit = load_weights(model, replace(checkpoint, state=dict(model.state_dict())))
+    return model, replace(fit, left_out=left_out)
+
+
+def _rows_of_last_matrix(checkpoint: Checkpoint) -> int:
+    rows = [len(value) for value in checkpoint.state.values() if value.dim() == 2]
+    if not rows or not rows[-1]:
+        raise CheckpointError(f"{checkpoint.path}: cannot tell the number of classes; give --num-classes")
+    return rows[-1]
+
+
+def choose_normalization(
+    checkpoint: Checkpoint, examples: Examples, given: Normalization | None
+) -> Normalization:
+    """The normalisation given, or else the recorded one, which fits the range of ``examples``.
+
+    A foreign checkpoint needs one for images, whether they are uint8 or floats. Tables and signals of floats, and token
+    ids, are taken as they are: they have no colour channels.
+
+    Raises:
+        UsageError: images for a foreign checkpoint, and none given; or it is not for pixels in [0, 1].
+        DataError: the images are no pixels in [0, 1], as the normalisation wants them.
+    """
+    chosen = checkpoint.normalization if given is None else given
+    if chosen is not None:
+        chosen.require_range(examples, recorded=given is None)
+        return chosen
+    x = examples.x
+    if x.dtype != torch.uint8 and not (x.dim() >= 4 and x.is_floating_point()):
+        return Normalization()
+    raise UsageError(
+        f"{checkpoint.path} records no normalisation; give what it was trained with by --mean and --std "
+        "(e.g. --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225, for pixels in [0, 1]), or --no-normalize"
+    )
+
+
+def check_fit(checkpoint: Checkpoint, examples: Examples) -> None:
+    """Compare data with what the checkpoint recorded of its training data.
+
+    Raises:
+        DataError: another shape, another number of classes, or other class names.
+    """
+    recorded = checkpoint.model
+    if recorded is None:
+        return
+    shape = tuple(examples.x.shape[1:])
+    if shape != recorded.input_shape and math.prod(shape) != math.prod(recorded.input_shape):
+        remedy = "save examples of that shape"
+        of_array = examples.source.endswith(NUMPY_SUFFIXES + TORCH_SUFFIXES)
+        if not of_array and len(shape) == len(recorded.input_shape) == 3:
+            options = [f"--channels {recorded.input_shape[0]}"] if shape[0] != recorded.input_shape[0] else []
+            if shape[1:] != recorded.input_shape[1:]:
+                options.append(f"--image-size {recorded.input_shape[-1]}")
+            remedy = f"read image folders with {' '.join(options)}"
+        raise DataError(
+            f"{examples.source} has examples of shape {shape} but {checkpoint.path} takes "
+            f"{recorded.input_shape}; {remedy}"
+        )
+    if examples.classes and checkpoint.classes and examples.classes != checkpoint.classes:
+        raise DataError(
+            f"{examples.source} has classes {_some(examples.classes)} but {checkpoint.path} was trained on "
+            f"{_some(checkpoint.classes)}; rename the folders, or measure it --unlabeled"
+        )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")

@@ -1,0 +1,290 @@
+"""A model's trainable parameters as one flat vector, and its logits at moved parameters.
+
+The model itself is never written to: moved parameters and copied buffers are handed to it for one call. So a
+model is bit-identical after a measurement whatever happens in it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gm_probe.data.fields import Inputs, arguments
+from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.models.door import Outputs, unwrapped
+from gm_probe.models.recomputation import activations_kept
+from gm_probe.runtime.precision import float32_products
+
+T = TypeVar("T")
+
+
+class Parameters:
+    """The P trainable parameters of ``model`` in the order of ``named_parameters`` (tied ones once).
+
+    Args:
+        model: wrappers around it are looked through (models.door).
+        pattern: regular expression; only parameters in whose name it is found count, the others are constants.
+        outputs: how what the model returns is read.
+
+    Raises:
+        UsageError: the model has none, or none of that name, or complex ones, or some of another dtype or on another
+            device than others.
+    """
+
+    def __init__(self, model: nn.Module, pattern: str = "", outputs: Outputs | None = None) -> None:
+        self.model = model = unwrapped(model)
+        self.outputs = outputs or Outputs()
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise UsageError("the model has no trainable parameters (all have requires_grad=False)")
+        try:
+            self.named = {name: p for name, p in trainable.items() if re.search(pattern, name)}
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is no regular expression: {error}") from error
+        if not self.named:
+            frozen = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+            if frozen:
+                raise UsageError(
+                    f"{pattern!r} finds frozen parameters alone ({frozen[0]!r}: requires_grad=False)"
+                )
+            some = ", ".join(list(trainable)[:3])
+            raise UsageError(f"{pattern!r} is found in no parameter's name; there are {some}, ...")
+        first_name, first = next(iter(self.named.items()))
+        self.dtype, self.device = first.dtype, first.device
+        for name, p in self.named.items():
+            if p.is_complex():
+                raise UsageError(
+                    f"parameter {name!r} is complex ({p.dtype}), and a ball in parameter space is one of real numbers; "
+                    "hold it as two real parameters (torch.complex(real, imag) in forward), freeze it by "
+                    "requires_grad_(False), or choose the others by --params"
+                )
+            if p.dtype != self.dtype:
+                raise UsageError(
+                    f"parameter {name!r} is {p.dtype} and {first_name!r} {self.dtype}; give all one dtype "
+                    "(model.float()), and use autocast for speed"
+                )
+            if p.device != self.device:
+                raise UsageError(
+                    f"parameter {name!r} is on {p.device} and {first_name!r} on {self.device}; move the whole model to "
+                    "one device"
+                )
+        self._sizes = [p.numel() for p in self.named.values()]
+        self._sparse = [
+            m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
+        ]
+        self.size = sum(self._sizes)
+        if not self.size:
+            raise UsageError(f"all parameters to be measured are empty: {', '.join(list(self.named)[:3])}")
+
+    def check_finite(self) -> None:
+        """Raise CheckpointError naming the first parameter or buffer that holds NaN or infinity.
+
+        Buffers may hold −∞, as attention's masks do: as a statistic it would show in the outputs.
+        """
+        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if not value.is_floating_point():
+                continue
+            masked = not isinstance(value, nn.Parameter)
+            value = value.detach()  # of a model that was built in inference mode, torch would refuse it
+            if not bool((torch.isfinite(value) | (masked & torch.isneginf(value))).all()):
+                raise CheckpointError(
+                    f"tensor {name!r} of the model holds NaN or infinite values; use an earlier checkpoint"
+                )
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Cut a (P,) vector into views of the parameters' shapes."""
+        pieces = vector.split(self._sizes)
+        return {
+            name: piece.view(p.shape) for (name, p), piece in zip(self.named.items(), pieces, strict=True)
+        }
+
+    def join(self, tensors: Iterable[Tensor | None]) -> Tensor:
+        """Join tensors in the parameters' order to one (P,) vector; None stands for zeros (unused)."""
+        pairs = zip(tensors, self.named.values(), strict=True)
+        # an embedding's gradient may be sparse
+        return torch.cat([p.new_zeros(p.numel()) if t is None else dense(t).reshape(-1) for t, p in pairs])
+
+    def values(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Copies of the parameters: some layers write to theirs in a forward pass (an embedding with max_norm)."""
+        return {name: p.detach().to(dtype or p.dtype, copy=True) for name, p in self.named.items()}
+
+    def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """``values`` that autograd differentiates by."""
+        return {name: value.requires_grad_() for name, value in self.values(dtype).items()}
+
+    def moved(self, offset: Tensor) -> dict[str, Tensor]:
+        """θ + offset, differentiable in θ and in ``offset`` (P,)."""
+        return {name: self.named[name] + piece for name, piece in self.split(offset).items()}
+
+    def logits(self, x: Inputs, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return logits (B, C), or (B, L, 2) of yes-or-no labels, at parameter ``values`` (default: the model's own).
+
+        Buffers and ``x`` are left untouched.
+        """
+        return self.outputs.logits(self.taken(x, values))
+
+    def taken(self, x: Inputs, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the outputs as a loss takes them; see ``Outputs.taken``."""
+        return self.in_force(x, values, lambda outputs: outputs)
+
+    def in_force(self, x: Inputs, values: Mapping[str, Tensor] | None, then: Callable[[Tensor], T]) -> T:
+        """Return ``then`` of the outputs, called before the model has its own parameters again."""
+        values = self.values() if values is None else values
+        # copies, also in eval mode: some models write to a buffer or a parameter in every forward pass
+        rest = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        # parameters without a value are constants
+        rest |= {name: p.detach().clone() for name, p in self.model.named_parameters() if name not in values}
+        dtype = next((value.dtype for value in values.values()), self.dtype)
+        if dtype != self.dtype:  # the whole model moves to the dtype of the parameters it is given
+            rest = {name: as_dtype(t, dtype) for name, t in rest.items()}
+        tensors = {**rest, **values}
+        placed = {f"model.{place}": tensors[name] for place, name in _places(self.model)}
+        args, kwargs = arguments(self.model, x)
+        run = _Then(self.model, lambda returned: then(self.outputs.taken(returned, len(x))))
+        with _dense_gradients(self._sparse), differentiable_recurrence(self.model), activations_kept():
+            found: T = functional_call(run, placed, args, kwargs, tie_weights=False)
+        return found
+
+    def rounding(self, offset: Tensor) -> float:
+        """Which share of ``offset`` (P,) is lost where θ + offset is rounded to θ's dtype; 0 of no offset."""
+        weights = self.join(self.values().values())
+        lost = float(((weights + offset) - weights - offset).norm())
+        return lost / float(offset.norm()) if lost else 0.0
+
+    def random(self, norm: float, generator: torch.Generator) -> Tensor:
+        """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
+        sample = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
+        return sample.to(self.device) * (norm / math.sqrt(self.size))
+
+
+class _Then(nn.Module):
+    """A function of what ``model`` returns, inside one call of functional_call."""
+
+    def __init__(self, model: nn.Module, then: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.model, self.then = model, then
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.then(self.model(*args, **kwargs))
+
+
+@contextmanager
+def _dense_gradients(embeddings: Iterable[nn.Embedding | nn.EmbeddingBag]) -> Iterator[None]:
+    """Let ``embeddings`` have dense gradients: their sparse ones have no second derivative (torch 2.14)."""
+    try:
+        for module in embeddings:
+            module.sparse = False
+        yield
+    finally:
+        for module in embeddings:
+            module.sparse = True
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return a sparse tensor as a dense one, and others as they are."""
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a floating-point tensor in ``dtype``, a complex one in its complex partner, and others as they are."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Where each parameter and buffer is held, once a module, and the name it has in ``named_parameters``.
+
+    functional_call's own tying goes by all names: of a module that is registered under two, it puts a tensor in twice
+    and takes the second for the original, which it leaves in the model for good (torch 2.14).
+    """
+    names: dict[Tensor, str] = {}
+    for prefix, module in model.named_modules():
+        held = [
+            *module.named_parameters(prefix, recurse=False, remove_duplicate=False),
+            *module.named_buffers(prefix, recurse=False, remove_duplicate=False),
+        ]
+        for place, tensor in held:
+            yield place, names.setdefault(tensor, place)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into eval mode; restore each module's own mode after, whatever happens.
+
+    By the flags alone: a model's own ``train()`` may change its weights (adapters that merge theirs). A forward pass
+    leaves the modules' attributes as they were: what some compute from their weights once, to keep it in eval mode
+    (LeViT's attention biases), would hide moved weights from every later pass.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    spaces = [vars(module) for module in model.modules()]
+    spaces += [value for space in spaces for value in space.values() if isinstance(value, dict)]
+    kept: list[list[dict[str, Any]]] = []  # by pass: a model may call itself
+
+    def keep(*_: object) -> None:
+        kept.append([dict(space) for space in spaces])
+
+    def restore(*_: object) -> None:
+        for space, content in zip(spaces, kept.pop(), strict=True):
+            space.clear()
+            space.update(content)
+
+    hooks = [
+        model.register_forward_pre_hook(keep, prepend=True),
+        model.register_forward_hook(restore, always_call=True),
+    ]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def as_measured(model: nn.Module) -> Iterator[None]:
+    """``model`` as the fixed, differentiable function that is measured: see the three."""
+    with evaluating(unwrapped(model)), differentiable_attention(), float32_products():
+        yield
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Attention by kernels that have second and forward-mode derivatives; the fused ones have neither.
+
+    Inference mode, in which every derivative would be 0 without a word, is off meanwhile.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Run recurrent layers without cuDNN, for the passes of ``model`` within.
+
+    cuDNN differentiates none in eval mode and none twice, and no generator's state replays its dropout.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    try:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            cudnn.enabled = False
+        yield
+    finally:
+        cudnn.enabled = before

@@ -1,0 +1,423 @@
+"""Build a model from its name: built-in, torchvision, timm, or anybody's own callable."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gm_probe.checks import whole
+from gm_probe.data.fields import Inputs, arguments
+from gm_probe.errors import UsageError, first_line, out_of_memory, printable
+from gm_probe.models import huggingface
+from gm_probe.models.contrastive import Contrastive, as_encoder, projector
+from gm_probe.models.door import Outputs
+from gm_probe.models.names import BUILT_IN, FAMILIES, LONGEST, is_user_code, no_model, require_model_name
+from gm_probe.models.networks import WideResNet, cnn6, mixer, mlp, resnet, vit
+from gm_probe.runtime.randomness import generators_kept
+
+MODELS = {
+    **BUILT_IN,
+    "torchvision:NAME": "any classifier of torchvision, e.g. torchvision:resnet18; NAME,KEYWORD=VALUE passes keywords",
+    "timm:NAME": "any classifier of timm (pip install 'gm_probe[timm]'); NAME,KEYWORD=VALUE passes keywords",
+    "hf": "what a Hugging Face folder's config.json describes (pip install 'gm_probe[hf]')",
+    "package.module:callable": "your own function without arguments that returns an nn.Module",
+    "path/file.py:callable": "likewise, from a file",
+}
+"""What --model takes."""
+INPUTS_CHANGED = frozenset(("googlenet", "inception_v3"))
+"""Networks of torchvision that may change their inputs' normalisation, which no state dict says."""
+_NO_KEYWORDS = re.compile(
+    r"weight|pretrain|checkpoint|path|dir|file|url|hub|cfg|cache|progress|num_classes|in_chans"
+)
+"""What keywords of a builder are called that read files, download, or are given in another way."""
+_MOST = 4096
+"""Beyond every keyword's number that a network needs: a depth, say, takes time whatever the weights."""
+WIDEST = 10**9
+"""Beyond all memory; what is wider still is beyond torch's integers."""
+
+DIMENSIONS = 10
+"""Of an example; no network has more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Enough to build a model again; stored in every checkpoint that gm_probe writes.
+
+    Attributes:
+        input_shape: (C, H, W), or the shape of one example.
+        num_classes: outputs; of a SimCLR model, its projector's.
+        temperature: of NT-Xent, which makes it a SimCLR model: the network ``name`` without its last linear layer,
+            and a projector (models.contrastive). None = a classifier.
+    """
+
+    name: str
+    input_shape: tuple[int, ...]
+    num_classes: int
+    temperature: float | None = None
+
+    @property
+    def is_user_code(self) -> bool:
+        """See ``is_user_code``."""
+        return is_user_code(self.name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        fields = {**asdict(self), "input_shape": list(self.input_shape)}
+        if self.temperature is None:
+            del fields["temperature"]
+        return fields
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> ModelSpec:
+        """Raises KeyError, TypeError, ValueError or OverflowError on a broken record."""
+        name = str(value["name"])  # of what is no mapping, a TypeError
+        if len(name) > LONGEST:
+            raise ValueError(f"a model's name of {len(name):,} characters")
+        temperature = value.get("temperature")
+        spec = cls(
+            name,
+            tuple(_recorded_size(n) for n in value["input_shape"]),
+            _recorded_size(value["num_classes"]),
+            None if temperature is None else float(temperature),
+        )
+        sizes = (spec.num_classes, *spec.input_shape)
+        if len(sizes) > DIMENSIONS:
+            raise ValueError(f"an input_shape of {len(spec.input_shape):,} dimensions")
+        if min(sizes) < 1 or max(spec.num_classes, math.prod(spec.input_shape)) > WIDEST:
+            raise ValueError(
+                f"input_shape {spec.input_shape} and num_classes {spec.num_classes} must be positive, and no more than "
+                f"{WIDEST:,}"
+            )
+        if temperature is not None and not 0 < float(temperature) < math.inf:
+            raise ValueError(f"temperature {temperature} must be positive")
+        return spec
+
+
+def _recorded_size(value: Any) -> int:
+    """Return ``value`` as a record has a size; a text or a fraction is refused, not converted."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.40} is no whole number")
+    return value
+
+
+def initial_model(spec: ModelSpec, seed: int) -> nn.Module:
+    """``spec`` with the weights that a run of this seed starts from; the global generator is left alone."""
+    with generators_kept():
+        torch.manual_seed(seed)
+        return build_model(spec)
+
+
+def build_model(spec: ModelSpec) -> nn.Module:
+    """Build ``spec`` with fresh weights from torch's global generator.
+
+    Raises:
+        UsageError: no such model, a size that is no whole number above 0, or it does not take this input.
+    """
+    if not spec.is_user_code or spec.temperature is not None:  # which builds what it will
+        whole("num_classes", spec.num_classes)
+    for size in spec.input_shape:
+        whole("input_shape", size)
+    if spec.temperature is not None:
+        encoder, features = as_encoder(build_model(replace(spec, temperature=None)))
+        return Contrastive(encoder, projector(features, spec.num_classes), temperature=spec.temperature)
+    return builder(spec.name)(spec)
+
+
+def builder(name: str) -> Callable[[ModelSpec], nn.Module]:
+    """What builds the model ``name``; until it is called nothing is built, and no code of the user's runs.
+
+    Raises:
+        UsageError: no such model.
+    """
+    if is_user_code(name):
+        return _user_model(name)
+    require_model_name(name)
+    if name.startswith("torchvision:"):
+        return _torchvision_model(*_with_keywords(name))
+    if name.startswith("timm:"):
+        return _timm_model(*_with_keywords(name))
+    if name == huggingface.NAME:
+        raise UsageError(
+            f"--model {name} builds what config.json beside a Hugging Face checkpoint describes; there is none here"
+        )
+    for pattern, build in _FAMILIES.items():
+        if match := re.fullmatch(pattern, name):
+            return partial(build, match)
+    raise no_model(name)
+
+
+def check_configured(name: str) -> None:
+    """Raise UsageError where the weights of others leave open what the network ``name`` does to its inputs."""
+    source, _, rest = name.partition(":")
+    network, keywords = _with_keywords(name) if source == "torchvision" else (rest, {})
+    if source == "torchvision" and network in INPUTS_CHANGED and "transform_input" not in keywords:
+        raise UsageError(
+            f"{name} has a setting that is in no checkpoint: say {name},transform_input=true for torchvision's own "
+            "weights and others trained with it, or =false"
+        )
+
+
+def _with_keywords(name: str) -> tuple[str, dict[str, Any]]:
+    """The network in 'torchvision:NAME,KEYWORD=VALUE,...', and the keywords for its builder.
+
+    Raises:
+        UsageError: a keyword that is none, is given twice, or may not be passed.
+    """
+    network, *given = name.partition(":")[2].split(",")
+    keywords: dict[str, Any] = {}
+    for one in given:
+        key, separator, text = one.partition("=")
+        if not separator or not key.isidentifier() or key in keywords:
+            raise UsageError(
+                f"{name}: {one!r} is no KEYWORD=VALUE, or is there twice; e.g. {network},drop_rate=0.1"
+            )
+        if _NO_KEYWORDS.search(key):
+            raise UsageError(f"{name}: {key} cannot be passed to the builder; leave it out")
+        keywords[key] = _value(name, one, text)
+    return network, keywords
+
+
+def _value(name: str, one: str, text: str) -> Any:
+    """A truth value, a number or a word."""
+    if text.lower() in {"true", "false"}:
+        return text.lower() == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            number = kind(text)
+            if not abs(number) <= _MOST:
+                raise UsageError(f"{name}: {one} must lie in [-{_MOST:,}, {_MOST:,}]")
+            return number
+    if re.fullmatch(r"\w+", text):
+        return text
+    raise UsageError(f"{name}: {one} must be true, false, a number or a word")
+
+
+def num_parameters(
+    name: str, input_shape: tuple[int, ...] = (3, 32, 32), num_classes: int = 10
+) -> int | None:
+    """Parameters of a built-in model, found without allocating it; None where its library is not installed."""
+    try:
+        with torch.device("meta"):
+            model = build_model(ModelSpec(name, input_shape, num_classes))
+    except _NotInstalledError:
+        return None
+    return sum(p.numel() for p in model.parameters())
+
+
+class _NotInstalledError(UsageError):
+    """A model's library is missing."""
+
+
+def _image_shape(spec: ModelSpec) -> tuple[int, int, int]:
+    if len(spec.input_shape) != 3:
+        raise UsageError(
+            f"{spec.name} takes images (C, H, W), not examples of shape {spec.input_shape}; use mlp or your own"
+        )
+    channels, height, width = spec.input_shape
+    return channels, height, width
+
+
+def _cnn6(_: re.Match[str], spec: ModelSpec) -> nn.Module:
+    channels, height, width = _image_shape(spec)
+    if min(height, width) < 4:
+        raise UsageError(f"6cnn takes images of at least 4×4 pixels, not {width}×{height}")
+    return cnn6(channels, height, width, spec.num_classes)
+
+
+def _mlp(match: re.Match[str], spec: ModelSpec) -> nn.Module:
+    widths = tuple(int(width) for width in match[1].split("-")[1:]) or (128, 128)
+    if not all(1 <= width <= WIDEST for width in widths):
+        raise UsageError(f"{spec.name}: every width must lie in [1, {WIDEST:,}]")
+    return mlp(math.prod(spec.input_shape), widths, spec.num_classes)
+
+
+def _wide_resnet(match: re.Match[str], spec: ModelSpec) -> nn.Module:
+    channels, _, _ = _image_shape(spec)
+    depth, widen = int(match[1]), int(match[2])
+    if not 10 <= depth <= 1000 or (depth - 4) % 6 or not 1 <= widen <= WIDEST:
+        raise UsageError(
+            f"{spec.name}: the depth must be 6n + 4 ≤ 1,000 with n ≥ 1 (10, 16, 22, 28, ...), and the width at most "
+            f"{WIDEST:,}"
+        )
+    return WideResNet(channels, spec.num_classes, (depth - 4) // 6 + bool(match[3]), widen)
+
+
+def _resnet(match: re.Match[str], spec: ModelSpec) -> nn.Module:
+    channels, _, _ = _image_shape(spec)
+    return resnet(int(match[1]), channels, spec.num_classes, cifar_stem=bool(match[2]))
+
+
+def _vit(match: re.Match[str], spec: ModelSpec) -> nn.Module:
+    embedding, heads, depth = {"micro": (64, 4, 6), "tiny": (192, 3, 12), "s": (384, 6, 12)}[match[1]]
+    return _patched(vit, spec, int(match[2]), embedding=embedding, heads=heads, depth=depth)
+
+
+def _mixer(match: re.Match[str], spec: ModelSpec) -> nn.Module:
+    embedding, blocks = (64, 4) if match[1] else (256, 10)
+    return _patched(mixer, spec, int(match[2]), embedding=embedding, blocks=blocks)
+
+
+def _patched(network: Callable[..., nn.Module], spec: ModelSpec, patch: int, **options: int) -> nn.Module:
+    """A network of timm's that cuts images into patches of ``patch`` × ``patch`` pixels."""
+    channels, height, width = _image_shape(spec)
+    if patch < 1 or height % patch or width % patch:
+        raise UsageError(
+            f"{spec.name} cuts images into patches of {patch}×{patch} pixels, which {width}×{height} is no multiple "
+            "of; choose another patch, or resize with --image-size"
+        )
+    try:
+        return network(channels, height, width, spec.num_classes, patch=patch, **options)
+    except ImportError as error:
+        raise _timm_missing(spec.name) from error
+
+
+def _timm_missing(name: str) -> UsageError:
+    return _NotInstalledError(f"{name} needs timm, which is not installed; pip install 'gm_probe[timm]'")
+
+
+_FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = dict(
+    zip(FAMILIES, (_cnn6, _mlp, _wide_resnet, _resnet, _vit, _mixer), strict=True)
+)
+
+
+def _torchvision_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:
+    # imported here: torchvision takes a second or two, and only its own models need it
+    import torchvision
+
+    available = torchvision.models.list_models(module=torchvision.models)
+    if name not in available:
+        close = difflib.get_close_matches(name, available, n=3)
+        raise UsageError(f"torchvision has no classifier {name!r}; nearest: {', '.join(close) or 'none'}")
+
+    def build(spec: ModelSpec) -> nn.Module:
+        if len(spec.input_shape) != 3 or spec.input_shape[0] != 3:
+            raise UsageError(
+                f"torchvision:{name} takes RGB images (3, H, W), not examples of shape {spec.input_shape}"
+            )
+        # auxiliary heads run in training alone, where nothing reads them
+        heads = {"aux_logits": False, "init_weights": True} if name in INPUTS_CHANGED else {}
+        options = {**heads, **keywords, "num_classes": spec.num_classes}
+        with _building(f"torchvision:{name}", keywords):
+            return torchvision.models.get_model(name, weights=None, **options)
+
+    return build
+
+
+@contextmanager
+def _building(name: str, keywords: Mapping[str, Any]) -> Iterator[None]:
+    """Blame the ``keywords``, where there are any, for an error of a library's builder."""
+    try:
+        yield
+    except Exception as error:
+        if not keywords or out_of_memory(error):
+            raise
+        raise UsageError(
+            f"{name} cannot be built with {', '.join(keywords)}: {printable(first_line(error))[:200]}"
+        ) from error
+
+
+def _timm_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:
+    if ":" in name:  # hf-hub: and local-dir: are timm's ways to others' files
+        raise UsageError(
+            f"no model 'timm:{name}'; of timm's own models one is given as timm:NAME, any other by code of yours as "
+            "file.py:callable"
+        )
+    try:
+        import timm
+    except ImportError as error:
+        raise _timm_missing(f"timm:{name}") from error
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UsageError(f"timm has no model {name!r}; nearest: {', '.join(close) or 'none'}")
+
+    def build(spec: ModelSpec) -> nn.Module:
+        options = {"num_classes": spec.num_classes, "in_chans": spec.input_shape[0], **keywords}
+        try:
+            return timm.create_model(name, pretrained=False, **{"img_size": spec.input_shape[-1], **options})
+        except TypeError:  # convolutional networks take any size and know no img_size
+            with _building(f"timm:{name}", keywords):
+                return timm.create_model(name, pretrained=False, **options)
+
+    return build
+
+
+def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
+    location, _, attribute = name.rpartition(":")
+    file = Path(location) if location.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise UsageError(f"--model {name}: there is no file {location}")
+
+    def build(_: ModelSpec) -> nn.Module:
+        try:
+            with _found_last(Path.cwd() if file is None else file.resolve().parent):
+                module = importlib.import_module(location) if file is None else _module_of(file)
+                model = getattr(module, attribute)()
+        except (Exception, SystemExit) as error:  # whatever a user's own code raises
+            if out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise UsageError(f"--model {name}: {type(error).__name__}: {reason}") from error
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"--model {name} returned {type(model).__name__}, not an nn.Module")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise UsageError(
+                f"--model {name} returned a scripted module, which takes no moved weights; return its source"
+            )
+        lazy = [key for key, p in model.named_parameters() if is_lazy(p)]
+        if lazy:
+            raise UsageError(
+                f"--model {name}: parameter {lazy[0]!r} is lazy; run the network on one example before returning it"
+            )
+        return model
+
+    return build
+
+
+@contextmanager
+def _found_last(folder: Path) -> Iterator[None]:
+    """Let code import meanwhile what lies in ``folder``; Python's own modules and installed ones come before it."""
+    entry = str(folder)
+    sys.path.append(entry)
+    try:
+        yield
+    finally:
+        if entry in sys.path:  # the code may have changed the path itself
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(entry)]
+
+
+def _module_of(file: Path) -> ModuleType:
+    """Run ``file`` as a module of its own, even where an installed one bears its name."""
+    name = f"gm_probe_user_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def logits_at(model: nn.Module, x: Inputs, outputs: Outputs | None = None) -> Tensor:
+    """Return the model's logits for ``x``, (B, C) or (B, L, 2), of which nothing is written to.
+
+    Raises:
+        UsageError: as ``Outputs.taken``.
+    """
+    outputs = outputs or Outputs()
+    args, kwargs = arguments(model, x)
+    return outputs.logits(outputs.taken(model(*args, **kwargs), len(x)))

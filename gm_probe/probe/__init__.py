@@ -1,1 +1,0 @@
-"""KL divergence, Algorithm 1, curvature operators, their spectra, and the table of measures."""

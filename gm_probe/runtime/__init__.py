@@ -1,0 +1,1 @@
+"""The machine: devices, precision, random generators, processes of torchrun, signals."""

@@ -1,0 +1,167 @@
+"""Which device to run on, and what machine a result came from."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gm_probe.errors import ResourceError, UsageError, first_line
+from gm_probe.runtime.device_names import no_device
+
+LACKING = {
+    "mps": "has no float64, in which gm_probe keeps its sums",
+    "meta": "holds no values: load the weights first",
+}
+"""Devices that torch knows and that cannot be computed on here, and why."""
+
+
+def generator_state(device: torch.device) -> Tensor | None:
+    """Return the state of ``device``'s own global generator; None where it has none, as the CPU's is torch's."""
+    return _module(device).get_rng_state(*_place(device)) if _has_generator(device) else None
+
+
+def set_generator_state(state: Tensor | None, device: torch.device) -> None:
+    """Set what ``generator_state`` returned; None leaves the generator alone."""
+    if state is not None and _has_generator(device):
+        _module(device).set_rng_state(state.cpu(), *_place(device))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work that ``device`` was given; a CPU has done it already."""
+    wait = getattr(_module(device), "synchronize", None)
+    if device.type != "cpu" and wait is not None:
+        wait(*_place(device))
+
+
+def release_memory(device: torch.device) -> None:
+    """Hand back what torch keeps of ``device``'s freed memory."""
+    release = getattr(_module(device), "empty_cache", None)
+    if release is not None:
+        release()
+
+
+def _module(device: torch.device) -> Any:
+    """torch.cuda, torch.xpu, ...: None of a device without one."""
+    return getattr(torch, device.type, None)
+
+
+def _place(device: torch.device) -> tuple[torch.device, ...]:
+    """What the functions of its module take: torch.mps has a single device."""
+    return () if device.type == "mps" else (device,)
+
+
+def _has_generator(device: torch.device) -> bool:
+    return device.type != "cpu" and hasattr(_module(device), "get_rng_state")
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` (CUDA, else CPU), or any device that torch knows by ``name`` and that computes in float64.
+
+    Raises:
+        UsageError: torch knows no such name, or the device lacks float64, as MPS does.
+        ResourceError: no such device here.
+    """
+    device = named_device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(
+            f"no device {name}: torch sees {torch.cuda.device_count()} CUDA device(s); use --device cpu"
+        )
+    require_float64(device)
+    return device
+
+
+def require_float64(device: torch.device) -> None:
+    """Raise unless ``device`` computes in float64, in which sums over examples are kept.
+
+    Raises:
+        UsageError: it does not.
+        ResourceError: there is no such device here.
+    """
+    if device.type in {"cpu", "cuda"}:
+        return
+    if device.type in LACKING:  # by name: what torch raises depends on the platform
+        raise UsageError(f"device {device} {LACKING[device.type]}; use --device cpu")
+    try:
+        torch.ones(1, device=device)
+    except Exception as error:  # each backend raises its own kind
+        cause = first_line(error).partition(". ")[0]
+        raise ResourceError(f"no device {device} here ({cause}); use --device cpu") from error
+    try:
+        float(torch.ones(2, dtype=torch.float64, device=device).sum())
+    except Exception as error:
+        raise UsageError(
+            f"device {device} cannot compute in float64, in which gm_probe keeps its sums ({first_line(error)}); "
+            "use --device cpu"
+        ) from error
+
+
+def named_device(name: str) -> torch.device:
+    """As ``pick_device``, whether or not there is such a device here.
+
+    Raises:
+        UsageError: no such name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise no_device(name) from error
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Let torch use no algorithm whose result differs from run to run, where ``enabled``; restored after.
+
+    On a GPU some are slower, and an operation that has no such algorithm raises RuntimeError. Where not enabled, the
+    caller's own setting is left as it is.
+    """
+    if not enabled:
+        yield
+        return
+    before = torch.get_deterministic_debug_mode()  # which knows warnings from errors
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc's malloc keep what tensors free for the next ones, for the rest of this process.
+
+    By default it hands large blocks back to the kernel, which zeroes them page by page when they return: a third of the
+    time of a Hessian product on a CPU. The process then holds its peak. False where there is no glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def environment(device: torch.device, *, tf32: bool = False) -> dict[str, Any]:
+    """Versions, device, threads and whether products may use TF32, to be stored with every result."""
+    named = getattr(_module(device), "get_device_name", None) if device.type != "cpu" else None
+    return {
+        "gm_probe": version("gm_probe"),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": named(device) if named is not None else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "tf32": tf32,
+    }
