@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import gm_probe
@@ -297,6 +298,24 @@ def test_the_json_has_what_is_promised(here: Path, capsys: pytest.CaptureFixture
     assert len(rows) == apart
 
 
+def test_suggested_images_are_named_by_their_files(
+    here: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "images").mkdir()
+    for index, image in enumerate(world.noisy.x[:120, 0].numpy()):
+        Image.fromarray(image).save(here / "images" / f"{index:03d}.png")
+    command = "gmprobe estimate good.pt poor.pt --unlabeled images --max-examples 90 --suggest s.csv -q"
+    assert run(command, capsys)[0] == 0
+    with (here / "s.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    with torch.no_grad():
+        for row in rows:
+            image = torch.from_numpy(np.array(Image.open(row["file"])))[None, None].float() / 255
+            for name in ("good", "poor"):
+                assert int(world.models[name](image).argmax()) == int(row[f"{name}.pt"])
+
+
 def test_the_table_ends_with_a_conclusion(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("gmprobe estimate good.pt poor.pt --unlabeled target.npz -q", capsys)
     assert code == 0
@@ -352,8 +371,6 @@ def test_class_shares_may_stand_in_a_file(here: Path, capsys: pytest.CaptureFixt
 def test_class_folders_of_other_classes_are_refused(
     here: Path, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from PIL import Image
-
     for index in range(3):
         folder = here / "val" / f"class{index}"
         folder.mkdir(parents=True)
