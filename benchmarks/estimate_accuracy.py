@@ -31,7 +31,6 @@ from gm_probe.accuracy.readings import plausible, read
 from gm_probe.accuracy.scores import Reference, probabilities, scores_of
 from gm_probe.accuracy.shares import skewed
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts
-from gm_probe.accuracy.verdict import agreements
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Examples, open_source
 from gm_probe.models.checkpoints import load_weights, read_checkpoint
@@ -267,13 +266,11 @@ def pairs(cache: Path) -> str:
             known = learned[name]
             scores = scores_of(one.predictions, known.reference, known.shares)
             made = read(known, one.predictions, scores, "cot", None, keys, LEVEL)
-            standings.append(
-                Standing(Evidence(name, one.predictions), known.calibrations["cot"], made, scores)
-            )
+            evidence = Evidence(name, one.predictions, known.validation)
+            standings.append(Standing(evidence, known.calibrations["cot"], made, scores))
         order = sorted(standings, key=lambda one: -one.accuracy.value)
         truth = found[order[0].evidence.name].accuracy - found[order[1].evidence.name].accuracy
-        agreement = agreements([one.predictions for one in found.values()])[0][1]
-        told = separated(*order, agreement, LEVEL)
+        told = separated(*order, LEVEL)
         right, apart, wrong = right + (truth > 0), apart + told, wrong + (told and truth < 0)
     return (
         f"{first} and {second} under {len(held_out_shifts())} covariate shifts: right order {right} times, told apart "

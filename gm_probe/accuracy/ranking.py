@@ -13,6 +13,7 @@ import torch
 from gm_probe.accuracy.calibration import Calibration, conformal, scale_at
 from gm_probe.accuracy.evidence import Evidence
 from gm_probe.accuracy.few_labels import labels_to_separate, paired_difference
+from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.report import (
     Accuracy,
     EstimateReport,
@@ -52,7 +53,7 @@ def conclude(
     first = standings[order[0]]
     ranked, leaders = [], [first]
     for rank, index in enumerate(order):
-        apart = rank > 0 and separated(first, standings[index], agreement[order[0]][index], level)
+        apart = rank > 0 and separated(first, standings[index], level)
         ranked.append(replace(rows[index], rank=rank + 1, separated=apart))
         if rank > 0 and not apart:
             leaders.append(standings[index])
@@ -85,11 +86,11 @@ def _order(standings: Sequence[Standing]) -> list[int]:
     return sorted(indices, key=lambda i: fmean(ranks[i]))
 
 
-def separated(first: Standing, other: Standing, agreement: float, level: float) -> bool:
+def separated(first: Standing, other: Standing, level: float) -> bool:
     """Return whether the first model's accuracy is told from the other's.
 
-    With few labels by the same labels; else by how far the difference of their estimates was off on labeled sets, which
-    is less than each estimate was, since both err alike.
+    With few labels by the same labels. Else by how far the difference of their estimates was off on labeled sets, which
+    is less than each estimate was, since both err alike; and by the sampling error of the difference on both sets.
     """
     few, others = first.evidence.few_labels, other.evidence.few_labels
     if few is not None and others is not None:
@@ -103,11 +104,20 @@ def separated(first: Standing, other: Standing, agreement: float, level: float) 
     differences = np.subtract(ours.residuals, theirs.residuals) / np.add(ours.scales, theirs.scales)
     scale = scale_at(first.accuracy.value, ours.top) + scale_at(other.accuracy.value, theirs.top)
     quantile = conformal(differences, level) * scale
-    sampling = (
-        NormalDist().inv_cdf((1 + level) / 2)
-        * ((1 - agreement) / len(first.evidence.unlabeled.logits)) ** 0.5
-    )
+    variance = sum(_apart(a, b) / len(a.logits) for a, b in zip(_sets(first), _sets(other), strict=True))
+    sampling = NormalDist().inv_cdf((1 + level) / 2) * variance**0.5
     return first.accuracy.value - other.accuracy.value > (quantile**2 + sampling**2) ** 0.5
+
+
+def _sets(one: Standing) -> list[Predictions]:
+    """A model's predictions for the unlabeled set and for the validation set."""
+    assert one.evidence.validation is not None
+    return [one.evidence.unlabeled, one.evidence.validation.predictions]
+
+
+def _apart(ours: Predictions, theirs: Predictions) -> float:
+    """Share of examples on which two models predict different classes."""
+    return float((ours.classes != theirs.classes).double().mean())
 
 
 def _labels_needed(first: Standing, other: Standing, level: float) -> int | None:
