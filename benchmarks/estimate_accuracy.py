@@ -26,7 +26,8 @@ from gm_probe.accuracy.evidence import Evidence, Labeled
 from gm_probe.accuracy.few_labels import clopper_pearson, prediction_powered
 from gm_probe.accuracy.known import Known, know
 from gm_probe.accuracy.predictions import Predictions, predict
-from gm_probe.accuracy.readings import read
+from gm_probe.accuracy.ranking import Standing, separated
+from gm_probe.accuracy.readings import plausible, read
 from gm_probe.accuracy.scores import Reference, probabilities, scores_of
 from gm_probe.accuracy.shares import skewed
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts
@@ -150,7 +151,8 @@ def evaluate(cache: Path, name: str, size: int | None, seed: int) -> list[dict[s
         row: dict[str, Any] = {"network": name, "kind": kind, "target": target, "n": number}
         row |= {"accuracy": found.accuracy, "estimator": default}
         for choice in ("auto", "validation", "estimated"):
-            made = read(one, found.predictions, scores, default, None, choice, LEVEL)
+            keys = plausible([(one, found.predictions)]) if choice == "auto" else [choice]
+            made = read(one, found.predictions, scores, default, None, keys, LEVEL)
             row[choice] = [made.value, made.low, made.high, list(made.readings)]
         sizes = number, len(validation.labels)
         for key, calibration in one.calibrations.items():
@@ -174,7 +176,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             kinds.setdefault("covariate, accuracy > 0.6", []).append(row)
     lines = ["| estimate | " + " | ".join(f"{kind} ({len(found)})" for kind, found in kinds.items()) + " |"]
     lines.append("|---|" + "---:|" * len(kinds))
-    for key in [key for key in rows[0] if isinstance(rows[0][key], list)]:
+    for key in dict.fromkeys(key for row in rows for key in row if isinstance(row[key], list)):
         cells = []
         for found in kinds.values():
             known = [row for row in found if key in row]
@@ -183,7 +185,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 continue
             error = np.mean([abs(row[key][0] - row["accuracy"]) for row in known])
             cell = f"{100 * error:.1f}"
-            if len(rows[0][key]) > 1:
+            if len(known[0][key]) > 1:
                 held = np.mean([row[key][1] <= row["accuracy"] <= row[key][2] for row in known])
                 half = np.mean([(row[key][2] - row[key][1]) / 2 for row in known])
                 cell += f" (±{100 * half:.1f}, {100 * held:.0f} %)"
@@ -207,7 +209,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         value, low, high = np.array([row["auto"][:3] for row in found]).T
         panel.errorbar(truth, value, [value - low, high - value], fmt="o", ms=3, lw=0.6, color="C0")
         panel.plot([0, 1], [0, 1], color="0.5", lw=1)
-        panel.set(title=f"{kind} shift", xlabel="true accuracy")
+        panel.set(title={"both": "both shifts"}.get(kind, f"{kind} shift"), xlabel="true accuracy")
     panels[0].set_ylabel("estimated accuracy, 90 % interval")
     figure.savefig(file, dpi=110)
 
@@ -243,6 +245,39 @@ def few_labels(cache: Path, seed: int) -> str:
     return "\n".join(lines)
 
 
+def pairs(cache: Path) -> str:
+    """Say how often the two networks are put in the right order under covariate shift, and told apart."""
+    first, second = NETWORKS
+    learned, shifts = {}, {}
+    for name in NETWORKS:
+        shifts[name] = tuple(
+            (one.family, kept(cache, name, "calibration", one.family, one.strength))
+            for one in synthetic_shifts(3)
+        )
+        validation = kept(cache, name, "validation")
+        evidence = Evidence(name, validation.predictions, validation, shifted=shifts[name])
+        learned[name] = know(evidence, [None] * (1 + len(shifts[name])), 0)
+    right = apart = wrong = 0
+    for shift in held_out_shifts():
+        found = {name: kept(cache, name, "held-out", shift.family, shift.strength) for name in NETWORKS}
+        keys = plausible([(learned[name], one.predictions) for name, one in found.items()])
+        standings = []
+        for name, one in found.items():
+            known = learned[name]
+            scores = scores_of(one.predictions, known.reference, known.shares)
+            made = read(known, one.predictions, scores, "cot", None, keys, LEVEL)
+            evidence = Evidence(name, one.predictions, known.validation)
+            standings.append(Standing(evidence, known.calibrations["cot"], made, scores))
+        order = sorted(standings, key=lambda one: -one.accuracy.value)
+        truth = found[order[0].evidence.name].accuracy - found[order[1].evidence.name].accuracy
+        told = separated(*order, LEVEL)
+        right, apart, wrong = right + (truth > 0), apart + told, wrong + (told and truth < 0)
+    return (
+        f"{first} and {second} under {len(held_out_shifts())} covariate shifts: right order {right} times, told apart "
+        f"{apart} times, {wrong} of these wrongly"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -269,6 +304,7 @@ def main() -> None:
             draw(rows, given.picture)
         sizes = "300 to 2,000" if size is None else size
         print(f"\nunlabeled sets of {sizes} images\n\n{table(rows)}", flush=True)
+    print(f"\n{pairs(given.cache)}")
     print(f"\nfew labels, {LABEL_DRAWS} draws each\n\n{few_labels(given.cache, given.seed)}")
 
 

@@ -181,15 +181,19 @@ def rows() -> list[Row]:
 
 
 def test_each_family_is_left_out_of_its_own_fit() -> None:
-    made = rows()
-    found = fitted(made, "s", 0.8)
+    made, start = rows(), Row("none", {"s": 0.95}, 0.8)
+
+    def slope(used: list[Row]) -> float:
+        x = np.array([[row.scores["s"] - 0.95] for row in used])
+        return np.linalg.lstsq(x, np.array([row.accuracy - 0.8 for row in used]), rcond=None)[0][0]
+
+    found = fitted(made, "s", start)
     for index, row in enumerate(made):
-        others = [other for other in made if other.family != row.family]
-        slope, intercept = np.polyfit([o.scores["s"] for o in others], [o.accuracy for o in others], 1)
-        expected = np.clip(intercept + slope * row.scores["s"], 0, 1) - row.accuracy
+        own = slope([other for other in made if other.family != row.family])
+        expected = np.clip(0.8 + own * (row.scores["s"] - 0.95), 0, 1) - row.accuracy
         assert found.residuals[index] == pytest.approx(expected)
-    slope, intercept = np.polyfit([row.scores["s"] for row in made], [row.accuracy for row in made], 1)
-    assert (found.intercept, found.slope) == pytest.approx((intercept, slope))
+    assert found.slope == pytest.approx(slope(made))
+    assert found.accuracy(0.95) == pytest.approx(0.8)
     assert found.accuracy(10.0) == 1.0
     assert found.mean_error == pytest.approx(np.abs(found.residuals).mean())
     # intervals are wider where the accuracy has dropped further
@@ -202,9 +206,9 @@ def test_a_score_that_is_an_accuracy_needs_no_line() -> None:
     assert found.residuals == tuple(row.scores["s"] - row.accuracy for row in rows())
 
 
-def test_a_constant_score_gives_the_mean() -> None:
+def test_a_constant_score_gives_the_validation_accuracy() -> None:
     made = [Row("ab"[i % 2], {"s": 1.0}, i / 10) for i in range(6)]
-    assert fitted(made, "s", 0.5).accuracy(1.0) == pytest.approx(0.25)
+    assert fitted(made, "s", Row("none", {"s": 1.0}, 0.7)).accuracy(1.0) == pytest.approx(0.7)
 
 
 def test_the_conformal_quantile_covers_new_draws() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import gm_probe
@@ -217,8 +218,9 @@ def test_notes_on_sets_that_mislead(world: World) -> None:
     assert "only 100 validation examples" in notes
     assert "30 of 30 unlabeled examples are in" in notes
     trained = gm_probe.estimate(
-        learned(world.train, 300, 0), batches(world.target), validation=batches(world.train)
+        learned(world.train, 300, 0), batches(world.target), validation=batches(world.train), level=0.99
     )
+    assert any("too few for a level of 0.99" in line for line in trained.notes)
     assert any("makes no error on the 400 validation examples" in line for line in trained.notes)
 
 
@@ -230,6 +232,11 @@ def test_models_that_cannot_be_estimated(world: World) -> None:
         gm_probe.estimate([world.models["good"], other], batches(world.target))
     with pytest.raises(UsageError, match="exclusive classes"):
         gm_probe.estimate(other, batches(world.target), outputs=gm_probe.Outputs(head="multilabel"))
+    with pytest.raises(UsageError, match="used with a validation set"):
+        gm_probe.estimate(other, batches(world.target), class_shares="uniform")
+    table = nn.Linear(4, 3)
+    with pytest.raises(UsageError, match="mirrors images"):
+        gm_probe.estimate(table, torch.randn(60, 4), measures=["effective_invariance"])
     with pytest.raises(UsageError, match="level = 2"):
         gm_probe.estimate(other, batches(world.target), level=2.0)
     broken = build_model(SPEC)
@@ -291,6 +298,24 @@ def test_the_json_has_what_is_promised(here: Path, capsys: pytest.CaptureFixture
     assert len(rows) == apart
 
 
+def test_suggested_images_are_named_by_their_files(
+    here: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "images").mkdir()
+    for index, image in enumerate(world.noisy.x[:120, 0].numpy()):
+        Image.fromarray(image).save(here / "images" / f"{index:03d}.png")
+    command = "gmprobe estimate good.pt poor.pt --unlabeled images --max-examples 90 --suggest s.csv -q"
+    assert run(command, capsys)[0] == 0
+    with (here / "s.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    with torch.no_grad():
+        for row in rows:
+            image = torch.from_numpy(np.array(Image.open(row["file"])))[None, None].float() / 255
+            for name in ("good", "poor"):
+                assert int(world.models[name](image).argmax()) == int(row[f"{name}.pt"])
+
+
 def test_the_table_ends_with_a_conclusion(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("gmprobe estimate good.pt poor.pt --unlabeled target.npz -q", capsys)
     assert code == 0
@@ -346,8 +371,6 @@ def test_class_shares_may_stand_in_a_file(here: Path, capsys: pytest.CaptureFixt
 def test_class_folders_of_other_classes_are_refused(
     here: Path, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from PIL import Image
-
     for index in range(3):
         folder = here / "val" / f"class{index}"
         folder.mkdir(parents=True)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
-UNSHIFTED = "none"
-"""The family of the validation set as it is."""
 FLOOR = 0.2
 """Errors grow with the drop of the accuracy; they are compared after division by this and the drop."""
 
@@ -54,18 +52,23 @@ class Calibration:
         return conformal(np.divide(self.residuals, self.scales), level) * scale_at(accuracy, self.top)
 
 
-def fitted(rows: Sequence[Row], name: str, top: float) -> Calibration:
-    """Fit the line of the score ``name`` to ``rows``, and once more without each family."""
-    x = np.array([row.scores[name] for row in rows])
+def fitted(rows: Sequence[Row], name: str, start: Row) -> Calibration:
+    """Fit the line of the score ``name`` to ``rows``, and once more without each family.
+
+    Every line goes through ``start``, the validation set without a shift.
+    """
+    x = np.array([row.scores[name] for row in rows]) - start.scores[name]
     y = np.array([row.accuracy for row in rows])
     families = np.array([row.family for row in rows])
     found = np.zeros(len(rows))
     for family in dict.fromkeys(families):
         out = families == family
-        intercept, slope = _line(x[~out], y[~out])
-        found[out] = np.clip(intercept + slope * x[out], 0, 1)
-    scales = tuple(scale_at(value, top) for value in found)
-    return Calibration(*_line(x, y), top, tuple((found - y).tolist()), scales)
+        slope = _slope(x[~out], y[~out] - start.accuracy)
+        found[out] = np.clip(start.accuracy + slope * x[out], 0, 1)
+    slope = _slope(x, y - start.accuracy)
+    scales = tuple(scale_at(value, start.accuracy) for value in found)
+    intercept = start.accuracy - slope * start.scores[name]
+    return Calibration(intercept, slope, start.accuracy, tuple((found - y).tolist()), scales)
 
 
 def as_it_is(rows: Sequence[Row], name: str, top: float) -> Calibration:
@@ -74,11 +77,9 @@ def as_it_is(rows: Sequence[Row], name: str, top: float) -> Calibration:
     return Calibration(0.0, 1.0, top, residuals, tuple(scale_at(row.scores[name], top) for row in rows))
 
 
-def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    away = x - x.mean()
-    spread = float(away @ away)
-    slope = float(away @ (y - y.mean())) / spread if spread > 0 else 0.0
-    return float(y.mean()) - slope * float(x.mean()), slope
+def _slope(x: np.ndarray, y: np.ndarray) -> float:
+    spread = float(x @ x)
+    return float(x @ y) / spread if spread > 0 else 0.0
 
 
 def scale_at(accuracy: float, top: float) -> float:

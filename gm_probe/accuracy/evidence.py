@@ -13,7 +13,7 @@ from gm_probe.accuracy.shifts import shifted, synthetic_shifts, why_not_shifted
 from gm_probe.data.batches import Batches
 from gm_probe.data.datasets import Examples
 from gm_probe.data.labels import fitting
-from gm_probe.errors import DataError
+from gm_probe.errors import DataError, UsageError
 from gm_probe.models.door import Outputs
 
 SHIFTED = 2000
@@ -81,8 +81,11 @@ def gather(
 
     Raises:
         UsageError, CheckpointError, DataError, DivergedError: as ``require_fit`` and ``predict`` raise them.
+        UsageError: mirror images of what is no image.
         DataError: labels that are none of the model's classes.
     """
+    if mirror and unlabeled.examples.x.dim() != 4:
+        raise UsageError("effective_invariance mirrors images, and the examples are none; leave it out")
     began = time.perf_counter()
     read = require_fit(model, unlabeled, outputs)
 

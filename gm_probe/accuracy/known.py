@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gm_probe.accuracy.calibration import UNSHIFTED, Calibration, Row, as_it_is, fitted
+from gm_probe.accuracy.calibration import Calibration, Row, as_it_is, fitted
 from gm_probe.accuracy.evidence import Evidence, Labeled
 from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.scores import ESTIMATORS, Reference, probabilities, scores_of
@@ -78,14 +78,15 @@ def know(evidence: Evidence, agreements: Sequence[float | None], seed: int) -> K
     reference = Reference.of(logits, labels)
     corrected = Corrected.of(logits, labels)
     shares = counted_shares(labels, logits.shape[1])
-    sets = [(UNSHIFTED, validation), *evidence.shifted]
     if evidence.shifted:
-        rows = [
+        start, *rows = [
             Row(family, scores_of(found.predictions, reference, shares, agreement), found.accuracy)
-            for (family, found), agreement in zip(sets, agreements, strict=True)
+            for (family, found), agreement in zip(
+                [("none", validation), *evidence.shifted], agreements, strict=True
+            )
         ]
-        names = [name for name in ESTIMATORS if all(name in row.scores for row in rows)]
-        calibrations = {name: fitted(rows, name, reference.accuracy) for name in names}
+        names = [name for name in ESTIMATORS if all(name in row.scores for row in (start, *rows))]
+        calibrations = {name: fitted(rows, name, start) for name in names}
     else:
         rows = _halves(validation, seed)
         calibrations = {name: as_it_is(rows, name, reference.accuracy) for name in ON_HALVES}

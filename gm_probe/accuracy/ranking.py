@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
@@ -12,13 +13,13 @@ import torch
 from gm_probe.accuracy.calibration import Calibration, conformal, scale_at
 from gm_probe.accuracy.evidence import Evidence
 from gm_probe.accuracy.few_labels import labels_to_separate, paired_difference
+from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.report import (
     Accuracy,
     EstimateReport,
     ModelEstimate,
     Suggestion,
     percent,
-    whole,
 )
 from gm_probe.accuracy.scores import probabilities
 
@@ -52,7 +53,7 @@ def conclude(
     first = standings[order[0]]
     ranked, leaders = [], [first]
     for rank, index in enumerate(order):
-        apart = rank > 0 and separated(first, standings[index], agreement[order[0]][index], level)
+        apart = rank > 0 and separated(first, standings[index], level)
         ranked.append(replace(rows[index], rank=rank + 1, separated=apart))
         if rank > 0 and not apart:
             leaders.append(standings[index])
@@ -85,11 +86,11 @@ def _order(standings: Sequence[Standing]) -> list[int]:
     return sorted(indices, key=lambda i: fmean(ranks[i]))
 
 
-def separated(first: Standing, other: Standing, agreement: float, level: float) -> bool:
+def separated(first: Standing, other: Standing, level: float) -> bool:
     """Return whether the first model's accuracy is told from the other's.
 
-    With few labels by the same labels; else by how far the difference of their estimates was off on labeled sets, which
-    is less than each estimate was, since both err alike.
+    With few labels by the same labels. Else by how far the difference of their estimates was off on labeled sets, which
+    is less than each estimate was, since both err alike; and by the sampling error of the difference on both sets.
     """
     few, others = first.evidence.few_labels, other.evidence.few_labels
     if few is not None and others is not None:
@@ -103,15 +104,24 @@ def separated(first: Standing, other: Standing, agreement: float, level: float) 
     differences = np.subtract(ours.residuals, theirs.residuals) / np.add(ours.scales, theirs.scales)
     scale = scale_at(first.accuracy.value, ours.top) + scale_at(other.accuracy.value, theirs.top)
     quantile = conformal(differences, level) * scale
-    sampling = (
-        NormalDist().inv_cdf((1 + level) / 2)
-        * ((1 - agreement) / len(first.evidence.unlabeled.logits)) ** 0.5
-    )
+    variance = sum(_apart(a, b) / len(a.logits) for a, b in zip(_sets(first), _sets(other), strict=True))
+    sampling = NormalDist().inv_cdf((1 + level) / 2) * variance**0.5
     return first.accuracy.value - other.accuracy.value > (quantile**2 + sampling**2) ** 0.5
 
 
+def _sets(one: Standing) -> list[Predictions]:
+    """A model's predictions for the unlabeled set and for the validation set."""
+    assert one.evidence.validation is not None
+    return [one.evidence.unlabeled, one.evidence.validation.predictions]
+
+
+def _apart(ours: Predictions, theirs: Predictions) -> float:
+    """Share of examples on which two models predict different classes."""
+    return float((ours.classes != theirs.classes).double().mean())
+
+
 def _labels_needed(first: Standing, other: Standing, level: float) -> int | None:
-    """Return about how many labels of images on which both disagree tell them apart; None where none would."""
+    """Return about how many labels of images on which both disagree tell them apart; None where all are too few."""
     if first.accuracy is None or other.accuracy is None:
         return None
     ours, theirs = first.evidence.unlabeled, other.evidence.unlabeled
@@ -124,7 +134,8 @@ def _labels_needed(first: Standing, other: Standing, level: float) -> int | None
     )
     share = float(apart.double().mean())
     difference = first.accuracy.value - other.accuracy.value
-    return whole(labels_to_separate(difference, share, min(right, 1.0), level))
+    needed = labels_to_separate(difference, share, min(right, 1.0), level)
+    return math.ceil(needed) if needed <= int(apart.sum()) else None
 
 
 def suggestions(leaders: Sequence[Evidence], seed: int) -> tuple[Suggestion, ...]:
@@ -170,5 +181,5 @@ def conclusion(ranked: Sequence[ModelEstimate], needed: int | None, *, alike: bo
     if alike:
         return f"{said} They predict the same class for every unlabeled example."
     if needed is None:
-        return f"{said} No number of labels is known that would tell them apart."
+        return f"{said} They disagree on too few of these images for labels of them to separate the two."
     return f"{said} To separate {first.name} from {close[0]}, label about {needed:,} images on which they disagree."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -42,7 +44,7 @@ def read(
     scores: dict[str, float],
     name: str,
     shares: Tensor | None,
-    choice: str,
+    keys: Sequence[str],
     level: float,
 ) -> Accuracy:
     """Return one model's accuracy on the unlabeled set.
@@ -51,31 +53,42 @@ def read(
         scores: of the unlabeled set; those that use class shares, with those of the validation set.
         name: the estimator to use.
         shares: (K,) known ones of the unlabeled set; None = unknown.
-        choice: ``auto``, or the reading that the user asks for.
+        keys: readings of the class shares, the likelier first; not used where they are known.
     """
     sizes = len(predictions.logits), len(known.validation.labels)
     if shares is not None:
         score = transport(probabilities(predictions.logits, known.reference.temperature), shares)
         found = _calibrated(known, "cot", score, sizes, level, given=True)
         return _accuracy([(GIVEN, found)], level)
-    same = _calibrated(known, name, scores[name], sizes, level)
-    if choice == SAME or (choice == "auto" and _as_before(known, predictions)):
-        return _accuracy([(SAME, same)], level)
-    signs, estimated = known.signs_of(predictions)
-    changed = _changed(known, signs, estimated, sizes, level)
-    if choice == CHANGED:
-        return _accuracy([(CHANGED, changed)], level)
-    readings = {SAME: same, CHANGED: changed}
-    return _accuracy([(key, readings[key]) for key in plausible(known, signs)], level)
+    readings = {}
+    if SAME in keys:
+        readings[SAME] = _calibrated(known, name, scores[name], sizes, level)
+    if CHANGED in keys:
+        signs, estimated = known.signs_of(predictions)
+        readings[CHANGED] = _changed(known, signs, estimated, sizes, level)
+    return _accuracy([(key, readings[key]) for key in keys], level)
 
 
-def plausible(known: Known, signs: Signs) -> list[str]:
-    """Return the readings that cannot be excluded, the likelier first.
+def plausible(everyone: Sequence[tuple[Known, Predictions]]) -> list[str]:
+    """Return the readings that cannot be excluded, the likelier first: one order for all models, by their votes.
+
+    All models see the same images. Estimates under different class shares could not be compared.
+    """
+    votes = [_plausible(known, predictions) for known, predictions in everyone]
+    first = Counter(vote[0] for vote in votes).most_common(1)[0][0]
+    return [first, *sorted({key for vote in votes for key in vote} - {first})]
+
+
+def _plausible(known: Known, predictions: Predictions) -> list[str]:
+    """Return the readings that one model cannot exclude.
 
     Under a shift that leaves the class shares as they are, EM still finds others, with which COT is larger. How much
     larger is known of the synthetic shifts: of those that a test on the confidences does not tell from a change of the
     shares, or of the most similar ones that it does. A larger gap than any of these speaks for changed shares.
     """
+    if same_shares(predictions.classes, known.validation.predictions.classes, len(known.shares)):
+        return [SAME]
+    signs, _ = known.signs_of(predictions)
     alike = [one for one in known.signs if one.rejected == signs.rejected]
     if signs.rejected:
         alike = sorted(alike, key=lambda one: abs(one.transported - signs.transported))[:NEAREST]
@@ -85,11 +98,6 @@ def plausible(known: Known, signs: Signs) -> list[str]:
     if gaps and signs.gap <= max(gaps):
         return [SAME, CHANGED]
     return [CHANGED, SAME] if signs.rejected else [CHANGED]
-
-
-def _as_before(known: Known, predictions: Predictions) -> bool:
-    """Whether the predicted classes have the same shares as on the validation set."""
-    return same_shares(predictions.classes, known.validation.predictions.classes, len(known.shares))
 
 
 def _calibrated(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -123,8 +122,3 @@ class EstimateReport:
 def percent(value: float) -> str:
     """Return a share as a percentage with one digit."""
     return f"{100 * value:.1f} %"
-
-
-def whole(number: float) -> int | None:
-    """Return a number rounded up; None of infinity."""
-    return math.ceil(number) if math.isfinite(number) else None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from gm_probe.accuracy.shifts import why_not_shifted
 from gm_probe.data.datasets import Examples, marks
-from gm_probe.data.fields import Fields
 from gm_probe.errors import DataError
 
 FEW_UNLABELED, FEW_VALIDATION = 50, 200
@@ -80,7 +81,7 @@ def _of_validation(validation: Examples, unlabeled: Examples) -> list[str]:
 
 def _shared(unlabeled: Examples, validation: Examples) -> int:
     """Return how many unlabeled examples are in the validation set, too."""
-    if isinstance(unlabeled.x, Fields) or isinstance(validation.x, Fields):
-        return 0
+    if not (type(unlabeled.x) is type(validation.x) is Tensor):
+        return 0  # images that do not fit into memory are decoded once, by the model's own pass
     known = set(marks(validation.x))
     return sum(mark in known for mark in marks(unlabeled.x))

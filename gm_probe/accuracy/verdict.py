@@ -16,7 +16,7 @@ from gm_probe.accuracy.few_labels import prediction_powered
 from gm_probe.accuracy.known import Known, know
 from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.ranking import Standing, conclude
-from gm_probe.accuracy.readings import read
+from gm_probe.accuracy.readings import plausible, read
 from gm_probe.accuracy.report import Accuracy, EstimateReport, ModelEstimate
 from gm_probe.accuracy.scores import probabilities, scores_of
 from gm_probe.errors import DataError, UsageError, did_you_mean
@@ -94,21 +94,26 @@ def judge(
                 f"{one.name} has {one.num_classes} classes but {evidence[0].name} has {evidence[0].num_classes}; only "
                 "models of the same classes can be compared"
             )
+    if request.choice != "auto" and evidence[0].validation is None:
+        raise UsageError(
+            "class shares are used with a validation set alone; give one, or leave the shares out"
+        )
     shares = request.shares_of(evidence[0].num_classes)
     agreement = agreements([one.unlabeled for one in evidence])
     mutual = _means(agreement)
     everyone = _known(evidence, request)
     default = _best(everyone)
+    keys = _keys(evidence, everyone, request)
     rows, standings = [], []
     for index, one in enumerate(evidence):
         known = everyone[index]
         scores = scores_of(
             one.unlabeled,
             None if known is None else known.reference,
-            shares if known is None else known.shares,
+            known.shares if shares is None and known is not None else shares,
             mutual[index],
         )
-        accuracy = _accuracy(one, known, scores, default, shares, request)
+        accuracy = _accuracy(one, known, scores, default, shares, keys, request.level)
         rows.append(
             ModelEstimate(
                 one.name,
@@ -132,8 +137,22 @@ def judge(
                 1.0 if known is None else known.reference.temperature,
             )
         )
-    notes = [*notes, *_faultless(evidence)]
+    notes = [*notes, *_faultless(evidence), *_too_few(everyone, default, request.level)]
     return conclude(rows, standings, agreement, request.level, request.seed, notes)
+
+
+def _too_few(everyone: Sequence[Known | None], default: str | None, level: float) -> list[str]:
+    """A note where so high a level needs more labeled sets than there are."""
+    known = everyone[0]
+    if known is None or default is None:
+        return []
+    count = len(known.calibrations[default].residuals)
+    if math.ceil((count + 1) * level) <= count:
+        return []
+    return [
+        f"errors on {count} labeled sets are too few for a level of {level:g}; the interval is by the largest of them, "
+        f"and its level is about {count / (count + 1):.2f}"
+    ]
 
 
 def _faultless(evidence: Sequence[Evidence]) -> list[str]:
@@ -157,6 +176,16 @@ def _known(evidence: Sequence[Evidence], request: Request) -> list[Known | None]
     return [know(one, [mean[index] for mean in means], request.seed) for index, one in enumerate(evidence)]
 
 
+def _keys(evidence: Sequence[Evidence], everyone: Sequence[Known | None], request: Request) -> list[str]:
+    """The readings of the class shares that are shown."""
+    if request.choice != "auto":
+        return [request.choice]
+    seen = [
+        (known, one.unlabeled) for known, one in zip(everyone, evidence, strict=True) if known is not None
+    ]
+    return plausible(seen) if seen else []
+
+
 def _best(everyone: Sequence[Known | None]) -> str | None:
     """The estimator with the smallest mean error on labeled sets that its calibration had not seen, over all models."""
     known = [one for one in everyone if one is not None]
@@ -172,7 +201,8 @@ def _accuracy(
     scores: dict[str, float],
     default: str | None,
     shares: Tensor | None,
-    request: Request,
+    keys: Sequence[str],
+    level: float,
 ) -> Accuracy | None:
     few = evidence.few_labels
     if few is not None:
@@ -181,12 +211,12 @@ def _accuracy(
             probabilities(found.logits, temperature).amax(1)
             for found in (few.predictions, evidence.unlabeled)
         )
-        found = prediction_powered(few.right, confidence, everywhere, request.level)
+        found = prediction_powered(few.right, confidence, everywhere, level)
         assumption = "the labeled images are a random sample of the unlabeled data"
-        return Accuracy(found.value, found.low, found.high, request.level, found.method, assumption)
+        return Accuracy(found.value, found.low, found.high, level, found.method, assumption)
     if known is None or default is None:
         return None
-    return read(known, evidence.unlabeled, scores, default, shares, request.choice, request.level)
+    return read(known, evidence.unlabeled, scores, default, shares, keys, level)
 
 
 def _estimators(known: Known | None, scores: dict[str, float]) -> dict[str, dict[str, float | None]]:

@@ -104,8 +104,8 @@ def estimate(
     for path in checkpoints:
         if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint")
-    for source in filter(None, (validation, few_labels)):
-        require_source(source, here=True)
+    for name in filter(None, (validation, few_labels)):
+        require_source(name, here=True)
     shares = _shares(class_shares)
     names = [name.strip() for name in measures.split(",") if name.strip()]
     check_names([name for name in names if name != EXTRA], labeled=False, coupled=False)
@@ -116,17 +116,21 @@ def estimate(
 
     request = Request.of(shares, level, seed)
     loading, own_loading = data.loading(), data.of_each(paths)
-    sets: list[Examples | None] = []
-    for source, labeled in ((unlabeled, False), (validation, True), (few_labels, True)):
-        sets.append(None if source is None else _opened(data, source, labeled, seed, quiet))
-    assert sets[0] is not None
-    notes = examine(sets[0], *sets[1:])
-    evidence, rows, chosen = _all_evidence(paths, sets, names, seed, quiet, loading, own_loading)
+    opened = _opened(data, unlabeled, False, quiet)
+    target = opened.subset(data.max_examples, seed)
+    labeled = [
+        None if source is None else _opened(data, source, True, quiet).subset(data.max_examples, seed)
+        for source in (validation, few_labels)
+    ]
+    notes = examine(target, *labeled)
+    evidence, rows, chosen = _all_evidence(
+        paths, [target, *labeled], names, seed, quiet, loading, own_loading
+    )
     report = judge(evidence, request, rows, [*notes, *chosen])
     result = report.as_dict(
-        unlabeled=sets[0].source,
-        validation=None if sets[1] is None else sets[1].source,
-        few_labels=None if sets[2] is None else sets[2].source,
+        unlabeled=target.source,
+        validation=None if labeled[0] is None else labeled[0].source,
+        few_labels=None if labeled[1] is None else labeled[1].source,
         settings={
             "class_shares": class_shares,
             "level": level,
@@ -139,7 +143,9 @@ def estimate(
         },
     )
     if suggest is not None:
-        _write_suggestions(suggest, report, sets[0])
+        _write_suggestions(suggest, report, _files(opened, data.max_examples, seed))
+        if not report.suggestions and not quiet:
+            note(notes_console(), f"note: {suggest} is empty: there are no leaders that disagree")
     if output == "json":
         print_json(result)
     elif output == "csv":
@@ -181,10 +187,16 @@ def _shares(given: str) -> str | list[float]:
         raise UsageError(f"--class-shares {given} must hold one number a class ({error})") from error
 
 
-def _opened(data: DataOptions, source: str, labeled: bool, seed: int, quiet: bool) -> Examples:
+def _opened(data: DataOptions, source: str, labeled: bool, quiet: bool) -> Examples:
     examples, _, hint = data.open(source, labeled=labeled)
     note_reading(notes_console(quiet), [*([hint] if hint else []), *examples.notes], examples.skipped)
-    return examples.subset(data.max_examples, seed)
+    return examples
+
+
+def _files(examples: Examples, size: int | None, seed: int) -> list[Path]:
+    """The files of the images that a subset takes; none of an array file."""
+    files = getattr(examples.x, "files", None)
+    return [] if files is None else [files[i] for i in examples.chosen(size, seed).tolist()]
 
 
 def _all_evidence(
@@ -224,23 +236,23 @@ def _all_evidence(
             for one in labeled:
                 if one is not None:
                     _require_classes(path, one, subject.classes, subject.num_classes)
+            others = [None if one is None else batches.over(one) for one in labeled]
+            how: dict[str, Any] = {"outputs": subject.outputs}
             try:
                 evidence.append(
                     gather(
                         str(path),
                         subject.model,
                         batches,
-                        *(None if one is None else batches.over(one) for one in labeled),
-                        outputs=subject.outputs,
+                        *others,
                         mirror=EXTRA in names,
                         seed=seed,
                         notify=tick,
+                        **how,
                     )
                 )
                 if wanted:
-                    report = measure(
-                        subject.model, batches, wanted, Settings(seed=seed), outputs=subject.outputs
-                    )
+                    report = measure(subject.model, batches, wanted, Settings(seed=seed), **how)
                     rows[str(path)] = {name: row.as_dict() for name, row in report.rows.items()}
             except (DataError, UsageError) as error:  # which know of no path
                 raise type(error)(f"{path}: {error}") from error
@@ -339,7 +351,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {"agreement": row["agreement"], "seconds": row["seconds"]}
 
 
-def _write_suggestions(path: Path, report: EstimateReport, unlabeled: Examples) -> None:
+def _write_suggestions(path: Path, report: EstimateReport, files: Sequence[Path]) -> None:
     """Write the suggested images: position, file where there is one, and each leader's class."""
     import csv
     import io
@@ -347,7 +359,6 @@ def _write_suggestions(path: Path, report: EstimateReport, unlabeled: Examples) 
     from gm_probe.analysis.cells import cell
     from gm_probe.files.atomic import write_atomic
 
-    files = getattr(unlabeled.x, "files", None)
     models = list(report.suggestions[0].predicted) if report.suggestions else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

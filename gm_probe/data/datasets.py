@@ -118,8 +118,12 @@ class Examples:
         """
         if size is None or size >= len(self):
             return self._kept("all", self)
+        return self._kept((size, seed), self.select(self.chosen(size, seed)))
+
+    def chosen(self, size: int | None, seed: int) -> Tensor:
+        """Return the sorted positions of the examples that ``subset`` takes."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self._kept((size, seed), self.select(order[:size].sort().values))
+        return order[:size].sort().values
 
     def _kept(self, key: object, chosen: Examples) -> Examples:
         if key not in self._last:
