@@ -23,6 +23,7 @@ from gm_probe.cli.output import (
     table,
 )
 from gm_probe.cli.progress import progress_bar
+from gm_probe.cli.settings import GroupedCommand
 from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, DataError, UsageError
 from gm_probe.measures.catalogue import CATALOGUE, check_names
@@ -35,7 +36,14 @@ if TYPE_CHECKING:
 EXTRA = "effective_invariance"
 
 
-@click.command(epilog="Example:  gmprobe estimate a.pt b.pt --unlabeled data/ --validation val/")
+@click.command(
+    cls=GroupedCommand,
+    first=(
+        *("unlabeled", "validation", "few_labels", "suggest", "measures", "class_shares", "model_names"),
+        *("mean", "std", "no_normalize", "max_examples", "device", "output"),
+    ),
+    epilog="Example:  gmprobe estimate a.pt b.pt --unlabeled data/ --validation val/",
+)
 @click.argument("checkpoints", nargs=-1, type=PATH, required=True)
 @click.option(
     "--unlabeled",
