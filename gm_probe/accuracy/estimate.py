@@ -95,17 +95,16 @@ def estimate(
 
 
 def _named(models: nn.Module | Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, nn.Module]:
-    if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList | nn.ModuleDict):
-        return {"model": models}
-    if not isinstance(models, Mapping | Sequence | nn.Module):
+    if isinstance(models, Mapping | nn.ModuleDict):
+        named = dict(models.items())
+    elif isinstance(models, Sequence | nn.ModuleList):
+        named = {f"model {index}": model for index, model in enumerate(models)}
+    elif isinstance(models, nn.Module):
+        named = {"model": models}
+    else:
         raise UsageError(
             f"models is a {type(models).__name__}; give an nn.Module, a list, or a dict of them by name"
         )
-    named = (
-        dict(models.items())
-        if isinstance(models, Mapping | nn.ModuleDict)
-        else {f"model {index}": model for index, model in enumerate(models)}
-    )
     if not named:
         raise UsageError("no model is given; give one, a list, or a dict of them by name")
     return named
