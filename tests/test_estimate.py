@@ -176,6 +176,7 @@ def test_a_change_of_the_class_shares_is_seen(world: World) -> None:
         ([0.5, 0.5], "2 class shares are given, but the models have 10"),
         ([-1.0] * 10, "number ≥ 0"),
         ([0.0] * 10, "sum above 0"),
+        (["a"] * 10, "hold no numbers"),
     ],
 )
 def test_class_shares_that_are_none(world: World, shares: Any, message: str) -> None:
@@ -237,6 +238,10 @@ def test_models_that_cannot_be_estimated(world: World) -> None:
     table = nn.Linear(4, 3)
     with pytest.raises(UsageError, match="mirrors images"):
         gm_probe.estimate(table, torch.randn(60, 4), measures=["effective_invariance"])
+    with pytest.raises(UsageError, match="models is a int"):
+        gm_probe.estimate(5, batches(world.target))
+    with pytest.raises(UsageError, match="no measure 'sharp'"):
+        gm_probe.estimate(other, batches(world.target), measures=["sharp"])
     with pytest.raises(UsageError, match="level = 2"):
         gm_probe.estimate(other, batches(world.target), level=2.0)
     broken = build_model(SPEC)

@@ -16,6 +16,7 @@ from gm_probe.accuracy.verdict import Request, judge
 from gm_probe.data.batches import Batches
 from gm_probe.data.collecting import Data, as_batches
 from gm_probe.errors import UsageError, one_device
+from gm_probe.measures.catalogue import check_names
 from gm_probe.measures.measure import measure
 from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs
@@ -67,6 +68,7 @@ def estimate(
     named = _named(models)
     request = Request.of(class_shares, level, settings.seed)
     extra = [name for name in measures if name != EXTRA]
+    check_names(extra, labeled=False)
     target = as_batches(unlabeled)
     labeled = [None if data is None else as_batches(data) for data in (validation, few_labels)]
     notes = examine(target.examples, *(None if one is None else one.examples for one in labeled))
@@ -93,13 +95,16 @@ def estimate(
 
 
 def _named(models: nn.Module | Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, nn.Module]:
-    if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList | nn.ModuleDict):
-        return {"model": models}
-    named = (
-        dict(models.items())
-        if isinstance(models, Mapping | nn.ModuleDict)
-        else {f"model {index}": model for index, model in enumerate(models)}
-    )
+    if isinstance(models, Mapping | nn.ModuleDict):
+        named = dict(models.items())
+    elif isinstance(models, Sequence | nn.ModuleList):
+        named = {f"model {index}": model for index, model in enumerate(models)}
+    elif isinstance(models, nn.Module):
+        named = {"model": models}
+    else:
+        raise UsageError(
+            f"models is a {type(models).__name__}; give an nn.Module, a list, or a dict of them by name"
+        )
     if not named:
         raise UsageError("no model is given; give one, a list, or a dict of them by name")
     return named

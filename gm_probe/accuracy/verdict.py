@@ -19,6 +19,7 @@ from gm_probe.accuracy.ranking import Standing, conclude
 from gm_probe.accuracy.readings import plausible, read
 from gm_probe.accuracy.report import Accuracy, EstimateReport, ModelEstimate
 from gm_probe.accuracy.scores import probabilities, scores_of
+from gm_probe.checks import real
 from gm_probe.errors import DataError, UsageError, did_you_mean
 
 CHOICES = ("auto", "validation", "uniform", "estimated")
@@ -45,13 +46,15 @@ class Request:
         Raises:
             UsageError: an unknown word, numbers that are no shares, or a level outside of (0, 1).
         """
-        if not 0 < level < 1:
-            raise UsageError(f"level = {level} must lie between 0 and 1, such as 0.9")
+        level = real("level", level, above=0, below=1)
         if isinstance(class_shares, str):
             if class_shares not in CHOICES:
                 raise UsageError(f"no class shares {class_shares!r}; {did_you_mean(class_shares, CHOICES)}")
             return cls(class_shares, None, level, seed)
-        shares = torch.as_tensor(np.asarray(class_shares, dtype=float))
+        try:
+            shares = torch.as_tensor(np.asarray(class_shares, dtype=float))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"class shares hold no numbers ({error}); give one a class") from error
         if (
             shares.dim() != 1
             or len(shares) < 2
