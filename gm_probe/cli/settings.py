@@ -39,7 +39,7 @@ class GroupedCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {MAIN: []} if self.first else {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if isinstance(parameter, click.Option) and record is not None:
                 sections.setdefault(self._section(parameter), []).append(record)
         for name, records in sections.items():
             with formatter.section(name):
