@@ -36,7 +36,7 @@ from gm_probe.errors import (
 from gm_probe.linalg.work import Work
 from gm_probe.measures import measure as measures
 from gm_probe.measures.catalogue import check_names, expected_cost
-from gm_probe.measures.context import Estimate, Probe, Settings
+from gm_probe.measures.context import Estimate, Measured, Probe, Settings
 from gm_probe.measures.measure import MEASURES, measure
 
 FAST = Settings(num_starts=2, max_probes=5)
@@ -1130,7 +1130,9 @@ def test_report_is_strict_json_with_costs() -> None:
 
 
 def test_undefined_is_null_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = replace(MEASURES["fisher_trace"], compute=lambda _: (math.nan, math.inf, 0.5, True, {}))
+    broken = replace(
+        MEASURES["fisher_trace"], compute=lambda _: Measured(math.nan, stderr=math.inf, stderr_examples=0.5)
+    )
     monkeypatch.setitem(MEASURES, "fisher_trace", broken)
     case = BY_NAME["relu-mlp"]
     row = measure(case.model, case.batches(), ["fisher_trace"]).rows["fisher_trace"].as_dict()

@@ -78,8 +78,31 @@ class Estimate:
         return as_row(self)
 
 
-Figure = tuple[float | None, float | None, float | None, bool, dict[str, Any]]
-"""value, estimator's error, error from the examples being a sample, converged, details"""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a measure returns: an ``Estimate`` before ``measure`` adds its cost and the reasons for what is missing.
+
+    Attributes:
+        stderr: the estimator's standard error, over random vectors or starts.
+        bound: instead of a standard error, a bound of the estimator's error, as a Lanczos residual is.
+    """
+
+    value: float | None
+    stderr: float | None = None
+    bound: float | None = None
+    stderr_examples: float | None = None
+    converged: bool = True
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def undefined(cls, reason: str) -> Measured:
+        """There is no value, for this ``reason``."""
+        return cls(None, converged=False, details={"reason": reason})
+
+    @property
+    def error(self) -> float | None:
+        """The bound where there is one, else the standard error; None = exact."""
+        return self.stderr if self.bound is None else self.bound
 
 
 def example_error(terms: Tensor) -> float | None:
@@ -191,10 +214,10 @@ class Probe:
         self.parameters.outputs = self.parameters.outputs.checked(first)
         return self.parameters.outputs.logits(first)
 
-    def mean(self, values: Tensor) -> Figure:
+    def mean(self, values: Tensor) -> Measured:
         """The exact mean of this process's per-example ``values`` (n,) over all examples."""
         joined = gather_examples(self.batches.independent(values.double()))
-        return float(joined.mean()), None, example_error(joined), True, {}
+        return Measured(float(joined.mean()), stderr_examples=example_error(joined))
 
     @cached_property
     def labels(self) -> Tensor | None:

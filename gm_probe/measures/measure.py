@@ -29,7 +29,7 @@ from gm_probe.measures import outputs
 from gm_probe.measures import sharpness as inconsistency
 from gm_probe.measures import spectra as curvature
 from gm_probe.measures.catalogue import CATALOGUE, Listed, check_names, default_measures, takes_derivatives
-from gm_probe.measures.context import Estimate, Figure, Probe, Settings
+from gm_probe.measures.context import Estimate, Measured, Probe, Settings
 from gm_probe.models.door import Outputs, unwrapped
 from gm_probe.models.layout import in_layout_taken
 from gm_probe.models.parameters import Parameters, as_measured
@@ -40,12 +40,12 @@ from gm_probe.runtime.randomness import generators_kept
 
 @dataclass(frozen=True, slots=True)
 class Measure(Listed):
-    """One row of ``MEASURES``: ``compute`` takes the shared probe and returns the figure."""
+    """One row of ``MEASURES``: ``compute`` takes the shared context."""
 
-    compute: Callable[[Probe], Figure]
+    compute: Callable[[Probe], Measured]
 
 
-_COMPUTED_BY: dict[str, Callable[[Probe], Figure]] = {
+_COMPUTED_BY: dict[str, Callable[[Probe], Measured]] = {
     "local_inconsistency": inconsistency.local_inconsistency,
     "local_inconsistency_converged": inconsistency.converged,
     "fisher_lambda_max": curvature.fisher_lambda_max,
@@ -197,15 +197,15 @@ def measure(
             before = work.evaluations
             compute = MEASURES[name].compute
             try:
-                figure, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
+                measured, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
             except (UsageError, *UNDEFINING) as error:
                 told = type(error)(f"{name}: {error}")
                 # of several processes one alone may have seen it, for which the others would wait
                 if not isinstance(told, UNDEFINING) or count() > 1:
                     raise told from error
                 refusals.append(told)
-                figure = None, None, None, False, {"reason": str(error)}
-            rows[name] = _estimate(figure, batches, settings.target_error, work.evaluations - before)
+                measured = Measured.undefined(str(error))
+            rows[name] = _estimate(measured, batches, settings.target_error, work.evaluations - before)
     if refusals and all(row.value is None for row in rows.values()):
         raise refusals[0]
     how = outputs or Outputs()
@@ -226,14 +226,17 @@ def _require_full(dtype: torch.dtype, what: str = "weights") -> None:
         )
 
 
-def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float) -> Estimate:
+def _estimate(measured: Measured, batches: Batches, target_error: float, cost: float) -> Estimate:
     """With reasons for what is missing or not finite, and how many examples ``target_error`` takes."""
-    value, stderr, example_error, converged, details = figure
-    details = dict(details)
-    if example_error is None and value is not None:
+    details = dict(measured.details)
+    if measured.stderr_examples is None and measured.value is not None:
         one = "batch" if batches.coupled else "example"
         details.setdefault("reason_stderr_examples", f"one {one}, or lost in the probes' noise")
-    found = {"value": value, "stderr": stderr, "stderr_examples": example_error}
+    found = {
+        "value": measured.value,
+        "stderr": measured.error,
+        "stderr_examples": measured.stderr_examples,
+    }
     for label, number in found.items():
         if number is not None and not math.isfinite(number):
             found[label] = None
@@ -250,5 +253,8 @@ def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float
         if ratio > 0:  # without a spread nothing can be told
             details["examples_needed"] = math.ceil(batches.total / images * ratio**2)
     return Estimate(
-        **found, converged=converged and value is not None, num_evals=round(cost, 3), details=details
+        **found,
+        converged=measured.converged and value is not None,
+        num_evals=round(cost, 3),
+        details=details,
     )

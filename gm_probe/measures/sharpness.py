@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,7 @@ from gm_probe.errors import PrecisionError
 from gm_probe.inconsistency.ascent import Maximum, ascend, kl_gradient, maximize, to_sphere
 from gm_probe.inconsistency.kl import kl_divergence
 from gm_probe.linalg.work import FORWARD, GRADIENT
-from gm_probe.measures.context import Figure, Probe, example_error
+from gm_probe.measures.context import Measured, Probe, example_error
 from gm_probe.measures.outputs import parameter_norm
 from gm_probe.measures.settings import NOISE_STARTS
 
@@ -53,7 +54,7 @@ def _starts(probe: Probe, scale: Tensor | float = 1.0) -> Iterator[Tensor]:
         yield start
 
 
-def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Figure:
+def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Measured:
     """The mean over starts (or draws) of mean divergences, from their examples' terms (N,) each."""
     terms = list(found)
     values = torch.stack([each.double().mean() for each in terms])
@@ -63,10 +64,15 @@ def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Figure:
     if spread is None:
         details["reason_stderr"] = f"one {kind} has no spread"
     # K steps are the protocol's definition: there is nothing to converge
-    return float(values.mean()), error, example_error(torch.stack(terms).mean(0)), True, details
+    return Measured(
+        float(values.mean()),
+        stderr=error,
+        stderr_examples=example_error(torch.stack(terms).mean(0)),
+        details=details,
+    )
 
 
-def paper(probe: Probe) -> Figure:
+def paper(probe: Probe) -> Measured:
     """Algorithm 1's K steps from random starts (paper §4.5, App. F), on a grid of ρ and K where one is asked.
 
     The grid costs little: the first gradient serves every ρ, and the values at fewer steps come with the way.
@@ -104,7 +110,7 @@ def paper(probe: Probe) -> Figure:
     return _over_starts(ends, "start", **details)
 
 
-def converged(probe: Probe) -> Figure:
+def converged(probe: Probe) -> Measured:
     """The largest divergence that ascents from ± the Fisher matrix's top eigenvector and from noise reach.
 
     A lower bound of the maximum (Eq. 3), not a certificate: the problem is not concave. A grid is over ρ alone, for K
@@ -113,21 +119,20 @@ def converged(probe: Probe) -> Figure:
     settings = probe.settings
     # noise guards against a poor v₁, and finds other maxima; it is flat: one step of Algorithm 1 first, for every ρ
     noise = [probe.divergence.gradient(start) for start in islice(_starts(probe), NOISE_STARTS)]
-    figure = _converged_at(probe, settings.rho, noise)
-    if settings.rho_grid:
-        radii = sorted({settings.rho, *settings.rho_grid})
-        *_, details = figure
-        details["grid"] = []
-        for rho in radii:
-            try:
-                value, _, _, reached, _ = figure if rho == settings.rho else _converged_at(probe, rho, noise)
-            except PrecisionError:  # the other radii stand
-                value, reached = None, False
-            details["grid"].append({"rho": rho, "value": value, "converged": reached})
-    return figure
+    primary = _converged_at(probe, settings.rho, noise)
+    if not settings.rho_grid:
+        return primary
+    grid: list[dict[str, Any]] = []
+    for rho in sorted({settings.rho, *settings.rho_grid}):
+        try:
+            found = primary if rho == settings.rho else _converged_at(probe, rho, noise)
+        except PrecisionError as error:  # the other radii stand
+            found = Measured.undefined(str(error))
+        grid.append({"rho": rho, "value": found.value, "converged": found.converged})
+    return replace(primary, details={**primary.details, "grid": grid})
 
 
-def _converged_at(probe: Probe, rho: float, noise: list[Tensor]) -> Figure:
+def _converged_at(probe: Probe, rho: float, noise: list[Tensor]) -> Measured:
     """``noise``: directions (P,) to ascend in beside ± the top eigenvector."""
     settings, top = probe.settings, probe.fisher_draft
     ends: dict[str, Maximum] = {}
@@ -170,10 +175,15 @@ def _converged_at(probe: Probe, rho: float, noise: list[Tensor]) -> Figure:
         "quadratic_ratio": best.value / quadratic if quadratic > 0 else None,
         "quadratic_residual": top.residual / top.value if quadratic > 0 else None,
     }
-    return best.value, None, example_error(probe.divergence.terms(best.delta)), best.converged, details
+    return Measured(
+        best.value,
+        stderr_examples=example_error(probe.divergence.terms(best.delta)),
+        converged=best.converged,
+        details=details,
+    )
 
 
-def local_inconsistency(probe: Probe) -> Figure:
+def local_inconsistency(probe: Probe) -> Measured:
     """By the protocol that the settings name."""
     return converged(probe) if probe.settings.protocol == "converged" else paper(probe)
 
@@ -182,9 +192,9 @@ def _terms(probe: Probe, offset: Tensor) -> Tensor:
     return probe.divergence.terms(_require_resolved(probe, offset))
 
 
-def relative(probe: Probe) -> Figure:
+def relative(probe: Probe) -> Measured:
     """The paper's protocol at radius ρ‖θ‖."""
-    length, *_ = parameter_norm(probe)
+    length = parameter_norm(probe).value
     assert length is not None
     radius = probe.settings.rho * length
     ends = (
@@ -193,7 +203,7 @@ def relative(probe: Probe) -> Figure:
     return _over_starts((_terms(probe, end) for end in ends), "start", radius=radius)
 
 
-def adaptive(probe: Probe) -> Figure:
+def adaptive(probe: Probe) -> Measured:
     """The paper's protocol in the ball ‖δ/(|θ|+η)‖ ≤ ρ, as ASAM's (Kwon 2021): ascent in u with δ = (|θ|+η) u."""
     settings = probe.settings
     scale = probe.parameters.join(probe.parameters.values().values()).abs() + settings.eta
@@ -207,7 +217,7 @@ def adaptive(probe: Probe) -> Figure:
     return _over_starts((_terms(probe, end) for end in ends), "start", eta=settings.eta)
 
 
-def batchwise(probe: Probe) -> Figure:
+def batchwise(probe: Probe) -> Measured:
     """The paper's protocol with a perturbation of its own for every m examples (m-sharpness, Foret 2021)."""
     settings, parameters = probe.settings, probe.parameters
     batches = probe.batches.of_size(settings.sub_batch)
@@ -240,7 +250,7 @@ def _gradient_on(probe: Probe, pieces: list[tuple[Tensor, Tensor]]) -> Callable[
     return gradient
 
 
-def average(probe: Probe) -> Figure:
+def average(probe: Probe) -> Measured:
     """A_ρ = E mean KL(f_θ ‖ f_{θ+ε}) over ε ~ N(0, ρ²I/P): what the maximum is compared with."""
     generator = probe.generator("average")
     draws = (probe.parameters.random(probe.settings.rho, generator) for _ in range(probe.settings.num_starts))
