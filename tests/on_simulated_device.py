@@ -27,8 +27,7 @@ from gm_probe.curvature import fisher_trace, operators
 from gm_probe.data import batches as core_batches
 from gm_probe.data.batches import Batches
 from gm_probe.errors import DeviceError
-from gm_probe.measures import context as probe
-from gm_probe.measures import pairwise
+from gm_probe.measures import context, pairwise
 from gm_probe.measures.catalogue import DEFAULT_MEASURES
 from gm_probe.measures.context import Settings
 from gm_probe.measures.measure import MEASURES as ALL_MEASURES
@@ -315,7 +314,9 @@ FAULTS: dict[str, Fault] = {
         parameters.Parameters.random, "sample.to(self.device)", "sample", "steps of iam-s"
     ),
     "batches stay on the CPU": Fault(Batches.on, "other.device = device", "pass", CNN),
-    "labels stay on the CPU": Fault(probe.Probe.labels.func, ".to(self.clean.device)", "", CNN),  # type: ignore[attr-defined]
+    "labels stay on the CPU": Fault(
+        context.MeasurementContext.labels.func, ".to(self.logits.device)", "", CNN
+    ),
     "places are counted on the CPU": Fault(operators._all_but, ", device=classes.device", "", CNN),
     "signs stay on the CPU": Fault(
         fisher_trace.CovarianceRoot.applied, ".to(self._head)", ".to(self._head.dtype)", CNN

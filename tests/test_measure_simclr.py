@@ -143,9 +143,9 @@ def test_the_divergence_is_that_of_moved_encoders() -> None:
     brute = Brute(model)
     row = measure(model, batches(), ["local_inconsistency"], Settings(rho=0.5, num_starts=1, seed=3)).rows
     from gm_probe.linalg.work import Work
-    from gm_probe.measures.context import Probe
+    from gm_probe.measures.context import MeasurementContext
 
-    [start] = Probe(model, batches(), Settings(num_starts=1, seed=3), Work(24)).starts()
+    [start] = MeasurementContext(model, batches(), Settings(num_starts=1, seed=3), Work(24)).starts()
 
     def kl(delta: Tensor) -> Tensor:
         return brute.mean(lambda x: brute.kl(brute.theta, brute.theta + delta, x))

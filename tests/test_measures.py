@@ -36,7 +36,7 @@ from gm_probe.errors import (
 from gm_probe.linalg.work import Work
 from gm_probe.measures import measure as measures
 from gm_probe.measures.catalogue import check_names, expected_cost
-from gm_probe.measures.context import Estimate, Measured, Probe, Settings
+from gm_probe.measures.context import Estimate, Measured, MeasurementContext, Settings
 from gm_probe.measures.measure import MEASURES, measure
 
 FAST = Settings(num_starts=2, max_probes=5)
@@ -348,7 +348,7 @@ def test_paper_protocol_by_hand() -> None:
         return (log_p.exp() * (log_p - case.logits_at(case.theta + delta).log_softmax(1))).sum(1).mean()
 
     values = []
-    for start in Probe(case.model, case.batches(), settings, Work(7)).starts():
+    for start in MeasurementContext(case.model, case.batches(), settings, Work(7)).starts():
         delta = start
         for _ in range(settings.k_steps):
             (g,) = torch.autograd.grad(divergence(moved := delta.clone().requires_grad_()), moved)
@@ -856,11 +856,11 @@ def test_a_grid_of_radii_has_the_converged_maximum_of_each() -> None:
     for cell in found.details["grid"]:
         assert cell["value"] == pytest.approx(alone[cell["rho"]].value, rel=1e-9)
     assert "grid" not in alone[0.1].details
-    probe = Probe(case.model, case.batches(), Settings(), Work(case.batches().num_examples))
-    _ = probe.clean
-    clean = probe.work.evaluations
-    _ = probe.fisher_draft
-    draft = probe.work.evaluations - clean
+    context = MeasurementContext(case.model, case.batches(), Settings(), Work(case.batches().num_examples))
+    _ = context.logits
+    forward = context.work.evaluations
+    _ = context.fisher_draft
+    draft = context.work.evaluations - forward
     # v₁ and the gradients at two noise starts are paid once
     shared = 2 * (draft + 2)
     assert found.num_evals == pytest.approx(sum(each.num_evals for each in alone.values()) - shared, abs=0.01)

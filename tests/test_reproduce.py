@@ -209,8 +209,8 @@ def test_dense_curvature_is_the_operators(network):
     x, y = network.mixture.x, network.mixture.y
     batches = Batches.from_tensors(x, batch_size=70)
     v = torch.randn(network.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    clean = network.logits(x)
-    torch.testing.assert_close(network.fisher() @ v, fisher(network.parameters, batches, clean).matvec(v))
+    logits = network.logits(x)
+    torch.testing.assert_close(network.fisher() @ v, fisher(network.parameters, batches, logits).matvec(v))
     torch.testing.assert_close(network.hessian() @ v, hessian(network.parameters, batches, y).matvec(v))
 
 

@@ -210,7 +210,7 @@ def _first_difference(classes: Sequence[str], others: Sequence[str]) -> str:
 def _outputs(path: Path, examples: Examples, **loading: Any) -> tuple[torch.Tensor, dict[str, Any], Subject]:
     """Return (N, C) logits of one checkpoint in eval mode, its row of the result, and the checkpoint as opened."""
     from gm_probe.linalg.work import Work
-    from gm_probe.measures.context import Probe
+    from gm_probe.measures.context import MeasurementContext
     from gm_probe.measures.settings import Settings
     from gm_probe.measuring.checkpoint import open_subject
     from gm_probe.models.parameters import evaluating
@@ -220,7 +220,10 @@ def _outputs(path: Path, examples: Examples, **loading: Any) -> tuple[torch.Tens
     try:
         with evaluating(subject.model), float32_products():
             work = Work(len(examples))
-            logits = Probe(subject.model, subject.batches, Settings(), work, outputs=subject.outputs).clean
+            context = MeasurementContext(
+                subject.model, subject.batches, Settings(), work, outputs=subject.outputs
+            )
+            logits = context.logits
     except (DataError, DivergedError, UsageError) as error:  # which know of no path
         raise type(error)(f"{path}: {error}") from error
     used = subject.batches.normalization

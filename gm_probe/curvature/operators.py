@@ -54,13 +54,13 @@ Scalars = Callable[[Tensor, Tensor], Tensor]
 """logits (B, ..., C), data (B, ...) ↦ the (B,) scalars that are differentiated twice"""
 
 
-def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work | None = None) -> Operator:
+def fisher(parameters: Parameters, batches: Batches, logits: Tensor, work: Work | None = None) -> Operator:
     """F = (1/N) Σ_x J_xᵀ (diag p − p pᵀ) J_x with J = ∂z/∂θ (paper Eq. 1, §3.3): the true Fisher, label-free.
 
     It equals the Gauss-Newton matrix of softmax cross-entropy.
 
     Args:
-        clean: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) of yes-or-no labels.
+        logits: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) of yes-or-no labels.
 
     Raises:
         UsageError: a part of the model is in train mode.
@@ -68,7 +68,7 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
     _require_eval(parameters)
     batches = batches.on(parameters.device)
     jacobian = _Jacobian(parameters, work or Work(batches.num_examples), batches.few(TRIAL))
-    probabilities = cut(functional.softmax(clean.to(parameters.device), dim=-1), batches)
+    probabilities = cut(functional.softmax(logits.to(parameters.device), dim=-1), batches)
 
     @differentiable_attention()
     def matvec(v: Tensor) -> Tensor:
@@ -193,24 +193,24 @@ def _all_but(classes: Tensor, count: int) -> Tensor:
 
 
 def residual(
-    parameters: Parameters, batches: Batches, clean: Tensor, labels: Tensor, work: Work | None = None
+    parameters: Parameters, batches: Batches, logits: Tensor, labels: Tensor, work: Work | None = None
 ) -> Operator:
     """H − F = (1/N) Σ_x Σ_c (p_c − y_c) ∇²z_c (paper Lemma A.1), the part of H that depends on the labels.
 
     Args:
-        clean: (n, C) or (n, L, 2) logits at θ; ``labels``: (n,) or (n, L); both in the order of ``batches``.
+        logits: (n, C) or (n, L, 2) logits at θ; ``labels``: (n,) or (n, L); both in the order of ``batches``.
 
     Raises:
         UsageError: a part of the model is in train mode.
     """
-    labels = labels.to(clean.device)
-    slopes = functional.softmax(clean.double(), dim=-1)
+    labels = labels.to(logits.device)
+    slopes = functional.softmax(logits.double(), dim=-1)
     # p − 1 of the label as what the others have: where p is nearly 1, the difference would be rounding alone
-    rest = slopes.gather(-1, _all_but(labels[..., None], clean.shape[-1])).sum(-1, keepdim=True)
+    rest = slopes.gather(-1, _all_but(labels[..., None], logits.shape[-1])).sum(-1, keepdim=True)
     slopes = slopes.scatter(-1, labels[..., None], -rest)
 
-    def contracted(logits: Tensor, slope: Tensor) -> Tensor:  # (B,)
-        return over_rows((logits * slope.to(logits.dtype)).sum(-1))
+    def contracted(z: Tensor, slope: Tensor) -> Tensor:  # (B,)
+        return over_rows((z * slope.to(z.dtype)).sum(-1))
 
     return _curvature(parameters, batches, contracted, slopes, work)
 

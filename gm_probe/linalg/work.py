@@ -16,7 +16,7 @@ EXAMPLE_NORMS = 3.0  # back to every layer's output, and its weights' gradient e
 
 
 Expect = Callable[[float, float], None]
-"""Called with the units of work that are done, probes or iterations, and about how many there will be."""
+"""Called with the units of work that are done, random vectors or iterations, and about how many there will be."""
 
 
 class Count(float):
@@ -49,7 +49,7 @@ class Work:
         self._end: float | None = None
 
     def expect(self, done: float, total: float) -> None:
-        """Note that an estimate has ``done`` so many of about ``total`` units of equal cost, probes or iterations."""
+        """Note that an estimate has ``done`` so many of about ``total`` units of equal cost, vectors or iterations."""
         if self._began is None or done <= self._began[1]:
             self._began, self._end = (self.evaluations, done), None
             return

@@ -1,4 +1,4 @@
-"""How to measure, one measured figure, and a model over its probe set with what several measures share."""
+"""What a measure returns, and a model over its examples with what several measures share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gm_probe.curvature.written import require_moved_weights
 from gm_probe.data.batches import Batches
 from gm_probe.data.labels import as_labels, fitting
 from gm_probe.errors import DataError, DivergedError, UsageError, foreign_or
-from gm_probe.inconsistency.ascent import FisherByDifference, ProbeDivergence
+from gm_probe.inconsistency.ascent import Divergence, FisherByDifference
 from gm_probe.linalg.lanczos import Eigenpair, certified, lanczos
 from gm_probe.linalg.operator import Operator
 from gm_probe.linalg.trace import Trace
@@ -116,8 +116,8 @@ def _same(logits: Tensor, again: Tensor, dtype: torch.dtype) -> bool:
     return bool(torch.allclose(logits, again, rtol=tolerance, atol=tolerance * float(logits.abs().max())))
 
 
-class Probe:
-    """A model over a probe set, with what several measures share: outputs, labels, the top Fisher eigenpair."""
+class MeasurementContext:
+    """A model over its examples, with what several measures share: logits, labels, the top Fisher eigenpair."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class Probe:
             raise hanging("as of BatchNorm without running statistics")
 
     @cached_property
-    def clean(self) -> Tensor:
+    def logits(self) -> Tensor:
         """(n, C) logits at θ of this process's examples; (n, L, 2) of L yes-or-no labels.
 
         Raises:
@@ -226,15 +226,15 @@ class Probe:
         if examples.y is None:
             return None
         y = as_labels(examples.y.clone(), len(examples))  # a copy, for it may be of inference mode
-        return fitting(y, self.clean, examples.source).to(self.clean.device)
+        return fitting(y, self.logits, examples.source).to(self.logits.device)
 
     @cached_property
-    def divergence(self) -> ProbeDivergence:
-        return ProbeDivergence(self.differentiable, self.batches, self.clean, self.work)
+    def divergence(self) -> Divergence:
+        return Divergence(self.differentiable, self.batches, self.logits, self.work)
 
     @cached_property
     def fisher(self) -> Operator:
-        return fisher(self.differentiable, self.batches, self.clean, self.work)
+        return fisher(self.differentiable, self.batches, self.logits, self.work)
 
     @cached_property
     def hessian(self) -> Operator:
@@ -243,7 +243,7 @@ class Probe:
     @property
     def hessian_labels(self) -> Tensor:
         """(n,) or (n, L) as given, or else predicted."""
-        return self.clean.argmax(-1) if self.labels is None else self.labels
+        return self.logits.argmax(-1) if self.labels is None else self.labels
 
     @property
     def label_kind(self) -> str:
@@ -306,7 +306,7 @@ class Probe:
         return fisher_trace(
             self.differentiable,
             self.batches,
-            self.clean,
+            self.logits,
             self.work,
             generator=self.generator("fisher trace"),
             tolerance=tolerance,
@@ -325,7 +325,7 @@ class Probe:
 
     @cached_property
     def residual(self) -> Operator:
-        return residual(self.differentiable, self.batches, self.clean, self.hessian_labels, self.work)
+        return residual(self.differentiable, self.batches, self.logits, self.hessian_labels, self.work)
 
     def starts(self) -> Iterator[Tensor]:
         """Random starts (P,), one at a time: all of them would take P times their number."""

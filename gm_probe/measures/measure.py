@@ -29,7 +29,7 @@ from gm_probe.measures import outputs
 from gm_probe.measures import sharpness as inconsistency
 from gm_probe.measures import spectra as curvature
 from gm_probe.measures.catalogue import CATALOGUE, Listed, check_names, default_measures, takes_derivatives
-from gm_probe.measures.context import Estimate, Measured, Probe, Settings
+from gm_probe.measures.context import Estimate, Measured, MeasurementContext, Settings
 from gm_probe.models.door import Outputs, unwrapped
 from gm_probe.models.layout import in_layout_taken
 from gm_probe.models.parameters import Parameters, as_measured
@@ -42,10 +42,10 @@ from gm_probe.runtime.randomness import generators_kept
 class Measure(Listed):
     """One row of ``MEASURES``: ``compute`` takes the shared context."""
 
-    compute: Callable[[Probe], Measured]
+    compute: Callable[[MeasurementContext], Measured]
 
 
-_COMPUTED_BY: dict[str, Callable[[Probe], Measured]] = {
+_COMPUTED_BY: dict[str, Callable[[MeasurementContext], Measured]] = {
     "local_inconsistency": inconsistency.local_inconsistency,
     "local_inconsistency_converged": inconsistency.converged,
     "fisher_lambda_max": curvature.fisher_lambda_max,
@@ -176,28 +176,28 @@ def measure(
     # a model may draw at random though its outputs stay the same
     batches = in_layout_taken(model, batches)
     with generators_kept(batches.device, model), as_measured(model):
-        probe = Probe(model, batches, settings, work, initial, outputs)
-        _require_full(probe.parameters.dtype)
+        context = MeasurementContext(model, batches, settings, work, initial, outputs)
+        _require_full(context.parameters.dtype)
 
-        def probed(batches: Batches) -> Probe:
-            nonlocal probe
-            if probe.batches is not batches:  # what is shared was made on the others
-                probe = Probe(model, batches, settings, work, initial, outputs)
-            return probe
+        def context_of(batches: Batches) -> MeasurementContext:
+            nonlocal context
+            if context.batches is not batches:  # what is shared was made on the others
+                context = MeasurementContext(model, batches, settings, work, initial, outputs)
+            return context
 
-        probe.parameters.check_finite()
+        context.parameters.check_finite()
         if batches.free and takes_derivatives(names):
             batches = within(memory, model, batches, outputs)
         # its cost is the report's, not the first measure's
-        clean, batches = within_memory(batches, lambda batches: probed(batches).clean)
-        _require_full(clean.dtype, "outputs")
+        logits, batches = within_memory(batches, lambda batches: context_of(batches).logits)
+        _require_full(logits.dtype, "outputs")
         for name in names:
             current = name
             work.begin()
             before = work.evaluations
             compute = MEASURES[name].compute
             try:
-                measured, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
+                measured, batches = within_memory(batches, lambda batches: compute(context_of(batches)))  # noqa: B023  called at once
             except (UsageError, *UNDEFINING) as error:
                 told = type(error)(f"{name}: {error}")
                 # of several processes one alone may have seen it, for which the others would wait
@@ -209,7 +209,7 @@ def measure(
     if refusals and all(row.value is None for row in rows.values()):
         raise refusals[0]
     how = outputs or Outputs()
-    return Report(probe.parameters.size, batches.total, settings, rows, batches.batch_size, how)
+    return Report(context.parameters.size, batches.total, settings, rows, batches.batch_size, how)
 
 
 def _in_dtype_of(model: nn.Module, batches: Batches) -> Batches:

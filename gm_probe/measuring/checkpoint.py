@@ -25,7 +25,7 @@ from gm_probe.measures.catalogue import (
     expected_costs,
     takes_derivatives,
 )
-from gm_probe.measures.context import Probe
+from gm_probe.measures.context import MeasurementContext
 from gm_probe.measures.measure import UNDEFINING, measure
 from gm_probe.measures.settings import Settings
 from gm_probe.models.checkpoints import Checkpoint, is_simclr, read_checkpoint
@@ -371,18 +371,18 @@ def _densities(
     num_probes, num_steps = quadrature
     with one_device(), generators_kept(part.device, subject.model), as_measured(subject.model):
         work = Work(part.num_examples)
-        probe = Probe(subject.model, part, settings, work, outputs=subject.outputs)
+        context = MeasurementContext(subject.model, part, settings, work, outputs=subject.outputs)
         found = {}
-        for name, operator in (("fisher", probe.fisher), ("hessian", probe.hessian)):
-            before = probe.work.evaluations
+        for name, operator in (("fisher", context.fisher), ("hessian", context.hessian)):
+            before = context.work.evaluations
 
             def tick(_: int, __: int, name: str = name) -> None:
-                notify(DENSITY_OF.format(name), probe.work.evaluations)
+                notify(DENSITY_OF.format(name), context.work.evaluations)
 
             try:
                 found[name] = density(
                     operator,
-                    generator=probe.generator(f"{name} density"),
+                    generator=context.generator(f"{name} density"),
                     num_probes=num_probes,
                     num_steps=num_steps,
                     notify=tick,
@@ -391,8 +391,8 @@ def _densities(
                 if count() > 1:
                     raise
                 found[name] = {"reason": str(error)}
-            found[name]["num_evals"] = round(probe.work.evaluations - before, 3)
-        found["hessian"]["labels"] = probe.label_kind
+            found[name]["num_evals"] = round(context.work.evaluations - before, 3)
+        found["hessian"]["labels"] = context.label_kind
     return found
 
 
