@@ -235,9 +235,9 @@ def test_a_batch_that_belongs_to_what_is_computed_is_not_halved() -> None:
     def failing(_: Batches) -> None:
         raise MemoryError
 
-    coupled = Batches(inputs().examples, batch_size=12, coupled=True)
+    batch_dependent = Batches(inputs().examples, batch_size=12, batch_dependent=True)
     with pytest.raises(ResourceError, match="batches of 12, whose examples hang together"):
-        within_memory(coupled, failing)
+        within_memory(batch_dependent, failing)
 
 
 # ---- the model after an exception at any stage

@@ -140,8 +140,8 @@ def test_more_is_measured_as_before_but_for_what_is_given_and_of_other_data(tmp_
     how, changed = as_recorded(tmp_path, now, {"device", "measures"})
     loading = {"head": "simclr", "device": "cpu", "batch_size": 128, "temperature": 3.0}
     assert how == How(taken, scope, loading)
-    coupled = {"batch_images": 128, "temperature": 3.0}
-    assert changed == {"num_starts": 2, "rho_grid": [3.0], "max_examples": 7, **coupled}
+    batch_dependent = {"batch_images": 128, "temperature": 3.0}
+    assert changed == {"num_starts": 2, "rho_grid": [3.0], "max_examples": 7, **batch_dependent}
     write_json(
         tmp_path / "measures.json", {"settings": {**recorded, "temperature": 0.5}}
     )  # as it was trained

@@ -174,7 +174,7 @@ def test_a_batch_is_neither_cut_nor_shared() -> None:
     with pytest.raises(DataError, match="3 batches do not go round 4 processes"):
         batches().shard(0, 4)
     with pytest.raises(DataError, match="do not fill"):
-        Batches(images(), batch_size=4, coupled=True)
+        Batches(images(), batch_size=4, batch_dependent=True)
     with pytest.raises(DataError, match="too few for a batch of 14"):
         contrastive_batches(images(), Normalization(), images=14, seed=0)
 

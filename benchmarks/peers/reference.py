@@ -55,8 +55,8 @@ def fisher_product(subject: Subject, v: Tensor) -> Tensor:
             outputs: Any = jvp(run, (values,), (tangents,))
         logits, moved = outputs
         p = functional.softmax(logits, dim=1)
-        pushed = p * (moved - (p * moved).sum(1, keepdim=True))
-        total += _flat(torch.autograd.grad(subject.model(x), subject.parameters, pushed))
+        cotangents = p * (moved - (p * moved).sum(1, keepdim=True))
+        total += _flat(torch.autograd.grad(subject.model(x), subject.parameters, cotangents))
     return total / subject.num_examples
 
 

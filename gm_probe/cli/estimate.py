@@ -108,7 +108,7 @@ def estimate(
         require_source(source, here=True)
     shares = _shares(class_shares)
     names = [name.strip() for name in measures.split(",") if name.strip()]
-    check_names([name for name in names if name != EXTRA], labeled=False, coupled=False)
+    check_names([name for name in names if name != EXTRA], labeled=False, batch_dependent=False)
     paths = _runs(checkpoints)
     from gm_probe.accuracy.sets import examine
     from gm_probe.accuracy.verdict import Request, judge

@@ -382,10 +382,10 @@ def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:
         )
 
 
-def _chosen(measures: str, protocol: str, labeled: bool, coupled: bool) -> list[str]:
+def _chosen(measures: str, protocol: str, labeled: bool, batch_dependent: bool) -> list[str]:
     names = [name.strip() for name in measures.split(",") if name.strip()]
-    check_names(names, labeled=labeled or coupled, coupled=coupled)
-    names = names or default_measures(labeled=labeled, coupled=coupled)
+    check_names(names, labeled=labeled or batch_dependent, batch_dependent=batch_dependent)
+    names = names or default_measures(labeled=labeled, batch_dependent=batch_dependent)
     if protocol == "both" and "local_inconsistency" in names:
         # last of all: it then starts from the Fisher eigenvector that λ_max(F) has paid for
         names = [*(name for name in names if name != CONVERGED), CONVERGED]

@@ -95,7 +95,7 @@ class Divergence:
         self._logits = cut(logits, batches)
 
     def terms(self, offset: Tensor) -> Tensor:
-        """(N,) divergences at ``offset`` (P,); of coupled examples, their batches' means."""
+        """(N,) divergences at ``offset`` (P,); of batch-dependent examples, their batches' means."""
         result = []
         with torch.no_grad():
             values = self.parameters.moved(offset)

@@ -140,7 +140,7 @@ class MeasurementContext:
         Raises:
             UsageError: they have none, or forward hides some from autograd, or the backward pass runs forward again.
         """
-        few = next(iter(self.batches)).x[self.batches.few(TRIAL)]
+        few = next(iter(self.batches)).x[self.batches.trial_slice(TRIAL)]
         with differentiable():
             require_moved_weights(self.parameters, few, Draws(few.device, self.parameters.model))
         require_gradients(self.parameters, few, self.generator("gradients"))
@@ -177,7 +177,7 @@ class MeasurementContext:
     def _require_independent(self, outputs: Tensor) -> None:
         """Raise UsageError where an example's outputs hang on its batch: so would every measure."""
         x = next(iter(self.batches)).x
-        if self.batches.coupled or len(x) < 2:
+        if self.batches.batch_dependent or len(x) < 2:
             return
         count = min(TRIAL, len(x)) - 1
         few = slice(1, 1 + count - (count + 1) % 2)  # an odd number, which no groups of examples divide
@@ -247,7 +247,7 @@ class MeasurementContext:
 
     @property
     def label_kind(self) -> str:
-        if self.batches.coupled:
+        if self.batches.batch_dependent:
             return "partner"
         return "predicted" if self.labels is None else "given"
 
@@ -301,7 +301,7 @@ class MeasurementContext:
 
     def fisher_trace_to(self, tolerance: float) -> Trace | None:
         """The same to another tolerance."""
-        if self.batches.coupled:
+        if self.batches.batch_dependent:
             return None
         return fisher_trace(
             self.differentiable,
@@ -319,7 +319,7 @@ class MeasurementContext:
         batches = self.batches
         return (
             "examples depend on each other"
-            if batches.coupled
+            if batches.batch_dependent
             else obstacle(self.parameters, next(iter(batches)).x)
         )
 

@@ -157,8 +157,10 @@ def measure(
     unwrapped(model)
     batches = _in_dtype_of(model, as_batches(data))
     if names is None:
-        names = default_measures(labeled=batches.labeled, coupled=batches.coupled)
-    check_names(names, labeled=batches.labeled, coupled=batches.coupled, num_processes=count())
+        names = default_measures(labeled=batches.labeled, batch_dependent=batches.batch_dependent)
+    check_names(
+        names, labeled=batches.labeled, batch_dependent=batches.batch_dependent, num_processes=count()
+    )
     if batches.num_examples == 0:
         raise DataError("the probe set is empty")
     device = Parameters(model, settings.params).device
@@ -186,7 +188,7 @@ def measure(
             return context
 
         context.parameters.check_finite()
-        if batches.free and takes_derivatives(names):
+        if batches.auto_batch_size and takes_derivatives(names):
             batches = within(memory, model, batches, outputs)
         # its cost is the report's, not the first measure's
         logits, batches = within_memory(batches, lambda batches: context_of(batches).logits)
@@ -230,7 +232,7 @@ def _estimate(measured: Measured, batches: Batches, target_error: float, cost: f
     """With reasons for what is missing or not finite, and how many examples ``target_error`` takes."""
     details = dict(measured.details)
     if measured.stderr_examples is None and measured.value is not None:
-        one = "batch" if batches.coupled else "example"
+        one = "batch" if batches.batch_dependent else "example"
         details.setdefault("reason_stderr_examples", f"one {one}, or lost in the probes' noise")
     found = {
         "value": measured.value,
@@ -249,7 +251,7 @@ def _estimate(measured: Measured, batches: Batches, target_error: float, cost: f
             details["estimator_above_target"] = estimator
     if target_error and value and example_error is not None:
         ratio = example_error / (target_error * abs(value))
-        images = 2 if batches.coupled else 1  # two views of an image
+        images = 2 if batches.batch_dependent else 1  # two views of an image
         if ratio > 0:  # without a spread nothing can be told
             details["examples_needed"] = math.ceil(batches.total / images * ratio**2)
     return Estimate(

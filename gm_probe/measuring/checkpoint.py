@@ -187,7 +187,9 @@ def measure_checkpoint(
         CheckpointError, DataError, UsageError, DivergedError: as the parts raise them.
     """
     simclr = loading.get("head") == "simclr"
-    check_names(names or (), labeled=simclr or examples.y is not None, coupled=simclr, num_processes=count())
+    check_names(
+        names or (), labeled=simclr or examples.y is not None, batch_dependent=simclr, num_processes=count()
+    )
     with failing_together():
         subject = open_subject(
             path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading

@@ -43,8 +43,8 @@ def is_complete(out: Path, plan: MeasurePlan) -> bool:
     except (StorageError, OSError):
         return False  # trying the run will say what is broken, or may not be read
     if record.status == "finished" and not (out / STATE).exists():
-        coupled = plan.coupled if record.config.get("objective") == "simclr" else {}
-        return record.measured(plan.measures, {**plan.asked, **coupled})
+        batch_dependent = plan.batch_dependent if record.config.get("objective") == "simclr" else {}
+        return record.measured(plan.measures, {**plan.asked, **batch_dependent})
     return record.status == "diverged"
 
 

@@ -150,8 +150,8 @@ def run_status(path: Path, name: str, sweep: _Sweep | None = None, planned_as: s
     try:
         state, reason = run_state(path), failure(path)
         if state == "finished" and sweep is not None and planned is not None:
-            coupled = sweep.content.get("coupled", {}) if planned.get("objective") == "simclr" else {}
-            asked = {**sweep.content["settings"], **coupled}
+            batch_dependent = sweep.content.get("coupled", {}) if planned.get("objective") == "simclr" else {}
+            asked = {**sweep.content["settings"], **batch_dependent}
             state = state if read_run(path).measured(sweep.content["measures"], asked) else "trained"
     except StorageError as error:
         state, reason = "failed", str(error)

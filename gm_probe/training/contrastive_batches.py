@@ -49,5 +49,5 @@ def contrastive_batches(
         batch_size=2 * images,
         device=device,
         dtype=dtype,
-        coupled=True,
+        batch_dependent=True,
     )
