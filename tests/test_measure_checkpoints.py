@@ -21,7 +21,7 @@ from gm_probe.measuring.many import Request, measure_checkpoints
 from gm_probe.measuring.saved import as_recorded, merge_measures
 from gm_probe.measuring.trained import last_finished, trained_runs
 from gm_probe.sweep.runner import run_recipe
-from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
+from gm_probe.training.run_splits import OWN_UNLABELED, own_unlabeled
 
 
 def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:

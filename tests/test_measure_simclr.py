@@ -235,7 +235,7 @@ def test_measures_a_run(run: Path, invoke: Invoke) -> None:
 
 def test_tracking_and_measuring_see_the_same_views(run: Path) -> None:
     from gm_probe.runs.records import read_metrics
-    from gm_probe.training.parts import own_unlabeled
+    from gm_probe.training.run_splits import own_unlabeled
 
     [row] = read_metrics(run)
     found = measure_checkpoint(

@@ -18,7 +18,7 @@ from gm_probe.measuring.checkpoint import DIGEST, How
 from gm_probe.models.checkpoints import read_checkpoint
 from gm_probe.runs.records import CHECKPOINT, MEASURES, read_run
 from gm_probe.runtime.devices import environment
-from gm_probe.training.parts import OWN_UNLABELED
+from gm_probe.training.run_splits import OWN_UNLABELED
 
 NORMALIZING = {"mean", "std", "no_normalize"}
 """Names of the options that say how pixels are normalised."""

@@ -46,7 +46,9 @@ class MeasurePlan:
     @property
     def scope(self) -> dict[str, Any]:
         """Over what a run is measured, as its measures.json says it."""
-        from gm_probe.training.parts import OWN_UNLABELED  # torch, which a wrong recipe must not wait for
+        from gm_probe.training.run_splits import (
+            OWN_UNLABELED,  # torch, which a wrong recipe must not wait for
+        )
 
         return {"part": OWN_UNLABELED, "max_examples": self.max_examples}
 

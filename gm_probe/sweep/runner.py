@@ -31,7 +31,7 @@ from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.leave import Leave
 from gm_probe.training.loop import train
-from gm_probe.training.parts import own_unlabeled
+from gm_probe.training.run_splits import own_unlabeled
 
 
 def is_complete(out: Path, plan: MeasurePlan) -> bool:

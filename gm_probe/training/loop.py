@@ -16,8 +16,8 @@ from gm_probe.runtime.devices import deterministic
 from gm_probe.runtime.precision import float32_products
 from gm_probe.runtime.signals import Terminated, sigterm_noted
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.parts import check_splits, load_splits
 from gm_probe.training.run import Training
+from gm_probe.training.run_splits import check_splits, load_splits
 
 ERRORS = ("train_error", "test_error", "train_ce", "test_ce")
 """What every finished run says, of a SimCLR encoder by its linear probe."""

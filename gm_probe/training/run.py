@@ -45,8 +45,8 @@ from gm_probe.runtime.signals import Terminated
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import Evaluation, ProbeEvaluation
 from gm_probe.training.feeds import make_feed
-from gm_probe.training.parts import load_splits, split_record
 from gm_probe.training.rule import Step
+from gm_probe.training.run_splits import load_splits, split_record
 from gm_probe.training.schedule import lr_factor
 from gm_probe.training.state import broken, random_state, read_state, set_random_state, write_state
 from gm_probe.training.tracking import Tracking
