@@ -328,7 +328,7 @@ def test_resumed_run_is_bit_identical(name: str, tmp_path: Path) -> None:
 def test_batches_are_whole_and_pass_over_everything(tmp_path: Path) -> None:
     """60 unlabeled examples in batches of 3 · 8 take three steps; 20 labels are passed over once and a bit."""
     training = Training(semi("fixmatch", batch_size=8), tmp_path)
-    dealt = training.feed.deal(seeded())
+    dealt = training.sampler.deal(seeded())
     assert [len(chosen) for chosen in dealt] == [8 + 24] * 3 == [32] * training.steps
     labeled = torch.cat([chosen[:8] for chosen in dealt]).tolist()
     rest = torch.cat([chosen[8:] for chosen in dealt]).tolist()

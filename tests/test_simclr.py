@@ -255,9 +255,9 @@ def test_one_step_by_hand(tmp_path: Path) -> None:
     """Gradient descent on the naive NT-Xent of the views, without the loop's or the rules' code."""
     settings = simclr(num_train=32, epochs=1, lr=0.3, momentum=0.0)
     training = Training(settings, tmp_path / "twin")
-    model, feed = training.model, training.feed
+    model, sampler = training.model, training.sampler
     draws = torch.Generator().manual_seed(zlib.crc32(b"0:0"))
-    [chosen] = feed.deal(draws)
+    [chosen] = sampler.deal(draws)
     raw = training.splits.train.x[chosen]
     mean, std = (
         torch.tensor(v).view(1, -1, 1, 1) for v in (training.normalization.mean, training.normalization.std)

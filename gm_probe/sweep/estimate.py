@@ -108,8 +108,8 @@ class _Rate:
 def _rate(config: TrainConfig) -> _Rate:
     seconds, training = _timed(config)
     full_precision = seconds if config.amp == "none" else _timed(config.replace(amp="none"))[0]
-    feed, splits = training.feed, training.splits
-    inputs = min(config.batch_size, feed.examples) * feed.rows
+    sampler, splits = training.sampler, training.splits
+    inputs = min(config.batch_size, sampler.examples) * sampler.rows
     return _Rate(
         seconds,
         training.steps,

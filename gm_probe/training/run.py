@@ -44,9 +44,9 @@ from gm_probe.runtime.randomness import generators_kept, seed_generators
 from gm_probe.runtime.signals import Terminated
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import Evaluation, ProbeEvaluation
-from gm_probe.training.feeds import make_feed
 from gm_probe.training.rule import Step
 from gm_probe.training.run_splits import load_splits, split_record
+from gm_probe.training.samplers import make_sampler
 from gm_probe.training.schedule import lr_factor
 from gm_probe.training.state import broken, random_state, read_state, set_random_state, write_state
 from gm_probe.training.tracking import Tracking
@@ -99,8 +99,8 @@ class Training:
         self.device = processes.own_device(pick_device(config.device))
         self.splits = load_splits(config)
         train = self.splits.train
-        self.feed = make_feed(config, self.splits)
-        self.steps = self.feed.steps
+        self.sampler = make_sampler(config, self.splits)
+        self.steps = self.sampler.steps
         self.normalization = Normalization.of(self.splits.inputs)
         self.simclr = config.objective == "simclr"
         self.spec = ModelSpec(
@@ -161,7 +161,7 @@ class Training:
         self.progress.began = time.perf_counter()
         seed = zlib.crc32(f"{self.config.seed}:{self.epoch}".encode())
         draws = torch.Generator().manual_seed(seed)
-        dealt = self.feed.deal(draws)
+        dealt = self.sampler.deal(draws)
         self.model.train()
         with generators_kept(self.device):
             seed_generators(seed + processes.rank())  # dropout draws from the global generators
@@ -229,8 +229,8 @@ class Training:
 
     def _batch(self, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """This process's part of a batch on the device: images augmented and normalised, and the first ones' labels."""
-        x, y = x.to(self.device), self.feed.labels(chosen[self._mine]).to(self.device)
-        x = self.feed.views(x, chosen, self._mine, self.updates.generator)
+        x, y = x.to(self.device), self.sampler.labels(chosen[self._mine]).to(self.device)
+        x = self.sampler.views(x, chosen, self._mine, self.updates.generator)
         x = self.normalization.apply(x)
         return (x.contiguous(memory_format=torch.channels_last) if self.channels_last else x), y
 
@@ -272,7 +272,7 @@ class Training:
         sums = processes.sum_over_processes(self.progress.sums).tolist()
         examples, loss, entropy, wrong, divergence, *further = sums
         seconds = self.progress.elapsed
-        passes = self.updates.rule.passes * self.feed.rows
+        passes = self.updates.rule.passes * self.sampler.rows
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "running_loss": loss / examples,
@@ -280,7 +280,7 @@ class Training:
             "lr": self.updates.optimizer.param_groups[0]["lr"],
             "gradient_evaluations": (self.epoch + 1) * self.steps * passes / 3,
             "seconds": round(seconds, 3),
-            "examples_per_second": round(self.feed.examples / seconds, 1),
+            "examples_per_second": round(self.sampler.examples / seconds, 1),
         }
         if further:
             row["running_confident"] = further[0] / examples
