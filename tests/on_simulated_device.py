@@ -151,18 +151,18 @@ class Interrupted(Exception):
 @contextmanager
 def interrupted(at: int) -> Iterator[None]:
     """A run breaks down after its step ``at``."""
-    usual = run.Training._tell
+    usual = run.Training._report_progress
 
     def tell(training: run.Training) -> None:
         if training.progress.step == at:
             raise Interrupted
 
-    run.Training._tell = tell  # type: ignore[method-assign]
+    run.Training._report_progress = tell  # type: ignore[method-assign]
     try:
         with suppress(Interrupted):
             yield
     finally:
-        run.Training._tell = usual  # type: ignore[method-assign]
+        run.Training._report_progress = usual  # type: ignore[method-assign]
 
 
 def resumed(first: str, then: str, **settings: Any) -> Any:

@@ -498,15 +498,15 @@ def test_of_many_machines_one_takes_a_folder_though_locks_exclude_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    host, original = threading.local(), locks.Hold.__init__
+    host, original = threading.local(), locks.FolderLock.__init__
     monkeypatch.setattr(socket, "gethostname", lambda: host.name)
     all_look, took = threading.Barrier(8), []
 
-    def slow(self: locks.Hold, file: Any) -> None:  # whoever else looks meanwhile would see nobody
+    def slow(self: locks.FolderLock, file: Any) -> None:  # whoever else looks meanwhile would see nobody
         time.sleep(0.05)
         original(self, file)
 
-    monkeypatch.setattr(locks.Hold, "__init__", slow)
+    monkeypatch.setattr(locks.FolderLock, "__init__", slow)
 
     def machine(number: int) -> None:
         host.name = f"node{number}"

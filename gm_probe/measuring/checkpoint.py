@@ -15,7 +15,7 @@ from gm_probe.data.datasets import Examples
 from gm_probe.data.fields import arguments
 from gm_probe.data.memory import within_memory
 from gm_probe.errors import DataError, UsageError, foreign_or, one_device
-from gm_probe.files.locks import Hold
+from gm_probe.files.locks import FolderLock
 from gm_probe.linalg.density import density
 from gm_probe.linalg.work import Work
 from gm_probe.measures.catalogue import (
@@ -309,13 +309,13 @@ DIGEST = "data_sha256"
 """A setting of what was measured over other data than the run's own: a file may change under its name."""
 
 
-def telling(hold: Hold, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
-    """A ``notify`` of ``measure_checkpoint`` that tells those who look at the held run folder."""
+def reporting(lock: FolderLock, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
+    """A ``notify`` of ``measure_checkpoint`` that reports progress in the held run folder."""
     outlook = Outlook(expected_costs(names, settings))
 
     def notify(name: str, evaluations: float) -> None:
         total = outlook.total(name, evaluations)
-        hold.tell(
+        lock.report_progress(
             "measuring", evaluations, evaluations if total is None else total, lambda: {"measure": name}
         )
 

@@ -20,7 +20,7 @@ from gm_probe.data.datasets import Examples
 from gm_probe.data.images import taken
 from gm_probe.errors import DivergedError, UsageError, memory_or, of_machine
 from gm_probe.files.atomic import append_line, write_atomic, write_json, write_toml
-from gm_probe.files.locks import Hold
+from gm_probe.files.locks import FolderLock
 from gm_probe.files.schema import anything, count, listed, mapping
 from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.layout import settle_layout
@@ -92,10 +92,10 @@ class Training:
         self,
         config: TrainConfig,
         out: Path,
-        hold: Hold | None = None,
+        lock: FolderLock | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.out, self.hold, self.asked_to_stop = config, out, hold, asked_to_stop
+        self.config, self.out, self.lock, self.asked_to_stop = config, out, lock, asked_to_stop
         self.device = processes.own_device(pick_device(config.device))
         self.splits = load_splits(config)
         train = self.splits.train
@@ -173,7 +173,7 @@ class Training:
             mine = [chosen[self._mine] for chosen in left]
             for chosen, x in zip(left, taken(self.splits.inputs.x, mine), strict=True):
                 self._step(chosen, x)
-                self._tell()
+                self._report_progress()
                 done = self.epoch * self.steps + self.progress.step
                 every = self.config.checkpoint_every
                 last = self.progress.step == self.steps
@@ -215,9 +215,9 @@ class Training:
         if skipped or progress.step % CHECK_EVERY == 0:
             self._check_loss(seen.loss)
 
-    def _tell(self) -> None:
-        if self.hold is not None:
-            self.hold.tell(
+    def _report_progress(self) -> None:
+        if self.lock is not None:
+            self.lock.report_progress(
                 "training", self.epoch + self.progress.step / self.steps, self.config.epochs, self._so_far
             )
 
