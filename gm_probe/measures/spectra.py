@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,9 @@ def fisher_lambda_max(context: MeasurementContext) -> Measured:
 
 
 def hessian_lambda_max(context: MeasurementContext) -> Measured:
-    return _listed(*_largest(context, context.hessian, "hessian", labels=context.label_kind))
+    return _listed(
+        *_largest(context, context.hessian, "hessian", lambda: context.hessian_top, labels=context.label_kind)
+    )
 
 
 def _listed(largest: Measured, rows: list[dict[str, Any]]) -> Measured:
@@ -48,16 +51,18 @@ def _listed(largest: Measured, rows: list[dict[str, Any]]) -> Measured:
 
 
 def _fisher_largest(context: MeasurementContext) -> tuple[Measured, list[dict[str, Any]]]:
-    return context.once("largest of F", lambda: _largest(context, context.fisher, "fisher"))
+    return context.once(
+        "largest of F", lambda: _largest(context, context.fisher, "fisher", lambda: context.fisher_top)
+    )
 
 
 def _largest(
-    context: MeasurementContext, operator: Operator, name: str, **details: Any
+    context: MeasurementContext, operator: Operator, name: str, top: Callable[[], Eigenpair], **details: Any
 ) -> tuple[Measured, list[dict[str, Any]]]:
-    """The largest eigenvalue by itself, and a row of each where ``top_eigenvalues`` asks for more than one."""
+    """The largest eigenvalue, by ``top`` where no more are asked for; else with a row for each of them."""
     wanted = context.settings.top_eigenvalues
     if wanted == 1:
-        return _eigenvalue(operator, getattr(context, f"{name}_top"), **details), []
+        return _eigenvalue(operator, top(), **details), []
     pairs, _ = eigenpairs(
         operator,
         random_start(operator, context.generator(f"{name} top")),
