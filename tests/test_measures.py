@@ -948,10 +948,15 @@ class Fragile(nn.Module):
 
     def __init__(self, inner: nn.Module, n: int, error: BaseException | None) -> None:
         super().__init__()
-        self.inner, self.n, self.error, self.calls = inner, n, error, 0
+        self.inner, self.n, self.error = inner, n, error
+        self._calls = [0]  # a list, for a measurement restores the attributes after each pass
+
+    @property
+    def calls(self) -> int:
+        return self._calls[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self._calls[0] += 1
         if self.calls == self.n and self.error is not None:
             raise self.error
         return self.inner(x)
