@@ -123,7 +123,7 @@ def test_the_matrices_are_those_of_explicit_jacobians() -> None:
         row = rows[name]
         assert row.stderr is not None
         assert abs(row.value - float(matrix.trace())) < 4 * row.stderr
-        # Hutchinson's own: of one probe at most √2 ‖A‖_F, here less a margin for chance
+        # Hutchinson's own: of one vector at most √2 ‖A‖_F, here less a margin for chance
         assert row.stderr < 1.3 * (2 / row.details["num_probes"]) ** 0.5 * float(matrix.norm())
     assert rows["cross_entropy"].value == pytest.approx(
         float(brute.mean(lambda x: brute.loss(brute.theta, x)))

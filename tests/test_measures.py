@@ -108,19 +108,19 @@ def test_example_error_of_an_eigenvalue(kind: str, case: Case) -> None:
     assert row.stderr_examples == pytest.approx(each.std(ddof=1) / math.sqrt(7), rel=1e-3)
 
 
-@pytest.mark.parametrize("probes", [60, 400])
-def test_example_error_of_a_trace(probes: int) -> None:
+@pytest.mark.parametrize("vectors", [60, 400])
+def test_example_error_of_a_trace(vectors: int) -> None:
     """The spread of tr H_x over examples, however noisy the estimate of each tr H_x."""
     case = BY_NAME["tanh-mlp"]
     each = np.einsum("nii->n", case.hessian_terms.numpy())
     squares = []
-    for seed in range(20 if probes == 60 else 1):
-        settings = Settings(trace_tolerance=0.0, max_probes=probes, seed=seed)
+    for seed in range(20 if vectors == 60 else 1):
+        settings = Settings(trace_tolerance=0.0, max_probes=vectors, seed=seed)
         row = measure(case.model, case.batches(7), ["hessian_trace"], settings).rows["hessian_trace"]
         squares.append((row.stderr_examples or 0.0) ** 2)
     ratio = math.sqrt(np.mean(squares)) / (each.std(ddof=1) / math.sqrt(7))
-    # with few probes and seven examples the cut at zero biases it upwards
-    assert 0.5 < ratio < (1.5 if probes == 400 else 2.0)
+    # with few vectors and seven examples the cut at zero biases it upwards
+    assert 0.5 < ratio < (1.5 if vectors == 400 else 2.0)
 
 
 @pytest.mark.parametrize("name", ["fisher_trace", "hessian_trace"])

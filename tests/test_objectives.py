@@ -117,11 +117,11 @@ def pieces(
     kind: str, model: nn.Module, x: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Log-probabilities at flat parameters, and the unlabeled loss of those, pseudo-labels fixed at the model's own."""
-    probe = copy.deepcopy(model)
+    twin = copy.deepcopy(model)
 
     def log_p(flat: Tensor) -> Tensor:
-        vector_to_parameters(flat, probe.parameters())
-        return probe(x).log_softmax(1)
+        vector_to_parameters(flat, twin.parameters())
+        return twin(x).log_softmax(1)
 
     with torch.no_grad():
         found = model(x).softmax(1)[3:8]

@@ -202,7 +202,7 @@ def test_a_sweep_is_decided_on_runs_that_are_done(tmp_path, epochs, done):
     assert "Settings share 2 seeds, too few" in found.text
 
 
-# ---- the plane: dense matrices against the probe's operators, which share no code with them
+# ---- the plane: dense matrices against the package's operators, which share no code with them
 
 
 def test_dense_curvature_is_the_operators(network):

@@ -176,12 +176,12 @@ def test_iam_d_against_finite_differences(steps: int, kl_grad: str) -> None:
     model, (x, y) = make(), data()
     theta = parameters_to_vector(model.parameters()).detach().clone()
     delta = algorithm_1(model, x, 0.3, steps, seed=5)
-    probe = copy.deepcopy(model)
+    twin = copy.deepcopy(model)
 
     def log_softmax(flat: Tensor) -> Tensor:
-        vector_to_parameters(flat, probe.parameters())
+        vector_to_parameters(flat, twin.parameters())
         with torch.no_grad():
-            return probe(x).log_softmax(1)
+            return twin(x).log_softmax(1)
 
     frozen = log_softmax(theta)
 

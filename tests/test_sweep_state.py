@@ -416,7 +416,7 @@ def test_a_folder_of_runs_is_measured_without_training(
         norm = sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5
         kept = json.loads((tmp_path / name / "measures.json").read_text())["measures"]
         assert found[name]["measures"]["parameter_norm"]["value"] == pytest.approx(norm, rel=1e-5)
-        # the sweep's own stay beside it, for the new one is taken as they were: from 2 starts, 3 probes at least
+        # the sweep's own stay beside it, for the new one is taken as they were: 2 starts, 3 random vectors at least
         assert set(kept) == {"local_inconsistency", "mean_entropy", "parameter_norm"}
         assert found[name]["as_before"] == {"num_starts": 2, "min_probes": 3}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*") if path.name != LOCK}

@@ -98,7 +98,7 @@ def test_the_examples_error_is_free_of_the_probes_noise(generator: torch.Generat
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "max_probes"), [(0.0, 40), (0.05, 100)], ids=["fixed number of probes", "default stopping"]
+    ("tolerance", "max_probes"), [(0.0, 40), (0.05, 100)], ids=["fixed number of vectors", "default stopping"]
 )
 def test_standard_error_is_calibrated(tolerance: float, max_probes: int) -> None:
     terms = stack(3, 20)
@@ -248,11 +248,11 @@ def test_a_decaying_spectrum_is_sketched() -> None:
     )  # by hand, of weights
     assert len(calls) == 10 + 16 + 16 + found.num_probes <= 100
     error = np.std([estimate.value - truth for estimate in plain])
-    assert abs(found.value - truth) < error  # of as many probes as the sketch took products
+    assert abs(found.value - truth) < error  # of as many vectors as the sketch took products
 
 
 def test_the_sketchs_standard_error_is_calibrated() -> None:
-    matrix = decaying(size=120, power=1.0)  # decays so slowly that much is left to the probes
+    matrix = decaying(size=120, power=1.0)  # decays so slowly that much is left to the vectors
     truth = float(matrix.mean(0).trace())
     found = [
         trace(operator_of(matrix), generator=seeded(seed), tolerance=0, max_probes=82) for seed in range(60)
@@ -490,7 +490,7 @@ def test_within_four_standard_errors(classes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "max_probes"), [(1e-9, 4), (0.02, 100)], ids=["four probes", "stopping by tolerance"]
+    ("tolerance", "max_probes"), [(1e-9, 4), (0.02, 100)], ids=["four vectors", "stopping by tolerance"]
 )
 def test_standard_error_of_signs_is_calibrated(tolerance: float, max_probes: int) -> None:
     many, inside, values = setup(20, 100), 0, []  # of 30 examples the error itself is too uncertain
@@ -648,7 +648,7 @@ def test_hessian_trace_is_the_fishers_also_without_examples_gradients(
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.affine], ids=lambda case: case.name)
 def test_hessian_trace_is_the_fishers_and_an_estimate_of_the_rest(case: Case) -> None:
-    """The same probes on dense matrices."""
+    """The same random vectors on dense matrices."""
     settings = Settings(trace_tolerance=0, max_probes=6, seed=5)
     row = measure(case.model, case.batches(), ["hessian_trace"], settings).rows["hessian_trace"]
     found = trace(

@@ -30,10 +30,10 @@ class Count(float):
 
 
 class Work:
-    """A running count of gradient evaluations over the whole probe set.
+    """A running count of gradient evaluations over all the examples.
 
     Args:
-        num_examples: size of the probe set, or of this process's share; a pass over a batch of B counts B/size.
+        num_examples: number of the examples, or of this process's share; a pass over a batch of B counts B/size.
         notify: called with the count after every batch (progress bars).
     """
 

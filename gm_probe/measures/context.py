@@ -58,10 +58,10 @@ class Estimate:
 
     Attributes:
         value: None where it is undefined; ``details['reason']`` says why.
-        stderr: the estimator's standard error (probes, starts) or error bound (Lanczos residual); None = exact.
-        stderr_examples: standard error from the probe set being a sample of N examples.
+        stderr: the estimator's standard error (random vectors, starts) or error bound (Lanczos residual); None = exact.
+        stderr_examples: standard error from the examples being a sample of N.
         converged: whether the estimator met its tolerance.
-        num_evals: gradient evaluations over the whole probe set that it took, beyond work shared with an
+        num_evals: gradient evaluations over all the examples that it took, beyond work shared with an
             earlier row.
         details: what else belongs to the figure.
     """

@@ -162,7 +162,7 @@ def measure(
         names, labeled=batches.labeled, batch_dependent=batches.batch_dependent, num_processes=count()
     )
     if batches.num_examples == 0:
-        raise DataError("the probe set is empty")
+        raise DataError("there are no examples to measure on")
     device = Parameters(model, settings.params).device
     require_float64(device)
     batches = batches.on(device)

@@ -180,7 +180,7 @@ def measure_checkpoint(
     Under ``torchrun`` each process takes its share of the examples; all return the same.
 
     Args:
-        quadrature: probes and steps of the spectral densities; None = do without.
+        quadrature: random vectors and steps of the spectral densities; None = do without.
         batch_size: None = what ``memory`` bytes hold.
         memory: bytes that a product may take.
         loading: as ``open_checkpoint`` takes them.
