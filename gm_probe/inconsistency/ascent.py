@@ -197,8 +197,8 @@ def maximize(
 ) -> Maximum:
     """Ascend on the sphere ‖δ‖ = ρ until a step gains less than ``tolerance`` relative.
 
-    Steps are Algorithm 1's while they gain. Beyond the quadratic regime that iteration oscillates (METHOD.md,
-    issue 3), so a step that loses is undone and shortened, and the best iterate is kept.
+    Steps are Algorithm 1's while they gain. Beyond the quadratic regime that iteration oscillates,
+    so a step that loses is undone and shortened, and the best iterate is kept.
 
     Args:
         objective: maps δ (P,) to the mean KL and its gradient.

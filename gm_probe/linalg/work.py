@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# In forward passes; a backward pass costs about two (METHOD.md). One gradient evaluation = 3.
+# In forward passes; a backward pass costs about two. One gradient evaluation = 3.
 FORWARD = 1.0
 GRADIENT = 3.0
 JVP = 3.0  # the primal pass, and a tangent pass of two products a layer

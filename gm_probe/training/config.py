@@ -54,7 +54,7 @@ PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_eve
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """Settings of one run; the paper's where METHOD.md fixes them.
+    """Settings of one run; the defaults are the paper's where it gives them.
 
     Attributes:
         data: folder, array file, ``digits``, or a torchvision name (data.datasets.open_source).

@@ -184,7 +184,7 @@ class IAMD(_Inconsistency):
 
 
 class OnePassIAMD(Rule):
-    """IAM-D whose δ is carried from the last step, with a random sign (METHOD.md, from the authors' code).
+    """IAM-D whose δ is carried from the last step, with a random sign (from the authors' code).
 
     One backward pass gives the parameters' gradient and, with respect to the moved parameters, the KL's: δ's next
     direction. So δ follows the ascent across mini-batches, at SAM's cost. The first δ is noise of length ρ; where
