@@ -54,7 +54,7 @@ PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_eve
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """Settings of one run; the defaults are the paper's where it gives them.
+    """Settings of one run; the paper's where METHOD.md fixes them.
 
     Attributes:
         data: folder, array file, ``digits``, or a torchvision name (data.datasets.open_source).
@@ -69,8 +69,8 @@ class TrainConfig:
             afresh (models.pretrained.load_pretrained).
         objective: what is learned (training.objectives): from labeled examples alone, jointly with the inconsistency
             of unlabeled ones, or by FixMatch. Batches then hold ``mu`` unlabeled examples for each of the
-            ``batch_size`` labeled ones, and an epoch is a pass over the unlabeled ones (training.samplers). SimCLR
-            learns from two views of each image, without labels; these serve its linear probes alone.
+            ``batch_size`` labeled ones, and an epoch is a pass over the unlabeled ones (training.feeds). SimCLR learns
+            from two views of each image, without labels; these serve its linear probes alone.
         threshold, lambda_u, unlabeled_mean: of FixMatch: confidence from which a weak view labels the strong one,
             weight of that loss, and what it is averaged over.
         temperature, probe_every: of SimCLR: τ of NT-Xent, and epochs between linear probes (0 = only at the end).
