@@ -104,8 +104,8 @@ def estimate(
     for path in checkpoints:
         if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint")
-    for source in filter(None, (validation, few_labels)):
-        require_source(source, here=True)
+    for given in filter(None, (validation, few_labels)):
+        require_source(given, here=True)
     shares = _shares(class_shares)
     names = [name.strip() for name in measures.split(",") if name.strip()]
     check_names([name for name in names if name != EXTRA], labeled=False, batch_dependent=False)
