@@ -59,13 +59,13 @@ def compare(model: torch.nn.Module, x: torch.Tensor, scale: float, seed: int) ->
     gradients = []
     for half in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.no_grad():
-            clean = parameters.logits(x)
-            gradients.append(kl_gradient(parameters, x, clean, start)[1].float())
+            logits = parameters.logits(x)
+            gradients.append(kl_gradient(parameters, x, logits, start)[1].float())
     reached = []
     with torch.no_grad():
         for gradient in gradients:
             moved = parameters.logits(x, parameters.moved(to_sphere(gradient, RHO)))
-            reached.append(float(kl_divergence(clean, moved).mean()))
+            reached.append(float(kl_divergence(logits, moved).mean()))
     return float(functional.cosine_similarity(*gradients, dim=0)), reached[0] / reached[1]
 
 

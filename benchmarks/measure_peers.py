@@ -61,10 +61,13 @@ def package() -> Path:
     return Path(spec.origin).parent
 
 
+ROOMS = ("runtime", "data", "models", "linalg", "inconsistency", "curvature", "measures")
+
+
 def code_version() -> str:
     """Of the code that ``ours`` runs, committed or not."""
     digest = hashlib.sha256()
-    for path in sorted([*(package() / "core").glob("*.py"), *(package() / "probe").glob("*.py")]):
+    for path in sorted(path for room in ROOMS for path in (package() / room).glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -7,7 +7,7 @@
 1. Tuning: each method's learning rate at its first ρ, then its other ρ (and β) at that rate, by the error on a tenth of
    the training part (`gm_probe.sweep.tuning`). The test part plays no role.
 2. Each method's best point on the whole training part, several seeds. Epochs are chosen so that every method spends the
-   same gradient evaluations (3 forward passes, METHOD.md), within half an epoch of its own; 42 is shared evenly.
+   same gradient evaluations (3 forward passes), within half an epoch of its own; 42 is shared evenly.
 3. IAM-D with more ascent steps K, for as many epochs as with K = 1: so each costs more.
 4. S_ρ of trained models against the K of Algorithm 1 that it is measured with.
 

@@ -87,7 +87,7 @@ def compare(objective: str, data: str, model: str, examples: int, rounds: int, f
     chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:images].tolist()
     makers = views(objective, ours.normalization.mean, ours.normalization.std)
     loader = DataLoader(Pictures([files[i] for i in chosen], makers), size, shuffle=True)
-    y = other.feed.labels(torch.arange(config.batch_size))
+    y = other.sampler.labels(torch.arange(config.batch_size))
 
     def theirs() -> None:
         other.model.train()
@@ -95,8 +95,8 @@ def compare(objective: str, data: str, model: str, examples: int, rounds: int, f
             other.updates.step(x, y, config.lr)
 
     def ours_alone() -> None:
-        for at in ours.feed.deal(generator):
-            x = ours.feed.views(ours.splits.inputs.x[at], at, slice(None), generator)
+        for at in ours.sampler.deal(generator):
+            x = ours.sampler.views(ours.splits.inputs.x[at], at, slice(None), generator)
             ours.normalization.apply(x)
 
     def theirs_alone() -> None:

@@ -27,8 +27,7 @@ from gm_probe.curvature import fisher_trace, operators
 from gm_probe.data import batches as core_batches
 from gm_probe.data.batches import Batches
 from gm_probe.errors import DeviceError
-from gm_probe.measures import context as probe
-from gm_probe.measures import pairwise
+from gm_probe.measures import context, pairwise
 from gm_probe.measures.catalogue import DEFAULT_MEASURES
 from gm_probe.measures.context import Settings
 from gm_probe.measures.measure import MEASURES as ALL_MEASURES
@@ -152,18 +151,18 @@ class Interrupted(Exception):
 @contextmanager
 def interrupted(at: int) -> Iterator[None]:
     """A run breaks down after its step ``at``."""
-    usual = run.Training._tell
+    usual = run.Training._report_progress
 
     def tell(training: run.Training) -> None:
         if training.progress.step == at:
             raise Interrupted
 
-    run.Training._tell = tell  # type: ignore[method-assign]
+    run.Training._report_progress = tell  # type: ignore[method-assign]
     try:
         with suppress(Interrupted):
             yield
     finally:
-        run.Training._tell = usual  # type: ignore[method-assign]
+        run.Training._report_progress = usual  # type: ignore[method-assign]
 
 
 def resumed(first: str, then: str, **settings: Any) -> Any:
@@ -315,7 +314,9 @@ FAULTS: dict[str, Fault] = {
         parameters.Parameters.random, "sample.to(self.device)", "sample", "steps of iam-s"
     ),
     "batches stay on the CPU": Fault(Batches.on, "other.device = device", "pass", CNN),
-    "labels stay on the CPU": Fault(probe.Probe.labels.func, ".to(self.clean.device)", "", CNN),  # type: ignore[attr-defined]
+    "labels stay on the CPU": Fault(
+        context.MeasurementContext.labels.func, ".to(self.logits.device)", "", CNN
+    ),
     "places are counted on the CPU": Fault(operators._all_but, ", device=classes.device", "", CNN),
     "signs stay on the CPU": Fault(
         fisher_trace.CovarianceRoot.applied, ".to(self._head)", ".to(self._head.dtype)", CNN

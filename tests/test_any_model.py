@@ -554,8 +554,8 @@ def test_a_hook_that_masks_a_gradient_masks_the_ascent_too() -> None:
     mask = torch.cat([torch.ones(30), torch.zeros(27)])  # the first weight is trained, the rest is not
     parameters = Parameters(model)
     start = parameters.random(0.1, seeded(3))
-    clean = model(x).detach()
-    direction = kl_gradient(parameters, x, clean, start, 1 / N)[1]
+    logits = model(x).detach()
+    direction = kl_gradient(parameters, x, logits, start, 1 / N)[1]
     moved = parameters.moved(to_sphere(mask * direction, 0.3))
     loss = functional.cross_entropy(parameters.logits(x, moved), y)
     expected = mask * parameters.join(torch.autograd.grad(loss, list(model.parameters())))

@@ -14,9 +14,9 @@ from torch import Tensor
 from gm_probe.data.batches import Batches
 from gm_probe.inconsistency.ascent import (
     JOINED,
+    Divergence,
     FisherByDifference,
     Maximum,
-    ProbeDivergence,
     ascend,
     kl_gradient,
     maximize,
@@ -28,10 +28,10 @@ from gm_probe.measures.measure import measure
 from gm_probe.models.parameters import Parameters
 
 
-def divergence_of(case: Case, batch_size: int = 3) -> ProbeDivergence:
+def divergence_of(case: Case, batch_size: int = 3) -> Divergence:
     batches = case.batches(batch_size)
-    clean = torch.cat([case.data[0](batch.x) for batch in batches]).detach()
-    return ProbeDivergence(Parameters(case.model), batches, clean, Work(7))
+    logits = torch.cat([case.data[0](batch.x) for batch in batches]).detach()
+    return Divergence(Parameters(case.model), batches, logits, Work(7))
 
 
 def naive_kl(case: Case, offset: Tensor) -> Tensor:
@@ -331,7 +331,7 @@ def test_ratio_to_the_quadratic_value(case: Case) -> None:
 def product_error(case: Case, v: Tensor, dtype: torch.dtype) -> float:
     model, x = case.model.to(dtype), case.data[1].to(dtype)
     batches = Batches.from_tensors(x, batch_size=3)
-    divergence = ProbeDivergence(Parameters(model), batches, model(x).detach(), Work(7))
+    divergence = Divergence(Parameters(model), batches, model(x).detach(), Work(7))
     expected = case.fisher_terms.mean(0) @ v
     return float((FisherByDifference(divergence)(v.to(dtype)).double() - expected).norm() / expected.norm())
 
@@ -365,7 +365,7 @@ def test_difference_products_step_follows_the_scale(
         work = Work(7)
         parameters = Parameters(model, r"^0\.weight")
         batches = Batches.from_tensors(x * factor)
-        product = FisherByDifference(ProbeDivergence(parameters, batches, model(x * factor).detach(), work))
+        product = FisherByDifference(Divergence(parameters, batches, model(x * factor).detach(), work))
         first = product(v.to(dtype)).double()
         found, work.evaluations = work.evaluations, 0.0
         assert float((product(v.to(dtype)).double() / first - 1).abs().max()) < 0.1
@@ -394,7 +394,7 @@ def test_difference_product_ends_where_the_effect_is_of_second_order() -> None:
         torch.nn.init.zeros_(p)
     x = 1e-3 * torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     work = Work(5)
-    divergence = ProbeDivergence(Parameters(model), Batches.from_tensors(x), model(x).detach(), work)
+    divergence = Divergence(Parameters(model), Batches.from_tensors(x), model(x).detach(), work)
     v = torch.randn(24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert float(FisherByDifference(divergence)(v).norm()) < 1e-3
     assert work.evaluations <= 10

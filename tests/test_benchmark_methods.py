@@ -33,7 +33,7 @@ def methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     torch.set_num_threads(threads)
 
 
-# METHOD.md's forward units a step over SGD's 3; 12 / (7/3) = 5.14 and 12 / (15/3) = 2.4
+# Forward units a step over SGD's 3; 12 / (7/3) = 5.14 and 12 / (15/3) = 2.4
 @pytest.mark.parametrize(
     ("method", "k_steps", "cost", "epochs"),
     [

@@ -97,9 +97,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "Lanczos without iterations": lambda: gm_probe.lanczos(
         hessian(), generator=generator(), max_iterations=0
     ),
-    "a trace without probes": lambda: gm_probe.trace(hessian(), generator=generator(), max_probes=0),
+    "a trace without random vectors": lambda: gm_probe.trace(hessian(), generator=generator(), max_probes=0),
     "a trace of a negative tolerance": lambda: gm_probe.trace(hessian(), generator=generator(), tolerance=-1),
-    "tr F without probes": lambda: gm_probe.fisher_trace(
+    "tr F without random vectors": lambda: gm_probe.fisher_trace(
         PARAMETERS, BATCHES, CLEAN, Work(5), generator=generator(), max_probes=0
     ),
     "no batch": lambda: gm_probe.Batches(BATCHES.examples, batch_size=0),

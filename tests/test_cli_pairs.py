@@ -25,7 +25,7 @@ from gm_probe.measures.pairwise import PAIR_MEASURES, compare
 from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.loading import load_model
 from gm_probe.models.zoo import ModelSpec, build_model
-from gm_probe.training.parts import own_unlabeled
+from gm_probe.training.run_splits import own_unlabeled
 
 
 def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

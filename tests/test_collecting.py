@@ -182,12 +182,12 @@ def test_the_caller_may_be_in_inference_mode(expected: dict[str, float | None]) 
 def test_operators_do_not_vanish_in_inference_mode() -> None:
     model, batches = network().eval(), Batches.from_tensors(X, Y)
     parameters = Parameters(model)
-    clean = parameters.logits(X).detach()
-    operators = fisher(parameters, batches, clean), hessian(parameters, batches, Y)
+    logits = parameters.logits(X).detach()
+    operators = fisher(parameters, batches, logits), hessian(parameters, batches, Y)
     v = torch.randn(parameters.size, generator=generator())
     expected = [found for operator in operators for found in (operator.matvec(v), operator.terms(v))]
     with torch.inference_mode():
-        inside = fisher(parameters, batches, clean), hessian(parameters, batches, Y)
+        inside = fisher(parameters, batches, logits), hessian(parameters, batches, Y)
         for many in (operators, inside):
             found = [one for operator in many for one in (operator.matvec(v * 1), operator.terms(v * 1))]
             for one, other in zip(found, expected, strict=True):

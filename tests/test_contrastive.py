@@ -71,9 +71,9 @@ def model() -> nn.Module:
 
 def losses(network: nn.Module, x: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
     """NT-Xent at flat parameters, by masking a similarity matrix's diagonal, and the log-probabilities in it."""
-    probe = copy.deepcopy(network)
-    vector_to_parameters(flat, probe.parameters())
-    z = functional.normalize(probe.head(probe.encoder(x)), dim=1)  # type: ignore[operator]
+    twin = copy.deepcopy(network)
+    vector_to_parameters(flat, twin.parameters())
+    z = functional.normalize(twin.head(twin.encoder(x)), dim=1)  # type: ignore[operator]
     logs = (z @ z.T / 0.5).masked_fill(torch.eye(len(x), dtype=torch.bool), -torch.inf).log_softmax(1)
     rows = torch.arange(len(x))
     return -logs[rows, (rows + len(x) // 2) % len(x)].mean(), logs[~torch.eye(len(x), dtype=torch.bool)]

@@ -175,11 +175,11 @@ def test_batches_go_where_the_model_is() -> None:
     model = nn.Linear(3, 2)
     assert measure(model, away, ["mean_entropy"]) == measure(model, batches, ["mean_entropy"])
     parameters = Parameters(model)
-    clean = model(x).detach()
+    logits = model(x).detach()
     v = torch.ones(parameters.size)
     model.eval()
     assert torch.equal(
-        fisher(parameters, away, clean).matvec(v), fisher(parameters, batches, clean).matvec(v)
+        fisher(parameters, away, logits).matvec(v), fisher(parameters, batches, logits).matvec(v)
     )
 
 

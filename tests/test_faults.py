@@ -235,9 +235,9 @@ def test_a_batch_that_belongs_to_what_is_computed_is_not_halved() -> None:
     def failing(_: Batches) -> None:
         raise MemoryError
 
-    coupled = Batches(inputs().examples, batch_size=12, coupled=True)
+    batch_dependent = Batches(inputs().examples, batch_size=12, batch_dependent=True)
     with pytest.raises(ResourceError, match="batches of 12, whose examples hang together"):
-        within_memory(coupled, failing)
+        within_memory(batch_dependent, failing)
 
 
 # ---- the model after an exception at any stage
@@ -498,15 +498,15 @@ def test_of_many_machines_one_takes_a_folder_though_locks_exclude_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    host, original = threading.local(), locks.Hold.__init__
+    host, original = threading.local(), locks.FolderLock.__init__
     monkeypatch.setattr(socket, "gethostname", lambda: host.name)
     all_look, took = threading.Barrier(8), []
 
-    def slow(self: locks.Hold, file: Any) -> None:  # whoever else looks meanwhile would see nobody
+    def slow(self: locks.FolderLock, file: Any) -> None:  # whoever else looks meanwhile would see nobody
         time.sleep(0.05)
         original(self, file)
 
-    monkeypatch.setattr(locks.Hold, "__init__", slow)
+    monkeypatch.setattr(locks.FolderLock, "__init__", slow)
 
     def machine(number: int) -> None:
         host.name = f"node{number}"

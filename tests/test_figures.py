@@ -50,7 +50,8 @@ def legend(figure: Figure) -> list[str]:
 
 
 def ticks(figure: Figure, axis: str = "y") -> list[str]:
-    return [label.get_text() for label in getattr(figure.axes[0], f"get_{axis}ticklabels")()]
+    axes = figure.axes[0]
+    return [label.get_text() for label in (axes.get_yticklabels() if axis == "y" else axes.get_xticklabels())]
 
 
 def test_a_scatter_has_every_run_once_and_trends_of_all_and_of_each_subgroup(table: RunTable) -> None:

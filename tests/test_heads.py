@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from gm_probe import MEASURES, Batches, DataError, Parameters, Settings, UsageError, compare, measure
-from gm_probe.inconsistency.ascent import ProbeDivergence
+from gm_probe.inconsistency.ascent import Divergence
 from gm_probe.linalg.work import Work
 from gm_probe.models.door import Outputs
 
@@ -190,10 +190,10 @@ def test_curvature_against_dense_matrices(labels: int) -> None:
 def test_the_divergence_is_the_sum_of_bernoulli_divergences() -> None:
     net, (x, _) = network(LABELS), data(LABELS)
     parameters = Parameters(net, outputs=MULTILABEL)
-    clean = parameters.logits(x).detach()
+    logits = parameters.logits(x).detach()
     offset = parameters.random(1.0, torch.Generator().manual_seed(0))
     batches = Batches.from_tensors(x, batch_size=4)
-    found = ProbeDivergence(parameters, batches, clean, Work(len(x))).terms(offset)
+    found = Divergence(parameters, batches, logits, Work(len(x))).terms(offset)
     p, q = (parameters.taken(x, values).sigmoid() for values in (None, parameters.moved(offset)))
     expected = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     torch.testing.assert_close(found, expected.sum(1).detach(), rtol=1e-9, atol=1e-12)

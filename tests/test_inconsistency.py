@@ -12,7 +12,7 @@ from conftest import CASES, Case
 from torch import Tensor
 
 from gm_probe.linalg.work import Work
-from gm_probe.measures.context import Estimate, Probe, Settings
+from gm_probe.measures.context import Estimate, MeasurementContext, Settings
 from gm_probe.measures.measure import measure
 from gm_probe.models.parameters import Parameters
 
@@ -25,7 +25,7 @@ def row(case: Case, name: str, settings: Settings, batch_size: int = 3) -> Estim
 
 
 def starts(case: Case, settings: Settings) -> list[Tensor]:
-    return list(Probe(case.model, case.batches(), settings, Work(7)).starts())
+    return list(MeasurementContext(case.model, case.batches(), settings, Work(7)).starts())
 
 
 def divergence(case: Case, delta: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -185,8 +185,8 @@ def test_smaller_batches_have_sharper_directions_of_their_own() -> None:
 
 def test_average_by_hand() -> None:
     settings = Settings(rho=0.5, num_starts=4, seed=3)
-    probe = Probe(TANH.model, TANH.batches(), settings, Work(7))
-    generator = probe.generator("average")
+    context = MeasurementContext(TANH.model, TANH.batches(), settings, Work(7))
+    generator = context.generator("average")
     draws = [Parameters(TANH.model).random(0.5, generator) for _ in range(4)]
     check(row(TANH, "average_inconsistency", settings), [divergence(TANH, draw) for draw in draws])
 

@@ -16,7 +16,7 @@ from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.zoo import ModelSpec, initial_model
 from gm_probe.runs.records import CHECKPOINT, read_run
 from gm_probe.training.loop import train
-from gm_probe.training.parts import own_unlabeled
+from gm_probe.training.run_splits import own_unlabeled
 
 
 def state_of(path: Path) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from gm_probe.cli.live import live_view
 from gm_probe.cli.status import doing, duration
 from gm_probe.executors.local import Outcome
 from gm_probe.files import locks
-from gm_probe.files.locks import LOCK, Hold, Word, exclusive, held, told
+from gm_probe.files.locks import LOCK, FolderLock, StageProgress, exclusive, held, progress_of
 from gm_probe.measures.catalogue import expected_cost
 from gm_probe.runs.records import read_metrics
 from gm_probe.sweep.recipe import parse_recipe
@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-# ---- words
+# ---- reports
 
 
 def test_a_lock_that_names_no_process_is_held_by_none(tmp_path: Path) -> None:
@@ -47,36 +47,36 @@ def test_a_lock_that_names_no_process_is_held_by_none(tmp_path: Path) -> None:
     assert not held(tmp_path)
 
 
-def test_a_word_is_read_back_while_the_folder_is_held(tmp_path: Path) -> None:
-    assert told(tmp_path) is None
-    with exclusive(tmp_path) as hold:
-        assert told(tmp_path) is None
-        hold.tell("training", 1.5, 4, lambda: {"loss": float("inf")})
-        assert told(tmp_path) == Word("training", 1.5, 4, None, {"loss": float("inf")})
-        hold.tell("measuring", 1, 2)  # a shorter one leaves nothing of the longer
+def test_progress_is_read_back_while_the_folder_is_held(tmp_path: Path) -> None:
+    assert progress_of(tmp_path) is None
+    with exclusive(tmp_path) as lock:
+        assert progress_of(tmp_path) is None
+        lock.report_progress("training", 1.5, 4, lambda: {"loss": float("inf")})
+        assert progress_of(tmp_path) == StageProgress("training", 1.5, 4, None, {"loss": float("inf")})
+        lock.report_progress("measuring", 1, 2)  # a shorter one leaves nothing of the longer
         assert (tmp_path / LOCK).read_text().count("\n") == 3
         assert held(tmp_path)
-    assert told(tmp_path) is None
+    assert progress_of(tmp_path) is None
     assert not held(tmp_path)
 
 
-def test_words_are_few_and_their_time_left_counts_from_where_the_run_was_resumed(
+def test_reports_are_few_and_their_time_left_counts_from_where_the_run_was_resumed(
     tmp_path: Path, clock: Clock
 ) -> None:
     asked = []
-    with exclusive(tmp_path) as hold:
+    with exclusive(tmp_path) as lock:
         for second, done in ((0.0, 6.0), (0.5, 6.5), (2.0, 7.0), (2.5, 7.5), (4.0, 8.0)):
             clock.now = 100 + second
-            hold.tell("training", done, 10, lambda: asked.append(1) or {})  # type: ignore[func-returns-value]
-        word = told(tmp_path)
-        assert word is not None
-        assert word.left == pytest.approx(4.0)  # two units in four seconds, two to go
+            lock.report_progress("training", done, 10, lambda: asked.append(1) or {})  # type: ignore[func-returns-value]
+        report = progress_of(tmp_path)
+        assert report is not None
+        assert report.left == pytest.approx(4.0)  # two units in four seconds, two to go
         assert len(asked) == 3
-        hold.tell("measuring", 0, 5)  # another stage at once
-        assert told(tmp_path) == Word("measuring", 0, 5, None, {})
+        lock.report_progress("measuring", 0, 5)  # another stage at once
+        assert progress_of(tmp_path) == StageProgress("measuring", 0, 5, None, {})
         clock.now += 10
-        hold.tell("measuring", 6, 6)  # more than was expected: nobody knows how much more
-        assert told(tmp_path) == Word("measuring", 6, 6, None, {})
+        lock.report_progress("measuring", 6, 6)  # more than was expected: nobody knows how much more
+        assert progress_of(tmp_path) == StageProgress("measuring", 6, 6, None, {})
 
 
 BROKEN = [
@@ -88,52 +88,55 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("line", ["", "{", "3", "[]", '{"stage": 1}', '{"what": 1}', *BROKEN])
-def test_no_word_is_made_of_what_is_none(line: str, tmp_path: Path) -> None:
+def test_no_progress_is_made_of_what_is_none(line: str, tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(f"{socket.gethostname()} {os.getpid()}\n{line}\n")
-    assert told(tmp_path) is None
+    assert progress_of(tmp_path) is None
     assert held(tmp_path)
 
 
 def test_a_run_tells_each_step_and_each_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words: list[dict[str, Any]] = []
-    real = Hold._write
+    reports: list[dict[str, Any]] = []
+    real = FolderLock._write
 
-    def write(self: Hold) -> None:
+    def write(self: FolderLock) -> None:
         real(self)
-        if self._word:
-            words.append(json.loads(self._word))
+        if self._progress:
+            reports.append(json.loads(self._progress))
 
-    monkeypatch.setattr(Hold, "_write", write)
-    monkeypatch.setattr(locks, "TELL", 0.0)
+    monkeypatch.setattr(FolderLock, "_write", write)
+    monkeypatch.setattr(locks, "REPORT_EVERY", 0.0)
     base = {"data": "digits", "model": "mlp-8", "num_train": 60, "num_unlabeled": 40, "num_test": 50}
     base |= {"epochs": 2, "batch_size": 25, "device": "cpu"}
     recipe = parse_recipe({"base": base, "measure": {"measures": ["local_inconsistency", "fisher_trace"]}})
     [outcome] = run_recipe(recipe, tmp_path)
     assert outcome.status == "finished"
-    training = [word for word in words if word["stage"] == "training"]
-    steps = [(word["more"]["epoch"], word["more"]["step"]) for word in training]
+    training = [report for report in reports if report["stage"] == "training"]
+    steps = [(report["more"]["epoch"], report["more"]["step"]) for report in training]
     assert steps == [(epoch, step) for epoch in (1, 2) for step in (1, 2, 3)]
-    assert [word["done"] for word in training] == pytest.approx([k / 3 for k in range(1, 7)])
-    assert {(word["total"], word["more"]["steps"]) for word in training} == {(2, 3)}
-    losses = [word["more"]["loss"] for word in training][2::3]
+    assert [report["done"] for report in training] == pytest.approx([k / 3 for k in range(1, 7)])
+    assert {(report["total"], report["more"]["steps"]) for report in training} == {(2, 3)}
+    losses = [report["more"]["loss"] for report in training][2::3]
     assert losses == [row["running_loss"] for row in read_metrics(tmp_path / outcome.name)]
-    measuring = [word for word in words if word["stage"] == "measuring"]
-    assert words == training + measuring
-    assert {"local_inconsistency", "fisher_trace"} <= {word["more"]["measure"] for word in measuring}
-    done = [word["done"] for word in measuring]
+    measuring = [report for report in reports if report["stage"] == "measuring"]
+    assert reports == training + measuring
+    assert {"local_inconsistency", "fisher_trace"} <= {report["more"]["measure"] for report in measuring}
+    done = [report["done"] for report in measuring]
     assert done == sorted(done)
     assert measuring[0]["total"] == pytest.approx(expected_cost(recipe.plan.measures, recipe.plan.settings))
 
 
-# ---- what `gmprobe status` says of a word
+# ---- what `gmprobe status` says of a report
 
 
-def test_a_word_says_where_a_run_is() -> None:
+def test_progress_says_where_a_run_is() -> None:
     more = {"epoch": 4, "step": 3, "steps": 10, "loss": 0.123456}
-    assert doing(Word("training", 3.5, 10, 75.0, more)) == "epoch 4/10, step 3/10, loss 0.123"
-    assert doing(Word("measuring", 5, 20, 30.0, {"measure": "fisher_trace"})) == "measuring fisher_trace"
-    assert doing(Word("packing", 1, 2, None, {})) == "packing"  # of another version
-    assert doing(Word("training", 1, 2, None, {"loss": "high"})) == "training"
+    assert doing(StageProgress("training", 3.5, 10, 75.0, more)) == "epoch 4/10, step 3/10, loss 0.123"
+    assert (
+        doing(StageProgress("measuring", 5, 20, 30.0, {"measure": "fisher_trace"}))
+        == "measuring fisher_trace"
+    )
+    assert doing(StageProgress("packing", 1, 2, None, {})) == "packing"  # of another version
+    assert doing(StageProgress("training", 1, 2, None, {"loss": "high"})) == "training"
     assert [duration(seconds) for seconds in (75.2, None, -1.0, 1e30)] == ["0:01:15", "", "", ""]
 
 

@@ -21,7 +21,7 @@ from gm_probe.measuring.many import Request, measure_checkpoints
 from gm_probe.measuring.saved import as_recorded, merge_measures
 from gm_probe.measuring.trained import last_finished, trained_runs
 from gm_probe.sweep.runner import run_recipe
-from gm_probe.training.parts import OWN_UNLABELED, own_unlabeled
+from gm_probe.training.run_splits import OWN_UNLABELED, own_unlabeled
 
 
 def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
@@ -140,8 +140,8 @@ def test_more_is_measured_as_before_but_for_what_is_given_and_of_other_data(tmp_
     how, changed = as_recorded(tmp_path, now, {"device", "measures"})
     loading = {"head": "simclr", "device": "cpu", "batch_size": 128, "temperature": 3.0}
     assert how == How(taken, scope, loading)
-    coupled = {"batch_images": 128, "temperature": 3.0}
-    assert changed == {"num_starts": 2, "rho_grid": [3.0], "max_examples": 7, **coupled}
+    batch_dependent = {"batch_images": 128, "temperature": 3.0}
+    assert changed == {"num_starts": 2, "rho_grid": [3.0], "max_examples": 7, **batch_dependent}
     write_json(
         tmp_path / "measures.json", {"settings": {**recorded, "temperature": 0.5}}
     )  # as it was trained

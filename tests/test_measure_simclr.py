@@ -123,7 +123,7 @@ def test_the_matrices_are_those_of_explicit_jacobians() -> None:
         row = rows[name]
         assert row.stderr is not None
         assert abs(row.value - float(matrix.trace())) < 4 * row.stderr
-        # Hutchinson's own: of one probe at most √2 ‖A‖_F, here less a margin for chance
+        # Hutchinson's own: of one vector at most √2 ‖A‖_F, here less a margin for chance
         assert row.stderr < 1.3 * (2 / row.details["num_probes"]) ** 0.5 * float(matrix.norm())
     assert rows["cross_entropy"].value == pytest.approx(
         float(brute.mean(lambda x: brute.loss(brute.theta, x)))
@@ -143,9 +143,9 @@ def test_the_divergence_is_that_of_moved_encoders() -> None:
     brute = Brute(model)
     row = measure(model, batches(), ["local_inconsistency"], Settings(rho=0.5, num_starts=1, seed=3)).rows
     from gm_probe.linalg.work import Work
-    from gm_probe.measures.context import Probe
+    from gm_probe.measures.context import MeasurementContext
 
-    [start] = Probe(model, batches(), Settings(num_starts=1, seed=3), Work(24)).starts()
+    [start] = MeasurementContext(model, batches(), Settings(num_starts=1, seed=3), Work(24)).starts()
 
     def kl(delta: Tensor) -> Tensor:
         return brute.mean(lambda x: brute.kl(brute.theta, brute.theta + delta, x))
@@ -174,7 +174,7 @@ def test_a_batch_is_neither_cut_nor_shared() -> None:
     with pytest.raises(DataError, match="3 batches do not go round 4 processes"):
         batches().shard(0, 4)
     with pytest.raises(DataError, match="do not fill"):
-        Batches(images(), batch_size=4, coupled=True)
+        Batches(images(), batch_size=4, batch_dependent=True)
     with pytest.raises(DataError, match="too few for a batch of 14"):
         contrastive_batches(images(), Normalization(), images=14, seed=0)
 
@@ -235,7 +235,7 @@ def test_measures_a_run(run: Path, invoke: Invoke) -> None:
 
 def test_tracking_and_measuring_see_the_same_views(run: Path) -> None:
     from gm_probe.runs.records import read_metrics
-    from gm_probe.training.parts import own_unlabeled
+    from gm_probe.training.run_splits import own_unlabeled
 
     [row] = read_metrics(run)
     found = measure_checkpoint(

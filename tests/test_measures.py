@@ -36,7 +36,7 @@ from gm_probe.errors import (
 from gm_probe.linalg.work import Work
 from gm_probe.measures import measure as measures
 from gm_probe.measures.catalogue import check_names, expected_cost
-from gm_probe.measures.context import Estimate, Probe, Settings
+from gm_probe.measures.context import Estimate, Measured, MeasurementContext, Settings
 from gm_probe.measures.measure import MEASURES, measure
 
 FAST = Settings(num_starts=2, max_probes=5)
@@ -108,19 +108,19 @@ def test_example_error_of_an_eigenvalue(kind: str, case: Case) -> None:
     assert row.stderr_examples == pytest.approx(each.std(ddof=1) / math.sqrt(7), rel=1e-3)
 
 
-@pytest.mark.parametrize("probes", [60, 400])
-def test_example_error_of_a_trace(probes: int) -> None:
+@pytest.mark.parametrize("vectors", [60, 400])
+def test_example_error_of_a_trace(vectors: int) -> None:
     """The spread of tr H_x over examples, however noisy the estimate of each tr H_x."""
     case = BY_NAME["tanh-mlp"]
     each = np.einsum("nii->n", case.hessian_terms.numpy())
     squares = []
-    for seed in range(20 if probes == 60 else 1):
-        settings = Settings(trace_tolerance=0.0, max_probes=probes, seed=seed)
+    for seed in range(20 if vectors == 60 else 1):
+        settings = Settings(trace_tolerance=0.0, max_probes=vectors, seed=seed)
         row = measure(case.model, case.batches(7), ["hessian_trace"], settings).rows["hessian_trace"]
         squares.append((row.stderr_examples or 0.0) ** 2)
     ratio = math.sqrt(np.mean(squares)) / (each.std(ddof=1) / math.sqrt(7))
-    # with few probes and seven examples the cut at zero biases it upwards
-    assert 0.5 < ratio < (1.5 if probes == 400 else 2.0)
+    # with few vectors and seven examples the cut at zero biases it upwards
+    assert 0.5 < ratio < (1.5 if vectors == 400 else 2.0)
 
 
 @pytest.mark.parametrize("name", ["fisher_trace", "hessian_trace"])
@@ -348,7 +348,7 @@ def test_paper_protocol_by_hand() -> None:
         return (log_p.exp() * (log_p - case.logits_at(case.theta + delta).log_softmax(1))).sum(1).mean()
 
     values = []
-    for start in Probe(case.model, case.batches(), settings, Work(7)).starts():
+    for start in MeasurementContext(case.model, case.batches(), settings, Work(7)).starts():
         delta = start
         for _ in range(settings.k_steps):
             (g,) = torch.autograd.grad(divergence(moved := delta.clone().requires_grad_()), moved)
@@ -856,11 +856,11 @@ def test_a_grid_of_radii_has_the_converged_maximum_of_each() -> None:
     for cell in found.details["grid"]:
         assert cell["value"] == pytest.approx(alone[cell["rho"]].value, rel=1e-9)
     assert "grid" not in alone[0.1].details
-    probe = Probe(case.model, case.batches(), Settings(), Work(case.batches().num_examples))
-    _ = probe.clean
-    clean = probe.work.evaluations
-    _ = probe.fisher_draft
-    draft = probe.work.evaluations - clean
+    context = MeasurementContext(case.model, case.batches(), Settings(), Work(case.batches().num_examples))
+    _ = context.logits
+    forward = context.work.evaluations
+    _ = context.fisher_draft
+    draft = context.work.evaluations - forward
     # v₁ and the gradients at two noise starts are paid once
     shared = 2 * (draft + 2)
     assert found.num_evals == pytest.approx(sum(each.num_evals for each in alone.values()) - shared, abs=0.01)
@@ -948,10 +948,15 @@ class Fragile(nn.Module):
 
     def __init__(self, inner: nn.Module, n: int, error: BaseException | None) -> None:
         super().__init__()
-        self.inner, self.n, self.error, self.calls = inner, n, error, 0
+        self.inner, self.n, self.error = inner, n, error
+        self._calls = [0]  # a list, for a measurement restores the attributes after each pass
+
+    @property
+    def calls(self) -> int:
+        return self._calls[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self._calls[0] += 1
         if self.calls == self.n and self.error is not None:
             raise self.error
         return self.inner(x)
@@ -1130,7 +1135,9 @@ def test_report_is_strict_json_with_costs() -> None:
 
 
 def test_undefined_is_null_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = replace(MEASURES["fisher_trace"], compute=lambda _: (math.nan, math.inf, 0.5, True, {}))
+    broken = replace(
+        MEASURES["fisher_trace"], compute=lambda _: Measured(math.nan, stderr=math.inf, stderr_examples=0.5)
+    )
     monkeypatch.setitem(MEASURES, "fisher_trace", broken)
     case = BY_NAME["relu-mlp"]
     row = measure(case.model, case.batches(), ["fisher_trace"]).rows["fisher_trace"].as_dict()

@@ -17,9 +17,9 @@ from gm_probe.data import images
 from gm_probe.data.reading import Reading
 from gm_probe.errors import DataError
 from gm_probe.files.atomic import read_json, write_json
-from gm_probe.training import parts
-from gm_probe.training.parts import own_unlabeled
+from gm_probe.training import run_splits
 from gm_probe.training.run import Training
+from gm_probe.training.run_splits import own_unlabeled
 
 SIZES = (
     "--num-train 20 --num-unlabeled 12 --num-test 8 --model mlp-4 --batch-size 10 --device cpu --threads 1"
@@ -28,7 +28,7 @@ SIZES = (
 
 def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command line, in this process, which remembers no data."""
-    parts._open.cache_clear()
+    run_splits._open.cache_clear()
     capsys.readouterr()
     code = 0
     try:
@@ -217,10 +217,10 @@ def test_a_changed_image_is_noticed_where_it_is_measured(
     run_folder = trained / "runs" / "0"
     before = own_unlabeled(run_folder).subset(None, 0)
     change(run_folder, "train")
-    parts._open.cache_clear()
+    run_splits._open.cache_clear()
     assert own_unlabeled(run_folder).subset(None, 0).digest == before.digest
     change(run_folder, "unlabeled")
-    parts._open.cache_clear()
+    run_splits._open.cache_clear()
     with pytest.raises(DataError, match="has changed since it was started"):
         own_unlabeled(run_folder).subset(None, 0)
 
@@ -229,12 +229,12 @@ def test_a_run_of_an_earlier_version_is_vouched_for_by_all_its_data(trained: Pat
     run_folder = trained / "runs" / "0"
     before = own_unlabeled(run_folder).subset(None, 0)
     split = read_json(run_folder / "split.json")
-    assert len(split.pop(parts.MARKS)) == 12
+    assert len(split.pop(run_splits.MARKS)) == 12
     write_json(run_folder / "split.json", split)
-    parts._open.cache_clear()
+    run_splits._open.cache_clear()
     assert own_unlabeled(run_folder).subset(None, 0).digest == before.digest
     change(run_folder, "train")
-    parts._open.cache_clear()
+    run_splits._open.cache_clear()
     with pytest.raises(DataError, match="has changed since it was started"):
         own_unlabeled(run_folder)
 

@@ -29,14 +29,14 @@ from gm_probe.measures.context import Settings
 from gm_probe.measures.measure import measure
 from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.runs.records import CHECKPOINT, RAW, SPLIT
-from gm_probe.training import parts
+from gm_probe.training import run_splits
 from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
 from gm_probe.training.loop import train
 from gm_probe.training.objectives import FixMatch, Joint, Objective
-from gm_probe.training.parts import load_splits, own_unlabeled
 from gm_probe.training.rule import Rule
 from gm_probe.training.rules import IAMD, METHODS, SAM
 from gm_probe.training.run import Training
+from gm_probe.training.run_splits import load_splits, own_unlabeled
 
 SEMI: dict[str, Any] = {"labels": 20, "batch_size": 10, "mu": 3, "num_train": 80, "epochs": 2}
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -117,11 +117,11 @@ def pieces(
     kind: str, model: nn.Module, x: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Log-probabilities at flat parameters, and the unlabeled loss of those, pseudo-labels fixed at the model's own."""
-    probe = copy.deepcopy(model)
+    twin = copy.deepcopy(model)
 
     def log_p(flat: Tensor) -> Tensor:
-        vector_to_parameters(flat, probe.parameters())
-        return probe(x).log_softmax(1)
+        vector_to_parameters(flat, twin.parameters())
+        return twin(x).log_softmax(1)
 
     with torch.no_grad():
         found = model(x).softmax(1)[3:8]
@@ -289,7 +289,7 @@ def test_labels_that_were_not_kept_are_never_read(
     y = source.pool.y.clone()  # type: ignore[union-attr]
     y[indices["train_unlabeled"] + indices["unlabeled"]] = -1  # no class: cross-entropy would raise
     poisoned = Source(replace(source.pool, y=y), None)
-    monkeypatch.setattr(parts, "_open", lambda *_: poisoned)
+    monkeypatch.setattr(run_splits, "_open", lambda *_: poisoned)
     train(settings, tmp_path / "poison")
     assert (tmp_path / "poison" / SPLIT).read_text() == (tmp_path / "true" / SPLIT).read_text()
     assert rows(tmp_path / "poison") == rows(tmp_path / "true")
@@ -328,7 +328,7 @@ def test_resumed_run_is_bit_identical(name: str, tmp_path: Path) -> None:
 def test_batches_are_whole_and_pass_over_everything(tmp_path: Path) -> None:
     """60 unlabeled examples in batches of 3 · 8 take three steps; 20 labels are passed over once and a bit."""
     training = Training(semi("fixmatch", batch_size=8), tmp_path)
-    dealt = training.feed.deal(seeded())
+    dealt = training.sampler.deal(seeded())
     assert [len(chosen) for chosen in dealt] == [8 + 24] * 3 == [32] * training.steps
     labeled = torch.cat([chosen[:8] for chosen in dealt]).tolist()
     rest = torch.cat([chosen[8:] for chosen in dealt]).tolist()

@@ -29,11 +29,11 @@ def build(kind: str, case: Case, batch_size: int = 3) -> Operator:
     return over(kind, case.model, model(x).detach(), case.batches(batch_size), y)
 
 
-def over(kind: str, model: nn.Module, clean: Tensor, batches: Batches, y: Tensor) -> Operator:
+def over(kind: str, model: nn.Module, logits: Tensor, batches: Batches, y: Tensor) -> Operator:
     parameters = Parameters(model)
     if kind == "residual":
-        return residual(parameters, batches, clean, y)
-    return hessian(parameters, batches, y) if kind == "hessian" else fisher(parameters, batches, clean)
+        return residual(parameters, batches, logits, y)
+    return hessian(parameters, batches, y) if kind == "hessian" else fisher(parameters, batches, logits)
 
 
 def of_model(kind: str, model: nn.Module, x: Tensor, y: Tensor) -> Operator:
@@ -249,11 +249,11 @@ def test_wrong_forward_mode_is_not_trusted(
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
     x, y = torch.randn(5, 3, generator=generator, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
     parameters, batches, work = Parameters(model), Batches.from_tensors(x, batch_size=2), Work(5)
-    clean = model(x).detach()
+    logits = model(x).detach()
     operator = (
         hessian(parameters, batches, y, work)
         if kind == "hessian"
-        else residual(parameters, batches, clean, y, work)
+        else residual(parameters, batches, logits, y, work)
     )
     v = torch.randn(operator.size, generator=generator, dtype=torch.float64)
 
@@ -262,7 +262,7 @@ def test_wrong_forward_mode_is_not_trusted(
         if kind == "hessian":
             total = functional.cross_entropy(z, y)
         else:
-            total = (z * (clean.softmax(1) - functional.one_hot(y, 3))).sum() / 5
+            total = (z * (logits.softmax(1) - functional.one_hot(y, 3))).sum() / 5
         return parameters.join(torch.autograd.grad(total, list(values.values())))
 
     step, ends = 1e-5, []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gm_probe.data.batches import Batches
 from gm_probe.linalg.work import Work
-from gm_probe.measures.context import Estimate, Probe, Settings
+from gm_probe.measures.context import Estimate, MeasurementContext, Settings
 from gm_probe.measures.measure import measure
 from gm_probe.measures.outputs import SHIFT
 
@@ -111,8 +111,8 @@ def mirrored(index: int, size: int) -> int:
 @pytest.mark.parametrize(("height", "width"), [(9, 7), (5, 8), (3, 4), (2, 6)])
 def test_crop_rate(height: int, width: int) -> None:
     model, x = images(height, width)
-    probe = Probe(model, Batches.from_tensors(x), Settings(), Work(len(x)))
-    numbers = torch.rand(len(x), 2, generator=probe.generator("crop")).numpy()
+    context = MeasurementContext(model, Batches.from_tensors(x), Settings(), Work(len(x)))
+    numbers = torch.rand(len(x), 2, generator=context.generator("crop")).numpy()
     pad, each, moves = min(SHIFT, height - 1, width - 1), [], set()
     for one, (u, v) in zip(x.numpy(), numbers, strict=True):
         down, right = (int(np.float32(r) * (2 * pad + 1)) - pad for r in (u, v))

@@ -142,7 +142,7 @@ def symmetric(size: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("tolerance", [0.05, 0.02])
 def test_probes_serve_again_where_another_offset_is_known(tolerance: float) -> None:
-    """The estimate is that of fresh probes from the same generator, and costs only those that are new."""
+    """The estimate is that of fresh vectors from the same generator, and costs only those that are new."""
     calls: list[int] = []
     options = {"tolerance": tolerance, "min_probes": 5, "max_probes": 60}
     a = operator(symmetric(30, 0), calls)
@@ -162,7 +162,7 @@ def test_probes_serve_again_where_another_offset_is_known(tolerance: float) -> N
     assert found[-1].num_probes >= found[0].num_probes
 
 
-def test_the_trace_tells_about_how_many_probes_there_will_be() -> None:
+def test_the_trace_tells_about_how_many_vectors_there_will_be() -> None:
     told: list[tuple[float, float]] = []
     estimator = Hutchinson(
         operator(symmetric(30, 3)),
@@ -204,7 +204,7 @@ def test_lanczos_tells_about_how_many_iterations_there_will_be() -> None:
 
 
 def test_a_row_that_takes_long_says_so_while_it_runs() -> None:
-    """Of a network that is not affine in its parameters tr H takes many probes, whatever it usually costs."""
+    """Of a network that is not affine in its parameters tr H takes many vectors, whatever it usually costs."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.GELU(), torch.nn.Linear(8, 3)

@@ -202,15 +202,15 @@ def test_a_sweep_is_decided_on_runs_that_are_done(tmp_path, epochs, done):
     assert "Settings share 2 seeds, too few" in found.text
 
 
-# ---- the plane: dense matrices against the probe's operators, which share no code with them
+# ---- the plane: dense matrices against the package's operators, which share no code with them
 
 
 def test_dense_curvature_is_the_operators(network):
     x, y = network.mixture.x, network.mixture.y
     batches = Batches.from_tensors(x, batch_size=70)
     v = torch.randn(network.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    clean = network.logits(x)
-    torch.testing.assert_close(network.fisher() @ v, fisher(network.parameters, batches, clean).matvec(v))
+    logits = network.logits(x)
+    torch.testing.assert_close(network.fisher() @ v, fisher(network.parameters, batches, logits).matvec(v))
     torch.testing.assert_close(network.hessian() @ v, hessian(network.parameters, batches, y).matvec(v))
 
 

@@ -76,7 +76,7 @@ def gradient_at(model: nn.Module, offset: Tensor, x: Tensor, y: Tensor) -> Tenso
 
 
 def algorithm_1(model: nn.Module, x: Tensor, rho: float, steps: int, seed: int) -> Tensor:
-    """δ_K of METHOD.md, with the KL written naively (float64)."""
+    """δ_K of Algorithm 1, with the KL written naively (float64)."""
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     theta = parameters_to_vector(trainable(model)).detach()
     size = len(theta)
@@ -176,12 +176,12 @@ def test_iam_d_against_finite_differences(steps: int, kl_grad: str) -> None:
     model, (x, y) = make(), data()
     theta = parameters_to_vector(model.parameters()).detach().clone()
     delta = algorithm_1(model, x, 0.3, steps, seed=5)
-    probe = copy.deepcopy(model)
+    twin = copy.deepcopy(model)
 
     def log_softmax(flat: Tensor) -> Tensor:
-        vector_to_parameters(flat, probe.parameters())
+        vector_to_parameters(flat, twin.parameters())
         with torch.no_grad():
-            return probe(x).log_softmax(1)
+            return twin(x).log_softmax(1)
 
     frozen = log_softmax(theta)
 
@@ -691,7 +691,7 @@ def test_the_criterion_is_used(rule: str) -> None:
     ],
 )
 def test_cost_in_forward_units(rule: str, options: dict[str, Any], passes: float) -> None:
-    """METHOD.md, training rules: counted, a backward pass as two."""
+    """Counted, a backward pass as two."""
     calls = {"forward": 0, "backward": 0}
 
     class Count(torch.autograd.Function):

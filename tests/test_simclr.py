@@ -30,12 +30,12 @@ from gm_probe.models.contrastive import Contrastive, as_encoder
 from gm_probe.models.loading import load_model
 from gm_probe.models.zoo import ModelSpec, initial_model
 from gm_probe.runs.records import CHECKPOINT, MEASURES, RAW, SPLIT, read_metrics, read_run
-from gm_probe.training import parts
+from gm_probe.training import run_splits
 from gm_probe.training.linear_probe import BATCH, LR, fit, linear_probe
 from gm_probe.training.loop import train
-from gm_probe.training.parts import own_unlabeled
 from gm_probe.training.rules import METHODS
 from gm_probe.training.run import Training
+from gm_probe.training.run_splits import own_unlabeled
 from gm_probe.training.views import draw_views, see
 
 SIMCLR: dict[str, Any] = {"objective": "simclr", "batch_size": 32, "probe_every": 1, "epochs": 2}
@@ -89,14 +89,14 @@ def test_labels_are_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Wrong labels for all: the weights and what was learned from are the same, the probes alone notice."""
     settings = simclr(method="iam-d", track_every=1)
     train(settings, tmp_path / "honest")
-    honest = parts._open
+    honest = run_splits._open
 
     def poisoned(*arguments: Any) -> Source:
         source = honest(*arguments)
         assert source.pool.y is not None
         return Source(replace(source.pool, y=source.pool.y.flip(0)), source.test)
 
-    monkeypatch.setattr(parts, "_open", poisoned)
+    monkeypatch.setattr(run_splits, "_open", poisoned)
     train(settings, tmp_path / "poisoned")
     assert same_weights(tmp_path / "honest", tmp_path / "poisoned")
     for one, other in zip(rows(tmp_path / "honest"), rows(tmp_path / "poisoned"), strict=True):
@@ -255,9 +255,9 @@ def test_one_step_by_hand(tmp_path: Path) -> None:
     """Gradient descent on the naive NT-Xent of the views, without the loop's or the rules' code."""
     settings = simclr(num_train=32, epochs=1, lr=0.3, momentum=0.0)
     training = Training(settings, tmp_path / "twin")
-    model, feed = training.model, training.feed
+    model, sampler = training.model, training.sampler
     draws = torch.Generator().manual_seed(zlib.crc32(b"0:0"))
-    [chosen] = feed.deal(draws)
+    [chosen] = sampler.deal(draws)
     raw = training.splits.train.x[chosen]
     mean, std = (
         torch.tensor(v).view(1, -1, 1, 1) for v in (training.normalization.mean, training.normalization.std)

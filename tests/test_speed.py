@@ -83,7 +83,7 @@ def test_measuring_takes_no_more_than_the_memory_unless_a_size_is_given() -> Non
 
 
 def test_batches_whose_size_belongs_to_the_measure_are_left() -> None:
-    batches = Batches(Examples(images(BATCH_SIZE), None, (), "x"), coupled=True)
+    batches = Batches(Examples(images(BATCH_SIZE), None, (), "x"), batch_dependent=True)
     assert measure(small_cnn(), batches, ["fisher_lambda_max"], memory=1).batch_size == BATCH_SIZE
 
 

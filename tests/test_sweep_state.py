@@ -27,7 +27,7 @@ from gm_probe.data.datasets import open_source
 from gm_probe.errors import BusyError, StorageError, UsageError
 from gm_probe.files import locks
 from gm_probe.files.atomic import write_json, write_toml
-from gm_probe.files.locks import LOCK, Word, exclusive, held, told
+from gm_probe.files.locks import LOCK, StageProgress, exclusive, held, progress_of
 from gm_probe.measures.catalogue import expected_cost
 from gm_probe.measures.context import Settings
 from gm_probe.runs.records import failure, run_state
@@ -91,13 +91,13 @@ def test_a_held_folder_names_its_holder_until_it_is_let_go(tmp_path: Path) -> No
 
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "BEAT", 0.01)
-    with exclusive(tmp_path) as hold:
-        hold.tell("training", 1, 2)
+    with exclusive(tmp_path) as lock:
+        lock.report_progress("training", 1, 2)
         before, end = (tmp_path / LOCK).read_text(), time.monotonic() + 20
         while (tmp_path / LOCK).read_text() == before:
             assert time.monotonic() < end
             time.sleep(0.01)
-        assert told(tmp_path) == Word("training", 1, 2, None, {})
+        assert progress_of(tmp_path) == StageProgress("training", 1, 2, None, {})
 
 
 def test_a_dead_holder_and_a_silent_one_hold_nothing(tmp_path: Path) -> None:
@@ -158,9 +158,9 @@ def test_status_of_a_folder_of_sweeps(tmp_path: Path) -> None:
     assert sorted(found.values()) == ["finished"] + ["pending"] * 7
     os.utime(tmp_path / "one" / "sweep.json", (time.time() - 100,) * 2)
     at_work = tmp_path / "one" / list(recipe.runs)[1]
-    with exclusive(at_work) as hold:
+    with exclusive(at_work) as lock:
         write_toml(at_work / "config.toml", {"epochs": 4})
-        hold.tell("measuring", 1, 2)  # its second stage of two: three quarters
+        lock.report_progress("measuring", 1, 2)  # its second stage of two: three quarters
         before = time.time()
         eta = sweep_status(tmp_path).eta
         after = time.time()
@@ -416,7 +416,7 @@ def test_a_folder_of_runs_is_measured_without_training(
         norm = sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5
         kept = json.loads((tmp_path / name / "measures.json").read_text())["measures"]
         assert found[name]["measures"]["parameter_norm"]["value"] == pytest.approx(norm, rel=1e-5)
-        # the sweep's own stay beside it, for the new one is taken as they were: from 2 starts, 3 probes at least
+        # the sweep's own stay beside it, for the new one is taken as they were: 2 starts, 3 random vectors at least
         assert set(kept) == {"local_inconsistency", "mean_entropy", "parameter_norm"}
         assert found[name]["as_before"] == {"num_starts": 2, "min_probes": 3}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*") if path.name != LOCK}

@@ -22,7 +22,7 @@ from gm_probe.errors import DivergedError
 from gm_probe.linalg.operator import Operator
 from gm_probe.linalg.trace import Trace, trace
 from gm_probe.linalg.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
-from gm_probe.measures.context import Probe, Settings
+from gm_probe.measures.context import MeasurementContext, Settings
 from gm_probe.measures.measure import measure
 from gm_probe.models.parameters import Parameters, differentiable_attention
 
@@ -98,7 +98,7 @@ def test_the_examples_error_is_free_of_the_probes_noise(generator: torch.Generat
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "max_probes"), [(0.0, 40), (0.05, 100)], ids=["fixed number of probes", "default stopping"]
+    ("tolerance", "max_probes"), [(0.0, 40), (0.05, 100)], ids=["fixed number of vectors", "default stopping"]
 )
 def test_standard_error_is_calibrated(tolerance: float, max_probes: int) -> None:
     terms = stack(3, 20)
@@ -248,11 +248,11 @@ def test_a_decaying_spectrum_is_sketched() -> None:
     )  # by hand, of weights
     assert len(calls) == 10 + 16 + 16 + found.num_probes <= 100
     error = np.std([estimate.value - truth for estimate in plain])
-    assert abs(found.value - truth) < error  # of as many probes as the sketch took products
+    assert abs(found.value - truth) < error  # of as many vectors as the sketch took products
 
 
 def test_the_sketchs_standard_error_is_calibrated() -> None:
-    matrix = decaying(size=120, power=1.0)  # decays so slowly that much is left to the probes
+    matrix = decaying(size=120, power=1.0)  # decays so slowly that much is left to the vectors
     truth = float(matrix.mean(0).trace())
     found = [
         trace(operator_of(matrix), generator=seeded(seed), tolerance=0, max_probes=82) for seed in range(60)
@@ -352,10 +352,10 @@ class Setup:
             torch.manual_seed(classes)
             self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, classes)).double().eval()
             self.x = 2 * torch.randn(examples, 4, dtype=torch.float64)
-        self.clean = self.model(self.x).detach()
+        self.logits = self.model(self.x).detach()
         values = dict(self.model.named_parameters())
         jacobian = jacrev(lambda v: functional_call(self.model, v, (self.x,)))(values)
-        p = self.clean.softmax(1)
+        p = self.logits.softmax(1)
         flat = torch.cat([j.flatten(2) for j in jacobian.values()], 2).detach()
         centred = flat - torch.einsum("nc,ncp->np", p, flat)[:, None]
         self.terms = torch.einsum("nc,ncp,ncp->n", p, centred, centred)
@@ -368,7 +368,7 @@ class Setup:
         batches = Batches.from_tensors(self.x, batch_size=batch_size)
         work = work or Work(len(self.x))
         found = fisher_trace(
-            Parameters(self.model), batches, self.clean, work, generator=seeded(seed), **options
+            Parameters(self.model), batches, self.logits, work, generator=seeded(seed), **options
         )
         assert found is not None
         return found
@@ -455,9 +455,9 @@ def test_a_trace_of_zero_is_zero(classes: int, examples: int) -> None:
     model, x = nn.Linear(3, classes).eval(), torch.eye(3)[torch.arange(examples) % 3]
     with torch.no_grad():
         model.weight.copy_(1e4 * torch.randn(classes, 3, generator=seeded(0)))
-    clean = model(x).detach()
+    logits = model(x).detach()
     found = fisher_trace(
-        Parameters(model), Batches.from_tensors(x), clean, Work(examples), generator=seeded(0)
+        Parameters(model), Batches.from_tensors(x), logits, Work(examples), generator=seeded(0)
     )
     assert found is not None
     assert (found.value, found.converged) == (0, True)
@@ -473,8 +473,8 @@ def test_parameters_without_a_rule_cost_a_gradient_a_pass() -> None:
             return super().forward(self.scale * x)
 
     model, x, work = Scaled().double().eval(), torch.ones(6, 4, dtype=torch.float64), Work(6)
-    batches, clean = Batches.from_tensors(x), model(x).detach()
-    found = fisher_trace(Parameters(model), batches, clean, work, generator=seeded(0), tolerance=0)
+    batches, logits = Batches.from_tensors(x), model(x).detach()
+    found = fisher_trace(Parameters(model), batches, logits, work, generator=seeded(0), tolerance=0)
     assert found is not None
     assert work.evaluations == pytest.approx((FORWARD + 2 * (EXAMPLE_NORMS + GRADIENT)) / GRADIENT)
 
@@ -490,7 +490,7 @@ def test_within_four_standard_errors(classes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "max_probes"), [(1e-9, 4), (0.02, 100)], ids=["four probes", "stopping by tolerance"]
+    ("tolerance", "max_probes"), [(1e-9, 4), (0.02, 100)], ids=["four vectors", "stopping by tolerance"]
 )
 def test_standard_error_of_signs_is_calibrated(tolerance: float, max_probes: int) -> None:
     many, inside, values = setup(20, 100), 0, []  # of 30 examples the error itself is too uncertain
@@ -628,7 +628,7 @@ def test_hessian_trace(case: Case, labeled: bool) -> None:
 def test_hessian_trace_is_the_fishers_also_without_examples_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Probe, "fisher_trace_to", lambda self, tolerance: None)
+    monkeypatch.setattr(MeasurementContext, "fisher_trace_to", lambda self, tolerance: None)
     settings = Settings(trace_tolerance=0, max_probes=6)
     for case in CASES:
         rows = measure(case.model, case.batches(), ["fisher_trace", "hessian_trace"], settings).rows
@@ -648,12 +648,14 @@ def test_hessian_trace_is_the_fishers_also_without_examples_gradients(
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.affine], ids=lambda case: case.name)
 def test_hessian_trace_is_the_fishers_and_an_estimate_of_the_rest(case: Case) -> None:
-    """The same probes on dense matrices."""
+    """The same random vectors on dense matrices."""
     settings = Settings(trace_tolerance=0, max_probes=6, seed=5)
     row = measure(case.model, case.batches(), ["hessian_trace"], settings).rows["hessian_trace"]
     found = trace(
         operator_of(dense_terms("residual", case)),
-        generator=Probe(case.model, case.batches(), settings, Work(7)).generator("hessian trace"),
+        generator=MeasurementContext(case.model, case.batches(), settings, Work(7)).generator(
+            "hessian trace"
+        ),
         tolerance=0,
         max_probes=6,
         offset=torch.einsum("nii->n", case.fisher_terms),

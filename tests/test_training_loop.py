@@ -20,14 +20,14 @@ from gm_probe.errors import BusyError, CheckpointError, DataError, DivergedError
 from gm_probe.files.locks import exclusive
 from gm_probe.models.checkpoints import read_checkpoint
 from gm_probe.runs.records import BEST, CHECKPOINT, SPLIT, STATE, read_metrics, read_run
-from gm_probe.training import parts
+from gm_probe.training import run_splits
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import evaluate, evaluate_within
 from gm_probe.training.loop import train
-from gm_probe.training.parts import load_splits, own_unlabeled
 from gm_probe.training.rule import Rule, Step
 from gm_probe.training.rules import METHODS
 from gm_probe.training.run import Training
+from gm_probe.training.run_splits import load_splits, own_unlabeled
 from gm_probe.training.schedule import lr_factor
 from gm_probe.training.updates import make_optimizer
 
@@ -817,10 +817,10 @@ def test_images_that_do_not_fit_into_memory_train_the_same(
     )
     train(settings, tmp_path / "memory")
     monkeypatch.setattr("gm_probe.data.images.IN_MEMORY", 0)
-    parts._open.cache_clear()
+    run_splits._open.cache_clear()
     assert not isinstance(load_splits(settings).train.x, Tensor)
     train_interrupted(settings, tmp_path / "files", 1)
-    parts._open.cache_clear()
+    run_splits._open.cache_clear()
     assert rows(tmp_path / "files") == rows(tmp_path / "memory")
     one, other = (tmp_path / name / CHECKPOINT for name in ("files", "memory"))
     assert one.read_bytes() == other.read_bytes()
@@ -868,7 +868,7 @@ def test_changed_data_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(settings, tmp_path / "run", notify=notify)
     small_data(tmp_path / "data.npz", np.arange(91) % 3)
-    parts._open.cache_clear()
+    run_splits._open.cache_clear()
     with pytest.raises(DataError, match="changed"):
         train(settings, tmp_path / "run", resume=True)
     with pytest.raises(DataError, match="changed"):
@@ -882,7 +882,7 @@ def test_a_run_finds_its_data_from_another_folder(tmp_path: Path, monkeypatch: p
     train(settings, tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    parts._open.cache_clear()
+    run_splits._open.cache_clear()
     assert len(own_unlabeled(tmp_path / "run")) == 30
     assert own_unlabeled(tmp_path / "run").y is None
 

@@ -43,7 +43,7 @@ from gm_probe.sweep.tuning import (
     rivals_of,
 )
 from gm_probe.training.config import SETTINGS, TrainConfig
-from gm_probe.training.parts import _open, load_splits
+from gm_probe.training.run_splits import _open, load_splits
 
 NEEDS_OPTUNA = pytest.mark.skipif(find_spec("optuna") is None, reason="optuna is an extra")
 

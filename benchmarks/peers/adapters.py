@@ -211,9 +211,9 @@ class _PyHessian:
 def _graph_gibibytes(subject: Subject, task: Task) -> float:
     """Memory that the kept graph over all images will take, from that over 32 of them."""
     few, memory = subject.first(32), Memory()
-    probe = Task(task.name, task.tolerance, task.truth, Clock(math.inf), task.seed)
+    trial = Task(task.name, task.tolerance, task.truth, Clock(math.inf), task.seed)
     with _restored_pyhessian(few):
-        _PyHessian(few, probe, graph=True).inner.trace(maxIter=1)
+        _PyHessian(few, trial, graph=True).inner.trace(maxIter=1)
     return memory.peak_mebibytes() / 1024 * subject.num_examples / few.num_examples
 
 

@@ -55,8 +55,8 @@ def fisher_product(subject: Subject, v: Tensor) -> Tensor:
             outputs: Any = jvp(run, (values,), (tangents,))
         logits, moved = outputs
         p = functional.softmax(logits, dim=1)
-        pushed = p * (moved - (p * moved).sum(1, keepdim=True))
-        total += _flat(torch.autograd.grad(subject.model(x), subject.parameters, pushed))
+        cotangents = p * (moved - (p * moved).sum(1, keepdim=True))
+        total += _flat(torch.autograd.grad(subject.model(x), subject.parameters, cotangents))
     return total / subject.num_examples
 
 
@@ -137,7 +137,7 @@ def diagonal_gap(subject: Subject, count: int = 40) -> float:
     """Largest |H_ii − F_ii| relative to the largest F_ii, over the strongest entry of each of ``count`` tensors.
 
     H_ii from the product with eᵢ, F_ii = mean Σ_c p_c (∂ᵢ log p_c)² from per-example gradients. Where every
-    parameter enters the logits affinely the two are equal (METHOD.md), and so are the traces.
+    parameter enters the logits affinely the two are equal, and so are the traces.
     """
     parameters = subject.parameters
     squares = [torch.zeros_like(p) for p in parameters]

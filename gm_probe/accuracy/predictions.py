@@ -13,7 +13,7 @@ from gm_probe.data.batches import Batches
 from gm_probe.data.memory import within_memory
 from gm_probe.errors import DataError, DivergedError, UsageError, foreign_or
 from gm_probe.linalg.work import Work
-from gm_probe.measures.context import Probe
+from gm_probe.measures.context import MeasurementContext
 from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs
 from gm_probe.models.parameters import Parameters, evaluating
@@ -55,16 +55,16 @@ def require_fit(model: nn.Module, batches: Batches, outputs: Outputs | None) -> 
 
     Raises:
         UsageError: not one row of logits for each example, independent of the other examples.
-        CheckpointError, DataError, DivergedError: as ``Probe.clean`` raises them.
+        CheckpointError, DataError, DivergedError: as ``MeasurementContext.logits`` raises them.
     """
     if outputs is not None and outputs.head != "classifier":
         raise UsageError(f"accuracy is estimated for exclusive classes, not for head {outputs.head}")
     few = batches.examples.select(torch.arange(min(CHECKED, batches.num_examples)))
     with evaluating(model), float32_products():
-        probe = Probe(model, batches.over(few), Settings(), Work(len(few)), outputs=outputs)
-        probe.parameters.check_finite()
-        _ = probe.clean
-    return probe.parameters.outputs
+        context = MeasurementContext(model, batches.over(few), Settings(), Work(len(few)), outputs=outputs)
+        context.parameters.check_finite()
+        _ = context.logits
+    return context.parameters.outputs
 
 
 def predict(

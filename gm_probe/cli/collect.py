@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import echo, note, notes_console
+from gm_probe.cli.param_types import PATH
 from gm_probe.runs.records import RUNS
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import click
 
 from gm_probe.analysis.requests import require_source, require_statistics
-from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
     format_options,
@@ -15,6 +14,7 @@ from gm_probe.cli.output import (
     print_csv,
     print_json,
 )
+from gm_probe.cli.param_types import PATH
 from gm_probe.cli.selection import (
     control_option,
     converged_only_option,

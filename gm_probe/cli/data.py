@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import AT_ONCE, PATH, Choice, floats
+from gm_probe.cli.param_types import AT_ONCE, PATH, Choice, floats
 from gm_probe.data.reading import Reading
 from gm_probe.data.sources import require_source
 from gm_probe.errors import DataError, UsageError
@@ -216,7 +216,7 @@ class DataOptions:
         return Leave(self.data_root, self.download, self.data)
 
     def loading(self) -> dict[str, Any]:
-        """How to load a checkpoint: the keywords of ``open_subject``. Sets threads and allocator of this process."""
+        """How to load a checkpoint: the keywords of ``open_checkpoint``. Sets threads and allocator of this process."""
         import torch
 
         from gm_probe.models.door import Outputs

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import print_json, results_console, table
+from gm_probe.cli.param_types import PATH
 
 MARKS = {"ok": "ok", "absent": "–", "broken": "WRONG"}
 

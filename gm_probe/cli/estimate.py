@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import DataOptions, data_options
-from gm_probe.cli.kinds import PATH, SEED
 from gm_probe.cli.output import (
     format_options,
     note,
@@ -22,6 +21,7 @@ from gm_probe.cli.output import (
     say,
     table,
 )
+from gm_probe.cli.param_types import PATH, SEED
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import GroupedCommand
 from gm_probe.data.sources import require_source
@@ -116,7 +116,7 @@ def estimate(
         require_source(name, here=True)
     shares = _shares(class_shares)
     names = [name.strip() for name in measures.split(",") if name.strip()]
-    check_names([name for name in names if name != EXTRA], labeled=False, coupled=False)
+    check_names([name for name in names if name != EXTRA], labeled=False, batch_dependent=False)
     paths = _runs(checkpoints)
     from gm_probe.accuracy.sets import examine
     from gm_probe.accuracy.verdict import Request, judge
@@ -220,7 +220,7 @@ def _all_evidence(
     from gm_probe.accuracy.evidence import gather, num_passes
     from gm_probe.measures.measure import measure
     from gm_probe.measures.settings import Settings
-    from gm_probe.measuring.checkpoint import open_subject
+    from gm_probe.measuring.checkpoint import open_checkpoint
 
     unlabeled, *labeled = sets
     assert unlabeled is not None
@@ -238,19 +238,19 @@ def _all_evidence(
             bar.update(done)
 
         for path in paths:
-            subject = open_subject(path, unlabeled, **{**loading, **own_loading[path]})
-            notes += subject.notes
-            batches = subject.batches
+            loaded = open_checkpoint(path, unlabeled, **{**loading, **own_loading[path]})
+            notes += loaded.notes
+            batches = loaded.batches
             for one in labeled:
                 if one is not None:
-                    _require_classes(path, one, subject.classes, subject.num_classes)
+                    _require_classes(path, one, loaded.classes, loaded.num_classes)
             others = [None if one is None else batches.over(one) for one in labeled]
-            how: dict[str, Any] = {"outputs": subject.outputs}
+            how: dict[str, Any] = {"outputs": loaded.outputs}
             try:
                 evidence.append(
                     gather(
                         str(path),
-                        subject.model,
+                        loaded.model,
                         batches,
                         *others,
                         mirror=EXTRA in names,
@@ -260,7 +260,7 @@ def _all_evidence(
                     )
                 )
                 if wanted:
-                    report = measure(subject.model, batches, wanted, Settings(seed=seed), **how)
+                    report = measure(loaded.model, batches, wanted, Settings(seed=seed), **how)
                     rows[str(path)] = {name: row.as_dict() for name, row in report.rows.items()}
             except (DataError, UsageError) as error:  # which know of no path
                 raise type(error)(f"{path}: {error}") from error

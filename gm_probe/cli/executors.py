@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import AT_ONCE, Choice
+from gm_probe.cli.param_types import AT_ONCE, Choice
 from gm_probe.errors import UsageError
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ def print_result(result: dict[str, Any]) -> None:
     over = ", over batches" if result["settings"].get("head") == "simclr" else ""
     say(
         console,
-        f"{_coupled(result)}{_ascents(result)}"
+        f"{_batch_dependent(result)}{_ascents(result)}"
         "± estim.: standard error over starts or probes, Lanczos residual for λ_max; "
         f"± examples: standard error from the probe set's size{over}; "
         f"{'' if narrow else 'cost in gradient evaluations. '}BatchNorm in eval mode.",
@@ -85,7 +85,7 @@ def _eigenvalue(row: dict[str, Any]) -> str:
     )
 
 
-def _coupled(result: dict[str, Any]) -> str:
+def _batch_dependent(result: dict[str, Any]) -> str:
     """For the caption: what NT-Xent's figures depend on; empty of a classifier."""
     settings = result["settings"]
     if settings.get("head") != "simclr":

@@ -14,7 +14,6 @@ import click
 
 from gm_probe.cli.data import DataOptions, data_options
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
-from gm_probe.cli.kinds import PATH, SEED, Choice, floats, num_bytes, share, wholes
 from gm_probe.cli.measure_many import measure_all, opened, opened_once
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
@@ -23,6 +22,7 @@ from gm_probe.cli.output import (
     note_reading,
     notes_console,
 )
+from gm_probe.cli.param_types import PATH, SEED, Choice, floats, num_bytes, share, wholes
 from gm_probe.cli.relevance import CONVERGED, idle, require_use_of_grids
 from gm_probe.cli.settings import GroupedCommand
 from gm_probe.errors import CheckpointError, UsageError
@@ -286,7 +286,7 @@ def measure(
     from gm_probe.measuring.many import Request
     from gm_probe.runtime import processes
     from gm_probe.runtime.devices import named_device, pick_device
-    from gm_probe.training.parts import own_unlabeled
+    from gm_probe.training.run_splits import own_unlabeled
 
     named_device(data.device)
     # each looks for its device where it is measured: a GPU may be on Ray's workers alone
@@ -367,7 +367,7 @@ def _checkpoints(
 
 def _measured_over(data: DataOptions, source: str | None, labeled: bool, quiet: bool) -> dict[str, Any]:
     """What measures.json says of the examples of ``source``; None where each run's own are meant."""
-    from gm_probe.training.parts import OWN_UNLABELED
+    from gm_probe.training.run_splits import OWN_UNLABELED
 
     if source is None:
         return {"part": OWN_UNLABELED, "max_examples": data.max_examples}
@@ -388,10 +388,10 @@ def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:
         )
 
 
-def _chosen(measures: str, protocol: str, labeled: bool, coupled: bool) -> list[str]:
+def _chosen(measures: str, protocol: str, labeled: bool, batch_dependent: bool) -> list[str]:
     names = [name.strip() for name in measures.split(",") if name.strip()]
-    check_names(names, labeled=labeled or coupled, coupled=coupled)
-    names = names or default_measures(labeled=labeled, coupled=coupled)
+    check_names(names, labeled=labeled or batch_dependent, batch_dependent=batch_dependent)
+    names = names or default_measures(labeled=labeled, batch_dependent=batch_dependent)
     if protocol == "both" and "local_inconsistency" in names:
         # last of all: it then starts from the Fisher eigenvector that λ_max(F) has paid for
         names = [*(name for name in names if name != CONVERGED), CONVERGED]

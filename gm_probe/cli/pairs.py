@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import DataOptions, data_options
-from gm_probe.cli.kinds import PATH, SEED, Choice
 from gm_probe.cli.output import (
     format_options,
     note,
@@ -23,6 +22,7 @@ from gm_probe.cli.output import (
     say,
     table,
 )
+from gm_probe.cli.param_types import PATH, SEED, Choice
 from gm_probe.cli.progress import progress_bar
 from gm_probe.errors import (
     CheckpointError,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from gm_probe.data.datasets import Examples
     from gm_probe.measures.pairwise import PairReport
-    from gm_probe.measuring.checkpoint import Subject
+    from gm_probe.measuring.checkpoint import LoadedCheckpoint
 
 
 @click.command(epilog="Example:  gmprobe pairs runs/")
@@ -87,7 +87,7 @@ def pairs(
             raise CheckpointError(f"{path}: no such checkpoint")
     if not checkpoints:
         find_runs(RUNS)
-    from gm_probe.sweep.training_sets import (
+    from gm_probe.sweep.data_identity import (
         common_unlabeled,
         described,
         doubts,
@@ -110,7 +110,7 @@ def pairs(
     from gm_probe.measures.pairwise import compare
     from gm_probe.measuring.checkpoint import output_settings
     from gm_probe.runtime.devices import environment
-    from gm_probe.training.parts import OWN_UNLABELED
+    from gm_probe.training.run_splits import OWN_UNLABELED
 
     loading = data.loading() | {"head": head}
     own_loading = data.of_each(paths)
@@ -185,9 +185,9 @@ def _all_outputs(
     with progress_bar("outputs", len(paths), unit="models", quiet=quiet) as bar:
         for index, path in enumerate(paths):
             bar.update(index, label=path.name)
-            logits, model, subject = _outputs(path, examples, **options, **own_loading[path])
-            classes = subject.classes
-            notes += subject.notes
+            logits, model, loaded = _outputs(path, examples, **options, **own_loading[path])
+            classes = loaded.classes
+            notes += loaded.notes
             check_outputs(str(path), logits, str(paths[0]), outputs[0] if outputs else logits)
             if classes and named is not None and classes != named[1]:
                 raise DataError(
@@ -207,25 +207,30 @@ def _first_difference(classes: Sequence[str], others: Sequence[str]) -> str:
     return f"{len(classes)} and {len(others)} names"
 
 
-def _outputs(path: Path, examples: Examples, **loading: Any) -> tuple[torch.Tensor, dict[str, Any], Subject]:
+def _outputs(
+    path: Path, examples: Examples, **loading: Any
+) -> tuple[torch.Tensor, dict[str, Any], LoadedCheckpoint]:
     """Return (N, C) logits of one checkpoint in eval mode, its row of the result, and the checkpoint as opened."""
     from gm_probe.linalg.work import Work
-    from gm_probe.measures.context import Probe
+    from gm_probe.measures.context import MeasurementContext
     from gm_probe.measures.settings import Settings
-    from gm_probe.measuring.checkpoint import open_subject
+    from gm_probe.measuring.checkpoint import open_checkpoint
     from gm_probe.models.parameters import evaluating
     from gm_probe.runtime.precision import float32_products
 
-    subject = open_subject(path, examples, **loading)
+    loaded = open_checkpoint(path, examples, **loading)
     try:
-        with evaluating(subject.model), float32_products():
+        with evaluating(loaded.model), float32_products():
             work = Work(len(examples))
-            logits = Probe(subject.model, subject.batches, Settings(), work, outputs=subject.outputs).clean
+            context = MeasurementContext(
+                loaded.model, loaded.batches, Settings(), work, outputs=loaded.outputs
+            )
+            logits = context.logits
     except (DataError, DivergedError, UsageError) as error:  # which know of no path
         raise type(error)(f"{path}: {error}") from error
-    used = subject.batches.normalization
-    row = {"checkpoint": str(path), "model": subject.name, "mean": list(used.mean), "std": list(used.std)}
-    return logits, row | ({"key": subject.key} if subject.key else {}), subject
+    used = loaded.batches.normalization
+    row = {"checkpoint": str(path), "model": loaded.name, "mean": list(used.mean), "std": list(used.std)}
+    return logits, row | ({"key": loaded.key} if loaded.key else {}), loaded
 
 
 def _same_twice(paths: Sequence[Path], outputs: Sequence[torch.Tensor]) -> list[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from gm_probe.cli.kinds import AT_ONCE, PATH
 from gm_probe.cli.output import note, notes_console
+from gm_probe.cli.param_types import AT_ONCE, PATH
 
 
 @click.command(epilog="Example:  gmprobe quickstart")

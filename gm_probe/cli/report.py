@@ -9,8 +9,8 @@ import click
 from click.core import ParameterSource
 
 from gm_probe.analysis.requests import require_source, require_statistics
-from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
+from gm_probe.cli.param_types import PATH
 from gm_probe.cli.selection import (
     control_option,
     converged_only_option,

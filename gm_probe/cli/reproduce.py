@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from gm_probe.cli.kinds import AT_ONCE, PATH, Choice
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
+from gm_probe.cli.param_types import AT_ONCE, PATH, Choice
 from gm_probe.errors import UsageError
 from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
 

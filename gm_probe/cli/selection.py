@@ -2,7 +2,7 @@
 
 import click
 
-from gm_probe.cli.kinds import PATH, Choice
+from gm_probe.cli.param_types import PATH, Choice
 from gm_probe.runs.records import RUNS
 
 source_argument = click.argument("source", type=PATH, default=RUNS)

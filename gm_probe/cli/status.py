@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import echo, format_options, print_csv, print_json, results_console, table
-from gm_probe.files.locks import LIFETIME, Word
+from gm_probe.cli.param_types import PATH
+from gm_probe.files.locks import LIFETIME, StageProgress
 from gm_probe.runs.records import RUNS
 
 if TYPE_CHECKING:
@@ -51,17 +51,17 @@ def status(folder: Path, output: str | None, quiet: bool) -> None:
 
 
 def _now(run: RunStatus) -> tuple[str, str]:
-    if run.word is None:
+    if run.progress is None:
         return "", ""
-    return doing(run.word), duration(run.word.left)
+    return doing(run.progress), duration(run.progress.left)
 
 
-def doing(word: Word) -> str:
+def doing(progress: StageProgress) -> str:
     """In words, where a run is, and its loss if it has one."""
-    more = word.more
-    if word.stage != "training" or not {"epoch", "step", "steps"} <= set(more):
-        return f"{word.stage} {more.get('measure', '')}".rstrip()
-    where = f"epoch {more['epoch']}/{word.total:g}, step {more['step']}/{more['steps']}"
+    more = progress.more
+    if progress.stage != "training" or not {"epoch", "step", "steps"} <= set(more):
+        return f"{progress.stage} {more.get('measure', '')}".rstrip()
+    where = f"epoch {more['epoch']}/{progress.total:g}, step {more['step']}/{more['steps']}"
     loss = more.get("loss")
     return f"{where}, loss {loss:.3g}" if isinstance(loss, float) else where
 

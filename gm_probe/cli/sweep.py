@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
-from gm_probe.cli.kinds import AT_ONCE, PATH
 from gm_probe.cli.live import LEFT_OUT, live_view
 from gm_probe.cli.output import echo, note, notes_console, print_json, results_console, table
+from gm_probe.cli.param_types import AT_ONCE, PATH
 from gm_probe.errors import ProbeError, UsageError
 from gm_probe.runs.records import RUNS
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import PATH
 from gm_probe.cli.output import note, note_reading, notes_console, number, print_json, results_console, table
+from gm_probe.cli.param_types import PATH
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import GroupedCommand, GroupedOption, setting_options
 from gm_probe.cli.tensorboard import Events
@@ -190,7 +190,7 @@ def _of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _note_data(console: Console, config: TrainConfig) -> None:
     """Say how the data of a run that begins is read."""
-    from gm_probe.training.parts import open_data
+    from gm_probe.training.run_splits import open_data
 
     if console.quiet:
         return

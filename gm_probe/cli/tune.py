@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.kinds import AT_ONCE, PATH, floats
 from gm_probe.cli.output import (
     echo,
     format_options,
@@ -24,6 +23,7 @@ from gm_probe.cli.output import (
     say,
     table,
 )
+from gm_probe.cli.param_types import AT_ONCE, PATH, floats
 from gm_probe.cli.train import note_settings, train
 from gm_probe.errors import UsageError
 
@@ -100,7 +100,7 @@ def tune(
         require_source(config.data, here=True)
     require_names([config])
     from gm_probe.sweep import tuning  # torch, which a wrong option must not wait for
-    from gm_probe.training.parts import load_splits
+    from gm_probe.training.run_splits import load_splits
 
     if "data" not in settings:
         note(console, "no --data given: tuning on the bundled handwritten digits (1,797 images of 8×8)")

@@ -12,9 +12,9 @@ from gm_probe.data.fields import Inputs
 from gm_probe.errors import DerivativeError, UsageError, first_line, foreign_or, of_machine
 from gm_probe.models.parameters import Parameters
 
-Push = Callable[[Inputs, Tensor], Tensor]
-"""input (B, ...), direction (P,) ↦ the logits' change (B, C)"""
-Way = Callable[[Tensor, Inputs, Tensor], Tensor]
+JacobianProduct = Callable[[Inputs, Tensor], Tensor]
+"""input (B, ...), direction v (P,) ↦ J v (B, ..., C); or input, cotangent u (B, ..., C) ↦ Jᵀu (P,)"""
+Product = Callable[[Tensor, Inputs, Tensor], Tensor]
 """direction (P,), input (B, ...), data (B, ...) ↦ a product or the examples' terms"""
 Arguments = tuple[Tensor, Inputs, Tensor]
 
@@ -81,8 +81,10 @@ def _tensors_held(module: nn.Module) -> list[str]:
     ]
 
 
-def first_adjoint(ways: Sequence[Push], pulled: Push, x: Inputs, v: Tensor) -> Push:
-    """The first of ``ways`` to take J v that is the adjoint of ``pulled``, u ↦ Jᵀu, on ``x`` for ``v`` (P,).
+def first_adjoint(
+    candidates: Sequence[JacobianProduct], vjp: JacobianProduct, x: Inputs, v: Tensor
+) -> JacobianProduct:
+    """The first of the ``candidates`` for J v that is the adjoint of ``vjp``, u ↦ Jᵀu, on ``x`` for ``v`` (P,).
 
     An LSTM's kernel for float32 and a stranger's autograd.Function have no forward mode, and what takes its place needs
     derivatives of the backward pass, which may be absent, too (nn.EmbeddingBag) or wrong.
@@ -91,19 +93,19 @@ def first_adjoint(ways: Sequence[Push], pulled: Push, x: Inputs, v: Tensor) -> P
         DerivativeError: none is.
     """
     cause: Exception | None = None
-    for way in ways:
+    for candidate in candidates:
         try:
-            found = way(x, v).double()
+            found = candidate(x, v).double()
             signs = torch.arange(found.numel(), device=x.device) % 3 - 1.0
             u = found / found.norm().clamp(min=1e-300) + signs.view_as(found) / signs.norm().clamp(min=1)
-            apart = float((u * found).sum() - pulled(x, u.to(v)).double() @ v.double())
+            apart = float((u * found).sum() - vjp(x, u.to(v)).double() @ v.double())
         except Exception as error:  # whatever a stranger's layer raises
             if of_machine(error):
                 raise
             cause = error
             continue
         if abs(apart) <= max(1e-3, 30 * torch.finfo(v.dtype).eps) * float(u.norm() * found.norm()):
-            return way
+            return candidate
         cause = None
     flaw = "these would be wrong" if cause is None else first_line(cause)
     raise DerivativeError(
@@ -111,8 +113,8 @@ def first_adjoint(ways: Sequence[Push], pulled: Push, x: Inputs, v: Tensor) -> P
     ) from cause
 
 
-def agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool:
-    """Return whether the cheap way gives what the sound one does.
+def agree(cheap: Product, sound: Product, few: Arguments, in_float64: Arguments) -> bool:
+    """Return whether the cheap product gives what the sound one does.
 
     Forward over forward is silently wrong or absent through some layers (pytorch#196700, #196699). Asked of 16 examples
     in float64: on confident ones the terms are so small that float32 rounds them apart. In the model's own dtype it
@@ -128,7 +130,7 @@ def agree(cheap: Way, sound: Way, few: Arguments, in_float64: Arguments) -> bool
     return bool((first - second).norm() <= 1e-8 * second.norm())
 
 
-def require_terms(terms: Way, product: Way, in_float64: Arguments) -> None:
+def require_terms(terms: Product, product: Product, in_float64: Arguments) -> None:
     """Raise DerivativeError where the examples' ``terms`` do not add up to vᵀ of the ``product`` H v.
 
     They are derivatives of the product by weights on the examples: a layer whose second derivative is right may have no

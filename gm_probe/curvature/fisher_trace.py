@@ -93,7 +93,7 @@ class CovarianceRoot:
 def fisher_trace(
     parameters: Parameters,
     batches: Batches,
-    clean: Tensor,
+    logits: Tensor,
     work: Work,
     *,
     generator: torch.Generator,
@@ -102,12 +102,12 @@ def fisher_trace(
 ) -> Trace | None:
     """tr F = (1/N) Σ_x ‖∇_θ (L_x ε)ᵀ z_x‖² in expectation over output-space signs ε, by each example's own norm.
 
-    The examples' errors are independent, so one probe over N examples has an example's relative standard deviation
-    divided by √N (METHOD.md, tr F by output signs, where one norm of the summed gradient is taken instead). Where more
-    probes than columns of L would be needed, every column is taken, if ``max_probes`` allow it: the exact value.
+    The examples' errors are independent, so one random vector over N examples has an example's relative standard
+    deviation divided by √N. Where more vectors than columns of L would be needed, every column is taken, if
+    ``max_probes`` allow it: the exact value.
 
     Args:
-        clean: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) of yes-or-no labels.
+        logits: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) of yes-or-no labels.
         tolerance: standard error relative to the trace; 0 asks for the exact value, about a gradient a class.
         max_probes: passes before giving up, unless the exact value is asked for or takes fewer of ``HEAD`` at most.
 
@@ -119,28 +119,28 @@ def fisher_trace(
     """
     real("tolerance", tolerance, least=0)
     whole("max_probes", max_probes)
-    batches, clean = batches.on(parameters.device), clean.to(parameters.device)
+    batches, logits = batches.on(parameters.device), logits.to(parameters.device)
     examples = ExampleGradients(parameters, next(iter(batches)).x)
-    if not everywhere(examples.supported, clean.device):
+    if not everywhere(examples.supported, logits.device):
         return None
     with suppress(IrregularLayerError):
-        return _by_examples(examples, batches, clean, work, generator, tolerance, max_probes)
+        return _by_examples(examples, batches, logits, work, generator, tolerance, max_probes)
     return None
 
 
 def _by_examples(
     examples: ExampleGradients,
     batches: Batches,
-    clean: Tensor,
+    logits: Tensor,
     work: Work,
     generator: torch.Generator,
     tolerance: float,
     max_probes: int,
 ) -> Trace:
-    def root_of(logits: Tensor) -> CovarianceRoot:
-        return CovarianceRoot(logits.double().softmax(-1))
+    def root_of(z: Tensor) -> CovarianceRoot:
+        return CovarianceRoot(z.double().softmax(-1))
 
-    rank = root_of(clean[:1]).rank
+    rank = root_of(logits[:1]).rank
 
     def gathered(pieces: Callable[[CovarianceRoot], Iterable[Tensor]], *, summed: bool = False) -> Tensor:
         """(K, N) squared norms for ``pieces`` (some of K, B, ..., C) of each batch's root.
@@ -152,18 +152,18 @@ def _by_examples(
         """
         rows = []
         held = True
-        for batch, part in zip(batches, cut(clean, batches), strict=True):
+        for batch, part in zip(batches, cut(logits, batches), strict=True):
             norms = []
             try:
                 for cotangents in pieces(root_of(part)):
-                    found = examples.squared_norms(batch.x, cotangents.to(clean.dtype)).double()
+                    found = examples.squared_norms(batch.x, cotangents.to(logits.dtype)).double()
                     norms.append(found.sum(0, keepdim=True) if summed else found)
                     work.add(FORWARD + len(cotangents) * examples.passes, len(part))
             except IrregularLayerError:
                 held = False
                 break
             rows.append(torch.cat(norms))
-        if not everywhere(held, clean.device):
+        if not everywhere(held, logits.device):
             raise IrregularLayerError
         result = gather_examples(torch.cat(rows, 1).T).T
         if not bool(torch.isfinite(result).all()):
@@ -181,10 +181,10 @@ def _by_examples(
 
         return gathered(signed)
 
-    def result(terms: Tensor, noise: float, stderr: float | None, probes: int, converged: bool) -> Trace:
+    def result(terms: Tensor, noise: float, stderr: float | None, drawn: int, converged: bool) -> Trace:
         own = float(terms.var()) - noise if len(terms) > 1 else -1.0
         error = math.sqrt(own / len(terms)) if own >= 0 else None
-        return Trace(float(terms.mean()), stderr, error, probes, converged, terms)
+        return Trace(float(terms.mean()), stderr, error, drawn, converged, terms)
 
     def exact() -> Trace:
         work.foresee((math.ceil(rank / COLUMNS) * FORWARD + rank * examples.passes) / GRADIENT)
@@ -195,7 +195,7 @@ def _by_examples(
     norms = passes(2)
     while True:
         taken, size = norms.shape
-        noise = float(norms.var(0).mean()) / taken  # of an example's mean over probes
+        noise = float(norms.var(0).mean()) / taken  # of an example's mean over random vectors
         stderr, value = math.sqrt(noise / size), float(norms.mean())
         least = math.ceil(LEAST_NORMS / size)
         converged = stderr <= tolerance * value and taken >= least

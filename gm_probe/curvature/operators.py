@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from gm_probe.curvature.derivatives import (
     Arguments,
-    Push,
-    Way,
+    JacobianProduct,
+    Product,
     agree,
     along,
     first_adjoint,
@@ -54,27 +54,27 @@ Scalars = Callable[[Tensor, Tensor], Tensor]
 """logits (B, ..., C), data (B, ...) ↦ the (B,) scalars that are differentiated twice"""
 
 
-def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work | None = None) -> Operator:
+def fisher(parameters: Parameters, batches: Batches, logits: Tensor, work: Work | None = None) -> Operator:
     """F = (1/N) Σ_x J_xᵀ (diag p − p pᵀ) J_x with J = ∂z/∂θ (paper Eq. 1, §3.3): the true Fisher, label-free.
 
     It equals the Gauss-Newton matrix of softmax cross-entropy.
 
     Args:
-        clean: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) of yes-or-no labels.
+        logits: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) of yes-or-no labels.
 
     Raises:
         UsageError: a part of the model is in train mode.
     """
     _require_eval(parameters)
     batches = batches.on(parameters.device)
-    jacobian = _Jacobian(parameters, work or Work(batches.num_examples), batches.few(TRIAL))
-    probabilities = cut(functional.softmax(clean.to(parameters.device), dim=-1), batches)
+    jacobian = _Jacobian(parameters, work or Work(batches.num_examples), batches.trial_slice(TRIAL))
+    probabilities = cut(functional.softmax(logits.to(parameters.device), dim=-1), batches)
 
     @differentiable_attention()
     def matvec(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
         for batch, p in zip(batches, probabilities, strict=True):
-            result += jacobian.pulled(batch.x, p * _centred(jacobian.pushed(batch.x, v), p))
+            result += jacobian.vjp(batch.x, p * _centred(jacobian.jvp(batch.x, v), p))
         return sum_over_processes(result) / batches.total
 
     @differentiable_attention()
@@ -82,7 +82,7 @@ def fisher(parameters: Parameters, batches: Batches, clean: Tensor, work: Work |
         result = []
         for batch, p in zip(batches, probabilities, strict=True):
             # the variance under p of the logits' change
-            result.append(over_rows((p * _centred(jacobian.pushed(batch.x, v), p).square()).sum(-1)))
+            result.append(over_rows((p * _centred(jacobian.jvp(batch.x, v), p).square()).sum(-1)))
         return gather_examples(batches.independent(torch.cat(result)))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
@@ -92,22 +92,22 @@ class _Jacobian:
     """The products of J = ∂z/∂θ with vectors, batch by batch.
 
     Args:
-        trial: which examples of a batch the ways to J v are tried on.
+        trial: which examples of a batch the ways to take J v are tried on.
     """
 
     def __init__(self, parameters: Parameters, work: Work, trial: slice) -> None:
         self.parameters, self.work, self.trial = parameters, work, trial
-        self._way: Push | None = None
+        self._jvp: JacobianProduct | None = None
 
-    def pushed(self, x: Inputs, v: Tensor) -> Tensor:
+    def jvp(self, x: Inputs, v: Tensor) -> Tensor:
         """Return J v (B, ..., C) for ``v`` (P,), by forward mode wherever the model has it."""
-        if self._way is None:
+        if self._jvp is None:
             noise = self.parameters.random(1.0, torch.Generator().manual_seed(0))
-            ways = (self._by_forward_mode, self._by_reverse_mode)
-            self._way = first_adjoint(ways, self.pulled, x[self.trial], noise)
-        return self._way(x, v)
+            candidates = (self._by_forward_mode, self._by_reverse_mode)
+            self._jvp = first_adjoint(candidates, self.vjp, x[self.trial], noise)
+        return self._jvp(x, v)
 
-    def pulled(self, x: Inputs, u: Tensor) -> Tensor:
+    def vjp(self, x: Inputs, u: Tensor) -> Tensor:
         """Return Jᵀu (P,) for ``u`` (B, ..., C)."""
         with torch.enable_grad():
             values = self.parameters.leaves()
@@ -160,7 +160,7 @@ def _require_labels(parameters: Parameters, batches: Batches, labels: Tensor) ->
     """Raise UsageError unless ``labels`` are class indices of the model, (n,) or (n, L)."""
     with torch.no_grad():
         x = next(iter(batches.on(parameters.device))).x
-        *each, classes = parameters.logits(x[batches.few(1)]).shape[1:]
+        *each, classes = parameters.logits(x[batches.trial_slice(1)]).shape[1:]
     shape = (batches.num_examples, *each)
     if not isinstance(labels, Tensor) or labels.shape != shape or labels.dtype not in WHOLE:
         found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
@@ -193,24 +193,24 @@ def _all_but(classes: Tensor, count: int) -> Tensor:
 
 
 def residual(
-    parameters: Parameters, batches: Batches, clean: Tensor, labels: Tensor, work: Work | None = None
+    parameters: Parameters, batches: Batches, logits: Tensor, labels: Tensor, work: Work | None = None
 ) -> Operator:
     """H − F = (1/N) Σ_x Σ_c (p_c − y_c) ∇²z_c (paper Lemma A.1), the part of H that depends on the labels.
 
     Args:
-        clean: (n, C) or (n, L, 2) logits at θ; ``labels``: (n,) or (n, L); both in the order of ``batches``.
+        logits: (n, C) or (n, L, 2) logits at θ; ``labels``: (n,) or (n, L); both in the order of ``batches``.
 
     Raises:
         UsageError: a part of the model is in train mode.
     """
-    labels = labels.to(clean.device)
-    slopes = functional.softmax(clean.double(), dim=-1)
+    labels = labels.to(logits.device)
+    slopes = functional.softmax(logits.double(), dim=-1)
     # p − 1 of the label as what the others have: where p is nearly 1, the difference would be rounding alone
-    rest = slopes.gather(-1, _all_but(labels[..., None], clean.shape[-1])).sum(-1, keepdim=True)
+    rest = slopes.gather(-1, _all_but(labels[..., None], logits.shape[-1])).sum(-1, keepdim=True)
     slopes = slopes.scatter(-1, labels[..., None], -rest)
 
-    def contracted(logits: Tensor, slope: Tensor) -> Tensor:  # (B,)
-        return over_rows((logits * slope.to(logits.dtype)).sum(-1))
+    def contracted(z: Tensor, slope: Tensor) -> Tensor:  # (B,)
+        return over_rows((z * slope.to(z.dtype)).sum(-1))
 
     return _curvature(parameters, batches, contracted, slopes, work)
 
@@ -248,10 +248,10 @@ class _Curvature:
 
     def __init__(self, parameters: Parameters, scalars: Scalars, work: Work, batches: Batches) -> None:
         self.parameters, self.scalars, self.work = parameters, scalars, work
-        self._trial, self._coupled = batches.few(TRIAL), batches.coupled
+        self._trial, self._batch_dependent = batches.trial_slice(TRIAL), batches.batch_dependent
         self._checked = False
-        self._product: Way | None = None
-        self._terms: Way | None = None
+        self._product: Product | None = None
+        self._terms: Product | None = None
 
     def product(self, v: Tensor, x: Inputs, d: Tensor) -> Tensor:
         """Return the product (P,) with ``v`` (P,) over a batch ``x`` (B, ...) with its data ``d`` (B, ...)."""
@@ -273,7 +273,7 @@ class _Curvature:
     def _tried(self, v: Tensor, x: Inputs, d: Tensor) -> tuple[Arguments, Arguments]:
         """Return a few examples in the model's own dtype and in float64, on which second derivatives hold."""
         few = v, x[self._trial], d[self._trial]
-        in_float64 = _few_in_float64(v, x, d, whole=self._coupled)
+        in_float64 = _few_in_float64(v, x, d, whole=self._batch_dependent)
         if not self._checked:
             require_second_derivative(self.parameters, self._sum, self._reverse_product, few, in_float64)
             self._checked = True

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gm_probe.curvature.derivatives import REMEDY, Arguments, Way, gradients
+from gm_probe.curvature.derivatives import REMEDY, Arguments, Product, gradients
 from gm_probe.curvature.written import located
 from gm_probe.data.fields import Inputs
 from gm_probe.errors import DerivativeError, first_line, of_machine
@@ -29,7 +29,7 @@ Scalar = Callable[[dict[str, Tensor], Inputs, Tensor], Tensor]
 
 
 def require_second_derivative(
-    parameters: Parameters, scalar: Scalar, product: Way, few: Arguments, in_float64: Arguments
+    parameters: Parameters, scalar: Scalar, product: Product, few: Arguments, in_float64: Arguments
 ) -> None:
     """Raise DerivativeError where ``product`` cannot be taken, or is not the derivative of the gradient.
 
@@ -53,7 +53,7 @@ def require_second_derivative(
 
 
 def _contradicted(
-    parameters: Parameters, scalar: Scalar, product: Way, v: Tensor, x: Inputs, d: Tensor
+    parameters: Parameters, scalar: Scalar, product: Product, v: Tensor, x: Inputs, d: Tensor
 ) -> bool:
     """Whether central differences of the gradient along ``v`` (P,) settle on something else than H v.
 

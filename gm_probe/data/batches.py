@@ -150,8 +150,8 @@ class Batches:
             derivatives are taken (``gm_probe.measure``).
         device, dtype: of the inputs handed out.
         channels_last: hand out images in channels-last memory format (faster convolutions on CPU and GPU).
-        coupled: the outputs of a batch's examples hang together, as NT-Xent logits do. Then its size belongs to what is
-            measured, and batches, all of one size, are what is independent.
+        batch_dependent: the outputs of a batch's examples hang together, as NT-Xent logits do. Then its size belongs to
+            what is measured, and batches, all of one size, are what is independent.
 
     Raises:
         DataError, UsageError: as ``Normalization.require_range`` raises them.
@@ -166,20 +166,22 @@ class Batches:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
-        coupled: bool = False,
+        batch_dependent: bool = False,
     ) -> None:
         optional(whole, "batch_size", batch_size)
         self.examples = examples
         self.normalization = normalization or Normalization()
         self.normalization.require_range(examples)
         self.batch_size = batch_size or BATCH_SIZE
-        self.free = batch_size is None and not coupled  # whoever measures may choose it
+        self.auto_batch_size = batch_size is None and not batch_dependent  # whoever measures may choose it
         self.device = torch.device(device)
         self.dtype = dtype
         self.channels_last = channels_last and examples.x.dim() == 4
-        self.coupled = coupled
-        if coupled and len(examples) % self.batch_size:
-            raise DataError(f"{len(examples)} coupled examples do not fill batches of {self.batch_size}")
+        self.batch_dependent = batch_dependent
+        if batch_dependent and len(examples) % self.batch_size:
+            raise DataError(
+                f"{len(examples)} batch-dependent examples do not fill batches of {self.batch_size}"
+            )
         self.total = len(examples)  # N over all processes that share the work
         self.first = 0  # of them, the number of this process's first example
 
@@ -225,7 +227,7 @@ class Batches:
         Raises:
             DataError: fewer examples, or such batches, than processes.
         """
-        size, name = (self.batch_size, "batches") if self.coupled else (1, "examples")
+        size, name = (self.batch_size, "batches") if self.batch_dependent else (1, "examples")
         units = self.num_examples // size
         if count > units:
             raise DataError(f"{units} {name} do not go round {count} processes; use fewer")
@@ -237,12 +239,12 @@ class Batches:
     def of_size(self, batch_size: int) -> Batches:
         """The same examples in batches of another size."""
         whole("batch_size", batch_size)
-        if self.coupled and batch_size != self.batch_size:
+        if self.batch_dependent and batch_size != self.batch_size:
             raise UsageError(
                 "another batch size would be another measure: the batch's examples hang together"
             )
         other = copy(self)
-        other.batch_size, other.free = batch_size, False
+        other.batch_size, other.auto_batch_size = batch_size, False
         return other
 
     def over(self, examples: Examples) -> Batches:
@@ -271,13 +273,13 @@ class Batches:
         other.dtype = dtype
         return other
 
-    def few(self, count: int) -> slice:
-        """Which of a batch's examples ways may be tried on: the first ``count``, or all where they hang together."""
-        return slice(None) if self.coupled else slice(count)
+    def trial_slice(self, count: int) -> slice:
+        """Which of a batch's examples a product is tried on: the first ``count``, or all where they hang together."""
+        return slice(None) if self.batch_dependent else slice(count)
 
     def independent(self, terms: Tensor) -> Tensor:
         """Examples' (n,) terms as independent ones of the same mean: themselves, or their batches' means."""
-        return terms.view(-1, self.batch_size).mean(1) if self.coupled else terms
+        return terms.view(-1, self.batch_size).mean(1) if self.batch_dependent else terms
 
     def __len__(self) -> int:
         return -(-self.num_examples // self.batch_size)

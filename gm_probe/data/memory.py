@@ -27,7 +27,7 @@ def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T,
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or count() > 1:
                 raise
-            if batches.coupled:
+            if batches.batch_dependent:
                 raise ResourceError(
                     f"out of memory on batches of {batches.batch_size}, whose examples hang together "
                     f"({first_line(error)}); a smaller --batch-size is another measure"

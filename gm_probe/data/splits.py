@@ -1,4 +1,4 @@
-"""Disjoint train, unlabeled-probe and test parts of a data set, drawn by seed."""
+"""Disjoint train, unlabeled and test parts of a data set, drawn by seed."""
 
 from __future__ import annotations
 

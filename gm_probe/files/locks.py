@@ -1,4 +1,4 @@
-"""A folder held by one process at a time, and what that process tells of how far it is. Imports no torch."""
+"""A folder held by one process at a time, and the progress that this process reports. Imports no torch."""
 
 import io
 import json
@@ -33,9 +33,9 @@ STALE = 60.0
 POLL = 0.5
 """Seconds between two looks at the lock of another machine."""
 LONGEST = 2**16
-"""Bytes of a lock that are read: names, numbers and one word."""
-TELL = 1.0
-"""Seconds between two words of how far a holder is."""
+"""Bytes of a lock that are read: names, numbers and one progress report."""
+REPORT_EVERY = 1.0
+"""Seconds between two reports of how far a holder is."""
 _log = logging.getLogger(__name__)
 Sign = tuple[int, bytes]
 """A lock as it is at one time: when it was written (ns), and its content. Any change of it is a sign of life."""
@@ -44,7 +44,7 @@ Sign = tuple[int, bytes]
 LIFETIME = 1e10
 """Seconds that no work takes."""
 _PART = between(0.0, 1e15)
-WORD = table(
+STAGE_PROGRESS = table(
     {
         "stage": text,
         "done": _PART,
@@ -54,11 +54,11 @@ WORD = table(
     },
     required=("stage", "done", "total", "left", "more"),
 )
-"""What a lock may tell, as JSON has a ``Word``."""
+"""The JSON form of ``StageProgress`` that a lock may hold."""
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class StageProgress:
     """How far the holder of a folder is: ``done`` of ``total`` of a ``stage``, with ``left`` seconds to go.
 
     ``left`` is None until it is known.
@@ -77,35 +77,35 @@ class Word:
         return (stages.index(self.stage) + min(self.done / self.total, 1.0)) / len(stages)
 
 
-class Hold:
-    """A held folder: its lock names the holder, what it last told (see ``told``), and counts its signs of life."""
+class FolderLock:
+    """A held folder: its lock has the holder, its progress (see ``progress_of``) and a count of its signs of life."""
 
     def __init__(self, file: io.FileIO) -> None:
         self._file = file
         self._holder = f"{socket.gethostname()} {os.getpid()}\n"
-        self._word, self._beats = "", 0
+        self._progress, self._beats = "", 0
         self._writing = threading.Lock()  # the beat comes from a thread of its own
         self._stage = ""
         self._first = self._began = self._last = 0.0
         self._write()
 
-    def tell(
+    def report_progress(
         self, stage: str, done: float, total: float, more: Callable[[], Mapping[str, Any]] = dict
     ) -> None:
-        """Leave a ``Word``, at most one every ``TELL`` seconds: ``more`` may cost what it does.
+        """Leave a ``StageProgress``, at most one every ``REPORT_EVERY`` seconds: ``more`` may cost what it does.
 
-        The time left is reckoned from what was done since the stage was first told of, so a resumed run's is right.
+        The time left is reckoned from what was done since the stage was first reported, so a resumed run's is right.
         """
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._first, self._began = stage, done, now
-        elif now - self._last < TELL:
+        elif now - self._last < REPORT_EVERY:
             return
         self._last = now
         rate = (done - self._first) / max(now - self._began, 1e-9)
         known = rate > 0 and done < total  # beyond what was expected nobody knows
-        word = Word(stage, done, total, (total - done) / rate if known else None, more())
-        self._word = json.dumps(asdict(word))
+        progress = StageProgress(stage, done, total, (total - done) / rate if known else None, more())
+        self._progress = json.dumps(asdict(progress))
         self._write()
 
     def beat(self) -> None:
@@ -116,26 +116,26 @@ class Hold:
             os.utime(self._file.fileno())
 
     def _write(self) -> None:
-        content = f"{self._holder}{self._word}\n{self._beats}\n".encode()
+        content = f"{self._holder}{self._progress}\n{self._beats}\n".encode()
         with self._writing, suppress(OSError):  # a full disk must not end the work over this
             self._file.seek(0)
             self._file.write(content)  # over what stood there, so that the first line is never torn
             self._file.truncate()
 
 
-def told(folder: Path) -> Word | None:
-    """What the holder of ``folder`` last told; None where that is nothing, or is just being written."""
+def progress_of(folder: Path) -> StageProgress | None:
+    """What the holder of ``folder`` last reported; None where that is nothing, or is just being written."""
     try:
-        word = json.loads(_read(folder)[1].decode().split("\n")[1])
-        bounded(word)
-        WORD(word, "")  # of another machine's gmprobe, which may be of another version
-        return Word(**word)
+        progress = json.loads(_read(folder)[1].decode().split("\n")[1])
+        bounded(progress)
+        STAGE_PROGRESS(progress, "")  # of another machine's gmprobe, which may be of another version
+        return StageProgress(**progress)
     except (OSError, ValueError, IndexError, TypeError, RecursionError):
         return None
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[Hold]:
+def exclusive(folder: Path) -> Iterator[FolderLock]:
     """Hold ``folder`` for this process alone; the lock goes with the process, however it ends.
 
     While it is held the lock file names host and process, and changes every ``BEAT`` seconds. Some file systems keep a
@@ -159,13 +159,13 @@ def exclusive(folder: Path) -> Iterator[Hold]:
         with _alone_in_taking(folder):
             if _other_machine(folder) not in (None, gone):  # another that watched was faster
                 raise _busy(folder)
-            hold = Hold(file)
+            lock = FolderLock(file)
             os.fsync(file.fileno())  # over a network others see it only now
         ended = threading.Event()
-        beat = threading.Thread(target=_beat, args=(hold, ended), daemon=True)
+        beat = threading.Thread(target=_beat, args=(lock, ended), daemon=True)
         try:
             beat.start()
-            yield hold
+            yield lock
         finally:
             ended.set()
             if beat.is_alive():
@@ -320,9 +320,9 @@ def _named(content: bytes) -> tuple[str, int] | None:
         return None
 
 
-def _beat(hold: Hold, ended: threading.Event) -> None:
+def _beat(lock: FolderLock, ended: threading.Event) -> None:
     while not ended.wait(BEAT):
-        hold.beat()
+        lock.beat()
 
 
 class _Watch:

@@ -24,7 +24,7 @@ from gm_probe.runtime.processes import gather_examples, sum_over_processes
 def kl_gradient(
     parameters: Parameters,
     x: Inputs,
-    clean: Tensor,
+    logits: Tensor,
     offset: Tensor,
     factor: Tensor | float = 1.0,
     compared: Callable[[Tensor], Tensor] = lambda outputs: outputs,
@@ -33,10 +33,10 @@ def kl_gradient(
 
     Args:
         x: (B, ...) model input.
-        clean: (n, C) logits at θ, detached.
+        logits: (n, C) logits at θ, detached.
         offset: (P,) δ.
         factor: multiplies the sum before it is differentiated, lest float16 gradients underflow.
-        compared: maps the outputs (B, ...) at θ + δ to the n rows that ``clean`` is compared with.
+        compared: maps the outputs (B, ...) at θ + δ to the n rows that ``logits`` is compared with.
 
     Returns:
         (n,) divergences and the (P,) gradient.
@@ -47,7 +47,7 @@ def kl_gradient(
             for (name, p), d in zip(parameters.named.items(), parameters.split(offset).values(), strict=True)
         }
         outputs = compared(parameters.taken(x, moved))
-        terms = kl_divergence(clean, parameters.outputs.logits(outputs))
+        terms = kl_divergence(logits, parameters.outputs.logits(outputs))
         total = factor * terms.sum()
         gradients: Sequence[Tensor | None] = [None] * len(moved)
         if total.requires_grad:  # else the outputs depend on none of them
@@ -83,25 +83,25 @@ def ascend(gradient: Callable[[Tensor], Tensor], start: Tensor, radius: float, s
     return delta
 
 
-class ProbeDivergence:
-    """δ ↦ mean KL(f_θ ‖ f_{θ+δ}) over a probe set, with f_θ computed once.
+class Divergence:
+    """δ ↦ mean KL(f_θ ‖ f_{θ+δ}) over examples, with f_θ computed once.
 
     Args:
-        clean: (N, C) logits at θ in the order of ``batches``.
+        logits: (N, C) logits at θ in the order of ``batches``.
     """
 
-    def __init__(self, parameters: Parameters, batches: Batches, clean: Tensor, work: Work) -> None:
+    def __init__(self, parameters: Parameters, batches: Batches, logits: Tensor, work: Work) -> None:
         self.parameters, self.batches, self.work = parameters, batches, work
-        self._clean = cut(clean, batches)
+        self._logits = cut(logits, batches)
 
     def terms(self, offset: Tensor) -> Tensor:
-        """(N,) divergences at ``offset`` (P,); of coupled examples, their batches' means."""
+        """(N,) divergences at ``offset`` (P,); of batch-dependent examples, their batches' means."""
         result = []
         with torch.no_grad():
             values = self.parameters.moved(offset)
-            for batch, clean in zip(self.batches, self._clean, strict=True):
-                result.append(kl_divergence(clean, self.parameters.logits(batch.x, values)))
-                self.work.add(FORWARD, len(clean))
+            for batch, logits in zip(self.batches, self._logits, strict=True):
+                result.append(kl_divergence(logits, self.parameters.logits(batch.x, values)))
+                self.work.add(FORWARD, len(logits))
         return gather_examples(self.batches.independent(torch.cat(result)))
 
     def value_and_gradient(self, offset: Tensor) -> tuple[float, Tensor]:
@@ -111,11 +111,11 @@ class ProbeDivergence:
             DivergedError: it is not finite.
         """
         total, gradient = 0.0, torch.zeros_like(offset)
-        for batch, clean in zip(self.batches, self._clean, strict=True):
-            terms, part = kl_gradient(self.parameters, batch.x, clean, offset)
+        for batch, logits in zip(self.batches, self._logits, strict=True):
+            terms, part = kl_gradient(self.parameters, batch.x, logits, offset)
             total += float(terms.sum(dtype=torch.float64))
             gradient += part
-            self.work.add(GRADIENT, len(clean))
+            self.work.add(GRADIENT, len(logits))
         total = float(sum_over_processes(torch.tensor(total, dtype=torch.float64, device=offset.device)))
         gradient = sum_over_processes(gradient)
         if not bool(torch.isfinite(gradient).all()) or total != total:
@@ -137,7 +137,7 @@ class FisherByDifference:
     hardly a step moves, all is rounding.
     """
 
-    def __init__(self, divergence: ProbeDivergence) -> None:
+    def __init__(self, divergence: Divergence) -> None:
         self._divergence = divergence
         self._step = 1e-3
         weights = divergence.parameters.join(divergence.parameters.values().values())
@@ -197,8 +197,8 @@ def maximize(
 ) -> Maximum:
     """Ascend on the sphere ‖δ‖ = ρ until a step gains less than ``tolerance`` relative.
 
-    Steps are Algorithm 1's while they gain. Beyond the quadratic regime that iteration oscillates (METHOD.md,
-    issue 3), so a step that loses is undone and shortened, and the best iterate is kept.
+    Steps are Algorithm 1's while they gain. Beyond the quadratic regime that iteration oscillates,
+    so a step that loses is undone and shortened, and the best iterate is kept.
 
     Args:
         objective: maps δ (P,) to the mean KL and its gradient.

@@ -18,7 +18,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
     With d = q_logits - p_logits and t = d - Σ p d, it equals log1p(Σ p (eᵗ - 1 - t)): every term is ≥ 0, the
     difference of logits is taken before any rounding of logarithms, and equal logits give exactly 0. The naive
-    Σ p (log p - log q) is negative on a third of rows where logits differ by 1e-3 (METHOD.md, numerics).
+    Σ p (log p - log q) is negative on a third of rows where logits differ by 1e-3.
 
     Args:
         p_logits: (B, C) or (B, L, C).

@@ -28,7 +28,7 @@ TAILS = 4  # broadening widths that a curve goes on beyond the extreme nodes
 
 
 class Sampled(NamedTuple):
-    """A mean over probes; ``stderr`` is its standard error, None of a single probe."""
+    """A mean over random vectors; ``stderr`` is its standard error, None of a single one."""
 
     value: float
     stderr: float | None
@@ -39,10 +39,10 @@ class Outlier:
     """An isolated eigenvalue, or several too close together to be told apart.
 
     Attributes:
-        value: the outermost of the probes' Ritz values; the eigenvalue may lie further out, by ``residual`` at most.
-        residual: the largest of the probes' residuals.
+        value: the outermost of the vectors' Ritz values; the eigenvalue may lie further out, by ``residual`` at most.
+        residual: the largest of their residuals.
         count: P times its mean weight: 1 in expectation for one eigenvalue, with a relative standard deviation of
-            √(2/probes).
+            √(2/num_probes).
     """
 
     value: float
@@ -52,13 +52,13 @@ class Outlier:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Density:
-    """A spectral density as quadrature rules, one a probe: nodes are Ritz values, weights are of sum 1.
+    """A spectral density as quadrature rules, one a random vector: nodes are Ritz values, weights are of sum 1.
 
     Attributes:
         size: P.
-        nodes, weights: (steps,) float64 of every probe, nodes ascending; fewer where its Krylov space was exhausted,
+        nodes, weights: (steps,) float64 of every vector, nodes ascending; fewer where its Krylov space was exhausted,
             when the rule is its spectral measure itself.
-        residuals: (steps,) of every probe: some eigenvalue lies within it of the node.
+        residuals: (steps,) of every vector: some eigenvalue lies within it of the node.
         num_products: products with the operator that it took.
     """
 
@@ -80,7 +80,7 @@ class Density:
 
     @property
     def trace(self) -> Sampled:
-        """tr A; probes are signs, so that this is Hutchinson's estimator."""
+        """tr A; the vectors are signs, so that this is Hutchinson's estimator."""
         return self.moment(1)
 
     @property
@@ -95,7 +95,7 @@ class Density:
         return 10.0 ** round(math.log10(scale)) if scale else 1.0
 
     def moment(self, order: int) -> Sampled:
-        """Σ_i λ_iᵒʳᵈᵉʳ: of each probe exact up to an order of 2·steps − 1."""
+        """Σ_i λ_iᵒʳᵈᵉʳ: of each vector exact up to an order of 2·steps − 1."""
         return _sampled([self.size * float(w @ nodes**order) for nodes, w in self._rules()])
 
     def mass(self, low: float, high: float) -> Sampled:
@@ -110,7 +110,7 @@ class Density:
         linear_width: float | None = None,
         by_residual: bool = False,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """The density per unit of λ with every node broadened to a Gaussian, and its standard error over probes.
+        """The density per unit of λ with every node broadened to a Gaussian, and its standard error over vectors.
 
         Args:
             grid: (G,) values of λ.
@@ -120,7 +120,7 @@ class Density:
                 Eigenvalues that are resolved stay sharp, and the bulk shows no waves, which would be the nodes' own.
 
         Returns:
-            Both (G,); no error of a single probe.
+            Both (G,); no error of a single vector.
 
         Raises:
             UsageError: sigma or linear_width is not positive.
@@ -146,14 +146,14 @@ class Density:
     def outliers(self, tolerance: float = 0.01) -> tuple[Outlier, ...]:
         """Eigenvalues that stand out of the bulk, descending.
 
-        From either end inward, those that every probe found at the same place, up to the first that they did not or
+        From either end inward, those that every vector found at the same place, up to the first that they did not or
         that holds more than ``LUMP`` of the mass. Where all of a spectrum is resolved, that may be all of it.
 
         Args:
-            tolerance: of residuals and of the probes' differences, relative to the value.
+            tolerance: of residuals and of the vectors' differences, relative to the value.
         """
         above = list(self._from_end(-1, tolerance))
-        # what both ends reach, each has to its probes' differences
+        # what both ends reach, each has to its vectors' differences
         reached = above[-1].value - tolerance * abs(above[-1].value) if above else math.inf
         below = [one for one in self._from_end(1, tolerance) if one.value < reached]
         return (*above, *reversed(below))
@@ -200,8 +200,8 @@ class Density:
 
     def _from_end(self, step: int, tolerance: float) -> Iterator[Outlier]:
         """From the top (``step`` −1) or the bottom (+1) inward."""
-        probes = zip(self.nodes, self.weights, self.residuals, strict=True)
-        merged = [self._merged(*probe)[::step] for probe in probes]
+        vectors = zip(self.nodes, self.weights, self.residuals, strict=True)
+        merged = [self._merged(*vector)[::step] for vector in vectors]
         for rows in zip(*merged, strict=False):
             values, weights, residuals = np.array(rows).T
             outermost = float(values.min() if step > 0 else values.max())
@@ -211,7 +211,7 @@ class Density:
             yield Outlier(outermost, float(residuals.max()), _sampled((self.size * weights).tolist()))
 
     def _merged(self, nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray) -> list[np.ndarray]:
-        """(value, weight, residual) of a probe's nodes, those at one place as one and without those of no weight.
+        """(value, weight, residual) of a vector's nodes, those at one place as one and without those of no weight.
 
         Both are what rounding leaves of a Krylov space that was exhausted without notice: it goes on into copies of
         eigenvalues that it has.
@@ -241,7 +241,7 @@ def density(
         notify: called after every product with the products done and the most there may be.
 
     Raises:
-        UsageError: no probe or no step.
+        UsageError: no vector or no step.
         DivergedError: a product is not finite.
     """
     if num_probes < 1 or num_steps < 1:

@@ -15,7 +15,7 @@ from gm_probe.errors import DivergedError
 from gm_probe.linalg.operator import Operator
 from gm_probe.linalg.work import Expect
 
-SKETCH = 16  # products that find directions to deflate; of F they cut a probe's deviation 28 and 19 times
+SKETCH = 16  # products that find directions to deflate; of F they cut a vector's deviation 28 and 19 times
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,11 @@ class Trace:
     """A stochastic trace.
 
     Attributes:
-        stderr: standard error over probes; None = exact.
-        stderr_examples: standard error from the N examples being a sample, the probes' noise taken out; None
-            where these few probes cannot tell the two apart, or of a single example.
-        num_probes: that ``value`` is the mean of.
-        terms: (N,) the examples' own shares, of mean ``value``; as noisy as the probes are few.
+        stderr: standard error over random vectors; None = exact.
+        stderr_examples: standard error from the N examples being a sample, their noise taken out; None
+            where these few vectors cannot tell the two apart, or of a single example.
+        num_probes: random vectors that ``value`` is the mean of.
+        terms: (N,) the examples' own shares, of mean ``value``; as noisy as the vectors are few.
         sketched: directions were deflated that a sketch had found (Hutch++).
     """
 
@@ -51,17 +51,17 @@ def trace(
     offset: Tensor | None = None,
     offset_error: float = 0.0,
 ) -> Trace:
-    """Hutchinson's estimator with Rademacher probes, until its standard error is ≤ ``tolerance`` · \\|value\\|.
+    """Hutchinson's estimator with Rademacher vectors, until its standard error is ≤ ``tolerance`` · \\|value\\|.
 
-    Where the first probes say that many more are needed it turns into Hutch++ (Meyer et al. 2021): the span of A times
-    ``SKETCH`` random vectors is deflated, and fresh probes see what is left.
+    Where the first vectors say that many more are needed it turns into Hutch++ (Meyer et al. 2021): the span of A times
+    ``SKETCH`` random vectors is deflated, and fresh vectors see what is left.
 
     Args:
         max_probes: before giving up; a sketched direction counts as two.
         deflate: orthonormal vectors (P,) whose share is taken exactly, instead of a sketch's.
         offset: (N,) examples' known shares of another matrix, to estimate the trace of the sum.
         offset_error: standard error of their mean, which counts as this estimate's; where it is too large for the
-            tolerance, the least number of probes is drawn.
+            tolerance, the least number of vectors is drawn.
 
     Raises:
         UsageError: a number is none that can be.
@@ -79,10 +79,10 @@ def trace(
 
 
 class Hutchinson:
-    """The estimator of ``trace``, whose probes serve again where another ``offset`` is known.
+    """The estimator of ``trace``, whose random vectors serve again where another ``offset`` is known.
 
     Args:
-        expect: called after every probe with the probes done and about how many there will be.
+        expect: called after every product with the vectors done and about how many there will be.
     """
 
     def __init__(
@@ -101,43 +101,47 @@ class Hutchinson:
         self.first = max(min(whole("min_probes", min_probes), max_probes), 2)
         self._operator, self._generator, self._expect = operator, generator, expect
         self._may_sketch = not deflate
-        self._spent = 0  # on probes that a sketch has replaced, and on the sketch
-        self._probes = _Probes(operator, generator, deflate)
+        self._spent = 0  # on vectors that a sketch has replaced, and on the sketch
+        self._vectors = _RandomVectors(operator, generator, deflate)
 
     def estimate(self, offset: Tensor | None = None, offset_error: float = 0.0) -> Trace:
         """See ``trace``."""
         real("offset_error", offset_error, least=0)
         while True:
-            count = self._probes.count
+            count = self._vectors.count
             if count >= self.first:
-                value = self._probes.mean + (0.0 if offset is None else float(offset.double().mean()))
+                value = self._vectors.mean + (0.0 if offset is None else float(offset.double().mean()))
                 allowed = self.tolerance * abs(value)
-                error = math.hypot(self._probes.spread, offset_error)
+                error = math.hypot(self._vectors.spread, offset_error)
                 done, hopeless = error <= allowed, bool(allowed) and offset_error > allowed
                 if done or hopeless or count >= self.most - self._spent:
-                    return self._probes.result(offset, offset_error, done, self._spent > 0)
+                    return self._vectors.result(offset, offset_error, done, self._spent > 0)
                 self._look_ahead(allowed**2 - offset_error**2)
-            self._probes.draw()
-            if count == 0:  # what a probe costs is reckoned from here
+            self._vectors.draw()
+            if count == 0:  # what a product costs is reckoned from here
                 self._tell(self.first)
 
     def _look_ahead(self, own: float) -> None:
-        """Tell how many probes a variance of ``own`` needs, and sketch where these are many."""
-        count = self._probes.count
-        needed = count * (self._probes.spread**2 / own) if own > 0 else math.inf
+        """Tell how many vectors a variance of ``own`` needs, and sketch where these are many."""
+        count = self._vectors.count
+        needed = count * (self._vectors.spread**2 / own) if own > 0 else math.inf
         self._tell(needed)
         left = self.most - count - 2 * SKETCH
         if self._may_sketch and left >= self.first and needed > 4 * SKETCH < self._operator.size:
-            self._probes = _Probes(self._operator, self._generator, _sketch(self._operator, self._generator))
+            self._vectors = _RandomVectors(
+                self._operator, self._generator, _sketch(self._operator, self._generator)
+            )
             self._may_sketch, self._spent = False, count + 2 * SKETCH
             self._tell(left)
 
     def _tell(self, needed: float) -> None:
         if self._expect is not None:
-            self._expect(self._spent + self._probes.count, self._spent + min(needed, self.most - self._spent))
+            self._expect(
+                self._spent + self._vectors.count, self._spent + min(needed, self.most - self._spent)
+            )
 
 
-class _Probes:
+class _RandomVectors:
     """zᵀA z for random signs z, outside of the span of ``deflate``, whose share is taken exactly."""
 
     def __init__(self, operator: Operator, generator: torch.Generator, deflate: Sequence[Tensor]) -> None:
@@ -146,16 +150,16 @@ class _Probes:
         for vector in deflate:
             self._deflated = self._deflated + operator.terms(vector).double()
         self._means: list[float] = []
-        self._total: Tensor | float = 0.0  # (N,) Σ over probes of the examples' terms
-        self._variances = 0.0  # Σ over probes of the variance over examples
+        self._total: Tensor | float = 0.0  # (N,) Σ over vectors of the examples' terms
+        self._variances = 0.0  # Σ over vectors of the variance over examples
 
     def draw(self) -> None:
         operator = self._operator
         signs = torch.randint(0, 2, (operator.size,), generator=self._generator, dtype=torch.int8)
-        probe = signs.to(operator.device, operator.dtype) * 2 - 1
+        z = signs.to(operator.device, operator.dtype) * 2 - 1
         for vector in self._deflate:
-            probe = probe - (vector @ probe) * vector
-        terms = operator.terms(probe).double() + self._deflated
+            z = z - (vector @ z) * vector
+        terms = operator.terms(z).double() + self._deflated
         if not bool(torch.isfinite(terms).all()):
             raise DivergedError("a curvature term is not finite; try --dtype float64")
         self._total = self._total + terms
@@ -172,7 +176,7 @@ class _Probes:
 
     @property
     def spread(self) -> float:
-        """Standard error from the probes."""
+        """Standard error over the random vectors."""
         return float(np.std(self._means, ddof=1)) / math.sqrt(self.count)
 
     def result(self, offset: Tensor | None, offset_error: float, converged: bool, sketched: bool) -> Trace:
@@ -186,7 +190,7 @@ class _Probes:
             if len(total) > 1:  # Σ Var(tᵢ + k) = Σ Var(tᵢ) + 2 Cov(Σ tᵢ, k) + n Var(k)
                 variances += float(2 * torch.cov(torch.stack([total, known]))[0, 1] + n * known.var())
             total = total + n * known
-        # Var(mean over n probes) = V + E/n and Var(one probe) = V + E, solved for the examples' own V
+        # Var(mean over n vectors) = V + E/n and Var(one vector) = V + E, solved for the examples' own V
         own = (float(total.var()) - variances) / (n * (n - 1)) if len(total) > 1 else -1.0
         own -= len(total) * offset_error**2  # the noise of the examples' known shares
         stderr_examples = math.sqrt(own / len(total)) if own >= 0 else None

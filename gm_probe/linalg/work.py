@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# In forward passes; a backward pass costs about two (METHOD.md). One gradient evaluation = 3.
+# In forward passes; a backward pass costs about two. One gradient evaluation = 3.
 FORWARD = 1.0
 GRADIENT = 3.0
 JVP = 3.0  # the primal pass, and a tangent pass of two products a layer
@@ -16,7 +16,7 @@ EXAMPLE_NORMS = 3.0  # back to every layer's output, and its weights' gradient e
 
 
 Expect = Callable[[float, float], None]
-"""Called with the units of work that are done, probes or iterations, and about how many there will be."""
+"""Called with the units of work that are done, random vectors or iterations, and about how many there will be."""
 
 
 class Count(float):
@@ -30,10 +30,10 @@ class Count(float):
 
 
 class Work:
-    """A running count of gradient evaluations over the whole probe set.
+    """A running count of gradient evaluations over all the examples.
 
     Args:
-        num_examples: size of the probe set, or of this process's share; a pass over a batch of B counts B/size.
+        num_examples: number of the examples, or of this process's share; a pass over a batch of B counts B/size.
         notify: called with the count after every batch (progress bars).
     """
 
@@ -49,7 +49,7 @@ class Work:
         self._end: float | None = None
 
     def expect(self, done: float, total: float) -> None:
-        """Note that an estimate has ``done`` so many of about ``total`` units of equal cost, probes or iterations."""
+        """Note that an estimate has ``done`` so many of about ``total`` units of equal cost, vectors or iterations."""
         if self._began is None or done <= self._began[1]:
             self._began, self._end = (self.evaluations, done), None
             return

@@ -131,14 +131,14 @@ SEPARATE = {
     "crop_rate": "counts classes",
     "local_inconsistency_batchwise": "cuts the batch",
 }
-"""Why some are undefined where the outputs of a batch hang together (``Batches.coupled``)."""
+"""Why some are undefined where the outputs of a batch hang together (``Batches.batch_dependent``)."""
 
 
 def check_names(
-    names: Sequence[str], *, labeled: bool, coupled: bool = False, num_processes: int = 1
+    names: Sequence[str], *, labeled: bool, batch_dependent: bool = False, num_processes: int = 1
 ) -> None:
-    """Raise UsageError for an unknown measure, one that several processes cannot share, or of ``coupled`` examples an
-    undefined one.
+    """Raise UsageError for an unknown measure, one that several processes cannot share, or of
+    ``batch_dependent`` examples an undefined one.
 
     Raises:
         DataError: one needs labels that are not there.
@@ -146,7 +146,7 @@ def check_names(
     for name in names:
         if name not in CATALOGUE:
             raise UsageError(f"no measure {name!r}; {did_you_mean(name, CATALOGUE)}")
-        if coupled and name in SEPARATE:
+        if batch_dependent and name in SEPARATE:
             raise UsageError(f"{name} {SEPARATE[name]}: of NT-Xent logits it is undefined; leave it out")
         if name == "local_inconsistency_batchwise" and num_processes > 1:
             raise UsageError(f"{name} cuts the examples into batches; take it in one process")
@@ -159,12 +159,13 @@ def takes_derivatives(names: Sequence[str]) -> bool:
     return any(CATALOGUE[name].cost >= 1 for name in names)
 
 
-def default_measures(*, labeled: bool, coupled: bool = False) -> list[str]:
-    """``DEFAULT_MEASURES`` that can be taken; NT-Xent of ``coupled`` examples needs no labels."""
+def default_measures(*, labeled: bool, batch_dependent: bool = False) -> list[str]:
+    """``DEFAULT_MEASURES`` that can be taken; NT-Xent of ``batch_dependent`` examples needs no labels."""
     return [
         name
         for name in DEFAULT_MEASURES
-        if (labeled or coupled or not CATALOGUE[name].needs_labels) and not (coupled and name in SEPARATE)
+        if (labeled or batch_dependent or not CATALOGUE[name].needs_labels)
+        and not (batch_dependent and name in SEPARATE)
     ]
 
 

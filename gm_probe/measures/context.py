@@ -1,4 +1,4 @@
-"""How to measure, one measured figure, and a model over its probe set with what several measures share."""
+"""What a measure returns, and a model over its examples with what several measures share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gm_probe.curvature.written import require_moved_weights
 from gm_probe.data.batches import Batches
 from gm_probe.data.labels import as_labels, fitting
 from gm_probe.errors import DataError, DivergedError, UsageError, foreign_or
-from gm_probe.inconsistency.ascent import FisherByDifference, ProbeDivergence
+from gm_probe.inconsistency.ascent import Divergence, FisherByDifference
 from gm_probe.linalg.lanczos import Eigenpair, certified, lanczos
 from gm_probe.linalg.operator import Operator
 from gm_probe.linalg.trace import Trace
@@ -58,10 +58,10 @@ class Estimate:
 
     Attributes:
         value: None where it is undefined; ``details['reason']`` says why.
-        stderr: the estimator's standard error (probes, starts) or error bound (Lanczos residual); None = exact.
-        stderr_examples: standard error from the probe set being a sample of N examples.
+        stderr: the estimator's standard error (random vectors, starts) or error bound (Lanczos residual); None = exact.
+        stderr_examples: standard error from the examples being a sample of N.
         converged: whether the estimator met its tolerance.
-        num_evals: gradient evaluations over the whole probe set that it took, beyond work shared with an
+        num_evals: gradient evaluations over all the examples that it took, beyond work shared with an
             earlier row.
         details: what else belongs to the figure.
     """
@@ -78,8 +78,31 @@ class Estimate:
         return as_row(self)
 
 
-Figure = tuple[float | None, float | None, float | None, bool, dict[str, Any]]
-"""value, estimator's error, error from the examples being a sample, converged, details"""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a measure returns: an ``Estimate`` before ``measure`` adds its cost and the reasons for what is missing.
+
+    Attributes:
+        stderr: the estimator's standard error, over random vectors or starts.
+        bound: instead of a standard error, a bound of the estimator's error, as a Lanczos residual is.
+    """
+
+    value: float | None
+    stderr: float | None = None
+    bound: float | None = None
+    stderr_examples: float | None = None
+    converged: bool = True
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def undefined(cls, reason: str) -> Measured:
+        """There is no value, for this ``reason``."""
+        return cls(None, converged=False, details={"reason": reason})
+
+    @property
+    def error(self) -> float | None:
+        """The bound where there is one, else the standard error; None = exact."""
+        return self.stderr if self.bound is None else self.bound
 
 
 def example_error(terms: Tensor) -> float | None:
@@ -93,8 +116,8 @@ def _same(logits: Tensor, again: Tensor, dtype: torch.dtype) -> bool:
     return bool(torch.allclose(logits, again, rtol=tolerance, atol=tolerance * float(logits.abs().max())))
 
 
-class Probe:
-    """A model over a probe set, with what several measures share: outputs, labels, the top Fisher eigenpair."""
+class MeasurementContext:
+    """A model over its examples, with what several measures share: logits, labels, the top Fisher eigenpair."""
 
     def __init__(
         self,
@@ -117,7 +140,7 @@ class Probe:
         Raises:
             UsageError: they have none, or forward hides some from autograd, or the backward pass runs forward again.
         """
-        few = next(iter(self.batches)).x[self.batches.few(TRIAL)]
+        few = next(iter(self.batches)).x[self.batches.trial_slice(TRIAL)]
         with differentiable():
             require_moved_weights(self.parameters, few, Draws(few.device, self.parameters.model))
         require_gradients(self.parameters, few, self.generator("gradients"))
@@ -154,7 +177,7 @@ class Probe:
     def _require_independent(self, outputs: Tensor) -> None:
         """Raise UsageError where an example's outputs hang on its batch: so would every measure."""
         x = next(iter(self.batches)).x
-        if self.batches.coupled or len(x) < 2:
+        if self.batches.batch_dependent or len(x) < 2:
             return
         count = min(TRIAL, len(x)) - 1
         few = slice(1, 1 + count - (count + 1) % 2)  # an odd number, which no groups of examples divide
@@ -171,7 +194,7 @@ class Probe:
             raise hanging("as of BatchNorm without running statistics")
 
     @cached_property
-    def clean(self) -> Tensor:
+    def logits(self) -> Tensor:
         """(n, C) logits at θ of this process's examples; (n, L, 2) of L yes-or-no labels.
 
         Raises:
@@ -191,10 +214,10 @@ class Probe:
         self.parameters.outputs = self.parameters.outputs.checked(first)
         return self.parameters.outputs.logits(first)
 
-    def mean(self, values: Tensor) -> Figure:
+    def mean(self, values: Tensor) -> Measured:
         """The exact mean of this process's per-example ``values`` (n,) over all examples."""
         joined = gather_examples(self.batches.independent(values.double()))
-        return float(joined.mean()), None, example_error(joined), True, {}
+        return Measured(float(joined.mean()), stderr_examples=example_error(joined))
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -203,15 +226,15 @@ class Probe:
         if examples.y is None:
             return None
         y = as_labels(examples.y.clone(), len(examples))  # a copy, for it may be of inference mode
-        return fitting(y, self.clean, examples.source).to(self.clean.device)
+        return fitting(y, self.logits, examples.source).to(self.logits.device)
 
     @cached_property
-    def divergence(self) -> ProbeDivergence:
-        return ProbeDivergence(self.differentiable, self.batches, self.clean, self.work)
+    def divergence(self) -> Divergence:
+        return Divergence(self.differentiable, self.batches, self.logits, self.work)
 
     @cached_property
     def fisher(self) -> Operator:
-        return fisher(self.differentiable, self.batches, self.clean, self.work)
+        return fisher(self.differentiable, self.batches, self.logits, self.work)
 
     @cached_property
     def hessian(self) -> Operator:
@@ -220,11 +243,11 @@ class Probe:
     @property
     def hessian_labels(self) -> Tensor:
         """(n,) or (n, L) as given, or else predicted."""
-        return self.clean.argmax(-1) if self.labels is None else self.labels
+        return self.logits.argmax(-1) if self.labels is None else self.labels
 
     @property
     def label_kind(self) -> str:
-        if self.batches.coupled:
+        if self.batches.batch_dependent:
             return "partner"
         return "predicted" if self.labels is None else "given"
 
@@ -278,12 +301,12 @@ class Probe:
 
     def fisher_trace_to(self, tolerance: float) -> Trace | None:
         """The same to another tolerance."""
-        if self.batches.coupled:
+        if self.batches.batch_dependent:
             return None
         return fisher_trace(
             self.differentiable,
             self.batches,
-            self.clean,
+            self.logits,
             self.work,
             generator=self.generator("fisher trace"),
             tolerance=tolerance,
@@ -296,13 +319,13 @@ class Probe:
         batches = self.batches
         return (
             "examples depend on each other"
-            if batches.coupled
+            if batches.batch_dependent
             else obstacle(self.parameters, next(iter(batches)).x)
         )
 
     @cached_property
     def residual(self) -> Operator:
-        return residual(self.differentiable, self.batches, self.clean, self.hessian_labels, self.work)
+        return residual(self.differentiable, self.batches, self.logits, self.hessian_labels, self.work)
 
     def starts(self) -> Iterator[Tensor]:
         """Random starts (P,), one at a time: all of them would take P times their number."""

@@ -29,7 +29,7 @@ from gm_probe.measures import outputs
 from gm_probe.measures import sharpness as inconsistency
 from gm_probe.measures import spectra as curvature
 from gm_probe.measures.catalogue import CATALOGUE, Listed, check_names, default_measures, takes_derivatives
-from gm_probe.measures.context import Estimate, Figure, Probe, Settings
+from gm_probe.measures.context import Estimate, Measured, MeasurementContext, Settings
 from gm_probe.models.door import Outputs, unwrapped
 from gm_probe.models.layout import in_layout_taken
 from gm_probe.models.parameters import Parameters, as_measured
@@ -40,12 +40,12 @@ from gm_probe.runtime.randomness import generators_kept
 
 @dataclass(frozen=True, slots=True)
 class Measure(Listed):
-    """One row of ``MEASURES``: ``compute`` takes the shared probe and returns the figure."""
+    """One row of ``MEASURES``: ``compute`` takes the shared context."""
 
-    compute: Callable[[Probe], Figure]
+    compute: Callable[[MeasurementContext], Measured]
 
 
-_COMPUTED_BY: dict[str, Callable[[Probe], Figure]] = {
+_COMPUTED_BY: dict[str, Callable[[MeasurementContext], Measured]] = {
     "local_inconsistency": inconsistency.local_inconsistency,
     "local_inconsistency_converged": inconsistency.converged,
     "fisher_lambda_max": curvature.fisher_lambda_max,
@@ -157,10 +157,12 @@ def measure(
     unwrapped(model)
     batches = _in_dtype_of(model, as_batches(data))
     if names is None:
-        names = default_measures(labeled=batches.labeled, coupled=batches.coupled)
-    check_names(names, labeled=batches.labeled, coupled=batches.coupled, num_processes=count())
+        names = default_measures(labeled=batches.labeled, batch_dependent=batches.batch_dependent)
+    check_names(
+        names, labeled=batches.labeled, batch_dependent=batches.batch_dependent, num_processes=count()
+    )
     if batches.num_examples == 0:
-        raise DataError("the probe set is empty")
+        raise DataError("there are no examples to measure on")
     device = Parameters(model, settings.params).device
     require_float64(device)
     batches = batches.on(device)
@@ -176,40 +178,40 @@ def measure(
     # a model may draw at random though its outputs stay the same
     batches = in_layout_taken(model, batches)
     with generators_kept(batches.device, model), as_measured(model):
-        probe = Probe(model, batches, settings, work, initial, outputs)
-        _require_full(probe.parameters.dtype)
+        context = MeasurementContext(model, batches, settings, work, initial, outputs)
+        _require_full(context.parameters.dtype)
 
-        def probed(batches: Batches) -> Probe:
-            nonlocal probe
-            if probe.batches is not batches:  # what is shared was made on the others
-                probe = Probe(model, batches, settings, work, initial, outputs)
-            return probe
+        def context_of(batches: Batches) -> MeasurementContext:
+            nonlocal context
+            if context.batches is not batches:  # what is shared was made on the others
+                context = MeasurementContext(model, batches, settings, work, initial, outputs)
+            return context
 
-        probe.parameters.check_finite()
-        if batches.free and takes_derivatives(names):
+        context.parameters.check_finite()
+        if batches.auto_batch_size and takes_derivatives(names):
             batches = within(memory, model, batches, outputs)
         # its cost is the report's, not the first measure's
-        clean, batches = within_memory(batches, lambda batches: probed(batches).clean)
-        _require_full(clean.dtype, "outputs")
+        logits, batches = within_memory(batches, lambda batches: context_of(batches).logits)
+        _require_full(logits.dtype, "outputs")
         for name in names:
             current = name
             work.begin()
             before = work.evaluations
             compute = MEASURES[name].compute
             try:
-                figure, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
+                measured, batches = within_memory(batches, lambda batches: compute(context_of(batches)))  # noqa: B023  called at once
             except (UsageError, *UNDEFINING) as error:
                 told = type(error)(f"{name}: {error}")
                 # of several processes one alone may have seen it, for which the others would wait
                 if not isinstance(told, UNDEFINING) or count() > 1:
                     raise told from error
                 refusals.append(told)
-                figure = None, None, None, False, {"reason": str(error)}
-            rows[name] = _estimate(figure, batches, settings.target_error, work.evaluations - before)
+                measured = Measured.undefined(str(error))
+            rows[name] = _estimate(measured, batches, settings.target_error, work.evaluations - before)
     if refusals and all(row.value is None for row in rows.values()):
         raise refusals[0]
     how = outputs or Outputs()
-    return Report(probe.parameters.size, batches.total, settings, rows, batches.batch_size, how)
+    return Report(context.parameters.size, batches.total, settings, rows, batches.batch_size, how)
 
 
 def _in_dtype_of(model: nn.Module, batches: Batches) -> Batches:
@@ -226,14 +228,17 @@ def _require_full(dtype: torch.dtype, what: str = "weights") -> None:
         )
 
 
-def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float) -> Estimate:
+def _estimate(measured: Measured, batches: Batches, target_error: float, cost: float) -> Estimate:
     """With reasons for what is missing or not finite, and how many examples ``target_error`` takes."""
-    value, stderr, example_error, converged, details = figure
-    details = dict(details)
-    if example_error is None and value is not None:
-        one = "batch" if batches.coupled else "example"
+    details = dict(measured.details)
+    if measured.stderr_examples is None and measured.value is not None:
+        one = "batch" if batches.batch_dependent else "example"
         details.setdefault("reason_stderr_examples", f"one {one}, or lost in the probes' noise")
-    found = {"value": value, "stderr": stderr, "stderr_examples": example_error}
+    found = {
+        "value": measured.value,
+        "stderr": measured.error,
+        "stderr_examples": measured.stderr_examples,
+    }
     for label, number in found.items():
         if number is not None and not math.isfinite(number):
             found[label] = None
@@ -246,9 +251,12 @@ def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float
             details["estimator_above_target"] = estimator
     if target_error and value and example_error is not None:
         ratio = example_error / (target_error * abs(value))
-        images = 2 if batches.coupled else 1  # two views of an image
+        images = 2 if batches.batch_dependent else 1  # two views of an image
         if ratio > 0:  # without a spread nothing can be told
             details["examples_needed"] = math.ceil(batches.total / images * ratio**2)
     return Estimate(
-        **found, converged=converged and value is not None, num_evals=round(cost, 3), details=details
+        **found,
+        converged=measured.converged and value is not None,
+        num_evals=round(cost, 3),
+        details=details,
     )

@@ -13,7 +13,7 @@ from gm_probe.data.batches import cut
 from gm_probe.data.fields import tensors_of, with_tensors
 from gm_probe.inconsistency.kl import over_rows
 from gm_probe.linalg.work import FORWARD, GRADIENT
-from gm_probe.measures.context import Figure, Probe, example_error
+from gm_probe.measures.context import Measured, MeasurementContext, example_error
 from gm_probe.models.parameters import dense
 from gm_probe.runtime.processes import gather_examples
 
@@ -21,28 +21,28 @@ NO_INPUT_GRADIENT = "the outputs have no gradient by the inputs"
 SHIFT = 4  # pixels, as in the usual crop augmentation
 
 
-def error(probe: Probe) -> Figure:
+def error(context: MeasurementContext) -> Measured:
     """Fraction of wrong predictions; of several labels an example, of wrong labels (the Hamming loss)."""
-    assert probe.labels is not None
-    return probe.mean(_over_labels(probe.clean.argmax(-1) != probe.labels))
+    assert context.labels is not None
+    return context.mean(_over_labels(context.logits.argmax(-1) != context.labels))
 
 
-def cross_entropy(probe: Probe) -> Figure:
+def cross_entropy(context: MeasurementContext) -> Measured:
     """Mean over examples; of several labels an example, of their sum, whose Hessian is measured."""
-    assert probe.labels is not None
-    log_p = probe.clean.double().log_softmax(-1)
-    return probe.mean(over_rows(-log_p.gather(-1, probe.labels[..., None])[..., 0]))
+    assert context.labels is not None
+    log_p = context.logits.double().log_softmax(-1)
+    return context.mean(over_rows(-log_p.gather(-1, context.labels[..., None])[..., 0]))
 
 
-def mean_entropy(probe: Probe) -> Figure:
+def mean_entropy(context: MeasurementContext) -> Measured:
     """Mean over examples; independent labels' entropies add."""
-    log_p = probe.clean.double().log_softmax(-1)
-    return probe.mean(over_rows(-(log_p.exp() * log_p).sum(-1)))
+    log_p = context.logits.double().log_softmax(-1)
+    return context.mean(over_rows(-(log_p.exp() * log_p).sum(-1)))
 
 
-def mean_confidence(probe: Probe) -> Figure:
+def mean_confidence(context: MeasurementContext) -> Measured:
     """Mean over examples and their labels, as the error is."""
-    return probe.mean(_over_labels(probe.clean.double().softmax(-1).amax(-1)))
+    return context.mean(_over_labels(context.logits.double().softmax(-1).amax(-1)))
 
 
 def _over_labels(values: Tensor) -> Tensor:
@@ -50,20 +50,20 @@ def _over_labels(values: Tensor) -> Tensor:
     return values if values.dim() == 1 else values.double().mean(1)
 
 
-def input_jacobian_norm(probe: Probe) -> Figure:
+def input_jacobian_norm(context: MeasurementContext) -> Measured:
     """Root mean square over examples of ‖∂f_θ(x)/∂x‖_F (Novak et al. 2018), exact: one backward pass a class.
 
     f_θ(x) are all probabilities, of a yes-or-no label both of p and 1 − p.
     """
     rows = []
-    for batch, clean in zip(probe.batches, cut(probe.clean, probe.batches), strict=True):
+    for batch, logits in zip(context.batches, cut(context.logits, context.batches), strict=True):
         if not batch.x.is_floating_point():
-            return None, None, None, False, {"reason": "inputs are integers: nothing to differentiate by"}
+            return Measured.undefined("inputs are integers: nothing to differentiate by")
         x = with_tensors(batch.x, {key: _leaf(value) for key, value in tensors_of(batch.x).items()})
         by = [value for value in tensors_of(x).values() if value.requires_grad]
         squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         with torch.enable_grad():
-            p = probe.differentiable.logits(x, probe.parameters.values()).softmax(-1).flatten(1)
+            p = context.differentiable.logits(x, context.parameters.values()).softmax(-1).flatten(1)
             found: list[Tensor] = []
             for c in range(p.shape[1] if p.requires_grad else 0):
                 gradients = torch.autograd.grad(p[:, c].sum(), by, retain_graph=True, allow_unused=True)
@@ -71,13 +71,13 @@ def input_jacobian_norm(probe: Probe) -> Figure:
                 for g in found:
                     squares += g.double().flatten(1).square().sum(1)
             if not found:
-                return None, None, None, False, {"reason": NO_INPUT_GRADIENT}
-        probe.work.add(FORWARD + p.shape[1] * (GRADIENT - FORWARD), len(clean))
+                return Measured.undefined(NO_INPUT_GRADIENT)
+        context.work.add(FORWARD + p.shape[1] * (GRADIENT - FORWARD), len(logits))
         rows.append(squares)
     squares = gather_examples(torch.cat(rows))
     value = math.sqrt(float(squares.mean()))
     spread = example_error(squares)
-    return value, None, None if spread is None or value == 0 else spread / (2 * value), True, {}
+    return Measured(value, stderr_examples=None if spread is None or value == 0 else spread / (2 * value))
 
 
 def _leaf(value: Tensor) -> Tensor:
@@ -85,12 +85,12 @@ def _leaf(value: Tensor) -> Tensor:
     return value.detach().requires_grad_() if value.is_floating_point() else value
 
 
-def flip_rate(probe: Probe) -> Figure:
+def flip_rate(context: MeasurementContext) -> Measured:
     """Fraction of predictions that change where the image is mirrored left to right."""
-    return _changed(probe, lambda x, _: x.flip(-1))
+    return _changed(context, lambda x, _: x.flip(-1))
 
 
-def crop_rate(probe: Probe) -> Figure:
+def crop_rate(context: MeasurementContext) -> Measured:
     """Fraction of predictions that change where the image moves by up to 4 pixels (reflected at the border)."""
 
     def moved(x: Tensor, shifts: Tensor) -> Tensor:
@@ -104,40 +104,40 @@ def crop_rate(probe: Probe) -> Figure:
         ]
         return found.permute(0, 3, 1, 2)
 
-    return _changed(probe, moved)
+    return _changed(context, moved)
 
 
-def _changed(probe: Probe, transform: Callable[[Tensor, Tensor], Tensor]) -> Figure:
+def _changed(context: MeasurementContext, transform: Callable[[Tensor, Tensor], Tensor]) -> Measured:
     """``transform`` maps images (B, C, H, W) and uniform numbers (B, 2) of their own to images."""
-    batches, rows = probe.batches, []
+    batches, rows = context.batches, []
     # for all examples at once, so that no shift hangs on the batch size or on the process
-    numbers = torch.rand(batches.total, 2, generator=probe.generator("crop"))
+    numbers = torch.rand(batches.total, 2, generator=context.generator("crop"))
     mine = numbers[batches.first : batches.first + batches.num_examples].split(batches.batch_size)
-    for batch, clean, some in zip(batches, cut(probe.clean, batches), mine, strict=True):
+    for batch, logits, some in zip(batches, cut(context.logits, batches), mine, strict=True):
         if not isinstance(batch.x, Tensor) or batch.x.dim() != 4 or not batch.x.is_floating_point():
-            return None, None, None, False, {"reason": "inputs are no images"}
+            return Measured.undefined("inputs are no images")
         with torch.no_grad():
-            logits = probe.parameters.logits(transform(batch.x, some))
-        probe.work.add(FORWARD, len(clean))
-        rows.append(_over_labels(logits.argmax(-1) != clean.argmax(-1)))
-    return probe.mean(torch.cat(rows))
+            changed = context.parameters.logits(transform(batch.x, some))
+        context.work.add(FORWARD, len(logits))
+        rows.append(_over_labels(changed.argmax(-1) != logits.argmax(-1)))
+    return context.mean(torch.cat(rows))
 
 
-def parameter_norm(probe: Probe) -> Figure:
+def parameter_norm(context: MeasurementContext) -> Measured:
     """‖θ‖ over the measured parameters."""
-    return _length(probe.parameters.named)
+    return _length(context.parameters.named)
 
 
-def distance_from_initialization(probe: Probe) -> Figure:
+def distance_from_initialization(context: MeasurementContext) -> Measured:
     """‖θ − θ₀‖ over the measured parameters, θ₀ those that training started from."""
-    if probe.initial is None:
-        return None, None, None, False, {"reason": "the initial parameters are known of run folders only"}
-    before = dict(probe.initial.named_parameters())
+    if context.initial is None:
+        return Measured.undefined("the initial parameters are known of run folders only")
+    before = dict(context.initial.named_parameters())
     return _length(
-        {name: p.detach() - before[name].to(p.device) for name, p in probe.parameters.named.items()}
+        {name: p.detach() - before[name].to(p.device) for name, p in context.parameters.named.items()}
     )
 
 
-def _length(tensors: Mapping[str, Tensor]) -> Figure:
+def _length(tensors: Mapping[str, Tensor]) -> Measured:
     squares = sum(float(t.detach().double().square().sum()) for t in tensors.values())
-    return math.sqrt(squares), None, None, True, {"reason_stderr_examples": "needs no examples"}
+    return Measured(math.sqrt(squares), details={"reason_stderr_examples": "needs no examples"})

@@ -1,4 +1,4 @@
-"""What pairs of models say of a training procedure, over one unlabeled probe set.
+"""What pairs of models say of a training procedure, over one set of unlabeled examples.
 
 Disagreement (Jiang et al. 2022), and the inconsistency and instability of Johnson & Zhang (2023). All of it comes
 from outputs alone: no model is differentiated, none is compared with itself, and KL divergences are in nats.
@@ -43,7 +43,7 @@ class PairEstimate:
         value: mean over pairs and examples; None where it is undefined, and ``details['reason']`` says why.
         stderr: by a jackknife that deletes one model or one training set at a time, as
             ``details['stderr_over']`` says; None where there are too few (``details['reason_stderr']``).
-        stderr_examples: standard error from the probe set being a sample of N examples, models held fixed.
+        stderr_examples: standard error from the examples being a sample of N, models held fixed.
         num_pairs: unordered pairs averaged over: of models, for the instability of training sets.
         num_models, num_training_sets: in those pairs.
     """
@@ -190,7 +190,7 @@ def check_outputs(name: str, outputs: Tensor, other_name: str, other: Tensor) ->
     if len(outputs) != len(other):
         raise DataError(
             f"{name} has outputs for {len(outputs)} examples but {other_name} for {len(other)}; "
-            "all models need the same probe set"
+            "all models need the same examples"
         )
     finite = torch.isfinite(outputs).flatten(1).all(1)
     if not bool(finite.all()):

@@ -15,7 +15,7 @@ from gm_probe.data.datasets import Examples
 from gm_probe.data.fields import arguments
 from gm_probe.data.memory import within_memory
 from gm_probe.errors import DataError, UsageError, foreign_or, one_device
-from gm_probe.files.locks import Hold
+from gm_probe.files.locks import FolderLock
 from gm_probe.linalg.density import density
 from gm_probe.linalg.work import Work
 from gm_probe.measures.catalogue import (
@@ -25,7 +25,7 @@ from gm_probe.measures.catalogue import (
     expected_costs,
     takes_derivatives,
 )
-from gm_probe.measures.context import Probe
+from gm_probe.measures.context import MeasurementContext
 from gm_probe.measures.measure import UNDEFINING, measure
 from gm_probe.measures.settings import Settings
 from gm_probe.models.checkpoints import Checkpoint, is_simclr, read_checkpoint
@@ -44,7 +44,7 @@ from gm_probe.training.contrastive_batches import contrastive_batches
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class LoadedCheckpoint:
     """A checkpoint's model over examples, ready to be measured."""
 
     model: torch.nn.Module
@@ -58,7 +58,7 @@ class Subject:
     notes: tuple[str, ...] = ()  # what was chosen of a file without being asked for
 
 
-def open_subject(
+def open_checkpoint(
     path: Path,
     examples: Examples,
     *,
@@ -74,7 +74,7 @@ def open_subject(
     outputs: Outputs | None = None,
     temperature: float | None = None,
     seed: int = 0,
-) -> Subject:
+) -> LoadedCheckpoint:
     """Load the checkpoint ``path`` and lay ``examples`` out for it.
 
     Args:
@@ -110,7 +110,7 @@ def open_subject(
             examples, chosen, images=batch_size, seed=seed, device=device, dtype=dtype
         )
         views.channels_last = settle_layout(model, next(iter(views)).x)
-        return Subject(
+        return LoadedCheckpoint(
             model,
             name,
             views,
@@ -135,7 +135,9 @@ def open_subject(
             f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; "
             "each class needs its folder, or measure it --unlabeled"
         )
-    return Subject(model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs, *said)
+    return LoadedCheckpoint(
+        model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs, *said
+    )
 
 
 def _check_head(checkpoint: Checkpoint, head: str, temperature: float | None) -> bool:
@@ -178,26 +180,28 @@ def measure_checkpoint(
     Under ``torchrun`` each process takes its share of the examples; all return the same.
 
     Args:
-        quadrature: probes and steps of the spectral densities; None = do without.
+        quadrature: random vectors and steps of the spectral densities; None = do without.
         batch_size: None = what ``memory`` bytes hold.
         memory: bytes that a product may take.
-        loading: as ``open_subject`` takes them.
+        loading: as ``open_checkpoint`` takes them.
 
     Raises:
         CheckpointError, DataError, UsageError, DivergedError: as the parts raise them.
     """
     simclr = loading.get("head") == "simclr"
-    check_names(names or (), labeled=simclr or examples.y is not None, coupled=simclr, num_processes=count())
+    check_names(
+        names or (), labeled=simclr or examples.y is not None, batch_dependent=simclr, num_processes=count()
+    )
     with failing_together():
-        subject = open_subject(
+        loaded = open_checkpoint(
             path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading
         )
-    batches = subject.batches
+    batches = loaded.batches
     derivatives = quadrature is not None or takes_derivatives(names or DEFAULT_MEASURES)
     if batch_size is None and derivatives and not simclr:
-        batches = within(memory, subject.model, batches, subject.outputs)
+        batches = within(memory, loaded.model, batches, loaded.outputs)
     part = batches.shard(rank(), count())
-    initial = _initial(path, subject) if "distance_from_initialization" in (names or ()) else None
+    initial = _initial(path, loaded) if "distance_from_initialization" in (names or ()) else None
     spent = 0.0
 
     def tick(name: str, evaluations: float) -> None:
@@ -207,18 +211,18 @@ def measure_checkpoint(
             notify(name, evaluations)
 
     report = measure(
-        subject.model,
+        loaded.model,
         part,
         names,
         settings,
         initial=initial,
         memory=memory,
         notify=tick,
-        outputs=subject.outputs,
+        outputs=loaded.outputs,
     )
     result = report.as_dict(
         checkpoint=str(path),
-        model=subject.name,
+        model=loaded.name,
         data=examples.source,
         num_examples=len(examples),
         mean=list(batches.normalization.mean),
@@ -226,25 +230,25 @@ def measure_checkpoint(
         passed_over=dict(examples.passed_over),
         dtype=str(batches.dtype).removeprefix("torch."),
         processes=count(),
-        **({"key": subject.key} if subject.key else {}),
-        **_how_coupled(subject),
+        **({"key": loaded.key} if loaded.key else {}),
+        **_batch_settings(loaded),
         **environment(batches.device),
     )
     result |= {
-        "num_classes": subject.num_classes,
+        "num_classes": loaded.num_classes,
         "batch_size": report.batch_size,
         "out_of_memory_at": batches.batch_size if report.batch_size < batches.batch_size else None,
         "channels_last": batches.channels_last,
         "skipped": list(examples.skipped),
     }
-    if subject.notes:
-        result["notes"] = list(subject.notes)
+    if loaded.notes:
+        result["notes"] = list(loaded.notes)
     if quadrature is not None:
         before = spent
         result["density"], _ = within_memory(
             part.of_size(report.batch_size),
             lambda part: _densities(
-                subject,
+                loaded,
                 part,
                 settings,
                 quadrature,
@@ -305,13 +309,13 @@ DIGEST = "data_sha256"
 """A setting of what was measured over other data than the run's own: a file may change under its name."""
 
 
-def telling(hold: Hold, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
-    """A ``notify`` of ``measure_checkpoint`` that tells those who look at the held run folder."""
+def reporting(lock: FolderLock, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
+    """A ``notify`` of ``measure_checkpoint`` that reports progress in the held run folder."""
     outlook = Outlook(expected_costs(names, settings))
 
     def notify(name: str, evaluations: float) -> None:
         total = outlook.total(name, evaluations)
-        hold.tell(
+        lock.report_progress(
             "measuring", evaluations, evaluations if total is None else total, lambda: {"measure": name}
         )
 
@@ -326,27 +330,27 @@ def density_costs(quadrature: tuple[int, int] | None) -> dict[str, float]:
     return {DENSITY_OF.format("fisher"): 2 * products, DENSITY_OF.format("hessian"): 3 * products}
 
 
-def _how_coupled(subject: Subject) -> dict[str, Any]:
+def _batch_settings(loaded: LoadedCheckpoint) -> dict[str, Any]:
     """What NT-Xent's figures depend on beside the model; nothing of a classifier."""
-    if not isinstance(subject.model, Contrastive):
+    if not isinstance(loaded.model, Contrastive):
         return {}
-    images = subject.batches.batch_size // 2
+    images = loaded.batches.batch_size // 2
     return {
         "head": "simclr",
-        "temperature": subject.model.temperature,
+        "temperature": loaded.model.temperature,
         "batch_images": images,
-        "num_images": subject.batches.total // 2,
+        "num_images": loaded.batches.total // 2,
         "per_example": f"a view, among the {2 * images} of its batch; standard errors over batches",
     }
 
 
-def _initial(path: Path, subject: Subject) -> torch.nn.Module | None:
+def _initial(path: Path, loaded: LoadedCheckpoint) -> torch.nn.Module | None:
     """What a run's training started from; None of other checkpoints.
 
     A record that names another network than the one that was loaded is not followed: it could name anybody's code.
     """
-    recorded = subject.recorded
-    if recorded is None or recorded.name != subject.name or not path.is_dir():
+    recorded = loaded.recorded
+    if recorded is None or recorded.name != loaded.name or not path.is_dir():
         return None
     config = read_run(path).config
     seed, given = config.get("seed"), config.get("init")
@@ -357,11 +361,11 @@ def _initial(path: Path, subject: Subject) -> torch.nn.Module | None:
         if not Path(given).exists():  # the weights that it started from are gone
             return None
         load_pretrained(model, read_checkpoint(Path(given)))
-    return model.to(subject.batches.device, subject.batches.dtype)
+    return model.to(loaded.batches.device, loaded.batches.dtype)
 
 
 def _densities(
-    subject: Subject,
+    loaded: LoadedCheckpoint,
     part: Batches,
     settings: Settings,
     quadrature: tuple[int, int],
@@ -369,20 +373,20 @@ def _densities(
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``. ``reason``: why there is none."""
     num_probes, num_steps = quadrature
-    with one_device(), generators_kept(part.device, subject.model), as_measured(subject.model):
+    with one_device(), generators_kept(part.device, loaded.model), as_measured(loaded.model):
         work = Work(part.num_examples)
-        probe = Probe(subject.model, part, settings, work, outputs=subject.outputs)
+        context = MeasurementContext(loaded.model, part, settings, work, outputs=loaded.outputs)
         found = {}
-        for name, operator in (("fisher", probe.fisher), ("hessian", probe.hessian)):
-            before = probe.work.evaluations
+        for name, operator in (("fisher", context.fisher), ("hessian", context.hessian)):
+            before = context.work.evaluations
 
             def tick(_: int, __: int, name: str = name) -> None:
-                notify(DENSITY_OF.format(name), probe.work.evaluations)
+                notify(DENSITY_OF.format(name), context.work.evaluations)
 
             try:
                 found[name] = density(
                     operator,
-                    generator=probe.generator(f"{name} density"),
+                    generator=context.generator(f"{name} density"),
                     num_probes=num_probes,
                     num_steps=num_steps,
                     notify=tick,
@@ -391,8 +395,8 @@ def _densities(
                 if count() > 1:
                     raise
                 found[name] = {"reason": str(error)}
-            found[name]["num_evals"] = round(probe.work.evaluations - before, 3)
-        found["hessian"]["labels"] = probe.label_kind
+            found[name]["num_evals"] = round(context.work.evaluations - before, 3)
+        found["hessian"]["labels"] = context.label_kind
     return found
 
 

@@ -13,10 +13,10 @@ import torch
 from gm_probe.data.datasets import Examples
 from gm_probe.errors import CheckpointError
 from gm_probe.executors.local import Executor, Job, Outcome
-from gm_probe.files.locks import Hold, exclusive
+from gm_probe.files.locks import FolderLock, exclusive
 from gm_probe.measures.catalogue import expected_costs
-from gm_probe.measuring.checkpoint import DIGEST, How, density_costs, measure_as, output_settings, telling
-from gm_probe.measuring.saved import as_recorded, coupled_settings, input_settings, merge_measures
+from gm_probe.measuring.checkpoint import DIGEST, How, density_costs, measure_as, output_settings, reporting
+from gm_probe.measuring.saved import as_recorded, batch_dependent_settings, input_settings, merge_measures
 from gm_probe.runs.records import MEASURES, read_result, read_run
 from gm_probe.runtime.devices import pick_device
 from gm_probe.runtime.processes import failing_together, rank
@@ -51,7 +51,7 @@ class Request:
             return "finished", self._measured(path, threads, None, self.how)
         with ExitStack() as held:
             with failing_together():
-                hold = held.enter_context(exclusive(path)) if rank() == 0 else None
+                lock = held.enter_context(exclusive(path)) if rank() == 0 else None
                 how, changed = as_recorded(path, self.how, self.given)
                 if read_run(path).measured(self.names, self._asked(path, how)):
                     return "skipped", {
@@ -59,7 +59,7 @@ class Request:
                         "checkpoint": str(path),
                         "as_before": changed,
                     }
-            result = self._measured(path, threads, hold, how)
+            result = self._measured(path, threads, lock, how)
             if rank() == 0:
                 result["replaced"] = merge_measures(path / MEASURES, result)
             result["as_before"] = changed
@@ -69,17 +69,17 @@ class Request:
         """Return the settings that the record of ``path`` must have, to be what is asked for."""
         asked = {**how.settings.as_dict(), **how.scope, **input_settings(how.loading)}
         asked |= output_settings(how.loading)
-        asked |= coupled_settings(path, how.loading)
+        asked |= batch_dependent_settings(path, how.loading)
         if how.of_other_data:
             asked[DIGEST] = how.chosen(self.examples(path)).digest
         return asked
 
-    def _measured(self, path: Path, threads: int | None, hold: Hold | None, how: How) -> dict[str, Any]:
+    def _measured(self, path: Path, threads: int | None, lock: FolderLock | None, how: How) -> dict[str, Any]:
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         costs = expected_costs(self.names, how.settings) | density_costs(how.loading.get("quadrature"))
         watch = nullcontext(None) if self.watch is None else self.watch(path, costs)
-        tell = None if hold is None else telling(hold, self.names, how.settings)
+        report = None if lock is None else reporting(lock, self.names, how.settings)
         try:
             with failing_together():
                 if not path.exists():
@@ -89,7 +89,7 @@ class Request:
             with watch as show:
 
                 def notify(name: str, evaluations: float) -> None:
-                    for each in (show, tell):
+                    for each in (show, report):
                         if each is not None:
                             each(name, evaluations)
 

@@ -18,11 +18,11 @@ from gm_probe.measuring.checkpoint import DIGEST, How
 from gm_probe.models.checkpoints import read_checkpoint
 from gm_probe.runs.records import CHECKPOINT, MEASURES, read_run
 from gm_probe.runtime.devices import environment
-from gm_probe.training.parts import OWN_UNLABELED
+from gm_probe.training.run_splits import OWN_UNLABELED
 
 NORMALIZING = {"mean", "std", "no_normalize"}
 """Names of the options that say how pixels are normalised."""
-COUPLED = {"batch_images": "batch_size", "temperature": "temperature"}
+BATCH_DEPENDENT = {"batch_images": "batch_size", "temperature": "temperature"}
 """Settings that NT-Xent's figures depend on besides, and what ``measure_checkpoint`` calls them."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 """That weights are measured in, by the names that a measures.json has for them."""
@@ -32,7 +32,7 @@ MOST, MOST_LISTED = 10_000, 100
 """Of each that a run's file may ask for, and how many values of a list; more must be asked for by its reader."""
 
 
-def coupled_settings(run: Path, loading: Mapping[str, Any]) -> dict[str, Any]:
+def batch_dependent_settings(run: Path, loading: Mapping[str, Any]) -> dict[str, Any]:
     """What the NT-Xent figures of ``run`` will be taken with besides; nothing of a classifier."""
     if loading.get("head") != "simclr":
         return {}
@@ -73,8 +73,10 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
         return how, {}
     settings, scope, loading = how.settings.as_dict(), dict(how.scope), dict(how.loading)
     asked = {**settings, "max_examples": scope["max_examples"]}
-    by_default = {key for key, option in COUPLED.items() if loading.get(option) is None}
-    asked |= {key: value for key, value in coupled_settings(run, loading).items() if key in by_default}
+    by_default = {key for key, option in BATCH_DEPENDENT.items() if loading.get(option) is None}
+    asked |= {
+        key: value for key, value in batch_dependent_settings(run, loading).items() if key in by_default
+    }
     if {*given} & NORMALIZING:
         given = {*given, "mean", "std"}
     else:
@@ -83,7 +85,7 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
     kept = {key: recorded[key] for key in asked if key in recorded and key not in given}
     changed = {key: value for key, value in kept.items() if value != asked[key]}
     _require_modest(run / MEASURES, changed)
-    loading |= {option: changed[key] for key, option in COUPLED.items() if key in changed}
+    loading |= {option: changed[key] for key, option in BATCH_DEPENDENT.items() if key in changed}
     if "dtype" in changed:
         loading["dtype"] = DTYPES[changed["dtype"]]
     ours: dict[str, Any] = {

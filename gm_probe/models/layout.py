@@ -37,7 +37,7 @@ def in_layout_taken(model: nn.Module, batches: Batches) -> Batches:
     """Return ``batches`` in the memory format that the model takes with its weights as they are."""
     if not batches.channels_last:
         return batches
-    few = next(iter(batches.of_size(min(2, batches.batch_size)))).x if not batches.coupled else None
+    few = next(iter(batches.of_size(min(2, batches.batch_size)))).x if not batches.batch_dependent else None
     if few is None or _runs(model, few):
         return batches
     other = copy(batches)

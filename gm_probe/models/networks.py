@@ -9,7 +9,7 @@ from torch.nn import functional
 
 
 def cnn6(channels: int, height: int, width: int, classes: int) -> nn.Sequential:
-    """6CNN (METHOD.md, authors' code): four convolutions without bias and two linear layers, ReLU between.
+    """6CNN (as in the authors' code): four convolutions without bias and two linear layers, ReLU between.
 
     511,926 parameters on 3×32×32 and 10 classes.
     """

@@ -15,7 +15,7 @@ from torch.func import grad, jacrev, vmap
 from torch.nn import functional
 
 from gm_probe.data.batches import Batches
-from gm_probe.inconsistency.ascent import ProbeDivergence
+from gm_probe.inconsistency.ascent import Divergence
 from gm_probe.linalg.work import Work
 from gm_probe.models.parameters import Parameters
 from gm_probe.models.zoo import ModelSpec, initial_model
@@ -98,12 +98,10 @@ class Network:
         return float((self.logits(self.mixture.x).argmax(1) != self.mixture.y).double().mean())
 
     @property
-    def divergence(self) -> ProbeDivergence:
+    def divergence(self) -> Divergence:
         """What Algorithm 1 climbs: δ ↦ mean KL(f_θ ‖ f_{θ+δ}) over the mixture, labels unread."""
         batches = Batches.from_tensors(self.mixture.x, batch_size=len(self.mixture.x))
-        return ProbeDivergence(
-            self.parameters, batches, self.logits(self.mixture.x), Work(len(self.mixture.x))
-        )
+        return Divergence(self.parameters, batches, self.logits(self.mixture.x), Work(len(self.mixture.x)))
 
     def fisher(self) -> Tensor:
         """F (P, P) from every example's whole Jacobian: shares no code with ``curvature.operators``."""

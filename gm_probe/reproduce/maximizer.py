@@ -120,10 +120,10 @@ def projected_ascent(
     Steps along the normalised gradient, of length ρ at first and decaying linearly to 0 (the paper's are lost).
     """
     x, parameters = network.mixture.x, network.parameters
-    clean = network.logits(x)
+    logits = network.logits(x)
 
     def divergence(delta: Tensor) -> Tensor:
-        return kl_divergence(clean, parameters.logits(x, parameters.moved(delta))).mean()
+        return kl_divergence(logits, parameters.logits(x, parameters.moved(delta))).mean()
 
     gradients = vmap(grad(divergence))
     delta = torch.stack([parameters.random(rho, generator) for _ in range(count)])

@@ -24,7 +24,7 @@ from gm_probe.analysis.typeset import Sheet
 from gm_probe.errors import DivergedError
 from gm_probe.inconsistency.kl import kl_divergence
 from gm_probe.measures.pairwise import compare
-from gm_probe.measuring.checkpoint import open_subject
+from gm_probe.measuring.checkpoint import open_checkpoint
 from gm_probe.models.parameters import Parameters
 from gm_probe.reproduce.drawing import logarithmic, panels
 from gm_probe.reproduce.finding import Finding, Outcome, Task, frame_sheet, shown_tau
@@ -34,7 +34,7 @@ from gm_probe.sweep.recipe import Recipe, parse_recipe
 from gm_probe.sweep.tuning import NOTHING
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.leave import Leave
-from gm_probe.training.parts import own_unlabeled
+from gm_probe.training.run_splits import own_unlabeled
 
 ARMS = {"own": "own start", "common": "common start"}
 CLOSE = 0.25  # share by which an approximation may miss
@@ -97,9 +97,9 @@ def _settings(recipe: Recipe, folder: Path) -> list[tuple[list[Path], TrainConfi
 def _of_setting(paths: Sequence[Path], config: TrainConfig) -> dict[str, Any]:
     """C_θ, the variance of the parameters over seeds, and the means of what was measured of each run."""
     examples = own_unlabeled(paths[0], Leave.of(config)).in_memory()
-    subjects = [open_subject(path, examples) for path in paths]
-    models = [Parameters(subject.model.eval()) for subject in subjects]
-    x = torch.cat([batch.x for batch in subjects[0].batches])
+    loaded = [open_checkpoint(path, examples) for path in paths]
+    models = [Parameters(each.model.eval()) for each in loaded]
+    x = torch.cat([batch.x for batch in loaded[0].batches])
     outputs = [model.logits(x).detach() for model in models]
     thetas = torch.stack([model.join(model.values().values()).double() for model in models])
     variance = float(thetas.var(0).mean())

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gm_probe.files.locks import Hold
+from gm_probe.files.locks import FolderLock
 from gm_probe.measures.catalogue import expected_cost
 from gm_probe.measures.settings import Settings
 from gm_probe.sweep.recipe import MeasurePlan
@@ -108,8 +108,8 @@ class _Rate:
 def _rate(config: TrainConfig) -> _Rate:
     seconds, training = _timed(config)
     full_precision = seconds if config.amp == "none" else _timed(config.replace(amp="none"))[0]
-    feed, splits = training.feed, training.splits
-    inputs = min(config.batch_size, feed.examples) * feed.rows
+    sampler, splits = training.sampler, training.splits
+    inputs = min(config.batch_size, sampler.examples) * sampler.rows
     return _Rate(
         seconds,
         training.steps,
@@ -143,13 +143,13 @@ class _Enough(Exception):
     """That many steps were timed."""
 
 
-class _Watch(Hold):
+class _Watch(FolderLock):
     """In the place of a held folder: notes when each step has ended."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def tell(self, *_: Any) -> None:
+    def report_progress(self, *_: Any) -> None:
         self.times.append(time.perf_counter())
         if len(self.times) > 2 * STEPS:
             raise _Enough

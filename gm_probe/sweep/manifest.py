@@ -24,7 +24,7 @@ def write_sweep(recipe: Recipe, out: Path) -> None:
             "runs": {name: config.as_dict() for name, config in recipe.runs.items()},
             "measures": list(plan.measures),
             "settings": plan.asked,
-            "coupled": plan.coupled,
+            "coupled": plan.batch_dependent,
             "batch_size": plan.batch_size,
             "group_by": list(recipe.group_by),
         },

@@ -46,7 +46,9 @@ class MeasurePlan:
     @property
     def scope(self) -> dict[str, Any]:
         """Over what a run is measured, as its measures.json says it."""
-        from gm_probe.training.parts import OWN_UNLABELED  # torch, which a wrong recipe must not wait for
+        from gm_probe.training.run_splits import (
+            OWN_UNLABELED,  # torch, which a wrong recipe must not wait for
+        )
 
         return {"part": OWN_UNLABELED, "max_examples": self.max_examples}
 
@@ -56,7 +58,7 @@ class MeasurePlan:
         return {**self.settings.as_dict(), **self.scope}
 
     @property
-    def coupled(self) -> dict[str, Any]:
+    def batch_dependent(self) -> dict[str, Any]:
         """Those that a SimCLR encoder's must agree with besides."""
         from gm_probe.data.batches import BATCH_SIZE
 
@@ -159,8 +161,8 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
 
 def _require_of_views(plan: MeasurePlan, configs: Collection[TrainConfig]) -> None:
     """Raise UsageError for what of SimCLR encoders, ``configs``, cannot be measured, before they are trained."""
-    check_names(plan.measures, labeled=True, coupled=True)
-    size = plan.coupled["batch_images"]
+    check_names(plan.measures, labeled=True, batch_dependent=True)
+    size = plan.batch_dependent["batch_images"]
     for config in configs if plan.measures else ():
         images = [n for n in (config.num_unlabeled, plan.max_examples) if n is not None]
         if images and min(images) < size:

@@ -12,8 +12,8 @@ import torch
 from gm_probe.errors import DivergedError, StorageError
 from gm_probe.executors.local import Executor, Job, Outcome, Processes, in_turn, visible_gpus
 from gm_probe.files.atomic import in_utf8, read_json, write_atomic, write_json
-from gm_probe.files.locks import Hold, exclusive
-from gm_probe.measuring.checkpoint import How, measure_as, telling
+from gm_probe.files.locks import FolderLock, exclusive
+from gm_probe.measuring.checkpoint import How, measure_as, reporting
 from gm_probe.measuring.saved import merge_measures
 from gm_probe.runs.records import (
     CHECKPOINT,
@@ -31,7 +31,7 @@ from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.leave import Leave
 from gm_probe.training.loop import train
-from gm_probe.training.parts import own_unlabeled
+from gm_probe.training.run_splits import own_unlabeled
 
 
 def is_complete(out: Path, plan: MeasurePlan) -> bool:
@@ -43,8 +43,8 @@ def is_complete(out: Path, plan: MeasurePlan) -> bool:
     except (StorageError, OSError):
         return False  # trying the run will say what is broken, or may not be read
     if record.status == "finished" and not (out / STATE).exists():
-        coupled = plan.coupled if record.config.get("objective") == "simclr" else {}
-        return record.measured(plan.measures, {**plan.asked, **coupled})
+        batch_dependent = plan.batch_dependent if record.config.get("objective") == "simclr" else {}
+        return record.measured(plan.measures, {**plan.asked, **batch_dependent})
     return record.status == "diverged"
 
 
@@ -65,10 +65,10 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
             config, out, resume=True
         )  # of a finished run only what a kill after its summary left is removed
         if plan.measures:
-            with exclusive(out) as hold:
+            with exclusive(out) as lock:
                 if is_complete(out, plan):  # another did it since this one looked
                     return "skipped"
-                _measure(config, plan, out, hold)
+                _measure(config, plan, out, lock)
         return "finished"
     except DivergedError:
         if read_run(out).status != "diverged":  # the measurement diverged, not the training
@@ -78,7 +78,7 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
         torch.set_num_threads(before)
 
 
-def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, hold: Hold) -> None:
+def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, lock: FolderLock) -> None:
     loading = {
         "model_name": config.model,  # the code that the recipe names, never one that a file names
         "batch_size": plan.batch_size,
@@ -90,7 +90,7 @@ def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, hold: Hold) -> N
         own_unlabeled(out, Leave.of(config)),
         plan.measures,
         How(plan.settings, plan.scope, loading),
-        telling(hold, plan.measures, plan.settings),
+        reporting(lock, plan.measures, plan.settings),
     )
     merge_measures(out / MEASURES, result)
 

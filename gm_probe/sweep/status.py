@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.errors import StorageError, UsageError
-from gm_probe.files.locks import Word, told
+from gm_probe.files.locks import StageProgress, progress_of
 from gm_probe.files.regular import read_record
 from gm_probe.runs.records import (
     CONFIG,
@@ -42,7 +42,7 @@ class RunStatus:
         reason: the last line of what a failed run left, or why training diverged.
         began: when (seconds since 1970) it was begun first.
         ended: likewise, when it came to its end.
-        word: what its holder last told, while it is running.
+        progress: what its holder last reported, while it is running.
     """
 
     run: str
@@ -52,7 +52,7 @@ class RunStatus:
     reason: str | None = None
     began: float | None = None
     ended: float | None = None
-    word: Word | None = None
+    progress: StageProgress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,10 @@ class SweepStatus:
         runs = [asdict(run) for run in self.runs]
         for run in runs:
             del run["began"], run["ended"]
-            if run["word"] is not None:  # a loss may be infinite, which JSON has no word for
-                more = run["word"]["more"]
-                run["word"]["more"] = {
+            progress = run["word"] = run.pop("progress")
+            if progress is not None:  # a loss may be infinite, which JSON cannot say
+                more = progress["more"]
+                progress["more"] = {
                     key: None if isinstance(value, float) and not math.isfinite(value) else value
                     for key, value in more.items()
                 }
@@ -150,8 +151,8 @@ def run_status(path: Path, name: str, sweep: _Sweep | None = None, planned_as: s
     try:
         state, reason = run_state(path), failure(path)
         if state == "finished" and sweep is not None and planned is not None:
-            coupled = sweep.content.get("coupled", {}) if planned.get("objective") == "simclr" else {}
-            asked = {**sweep.content["settings"], **coupled}
+            batch_dependent = sweep.content.get("coupled", {}) if planned.get("objective") == "simclr" else {}
+            asked = {**sweep.content["settings"], **batch_dependent}
             state = state if read_run(path).measured(sweep.content["measures"], asked) else "trained"
     except StorageError as error:
         state, reason = "failed", str(error)
@@ -159,8 +160,8 @@ def run_status(path: Path, name: str, sweep: _Sweep | None = None, planned_as: s
         state, reason = "failed", f"cannot read {path}: {error.strerror or error}"
     most = planned.get("epochs") if planned is not None else _max_epochs(path)
     ended = _latest(path, (SUMMARY, MEASURES)) if state in ENDED else None
-    word = told(path) if state == "running" else None
-    return RunStatus(name, state, _epochs(path), most, reason, _latest(path, (CONFIG,)), ended, word)
+    progress = progress_of(path) if state == "running" else None
+    return RunStatus(name, state, _epochs(path), most, reason, _latest(path, (CONFIG,)), ended, progress)
 
 
 def _name(path: Path, root: Path) -> str:
@@ -195,7 +196,7 @@ def _eta(runs: Sequence[RunStatus], sweep: _Sweep) -> float | None:
     """At the pace since the sweep's start; what runs that had been begun before did since then is not known."""
     at_work = [run for run in runs if run.state == "running"]
     ended = [run for run in runs if run.ended is not None and run.ended >= sweep.began]
-    shares = {run.run: run.word.share(sweep.stages) for run in at_work if run.word is not None}
+    shares = {run.run: run.progress.share(sweep.stages) for run in at_work if run.progress is not None}
     begun = [run.began for run in (*at_work, *ended) if run.began is not None]
     fresh = [run for run in at_work if run.began is not None and run.began >= sweep.began]
     done = len(ended) + sum(shares.get(run.run, 0.0) for run in fresh)

@@ -19,7 +19,7 @@ from gm_probe.training.config import TrainConfig
 from gm_probe.training.rules import METHODS
 
 VALIDATION = 0.1
-"""Share of the training part that cells are judged on (METHOD.md)."""
+"""Share of the training part that cells are judged on."""
 NOTHING = MeasurePlan((), Settings(), None, 1)
 
 

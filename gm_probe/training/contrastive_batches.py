@@ -1,4 +1,4 @@
-"""A probe set for NT-Xent: batches of the same size, of two seeded views of each image."""
+"""Examples as NT-Xent is measured on: batches of the same size, of two seeded views of each image."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def contrastive_batches(
         batch_size=2 * images,
         device=device,
         dtype=dtype,
-        coupled=True,
+        batch_dependent=True,
     )

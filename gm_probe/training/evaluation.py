@@ -144,10 +144,10 @@ class ProbeEvaluation(Evaluation):
 
     def of_epoch(self, epoch: int, model: nn.Module) -> Figures:
         every = self.config.probe_every
-        return self._probed(model) if every > 0 and epoch % every == 0 else {}
+        return self._of_linear_probe(model) if every > 0 and epoch % every == 0 else {}
 
     def of_run(self, rows: Sequence[Mapping[str, Any]], model: nn.Module) -> Figures:
-        figures = self._probed(model)
+        figures = self._of_linear_probe(model)
         tested = [row["probe_test_error"] for row in rows if "probe_test_error" in row]
         return {
             "nt_xent": rows[-1]["running_nt_xent"],
@@ -155,6 +155,6 @@ class ProbeEvaluation(Evaluation):
             "probe_test_error_min": min([*tested, figures["probe_test_error"]]),
         }
 
-    def _probed(self, model: nn.Module) -> Figures:
+    def _of_linear_probe(self, model: nn.Module) -> Figures:
         assert isinstance(model, Contrastive)
         return dict(linear_probe(model, self.train, self.test, classes=self.classes, seed=self.config.seed))

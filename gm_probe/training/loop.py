@@ -9,15 +9,15 @@ from typing import Any
 
 from gm_probe.errors import DivergedError, UsageError, memory_or
 from gm_probe.files.atomic import remove_temporary, write_json
-from gm_probe.files.locks import Hold, exclusive
+from gm_probe.files.locks import FolderLock, exclusive
 from gm_probe.runs.records import CONFIG, SPLIT, STATE, SUMMARY, read_run
 from gm_probe.runtime import processes
 from gm_probe.runtime.devices import deterministic
 from gm_probe.runtime.precision import float32_products
 from gm_probe.runtime.signals import Terminated, sigterm_noted
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.parts import check_splits, load_splits
 from gm_probe.training.run import Training
+from gm_probe.training.run_splits import check_splits, load_splits
 
 ERRORS = ("train_error", "test_error", "train_ce", "test_ce")
 """What every finished run says, of a SimCLR encoder by its linear probe."""
@@ -57,14 +57,14 @@ def train(
         DataError, StorageError, CheckpointError: as the parts raise them.
     """
     alone = exclusive(out) if processes.rank() == 0 else nullcontext()
-    with deterministic(config.deterministic), alone as hold, sigterm_noted() as asked_to_stop:
+    with deterministic(config.deterministic), alone as lock, sigterm_noted() as asked_to_stop:
         done = _earlier(config, out, resume)
         processes.wait_for_all()  # to have seen the folder as it was
         if processes.rank() == 0:  # what a killed process left
             remove_temporary(out)
             if done is not None:
                 (out / STATE).unlink(missing_ok=True)
-        summary = _train(config, out, notify, hold, asked_to_stop) if done is None else done
+        summary = _train(config, out, notify, lock, asked_to_stop) if done is None else done
         if asked_to_stop():  # too late to stop this run, but not those after it
             raise Terminated(f"terminated; {out} had finished")
         return summary
@@ -99,10 +99,10 @@ def _train(
     config: TrainConfig,
     out: Path,
     notify: Callable[[dict[str, Any]], None] | None,
-    hold: Hold | None,
+    lock: FolderLock | None,
     asked_to_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    training = Training(config, out, hold, asked_to_stop)
+    training = Training(config, out, lock, asked_to_stop)
     stopped = False
 
     def too_much(cause: str) -> str:

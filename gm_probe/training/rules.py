@@ -114,15 +114,20 @@ class _Inconsistency(Rule):
         self.noise_scale = real("noise_scale", noise_scale, least=0)
 
     def _ascend(self, x: Inputs, y: Any, outputs: Tensor, draws: Draws) -> Tensor:
-        clean = self._compared(outputs.detach(), y)
-        factor: Tensor | float = self._share / len(clean)
+        logits = self._compared(outputs.detach(), y)
+        factor: Tensor | float = self._share / len(logits)
         if self._scaler is not None:
             factor = self._scaler.scale(torch.tensor(factor, device=x.device))
 
         def gradient(offset: Tensor) -> Tensor:
             with draws.again():
                 share = kl_gradient(
-                    self.parameters, x, clean, offset, factor, lambda moved: self.objective.compared(moved, y)
+                    self.parameters,
+                    x,
+                    logits,
+                    offset,
+                    factor,
+                    lambda moved: self.objective.compared(moved, y),
                 )[1]
             return sum_over_processes(self._hooked(share))
 
@@ -179,7 +184,7 @@ class IAMD(_Inconsistency):
 
 
 class OnePassIAMD(Rule):
-    """IAM-D whose δ is carried from the last step, with a random sign (METHOD.md, from the authors' code).
+    """IAM-D whose δ is carried from the last step, with a random sign (from the authors' code).
 
     One backward pass gives the parameters' gradient and, with respect to the moved parameters, the KL's: δ's next
     direction. So δ follows the ascent across mini-batches, at SAM's cost. The first δ is noise of length ρ; where

@@ -20,7 +20,7 @@ from gm_probe.data.datasets import Examples
 from gm_probe.data.images import taken
 from gm_probe.errors import DivergedError, UsageError, memory_or, of_machine
 from gm_probe.files.atomic import append_line, write_atomic, write_json, write_toml
-from gm_probe.files.locks import Hold
+from gm_probe.files.locks import FolderLock
 from gm_probe.files.schema import anything, count, listed, mapping
 from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.layout import settle_layout
@@ -44,9 +44,9 @@ from gm_probe.runtime.randomness import generators_kept, seed_generators
 from gm_probe.runtime.signals import Terminated
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import Evaluation, ProbeEvaluation
-from gm_probe.training.feeds import make_feed
-from gm_probe.training.parts import load_splits, split_record
 from gm_probe.training.rule import Step
+from gm_probe.training.run_splits import load_splits, split_record
+from gm_probe.training.samplers import make_sampler
 from gm_probe.training.schedule import lr_factor
 from gm_probe.training.state import broken, random_state, read_state, set_random_state, write_state
 from gm_probe.training.tracking import Tracking
@@ -92,15 +92,15 @@ class Training:
         self,
         config: TrainConfig,
         out: Path,
-        hold: Hold | None = None,
+        lock: FolderLock | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.out, self.hold, self.asked_to_stop = config, out, hold, asked_to_stop
+        self.config, self.out, self.lock, self.asked_to_stop = config, out, lock, asked_to_stop
         self.device = processes.own_device(pick_device(config.device))
         self.splits = load_splits(config)
         train = self.splits.train
-        self.feed = make_feed(config, self.splits)
-        self.steps = self.feed.steps
+        self.sampler = make_sampler(config, self.splits)
+        self.steps = self.sampler.steps
         self.normalization = Normalization.of(self.splits.inputs)
         self.simclr = config.objective == "simclr"
         self.spec = ModelSpec(
@@ -161,7 +161,7 @@ class Training:
         self.progress.began = time.perf_counter()
         seed = zlib.crc32(f"{self.config.seed}:{self.epoch}".encode())
         draws = torch.Generator().manual_seed(seed)
-        dealt = self.feed.deal(draws)
+        dealt = self.sampler.deal(draws)
         self.model.train()
         with generators_kept(self.device):
             seed_generators(seed + processes.rank())  # dropout draws from the global generators
@@ -173,7 +173,7 @@ class Training:
             mine = [chosen[self._mine] for chosen in left]
             for chosen, x in zip(left, taken(self.splits.inputs.x, mine), strict=True):
                 self._step(chosen, x)
-                self._tell()
+                self._report_progress()
                 done = self.epoch * self.steps + self.progress.step
                 every = self.config.checkpoint_every
                 last = self.progress.step == self.steps
@@ -215,9 +215,9 @@ class Training:
         if skipped or progress.step % CHECK_EVERY == 0:
             self._check_loss(seen.loss)
 
-    def _tell(self) -> None:
-        if self.hold is not None:
-            self.hold.tell(
+    def _report_progress(self) -> None:
+        if self.lock is not None:
+            self.lock.report_progress(
                 "training", self.epoch + self.progress.step / self.steps, self.config.epochs, self._so_far
             )
 
@@ -229,8 +229,8 @@ class Training:
 
     def _batch(self, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """This process's part of a batch on the device: images augmented and normalised, and the first ones' labels."""
-        x, y = x.to(self.device), self.feed.labels(chosen[self._mine]).to(self.device)
-        x = self.feed.views(x, chosen, self._mine, self.updates.generator)
+        x, y = x.to(self.device), self.sampler.labels(chosen[self._mine]).to(self.device)
+        x = self.sampler.views(x, chosen, self._mine, self.updates.generator)
         x = self.normalization.apply(x)
         return (x.contiguous(memory_format=torch.channels_last) if self.channels_last else x), y
 
@@ -272,7 +272,7 @@ class Training:
         sums = processes.sum_over_processes(self.progress.sums).tolist()
         examples, loss, entropy, wrong, divergence, *further = sums
         seconds = self.progress.elapsed
-        passes = self.updates.rule.passes * self.feed.rows
+        passes = self.updates.rule.passes * self.sampler.rows
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "running_loss": loss / examples,
@@ -280,7 +280,7 @@ class Training:
             "lr": self.updates.optimizer.param_groups[0]["lr"],
             "gradient_evaluations": (self.epoch + 1) * self.steps * passes / 3,
             "seconds": round(seconds, 3),
-            "examples_per_second": round(self.feed.examples / seconds, 1),
+            "examples_per_second": round(self.sampler.examples / seconds, 1),
         }
         if further:
             row["running_confident"] = further[0] / examples

@@ -1,4 +1,4 @@
-"""Kinds of values that arguments and options take."""
+"""The types of values that arguments and options take."""
 
 import math
 import re

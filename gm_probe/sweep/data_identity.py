@@ -17,7 +17,7 @@ from gm_probe.errors import CheckpointError, DataError, StorageError
 from gm_probe.models.huggingface import is_folder
 from gm_probe.runs.records import CHECKPOINT, CONFIG, SPLIT, find_runs, read_run, read_split
 from gm_probe.training.leave import Leave
-from gm_probe.training.parts import MARKS, NO_LEAVE, own_unlabeled
+from gm_probe.training.run_splits import MARKS, NO_LEAVE, own_unlabeled
 
 UNKNOWN = "unknown"
 """What the training set of every checkpoint without a run folder is called."""

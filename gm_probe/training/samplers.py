@@ -1,4 +1,4 @@
-"""What each step of an epoch is fed: which examples, and in which views."""
+"""Which examples each step of an epoch takes, and in which views."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gm_probe.training.config import TrainConfig
 from gm_probe.training.views import draw_views, require_images, see
 
 
-class Feed:
+class BatchSampler:
     """Supervised learning: every training example once an epoch, the last batch what is left.
 
     A last batch that would leave a process with one example joins the one before it, since BatchNorm has no statistics
@@ -65,8 +65,8 @@ class Feed:
         return y[mine[mine < len(y)]]
 
 
-class LabeledFeed(Feed):
-    """The labeled part of ``MixedFeed``'s batches, for rules that have no use for the rest: as many steps."""
+class LabeledSampler(BatchSampler):
+    """The labeled part of ``MixedSampler``'s batches, for rules that have no use for the rest: as many steps."""
 
     def __init__(self, config: TrainConfig, splits: Splits) -> None:
         self.config, self.labeled = config, len(splits.train)
@@ -81,7 +81,7 @@ class LabeledFeed(Feed):
         return _passes(self.labeled, self.steps * size, generator).split(size)
 
 
-class MixedFeed(LabeledFeed):
+class MixedSampler(LabeledSampler):
     """Batches of labeled examples and ``mu`` times as many unlabeled ones, all of them whole.
 
     An epoch is one pass over the unlabeled examples, filled up from the next; the labeled ones are passed over as
@@ -100,10 +100,10 @@ class MixedFeed(LabeledFeed):
         return [torch.cat(pair) for pair in zip(labeled, rest.split(size), strict=True)]
 
 
-class FixMatchFeed(MixedFeed):
+class FixMatchSampler(MixedSampler):
     """Weak views of all examples (flip and reflect-padded crop); after them a strong one of each unlabeled one.
 
-    A strong view is a weak one of its own, by RandAugment (METHOD.md).
+    A strong view is a weak one of its own, by RandAugment.
     """
 
     def __init__(self, config: TrainConfig, splits: Splits) -> None:
@@ -123,7 +123,7 @@ class FixMatchFeed(MixedFeed):
         return torch.cat([weak, strengthen(strong, operations[:, :, unlabeled])])
 
 
-class ViewsFeed(Feed):
+class ViewsSampler(BatchSampler):
     """SimCLR: two views of every image in a batch, all first ones before all second ones, and no label is read.
 
     Batches are whole, for NT-Xent depends on their size: the few images that an epoch's order has left over wait for
@@ -170,12 +170,12 @@ def _passes(size: int, length: int, generator: torch.Generator) -> Tensor:
     return torch.cat(orders)[:length]
 
 
-def make_feed(config: TrainConfig, splits: Splits) -> Feed:
-    """The feed of ``config``'s objective, and of its gradient rule."""
+def make_sampler(config: TrainConfig, splits: Splits) -> BatchSampler:
+    """The sampler of ``config``'s objective, and of its gradient rule."""
     if config.objective == "simclr":
-        return ViewsFeed(config, splits)
+        return ViewsSampler(config, splits)
     if config.objective == "fixmatch":
-        return FixMatchFeed(config, splits)
+        return FixMatchSampler(config, splits)
     if config.objective == "joint":
-        return (MixedFeed if config.method.startswith("iam-") else LabeledFeed)(config, splits)
-    return Feed(config, splits)
+        return (MixedSampler if config.method.startswith("iam-") else LabeledSampler)(config, splits)
+    return BatchSampler(config, splits)
