@@ -104,7 +104,7 @@ def main(args: list[str] | None = None) -> None:
         try:
             _run(sys.argv[1:] if args is None else args)
         except KeyboardInterrupt:  # while another end was told
-            _fail("interrupted; what was finished is kept", INTERRUPTED)
+            _fail("interrupted; finished results are kept", INTERRUPTED)
         except Terminated as stop:
             _fail(stop.message, TERMINATED)
 
@@ -147,7 +147,7 @@ def _run(args: list[str]) -> None:
         _fail(str(error), error.exit_code)
     except UnicodeEncodeError as error:
         _debug(args)
-        _fail(f"a name that is not {error.encoding} cannot be used here: {error.object[:200]}; rename it", 2)
+        _fail(f"a name that is not {error.encoding} cannot be used here: {error.object[:200]}. Rename it", 2)
     except (MemoryError, RuntimeError, ImportError) as error:
         _debug(args)
         if out_of_memory(error):

@@ -16,9 +16,9 @@ from gm_probe.runs.records import RUNS
 @click.option(
     "--out",
     type=PATH,
-    help="The table: a .csv or .parquet file.  [default: table.csv in FOLDER]",
+    help="Write the table to this .csv or .parquet file.  [default: table.csv in FOLDER]",
 )
-@click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no notes on stderr.")
 def collect(folder: Path, out: Path | None, quiet: bool) -> None:
     """Write every run in FOLDER as one row: state, settings, errors and gaps, measures with their uncertainties.
 

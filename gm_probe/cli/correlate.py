@@ -41,12 +41,12 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     "--hyper",
     metavar="A,B",
     default="",
-    help="Hyperparameters, as --json lists. Default: settings that vary.",
+    help="Use these hyperparameters; --json lists them.  [default: settings that vary]",
 )
 @click.option(
     "--group-by",
     metavar="A,B",
-    help="Also within each subgroup of these settings.  [default: those of the sweep's recipe]",
+    help="Also correlate within each subgroup of these settings.  [default: those of the sweep's recipe]",
 )
 @gap_option
 @converged_only_option
@@ -55,11 +55,13 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     "figure_path",
     metavar="PATH",
     type=PATH,
-    help="Figure file: .png, .pdf or .svg; no suffix writes all three. Default: beside SOURCE, "
-    "or none with --json and --csv.",
+    help="Write the figure to this .png, .pdf or .svg file; without a suffix, write all three.  [default: "
+    "beside SOURCE; none with --json or --csv]",
 )
 @click.option("--no-figure", is_flag=True, help="Write no figure.")
-@click.option("--details", is_flag=True, help="Print every statistic, not τ alone (--json always has them).")
+@click.option(
+    "--details", is_flag=True, help="Print every statistic instead of τ alone; --json always has them."
+)
 @control_option
 @skip_option
 @seed_option
@@ -104,7 +106,8 @@ def correlate(
     """
     if details and output:
         raise UsageError(
-            "--details is for the printed tables; --json has every statistic, --csv the main ones"
+            "--details is for the printed tables; leave it out. --json has every statistic, --csv the "
+            "main ones"
         )
     if no_figure and figure_path is not None:
         raise UsageError("--figure and --no-figure exclude each other; give one")
@@ -137,7 +140,7 @@ def correlate(
     _print_notes(found, statistics, quiet)
     measured = [result for measure in statistics.measures for result in measure.gaps.values()]
     if all(result.tau is None for result in measured):
-        raise DataError(f"no measure in {source} has a defined τ; the reasons stand in the result")
+        raise DataError(f"no measure in {source} has a defined τ; the result gives the reasons")
     if paths:
         from gm_probe.analysis import plots
 

@@ -20,19 +20,19 @@ MARKS = {"ok": "ok", "absent": "–", "broken": "WRONG"}
     type=PATH,
     default=Path(),
     show_default=True,
-    help="Folder that runs will be written into; it is tried and left as it was.",
+    help="Folder that runs will be written to; it is tested and left unchanged.",
 )
 @click.option(
     "--data-root",
     metavar="DIR",
     type=PATH,
-    help="Where torchvision keeps data.  [default: ~/.cache/gm_probe]",
+    help="Folder in which torchvision keeps its data sets.  [default: ~/.cache/gm_probe]",
 )
 @click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="auto, cpu, cuda, cuda:1, or what else torch has.",
+    help="Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(out: Path, data_root: Path | None, device: str, as_json: bool) -> None:

@@ -43,14 +43,18 @@ if TYPE_CHECKING:
 @click.command(epilog="Example:  gmprobe pairs runs/")
 @click.argument("checkpoints", nargs=-1, type=PATH)
 @click.option(
-    "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
+    "--unlabeled",
+    metavar="DATA",
+    help="Use this data without labels: an image folder (its labels are not read), "
+    "an array file, or a data set name.",
 )
 @click.option(
     "--head",
     type=Choice(["classifier", "binary", "multilabel"]),
     default="classifier",
     show_default=True,
-    help="What the outputs stand for: exclusive classes, one yes-or-no logit, or several independent ones.",
+    help="State what the outputs mean: exclusive classes, one yes-or-no logit, or several independent "
+    "logits.",
 )
 @data_options
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random subset.")
@@ -106,7 +110,7 @@ def pairs(
     if unlabeled is None:
         for path in paths:
             if not is_run(path):
-                raise UsageError(f"{path} is no run folder with data of its own; give --unlabeled DATA")
+                raise UsageError(f"{path} is not a gmprobe run. Add --unlabeled DATA")
     from gm_probe.measures.pairwise import compare
     from gm_probe.measuring.checkpoint import output_settings
     from gm_probe.runtime.devices import environment
@@ -235,7 +239,7 @@ def _same_twice(paths: Sequence[Path], outputs: Sequence[torch.Tensor]) -> list[
     for path, logits in zip(paths, outputs, strict=True):
         before = first.setdefault(sha256(logits.cpu().numpy().tobytes()).digest(), path)
         if before is not path:
-            notes.append(f"{path} has the outputs of {before}; is one model listed twice?")
+            notes.append(f"{path} has the same outputs as {before}. Is one model listed twice?")
     return notes
 
 

@@ -17,10 +17,10 @@ from gm_probe.cli.output import note, notes_console
     type=PATH,
     default=Path("gmprobe-quickstart"),
     show_default=True,
-    help="Folder of the runs and the figure.",
+    help="Folder for the runs and the figure.",
 )
-@click.option("--jobs", type=AT_ONCE, help="Runs at a time.  [default: cores, at most 4]")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
+@click.option("--jobs", type=AT_ONCE, help="Number of runs at a time.  [default: cores, at most 4]")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress and no notes on stderr.")
 @click.pass_context
 def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> None:
     """Train, measure and correlate a small sweep on bundled real digits.

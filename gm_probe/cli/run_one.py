@@ -15,11 +15,13 @@ from gm_probe.errors import BusyError, ProbeError
 @click.argument("folder", type=PATH)
 @click.argument("run")
 @click.option(
-    "--model", "models", multiple=True, help="Your own code that the run may call; it names it itself."
+    "--model", "models", multiple=True, help="Allow this code of yours, which the run's settings name."
 )
-@click.option("--data-root", "data_roots", multiple=True, help="A place where the run may look for data.")
-@click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
-@click.option("--device", "devices", multiple=True, help="A device that the run may use beside the CPU.")
+@click.option(
+    "--data-root", "data_roots", multiple=True, help="Allow the run to look for data in this folder."
+)
+@click.option("--download", is_flag=True, help="Let torchvision download a missing data set.")
+@click.option("--device", "devices", multiple=True, help="Allow the run to use this device besides the CPU.")
 def run_one(
     folder: Path,
     run: str,

@@ -43,96 +43,116 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
             option, decides = (f"--{key.replace('_', '-')}" for key in (name, by))
             note(console, f"note: {option} has no effect with {decides} {getattr(config, by)}")
     for name, what in config.unreached().items():
-        note(console, f"note: --{name.replace('_', '-')} goes beyond the {config.epochs} epochs: {what}")
+        note(console, f"note: --{name.replace('_', '-')} exceeds the {config.epochs} epochs: {what}")
     if config.amp == "bf16" and config.noise_scale < BF16_NOISE and "noise_scale" not in idle:
         note(
             console,
-            f"note: bf16 rounds away much of a start of length {config.noise_scale:g}; "
-            "--noise-scale 3 ascends as float32 does",
+            f"note: bf16 rounding loses much of a start of length {config.noise_scale:g}. With "
+            "--noise-scale 3 the ascent is as in float32",
         )
 
 
 @click.command(epilog="Example:  gmprobe train --method iam-d")
 @click.option(
     "--data",
-    help="Image folder, array file or data set name; see `gmprobe datasets`. With --resume, where the same data is now."
-    "  [default: digits]",
+    help="Train on this image folder, array file or data set; see `gmprobe datasets`. With --resume, it "
+    "says where the same data is now.  [default: digits]",
 )
-@click.option("--data-root", metavar="DIR", help="Where torchvision's data sets are kept.")
-@click.option("--download", is_flag=True, default=None, help="Let torchvision download what is missing.")
+@click.option("--data-root", metavar="DIR", help="Folder in which torchvision keeps its data sets.")
+@click.option("--download", is_flag=True, default=None, help="Let torchvision download a missing data set.")
 @click.option(
     "--image-size",
     type=click.IntRange(1),
-    help="Resize images to this many pixels a side, whatever their aspect ratio.",
+    help="Resize images to this many pixels per side, ignoring their aspect ratio.",
 )
 @click.option(
     "--resize",
     type=click.IntRange(1),
     help="Resize the shorter side of images to this many pixels, as torchvision does.",
 )
-@click.option("--crop", type=click.IntRange(1), help="Then cut this many pixels a side from their centre.")
+@click.option(
+    "--crop", type=click.IntRange(1), help="Then cut the central square with this many pixels per side."
+)
 @click.option(
     "--skip-bad",
     is_flag=True,
     default=None,
     help="Leave out images that cannot be decoded; split.json lists them.",
 )
-@click.option("--num-train", type=click.IntRange(1), help="Training examples.  [default: all that remain]")
+@click.option(
+    "--num-train", type=click.IntRange(1), help="Number of training examples.  [default: all that remain]"
+)
 @click.option(
     "--labels",
     type=click.IntRange(1),
-    help="Keep the labels of so many of them, as many of each class.  [default: all]",
+    help="Number of training examples that keep their labels, equally many per class.  [default: all]",
 )
 @click.option(
-    "--num-unlabeled", type=click.IntRange(1), help="Disjoint probe examples.  [default: a quarter ≤ 5000]"
+    "--num-unlabeled",
+    type=click.IntRange(1),
+    help="Number of unlabeled examples to measure on, disjoint from the others.  [default: a quarter ≤ 5000]",
 )
 @click.option(
-    "--num-test", type=click.IntRange(1), help="Test examples.  [default: its own part, or a quarter]"
+    "--num-test",
+    type=click.IntRange(1),
+    help="Number of test examples.  [default: the data's own test part, or a quarter]",
 )
 @click.option(
     "--validation",
     type=float,
-    help="Share of the training part held out in the test part's place.  [default: none]",
+    help="Hold out this share of the training part and evaluate on it instead of the test part.  "
+    "[default: none]",
 )
-@click.option("--split-seed", type=int, help="Seed of the split, apart from --seed.  [default: 0]")
-@click.option("--model", help="Network; see `gmprobe models`.  [default: 6cnn]")
-@click.option("--init", metavar="PATH", help="Start from these weights; a head for other classes is fresh.")
+@click.option("--split-seed", type=int, help="Seed of the data split, independent of --seed.  [default: 0]")
+@click.option("--model", help="Network to train; see `gmprobe models`.  [default: 6cnn]")
+@click.option(
+    "--init", metavar="PATH", help="Start from these weights; a head for other classes is initialised anew."
+)
 @click.option(
     "--objective",
-    help="supervised, joint, fixmatch or simclr; joint and fixmatch need --labels.  [default: supervised]",
+    help="Training objective: supervised, joint, fixmatch or simclr; joint and fixmatch need --labels.  "
+    "[default: supervised]",
 )
 @click.option(
     "--mu",
     type=click.IntRange(1),
-    help="Unlabeled examples a labeled one in joint and fixmatch.  [default: 7]",
+    help="Unlabeled examples per labeled example in joint and fixmatch.  [default: 7]",
 )
 @click.option(
-    "--threshold", type=float, help="FixMatch: confidence that makes a pseudo-label.  [default: 0.95]"
+    "--threshold", type=float, help="FixMatch: least confidence of a pseudo-label.  [default: 0.95]"
 )
 @click.option("--lambda-u", type=float, help="FixMatch: weight of the unlabeled loss.  [default: 1]")
 @click.option(
-    "--unlabeled-mean", help="FixMatch: mean over the batch, or the mask's views.  [default: batch]"
+    "--unlabeled-mean",
+    help="FixMatch: average the unlabeled loss over the whole batch, or over "
+    "confident views only.  [default: batch]",
 )
-@click.option("--temperature", type=float, help="SimCLR: τ of NT-Xent.  [default: 0.5]")
+@click.option("--temperature", type=float, help="SimCLR: temperature τ of NT-Xent.  [default: 0.5]")
 @click.option(
     "--probe-every",
     type=int,
     help="SimCLR: epochs between linear probes (0 = only at the end).  [default: 0]",
 )
-@click.option("--method", help="sgd, sam, asam, iam-d, iam-d-onepass or iam-s.  [default: sgd]")
-@click.option("--rho", type=float, help="Radius ρ.  [default: 0.05 sam, 0.5 asam, 0.1 iam-*]")
+@click.option(
+    "--method", help="Training method: sgd, sam, asam, iam-d, iam-d-onepass or iam-s.  [default: sgd]"
+)
+@click.option(
+    "--rho", type=float, help="Radius ρ of the perturbation.  [default: 0.05 sam, 0.5 asam, 0.1 iam-*]"
+)
 @click.option("--beta", type=float, help="Weight β of IAM-D's KL term.  [default: 1]")
-@click.option("--k-steps", type=int, help="Ascent steps K.  [default: 1]")
+@click.option("--k-steps", type=int, help="Number K of ascent steps.  [default: 1]")
 @click.option("--noise-scale", type=float, help="Length of the ascent's random start.  [default: 0.1]")
 @click.option(
-    "--kl-grad", help="IAM-D: gradient through both sides of the KL, or perturbed only.  [default: both]"
+    "--kl-grad",
+    help="IAM-D: differentiate both sides of the KL, or the perturbed side only.  [default: both]",
 )
-@click.option("--sign", help="IAM-S: random, none or loss.  [default: random]")
-@click.option("--eta", type=float, help="ASAM's η.  [default: 0.01]")
+@click.option("--sign", help="IAM-S: how the sign of δ is chosen: random, none or loss.  [default: random]")
+@click.option("--eta", type=float, help="ASAM: the constant η.  [default: 0.01]")
 @click.option(
     "--m",
     type=click.IntRange(1),
-    help="Work batches off in sub-batches of this size: gradient accumulation; m-sharpness.  [default: whole]",
+    help="Process each batch in sub-batches of this size: gradient accumulation, m-sharpness.  [default: "
+    "whole]",
 )
 @click.option("--optimizer", help="Base optimizer: sgd or adamw.  [default: sgd]")
 @click.option("--lr", type=float, help="Learning rate.  [default: 0.05]")
@@ -141,40 +161,65 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 @click.option("--weight-decay", type=float, help="[default: 0]")
 @click.option("--epochs", type=int, help="[default: 30]")
 @click.option("--batch-size", type=int, help="[default: 128]")
-@click.option("--schedule", help="constant, cosine, linear or multi-step.  [default: constant]")
-@click.option("--milestones", callback=_milestones, metavar="E1,E2", help="Epochs of multi-step.")
-@click.option("--gamma", type=float, help="Factor at each milestone.  [default: 0.2]")
-@click.option("--warmup-epochs", type=float, help="Linear warm-up.  [default: 0]")
-@click.option("--min-lr", type=float, help="Where cosine and linear end.  [default: 0]")
-@click.option("--clip-norm", type=float, help="Scale gradients down to this norm.  [default: never]")
 @click.option(
-    "--ema-decay", type=float, help="Evaluate and save a moving average of the weights.  [default: none]"
+    "--schedule", help="Learning-rate schedule: constant, cosine, linear or multi-step.  [default: constant]"
+)
+@click.option(
+    "--milestones",
+    callback=_milestones,
+    metavar="E1,E2",
+    help="Epochs at which multi-step lowers the learning rate.",
+)
+@click.option("--gamma", type=float, help="Factor on the learning rate at each milestone.  [default: 0.2]")
+@click.option("--warmup-epochs", type=float, help="Number of epochs of linear warm-up.  [default: 0]")
+@click.option("--min-lr", type=float, help="Learning rate at the end of cosine and linear.  [default: 0]")
+@click.option(
+    "--clip-norm", type=float, help="Scale gradients down to this norm when they exceed it.  [default: never]"
+)
+@click.option(
+    "--ema-decay",
+    type=float,
+    help="Evaluate and save a moving average of the weights with this decay.  [default: none]",
 )
 @click.option("--label-smoothing", type=float, help="[default: 0]")
-@click.option("--augment", is_flag=True, default=None, help="Zero-pad by 4, crop, flip.")
+@click.option(
+    "--augment", is_flag=True, default=None, help="Augment images: zero-pad by 4 pixels, crop and flip."
+)
 @click.option("--stop-ce", type=float, help="Stop once the training cross-entropy is at most this.")
 @click.option(
     "--eval-every", type=int, help="Epochs between evaluations (0 = only at the end).  [default: 0]"
 )
 @click.option("--track-every", type=int, help="Epochs between measurements of S_ρ (0 = never).  [default: 0]")
-@click.option("--track-rho", type=float, help="Radius of that S_ρ.  [default: 0.1]")
-@click.option("--amp", help="none, bf16 or fp16.  [default: none]")
-@click.option("--tf32", is_flag=True, default=None, help="Let an NVIDIA GPU round products to TF32: faster.")
-@click.option("--deterministic", is_flag=True, default=None, help="Bit-identical runs on a GPU too; slower.")
+@click.option(
+    "--track-rho", type=float, help="Radius ρ of the S_ρ that --track-every measures.  [default: 0.1]"
+)
+@click.option("--amp", help="Mixed precision: none, bf16 or fp16.  [default: none]")
+@click.option(
+    "--tf32",
+    is_flag=True,
+    default=None,
+    help="Allow TF32 products on an NVIDIA GPU: faster, about three digits.",
+)
+@click.option(
+    "--deterministic", is_flag=True, default=None, help="Make runs bit-identical on a GPU too; slower."
+)
 @click.option(
     "--checkpoint-every",
     type=click.IntRange(1),
-    help="Save the state every so many steps, beside every epoch.",
+    help="Save the state every this many steps, besides after every epoch.",
 )
 @click.option("--seed", type=int, help="[default: 0]")
-@click.option("--device", help="auto, cpu, cuda, cuda:1, or what else torch has.  [default: auto]")
-@click.option("--threads", type=AT_ONCE, help="CPU threads.")
-@click.option("--out", type=PATH, help="Run folder.  [default: runs/NAME]")
-@click.option("--resume", is_flag=True, help="Go on where the run in --out stopped.")
-@click.option("--save", type=PATH, help="Also write the final weights here (.pt, .safetensors).")
+@click.option(
+    "--device",
+    help="Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows.  [default: auto]",
+)
+@click.option("--threads", type=AT_ONCE, help="Number of CPU threads.")
+@click.option("--out", type=PATH, help="Folder for the run.  [default: runs/NAME]")
+@click.option("--resume", is_flag=True, help="Continue the run in --out where it stopped.")
+@click.option("--save", type=PATH, help="Also write the final weights to this .pt or .safetensors file.")
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events below --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress and no notes on stderr.")
 def train(
     out: Path | None,
     resume: bool,
@@ -204,7 +249,7 @@ def train(
         refuse({name: value for name, value in asked(recorded).items() if name not in settings}, out)
         settings = {**recorded.as_dict(), "download": False, **settings}
     elif resume and out is not None:
-        note(console, f"there is no run in {out} to resume: starting a new one")
+        note(console, f"{out} holds no run to resume; starting a new one")
     config = TrainConfig.from_dict(settings)
     if given.get("data") is not None:
         require_source(config.data, here=True)
@@ -240,8 +285,8 @@ def train(
                 bar.update(epoch, state=f"{epoch}/{config.epochs}  loss {loss:.3g}")
                 if PROBE_BATCH in row:
                     bar.print(
-                        f"note: out of memory where S_ρ was measured after epoch {epoch}: went on with batches of "
-                        f"{row[PROBE_BATCH]}, which changes no figure"
+                        f"note: out of memory where S_ρ was measured after epoch {epoch}: went on with "
+                        f"batches of {row[PROBE_BATCH]}, which changes no result"
                     )
                 if events is not None:
                     events.write(row)
@@ -262,8 +307,8 @@ def train(
         if others := started.get("init_not_taken"):
             note(
                 console,
-                f"note: {config.init} holds the weights more than once, and {', '.join(others)} not taken; to start "
-                "from those, save them alone",
+                f"note: {config.init} holds the weights more than once; {', '.join(others)} not used. To "
+                "start from those, save them alone",
             )
     write_figure(run_curves(list(read_metrics(out))), [out / CURVES_FILE])
     if as_json:

@@ -47,22 +47,26 @@ FEW = 500
     "--rho",
     "rho_text",
     metavar="A,B,...",
-    help="Values of ρ; LOW,HIGH with --trials.  [default: half, once and twice the method's own; a quarter and "
-    "four times it]",
+    help="Values of ρ to try; with --trials, the bounds LOW,HIGH.  [default: 0.5, 1 and 2 times the "
+    "method's own; with --trials, 0.25 to 4 times]",
 )
 @click.option(
     "--beta",
     "beta_text",
     metavar="A,B,...",
-    help="Values of IAM-D's β; LOW,HIGH with --trials.  [default: 1]",
+    help="Values of IAM-D's β to try; with --trials, the bounds LOW,HIGH.  [default: 1]",
 )
 @click.option(
     "--trials", type=click.IntRange(1), help="Let Optuna choose this many points instead of a grid."
 )
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs a point.")
-@click.option("--out", type=PATH, help="Folder of the runs and figure.  [default: tune/NAME]")
-@click.option("--jobs", type=AT_ONCE, default=1, show_default=True, help="Runs at a time, each a process.")
-@click.option("--dry-run", is_flag=True, help="Say what is left to do; run nothing. Grids only.")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of runs (seeds) per point."
+)
+@click.option("--out", type=PATH, help="Folder for the runs and the figure.  [default: tune/NAME]")
+@click.option(
+    "--jobs", type=AT_ONCE, default=1, show_default=True, help="Number of runs at a time, each in a process."
+)
+@click.option("--dry-run", is_flag=True, help="List the remaining runs of a grid; run nothing.")
 @format_options
 def tune(
     rho_text: str | None,
@@ -184,11 +188,14 @@ def _doubts(
     if num_validation < FEW:
         yield (
             f"an error on {num_validation} held-out examples has a standard error of up to "
-            f"{50 / math.sqrt(num_validation):.2g} points: what lies closer together is not told apart"
+            f"{50 / math.sqrt(num_validation):.2g} points; smaller differences are not distinguished"
         )
     rivals = rivals_of(best, cells)
     if rivals:
-        yield f"{len(rivals)} other point(s) tie with the best within one standard error; more --seeds tell them apart"
+        yield (
+            f"{len(rivals)} other point(s) are within one standard error of the best; more --seeds can "
+            "separate them"
+        )
     for name, values in grid.items():
         at = getattr(best.point, name)
         if len(values) > 2 and at in (min(values), max(values)):

@@ -136,7 +136,7 @@ def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
     """
     run = path if path.is_dir() else path.parent
     if not (run / CONFIG).exists():
-        raise UsageError(f"{path} is no run folder, nor in one; give --unlabeled or --labeled DATA")
+        raise UsageError(f"{path} is not a gmprobe run. Add --unlabeled DATA or --labeled DATA")
     config = leave.applied(TrainConfig.from_record(read_run(run).config), run)
     source, recorded = open_data(config), read_split(run)
     # all that was used vouches for a part of it; it is looked at where no image is decoded for it, or without marks
