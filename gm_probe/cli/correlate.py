@@ -86,23 +86,25 @@ def correlate(
 ) -> None:
     """Correlate each measure with the generalization gap over many runs.
 
-    SOURCE is a folder of run folders (runs/ unless given), or a .csv, .tsv or .parquet file with one run a row:
-    columns error_gap (test error − train error) and/or ce_gap (the same for cross-entropy), one a measure, one a
-    hyperparameter. Only finished and measured runs enter; every other run is counted and listed with its
-    reason. Of a file, the columns that bear a measure's name are taken, or else every numeric column that is
-    not a setting, an identifier or a date; stderr says which.
+    SOURCE is a folder of run folders (runs/ unless given), or a .csv, .tsv or .parquet file with one run
+    per row: columns error_gap (test error − train error) and/or ce_gap (the same for cross-entropy), one
+    column per measure, and one per hyperparameter. Only finished and measured runs enter; every other run
+    is counted and listed with its reason. In a file, the measures are the columns with a measure's name. If
+    there are none, they are all numeric columns except settings, identifiers and dates. A note on stderr
+    lists them.
 
-    The statistic is Kendall's τ-b, of all runs and of each --group-by subgroup, with a 95 % interval and a p
-    that take settings as independent and the seeds of one setting as not: runs that agree in every
-    hyperparameter are one setting. --details adds τ between and within settings and subgroups (with a flag
-    for Simpson's paradox), over pairs beyond sampling noise, partial τ, granulated ψ, conditional mutual
-    information, sign errors, prediction and selection, and the differences between measures.
+    The statistic is Kendall's τ-b, over all runs and within each --group-by subgroup, with a 95 % interval
+    and a p-value. Both treat settings as independent, and the seeds of one setting as repeats. Runs that
+    agree in every hyperparameter form one setting. --details adds τ between and within settings and
+    subgroups (with a flag for Simpson's paradox), over pairs beyond sampling noise, partial τ, granulated
+    ψ, conditional mutual information, sign errors, prediction and selection, and the differences between
+    measures.
 
-    Runs whose measures were taken with different settings (ρ, data, labels, ...) are not comparable: the
-    result then says which settings differ.
+    Runs whose measures were taken with different settings (ρ, data, labels, ...) are not comparable; the
+    result then names the settings that differ.
 
-    A scatter figure (PNG, PDF, SVG) is written beside SOURCE; with --json or --csv only where --figure asks
-    for it.
+    A scatter plot (PNG, PDF, SVG) is written beside SOURCE. With --json or --csv it is written only if
+    --figure asks for it.
     """
     if details and output:
         raise UsageError(

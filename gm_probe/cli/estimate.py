@@ -100,12 +100,13 @@ def estimate(
 ) -> None:
     """Estimate how accurate CHECKPOINTS are on unlabeled data, best first.
 
-    A checkpoint is what `gmprobe measure` takes. What is claimed depends on what is labeled:
+    A checkpoint is anything that `gmprobe measure` takes. The labeled data that you give decides what is
+    claimed:
 
     \b
-    nothing        no accuracy, which is not identifiable; an order by agreement and confidence
-    --validation   an estimate whose interval is learned on synthetic shifts of the validation images
-    --few-labels   a confidence interval that needs no assumption on the shift
+    nothing        no accuracy, because it is not identifiable; a ranking by agreement and confidence
+    --validation   an estimate, with an interval learned on synthetic shifts of the validation images
+    --few-labels   a confidence interval that needs no assumption about the shift
     """
     data = DataOptions(**options)
     data.require_use(unlabeled)

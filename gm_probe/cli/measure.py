@@ -233,19 +233,19 @@ def measure(
 ) -> None:
     """Measure how well CHECKPOINTS will generalize.
 
-    A checkpoint is a run folder, a file that gmprobe wrote, or any .pt/.pth/.th/.ckpt/.safetensors with a state
-    dict (then --model names its network, and --mean/--std its normalisation). Unlabeled data gives local
-    inconsistency and the Fisher matrix exactly as defined, and the Hessian with predicted labels, marked so;
-    labeled data gives the Hessian proper, the error and the cross-entropy too. A run folder, or a file in one, needs
-    no data option: its own unlabeled part is used.
+    A checkpoint is a run folder, a file that gmprobe wrote, or any .pt/.pth/.th/.ckpt/.safetensors with a
+    state dict. For the last, --model names the network, and --mean/--std give its normalisation. Unlabeled
+    data is enough for local inconsistency and the Fisher matrix. The Hessian then uses predicted labels,
+    and its row says so. Labeled data gives the Hessian with true labels, the error and the cross-entropy. A
+    run folder, or a file in one, needs no data option: its own unlabeled part is used.
 
-    Of a SimCLR encoder --head simclr measures the NT-Xent logits of two seeded views of every image. These hang
-    together over a batch, whose size belongs to the figures: images that fill no batch are left out, and F is a mean
-    over batches.
+    For a SimCLR encoder, --head simclr measures the NT-Xent logits of two seeded views of every image.
+    NT-Xent compares all views of a batch, so results depend on the batch size. Images that do not fill a
+    batch are left out, and F is a mean over batches.
 
-    A folder of runs stands for the finished ones in it. With --save they need no second training for more measures,
-    and what a run has already, taken with the same settings, is not measured again. Without CHECKPOINTS the run in
-    runs/ that finished last is measured.
+    A folder of runs stands for its finished runs. --save keeps the results in each run folder, and does not
+    repeat measurements that are there with the same settings. Without CHECKPOINTS the run in runs/ that
+    finished last is measured.
     """
     check_executor(executor, jobs, address, gpus)
     if unlabeled is not None and labeled is not None:

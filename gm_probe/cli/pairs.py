@@ -70,9 +70,9 @@ def pairs(
 ) -> None:
     """Compare CHECKPOINTS with each other, pair by pair.
 
-    A checkpoint is a run folder, a folder of such (its finished runs count; runs/ unless given), or a file as
-    `gmprobe measure` takes it. Without --unlabeled the runs' own unlabeled part is used, which must be the
-    same for all.
+    A checkpoint is a run folder, a folder of runs (its finished runs are used; runs/ unless given), or a
+    file that `gmprobe measure` takes. Without --unlabeled the runs' own unlabeled part is used; it must be
+    the same for all runs.
 
     \b
     disagreement                how often two models predict different classes
@@ -80,9 +80,9 @@ def pairs(
     inconsistency               C_P: the same, averaged over training sets
     instability                 S_P: KL between the mean predictions of two training sets
 
-    Which runs share a training set is read from their records; the training set of a file is unknown, and all
-    files are taken to have the same. What is undefined (S_P of a single training set, say) is shown so, with the
-    reason. --json also has every pair; --csv prints one row a pair.
+    The runs' records say which of them share a training set. A file does not record its training set, so
+    all files are assumed to share one. Undefined values, such as S_P of a single training set, are shown
+    with the reason. --json also has every pair; --csv prints one row per pair.
     """
     data = DataOptions(**options)
     data.require_use(unlabeled)

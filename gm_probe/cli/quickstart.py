@@ -26,8 +26,8 @@ def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> 
     """Train, measure and correlate a small sweep on bundled real digits.
 
     48 small networks are trained on a few hundred of the 1,797 handwritten digits that scikit-learn ships,
-    measured on images whose labels are not read, and each measure is correlated with the generalization gap on
-    the rest. Call it again and it goes on where it stopped.
+    and measured on images whose labels are not read. Each measure is then correlated with the
+    generalization gap on the remaining images. Run the command again, and it continues where it stopped.
     """
     from gm_probe.cli.correlate import correlate
     from gm_probe.cli.sweep import run_with_progress

@@ -88,9 +88,9 @@ def report(
 ) -> None:
     """Write one HTML page about many runs: figures, statistics, definitions, versions, exclusions.
 
-    SOURCE is what `gmprobe correlate` takes: a folder of run folders (runs/ unless given), or a .csv or .parquet
-    file with one run a row. The page holds all it shows and opens without a network, on a phone, by keyboard,
-    in dark mode and on paper.
+    SOURCE is what `gmprobe correlate` takes: a folder of run folders (runs/ unless given), or a .csv or
+    .parquet file with one run per row. The page is self-contained: it opens without a network, and works on
+    a phone, by keyboard, in dark mode and on paper.
     """
     require_source(source)
     require_statistics(names(skip), resamples)

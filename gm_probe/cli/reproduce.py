@@ -58,9 +58,9 @@ def reproduce(
 ) -> None:
     """Reproduce table or figure NAME of the paper (--list lists them).
 
-    Writes a folder: the figure (PNG, SVG), its numbers (CSV), tables (Markdown, LaTeX) and NAME.md, which says by a
-    stated test whether the paper's claim shows, beside the paper's own numbers. The same command goes on where it was
-    stopped.
+    The command writes a folder with the figure (PNG, SVG), its numbers (CSV), tables (Markdown, LaTeX) and
+    NAME.md. NAME.md states a test, says whether the paper's claim holds in it, and gives the paper's own
+    numbers. Run the same command again to continue where it stopped.
     """
     if listing:
         if name is not None:

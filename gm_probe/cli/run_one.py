@@ -32,8 +32,8 @@ def run_one(
 ) -> None:
     """Train and measure RUN of the sweep in FOLDER, as `gmprobe sweep` asked for it.
 
-    Does what is missing and nothing else: a complete run is left as it is, an interrupted one goes on, a failed one
-    is tried again. `gmprobe sweep --executor slurm` prints a job array of these.
+    Only missing work is done: a complete run is left as it is, an interrupted one continues, and a failed
+    one is tried again. `gmprobe sweep --executor slurm` prints a job array of these.
     """
     from gm_probe.sweep.manifest import only, read_sweep
 

@@ -62,12 +62,12 @@ def sweep(
 ) -> None:
     """Train and measure every run of RECIPE (a .toml file or a built-in name; see `gmprobe recipes`).
 
-    Runs that are complete in the folder are not done again, so a sweep that was stopped goes on with the same
-    command. A failed run does not stop the others, and is tried again with --retry-failed. `gmprobe status` tells
-    from any other terminal how far it is.
+    Complete runs are not repeated, so the same command continues a sweep that was stopped. A failed run
+    does not stop the others; --retry-failed runs it again. `gmprobe status` shows the progress from any
+    other terminal.
 
-    With --executor ray the runs go to a Ray cluster, whose machines may come and go; slurm prints a job array for
-    `sbatch` and runs nothing.
+    With --executor ray the runs go to a Ray cluster, whose machines may come and go. With --executor slurm
+    the command prints a job array for `sbatch` and runs nothing.
     """
     check_executor(executor, jobs, address, gpus)
     from gm_probe.sweep.manifest import named_as_found, write_sweep

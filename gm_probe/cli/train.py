@@ -229,10 +229,11 @@ def train(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Train one model; without --data on the bundled handwritten digits.
+    """Train one model; without --data, on the bundled handwritten digits.
 
-    The data is cut by seed into disjoint train, unlabeled and test parts. The run folder holds configuration,
-    metrics, their curves, final weights and, until it has finished, the state to resume from.
+    A seed splits the data into disjoint train, unlabeled and test parts. The run folder holds the
+    configuration, metrics, their curves and the final weights. Until training has finished, it also holds
+    the state to resume from.
 
     With several GPUs or machines:  torchrun --nproc-per-node N -m gm_probe train ...
     """

@@ -82,11 +82,12 @@ def tune(
 ) -> None:
     """Choose ρ and β by the error on a tenth of the training part, never on the test part.
 
-    Trains every pair of --rho and --beta, or with --trials the points that Optuna chooses between LOW and HIGH, with
-    --seeds seeds each. Every other option is `gmprobe train`'s and fixes what is not tuned. Each run is a folder in
-    --out; what is complete is not trained again, so the same command goes on where it was stopped, also with more
-    values or trials. Prints mean ± standard error over seeds, draws a map of them into --out, and names the command
-    that trains with the best point on the whole training part.
+    The command trains every pair of --rho and --beta with --seeds seeds each. With --trials it trains the
+    points that Optuna chooses between LOW and HIGH. All other options are those of `gmprobe train`, and
+    hold for every run. Each run is a folder in --out. Complete runs are not trained again, so the same
+    command continues where it stopped, also with more values or trials. It prints mean ± standard error
+    over seeds, draws a map into --out, and names the command that trains the best point on the whole
+    training part.
     """
     from gm_probe.cli.sweep import run_with_progress
     from gm_probe.data.sources import require_source
