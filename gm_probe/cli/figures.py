@@ -167,8 +167,8 @@ def warn(result: dict[str, Any]) -> None:
         if "estimator_above_target" in row:
             note(
                 console,
-                f"note: {name}: the estimator alone errs by {row['estimator_above_target']:.2g} of it, more than "
-                f"--target-error, whatever the examples; {_finer(row)}",
+                f"note: {name}: the estimator's own error is {row['estimator_above_target']:.2g} of it, "
+                f"above --target-error for any number of examples; {_finer(row)}",
             )
         # within the quadratic regime v₁'s basin is the one: others are behind, or were abandoned on their way into it
         if row.get("runner_up") is not None and row["runner_up"] < ALONE and _beyond_quadratic(row):

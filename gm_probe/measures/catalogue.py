@@ -68,7 +68,9 @@ CATALOGUE: dict[str, Listed] = {
         "λ_min(H)",
         "smallest (most negative) eigenvalue of the loss Hessian, by Lanczos",
     ),
-    "effective_rank": Listed(False, 13.0, "tr F/λ_max", "over how many directions the curvature is spread"),
+    "effective_rank": Listed(
+        False, 13.0, "tr F/λ_max", "number of directions over which the curvature is spread"
+    ),
     "local_inconsistency_adaptive": Listed(
         False,
         13.3,
@@ -94,10 +96,12 @@ CATALOGUE: dict[str, Listed] = {
         False,
         7.0,
         "‖∂f/∂x‖",
-        "root mean square norm of the output probabilities' derivative by the normalised input; a pass a "
-        "class",
+        "root mean square norm of the output probabilities' derivative with respect to the normalised "
+        "input; one pass per class",
     ),
-    "flip_rate": Listed(False, 0.33, "flips", "predictions that change in the mirror image"),
+    "flip_rate": Listed(
+        False, 0.33, "flips", "fraction of predictions that change when the image is mirrored"
+    ),
     "crop_rate": Listed(
         False,
         0.33,
@@ -108,9 +112,9 @@ CATALOGUE: dict[str, Listed] = {
         False,
         0.0,
         "‖θ − θ₀‖",
-        "length of the way from the initial parameters; known of run folders",
+        "distance from the initial parameters; known for run folders only",
     ),
-    "parameter_norm": Listed(False, 0.0, "‖θ‖", "length of the parameter vector"),
+    "parameter_norm": Listed(False, 0.0, "‖θ‖", "norm of the parameter vector"),
 }
 """All measures by their names, in the order of a table."""
 

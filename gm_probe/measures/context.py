@@ -144,7 +144,9 @@ class Probe:
                 some = f"examples {start} to {start + len(batch.x) - 1} of {self.batches.examples.source}"
 
                 def fails(cause: str, some: str = some) -> DataError:
-                    return DataError(f"the model fails on {some} ({cause}); leave out what it does not take")
+                    return DataError(
+                        f"the model failed on {some}: {cause}. Check the input's shape, dtype and device"
+                    )
 
                 with foreign_or(fails):
                     rows.append(self.parameters.taken(batch.x))
