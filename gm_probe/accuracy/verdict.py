@@ -91,8 +91,8 @@ def judge(
     for one in evidence:
         if one.num_classes != evidence[0].num_classes:
             raise DataError(
-                f"{one.name} has {one.num_classes} classes but {evidence[0].name} has {evidence[0].num_classes}; only "
-                "models of the same classes can be compared"
+                f"{one.name} has {one.num_classes} classes but {evidence[0].name} has "
+                f"{evidence[0].num_classes}; only models with the same classes can be compared"
             )
     shares = request.shares_of(evidence[0].num_classes)
     agreement = agreements([one.unlabeled for one in evidence])

@@ -34,8 +34,9 @@ def require_fit(path: Path, num_rows: int, num_columns: int) -> None:
     """Raise DataError where a table is larger than any table of runs, before it is read."""
     if num_columns > MOST_COLUMNS or num_rows * num_columns > MOST_CELLS:
         raise DataError(
-            f"{path} has {num_rows:,} rows and {num_columns:,} columns; a table of runs may have {MOST_COLUMNS:,} "
-            f"columns and {MOST_CELLS:,} cells; keep one row a run, and the columns that you need"
+            f"{path} has {num_rows:,} rows and {num_columns:,} columns; a table of runs may have "
+            f"{MOST_COLUMNS:,} columns and {MOST_CELLS:,} cells; keep one row per run, and only the "
+            "columns that you need"
         )
 
 

@@ -159,10 +159,10 @@ def _sections(report: Report) -> Iterable[_Section]:
 
 def _facts(table: RunTable, statistics: SweepStatistics) -> tuple[str, ...]:
     reasons = "; ".join(f"{len(runs):,} {reason}" for reason, runs in by_reason(table.excluded).items())
-    left_out = f"left out whole: {len(table.excluded):,} ({reasons})" if reasons else "no run was left out"
+    left_out = f"left out: {len(table.excluded):,} ({reasons})" if reasons else "no run was left out"
     return (
         f"{statistics.num_runs:,} runs of {statistics.num_settings:,} settings, at most "
-        f"{statistics.largest_setting:,} of one; {left_out}.",
+        f"{statistics.largest_setting:,} runs per setting; {left_out}.",
         *(f"{note}." for note in (*table.notes, *statistics.notes)),
         f"{statistics.resamples:,} resamples, seed {statistics.seed}.",
     )

@@ -115,7 +115,7 @@ def _check_pickle(path: Path, file: IO[bytes]) -> None:
     for operation, argument, _ in pickletools.genops(file):
         name = operation.name
         if name == "GLOBAL" and str(argument).endswith(" bytearray"):
-            raise CheckpointError(f"{path} holds a bytearray, which may be of any size; save tensors alone")
+            raise CheckpointError(f"{path} holds a bytearray, whose size is not limited. Save tensors only")
         if "PUT" in name:
             memo[int(str(argument))] = stack[-1]
             continue

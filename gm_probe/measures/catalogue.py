@@ -33,32 +33,32 @@ CATALOGUE: dict[str, Listed] = {
         False,
         13.3,
         "S_ρ",
-        "KL between the outputs of the model and of its copy moved by ρ, by Algorithm 1: mean over random "
+        "KL between the outputs of the model and of a copy perturbed by ρ (Algorithm 1), mean over random "
         "starts",
     ),
     "local_inconsistency_converged": Listed(
         False,
         35.0,
         "max S_ρ",
-        "the worst such KL within the ball: ascent from ± the top Fisher eigenvector and noise, until it "
-        "gains no more",
+        "largest such KL found in the ball, by ascent from ± the top Fisher eigenvector and noise until "
+        "convergence",
     ),
     "fisher_lambda_max": Listed(
         False, 10.0, "λ_max(F)", "largest eigenvalue of the Fisher matrix, by Lanczos"
     ),
-    "fisher_trace": Listed(False, 2.7, "tr F", "trace of the Fisher matrix, by examples' own gradients"),
+    "fisher_trace": Listed(False, 2.7, "tr F", "trace of the Fisher matrix, from per-example gradients"),
     "hessian_lambda_max": Listed(
         False,
         24.0,
         "λ_max(H)",
-        "largest eigenvalue of the loss Hessian (labels given, or else predicted), by Lanczos",
+        "largest eigenvalue of the loss Hessian (with given or else predicted labels), by Lanczos",
     ),
     "hessian_trace": Listed(
         False,
         2.7,
         "tr H",
-        "trace of the loss Hessian: tr F where every parameter enters affinely; else with labels given or "
-        "predicted, at three gradients a probe",
+        "trace of the loss Hessian: tr F where every parameter enters affinely; else with given or "
+        "predicted labels, at three gradients per probe",
     ),
     "error": Listed(True, 0.0, "error", "fraction of examples classified wrongly"),
     "cross_entropy": Listed(True, 0.0, "CE", "mean cross-entropy in nats"),
@@ -82,13 +82,13 @@ CATALOGUE: dict[str, Listed] = {
         False,
         13.3,
         "S_ρ batch",
-        "mean over batches of m of each batch's own S_ρ",
+        "mean of the S_ρ of each batch of m examples",
     ),
     "average_inconsistency": Listed(
         False,
         3.3,
         "A_ρ",
-        "KL on average over random perturbations of length about ρ",
+        "mean KL over random perturbations of length about ρ",
     ),
     "mean_entropy": Listed(False, 0.0, "entropy", "mean entropy of the outputs in nats"),
     "mean_confidence": Listed(False, 0.0, "confidence", "mean probability of the predicted class"),
@@ -106,7 +106,7 @@ CATALOGUE: dict[str, Listed] = {
         False,
         0.33,
         "crops",
-        "predictions that change where the image moves by up to 4 pixels",
+        "fraction of predictions that change when the image is shifted by up to 4 pixels",
     ),
     "distance_from_initialization": Listed(
         False,
@@ -133,7 +133,7 @@ SEPARATE = {
     "input_jacobian_norm": "differentiates an output by its own input",
     "flip_rate": "counts classes",
     "crop_rate": "counts classes",
-    "local_inconsistency_batchwise": "cuts the batch",
+    "local_inconsistency_batchwise": "splits the batch",
 }
 """Why some are undefined where the outputs of a batch hang together (``Batches.coupled``)."""
 
@@ -151,11 +151,11 @@ def check_names(
         if name not in CATALOGUE:
             raise UsageError(f"no measure {name!r}; {did_you_mean(name, CATALOGUE)}")
         if coupled and name in SEPARATE:
-            raise UsageError(f"{name} {SEPARATE[name]}: of NT-Xent logits it is undefined; leave it out")
+            raise UsageError(f"{name} {SEPARATE[name]}, so it is undefined for NT-Xent logits. Leave it out")
         if name == "local_inconsistency_batchwise" and num_processes > 1:
-            raise UsageError(f"{name} cuts the examples into batches; take it in one process")
+            raise UsageError(f"{name} splits the examples into batches. Measure it in one process")
         if CATALOGUE[name].needs_labels and not labeled:
-            raise DataError(f"{name} needs labels; give class folders with --labeled")
+            raise DataError(f"{name} needs labels. Give class folders with --labeled")
 
 
 def takes_derivatives(names: Sequence[str]) -> bool:

@@ -163,14 +163,14 @@ class Probe:
 
         def hanging(cause: str) -> UsageError:
             return UsageError(
-                f"an example's outputs hang on the others of its batch ({cause}), and so would what is measured; give "
-                "the model statistics of its own"
+                f"an example's output depends on the rest of its batch ({cause}), so results would depend "
+                "on the batch size. Switch the model to running statistics"
             )
 
         with foreign_or(hanging), torch.no_grad():  # BatchNorm has no statistics of a single value
             apart = self.parameters.taken(x[few])
         if not _same(outputs[: len(x)][few], apart, torch.float32):
-            raise hanging("as of BatchNorm without running statistics")
+            raise hanging("BatchNorm without running statistics?")
 
     @cached_property
     def clean(self) -> Tensor:
@@ -185,10 +185,12 @@ class Probe:
         if not bool(torch.isfinite(first).all()):
             row = self.batches.first + int((~torch.isfinite(first)).any(1).nonzero()[0])
             raise DivergedError(
-                f"the model's output on example {row} is not finite; check weights and normalisation"
+                f"the model's output on example {row} is not finite. Check weights and normalisation"
             )
         if not _same(first, again, first.dtype):
-            raise DataError("two passes over the data gave different outputs; no shuffling, no random layers")
+            raise DataError(
+                "two passes over the data gave different outputs. Turn off shuffling and random layers"
+            )
         self._require_independent(first)
         self.parameters.outputs = self.parameters.outputs.checked(first)
         return self.parameters.outputs.logits(first)

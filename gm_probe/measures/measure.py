@@ -221,7 +221,10 @@ def _in_dtype_of(model: nn.Module, batches: Batches) -> Batches:
 def _require_full(dtype: torch.dtype, what: str = "weights") -> None:
     if dtype not in (torch.float32, torch.float64):
         raise UsageError(
-            f"the {what} are {dtype}, in which no residual below a few percent can be told; measure model.float()"
+            (
+                f"the {what} are {dtype}, in which residuals below a few percent cannot be resolved. Measure "
+                "model.float()"
+            )
             + ", with a forward that returns float32" * (what == "outputs")
         )
 
@@ -232,7 +235,9 @@ def _estimate(figure: Figure, batches: Batches, target_error: float, cost: float
     details = dict(details)
     if example_error is None and value is not None:
         one = "batch" if batches.coupled else "example"
-        details.setdefault("reason_stderr_examples", f"one {one}, or lost in the probes' noise")
+        details.setdefault(
+            "reason_stderr_examples", f"there is one {one}, or the value is lost in the probes' noise"
+        )
     found = {"value": value, "stderr": stderr, "stderr_examples": example_error}
     for label, number in found.items():
         if number is not None and not math.isfinite(number):

@@ -17,7 +17,7 @@ from gm_probe.measures.context import Figure, Probe, example_error
 from gm_probe.models.parameters import dense
 from gm_probe.runtime.processes import gather_examples
 
-NO_INPUT_GRADIENT = "the outputs have no gradient by the inputs"
+NO_INPUT_GRADIENT = "the outputs have no gradient with respect to the inputs"
 SHIFT = 4  # pixels, as in the usual crop augmentation
 
 
@@ -58,7 +58,7 @@ def input_jacobian_norm(probe: Probe) -> Figure:
     rows = []
     for batch, clean in zip(probe.batches, cut(probe.clean, probe.batches), strict=True):
         if not batch.x.is_floating_point():
-            return None, None, None, False, {"reason": "inputs are integers: nothing to differentiate by"}
+            return None, None, None, False, {"reason": "the inputs are integers, so they have no derivative"}
         x = with_tensors(batch.x, {key: _leaf(value) for key, value in tensors_of(batch.x).items()})
         by = [value for value in tensors_of(x).values() if value.requires_grad]
         squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -115,7 +115,7 @@ def _changed(probe: Probe, transform: Callable[[Tensor, Tensor], Tensor]) -> Fig
     mine = numbers[batches.first : batches.first + batches.num_examples].split(batches.batch_size)
     for batch, clean, some in zip(batches, cut(probe.clean, batches), mine, strict=True):
         if not isinstance(batch.x, Tensor) or batch.x.dim() != 4 or not batch.x.is_floating_point():
-            return None, None, None, False, {"reason": "inputs are no images"}
+            return None, None, None, False, {"reason": "the inputs are not images"}
         with torch.no_grad():
             logits = probe.parameters.logits(transform(batch.x, some))
         probe.work.add(FORWARD, len(clean))
@@ -131,7 +131,7 @@ def parameter_norm(probe: Probe) -> Figure:
 def distance_from_initialization(probe: Probe) -> Figure:
     """‖θ − θ₀‖ over the measured parameters, θ₀ those that training started from."""
     if probe.initial is None:
-        return None, None, None, False, {"reason": "the initial parameters are known of run folders only"}
+        return None, None, None, False, {"reason": "the initial parameters are known for run folders only"}
     before = dict(probe.initial.named_parameters())
     return _length(
         {name: p.detach() - before[name].to(p.device) for name, p in probe.parameters.named.items()}

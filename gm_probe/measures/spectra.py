@@ -102,7 +102,7 @@ def _estimator(found: Trace) -> str:
     return "Hutch++" if found.sketched else "Hutchinson"
 
 
-EXAMPLES = "examples' own gradients"
+EXAMPLES = "per-example gradients"
 
 
 def fisher_trace(probe: Probe) -> Figure:
@@ -124,7 +124,7 @@ def hessian_trace(probe: Probe) -> Figure:
     """Return tr F where every parameter enters affinely, else tr F + tr(H − F)."""
     if everywhere(probe.not_affine is None, probe.clean.device):
         value, error, examples, converged, details = fisher_trace(probe)
-        method = f"tr F, for every parameter enters affinely: {details['method']}"
+        method = f"tr F, because every parameter enters affinely: {details['method']}"
         return value, error, examples, converged, {**details, "method": method, "labels": "none needed"}
     fisher = probe.example_fisher_trace
     if fisher is None:

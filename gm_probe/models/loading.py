@@ -175,7 +175,7 @@ def check_fit(checkpoint: Checkpoint, examples: Examples) -> None:
     if examples.classes and checkpoint.classes and examples.classes != checkpoint.classes:
         raise DataError(
             f"{examples.source} has classes {_some(examples.classes)} but {checkpoint.path} was trained on "
-            f"{_some(checkpoint.classes)}; rename the folders, or measure it --unlabeled"
+            f"{_some(checkpoint.classes)}; rename the folders, or pass the data as --unlabeled"
         )
 
 
