@@ -241,7 +241,7 @@ def _draw(tuner: Tuner, cells: Sequence[Cell], best: Cell, *, grid: bool) -> lis
     from gm_probe.analysis.plots import write_figure
 
     draw = heat_map if grid else trial_map
-    title = f"{tuner.base.method}, {tuner.base.model}, {tuner.seeds} seed(s) a point"
+    title = f"{tuner.base.method}, {tuner.base.model}, {tuner.seeds} seed(s) per point"
     figure = draw([cell.as_dict() for cell in cells], best.as_dict(), title)
     paths = [tuner.out / f"tune{suffix}" for suffix in (".png", ".svg")]
     write_figure(figure, paths)
