@@ -63,9 +63,9 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
         held = [each for place in places for each in _tensors_held(parameters.model.get_submodule(place))]
         if held:
             raise UsageError(
-                f"parameter {name!r} does not move the outputs, and a module around it keeps tensors in {held[0]!r}, "
-                "which may have been made from it in eval mode; call model.train() and model.eval() to make them anew, "
-                "or choose the other parameters by --params"
+                f"parameter {name!r} does not change the outputs, and its module keeps tensors in "
+                f"{held[0]!r}, which may be cached copies of it from eval mode. Call model.train() and "
+                "then model.eval() to refresh them, or choose the other parameters by --params"
             )
 
 

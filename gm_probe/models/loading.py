@@ -95,8 +95,8 @@ def _recorded_name(checkpoint: Checkpoint) -> str:
         )
     if recorded.is_user_code:
         raise UsageError(
-            f"{checkpoint.path} belongs to your own code {recorded.name!r}, which runs only when named: "
-            f"add --model {recorded.name}"
+            f"{checkpoint.path} belongs to your own code {recorded.name!r}, which runs only when you name "
+            f"it. Add --model {recorded.name}"
         )
     return recorded.name
 

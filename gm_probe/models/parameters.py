@@ -48,7 +48,7 @@ class Parameters:
         try:
             self.named = {name: p for name, p in trainable.items() if re.search(pattern, name)}
         except re.error as error:
-            raise UsageError(f"{pattern!r} is no regular expression: {error}") from error
+            raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
         if not self.named:
             frozen = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
             if frozen:

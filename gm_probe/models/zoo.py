@@ -87,7 +87,7 @@ class ModelSpec:
         """Raises KeyError, TypeError, ValueError or OverflowError on a broken record."""
         name = str(value["name"])  # of what is no mapping, a TypeError
         if len(name) > LONGEST:
-            raise ValueError(f"a model's name of {len(name):,} characters")
+            raise ValueError(f"a model name of {len(name):,} characters")
         temperature = value.get("temperature")
         spec = cls(
             name,
@@ -111,7 +111,7 @@ class ModelSpec:
 def _recorded_size(value: Any) -> int:
     """Return ``value`` as a record has a size; a text or a fraction is refused, not converted."""
     if type(value) is not int:
-        raise TypeError(f"{value!r:.40} is no whole number")
+        raise TypeError(f"{value!r:.40} is not a whole number")
     return value
 
 
@@ -185,7 +185,7 @@ def _with_keywords(name: str) -> tuple[str, dict[str, Any]]:
         key, separator, text = one.partition("=")
         if not separator or not key.isidentifier() or key in keywords:
             raise UsageError(
-                f"{name}: {one!r} is no KEYWORD=VALUE, or is there twice; e.g. {network},drop_rate=0.1"
+                f"{name}: {one!r} is not KEYWORD=VALUE, or is given twice. Example: {network},drop_rate=0.1"
             )
         if _NO_KEYWORDS.search(key):
             raise UsageError(f"{name}: {key} cannot be passed to the builder; leave it out")

@@ -169,7 +169,8 @@ def text_of(results: Sequence[Test], others: Sequence[Test], untested: str, spli
         f"named, paired by seed ({shared}), below 0 by a 95 % Student interval over the n seeds in which "
         f"both ended. {_told(results)} {sum((r.sign == 1 for r in results))} of {len(results)} comparisons "
         f"have the claimed sign with an interval that excludes 0, {sum((r.sign == -1 for r in results))} "
-        f"the other way by the {reversed_level:.4g} % interval that decides against the claim (Bonferroni)."
+        f"the opposite sign by the {reversed_level:.4g} % interval that decides against the claim "
+        "(Bonferroni)."
     )
     if any(count for r in results for count in r.lost.values()):
         text += (

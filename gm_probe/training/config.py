@@ -198,7 +198,8 @@ class TrainConfig:
             return
         if self.labels is None:
             raise UsageError(
-                f"objective = {self.objective!r} needs labels: how many training examples keep theirs"
+                f"objective = {self.objective!r} needs labels, the number of training examples that keep "
+                "their labels"
             )
         if self.m is not None:
             raise UsageError(f"m splits supervised batches only, not those of objective = {self.objective!r}")
