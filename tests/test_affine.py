@@ -319,9 +319,9 @@ UNTRIED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Net(lambda layers, x: (z := layers[0](x)) + (z.sign() - z).detach(), linear()),
         "autograd does not see every path from parameter 'layers.0.weight'",
     ),
-    "derivatives of its own": (
+    "its own derivatives": (
         lambda: Net(lambda layers, x: Straight.apply(layers[0](x)), linear()),
-        "the autograd function Straight states derivatives of its own",
+        "the autograd function Straight defines its own derivatives",
     ),
     "in place what the gradient needs": (
         lambda: Net(in_place_product, linear()),
@@ -333,7 +333,7 @@ UNTRIED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "not logits": (
         lambda: Net(lambda layers, x: layers[0](x)[0], linear()),
-        "second derivatives cannot be tried (the model returned one number an example, (4,)",
+        "second derivatives cannot be tested (the model returned one number per example, (4,)",
     ),
     "failing": (
         lambda: Net(lambda layers, x: layers[0](x) * (1 // 0), linear()),

@@ -216,7 +216,7 @@ def test_values_too_large_to_square_and_names_that_steer_a_terminal_are_listed(t
     table = load_table(tmp_path)
     assert table.missing["m"] == {1: "beyond 1e150 in size", 2: "beyond 1e150 in size"}
     (left_out,) = table.excluded
-    assert left_out == Exclusion(r"x\x1b[2Jy", "its name has characters that cannot be shown")
+    assert left_out == Exclusion(r"x\x1b[2Jy", "its name has unprintable characters")
     assert [show(value) for value in table.frame["note"]] == [r"\x07a", r"\x07b", r"\x07c"]
     assert show("naïve 测度 👩‍👧") == "naïve 测度 👩‍👧"
 
@@ -277,7 +277,7 @@ def test_a_long_list_of_differing_settings_is_cut(tmp_path: Path) -> None:
         )
     (measure,) = correlate(load_table(tmp_path)).measures
     shown = "d6 × 2, d0 × 1, d1 × 1, d2 × 1, d3 × 1 and 2 more"
-    assert measure.warnings == (f"data differs between runs ({shown}): not comparable",)
+    assert measure.warnings == (f"data differs between runs ({shown}), so they are not comparable",)
 
 
 @pytest.mark.parametrize(

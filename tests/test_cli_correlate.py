@@ -88,8 +88,8 @@ def test_json_contract(capsys: pytest.CaptureFixture[str], table: Path) -> None:
         "ties_measure": 0,
         "ties_gap": 0,
         "missing": [],
-        "interval_reason": "2 settings, and an interval needs 5",
-        "p_reason": "2 arrangements of settings: p cannot be below 1",
+        "interval_reason": "2 settings; an interval needs 5",
+        "p_reason": "2 arrangements of settings, so p is at least 1",
         "flags": [],
     }
     assert {key: trace["error_gap"][key] for key in expected} == expected
@@ -228,7 +228,7 @@ def test_the_table_fits_its_terminal(
     assert max(map(len, out.splitlines())) <= columns
     for text in ("local_inconsistency", "fisher_trace", "lr=0.1", "τ-b", "95 %", "+1.000", "−1.000"):
         assert text in out
-    assert "no interval: 2 settings, and an interval needs 5" in " ".join(out.split())
+    assert "no interval: 2 settings; an interval needs 5" in " ".join(out.split())
 
 
 def test_measure_names_are_not_markup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

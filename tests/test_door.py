@@ -61,7 +61,7 @@ def test_the_output_that_is_meant(returned: Any, output: int | str | None) -> No
         ({"features": FEATURES, "out": Z}, "a dict of 'features': .*, 'out':"),
         (Record(Z), "a Record of scores: .*, logits: NoneType"),
         (None, "a NoneType"),
-        (Z.sum(), "a single number, as a loss is"),
+        (Z.sum(), "a single number, like a loss"),
         (Z[:, 0], "--head binary"),
         (Z[:, None], r"\(2, 1, 3\) for 2 example\(s\): not one row"),
         (Z[:, :, None, None], r"\(2, 3, 1, 1\)"),
@@ -94,7 +94,7 @@ def test_an_output_that_is_not_there(output: int | str) -> None:
         (Outputs(), Z[:, :1], "--head binary"),
         (Outputs(head="binary"), Z, "reads one logit an example"),
         (Outputs(kind="probabilities"), Z, "said to be probabilities"),
-        (Outputs(kind="log-probabilities"), Z, "said to be log-probabilities"),
+        (Outputs(kind="log-probabilities"), Z, "declared as log-probabilities"),
     ],
 )
 def test_outputs_of_another_kind_are_refused(outputs: Outputs, values: Tensor, words: str) -> None:

@@ -243,7 +243,7 @@ REFUSED = {
     "has labels of shape (5, 2) but the model has 1 yes-or-no": (BINARY, 1, torch.ones(5, 2)),
     "has labels of shape (5, 3) but the model has 3 exclusive classes": (Outputs(), 3, torch.eye(3)[ONES]),
     "has labels of shape (5, 1) but the model has 3 exclusive classes": (Outputs(), 3, ONES[:, None]),
-    "y holds numbers that are not whole, as soft labels are": (BINARY, 1, torch.full((5,), 0.9)),
+    "y holds fractions, such as soft labels": (BINARY, 1, torch.full((5,), 0.9)),
 }
 
 
@@ -293,5 +293,5 @@ def test_pairs_of_yes_or_no_models() -> None:
         assert row.value == pytest.approx(total / (LABELS if name == "disagreement" else 1))
     with pytest.raises(UsageError, match="one logit an example"):
         compare(z[..., :1], sets)
-    with pytest.raises(DataError, match="only models of the same labels"):
+    with pytest.raises(DataError, match="only models with the same labels"):
         compare([paired(z[0]), paired(z[0, :, :2])], ["a", "b"])

@@ -249,7 +249,7 @@ def test_impossible_readings_are_refused_by_name(values: dict[str, int]) -> None
 
 def test_a_sliver_is_not_blown_up(tmp_path: Path) -> None:
     file = write(tmp_path / "x.png", np.zeros((1, 40_000, 3), dtype=np.uint8))
-    with pytest.raises(DataError, match="the cap is 64,000,000"):
+    with pytest.raises(DataError, match="the limit is 64,000,000"):
         ImageFiles([file], Reading(resize=224, crop=224)).in_memory()
 
 

@@ -201,7 +201,7 @@ def test_runs_measured_in_another_way_are_not_skipped(
     # what is not given is as it was, also of a single run
     [one], told = measured(trained_runs(tmp_path)[0], capsys)
     assert (one["settings"]["dtype"], one["settings"]["mean"]) == ("float64", [])
-    assert "taken as measures.json was, with mean = [], std = [], dtype = float64" in " ".join(told.split())
+    assert "settings taken from measures.json: mean = [], std = [], dtype = float64" in " ".join(told.split())
 
 
 def test_data_that_changed_under_its_name_are_measured_anew(

@@ -171,7 +171,7 @@ def test_a_batch_is_neither_cut_nor_shared() -> None:
     assert [share.first for share in shares] == [0, 2 * BATCH]
     assert [len(share) for share in shares] == [1, 2]
     assert torch.equal(torch.cat([share.examples.x for share in shares]), batches().examples.x)
-    with pytest.raises(DataError, match="3 batches do not go round 4 processes"):
+    with pytest.raises(DataError, match="3 batches are too few for 4 processes"):
         batches().shard(0, 4)
     with pytest.raises(DataError, match="do not fill"):
         Batches(images(), batch_size=4, coupled=True)

@@ -99,8 +99,8 @@ def test_csv_outcomes_are_no_measures(tmp_path: Path) -> None:
     assert table.frame["num_test"].fillna(-1).to_list() == [10, -1]
     assert table.frame["test_error"].fillna(-1).to_list() == [-1, 0.3]
     assert table.notes[1:] == (
-        "test_error is no number in 1 of 2 runs",
-        "num_test is no number in 1 of 2 runs",
+        "test_error is not a number in 1 of 2 runs",
+        "num_test is not a number in 1 of 2 runs",
     )
     assert load_table(path, measures=["num_test"]).outcomes == ("test_error", "num_train")
 
@@ -117,7 +117,7 @@ def test_csv_outcomes_are_no_measures(tmp_path: Path) -> None:
         ("error_gap,fisher_trace\n1,2\n3,high\n", "'fisher_trace' row 2 holds 'high', which is not a number"),
         ("error_gap,m\n=1+1,2\n3,4\n", "'error_gap' row 1 holds '=1\\+1'"),
         ("error_gap,kind\n1,a\n2,b\n", "no numeric column"),
-        ("error_gap,m\x1b[31m\n1,2\n", r"m\\x1b\[31m', with characters that cannot be shown"),
+        ("error_gap,m\x1b[31m\n1,2\n", r"m\\x1b\[31m', with unprintable characters"),
         ("error_gap,m\n1,2\n3,4,5\n", "not a readable CSV"),
     ],
 )
@@ -156,7 +156,7 @@ def test_sources_that_are_neither(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         load_table(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UsageError, match=r"neither in \.csv, \.tsv nor \.parquet"):
+    with pytest.raises(UsageError, match=r"neither a folder of runs nor a \.csv, \.tsv or \.parquet file"):
         load_table(tmp_path / "notes.txt")
     with pytest.raises(UsageError, match="holds no run"):
         load_table(tmp_path)

@@ -67,7 +67,7 @@ def permute_blocks(
     limits = []
     num_blocks, fixed = sum(map(len, blocks.values())), len(blocks) - len(movable)
     if stratum is None and len(blocks) > 1:
-        sizes = ", ".join(f"{len(blocks[each])} settings of {each[0]} runs" for each in sorted(blocks))
+        sizes = ", ".join(f"{len(blocks[each])} with {each[0]} runs" for each in sorted(blocks))
         alike = "as many runs" if seed is None else "the same seeds"
         limits.append(f"the permutation test exchanges only settings with {alike} ({sizes})")
     elif fixed:
