@@ -67,7 +67,7 @@ def pictures(
                 "grid",
                 f"S_ρ’s τ with the {_short(gap)} by ρ and K",
                 f"Kendall’s τ-b with the {_short(gap)} at each measured radius ρ and number of ascent "
-                f"steps K: {' to '.join((f'{n:,}' for n in dict.fromkeys((numbers[0], numbers[-1]))))} "
+                f"steps K: {' to '.join(f'{n:,}' for n in dict.fromkeys((numbers[0], numbers[-1])))} "
                 "runs.",
                 figures.tau_by_radius(lines, f"τ with {GAPS[gap]}"),
             )

@@ -165,10 +165,10 @@ def text_of(results: Sequence[Test], others: Sequence[Test], untested: str, spli
     )
     reversed_level = 100 * (1 - 0.05 / max(1, len(results)))
     text = (
-        f"The test, on {' and '.join(dict.fromkeys((r.data for r in results)))}: the difference in what is "
+        f"The test, on {' and '.join(dict.fromkeys(r.data for r in results))}: the difference in what is "
         f"named, paired by seed ({shared}), below 0 by a 95 % Student interval over the n seeds in which "
-        f"both ended. {_told(results)} {sum((r.sign == 1 for r in results))} of {len(results)} comparisons "
-        f"have the claimed sign with an interval that excludes 0, {sum((r.sign == -1 for r in results))} "
+        f"both ended. {_told(results)} {sum(r.sign == 1 for r in results)} of {len(results)} comparisons "
+        f"have the claimed sign with an interval that excludes 0, {sum(r.sign == -1 for r in results)} "
         f"the opposite sign by the {reversed_level:.4g} % interval that decides against the claim "
         "(Bonferroni)."
     )
