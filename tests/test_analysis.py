@@ -235,15 +235,18 @@ def test_runs_measured_with_different_settings_are_not_comparable(tmp_path: Path
     for i, (settings, rows) in enumerate(changes):
         make_run(tmp_path / str(i), measures=plain | rows, settings=base | settings, error_gap=0.1 * i)
     warnings = {measure.name: measure.warnings for measure in correlate(load_table(tmp_path)).measures}
-    dtype = "dtype differs between runs (float32 × 4, float64 × 1): not comparable"
+    dtype = "dtype differs between runs (float32 × 4, float64 × 1), so they are not comparable"
     assert warnings == {
         "local_inconsistency": (
-            "rho differs between runs (0.1 × 3, 0.2 × 2): not comparable",
+            "rho differs between runs (0.1 × 3, 0.2 × 2), so they are not comparable",
             dtype,
-            "protocol differs between runs (paper × 4, converged × 1): not comparable",
+            "protocol differs between runs (paper × 4, converged × 1), so they are not comparable",
         ),
         "fisher_trace": (),  # the run of another dtype has no value here
-        "hessian_trace": (dtype, "labels differs between runs (given × 4, predicted × 1): not comparable"),
+        "hessian_trace": (
+            dtype,
+            "labels differs between runs (given × 4, predicted × 1), so they are not comparable",
+        ),
     }
 
 
@@ -342,7 +345,7 @@ def test_no_gap_in_any_summary(tmp_path: Path) -> None:
 def test_a_setting_and_a_measure_of_one_name(tmp_path: Path) -> None:
     for i in range(2):
         make_run(tmp_path / str(i), config={"rho": i}, measures={"rho": {"value": i}}, error_gap=0.1)
-    with pytest.raises(DataError, match="2 × its measure rho has the name of a setting"):
+    with pytest.raises(DataError, match="2 × its measure rho has the same name as a setting"):
         load_table(tmp_path)
     for i in range(2, 5):  # the fewer are left out
         make_run(tmp_path / str(i), config={"rho": i}, measures={"m": {"value": i}}, error_gap=0.1)

@@ -394,7 +394,7 @@ def test_mismatches_name_the_tensors(tmp_path: Path, trained: Net) -> None:
     message = refused(tmp_path / "a.pt", model=fresh)
     assert "2 missing (bn.running_mean, head.bias)" in message
     assert "1 unexpected (module.extra.weight)" in message
-    assert "1 of another shape (conv.weight (4, 1, 3, 3) ≠ (4, 3, 3, 3) in the model)" in message
+    assert "1 of a different shape (conv.weight (4, 1, 3, 3) ≠ (4, 3, 3, 3) in the model)" in message
     assert "--model" in message
     assert same(fresh, net(2))  # nothing was copied
 

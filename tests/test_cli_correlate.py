@@ -170,7 +170,7 @@ def test_hyper_chooses_what_json_lists(capsys: pytest.CaptureFixture[str], runs:
 
 
 def test_differing_settings_are_loud_everywhere(capsys: pytest.CaptureFixture[str], mixed: Path) -> None:
-    differs = "rho differs between runs (0.1 × 3, 0.2 × 1): not comparable"
+    differs = "rho differs between runs (0.1 × 3, 0.2 × 1), so they are not comparable"
     _, out, err = run(capsys, str(mixed), "--json")
     measures = json.loads(out)["measures"]
     assert differs in measures["local_inconsistency"]["notes"]

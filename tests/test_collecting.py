@@ -154,7 +154,7 @@ REFUSED: dict[str, Any] = {
     "y is a list that holds no numbers": (X, ["cat"] * 20),
     "the input is an array of <U1, which torch does not support": np.array(["a"] * 20),
     "x is a single number": torch.tensor(1.0),
-    "holds no tensor with a row for each example": {"input_ids": [[1, 2], [3, 4]]},
+    "holds no tensor with one row per example": {"input_ids": [[1, 2], [3, 4]]},
     "different numbers of rows ('a': 20, 'b': 5)": {"a": X, "b": X[:5]},
 }
 

@@ -214,7 +214,7 @@ class Elsewhere(nn.Module):
 )
 def test_no_layer_and_no_example_is_blamed_for_a_device(when: str, name: str) -> None:
     batches = Batches.from_tensors(torch.randn(9, 3))
-    with pytest.raises(DeviceError, match="tensors met on two devices") as raised:
+    with pytest.raises(DeviceError, match="tensors are on two devices") as raised:
         measure(Elsewhere(when), batches, [name])
     assert not any(word in str(raised.value) for word in ("replace that layer", "leave out"))
 

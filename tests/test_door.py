@@ -92,8 +92,8 @@ def test_an_output_that_is_not_there(output: int | str) -> None:
         (Outputs(head="binary"), torch.tensor([[0.2], [0.9]]), "every number lies in"),
         (Outputs(head="multilabel"), Z.sigmoid(), "every number lies in"),
         (Outputs(), Z[:, :1], "--head binary"),
-        (Outputs(head="binary"), Z, "reads one logit an example"),
-        (Outputs(kind="probabilities"), Z, "said to be probabilities"),
+        (Outputs(head="binary"), Z, "reads one logit per example"),
+        (Outputs(kind="probabilities"), Z, "declared as probabilities"),
         (Outputs(kind="log-probabilities"), Z, "declared as log-probabilities"),
     ],
 )

@@ -215,7 +215,7 @@ def test_notes_on_sets_that_mislead(world: World) -> None:
     notes = " ".join(report.notes)
     assert "only 30 examples" in notes
     assert "only 100 validation examples" in notes
-    assert "30 of 30 unlabeled examples are in" in notes
+    assert "30 of 30 unlabeled examples are also in" in notes
     trained = gm_probe.estimate(
         learned(world.train, 300, 0), batches(world.target), validation=batches(world.train)
     )

@@ -236,7 +236,7 @@ def test_a_batch_that_belongs_to_what_is_computed_is_not_halved() -> None:
         raise MemoryError
 
     coupled = Batches(inputs().examples, batch_size=12, coupled=True)
-    with pytest.raises(ResourceError, match="batches of 12, whose examples hang together"):
+    with pytest.raises(ResourceError, match="batches of 12, whose examples depend on each other"):
         within_memory(coupled, failing)
 
 

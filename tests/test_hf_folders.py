@@ -182,7 +182,7 @@ def test_the_hubs_flag_is_left_as_it_was(tmp_path: Path) -> None:
         ({"num_labels": 10**9}, "asks for num_labels"),
         ({"hidden_size": 2**20, "intermediate_size": 2**20}, "describes 1[0-9,]* parameters"),
         ({"hidden_size": "x"}, "transformers cannot build the network"),
-        ({"hidden_size": 16}, "of another shape"),
+        ({"hidden_size": 16}, "of a different shape"),
         ({"num_hidden_layers": 3}, "16 missing"),
         ({"num_hidden_layers": 1}, "16 unexpected"),
     ],

@@ -91,11 +91,11 @@ def test_saving_keeps_what_was_taken_so_and_names_what_goes(
     # two products, with F of two gradients each and with H of three, and what trying them took
     assert all(4 <= first["density"][matrix]["num_evals"] < 20 for matrix in ("fisher", "hessian"))
     assert set(again["measures"]) == {"mean_entropy", "mean_confidence", "local_inconsistency"}
-    assert "of other settings" not in note
+    assert "taken with other settings" not in note
     other, note = saved("--measures", "local_inconsistency", "--rho", "0.2")
     assert "density" not in other
     assert set(other["measures"]) == {"local_inconsistency"}
-    assert "held mean_entropy, mean_confidence, density of other settings" in " ".join(note.split())
+    assert "held mean_entropy, mean_confidence, density taken with other settings" in " ".join(note.split())
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("-inf")])

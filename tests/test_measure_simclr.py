@@ -165,7 +165,7 @@ def test_measures_of_single_examples_are_refused(name: str) -> None:
 
 
 def test_a_batch_is_neither_cut_nor_shared() -> None:
-    with pytest.raises(UsageError, match="hang together"):
+    with pytest.raises(UsageError, match="depend on each other"):
         batches().of_size(4)
     shares = [batches().shard(rank, 2) for rank in range(2)]
     assert [share.first for share in shares] == [0, 2 * BATCH]

@@ -867,7 +867,7 @@ def test_a_grid_of_radii_has_the_converged_maximum_of_each() -> None:
 
 
 def test_a_single_output_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"one logit an example; .*--head binary"):
+    with pytest.raises(UsageError, match=r"one logit per example; .*--head binary"):
         measure(nn.Linear(3, 1), Batches.from_tensors(torch.ones(4, 3)), ["fisher_trace"])
 
 

@@ -207,8 +207,10 @@ def test_fisher_interval_is_the_textbook_one() -> None:
 def test_blocks_change_places_whole_and_among_equals() -> None:
     setting = np.array([2, 0, 1, 0, 1, 2, 3, 3, 3])
     found = permute_blocks(setting, 300, np.random.default_rng(0))
-    assert found.limit == "the permutation test exchanges only settings with as many runs (3 with 2 runs, 1 with 3 runs); " \
-        "6 arrangements of settings, so p is at least 0.33"  # fmt: skip
+    assert found.limit == (
+        "the permutation test exchanges only settings with as many runs (3 with 2 runs, 1 with 3 runs); "
+        "6 arrangements of settings, so p is at least 0.33"
+    )
     seen = set()
     for row in found.rows:
         assert sorted(row) == list(range(9))

@@ -276,7 +276,7 @@ def test_every_exclusion_is_listed_with_its_reason(page: Page) -> None:
     assert [row[3] for row in rows] == ["run-12", "run-13", "run-14", "run-01", "run-02"]
     assert len(page.table("runs")) == 13
     assert any(
-        "12 runs of 6 settings, at most 2 of one; left out whole: 3 (1 diverged; 1 failed; 1 not measured)."
+        "12 runs of 6 settings, at most 2 runs per setting; left out: 3 (1 diverged; 1 failed; 1 not measured)."
         in fact
         for fact in page.texts("li")
     )

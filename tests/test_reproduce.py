@@ -370,7 +370,8 @@ def test_what_diverged_in_app_b_is_said_and_where_all_did_is_an_error(tmp_path):
         Task("appB", "smoke", tmp_path / "a", notify=lambda _: None), **{**entry, "grid": grid}
     )
     assert found.text.endswith(
-        "Left out, because they diverged or are alone in their setting: 2 of 6 runs (own start); 2 of 6 runs (common start)."
+        "Left out, because they diverged or are alone in their setting: "
+        "2 of 6 runs (own start); 2 of 6 runs (common start)."
     )
     assert {row["lr"] for row in found.rows} == {0.02, 0.05}
     grid["lr"] = [1e30]
@@ -442,8 +443,8 @@ def test_against_the_claim_one_of_many_comparisons_must_be_clearer(tmp_path):
     assert verdict.outcome(many) == "shows"
     text = verdict.text_of(many, (), "", False)
     assert (
-        "2 of 2 comparisons have the claimed sign with an interval that excludes 0, 0 the opposite sign by the 97.5 % interval"
-        in text
+        "2 of 2 comparisons have the claimed sign with an interval that excludes 0, "
+        "0 the opposite sign by the 97.5 % interval" in text
     )
 
 
@@ -880,7 +881,7 @@ def test_one_data_set_can_be_chosen(tmp_path):
     other = CliRunner().invoke(
         command, ["fig6", "--scale", "smoke", "--out", str(tmp_path / "x"), "--only", "y"]
     )
-    assert "one data set" in str(other.exception)
+    assert "a single data set" in str(other.exception)
 
 
 def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):

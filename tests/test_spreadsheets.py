@@ -326,7 +326,7 @@ def test_a_csv_of_too_many_cells_is_refused_before_it_is_read(
 ) -> None:
     monkeypatch.setattr(pd, "read_csv", lambda *_, **__: pytest.fail("read"))
     path = make_csv(tmp_path, ",".join(f"c{i}" for i in range(header)) + "\n" + "1\n" * rows)
-    with pytest.raises(DataError, match="keep one row a run"):
+    with pytest.raises(DataError, match="keep one row per run"):
         load_table(path)
 
 
@@ -348,8 +348,8 @@ def test_parquet_bombs_are_refused(tmp_path: Path) -> None:
     some = {"error_gap": [0.1, 0.2], "m": [1.0, 2.0]}
     long = arrow.DictionaryArray.from_arrays(arrow.array([0, 0], arrow.int32()), arrow.array(["a" * 20_000]))
     bombs = {
-        "rows": ({"error_gap": zeros, "m": zeros}, "keep one row a run"),
-        "a list in a cell": ({**some, "x": [zeros, zeros]}, "keep one row a run"),
+        "rows": ({"error_gap": zeros, "m": zeros}, "keep one row per run"),
+        "a list in a cell": ({**some, "x": [zeros, zeros]}, "keep one row per run"),
         "a text in many rows": ({**some, "x": long}, "a cell of 20,000 characters"),
         "columns": ({f"c{i}": [1] for i in range(5001)}, "5,001 columns"),
     }

@@ -444,7 +444,7 @@ def test_controls_that_cannot_be_used_say_why() -> None:
     )
     assert found["h0"].reason == "text with 4 values has no order; see τ within its strata"
     assert "constant" in str(found["same"].reason)
-    assert "in the same order" in str(found["copy"].reason)
+    assert "have the same order" in str(found["copy"].reason)
     with pytest.raises(UsageError, match="did you mean 'train_ce'"):
         correlate(table, controls=["train_c"])
 
@@ -563,7 +563,7 @@ ODD = {
     "one setting": grid(0).iloc[:4],
     "two settings": grid(0).iloc[:8],
     "four settings": grid(0).iloc[:16],
-    "clusters of one": grid(0, seeds=1),
+    "settings of one run": grid(0, seeds=1),
     "uneven": grid(0).drop(index=[0, 4, 5, 12, 13, 14]),
     "constant measure": grid(0).assign(m=1.0),
     "constant gap": grid(0).assign(error_gap=0.5),
@@ -625,7 +625,7 @@ def test_what_is_skipped_is_absent() -> None:
     [
         (grid(0), (), "no hyperparameter is known"),
         (grid(0).assign(h0=1, h1=1), ("h0", "h1"), "all runs have the same setting"),
-        (grid(0, seeds=1), ("h0", "h1"), "no setting has two runs: 12 clusters of one"),
+        (grid(0, seeds=1), ("h0", "h1"), "no setting has two runs (12 settings with one run each)"),
         (grid(0).drop(index=[0, 1, 2]), ("h0", "h1"), "1 of 12 settings have a single run"),
     ],
 )
