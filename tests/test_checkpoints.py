@@ -298,7 +298,7 @@ def test_a_key_that_is_not_there_is_a_usage_error(tmp_path: Path, trained: Net) 
     for key in ("ema", "epoch", "model.conv.weight", "", "mode"):
         with pytest.raises(UsageError, match=r"no tensors under --key .*There are tensors under model"):
             read_checkpoint(tmp_path / "a.pt", key=key)
-    with pytest.raises(UsageError, match=r"begins with --strip net; they are conv\.weight"):
+    with pytest.raises(UsageError, match=r"begins with --strip net; the names are conv\.weight"):
         read_checkpoint(tmp_path / "a.pt", strip="net")
 
 
@@ -786,6 +786,6 @@ def test_a_pickle_of_another_protocol_names_the_way_out(tmp_path: Path, protocol
         _use_new_zipfile_serialization=not legacy,
     )
     with pytest.raises(
-        CheckpointError, match=r"save it again with torch\.save's default pickle_protocol, which is 2"
+        CheckpointError, match=r"Save it again with torch\.save's default pickle_protocol, which is 2"
     ):
         read_checkpoint(path)

@@ -433,7 +433,7 @@ def test_a_copy_that_was_not_chosen_is_noted(foreign, capsys):
     torch.save({"model": state, "model_ema": torch.load("y.pt", weights_only=True)}, "both.pt")
     command = "gmprobe pairs both.pt y.pt --unlabeled data --no-normalize --model mlp-6"
     found = result_of(command, capsys)
-    assert [note for note in found["notes"] if "choose with --key" in note] == [
+    assert [note for note in found["notes"] if "Choose with --key" in note] == [
         "both.pt holds the weights more than once: model is used, and model_ema is not. Choose with --key NAME"
     ]
     assert [row.get("key") for row in found["checkpoints"]] == ["model", None]
@@ -457,7 +457,7 @@ def test_measure_says_what_was_taken(foreign, capsys):
     [unasked] = result_of(command.format("both.pt"), capsys)
     assert unasked["measures"] == values["x.pt"]["measures"]
     assert unasked["settings"]["key"] == "model"
-    assert "choose with --key" in unasked["notes"][0]
+    assert "Choose with --key" in unasked["notes"][0]
     assert f"note: {unasked['notes'][0]}" in run(command.format("both.pt"), capsys)[2]
     [asked] = result_of(command.format("both.pt --key ema"), capsys)
     assert asked["measures"] == values["y.pt"]["measures"]

@@ -149,7 +149,7 @@ REFUSED: dict[str, Any] = {
     "a generator is not a batch": (x for x in X),
     "a str is not a batch": "data/",
     "holds pixels, and their normalisation is unknown": Examples(X.to(torch.uint8), Y, (), "mine"),
-    "x is uint8: give what the model takes": X.to(torch.uint8),
+    "x is uint8. Give what the model takes": X.to(torch.uint8),
     "y is torch.int64 of shape (5,) for 20": (X, Y[:5]),
     "y is a list that holds no numbers": (X, ["cat"] * 20),
     "the input is an array of <U1, which torch does not support": np.array(["a"] * 20),

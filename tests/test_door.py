@@ -63,7 +63,7 @@ def test_the_output_that_is_meant(returned: Any, output: int | str | None) -> No
         (None, "a NoneType"),
         (Z.sum(), "a single number, like a loss"),
         (Z[:, 0], "--head binary"),
-        (Z[:, None], r"\(2, 1, 3\) for 2 example\(s\): not one row"),
+        (Z[:, None], r"\(2, 1, 3\) for 2 example\(s\), not one row"),
         (Z[:, :, None, None], r"\(2, 3, 1, 1\)"),
         (Z.repeat(3, 1), r"6 rows of logits for 2 example"),
         (torch.ones(2, 3, dtype=torch.int64), "torch.int64"),

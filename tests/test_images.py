@@ -369,7 +369,7 @@ def test_values_of_fewer_bits_in_16_are_refused(tmp_path: Path, kind: str, bits:
         x = tensor(open_source(str(tmp_path), labeled=False).pool)
         assert int(x.max()) >= 64
         return
-    with pytest.raises(DataError, match=rf"uses more than {bits} of them; scale the pixels to 0–65535"):
+    with pytest.raises(DataError, match=rf"uses more than {bits} of them. Scale the pixels to 0–65535"):
         open_source(str(tmp_path), labeled=False)
 
 

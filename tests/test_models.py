@@ -320,7 +320,7 @@ def test_callable_of_an_installed_module() -> None:
         ("returns_class", "returned type, not an nn.Module"),
         ("number", "TypeError"),
         ("absent", "has no attribute 'absent'"),
-        ("lazy", "parameter 'weight' is lazy; run the network on one example"),
+        ("lazy", "parameter 'weight' is lazy. Run the network on one example"),
         ("traced", "returned a scripted module"),
     ],
 )

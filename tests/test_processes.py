@@ -138,7 +138,7 @@ def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(tmp_path: Path) -> 
     assert (entry["checkpoint"], entry["exit_code"]) == ("runs/0", 3)
     assert result["measures"]["fisher_trace"]["value"] == values[1][1]
     done = call(["measure", "runs", "--jobs", "2", "-q"], 2, tmp_path)
-    assert "under torchrun checkpoints are measured one by one" in done.stderr
+    assert "under torchrun, checkpoints are measured one by one" in done.stderr
 
 
 def test_fewer_examples_than_processes() -> None:

@@ -442,7 +442,7 @@ def test_controls_that_cannot_be_used_say_why() -> None:
         .details["error_gap"]
         .partial
     )
-    assert found["h0"].reason == "text with 4 values has no order; see τ within its strata"
+    assert found["h0"].reason == "text with 4 values has no order. See τ within its strata"
     assert "constant" in str(found["same"].reason)
     assert "have the same order" in str(found["copy"].reason)
     with pytest.raises(UsageError, match="did you mean 'train_ce'"):

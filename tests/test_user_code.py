@@ -147,10 +147,10 @@ def test_only_a_command_does(folder: Path, name: str, capsys: pytest.CaptureFixt
     run = min(path.parent for path in root.glob("*/config.toml"))
     _all(root, name)
     assert command("measure", run) == 2
-    assert f"add --model {name}" in capsys.readouterr().err
+    assert f"Add --model {name}" in capsys.readouterr().err
     (run / "summary.json").unlink()
     assert command("run-one", root, run.name) == 2
-    assert f"add --model {name}" in capsys.readouterr().err
+    assert f"Add --model {name}" in capsys.readouterr().err
     assert not (folder / "canary").exists()
     for args in (("measure", run), ("run-one", root, run.name)):
         command(*args, "--model", name)
