@@ -282,7 +282,7 @@ class Batches:
         return slice(None) if self.coupled else slice(count)
 
     def independent(self, terms: Tensor) -> Tensor:
-        """Examples' (n,) terms as independent ones of the same mean: themselves, or their batches' means."""
+        """Return independent terms with the mean of ``terms`` (n,): themselves, or one mean per coupled batch."""
         return terms.view(-1, self.batch_size).mean(1) if self.coupled else terms
 
     def __len__(self) -> int:

@@ -95,7 +95,7 @@ class ProbeDivergence:
         self._clean = cut(clean, batches)
 
     def terms(self, offset: Tensor) -> Tensor:
-        """(N,) divergences at ``offset`` (P,); of coupled examples, their batches' means."""
+        """Per-example divergences (N,) at ``offset`` (P,); one mean per batch where examples depend on each other."""
         result = []
         with torch.no_grad():
             values = self.parameters.moved(offset)

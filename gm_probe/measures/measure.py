@@ -181,7 +181,7 @@ def measure(
 
         def probed(batches: Batches) -> Probe:
             nonlocal probe
-            if probe.batches is not batches:  # what is shared was made on the others
+            if probe.batches is not batches:  # cached results belong to the old batches
                 probe = Probe(model, batches, settings, work, initial, outputs)
             return probe
 
@@ -200,7 +200,7 @@ def measure(
                 figure, batches = within_memory(batches, lambda batches: compute(probed(batches)))  # noqa: B023  called at once
             except (UsageError, *UNDEFINING) as error:
                 told = type(error)(f"{name}: {error}")
-                # of several processes one alone may have seen it, for which the others would wait
+                # only this process may have failed; continuing would deadlock the others
                 if not isinstance(told, UNDEFINING) or count() > 1:
                     raise told from error
                 refusals.append(told)

@@ -276,7 +276,7 @@ class How:
 
     @property
     def of_other_data(self) -> bool:
-        """Than the run's own, for which its split.json vouches."""
+        """Whether the data is not the run's own."""
         return "data" in self.scope
 
     def chosen(self, examples: Examples) -> Examples:

@@ -14,10 +14,11 @@ BUILT_IN = {
     "mlp": "fully connected, two hidden layers of 128; mlp-W1-W2-... sets the widths",
     "wrn-16-8": "Wide ResNet of depth 16 and width 8; wrn-D-K takes any (depth 6n + 4)",
     "wrn-28-2": (
-        "the same with one more block per stage, as in the paper's published code; wrn-D-K-authors takes any"
+        "Wide ResNet of depth 28 and width 2; wrn-D-K-authors has one more block per stage, as in the "
+        "paper's code"
     ),
-    "wrn-28-8": "likewise",
-    "wrn-28-10": "likewise",
+    "wrn-28-8": "Wide ResNet of depth 28 and width 8",
+    "wrn-28-10": "Wide ResNet of depth 28 and width 10",
     "resnet18-cifar": "ResNet-18 with a 3×3 stem of stride 1, no max-pool; also 34, 50, 101, 152",
     "resnet50": "ResNet-50 with its own 7×7 stem, for large images; also 18, 34, 101, 152",
     "vit-tiny-4": "Vision Transformer of width 192, patches of 4×4; vit-tiny-P takes any; needs gm_probe[timm]",
