@@ -37,8 +37,8 @@ def commands() -> list[tuple[str, click.Command]]:
 def option_helps(command: click.Command) -> Iterator[tuple[str, str]]:
     """The names of a command's options, and their help without the default."""
     for option in command.params:
-        if isinstance(option, click.Option) and option.help:
-            yield "/".join(option.opts), DEFAULT.sub("", option.help)
+        if isinstance(option, click.Option):
+            yield "/".join(option.opts), DEFAULT.sub("", option.help or "")
 
 
 def sentences(text: str) -> list[str]:
@@ -70,7 +70,7 @@ def test_help_texts_are_sentences(name: str, command: click.Command) -> None:
     odd = [
         f"{option}: {text}"
         for option, text in option_helps(command)
-        if not (text[0].isupper() and text.endswith("."))
+        if not (text[:1].isupper() and text.endswith("."))
     ]
     paragraphs = [paragraph.strip() for paragraph in (command.help or "").split("\n\n")]
     odd += [

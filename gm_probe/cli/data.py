@@ -118,7 +118,13 @@ _OPTIONS = (
         "--data-root", metavar="DIR", type=PATH, help="Folder in which torchvision keeps its data sets."
     ),
     click.option("--download", is_flag=True, help="Let torchvision download a missing data set."),
-    click.option("--dtype", type=Choice(["float32", "float64"]), default="float32", show_default=True),
+    click.option(
+        "--dtype",
+        type=Choice(["float32", "float64"]),
+        default="float32",
+        show_default=True,
+        help="Compute in this floating-point type.",
+    ),
     click.option(
         "--device",
         default="auto",

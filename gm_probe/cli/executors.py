@@ -38,7 +38,9 @@ _OPTIONS = (
 
 def executor_options(*kinds: str) -> Any:
     """Add ``--executor`` with these kinds, ``--jobs``, ``--address`` and ``--gpus``."""
-    kind = click.option("--executor", type=Choice(kinds), default="local", show_default=True)
+    kind = click.option(
+        "--executor", type=Choice(kinds), default="local", show_default=True, help="Run the jobs in this way."
+    )
     return lambda command: reduce(lambda inner, option: option(inner), reversed((kind, *_OPTIONS)), command)
 
 

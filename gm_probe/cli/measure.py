@@ -187,7 +187,7 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
 )
 @data_options
 @executor_options("local", "ray")
-@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all random draws.")
 @click.option(
     "--save",
     is_flag=True,

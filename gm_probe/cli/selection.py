@@ -10,7 +10,11 @@ measures_option = click.option(
     "--measures", metavar="A,B", default="", help="Use these measures.  [default: all in SOURCE]"
 )
 gap_option = click.option(
-    "--gap", type=Choice(["error_gap", "ce_gap", "both"]), default="both", show_default=True
+    "--gap",
+    type=Choice(["error_gap", "ce_gap", "both"]),
+    default="both",
+    show_default=True,
+    help="Correlate with the gap in error, in cross-entropy, or both.",
 )
 converged_only_option = click.option(
     "--converged-only",

@@ -156,11 +156,11 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 )
 @click.option("--optimizer", help="Base optimizer: sgd or adamw.  [default: sgd]")
 @click.option("--lr", type=float, help="Learning rate.  [default: 0.05]")
-@click.option("--momentum", type=float, help="[default: 0.9]")
-@click.option("--nesterov", is_flag=True, default=None)
-@click.option("--weight-decay", type=float, help="[default: 0]")
-@click.option("--epochs", type=int, help="[default: 30]")
-@click.option("--batch-size", type=int, help="[default: 128]")
+@click.option("--momentum", type=float, help="Momentum of SGD.  [default: 0.9]")
+@click.option("--nesterov", is_flag=True, default=None, help="Use Nesterov momentum.")
+@click.option("--weight-decay", type=float, help="Weight decay.  [default: 0]")
+@click.option("--epochs", type=int, help="Number of epochs.  [default: 30]")
+@click.option("--batch-size", type=int, help="Number of examples per batch.  [default: 128]")
 @click.option(
     "--schedule", help="Learning-rate schedule: constant, cosine, linear or multi-step.  [default: constant]"
 )
@@ -181,7 +181,7 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
     type=float,
     help="Evaluate and save a moving average of the weights with this decay.  [default: none]",
 )
-@click.option("--label-smoothing", type=float, help="[default: 0]")
+@click.option("--label-smoothing", type=float, help="Amount of label smoothing.  [default: 0]")
 @click.option(
     "--augment", is_flag=True, default=None, help="Augment images: zero-pad by 4 pixels, crop and flip."
 )
@@ -208,7 +208,7 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
     type=click.IntRange(1),
     help="Save the state every this many steps, besides after every epoch.",
 )
-@click.option("--seed", type=int, help="[default: 0]")
+@click.option("--seed", type=int, help="Seed of the initial weights and all draws in training.  [default: 0]")
 @click.option(
     "--device",
     help="Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows.  [default: auto]",
