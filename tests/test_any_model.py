@@ -571,9 +571,9 @@ def test_a_hook_that_masks_a_gradient_masks_the_ascent_too() -> None:
 def test_targets_and_inputs_that_the_code_does_not_take_are_told() -> None:
     x, y = vectors(), torch.arange(N) % C
     for method in ("sgd", "sam"):
-        with pytest.raises(ProbeError, match="the criterion does not take a tuple of 2"):
+        with pytest.raises(ProbeError, match="the criterion does not accept a tuple of 2"):
             METHODS[method](built(mlp)).backward(x, (y, y))
-        with pytest.raises(ProbeError, match="the model does not take a dict of 'pixels'"):
+        with pytest.raises(ProbeError, match="the model does not accept a dict of 'pixels'"):
             METHODS[method](built(mlp)).backward({"pixels": x}, y)
 
 

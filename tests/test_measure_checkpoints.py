@@ -70,7 +70,7 @@ def test_an_interrupted_command_prints_what_was_finished(
     [found] = json.loads(printed.out)
     assert found["checkpoint"] == str(runs[0])
     assert found["measures"]["mean_entropy"]["value"] > 0
-    assert ("the same command goes on" in printed.err) == save == (runs[0] / "measures.json").exists()
+    assert ("run the same command to continue" in printed.err) == save == (runs[0] / "measures.json").exists()
 
 
 def test_saving_keeps_what_was_taken_so_and_names_what_goes(

@@ -108,5 +108,5 @@ def test_schemas_name_no_other_settings() -> None:
 def test_a_sweeps_run_lies_in_its_folder(name: str) -> None:
     record: dict[str, Any] = {"runs": {"good": {}}, "measures": [], "settings": {}}
     SWEEP_KIND(record, "")
-    with pytest.raises(Unfit, match=r"no folder in the sweep|unprintable"):
+    with pytest.raises(Unfit, match=r"not a folder inside the sweep|unprintable"):
         SWEEP_KIND({**record, "runs": {name: {}}}, "")

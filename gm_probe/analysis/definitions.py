@@ -120,8 +120,8 @@ STATISTICS = {
     "between, within": "τ of the settings’ means; τ over pairs of runs of the same setting. Shared seeds "
     "are the same few draws in every setting, so the p of τ within permutes them in "
     "all settings alike.",
-    "ψ, Ψ": "granulated τ (Jiang et al. 2020): ψ of a hyperparameter is the mean τ over cells in which it alone "
-    "varies, over at least 3 values; Ψ is the mean over hyperparameters.",
+    "ψ, Ψ": "granulated τ (Jiang et al. 2020): ψ of a hyperparameter is the mean τ over cells in which "
+    "only it varies, over at least 3 values; Ψ is the mean over hyperparameters.",
     "K(S)": "conditional mutual information between the signs of the differences in measure and gap, "
     "given the hyperparameters S (Jiang et al. 2020), in bits per bit. Its mean under exchange of "
     "the gaps of whole settings is subtracted; that null is no association at all, not none given "

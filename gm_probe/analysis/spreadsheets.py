@@ -88,15 +88,15 @@ def table_from_file(
     hypers = unique([*(hyperparameters or by_name), *group_by])
     free = [name for name in names if name not in {*gaps, *hypers, "run"}]
     chosen = unique(measures) or _measures(free, columns)
-    require_few(chosen, MOST_MEASURES, source, "columns to take as measures", "--measures")
+    require_few(chosen, MOST_MEASURES, source, "columns to use as measures", "--measures")
     require_few(hypers, MOST_SETTINGS, source, "hyperparameters", "--hyper")
     if not chosen:
-        raise DataError(f"{source} has no numeric column to take as a measure; it has: {', '.join(names)}")
+        raise DataError(f"{source} has no numeric column to use as a measure; it has: {', '.join(names)}")
     require_distinct(gaps, chosen, hypers)
     _require_numbers([*gaps, *taken_from, *chosen], columns, raw[ROW], source)
 
     left_out = [name or "a column without a name" for name in free if name not in chosen]
-    note = f"measures taken: {', '.join(chosen)}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
+    note = f"measures used: {', '.join(chosen)}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
     outcomes = [name for name in OUTCOMES if name in names and name not in (*gaps, *chosen, *hypers)]
     gone = {name: int(columns[name].values.isna().sum()) for name in outcomes}
     lacking = [f"{name} is not a number in {num} of {len(raw)} runs" for name, num in gone.items() if num]

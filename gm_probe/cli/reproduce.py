@@ -68,7 +68,7 @@ def reproduce(
         _list(as_json)
         return
     if name is None:
-        raise UsageError("give NAME, or --list to see what there is")
+        raise UsageError("give NAME, or use --list to see all names")
     chosen = recipe(name)
     scale = scale or chosen.default
     chosen.at(scale)

@@ -62,8 +62,9 @@ def fitting(y: Tensor, logits: Tensor, source: str) -> Tensor:
     classes = logits.shape[1]
     if y.dim() != 1:
         raise DataError(
-            f"{source} has labels of shape {tuple(y.shape)} but the model has {classes} exclusive classes; give class "
-            f"indices of shape ({len(y)},) (y.argmax(1) of one-hot rows), or say --head multilabel (head= in Python)"
+            f"{source} has labels of shape {tuple(y.shape)} but the model has {classes} exclusive classes; "
+            f"give class indices of shape ({len(y)},) (y.argmax(1) of one-hot rows), or pass --head "
+            "multilabel (head= in Python)"
         )
     if int(y.min()) < 0:
         raise DataError(f"labels must be class indices ≥ 0, got {int(y.min())}. Leave out such examples")

@@ -36,8 +36,8 @@ def _require_resolved(probe: Probe, offset: Tensor, most: float = LOST) -> Tenso
         option = "--rho" if most == LOST else "--noise-scale"
         dtype = str(probe.parameters.dtype).removeprefix("torch.")
         raise PrecisionError(
-            f"rounding of {dtype} weights takes {min(probe.parameters.rounding(offset), 1):.0%} of a perturbation of "
-            f"length {float(offset.norm()):.3g}; raise {option} or use --dtype float64"
+            f"rounding of {dtype} weights removes {min(probe.parameters.rounding(offset), 1):.0%} of a "
+            f"perturbation of length {float(offset.norm()):.3g}; raise {option} or use --dtype float64"
         )
     return offset
 

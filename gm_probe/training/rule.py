@@ -317,7 +317,7 @@ def _told_of_several(whose: str, given: Any, remedy: str) -> Iterator[None]:
             if isinstance(value, dict)
             else f"a tuple of {len(value)}"
         )
-        raise UsageError(f"{whose} does not take {what} ({first_line(error)}); {remedy}") from error
+        raise UsageError(f"{whose} does not accept {what} ({first_line(error)}); {remedy}") from error
 
 
 def require_head(outputs: Outputs, criterion: object, y: Any) -> None:
