@@ -248,7 +248,7 @@ def test_quiet_silences_stderr_and_notes_name_the_figure(
     assert err == ""
     _, _, err = run(capsys, str(table))
     assert str(table.with_name("table-correlate.png")) in err
-    assert "measures taken: local_inconsistency, fisher_trace" in err
+    assert "measures used: local_inconsistency, fisher_trace" in err
 
 
 def test_figure_path_chooses_the_format(capsys: pytest.CaptureFixture[str], table: Path) -> None:

@@ -1195,7 +1195,7 @@ def test_a_perturbation_lost_to_rounding_is_refused(name: str, wrong: dict[str, 
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
     settings = replace(Settings(num_starts=2), **wrong)
-    with pytest.raises(PrecisionError, match=r"rounding of float32 weights takes \d+% .*--dtype float64"):
+    with pytest.raises(PrecisionError, match=r"rounding of float32 weights removes \d+% .*--dtype float64"):
         measure(model, Batches.from_tensors(x), [name], settings)
     kept = measure(model, Batches.from_tensors(x), [name, "mean_entropy"], settings).rows
     assert kept[name].value is None

@@ -27,7 +27,7 @@ def test_csv_takes_known_measures_and_says_so(tmp_path: Path) -> None:
     path = make_csv(tmp_path, "error_gap,fisher_trace,extra,lr\n0.1,1,5,0.1\n0.2,2,6,0.1\n")
     table = load_table(path)
     assert (table.gaps, table.measures, table.hyperparameters) == (("error_gap",), ("fisher_trace",), ("lr",))
-    assert table.notes == ("measures taken: fisher_trace; left out: extra",)
+    assert table.notes == ("measures used: fisher_trace; left out: extra",)
     assert table.frame["run"].to_list() == ["row 1", "row 2"]
 
 
@@ -37,7 +37,7 @@ def test_csv_without_a_known_measure_takes_the_numeric_columns(tmp_path: Path) -
     )
     table = load_table(path)
     assert table.measures == ("mine",)
-    assert table.notes == ("measures taken: mine; left out: seed, comment, test_error",)
+    assert table.notes == ("measures used: mine; left out: seed, comment, test_error",)
     assert table.missing["mine"] == {1: "no value"}
     assert table.frame["run"].to_list() == ["a", "b"]
 
