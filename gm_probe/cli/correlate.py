@@ -96,9 +96,9 @@ def correlate(
     The statistic is Kendall's τ-b, over all runs and within each --group-by subgroup, with a 95 % interval
     and a p-value. Both treat settings as independent, and the seeds of one setting as repeats. Runs that
     agree in every hyperparameter form one setting. --details adds τ between and within settings and
-    subgroups (with a flag for Simpson's paradox), over pairs beyond sampling noise, partial τ, granulated
-    ψ, conditional mutual information, sign errors, prediction and selection, and the differences between
-    measures.
+    subgroups, with a flag for Simpson's paradox, and τ over pairs beyond sampling noise. It also adds
+    partial τ, granulated ψ, conditional mutual information, sign errors, prediction, selection, and
+    differences between measures.
 
     Runs whose measures were taken with different settings (ρ, data, labels, ...) are not comparable; the
     result then names the settings that differ.

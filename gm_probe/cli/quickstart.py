@@ -25,9 +25,9 @@ from gm_probe.cli.output import note, notes_console
 def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> None:
     """Train, measure and correlate a small sweep on bundled real digits.
 
-    The command trains 48 small networks on a few hundred of the 1,797 handwritten digits of scikit-learn, and
-    measures them on images whose labels are not read. It then correlates each measure with the generalization
-    gap on the remaining images. Run the command again, and it continues where it stopped.
+    The command trains 48 small networks on a few hundred of scikit-learn's 1,797 handwritten digits. It
+    measures them on images whose labels are not read, and then correlates each measure with the
+    generalization gap on the remaining images. Run the command again, and it continues where it stopped.
     """
     from gm_probe.cli.correlate import correlate
     from gm_probe.cli.sweep import run_with_progress

@@ -86,8 +86,8 @@ def tune(
     points that Optuna chooses between LOW and HIGH. All other options are those of `gmprobe train`, and
     hold for every run. Each run is a folder in --out. Complete runs are not trained again, so the same
     command continues where it stopped, also with more values or trials. It prints mean ± standard error
-    over seeds, draws a map into --out, and names the command that trains the best point on the whole
-    training part.
+    over seeds, and draws a map into --out. It also prints the command that trains the best point on the
+    whole training part.
     """
     from gm_probe.cli.sweep import run_with_progress
     from gm_probe.data.sources import require_source
