@@ -148,8 +148,8 @@ def one_device() -> Iterator[None]:
         if not on_two_devices(error):
             raise
         raise DeviceError(
-            f"tensors met on two devices ({first_line(error)}); move the model, its inputs and what its forward makes "
-            "to one device"
+            f"tensors are on two devices ({first_line(error)}). Move the model, its inputs and the tensors "
+            "that forward creates to one device"
         ) from error
 
 
@@ -183,4 +183,4 @@ def did_you_mean(name: object, known: Collection[str], otherwise: str | None = N
     close = difflib.get_close_matches(str(name), known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    return otherwise or f"there are: {', '.join(known) or 'none'}"
+    return otherwise or f"available: {', '.join(known) or 'none'}"

@@ -121,7 +121,7 @@ def test_what_is_no_image_is_not_shifted() -> None:
 
     assert why(torch.zeros(3, 3, 8, 8, dtype=torch.uint8)) is None
     assert why(torch.rand(3, 1, 8, 8)) is None
-    assert why(torch.rand(3, 8)) == "they are no grey or RGB images"
-    assert why(torch.rand(3, 5, 8, 8)) == "they are no grey or RGB images"
+    assert why(torch.rand(3, 8)) == "they are not grey or RGB images"
+    assert why(torch.rand(3, 5, 8, 8)) == "they are not grey or RGB images"
     assert why(torch.randn(3, 3, 8, 8)) == "their pixels are not in [0, 1]"
     assert why(torch.zeros(3, 3, 8, 8, dtype=torch.int64)) == "their pixels are integers of unknown range"

@@ -319,25 +319,25 @@ UNTRIED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Net(lambda layers, x: (z := layers[0](x)) + (z.sign() - z).detach(), linear()),
         "autograd does not see every path from parameter 'layers.0.weight'",
     ),
-    "derivatives of its own": (
+    "its own derivatives": (
         lambda: Net(lambda layers, x: Straight.apply(layers[0](x)), linear()),
-        "the autograd function Straight states derivatives of its own",
+        "the autograd function Straight defines its own derivatives",
     ),
     "in place what the gradient needs": (
         lambda: Net(in_place_product, linear()),
-        "second derivatives cannot be tried (one of the variables needed for gradient computation",
+        "second derivatives cannot be tested (one of the variables needed for gradient computation",
     ),
     "without a second derivative": (
         lambda: Net(multiplied, linear()),
-        "second derivatives cannot be tried (derivative for aten::scatter is not implemented",
+        "second derivatives cannot be tested (derivative for aten::scatter is not implemented",
     ),
     "not logits": (
         lambda: Net(lambda layers, x: layers[0](x)[0], linear()),
-        "second derivatives cannot be tried (the model returned one number an example, (4,)",
+        "second derivatives cannot be tested (the model returned one number per example, (4,)",
     ),
     "failing": (
         lambda: Net(lambda layers, x: layers[0](x) * (1 // 0), linear()),
-        "second derivatives cannot be tried (integer division or modulo by zero)",
+        "second derivatives cannot be tested (integer division or modulo by zero)",
     ),
 }
 
@@ -407,7 +407,7 @@ def test_model_is_left_as_it_was(fails: bool) -> None:
 
     found = reason(model, x)
 
-    assert found == ("second derivatives cannot be tried (stop here)" if fails else None)
+    assert found == ("second derivatives cannot be tested (stop here)" if fails else None)
     assert seen
     after = model.state_dict()
     assert list(after) == list(before)

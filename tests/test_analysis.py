@@ -216,7 +216,7 @@ def test_values_too_large_to_square_and_names_that_steer_a_terminal_are_listed(t
     table = load_table(tmp_path)
     assert table.missing["m"] == {1: "beyond 1e150 in size", 2: "beyond 1e150 in size"}
     (left_out,) = table.excluded
-    assert left_out == Exclusion(r"x\x1b[2Jy", "its name has characters that cannot be shown")
+    assert left_out == Exclusion(r"x\x1b[2Jy", "its name has unprintable characters")
     assert [show(value) for value in table.frame["note"]] == [r"\x07a", r"\x07b", r"\x07c"]
     assert show("naïve 测度 👩‍👧") == "naïve 测度 👩‍👧"
 
@@ -235,15 +235,18 @@ def test_runs_measured_with_different_settings_are_not_comparable(tmp_path: Path
     for i, (settings, rows) in enumerate(changes):
         make_run(tmp_path / str(i), measures=plain | rows, settings=base | settings, error_gap=0.1 * i)
     warnings = {measure.name: measure.warnings for measure in correlate(load_table(tmp_path)).measures}
-    dtype = "dtype differs between runs (float32 × 4, float64 × 1): not comparable"
+    dtype = "dtype differs between runs (float32 × 4, float64 × 1), so they are not comparable"
     assert warnings == {
         "local_inconsistency": (
-            "rho differs between runs (0.1 × 3, 0.2 × 2): not comparable",
+            "rho differs between runs (0.1 × 3, 0.2 × 2), so they are not comparable",
             dtype,
-            "protocol differs between runs (paper × 4, converged × 1): not comparable",
+            "protocol differs between runs (paper × 4, converged × 1), so they are not comparable",
         ),
         "fisher_trace": (),  # the run of another dtype has no value here
-        "hessian_trace": (dtype, "labels differs between runs (given × 4, predicted × 1): not comparable"),
+        "hessian_trace": (
+            dtype,
+            "labels differs between runs (given × 4, predicted × 1), so they are not comparable",
+        ),
     }
 
 
@@ -277,7 +280,7 @@ def test_a_long_list_of_differing_settings_is_cut(tmp_path: Path) -> None:
         )
     (measure,) = correlate(load_table(tmp_path)).measures
     shown = "d6 × 2, d0 × 1, d1 × 1, d2 × 1, d3 × 1 and 2 more"
-    assert measure.warnings == (f"data differs between runs ({shown}): not comparable",)
+    assert measure.warnings == (f"data differs between runs ({shown}), so they are not comparable",)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +345,7 @@ def test_no_gap_in_any_summary(tmp_path: Path) -> None:
 def test_a_setting_and_a_measure_of_one_name(tmp_path: Path) -> None:
     for i in range(2):
         make_run(tmp_path / str(i), config={"rho": i}, measures={"rho": {"value": i}}, error_gap=0.1)
-    with pytest.raises(DataError, match="2 × its measure rho has the name of a setting"):
+    with pytest.raises(DataError, match="2 × its measure rho has the same name as a setting"):
         load_table(tmp_path)
     for i in range(2, 5):  # the fewer are left out
         make_run(tmp_path / str(i), config={"rho": i}, measures={"m": {"value": i}}, error_gap=0.1)

@@ -355,7 +355,7 @@ KINDS: dict[str, Kind] = {
     "activation checkpointing": Kind(lambda: Recomputed(False), lambda: Recomputed(None)),
     "activation checkpointing, reentrant": Kind(lambda: Recomputed(True), lambda: Recomputed(None)),
     "activation checkpointing by an autograd function of one's own": Kind(
-        RecomputedByHand, refused="runs a part of itself again"
+        RecomputedByHand, refused="reruns a part of itself"
     ),
     "recurrent networks": Kind(Recurrent, x=tokens),
     "attention": Kind(Attention, x=tokens),
@@ -545,7 +545,7 @@ def test_what_was_kept_before_a_measurement_is_refused_and_what_is_kept_in_it_is
     assert not model.cache
     with torch.no_grad():
         model.eval()(vectors())
-    with pytest.raises(ProbeError, match=r"'stem.weight' does not move the outputs.*'cache'"):
+    with pytest.raises(ProbeError, match=r"'stem.weight' does not change the outputs.*'cache'"):
         measure(model, vectors(), ["fisher_trace"])
 
 
@@ -571,9 +571,9 @@ def test_a_hook_that_masks_a_gradient_masks_the_ascent_too() -> None:
 def test_targets_and_inputs_that_the_code_does_not_take_are_told() -> None:
     x, y = vectors(), torch.arange(N) % C
     for method in ("sgd", "sam"):
-        with pytest.raises(ProbeError, match="the criterion does not take a tuple of 2"):
+        with pytest.raises(ProbeError, match="the criterion does not accept a tuple of 2"):
             METHODS[method](built(mlp)).backward(x, (y, y))
-        with pytest.raises(ProbeError, match="the model does not take a dict of 'pixels'"):
+        with pytest.raises(ProbeError, match="the model does not accept a dict of 'pixels'"):
             METHODS[method](built(mlp)).backward({"pixels": x}, y)
 
 

@@ -34,7 +34,7 @@ def images() -> Examples:
     ],
 )
 def test_labels_of_another_shape_or_kind_are_refused(y: torch.Tensor) -> None:
-    with pytest.raises(DataError, match="give a class index for each"):
+    with pytest.raises(DataError, match="give one class index per example"):
         Batches.from_tensors(torch.rand(4, 3), y)
 
 
@@ -63,7 +63,7 @@ def test_normalization_of_many_bright_pixels_is_exact() -> None:
 
 
 def test_bare_tensors_are_what_the_model_takes_not_pixels() -> None:
-    with pytest.raises(DataError, match=r"x is uint8: .*x\.float\(\) / 255 or x\.long\(\)"):
+    with pytest.raises(DataError, match=r"x is uint8. .*x\.float\(\) / 255, x\.long\(\)"):
         Batches.from_tensors(torch.zeros(4, 3, dtype=torch.uint8))
 
 

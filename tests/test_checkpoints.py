@@ -284,7 +284,7 @@ def test_weights_that_are_there_twice_are_named_and_chosen(tmp_path: Path, train
     assert same(fresh, trained)
     assert (fit.key, fit.alternatives) == (first, (other,))
     [note] = fit.notes(path)
-    assert f"and {other} not; choose with --key" in note
+    assert f"and {other} is not. Choose with --key" in note
     fit = load_weights(fresh, read_checkpoint(path, key=other))
     assert same(fresh, average)
     assert (fit.key, fit.notes(path)) == (other, [])
@@ -296,9 +296,9 @@ def test_weights_that_are_there_twice_are_named_and_chosen(tmp_path: Path, train
 def test_a_key_that_is_not_there_is_a_usage_error(tmp_path: Path, trained: Net) -> None:
     torch.save({"model": trained.state_dict(), "epoch": 3}, tmp_path / "a.pt")
     for key in ("ema", "epoch", "model.conv.weight", "", "mode"):
-        with pytest.raises(UsageError, match=r"no tensors under --key .*there are some under model"):
+        with pytest.raises(UsageError, match=r"no tensors under --key .*There are tensors under model"):
             read_checkpoint(tmp_path / "a.pt", key=key)
-    with pytest.raises(UsageError, match=r"begins with --strip net; they are conv\.weight"):
+    with pytest.raises(UsageError, match=r"begins with --strip net; the names are conv\.weight"):
         read_checkpoint(tmp_path / "a.pt", strip="net")
 
 
@@ -351,7 +351,10 @@ def test_what_is_no_part_of_the_network_is_left_out_and_said(tmp_path: Path, tra
         fit = load_weights(fresh, read_checkpoint(tmp_path / "a.pt"))
         assert same(fresh, trained), case
         assert len(fit.left_out) == len(content) - len(state), case
-        assert f"{len(fit.left_out)} tensor(s) that the network has no place for" in fit.notes(tmp_path)[0]
+        assert (
+            f"{len(fit.left_out)} tensor(s) are left out, because the network does not have them"
+            in fit.notes(tmp_path)[0]
+        )
 
 
 def test_one_layer_of_a_network_is_not_taken_for_a_whole_one(tmp_path: Path, trained: Net) -> None:
@@ -359,7 +362,7 @@ def test_one_layer_of_a_network_is_not_taken_for_a_whole_one(tmp_path: Path, tra
     torch.save(trained.state_dict(), tmp_path / "a.pt")
     message = refused(tmp_path / "a.pt", model=nn.Linear(4, 3))
     assert "unexpected" in message
-    assert "--strip head. takes those below it alone" in message
+    assert "--strip head. uses only the tensors with this prefix" in message
     layer = nn.Linear(4, 3)
     load_weights(layer, read_checkpoint(tmp_path / "a.pt", strip="head"))
     assert torch.equal(layer.weight, trained.head.weight)
@@ -391,7 +394,7 @@ def test_mismatches_name_the_tensors(tmp_path: Path, trained: Net) -> None:
     message = refused(tmp_path / "a.pt", model=fresh)
     assert "2 missing (bn.running_mean, head.bias)" in message
     assert "1 unexpected (module.extra.weight)" in message
-    assert "1 of another shape (conv.weight (4, 1, 3, 3) ≠ (4, 3, 3, 3) in the model)" in message
+    assert "1 of a different shape (conv.weight (4, 1, 3, 3) ≠ (4, 3, 3, 3) in the model)" in message
     assert "--model" in message
     assert same(fresh, net(2))  # nothing was copied
 
@@ -783,6 +786,6 @@ def test_a_pickle_of_another_protocol_names_the_way_out(tmp_path: Path, protocol
         _use_new_zipfile_serialization=not legacy,
     )
     with pytest.raises(
-        CheckpointError, match=r"save it again with torch\.save's own pickle_protocol, which is 2"
+        CheckpointError, match=r"Save it again with torch\.save's default pickle_protocol, which is 2"
     ):
         read_checkpoint(path)

@@ -205,7 +205,7 @@ def test_a_measure_without_its_derivative_is_a_dash_with_a_reason(images, monkey
         density = "--density d.png --density-steps 5 --density-probes 1"
         code, out, err = run(f"{command} --measures fisher_trace {density}", capsys)
         assert (code, "fisher_trace" in out) == (0, True), err
-        assert "note: there is no density of the hessian: a layer has no second derivative" in err
+        assert "note: the density of the hessian is undefined: a layer has no second derivative" in err
         assert Path("d.png").stat().st_size > 1000
 
 
@@ -297,7 +297,7 @@ def test_the_test_part_is_measured_where_there_is_one(parts, images, checkpoint,
         [result] = json.loads(out)
         assert (result["settings"]["part"], result["num_examples"]) == (part, count)
         assert result["settings"]["max_examples"] == (3 if "3" in option else None)
-        assert ("its test part is used" in err) == (data == "parts" and not option)
+        assert ("the test part is used" in err) == (data == "parts" and not option)
 
 
 def test_labels_of_an_array_file_need_not_reach_the_last_class(checkpoint, capsys):
@@ -521,7 +521,7 @@ def build():
         (
             "gmprobe measure ckpt.pt --unlabeled data --measures average_inconsistency --rho 0.1,0.2",
             2,
-            ["--rho", "local_inconsistency alone"],
+            ["--rho", "only local_inconsistency takes"],
         ),
         ("gmprobe measure ckpt.pt --unlabeled data --target-error 1,2%", 2, ["--target-error '1,2%'", "2%"]),
         ("gmprobe measure ckpt.pt --unlabeled data --target-error 200%", 2, ["--target-error '200%'", "2%"]),
@@ -551,7 +551,7 @@ def build():
         ("gmprobe measure plain.pt --unlabeled data --no-normalize --model mlp-7", 3, ["1.weight"]),
         ("gmprobe measure nan.pt --unlabeled data", 3, ["nan.pt", "1.weight", "NaN"]),
         ("gmprobe measure ckpt.pt --unlabeled data --mean 0.5 --std 0", 2, ["normalisation", "std > 0"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --part test", 2, ["data has no test part"]),
+        ("gmprobe measure ckpt.pt --unlabeled data --part test", 2, ["data has no train/ and test/ parts"]),
         ("gmprobe measure ckpt.pt --unlabeled digits --image-size 8", 2, ["digits", "--image-size"]),
         ("gmprobe measure . --image-size 8", 2, ["--image-size", "--unlabeled"]),
         ("gmprobe measure ckpt.pt --unlabeled colour", 4, ["colour", "(3, 8, 8)", "--channels 1"]),
@@ -712,7 +712,7 @@ def test_interrupt_is_one_line_and_130(monkeypatch, capsys):
     monkeypatch.setattr("gm_probe.training.loop.train", interrupted)
     code, _, err = run("gmprobe train -q", capsys)
     assert code == 130
-    assert err == "gmprobe: interrupted; what was finished is kept\n"
+    assert err == "gmprobe: interrupted; finished results are kept\n"
 
 
 def test_an_internal_error_is_one_line_unless_debugged(monkeypatch, capsys):
@@ -776,7 +776,7 @@ def test_noise_that_bf16_rounds_away_is_named(
     )
     code, _, err = run(f"{tiny} {options} --out {tmp_path}/a", capsys)
     assert code == 0
-    assert ("bf16 rounds away much of a start of length 0.1" in err) == doubted
+    assert ("bf16 rounding loses much of a start of length 0.1" in err) == doubted
 
 
 def test_options_without_effect_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -809,11 +809,11 @@ def test_epochs_beyond_the_run_are_named(tmp_path: Path, capsys: pytest.CaptureF
     late = "--epochs 2 --warmup-epochs 3 --schedule multi-step --milestones 1,2,5"
     code, _, err = run(f"{tiny} {late} --out {tmp_path}/a", capsys)
     assert code == 0
-    assert "note: --warmup-epochs goes beyond the 2 epochs: lr never rises to 0.05" in err
-    assert "note: --milestones goes beyond the 2 epochs: lr is never lowered at 2, 5" in err
+    assert "note: --warmup-epochs exceeds the 2 epochs: lr never rises to 0.05" in err
+    assert "note: --milestones exceeds the 2 epochs: lr is never lowered at 2, 5" in err
     code, _, err = run(f"{tiny} --epochs 2 --warmup-epochs 2 --out {tmp_path}/b", capsys)
     assert code == 0
-    assert "goes beyond" not in err
+    assert "exceeds" not in err
 
 
 def test_every_cell_of_a_grid_is_a_row_of_the_csv(images, checkpoint, capsys):

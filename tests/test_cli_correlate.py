@@ -88,8 +88,8 @@ def test_json_contract(capsys: pytest.CaptureFixture[str], table: Path) -> None:
         "ties_measure": 0,
         "ties_gap": 0,
         "missing": [],
-        "interval_reason": "2 settings, and an interval needs 5",
-        "p_reason": "2 arrangements of settings: p cannot be below 1",
+        "interval_reason": "2 settings; an interval needs 5",
+        "p_reason": "2 arrangements of settings, so p is at least 1",
         "flags": [],
     }
     assert {key: trace["error_gap"][key] for key in expected} == expected
@@ -170,7 +170,7 @@ def test_hyper_chooses_what_json_lists(capsys: pytest.CaptureFixture[str], runs:
 
 
 def test_differing_settings_are_loud_everywhere(capsys: pytest.CaptureFixture[str], mixed: Path) -> None:
-    differs = "rho differs between runs (0.1 × 3, 0.2 × 1): not comparable"
+    differs = "rho differs between runs (0.1 × 3, 0.2 × 1), so they are not comparable"
     _, out, err = run(capsys, str(mixed), "--json")
     measures = json.loads(out)["measures"]
     assert differs in measures["local_inconsistency"]["notes"]
@@ -228,7 +228,7 @@ def test_the_table_fits_its_terminal(
     assert max(map(len, out.splitlines())) <= columns
     for text in ("local_inconsistency", "fisher_trace", "lr=0.1", "τ-b", "95 %", "+1.000", "−1.000"):
         assert text in out
-    assert "no interval: 2 settings, and an interval needs 5" in " ".join(out.split())
+    assert "no interval: 2 settings; an interval needs 5" in " ".join(out.split())
 
 
 def test_measure_names_are_not_markup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_quiet_silences_stderr_and_notes_name_the_figure(
     assert err == ""
     _, _, err = run(capsys, str(table))
     assert str(table.with_name("table-correlate.png")) in err
-    assert "measures taken: local_inconsistency, fisher_trace" in err
+    assert "measures used: local_inconsistency, fisher_trace" in err
 
 
 def test_figure_path_chooses_the_format(capsys: pytest.CaptureFixture[str], table: Path) -> None:

@@ -43,14 +43,14 @@ REFUSED = {
     "a formula for a gap": ("error_gap,m\n=1+1,1\n2,3\n", (), 4, "holds '=1+1', which is not a number"),
     "two numbers in a cell": ('error_gap,m\n"1 2",1\n2,3\n', (), 4, "holds '1 2'"),
     "a decimal comma beside a point": ('error_gap,m\n"0,5",1\n0.2,3\n', (), 4, "holds '0,5'"),
-    "a comma that may be either": ('error_gap,m\n"1,500",1\n2,3\n', (), 4, "may have a decimal comma"),
+    "a comma that may be either": ('error_gap,m\n"1,500",1\n2,3\n', (), 4, "comma may mark decimals"),
     "a longer row": ("error_gap,m\n1,2\n3,4,5\n", (), 4, "not a readable CSV"),
     "a torn quote": ('error_gap,m\n1,"2\n3,4\n', (), 4, "not a readable CSV"),
     "an escape sequence in a name": (
         "error_gap,m\x1b[2J\n1,2\n2,3\n",
         (),
         4,
-        "characters that cannot be shown",
+        "unprintable characters",
     ),
     "nothing but missing values": ("error_gap,m\nnan,1\nnan,2\n", (), 4, "has a defined τ"),
     "measure and gap never together": ("error_gap,m\n1,\n,2\n3,\n", (), 4, "has a defined τ"),
@@ -120,13 +120,13 @@ ODD = {
     "a constant measure": (GOOD.replace("m,lr", "m,lr,k").replace(",0\n", ",0,7\n"), ""),
     "no hyperparameter": (GOOD.replace("lr", "zz"), "no hyperparameter is known"),
     "no seeds": ("error_gap,fisher_trace,lr\n1,1,1\n2,3,2\n3,2,3\n", "no setting has two runs"),
-    "one setting": ("error_gap,fisher_trace,lr\n1,1,1\n2,3,1\n3,2,1\n", "all runs are of one setting"),
+    "one setting": ("error_gap,fisher_trace,lr\n1,1,1\n2,3,1\n3,2,1\n", "all runs have the same setting"),
     "uneven settings": ("error_gap,m,lr\n1,1,1\n2,3,2\n3,2,2\n", ""),
     "large and small values": ("error_gap,m,lr\n1e150,-1e150,1\n-1e150,1e150,2\n1e-308,5e-324,2\n", ""),
     "huge values": (GOOD + "1e308,1,1\n-1e308,2,2\n0.5,1e200,1\n", "beyond 1e150 in size"),
     "outcomes that are no numbers": (
         GOOD.replace("m,lr", "m,test_error").replace(",5\n", ",x\n"),
-        "test_error is no number in 2 of 12 runs",
+        "test_error is not a number in 2 of 12 runs",
     ),
     "words for hyperparameters": ("error_gap,m,optimizer\n1,1,sgd\n2,3,adam\n3,2,sgd\n4,4,adam\n", ""),
     "a byte order mark": ("\ufeff" + GOOD, ""),
@@ -260,6 +260,6 @@ def test_simpsons_paradox_is_loud(capsys: pytest.CaptureFixture[str], tmp_path: 
     code, out, _ = run(capsys, str(path), "--no-figure")
     assert code == 0
     assert "Simpson" in out
-    assert "the sign turns within weight_decay" in " ".join(out.split())
+    assert "the sign is opposite within weight_decay" in " ".join(out.split())
     (row, *_) = csv.DictReader(io.StringIO(run(capsys, str(path), "--csv")[1]))
     assert row["simpson"] == "weight_decay"

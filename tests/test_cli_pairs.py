@@ -197,7 +197,7 @@ def test_undefined_figures_are_shown_with_their_reason(here, capsys):
         assert rows[name]["reason"] == "no training set has two models"
     assert rows["instability"]["value"] > 0
     notes = result_of("gmprobe pairs runs/a0 runs/b0", capsys)["notes"]
-    assert any("instability holds inconsistency too" in line for line in notes)
+    assert any("instability includes inconsistency" in line for line in notes)
 
 
 def test_csv_has_one_row_a_pair(here, capsys):
@@ -228,7 +228,7 @@ def test_a_copy_is_told(here, capsys):
     shutil.copytree("runs/a0", "runs/copy")
     code, out, _ = run("gmprobe pairs runs/a0 runs/a1 runs/copy", capsys)
     assert code == 0
-    assert "runs/copy has the outputs of runs/a0; is one model listed twice?" in " ".join(out.split())
+    assert "runs/copy has the same outputs as runs/a0. Is one model listed twice?" in " ".join(out.split())
     assert "listed twice" not in run("gmprobe pairs runs/a0 runs/a1", capsys)[1]
 
 
@@ -248,7 +248,7 @@ def test_runs_of_other_settings_are_called_so(here, capsys):
     text = (here / "runs" / "a1" / "config.toml").read_text()
     (here / "runs" / "a1" / "config.toml").write_text(text.replace("lr = 0.05", "lr = 0.1"))
     notes = result_of("gmprobe pairs runs/a0 runs/a1 runs/a2", capsys)["notes"]
-    assert notes == ["the runs differ in lr: pairs compare these too, not seeds alone"]
+    assert notes == ["the runs differ in lr, so pairs compare these too, not only seeds"]
 
 
 def test_other_data_than_the_runs_own(here, capsys):
@@ -290,11 +290,11 @@ def test_files_count_as_one_training_set_and_the_output_says_so(foreign, capsys)
     command = "gmprobe pairs x.pt y.pt --model mlp-6 --mean 0.5 --std 0.25 --unlabeled data"
     code, out, err = run(command, capsys)
     assert code == 0, err
-    assert "training set unknown; taken as the same" in " ".join(out.split())
+    assert "training set unknown; assumed to be the same" in " ".join(out.split())
     result = result_of(command, capsys)
     [row] = result["training_sets"]
     assert (row["training_set"], row["num_train"], row["num_models"]) == ("unknown", None, 2)
-    assert row["reason"] == "training set unknown; taken as the same"
+    assert row["reason"] == "training set unknown; assumed to be the same"
     assert result["pairs"][0]["same_training_set"] is True
     assert result["measures"]["conditional_inconsistency"]["value"] > 0
     assert result["checkpoints"][0]["mean"] == [0.5]
@@ -304,7 +304,7 @@ def test_files_beside_runs_are_a_training_set_of_their_own(here, capsys):
     shutil.copy(here / "runs" / "a0" / "checkpoint.safetensors", here / "copy.safetensors")
     result = result_of("gmprobe pairs runs/a0 runs/a1 copy.safetensors --unlabeled digits", capsys)
     assert [row["training_set"] for row in result["training_sets"]][1:] == ["unknown"]
-    assert any("as another than the runs'" in line for line in result["notes"])
+    assert any("different from the runs'" in line for line in result["notes"])
     pair = result["pairs"][1]
     assert (pair["disagreement"], pair["kl_ab"], pair["kl_ba"]) == (0, 0, 0)
 
@@ -335,7 +335,7 @@ def test_piped_output_fits_and_has_no_colour(here, columns):
         ("gmprobe pairs runs/a0 missing.pt", 3, ["missing.pt: no such checkpoint"]),
         ("gmprobe pairs empty runs", 2, ["empty holds no run"]),
         ("gmprobe pairs begun runs", 4, ["no finished run in begun", "1 × unfinished", "--resume"]),
-        ("gmprobe pairs x.pt y.pt", 2, ["x.pt is no run folder", "--unlabeled"]),
+        ("gmprobe pairs x.pt y.pt", 2, ["x.pt is not a gmprobe run", "--unlabeled"]),
         (
             "gmprobe pairs runs other",
             4,
@@ -343,7 +343,7 @@ def test_piped_output_fits_and_has_no_colour(here, columns):
         ),
         ("gmprobe pairs runs --image-size 8", 2, ["--image-size", "--unlabeled"]),
         ("gmprobe pairs runs --unlabeled nowhere", 2, ["nowhere"]),
-        ("gmprobe pairs runs --unlabeled data --part test", 2, ["no test part"]),
+        ("gmprobe pairs runs --unlabeled data --part test", 2, ["no train/ and test/ parts"]),
         ("gmprobe pairs runs --unlabeled data --mean 0.5", 2, ["--std"]),
         ("gmprobe pairs x.pt y.pt --unlabeled data --model mlp-6", 2, ["x.pt", "--mean"]),
         ("gmprobe pairs x.pt y.pt --unlabeled data --no-normalize", 2, ["x.pt", "--model"]),
@@ -433,8 +433,8 @@ def test_a_copy_that_was_not_chosen_is_noted(foreign, capsys):
     torch.save({"model": state, "model_ema": torch.load("y.pt", weights_only=True)}, "both.pt")
     command = "gmprobe pairs both.pt y.pt --unlabeled data --no-normalize --model mlp-6"
     found = result_of(command, capsys)
-    assert [note for note in found["notes"] if "choose with --key" in note] == [
-        "both.pt holds the weights more than once: model is taken, and model_ema not; choose with --key NAME"
+    assert [note for note in found["notes"] if "Choose with --key" in note] == [
+        "both.pt holds the weights more than once: model is used, and model_ema is not. Choose with --key NAME"
     ]
     assert [row.get("key") for row in found["checkpoints"]] == ["model", None]
 
@@ -457,7 +457,7 @@ def test_measure_says_what_was_taken(foreign, capsys):
     [unasked] = result_of(command.format("both.pt"), capsys)
     assert unasked["measures"] == values["x.pt"]["measures"]
     assert unasked["settings"]["key"] == "model"
-    assert "choose with --key" in unasked["notes"][0]
+    assert "Choose with --key" in unasked["notes"][0]
     assert f"note: {unasked['notes'][0]}" in run(command.format("both.pt"), capsys)[2]
     [asked] = result_of(command.format("both.pt --key ema"), capsys)
     assert asked["measures"] == values["y.pt"]["measures"]

@@ -136,23 +136,25 @@ class Broken(Pairs):
 PAIRED = TensorDataset(X, Y)
 REFUSED: dict[str, Any] = {
     "the DataLoader shuffles": DataLoader(PAIRED, batch_size=8, shuffle=True),
-    "leaves out 4 example(s); make it with drop_last=False": DataLoader(PAIRED, batch_size=8, drop_last=True),
-    "a Endless may have no end": Endless(),
-    "a Endless may have no end; give a list": DataLoader(Endless(), batch_size=2),
+    "leaves out 4 example(s). Create it with drop_last=False": DataLoader(
+        PAIRED, batch_size=8, drop_last=True
+    ),
+    "a Endless may be infinite": Endless(),
+    "a Endless may be infinite. Give a list": DataLoader(Endless(), batch_size=2),
     "disk gone": Broken(),
     "there is none": [],
-    "some have labels, and some have none": [(X[:3], Y[:3]), X[3:]],
-    "cannot be joined to one set of examples": [X[:3], torch.zeros(3, 5)],
-    "a tuple of 3 is no batch": (X, Y, Y),
-    "a generator is no batch": (x for x in X),
-    "a str is no batch": "data/",
-    "holds pixels, whose normalisation is not known": Examples(X.to(torch.uint8), Y, (), "mine"),
-    "x is uint8: give what the model takes": X.to(torch.uint8),
+    "some have labels, and others have none": [(X[:3], Y[:3]), X[3:]],
+    "cannot be joined into one set of examples": [X[:3], torch.zeros(3, 5)],
+    "a tuple of 3 is not a batch": (X, Y, Y),
+    "a generator is not a batch": (x for x in X),
+    "a str is not a batch": "data/",
+    "holds pixels, and their normalisation is unknown": Examples(X.to(torch.uint8), Y, (), "mine"),
+    "x is uint8. Give what the model takes": X.to(torch.uint8),
     "y is torch.int64 of shape (5,) for 20": (X, Y[:5]),
     "y is a list that holds no numbers": (X, ["cat"] * 20),
-    "the input is an array of <U1, of which torch has no tensors": np.array(["a"] * 20),
+    "the input is an array of <U1, which torch does not support": np.array(["a"] * 20),
     "x is a single number": torch.tensor(1.0),
-    "holds no tensor with a row for each example": {"input_ids": [[1, 2], [3, 4]]},
+    "holds no tensor with one row per example": {"input_ids": [[1, 2], [3, 4]]},
     "different numbers of rows ('a': 20, 'b': 5)": {"a": X, "b": X[:5]},
 }
 
@@ -259,7 +261,7 @@ def test_several_input_tensors_are_a_data_set_as_one_is() -> None:
     other = Batches.from_tensors({"words": shares, "shares": words}, torch.arange(4)).examples
     same = Batches.from_tensors({"words": words.clone(), "shares": shares.clone()}, torch.arange(4)).examples
     assert examples.digest == same.digest != other.digest
-    with pytest.raises(DataError, match="no channels to normalise by"):
+    with pytest.raises(DataError, match="no channels to normalise"):
         next(iter(Batches(examples, Normalization((0.5,), (0.5,)))))
 
 
@@ -267,7 +269,7 @@ def test_images_of_several_tensors_have_no_mirror_image() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     row = measure(model, {"input": torch.randn(4, 1, 2, 2)}, ["flip_rate"]).rows["flip_rate"]
     assert row.value is None
-    assert row.details["reason"] == "inputs are no images"
+    assert row.details["reason"] == "the inputs are not images"
 
 
 def test_text_models_take_what_a_tokenizer_returns() -> None:

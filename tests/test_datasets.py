@@ -325,7 +325,7 @@ def test_truncated_jpeg_is_named(tmp_path: Path) -> None:
 
 def test_own_pixel_cap_holds_below_pillows(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(_png(8_001, 8_000))
-    assert "claims 8001×8000 pixels; the cap is 64,000,000" in refused(tmp_path)
+    assert "claims 8001×8000 pixels; the limit is 64,000,000" in refused(tmp_path)
 
 
 def test_postscript_never_reaches_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +344,7 @@ def test_postscript_never_reaches_ghostscript(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("options", [{"image_size": 8}, {"channels": 1}])
 def test_only_folders_are_converted(tmp_path: Path, options: dict[str, int]) -> None:
     for name in ("digits", "cifar10", str(save(tmp_path / "a.npz", x=X))):
-        with pytest.raises(UsageError, match="--image-size and --channels convert image folders only"):
+        with pytest.raises(UsageError, match="apply to image folders only"):
             open_source(name, labeled=False, **options)  # type: ignore[arg-type]
 
 
@@ -427,16 +427,19 @@ BAD_ARRAYS: dict[str, dict[str, Any]] = {
     "x has shape (3,)": {"x": np.ones(3)},
     "NaN": {"x": np.array([[1.0, np.nan]])},
     "infinite": {"x": np.array([[1.0, np.inf]])},
-    "x is no array of numbers": {"x": np.array([["a", "b"]])},
-    "y is no array of numbers": {"x": X, "y": np.array(["cat", "dog"])},
+    "x is not an array of numbers": {"x": np.array([["a", "b"]])},
+    "y is not an array of numbers": {"x": X, "y": np.array(["cat", "dog"])},
     "byte order": {"x": X.astype(">f4")},
     "plain real numbers": {"x": X.astype(np.complex64)},
     "save pixels as uint8 or floats": {"x": np.zeros((2, 1, 8, 8), np.uint16)},
     "looks like (N, H, W, C)": {"x": np.zeros((2, 32, 32, 3), np.uint8)},
-    "y is torch.int64 of shape (3,) for 2 examples; give a class index for each": {"x": X, "y": np.arange(3)},
+    "y is torch.int64 of shape (3,) for 2 examples; give one class index per example": {
+        "x": X,
+        "y": np.arange(3),
+    },
     "y is torch.int64 of shape (2, 1, 1) for 2": {"x": X, "y": np.zeros((2, 1, 1), int)},
     "y must be class indices ≥ 0, got -1": {"x": X, "y": np.array([0, -1])},
-    "y holds numbers that are not whole, as soft labels are": {"x": X, "y": np.array([0.0, 0.5])},
+    "y holds fractions, such as soft labels": {"x": X, "y": np.array([0.0, 0.5])},
 }
 
 
@@ -512,7 +515,7 @@ def test_digits() -> None:
 @pytest.mark.parametrize("name", list(datasets.DATASETS))
 def test_missing_torchvision_data(tmp_path: Path, name: str) -> None:
     message = refused(Path(name), labeled=True, root=tmp_path / "none")
-    assert f"{name} is not (whole) in {tmp_path / 'none'}" in message
+    assert f"{name} is missing or incomplete in {tmp_path / 'none'}" in message
     assert "--download" in message
 
 
@@ -610,7 +613,7 @@ def test_altered_cifar10_is_refused_unopened(tmp_path: Path, monkeypatch: pytest
     _by_hand(tmp_path, monkeypatch)
     bad = tmp_path / torchvision.datasets.CIFAR10.base_folder / "data_batch_3"
     bad.write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
-    with pytest.raises(DataError, match=r"cifar10 is not \(whole\) in .*--download"):
+    with pytest.raises(DataError, match=r"cifar10 is missing or incomplete in .*--download"):
         open_source("cifar10", labeled=True, root=tmp_path)
     assert not (tmp_path / "canary").exists()
 

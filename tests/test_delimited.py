@@ -59,7 +59,7 @@ def test_blank_rows_and_empty_ends_are_passed_over(tmp_path: Path) -> None:
         (b"\xef\xbb\xbf\n", "is empty"),
         (b"a,b\n1,2,3\n", "line 2 has 3 cells, but the header has 2"),
         (b'a,b\n1,"2\n', "not a readable CSV"),
-        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff", "bytes that are no text"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff", "bytes that are not text"),
         (b"a,b\n\x81,2\n", "not a readable CSV"),
         (b"\xff\xfea\x00,\x00b\x00\n", "not a readable CSV: .* save it as UTF-8"),
     ],

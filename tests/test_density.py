@@ -274,7 +274,7 @@ def test_refusals() -> None:
     with pytest.raises(DivergedError, match="finite"):
         density(rotated(np.full(3, math.nan)), generator=seeded())
     for wrong in ({"num_probes": 0}, {"num_steps": 0}):
-        with pytest.raises(UsageError, match="a probe and a step"):
+        with pytest.raises(UsageError, match="one probe and one step"):
             density(rotated(network_like()), generator=seeded(), **wrong)
 
 

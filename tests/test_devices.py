@@ -101,7 +101,7 @@ def test_any_device_of_torchs_has_a_name() -> None:
 
 
 def test_training_refuses_a_device_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="device mps has no float64"):
+    with pytest.raises(UsageError, match="device mps lacks float64"):
         train(TrainConfig(model="mlp-4", num_train=20, device="mps"), tmp_path / "run")
 
 
@@ -214,7 +214,7 @@ class Elsewhere(nn.Module):
 )
 def test_no_layer_and_no_example_is_blamed_for_a_device(when: str, name: str) -> None:
     batches = Batches.from_tensors(torch.randn(9, 3))
-    with pytest.raises(DeviceError, match="tensors met on two devices") as raised:
+    with pytest.raises(DeviceError, match="tensors are on two devices") as raised:
         measure(Elsewhere(when), batches, [name])
     assert not any(word in str(raised.value) for word in ("replace that layer", "leave out"))
 
@@ -223,7 +223,7 @@ def test_no_layer_and_no_example_is_blamed_for_a_device(when: str, name: str) ->
 def test_a_rule_says_where_its_batch_and_its_model_are(method: str) -> None:
     x, y = torch.randn(6, 3), torch.randint(0, 4, (6,))
     with pytest.raises(
-        DeviceError, match=r"x is on cpu, y is on cpu, the model is on cpu; .* what the criterion holds"
+        DeviceError, match=r"x is on cpu, y is on cpu, the model is on cpu; .* the criterion's tensors"
     ):
         METHODS[method](Elsewhere("gradient")).backward(x, y)
 

@@ -76,7 +76,7 @@ def test_processes_that_do_not_meet_are_a_lack_of_resources(monkeypatch: pytest.
 
     monkeypatch.setattr(processes.distributed, "init_process_group", fails)
     with (
-        pytest.raises(ResourceError, match="do not meet at localhost:29500: connection refused; start"),
+        pytest.raises(ResourceError, match="cannot connect at localhost:29500: connection refused; start"),
         processes.joined(torch.device("cpu")),
     ):
         pass
@@ -151,7 +151,7 @@ def test_a_limit_that_torch_does_not_fit_into_is_named(monkeypatch: pytest.Monke
     limits.require_room_for_torch()
     assert tried == []
     found.left = 2**31
-    with pytest.raises(ResourceError, match="torch does not load within 2,048 MiB"):
+    with pytest.raises(ResourceError, match="torch cannot be loaded within 2,048 MiB"):
         limits.require_room_for_torch()
     code = 0
     limits.require_room_for_torch()

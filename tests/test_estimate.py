@@ -100,7 +100,7 @@ def test_a_validation_set_gives_intervals_and_an_order(world: World) -> None:
         assert {"cot", "atc", "doc", "nuclear_norm", "agreement", "dispersion"} <= set(model.estimators)
     assert "synthetic shifts" in report.models[0].accuracy.method
     assert report.conclusion.startswith(f"{report.models[0].name} leads with ")
-    assert "cannot be told from it" in report.conclusion
+    assert "cannot be distinguished from it" in report.conclusion
     again = gm_probe.estimate(
         world.models, batches(world.noisy.unlabeled()), validation=batches(world.validation)
     )
@@ -217,7 +217,7 @@ def test_notes_on_sets_that_mislead(world: World) -> None:
     notes = " ".join(report.notes)
     assert "only 30 examples" in notes
     assert "only 100 validation examples" in notes
-    assert "30 of 30 unlabeled examples are in" in notes
+    assert "30 of 30 unlabeled examples are also in" in notes
     trained = gm_probe.estimate(
         learned(world.train, 300, 0), batches(world.target), validation=batches(world.train), level=0.99
     )
@@ -229,7 +229,7 @@ def test_models_that_cannot_be_estimated(world: World) -> None:
     with pytest.raises(UsageError, match="no model is given"):
         gm_probe.estimate([], batches(world.target))
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    with pytest.raises(DataError, match="only models of the same classes"):
+    with pytest.raises(DataError, match="only models with the same classes"):
         gm_probe.estimate([world.models["good"], other], batches(world.target))
     with pytest.raises(UsageError, match="exclusive classes"):
         gm_probe.estimate(other, batches(world.target), outputs=gm_probe.Outputs(head="multilabel"))
@@ -330,7 +330,7 @@ def test_the_table_ends_with_a_conclusion(here: Path, capsys: pytest.CaptureFixt
     code, out, _ = run(f"{few} -q", capsys)
     assert code == 0
     assert "good.pt leads with" in out
-    assert "every other model is told from it" in out
+    assert "it differs detectably from every other model" in out
     code, out, _ = run(f"{few} --csv -q", capsys)
     rows = list(csv.DictReader(out.splitlines()))
     assert [row["checkpoint"] for row in rows] == ["good.pt", "poor.pt"]
@@ -344,7 +344,7 @@ def test_the_table_ends_with_a_conclusion(here: Path, capsys: pytest.CaptureFixt
         ("none.pt --unlabeled target.npz", 3, "none.pt: no such checkpoint"),
         ("good.pt --unlabeled target.npz --validation nowhere", 2, "nowhere"),
         ("good.pt --unlabeled target.npz --class-shares even", 2, "even is neither"),
-        ("good.pt --unlabeled target.npz --class-shares words.txt", 2, "one number a class"),
+        ("good.pt --unlabeled target.npz --class-shares words.txt", 2, "one number per class"),
         ("good.pt --unlabeled target.npz --measures sharp", 2, "sharp"),
         ("good.pt --unlabeled target.npz --level 0", 2, "level"),
         ("good.pt --unlabeled target.npz --validation x.npy", 4, "no labels"),

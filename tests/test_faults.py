@@ -236,7 +236,7 @@ def test_a_batch_that_belongs_to_what_is_computed_is_not_halved() -> None:
         raise MemoryError
 
     batch_dependent = Batches(inputs().examples, batch_size=12, batch_dependent=True)
-    with pytest.raises(ResourceError, match="batches of 12, whose examples hang together"):
+    with pytest.raises(ResourceError, match="batches of 12, whose examples depend on each other"):
         within_memory(batch_dependent, failing)
 
 
@@ -425,7 +425,7 @@ def test_a_model_that_no_batch_size_makes_fit_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "initial_model", lambda *_: torch.empty(2**60))  # beyond any machine's addresses
-    with pytest.raises(ResourceError, match=r"mlp-8 is too big .*choose a smaller --model$"):
+    with pytest.raises(ResourceError, match=r"mlp-8 does not fit into memory .*Choose a smaller --model$"):
         train(config(), tmp_path)
 
 
@@ -475,7 +475,7 @@ def test_sigterm_ends_a_command_in_one_line(
     with pytest.raises(SystemExit) as stop:
         main(["measures"])
     assert stop.value.code == TERMINATED
-    assert capsys.readouterr().err == "gmprobe: terminated; what was finished is kept\n"
+    assert capsys.readouterr().err == "gmprobe: terminated; finished results are kept\n"
 
 
 # ---- locks

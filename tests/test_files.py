@@ -202,7 +202,7 @@ def test_nobody_elses_files_are_removed(tmp_path: Path) -> None:
 
 
 def _links(folder: Path, path: Path) -> dict[str, Callable[[], object]]:
-    """Ways to put at ``path`` what is no regular file of ``folder``."""
+    """Ways to put at ``path`` what is not a regular file of ``folder``."""
     elsewhere = folder / "elsewhere"
     elsewhere.write_text("{}")
 
@@ -240,7 +240,7 @@ def test_only_regular_files_are_read_and_written(tmp_path: Path, kind: str) -> N
     _links(tmp_path, path)[kind]()
     for use in (read_json, read_toml, partial(append_line, line="line")):
         with pytest.raises(
-            StorageError, match=r"record\.json: (it is a link|it is no regular|Is a directory)"
+            StorageError, match=r"record\.json: (it is a link|it is not a regular|Is a directory)"
         ):
             use(path)
     assert (tmp_path / "elsewhere").read_text() == "{}"
@@ -254,7 +254,7 @@ def test_what_the_user_names_may_be_a_link(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.toml")
     (tmp_path / "device.toml").symlink_to("/dev/zero")
     for name in ("pipe.toml", "device.toml"):
-        with pytest.raises(StorageError, match="no regular file"):
+        with pytest.raises(StorageError, match="not a regular file"):
             read_toml(tmp_path / name, follow=True)
 
 

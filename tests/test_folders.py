@@ -34,7 +34,7 @@ def test_a_labeled_folder_counts_what_is_not_read(tmp_path: Path) -> None:
     }
     assert (len(pool), pool.passed_over) == (3, counted)
     (said,) = pool.notes
-    assert said.startswith(f"{root}: these entries were passed over: 2 × ")
+    assert said.startswith(f"{root}: these entries were skipped: 2 × ")
     for kind, count in counted.items():
         assert f"{count} × {kind}" in said
 

@@ -56,12 +56,12 @@ FILES: dict[str, tuple[bytes, str]] = {
     "gzip": (b"\x1f\x8b\x08" + bytes(50), "a gzip archive"),
     "zip": (
         zipped("folder/readme.txt"),
-        r"a zip archive without weights of torch \(it begins with folder/readme",
+        r"a zip archive without torch weights \(it begins with folder/readme",
     ),
     "empty zip": (b"PK\x03\x04" + bytes(60), "is not a readable checkpoint"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
     "html": (b"<!doctype HTML>\n<html>", "a web page"),
-    "json": (b'{"architectures": []}', "a text in JSON"),
+    "json": (b'{"architectures": []}', "a JSON text"),
     "image": (b"\x89PNG\r\n\x1a\n" + bytes(50), "an image"),
 }
 

@@ -243,7 +243,7 @@ REFUSED = {
     "has labels of shape (5, 2) but the model has 1 yes-or-no": (BINARY, 1, torch.ones(5, 2)),
     "has labels of shape (5, 3) but the model has 3 exclusive classes": (Outputs(), 3, torch.eye(3)[ONES]),
     "has labels of shape (5, 1) but the model has 3 exclusive classes": (Outputs(), 3, ONES[:, None]),
-    "y holds numbers that are not whole, as soft labels are": (BINARY, 1, torch.full((5,), 0.9)),
+    "y holds fractions, such as soft labels": (BINARY, 1, torch.full((5,), 0.9)),
 }
 
 
@@ -257,7 +257,7 @@ def test_labels_that_do_not_fit_are_named(reason: str) -> None:
 
 @pytest.mark.parametrize(
     ("outputs", "count", "reason"),
-    [(Outputs(), 1, "one logit an example; .*--head binary"), (BINARY, 2, "head binary reads one logit")],
+    [(Outputs(), 1, "one logit per example; .*--head binary"), (BINARY, 2, "head binary reads one logit")],
 )
 def test_heads_that_do_not_fit_are_named(outputs: Outputs, count: int, reason: str) -> None:
     for names in (["local_inconsistency"], ["mean_entropy"]):
@@ -291,7 +291,7 @@ def test_pairs_of_yes_or_no_models() -> None:
     for name, row in every.rows.items():
         total = sum(report.rows[name].value or 0.0 for report in each)
         assert row.value == pytest.approx(total / (LABELS if name == "disagreement" else 1))
-    with pytest.raises(UsageError, match="one logit an example"):
+    with pytest.raises(UsageError, match="one logit per example"):
         compare(z[..., :1], sets)
-    with pytest.raises(DataError, match="only models of the same labels"):
+    with pytest.raises(DataError, match="only models with the same labels"):
         compare([paired(z[0]), paired(z[0, :, :2])], ["a", "b"])

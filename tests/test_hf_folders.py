@@ -132,7 +132,7 @@ def test_no_code_of_a_folder_runs(tmp_path: Path) -> None:
     names = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Net"}
     load_model(read_checkpoint(changed(folder, auto_map=names)), "hf")
     message = refused(changed(folder, model_type="evil"))
-    assert "brings its own code, which is never run" in message
+    assert "contains its own code, which is never run" in message
     assert "evil" in message
     for kernels in ("kernels-community/flash-attn", "evil"):
         changed(folder, model_type="vit", attn_implementation=kernels, _attn_implementation=kernels)
@@ -169,9 +169,12 @@ def test_the_hubs_flag_is_left_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"architectures": ["ViTModel"]}, "is of ViTModel; classifiers can be built"),
+        (
+            {"architectures": ["ViTModel"]},
+            "describes ViTModel. Only classifiers of images or sequences can be built",
+        ),
         ({"architectures": None}, "is of None"),
-        ({"architectures": ["os.ForImageClassification"]}, "classifiers can be built"),
+        ({"architectures": ["os.ForImageClassification"]}, "Only classifiers"),
         ({"architectures": ["NobodysForImageClassification"]}, "which transformers .* does not have"),
         ({"quantization_config": {"bits": 4}}, "a quantized network"),
         ({"num_hidden_layers": 10**9}, "asks for num_hidden_layers = 1000000000"),
@@ -179,7 +182,7 @@ def test_the_hubs_flag_is_left_as_it_was(tmp_path: Path) -> None:
         ({"num_labels": 10**9}, "asks for num_labels"),
         ({"hidden_size": 2**20, "intermediate_size": 2**20}, "describes 1[0-9,]* parameters"),
         ({"hidden_size": "x"}, "transformers cannot build the network"),
-        ({"hidden_size": 16}, "of another shape"),
+        ({"hidden_size": 16}, "of a different shape"),
         ({"num_hidden_layers": 3}, "16 missing"),
         ({"num_hidden_layers": 1}, "16 unexpected"),
     ],
@@ -196,7 +199,7 @@ def test_a_head_of_another_task_is_left_out_and_said(tmp_path: Path) -> None:
     safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
     _, fit = fitted_model(read_checkpoint(folder), "hf")
     assert fit.left_out == ("cls.seq_relationship.weight",)
-    assert "1 tensor(s) that the network has no place for" in fit.notes(folder)[0]
+    assert "1 tensor(s) are left out, because the network does not have them" in fit.notes(folder)[0]
 
 
 def test_broken_folders_are_named(tmp_path: Path) -> None:
@@ -216,7 +219,7 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
             read_checkpoint(folder)
     (folder / huggingface.INDEX).unlink()
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="an adapter of PEFT"):
+    with pytest.raises(CheckpointError, match="a PEFT adapter"):
         read_checkpoint(folder)
 
 

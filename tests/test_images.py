@@ -249,7 +249,7 @@ def test_impossible_readings_are_refused_by_name(values: dict[str, int]) -> None
 
 def test_a_sliver_is_not_blown_up(tmp_path: Path) -> None:
     file = write(tmp_path / "x.png", np.zeros((1, 40_000, 3), dtype=np.uint8))
-    with pytest.raises(DataError, match="the cap is 64,000,000"):
+    with pytest.raises(DataError, match="the limit is 64,000,000"):
         ImageFiles([file], Reading(resize=224, crop=224)).in_memory()
 
 
@@ -369,7 +369,7 @@ def test_values_of_fewer_bits_in_16_are_refused(tmp_path: Path, kind: str, bits:
         x = tensor(open_source(str(tmp_path), labeled=False).pool)
         assert int(x.max()) >= 64
         return
-    with pytest.raises(DataError, match=rf"uses more than {bits} of them; scale the pixels to 0–65535"):
+    with pytest.raises(DataError, match=rf"uses more than {bits} of them. Scale the pixels to 0–65535"):
         open_source(str(tmp_path), labeled=False)
 
 

@@ -167,7 +167,7 @@ def test_piped_it_is_a_line_a_run(printed: Callable[[Console], io.StringIO]) -> 
     assert text.getvalue().splitlines() == [
         "[1/3] a finished",
         "[2/3] b failed: a reason that is longer than the console is wide",
-        "2 of 3 ended (1 failed, 1 finished); the same command goes on",
+        "2 of 3 ended (1 failed, 1 finished); run the same command to continue",
     ]
 
 

@@ -104,7 +104,7 @@ def test_who_is_waited_for_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
         pass
     [message] = caplog.messages
     assert message.isprintable()
-    assert "was held by else" in message
+    assert "was locked by else" in message
 
 
 def test_onlookers_see_a_holder_go_silent(tmp_path: Path) -> None:

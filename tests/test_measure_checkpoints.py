@@ -70,7 +70,7 @@ def test_an_interrupted_command_prints_what_was_finished(
     [found] = json.loads(printed.out)
     assert found["checkpoint"] == str(runs[0])
     assert found["measures"]["mean_entropy"]["value"] > 0
-    assert ("the same command goes on" in printed.err) == save == (runs[0] / "measures.json").exists()
+    assert ("run the same command to continue" in printed.err) == save == (runs[0] / "measures.json").exists()
 
 
 def test_saving_keeps_what_was_taken_so_and_names_what_goes(
@@ -91,11 +91,11 @@ def test_saving_keeps_what_was_taken_so_and_names_what_goes(
     # two products, with F of two gradients each and with H of three, and what trying them took
     assert all(4 <= first["density"][matrix]["num_evals"] < 20 for matrix in ("fisher", "hessian"))
     assert set(again["measures"]) == {"mean_entropy", "mean_confidence", "local_inconsistency"}
-    assert "of other settings" not in note
+    assert "taken with other settings" not in note
     other, note = saved("--measures", "local_inconsistency", "--rho", "0.2")
     assert "density" not in other
     assert set(other["measures"]) == {"local_inconsistency"}
-    assert "held mean_entropy, mean_confidence, density of other settings" in " ".join(note.split())
+    assert "held mean_entropy, mean_confidence, density taken with other settings" in " ".join(note.split())
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("-inf")])
@@ -201,7 +201,7 @@ def test_runs_measured_in_another_way_are_not_skipped(
     # what is not given is as it was, also of a single run
     [one], told = measured(trained_runs(tmp_path)[0], capsys)
     assert (one["settings"]["dtype"], one["settings"]["mean"]) == ("float64", [])
-    assert "taken as measures.json was, with mean = [], std = [], dtype = float64" in " ".join(told.split())
+    assert "settings taken from measures.json: mean = [], std = [], dtype = float64" in " ".join(told.split())
 
 
 def test_data_that_changed_under_its_name_are_measured_anew(

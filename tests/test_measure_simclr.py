@@ -165,13 +165,13 @@ def test_measures_of_single_examples_are_refused(name: str) -> None:
 
 
 def test_a_batch_is_neither_cut_nor_shared() -> None:
-    with pytest.raises(UsageError, match="hang together"):
+    with pytest.raises(UsageError, match="depend on each other"):
         batches().of_size(4)
     shares = [batches().shard(rank, 2) for rank in range(2)]
     assert [share.first for share in shares] == [0, 2 * BATCH]
     assert [len(share) for share in shares] == [1, 2]
     assert torch.equal(torch.cat([share.examples.x for share in shares]), batches().examples.x)
-    with pytest.raises(DataError, match="3 batches do not go round 4 processes"):
+    with pytest.raises(DataError, match="3 batches are too few for 4 processes"):
         batches().shard(0, 4)
     with pytest.raises(DataError, match="do not fill"):
         Batches(images(), batch_size=4, batch_dependent=True)

@@ -867,7 +867,7 @@ def test_a_grid_of_radii_has_the_converged_maximum_of_each() -> None:
 
 
 def test_a_single_output_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"one logit an example; .*--head binary"):
+    with pytest.raises(UsageError, match=r"one logit per example; .*--head binary"):
         measure(nn.Linear(3, 1), Batches.from_tensors(torch.ones(4, 3)), ["fisher_trace"])
 
 
@@ -1171,7 +1171,7 @@ def test_examples_that_hang_together_are_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2))
     x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
     for batch_size in (2, 3, 4, 12):
-        with pytest.raises(UsageError, match="hang on the others of its batch"):
+        with pytest.raises(UsageError, match="depends on the rest of its batch"):
             measure(model, Batches.from_tensors(x, batch_size=batch_size), ["mean_entropy"])
     usual = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     assert measure(usual, Batches.from_tensors(x), ["mean_entropy"]).rows["mean_entropy"].converged
@@ -1202,7 +1202,7 @@ def test_a_perturbation_lost_to_rounding_is_refused(name: str, wrong: dict[str, 
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
     settings = replace(Settings(num_starts=2), **wrong)
-    with pytest.raises(PrecisionError, match=r"rounding of float32 weights takes \d+% .*--dtype float64"):
+    with pytest.raises(PrecisionError, match=r"rounding of float32 weights removes \d+% .*--dtype float64"):
         measure(model, Batches.from_tensors(x), [name], settings)
     kept = measure(model, Batches.from_tensors(x), [name, "mean_entropy"], settings).rows
     assert kept[name].value is None
@@ -1314,7 +1314,9 @@ def test_derivatives_that_end_after_the_second_are_told() -> None:
 
     torch.manual_seed(0)
     batches = Batches.from_tensors(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(DerivativeError, match=r"^hessian_trace: a layer's derivatives end after the second"):
+    with pytest.raises(
+        DerivativeError, match=r"^hessian_trace: a layer has no derivatives beyond the second"
+    ):
         measure(Net(), batches, ["hessian_trace"])
 
 
@@ -1339,7 +1341,7 @@ def test_no_spread_says_nothing_of_the_examples_needed() -> None:
 def test_no_more_than_is_empty_is_measured() -> None:
     model = nn.Linear(3, 2)
     model.register_parameter("empty", nn.Parameter(torch.zeros(0)))
-    with pytest.raises(UsageError, match="all parameters to be measured are empty: empty"):
+    with pytest.raises(UsageError, match="all selected parameters are empty: empty"):
         measure(model, Batches.from_tensors(torch.ones(4, 3)), ["parameter_norm"], Settings(params="empty"))
 
 
@@ -1361,5 +1363,8 @@ def test_an_input_that_the_first_layer_gives_no_gradient_leaves_the_other_measur
     rows = measure(
         Net(3, 2), Batches.from_tensors(torch.rand(4, 3)), ["input_jacobian_norm", "mean_entropy"]
     ).rows
-    assert rows["input_jacobian_norm"].details["reason"] == "the outputs have no gradient by the inputs"
+    assert (
+        rows["input_jacobian_norm"].details["reason"]
+        == "the outputs have no gradient with respect to the inputs"
+    )
     assert rows["mean_entropy"].value is not None

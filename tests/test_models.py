@@ -204,7 +204,7 @@ def test_weights_follow_the_seed() -> None:
         ("wrn28-8", CIFAR, "did you mean 'wrn-28-8'?"),
         ("resnet50", (64,), "takes images (C, H, W), not examples of shape (64,)"),
         ("mixer-4", (28, 28), "takes images (C, H, W), not examples of shape (28, 28)"),
-        ("vit-tiny-4", (3, 32, 30), "patches of 4×4 pixels, which 30×32 is no multiple of"),
+        ("vit-tiny-4", (3, 32, 30), "patches of 4×4 pixels, and 30×32 is not a multiple of that"),
         ("mixer-0", CIFAR, "patches of 0×0 pixels"),
         ("6cnn", (1, 3, 8), "at least 4×4 pixels, not 8×3"),
         ("torchvision:resnet81", CIFAR, "resnet18"),
@@ -225,9 +225,7 @@ def test_names_that_cannot_be_built(name: str, shape: tuple[int, ...], reason: s
 
 @pytest.mark.parametrize("name", ["timm:hf-hub:evil/repo", "timm:local-dir:/tmp/x"])
 def test_of_timm_no_hub_is_asked(name: str) -> None:
-    with pytest.raises(
-        UsageError, match=f"no model '{name}'; of timm's own models one is given as timm:NAME"
-    ):
+    with pytest.raises(UsageError, match=f"no model '{name}'; timm's own models are given as timm:NAME"):
         build(name)
     with pytest.raises(UsageError, match="torchvision has no classifier 'os:getcwd'"):
         build("torchvision:os:getcwd")
@@ -322,7 +320,7 @@ def test_callable_of_an_installed_module() -> None:
         ("returns_class", "returned type, not an nn.Module"),
         ("number", "TypeError"),
         ("absent", "has no attribute 'absent'"),
-        ("lazy", "parameter 'weight' is lazy; run the network on one example"),
+        ("lazy", "parameter 'weight' is lazy. Run the network on one example"),
         ("traced", "returned a scripted module"),
     ],
 )
@@ -403,8 +401,8 @@ def test_keywords_reach_the_builder() -> None:
         ("timm:resnet10t,pretrained=true", "pretrained cannot be passed"),
         ("timm:resnet10t,checkpoint_path=a", "checkpoint_path cannot be passed"),
         ("timm:resnet10t,num_classes=3", "num_classes cannot be passed"),
-        ("timm:resnet10t,drop_rate", "'drop_rate' is no KEYWORD=VALUE"),
-        ("timm:resnet10t,drop_rate=0,drop_rate=1", "or is there twice"),
+        ("timm:resnet10t,drop_rate", "'drop_rate' is not KEYWORD=VALUE"),
+        ("timm:resnet10t,drop_rate=0,drop_rate=1", "or is given twice"),
         ("timm:vit_tiny_patch16_224,depth=100000", r"must lie in \[-4,096, 4,096\]"),
         ("timm:resnet10t,drop_rate=nan", "must lie in"),
         ("timm:resnet10t,drop_rate=../a", "true, false, a number or a word"),

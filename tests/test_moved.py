@@ -86,7 +86,7 @@ def test_measure_finds_data_that_has_moved(
     (trained / "data").rename(trained / "new")
     code, _, err = run("measure runs/0 --measures mean_entropy --device cpu", capsys)
     assert (code, err.count("\n")) == (2, 1)
-    assert f"no folder or file '{trained / 'data'}'; if it has moved, say where it is with --data" in err
+    assert f"no folder or file '{trained / 'data'}'; if it has moved, give its place with --data" in err
     code, out, err = run(f"{command} --data new{how}", capsys)
     assert code == 0, err
     assert values(out) == before
@@ -221,7 +221,7 @@ def test_a_changed_image_is_noticed_where_it_is_measured(
     assert own_unlabeled(run_folder).subset(None, 0).digest == before.digest
     change(run_folder, "unlabeled")
     run_splits._open.cache_clear()
-    with pytest.raises(DataError, match="has changed since it was started"):
+    with pytest.raises(DataError, match="has changed since its start"):
         own_unlabeled(run_folder).subset(None, 0)
 
 
@@ -235,7 +235,7 @@ def test_a_run_of_an_earlier_version_is_vouched_for_by_all_its_data(trained: Pat
     assert own_unlabeled(run_folder).subset(None, 0).digest == before.digest
     change(run_folder, "train")
     run_splits._open.cache_clear()
-    with pytest.raises(DataError, match="has changed since it was started"):
+    with pytest.raises(DataError, match="has changed since its start"):
         own_unlabeled(run_folder)
 
 
@@ -245,7 +245,7 @@ def test_notes_of_a_folder_are_told_where_training_begins(
     (folder / "a" / "notes.txt").touch()
     code, _, err = run(f"train --data data {SIZES} --image-size 6 --epochs 1 --out r", capsys)
     assert code == 0
-    assert f"note: {folder}: these entries were passed over: 1 × .txt" in err
+    assert f"note: {folder}: these entries were skipped: 1 × .txt" in err
     assert "note: --image-size 6 changes the aspect ratio of images such as" in err
     assert "notes.txt" not in Path("r/split.json").read_text()
     (folder / "a" / "notes.txt").unlink()

@@ -185,7 +185,7 @@ def test_sam_sharpens_the_labeled_loss_alone(kind: str) -> None:
 
 def test_unlabeled_inputs_cannot_be_cut() -> None:
     x, y = data(8)
-    with pytest.raises(UsageError, match="m cuts batches"):
+    with pytest.raises(UsageError, match="m splits only batches"):
         Rule(make(), Joint(), m=2).backward(x, y[:3])
 
 
@@ -274,7 +274,7 @@ def test_nothing_left_unlabeled() -> None:
     source = Source(
         Examples(torch.arange(9).unsqueeze(1), torch.zeros(9, dtype=torch.int64), ("a",), "numbers"), None
     )
-    with pytest.raises(DataError, match="nothing unlabeled"):
+    with pytest.raises(DataError, match="no unlabeled examples remain"):
         split(source, num_train=5, num_unlabeled=2, num_test=2, seed=0, num_labeled=5)
 
 

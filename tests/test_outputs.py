@@ -153,9 +153,9 @@ def test_batch_size_does_not_matter(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("input_jacobian_norm", "inputs are integers: nothing to differentiate by"),
-        ("flip_rate", "inputs are no images"),
-        ("crop_rate", "inputs are no images"),
+        ("input_jacobian_norm", "the inputs are integers, so they have no derivative"),
+        ("flip_rate", "the inputs are not images"),
+        ("crop_rate", "the inputs are not images"),
     ],
 )
 def test_integer_inputs_have_none_and_a_reason(name: str, reason: str) -> None:
@@ -173,4 +173,4 @@ def test_integer_inputs_have_none_and_a_reason(name: str, reason: str) -> None:
 def test_inputs_that_are_no_images(name: str) -> None:
     case = CASES[0]
     found = take(case.model, case.data[1], name)
-    assert (found.value, found.details["reason"]) == (None, "inputs are no images")
+    assert (found.value, found.details["reason"]) == (None, "the inputs are not images")

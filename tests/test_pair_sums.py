@@ -183,7 +183,7 @@ def test_jackknife_interval_by_hand() -> None:
         (0.5, [0.5] * 4, "4 settings"),
         (0.5, [0.5] * 5, "no resample differs"),
         (1.0, [1.0] * 6, "no resample differs"),
-        (0.5, [0.5, math.nan, 0.4, 0.3, 0.6], "undefined without"),
+        (0.5, [0.5, math.nan, 0.4, 0.3, 0.6], "undefined when one of"),
     ],
 )
 def test_no_interval_says_why(value: float, without: list[float], reason: str) -> None:
@@ -207,8 +207,10 @@ def test_fisher_interval_is_the_textbook_one() -> None:
 def test_blocks_change_places_whole_and_among_equals() -> None:
     setting = np.array([2, 0, 1, 0, 1, 2, 3, 3, 3])
     found = permute_blocks(setting, 300, np.random.default_rng(0))
-    assert found.limit == "settings change places with those of as many runs only (3 of 2, 1 of 3); " \
-        "6 arrangements of settings: p cannot be below 0.33"  # fmt: skip
+    assert found.limit == (
+        "the permutation test exchanges only settings with as many runs (3 with 2 runs, 1 with 3 runs); "
+        "6 arrangements of settings, so p is at least 0.33"
+    )
     seen = set()
     for row in found.rows:
         assert sorted(row) == list(range(9))
@@ -230,7 +232,7 @@ def test_blocks_stay_in_their_stratum_and_uneven_sizes_say_so() -> None:
     assert len({tuple(row) for row in rows}) == len(rows) == 3
     fixed = permute_blocks(setting, 50, np.random.default_rng(0), np.repeat([0, 1, 2, 2], 2))
     assert str(fixed.limit).startswith(
-        "2 of 4 settings stay in place: no other shares their number of runs and"
+        "2 of 4 settings are not permuted, because no other setting shares their number of runs and"
     )
     none = permute_blocks(np.array([0, 1, 1, 2, 2, 2]), 50, np.random.default_rng(0))
     assert none.rows.shape == (0, 6)

@@ -361,7 +361,7 @@ def test_the_jackknife_tells_the_spread_over_repetitions(
 
 @pytest.mark.parametrize(
     ("count", "labels", "message"),
-    [(1, 1, "pairs need 2 models at least, got 1"), (0, 0, "got 0"), (3, 2, "3 models need as many labels")],
+    [(1, 1, "pairs need at least 2 models, got 1"), (0, 0, "got 0"), (3, 2, "3 models need as many labels")],
 )
 def test_too_few(logits: np.ndarray, count: int, labels: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -109,7 +109,7 @@ def test_two_processes_measure_a_simclr_encoder_as_one_does(tmp_path: Path) -> N
         2,
         tmp_path,
     )
-    assert "1 batches do not go round 2 processes" in done.stderr
+    assert "1 batches are too few for 2 processes" in done.stderr
 
 
 def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(tmp_path: Path) -> None:
@@ -138,12 +138,12 @@ def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(tmp_path: Path) -> 
     assert (entry["checkpoint"], entry["exit_code"]) == ("runs/0", 3)
     assert result["measures"]["fisher_trace"]["value"] == values[1][1]
     done = call(["measure", "runs", "--jobs", "2", "-q"], 2, tmp_path)
-    assert "under torchrun checkpoints are measured one by one" in done.stderr
+    assert "under torchrun, checkpoints are measured one by one" in done.stderr
 
 
 def test_fewer_examples_than_processes() -> None:
     batches = Batches(Examples(torch.zeros(2, 3), None, (), "two"))
-    with pytest.raises(DataError, match="2 examples do not go round 3 processes"):
+    with pytest.raises(DataError, match="2 examples are too few for 3 processes"):
         batches.shard(0, 3)
 
 

@@ -255,7 +255,7 @@ OWN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", OWN)
 def test_rules_refuse_a_checkpoint_of_ones_own(name: str, rule: str) -> None:
     model = Net(OWN[name])
-    with pytest.raises(gm_probe.UsageError, match=f"runs a part of itself again .*{name} in "):
+    with pytest.raises(gm_probe.UsageError, match=f"reruns a part of itself .*{name} in "):
         METHODS[rule](model, rho=0.5).backward(normal(8, 6), torch.arange(8) % 4)
     assert all(p.grad is None for p in model.parameters())
 
@@ -264,7 +264,7 @@ def test_rules_refuse_a_checkpoint_of_ones_own(name: str, rule: str) -> None:
 def test_measures_refuse_a_checkpoint_of_ones_own(name: str) -> None:
     model = Net(OWN[name])
     batches = gm_probe.Batches.from_tensors(normal(8, 6), torch.arange(8) % 4)
-    with pytest.raises(gm_probe.UsageError, match=f"runs a part of itself again .*{name} in "):
+    with pytest.raises(gm_probe.UsageError, match=f"reruns a part of itself .*{name} in "):
         gm_probe.measure(model, batches, ["local_inconsistency"])
     assert all(p.grad is None for p in model.parameters())
 

@@ -276,7 +276,7 @@ def test_every_exclusion_is_listed_with_its_reason(page: Page) -> None:
     assert [row[3] for row in rows] == ["run-12", "run-13", "run-14", "run-01", "run-02"]
     assert len(page.table("runs")) == 13
     assert any(
-        "12 runs of 6 settings, at most 2 of one; left out whole: 3 (1 diverged; 1 failed; 1 not measured)."
+        "12 runs of 6 settings, at most 2 runs per setting; left out: 3 (1 diverged; 1 failed; 1 not measured)."
         in fact
         for fact in page.texts("li")
     )
@@ -302,7 +302,7 @@ def test_the_same_runs_give_the_same_page(made: Made) -> None:
 
 def test_tables_and_figures_are_written_beside_it(whole: Path, page: Page) -> None:
     markdown, latex = (whole / "t.md").read_text(), (whole / "t.tex").read_text()
-    for sheet in ("Correlations", "What one τ hides", "Left out"):
+    for sheet in ("Correlations", "What a single τ hides", "Left out"):
         assert f"### {sheet}" in markdown
     assert "<script" not in markdown.replace("\\<script", "")
     assert latex.count("\\toprule") == latex.count("\\bottomrule") == markdown.count("\n| --- ")
@@ -311,7 +311,7 @@ def test_tables_and_figures_are_written_beside_it(whole: Path, page: Page) -> No
     assert names == dict.fromkeys((".png", ".pdf", ".svg"), len(page.all("figure")))
     assert (whole / "figures" / "forest.png").exists()
     assert (whole / "figures" / "grid-error_gap.svg").exists()
-    assert any("that runs were measured with: 12 runs." in text for text in page.texts("figcaption"))
+    assert any("number of ascent steps K: 12 runs." in text for text in page.texts("figcaption"))
 
 
 def test_sections_without_content_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,7 +325,7 @@ def test_sections_without_content_are_left_out(tmp_path: Path, capsys: pytest.Ca
     assert "#training" not in links
     assert "#grid" not in links
     assert "#correlation" in links
-    assert any("Defined by who made the table: my_measure" in text for text in page.texts("p"))
+    assert any("Defined by the author of the table: my_measure" in text for text in page.texts("p"))
     assert page.table("trained") == []
 
 
@@ -349,14 +349,14 @@ def test_a_broken_training_record_is_a_caution_not_an_end(made: Made, runs: Path
     assert any(
         "Runs without a readable training curve: 1, the first run-00: " in text for text in page.texts("li")
     )
-    assert any("11 runs, a line each" in text for text in page.texts("figcaption"))
+    assert any("11 runs, one line per run" in text for text in page.texts("figcaption"))
 
 
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
         (["missing"], 2, "does not exist"),
-        (["--out=page.pdf"], 2, "name it .html"),
+        (["--out=page.pdf"], 2, "ends in .html"),
         (["--group-by=nonsense"], 2, "nonsense"),
         (["--markers=nonsense"], 2, "nonsense"),
         (["--measures=fisher"], 2, "did you mean"),

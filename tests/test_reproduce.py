@@ -157,7 +157,7 @@ def test_unknown_names_and_scales_are_usage_errors():
     with pytest.raises(UsageError, match="fig6 has no scale 'small'; it has smoke, paper"):
         recipe("fig6").at("small")
     with pytest.raises(
-        UsageError, match=r"tab5 has no small scale; give --scale smoke \(.+\) or --scale paper \(.+GPU"
+        UsageError, match=r"tab5 has no small scale. Choose --scale smoke \(.+\) or --scale paper \(.+GPU"
     ):
         _ = recipe("tab5").default
 
@@ -370,7 +370,8 @@ def test_what_diverged_in_app_b_is_said_and_where_all_did_is_an_error(tmp_path):
         Task("appB", "smoke", tmp_path / "a", notify=lambda _: None), **{**entry, "grid": grid}
     )
     assert found.text.endswith(
-        "Left out, diverged or alone in their setting: 2 of 6 runs (own start); 2 of 6 runs (common start)."
+        "Left out, because they diverged or are alone in their setting: "
+        "2 of 6 runs (own start); 2 of 6 runs (common start)."
     )
     assert {row["lr"] for row in found.rows} == {0.02, 0.05}
     grid["lr"] = [1e30]
@@ -441,7 +442,10 @@ def test_against_the_claim_one_of_many_comparisons_must_be_clearer(tmp_path):
     many = [verdict.Test(found, "data", claimed, 2) for _ in range(2)]
     assert verdict.outcome(many) == "shows"
     text = verdict.text_of(many, (), "", False)
-    assert "2 of 2 comparisons go the claimed way clear of 0, 0 the other way by the 97.5 % interval" in text
+    assert (
+        "2 of 2 comparisons have the claimed sign with an interval that excludes 0, "
+        "0 the opposite sign by the 97.5 % interval" in text
+    )
 
 
 def test_a_variant_that_alone_diverges_is_not_helped_by_it(tmp_path):
@@ -463,7 +467,7 @@ def test_a_variant_that_alone_diverges_is_not_helped_by_it(tmp_path):
         assert test.sign == sign, number
         assert str(test).endswith(said)
         text = verdict.text_of([test], (), "", False)
-        assert ("no comparison goes its way" in text) == ("alone" in said)
+        assert ("wins no comparison" in text) == ("alone" in said)
 
 
 def tracked(folder: Path, label: str, config: TrainConfig, seeds: list[dict[int, float]]) -> Arm:
@@ -580,14 +584,17 @@ def test_the_verdict_says_what_was_tested_and_what_was_not(tmp_path):
     text = verdict.text_of(claimed, beside, "its cost", False)
     assert text.startswith("The test, on data: ")
     # what is no part of the claim counts on neither side
-    assert "1 of 1 comparisons go the claimed way clear of 0, 0 the other way by the 95 %" in text
-    assert "These are no part of the claim. Final test error: b against a: +1 points" in text
+    assert (
+        "1 of 1 comparisons have the claimed sign with an interval that excludes 0, 0 the opposite sign by the 95 %"
+        in text
+    )
+    assert "These are not part of the claim. Final test error: b against a: +1 points" in text
     assert text.endswith("Not tested: its cost.")
     assert verdict.outcome(claimed) == "shows"
     assert Finding("shows", text, [], []).verdict == "The claim shows."
     assert Finding("shows", text, [], [], untested="x").verdict == "What was tested of the claim shows."
     told = Finding("cannot be told", text, [], [], untested="x").verdict
-    assert told == "Whether what was tested of the claim holds cannot be told at this scale."
+    assert told == "Whether what was tested of the claim holds cannot be decided at this scale."
 
 
 ERRORS = [
@@ -874,7 +881,7 @@ def test_one_data_set_can_be_chosen(tmp_path):
     other = CliRunner().invoke(
         command, ["fig6", "--scale", "smoke", "--out", str(tmp_path / "x"), "--only", "y"]
     )
-    assert "one data set" in str(other.exception)
+    assert "a single data set" in str(other.exception)
 
 
 def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):

@@ -179,7 +179,7 @@ def test_permutations_of_settings_keep_runs_with_their_seed() -> None:
     assert all((seed[row] == seed).all() for row in found.rows)
     some = permute_blocks(setting[1:], 200, rng, seed=seed[1:])  # a setting lacks a seed: none is like it
     assert str(some.limit).startswith(
-        "settings change places with those of the same seeds only (1 of 4, 5 of 5)"
+        "the permutation test exchanges only settings with the same seeds (1 with 4 runs, 5 with 5 runs)"
     )
     assert all((seed[1:][row] == seed[1:]).all() for row in some.rows)
 
@@ -249,7 +249,7 @@ def test_within_tests_the_order_of_seeds() -> None:
     assert found.p == pytest.approx(min(1, 2 * min(above, below)))
     assert fooled.p is not None
     assert fooled.p < 0.01
-    assert found.p_reason == "120 arrangements of 5 seeds: p cannot be below 0.017"
+    assert found.p_reason == "120 arrangements of 5 seeds, so p is at least 0.017"
     assert fooled.p_reason is None
 
 
@@ -287,7 +287,7 @@ def test_equal_measures_count_once_in_the_adjustment() -> None:
 
 @pytest.mark.parametrize(
     ("seeds", "note"),
-    [(1, "all runs have one seed"), (2, "settings share 2 seeds, too few to tell"), (5, None)],
+    [(1, "all runs have the same seed"), (2, "settings share 2 seeds, too few to estimate"), (5, None)],
 )
 def test_too_few_seeds_to_tell_are_said(seeds: int, note: str | None) -> None:
     frame = crossed(np.random.default_rng(9), 12, seeds, (0.4, 0.4, 0.2))
@@ -301,16 +301,16 @@ def test_too_few_seeds_to_tell_are_said(seeds: int, note: str | None) -> None:
     within = told.measures[0].details["error_gap"].within
     if seeds == 2:
         assert within.low is None
-        assert within.interval_reason == "2 seeds that settings share, and an interval needs 5"
+        assert within.interval_reason == "2 seeds that settings share; an interval needs 5"
         assert within.p == 1  # they can only change places
 
 
 def test_one_seed_that_comes_twice_is_not_the_one_of_all_runs() -> None:
     frame = crossed(np.random.default_rng(9), 12, 1, (1.0, 0.0, 0.0)).assign(seed=[0, 0, *range(1, 11)])
     notes = correlate(table_of(frame), resamples=100, skip=PARTS).notes
-    assert not any("one seed" in note or "share" in note for note in notes)
+    assert not any("the same seed" in note or "share" in note for note in notes)
     same = correlate(table_of(frame.assign(seed=0)), resamples=100, skip=PARTS).notes
-    assert any(note.startswith("all runs have one seed") for note in same)
+    assert any(note.startswith("all runs have the same seed") for note in same)
 
 
 def test_seeds_of_their_own_are_not_shared() -> None:

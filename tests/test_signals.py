@@ -43,8 +43,8 @@ sys.argv = ["gmprobe", *sys.argv[1:]]
 main()
 """
 LINES = {
-    signal.SIGINT: (INTERRUPTED, "gmprobe: interrupted; what was finished is kept\n"),
-    signal.SIGTERM: (TERMINATED, "gmprobe: terminated; what was finished is kept\n"),
+    signal.SIGINT: (INTERRUPTED, "gmprobe: interrupted; finished results are kept\n"),
+    signal.SIGTERM: (TERMINATED, "gmprobe: terminated; finished results are kept\n"),
 }
 
 

@@ -330,7 +330,7 @@ def test_settings_that_make_no_sense(changes: dict[str, Any], says: str) -> None
 
 
 def test_a_batch_must_be_filled(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="fill no batch of 300"):
+    with pytest.raises(UsageError, match="do not fill a batch of 300"):
         train(simclr(batch_size=300), tmp_path)
 
 

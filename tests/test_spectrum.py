@@ -51,7 +51,7 @@ def test_vectors_that_memory_does_not_hold_are_told(method: str, monkeypatch: py
         return plain(tensor, *arguments)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(Tensor, method, scarce)
-    with pytest.raises(ResourceError, match=r"\d Lanczos vectors of 30 parameters; take fewer steps"):
+    with pytest.raises(ResourceError, match=r"\d Lanczos vectors of 30 parameters; use fewer steps"):
         eigenpairs(operator, start, tolerance=0)
 
 

@@ -139,5 +139,5 @@ def test_a_model_without_gradients_is_told_by_what_needs_them() -> None:
 
     batches = Batches.from_tensors(images(8))
     assert within(1, Hidden(), batches).batch_size == BATCH_SIZE
-    with pytest.raises(UsageError, match="cannot be differentiated by its parameters"):
+    with pytest.raises(UsageError, match="cannot be differentiated with respect to its parameters"):
         measure(Hidden(), batches, ["fisher_lambda_max"])

@@ -27,7 +27,7 @@ def test_csv_takes_known_measures_and_says_so(tmp_path: Path) -> None:
     path = make_csv(tmp_path, "error_gap,fisher_trace,extra,lr\n0.1,1,5,0.1\n0.2,2,6,0.1\n")
     table = load_table(path)
     assert (table.gaps, table.measures, table.hyperparameters) == (("error_gap",), ("fisher_trace",), ("lr",))
-    assert table.notes == ("measures taken: fisher_trace; left out: extra",)
+    assert table.notes == ("measures used: fisher_trace; left out: extra",)
     assert table.frame["run"].to_list() == ["row 1", "row 2"]
 
 
@@ -37,7 +37,7 @@ def test_csv_without_a_known_measure_takes_the_numeric_columns(tmp_path: Path) -
     )
     table = load_table(path)
     assert table.measures == ("mine",)
-    assert table.notes == ("measures taken: mine; left out: seed, comment, test_error",)
+    assert table.notes == ("measures used: mine; left out: seed, comment, test_error",)
     assert table.missing["mine"] == {1: "no value"}
     assert table.frame["run"].to_list() == ["a", "b"]
 
@@ -99,8 +99,8 @@ def test_csv_outcomes_are_no_measures(tmp_path: Path) -> None:
     assert table.frame["num_test"].fillna(-1).to_list() == [10, -1]
     assert table.frame["test_error"].fillna(-1).to_list() == [-1, 0.3]
     assert table.notes[1:] == (
-        "test_error is no number in 1 of 2 runs",
-        "num_test is no number in 1 of 2 runs",
+        "test_error is not a number in 1 of 2 runs",
+        "num_test is not a number in 1 of 2 runs",
     )
     assert load_table(path, measures=["num_test"]).outcomes == ("test_error", "num_train")
 
@@ -117,7 +117,7 @@ def test_csv_outcomes_are_no_measures(tmp_path: Path) -> None:
         ("error_gap,fisher_trace\n1,2\n3,high\n", "'fisher_trace' row 2 holds 'high', which is not a number"),
         ("error_gap,m\n=1+1,2\n3,4\n", "'error_gap' row 1 holds '=1\\+1'"),
         ("error_gap,kind\n1,a\n2,b\n", "no numeric column"),
-        ("error_gap,m\x1b[31m\n1,2\n", r"m\\x1b\[31m', with characters that cannot be shown"),
+        ("error_gap,m\x1b[31m\n1,2\n", r"m\\x1b\[31m', with unprintable characters"),
         ("error_gap,m\n1,2\n3,4,5\n", "not a readable CSV"),
     ],
 )
@@ -156,7 +156,7 @@ def test_sources_that_are_neither(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         load_table(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UsageError, match=r"neither in \.csv, \.tsv nor \.parquet"):
+    with pytest.raises(UsageError, match=r"neither a folder of runs nor a \.csv, \.tsv or \.parquet file"):
         load_table(tmp_path / "notes.txt")
     with pytest.raises(UsageError, match="holds no run"):
         load_table(tmp_path)
@@ -312,7 +312,7 @@ def test_thousands_of_columns_are_refused_at_once_unless_some_are_chosen(tmp_pat
     rows = [",".join(str((7 * row + number) % 11) for number in range(3001)) for row in range(12)]
     path = make_csv(tmp_path, "\n".join([",".join(["error_gap", *names]), *rows]))
     began = time.perf_counter()
-    with pytest.raises(DataError, match=r"more than 100 columns to take as measures.*--measures"):
+    with pytest.raises(DataError, match=r"more than 100 columns to use as measures.*--measures"):
         load_table(path)
     assert load_table(path, measures=["c1", "c2"]).measures == ("c1", "c2")
     assert time.perf_counter() - began < 20
@@ -326,7 +326,7 @@ def test_a_csv_of_too_many_cells_is_refused_before_it_is_read(
 ) -> None:
     monkeypatch.setattr(pd, "read_csv", lambda *_, **__: pytest.fail("read"))
     path = make_csv(tmp_path, ",".join(f"c{i}" for i in range(header)) + "\n" + "1\n" * rows)
-    with pytest.raises(DataError, match="keep one row a run"):
+    with pytest.raises(DataError, match="keep one row per run"):
         load_table(path)
 
 
@@ -348,8 +348,8 @@ def test_parquet_bombs_are_refused(tmp_path: Path) -> None:
     some = {"error_gap": [0.1, 0.2], "m": [1.0, 2.0]}
     long = arrow.DictionaryArray.from_arrays(arrow.array([0, 0], arrow.int32()), arrow.array(["a" * 20_000]))
     bombs = {
-        "rows": ({"error_gap": zeros, "m": zeros}, "keep one row a run"),
-        "a list in a cell": ({**some, "x": [zeros, zeros]}, "keep one row a run"),
+        "rows": ({"error_gap": zeros, "m": zeros}, "keep one row per run"),
+        "a list in a cell": ({**some, "x": [zeros, zeros]}, "keep one row per run"),
         "a text in many rows": ({**some, "x": long}, "a cell of 20,000 characters"),
         "columns": ({f"c{i}": [1] for i in range(5001)}, "5,001 columns"),
     }

@@ -212,7 +212,7 @@ def test_noise_filter_keeps_the_pairs_beyond_two_binomial_errors() -> None:
     [
         ({"num_test": None}, "no num_test"),
         ({"num_test": 0.0}, "set sizes above 0"),
-        ({"test_error": 7.0}, "errors in 0 to 1"),
+        ({"test_error": 7.0}, "errors in [0, 1]"),
         ({"num_test": 1.0}, "no pair differs"),
     ],
 )
@@ -442,9 +442,9 @@ def test_controls_that_cannot_be_used_say_why() -> None:
         .details["error_gap"]
         .partial
     )
-    assert found["h0"].reason == "text with 4 values has no order; see τ within its strata"
+    assert found["h0"].reason == "text with 4 values has no order. See τ within its strata"
     assert "constant" in str(found["same"].reason)
-    assert "in the same order" in str(found["copy"].reason)
+    assert "have the same order" in str(found["copy"].reason)
     with pytest.raises(UsageError, match="did you mean 'train_ce'"):
         correlate(table, controls=["train_c"])
 
@@ -563,7 +563,7 @@ ODD = {
     "one setting": grid(0).iloc[:4],
     "two settings": grid(0).iloc[:8],
     "four settings": grid(0).iloc[:16],
-    "clusters of one": grid(0, seeds=1),
+    "settings of one run": grid(0, seeds=1),
     "uneven": grid(0).drop(index=[0, 4, 5, 12, 13, 14]),
     "constant measure": grid(0).assign(m=1.0),
     "constant gap": grid(0).assign(error_gap=0.5),
@@ -624,8 +624,8 @@ def test_what_is_skipped_is_absent() -> None:
     ("frame", "hyper", "note"),
     [
         (grid(0), (), "no hyperparameter is known"),
-        (grid(0).assign(h0=1, h1=1), ("h0", "h1"), "all runs are of one setting"),
-        (grid(0, seeds=1), ("h0", "h1"), "no setting has two runs: 12 clusters of one"),
+        (grid(0).assign(h0=1, h1=1), ("h0", "h1"), "all runs have the same setting"),
+        (grid(0, seeds=1), ("h0", "h1"), "no setting has two runs (12 settings with one run each)"),
         (grid(0).drop(index=[0, 1, 2]), ("h0", "h1"), "1 of 12 settings have a single run"),
     ],
 )
@@ -652,8 +652,8 @@ def test_large_tables_say_what_they_take_smaller(monkeypatch: pytest.MonkeyPatch
     result = correlate(table_of(grid(0), ("h0", "h1")), resamples=500)
     assert set(result.notes) == {
         "250 bootstrap resamples instead of 500 for 12 settings",
-        "more than 20 runs: permutations take Spearman's ρ in place of τ",
-        "more than 10 settings: bootstrap resamples take τ's first-order term",
+        "more than 20 runs, so permutations use Spearman's ρ instead of τ",
+        "more than 10 settings, so bootstrap resamples use τ's first-order term",
         "200 permutations instead of 500 for 48 values",
         "250 permutations instead of 500 for 12 values",
         "50 permutations for conditional information for 48 runs",

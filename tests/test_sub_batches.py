@@ -339,7 +339,7 @@ def test_outputs_are_looked_at_before_the_first_step() -> None:
 def test_gradients_that_are_off_are_named() -> None:
     x, y = examples()
     for off in (torch.no_grad(), torch.inference_mode()):
-        with off, pytest.raises(UsageError, match=r"outside of torch\.no_grad"):
+        with off, pytest.raises(UsageError, match=r"outside torch\.no_grad"):
             SAM(network()).backward(x, y)
 
 

@@ -135,8 +135,8 @@ def test_overrides_replace_base(recipe: Recipe) -> None:
         ({"base": {"epochs": "3"}}, "epochs = '3' must be of type int"),
         ({"base": {"method": "iam"}}, "method = 'iam'; did you mean"),
         ({"base": {**BASE, "lr": 0.5}}, "lr is both in [base] (or an option) and in the design"),
-        ({"grid": {"seed": [0, 1, 0]}}, "the design names one run twice (s0-"),
-        ({"grid": {"lr": [1, 1.0]}}, "the design names one run twice (lr1-"),
+        ({"grid": {"seed": [0, 1, 0]}}, "the design names the same run twice (s0-"),
+        ({"grid": {"lr": [1, 1.0]}}, "the design names the same run twice (lr1-"),
         (
             {"measure": {"measures": ["fisher_trac"]}},
             "no measure 'fisher_trac'; did you mean 'fisher_trace'?",

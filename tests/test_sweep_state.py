@@ -493,7 +493,7 @@ def test_what_simclr_encoders_cannot_be_measured_by_is_refused_before_they_are_t
     views = {**BASE, "objective": "simclr", "num_train": 300}
     with pytest.raises(UsageError, match="flip_rate counts classes"):
         parse(base=views, measure={"measures": ["flip_rate"], "batch_size": 20})
-    with pytest.raises(UsageError, match="batches of 250 images, of which there are 40; set"):
+    with pytest.raises(UsageError, match=r"batches of 250 images, but there are 40\. Set"):
         parse(base=views)
     with pytest.raises(UsageError, match="there are 10"):
         parse(base=views, measure={**PLAN, "batch_size": 20, "max_examples": 10})

@@ -124,7 +124,7 @@ ODD: dict[str, Callable[[bytes], bytes]] = {
     "a longer record": lambda c: edited(edited(c, directory(c)[0] + 20, "<L", 163), directory(c)[0] + 24, "<L", 163),
     "an encrypted record": lambda c: edited(c, directory(c)[0] + 8, "<H", 0x809),
     "a method in the header alone": lambda c: edited(c, 8, "<H", 8),
-    "cut short": lambda content: content[:-30],
+    "truncated": lambda content: content[:-30],
     "cut in half": lambda content: content[: len(content) // 2],
     "the beginning alone": lambda content: content[:4],
 }  # fmt: skip

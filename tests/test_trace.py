@@ -562,7 +562,7 @@ def test_none_where_examples_have_no_gradients_of_their_own() -> None:
     truth = float(torch.einsum("nc,ncp,ncp->n", p, centred, centred).mean())
     assert [row.details["method"] for row in rows.values()] == [
         "Hutchinson",
-        "tr F, for every parameter enters affinely: Hutchinson",
+        "tr F, because every parameter enters affinely: Hutchinson",
     ]
     found = rows["fisher_trace"]
     assert found.stderr is not None

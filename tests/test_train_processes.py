@@ -123,9 +123,9 @@ def test_rules_under_ddp_give_the_gradient_of_all_examples(method: str, folder: 
     ("name", "reason"),
     [
         ("too few", "too few for 2 processes"),
-        ("odd batch", "does not go evenly round 2"),
+        ("odd batch", "cannot be shared equally by 2"),
         ("odd m", "m = 5"),
-        ("odd views", "15 images does not go evenly round 2"),
+        ("odd views", "15 images cannot be shared equally by 2"),
         ("one batch to track", "1 batches of 16, fewer than 2 processes"),
         ("a part left over", "without its part"),
     ],

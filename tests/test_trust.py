@@ -99,13 +99,13 @@ def test_a_file_may_not_unpack_to_more_than_itself(tmp_path: Path, trust: Simple
         "bytearray of 1 GiB in DATA.PKL.pt": "holds a bytearray",
         "data.pkl and DATA.PKL.pt": "two records of one name",
         "NaN behind an attribute.pt": "NaN or infinite",
-        "record of a name of 400 kB.pt": "a model's name of 400,003 characters",
-        "record with classes of numbers.pt": "classes is no list of names",
+        "record of a name of 400 kB.pt": "a model name of 400,003 characters",
+        "record with classes of numbers.pt": "classes is not a list of names",
         "record with a class too few.pt": "1 names of 10 classes",
         "100,000 tensors of nothing.safetensors": "networks need less",
         "bit flips.pt": "checksum",
         "record of a network of 4 TB.pt": "does not fit the model",
-        "record of no network.pt": "records a network that cannot be",
+        "record of no network.pt": "records an impossible network",
         "key 100,000 deep.pt": "a key of tuple",
     }.items():
         path = tmp_path / f"a{Path(case).suffix}"

@@ -147,10 +147,10 @@ def test_only_a_command_does(folder: Path, name: str, capsys: pytest.CaptureFixt
     run = min(path.parent for path in root.glob("*/config.toml"))
     _all(root, name)
     assert command("measure", run) == 2
-    assert f"add --model {name}" in capsys.readouterr().err
+    assert f"Add --model {name}" in capsys.readouterr().err
     (run / "summary.json").unlink()
     assert command("run-one", root, run.name) == 2
-    assert f"add --model {name}" in capsys.readouterr().err
+    assert f"Add --model {name}" in capsys.readouterr().err
     assert not (folder / "canary").exists()
     for args in (("measure", run), ("run-one", root, run.name)):
         command(*args, "--model", name)
@@ -225,7 +225,7 @@ def test_a_record_names_no_place_to_look_for_data(
 
     def torchvision(name: str, root: Path, download: bool, train: bool) -> object:
         asked.append((root, download))
-        raise DataError(f"{name} is not in {root}; add --download")
+        raise DataError(f"{name} is not in {root}. Add --download")
 
     monkeypatch.setattr(datasets, "_torchvision", torchvision)
     monkeypatch.setenv("HOME", str(folder / "home"))
@@ -235,7 +235,7 @@ def test_a_record_names_no_place_to_look_for_data(
     for args in (measure, ("train", "--out", run, "--resume")):
         assert command(*args) == 2
         assert (
-            f"only the command line may decide: add --data-root '{folder}/else where'"
+            f"only the command line can give. Add --data-root '{folder}/else where'"
             in capsys.readouterr().err
         )
     assert not asked
@@ -269,7 +269,7 @@ def test_a_run_is_resumed_as_far_as_the_command_lets_it(
     (run / "summary.json").unlink()
     _changed(run, **changes)
     assert command("train", "--out", run, "--resume", "-q") == 2
-    assert capsys.readouterr().err.rstrip().endswith(f"only the command line may decide: add {option}")
+    assert capsys.readouterr().err.rstrip().endswith(f"only the command line can give. Add {option}")
     assert not (folder / "canary").exists()
     if "threads" in changes:
         assert command("train", "--out", run, "--resume", "-q", "--threads", "1") == 0

@@ -96,7 +96,7 @@ def gather(
         found, examples = run(batches), batches.examples
         if examples.y is None:
             raise DataError(
-                f"{examples.source} has no labels, which it needs here; give class folders or 'y'"
+                f"{examples.source} has no labels, and they are needed here. Give class folders or 'y'"
             )
         return Labeled(found, fitting(examples.y, found.logits, examples.source).cpu())
 

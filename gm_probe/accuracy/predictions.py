@@ -58,7 +58,7 @@ def require_fit(model: nn.Module, batches: Batches, outputs: Outputs | None) -> 
         CheckpointError, DataError, DivergedError: as ``MeasurementContext.logits`` raises them.
     """
     if outputs is not None and outputs.head != "classifier":
-        raise UsageError(f"accuracy is estimated for exclusive classes, not for head {outputs.head}")
+        raise UsageError(f"accuracy can be estimated for exclusive classes only, not for head {outputs.head}")
     few = batches.examples.select(torch.arange(min(CHECKED, batches.num_examples)))
     with evaluating(model), float32_products():
         context = MeasurementContext(model, batches.over(few), Settings(), Work(len(few)), outputs=outputs)
@@ -105,7 +105,7 @@ def _one_pass(
 
         def fails(cause: str, some: str = some) -> DataError:
             return DataError(
-                f"the model fails on {some} ({cause}); remove the examples that it does not take"
+                f"the model failed on {some}: {cause}. Check the input's shape, dtype and device"
             )
 
         with foreign_or(fails), _linear_inputs(parameters.model) as seen:
@@ -117,8 +117,8 @@ def _one_pass(
         if not bool(torch.isfinite(rows[-1]).all()):
             row = start + int((~torch.isfinite(rows[-1])).any(1).nonzero()[0])
             raise DivergedError(
-                f"the model's output on example {row} of {batches.examples.source} is not finite; check the weights "
-                "and the normalisation"
+                f"the model's output on example {row} of {batches.examples.source} is not finite. Check "
+                "the weights and the normalisation"
             )
         start += len(batch.x)
         notify(len(batch.x))

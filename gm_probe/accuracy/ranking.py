@@ -167,17 +167,20 @@ def conclusion(ranked: Sequence[ModelEstimate], needed: int | None, *, alike: bo
         return (
             said
             if len(ranked) == 1
-            else f"{said} By agreement and confidence, a weak guide, the order is {order}."
+            else f"{said} Agreement and confidence, a weak guide, give the order {order}."
         )
     found = first.accuracy
     interval = f"{100 * found.level:g} % interval {percent(found.low)} to {percent(found.high)}"
     if len(ranked) == 1:
-        return f"{first.name} is right on an estimated {percent(found.value)} of the unlabeled data ({interval})."
+        return (
+            f"{first.name} classifies an estimated {percent(found.value)} of the unlabeled data "
+            f"correctly ({interval})."
+        )
     leads = f"{first.name} leads with {percent(found.value)} ({interval})"
     if not close:
-        return f"{leads}; every other model is told from it."
+        return f"{leads}; it differs detectably from every other model."
     listed = close[0] if len(close) == 1 else f"{', '.join(close[:-1])} and {close[-1]}"
-    said = f"{leads}; {listed} cannot be told from it."
+    said = f"{leads}; {listed} cannot be distinguished from it."
     if alike:
         return f"{said} They predict the same class for every unlabeled example."
     if needed is None:

@@ -111,10 +111,10 @@ def _calibrated(
         if known.by_shifts
         else "with errors from halves of the validation set"
     )
-    assumption = "the unlabeled data is distributed as the validation set is"
+    assumption = "the unlabeled data has the distribution of the validation set"
     if known.by_shifts:
         whose = "those given" if name == "cot" and given else "those of the validation set"
-        assumption = f"images are shifted much as the synthetic shifts do, and the class shares are {whose}"
+        assumption = f"the images' shift resembles the synthetic shifts, and the class shares are {whose}"
     return Reading(value, half, f"{name} ({ESTIMATORS[name]}), {how}", assumption)
 
 
@@ -126,7 +126,7 @@ def _changed(known: Known, signs: Signs, shares: Tensor, sizes: tuple[int, int],
             found.value,
             found.half,
             "cot with estimated class shares, calibrated on synthetic shifts",
-            "images are shifted much as the synthetic shifts do, and the class shares changed, too",
+            "the images' shift resembles the synthetic shifts, and the class shares changed, too",
         )
     value = min(max(signs.transported + known.offset, 0.0), 1.0)
     weights = (shares / known.shares.clamp(min=1e-9))[known.validation.labels]

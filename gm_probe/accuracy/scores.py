@@ -17,7 +17,7 @@ ESTIMATORS = {
     "average_confidence": "mean probability of the predicted class",
     "doc": "validation accuracy plus the difference of the mean confidences",
     "atc": "share of confidences above the threshold that fits the validation accuracy",
-    "atc_entropy": "the same with negative entropies in place of confidences",
+    "atc_entropy": "the same with negative entropies instead of confidences",
     "cot": "largest mean confidence of an assignment with the given class shares",
     "nuclear_norm": "nuclear norm of the matrix of outputs",
     "mano": "fourth-power mean of the normalised outputs",

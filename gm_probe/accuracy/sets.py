@@ -28,7 +28,8 @@ def examine(
             continue
         if examples.y is None or examples.y.dim() != 1:
             raise DataError(
-                f"{examples.source} has no class labels, which the {name} set needs; give class folders or 'y'"
+                f"{examples.source} has no class labels, and the {name} set needs them. Give class folders "
+                "or 'y'"
             )
         if tuple(examples.x.shape[1:]) != tuple(unlabeled.x.shape[1:]):
             raise DataError(
@@ -39,7 +40,8 @@ def examine(
         raise DataError(f"{unlabeled.source} holds no examples")
     if len(unlabeled) < FEW_UNLABELED:
         notes.append(
-            f"{unlabeled.source} has only {len(unlabeled)} examples; chance alone moves the accuracy on so few"
+            f"{unlabeled.source} has only {len(unlabeled)} examples; on so few, chance alone changes the "
+            "accuracy"
         )
     if validation is not None:
         notes += _of_validation(validation, unlabeled)
@@ -53,12 +55,12 @@ def _of_validation(validation: Examples, unlabeled: Examples) -> list[str]:
     source, size = validation.source, len(validation)
     if size < LEAST_VALIDATION:
         raise DataError(
-            f"{source} has {size} validation examples; {LEAST_VALIDATION} are the least, and {FEW_VALIDATION} or more "
-            "give usable intervals"
+            f"{source} has {size} validation examples. Give at least {LEAST_VALIDATION}; {FEW_VALIDATION} "
+            "or more give usable intervals"
         )
     if len(validation.y.unique()) < 2:
         raise DataError(
-            f"{source} has examples of one class only; a validation set needs those of every class, as in training"
+            f"{source} has examples of one class only. A validation set needs examples of every class"
         )
     notes = []
     if size < FEW_VALIDATION:
@@ -68,13 +70,14 @@ def _of_validation(validation: Examples, unlabeled: Examples) -> list[str]:
     twice = _shared(unlabeled, validation)
     if twice:
         notes.append(
-            f"{twice} of {len(unlabeled)} unlabeled examples are in {source}, too; take them out of one of the two sets"
+            f"{twice} of {len(unlabeled)} unlabeled examples are also in {source}. Remove them from one of "
+            "the two sets"
         )
     reason = why_not_shifted(validation)
     if reason is not None:
         notes.append(
-            f"{source} cannot be shifted synthetically ({reason}); the interval holds only if the unlabeled data is "
-            "distributed as the validation set is"
+            f"{source} cannot be shifted synthetically ({reason}). The interval holds only if the "
+            "unlabeled data has the distribution of the validation set"
         )
     return notes
 

@@ -161,7 +161,7 @@ def why_not_shifted(examples: Examples) -> str | None:
     """Return why ``examples`` cannot be shifted as images are, None where they can."""
     x = examples.x
     if x.dim() != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < SMALLEST:
-        return "they are no grey or RGB images"
+        return "they are not grey or RGB images"
     if x.dtype == torch.uint8:
         return None
     if not isinstance(x, Tensor) or not x.is_floating_point():

@@ -61,7 +61,7 @@ class Request:
             or not bool((shares >= 0).all())
             or not 0 < float(shares.sum()) < math.inf
         ):
-            raise UsageError("class shares must be one number ≥ 0 a class, with a sum above 0")
+            raise UsageError("class shares must be one number ≥ 0 per class, with a sum above 0")
         return cls("given", shares / shares.sum(), level, seed)
 
     def shares_of(self, classes: int) -> Tensor | None:
@@ -94,8 +94,8 @@ def judge(
     for one in evidence:
         if one.num_classes != evidence[0].num_classes:
             raise DataError(
-                f"{one.name} has {one.num_classes} classes but {evidence[0].name} has {evidence[0].num_classes}; only "
-                "models of the same classes can be compared"
+                f"{one.name} has {one.num_classes} classes but {evidence[0].name} has "
+                f"{evidence[0].num_classes}; only models with the same classes can be compared"
             )
     if request.choice != "auto" and evidence[0].validation is None:
         raise UsageError(
@@ -161,8 +161,8 @@ def _too_few(everyone: Sequence[Known | None], default: str | None, level: float
 def _faultless(evidence: Sequence[Evidence]) -> list[str]:
     """A note for each model that makes no validation error, as models do on what they were trained on."""
     return [
-        f"{one.name} makes no error on the {len(one.validation.labels):,} validation examples; if it was trained on "
-        "them, its estimate is worthless: give examples that were held out"
+        f"{one.name} makes no error on the {len(one.validation.labels):,} validation examples; if it was "
+        "trained on them, its estimate is worthless. Give held-out examples"
         for one in evidence
         if one.validation is not None and one.validation.accuracy == 1
     ]

@@ -91,12 +91,12 @@ def _difference(
         )
     value, num = one.tau - other.tau, one.sample.num_settings
     if num < LEAST_UNITS:
-        why = f"{num} settings, and an interval needs {LEAST_UNITS}"
+        why = f"{num} settings; an interval needs {LEAST_UNITS}"
         return Quantity(value, n=one.sample.n, interval_reason=why, p_reason=why)
     resampled = one.resampled - other.resampled
     error = float(np.std(resampled[np.isfinite(resampled)], ddof=1))
     if error < 1e-12:
-        why = "no resample differs: the two order the runs alike"
+        why = "the two measures order the runs alike in every resample"
         return Quantity(value, n=one.sample.n, interval_reason=why, p_reason=why)
     without_run = one.without_run - other.without_run
     share = seeds_share(value, without_run, one.sample.setting, one.sample.seed)

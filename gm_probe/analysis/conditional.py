@@ -34,13 +34,13 @@ def conditioning(sample: Sample, values: Mapping[str, Integers], draws: Draws) -
     permutations = draws.blocks(sample.setting, seed=sample.seed)
     rows = permutations.rows[: min(PERMUTATIONS, most)]
     if not len(rows):
-        return Conditioning((), None, 0, f"nothing to take K's bias from: {permutations.limit}")
+        return Conditioning((), None, 0, f"K's bias cannot be estimated: {permutations.limit}")
     rows, num_drawn = np.concatenate([np.arange(sample.n)[None, :], rows]), len(permutations.rows)
     largest = 2 if len(values) <= MOST_IN_PAIRS else 1
     if largest == 1:
         draws.notes[
-            f"{len(values)} hyperparameters: conditional information is given one at a time; of two at a time, "
-            f"choose at most {MOST_IN_PAIRS} with --hyper"
+            f"{len(values)} hyperparameters: conditional information is computed given one at a time. For "
+            f"two at a time, choose at most {MOST_IN_PAIRS} with --hyper"
         ] = None
     sets = [
         _information(sample, given, [values[name][sample.rows] for name in given], rows, num_drawn)

@@ -265,8 +265,8 @@ def _require_runs(table: RunTable) -> None:
         )
     if table.num_runs > MOST_RUNS:
         raise ResourceError(
-            f"{table.source} has {table.num_runs:,} runs; the pairs of more than {MOST_RUNS:,} do not fit in "
-            "memory: give a random part of them"
+            f"{table.source} has {table.num_runs:,} runs; the pairs of more than {MOST_RUNS:,} do not fit "
+            "in memory. Give a random subset of them"
         )
 
 
@@ -275,13 +275,15 @@ def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
     alone = int((sizes == 1).sum())
     if not setting_names(table):
         notes.append(
-            "no hyperparameter is known: each run counts as an independent setting (--hyper names them)"
+            "no hyperparameter is known, so each run counts as an independent setting (--hyper names "
+            "hyperparameters)"
         )
     elif len(sizes) == 1:
-        notes.append("all runs are of one setting: they count as independent")
+        notes.append("all runs have the same setting, so they count as independent")
     elif alone == len(sizes):
         notes.append(
-            f"no setting has two runs: {alone} clusters of one, and nothing tells seeds from settings"
+            f"no setting has two runs ({alone} settings with one run each), so the effect of seeds cannot "
+            "be separated from that of settings"
         )
     elif alone:
         notes.append(f"{alone} of {len(sizes)} settings have a single run")
@@ -289,16 +291,16 @@ def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
     if seed is not None and len(sizes) > 1:
         num_shared = len(shared_seeds(setting_numbers(table), seed))
         if num_shared == len(set(seed)) == 1:
-            notes.append("all runs have one seed: what another would have changed is in no interval")
+            notes.append("all runs have the same seed, so no interval covers seed variation")
         elif 1 < num_shared < LEAST_UNITS:
             notes.append(
-                f"settings share {num_shared} seeds, too few to tell what others would have changed: "
-                "intervals are for these"
+                f"settings share {num_shared} seeds, too few to estimate seed variation; the intervals "
+                "hold for these seeds only"
             )
     if table.num_runs > EXACT_RUNS:
-        notes.append(f"more than {EXACT_RUNS} runs: permutations take Spearman's ρ in place of τ")
+        notes.append(f"more than {EXACT_RUNS} runs, so permutations use Spearman's ρ instead of τ")
     if len(sizes) > EXACT_SETTINGS:
-        notes.append(f"more than {EXACT_SETTINGS} settings: bootstrap resamples take τ's first-order term")
+        notes.append(f"more than {EXACT_SETTINGS} settings, so bootstrap resamples use τ's first-order term")
     for what, columns in (
         ("name", ["run"]),
         ("values", [*table.gaps, *table.measures, *table.hyperparameters]),
@@ -307,7 +309,7 @@ def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
         if repeated.any():
             first = table.frame["run"][repeated].iloc[0]
             notes.append(
-                f"{repeated.sum()} runs repeat the {what} of another, such as {first}: is one listed twice?"
+                f"{repeated.sum()} runs repeat the {what} of another, such as {first}. Is one listed twice?"
             )
     return notes
 
@@ -318,7 +320,7 @@ def _warnings(table: RunTable, name: str) -> tuple[str, ...]:
         if len(runs) > 1:
             values = [f"{value} × {count}" for value, count in sorted(runs.items(), key=lambda of: -of[1])]
             shown = ", ".join(values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
-            warnings.append(f"{setting} differs between runs ({shown}): not comparable")
+            warnings.append(f"{setting} differs between runs ({shown}), so they are not comparable")
     return tuple(warnings)
 
 

@@ -34,8 +34,9 @@ def require_fit(path: Path, num_rows: int, num_columns: int) -> None:
     """Raise DataError where a table is larger than any table of runs, before it is read."""
     if num_columns > MOST_COLUMNS or num_rows * num_columns > MOST_CELLS:
         raise DataError(
-            f"{path} has {num_rows:,} rows and {num_columns:,} columns; a table of runs may have {MOST_COLUMNS:,} "
-            f"columns and {MOST_CELLS:,} cells; keep one row a run, and the columns that you need"
+            f"{path} has {num_rows:,} rows and {num_columns:,} columns; a table of runs may have "
+            f"{MOST_COLUMNS:,} columns and {MOST_CELLS:,} cells; keep one row per run, and only the "
+            "columns that you need"
         )
 
 
@@ -87,7 +88,7 @@ def _decoded(data: bytes, path: Path) -> tuple[str, str]:
             if nulls and 4 * nulls.count(0) > len(nulls):  # Latin letters have a zero byte each
                 return data.decode(codec), "UTF-16"
         if b"\0" in data:
-            raise DataError(f"{path} is not a readable CSV: it holds bytes that are no text")
+            raise DataError(f"{path} is not a readable CSV: it contains bytes that are not text")
         try:
             return data.decode("utf-8"), "UTF-8"
         except UnicodeDecodeError:
@@ -140,5 +141,5 @@ def _rows(text: str, separator: str, path: Path) -> tuple[list[str], list[list[s
             )
         rows.append([*row[: len(header)], *[""] * (len(header) - len(row))])
     if not header:
-        raise DataError(f"{path} is empty; it needs a header line and one line a run")
+        raise DataError(f"{path} is empty; it needs a header line and one line per run")
     return header, rows

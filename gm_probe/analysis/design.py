@@ -55,7 +55,7 @@ def _control(table: RunTable, name: str) -> Floats | str:
         return numbers
     kinds = sorted(set(map(show, values)))
     if len(kinds) > 2:
-        return f"text with {len(kinds)} values has no order; see τ within its strata"
+        return f"text with {len(kinds)} values has no order. See τ within its strata"
     return np.array([math.nan if value is None else kinds.index(show(value)) for value in table.frame[name]])
 
 

@@ -41,7 +41,7 @@ def granulated(sample: Sample, cells: Mapping[str, Cells]) -> Granulated:
         return Granulated(psi, Quantity(None, reason=reason))
     mean, freedom = float(np.mean(values)), min(each for _, each in errors)
     if freedom < LEAST_UNITS - 1:
-        why = f"a hyperparameter has {freedom + 1} cells, and an interval needs {LEAST_UNITS}"
+        why = f"a hyperparameter has {freedom + 1} cells; an interval needs {LEAST_UNITS}"
         return Granulated(psi, Quantity(mean, n=len(values), interval_reason=why))
     low, high, why = fisher_interval(mean, float(np.mean([error for error, _ in errors])), freedom)
     return Granulated(psi, Quantity(mean, low, high, n=len(values), interval_reason=why))

@@ -97,19 +97,19 @@ def jackknife_interval(
     what shared seeds add.
     """
     if len(without) < LEAST_UNITS:
-        return None, None, f"{len(without)} {unit}, and an interval needs {LEAST_UNITS}"
+        return None, None, f"{len(without)} {unit}; an interval needs {LEAST_UNITS}"
     if not np.isfinite(without).all():
-        return None, None, f"undefined without one of the {unit}"
+        return None, None, f"undefined when one of the {unit} is left out"
     return fisher_interval(value, *share.added_to(jackknife_error(without), len(without) - 1))
 
 
 def fisher_interval(value: float, error: float, freedom: float) -> Interval:
     """Interval of a coefficient with standard ``error``, symmetric on the scale of artanh."""
     if 1 - abs(value) < 1e-12:
-        return None, None, f"at {value:+.0f} no resample differs, and none tells the error"
+        return None, None, f"at {value:+.0f} no resample differs, so the error cannot be estimated"
     half = float(stats.t.ppf(0.975, freedom)) * error / (1 - value**2)
     if half < 1e-12:
-        return None, None, "no resample differs, and none tells the error"
+        return None, None, "no resample differs, so the error cannot be estimated"
     return math.tanh(math.atanh(value) - half), math.tanh(math.atanh(value) + half), None
 
 

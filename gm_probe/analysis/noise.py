@@ -22,11 +22,13 @@ def gap_error(table: RunTable) -> tuple[Floats | None, str | None]:
     columns = {name: values for name in NEEDED if (values := numbers_of(table, name)) is not None}
     absent = [name for name in NEEDED if name not in columns]
     if absent:
-        return None, f"no {', '.join(absent)}: the gap's sampling error is unknown"
+        return None, f"{', '.join(absent)} are missing, so the gap's sampling error is unknown"
     test, num_test, train, num_train = columns.values()
     usable = (test >= 0) & (test <= 1) & (train >= 0) & (train <= 1) & (num_test > 0) & (num_train > 0)
     if not usable.any():
-        return None, "no run has errors in 0 to 1 and set sizes above 0: the gap's sampling error is unknown"
+        return None, (
+            "no run has errors in [0, 1] and set sizes above 0, so the gap's sampling error is unknown"
+        )
     variance = np.full(table.num_runs, np.nan)
     variance[usable] = (test * (1 - test) / num_test)[usable] + (train * (1 - train) / num_train)[usable]
     return np.sqrt(variance), None
@@ -36,7 +38,9 @@ def noise_filtered(sample: Sample, gap: str, table: RunTable, draws: Draws) -> N
     """τ of pairs whose gaps differ by more than 1.96 standard errors; runs of unknown error are left out."""
     pairs = sample.n * (sample.n - 1) // 2
     if gap != "error_gap":
-        return NoiseFiltered(Quantity(None, reason=f"{gap} is no proportion: no binomial error"), 0, pairs)
+        return NoiseFiltered(
+            Quantity(None, reason=f"{gap} is not a proportion, so it has no binomial error"), 0, pairs
+        )
     errors, reason = gap_error(table)
     if errors is None:
         return NoiseFiltered(Quantity(None, reason=reason), 0, pairs)

@@ -33,7 +33,7 @@ def partial(sample: Sample, control: Floats, draws: Draws) -> Quantity:
     for name, tau in list(zip(pairs, whole, strict=True))[1:]:
         if 1 - abs(tau) < 1e-12:
             return Quantity(
-                None, n=sample.n, reason=f"{name} are in the same order: nothing is left to explain"
+                None, n=sample.n, reason=f"{name} have the same order, so nothing remains to explain"
             )
     value = float(_partial(*whole))
     without_run = _partial(*(tau_of(of.leave_one_run_out()) for of in sums))

@@ -67,13 +67,15 @@ def permute_blocks(
     limits = []
     num_blocks, fixed = sum(map(len, blocks.values())), len(blocks) - len(movable)
     if stratum is None and len(blocks) > 1:
-        sizes = ", ".join(f"{len(blocks[each])} of {each[0]}" for each in sorted(blocks))
+        sizes = ", ".join(f"{len(blocks[each])} with {each[0]} runs" for each in sorted(blocks))
         alike = "as many runs" if seed is None else "the same seeds"
-        limits.append(f"settings change places with those of {alike} only ({sizes})")
+        limits.append(f"the permutation test exchanges only settings with {alike} ({sizes})")
     elif fixed:
-        limits.append(f"{fixed} of {num_blocks} settings stay in place: no other shares their {what}")
+        limits.append(
+            f"{fixed} of {num_blocks} settings are not permuted, because no other setting shares their {what}"
+        )
     if few:  # two-sided: twice the tail that holds the arrangement as it is
-        limits.append(f"{arrangements} arrangements of settings: p cannot be below {2 / arrangements:.2g}")
+        limits.append(f"{arrangements} arrangements of settings, so p is at least {2 / arrangements:.2g}")
     return Permutations(rows, "; ".join(limits) or None)
 
 

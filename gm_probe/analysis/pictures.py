@@ -66,8 +66,9 @@ def pictures(
                 f"grid-{gap}",
                 "grid",
                 f"S_ρ’s τ with the {_short(gap)} by ρ and K",
-                f"Kendall’s τ-b with the {_short(gap)} at each radius ρ and number of ascent steps K that runs were "
-                f"measured with: {' to '.join(f'{n:,}' for n in dict.fromkeys((numbers[0], numbers[-1])))} runs.",
+                f"Kendall’s τ-b with the {_short(gap)} at each measured radius ρ and number of ascent "
+                f"steps K: {' to '.join(f'{n:,}' for n in dict.fromkeys((numbers[0], numbers[-1])))} "
+                "runs.",
                 figures.tau_by_radius(lines, f"τ with {GAPS[gap]}"),
             )
     for name, of_runs in curves.items():
@@ -76,7 +77,7 @@ def pictures(
             f"curves-{name}",
             "training",
             f"{name} by epoch",
-            f"{recorded:,} runs, a line each; a mark where training ended.",
+            f"{recorded:,} runs, one line per run; a mark shows where training ended.",
             figures.training_curves(of_runs, groups, CURVES[name]),
         )
 
@@ -95,7 +96,7 @@ def _forest(statistics: SweepStatistics, gaps: Sequence[str]) -> Picture:
         "forest",
         "correlation",
         "Kendall’s τ-b with 95 % intervals",
-        f"Clear of 0: {said}.",
+        f"Interval excludes 0: {said}.",
         figures.forest(rows, "Kendall’s τ-b, 95 % CI"),
     )
 
@@ -113,8 +114,8 @@ def _granulated(statistics: SweepStatistics, gaps: Sequence[str]) -> Iterator[Pi
             f"granulated-{gap}",
             "beyond",
             f"Granulated ψ, {_short(gap)}",
-            "ψ where only the named hyperparameter differs, and their mean Ψ."
-            + (f" Undefined, as the table says: {', '.join(absent)}." if absent else ""),
+            "ψ over runs in which only the named hyperparameter differs, and the mean Ψ of all ψ."
+            + (f" Undefined (the table gives the reasons): {', '.join(absent)}." if absent else ""),
             figures.heat_map(np.array(values, dtype=float), list(found), [*names, MEAN], rule=1),
         )
 
@@ -134,8 +135,8 @@ def _between_measures(table: RunTable) -> Iterator[Picture]:
         "measures",
         "comparisons",
         "τ between measures",
-        "Kendall’s τ-b over the runs that have both. Near 1: two measures order the runs alike, and a second one adds "
-        "little.",
+        "Kendall’s τ-b over the runs that have both measures. Near 1, two measures order the runs alike, "
+        "and the second adds little.",
         figures.heat_map(taus, names, names),
     )
 

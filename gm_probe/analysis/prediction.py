@@ -21,7 +21,7 @@ def prediction(sample: Sample, draws: Draws) -> Prediction:
     """
     folds = sample.num_settings if sample.num_settings <= 2 * MOST_FOLDS else MOST_FOLDS
     if folds < LEAST_FOLDS:
-        reason = f"{folds} settings, and prediction needs {LEAST_FOLDS}"
+        reason = f"{folds} settings; prediction needs {LEAST_FOLDS}"
         return Prediction(None, None, None, folds, sample.n, reason)
     fold = draws.rng("folds").permutation(sample.num_settings) % folds
     if sample.num_settings > folds:

@@ -28,10 +28,10 @@ SECTIONS = {
     "scatter": (
         "Measures against gaps",
         (),
-        "A point a run. The heavy line is the LOWESS trend of all runs, a light one that of a subgroup, each from "
-        f"{figures.FEWEST} runs on.",
+        "Each point is a run. The heavy line is the LOWESS trend of all runs, and light lines are those "
+        f"of subgroups. A trend needs at least {figures.FEWEST} runs.",
     ),
-    "beyond": ("What one τ hides", ("beyond",), ""),
+    "beyond": ("What a single τ hides", ("beyond",), ""),
     "comparisons": ("Measures against each other", ("comparisons",), ""),
     "prediction": ("Prediction and selection", ("prediction",), ""),
     "grid": ("τ against ρ and K", (), ""),
@@ -89,7 +89,8 @@ def compose(
     for option, rows, most in (("--group-by", groups, MOST_COLOURS), ("--markers", shapes, len(MARKERS))):
         if len(rows) > most:
             raise UsageError(
-                f"{option} makes {len(rows)} subgroups, and {most} can be told apart; name fewer settings"
+                f"{option} makes {len(rows)} subgroups, and a figure can distinguish {most}. Name fewer "
+                "settings"
             )
     records = provenance.read_records(table)
     origin = provenance.provenance(records)
@@ -158,10 +159,10 @@ def _sections(report: Report) -> Iterable[_Section]:
 
 def _facts(table: RunTable, statistics: SweepStatistics) -> tuple[str, ...]:
     reasons = "; ".join(f"{len(runs):,} {reason}" for reason, runs in by_reason(table.excluded).items())
-    left_out = f"left out whole: {len(table.excluded):,} ({reasons})" if reasons else "no run was left out"
+    left_out = f"left out: {len(table.excluded):,} ({reasons})" if reasons else "no run was left out"
     return (
         f"{statistics.num_runs:,} runs of {statistics.num_settings:,} settings, at most "
-        f"{statistics.largest_setting:,} of one; {left_out}.",
+        f"{statistics.largest_setting:,} runs per setting; {left_out}.",
         *(f"{note}." for note in (*table.notes, *statistics.notes)),
         f"{statistics.resamples:,} resamples, seed {statistics.seed}.",
     )
@@ -177,7 +178,8 @@ def _cautions(statistics: SweepStatistics, gaps: Sequence[str], unread: dict[str
                 opposed.setdefault(by, []).append(f"{measure.name} ({gap})")
     for by, places in opposed.items():
         found.append(
-            f"Simpson’s paradox: within the same {by}, τ has the other sign than over all runs for {', '.join(places)}."
+            f"Simpson’s paradox: within the same {by}, τ has the opposite sign of τ over all runs for "
+            f"{', '.join(places)}."
         )
     if unread:
         run, reason = next(iter(unread.items()))

@@ -23,7 +23,7 @@ def require_source(source: Path) -> None:
     elif not source.exists():
         raise UsageError(f"{source} does not exist; give a folder of runs, a .csv, .tsv or .parquet file")
     elif source.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{source} is no folder of runs and ends neither in .csv, .tsv nor .parquet")
+        raise UsageError(f"{source} is neither a folder of runs nor a .csv, .tsv or .parquet file")
 
 
 def require_statistics(skip: Collection[str], resamples: int) -> None:
@@ -31,5 +31,5 @@ def require_statistics(skip: Collection[str], resamples: int) -> None:
     require_known(skip, PARTS, "part to skip named")
     if resamples < LEAST_RESAMPLES:
         raise UsageError(
-            f"{resamples} resamples tell neither an interval nor p; give {LEAST_RESAMPLES} or more"
+            f"{resamples} resamples are too few for an interval or p. Give {LEAST_RESAMPLES} or more"
         )

@@ -112,7 +112,8 @@ def _table_from_folders(
     gaps = [gap for gap in GAPS if any(gap in record.summary for record in records)]
     if not gaps:
         raise DataError(
-            f"no summary.json in {root} has error_gap or ce_gap (SimCLR encoders have neither); train the runs again"
+            f"no summary.json in {root} has error_gap or ce_gap (SimCLR encoders have neither). Train the "
+            "runs again"
         )
 
     configs = [_flatten(record.config) for record in records]
@@ -175,7 +176,7 @@ def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord
     for path in find_runs(root):
         run = path.relative_to(root).as_posix() if path != root else root.resolve().name
         if printable(run) != run:
-            excluded.append(Exclusion(printable(run), "its name has characters that cannot be shown"))
+            excluded.append(Exclusion(printable(run), "its name has unprintable characters"))
             continue
         try:
             record = read_run(path)
@@ -222,7 +223,7 @@ def _clashing(records: Mapping[str, RunRecord]) -> dict[str, str]:
             (measured[name], "measure", "setting"), (configured[name], "setting", "measure"), key=_number
         )
         for run in fewer[0]:
-            reasons.setdefault(run, f"its {fewer[1]} {show(name)} has the name of a {fewer[2]}")
+            reasons.setdefault(run, f"its {fewer[1]} {show(name)} has the same name as a {fewer[2]}")
     return reasons
 
 

@@ -24,20 +24,24 @@ CORRELATIONS = (
 )
 # fmt: on
 SECTIONS = {
-    "subgroups": ("Within subgroups", "τ-b within each subgroup alone."),
+    "subgroups": ("Within subgroups", "τ-b within each subgroup."),
     "beyond": (
-        "What one τ hides",
-        "τ between and within settings, beyond the gaps' noise, within the same value of a setting, and given another "
-        "quantity; ψ where one hyperparameter differs; conditional mutual information K; sign errors. Where τ within a "
-        "setting opposes τ over all runs, with both intervals clear of 0, Simpson’s paradox is named.",
+        "What a single τ hides",
+        "τ between and within settings, beyond the gaps' noise, within the same value of a setting, and "
+        "given another quantity; ψ where one hyperparameter differs; conditional mutual information K; "
+        "sign errors. Simpson’s paradox is flagged where τ within a setting and τ over all runs have "
+        "opposite signs and both intervals exclude 0.",
     ),
     "comparisons": (
         "Δτ between measures",
         "Δτ = τ of the first − τ of the second, on the same resamples; p adjusted for their number (Holm).",
     ),
     "prediction": (
-        "Predicting the gap, picking a run",
-        "The gap of left-out settings predicted from the measure; the run picked for its least measure.",
+        "Predicting the gap, choosing a run",
+        (
+            "The gap of left-out settings is predicted from the measure; the run with the smallest measure is "
+            "chosen."
+        ),
     ),
 }
 """Tables of the tidy statistics: title and caption."""
@@ -115,7 +119,10 @@ def exclusions_sheet(table: RunTable) -> Sheet:
     return Sheet(
         name="exclusions",
         title="Left out",
-        caption=f"{len(table.excluded):,} of {table.num_runs + len(table.excluded):,} runs were left out whole."
+        caption=(
+            f"{len(table.excluded):,} of {table.num_runs + len(table.excluded):,} runs were left out "
+            "completely."
+        )
         + ("" if rows else " No value of any other run is missing."),
         columns=("What", "Reason", "Number", "Runs"),
         rows=tuple(
@@ -134,7 +141,7 @@ def definition_sheets(measures: Iterable[str]) -> tuple[Sheet, ...]:
         name="measures",
         title="Measures",
         caption="f_θ: the network's output probabilities at parameters θ (P of them); z: its logits."
-        + (f" Defined by who made the table: {', '.join(foreign)}." if foreign else ""),
+        + (f" Defined by the author of the table: {', '.join(foreign)}." if foreign else ""),
         columns=("Measure", "Symbol", "Definition"),
         rows=tuple(tuple(map(Cell, row)) for row in known),
         num_labels=3,
@@ -142,7 +149,7 @@ def definition_sheets(measures: Iterable[str]) -> tuple[Sheet, ...]:
     of_statistics = Sheet(
         name="statistics",
         title="Statistics",
-        caption="How the figures above are to be read.",
+        caption="How to read the numbers above.",
         columns=("Term", "Definition"),
         rows=tuple((Cell(term), Cell(text)) for term, text in definitions.STATISTICS.items()),
         num_labels=2,
@@ -154,7 +161,7 @@ def origin_sheets(origin: Provenance, versions: Mapping[str, str]) -> tuple[Shee
     """Versions behind the report, machines behind the runs, and how the measures were taken."""
     tables = (
         ("versions", "This report", "", {name: {value: 1} for name, value in versions.items()}),
-        ("trained", "Training", "As each run recorded it.", origin.trained),
+        ("trained", "Training", "As recorded by each run.", origin.trained),
         ("measured", "Measurement", "The settings that every run's measures.json records.", origin.measured),
     )
     return tuple(
@@ -211,8 +218,9 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
     return Sheet(
         name="correlations",
         title="Correlations",
-        caption="Kendall’s τ-b; interval and permutation p keep the seeds of a setting together; the interval allows "
-        "for five seeds or more that settings share. Beware of a flagged row.",
+        caption="Kendall’s τ-b; interval and permutation p keep the seeds of a setting together. With "
+        "five or more shared seeds the interval also covers seed variation. Treat flagged rows "
+        "with caution.",
         columns=CORRELATIONS,
         rows=tuple(lines),
         num_labels=2,
@@ -239,7 +247,7 @@ def _quantity(found: Quantity, digits: int | None = None) -> Cell:
     interval = _interval(found)
     plain = _figure(found.value, digits, None)
     text = plain.text + (f" {interval.text}" if interval.order is not None else "")
-    reason = None if found.interval_reason is None else f"no interval, {found.interval_reason}"
+    reason = None if found.interval_reason is None else f"no interval: {found.interval_reason}"
     return Cell(text, found.value, reason)
 
 

@@ -67,10 +67,10 @@ def _test_sizes(sample: Sample, gap: str, table: RunTable) -> tuple[Floats, str 
     """Size of each run's test set, ∞ (every difference is taken as real) where unknown, and the note on it."""
     unknown = np.full(sample.n, math.inf)
     if gap != "error_gap":
-        return unknown, f"pairs weigh alike: Hoeffding's bound does not hold for {gap}"
+        return unknown, f"all pairs have equal weight, because Hoeffding's bound does not hold for {gap}"
     sizes = numbers_of(table, "num_test")
     if sizes is None or not (sizes[sample.rows] > 0).all():
-        return unknown, "pairs weigh alike: num_test is unknown for some runs"
+        return unknown, "all pairs have equal weight, because num_test is unknown for some runs"
     return sizes[sample.rows], None
 
 

@@ -88,18 +88,18 @@ def table_from_file(
     hypers = unique([*(hyperparameters or by_name), *group_by])
     free = [name for name in names if name not in {*gaps, *hypers, "run"}]
     chosen = unique(measures) or _measures(free, columns)
-    require_few(chosen, MOST_MEASURES, source, "columns to take as measures", "--measures")
+    require_few(chosen, MOST_MEASURES, source, "columns to use as measures", "--measures")
     require_few(hypers, MOST_SETTINGS, source, "hyperparameters", "--hyper")
     if not chosen:
-        raise DataError(f"{source} has no numeric column to take as a measure; it has: {', '.join(names)}")
+        raise DataError(f"{source} has no numeric column to use as a measure; it has: {', '.join(names)}")
     require_distinct(gaps, chosen, hypers)
     _require_numbers([*gaps, *taken_from, *chosen], columns, raw[ROW], source)
 
     left_out = [name or "a column without a name" for name in free if name not in chosen]
-    note = f"measures taken: {', '.join(chosen)}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
+    note = f"measures used: {', '.join(chosen)}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
     outcomes = [name for name in OUTCOMES if name in names and name not in (*gaps, *chosen, *hypers)]
     gone = {name: int(columns[name].values.isna().sum()) for name in outcomes}
-    lacking = [f"{name} is no number in {num} of {len(raw)} runs" for name, num in gone.items() if num]
+    lacking = [f"{name} is not a number in {num} of {len(raw)} runs" for name, num in gone.items() if num]
     frame = {"run": _names(raw)}
     frame |= {name: columns[name].values for name in [*gaps, *chosen]}
     seeds = [SEED] if SEED in names and SEED not in chosen else []
@@ -136,9 +136,7 @@ def _sheet(source: Path) -> _Sheet:
         raise DataError(f"{source} has the column {repeated[0]!r} more than once; rename or remove one")
     odd = [name for name in names if not name.isprintable()]
     if odd:
-        raise DataError(
-            f"{source} has the column {odd[0]!r}, with characters that cannot be shown; rename it"
-        )
+        raise DataError(f"{source} has the column {odd[0]!r}, with unprintable characters; rename it")
     if raw.empty:
         raise DataError(f"{source} has a header but no run below it")
     new = called(names)
@@ -179,9 +177,7 @@ def _require_numbers(
         for row, cell in columns[name].text.items():
             remedy = "which is not a number"
             if ambiguous(cell):
-                remedy = (
-                    "which may have a decimal comma or set thousands apart; write it with a decimal point"
-                )
+                remedy = "whose comma may mark decimals or thousands. Write it with a decimal point"
             raise DataError(f"{source} column {name!r} row {int(places.iloc[row])} holds {cell!r}, {remedy}")
 
 
@@ -202,8 +198,8 @@ def _finished(
         reasons |= unfinished(raw[name].to_list())
     if converged_only and MET_STOP not in raw:
         raise UsageError(
-            f"--converged-only: {source} has no column {MET_STOP}, so nothing says which runs converged; give run "
-            "folders, or a table of `gmprobe collect`"
+            f"--converged-only: {source} has no column {MET_STOP}, so it does not say which runs "
+            "converged. Give run folders, or a table that `gmprobe collect` wrote"
         )
     missed = []
     if MET_STOP in raw:

@@ -37,7 +37,7 @@ def pooled(sums: PairSums, sample: Sample, reason: str) -> Quantity:
 def between(sample: Sample, draws: Draws) -> Quantity:
     """τ of the settings' mean measures with their mean gaps; p lets the means change places."""
     if sample.one_setting:
-        return Quantity(None, reason="all runs are of one setting")
+        return Quantity(None, reason="all runs have the same setting")
     num = sample.num_settings
     x, y = sample.means(sample.x), sample.means(sample.y)
     each = np.arange(num)
@@ -70,7 +70,7 @@ def within(sample: Sample, sums: PairSums, draws: Draws) -> Quantity:
     Seeds that settings share change places alike in all of them.
     """
     if sample.one_setting:
-        return Quantity(None, reason="all runs are of one setting: τ itself is within it")
+        return Quantity(None, reason="all runs have the same setting, so τ itself is within it")
     if sample.num_settings == sample.n:
         return Quantity(None, reason="no setting has two runs")
     result = pooled(sums.inside(), sample, "measure or gap is constant within every setting")
@@ -79,7 +79,7 @@ def within(sample: Sample, sums: PairSums, draws: Draws) -> Quantity:
     scores = _scores_within(sample, draws.within(sample.setting, sample.seed))
     result = replace(result, p=permutation_p(scores), p_reason=_few_seeds(sample))
     if 0 < sample.num_seeds < LEAST_UNITS:  # settings repeat what these few differ by
-        why = f"{sample.num_seeds} seeds that settings share, and an interval needs {LEAST_UNITS}"
+        why = f"{sample.num_seeds} seeds that settings share; an interval needs {LEAST_UNITS}"
         return replace(result, low=None, high=None, interval_reason=why)
     return result
 
@@ -91,7 +91,7 @@ def _few_seeds(sample: Sample) -> str | None:
     arrangements = math.factorial(min(num, 20))
     if arrangements >= 10 * FEW_ARRANGEMENTS:
         return None
-    least = f"{arrangements} arrangements of {num} seeds: p cannot be below {min(1, 2 / arrangements):.2g}"
+    least = f"{arrangements} arrangements of {num} seeds, so p is at least {min(1, 2 / arrangements):.2g}"
     whole = len(sample.seed) == num * sample.num_settings and not (sample.seed < 0).any()
     return least if whole else f"{least}, and is not exact, for some settings lack some seeds"
 

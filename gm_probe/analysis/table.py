@@ -142,8 +142,8 @@ def missed_stop_note(missed: int, of: int) -> list[str]:
     if not missed:
         return []
     return [
-        f"{missed} of {of} runs ended before they reached their stop_ce; they are kept "
-        "(--converged-only leaves them out)"
+        f"{missed} of {of} runs ended before they reached their stop_ce; they are kept. --converged-only "
+        "leaves them out"
     ]
 
 
@@ -158,7 +158,7 @@ def require_few(names: Sequence[str], most: int, source: Path, role: str, option
     """Raise DataError where ``source`` has more than ``most`` columns of a ``role``: every two are compared."""
     if len(names) > most:
         raise DataError(
-            f"{source} has more than {most} {role}, too many to compare; choose some with {option}"
+            f"{source} has more than {most} {role}, too many to compare. Choose some with {option}"
         )
 
 
@@ -169,7 +169,7 @@ def require_distinct(gaps: Sequence[str], measures: Sequence[str], hyperparamete
         for name in names:
             if name in seen:
                 raise UsageError(
-                    f"{name!r} is {seen[name]} and cannot be {role} too; choose with --measures and --hyper"
+                    f"{name!r} is {seen[name]} and cannot be {role} too. Choose with --measures and --hyper"
                 )
             seen[name] = role
 

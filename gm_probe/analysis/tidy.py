@@ -114,8 +114,8 @@ def _details(details: Details) -> Iterator[tuple[str, str, str, Quantity]]:
         ):
             yield "prediction", name, "", Quantity(value, n=told.n, reason=told.reason)
     for name, value in (
-        ("test error of the run picked", pick.test_error),
-        ("regret of the run picked", pick.regret),
+        ("test error of the chosen run", pick.test_error),
+        ("regret of the chosen run", pick.regret),
         ("regret of a random run", pick.regret_random),
     ):
         yield "prediction", name, "", Quantity(value, n=pick.n, reason=pick.reason)

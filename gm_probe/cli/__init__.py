@@ -28,7 +28,7 @@ COMMANDS = {
     "tune": "Choose ρ and β by the error on a held-out tenth of the training part.",
     "sweep": "Train and measure every run of a recipe.",
     "run-one": "Train and measure one run of a sweep folder; for job arrays.",
-    "status": "Say how far a sweep has come, and what failed.",
+    "status": "Show how far a sweep is, and what failed.",
     "collect": "Write one table of all runs: settings, errors, measures with uncertainties.",
     "pairs": "Compare models pair by pair over unlabeled data: disagreement, inconsistency, instability.",
     "correlate": "Correlate each measure with the generalization gap over many runs.",
@@ -38,7 +38,7 @@ COMMANDS = {
     "datasets": "List the data that --data and --unlabeled take.",
     "measures": "List the measures, what each needs and what it costs.",
     "recipes": "List the built-in recipes of `gmprobe sweep`.",
-    "doctor": "Say what this machine has, what is missing, and the command that mends it.",
+    "doctor": "Check what this machine has, and say how to fix what is missing.",
 }
 LIGHT = ("status", "collect", "correlate", "report")
 """Commands that do without torch."""
@@ -104,7 +104,7 @@ def main(args: list[str] | None = None) -> None:
         try:
             _run(sys.argv[1:] if args is None else args)
         except KeyboardInterrupt:  # while another end was told
-            _fail("interrupted; what was finished is kept", INTERRUPTED)
+            _fail("interrupted; finished results are kept", INTERRUPTED)
         except Terminated as stop:
             _fail(stop.message, TERMINATED)
 
@@ -147,7 +147,7 @@ def _run(args: list[str]) -> None:
         _fail(str(error), error.exit_code)
     except UnicodeEncodeError as error:
         _debug(args)
-        _fail(f"a name that is not {error.encoding} cannot be used here: {error.object[:200]}; rename it", 2)
+        _fail(f"a name that is not {error.encoding} cannot be used here: {error.object[:200]}. Rename it", 2)
     except (MemoryError, RuntimeError, ImportError) as error:
         _debug(args)
         if out_of_memory(error):

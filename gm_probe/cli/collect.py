@@ -16,14 +16,14 @@ from gm_probe.runs.records import RUNS
 @click.option(
     "--out",
     type=PATH,
-    help="The table: a .csv or .parquet file.  [default: table.csv in FOLDER]",
+    help="Write the table to this .csv or .parquet file.  [default: table.csv in FOLDER]",
 )
-@click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no notes on stderr.")
 def collect(folder: Path, out: Path | None, quiet: bool) -> None:
     """Write every run in FOLDER as one row: state, settings, errors and gaps, measures with their uncertainties.
 
-    FOLDER is runs/ unless given. At any time, also while the sweep runs: call it again for what has come since.
-    `gmprobe correlate` reads the table as it reads the folder.
+    FOLDER is runs/ unless given. The command works at any time, also while the sweep runs; call it again to
+    add new results. `gmprobe correlate` reads the table as it reads the folder.
     """
     from gm_probe.analysis.collect import write_table
 

@@ -41,12 +41,12 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     "--hyper",
     metavar="A,B",
     default="",
-    help="Hyperparameters, as --json lists. Default: settings that vary.",
+    help="Use these hyperparameters; --json lists them.  [default: settings that vary]",
 )
 @click.option(
     "--group-by",
     metavar="A,B",
-    help="Also within each subgroup of these settings.  [default: those of the sweep's recipe]",
+    help="Also correlate within each subgroup of these settings.  [default: those of the sweep's recipe]",
 )
 @gap_option
 @converged_only_option
@@ -55,11 +55,13 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     "figure_path",
     metavar="PATH",
     type=PATH,
-    help="Figure file: .png, .pdf or .svg; no suffix writes all three. Default: beside SOURCE, "
-    "or none with --json and --csv.",
+    help="Write the figure to this .png, .pdf or .svg file; without a suffix, write all three.  [default: "
+    "beside SOURCE; none with --json or --csv]",
 )
 @click.option("--no-figure", is_flag=True, help="Write no figure.")
-@click.option("--details", is_flag=True, help="Print every statistic, not τ alone (--json always has them).")
+@click.option(
+    "--details", is_flag=True, help="Print every statistic instead of τ alone; --json always has them."
+)
 @control_option
 @skip_option
 @seed_option
@@ -84,27 +86,30 @@ def correlate(
 ) -> None:
     """Correlate each measure with the generalization gap over many runs.
 
-    SOURCE is a folder of run folders (runs/ unless given), or a .csv, .tsv or .parquet file with one run a row:
-    columns error_gap (test error − train error) and/or ce_gap (the same for cross-entropy), one a measure, one a
-    hyperparameter. Only finished and measured runs enter; every other run is counted and listed with its
-    reason. Of a file, the columns that bear a measure's name are taken, or else every numeric column that is
-    not a setting, an identifier or a date; stderr says which.
+    SOURCE is a folder of run folders (runs/ unless given), or a .csv, .tsv or .parquet file with one run
+    per row: columns error_gap (test error − train error) and/or ce_gap (the same for cross-entropy), one
+    column per measure, and one per hyperparameter. Only finished and measured runs enter; every other run
+    is counted and listed with its reason. In a file, the measures are the columns with a measure's name. If
+    there are none, they are all numeric columns except settings, identifiers and dates. A note on stderr
+    lists them.
 
-    The statistic is Kendall's τ-b, of all runs and of each --group-by subgroup, with a 95 % interval and a p
-    that take settings as independent and the seeds of one setting as not: runs that agree in every
-    hyperparameter are one setting. --details adds τ between and within settings and subgroups (with a flag
-    for Simpson's paradox), over pairs beyond sampling noise, partial τ, granulated ψ, conditional mutual
-    information, sign errors, prediction and selection, and the differences between measures.
+    The statistic is Kendall's τ-b, over all runs and within each --group-by subgroup, with a 95 % interval
+    and a p-value. Both treat settings as independent, and the seeds of one setting as repeats. Runs that
+    agree in every hyperparameter form one setting. --details adds τ between and within settings and
+    subgroups, with a flag for Simpson's paradox, and τ over pairs beyond sampling noise. It also adds
+    partial τ, granulated ψ, conditional mutual information, sign errors, prediction, selection, and
+    differences between measures.
 
-    Runs whose measures were taken with different settings (ρ, data, labels, ...) are not comparable: the
-    result then says which settings differ.
+    Runs whose measures were taken with different settings (ρ, data, labels, ...) are not comparable; the
+    result then names the settings that differ.
 
-    A scatter figure (PNG, PDF, SVG) is written beside SOURCE; with --json or --csv only where --figure asks
-    for it.
+    A scatter plot (PNG, PDF, SVG) is written beside SOURCE. With --json or --csv it is written only if
+    --figure asks for it.
     """
     if details and output:
         raise UsageError(
-            "--details is for the printed tables; --json has every statistic, --csv the main ones"
+            "--details is for the printed tables; leave it out. --json has every statistic, --csv the "
+            "main ones"
         )
     if no_figure and figure_path is not None:
         raise UsageError("--figure and --no-figure exclude each other; give one")
@@ -137,7 +142,7 @@ def correlate(
     _print_notes(found, statistics, quiet)
     measured = [result for measure in statistics.measures for result in measure.gaps.values()]
     if all(result.tau is None for result in measured):
-        raise DataError(f"no measure in {source} has a defined τ; the reasons stand in the result")
+        raise DataError(f"no measure in {source} has a defined τ; the result gives the reasons")
     if paths:
         from gm_probe.analysis import plots
 

@@ -28,51 +28,59 @@ _OPTIONS = (
     click.option(
         "--part",
         type=Choice(["test", "train"]),
-        help="Of data that has both.  [default: test where the data has one]",
+        help="Split to use when the data has train/ and test/.  [default: test]",
     ),
     click.option(
         "--data",
         metavar="WHERE",
-        help="Where the data of a run is now, if it has moved. It must be the same.",
+        help="Where the run's own data is now, if it has moved. The data itself must be unchanged.",
     ),
     click.option(
         "--model",
         "model_names",
         metavar="NAME",
         multiple=True,
-        help="Network of a foreign checkpoint; see `gmprobe models`. Once for all checkpoints, or once for each.",
+        help="Name the network of a checkpoint that gmprobe did not write; see `gmprobe models`. Give it "
+        "once for all checkpoints, or once for each.",
     ),
     click.option(
         "--key",
         "keys",
         metavar="NAME",
         multiple=True,
-        help="Which weights of a file to take, such as state_dict_ema: a key, a dotted path of keys, or a prefix of "
-        "names. Once for all checkpoints, or once for each.",
+        help="Use these weights of a file, such as state_dict_ema: a key, a dotted path of keys, or a "
+        "prefix of names. Give it once for all checkpoints, or once for each.",
     ),
     click.option(
         "--strip",
         "strips",
         metavar="PREFIX",
         multiple=True,
-        help="Take only tensors whose names begin with this, and take it off. Once for all checkpoints, or once for "
-        "each.",
+        help="Use only tensors whose names begin with this prefix, and remove the prefix. Give it once "
+        "for all checkpoints, or once for each.",
     ),
-    click.option("--max-examples", type=click.IntRange(1), help="Use a seeded random subset of this size."),
+    click.option(
+        "--max-examples", type=click.IntRange(1), help="Use a seeded random subset of this many examples."
+    ),
     click.option(
         "--batch-size",
         type=click.IntRange(1),
-        help="Examples a pass; memory and speed only.  [default: 250, or what memory holds]",
+        help="Number of examples per pass; it affects memory and speed only.  [default: 250, or fewer to "
+        "fit --memory]",
     ),
     click.option(
-        "--mean", metavar="R,G,B", help="Normalisation of a foreign checkpoint, for pixels in [0, 1]."
+        "--mean",
+        metavar="R,G,B",
+        help="Mean of each channel that a checkpoint's inputs were normalised with, for pixels in [0, 1].",
     ),
-    click.option("--std", metavar="R,G,B", help="Likewise."),
-    click.option("--no-normalize", is_flag=True, help="Pixels in [0, 1] as they are."),
+    click.option("--std", metavar="R,G,B", help="Standard deviation of each channel; goes with --mean."),
+    click.option(
+        "--no-normalize", is_flag=True, help="Pass pixels in [0, 1] to the network without normalisation."
+    ),
     click.option(
         "--image-size",
         type=click.IntRange(1),
-        help="Resize a folder's images to this many pixels a side, whatever their aspect ratio.",
+        help="Resize a folder's images to this many pixels per side, ignoring their aspect ratio.",
     ),
     click.option(
         "--resize",
@@ -80,40 +88,50 @@ _OPTIONS = (
         help="Resize the shorter side of a folder's images to this many pixels, as torchvision does.",
     ),
     click.option(
-        "--crop", type=click.IntRange(1), help="Then cut this many pixels a side from the centre of each."
+        "--crop", type=click.IntRange(1), help="Then cut the central square with this many pixels per side."
     ),
-    click.option("--channels", type=Choice(["1", "3"]), help="Read a folder's images as grey or RGB."),
+    click.option(
+        "--channels", type=Choice(["1", "3"]), help="Read a folder's images as grey (1) or RGB (3)."
+    ),
     click.option(
         "--skip-bad",
         is_flag=True,
-        help="Leave out images that cannot be decoded; they are counted and listed.",
+        help="Leave out images that cannot be decoded; the result counts and lists them.",
     ),
     click.option(
         "--num-classes",
         type=click.IntRange(2),
-        help="Classes of a foreign checkpoint.  [default: its head's]",
+        help="Number of classes of the network.  [default: the outputs of its head]",
     ),
     click.option(
         "--output",
         "model_output",
         metavar="NAME",
-        help="Index or name of the logits among several outputs of the model.",
+        help="Index or name of the logits, for a model that returns several outputs.",
     ),
     click.option(
         "--outputs-are",
         type=Choice(["logits", "probabilities", "log-probabilities"]),
-        help="What the model returns. Without it, outputs that look like probabilities are refused.",
+        help="State what the model returns. Without this, outputs that look like probabilities are refused.",
     ),
-    click.option("--data-root", metavar="DIR", type=PATH, help="Where torchvision keeps data."),
-    click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
-    click.option("--dtype", type=Choice(["float32", "float64"]), default="float32", show_default=True),
+    click.option(
+        "--data-root", metavar="DIR", type=PATH, help="Folder in which torchvision keeps its data sets."
+    ),
+    click.option("--download", is_flag=True, help="Let torchvision download a missing data set."),
+    click.option(
+        "--dtype",
+        type=Choice(["float32", "float64"]),
+        default="float32",
+        show_default=True,
+        help="Compute in this floating-point type.",
+    ),
     click.option(
         "--device",
         default="auto",
         show_default=True,
-        help="auto, cpu, cuda, cuda:1, or what else torch has.",
+        help="Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows.",
     ),
-    click.option("--threads", type=AT_ONCE, help="CPU threads."),
+    click.option("--threads", type=AT_ONCE, help="Number of CPU threads."),
 )
 
 
@@ -162,7 +180,10 @@ class DataOptions:
                 "DATA"
             )
         if source is not None and self.data is not None:
-            raise UsageError("--data says where a run's own data is; leave it out, or leave other data out")
+            raise UsageError(
+                "--data says where a run's own data is now; it excludes --unlabeled and "
+                "--labeled. Give one of them"
+            )
         self._pixels()
         Reading(**self.reading())  # which checks them
         require_device_name(self.device)
@@ -198,15 +219,15 @@ class DataOptions:
         )
         if labeled and any(part.y is None for part in (opened.pool, opened.test or opened.pool)):
             raise DataError(
-                f"{opened.pool.source} has no labels; add 'y' (N,) to it, or give it by --unlabeled"
+                f"{opened.pool.source} has no labels. Add 'y' (N,) to it, or pass it as --unlabeled"
             )
         if opened.test is None:
             if self.part == "test":
-                raise UsageError(f"{opened.pool.source} has no test part; leave --part out")
+                raise UsageError(f"{opened.pool.source} has no train/ and test/ parts; leave --part out")
             return opened.pool, "all", None
         if self.part == "train":
             return opened.pool, "train", None
-        note = f"{source} has two parts; its test part is used (see --part)"
+        note = f"{source} has a train and a test part; the test part is used (see --part)"
         return opened.test, "test", note if self.part is None else None
 
     def leave(self) -> Leave:

@@ -20,27 +20,27 @@ MARKS = {"ok": "ok", "absent": "–", "broken": "WRONG"}
     type=PATH,
     default=Path(),
     show_default=True,
-    help="Folder that runs will be written into; it is tried and left as it was.",
+    help="Folder that runs will be written to; it is tested and left unchanged.",
 )
 @click.option(
     "--data-root",
     metavar="DIR",
     type=PATH,
-    help="Where torchvision keeps data.  [default: ~/.cache/gm_probe]",
+    help="Folder in which torchvision keeps its data sets.  [default: ~/.cache/gm_probe]",
 )
 @click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="auto, cpu, cuda, cuda:1, or what else torch has.",
+    help="Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(out: Path, data_root: Path | None, device: str, as_json: bool) -> None:
-    """Say what this machine has of what gmprobe uses, and how to mend what it lacks.
+    """Check what gmprobe needs on this machine, and say how to fix what is missing.
 
-    It lists versions and extras, devices, threads, the data sets that are here, and whether --out can be written and
-    locked. Exit code 0: all that is needed works, whatever is optional; 6: a needed library or the
-    --device is missing or too old; 7: --out cannot be written.
+    It lists versions and extras, devices, threads, the data sets on this machine, and whether --out can be
+    written and locked. Exit code 0: everything required works. 6: a required library or the --device is
+    missing or too old. 7: --out cannot be written.
     """
     from gm_probe.cli.health import diagnose
 

@@ -49,40 +49,48 @@ EXTRA = "effective_invariance"
     "--unlabeled",
     metavar="DATA",
     required=True,
-    help="The data to estimate the accuracy on: a folder of images (labels unread), an array file, or a data set name.",
+    help="Estimate the accuracy on this data: an image folder (its labels are not read), an array file, "
+    "or a data set name.",
 )
 @click.option(
     "--validation",
     metavar="DATA",
-    help="Labeled data of the training distribution that no checkpoint was trained on. It calibrates the estimates.",
+    help="Calibrate the estimates on this labeled data: from the training distribution, and unseen in "
+    "training.",
 )
 @click.option(
     "--few-labels",
     metavar="DATA",
-    help="A labeled random sample of the unlabeled data. It gives a confidence interval under any shift.",
+    help="Use this labeled random sample of the unlabeled data. It gives a confidence interval under any "
+    "shift.",
 )
 @click.option(
     "--class-shares",
     metavar="auto|validation|uniform|estimated|FILE",
     default="auto",
     show_default=True,
-    help="Class shares of the unlabeled data; FILE holds one number a class. auto tests whether they changed.",
+    help="Class shares of the unlabeled data; FILE holds one number per class. With auto, a test decides "
+    "whether they changed.",
 )
 @click.option(
     "--suggest",
     metavar="FILE.csv",
     type=PATH,
-    help="Write the images on which the leading checkpoints disagree, in random order, for labeling.",
+    help="Write a list of the images on which the leading checkpoints disagree, in random order, for "
+    "labeling.",
 )
 @click.option(
     "--measures",
     metavar="A,B",
     default="",
-    help="Also show these measures (see `gmprobe measures`), or effective_invariance, which doubles the passes.",
+    help="Also show these measures (see `gmprobe measures`), or effective_invariance, which doubles the "
+    "number of passes.",
 )
-@click.option("--level", type=float, default=0.9, show_default=True, help="Level of the intervals.")
+@click.option(
+    "--level", type=float, default=0.9, show_default=True, help="Confidence level of the intervals."
+)
 @data_options
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of every random draw.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all random draws.")
 @format_options
 def estimate(
     checkpoints: tuple[Path, ...],
@@ -100,12 +108,13 @@ def estimate(
 ) -> None:
     """Estimate how accurate CHECKPOINTS are on unlabeled data, best first.
 
-    A checkpoint is what `gmprobe measure` takes. What is claimed depends on what is labeled:
+    A checkpoint is anything that `gmprobe measure` takes. The labeled data that you give decides what is
+    claimed:
 
     \b
-    nothing        no accuracy, which is not identifiable; an order by agreement and confidence
-    --validation   an estimate whose interval is learned on synthetic shifts of the validation images
-    --few-labels   a confidence interval that needs no assumption on the shift
+    nothing        no accuracy, because it is not identifiable; a ranking by agreement and confidence
+    --validation   an estimate, with an interval learned on synthetic shifts of the validation images
+    --few-labels   a confidence interval that needs no assumption about the shift
     """
     data = DataOptions(**options)
     data.require_use(unlabeled)
@@ -189,10 +198,10 @@ def _shares(given: str) -> str | list[float]:
         return [float(part) for part in text.replace(",", " ").split()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"--class-shares {given} is neither auto, validation, uniform or estimated nor a text file that can be read"
+            f"--class-shares {given} is neither auto, validation, uniform, estimated nor a readable text file"
         ) from error
     except ValueError as error:
-        raise UsageError(f"--class-shares {given} must hold one number a class ({error})") from error
+        raise UsageError(f"--class-shares {given} must hold one number per class ({error})") from error
 
 
 def _opened(data: DataOptions, source: str, labeled: bool, quiet: bool) -> Examples:
@@ -273,12 +282,13 @@ def _require_classes(path: Path, examples: Examples, recorded: tuple[str, ...], 
         odd = sorted(set(examples.classes) ^ set(recorded))
         differ = f"they differ in {odd[0]}" if odd else "their order differs"
         raise DataError(
-            f"{examples.source} has other classes than {path} was trained on; {differ}. Rename the class folders"
+            f"{examples.source} has other classes than {path} was trained on: {differ}. Rename the class "
+            "folders"
         )
     if examples.classes and len(examples.classes) != classes:
         raise DataError(
-            f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; give each class "
-            "its folder, an empty one is not enough"
+            f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs. Give "
+            "each class a folder with images"
         )
 
 
@@ -325,7 +335,8 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
         if compared:
             say(
                 console,
-                "Estimators: range over those that err at most twice as much on synthetic shifts.",
+                "Estimators: range over those whose mean error on synthetic shifts is at most twice the "
+                "smallest.",
                 "dim",
             )
         if len(first.readings) > 1:

@@ -20,24 +20,27 @@ _OPTIONS = (
         type=AT_ONCE,
         default=1,
         show_default=True,
-        help="Runs at a time on this machine, each a process.",
+        help="Number of runs at a time on this machine, each in a process.",
     ),
     click.option(
-        "--address", help="Of a Ray cluster: auto or HOST:PORT.  [default: one on this machine alone]"
+        "--address",
+        help="Address of the Ray cluster: auto or HOST:PORT.  [default: a new one on this machine]",
     ),
     click.option(
         "--gpus",
         type=click.FloatRange(0),
         default=0.0,
         show_default=True,
-        help="GPUs a run takes on Ray; 0.25 puts four runs on one.",
+        help="Number of GPUs per run on Ray; 0.25 puts four runs on one GPU.",
     ),
 )
 
 
 def executor_options(*kinds: str) -> Any:
     """Add ``--executor`` with these kinds, ``--jobs``, ``--address`` and ``--gpus``."""
-    kind = click.option("--executor", type=Choice(kinds), default="local", show_default=True)
+    kind = click.option(
+        "--executor", type=Choice(kinds), default="local", show_default=True, help="Run the jobs in this way."
+    )
     return lambda command: reduce(lambda inner, option: option(inner), reversed((kind, *_OPTIONS)), command)
 
 
@@ -53,4 +56,4 @@ def check_executor(executor: str, jobs: int, address: str | None, gpus: float) -
     if executor != "ray" and (address is not None or gpus):
         raise UsageError("--address and --gpus go with --executor ray")
     if executor != "local" and jobs > 1:
-        raise UsageError(f"--jobs counts processes of this machine; leave it out with --executor {executor}")
+        raise UsageError(f"--jobs counts processes on this machine; leave it out with --executor {executor}")

@@ -143,21 +143,22 @@ def warn(result: dict[str, Any]) -> None:
     if result.get("out_of_memory_at") is not None:  # unknown to results of gm_probe 0.1.0
         note(
             console,
-            f"note: out of memory on batches of {result['out_of_memory_at']}: went on with {result['batch_size']}, "
-            "which changes no figure; --batch-size or --memory spare the attempt",
+            f"note: out of memory on batches of {result['out_of_memory_at']}: went on with "
+            f"{result['batch_size']}, which changes no result. A lower --batch-size or --memory avoids the "
+            "failed attempt",
         )
     if result.get("replaced"):
         note(
             console,
-            f"note: {result['checkpoint']}: measures.json held {', '.join(result['replaced'])} of other settings "
-            "or not finite, which are gone: one file never mixes two",
+            f"note: {result['checkpoint']}: measures.json held {', '.join(result['replaced'])} taken with "
+            "other settings, or not finite; they were removed, because a file never mixes settings",
         )
     if result.get("as_before"):
         settings = ", ".join(f"{key} = {value}" for key, value in result["as_before"].items())
-        note(console, f"note: {result['checkpoint']}: taken as measures.json was, with {settings}")
+        note(console, f"note: {result['checkpoint']}: settings taken from measures.json: {settings}")
     for name, one in result.get("density", {}).items():
         if "reason" in one:
-            note(console, f"note: there is no density of the {name}: {one['reason']}")
+            note(console, f"note: the density of the {name} is undefined: {one['reason']}")
     for name, row in result["measures"].items():
         if row["value"] is None:
             note(console, f"note: {name} is undefined: {row['reason']}")
@@ -166,15 +167,16 @@ def warn(result: dict[str, Any]) -> None:
         if "estimator_above_target" in row:
             note(
                 console,
-                f"note: {name}: the estimator alone errs by {row['estimator_above_target']:.2g} of it, more than "
-                f"--target-error, whatever the examples; {_finer(row)}",
+                f"note: {name}: the estimator's own error is {row['estimator_above_target']:.2g} of it, "
+                f"above --target-error for any number of examples; {_finer(row)}",
             )
         # within the quadratic regime v₁'s basin is the one: others are behind, or were abandoned on their way into it
         if row.get("runner_up") is not None and row["runner_up"] < ALONE and _beyond_quadratic(row):
             note(
                 console,
-                f"note: {name}: one of {len(row['starts'])} starts reached it, the next {row['runner_up']:.0%}; far "
-                "from the quadratic regime the maximum may be much higher: lower --rho",
+                f"note: {name}: one of {len(row['starts'])} starts reached it, the next "
+                f"{row['runner_up']:.0%}; far from the quadratic regime the maximum may be much higher. "
+                "Lower --rho",
             )
     error = result["measures"].get("error", {}).get("value")
     yes_or_no = result.get("settings", {}).get("head") in {"binary", "multilabel"}
@@ -182,8 +184,9 @@ def warn(result: dict[str, Any]) -> None:
     if error is not None and error > 0.9 * chance:
         note(
             console,
-            f"warning: the error {error:.3f} is near chance for {result['num_classes']} classes; class folders are "
-            "numbered in sorted order: check that this is the checkpoint's order, and its normalisation",
+            f"warning: the error {error:.3f} is near chance for {result['num_classes']} classes. Class "
+            "folders are numbered in sorted order: check that the checkpoint uses this order, and check "
+            "its normalisation",
         )
 
 

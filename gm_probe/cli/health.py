@@ -126,9 +126,9 @@ def _machine(device: str) -> Iterator[Finding]:
     else:
         built = torch.version.cuda or torch.version.hip
         reason = "torch sees no GPU" if built else "this torch is built for CPUs"
-        yield Finding(section, "cuda", f"{reason}; --device auto is cpu", "absent")
+        yield Finding(section, "cuda", f"{reason}; --device auto uses the CPU", "absent")
     if torch.backends.mps.is_available():
-        yield Finding(section, "mps", "there is one; --device auto is cpu, for want of float64 there")
+        yield Finding(section, "mps", "there is one, but it lacks float64; --device auto uses the CPU")
     if device != "auto":
         yield _device(device)
 
@@ -155,7 +155,7 @@ def _memory() -> str:
         total, free = page * sysconf("SC_PHYS_PAGES"), page * sysconf("SC_AVPHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows, some containers
         return "unknown on this system"
-    return f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB of it unused"
+    return f"{total / 1000000000.0:.1f} GB, {free / 1000000000.0:.1f} GB of it free"
 
 
 def _data(root: Path | None) -> Iterator[Finding]:
@@ -169,7 +169,7 @@ def _data(root: Path | None) -> Iterator[Finding]:
     for name, entry in DATA.items():
         path = root / entry
         if _exists(path):
-            yield Finding("data", name, f"{path} (whether it is whole, reading it will tell)")
+            yield Finding("data", name, f"{path} (not checked for completeness)")
         else:
             remedy = "--download, or --data-root where it is"
             yield Finding("data", name, f"not in {root}", "absent", remedy)
@@ -210,9 +210,9 @@ def _locks(section: str, folder: Path) -> Finding:
     with exclusive(folder):
         try:
             with exclusive(folder):
-                text = "do not hold here: start one gmprobe at a time on this folder"
+                text = "do not work here: start one gmprobe at a time on this folder"
                 return Finding(section, "locks", text, "absent", "--out a folder on a local disk")
         except BusyError:
             return Finding(
-                section, "locks", "hold here: two processes of this machine will not train one run"
+                section, "locks", "work here: two processes on this machine will not train the same run"
             )

@@ -27,5 +27,5 @@ def require_room_for_torch() -> None:
     tried = subprocess.run([sys.executable, "-P", "-c", "import torch"], capture_output=True, check=False)
     if tried.returncode != 0:
         raise ResourceError(
-            f"torch does not load within {limit / 2**20:,.0f} MiB of memory; raise `ulimit -v`"
+            f"torch cannot be loaded within {limit / 2**20:,.0f} MiB of memory; raise `ulimit -v`"
         )

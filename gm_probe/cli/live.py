@@ -67,7 +67,7 @@ def live_view(
         try:
             yield notify
         except KeyboardInterrupt:
-            goes_on = "; the same command goes on" if kept else ""
+            goes_on = "; run the same command to continue" if kept else ""
             note(console, f"{ended.total()} of {len(names)} ended ({_counts(ended)}){goes_on}")
             raise
 

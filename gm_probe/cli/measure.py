@@ -46,82 +46,101 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
 )
 @click.argument("checkpoints", nargs=-1, type=PATH)
 @click.option(
-    "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
+    "--unlabeled",
+    metavar="DATA",
+    help="Use this data without labels: an image folder (its labels are not read), "
+    "an array file, or a data set name.",
 )
-@click.option("--labeled", metavar="DATA", help="The same, with class folders (or 'y') read as labels.")
+@click.option(
+    "--labeled", metavar="DATA", help="Use this data with labels: the class folders, or 'y' of an array file."
+)
 @click.option(
     "--measures",
     metavar="A,B",
     default="",
-    help="Which to take; see `gmprobe measures`.  [default: S_ρ, λ_max and tr of F and H; with labels error and CE]",
+    help="Measures to compute; see `gmprobe measures`.  [default: S_ρ, λ_max and tr of F and H; with "
+    "labels also error and CE]",
 )
 @click.option(
     "--protocol",
     type=Choice(["paper", "converged", "both"]),
     default="paper",
     show_default=True,
-    help="S_ρ as the mean over random starts of K steps, or as the converged maximum.",
+    help="Report S_ρ as the mean over random starts of K steps, as the converged maximum, or both.",
 )
 @click.option(
     "--rho",
     metavar="R[,R...]",
     default="0.1",
     show_default=True,
-    help="Radius ρ in parameter space; more than one make a grid around the first.",
+    help="Radius ρ in parameter space; several values make a grid around the first.",
 )
 @click.option(
     "--k-steps",
     metavar="K[,K...]",
     default="1",
     show_default=True,
-    help="Ascent steps K of Algorithm 1; likewise.",
+    help="Number K of ascent steps of Algorithm 1; several values make a grid around the first.",
 )
 @click.option("--noise-scale", type=float, default=0.1, show_default=True, help="Length of the random start.")
 @click.option(
-    "--starts", "num_starts", type=int, default=10, show_default=True, help="Random starts averaged over."
+    "--starts",
+    "num_starts",
+    type=int,
+    default=10,
+    show_default=True,
+    help="Number of random starts to average over.",
 )
 @click.option(
     "--ascent-tolerance",
     type=float,
     default=0.001,
     show_default=True,
-    help="Relative gain of a step at which a converged ascent stops.",
+    help="Stop a converged ascent when a step's relative gain is below this.",
 )
 @click.option(
-    "--eta", type=float, default=0.01, show_default=True, help="η of the adaptive ball ‖δ/(|θ|+η)‖ ≤ ρ."
+    "--eta", type=float, default=0.01, show_default=True, help="Set η of the adaptive ball ‖δ/(|θ|+η)‖ ≤ ρ."
 )
 @click.option(
     "--sub-batch",
     type=int,
     default=128,
     show_default=True,
-    help="Examples that share a perturbation in the batchwise S_ρ.",
+    help="Number of examples that share a perturbation in the batchwise S_ρ.",
 )
 @click.option(
     "--trace-tolerance",
     type=float,
     default=0.05,
     show_default=True,
-    help="Relative standard error; 0 = tr F exactly, at a pass a class.",
+    help="Relative standard error to reach for a trace; 0 computes tr F exactly, with one pass per class.",
 )
 @click.option(
-    "--eigen-tolerance", type=float, default=0.01, show_default=True, help="Relative Lanczos residual."
+    "--eigen-tolerance",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="Relative Lanczos residual to reach for an eigenvalue.",
 )
 @click.option(
-    "--max-probes", type=int, default=100, show_default=True, help="Most probes of a trace that is estimated."
+    "--max-probes",
+    type=int,
+    default=100,
+    show_default=True,
+    help="Maximum number of probes for an estimated trace.",
 )
 @click.option(
     "--max-iterations",
     type=int,
     default=100,
     show_default=True,
-    help="Most Lanczos iterations or ascent steps.",
+    help="Maximum number of Lanczos iterations or ascent steps.",
 )
 @click.option(
     "--params",
     metavar="REGEX",
     default="",
-    help="Only parameters in whose name this is found.  [default: all]",
+    help="Measure only parameters whose name matches this.  [default: all]",
 )
 @click.option(
     "--top",
@@ -129,45 +148,57 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="How many eigenvalues λ_max rows list.",
+    help="Number of leading eigenvalues to report.",
 )
-@click.option("--target-error", metavar="PERCENT", help="Say how many examples this error needs, such as 2%.")
+@click.option(
+    "--target-error",
+    metavar="PERCENT",
+    help="Report how many examples are needed for this relative error, such as 2%.",
+)
 @click.option(
     "--density",
     metavar="FILE",
     type=PATH,
-    help="Also plot the spectral densities of F and H to this .png, .pdf or .svg (some 800 gradients).",
+    help="Also plot the spectral densities of F and H to this .png, .pdf or .svg; costs about 800 gradients.",
 )
 @click.option(
-    "--density-probes", type=click.IntRange(1), default=4, show_default=True, help="Random starts of each."
+    "--density-probes",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Number of random starts per density.",
 )
 @click.option(
-    "--density-steps", type=click.IntRange(2), default=40, show_default=True, help="Lanczos steps of a start."
+    "--density-steps",
+    type=click.IntRange(2),
+    default=40,
+    show_default=True,
+    help="Number of Lanczos steps per start.",
 )
 @click.option(
     "--head",
     type=Choice(["classifier", "binary", "multilabel", "simclr"]),
     default="classifier",
     show_default=True,
-    help="What the outputs stand for: exclusive classes, one yes-or-no logit, several independent ones, or SimCLR's "
-    "NT-Xent logits over seeded views (in batches of --batch-size images, 250).",
+    help="State what the outputs mean: exclusive classes, one yes-or-no logit, several independent "
+    "logits, or SimCLR's NT-Xent logits over seeded views in batches of --batch-size images (250).",
 )
-@click.option("--temperature", type=float, help="τ of NT-Xent.  [default: as trained]")
+@click.option("--temperature", type=float, help="Temperature τ of NT-Xent.  [default: as trained]")
 @click.option(
     "--memory",
     metavar="SIZE",
     default="4GB",
     show_default=True,
-    help="Memory budget of a pass; it sets the batch size where --batch-size does not.",
+    help="Memory budget of a pass; it sets the batch size unless --batch-size is given.",
 )
 @data_options
 @executor_options("local", "ray")
-@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all random draws.")
 @click.option(
     "--save",
     is_flag=True,
-    help="Also write measures.json into each run folder, for `gmprobe correlate`; what is not given here is as the run "
-    "was measured before.",
+    help="Also write measures.json into each run folder, for `gmprobe correlate`. Options that you omit "
+    "keep the values of the run's earlier measurement.",
 )
 @format_options
 def measure(
@@ -208,19 +239,19 @@ def measure(
 ) -> None:
     """Measure how well CHECKPOINTS will generalize.
 
-    A checkpoint is a run folder, a file that gmprobe wrote, or any .pt/.pth/.th/.ckpt/.safetensors with a state
-    dict (then --model names its network, and --mean/--std its normalisation). Unlabeled data gives local
-    inconsistency and the Fisher matrix exactly as defined, and the Hessian with predicted labels, marked so;
-    labeled data gives the Hessian proper, the error and the cross-entropy too. A run folder, or a file in one, needs
-    no data option: its own unlabeled part is used.
+    A checkpoint is a run folder, a file that gmprobe wrote, or any .pt/.pth/.th/.ckpt/.safetensors with a
+    state dict. For the last, --model names the network, and --mean/--std give its normalisation. Unlabeled
+    data is enough for local inconsistency and the Fisher matrix. The Hessian then uses predicted labels,
+    and its row says so. Labeled data gives the Hessian with true labels, the error and the cross-entropy. A
+    run folder, or a file in one, needs no data option: its own unlabeled part is used.
 
-    Of a SimCLR encoder --head simclr measures the NT-Xent logits of two seeded views of every image. These hang
-    together over a batch, whose size belongs to the figures: images that fill no batch are left out, and F is a mean
-    over batches.
+    For a SimCLR encoder, --head simclr measures the NT-Xent logits of two seeded views of every image.
+    NT-Xent compares all views of a batch, so results depend on the batch size. Images that do not fill a
+    batch are left out, and F is a mean over batches.
 
-    A folder of runs stands for the finished ones in it. With --save they need no second training for more measures,
-    and what a run has already, taken with the same settings, is not measured again. Without CHECKPOINTS the run in
-    runs/ that finished last is measured.
+    A folder of runs stands for its finished runs. --save keeps the results in each run folder, and does not
+    repeat measurements that are there with the same settings. Without CHECKPOINTS the run in runs/ that
+    finished last is measured.
     """
     check_executor(executor, jobs, address, gpus)
     if unlabeled is not None and labeled is not None:
@@ -268,11 +299,11 @@ def measure(
     together = launched() > 1
     if together and (executor == "ray" or jobs > 1):
         raise UsageError(
-            "under torchrun checkpoints are measured one by one; leave out --jobs and --executor"
+            "under torchrun, checkpoints are measured one by one; leave out --jobs and --executor"
         )
     alone = executor == "local" and jobs == 1
     if density is not None and (not alone or len(checkpoints) > 1):
-        raise UsageError("--density draws one checkpoint; give one")
+        raise UsageError("--density plots a single checkpoint; give one")
     context = click.get_current_context()
     given_settings = _given(context)
     # with --save a run's own record fills in what is not given; of torchrun's processes one speaks
@@ -359,9 +390,7 @@ def _checkpoints(
         raise CheckpointError(f"{found[0]}: no such checkpoint")
     for path in found:
         if source is None and path.exists() and not (path.is_dir() or (path.parent / CONFIG).exists()):
-            raise UsageError(
-                f"{path} is no run folder with data of its own, nor in one; give --unlabeled or --labeled DATA"
-            )
+            raise UsageError(f"{path} is not a gmprobe run. Add --unlabeled DATA or --labeled DATA")
     return given, found
 
 

@@ -80,7 +80,9 @@ def measure_all(
             measure_checkpoints(checkpoints, request, executor or in_turn, notify)
     except KeyboardInterrupt:
         if here and request.save:
-            note(notes_console(quiet), f"{len(ended)} of {len(paths)} ended; the same command goes on")
+            note(
+                notes_console(quiet), f"{len(ended)} of {len(paths)} ended; run the same command to continue"
+            )
         raise
     finally:
         outcomes = [ended[name] for name in paths if name in ended]

@@ -58,7 +58,9 @@ def notes_console(quiet: bool = False) -> Console:
 
 def format_options(command: Any) -> Any:
     """Add ``--json`` and ``--csv`` (one destination, ``output``) and ``--quiet``."""
-    command = click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")(command)
+    command = click.option("-q", "--quiet", is_flag=True, help="Print no progress and no notes on stderr.")(
+        command
+    )
     command = click.option("--csv", "output", flag_value="csv", help="Print CSV.")(command)
     return click.option("--json", "output", flag_value="json", help="Print JSON.")(command)
 

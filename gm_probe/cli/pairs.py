@@ -43,14 +43,18 @@ if TYPE_CHECKING:
 @click.command(epilog="Example:  gmprobe pairs runs/")
 @click.argument("checkpoints", nargs=-1, type=PATH)
 @click.option(
-    "--unlabeled", metavar="DATA", help="Folder of images (labels unread), array file, or data set name."
+    "--unlabeled",
+    metavar="DATA",
+    help="Use this data without labels: an image folder (its labels are not read), "
+    "an array file, or a data set name.",
 )
 @click.option(
     "--head",
     type=Choice(["classifier", "binary", "multilabel"]),
     default="classifier",
     show_default=True,
-    help="What the outputs stand for: exclusive classes, one yes-or-no logit, or several independent ones.",
+    help="State what the outputs mean: exclusive classes, one yes-or-no logit, or several independent "
+    "logits.",
 )
 @data_options
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random subset.")
@@ -66,9 +70,9 @@ def pairs(
 ) -> None:
     """Compare CHECKPOINTS with each other, pair by pair.
 
-    A checkpoint is a run folder, a folder of such (its finished runs count; runs/ unless given), or a file as
-    `gmprobe measure` takes it. Without --unlabeled the runs' own unlabeled part is used, which must be the
-    same for all.
+    A checkpoint is a run folder, a folder of runs (its finished runs are used; runs/ unless given), or a
+    file that `gmprobe measure` takes. Without --unlabeled the runs' own unlabeled part is used; it must be
+    the same for all runs.
 
     \b
     disagreement                how often two models predict different classes
@@ -76,9 +80,9 @@ def pairs(
     inconsistency               C_P: the same, averaged over training sets
     instability                 S_P: KL between the mean predictions of two training sets
 
-    Which runs share a training set is read from their records; the training set of a file is unknown, and all
-    files are taken to have the same. What is undefined (S_P of a single training set, say) is shown so, with the
-    reason. --json also has every pair; --csv prints one row a pair.
+    The runs' records say which of them share a training set. A file does not record its training set, so
+    all files are assumed to share one. Undefined values, such as S_P of a single training set, are shown
+    with the reason. --json also has every pair; --csv prints one row per pair.
     """
     data = DataOptions(**options)
     data.require_use(unlabeled)
@@ -106,7 +110,7 @@ def pairs(
     if unlabeled is None:
         for path in paths:
             if not is_run(path):
-                raise UsageError(f"{path} is no run folder with data of its own; give --unlabeled DATA")
+                raise UsageError(f"{path} is not a gmprobe run. Add --unlabeled DATA")
     from gm_probe.measures.pairwise import compare
     from gm_probe.measuring.checkpoint import output_settings
     from gm_probe.runtime.devices import environment
@@ -240,7 +244,7 @@ def _same_twice(paths: Sequence[Path], outputs: Sequence[torch.Tensor]) -> list[
     for path, logits in zip(paths, outputs, strict=True):
         before = first.setdefault(sha256(logits.cpu().numpy().tobytes()).digest(), path)
         if before is not path:
-            notes.append(f"{path} has the outputs of {before}; is one model listed twice?")
+            notes.append(f"{path} has the same outputs as {before}. Is one model listed twice?")
     return notes
 
 

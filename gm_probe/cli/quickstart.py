@@ -17,17 +17,17 @@ from gm_probe.cli.param_types import AT_ONCE, PATH
     type=PATH,
     default=Path("gmprobe-quickstart"),
     show_default=True,
-    help="Folder of the runs and the figure.",
+    help="Folder for the runs and the figure.",
 )
-@click.option("--jobs", type=AT_ONCE, help="Runs at a time.  [default: cores, at most 4]")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
+@click.option("--jobs", type=AT_ONCE, help="Number of runs at a time.  [default: cores, at most 4]")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress and no notes on stderr.")
 @click.pass_context
 def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> None:
     """Train, measure and correlate a small sweep on bundled real digits.
 
-    48 small networks are trained on a few hundred of the 1,797 handwritten digits that scikit-learn ships,
-    measured on images whose labels are not read, and each measure is correlated with the generalization gap on
-    the rest. Call it again and it goes on where it stopped.
+    The command trains 48 small networks on a few hundred of scikit-learn's 1,797 handwritten digits. It
+    measures them on images whose labels are not read, and then correlates each measure with the
+    generalization gap on the remaining images. Run the command again, and it continues where it stopped.
     """
     from gm_probe.cli.correlate import correlate
     from gm_probe.cli.sweep import run_with_progress

@@ -52,9 +52,11 @@ def require_use_of_grids(names: Sequence[str], settings: Settings) -> None:
     """Raise UsageError where more than one ρ or K is given, and no measure takes them."""
     taken = _taken(names, settings)
     if settings.k_grid and PAPER not in taken:
-        raise UsageError("--k-steps: several K are of local_inconsistency by the paper's protocol; give one")
+        raise UsageError(
+            "--k-steps: only local_inconsistency by the paper's protocol takes several K; give one"
+        )
     if settings.rho_grid and not taken & {PAPER, CONVERGED}:
-        raise UsageError("--rho: several ρ are of local_inconsistency alone; give one")
+        raise UsageError("--rho: only local_inconsistency takes several ρ; give one")
 
 
 def _taken(names: Sequence[str], settings: Settings) -> set[str]:

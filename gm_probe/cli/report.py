@@ -31,34 +31,41 @@ from gm_probe.errors import DataError, UsageError
     "--out",
     metavar="FILE.html",
     type=PATH,
-    help="The page.  [default: report.html in SOURCE, or beside a file]",
+    help="Write the page to this file.  [default: report.html in SOURCE, or beside a file]",
 )
-@click.option("--markdown", metavar="FILE", type=PATH, help="Also write the tables as Markdown.")
+@click.option("--markdown", metavar="FILE", type=PATH, help="Also write the tables as Markdown to this file.")
 @click.option(
     "--latex",
     metavar="FILE",
     type=PATH,
-    help="Also write the tables as LaTeX (booktabs).",
+    help="Also write the tables as LaTeX (booktabs) to this file.",
 )
 @click.option(
     "--figures",
     metavar="DIR",
     type=PATH,
-    help="Also write every figure as PNG, PDF and SVG.",
+    help="Also write every figure as PNG, PDF and SVG into this folder.",
 )
 @measures_option
-@click.option("--hyper", metavar="A,B", default="", help="Hyperparameters. Default: settings that vary.")
 @click.option(
-    "--group-by", metavar="A,B", default="", help="Subgroups by these settings, told apart by colour."
+    "--hyper", metavar="A,B", default="", help="Use these hyperparameters.  [default: settings that vary]"
 )
-@click.option("--markers", metavar="A,B", default="", help="Settings whose values the markers tell apart.")
+@click.option(
+    "--group-by",
+    metavar="A,B",
+    default="",
+    help="Form subgroups by these settings, and show each in its own colour.",
+)
+@click.option(
+    "--markers", metavar="A,B", default="", help="Show the values of these settings by different markers."
+)
 @gap_option
 @converged_only_option
 @control_option
 @skip_option
 @seed_option
 @resamples_option
-@click.option("-q", "--quiet", is_flag=True, help="No notes on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no notes on stderr.")
 @click.pass_context
 def report(
     ctx: click.Context,
@@ -81,9 +88,9 @@ def report(
 ) -> None:
     """Write one HTML page about many runs: figures, statistics, definitions, versions, exclusions.
 
-    SOURCE is what `gmprobe correlate` takes: a folder of run folders (runs/ unless given), or a .csv or .parquet
-    file with one run a row. The page holds all it shows and opens without a network, on a phone, by keyboard,
-    in dark mode and on paper.
+    SOURCE is what `gmprobe correlate` takes: a folder of run folders (runs/ unless given), or a .csv or
+    .parquet file with one run per row. The page is self-contained: it opens without a network, and works on
+    a phone, by keyboard, in dark mode and on paper.
     """
     require_source(source)
     require_statistics(names(skip), resamples)
@@ -130,14 +137,14 @@ def report(
         written.append(f"{len(page.pictures)} figures in {figures}")
     note(notes_console(quiet), f"report: {', '.join(written)}")
     if all(result.tau is None for measure in statistics.measures for result in measure.gaps.values()):
-        raise DataError(f"no measure in {source} has a defined τ; the reasons stand in {out}")
+        raise DataError(f"no measure in {source} has a defined τ; {out} gives the reasons")
 
 
 def _page(source: Path, chosen: Path | None) -> Path:
     if chosen is None:
         return source / "report.html" if source.is_dir() else source.with_name(f"{source.stem}-report.html")
     if chosen.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--out {chosen}: the report is an HTML page; name it .html")
+        raise UsageError(f"--out {chosen}: the report is an HTML page; choose a name that ends in .html")
     return chosen
 
 
@@ -146,7 +153,7 @@ def _require_distinct(paths: dict[str, Path | None]) -> None:
     seen: dict[Path, str] = {}
     for name, path in paths.items():
         if path is not None and (other := seen.setdefault(path.resolve(), name)) != name:
-            raise UsageError(f"{name} {path} is {other} too; give each a file of its own")
+            raise UsageError(f"{name} {path} is {other} too; give each its own file")
 
 
 def _command(ctx: click.Context) -> str:

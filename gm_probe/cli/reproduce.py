@@ -17,24 +17,31 @@ from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
 @click.option(
     "--scale",
     type=Choice(SCALES),
-    help="smoke: seconds; small: 2 cores, the same axes; paper: the paper's setting.  [default: small, or paper where "
-    "that is as cheap; of what takes a GPU there is none]",
+    help="Scale of the study. smoke takes seconds; small runs the same axes on 2 cores; paper uses the "
+    "paper's setting.  [default: small, or paper where that is as cheap; none for studies that need "
+    "a GPU]",
 )
-@click.option("--out", type=PATH, help="Folder to write.  [default: reproduce/NAME-SCALE]")
-@click.option("--data", help="Image folder, file or name instead of the recipe's data.")
-@click.option("--only", metavar="LABEL", help="One of a table's data sets, as its column names it: CIFAR-10.")
-@click.option("--data-root", help="Where torchvision's data sets are kept.")
-@click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
-@click.option("--jobs", type=AT_ONCE, default=1, show_default=True, help="Runs at a time.")
+@click.option("--out", type=PATH, help="Folder to write to.  [default: reproduce/NAME-SCALE]")
+@click.option("--data", help="Use this image folder, file or data set instead of the recipe's data.")
+@click.option(
+    "--only",
+    metavar="LABEL",
+    help="Use only this data set of a table, named as in its column, such as CIFAR-10.",
+)
+@click.option("--data-root", help="Folder in which torchvision keeps its data sets.")
+@click.option("--download", is_flag=True, help="Let torchvision download a missing data set.")
+@click.option("--jobs", type=AT_ONCE, default=1, show_default=True, help="Number of runs at a time.")
 @click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="auto, cpu, cuda, cuda:1, or what else torch has.",
+    help="Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows.",
 )
-@click.option("--list", "listing", is_flag=True, help="List what there is: claim, scales, cost.")
+@click.option(
+    "--list", "listing", is_flag=True, help="List every table and figure with its claim, scales and cost."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress and no notes on stderr.")
 def reproduce(
     name: str | None,
     scale: str | None,
@@ -51,9 +58,9 @@ def reproduce(
 ) -> None:
     """Reproduce table or figure NAME of the paper (--list lists them).
 
-    Writes a folder: the figure (PNG, SVG), its numbers (CSV), tables (Markdown, LaTeX) and NAME.md, which says by a
-    stated test whether the paper's claim shows, beside the paper's own numbers. The same command goes on where it was
-    stopped.
+    The command writes a folder with the figure (PNG, SVG), its numbers (CSV), tables (Markdown, LaTeX) and
+    NAME.md. NAME.md states a test, says whether the paper's claim holds in it, and gives the paper's own
+    numbers. Run the same command again to continue where it stopped.
     """
     if listing:
         if name is not None:
@@ -61,7 +68,7 @@ def reproduce(
         _list(as_json)
         return
     if name is None:
-        raise UsageError("give NAME, or --list to see what there is")
+        raise UsageError("give NAME, or use --list to see all names")
     chosen = recipe(name)
     scale = scale or chosen.default
     chosen.at(scale)

@@ -15,11 +15,13 @@ from gm_probe.errors import BusyError, ProbeError
 @click.argument("folder", type=PATH)
 @click.argument("run")
 @click.option(
-    "--model", "models", multiple=True, help="Your own code that the run may call; it names it itself."
+    "--model", "models", multiple=True, help="Allow this code of yours, which the run's settings name."
 )
-@click.option("--data-root", "data_roots", multiple=True, help="A place where the run may look for data.")
-@click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
-@click.option("--device", "devices", multiple=True, help="A device that the run may use beside the CPU.")
+@click.option(
+    "--data-root", "data_roots", multiple=True, help="Allow the run to look for data in this folder."
+)
+@click.option("--download", is_flag=True, help="Let torchvision download a missing data set.")
+@click.option("--device", "devices", multiple=True, help="Allow the run to use this device besides the CPU.")
 def run_one(
     folder: Path,
     run: str,
@@ -30,8 +32,8 @@ def run_one(
 ) -> None:
     """Train and measure RUN of the sweep in FOLDER, as `gmprobe sweep` asked for it.
 
-    Does what is missing and nothing else: a complete run is left as it is, an interrupted one goes on, a failed one
-    is tried again. `gmprobe sweep --executor slurm` prints a job array of these.
+    Only missing work is done: a complete run is left as it is, an interrupted one continues, and a failed
+    one is tried again. `gmprobe sweep --executor slurm` prints a job array of these.
     """
     from gm_probe.sweep.manifest import only, read_sweep
 

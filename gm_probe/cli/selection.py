@@ -7,34 +7,38 @@ from gm_probe.runs.records import RUNS
 
 source_argument = click.argument("source", type=PATH, default=RUNS)
 measures_option = click.option(
-    "--measures", metavar="A,B", default="", help="Measures to use. Default: all there are."
+    "--measures", metavar="A,B", default="", help="Use these measures.  [default: all in SOURCE]"
 )
 gap_option = click.option(
-    "--gap", type=Choice(["error_gap", "ce_gap", "both"]), default="both", show_default=True
+    "--gap",
+    type=Choice(["error_gap", "ce_gap", "both"]),
+    default="both",
+    show_default=True,
+    help="Correlate with the gap in error, in cross-entropy, or both.",
 )
 converged_only_option = click.option(
     "--converged-only",
     is_flag=True,
-    help="Leave out runs whose training ended before it reached its stop_ce (they are named).",
+    help="Leave out runs whose training ended before it reached its stop_ce; they are named.",
 )
 control_option = click.option(
     "--control",
     metavar="A,B",
     default="",
-    help="Take partial τ given these columns. Default: train_ce, hessian_lambda_max, parameter_norm where there "
-    "are such, and each hyperparameter.",
+    help="Compute partial τ given these columns.  [default: train_ce, hessian_lambda_max and "
+    "parameter_norm where present, and each hyperparameter]",
 )
 skip_option = click.option(
     "--skip",
     metavar="A,B",
     default="",
-    help="Leave out slow parts: details (all but τ), conditional, prediction, comparisons.",
+    help="Leave out these slow parts: details (all but τ), conditional, prediction, comparisons.",
 )
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all resampling."
 )
 resamples_option = click.option(
-    "--resamples", default=2000, show_default=True, help="Bootstrap resamples and permutations."
+    "--resamples", default=2000, show_default=True, help="Number of bootstrap resamples and permutations."
 )
 
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     from gm_probe.analysis.tidy import Line
 
 LEGEND = (
-    "τ-b: +1 where the measure orders the runs as their gaps, −1 where the other way round. {runs}; 95 % interval and "
-    "p take settings as independent, not runs of one setting or, in the interval, of one seed (of five or more). "
-    "Every statistic: --details or --json."
+    "Kendall's τ-b: +1 if the measure orders the runs as their gaps do, −1 if in reverse. {runs}. "
+    "Intervals (95 %) and p treat settings as independent and runs of one setting as repeats; with five "
+    "or more seeds, intervals also cover seed variation. Every statistic: --details or --json."
 )
 
 
@@ -110,7 +110,7 @@ def print_tables(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
                 turned = ", ".join(details.simpson)
                 say(
                     console,
-                    f"{measure.name}, {gap}: Simpson's paradox: the sign turns within {turned}",
+                    f"{measure.name}, {gap}: Simpson's paradox: the sign is opposite within {turned}",
                     "bold",
                 )
     num, of = statistics.num_runs, statistics.num_settings

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 @click.argument("folder", type=PATH, default=RUNS)
 @format_options
 def status(folder: Path, output: str | None, quiet: bool) -> None:
-    """Say of every run in FOLDER how far it is, when the rest will be done, and why what failed did.
+    """Report the progress of every run in FOLDER, the time left, and the reason of each failure.
 
-    FOLDER is runs/ unless given. A run is finished; trained (not yet measured as the sweep asks); running (its lock
-    is held and touched); stale (begun and left: the next `gmprobe sweep` goes on with it); pending; diverged;
-    or failed (`--retry-failed`).
+    FOLDER is runs/ unless given. A run is in one of these states: finished; trained (not yet measured as
+    the sweep asks); running (a process holds its lock); stale (its process ended early, and the next
+    `gmprobe sweep` continues it); pending; diverged; or failed (`--retry-failed` runs it again).
     """
     from gm_probe.sweep.status import ENDED, sweep_status
 

@@ -25,17 +25,24 @@ if TYPE_CHECKING:
 
 @click.command(epilog="Example:  gmprobe sweep quickstart --out runs/ --jobs 2")
 @click.argument("recipe")
-@click.option("--out", type=PATH, help="Folder of the runs.  [default: runs/RECIPE]")
+@click.option("--out", type=PATH, help="Folder for the runs.  [default: runs/RECIPE]")
 @executor_options("local", "ray", "slurm")
-@click.option("--data", help="Data to use instead of the recipe's (a folder, file or name).")
-@click.option("--data-root", help="Where torchvision's data sets are kept.")
-@click.option("--download", is_flag=True, help="Let torchvision download what is missing.")
-@click.option("--device", help="auto, cpu, cuda, cuda:1, or what else torch has.  [default: auto]")
-@click.option("--threads", type=AT_ONCE, help="CPU threads a run.  [default: cores / jobs]")
-@click.option("--retry-failed", is_flag=True, help="Try runs again that failed before.")
-@click.option("--dry-run", is_flag=True, help="List what is left to do, timed on a few steps; run nothing.")
+@click.option("--data", help="Use this data instead of the recipe's: a folder, file or data set name.")
+@click.option("--data-root", help="Folder in which torchvision keeps its data sets.")
+@click.option("--download", is_flag=True, help="Let torchvision download a missing data set.")
+@click.option(
+    "--device",
+    help="Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows.  [default: auto]",
+)
+@click.option("--threads", type=AT_ONCE, help="Number of CPU threads per run.  [default: cores / jobs]")
+@click.option("--retry-failed", is_flag=True, help="Run failed runs again.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="List the remaining runs and estimate their time from a few steps; run nothing.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress on stderr.")
 def sweep(
     recipe: str,
     out: Path | None,
@@ -55,12 +62,12 @@ def sweep(
 ) -> None:
     """Train and measure every run of RECIPE (a .toml file or a built-in name; see `gmprobe recipes`).
 
-    Runs that are complete in the folder are not done again, so a sweep that was stopped goes on with the same
-    command. A failed run does not stop the others, and is tried again with --retry-failed. `gmprobe status` tells
-    from any other terminal how far it is.
+    Complete runs are not repeated, so the same command continues a sweep that was stopped. A failed run
+    does not stop the others; --retry-failed runs it again. `gmprobe status` shows the progress from any
+    other terminal.
 
-    With --executor ray the runs go to a Ray cluster, whose machines may come and go; slurm prints a job array for
-    `sbatch` and runs nothing.
+    With --executor ray the runs go to a Ray cluster, whose machines may come and go. With --executor slurm
+    the command prints a job array for `sbatch` and runs nothing.
     """
     check_executor(executor, jobs, address, gpus)
     from gm_probe.sweep.manifest import named_as_found, write_sweep
@@ -93,7 +100,7 @@ def sweep(
         summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
         echo(f"{len(outcomes)} runs in {out}: {summary}")
         for outcome in left_out:
-            echo(f"  {outcome.status}: {outcome.name}: {outcome.reason or 'the loss stopped being finite'}")
+            echo(f"  {outcome.status}: {outcome.name}: {outcome.reason or 'the loss became infinite or NaN'}")
     if counts["failed"]:
         raise ProbeError(
             f"{counts['failed']} of {len(outcomes)} runs failed; "
@@ -125,7 +132,7 @@ def _print_job_array(recipe: Recipe, out: Path, cpus: int) -> None:
 
     left = [name for name in recipe.runs if not is_complete(out / name, recipe.plan)]
     if not left:
-        raise UsageError(f"every run in {out} is complete; there is nothing to submit")
+        raise UsageError(f"every run in {out} is complete; nothing needs to be submitted")
     named = as_options(recipe.runs[name] for name in left)
     script = (
         "#!/bin/bash\n"
@@ -140,7 +147,7 @@ def _print_job_array(recipe: Recipe, out: Path, cpus: int) -> None:
         script.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError as error:  # elsewhere a name may be shown otherwise, but here it is run
         raise UsageError(
-            f"this locale cannot write {out} into a script; choose a folder in plain letters"
+            f"this locale cannot write {out} into a script; choose a folder name in ASCII letters"
         ) from error
     click.echo(script)
 
@@ -168,6 +175,7 @@ def _dry_run(recipe: Recipe, out: Path, jobs: int, retry_failed: bool, as_json: 
     console = results_console()
     console.print(table(f"{len(left)} of {len(recipe.runs)} runs to do", ["run", "at most about"], rows))
     echo(
-        f"{len(left)} runs: at most about {timedelta(seconds=round(seconds))} one after the other (timed on a few "
-        f"steps of each kind on this machine; less where a run stops early), {disk / 1e6:,.0f} MB of disk"
+        f"{len(left)} runs: at most about {timedelta(seconds=round(seconds))} one after the other (timed "
+        f"on a few steps of each kind on this machine; less if a run stops early), {disk / 1000000.0:,.0f} "
+        "MB of disk"
     )

@@ -23,7 +23,7 @@ class Events:
             raise UsageError("--tensorboard needs: pip install 'gm_probe[tensorboard]'") from error
         folder = out / "tensorboard"
         if folder.is_symlink():  # it may lead anywhere
-            raise StorageError(f"{folder} is a link, which is not followed here; remove it")
+            raise StorageError(f"{folder} is a link, and links are not followed here. Remove it")
         self._open, self._folder = SummaryWriter, str(folder)
         self._writer: Any = None
 

@@ -34,12 +34,12 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
             option, decides = (f"--{key.replace('_', '-')}" for key in (name, by))
             note(console, f"note: {option} has no effect with {decides} {getattr(config, by)}")
     for name, what in config.unreached().items():
-        note(console, f"note: --{name.replace('_', '-')} goes beyond the {config.epochs} epochs: {what}")
+        note(console, f"note: --{name.replace('_', '-')} exceeds the {config.epochs} epochs: {what}")
     if config.amp == "bf16" and config.noise_scale < BF16_NOISE and "noise_scale" not in idle:
         note(
             console,
-            f"note: bf16 rounds away much of a start of length {config.noise_scale:g}; "
-            "--noise-scale 3 ascends as float32 does",
+            f"note: bf16 rounding loses much of a start of length {config.noise_scale:g}. With "
+            "--noise-scale 3 the ascent is as in float32",
         )
 
 
@@ -98,7 +98,7 @@ def train(
         refuse({name: value for name, value in asked(recorded).items() if name not in settings}, out)
         settings = {**recorded.as_dict(), "download": False, **settings}
     elif resume and out is not None:
-        note(console, f"there is no run in {out} to resume: starting a new one")
+        note(console, f"{out} holds no run to resume; starting a new one")
     config = TrainConfig.from_dict(settings)
     if given.get("data") is not None:
         require_source(config.data, here=True)
@@ -134,8 +134,8 @@ def train(
                 bar.update(epoch, state=f"{epoch}/{config.epochs}  loss {loss:.3g}")
                 if PROBE_BATCH in row:
                     bar.print(
-                        f"note: out of memory where S_ρ was measured after epoch {epoch}: went on with batches of "
-                        f"{row[PROBE_BATCH]}, which changes no figure"
+                        f"note: out of memory where S_ρ was measured after epoch {epoch}: went on with "
+                        f"batches of {row[PROBE_BATCH]}, which changes no result"
                     )
                 if events is not None:
                     events.write(row)
@@ -156,8 +156,8 @@ def train(
         if others := started.get("init_not_taken"):
             note(
                 console,
-                f"note: {config.init} holds the weights more than once, and {', '.join(others)} not taken; to start "
-                "from those, save them alone",
+                f"note: {config.init} holds the weights more than once; {', '.join(others)} not used. To "
+                "start from those, save them alone",
             )
     write_figure(run_curves(list(read_metrics(out))), [out / CURVES_FILE])
     if as_json:

@@ -47,22 +47,26 @@ FEW = 500
     "--rho",
     "rho_text",
     metavar="A,B,...",
-    help="Values of ρ; LOW,HIGH with --trials.  [default: half, once and twice the method's own; a quarter and "
-    "four times it]",
+    help="Values of ρ to try; with --trials, the bounds LOW,HIGH.  [default: 0.5, 1 and 2 times the "
+    "method's own; with --trials, 0.25 to 4 times]",
 )
 @click.option(
     "--beta",
     "beta_text",
     metavar="A,B,...",
-    help="Values of IAM-D's β; LOW,HIGH with --trials.  [default: 1]",
+    help="Values of IAM-D's β to try; with --trials, the bounds LOW,HIGH.  [default: 1]",
 )
 @click.option(
     "--trials", type=click.IntRange(1), help="Let Optuna choose this many points instead of a grid."
 )
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs a point.")
-@click.option("--out", type=PATH, help="Folder of the runs and figure.  [default: tune/NAME]")
-@click.option("--jobs", type=AT_ONCE, default=1, show_default=True, help="Runs at a time, each a process.")
-@click.option("--dry-run", is_flag=True, help="Say what is left to do; run nothing. Grids only.")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of runs (seeds) per point."
+)
+@click.option("--out", type=PATH, help="Folder for the runs and the figure.  [default: tune/NAME]")
+@click.option(
+    "--jobs", type=AT_ONCE, default=1, show_default=True, help="Number of runs at a time, each in a process."
+)
+@click.option("--dry-run", is_flag=True, help="List the remaining runs of a grid; run nothing.")
 @format_options
 def tune(
     rho_text: str | None,
@@ -78,11 +82,12 @@ def tune(
 ) -> None:
     """Choose ρ and β by the error on a tenth of the training part, never on the test part.
 
-    Trains every pair of --rho and --beta, or with --trials the points that Optuna chooses between LOW and HIGH, with
-    --seeds seeds each. Every other option is `gmprobe train`'s and fixes what is not tuned. Each run is a folder in
-    --out; what is complete is not trained again, so the same command goes on where it was stopped, also with more
-    values or trials. Prints mean ± standard error over seeds, draws a map of them into --out, and names the command
-    that trains with the best point on the whole training part.
+    The command trains every pair of --rho and --beta with --seeds seeds each. With --trials it trains the
+    points that Optuna chooses between LOW and HIGH. All other options are those of `gmprobe train`, and
+    hold for every run. Each run is a folder in --out. Complete runs are not trained again, so the same
+    command continues where it stopped, also with more values or trials. It prints mean ± standard error
+    over seeds, and draws a map into --out. It also prints the command that trains the best point on the
+    whole training part.
     """
     from gm_probe.cli.sweep import run_with_progress
     from gm_probe.data.sources import require_source
@@ -184,11 +189,14 @@ def _doubts(
     if num_validation < FEW:
         yield (
             f"an error on {num_validation} held-out examples has a standard error of up to "
-            f"{50 / math.sqrt(num_validation):.2g} points: what lies closer together is not told apart"
+            f"{50 / math.sqrt(num_validation):.2g} points; smaller differences are not distinguished"
         )
     rivals = rivals_of(best, cells)
     if rivals:
-        yield f"{len(rivals)} other point(s) tie with the best within one standard error; more --seeds tell them apart"
+        yield (
+            f"{len(rivals)} other point(s) are within one standard error of the best; more --seeds can "
+            "separate them"
+        )
     for name, values in grid.items():
         at = getattr(best.point, name)
         if len(values) > 2 and at in (min(values), max(values)):
@@ -233,7 +241,7 @@ def _draw(tuner: Tuner, cells: Sequence[Cell], best: Cell, *, grid: bool) -> lis
     from gm_probe.analysis.plots import write_figure
 
     draw = heat_map if grid else trial_map
-    title = f"{tuner.base.method}, {tuner.base.model}, {tuner.seeds} seed(s) a point"
+    title = f"{tuner.base.method}, {tuner.base.model}, {tuner.seeds} seed(s) per point"
     figure = draw([cell.as_dict() for cell in cells], best.as_dict(), title)
     paths = [tuner.out / f"tune{suffix}" for suffix in (".png", ".svg")]
     write_figure(figure, paths)

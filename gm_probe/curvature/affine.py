@@ -44,7 +44,7 @@ def obstacle(parameters: Parameters, x: Inputs) -> str | None:
     except Exception as error:  # whatever a stranger's layer raises
         if of_machine(error):
             raise
-        return f"second derivatives cannot be tried ({first_line(error)})"
+        return f"second derivatives cannot be tested ({first_line(error)})"
 
 
 def _curved(parameters: Parameters, x: Inputs) -> str | None:
@@ -55,7 +55,7 @@ def _curved(parameters: Parameters, x: Inputs) -> str | None:
         logits = parameters.logits(x, values)
         function = next(written(logits), None)
         if function is not None:
-            return f"the autograd function {function} states derivatives of its own"
+            return f"the autograd function {function} defines its own derivatives"
         cotangent = _random(logits, generator)
         slopes = gradients(logits, values, cotangent, create_graph=True)
         for (name, value), slope in zip(values.items(), slopes, strict=True):

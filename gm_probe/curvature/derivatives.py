@@ -18,7 +18,7 @@ Product = Callable[[Tensor, Inputs, Tensor], Tensor]
 """direction (P,), input (B, ...), data (B, ...) ↦ a product or the examples' terms"""
 Arguments = tuple[Tensor, Inputs, Tensor]
 
-REMEDY = "replace that layer, or choose measures that do without by --measures"
+REMEDY = "replace that layer, or choose measures without it by --measures"
 
 
 @contextmanager
@@ -26,7 +26,9 @@ def differentiable() -> Iterator[None]:
     """Raise UsageError where the model's own code fails in a first derivative."""
 
     def told(cause: str) -> UsageError:
-        return UsageError(f"the model cannot be differentiated by its parameters ({cause}); {REMEDY}")
+        return UsageError(
+            f"the model cannot be differentiated with respect to its parameters ({cause}); {REMEDY}"
+        )
 
     with foreign_or(told):
         yield
@@ -50,9 +52,9 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
         moved = parameters.logits(x, {n: v + noise[n] if n in hidden else v for n, v in values.items()})
     if not torch.allclose(moved, logits, rtol=1e-4, atol=1e-4 * float(logits.detach().abs().max())):
         raise UsageError(
-            f"{len(hidden)} of {len(values)} parameter tensors ({hidden[0]!r} first) move the outputs but have no "
-            "gradient: forward hides them, as torch.no_grad, detach or numpy do; freeze them by requires_grad_(False), "
-            "or choose the others by --params"
+            f"{len(hidden)} of {len(values)} parameter tensors ({hidden[0]!r} first) change the outputs "
+            "but have no gradient, because forward hides them (torch.no_grad, detach or numpy). Freeze "
+            "them by requires_grad_(False), or choose the others by --params"
         )
     for name in hidden:
         path = name.rpartition(".")[0]
@@ -61,9 +63,9 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
         held = [each for place in places for each in _tensors_held(parameters.model.get_submodule(place))]
         if held:
             raise UsageError(
-                f"parameter {name!r} does not move the outputs, and a module around it keeps tensors in {held[0]!r}, "
-                "which may have been made from it in eval mode; call model.train() and model.eval() to make them anew, "
-                "or choose the other parameters by --params"
+                f"parameter {name!r} does not change the outputs, and its module keeps tensors in "
+                f"{held[0]!r}, which may be cached copies of it from eval mode. Call model.train() and "
+                "then model.eval() to refresh them, or choose the other parameters by --params"
             )
 
 
@@ -109,7 +111,8 @@ def first_adjoint(
         cause = None
     flaw = "these would be wrong" if cause is None else first_line(cause)
     raise DerivativeError(
-        f"a layer lacks derivatives in forward mode, and of its backward pass, which would do ({flaw}); {REMEDY}"
+        "a layer lacks forward-mode derivatives, and its backward pass cannot be differentiated either "
+        f"({flaw}); {REMEDY}"
     ) from cause
 
 
@@ -148,7 +151,7 @@ def require_terms(terms: Product, product: Product, in_float64: Arguments) -> No
     rounding = max(1e-4 * max(abs(total), abs(expected)), 1e-6 * float(whole.norm() * v.norm()), 1e-12)
     if abs(total - expected) > rounding:
         raise DerivativeError(
-            f"a layer's derivatives end after the second, so that examples' own curvature is wrong; {REMEDY}"
+            f"a layer has no derivatives beyond the second, so per-example curvature would be wrong; {REMEDY}"
         )
 
 

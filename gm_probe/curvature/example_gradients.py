@@ -236,9 +236,9 @@ class ExampleGradients:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             calls[module] += 1
             if calls[module] > 1:
-                raise IrregularLayerError("its two gradients add before they are squared")
+                raise IrregularLayerError("its two gradients are added before they are squared")
             if len(args[0]) != rows or len(output) != rows:
-                raise IrregularLayerError("a row cannot be told to be an example's")
+                raise IrregularLayerError("rows cannot be assigned to examples")
             fresh = not output.requires_grad
             if fresh:  # nothing before it has a gradient; a copy, for a leaf may not be written in place
                 leaves.append(output.detach().requires_grad_())

@@ -164,11 +164,11 @@ def _require_labels(parameters: Parameters, batches: Batches, labels: Tensor) ->
     shape = (batches.num_examples, *each)
     if not isinstance(labels, Tensor) or labels.shape != shape or labels.dtype not in WHOLE:
         found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
-        raise UsageError(f"labels are {found}; give class indices, a tensor {shape} of whole numbers")
+        raise UsageError(f"labels are {found}. Give class indices: a tensor {shape} of whole numbers")
     least, most = (int(value) for value in labels.aminmax())
     if least < 0 or most >= classes:
         raise UsageError(
-            f"labels go from {least} to {most}, but the model has the classes 0 to {classes - 1}"
+            f"labels range from {least} to {most}, but the model has the classes 0 to {classes - 1}"
         )
 
 
@@ -334,7 +334,9 @@ class _Curvature:
 
 def _require_eval(parameters: Parameters) -> None:
     if any(module.training for module in parameters.model.modules()):
-        raise UsageError("curvature is that of a fixed function; call model.eval() first")
+        raise UsageError(
+            "the model is in train mode, and curvature needs a fixed function. Call model.eval() first"
+        )
 
 
 def _few_in_float64(v: Tensor, x: Inputs, d: Tensor, *, whole: bool) -> Arguments:

@@ -108,10 +108,10 @@ class _Precision(torch.autograd.graph.saved_tensors_hooks):
 
 def _flaw(suspects: list[str]) -> str:
     named = f" ({'; '.join(suspects[:3])})" if suspects else ""
-    remedy = "write its backward pass as torch operations on what it saved of its input"
+    remedy = "write its backward pass as torch operations on its saved inputs"
     if any("WeightNorm" in suspect for suspect in suspects):
         remedy = "fold weight_norm into its weight by torch.nn.utils.parametrize.remove_parametrizations"
     return (
-        "the Hessian's products are not the derivative of the gradient, as its differences show: a layer's second "
-        f"derivative is wrong or incomplete{named}; {remedy}, or leave the Hessian's measures out by --measures"
+        "the Hessian's products disagree with differences of the gradient: a layer's second derivative is "
+        f"wrong or incomplete{named}; {remedy}, or leave out the Hessian's measures by --measures"
     )

@@ -89,8 +89,9 @@ def require_repeatable(parameters: Parameters, x: Inputs, draws: Draws) -> None:
     apart = float((outputs.detach() - again).double().norm())
     if apart > torch.finfo(outputs.dtype).eps ** 0.5 * float(again.double().norm()):
         raise UsageError(
-            "two passes with the same random draws gave different outputs: the model draws from a generator that is "
-            "not replayed; use the global ones of torch, random or numpy, or one that is a module's attribute"
+            "two passes with the same random draws gave different outputs: the model draws from a "
+            "generator that is not replayed. Use the global generators of torch, random or numpy, or one "
+            "that is a module's attribute"
         )
     require_moved_weights(parameters, x, draws, outputs)
 
@@ -114,8 +115,8 @@ def require_moved_weights(
     for leaf in leaves_of(outputs):
         if id(leaf) in own:
             raise UsageError(
-                f"forward takes parameter {own[id(leaf)]!r} from a list, a cache or a view that was made before, where "
-                "moved weights are out of its sight; let it read the module's own attribute in every pass"
+                f"forward takes parameter {own[id(leaf)]!r} from a list, a cache or an older view, so it "
+                "does not see perturbed weights. Let it read the module's own attribute in every pass"
             )
     if next(written(outputs), None) is None:
         return
@@ -141,6 +142,7 @@ def require_moved_weights(
             wrong = apart > tolerance * float(expected.double().norm())
     if wrong:
         raise UsageError(
-            f"the model runs a part of itself again in its backward pass ({'; '.join(located(parameters, x)[:3])}), "
-            "where moved weights are out of its sight; switch its own activation checkpointing off"
+            "the model reruns a part of itself in its backward pass "
+            f"({'; '.join(located(parameters, x)[:3])}), which does not see perturbed weights. Switch off "
+            "its own activation checkpointing"
         )

@@ -19,7 +19,7 @@ from gm_probe.data.images import blocks, taken
 from gm_probe.data.labels import as_labels
 from gm_probe.errors import DataError, UsageError
 
-PIXELS = "save pixels as uint8, or as floats in [0, 1], or pass --no-normalize for ready inputs"
+PIXELS = "save pixels as uint8 or as floats in [0, 1], or pass --no-normalize for inputs that are ready"
 """The remedy for data that a normalisation cannot be applied to."""
 ROUNDING = 1e-3
 """How far floats may lie outside of [0, 1]."""
@@ -47,7 +47,8 @@ class Normalization:
             or min(self.std, default=1) <= 0
         ):
             raise UsageError(
-                f"normalisation by mean {self.mean} and std {self.std}: one of each a channel, std > 0"
+                f"normalisation by mean {self.mean} and std {self.std} is invalid: give one of each per "
+                "channel, with std > 0"
             )
 
     @classmethod
@@ -66,7 +67,7 @@ class Normalization:
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         if bool((std == 0).any()):
             raise DataError(
-                f"{examples.source}: a colour channel is constant; normalisation would divide by zero"
+                f"{examples.source}: a colour channel is constant, so normalisation would divide by zero"
             )
         return cls(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
 
@@ -85,8 +86,9 @@ class Normalization:
             return
         if not (all(0 <= mean <= 1 for mean in self.mean) and max(self.std) <= 1):
             raise UsageError(
-                f"the normalisation by mean {_listed(self.mean)} and std {_listed(self.std)} is not for pixels in "
-                f"[0, 1], as those of {examples.source} are; divide both by 255 if it is for pixels from 0 to 255"
+                f"the normalisation by mean {_listed(self.mean)} and std {_listed(self.std)} is not for "
+                f"pixels in [0, 1], but {examples.source} has such pixels. If it is for pixels from 0 to "
+                "255, divide both by 255"
             )
         if not isinstance(x, Tensor) or not len(x) or not (x.dtype == torch.uint8 or x.is_floating_point()):
             return
@@ -111,7 +113,8 @@ class Normalization:
         if isinstance(x, Fields):
             if self.mean:
                 raise DataError(
-                    "several tensors have no channels to normalise by; give them as the model takes them"
+                    "inputs of several tensors have no channels to normalise. Give them as the model "
+                    "takes them"
                 )
             return x.to(dtype)
         result = (
@@ -180,7 +183,7 @@ class Batches:
         self.batch_dependent = batch_dependent
         if batch_dependent and len(examples) % self.batch_size:
             raise DataError(
-                f"{len(examples)} batch-dependent examples do not fill batches of {self.batch_size}"
+                f"{len(examples)} examples that depend on each other do not fill batches of {self.batch_size}"
             )
         self.total = len(examples)  # N over all processes that share the work
         self.first = 0  # of them, the number of this process's first example
@@ -204,7 +207,8 @@ class Batches:
             raise UsageError("x is a single number; give a tensor with a row for each example")
         if isinstance(x, Tensor) and x.dtype == torch.uint8:
             raise DataError(
-                "x is uint8: give what the model takes, x.float() / 255 or x.long(), or Examples with a Normalization"
+                "x is uint8. Give what the model takes: x.float() / 255, x.long(), or Examples with a "
+                "Normalization"
             )
         device, dtype = x.device, x.dtype if x.is_floating_point() else torch.float32
         y = None if y is None else as_labels(y, len(x))
@@ -230,7 +234,7 @@ class Batches:
         size, name = (self.batch_size, "batches") if self.batch_dependent else (1, "examples")
         units = self.num_examples // size
         if count > units:
-            raise DataError(f"{units} {name} do not go round {count} processes; use fewer")
+            raise DataError(f"{units} {name} are too few for {count} processes. Use fewer processes")
         bounds = [units * i // count * size for i in (rank, rank + 1)]
         part = copy(self)
         part.examples, part.first = self.examples.select(torch.arange(*bounds)), bounds[0]
@@ -241,7 +245,7 @@ class Batches:
         whole("batch_size", batch_size)
         if self.batch_dependent and batch_size != self.batch_size:
             raise UsageError(
-                "another batch size would be another measure: the batch's examples hang together"
+                "the batch size cannot change, because the examples of a batch depend on each other"
             )
         other = copy(self)
         other.batch_size, other.auto_batch_size = batch_size, False
@@ -278,7 +282,7 @@ class Batches:
         return slice(None) if self.batch_dependent else slice(count)
 
     def independent(self, terms: Tensor) -> Tensor:
-        """Examples' (n,) terms as independent ones of the same mean: themselves, or their batches' means."""
+        """Return independent terms with the mean of ``terms`` (n,): themselves, or one mean a batch."""
         return terms.view(-1, self.batch_size).mean(1) if self.batch_dependent else terms
 
     def __len__(self) -> int:

@@ -53,7 +53,7 @@ def as_batches(data: Data) -> Batches:
             isinstance(data.x, Tensor) and data.x.dtype == torch.uint8
         ):
             raise UsageError(
-                f"{data.source} holds pixels, whose normalisation is not known; give Batches(examples, "
+                f"{data.source} holds pixels, and their normalisation is unknown. Give Batches(examples, "
                 "Normalization(...))"
             )
         return Batches(data, device=data.x.device)
@@ -67,17 +67,18 @@ def _batches_of(data: list[Any] | Dataset[Any] | DataLoader[Any]) -> Iterable[An
         return data
     endless = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(endless, IterableDataset):
-        raise UsageError(f"a {type(endless).__name__} may have no end; give a list of its batches")
+        raise UsageError(f"a {type(endless).__name__} may be infinite. Give a list of its batches")
     if not isinstance(data, DataLoader):
         return DataLoader(data, batch_size=BATCH_SIZE)
     sampler: Any = getattr(data.batch_sampler, "sampler", data.sampler)
     if isinstance(sampler, RandomSampler):
         raise UsageError(
-            "the DataLoader shuffles, and a measurement has a fixed order; make it with shuffle=False"
+            "the DataLoader shuffles, but a measurement needs a fixed order. Create it with shuffle=False"
         )
     if data.drop_last and data.batch_size and len(sampler) % data.batch_size:
         raise UsageError(
-            f"the DataLoader leaves out {len(sampler) % data.batch_size} example(s); make it with drop_last=False"
+            f"the DataLoader leaves out {len(sampler) % data.batch_size} example(s). Create it with "
+            "drop_last=False"
         )
     return data
 
@@ -90,7 +91,7 @@ def _collected(batches: Iterable[Any]) -> tuple[Inputs, Tensor | None]:
     """
 
     def fails(cause: str) -> UsageError:
-        return UsageError(f"the batches cannot be joined to one set of examples ({cause}); {_TAKEN}")
+        return UsageError(f"the batches cannot be joined into one set of examples ({cause}); {_TAKEN}")
 
     with foreign_or(fails):
         pairs = [_pair(batch) for batch in batches]
@@ -99,7 +100,7 @@ def _collected(batches: Iterable[Any]) -> tuple[Inputs, Tensor | None]:
         if not inputs:
             raise fails("there is none")
         if labels and len(labels) < len(inputs):
-            raise fails("some have labels, and some have none")
+            raise fails("some have labels, and others have none")
         return _joined(inputs), torch.cat(labels) if labels else None
 
 
@@ -125,4 +126,4 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     what = (
         f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
     )
-    raise UsageError(f"a {what} is no batch of examples; {_TAKEN}")
+    raise UsageError(f"a {what} is not a batch of examples; {_TAKEN}")

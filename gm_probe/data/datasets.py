@@ -29,12 +29,15 @@ from gm_probe.files.pickles import load_torch
 from gm_probe.files.regular import open_to_read
 
 DESCRIPTIONS = {
-    "digits": "1,797 handwritten digits of 8×8 that scikit-learn ships (bundled)",
+    "digits": "1,797 handwritten digits of 8×8 from scikit-learn (bundled)",
     "cifar10": "CIFAR-10 by torchvision (--download, --data-root)",
     "cifar100": "CIFAR-100 by torchvision",
     "fashionmnist": "Fashion-MNIST by torchvision",
     "svhn": "SVHN by torchvision",
-    "FOLDER": "images in class subfolders, or train/ and test/ (or val/) of such; unlabeled: any images below it",
+    "FOLDER": (
+        "images in class subfolders, or in train/ and test/ (or val/) with class subfolders; "
+        "unlabeled: any images below it"
+    ),
     "FILE.npz": "arrays x (N, C, H, W) and, where labeled, y (N,); also .pt, and x alone as .npy",
 }
 """What --data, --unlabeled and --labeled take."""
@@ -144,7 +147,7 @@ class Examples:
             DataError: the examples carry no labels, or several yes-or-no labels each.
         """
         if self.y is None:
-            raise DataError(f"{self.source} has no labels; give class subfolders or an array file with 'y'")
+            raise DataError(f"{self.source} has no labels. Give class subfolders or an array file with 'y'")
         if self.y.dim() > 1:
             raise DataError(
                 f"{self.source} has labels of shape {tuple(self.y.shape)}; give one class index for each example"
@@ -230,8 +233,8 @@ def open_source(
     known = name == "digits" or name in DATASETS
     if (reading != Reading() or skip_bad) and (known or path.is_file()):
         raise UsageError(
-            f"{name} is taken as it is; --image-size and --channels convert image folders only, as do --resize and "
-            "--crop, and --skip-bad looks through them"
+            f"{name} is not an image folder, and --image-size, --resize, --crop, --channels and --skip-bad "
+            "apply to image folders only. Leave them out"
         )
     if name == "digits":
         pool = _digits()
@@ -314,8 +317,8 @@ def _torchvision(name: str, root: Path, download: bool, train: bool) -> Examples
         data = getattr(torchvision.datasets, DATASETS[name])(root=str(root), download=download, **part)
     except RuntimeError as error:
         raise DataError(
-            f"{name} is not (whole) in {root}: {first_line(error)}; add --download, or name its folder with "
-            "--data-root"
+            f"{name} is missing or incomplete in {root}: {first_line(error)}. Add --download, or name its "
+            "folder with --data-root"
         ) from error
     except Exception as error:  # torchvision's readers raise many kinds on a broken file
         raise DataError(f"cannot download or read {name} in {root}: {first_line(error)}") from error
@@ -358,7 +361,7 @@ def _array_file(path: Path) -> Examples:
     if x.dim() < 2 or len(x) == 0:
         raise DataError(f"{path}: x has shape {tuple(x.shape)}; it must be (N, ...) with N ≥ 1")
     if _channels_last(x):
-        raise DataError(f"{path}: x {tuple(x.shape)} looks like (N, H, W, C); transpose it to (N, C, H, W)")
+        raise DataError(f"{path}: x {tuple(x.shape)} looks like (N, H, W, C). Transpose it to (N, C, H, W)")
     if x.dtype in {torch.uint16, torch.uint32, torch.uint64}:  # torch computes with none of them
         raise DataError(f"{path}: x is {x.dtype}; save pixels as uint8 or floats, and token ids as int64")
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
@@ -368,7 +371,7 @@ def _array_file(path: Path) -> Examples:
         y = as_labels(y, len(x), f"{path}: y")
         if bool((y < 0).any()):
             raise DataError(
-                f"{path}: y must be class indices ≥ 0, got {int(y.min())}; leave such examples out"
+                f"{path}: y must be class indices ≥ 0, got {int(y.min())}. Leave out such examples"
             )
     return Examples(x, y, (), str(path))
 
@@ -387,7 +390,7 @@ def _tensor(path: Path, name: str, value: Any) -> Tensor:
         # by the class: on a tensor a file may have set an attribute that hides a method; this leaves them behind
         tensor = Tensor.detach(torch.as_tensor(value))
     except (TypeError, ValueError, RuntimeError) as error:  # text, records, foreign byte order
-        raise DataError(f"{path}: {name} is no array of numbers: {first_line(error)}") from error
+        raise DataError(f"{path}: {name} is not an array of numbers: {first_line(error)}") from error
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
         raise DataError(f"{path}: {name} must hold plain real numbers, got {tensor.dtype} on {tensor.device}")
     if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), 2**20):
@@ -432,7 +435,7 @@ def _folder(
     else:
         files = [(file, -1) for file in images_below(path, passed)]
     if not files:
-        raise DataError(f"{path} holds no images that are read{f' ({passed})' if passed else ''}")
+        raise DataError(f"{path} holds no readable images{f' ({passed})' if passed else ''}")
     skipped: list[str] = []
     if skip_bad:
         kept, skipped = sound([file for file, _ in files])
@@ -441,7 +444,7 @@ def _folder(
         files = [files[index] for index in kept]
     empty = set(range(len(names))) - {index for _, index in files}
     if empty:
-        raise DataError(f"{path / names[min(empty)]} holds no images; remove the folder or fill it")
+        raise DataError(f"{path / names[min(empty)]} holds no images. Remove the folder or add images")
     images = ImageFiles([file for file, _ in files], reading)
     labels = torch.tensor([index for _, index in files], dtype=torch.int64) if labeled else None
     notes = _notes(path, passed, images.distorted, reading)
@@ -449,7 +452,7 @@ def _folder(
 
 
 def _notes(path: Path, passed: PassedOver, distorted: str | None, reading: Reading) -> tuple[str, ...]:
-    notes = [f"{path}: these entries were passed over: {passed}"] if passed else []
+    notes = [f"{path}: these entries were skipped: {passed}"] if passed else []
     if distorted:
         size = reading.image_size
         notes.append(
@@ -471,5 +474,7 @@ def _class_names(path: Path) -> tuple[str, ...]:
     # a class may well be called train (CIFAR-100 has it); class folders in it make it a part
     for name in names:
         if name in {"train", *TEST_PARTS} and class_folders(path / name):
-            raise DataError(f"{path / name} is a part with class folders, not a class; give {path / name}")
+            raise DataError(
+                f"{path / name} has class folders of its own, so it is not a class. Give {path / name}"
+            )
     return names

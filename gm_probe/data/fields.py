@@ -31,9 +31,7 @@ class Fields:
         self.content: dict[Any, Any] = dict(content if isinstance(content, Mapping) else enumerate(content))
         rows = {key: len(value) for key, value in self._tensors()}
         if not rows:
-            raise UsageError(
-                f"a batch of {type(content).__name__} holds no tensor with a row for each example"
-            )
+            raise UsageError(f"a batch of {type(content).__name__} holds no tensor with one row per example")
         if len(set(rows.values())) > 1:
             shown = ", ".join(f"{key!r}: {count}" for key, count in rows.items())
             raise UsageError(f"the tensors of one batch have different numbers of rows ({shown})")
@@ -161,7 +159,7 @@ def _as_tensor(value: Any) -> Any:
     try:
         return torch.from_numpy(np.array(value))
     except TypeError as error:
-        raise UsageError(f"the input is an array of {value.dtype}, of which torch has no tensors") from error
+        raise UsageError(f"the input is an array of {value.dtype}, which torch does not support") from error
 
 
 def arguments(model: nn.Module, x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

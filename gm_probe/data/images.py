@@ -199,8 +199,8 @@ def _require_full_range(files: Sequence[Path]) -> None:
     if peaks:
         bits = 8 + max(peaks).bit_length()
         raise DataError(
-            f"{files[0]} stores 16 bits a pixel, but no pixel of {len(peaks)} such image(s) uses more than {bits} of "
-            "them; scale the pixels to 0–65535, or save them as 8 bits"
+            f"{files[0]} stores 16 bits a pixel, but no pixel of {len(peaks)} such image(s) uses more than "
+            f"{bits} of them. Scale the pixels to 0–65535, or save them with 8 bits"
         )
 
 
@@ -293,14 +293,14 @@ def _opened(file: Path) -> Image.Image:
     except OSError as error:  # its folder may be listed but not entered
         raise _broken(file, error) from error
     if not regular:  # opening a pipe would wait for ever
-        raise DataError(f"cannot decode {file}: it is gone, or no regular file; remove or replace it")
+        raise DataError(f"cannot decode {file}: it is missing or not a regular file. Remove or replace it")
     try:
         image = Image.open(file, formats=_formats(file.suffix.lower()))
     except Exception as error:  # likewise
         raise _broken(file, error) from error
     if image.width * image.height > MAX_PIXELS:
         image.close()
-        raise DataError(f"{file} claims {image.width}×{image.height} pixels; the cap is {MAX_PIXELS:,}")
+        raise DataError(f"{file} claims {image.width}×{image.height} pixels; the limit is {MAX_PIXELS:,}")
     if image.mode in {"I", "F"} and not _is_deep(image):
         image.close()
         raise DataError(f"{file} has 32-bit pixels of unknown range; convert it to 8 or 16 bits")

@@ -23,12 +23,15 @@ def as_labels(y: Any, rows: int, name: str = "y") -> Tensor:
         DataError: another shape, or numbers that are not whole.
     """
     y = y if isinstance(y, Tensor) else torch.as_tensor(_array(y, name))
-    wanted = f"give a class index for each, whole numbers of shape ({rows},), or zeros and ones of yes-or-no labels"
+    wanted = (
+        f"give one class index per example, whole numbers of shape ({rows},), or zeros and ones for "
+        "yes-or-no labels"
+    )
     if y.dim() not in (1, 2) or len(y) != rows or y.is_complex():
         raise DataError(f"{name} is {y.dtype} of shape {tuple(y.shape)} for {rows} examples; {wanted}")
     whole = y.to(torch.int64)
     if y.is_floating_point() and not bool((whole == y).all()):
-        raise DataError(f"{name} holds numbers that are not whole, as soft labels are; {wanted}")
+        raise DataError(f"{name} holds fractions, such as soft labels; {wanted}")
     return whole
 
 
@@ -59,15 +62,16 @@ def fitting(y: Tensor, logits: Tensor, source: str) -> Tensor:
     classes = logits.shape[1]
     if y.dim() != 1:
         raise DataError(
-            f"{source} has labels of shape {tuple(y.shape)} but the model has {classes} exclusive classes; give class "
-            f"indices of shape ({len(y)},) (y.argmax(1) of one-hot rows), or say --head multilabel (head= in Python)"
+            f"{source} has labels of shape {tuple(y.shape)} but the model has {classes} exclusive classes; "
+            f"give class indices of shape ({len(y)},) (y.argmax(1) of one-hot rows), or pass --head "
+            "multilabel (head= in Python)"
         )
     if int(y.min()) < 0:
-        raise DataError(f"labels must be class indices ≥ 0, got {int(y.min())}; leave such examples out")
+        raise DataError(f"labels must be class indices ≥ 0, got {int(y.min())}. Leave out such examples")
     if int(y.max()) >= classes:
         raise DataError(
-            f"{source} has labels up to {int(y.max())} but the model has {classes} classes (0 to {classes - 1}); check "
-            "the labels, or measure it --unlabeled"
+            f"{source} has labels up to {int(y.max())} but the model has {classes} classes (0 to "
+            f"{classes - 1}); check the labels, or pass the data as --unlabeled"
         )
     return y
 
@@ -76,8 +80,8 @@ def _yes_or_no(y: Tensor, labels: int, source: str) -> Tensor:
     y = y[:, None] if y.dim() == 1 and labels == 1 else y
     if y.shape[1:] != (labels,):
         raise DataError(
-            f"{source} has labels of shape {tuple(y.shape)} but the model has {labels} yes-or-no label(s); give zeros "
-            f"and ones of shape ({len(y)}, {labels}), or measure it --unlabeled"
+            f"{source} has labels of shape {tuple(y.shape)} but the model has {labels} yes-or-no label(s); "
+            f"give zeros and ones of shape ({len(y)}, {labels}), or pass the data as --unlabeled"
         )
     strange = y[(y != 0) & (y != 1)]
     if len(strange):

@@ -29,14 +29,14 @@ def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T,
                 raise
             if batches.batch_dependent:
                 raise ResourceError(
-                    f"out of memory on batches of {batches.batch_size}, whose examples hang together "
-                    f"({first_line(error)}); a smaller --batch-size is another measure"
+                    f"out of memory on batches of {batches.batch_size}, whose examples depend on each "
+                    f"other ({first_line(error)}). A smaller --batch-size fits, but is a different measure"
                 ) from error
             size = min(batches.batch_size, batches.num_examples) // 2
             if size == 0:
                 raise ResourceError(
-                    f"out of memory on a single example ({first_line(error)}); close other programs, or measure on "
-                    "a machine with more"
+                    f"out of memory on a single example ({first_line(error)}). Close other programs, or "
+                    "use a machine with more memory"
                 ) from error
         # outside of the except clause, whose traceback holds on to what was allocated
         release_memory(batches.device)

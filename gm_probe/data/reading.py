@@ -41,13 +41,11 @@ class Reading:
         for name in ("image_size", "resize", "crop"):
             optional(whole, name, getattr(self, name), 1, MOST_PIXELS)
         if self.image_size and (self.resize or self.crop):
-            raise UsageError(
-                "--image-size sets both sides at once; give it, or --resize and --crop, but not both"
-            )
+            raise UsageError("--image-size sets both sides. Give either --image-size, or --resize and --crop")
         if self.resize and self.crop and self.crop > self.resize:
             raise UsageError(
-                f"--crop {self.crop} is larger than --resize {self.resize}: there would be a black border; "
-                "give a smaller --crop"
+                f"--crop {self.crop} is larger than --resize {self.resize}: this would leave a black "
+                "border. Give a smaller --crop"
             )
 
     def scaled(self, height: int, width: int) -> tuple[int, int]:
@@ -69,7 +67,7 @@ class Reading:
         height, width = self.scaled(picture.height, picture.width)
         if (picture.height, picture.width) != (height, width):
             if height * width > MAX_PIXELS:
-                raise DataError(f"it would have {width}×{height} pixels; the cap is {MAX_PIXELS:,}")
+                raise DataError(f"it would have {width}×{height} pixels; the limit is {MAX_PIXELS:,}")
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         if not self.crop:
             return picture

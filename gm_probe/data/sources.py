@@ -25,5 +25,5 @@ def require_source(name: str, *, here: bool = False) -> None:
 
 def no_source(name: str) -> UsageError:
     """The error for ``name``, which is neither a path nor a known data set."""
-    hint = did_you_mean(name, NAMES, f"not one of {', '.join(NAMES)} either")
+    hint = did_you_mean(name, NAMES, f"it is not one of {', '.join(NAMES)} either")
     return UsageError(f"no folder or file {name!r}; {hint}")

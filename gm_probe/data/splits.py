@@ -73,8 +73,8 @@ def split(
     train = total - unlabeled - from_pool if num_train is None else num_train
     if train < 1 or unlabeled < 1 or (own_test is None and from_pool < 1):
         raise DataError(
-            f"{pool.source}: cannot cut {train} train, {unlabeled} unlabeled and {from_pool} test examples "
-            f"out of {total}; each part needs at least one"
+            f"{pool.source}: cannot split off {train} train, {unlabeled} unlabeled and {from_pool} test "
+            f"examples out of {total}; each part needs at least one"
         )
     if train + unlabeled + from_pool > total:
         raise DataError(
@@ -119,7 +119,7 @@ def _keep_labels(
     assert pool.y is not None
     if count < 1 or count % classes:
         raise DataError(
-            f"{count} labels are not as many of each of {classes} classes; take a multiple of {classes}"
+            f"{count} labels cannot be shared equally by {classes} classes. Give a multiple of {classes}"
         )
     shuffled = train[torch.randperm(len(train), generator=generator)]
     kept = []
@@ -128,14 +128,17 @@ def _keep_labels(
         if len(members) < count // classes:
             name = pool.classes[index] if pool.classes else index
             raise DataError(
-                f"{pool.source}: class {name} has {len(members)} training examples, fewer than the "
-                f"{count // classes} of it among {count} labels"
+                f"{pool.source}: class {name} has {len(members)} training examples, but {count} labels "
+                f"need {count // classes} of it"
             )
         kept.append(members[: count // classes])
     labeled = torch.cat(kept).sort().values
     others = train[~torch.isin(train, labeled)]
     if not len(others):
-        raise DataError(f"{count} labels are the whole training part: there is nothing unlabeled to train on")
+        raise DataError(
+            f"{count} labels cover the whole training part, so no unlabeled examples remain. "
+            "Give fewer labels"
+        )
     return labeled, others
 
 

@@ -108,7 +108,7 @@ class Ray:
         )
         if alone:
             raise UsageError(f"{told}; lower {lower}")
-        _log.warning(f"{told}: runs wait until a larger one joins; if none will, lower {lower}")
+        _log.warning(f"{told}; runs wait until a larger node joins. If none will, lower {lower}")
 
 
 def _ray() -> Any:

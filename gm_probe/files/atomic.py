@@ -35,7 +35,7 @@ def default_data_root() -> Path:
     try:
         return Path.home() / ".cache" / "gm_probe"
     except RuntimeError as error:
-        raise UsageError("this user has no home folder to keep data sets in; give --data-root DIR") from error
+        raise UsageError("this user has no home folder for data sets. Give --data-root DIR") from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:

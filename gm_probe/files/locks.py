@@ -178,7 +178,7 @@ def _require_ours(file: io.FileIO, path: Path) -> None:
     """Raise StorageError where a file of this name is somebody else's: it would be overwritten."""
     content = file.read(LONGEST)
     if content.strip(b"\0") and _named(content) is None:
-        raise StorageError(f"{path} is no lock of gmprobe; move it away, or choose another folder")
+        raise StorageError(f"{path} is not a lock of gmprobe. Move it away, or choose another folder")
 
 
 @contextmanager
@@ -249,7 +249,7 @@ def _left(path: Path) -> int:
     """When the empty file ``path`` was made (ns); StorageError where it is something that ``exclusive`` never makes."""
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode) or found.st_size:
-        raise StorageError(f"{path} is no file of gmprobe; move it away, or choose another folder")
+        raise StorageError(f"{path} is not a file of gmprobe. Move it away, or choose another folder")
     return found.st_mtime_ns
 
 
@@ -276,7 +276,9 @@ def _watched(folder: Path) -> Sign | None:
     if _watch.silence(folder, sign) < STALE:
         host, _ = _holder(folder) or ("another machine", 0)
         where, who = printable(str(folder)), printable(host)
-        _log.warning(f"{where} was held by {who}; waiting up to {STALE:g} s to see whether it still is")
+        _log.warning(
+            f"{where} was locked by {who}; waiting up to {STALE:g} s for a sign that it is still running"
+        )
     while _watch.silence(folder, sign) < STALE:
         time.sleep(min(POLL, STALE / 10))
         sign = _other_machine(folder)

@@ -115,7 +115,7 @@ def _check_pickle(path: Path, file: IO[bytes]) -> None:
     for operation, argument, _ in pickletools.genops(file):
         name = operation.name
         if name == "GLOBAL" and str(argument).endswith(" bytearray"):
-            raise CheckpointError(f"{path} holds a bytearray, which may be of any size; save tensors alone")
+            raise CheckpointError(f"{path} holds a bytearray, whose size is not limited. Save tensors only")
         if "PUT" in name:
             memo[int(str(argument))] = stack[-1]
             continue
@@ -135,6 +135,6 @@ def _check_pickle(path: Path, file: IO[bytes]) -> None:
             taken.append(stack.pop())
         parts = 1 + sum(value or 0 for value in taken) if "TUPLE" in name else 1
         if parts > PARTS:
-            raise CheckpointError(f"{path} nests a tuple in itself {PARTS:,} times; save tensors alone")
+            raise CheckpointError(f"{path} nests a tuple in itself {PARTS:,} times. Save tensors only")
         for after in operation.stack_after:
             stack.append(None if after is pickletools.markobject else parts)

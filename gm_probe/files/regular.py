@@ -45,7 +45,7 @@ def open_to_write(path: Path, *, append: bool = False) -> io.FileIO:
     file = io.FileIO(_opened(path, flags), "ab+" if append else "rb+")
     if os.fstat(file.fileno()).st_nlink > 1:
         file.close()
-        raise OSError(errno.EMLINK, "the file has a second name (a hard link); remove one", str(path))
+        raise OSError(errno.EMLINK, "the file has a second name (a hard link). Remove one of them", str(path))
     return file
 
 
@@ -54,13 +54,13 @@ def _opened(path: Path, flags: int) -> int:
         handle = os.open(path, flags | _AT_ONCE, 0o666)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket
-            raise OSError(errno.EINVAL, "it is no regular file", str(path)) from error
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path)) from error
         if flags & _NO_LINK and path.is_symlink():
-            raise OSError(error.errno, "it is a link, which is not followed here", str(path)) from error
+            raise OSError(error.errno, "it is a link, and links are not followed here", str(path)) from error
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return handle
 
 
@@ -81,5 +81,5 @@ def read_record(path: Path, *, follow: bool = False) -> bytes:
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     if max(size, len(content)) > most:
-        raise StorageError(f"{path} is larger than {most:,} bytes, which no such file needs; remove it")
+        raise StorageError(f"{path} is larger than {most:,} bytes, more than such a file can need. Remove it")
     return content

@@ -61,7 +61,7 @@ def _passes(value: Any, nan: bool) -> bool:
 def _check_keys(table: Mapping[Any, Any], place: str) -> None:
     odd = next((key for key in table if not key.isprintable()), None)
     if odd is not None:
-        raise Unfit(f"{_start(place)} has the key {_start(odd)}, with characters that cannot be shown")
+        raise Unfit(f"{_start(place)} has the key {_start(odd)}, with unprintable characters")
     long = next((key for key in table if len(key) > LONGEST_NAME), None)
     if long is not None:
         raise Unfit(f"{_start(place)} has the key {_start(long)} of {len(long):,} characters")

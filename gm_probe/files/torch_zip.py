@@ -79,8 +79,8 @@ def read_records(path: Path, file: IO[bytes]) -> list[Record]:
         records = [_record(file, entry, after) for entry, after in zip(entries, bounds[1:], strict=True)]
     except (struct.error, _OddError) as error:
         raise CheckpointError(
-            f"cannot read {path}: it is cut short, or not a zip file as torch.save writes it, of which two readers "
-            "might see two contents; copy it again, or save it again with torch.save"
+            f"cannot read {path}: it is truncated, or not a zip file as torch.save writes it, so two "
+            "readers could see different contents. Copy it again, or save it again with torch.save"
         ) from error
     # torch's own reader does not heed case
     if len({record.name.lower() for record in records}) < len(records):
@@ -96,7 +96,7 @@ def read_records(path: Path, file: IO[bytes]) -> list[Record]:
         if checksum != record.checksum:
             name = printable(record.name.decode(errors="replace"))[:160]
             raise CheckpointError(
-                f"{path} is damaged: the checksum of its record {name} is wrong; copy it again"
+                f"{path} is damaged: the checksum of its record {name} is wrong. Copy it again"
             )
     return records
 

@@ -95,7 +95,7 @@ class Divergence:
         self._logits = cut(logits, batches)
 
     def terms(self, offset: Tensor) -> Tensor:
-        """(N,) divergences at ``offset`` (P,); of batch-dependent examples, their batches' means."""
+        """Per-example divergences (N,) at ``offset`` (P,); one mean per batch where examples depend on each other."""
         result = []
         with torch.no_grad():
             values = self.parameters.moved(offset)

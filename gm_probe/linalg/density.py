@@ -245,7 +245,7 @@ def density(
         DivergedError: a product is not finite.
     """
     if num_probes < 1 or num_steps < 1:
-        raise UsageError(f"a density needs a probe and a step, not {num_probes} and {num_steps}")
+        raise UsageError(f"a density needs at least one probe and one step, not {num_probes} and {num_steps}")
     nodes, weights, residuals, products = [], [], [], 0
     for _ in range(num_probes):
         signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)

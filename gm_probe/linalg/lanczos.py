@@ -50,8 +50,8 @@ class Krylov:
 
     def _too_many(self, _: str) -> str:
         return (
-            f"out of memory for {len(self.basis)} Lanczos vectors of {self.operator.size:,} parameters; take fewer "
-            "steps (--max-iterations, --density-steps), or choose parameters by --params"
+            f"out of memory for {len(self.basis)} Lanczos vectors of {self.operator.size:,} parameters; "
+            "use fewer steps (--max-iterations, --density-steps), or choose parameters by --params"
         )
 
     def _orthogonalise(self, product: Tensor) -> None:
@@ -127,11 +127,11 @@ def eigenpairs(
         DivergedError: a product is not finite.
     """
     if not whole("top", top, 0) + whole("bottom", bottom, 0):
-        raise UsageError("top and bottom are both 0: there is no eigenpair to find; ask for at least one")
+        raise UsageError("top and bottom are both 0. Ask for at least one eigenpair")
     real("tolerance", tolerance, least=0)
     whole("patience", patience)
     if not isinstance(start, Tensor) or start.shape != (operator.size,):
-        raise UsageError(f"start must be a tensor ({operator.size},), one number a parameter")
+        raise UsageError(f"start must be a tensor ({operator.size},), with one number per parameter")
     krylov, met, excess = Krylov(operator, start), np.zeros(0, dtype=int), list[float]()
     for _ in range(whole("max_iterations", max_iterations)):
         krylov.extend()

@@ -33,32 +33,32 @@ CATALOGUE: dict[str, Listed] = {
         False,
         13.3,
         "S_ρ",
-        "KL between the outputs of the model and of its copy moved by ρ, by Algorithm 1: mean over random "
+        "KL between the outputs of the model and of a copy perturbed by ρ (Algorithm 1), mean over random "
         "starts",
     ),
     "local_inconsistency_converged": Listed(
         False,
         35.0,
         "max S_ρ",
-        "the worst such KL within the ball: ascent from ± the top Fisher eigenvector and noise, until it "
-        "gains no more",
+        "largest such KL found in the ball, by ascent from ± the top Fisher eigenvector and noise until "
+        "convergence",
     ),
     "fisher_lambda_max": Listed(
         False, 10.0, "λ_max(F)", "largest eigenvalue of the Fisher matrix, by Lanczos"
     ),
-    "fisher_trace": Listed(False, 2.7, "tr F", "trace of the Fisher matrix, by examples' own gradients"),
+    "fisher_trace": Listed(False, 2.7, "tr F", "trace of the Fisher matrix, from per-example gradients"),
     "hessian_lambda_max": Listed(
         False,
         24.0,
         "λ_max(H)",
-        "largest eigenvalue of the loss Hessian (labels given, or else predicted), by Lanczos",
+        "largest eigenvalue of the loss Hessian (with given or else predicted labels), by Lanczos",
     ),
     "hessian_trace": Listed(
         False,
         2.7,
         "tr H",
-        "trace of the loss Hessian: tr F where every parameter enters affinely; else with labels given or "
-        "predicted, at three gradients a probe",
+        "trace of the loss Hessian: tr F where every parameter enters affinely; else with given or "
+        "predicted labels, at three gradients per probe",
     ),
     "error": Listed(True, 0.0, "error", "fraction of examples classified wrongly"),
     "cross_entropy": Listed(True, 0.0, "CE", "mean cross-entropy in nats"),
@@ -68,7 +68,9 @@ CATALOGUE: dict[str, Listed] = {
         "λ_min(H)",
         "smallest (most negative) eigenvalue of the loss Hessian, by Lanczos",
     ),
-    "effective_rank": Listed(False, 13.0, "tr F/λ_max", "over how many directions the curvature is spread"),
+    "effective_rank": Listed(
+        False, 13.0, "tr F/λ_max", "number of directions over which the curvature is spread"
+    ),
     "local_inconsistency_adaptive": Listed(
         False,
         13.3,
@@ -80,13 +82,13 @@ CATALOGUE: dict[str, Listed] = {
         False,
         13.3,
         "S_ρ batch",
-        "mean over batches of m of each batch's own S_ρ",
+        "mean of the S_ρ of each batch of m examples",
     ),
     "average_inconsistency": Listed(
         False,
         3.3,
         "A_ρ",
-        "KL on average over random perturbations of length about ρ",
+        "mean KL over random perturbations of length about ρ",
     ),
     "mean_entropy": Listed(False, 0.0, "entropy", "mean entropy of the outputs in nats"),
     "mean_confidence": Listed(False, 0.0, "confidence", "mean probability of the predicted class"),
@@ -94,23 +96,25 @@ CATALOGUE: dict[str, Listed] = {
         False,
         7.0,
         "‖∂f/∂x‖",
-        "root mean square norm of the output probabilities' derivative by the normalised input; a pass a "
-        "class",
+        "root mean square norm of the output probabilities' derivative with respect to the normalised "
+        "input; one pass per class",
     ),
-    "flip_rate": Listed(False, 0.33, "flips", "predictions that change in the mirror image"),
+    "flip_rate": Listed(
+        False, 0.33, "flips", "fraction of predictions that change when the image is mirrored"
+    ),
     "crop_rate": Listed(
         False,
         0.33,
         "crops",
-        "predictions that change where the image moves by up to 4 pixels",
+        "fraction of predictions that change when the image is shifted by up to 4 pixels",
     ),
     "distance_from_initialization": Listed(
         False,
         0.0,
         "‖θ − θ₀‖",
-        "length of the way from the initial parameters; known of run folders",
+        "distance from the initial parameters; known for run folders only",
     ),
-    "parameter_norm": Listed(False, 0.0, "‖θ‖", "length of the parameter vector"),
+    "parameter_norm": Listed(False, 0.0, "‖θ‖", "norm of the parameter vector"),
 }
 """All measures by their names, in the order of a table."""
 
@@ -129,7 +133,7 @@ SEPARATE = {
     "input_jacobian_norm": "differentiates an output by its own input",
     "flip_rate": "counts classes",
     "crop_rate": "counts classes",
-    "local_inconsistency_batchwise": "cuts the batch",
+    "local_inconsistency_batchwise": "splits the batch",
 }
 """Why some are undefined where the outputs of a batch hang together (``Batches.batch_dependent``)."""
 
@@ -147,11 +151,11 @@ def check_names(
         if name not in CATALOGUE:
             raise UsageError(f"no measure {name!r}; {did_you_mean(name, CATALOGUE)}")
         if batch_dependent and name in SEPARATE:
-            raise UsageError(f"{name} {SEPARATE[name]}: of NT-Xent logits it is undefined; leave it out")
+            raise UsageError(f"{name} {SEPARATE[name]}, so it is undefined for NT-Xent logits. Leave it out")
         if name == "local_inconsistency_batchwise" and num_processes > 1:
-            raise UsageError(f"{name} cuts the examples into batches; take it in one process")
+            raise UsageError(f"{name} splits the examples into batches. Measure it in one process")
         if CATALOGUE[name].needs_labels and not labeled:
-            raise DataError(f"{name} needs labels; give class folders with --labeled")
+            raise DataError(f"{name} needs labels. Give class folders with --labeled")
 
 
 def takes_derivatives(names: Sequence[str]) -> bool:

@@ -167,7 +167,9 @@ class MeasurementContext:
                 some = f"examples {start} to {start + len(batch.x) - 1} of {self.batches.examples.source}"
 
                 def fails(cause: str, some: str = some) -> DataError:
-                    return DataError(f"the model fails on {some} ({cause}); leave out what it does not take")
+                    return DataError(
+                        f"the model failed on {some}: {cause}. Check the input's shape, dtype and device"
+                    )
 
                 with foreign_or(fails):
                     rows.append(self.parameters.taken(batch.x))
@@ -184,14 +186,14 @@ class MeasurementContext:
 
         def hanging(cause: str) -> UsageError:
             return UsageError(
-                f"an example's outputs hang on the others of its batch ({cause}), and so would what is measured; give "
-                "the model statistics of its own"
+                f"an example's output depends on the rest of its batch ({cause}), so results would depend "
+                "on the batch size. Switch the model to running statistics"
             )
 
         with foreign_or(hanging), torch.no_grad():  # BatchNorm has no statistics of a single value
             apart = self.parameters.taken(x[few])
         if not _same(outputs[: len(x)][few], apart, torch.float32):
-            raise hanging("as of BatchNorm without running statistics")
+            raise hanging("BatchNorm without running statistics?")
 
     @cached_property
     def logits(self) -> Tensor:
@@ -206,10 +208,12 @@ class MeasurementContext:
         if not bool(torch.isfinite(first).all()):
             row = self.batches.first + int((~torch.isfinite(first)).any(1).nonzero()[0])
             raise DivergedError(
-                f"the model's output on example {row} is not finite; check weights and normalisation"
+                f"the model's output on example {row} is not finite. Check weights and normalisation"
             )
         if not _same(first, again, first.dtype):
-            raise DataError("two passes over the data gave different outputs; no shuffling, no random layers")
+            raise DataError(
+                "two passes over the data gave different outputs. Turn off shuffling and random layers"
+            )
         self._require_independent(first)
         self.parameters.outputs = self.parameters.outputs.checked(first)
         return self.parameters.outputs.logits(first)

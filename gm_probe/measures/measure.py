@@ -183,7 +183,7 @@ def measure(
 
         def context_of(batches: Batches) -> MeasurementContext:
             nonlocal context
-            if context.batches is not batches:  # what is shared was made on the others
+            if context.batches is not batches:  # cached results belong to the old batches
                 context = MeasurementContext(model, batches, settings, work, initial, outputs)
             return context
 
@@ -202,7 +202,7 @@ def measure(
                 measured, batches = within_memory(batches, lambda batches: compute(context_of(batches)))  # noqa: B023  called at once
             except (UsageError, *UNDEFINING) as error:
                 told = type(error)(f"{name}: {error}")
-                # of several processes one alone may have seen it, for which the others would wait
+                # only this process may have failed; continuing would deadlock the others
                 if not isinstance(told, UNDEFINING) or count() > 1:
                     raise told from error
                 refusals.append(told)
@@ -223,7 +223,10 @@ def _in_dtype_of(model: nn.Module, batches: Batches) -> Batches:
 def _require_full(dtype: torch.dtype, what: str = "weights") -> None:
     if dtype not in (torch.float32, torch.float64):
         raise UsageError(
-            f"the {what} are {dtype}, in which no residual below a few percent can be told; measure model.float()"
+            (
+                f"the {what} are {dtype}, in which residuals below a few percent cannot be resolved. Measure "
+                "model.float()"
+            )
             + ", with a forward that returns float32" * (what == "outputs")
         )
 
@@ -233,7 +236,9 @@ def _estimate(measured: Measured, batches: Batches, target_error: float, cost: f
     details = dict(measured.details)
     if measured.stderr_examples is None and measured.value is not None:
         one = "batch" if batches.batch_dependent else "example"
-        details.setdefault("reason_stderr_examples", f"one {one}, or lost in the probes' noise")
+        details.setdefault(
+            "reason_stderr_examples", f"there is one {one}, or the value is lost in the probes' noise"
+        )
     found = {
         "value": measured.value,
         "stderr": measured.error,

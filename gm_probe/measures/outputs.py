@@ -17,7 +17,7 @@ from gm_probe.measures.context import Measured, MeasurementContext, example_erro
 from gm_probe.models.parameters import dense
 from gm_probe.runtime.processes import gather_examples
 
-NO_INPUT_GRADIENT = "the outputs have no gradient by the inputs"
+NO_INPUT_GRADIENT = "the outputs have no gradient with respect to the inputs"
 SHIFT = 4  # pixels, as in the usual crop augmentation
 
 
@@ -58,7 +58,7 @@ def input_jacobian_norm(context: MeasurementContext) -> Measured:
     rows = []
     for batch, logits in zip(context.batches, cut(context.logits, context.batches), strict=True):
         if not batch.x.is_floating_point():
-            return Measured.undefined("inputs are integers: nothing to differentiate by")
+            return Measured.undefined("the inputs are integers, so they have no derivative")
         x = with_tensors(batch.x, {key: _leaf(value) for key, value in tensors_of(batch.x).items()})
         by = [value for value in tensors_of(x).values() if value.requires_grad]
         squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -115,7 +115,7 @@ def _changed(context: MeasurementContext, transform: Callable[[Tensor, Tensor], 
     mine = numbers[batches.first : batches.first + batches.num_examples].split(batches.batch_size)
     for batch, logits, some in zip(batches, cut(context.logits, batches), mine, strict=True):
         if not isinstance(batch.x, Tensor) or batch.x.dim() != 4 or not batch.x.is_floating_point():
-            return Measured.undefined("inputs are no images")
+            return Measured.undefined("the inputs are not images")
         with torch.no_grad():
             changed = context.parameters.logits(transform(batch.x, some))
         context.work.add(FORWARD, len(logits))
@@ -131,7 +131,7 @@ def parameter_norm(context: MeasurementContext) -> Measured:
 def distance_from_initialization(context: MeasurementContext) -> Measured:
     """‖θ − θ₀‖ over the measured parameters, θ₀ those that training started from."""
     if context.initial is None:
-        return Measured.undefined("the initial parameters are known of run folders only")
+        return Measured.undefined("the initial parameters are known for run folders only")
     before = dict(context.initial.named_parameters())
     return _length(
         {name: p.detach() - before[name].to(p.device) for name, p in context.parameters.named.items()}

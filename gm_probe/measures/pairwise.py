@@ -121,7 +121,7 @@ def compare(
     models = [outputs.detach().to(logits[0].device) for outputs in logits]
     names = names or [f"model {index}" for index in range(len(models))]
     if len(models) < 2:
-        raise UsageError(f"pairs need 2 models at least, got {len(models)}")
+        raise UsageError(f"pairs need at least 2 models, got {len(models)}")
     if not len(models) == len(training_sets) == len(names):
         raise UsageError(
             f"{len(models)} models need as many labels and names, got {len(training_sets)} and {len(names)}"
@@ -174,18 +174,18 @@ def check_outputs(name: str, outputs: Tensor, other_name: str, other: Tensor) ->
         raise DataError(f"{name}: its outputs have shape {tuple(outputs.shape)}; they must be logits (N, C)")
     if outputs.shape[-1] == 1:
         raise UsageError(
-            f"{name}: one logit an example, whose softmax is 1 always; of a yes-or-no model give "
-            "torch.stack([torch.zeros_like(z), z], -1) of its logits z (N, L)"
+            f"{name} has one logit per example, whose softmax is always 1. For a yes-or-no model with "
+            "logits z (N, L), give torch.stack([torch.zeros_like(z), z], -1)"
         )
     if outputs.dim() == 3 and outputs.shape[1:] != other.shape[1:]:
         raise DataError(
-            f"{name} has outputs of shape {tuple(outputs.shape)} but {other_name} of {tuple(other.shape)}; only models "
-            "of the same labels can be compared"
+            f"{name} has outputs of shape {tuple(outputs.shape)} but {other_name} of {tuple(other.shape)}; "
+            "only models with the same labels can be compared"
         )
     if outputs.shape[1:] != other.shape[1:]:
         raise DataError(
-            f"{name} has {outputs.shape[1]} classes but {other_name} has {other.shape[1]}; "
-            "only models of the same classes can be compared"
+            f"{name} has {outputs.shape[1]} classes but {other_name} has {other.shape[1]}; only models "
+            "with the same classes can be compared"
         )
     if len(outputs) != len(other):
         raise DataError(
@@ -196,7 +196,7 @@ def check_outputs(name: str, outputs: Tensor, other_name: str, other: Tensor) ->
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
         raise DivergedError(
-            f"{name}: its output on example {row} is not finite; check weights and normalisation"
+            f"{name}: its output on example {row} is not finite. Check weights and normalisation"
         )
 
 
@@ -281,7 +281,8 @@ def _inconsistency(within: Tensor, groups: Tensor) -> PairEstimate:
         details["stderr_over"] = SETS
     else:
         details["reason_stderr"] = (
-            "one training set has no spread over sets; conditional_inconsistency has that over its models"
+            "a single training set has no spread over sets; conditional_inconsistency has the spread over "
+            "its models"
         )
     return _estimate(terms.mean(0), error, details, int(counts.sum()), int(sizes[paired].sum()), len(paired))
 

@@ -37,8 +37,8 @@ def _require_resolved(context: MeasurementContext, offset: Tensor, most: float =
         option = "--rho" if most == LOST else "--noise-scale"
         dtype = str(context.parameters.dtype).removeprefix("torch.")
         raise PrecisionError(
-            f"rounding of {dtype} weights takes {min(context.parameters.rounding(offset), 1):.0%} of a perturbation of "
-            f"length {float(offset.norm()):.3g}; raise {option} or use --dtype float64"
+            f"rounding of {dtype} weights removes {min(context.parameters.rounding(offset), 1):.0%} of a "
+            f"perturbation of length {float(offset.norm()):.3g}; raise {option} or use --dtype float64"
         )
     return offset
 

@@ -123,7 +123,7 @@ def _estimator(found: Trace) -> str:
     return "Hutch++" if found.sketched else "Hutchinson"
 
 
-EXAMPLES = "examples' own gradients"
+EXAMPLES = "per-example gradients"
 
 
 def fisher_trace(context: MeasurementContext) -> Measured:
@@ -145,7 +145,7 @@ def hessian_trace(context: MeasurementContext) -> Measured:
     """Return tr F where every parameter enters affinely, else tr F + tr(H − F)."""
     if everywhere(context.not_affine is None, context.logits.device):
         same = fisher_trace(context)
-        method = f"tr F, for every parameter enters affinely: {same.details['method']}"
+        method = f"tr F, because every parameter enters affinely: {same.details['method']}"
         return replace(same, details={**same.details, "method": method, "labels": "none needed"})
     fisher = context.example_fisher_trace
     if fisher is None:

@@ -132,8 +132,8 @@ def open_checkpoint(
     # an array file names no classes: its labels need only lie below the number of outputs
     if examples.y is not None and examples.classes and len(examples.classes) != classes:
         raise DataError(
-            f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs; "
-            "each class needs its folder, or measure it --unlabeled"
+            f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs. Give "
+            "each class a folder, or pass the data as --unlabeled"
         )
     return LoadedCheckpoint(
         model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs, *said
@@ -150,14 +150,14 @@ def _check_head(checkpoint: Checkpoint, head: str, temperature: float | None) ->
     if head != "simclr":
         if simclr:
             raise UsageError(
-                f"{path} holds a SimCLR encoder, which knows no classes; `gmprobe measure --head simclr` takes its "
-                "NT-Xent figures"
+                f"{path} holds a SimCLR encoder, which has no classes. Measure its NT-Xent logits with "
+                "`gmprobe measure --head simclr`"
             )
         if temperature is not None:
             raise UsageError("--temperature goes with --head simclr")
         return False
     if checkpoint.model is not None and not simclr:
-        raise UsageError(f"{path} holds a classifier, without SimCLR's projector; leave --head simclr out")
+        raise UsageError(f"{path} holds a classifier without SimCLR's projector. Leave out --head simclr")
     if not simclr and temperature is None:
         raise UsageError(f"{path} records no temperature; give --temperature")
     return True
@@ -280,7 +280,7 @@ class How:
 
     @property
     def of_other_data(self) -> bool:
-        """Than the run's own, for which its split.json vouches."""
+        """Whether the data is not the run's own."""
         return "data" in self.scope
 
     def chosen(self, examples: Examples) -> Examples:
@@ -418,8 +418,8 @@ def _examined(
 
     def refused(cause: str) -> DataError:  # torchvision's ViT asserts
         return DataError(
-            f"{name} does not take examples of shape {tuple(few.shape[1:])} from {batches.examples.source}: "
-            f"{cause}; see {' and '.join(remedies)}"
+            f"{name} does not accept examples of shape {tuple(few.shape[1:])} from "
+            f"{batches.examples.source}: {cause}; see {' and '.join(remedies)}"
         )
 
     with foreign_or(refused), evaluating(model), torch.no_grad():

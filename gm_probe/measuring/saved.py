@@ -113,12 +113,12 @@ def _require_modest(file: Path, changed: Mapping[str, Any]) -> None:
         values = value if isinstance(value, list) else [value]
         excess = key in COSTLY and max(values, default=0) > MOST
         if excess or len(values) > MOST_LISTED or (key == "params" and _slow(value)):
-            problem = "asks for more than a file may"
+            problem = "exceeds the limit for settings in a file"
         elif key == "dtype" and value not in DTYPES:
             problem = f"is not one of {', '.join(DTYPES)}"
         else:
             continue
-        raise StorageError(f"{file}: settings.{key} {problem}; give it as an option, or remove the file")
+        raise StorageError(f"{file}: settings.{key} {problem}. Give it as an option, or remove the file")
 
 
 def _slow(pattern: str) -> bool:

@@ -90,7 +90,7 @@ def read_checkpoint(path: Path, key: str | None = None, strip: str | None = None
     state = chosen.state if strip is None else _stripped(path, chosen.state, strip)
     nested = [name for name, value in state.items() if value.is_nested]
     if nested:
-        raise CheckpointError(f"{path}: tensor {_plain(nested[0])!r} is nested; dense weights are needed")
+        raise CheckpointError(f"{path}: tensor {_plain(nested[0])!r} is nested, but dense weights are needed")
     # by the class: on a tensor, too, a file may have set an attribute that hides a method; this leaves them behind
     state = {name: Tensor.detach(value) for name, value in state.items()}
     _check_tensors(path, state, size)
@@ -101,9 +101,9 @@ def read_checkpoint(path: Path, key: str | None = None, strip: str | None = None
         record = json.loads(header)
         spec, classes = ModelSpec.from_dict(record["model"]), record["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise TypeError("classes is no list of names")
+            raise TypeError("classes is not a list of names")
         if classes and spec.temperature is None and len(classes) != spec.num_classes:
-            raise ValueError(f"{len(classes)} names of {spec.num_classes} classes")
+            raise ValueError(f"{len(classes)} names for {spec.num_classes} classes")
         normalization = Normalization(tuple(record["mean"]), tuple(record["std"]))
         return Checkpoint(path, state, spec, normalization, tuple(classes), *others)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, UsageError) as error:
@@ -131,8 +131,8 @@ def _chosen(path: Path, content: Any, key: str | None) -> Chosen:
     there = choose(content)
     if there is not None:
         raise UsageError(
-            f"{path} holds no tensors under --key {_plain(key)}; "
-            f"there are some under {_some([there.key or 'no key', *there.alternatives, *there.elsewhere])}"
+            f"{path} holds no tensors under --key {_plain(key)}. There are tensors under "
+            f"{_some([there.key or 'no key', *there.alternatives, *there.elsewhere])}"
         )
     if not isinstance(content, (dict, list, tuple)):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
@@ -141,7 +141,7 @@ def _chosen(path: Path, content: Any, key: str | None) -> Chosen:
     keys = [name if isinstance(name, str) else f"a key of {type(name).__name__}" for name in names]
     held = f"it has {_some(keys)}" if keys else f"it is a {type(content).__name__} without names"
     raise CheckpointError(
-        f"{path} holds no tensors by their names, as model.state_dict() gives them ({held}); save that"
+        f"{path} holds no named tensors as model.state_dict() returns them ({held}). Save the state dict"
     )
 
 
@@ -149,7 +149,8 @@ def _stripped(path: Path, state: dict[str, Tensor], strip: str) -> dict[str, Ten
     found = below(state, strip if strip.endswith(".") else f"{strip}.") or below(state, strip)
     if not found:
         raise UsageError(
-            f"{path}: no tensor's name begins with --strip {_plain(strip)}; they are {_some(list(state))}"
+            f"{path}: no tensor's name begins with --strip {_plain(strip)}; the names are "
+            f"{_some(list(state))}"
         )
     return found
 
@@ -194,14 +195,14 @@ def _read_torch(path: Path) -> tuple[Any, Any]:
             whole = whole_object(path)
             what = f"a whole object of {_plain(whole)}" if whole else _plain(code[1] or code[2])
             raise CheckpointError(
-                f"{path} holds more than plain tensors, which could run code ({what}); "
-                "where you trust it, load it yourself and torch.save(model.state_dict(), ...) to a new file"
+                f"{path} holds more than plain tensors, which could run code ({what}). If you trust the "
+                "file, load it yourself and torch.save(model.state_dict(), ...) to a new file"
             ) from error
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         if reason.startswith("Unsupported operand"):
             raise CheckpointError(
-                f"{path} is pickled by another protocol than torch reads without running code ({_plain(reason)}); "
-                "save it again with torch.save's own pickle_protocol, which is 2"
+                f"{path} uses a pickle protocol that torch cannot read without running code "
+                f"({_plain(reason)}). Save it again with torch.save's default pickle_protocol, which is 2"
             ) from error
         raise CheckpointError(
             f"{path} is not a readable checkpoint: {type(error).__name__}: {_plain(reason)}"
@@ -234,9 +235,9 @@ def _problem(value: Tensor, size: int) -> str | None:
     if value.is_meta:
         return "has no data (it was saved from the meta device)"
     if value.layout != torch.strided or value.is_quantized:
-        return "is sparse or quantized; dense weights are needed"
+        return "is sparse or quantized, but dense weights are needed"
     if value.is_complex():
-        return "is complex; real weights are needed"
+        return "is complex, but real weights are needed"
     held = value.untyped_storage().nbytes()
     if held > size or value.numel() * value.element_size() > max(held, 2**20):
         return f"claims {value.numel():,} values but the file holds fewer"
@@ -276,13 +277,13 @@ class Fit:
         found = []
         if self.alternatives:
             found.append(
-                f"{path} holds the weights more than once: {_plain(self.key or 'those without a prefix')} is taken, "
-                f"and {_some(self.alternatives)} not; choose with --key NAME"
+                f"{path} holds the weights more than once: {_plain(self.key or 'those without a prefix')} "
+                f"is used, and {_some(self.alternatives)} is not. Choose with --key NAME"
             )
         if self.left_out:
             found.append(
-                f"{path}: {len(self.left_out)} tensor(s) that the network has no place for are left out "
-                f"({_some(self.left_out)})"
+                f"{path}: {len(self.left_out)} tensor(s) are left out, because the network does not have "
+                f"them ({_some(self.left_out)})"
             )
         return found
 
@@ -330,8 +331,8 @@ def fitting(model: nn.Module, checkpoint: Checkpoint) -> Fit:
         for name in there[1:]:
             if state[name].shape == state[there[0]].shape and not torch.equal(state[name], state[there[0]]):
                 raise CheckpointError(
-                    f"{checkpoint.path}: tensors {there[0]!r} and {name!r} differ, but the model has one for both; "
-                    "check --model"
+                    f"{checkpoint.path}: tensors {there[0]!r} and {name!r} differ, but the model ties them "
+                    "to one parameter. Check --model"
                 )
         state |= {name: state[there[0]] for name in (first, *others) if there}
     missing = [wanted[name] for name in place.needed if wanted[name] not in state]
@@ -343,7 +344,11 @@ def fitting(model: nn.Module, checkpoint: Checkpoint) -> Fit:
     unexpected = [held[name] for name in place.extra]
     problems = [
         f"{len(names)} {kind} ({_some(names)})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of a different shape", shapes),
+        )
         if names
     ]
     if problems:
@@ -370,7 +375,9 @@ def _key(key: str, prefix: str) -> str:
 
 def _remedy(checkpoint: Checkpoint, prefix: str, wrong: bool) -> str:
     if not wrong:  # all that the network needs is there
-        return f"--strip {_plain(prefix)} takes those below it alone" if prefix else "check --model"
+        return (
+            f"--strip {_plain(prefix)} uses only the tensors with this prefix" if prefix else "check --model"
+        )
     others = [*checkpoint.alternatives, *checkpoint.elsewhere]
     more = f", or choose among the file's other tensors by --key ({_some(others)})" if others else ""
     return f"check --model{more}"

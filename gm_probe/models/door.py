@@ -76,22 +76,23 @@ class Outputs:
             raise UsageError(f"the model returned {_described(returned)}; {_REMEDY}")
         if not found.is_floating_point():
             raise UsageError(
-                f"the model returned numbers of {found.dtype}; logits are floating-point numbers"
+                f"the model returned numbers of {found.dtype}; logits must be floating-point numbers"
             )
         if found.dim() == 0:
-            raise UsageError("the model returned a single number, as a loss is; return the logits (B, C)")
+            raise UsageError("the model returned a single number, like a loss. Return the logits (B, C)")
         if found.dim() == 1 and self.head == "binary":
             found = found[:, None]
         if found.dim() == 1:
-            raise UsageError(f"the model returned one number an example, {tuple(found.shape)}; {_BINARY}")
+            raise UsageError(f"the model returned one number per example, {tuple(found.shape)}; {_BINARY}")
         if found.dim() != 2:
             raise UsageError(
-                f"the model returned {tuple(found.shape)} for {rows} example(s): not one row of logits (B, C) each; "
-                "wrap it to return the row that is meant"
+                f"the model returned {tuple(found.shape)} for {rows} example(s), not one row of logits (B, "
+                "C) for each. Wrap it to return the right row"
             )
         if len(found) != rows:
             raise UsageError(
-                f"the model returned {len(found)} rows of logits for {rows} example(s); wrap it to return one each"
+                f"the model returned {len(found)} rows of logits for {rows} example(s). Wrap it to return "
+                "one row for each"
             )
         return found
 
@@ -128,11 +129,11 @@ class Outputs:
             UsageError: one logit of a classifier, or outputs that are not of the kind that is claimed.
         """
         if self.head == "classifier" and taken.shape[1] == 1:
-            raise UsageError(f"the model returned one logit an example; {_BINARY}")
+            raise UsageError(f"the model returned one logit per example; {_BINARY}")
         if self.head == "binary" and taken.shape[1] != 1:
             raise UsageError(
-                f"head binary reads one logit an example, and the model returned {taken.shape[1]}; use head "
-                "multilabel for independent labels, or classifier for exclusive classes"
+                f"head binary reads one logit per example, but the model returned {taken.shape[1]}. Use "
+                "head multilabel for independent labels, or classifier for exclusive classes"
             )
         values = taken.detach().double()
         if not len(values) or not bool(torch.isfinite(values).all() if self.kind is None else True):
@@ -140,16 +141,19 @@ class Outputs:
         seen = "" if self.kind is not None else self._seen_as_probabilities(values)
         if seen:
             raise UsageError(
-                f"the model returned probabilities ({seen}), and logits are needed: remove its softmax or sigmoid, or "
-                "say --outputs-are probabilities (Outputs(kind=...) in Python; of independent labels with --head "
-                "multilabel), or logits where they are"
+                f"the model returned probabilities ({seen}), but logits are needed. Remove its softmax or "
+                "sigmoid, or pass --outputs-are probabilities (Outputs(kind=...) in Python; with --head "
+                "multilabel for independent labels). If these are logits, pass --outputs-are logits"
             )
         if self.kind == "probabilities" and not self._probabilities(values):
             raise UsageError(
-                "outputs are said to be probabilities, and some lie outside of [0, 1] or do not sum to 1 over classes"
+                "outputs are declared as probabilities, but some lie outside [0, 1] or do not sum to 1 "
+                "over classes"
             )
         if self.kind == "log-probabilities" and not self._probabilities(values.exp()):
-            raise UsageError("outputs are said to be log-probabilities, and some rows of exp do not sum to 1")
+            raise UsageError(
+                "outputs are declared as log-probabilities, but exp of some rows does not sum to 1"
+            )
         return replace(self, kind=self.kind or "logits")
 
     def _seen_as_probabilities(self, values: Tensor) -> str:
@@ -177,7 +181,8 @@ _REMEDY = (
     "choose the logits by --output INDEX or NAME (output= in Python), or return them alone or named 'logits'"
 )
 _BINARY = (
-    "its softmax would be 1 always: say --head binary (head= in Python) for a yes-or-no model of one logit"
+    "its softmax would always be 1. For a yes-or-no model with one logit, pass --head binary (head= in "
+    "Python)"
 )
 
 
@@ -243,17 +248,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
             break
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UsageError(
-            "the model is scripted or traced (TorchScript), which takes no moved weights; give the module that it was "
-            "made from"
+            "the model is scripted or traced (TorchScript), which cannot run with perturbed weights. Give "
+            "its source module"
         )
     sharded = [type(module).__name__ for module in model.modules() if "FullySharded" in type(module).__name__]
     if sharded or any(type(p).__name__ == "DTensor" for p in model.parameters()):
         raise UsageError(
-            "the model is sharded (FSDP), so that no process has its weights; gather them into a plain module"
+            "the model is sharded (FSDP), so no process has all its weights. Gather them into a plain module"
         )
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise UsageError(
-            f"parameter {lazy[0]!r} is lazy and has no shape yet; run the network on one example first"
+            f"parameter {lazy[0]!r} is lazy and has no shape yet. Run the network on one example first"
         )
     return model

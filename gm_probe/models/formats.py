@@ -11,7 +11,7 @@ from gm_probe.errors import CheckpointError, printable
 from gm_probe.files.regular import open_to_read
 
 _WEIGHTS = "save plain weights: torch.save(model.state_dict(), 'weights.pt')"
-_SOURCE = f"load it where it was made and {_WEIGHTS}"
+_SOURCE = f"load it in the program that made it, and {_WEIGHTS}"
 _CONVERT = "convert its weights to a PyTorch state dict, and save that with torch.save or safetensors"
 _UNPACK = "unpack it first, and give the checkpoint inside"
 
@@ -30,7 +30,7 @@ STARTS: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`"),
     (b"<!DOCTYPE html", "a web page", "download the file itself"),
     (b"<html", "a web page", "download the file itself"),
-    (b"{", "a text in JSON", "give the weights that lie beside it, or their folder"),
+    (b"{", "a JSON text", "give the weights beside it, or their folder"),
 )
 """First bytes, what the file is, and what to do."""
 RECORDS: tuple[tuple[str, str, str], ...] = (
@@ -100,7 +100,7 @@ def _zip(path: Path) -> tuple[str, str] | None:
             return kind, remedy
     if any(name.lower().endswith("data.pkl") for name in names):
         return None
-    return f"a zip archive without weights of torch ({_first(names)})", _UNPACK
+    return f"a zip archive without torch weights ({_first(names)})", _UNPACK
 
 
 def _first(names: list[str]) -> str:

@@ -61,14 +61,15 @@ def weight_files(folder: Path) -> list[Path]:
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{folder / INDEX} names {_short(name)}, which is no .safetensors in its folder"
+                    f"{folder / INDEX} names {_short(name)}, which is not a .safetensors file in its folder"
                 )
         return [folder / str(name) for name in names]
     if (folder / WEIGHTS[1]).exists():
         return [folder / WEIGHTS[1]]
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{folder} holds an adapter of PEFT, not a network; merge it into its base (merge_and_unload) and save that"
+            f"{folder} holds a PEFT adapter, not a network. Merge it into its base (merge_and_unload) and "
+            "save the result"
         )
     raise CheckpointError(
         f"{folder} has a {CONFIG} but no {WEIGHTS[0]}; save it with save_pretrained(FOLDER)"
@@ -91,12 +92,12 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
     record = _read(path)
     name = _architecture(path, record)
     if record.get("quantization_config"):
-        raise CheckpointError(f"{path} is of a quantized network; save it dequantized, in float32")
+        raise CheckpointError(f"{path} describes a quantized network. Save it dequantized, in float32")
     _check_sizes(path, record, len(state))
     if ":" in str(record.get("architecture", "")):
         raise CheckpointError(
-            f"{path} takes its network from {_short(record['architecture'])}, outside its folder; build it by code of "
-            "yours: --model file.py:callable"
+            f"{path} takes its network from {_short(record['architecture'])}, outside its folder. Build it "
+            "with your own code: --model file.py:callable"
         )
     with _offline():
         try:
@@ -111,10 +112,11 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
             or kind not in transformers.CONFIG_MAPPING
             or not hasattr(transformers, name)
         ):
-            remote = " and brings its own code, which is never run" if record.get("auto_map") else ""
+            remote = " and contains its own code, which is never run" if record.get("auto_map") else ""
             raise CheckpointError(
-                f"{path} is of a {_short(name)} of the type {_short(kind)}, which transformers "
-                f"{transformers.__version__} does not have{remote}; build it by code of yours: --model file.py:callable"
+                f"{path} describes a {_short(name)} of type {_short(kind)}, which transformers "
+                f"{transformers.__version__} does not have{remote}. Build it with your own code: --model "
+                "file.py:callable"
             )
         made = getattr(transformers, name)
         with _quiet(transformers), _told(path):
@@ -124,7 +126,7 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
             held = sum(value.numel() for value in state.values())
             if size > 2 * held + 2**20:  # before it takes memory
                 raise CheckpointError(
-                    f"{path} describes {size:,} parameters, and the weights are {held:,} numbers"
+                    f"{path} describes {size:,} parameters, but the weights are {held:,} numbers"
                 )
             model, found = made.from_pretrained(
                 None,
@@ -139,7 +141,7 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
             )
     wrong = {
         "missing": sorted(found["missing_keys"]),
-        "of another shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
+        "of a different shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
     }
     own = {child for child, _ in model.named_children()}
     left_out = [key for key in sorted(found["unexpected_keys"]) if key.partition(".")[0] not in own]
@@ -157,8 +159,8 @@ def _architecture(path: Path, record: Mapping[str, Any]) -> str:
         r"\w+For(Image|Sequence)Classification(WithTeacher)?", name
     ):
         raise CheckpointError(
-            f"{path} is of {_short(name)}; classifiers can be built, of images or sequences (…ForImageClassification, "
-            "…ForSequenceClassification)"
+            f"{path} describes {_short(name)}. Only classifiers of images or sequences can be built "
+            "(…ForImageClassification, …ForSequenceClassification)"
         )
     return name
 
@@ -222,7 +224,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {printable(str(error))[:160]}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {printable(str(error))[:160]}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return found

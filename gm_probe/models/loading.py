@@ -72,7 +72,7 @@ def fitted_model(
         except UsageError as error:
             if not followed:
                 raise
-            raise CheckpointError(f"{checkpoint.path} records a network that cannot be: {error}") from error
+            raise CheckpointError(f"{checkpoint.path} records an impossible network: {error}") from error
     with generators_kept():  # initial weights are overwritten; the caller's draws stay its own
         model = build_model(spec).to(dtype)
     fit = load_weights(model, checkpoint)
@@ -83,12 +83,10 @@ def _recorded_name(checkpoint: Checkpoint) -> str:
     recorded = checkpoint.model
     if recorded is None:
         if huggingface.is_folder(checkpoint.path):
-            raise UsageError(
-                f"{checkpoint.path} is a folder of Hugging Face's; add --model {huggingface.NAME}"
-            )
+            raise UsageError(f"{checkpoint.path} is a Hugging Face folder. Add --model {huggingface.NAME}")
         raise UsageError(
-            f"{checkpoint.path} was not written by gmprobe; name its network with --model "
-            "(e.g. torchvision:resnet18, or your own package.module:callable)"
+            f"{checkpoint.path} was not written by gmprobe. Name its network with --model (e.g. "
+            "torchvision:resnet18, or your own package.module:callable)"
             + (
                 ""
                 if checkpoint.normalization
@@ -97,8 +95,8 @@ def _recorded_name(checkpoint: Checkpoint) -> str:
         )
     if recorded.is_user_code:
         raise UsageError(
-            f"{checkpoint.path} belongs to your own code {recorded.name!r}, which runs only when named: "
-            f"add --model {recorded.name}"
+            f"{checkpoint.path} belongs to your own code {recorded.name!r}, which runs only when you name "
+            f"it. Add --model {recorded.name}"
         )
     return recorded.name
 
@@ -108,8 +106,8 @@ def _from_folder(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     if not huggingface.is_folder(folder):
         raise UsageError(
-            f"--model {huggingface.NAME} needs {huggingface.CONFIG} beside the weights, and {folder} has none; give "
-            "the folder that save_pretrained wrote"
+            f"--model {huggingface.NAME} needs {huggingface.CONFIG} beside the weights, but {folder} has "
+            "none. Give the folder that save_pretrained wrote"
         )
     with generators_kept():
         model, left_out = huggingface.load(folder, checkpoint.state)
@@ -121,7 +119,7 @@ def _from_folder(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.
 def _rows_of_last_matrix(checkpoint: Checkpoint) -> int:
     rows = [len(value) for value in checkpoint.state.values() if value.dim() == 2]
     if not rows or not rows[-1]:
-        raise CheckpointError(f"{checkpoint.path}: cannot tell the number of classes; give --num-classes")
+        raise CheckpointError(f"{checkpoint.path}: the number of classes is unknown. Give --num-classes")
     return rows[-1]
 
 
@@ -145,7 +143,7 @@ def choose_normalization(
     if x.dtype != torch.uint8 and not (x.dim() >= 4 and x.is_floating_point()):
         return Normalization()
     raise UsageError(
-        f"{checkpoint.path} records no normalisation; give what it was trained with by --mean and --std "
+        f"{checkpoint.path} records no normalisation. Give the values of its training by --mean and --std "
         "(e.g. --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225, for pixels in [0, 1]), or --no-normalize"
     )
 
@@ -175,7 +173,7 @@ def check_fit(checkpoint: Checkpoint, examples: Examples) -> None:
     if examples.classes and checkpoint.classes and examples.classes != checkpoint.classes:
         raise DataError(
             f"{examples.source} has classes {_some(examples.classes)} but {checkpoint.path} was trained on "
-            f"{_some(checkpoint.classes)}; rename the folders, or measure it --unlabeled"
+            f"{_some(checkpoint.classes)}; rename the folders, or pass the data as --unlabeled"
         )
 
 

@@ -13,17 +13,20 @@ BUILT_IN = {
     "6cnn": "four convolutions and two linear layers, the paper's small network",
     "mlp": "fully connected, two hidden layers of 128; mlp-W1-W2-... sets the widths",
     "wrn-16-8": "Wide ResNet of depth 16 and width 8; wrn-D-K takes any (depth 6n + 4)",
-    "wrn-28-2": "likewise; wrn-D-K-authors has one more block a stage, as in the paper's published code",
-    "wrn-28-8": "likewise",
-    "wrn-28-10": "likewise",
+    "wrn-28-2": (
+        "Wide ResNet of depth 28 and width 2; wrn-D-K-authors has one more block per stage, as in the "
+        "paper's code"
+    ),
+    "wrn-28-8": "Wide ResNet of depth 28 and width 8",
+    "wrn-28-10": "Wide ResNet of depth 28 and width 10",
     "resnet18-cifar": "ResNet-18 with a 3×3 stem of stride 1, no max-pool; also 34, 50, 101, 152",
     "resnet50": "ResNet-50 with its own 7×7 stem, for large images; also 18, 34, 101, 152",
     "vit-tiny-4": "Vision Transformer of width 192, patches of 4×4; vit-tiny-P takes any; needs gm_probe[timm]",
-    "vit-micro-4": "Vision Transformer of 6 blocks of width 64, for a CPU; vit-micro-P likewise",
+    "vit-micro-4": "Vision Transformer of 6 blocks of width 64, for a CPU; vit-micro-P takes any",
     "vit-s-16": "Vision Transformer of width 384, patches of 16×16; vit-s-P takes any; needs gm_probe[timm]",
-    "vit-s-32": "likewise, patches of 32×32",
+    "vit-s-32": "the same with patches of 32×32",
     "mixer-4": "MLP-Mixer, 10 blocks of width 256, patches of 4×4; mixer-P takes any; needs gm_probe[timm]",
-    "mixer-micro-4": "MLP-Mixer of 4 blocks of width 64, for a CPU; mixer-micro-P likewise",
+    "mixer-micro-4": "MLP-Mixer of 4 blocks of width 64, for a CPU; mixer-micro-P takes any",
 }
 """The networks of gm_probe itself, by a name that builds one."""
 FAMILIES = (
@@ -52,7 +55,7 @@ def is_user_code(name: str) -> bool:
 def require_model_name(name: str) -> None:
     """Raise UsageError where ``name`` is no network of gm_probe's, and no name of somebody else's."""
     if len(name) > LONGEST and not is_user_code(name):
-        raise UsageError(f"no model of a name as long as {name[:20]!r}…; `gmprobe models` lists them")
+        raise UsageError(f"no model has a name as long as {name[:20]!r}…; `gmprobe models` lists them")
     prefix, separator, rest = name.partition(":")
     if prefix in LIBRARIES and separator:
         _require_registered(prefix, rest.partition(",")[0])

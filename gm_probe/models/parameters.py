@@ -48,28 +48,28 @@ class Parameters:
         try:
             self.named = {name: p for name, p in trainable.items() if re.search(pattern, name)}
         except re.error as error:
-            raise UsageError(f"{pattern!r} is no regular expression: {error}") from error
+            raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
         if not self.named:
             frozen = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
             if frozen:
                 raise UsageError(
-                    f"{pattern!r} finds frozen parameters alone ({frozen[0]!r}: requires_grad=False)"
+                    f"{pattern!r} matches frozen parameters only ({frozen[0]!r}: requires_grad=False)"
                 )
             some = ", ".join(list(trainable)[:3])
-            raise UsageError(f"{pattern!r} is found in no parameter's name; there are {some}, ...")
+            raise UsageError(f"{pattern!r} matches no parameter's name; some names are {some}, ...")
         first_name, first = next(iter(self.named.items()))
         self.dtype, self.device = first.dtype, first.device
         for name, p in self.named.items():
             if p.is_complex():
                 raise UsageError(
-                    f"parameter {name!r} is complex ({p.dtype}), and a ball in parameter space is one of real numbers; "
-                    "hold it as two real parameters (torch.complex(real, imag) in forward), freeze it by "
-                    "requires_grad_(False), or choose the others by --params"
+                    f"parameter {name!r} is complex ({p.dtype}), but a ball in parameter space needs real "
+                    "numbers. Hold it as two real parameters (torch.complex(real, imag) in forward), "
+                    "freeze it by requires_grad_(False), or choose the others by --params"
                 )
             if p.dtype != self.dtype:
                 raise UsageError(
-                    f"parameter {name!r} is {p.dtype} and {first_name!r} {self.dtype}; give all one dtype "
-                    "(model.float()), and use autocast for speed"
+                    f"parameter {name!r} is {p.dtype} and {first_name!r} {self.dtype}. Convert all to one "
+                    "dtype (model.float()), and use autocast for speed"
                 )
             if p.device != self.device:
                 raise UsageError(
@@ -82,7 +82,7 @@ class Parameters:
         ]
         self.size = sum(self._sizes)
         if not self.size:
-            raise UsageError(f"all parameters to be measured are empty: {', '.join(list(self.named)[:3])}")
+            raise UsageError(f"all selected parameters are empty: {', '.join(list(self.named)[:3])}")
 
     def check_finite(self) -> None:
         """Raise CheckpointError naming the first parameter or buffer that holds NaN or infinity.

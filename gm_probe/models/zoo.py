@@ -36,7 +36,7 @@ MODELS = {
     "timm:NAME": "any classifier of timm (pip install 'gm_probe[timm]'); NAME,KEYWORD=VALUE passes keywords",
     "hf": "what a Hugging Face folder's config.json describes (pip install 'gm_probe[hf]')",
     "package.module:callable": "your own function without arguments that returns an nn.Module",
-    "path/file.py:callable": "likewise, from a file",
+    "path/file.py:callable": "the same, from a file",
 }
 """What --model takes."""
 INPUTS_CHANGED = frozenset(("googlenet", "inception_v3"))
@@ -87,7 +87,7 @@ class ModelSpec:
         """Raises KeyError, TypeError, ValueError or OverflowError on a broken record."""
         name = str(value["name"])  # of what is no mapping, a TypeError
         if len(name) > LONGEST:
-            raise ValueError(f"a model's name of {len(name):,} characters")
+            raise ValueError(f"a model name of {len(name):,} characters")
         temperature = value.get("temperature")
         spec = cls(
             name,
@@ -111,7 +111,7 @@ class ModelSpec:
 def _recorded_size(value: Any) -> int:
     """Return ``value`` as a record has a size; a text or a fraction is refused, not converted."""
     if type(value) is not int:
-        raise TypeError(f"{value!r:.40} is no whole number")
+        raise TypeError(f"{value!r:.40} is not a whole number")
     return value
 
 
@@ -153,7 +153,8 @@ def builder(name: str) -> Callable[[ModelSpec], nn.Module]:
         return _timm_model(*_with_keywords(name))
     if name == huggingface.NAME:
         raise UsageError(
-            f"--model {name} builds what config.json beside a Hugging Face checkpoint describes; there is none here"
+            f"--model {name} builds what config.json beside a Hugging Face checkpoint describes, but there "
+            "is no such checkpoint here"
         )
     for pattern, build in _FAMILIES.items():
         if match := re.fullmatch(pattern, name):
@@ -167,8 +168,8 @@ def check_configured(name: str) -> None:
     network, keywords = _with_keywords(name) if source == "torchvision" else (rest, {})
     if source == "torchvision" and network in INPUTS_CHANGED and "transform_input" not in keywords:
         raise UsageError(
-            f"{name} has a setting that is in no checkpoint: say {name},transform_input=true for torchvision's own "
-            "weights and others trained with it, or =false"
+            f"{name} has a setting that no checkpoint records. Pass {name},transform_input=true for "
+            "torchvision's own weights and others trained with it, or =false"
         )
 
 
@@ -184,7 +185,7 @@ def _with_keywords(name: str) -> tuple[str, dict[str, Any]]:
         key, separator, text = one.partition("=")
         if not separator or not key.isidentifier() or key in keywords:
             raise UsageError(
-                f"{name}: {one!r} is no KEYWORD=VALUE, or is there twice; e.g. {network},drop_rate=0.1"
+                f"{name}: {one!r} is not KEYWORD=VALUE, or is given twice. Example: {network},drop_rate=0.1"
             )
         if _NO_KEYWORDS.search(key):
             raise UsageError(f"{name}: {key} cannot be passed to the builder; leave it out")
@@ -277,8 +278,8 @@ def _patched(network: Callable[..., nn.Module], spec: ModelSpec, patch: int, **o
     channels, height, width = _image_shape(spec)
     if patch < 1 or height % patch or width % patch:
         raise UsageError(
-            f"{spec.name} cuts images into patches of {patch}×{patch} pixels, which {width}×{height} is no multiple "
-            "of; choose another patch, or resize with --image-size"
+            f"{spec.name} cuts images into patches of {patch}×{patch} pixels, and {width}×{height} is not "
+            "a multiple of that. Choose another patch size, or resize with --image-size"
         )
     try:
         return network(channels, height, width, spec.num_classes, patch=patch, **options)
@@ -334,8 +335,8 @@ def _building(name: str, keywords: Mapping[str, Any]) -> Iterator[None]:
 def _timm_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:
     if ":" in name:  # hf-hub: and local-dir: are timm's ways to others' files
         raise UsageError(
-            f"no model 'timm:{name}'; of timm's own models one is given as timm:NAME, any other by code of yours as "
-            "file.py:callable"
+            f"no model 'timm:{name}'; timm's own models are given as timm:NAME, and others by your own "
+            "code as file.py:callable"
         )
     try:
         import timm
@@ -376,12 +377,14 @@ def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
             raise UsageError(f"--model {name} returned {type(model).__name__}, not an nn.Module")
         if isinstance(model, torch.jit.ScriptModule):
             raise UsageError(
-                f"--model {name} returned a scripted module, which takes no moved weights; return its source"
+                f"--model {name} returned a scripted module, which cannot run with perturbed weights. "
+                "Return its source module"
             )
         lazy = [key for key, p in model.named_parameters() if is_lazy(p)]
         if lazy:
             raise UsageError(
-                f"--model {name}: parameter {lazy[0]!r} is lazy; run the network on one example before returning it"
+                f"--model {name}: parameter {lazy[0]!r} is lazy. Run the network on one example before "
+                "returning it"
             )
         return model
 

@@ -55,7 +55,7 @@ class Recipe:
         """``small``; ``paper`` where that is cheap enough; UsageError where it takes a GPU, and is to be asked for."""
         if not self.chosen:
             costs = " or ".join(f"--scale {scale} ({cost})" for scale, cost in self.costs.items())
-            raise UsageError(f"{self.name} has no small scale; give {costs}")
+            raise UsageError(f"{self.name} has no small scale. Choose {costs}")
         return self.chosen
 
     def at(self, scale: str) -> Mapping[str, Any]:

@@ -79,7 +79,7 @@ class Finding:
         """A sentence of the outcome, of no more than was tested."""
         of = "what was tested of the claim" if self.untested else "the claim"
         if self.outcome == "cannot be told":
-            return f"Whether {of} holds cannot be told at this scale."
+            return f"Whether {of} holds cannot be decided at this scale."
         return f"{of[0].upper()}{of[1:]} {self.outcome}."
 
 

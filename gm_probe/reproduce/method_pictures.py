@@ -54,7 +54,7 @@ def picture(name: str, found: Comparison, least: bool, x: str = "") -> tuple[dic
             plain(data) if place else "": plane(found.of(data), least)
             for place, data in enumerate(found.data)
         }
-        return planes, "Error on the part that is held out over ρ and β; outlined: the least."
+        return planes, "Held-out error over ρ and β; the outline marks the smallest."
     raise UsageError(f"no picture {name!r}; there are: dots, along, by, plane")
 
 
@@ -179,4 +179,4 @@ def plane(arms: Sequence[Arm], least: bool) -> Figure:
     best = min(known, key=lambda cell: cell["error"], default=cells[0])
     first = arms[0]
     method = f"{first.label.split()[0]} on {first.data}"
-    return heat_map(cells, best, f"{method}, {first.config.model}, {len(first.runs)} seed(s) a point")
+    return heat_map(cells, best, f"{method}, {first.config.model}, {len(first.runs)} seed(s) per point")

@@ -146,8 +146,8 @@ def _source(task: Task, place: Table, base: Table, data: Sequence[Table]) -> dic
         names = list(dict.fromkeys(each.get("data", base.get("data", "")) for each in data))
         if len(names) > 1:
             raise UsageError(
-                f"{task.name} takes several data sets ({', '.join(names)}): --data cannot stand for all of them; "
-                f"choose one by --only, such as --only '{data[0]['label']}'"
+                f"{task.name} takes several data sets ({', '.join(names)}), and --data cannot replace all "
+                f"of them. Choose one by --only, such as --only '{data[0]['label']}'"
             )
         return {"data": task.data, "device": task.device}
     name = place.get("data", base.get("data", ""))

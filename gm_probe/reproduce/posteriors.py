@@ -64,7 +64,7 @@ def study(
         folder = trained(recipe, task.folder / "runs" / arm, task)
         settings = _settings(recipe, folder)
         if not settings:
-            raise DivergedError(f"of no setting did two runs end ({folder}); lower lr in the recipe's grid")
+            raise DivergedError(f"no setting has two finished runs ({folder}). Lower lr in the recipe's grid")
         left = len(recipe.runs) - sum(len(paths) for paths, _ in settings)
         if left:
             lost.append(f"{left} of {len(recipe.runs)} runs ({ARMS[arm]})")
@@ -75,11 +75,11 @@ def study(
     holds = held(table, taus)
     text = text_of(table, taus, holds)
     if lost:
-        text += f" Left out, diverged or alone in their setting: {'; '.join(lost)}."
+        text += f" Left out, because they diverged or are alone in their setting: {'; '.join(lost)}."
     caption = (
-        "A point a setting, means over its seeds. (a) C_θ of the runs against σ̂² tr F; hollow: C_θ of an isotropic "
-        "Gaussian of the same variance about one run. (b) C_θ against S_ρ. (c) S_ρ against its quadratic term, a "
-        "colour a ρ. Lines in (a) and (c): equality."
+        "Each point is a setting, with means over its seeds. (a) C_θ of the runs against σ̂² tr F; "
+        "hollow: C_θ of an isotropic Gaussian of the same variance about one run. (b) C_θ against S_ρ. "
+        "(c) S_ρ against its quadratic term, one colour per ρ. Lines in (a) and (c): equality."
     )
     return Finding(outcome_of(holds.values()), text, rows, [_sheet(table)], {"": _draw(table)}, {"": caption})
 

@@ -68,9 +68,9 @@ def study(
         for key in ("residual", "relative")
     }
     caption = (
-        f"A row a data set. Left: the bound's terms along training, seed 0, ρ = {rho:g}. Middle: λ_max(F) and the "
-        "spectral residual ξ against the training loss, every seed. Right: their ratio. Grey: near interpolation, "
-        f"L_S < {NEAR:g}."
+        f"Each row is a data set. Left: the bound's terms along training, seed 0, ρ = {rho:g}. Middle: "
+        "λ_max(F) and the spectral residual ξ against the training loss, every seed. Right: their ratio. "
+        f"Grey: near interpolation, L_S < {NEAR:g}."
     )
     text = f"{_text(table, slopes)} P = {network.size}."
     return Finding(_outcome(slopes), text, rows, [_sheet(table, rho)], {"": _draw(table, rho)}, {"": caption})
@@ -122,8 +122,9 @@ def _outcome(slopes: Slopes) -> Outcome:
 
 def _text(table: pd.DataFrame, slopes: Slopes) -> str:
     said = [
-        f"The test: exponents of ξ ∝ L_S^a where L_S < {NEAR:g}, and of ξ/λ_max(F) ∝ L_S^b over the last tenfold fall "
-        "of L_S, one a seed. Both must be positive, for λ_max(F) itself vanishes with the loss."
+        f"The test: exponents of ξ ∝ L_S^a where L_S < {NEAR:g}, and of ξ/λ_max(F) ∝ L_S^b over the last "
+        "tenfold fall of L_S, one per seed. Both must be positive, because λ_max(F) itself vanishes with "
+        "the loss."
     ]
     for case, mine in table.groupby("case", sort=False):
         end = mine[mine.step == mine.step.max()].median(numeric_only=True)

@@ -44,7 +44,7 @@ def reproduce(task: Task) -> tuple[Finding, list[Path]]:
     chosen = recipe(task.name)
     settings = chosen.at(task.scale)
     if task.only is not None and chosen.study != "methods":
-        raise UsageError(f"--only: {task.name} is of one data set")
+        raise UsageError(f"--only: {task.name} has a single data set. Leave out --only")
     machine = environment(pick_device(task.device))
     with exclusive(task.folder):
         remove_temporary(task.folder)

@@ -52,7 +52,8 @@ def study(
     said = [_text(found, expected, recipe)]
     if num_done < LEAST_RUNS:
         said.append(
-            f"Only {num_done} of these reached the cross-entropy at which training stops: nothing can be told."
+            f"Only {num_done} of these reached the cross-entropy at which training stops, too few for a "
+            "conclusion."
         )
     reasons = [
         f"{len(runs)} for {why} ({', '.join(runs)})" for why, runs in by_reason(table.excluded).items()
@@ -64,7 +65,7 @@ def study(
         said.append(f"Over all {every.num_runs} runs that finished, whether done or not: {taus}.")
     groups = group_rows(table, recipe.group_by) if recipe.group_by else {}
     caption = (
-        "Each measure against the gap, a point a run, Kendall's τ-b above; "
+        "Each measure against the gap; each point is a run, and Kendall's τ-b stands above; "
         f"{table.num_runs} of {len(recipe.runs)} runs."
     )
     return Finding(
@@ -109,8 +110,8 @@ def _text(found: SweepStatistics, expected: Mapping[str, int], recipe: Recipe) -
     about_seeds = [note for note in found.notes if "seed" in note]
     whole = next(iter(taus.values()))
     return (
-        "The test: the sign of Kendall's τ-b with the error gap, by a 95 % CI that takes the settings of the grid for "
-        f"independent draws{'' if about_seeds else ' and allows for seeds that they share'}. Over {whole.n} of "
-        f"{len(recipe.runs)} runs, of {whole.num_settings} settings: {'; '.join(said)}."
+        "The test: the sign of Kendall's τ-b with the error gap, by a 95 % CI that treats the settings of "
+        f"the grid as independent draws{'' if about_seeds else ' and covers shared seeds'}. Over {whole.n} "
+        f"of {len(recipe.runs)} runs, of {whole.num_settings} settings: {'; '.join(said)}."
         + "".join(f" {note[0].upper()}{note[1:]}." for note in about_seeds)
     )

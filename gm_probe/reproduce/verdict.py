@@ -165,15 +165,18 @@ def text_of(results: Sequence[Test], others: Sequence[Test], untested: str, spli
     )
     reversed_level = 100 * (1 - 0.05 / max(1, len(results)))
     text = (
-        f"The test, on {' and '.join(dict.fromkeys(r.data for r in results))}: the difference in what is named, paired "
-        f"by seed ({shared}), below 0 by a 95 % Student interval over the n seeds in which both ended. "
-        f"{_told(results)} {sum(r.sign == 1 for r in results)} of {len(results)} comparisons go the claimed way clear "
-        f"of 0, {sum(r.sign == -1 for r in results)} the other way by the {reversed_level:.4g} % interval that decides "
-        "against the claim (Bonferroni)."
+        f"The test, on {' and '.join(dict.fromkeys(r.data for r in results))}: the difference in what is "
+        f"named, paired by seed ({shared}), below 0 by a 95 % Student interval over the n seeds in which "
+        f"both ended. {_told(results)} {sum(r.sign == 1 for r in results)} of {len(results)} comparisons "
+        f"have the claimed sign with an interval that excludes 0, {sum(r.sign == -1 for r in results)} "
+        f"the opposite sign by the {reversed_level:.4g} % interval that decides against the claim "
+        "(Bonferroni)."
     )
     if any(count for r in results for count in r.lost.values()):
-        text += " Where a variant alone has no result in a seed, as where it diverged, no comparison goes its way."
-    given = f"These are no part of the claim. {_told(others)}" if others else ""
+        text += (
+            " A variant that has no result in a seed, for example because it diverged, wins no comparison."
+        )
+    given = f"These are not part of the claim. {_told(others)}" if others else ""
     left = f"Not tested: {untested}." if untested else ""
     return " ".join(filter(None, (text, given, left)))
 

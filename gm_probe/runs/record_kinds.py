@@ -186,7 +186,7 @@ def _run_name(name: str) -> None:
     """Refuse a name that leads out of the sweep's folder."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or name.startswith(("/", "\\")) or ".." in parts or "\0" in name or ":" in parts[0]:
-        raise Unfit(f"runs has the name {name!r}, which is no folder in the sweep's own")
+        raise Unfit(f"runs has the name {name!r}, which is not a folder inside the sweep's folder")
 
 
 def _runs(value: Any, place: str) -> None:

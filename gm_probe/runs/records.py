@@ -90,7 +90,7 @@ class RunRecord:
             StorageError: nothing.
         """
         if self.summary.get(key) is None:
-            raise StorageError(f"{self.path / SUMMARY}: {key} is missing; train into a new folder")
+            raise StorageError(f"{self.path / SUMMARY}: {key} is missing. Train into a new folder")
         return self.summary[key]
 
     def measured(self, names: Iterable[str], asked: Mapping[str, Any]) -> bool:
@@ -263,5 +263,5 @@ def read_metrics(path: Path, required: Iterable[str] = ()) -> Iterator[dict[str,
         row = _checked(place, row, METRICS_KIND)
         lacking = [key for key in required if key not in row]
         if lacking:
-            raise StorageError(f"{place}: {lacking[0]} is missing; train into a new folder")
+            raise StorageError(f"{place}: {lacking[0]} is missing. Train into a new folder")
         yield row

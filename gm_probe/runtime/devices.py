@@ -17,8 +17,8 @@ from gm_probe.errors import ResourceError, UsageError, first_line
 from gm_probe.runtime.device_names import no_device
 
 LACKING = {
-    "mps": "has no float64, in which gm_probe keeps its sums",
-    "meta": "holds no values: load the weights first",
+    "mps": "lacks float64, which gm_probe needs for its sums",
+    "meta": "holds no values; load the weights first",
 }
 """Devices that torch knows and that cannot be computed on here, and why."""
 
@@ -98,8 +98,8 @@ def require_float64(device: torch.device) -> None:
         float(torch.ones(2, dtype=torch.float64, device=device).sum())
     except Exception as error:
         raise UsageError(
-            f"device {device} cannot compute in float64, in which gm_probe keeps its sums ({first_line(error)}); "
-            "use --device cpu"
+            f"device {device} cannot compute in float64, which gm_probe needs for its sums "
+            f"({first_line(error)}); use --device cpu"
         ) from error
 
 

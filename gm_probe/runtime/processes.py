@@ -162,8 +162,8 @@ def _backend(device: torch.device) -> str:
         return distributed.get_default_backend_for_device(device)
     except ValueError as error:
         raise UsageError(
-            f"torch has no backend by which processes share work on device {device.type}; use one process, or --device "
-            "cpu"
+            f"torch has no backend for several processes on device {device.type}. Use one process, or "
+            "--device cpu"
         ) from error
 
 
@@ -196,7 +196,7 @@ def _told(name: str, least: int, end: int) -> int:
 
 def _not_told(name: str, problem: str) -> UsageError:
     return UsageError(
-        f"{name} {problem}, though WORLD_SIZE or LOCAL_RANK says that several processes work together; start them "
+        f"{name} {problem}, although WORLD_SIZE or LOCAL_RANK is set for several processes. Start them "
         "with torchrun, or unset these variables"
     )
 
@@ -204,7 +204,7 @@ def _not_told(name: str, problem: str) -> UsageError:
 def _not_joined(cause: str) -> ResourceError:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     return ResourceError(
-        f"the processes of torchrun do not meet at {where}: {cause}; start them with torchrun"
+        f"the processes of torchrun cannot connect at {where}: {cause}. Start them with torchrun"
     )
 
 

@@ -18,8 +18,8 @@ from typing import Any
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of a process that ended by SIGINT or SIGTERM, as shells have it: 128 and the signal's number."""
 ENDED_BY = {
-    signal.SIGINT: (INTERRUPTED, "interrupted; what was finished is kept"),
-    signal.SIGTERM: (TERMINATED, "terminated; what was finished is kept"),
+    signal.SIGINT: (INTERRUPTED, "interrupted; finished results are kept"),
+    signal.SIGTERM: (TERMINATED, "terminated; finished results are kept"),
 }
 SAME = 0.5
 """Seconds in which a second SIGTERM counts as the first: launchers pass on what the whole process group was sent."""

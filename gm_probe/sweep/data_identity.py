@@ -140,7 +140,7 @@ def described(paths: Sequence[Path], training_sets: Sequence[str]) -> list[dict[
             }
         )
         if not known:
-            rows[-1]["reason"] = "training set unknown; taken as the same"
+            rows[-1]["reason"] = "training set unknown; assumed to be the same"
     return rows
 
 
@@ -149,19 +149,20 @@ def doubts(paths: Sequence[Path], training_sets: Sequence[str]) -> list[str]:
     notes = []
     sizes = Counter(training_sets)
     if sizes[UNKNOWN]:
-        apart = ", and as another than the runs'" if len(sizes) > 1 else ""
-        notes.append(f"{sizes[UNKNOWN]} checkpoint(s): training set unknown; taken as the same{apart}")
+        apart = ", and different from the runs'" if len(sizes) > 1 else ""
+        notes.append(f"{sizes[UNKNOWN]} checkpoint(s): training set unknown; assumed to be the same{apart}")
     configs = [read_run(path).config for path in paths if is_run(path)]
     settings = dict.fromkeys(key for config in configs for key in config if key not in NO_PROCEDURE)
     varying = [key for key in settings if len({str(config.get(key)) for config in configs}) > 1]
     if varying:
-        notes.append(f"the runs differ in {', '.join(varying)}: pairs compare these too, not seeds alone")
+        notes.append(f"the runs differ in {', '.join(varying)}, so pairs compare these too, not only seeds")
     counts = {len(read_split(path)["train"]) for path in paths if is_run(path)}
     if len(counts) > 1:
         notes.append(f"the training sets have {', '.join(map(str, sorted(counts)))} examples")
     if len(sizes) > 1 and min(sizes.values()) == 1:
         notes.append(
-            "a training set has one model as its mean prediction: instability holds inconsistency too"
+            "a training set has one model only, so its mean prediction is that model's and instability "
+            "includes inconsistency"
         )
     return notes
 
@@ -179,8 +180,8 @@ def common_unlabeled(runs: Sequence[Path], leave: Leave = NO_LEAVE) -> Examples:
             continue
         if not _equal(own_unlabeled(run, leave), examples):
             raise DataError(
-                f"{first} and {run} have different unlabeled parts; name data that none of the runs was trained on "
-                "with --unlabeled"
+                f"{first} and {run} have different unlabeled parts. Give data that none of the runs was "
+                "trained on with --unlabeled"
             )
     return examples
 

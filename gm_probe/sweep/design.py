@@ -44,7 +44,7 @@ def points(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _listed(rows: Any) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise UsageError("recipe: list must be tables, [[list]], one a point")
+        raise UsageError("recipe: list must be tables, [[list]], one per point")
     return [dict(row) for row in rows]
 
 
@@ -62,7 +62,9 @@ def _drawn(kind: str, content: Any) -> list[dict[str, Any]]:
     if not isinstance(space, Mapping) or not space:
         raise UsageError(f"recipe: [{kind}.space] must give each setting a list or {{low, high}}")
     if kind == "sobol" and count & (count - 1):
-        raise UsageError(f"recipe: sobol.points = {count} must be a power of 2, or the points are unbalanced")
+        raise UsageError(
+            f"recipe: sobol.points = {count} must be a power of 2; otherwise the points are unbalanced"
+        )
     import numpy as np  # with scipy it takes a second, which a wrong recipe must not wait for
 
     generator = np.random.default_rng(seed)
@@ -86,7 +88,7 @@ def _at(name: str, part: Any, u: float) -> Any:
     if isinstance(part, list) and part:
         return part[int(u * len(part))]
     if not isinstance(part, Mapping) or not {"low", "high"} <= set(part) <= {"low", "high", "log"}:
-        raise UsageError(f"recipe: {name} = {part!r} must be a list or {{low, high}}, with log if need be")
+        raise UsageError(f"recipe: {name} = {part!r} must be a list or {{low, high}}, optionally with log")
     low, high, log = part["low"], part["high"], part.get("log", False)
     whole = type(low) is int and type(high) is int
     numbers = all(type(end) in {int, float} and math.isfinite(end) for end in (low, high))

@@ -151,7 +151,7 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
         config = TrainConfig.from_dict({**base, **values})
         name = run_name(config, values)
         if name in runs:
-            raise UsageError(f"recipe: the design names one run twice ({name})")
+            raise UsageError(f"recipe: the design names the same run twice ({name})")
         runs[name] = config
     plan = _plan(content.get("measure", {}))
     if views := [config for config in runs.values() if config.objective == "simclr"]:
@@ -167,8 +167,8 @@ def _require_of_views(plan: MeasurePlan, configs: Collection[TrainConfig]) -> No
         images = [n for n in (config.num_unlabeled, plan.max_examples) if n is not None]
         if images and min(images) < size:
             raise UsageError(
-                f"recipe: NT-Xent is measured on batches of {size} images, of which there are {min(images)}; set "
-                "measure.batch_size, or raise num_unlabeled or measure.max_examples"
+                f"recipe: NT-Xent is measured on batches of {size} images, but there are {min(images)}. "
+                "Set measure.batch_size, or raise num_unlabeled or measure.max_examples"
             )
 
 
@@ -203,7 +203,7 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
         if name not in CATALOGUE:
             raise UsageError(f"recipe: no measure {name!r}; {did_you_mean(name, CATALOGUE)}")
         if CATALOGUE[name].needs_labels:
-            raise UsageError(f"recipe: {name} needs labels; a sweep measures on the unlabeled part")
+            raise UsageError(f"recipe: {name} needs labels, but a sweep measures on the unlabeled part")
     chosen = {key: _like(key, value, defaults[key]) for key, value in content.items() if key in defaults}
     sizes = {key: content[key] for key in ("max_examples", "batch_size") if key in content}
     for key, value in sizes.items():

@@ -159,7 +159,7 @@ def run_recipe(
     for name, config in recipe.runs.items():
         folder = out / name
         if folder.is_symlink():
-            reason = f"{folder} is a link; a sweep writes into its own folder only: remove it"
+            reason = f"{folder} is a link; a sweep writes into its own folder only. Remove the link"
             report(Outcome(name, "failed", reason, tried=False))
         elif is_complete(folder, recipe.plan):
             _forget_failure(folder)  # a disk may refuse the last write's sync with all of it there

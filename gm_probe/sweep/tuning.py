@@ -163,8 +163,8 @@ def require_success(outcomes: Sequence[Outcome]) -> None:
     failed = [outcome for outcome in outcomes if outcome.status in {"failed", "busy"}]
     if failed:
         raise ProbeError(
-            f"{len(failed)} of {len(outcomes)} runs failed, the first ({failed[0].name}): {failed[0].reason}; "
-            "the same command tries them again"
+            f"{len(failed)} of {len(outcomes)} runs failed, the first ({failed[0].name}): "
+            f"{failed[0].reason}; run the same command to try them again"
         )
 
 
@@ -176,7 +176,7 @@ def best_of(cells: Sequence[Cell]) -> Cell:
     """
     known = [cell for cell in cells if cell.mean is not None]
     if not known:
-        raise DivergedError("training diverged in every cell; lower --lr or --rho")
+        raise DivergedError("training diverged in every cell. Lower --lr or --rho")
     return min(known, key=lambda cell: cell.mean if cell.mean is not None else math.inf)
 
 

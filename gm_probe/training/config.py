@@ -236,7 +236,8 @@ class TrainConfig:
             whole("milestones", epoch, 0, MOST)
         if self.min_lr and (self.schedule not in {"cosine", "linear"} or self.min_lr > self.lr):
             raise UsageError(
-                f"min_lr = {self.min_lr} is where a cosine or linear schedule ends, at most lr = {self.lr}"
+                f"min_lr = {self.min_lr} must be at most lr = {self.lr}; a cosine or linear schedule ends "
+                "there"
             )
         Reading(None, self.image_size, self.resize, self.crop)  # which checks them
         self._check_objective()
@@ -255,19 +256,20 @@ class TrainConfig:
             return
         if self.labels is None:
             raise UsageError(
-                f"objective = {self.objective!r} needs labels: how many training examples keep theirs"
+                f"objective = {self.objective!r} needs labels, the number of training examples that keep "
+                "their labels"
             )
         if self.m is not None:
-            raise UsageError(f"m cuts supervised batches only, not those of objective = {self.objective!r}")
+            raise UsageError(f"m splits supervised batches only, not those of objective = {self.objective!r}")
         if self.objective == "fixmatch" and self.augment:
-            raise UsageError("fixmatch has augmentations of its own; leave augment out")
+            raise UsageError("fixmatch has its own augmentations. Leave out augment")
 
     def _check_simclr(self) -> None:
         if self.batch_size < 2:
             raise UsageError("simclr compares images: batch_size must be at least 2")
         refused = {
-            "m": (self.m is not None, "NT-Xent compares all views of a batch, which cannot be cut"),
-            "augment": (self.augment, "simclr has augmentations of its own"),
+            "m": (self.m is not None, "NT-Xent compares all views of a batch, so the batch cannot be split"),
+            "augment": (self.augment, "simclr has its own augmentations"),
             "stop_ce": (self.stop_ce is not None, "an encoder has no training cross-entropy to stop at"),
             "label_smoothing": (self.label_smoothing > 0, "there are no labels to smooth"),
             "eval_every": (

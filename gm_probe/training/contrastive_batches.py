@@ -35,7 +35,8 @@ def contrastive_batches(
     count = len(examples) // images
     if not count:
         raise DataError(
-            f"{examples.source} has {len(examples)} images, too few for a batch of {images}; lower the batch size"
+            f"{examples.source} has {len(examples)} images, too few for a batch of {images}. Lower the "
+            "batch size"
         )
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randperm(len(examples), generator=generator)[: count * images].split(images)

@@ -130,8 +130,8 @@ class Evaluation:
         guess = math.log(max(2, self.classes))
         if min(train_ce, running_ce) > DIVERGED * guess:
             raise DivergedError(
-                f"the training cross-entropy ended at {train_ce:.3g}, more than {DIVERGED:g} times a uniform guess's "
-                f"{guess:.3g}; lower the learning rate"
+                f"the training cross-entropy ended at {train_ce:.3g}, more than {DIVERGED:g} times a "
+                f"uniform guess's {guess:.3g}. Lower the learning rate"
             )
 
 

@@ -55,7 +55,7 @@ def refuse(lacking: Mapping[str, str], run: Path) -> None:
     """Raise UsageError where something is in ``lacking``: settings that the command line would have to give."""
     if lacking:
         options = "".join(_option(name, value) for name, value in lacking.items())
-        raise UsageError(f"{run} asks for what only the command line may decide: add{options}")
+        raise UsageError(f"{run} needs permissions that only the command line can give. Add{options}")
 
 
 def as_options(configs: Iterable[TrainConfig]) -> str:

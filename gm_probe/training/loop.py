@@ -75,7 +75,7 @@ def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | N
     if not (out / CONFIG).exists():
         return None
     if not resume:
-        raise UsageError(f"{out} holds a run already; go on with --resume, or choose another --out")
+        raise UsageError(f"{out} already holds a run. Continue it with --resume, or choose another --out")
     record = read_run(out)
     recorded, now = TrainConfig.from_record(record.config).identity(), config.identity()
     changed = sorted(key for key in {*recorded, *now} if recorded.get(key) != now.get(key))
@@ -83,7 +83,7 @@ def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | N
         check_splits(load_splits(config), out, config.data)
     elif changed:
         raise UsageError(
-            f"{out} was started with another {', '.join(changed)}; repeat its settings to resume"
+            f"{out} was started with a different {', '.join(changed)}. Repeat its settings to resume"
         )
     if record.status == "diverged":  # it would again: runs are deterministic
         raise DivergedError(str(record.summary.get("reason")))
@@ -108,8 +108,8 @@ def _train(
     def too_much(cause: str) -> str:
         return (
             f"out of memory in epoch {training.epoch + 1} on batches of {config.batch_size} ({cause}); "
-            f"{_less_memory(config)}lower --batch-size or choose a smaller --model: another run, "
-            "into another --out"
+            f"{_less_memory(config)}lower --batch-size or choose a smaller --model. That is a different "
+            "run and needs another --out"
         )
 
     try:

@@ -112,7 +112,9 @@ class FixMatch(Joint):
     def _views(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         unlabeled = len(logits) - len(y)
         if unlabeled < 2 or unlabeled % 2:
-            raise UsageError(f"{unlabeled} unlabeled inputs are not weak and strong views of the same images")
+            raise UsageError(
+                f"{unlabeled} unlabeled inputs are not pairs of weak and strong views of the same images"
+            )
         weak, strong = logits[len(y) :].chunk(2)
         return weak, strong
 

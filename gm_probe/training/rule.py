@@ -130,7 +130,7 @@ class Rule:
         """
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             raise UsageError(
-                "rule.backward takes gradients; call it outside of torch.no_grad() and inference_mode()"
+                "rule.backward needs gradients. Call it outside torch.no_grad() and inference_mode()"
             )
         self._scaler = scaler
         # layers may have been frozen or unfrozen meanwhile
@@ -174,7 +174,7 @@ class Rule:
     def _clean(self, x: Inputs, y: Any) -> Tensor:
         """What the model itself returns for x, as the criterion takes it; looked at once, at the first step."""
         args, kwargs = arguments(self.model, x)
-        remedy = "pass the tensor itself, or name the entries as forward's arguments are named"
+        remedy = "pass the tensor itself, or name the entries like forward's arguments"
         with non_reentrant(), _told_of_several("the model", x, remedy):
             if self.perturbs and not self._examined:
                 require_repeatable(self.parameters, x, Draws(x.device, self.model))
@@ -195,11 +195,13 @@ class Rule:
         return loss if rest is None else loss + rest
 
     def _labeled(self, outputs: Tensor, y: Any) -> Tensor:
-        with _told_of_several("the criterion", y, "give Rule a criterion of the outputs and all of them"):
+        with _told_of_several(
+            "the criterion", y, "give Rule a criterion that takes the outputs and all targets"
+        ):
             loss = self.objective.loss(outputs, y)
         if not isinstance(loss, Tensor) or loss.dim():
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise UsageError(f"the criterion returned {shape}, not one number; reduce it to a mean or a sum")
+            raise UsageError(f"the criterion returned {shape}, not one number. Reduce it to a mean or a sum")
         if self.objective.is_mean:
             return loss * self._share
         share = self._batch.share_of_loss(self._index, self.objective.loss, outputs, self.outputs)
@@ -226,7 +228,7 @@ class Rule:
             places = {"x": x.device, "y": y.device, "the model": self.parameters.device}
             told = ", ".join(f"{name} is on {place}" for name, place in places.items())
             raise DeviceError(
-                f"{told}; move all, and what the criterion holds, to one device ({first_line(error)})"
+                f"{told}. Move all of them, and the criterion's tensors, to one device ({first_line(error)})"
             ) from error
 
     def _differentiate(
@@ -242,7 +244,7 @@ class Rule:
         self._leaves += [leaf for leaf in leaves_of(loss) if id(leaf) not in known]
         if not loss.requires_grad:
             raise UsageError(
-                "the loss depends on no parameter that autograd sees: forward or the criterion runs under "
+                "autograd sees no parameter that the loss depends on: forward or the criterion runs under "
                 "torch.no_grad or inference_mode, or detaches the outputs"
             )
         scaled = loss if self._scaler is None else self._scaler.scale(loss)
@@ -315,7 +317,7 @@ def _told_of_several(whose: str, given: Any, remedy: str) -> Iterator[None]:
             if isinstance(value, dict)
             else f"a tuple of {len(value)}"
         )
-        raise UsageError(f"{whose} does not take {what} ({first_line(error)}); {remedy}") from error
+        raise UsageError(f"{whose} does not accept {what} ({first_line(error)}); {remedy}") from error
 
 
 def require_head(outputs: Outputs, criterion: object, y: Any) -> None:
@@ -330,8 +332,8 @@ def require_head(outputs: Outputs, criterion: object, y: Any) -> None:
     )
     if isinstance(criterion, independent) or criterion in functions or _multi_hot(y):
         raise UsageError(
-            "the loss is one of independent labels, and the KL divergence would be one of exclusive classes; say "
-            "outputs=Outputs(head='multilabel'), or 'binary' of one logit"
+            "the loss is for independent labels, but the KL divergence would be for exclusive classes. "
+            "Pass outputs=Outputs(head='multilabel'), or 'binary' for one logit"
         )
 
 

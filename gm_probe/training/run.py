@@ -111,7 +111,7 @@ class Training:
         )
 
         def too_big(cause: str) -> str:  # whatever the batches
-            return f"{config.model} is too big for the memory ({cause}); choose a smaller --model"
+            return f"{config.model} does not fit into memory ({cause}). Choose a smaller --model"
 
         with memory_or(too_big):
             self.model = initial_model(self.spec, config.seed).to(self.device)
@@ -198,8 +198,8 @@ class Training:
 
     def terminated(self) -> Terminated:
         return Terminated(
-            f"terminated in epoch {self.epoch + 1} after step {self.progress.step}; the state is saved: go on with "
-            f"--out {self.out} --resume"
+            f"terminated in epoch {self.epoch + 1} after step {self.progress.step}; the state is saved. "
+            f"Continue with --out {self.out} --resume"
         )
 
     def _step(self, chosen: Tensor, x: Tensor) -> None:
@@ -253,7 +253,7 @@ class Training:
         if not processes.everywhere(finite, self.device):
             raise DivergedError(
                 f"the training loss is not finite at epoch {self.epoch + 1}, step {self.progress.step} "
-                f"(looked at every {CHECK_EVERY} steps)"
+                f"(checked every {CHECK_EVERY} steps)"
             )
 
     def _check(self) -> None:
@@ -343,7 +343,7 @@ class Training:
             states = state.get("random", [{}])
             if len(states) != processes.count():
                 raise UsageError(
-                    f"{self.out} was trained by {len(states)} process(es); resume it with as many"
+                    f"{self.out} was trained by {len(states)} process(es). Resume it with the same number"
                 )
             self._require_sound(state)
             self.model.load_state_dict(state["model"])
@@ -353,7 +353,7 @@ class Training:
                 sums = state["sums"][processes.rank()].to(self.device)
                 self.progress = Progress(sums, state["step"], state["skipped"], float(state["seconds"]))
                 if self.progress.step > self.progress.skipped and not float(sums[0]) > 0:
-                    raise ValueError("its sums are of no example")
+                    raise ValueError("it has sums over no examples")
                 self._random = states[processes.rank()]
         except UsageError:
             raise

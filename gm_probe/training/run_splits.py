@@ -49,7 +49,7 @@ def open_data(config: TrainConfig) -> Source:
         DataError, UsageError: as ``data.datasets.open_source``.
     """
     if Path(config.data).is_absolute() and not Path(config.data).exists():  # as a run records it
-        raise UsageError(f"no folder or file {config.data!r}; if it has moved, say where it is with --data")
+        raise UsageError(f"no folder or file {config.data!r}; if it has moved, give its place with --data")
     sizes = config.image_size, config.resize, config.crop
     return _open(config.data, config.data_root, config.download, config.skip_bad, *sizes)
 
@@ -115,10 +115,13 @@ def _otherwise(run: Path, data: str) -> str:
     trained_on = TrainConfig.from_record(read_run(run).config).data
     if data == trained_on:
         return (
-            f"the data of {run} has changed since it was started (or an older gm_probe drew its parts otherwise): they "
-            "would no longer be disjoint; restore the data, or train into a new folder"
+            f"the data of {run} has changed since its start (or an older gm_probe split it differently), "
+            "so its parts would no longer be disjoint. Restore the data, or train into a new folder"
         )
-    return f"{data} is not the data that {run} was trained on, which was in {trained_on}; say with --data where that is"
+    return (
+        f"{data} is not the data that {run} was trained on, which was in {trained_on}. Give its place "
+        "with --data"
+    )
 
 
 def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
@@ -136,7 +139,7 @@ def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
     """
     run = path if path.is_dir() else path.parent
     if not (run / CONFIG).exists():
-        raise UsageError(f"{path} is no run folder, nor in one; give --unlabeled or --labeled DATA")
+        raise UsageError(f"{path} is not a gmprobe run. Add --unlabeled DATA or --labeled DATA")
     config = leave.applied(TrainConfig.from_record(read_run(run).config), run)
     source, recorded = open_data(config), read_split(run)
     # all that was used vouches for a part of it; it is looked at where no image is decoded for it, or without marks

@@ -140,7 +140,8 @@ class ViewsSampler(BatchSampler):
         self.examples = self.steps * config.batch_size
         if not self.steps:
             raise UsageError(
-                f"{self.inputs} training images fill no batch of {config.batch_size}; choose a smaller --batch-size"
+                f"{self.inputs} training images do not fill a batch of {config.batch_size}. Choose a "
+                "smaller --batch-size"
             )
 
     def deal(self, generator: torch.Generator) -> Sequence[Tensor]:
@@ -159,8 +160,8 @@ def _require_even(config: TrainConfig, what: str) -> None:
     """Raise UsageError unless each process gets as many of a batch."""
     if config.batch_size % count():
         raise UsageError(
-            f"a batch of {config.batch_size} {what} does not go evenly round {count()} processes; "
-            "choose another --batch-size"
+            f"a batch of {config.batch_size} {what} cannot be shared equally by {count()} processes. "
+            "Choose another --batch-size"
         )
 
 

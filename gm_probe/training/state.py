@@ -41,7 +41,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def broken(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be resumed from ({error}); remove it to start over")
+    return CheckpointError(f"{path} cannot be resumed from ({error}). Remove it to start over")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

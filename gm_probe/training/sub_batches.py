@@ -49,11 +49,11 @@ class SubBatches:
         size, total = m or max(len(y), 1), len(y)
         if count() > 1 and m is not None:
             if m % count():
-                raise UsageError(f"m = {m} cannot be shared by {count()} processes; take a multiple")
+                raise UsageError(f"m = {m} cannot be shared by {count()} processes. Choose a multiple")
             size = m // count()
         if len(x) != len(y):
             if m is not None:
-                raise UsageError("m cuts batches in which every example has a label; leave it out")
+                raise UsageError("m splits only batches in which every example has a label. Leave it out")
             cuts = [(x, y)] if len(y) else []
         else:
             cuts = list(zip(x.split(size), y.split(size), strict=True)) if len(y) else []
@@ -63,7 +63,9 @@ class SubBatches:
             total, number, squares, singles = map(int, sum_over_processes(figures))
             single = singles > 0
             if equal and squares * count() != total**2:
-                raise UsageError("NT-Xent compares the views of all processes: each needs as many")
+                raise UsageError(
+                    "NT-Xent compares the views of all processes, so each process needs the same number"
+                )
             if not cuts or number != count() * len(cuts):
                 raise UsageError(
                     f"a batch of {total} examples leaves a process without its part of a (sub-)batch; "
@@ -166,8 +168,8 @@ def _slopes(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
 
 def _refusal() -> UsageError:
     return UsageError(
-        "the criterion is neither a weighted mean nor a sum over examples, so that a batch in parts (m, or several "
-        "processes) would have another gradient; take the batch whole"
+        "the criterion is neither a weighted mean nor a sum over examples, so a split batch (m, or "
+        "several processes) would have a different gradient. Use whole batches"
     )
 
 
