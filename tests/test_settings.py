@@ -82,7 +82,7 @@ def test_a_run_is_repeated_from_its_configuration(tmp_path: Path, capsys: pytest
     [
         ("lrr = 0.1", "did you mean 'lr'?"),
         ('lr = "fast"', "lr = 'fast' must be of type float"),
-        ('model = "evil.py:build"', "only the command line may decide: add --model evil.py:build"),
+        ('model = "evil.py:build"', "only the command line can give. Add --model evil.py:build"),
         ("lr = [", "file.toml"),
     ],
 )
