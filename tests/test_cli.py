@@ -375,7 +375,7 @@ def test_a_missing_checkpoint_is_told_before_any_work(images, checkpoint, monkey
         raise AssertionError("data was read")
 
     monkeypatch.setattr("gm_probe.data.datasets.open_source", opened)
-    code, _, err = run("gmprobe measure ckpt.pt missing.pt --unlabeled data", capsys)
+    code, _, err = run("gmprobe measure missing.pt nowhere.pt --unlabeled data", capsys)
     assert (code, err) == (3, "gmprobe: missing.pt: no such checkpoint\n")
     assert run("gmprobe measure ckpt.pt --unlabeled data --measures nothing", capsys)[0] == 2
     assert run("gmprobe measure ckpt.pt --unlabeled data --device cuda:7", capsys)[0] == 6

@@ -16,7 +16,7 @@ from gm_probe.cli.figures import as_rows, print_result, warn
 from gm_probe.cli.live import live_view
 from gm_probe.cli.output import note, notes_console, print_csv, print_json
 from gm_probe.cli.progress import progress_bar
-from gm_probe.errors import ProbeError, printable
+from gm_probe.errors import ProbeError
 from gm_probe.measures.catalogue import Outlook
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _raise_failures(outcomes: Sequence[Outcome]) -> None:
     for outcome in failed:
         if debug and outcome.result:
             for line in str(outcome.result).splitlines():
-                click.echo(printable(line), err=True)
+                note(notes_console(), line)
         if len(outcomes) > 1:
             note(notes_console(), f"{outcome.status}: {outcome.name}: {outcome.reason}")
     error = ProbeError(f"{len(failed)} of {len(outcomes)} checkpoints could not be measured")
