@@ -58,7 +58,7 @@ FILES: dict[str, tuple[bytes, str]] = {
         zipped("folder/readme.txt"),
         r"a zip archive without torch weights \(it begins with folder/readme",
     ),
-    "empty zip": (b"PK\x03\x04" + bytes(60), "it is cut short, or not a zip file"),
+    "empty zip": (b"PK\x03\x04" + bytes(60), "it is truncated, or not a zip file"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
     "html": (b"<!doctype HTML>\n<html>", "a web page"),
     "json": (b'{"architectures": []}', "a JSON text"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import Field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
@@ -68,7 +68,8 @@ def setting_options(settings: type) -> Callable[[Any], Any]:
 
 
 def _option(each: Field[Any], hint: Any) -> Callable[[Any], Any]:
-    kind = next((part for part in get_args(hint) if part is not type(None)), hint)
+    alternatives = [hint] if get_origin(hint) is tuple else [*get_args(hint), hint]
+    kind = next(part for part in alternatives if part is not type(None))
     text = each.metadata["help"]
     chosen: dict[str, Any] = {"type": kind}
     if kind is bool:
