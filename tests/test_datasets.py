@@ -146,7 +146,7 @@ def test_grey_stays_grey_only_if_both_parts_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["train", "test", "val", "valid", "validation"])
 def test_a_lone_part_is_no_class(tmp_path: Path, part: str) -> None:
     put(tmp_path / part / "ant" / "1.png", RED)
-    assert f"give {tmp_path / part}" in refused(tmp_path, labeled=True)
+    assert f"Give {tmp_path / part}" in refused(tmp_path, labeled=True)
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_empty_folders(classes: Path, tmp_path: Path) -> None:
     (classes / "bee" / "notes.txt").touch()
     assert f"{classes / 'bee'} holds no images" in refused(classes, labeled=True)
     (tmp_path / "void").mkdir()
-    assert f"{tmp_path / 'void'} holds no images" in refused(tmp_path / "void")
+    assert f"{tmp_path / 'void'} holds no readable images" in refused(tmp_path / "void")
 
 
 def test_unreadable_folder_is_an_error_not_a_gap(classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_it_is_measured_by_the_command_line(
     with pytest.raises(SystemExit) as stop:
         main(command.split())
     assert stop.value.code == 2
-    assert "add --model hf" in capsys.readouterr().err
+    assert "Add --model hf" in capsys.readouterr().err
 
 
 def test_no_code_of_a_folder_runs(tmp_path: Path) -> None:

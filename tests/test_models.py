@@ -425,7 +425,7 @@ def test_inputs_that_a_network_changes_are_asked_for(tmp_path: Path, name: str, 
     x, path, shape = torch.rand(2, 3, pixels, pixels), tmp_path / "a.pt", (3, pixels, pixels)
     torch.save(theirs.state_dict(), path)
     checkpoint = read_checkpoint(path)
-    with pytest.raises(UsageError, match=f"say torchvision:{name},transform_input=true"):
+    with pytest.raises(UsageError, match=f"Pass torchvision:{name},transform_input=true"):
         load_model(checkpoint, f"torchvision:{name}", input_shape=shape)
     model, fit = fitted_model(checkpoint, f"torchvision:{name},transform_input=true", input_shape=shape)
     assert {head.partition(".")[0] for head in fit.left_out} in ({"aux1", "aux2"}, {"AuxLogits"})

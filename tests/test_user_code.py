@@ -248,7 +248,7 @@ def test_a_record_names_no_place_to_look_for_data(
     _changed(run, data_root=str(folder / "home" / ".cache" / "gm_probe"))
     assert command(*measure) == 4
     assert asked == [(folder / "home" / ".cache" / "gm_probe", False)]
-    assert "add --download" in capsys.readouterr().err
+    assert "Add --download" in capsys.readouterr().err
     assert not (folder / "home" / ".cache" / "gm_probe").exists()  # matplotlib may make its own
 
 
@@ -282,7 +282,7 @@ def test_a_job_array_gives_its_runs_leave(folder: Path, capsys: pytest.CaptureFi
     assert printed.endswith(" --data-root 'my data' --device cuda --download")
     name = min(json.loads((folder / "array" / "sweep.json").read_text())["runs"])
     assert command("run-one", "array", name) == 2
-    assert "add --data-root 'my data' --device cuda" in capsys.readouterr().err
+    assert "Add --data-root 'my data' --device cuda" in capsys.readouterr().err
 
 
 def test_a_sweep_writes_through_no_link(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
