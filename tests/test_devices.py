@@ -223,7 +223,7 @@ def test_no_layer_and_no_example_is_blamed_for_a_device(when: str, name: str) ->
 def test_a_rule_says_where_its_batch_and_its_model_are(method: str) -> None:
     x, y = torch.randn(6, 3), torch.randint(0, 4, (6,))
     with pytest.raises(
-        DeviceError, match=r"x is on cpu, y is on cpu, the model is on cpu; .* the criterion's tensors"
+        DeviceError, match=r"x is on cpu, y is on cpu, the model is on cpu\. .* the criterion's tensors"
     ):
         METHODS[method](Elsewhere("gradient")).backward(x, y)
 

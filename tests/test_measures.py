@@ -745,7 +745,7 @@ def test_every_pass_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_refused(dtype: torch.dtype) -> None:
     batches = Batches.from_tensors(torch.ones(4, 3, dtype=dtype))
-    with pytest.raises(UsageError, match=r"the weights are torch\.\w+16, .* measure model\.float\(\)"):
+    with pytest.raises(UsageError, match=r"the weights are torch\.\w+16, .* Measure model\.float\(\)"):
         measure(nn.Linear(3, 2).to(dtype), batches, ["fisher_trace"])
 
 
@@ -1180,7 +1180,7 @@ def test_examples_that_hang_together_are_refused() -> None:
 def test_an_example_that_the_model_does_not_take_is_told() -> None:
     ids = torch.zeros(7, 2, dtype=torch.int64)
     ids[5, 0] = 50
-    with pytest.raises(DataError, match=r"fails on examples 4 to 6 of tensors .*index out of range"):
+    with pytest.raises(DataError, match=r"failed on examples 4 to 6 of tensors.*index out of range"):
         measure(BagOfWords(), Batches.from_tensors(ids, batch_size=4), ["mean_entropy"])
 
 

@@ -630,7 +630,7 @@ def test_layers_unfrozen_and_frozen_between_steps(rule: str) -> None:
 def test_parameters_of_several_dtypes_are_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3).bfloat16())
     with pytest.raises(
-        UsageError, match=r"'1.weight' is torch.bfloat16 and '0.weight' torch.float32; .*float"
+        UsageError, match=r"'1.weight' is torch.bfloat16 and '0.weight' torch.float32. .*float"
     ):
         IAMD(model)
     model[1].requires_grad_(False)  # a frozen part may have its own

@@ -345,7 +345,7 @@ def test_existing_run_is_refused_without_resume(tmp_path: Path) -> None:
 
 def test_changed_settings_are_named(tmp_path: Path) -> None:
     train(config(epochs=1), tmp_path)
-    with pytest.raises(UsageError, match=r"another lr, rho;"):
+    with pytest.raises(UsageError, match=r"a different lr, rho\."):
         train(config(epochs=1, lr=0.2, rho=0.3), tmp_path, resume=True)
 
 

@@ -266,7 +266,9 @@ def test_complete_runs_are_not_trained_again(config: TrainConfig, tmp_path: Path
 def test_a_failed_run_ends_it_with_its_reason(config: TrainConfig, tmp_path: Path) -> None:
     outcomes = [Outcome("one", "finished"), Outcome("two", "failed", "a bug")]
     tuner = Tuner(config, 1, tmp_path, lambda _: outcomes)
-    with pytest.raises(ProbeError, match=r"1 of 2 runs failed, the first \(two\): a bug; the same command"):
+    with pytest.raises(
+        ProbeError, match=r"1 of 2 runs failed, the first \(two\): a bug; run the same command"
+    ):
         tuner.grid([Point(0.1)])
 
 
