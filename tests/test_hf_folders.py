@@ -173,7 +173,7 @@ def test_the_hubs_flag_is_left_as_it_was(tmp_path: Path) -> None:
             {"architectures": ["ViTModel"]},
             "describes ViTModel. Only classifiers of images or sequences can be built",
         ),
-        ({"architectures": None}, "is of None"),
+        ({"architectures": None}, "describes None"),
         ({"architectures": ["os.ForImageClassification"]}, "Only classifiers"),
         ({"architectures": ["NobodysForImageClassification"]}, "which transformers .* does not have"),
         ({"quantization_config": {"bits": 4}}, "a quantized network"),

@@ -361,7 +361,11 @@ def test_a_broken_training_record_is_a_caution_not_an_end(made: Made, runs: Path
         (["--markers=nonsense"], 2, "nonsense"),
         (["--measures=fisher"], 2, "did you mean"),
         (["--resamples=3"], 2, "100 or more"),
-        (["--hyper=lr,seed,model", "--markers=lr,seed,model"], 2, "--markers makes 12 subgroups, and 10"),
+        (
+            ["--hyper=lr,seed,model", "--markers=lr,seed,model"],
+            2,
+            "--markers makes 12 subgroups, and a figure can distinguish 10",
+        ),
         (["--out=/proc/no/page.html"], 7, "/proc/no"),
     ],
 )
