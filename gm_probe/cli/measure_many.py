@@ -88,7 +88,7 @@ def measure_all(
         outcomes = [ended[name] for name in paths if name in ended]
         if speaks and (output is not None or not here):
             _print(outcomes, output, quiet)
-    _raise_failures(outcomes)
+    _raise_failures(outcomes, named=here and not quiet)
     return outcomes
 
 
@@ -132,7 +132,8 @@ def _entry(outcome: Outcome) -> dict[str, object]:
     return {"checkpoint": outcome.name, "error": outcome.reason, "exit_code": outcome.exit_code}
 
 
-def _raise_failures(outcomes: Sequence[Outcome]) -> None:
+def _raise_failures(outcomes: Sequence[Outcome], *, named: bool) -> None:
+    """Raise the error of those that failed, and name each where that was not done yet."""
     failed = [outcome for outcome in outcomes if outcome.status not in DONE]
     if not failed:
         return
@@ -141,7 +142,7 @@ def _raise_failures(outcomes: Sequence[Outcome]) -> None:
         if debug and outcome.result:
             for line in str(outcome.result).splitlines():
                 note(notes_console(), line)
-        if len(outcomes) > 1:
+        if len(outcomes) > 1 and not named:
             note(notes_console(), f"{outcome.status}: {outcome.name}: {outcome.reason}")
     error = ProbeError(f"{len(failed)} of {len(outcomes)} checkpoints could not be measured")
     if len(outcomes) == 1:
