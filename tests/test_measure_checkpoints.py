@@ -238,7 +238,7 @@ def test_a_finished_run_without_its_weights_is_told(
     (gone / "checkpoint.safetensors").unlink()
     with pytest.raises(SystemExit):
         measured(tmp_path, capsys)
-    assert f"failed: {gone}: {gone} holds no checkpoint.safetensors" in " ".join(
+    assert f"{gone} failed: {gone} holds no checkpoint.safetensors" in " ".join(
         capsys.readouterr().err.split()
     )
 

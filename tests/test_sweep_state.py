@@ -432,8 +432,10 @@ def test_a_broken_run_does_not_stop_the_others(tmp_path: Path, capsys: pytest.Ca
     code, printed, told = command(
         capsys, "measure", tmp_path, "--measures", "parameter_norm", "--save", "--json"
     )
-    assert code == 1
-    assert [Path(result["checkpoint"]).name for result in json.loads(printed)] == [two.name]
+    assert code == 7
+    broken, whole = json.loads(printed)
+    assert [Path(entry["checkpoint"]).name for entry in (broken, whole)] == [one.name, two.name]
+    assert (broken["exit_code"], whole["measures"]["parameter_norm"]["value"] > 0) == (7, True)
     assert f"{one.name}/summary.json is not valid JSON" in told
 
 

@@ -217,7 +217,9 @@ class TrainConfig:
         None, MACHINE, "Save the state every so many steps.", unset="once an epoch", least=1
     )
     seed: int = setting(0, MAIN, "Seed of weights, batches and perturbations.")
-    device: str = setting("auto", MAIN, "Device to train on: auto, cpu, cuda, cuda:1, or another device of torch.")
+    device: str = setting(
+        "auto", MAIN, "Device to train on: auto, cpu, cuda, cuda:1, or another device of torch."
+    )
     threads: int | None = setting(None, MACHINE, "CPU threads.", unset="torch's choice")
 
     def __post_init__(self) -> None:
