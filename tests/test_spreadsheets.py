@@ -138,7 +138,7 @@ def test_csv_that_is_no_text(tmp_path: Path) -> None:
     ("choice", "message"),
     [
         ({"measures": ["fisher_trase"]}, "did you mean 'fisher_trace'"),
-        ({"hyperparameters": ["zzz"]}, "there are: error_gap, fisher_trace, lr"),
+        ({"hyperparameters": ["zzz"]}, "available: error_gap, fisher_trace, lr"),
         ({"group_by": ["lrr"]}, "did you mean 'lr'"),
         ({"measures": ["error_gap"]}, "'error_gap' is a gap and cannot be a measure too"),
         ({"measures": ["lr"], "group_by": ["lr"]}, "'lr' is a measure and cannot be a hyperparameter too"),

@@ -210,7 +210,7 @@ def test_noise_filter_keeps_the_pairs_beyond_two_binomial_errors() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"num_test": None}, "no num_test"),
+        ({"num_test": None}, "lacks num_test"),
         ({"num_test": 0.0}, "set sizes above 0"),
         ({"test_error": 7.0}, "errors in [0, 1]"),
         ({"num_test": 1.0}, "no pair differs"),

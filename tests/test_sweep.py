@@ -147,7 +147,7 @@ def test_overrides_replace_base(recipe: Recipe) -> None:
             "measure.measures = 'fisher_trace' must be a list of names",
         ),
         ({"measure": {"measures": [3]}}, "must be a list of names"),
-        ({"measure": {"radius": 0.1}}, "no setting measure.radius; there are: measures, max_examples"),
+        ({"measure": {"radius": 0.1}}, "no setting measure.radius; available: measures, max_examples"),
         ({"measure": {"rho": "big"}}, "measure.rho = 'big' must be of type float"),
         ({"measure": {"rho": True}}, "measure.rho = True must be of type float"),
         ({"measure": {"rho": -1}}, "measure.rho = -1.0 must be a finite number above 0"),

@@ -101,7 +101,7 @@ def test_a_file_may_not_unpack_to_more_than_itself(tmp_path: Path, trust: Simple
         "NaN behind an attribute.pt": "NaN or infinite",
         "record of a name of 400 kB.pt": "a model name of 400,003 characters",
         "record with classes of numbers.pt": "classes is not a list of names",
-        "record with a class too few.pt": "1 names of 10 classes",
+        "record with a class too few.pt": "1 names for 10 classes",
         "100,000 tensors of nothing.safetensors": "networks need less",
         "bit flips.pt": "checksum",
         "record of a network of 4 TB.pt": "does not fit the model",

@@ -22,7 +22,7 @@ def gap_error(table: RunTable) -> tuple[Floats | None, str | None]:
     columns = {name: values for name in NEEDED if (values := numbers_of(table, name)) is not None}
     absent = [name for name in NEEDED if name not in columns]
     if absent:
-        return None, f"{', '.join(absent)} are missing, so the gap's sampling error is unknown"
+        return None, f"the table lacks {', '.join(absent)}, so the gap's sampling error is unknown"
     test, num_test, train, num_train = columns.values()
     usable = (test >= 0) & (test <= 1) & (train >= 0) & (train <= 1) & (num_test > 0) & (num_train > 0)
     if not usable.any():
