@@ -26,7 +26,7 @@ DATED_2099 = time.mktime((2099, 1, 1, 0, 0, 0, 0, 0, 0)) - time.time()
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Locks that exclude nobody, as between machines, and a second in place of a minute."""
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    monkeypatch.setattr(locks, "STALE", 0.5)
+    monkeypatch.setattr(locks, "STALE", 1.0)  # ten beats: a busy machine may miss some
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def test_a_dead_holder_is_got_over_whatever_its_clock_said(tmp_path: Path, offse
     _write(tmp_path / LOCK, offset, "elsewhere 1\n")
     began = time.monotonic()
     with exclusive(tmp_path):
-        assert 0.5 <= time.monotonic() - began < 5
+        assert locks.STALE <= time.monotonic() - began < 10
         assert (tmp_path / LOCK).read_text().startswith(f"{socket.gethostname()} {os.getpid()}\n")
 
 

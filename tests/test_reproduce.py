@@ -564,7 +564,7 @@ def test_a_plane_is_drawn_of_each_data_set(tmp_path):
     for place, figure in enumerate(figures.values()):
         assert f"data {place}" in figure.axes[0].get_title("left")
         assert [text.get_text()[:5] for text in figure.axes[0].texts] == [f"{10 * (place + 1) + 4.05:.2f}"]
-    assert "outlined" in caption
+    assert "outline marks" in caption
 
 
 def test_dots_of_many_data_sets_stand_below_each_other(tmp_path):

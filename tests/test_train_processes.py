@@ -177,7 +177,7 @@ def test_killed_and_resumed_by_two_processes(tmp_path: Path) -> None:
         done = start(name)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["status"] == "finished"  # printed once
-        assert done.stderr.count("no run in") == (name == "straight")
+        assert done.stderr.count("no run to resume") == (name == "straight")
     one, other = ((tmp_path / name / CHECKPOINT).read_bytes() for name in ("killed", "straight"))
     assert one == other
     assert rows(tmp_path / "killed") == rows(tmp_path / "straight")

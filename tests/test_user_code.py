@@ -231,7 +231,7 @@ def test_a_record_names_no_place_to_look_for_data(
     monkeypatch.setenv("HOME", str(folder / "home"))
     run = min(path.parent for path in folder.glob("runs/*/config.toml"))
     _changed(run, data="cifar10", download=True, data_root=str(folder / "else where"))
-    measure = "measure", run, "--measures", "mean_entropy", "--save", "-q"
+    measure = "measure", run, "--measures", "mean_confidence", "--save", "-q"  # which it has not yet
     for args in (measure, ("train", "--out", run, "--resume")):
         assert command(*args) == 2
         assert (

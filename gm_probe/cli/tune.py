@@ -34,7 +34,19 @@ if TYPE_CHECKING:
     from gm_probe.training.config import TrainConfig
 
 NOT_TRAINS = frozenset(
-    {"rho", "beta", "validation", "seed", "out", "resume", "save", "tensorboard", "as_json", "quiet"}
+    {
+        "rho",
+        "beta",
+        "validation",
+        "seed",
+        "config_file",
+        "out",
+        "resume",
+        "save",
+        "tensorboard",
+        "as_json",
+        "quiet",
+    }
 )
 """Options of `gmprobe train` that `tune` has in a sense of its own, or not at all."""
 
