@@ -297,3 +297,18 @@ def test_several_files_that_are_saved_are_not_measured_again(
     capsys.readouterr()
     main(words)
     assert capsys.readouterr().err.count("skipped") == 2
+
+
+def test_pixels_for_a_checkpoint_of_floats_are_not_read_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 1, 4, 4), dtype=np.uint8)
+    np.savez("floats.npz", x=(pixels / 255).astype(np.float32), y=np.arange(90) % 3)
+    np.savez("pixels.npz", x=pixels)
+    words = ["--model", "mlp-4", "--epochs", "1", "--device", "cpu", "--quiet"]
+    main(["train", "--data", "floats.npz", *words, "--out", "run"])
+    for options, count in (((), 1), (("--no-normalize",), 0), (("--mean", "0.5", "--std", "0.5"), 0)):
+        capsys.readouterr()
+        main(["measure", "run", "--unlabeled", "pixels.npz", "--measures", "mean_entropy", *options])
+        assert capsys.readouterr().err.count("records no normalisation, so pixels are read") == count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -104,7 +104,8 @@ def open_checkpoint(
     require_float64(device)
     model.to(device, dtype)
     name = model_name or (checkpoint.model.name if checkpoint.model else "")
-    said = "" if checkpoint.model else fit.key, tuple(fit.notes(path))
+    notes = [*fit.notes(path), *_reading_notes(checkpoint, examples, normalization)]
+    said = "" if checkpoint.model else fit.key, tuple(notes)
     if simclr:
         views = contrastive_batches(
             examples, chosen, images=batch_size, seed=seed, device=device, dtype=dtype
@@ -138,6 +139,18 @@ def open_checkpoint(
     return LoadedCheckpoint(
         model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs, *said
     )
+
+
+def _reading_notes(
+    checkpoint: Checkpoint, examples: Examples, normalization: Normalization | None
+) -> Iterator[str]:
+    """Say where a checkpoint of gmprobe's was trained on floats, and does not record how pixels became those."""
+    recorded = checkpoint.normalization if checkpoint.model is not None and normalization is None else None
+    if recorded is not None and not recorded.mean and examples.x.dtype == torch.uint8:
+        yield (
+            f"{checkpoint.path} records no normalisation, so pixels are read as numbers in [0, 1]. "
+            "Give --mean and --std if it was trained on other values"
+        )
 
 
 def _check_head(checkpoint: Checkpoint, head: str, temperature: float | None) -> bool:
