@@ -229,7 +229,7 @@ def arrays(folder: Path) -> dict[str, Path]:
         "channels last.npz": {"x": np.zeros((5, 32, 32, 3), dtype=np.uint8)},
         "labels too few.npz": {"x": x, "y": y[:3]},
         "labels negative.npz": {"x": x, "y": y - 1},
-        "labels float.npz": {"x": x, "y": y.astype(float)},
+        "labels with fractions.npz": {"x": x, "y": y + 0.5},
         "labels beyond the classes.npz": {"x": x, "y": y + 10},
         "another shape.npz": {"x": np.zeros((5, 3, 9, 9), dtype=np.uint8)},
     }
