@@ -5,14 +5,13 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import os
 import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from gm_probe.errors import DataError, StorageError
-from gm_probe.files.regular import open_to_read
+from gm_probe.errors import DataError
+from gm_probe.files.regular import read_at_most
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 BOMS = {  # UTF-32 first: its mark begins as that of UTF-16
@@ -58,13 +57,8 @@ def read_delimited(path: Path) -> Delimited:
         StorageError: the file cannot be read.
         DataError: it is empty, no text, or its rows do not fit its header.
     """
-    try:
-        with open_to_read(path, follow=True) as file:
-            size = os.fstat(file.fileno()).st_size
-            data = file.read(MOST_BYTES + 1) if size <= MOST_BYTES else b""
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    if max(size, len(data)) > MOST_BYTES:
+    data = read_at_most(path, MOST_BYTES, follow=True)
+    if data is None:
         raise DataError(f"{path} has more than {MOST_BYTES:,} bytes; keep fewer rows or columns")
     text, encoding = _decoded(data, path)
     try:

@@ -27,6 +27,7 @@ from gm_probe.cli.settings import GroupedCommand
 from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, DataError, UsageError
 from gm_probe.measures.catalogue import CATALOGUE, check_names
+from gm_probe.measuring.trained import checkpoints_in
 
 if TYPE_CHECKING:
     from gm_probe.accuracy.evidence import Evidence
@@ -126,7 +127,7 @@ def estimate(
     shares = _shares(class_shares)
     names = [name.strip() for name in measures.split(",") if name.strip()]
     check_names([name for name in names if name != EXTRA], labeled=False, batch_dependent=False)
-    paths = _runs(checkpoints)
+    paths = checkpoints_in(checkpoints)
     from gm_probe.accuracy.sets import examine
     from gm_probe.accuracy.verdict import Request, judge
     from gm_probe.runtime.devices import environment
@@ -175,13 +176,6 @@ def estimate(
 
 
 # ---- what is read
-
-
-def _runs(checkpoints: Sequence[Path]) -> list[Path]:
-    """The checkpoints, with folders of runs replaced by the finished runs in them."""
-    from gm_probe.measuring.trained import trained_runs
-
-    return [run for path in checkpoints for run in (trained_runs(path) if path.is_dir() else [path])]
 
 
 def _shares(given: str) -> str | list[float]:

@@ -376,14 +376,14 @@ def _checkpoints(
         UsageError: one has no data of its own, and there is no other ``source``; or one that is to be saved into is no
             folder.
     """
-    from gm_probe.measuring.trained import trained_runs
+    from gm_probe.measuring.trained import checkpoints_in
     from gm_probe.runs.records import CONFIG
 
     if not given:
         given = (_last_run(),)
         if not quiet:
             note(notes_console(), f"no checkpoint given: measuring {given[0]}, the last run that finished")
-    found = tuple(run for path in given for run in (trained_runs(path) if path.is_dir() else [path]))
+    found = tuple(checkpoints_in(given))
     if save and not all(path.is_dir() for path in found):
         raise UsageError("--save writes into run folders; give folders, or use --json > file")
     if not any(path.exists() for path in found):  # of several, one that is missing does not stop the others

@@ -57,6 +57,7 @@ def _curved(parameters: Parameters, x: Inputs) -> str | None:
         if function is not None:
             return f"the autograd function {function} defines its own derivatives"
         cotangent = _random(logits, generator)
+        in_float64 = parameters.values(torch.float64)
         slopes = gradients(logits, values, cotangent, create_graph=True)
         for (name, value), slope in zip(values.items(), slopes, strict=True):
             direction = _random(value, generator) * (float(value.detach().norm()) or 1.0)
@@ -65,21 +66,27 @@ def _curved(parameters: Parameters, x: Inputs) -> str | None:
             second = 0.0 if change is None else float((change * direction).sum())
             if not abs(second) <= negligible * abs(float(first.detach())):
                 return f"the logits are not affine in parameter {name!r}"
-            if not _stated(parameters, x, name, direction, cotangent, float(first.detach())):
+            if not _stated(parameters, x, in_float64, name, direction, cotangent, float(first.detach())):
                 return f"autograd does not see every path from parameter {name!r}"
     return None
 
 
 def _stated(
-    parameters: Parameters, x: Inputs, name: str, direction: Tensor, cotangent: Tensor, slope: float
+    parameters: Parameters,
+    x: Inputs,
+    values: dict[str, Tensor],
+    name: str,
+    direction: Tensor,
+    cotangent: Tensor,
+    slope: float,
 ) -> bool:
     """Return whether ``slope`` is that of cᵀz along ``direction``, by central differences of the logits in float64.
 
     It is not where a path is hidden from autograd, as by ``detach`` in a straight-through estimator. At float32's
     longer steps too many units would change sides.
     """
-    values, cotangent = parameters.values(torch.float64), cotangent.double()
-    step = torch.finfo(torch.float64).eps ** (1 / 3) * direction.double()
+    length = torch.finfo(torch.float64).eps ** (1 / 3)
+    step, cotangent = length * direction.double(), cotangent.double()
     inputs = x.double() if x.is_floating_point() else x
     with torch.no_grad():
         try:
@@ -89,7 +96,7 @@ def _stated(
             if of_machine(error):
                 raise
             return True  # a layer insists on its own dtype
-    quotient = (ahead - behind) / (2 * torch.finfo(torch.float64).eps ** (1 / 3))
+    quotient = (ahead - behind) / (2 * length)
     spread = float(cotangent.norm() * quotient.norm()) / quotient.numel() ** 0.5
     return abs(float((cotangent * quotient).sum()) - slope) <= APART * max(spread, abs(slope))
 

@@ -74,12 +74,25 @@ def read_record(path: Path, *, follow: bool = False) -> bytes:
         StorageError: it cannot be read, is no regular file of its folder, or is larger than any such record.
     """
     most = LARGER.get(path.name, RECORD)
+    content = read_at_most(path, most, follow=follow)
+    if content is None:
+        raise StorageError(f"{path} is larger than {most:,} bytes, more than such a file can need. Remove it")
+    return content
+
+
+def read_at_most(path: Path, most: int, *, follow: bool = False) -> bytes | None:
+    """Return the content of a file, or None where it is larger than ``most`` bytes.
+
+    Args:
+        follow: as in ``open_to_read``.
+
+    Raises:
+        StorageError: it cannot be read, or is no regular file of its folder.
+    """
     try:
         with open_to_read(path, follow=follow) as file:
             size = os.fstat(file.fileno()).st_size
             content = file.read(most + 1) if size <= most else b""
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    if max(size, len(content)) > most:
-        raise StorageError(f"{path} is larger than {most:,} bytes, more than such a file can need. Remove it")
-    return content
+    return None if max(size, len(content)) > most else content

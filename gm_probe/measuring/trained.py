@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from gm_probe.errors import StorageError, UsageError
@@ -24,6 +25,15 @@ def trained_runs(folder: Path) -> list[Path]:
     if not runs:
         raise UsageError(f"no run in {folder} has finished; see `gmprobe status {folder}`")
     return runs
+
+
+def checkpoints_in(paths: Iterable[Path]) -> list[Path]:
+    """Return ``paths`` with each folder of runs replaced by its finished runs.
+
+    Raises:
+        UsageError: a folder of runs has none that finished.
+    """
+    return [run for path in paths for run in (trained_runs(path) if path.is_dir() else [path])]
 
 
 def last_finished(folder: Path) -> Path:
