@@ -58,11 +58,10 @@ def live_view(
         def notify(outcome: Outcome) -> None:
             ended[outcome.status] += 1
             progress.update(task, advance=1, description=_counts(ended))
-            reason = f": {outcome.reason}" if outcome.reason else ""
             if not moving:
-                note(console, f"[{ended.total()}/{len(names)}] {outcome.name} {outcome.status}{reason}")
+                note(console, ended_line(ended.total(), len(names), outcome))
             elif outcome.status in LEFT_OUT:
-                note(console, f"{outcome.status}: {outcome.name}{reason}")
+                note(console, f"{outcome.status}: {outcome.name}{_reason(outcome)}")
 
         try:
             yield notify
@@ -70,6 +69,15 @@ def live_view(
             goes_on = "; run the same command to continue" if kept else ""
             note(console, f"{ended.total()} of {len(names)} ended ({_counts(ended)}){goes_on}")
             raise
+
+
+def ended_line(number: int, total: int, outcome: Outcome) -> str:
+    """Return the line that says how the ``number``-th of ``total`` runs ended."""
+    return f"[{number}/{total}] {outcome.name} {outcome.status}{_reason(outcome)}"
+
+
+def _reason(outcome: Outcome) -> str:
+    return f": {outcome.reason}" if outcome.reason else ""
 
 
 def _counts(ended: Counter[str]) -> str:

@@ -13,13 +13,15 @@ import click
 
 from gm_probe.cli.data import DataOptions
 from gm_probe.cli.figures import as_rows, print_result, warn
-from gm_probe.cli.live import live_view
+from gm_probe.cli.live import ended_line, live_view
 from gm_probe.cli.output import note, notes_console, print_csv, print_json
 from gm_probe.cli.progress import progress_bar
 from gm_probe.errors import ProbeError
 from gm_probe.measures.catalogue import Outlook
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from gm_probe.data.datasets import Examples
     from gm_probe.executors.local import Executor, Outcome
     from gm_probe.measuring.many import Request
@@ -105,11 +107,10 @@ def _bar(path: Path, costs: Mapping[str, float], quiet: bool) -> Iterator[Callab
         yield notify
 
 
-def _told_here(total: int, ended: Mapping[str, Outcome], console: object, outcome: Outcome) -> None:
+def _told_here(total: int, ended: Mapping[str, Outcome], console: Console, outcome: Outcome) -> None:
     """Say how a checkpoint ended, where there are several or where nothing was measured."""
     if total > 1 or outcome.status == "skipped":
-        reason = f": {outcome.reason}" if outcome.reason else ""
-        note(console, f"[{len(ended)}/{total}] {outcome.name} {outcome.status}{reason}")  # type: ignore[arg-type]
+        note(console, ended_line(len(ended), total, outcome))
 
 
 def _print(outcomes: Sequence[Outcome], output: str | None, quiet: bool) -> None:
