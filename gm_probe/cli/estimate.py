@@ -23,7 +23,7 @@ from gm_probe.cli.output import (
 )
 from gm_probe.cli.param_types import PATH, SEED
 from gm_probe.cli.progress import progress_bar
-from gm_probe.cli.settings import GroupedCommand, setting_options
+from gm_probe.cli.settings import GroupedCommand, config_option, setting_options
 from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, DataError, UsageError
 from gm_probe.measures.catalogue import CATALOGUE, check_names
@@ -91,6 +91,7 @@ EXTRA = "effective_invariance"
     "--level", type=float, default=0.9, show_default=True, help="Confidence level of the intervals."
 )
 @setting_options(DataOptions)
+@config_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all random draws.")
 @format_options
 def estimate(

@@ -24,7 +24,7 @@ from gm_probe.cli.output import (
 )
 from gm_probe.cli.param_types import PATH, Choice, num_bytes
 from gm_probe.cli.relevance import CONVERGED, idle, quadrature, require_use_of_grids
-from gm_probe.cli.settings import GroupedCommand, setting_options, taken
+from gm_probe.cli.settings import GroupedCommand, config_option, setting_options, taken
 from gm_probe.errors import CheckpointError, UsageError
 from gm_probe.measures.catalogue import check_names, default_measures
 from gm_probe.measures.settings import Settings
@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     help="Memory budget of a pass; it sets the batch size unless --batch-size is given.",
 )
 @setting_options(DataOptions)
+@config_option
 @executor_options("local", "ray")
 @click.option(
     "--save",

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from gm_probe.cli.param_types import PATH, floats, share, wholes
-from gm_probe.errors import UsageError
+from gm_probe.errors import UsageError, did_you_mean
+from gm_probe.files.atomic import read_toml
 from gm_probe.setting import kind_of, type_hints
 
 MAIN, ADVANCED = "Main options", "Advanced options"
@@ -76,6 +77,43 @@ def setting_options(settings: type, *without: str) -> Callable[[Any], Any]:
         return command
 
     return decorate
+
+
+def config_option(command: Any) -> Any:
+    """Add ``--config``: a TOML file that gives the options of the command line, by their names."""
+    return click.option(
+        "--config",
+        type=PATH,
+        is_eager=True,
+        expose_value=False,
+        callback=_from_file,
+        metavar="FILE",
+        help="Take options from this TOML file, such as rho = 0.3. Options on the command line replace the file's.",
+    )(command)
+
+
+def _from_file(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Take the defaults of the command's options from ``path``.
+
+    Raises:
+        UsageError: a key is no option of the command.
+        StorageError: the file cannot be read.
+    """
+    if path is None:
+        return
+    flags = {flag.lstrip("-").replace("-", "_"): p.name for p in context.command.params for flag in p.opts}
+    chosen: dict[str, Any] = {}
+    for key, value in read_toml(path, follow=True).items():
+        name = flags.get(key.replace("-", "_"))
+        if name is None:
+            raise UsageError(f"{path}: no option {key!r}; {did_you_mean(key, flags)}")
+        several = isinstance(value, list) and not _takes_several(context.command, name)
+        chosen[name] = ",".join(map(str, value)) if several else value
+    context.default_map = chosen
+
+
+def _takes_several(command: click.Command, name: str) -> bool:
+    return any(p.name == name and (getattr(p, "multiple", False) or p.nargs != 1) for p in command.params)
 
 
 def taken(settings: type, options: dict[str, Any]) -> dict[str, Any]:
