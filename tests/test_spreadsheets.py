@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
-from gm_probe.analysis import spreadsheets
 from gm_probe.analysis.correlation import correlate, group_rows
-from gm_probe.analysis.runs import load_table
 from gm_probe.errors import DataError, StorageError, UsageError
+from gm_probe.tables import spreadsheets
+from gm_probe.tables.runs import load_table
 
 
 def make_csv(folder: Path, text: str) -> Path:

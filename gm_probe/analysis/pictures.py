@@ -12,9 +12,9 @@ from gm_probe.analysis.correlation import kendall
 from gm_probe.analysis.curves import CURVES, Curve
 from gm_probe.analysis.intervals import excludes_zero
 from gm_probe.analysis.results import Correlation, Quantity, SweepStatistics
-from gm_probe.analysis.table import GAPS, RunTable
 from gm_probe.analysis.tidy import tau_of
 from gm_probe.analysis.typeset import two_decimals
+from gm_probe.tables.table import GAPS, RunTable
 
 MEAN = "mean Ψ"
 Rows = Mapping[str, np.ndarray]

@@ -7,9 +7,9 @@ from dataclasses import replace
 from gm_probe.analysis import definitions
 from gm_probe.analysis.provenance import Provenance
 from gm_probe.analysis.results import MeasureStatistics, Quantity, SweepStatistics
-from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
 from gm_probe.analysis.tidy import Line, tidy
 from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, shared_remarks, two_decimals
+from gm_probe.tables.table import Exclusion, RunTable, by_reason, show
 
 NAMED = 20
 """Runs that a cell names before it counts the rest."""

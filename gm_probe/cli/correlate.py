@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gm_probe.analysis.requests import require_source, require_statistics
+from gm_probe.analysis.requests import require_statistics
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
     format_options,
@@ -28,10 +28,11 @@ from gm_probe.cli.selection import (
 )
 from gm_probe.cli.statistics import as_json, as_rows, print_details, print_tables, warnings
 from gm_probe.errors import DataError, UsageError
+from gm_probe.tables.sources import require_source
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
     from gm_probe.analysis.results import SweepStatistics
-    from gm_probe.analysis.table import RunTable
+    from gm_probe.tables.table import RunTable
 
 
 @click.command(epilog="Example:  gmprobe correlate runs/ --group-by weight_decay")
@@ -117,7 +118,7 @@ def correlate(
     paths = _figure_paths(source, figure_path) if wanted else []
     require_source(source)
     require_statistics(names(skip), resamples)
-    from gm_probe.analysis import runs
+    from gm_probe.tables import runs
 
     by = runs.recipe_groups(source) if group_by is None else names(group_by)
     if by and group_by is None:
@@ -167,7 +168,7 @@ def _say(text: str, quiet: bool) -> None:
 
 
 def _print_notes(found: "RunTable", statistics: "SweepStatistics", quiet: bool) -> None:
-    from gm_probe.analysis.table import by_reason
+    from gm_probe.tables.table import by_reason
 
     for text in (*found.notes, *statistics.notes):
         _say(text, quiet)

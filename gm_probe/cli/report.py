@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from gm_probe.analysis.requests import require_source, require_statistics
+from gm_probe.analysis.requests import require_statistics
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
 from gm_probe.cli.param_types import PATH
 from gm_probe.cli.selection import (
@@ -23,6 +23,7 @@ from gm_probe.cli.selection import (
     source_argument,
 )
 from gm_probe.errors import DataError, UsageError
+from gm_probe.tables.sources import require_source
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
@@ -96,9 +97,10 @@ def report(
     require_statistics(names(skip), resamples)
     out = _page(source, out)
     _require_distinct({"SOURCE": source, "--out": out, "--markdown": markdown, "--latex": latex})
-    from gm_probe.analysis import correlation, plots, runs, typeset
+    from gm_probe.analysis import correlation, plots, typeset
     from gm_probe.analysis.report import compose, html
     from gm_probe.files.atomic import write_atomic
+    from gm_probe.tables import runs
 
     by, shape_by = names(group_by), names(markers)
     table = runs.load_table(

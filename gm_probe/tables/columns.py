@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from gm_probe.analysis.table import BOOKKEEPING, GAPS, KNOWN_MEASURES, OUTCOMES, SEED
+from gm_probe.tables.table import BOOKKEEPING, GAPS, KNOWN_MEASURES, OUTCOMES, SEED
 
 # Usual names of training choices: never taken for a measure unless asked for.
 # fmt: off

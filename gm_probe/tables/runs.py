@@ -8,9 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from gm_probe.analysis.requests import require_source
-from gm_probe.analysis.spreadsheets import table_from_file
-from gm_probe.analysis.table import (
+from gm_probe.errors import DataError, StorageError, printable
+from gm_probe.files.regular import open_to_read
+from gm_probe.runs.records import CONFIG, SWEEP, RunRecord, find_runs, read_groups, read_run
+from gm_probe.tables.sources import require_source
+from gm_probe.tables.spreadsheets import table_from_file
+from gm_probe.tables.table import (
     BOOKKEEPING,
     GAPS,
     KNOWN_MEASURES,
@@ -31,9 +34,6 @@ from gm_probe.analysis.table import (
     show,
     unique,
 )
-from gm_probe.errors import DataError, StorageError, printable
-from gm_probe.files.regular import open_to_read
-from gm_probe.runs.records import CONFIG, SWEEP, RunRecord, find_runs, read_groups, read_run
 
 # What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
 # Whether pixels were normalised, not by what: that is the training data's own.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from gm_probe.analysis.table import LARGEST, TOO_LARGE
+from gm_probe.tables.table import LARGEST, TOO_LARGE
 
 # fmt: off
 NO_VALUE = frozenset((

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from gm_probe.analysis.columns import (
+from gm_probe.errors import DataError, StorageError, UsageError, printable
+from gm_probe.files.schema import LONGEST_TEXT
+from gm_probe.tables.columns import (
     MET_STOP,
     NAMES,
     called,
@@ -17,9 +19,9 @@ from gm_probe.analysis.columns import (
     may_be_measure,
     unfinished,
 )
-from gm_probe.analysis.delimited import MOST_BYTES, read_delimited, require_fit
-from gm_probe.analysis.numerals import COMMA, NO_VALUE, Numbers, ambiguous, read_numbers
-from gm_probe.analysis.table import (
+from gm_probe.tables.delimited import MOST_BYTES, read_delimited, require_fit
+from gm_probe.tables.numerals import COMMA, NO_VALUE, Numbers, ambiguous, read_numbers
+from gm_probe.tables.table import (
     GAPS,
     KNOWN_MEASURES,
     MISSED_STOP,
@@ -36,8 +38,6 @@ from gm_probe.analysis.table import (
     require_known,
     unique,
 )
-from gm_probe.errors import DataError, StorageError, UsageError, printable
-from gm_probe.files.schema import LONGEST_TEXT
 
 NO = ("false", "0", "0.0")
 ROW = "\0row"
