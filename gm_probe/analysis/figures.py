@@ -60,7 +60,7 @@ def scatter(
     figure, axes = _column(2.3)
     with mpl.rc_context(STYLE):
         axes.set_xlabel(measure_label(measure))
-        axes.set_ylabel(GAPS[gap])
+        axes.set_ylabel(GAPS.get(gap, gap))
         if not present.any():
             _say(axes, "no run has both values")
             return figure

@@ -86,7 +86,7 @@ def scatter_panels(
                     if row == len(gaps) - 1:
                         axes.set_xlabel(measure_label(measure))
                     if first is None:
-                        axes.set_ylabel(GAPS[gap])
+                        axes.set_ylabel(GAPS.get(gap, gap))
                         first = axes
                     else:
                         axes.tick_params(labelleft=False)

@@ -67,7 +67,7 @@ def _section(name: str, lines: Sequence[Line]) -> Sheet:
         rows=tuple(
             (
                 Cell(line.measure),
-                Cell(SHORT[line.gap]),
+                Cell(SHORT.get(line.gap, line.gap)),
                 Cell(line.label),
                 _quantity(line.found, 3 if name == "prediction" else None),
                 _p(line.found.p, line.found.reason or line.found.p_reason),
@@ -210,7 +210,7 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
             )
         )
         if result.p is not None and result.p_reason:
-            notes.append(f"p of {measure.name}, {SHORT[gap]}: {result.p_reason}")
+            notes.append(f"p of {measure.name}, {SHORT.get(gap, gap)}: {result.p_reason}")
     notes = shared_remarks(notes)
     notes += [
         f"{measure.name}: {text}" for measure, _ in rows for text in (*measure.warnings, *measure.notes)
@@ -230,7 +230,7 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
 
 def _place(measure: MeasureStatistics, gap: str) -> tuple[Cell, Cell]:
     labels = f" ({measure.labels} labels)" if measure.labels else ""
-    return Cell(measure.name + labels), Cell(SHORT[gap])
+    return Cell(measure.name + labels), Cell(SHORT.get(gap, gap))
 
 
 def _figure(value: float | None, digits: int | None, reason: str | None) -> Cell:

@@ -22,6 +22,7 @@ from gm_probe.cli.selection import (
     measures_option,
     names,
     resamples_option,
+    seed_column_option,
     seed_option,
     skip_option,
     source_argument,
@@ -29,6 +30,7 @@ from gm_probe.cli.selection import (
 from gm_probe.cli.statistics import as_json, as_rows, print_details, print_tables, warnings
 from gm_probe.errors import DataError, UsageError
 from gm_probe.tables.sources import require_source
+from gm_probe.tables.table import GAPS
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
     from gm_probe.analysis.results import SweepStatistics
@@ -50,6 +52,7 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     help="Also correlate within each subgroup of these settings.  [default: those of the sweep's recipe]",
 )
 @gap_option
+@seed_column_option
 @converged_only_option
 @click.option(
     "--figure",
@@ -74,6 +77,7 @@ def correlate(
     hyper: str,
     group_by: str | None,
     gap: str,
+    seed_column: str,
     converged_only: bool,
     figure_path: Path | None,
     no_figure: bool,
@@ -123,11 +127,19 @@ def correlate(
     by = runs.recipe_groups(source) if group_by is None else names(group_by)
     if by and group_by is None:
         _say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)", quiet)
-    found = runs.load_table(source, names(measures), names(hyper), by, converged_only=converged_only)
+    found = runs.load_table(
+        source,
+        names(measures),
+        names(hyper),
+        by,
+        gap=gap,
+        seed_column=seed_column,
+        converged_only=converged_only,
+    )
     from gm_probe.analysis import correlation  # scipy, which a wrong table must not wait for
 
     by, controls = found.named(by), found.named(names(control))
-    gaps = found.gaps if gap == "both" else (gap,)
+    gaps = (gap,) if gap in GAPS else found.gaps
     statistics = correlation.correlate(
         found, gaps, by, controls=controls, seed=seed, resamples=resamples, skip=names(skip)
     )

@@ -18,12 +18,14 @@ from gm_probe.cli.selection import (
     measures_option,
     names,
     resamples_option,
+    seed_column_option,
     seed_option,
     skip_option,
     source_argument,
 )
 from gm_probe.errors import DataError, UsageError
 from gm_probe.tables.sources import require_source
+from gm_probe.tables.table import GAPS
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
@@ -61,6 +63,7 @@ from gm_probe.tables.sources import require_source
     "--markers", metavar="A,B", default="", help="Show the values of these settings by different markers."
 )
 @gap_option
+@seed_column_option
 @converged_only_option
 @control_option
 @skip_option
@@ -80,6 +83,7 @@ def report(
     group_by: str,
     markers: str,
     gap: str,
+    seed_column: str,
     converged_only: bool,
     control: str,
     skip: str,
@@ -104,10 +108,16 @@ def report(
 
     by, shape_by = names(group_by), names(markers)
     table = runs.load_table(
-        source, names(measures), names(hyper), [*by, *shape_by], converged_only=converged_only
+        source,
+        names(measures),
+        names(hyper),
+        [*by, *shape_by],
+        gap=gap,
+        seed_column=seed_column,
+        converged_only=converged_only,
     )
     by, shape_by = table.named(by), table.named(shape_by)
-    gaps = table.gaps if gap == "both" else (gap,)
+    gaps = (gap,) if gap in GAPS else table.gaps
     statistics = correlation.correlate(
         table,
         gaps,

@@ -99,7 +99,7 @@ def print_tables(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
                     remarks.append(f"{place}: {'p' if result.p is not None else 'no p'}: {result.p_reason}")
         columns = ["measure", "τ-b", "95 %", "p", "n", "beware"]
         width = 6 if any(row[5] for row in rows) else 5
-        console.print(table(f"{gap}: {GAPS[gap]}", columns[:width], [row[:width] for row in rows]))
+        console.print(table(f"{gap}: {GAPS.get(gap, gap)}", columns[:width], [row[:width] for row in rows]))
         for line in shared_remarks(remarks):
             say(console, line)
     for line in warnings(statistics.measures):
