@@ -72,10 +72,11 @@ SUMMARIES = frozenset((
 
 def key(name: str) -> str:
     """``name`` without a tracker's prefix, in small letters with underscores; its usual name where it has another."""
-    return ALIASES.get(found := _plain(_bare(name)), found)
+    return ALIASES.get(found := _plain(bare(name)), found)
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
+    """``name`` without a tracker's prefix."""
     for prefix in (_GIVEN, _FOUND, _SAID):
         if match := prefix.match(name):
             return name[match.end() :]
@@ -92,7 +93,7 @@ def called(names: Sequence[str]) -> dict[str, str]:
 
     Where two would be called the same, each keeps its own name.
     """
-    wanted = {name: found if (found := key(name)) in RENAMED else _bare(name) or name for name in names}
+    wanted = {name: found if (found := key(name)) in RENAMED else bare(name) or name for name in names}
     num = Counter(wanted.values())
     return {
         name: new if num[new] == 1 and (new == name or new not in names) else name

@@ -87,6 +87,8 @@ def tidied(source: Path, sheet: Sheet) -> Sheet:
 
 def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str]) -> Sheet:
     """One row a mapping; a mapping within it becomes columns NAME.KEY, and a list is left out and counted."""
+    if not rows:
+        raise DataError(f"{source} holds no run")
     lists: dict[str, None] = {}
     flat = [dict(_flat(row, "", lists)) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
@@ -137,7 +139,7 @@ def _literal(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _value(node: ast.AST, depth: int) -> Any:
+def _value(node: ast.AST | None, depth: int) -> Any:
     """What ``node`` writes: a constant, a list or a dict; nothing is looked up or called."""
     if depth > DEEPEST:
         raise ValueError
@@ -153,7 +155,6 @@ def _value(node: ast.AST, depth: int) -> Any:
         return {
             str(_value(key, depth + 1)): _value(each, depth + 1)
             for key, each in zip(node.keys, node.values, strict=True)
-            if key is not None
         }
     raise ValueError
 

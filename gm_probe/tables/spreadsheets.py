@@ -1,5 +1,6 @@
 """Anybody's table of runs, one a row: which of its columns is the gap, a measure, a setting, a seed, a name."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gm_probe.tables.columns import (
     MET_STOP,
     NAMES,
     SUMMARIES,
+    bare,
     called,
     is_given,
     is_setting,
@@ -69,6 +71,12 @@ def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
     """
     new = called([str(name) for name in sheet.cells.columns])
     aliases = {old: name for old, name in new.items() if old != name}
+    short = Counter(map(bare, new))
+    aliases |= {
+        bare(old): name
+        for old, name in new.items()
+        if short[bare(old)] == 1 and bare(old) not in new.values()
+    }
     written = {name: old for old, name in new.items()}
     raw, excluded, notes = _finished(sheet.cells.rename(columns=new), source, asked.converged_only)
     columns = read_numbers({str(name): raw[name].to_list() for name in raw if name != ROW})
@@ -164,7 +172,7 @@ def _gaps(
     for gap, text in made.items():
         expression = parse(text, {*columns, *aliases})
         known = columns | {old: columns[new] for old, new in aliases.items() if new in columns}
-        columns[gap] = expression.of(known)
+        columns.setdefault(gap, expression.of(known))
         used += [aliases.get(name, name) for name in expression.columns]
     said = [f"{gap} is {text.replace(' - ', ' − ')}" for gap, text in made.items() if gap != text]
     said += [f"gap: {text}" for gap, text in made.items() if gap == text and asked.gap_is_known]
