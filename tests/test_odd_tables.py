@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[str, bytes, dict[str, Any], type[ProbeError], str]] = {
     "a value with its error": ("t.csv", "error_gap,m\n0.1±0.02,1\n".encode(), {}, DataError, "'0.1±0.02'"),
     "a gap in words": ("t.csv", b"error_gap,m\nlow,1\n", {}, DataError, "'error_gap' row 1 holds 'low'"),
     "no gap": ("t.csv", b"acc,m\n0.9,1\n", {}, DataError, "--gap 'A - B' makes one. It has: acc, m"),
-    "a wrong gap": ("t.csv", b"val_err,m\n1,2\n", {"gap": "val_er"}, UsageError, "the nearest is 'val_err'"),
+    "a wrong gap": ("t.csv", b"val_err,m\n1,2\n", {"gap": "val_er"}, UsageError, "did you mean 'val_err'"),
     "a gap that is no arithmetic": ("t.csv", b"a,m\n1,2\n", {"gap": "a ** 2"}, UsageError, "no arithmetic on columns"),
     "a gap of words": ("t.csv", b"a,m\nx,2\n", {"gap": "a"}, DataError, "column 'a' row 1 holds 'x'"),
     "a gap among the measures": (

@@ -103,7 +103,7 @@ def _column(text: str, place: int, names: list[str]) -> tuple[str, int]:
     word = quoted or _WORD.match(text, place)
     asked = (word[1] or word[2] if quoted else word[0]) if word else text[place]
     (nearest,) = difflib.get_close_matches(asked, names, 1, cutoff=0) or ["none"]
-    raise UsageError(f"--gap {text!r}: no column {asked!r}; the nearest is {nearest!r}")
+    raise UsageError(f"--gap {text!r}: no column {asked!r}; did you mean {nearest!r}?")
 
 
 def _value(tree: ast.AST, values: Mapping[str, pd.Series]) -> Any:
