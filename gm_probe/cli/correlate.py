@@ -29,7 +29,7 @@ from gm_probe.cli.selection import (
 )
 from gm_probe.cli.statistics import as_json, as_rows, print_details, print_tables, warnings
 from gm_probe.errors import DataError, UsageError
-from gm_probe.tables.sources import require_source
+from gm_probe.tables.sources import beside, require_source
 from gm_probe.tables.table import GAPS
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
@@ -91,12 +91,12 @@ def correlate(
 ) -> None:
     """Correlate each measure with the generalization gap over many runs.
 
-    SOURCE is a folder of run folders (runs/ unless given), or a .csv, .tsv or .parquet file with one run
-    per row: columns error_gap (test error − train error) and/or ce_gap (the same for cross-entropy), one
-    column per measure, and one per hyperparameter. Only finished and measured runs enter; every other run
-    is counted and listed with its reason. In a file, the measures are the columns with a measure's name. If
-    there are none, they are all numeric columns except settings, identifiers and dates. A note on stderr
-    lists them.
+    SOURCE is a folder of run folders (runs/ unless given), a folder or database of MLflow, Lightning or
+    Hugging Face, or a .csv, .tsv, .jsonl or .parquet file with one run per row: columns error_gap (test
+    error − train error) and/or ce_gap (the same for cross-entropy), one column per measure, and one per
+    hyperparameter. --gap makes another gap of any columns. Only finished and measured runs enter; every
+    other run is counted and listed with its reason. In a file, the measures are all numeric columns except
+    settings, identifiers and dates. A note on stderr lists them.
 
     The statistic is Kendall's τ-b, over all runs and within each --group-by subgroup, with a 95 % interval
     and a p-value. Both treat settings as independent, and the seeds of one setting as repeats. Runs that
@@ -167,7 +167,7 @@ def correlate(
 def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:
     """The files to write; a suffix chooses one format, none all three."""
     if chosen is None:
-        chosen = source / "correlate" if source.is_dir() else source.with_name(f"{source.stem}-correlate")
+        chosen = beside(source, "correlate")
     elif chosen.suffix.lower() in FIGURE_SUFFIXES:
         return [chosen]
     elif chosen.suffix:

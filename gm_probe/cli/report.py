@@ -24,7 +24,7 @@ from gm_probe.cli.selection import (
     source_argument,
 )
 from gm_probe.errors import DataError, UsageError
-from gm_probe.tables.sources import require_source
+from gm_probe.tables.sources import beside, require_source
 from gm_probe.tables.table import GAPS
 
 
@@ -93,9 +93,9 @@ def report(
 ) -> None:
     """Write one HTML page about many runs: figures, statistics, definitions, versions, exclusions.
 
-    SOURCE is what `gmprobe correlate` takes: a folder of run folders (runs/ unless given), or a .csv or
-    .parquet file with one run per row. The page is self-contained: it opens without a network, and works on
-    a phone, by keyboard, in dark mode and on paper.
+    SOURCE is what `gmprobe correlate` takes: a folder of run folders (runs/ unless given), the files of
+    another tracker, or a table with one run per row. The page is self-contained: it opens without a
+    network, and works on a phone, by keyboard, in dark mode and on paper.
     """
     require_source(source)
     require_statistics(names(skip), resamples)
@@ -154,7 +154,7 @@ def report(
 
 def _page(source: Path, chosen: Path | None) -> Path:
     if chosen is None:
-        return source / "report.html" if source.is_dir() else source.with_name(f"{source.stem}-report.html")
+        return beside(source, "report.html")
     if chosen.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {chosen}: the report is an HTML page; choose a name that ends in .html")
     return chosen
