@@ -127,7 +127,7 @@ def swollen(path: Path) -> None:
     [
         (torn, "malformed"),
         (of_another_kind, "no such table: runs"),
-        (endless, "interrupted"),
+        (endless, "reading it takes too long"),
         (swollen, "too big"),
         (lambda path: path.write_bytes(b"SQLite format 3\0" + bytes(200)), "not a database"),
         (lambda path: path.write_text("a,b\n"), "not a database"),

@@ -49,6 +49,7 @@ _NO_MEASURE = re.compile(
     r"|(?:.*_)?(?:time|date|datetime|timestamp|runtime|duration|seconds|epochs?|steps?|iterations?)"
     r"|(?:time|date|datetime|created|started|updated|finished|ended|relative)(?:_.*)?|.*_at"
     r"|(?:train|training|test|val|valid|validation|eval|dev)_(?:error|err|acc|accuracy|ce|loss)|loss"
+    r"|.*_per_(?:second|sec|s|step|epoch)|total_flos"
     r"|.*_(?:stderr|stderr_examples|has_converged)"  # what `gmprobe collect` writes beside a measure
     r"|(?:gpu|cpu|git|mlflow|slurm)_.*|host|hostname|node_ip|user|tags|notes|sweep|commit"
 )

@@ -94,7 +94,7 @@ def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
         name
         for name in names
         if name not in (*asked_measures, *gaps, *taken_from, run_name)
-        and (is_setting(name) or (is_given(written[name]) and _varies(raw[name], columns[name])))
+        and (is_setting(written[name]) or (is_given(written[name]) and _varies(raw[name], columns[name])))
     ]
     seeds = asked_seed or [name for name in (SEED,) if name in names and name not in asked_measures]
     hypers = [name for name in unique([*(asked_hypers or by_name), *group_by]) if name not in asked_seed]
@@ -120,7 +120,10 @@ def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
     left_out = [name for name in free if name not in (*chosen, *outcomes, *seeds)]
     gone = {name: int(columns[name].values.isna().sum()) for name in outcomes}
     lacking = [f"{name} is not a number in {num} of {len(raw)} runs" for name, num in gone.items() if num]
-    roles = {"measures": chosen, "hyperparameters": hypers, "seeds": seeds, "other columns": left_out}
+    constant = [name for name in left_out if may_be_measure(name) and columns[name].values.nunique() == 1]
+    others = [name for name in left_out if name not in constant]
+    roles = {"measures": chosen, "hyperparameters": hypers, "seeds": seeds, "of one value": constant}
+    roles |= {"other columns": others}
     shown = [f"{role}: {few(found)}" for role, found in roles.items() if found]
     frame = {"run": _names(raw, run_name)}
     frame |= {name: columns[name].values for name in [*gaps, *chosen]}
@@ -186,13 +189,13 @@ def _varies(cells: pd.Series, column: Numbers) -> bool:
 
 
 def _measures(free: Sequence[str], columns: Mapping[str, Numbers]) -> list[str]:
-    """The columns taken unasked: all that may be measures and hold numbers, the known ones first.
+    """The columns taken unasked: all that may be measures and hold numbers that differ, the known ones first.
 
     In a table of `gmprobe collect` what stands before the first measure is a setting or an outcome.
     """
     ours = [place for place, name in enumerate(free) if name + CONVERGED in columns]
     known = [name for name in KNOWN_MEASURES if name in free]
-    return known + [
+    held = [
         name
         for name in free[min(ours, default=0) :]
         if name not in known
@@ -200,6 +203,7 @@ def _measures(free: Sequence[str], columns: Mapping[str, Numbers]) -> list[str]:
         and not columns[name].text
         and columns[name].values.notna().any()
     ]
+    return known + ([name for name in held if columns[name].values.nunique() > 1] or ([] if known else held))
 
 
 def _odd_cells(left_out: Sequence[str], columns: Mapping[str, Numbers], places: pd.Series) -> list[str]:

@@ -105,7 +105,7 @@ def _last(text: str) -> str | None:
     return max(whole, key=lambda line: (int(line[2][:18]) if len(line) > 2 else 0, int(line[0][:18])))[1]
 
 
-MOST_WORK = 500
+MOST_WORK = 300
 """Millions of steps that SQLite may take: a view in a file that somebody else made could run for ever."""
 _QUERIES = {
     "runs": "SELECT run_uuid, name, status, lifecycle_stage, experiment_id FROM runs",
@@ -129,7 +129,8 @@ def mlflow_database(path: Path) -> Rows:
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     except sqlite3.Error as error:
-        raise DataError(f"{path} is not a readable MLflow database: {printable(str(error))}") from error
+        reason = str(error).replace("interrupted", "reading it takes too long")
+        raise DataError(f"{path} is not a readable MLflow database: {printable(reason)}") from error
     named = {run: name for run, _, name in found["tags"]}
     experiments = dict(found["experiments"])
     rows: dict[str, Row] = {}
