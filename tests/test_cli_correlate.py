@@ -140,7 +140,7 @@ def test_run_folders_exclude_with_counted_reasons(capsys: pytest.CaptureFixture[
     assert "excluded 3 of 6 runs:" in err
     assert "  2 diverged: run-3, run-4" in err
     assert "  1 failed: run-5" in err
-    assert "hyperparameters that vary over the runs: weight_decay" in err
+    assert "hyperparameters that vary: weight_decay" in err
 
 
 def test_machine_output_writes_a_figure_on_request_only(

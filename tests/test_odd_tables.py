@@ -72,7 +72,7 @@ READ: dict[str, tuple[str, bytes, list[int], str]] = {
     "Swiss thousands": (".csv", text(sharpness=[f"{1e6 * s:,.0f}".replace(",", "'") for s in SHARP]).encode(), ALL, ""),
     "percent": (".csv", text(error_gap=[f"{100 * gap:.2f} %" for gap in GAP]).encode(), ALL, ""),
     "powers of ten": (".csv", text(sharpness=[f"{s:.6E}" for s in SHARP]).encode(), ALL, ""),
-    "saved twice by pandas": (".csv", text(**{"Unnamed: 0": ALL}).encode(), ALL, "other columns: Unnamed: 0"),
+    "saved twice by pandas": (".csv", text(**{"Unnamed: 0": ALL}).encode(), ALL, "left out: Unnamed: 0"),
     "capital letters": (".csv", text(renamed={"lr": "LR", "seed": "Seed"}).encode(), ALL, "seeds: seed"),
     "crashed runs": (".csv", text(State=STATUS).encode(), DONE, ""),
     "statuses of MLflow": (".csv", text(status=[s.upper() for s in STATUS]).encode(), DONE, ""),

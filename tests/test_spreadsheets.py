@@ -27,7 +27,7 @@ def test_csv_takes_known_measures_and_says_so(tmp_path: Path) -> None:
     table = load_table(path)
     assert (table.gaps, table.hyperparameters) == (("error_gap",), ("lr",))
     assert table.measures == ("fisher_trace", "extra"), "a column of one's own is not dropped for a known one"
-    assert table.notes == ("measures: fisher_trace, extra; hyperparameters: lr",)
+    assert table.notes == ("measures: fisher_trace, extra",)
     assert table.frame["run"].to_list() == ["row 1", "row 2"]
 
 
@@ -37,7 +37,7 @@ def test_csv_without_a_known_measure_takes_the_numeric_columns(tmp_path: Path) -
     )
     table = load_table(path)
     assert table.measures == ("mine",)
-    assert table.notes == ("measures: mine; hyperparameters: lr; seeds: seed; other columns: comment",)
+    assert table.notes == ("measures: mine; seeds: seed; left out: comment",)
     assert table.left_out == ("comment",)
     assert table.missing["mine"] == {1: "no value"}
     assert table.frame["run"].to_list() == ["a", "b"]

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,65 +112,44 @@ def recipe_groups(source: Path) -> list[str]:
 def _table_from_folders(root: Path, asked: Asked) -> RunTable:
     kept, excluded = _read_folders(root, asked.converged_only)
     records = list(kept.values())
-    measures, hyperparameters, group_by = asked.measures, asked.hyperparameters, asked.group_by
-
     found = unique(name for record in records for name in record.measures)
-    require_known(measures, found, "measure")
-    chosen = unique(measures) or sorted(found, key=_rank)
+    require_known(asked.measures, found, "measure")
+    chosen = unique(asked.measures) or sorted(found, key=_rank)
     require_few(chosen, MOST_MEASURES, root, "measures", "--measures")
     configs = [_flatten(record.config) for record in records]
     settings = unique(name for config in configs for name in config)
-    gaps = _gaps(records, configs, asked.gap)
-    if not gaps:
-        raise DataError(
-            f"no summary.json in {root} has error_gap or ce_gap (SimCLR encoders have neither). Train the "
-            "runs again"
-        )
-
+    seed = asked.seed_column or SEED
     require_known(
-        [*hyperparameters, *group_by, *filter(None, [asked.seed_column])],
+        [*asked.hyperparameters, *asked.group_by, *([asked.seed_column] if asked.seed_column else [])],
         settings,
         "setting in any config.toml named",
     )
     varying = [
         name
         for name in settings
-        if name not in {*BOOKKEEPING, asked.seed_column} and len({config.get(name) for config in configs}) > 1
+        if name not in {*BOOKKEEPING, seed} and len({config.get(name) for config in configs}) > 1
     ]
-    hypers = unique([*(hyperparameters or varying), *group_by])
+    hypers = unique([*(asked.hyperparameters or varying), *asked.group_by])
     require_few(hypers, MOST_SETTINGS, root, "settings that vary", "--hyper")
+    gaps = _gaps(records, configs, asked.gap)
+    if not gaps:
+        raise DataError(
+            f"no summary.json in {root} has error_gap or ce_gap (SimCLR encoders have neither). Train the runs again"
+        )
     require_distinct([*gaps], chosen, hypers)
 
-    columns: dict[str, pd.Series] = {"run": pd.Series(list(kept))}
-    missing: dict[str, dict[int, str]] = {}
-    unconverged: dict[str, frozenset[int]] = {}
-    conditions: dict[str, dict[str, Counter[str]]] = {}
-    for gap, numbers in gaps.items():
-        columns[gap], missing[gap] = numbers.values, dict(numbers.missing)
-    for name in chosen:
-        rows = [record.measures.get(name, NOT_MEASURED) for record in records]
-        numbers = _numbers([row.get("value") for row in rows])
-        reasons = {i: printable(str(rows[i].get("reason") or "no value and no reason recorded"))
-                   for i, row in enumerate(rows) if row.get("value") is None}  # fmt: skip
-        columns[name], missing[name] = numbers.values, numbers.missing | reasons
-        unconverged[name] = frozenset(
-            i for i, row in enumerate(rows) if i not in missing[name] and row.get("converged") is False
-        )
-        measured = [i for i in range(len(records)) if i not in missing[name]]
-        conditions[name] = _conditions(
-            name, [records[i].settings for i in measured], [rows[i] for i in measured]
-        )
-    for name in hypers:
-        columns[name] = pd.Series([config.get(name) for config in configs], dtype=object)
-    if (seed := asked.seed_column or SEED) in settings:
+    measured = {name: _Measured.of(name, records) for name in chosen}
+    numbers = gaps | {name: each.numbers for name, each in measured.items()}
+    columns = {"run": pd.Series(list(kept))} | {name: each.values for name, each in numbers.items()}
+    columns |= {name: pd.Series([c.get(name) for c in configs], dtype=object) for name in hypers}
+    if seed in settings:
         columns[SEED] = pd.Series([config.get(seed) for config in configs], dtype=object)
     outcomes = [
         name for name in OUTCOMES if name not in columns and any(name in record.summary for record in records)
     ]
-    for name in outcomes:
-        columns[name] = _numbers([record.summary.get(name) for record in records]).values
-    notes = [f"hyperparameters that vary over the runs: {', '.join(varying) or 'none'}"]
-    notes += missed_stop_note(sum(record.missed_stop for record in records), len(records))
+    columns |= {name: _numbers([record.summary.get(name) for record in records]).values for name in outcomes}
+    told = [] if asked.hyperparameters else [f"hyperparameters that vary: {', '.join(varying) or 'none'}"]
+    told += missed_stop_note(sum(record.missed_stop for record in records), len(records))
     return RunTable(
         source=root,
         frame=pd.DataFrame(columns),
@@ -178,12 +157,38 @@ def _table_from_folders(root: Path, asked: Asked) -> RunTable:
         measures=tuple(chosen),
         hyperparameters=tuple(hypers),
         excluded=tuple(excluded),
-        missing=missing,
-        unconverged=unconverged,
-        conditions=conditions,
-        notes=tuple(notes[1:] if hyperparameters else notes),
+        missing={name: each.missing for name, each in numbers.items()},
+        unconverged={name: each.unconverged for name, each in measured.items()},
+        conditions={name: each.conditions for name, each in measured.items()},
+        notes=tuple(told),
         outcomes=tuple(outcomes),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """One measure over the runs: its values, and how they were taken (``RunTable``)."""
+
+    numbers: Numbers
+    unconverged: frozenset[int]
+    conditions: dict[str, Counter[str]]
+
+    @classmethod
+    def of(cls, name: str, records: Sequence[RunRecord]) -> "_Measured":
+        rows = [record.measures.get(name, NOT_MEASURED) for record in records]
+        found = _numbers([row.get("value") for row in rows])
+        missing = {
+            i: printable(str(rows[i].get("reason") or "no value and no reason recorded"))
+            if why == NOTHING
+            else why
+            for i, why in found.missing.items()
+        }
+        here = [i for i in range(len(rows)) if i not in missing]
+        return cls(
+            replace(found, missing=missing),
+            frozenset(i for i in here if rows[i].get("converged") is False),
+            _conditions(name, [records[i].settings for i in here], [rows[i] for i in here]),
+        )
 
 
 def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord], list[Exclusion]]:
@@ -282,19 +287,18 @@ def _gaps(
 ) -> dict[str, Numbers]:
     """The gaps of the summaries, or the one that is ``asked`` for as arithmetic on what summaries and settings say."""
     rows = [{**config, **record.summary} for config, record in zip(configs, records, strict=True)]
-    if asked in (*GAPS, "both"):
-        found = {
-            gap: _numbers([row.get(gap) for row in rows]) for gap in GAPS if any(gap in row for row in rows)
-        }
-        absent = {
-            gap: dict.fromkeys(numbers.missing, f"no {gap} in summary.json") for gap, numbers in found.items()
-        }
-        return {gap: replace(numbers, missing={row: absent[gap][row] if why == NOTHING else why
-                for row, why in numbers.missing.items()}) for gap, numbers in found.items()}  # fmt: skip
     names = unique(name for row in rows for name, value in row.items() if isinstance(value, int | float))
-    return {
-        asked: parse(asked, names).of({name: _numbers([row.get(name) for row in rows]) for name in names})
+    known = {name: _numbers([row.get(name) for row in rows]) for name in names}
+    if asked not in (*GAPS, "both"):
+        return {asked: parse(asked, names).of(known)}
+    found = {
+        gap: known.get(gap) or _numbers([None] * len(rows)) for gap in GAPS if any(gap in row for row in rows)
     }
+    return {
+        gap: replace(numbers, missing={
+            i: f"no {gap} in summary.json" if why == NOTHING else why for i, why in numbers.missing.items()})
+        for gap, numbers in found.items()
+    }  # fmt: skip
 
 
 def _numbers(values: Sequence[Any]) -> Numbers:

@@ -1,7 +1,8 @@
 """Anybody's table of runs, one a row: which of its columns is the gap, a measure, a setting, a seed, a name."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -61,6 +62,41 @@ DIFFERENCES = {
 """How a gap that a table lacks may be had, the best way first; under "" those that are called as they are made."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The runs that entered, by the names that the rest of the code knows.
+
+    Attributes:
+        raw: cells as they are written, and the row's number in ``ROW``.
+        columns: the same as numbers.
+        aliases: what the file calls a column, where this differs.
+        written: the name of each column in the file.
+    """
+
+    source: Path
+    raw: pd.DataFrame
+    columns: dict[str, Numbers]
+    aliases: dict[str, str]
+    written: dict[str, str]
+
+    def named(self, names: Sequence[str]) -> list[str]:
+        found = [self.aliases.get(name, name) for name in names]
+        require_known(found, self.columns, f"column in {self.source} named")
+        return unique(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """Which columns are what; ``run`` names the runs."""
+
+    measures: list[str]
+    hypers: list[str]
+    seeds: list[str]
+    outcomes: list[str]
+    left_out: list[str]
+    run: str
+
+
 def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
     """Give the columns of ``sheet`` their roles; see ``runs.load_table`` for the choice of columns and runs.
 
@@ -70,122 +106,133 @@ def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
         DataError: no gap, no measure, no usable row, or text where a number belongs.
     """
     new = called([str(name) for name in sheet.cells.columns])
-    aliases = {old: name for old, name in new.items() if old != name}
     short = Counter(map(bare, new))
+    aliases = {old: name for old, name in new.items() if old != name}
     aliases |= {
         bare(old): name
         for old, name in new.items()
         if short[bare(old)] == 1 and bare(old) not in new.values()
     }
-    written = {name: old for old, name in new.items()}
     raw, excluded, notes = _finished(sheet.cells.rename(columns=new), source, asked.converged_only)
     columns = read_numbers({str(name): raw[name].to_list() for name in raw if name != ROW})
-    names = [*columns]
-    gaps, taken_from, told = _gaps(columns, aliases, asked, source)
-    asked_measures, asked_hypers, group_by, asked_seed = (
-        [aliases.get(name, name) for name in each]
-        for each in (asked.measures, asked.hyperparameters, asked.group_by, filter(None, [asked.seed_column]))
-    )
-    require_known(
-        [*asked_measures, *asked_hypers, *group_by, *asked_seed], names, f"column in {source} named"
-    )
-    run_name = _name_column(raw, {*asked_measures, *asked_hypers, *group_by})
-    by_name = [
-        name
-        for name in names
-        if name not in (*asked_measures, *gaps, *taken_from, run_name)
-        and (is_setting(written[name]) or (is_given(written[name]) and _varies(raw[name], columns[name])))
-    ]
-    seeds = asked_seed or [name for name in (SEED,) if name in names and name not in asked_measures]
-    hypers = [name for name in unique([*(asked_hypers or by_name), *group_by]) if name not in asked_seed]
-    if asked_seed and SEED in hypers:
-        raise UsageError(
-            f"--seed-column {asked.seed_column}: {SEED!r} cannot be a hyperparameter then. Leave it out"
-        )
-    taken = {*gaps, *taken_from, *hypers, *asked_seed, run_name}
-    free = [name for name in names if name not in taken or name in asked_measures]
-    chosen = unique(asked_measures) or _measures(
-        [name for name in free if not is_given(written[name])], columns
-    )
-    require_few(chosen, MOST_MEASURES, source, "columns to use as measures", "--measures")
-    require_few(hypers, MOST_SETTINGS, source, "hyperparameters", "--hyper")
-    if not chosen:
-        raise DataError(
-            f"{source} has no numeric column to use as a measure (--measures names one); it has: {few(names)}"
-        )
-    require_distinct(gaps, chosen, hypers)
-    _require_numbers([*gaps, *taken_from, *chosen], columns, raw[ROW], source)
+    table = _Table(source, raw, columns, aliases, {name: old for old, name in new.items()})
+    gaps, made_of, told = _gaps(table, asked)
+    roles = _roles(table, asked, gaps, made_of)
+    used = [*gaps, *made_of, *roles.measures]
+    _require_numbers(used, columns, raw[ROW], source)
 
-    outcomes = [name for name in OUTCOMES if name in names and name not in (*gaps, *chosen, *hypers, *seeds)]
-    left_out = [name for name in free if name not in (*chosen, *outcomes, *seeds)]
-    gone = {name: int(columns[name].values.isna().sum()) for name in outcomes}
+    gone = {name: int(columns[name].values.isna().sum()) for name in roles.outcomes}
     lacking = [f"{name} is not a number in {num} of {len(raw)} runs" for name, num in gone.items() if num]
-    constant = [name for name in left_out if may_be_measure(name) and columns[name].values.nunique() == 1]
-    others = [name for name in left_out if name not in constant]
-    roles = {"measures": chosen, "hyperparameters": hypers, "seeds": seeds, "of one value": constant}
-    roles |= {"other columns": others}
-    shown = [f"{role}: {few(found)}" for role, found in roles.items() if found]
-    frame = {"run": _names(raw, run_name)}
-    frame |= {name: columns[name].values for name in [*gaps, *chosen]}
-    frame |= {name: _settings(columns[name], raw[name]) for name in hypers}
-    if seeds:
-        frame[SEED] = _settings(columns[seeds[0]], raw[seeds[0]])
-    frame |= {name: columns[name].values for name in outcomes}
+    frame = {"run": _names(raw, roles.run)}
+    frame |= {name: columns[name].values for name in [*gaps, *roles.measures]}
+    frame |= {name: _settings(columns[name], raw[name]) for name in roles.hypers}
+    if roles.seeds:
+        frame[SEED] = _settings(columns[roles.seeds[0]], raw[roles.seeds[0]])
+    frame |= {name: columns[name].values for name in roles.outcomes}
     return RunTable(
         source=source,
         frame=pd.DataFrame(frame),
         gaps=tuple(gaps),
-        measures=tuple(chosen),
-        hyperparameters=tuple(hypers),
-        missing={name: columns[name].missing for name in [*gaps, *chosen]},
+        measures=tuple(roles.measures),
+        hyperparameters=tuple(roles.hypers),
+        missing={name: columns[name].missing for name in [*gaps, *roles.measures]},
         excluded=excluded,
         notes=(
             *sheet.notes,
-            *_said(sheet, columns, [*gaps, *taken_from, *chosen, *hypers]),
+            *_said(sheet, columns, [*used, *roles.hypers]),
             *told,
-            *(() if asked_measures and asked_hypers else ("; ".join(shown),)),
-            *_odd_cells(left_out, columns, raw[ROW]),
+            *(() if asked.measures and asked.hyperparameters else (_chosen(roles, raw),)),
+            *_odd_cells(roles.left_out, columns, raw[ROW]),
             *lacking,
             *notes,
         ),
-        outcomes=tuple(outcomes),
+        outcomes=tuple(roles.outcomes),
         aliases=aliases,
-        left_out=tuple(left_out),
+        left_out=tuple(roles.left_out),
     )
 
 
-def _gaps(
-    columns: dict[str, Numbers], aliases: Mapping[str, str], asked: Asked, source: Path
-) -> tuple[list[str], list[str], list[str]]:
-    """The gaps among ``columns``, where made ones are added; the columns that these are made from; what is said."""
-    found = [gap for gap in GAPS if gap in columns] if asked.gap_is_known else []
-    made: dict[str, str] = {} if asked.gap_is_known else {asked.gap: asked.gap}
-    if asked.gap_is_known and not found:
-        names = {*columns, *aliases}
-        for gap, ways in DIFFERENCES.items():
-            ways = [way for way in ways if names.issuperset(way.split(" - "))]
-            if ways and (gap or not made):
-                made[gap or ways[0]] = ways[0]
+def _roles(table: _Table, asked: Asked, gaps: list[str], made_of: list[str]) -> _Roles:
+    raw, columns = table.raw, table.columns
+    measures, hypers, by = (
+        table.named(each) for each in (asked.measures, asked.hyperparameters, asked.group_by)
+    )
+    asked_seed = table.named([asked.seed_column]) if asked.seed_column else []
+    seeds = asked_seed or [name for name in (SEED,) if name in columns and name not in measures]
+    run = _name_column(raw, {*measures, *hypers, *by, *asked_seed})
+    taken = {*gaps, *made_of, *asked_seed, run}
+    hypers = unique([*(hypers or _hypers(table, {*measures, *taken})), *by])
+    if asked_seed and SEED in hypers:
+        raise UsageError(
+            f"--seed-column {asked.seed_column}: {SEED!r} cannot be a hyperparameter then. Leave it out"
+        )
+    free = [name for name in columns if name in measures or name not in {*taken, *hypers}]
+    chosen = measures or _measures([name for name in free if not is_given(table.written[name])], columns)
+    require_few(chosen, MOST_MEASURES, table.source, "columns to use as measures", "--measures")
+    require_few(hypers, MOST_SETTINGS, table.source, "hyperparameters", "--hyper")
+    if not chosen:
+        raise DataError(
+            f"{table.source} has no numeric column to use as a measure (--measures names one); "
+            f"it has: {few([*columns])}"
+        )
+    require_distinct(gaps, chosen, hypers)
+    outcomes = [
+        name for name in OUTCOMES if name in columns and name not in {*gaps, *chosen, *hypers, *seeds}
+    ]
+    left_out = [name for name in free if name not in {*chosen, *outcomes, *seeds}]
+    return _Roles(chosen, hypers, seeds, outcomes, left_out, run)
+
+
+def _chosen(roles: _Roles, raw: pd.DataFrame) -> str:
+    """What was taken for what, in words; settings that are the same everywhere are not worth them."""
+    varying = [name for name in roles.hypers if raw[name].map(str).nunique() > 1]
+    shown = {
+        "measures": roles.measures,
+        "hyperparameters": varying,
+        "seeds": roles.seeds,
+        "left out": roles.left_out,
+    }
+    return "; ".join(f"{role}: {few(names)}" for role, names in shown.items() if names)
+
+
+def _hypers(table: _Table, taken: Collection[str]) -> list[str]:
+    """Settings by their names, and what a tracker calls a setting and varies without naming each run."""
+    found = []
+    for name in table.columns:
+        cells, old = table.raw.get(name), table.written.get(name, name)
+        if name in taken or cells is None:
+            continue
+        num = cells.map(str).nunique()
+        names_runs = bool(table.columns[name].text) and num == len(cells) > 2
+        if is_setting(old) or (is_given(old) and num > 1 and not names_runs):
+            found.append(name)
+    return found
+
+
+def _gaps(table: _Table, asked: Asked) -> tuple[list[str], list[str], list[str]]:
+    """The gaps among the columns, where made ones are added; the columns that these are made of; what is said."""
+    columns, names = table.columns, {*table.columns, *table.aliases}
+    known = asked.gap in (*GAPS, "both")
+    found = [gap for gap in GAPS if gap in columns] if known else []
+    made: dict[str, str] = {} if known else {asked.gap: asked.gap}
+    for gap, ways in DIFFERENCES.items() if known and not found else ():
+        way = next((way for way in ways if names.issuperset(way.split(" - "))), None)
+        if way and (gap or not made):
+            made[gap or way] = way
     if not found and not made:
         raise DataError(
-            f"{source} has no column error_gap (test error − train error) or ce_gap; --gap 'A - B' makes one. "
+            f"{table.source} has no column error_gap (test error − train error) or ce_gap; --gap 'A - B' makes one. "
             f"It has: {few([*columns])}"
         )
     used: list[str] = []
+    under = columns | {old: columns[new] for old, new in table.aliases.items()}
     for gap, text in made.items():
-        expression = parse(text, {*columns, *aliases})
-        known = columns | {old: columns[new] for old, new in aliases.items() if new in columns}
-        columns.setdefault(gap, expression.of(known))
-        used += [aliases.get(name, name) for name in expression.columns]
+        expression = parse(text, names)
+        columns.setdefault(gap, expression.of(under))
+        used += table.named(expression.columns)
     said = [f"{gap} is {text.replace(' - ', ' − ')}" for gap, text in made.items() if gap != text]
-    said += [f"gap: {text}" for gap, text in made.items() if gap == text and asked.gap_is_known]
+    said += [f"gap: {gap}" for gap, text in made.items() if gap == text and known]
     return [*found, *made], [name for name in unique(used) if name not in made], said
-
-
-def _varies(cells: pd.Series, column: Numbers) -> bool:
-    """Whether a setting differs between runs, and is no text that names each of them."""
-    num = cells.map(str).nunique()
-    return num > 1 and not (column.text and num == len(cells) > 2)
 
 
 def _measures(free: Sequence[str], columns: Mapping[str, Numbers]) -> list[str]:
@@ -267,7 +314,7 @@ def _finished(
     return kept, excluded, [] if converged_only else missed_stop_note(len(missed), len(kept))
 
 
-def _name_column(raw: pd.DataFrame, others: Sequence[str] | set[str]) -> str:
+def _name_column(raw: pd.DataFrame, others: Collection[str]) -> str:
     """The column that names the runs: ``run``, or another that names each run apart; "" where there is none."""
     for wanted in NAMES:
         for name in raw:

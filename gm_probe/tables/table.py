@@ -65,10 +65,6 @@ class Asked:
     seed_column: str = ""
     converged_only: bool = False
 
-    @property
-    def gap_is_known(self) -> bool:
-        return self.gap in (*GAPS, "both")
-
 
 # What tells runs apart without being a choice about training: never a hyperparameter unless asked for.
 # fmt: off
