@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import random
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from gm_probe.errors import UsageError
+from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.tables.expression import parse
 from gm_probe.tables.numerals import Numbers, finite
 from gm_probe.tables.runs import load_table
@@ -113,3 +115,21 @@ def test_a_table_takes_it_for_its_gap() -> None:
         assert table.missing[text] == {2: "no value"}
         assert table.measures == ("m",)
     assert isinstance(parse("a", COLUMNS).of(COLUMNS), Numbers)
+
+
+def test_run_folders_take_it_too(tmp_path: Path) -> None:
+    for i in range(4):
+        write_toml(tmp_path / f"r{i}" / "config.toml", {"lr": 0.1 * i, "trial": i % 2})
+        summary = {"status": "finished", "error_gap": 0.1, "test_error": 0.3 + 0.1 * i, "train_error": 0.1}
+        write_json(tmp_path / f"r{i}" / "summary.json", summary | ({} if i else {"train_error": None}))
+        measures = {"fisher_trace": {"value": float(i)}}
+        write_json(tmp_path / f"r{i}" / "measures.json", {"measures": measures})
+    table = load_table(tmp_path, gap="test_error - train_error", seed_column="trial")
+    assert table.frame["test_error - train_error"].tolist()[1:] == [0.3, 0.4, 0.5]
+    assert table.missing["test_error - train_error"] == {0: "no value"}
+    assert table.frame["seed"].tolist() == [0, 1, 0, 1]
+    assert table.hyperparameters == ("lr",)
+    with pytest.raises(UsageError, match="no column 'test_eror'; did you mean 'test_error'"):
+        load_table(tmp_path, gap="test_eror")
+    with pytest.raises(UsageError, match="did you mean 'trial'"):
+        load_table(tmp_path, seed_column="trail")

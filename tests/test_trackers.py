@@ -16,6 +16,7 @@ from scipy.stats import kendalltau
 from gm_probe.analysis.correlation import correlate
 from gm_probe.errors import DataError, StorageError, UsageError
 from gm_probe.tables.runs import load_table
+from gm_probe.tables.sources import beside
 from gm_probe.tables.table import RunTable
 from gm_probe.tables.trackers import MOST_WORK, read_yaml
 
@@ -396,3 +397,10 @@ def test_json_that_is_broken_is_one_line(tmp_path: Path, text: str, message: str
     with pytest.raises(DataError, match=message) as caught:
         load_table(tmp_path / "t.jsonl")
     assert "\n" not in str(caught.value)
+
+
+def test_results_of_a_tracker_s_folder_are_written_beside_it(mlruns: Path, tmp_path: Path) -> None:
+    assert beside(mlruns, "report.html") == tmp_path / "mlruns-report.html"
+    assert beside(tmp_path / "t.csv", "correlate") == tmp_path / "t-correlate"
+    write(tmp_path / "runs" / "a" / "config.toml", "")
+    assert beside(tmp_path / "runs", "correlate") == tmp_path / "runs" / "correlate"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from gm_probe.errors import DataError, StorageError, UsageError, printable
+from gm_probe.errors import DataError, UsageError, foreign_or, printable
 from gm_probe.files.regular import read_at_most
 from gm_probe.files.schema import DEEPEST, LONGEST_TEXT, Unfit, bounded
 from gm_probe.tables import trackers
@@ -205,14 +205,11 @@ def _json(path: Path) -> Sheet:
 
 def _parquet(path: Path) -> Sheet:
     try:
-        table = _parquet_frame(path)
+        import pyarrow.parquet  # noqa: F401  # an extra
     except ImportError as error:
         raise UsageError(f"reading {path} needs pyarrow; pip install 'gm_probe[parquet]'") from error
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise DataError(f"{path} is not a readable Parquet file: {str(error).strip()}") from error
-    return Sheet(table)
+    with foreign_or(lambda why: DataError(f"{path} is not a readable Parquet file: {printable(why)}")):
+        return Sheet(_parquet_frame(path))
 
 
 def _parquet_frame(path: Path) -> pd.DataFrame:
