@@ -94,15 +94,13 @@ def _values(folder: Path) -> Iterator[tuple[str, str]]:
             yield path.relative_to(folder).as_posix(), read_record(path).decode(errors="replace")
 
 
+_POINT = re.compile(r"(\d{1,18}) (\S+)(?: (-?\d{1,18})(?: .*)?)?", re.ASCII)
+
+
 def _last(text: str) -> str | None:
-    """The value of the last step, of lines ``timestamp value step``."""
-    lines = [line.split() for line in text.splitlines()]
-    whole = [
-        line for line in lines if len(line) >= 2 and line[0].isdigit() and line[-1].lstrip("-").isdigit()
-    ]
-    if not whole:
-        return None
-    return max(whole, key=lambda line: (int(line[2][:18]) if len(line) > 2 else 0, int(line[0][:18])))[1]
+    """The value of the last step, of lines ``timestamp value step``; a torn line is none."""
+    points = [match for line in text.splitlines() if (match := _POINT.fullmatch(line))]
+    return max(points, key=lambda point: (int(point[3] or 0), int(point[1])))[2] if points else None
 
 
 MOST_WORK = 300
