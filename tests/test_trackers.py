@@ -311,7 +311,7 @@ def test_wandb_dicts_in_cells(tmp_path: Path) -> None:
             "h": [1, 2],
             "t": {"loss": math.nan},
         }
-        config = {"lr": float(RATES[run]), "seed": run % 2, "nesterov": True, "text": "a, 'b' {c}"}
+        config = {"lr": float(RATES[run]), "seed": run % 2, "nesterov": True, "text": "a ---- 'b' {c}"}
         write_as = repr if run % 2 else lambda value: json.dumps(value)
         cells = [str(run), write_as(summary), write_as(config), f"run-{run}"]
         rows.append(",".join('"' + cell.replace('"', '""') + '"' for cell in cells))
@@ -361,14 +361,13 @@ def test_a_cell_that_is_no_plain_dict_is_counted_and_never_run(
 def test_json_of_runs(tmp_path: Path, suffix: str) -> None:
     rows = [
         {"name": f"run-{run}", "config": {"lr": float(RATES[run])}, "seed": run % 2, "error_gap": GAPS[run],
-         "metrics": {"sharpness": SHARP[run] if run else None, "bad": math.nan}, "ok": True, "curve": [1, 2]}
+         "metrics": {"sharpness": SHARP[run] if run else None, "bad": math.nan}, "ok": True,
+         "curve": [1, 2], "note": "a\u2028b"}
         for run in range(6)
     ]  # fmt: skip
     path = tmp_path / f"t{suffix}"
-    write(
-        path,
-        json.dumps(rows, indent=1) if suffix == ".json" else "\r\n".join(map(json.dumps, rows)) + "\r\n\r\n",
-    )
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write(path, json.dumps(rows, indent=1) if suffix == ".json" else "\r\n".join([*lines, "", ""]))
     table = load_table(path)
     assert (table.measures, table.hyperparameters) == (("sharpness",), ("lr",))
     assert table.frame["error_gap"].tolist() == GAPS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -78,11 +77,9 @@ def tidied(source: Path, sheet: Sheet) -> Sheet:
         read = {name: _literal(str(record[name])) for name in dicts}
         unread += sum(value is None and _filled(record[name]) for name, value in read.items())
         rows.append({str(key): value for key, value in record.items() if key not in dicts} | read)
-    notes = (
-        [f"{unread} cells of {', '.join(dicts)} hold no readable dict; they count as empty"] if unread else []
-    )
-    found = of_rows(source, rows, [])
-    return tidied(source, Sheet(found.cells, sheet.written, (*sheet.notes, *notes, *found.notes)))
+    told = f"{unread} cells of {', '.join(dicts)} hold no readable dict; they count as empty"
+    found = of_rows(source, rows, (*sheet.notes, *([told] if unread else [])))
+    return tidied(source, replace(found, written=sheet.written))
 
 
 def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str]) -> Sheet:
@@ -110,7 +107,6 @@ def _flat(row: Mapping[str, Any], prefix: str, lists: dict[str, None]) -> Iterat
 
 # ---- dicts in cells, as str() or JSON writes them
 
-_MANY_SIGNS = re.compile(r"(?:[-+~]\s*){4}")
 _WORDS = {"nan": math.nan, "NaN": math.nan, "inf": math.inf, "Infinity": math.inf, "null": None, "true": True,
           "false": False}  # fmt: skip
 
@@ -127,7 +123,7 @@ def _holds_dicts(cells: pd.Series) -> bool:
 
 def _literal(text: str) -> dict[str, Any] | None:
     """The dict that ``text`` writes in Python or JSON; None where it writes none, or one beyond all bounds."""
-    if len(text) > LONGEST_DICT or _MANY_SIGNS.search(text):
+    if len(text) > LONGEST_DICT:
         return None
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd escapes
@@ -177,14 +173,12 @@ def _json(path: Path) -> Sheet:
         raise DataError(f"{path} has more than {MOST_JSON:,} bytes; keep fewer runs or columns")
     text, encoding = decoded(data, path, "JSON file")
     listed = text.lstrip().startswith("[")
-    places = (
-        [(0, text)]
-        if listed
-        else [(num, line) for num, line in enumerate(text.splitlines(), 1) if line.strip()]
-    )
+    lines = [text] if listed else text.split("\n")
     rows: list[Any] = []
-    for num, line in places:
-        where = f"{path} line {num}" if num else str(path)
+    for num, line in enumerate(lines, 1):
+        where = str(path) if listed else f"{path} line {num}"
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)
             bounded(value)
@@ -220,10 +214,9 @@ def _parquet_frame(path: Path) -> pd.DataFrame:
         meta = file.metadata
         groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
         chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-        cells = max(
-            meta.num_rows * meta.num_columns, sum(chunk.num_values for chunk in chunks)
-        )  # of nested ones more
-        require_fit(path, -(-cells // max(meta.num_columns, 1)), meta.num_columns)
+        values = sum(chunk.num_values for chunk in chunks)  # a list in a cell has many
+        num_rows = max(meta.num_rows, -(-values // max(meta.num_columns, 1)))
+        require_fit(path, num_rows, meta.num_columns)
         unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
         if unpacked > MOST_BYTES:
             raise DataError(
