@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gm_probe.analysis.collect import write_table
 from gm_probe.analysis.correlation import correlate, group_rows, kendall, tied_pairs
-from gm_probe.analysis.runs import load_table
-from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
 from gm_probe.errors import DataError, UsageError
 from gm_probe.files.atomic import write_json, write_toml
+from gm_probe.tables.collect import write_table
+from gm_probe.tables.runs import load_table
+from gm_probe.tables.table import Exclusion, RunTable, by_reason, show
 
 
 def make_run(
@@ -462,8 +462,8 @@ def test_what_a_file_does_not_say_of_its_runs_is_an_error_or_is_not_guessed(tmp_
 
 
 def test_every_measure_is_known_to_correlate() -> None:
-    from gm_probe.analysis.table import KNOWN_MEASURES
     from gm_probe.measures.measure import MEASURES
     from gm_probe.measures.pairwise import PAIR_MEASURES
+    from gm_probe.tables.table import KNOWN_MEASURES
 
     assert {*MEASURES, *PAIR_MEASURES} - {"error", "cross_entropy"} == set(KNOWN_MEASURES)

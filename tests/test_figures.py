@@ -15,9 +15,9 @@ from PIL import Image
 from gm_probe.analysis import figures, plots
 from gm_probe.analysis.correlation import group_rows
 from gm_probe.analysis.results import Correlation, MeasureStatistics, Quantity
-from gm_probe.analysis.runs import load_table
 from gm_probe.analysis.smoothing import lowess
-from gm_probe.analysis.table import RunTable
+from gm_probe.tables.runs import load_table
+from gm_probe.tables.table import RunTable
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from PIL import Image
 
 from gm_probe.analysis import plots
 from gm_probe.analysis.correlation import correlate, group_rows
-from gm_probe.analysis.runs import load_table
-from gm_probe.analysis.table import RunTable
+from gm_probe.tables.runs import load_table
+from gm_probe.tables.table import RunTable
 
 
 def wide_table(folder: Path, num_measures: int, n: int = 20) -> RunTable:

@@ -25,10 +25,10 @@ from gm_probe.analysis.pair_sums import pair_sums, tau_of
 from gm_probe.analysis.permutation import permute_blocks, permute_within
 from gm_probe.analysis.requests import PARTS
 from gm_probe.analysis.results import SweepStatistics
-from gm_probe.analysis.runs import load_table
 from gm_probe.analysis.sample import sample_of
-from gm_probe.analysis.table import RunTable
 from gm_probe.files.atomic import write_json, write_toml
+from gm_probe.tables.runs import load_table
+from gm_probe.tables.table import RunTable
 
 
 def crossed(

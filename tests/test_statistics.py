@@ -20,8 +20,8 @@ from gm_probe.analysis.correlation import correlate
 from gm_probe.analysis.prediction import prediction
 from gm_probe.analysis.results import Correlation, Details, SweepStatistics
 from gm_probe.analysis.sample import Draws, sample_of
-from gm_probe.analysis.table import RunTable
 from gm_probe.errors import ResourceError, UsageError
+from gm_probe.tables.table import RunTable
 
 
 def table_of(

@@ -34,8 +34,8 @@ from gm_probe.analysis.results import (
 from gm_probe.analysis.sample import Draws, Sample, sample_of, shared_seeds, tau_interval
 from gm_probe.analysis.sign_error import sign_error
 from gm_probe.analysis.strata import between, stratified, within
-from gm_probe.analysis.table import Exclusion, RunTable, by_reason, require_known, show
 from gm_probe.errors import DataError, ResourceError
+from gm_probe.tables.table import Exclusion, RunTable, by_reason, require_known, show
 
 RESAMPLES = 2000
 MOST_RUNS = 30_000

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gm_probe.analysis.rank import Floats, Integers
-from gm_probe.analysis.table import BOOKKEEPING, SEED, RunTable, show
+from gm_probe.tables.table import BOOKKEEPING, SEED, RunTable, show
 
 Cells = tuple[Integers, Integers]
 """(n,) which cell each run of the table is in, and (n,) which value of the hyperparameter it has."""

@@ -28,7 +28,7 @@ from gm_probe.analysis.plots import (
 )
 from gm_probe.analysis.results import MeasureStatistics, Quantity
 from gm_probe.analysis.smoothing import lowess
-from gm_probe.analysis.table import GAPS, RunTable
+from gm_probe.tables.table import GAPS, RunTable
 
 COLUMN = 3.3  # inches
 # Of Okabe and Ito's colours, in an order whose neighbours differ in grey too; every second one is drawn hollow.
@@ -60,7 +60,7 @@ def scatter(
     figure, axes = _column(2.3)
     with mpl.rc_context(STYLE):
         axes.set_xlabel(measure_label(measure))
-        axes.set_ylabel(GAPS[gap])
+        axes.set_ylabel(GAPS.get(gap, gap))
         if not present.any():
             _say(axes, "no run has both values")
             return figure

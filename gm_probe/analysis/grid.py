@@ -10,8 +10,8 @@ from gm_probe.analysis.design import seed_numbers, setting_numbers
 from gm_probe.analysis.pair_sums import pair_sums
 from gm_probe.analysis.results import Quantity
 from gm_probe.analysis.sample import sample_of, tau_interval
-from gm_probe.analysis.table import LARGEST, RunTable
 from gm_probe.runs.records import RunRecord
+from gm_probe.tables.table import LARGEST, RunTable
 
 CELL = ("rho", "k_steps", "value")
 

@@ -8,7 +8,7 @@ from gm_probe.analysis.rank import BLOCK, Bits, Floats, mask_bits
 from gm_probe.analysis.results import NoiseFiltered, Quantity
 from gm_probe.analysis.sample import Draws, Sample
 from gm_probe.analysis.strata import pooled
-from gm_probe.analysis.table import RunTable
+from gm_probe.tables.table import RunTable
 
 NEEDED = ("test_error", "num_test", "train_error", "num_train")
 

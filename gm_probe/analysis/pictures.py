@@ -12,9 +12,9 @@ from gm_probe.analysis.correlation import kendall
 from gm_probe.analysis.curves import CURVES, Curve
 from gm_probe.analysis.intervals import excludes_zero
 from gm_probe.analysis.results import Correlation, Quantity, SweepStatistics
-from gm_probe.analysis.table import GAPS, RunTable
 from gm_probe.analysis.tidy import tau_of
 from gm_probe.analysis.typeset import two_decimals
+from gm_probe.tables.table import GAPS, RunTable
 
 MEAN = "mean Ψ"
 Rows = Mapping[str, np.ndarray]
@@ -69,7 +69,7 @@ def pictures(
                 f"Kendall’s τ-b with the {_short(gap)} at each measured radius ρ and number of ascent "
                 f"steps K: {' to '.join(f'{n:,}' for n in dict.fromkeys((numbers[0], numbers[-1])))} "
                 "runs.",
-                figures.tau_by_radius(lines, f"τ with {GAPS[gap]}"),
+                figures.tau_by_radius(lines, f"τ with {GAPS.get(gap, gap)}"),
             )
     for name, of_runs in curves.items():
         recorded = sum(len(x) > 0 for x, _ in of_runs)
@@ -84,7 +84,7 @@ def pictures(
 
 def _forest(statistics: SweepStatistics, gaps: Sequence[str]) -> Picture:
     rows = {
-        measure.name: {GAPS[gap]: tau_of(measure.gaps[gap]) for gap in gaps}
+        measure.name: {GAPS.get(gap, gap): tau_of(measure.gaps[gap]) for gap in gaps}
         for measure in statistics.measures
     }
     clear = {
@@ -156,4 +156,4 @@ def _says(result: Correlation) -> str:
 
 
 def _short(gap: str) -> str:
-    return {"error_gap": "error gap", "ce_gap": "CE gap"}[gap]
+    return {"error_gap": "error gap", "ce_gap": "CE gap"}.get(gap, gap)

@@ -19,8 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gm_probe.analysis.correlation import Correlation, MeasureStatistics
-from gm_probe.analysis.table import GAPS, RunTable
 from gm_probe.files.atomic import write_atomic
+from gm_probe.tables.table import GAPS, RunTable
 
 FORMATS = ("png", "pdf", "svg")
 MEASURE_LABELS = {
@@ -86,7 +86,7 @@ def scatter_panels(
                     if row == len(gaps) - 1:
                         axes.set_xlabel(measure_label(measure))
                     if first is None:
-                        axes.set_ylabel(GAPS[gap])
+                        axes.set_ylabel(GAPS.get(gap, gap))
                         first = axes
                     else:
                         axes.tick_params(labelleft=False)

@@ -7,7 +7,7 @@ from gm_probe.analysis.design import numbers_of
 from gm_probe.analysis.rank import Floats
 from gm_probe.analysis.results import Prediction, Selection
 from gm_probe.analysis.sample import Draws, Sample
-from gm_probe.analysis.table import RunTable
+from gm_probe.tables.table import RunTable
 
 MOST_FOLDS = 50
 LEAST_FOLDS = 3

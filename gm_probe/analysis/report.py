@@ -13,9 +13,9 @@ from gm_probe.analysis import curves, figures, grid, provenance, sheets
 from gm_probe.analysis.pictures import Picture, Rows, pictures
 from gm_probe.analysis.plots import MARKERS, render
 from gm_probe.analysis.results import SweepStatistics
-from gm_probe.analysis.table import RunTable, by_reason
 from gm_probe.analysis.typeset import Sheet
 from gm_probe.errors import UsageError
+from gm_probe.tables.table import RunTable, by_reason
 
 MOST_COLOURS = 2 * len(figures.COLOURS)
 """Subgroups that colour and filling tell apart."""

@@ -7,7 +7,7 @@ Every figure that can be undefined is None exactly where the ``reason`` beside i
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gm_probe.analysis.table import Exclusion
+from gm_probe.tables.table import Exclusion
 
 
 @dataclass(frozen=True, slots=True)

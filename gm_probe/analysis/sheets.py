@@ -7,9 +7,9 @@ from dataclasses import replace
 from gm_probe.analysis import definitions
 from gm_probe.analysis.provenance import Provenance
 from gm_probe.analysis.results import MeasureStatistics, Quantity, SweepStatistics
-from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
 from gm_probe.analysis.tidy import Line, tidy
 from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, shared_remarks, two_decimals
+from gm_probe.tables.table import Exclusion, RunTable, by_reason, show
 
 NAMED = 20
 """Runs that a cell names before it counts the rest."""
@@ -67,7 +67,7 @@ def _section(name: str, lines: Sequence[Line]) -> Sheet:
         rows=tuple(
             (
                 Cell(line.measure),
-                Cell(SHORT[line.gap]),
+                Cell(SHORT.get(line.gap, line.gap)),
                 Cell(line.label),
                 _quantity(line.found, 3 if name == "prediction" else None),
                 _p(line.found.p, line.found.reason or line.found.p_reason),
@@ -210,7 +210,7 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
             )
         )
         if result.p is not None and result.p_reason:
-            notes.append(f"p of {measure.name}, {SHORT[gap]}: {result.p_reason}")
+            notes.append(f"p of {measure.name}, {SHORT.get(gap, gap)}: {result.p_reason}")
     notes = shared_remarks(notes)
     notes += [
         f"{measure.name}: {text}" for measure, _ in rows for text in (*measure.warnings, *measure.notes)
@@ -230,7 +230,7 @@ def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
 
 def _place(measure: MeasureStatistics, gap: str) -> tuple[Cell, Cell]:
     labels = f" ({measure.labels} labels)" if measure.labels else ""
-    return Cell(measure.name + labels), Cell(SHORT[gap])
+    return Cell(measure.name + labels), Cell(SHORT.get(gap, gap))
 
 
 def _figure(value: float | None, digits: int | None, reason: str | None) -> Cell:

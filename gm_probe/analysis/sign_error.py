@@ -14,7 +14,7 @@ from gm_probe.analysis.design import Cells, numbers_of
 from gm_probe.analysis.rank import Floats, Integers, dense_ranks
 from gm_probe.analysis.results import Environment, SignError
 from gm_probe.analysis.sample import Draws, Sample
-from gm_probe.analysis.table import RunTable, show
+from gm_probe.tables.table import RunTable, show
 
 LEAST_SIZE = 12
 MOST_PAIRS = 2 * 10**6

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gm_probe.analysis.requests import require_source, require_statistics
+from gm_probe.analysis.requests import require_statistics
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
     format_options,
@@ -22,16 +22,19 @@ from gm_probe.cli.selection import (
     measures_option,
     names,
     resamples_option,
+    seed_column_option,
     seed_option,
     skip_option,
     source_argument,
 )
 from gm_probe.cli.statistics import as_json, as_rows, print_details, print_tables, warnings
 from gm_probe.errors import DataError, UsageError
+from gm_probe.tables.sources import beside, require_source
+from gm_probe.tables.table import GAPS
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
     from gm_probe.analysis.results import SweepStatistics
-    from gm_probe.analysis.table import RunTable
+    from gm_probe.tables.table import RunTable
 
 
 @click.command(epilog="Example:  gmprobe correlate runs/ --group-by weight_decay")
@@ -49,6 +52,7 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     help="Also correlate within each subgroup of these settings.  [default: those of the sweep's recipe]",
 )
 @gap_option
+@seed_column_option
 @converged_only_option
 @click.option(
     "--figure",
@@ -73,6 +77,7 @@ def correlate(
     hyper: str,
     group_by: str | None,
     gap: str,
+    seed_column: str,
     converged_only: bool,
     figure_path: Path | None,
     no_figure: bool,
@@ -86,12 +91,12 @@ def correlate(
 ) -> None:
     """Correlate each measure with the generalization gap over many runs.
 
-    SOURCE is a folder of run folders (runs/ unless given), or a .csv, .tsv or .parquet file with one run
-    per row: columns error_gap (test error − train error) and/or ce_gap (the same for cross-entropy), one
-    column per measure, and one per hyperparameter. Only finished and measured runs enter; every other run
-    is counted and listed with its reason. In a file, the measures are the columns with a measure's name. If
-    there are none, they are all numeric columns except settings, identifiers and dates. A note on stderr
-    lists them.
+    SOURCE is a folder of run folders (runs/ unless given), a folder or database of MLflow, Lightning or
+    Hugging Face, or a .csv, .tsv, .jsonl or .parquet file with one run per row: columns error_gap (test
+    error − train error) and/or ce_gap (the same for cross-entropy), one column per measure, and one per
+    hyperparameter. --gap makes another gap of any columns. Only finished and measured runs enter; every
+    other run is counted and listed with its reason. In a file, the measures are all numeric columns except
+    settings, identifiers and dates. A note on stderr lists them.
 
     The statistic is Kendall's τ-b, over all runs and within each --group-by subgroup, with a 95 % interval
     and a p-value. Both treat settings as independent, and the seeds of one setting as repeats. Runs that
@@ -117,16 +122,24 @@ def correlate(
     paths = _figure_paths(source, figure_path) if wanted else []
     require_source(source)
     require_statistics(names(skip), resamples)
-    from gm_probe.analysis import runs
+    from gm_probe.tables import runs
 
     by = runs.recipe_groups(source) if group_by is None else names(group_by)
     if by and group_by is None:
         _say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)", quiet)
-    found = runs.load_table(source, names(measures), names(hyper), by, converged_only=converged_only)
+    found = runs.load_table(
+        source,
+        names(measures),
+        names(hyper),
+        by,
+        gap=gap,
+        seed_column=seed_column,
+        converged_only=converged_only,
+    )
     from gm_probe.analysis import correlation  # scipy, which a wrong table must not wait for
 
     by, controls = found.named(by), found.named(names(control))
-    gaps = found.gaps if gap == "both" else (gap,)
+    gaps = (gap,) if gap in GAPS else found.gaps
     statistics = correlation.correlate(
         found, gaps, by, controls=controls, seed=seed, resamples=resamples, skip=names(skip)
     )
@@ -154,7 +167,7 @@ def correlate(
 def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:
     """The files to write; a suffix chooses one format, none all three."""
     if chosen is None:
-        chosen = source / "correlate" if source.is_dir() else source.with_name(f"{source.stem}-correlate")
+        chosen = beside(source, "correlate")
     elif chosen.suffix.lower() in FIGURE_SUFFIXES:
         return [chosen]
     elif chosen.suffix:
@@ -167,7 +180,7 @@ def _say(text: str, quiet: bool) -> None:
 
 
 def _print_notes(found: "RunTable", statistics: "SweepStatistics", quiet: bool) -> None:
-    from gm_probe.analysis.table import by_reason
+    from gm_probe.tables.table import by_reason
 
     for text in (*found.notes, *statistics.notes):
         _say(text, quiet)

@@ -370,8 +370,8 @@ def _write_suggestions(path: Path, report: EstimateReport, files: Sequence[Path]
     import csv
     import io
 
-    from gm_probe.analysis.cells import cell
     from gm_probe.files.atomic import write_atomic
+    from gm_probe.tables.cells import cell
 
     models = list(report.suggestions[0].predicted) if report.suggestions else []
     text = io.StringIO()

@@ -2,7 +2,7 @@
 
 import click
 
-from gm_probe.cli.param_types import PATH, Choice
+from gm_probe.cli.param_types import PATH
 from gm_probe.runs.records import RUNS
 
 source_argument = click.argument("source", type=PATH, default=RUNS)
@@ -11,10 +11,13 @@ measures_option = click.option(
 )
 gap_option = click.option(
     "--gap",
-    type=Choice(["error_gap", "ce_gap", "both"]),
+    metavar="GAP",
     default="both",
     show_default=True,
-    help="Correlate with the gap in error, in cross-entropy, or both.",
+    help="Correlate with this gap: error_gap, ce_gap, both, a column, or arithmetic such as 'val_err - train_err'.",
+)
+seed_column_option = click.option(
+    "--seed-column", metavar="A", default="", help="Column that holds each run's seed.  [default: seed]"
 )
 converged_only_option = click.option(
     "--converged-only",

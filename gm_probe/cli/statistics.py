@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
         SignError,
         SweepStatistics,
     )
-    from gm_probe.analysis.table import Exclusion, RunTable
     from gm_probe.analysis.tidy import Line
+    from gm_probe.tables.table import Exclusion, RunTable
 
 LEGEND = (
     "Kendall's τ-b: +1 if the measure orders the runs as their gaps do, −1 if in reverse. {runs}. "
@@ -29,7 +29,7 @@ LEGEND = (
 
 
 def as_json(found: RunTable, statistics: SweepStatistics) -> dict[str, Any]:
-    from gm_probe.analysis.table import by_reason
+    from gm_probe.tables.table import by_reason
 
     reasons = by_reason(found.excluded)
     return {
@@ -76,8 +76,8 @@ def as_rows(statistics: SweepStatistics) -> list[dict[str, Any]]:
 
 def print_tables(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
     """One table a gap: side by side they would not fit 60 columns."""
-    from gm_probe.analysis.table import GAPS
     from gm_probe.analysis.typeset import shared_remarks
+    from gm_probe.tables.table import GAPS
 
     console = results_console()
     for gap in gaps:
@@ -99,7 +99,7 @@ def print_tables(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
                     remarks.append(f"{place}: {'p' if result.p is not None else 'no p'}: {result.p_reason}")
         columns = ["measure", "τ-b", "95 %", "p", "n", "beware"]
         width = 6 if any(row[5] for row in rows) else 5
-        console.print(table(f"{gap}: {GAPS[gap]}", columns[:width], [row[:width] for row in rows]))
+        console.print(table(f"{gap}: {GAPS.get(gap, gap)}", columns[:width], [row[:width] for row in rows]))
         for line in shared_remarks(remarks):
             say(console, line)
     for line in warnings(statistics.measures):

@@ -12,12 +12,12 @@ from gm_probe.analysis.plots import scatter_panels
 from gm_probe.analysis.provenance import read_records
 from gm_probe.analysis.requests import PARTS
 from gm_probe.analysis.results import Correlation, SweepStatistics
-from gm_probe.analysis.runs import load_table
 from gm_probe.analysis.sheets import statistics_sheets
-from gm_probe.analysis.table import RunTable, by_reason
 from gm_probe.reproduce.finding import Finding, Outcome, Task, shown_tau
 from gm_probe.reproduce.training import trained
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
+from gm_probe.tables.runs import load_table
+from gm_probe.tables.table import RunTable, by_reason
 
 GAP = "error_gap"
 """The paper's gap: test error − train error."""
