@@ -325,7 +325,11 @@ def test_subgroups_can_differ_in_sign_from_the_whole(tmp_path: Path) -> None:
     # 9 runs: 27 pairs between groups concordant, 3 × 3 within discordant
     whole, *subgroups = found.of("m", "error_gap", "tau").values()
     assert whole.value == pytest.approx((27 - 9) / 36)
-    assert list(found.of("m", "error_gap", "tau"))[1:] == ["weight_decay=1", "weight_decay=2", "weight_decay=3"]
+    assert list(found.of("m", "error_gap", "tau"))[1:] == [
+        "weight_decay=1",
+        "weight_decay=2",
+        "weight_decay=3",
+    ]
     for subgroup in subgroups:
         assert subgroup.value == pytest.approx(-1)
         assert subgroup.n == 3
