@@ -133,9 +133,7 @@ def test_run_folders_exclude_with_counted_reasons(capsys: pytest.CaptureFixture[
         {"run": "run-4", "reason": "diverged"},
         {"run": "run-5", "reason": "failed"},
     ]
-    assert "excluded 3 of 6 runs:" in err
-    assert "  2 diverged: run-3, run-4" in err
-    assert "  1 failed: run-5" in err
+    assert "excluded 3 of 6 runs (2 diverged; 1 failed); --json names them" in err
     assert "hyperparameters that vary over the runs: weight_decay" in err
 
 

@@ -198,7 +198,7 @@ def test_markup_in_names_settings_and_reasons_is_text(text: str, page: Page) -> 
     assert "run-03<script>alert(1)<script>" in [row[0] for row in runs]
     assert f"m{ATTACK}" in [row[runs[0].index("model")] for row in runs]
     assert any(f"lost {ATTACK}" in note for note in page.texts("li"))
-    assert any(f"model=m{ATTACK}" in row[2] for row in page.table("subgroups"))
+    assert any(f"model=m{ATTACK}" in row[2] for row in page.table("correlations"))
     assert page.texts("title")[0] == "Generalization measures of a & b"
 
 
