@@ -31,8 +31,8 @@ from gm_probe.models.zoo import ModelSpec, initial_model
 from gm_probe.runtime.devices import keep_freed_memory
 from gm_probe.training.augment import crop_and_flip, draw_crops
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.methods import METHODS
 from gm_probe.training.rule import Rule
-from gm_probe.training.rules import METHODS
 from gm_probe.training.run import Training
 
 RULES: dict[str, dict[str, Any]] = {

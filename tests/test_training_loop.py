@@ -24,8 +24,8 @@ from gm_probe.training import run_splits
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import evaluate, evaluate_within
 from gm_probe.training.loop import train
+from gm_probe.training.methods import METHODS
 from gm_probe.training.rule import Rule, Step
-from gm_probe.training.rules import METHODS
 from gm_probe.training.run import Training
 from gm_probe.training.run_splits import load_splits, own_unlabeled
 from gm_probe.training.schedule import lr_factor

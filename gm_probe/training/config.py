@@ -13,6 +13,8 @@ from gm_probe.data.reading import Reading
 from gm_probe.data.sources import NAMES
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import as_named
+from gm_probe.training.methods import METHODS
+from gm_probe.training.objectives import OBJECTIVES, trains_encoder
 
 MOST = 2**31 - 1
 """Of a whole number, so that it fits wherever it goes: into an index, a size or a file."""
@@ -93,7 +95,7 @@ class TrainConfig:
         "supervised",
         OBJECTIVE,
         "What is learned. joint and fixmatch need --labels; simclr reads no labels.",
-        choices=("supervised", "joint", "fixmatch", "simclr"),
+        choices=OBJECTIVES,
     )
     mu: int = setting(7, OBJECTIVE, "Unlabeled examples per labeled example in joint and fixmatch.", least=1)
     threshold: float = setting(
@@ -114,7 +116,7 @@ class TrainConfig:
         "sgd",
         MAIN,
         "Gradient rule.",
-        choices=("sgd", "sam", "asam", "iam-d", "iam-d-onepass", "iam-s"),
+        choices=METHODS,
     )
     rho: float | None = setting(
         None,
@@ -139,6 +141,12 @@ class TrainConfig:
         choices=("random", "none", "loss"),
     )
     eta: float = setting(0.01, METHOD, "ASAM's stabiliser, added to the weights' magnitudes.", least=0)
+    every: int = setting(
+        1, METHOD, "Perturb in each step of this number only; the others are plain steps.", least=1
+    )
+    tail: float = setting(
+        1.0, METHOD, "Perturb in this last share of all steps only, such as 0.3.", above=0, most=1
+    )
     m: int | None = setting(
         None,
         METHOD,
@@ -230,10 +238,8 @@ class TrainConfig:
         optional(whole, "threads", self.threads, 1, MOST_THREADS)
         for name in ("seed", "split_seed"):
             whole(name, getattr(self, name), 0, 2**32 - 1)
-        if self.method == "iam-d-onepass":  # it follows the gradient of β·KL
-            real("beta", self.beta, above=0)
-        if self.method in {"iam-d", "iam-s"}:  # at δ = 0 the KL has no gradient to ascend
-            real("noise_scale", self.noise_scale, above=0)
+        for name in METHODS[self.method].positive:
+            real(name, getattr(self, name), above=0)
         for epoch in self.milestones:
             whole("milestones", epoch, 0, MOST)
         if self.min_lr and (self.schedule not in {"cosine", "linear"} or self.min_lr > self.lr):
@@ -251,61 +257,39 @@ class TrainConfig:
             )
 
     def _check_objective(self) -> None:
-        if self.objective == "supervised":
-            return
-        if self.objective == "simclr":
-            self._check_simclr()
-            return
-        if self.labels is None:
+        choice, default = OBJECTIVES[self.objective], _defaults()
+        if choice.needs_labels and self.labels is None:
             raise UsageError(
                 f"objective = {self.objective!r} needs labels, the number of training examples that keep "
                 "their labels"
             )
-        if self.m is not None:
-            raise UsageError(f"m splits supervised batches only, not those of objective = {self.objective!r}")
-        if self.objective == "fixmatch" and self.augment:
-            raise UsageError("fixmatch has its own augmentations. Leave out augment")
+        if self.batch_size < choice.least_batch:
+            raise UsageError(
+                f"{self.objective} compares images: batch_size must be at least {choice.least_batch}"
+            )
+        for name, reason in choice.refused.items():
+            if getattr(self, name) != default[name]:
+                raise UsageError(f"{self.objective} takes no {name}: {reason}")
 
-    def _check_simclr(self) -> None:
-        if self.batch_size < 2:
-            raise UsageError("simclr compares images: batch_size must be at least 2")
-        refused = {
-            "m": (self.m is not None, "NT-Xent compares all views of a batch, so the batch cannot be split"),
-            "augment": (self.augment, "simclr has its own augmentations"),
-            "stop_ce": (self.stop_ce is not None, "an encoder has no training cross-entropy to stop at"),
-            "label_smoothing": (self.label_smoothing > 0, "there are no labels to smooth"),
-            "eval_every": (
-                self.eval_every > 0,
-                "an encoder is evaluated by linear probes, probe_every epochs",
-            ),
-        }
-        for name, (given, reason) in refused.items():
-            if given:
-                raise UsageError(f"simclr takes no {name}: {reason}")
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether the run trains a SimCLR encoder, which has no head for classes and is judged by linear probes."""
+        return trains_encoder(self.objective)
 
     def idle(self) -> dict[str, str]:
         """Settings that this run does not use, and which other one would make it."""
-        used_by = {
-            "mu": ("objective", self.objective in {"joint", "fixmatch"}),
-            "rho": ("method", self.method != "sgd"),
-            "beta": ("method", self.method.startswith("iam-d")),
-            "kl_grad": ("method", self.method.startswith("iam-d")),
-            "k_steps": ("method", self.method in {"iam-d", "iam-s"}),
-            "noise_scale": ("method", self.method in {"iam-d", "iam-s"}),
-            "sign": ("method", self.method == "iam-s"),
-            "eta": ("method", self.method == "asam"),
-            "momentum": ("optimizer", self.optimizer == "sgd"),
-            "nesterov": ("optimizer", self.optimizer == "sgd"),
-            "milestones": ("schedule", self.schedule == "multi-step"),
-            "gamma": ("schedule", self.schedule == "multi-step"),
-            "min_lr": ("schedule", self.schedule in {"cosine", "linear"}),
-            "track_rho": ("track_every", self.track_every > 0),
+        users = {
+            "momentum": ("optimizer", ("sgd",)),
+            "nesterov": ("optimizer", ("sgd",)),
+            "milestones": ("schedule", ("multi-step",)),
+            "gamma": ("schedule", ("multi-step",)),
+            "min_lr": ("schedule", ("cosine", "linear")),
         }
-        used_by |= dict.fromkeys(
-            ("threshold", "lambda_u", "unlabeled_mean"), ("objective", self.objective == "fixmatch")
-        )
-        used_by |= dict.fromkeys(("temperature", "probe_every"), ("objective", self.objective == "simclr"))
-        return {name: by for name, (by, used) in used_by.items() if not used}
+        for by, choices in (("method", METHODS), ("objective", OBJECTIVES)):
+            for name in dict.fromkeys(name for choice in choices.values() for name in choice.settings):
+                users[name] = by, tuple(key for key, choice in choices.items() if name in choice.settings)
+        idle = {name: by for name, (by, values) in users.items() if getattr(self, by) not in values}
+        return idle | ({} if self.track_every else {"track_rho": "track_every"})
 
     def unreached(self) -> dict[str, str]:
         """Settings whose epoch does not come within this run, and what does not happen therefore."""
@@ -355,7 +339,7 @@ class TrainConfig:
 
         Defaults are left out, so that a setting added later changes no existing run's identity.
         """
-        default = TrainConfig().as_dict()
+        default = {**_defaults(), "milestones": []}
         return {
             key: value for key, value in self.as_dict().items() if key not in PLACE and value != default[key]
         }
@@ -382,6 +366,11 @@ def _kinds(name: str) -> tuple[Any, ...]:
     """Return the types that a setting takes."""
     hint = _hints()[name]
     return get_args(hint) if type(None) in get_args(hint) else (hint,)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return {each.name: each.default for each in fields(TrainConfig)}
 
 
 @cache
