@@ -162,6 +162,7 @@ def test_gradient_evaluations(method: str, changes: dict[str, Any], units: int, 
 
 RESUMED = {
     **{method: {"method": method} for method in METHODS},
+    "every and tail": {"method": "iam-d-onepass", "every": 2, "tail": 0.8},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "method": "iam-d"},
     "cosine": {"schedule": "cosine", "warmup_epochs": 1.0},
     "multi-step": {"schedule": "multi-step", "milestones": [1, 3]},

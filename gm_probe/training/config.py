@@ -239,7 +239,7 @@ class TrainConfig:
         for name in ("seed", "split_seed"):
             whole(name, getattr(self, name), 0, 2**32 - 1)
         for name in METHODS[self.method].positive:
-            real(name, getattr(self, name), above=0)
+            optional(real, name, getattr(self, name), above=0)
         for epoch in self.milestones:
             whole("milestones", epoch, 0, MOST)
         if self.min_lr and (self.schedule not in {"cosine", "linear"} or self.min_lr > self.lr):
