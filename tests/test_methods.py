@@ -11,6 +11,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from test_rules import grads, make
 from torch import nn
 
 import gm_probe
@@ -23,7 +24,6 @@ from gm_probe.training.loop import train
 from gm_probe.training.methods import METHODS, Method
 from gm_probe.training.objectives import OBJECTIVES, Choice
 from gm_probe.training.rule import Common, Rule
-from tests.test_rules import grads, make
 
 TOYS = {
     "halved": """

@@ -137,9 +137,10 @@ class Rule:
         self.parameters = Parameters(self.model, outputs=self.outputs)
         self.generator = generator or torch.Generator().manual_seed(0)
         self._scaler: GradScaler | None = None
+        self._weight = 1.0
         self._examined = False
 
-    def backward(self, x: Any, y: Any, *, scaler: GradScaler | None = None) -> Step:
+    def backward(self, x: Any, y: Any, *, weight: float = 1.0, scaler: GradScaler | None = None) -> Step:
         """Add this rule's gradient on the batch x (B, ...), y (B,) to every ``p.grad``, as backward() does.
 
         Under an objective that learns from unlabeled inputs too, x has rows after the labeled ones.
@@ -147,6 +148,7 @@ class Rule:
         Args:
             x: a tensor, or a dict or tuple of tensors with B rows, which the model takes by name or in order.
             y: a tensor, or a dict or tuple that the criterion takes; its tensors with B rows are cut as x is.
+            weight: multiplies the gradient, such as 1/4 where those of four batches add up to one.
             scaler: multiplies the gradient by its factor.
 
         Raises:
@@ -156,7 +158,7 @@ class Rule:
             raise UsageError(
                 "rule.backward needs gradients. Call it outside torch.no_grad() and inference_mode()"
             )
-        self._scaler = scaler
+        self._scaler, self._weight = scaler, weight
         # layers may have been frozen or unfrozen meanwhile
         self.parameters = Parameters(self.model, outputs=self.outputs)
         x, y = as_inputs(x), as_targets(y)
@@ -284,7 +286,8 @@ class Rule:
                 "autograd sees no parameter that the loss depends on: forward or the criterion runs under "
                 "torch.no_grad or inference_mode, or detaches the outputs"
             )
-        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        weighted = loss if self._weight == 1 else loss * self._weight
+        scaled = weighted if self._scaler is None else self._scaler.scale(weighted)
         return torch.autograd.grad(
             scaled, [*self._leaves, *(inputs or ())], allow_unused=True, retain_graph=again
         )

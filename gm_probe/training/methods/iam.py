@@ -39,7 +39,8 @@ class _Inconsistency(Rule):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(model, criterion, **common)
-        self.rho, self.k_steps = real("rho", rho, least=0), whole("k_steps", k_steps)
+        self.rho: float | Tensor = real("rho", rho, least=0)
+        self.k_steps = whole("k_steps", k_steps)
         self.noise_scale = real("noise_scale", noise_scale, least=0)
 
     def _ascend(self, x: Inputs, y: Any, outputs: Tensor, draws: Draws) -> Tensor:
@@ -131,7 +132,8 @@ class OnePassIAMD(Rule):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(model, criterion, **common)
-        self.rho, self.kl_grad = real("rho", rho, least=0), one_of("kl_grad", kl_grad, KL_GRADS)
+        self.rho: float | Tensor = real("rho", rho, least=0)
+        self.kl_grad = one_of("kl_grad", kl_grad, KL_GRADS)
         self.beta = real("beta", beta, above=0)  # δ follows the term's gradient
         self.delta: Tensor | None = None  # (P,)
 

@@ -36,7 +36,7 @@ class SAM(Rule):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(model, criterion, **common)
-        self.rho = real("rho", rho, least=0)
+        self.rho: float | Tensor = real("rho", rho, least=0)
         self.passes = 8.0 if self.objective.two_losses else 6.0
 
     def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
