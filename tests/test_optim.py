@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_rules import grads, make, normed_mlp, seeded
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional
 
 import gm_probe
@@ -257,3 +258,55 @@ def test_what_makes_no_sense_is_refused() -> None:
         adapter.step()
     with pytest.raises(UsageError, match="of a plain optimizer"):
         adapter.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_every_pass_of_a_compiled_network_is_compiled(method: str) -> None:
+    """The clean and the perturbed passes run through torch.compile, and give the plain network's steps."""
+    models = [make(normed_mlp) for _ in range(2)]
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        calls.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    networks = [models[0], torch.compile(models[1], backend=backend)]
+    for model, network in zip(models, networks, strict=True):
+        adapter = ADAPTERS[method](model, lr=0.1, rho=0.3, generator=seeded(5))
+        for x, y in FIVE[:3]:
+            adapter.zero_grad()
+            adapter.step(closure_of(network, x, y))
+    assert 1 <= len(calls) <= 4  # with and without gradients, at the model's own and at moved weights
+    torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-9, atol=1e-12)
+
+
+FSDP = """
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import gm_probe
+from gm_probe import optim
+distributed.init_process_group("gloo")
+model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+for build in (gm_probe.SAM, lambda model: optim.IAMD(model, lr=0.1)):
+    try:
+        build(model)
+    except gm_probe.UsageError as error:
+        assert "the model is sharded (FSDP)" in str(error), error
+    else:
+        raise AssertionError("it was taken")
+distributed.destroy_process_group()
+"""
+
+
+def test_sharded_models_are_refused_by_name(tmp_path: Path) -> None:
+    script = tmp_path / "sharded.py"
+    script.write_text(FSDP)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, *launch, str(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
