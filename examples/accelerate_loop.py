@@ -36,9 +36,7 @@ def main() -> None:
         total = 0.0
         for x, y in loader:
 
-            def closure(
-                x: Tensor = x, y: Tensor = y
-            ) -> tuple[Tensor, Tensor]:  # (2) instead of loss.backward()
+            def closure(x: Tensor = x, y: Tensor = y) -> tuple[Tensor, Tensor]:  # (2) no backward
                 logits = model(x)
                 return functional.cross_entropy(logits, y), logits
 

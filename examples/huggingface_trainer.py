@@ -1,4 +1,4 @@
-"""Fine-tune with IAM-D in Hugging Face's Trainer: images (ViT) or padded sentences (BERT). The mixin is all that is new.
+"""Fine-tune with IAM-D in Hugging Face's Trainer: images (ViT) or padded sentences (BERT). The mixin is new.
 
     pip install 'gm_probe[hf,accelerate]'
     python examples/huggingface_trainer.py --model bert --bf16

@@ -82,3 +82,19 @@ def test_accelerate_in_two_processes(tmp_path: Path) -> None:
             optimizer.step()
     for name, value in torch.load(file, weights_only=True).items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_lines_of_the_page_are_those_of_the_examples() -> None:
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    sections = dict(zip(*[iter(re.split(r"^## (.*)$", page, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    names = {
+        "Lightning": "lightning_training",
+        "Hugging Face Trainer": "huggingface_trainer",
+        "accelerate": "accelerate_loop",
+    }
+    for section, name in names.items():
+        script = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+        lines = {line.split("  #")[0].strip() for line in script.splitlines()}
+        added = [line[1:].strip() for line in sections[section].splitlines() if line.startswith("+")]
+        assert len(added) > 4
+        assert set(added) <= lines, set(added) - lines
