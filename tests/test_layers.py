@@ -17,10 +17,11 @@ ROOT = Path(gm_probe.__file__).parent
 BELOW = {
     "errors": set(),
     "checks": {"errors"},
+    "setting": {"checks"},
     "runtime": {"errors"},
     "files": {"errors"},
     "runs": {"errors", "files"},
-    "data": {"checks", "runtime", "files"},
+    "data": {"setting", "runtime", "files"},
     "models": {"data", "runs"},
     "linalg": {"checks"},
     "inconsistency": {"models", "linalg"},

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from gm_probe.cli import main
+from gm_probe.cli.data import DataOptions
 from gm_probe.cli.train import train
+from gm_probe.data.batches import Normalization
 from gm_probe.files.atomic import read_toml
+from gm_probe.measures.settings import Settings
+from gm_probe.models.checkpoints import save_checkpoint
+from gm_probe.models.zoo import ModelSpec, initial_model
 from gm_probe.training.config import GROUPS, MAIN, SETTINGS, TrainConfig
 
 SMALL = [
@@ -146,3 +153,54 @@ def test_assignments_are_read_as_a_recipes_values(tmp_path: Path, capsys: pytest
     assert code == 0, err
     runs = [path for path in swept.iterdir() if path.is_dir()]
     assert [(read_toml(path / "config.toml")["lr"]) for path in runs] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize("command", ["measure", "estimate"])
+def test_every_measuring_setting_and_data_option_is_an_option_of_the_command(command: str) -> None:
+    module = import_module(f"gm_probe.cli.{command}")
+    parameters = {p.name: p for p in getattr(module, command).params}
+    shown = {each.name for each in fields(DataOptions)}
+    shown |= (
+        {each.name for each in fields(Settings) if each.metadata["help"]} if command == "measure" else set()
+    )
+    assert shown <= set(parameters)
+    assert all(not parameters[name].required for name in shown)
+
+
+def test_a_file_gives_options_and_the_command_line_replaces_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = ModelSpec("mlp-4", (1, 8, 8), 10)
+    save_checkpoint(tmp_path / "a.pt", initial_model(spec, 0), spec, Normalization())
+    file = tmp_path / "options.toml"
+    file.write_text(
+        'unlabeled = "digits"\nmeasures = ["local_inconsistency"]\nrho = [0.1, 0.3]\nmax-examples = 20\n'
+        'no_normalize = true\nmodel = ["mlp-4"]\ndevice = "cpu"\nseed = 3\n'
+    )
+    command = ["measure", str(tmp_path / "a.pt"), "--config", str(file), "--json", "--quiet"]
+    code, out, err = run(command, capsys)
+    assert code == 0, err
+    settings = json.loads(out)[0]["settings"]
+    assert (settings["rho"], settings["rho_grid"], settings["seed"]) == (0.1, [0.3], 3)
+    assert settings["max_examples"] == 20
+    code, out, _ = run([*command, "--rho", "0.2"], capsys)
+    assert (json.loads(out)[0]["settings"]["rho"], json.loads(out)[0]["settings"]["rho_grid"]) == (0.2, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rhoo = 1", "no option 'rhoo'; did you mean 'rho'?"),
+        ("rho = 'big'", "--rho 'big' must be comma-separated numbers"),
+        ("max_examples = 0", "max_examples = 0 must be a whole number ≥ 1"),
+        ("part = 'tets'", "part = 'tets'; did you mean 'test'?"),
+    ],
+)
+def test_a_wrong_option_in_a_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text(f'unlabeled = "digits"\n{text}\n')
+    code, _, err = run(["measure", "a.pt", "--config", str(file)], capsys)
+    assert code == 2
+    assert said in err

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.data import DataOptions, data_options
+from gm_probe.cli.data import DataOptions
 from gm_probe.cli.output import (
     format_options,
     note,
@@ -23,7 +23,7 @@ from gm_probe.cli.output import (
 )
 from gm_probe.cli.param_types import PATH, SEED
 from gm_probe.cli.progress import progress_bar
-from gm_probe.cli.settings import GroupedCommand
+from gm_probe.cli.settings import GroupedCommand, config_option, setting_options
 from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, DataError, UsageError
 from gm_probe.measures.catalogue import CATALOGUE, check_names
@@ -90,7 +90,8 @@ EXTRA = "effective_invariance"
 @click.option(
     "--level", type=float, default=0.9, show_default=True, help="Confidence level of the intervals."
 )
-@data_options
+@setting_options(DataOptions)
+@config_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all random draws.")
 @format_options
 def estimate(
@@ -117,7 +118,7 @@ def estimate(
     --validation   an estimate, with an interval learned on synthetic shifts of the validation images
     --few-labels   a confidence interval that needs no assumption about the shift
     """
-    data = DataOptions(**options)
+    data = DataOptions.of(options)
     data.require_use(unlabeled)
     for path in checkpoints:
         if not path.exists():

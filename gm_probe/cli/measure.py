@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.data import DataOptions, data_options
+from gm_probe.cli.data import DataOptions
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
 from gm_probe.cli.measure_many import measure_all, opened, opened_once
 from gm_probe.cli.output import (
@@ -22,18 +22,15 @@ from gm_probe.cli.output import (
     note_reading,
     notes_console,
 )
-from gm_probe.cli.param_types import PATH, SEED, Choice, floats, num_bytes, share, wholes
-from gm_probe.cli.relevance import CONVERGED, idle, require_use_of_grids
-from gm_probe.cli.settings import GroupedCommand
+from gm_probe.cli.param_types import PATH, Choice, num_bytes
+from gm_probe.cli.relevance import CONVERGED, idle, quadrature, require_use_of_grids
+from gm_probe.cli.settings import GroupedCommand, config_option, setting_options, taken
 from gm_probe.errors import CheckpointError, UsageError
 from gm_probe.measures.catalogue import check_names, default_measures
 from gm_probe.measures.settings import Settings
 
 if TYPE_CHECKING:
     from gm_probe.executors.local import Executor
-
-GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
-"""Settings that more than one value of an option make a grid of."""
 
 
 @click.command(
@@ -68,112 +65,12 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     show_default=True,
     help="Report S_ρ as the mean over random starts of K steps, as the converged maximum, or both.",
 )
-@click.option(
-    "--rho",
-    metavar="R[,R...]",
-    default="0.1",
-    show_default=True,
-    help="Radius ρ in parameter space; several values make a grid around the first.",
-)
-@click.option(
-    "--k-steps",
-    metavar="K[,K...]",
-    default="1",
-    show_default=True,
-    help="Number K of ascent steps of Algorithm 1; several values make a grid around the first.",
-)
-@click.option("--noise-scale", type=float, default=0.1, show_default=True, help="Length of the random start.")
-@click.option(
-    "--starts",
-    "num_starts",
-    type=int,
-    default=10,
-    show_default=True,
-    help="Number of random starts to average over.",
-)
-@click.option(
-    "--ascent-tolerance",
-    type=float,
-    default=0.001,
-    show_default=True,
-    help="Stop a converged ascent when a step's relative gain is below this.",
-)
-@click.option(
-    "--eta", type=float, default=0.01, show_default=True, help="Set η of the adaptive ball ‖δ/(|θ|+η)‖ ≤ ρ."
-)
-@click.option(
-    "--sub-batch",
-    type=int,
-    default=128,
-    show_default=True,
-    help="Number of examples that share a perturbation in the batchwise S_ρ.",
-)
-@click.option(
-    "--trace-tolerance",
-    type=float,
-    default=0.05,
-    show_default=True,
-    help="Relative standard error to reach for a trace; 0 computes tr F exactly, with one pass per class.",
-)
-@click.option(
-    "--eigen-tolerance",
-    type=float,
-    default=0.01,
-    show_default=True,
-    help="Relative Lanczos residual to reach for an eigenvalue.",
-)
-@click.option(
-    "--max-probes",
-    type=int,
-    default=100,
-    show_default=True,
-    help="Maximum number of probes for an estimated trace.",
-)
-@click.option(
-    "--max-iterations",
-    type=int,
-    default=100,
-    show_default=True,
-    help="Maximum number of Lanczos iterations or ascent steps.",
-)
-@click.option(
-    "--params",
-    metavar="REGEX",
-    default="",
-    help="Measure only parameters whose name matches this.  [default: all]",
-)
-@click.option(
-    "--top",
-    "top_eigenvalues",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Number of leading eigenvalues to report.",
-)
-@click.option(
-    "--target-error",
-    metavar="PERCENT",
-    help="Report how many examples are needed for this relative error, such as 2%.",
-)
+@setting_options(Settings)
 @click.option(
     "--density",
     metavar="FILE",
     type=PATH,
     help="Also plot the spectral densities of F and H to this .png, .pdf or .svg; costs about 800 gradients.",
-)
-@click.option(
-    "--density-probes",
-    type=click.IntRange(1),
-    default=4,
-    show_default=True,
-    help="Number of random starts per density.",
-)
-@click.option(
-    "--density-steps",
-    type=click.IntRange(2),
-    default=40,
-    show_default=True,
-    help="Number of Lanczos steps per start.",
 )
 @click.option(
     "--head",
@@ -191,9 +88,9 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     show_default=True,
     help="Memory budget of a pass; it sets the batch size unless --batch-size is given.",
 )
-@data_options
+@setting_options(DataOptions)
+@config_option
 @executor_options("local", "ray")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all random draws.")
 @click.option(
     "--save",
     is_flag=True,
@@ -207,23 +104,7 @@ def measure(
     labeled: str | None,
     measures: str,
     protocol: str,
-    rho: str,
-    k_steps: str,
-    noise_scale: float,
-    num_starts: int,
-    ascent_tolerance: float,
-    eta: float,
-    sub_batch: int,
-    trace_tolerance: float,
-    eigen_tolerance: float,
-    max_probes: int,
-    max_iterations: int,
-    params: str,
-    top_eigenvalues: int,
-    target_error: str | None,
     density: Path | None,
-    density_probes: int,
-    density_steps: int,
     head: str,
     temperature: float | None,
     memory: str,
@@ -231,7 +112,6 @@ def measure(
     jobs: int,
     address: str | None,
     gpus: float,
-    seed: int,
     save: bool,
     output: str | None,
     quiet: bool,
@@ -254,63 +134,23 @@ def measure(
     finished last is measured.
     """
     check_executor(executor, jobs, address, gpus)
-    if unlabeled is not None and labeled is not None:
-        raise UsageError("--unlabeled and --labeled exclude each other; give one")
-    if head == "simclr" and labeled is not None:
-        raise UsageError("NT-Xent reads no labels; give --unlabeled")
-    if temperature is not None and not 0 < temperature < math.inf:
-        raise UsageError(f"--temperature {temperature} must be a finite number above 0")
-    radii, steps = floats("--rho", rho), wholes("--k-steps", k_steps)
+    _require_source(unlabeled, labeled, head, temperature)
     settings = Settings(
-        rho=radii[0],
-        rho_grid=radii[1:],
-        k_steps=steps[0],
-        k_grid=steps[1:],
-        params=params,
-        top_eigenvalues=top_eigenvalues,
-        target_error=0.0 if target_error is None else share("--target-error", target_error),
-        noise_scale=noise_scale,
-        num_starts=num_starts,
-        ascent_tolerance=ascent_tolerance,
-        eta=eta,
-        sub_batch=sub_batch,
-        protocol="converged" if protocol == "converged" else "paper",
-        trace_tolerance=trace_tolerance,
-        eigen_tolerance=eigen_tolerance,
-        max_probes=max_probes,
-        max_iterations=max_iterations,
-        seed=seed,
+        **taken(Settings, options), protocol="converged" if protocol == "converged" else "paper"
     )
     names = _chosen(measures, protocol, labeled is not None, head == "simclr")
     require_use_of_grids(names, settings)
     bytes_of_memory = num_bytes("--memory", memory)
-    if density is not None and density.suffix.lower() not in FIGURE_SUFFIXES:
-        raise UsageError(
-            f"--density {density}: no format {density.suffix!r}; use {', '.join(FIGURE_SUFFIXES)}"
-        )
-    data = DataOptions(**options)
+    data = DataOptions.of(options)
     source = unlabeled if labeled is None else labeled
     data.require_use(source)
     given, checkpoints = _checkpoints(checkpoints, source, save, quiet)
     own_loading = data.of_each(checkpoints)
-    # torchrun's processes share the examples of one checkpoint after another
-    from gm_probe.runtime.processes import launched
-
-    together = launched() > 1
-    if together and (executor == "ray" or jobs > 1):
-        raise UsageError(
-            "under torchrun, checkpoints are measured one by one; leave out --jobs and --executor"
-        )
     alone = executor == "local" and jobs == 1
-    if density is not None and (not alone or len(checkpoints) > 1):
-        raise UsageError("--density plots a single checkpoint; give one")
-    context = click.get_current_context()
-    given_settings = _given(context)
+    _require_density(density, alone and len(checkpoints) == 1)
     # with --save a run's own record fills in what is not given; of torchrun's processes one speaks
     if not (quiet or save) and os.environ.get("RANK", "0") == "0":
-        options = {p.name: p.opts[0] for p in context.command.params if p.name in given_settings}
-        for option in idle(names, settings, options, density=density is not None):
-            note(notes_console(), f"note: {option} has no effect on what is measured")
+        _note_idle(names, settings, density)
     # below, torch is imported, which takes seconds: what can be wrong with the options has been told
     from gm_probe.executors.local import Processes, visible_gpus
     from gm_probe.measuring.checkpoint import How
@@ -319,6 +159,13 @@ def measure(
     from gm_probe.runtime.devices import named_device, pick_device
     from gm_probe.training.run_splits import own_unlabeled
 
+    together = (
+        processes.launched() > 1
+    )  # torchrun's processes share the examples of one checkpoint after another
+    if together and not alone:
+        raise UsageError(
+            "under torchrun, checkpoints are measured one by one; leave out --jobs and --executor"
+        )
     named_device(data.device)
     # each looks for its device where it is measured: a GPU may be on Ray's workers alone
     loading = (data if alone else replace(data, device="cpu")).loading() | {
@@ -326,7 +173,7 @@ def measure(
         "memory": bytes_of_memory,
         "head": head,
         "temperature": temperature,
-        "quadrature": (density_probes, density_steps) if density is not None else None,
+        "quadrature": None if density is None else quadrature(settings),
     }
     with processes.joined(pick_device(data.device)) if together else nullcontext():
         speaks = processes.rank() == 0
@@ -337,7 +184,7 @@ def measure(
             else partial(opened_once, data, source, labeled is not None)
         )
         how = How(settings, scope, loading, own_loading)
-        request = Request(tuple(names), examples, how, save, given_settings)
+        request = Request(tuple(names), examples, how, save, _given(click.get_current_context()))
         engine: Executor | None = None
         if jobs > 1:
             engine = Processes(jobs, visible_gpus() if data.device in {"auto", "cuda"} else ())
@@ -349,11 +196,39 @@ def measure(
             _draw_density(outcomes[0].result, checkpoints[0].name, density)
 
 
+def _require_source(unlabeled: str | None, labeled: str | None, head: str, temperature: float | None) -> None:
+    """Raise UsageError for options that exclude each other, and for a temperature that is none."""
+    if unlabeled is not None and labeled is not None:
+        raise UsageError("--unlabeled and --labeled exclude each other; give one")
+    if head == "simclr" and labeled is not None:
+        raise UsageError("NT-Xent reads no labels; give --unlabeled")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise UsageError(f"--temperature {temperature} must be a finite number above 0")
+
+
+def _require_density(file: Path | None, single: bool) -> None:
+    """Raise UsageError where densities cannot be drawn into ``file``, or are asked for of several checkpoints."""
+    if file is not None and file.suffix.lower() not in FIGURE_SUFFIXES:
+        raise UsageError(f"--density {file}: no format {file.suffix!r}; use {', '.join(FIGURE_SUFFIXES)}")
+    if file is not None and not single:
+        raise UsageError("--density plots a single checkpoint; give one")
+
+
+def _note_idle(names: list[str], settings: Settings, density: Path | None) -> None:
+    """Name the options that were given and change nothing of what is measured."""
+    context = click.get_current_context()
+    given = _given(context)
+    options = {p.name: p.opts[0] for p in context.command.params if p.name in given}
+    for option in idle(names, settings, options, density=density is not None):
+        note(notes_console(), f"note: {option} has no effect on what is measured")
+
+
 def _given(context: click.Context) -> frozenset[str]:
     """The names of settings that the command line gives, and of the grids around them."""
     default = click.core.ParameterSource.DEFAULT
     names = {name for name in context.params if context.get_parameter_source(name) is not default}
-    return frozenset(names | {GRIDS[name] for name in names & set(GRIDS)})
+    grids = {each.metadata["grid"] for each in fields(Settings) if each.name in names}
+    return frozenset(names | grids - {""})
 
 
 def _last_run() -> Path:

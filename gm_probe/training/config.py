@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from gm_probe.checks import one_of, optional, real, whole
 from gm_probe.data.reading import Reading
 from gm_probe.data.sources import NAMES
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import as_named
+from gm_probe.setting import setting, type_hints
 from gm_probe.training.methods import METHODS
 from gm_probe.training.objectives import OBJECTIVES, trains_encoder
 
@@ -22,18 +23,6 @@ MOST_THREADS = 1024
 """With many more torch takes the process down."""
 PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_every"})
 """Settings of where and how a run is computed, no part of what it computes."""
-
-
-def setting(default: Any, group: str, text: str, *, unset: str | None = None, **rule: Any) -> Any:
-    """Return a field of ``TrainConfig``: all that is known of one setting.
-
-    Args:
-        group: section of ``gmprobe train --help`` that shows it.
-        text: what it does, in whole sentences, with its unit.
-        unset: what happens by default, where the value does not say it.
-        rule: ``choices`` of a text; or the bounds ``least``, ``above``, ``most`` and ``below`` of a number.
-    """
-    return field(default=default, metadata={"group": group, "help": text, "unset": unset, "rule": rule})
 
 
 MAIN, DATA, OBJECTIVE, METHOD = "Main options", "Data", "Objective", "Method"
@@ -231,7 +220,7 @@ class TrainConfig:
     threads: int | None = setting(None, MACHINE, "CPU threads.", unset="torch's choice")
 
     def __post_init__(self) -> None:
-        for name in _hints():
+        for name in type_hints(TrainConfig):
             object.__setattr__(self, name, _typed(name, getattr(self, name)))
         for each in fields(self):
             _check(each.name, getattr(self, each.name), each.metadata["rule"])
@@ -308,7 +297,7 @@ class TrainConfig:
         Raises:
             UsageError: an unknown setting, or one of another type.
         """
-        hints = _hints()
+        hints = type_hints(TrainConfig)
         checked: dict[str, Any] = {}
         for name, value in values.items():
             if name not in hints:
@@ -364,18 +353,13 @@ def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
 
 def _kinds(name: str) -> tuple[Any, ...]:
     """Return the types that a setting takes."""
-    hint = _hints()[name]
+    hint = type_hints(TrainConfig)[name]
     return get_args(hint) if type(None) in get_args(hint) else (hint,)
 
 
 @cache
 def _defaults() -> dict[str, Any]:
     return {each.name: each.default for each in fields(TrainConfig)}
-
-
-@cache
-def _hints() -> dict[str, Any]:
-    return get_type_hints(TrainConfig)
 
 
 def _typed(name: str, value: Any) -> Any:
