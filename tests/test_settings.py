@@ -88,7 +88,7 @@ def test_a_run_is_repeated_from_its_configuration(tmp_path: Path, capsys: pytest
     ("text", "words"),
     [
         ("lrr = 0.1", "did you mean 'lr'?"),
-        ('lr = "fast"', "lr = 'fast' must be of type float"),
+        ('lr = "fast"', "lr = 'fast' must be a finite number ≥ 0"),
         ('model = "evil.py:build"', "only the command line can give. Add --model evil.py:build"),
         ("lr = [", "file.toml"),
     ],
@@ -114,7 +114,7 @@ def test_a_file_and_resume_exclude_each_other(tmp_path: Path, capsys: pytest.Cap
     ("given", "words"),
     [
         (["--set", "lrr=0.1"], "did you mean 'lr'?"),
-        (["--set", "lr=fast"], "lr = 'fast' must be of type float"),
+        (["--set", "lr=fast"], "lr = 'fast' must be a finite number ≥ 0"),
         (["--set", "lr"], "--set 'lr' is not KEY=VALUE"),
         (["--set", "lr=1", "--set", "lr=2"], "names the setting a second time"),
         (["--set", "lr=0.1", "--lr", "0.2"], "--set lr=... and --lr are both given. Keep one"),

@@ -6,19 +6,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from gm_probe.checks import one_of, optional, real, whole
+from gm_probe.checks import optional, real, whole
 from gm_probe.data.reading import Reading
 from gm_probe.data.sources import NAMES
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import as_named
-from gm_probe.setting import setting, type_hints
+from gm_probe.setting import setting, validate
 from gm_probe.training.methods import METHODS
 from gm_probe.training.objectives import OBJECTIVES, trains_encoder
 
 MOST = 2**31 - 1
 """Of a whole number, so that it fits wherever it goes: into an index, a size or a file."""
+MOST_SEED = 2**32 - 1
 MOST_THREADS = 1024
 """With many more torch takes the process down."""
 PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_every"})
@@ -73,7 +74,13 @@ class TrainConfig:
         above=0,
         below=1,
     )
-    split_seed: int = setting(0, DATA, "Seed of the split. Runs that differ only in --seed share their data.")
+    split_seed: int = setting(
+        0,
+        DATA,
+        "Seed of the split. Runs that differ only in --seed share their data.",
+        least=0,
+        most=MOST_SEED,
+    )
     model: str = setting("6cnn", MAIN, "Network; see `gmprobe models`.")
     init: str | None = setting(
         None,
@@ -160,7 +167,12 @@ class TrainConfig:
         choices=("constant", "cosine", "linear", "multi-step"),
     )
     milestones: tuple[int, ...] = setting(
-        (), OPTIMIZER, "Epochs at which multi-step lowers the rate, such as 60,120,160.", unset="none"
+        (),
+        OPTIMIZER,
+        "Epochs at which multi-step lowers the rate, such as 60,120,160.",
+        unset="none",
+        least=0,
+        most=MOST,
     )
     gamma: float = setting(0.2, OPTIMIZER, "Factor of multi-step at each milestone.", least=0)
     warmup_epochs: float = setting(0.0, OPTIMIZER, "Epochs of linear warm-up.", least=0)
@@ -213,24 +225,21 @@ class TrainConfig:
     checkpoint_every: int | None = setting(
         None, MACHINE, "Save the state every so many steps.", unset="once an epoch", least=1
     )
-    seed: int = setting(0, MAIN, "Seed of weights, batches and perturbations.")
+    seed: int = setting(0, MAIN, "Seed of weights, batches and perturbations.", least=0, most=MOST_SEED)
     device: str = setting(
         "auto", MAIN, "Device to train on: auto, cpu, cuda, cuda:1, or another device of torch."
     )
-    threads: int | None = setting(None, MACHINE, "CPU threads.", unset="torch's choice")
+    threads: int | None = setting(
+        None, MACHINE, "CPU threads.", unset="torch's choice", least=1, most=MOST_THREADS
+    )
 
     def __post_init__(self) -> None:
-        for name in type_hints(TrainConfig):
-            object.__setattr__(self, name, _typed(name, getattr(self, name)))
+        validate(self)
         for each in fields(self):
-            _check(each.name, getattr(self, each.name), each.metadata["rule"])
-        optional(whole, "threads", self.threads, 1, MOST_THREADS)
-        for name in ("seed", "split_seed"):
-            whole(name, getattr(self, name), 0, 2**32 - 1)
+            if type(value := getattr(self, each.name)) is int and "most" not in each.metadata["rule"]:
+                whole(each.name, value, 0, MOST)
         for name in METHODS[self.method].positive:
             optional(real, name, getattr(self, name), above=0)
-        for epoch in self.milestones:
-            whole("milestones", epoch, 0, MOST)
         if self.min_lr and (self.schedule not in {"cosine", "linear"} or self.min_lr > self.lr):
             raise UsageError(
                 f"min_lr = {self.min_lr} must be at most lr = {self.lr}; a cosine or linear schedule ends "
@@ -297,22 +306,18 @@ class TrainConfig:
         Raises:
             UsageError: an unknown setting, or one of another type.
         """
-        hints = type_hints(TrainConfig)
-        checked: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for name, value in values.items():
-            if name not in hints:
-                raise UsageError(f"no setting {name!r}; {did_you_mean(name, hints)}")
-            checked[name] = _typed(name, value)
-        paths = {
-            name: checked[name] for name in ("data", "data_root", "init") if checked.get(name) is not None
-        }
-        checked |= {name: as_named(path) for name, path in paths.items()}
-        data = checked.get("data", "digits")
-        if data not in NAMES and Path(data).exists():  # a run must find its data from any folder
-            checked["data"] = str(Path(data).resolve())
-        if checked.get("init") is not None:
-            checked["init"] = str(Path(checked["init"]).resolve())
-        return cls(**checked)
+            if name not in SETTINGS:
+                raise UsageError(f"no setting {name!r}; {did_you_mean(name, SETTINGS)}")
+            found[name] = tuple(value) if isinstance(value, list) else value
+            if name in {"data", "data_root", "init"} and isinstance(value, str):
+                found[name] = as_named(value)
+        for name in ("data", "init"):  # a run must find them from any folder
+            path = found.get(name)
+            if isinstance(path, str) and path not in NAMES and (name == "init" or Path(path).exists()):
+                found[name] = str(Path(path).resolve())
+        return cls(**found)
 
     @classmethod
     def from_record(cls, config: Mapping[str, Any]) -> TrainConfig:
@@ -341,40 +346,6 @@ class TrainConfig:
 SETTINGS = tuple(each.name for each in fields(TrainConfig))
 
 
-def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
-    """Raise UsageError where ``value`` is beyond the ``rule`` of its setting."""
-    if "choices" in rule:
-        one_of(name, value, rule["choices"])
-    elif rule and float in (kinds := _kinds(name)):
-        optional(real, name, value, **rule)
-    elif rule and int in kinds:
-        optional(whole, name, value, rule["least"], MOST)
-
-
-def _kinds(name: str) -> tuple[Any, ...]:
-    """Return the types that a setting takes."""
-    hint = type_hints(TrainConfig)[name]
-    return get_args(hint) if type(None) in get_args(hint) else (hint,)
-
-
 @cache
 def _defaults() -> dict[str, Any]:
     return {each.name: each.default for each in fields(TrainConfig)}
-
-
-def _typed(name: str, value: Any) -> Any:
-    kinds = _kinds(name)
-    if value is None:
-        if type(None) in kinds:
-            return None
-        raise UsageError(f"{name} needs a value")
-    if name == "milestones":
-        if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
-            return tuple(value)
-        raise UsageError(f"milestones = {value!r} must be a list of epochs")
-    kind = next(k for k in kinds if k is not type(None))
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise UsageError(f"{name} = {value!r} must be of type {kind.__name__}")
-    return value

@@ -100,11 +100,8 @@ class Training:
         self.device = processes.own_device(pick_device(config.device))
         self.splits = load_splits(config)
         train = self.splits.train
-        self.sampler = (
-            OBJECTIVES[config.objective]
-            .load()
-            .sampler(config, self.splits, METHODS[config.method].rule.compares)
-        )
+        objective, rule = OBJECTIVES[config.objective].load(), METHODS[config.method].rule
+        self.sampler = objective.sampler(config, self.splits, rule.compares)
         self.steps = self.sampler.steps
         self.normalization = Normalization.of(self.splits.inputs)
         encoder = config.trains_encoder
@@ -354,6 +351,8 @@ class Training:
             self.epoch = state["epoch"]
             if state.get("step"):
                 sums = state["sums"][processes.rank()].to(self.device)
+                if sums.shape != self.progress.sums.shape:
+                    raise ValueError("it is of another release of gm_probe")
                 self.progress = Progress(sums, state["step"], state["skipped"], float(state["seconds"]))
                 if self.progress.step > self.progress.skipped and not float(sums[0]) > 0:
                     raise ValueError("it has sums over no examples")
@@ -374,6 +373,7 @@ class Training:
         for name in ("epoch", "step", "skipped"):
             count(state.get(name, 0), name)
         mapping(anything)(state["rule"], "rule")
+        count(state["rule"].get("steps", 0), "rule.steps")
         listed(mapping(anything))([*state["optimizer"]["state"].values()], "optimizer.state")
         if state["epoch"] > self.config.epochs:
             raise ValueError(f"epoch {state['epoch']} of {self.config.epochs}")
