@@ -922,4 +922,6 @@ def test_table_4_at_equal_cost_has_equal_gradient_evaluations(scale, steps):
     full = spent.pop("K = 3, 2.5 × the cost")
     budget = 2 * entry["base"]["epochs"]
     assert full == pytest.approx(2.5 * budget)
+    assert spent.pop("SGD, as many epochs") == pytest.approx(budget / 2)
+    assert spent.pop("SGD, as few epochs as K = 1") == pytest.approx(budget / 3, rel=0.03)
     assert all(0.94 < value / budget < 1.06 for value in spent.values()), spent
