@@ -35,7 +35,7 @@ from gm_probe.runtime.signals import TERMINATED, Terminated
 from gm_probe.training import evaluation, rules, run
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
-from gm_probe.training.objectives import Objective
+from gm_probe.training.objectives.supervised import Objective
 from gm_probe.training.run import Training
 
 TINY = {

@@ -54,15 +54,18 @@ def kl_gradient(
     return terms.detach(), torch.zeros_like(offset) if gradient is None else gradient
 
 
-def to_sphere(vector: Tensor, radius: float) -> Tensor:
-    """``vector`` (P,) scaled to length ``radius``; the zero vector stays zero (no direction to go)."""
+def to_sphere(vector: Tensor, radius: float | Tensor) -> Tensor:
+    """``vector`` (P,) scaled to length ``radius``; the zero vector stays zero (no direction to go).
+
+    A tensor (P,) of radii scales each entry by its own.
+    """
     # by the largest entry first: squares of a tiny gradient would underflow in the norm
     tiny = torch.finfo(vector.dtype).tiny
     scaled = vector / vector.abs().max().clamp(min=tiny)
     return scaled / scaled.norm().clamp(min=tiny) * radius
 
 
-def ascend(gradient: Callable[[Tensor], Tensor], start: Tensor, radius: float, steps: int) -> Tensor:
+def ascend(gradient: Callable[[Tensor], Tensor], start: Tensor, radius: float | Tensor, steps: int) -> Tensor:
     """Algorithm 1 (paper §4.5): δ ← ρ·g/‖g‖ with g = ∇_δ KL(f_θ ‖ f_{θ+δ}), ``steps`` times from ``start``.
 
     Under the quadratic approximation each step is one power iteration with the Fisher matrix.
