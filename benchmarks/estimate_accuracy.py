@@ -1,6 +1,6 @@
-"""How far `gmprobe estimate` is off, and how often its intervals cover, on public CIFAR-10 networks under shifts.
+"""How far `gmprobe estimate` is off, and how often its intervals cover, on CIFAR-10 networks under shifts.
 
-    python benchmarks/estimate_accuracy.py --checkpoints DIR --data CIFAR10_TEST_FOLDER --cache DIR
+    python benchmarks/estimate_accuracy.py --checkpoints DIR --runs RUNS --data CIFAR10_TEST_FOLDER --cache DIR
 
 The held-out shifts (benchmarks/held_out_shifts.py) belong to no family that the calibration uses. Label shift is made
 by drawing images with unequal class shares. All logits are kept under --cache, so that a second call goes on at once.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,25 +28,44 @@ from gm_probe.accuracy.known import Known, know
 from gm_probe.accuracy.predictions import Predictions, predict
 from gm_probe.accuracy.ranking import Standing, separated
 from gm_probe.accuracy.readings import plausible, read
-from gm_probe.accuracy.scores import Reference, probabilities, scores_of
+from gm_probe.accuracy.scores import scores_of
 from gm_probe.accuracy.shares import skewed
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Examples, open_source
+from gm_probe.measures.scores import Reference, probabilities
 from gm_probe.models.checkpoints import load_weights, read_checkpoint
+from gm_probe.models.loading import load_model
 
 NETWORKS = {"resnet20-12fca82f.th": resnet20, "resnet56-4bfd9763.th": resnet56}
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CPU = torch.device("cpu")
+SMALL, LARGE = 1000, 5000
+"""Images of the validation set and of a target; images of a target at the middle strength."""
+
+Network = tuple[torch.nn.Module, Normalization]
 
 
-def sets(data: str, size: int, clean: int) -> dict[str, Examples]:
-    """Return a validation set, a target set to be shifted and a larger one that is not, which share no image."""
+def networks(checkpoints: Path, runs: Sequence[Path]) -> dict[str, Network]:
+    """Return the public networks, and those of finished runs of gmprobe, with what their inputs are normalised by."""
+    found: dict[str, Network] = {}
+    for name, build in NETWORKS.items():
+        model = build().eval()
+        load_weights(model, read_checkpoint(checkpoints / name))
+        found[name.partition("-")[0]] = model, IMAGENET
+    for run in runs:
+        checkpoint = read_checkpoint(run)
+        found[run.name] = load_model(checkpoint).eval(), checkpoint.normalization or Normalization()
+    return found
+
+
+def sets(data: str) -> dict[str, Examples]:
+    """Return a validation set, a target set to be shifted and one that is not, which share no image."""
     pool = open_source(data, labeled=True, decode=False).pool
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))
-    parts = order[:size], order[size : 2 * size], order[2 * size : 2 * size + clean]
-    names = ("validation", "target", "clean")
-    return {name: pool.select(part).in_memory() for name, part in zip(names, parts, strict=True)}
+    validation, small, large, clean = order.tensor_split([SMALL, 2 * SMALL, SMALL + LARGE])
+    parts = {"validation": validation, "target": small, "rest": large, "clean": clean}
+    return {name: pool.select(part).in_memory() for name, part in parts.items()}
 
 
 def conditions(found: dict[str, Examples]) -> Iterator[tuple[str, str, int, Examples]]:
@@ -56,6 +75,7 @@ def conditions(found: dict[str, Examples]) -> Iterator[tuple[str, str, int, Exam
     for kind, part, shifts in (
         ("calibration", "validation", synthetic_shifts(3)),
         ("held-out", "target", held_out_shifts()),
+        ("large", "rest", [one for one in held_out_shifts() if one.strength == 2]),
     ):
         for shift in shifts:
             examples = found[part]
@@ -63,18 +83,14 @@ def conditions(found: dict[str, Examples]) -> Iterator[tuple[str, str, int, Exam
             yield kind, shift.family, shift.strength, replace(examples, x=x)
 
 
-def collect(checkpoints: Path, found: dict[str, Examples], cache: Path) -> None:
+def collect(models: dict[str, Network], found: dict[str, Examples], cache: Path) -> None:
     """Run every network over every condition, except where the cache has it."""
-    models = {}
-    for name, build in NETWORKS.items():
-        models[name] = build().eval()
-        load_weights(models[name], read_checkpoint(checkpoints / name))
     for kind, family, strength, examples in conditions(found):
-        for name, model in models.items():
+        for name, (model, normalization) in models.items():
             file = cache / f"{name}-{kind}-{family}-{strength}.pt"
             if file.exists():
                 continue
-            made = predict(model, Batches(examples, IMAGENET))
+            made = predict(model, Batches(examples, normalization))
             right = float((made.classes == examples.y).double().mean())
             torch.save({**asdict(made), "labels": examples.y}, file)
             print(f"{name:22s} {kind:12s} {family:12s} {strength} accuracy {right:.3f}", flush=True)

@@ -13,9 +13,10 @@ from gm_probe.accuracy.calibration import sampling_error
 from gm_probe.accuracy.known import Known, Signs
 from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.report import Accuracy
-from gm_probe.accuracy.scores import ESTIMATORS, probabilities
+from gm_probe.accuracy.scores import ESTIMATORS
 from gm_probe.accuracy.shares import same_shares
-from gm_probe.accuracy.transport import transport
+from gm_probe.measures.scores import probabilities
+from gm_probe.measures.transport import transport
 
 NEAREST = 5
 """Synthetic shifts of the most similar confidence, with which an unlabeled set is compared."""

@@ -18,9 +18,10 @@ from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.ranking import Standing, conclude
 from gm_probe.accuracy.readings import plausible, read
 from gm_probe.accuracy.report import Accuracy, EstimateReport, ModelEstimate
-from gm_probe.accuracy.scores import probabilities, scores_of
+from gm_probe.accuracy.scores import scores_of
 from gm_probe.checks import real
 from gm_probe.errors import DataError, UsageError, did_you_mean
+from gm_probe.measures.scores import probabilities
 
 CHOICES = ("auto", "validation", "uniform", "estimated")
 """What class shares may be, beside numbers."""

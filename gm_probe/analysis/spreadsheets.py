@@ -167,6 +167,8 @@ def _difference(first: Numbers, second: Numbers) -> Numbers:
 def _measures(free: Sequence[str], columns: Mapping[str, Numbers]) -> list[str]:
     """The columns taken unasked: those that bear a measure's name, or else all that may be one and hold numbers."""
     known = [name for name in KNOWN_MEASURES if name in free]
+    if not any("_" in name for name in known):  # a plain word, such as energy, may mean something else
+        known = []
     return known or [name for name in free if may_be_measure(name) and not columns[name].text]
 
 

@@ -26,8 +26,9 @@ from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import GroupedCommand
 from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, DataError, UsageError
-from gm_probe.measures.catalogue import CATALOGUE, check_names
+from gm_probe.measures.catalogue import check_names
 from gm_probe.measuring.trained import checkpoints_in
+from gm_probe.runs.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
     from gm_probe.accuracy.evidence import Evidence
