@@ -112,5 +112,5 @@ def _named(models: nn.Module | Mapping[str, nn.Module] | Sequence[nn.Module]) ->
 
 def _fitted(model: nn.Module, batches: Batches) -> Batches:
     """Return ``batches`` on the model's device, in its dtype and memory format."""
-    parameters = Parameters(model)
+    parameters = Parameters(model, or_frozen=True)
     return in_layout_taken(model, batches.on(parameters.device).of_dtype(parameters.dtype))

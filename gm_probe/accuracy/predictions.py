@@ -91,7 +91,7 @@ def predict(
 def _one_pass(
     model: nn.Module, batches: Batches, outputs: Outputs | None, mirror: bool, notify: Callable[[int], None]
 ) -> Predictions:
-    parameters = Parameters(model, outputs=outputs)
+    parameters = Parameters(model, outputs=outputs, or_frozen=True)
     rows: list[Tensor] = []
     mirrored: list[Tensor] = []
     last = LastLayer()

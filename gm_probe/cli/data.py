@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from gm_probe.cli.output import note_reading, notes_console
 from gm_probe.cli.param_types import AT_ONCE, PATH, Choice, floats
 from gm_probe.data.reading import Reading
 from gm_probe.data.sources import require_source
@@ -133,6 +134,19 @@ _OPTIONS = (
     ),
     click.option("--threads", type=AT_ONCE, help="Number of CPU threads."),
 )
+
+
+@lru_cache(maxsize=3)
+def opened(data: DataOptions, source: str, labeled: bool) -> tuple[Examples, str, str | None]:
+    """Open ``source`` as ``DataOptions.open`` does; a process reads it once."""
+    return data.open(source, labeled=labeled)
+
+
+def opened_aloud(data: DataOptions, source: str, labeled: bool, quiet: bool) -> tuple[Examples, str]:
+    """Open ``source``, say on stderr what is to be known of it, and return the examples and their part's name."""
+    examples, part, hint = opened(data, source, labeled)
+    note_reading(notes_console(quiet), [*([hint] if hint else []), *examples.notes], examples.skipped)
+    return examples, part
 
 
 def data_options(command: Any) -> Any:

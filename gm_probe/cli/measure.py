@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.data import DataOptions, data_options
+from gm_probe.cli.data import DataOptions, data_options, opened_aloud
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
-from gm_probe.cli.measure_many import measure_all, opened, opened_once
+from gm_probe.cli.measure_many import measure_all, opened_once
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
     format_options,
     note,
-    note_reading,
     notes_console,
 )
 from gm_probe.cli.param_types import PATH, SEED, Choice, floats, num_bytes, share, wholes
 from gm_probe.cli.relevance import CONVERGED, idle, require_use_of_grids
 from gm_probe.cli.settings import GroupedCommand
+from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, UsageError
-from gm_probe.measures.catalogue import check_names, default_measures
+from gm_probe.measures.catalogue import BLOCKS, check_names, default_measures, expanded
 from gm_probe.measures.settings import Settings
 
 if TYPE_CHECKING:
@@ -58,8 +59,13 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     "--measures",
     metavar="A,B",
     default="",
-    help="Measures to compute; see `gmprobe measures`.  [default: S_ρ, λ_max and tr of F and H; with "
-    "labels also error and CE]",
+    help="Measures to compute, or groups of them: curvature, outputs, norms, all; see `gmprobe measures`.  "
+    "[default: S_ρ, λ_max and tr of F and H; with labels also error and CE]",
+)
+@click.option(
+    "--validation",
+    metavar="DATA",
+    help="Use this labeled data of the training distribution for the measures atc, doc and cot.",
 )
 @click.option(
     "--protocol",
@@ -156,6 +162,17 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     help="Report how many examples are needed for this relative error, such as 2%.",
 )
 @click.option(
+    "--per-layer",
+    is_flag=True,
+    help="Also measure λ_max and trace of F and H for each layer, with the others held constant.",
+)
+@click.option(
+    "--layer-figure",
+    metavar="FILE",
+    type=PATH,
+    help="Also draw these as bars to this .png, .pdf or .svg; implies --per-layer.",
+)
+@click.option(
     "--density",
     metavar="FILE",
     type=PATH,
@@ -221,6 +238,9 @@ def measure(
     params: str,
     top_eigenvalues: int,
     target_error: str | None,
+    validation: str | None,
+    per_layer: bool,
+    layer_figure: Path | None,
     density: Path | None,
     density_probes: int,
     density_steps: int,
@@ -284,13 +304,15 @@ def measure(
     names = _chosen(measures, protocol, labeled is not None, head == "simclr")
     require_use_of_grids(names, settings)
     bytes_of_memory = num_bytes("--memory", memory)
-    if density is not None and density.suffix.lower() not in FIGURE_SUFFIXES:
-        raise UsageError(
-            f"--density {density}: no format {density.suffix!r}; use {', '.join(FIGURE_SUFFIXES)}"
-        )
+    per_layer = per_layer or layer_figure is not None
+    _check_figures({"--density": density, "--layer-figure": layer_figure})
+    if save and (per_layer or validation is not None):
+        raise UsageError("--save keeps no values per layer or by --validation; leave one of them out")
     data = DataOptions(**options)
     source = unlabeled if labeled is None else labeled
     data.require_use(source)
+    if validation is not None:
+        require_source(validation, here=True)
     given, checkpoints = _checkpoints(checkpoints, source, save, quiet)
     own_loading = data.of_each(checkpoints)
     # torchrun's processes share the examples of one checkpoint after another
@@ -302,14 +324,17 @@ def measure(
             "under torchrun, checkpoints are measured one by one; leave out --jobs and --executor"
         )
     alone = executor == "local" and jobs == 1
-    if density is not None and (not alone or len(checkpoints) > 1):
-        raise UsageError("--density plots a single checkpoint; give one")
+    for option, file in (("--density", density), ("--layer-figure", layer_figure)):
+        if file is not None and (not alone or len(checkpoints) > 1):
+            raise UsageError(f"{option} plots a single checkpoint; give one")
     context = click.get_current_context()
     given_settings = _given(context)
     # with --save a run's own record fills in what is not given; of torchrun's processes one speaks
     if not (quiet or save) and os.environ.get("RANK", "0") == "0":
         options = {p.name: p.opts[0] for p in context.command.params if p.name in given_settings}
-        for option in idle(names, settings, options, density=density is not None):
+        for option in idle(
+            [*names, *(BLOCKS if per_layer else ())], settings, options, density=density is not None
+        ):
             note(notes_console(), f"note: {option} has no effect on what is measured")
     # below, torch is imported, which takes seconds: what can be wrong with the options has been told
     from gm_probe.executors.local import Processes, visible_gpus
@@ -327,7 +352,10 @@ def measure(
         "head": head,
         "temperature": temperature,
         "quadrature": (density_probes, density_steps) if density is not None else None,
+        "per_layer": per_layer,
     }
+    if validation is not None:
+        loading["validation"] = opened_aloud(data, validation, True, quiet)[0].in_memory()
     with processes.joined(pick_device(data.device)) if together else nullcontext():
         speaks = processes.rank() == 0
         scope = _measured_over(data, source, labeled is not None, quiet or not speaks)
@@ -347,6 +375,15 @@ def measure(
         outcomes = measure_all(checkpoints, request, engine, output, quiet=quiet, speaks=speaks)
         if density is not None and speaks:
             _draw_density(outcomes[0].result, checkpoints[0].name, density)
+        if layer_figure is not None and speaks:
+            _draw_layers(outcomes[0].result, checkpoints[0].name, layer_figure)
+
+
+def _check_figures(files: Mapping[str, Path | None]) -> None:
+    """Raise UsageError where the file of an option is of no format that figures are written in."""
+    for option, file in files.items():
+        if file is not None and file.suffix.lower() not in FIGURE_SUFFIXES:
+            raise UsageError(f"{option} {file}: no format {file.suffix!r}; use {', '.join(FIGURE_SUFFIXES)}")
 
 
 def _given(context: click.Context) -> frozenset[str]:
@@ -400,8 +437,7 @@ def _measured_over(data: DataOptions, source: str | None, labeled: bool, quiet: 
 
     if source is None:
         return {"part": OWN_UNLABELED, "max_examples": data.max_examples}
-    examples, part, hint = opened(data, source, labeled)
-    note_reading(notes_console(quiet), [*([hint] if hint else []), *examples.notes], examples.skipped)
+    examples, part = opened_aloud(data, source, labeled, quiet)
     chosen = {"part": part, "max_examples": data.max_examples}
     return {**chosen, "data": examples.source, "labeled": labeled, **data.reading()}
 
@@ -417,8 +453,17 @@ def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:
         )
 
 
+def _draw_layers(result: dict[str, Any], checkpoint: str, file: Path) -> None:
+    from gm_probe.analysis.layer_plot import layer_bars
+    from gm_probe.analysis.plots import write_figure
+
+    figure = layer_bars(result["layers"], checkpoint=checkpoint, num_examples=result["num_examples"])
+    write_figure(figure, [file])
+
+
 def _chosen(measures: str, protocol: str, labeled: bool, batch_dependent: bool) -> list[str]:
     names = [name.strip() for name in measures.split(",") if name.strip()]
+    names = expanded(names, labeled=labeled or batch_dependent, batch_dependent=batch_dependent)
     check_names(names, labeled=labeled or batch_dependent, batch_dependent=batch_dependent)
     names = names or default_measures(labeled=labeled, batch_dependent=batch_dependent)
     if protocol == "both" and "local_inconsistency" in names:

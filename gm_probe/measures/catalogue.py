@@ -18,6 +18,9 @@ DEFAULT_MEASURES = (
     "cross_entropy",
 )
 
+BLOCKS = ("fisher_trace", "fisher_lambda_max", "hessian_trace", "hessian_lambda_max")
+"""What is measured of each layer alone."""
+
 SEPARATE = {
     "error": "counts classes",
     "input_jacobian_norm": "differentiates an output by its own input",

@@ -26,6 +26,7 @@ from gm_probe.measures.catalogue import (
     takes_derivatives,
 )
 from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.layers import by_layer
 from gm_probe.measures.measure import UNDEFINING, measure
 from gm_probe.measures.settings import Settings
 from gm_probe.models.checkpoints import Checkpoint, is_simclr, read_checkpoint
@@ -183,6 +184,8 @@ def measure_checkpoint(
     settings: Settings,
     *,
     quadrature: tuple[int, int] | None = None,
+    per_layer: bool = False,
+    validation: Examples | None = None,
     batch_size: int | None = None,
     memory: float = MEMORY,
     notify: Callable[[str, float], None] | None = None,
@@ -194,6 +197,8 @@ def measure_checkpoint(
 
     Args:
         quadrature: random vectors and steps of the spectral densities; None = do without.
+        per_layer: also measure each layer alone.
+        validation: labeled examples of the training distribution, for atc, doc and cot.
         batch_size: None = what ``memory`` bytes hold.
         memory: bytes that a product may take.
         loading: as ``open_checkpoint`` takes them.
@@ -210,7 +215,7 @@ def measure_checkpoint(
             path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading
         )
     batches = loaded.batches
-    derivatives = quadrature is not None or takes_derivatives(names or DEFAULT_MEASURES)
+    derivatives = quadrature is not None or per_layer or takes_derivatives(names or DEFAULT_MEASURES)
     if batch_size is None and derivatives and not simclr:
         batches = within(memory, loaded.model, batches, loaded.outputs)
     part = batches.shard(rank(), count())
@@ -229,6 +234,7 @@ def measure_checkpoint(
         names,
         settings,
         initial=initial,
+        validation=None if validation is None else batches.over(validation),
         memory=memory,
         notify=tick,
         outputs=loaded.outputs,
@@ -256,6 +262,17 @@ def measure_checkpoint(
     }
     if loaded.notes:
         result["notes"] = list(loaded.notes)
+    if validation is not None:
+        result["settings"] |= {"validation": validation.source, "validation_sha256": validation.digest}
+    if per_layer:
+        before = spent
+        result["layers"] = by_layer(
+            loaded.model,
+            part.of_size(report.batch_size),
+            settings,
+            loaded.outputs,
+            lambda name, evaluations: tick(name, before + evaluations),
+        )
     if quadrature is not None:
         before = spent
         result["density"], _ = within_memory(
