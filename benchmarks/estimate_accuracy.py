@@ -41,7 +41,9 @@ NETWORKS = {"resnet20-12fca82f.th": resnet20, "resnet56-4bfd9763.th": resnet56}
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CPU = torch.device("cpu")
 SMALL, LARGE = 1000, 5000
-"""Images of the validation set and of a target; images of a target at the middle strength."""
+"""Images of the validation set and of a target; images of a large target."""
+AT_LARGE = {("impulse", 1), ("motion", 2), ("hue", 3), ("elastic", 2)}
+"""Shifts of which there are large targets, too."""
 
 Network = tuple[torch.nn.Module, Normalization]
 
@@ -75,7 +77,7 @@ def conditions(found: dict[str, Examples]) -> Iterator[tuple[str, str, int, Exam
     for kind, part, shifts in (
         ("calibration", "validation", synthetic_shifts(3)),
         ("held-out", "target", held_out_shifts()),
-        ("large", "rest", [one for one in held_out_shifts() if one.strength == 2]),
+        ("large", "rest", [one for one in held_out_shifts() if (one.family, one.strength) in AT_LARGE]),
     ):
         for shift in shifts:
             examples = found[part]

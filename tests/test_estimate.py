@@ -383,4 +383,4 @@ def test_class_folders_of_other_classes_are_refused(
             Image.fromarray(world.target.x[number, 0].numpy()).save(folder / f"{number}.png")
     code, _, err = run("gmprobe estimate good.pt --unlabeled target.npz --validation val -q", capsys)
     assert code == 4
-    assert "other classes" in err
+    assert "val has classes class0, class1, class2 but good.pt was trained on" in err

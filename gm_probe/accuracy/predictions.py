@@ -53,8 +53,8 @@ def require_fit(model: nn.Module, batches: Batches, outputs: Outputs | None) -> 
         UsageError: not one row of logits for each example, independent of the other examples.
         CheckpointError, DataError, DivergedError: as ``MeasurementContext.logits`` raises them.
     """
-    if outputs is not None and outputs.head != "classifier":
-        raise UsageError(f"accuracy can be estimated for exclusive classes only, not for head {outputs.head}")
+    if outputs is not None and outputs.head == "multilabel":
+        raise UsageError("accuracy is estimated for exclusive classes, and head multilabel has none")
     few = batches.examples.select(torch.arange(min(CHECKED, batches.num_examples)))
     with evaluating(model), float32_products():
         context = MeasurementContext(model, batches.over(few), Settings(), Work(len(few)), outputs=outputs)

@@ -16,18 +16,18 @@ from gm_probe.measures.scores import (
     probabilities,
 )
 from gm_probe.measures.transport import transport
+from gm_probe.runs.catalogue import CATALOGUE
 
 ESTIMATORS = {
     "average_confidence": "mean probability of the predicted class",
-    "doc": "validation accuracy plus the difference of the mean confidences",
-    "atc": "share of confidences above the threshold that fits the validation accuracy",
+    "doc": CATALOGUE["doc"].description,
+    "atc": CATALOGUE["atc"].description,
     "atc_entropy": "the same with negative entropies instead of confidences",
     "cot": "largest mean confidence of an assignment with the given class shares",
-    "nuclear_norm": "nuclear norm of the matrix of outputs",
-    "mano": "fourth-power mean of the normalised outputs",
-    "dispersion": "spread of the predicted classes' mean features",
-    "last_layer_gradient_norm": "size of the last layer's gradient with predicted labels",
-    "effective_invariance": "confidence that image and mirror image share, where their classes agree",
+    **{
+        name: CATALOGUE[name].description
+        for name in ("nuclear_norm", "mano", "dispersion", "last_layer_gradient_norm", "effective_invariance")
+    },
     "agreement": "share of examples on which the other models predict the same class",
 }
 """All estimators in the order of a table."""

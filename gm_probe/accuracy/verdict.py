@@ -17,14 +17,12 @@ from gm_probe.accuracy.known import Known, know
 from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.ranking import Standing, conclude
 from gm_probe.accuracy.readings import plausible, read
-from gm_probe.accuracy.report import Accuracy, EstimateReport, ModelEstimate
+from gm_probe.accuracy.report import CLASS_SHARES, Accuracy, EstimateReport, ModelEstimate
 from gm_probe.accuracy.scores import scores_of
 from gm_probe.checks import real
 from gm_probe.errors import DataError, UsageError, did_you_mean
 from gm_probe.measures.scores import probabilities
 
-CHOICES = ("auto", "validation", "uniform", "estimated")
-"""What class shares may be, beside numbers."""
 NOT_IDENTIFIABLE = (
     "accuracy on unlabeled data is not identifiable without labeled data of the training distribution; give a "
     "validation set"
@@ -33,7 +31,7 @@ NOT_IDENTIFIABLE = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """How to estimate: class shares (K,) or one of ``CHOICES``, the level of intervals, the seed."""
+    """How to estimate: class shares (K,) or one of ``CLASS_SHARES``, the level of intervals, the seed."""
 
     choice: str = "auto"
     shares: Tensor | None = None
@@ -49,8 +47,10 @@ class Request:
         """
         level = real("level", level, above=0, below=1)
         if isinstance(class_shares, str):
-            if class_shares not in CHOICES:
-                raise UsageError(f"no class shares {class_shares!r}; {did_you_mean(class_shares, CHOICES)}")
+            if class_shares not in CLASS_SHARES:
+                raise UsageError(
+                    f"no class shares {class_shares!r}; {did_you_mean(class_shares, CLASS_SHARES)}"
+                )
             return cls(class_shares, None, level, seed)
         try:
             shares = torch.as_tensor(np.asarray(class_shares, dtype=float))

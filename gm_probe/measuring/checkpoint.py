@@ -33,7 +33,7 @@ from gm_probe.models.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.models.contrastive import Contrastive
 from gm_probe.models.door import Head, Outputs
 from gm_probe.models.layout import settle_layout
-from gm_probe.models.loading import check_fit, choose_normalization, fitted_model
+from gm_probe.models.loading import check_classes, check_fit, choose_normalization, fitted_model
 from gm_probe.models.parameters import as_measured, evaluating
 from gm_probe.models.pretrained import load_pretrained
 from gm_probe.models.zoo import ModelSpec, initial_model, is_user_code
@@ -131,12 +131,8 @@ def open_checkpoint(
     outputs, classes = _examined(model, batches, outputs, model_name or path)
     if num_classes is not None and num_classes != classes:
         raise UsageError(f"{model_name or path} has {classes} outputs, not --num-classes {num_classes}")
-    # an array file names no classes: its labels need only lie below the number of outputs
-    if examples.y is not None and examples.classes and len(examples.classes) != classes:
-        raise DataError(
-            f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs. Give "
-            "each class a folder, or pass the data as --unlabeled"
-        )
+    if examples.y is not None:
+        check_classes(examples, (), classes, path)
     return LoadedCheckpoint(
         model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs, *said
     )
