@@ -26,7 +26,7 @@ from gm_probe.cli.param_types import PATH, SEED, Choice
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import GroupedCommand
 from gm_probe.data.sources import require_source
-from gm_probe.errors import CheckpointError, DataError, UsageError
+from gm_probe.errors import CheckpointError, DataError, DivergedError, UsageError
 from gm_probe.measures.catalogue import check_names, expanded
 from gm_probe.measuring.trained import checkpoints_in
 from gm_probe.runs.catalogue import CATALOGUE
@@ -266,7 +266,7 @@ def _all_evidence(
                     settings = Settings(seed=seed)
                     found = measure(loaded.model, batches, wanted, settings, validation=others[0], **how)
                     rows[str(path)] = {name: row.as_dict() for name, row in found.rows.items()}
-            except (DataError, UsageError) as error:  # which know of no path
+            except (DataError, DivergedError, UsageError) as error:  # which know of no path
                 raise type(error)(f"{path}: {error}") from error
     return evidence, rows, notes
 
