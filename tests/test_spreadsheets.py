@@ -307,11 +307,11 @@ def test_thousands_of_columns_are_refused_at_once_unless_some_are_chosen(tmp_pat
     names = [f"c{number}" for number in range(3000)]
     rows = [",".join(str((7 * row + number) % 11) for number in range(3001)) for row in range(12)]
     path = make_csv(tmp_path, "\n".join([",".join(["error_gap", *names]), *rows]))
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(DataError, match=r"more than 100 columns to use as measures.*--measures"):
         load_table(path)
     assert load_table(path, measures=["c1", "c2"]).measures == ("c1", "c2")
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize(
