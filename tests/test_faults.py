@@ -413,7 +413,7 @@ def test_correlate_counts_runs_that_diverged(tmp_path: Path, capsys: pytest.Capt
     recipe.write_text(tables)
     main(["sweep", str(recipe), "--out", runs, "-q"])
     capsys.readouterr()
-    main(["correlate", runs, "--no-figure", "--json", "--resamples", "100"])
+    main(["correlate", runs, "--no-figure", "--json"])
     printed = capsys.readouterr()
     excluded = json.loads(printed.out)["excluded"]
     assert [row["reason"] for row in excluded] == ["diverged", "diverged"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from gm_probe.analysis.cells import cell
 from gm_probe.errors import StorageError, UsageError
 from gm_probe.files.atomic import write_atomic
 from gm_probe.files.locks import held, locked
 from gm_probe.runs.records import failure, find_runs, read_run, state_at_rest
+from gm_probe.tables.cells import cell
 
 PARTS = {
     "value": "",
