@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ import gm_probe
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def needs(extra: str) -> pytest.MarkDecorator:
+    """Skip without the extra. It is not imported here: the examples run in processes of their own."""
+    return pytest.mark.skipif(find_spec(extra) is None, reason=f"{extra} is an extra")
 
 
 def ran(example: str, *options: str, launch: tuple[str, ...] = ()) -> str:
@@ -35,9 +41,9 @@ def losses(text: str) -> list[float]:
     return [float(value) for value in re.findall(r"loss'?:? '?(\d\.\d+)", text)]
 
 
+@needs("lightning")
 def test_lightning(tmp_path: Path) -> None:
     """The loss falls, and a checkpoint goes on with the optimizer's, the rule's and the scheduler's state."""
-    pytest.importorskip("lightning")
     file = tmp_path / "run.ckpt"
     first = losses(ran("lightning_training.py", "--epochs", "2", "--save", str(file)))
     state = torch.load(file, weights_only=False)["optimizer_states"][0]
@@ -49,10 +55,10 @@ def test_lightning(tmp_path: Path) -> None:
     assert more[0] < first[1] < first[0]
 
 
+@needs("accelerate")
 @pytest.mark.parametrize("options", ["--model vit --epochs 3", "--model bert --bf16 --epochs 6"])
 def test_trainer(options: str, tmp_path: Path) -> None:
     """Dict batches, padding, two batches a step, bf16; the rule's state is in the Trainer's checkpoint."""
-    pytest.importorskip("accelerate")
     text = ran("huggingface_trainer.py", *options.split(), "--out", str(tmp_path))
     found = losses(text)
     assert found[-2] < found[0]  # the last one is the mean of all
@@ -62,9 +68,9 @@ def test_trainer(options: str, tmp_path: Path) -> None:
     assert torch.load(last / "optimizer.pt", weights_only=True)["rule"]["steps"] == 8 * epochs
 
 
+@needs("accelerate")
 def test_accelerate_in_two_processes(tmp_path: Path) -> None:
     """Two processes that share each batch come to the weights of the rule itself in one process."""
-    pytest.importorskip("accelerate")
     file = tmp_path / "weights.pt"
     text = ran("accelerate_loop.py", "--epochs", "2", "--save", str(file), launch=TORCHRUN)
     assert text.count("processes 2") == 2
