@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gm_probe.accuracy.estimate import estimate as estimate
     from gm_probe.accuracy.report import EstimateReport as EstimateReport
+    from gm_probe.analysis.correlation import correlate as correlate
+    from gm_probe.analysis.results import Correlations as Correlations
     from gm_probe.curvature.fisher_trace import fisher_trace as fisher_trace
     from gm_probe.curvature.operators import fisher as fisher
     from gm_probe.curvature.operators import hessian as hessian
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "accuracy.estimate": ("estimate",),
     "accuracy.report": ("EstimateReport",),
+    "analysis.correlation": ("correlate",),
+    "analysis.results": ("Correlations",),
     "data.batches": ("Batches", "Normalization"),
     "models.checkpoints": ("load_weights", "read_checkpoint", "save_checkpoint"),
     "models.contrastive": ("Contrastive", "as_encoder", "partners", "projector"),

@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from gm_probe.analysis.requests import require_statistics
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
 from gm_probe.cli.param_types import PATH
 from gm_probe.cli.selection import (
@@ -17,15 +16,13 @@ from gm_probe.cli.selection import (
     gap_option,
     measures_option,
     names,
-    resamples_option,
     seed_column_option,
-    seed_option,
-    skip_option,
     source_argument,
+    target_option,
+    targets_of,
 )
 from gm_probe.errors import DataError, UsageError
 from gm_probe.tables.sources import beside, require_source
-from gm_probe.tables.table import GAPS
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
@@ -63,12 +60,10 @@ from gm_probe.tables.table import GAPS
     "--markers", metavar="A,B", default="", help="Show the values of these settings by different markers."
 )
 @gap_option
+@target_option
 @seed_column_option
 @converged_only_option
 @control_option
-@skip_option
-@seed_option
-@resamples_option
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes on stderr.")
 @click.pass_context
 def report(
@@ -83,12 +78,10 @@ def report(
     group_by: str,
     markers: str,
     gap: str,
+    target: str,
     seed_column: str,
     converged_only: bool,
     control: str,
-    skip: str,
-    seed: int,
-    resamples: int,
     quiet: bool,
 ) -> None:
     """Write one HTML page about many runs: figures, statistics, definitions, versions, exclusions.
@@ -98,10 +91,9 @@ def report(
     network, and works on a phone, by keyboard, in dark mode and on paper.
     """
     require_source(source)
-    require_statistics(names(skip), resamples)
     out = _page(source, out)
     _require_distinct({"SOURCE": source, "--out": out, "--markdown": markdown, "--latex": latex})
-    from gm_probe.analysis import correlation, plots, typeset
+    from gm_probe.analysis import correlation, design, plots, typeset
     from gm_probe.analysis.report import compose, html
     from gm_probe.files.atomic import write_atomic
     from gm_probe.tables import runs
@@ -117,22 +109,13 @@ def report(
         converged_only=converged_only,
     )
     by, shape_by = table.named(by), table.named(shape_by)
-    gaps = (gap,) if gap in GAPS else table.gaps
-    statistics = correlation.correlate(
-        table,
-        gaps,
-        by,
-        controls=table.named(names(control)),
-        seed=seed,
-        resamples=resamples,
-        skip=names(skip),
+    found = correlation.correlate(
+        table, targets=targets_of(gap, target), group_by=by, controls=names(control)
     )
     page = compose(
-        table,
-        statistics,
-        gaps,
-        groups=correlation.group_rows(table, by) if by else {},
-        shapes=correlation.group_rows(table, shape_by) if shape_by else {},
+        found,
+        groups=design.group_rows(table, by) if by else {},
+        shapes=design.group_rows(table, shape_by) if shape_by else {},
         command=_command(ctx),
     )
     write_atomic(out, html(page).encode(errors="replace"))
@@ -148,7 +131,7 @@ def report(
             )
         written.append(f"{len(page.pictures)} figures in {figures}")
     note(notes_console(quiet), f"report: {', '.join(written)}")
-    if all(result.tau is None for measure in statistics.measures for result in measure.gaps.values()):
+    if all(found.get(name, of).value is None for name in table.measures for of in found.targets):
         raise DataError(f"no measure in {source} has a defined τ; {out} gives the reasons")
 
 

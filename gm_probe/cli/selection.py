@@ -31,20 +31,19 @@ control_option = click.option(
     help="Compute partial τ given these columns.  [default: train_ce, hessian_lambda_max and "
     "parameter_norm where present, and each hyperparameter]",
 )
-skip_option = click.option(
-    "--skip",
+target_option = click.option(
+    "--target",
     metavar="A,B",
     default="",
-    help="Leave out these slow parts: details (all but τ), conditional, prediction, comparisons.",
-)
-seed_option = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all resampling."
-)
-resamples_option = click.option(
-    "--resamples", default=2000, show_default=True, help="Number of bootstrap resamples and permutations."
+    help="Correlate with these instead of the gap: test_error, test_accuracy, train_error, test_ce, ...",
 )
 
 
 def names(text: str) -> list[str]:
     """Split a comma-separated list."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def targets_of(gap: str, target: str) -> list[str]:
+    """Return the targets that ``--target`` or else ``--gap`` names; none stands for every gap."""
+    return names(target) or ([] if gap == "both" else [gap])
