@@ -56,12 +56,12 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """Yield all designs, the usual ones first."""
-    yield from (
-        Cell(*each) for each in product((2, 3, 4, 5), (12, 24, 40), (0.0, 0.1, 0.2, 0.4), (0.0, 0.3, 0.6))
-    )
-    yield from (Cell(k, s, 0.0, tau, "own") for k, s, tau in product((1, 2, 3), (6, 12, 40), (0.0, 0.6)))
-    yield from (Cell(k, 24, 0.2, tau, "missing") for k, tau in product((3, 5), (0.0, 0.6)))
-    yield from (Cell(k, 24, 0.2, 0.0, "tied") for k in (3, 5))
+    rest = ((0.0, 0.2, 0.4), (0.0, 0.3, 0.6))
+    yield Cell(2, 24, 0.2, 0.3)
+    yield from (Cell(*each) for each in product((3, 5), (12, 40), *rest))
+    yield from (Cell(*each) for each in product((4,), (24,), *rest))
+    yield from (Cell(k, s, 0.0, 0.3, "own") for k, s in ((2, 12), (2, 40), (1, 24)))
+    yield from (Cell(k, 24, 0.2, 0.3, kind) for kind, k in product(("missing", "tied"), (3, 5)))
 
 
 def simulate(cell: Cell, number: int) -> dict[str, tuple[Quantity, float]]:

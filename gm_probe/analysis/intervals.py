@@ -111,8 +111,10 @@ def _decomposed(values: Floats, setting: Integers, seed: Integers) -> tuple[Floa
     setting = dense_ranks(setting)
     inside = _less_means(values, setting)  # what settings differ by is not the seeds'
     rest = inside
-    for _ in range(SWEEPS):  # one is exact where every setting has every seed
-        rest = _less_means(_less_means(rest, seed), setting)
+    for _ in range(SWEEPS):
+        before, rest = rest, _less_means(_less_means(rest, seed), setting)
+        if np.abs(rest - before).max(initial=0) <= 1e-12 * np.abs(inside).max(initial=0):
+            break  # after the first where every setting has every seed
     num_seeds = int(seed.max()) + 1
     return inside, rest, num_seeds, len(rest) - int(setting.max()) - num_seeds
 

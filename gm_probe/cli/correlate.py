@@ -25,7 +25,7 @@ from gm_probe.cli.selection import (
     target_option,
     targets_of,
 )
-from gm_probe.cli.statistics import as_json, as_rows, print_answer, print_details
+from gm_probe.cli.statistics import as_json, as_rows, print_answer, print_details, warnings
 from gm_probe.errors import DataError, UsageError
 from gm_probe.tables.sources import beside, require_source
 
@@ -136,6 +136,8 @@ def correlate(
         if details:
             print_details(found)
     _print_notes(found, quiet)
+    for text in warnings(found) if output else ():
+        _say(f"warning: {text}", quiet)
     if all(found.get(name, of).value is None for name in table.measures for of in found.targets):
         raise DataError(f"no measure in {source} has a defined τ; the result gives the reasons")
     if paths:

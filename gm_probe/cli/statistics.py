@@ -103,19 +103,19 @@ def _cost(value: float, outcome: str) -> str:
 
 
 def _folded(found: Correlations) -> list[str]:
-    """Measures that are not shown as they order the runs alike, and why intervals are missing."""
-    said = [
-        f"* orders the runs as {', '.join(others[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}"
-        for others in found.alike.values()
-        if others
-    ]
+    """Return which measures order the runs alike, and why a τ or an interval is missing."""
+    labels = found.runs.labels
+    said = []
+    for others in found.alike.values():
+        shown = [f"{name} ({labels[name]} labels)" if name in labels else name for name in others]
+        if shown:
+            said.append(f"* orders the runs as {_few(shown)}.")
     reasons: dict[str, None] = {}
     for key, tau in found.quantities.items():
         if key.statistic == "tau" and not key.group and tau.note:
-            reasons[tau.note if tau.value is not None else f"{key.measure}: τ is undefined, {tau.note}"] = (
-                None
-            )
-    return said + [f"{text[0].upper()}{text[1:]}." for text in list(reasons)[:3]]
+            undefined = f"{key.measure}: τ is undefined, {tau.note}."
+            reasons[undefined if tau.value is None else f"{tau.note[0].upper()}{tau.note[1:]}."] = None
+    return said + list(reasons)[:3]
 
 
 def print_details(found: Correlations) -> None:
@@ -166,6 +166,7 @@ def as_json(found: Correlations) -> dict[str, Any]:
             name: {
                 "labels": runs.labels.get(name),
                 **{target: _of_target(found, name, target) for target in found.targets},
+                "subgroups": _subgroups(found, name),
                 "selection": _selection(found, name),
                 "warnings": list(said.get(name, ())),
             }
@@ -181,7 +182,7 @@ def _of_target(found: Correlations, name: str, target: str) -> dict[str, Any]:
         "tau": whole.value,
         **{key: value for key, value in asdict(whole).items() if key not in ("value", "note")},
         "p_naive": naive.p,
-        "reason": whole.note or None,
+        **_reasons(whole),
         "missing": _missing(found, name, target),
         "statistics": [
             {"statistic": key.statistic, "group": key.group, **asdict(of)}
@@ -199,14 +200,34 @@ def _selection(found: Correlations, name: str) -> list[dict[str, Any]]:
     ]
 
 
+def _reasons(tau: Quantity) -> dict[str, str]:
+    """Why there is no τ, or no interval; nothing where there are both."""
+    if not tau.note:
+        return {}
+    return {"reason" if tau.value is None else "interval_reason": tau.note}
+
+
 def _missing(found: Correlations, name: str, target: str) -> list[dict[str, str]]:
-    """The runs without the measure or the target, with the reason."""
+    """The runs without the measure or the target, with the reasons."""
     runs = found.runs
+    reasons: dict[int, list[str]] = {}
+    for column in (name, target):
+        for row, reason in runs.missing.get(column, {}).items():
+            reasons.setdefault(row, []).append(f"{column}: {reason}")
     return [
-        {"run": str(runs.frame["run"].iloc[row]), "reason": f"{column}: {reason}"}
-        for column in (name, target)
-        for row, reason in runs.missing.get(column, {}).items()
+        {"run": str(runs.frame["run"].iloc[row]), "reason": "; ".join(said)}
+        for row, said in sorted(reasons.items())
     ]
+
+
+def _subgroups(found: Correlations, name: str) -> dict[str, dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {}
+    for target in found.targets:
+        for group, of in found.of(name, target, "tau").items():
+            if group:
+                shown = {key: value for key, value in asdict(of).items() if key not in ("value", "note")}
+                groups.setdefault(group, {})[target] = {"tau": of.value, **shown, **_reasons(of)}
+    return groups
 
 
 def as_rows(found: Correlations) -> list[dict[str, Any]]:
