@@ -38,16 +38,23 @@ def in_words(tau: Quantity) -> str:
     if tau.value is None:
         return f"τ undefined: {tau.note}"
     known = tau.low is not None and tau.high is not None
-    interval = f" (95 % CI {two_decimals(tau.low or 0.0)} to {two_decimals(tau.high or 0.0)})" if known else ""
+    interval = (
+        f" (95 % CI {two_decimals(tau.low or 0.0)} to {two_decimals(tau.high or 0.0)})" if known else ""
+    )
     return f"τ = {two_decimals(tau.value)}{interval}, {tau.n:,} runs"
 
 
 def _clear(found: Correlations) -> Iterator[str]:
-    for target in found.targets:
-        names = [symbol(name) for name in found.runs.measures if found.get(name, target).clear]
-        num = len(found.runs.measures)
-        said = f"{len(names)} of {num} measures: {listed(names)}" if names else f"none of {num} measures"
-        yield f"The interval of τ with the {target_short(target)} excludes 0 for {said}."
+    num = len(found.runs.measures)
+    clear = {
+        target: [symbol(name) for name in found.runs.measures if found.get(name, target).clear]
+        for target in found.targets
+    }
+    said = [
+        f"for {len(names)} of {num} measures with the {target_short(target)}{f' ({listed(names)})' if names else ''}"
+        for target, names in clear.items()
+    ]
+    yield f"The interval of τ excludes 0 {listed(said)}."
 
 
 def _strongest(found: Correlations) -> Iterator[str]:
@@ -60,10 +67,13 @@ def _strongest(found: Correlations) -> Iterator[str]:
 
 
 def _granulated(found: Correlations) -> Iterator[str]:
-    for target in found.targets:
-        psi = [found.get(name, target, "psi_mean").value for name in found.runs.measures]
-        if span := _span(psi):
-            yield f"Where one hyperparameter differs, mean Ψ with the {target_short(target)} is {span}."
+    spans = {
+        target: _span([found.get(name, target, "psi_mean").value for name in found.runs.measures])
+        for target in found.targets
+    }
+    said = [f"{span} with the {target_short(target)}" for target, span in spans.items() if span]
+    if said:
+        yield f"Where one hyperparameter differs, the measures' Ψ is {listed(said)}."
 
 
 def _alike(found: Correlations) -> Iterator[str]:
