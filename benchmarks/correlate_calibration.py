@@ -37,6 +37,7 @@ from gm_probe.analysis.pairs import pair_sums
 LEVELS = {6: (3, 2), 12: (3, 2, 2), 24: (4, 3, 2), 40: (5, 4, 2)}
 """Values of each hyperparameter, by the number of settings."""
 OWN = 0.2
+DESIGN = ("kind", "seeds", "settings", "share", "tau")
 STATISTICS = ("τ", "τ within h₀", "τ within setting", "ψ(h₀)", "ψ(last)", "Ψ", "Δτ", "partial τ")
 
 
@@ -56,10 +57,9 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """Yield all designs, the usual ones first."""
-    rest = ((0.0, 0.2, 0.4), (0.0, 0.3, 0.6))
     yield Cell(2, 24, 0.2, 0.3)
-    yield from (Cell(*each) for each in product((3, 5), (12, 40), *rest))
-    yield from (Cell(*each) for each in product((4,), (24,), *rest))
+    for tau, share in product((0.0, 0.6, 0.3), (0.0, 0.4, 0.2)):
+        yield from (Cell(k, s, share, tau) for k, s in ((3, 12), (5, 40), (4, 24), (3, 40), (5, 12)))
     yield from (Cell(k, s, 0.0, 0.3, "own") for k, s in ((2, 12), (2, 40), (1, 24)))
     yield from (Cell(k, 24, 0.2, 0.3, kind) for kind, k in product(("missing", "tied"), (3, 5)))
 
@@ -146,17 +146,17 @@ def table(path: Path) -> Iterator[str]:
     """Yield the results as Markdown: coverage in %, a row a design."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    designs = dict.fromkeys(
-        tuple(row[key] for key in ("kind", "seeds", "settings", "share", "tau")) for row in rows
-    )
-    found = {
-        tuple(row[k] for k in ("kind", "seeds", "settings", "share", "tau", "statistic")): row for row in rows
-    }
+    designs = sorted(dict.fromkeys(tuple(row[key] for key in DESIGN) for row in rows), key=_order)
+    found = {(*(row[key] for key in DESIGN), row["statistic"]): row for row in rows}
     yield "| seeds are | seeds | settings | seed share | true τ | " + " | ".join(STATISTICS) + " |"
     yield "|---" * (5 + len(STATISTICS)) + "|"
     for design in designs:
         cells = [_percent(found[*design, name]) for name in STATISTICS]
         yield f"| {' | '.join((*design, *cells))} |"
+
+
+def _order(design: tuple[str, ...]) -> tuple[bool, str, list[float]]:
+    return design[0] != "shared", design[0], [float(number) for number in design[1:]]
 
 
 def _percent(row: Mapping[str, str]) -> str:
@@ -168,24 +168,26 @@ def _percent(row: Mapping[str, str]) -> str:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The CSV file of results.")
 @click.option("--sims", default=1000, show_default=True, help="Simulations a design.")
 @click.option("--first", default=0, show_default=True, help="The first simulation's number.")
-@click.option("--only", default="", help="Designs of this kind alone: shared, own, missing, tied.")
 @click.option("--table", "show", is_flag=True, help="Print what the file holds, and simulate nothing.")
-def main(out: Path, sims: int, first: int, only: str, show: bool) -> None:
-    """Simulate sweeps and write how often each interval covers the truth."""
+def main(out: Path, sims: int, first: int, show: bool) -> None:
+    """Simulate sweeps and write how often each interval covers the truth, from where the file stops."""
     if show:
         print("\n".join(table(out)))
         print(f"\nPython {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}.")
         return
     start = time.process_time()
-    with out.open("w", encoding="utf-8", newline="") as file:
-        writer = None
+    done: set[tuple[str, ...]] = set()
+    if out.exists():
+        with out.open(encoding="utf-8", newline="") as file:
+            done = {tuple(row[key] for key in DESIGN) for row in csv.DictReader(file)}
+    with out.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*DESIGN, "sims", "statistic", "intervals", "covers"])
+        if not done:
+            writer.writeheader()
         for cell in cells():
-            if only in ("", cell.kind or "shared"):
-                rows = judge(cell, sims, first)
-                if writer is None:
-                    writer = csv.DictWriter(file, list(rows[0]))
-                    writer.writeheader()
-                writer.writerows(rows)
+            kind = cell.kind or "shared"
+            if tuple(map(str, (kind, cell.seeds, cell.settings, cell.share, cell.tau))) not in done:
+                writer.writerows(judge(cell, sims, first))
                 file.flush()
     print(f"{time.process_time() - start:.0f} s of one core")
 

@@ -41,29 +41,38 @@ def expected_sign(measure: str, target: str) -> int:
 
 
 def conclude(found: Correlations) -> tuple[str, ...]:
-    """Return the sentences."""
-    said = [sentence for target in found.targets for sentence in _of_target(found, target)]
+    """Return the sentences; targets of which the same holds share them."""
+    same: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for target in found.targets:
+        kinds = tuple(
+            (name, _kind(found.get(name, target), expected_sign(name, target))) for name in found.alike
+        )
+        same.setdefault(kinds, []).append(target_short(target))
+    said = [
+        sentence
+        for kinds, targets in same.items()
+        for sentence in _sentences(kinds, " and the ".join(targets))
+    ]
     return (*said, *_simpson(found), *_selection(found))
 
 
-def _of_target(found: Correlations, target: str) -> list[str]:
-    label = target_short(target)
-    kinds: dict[str, list[str]] = {}
-    for name in found.alike:
-        kinds.setdefault(_kind(found.get(name, target), expected_sign(name, target)), []).append(symbol(name))
+def _sentences(kinds: Sequence[tuple[str, str]], label: str) -> list[str]:
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in kinds:
+        by_kind.setdefault(kind, []).append(symbol(name))
     said = []
-    if names := kinds.get("follows"):
+    if names := by_kind.get("follows"):
         said.append(f"{listed(names)} {_verb(names, 'follow')} the {label} in the expected direction.")
-    if names := kinds.get("against"):
+    if names := by_kind.get("against"):
         said.append(
             f"{listed(names)} {_verb(names, 'run')} against the {label}: the opposite of what is expected."
         )
-    if names := kinds.get("rises"):
+    if names := by_kind.get("rises"):
         said.append(f"{listed(names)} {_verb(names, 'rise')} with the {label}.")
-    if names := kinds.get("falls"):
+    if names := by_kind.get("falls"):
         said.append(f"{listed(names)} {_verb(names, 'fall')} as the {label} rises.")
-    if names := kinds.get("open"):
-        none = len(kinds) == 1 and len(names) > 1
+    if names := by_kind.get("open"):
+        none = len(by_kind) == 1 and len(names) > 1
         whose = "For no measure" if none else f"For {listed(names)}"
         said.append(f"{whose} the sign of τ with the {label} {'can' if none else 'cannot'} be told.")
     return said

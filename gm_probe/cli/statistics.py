@@ -7,7 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+from rich.table import Table
+
 from gm_probe.cli.output import number, results_console, say, table
+from gm_probe.errors import printable
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
     from gm_probe.analysis.results import Correlations, Quantity
@@ -25,14 +29,15 @@ def print_answer(found: Correlations) -> None:
 
     console = results_console()
     wide = console.width >= NARROW
-    columns = ("", "τ", "95 % CI", *(["p"] if wide else []), "larger means", "picking it costs")
+    columns = ("", "τ", "95 % CI", *(["p"] if wide else []), "larger means", "picking costs")
     for target, label in found.targets.items():
         rows = [
             row
             for name, others in found.alike.items()
             for row in _rows(found, name, others, target, wide=wide)
         ]
-        console.print(table(_title(target, label), columns, rows))
+        say(console, _title(target, label), "bold")
+        console.print(_lines(columns, rows))
     picked = _regrets(found)
     if picked:
         outcome, random = picked
@@ -46,8 +51,19 @@ def print_answer(found: Correlations) -> None:
         say(console, text, "dim")
     for text in warnings(found):
         say(console, text, "bold")
-    for text in found.conclusion:
-        say(console, text, "bold")
+    say(console, " ".join(found.conclusion), "bold")
+
+
+def _lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table without rules, so that it takes a line a row."""
+    lines = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for index, column in enumerate(columns):
+        lines.add_column(
+            column, justify="left" if index in (0, len(columns) - 1) else "right", overflow="fold"
+        )
+    for row in rows:
+        lines.add_row(*(escape(printable(cell)) for cell in row))
+    return lines
 
 
 def _title(target: str, label: str) -> str:
@@ -104,12 +120,14 @@ def _cost(value: float, outcome: str) -> str:
 
 def _folded(found: Correlations) -> list[str]:
     """Return which measures order the runs alike, and why a τ or an interval is missing."""
+    from gm_probe.analysis.definitions import symbol
+
     labels = found.runs.labels
     said = []
-    for others in found.alike.values():
+    for first, others in found.alike.items():
         shown = [f"{name} ({labels[name]} labels)" if name in labels else name for name in others]
         if shown:
-            said.append(f"* orders the runs as {_few(shown)}.")
+            said.append(f"* {symbol(first)} orders the runs as {_few(shown)}.")
     reasons: dict[str, None] = {}
     for key, tau in found.quantities.items():
         if key.statistic == "tau" and not key.group and tau.note:
