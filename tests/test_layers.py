@@ -28,6 +28,7 @@ BELOW = {
     "curvature": {"inconsistency"},
     "measures": {"curvature"},
     "training": {"measures"},
+    "optim": {"training"},
     "executors": {"runtime", "runs"},
     "measuring": {"training", "executors"},
     "accuracy": {"measuring"},

@@ -132,7 +132,7 @@ def test_overrides_replace_base(recipe: Recipe) -> None:
         ({"grid": {"learning_rate": [0.1]}}, "no setting 'learning_rate'"),
         ({"grid": {"weight_deca": [0.1]}}, "did you mean 'weight_decay'?"),
         ({"base": {"epoch": 3}}, "no setting 'epoch'; did you mean 'epochs'?"),
-        ({"base": {"epochs": "3"}}, "epochs = '3' must be of type int"),
+        ({"base": {"epochs": "3"}}, "epochs = '3' must be a whole number ≥ 1"),
         ({"base": {"method": "iam"}}, "method = 'iam'; did you mean"),
         ({"base": {**BASE, "lr": 0.5}}, "lr is both in [base] (or an option) and in the design"),
         ({"grid": {"seed": [0, 1, 0]}}, "the design names the same run twice (s0-"),

@@ -81,8 +81,15 @@ def correlate(
         table = source
     else:
         place = source if isinstance(source, pd.DataFrame) else Path(source)
-        chosen = {"gap": gap, "seed_column": seed_column, "converged_only": converged_only}
-        table = load_table(place, measures, hyperparameters, group_by, **chosen)  # type: ignore[arg-type]
+        table = load_table(
+            place,
+            measures,
+            hyperparameters,
+            group_by,
+            gap=gap,
+            seed_column=seed_column,
+            converged_only=converged_only,
+        )
     group_by, controls = table.named(group_by), table.named(controls)
     _require_runs(table)
     columns = {name: target_column(table, name) for name in table.named(targets) or table.gaps}

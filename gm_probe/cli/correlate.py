@@ -48,8 +48,8 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     help="Also correlate within each subgroup of these settings.  [default: those of the sweep's recipe]",
 )
 @gap_option
-@target_option
 @seed_column_option
+@target_option
 @converged_only_option
 @click.option(
     "--figure",
@@ -71,8 +71,8 @@ def correlate(
     hyper: str,
     group_by: str | None,
     gap: str,
-    target: str,
     seed_column: str,
+    target: str,
     converged_only: bool,
     figure_path: Path | None,
     no_figure: bool,

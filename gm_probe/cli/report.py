@@ -60,8 +60,8 @@ from gm_probe.tables.sources import beside, require_source
     "--markers", metavar="A,B", default="", help="Show the values of these settings by different markers."
 )
 @gap_option
-@target_option
 @seed_column_option
+@target_option
 @converged_only_option
 @control_option
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes on stderr.")
@@ -78,8 +78,8 @@ def report(
     group_by: str,
     markers: str,
     gap: str,
-    target: str,
     seed_column: str,
+    target: str,
     converged_only: bool,
     control: str,
     quiet: bool,

@@ -4,6 +4,7 @@ import click
 
 from gm_probe.cli.param_types import PATH
 from gm_probe.runs.records import RUNS
+from gm_probe.tables.table import GAPS
 
 source_argument = click.argument("source", type=PATH, default=RUNS)
 measures_option = click.option(
@@ -45,5 +46,5 @@ def names(text: str) -> list[str]:
 
 
 def targets_of(gap: str, target: str) -> list[str]:
-    """Return the targets that ``--target`` or else ``--gap`` names; none stands for every gap."""
-    return names(target) or ([] if gap == "both" else [gap])
+    """Return the targets that ``--target`` or else ``--gap`` names; none stands for every gap of the table."""
+    return names(target) or ([gap] if gap in GAPS else [])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import tomllib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,53 @@ def setting_options(settings: type, *without: str) -> Callable[[Any], Any]:
         return command
 
     return decorate
+
+
+def set_option(command: Any) -> Any:
+    """Add ``--set KEY=VALUE``, which gives the command a dict ``assigned``."""
+    return click.option(
+        "--set",
+        "assigned",
+        cls=GroupedOption,
+        group=MAIN,
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=_assignments,
+        help="Set a setting by its name in config.toml, with a value as in a recipe. Repeatable.",
+    )(command)
+
+
+def given_settings(options: Mapping[str, Any], assigned: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, and what ``--set`` assigned.
+
+    Raises:
+        UsageError: both give one setting.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in assigned:
+        if name in given:
+            raise UsageError(f"--set {name}=... and --{name.replace('_', '-')} are both given. Keep one")
+    return {**given, **assigned}
+
+
+def _assignments(_: click.Context, parameter: click.Parameter, texts: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name or name in found:
+            reason = "names the setting a second time" if name in found else "is not KEY=VALUE"
+            raise UsageError(f"--set {text!r} {reason}. Write each setting once, such as --set lr=0.1")
+        found[name] = _toml_value(value)
+    return found
+
+
+def _toml_value(text: str) -> Any:
+    """Return what ``text`` stands for in a TOML file; a word needs no quotes."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return table["value"] if len(table) == 1 else text
 
 
 def config_option(command: Any) -> Any:

@@ -154,7 +154,7 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
             raise UsageError(f"recipe: the design names the same run twice ({name})")
         runs[name] = config
     plan = _plan(content.get("measure", {}))
-    if views := [config for config in runs.values() if config.objective == "simclr"]:
+    if views := [config for config in runs.values() if config.trains_encoder]:
         _require_of_views(plan, views)
     return Recipe(runs, plan, _group_by(content.get("correlate", {})))
 
