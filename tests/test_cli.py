@@ -343,6 +343,35 @@ def test_the_table_stands_though_the_density_cannot_be_written(images, checkpoin
     assert "cannot write file/d.png" in err
 
 
+def test_layers_have_a_table_a_json_key_and_a_picture(images, checkpoint, capsys):
+    command = "gmprobe measure ckpt.pt --unlabeled data --measures fisher_trace --trace-tolerance 0"
+    code, out, _ = run(f"{command} --layer-figure layers.png -q --json", capsys)
+    [result] = json.loads(out)
+    assert code == 0
+    assert Path("layers.png").read_bytes().startswith(b"\x89PNG")
+    parts = [row["measures"]["fisher_trace"]["value"] for row in result["layers"]]
+    assert sum(parts) == pytest.approx(result["measures"]["fisher_trace"]["value"], rel=1e-5)
+    assert sum(row["num_parameters"] for row in result["layers"]) == result["num_parameters"]
+    code, out, _ = run(f"{command} --per-layer -q", capsys)
+    assert "per layer" in out
+    assert all(row["layer"] in out for row in result["layers"])
+    for words in ("--layer-figure l.bmp", "--per-layer --save"):
+        assert run(f"{command} {words}", capsys)[0] == 2
+
+
+def test_a_validation_set_serves_the_measures_that_need_one(images, checkpoint, capsys):
+    command = "gmprobe measure ckpt.pt --unlabeled data --measures outputs --json -q"
+    for more, known in (("", False), (" --validation data", True)):
+        code, out, _ = run(command + more, capsys)
+        [result] = json.loads(out)
+        assert code == 0
+        assert {
+            name: result["measures"][name]["value"] is not None for name in ("atc", "doc", "cot")
+        } == dict.fromkeys(("atc", "doc", "cot"), known)
+    assert "error" not in result["measures"]
+    assert len(result["settings"]["validation_sha256"]) == 64
+
+
 def test_ones_own_model_tells_its_number_of_classes(images, capsys):
     """No weight of it is a matrix whose rows could be counted."""
     Path("own.py").write_text(

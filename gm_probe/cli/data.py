@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from gm_probe.cli.output import note_reading, notes_console
 from gm_probe.cli.param_types import floats
 from gm_probe.cli.settings import taken
 from gm_probe.data.reading import Reading
@@ -25,6 +27,19 @@ if TYPE_CHECKING:
     from gm_probe.training.leave import Leave
 
 DATA, CHECKPOINT, MACHINE = "Data", "Checkpoint", "Machine and precision"
+
+
+@lru_cache(maxsize=3)
+def opened(data: DataOptions, source: str, labeled: bool) -> tuple[Examples, str, str | None]:
+    """Open ``source`` as ``DataOptions.open`` does; a process reads it once."""
+    return data.open(source, labeled=labeled)
+
+
+def opened_aloud(data: DataOptions, source: str, labeled: bool, quiet: bool) -> tuple[Examples, str]:
+    """Open ``source``, say on stderr what is to be known of it, and return the examples and their part's name."""
+    examples, part, hint = opened(data, source, labeled)
+    note_reading(notes_console(quiet), [*([hint] if hint else []), *examples.notes], examples.skipped)
+    return examples, part
 
 
 @dataclass(frozen=True, slots=True)

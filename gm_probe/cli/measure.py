@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -12,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.data import DataOptions
+from gm_probe.cli.data import DataOptions, opened_aloud
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
-from gm_probe.cli.measure_many import measure_all, opened, opened_once
+from gm_probe.cli.measure_many import measure_all, opened_once
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
     format_options,
     note,
-    note_reading,
     notes_console,
 )
 from gm_probe.cli.param_types import PATH, Choice, num_bytes
 from gm_probe.cli.relevance import CONVERGED, idle, quadrature, require_use_of_grids
 from gm_probe.cli.settings import GroupedCommand, config_option, setting_options, taken
+from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, UsageError
-from gm_probe.measures.catalogue import check_names, default_measures
+from gm_probe.measures.catalogue import BLOCKS, check_names, default_measures, expanded
 from gm_probe.measures.settings import Settings
 
 if TYPE_CHECKING:
@@ -55,8 +56,13 @@ if TYPE_CHECKING:
     "--measures",
     metavar="A,B",
     default="",
-    help="Measures to compute; see `gmprobe measures`.  [default: S_ρ, λ_max and tr of F and H; with "
-    "labels also error and CE]",
+    help="Measures to compute, or groups of them: curvature, outputs, norms, all; see `gmprobe measures`.  "
+    "[default: S_ρ, λ_max and tr of F and H; with labels also error and CE]",
+)
+@click.option(
+    "--validation",
+    metavar="DATA",
+    help="Use this labeled data of the training distribution for the measures atc, doc and cot.",
 )
 @click.option(
     "--protocol",
@@ -66,6 +72,17 @@ if TYPE_CHECKING:
     help="Report S_ρ as the mean over random starts of K steps, as the converged maximum, or both.",
 )
 @setting_options(Settings)
+@click.option(
+    "--per-layer",
+    is_flag=True,
+    help="Also measure λ_max and trace of F and H for each layer, with the others held constant.",
+)
+@click.option(
+    "--layer-figure",
+    metavar="FILE",
+    type=PATH,
+    help="Also draw these as bars to this .png, .pdf or .svg; implies --per-layer.",
+)
 @click.option(
     "--density",
     metavar="FILE",
@@ -104,6 +121,9 @@ def measure(
     labeled: str | None,
     measures: str,
     protocol: str,
+    validation: str | None,
+    per_layer: bool,
+    layer_figure: Path | None,
     density: Path | None,
     head: str,
     temperature: float | None,
@@ -141,16 +161,22 @@ def measure(
     names = _chosen(measures, protocol, labeled is not None, head == "simclr")
     require_use_of_grids(names, settings)
     bytes_of_memory = num_bytes("--memory", memory)
+    per_layer = per_layer or layer_figure is not None
+    if save and (per_layer or validation is not None):
+        raise UsageError("--save keeps no values per layer or by --validation; leave one of them out")
     data = DataOptions.of(options)
     source = unlabeled if labeled is None else labeled
     data.require_use(source)
+    if validation is not None:
+        require_source(validation, here=True)
     given, checkpoints = _checkpoints(checkpoints, source, save, quiet)
     own_loading = data.of_each(checkpoints)
     alone = executor == "local" and jobs == 1
-    _require_density(density, alone and len(checkpoints) == 1)
+    single = alone and len(checkpoints) == 1
+    _require_figures({"--density": density, "--layer-figure": layer_figure}, single)
     # with --save a run's own record fills in what is not given; of torchrun's processes one speaks
     if not (quiet or save) and os.environ.get("RANK", "0") == "0":
-        _note_idle(names, settings, density)
+        _note_idle([*names, *(BLOCKS if per_layer else ())], settings, density)
     # below, torch is imported, which takes seconds: what can be wrong with the options has been told
     from gm_probe.executors.local import Processes, visible_gpus
     from gm_probe.measuring.checkpoint import How
@@ -174,7 +200,10 @@ def measure(
         "head": head,
         "temperature": temperature,
         "quadrature": None if density is None else quadrature(settings),
+        "per_layer": per_layer,
     }
+    if validation is not None:
+        loading["validation"] = opened_aloud(data, validation, True, quiet)[0].in_memory()
     with processes.joined(pick_device(data.device)) if together else nullcontext():
         speaks = processes.rank() == 0
         scope = _measured_over(data, source, labeled is not None, quiet or not speaks)
@@ -194,6 +223,8 @@ def measure(
         outcomes = measure_all(checkpoints, request, engine, output, quiet=quiet, speaks=speaks)
         if density is not None and speaks:
             _draw_density(outcomes[0].result, checkpoints[0].name, density)
+        if layer_figure is not None and speaks:
+            _draw_layers(outcomes[0].result, checkpoints[0].name, layer_figure)
 
 
 def _require_source(unlabeled: str | None, labeled: str | None, head: str, temperature: float | None) -> None:
@@ -206,12 +237,13 @@ def _require_source(unlabeled: str | None, labeled: str | None, head: str, tempe
         raise UsageError(f"--temperature {temperature} must be a finite number above 0")
 
 
-def _require_density(file: Path | None, single: bool) -> None:
-    """Raise UsageError where densities cannot be drawn into ``file``, or are asked for of several checkpoints."""
-    if file is not None and file.suffix.lower() not in FIGURE_SUFFIXES:
-        raise UsageError(f"--density {file}: no format {file.suffix!r}; use {', '.join(FIGURE_SUFFIXES)}")
-    if file is not None and not single:
-        raise UsageError("--density plots a single checkpoint; give one")
+def _require_figures(files: Mapping[str, Path | None], single: bool) -> None:
+    """Raise UsageError where a file is of no format for figures, or is asked for of several checkpoints."""
+    for option, file in files.items():
+        if file is not None and file.suffix.lower() not in FIGURE_SUFFIXES:
+            raise UsageError(f"{option} {file}: no format {file.suffix!r}; use {', '.join(FIGURE_SUFFIXES)}")
+        if file is not None and not single:
+            raise UsageError(f"{option} plots a single checkpoint; give one")
 
 
 def _note_idle(names: list[str], settings: Settings, density: Path | None) -> None:
@@ -275,8 +307,7 @@ def _measured_over(data: DataOptions, source: str | None, labeled: bool, quiet: 
 
     if source is None:
         return {"part": OWN_UNLABELED, "max_examples": data.max_examples}
-    examples, part, hint = opened(data, source, labeled)
-    note_reading(notes_console(quiet), [*([hint] if hint else []), *examples.notes], examples.skipped)
+    examples, part = opened_aloud(data, source, labeled, quiet)
     chosen = {"part": part, "max_examples": data.max_examples}
     return {**chosen, "data": examples.source, "labeled": labeled, **data.reading()}
 
@@ -292,8 +323,17 @@ def _draw_density(result: dict[str, Any], checkpoint: str, file: Path) -> None:
         )
 
 
+def _draw_layers(result: dict[str, Any], checkpoint: str, file: Path) -> None:
+    from gm_probe.analysis.layer_plot import layer_bars
+    from gm_probe.analysis.plots import write_figure
+
+    figure = layer_bars(result["layers"], checkpoint=checkpoint, num_examples=result["num_examples"])
+    write_figure(figure, [file])
+
+
 def _chosen(measures: str, protocol: str, labeled: bool, batch_dependent: bool) -> list[str]:
     names = [name.strip() for name in measures.split(",") if name.strip()]
+    names = expanded(names, labeled=labeled or batch_dependent, batch_dependent=batch_dependent)
     check_names(names, labeled=labeled or batch_dependent, batch_dependent=batch_dependent)
     names = names or default_measures(labeled=labeled, batch_dependent=batch_dependent)
     if protocol == "both" and "local_inconsistency" in names:

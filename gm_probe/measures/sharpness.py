@@ -17,8 +17,8 @@ from gm_probe.inconsistency.ascent import Maximum, ascend, kl_gradient, maximize
 from gm_probe.inconsistency.kl import kl_divergence
 from gm_probe.linalg.work import FORWARD, GRADIENT
 from gm_probe.measures.context import Measured, MeasurementContext, example_error
-from gm_probe.measures.outputs import parameter_norm
 from gm_probe.measures.settings import NOISE_STARTS
+from gm_probe.measures.weights import parameter_norm
 
 LOST = 0.1
 """Share of a perturbation that may be lost to rounding: of small networks S_ρ/ρ² then stays within a percent."""

@@ -35,18 +35,29 @@ class Parameters:
         model: wrappers around it are looked through (models.door).
         pattern: regular expression; only parameters in whose name it is found count, the others are constants.
         outputs: how what the model returns is read.
+        or_frozen: where all parameters are frozen, take these, to run the model without a derivative.
 
     Raises:
         UsageError: the model has none, or none of that name, or complex ones, or some of another dtype or on another
             device than others.
     """
 
-    def __init__(self, model: nn.Module, pattern: str = "", outputs: Outputs | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pattern: str = "",
+        outputs: Outputs | None = None,
+        *,
+        or_frozen: bool = False,
+    ) -> None:
         self.model = model = unwrapped(model)
         self.outputs = outputs or Outputs()
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not trainable:
-            raise UsageError("the model has no trainable parameters (all have requires_grad=False)")
+        self._frozen = not trainable
+        if or_frozen and not trainable:
+            trainable = dict(model.named_parameters())
+        if not or_frozen or not trainable:
+            self.require_trainable()
         try:
             self.named = {name: p for name, p in trainable.items() if re.search(pattern, name)}
         except re.error as error:
@@ -88,6 +99,11 @@ class Parameters:
         self.size = sum(self._sizes)
         if not self.size:
             raise UsageError(f"all selected parameters are empty: {', '.join(list(self.named)[:3])}")
+
+    def require_trainable(self) -> None:
+        """Raise UsageError where no parameter is, so that no derivative can be taken."""
+        if self._frozen:
+            raise UsageError("the model has no trainable parameters (all have requires_grad=False)")
 
     def check_finite(self) -> None:
         """Raise CheckpointError naming the first parameter or buffer that holds NaN or infinity.

@@ -14,9 +14,10 @@ from gm_probe.checks import whole
 from gm_probe.data.sources import require_source
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import read_toml
-from gm_probe.measures.catalogue import CATALOGUE, DEFAULT_MEASURES, check_names
+from gm_probe.measures.catalogue import check_names, default_measures, expanded
 from gm_probe.measures.settings import Settings
 from gm_probe.models.names import require_model_name
+from gm_probe.runs.catalogue import CATALOGUE
 from gm_probe.runtime.device_names import require_device_name
 from gm_probe.sweep.design import DESIGNS, points
 from gm_probe.training.config import SETTINGS, TrainConfig
@@ -197,8 +198,8 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
     if unknown:
         known = ("measures", "max_examples", "batch_size", *sorted(defaults))
         raise UsageError(f"recipe: no setting measure.{unknown[0]}; {did_you_mean(unknown[0], known)}")
-    default = [name for name in DEFAULT_MEASURES if not CATALOGUE[name].needs_labels]
-    names = _names("measure.measures", content.get("measures", default))
+    given = _names("measure.measures", content.get("measures", default_measures(labeled=False)))
+    names = tuple(expanded(given, labeled=False))
     for name in names:
         if name not in CATALOGUE:
             raise UsageError(f"recipe: no measure {name!r}; {did_you_mean(name, CATALOGUE)}")

@@ -12,31 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gm_probe.errors import DataError, UsageError, did_you_mean, printable
+from gm_probe.runs.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
     import pandas as pd
 
 GAPS = {"error_gap": "test error − train error", "ce_gap": "test CE − train CE"}
 KNOWN_MEASURES = (
-    "local_inconsistency",
-    "local_inconsistency_converged",
-    "fisher_lambda_max",
-    "fisher_trace",
-    "hessian_lambda_max",
-    "hessian_trace",
-    "hessian_lambda_min",
-    "effective_rank",
-    "local_inconsistency_adaptive",
-    "local_inconsistency_relative",
-    "local_inconsistency_batchwise",
-    "average_inconsistency",
-    "mean_entropy",
-    "mean_confidence",
-    "input_jacobian_norm",
-    "flip_rate",
-    "crop_rate",
-    "distance_from_initialization",
-    "parameter_norm",
+    *(name for name, listed in CATALOGUE.items() if not listed.needs_labels),
     "disagreement",
     "conditional_inconsistency",
     "inconsistency",
