@@ -277,7 +277,7 @@ def test_every_exclusion_is_listed_with_its_reason(page: Page) -> None:
     ]
     assert [row[3] for row in rows] == ["run-12", "run-13", "run-14", "run-01", "run-02"]
     assert len(page.table("runs")) == 13
-    told = "12 runs of 6 settings entered, 3 left out (1 diverged; 1 failed; 1 not measured)."
+    told = "12 runs of 6 settings entered, 3 left out (1 × diverged; 1 × failed; 1 × not measured)."
     assert told in page.texts("p", inside="header")
 
 

@@ -28,7 +28,7 @@ def leads(found: Correlations, grids: Grids) -> dict[str, str]:
 
 def entered(found: Correlations) -> str:
     table = found.runs
-    reasons = "; ".join(f"{len(runs):,} {reason}" for reason, runs in by_reason(table.excluded).items())
+    reasons = "; ".join(f"{len(runs):,} × {reason}" for reason, runs in by_reason(table.excluded).items())
     left_out = f"{len(table.excluded):,} left out ({reasons})" if reasons else "none left out"
     return f"{table.num_runs:,} runs of {found.num_settings:,} settings entered, {left_out}."
 
