@@ -14,6 +14,7 @@ import yaml
 from scipy.stats import kendalltau
 
 from gm_probe.analysis.correlation import correlate
+from gm_probe.cli import main
 from gm_probe.errors import DataError, StorageError, UsageError
 from gm_probe.tables.runs import load_table
 from gm_probe.tables.sources import beside
@@ -35,7 +36,7 @@ def check(table: RunTable) -> None:
     assert table.frame["lr"].tolist() == [float(rate) for rate in RATES]
     assert table.frame["seed"].tolist() == [0, 1] * 3
     assert [(gone.run, gone.reason) for gone in table.excluded] == [("run-6", "FAILED"), ("run-7", "deleted")]
-    assert correlate(table).get(table.measures[0], "error_gap").value == pytest.approx(
+    assert correlate(table, details=False).get("sharpness", "error_gap").value == pytest.approx(
         kendalltau(SHARP, GAPS).statistic
     )
 
@@ -401,5 +402,7 @@ def test_json_that_is_broken_is_one_line(tmp_path: Path, text: str, message: str
 def test_results_of_a_tracker_s_folder_are_written_beside_it(mlruns: Path, tmp_path: Path) -> None:
     assert beside(mlruns, "report.html") == tmp_path / "mlruns-report.html"
     assert beside(tmp_path / "t.csv", "correlate") == tmp_path / "t-correlate"
+    main(["report", str(mlruns), "--quiet"])
+    assert "1 × deleted" in (tmp_path / "mlruns-report.html").read_text()
     write(tmp_path / "runs" / "a" / "config.toml", "")
     assert beside(tmp_path / "runs", "correlate") == tmp_path / "runs" / "correlate"

@@ -130,7 +130,8 @@ def in_points(target: str) -> bool:
 
 def target_short(target: str) -> str:
     """Return a target's name in a sentence."""
-    return {"error_gap": "error gap", "ce_gap": "CE gap"}.get(target, target.replace("_", " "))
+    plain = target.replace("_", " ") if target.isidentifier() else target  # arithmetic stays as it was typed
+    return {"error_gap": "error gap", "ce_gap": "CE gap"}.get(target, plain)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.runs.records import RunRecord, read_run
+from gm_probe.tables.sources import holds_our_runs
 from gm_probe.tables.table import RunTable, show
 
 PACKAGES = ("gm_probe", "numpy", "scipy", "pandas", "matplotlib", "jinja2")
@@ -29,12 +30,12 @@ class Provenance:
 
 
 def read_records(table: RunTable) -> dict[str, RunRecord]:
-    """The records behind a table of run folders, under their names in the table; empty for a file's table.
+    """The records behind a table of run folders, under their names in the table; empty for any other table.
 
     Raises:
         StorageError: a run's file has become unreadable since the table was read.
     """
-    if not table.source.is_dir():
+    if not holds_our_runs(table.source):
         return {}
     return {run: read_run(run_folder(table, run)) for run in table.frame["run"]}
 

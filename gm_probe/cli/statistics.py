@@ -79,7 +79,8 @@ def _rows(
     labels = found.runs.labels.get(name)
     shown = symbol(name) + (f" ({labels} labels)" if labels else "") + "*" * bool(others)
     for group, tau in found.of(name, target, "tau").items():
-        meaning = f"{'larger' if (tau.value or 0) > 0 else 'smaller'} {target_short(target).split()[-1]}"
+        what = target_short(target).split()[-1] if target.isidentifier() else "gap"
+        meaning = f"{'larger' if (tau.value or 0) > 0 else 'smaller'} {what}"
         yield (
             _short(f"  {group}" if group else shown),
             _signed(tau.value),
@@ -178,6 +179,7 @@ def as_json(found: Correlations) -> dict[str, Any]:
         "excluded": excluded(runs.excluded),
         "excluded_by_reason": {reason: len(some) for reason, some in by_reason(runs.excluded).items()},
         "hyperparameters": list(runs.hyperparameters),
+        "columns_left_out": list(runs.left_out),
         "notes": [*runs.notes, *found.notes],
         "conclusion": list(found.conclusion),
         "measures": {

@@ -15,7 +15,7 @@ from gm_probe.runs.records import CONFIG, SWEEP, RunRecord, find_runs, read_grou
 from gm_probe.tables.expression import parse
 from gm_probe.tables.numerals import NOTHING, Numbers, finite
 from gm_probe.tables.readers import Sheet, read_sheet, tidied
-from gm_probe.tables.sources import require_source
+from gm_probe.tables.sources import holds_our_runs, require_source
 from gm_probe.tables.spreadsheets import run_table
 from gm_probe.tables.table import (
     BOOKKEEPING,
@@ -38,7 +38,6 @@ from gm_probe.tables.table import (
     show,
     unique,
 )
-from gm_probe.tables.trackers import tracker
 
 # What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
 # Whether pixels were normalised, not by what: that is the training data's own.
@@ -90,7 +89,7 @@ def load_table(
     if isinstance(source, pd.DataFrame):
         return run_table(FRAME, tidied(FRAME, Sheet(source.copy())), asked)
     require_source(source)
-    if source.is_dir() and tracker(source) is None:
+    if holds_our_runs(source):
         return _table_from_folders(source, asked)
     if not source.is_dir():
         try:

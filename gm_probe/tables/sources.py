@@ -13,9 +13,14 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", *trackers.
 TAKEN = "a folder of runs (gmprobe, MLflow, Lightning, Hugging Face), or a .csv, .tsv, .jsonl, .parquet or .db file"
 
 
+def holds_our_runs(source: Path) -> bool:
+    """Return whether ``source`` is a folder that no other tracker wrote."""
+    return source.is_dir() and trackers.tracker(source) is None
+
+
 def beside(source: Path, name: str) -> Path:
     """Where a result called ``name`` is written unless told: in a folder of our runs, else beside ``source``."""
-    if source.is_dir() and trackers.tracker(source) is None:
+    if holds_our_runs(source):
         return source / name
     whole = source if source.name else source.resolve()
     return whole.with_name(f"{whole.stem}-{name}")
@@ -24,7 +29,7 @@ def beside(source: Path, name: str) -> Path:
 def require_source(source: Path) -> None:
     """Raise UsageError unless ``source`` is a folder that holds a run, or a file that may be a table."""
     if source.is_dir():
-        if trackers.tracker(source) is None:
+        if holds_our_runs(source):
             find_runs(source)
     elif not source.exists():
         raise UsageError(f"{source} does not exist; give {TAKEN}")
