@@ -1,6 +1,6 @@
-"""How far `gmprobe estimate` is off, and how often its intervals cover, on public CIFAR-10 networks under shifts.
+"""How far `gmprobe estimate` is off, and how often its intervals cover, on CIFAR-10 networks under shifts.
 
-    python benchmarks/estimate_accuracy.py --checkpoints DIR --data CIFAR10_TEST_FOLDER --cache DIR
+    python benchmarks/estimate_accuracy.py --checkpoints DIR --runs RUNS --data CIFAR10_TEST_FOLDER --cache DIR
 
 The held-out shifts (benchmarks/held_out_shifts.py) belong to no family that the calibration uses. Label shift is made
 by drawing images with unequal class shares. All logits are kept under --cache, so that a second call goes on at once.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from cifar_resnet import resnet20, resnet56
 from held_out_shifts import held_out_shifts
+from scipy.stats import kendalltau
 
 from gm_probe.accuracy.calibration import sampling_error
 from gm_probe.accuracy.evidence import Evidence, Labeled
@@ -28,25 +29,48 @@ from gm_probe.accuracy.known import Known, know
 from gm_probe.accuracy.predictions import Predictions, predict
 from gm_probe.accuracy.ranking import Standing, separated
 from gm_probe.accuracy.readings import plausible, read
-from gm_probe.accuracy.scores import Reference, probabilities, scores_of
+from gm_probe.accuracy.scores import scores_of
 from gm_probe.accuracy.shares import skewed
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts
+from gm_probe.accuracy.verdict import Request, judge
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Examples, open_source
+from gm_probe.measures.measure import measure
+from gm_probe.measures.scores import Reference, probabilities
 from gm_probe.models.checkpoints import load_weights, read_checkpoint
+from gm_probe.models.loading import load_model
 
 NETWORKS = {"resnet20-12fca82f.th": resnet20, "resnet56-4bfd9763.th": resnet56}
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CPU = torch.device("cpu")
+SMALL, LARGE = 1000, 5000
+"""Images of the validation set and of a target; images of a large target."""
+AT_LARGE = {("impulse", 1), ("motion", 2), ("hue", 3), ("elastic", 2)}
+"""Shifts of which there are large targets, too."""
+
+Network = tuple[torch.nn.Module, Normalization]
 
 
-def sets(data: str, size: int, clean: int) -> dict[str, Examples]:
-    """Return a validation set, a target set to be shifted and a larger one that is not, which share no image."""
+def networks(checkpoints: Path, runs: Sequence[Path]) -> dict[str, Network]:
+    """Return the public networks, and those of finished runs of gmprobe, with what their inputs are normalised by."""
+    found: dict[str, Network] = {}
+    for name, build in NETWORKS.items():
+        model = build().eval()
+        load_weights(model, read_checkpoint(checkpoints / name))
+        found[name.partition("-")[0]] = model, IMAGENET
+    for run in runs:
+        checkpoint = read_checkpoint(run)
+        found[run.name] = load_model(checkpoint).eval(), checkpoint.normalization or Normalization()
+    return found
+
+
+def sets(data: str) -> dict[str, Examples]:
+    """Return a validation set, a target set to be shifted and one that is not, which share no image."""
     pool = open_source(data, labeled=True, decode=False).pool
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))
-    parts = order[:size], order[size : 2 * size], order[2 * size : 2 * size + clean]
-    names = ("validation", "target", "clean")
-    return {name: pool.select(part).in_memory() for name, part in zip(names, parts, strict=True)}
+    validation, small, large, clean = order.tensor_split([SMALL, 2 * SMALL, SMALL + LARGE])
+    parts = {"validation": validation, "target": small, "rest": large, "clean": clean}
+    return {name: pool.select(part).in_memory() for name, part in parts.items()}
 
 
 def conditions(found: dict[str, Examples]) -> Iterator[tuple[str, str, int, Examples]]:
@@ -56,6 +80,7 @@ def conditions(found: dict[str, Examples]) -> Iterator[tuple[str, str, int, Exam
     for kind, part, shifts in (
         ("calibration", "validation", synthetic_shifts(3)),
         ("held-out", "target", held_out_shifts()),
+        ("large", "rest", [one for one in held_out_shifts() if (one.family, one.strength) in AT_LARGE]),
     ):
         for shift in shifts:
             examples = found[part]
@@ -63,18 +88,14 @@ def conditions(found: dict[str, Examples]) -> Iterator[tuple[str, str, int, Exam
             yield kind, shift.family, shift.strength, replace(examples, x=x)
 
 
-def collect(checkpoints: Path, found: dict[str, Examples], cache: Path) -> None:
+def collect(models: dict[str, Network], found: dict[str, Examples], cache: Path) -> None:
     """Run every network over every condition, except where the cache has it."""
-    models = {}
-    for name, build in NETWORKS.items():
-        models[name] = build().eval()
-        load_weights(models[name], read_checkpoint(checkpoints / name))
     for kind, family, strength, examples in conditions(found):
-        for name, model in models.items():
+        for name, (model, normalization) in models.items():
             file = cache / f"{name}-{kind}-{family}-{strength}.pt"
             if file.exists():
                 continue
-            made = predict(model, Batches(examples, IMAGENET))
+            made = predict(model, Batches(examples, normalization))
             right = float((made.classes == examples.y).double().mean())
             torch.save({**asdict(made), "labels": examples.y}, file)
             print(f"{name:22s} {kind:12s} {family:12s} {strength} accuracy {right:.3f}", flush=True)
@@ -111,22 +132,41 @@ def drawn(found: Labeled, ratio: float | None, size: int | None, g: torch.Genera
     return Labeled(Predictions(found.predictions.logits[chosen]), labels[chosen])
 
 
-def targets(cache: Path, name: str, size: int | None, seed: int) -> Iterator[tuple[str, str, Labeled]]:
-    """Yield kind, name and set of every target; ``size`` None = as large as it can be."""
-    g = torch.Generator().manual_seed(seed)
-    clean = kept(cache, name, "clean")
-    for index in range(3):
-        yield "no shift", f"clean {index}", drawn(clean, None, size or 1000, g)
+def shifted_sets(cache: Path, name: str, size: int | None) -> list[tuple[str, Labeled]]:
+    """Return the targets under each held-out shift; those beyond ``SMALL`` images where ``size`` wants them."""
+    found = []
     for shift in held_out_shifts():
-        found = kept(cache, name, "held-out", shift.family, shift.strength)
-        yield "covariate", f"{shift.family} {shift.strength}", drawn(found, None, size, g)
+        place = shift.family, shift.strength
+        some = kept(cache, name, "held-out", *place)
+        if size is not None and size > SMALL:
+            if place not in AT_LARGE:
+                continue
+            more = kept(cache, name, "large", *place)
+            logits = torch.cat([some.predictions.logits, more.predictions.logits])
+            some = Labeled(Predictions(logits), torch.cat([some.labels, more.labels]))
+        found.append((f"{shift.family} {shift.strength}", some))
+    return found
+
+
+def targets(cache: Path, name: str, size: int | None, seed: int) -> Iterator[tuple[str, str, Labeled]]:
+    """Yield kind, name and set of every target.
+
+    Args:
+        size: 100, or ``LARGE``; None = 1,000, and fewer where the class shares are changed.
+    """
+    g = torch.Generator().manual_seed(seed)
+    clean, moved = kept(cache, name, "clean"), shifted_sets(cache, name, size)
+    whole = None if size is None or size > SMALL else size
+    for index in range(3):
+        yield "no shift", f"clean {index}", drawn(clean, None, min(size or SMALL, 3 * SMALL), g)
+    for shift, found in moved:
+        yield "covariate", shift, drawn(found, None, whole, g)
     for ratio in RATIOS:
         for index in range(4):
-            yield "label", f"ratio {ratio:g} draw {index}", drawn(clean, ratio, size, g)
-    for place, shift in enumerate(held_out_shifts()):
-        found = kept(cache, name, "held-out", shift.family, shift.strength)
+            yield "label", f"ratio {ratio:g} draw {index}", drawn(clean, ratio, whole, g)
+    for place, (shift, found) in enumerate(moved):
         ratio = RATIOS[(place + place // 3) % 3]
-        yield "both", f"{shift.family} {shift.strength} ratio {ratio:g}", drawn(found, ratio, size, g)
+        yield "both", f"{shift} ratio {ratio:g}", drawn(found, ratio, whole, g)
 
 
 def evaluate(cache: Path, name: str, size: int | None, seed: int) -> list[dict[str, Any]]:
@@ -217,12 +257,12 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 LABEL_DRAWS = 300
 
 
-def few_labels(cache: Path, seed: int) -> str:
+def few_labels(cache: Path, names: Sequence[str], seed: int) -> str:
     """Return a table of the 95 % intervals by few labels, on all unshifted and shifted sets of the networks."""
     g = torch.Generator().manual_seed(seed)
     kinds = [("clean", "none", 0), *(("held-out", one.family, one.strength) for one in held_out_shifts())]
     sets = []
-    for name in NETWORKS:
+    for name in names:
         own = kept(cache, name, "validation")
         temperature = Reference.of(own.predictions.logits, own.labels).temperature
         for kind in kinds:
@@ -247,9 +287,9 @@ def few_labels(cache: Path, seed: int) -> str:
 
 def pairs(cache: Path) -> str:
     """Say how often the two networks are put in the right order under covariate shift, and told apart."""
-    first, second = NETWORKS
+    first, second = names = "resnet20", "resnet56"
     learned, shifts = {}, {}
-    for name in NETWORKS:
+    for name in names:
         shifts[name] = tuple(
             (one.family, kept(cache, name, "calibration", one.family, one.strength))
             for one in synthetic_shifts(3)
@@ -259,7 +299,7 @@ def pairs(cache: Path) -> str:
         learned[name] = know(evidence, [None] * (1 + len(shifts[name])), 0)
     right = apart = wrong = 0
     for shift in held_out_shifts():
-        found = {name: kept(cache, name, "held-out", shift.family, shift.strength) for name in NETWORKS}
+        found = {name: kept(cache, name, "held-out", shift.family, shift.strength) for name in names}
         keys = plausible([(learned[name], one.predictions) for name, one in found.items()])
         standings = []
         for name, one in found.items():
@@ -278,6 +318,63 @@ def pairs(cache: Path) -> str:
     )
 
 
+CURVATURE = ("local_inconsistency", "fisher_trace", "fisher_lambda_max")
+MEASURED = 250
+"""Images of a target on which the curvature is measured."""
+
+
+def curvature(models: dict[str, Network], found: dict[str, Examples], cache: Path) -> None:
+    """Measure S_ρ, tr F and λ_max(F) of every model on unlabeled images of the ranking's targets."""
+    shifts = [one for one in held_out_shifts() if (one.family, one.strength) in AT_LARGE]
+    for shift in (None, *shifts):
+        some = found["target"].select(torch.arange(MEASURED))
+        if shift is not None:
+            some = replace(some, x=shifted(some.x, shift, seed=0, device=CPU))
+        for name, (model, normalization) in models.items():
+            family, strength = ("none", 0) if shift is None else (shift.family, shift.strength)
+            file = cache / f"{name}-curvature-{family}-{strength}.json"
+            if not file.exists():
+                report = measure(model, Batches(some.unlabeled(), normalization), CURVATURE)
+                file.write_text(json.dumps({key: row.value for key, row in report.rows.items()}))
+
+
+def ranking(cache: Path, names: Sequence[str]) -> str:
+    """Return a table of Kendall's τ with the order of true accuracies of the models ``names``."""
+    columns = ["estimate", "average_confidence", "agreement", "atc", "cot", *CURVATURE]
+    lines = ["| target | accuracy | error | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
+    every = []
+    shifts = tuple((one.family, one.strength) for one in synthetic_shifts(3))
+    for family, strength in (("none", 0), *sorted(AT_LARGE)):
+        evidence, truth = [], []
+        for name in names:
+            if family == "none":
+                clean = kept(cache, name, "clean")
+                found = Labeled(Predictions(clean.predictions.logits[:SMALL]), clean.labels[:SMALL])
+            else:
+                found = kept(cache, name, "held-out", family, strength)
+            moved = tuple((one, kept(cache, name, "calibration", one, level)) for one, level in shifts)
+            evidence.append(Evidence(name, found.predictions, kept(cache, name, "validation"), shifted=moved))
+            truth.append(found.accuracy)
+        rows = {row.name: row for row in judge(evidence, Request()).models}
+        values = []
+        for name in names:
+            row = rows[name]
+            assert row.accuracy is not None
+            sharp = json.loads((cache / f"{name}-curvature-{family}-{strength}.json").read_text())
+            scores = [
+                row.estimators[key]["score"] for key in ("average_confidence", "agreement", "atc", "cot")
+            ]
+            values.append([row.accuracy.value, *scores, *(-sharp[key] for key in CURVATURE)])
+        table = np.array(values).T
+        taus = [kendalltau(column, truth).statistic for column in table]
+        every.append(taus)
+        error = 100 * np.abs(table[0] - truth).mean()
+        head = f"| {family} {strength or ''} | {min(truth):.2f} to {max(truth):.2f} | {error:.1f} | "
+        lines.append(head + " | ".join(f"{tau:+.2f}" for tau in taus) + " |")
+    lines.append("| mean | | | " + " | ".join(f"{tau:+.2f}" for tau in np.mean(every, 0)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -285,10 +382,8 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, required=True)
     parser.add_argument("--data", required=True, help="Folder of class folders of CIFAR-10 test images.")
     parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument(
-        "--size", type=int, default=1000, help="Images of the validation and of the target set."
-    )
-    parser.add_argument("--clean", type=int, default=2000, help="Unshifted images for label shift.")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="Run folders of gmprobe's.")
+    parser.add_argument("--ranked", nargs="*", default=[], help="Names of runs of one family to rank.")
     parser.add_argument(
         "--seed", type=int, default=1, help="Of the images that are drawn from the cached ones."
     )
@@ -296,16 +391,20 @@ def main() -> None:
     given = parser.parse_args()
     given.cache.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    collect(given.checkpoints, sets(given.data, given.size, given.clean), given.cache)
-    for size in (None, 100):
-        rows = [row for name in NETWORKS for row in evaluate(given.cache, name, size, given.seed)]
+    models, found = networks(given.checkpoints, given.runs), sets(given.data)
+    collect(models, found, given.cache)
+    curvature({name: models[name] for name in given.ranked}, found, given.cache)
+    for size in (None, 100, LARGE):
+        rows = [row for name in models for row in evaluate(given.cache, name, size, given.seed)]
         (given.cache / f"rows-{size or 'all'}-{given.seed}.json").write_text(json.dumps(rows))
         if size is None and given.picture is not None:
             draw(rows, given.picture)
-        sizes = "300 to 2,000" if size is None else size
+        sizes = {None: "300 to 1,000", 100: "100", LARGE: "1,000 to 5,000"}[size]
         print(f"\nunlabeled sets of {sizes} images\n\n{table(rows)}", flush=True)
     print(f"\n{pairs(given.cache)}")
-    print(f"\nfew labels, {LABEL_DRAWS} draws each\n\n{few_labels(given.cache, given.seed)}")
+    print(f"\nfew labels, {LABEL_DRAWS} draws each\n\n{few_labels(given.cache, list(models), given.seed)}")
+    if given.ranked:
+        print(f"\nranking\n\n{ranking(given.cache, given.ranked)}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.accuracy.predictions import POWER, predict
-from gm_probe.accuracy.scores import (
+from gm_probe.accuracy.predictions import predict
+from gm_probe.accuracy.scores import scores_of
+from gm_probe.data.batches import Batches
+from gm_probe.measures.last_layer import POWER
+from gm_probe.measures.scores import (
     Reference,
     atc_threshold,
     effective_invariance,
@@ -20,10 +23,8 @@ from gm_probe.accuracy.scores import (
     mano,
     negative_entropy,
     nuclear_norm,
-    scores_of,
 )
-from gm_probe.accuracy.transport import transport
-from gm_probe.data.batches import Batches
+from gm_probe.measures.transport import transport
 
 
 def outputs(rows: int, classes: int, scale: float, seed: int = 0) -> Tensor:
@@ -91,7 +92,7 @@ def test_atc_by_hand() -> None:
 def test_effective_invariance_by_hand() -> None:
     p = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
     mirrored = torch.tensor([[0.4, 0.6], [0.5, 0.5 + 1e-9], [0.7, 0.3]])
-    found = effective_invariance(p, mirrored)
+    found = float(effective_invariance(p, mirrored).mean())
     tie = math.sqrt(0.8 * 0.5) if int(mirrored[1].argmax()) == 1 else 0.0
     assert found == pytest.approx((tie + math.sqrt(0.6 * 0.7)) / 3, rel=1e-6)
 

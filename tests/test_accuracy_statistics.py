@@ -15,7 +15,8 @@ from gm_probe.accuracy.few_labels import (
     paired_difference,
     prediction_powered,
 )
-from gm_probe.accuracy.shares import Corrected, counted_shares, em_shares, rejected, same_shares, skewed
+from gm_probe.accuracy.shares import Corrected, em_shares, rejected, same_shares, skewed
+from gm_probe.measures.scores import counted_shares
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -134,7 +134,7 @@ def test_run_folders_exclude_with_counted_reasons(capsys: pytest.CaptureFixture[
         {"run": "run-5", "reason": "failed"},
     ]
     assert "excluded 3 of 6 runs (2 diverged; 1 failed); --json names them" in err
-    assert "hyperparameters that vary over the runs: weight_decay" in err
+    assert "hyperparameters that vary: weight_decay" in err
 
 
 def test_machine_output_writes_a_figure_on_request_only(
@@ -251,7 +251,7 @@ def test_quiet_silences_stderr_and_notes_name_the_figure(
     assert err == ""
     _, _, err = run(capsys, str(table))
     assert str(table.with_name("table-correlate.png")) in err
-    assert "measures used: local_inconsistency, fisher_trace" in err
+    assert "measures: local_inconsistency, fisher_trace" in err
 
 
 def test_figure_path_chooses_the_format(capsys: pytest.CaptureFixture[str], table: Path) -> None:
@@ -299,7 +299,7 @@ def test_a_missing_source_or_gap_is_a_usage_error(capsys: pytest.CaptureFixture[
     ("text", "message"),
     [
         ("", "is empty"),
-        ("a,b\n1,2\n", "it has: a, b"),
+        ("a,b\n1,2\n", "It has: a, b"),
         ("error_gap,m\n1,2\n", "1 usable run; a rank correlation needs at least 2"),
         ("error_gap,m\n1,x\n2,3\n", "no numeric column"),
         ("error_gap,fisher_trace\n1,x\n2,3\n", "row 1 holds 'x', which is not a number"),

@@ -179,6 +179,32 @@ def test_bad_input_is_one_line(
     assert err.count("\n") == 1
 
 
+def test_groups_of_measures_and_one_working_process(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--validation", "validation.npz", "--measures", "outputs", "--json")
+    code, out, err = estimated(prepared, monkeypatch, capsys, *options)
+    assert code == 0, err
+    for row in json.loads(out)["checkpoints"]:
+        assert row["measures"]["cot"]["value"] == pytest.approx(row["estimators"]["cot"]["score"], rel=1e-4)
+        assert "effective_invariance" in row["estimators"]
+    monkeypatch.setenv("RANK", "1")  # the second of the processes that torchrun started
+    assert estimated(prepared, monkeypatch, capsys, *options) == (0, "", "")
+
+
+def test_outputs_that_are_not_finite_name_the_checkpoint(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = torch.load(prepared / "good.pt", weights_only=True)
+    torch.save(
+        {key: (value * 1e38).clamp(-3e38, 3e38) for key, value in weights.items()},
+        prepared / "overflowing.pt",
+    )
+    code, _, err = estimated(prepared, monkeypatch, capsys, models=("good.pt", "overflowing.pt"))
+    assert (code, err.count("\n")) == (5, 1)
+    assert "overflowing.pt: the model's output on example" in err
+
+
 def test_small_and_shared_sets_are_said(
     prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

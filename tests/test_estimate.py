@@ -225,6 +225,41 @@ def test_notes_on_sets_that_mislead(world: World) -> None:
     assert any("makes no error on the 400 validation examples" in line for line in trained.notes)
 
 
+def test_a_validation_set_of_other_labels_or_too_few_classes_is_noted(world: World) -> None:
+    v = world.validation
+    numbered = Examples(v.x, (v.y + 1) % 10, (), "numbered otherwise")
+    report = gm_probe.estimate(world.models["good"], batches(world.target), validation=batches(numbered))
+    assert any("no better than chance (10.0 %)" in line for line in report.notes)
+    lacking = v.select((v.y != 2).nonzero()[:, 0])
+    report = gm_probe.estimate(world.models["good"], batches(world.target), validation=batches(lacking))
+    assert any("no example of 1 of 10 classes (the first: index 2)" in line for line in report.notes)
+
+
+def test_a_yes_or_no_model_is_a_classifier_of_two_classes(world: World) -> None:
+    """With the logits 0 and z of its two classes."""
+    torch.manual_seed(0)
+    one, two = nn.Linear(64, 1), nn.Linear(64, 2)
+    with torch.no_grad():
+        two.weight.copy_(torch.cat([torch.zeros(1, 64), one.weight]))
+        two.bias.copy_(torch.cat([torch.zeros(1), one.bias]))
+    v = world.validation
+    with torch.no_grad():
+        y = (one(v.x.flatten(1).float() / 255)[:, 0] > 0).long()
+    y[:100] = 1 - y[:100]
+    even = Examples(v.x, y, (), "yes or no")
+
+    def scores(layer: nn.Linear, head: str) -> Any:
+        how = gm_probe.Outputs(head=head)
+        found = gm_probe.estimate(
+            nn.Sequential(nn.Flatten(), layer), batches(world.target), validation=batches(even), outputs=how
+        )
+        return {name: one["score"] for name, one in found.models[0].estimators.items()}
+
+    binary, both = scores(one, "binary"), scores(two, "classifier")
+    assert {"atc", "cot", "nuclear_norm"} <= set(binary)
+    assert binary == pytest.approx({name: both[name] for name in binary}, rel=1e-4)
+
+
 def test_models_that_cannot_be_estimated(world: World) -> None:
     with pytest.raises(UsageError, match="no model is given"):
         gm_probe.estimate([], batches(world.target))
@@ -383,4 +418,4 @@ def test_class_folders_of_other_classes_are_refused(
             Image.fromarray(world.target.x[number, 0].numpy()).save(folder / f"{number}.png")
     code, _, err = run("gmprobe estimate good.pt --unlabeled target.npz --validation val -q", capsys)
     assert code == 4
-    assert "other classes" in err
+    assert "val has classes class0, class1, class2 but good.pt was trained on" in err

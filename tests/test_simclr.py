@@ -33,7 +33,7 @@ from gm_probe.tables.runs import load_table
 from gm_probe.training import run_splits
 from gm_probe.training.linear_probe import BATCH, LR, fit, linear_probe
 from gm_probe.training.loop import train
-from gm_probe.training.rules import METHODS
+from gm_probe.training.methods import METHODS
 from gm_probe.training.run import Training
 from gm_probe.training.run_splits import own_unlabeled
 from gm_probe.training.views import draw_views, see

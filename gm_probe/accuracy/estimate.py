@@ -10,21 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.accuracy.evidence import Evidence, gather
-from gm_probe.accuracy.report import EstimateReport
+from gm_probe.accuracy.report import MIRRORED, EstimateReport
 from gm_probe.accuracy.sets import examine
 from gm_probe.accuracy.verdict import Request, judge
 from gm_probe.data.batches import Batches
 from gm_probe.data.collecting import Data, as_batches
 from gm_probe.errors import UsageError, one_device
-from gm_probe.measures.catalogue import check_names
+from gm_probe.measures.catalogue import check_names, expanded
 from gm_probe.measures.measure import measure
 from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs
 from gm_probe.models.layout import in_layout_taken
 from gm_probe.models.parameters import Parameters
-
-EXTRA = "effective_invariance"
-"""An estimator that takes a second pass over every set, and so is computed on demand only."""
 
 
 @one_device()
@@ -55,7 +52,7 @@ def estimate(
             ``Examples`` with a ``Normalization``.
         class_shares: of the unlabeled data: ``validation`` (those of the validation set), ``uniform``, ``estimated``
             (by EM), or K numbers. ``auto`` tests whether they changed, and shows both readings where it cannot tell.
-        measures: names of ``MEASURES`` to add to each row, or ``effective_invariance``.
+        measures: names of ``MEASURES`` or of their groups, to add to each row.
         level: of every interval.
         settings: of the measures, and the seed of every random draw.
         notify: called with a model's name and the number of examples that it has done.
@@ -67,7 +64,7 @@ def estimate(
     settings = settings or Settings()
     named = _named(models)
     request = Request.of(class_shares, level, settings.seed)
-    extra = [name for name in measures if name != EXTRA]
+    extra = [name for name in expanded(measures, labeled=False) if name != MIRRORED]
     check_names(extra, labeled=False)
     target = as_batches(unlabeled)
     labeled = [None if data is None else as_batches(data) for data in (validation, few_labels)]
@@ -83,13 +80,13 @@ def estimate(
                 own,
                 *(None if one is None else _fitted(model, one) for one in labeled),
                 outputs=outputs,
-                mirror=EXTRA in measures,
+                mirror=MIRRORED in measures,
                 seed=settings.seed,
                 notify=None if notify is None else partial(notify, name),
             )
         )
         if extra:
-            report = measure(model, own, extra, settings, outputs=outputs)
+            report = measure(model, own, extra, settings, outputs=outputs, validation=labeled[0])
             rows[name] = {key: row.as_dict() for key, row in report.rows.items()}
     return judge(evidence, request, rows, notes)
 
@@ -112,5 +109,5 @@ def _named(models: nn.Module | Mapping[str, nn.Module] | Sequence[nn.Module]) ->
 
 def _fitted(model: nn.Module, batches: Batches) -> Batches:
     """Return ``batches`` on the model's device, in its dtype and memory format."""
-    parameters = Parameters(model)
+    parameters = Parameters(model, or_frozen=True)
     return in_layout_taken(model, batches.on(parameters.device).of_dtype(parameters.dtype))

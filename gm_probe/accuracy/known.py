@@ -11,9 +11,10 @@ from torch import Tensor
 from gm_probe.accuracy.calibration import Calibration, Row, as_it_is, fitted
 from gm_probe.accuracy.evidence import Evidence, Labeled
 from gm_probe.accuracy.predictions import Predictions
-from gm_probe.accuracy.scores import ESTIMATORS, Reference, probabilities, scores_of
-from gm_probe.accuracy.shares import Corrected, counted_shares, em_shares, rejected, skewed
-from gm_probe.accuracy.transport import transport
+from gm_probe.accuracy.scores import ESTIMATORS, scores_of
+from gm_probe.accuracy.shares import Corrected, em_shares, rejected, skewed
+from gm_probe.measures.scores import Reference, counted_shares, probabilities
+from gm_probe.measures.transport import transport
 
 HALVES = 20
 """Random halves of a validation set that cannot be shifted."""

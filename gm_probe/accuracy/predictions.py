@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,8 @@ from gm_probe.data.memory import within_memory
 from gm_probe.errors import DataError, DivergedError, UsageError, foreign_or
 from gm_probe.linalg.work import Work
 from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.last_layer import LastLayer
+from gm_probe.measures.scores import by_class
 from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs
 from gm_probe.models.parameters import Parameters, evaluating
@@ -22,8 +23,6 @@ from gm_probe.runtime.randomness import generators_kept
 
 CHECKED = 64
 """Examples on which the model is looked at before the pass: its outputs are finite, repeatable and independent."""
-POWER = 0.3
-"""The power p of the gradient's length; small ones tell best (Xie et al. 2024, GdScore)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +32,7 @@ class Predictions:
     Attributes:
         logits: (N, K), float32 on the CPU.
         mirrored: (N, K) logits of the mirror images; None = not taken.
-        dispersion: log of the mean squared distance of the predicted classes' mean features from the overall mean, a
-            feature being an input of the last layer; None where the last layer is no nn.Linear.
-        gradient_norm: (mean |g|^p)^(1/p) over the entries g of the gradient of the cross-entropy with predicted labels
-            by the last layer's weights; likewise.
+        dispersion, gradient_norm: as ``LastLayer`` gives them.
     """
 
     logits: Tensor
@@ -57,8 +53,8 @@ def require_fit(model: nn.Module, batches: Batches, outputs: Outputs | None) -> 
         UsageError: not one row of logits for each example, independent of the other examples.
         CheckpointError, DataError, DivergedError: as ``MeasurementContext.logits`` raises them.
     """
-    if outputs is not None and outputs.head != "classifier":
-        raise UsageError(f"accuracy can be estimated for exclusive classes only, not for head {outputs.head}")
+    if outputs is not None and outputs.head == "multilabel":
+        raise UsageError("accuracy is estimated for exclusive classes, and head multilabel has none")
     few = batches.examples.select(torch.arange(min(CHECKED, batches.num_examples)))
     with evaluating(model), float32_products():
         context = MeasurementContext(model, batches.over(few), Settings(), Work(len(few)), outputs=outputs)
@@ -95,10 +91,10 @@ def predict(
 def _one_pass(
     model: nn.Module, batches: Batches, outputs: Outputs | None, mirror: bool, notify: Callable[[int], None]
 ) -> Predictions:
-    parameters = Parameters(model, outputs=outputs)
+    parameters = Parameters(model, outputs=outputs, or_frozen=True)
     rows: list[Tensor] = []
     mirrored: list[Tensor] = []
-    sums = LastLayer()
+    last = LastLayer()
     start = 0
     for batch in batches:
         some = f"examples {start} to {start + len(batch.x) - 1} of {batches.examples.source}"
@@ -108,12 +104,13 @@ def _one_pass(
                 f"the model failed on {some}: {cause}. Check the input's shape, dtype and device"
             )
 
-        with foreign_or(fails), _linear_inputs(parameters.model) as seen:
-            logits = parameters.logits(batch.x)
-            sums.add(logits, seen)
+        with foreign_or(fails):
+            with last.watching(parameters.model):
+                logits = by_class(parameters.logits(batch.x))
+            last.add(logits)
             rows.append(logits.float().cpu())
             if mirror:
-                mirrored.append(parameters.logits(batch.x.flip(-1)).float().cpu())
+                mirrored.append(by_class(parameters.logits(batch.x.flip(-1))).float().cpu())
         if not bool(torch.isfinite(rows[-1]).all()):
             row = start + int((~torch.isfinite(rows[-1])).any(1).nonzero()[0])
             raise DivergedError(
@@ -122,67 +119,4 @@ def _one_pass(
             )
         start += len(batch.x)
         notify(len(batch.x))
-    return Predictions(
-        torch.cat(rows), torch.cat(mirrored) if mirror else None, sums.dispersion(), sums.gradient_norm()
-    )
-
-
-@contextmanager
-def _linear_inputs(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect inputs and outputs of every nn.Linear that runs within, in their order."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if args and args[0].dim() == 2:
-            seen[:] = [(args[0], output)]  # only the last one is needed
-
-    handles = [
-        module.register_forward_hook(hook) for module in model.modules() if isinstance(module, nn.Linear)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class LastLayer:
-    """Sums over examples of what the last layer's inputs h (B, D) and outputs z (B, K) tell."""
-
-    def __init__(self) -> None:
-        self.known, self.count = True, 0
-        self.gradient: Tensor | None = None  # (K, D) sum of (p − onehot) hᵀ
-        self.sums: Tensor | None = None  # (K, D) sum of h by predicted class
-        self.counts: Tensor | None = None  # (K,) predicted classes
-
-    def add(self, logits: Tensor, seen: list[tuple[Tensor, Tensor]]) -> None:
-        """Add a batch; ``seen`` holds the last linear layer's input and output."""
-        if not (
-            self.known and seen and seen[-1][1].shape == logits.shape and torch.equal(seen[-1][1], logits)
-        ):
-            self.known = False
-            return
-        features = seen[-1][0].double()
-        classes = nn.functional.one_hot(logits.argmax(1), logits.shape[1]).double()
-        gradient = (logits.double().softmax(1) - classes).T @ features
-        sums, counts = classes.T @ features, classes.sum(0)
-        self.gradient = gradient if self.gradient is None else self.gradient + gradient
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.counts = counts if self.counts is None else self.counts + counts
-        self.count += len(logits)
-
-    def gradient_norm(self) -> float | None:
-        """Return the p-mean of the gradient's entries."""
-        if not self.known or self.gradient is None:
-            return None
-        return float((self.gradient / self.count).abs().pow(POWER).mean().pow(1 / POWER))
-
-    def dispersion(self) -> float | None:
-        """Return log of Σ_k (n_k / N) ‖μ_k − μ‖²; None where there is no spread, as of a single class."""
-        if not self.known or self.sums is None or self.counts is None:
-            return None
-        held = self.counts > 0
-        means = self.sums[held] / self.counts[held, None]
-        away = (means - self.sums.sum(0) / self.count).square().sum(1)
-        spread = float((self.counts[held] / self.count * away).sum())
-        return torch.tensor(spread).log().item() if spread > 0 else None
+    return Predictions(torch.cat(rows), torch.cat(mirrored) if mirror else None, *last.scores(batches.device))

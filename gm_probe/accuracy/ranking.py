@@ -21,7 +21,7 @@ from gm_probe.accuracy.report import (
     Suggestion,
     percent,
 )
-from gm_probe.accuracy.scores import probabilities
+from gm_probe.measures.scores import probabilities
 
 UNLABELED_ORDER = ("agreement", "average_confidence", "nuclear_norm")
 """Scores whose mean rank orders models of which nothing labeled is known; the larger the better."""

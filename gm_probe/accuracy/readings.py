@@ -13,12 +13,15 @@ from gm_probe.accuracy.calibration import sampling_error
 from gm_probe.accuracy.known import Known, Signs
 from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.report import Accuracy
-from gm_probe.accuracy.scores import ESTIMATORS, probabilities
+from gm_probe.accuracy.scores import ESTIMATORS
 from gm_probe.accuracy.shares import same_shares
-from gm_probe.accuracy.transport import transport
+from gm_probe.measures.scores import probabilities
+from gm_probe.measures.transport import transport
 
 NEAREST = 5
 """Synthetic shifts of the most similar confidence, with which an unlabeled set is compared."""
+ENOUGH = 9
+"""Shifts with smaller gaps that make a gap unlikely (below 1 in 10) for a shift of their kind."""
 SAME, CHANGED, GIVEN = "validation", "estimated", "given"
 """The readings: class shares as in the validation set, as EM finds them, or as the user says."""
 
@@ -84,7 +87,8 @@ def _plausible(known: Known, predictions: Predictions) -> list[str]:
 
     Under a shift that leaves the class shares as they are, EM still finds others, with which COT is larger. How much
     larger is known of the synthetic shifts: of those that a test on the confidences does not tell from a change of the
-    shares, or of the most similar ones that it does. A larger gap than any of these speaks for changed shares.
+    shares, or of the most similar ones that it does. Where the test does, EM's assumption fails, and its reading only
+    widens the interval. A gap larger than of ``ENOUGH`` shifts that it does not tell rules the other reading out.
     """
     if same_shares(predictions.classes, known.validation.predictions.classes, len(known.shares)):
         return [SAME]
@@ -95,9 +99,9 @@ def _plausible(known: Known, predictions: Predictions) -> list[str]:
     gaps = [one.gap for one in alike]
     if gaps and signs.gap <= min(gaps):
         return [SAME]
-    if gaps and signs.gap <= max(gaps):
+    if signs.rejected or (gaps and signs.gap <= max(gaps)):
         return [SAME, CHANGED]
-    return [CHANGED, SAME] if signs.rejected else [CHANGED]
+    return [CHANGED] if len(gaps) >= ENOUGH else [CHANGED, SAME]
 
 
 def _calibrated(

@@ -1,10 +1,18 @@
-"""What an estimate is: one model's accuracy with its interval, its row, and the report over all models."""
+"""What an estimate is: one model's accuracy with its interval, its row, and the report over all models.
+
+It imports no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+CLASS_SHARES = ("auto", "validation", "uniform", "estimated")
+"""What the class shares of the unlabeled data may be said to be, beside numbers."""
+MIRRORED = "effective_invariance"
+"""An estimator that takes a second pass over every set, and so is computed on demand only."""
 
 
 @dataclass(frozen=True, slots=True)

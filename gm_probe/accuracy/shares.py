@@ -20,11 +20,6 @@ CRITICAL = 1.36
 """Kolmogorov-Smirnov's statistic times √n at the 5 % level."""
 
 
-def counted_shares(labels: Tensor, classes: int) -> Tensor:
-    """Return the shares (K,) of the labels (N,)."""
-    return labels.bincount(minlength=classes).double() / len(labels)
-
-
 @dataclass(frozen=True, slots=True)
 class Corrected:
     """Bias-corrected temperature scaling softmax(s z + b): what EM needs to find the class shares (Alexandari 2020)."""

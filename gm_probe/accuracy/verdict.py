@@ -17,13 +17,12 @@ from gm_probe.accuracy.known import Known, know
 from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.ranking import Standing, conclude
 from gm_probe.accuracy.readings import plausible, read
-from gm_probe.accuracy.report import Accuracy, EstimateReport, ModelEstimate
-from gm_probe.accuracy.scores import probabilities, scores_of
+from gm_probe.accuracy.report import CLASS_SHARES, Accuracy, EstimateReport, ModelEstimate, percent
+from gm_probe.accuracy.scores import scores_of
 from gm_probe.checks import real
 from gm_probe.errors import DataError, UsageError, did_you_mean
+from gm_probe.measures.scores import probabilities
 
-CHOICES = ("auto", "validation", "uniform", "estimated")
-"""What class shares may be, beside numbers."""
 NOT_IDENTIFIABLE = (
     "accuracy on unlabeled data is not identifiable without labeled data of the training distribution; give a "
     "validation set"
@@ -32,7 +31,7 @@ NOT_IDENTIFIABLE = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """How to estimate: class shares (K,) or one of ``CHOICES``, the level of intervals, the seed."""
+    """How to estimate: class shares (K,) or one of ``CLASS_SHARES``, the level of intervals, the seed."""
 
     choice: str = "auto"
     shares: Tensor | None = None
@@ -48,8 +47,10 @@ class Request:
         """
         level = real("level", level, above=0, below=1)
         if isinstance(class_shares, str):
-            if class_shares not in CHOICES:
-                raise UsageError(f"no class shares {class_shares!r}; {did_you_mean(class_shares, CHOICES)}")
+            if class_shares not in CLASS_SHARES:
+                raise UsageError(
+                    f"no class shares {class_shares!r}; {did_you_mean(class_shares, CLASS_SHARES)}"
+                )
             return cls(class_shares, None, level, seed)
         try:
             shares = torch.as_tensor(np.asarray(class_shares, dtype=float))
@@ -140,7 +141,7 @@ def judge(
                 1.0 if known is None else known.reference.temperature,
             )
         )
-    notes = [*notes, *_faultless(evidence), *_too_few(everyone, default, request.level)]
+    notes = [*notes, *_doubts(evidence), *_too_few(everyone, default, request.level)]
     return conclude(rows, standings, agreement, request.level, request.seed, notes)
 
 
@@ -158,14 +159,32 @@ def _too_few(everyone: Sequence[Known | None], default: str | None, level: float
     ]
 
 
-def _faultless(evidence: Sequence[Evidence]) -> list[str]:
-    """A note for each model that makes no validation error, as models do on what they were trained on."""
-    return [
-        f"{one.name} makes no error on the {len(one.validation.labels):,} validation examples; if it was "
-        "trained on them, its estimate is worthless. Give held-out examples"
-        for one in evidence
-        if one.validation is not None and one.validation.accuracy == 1
-    ]
+def _doubts(evidence: Sequence[Evidence]) -> list[str]:
+    """Notes on a validation set that the models seem to be trained on, do not fit, or that lacks classes."""
+    notes = []
+    for one in evidence:
+        if one.validation is None:
+            continue
+        accuracy, chance = one.validation.accuracy, 1 / one.num_classes
+        if accuracy == 1:
+            notes.append(
+                f"{one.name} makes no error on the {len(one.validation.labels):,} validation examples; if it was "
+                "trained on them, its estimate is worthless. Give held-out examples"
+            )
+        elif accuracy <= chance:
+            notes.append(
+                f"{one.name} is right on {percent(accuracy)} of the validation examples, no better than chance "
+                f"({percent(chance)}). Check that its classes are numbered as the labels are"
+            )
+    known = evidence[0].validation
+    counts = None if known is None else known.labels.bincount(minlength=evidence[0].num_classes)
+    if counts is not None and not bool(counts.all()):
+        missing = (counts == 0).nonzero()[:, 0].tolist()
+        notes.append(
+            f"the validation set has no example of {len(missing)} of {len(counts)} classes (the first: index "
+            f"{missing[0]}). Estimates assume that the unlabeled data has none either"
+        )
+    return notes
 
 
 def _known(evidence: Sequence[Evidence], request: Request) -> list[Known | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,6 +57,8 @@ def correlate(
     targets: Sequence[str] = (),
     group_by: Sequence[str] = (),
     controls: Sequence[str] = (),
+    gap: str = "both",
+    seed_column: str = "",
     converged_only: bool = False,
     details: bool = True,
 ) -> Correlations:
@@ -65,7 +66,7 @@ def correlate(
 
     Args:
         source: a folder of runs, a file or a DataFrame with one run a row, or what ``load_table`` made of one.
-        measures, hyperparameters, converged_only: which columns and runs enter; see ``load_table``.
+        measures, hyperparameters, gap, seed_column, converged_only: which columns and runs enter; see ``load_table``.
         targets: columns to correlate with, or ``test_accuracy``; empty: the gaps.
         group_by: hyperparameters whose values form subgroups.
         controls: columns to take partial τ given; empty: the usual ones and the hyperparameters.
@@ -79,7 +80,15 @@ def correlate(
     table = (
         source
         if isinstance(source, RunTable)
-        else _load(source, measures, hyperparameters, group_by, converged_only=converged_only)
+        else load_table(
+            source if isinstance(source, pd.DataFrame) else Path(source),
+            measures,
+            hyperparameters,
+            group_by,
+            gap=gap,
+            seed_column=seed_column,
+            converged_only=converged_only,
+        )
     )
     group_by, controls = table.named(group_by), table.named(controls)
     _require_runs(table)
@@ -117,23 +126,6 @@ def correlate(
         warnings={name: measure_warnings(table, name) for name in table.measures},
     )
     return replace(result, conclusion=conclude(result))
-
-
-def _load(
-    source: pd.DataFrame | Path | str,
-    measures: Sequence[str],
-    hyperparameters: Sequence[str],
-    group_by: Sequence[str],
-    *,
-    converged_only: bool,
-) -> RunTable:
-    if not isinstance(source, pd.DataFrame):
-        return load_table(Path(source), measures, hyperparameters, group_by, converged_only=converged_only)
-    with tempfile.TemporaryDirectory() as folder:  # so that a frame is read by the same rules as its file
-        path = Path(folder) / "DataFrame.csv"
-        source.to_csv(path, index=False)
-        table = load_table(path, measures, hyperparameters, group_by, converged_only=converged_only)
-    return replace(table, source=Path(path.name))
 
 
 def _require_runs(table: RunTable) -> None:

@@ -1,10 +1,13 @@
-"""What each measure and each statistic of a report is, in words: the page must explain itself.
+"""What each measure and each statistic of a report is, in words: the page must explain itself."""
 
-The measures' own table (``gm_probe.measures.measure.MEASURES``) imports torch, which analysis does not wait for;
-a test holds the two to the same names.
-"""
+from gm_probe.runs.catalogue import CATALOGUE
 
 MEASURES = {
+    **{
+        name: (one.symbol, one.description + "; labels needed" * one.needs_labels)
+        for name, one in CATALOGUE.items()
+    },
+    # below, what a page says at greater length than a list of measures does
     "local_inconsistency": (
         "S_ρ",
         "mean over examples of KL(f_θ ‖ f_{θ+δ}), between the outputs before and after the parameters "
@@ -23,7 +26,6 @@ MEASURES = {
         "largest eigenvalue of the Fisher matrix F, the mean over examples of Jᵀ(diag p − p pᵀ)J with J = "
         "∂z/∂θ, by Lanczos; S_ρ ≈ ½ρ² λ_max(F) for small ρ; no labels needed",
     ),
-    "fisher_trace": ("tr F", "trace of the Fisher matrix F, from per-example gradients; no labels needed"),
     "hessian_lambda_max": (
         "λ_max(H)",
         "largest eigenvalue of H, the Hessian of the mean cross-entropy, by Lanczos, with given labels or "
@@ -33,12 +35,6 @@ MEASURES = {
         "tr H",
         "trace of the loss Hessian H. It equals tr F for any labels where every parameter enters the "
         "logits affinely; elsewhere it uses given or predicted labels",
-    ),
-    "error": ("error", "fraction of examples classified wrongly; labels needed"),
-    "cross_entropy": ("CE", "mean cross-entropy in nats; labels needed"),
-    "hessian_lambda_min": (
-        "λ_min(H)",
-        "smallest (most negative) eigenvalue of the loss Hessian H, by Lanczos",
     ),
     "effective_rank": (
         "tr F/λ_max(F)",
@@ -63,8 +59,6 @@ MEASURES = {
             "labels needed"
         ),
     ),
-    "mean_entropy": ("entropy", "mean entropy of the outputs in nats; no labels needed"),
-    "mean_confidence": ("confidence", "mean probability of the predicted class; no labels needed"),
     "input_jacobian_norm": (
         "‖∂f/∂x‖",
         (
@@ -72,16 +66,6 @@ MEASURES = {
             "input; no labels needed"
         ),
     ),
-    "flip_rate": (
-        "flips",
-        ("fraction of predictions that change when the image is mirrored; no labels needed"),
-    ),
-    "crop_rate": (
-        "crops",
-        "fraction of predictions that change when the image is shifted by up to 4 pixels; no labels needed",
-    ),
-    "distance_from_initialization": ("‖θ − θ₀‖", "distance from the initial parameters; no data needed"),
-    "parameter_norm": ("‖θ‖", "norm of the parameter vector; no data needed"),
     "disagreement": ("disagreement", "fraction of examples that two models classify differently"),
     "conditional_inconsistency": (
         "C_θ",
@@ -94,21 +78,8 @@ MEASURES = {
     ),
 }
 
-DIRECTIONS = {
-    **dict.fromkeys(
-        (
-            *("local_inconsistency", "local_inconsistency_converged", "local_inconsistency_adaptive"),
-            *("local_inconsistency_relative", "local_inconsistency_batchwise", "average_inconsistency"),
-            *("fisher_lambda_max", "fisher_trace", "hessian_lambda_max", "hessian_trace"),
-            *("error", "cross_entropy", "mean_entropy", "input_jacobian_norm", "flip_rate", "crop_rate"),
-            *("distance_from_initialization", "parameter_norm", "disagreement"),
-            *("conditional_inconsistency", "inconsistency", "instability"),
-        ),
-        "worse",
-    ),
-    "mean_confidence": "better",
-}
-"""What a larger value of a measure is expected to go with: worse or better generalization."""
+PAIRWISE = ("disagreement", "conditional_inconsistency", "inconsistency", "instability")
+"""Measures of pairs of models, which the catalogue of single ones lacks."""
 
 
 def symbol(name: str) -> str:
@@ -118,7 +89,9 @@ def symbol(name: str) -> str:
 
 def direction_of(name: str) -> str | None:
     """Return what a larger value of a measure is expected to go with; None where nothing is known."""
-    return DIRECTIONS.get(name)
+    if name in PAIRWISE:
+        return "worse"
+    return CATALOGUE[name].direction if name in CATALOGUE else None
 
 
 STATISTICS = {

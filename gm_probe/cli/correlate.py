@@ -20,13 +20,14 @@ from gm_probe.cli.selection import (
     gap_option,
     measures_option,
     names,
+    seed_column_option,
     source_argument,
     target_option,
     targets_of,
 )
 from gm_probe.cli.statistics import as_json, as_rows, print_answer, print_details, warnings
 from gm_probe.errors import DataError, UsageError
-from gm_probe.tables.sources import require_source
+from gm_probe.tables.sources import beside, require_source
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
     from gm_probe.analysis.results import Correlations
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     help="Also correlate within each subgroup of these settings.  [default: those of the sweep's recipe]",
 )
 @gap_option
+@seed_column_option
 @target_option
 @converged_only_option
 @click.option(
@@ -69,6 +71,7 @@ def correlate(
     hyper: str,
     group_by: str | None,
     gap: str,
+    seed_column: str,
     target: str,
     converged_only: bool,
     figure_path: Path | None,
@@ -80,12 +83,12 @@ def correlate(
 ) -> None:
     """Tell whether each measure follows the generalization gap over many runs.
 
-    SOURCE is a folder of run folders (runs/ unless given), or a .csv, .tsv or .parquet file with one run
-    per row: columns error_gap (test error − train error) and/or ce_gap (the same for cross-entropy), one
-    column per measure, and one per hyperparameter. Only finished and measured runs enter; every other run
-    is counted and listed with its reason. In a file, the measures are the columns with a measure's name. If
-    there are none, they are all numeric columns except settings, identifiers and dates. A note on stderr
-    lists them.
+    SOURCE is a folder of run folders (runs/ unless given), a folder or database of MLflow, Lightning or
+    Hugging Face, or a .csv, .tsv, .jsonl or .parquet file with one run per row: columns error_gap (test
+    error − train error) and/or ce_gap (the same for cross-entropy), one column per measure, and one per
+    hyperparameter. --gap makes another gap of any columns. Only finished and measured runs enter; every
+    other run is counted and listed with its reason. In a file, the measures are all numeric columns except
+    settings, identifiers and dates. A note on stderr lists them.
 
     Each line gives Kendall's τ with a 95 % interval and its p, and what picking the run with the smallest
     measure (or the largest, where larger is better) costs in test error. Intervals count runs that agree in
@@ -106,7 +109,15 @@ def correlate(
     by = runs.recipe_groups(source) if group_by is None else names(group_by)
     if by and group_by is None:
         _say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)", quiet)
-    table = runs.load_table(source, names(measures), names(hyper), by, converged_only=converged_only)
+    table = runs.load_table(
+        source,
+        names(measures),
+        names(hyper),
+        by,
+        gap=gap,
+        seed_column=seed_column,
+        converged_only=converged_only,
+    )
     from gm_probe.analysis import correlation  # scipy, which a wrong table must not wait for
 
     found = correlation.correlate(
@@ -140,7 +151,7 @@ def correlate(
 def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:
     """The files to write; a suffix chooses one format, none all three."""
     if chosen is None:
-        chosen = source / "correlate" if source.is_dir() else source.with_name(f"{source.stem}-correlate")
+        chosen = beside(source, "correlate")
     elif chosen.suffix.lower() in FIGURE_SUFFIXES:
         return [chosen]
     elif chosen.suffix:

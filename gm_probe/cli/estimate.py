@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.data import DataOptions, data_options
+from gm_probe.accuracy.report import CLASS_SHARES, MIRRORED
+from gm_probe.cli.data import DataOptions, opened_aloud
 from gm_probe.cli.output import (
     format_options,
     note,
-    note_reading,
     notes_console,
     number,
     print_csv,
@@ -21,20 +22,19 @@ from gm_probe.cli.output import (
     say,
     table,
 )
-from gm_probe.cli.param_types import PATH, SEED
+from gm_probe.cli.param_types import PATH, SEED, Choice
 from gm_probe.cli.progress import progress_bar
-from gm_probe.cli.settings import GroupedCommand
+from gm_probe.cli.settings import GroupedCommand, config_option, setting_options
 from gm_probe.data.sources import require_source
-from gm_probe.errors import CheckpointError, DataError, UsageError
-from gm_probe.measures.catalogue import CATALOGUE, check_names
+from gm_probe.errors import CheckpointError, DataError, DivergedError, UsageError
+from gm_probe.measures.catalogue import check_names, expanded
 from gm_probe.measuring.trained import checkpoints_in
+from gm_probe.runs.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
     from gm_probe.accuracy.evidence import Evidence
-    from gm_probe.accuracy.report import EstimateReport
+    from gm_probe.accuracy.report import EstimateReport, ModelEstimate
     from gm_probe.data.datasets import Examples
-
-EXTRA = "effective_invariance"
 
 
 @click.command(
@@ -67,7 +67,7 @@ EXTRA = "effective_invariance"
 )
 @click.option(
     "--class-shares",
-    metavar="auto|validation|uniform|estimated|FILE",
+    metavar="|".join((*CLASS_SHARES, "FILE")),
     default="auto",
     show_default=True,
     help="Class shares of the unlabeled data; FILE holds one number per class. With auto, a test decides "
@@ -84,13 +84,21 @@ EXTRA = "effective_invariance"
     "--measures",
     metavar="A,B",
     default="",
-    help="Also show these measures (see `gmprobe measures`), or effective_invariance, which doubles the "
-    "number of passes.",
+    help="Also show these measures or groups of them (see `gmprobe measures`). effective_invariance becomes an "
+    "estimator, which doubles the number of passes.",
 )
 @click.option(
     "--level", type=float, default=0.9, show_default=True, help="Confidence level of the intervals."
 )
-@data_options
+@click.option(
+    "--head",
+    type=Choice(["classifier", "binary"]),
+    default="classifier",
+    show_default=True,
+    help="State what the outputs mean: exclusive classes, or one yes-or-no logit.",
+)
+@setting_options(DataOptions)
+@config_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all random draws.")
 @format_options
 def estimate(
@@ -102,6 +110,7 @@ def estimate(
     suggest: Path | None,
     measures: str,
     level: float,
+    head: str,
     seed: int,
     output: str | None,
     quiet: bool,
@@ -117,65 +126,63 @@ def estimate(
     --validation   an estimate, with an interval learned on synthetic shifts of the validation images
     --few-labels   a confidence interval that needs no assumption about the shift
     """
-    data = DataOptions(**options)
-    data.require_use(unlabeled)
-    for path in checkpoints:
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such checkpoint")
-    for name in filter(None, (validation, few_labels)):
-        require_source(name, here=True)
+    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, the first does all
+        return
+    data = DataOptions.of(options)
+    names, paths = _asked(data, checkpoints, [unlabeled, validation, few_labels], measures)
     shares = _shares(class_shares)
-    names = [name.strip() for name in measures.split(",") if name.strip()]
-    check_names([name for name in names if name != EXTRA], labeled=False, batch_dependent=False)
-    paths = checkpoints_in(checkpoints)
     from gm_probe.accuracy.sets import examine
     from gm_probe.accuracy.verdict import Request, judge
     from gm_probe.runtime.devices import environment
 
     request = Request.of(shares, level, seed)
-    loading, own_loading = data.loading(), data.of_each(paths)
-    opened = _opened(data, unlabeled, False, quiet)
+    loading = data.loading() | {"head": head}
+    opened = opened_aloud(data, unlabeled, False, quiet)[0]
     target = opened.subset(data.max_examples, seed)
     labeled = [
-        None if source is None else _opened(data, source, True, quiet).subset(data.max_examples, seed)
+        None if source is None else opened_aloud(data, source, True, quiet)[0].subset(data.max_examples, seed)
         for source in (validation, few_labels)
     ]
     notes = examine(target, *labeled)
-    evidence, rows, chosen = _all_evidence(
-        paths, [target, *labeled], names, seed, quiet, loading, own_loading
-    )
+    models = {path: {**loading, **own} for path, own in data.of_each(paths).items()}
+    evidence, rows, chosen = _all_evidence(models, [target, *labeled], names, seed, quiet)
     report = judge(evidence, request, rows, [*notes, *chosen])
-    result = report.as_dict(
-        unlabeled=target.source,
-        validation=None if labeled[0] is None else labeled[0].source,
-        few_labels=None if labeled[1] is None else labeled[1].source,
-        settings={
-            "class_shares": class_shares,
-            "level": level,
-            "seed": seed,
-            "max_examples": data.max_examples,
-            **data.reading(),
-            "dtype": data.dtype,
-            "batchnorm": "eval (running statistics)",
-            **environment(loading["device"]),
-        },
-    )
+    settings = {
+        **{"class_shares": class_shares, "level": level, "seed": seed, "max_examples": data.max_examples},
+        **({} if head == "classifier" else {"head": head}),
+        **data.reading(),
+        **{"dtype": data.dtype, "batchnorm": "eval (running statistics)"},
+        **environment(loading["device"]),
+    }
+    sources = [None if one is None else one.source for one in (target, *labeled)]
+    named = dict(zip(("unlabeled", "validation", "few_labels"), sources, strict=True))
     if suggest is not None:
         _write_suggestions(suggest, report, _files(opened, data.max_examples, seed))
         if not report.suggestions and not quiet:
             note(notes_console(), f"note: {suggest} is empty: there are no leaders that disagree")
-    if output == "json":
-        print_json(result)
-    elif output == "csv":
-        print_csv([_flat(row) for row in result["checkpoints"]])
-    else:
-        _print(report, names)
-    if output is not None and not quiet:
-        for line in report.notes:
-            note(notes_console(), f"note: {line}")
+    _show(report, report.as_dict(**named, settings=settings), names, output, quiet)
 
 
 # ---- what is read
+
+
+def _asked(
+    data: DataOptions, checkpoints: Sequence[Path], sources: Sequence[str | None], measures: str
+) -> tuple[list[str], list[Path]]:
+    """Check what can be checked before torch is imported; return the measures and the checkpoints.
+
+    Raises:
+        CheckpointError, DataError, UsageError: what is missing, unknown or cannot be used.
+    """
+    data.require_use(sources[0])
+    for path in checkpoints:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint")
+    for source in filter(None, sources[1:]):
+        require_source(source, here=True)
+    names = expanded([name.strip() for name in measures.split(",") if name.strip()], labeled=False)
+    check_names(names, labeled=False)
+    return names, list(checkpoints_in(checkpoints))
 
 
 def _shares(given: str) -> str | list[float]:
@@ -184,7 +191,7 @@ def _shares(given: str) -> str | list[float]:
     Raises:
         UsageError: it is neither, or the file holds no numbers.
     """
-    if given in ("auto", "validation", "uniform", "estimated"):
+    if given in CLASS_SHARES:
         return given
     path = Path(given)
     try:
@@ -192,16 +199,10 @@ def _shares(given: str) -> str | list[float]:
         return [float(part) for part in text.replace(",", " ").split()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"--class-shares {given} is neither auto, validation, uniform, estimated nor a readable text file"
+            f"--class-shares {given} is neither {', '.join(CLASS_SHARES)} nor a readable text file"
         ) from error
     except ValueError as error:
         raise UsageError(f"--class-shares {given} must hold one number per class ({error})") from error
-
-
-def _opened(data: DataOptions, source: str, labeled: bool, quiet: bool) -> Examples:
-    examples, _, hint = data.open(source, labeled=labeled)
-    note_reading(notes_console(quiet), [*([hint] if hint else []), *examples.notes], examples.skipped)
-    return examples
 
 
 def _files(examples: Examples, size: int | None, seed: int) -> list[Path]:
@@ -211,28 +212,28 @@ def _files(examples: Examples, size: int | None, seed: int) -> list[Path]:
 
 
 def _all_evidence(
-    paths: Sequence[Path],
+    models: Mapping[Path, Mapping[str, Any]],
     sets: Sequence[Examples | None],
     names: Sequence[str],
     seed: int,
     quiet: bool,
-    loading: Mapping[str, Any],
-    own_loading: Mapping[Path, Mapping[str, Any]],
 ) -> tuple[list[Evidence], dict[str, dict[str, Any]], list[str]]:
     """Run each checkpoint over the sets; one model is in memory at a time."""
     from gm_probe.accuracy.evidence import gather, num_passes
     from gm_probe.measures.measure import measure
     from gm_probe.measures.settings import Settings
     from gm_probe.measuring.checkpoint import open_checkpoint
+    from gm_probe.models.loading import check_classes
 
     unlabeled, *labeled = sets
     assert unlabeled is not None
     evidence: list[Evidence] = []
     rows: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    wanted = [name for name in names if name != EXTRA]
-    total = num_passes(unlabeled, *labeled) * len(paths)
-    with progress_bar("outputs", total, unit="images", quiet=quiet) as bar:
+    wanted = [name for name in names if name != MIRRORED]
+    with progress_bar(
+        "outputs", num_passes(unlabeled, *labeled) * len(models), unit="images", quiet=quiet
+    ) as bar:
         done = 0
 
         def tick(count: int) -> None:
@@ -240,15 +241,15 @@ def _all_evidence(
             done += count
             bar.update(done)
 
-        for path in paths:
-            loaded = open_checkpoint(path, unlabeled, **{**loading, **own_loading[path]})
+        for path, loading in models.items():
+            loaded = open_checkpoint(path, unlabeled, **loading)
             notes += loaded.notes
+            for one in filter(None, labeled):
+                check_classes(one, loaded.classes, loaded.num_classes, path)
             batches = loaded.batches
-            for one in labeled:
-                if one is not None:
-                    _require_classes(path, one, loaded.classes, loaded.num_classes)
-            others = [None if one is None else batches.over(one) for one in labeled]
             how: dict[str, Any] = {"outputs": loaded.outputs}
+            others = [None if one is None else batches.over(one) for one in labeled]
+            mirror = MIRRORED in names
             try:
                 evidence.append(
                     gather(
@@ -256,66 +257,50 @@ def _all_evidence(
                         loaded.model,
                         batches,
                         *others,
-                        mirror=EXTRA in names,
+                        mirror=mirror,
                         seed=seed,
                         notify=tick,
                         **how,
                     )
                 )
                 if wanted:
-                    report = measure(loaded.model, batches, wanted, Settings(seed=seed), **how)
-                    rows[str(path)] = {name: row.as_dict() for name, row in report.rows.items()}
-            except (DataError, UsageError) as error:  # which know of no path
+                    settings = Settings(seed=seed)
+                    found = measure(loaded.model, batches, wanted, settings, validation=others[0], **how)
+                    rows[str(path)] = {name: row.as_dict() for name, row in found.rows.items()}
+            except (DataError, DivergedError, UsageError) as error:  # which know of no path
                 raise type(error)(f"{path}: {error}") from error
     return evidence, rows, notes
 
 
-def _require_classes(path: Path, examples: Examples, recorded: tuple[str, ...], classes: int) -> None:
-    """Raise DataError where labels are of other classes than the checkpoint's."""
-    if examples.classes and recorded and examples.classes != recorded:
-        odd = sorted(set(examples.classes) ^ set(recorded))
-        differ = f"they differ in {odd[0]}" if odd else "their order differs"
-        raise DataError(
-            f"{examples.source} has other classes than {path} was trained on: {differ}. Rename the class "
-            "folders"
-        )
-    if examples.classes and len(examples.classes) != classes:
-        raise DataError(
-            f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs. Give "
-            "each class a folder with images"
-        )
-
-
 # ---- what is shown
+
+
+def _show(
+    report: EstimateReport, result: dict[str, Any], names: Sequence[str], output: str | None, quiet: bool
+) -> None:
+    if output is None:
+        _print(report, names)
+        return
+    if output == "json":
+        print_json(result)
+    else:
+        print_csv([_flat(row) for row in result["checkpoints"]])
+    if not quiet:
+        for line in report.notes:
+            note(notes_console(), f"note: {line}")
 
 
 def _print(report: EstimateReport, names: Sequence[str]) -> None:
     console = results_console()
     known = report.models[0].accuracy is not None
     several = len(report.models) > 1
-    shown = [name for name in names if name != EXTRA]
+    shown = [name for name in names if name != MIRRORED]
     compared = report.num_labels is None
     accuracy = ["accuracy", "interval", *(["estimators"] if compared else [])]
     head = ["checkpoint", *(accuracy if known else ["confidence"])]
     head += ["agreement"] if several else []
     head += [*(CATALOGUE[name].symbol for name in shown), "seconds"]
-    rows = []
-    for model in report.models:
-        cells = [model.name]
-        if model.accuracy is not None:
-            found = model.accuracy
-            values = _good(model.estimators)
-            cells += [_points(found.value), f"{_points(found.low)} to {_points(found.high)}"]
-            if compared:
-                cells += [f"{_points(min(values))} to {_points(max(values))}"]
-        else:
-            cells += [_points(model.estimators["average_confidence"]["score"])]
-        cells += [_points(model.agreement)] if several else []
-        for name in shown:
-            row = model.measures[name]
-            error = row["stderr_examples"] if row["stderr"] is None else row["stderr"]
-            cells.append(f"{number(row['value'])} ± {number(error, 2)}")
-        rows.append([*cells, f"{model.seconds:.1f}"])
+    rows = [_cells(model, shown, several=several, compared=compared) for model in report.models]
     sizes = [f"N = {report.num_unlabeled:,}"]
     if report.num_validation is not None:
         sizes.append(f"validation = {report.num_validation:,}")
@@ -338,6 +323,25 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
             say(console, f"Class shares: {', '.join(read)}; the interval spans both readings.", "dim")
     for line in report.notes:
         say(console, f"note: {line}")
+
+
+def _cells(model: ModelEstimate, shown: Sequence[str], *, several: bool, compared: bool) -> list[str]:
+    """A model's row of the table."""
+    cells = [model.name]
+    if model.accuracy is not None:
+        found = model.accuracy
+        cells += [_points(found.value), f"{_points(found.low)} to {_points(found.high)}"]
+        if compared:
+            values = _good(model.estimators)
+            cells += [f"{_points(min(values))} to {_points(max(values))}"]
+    else:
+        cells += [_points(model.estimators["average_confidence"]["score"])]
+    cells += [_points(model.agreement)] if several else []
+    for name in shown:
+        row = model.measures[name]
+        error = row["stderr_examples"] if row["stderr"] is None else row["stderr"]
+        cells.append(f"{number(row['value'])} ± {number(error, 2)}")
+    return [*cells, f"{model.seconds:.1f}"]
 
 
 def _good(estimators: Mapping[str, Mapping[str, float | None]]) -> list[float]:

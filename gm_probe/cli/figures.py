@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gm_probe.cli.output import note, notes_console, number, results_console, say, table
+from gm_probe.runs.catalogue import CATALOGUE
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -43,6 +44,8 @@ def print_result(result: dict[str, Any]) -> None:
         columns.append(f"N for {100 * target:g} %")
     console.print(table(title, columns, [row[: len(columns)] for row in rows]))
     _print_more(result)
+    if "layers" in result:
+        _print_layers(result["layers"])
     over = ", over batches" if result["settings"].get("head") == "simclr" else ""
     say(
         console,
@@ -75,6 +78,23 @@ def _print_more(result: dict[str, Any]) -> None:
         if "eigenvalues" in row:
             found = ", ".join(map(_eigenvalue, row["eigenvalues"]))
             say(console, f"{name}, the largest: {found}")
+
+
+def _print_layers(layers: Sequence[Mapping[str, Any]]) -> None:
+    """A row a layer: its parameters, and each value with its estimator's error."""
+    known = [row for row in layers if "measures" in row]
+    names = list(known[0]["measures"]) if known else []
+    rows = [
+        [
+            *(row["layer"], f"{row['num_parameters']:,}"),
+            *(f"{number(one['value'])} ± {_estimator_error(one)}" for one in row["measures"].values()),
+        ]
+        for row in known
+    ]
+    results_console().print(table("per layer", ["layer", "P", *map(_symbol, names)], rows))
+    for row in layers:
+        if "reason" in row:
+            say(results_console(), f"{row['layer']}: undefined: {row['reason']}")
 
 
 def _eigenvalue(row: dict[str, Any]) -> str:
@@ -119,9 +139,7 @@ def _ascents(result: dict[str, Any]) -> str:
 
 def _symbol(name: str) -> str:
     """A measure's symbol; its name where a file of another version names one that this version has not."""
-    from gm_probe.measures.measure import MEASURES
-
-    return MEASURES[name].symbol if name in MEASURES else name
+    return CATALOGUE[name].symbol if name in CATALOGUE else name
 
 
 def _estimator_error(row: dict[str, Any]) -> str:

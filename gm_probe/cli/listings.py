@@ -57,8 +57,8 @@ def recipes(as_json: bool) -> None:
 @click.command(epilog="Example:  gmprobe measures")
 @as_json_option
 def measures(as_json: bool) -> None:
-    """List the measures: definition, whether labels are needed, and cost in gradient evaluations."""
-    from gm_probe.measures.catalogue import CATALOGUE
+    """List the measures: definition, whether labels are needed, cost, and what a larger value means."""
+    from gm_probe.runs.catalogue import CATALOGUE
 
     if as_json:
         print_json(
@@ -68,6 +68,8 @@ def measures(as_json: bool) -> None:
                     "symbol": m.symbol,
                     "needs_labels": m.needs_labels,
                     "cost": m.cost,
+                    "direction": m.direction,
+                    "group": m.group,
                     "description": m.description,
                 }
                 for name, m in CATALOGUE.items()
@@ -78,17 +80,25 @@ def measures(as_json: bool) -> None:
     if console.width < NARROW:
         for name, m in CATALOGUE.items():
             labels = ", needs labels" if m.needs_labels else ""
-            say(console, f"{name}: {m.symbol}, cost {number(m.cost, 3)}{labels}")
+            larger = f", larger is {m.direction}" if m.direction else ""
+            say(console, f"{name} ({m.group}): {m.symbol}, cost {number(m.cost, 3)}{larger}{labels}")
             console.print(Padding(Text(m.description), (0, 0, 0, 4)))
     else:
         rows = [
-            [name, m.symbol, "yes" if m.needs_labels else "no", number(m.cost, 3), m.description]
+            [
+                *(name, m.group, m.symbol, "yes" if m.needs_labels else "no", number(m.cost, 3)),
+                *(m.direction or "—", m.description),
+            ]
             for name, m in CATALOGUE.items()
         ]
-        listing = table(None, ["measure", "symbol", "labels", "cost", "definition"], rows)
+        listing = table(
+            None, ["measure", "group", "symbol", "labels", "cost", "larger is", "definition"], rows
+        )
         listing.columns[-1].justify = "left"
         console.print(listing)
-    echo("cost: typical gradient evaluations over the probe set at the default settings")
+    echo("cost: typical gradient evaluations over the examples at the default settings")
+    echo("larger is: whether a larger value is expected to go with better or worse generalization")
+    echo("group: --measures takes this word for all measures of the group, and all for every measure")
 
 
 def _list(kind: str, entries: dict[str, str], as_json: bool) -> None:

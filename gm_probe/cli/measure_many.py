@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from gm_probe.cli.data import DataOptions
+from gm_probe.cli.data import DataOptions, opened
 from gm_probe.cli.figures import as_rows, print_result, warn
 from gm_probe.cli.live import ended_line, live_view
 from gm_probe.cli.output import note, notes_console, print_csv, print_json
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
 
 DONE = {"finished", "skipped"}
 """How a measurement ends that gives a result."""
-
-
-@lru_cache(maxsize=1)
-def opened(data: DataOptions, source: str, labeled: bool) -> tuple[Examples, str, str | None]:
-    """Open ``source`` as ``DataOptions.open`` does; a process reads it once."""
-    return data.open(source, labeled=labeled)
 
 
 def opened_once(data: DataOptions, source: str, labeled: bool, path: Path) -> Examples:

@@ -16,12 +16,13 @@ from gm_probe.cli.selection import (
     gap_option,
     measures_option,
     names,
+    seed_column_option,
     source_argument,
     target_option,
     targets_of,
 )
 from gm_probe.errors import DataError, UsageError
-from gm_probe.tables.sources import require_source
+from gm_probe.tables.sources import beside, require_source
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
@@ -59,6 +60,7 @@ from gm_probe.tables.sources import require_source
     "--markers", metavar="A,B", default="", help="Show the values of these settings by different markers."
 )
 @gap_option
+@seed_column_option
 @target_option
 @converged_only_option
 @control_option
@@ -76,6 +78,7 @@ def report(
     group_by: str,
     markers: str,
     gap: str,
+    seed_column: str,
     target: str,
     converged_only: bool,
     control: str,
@@ -83,9 +86,9 @@ def report(
 ) -> None:
     """Write one HTML page about many runs: figures, statistics, definitions, versions, exclusions.
 
-    SOURCE is what `gmprobe correlate` takes: a folder of run folders (runs/ unless given), or a .csv or
-    .parquet file with one run per row. The page is self-contained: it opens without a network, and works on
-    a phone, by keyboard, in dark mode and on paper.
+    SOURCE is what `gmprobe correlate` takes: a folder of run folders (runs/ unless given), the files of
+    another tracker, or a table with one run per row. The page is self-contained: it opens without a
+    network, and works on a phone, by keyboard, in dark mode and on paper.
     """
     require_source(source)
     out = _page(source, out)
@@ -97,7 +100,13 @@ def report(
 
     by, shape_by = names(group_by), names(markers)
     table = runs.load_table(
-        source, names(measures), names(hyper), [*by, *shape_by], converged_only=converged_only
+        source,
+        names(measures),
+        names(hyper),
+        [*by, *shape_by],
+        gap=gap,
+        seed_column=seed_column,
+        converged_only=converged_only,
     )
     by, shape_by = table.named(by), table.named(shape_by)
     found = correlation.correlate(
@@ -128,7 +137,7 @@ def report(
 
 def _page(source: Path, chosen: Path | None) -> Path:
     if chosen is None:
-        return source / "report.html" if source.is_dir() else source.with_name(f"{source.stem}-report.html")
+        return beside(source, "report.html")
     if chosen.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {chosen}: the report is an HTML page; choose a name that ends in .html")
     return chosen

@@ -2,8 +2,9 @@
 
 import click
 
-from gm_probe.cli.param_types import PATH, Choice
+from gm_probe.cli.param_types import PATH
 from gm_probe.runs.records import RUNS
+from gm_probe.tables.table import GAPS
 
 source_argument = click.argument("source", type=PATH, default=RUNS)
 measures_option = click.option(
@@ -11,10 +12,13 @@ measures_option = click.option(
 )
 gap_option = click.option(
     "--gap",
-    type=Choice(["error_gap", "ce_gap", "both"]),
+    metavar="GAP",
     default="both",
     show_default=True,
-    help="Correlate with the gap in error, in cross-entropy, or both.",
+    help="Correlate with this gap: error_gap, ce_gap, both, a column, or arithmetic such as 'val_err - train_err'.",
+)
+seed_column_option = click.option(
+    "--seed-column", metavar="A", default="", help="Column that holds each run's seed.  [default: seed]"
 )
 converged_only_option = click.option(
     "--converged-only",
@@ -42,5 +46,5 @@ def names(text: str) -> list[str]:
 
 
 def targets_of(gap: str, target: str) -> list[str]:
-    """Return the targets that ``--target`` or else ``--gap`` names; none stands for every gap."""
-    return names(target) or ([] if gap == "both" else [gap])
+    """Return the targets that ``--target`` or else ``--gap`` names; none stands for every gap of the table."""
+    return names(target) or ([gap] if gap in GAPS else [])

@@ -1,122 +1,12 @@
-"""The measures by name: what each needs and costs, and how it is written. Imports no torch, which takes seconds.
-
-``gm_probe.measures.measure.MEASURES`` adds the functions that compute them.
-"""
+"""Which measures are taken, and what that will cost. Imports no torch, which takes seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from gm_probe.errors import DataError, UsageError, did_you_mean
 from gm_probe.measures.settings import Settings
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One measure as a list shows it.
-
-    Attributes:
-        needs_labels: undefined on unlabeled data.
-        cost: typical gradient evaluations at the default settings, for time estimates.
-        symbol: short name for tables and axes.
-    """
-
-    needs_labels: bool
-    cost: float
-    symbol: str
-    description: str
-
-
-CATALOGUE: dict[str, Listed] = {
-    "local_inconsistency": Listed(
-        False,
-        13.3,
-        "S_ρ",
-        "KL between the outputs of the model and of a copy perturbed by ρ (Algorithm 1), mean over random "
-        "starts",
-    ),
-    "local_inconsistency_converged": Listed(
-        False,
-        35.0,
-        "max S_ρ",
-        "largest such KL found in the ball, by ascent from ± the top Fisher eigenvector and noise until "
-        "convergence",
-    ),
-    "fisher_lambda_max": Listed(
-        False, 10.0, "λ_max(F)", "largest eigenvalue of the Fisher matrix, by Lanczos"
-    ),
-    "fisher_trace": Listed(False, 2.7, "tr F", "trace of the Fisher matrix, from per-example gradients"),
-    "hessian_lambda_max": Listed(
-        False,
-        24.0,
-        "λ_max(H)",
-        "largest eigenvalue of the loss Hessian (with given or else predicted labels), by Lanczos",
-    ),
-    "hessian_trace": Listed(
-        False,
-        2.7,
-        "tr H",
-        "trace of the loss Hessian: tr F where every parameter enters affinely; else with given or "
-        "predicted labels, at three gradients per probe",
-    ),
-    "error": Listed(True, 0.0, "error", "fraction of examples classified wrongly"),
-    "cross_entropy": Listed(True, 0.0, "CE", "mean cross-entropy in nats"),
-    "hessian_lambda_min": Listed(
-        False,
-        90.0,
-        "λ_min(H)",
-        "smallest (most negative) eigenvalue of the loss Hessian, by Lanczos",
-    ),
-    "effective_rank": Listed(
-        False, 13.0, "tr F/λ_max", "number of directions over which the curvature is spread"
-    ),
-    "local_inconsistency_adaptive": Listed(
-        False,
-        13.3,
-        "S_ρ adapt.",
-        "S_ρ in the ball ‖δ/(|θ|+η)‖ ≤ ρ, invariant to rescaling",
-    ),
-    "local_inconsistency_relative": Listed(False, 13.3, "S_ρ rel.", "S_ρ at radius ρ‖θ‖"),
-    "local_inconsistency_batchwise": Listed(
-        False,
-        13.3,
-        "S_ρ batch",
-        "mean of the S_ρ of each batch of m examples",
-    ),
-    "average_inconsistency": Listed(
-        False,
-        3.3,
-        "A_ρ",
-        "mean KL over random perturbations of length about ρ",
-    ),
-    "mean_entropy": Listed(False, 0.0, "entropy", "mean entropy of the outputs in nats"),
-    "mean_confidence": Listed(False, 0.0, "confidence", "mean probability of the predicted class"),
-    "input_jacobian_norm": Listed(
-        False,
-        7.0,
-        "‖∂f/∂x‖",
-        "root mean square norm of the output probabilities' derivative with respect to the normalised "
-        "input; one pass per class",
-    ),
-    "flip_rate": Listed(
-        False, 0.33, "flips", "fraction of predictions that change when the image is mirrored"
-    ),
-    "crop_rate": Listed(
-        False,
-        0.33,
-        "crops",
-        "fraction of predictions that change when the image is shifted by up to 4 pixels",
-    ),
-    "distance_from_initialization": Listed(
-        False,
-        0.0,
-        "‖θ − θ₀‖",
-        "distance from the initial parameters; known for run folders only",
-    ),
-    "parameter_norm": Listed(False, 0.0, "‖θ‖", "norm of the parameter vector"),
-}
-"""All measures by their names, in the order of a table."""
+from gm_probe.runs.catalogue import CATALOGUE
 
 DEFAULT_MEASURES = (
     "local_inconsistency",
@@ -128,14 +18,46 @@ DEFAULT_MEASURES = (
     "cross_entropy",
 )
 
+BLOCKS = ("fisher_trace", "fisher_lambda_max", "hessian_trace", "hessian_lambda_max")
+"""What is measured of each layer alone."""
+
 SEPARATE = {
     "error": "counts classes",
     "input_jacobian_norm": "differentiates an output by its own input",
     "flip_rate": "counts classes",
     "crop_rate": "counts classes",
     "local_inconsistency_batchwise": "splits the batch",
+    "nuclear_norm": "counts classes",
+    "mano": "counts classes",
+    "effective_invariance": "counts classes",
+    "dispersion": "counts classes",
+    "last_layer_gradient_norm": "counts classes",
+    "atc": "counts classes",
+    "doc": "counts classes",
+    "cot": "counts classes",
 }
 """Why some are undefined where the outputs of a batch hang together (``Batches.batch_dependent``)."""
+
+
+GROUPS = ("curvature", "outputs", "norms")
+"""Words that stand for all measures of a kind; ``all`` stands for every one."""
+
+
+def expanded(names: Sequence[str], *, labeled: bool, batch_dependent: bool = False) -> list[str]:
+    """Return ``names`` with groups replaced by those of their measures that are defined on such data."""
+    found: list[str] = []
+    for name in names:
+        if name != "all" and name not in GROUPS:
+            found.append(name)
+            continue
+        found += [
+            each
+            for each, one in CATALOGUE.items()
+            if name in ("all", one.group)
+            and (labeled or not one.needs_labels)
+            and not (batch_dependent and each in SEPARATE)
+        ]
+    return list(dict.fromkeys(found))
 
 
 def check_names(
@@ -149,7 +71,7 @@ def check_names(
     """
     for name in names:
         if name not in CATALOGUE:
-            raise UsageError(f"no measure {name!r}; {did_you_mean(name, CATALOGUE)}")
+            raise UsageError(f"no measure {name!r}; {did_you_mean(name, (*CATALOGUE, *GROUPS, 'all'))}")
         if batch_dependent and name in SEPARATE:
             raise UsageError(f"{name} {SEPARATE[name]}, so it is undefined for NT-Xent logits. Leave it out")
         if name == "local_inconsistency_batchwise" and num_processes > 1:

@@ -26,6 +26,8 @@ from gm_probe.linalg.lanczos import Eigenpair, certified, lanczos
 from gm_probe.linalg.operator import Operator
 from gm_probe.linalg.trace import Trace
 from gm_probe.linalg.work import FORWARD, Work
+from gm_probe.measures.last_layer import LastLayer
+from gm_probe.measures.scores import Reference, by_class, counted_shares
 from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs
 from gm_probe.models.parameters import Parameters
@@ -110,6 +112,11 @@ def example_error(terms: Tensor) -> float | None:
     return float(terms.double().std()) / math.sqrt(len(terms)) if len(terms) > 1 else None
 
 
+def over_labels(values: Tensor) -> Tensor:
+    """(n,) of values (n,) as they are, and of values (n, L) of L labels an example their means."""
+    return values if values.dim() == 1 else values.double().mean(1)
+
+
 def _same(logits: Tensor, again: Tensor, dtype: torch.dtype) -> bool:
     """To ``dtype``'s tolerance: threaded reductions, and those over batches of other sizes, differ in the last bits."""
     tolerance = torch.finfo(dtype).eps ** 0.6  # 7e-5 in float32, 4e-10 in float64
@@ -127,10 +134,12 @@ class MeasurementContext:
         work: Work,
         initial: nn.Module | None = None,
         outputs: Outputs | None = None,
+        validation: Batches | None = None,
     ) -> None:
-        self.parameters = Parameters(model, settings.params, outputs)
+        self.parameters = Parameters(model, settings.params, outputs, or_frozen=True)
         self.batches, self.settings, self.work = batches, settings, work
-        self.initial = initial
+        self.initial, self.validation = initial, validation
+        self._last_layer = LastLayer()
         self._found: dict[str, Any] = {}
 
     @cached_property
@@ -140,6 +149,7 @@ class MeasurementContext:
         Raises:
             UsageError: they have none, or forward hides some from autograd, or the backward pass runs forward again.
         """
+        self.parameters.require_trainable()
         few = next(iter(self.batches)).x[self.batches.trial_slice(TRIAL)]
         with differentiable():
             require_moved_weights(self.parameters, few, Draws(few.device, self.parameters.model))
@@ -158,13 +168,13 @@ class MeasurementContext:
         found: T = self._found[name]
         return found
 
-    def _outputs(self) -> Tensor:
-        """What the model returns for this process's examples, as it returns it."""
+    def _outputs(self, batches: Batches, last: LastLayer | None = None) -> Tensor:
+        """What the model returns for ``batches``, as it returns it; ``last`` is told of every batch."""
         rows: list[Tensor] = []
         with torch.no_grad():
-            for batch in self.batches:
-                start = self.batches.first + sum(map(len, rows))
-                some = f"examples {start} to {start + len(batch.x) - 1} of {self.batches.examples.source}"
+            for batch in batches:
+                start = batches.first + sum(map(len, rows))
+                some = f"examples {start} to {start + len(batch.x) - 1} of {batches.examples.source}"
 
                 def fails(cause: str, some: str = some) -> DataError:
                     return DataError(
@@ -173,6 +183,8 @@ class MeasurementContext:
 
                 with foreign_or(fails):
                     rows.append(self.parameters.taken(batch.x))
+                if last is not None:
+                    last.add(rows[-1])
                 self.work.add(FORWARD, len(rows[-1]))
         return torch.cat(rows)
 
@@ -204,7 +216,9 @@ class MeasurementContext:
             DivergedError: some are not finite.
             DataError: two passes over the data differ; the model does not take some.
         """
-        first, again = self._outputs(), self._outputs()
+        first = self._outputs(self.batches)
+        with self._last_layer.watching(self.parameters.model):
+            again = self._outputs(self.batches, self._last_layer)
         if not bool(torch.isfinite(first).all()):
             row = self.batches.first + int((~torch.isfinite(first)).any(1).nonzero()[0])
             raise DivergedError(
@@ -217,6 +231,31 @@ class MeasurementContext:
         self._require_independent(first)
         self.parameters.outputs = self.parameters.outputs.checked(first)
         return self.parameters.outputs.logits(first)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the model returns probabilities, whose logits are known up to a constant of each example."""
+        return self.parameters.outputs.kind != "logits"
+
+    @cached_property
+    def last_layer_scores(self) -> tuple[float | None, float | None]:
+        """Dispersion and gradient norm, see ``LastLayer``; from the pass that gave the logits."""
+        return self._last_layer.scores(self.logits.device)
+
+    @cached_property
+    def reference(self) -> tuple[Reference, Tensor] | None:
+        """What the validation set fixes for atc, doc and cot, and its class shares (K,); None without one."""
+        if self.validation is None:
+            return None
+        examples = self.validation.examples
+        if examples.y is None:
+            raise DataError(f"{examples.source} has no labels, and a validation set needs them")
+        outputs = self._outputs(self.validation)
+        if not bool(torch.isfinite(outputs).all()):
+            raise DivergedError(f"the model's outputs on {examples.source} are not all finite")
+        logits = by_class(self.parameters.outputs.logits(outputs)).cpu()
+        y = fitting(as_labels(examples.y.clone(), len(examples)), logits, examples.source).cpu()
+        return Reference.of(logits, y), counted_shares(y, logits.shape[1])
 
     def mean(self, values: Tensor) -> Measured:
         """The exact mean of this process's per-example ``values`` (n,) over all examples."""

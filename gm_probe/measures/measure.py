@@ -25,14 +25,15 @@ from gm_probe.errors import (
     one_device,
 )
 from gm_probe.linalg.work import Work
-from gm_probe.measures import outputs
+from gm_probe.measures import estimators, outputs, weights
 from gm_probe.measures import sharpness as inconsistency
 from gm_probe.measures import spectra as curvature
-from gm_probe.measures.catalogue import CATALOGUE, Listed, check_names, default_measures, takes_derivatives
+from gm_probe.measures.catalogue import check_names, default_measures, expanded, takes_derivatives
 from gm_probe.measures.context import Estimate, Measured, MeasurementContext, Settings
 from gm_probe.models.door import Outputs, unwrapped
 from gm_probe.models.layout import in_layout_taken
 from gm_probe.models.parameters import Parameters, as_measured
+from gm_probe.runs.catalogue import CATALOGUE, Listed
 from gm_probe.runtime.devices import require_float64
 from gm_probe.runtime.processes import count
 from gm_probe.runtime.randomness import generators_kept
@@ -65,8 +66,23 @@ _COMPUTED_BY: dict[str, Callable[[MeasurementContext], Measured]] = {
     "input_jacobian_norm": outputs.input_jacobian_norm,
     "flip_rate": outputs.flip_rate,
     "crop_rate": outputs.crop_rate,
-    "distance_from_initialization": outputs.distance_from_initialization,
-    "parameter_norm": outputs.parameter_norm,
+    "energy": estimators.energy,
+    "margin": estimators.margin,
+    "nuclear_norm": estimators.nuclear_norm,
+    "mano": estimators.mano,
+    "effective_invariance": estimators.effective_invariance,
+    "dispersion": estimators.dispersion,
+    "last_layer_gradient_norm": estimators.last_layer_gradient_norm,
+    "atc": estimators.atc,
+    "doc": estimators.doc,
+    "cot": estimators.cot,
+    "distance_from_initialization": weights.distance_from_initialization,
+    "parameter_norm": weights.parameter_norm,
+    "fisher_rao": weights.fisher_rao,
+    "stable_rank": weights.stable_rank,
+    "power_law_alpha": weights.power_law_alpha,
+    "log_spectral_norm": weights.log_spectral_norm,
+    "path_norm": weights.path_norm,
 }
 MEASURES: dict[str, Measure] = {
     name: Measure(**asdict(listed), compute=_COMPUTED_BY[name]) for name, listed in CATALOGUE.items()
@@ -118,6 +134,7 @@ def measure(
     settings: Settings | None = None,
     *,
     initial: nn.Module | None = None,
+    validation: Data | None = None,
     memory: float = MEMORY,
     notify: Callable[[str, float], None] | None = None,
     outputs: Outputs | None = None,
@@ -130,14 +147,16 @@ def measure(
         data: ``Batches``, or what they are made of: x, (x, y), a list of batches, a data set, a loader that does not
             shuffle. Inputs of floating-point numbers are taken in the dtype of the model's weights.
         outputs: how what the model returns is read (models.door). Default: a tensor of logits, or what is named so.
-        names: of ``MEASURES``; default ``DEFAULT_MEASURES``, those that need labels only where there are some.
+        names: of ``MEASURES`` or of their groups; default ``DEFAULT_MEASURES``, those that need labels only where
+            there are some.
         initial: the model before training, for its distance.
+        validation: labeled data of the training distribution, for atc, doc and cot.
         memory: bytes that a product may take, where the data has no batch size of its own.
         notify: called with the measure at work and the gradient evaluations done so far.
 
     Raises:
-        UsageError: an unknown measure, data or outputs that cannot be read, a model without trainable parameters, or
-            whose gradients fail or are hidden.
+        UsageError: an unknown measure, data or outputs that cannot be read, a model without trainable parameters where
+            a measure differentiates by them, or whose gradients fail or are hidden.
         DerivativeError: the model lacks the derivative of every measure, or in several processes of one; else that
             one is undefined.
         CheckpointError: weights that are not finite.
@@ -158,14 +177,16 @@ def measure(
     batches = _in_dtype_of(model, as_batches(data))
     if names is None:
         names = default_measures(labeled=batches.labeled, batch_dependent=batches.batch_dependent)
+    names = expanded(names, labeled=batches.labeled, batch_dependent=batches.batch_dependent)
     check_names(
         names, labeled=batches.labeled, batch_dependent=batches.batch_dependent, num_processes=count()
     )
     if batches.num_examples == 0:
         raise DataError("there are no examples to measure on")
-    device = Parameters(model, settings.params).device
+    device = Parameters(model, settings.params, or_frozen=True).device
     require_float64(device)
     batches = batches.on(device)
+    reference = None if validation is None else _in_dtype_of(model, as_batches(validation)).on(device)
     current = names[0] if names else ""
 
     def tick(evaluations: float) -> None:
@@ -178,13 +199,17 @@ def measure(
     # a model may draw at random though its outputs stay the same
     batches = in_layout_taken(model, batches)
     with generators_kept(batches.device, model), as_measured(model):
-        context = MeasurementContext(model, batches, settings, work, initial, outputs)
+
+        def made(batches: Batches) -> MeasurementContext:
+            return MeasurementContext(model, batches, settings, work, initial, outputs, reference)
+
+        context = made(batches)
         _require_full(context.parameters.dtype)
 
         def context_of(batches: Batches) -> MeasurementContext:
             nonlocal context
             if context.batches is not batches:  # cached results belong to the old batches
-                context = MeasurementContext(model, batches, settings, work, initial, outputs)
+                context = made(batches)
             return context
 
         context.parameters.check_finite()

@@ -1,9 +1,9 @@
-"""Measures of the outputs and weights alone: confidence, sensitivity to the input, norms."""
+"""Measures of the outputs: confidence, and sensitivity to the input."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from gm_probe.data.batches import cut
 from gm_probe.data.fields import tensors_of, with_tensors
 from gm_probe.inconsistency.kl import over_rows
 from gm_probe.linalg.work import FORWARD, GRADIENT
-from gm_probe.measures.context import Measured, MeasurementContext, example_error
+from gm_probe.measures.context import Measured, MeasurementContext, example_error, over_labels
 from gm_probe.models.parameters import dense
 from gm_probe.runtime.processes import gather_examples
 
@@ -24,7 +24,7 @@ SHIFT = 4  # pixels, as in the usual crop augmentation
 def error(context: MeasurementContext) -> Measured:
     """Fraction of wrong predictions; of several labels an example, of wrong labels (the Hamming loss)."""
     assert context.labels is not None
-    return context.mean(_over_labels(context.logits.argmax(-1) != context.labels))
+    return context.mean(over_labels(context.logits.argmax(-1) != context.labels))
 
 
 def cross_entropy(context: MeasurementContext) -> Measured:
@@ -42,12 +42,7 @@ def mean_entropy(context: MeasurementContext) -> Measured:
 
 def mean_confidence(context: MeasurementContext) -> Measured:
     """Mean over examples and their labels, as the error is."""
-    return context.mean(_over_labels(context.logits.double().softmax(-1).amax(-1)))
-
-
-def _over_labels(values: Tensor) -> Tensor:
-    """(n,) of values (n,) as they are, and of values (n, L) of L labels an example their means."""
-    return values if values.dim() == 1 else values.double().mean(1)
+    return context.mean(over_labels(context.logits.double().softmax(-1).amax(-1)))
 
 
 def input_jacobian_norm(context: MeasurementContext) -> Measured:
@@ -87,7 +82,12 @@ def _leaf(value: Tensor) -> Tensor:
 
 def flip_rate(context: MeasurementContext) -> Measured:
     """Fraction of predictions that change where the image is mirrored left to right."""
-    return _changed(context, lambda x, _: x.flip(-1))
+    return _changed(context, mirrored_logits(context))
+
+
+def mirrored_logits(context: MeasurementContext) -> Tensor | None:
+    """Return this process's logits of the images mirrored left to right; None of other inputs."""
+    return context.once("mirrored", lambda: _transformed(context, lambda x, _: x.flip(-1)))
 
 
 def crop_rate(context: MeasurementContext) -> Measured:
@@ -104,40 +104,30 @@ def crop_rate(context: MeasurementContext) -> Measured:
         ]
         return found.permute(0, 3, 1, 2)
 
-    return _changed(context, moved)
+    return _changed(context, _transformed(context, moved))
 
 
-def _changed(context: MeasurementContext, transform: Callable[[Tensor, Tensor], Tensor]) -> Measured:
-    """``transform`` maps images (B, C, H, W) and uniform numbers (B, 2) of their own to images."""
+def _changed(context: MeasurementContext, transformed: Tensor | None) -> Measured:
+    """Fraction of predictions that differ from those by the logits ``transformed``."""
+    if transformed is None:
+        return Measured.undefined("the inputs are not images")
+    return context.mean(over_labels(transformed.argmax(-1) != context.logits.argmax(-1)))
+
+
+def _transformed(context: MeasurementContext, transform: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+    """Return this process's logits of transformed images; None of other inputs.
+
+    Args:
+        transform: maps images (B, C, H, W) and uniform numbers (B, 2) of their own to images.
+    """
     batches, rows = context.batches, []
     # for all examples at once, so that no shift hangs on the batch size or on the process
     numbers = torch.rand(batches.total, 2, generator=context.generator("crop"))
     mine = numbers[batches.first : batches.first + batches.num_examples].split(batches.batch_size)
-    for batch, logits, some in zip(batches, cut(context.logits, batches), mine, strict=True):
+    for batch, some in zip(batches, mine, strict=True):
         if not isinstance(batch.x, Tensor) or batch.x.dim() != 4 or not batch.x.is_floating_point():
-            return Measured.undefined("the inputs are not images")
+            return None
         with torch.no_grad():
-            changed = context.parameters.logits(transform(batch.x, some))
-        context.work.add(FORWARD, len(logits))
-        rows.append(_over_labels(changed.argmax(-1) != logits.argmax(-1)))
-    return context.mean(torch.cat(rows))
-
-
-def parameter_norm(context: MeasurementContext) -> Measured:
-    """‖θ‖ over the measured parameters."""
-    return _length(context.parameters.named)
-
-
-def distance_from_initialization(context: MeasurementContext) -> Measured:
-    """‖θ − θ₀‖ over the measured parameters, θ₀ those that training started from."""
-    if context.initial is None:
-        return Measured.undefined("the initial parameters are known for run folders only")
-    before = dict(context.initial.named_parameters())
-    return _length(
-        {name: p.detach() - before[name].to(p.device) for name, p in context.parameters.named.items()}
-    )
-
-
-def _length(tensors: Mapping[str, Tensor]) -> Measured:
-    squares = sum(float(t.detach().double().square().sum()) for t in tensors.values())
-    return Measured(math.sqrt(squares), details={"reason_stderr_examples": "needs no examples"})
+            rows.append(context.parameters.logits(transform(batch.x, some)))
+        context.work.add(FORWARD, len(rows[-1]))
+    return torch.cat(rows)

@@ -26,13 +26,14 @@ from gm_probe.measures.catalogue import (
     takes_derivatives,
 )
 from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.layers import by_layer
 from gm_probe.measures.measure import UNDEFINING, measure
 from gm_probe.measures.settings import Settings
 from gm_probe.models.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.models.contrastive import Contrastive
 from gm_probe.models.door import Head, Outputs
 from gm_probe.models.layout import settle_layout
-from gm_probe.models.loading import check_fit, choose_normalization, fitted_model
+from gm_probe.models.loading import check_classes, check_fit, choose_normalization, fitted_model
 from gm_probe.models.parameters import as_measured, evaluating
 from gm_probe.models.pretrained import load_pretrained
 from gm_probe.models.zoo import ModelSpec, initial_model, is_user_code
@@ -130,12 +131,8 @@ def open_checkpoint(
     outputs, classes = _examined(model, batches, outputs, model_name or path)
     if num_classes is not None and num_classes != classes:
         raise UsageError(f"{model_name or path} has {classes} outputs, not --num-classes {num_classes}")
-    # an array file names no classes: its labels need only lie below the number of outputs
-    if examples.y is not None and examples.classes and len(examples.classes) != classes:
-        raise DataError(
-            f"{examples.source} has {len(examples.classes)} classes but {path} has {classes} outputs. Give "
-            "each class a folder, or pass the data as --unlabeled"
-        )
+    if examples.y is not None:
+        check_classes(examples, (), classes, path)
     return LoadedCheckpoint(
         model, name, batches, classes, checkpoint.classes, checkpoint.model, outputs, *said
     )
@@ -183,6 +180,8 @@ def measure_checkpoint(
     settings: Settings,
     *,
     quadrature: tuple[int, int] | None = None,
+    per_layer: bool = False,
+    validation: Examples | None = None,
     batch_size: int | None = None,
     memory: float = MEMORY,
     notify: Callable[[str, float], None] | None = None,
@@ -194,6 +193,8 @@ def measure_checkpoint(
 
     Args:
         quadrature: random vectors and steps of the spectral densities; None = do without.
+        per_layer: also measure each layer alone.
+        validation: labeled examples of the training distribution, for atc, doc and cot.
         batch_size: None = what ``memory`` bytes hold.
         memory: bytes that a product may take.
         loading: as ``open_checkpoint`` takes them.
@@ -210,7 +211,7 @@ def measure_checkpoint(
             path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading
         )
     batches = loaded.batches
-    derivatives = quadrature is not None or takes_derivatives(names or DEFAULT_MEASURES)
+    derivatives = quadrature is not None or per_layer or takes_derivatives(names or DEFAULT_MEASURES)
     if batch_size is None and derivatives and not simclr:
         batches = within(memory, loaded.model, batches, loaded.outputs)
     part = batches.shard(rank(), count())
@@ -229,6 +230,7 @@ def measure_checkpoint(
         names,
         settings,
         initial=initial,
+        validation=None if validation is None else batches.over(validation),
         memory=memory,
         notify=tick,
         outputs=loaded.outputs,
@@ -256,6 +258,17 @@ def measure_checkpoint(
     }
     if loaded.notes:
         result["notes"] = list(loaded.notes)
+    if validation is not None:
+        result["settings"] |= {"validation": validation.source, "validation_sha256": validation.digest}
+    if per_layer:
+        before = spent
+        result["layers"] = by_layer(
+            loaded.model,
+            part.of_size(report.batch_size),
+            settings,
+            loaded.outputs,
+            lambda name, evaluations: tick(name, before + evaluations),
+        )
     if quadrature is not None:
         before = spent
         result["density"], _ = within_memory(

@@ -170,11 +170,42 @@ def check_fit(checkpoint: Checkpoint, examples: Examples) -> None:
             f"{examples.source} has examples of shape {shape} but {checkpoint.path} takes "
             f"{recorded.input_shape}; {remedy}"
         )
-    if examples.classes and checkpoint.classes and examples.classes != checkpoint.classes:
+    check_classes(examples, checkpoint.classes, None, checkpoint.path)
+
+
+def check_classes(
+    examples: Examples, recorded: tuple[str, ...], num_classes: int | None, checkpoint: object
+) -> None:
+    """Compare the class names of ``examples``, if they have any, with a checkpoint's.
+
+    An array file names no classes: its labels need only lie below the number of outputs.
+
+    Args:
+        recorded: names that the checkpoint was trained on; empty = unknown.
+        num_classes: its number of outputs; None = not yet known.
+
+    Raises:
+        DataError: other names, or another number of classes.
+    """
+    names = examples.classes
+    if names and recorded and names != recorded:
         raise DataError(
-            f"{examples.source} has classes {_some(examples.classes)} but {checkpoint.path} was trained on "
-            f"{_some(checkpoint.classes)}; rename the folders, or pass the data as --unlabeled"
+            f"{examples.source} has classes {_some(names)} but {checkpoint} was trained on {_some(recorded)}"
+            f"{_first_odd(names, recorded)}; rename the folders, or use the data as --unlabeled"
         )
+    if names and num_classes is not None and len(names) != num_classes:
+        raise DataError(
+            f"{examples.source} has {len(names)} classes but {checkpoint} has {num_classes} outputs. Give "
+            "each class a folder, or use the data as --unlabeled"
+        )
+
+
+def _first_odd(names: tuple[str, ...], recorded: tuple[str, ...]) -> str:
+    """Where the names that are shown do not tell: the first that only one side has, or that the order differs."""
+    if _some(names) != _some(recorded):
+        return ""
+    odd = sorted(set(names) ^ set(recorded))
+    return f" (they differ in {odd[0]})" if odd else " (their order differs)"
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -24,22 +24,19 @@ SETTINGS = frozenset((
 ))
 # fmt: on
 MET_STOP = "met_stop_ce"
-ACCURACIES = ("train_accuracy", "test_accuracy")
+HELD_OUT = ("test", "val", "valid", "validation", "eval", "dev")
+"""Names of examples that were not trained on; those of the test come first."""
+RATES = tuple(f"{part}_{rate}" for part in ("train", *HELD_OUT) for rate in ("error", "accuracy"))
 ALIASES = {
-    "random_seed": SEED,
-    "rng_seed": SEED,
-    "manual_seed": SEED,
-    "random_state": SEED,
-    "train_acc": "train_accuracy",
-    "test_acc": "test_accuracy",
-    "train_err": "train_error",
-    "test_err": "test_error",
+    **dict.fromkeys(("random_seed", "rng_seed", "manual_seed", "random_state"), SEED),
+    **{f"{part}_{short}": f"{part}_{rate}" for part in ("train", *HELD_OUT)
+       for short, rate in (("acc", "accuracy"), ("err", "error"))},
     "run_name": "name",
     "mlflow_run_name": "name",
-}
-RENAMED = frozenset((*GAPS, *KNOWN_MEASURES, *SETTINGS, *OUTCOMES, *ACCURACIES, SEED, MET_STOP))
+}  # fmt: skip
+RENAMED = frozenset((*GAPS, *KNOWN_MEASURES, *SETTINGS, *OUTCOMES, *RATES, SEED, MET_STOP))
 """Names that the rest of the code knows: a column is called so however its file writes it."""
-NAMES = ("run", "name", "display_name", "run_id", "trial_id", "id")
+NAMES = ("run", "name", "display_name", "model_name", "run_id", "trial_id", "id", "model")
 """Which columns may name a run, the best first."""
 _GIVEN = re.compile(r"(?:params?|config|hparams|hyperparameters)[./]|params_", re.IGNORECASE)
 _FOUND = re.compile(r"(?:metrics?|summary)[./]|user_attrs_", re.IGNORECASE)
@@ -51,7 +48,9 @@ _NO_MEASURE = re.compile(
     r"|(?:.*_)?(?:id|uuid|guid|pid|status|state)"
     r"|(?:.*_)?(?:time|date|datetime|timestamp|runtime|duration|seconds|epochs?|steps?|iterations?)"
     r"|(?:time|date|datetime|created|started|updated|finished|ended|relative)(?:_.*)?|.*_at"
-    r"|(?:train|training|test|val|valid|validation|eval)_(?:error|err|acc|accuracy|ce|loss)"
+    r"|(?:train|training|test|val|valid|validation|eval|dev)_(?:error|err|acc|accuracy|ce|loss)|loss"
+    r"|.*_per_(?:second|sec|s|step|epoch)|total_flos"
+    r"|.*_(?:stderr|stderr_examples|has_converged)"  # what `gmprobe collect` writes beside a measure
     r"|(?:gpu|cpu|git|mlflow|slurm)_.*|host|hostname|node_ip|user|tags|notes|sweep|commit"
 )
 # fmt: off
@@ -62,17 +61,23 @@ UNFINISHED = frozenset((
     "crashed", "crash", "failed", "fail", "failure", "error", "errored", "killed", "running", "preempting", "preempted",
     "pending", "scheduled", "queued", "waiting", "created", "starting", "initializing", "paused", "stopped", "stopping",
     "suspended", "requeued", "aborted", "canceled", "cancelled", "interrupted", "timeout", "timed_out", "out_of_memory",
-    "oom", "node_fail", "pruned", "unfinished", "incomplete", "diverged", "stale", "deleted",
+    "oom", "node_fail", "pruned", "unfinished", "incomplete", "diverged", "stale", "deleted", "unreadable",
 ))
+SUMMARIES = frozenset((
+    "mean", "average", "avg", "median", "min", "minimum", "max", "maximum", "range", "sum", "total",
+    "std", "std_dev", "stdev", "sd", "standard_deviation", "variance", "stderr", "standard_error",
+))
+"""Names of rows that sum up the runs above them."""
 # fmt: on
 
 
 def key(name: str) -> str:
     """``name`` without a tracker's prefix, in small letters with underscores; its usual name where it has another."""
-    return ALIASES.get(found := _plain(_bare(name)), found)
+    return ALIASES.get(found := _plain(bare(name)), found)
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
+    """``name`` without a tracker's prefix."""
     for prefix in (_GIVEN, _FOUND, _SAID):
         if match := prefix.match(name):
             return name[match.end() :]
@@ -89,7 +94,7 @@ def called(names: Sequence[str]) -> dict[str, str]:
 
     Where two would be called the same, each keeps its own name.
     """
-    wanted = {name: found if (found := key(name)) in RENAMED else _bare(name) or name for name in names}
+    wanted = {name: found if (found := key(name)) in RENAMED else bare(name) or name for name in names}
     num = Counter(wanted.values())
     return {
         name: new if num[new] == 1 and (new == name or new not in names) else name
@@ -98,8 +103,13 @@ def called(names: Sequence[str]) -> dict[str, str]:
 
 
 def is_setting(name: str) -> bool:
-    """Whether a column ``name`` is a choice about training."""
+    """Whether a column ``name`` is a usual choice about training."""
     return key(name) in SETTINGS and not _FOUND.match(name)
+
+
+def is_given(name: str) -> bool:
+    """Whether a tracker says of the column ``name`` that it was set and not measured."""
+    return bool(_GIVEN.match(name)) and key(name) not in BOOKKEEPING
 
 
 def may_be_measure(name: str) -> bool:
@@ -107,7 +117,7 @@ def may_be_measure(name: str) -> bool:
     if _GIVEN.match(name) or _SAID.match(name):
         return False
     found = key(name)
-    known = {*BOOKKEEPING, *SETTINGS, *GAPS, *OUTCOMES, *ACCURACIES, MET_STOP, ""}
+    known = {*BOOKKEEPING, *SETTINGS, *GAPS, *OUTCOMES, MET_STOP, ""}
     return found in KNOWN_MEASURES or not (found in known or _NO_MEASURE.fullmatch(found))
 
 

@@ -48,19 +48,22 @@ class Delimited:
     written: tuple[str, ...]
 
 
-def read_delimited(path: Path) -> Delimited:
+def read_delimited(path: Path, *, follow: bool = True) -> Delimited:
     """Read ``path``: UTF-8, UTF-16 or UTF-32, else Windows-1252; separated by commas, semicolons, tabs or bars.
 
     A first line ``sep=;`` names the separator. Blank rows are passed over; a row shorter than the header is filled.
+
+    Args:
+        follow: also read what a link leads to, as for a file that the user names.
 
     Raises:
         StorageError: the file cannot be read.
         DataError: it is empty, no text, or its rows do not fit its header.
     """
-    data = read_at_most(path, MOST_BYTES, follow=True)
+    data = read_at_most(path, MOST_BYTES, follow=follow)
     if data is None:
         raise DataError(f"{path} has more than {MOST_BYTES:,} bytes; keep fewer rows or columns")
-    text, encoding = _decoded(data, path)
+    text, encoding = decoded(data, path, "CSV")
     try:
         separator, text = _separator(text)
         header, rows = _rows(text, separator, path)
@@ -71,7 +74,7 @@ def read_delimited(path: Path) -> Delimited:
     return Delimited(header, rows, tuple(written))
 
 
-def _decoded(data: bytes, path: Path) -> tuple[str, str]:
+def decoded(data: bytes, path: Path, kind: str) -> tuple[str, str]:
     """The text of ``data``, and the name of its encoding."""
     try:
         for mark, codec in BOMS.items():
@@ -82,13 +85,13 @@ def _decoded(data: bytes, path: Path) -> tuple[str, str]:
             if nulls and 4 * nulls.count(0) > len(nulls):  # Latin letters have a zero byte each
                 return data.decode(codec), "UTF-16"
         if b"\0" in data:
-            raise DataError(f"{path} is not a readable CSV: it contains bytes that are not text")
+            raise DataError(f"{path} is not a readable {kind}: it contains bytes that are not text")
         try:
             return data.decode("utf-8"), "UTF-8"
         except UnicodeDecodeError:
             return data.decode(WINDOWS), "Windows-1252"
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a readable CSV: {error}; save it as UTF-8") from error
+        raise DataError(f"{path} is not a readable {kind}: {error}; save it as UTF-8") from error
 
 
 def _separator(text: str) -> tuple[str, str]:

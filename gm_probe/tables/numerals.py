@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from gm_probe.tables.table import LARGEST, TOO_LARGE
@@ -17,6 +18,7 @@ NO_VALUE = frozenset((
     "#n/a", "#na", "#nv", "#div/0!", "#value!", "#num!", "#ref!",  # what Excel shows in place of a number
 ))
 # fmt: on
+NOTHING = "no value"
 POINT, COMMA = ".", ","
 _SPACES = " \N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}'\N{RIGHT SINGLE QUOTATION MARK}"
 _GROUPED = {
@@ -74,15 +76,14 @@ def read_numbers(columns: Mapping[str, Sequence[object]]) -> dict[str, Numbers]:
     A cell like ``1.234`` or ``1,234`` may be read either way. Such a column follows the others; where they do not tell,
     ``1.234`` has a decimal point, and ``1,234`` is no number.
     """
-    cells = {name: pd.Series([str(cell).strip() for cell in column], dtype=object)
-             for name, column in columns.items()}  # fmt: skip
+    cells = {name: [str(cell).strip() for cell in column] for name, column in columns.items()}
     shown = {name: _shown(column) for name, column in cells.items()}
     certain = set().union(*shown.values()) - {""}
     common = certain.pop() if len(certain) == 1 else ""
     return {name: _read(column, _decimal(shown[name], common)) for name, column in cells.items()}
 
 
-def _shown(cells: pd.Series) -> set[str]:
+def _shown(cells: Sequence[str]) -> set[str]:
     """The decimal marks that ``cells`` show beyond doubt, and "" where a cell may be read in two ways."""
     found: set[str] = set()
     for cell in set(cells):
@@ -104,18 +105,28 @@ def _decimal(shown: set[str], common: str) -> str:
     return POINT if certain or not shown else common
 
 
-def _read(cells: pd.Series, decimal: str) -> Numbers:
-    empty = cells.str.lower().isin(NO_VALUE)
-    read = [math.nan if gone else _either(cell, decimal) for cell, gone in zip(cells, empty, strict=True)]
-    values = pd.Series(read, dtype=float)
-    wrong = values.isna() & ~empty
-    infinite = values.isin([math.inf, -math.inf])
-    large = (values.abs() > LARGEST) & ~infinite
-    missing = dict.fromkeys(cells.index[empty].tolist(), "no value")
-    missing |= dict.fromkeys(cells.index[infinite].tolist(), "not finite")
-    missing |= dict.fromkeys(cells.index[large].tolist(), TOO_LARGE)
-    text = dict(zip(cells.index[wrong].tolist(), cells[wrong].tolist(), strict=True))
-    return Numbers(values.mask(infinite | large), text, missing, decimal or POINT)
+def _read(cells: Sequence[str], decimal: str) -> Numbers:
+    text: dict[int, str] = {}
+    values = [math.nan] * len(cells)
+    for row, cell in enumerate(cells):
+        if cell.lower() not in NO_VALUE:
+            values[row] = _either(cell, decimal)
+            if math.isnan(values[row]):
+                text[row] = cell
+    found = finite(values)
+    missing = {row: reason for row, reason in found.missing.items() if row not in text}
+    return Numbers(found.values, text, missing, decimal or POINT)
+
+
+def finite(values: Sequence[float] | pd.Series) -> Numbers:
+    """``values`` (n,) that have a finite square; the others are missing, with the reason."""
+    array = np.array(values, dtype=float)
+    wrong = ~(np.abs(array) <= LARGEST)
+    missing = {
+        int(row): NOTHING if np.isnan(array[row]) else "not finite" if np.isinf(array[row]) else TOO_LARGE
+        for row in np.flatnonzero(wrong)
+    }
+    return Numbers(pd.Series(np.where(wrong, math.nan, array)), {}, missing)
 
 
 def _either(cell: str, decimal: str) -> float:

@@ -1,8 +1,9 @@
-"""Read a folder of run folders, or anybody's CSV, TSV or Parquet, into one RunTable."""
+"""Read runs into one RunTable, whatever holds them: run folders, trackers, files, a DataFrame."""
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import pandas as pd
 from gm_probe.errors import DataError, StorageError, printable
 from gm_probe.files.regular import open_to_read
 from gm_probe.runs.records import CONFIG, SWEEP, RunRecord, find_runs, read_groups, read_run
+from gm_probe.tables.expression import parse
+from gm_probe.tables.numerals import NOTHING, Numbers, finite
+from gm_probe.tables.readers import Sheet, read_sheet, tidied
 from gm_probe.tables.sources import require_source
-from gm_probe.tables.spreadsheets import table_from_file
+from gm_probe.tables.spreadsheets import run_table
 from gm_probe.tables.table import (
     BOOKKEEPING,
     GAPS,
@@ -23,7 +27,7 @@ from gm_probe.tables.table import (
     MOST_SETTINGS,
     OUTCOMES,
     SEED,
-    TOO_LARGE,
+    Asked,
     Exclusion,
     RunTable,
     by_reason,
@@ -34,6 +38,7 @@ from gm_probe.tables.table import (
     show,
     unique,
 )
+from gm_probe.tables.trackers import tracker
 
 # What a measure's value depends on besides the run, in the settings of measures.json or in the measure's own row.
 # Whether pixels were normalised, not by what: that is the training data's own.
@@ -50,40 +55,49 @@ OWN_SETTINGS = {
 ROW_SETTINGS = ("protocol", "labels")
 MOST_OF_ONE = 200
 """Settings of one run; the tool's own are some 60."""
+FRAME = Path("DataFrame")
+"""What messages call a table that is no file."""
 NOT_MEASURED = {"value": None, "reason": "not measured"}
 
 
 def load_table(
-    source: Path,
+    source: Path | pd.DataFrame,
     measures: Sequence[str] = (),
     hyperparameters: Sequence[str] = (),
     group_by: Sequence[str] = (),
     *,
+    gap: str = "both",
+    seed_column: str = "",
     converged_only: bool = False,
 ) -> RunTable:
-    """Read ``source``: a folder of run folders, or a .csv, .tsv or .parquet file with one run a row.
+    """Read ``source``: a folder of runs of gmprobe or a tracker, a file with one run a row, or such a DataFrame.
 
-    Empty ``measures`` takes every measure of the run folders; of a file, the columns that bear a measure's
-    name, or where none does, every numeric column that is not a gap, an outcome, a setting or an identifier.
-    Empty ``hyperparameters`` takes the settings that vary over the run folders; of a file, the columns that
-    bear a setting's name. ``group_by`` columns always count as hyperparameters. ``converged_only`` leaves out
-    runs whose training ended before it reached its ``stop_ce``; without it they stay, and a note counts them. A file
-    that `gmprobe collect` wrote says which, and which runs did not finish.
+    Empty ``measures`` takes every measure of the run folders; of others, all numeric columns but gaps, outcomes,
+    settings and identifiers. Empty ``hyperparameters`` takes the settings that vary over the run folders; of others,
+    the columns that bear a setting's name, or that a tracker calls settings and that vary. ``group_by`` columns always
+    count as hyperparameters. ``gap`` is ``error_gap``, ``ce_gap``, ``both``, or arithmetic on columns; a table without
+    a gap has one made of its errors, accuracies or losses, which a note says. ``seed_column`` tells which runs share a
+    seed (``seed``). ``converged_only`` leaves out runs whose training ended before it reached its ``stop_ce``; without
+    it they stay, and a note counts them. A file that `gmprobe collect` wrote says which, and which runs did not finish.
 
     Raises:
         UsageError: ``source`` is neither, or a column that was asked for is not there or has another role; or
-            ``converged_only`` of a file that does not say.
+            ``converged_only`` of a file that does not say; or ``gap`` is no arithmetic on columns.
         DataError: no gap, no measure, no usable run, a duplicated column, or text where a number belongs.
         StorageError: the file cannot be read.
     """
-    if source.is_dir():
-        return _table_from_folders(source, measures, hyperparameters, group_by, converged_only)
+    asked = Asked(measures, hyperparameters, group_by, gap, seed_column, converged_only)
+    if isinstance(source, pd.DataFrame):
+        return run_table(FRAME, tidied(FRAME, Sheet(source.copy())), asked)
     require_source(source)
-    try:
-        open_to_read(source, follow=True).close()
-    except OSError as error:
-        raise StorageError(f"cannot read {source}: {error.strerror or error}") from error
-    return table_from_file(source, measures, hyperparameters, group_by, converged_only)
+    if source.is_dir() and tracker(source) is None:
+        return _table_from_folders(source, asked)
+    if not source.is_dir():
+        try:
+            open_to_read(source, follow=True).close()
+        except OSError as error:
+            raise StorageError(f"cannot read {source}: {error.strerror or error}") from error
+    return run_table(source, read_sheet(source), asked)
 
 
 def recipe_groups(source: Path) -> list[str]:
@@ -95,65 +109,47 @@ def recipe_groups(source: Path) -> list[str]:
     return read_groups(source) if (source / SWEEP).is_file() else []
 
 
-def _table_from_folders(
-    root: Path,
-    measures: Sequence[str],
-    hyperparameters: Sequence[str],
-    group_by: Sequence[str],
-    converged_only: bool,
-) -> RunTable:
-    kept, excluded = _read_folders(root, converged_only)
+def _table_from_folders(root: Path, asked: Asked) -> RunTable:
+    kept, excluded = _read_folders(root, asked.converged_only)
     records = list(kept.values())
-
     found = unique(name for record in records for name in record.measures)
-    require_known(measures, found, "measure")
-    chosen = unique(measures) or sorted(found, key=_rank)
+    require_known(asked.measures, found, "measure")
+    chosen = unique(asked.measures) or sorted(found, key=_rank)
     require_few(chosen, MOST_MEASURES, root, "measures", "--measures")
-    gaps = [gap for gap in GAPS if any(gap in record.summary for record in records)]
-    if not gaps:
-        raise DataError(
-            f"no summary.json in {root} has error_gap or ce_gap (SimCLR encoders have neither). Train the "
-            "runs again"
-        )
-
     configs = [_flatten(record.config) for record in records]
     settings = unique(name for config in configs for name in config)
-    require_known([*hyperparameters, *group_by], settings, "setting in any config.toml named")
+    seed = asked.seed_column or SEED
+    require_known(
+        [*asked.hyperparameters, *asked.group_by, *([asked.seed_column] if asked.seed_column else [])],
+        settings,
+        "setting in any config.toml named",
+    )
     varying = [
         name
         for name in settings
-        if name not in BOOKKEEPING and len({config.get(name) for config in configs}) > 1
+        if name not in {*BOOKKEEPING, seed} and len({config.get(name) for config in configs}) > 1
     ]
-    hypers = unique([*(hyperparameters or varying), *group_by])
+    hypers = unique([*(asked.hyperparameters or varying), *asked.group_by])
     require_few(hypers, MOST_SETTINGS, root, "settings that vary", "--hyper")
-    require_distinct(gaps, chosen, hypers)
+    gaps = _gaps(records, configs, asked.gap)
+    if not gaps:
+        raise DataError(
+            f"no summary.json in {root} has error_gap or ce_gap (SimCLR encoders have neither). Train the runs again"
+        )
+    require_distinct([*gaps], chosen, hypers)
 
-    columns: dict[str, pd.Series] = {"run": pd.Series(list(kept))}
-    missing: dict[str, dict[int, str]] = {}
-    unconverged: dict[str, frozenset[int]] = {}
-    conditions: dict[str, dict[str, Counter[str]]] = {}
-    for gap in gaps:
-        values = [{"value": record.summary.get(gap)} for record in records]
-        columns[gap], missing[gap] = _finite(values, absent=f"no {gap} in summary.json")
-    for name in chosen:
-        rows = [record.measures.get(name, NOT_MEASURED) for record in records]
-        columns[name], missing[name] = _finite(rows, absent="no value and no reason recorded")
-        unconverged[name] = frozenset(
-            i for i, row in enumerate(rows) if i not in missing[name] and row.get("converged") is False
-        )
-        measured = [i for i in range(len(records)) if i not in missing[name]]
-        conditions[name] = _conditions(
-            name, [records[i].settings for i in measured], [rows[i] for i in measured]
-        )
-    for name in unique([*hypers, *([SEED] if SEED in settings else [])]):
-        columns[name] = pd.Series([config.get(name) for config in configs], dtype=object)
+    measured = {name: _Measured.of(name, records) for name in chosen}
+    numbers = gaps | {name: each.numbers for name, each in measured.items()}
+    columns = {"run": pd.Series(list(kept))} | {name: each.values for name, each in numbers.items()}
+    columns |= {name: pd.Series([c.get(name) for c in configs], dtype=object) for name in hypers}
+    if seed in settings:
+        columns[SEED] = pd.Series([config.get(seed) for config in configs], dtype=object)
     outcomes = [
         name for name in OUTCOMES if name not in columns and any(name in record.summary for record in records)
     ]
-    for name in outcomes:
-        columns[name], _ = _finite([{"value": record.summary.get(name)} for record in records], absent="")
-    notes = [f"hyperparameters that vary over the runs: {', '.join(varying) or 'none'}"]
-    notes += missed_stop_note(sum(record.missed_stop for record in records), len(records))
+    columns |= {name: _numbers([record.summary.get(name) for record in records]).values for name in outcomes}
+    told = [] if asked.hyperparameters else [f"hyperparameters that vary: {', '.join(varying) or 'none'}"]
+    told += missed_stop_note(sum(record.missed_stop for record in records), len(records))
     return RunTable(
         source=root,
         frame=pd.DataFrame(columns),
@@ -161,12 +157,38 @@ def _table_from_folders(
         measures=tuple(chosen),
         hyperparameters=tuple(hypers),
         excluded=tuple(excluded),
-        missing=missing,
-        unconverged=unconverged,
-        conditions=conditions,
-        notes=tuple(notes[1:] if hyperparameters else notes),
+        missing={name: each.missing for name, each in numbers.items()},
+        unconverged={name: each.unconverged for name, each in measured.items()},
+        conditions={name: each.conditions for name, each in measured.items()},
+        notes=tuple(told),
         outcomes=tuple(outcomes),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """One measure over the runs: its values, and how they were taken (``RunTable``)."""
+
+    numbers: Numbers
+    unconverged: frozenset[int]
+    conditions: dict[str, Counter[str]]
+
+    @classmethod
+    def of(cls, name: str, records: Sequence[RunRecord]) -> "_Measured":
+        rows = [record.measures.get(name, NOT_MEASURED) for record in records]
+        found = _numbers([row.get("value") for row in rows])
+        missing = {
+            i: printable(str(rows[i].get("reason") or "no value and no reason recorded"))
+            if why == NOTHING
+            else why
+            for i, why in found.missing.items()
+        }
+        here = [i for i in range(len(rows)) if i not in missing]
+        return cls(
+            replace(found, missing=missing),
+            frozenset(i for i in here if rows[i].get("converged") is False),
+            _conditions(name, [records[i].settings for i in here], [rows[i] for i in here]),
+        )
 
 
 def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord], list[Exclusion]]:
@@ -260,18 +282,25 @@ def _conditions(
     return counts | {key: Counter(show(row.get(key)) for row in rows) for key in ROW_SETTINGS}
 
 
-def _finite(rows: Sequence[Mapping[str, Any]], absent: str) -> tuple[pd.Series, dict[int, str]]:
-    """The rows' ``value`` as floats, NaN where there is no finite one, and the reason for each NaN."""
-    values = [math.nan] * len(rows)
-    missing: dict[int, str] = {}
-    for i, row in enumerate(rows):
-        value = row.get("value")
-        if value is None:
-            missing[i] = printable(str(row.get("reason") or absent))
-        elif LARGEST < abs(value) < math.inf:
-            missing[i] = TOO_LARGE
-        elif not math.isfinite(value):
-            missing[i] = "not finite"
-        else:
-            values[i] = float(value)
-    return pd.Series(values, dtype=float), missing
+def _gaps(
+    records: Sequence[RunRecord], configs: Sequence[Mapping[str, Any]], asked: str
+) -> dict[str, Numbers]:
+    """The gaps of the summaries, or the one that is ``asked`` for as arithmetic on what summaries and settings say."""
+    rows = [{**config, **record.summary} for config, record in zip(configs, records, strict=True)]
+    names = unique(name for row in rows for name, value in row.items() if isinstance(value, int | float))
+    known = {name: _numbers([row.get(name) for row in rows]) for name in names}
+    if asked not in (*GAPS, "both"):
+        return {asked: parse(asked, names).of(known)}
+    found = {
+        gap: known.get(gap) or _numbers([None] * len(rows)) for gap in GAPS if any(gap in row for row in rows)
+    }
+    return {
+        gap: replace(numbers, missing={
+            i: f"no {gap} in summary.json" if why == NOTHING else why for i, why in numbers.missing.items()})
+        for gap, numbers in found.items()
+    }  # fmt: skip
+
+
+def _numbers(values: Sequence[Any]) -> Numbers:
+    """``values`` as floats; those that are no numbers are missing."""
+    return finite([value if isinstance(value, int | float) else math.nan for value in values])

@@ -1,26 +1,30 @@
-"""A table of anybody's own runs, one a row, from CSV or Parquet."""
+"""Anybody's table of runs, one a row: which of its columns is the gap, a measure, a setting, a seed, a name."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from gm_probe.errors import DataError, StorageError, UsageError, printable
-from gm_probe.files.schema import LONGEST_TEXT
+from gm_probe.errors import DataError, UsageError, printable
 from gm_probe.tables.columns import (
+    HELD_OUT,
     MET_STOP,
     NAMES,
+    SUMMARIES,
+    bare,
     called,
+    is_given,
     is_setting,
     is_status,
     key,
     may_be_measure,
     unfinished,
 )
-from gm_probe.tables.delimited import MOST_BYTES, read_delimited, require_fit
-from gm_probe.tables.numerals import COMMA, NO_VALUE, Numbers, ambiguous, read_numbers
+from gm_probe.tables.expression import parse
+from gm_probe.tables.numerals import COMMA, NO_VALUE, NOTHING, Numbers, ambiguous, read_numbers
+from gm_probe.tables.readers import Sheet
 from gm_probe.tables.table import (
     GAPS,
     KNOWN_MEASURES,
@@ -30,8 +34,10 @@ from gm_probe.tables.table import (
     OUTCOMES,
     SEED,
     TOO_LARGE,
+    Asked,
     Exclusion,
     RunTable,
+    few,
     missed_stop_note,
     require_distinct,
     require_few,
@@ -42,132 +48,222 @@ from gm_probe.tables.table import (
 NO = ("false", "0", "0.0")
 ROW = "\0row"
 """Name of the column that numbers the rows: no file has it."""
-DIFFERENCES = (
-    ("error_gap", "test_error", "train_error"),
-    ("error_gap", "train_accuracy", "test_accuracy"),
-    ("ce_gap", "test_ce", "train_ce"),
-)
-"""The gap that a table without one is given: the second column less the third."""
+CONVERGED = "_has_converged"
+"""What `gmprobe collect` adds to a measure's name for another column."""
+DIFFERENCES = {
+    "error_gap": [
+        difference
+        for part in HELD_OUT
+        for difference in (f"{part}_error - train_error", f"train_accuracy - {part}_accuracy")
+    ],
+    "ce_gap": ["test_ce - train_ce"],
+    "": [f"{part}_loss - train_loss" for part in HELD_OUT],
+}
+"""How a gap that a table lacks may be had, the best way first; under "" those that are called as they are made."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Sheet:
-    """A table as it was read: its cells, what its columns are called in the file, and remarks on how it is written."""
+class _Table:
+    """The runs that entered, by the names that the rest of the code knows.
+
+    Attributes:
+        raw: cells as they are written, and the row's number in ``ROW``.
+        columns: the same as numbers.
+        aliases: what the file calls a column, where this differs.
+        written: the name of each column in the file.
+    """
 
     source: Path
-    cells: pd.DataFrame
-    aliases: Mapping[str, str]
-    written: tuple[str, ...] = ()
+    raw: pd.DataFrame
+    columns: dict[str, Numbers]
+    aliases: dict[str, str]
+    written: dict[str, str]
+
+    def named(self, names: Sequence[str]) -> list[str]:
+        found = [self.aliases.get(name, name) for name in names]
+        require_known(found, self.columns, f"column in {self.source} named")
+        return unique(found)
 
 
-def table_from_file(
-    source: Path,
-    measures: Sequence[str],
-    hyperparameters: Sequence[str],
-    group_by: Sequence[str],
-    converged_only: bool,
-) -> RunTable:
-    """Read ``source``, whose suffix is in ``READERS``; see ``runs.load_table`` for the choice of columns and runs.
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """Which columns are what; ``run`` names the runs."""
+
+    measures: list[str]
+    hypers: list[str]
+    seeds: list[str]
+    outcomes: list[str]
+    left_out: list[str]
+    run: str
+
+
+def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
+    """Give the columns of ``sheet`` their roles; see ``runs.load_table`` for the choice of columns and runs.
 
     Raises:
-        UsageError: a column that was asked for is not there or has another role; ``converged_only``, and nothing says
-            which runs converged; or pyarrow is missing.
-        DataError: no gap, no measure, no row, a duplicated column, or text where a number belongs.
-        StorageError: the file cannot be read.
+        UsageError: a column that was asked for is not there or has another role; or ``converged_only``, and nothing
+            says which runs converged.
+        DataError: no gap, no measure, no usable row, or text where a number belongs.
     """
-    sheet = _sheet(source)
-    raw, excluded, notes = _finished(sheet.cells, source, converged_only)
+    new = called([str(name) for name in sheet.cells.columns])
+    short = Counter(map(bare, new))
+    aliases = {old: name for old, name in new.items() if old != name}
+    aliases |= {
+        bare(old): name
+        for old, name in new.items()
+        if short[bare(old)] == 1 and bare(old) not in new.values()
+    }
+    raw, excluded, notes = _finished(sheet.cells.rename(columns=new), source, asked.converged_only)
     columns = read_numbers({str(name): raw[name].to_list() for name in raw if name != ROW})
-    gaps, taken_from = _gaps(columns, source)
-    names = [*columns]
-    measures, hyperparameters, group_by = (
-        [sheet.aliases.get(name, name) for name in asked] for asked in (measures, hyperparameters, group_by)
-    )
-    require_known([*measures, *hyperparameters, *group_by], names, f"column in {source} named")
-    by_name = [name for name in names if is_setting(name) and name not in measures]
-    hypers = unique([*(hyperparameters or by_name), *group_by])
-    free = [name for name in names if name not in {*gaps, *hypers, "run"}]
-    chosen = unique(measures) or _measures(free, columns)
-    require_few(chosen, MOST_MEASURES, source, "columns to use as measures", "--measures")
-    require_few(hypers, MOST_SETTINGS, source, "hyperparameters", "--hyper")
-    if not chosen:
-        raise DataError(f"{source} has no numeric column to use as a measure; it has: {', '.join(names)}")
-    require_distinct(gaps, chosen, hypers)
-    _require_numbers([*gaps, *taken_from, *chosen], columns, raw[ROW], source)
+    table = _Table(source, raw, columns, aliases, {name: old for old, name in new.items()})
+    gaps, made_of, told = _gaps(table, asked)
+    roles = _roles(table, asked, gaps, made_of)
+    used = [*gaps, *made_of, *roles.measures]
+    _require_numbers(used, columns, raw[ROW], source)
 
-    left_out = [name or "a column without a name" for name in free if name not in chosen]
-    note = f"measures used: {', '.join(chosen)}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
-    outcomes = [name for name in OUTCOMES if name in names and name not in (*gaps, *chosen, *hypers)]
-    gone = {name: int(columns[name].values.isna().sum()) for name in outcomes}
+    gone = {name: int(columns[name].values.isna().sum()) for name in roles.outcomes}
     lacking = [f"{name} is not a number in {num} of {len(raw)} runs" for name, num in gone.items() if num]
-    frame = {"run": _names(raw)}
-    frame |= {name: columns[name].values for name in [*gaps, *chosen]}
-    seeds = [SEED] if SEED in names and SEED not in chosen else []
-    frame |= {name: _settings(columns[name], raw[name]) for name in unique([*hypers, *seeds])}
-    frame |= {name: columns[name].values for name in outcomes}
+    frame = {"run": _names(raw, roles.run)}
+    frame |= {name: columns[name].values for name in [*gaps, *roles.measures]}
+    frame |= {name: _settings(columns[name], raw[name]) for name in roles.hypers}
+    if roles.seeds:
+        frame[SEED] = _settings(columns[roles.seeds[0]], raw[roles.seeds[0]])
+    frame |= {name: columns[name].values for name in roles.outcomes}
     return RunTable(
         source=source,
         frame=pd.DataFrame(frame),
         gaps=tuple(gaps),
-        measures=tuple(chosen),
-        hyperparameters=tuple(hypers),
-        missing={name: columns[name].missing for name in [*gaps, *chosen]},
+        measures=tuple(roles.measures),
+        hyperparameters=tuple(roles.hypers),
+        missing={name: columns[name].missing for name in [*gaps, *roles.measures]},
         excluded=excluded,
         notes=(
-            *_said(sheet, columns, [*gaps, *taken_from, *chosen, *hypers]),
-            *((f"{gaps[0]} is {' − '.join(taken_from)}",) if taken_from else ()),
-            *(() if measures else (note,)),
+            *sheet.notes,
+            *_said(sheet, columns, [*used, *roles.hypers]),
+            *told,
+            *(() if asked.measures and asked.hyperparameters else (_chosen(roles, raw),)),
+            *_odd_cells(roles.left_out, columns, raw[ROW]),
             *lacking,
             *notes,
         ),
-        outcomes=tuple(outcomes),
-        aliases=sheet.aliases,
+        outcomes=tuple(roles.outcomes),
+        aliases=aliases,
+        left_out=tuple(roles.left_out),
     )
 
 
-def _sheet(source: Path) -> _Sheet:
-    """The cells of ``source``, its columns by the names that the rest of the code knows."""
-    raw, written = READERS[source.suffix.lower()](source)
-    empty = [bool(name == "" and (raw.iloc[:, place] == "").all()) for place, name in enumerate(raw.columns)]
-    raw = raw.loc[:, [not gone for gone in empty]]
-    names = list(raw.columns)
-    repeated = [name for name, times in Counter(names).items() if times > 1]
-    if repeated:
-        raise DataError(f"{source} has the column {repeated[0]!r} more than once; rename or remove one")
-    odd = [name for name in names if not name.isprintable()]
-    if odd:
-        raise DataError(f"{source} has the column {odd[0]!r}, with unprintable characters; rename it")
-    if raw.empty:
-        raise DataError(f"{source} has a header but no run below it")
-    new = called(names)
-    return _Sheet(
-        source, raw.rename(columns=new), {old: name for old, name in new.items() if old != name}, written
+def _roles(table: _Table, asked: Asked, gaps: list[str], made_of: list[str]) -> _Roles:
+    raw, columns = table.raw, table.columns
+    measures, hypers, by = (
+        table.named(each) for each in (asked.measures, asked.hyperparameters, asked.group_by)
     )
+    asked_seed = table.named([asked.seed_column]) if asked.seed_column else []
+    seeds = asked_seed or [name for name in (SEED,) if name in columns and name not in measures]
+    run = _name_column(raw, {*measures, *hypers, *by, *asked_seed})
+    taken = {*gaps, *made_of, *asked_seed, run}
+    hypers = unique([*(hypers or _hypers(table, {*measures, *taken})), *by])
+    if asked_seed and SEED in hypers:
+        raise UsageError(
+            f"--seed-column {asked.seed_column}: {SEED!r} cannot be a hyperparameter then. Leave it out"
+        )
+    free = [name for name in columns if name in measures or name not in {*taken, *hypers}]
+    chosen = measures or _measures([name for name in free if not is_given(table.written[name])], columns)
+    require_few(chosen, MOST_MEASURES, table.source, "columns to use as measures", "--measures")
+    require_few(hypers, MOST_SETTINGS, table.source, "hyperparameters", "--hyper")
+    if not chosen:
+        raise DataError(
+            f"{table.source} has no numeric column to use as a measure (--measures names one); "
+            f"it has: {few([*columns])}"
+        )
+    require_distinct(gaps, chosen, hypers)
+    outcomes = [
+        name for name in OUTCOMES if name in columns and name not in {*gaps, *chosen, *hypers, *seeds}
+    ]
+    left_out = [name for name in free if name not in {*chosen, *outcomes, *seeds}]
+    return _Roles(chosen, hypers, seeds, outcomes, left_out, run)
 
 
-def _gaps(columns: dict[str, Numbers], source: Path) -> tuple[list[str], list[str]]:
-    """The gaps among ``columns``, or one that is added as a difference, and the two columns that it is taken from."""
-    gaps = [gap for gap in GAPS if gap in columns]
-    if gaps:
-        return gaps, []
-    for gap, first, second in DIFFERENCES:
-        if first in columns and second in columns:
-            columns[gap] = _difference(columns[first], columns[second])
-            return [gap], [first, second]
-    raise DataError(
-        f"{source} has no column error_gap (test error − train error) or ce_gap; it has: {', '.join(columns)}"
-    )
+def _chosen(roles: _Roles, raw: pd.DataFrame) -> str:
+    """What was taken for what, in words; settings that are the same everywhere are not worth them."""
+    varying = [name for name in roles.hypers if raw[name].map(str).nunique() > 1]
+    shown = {
+        "measures": roles.measures,
+        "hyperparameters": varying,
+        "seeds": roles.seeds,
+        "left out": roles.left_out,
+    }
+    return "; ".join(f"{role}: {few(names)}" for role, names in shown.items() if names)
 
 
-def _difference(first: Numbers, second: Numbers) -> Numbers:
-    """Rounded to 12 digits after the point, so that differences of equal sizes stay equal."""
-    return Numbers((first.values - second.values).round(12), {}, {**second.missing, **first.missing})
+def _hypers(table: _Table, taken: Collection[str]) -> list[str]:
+    """Settings by their names, and what a tracker calls a setting and varies without naming each run."""
+    found = []
+    for name in table.columns:
+        cells, old = table.raw.get(name), table.written.get(name, name)
+        if name in taken or cells is None:
+            continue
+        num = cells.map(str).nunique()
+        names_runs = bool(table.columns[name].text) and num == len(cells) > 2
+        if is_setting(old) or (is_given(old) and num > 1 and not names_runs):
+            found.append(name)
+    return found
+
+
+def _gaps(table: _Table, asked: Asked) -> tuple[list[str], list[str], list[str]]:
+    """The gaps among the columns, where made ones are added; the columns that these are made of; what is said."""
+    columns, names = table.columns, {*table.columns, *table.aliases}
+    known = asked.gap in (*GAPS, "both")
+    found = [gap for gap in GAPS if gap in columns] if known else []
+    made: dict[str, str] = {} if known else {asked.gap: asked.gap}
+    for gap, ways in DIFFERENCES.items() if known and not found else ():
+        way = next((way for way in ways if names.issuperset(way.split(" - "))), None)
+        if way and (gap or not made):
+            made[gap or way] = way
+    if not found and not made:
+        raise DataError(
+            f"{table.source} has no column error_gap (test error − train error) or ce_gap; --gap 'A - B' makes one. "
+            f"It has: {few([*columns])}"
+        )
+    used: list[str] = []
+    under = columns | {old: columns[new] for old, new in table.aliases.items()}
+    for gap, text in made.items():
+        expression = parse(text, names)
+        columns.setdefault(gap, expression.of(under))
+        used += table.named(expression.columns)
+    said = [f"{gap} is {text.replace(' - ', ' − ')}" for gap, text in made.items() if gap != text]
+    said += [f"gap: {gap}" for gap, text in made.items() if gap == text and known]
+    return [*found, *made], [name for name in unique(used) if name not in made], said
 
 
 def _measures(free: Sequence[str], columns: Mapping[str, Numbers]) -> list[str]:
-    """The columns taken unasked: those that bear a measure's name, or else all that may be one and hold numbers."""
+    """The columns taken unasked: all that may be measures and hold numbers that differ, the known ones first.
+
+    In a table of `gmprobe collect` what stands before the first measure is a setting or an outcome.
+    """
+    ours = [place for place, name in enumerate(free) if name + CONVERGED in columns]
     known = [name for name in KNOWN_MEASURES if name in free]
-    return known or [name for name in free if may_be_measure(name) and not columns[name].text]
+    held = [
+        name
+        for name in free[min(ours, default=0) :]
+        if name not in known
+        and may_be_measure(name)
+        and not columns[name].text
+        and columns[name].values.notna().any()
+    ]
+    return known + ([name for name in held if columns[name].values.nunique() > 1] or ([] if known else held))
+
+
+def _odd_cells(left_out: Sequence[str], columns: Mapping[str, Numbers], places: pd.Series) -> list[str]:
+    """A note on columns that would be measures but for a few cells."""
+    found = []
+    for name in left_out:
+        text = columns[name].text
+        if may_be_measure(name) and 0 < len(text) < columns[name].values.notna().sum():
+            row, cell = next(iter(text.items()))
+            found.append(
+                f"{name} ({len(text)} such cells, the first {printable(cell[:40])!r} in row {int(places.iloc[row])})"
+            )
+    return [f"left out because some cells are no numbers: {few(found, 3)}"] if found else []
 
 
 def _require_numbers(
@@ -181,10 +277,10 @@ def _require_numbers(
             raise DataError(f"{source} column {name!r} row {int(places.iloc[row])} holds {cell!r}, {remedy}")
 
 
-def _said(sheet: _Sheet, columns: Mapping[str, Numbers], used: Sequence[str]) -> list[str]:
+def _said(sheet: Sheet, columns: Mapping[str, Numbers], used: Sequence[str]) -> list[str]:
     """How the table is written, in words; nothing of plain CSV."""
     commas = unique(name for name in used if columns[name].decimal == COMMA)
-    written = [*sheet.written, *([f"with decimal commas in {', '.join(commas)}"] if commas else [])]
+    written = [*sheet.written, *([f"with decimal commas in {few(commas)}"] if commas else [])]
     return [f"the table was read {', '.join(written)}"] if written else []
 
 
@@ -193,7 +289,8 @@ def _finished(
 ) -> tuple[pd.DataFrame, tuple[Exclusion, ...], list[str]]:
     """The rows that may enter, with their number in ``ROW``; the others; and a note on those that missed their stop."""
     raw = raw.assign(**{ROW: range(1, len(raw) + 1)})
-    reasons: dict[int, str] = {}
+    names = _names(raw, _name_column(raw, ()))
+    reasons = {row: "sums up other rows" for row, name in enumerate(names) if key(name) in SUMMARIES}
     for name in filter(is_status, raw.columns):
         reasons |= unfinished(raw[name].to_list())
     if converged_only and MET_STOP not in raw:
@@ -213,19 +310,25 @@ def _finished(
     kept = raw.drop(index=list(reasons)).reset_index(drop=True)
     if kept.empty:
         raise DataError(f"no run of {source} is usable: {', '.join(dict.fromkeys(reasons.values()))}")
-    names = _names(raw)
     excluded = tuple(Exclusion(names[row], reason) for row, reason in reasons.items())
     return kept, excluded, [] if converged_only else missed_stop_note(len(missed), len(kept))
 
 
-def _names(raw: pd.DataFrame) -> pd.Series:
-    """Names of the runs: of the column ``run``, or of another that names each run apart, or else row numbers."""
+def _name_column(raw: pd.DataFrame, others: Collection[str]) -> str:
+    """The column that names the runs: ``run``, or another that names each run apart; "" where there is none."""
     for wanted in NAMES:
         for name in raw:
-            if key(str(name)) == wanted:
+            if key(str(name)) == wanted and name not in others:
                 cells = raw[name].map(lambda cell: str(cell).strip())
                 if name == "run" or (cells.is_unique and not cells.str.lower().isin(NO_VALUE).any()):
-                    return cells.map(printable)
+                    return str(name)
+    return ""
+
+
+def _names(raw: pd.DataFrame, column: str) -> pd.Series:
+    """Names of the runs: the cells of ``column``, or row numbers."""
+    if column:
+        return raw[column].map(lambda cell: printable(str(cell).strip()))
     return raw[ROW].map(lambda row: f"row {row}")
 
 
@@ -233,63 +336,5 @@ def _settings(column: Numbers, cells: pd.Series) -> pd.Series:
     """A hyperparameter's cells: numbers where all of them are, else text; None where there is no value."""
     numeric = not column.text and not {"not finite", TOO_LARGE} & set(column.missing.values())
     values = column.values.tolist() if numeric else [str(cell).strip() for cell in cells]
-    unset = {row for row, reason in column.missing.items() if reason == "no value"}
+    unset = {row for row, reason in column.missing.items() if reason == NOTHING}
     return pd.Series([None if row in unset else value for row, value in enumerate(values)], dtype=object)
-
-
-def _read_csv(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """All cells as text, so that what is a number and what is missing is decided above and not guessed."""
-    found = read_delimited(path)
-    table = pd.DataFrame(found.rows, columns=range(len(found.header)), dtype=object)
-    table.columns = pd.Index(found.header)
-    return table, found.written
-
-
-def _read_parquet(path: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    try:
-        table = _parquet_frame(path)
-    except ImportError as error:
-        raise UsageError(f"reading {path} needs pyarrow; pip install 'gm_probe[parquet]'") from error
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise DataError(f"{path} is not a readable Parquet file: {str(error).strip()}") from error
-    table.columns = pd.Index([str(name).strip() for name in table.columns])
-    return table.reset_index(drop=True), ()
-
-
-def _parquet_frame(path: Path) -> pd.DataFrame:
-    """What ``path`` holds, its texts by way of a dictionary: a file may name one long text in a million rows."""
-    from pyarrow import parquet, types  # an extra
-
-    with parquet.ParquetFile(path) as file:
-        meta = file.metadata
-        groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
-        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-        cells = max(
-            meta.num_rows * meta.num_columns, sum(chunk.num_values for chunk in chunks)
-        )  # of nested ones more
-        require_fit(path, -(-cells // max(meta.num_columns, 1)), meta.num_columns)
-        unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
-        if unpacked > MOST_BYTES:
-            raise DataError(
-                f"{path} would unpack to {unpacked:,} bytes, more than {MOST_BYTES:,}; keep fewer columns"
-            )
-        texts = [field.name for field in file.schema_arrow if not types.is_primitive(field.type)]
-    table = parquet.read_table(path, read_dictionary=texts)
-    for column in table.columns:
-        for chunk in column.chunks if types.is_dictionary(column.type) else ():
-            longest = max(map(len, map(str, chunk.dictionary.to_pylist())), default=0)
-            if longest > LONGEST_TEXT:
-                raise DataError(f"{path} has a cell of {longest:,} characters, more than {LONGEST_TEXT:,}")
-    frame = table.to_pandas()
-    categories = [name for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype)]
-    return frame.astype(dict.fromkeys(categories, object))
-
-
-READERS: dict[str, Callable[[Path], tuple[pd.DataFrame, tuple[str, ...]]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}
-"""By the suffix of a file: its cells, and how they are written where that is not plain."""

@@ -12,31 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gm_probe.errors import DataError, UsageError, did_you_mean, printable
+from gm_probe.runs.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
     import pandas as pd
 
 GAPS = {"error_gap": "test error − train error", "ce_gap": "test CE − train CE"}
 KNOWN_MEASURES = (
-    "local_inconsistency",
-    "local_inconsistency_converged",
-    "fisher_lambda_max",
-    "fisher_trace",
-    "hessian_lambda_max",
-    "hessian_trace",
-    "hessian_lambda_min",
-    "effective_rank",
-    "local_inconsistency_adaptive",
-    "local_inconsistency_relative",
-    "local_inconsistency_batchwise",
-    "average_inconsistency",
-    "mean_entropy",
-    "mean_confidence",
-    "input_jacobian_norm",
-    "flip_rate",
-    "crop_rate",
-    "distance_from_initialization",
-    "parameter_norm",
+    *(name for name, listed in CATALOGUE.items() if not listed.needs_labels),
     "disagreement",
     "conditional_inconsistency",
     "inconsistency",
@@ -52,6 +35,20 @@ UNSET = "unset"
 LARGEST = 1e150
 """A value beyond has no finite square, and is as good as not finite."""
 TOO_LARGE = "beyond 1e150 in size"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the reader of a table asks of it: names of columns, ``gap`` a name, ``both`` or arithmetic on columns."""
+
+    measures: Sequence[str] = ()
+    hyperparameters: Sequence[str] = ()
+    group_by: Sequence[str] = ()
+    gap: str = "both"
+    seed_column: str = ""
+    converged_only: bool = False
+
+
 # What tells runs apart without being a choice about training: never a hyperparameter unless asked for.
 # fmt: off
 BOOKKEEPING = frozenset((
@@ -80,7 +77,8 @@ class RunTable:
     ``missing[column]`` maps a row to its reason; ``unconverged[measure]`` holds the rows whose estimate had
     not converged. ``conditions[measure][setting]`` counts the runs under each value that the measure was taken
     with (``show``n; of runs that have the measure). ``notes`` are the choices made while reading, for the
-    reader to see. ``aliases`` maps what the source calls a column to what it is called here, where that differs.
+    reader to see, and ``left_out`` are the columns without a role. ``aliases`` maps what the source calls a column
+    to what it is called here, where that differs.
     """
 
     source: Path
@@ -95,6 +93,7 @@ class RunTable:
     notes: tuple[str, ...] = ()
     outcomes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def named(self, names: Iterable[str]) -> list[str]:
         """``names`` of columns, as the source or this table calls them, as this table does."""
@@ -177,3 +176,9 @@ def require_distinct(gaps: Sequence[str], measures: Sequence[str], hyperparamete
 def unique(names: Iterable[str]) -> list[str]:
     """``names`` in their order, each once."""
     return list(dict.fromkeys(names))
+
+
+def few(names: Sequence[str], most: int = 8) -> str:
+    """The first of ``names``, and how many more there are."""
+    shown = [name or "a column without a name" for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,69 +1,19 @@
-"""What a batch is learned by: the base loss, and the logits that the inconsistency term is taken over.
-
-An objective takes a gradient rule's criterion's place::
-
-    rule = IAMD(model, FixMatch(threshold=0.95), rho=0.1, noise_scale=3.0)
-    rule.backward(torch.cat([labeled, weak, strong]), y)      # all inputs in one forward pass
-
-The labeled inputs come first, as many as there are labels. Of several processes each must hold as many labeled
-and as many unlabeled inputs as any other.
-"""
+"""FixMatch (Sohn et al. 2020): confident predictions on weak views are the labels of strong ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gm_probe.checks import one_of, real
+from gm_probe.data.splits import Splits
 from gm_probe.errors import UsageError
 from gm_probe.runtime.processes import count, sum_over_processes
-
-Criterion = Callable[[Tensor, Any], Tensor]
-"""Maps a model's outputs (B, ...) and the targets to a loss (0-dim), a weighted mean or a sum over examples."""
-
-
-class Objective:
-    """Supervised learning: every input has a label, and all logits are compared."""
-
-    two_losses = False
-    """Whether there is an unlabeled loss."""
-
-    is_mean = False
-    """Whether the criterion is known to be a plain mean over examples, so that no part's share need be found."""
-
-    def __init__(self, criterion: Criterion = functional.cross_entropy) -> None:
-        self.criterion = criterion
-
-    def __call__(self, logits: Tensor, y: Any) -> Tensor:
-        """The whole base loss (0-dim) of outputs (B, ...), the first of which have the labels y (n,)."""
-        loss, rest = self.loss(logits, y), self.unlabeled_loss(logits, y)
-        return loss if rest is None else loss + rest
-
-    def loss(self, logits: Tensor, y: Any) -> Tensor:
-        """The labeled loss, which SAM and ASAM sharpen."""
-        return self.criterion(logits, y)
-
-    def unlabeled_loss(self, logits: Tensor, y: Any) -> Tensor | None:
-        """What the unlabeled inputs add to it."""
-        return None
-
-    def compared(self, logits: Tensor, y: Any) -> Tensor:
-        """The outputs whose inconsistency counts."""
-        return logits
-
-    def noted(self, logits: Tensor, y: Tensor) -> list[Tensor]:
-        """Further means over this batch to log."""
-        return []
-
-
-class Joint(Objective):
-    """Cross-entropy on the labeled inputs; inconsistency over these and the unlabeled ones (paper §5.3)."""
-
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        return self.criterion(logits[: len(y)], y)
+from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
+from gm_probe.training.config import TrainConfig
+from gm_probe.training.objectives.joint import Joint, MixedSampler
+from gm_probe.training.objectives.supervised import BatchSampler, Criterion, Objective
 
 
 class FixMatch(Joint):
@@ -79,6 +29,7 @@ class FixMatch(Joint):
     """
 
     two_losses = True
+    notes = ("running_confident",)
 
     def __init__(
         self,
@@ -92,6 +43,14 @@ class FixMatch(Joint):
         self.threshold = real("threshold", threshold, least=0, most=1)
         self.weight = real("weight", weight, least=0)
         self.mean = one_of("mean", mean, ("batch", "mask"))
+
+    @classmethod
+    def of(cls, config: TrainConfig, criterion: Criterion) -> Objective:
+        return cls(criterion, threshold=config.threshold, weight=config.lambda_u, mean=config.unlabeled_mean)
+
+    @staticmethod
+    def sampler(config: TrainConfig, splits: Splits, compares: bool) -> BatchSampler:
+        return FixMatchSampler(config, splits)
 
     def unlabeled_loss(self, logits: Tensor, y: Tensor) -> Tensor:
         weak, strong = self._views(logits, y)
@@ -121,3 +80,26 @@ class FixMatch(Joint):
     def _confident(self, weak: Tensor) -> tuple[Tensor, Tensor]:
         probability, pseudo = weak.detach().float().softmax(1).max(1)
         return (probability >= self.threshold).float(), pseudo
+
+
+class FixMatchSampler(MixedSampler):
+    """Weak views of all examples (flip and reflect-padded crop); after them a strong one of each unlabeled one.
+
+    A strong view is a weak one of its own, by RandAugment.
+    """
+
+    def __init__(self, config: TrainConfig, splits: Splits) -> None:
+        super().__init__(config, splits)
+        self.rows = 1 + 2 * config.mu
+
+    def views(self, x: Tensor, chosen: Tensor, mine: slice, generator: torch.Generator) -> Tensor:
+        if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] not in {1, 3}:
+            raise UsageError(
+                f"fixmatch augments grey or RGB images of 8 bits, not {x.dtype} of shape {tuple(x.shape[1:])}"
+            )
+        weak = crop_and_flip(x, draw_crops(len(chosen), generator)[:, mine], reflect=True)
+        draws = draw_crops(len(chosen), generator)[:, mine]
+        operations = draw_strong(len(chosen), generator)[:, :, mine]
+        unlabeled = slice(self.config.batch_size // count(), None)
+        strong = crop_and_flip(x[unlabeled], draws[:, unlabeled], reflect=True)
+        return torch.cat([weak, strengthen(strong, operations[:, :, unlabeled])])

@@ -1,9 +1,9 @@
-"""The gradient rules of the methods, on the base that training.rule gives: SAM, ASAM, IAM-D, IAM-S."""
+"""IAM-D, IAM-S and one-pass IAM-D: gradient rules by the inconsistency of the batch's outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,84 +12,15 @@ from torch.nn import functional
 from gm_probe.checks import one_of, real, whole
 from gm_probe.data.fields import Inputs
 from gm_probe.inconsistency.ascent import ascend, kl_gradient, to_sphere
-from gm_probe.models.door import Outputs
 from gm_probe.runtime.processes import sum_over_processes
 from gm_probe.runtime.randomness import Draws
-from gm_probe.training.objectives import Criterion
-from gm_probe.training.rule import Gradients, Rule, Step
+from gm_probe.training.objectives.supervised import Criterion
+from gm_probe.training.rule import Common, Gradients, Rule, Step
 
 KlGrad = Literal["both", "perturbed"]
 Sign = Literal["random", "none", "loss"]
 KL_GRADS: tuple[KlGrad, ...] = get_args(KlGrad)
 SIGNS: tuple[Sign, ...] = get_args(Sign)
-
-
-class SAM(Rule):
-    """∇L(θ + e), e = ρ ∇L/‖∇L‖ (Foret et al. 2021).
-
-    Of an objective with unlabeled inputs L is the labeled loss alone (paper §5.3, App. E.4); the gradient of the
-    unlabeled loss, at θ, is added.
-    """
-
-    passes = 6.0
-    perturbs = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        criterion: Criterion = functional.cross_entropy,
-        *,
-        rho: float = 0.05,
-        m: int | None = None,
-        generator: torch.Generator | None = None,
-        outputs: Outputs | None = None,
-    ) -> None:
-        super().__init__(model, criterion, m=m, generator=generator, outputs=outputs)
-        self.rho = real("rho", rho, least=0)
-        self.passes = 8.0 if self.objective.two_losses else 6.0
-
-    def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
-        draws = Draws(x.device, self.model)
-        outputs = self._clean(x, y)
-        loss, rest = self._labeled(outputs, y), self._rest(outputs, y)
-        gradients = self._differentiate(loss, again=rest is not None)
-        gradient = sum_over_processes(self._joined(gradients))
-        calm = [] if rest is None else self._differentiate(rest)
-        with draws.again():
-            moved = self._at(x, y, self._perturbation(gradient), self._labeled)
-        whole = loss.detach() if rest is None else (loss + rest).detach()
-        return Step(outputs.detach(), whole, None), self._sum(calm, moved)
-
-    def _perturbation(self, gradient: Tensor) -> Tensor:
-        return to_sphere(gradient, self.rho)
-
-
-class ASAM(SAM):
-    """SAM with e = ρ T²∇L/‖T∇L‖ (Kwon et al. 2021).
-
-    T = |θ| + η on parameters named 'weight' (BatchNorm's too), 1 elsewhere, as in the method's published code.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        criterion: Criterion = functional.cross_entropy,
-        *,
-        rho: float = 0.5,
-        eta: float = 0.01,
-        m: int | None = None,
-        generator: torch.Generator | None = None,
-        outputs: Outputs | None = None,
-    ) -> None:
-        super().__init__(model, criterion, rho=rho, m=m, generator=generator, outputs=outputs)
-        self.eta = real("eta", eta, least=0)
-
-    def _perturbation(self, gradient: Tensor) -> Tensor:
-        named = self.parameters.named.items()
-        scale = self.parameters.join(
-            p.detach().abs() + self.eta if "weight" in name else torch.ones_like(p) for name, p in named
-        )
-        return scale * to_sphere(scale * gradient, self.rho)
 
 
 class _Inconsistency(Rule):
@@ -105,12 +36,11 @@ class _Inconsistency(Rule):
         rho: float = 0.1,
         k_steps: int = 1,
         noise_scale: float = 0.1,
-        m: int | None = None,
-        generator: torch.Generator | None = None,
-        outputs: Outputs | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(model, criterion, m=m, generator=generator, outputs=outputs)
-        self.rho, self.k_steps = real("rho", rho, least=0), whole("k_steps", k_steps)
+        super().__init__(model, criterion, **common)
+        self.rho: float | Tensor = real("rho", rho, least=0)
+        self.k_steps = whole("k_steps", k_steps)
         self.noise_scale = real("noise_scale", noise_scale, least=0)
 
     def _ascend(self, x: Inputs, y: Any, outputs: Tensor, draws: Draws) -> Tensor:
@@ -154,9 +84,7 @@ class IAMD(_Inconsistency):
         k_steps: int = 1,
         noise_scale: float = 0.1,
         kl_grad: KlGrad = "both",
-        m: int | None = None,
-        generator: torch.Generator | None = None,
-        outputs: Outputs | None = None,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(
             model,
@@ -164,9 +92,7 @@ class IAMD(_Inconsistency):
             rho=rho,
             k_steps=k_steps,
             noise_scale=noise_scale,
-            m=m,
-            generator=generator,
-            outputs=outputs,
+            **common,
         )
         self.beta, self.kl_grad = real("beta", beta, least=0), one_of("kl_grad", kl_grad, KL_GRADS)
         self.passes = 6.0 + 3.0 * k_steps
@@ -203,12 +129,11 @@ class OnePassIAMD(Rule):
         rho: float = 0.1,
         beta: float = 1.0,
         kl_grad: KlGrad = "both",
-        m: int | None = None,
-        generator: torch.Generator | None = None,
-        outputs: Outputs | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(model, criterion, m=m, generator=generator, outputs=outputs)
-        self.rho, self.kl_grad = real("rho", rho, least=0), one_of("kl_grad", kl_grad, KL_GRADS)
+        super().__init__(model, criterion, **common)
+        self.rho: float | Tensor = real("rho", rho, least=0)
+        self.kl_grad = one_of("kl_grad", kl_grad, KL_GRADS)
         self.beta = real("beta", beta, above=0)  # δ follows the term's gradient
         self.delta: Tensor | None = None  # (P,)
 
@@ -262,9 +187,7 @@ class IAMS(_Inconsistency):
         k_steps: int = 1,
         noise_scale: float = 0.1,
         sign: Sign = "random",
-        m: int | None = None,
-        generator: torch.Generator | None = None,
-        outputs: Outputs | None = None,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(
             model,
@@ -272,9 +195,7 @@ class IAMS(_Inconsistency):
             rho=rho,
             k_steps=k_steps,
             noise_scale=noise_scale,
-            m=m,
-            generator=generator,
-            outputs=outputs,
+            **common,
         )
         self.sign = one_of("sign", sign, SIGNS)
         self.passes = 4.0 + 3.0 * k_steps + (2.0 if sign == "loss" else 0.0)
@@ -296,13 +217,3 @@ class IAMS(_Inconsistency):
 
 def _random_sign(generator: torch.Generator) -> int:
     return 2 * int(torch.randint(0, 2, (), generator=generator, device=generator.device)) - 1
-
-
-METHODS: dict[str, type[Rule]] = {
-    "sgd": Rule,
-    "sam": SAM,
-    "asam": ASAM,
-    "iam-d": IAMD,
-    "iam-d-onepass": OnePassIAMD,
-    "iam-s": IAMS,
-}

@@ -1,0 +1,169 @@
+"""Measures of the weights: norms, the spectra of the layers' matrices, and lengths along paths."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from gm_probe.errors import DivergedError, foreign_or
+from gm_probe.measures.context import Measured, MeasurementContext, example_error
+
+LEAST, MOST = 20, 15_000
+"""Eigenvalues that a power law is fitted to; fewer say nothing of a tail, and more take too long."""
+AFFINE = 1e-3
+"""How far a network of squared weights may be from affine along a ray of positive inputs, relative to its slope."""
+NO_EXAMPLES = {"reason_stderr_examples": "needs no examples"}
+NO_LAYERS = "there is no linear, convolutional or embedding layer"
+
+
+def parameter_norm(context: MeasurementContext) -> Measured:
+    """‖θ‖ over the measured parameters."""
+    return _length(context.parameters.named)
+
+
+def distance_from_initialization(context: MeasurementContext) -> Measured:
+    """‖θ − θ₀‖ over the measured parameters, θ₀ those that training started from."""
+    if context.initial is None:
+        return Measured.undefined("the initial parameters are known for run folders only")
+    before = dict(context.initial.named_parameters())
+    return _length(
+        {name: p.detach() - before[name].to(p.device) for name, p in context.parameters.named.items()}
+    )
+
+
+def _length(tensors: Mapping[str, Tensor]) -> Measured:
+    squares = sum(float(t.detach().double().square().sum()) for t in tensors.values())
+    return Measured(math.sqrt(squares), details={"reason_stderr_examples": "needs no examples"})
+
+
+def fisher_rao(context: MeasurementContext) -> Measured:
+    """θᵀFθ (Liang et al. 2019)."""
+    terms = context.fisher.terms(context.parameters.join(context.parameters.values().values()))
+    return Measured(float(terms.double().mean()), stderr_examples=example_error(terms))
+
+
+# ---- spectra of layers
+
+
+def _weights(context: MeasurementContext) -> Iterator[Tensor]:
+    """The weights of the layers of which some parameter is measured, in float64."""
+    for prefix, module in context.parameters.model.named_modules():
+        measured = any(name.startswith(f"{prefix}." if prefix else "") for name in context.parameters.named)
+        if isinstance(module, nn.Linear | _ConvNd | nn.Embedding) and measured:
+            yield module.weight.detach().double()
+
+
+def eigenvalues(weight: Tensor) -> np.ndarray:
+    """Return the ascending eigenvalues of WᵀW of a weight (O, I), or of all slices (O, I) of a kernel (O, I, ...).
+
+    Those that rounding alone may have made are left out.
+    """
+    slices = weight[None] if weight.dim() == 2 else weight.flatten(2).permute(2, 0, 1)
+    values = torch.linalg.svdvals(slices.double())
+    least = float(values.max()) * max(slices.shape[1:]) * torch.finfo(torch.float32).eps
+    return np.sort(values[values > least].square().cpu().numpy())
+
+
+def power_law(values: np.ndarray) -> float:
+    """Return the exponent α of p(λ) ∝ λ^−α on the tail λ ≥ λ_min of ascending ``values``.
+
+    α is the maximum likelihood estimate, and λ_min the value at which the tail is nearest to its fit by Kolmogorov and
+    Smirnov's distance (Clauset et al. 2009), as WeightWatcher has it (Martin and Mahoney 2021).
+    """
+    logs, size = np.log(values), len(values)
+    best, found = math.inf, math.nan
+    for start in range(size - 1):
+        tail = logs[start:] - logs[start]
+        if tail.sum() <= 0:
+            continue
+        alpha = 1 + len(tail) / tail.sum()
+        distance = np.abs(1 - np.exp(tail * (1 - alpha)) - np.arange(len(tail)) / len(tail)).max()
+        if distance < best:
+            best, found = distance, alpha
+    return found
+
+
+def _mean_over_layers(values: list[float]) -> Measured:
+    if not values:
+        return Measured.undefined(NO_LAYERS)
+    return Measured(float(np.mean(values)), details={**NO_EXAMPLES, "num_layers": len(values)})
+
+
+def stable_rank(context: MeasurementContext) -> Measured:
+    """Mean over layers of ‖W‖²_F / ‖W‖²₂."""
+    spectra = (eigenvalues(weight) for weight in _weights(context))
+    return _mean_over_layers([float(found.sum() / found[-1]) for found in spectra if len(found)])
+
+
+def power_law_alpha(context: MeasurementContext) -> Measured:
+    """Mean over layers of ``LEAST`` to ``MOST`` eigenvalues."""
+    spectra = [eigenvalues(weight) for weight in _weights(context)]
+    fits = [power_law(found) for found in spectra if LEAST <= len(found) <= MOST]
+    if spectra and not fits:
+        return Measured.undefined(f"no layer has {LEAST} to {MOST:,} eigenvalues")
+    return _mean_over_layers(fits)
+
+
+def log_spectral_norm(context: MeasurementContext) -> Measured:
+    """Σ over layers of log ‖W‖₂, a kernel as one matrix (O, I·k·k)."""
+    norms = [float(torch.linalg.matrix_norm(weight.flatten(1), 2)) for weight in _weights(context)]
+    if not norms:
+        return Measured.undefined(NO_LAYERS)
+    if min(norms) == 0:
+        return Measured.undefined("a layer's weights are all 0")
+    return Measured(sum(map(math.log, norms)), details={**NO_EXAMPLES, "num_layers": len(norms)})
+
+
+# ---- paths
+
+
+def path_norm(context: MeasurementContext) -> Measured:
+    """√Σ over outputs of f(1; θ²), the network with squared weights on an input of ones (Neyshabur et al. 2015).
+
+    It is defined where that network is affine along the ray of positive inputs: without squashing or normalisation by
+    the example's own statistics. BatchNorm counts as the scale and shift that it is in eval mode.
+    """
+    x = next(iter(context.batches)).x[:1]
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return Measured.undefined("the inputs are not floating-point numbers of one tensor")
+
+    def fails(cause: str) -> DivergedError:
+        return DivergedError(f"the network cannot be run with squared weights: {cause}")
+
+    with foreign_or(fails), torch.no_grad():
+        model = _squared(context.parameters.model)
+        first, second, third = (
+            context.parameters.outputs.taken(model(torch.full_like(x, scale, dtype=torch.float64)), 1)
+            for scale in (1.0, 2.0, 3.0)
+        )
+    rise = float((second - first).abs().max())
+    bent = float((third - 2 * second + first).abs().max())
+    if not math.isfinite(rise) or bent > AFFINE * rise or bool((first < 0).any()):
+        return Measured.undefined("the network is not piecewise linear, so its paths have no lengths")
+    return Measured(math.sqrt(float(first.sum())), details=dict(NO_EXAMPLES))
+
+
+def _squared(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` in float64 with all weights squared, BatchNorm's scale γ/σ and shift β − γμ/σ too."""
+    found = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for module in found.modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+                assert module.running_var is not None
+                scale = (module.running_var + module.eps).rsqrt()
+                shift = -module.running_mean * scale
+                if module.affine:
+                    scale, shift = scale * module.weight, shift * module.weight + module.bias
+                module.affine, module.weight, module.bias = True, nn.Parameter(scale), nn.Parameter(shift)
+                module.running_mean.zero_()
+                module.running_var.fill_(1 - module.eps)
+        for p in found.parameters():
+            p.square_()
+    return found
