@@ -93,7 +93,7 @@ def test_the_axis_says_whose_labels_a_hessian_was_taken_with(tmp_path: Path) -> 
 
 def test_undefined_panels_are_drawn_as_such(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("error_gap,m,empty\n1,2,\n2,2,\n")
-    table = load_table(tmp_path / "t.csv", ["m", "empty"])
+    table = load_table(tmp_path / "t.csv", measures=["m", "empty"])
     figure = plots.scatter_panels(correlate(table), {})
     svg = plots.render(figure, "svg").decode()
     assert "τ undefined, n = 2" in svg
