@@ -68,7 +68,9 @@ def main(settings: int, seeds: int, measures: int, details: bool, profile: bool)
     table = simulated(settings, seeds, measures)
     profiler = cProfile.Profile()
     wall, cpu = time.perf_counter(), time.process_time()
-    result = profiler.runcall(correlate, table, details=details) if profile else correlate(table, details=details)
+    result = (
+        profiler.runcall(correlate, table, details=details) if profile else correlate(table, details=details)
+    )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{table.num_runs:,} runs in {result.num_settings:,} settings, {measures} measures, 2 gaps: "
