@@ -252,7 +252,7 @@ def test_figures_are_one_column_wide_and_nothing_is_cut_off(names: tuple[str, ..
 
 
 def test_subgroups_next_to_each_other_differ_in_grey_or_in_filling() -> None:
-    looks = [figures._look(index, 0) for index in range(4)]
+    looks = [plots.look(index, 0) for index in range(4)]
     for a, b in itertools.pairwise(looks):
         filled = [look["markerfacecolor"] != "none" for look in (a, b)]
         assert filled[0] != filled[1]

@@ -277,10 +277,42 @@ def test_every_exclusion_is_listed_with_its_reason(page: Page) -> None:
     ]
     assert [row[3] for row in rows] == ["run-12", "run-13", "run-14", "run-01", "run-02"]
     assert len(page.table("runs")) == 13
-    assert any(
-        "12 runs of 6 settings; left out: 3 (1 diverged; 1 failed; 1 not measured)." in fact
-        for fact in page.texts("li")
+    told = "12 runs of 6 settings entered, 3 left out (1 diverged; 1 failed; 1 not measured)."
+    assert told in page.texts("p", inside="header")
+
+
+def test_the_answer_and_its_figure_come_first_and_what_is_long_is_folded(page: Page) -> None:
+    order = [(tag, a.get("id") or a.get("class") or a.get("alt", "")) for tag, a, _, _ in page.elements]
+    answer = order.index(("div", "answer"))
+    forest = order.index(("img", "Kendall’s τ-b with 95 % intervals"))
+    assert answer < forest < order.index(("nav", "")) < order.index(("main", "main"))
+    first, *_ = page.texts("p", inside="header")
+    assert "with the error gap" in first
+    folded = {
+        text.split("  ")[0]: "open" in a
+        for (tag, a, _, text) in [
+            (tag, a, around, " ".join("".join(text).split())) for tag, a, around, text in page.elements
+        ]
+        if tag == "details"
+    }
+    assert not any(
+        opened for text, opened in folded.items() if text.startswith(("Left out", "How the runs", "Runs"))
     )
+
+
+def test_each_section_with_a_figure_begins_with_what_it_shows(page: Page) -> None:
+    leads = {}
+    section = ""
+    for tag, a, _, text in page.elements:
+        section = a["id"] if tag == "section" else section
+        if tag == "p" and a.get("class") == "lead":
+            leads[section] = " ".join("".join(text).split())
+    assert leads["correlation"].startswith("The interval of τ excludes 0 for ")
+    assert "has the largest |τ| with the error gap: τ = " in leads["scatter"]
+    assert leads["beyond"].startswith("Where one hyperparameter differs, the measures' Ψ is ")
+    assert leads["comparisons"] == "No two measures order the runs alike (|τ| > 0.98)."
+    assert leads["selection"].startswith("Picking by ")
+    assert leads["grid"].startswith("Over all ρ and K, τ of S_ρ with the error gap is ")
 
 
 def test_the_page_tells_where_it_came_from(page: Page, whole: Path) -> None:

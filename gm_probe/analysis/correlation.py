@@ -77,11 +77,12 @@ def correlate(
         DataError: fewer than two runs, so that no rank correlation exists.
         ResourceError: more than ``MOST_RUNS`` runs.
     """
-    table = (
-        source
-        if isinstance(source, RunTable)
-        else load_table(
-            source if isinstance(source, pd.DataFrame) else Path(source),
+    if isinstance(source, RunTable):
+        table = source
+    else:
+        place = source if isinstance(source, pd.DataFrame) else Path(source)
+        table = load_table(
+            place,
             measures,
             hyperparameters,
             group_by,
@@ -89,7 +90,6 @@ def correlate(
             seed_column=seed_column,
             converged_only=converged_only,
         )
-    )
     group_by, controls = table.named(group_by), table.named(controls)
     _require_runs(table)
     columns = {name: target_column(table, name) for name in table.named(targets) or table.gaps}

@@ -12,34 +12,32 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from gm_probe.analysis.curves import curve
 from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.plots import (
+    COLOURS,
     MARKERS,
     MEASURE_LABELS,
     STYLE,
+    handle,
     legend_below,
-    measure_axis,
+    look,
     measure_label,
     new_figure,
+    points,
+    say,
     wrapped,
 )
 from gm_probe.tables.table import RunTable
 
 COLUMN = 3.3  # inches
-# Of Okabe and Ito's colours, in an order whose neighbours differ in grey too; every second one is drawn hollow.
-COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")
 INK = "black"
-NEUTRAL: dict[str, Any] = dict.fromkeys(("color", "markeredgecolor", "markerfacecolor"), "0.5")
 FAINT: dict[str, Any] = {"color": INK, "alpha": 0.15, "linewidth": 0.6}
 APART = 0.15  # of a column, between the cells and those set apart
 LINE = 18  # letters of a tick label's line
-MANY = 2000  # marks from which on they are drawn as pixels, which keeps SVG and PDF small
-FEWEST = 10  # points that a trend line takes
 
 
 def scatter(
@@ -54,30 +52,11 @@ def scatter(
 
     ``groups`` and ``shapes`` map labels to rows of ``table`` (``design.group_rows``); either may be empty.
     """
-    x = table.frame[measure].to_numpy()
-    present = np.isfinite(x) & np.isfinite(y)
     figure, axes = _column(2.3)
     with mpl.rc_context(STYLE):
         axes.set_xlabel(measure_label(table, measure))
         axes.set_ylabel(ylabel)
-        if not present.any():
-            _say(axes, "no run has both values")
-            return figure
-        everyone = np.flatnonzero(present)
-        scale = min(1.0, (150 / len(everyone)) ** 0.25)  # the more points, the smaller
-        small = {"markersize": 4.5 * scale, "markeredgewidth": 0.9 * scale}
-        coloured = {label: rows[present[rows]] for label, rows in groups.items()} or {"": everyone}
-        for index, rows in enumerate(coloured.values()):
-            for shape, of_shape in enumerate(shapes.values() or [everyone]):
-                shown = np.intersect1d(rows, of_shape)
-                look = _look(index, shape if shapes else index) | small
-                axes.plot(x[shown], y[shown], linestyle="none", alpha=0.8, **look, rasterized=len(x) > MANY)
-        measure_axis(axes, x[present])
-        legend_below(
-            figure,
-            [_handle(label, **_look(index, 0 if shapes else index)) for index, label in enumerate(groups)]
-            + [_handle(label, **(_look(0, shape) | NEUTRAL)) for shape, label in enumerate(shapes)],
-        )
+        legend_below(figure, points(axes, table.frame[measure].to_numpy(), y, groups, shapes))
     return figure
 
 
@@ -97,12 +76,12 @@ def forest(rows: Mapping[str, Mapping[str, Quantity]], xlabel: str) -> Figure:
                     continue
                 if found.low is not None and found.high is not None:
                     axes.plot([found.low, found.high], [level] * 2, color=_colour(index), linewidth=1.2)
-                axes.plot([found.value], [level], **_look(index, index))
+                axes.plot([found.value], [level], **look(index, index))
         _rows(axes, list(rows))
         axes.set_xlim(-1.03, 1.03)
         axes.set_xlabel(xlabel)
         axes.grid(axis="x", **FAINT)
-        legend_below(figure, [_handle(name, **_look(index, index)) for index, name in enumerate(series)])
+        legend_below(figure, [handle(name, **look(index, index)) for index, name in enumerate(series)])
     return figure
 
 
@@ -166,7 +145,7 @@ def tau_by_radius(lines: Mapping[int, Mapping[float, Quantity]], ylabel: str) ->
             aside = 1 + 0.03 * (index - (len(lines) - 1) / 2)  # lets intervals at one ρ be told apart
             x = [rho * aside for rho in points]
             y = [math.nan if tau.value is None else tau.value for tau in points.values()]
-            axes.plot(x, y, linestyle=DASHES[index % 4], linewidth=1, **_look(index, index))
+            axes.plot(x, y, linestyle=DASHES[index % 4], linewidth=1, **look(index, index))
             for place, tau in zip(x, points.values(), strict=True):
                 if tau.low is not None and tau.high is not None:
                     axes.plot([place] * 2, [tau.low, tau.high], color=_colour(index), linewidth=0.8)
@@ -181,7 +160,7 @@ def tau_by_radius(lines: Mapping[int, Mapping[float, Quantity]], ylabel: str) ->
         legend_below(
             figure,
             [
-                _handle(f"K = {k}", linestyle=DASHES[index % 4], **_look(index, index))
+                handle(f"K = {k}", linestyle=DASHES[index % 4], **look(index, index))
                 for index, k in enumerate(lines)
             ],
         )
@@ -251,7 +230,7 @@ def training_curves(
                 axes.plot(x[-1:], y[-1:], marker=MARKERS[index % len(MARKERS)], markersize=2.5, **style)
         values = np.concatenate([y for _, y in curves]) if curves else np.array([])
         if not len(values):
-            _say(axes, "no run has recorded this")
+            say(axes, "no run has recorded this")
         elif values.min() > 0:
             axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -259,7 +238,7 @@ def training_curves(
         axes.set_ylabel(ylabel)
         axes.grid(axis="y", **FAINT)
         handles = [
-            _handle(
+            handle(
                 label,
                 linestyle=DASHES[index % 4],
                 color=_colour(index),
@@ -306,28 +285,11 @@ def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def _look(index: int, shape: int) -> dict[str, Any]:
-    """How the points of subgroup ``index`` are drawn."""
-    colour = _colour(index)
-    return {
-        "color": colour,
-        "marker": MARKERS[shape % len(MARKERS)],
-        "markersize": 4.5,
-        "markeredgewidth": 0.9,
-        "markeredgecolor": colour,
-        "markerfacecolor": "none" if index % 2 else colour,
-    }
-
-
 def _rows(axes: Axes, labels: Sequence[str], centre: float = 0.0) -> None:
     """One row a label, the first on top."""
     axes.set_yticks(np.arange(len(labels)) + centre, [short_label(label) for label in labels])
     axes.set_ylim(len(labels) - 0.5 + centre, centre - 0.5)
     axes.tick_params(axis="y", length=0)
-
-
-def _handle(label: str, **look: Any) -> Line2D:
-    return Line2D([], [], **{"linestyle": "none", **look}, label=label)
 
 
 def _short_number(value: float, columns: int) -> str:
@@ -336,9 +298,3 @@ def _short_number(value: float, columns: int) -> str:
     if float(text) == 0:
         text = text.removeprefix("-")  # a rounded 0 has no sign
     return (text.replace("0.", ".", 1) if columns > 5 and abs(value) < 1 else text).replace("-", "−")
-
-
-def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
-    axes.set_xticks([])
-    axes.set_yticks([])

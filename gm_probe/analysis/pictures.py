@@ -12,9 +12,8 @@ from gm_probe.analysis.coefficients import kendall
 from gm_probe.analysis.conclusion import target_short
 from gm_probe.analysis.curves import CURVES, Curve
 from gm_probe.analysis.design import target_column
-from gm_probe.analysis.intervals import Quantity
+from gm_probe.analysis.leads import Grids, in_words
 from gm_probe.analysis.results import Correlations
-from gm_probe.analysis.typeset import two_decimals
 from gm_probe.tables.table import RunTable
 
 MEAN = "mean Ψ"
@@ -38,7 +37,7 @@ def pictures(
     statistics: Correlations,
     groups: Rows,
     shapes: Rows,
-    grids: Mapping[str, Mapping[int, Mapping[float, Quantity]]],
+    grids: Grids,
     curves: Mapping[str, Sequence[Curve]],
 ) -> Iterator[Picture]:
     """All figures for which there is something to show, in the order of the page.
@@ -54,7 +53,7 @@ def pictures(
                 f"scatter-{place + 1}-{_file_name(measure)}-{gap}",
                 "scatter",
                 f"{measure}, {target_short(gap)}",
-                f"{_says(statistics.get(measure, gap))}.",
+                f"{in_words(statistics.get(measure, gap))}.",
                 figures.scatter(table, measure, column, label, groups, shapes),
             )
     yield from _granulated(statistics)
@@ -87,18 +86,11 @@ def _forest(found: Correlations) -> Picture:
         measure: {label: found.get(measure, target) for target, label in found.targets.items()}
         for measure in found.runs.measures
     }
-    clear = {
-        target: [name for name in found.runs.measures if found.get(name, target).clear]
-        for target in found.targets
-    }
-    said = "; ".join(
-        f"with the {target_short(target)}, {', '.join(names) or 'none'}" for target, names in clear.items()
-    )
     return Picture(
         "forest",
         "correlation",
         "Kendall’s τ-b with 95 % intervals",
-        f"Interval excludes 0: {said}.",
+        "An interval that excludes 0 tells the sign of τ.",
         figures.forest(rows, "Kendall’s τ-b, 95 % CI"),
     )
 
@@ -147,12 +139,3 @@ def _between_measures(table: RunTable) -> Iterator[Picture]:
 def _file_name(name: str) -> str:
     """``name`` without what a path could be led astray by; its place in the table keeps two apart."""
     return re.sub(r"[^\w-]+", "_", name)[:60]
-
-
-def _says(tau: Quantity) -> str:
-    if tau.value is None:
-        return f"τ undefined: {tau.note}"
-    text = f"τ = {two_decimals(tau.value)}"
-    if tau.low is not None and tau.high is not None:
-        text += f" [{two_decimals(tau.low)}, {two_decimals(tau.high)}]"
-    return f"{text}, {tau.n:,} runs"

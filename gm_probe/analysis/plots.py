@@ -40,10 +40,13 @@ MEASURE_LABELS = {
     "conditional_inconsistency": r"$C_\theta$ (inconsistency)",
     "disagreement": "disagreement",
 }
-# Okabe and Ito's colours without yellow, which is too faint on white. 7 colours and 10 markers share no
-# factor, so the first 70 subgroups all look different, and 10 differ in shape alone.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
+# Of Okabe and Ito's colours, in an order whose neighbours differ in grey too; every second one is drawn hollow.
+# 7 colours and 10 markers share no factor, so the first 70 subgroups all look different, and 10 differ in shape alone.
+COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "^", "s", "X", "D", "v", "P", "*", "<", ">")
+NEUTRAL: dict[str, Any] = dict.fromkeys(("color", "markeredgecolor", "markerfacecolor"), "0.5")
+MANY = 2000
+"""Marks from which on they are drawn as pixels, which keeps SVG and PDF small."""
 LETTER = 0.053  # inches that a letter of a legend takes, on average
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -78,7 +81,7 @@ def scatter_panels(found: Correlations, groups: Mapping[str, np.ndarray]) -> Fig
                 for column, measure in enumerate(some):
                     place = (block * len(gaps) + row) * num_columns + column + 1
                     axes = figure.add_subplot(blocks * len(gaps), num_columns, place, sharey=first)
-                    _scatter(axes, table, measure, target_column(table, gap), groups)
+                    handles = points(axes, table.frame[measure].to_numpy(), target_column(table, gap), groups)
                     axes.set_title(_title(found.get(measure, gap)))
                     if row == len(gaps) - 1:
                         axes.set_xlabel(measure_label(table, measure))
@@ -87,7 +90,7 @@ def scatter_panels(found: Correlations, groups: Mapping[str, np.ndarray]) -> Fig
                         first = axes
                     else:
                         axes.tick_params(labelleft=False)
-        legend_below(figure, [_handle(index, label) for index, label in enumerate(groups)])
+        legend_below(figure, handles)
     return figure
 
 
@@ -148,30 +151,59 @@ def write_figure(figure: Figure, paths: Sequence[Path]) -> None:
         figure.set_layout_engine("none")  # laid out once; every format is as the first
 
 
-def _scatter(
-    axes: Axes, table: RunTable, measure: str, y: np.ndarray, groups: Mapping[str, np.ndarray]
-) -> None:
-    x = table.frame[measure].to_numpy()
+def points(
+    axes: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    groups: Mapping[str, np.ndarray],
+    shapes: Mapping[str, np.ndarray] | None = None,
+) -> list[Line2D]:
+    """Draw the runs that have both x and y (n,), a colour a subgroup, a marker a value of another setting.
+
+    Returns:
+        What a legend says of them.
+    """
     present = np.isfinite(x) & np.isfinite(y)
     if not present.any():
-        axes.text(0.5, 0.5, "no run has both values", transform=axes.transAxes, ha="center", va="center")
-        axes.set_xticks([])
-        return
-    size = 22.0 if present.sum() <= 60 else 12.0
-    for index, rows in enumerate(groups.values() or [np.arange(len(x))]):
-        shown = rows[present[rows]]
-        marker = MARKERS[index % len(MARKERS)]
-        axes.scatter(
-            x[shown],
-            y[shown],
-            s=1.8 * size if marker == "*" else size,  # a star fills less of its square
-            c=COLOURS[index % len(COLOURS)],
-            marker=marker,
-            alpha=0.75,
-            linewidths=0,
-            rasterized=len(x) > 2000,  # keeps PDF and SVG small
-        )
+        say(axes, "no run has both values")
+        return []
+    everyone = np.arange(len(x))
+    scale = min(1.0, (150 / present.sum()) ** 0.25)  # the more points, the smaller
+    small = {"markersize": 4.5 * scale, "markeredgewidth": 0.9 * scale}
+    for index, rows in enumerate(groups.values() or [everyone]):
+        for shape, of_shape in enumerate((shapes or {"": everyone}).values()):
+            shown = np.intersect1d(rows[present[rows]], of_shape)
+            style = look(index, shape if shapes else index) | small
+            axes.plot(x[shown], y[shown], linestyle="none", alpha=0.8, **style, rasterized=len(x) > MANY)
     measure_axis(axes, x[present])
+    return [handle(label, **look(index, 0 if shapes else index)) for index, label in enumerate(groups)] + [
+        handle(label, **(look(0, shape) | NEUTRAL)) for shape, label in enumerate(shapes or {})
+    ]
+
+
+def look(index: int, shape: int) -> dict[str, Any]:
+    """Return how the points of subgroup ``index`` are drawn."""
+    colour = COLOURS[index % len(COLOURS)]
+    return {
+        "color": colour,
+        "marker": MARKERS[shape % len(MARKERS)],
+        "markersize": 4.5,
+        "markeredgewidth": 0.9,
+        "markeredgecolor": colour,
+        "markerfacecolor": "none" if index % 2 else colour,
+    }
+
+
+def handle(label: str, **style: Any) -> Line2D:
+    """Return an entry of a legend."""
+    return Line2D([], [], **{"linestyle": "none", **style}, label=label)
+
+
+def say(axes: Axes, text: str) -> None:
+    """Write why ``axes`` are empty."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def measure_axis(axes: Axes, values: np.ndarray) -> None:
@@ -207,15 +239,3 @@ def wrapped(text: str, width: int) -> list[str]:
     """Lines of at most ``width`` letters, broken at spaces and after underscores."""
     swap = str.maketrans("_-", "-_")  # textwrap breaks after hyphens, which are rare in names
     return [line.translate(swap) for line in textwrap.wrap(text.translate(swap), width)]
-
-
-def _handle(index: int, label: str) -> Line2D:
-    return Line2D(
-        [],
-        [],
-        linestyle="none",
-        marker=MARKERS[index % len(MARKERS)],
-        color=COLOURS[index % len(COLOURS)],
-        markeredgewidth=0,
-        label=label,
-    )

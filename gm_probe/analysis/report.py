@@ -2,20 +2,19 @@
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
 import jinja2
 from markupsafe import Markup, escape
 
-from gm_probe.analysis import curves, figures, grid, provenance, sheets
+from gm_probe.analysis import curves, figures, grid, leads, provenance, sheets
 from gm_probe.analysis.pictures import Picture, Rows, pictures
 from gm_probe.analysis.plots import MARKERS, render
 from gm_probe.analysis.results import Correlations
 from gm_probe.analysis.typeset import Sheet
 from gm_probe.errors import UsageError
-from gm_probe.tables.table import by_reason
 
 MOST_COLOURS = 2 * len(figures.COLOURS)
 """Subgroups that colour and filling tell apart."""
@@ -24,34 +23,37 @@ LISTED = 200
 SHOWN = 16
 """Rows up to which a table is unfolded."""
 SECTIONS = {
-    "correlation": ("Rank correlation with the gap", ("correlations",), ""),
-    "scatter": (
-        "Measures against gaps",
-        (),
-        "Each point is a run.",
-    ),
-    "beyond": ("What a single τ hides", ("beyond",), ""),
-    "comparisons": ("Measures against each other", ("comparisons",), ""),
-    "selection": ("Selection", ("selection",), ""),
-    "grid": ("τ against ρ and K", (), ""),
-    "training": ("Training", (), ""),
-    "runs": ("Runs, and what was left out", ("exclusions", "runs"), ""),
-    "definitions": ("Definitions", ("measures", "statistics"), ""),
-    "origin": ("Versions and settings", ("versions", "trained", "measured"), ""),
+    "correlation": ("Rank correlation with the gap", ("correlations",)),
+    "scatter": ("Measures against gaps", ()),
+    "beyond": ("What a single τ hides", ("beyond",)),
+    "comparisons": ("Measures against each other", ("comparisons",)),
+    "selection": ("Selection", ("selection",)),
+    "grid": ("τ against ρ and K", ()),
+    "training": ("Training", ()),
+    "runs": ("Runs, and what was left out", ("exclusions", "runs")),
+    "definitions": ("Definitions", ("measures", "statistics")),
+    "origin": ("Versions and settings", ("versions", "trained", "measured")),
 }
-"""Sections of the page by the ``section`` of their pictures: title, tables, and a word ahead."""
+"""Sections of the page by the ``section`` of their pictures: title, and tables."""
+OPEN = ("correlations", "selection")
+"""Tables that are unfolded where they are short."""
+FIRST = "forest"
+"""The picture beside the conclusion."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that a page shows: ``facts`` on top, ``cautions`` to heed, then ``pictures`` and ``sheets`` by section.
+    """All that a page shows: the ``conclusion``, ``cautions`` to heed, then ``pictures`` and ``sheets`` by section.
 
-    ``commands`` are those of the first ``LISTED`` runs, of ``num_commands``.
+    ``leads`` are the first sentences of sections, ``notes`` how the runs were read. ``commands`` are those of the first
+    ``LISTED`` runs, of ``num_commands``.
     """
 
     title: str
-    facts: tuple[str, ...]
+    conclusion: tuple[str, ...]
     cautions: tuple[str, ...]
+    notes: tuple[str, ...]
+    leads: dict[str, str]
     pictures: tuple[Picture, ...]
     results: tuple[Sheet, ...]
     runs: tuple[Sheet, ...]
@@ -94,10 +96,13 @@ def compose(
     origin = provenance.provenance(records)
     grids = {gap: grid.grid_taus(table, records, gap) for gap in statistics.targets if records}
     drawn, unread = curves.read_curves(table) if records else ({}, {})
+    left_out = [f"columns left out: {', '.join(table.left_out)}"] if table.left_out else []
     return Report(
         title=f"Generalization measures of {table.source.resolve().name}",
-        facts=_facts(statistics),
+        conclusion=(*statistics.conclusion, leads.entered(statistics)),
         cautions=_cautions(statistics, unread),
+        notes=tuple(f"{note[0].upper()}{note[1:]}." for note in (*table.notes, *left_out, *statistics.notes)),
+        leads=leads.leads(statistics, grids),
         pictures=tuple(pictures(statistics, groups, shapes, grids, drawn)),
         results=sheets.statistics_sheets(statistics),
         runs=sheets.run_sheets(table),
@@ -122,9 +127,14 @@ def html(report: Report) -> str:
     )
     environment.filters["breakable"] = _breakable
     style, script = _part("report.css"), _part("report.js")
+    drawings = [
+        (picture, base64.b64encode(render(picture.figure, "svg")).decode()) for picture in report.pictures
+    ]
     return environment.get_template("report.html.j2").render(
         report=report,
-        sections=list(_sections(report)),
+        first=[drawing for drawing in drawings if drawing[0].name == FIRST],
+        sections=list(_sections(report, [drawing for drawing in drawings if drawing[0].name != FIRST])),
+        unfolded=OPEN,
         shown=SHOWN,
         style=Markup(style),
         script=Markup(script),
@@ -142,28 +152,13 @@ class _Section:
     sheets: tuple[Sheet, ...]
 
 
-def _sections(report: Report) -> Iterable[_Section]:
+def _sections(report: Report, drawings: Sequence[tuple[Picture, str]]) -> Iterable[_Section]:
     tables = {sheet.name: sheet for sheet in (*report.results, *report.runs, *report.explanations)}
-    for name, (title, wanted, lead) in SECTIONS.items():
-        drawings = tuple(
-            (picture, base64.b64encode(render(picture.figure, "svg")).decode())
-            for picture in report.pictures
-            if picture.section == name
-        )
+    for name, (title, wanted) in SECTIONS.items():
+        drawn = tuple(drawing for drawing in drawings if drawing[0].section == name)
         found = tuple(tables[sheet] for sheet in wanted if sheet in tables)
-        if drawings or found:
-            yield _Section(name, title, lead, drawings, found)
-
-
-def _facts(found: Correlations) -> tuple[str, ...]:
-    table = found.runs
-    reasons = "; ".join(f"{len(runs):,} {reason}" for reason, runs in by_reason(table.excluded).items())
-    left_out = f"left out: {len(table.excluded):,} ({reasons})" if reasons else "no run was left out"
-    return (
-        *found.conclusion,
-        f"{table.num_runs:,} runs of {found.num_settings:,} settings; {left_out}.",
-        *(f"{note}." for note in (*table.notes, *found.notes)),
-    )
+        if drawn or found:
+            yield _Section(name, title, report.leads.get(name, ""), drawn, found)
 
 
 def _cautions(statistics: Correlations, unread: dict[str, str]) -> tuple[str, ...]:

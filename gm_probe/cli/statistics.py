@@ -178,6 +178,7 @@ def as_json(found: Correlations) -> dict[str, Any]:
         "excluded": excluded(runs.excluded),
         "excluded_by_reason": {reason: len(some) for reason, some in by_reason(runs.excluded).items()},
         "hyperparameters": list(runs.hyperparameters),
+        "columns_left_out": list(runs.left_out),
         "notes": [*runs.notes, *found.notes],
         "conclusion": list(found.conclusion),
         "measures": {

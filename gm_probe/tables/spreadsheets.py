@@ -214,7 +214,7 @@ def _gaps(table: _Table, asked: Asked) -> tuple[list[str], list[str], list[str]]
     columns, names = table.columns, {*table.columns, *table.aliases}
     known = asked.gap in (*GAPS, "both")
     found = [gap for gap in GAPS if gap in columns] if known else []
-    made: dict[str, str] = {} if known else {asked.gap: asked.gap}
+    made: dict[str, str] = {} if known else {table.aliases.get(asked.gap, asked.gap): asked.gap}
     for gap, ways in DIFFERENCES.items() if known and not found else ():
         way = next((way for way in ways if names.issuperset(way.split(" - "))), None)
         if way and (gap or not made):
