@@ -237,7 +237,7 @@ def test_the_table_fits_its_terminal(
 def test_measure_names_are_not_markup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("error_gap,[red]mine,[/b]\n1,2,1\n2,3,1\n")
-    code, out, _ = run(capsys, str(path), "--no-figure", "--measures", "[red]mine,[/b]")
+    code, out, _ = run(capsys, str(path), "--no-figure", "--measures=[red]mine,[/b]")
     assert code == 0
     assert "[red]mine" in out
     assert "[/b]: τ is undefined, the measure is constant over 2 runs" in " ".join(out.split())

@@ -15,7 +15,7 @@ from gm_probe.analysis.coefficients import granulated, kendall, linear_tau
 from gm_probe.analysis.conclusion import expected_sign, measures_alike
 from gm_probe.analysis.conditional import conditional_information
 from gm_probe.analysis.correlation import correlate
-from gm_probe.analysis.definitions import DIRECTIONS, MEASURES, direction_of
+from gm_probe.analysis.definitions import direction_of
 from gm_probe.analysis.design import design_of
 from gm_probe.analysis.intervals import clusters_of, mean_interval, settings_spread, with_seeds
 from gm_probe.analysis.pairs import pair_sums
@@ -353,10 +353,7 @@ def test_confidence_is_better_when_larger() -> None:
     assert expected_sign("mean_confidence", "test_accuracy") == 1
     assert expected_sign("local_inconsistency", "error_gap") == 1
     assert expected_sign("theirs", "error_gap") == 0
-
-
-def test_directions_are_of_measures() -> None:
-    assert set(DIRECTIONS) <= set(MEASURES)
+    assert direction_of("disagreement") == "worse"
 
 
 # ---- the result

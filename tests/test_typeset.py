@@ -16,7 +16,6 @@ from gm_probe.analysis.typeset import (
     escape_markdown,
     latex,
     markdown,
-    shared_remarks,
     two_decimals,
 )
 
@@ -144,8 +143,3 @@ def test_a_rounded_zero_has_no_sign() -> None:
         "1.00",
         "−0.50",
     ]
-
-
-def test_remarks_that_differ_in_the_name_alone_are_one() -> None:
-    remarks = ["a: few runs", "b: few runs", "c: constant", "d: few runs", "e: few runs"]
-    assert shared_remarks(remarks) == ["a; b; d and 1 more: few runs", "c: constant"]

@@ -78,21 +78,8 @@ MEASURES = {
     ),
 }
 
-DIRECTIONS = {
-    **dict.fromkeys(
-        (
-            *("local_inconsistency", "local_inconsistency_converged", "local_inconsistency_adaptive"),
-            *("local_inconsistency_relative", "local_inconsistency_batchwise", "average_inconsistency"),
-            *("fisher_lambda_max", "fisher_trace", "hessian_lambda_max", "hessian_trace"),
-            *("error", "cross_entropy", "mean_entropy", "input_jacobian_norm", "flip_rate", "crop_rate"),
-            *("distance_from_initialization", "parameter_norm", "disagreement"),
-            *("conditional_inconsistency", "inconsistency", "instability"),
-        ),
-        "worse",
-    ),
-    "mean_confidence": "better",
-}
-"""What a larger value of a measure is expected to go with: worse or better generalization."""
+PAIRWISE = ("disagreement", "conditional_inconsistency", "inconsistency", "instability")
+"""Measures of pairs of models, which the catalogue of single ones lacks."""
 
 
 def symbol(name: str) -> str:
@@ -102,7 +89,9 @@ def symbol(name: str) -> str:
 
 def direction_of(name: str) -> str | None:
     """Return what a larger value of a measure is expected to go with; None where nothing is known."""
-    return DIRECTIONS.get(name)
+    if name in PAIRWISE:
+        return "worse"
+    return CATALOGUE[name].direction if name in CATALOGUE else None
 
 
 STATISTICS = {

@@ -148,6 +148,7 @@ def write_figure(figure: Figure, paths: Sequence[Path]) -> None:
     """
     for path in paths:
         write_atomic(path, render(figure, path.suffix.lower().removeprefix(".")))
+        figure.set_layout_engine("none")  # laid out once; every format is as the first
 
 
 def points(

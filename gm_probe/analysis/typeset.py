@@ -197,15 +197,3 @@ _LATEX = {
     "½": r"$\frac12$",
     "²": r"$^2$",
 }
-
-
-def shared_remarks(remarks: Iterable[str]) -> list[str]:
-    """Remarks "name: text" that differ in the name alone become one."""
-    names: dict[str, list[str]] = {}
-    for remark in remarks:
-        name, _, text = remark.partition(": ")
-        names.setdefault(text, []).append(name)
-    return [
-        f"{'; '.join(some[:3])}{f' and {len(some) - 3} more' if len(some) > 3 else ''}: {text}"
-        for text, some in names.items()
-    ]

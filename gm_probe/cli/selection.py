@@ -13,6 +13,7 @@ measures_option = click.option(
 gap_option = click.option(
     "--gap",
     metavar="GAP",
+    shell_complete=lambda _ctx, _option, text: [name for name in (*GAPS, "both") if name.startswith(text)],
     default="both",
     show_default=True,
     help="Correlate with this gap: error_gap, ce_gap, both, a column, or arithmetic such as 'val_err - train_err'.",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich.console import JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,9 +19,9 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     from gm_probe.tables.table import Exclusion
 
 NARROW = 76
-"""Columns of a terminal below which the table leaves out p."""
-LONGEST = 22
-"""Letters of a measure's or subgroup's name in the table."""
+"""Columns of a terminal below which the table leaves out p and what a larger measure means."""
+LONGEST = 16
+"""Letters of a measure's or subgroup's name that fit in 80 columns."""
 
 
 def print_answer(found: Correlations) -> None:
@@ -28,13 +29,13 @@ def print_answer(found: Correlations) -> None:
     from gm_probe.analysis.conclusion import in_points
 
     console = results_console()
-    wide = console.width >= NARROW
-    columns = ("", "τ", "95 % CI", *(["p"] if wide else []), "larger means", "picking costs")
+    wide, room = console.width >= NARROW, LONGEST + max(0, console.width - 80)
+    columns = ("", "τ", "95 % CI", *(("p", "larger means") if wide else ()), "picking costs")
     for target, label in found.targets.items():
         rows = [
             row
             for name, others in found.alike.items()
-            for row in _rows(found, name, others, target, wide=wide)
+            for row in _rows(found, name, others, target, wide=wide, room=room)
         ]
         say(console, _title(target, label), "bold")
         console.print(_lines(columns, rows))
@@ -58,9 +59,9 @@ def _lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Return a table without rules, so that it takes a line a row."""
     lines = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for index, column in enumerate(columns):
-        lines.add_column(
-            column, justify="left" if index in (0, len(columns) - 1) else "right", overflow="fold"
-        )
+        first, last = index == 0, index == len(columns) - 1
+        side: JustifyMethod = "left" if first or last else "right"
+        lines.add_column(column, justify=side, no_wrap=not last, overflow="ellipsis" if first else "fold")
     for row in rows:
         lines.add_row(*(escape(printable(cell)) for cell in row))
     return lines
@@ -71,7 +72,7 @@ def _title(target: str, label: str) -> str:
 
 
 def _rows(
-    found: Correlations, name: str, others: Sequence[str], target: str, *, wide: bool
+    found: Correlations, name: str, others: Sequence[str], target: str, *, wide: bool, room: int
 ) -> Iterable[tuple[str, ...]]:
     from gm_probe.analysis.conclusion import target_short
     from gm_probe.analysis.definitions import symbol
@@ -82,11 +83,10 @@ def _rows(
         what = target_short(target).split()[-1] if target.isidentifier() else "gap"
         meaning = f"{'larger' if (tau.value or 0) > 0 else 'smaller'} {what}"
         yield (
-            _short(f"  {group}" if group else shown),
+            _short(f"  {group}" if group else shown, room),
             _signed(tau.value),
             interval(tau),
-            *([number(tau.p, 2)] if wide else []),
-            meaning if tau.clear else "cannot tell",
+            *((_p(tau.p), meaning if tau.clear else "cannot tell") if wide else ()),
             "" if group else _picks(found, name),
         )
 
@@ -274,5 +274,9 @@ def _signed(value: float | None) -> str:
     return "0.00" if text == "-0.00" else text.replace("-", "−")
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+def _short(name: str, room: int) -> str:
+    return name if len(name) <= room else f"{name[: room - 1]}…"
+
+
+def _p(value: float | None) -> str:
+    return "<0.001" if value is not None and value < 0.001 else number(value, 2)

@@ -200,7 +200,7 @@ def text_of(table: pd.DataFrame, taus: Taus, holds: Mapping[str, bool | None]) -
             said.append(f"{start}: {'; '.join(parts)}.")
     said.append(
         f"The tests: S_ρ is within {round(100 * CLOSE)} % of its quadratic term in every setting; C_θ rises with "
-        "σ̂² tr F and is within a factor 2 of it in the median; C_θ rises with S_ρ. It rises where the 95 % jackknife "
+        "σ̂² tr F and is within a factor 2 of it in the median; C_θ rises with S_ρ. It rises where the 95 % "
         "interval of Kendall's τ over settings lies above 0 (σ̂²: the parameters' mean variance over seeds)."
     )
     for arm, mine in table.groupby("arm", sort=False):
