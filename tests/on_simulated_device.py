@@ -37,10 +37,10 @@ from gm_probe.runs.records import CHECKPOINT, MEASURES, read_metrics
 from gm_probe.runtime import randomness
 from gm_probe.sweep.recipe import parse_recipe
 from gm_probe.sweep.runner import run_recipe
-from gm_probe.training import linear_probe, rules, run, state
+from gm_probe.training import linear_probe, run, state
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
-from gm_probe.training.methods import METHODS
+from gm_probe.training.methods import METHODS, iam, sam
 
 FAST: dict[str, Any] = {
     "data": "digits",
@@ -233,9 +233,9 @@ def refused(device: str) -> Any:
     weighted = nn.CrossEntropyLoss(weights)
     forgetful = network(Forgetful).eval().to(device)
     return [
-        "x is on cpu" in told(lambda: rules.SAM(model).backward(x, y)),
-        "the model is on sim:0" in told(lambda: rules.IAMD(model).backward(x.to(device), y)),
-        "criterion" in told(lambda: rules.IAMS(model, weighted).backward(*there)),
+        "x is on cpu" in told(lambda: sam.SAM(model).backward(x, y)),
+        "the model is on sim:0" in told(lambda: iam.IAMD(model).backward(x.to(device), y)),
+        "criterion" in told(lambda: iam.IAMS(model, weighted).backward(*there)),
         "two devices" in told(lambda: measure(forgetful, Batches.from_tensors(x, y))),
     ]
 
@@ -308,12 +308,12 @@ FAULTS: dict[str, Fault] = {
         "resumed on the same device, with dropout",
     ),
     "a fast way forgets the device where a slow one would do": Fault(
-        operators._Jacobian._by_forward_mode, "(tangents,))[1]", "(tangents,))[1].cpu()", CNN
+        operators._Jacobian._by_forward_mode, "(v,))[1]", "(v,))[1].cpu()", CNN
     ),
     "noise stays on the CPU": Fault(
         parameters.Parameters.random, "sample.to(self.device)", "sample", "steps of iam-s"
     ),
-    "batches stay on the CPU": Fault(Batches.on, "other.device = device", "pass", CNN),
+    "batches stay on the CPU": Fault(Batches.on, "other.device, other._resident = device, None", "pass", CNN),
     "labels stay on the CPU": Fault(
         context.MeasurementContext.labels.func, ".to(self.logits.device)", "", CNN
     ),
@@ -323,8 +323,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "the mean of the pixels is on the CPU": Fault(
         core_batches.Normalization.apply,
-        "torch.tensor(self.mean, dtype=dtype, device=x.device)",
-        "torch.tensor(self.mean, dtype=dtype)",
+        "dtype, x.device)",
+        "dtype, torch.device('cpu'))",
         "a run by sgd",
     ),
     "labels of a training batch stay on the CPU": Fault(
@@ -346,7 +346,7 @@ FAULTS: dict[str, Fault] = {
         "resumed on the device",
     ),
     "the carried perturbation stays on the CPU": Fault(
-        rules.OnePassIAMD.load_state_dict,
+        iam.OnePassIAMD.load_state_dict,
         "delta.to(self.parameters.device)",
         "delta",
         "resumed on the device",

@@ -32,9 +32,10 @@ from gm_probe.measures.measure import MEASURES, measure
 from gm_probe.models.parameters import Parameters
 from gm_probe.runs.records import read_metrics
 from gm_probe.runtime.signals import TERMINATED, Terminated
-from gm_probe.training import evaluation, rules, run
+from gm_probe.training import evaluation, rule, run
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
+from gm_probe.training.methods import iam
 from gm_probe.training.objectives.supervised import Objective
 from gm_probe.training.run import Training
 
@@ -154,8 +155,8 @@ def test_a_single_example_that_is_too_much_is_an_error(monkeypatch: pytest.Monke
 STEPS: dict[str, tuple[Any, str]] = {
     "batch": (Training, "_batch"),
     "clean pass": (nn.Flatten, "forward"),
-    "ascent": (rules, "kl_gradient"),
-    "gradient": (rules.Rule, "_differentiate"),
+    "ascent": (iam, "kl_gradient"),
+    "gradient": (rule.Rule, "_differentiate"),
     "update": (torch.optim.SGD, "step"),
 }
 

@@ -60,6 +60,7 @@ def test_the_command_of_a_run_is_its_configuration(tmp_path: Path) -> None:
     with train.make_context("train", words[2:]) as context:
         given = {key: value for key, value in context.params.items() if value is not None}
     assert given.pop("out") == folder
+    assert not given.pop("assigned")
     for option in ("resume", "tensorboard", "as_json", "quiet"):
         assert given.pop(option) is False
     assert TrainConfig.from_dict(given) == config
