@@ -1,236 +1,195 @@
-"""Do the p-values of `gmprobe correlate` fire as often as they say, and do its intervals cover?
+"""Do the intervals of `gmprobe correlate` cover the truth as often as they say?
 
-    python benchmarks/correlate_calibration.py runs.jsonl --sims 2000 --first 1000000    # resumes where it stopped
-    python benchmarks/correlate_calibration.py runs.jsonl --table
+    python benchmarks/correlate_calibration.py --sims 1000 --first 1000000 --out coverage.csv
+    python benchmarks/correlate_calibration.py --out coverage.csv --table
 
-Each simulation is a sweep: settings × seeds, where measure and gap are normal with a part ICC of their variance
-shared by a setting's seeds, correlated by ``between`` across settings and by ``within`` across seeds. Two
-measures of the same true τ are drawn, so that Δτ = 0. The true τ of such a design has a closed form. Seeds from 0
-were used to choose the interval, those from 1,000,000 only to judge it.
+Each simulation is a sweep of settings × seeds on a grid of three hyperparameters. The gap and two measures are normal:
+a part of their variance is shared by the runs of a setting, a part (``share``) by those of a seed in all settings, and
+a fifth is each run's own. All parts correlate alike, so that every τ of the design has one true value. Simulations
+from number 0 on were used to choose the intervals, those from 1,000,000 on only to judge them.
 """
 
 from __future__ import annotations
 
-import json
+import csv
 import math
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
-import pandas as pd
 import scipy
 
-from gm_probe.analysis.correlation import correlate
-from gm_probe.analysis.table import RunTable
+from gm_probe.analysis.coefficients import (
+    granulated,
+    linear_tau,
+    partial_tau,
+    tau_difference,
+    tau_quantity,
+)
+from gm_probe.analysis.intervals import Quantity, clusters_of
+from gm_probe.analysis.pairs import pair_sums
+
+LEVELS = {6: (3, 2), 12: (3, 2, 2), 24: (4, 3, 2), 40: (5, 4, 2)}
+"""Values of each hyperparameter, by the number of settings."""
+OWN = 0.2
+DESIGN = ("kind", "seeds", "settings", "share", "tau")
+STATISTICS = ("τ", "τ within h₀", "τ within setting", "ψ(h₀)", "ψ(last)", "Ψ", "Δτ", "partial τ")
 
 
 @dataclass(frozen=True)
-class Scenario:
-    """A design; ``levels`` are the hyperparameters' numbers of values, ``sizes`` the seeds a setting may have.
+class Cell:
+    """One design, in which every setting has every seed.
 
-    ``icc`` of the variance is shared by a setting's runs, ``seeds`` by a seed's in all settings; None where every
-    run has a seed of its own.
+    ``kind``: a fifth of the runs is ``missing``; seeds are each run's ``own``; or values are ``tied`` (whole numbers).
     """
 
-    levels: tuple[int, ...]
-    sizes: tuple[int, ...]
-    icc: float
-    between: float = 0.0
-    within: float = 0.0
-    digits: int | None = None  # to which the gap is rounded, which ties it
-    seeds: float | None = None
-
-    @property
-    def tau(self) -> float:
-        """τ = 2/π arcsin r of a bivariate normal, averaged over pairs of runs."""
-        num, size, seeds = math.prod(self.levels), self.sizes[0], self.seeds or 0.0
-        own = 1 - self.icc - seeds
-        setting, run = self.icc * self.between, own * self.within
-        of_pairs = [
-            ((num - 1) * (size - 1), setting + run),
-            (size - 1, run / (own + seeds)),
-            (num - 1, (setting + run) / (1 - seeds)),
-        ]
-        return 2 / math.pi * sum(n * math.asin(r) for n, r in of_pairs) / (num * size - 1)
+    seeds: int
+    settings: int
+    share: float
+    tau: float
+    kind: str = ""
 
 
-SCENARIOS = {
-    "null, ICC .93": Scenario((5, 3, 2), (5,), 0.93),
-    "null, ICC .5": Scenario((5, 3, 2), (5,), 0.5),
-    "true τ .28": Scenario((5, 3, 2), (5,), 0.9, 0.5),
-    "true τ .53": Scenario((5, 3, 2), (5,), 0.9, 0.8, 0.3),
-    "null, 12 settings × 2": Scenario((3, 2, 2), (2,), 0.8),
-    "null, 3 to 5 seeds": Scenario((5, 3, 2), (3, 4, 5), 0.8),
-    "null, gap tied": Scenario((5, 3, 2), (5,), 0.8, digits=0),
-    "null, seeds shared": Scenario((5, 3, 2), (5,), 0.6, seeds=0.2),
-    "true τ .2, seeds shared": Scenario((5, 3, 2), (5,), 0.6, 0.5, seeds=0.2),
-    "null, seeds shared for nothing": Scenario((5, 3, 2), (5,), 0.8, seeds=0.0),
-}
-RESAMPLES = 1000  # half the default: firing rates and coverage need no finer p
-FULL = 50  # simulations a scenario that also take the details, which cost six times as much
+def cells() -> Iterator[Cell]:
+    """Yield all designs, the usual ones first."""
+    yield Cell(2, 24, 0.2, 0.3)
+    for tau, share in product((0.0, 0.6, 0.3), (0.0, 0.4, 0.2)):
+        yield from (Cell(k, s, share, tau) for k, s in ((3, 12), (5, 40), (4, 24), (3, 40), (5, 12)))
+    yield from (Cell(k, s, 0.0, 0.3, "own") for k, s in ((2, 12), (2, 40), (1, 24)))
+    yield from (Cell(k, 24, 0.2, 0.3, kind) for kind, k in product(("missing", "tied"), (3, 5)))
 
 
-def sweep(scenario: Scenario, rng: np.random.Generator) -> RunTable:
-    """One simulated sweep."""
-    settings = list(product(*map(range, scenario.levels)))
-    sizes = rng.choice(scenario.sizes, len(settings))
-    setting = np.repeat(np.arange(len(settings)), sizes)
-
-    def correlated(num: int, r: float) -> np.ndarray:
-        """(num, 3) normal columns: gap, and two measures that correlate with it by r, else independent."""
-        gap, a, b = rng.normal(size=(3, num))
-        rest = math.sqrt(1 - r * r)
-        return np.stack([gap, r * gap + rest * a, r * gap + rest * b], axis=1)
-
-    shared = correlated(len(settings), scenario.between)[setting]
-    own = correlated(len(setting), scenario.within)
-    part = scenario.seeds or 0.0
-    values = math.sqrt(scenario.icc) * shared + math.sqrt(1 - scenario.icc - part) * own
-    if scenario.seeds is not None:
-        seed = np.concatenate([np.arange(size) for size in sizes])
-        values = values + math.sqrt(part) * rng.normal(size=(max(sizes), 3))[seed]
-    gap = values[:, 0] if scenario.digits is None else values[:, 0].round(scenario.digits)
-    frame = {
-        "run": [str(i) for i in range(len(setting))],
-        "error_gap": gap,
-        "a": values[:, 1],
-        "b": values[:, 2],
-    }
-    if scenario.seeds is not None:
-        frame["seed"] = seed
-    names = [f"h{i}" for i in range(len(scenario.levels))]
-    frame |= {name: np.array([s[i] for s in settings])[setting] for i, name in enumerate(names)}
-    return RunTable(Path("simulated"), pd.DataFrame(frame), ("error_gap",), ("a", "b"), tuple(names))
-
-
-def simulate(name: str, seed: int, full: bool) -> dict[str, Any]:
-    """What `correlate` says of one sweep, as numbers."""
-    scenario = SCENARIOS[name]
-    rng = np.random.default_rng([seed, *name.encode()])
-    result = correlate(
-        sweep(scenario, rng), seed=seed, resamples=RESAMPLES, skip=() if full else ("details",)
+def simulate(cell: Cell, number: int) -> dict[str, tuple[Quantity, float]]:
+    """Return every statistic of one simulated sweep, with its true value."""
+    rng = np.random.default_rng(
+        [number, cell.seeds, cell.settings, round(10 * cell.share), round(10 * cell.tau)]
     )
-    measure = result.measures[0]
-    tau = measure.gaps["error_gap"]
-    row: dict[str, Any] = {"scenario": name, "seed": seed, "tau": tau.tau, "p": tau.p, "p_naive": tau.p_naive}
-    row |= {key: getattr(tau, key) for key in ("low", "high", "low_percentile", "high_percentile")}
-    row["p_difference"] = result.comparisons["error_gap"][0].difference.p
-    if full:
-        details = measure.details["error_gap"]
-        row["between"] = [details.between.low, details.between.high, details.between.p]
-        row["within"] = [details.within.low, details.within.high, details.within.p]
-        row["partial"] = [details.partial["h0"].low, details.partial["h0"].high, details.partial["h0"].p]
-        row["psi"] = [details.granulated.psi["h0"].psi.low, details.granulated.psi["h0"].psi.high]
-        row["mean_psi"] = [details.granulated.mean.low, details.granulated.mean.high]
-        row["simpson"] = bool(details.simpson)
-        sets = {each.label: each for each in details.conditioning.sets} if details.conditioning else {}
-        row["cmi"] = {label: [each.raw, each.value, each.p] for label, each in sets.items()}
-    return row
+    grid = np.array(list(product(*map(range, LEVELS[cell.settings]))))
+    setting, seed = (part.ravel() for part in np.indices((cell.settings, cell.seeds)))
+    r = math.sin(cell.tau * math.pi / 2)
+    parts = ((1 - cell.share - OWN, setting), (cell.share, seed), (OWN, np.arange(len(setting))))
+    gap, a, b = sum(math.sqrt(part) * _normal(int(of.max()) + 1, r, rng)[:, of] for part, of in parts)
+    if cell.kind == "missing":
+        kept = np.sort(rng.permutation(len(setting))[: round(0.8 * len(setting))])
+        gap, a, b, setting, seed = gap[kept], a[kept], b[kept], setting[kept], seed[kept]
+    if cell.kind == "tied":
+        gap, a, b = np.round(gap), np.round(a), np.round(b)
+    found = statistics(gap, a, b, grid[setting], setting, None if cell.kind == "own" else seed)
+    between = 2 / math.pi * math.asin(r * r)
+    truth = dict.fromkeys(STATISTICS, cell.tau) | {"Δτ": 0.0}
+    truth["partial τ"] = cell.tau * (1 - between) / math.sqrt((1 - cell.tau**2) * (1 - between**2))
+    return {name: (quantity, truth[name]) for name, quantity in found.items()}
 
 
-def share(hits: list[bool]) -> str:
-    """A percentage with its binomial standard error."""
-    part = sum(hits) / len(hits)
-    return f"{100 * part:.1f} ± {100 * math.sqrt(part * (1 - part) / len(hits)):.1f}"
+def _normal(num: int, r: float, rng: np.random.Generator) -> np.ndarray:
+    """(3, num): a gap, and two measures that correlate with it by ``r``, else independent."""
+    gap, a, b = rng.normal(size=(3, num))
+    rest = math.sqrt(1 - r * r)
+    return np.stack([gap, r * gap + rest * a, r * gap + rest * b])
 
 
-def fires(rows: list[dict[str, Any]], key: str) -> str:
-    return share([row[key] < 0.05 for row in rows if row[key] is not None])
+def statistics(
+    gap: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    hypers: np.ndarray,
+    setting: np.ndarray,
+    seed: np.ndarray | None,
+) -> Mapping[str, Quantity]:
+    """Return what ``correlate`` shows of measure ``a`` with the gap, and against ``b``."""
+    clusters, of_three = clusters_of(setting, seed, a, gap), clusters_of(setting, seed, a, b, gap)
+    everyone = np.zeros_like(setting)
+
+    def tau(x: np.ndarray, y: np.ndarray, group: np.ndarray = everyone) -> object:
+        return linear_tau(pair_sums(x, y, group), pair_sums(x, y, clusters.setting))
+
+    first, second, between = tau(a, gap), tau(b, gap), tau(a, b)
+    by_cell = {}
+    for place in range(hypers.shape[1]):
+        others = np.delete(hypers, place, axis=1)
+        cell = np.unique(others, axis=0, return_inverse=True)[1].ravel()
+        by_cell[place] = cell, hypers[:, place]
+    psi, mean = granulated(a, gap, by_cell, clusters, pair_sums(a, gap, clusters.setting))
+    found = {
+        "τ": tau_quantity(first, clusters),
+        "τ within h₀": tau_quantity(tau(a, gap, hypers[:, 0]), clusters),
+        "ψ(h₀)": psi[0],
+        "ψ(last)": psi[max(psi)],
+        "Ψ": mean,
+        "Δτ": tau_difference(first, second, of_three),
+        "partial τ": partial_tau(first, between, second, of_three),
+    }
+    inside = tau(a, gap, setting)
+    return found if inside is None else found | {"τ within setting": tau_quantity(inside, clusters)}
 
 
-def covers(pairs: list[tuple[float | None, float | None]], truth: float) -> str:
-    return share([low <= truth <= high for low, high in pairs if low is not None and high is not None])
+def judge(cell: Cell, sims: int, first: int) -> list[dict[str, object]]:
+    """Return a row for each statistic: how many of its intervals hold the true value, of how many."""
+    hits: dict[str, list[bool]] = {name: [] for name in STATISTICS}
+    for number in range(first, first + sims):
+        for name, (found, truth) in simulate(cell, number).items():
+            if found.low is not None and found.high is not None:
+                hits[name].append(found.low <= truth <= found.high)
+    of = {"kind": cell.kind or "shared", "seeds": cell.seeds, "settings": cell.settings}
+    of |= {"share": cell.share, "tau": cell.tau, "sims": sims}
+    return [
+        {**of, "statistic": name, "intervals": len(some), "covers": sum(some)} for name, some in hits.items()
+    ]
 
 
 def table(path: Path) -> Iterator[str]:
-    """The results as Markdown."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    yield "| scenario | sims | true τ | naive p < .05 | permutation p < .05 | Δτ p < .05 | covers | percentile covers |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for name, scenario in SCENARIOS.items():
-        some = [row for row in rows if row["scenario"] == name]
-        if some:
-            tau = covers([(row["low"], row["high"]) for row in some], scenario.tau)
-            plain = covers([(row["low_percentile"], row["high_percentile"]) for row in some], scenario.tau)
-            firing = [fires(some, key) for key in ("p_naive", "p", "p_difference")]
-            yield f"| {name} | {len(some):,} | {scenario.tau:.3f} | {' | '.join(firing)} | {tau} | {plain} |"
-    yield ""
-    yield "| under the null | sims | " + " | ".join(DETAILS) + " | Simpson flag |"
-    yield "|---" * (len(DETAILS) + 3) + "|"
-    for name, scenario in SCENARIOS.items():
-        some = [row for row in rows if row["scenario"] == name and "within" in row]
-        if some and scenario.tau == 0:
-            cells = [each(some) for each in DETAILS.values()]
-            yield f"| {name} | {len(some)} | {' | '.join(cells)} | {share([row['simpson'] for row in some])} |"
-    yield ""
-    yield "| K under the null | " + " | ".join(CMI_SETS) + " |"
-    yield "|---" * (len(CMI_SETS) + 1) + "|"
-    for name, scenario in SCENARIOS.items():
-        some = [row for row in rows if row["scenario"] == name and "cmi" in row]
-        if some and scenario.tau == 0:
-            yield f"| {name} | " + " | ".join(_information(some, given) for given in CMI_SETS) + " |"
+    """Yield the results as Markdown: coverage in %, a row a design."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    designs = sorted(dict.fromkeys(tuple(row[key] for key in DESIGN) for row in rows), key=_order)
+    found = {(*(row[key] for key in DESIGN), row["statistic"]): row for row in rows}
+    yield "| seeds are | seeds | settings | seed share | true τ | " + " | ".join(STATISTICS) + " |"
+    yield "|---" * (5 + len(STATISTICS)) + "|"
+    for design in designs:
+        cells = [_percent(found[*design, name]) for name in STATISTICS]
+        yield f"| {' | '.join((*design, *cells))} |"
 
 
-def _information(rows: list[dict[str, Any]], given: str) -> str:
-    raw, value, _ = zip(*(row["cmi"][given] for row in rows if row["cmi"][given][0] is not None), strict=True)
-    error = np.std(value, ddof=1) / math.sqrt(len(value))
-    return f"{np.mean(raw):.3f} → {np.mean(value):+.4f} ± {error:.4f}"
+def _order(design: tuple[str, ...]) -> tuple[bool, str, list[float]]:
+    return design[0] != "shared", design[0], [float(number) for number in design[1:]]
 
 
-def _p(key: str) -> Any:
-    return lambda rows: share([row[key][2] < 0.05 for row in rows if row[key][2] is not None])
-
-
-def _interval(key: str) -> Any:
-    def cell(rows: list[dict[str, Any]]) -> str:
-        pairs = [(row[key][0], row[key][1]) for row in rows]
-        return covers(pairs, 0.0) if any(low is not None for low, _ in pairs) else "—"
-
-    return cell
-
-
-CMI_SETS = ("nothing", "h0", "h1 + h2", "h0 + h1")
-DETAILS = {
-    "between p < .05": _p("between"),
-    "between covers": _interval("between"),
-    "within p < .05": _p("within"),
-    "within covers": _interval("within"),
-    "partial p < .05": _p("partial"),
-    "partial covers": _interval("partial"),
-    "ψ covers": _interval("psi"),
-    "Ψ covers": _interval("mean_psi"),
-}
+def _percent(row: Mapping[str, str]) -> str:
+    num, of = int(row["covers"]), int(row["intervals"])
+    return f"{100 * num / of:.1f}" if of > 0.5 * int(row["sims"]) else "none"
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--sims", default=500, show_default=True, help="Simulations a scenario.")
-@click.option("--first", default=0, show_default=True, help="The first seed.")
-@click.option("--scenario", multiple=True, help="Only these, by name or part of it.")
-@click.option("--table", "show", is_flag=True, help="Print what PATH holds, and simulate nothing.")
-def main(path: Path, sims: int, first: int, scenario: tuple[str, ...], show: bool) -> None:
-    """Simulate sweeps and append what `correlate` says of each to PATH."""
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The CSV file of results.")
+@click.option("--sims", default=1000, show_default=True, help="Simulations a design.")
+@click.option("--first", default=0, show_default=True, help="The first simulation's number.")
+@click.option("--table", "show", is_flag=True, help="Print what the file holds, and simulate nothing.")
+def main(out: Path, sims: int, first: int, show: bool) -> None:
+    """Simulate sweeps and write how often each interval covers the truth, from where the file stops."""
     if show:
-        print("\n".join(table(path)))
-        print(f"\nPython {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}, "
-              f"pandas {pd.__version__}.")  # fmt: skip
+        print("\n".join(table(out)))
+        print(f"\nPython {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}.")
         return
-    done = set()
-    if path.exists():
-        done = {
-            (row["scenario"], row["seed"]) for row in map(json.loads, path.read_text("utf-8").splitlines())
-        }
-    with path.open("a", encoding="utf-8") as file:
-        names = [name for name in SCENARIOS if not scenario or any(part in name for part in scenario)]
-        for seed, name in product(range(first, first + sims), names):
-            if (name, seed) not in done:
-                file.write(json.dumps(simulate(name, seed, seed - first < FULL), ensure_ascii=False) + "\n")
+    start = time.process_time()
+    done: set[tuple[str, ...]] = set()
+    if out.exists():
+        with out.open(encoding="utf-8", newline="") as file:
+            done = {tuple(row[key] for key in DESIGN) for row in csv.DictReader(file)}
+    with out.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*DESIGN, "sims", "statistic", "intervals", "covers"])
+        if not done:
+            writer.writeheader()
+        for cell in cells():
+            kind = cell.kind or "shared"
+            if tuple(map(str, (kind, cell.seeds, cell.settings, cell.share, cell.tau))) not in done:
+                writer.writerows(judge(cell, sims, first))
                 file.flush()
+    print(f"{time.process_time() - start:.0f} s of one core")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import pandas as pd
 import scipy
 
 from gm_probe.analysis.correlation import correlate
-from gm_probe.analysis.table import RunTable
+from gm_probe.tables.table import RunTable
 
 
 def simulated(num_settings: int, seeds: int, num_measures: int) -> RunTable:

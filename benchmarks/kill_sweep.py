@@ -98,7 +98,7 @@ def check(jobs: int, folder: Path, recipe: Path, chance: random.Random) -> dict[
     """One undisturbed sweep, and one killed ``KILLS`` times; what was seen."""
     from pandas.testing import assert_frame_equal
 
-    from gm_probe.analysis.collect import collect
+    from gm_probe.tables.collect import collect
 
     whole, cut = folder / f"whole-{jobs}", folder / f"cut-{jobs}"
     began = time.perf_counter()

@@ -31,8 +31,8 @@ from gm_probe.models.zoo import ModelSpec, initial_model
 from gm_probe.runtime.devices import keep_freed_memory
 from gm_probe.training.augment import crop_and_flip, draw_crops
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.methods import METHODS
 from gm_probe.training.rule import Rule
-from gm_probe.training.rules import METHODS
 from gm_probe.training.run import Training
 
 RULES: dict[str, dict[str, Any]] = {
@@ -44,7 +44,12 @@ RULES: dict[str, dict[str, Any]] = {
     "iam-d": {},
     "iam-d K=2": {"k_steps": 2},
     "iam-d K=3": {"k_steps": 3},
+    "sam every=4": {"every": 4},
+    "iam-d every=4": {"every": 4},
+    "iam-d K=3 every=4": {"k_steps": 3, "every": 4},
+    "iam-d K=3 tail=0.3": {"k_steps": 3, "tail": 0.3, "total_steps": 10},
 }
+"""With ``every`` and ``tail`` a step is the mean over a cycle, of which the rule takes its share."""
 MODELS = {"6cnn": 128, "wrn-16-2": 64}
 CLASSES, MEAN, STD = 10, 0.5, 0.29
 
@@ -76,15 +81,17 @@ def ratios(taken: dict[str, list[float]], base: str) -> dict[str, tuple[float, f
     return result
 
 
-def step(rule: Rule, x: Tensor, y: Tensor) -> Callable[[], None]:
+def cycle(rule: Rule, x: Tensor, y: Tensor, steps: int) -> Callable[[], None]:
     optimizer = torch.optim.SGD(rule.model.parameters(), lr=1e-4, momentum=0.9)
 
-    def one() -> None:
-        optimizer.zero_grad()
-        rule.backward(x, y)
-        optimizer.step()
+    def work() -> None:
+        rule.steps = 0
+        for _ in range(steps):
+            optimizer.zero_grad()
+            rule.backward(x, y)
+            optimizer.step()
 
-    return one
+    return work
 
 
 def rules(model: str, batch: int, rounds: int) -> None:
@@ -96,14 +103,16 @@ def rules(model: str, batch: int, rounds: int) -> None:
             memory_format=torch.channels_last
         )
         built[name] = METHODS[name.split()[0]](network, **options)
-    taken = interleaved({name: step(rule, x, y) for name, rule in built.items()}, rounds)
+    steps = {name: options.get("total_steps", options.get("every", 1)) for name, options in RULES.items()}
+    taken = interleaved({name: cycle(rule, x, y, steps[name]) for name, rule in built.items()}, rounds)
+    taken = {name: [value / steps[name] for value in values] for name, values in taken.items()}
     base = statistics.median(taken["sgd"])
     print(f"\n## A step on {model}, batches of {batch}: {rounds} rounds\n")
     print(f"SGD: {base * 1000:.1f} ms.\n")
     print("| rule | by count | measured | quartiles | off by |")
     print("|---|---|---|---|---|")
     for name, (middle, low, high) in ratios(taken, "sgd").items():
-        expected = built[name].passes / 3
+        expected = built[name].cost(steps[name]) / steps[name] / 3
         print(
             f"| {name} | {expected:.2f} | {middle:.2f} | {low:.2f}–{high:.2f} | {middle / expected - 1:+.0%} |"
         )

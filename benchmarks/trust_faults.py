@@ -66,8 +66,8 @@ COMMANDS = {
     "measure": Command("measure runs/RUN --measures flip_rate,mean_entropy --save --json -q --device cpu"),
     "sweep": Command("sweep recipe.toml --out new --retry-failed -q", bare=True),
     "collect": Command("collect runs --out table.csv"),
-    "correlate": Command("correlate runs --resamples 100 --figure plot --json -q"),
-    "report": Command("report runs --resamples 100 --out page.html --markdown page.md --latex page.tex -q"),
+    "correlate": Command("correlate runs --figure plot --json -q"),
+    "report": Command("report runs --out page.html --markdown page.md --latex page.tex -q"),
     "train": Command(TRAIN, bare=True),
     "reproduce": Command("reproduce fig6 --scale smoke --out fig6 -q", bare=True),
 }

@@ -215,7 +215,7 @@ class Bench:
 
     def taus(self) -> Any:
         """τ and n of every measure over the folder."""
-        ran = gmprobe("correlate", self.runs, "--json", "--measures", "fisher_trace", "--resamples", "100")
+        ran = gmprobe("correlate", self.runs, "--json", "--measures", "fisher_trace")
         if ran.code != 0:
             return ran.err
         found = json.loads(ran.out)["measures"]["fisher_trace"]["error_gap"]

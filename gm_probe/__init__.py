@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gm_probe.accuracy.estimate import estimate as estimate
     from gm_probe.accuracy.report import EstimateReport as EstimateReport
+    from gm_probe.analysis.correlation import correlate as correlate
+    from gm_probe.analysis.results import Correlations as Correlations
     from gm_probe.curvature.fisher_trace import fisher_trace as fisher_trace
     from gm_probe.curvature.operators import fisher as fisher
     from gm_probe.curvature.operators import hessian as hessian
@@ -55,18 +57,20 @@ if TYPE_CHECKING:
     from gm_probe.runtime.devices import keep_freed_memory as keep_freed_memory
     from gm_probe.training.config import TrainConfig as TrainConfig
     from gm_probe.training.loop import train as train
-    from gm_probe.training.objectives import FixMatch as FixMatch
-    from gm_probe.training.objectives import Joint as Joint
+    from gm_probe.training.methods.iam import IAMD as IAMD
+    from gm_probe.training.methods.iam import IAMS as IAMS
+    from gm_probe.training.methods.iam import OnePassIAMD as OnePassIAMD
+    from gm_probe.training.methods.sam import ASAM as ASAM
+    from gm_probe.training.methods.sam import SAM as SAM
+    from gm_probe.training.objectives.fixmatch import FixMatch as FixMatch
+    from gm_probe.training.objectives.joint import Joint as Joint
     from gm_probe.training.rule import Rule as Rule
-    from gm_probe.training.rules import ASAM as ASAM
-    from gm_probe.training.rules import IAMD as IAMD
-    from gm_probe.training.rules import IAMS as IAMS
-    from gm_probe.training.rules import SAM as SAM
-    from gm_probe.training.rules import OnePassIAMD as OnePassIAMD
 
 _HOMES = {
     "accuracy.estimate": ("estimate",),
     "accuracy.report": ("EstimateReport",),
+    "analysis.correlation": ("correlate",),
+    "analysis.results": ("Correlations",),
     "data.batches": ("Batches", "Normalization"),
     "models.checkpoints": ("load_weights", "read_checkpoint", "save_checkpoint"),
     "models.contrastive": ("Contrastive", "as_encoder", "partners", "projector"),
@@ -101,19 +105,23 @@ _HOMES = {
     "linalg.trace": ("trace",),
     "training.config": ("TrainConfig",),
     "training.loop": ("train",),
-    "training.objectives": ("FixMatch", "Joint"),
+    "training.methods.iam": ("IAMD", "IAMS", "OnePassIAMD"),
+    "training.methods.sam": ("ASAM", "SAM"),
+    "training.objectives.fixmatch": ("FixMatch",),
+    "training.objectives.joint": ("Joint",),
     "training.rule": ("Rule",),
-    "training.rules": ("ASAM", "IAMD", "IAMS", "OnePassIAMD", "SAM"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "optim":
+        return import_module(f"{__name__}.optim")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *__all__, "optim"]

@@ -40,7 +40,7 @@ from gm_probe.sweep.runner import run_recipe
 from gm_probe.training import linear_probe, rules, run, state
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
-from gm_probe.training.rules import METHODS
+from gm_probe.training.methods import METHODS
 
 FAST: dict[str, Any] = {
     "data": "digits",

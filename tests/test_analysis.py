@@ -13,12 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gm_probe.analysis.collect import write_table
-from gm_probe.analysis.correlation import correlate, group_rows, kendall, tied_pairs
-from gm_probe.analysis.runs import load_table
-from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
+from gm_probe.analysis.coefficients import kendall
+from gm_probe.analysis.correlation import correlate
+from gm_probe.analysis.design import group_rows
 from gm_probe.errors import DataError, UsageError
 from gm_probe.files.atomic import write_json, write_toml
+from gm_probe.tables.collect import write_table
+from gm_probe.tables.runs import load_table
+from gm_probe.tables.table import Exclusion, RunTable, by_reason, show
 
 
 def make_run(
@@ -60,54 +62,15 @@ def brute_tau(x: list[float], y: list[float]) -> float | None:
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=25))
 def test_tau_equals_a_loop_over_all_pairs_with_ties(pairs: list[tuple[int, int]]) -> None:
     x, y = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
-    result = kendall(np.array(x), np.array(y))
-    expected = brute_tau(x, y)
-    if expected is None:
-        assert result.tau is None
-        assert result.p_naive is None
-        assert result.reason
-    else:
-        assert result.tau == pytest.approx(expected, abs=1e-12)
-        assert result.reason is None
-        assert result.p_naive is not None
-        assert 0 <= result.p_naive <= 1
-    all_pairs = list(itertools.combinations(range(len(x)), 2))
-    assert result.ties_measure == sum(x[i] == x[j] for i, j in all_pairs)
-    assert result.ties_gap == sum(y[i] == y[j] for i, j in all_pairs)
+    found = kendall(np.array(x), np.array(y)).value
+    assert found == (None if (expected := brute_tau(x, y)) is None else pytest.approx(expected, abs=1e-12))
 
 
 def test_tau_by_hand() -> None:
     # pairs of (1, 1), (2, 3), (3, 2), (3, 4): 4 concordant, 1 discordant, 1 tied in x; τ-b = 3/√(5·6)
     result = kendall(np.array([1.0, 2, 3, 3]), np.array([1.0, 3, 2, 4]))
-    assert result.tau == pytest.approx(3 / math.sqrt(30))
-    assert (result.ties_measure, result.ties_gap, result.n) == (1, 0, 4)
-
-
-def test_exact_p_by_hand() -> None:
-    # without ties, |τ| = 1 is 2 of the 4! equally likely orders
-    assert kendall(np.arange(4.0), np.arange(4.0)).p_naive == pytest.approx(2 / 24)
-    assert kendall(np.arange(4.0), -np.arange(4.0)).tau == -1
-
-
-def test_tied_pairs_counts_pairs() -> None:
-    assert tied_pairs(np.array([1.0, 1, 1, 2, 2, 3])) == 3 + 1
-    assert tied_pairs(np.array([])) == 0
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "reason"),
-    [
-        ([], [], "0 runs"),
-        ([1], [2], "1 run "),
-        ([1, 1], [1, 2], "measure is constant"),
-        ([1, 2], [3, 3], "gap is constant"),
-    ],
-)
-def test_undefined_tau_says_why(x: list[float], y: list[float], reason: str) -> None:
-    result = kendall(np.array(x, dtype=float), np.array(y, dtype=float))
-    assert result.tau is None
-    assert result.p_naive is None
-    assert reason in str(result.reason)
+    assert result.value == pytest.approx(3 / math.sqrt(30))
+    assert result.n == 4
 
 
 # ---- run folders
@@ -170,16 +133,11 @@ def test_missing_values_keep_their_reasons(tmp_path: Path) -> None:
     assert table.missing["local_inconsistency"] == {3: "no example"}
     assert table.missing["ce_gap"] == {0: "no ce_gap in summary.json"}
     assert table.unconverged["fisher_trace"] == {2}
-    inconsistency, trace = correlate(table).measures
-    assert trace.notes == ("1 of 4 not converged (kept)",)
-    assert inconsistency.notes == ("1 of 4 left out: no example",)
-    assert inconsistency.gaps["ce_gap"].missing == (
-        Exclusion("run-0", "ce_gap: no ce_gap in summary.json"),
-        Exclusion("run-3", "local_inconsistency: no example"),
-    )
-    for measure in (inconsistency, trace):
-        for result in measure.gaps.values():
-            assert result.n + len(result.missing) == table.num_runs
+    found = correlate(table)
+    assert "fisher_trace: 1 of 4 not converged (kept)" in found.notes
+    assert "local_inconsistency: 1 of 4 left out: no example" in found.notes
+    assert found.get("local_inconsistency", "ce_gap").n == 2
+    assert found.get("fisher_trace", "ce_gap").n == 3
 
 
 def test_measure_rows_without_a_value_are_missing_with_a_reason(tmp_path: Path) -> None:
@@ -234,7 +192,7 @@ def test_runs_measured_with_different_settings_are_not_comparable(tmp_path: Path
     ]
     for i, (settings, rows) in enumerate(changes):
         make_run(tmp_path / str(i), measures=plain | rows, settings=base | settings, error_gap=0.1 * i)
-    warnings = {measure.name: measure.warnings for measure in correlate(load_table(tmp_path)).measures}
+    warnings = correlate(load_table(tmp_path)).warnings
     dtype = "dtype differs between runs (float32 × 4, float64 × 1), so they are not comparable"
     assert warnings == {
         "local_inconsistency": (
@@ -268,8 +226,7 @@ def test_whatever_a_measure_depends_on_makes_runs_not_comparable(
     for i, value in enumerate([one, one, one, other]):
         base = {"rho": 0.1, "dtype": "float32", "eta": 0.01, settings: value}
         make_run(tmp_path / str(i), measures={measure: {"value": 1.0 + i}}, settings=base, error_gap=0.1 * i)
-    [found] = correlate(load_table(tmp_path)).measures
-    [warning] = [told for told in found.warnings if "not comparable" in told]
+    [warning] = correlate(load_table(tmp_path)).warnings[measure]
     assert warning.startswith("normalized" if settings == "mean" else settings)
 
 
@@ -278,9 +235,9 @@ def test_a_long_list_of_differing_settings_is_cut(tmp_path: Path) -> None:
         make_run(
             tmp_path / str(i), measures={"m": {"value": 1}}, settings={"data": f"d{min(i, 6)}"}, error_gap=0.1
         )
-    (measure,) = correlate(load_table(tmp_path)).measures
+    found = correlate(load_table(tmp_path))
     shown = "d6 × 2, d0 × 1, d1 × 1, d2 × 1, d3 × 1 and 2 more"
-    assert measure.warnings == (f"data differs between runs ({shown}), so they are not comparable",)
+    assert found.warnings == {"m": (f"data differs between runs ({shown}), so they are not comparable",)}
 
 
 @pytest.mark.parametrize(
@@ -364,13 +321,19 @@ def simpson(folder: Path) -> RunTable:
 
 
 def test_subgroups_can_differ_in_sign_from_the_whole(tmp_path: Path) -> None:
-    (measure,) = correlate(simpson(tmp_path), group_by=["weight_decay"]).measures
+    found = correlate(simpson(tmp_path), group_by=["weight_decay"])
     # 9 runs: 27 pairs between groups concordant, 3 × 3 within discordant
-    assert measure.gaps["error_gap"].tau == pytest.approx((27 - 9) / 36)
-    assert list(measure.subgroups) == ["weight_decay=1", "weight_decay=2", "weight_decay=3"]
-    for subgroup in measure.subgroups.values():
-        assert subgroup["error_gap"].tau == pytest.approx(-1)
-        assert subgroup["error_gap"].n == 3
+    whole, *subgroups = found.of("m", "error_gap", "tau").values()
+    assert whole.value == pytest.approx((27 - 9) / 36)
+    assert list(found.of("m", "error_gap", "tau"))[1:] == [
+        "weight_decay=1",
+        "weight_decay=2",
+        "weight_decay=3",
+    ]
+    for subgroup in subgroups:
+        assert subgroup.value == pytest.approx(-1)
+        assert subgroup.n == 3
+    assert found.get("m", "error_gap", "tau_within", "weight_decay").value == pytest.approx(-1)
 
 
 def test_subgroups_part_the_runs(tmp_path: Path) -> None:
@@ -380,20 +343,20 @@ def test_subgroups_part_the_runs(tmp_path: Path) -> None:
     frame.loc[::7, "m"] = np.nan
     frame.to_csv(tmp_path / "t.csv", index=False)
     table = load_table(tmp_path / "t.csv")
-    (measure,) = correlate(table, group_by=["lr", "batch_size"]).measures
-    assert sum(of["error_gap"].n for of in measure.subgroups.values()) == measure.gaps["error_gap"].n == 51
+    taus = correlate(table, group_by=["lr", "batch_size"]).of("m", "error_gap", "tau")
+    assert sum(of.n for group, of in taus.items() if group) == taus[""].n == 51
     for label, rows in group_rows(table, ["lr", "batch_size"]).items():
         part = frame.iloc[rows].dropna()
         expected = brute_tau(part["m"].to_list(), part["error_gap"].to_list())
-        assert measure.subgroups[label]["error_gap"].tau == pytest.approx(expected)
+        assert taus[label].value == pytest.approx(expected)
 
 
 def test_correlate_refuses_unknown_names_and_single_runs(tmp_path: Path) -> None:
     table = simpson(tmp_path)
     with pytest.raises(UsageError, match="did you mean 'weight_decay'"):
         correlate(table, group_by=["weight_deca"])
-    with pytest.raises(UsageError, match="no gap 'ce_gap'"):
-        correlate(table, gaps=["ce_gap"])
+    with pytest.raises(UsageError, match="no target 'ce_gap'"):
+        correlate(table, targets=["ce_gap"])
     single = load_table(make_csv(tmp_path, "error_gap,m\n1,2\n"))
     with pytest.raises(DataError, match="1 usable run; a rank correlation needs at least 2"):
         correlate(single)
@@ -462,8 +425,8 @@ def test_what_a_file_does_not_say_of_its_runs_is_an_error_or_is_not_guessed(tmp_
 
 
 def test_every_measure_is_known_to_correlate() -> None:
-    from gm_probe.analysis.table import KNOWN_MEASURES
     from gm_probe.measures.measure import MEASURES
     from gm_probe.measures.pairwise import PAIR_MEASURES
+    from gm_probe.tables.table import KNOWN_MEASURES
 
     assert {*MEASURES, *PAIR_MEASURES} - {"error", "cross_entropy"} == set(KNOWN_MEASURES)

@@ -33,7 +33,7 @@ from gm_probe.measures.context import Settings
 from gm_probe.measures.measure import measure
 from gm_probe.models.door import Outputs
 from gm_probe.models.parameters import Parameters
-from gm_probe.training.rules import METHODS
+from gm_probe.training.methods import METHODS
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 N, D, C = 14, 5, 3

@@ -202,7 +202,7 @@ def test_a_measure_without_its_derivative_is_a_dash_with_a_reason(images, monkey
     assert "not converged" not in row
     assert "note: hessian_lambda_max is undefined: a layer has no second derivative" in err
     if width == 110:  # a density of F is drawn, and what was measured stands
-        density = "--density d.png --density-steps 5 --density-probes 1"
+        density = "--density d.png --max-iterations 5 --starts 1"
         code, out, err = run(f"{command} --measures fisher_trace {density}", capsys)
         assert (code, "fisher_trace" in out) == (0, True), err
         assert "note: the density of the hessian is undefined: a layer has no second derivative" in err
@@ -216,10 +216,10 @@ def test_a_measure_without_its_derivative_is_a_dash_with_a_reason(images, monkey
         ("--measures fisher_trace --max-probes 5 --trace-tolerance 0.2", []),
         ("--measures fisher_lambda_max --max-probes 5 --top 2", ["--max-probes"]),
         (
-            "--measures fisher_trace --max-iterations 40 --density-steps 5",
-            ["--density-steps", "--max-iterations"],
+            "--measures fisher_trace --max-iterations 40 --starts 5",
+            ["--starts", "--max-iterations"],
         ),
-        ("--measures fisher_trace --density d.png --density-steps 5 --density-probes 1", []),
+        ("--measures fisher_trace --density d.png --max-iterations 5 --starts 1", []),
         ("--measures hessian_lambda_min --top 2", ["--top"]),
         ("--measures local_inconsistency --protocol converged --k-steps 2 --starts 2", ["--k-steps"]),
         ("--measures local_inconsistency_converged --starts 3", ["--starts beyond 2"]),
@@ -337,7 +337,7 @@ def test_token_ids_of_an_array_file_are_measured_as_they_are(tmp_path, capsys):
 def test_the_table_stands_though_the_density_cannot_be_written(images, checkpoint, capsys):
     Path("file").write_bytes(b"")
     command = "gmprobe measure ckpt.pt --unlabeled data --measures fisher_trace --density file/d.png"
-    code, out, err = run(f"{command} --density-steps 2 --density-probes 1", capsys)
+    code, out, err = run(f"{command} --max-iterations 2 --starts 1", capsys)
     assert code == 7
     assert "fisher_trace" in out
     assert "cannot write file/d.png" in err

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from gm_probe.analysis.collect import collect, write_table
 from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.files.locks import exclusive
+from gm_probe.tables.collect import collect, write_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,7 +74,7 @@ def test_parquet_of_runs_whose_settings_have_several_types(root: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from gm_probe.analysis.collect import write_table
+from gm_probe.tables.collect import write_table
 from gm_probe.files.atomic import write_json, write_toml
 
 root, table, writer, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])

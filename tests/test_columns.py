@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gm_probe.analysis.columns import called, is_setting, key, may_be_measure, unfinished
+from gm_probe.tables.columns import called, is_setting, key, may_be_measure, unfinished
 
 
 @pytest.mark.parametrize(

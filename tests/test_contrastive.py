@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from gm_probe.errors import UsageError
 from gm_probe.models.contrastive import Contrastive, nt_xent_logits, partners, projector
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.rules import SAM
+from gm_probe.training.methods.sam import SAM
 from gm_probe.training.updates import make_rule
 
 

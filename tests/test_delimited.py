@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gm_probe.analysis.delimited import read_delimited
 from gm_probe.errors import DataError
+from gm_probe.tables.delimited import read_delimited
 
 HEADER, ROWS = (
     ["name", "größe", "gap"],

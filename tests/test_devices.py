@@ -32,8 +32,8 @@ from gm_probe.runtime.devices import (
 )
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
+from gm_probe.training.methods import METHODS
 from gm_probe.training.rule import Rule
-from gm_probe.training.rules import METHODS
 from gm_probe.training.state import random_state, set_random_state
 
 FAULTS = """

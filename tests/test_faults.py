@@ -35,7 +35,7 @@ from gm_probe.runtime.signals import TERMINATED, Terminated
 from gm_probe.training import evaluation, rules, run
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
-from gm_probe.training.objectives import Objective
+from gm_probe.training.objectives.supervised import Objective
 from gm_probe.training.run import Training
 
 TINY = {
@@ -413,7 +413,7 @@ def test_correlate_counts_runs_that_diverged(tmp_path: Path, capsys: pytest.Capt
     recipe.write_text(tables)
     main(["sweep", str(recipe), "--out", runs, "-q"])
     capsys.readouterr()
-    main(["correlate", runs, "--no-figure", "--json", "--resamples", "100"])
+    main(["correlate", runs, "--no-figure", "--json"])
     printed = capsys.readouterr()
     excluded = json.loads(printed.out)["excluded"]
     assert [row["reason"] for row in excluded] == ["diverged", "diverged"]

@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from gm_probe.analysis import figures, plots
-from gm_probe.analysis.correlation import group_rows
-from gm_probe.analysis.results import Correlation, MeasureStatistics, Quantity
-from gm_probe.analysis.runs import load_table
-from gm_probe.analysis.smoothing import lowess
-from gm_probe.analysis.table import RunTable
+from gm_probe.analysis.design import group_rows
+from gm_probe.analysis.intervals import Quantity
+from gm_probe.tables.runs import load_table
+from gm_probe.tables.table import RunTable
 
 
 @pytest.fixture
@@ -33,9 +32,10 @@ def table(tmp_path: Path) -> RunTable:
     return load_table(tmp_path / "t.csv")
 
 
-def measured(name: str) -> MeasureStatistics:
-    nothing = Correlation(None, None, 0, 0, 0, reason="not looked at here")
-    return MeasureStatistics(name, None, {"error_gap": nothing}, {}, (), ())
+def scatter(
+    table: RunTable, measure: str, groups: dict[str, np.ndarray], shapes: dict[str, np.ndarray]
+) -> Figure:
+    return figures.scatter(table, measure, table.frame["error_gap"].to_numpy(), "gap", groups, shapes)
 
 
 def points(figure: Figure) -> list[tuple[float, float]]:
@@ -54,25 +54,19 @@ def ticks(figure: Figure, axis: str = "y") -> list[str]:
     return [label.get_text() for label in (axes.get_yticklabels() if axis == "y" else axes.get_xticklabels())]
 
 
-def test_a_scatter_has_every_run_once_and_trends_of_all_and_of_each_subgroup(table: RunTable) -> None:
+def test_a_scatter_has_every_run_once(table: RunTable) -> None:
     groups, shapes = group_rows(table, ["lr"]), group_rows(table, ["batch_size"])
-    figure = figures.scatter(table, measured("wide"), "error_gap", groups, shapes)
+    figure = scatter(table, "wide", groups, shapes)
     complete = table.frame[["wide", "error_gap"]].dropna()
     assert sorted(points(figure)) == sorted(map(tuple, complete.to_numpy().tolist()))
     assert len(complete) == 23
     assert legend(figure) == ["lr=0.1", "lr=0.2", "batch_size=32", "batch_size=64", "batch_size=128"]
     assert figure.axes[0].get_xscale() == "log"
-    trends = [line for line in figure.axes[0].lines if line.get_linestyle() != "None"]
-    assert len(trends) == 3
-    x, y = trends[-1].get_data()
-    expected = lowess(np.log(complete["wide"].to_numpy()), complete["error_gap"].to_numpy(), np.log(x))
-    np.testing.assert_allclose(y, expected)
-    assert trends[-1].get_color() == figures.INK
 
 
 def test_the_points_fill_the_axes(table: RunTable) -> None:
     for name in ("wide", "narrow"):
-        axes = figures.scatter(table, measured(name), "error_gap", group_rows(table, ["lr"]), {}).axes[0]
+        axes = scatter(table, name, group_rows(table, ["lr"]), {}).axes[0]
         x, y = table.frame[name].dropna(), table.frame["error_gap"][table.frame[name].notna()]
         scaled = np.log if name == "wide" else np.asarray
         for values, limits in ((scaled(x), scaled(axes.get_xlim())), (y, axes.get_ylim())):
@@ -84,31 +78,23 @@ def test_the_points_fill_the_axes(table: RunTable) -> None:
 
 def test_the_legend_s_markers_are_taken_for_no_subgroup(table: RunTable) -> None:
     groups, shapes = group_rows(table, ["batch_size"]), group_rows(table, ["lr"])
-    figure = figures.scatter(table, measured("wide"), "error_gap", groups, shapes)
+    figure = scatter(table, "wide", groups, shapes)
     handles = figure.legends[0].legend_handles
     colours = [handle.get_color() for handle in handles]  # type: ignore[union-attr]
     assert set(colours[:3]).isdisjoint(colours[3:])
     assert len(set(colours[3:])) == 1
 
 
-def test_few_runs_have_no_trend(table: RunTable) -> None:
-    few = RunTable(table.source, table.frame.head(9), table.gaps, table.measures, table.hyperparameters)
-    figure = figures.scatter(few, measured("narrow"), "error_gap", {}, {})
-    assert len(points(figure)) == 9
-    assert [line for line in figure.axes[0].lines if line.get_linestyle() != "None"] == []
-    assert legend(figure) == []
-
-
 def test_a_scatter_without_a_single_pair_says_so(table: RunTable) -> None:
     empty = RunTable(table.source, table.frame.assign(wide=np.nan), table.gaps, table.measures, ())
-    figure = figures.scatter(empty, measured("wide"), "error_gap", {}, {})
+    figure = scatter(empty, "wide", {}, {})
     assert [text.get_text() for text in figure.axes[0].texts] == ["no run has both values"]
 
 
 def test_the_forest_draws_each_value_within_its_interval_and_names_the_undefined() -> None:
     rows = {
         "fisher_trace": {"a": Quantity(0.3, 0.1, 0.5), "b": Quantity(-0.2)},
-        "my measure": {"a": Quantity(None, reason="constant"), "b": Quantity(0.9, 0.8, 1.0)},
+        "my measure": {"a": Quantity(None, note="constant"), "b": Quantity(0.9, 0.8, 1.0)},
     }
     figure = figures.forest(rows, "τ")
     axes = figure.axes[0]
@@ -189,7 +175,7 @@ def test_the_heat_map_s_scale_rises_in_grey() -> None:
 
 def test_tau_by_radius_has_a_line_a_step_count_and_a_tick_a_radius() -> None:
     lines = {k: {rho: Quantity(0.1 * k + rho, rho, 0.9) for rho in (0.05, 0.1, 0.5)} for k in (1, 5)}
-    lines[5][0.1] = Quantity(None, reason="constant")
+    lines[5][0.1] = Quantity(None, note="constant")
     figure = figures.tau_by_radius(lines, "τ")
     axes = figure.axes[0]
     drawn = [line for line in axes.lines if line.get_marker() in plots.MARKERS]

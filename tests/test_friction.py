@@ -96,8 +96,8 @@ def test_correlate_and_report_never_import_torch(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from gm_probe.cli import main\n"
-        "main(['report', 't.csv', '--resamples', '100', '-q'])\n"
-        "main(['correlate', 't.csv', '--resamples', '100', '--json'])\n"
+        "main(['report', 't.csv', '-q'])\n"
+        "main(['correlate', 't.csv', '--json'])\n"
         "assert not {'torch', 'torchvision', 'sklearn', 'timm'} & set(sys.modules)\n"
     )
     done = python(code)
@@ -262,8 +262,8 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
         ["sweep", "r.toml", "--data", data, "--out", runs],
         ["status", runs],
         ["collect", runs],
-        ["correlate", f"{runs}/table.csv", "--resamples", "100", "--skip", "details"],
-        ["report", runs, "--resamples", "100", "--skip", "details", "--markdown", f"{here}/page.md"],
+        ["correlate", f"{runs}/table.csv"],
+        ["report", runs, "--markdown", f"{here}/page.md"],
     ):
         done = gmprobe(*words, "-q")
         assert done.code == 0, (words, done.err)
@@ -323,8 +323,8 @@ def test_every_name_that_is_written_suits_windows(tmp_path: Path) -> None:
     (tmp_path / "what.toml").write_text(recipe)
     for words in (
         ["sweep", "what.toml"],
-        ["correlate", "runs/what", "--resamples", "100", "--skip", "details"],
-        ["report", "runs/what", "--resamples", "100", "--skip", "details", "--figures", "runs/figures"],
+        ["correlate", "runs/what"],
+        ["report", "runs/what", "--figures", "runs/figures"],
         ["collect", "runs/what"],
         ["tune", "--method", "sam", "--rho", "0.1,0.2", "--seeds", "1", *SMALL],
     ):
@@ -541,7 +541,7 @@ def test_a_home_that_cannot_be_written_is_no_noise(tmp_path: Path) -> None:
         key: value for key, value in os.environ.items() if key not in {"MPLCONFIGDIR", "XDG_CONFIG_HOME"}
     }
     done = subprocess.run(
-        [sys.executable, "-m", "gm_probe", "correlate", "t.csv", "--resamples", "100", "-q"],
+        [sys.executable, "-m", "gm_probe", "correlate", "t.csv", "-q"],
         cwd=tmp_path,
         env={**unset, "HOME": "/proc", "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -79,7 +79,7 @@ def test_saving_keeps_what_was_taken_so_and_names_what_goes(
     monkeypatch.chdir(tmp_path)
     run_recipe(parse(measure={"measures": []}), tmp_path / "runs")
     [run, *_] = trained_runs(tmp_path / "runs")
-    options = ["--density-probes", "1", "--density-steps", "2", "--starts", "1", "--device", "cpu", "--save"]
+    options = ["--max-iterations", "2", "--starts", "1", "--device", "cpu", "--save"]
 
     def saved(*more: str) -> tuple[dict[str, Any], str]:
         main(["measure", str(run), *options, *more])

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from gm_probe.analysis.numerals import read_numbers
+from gm_probe.tables.numerals import read_numbers
 
 
 def values(*cells: str, beside: tuple[str, ...] = ()) -> list[float]:

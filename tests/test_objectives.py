@@ -32,9 +32,13 @@ from gm_probe.runs.records import CHECKPOINT, RAW, SPLIT
 from gm_probe.training import run_splits
 from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
 from gm_probe.training.loop import train
-from gm_probe.training.objectives import FixMatch, Joint, Objective
+from gm_probe.training.methods import METHODS
+from gm_probe.training.methods.iam import IAMD
+from gm_probe.training.methods.sam import SAM
+from gm_probe.training.objectives.fixmatch import FixMatch
+from gm_probe.training.objectives.joint import Joint
+from gm_probe.training.objectives.supervised import Objective
 from gm_probe.training.rule import Rule
-from gm_probe.training.rules import IAMD, METHODS, SAM
 from gm_probe.training.run import Training
 from gm_probe.training.run_splits import load_splits, own_unlabeled
 

@@ -18,11 +18,11 @@ import pandas as pd
 import pytest
 
 import gm_probe.cli
-from gm_probe.analysis.cells import FORMULA, cell
-from gm_probe.analysis.collect import write_table
 from gm_probe.cli import main, output
 from gm_probe.errors import printable
 from gm_probe.files.atomic import write_json, write_toml
+from gm_probe.tables.cells import FORMULA, cell
+from gm_probe.tables.collect import write_table
 
 STEERING = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp\u2066x\r\x00\x7f\u2028y\u061c"
 """Escape sequences, C1, overrides of the writing direction, a separator of lines."""

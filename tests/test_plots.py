@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from gm_probe.analysis import plots
-from gm_probe.analysis.correlation import correlate, group_rows
-from gm_probe.analysis.runs import load_table
-from gm_probe.analysis.table import RunTable
+from gm_probe.analysis.correlation import correlate
+from gm_probe.analysis.design import group_rows
+from gm_probe.tables.runs import load_table
+from gm_probe.tables.table import RunTable
 
 
 def wide_table(folder: Path, num_measures: int, n: int = 20) -> RunTable:
@@ -29,7 +30,7 @@ def wide_table(folder: Path, num_measures: int, n: int = 20) -> RunTable:
 @pytest.mark.parametrize(("num_measures", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
 def test_panels_wrap_after_three(tmp_path: Path, num_measures: int, shape: tuple[int, int]) -> None:
     table = wide_table(tmp_path, num_measures)
-    figure = plots.scatter_panels(table, correlate(table).measures, table.gaps, {})
+    figure = plots.scatter_panels(correlate(table), {})
     assert len(figure.axes) == 2 * num_measures
     grid = figure.axes[0].get_subplotspec().get_gridspec()  # type: ignore[union-attr]
     assert (grid.nrows, grid.ncols) == (2 * shape[0], shape[1])
@@ -39,12 +40,11 @@ def test_panels_wrap_after_three(tmp_path: Path, num_measures: int, shape: tuple
 def test_panels_draw_every_run_once_and_name_each_subgroup(tmp_path: Path) -> None:
     table = wide_table(tmp_path, 2)
     groups = group_rows(table, ["lr"])
-    statistics = correlate(table, ["ce_gap"], ["lr"]).measures
-    figure = plots.scatter_panels(table, statistics, ["ce_gap"], groups)
-    for axes, measure in zip(figure.axes, statistics, strict=True):
-        assert (
-            sum(np.shape(points.get_offsets())[0] for points in axes.collections) == measure.gaps["ce_gap"].n
-        )
+    found = correlate(table, targets=["ce_gap"], group_by=["lr"])
+    figure = plots.scatter_panels(found, groups)
+    for axes, measure in zip(figure.axes, table.measures, strict=True):
+        drawn = sum(np.shape(points.get_offsets())[0] for points in axes.collections)
+        assert drawn == found.get(measure, "ce_gap").n
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["lr=0", "lr=1", "lr=2"]
     assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log"]
 
@@ -64,7 +64,7 @@ def unnamed(svg: bytes) -> bytes:
 
 def test_written_figures_decode_and_carry_their_text(tmp_path: Path) -> None:
     table = wide_table(tmp_path, 2)
-    figure = plots.scatter_panels(table, correlate(table).measures, table.gaps, group_rows(table, ["lr"]))
+    figure = plots.scatter_panels(correlate(table), group_rows(table, ["lr"]))
     paths = [tmp_path / f"figure.{suffix}" for suffix in plots.FORMATS]
     plots.write_figure(figure, paths)
     png, pdf, svg = (path.read_bytes() for path in paths)
@@ -74,7 +74,7 @@ def test_written_figures_decode_and_carry_their_text(tmp_path: Path) -> None:
         assert np.asarray(image.convert("L")).min() < 100
     assert pdf.startswith(b"%PDF")
     assert len(pdf) > 5000
-    tau = correlate(table).measures[0].gaps["error_gap"].tau
+    tau = correlate(table).get(table.measures[0], "error_gap").value
     assert tau is not None
     assert f"τ = {tau:.2f}, n = 20".replace("-", "−") in svg.decode()
     again = plots.render(figure, "svg")
@@ -84,8 +84,8 @@ def test_written_figures_decode_and_carry_their_text(tmp_path: Path) -> None:
 def test_the_axis_says_whose_labels_a_hessian_was_taken_with(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("error_gap,hessian_trace,my_hessian_of_some_other_kind\n1,2,3\n2,3,4\n")
     table = load_table(tmp_path / "t.csv", measures=["hessian_trace", "my_hessian_of_some_other_kind"])
-    statistics = [replace(measure, labels="predicted") for measure in correlate(table).measures]
-    figure = plots.scatter_panels(table, statistics, table.gaps, {})
+    taken = {name: {"labels": {"predicted": 2}} for name in table.measures}
+    figure = plots.scatter_panels(correlate(replace(table, conditions=taken)), {})
     known, other = [axes.get_xlabel() for axes in figure.axes]
     assert known == r"$\mathrm{tr}\,H$ (predicted labels)"
     assert other == "my_hessian_of_some_other_kind\n(predicted labels)"
@@ -94,7 +94,7 @@ def test_the_axis_says_whose_labels_a_hessian_was_taken_with(tmp_path: Path) -> 
 def test_undefined_panels_are_drawn_as_such(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("error_gap,m,empty\n1,2,\n2,2,\n")
     table = load_table(tmp_path / "t.csv")
-    figure = plots.scatter_panels(table, correlate(table).measures, table.gaps, {})
+    figure = plots.scatter_panels(correlate(table), {})
     svg = plots.render(figure, "svg").decode()
     assert "τ undefined, n = 2" in svg
     assert "no run has both values" in svg

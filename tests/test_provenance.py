@@ -11,9 +11,9 @@ from scipy import stats
 
 from gm_probe.analysis import curves, definitions, grid, provenance
 from gm_probe.analysis.figures import run_curves
-from gm_probe.analysis.runs import load_table
 from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.runs.records import read_run
+from gm_probe.tables.runs import load_table
 
 RADII, STEPS = (0.05, 0.1), (1, 3)
 
@@ -127,8 +127,8 @@ def test_runs_below_a_run_are_told_apart(runs: Path) -> None:
 
 
 def test_every_measure_is_defined_under_the_symbol_that_measuring_prints() -> None:
-    from gm_probe.analysis.table import KNOWN_MEASURES
     from gm_probe.measures.measure import MEASURES
+    from gm_probe.tables.table import KNOWN_MEASURES
 
     assert set(definitions.MEASURES) >= set(MEASURES) | set(KNOWN_MEASURES)
     for name, measure in MEASURES.items():

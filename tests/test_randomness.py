@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gm_probe
 from gm_probe.runtime.randomness import generators_kept
-from gm_probe.training.rules import METHODS
+from gm_probe.training.methods import METHODS
 
 HIDDEN = np.random.default_rng(0)
 """A generator that no module holds."""

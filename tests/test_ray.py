@@ -20,7 +20,6 @@ import torch
 from click.testing import CliRunner
 from pandas.testing import assert_frame_equal
 
-from gm_probe.analysis.collect import collect
 from gm_probe.errors import UsageError
 from gm_probe.executors.local import Job, Outcome, attempt
 from gm_probe.files.atomic import read_json, write_json
@@ -28,6 +27,7 @@ from gm_probe.files.locks import BEAT, STALE
 from gm_probe.runs.records import CHECKPOINT, MEASURES, METRICS, STATE, SUMMARY
 from gm_probe.sweep.recipe import Recipe, parse_recipe
 from gm_probe.sweep.runner import run_recipe
+from gm_probe.tables.collect import collect
 
 # its niceness of 15 would starve the workers beside other work on few cores
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gm_probe
 from gm_probe.models.recomputation import activations_kept
-from gm_probe.training.rules import METHODS
+from gm_probe.training.methods import METHODS
 
 RULES = [name for name in METHODS if name != "sgd"]
 MEASURES = ["local_inconsistency", "fisher_lambda_max", "fisher_trace", "hessian_lambda_max", "hessian_trace"]

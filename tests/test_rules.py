@@ -19,8 +19,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from gm_probe.data.batches import Batches
 from gm_probe.errors import UsageError
 from gm_probe.training.evaluation import evaluate
+from gm_probe.training.methods import METHODS
+from gm_probe.training.methods.iam import IAMD, IAMS, OnePassIAMD
+from gm_probe.training.methods.sam import ASAM, SAM
 from gm_probe.training.rule import Rule
-from gm_probe.training.rules import ASAM, IAMD, IAMS, METHODS, SAM, OnePassIAMD
 
 RULES: dict[str, Callable[..., Rule]] = {
     "sgd": Rule,

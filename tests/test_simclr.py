@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn import functional
 
 from gm_probe.analysis.figures import run_curves
-from gm_probe.analysis.runs import load_table
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Source, open_source
 from gm_probe.errors import DataError, UsageError
@@ -30,10 +29,11 @@ from gm_probe.models.contrastive import Contrastive, as_encoder
 from gm_probe.models.loading import load_model
 from gm_probe.models.zoo import ModelSpec, initial_model
 from gm_probe.runs.records import CHECKPOINT, MEASURES, RAW, SPLIT, read_metrics, read_run
+from gm_probe.tables.runs import load_table
 from gm_probe.training import run_splits
 from gm_probe.training.linear_probe import BATCH, LR, fit, linear_probe
 from gm_probe.training.loop import train
-from gm_probe.training.rules import METHODS
+from gm_probe.training.methods import METHODS
 from gm_probe.training.run import Training
 from gm_probe.training.run_splits import own_unlabeled
 from gm_probe.training.views import draw_views, see

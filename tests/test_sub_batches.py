@@ -14,8 +14,10 @@ from torch.nn import functional
 from gm_probe.data.fields import as_inputs
 from gm_probe.errors import UsageError
 from gm_probe.models.door import Outputs
+from gm_probe.training.methods import METHODS
+from gm_probe.training.methods.iam import IAMD, IAMS
+from gm_probe.training.methods.sam import ASAM, SAM
 from gm_probe.training.rule import Rule
-from gm_probe.training.rules import ASAM, IAMD, IAMS, METHODS, SAM
 from gm_probe.training.sub_batches import SubBatches, loss_shares
 
 WEIGHTS = torch.tensor([0.2, 3.0, 5.0])

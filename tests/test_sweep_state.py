@@ -20,8 +20,6 @@ import torch
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file
 
-from gm_probe.analysis.collect import collect
-from gm_probe.analysis.runs import load_table
 from gm_probe.cli import main
 from gm_probe.data.datasets import open_source
 from gm_probe.errors import BusyError, StorageError, UsageError
@@ -37,6 +35,8 @@ from gm_probe.sweep.manifest import named_as_found, only, read_sweep, write_swee
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.sweep.status import sweep_status
+from gm_probe.tables.collect import collect
+from gm_probe.tables.runs import load_table
 from gm_probe.training.config import TrainConfig
 
 BASE = {

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_training_loop import BASE, rows
 
 from gm_probe.runs.records import CHECKPOINT, STATE, read_run
-from gm_probe.training.rules import METHODS
+from gm_probe.training.methods import METHODS
 
 # 203 examples in batches of 64: the last batch is one of 11, which two processes share unequally
 SHARED = {**BASE, "num_train": 203, "epochs": 2, "lr": 0.05, "eval_every": 1, "track_every": 1}

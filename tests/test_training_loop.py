@@ -24,8 +24,8 @@ from gm_probe.training import run_splits
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import evaluate, evaluate_within
 from gm_probe.training.loop import train
+from gm_probe.training.methods import METHODS
 from gm_probe.training.rule import Rule, Step
-from gm_probe.training.rules import METHODS
 from gm_probe.training.run import Training
 from gm_probe.training.run_splits import load_splits, own_unlabeled
 from gm_probe.training.schedule import lr_factor
@@ -162,6 +162,7 @@ def test_gradient_evaluations(method: str, changes: dict[str, Any], units: int, 
 
 RESUMED = {
     **{method: {"method": method} for method in METHODS},
+    "every and tail": {"method": "iam-d-onepass", "every": 2, "tail": 0.8},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "method": "iam-d"},
     "cosine": {"schedule": "cosine", "warmup_epochs": 1.0},
     "multi-step": {"schedule": "multi-step", "milestones": [1, 3]},
@@ -280,7 +281,9 @@ def test_broken_state_is_named(content: bytes | None, tmp_path: Path) -> None:
         {"epoch": 10**30},
         {"epoch": None},
         {"sums": [], "step": 1},
+        {"sums": [torch.ones(5, dtype=torch.float64)], "step": 1},
         {"rule": torch.ones(3)},
+        {"rule": {"steps": "x"}},
         {"optimizer": {"state": {0: 1}}},
     ],
     ids=str,

@@ -57,8 +57,6 @@ ERRORS = {
     "a folder without runs": (2, "correlate", "empty"),
     "an unknown column": (2, "correlate", "t.csv", "--measures", "n"),
     "a table without a gap": (4, "correlate", "odd.csv"),
-    "an unknown part": (2, "correlate", "t.csv", "--skip", "cmi"),
-    "few resamples": (2, "correlate", "t.csv", "--resamples", "3"),
     "a report of no table": (2, "report", "no.csv"),
     "a report that is no page": (2, "report", "t.csv", "--out", "report.pdf"),
     "an unknown method": (2, "train", "--method", "foo"),

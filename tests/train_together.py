@@ -14,7 +14,7 @@ from gm_probe.errors import UsageError
 from gm_probe.runtime import processes
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
-from gm_probe.training.rules import METHODS
+from gm_probe.training.methods import METHODS
 
 
 def gradients(method: str, wrap: bool) -> list[float]:

@@ -1,84 +1,80 @@
-"""Conditional mutual information between the order of the measure and the order of the gap.
+"""Conditional mutual information between the order of the measure and the order of the gap, as it was published.
 
-For a pair of runs V_μ = sign(μ − μ') and V_g = sign(g − g'). K(S) = I(V_μ; V_g | U_S) / H(V_g | U_S), where U_S
-are the values of the hyperparameters S that both runs share. A pair counts in both orders, so that signs are
-balanced: a cell with a part c of its pairs concordant has 1 − h(c) bits, and H is 1 bit. Small cells are far
-above 0 without any association, so K's mean over permutations of whole settings' gaps is taken off.
+For a pair of runs V_μ = sign(μ − μ') and V_g = sign(g − g'). K(S) = I(V_μ; V_g | U_S) / H(V_g | U_S), where U_S are
+the values of the hyperparameters S that both runs share. A pair counts in both orders, so that signs are balanced: a
+cell with a part c of its pairs concordant has 1 − h(c) bits, and H is 1 bit.
 
 Source: Jiang et al. 2020; the PGDL competition (Jiang et al. 2021) takes the minimum over |S| ≤ 2.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from scipy import special
 
-from gm_probe.analysis.rank import Floats, Integers, permuted_scores
-from gm_probe.analysis.results import ConditionalInformation, Conditioning
-from gm_probe.analysis.sample import Draws, Sample
+from gm_probe.analysis.pairs import Floats, Integers, dense_ranks, pair_sums
 
-PERMUTATIONS = 200
-LEAST_PERMUTATIONS = 5
-RUNS_TIMES_PERMUTATIONS = 5 * 10**4
-LEAST_FOR_P = 100
 MOST_IN_PAIRS = 30
 """Hyperparameters of which sets of two are looked at; their number grows with the square."""
+PERMUTATIONS = 100
 
 
-def conditioning(sample: Sample, values: Mapping[str, Integers], draws: Draws) -> Conditioning:
-    """K(S) for every S of at most two (of many: one) of the hyperparameters ``values`` (n of the table, as numbers)."""
-    most = max(LEAST_PERMUTATIONS, RUNS_TIMES_PERMUTATIONS // max(sample.n, 1))
-    if min(PERMUTATIONS, draws.resamples) > most:
-        draws.notes[f"{most} permutations for conditional information for {sample.n:,} runs"] = None
-    permutations = draws.blocks(sample.setting, seed=sample.seed)
-    rows = permutations.rows[: min(PERMUTATIONS, most)]
-    if not len(rows):
-        return Conditioning((), None, 0, f"K's bias cannot be estimated: {permutations.limit}")
-    rows, num_drawn = np.concatenate([np.arange(sample.n)[None, :], rows]), len(permutations.rows)
-    largest = 2 if len(values) <= MOST_IN_PAIRS else 1
-    if largest == 1:
-        draws.notes[
-            f"{len(values)} hyperparameters: conditional information is computed given one at a time. For "
-            f"two at a time, choose at most {MOST_IN_PAIRS} with --hyper"
-        ] = None
-    sets = [
-        _information(sample, given, [values[name][sample.rows] for name in given], rows, num_drawn)
-        for size in range(largest + 1)
+@dataclass(frozen=True, slots=True)
+class Information:
+    """K(S) with the names of S; None where no pair of runs that agree in S is untied in measure and gap."""
+
+    given: tuple[str, ...]
+    value: float | None
+
+
+def conditional_information(x: Floats, y: Floats, values: Mapping[str, Integers]) -> list[Information]:
+    """Return K(S) for every S of at most two (of many: one) of the hyperparameters ``values`` (n,)."""
+    most = 2 if len(values) <= MOST_IN_PAIRS else 1
+    return [
+        Information(given, _information(x, y, _cell_of([values[name] for name in given], len(x))))
+        for size in range(most + 1)
         for given in combinations(values, size)
     ]
-    defined = [(each.value, each) for each in sets if each.value is not None]
-    if not defined:
-        return Conditioning(tuple(sets), None, len(rows) - 1, "no set of hyperparameters has a defined K")
-    return Conditioning(tuple(sets), min(defined, key=lambda pair: pair[0])[1], len(rows) - 1)
 
 
-def _information(
-    sample: Sample, given: tuple[str, ...], values: Sequence[Integers], rows: np.ndarray, num_drawn: int
-) -> ConditionalInformation:
-    """``rows`` (B + 1, n): the identity, and B of the ``num_drawn`` permutations."""
-    cell = np.zeros(sample.n, np.int64)
+def chance_of(
+    found: Information, x: Floats, y: Floats, values: Mapping[str, Integers], rows: Integers
+) -> tuple[float, float]:
+    """Return the mean of K(S) over permutations ``rows`` (B, n) of ``y``, and the p of ``found`` among them.
+
+    Few runs a cell give K(S) far above 0 without any association.
+    """
+    cell = _cell_of([values[name] for name in found.given], len(x))
+    drawn = np.array([_information(x, y[some], cell) or 0.0 for some in rows[:PERMUTATIONS]])
+    assert found.value is not None
+    return float(drawn.mean()), float((1 + (drawn >= found.value - 1e-12).sum()) / (1 + len(drawn)))
+
+
+def _cell_of(values: Sequence[Integers], n: int) -> Integers:
+    cell = np.zeros(n, np.int64)
     for numbers in values:
-        cell = cell * (numbers.max() + 1) + numbers
-    order = np.argsort(cell, kind="stable")
-    cells = np.split(order, np.flatnonzero(np.diff(cell[order])) + 1)
-    information, pairs, used = np.zeros(len(rows)), np.zeros(len(rows)), 0
-    for members in cells:
-        score, both = permuted_scores(sample.x[members], sample.y, rows[:, members])
-        information += both * _bits((1 + score / np.maximum(both, 1)) / 2)
-        pairs += both
-        used += int(both[0] > 0)
-    if not used:
-        reason = f"none of {len(cells)} cells has a pair of runs untied in measure and gap"
-        return ConditionalInformation(given, None, None, None, None, 0, 0, reason, len(cells))
-    k = information / np.maximum(pairs, 1)
-    raw, null = float(k[0]), float(k[1:].mean())
-    p = float((k >= k[0] - 1e-12).mean()) if len(rows) > min(LEAST_FOR_P, num_drawn) else None
-    return ConditionalInformation(
-        given, raw - null, raw, null, p, int(pairs[0]), used, None, len(cells) - used
-    )
+        cell = dense_ranks(cell * (numbers.max(initial=0) + 1) + numbers)
+    return cell
 
 
-def _bits(concordant: Floats) -> Floats:
-    """1 − h(c): the bits that one sign tells of the other."""
-    return 1 - (special.entr(concordant) + special.entr(1 - concordant)) / np.log(2)
+def _information(x: Floats, y: Floats, cell: Integers) -> float | None:
+    num = int(cell.max()) + 1
+    ranks_x, ranks_y = dense_ranks(x), dense_ranks(y)
+    score = np.bincount(cell, pair_sums(x, y, cell)[0], num) / 2
+    of_either = _pairs(cell, ranks_x, num) + _pairs(cell, ranks_y, num)
+    untied = _pairs(cell, 0 * cell, num) - of_either + _pairs(cell, ranks_x * len(x) + ranks_y, num)
+    used = untied > 0
+    if not used.any():
+        return None
+    concordant = (1 + score[used] / untied[used]) / 2
+    bits = 1 - (special.entr(concordant) + special.entr(1 - concordant)) / math.log(2)
+    return float(untied[used] @ bits / untied[used].sum())
+
+
+def _pairs(cell: Integers, values: Integers, num: int) -> Floats:
+    """Return the number of pairs of each cell (num,) that agree in ``values`` (n,)."""
+    keys, count = np.unique(cell * (values.max() + 1) + values, return_counts=True)
+    return np.bincount(keys // (values.max() + 1), count * (count - 1) / 2, num).astype(float)

@@ -1,257 +1,139 @@
-"""All statistics of each measure against each generalization gap, over all runs and per subgroup.
+"""Correlate measures with generalization: every statistic of each measure with each target, as one tidy table."""
 
-Kendall's τ-b with an interval from leaving out whole settings, and seeds that they share, and a p from permuting
-settings: the naive p takes runs as independent draws, which the seeds of one setting are not.
-"""
+from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
-from gm_probe.analysis.comparison import Resampled, compare
-from gm_probe.analysis.conditional import conditioning
-from gm_probe.analysis.design import Design, design_of, seed_numbers, setting_names, setting_numbers
-from gm_probe.analysis.granulated import granulated
-from gm_probe.analysis.intervals import LEAST_UNITS, percentile_interval
-from gm_probe.analysis.noise import noise_filtered
-from gm_probe.analysis.pair_sums import EXACT_SETTINGS, PairSums, pair_sums, tau_of
-from gm_probe.analysis.partial import partial
-from gm_probe.analysis.permutation import EXACT_RUNS, permutation_p, permuted_coefficients
-from gm_probe.analysis.prediction import prediction, selection
-from gm_probe.analysis.rank import tied_pairs
-from gm_probe.analysis.requests import require_statistics
-from gm_probe.analysis.results import (
-    Correlation,
-    Details,
-    MeasureStatistics,
-    Quantity,
-    SweepStatistics,
+from gm_probe.analysis.coefficients import (
+    Linear,
+    granulated,
+    linear_tau,
+    partial_tau,
+    tau_difference,
+    tau_quantity,
 )
-from gm_probe.analysis.sample import Draws, Sample, sample_of, shared_seeds, tau_interval
-from gm_probe.analysis.sign_error import sign_error
-from gm_probe.analysis.strata import between, stratified, within
-from gm_probe.analysis.table import Exclusion, RunTable, by_reason, require_known, show
+from gm_probe.analysis.conclusion import conclude, measures_alike
+from gm_probe.analysis.conditional import chance_of, conditional_information
+from gm_probe.analysis.definitions import direction_of
+from gm_probe.analysis.design import (
+    SETTING,
+    Design,
+    control_columns,
+    design_of,
+    group_rows,
+    numbers_of,
+    setting_names,
+    target_column,
+)
+from gm_probe.analysis.intervals import Clusters, Quantity, clusters_of
+from gm_probe.analysis.notes import measure_notes, measure_warnings, run_notes
+from gm_probe.analysis.pairs import Floats, Integers, pair_sums
+from gm_probe.analysis.permutation import permutation_p, permute_settings
+from gm_probe.analysis.results import Correlations, Key, target_label
+from gm_probe.analysis.selection import choices
+from gm_probe.analysis.sign_error import sign_errors
 from gm_probe.errors import DataError, ResourceError
+from gm_probe.tables.runs import load_table
+from gm_probe.tables.table import RunTable, by_reason, require_known
 
-RESAMPLES = 2000
 MOST_RUNS = 30_000
-"""All pairs of more runs do not fit in memory."""
+"""All pairs of more runs take minutes a statistic."""
+MOST_CONDITIONED = 2000
+"""Runs up to which conditional information is computed; its permutations take all pairs each."""
+SIMPSON = "Simpson's paradox: the sign is opposite to that over all runs, and both intervals exclude 0"
 
 
 def correlate(
-    table: RunTable,
-    gaps: Sequence[str] = (),
-    group_by: Sequence[str] = (),
+    source: RunTable | pd.DataFrame | Path | str,
     *,
+    measures: Sequence[str] = (),
+    hyperparameters: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    group_by: Sequence[str] = (),
     controls: Sequence[str] = (),
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    skip: Collection[str] = (),
-) -> SweepStatistics:
-    """Statistics of every measure of ``table`` against ``gaps`` (empty: all it has), in the table's order.
+    converged_only: bool = False,
+    details: bool = True,
+) -> Correlations:
+    """Correlate every measure of ``source`` with every target; see ``docs/correlate.md`` for the statistics.
 
-    ``controls`` are columns to take partial τ given; empty: the usual ones and the hyperparameters. ``skip``
-    names some of ``PARTS``. Large tables take fewer than ``resamples``, and a note says so.
+    Args:
+        source: a folder of runs, a file or a DataFrame with one run a row, or what ``load_table`` made of one.
+        measures, hyperparameters, converged_only: which columns and runs enter; see ``load_table``.
+        targets: columns to correlate with, or ``test_accuracy``; empty: the gaps.
+        group_by: hyperparameters whose values form subgroups.
+        controls: columns to take partial τ given; empty: the usual ones and the hyperparameters.
+        details: compute every statistic, not only τ, τ within groups and the cost of picking.
 
     Raises:
-        UsageError: a gap, a ``group_by``, control or part that there is not, or ``resamples`` below 100.
+        UsageError: a target, hyperparameter or control that there is not.
         DataError: fewer than two runs, so that no rank correlation exists.
         ResourceError: more than ``MOST_RUNS`` runs.
     """
-    require_known(gaps, table.gaps, "gap")
-    require_statistics(skip, resamples)
+    table = (
+        source
+        if isinstance(source, RunTable)
+        else _load(source, measures, hyperparameters, group_by, converged_only=converged_only)
+    )
+    group_by, controls = table.named(group_by), table.named(controls)
+    _require_runs(table)
+    columns = {name: target_column(table, name) for name in table.named(targets) or table.gaps}
     require_known(
         controls, [*table.measures, *table.hyperparameters, *table.outcomes], "column to control for named"
     )
-    _require_runs(table)
-    gaps = gaps or table.gaps
-    draws = Draws(seed, resamples)
     groups = group_rows(table, group_by) if group_by else {}
-    design = design_of(table, group_by, controls)
-    everyone = np.arange(table.num_runs)
-    parts: dict[str, dict[str, _Part]] = {gap: {} for gap in gaps}
-    measures = []
+    study = _Study(
+        table,
+        columns,
+        design_of(table, group_by),
+        groups,
+        control_columns(table, controls, [name for name in setting_names(table) if name not in controls]),
+    )
+    found: dict[Key, Quantity] = {}
+    for target in columns:
+        for name in table.measures:
+            found |= study.main(name, target)
+            if details:
+                found |= study.details(name, target)
+        if details:
+            found |= study.differences(target)
     for name in table.measures:
-        whole, details = {}, {}
-        for gap in gaps:
-            part = parts[gap][name] = _part(table, design, name, gap, everyone, draws)
-            whole[gap] = part.correlation
-            if "details" not in skip:
-                details[gap] = _details(table, design, name, gap, part, draws, skip)
-        subgroups = {
-            label: {gap: _part(table, design, name, gap, rows, draws).correlation for gap in gaps}
-            for label, rows in groups.items()
-        }
-        labels, notes = table.labels.get(name), _notes(table, name)
-        measures.append(
-            MeasureStatistics(name, labels, whole, subgroups, _warnings(table, name), notes, details)
-        )
-    comparisons = {
-        gap: compare(
-            {name: part.sample for name, part in of.items()},
-            {name: part.resampled for name, part in of.items() if part.resampled},
-            draws,
-        )
-        for gap, of in parts.items()
-        if "comparisons" not in skip
-    }
-    sizes = np.unique(design.setting, return_counts=True)[1]
-    return SweepStatistics(
-        measures=tuple(measures),
-        comparisons=comparisons,
-        num_runs=table.num_runs,
-        num_settings=len(sizes),
-        largest_setting=int(sizes.max()),
-        seed=seed,
-        resamples=resamples,
-        notes=(*_design_notes(table, sizes), *draws.notes),
+        found |= study.selection(name)
+    clusters = clusters_of(study.design.setting, study.design.seed)
+    result = Correlations(
+        runs=table,
+        targets={name: target_label(name) for name in columns},
+        quantities=found,
+        alike=measures_alike(table),
+        num_settings=len(np.unique(study.design.setting)),
+        num_seeds=clusters.num_seeds,
+        notes=(*run_notes(table, study.design, clusters), *measure_notes(table)),
+        warnings={name: measure_warnings(table, name) for name in table.measures},
     )
+    return replace(result, conclusion=conclude(result))
 
 
-def group_rows(table: RunTable, group_by: Sequence[str]) -> dict[str, np.ndarray]:
-    """Row numbers of each subgroup under its label, such as ``augment=true, weight_decay=0.0005``.
-
-    Subgroups are in the order of their values, numbers as numbers; a setting that a run lacks
-    reads ``unset``.
-
-    Raises:
-        UsageError: a name that is not a hyperparameter of the table.
-    """
-    require_known(group_by, table.hyperparameters, "hyperparameter to group by named")
-    rows: dict[str, list[int]] = {}
-    order: dict[str, list[tuple[int, float, str]]] = {}
-    settings = [table.frame[name].to_list() for name in group_by]
-    for row, values in enumerate(zip(*settings, strict=True)):
-        shown = [show(value) for value in values]
-        label = ", ".join(f"{name}={text}" for name, text in zip(group_by, shown, strict=True))
-        rows.setdefault(label, []).append(row)
-        order[label] = [_sort_key(value, text) for value, text in zip(values, shown, strict=True)]
-    return {label: np.array(rows[label]) for label in sorted(rows, key=order.__getitem__)}
-
-
-def kendall(measure: np.ndarray, gap: np.ndarray) -> Correlation:
-    """τ-b of two finite float arrays (n,), (n,): (concordant − discordant) / √((all − tied x)(all − tied y)).
-
-    ``p_naive`` is two-sided: exact without ties for small n, else the normal approximation (scipy's "auto").
-
-    Source: Kendall 1945, "The treatment of ties in ranking problems".
-    """
-    n = len(measure)
-    ties = (tied_pairs(measure), tied_pairs(gap))
-    all_pairs = n * (n - 1) // 2
-    reason = None
-    if n < 2:
-        reason = f"{n} run{'' if n == 1 else 's'} with both values; τ needs 2"
-    elif ties[0] == all_pairs:
-        reason = f"the measure is constant over {n} runs"
-    elif ties[1] == all_pairs:
-        reason = f"the gap is constant over {n} runs"
-    if reason is not None:
-        return Correlation(None, None, n, *ties, reason=reason)
-    result = stats.kendalltau(measure, gap, variant="b")
-    tau, p_naive = float(result.statistic), float(result.pvalue)
-    assert math.isfinite(tau)  # neither variable is constant here
-    assert math.isfinite(p_naive)
-    ranks = stats.rankdata(measure), stats.rankdata(gap)
-    return Correlation(tau, p_naive, n, *ties, spearman=_pearson(*ranks), pearson=_pearson(measure, gap))
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One measure and gap over some runs; ``sums`` and ``resampled`` are None where τ is undefined."""
-
-    correlation: Correlation
-    sample: Sample
-    sums: PairSums | None = None
-    resampled: Resampled | None = None
-
-
-def _part(table: RunTable, design: Design, name: str, gap: str, rows: np.ndarray, draws: Draws) -> _Part:
-    """τ over those of ``rows`` that have both values, with the others listed."""
-    frame = table.frame.iloc[rows]
-    x, y = frame[name].to_numpy(), frame[gap].to_numpy()
-    present = np.isfinite(x) & np.isfinite(y)
-    kept = rows[present]
-    seed = None if design.seed is None else design.seed[kept]
-    sample = sample_of(x[present], y[present], kept, design.setting[kept], seed)
-    names = frame["run"].to_list()
-    missing = tuple(
-        Exclusion(
-            names[place],
-            "; ".join(
-                f"{column}: {table.missing.get(column, {}).get(int(rows[place]), 'no value')}"
-                for column, values in ((name, x), (gap, y))
-                if not math.isfinite(values[place])
-            ),
-        )
-        for place in np.flatnonzero(~present)
-    )
-    result = replace(kendall(sample.x, sample.y), missing=missing)
-    num_settings = 1 if sample.one_setting else sample.num_settings
-    if result.tau is None:
-        return _Part(replace(result, num_settings=num_settings), sample)
-    sums = pair_sums(sample.x, sample.y, sample.setting, sample.num_settings, between=True)
-    taus = tau_of(sums.resampled(draws.counts(sample.num_settings)))
-    low, high, why = tau_interval(result.tau, sums, sample)
-    finite = taus[np.isfinite(taus)]
-    percentiles = (None, None) if why else percentile_interval(finite)
-    permutations = draws.blocks(sample.setting, seed=sample.seed)
-    num = len(permutations.rows)
-    p = permutation_p(permuted_coefficients(sample.x, sample.y, permutations.rows)) if num else None
-    result = replace(
-        result,
-        num_settings=num_settings,
-        low=low,
-        high=high,
-        low_percentile=percentiles[0],
-        high_percentile=percentiles[1],
-        interval_reason=why,
-        num_resamples=len(finite),
-        p=p,
-        p_reason=permutations.limit,
-        num_permutations=num,
-    )
-    without_run = tau_of(sums.leave_one_run_out())
-    return _Part(result, sample, sums, Resampled(sample, result.tau or 0.0, without_run, taus))
-
-
-def _details(
-    table: RunTable, design: Design, name: str, gap: str, part: _Part, draws: Draws, skip: Collection[str]
-) -> Details:
-    sample, whole = part.sample, part.correlation
-    values = {hyper: numbers for hyper, (_, numbers) in design.cells.items()}
-    sums = part.sums or pair_sums(sample.x, sample.y, sample.setting, sample.num_settings)
-    inside = within(sample, sums, draws)
-    strata = [stratified(sample, by, stratum[sample.rows], whole) for by, stratum in design.strata.items()]
-    return Details(
-        noise_filtered=noise_filtered(sample, gap, table, draws),
-        between=between(sample, draws),
-        within=inside,
-        granulated=granulated(sample, design.cells),
-        conditioning=None if "conditional" in skip else conditioning(sample, values, draws),
-        sign_error=sign_error(sample, gap, table, design.cells, draws),
-        strata=tuple(strata),
-        partial={
-            control: Quantity(None, n=sample.n, reason=column)
-            if isinstance(column, str)
-            else partial(sample, column, draws)
-            for control, column in design.controls.items()
-            if control != name
-        },
-        prediction=None if "prediction" in skip else prediction(sample, draws),
-        selection=selection(sample, table),
-    )
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Of arrays that are not constant; scaled first, as values near 1e300 have no finite square."""
-    x, y = (values / np.abs(values).max() for values in (x, y))
-    x, y = x - x.mean(), y - y.mean()
-    return float(x @ y / math.sqrt(float(x @ x) * float(y @ y)))
+def _load(
+    source: pd.DataFrame | Path | str,
+    measures: Sequence[str],
+    hyperparameters: Sequence[str],
+    group_by: Sequence[str],
+    *,
+    converged_only: bool,
+) -> RunTable:
+    if not isinstance(source, pd.DataFrame):
+        return load_table(Path(source), measures, hyperparameters, group_by, converged_only=converged_only)
+    with tempfile.TemporaryDirectory() as folder:  # so that a frame is read by the same rules as its file
+        path = Path(folder) / "DataFrame.csv"
+        source.to_csv(path, index=False)
+        table = load_table(path, measures, hyperparameters, group_by, converged_only=converged_only)
+    return replace(table, source=Path(path.name))
 
 
 def _require_runs(table: RunTable) -> None:
@@ -265,74 +147,208 @@ def _require_runs(table: RunTable) -> None:
         )
     if table.num_runs > MOST_RUNS:
         raise ResourceError(
-            f"{table.source} has {table.num_runs:,} runs; the pairs of more than {MOST_RUNS:,} do not fit "
-            "in memory. Give a random subset of them"
+            f"{table.source} has {table.num_runs:,} runs; the pairs of more than {MOST_RUNS:,} take too long. "
+            "Give a random subset of them"
         )
 
 
-def _design_notes(table: RunTable, sizes: np.ndarray) -> list[str]:
-    notes = []
-    alone = int((sizes == 1).sum())
-    if not setting_names(table):
-        notes.append(
-            "no hyperparameter is known, so each run counts as an independent setting (--hyper names "
-            "hyperparameters)"
+@dataclass(frozen=True, slots=True)
+class _Study:
+    """The columns and the design of one table, with the sums over pairs that several statistics need."""
+
+    table: RunTable
+    targets: Mapping[str, Floats]
+    design: Design
+    groups: Mapping[str, Integers]
+    controls: Mapping[str, Floats | str]
+    kept: dict[tuple[str, str, bytes], Linear | None] = field(default_factory=dict)
+    drawn: dict[bytes, Integers] = field(default_factory=dict)
+
+    def main(self, name: str, target: str) -> dict[Key, Quantity]:
+        """Return τ over all runs, within subgroups, and over pairs within the same value of a setting."""
+        rows = self.rows(name, target)
+        whole = self.tau(name, target, rows)
+        found = {Key(name, target, "tau"): whole}
+        for label, some in self.groups.items():
+            inside = np.intersect1d(some, rows)
+            found[Key(name, target, "tau", label)] = self.tau(name, target, inside)
+        for label, numbers in self.design.strata.items():
+            tau = self.within(name, target, rows, numbers)
+            if whole.clear and tau.clear and (whole.value or 0) * (tau.value or 0) < 0:
+                tau = replace(tau, note=SIMPSON)
+            if tau.value is not None or label == SETTING:
+                found[Key(name, target, "tau_within", label)] = tau
+        return found
+
+    def details(self, name: str, target: str) -> dict[Key, Quantity]:
+        """Return the statistics beyond τ of one measure with one target."""
+        rows = self.rows(name, target)
+        x, y = self.column(name)[rows], self.column(target)[rows]
+        found = {}
+        for statistic, quantity in self.naive(x, y, rows).items():
+            found[Key(name, target, statistic)] = quantity
+        clusters, cells = self.clusters(rows, name, target), self.cells(rows)
+        own = pair_sums(x, y, clusters.setting)
+        psi, mean = granulated(x, y, cells, clusters, own)
+        found |= {Key(name, target, "psi", group): of for group, of in psi.items()}
+        found[Key(name, target, "psi_mean")] = mean
+        for control, column in self.controls.items():
+            if control not in (name, target):
+                found[Key(name, target, "tau_partial", control)] = self.partial(name, target, control, column)
+        found |= {Key(name, target, *key): of for key, of in self.information(x, y, rows).items()}
+        for statistic, quantity in self.sign_errors(x, y, target, rows).items():
+            found[Key(name, target, statistic)] = quantity
+        return found
+
+    def naive(self, x: Floats, y: Floats, rows: Integers) -> dict[str, Quantity]:
+        """Return Kendall's p that takes runs as independent, and Spearman's ρ with its permutation p."""
+        if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+            return {}
+        plain = stats.kendalltau(x, y, variant="b")
+        ranks = [stats.rankdata(values) - (len(x) + 1) / 2 for values in (x, y)]
+        rank_x, rank_y = (each / np.linalg.norm(each) for each in ranks)
+        p = permutation_p(rank_x, rank_y, self.permutations(rows))
+        why = "p permutes the gaps of whole settings" if p is not None else "no p: no two settings are alike"
+        return {
+            "tau_naive": Quantity(
+                float(plain.statistic), p=float(plain.pvalue), n=len(x), note="p takes runs as independent"
+            ),
+            "spearman": Quantity(float(rank_x @ rank_y), p=p, n=len(x), note=why),
+        }
+
+    def information(self, x: Floats, y: Floats, rows: Integers) -> dict[tuple[str, str], Quantity]:
+        """Return the conditional mutual information given each set of hyperparameters, and the least of them."""
+        n = len(x)
+        if n < 2 or n > MOST_CONDITIONED:
+            why = f"computed for at most {MOST_CONDITIONED:,} runs" if n > 2 else "too few runs"
+            return {("cmi_min", ""): Quantity(None, n=n, note=why)}
+        values = {name: numbers[rows] for name, numbers in self.design.values.items()}
+        sets = conditional_information(x, y, values)
+        found = {("cmi", " + ".join(each.given)): Quantity(each.value, n=n) for each in sets if each.value}
+        defined = [each for each in sets if each.value is not None]
+        if not defined:
+            return {("cmi_min", ""): Quantity(None, n=n, note="no pair of runs differs in both")}
+        least = min(defined, key=lambda each: each.value or 0.0)
+        order = self.permutations(rows)
+        given = " + ".join(least.given) or "nothing"
+        if not len(order):
+            return found | {("cmi_min", given): Quantity(least.value, n=n, note="as published, without p")}
+        chance, p = chance_of(least, x, y, values, order)
+        note = (
+            f"as published; {chance:.3f} by chance. p permutes settings: it tests for no association at all"
         )
-    elif len(sizes) == 1:
-        notes.append("all runs have the same setting, so they count as independent")
-    elif alone == len(sizes):
-        notes.append(
-            f"no setting has two runs ({alone} settings with one run each), so the effect of seeds cannot "
-            "be separated from that of settings"
+        return found | {("cmi_min", given): Quantity(least.value, p=p, n=n, note=note)}
+
+    def sign_errors(self, x: Floats, y: Floats, target: str, rows: Integers) -> dict[str, Quantity]:
+        """Return the mean and the worst of the sign errors over environments."""
+        sizes = numbers_of(self.table, "num_test") if target == "error_gap" else None
+        sizes = None if sizes is None or not (sizes[rows] > 0).all() else sizes[rows]
+        found = sign_errors(x, y, sizes, self.cells(rows))
+        if not len(found.errors):
+            why = "no two settings that differ in one hyperparameter have 12 pairs of runs"
+            return {"sign_error_mean": Quantity(None, n=len(x), note=why)}
+        note = f"as published; over {len(found.errors):,} environments" + ", sampled" * found.sampled
+        return {
+            "sign_error_mean": Quantity(float(found.errors.mean()), n=len(x), note=note),
+            "sign_error_p90": Quantity(float(np.quantile(found.errors, 0.9)), n=len(x), note=note),
+            "sign_error_max": Quantity(float(found.errors.max()), n=len(x), note=note),
+        }
+
+    def differences(self, target: str) -> dict[Key, Quantity]:
+        """Return Δτ of every two measures over the runs that have both."""
+        found = {}
+        names = self.table.measures
+        for place, one in enumerate(names):
+            for other in names[place + 1 :]:
+                rows = self.rows(one, other, target)
+                taus = self.linear(one, target, rows), self.linear(other, target, rows)
+                if taus[0] is None or taus[1] is None:
+                    delta = Quantity(None, n=len(rows), note="τ of one of them is undefined")
+                else:
+                    delta = tau_difference(taus[0], taus[1], self.clusters(rows, one, other, target))
+                found[Key(one, target, "tau_difference", other)] = delta
+        return found
+
+    def selection(self, name: str) -> dict[Key, Quantity]:
+        """Return what picking a run by the measure costs in test error, or else in each target."""
+        error = numbers_of(self.table, "test_error")
+        outcomes = dict(self.targets) if error is None else {"test_error": error}
+        found = {}
+        for outcome, column in outcomes.items():
+            better = outcome.endswith("accuracy")
+            for choice in choices(self.column(name), column, direction_of(name), larger_is_better=better):
+                note = f"a random run costs {choice.random:.4g}; of one choice no interval can be given"
+                found[Key(name, outcome, "regret", choice.end)] = Quantity(
+                    choice.regret, n=choice.n, note=note
+                )
+                found[Key(name, outcome, "regret_random")] = Quantity(choice.random, n=choice.n)
+        return found
+
+    def partial(self, name: str, target: str, control: str, column: Floats | str) -> Quantity:
+        """Return τ of a measure and a target given a control, over the runs that have all three."""
+        if isinstance(column, str):
+            return Quantity(None, note=column)
+        rows = self.rows(name, target, control)
+        xy, xz, zy = (
+            self.linear(a, b, rows) for a, b in ((name, target), (name, control), (control, target))
         )
-    elif alone:
-        notes.append(f"{alone} of {len(sizes)} settings have a single run")
-    seed = seed_numbers(table)
-    if seed is not None and len(sizes) > 1:
-        num_shared = len(shared_seeds(setting_numbers(table), seed))
-        if num_shared == len(set(seed)) == 1:
-            notes.append("all runs have the same seed, so no interval covers seed variation")
-        elif 1 < num_shared < LEAST_UNITS:
-            notes.append(
-                f"settings share {num_shared} seeds, too few to estimate seed variation; the intervals "
-                "hold for these seeds only"
-            )
-    if table.num_runs > EXACT_RUNS:
-        notes.append(f"more than {EXACT_RUNS} runs, so permutations use Spearman's ρ instead of τ")
-    if len(sizes) > EXACT_SETTINGS:
-        notes.append(f"more than {EXACT_SETTINGS} settings, so bootstrap resamples use τ's first-order term")
-    for what, columns in (
-        ("name", ["run"]),
-        ("values", [*table.gaps, *table.measures, *table.hyperparameters]),
-    ):
-        repeated = table.frame.duplicated(columns)
-        if repeated.any():
-            first = table.frame["run"][repeated].iloc[0]
-            notes.append(
-                f"{repeated.sum()} runs repeat the {what} of another, such as {first}. Is one listed twice?"
-            )
-    return notes
+        if xy is None or xz is None or zy is None:
+            return Quantity(None, n=len(rows), note="measure, target or control is constant")
+        return partial_tau(xy, xz, zy, self.clusters(rows, name, target, control))
 
+    def tau(self, name: str, target: str, rows: Integers) -> Quantity:
+        linear = self.linear(name, target, rows)
+        if linear is None:
+            return Quantity(None, n=len(rows), note=self._undefined(name, target, rows))
+        return tau_quantity(linear, self.clusters(rows, name, target))
 
-def _warnings(table: RunTable, name: str) -> tuple[str, ...]:
-    warnings = []
-    for setting, runs in table.conditions.get(name, {}).items():
-        if len(runs) > 1:
-            values = [f"{value} × {count}" for value, count in sorted(runs.items(), key=lambda of: -of[1])]
-            shown = ", ".join(values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
-            warnings.append(f"{setting} differs between runs ({shown}), so they are not comparable")
-    return tuple(warnings)
+    def _undefined(self, name: str, target: str, rows: Integers) -> str:
+        if len(rows) < 2:
+            return f"{len(rows)} run{'s' * (len(rows) != 1)} with both values; τ needs 2"
+        what = "the measure" if np.ptp(self.column(name)[rows]) == 0 else f"{target}"
+        return f"{what} is constant over {len(rows)} runs"
 
+    def within(self, name: str, target: str, rows: Integers, numbers: Integers) -> Quantity:
+        x, y = self.column(name)[rows], self.column(target)[rows]
+        clusters = self.clusters(rows, name, target)
+        linear = linear_tau(pair_sums(x, y, numbers[rows]), pair_sums(x, y, clusters.setting))
+        if linear is None:
+            return Quantity(None, n=len(rows), note="no two runs of a group differ in both")
+        return tau_quantity(linear, clusters)
 
-def _notes(table: RunTable, name: str) -> tuple[str, ...]:
-    missing = table.missing.get(name, {})
-    reasons = by_reason(Exclusion(str(row), reason) for row, reason in missing.items())
-    notes = [f"{len(rows)} of {table.num_runs} left out: {reason}" for reason, rows in reasons.items()]
-    unconverged = len(table.unconverged.get(name, ()))
-    if unconverged:
-        notes.append(f"{unconverged} of {table.num_runs - len(missing)} not converged (kept)")
-    return tuple(notes)
+    def linear(self, a: str, b: str, rows: Integers) -> Linear | None:
+        """Return τ of two columns over ``rows``, from the last time where it was asked for before."""
+        key = (min(a, b), max(a, b), rows.tobytes())
+        if key not in self.kept:
+            x, y = self.column(a)[rows], self.column(b)[rows]
+            setting = self.clusters(rows).setting
+            self.kept[key] = linear_tau(pair_sums(x, y, 0 * setting), pair_sums(x, y, setting))
+        return self.kept[key]
 
+    def permutations(self, rows: Integers) -> Integers:
+        key = rows.tobytes()
+        if key not in self.drawn:
+            self.drawn[key] = permute_settings(self.clusters(rows), np.random.default_rng(0))
+        return self.drawn[key]
 
-def _sort_key(value: Any, text: str) -> tuple[int, float, str]:
-    return (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, text)
+    def rows(self, *names: str) -> Integers:
+        """Return the runs that have a value in all columns ``names``."""
+        return np.flatnonzero(np.isfinite([self.column(name) for name in names]).all(axis=0))
+
+    def column(self, name: str) -> Floats:
+        if name in self.targets:
+            return self.targets[name]
+        if name in self.table.measures:
+            return self.table.frame[name].to_numpy(dtype=float)
+        control = self.controls[name]
+        assert not isinstance(control, str)
+        return control
+
+    def clusters(self, rows: Integers, *names: str) -> Clusters:
+        """Return the settings and seeds of ``rows``; the seeds only where they matter to the columns ``names``."""
+        seed = self.design.seed
+        columns = [self.column(name)[rows] for name in names]
+        return clusters_of(self.design.setting[rows], None if seed is None else seed[rows], *columns)
+
+    def cells(self, rows: Integers) -> dict[str, tuple[Integers, Integers]]:
+        return {name: (cell[rows], value[rows]) for name, (cell, value) in self.design.cells.items()}

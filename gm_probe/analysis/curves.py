@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from gm_probe.analysis.provenance import run_folder
-from gm_probe.analysis.table import LARGEST, RunTable
 from gm_probe.errors import StorageError
 from gm_probe.runs.records import read_metrics
+from gm_probe.tables.table import LARGEST, RunTable
 
 CURVES = {
     "running_loss": "training loss (running)",

@@ -78,50 +78,60 @@ MEASURES = {
     ),
 }
 
+DIRECTIONS = {
+    **dict.fromkeys(
+        (
+            *("local_inconsistency", "local_inconsistency_converged", "local_inconsistency_adaptive"),
+            *("local_inconsistency_relative", "local_inconsistency_batchwise", "average_inconsistency"),
+            *("fisher_lambda_max", "fisher_trace", "hessian_lambda_max", "hessian_trace"),
+            *("error", "cross_entropy", "mean_entropy", "input_jacobian_norm", "flip_rate", "crop_rate"),
+            *("distance_from_initialization", "parameter_norm", "disagreement"),
+            *("conditional_inconsistency", "inconsistency", "instability"),
+        ),
+        "worse",
+    ),
+    "mean_confidence": "better",
+}
+"""What a larger value of a measure is expected to go with: worse or better generalization."""
+
+
+def symbol(name: str) -> str:
+    """Return the symbol of a measure, or its name where it has none."""
+    return MEASURES[name][0] if name in MEASURES else name
+
+
+def direction_of(name: str) -> str | None:
+    """Return what a larger value of a measure is expected to go with; None where nothing is known."""
+    return DIRECTIONS.get(name)
+
+
 STATISTICS = {
     "gap": "test error − train error, or test cross-entropy − train cross-entropy; both in evaluation "
     "mode on un-augmented data. Smaller is better.",
-    "τ-b": "Kendall’s rank correlation with a correction for ties: (concordant − discordant pairs) / "
-    "√((pairs untied in the measure)(pairs untied in the gap)). τ = 1: the measure orders the runs "
-    "as the gap does.",
+    "τ": "Kendall’s rank correlation τ-b: (concordant − discordant pairs) / √((pairs untied in the measure)(pairs "
+    "untied in the target)). τ = 1: the measure orders the runs as the target does.",
     "setting": (
         "one choice of all hyperparameters. Its runs differ in their seeds only and are not independent."
     ),
-    "95 % CI": "confidence interval of τ, from a jackknife that leaves out each setting with all its "
-    "seeds (Student’s t on Fisher’s scale). Settings may share seeds, whose runs start from "
-    "the same weights. With 5 or more shared seeds the interval also covers seed variation, by "
-    "leaving out each seed in all settings. Settings count as independent draws, so the "
-    "interval is too narrow where neighbours on a grid hardly differ. Bootstrap: the middle 95 "
-    "% over resamples of whole settings, in which a run forms no pair with its own copy. It "
-    "covers less than 95 % where settings are few or seeds are shared.",
-    "p": "two-sided permutation p: the gaps of whole settings are exchanged, so seeds stay together. It "
-    "tests whether settings with a larger measure have a larger gap, given the seeds. A setting "
-    "whose number of runs no other setting matches stays in place. So p and the interval can "
-    "disagree. p (naive) treats runs as independent and is too small where settings repeat. Only p "
-    "(Holm) is adjusted for the number of tests.",
-    "noise-filtered": "τ over only those pairs of runs whose error gaps differ by more than 1.96 binomial standard "
-    "errors.",
-    "between, within": "τ of the settings’ means; τ over pairs of runs of the same setting. Shared seeds "
-    "are the same few draws in every setting, so the p of τ within permutes them in "
-    "all settings alike.",
-    "ψ, Ψ": "granulated τ (Jiang et al. 2020): ψ of a hyperparameter is the mean τ over cells in which "
-    "only it varies, over at least 3 values; Ψ is the mean over hyperparameters.",
-    "K(S)": "conditional mutual information between the signs of the differences in measure and gap, "
-    "given the hyperparameters S (Jiang et al. 2020), in bits per bit. Its mean under exchange of "
-    "the gaps of whole settings is subtracted; that null is no association at all, not none given "
-    "S. The minimum over S of at most two hyperparameters is the conservative value; a negative "
-    "value is no evidence.",
+    "95 % CI, p": "confidence interval, clustered by setting and by the seeds that settings share: V = V_setting + "
+    "V_seed − V_run, Student’s t on Fisher’s scale. p is the interval’s own. Settings count as independent draws, so "
+    "the interval is too narrow where neighbours on a grid hardly differ.",
+    "τ within": "τ over the pairs of runs that agree in a hyperparameter, or in all of them (setting). Simpson’s "
+    "paradox is noted where its sign is opposite to τ’s and both intervals exclude 0.",
+    "naive p": "treats runs as independent; it is too small where settings repeat or share seeds.",
+    "Spearman’s ρ": "rank correlation; its p exchanges the gaps of whole settings with the same seeds, and tests for "
+    "no association at all.",
+    "ψ, Ψ": "granulated τ (Jiang et al. 2020): ψ of a hyperparameter is the mean over cells of the τ of the runs that "
+    "differ in it alone; Ψ is the mean over hyperparameters.",
+    "K(S)": "conditional mutual information between the signs of the differences in measure and target, given the "
+    "hyperparameters S, as published (Jiang et al. 2020): the least over S of at most two. Few runs a cell "
+    "give values far above 0 by chance.",
     "sign error": "fraction of pairs of runs that the measure orders wrongly, where the two settings "
-    "differ in one hyperparameter (Dziugaite et al. 2020). Environments have effective size "
+    "differ in one hyperparameter, as published (Dziugaite et al. 2020). Environments have effective size "
     "≥ 12. ½ is chance; robust measures have a small maximum, not only a small mean.",
-    "Simpson": "τ within the values of a setting has the opposite sign of τ over all runs, and both "
-    "intervals exclude 0.",
-    "partial τ": "τ of measure and gap after removing what both share with a third quantity. It need not "
-    "be 0 where the two are independent given the third, so its interval is not a test. The "
-    "test is p, by permutation within strata of the third.",
-    "Δτ": "difference of two measures’ τ on the same resamples; p (Holm) is adjusted for all pairs of "
-    "measures; pairs with equal values count once.",
-    "skill": "1 − (error of the gap predicted from the measure by isotonic regression, whole settings left out) / "
-    "(error of predicting the mean gap). Above 0: the measure helps.",
-    "regret": "test error of the run with the smallest measure − that of the best run.",
+    "partial τ": "τ of measure and target after removing what both share with a third quantity. It need not "
+    "be 0 where the two are independent given the third.",
+    "Δτ": "difference of two measures’ τ over the same runs; p is not adjusted for the number of pairs.",
+    "regret": "test error of the run at the good end of the measure (at either end where its direction is unknown) − "
+    "that of the best run.",
 }

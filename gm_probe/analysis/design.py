@@ -7,18 +7,22 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from gm_probe.analysis.rank import Floats, Integers
-from gm_probe.analysis.table import BOOKKEEPING, SEED, RunTable, show
+from gm_probe.analysis.pairs import Floats, Integers
+from gm_probe.tables.table import BOOKKEEPING, SEED, RunTable, require_known, show
 
 Cells = tuple[Integers, Integers]
 """(n,) which cell each run of the table is in, and (n,) which value of the hyperparameter it has."""
+ACCURACIES = {"test_accuracy": "test_error", "train_accuracy": "train_error"}
+"""Targets that are 1 − an outcome."""
 CONTROLS = ("train_ce", "hessian_lambda_max", "parameter_norm")
 """What τ is also taken given, where the table has it, besides each hyperparameter."""
+SETTING = "setting"
+"""Name of the group of runs that agree in all hyperparameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """What the hyperparameters say of each run of the table (n,): its setting, cells, values and strata.
+    """What the hyperparameters say of each run of the table (n,): its setting, cells and strata.
 
     ``seed`` numbers the seeds, −1 where unknown; None where the table has none, or takes them for a measure.
     """
@@ -27,23 +31,39 @@ class Design:
     seed: Integers | None
     cells: Mapping[str, Cells]
     strata: Mapping[str, Integers]
-    controls: Mapping[str, Floats | str]  # a str says why there are no numbers
+
+    @property
+    def values(self) -> dict[str, Integers]:
+        """Return the value of each hyperparameter that varies, as numbers from 0 (n,)."""
+        return {name: value for name, (_, value) in self.cells.items()}
 
 
-def design_of(table: RunTable, group_by: Sequence[str], controls: Sequence[str]) -> Design:
+def design_of(table: RunTable, group_by: Sequence[str] = ()) -> Design:
+    """Return the design of ``table``; the hyperparameters of ``group_by`` together form strata, too."""
     values = {name: group_numbers(table, [name]) for name in setting_names(table)}
-    values = {name: numbers for name, numbers in values.items() if numbers.max() > 0}
+    values = {name: numbers for name, numbers in values.items() if numbers.max(initial=0) > 0}
     cells = {
         name: (group_numbers(table, [other for other in values if other != name]), numbers)
         for name, numbers in values.items()
     }
-    setting = setting_numbers(table)
     strata = dict(values)
     if group_by and ", ".join(group_by) not in strata:
         strata[", ".join(group_by)] = group_numbers(table, group_by)
-    usual = [name for name in CONTROLS if name in table.frame] + list(values)
-    known = {name: _control(table, name) for name in controls or usual}
-    return Design(setting, seed_numbers(table), cells, strata, known)
+    setting = setting_numbers(table)
+    return Design(setting, seed_numbers(table), cells, {**strata, SETTING: setting})
+
+
+def control_columns(
+    table: RunTable, controls: Sequence[str], usual: Sequence[str]
+) -> dict[str, Floats | str]:
+    """Return the columns that partial τ is taken given, as numbers, or why there are none.
+
+    Empty ``controls`` takes ``CONTROLS`` where the table has them, and the hyperparameters ``usual``.
+    """
+    return {
+        name: _control(table, name)
+        for name in controls or [*(name for name in CONTROLS if name in table.frame), *usual]
+    }
 
 
 def _control(table: RunTable, name: str) -> Floats | str:
@@ -55,8 +75,45 @@ def _control(table: RunTable, name: str) -> Floats | str:
         return numbers
     kinds = sorted(set(map(show, values)))
     if len(kinds) > 2:
-        return f"text with {len(kinds)} values has no order. See τ within its strata"
+        return f"text with {len(kinds)} values has no order. See τ within its groups"
     return np.array([math.nan if value is None else kinds.index(show(value)) for value in table.frame[name]])
+
+
+def target_column(table: RunTable, name: str) -> Floats:
+    """Return a target (n,), NaN where unknown: a column of the table, or 1 − an error.
+
+    Raises:
+        UsageError: the table has no such column, or it is a measure or a setting.
+    """
+    known = [*table.gaps, *table.outcomes]
+    known += [name for name, error in ACCURACIES.items() if error in known and name not in known]
+    require_known([name], known, "target")
+    column = numbers_of(table, name)
+    return 1 - np.asarray(numbers_of(table, ACCURACIES[name])) if column is None else column
+
+
+def group_rows(table: RunTable, group_by: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the row numbers of each subgroup under its label, such as ``augment=true, weight_decay=0.0005``.
+
+    Subgroups are in the order of their values, numbers as numbers; a setting that a run lacks reads ``unset``.
+
+    Raises:
+        UsageError: a name that is not a hyperparameter of the table.
+    """
+    require_known(group_by, table.hyperparameters, "hyperparameter to group by named")
+    rows: dict[str, list[int]] = {}
+    order: dict[str, list[tuple[int, float, str]]] = {}
+    settings = [table.frame[name].to_list() for name in group_by]
+    for row, values in enumerate(zip(*settings, strict=True)):
+        shown = [show(value) for value in values]
+        label = ", ".join(f"{name}={text}" for name, text in zip(group_by, shown, strict=True))
+        rows.setdefault(label, []).append(row)
+        order[label] = [_sort_key(value, text) for value, text in zip(values, shown, strict=True)]
+    return {label: np.array(rows[label]) for label in sorted(rows, key=order.__getitem__)}
+
+
+def _sort_key(value: object, text: str) -> tuple[int, float, str]:
+    return (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, text)
 
 
 def setting_numbers(table: RunTable) -> Integers:

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from gm_probe.analysis.curves import curve
+from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.plots import (
     MARKERS,
     MEASURE_LABELS,
@@ -26,9 +27,7 @@ from gm_probe.analysis.plots import (
     new_figure,
     wrapped,
 )
-from gm_probe.analysis.results import MeasureStatistics, Quantity
-from gm_probe.analysis.smoothing import lowess
-from gm_probe.analysis.table import GAPS, RunTable
+from gm_probe.tables.table import RunTable
 
 COLUMN = 3.3  # inches
 # Of Okabe and Ito's colours, in an order whose neighbours differ in grey too; every second one is drawn hollow.
@@ -45,22 +44,22 @@ FEWEST = 10  # points that a trend line takes
 
 def scatter(
     table: RunTable,
-    measure: MeasureStatistics,
-    gap: str,
+    measure: str,
+    y: np.ndarray,
+    ylabel: str,
     groups: Mapping[str, np.ndarray],
     shapes: Mapping[str, np.ndarray],
 ) -> Figure:
-    """One measure against one gap: a colour a subgroup, a marker a value of another setting, LOWESS trends.
+    """One measure against the target ``y`` (n,): a colour a subgroup, a marker a value of another setting.
 
-    ``groups`` and ``shapes`` map labels to rows of ``table`` (``correlation.group_rows``); either may be empty.
-    The trend of all runs is drawn in black, that of a subgroup in its colour, from 10 runs on.
+    ``groups`` and ``shapes`` map labels to rows of ``table`` (``design.group_rows``); either may be empty.
     """
-    x, y = table.frame[measure.name].to_numpy(), table.frame[gap].to_numpy()
+    x = table.frame[measure].to_numpy()
     present = np.isfinite(x) & np.isfinite(y)
     figure, axes = _column(2.3)
     with mpl.rc_context(STYLE):
-        axes.set_xlabel(measure_label(measure))
-        axes.set_ylabel(GAPS[gap])
+        axes.set_xlabel(measure_label(table, measure))
+        axes.set_ylabel(ylabel)
         if not present.any():
             _say(axes, "no run has both values")
             return figure
@@ -74,12 +73,6 @@ def scatter(
                 look = _look(index, shape if shapes else index) | small
                 axes.plot(x[shown], y[shown], linestyle="none", alpha=0.8, **look, rasterized=len(x) > MANY)
         measure_axis(axes, x[present])
-        axes.autoscale_view()  # else it would wait, and be off by then
-        axes.autoscale(False)  # a trend is shown where the points are
-        for index, rows in enumerate(coloured.values()):
-            if groups:
-                _trend(axes, x[rows], y[rows], color=_colour(index), linestyle=DASHES[index % 4], linewidth=1)
-        _trend(axes, x[everyone], y[everyone], color=INK, linewidth=1.4, alpha=0.7)
         legend_below(
             figure,
             [_handle(label, **_look(index, 0 if shapes else index)) for index, label in enumerate(groups)]
@@ -324,16 +317,6 @@ def _look(index: int, shape: int) -> dict[str, Any]:
         "markeredgecolor": colour,
         "markerfacecolor": "none" if index % 2 else colour,
     }
-
-
-def _trend(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
-    if len(x) < FEWEST:
-        return
-    # at the points themselves, or 100 of them: between far points a local line would swing freely
-    places = np.unique(x)
-    places = places[np.unique(np.linspace(0, len(places) - 1, 100).round().astype(int))]
-    scaled = np.log if axes.get_xscale() == "log" else np.asarray
-    axes.plot(places, lowess(scaled(x), y, scaled(places)), **style)
 
 
 def _rows(axes: Axes, labels: Sequence[str], centre: float = 0.0) -> None:

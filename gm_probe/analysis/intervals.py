@@ -1,7 +1,8 @@
-"""Intervals, most from leaving out or resampling whole settings: runs of one setting are not independent.
+"""Standard errors and intervals of statistics over runs that share settings and seeds.
 
-Nor are runs of one seed, where all settings take the same few: they start from the same weights and see the same
-batches. ``seeds_share`` says what another choice of seeds would add to the variance.
+Runs of one setting are not independent, nor are runs of one seed, which start from the same weights and see the same
+batches. So the variance is clustered in two ways: V = V_setting + V_seed − V_run, where V_run is what both contain.
+``benchmarks/results/correlate-calibration.md`` says how often the intervals cover.
 """
 
 import math
@@ -10,121 +11,193 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from gm_probe.analysis.rank import Floats, Integers
+from gm_probe.analysis.pairs import Floats, Integers, dense_ranks
 
+LEVEL = 0.95
 LEAST_UNITS = 5
-"""Of fewer settings, or seeds, no error can be told."""
+"""Of fewer settings no error can be estimated."""
+LEAST_SEEDS = 3
+"""Of fewer seeds that settings share, their part of the error cannot be estimated, either."""
+SEED_LEVEL = 0.1
+"""Of the F tests for a difference between seeds."""
 SWEEPS = 30
 """Of taking off the means by setting and by seed in turn, where some settings lack some seeds."""
-Interval = tuple[float | None, float | None, str | None]
-"""Low, high and None; or None, None and the reason."""
-
-
-def jackknife_error(without: np.ndarray) -> float:
-    """Standard error of an estimate from its values ``without`` each of S units (S,).
-
-    Source: Efron and Stein 1981, "The jackknife estimate of variance".
-    """
-    num = len(without)
-    return math.sqrt((num - 1) / num * float(((without - without.mean()) ** 2).sum()))
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What seeds that settings share add to an estimate's variance: ``of_seeds`` less ``of_runs``, if above 0.
+class Quantity:
+    """A statistic with its 95 % interval and the p of the interval; ``note`` says why one of them is absent."""
 
-    ``of_seeds`` is the variance of leaving out seeds, to ``num_seeds`` − 1 degrees; ``of_runs`` what of it the runs
-    would bring were no seed shared, to ``freedom`` degrees.
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    n: int = 0
+    note: str = ""
+
+    @property
+    def clear(self) -> bool:
+        """Return whether the interval excludes 0."""
+        return excludes_zero(self.low, self.high)
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """Which runs are not independent: those of one ``setting`` (n,), and those of one ``seed``.
+
+    Both number from 0. ``seed`` is −1 where no other setting has the run's seed, and None where no seeds are shared.
+    ``seeds_differ`` says whether two of the columns that a statistic is made of differ between seeds: what one alone
+    shares with seeds changes no association. ``unit`` names what settings are: runs, where all have the same setting.
     """
 
-    of_seeds: float = 0.0
-    num_seeds: int = 0
-    of_runs: float = 0.0
-    freedom: int = 0
+    setting: Integers
+    seed: Integers | None
+    seeds_differ: bool = True
+    unit: str = "settings"
 
-    def added_to(self, error: float, freedom: int) -> tuple[float, float]:
-        """Standard error and degrees of freedom of settings and seeds, from the settings' own.
+    @property
+    def num_settings(self) -> int:
+        return int(self.setting.max(initial=-1)) + 1
 
-        Source: degrees by Satterthwaite 1946, "An approximate distribution of estimates of variance components".
-        """
-        variance = error**2 + self.of_seeds - self.of_runs
-        if variance <= error**2:
-            return error, freedom
-        parts = [(error**2, freedom), (self.of_seeds, self.num_seeds - 1), (self.of_runs, self.freedom)]
-        satterthwaite = variance**2 / sum(part**2 / of for part, of in parts if part)
-        # of a difference of parts they can fall to nothing
-        return math.sqrt(variance), max(satterthwaite, min(freedom, self.num_seeds - 1))
+    @property
+    def num_seeds(self) -> int:
+        return 0 if self.seed is None else int(self.seed.max()) + 1
+
+    @property
+    def limit(self) -> str | None:
+        """Say why no interval is possible; None where one is."""
+        if self.num_settings < LEAST_UNITS:
+            return f"{self.num_settings} {self.unit}; an interval needs {LEAST_UNITS}"
+        if 1 < self.num_seeds < LEAST_SEEDS:
+            return f"the settings share {self.num_seeds} seeds; an interval needs {LEAST_SEEDS}"
+        return None
 
 
-NO_SHARE = Share()
+def clusters_of(setting: np.ndarray, seed: np.ndarray | None, *columns: Floats) -> Clusters:
+    """Number the settings and the seeds of runs (n,); negative seeds are unknown.
 
-
-def seeds_share(value: float, without: Floats, setting: Integers, seed: Integers | None) -> Share:
-    """The part of shared seeds in the variance of an estimate, from its values ``without`` each run (n,).
-
-    ``setting`` and ``seed`` (n,) number each run's, as ``Sample`` has them. An analysis of variance of the runs'
-    influences within settings: seeds, and the rest. Nothing of fewer than ``LEAST_UNITS`` seeds: the interval is then
-    for these.
-
-    Source: Efron and Stein 1981 for the influences.
+    Seeds count as shared where most runs have one that another setting has, too: among random seeds two can be
+    equal. An F test of each of ``columns`` (n,) tells whether it differs between seeds.
     """
-    if seed is None or seed.max() + 1 < LEAST_UNITS or not np.isfinite(without).all():
-        return NO_SHARE
-    n, num_seeds, shared = len(without), int(seed.max()) + 1, seed >= 0
-    influence = ((n - 1) * (value - without))[shared]
-    setting, seed = np.unique(setting[shared], return_inverse=True)[1], seed[shared]
-    inside = _less_means(influence, setting)  # what settings differ by is not the seeds'
-    sums = np.bincount(seed, inside)
-    of_seeds = num_seeds / (num_seeds - 1) * float(sums @ sums) / n**2
+    numbers = dense_ranks(setting)
+    if len(numbers) > 1 and numbers.max() == 0:
+        return Clusters(np.arange(len(numbers)), None, unit="runs")
+    if seed is None:
+        return Clusters(numbers, None)
+    seeds, settings = np.unique(np.unique(np.stack([seed, numbers]), axis=1)[0], return_counts=True)
+    common = seeds[(settings > 1) & (seeds >= 0)]
+    shared = np.isin(seed, common)
+    if 2 * shared.sum() <= len(seed):
+        return Clusters(numbers, None)
+    known = np.where(shared, np.searchsorted(common, seed), -1).astype(np.int64)
+    differ = [
+        _differ(*_decomposed(stats.rankdata(values)[shared], numbers[shared], known[shared]))
+        for values in columns
+    ]
+    return Clusters(numbers, known, sum(differ) >= min(2, len(columns)))
+
+
+def _differ(inside: Floats, rest: Floats, num_seeds: int, left: int) -> bool:
+    """Return whether a decomposed column differs more between seeds than within."""
+    if left <= 0 or num_seeds < 2:
+        return num_seeds > 1
+    of_seeds, of_runs = float(inside @ inside) - float(rest @ rest), float(rest @ rest)
+    return of_seeds / (num_seeds - 1) > float(stats.f.isf(SEED_LEVEL, num_seeds - 1, left)) * of_runs / left
+
+
+def _decomposed(values: Floats, setting: Integers, seed: Integers) -> tuple[Floats, Floats, int, int]:
+    """Return ``values`` (n,) less the settings' means, then less the seeds' too, the number of seeds, and the degrees
+    of freedom that are left."""
+    setting = dense_ranks(setting)
+    inside = _less_means(values, setting)  # what settings differ by is not the seeds'
     rest = inside
-    for _ in range(SWEEPS):  # one is exact where every setting has every seed
-        rest = _less_means(_less_means(rest, seed), setting)
-    freedom = len(rest) - int(setting.max()) - num_seeds
-    of_runs = float(rest @ rest) / freedom * len(rest) / n**2 if freedom > 0 else 0.0
-    return Share(of_seeds, num_seeds, of_runs, freedom)
+    for _ in range(SWEEPS):
+        before, rest = rest, _less_means(_less_means(rest, seed), setting)
+        if np.abs(rest - before).max(initial=0) <= 1e-12 * np.abs(inside).max(initial=0):
+            break  # after the first where every setting has every seed
+    num_seeds = int(seed.max()) + 1
+    return inside, rest, num_seeds, len(rest) - int(setting.max()) - num_seeds
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The variance of a statistic with its degrees of freedom."""
+
+    variance: float
+    freedom: float
+
+
+def settings_spread(sums: Floats) -> Spread:
+    """Return the variance that independent settings give, from each setting's share ``sums`` (S,) in a sum over pairs.
+
+    S/(S − 2) in place of the jackknife's S/(S − 1): of pairs, leaving out one setting costs two degrees.
+    """
+    num = len(sums)
+    return Spread(num / (num - 2) * float(sums @ sums), num - 1)
+
+
+def with_seeds(settings: Spread, influence: Floats, clusters: Clusters) -> Spread:
+    """Add what another choice of shared seeds would add to the variance ``settings``, if above 0.
+
+    ``influence`` (n,) is what each run's weight changes the statistic by. V_run is the mean square that is left of it
+    after settings and seeds, so that the variance of single runs is not counted twice. The factor (K + 1)/(K − 2) of K
+    seeds, in place of the jackknife's K/(K − 1), was chosen in simulations: over pairs of so few seeds it covers.
+
+    Source: Cameron, Gelbach and Miller 2011, "Robust inference with multiway clustering"; degrees of freedom by
+    Satterthwaite 1946, "An approximate distribution of estimates of variance components".
+    """
+    num = clusters.num_seeds
+    if clusters.seed is None or num < LEAST_SEEDS:
+        return settings
+    shared = clusters.seed >= 0
+    seed = clusters.seed[shared]
+    inside, rest, _, left = _decomposed(influence[shared], clusters.setting[shared], seed)
+    sums, few = np.bincount(seed, inside), (num + 1) / (num - 2)
+    of_seeds = few * float(sums @ sums)
+    of_runs = few * (num - 1) / num * len(rest) / left * float(rest @ rest) if left > 0 else 0.0
+    variance = settings.variance + of_seeds - of_runs
+    if not clusters.seeds_differ and not _differ(inside, rest, num, left):
+        return settings
+    if variance <= settings.variance:  # by chance, where the columns differ between seeds
+        return Spread(settings.variance, min(2 * (num - 1), settings.freedom))
+    parts = [(settings.variance, settings.freedom), (of_seeds, num - 1), (of_runs, max(left, 1))]
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    return Spread(variance, float(np.clip(freedom, min(num - 1, settings.freedom), settings.freedom)))
 
 
 def _less_means(values: Floats, group: Integers) -> Floats:
     return values - (np.bincount(group, values) / np.bincount(group))[group]
 
 
-def jackknife_interval(
-    value: float, without: np.ndarray, unit: str = "settings", share: Share = NO_SHARE
-) -> Interval:
-    """Interval of a coefficient in (−1, 1) from its values ``without`` each unit (S,).
-
-    On Fisher's scale: tanh(artanh τ ± t·SE/(1 − τ²)), SE the jackknife's and t Student's of S − 1 degrees, or with
-    what shared seeds add.
-    """
-    if len(without) < LEAST_UNITS:
-        return None, None, f"{len(without)} {unit}; an interval needs {LEAST_UNITS}"
-    if not np.isfinite(without).all():
-        return None, None, f"undefined when one of the {unit} is left out"
-    return fisher_interval(value, *share.added_to(jackknife_error(without), len(without) - 1))
-
-
-def fisher_interval(value: float, error: float, freedom: float) -> Interval:
-    """Interval of a coefficient with standard ``error``, symmetric on the scale of artanh."""
+def coefficient(value: float, spread: Spread, n: int) -> Quantity:
+    """Return a coefficient in (−1, 1) with its interval: tanh(artanh τ ± t·SE/(1 − τ²)), on Fisher's scale."""
     if 1 - abs(value) < 1e-12:
-        return None, None, f"at {value:+.0f} no resample differs, so the error cannot be estimated"
-    half = float(stats.t.ppf(0.975, freedom)) * error / (1 - value**2)
-    if half < 1e-12:
-        return None, None, "no resample differs, so the error cannot be estimated"
-    return math.tanh(math.atanh(value) - half), math.tanh(math.atanh(value) + half), None
+        return Quantity(value, n=n, note=f"no interval: at {value:+.0f} the error cannot be estimated")
+    error = math.sqrt(max(spread.variance, 0.0)) / (1 - value**2)
+    if error < 1e-12:
+        return Quantity(value, n=n, note="no interval: the error cannot be estimated, as no setting differs")
+    centre, half = math.atanh(value), float(stats.t.ppf((1 + LEVEL) / 2, spread.freedom)) * error
+    p = 2 * float(stats.t.sf(abs(centre) / error, spread.freedom))
+    return Quantity(value, math.tanh(centre - half), math.tanh(centre + half), p, n)
 
 
-def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of ``values`` (B,)."""
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+def difference(value: float, spread: Spread, n: int) -> Quantity:
+    """Return a difference of two coefficients with its Student interval."""
+    error = math.sqrt(max(spread.variance, 0.0))
+    if error < 1e-12:
+        return Quantity(value, n=n, note="no interval: the two order the runs alike")
+    half = float(stats.t.ppf((1 + LEVEL) / 2, spread.freedom)) * error
+    p = 2 * float(stats.t.sf(abs(value) / error, spread.freedom))
+    return Quantity(value, value - half, value + half, p, n)
 
 
 def mean_interval(values: np.ndarray, level: float = 0.99) -> tuple[float, float, float]:
-    """The mean of independent ``values`` (n,), n ≥ 2, and its Student interval: mean, low, high."""
+    """Return the mean of independent ``values`` (n,), n ≥ 2, and its Student interval: mean, low, high."""
     mean = float(values.mean())
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1)) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
 def excludes_zero(low: float | None, high: float | None) -> bool:
+    """Return whether an interval lies on one side of 0."""
     return low is not None and high is not None and (low > 0 or high < 0)

@@ -8,17 +8,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gm_probe.analysis import figures
-from gm_probe.analysis.correlation import kendall
+from gm_probe.analysis.coefficients import kendall
+from gm_probe.analysis.conclusion import target_short
 from gm_probe.analysis.curves import CURVES, Curve
-from gm_probe.analysis.intervals import excludes_zero
-from gm_probe.analysis.results import Correlation, Quantity, SweepStatistics
-from gm_probe.analysis.table import GAPS, RunTable
-from gm_probe.analysis.tidy import tau_of
+from gm_probe.analysis.design import target_column
+from gm_probe.analysis.intervals import Quantity
+from gm_probe.analysis.results import Correlations
 from gm_probe.analysis.typeset import two_decimals
+from gm_probe.tables.table import RunTable
 
 MEAN = "mean Ψ"
 Rows = Mapping[str, np.ndarray]
-"""Labels of subgroups and their rows of the table (``correlation.group_rows``)."""
+"""Labels of subgroups and their rows of the table (``design.group_rows``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,7 @@ class Picture:
 
 
 def pictures(
-    table: RunTable,
-    statistics: SweepStatistics,
-    gaps: Sequence[str],
+    statistics: Correlations,
     groups: Rows,
     shapes: Rows,
     grids: Mapping[str, Mapping[int, Mapping[float, Quantity]]],
@@ -46,18 +45,19 @@ def pictures(
 
     ``grids[gap]`` is of ``grid.grid_taus``, ``curves`` of ``curves.read_curves``; either may be empty.
     """
-    yield _forest(statistics, gaps)
-    for gap in gaps:
-        for place, measure in enumerate(statistics.measures):
-            result = measure.gaps[gap]
+    table, gaps = statistics.runs, statistics.targets
+    yield _forest(statistics)
+    for gap, label in gaps.items():
+        column = target_column(table, gap)
+        for place, measure in enumerate(table.measures):
             yield Picture(
-                f"scatter-{place + 1}-{_file_name(measure.name)}-{gap}",
+                f"scatter-{place + 1}-{_file_name(measure)}-{gap}",
                 "scatter",
-                f"{measure.name}, {_short(gap)}",
-                f"{_says(result)}.",
-                figures.scatter(table, measure, gap, groups, shapes),
+                f"{measure}, {target_short(gap)}",
+                f"{_says(statistics.get(measure, gap))}.",
+                figures.scatter(table, measure, column, label, groups, shapes),
             )
-    yield from _granulated(statistics, gaps)
+    yield from _granulated(statistics)
     yield from _between_measures(table)
     for gap, lines in grids.items():
         if lines:
@@ -65,11 +65,11 @@ def pictures(
             yield Picture(
                 f"grid-{gap}",
                 "grid",
-                f"S_ρ’s τ with the {_short(gap)} by ρ and K",
-                f"Kendall’s τ-b with the {_short(gap)} at each measured radius ρ and number of ascent "
+                f"S_ρ’s τ with the {target_short(gap)} by ρ and K",
+                f"Kendall’s τ-b with the {target_short(gap)} at each measured radius ρ and number of ascent "
                 f"steps K: {' to '.join(f'{n:,}' for n in dict.fromkeys((numbers[0], numbers[-1])))} "
                 "runs.",
-                figures.tau_by_radius(lines, f"τ with {GAPS[gap]}"),
+                figures.tau_by_radius(lines, f"τ with {gaps[gap]}"),
             )
     for name, of_runs in curves.items():
         recorded = sum(len(x) > 0 for x, _ in of_runs)
@@ -82,16 +82,18 @@ def pictures(
         )
 
 
-def _forest(statistics: SweepStatistics, gaps: Sequence[str]) -> Picture:
+def _forest(found: Correlations) -> Picture:
     rows = {
-        measure.name: {GAPS[gap]: tau_of(measure.gaps[gap]) for gap in gaps}
-        for measure in statistics.measures
+        measure: {label: found.get(measure, target) for target, label in found.targets.items()}
+        for measure in found.runs.measures
     }
     clear = {
-        gap: [m.name for m in statistics.measures if excludes_zero(m.gaps[gap].low, m.gaps[gap].high)]
-        for gap in gaps
+        target: [name for name in found.runs.measures if found.get(name, target).clear]
+        for target in found.targets
     }
-    said = "; ".join(f"with the {_short(gap)}, {', '.join(names) or 'none'}" for gap, names in clear.items())
+    said = "; ".join(
+        f"with the {target_short(target)}, {', '.join(names) or 'none'}" for target, names in clear.items()
+    )
     return Picture(
         "forest",
         "correlation",
@@ -101,22 +103,24 @@ def _forest(statistics: SweepStatistics, gaps: Sequence[str]) -> Picture:
     )
 
 
-def _granulated(statistics: SweepStatistics, gaps: Sequence[str]) -> Iterator[Picture]:
-    for gap in gaps:
-        found = {m.name: m.details[gap].granulated for m in statistics.measures if gap in m.details}
-        every = list(dict.fromkeys(name for each in found.values() for name in each.psi))
-        names = [name for name in every if any(of.psi[name].psi.value is not None for of in found.values())]
+def _granulated(found: Correlations) -> Iterator[Picture]:
+    for target in found.targets:
+        psi = {name: found.of(name, target, "psi") for name in found.runs.measures}
+        names = list(
+            dict.fromkeys(hyper for of in psi.values() for hyper, one in of.items() if one.value is not None)
+        )
         if not names:
             continue
-        values = [[*(each.psi[name].psi.value for name in names), each.mean.value] for each in found.values()]
-        absent = [name for name in every if name not in names]
+        values = [
+            [*(of[name].value for name in names), found.get(measure, target, "psi_mean").value]
+            for measure, of in psi.items()
+        ]
         yield Picture(
-            f"granulated-{gap}",
+            f"granulated-{target}",
             "beyond",
-            f"Granulated ψ, {_short(gap)}",
-            "ψ over runs in which only the named hyperparameter differs, and the mean Ψ of all ψ."
-            + (f" Undefined (the table gives the reasons): {', '.join(absent)}." if absent else ""),
-            figures.heat_map(np.array(values, dtype=float), list(found), [*names, MEAN], rule=1),
+            f"Granulated ψ, {target_short(target)}",
+            "ψ over runs in which only the named hyperparameter differs, and the mean Ψ of all ψ.",
+            figures.heat_map(np.array(values, dtype=float), list(psi), [*names, MEAN], rule=1),
         )
 
 
@@ -128,8 +132,7 @@ def _between_measures(table: RunTable) -> Iterator[Picture]:
     taus = np.full((len(names), len(names)), np.nan)
     for i, x in enumerate(columns):
         for j, y in enumerate(columns[: i + 1]):
-            both = np.isfinite(x) & np.isfinite(y)
-            found = kendall(x[both], y[both]).tau
+            found = kendall(x, y).value
             taus[i, j] = taus[j, i] = np.nan if found is None else found
     yield Picture(
         "measures",
@@ -146,14 +149,10 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w-]+", "_", name)[:60]
 
 
-def _says(result: Correlation) -> str:
-    if result.tau is None:
-        return f"τ undefined: {result.reason}"
-    text = f"τ = {two_decimals(result.tau)}"
-    if result.low is not None and result.high is not None:
-        text += f" [{two_decimals(result.low)}, {two_decimals(result.high)}]"
-    return f"{text}, {result.n:,} runs"
-
-
-def _short(gap: str) -> str:
-    return {"error_gap": "error gap", "ce_gap": "CE gap"}[gap]
+def _says(tau: Quantity) -> str:
+    if tau.value is None:
+        return f"τ undefined: {tau.note}"
+    text = f"τ = {two_decimals(tau.value)}"
+    if tau.low is not None and tau.high is not None:
+        text += f" [{two_decimals(tau.low)}, {two_decimals(tau.high)}]"
+    return f"{text}, {tau.n:,} runs"

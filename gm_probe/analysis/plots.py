@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gm_probe.analysis.correlation import Correlation, MeasureStatistics
-from gm_probe.analysis.table import GAPS, RunTable
+from gm_probe.analysis.design import target_column
+from gm_probe.analysis.results import Correlations, Quantity
 from gm_probe.files.atomic import write_atomic
+from gm_probe.tables.table import RunTable
 
 FORMATS = ("png", "pdf", "svg")
 MEASURE_LABELS = {
@@ -58,35 +59,31 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def scatter_panels(
-    table: RunTable,
-    statistics: Sequence[MeasureStatistics],
-    gaps: Sequence[str],
-    groups: Mapping[str, np.ndarray],
-) -> Figure:
-    """One panel a measure and gap, at most 3 measures side by side, each titled with its τ and n.
+def scatter_panels(found: Correlations, groups: Mapping[str, np.ndarray]) -> Figure:
+    """One panel a measure and target, at most 3 measures side by side, each titled with its τ and n.
 
-    ``groups`` maps a subgroup's label to its rows of ``table`` (``correlation.group_rows``); empty draws all
+    ``groups`` maps a subgroup's label to its rows of the table (``design.group_rows``); empty draws all
     runs alike, without a legend.
     """
-    blocks = -(-len(statistics) // 3)
-    num_columns = -(-len(statistics) // blocks)
+    table, measures, gaps = found.runs, found.runs.measures, found.targets
+    blocks = -(-len(measures) // 3)
+    num_columns = -(-len(measures) // blocks)
     with mpl.rc_context(STYLE):
         width = 0.4 + 2.1 * num_columns  # inches; three panels fill a page's 6.7
         figure = new_figure(width, 0.1 + 1.85 * blocks * len(gaps))
         for block in range(blocks):
-            some = statistics[block * num_columns : (block + 1) * num_columns]
+            some = measures[block * num_columns : (block + 1) * num_columns]
             for row, gap in enumerate(gaps):
                 first: Axes | None = None
                 for column, measure in enumerate(some):
                     place = (block * len(gaps) + row) * num_columns + column + 1
                     axes = figure.add_subplot(blocks * len(gaps), num_columns, place, sharey=first)
-                    _scatter(axes, table, measure.name, gap, groups)
-                    axes.set_title(_title(measure.gaps[gap]))
+                    _scatter(axes, table, measure, target_column(table, gap), groups)
+                    axes.set_title(_title(found.get(measure, gap)))
                     if row == len(gaps) - 1:
-                        axes.set_xlabel(measure_label(measure))
+                        axes.set_xlabel(measure_label(table, measure))
                     if first is None:
-                        axes.set_ylabel(GAPS[gap])
+                        axes.set_ylabel(gaps[gap])
                         first = axes
                     else:
                         axes.tick_params(labelleft=False)
@@ -150,8 +147,10 @@ def write_figure(figure: Figure, paths: Sequence[Path]) -> None:
         write_atomic(path, render(figure, path.suffix.lower().removeprefix(".")))
 
 
-def _scatter(axes: Axes, table: RunTable, measure: str, gap: str, groups: Mapping[str, np.ndarray]) -> None:
-    x, y = table.frame[measure].to_numpy(), table.frame[gap].to_numpy()
+def _scatter(
+    axes: Axes, table: RunTable, measure: str, y: np.ndarray, groups: Mapping[str, np.ndarray]
+) -> None:
+    x = table.frame[measure].to_numpy()
     present = np.isfinite(x) & np.isfinite(y)
     if not present.any():
         axes.text(0.5, 0.5, "no run has both values", transform=axes.transAxes, ha="center", va="center")
@@ -190,16 +189,17 @@ def measure_axis(axes: Axes, values: np.ndarray) -> None:
         axes.xaxis.set_major_locator(LogLocator(numticks=4))
 
 
-def _title(result: Correlation) -> str:
-    tau = "τ undefined" if result.tau is None else f"τ = {result.tau:.2f}".replace("-", "−")
-    return f"{tau}, n = {result.n}"
+def _title(tau: Quantity) -> str:
+    shown = "τ undefined" if tau.value is None else f"τ = {tau.value:.2f}".replace("-", "−")
+    return f"{shown}, n = {tau.n}"
 
 
-def measure_label(measure: MeasureStatistics) -> str:
+def measure_label(table: RunTable, measure: str) -> str:
     """For the axis of ``measure``: its symbol, and whose labels it was taken with."""
-    labels = f" ({measure.labels} labels)" if measure.labels else ""
-    known = MEASURE_LABELS.get(measure.name)
-    return known + labels if known else "\n".join(wrapped(measure.name + labels, 30)).replace("$", r"\$")
+    kind = table.labels.get(measure)
+    labels = f" ({kind} labels)" if kind else ""
+    known = MEASURE_LABELS.get(measure)
+    return known + labels if known else "\n".join(wrapped(measure + labels, 30)).replace("$", r"\$")
 
 
 def wrapped(text: str, width: int) -> list[str]:

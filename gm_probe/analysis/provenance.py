@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gm_probe.analysis.table import RunTable, show
 from gm_probe.runs.records import RunRecord, read_run
+from gm_probe.tables.table import RunTable, show
 
 PACKAGES = ("gm_probe", "numpy", "scipy", "pandas", "matplotlib", "jinja2")
 

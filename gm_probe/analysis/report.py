@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -12,10 +12,10 @@ from markupsafe import Markup, escape
 from gm_probe.analysis import curves, figures, grid, provenance, sheets
 from gm_probe.analysis.pictures import Picture, Rows, pictures
 from gm_probe.analysis.plots import MARKERS, render
-from gm_probe.analysis.results import SweepStatistics
-from gm_probe.analysis.table import RunTable, by_reason
+from gm_probe.analysis.results import Correlations
 from gm_probe.analysis.typeset import Sheet
 from gm_probe.errors import UsageError
+from gm_probe.tables.table import by_reason
 
 MOST_COLOURS = 2 * len(figures.COLOURS)
 """Subgroups that colour and filling tell apart."""
@@ -24,16 +24,15 @@ LISTED = 200
 SHOWN = 16
 """Rows up to which a table is unfolded."""
 SECTIONS = {
-    "correlation": ("Rank correlation with the gap", ("correlations", "subgroups"), ""),
+    "correlation": ("Rank correlation with the gap", ("correlations",), ""),
     "scatter": (
         "Measures against gaps",
         (),
-        "Each point is a run. The heavy line is the LOWESS trend of all runs, and light lines are those "
-        f"of subgroups. A trend needs at least {figures.FEWEST} runs.",
+        "Each point is a run.",
     ),
     "beyond": ("What a single τ hides", ("beyond",), ""),
     "comparisons": ("Measures against each other", ("comparisons",), ""),
-    "prediction": ("Prediction and selection", ("prediction",), ""),
+    "selection": ("Selection", ("selection",), ""),
     "grid": ("τ against ρ and K", (), ""),
     "training": ("Training", (), ""),
     "runs": ("Runs, and what was left out", ("exclusions", "runs"), ""),
@@ -68,18 +67,16 @@ class Report:
 
 
 def compose(
-    table: RunTable,
-    statistics: SweepStatistics,
-    gaps: Sequence[str],
+    statistics: Correlations,
     *,
     groups: Rows,
     shapes: Rows,
     command: str,
 ) -> Report:
-    """Draw and tabulate ``statistics`` of ``table``.
+    """Draw and tabulate ``statistics``.
 
     Args:
-        groups, shapes: rows by subgroup, told apart by colour and by marker (``correlation.group_rows``).
+        groups, shapes: rows by subgroup, told apart by colour and by marker (``design.group_rows``).
         command: what the user typed.
 
     Raises:
@@ -92,16 +89,17 @@ def compose(
                 f"{option} makes {len(rows)} subgroups, and a figure can distinguish {most}. Name fewer "
                 "settings"
             )
+    table = statistics.runs
     records = provenance.read_records(table)
     origin = provenance.provenance(records)
-    grids = {gap: grid.grid_taus(table, records, gap) for gap in gaps if records}
+    grids = {gap: grid.grid_taus(table, records, gap) for gap in statistics.targets if records}
     drawn, unread = curves.read_curves(table) if records else ({}, {})
     return Report(
         title=f"Generalization measures of {table.source.resolve().name}",
-        facts=_facts(table, statistics),
-        cautions=_cautions(statistics, gaps, unread),
-        pictures=tuple(pictures(table, statistics, gaps, groups, shapes, grids, drawn)),
-        results=sheets.statistics_sheets(statistics, gaps),
+        facts=_facts(statistics),
+        cautions=_cautions(statistics, unread),
+        pictures=tuple(pictures(statistics, groups, shapes, grids, drawn)),
+        results=sheets.statistics_sheets(statistics),
         runs=sheets.run_sheets(table),
         explanations=(
             *sheets.definition_sheets(table.measures),
@@ -157,30 +155,20 @@ def _sections(report: Report) -> Iterable[_Section]:
             yield _Section(name, title, lead, drawings, found)
 
 
-def _facts(table: RunTable, statistics: SweepStatistics) -> tuple[str, ...]:
+def _facts(found: Correlations) -> tuple[str, ...]:
+    table = found.runs
     reasons = "; ".join(f"{len(runs):,} {reason}" for reason, runs in by_reason(table.excluded).items())
     left_out = f"left out: {len(table.excluded):,} ({reasons})" if reasons else "no run was left out"
     return (
-        f"{statistics.num_runs:,} runs of {statistics.num_settings:,} settings, at most "
-        f"{statistics.largest_setting:,} runs per setting; {left_out}.",
-        *(f"{note}." for note in (*table.notes, *statistics.notes)),
-        f"{statistics.resamples:,} resamples, seed {statistics.seed}.",
+        *found.conclusion,
+        f"{table.num_runs:,} runs of {found.num_settings:,} settings; {left_out}.",
+        *(f"{note}." for note in (*table.notes, *found.notes)),
     )
 
 
-def _cautions(statistics: SweepStatistics, gaps: Sequence[str], unread: dict[str, str]) -> tuple[str, ...]:
-    found = [f"{measure.name}: {warning}." for measure in statistics.measures for warning in measure.warnings]
-    opposed: dict[str, list[str]] = {}
-    for measure in statistics.measures:
-        for gap in gaps:
-            details = measure.details.get(gap)
-            for by in details.simpson if details is not None else ():
-                opposed.setdefault(by, []).append(f"{measure.name} ({gap})")
-    for by, places in opposed.items():
-        found.append(
-            f"Simpson’s paradox: within the same {by}, τ has the opposite sign of τ over all runs for "
-            f"{', '.join(places)}."
-        )
+def _cautions(statistics: Correlations, unread: dict[str, str]) -> tuple[str, ...]:
+    said = statistics.warnings or {}
+    found = [f"{name}: {warning}." for name, warnings in said.items() for warning in warnings]
     if unread:
         run, reason = next(iter(unread.items()))
         found.append(f"Runs without a readable training curve: {len(unread):,}, the first {run}: {reason}.")

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from gm_probe.analysis import definitions
+from gm_probe.analysis.conclusion import target_short
+from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.provenance import Provenance
-from gm_probe.analysis.results import MeasureStatistics, Quantity, SweepStatistics
-from gm_probe.analysis.table import Exclusion, RunTable, by_reason, show
-from gm_probe.analysis.tidy import Line, tidy
-from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, shared_remarks, two_decimals
+from gm_probe.analysis.results import Correlations
+from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, two_decimals
+from gm_probe.tables.table import Exclusion, RunTable, by_reason, show
 
 NAMED = 20
 """Runs that a cell names before it counts the rest."""
@@ -17,64 +17,80 @@ LONGEST = 1000
 """Rows that the table of runs lists."""
 SHOWN_OUTCOMES = ("train_ce", "test_error")
 """What tells in the table of runs whether training was done."""
-# fmt: off
-CORRELATIONS = (
-    "Measure", "Gap", "τ-b", "95 % CI", "Bootstrap", "p", "Flag", "Runs", "Settings", "Spearman", "Pearson",
-    "p (naive)", "Ties (measure / gap)",
-)
-# fmt: on
+NAMES = {
+    "tau": "τ",
+    "tau_within": "τ within the same",
+    "tau_naive": "τ, naive p",
+    "tau_partial": "τ given",
+    "tau_difference": "Δτ with",
+    "spearman": "Spearman’s ρ",
+    "psi": "ψ of",
+    "psi_mean": "Ψ",
+    "cmi": "K given",
+    "cmi_min": "least K, given",
+    "sign_error_mean": "sign error, mean",
+    "sign_error_p90": "sign error, 90 %",
+    "sign_error_max": "sign error, worst",
+    "regret": "regret of the",
+    "regret_random": "regret of a random run",
+}
+"""The statistics in print; a group follows."""
 SECTIONS = {
-    "subgroups": ("Within subgroups", "τ-b within each subgroup."),
+    "correlations": (
+        "Correlations",
+        "Kendall’s τ-b over all runs and in subgroups. Intervals and p treat runs of one setting as repeats, and cover "
+        "the choice of the seeds that settings share.",
+        ("tau",),
+    ),
     "beyond": (
         "What a single τ hides",
-        "τ between and within settings, beyond the gaps' noise, within the same value of a setting, and "
-        "given another quantity; ψ where one hyperparameter differs; conditional mutual information K; "
-        "sign errors. Simpson’s paradox is flagged where τ within a setting and τ over all runs have "
-        "opposite signs and both intervals exclude 0.",
+        "τ within groups and given another quantity; ψ where one hyperparameter differs; conditional mutual "
+        "information K; sign errors.",
+        tuple(
+            name
+            for name in NAMES
+            if name != "tau" and name != "tau_difference" and not name.startswith("regret")
+        ),
     ),
     "comparisons": (
         "Δτ between measures",
-        "Δτ = τ of the first − τ of the second, on the same resamples; p adjusted for their number (Holm).",
+        "Δτ = τ of the first − τ of the second, over the runs that have both.",
+        ("tau_difference",),
     ),
-    "prediction": (
-        "Predicting the gap, choosing a run",
-        (
-            "The gap of left-out settings is predicted from the measure; the run with the smallest measure is "
-            "chosen."
-        ),
+    "selection": (
+        "Choosing a run",
+        "What picking a run by a measure costs over the best run, and what a random run costs on average.",
+        ("regret", "regret_random"),
     ),
 }
-"""Tables of the tidy statistics: title and caption."""
-SHORT = {"error_gap": "error", "ce_gap": "CE"}
+"""Parts of the tidy table: title, caption, and which statistics."""
 
 
-def statistics_sheets(statistics: SweepStatistics, gaps: Sequence[str]) -> tuple[Sheet, ...]:
-    """The tables of figures, most important first; those without a row are left out."""
-    rows = [(measure, gap) for gap in gaps for measure in statistics.measures]
-    lines = list(tidy(statistics, gaps))
-    sheets = [_correlations(rows), *(_section(name, lines) for name in SECTIONS)]
+def statistics_sheets(found: Correlations) -> tuple[Sheet, ...]:
+    """Return the tidy table in parts, most important first; those without a row are left out."""
+    sheets = (_part(found, name) for name in SECTIONS)
     return tuple(sheet for sheet in sheets if sheet.rows)
 
 
-def _section(name: str, lines: Sequence[Line]) -> Sheet:
-    """The lines of one section of the tidy table."""
-    title, caption = SECTIONS[name]
+def _part(found: Correlations, name: str) -> Sheet:
+    title, caption, wanted = SECTIONS[name]
+    rows = [(key, of) for key, of in found.quantities.items() if key.statistic in wanted]
     return Sheet(
         name=name,
         title=title,
         caption=caption,
-        columns=("Measure", "Gap", "Statistic", "Value", "p", "n"),
+        columns=("Measure", "Target", "Statistic", "Value", "95 % CI", "p", "n"),
         rows=tuple(
             (
-                Cell(line.measure),
-                Cell(SHORT[line.gap]),
-                Cell(line.label),
-                _quantity(line.found, 3 if name == "prediction" else None),
-                _p(line.found.p, line.found.reason or line.found.p_reason),
-                _count(line.found.n),
+                Cell(key.measure),
+                Cell(target_short(key.target)),
+                Cell(f"{NAMES[key.statistic]} {key.group}".strip()),
+                _figure(of.value, None if name != "selection" else 3, of.note or None),
+                _interval(of),
+                _p(of.p),
+                _count(of.n),
             )
-            for line in lines
-            if line.section == name
+            for key, of in rows
         ),
         num_labels=3,
     )
@@ -88,7 +104,7 @@ def run_sheets(table: RunTable) -> tuple[Sheet, ...]:
     for place, record in enumerate(frame.to_dict("records")):
         settings = [_setting(record[name]) for name in table.hyperparameters]
         values = [
-            _figure(record[name], 4, table.missing.get(name, {}).get(place, "no value")) for name in figures
+            _value(record[name], table.missing.get(name, {}).get(place, "no value")) for name in figures
         ]
         rows.append((Cell(str(record["run"])), *settings, *values))
     more = table.num_runs - len(frame)
@@ -186,80 +202,26 @@ def _shares(values: Mapping[str, int]) -> str:
     return ", ".join(shown) + (f" and {len(values) - NAMED:,} more" if len(values) > NAMED else "")
 
 
-def _correlations(rows: Sequence[tuple[MeasureStatistics, str]]) -> Sheet:
-    lines, notes = [], []
-    for measure, gap in rows:
-        result = measure.gaps[gap]
-        interval = Quantity(
-            result.tau, result.low, result.high, reason=result.reason, interval_reason=result.interval_reason
-        )
-        lines.append(
-            (
-                *_place(measure, gap),
-                _figure(result.tau, None, result.reason),
-                _interval(interval),
-                _interval(replace(interval, low=result.low_percentile, high=result.high_percentile)),
-                _p(result.p, result.reason or result.p_reason),
-                Cell(", ".join(measure.flags(gap)) or "none"),
-                _count(result.n),
-                _count(result.num_settings),
-                _figure(result.spearman, None, result.reason),
-                _figure(result.pearson, None, result.reason),
-                _p(result.p_naive, result.reason),
-                Cell(f"{result.ties_measure:,} / {result.ties_gap:,}", result.ties_measure),
-            )
-        )
-        if result.p is not None and result.p_reason:
-            notes.append(f"p of {measure.name}, {SHORT[gap]}: {result.p_reason}")
-    notes = shared_remarks(notes)
-    notes += [
-        f"{measure.name}: {text}" for measure, _ in rows for text in (*measure.warnings, *measure.notes)
-    ]
-    return Sheet(
-        name="correlations",
-        title="Correlations",
-        caption="Kendall’s τ-b; interval and permutation p keep the seeds of a setting together. With "
-        "five or more shared seeds the interval also covers seed variation. Treat flagged rows "
-        "with caution.",
-        columns=CORRELATIONS,
-        rows=tuple(lines),
-        num_labels=2,
-        notes=tuple(dict.fromkeys(notes)),
-    )
-
-
-def _place(measure: MeasureStatistics, gap: str) -> tuple[Cell, Cell]:
-    labels = f" ({measure.labels} labels)" if measure.labels else ""
-    return Cell(measure.name + labels), Cell(SHORT[gap])
+def _value(value: float, reason: str) -> Cell:
+    return Cell(UNDEFINED, reason=reason) if math.isnan(value) else _figure(value, 4, None)
 
 
 def _figure(value: float | None, digits: int | None, reason: str | None) -> Cell:
     """``digits`` significant ones; None: two decimals, as a coefficient has."""
     if value is None or math.isnan(value):
         return Cell(UNDEFINED, reason=reason)
-    return Cell(two_decimals(value) if digits is None else _minus(f"{value:.{digits}g}"), value)
-
-
-def _quantity(found: Quantity, digits: int | None = None) -> Cell:
-    """A figure and its interval in one cell."""
-    if found.value is None:
-        return Cell(UNDEFINED, reason=found.reason)
-    interval = _interval(found)
-    plain = _figure(found.value, digits, None)
-    text = plain.text + (f" {interval.text}" if interval.order is not None else "")
-    reason = None if found.interval_reason is None else f"no interval: {found.interval_reason}"
-    return Cell(text, found.value, reason)
+    return Cell(two_decimals(value) if digits is None else _minus(f"{value:.{digits}g}"), value, reason)
 
 
 def _interval(found: Quantity) -> Cell:
     if found.low is None or found.high is None:
-        return Cell(UNDEFINED, reason=found.reason or found.interval_reason)
+        return Cell(UNDEFINED)
     return Cell(f"[{two_decimals(found.low)}, {two_decimals(found.high)}]", found.low)
 
 
-def _p(value: float | None, reason: str | None) -> Cell:
+def _p(value: float | None) -> Cell:
     if value is None:
-        return Cell(UNDEFINED, reason=reason)
+        return Cell(UNDEFINED)
     shown = f"{value:.{3 if value >= 0.001 else 4}f}" if value >= 0.0001 else f"{value:.1e}"
     return Cell(_minus(shown), value)
 

@@ -25,7 +25,7 @@ def collect(folder: Path, out: Path | None, quiet: bool) -> None:
     FOLDER is runs/ unless given. The command works at any time, also while the sweep runs; call it again to
     add new results. `gmprobe correlate` reads the table as it reads the folder.
     """
-    from gm_probe.analysis.collect import write_table
+    from gm_probe.tables.collect import write_table
 
     out = out or folder / "table.csv"
     frame = write_table(folder, out)

@@ -1,11 +1,10 @@
-"""``gmprobe correlate``: statistics, a table and a figure over many runs."""
+"""``gmprobe correlate``: does a measure follow the gap over many runs?"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from gm_probe.analysis.requests import require_source, require_statistics
 from gm_probe.cli.output import (
     FIGURE_SUFFIXES,
     format_options,
@@ -21,17 +20,17 @@ from gm_probe.cli.selection import (
     gap_option,
     measures_option,
     names,
-    resamples_option,
-    seed_option,
-    skip_option,
+    seed_column_option,
     source_argument,
+    target_option,
+    targets_of,
 )
-from gm_probe.cli.statistics import as_json, as_rows, print_details, print_tables, warnings
+from gm_probe.cli.statistics import as_json, as_rows, print_answer, print_details, warnings
 from gm_probe.errors import DataError, UsageError
+from gm_probe.tables.sources import beside, require_source
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
-    from gm_probe.analysis.results import SweepStatistics
-    from gm_probe.analysis.table import RunTable
+    from gm_probe.analysis.results import Correlations
 
 
 @click.command(epilog="Example:  gmprobe correlate runs/ --group-by weight_decay")
@@ -49,6 +48,8 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     help="Also correlate within each subgroup of these settings.  [default: those of the sweep's recipe]",
 )
 @gap_option
+@seed_column_option
+@target_option
 @converged_only_option
 @click.option(
     "--figure",
@@ -60,12 +61,9 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
 )
 @click.option("--no-figure", is_flag=True, help="Write no figure.")
 @click.option(
-    "--details", is_flag=True, help="Print every statistic instead of τ alone; --json always has them."
+    "--details", is_flag=True, help="Also print every statistic; --json and --csv always have them."
 )
 @control_option
-@skip_option
-@seed_option
-@resamples_option
 @format_options
 def correlate(
     source: Path,
@@ -73,88 +71,87 @@ def correlate(
     hyper: str,
     group_by: str | None,
     gap: str,
+    seed_column: str,
+    target: str,
     converged_only: bool,
     figure_path: Path | None,
     no_figure: bool,
     details: bool,
     control: str,
-    skip: str,
-    seed: int,
-    resamples: int,
     output: str | None,
     quiet: bool,
 ) -> None:
-    """Correlate each measure with the generalization gap over many runs.
+    """Tell whether each measure follows the generalization gap over many runs.
 
-    SOURCE is a folder of run folders (runs/ unless given), or a .csv, .tsv or .parquet file with one run
-    per row: columns error_gap (test error − train error) and/or ce_gap (the same for cross-entropy), one
-    column per measure, and one per hyperparameter. Only finished and measured runs enter; every other run
-    is counted and listed with its reason. In a file, the measures are the columns with a measure's name. If
-    there are none, they are all numeric columns except settings, identifiers and dates. A note on stderr
-    lists them.
+    SOURCE is a folder of run folders (runs/ unless given), a folder or database of MLflow, Lightning or
+    Hugging Face, or a .csv, .tsv, .jsonl or .parquet file with one run per row: columns error_gap (test
+    error − train error) and/or ce_gap (the same for cross-entropy), one column per measure, and one per
+    hyperparameter. --gap makes another gap of any columns. Only finished and measured runs enter; every
+    other run is counted and listed with its reason. In a file, the measures are all numeric columns except
+    settings, identifiers and dates. A note on stderr lists them.
 
-    The statistic is Kendall's τ-b, over all runs and within each --group-by subgroup, with a 95 % interval
-    and a p-value. Both treat settings as independent, and the seeds of one setting as repeats. Runs that
-    agree in every hyperparameter form one setting. --details adds τ between and within settings and
-    subgroups, with a flag for Simpson's paradox, and τ over pairs beyond sampling noise. It also adds
-    partial τ, granulated ψ, conditional mutual information, sign errors, prediction, selection, and
-    differences between measures.
-
-    Runs whose measures were taken with different settings (ρ, data, labels, ...) are not comparable; the
-    result then names the settings that differ.
+    Each line gives Kendall's τ with a 95 % interval and its p, and what picking the run with the smallest
+    measure (or the largest, where larger is better) costs in test error. Intervals count runs that agree in
+    every hyperparameter as repeats of one setting, and cover the choice of seeds that settings share. Sentences
+    at the end draw the conclusion. --details adds τ within groups, granulated ψ, partial τ, differences between
+    measures, Spearman's ρ, conditional mutual information and sign errors.
 
     A scatter plot (PNG, PDF, SVG) is written beside SOURCE. With --json or --csv it is written only if
     --figure asks for it.
     """
-    if details and output:
-        raise UsageError(
-            "--details is for the printed tables; leave it out. --json has every statistic, --csv the "
-            "main ones"
-        )
     if no_figure and figure_path is not None:
         raise UsageError("--figure and --no-figure exclude each other; give one")
     wanted = figure_path is not None or not (no_figure or output)
     paths = _figure_paths(source, figure_path) if wanted else []
     require_source(source)
-    require_statistics(names(skip), resamples)
-    from gm_probe.analysis import runs
+    from gm_probe.tables import runs
 
     by = runs.recipe_groups(source) if group_by is None else names(group_by)
     if by and group_by is None:
         _say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)", quiet)
-    found = runs.load_table(source, names(measures), names(hyper), by, converged_only=converged_only)
+    table = runs.load_table(
+        source,
+        names(measures),
+        names(hyper),
+        by,
+        gap=gap,
+        seed_column=seed_column,
+        converged_only=converged_only,
+    )
     from gm_probe.analysis import correlation  # scipy, which a wrong table must not wait for
 
-    by, controls = found.named(by), found.named(names(control))
-    gaps = found.gaps if gap == "both" else (gap,)
-    statistics = correlation.correlate(
-        found, gaps, by, controls=controls, seed=seed, resamples=resamples, skip=names(skip)
+    found = correlation.correlate(
+        table,
+        targets=targets_of(gap, target),
+        group_by=by,
+        controls=names(control),
+        details=details or output is not None,
     )
-
     if output == "json":
-        print_json(as_json(found, statistics))
+        print_json(as_json(found))
     elif output == "csv":
-        print_csv(as_rows(statistics))
+        print_csv(as_rows(found))
     else:
-        print_tables(statistics, gaps)
+        print_answer(found)
         if details:
-            print_details(statistics, gaps)
-    _print_notes(found, statistics, quiet)
-    measured = [result for measure in statistics.measures for result in measure.gaps.values()]
-    if all(result.tau is None for result in measured):
+            print_details(found)
+    _print_notes(found, quiet)
+    for text in warnings(found) if output else ():
+        _say(f"warning: {text}", quiet)
+    if all(found.get(name, of).value is None for name in table.measures for of in found.targets):
         raise DataError(f"no measure in {source} has a defined τ; the result gives the reasons")
     if paths:
-        from gm_probe.analysis import plots
+        from gm_probe.analysis import design, plots
 
-        groups = correlation.group_rows(found, by) if by else {}
-        plots.write_figure(plots.scatter_panels(found, statistics.measures, gaps, groups), paths)
+        groups = design.group_rows(table, table.named(by)) if by else {}
+        plots.write_figure(plots.scatter_panels(found, groups), paths)
         _say(f"figure: {', '.join(map(str, paths))}", quiet)
 
 
 def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:
     """The files to write; a suffix chooses one format, none all three."""
     if chosen is None:
-        chosen = source / "correlate" if source.is_dir() else source.with_name(f"{source.stem}-correlate")
+        chosen = beside(source, "correlate")
     elif chosen.suffix.lower() in FIGURE_SUFFIXES:
         return [chosen]
     elif chosen.suffix:
@@ -166,21 +163,16 @@ def _say(text: str, quiet: bool) -> None:
     note(notes_console(quiet), text)
 
 
-def _print_notes(found: "RunTable", statistics: "SweepStatistics", quiet: bool) -> None:
-    from gm_probe.analysis.table import by_reason
+def _print_notes(found: "Correlations", quiet: bool) -> None:
+    from gm_probe.tables.table import by_reason
 
-    for text in (*found.notes, *statistics.notes):
+    for text in (*found.runs.notes, *found.notes):
         _say(text, quiet)
     if found.excluded:
-        total = found.num_runs + len(found.excluded)
-        _say(f"excluded {len(found.excluded)} of {total} runs:", quiet)
-        for reason, left_out in by_reason(found.excluded).items():
-            shown = ", ".join(left_out[:5]) + (
-                f" and {len(left_out) - 5} more (--json)" if len(left_out) > 5 else ""
-            )
-            _say(f"  {len(left_out)} {reason}: {shown}", quiet)
-    for warning in warnings(statistics.measures):
-        _say(f"warning: {warning}", quiet)
-    for measure in statistics.measures:
-        for text in measure.notes:
-            _say(f"{measure.name}: {text}", quiet)
+        total = found.runs.num_runs + len(found.excluded)
+        reasons = [f"{len(runs)} {reason}" for reason, runs in by_reason(found.excluded).items()]
+        more = f" and {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""
+        _say(
+            f"excluded {len(found.excluded)} of {total} runs ({'; '.join(reasons[:3])}{more}); --json names them",
+            quiet,
+        )

@@ -4,136 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import click
+from typing import TYPE_CHECKING, Any, cast
 
 from gm_probe.cli.output import note_reading, notes_console
-from gm_probe.cli.param_types import AT_ONCE, PATH, Choice, floats
+from gm_probe.cli.param_types import floats
+from gm_probe.cli.settings import taken
 from gm_probe.data.reading import Reading
 from gm_probe.data.sources import require_source
 from gm_probe.errors import DataError, UsageError
 from gm_probe.models.names import require_model_name
 from gm_probe.runtime.device_names import require_device_name
+from gm_probe.setting import setting, validate
 
 if TYPE_CHECKING:
     import torch
 
     from gm_probe.data.batches import Normalization
     from gm_probe.data.datasets import Examples
+    from gm_probe.models.door import Kind
     from gm_probe.training.leave import Leave
 
-_OPTIONS = (
-    click.option(
-        "--part",
-        type=Choice(["test", "train"]),
-        help="Split to use when the data has train/ and test/.  [default: test]",
-    ),
-    click.option(
-        "--data",
-        metavar="WHERE",
-        help="Where the run's own data is now, if it has moved. The data itself must be unchanged.",
-    ),
-    click.option(
-        "--model",
-        "model_names",
-        metavar="NAME",
-        multiple=True,
-        help="Name the network of a checkpoint that gmprobe did not write; see `gmprobe models`. Give it "
-        "once for all checkpoints, or once for each.",
-    ),
-    click.option(
-        "--key",
-        "keys",
-        metavar="NAME",
-        multiple=True,
-        help="Use these weights of a file, such as state_dict_ema: a key, a dotted path of keys, or a "
-        "prefix of names. Give it once for all checkpoints, or once for each.",
-    ),
-    click.option(
-        "--strip",
-        "strips",
-        metavar="PREFIX",
-        multiple=True,
-        help="Use only tensors whose names begin with this prefix, and remove the prefix. Give it once "
-        "for all checkpoints, or once for each.",
-    ),
-    click.option(
-        "--max-examples", type=click.IntRange(1), help="Use a seeded random subset of this many examples."
-    ),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(1),
-        help="Number of examples per pass; it affects memory and speed only.  [default: 250, or fewer to "
-        "fit --memory]",
-    ),
-    click.option(
-        "--mean",
-        metavar="R,G,B",
-        help="Mean of each channel that a checkpoint's inputs were normalised with, for pixels in [0, 1].",
-    ),
-    click.option("--std", metavar="R,G,B", help="Standard deviation of each channel; goes with --mean."),
-    click.option(
-        "--no-normalize", is_flag=True, help="Pass pixels in [0, 1] to the network without normalisation."
-    ),
-    click.option(
-        "--image-size",
-        type=click.IntRange(1),
-        help="Resize a folder's images to this many pixels per side, ignoring their aspect ratio.",
-    ),
-    click.option(
-        "--resize",
-        type=click.IntRange(1),
-        help="Resize the shorter side of a folder's images to this many pixels, as torchvision does.",
-    ),
-    click.option(
-        "--crop", type=click.IntRange(1), help="Then cut the central square with this many pixels per side."
-    ),
-    click.option(
-        "--channels", type=Choice(["1", "3"]), help="Read a folder's images as grey (1) or RGB (3)."
-    ),
-    click.option(
-        "--skip-bad",
-        is_flag=True,
-        help="Leave out images that cannot be decoded; the result counts and lists them.",
-    ),
-    click.option(
-        "--num-classes",
-        type=click.IntRange(2),
-        help="Number of classes of the network.  [default: the outputs of its head]",
-    ),
-    click.option(
-        "--output",
-        "model_output",
-        metavar="NAME",
-        help="Index or name of the logits, for a model that returns several outputs.",
-    ),
-    click.option(
-        "--outputs-are",
-        type=Choice(["logits", "probabilities", "log-probabilities"]),
-        help="State what the model returns. Without this, outputs that look like probabilities are refused.",
-    ),
-    click.option(
-        "--data-root", metavar="DIR", type=PATH, help="Folder in which torchvision keeps its data sets."
-    ),
-    click.option("--download", is_flag=True, help="Let torchvision download a missing data set."),
-    click.option(
-        "--dtype",
-        type=Choice(["float32", "float64"]),
-        default="float32",
-        show_default=True,
-        help="Compute in this floating-point type.",
-    ),
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        help="Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows.",
-    ),
-    click.option("--threads", type=AT_ONCE, help="Number of CPU threads."),
-)
+DATA, CHECKPOINT, MACHINE = "Data", "Checkpoint", "Machine and precision"
 
 
 @lru_cache(maxsize=3)
@@ -149,38 +42,125 @@ def opened_aloud(data: DataOptions, source: str, labeled: bool, quiet: bool) -> 
     return examples, part
 
 
-def data_options(command: Any) -> Any:
-    """Add the options; the command takes them as ``**options`` and makes ``DataOptions`` of them."""
-    return reduce(lambda inner, option: option(inner), reversed(_OPTIONS), command)
-
-
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """What ``data_options`` read."""
+    """On what data, and how, checkpoints are run: each field is an option (see ``setting``)."""
 
-    part: str | None
-    data: str | None
-    model_names: tuple[str, ...]
-    keys: tuple[str, ...]
-    strips: tuple[str, ...]
-    max_examples: int | None
-    batch_size: int | None
-    mean: str | None
-    std: str | None
-    no_normalize: bool
-    image_size: int | None
-    resize: int | None
-    crop: int | None
-    channels: str | None
-    skip_bad: bool
-    num_classes: int | None
-    model_output: str | None
-    outputs_are: Any
-    data_root: Path | None
-    download: bool
-    dtype: str
-    device: str
-    threads: int | None
+    part: str | None = setting(
+        None,
+        DATA,
+        "Split to use when the data has train/ and test/.",
+        unset="test",
+        choices=("test", "train"),
+    )
+    data: str | None = setting(
+        None,
+        DATA,
+        "Where the run's own data is now, if it has moved. The data itself must be unchanged.",
+        metavar="WHERE",
+    )
+    model_names: tuple[str, ...] = setting(
+        (),
+        CHECKPOINT,
+        "Name the network of a checkpoint that gmprobe did not write; see `gmprobe models`. Give it once for all "
+        "checkpoints, or once for each.",
+        flag="--model",
+        metavar="NAME",
+    )
+    keys: tuple[str, ...] = setting(
+        (),
+        CHECKPOINT,
+        "Use these weights of a file, such as state_dict_ema: a key, a dotted path of keys, or a prefix of names. "
+        "Give it once for all checkpoints, or once for each.",
+        flag="--key",
+        metavar="NAME",
+    )
+    strips: tuple[str, ...] = setting(
+        (),
+        CHECKPOINT,
+        "Use only tensors whose names begin with this prefix, and remove the prefix. Give it once for all "
+        "checkpoints, or once for each.",
+        flag="--strip",
+        metavar="PREFIX",
+    )
+    max_examples: int | None = setting(
+        None, DATA, "Use a seeded random subset of this many examples.", least=1
+    )
+    batch_size: int | None = setting(
+        None,
+        MACHINE,
+        "Number of examples per pass; it affects memory and speed only.",
+        unset="250, or fewer to fit --memory",
+        least=1,
+    )
+    mean: str | None = setting(
+        None,
+        CHECKPOINT,
+        "Mean of each channel that a checkpoint's inputs were normalised with, for pixels in [0, 1].",
+        metavar="R,G,B",
+    )
+    std: str | None = setting(
+        None, CHECKPOINT, "Standard deviation of each channel; goes with --mean.", metavar="R,G,B"
+    )
+    no_normalize: bool = setting(
+        False, CHECKPOINT, "Pass pixels in [0, 1] to the network without normalisation."
+    )
+    image_size: int | None = setting(
+        None,
+        DATA,
+        "Resize a folder's images to this many pixels per side, ignoring their aspect ratio.",
+        least=1,
+    )
+    resize: int | None = setting(
+        None,
+        DATA,
+        "Resize the shorter side of a folder's images to this many pixels, as torchvision does.",
+        least=1,
+    )
+    crop: int | None = setting(
+        None, DATA, "Then cut the central square with this many pixels per side.", least=1
+    )
+    channels: str | None = setting(
+        None, DATA, "Read a folder's images as grey (1) or RGB (3).", choices=("1", "3")
+    )
+    skip_bad: bool = setting(
+        False, DATA, "Leave out images that cannot be decoded; the result counts and lists them."
+    )
+    num_classes: int | None = setting(
+        None, CHECKPOINT, "Number of classes of the network.", unset="the outputs of its head", least=2
+    )
+    model_output: str | None = setting(
+        None,
+        CHECKPOINT,
+        "Index or name of the logits, for a model that returns several outputs.",
+        flag="--output",
+        metavar="NAME",
+    )
+    outputs_are: str | None = setting(
+        None,
+        CHECKPOINT,
+        "State what the model returns. Without this, outputs that look like probabilities are refused.",
+        choices=("logits", "probabilities", "log-probabilities"),
+    )
+    data_root: Path | None = setting(
+        None, DATA, "Folder in which torchvision keeps its data sets.", metavar="DIR"
+    )
+    download: bool = setting(False, DATA, "Let torchvision download a missing data set.")
+    dtype: str = setting(
+        "float32", MACHINE, "Compute in this floating-point type.", choices=("float32", "float64")
+    )
+    device: str = setting(
+        "auto", MACHINE, "Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows."
+    )
+    threads: int | None = setting(None, MACHINE, "Number of CPU threads.", least=1, most=1024)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> DataOptions:
+        """Take them out of a command's ``options``."""
+        return cls(**taken(cls, options))
 
     def require_use(self, source: str | None) -> None:
         """Raise UsageError where an option is given that does not go with the data that is measured over.
@@ -264,7 +244,7 @@ class DataOptions:
         return size | {
             "normalization": self._normalization(),
             "num_classes": self.num_classes,
-            "outputs": Outputs(self.model_output, self.outputs_are),
+            "outputs": Outputs(self.model_output, cast("Kind | None", self.outputs_are)),
             "dtype": self._dtype(),
             "device": pick_device(self.device),
         }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.accuracy.report import CLASS_SHARES, MIRRORED
-from gm_probe.cli.data import DataOptions, data_options, opened_aloud
+from gm_probe.cli.data import DataOptions, opened_aloud
 from gm_probe.cli.output import (
     format_options,
     note,
@@ -24,7 +24,7 @@ from gm_probe.cli.output import (
 )
 from gm_probe.cli.param_types import PATH, SEED, Choice
 from gm_probe.cli.progress import progress_bar
-from gm_probe.cli.settings import GroupedCommand
+from gm_probe.cli.settings import GroupedCommand, config_option, setting_options
 from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, DataError, DivergedError, UsageError
 from gm_probe.measures.catalogue import check_names, expanded
@@ -97,7 +97,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="State what the outputs mean: exclusive classes, or one yes-or-no logit.",
 )
-@data_options
+@setting_options(DataOptions)
+@config_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all random draws.")
 @format_options
 def estimate(
@@ -127,7 +128,7 @@ def estimate(
     """
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, the first does all
         return
-    data = DataOptions(**options)
+    data = DataOptions.of(options)
     names, paths = _asked(data, checkpoints, [unlabeled, validation, few_labels], measures)
     shares = _shares(class_shares)
     from gm_probe.accuracy.sets import examine
@@ -372,8 +373,8 @@ def _write_suggestions(path: Path, report: EstimateReport, files: Sequence[Path]
     import csv
     import io
 
-    from gm_probe.analysis.cells import cell
     from gm_probe.files.atomic import write_atomic
+    from gm_probe.tables.cells import cell
 
     models = list(report.suggestions[0].predicted) if report.suggestions else []
     text = io.StringIO()

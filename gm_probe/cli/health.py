@@ -27,6 +27,8 @@ EXTRAS = {
     "tensorboard": "train --tensorboard",
     "tune": "tune --trials",
     "ray": "--executor ray",
+    "lightning": "examples/lightning_training.py",
+    "accelerate": "examples/accelerate_loop.py",
 }
 """Optional dependencies that a command may ask for, and what for."""
 DATA = {

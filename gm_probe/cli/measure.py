@@ -6,14 +6,14 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.data import DataOptions, data_options, opened_aloud
+from gm_probe.cli.data import DataOptions, opened_aloud
 from gm_probe.cli.executors import check_executor, executor_options, ray_executor
 from gm_probe.cli.measure_many import measure_all, opened_once
 from gm_probe.cli.output import (
@@ -22,9 +22,9 @@ from gm_probe.cli.output import (
     note,
     notes_console,
 )
-from gm_probe.cli.param_types import PATH, SEED, Choice, floats, num_bytes, share, wholes
-from gm_probe.cli.relevance import CONVERGED, idle, require_use_of_grids
-from gm_probe.cli.settings import GroupedCommand
+from gm_probe.cli.param_types import PATH, Choice, num_bytes
+from gm_probe.cli.relevance import CONVERGED, idle, quadrature, require_use_of_grids
+from gm_probe.cli.settings import GroupedCommand, config_option, setting_options, taken
 from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, UsageError
 from gm_probe.measures.catalogue import BLOCKS, check_names, default_measures, expanded
@@ -32,9 +32,6 @@ from gm_probe.measures.settings import Settings
 
 if TYPE_CHECKING:
     from gm_probe.executors.local import Executor
-
-GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
-"""Settings that more than one value of an option make a grid of."""
 
 
 @click.command(
@@ -74,93 +71,7 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     show_default=True,
     help="Report S_ρ as the mean over random starts of K steps, as the converged maximum, or both.",
 )
-@click.option(
-    "--rho",
-    metavar="R[,R...]",
-    default="0.1",
-    show_default=True,
-    help="Radius ρ in parameter space; several values make a grid around the first.",
-)
-@click.option(
-    "--k-steps",
-    metavar="K[,K...]",
-    default="1",
-    show_default=True,
-    help="Number K of ascent steps of Algorithm 1; several values make a grid around the first.",
-)
-@click.option("--noise-scale", type=float, default=0.1, show_default=True, help="Length of the random start.")
-@click.option(
-    "--starts",
-    "num_starts",
-    type=int,
-    default=10,
-    show_default=True,
-    help="Number of random starts to average over.",
-)
-@click.option(
-    "--ascent-tolerance",
-    type=float,
-    default=0.001,
-    show_default=True,
-    help="Stop a converged ascent when a step's relative gain is below this.",
-)
-@click.option(
-    "--eta", type=float, default=0.01, show_default=True, help="Set η of the adaptive ball ‖δ/(|θ|+η)‖ ≤ ρ."
-)
-@click.option(
-    "--sub-batch",
-    type=int,
-    default=128,
-    show_default=True,
-    help="Number of examples that share a perturbation in the batchwise S_ρ.",
-)
-@click.option(
-    "--trace-tolerance",
-    type=float,
-    default=0.05,
-    show_default=True,
-    help="Relative standard error to reach for a trace; 0 computes tr F exactly, with one pass per class.",
-)
-@click.option(
-    "--eigen-tolerance",
-    type=float,
-    default=0.01,
-    show_default=True,
-    help="Relative Lanczos residual to reach for an eigenvalue.",
-)
-@click.option(
-    "--max-probes",
-    type=int,
-    default=100,
-    show_default=True,
-    help="Maximum number of probes for an estimated trace.",
-)
-@click.option(
-    "--max-iterations",
-    type=int,
-    default=100,
-    show_default=True,
-    help="Maximum number of Lanczos iterations or ascent steps.",
-)
-@click.option(
-    "--params",
-    metavar="REGEX",
-    default="",
-    help="Measure only parameters whose name matches this.  [default: all]",
-)
-@click.option(
-    "--top",
-    "top_eigenvalues",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Number of leading eigenvalues to report.",
-)
-@click.option(
-    "--target-error",
-    metavar="PERCENT",
-    help="Report how many examples are needed for this relative error, such as 2%.",
-)
+@setting_options(Settings)
 @click.option(
     "--per-layer",
     is_flag=True,
@@ -179,20 +90,6 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     help="Also plot the spectral densities of F and H to this .png, .pdf or .svg; costs about 800 gradients.",
 )
 @click.option(
-    "--density-probes",
-    type=click.IntRange(1),
-    default=4,
-    show_default=True,
-    help="Number of random starts per density.",
-)
-@click.option(
-    "--density-steps",
-    type=click.IntRange(2),
-    default=40,
-    show_default=True,
-    help="Number of Lanczos steps per start.",
-)
-@click.option(
     "--head",
     type=Choice(["classifier", "binary", "multilabel", "simclr"]),
     default="classifier",
@@ -208,9 +105,9 @@ GRIDS = {"rho": "rho_grid", "k_steps": "k_grid"}
     show_default=True,
     help="Memory budget of a pass; it sets the batch size unless --batch-size is given.",
 )
-@data_options
+@setting_options(DataOptions)
+@config_option
 @executor_options("local", "ray")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all random draws.")
 @click.option(
     "--save",
     is_flag=True,
@@ -224,26 +121,10 @@ def measure(
     labeled: str | None,
     measures: str,
     protocol: str,
-    rho: str,
-    k_steps: str,
-    noise_scale: float,
-    num_starts: int,
-    ascent_tolerance: float,
-    eta: float,
-    sub_batch: int,
-    trace_tolerance: float,
-    eigen_tolerance: float,
-    max_probes: int,
-    max_iterations: int,
-    params: str,
-    top_eigenvalues: int,
-    target_error: str | None,
     validation: str | None,
     per_layer: bool,
     layer_figure: Path | None,
     density: Path | None,
-    density_probes: int,
-    density_steps: int,
     head: str,
     temperature: float | None,
     memory: str,
@@ -251,7 +132,6 @@ def measure(
     jobs: int,
     address: str | None,
     gpus: float,
-    seed: int,
     save: bool,
     output: str | None,
     quiet: bool,
@@ -274,68 +154,29 @@ def measure(
     finished last is measured.
     """
     check_executor(executor, jobs, address, gpus)
-    if unlabeled is not None and labeled is not None:
-        raise UsageError("--unlabeled and --labeled exclude each other; give one")
-    if head == "simclr" and labeled is not None:
-        raise UsageError("NT-Xent reads no labels; give --unlabeled")
-    if temperature is not None and not 0 < temperature < math.inf:
-        raise UsageError(f"--temperature {temperature} must be a finite number above 0")
-    radii, steps = floats("--rho", rho), wholes("--k-steps", k_steps)
+    _require_source(unlabeled, labeled, head, temperature)
     settings = Settings(
-        rho=radii[0],
-        rho_grid=radii[1:],
-        k_steps=steps[0],
-        k_grid=steps[1:],
-        params=params,
-        top_eigenvalues=top_eigenvalues,
-        target_error=0.0 if target_error is None else share("--target-error", target_error),
-        noise_scale=noise_scale,
-        num_starts=num_starts,
-        ascent_tolerance=ascent_tolerance,
-        eta=eta,
-        sub_batch=sub_batch,
-        protocol="converged" if protocol == "converged" else "paper",
-        trace_tolerance=trace_tolerance,
-        eigen_tolerance=eigen_tolerance,
-        max_probes=max_probes,
-        max_iterations=max_iterations,
-        seed=seed,
+        **taken(Settings, options), protocol="converged" if protocol == "converged" else "paper"
     )
     names = _chosen(measures, protocol, labeled is not None, head == "simclr")
     require_use_of_grids(names, settings)
     bytes_of_memory = num_bytes("--memory", memory)
     per_layer = per_layer or layer_figure is not None
-    _check_figures({"--density": density, "--layer-figure": layer_figure})
     if save and (per_layer or validation is not None):
         raise UsageError("--save keeps no values per layer or by --validation; leave one of them out")
-    data = DataOptions(**options)
+    data = DataOptions.of(options)
     source = unlabeled if labeled is None else labeled
     data.require_use(source)
     if validation is not None:
         require_source(validation, here=True)
     given, checkpoints = _checkpoints(checkpoints, source, save, quiet)
     own_loading = data.of_each(checkpoints)
-    # torchrun's processes share the examples of one checkpoint after another
-    from gm_probe.runtime.processes import launched
-
-    together = launched() > 1
-    if together and (executor == "ray" or jobs > 1):
-        raise UsageError(
-            "under torchrun, checkpoints are measured one by one; leave out --jobs and --executor"
-        )
     alone = executor == "local" and jobs == 1
-    for option, file in (("--density", density), ("--layer-figure", layer_figure)):
-        if file is not None and (not alone or len(checkpoints) > 1):
-            raise UsageError(f"{option} plots a single checkpoint; give one")
-    context = click.get_current_context()
-    given_settings = _given(context)
+    single = alone and len(checkpoints) == 1
+    _require_figures({"--density": density, "--layer-figure": layer_figure}, single)
     # with --save a run's own record fills in what is not given; of torchrun's processes one speaks
     if not (quiet or save) and os.environ.get("RANK", "0") == "0":
-        options = {p.name: p.opts[0] for p in context.command.params if p.name in given_settings}
-        for option in idle(
-            [*names, *(BLOCKS if per_layer else ())], settings, options, density=density is not None
-        ):
-            note(notes_console(), f"note: {option} has no effect on what is measured")
+        _note_idle([*names, *(BLOCKS if per_layer else ())], settings, density)
     # below, torch is imported, which takes seconds: what can be wrong with the options has been told
     from gm_probe.executors.local import Processes, visible_gpus
     from gm_probe.measuring.checkpoint import How
@@ -344,6 +185,13 @@ def measure(
     from gm_probe.runtime.devices import named_device, pick_device
     from gm_probe.training.run_splits import own_unlabeled
 
+    together = (
+        processes.launched() > 1
+    )  # torchrun's processes share the examples of one checkpoint after another
+    if together and not alone:
+        raise UsageError(
+            "under torchrun, checkpoints are measured one by one; leave out --jobs and --executor"
+        )
     named_device(data.device)
     # each looks for its device where it is measured: a GPU may be on Ray's workers alone
     loading = (data if alone else replace(data, device="cpu")).loading() | {
@@ -351,7 +199,7 @@ def measure(
         "memory": bytes_of_memory,
         "head": head,
         "temperature": temperature,
-        "quadrature": (density_probes, density_steps) if density is not None else None,
+        "quadrature": None if density is None else quadrature(settings),
         "per_layer": per_layer,
     }
     if validation is not None:
@@ -365,7 +213,7 @@ def measure(
             else partial(opened_once, data, source, labeled is not None)
         )
         how = How(settings, scope, loading, own_loading)
-        request = Request(tuple(names), examples, how, save, given_settings)
+        request = Request(tuple(names), examples, how, save, _given(click.get_current_context()))
         engine: Executor | None = None
         if jobs > 1:
             engine = Processes(jobs, visible_gpus() if data.device in {"auto", "cuda"} else ())
@@ -379,18 +227,40 @@ def measure(
             _draw_layers(outcomes[0].result, checkpoints[0].name, layer_figure)
 
 
-def _check_figures(files: Mapping[str, Path | None]) -> None:
-    """Raise UsageError where the file of an option is of no format that figures are written in."""
+def _require_source(unlabeled: str | None, labeled: str | None, head: str, temperature: float | None) -> None:
+    """Raise UsageError for options that exclude each other, and for a temperature that is none."""
+    if unlabeled is not None and labeled is not None:
+        raise UsageError("--unlabeled and --labeled exclude each other; give one")
+    if head == "simclr" and labeled is not None:
+        raise UsageError("NT-Xent reads no labels; give --unlabeled")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise UsageError(f"--temperature {temperature} must be a finite number above 0")
+
+
+def _require_figures(files: Mapping[str, Path | None], single: bool) -> None:
+    """Raise UsageError where a file is of no format for figures, or is asked for of several checkpoints."""
     for option, file in files.items():
         if file is not None and file.suffix.lower() not in FIGURE_SUFFIXES:
             raise UsageError(f"{option} {file}: no format {file.suffix!r}; use {', '.join(FIGURE_SUFFIXES)}")
+        if file is not None and not single:
+            raise UsageError(f"{option} plots a single checkpoint; give one")
+
+
+def _note_idle(names: list[str], settings: Settings, density: Path | None) -> None:
+    """Name the options that were given and change nothing of what is measured."""
+    context = click.get_current_context()
+    given = _given(context)
+    options = {p.name: p.opts[0] for p in context.command.params if p.name in given}
+    for option in idle(names, settings, options, density=density is not None):
+        note(notes_console(), f"note: {option} has no effect on what is measured")
 
 
 def _given(context: click.Context) -> frozenset[str]:
     """The names of settings that the command line gives, and of the grids around them."""
     default = click.core.ParameterSource.DEFAULT
     names = {name for name in context.params if context.get_parameter_source(name) is not default}
-    return frozenset(names | {GRIDS[name] for name in names & set(GRIDS)})
+    grids = {each.metadata["grid"] for each in fields(Settings) if each.name in names}
+    return frozenset(names | grids - {""})
 
 
 def _last_run() -> Path:

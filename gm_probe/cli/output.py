@@ -15,8 +15,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from gm_probe.analysis.cells import cell
 from gm_probe.errors import printable
+from gm_probe.tables.cells import cell
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 """What figures may be written as."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.data import DataOptions, data_options
+from gm_probe.cli.data import DataOptions
 from gm_probe.cli.output import (
     format_options,
     note,
@@ -24,6 +24,7 @@ from gm_probe.cli.output import (
 )
 from gm_probe.cli.param_types import PATH, SEED, Choice
 from gm_probe.cli.progress import progress_bar
+from gm_probe.cli.settings import setting_options
 from gm_probe.errors import (
     CheckpointError,
     DataError,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     help="State what the outputs mean: exclusive classes, one yes-or-no logit, or several independent "
     "logits.",
 )
-@data_options
+@setting_options(DataOptions)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random subset.")
 @format_options
 def pairs(
@@ -84,7 +85,7 @@ def pairs(
     all files are assumed to share one. Undefined values, such as S_P of a single training set, are shown
     with the reason. --json also has every pair; --csv prints one row per pair.
     """
-    data = DataOptions(**options)
+    data = DataOptions.of(options)
     data.require_use(unlabeled)
     for path in checkpoints:
         if not path.exists():

@@ -36,16 +36,22 @@ def idle(names: Sequence[str], settings: Settings, given: Mapping[str, str], *, 
     taken = _taken(names, settings)
     read = {key for key, readers in READ_BY.items() if taken & readers}
     read |= {"protocol"} if PAPER in names else set()
-    read |= {"density_probes", "density_steps"} if density else set()
-    known = ("protocol", "density_probes", "density_steps", *READ_BY)
+    read |= {"num_starts", "max_iterations"} if density else set()
+    known = ("protocol", *READ_BY)
     found = [given[key] for key in known if key in given and key not in read]
     if (
         "num_starts" in given
+        and not density
         and taken & INCONSISTENCIES == {CONVERGED}
         and settings.num_starts > NOISE_STARTS
     ):
         found.append(f"{given['num_starts']} beyond {NOISE_STARTS}")
     return found
+
+
+def quadrature(settings: Settings) -> tuple[int, int]:
+    """Return the random starts of a spectral density, and the Lanczos steps of each."""
+    return min(4, settings.num_starts), min(40, settings.max_iterations)
 
 
 def require_use_of_grids(names: Sequence[str], settings: Settings) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from gm_probe.analysis.requests import require_source, require_statistics
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
 from gm_probe.cli.param_types import PATH
 from gm_probe.cli.selection import (
@@ -17,12 +16,13 @@ from gm_probe.cli.selection import (
     gap_option,
     measures_option,
     names,
-    resamples_option,
-    seed_option,
-    skip_option,
+    seed_column_option,
     source_argument,
+    target_option,
+    targets_of,
 )
 from gm_probe.errors import DataError, UsageError
+from gm_probe.tables.sources import beside, require_source
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
@@ -60,11 +60,10 @@ from gm_probe.errors import DataError, UsageError
     "--markers", metavar="A,B", default="", help="Show the values of these settings by different markers."
 )
 @gap_option
+@seed_column_option
+@target_option
 @converged_only_option
 @control_option
-@skip_option
-@seed_option
-@resamples_option
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes on stderr.")
 @click.pass_context
 def report(
@@ -79,48 +78,44 @@ def report(
     group_by: str,
     markers: str,
     gap: str,
+    seed_column: str,
+    target: str,
     converged_only: bool,
     control: str,
-    skip: str,
-    seed: int,
-    resamples: int,
     quiet: bool,
 ) -> None:
     """Write one HTML page about many runs: figures, statistics, definitions, versions, exclusions.
 
-    SOURCE is what `gmprobe correlate` takes: a folder of run folders (runs/ unless given), or a .csv or
-    .parquet file with one run per row. The page is self-contained: it opens without a network, and works on
-    a phone, by keyboard, in dark mode and on paper.
+    SOURCE is what `gmprobe correlate` takes: a folder of run folders (runs/ unless given), the files of
+    another tracker, or a table with one run per row. The page is self-contained: it opens without a
+    network, and works on a phone, by keyboard, in dark mode and on paper.
     """
     require_source(source)
-    require_statistics(names(skip), resamples)
     out = _page(source, out)
     _require_distinct({"SOURCE": source, "--out": out, "--markdown": markdown, "--latex": latex})
-    from gm_probe.analysis import correlation, plots, runs, typeset
+    from gm_probe.analysis import correlation, design, plots, typeset
     from gm_probe.analysis.report import compose, html
     from gm_probe.files.atomic import write_atomic
+    from gm_probe.tables import runs
 
     by, shape_by = names(group_by), names(markers)
     table = runs.load_table(
-        source, names(measures), names(hyper), [*by, *shape_by], converged_only=converged_only
+        source,
+        names(measures),
+        names(hyper),
+        [*by, *shape_by],
+        gap=gap,
+        seed_column=seed_column,
+        converged_only=converged_only,
     )
     by, shape_by = table.named(by), table.named(shape_by)
-    gaps = table.gaps if gap == "both" else (gap,)
-    statistics = correlation.correlate(
-        table,
-        gaps,
-        by,
-        controls=table.named(names(control)),
-        seed=seed,
-        resamples=resamples,
-        skip=names(skip),
+    found = correlation.correlate(
+        table, targets=targets_of(gap, target), group_by=by, controls=names(control)
     )
     page = compose(
-        table,
-        statistics,
-        gaps,
-        groups=correlation.group_rows(table, by) if by else {},
-        shapes=correlation.group_rows(table, shape_by) if shape_by else {},
+        found,
+        groups=design.group_rows(table, by) if by else {},
+        shapes=design.group_rows(table, shape_by) if shape_by else {},
         command=_command(ctx),
     )
     write_atomic(out, html(page).encode(errors="replace"))
@@ -136,13 +131,13 @@ def report(
             )
         written.append(f"{len(page.pictures)} figures in {figures}")
     note(notes_console(quiet), f"report: {', '.join(written)}")
-    if all(result.tau is None for measure in statistics.measures for result in measure.gaps.values()):
+    if all(found.get(name, of).value is None for name in table.measures for of in found.targets):
         raise DataError(f"no measure in {source} has a defined τ; {out} gives the reasons")
 
 
 def _page(source: Path, chosen: Path | None) -> Path:
     if chosen is None:
-        return source / "report.html" if source.is_dir() else source.with_name(f"{source.stem}-report.html")
+        return beside(source, "report.html")
     if chosen.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {chosen}: the report is an HTML page; choose a name that ends in .html")
     return chosen

@@ -2,8 +2,9 @@
 
 import click
 
-from gm_probe.cli.param_types import PATH, Choice
+from gm_probe.cli.param_types import PATH
 from gm_probe.runs.records import RUNS
+from gm_probe.tables.table import GAPS
 
 source_argument = click.argument("source", type=PATH, default=RUNS)
 measures_option = click.option(
@@ -11,10 +12,13 @@ measures_option = click.option(
 )
 gap_option = click.option(
     "--gap",
-    type=Choice(["error_gap", "ce_gap", "both"]),
+    metavar="GAP",
     default="both",
     show_default=True,
-    help="Correlate with the gap in error, in cross-entropy, or both.",
+    help="Correlate with this gap: error_gap, ce_gap, both, a column, or arithmetic such as 'val_err - train_err'.",
+)
+seed_column_option = click.option(
+    "--seed-column", metavar="A", default="", help="Column that holds each run's seed.  [default: seed]"
 )
 converged_only_option = click.option(
     "--converged-only",
@@ -28,20 +32,19 @@ control_option = click.option(
     help="Compute partial τ given these columns.  [default: train_ce, hessian_lambda_max and "
     "parameter_norm where present, and each hyperparameter]",
 )
-skip_option = click.option(
-    "--skip",
+target_option = click.option(
+    "--target",
     metavar="A,B",
     default="",
-    help="Leave out these slow parts: details (all but τ), conditional, prediction, comparisons.",
-)
-seed_option = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all resampling."
-)
-resamples_option = click.option(
-    "--resamples", default=2000, show_default=True, help="Number of bootstrap resamples and permutations."
+    help="Correlate with these instead of the gap: test_error, test_accuracy, train_error, test_ce, ...",
 )
 
 
 def names(text: str) -> list[str]:
     """Split a comma-separated list."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def targets_of(gap: str, target: str) -> list[str]:
+    """Return the targets that ``--target`` or else ``--gap`` names; none stands for every gap of the table."""
+    return names(target) or ([gap] if gap in GAPS else [])

@@ -1,272 +1,276 @@
-"""What ``gmprobe correlate`` shows of a sweep's statistics: tables, JSON, CSV rows."""
+"""What ``gmprobe correlate`` shows of its table of statistics: an answer, every row of it, JSON and CSV."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+from rich.table import Table
+
 from gm_probe.cli.output import number, results_console, say, table
+from gm_probe.errors import printable
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
-    from gm_probe.analysis.results import (
-        Correlation,
-        Details,
-        MeasureStatistics,
-        Quantity,
-        SignError,
-        SweepStatistics,
-    )
-    from gm_probe.analysis.table import Exclusion, RunTable
-    from gm_probe.analysis.tidy import Line
+    from gm_probe.analysis.results import Correlations, Quantity
+    from gm_probe.tables.table import Exclusion
 
-LEGEND = (
-    "Kendall's τ-b: +1 if the measure orders the runs as their gaps do, −1 if in reverse. {runs}. "
-    "Intervals (95 %) and p treat settings as independent and runs of one setting as repeats; with five "
-    "or more seeds, intervals also cover seed variation. Every statistic: --details or --json."
-)
+NARROW = 76
+"""Columns of a terminal below which the table leaves out p."""
+LONGEST = 22
+"""Letters of a measure's or subgroup's name in the table."""
 
 
-def as_json(found: RunTable, statistics: SweepStatistics) -> dict[str, Any]:
-    from gm_probe.analysis.table import by_reason
-
-    reasons = by_reason(found.excluded)
-    return {
-        "num_runs": found.num_runs,
-        "num_settings": statistics.num_settings,
-        "excluded": _excluded(found.excluded),
-        "excluded_by_reason": {reason: len(runs) for reason, runs in reasons.items()},
-        "hyperparameters": list(found.hyperparameters),
-        "seed": statistics.seed,
-        "resamples": statistics.resamples,
-        "notes": [*found.notes, *statistics.notes],
-        "measures": {
-            measure.name: {
-                "labels": measure.labels,
-                **{gap: _all_figures(measure, gap) for gap in measure.gaps},
-                "notes": [*measure.warnings, *measure.notes],
-                "subgroups": {
-                    label: {gap: _figures(result) for gap, result in gaps.items()}
-                    for label, gaps in measure.subgroups.items()
-                },
-            }
-            for measure in statistics.measures
-        },
-        "comparisons": {
-            gap: [{"first": each.first, "second": each.second, **_quantity(each.difference),
-                   "p_holm": each.p_holm} for each in pairs]
-            for gap, pairs in statistics.comparisons.items()
-        },
-    }  # fmt: skip
-
-
-def as_rows(statistics: SweepStatistics) -> list[dict[str, Any]]:
-    """One row a measure, subgroup (empty: all runs) and gap, for ``--csv``."""
-    rows = []
-    for measure in statistics.measures:
-        for subgroup, gaps in [("", measure.gaps), *measure.subgroups.items()]:
-            for gap, result in gaps.items():
-                figures = {**_figures(result), "missing": len(result.missing), "reason": result.reason}
-                place = {"measure": measure.name, "labels": measure.labels, "subgroup": subgroup, "gap": gap}
-                details = measure.details.get(gap) if subgroup == "" else None
-                rows.append({**place, **figures, **(_summary(details) if details else {})})
-    return rows
-
-
-def print_tables(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
-    """One table a gap: side by side they would not fit 60 columns."""
-    from gm_probe.analysis.table import GAPS
-    from gm_probe.analysis.typeset import shared_remarks
+def print_answer(found: Correlations) -> None:
+    """Print one line a measure and target, and the conclusion."""
+    from gm_probe.analysis.conclusion import in_points
 
     console = results_console()
-    for gap in gaps:
-        rows, remarks = [], []
-        for measure in statistics.measures:
-            labels = f" ({measure.labels} labels)" if measure.labels else ""
-            for subgroup, results in [(None, measure.gaps), *measure.subgroups.items()]:
-                result = results[gap]
-                name = measure.name + labels if subgroup is None else f"  {subgroup}"
-                flags = ", ".join(measure.flags(gap)) if subgroup is None else ""
-                interval = _interval(result.low, result.high)
-                rows.append((name, _signed(result.tau), interval, number(result.p, 2), str(result.n), flags))
-                place = measure.name if subgroup is None else f"{measure.name}, {subgroup}"
-                if result.reason is not None:
-                    remarks.append(f"{place}: τ undefined, {result.reason}")
-                elif result.interval_reason is not None:
-                    remarks.append(f"{place}: no interval: {result.interval_reason}")
-                if result.p_reason is not None:
-                    remarks.append(f"{place}: {'p' if result.p is not None else 'no p'}: {result.p_reason}")
-        columns = ["measure", "τ-b", "95 %", "p", "n", "beware"]
-        width = 6 if any(row[5] for row in rows) else 5
-        console.print(table(f"{gap}: {GAPS[gap]}", columns[:width], [row[:width] for row in rows]))
-        for line in shared_remarks(remarks):
-            say(console, line)
-    for line in warnings(statistics.measures):
-        say(console, line, "bold")
-    for measure in statistics.measures:
-        for gap, details in measure.details.items():
-            if gap in gaps and details.simpson:
-                turned = ", ".join(details.simpson)
-                say(
-                    console,
-                    f"{measure.name}, {gap}: Simpson's paradox: the sign is opposite within {turned}",
-                    "bold",
-                )
-    num, of = statistics.num_runs, statistics.num_settings
-    legend = LEGEND.format(runs=f"{num} run{'s' * (num != 1)} of {of} setting{'s' * (of != 1)}")
-    say(console, legend, "dim")
+    wide = console.width >= NARROW
+    columns = ("", "τ", "95 % CI", *(["p"] if wide else []), "larger means", "picking costs")
+    for target, label in found.targets.items():
+        rows = [
+            row
+            for name, others in found.alike.items()
+            for row in _rows(found, name, others, target, wide=wide)
+        ]
+        say(console, _title(target, label), "bold")
+        console.print(_lines(columns, rows))
+    picked = _regrets(found)
+    if picked:
+        outcome, random = picked
+        unit = "points" if in_points(outcome) else "units"
+        say(
+            console,
+            f"Picking: {unit} of {outcome} above the best run; a random run costs {_cost(random, outcome)}.",
+            "dim",
+        )
+    for text in _folded(found):
+        say(console, text, "dim")
+    for text in warnings(found):
+        say(console, text, "bold")
+    say(console, " ".join(found.conclusion), "bold")
 
 
-def print_details(statistics: SweepStatistics, gaps: Sequence[str]) -> None:
-    """A table for each measure and gap with every statistic; the differences between measures are among them."""
-    from gm_probe.analysis.tidy import tidy
+def _lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table without rules, so that it takes a line a row."""
+    lines = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for index, column in enumerate(columns):
+        lines.add_column(
+            column, justify="left" if index in (0, len(columns) - 1) else "right", overflow="fold"
+        )
+    for row in rows:
+        lines.add_row(*(escape(printable(cell)) for cell in row))
+    return lines
 
+
+def _title(target: str, label: str) -> str:
+    return target if label == target.replace("_", " ") else f"{target}: {label}"
+
+
+def _rows(
+    found: Correlations, name: str, others: Sequence[str], target: str, *, wide: bool
+) -> Iterable[tuple[str, ...]]:
+    from gm_probe.analysis.conclusion import target_short
+    from gm_probe.analysis.definitions import symbol
+
+    labels = found.runs.labels.get(name)
+    shown = symbol(name) + (f" ({labels} labels)" if labels else "") + "*" * bool(others)
+    for group, tau in found.of(name, target, "tau").items():
+        meaning = f"{'larger' if (tau.value or 0) > 0 else 'smaller'} {target_short(target).split()[-1]}"
+        yield (
+            _short(f"  {group}" if group else shown),
+            _signed(tau.value),
+            interval(tau),
+            *([number(tau.p, 2)] if wide else []),
+            meaning if tau.clear else "cannot tell",
+            "" if group else _picks(found, name),
+        )
+
+
+def _picks(found: Correlations, name: str) -> str:
+    costs = {
+        (key.target, key.group): of.value
+        for key, of in found.quantities.items()
+        if key.measure == name and key.statistic == "regret" and of.value is not None
+    }
+    outcomes = {outcome for outcome, _ in costs}
+    if len(outcomes) != 1:  # without a test error each target has its own cost, which the details show
+        return "—"
+    return ", ".join(f"{end} +{_cost(value, outcome)}" for (outcome, end), value in costs.items())
+
+
+def _regrets(found: Correlations) -> tuple[str, float] | None:
+    """The one outcome that picking is judged by, and what a random run costs in it."""
+    random = {
+        key.target: of.value
+        for key, of in found.quantities.items()
+        if key.statistic == "regret_random" and of.value is not None
+    }
+    return next(iter(random.items())) if len(random) == 1 else None
+
+
+def _cost(value: float, outcome: str) -> str:
+    from gm_probe.analysis.conclusion import in_points
+
+    return f"{100 * value:.1f}" if in_points(outcome) else f"{value:.2g}"
+
+
+def _folded(found: Correlations) -> list[str]:
+    """Return which measures order the runs alike, and why a τ or an interval is missing."""
+    from gm_probe.analysis.definitions import symbol
+
+    labels = found.runs.labels
+    said = []
+    for first, others in found.alike.items():
+        shown = [f"{name} ({labels[name]} labels)" if name in labels else name for name in others]
+        if shown:
+            said.append(f"* {symbol(first)} orders the runs as {_few(shown)}.")
+    reasons: dict[str, None] = {}
+    for key, tau in found.quantities.items():
+        if key.statistic == "tau" and not key.group and tau.note:
+            undefined = f"{key.measure}: τ is undefined, {tau.note}."
+            reasons[undefined if tau.value is None else f"{tau.note[0].upper()}{tau.note[1:]}."] = None
+    return said + list(reasons)[:3]
+
+
+def print_details(found: Correlations) -> None:
+    """Print every row of the table, a block for each measure and target."""
     console = results_console()
-    for title, lines in groupby(tidy(statistics, gaps), key=_title):
-        rows, remarks = [], []
-        for line in lines:
-            name = f"{line.measure} {line.label}" if line.section == "comparisons" else line.label
-            remarks += [f"{name}: {reason}" for reason in line.reasons]
-            found = line.found
-            if found.value is not None:
-                interval = _interval(found.low, found.high)
-                value = number(found.value, 3).replace("-", "−")
-                rows.append((name, value, interval, number(found.p, 2), str(found.n)))
-        console.print(table(title, ("", "value", "95 %", "p", "n"), rows))
-        for remark in remarks:
-            say(console, remark, "dim")
+    blocks: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    notes: dict[str, None] = {}
+    for key, of in found.quantities.items():
+        name = f"{key.statistic} {key.group}".strip()
+        row = (name, number(of.value, 3).replace("-", "−"), interval(of), number(of.p, 2), str(of.n))
+        blocks.setdefault((key.measure, key.target), []).append(row)
+        if of.note:
+            notes[f"{key.statistic}: {of.note}"] = None
+    for (measure, target), rows in blocks.items():
+        console.print(table(f"{measure} and {target}", ("", "value", "95 % CI", "p", "n"), rows))
+    for text in notes:
+        say(console, text, "dim")
 
 
-def _title(line: Line) -> str:
-    """Return the title of the table that ``line`` stands in."""
-    if line.section == "comparisons":
-        return f"Δτ with {line.gap}; p adjusted for the number of comparisons (Holm)"
-    return f"{line.measure} and {line.gap}"
-
-
-def warnings(measures: Sequence[MeasureStatistics]) -> list[str]:
-    """One line a warning, under the names of all the measures that it holds for."""
+def warnings(found: Correlations) -> list[str]:
+    """Return one line a warning, under the names of all the measures that it holds for."""
     names: dict[str, list[str]] = {}
-    for measure in measures:
-        for warning in measure.warnings:
-            names.setdefault(warning, []).append(measure.name)
-    return [f"{', '.join(some)}: {warning}" for warning, some in names.items()]
+    for name, said in (found.warnings or {}).items():
+        for warning in said:
+            names.setdefault(warning, []).append(name)
+    return [f"{_few(some)}: {warning}" for warning, some in names.items()]
 
 
-# ---- JSON and CSV
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _all_figures(measure: MeasureStatistics, gap: str) -> dict[str, Any]:
-    figures = _figures(measure.gaps[gap])
-    details = measure.details.get(gap)
-    if details is None:
-        return figures
-    figures["flags"] = list(measure.flags(gap))
-    return figures | _details(details)
+def as_json(found: Correlations) -> dict[str, Any]:
+    """Return everything that was found."""
+    from gm_probe.tables.table import by_reason
 
-
-def _figures(result: Correlation) -> dict[str, Any]:
-    figures = {key: value for key, value in asdict(result).items() if not key.endswith("reason")}
-    figures["missing"] = _excluded(result.missing)
-    reasons = {key: getattr(result, key) for key in ("reason", "interval_reason", "p_reason")}
-    return figures | {key: reason for key, reason in reasons.items() if reason is not None}
-
-
-def _details(details: Details) -> dict[str, Any]:
-    conditioning, prediction = details.conditioning, details.prediction
-    information = None
-    if conditioning is not None:
-        sets = [_without_none(asdict(each), "reason") for each in conditioning.sets]
-        least = conditioning.least
-        information = {
-            "value": least.value if least else None,
-            "given": list(least.given) if least else None,
-            "sets": sets,
-            "num_permutations": conditioning.num_permutations,
-            "reason": conditioning.reason,
-        }
+    runs, said = found.runs, found.warnings or {}
     return {
-        "noise_filtered": {
-            **_quantity(details.noise_filtered.tau),
-            "kept": details.noise_filtered.kept,
-            "pairs": details.noise_filtered.pairs,
+        "num_runs": runs.num_runs,
+        "num_settings": found.num_settings,
+        "num_shared_seeds": found.num_seeds,
+        "excluded": excluded(runs.excluded),
+        "excluded_by_reason": {reason: len(some) for reason, some in by_reason(runs.excluded).items()},
+        "hyperparameters": list(runs.hyperparameters),
+        "notes": [*runs.notes, *found.notes],
+        "conclusion": list(found.conclusion),
+        "measures": {
+            name: {
+                "labels": runs.labels.get(name),
+                **{target: _of_target(found, name, target) for target in found.targets},
+                "subgroups": _subgroups(found, name),
+                "selection": _selection(found, name),
+                "warnings": list(said.get(name, ())),
+            }
+            for name in runs.measures
         },
-        "between": _quantity(details.between),
-        "within": _quantity(details.within),
-        "granulated": {
-            "mean": _quantity(details.granulated.mean),
-            "psi": {
-                name: {
-                    **_quantity(each.psi),
-                    "skipped": each.skipped,
-                    "runs": each.runs,
-                    "coverage": each.coverage,
-                }
-                for name, each in details.granulated.psi.items()
-            },
-        },
-        "conditional_information": information,
-        "sign_error": _sign_error(details.sign_error),
-        "strata": {
-            each.by: {**_quantity(each.tau), "num_strata": each.num_strata, "opposes": each.opposes}
-            for each in details.strata
-        },
-        "simpson": list(details.simpson),
-        "partial": {name: _quantity(each) for name, each in details.partial.items()},
-        "prediction": None if prediction is None else _without_none(asdict(prediction), "reason"),
-        "selection": _without_none(asdict(details.selection), "reason"),
     }
 
 
-def _sign_error(result: SignError) -> dict[str, Any]:
-    worst = sorted(result.environments, key=lambda each: -each.error)[:5]
-    figures = {key: value for key, value in asdict(result).items() if key != "environments"}
-    return figures | {"num_environments": len(result.environments), "worst": [asdict(each) for each in worst]}
-
-
-def _quantity(quantity: Quantity) -> dict[str, Any]:
-    return _without_none(asdict(quantity), "reason", "interval_reason", "p_reason")
-
-
-def _without_none(figures: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in figures.items() if key not in keys or value is not None}
-
-
-def _summary(details: Details) -> dict[str, Any]:
-    """The main figures of ``details`` in columns."""
-    least = details.conditioning.least if details.conditioning else None
-    quantities = {
-        "noise_filtered": details.noise_filtered.tau,
-        "between": details.between,
-        "within": details.within,
-        "mean_psi": details.granulated.mean,
-    }
-    columns: dict[str, Any] = {}
-    for name, quantity in quantities.items():
-        columns |= {name: quantity.value, f"{name}_low": quantity.low, f"{name}_high": quantity.high}
-    return columns | {
-        "conditional_information": least.value if least else None,
-        "conditional_on": least.label if least else None,
-        "sign_error_mean": details.sign_error.mean,
-        "sign_error_percentile_90": details.sign_error.percentile_90,
-        "sign_error_maximum": details.sign_error.maximum,
-        "simpson": "; ".join(details.simpson),
-        "prediction_skill": details.prediction.skill if details.prediction else None,
-        "selection_regret": details.selection.regret,
+def _of_target(found: Correlations, name: str, target: str) -> dict[str, Any]:
+    whole = found.get(name, target)
+    naive = found.get(name, target, "tau_naive")
+    return {
+        "tau": whole.value,
+        **{key: value for key, value in asdict(whole).items() if key not in ("value", "note")},
+        "p_naive": naive.p,
+        **_reasons(whole),
+        "missing": _missing(found, name, target),
+        "statistics": [
+            {"statistic": key.statistic, "group": key.group, **asdict(of)}
+            for key, of in found.quantities.items()
+            if key[:2] == (name, target) and key[2:] != ("tau", "") and not key.statistic.startswith("regret")
+        ],
     }
 
 
-def _excluded(exclusions: Sequence[Exclusion]) -> list[dict[str, str]]:
-    return [{"run": exclusion.run, "reason": exclusion.reason} for exclusion in exclusions]
+def _selection(found: Correlations, name: str) -> list[dict[str, Any]]:
+    return [
+        {"outcome": key.target, "statistic": key.statistic, "picked": key.group or None, **asdict(of)}
+        for key, of in found.quantities.items()
+        if key.measure == name and key.statistic.startswith("regret")
+    ]
 
 
-# ---- tables
+def _reasons(tau: Quantity) -> dict[str, str]:
+    """Why there is no τ, or no interval; nothing where there are both."""
+    if not tau.note:
+        return {}
+    return {"reason" if tau.value is None else "interval_reason": tau.note}
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return "—" if low is None or high is None else f"{low:.2f} to {high:.2f}".replace("-", "−")
+def _missing(found: Correlations, name: str, target: str) -> list[dict[str, str]]:
+    """The runs without the measure or the target, with the reasons."""
+    runs = found.runs
+    reasons: dict[int, list[str]] = {}
+    for column in (name, target):
+        for row, reason in runs.missing.get(column, {}).items():
+            reasons.setdefault(row, []).append(f"{column}: {reason}")
+    return [
+        {"run": str(runs.frame["run"].iloc[row]), "reason": "; ".join(said)}
+        for row, said in sorted(reasons.items())
+    ]
+
+
+def _subgroups(found: Correlations, name: str) -> dict[str, dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {}
+    for target in found.targets:
+        for group, of in found.of(name, target, "tau").items():
+            if group:
+                shown = {key: value for key, value in asdict(of).items() if key not in ("value", "note")}
+                groups.setdefault(group, {})[target] = {"tau": of.value, **shown, **_reasons(of)}
+    return groups
+
+
+def as_rows(found: Correlations) -> list[dict[str, Any]]:
+    """Return the tidy table for ``--csv``, None where a number is absent."""
+    return [{**key._asdict(), **asdict(of)} for key, of in found.quantities.items()]
+
+
+def excluded(exclusions: Sequence[Exclusion]) -> list[dict[str, str]]:
+    """Return runs that were left out, as JSON has them."""
+    return [asdict(each) for each in exclusions]
+
+
+def interval(found: Quantity) -> str:
+    """Return an interval as papers print it, or a dash."""
+    if found.low is None or found.high is None:
+        return "—"
+    return f"{_signed(found.low)} to {_signed(found.high)}"
 
 
 def _signed(value: float | None) -> str:
-    return "—" if value is None else f"{value:+.3f}".replace("-", "−")
+    if value is None or math.isnan(value):
+        return "—"
+    text = f"{value:.2f}"
+    return "0.00" if text == "-0.00" else text.replace("-", "−")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"

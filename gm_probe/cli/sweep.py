@@ -15,6 +15,7 @@ from gm_probe.cli.executors import check_executor, executor_options, ray_executo
 from gm_probe.cli.live import LEFT_OUT, live_view
 from gm_probe.cli.output import echo, note, notes_console, print_json, results_console, table
 from gm_probe.cli.param_types import AT_ONCE, PATH
+from gm_probe.cli.settings import given_settings, set_option
 from gm_probe.errors import ProbeError, UsageError
 from gm_probe.runs.records import RUNS
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="List the remaining runs and estimate their time from a few steps; run nothing.",
 )
+@set_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress on stderr.")
 def sweep(
@@ -57,6 +59,7 @@ def sweep(
     threads: int | None,
     retry_failed: bool,
     dry_run: bool,
+    assigned: dict[str, Any],
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -74,9 +77,7 @@ def sweep(
     from gm_probe.sweep.recipe import load_recipe
 
     given = {"data": data, "data_root": data_root, "device": device, "threads": threads}
-    overrides: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if download:
-        overrides["download"] = True
+    overrides = given_settings({**given, "download": download or None}, assigned)
     out = out or RUNS / Path(recipe).stem
     loaded = named_as_found(load_recipe(recipe, overrides), out)
     if dry_run:

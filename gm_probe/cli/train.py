@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,15 @@ import click
 from gm_probe.cli.output import note, note_reading, notes_console, number, print_json, results_console, table
 from gm_probe.cli.param_types import PATH
 from gm_probe.cli.progress import progress_bar
-from gm_probe.cli.settings import GroupedCommand, GroupedOption, setting_options
+from gm_probe.cli.settings import GroupedCommand, GroupedOption, given_settings, set_option, setting_options
 from gm_probe.cli.tensorboard import Events
 from gm_probe.errors import UsageError
 from gm_probe.training.config import MAIN, TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from gm_probe.cli.progress import Bar
 
 
 CURVES_FILE = "curves.png"
@@ -45,6 +49,7 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 
 @click.command(cls=GroupedCommand, epilog="Example:  gmprobe train --method iam-d")
 @setting_options(TrainConfig)
+@set_option
 @click.option(
     "--config",
     "config_file",
@@ -73,7 +78,8 @@ def train(
     tensorboard: bool,
     as_json: bool,
     quiet: bool,
-    **given: Any,
+    assigned: dict[str, Any],
+    **options: Any,
 ) -> None:
     """Train one model; without --data, on the bundled handwritten digits.
 
@@ -83,93 +89,99 @@ def train(
     Several GPUs or machines share a run:  torchrun --nproc-per-node N -m gm_probe train ...
     """
     from gm_probe.data.sources import require_source
-    from gm_probe.runs.records import CONFIG, RUNS, SUMMARY, read_metrics, read_run
+    from gm_probe.runs.records import RUNS
     from gm_probe.sweep.recipe import require_names, run_name
-    from gm_probe.training.leave import asked, refuse
 
     console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
-    settings = {key: value for key, value in given.items() if value is not None}
-    if config_file is not None:
-        if resume:
-            raise UsageError("--config begins a run and --resume continues one; give one of them")
-        settings = _of_file(config_file, settings)
-    if resume and out is not None and (out / CONFIG).exists():  # a run knows its own settings
-        recorded = TrainConfig.from_record(read_run(out).config)
-        refuse({name: value for name, value in asked(recorded).items() if name not in settings}, out)
-        settings = {**recorded.as_dict(), "download": False, **settings}
-    elif resume and out is not None:
-        note(console, f"{out} holds no run to resume; starting a new one")
+    if config_file is not None and resume:
+        raise UsageError("--config begins a run and --resume continues one; give one of them")
+    given = given_settings(options, assigned)
+    settings = given if config_file is None else _of_file(config_file, given)
+    if resume and out is not None:
+        settings = _of_run(out, given, console)
     config = TrainConfig.from_dict(settings)
-    if given.get("data") is not None:
+    if "data" in given:
         require_source(config.data, here=True)
     require_names([config])
     if "data" not in settings:
         note(console, "no --data given: training on the bundled handwritten digits (1,797 images of 8×8)")
     note_settings(console, config, given)
     # below, torch and matplotlib are imported, which takes seconds: what can be wrong with the options has been told
+    if out is None:
+        out = RUNS / run_name(config, {"method": config.method, "model": config.model, "seed": config.seed})
+    summary = _train(config, out, resume, tensorboard, quiet, console)
+    if summary is None:
+        return
+    if save is not None:
+        _save(out, config.model, save)
+    if config.init is not None:
+        _note_init(console, config.init, out)
+    _draw_curves(out)
+    if as_json:
+        print_json({"out": str(out), **summary})
+        return
+    encoder = config.trains_encoder
+    title = f"{out}  {config.method}, {summary['epochs']} epochs{', linear probe' if encoder else ''}"
+    held_out = "test" if config.validation is None else "validation"
+    rows = _results(summary, held_out, "probe_" if encoder else "")
+    results_console().print(table(title, ["", "error", "cross-entropy", "examples"], rows))
+    note(console, f"next:  gmprobe measure {out}{' --head simclr' if encoder else ''}")
+
+
+def _train(
+    config: TrainConfig, out: Path, resume: bool, tensorboard: bool, quiet: bool, console: Console
+) -> dict[str, Any] | None:
+    """Train with a progress bar and return the summary; None in all processes of torchrun but the first."""
     import torch
 
-    from gm_probe.analysis.figures import run_curves
-    from gm_probe.analysis.plots import write_figure
+    from gm_probe.runs.records import CONFIG, SUMMARY
     from gm_probe.runtime import processes
     from gm_probe.runtime.devices import keep_freed_memory, pick_device
     from gm_probe.training import loop
-    from gm_probe.training.tracking import PROBE_BATCH
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if out is None:
-        out = RUNS / run_name(config, {"method": config.method, "model": config.model, "seed": config.seed})
     keep_freed_memory()
     with processes.joined(pick_device(config.device)):
         speaks = processes.rank() == 0  # of several processes, one prints and writes
         began = (out / CONFIG).exists()
         if not began or (resume and not (out / SUMMARY).exists()):  # else there is nothing to train
             _note_data(console, config)
-        events = Events(out) if tensorboard and speaks else None
-        with progress_bar("training", config.epochs, unit="epochs", quiet=quiet or not speaks) as bar:
+        writer = closing(Events(out)) if tensorboard and speaks else nullcontext()
+        with (
+            writer as events,
+            progress_bar("training", config.epochs, unit="epochs", quiet=quiet or not speaks) as bar,
+        ):
+            notify = partial(_notify, bar, events, config.epochs)
+            summary = loop.train(config, out, resume=resume, notify=notify)
+        return summary if speaks else None
 
-            def notify(row: dict[str, Any]) -> None:
-                epoch, loss = row["epoch"], row["running_loss"]
-                bar.update(epoch, state=f"{epoch}/{config.epochs}  loss {loss:.3g}")
-                if PROBE_BATCH in row:
-                    bar.print(
-                        f"note: out of memory where S_ρ was measured after epoch {epoch}: went on with "
-                        f"batches of {row[PROBE_BATCH]}, which changes no result"
-                    )
-                if events is not None:
-                    events.write(row)
 
-            try:
-                summary = loop.train(config, out, resume=resume, notify=notify)
-            finally:
-                if events is not None:
-                    events.close()
-    if not speaks:
-        return
-    if save is not None:
-        _save(out, config.model, save)
-    if config.init is not None:
-        started = read_run(out).config.get("environment", {})
-        fresh = started.get("fresh_weights", [])
-        note(console, f"started from {config.init}; fresh: {', '.join(fresh) or 'nothing'}")
-        if others := started.get("init_not_taken"):
-            note(
-                console,
-                f"note: {config.init} holds the weights more than once; {', '.join(others)} not used. To "
-                "start from those, save them alone",
-            )
-    write_figure(run_curves(list(read_metrics(out))), [out / CURVES_FILE])
-    if as_json:
-        print_json({"out": str(out), **summary})
-        return
-    simclr = config.objective == "simclr"
-    title = f"{out}  {config.method}, {summary['epochs']} epochs{', linear probe' if simclr else ''}"
-    rows = _results(
-        summary, "test" if config.validation is None else "validation", "probe_" if simclr else ""
-    )
-    results_console().print(table(title, ["", "error", "cross-entropy", "examples"], rows))
-    note(console, f"next:  gmprobe measure {out}{' --head simclr' if simclr else ''}")
+def _notify(bar: Bar, events: Events | None, epochs: int, row: dict[str, Any]) -> None:
+    from gm_probe.training.tracking import PROBE_BATCH
+
+    epoch, loss = row["epoch"], row["running_loss"]
+    bar.update(epoch, state=f"{epoch}/{epochs}  loss {loss:.3g}")
+    if PROBE_BATCH in row:
+        bar.print(
+            f"note: out of memory where S_ρ was measured after epoch {epoch}: went on with "
+            f"batches of {row[PROBE_BATCH]}, which changes no result"
+        )
+    if events is not None:
+        events.write(row)
+
+
+def _of_run(out: Path, given: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    """Return the settings of the run to resume, which knows its own, and those ``given`` in their place."""
+    from gm_probe.runs.records import CONFIG, read_run
+    from gm_probe.training.leave import asked, refuse
+
+    if not (out / CONFIG).exists():
+        note(console, f"{out} holds no run to resume; starting a new one")
+        return dict(given)
+    recorded = TrainConfig.from_record(read_run(out).config)
+    refuse({name: value for name, value in asked(recorded).items() if name not in given}, out)
+    return {**recorded.as_dict(), "download": False, **given}
 
 
 def _of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,6 +198,29 @@ def _of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     lacking = asked(TrainConfig.from_dict(found))
     refuse({name: value for name, value in lacking.items() if name not in given}, path)
     return {**found, "download": False, **given}
+
+
+def _note_init(console: Console, init: str, out: Path) -> None:
+    """Say which weights --init gave."""
+    from gm_probe.runs.records import read_run
+
+    started = read_run(out).config.get("environment", {})
+    fresh = started.get("fresh_weights", [])
+    note(console, f"started from {init}; fresh: {', '.join(fresh) or 'nothing'}")
+    if others := started.get("init_not_taken"):
+        note(
+            console,
+            f"note: {init} holds the weights more than once; {', '.join(others)} not used. To "
+            "start from those, save them alone",
+        )
+
+
+def _draw_curves(out: Path) -> None:
+    from gm_probe.analysis.figures import run_curves
+    from gm_probe.analysis.plots import write_figure
+    from gm_probe.runs.records import read_metrics
+
+    write_figure(run_curves(list(read_metrics(out))), [out / CURVES_FILE])
 
 
 def _note_data(console: Console, config: TrainConfig) -> None:

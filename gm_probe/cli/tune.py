@@ -40,6 +40,7 @@ NOT_TRAINS = frozenset(
         "validation",
         "seed",
         "config_file",
+        "assigned",
         "out",
         "resume",
         "save",

@@ -38,7 +38,7 @@ from gm_probe.linalg.work import (
     TRIPLE_BACKWARD,
     Work,
 )
-from gm_probe.models.parameters import Parameters, differentiable_attention
+from gm_probe.models.parameters import Parameters, Values, differentiable_attention
 from gm_probe.runtime.processes import gather_examples, sum_over_processes
 
 # the first jvp imports this module of torch's own, which warns of a deprecated call of its own (torch 2.14)
@@ -73,16 +73,22 @@ def fisher(parameters: Parameters, batches: Batches, logits: Tensor, work: Work 
     @differentiable_attention()
     def matvec(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
-        for batch, p in zip(batches, probabilities, strict=True):
-            result += jacobian.vjp(batch.x, p * _centred(jacobian.jvp(batch.x, v), p))
+        with parameters.one_pass():
+            theta = parameters.vector()
+            for batch, p in zip(batches, probabilities, strict=True):
+                change = _centred(jacobian.jvp(batch.x, v, theta), p)
+                result += jacobian.vjp(batch.x, p * change, theta)
         return sum_over_processes(result) / batches.total
 
     @differentiable_attention()
     def terms(v: Tensor) -> Tensor:
         result = []
-        for batch, p in zip(batches, probabilities, strict=True):
-            # the variance under p of the logits' change
-            result.append(over_rows((p * _centred(jacobian.jvp(batch.x, v), p).square()).sum(-1)))
+        with parameters.one_pass():
+            theta = parameters.vector()
+            for batch, p in zip(batches, probabilities, strict=True):
+                # the variance under p of the logits' change
+                change = _centred(jacobian.jvp(batch.x, v, theta), p)
+                result.append(over_rows((p * change.square()).sum(-1)))
         return gather_examples(batches.independent(torch.cat(result)))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
@@ -99,36 +105,35 @@ class _Jacobian:
         self.parameters, self.work, self.trial = parameters, work, trial
         self._jvp: JacobianProduct | None = None
 
-    def jvp(self, x: Inputs, v: Tensor) -> Tensor:
-        """Return J v (B, ..., C) for ``v`` (P,), by forward mode wherever the model has it."""
+    def jvp(self, x: Inputs, v: Tensor, theta: Tensor) -> Tensor:
+        """Return J v (B, ..., C) at ``theta`` (P,) for ``v`` (P,), by forward mode wherever the model has it."""
         if self._jvp is None:
             noise = self.parameters.random(1.0, torch.Generator().manual_seed(0))
             candidates = (self._by_forward_mode, self._by_reverse_mode)
-            self._jvp = first_adjoint(candidates, self.vjp, x[self.trial], noise)
-        return self._jvp(x, v)
+            self._jvp = first_adjoint(candidates, self.vjp, x[self.trial], noise, theta)
+        return self._jvp(x, v, theta)
 
-    def vjp(self, x: Inputs, u: Tensor) -> Tensor:
+    def vjp(self, x: Inputs, u: Tensor, theta: Tensor) -> Tensor:
         """Return Jᵀu (P,) for ``u`` (B, ..., C)."""
         with torch.enable_grad():
-            values = self.parameters.leaves()
-            result = self.parameters.join(gradients(self.parameters.logits(x, values), values, u))
+            leaf = theta.detach().requires_grad_()
+            [result] = gradients(self.parameters.logits(x, leaf), {"": leaf}, u)
         self.work.add(GRADIENT, len(x))
-        return result
+        return torch.zeros_like(theta) if result is None else result
 
-    def _by_forward_mode(self, x: Inputs, v: Tensor) -> Tensor:
+    def _by_forward_mode(self, x: Inputs, v: Tensor, theta: Tensor) -> Tensor:
         with torch.no_grad():
-            values, tangents = self.parameters.values(), self.parameters.split(v)
-            result = jvp(lambda values: self.parameters.logits(x, values), (values,), (tangents,))[1]
+            result = jvp(lambda values: self.parameters.logits(x, values), (theta,), (v,))[1]
         self.work.add(JVP, len(x))
         return result
 
-    def _by_reverse_mode(self, x: Inputs, v: Tensor) -> Tensor:
+    def _by_reverse_mode(self, x: Inputs, v: Tensor, theta: Tensor) -> Tensor:
         """The slope by u of (Jᵀu)ᵀv."""
         with torch.enable_grad():
-            values = self.parameters.leaves()
-            logits = self.parameters.logits(x, values)
+            leaf = theta.detach().requires_grad_()
+            logits = self.parameters.logits(x, leaf)
             u = torch.zeros_like(logits, requires_grad=True)
-            slope = along(gradients(logits, values, u, create_graph=True), self.parameters.split(v), logits)
+            slope = along(gradients(logits, {"": leaf}, u, create_graph=True), {"": v}, logits)
             [result] = gradients(slope, {"": u})
         self.work.add(REVERSE_JVP, len(x))
         return torch.zeros_like(logits) if result is None else result
@@ -227,13 +232,15 @@ def _curvature(
     @differentiable_attention()
     def matvec(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
-        for batch, d in zip(batches, pieces, strict=True):
-            result += curvature.product(v, batch.x, d)
+        with parameters.one_pass():
+            for batch, d in zip(batches, pieces, strict=True):
+                result += curvature.product(v, batch.x, d)
         return sum_over_processes(result) / batches.total
 
     @differentiable_attention()
     def terms(v: Tensor) -> Tensor:
-        result = [curvature.terms(v, batch.x, d) for batch, d in zip(batches, pieces, strict=True)]
+        with parameters.one_pass():
+            result = [curvature.terms(v, batch.x, d) for batch, d in zip(batches, pieces, strict=True)]
         return gather_examples(batches.independent(torch.cat(result)))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
@@ -279,54 +286,52 @@ class _Curvature:
             self._checked = True
         return few, in_float64
 
-    def _each(self, values: dict[str, Tensor], x: Inputs, d: Tensor) -> Tensor:
+    def _each(self, values: Values, x: Inputs, d: Tensor) -> Tensor:
         """(B,) scalars at parameter ``values``."""
         return self.scalars(self.parameters.logits(x, values), d)
 
-    def _sum(self, values: dict[str, Tensor], x: Inputs, d: Tensor) -> Tensor:
+    def _sum(self, values: Values, x: Inputs, d: Tensor) -> Tensor:
         return self._each(values, x, d).sum()
 
     def _reverse_product(self, v: Tensor, x: Inputs, d: Tensor) -> Tensor:
         """The gradient of a gradient's slope along v."""
         with torch.enable_grad():
-            values = self.parameters.leaves(v.dtype)
-            total = self._sum(values, x, d)
-            slope = along(gradients(total, values, create_graph=True), self.parameters.split(v), total)
-            result = gradients(slope, values)
+            theta = self.parameters.vector(v.dtype).requires_grad_()
+            total = self._sum(theta, x, d)
+            slope = along(gradients(total, {"": theta}, create_graph=True), {"": v}, total)
+            [result] = gradients(slope, {"": theta})
         self.work.add(HESSIAN_PRODUCT, len(d))
-        return self.parameters.join(result)
+        return torch.zeros_like(v) if result is None else result
 
     def _forward_product(self, v: Tensor, x: Inputs, d: Tensor) -> Tensor:
         """The tangent of a gradient."""
-        gradient = grad(lambda values: self._sum(values, x, d))
-        values, tangents = self.parameters.values(v.dtype), self.parameters.split(v)
-        tangent = jvp(gradient, (values,), (tangents,))[1]
+        gradient = grad(lambda theta: self._sum(theta, x, d))
+        result = jvp(gradient, (self.parameters.vector(v.dtype),), (v,))[1]
         self.work.add(HESSIAN_PRODUCT, len(d))
-        return self.parameters.join(tangent.values())
+        return result
 
     def _forward_terms(self, v: Tensor, x: Inputs, d: Tensor) -> Tensor:
         """d²/dt² of each example's scalar at θ + t·v by forward mode over forward mode."""
-        values, tangents = self.parameters.values(v.dtype), self.parameters.split(v)
+        theta = self.parameters.vector(v.dtype)
 
-        def slope(values: dict[str, Tensor]) -> Tensor:
-            return jvp(lambda inner: self._each(inner, x, d), (values,), (tangents,))[1]
+        def slope(theta: Tensor) -> Tensor:
+            return jvp(lambda inner: self._each(inner, x, d), (theta,), (v,))[1]
 
         # torch's SiLU and Mish have no jvp of a jvp without autograd; of values without gradients there is no graph
         with torch.enable_grad(), Nestable():
-            result = jvp(slope, (values,), (tangents,))[1]
+            result = jvp(slope, (theta,), (v,))[1]
         self.work.add(NESTED_JVP, len(d))
         return result
 
     def _reverse_terms(self, v: Tensor, x: Inputs, d: Tensor) -> Tensor:
         """The same by reverse mode alone: weights on the examples pull their terms out of one product."""
-        tangents = self.parameters.split(v)
         with torch.enable_grad():
-            values = self.parameters.leaves(v.dtype)
-            each = self._each(values, x, d)
+            theta = self.parameters.vector(v.dtype).requires_grad_()
+            each = self._each(theta, x, d)
             weights = torch.ones_like(each, requires_grad=True)
             total = weights @ each
-            slope = along(gradients(total, values, create_graph=True), tangents, total)
-            curvature = along(gradients(slope, values, create_graph=True), tangents, total)
+            slope = along(gradients(total, {"": theta}, create_graph=True), {"": v}, total)
+            curvature = along(gradients(slope, {"": theta}, create_graph=True), {"": v}, total)
             [terms] = gradients(curvature, {"": weights})
         self.work.add(TRIPLE_BACKWARD, len(d))
         return torch.zeros_like(each) if terms is None else terms

@@ -24,8 +24,8 @@ _AS_ONE = 0.1
 """Quotients of two steps count as one value if they differ by less than this, relative to it and to their distance from
 the product."""
 
-Scalar = Callable[[dict[str, Tensor], Inputs, Tensor], Tensor]
-"""parameter values, input (B, ...), data (B, ...) ↦ the sum over examples of what is differentiated twice"""
+Scalar = Callable[[Tensor, Inputs, Tensor], Tensor]
+"""θ (P,), input (B, ...), data (B, ...) ↦ the sum over examples of what is differentiated twice"""
 
 
 def require_second_derivative(
@@ -62,14 +62,14 @@ def _contradicted(
     precision = _Precision(v.dtype)
     with precision:
         found = product(v, x, d).double()
-    values = parameters.values(v.dtype)
-    length = float(parameters.join(values.values()).norm()) or float(v.norm())
+    theta = parameters.vector(v.dtype)
+    length = float(theta.norm()) or float(v.norm())
 
     def gradient(step: float) -> Tensor:
         with torch.enable_grad():
-            moved = {n: (values[n] + step * part).requires_grad_() for n, part in parameters.split(v).items()}
-            slopes = gradients(scalar(moved, x, d), moved)
-        return parameters.join(slopes).double()
+            moved = (theta + step * v).requires_grad_()
+            [slope] = gradients(scalar(moved, x, d), {"": moved})
+        return torch.zeros_like(v).double() if slope is None else slope.double()
 
     quotients: list[tuple[float, Tensor, float]] = []
     for factor in STEPS:

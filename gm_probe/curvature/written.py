@@ -120,7 +120,7 @@ def require_moved_weights(
             )
     if next(written(outputs), None) is None:
         return
-    length = float(parameters.join(parameters.values().values()).norm()) or 1.0
+    length = float(parameters.vector().norm()) or 1.0
     noise = parameters.random(STEP * length, torch.Generator().manual_seed(0))
     with torch.enable_grad():
         values = {

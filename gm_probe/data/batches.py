@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from gm_probe.checks import optional, whole
 from gm_probe.data.datasets import Examples
-from gm_probe.data.fields import Fields, Given, as_inputs, ordinary
+from gm_probe.data.fields import Fields, Given, as_inputs, ordinary, tensors_of
 from gm_probe.data.images import blocks, taken
 from gm_probe.data.labels import as_labels
 from gm_probe.errors import DataError, UsageError
+from gm_probe.runtime.devices import room
 
 PIXELS = "save pixels as uint8 or as floats in [0, 1], or pass --no-normalize for inputs that are ready"
 """The remedy for data that a normalisation cannot be applied to."""
@@ -128,11 +130,17 @@ class Normalization:
                 )
             if x.dtype != torch.uint8 and not x.is_floating_point():
                 raise DataError(f"pixels of {x.dtype} cannot be normalised; {PIXELS}")
+            mean, std = _uploaded((self.mean, self.std), dtype, x.device)
             shape = (1, -1, *([1] * (x.dim() - 2)))
-            mean = torch.tensor(self.mean, dtype=dtype, device=x.device).view(shape)
-            std = torch.tensor(self.std, dtype=dtype, device=x.device).view(shape)
-            result = (result - mean) / std
+            result = (result - mean.view(shape)) / std.view(shape)
         return result
+
+
+@lru_cache(maxsize=16)
+def _uploaded(constants: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the constants on ``device``: a copy for each batch would make the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(constants, dtype=dtype, device=device)
 
 
 def _listed(values: tuple[float, ...]) -> str:
@@ -185,6 +193,7 @@ class Batches:
             raise DataError(
                 f"{len(examples)} examples that depend on each other do not fill batches of {self.batch_size}"
             )
+        self._resident: Batch | None = None  # all examples on the device, once they are there
         self.total = len(examples)  # N over all processes that share the work
         self.first = 0  # of them, the number of this process's first example
 
@@ -237,6 +246,7 @@ class Batches:
             raise DataError(f"{units} {name} are too few for {count} processes. Use fewer processes")
         bounds = [units * i // count * size for i in (rank, rank + 1)]
         part = copy(self)
+        part._resident = None
         part.examples, part.first = self.examples.select(torch.arange(*bounds)), bounds[0]
         return part
 
@@ -259,7 +269,7 @@ class Batches:
         """
         self.normalization.require_range(examples)
         other = copy(self)
-        other.examples, other.total, other.first = examples, len(examples), 0
+        other.examples, other.total, other.first, other._resident = examples, len(examples), 0, None
         other.channels_last = self.channels_last and examples.x.dim() == 4
         return other
 
@@ -268,7 +278,7 @@ class Batches:
         if device == self.device:
             return self
         other = copy(self)
-        other.device = device
+        other.device, other._resident = device, None
         return other
 
     def of_dtype(self, dtype: torch.dtype) -> Batches:
@@ -291,12 +301,22 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, self.num_examples, self.batch_size)
         keys = [slice(start, start + self.batch_size) for start in starts]
-        for key, raw in zip(keys, taken(self.examples.x, keys), strict=True):
+        placed = self._placed()
+        inputs, y = placed or (self.examples.x, self.examples.y)
+        for key, raw in zip(keys, taken(inputs, keys), strict=True):
             x = ordinary(self.normalization.apply(raw.to(self.device), self.dtype))
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
-            y = self.examples.y
             yield Batch(x, None if y is None else y[key].to(self.device))
+
+    def _placed(self) -> Batch | None:
+        """Return all examples on the device, uploaded once where it has room; None where they stay where they are."""
+        x, y = self.examples.x, self.examples.y
+        if self._resident is not None or not isinstance(x, Tensor | Fields) or x.device == self.device:
+            return self._resident
+        if sum(tensor.nbytes for tensor in tensors_of(x).values()) <= room(self.device):
+            self._resident = Batch(x.to(self.device), None if y is None else y.to(self.device))
+        return self._resident
 
 
 def cut(values: Tensor, batches: Batches) -> Sequence[Tensor]:

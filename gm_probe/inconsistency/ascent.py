@@ -6,7 +6,7 @@ Local inconsistency, IAM-D and IAM-S all take their perturbation from here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ def kl_gradient(
     offset: Tensor,
     factor: Tensor | float = 1.0,
     compared: Callable[[Tensor], Tensor] = lambda outputs: outputs,
+    theta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-example KL(f_θ ‖ f_{θ+δ}) and the gradient of its sum with respect to δ; f_θ held constant.
 
@@ -37,33 +38,34 @@ def kl_gradient(
         offset: (P,) δ.
         factor: multiplies the sum before it is differentiated, lest float16 gradients underflow.
         compared: maps the outputs (B, ...) at θ + δ to the n rows that ``logits`` is compared with.
+        theta: (P,) θ, where it is at hand.
 
     Returns:
         (n,) divergences and the (P,) gradient.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        moved = {
-            name: (p.detach() + d).requires_grad_()
-            for (name, p), d in zip(parameters.named.items(), parameters.split(offset).values(), strict=True)
-        }
+        moved = ((parameters.vector() if theta is None else theta) + offset).requires_grad_()
         outputs = compared(parameters.taken(x, moved))
         terms = kl_divergence(logits, parameters.outputs.logits(outputs))
         total = factor * terms.sum()
-        gradients: Sequence[Tensor | None] = [None] * len(moved)
+        gradient = None
         if total.requires_grad:  # else the outputs depend on none of them
-            gradients = torch.autograd.grad(total, list(moved.values()), allow_unused=True)
-    return terms.detach(), parameters.join(gradients)
+            [gradient] = torch.autograd.grad(total, [moved], allow_unused=True)
+    return terms.detach(), torch.zeros_like(offset) if gradient is None else gradient
 
 
-def to_sphere(vector: Tensor, radius: float) -> Tensor:
-    """``vector`` (P,) scaled to length ``radius``; the zero vector stays zero (no direction to go)."""
+def to_sphere(vector: Tensor, radius: float | Tensor) -> Tensor:
+    """``vector`` (P,) scaled to length ``radius``; the zero vector stays zero (no direction to go).
+
+    A tensor (P,) of radii scales each entry by its own.
+    """
     # by the largest entry first: squares of a tiny gradient would underflow in the norm
     tiny = torch.finfo(vector.dtype).tiny
     scaled = vector / vector.abs().max().clamp(min=tiny)
     return scaled / scaled.norm().clamp(min=tiny) * radius
 
 
-def ascend(gradient: Callable[[Tensor], Tensor], start: Tensor, radius: float, steps: int) -> Tensor:
+def ascend(gradient: Callable[[Tensor], Tensor], start: Tensor, radius: float | Tensor, steps: int) -> Tensor:
     """Algorithm 1 (paper §4.5): δ ← ρ·g/‖g‖ with g = ∇_δ KL(f_θ ‖ f_{θ+δ}), ``steps`` times from ``start``.
 
     Under the quadratic approximation each step is one power iteration with the Fisher matrix.
@@ -97,10 +99,10 @@ class Divergence:
     def terms(self, offset: Tensor) -> Tensor:
         """Per-example divergences (N,) at ``offset`` (P,); one mean per batch where examples depend on each other."""
         result = []
-        with torch.no_grad():
-            values = self.parameters.moved(offset)
+        with torch.no_grad(), self.parameters.one_pass():
+            moved = self.parameters.vector() + offset
             for batch, logits in zip(self.batches, self._logits, strict=True):
-                result.append(kl_divergence(logits, self.parameters.logits(batch.x, values)))
+                result.append(kl_divergence(logits, self.parameters.logits(batch.x, moved)))
                 self.work.add(FORWARD, len(logits))
         return gather_examples(self.batches.independent(torch.cat(result)))
 
@@ -110,19 +112,22 @@ class Divergence:
         Raises:
             DivergedError: it is not finite.
         """
-        total, gradient = 0.0, torch.zeros_like(offset)
-        for batch, logits in zip(self.batches, self._logits, strict=True):
-            terms, part = kl_gradient(self.parameters, batch.x, logits, offset)
-            total += float(terms.sum(dtype=torch.float64))
-            gradient += part
-            self.work.add(GRADIENT, len(logits))
-        total = float(sum_over_processes(torch.tensor(total, dtype=torch.float64, device=offset.device)))
-        gradient = sum_over_processes(gradient)
-        if not bool(torch.isfinite(gradient).all()) or total != total:
+        total, gradient = offset.new_zeros((), dtype=torch.float64), torch.zeros_like(offset)
+        with self.parameters.one_pass():
+            theta = self.parameters.vector()
+            for batch, logits in zip(self.batches, self._logits, strict=True):
+                terms, part = kl_gradient(self.parameters, batch.x, logits, offset, theta=theta)
+                total += terms.sum(dtype=torch.float64)
+                gradient += part
+                self.work.add(GRADIENT, len(logits))
+        total, gradient = sum_over_processes(total), sum_over_processes(gradient)
+        finite = torch.isfinite(gradient).all() & ~total.isnan()
+        value, fine = torch.stack([total, finite]).tolist()  # the one wait for the device in a pass
+        if not fine:
             raise DivergedError(
                 f"the KL gradient at ‖δ‖ = {float(offset.norm()):.3g} is not finite; lower --rho or use --dtype float64"
             )
-        return total / self.batches.total, gradient / self.batches.total
+        return value / self.batches.total, gradient / self.batches.total
 
     def gradient(self, offset: Tensor) -> Tensor:
         """Gradient (P,) of the mean divergence at ``offset``."""
@@ -140,8 +145,9 @@ class FisherByDifference:
     def __init__(self, divergence: Divergence) -> None:
         self._divergence = divergence
         self._step = 1e-3
-        weights = divergence.parameters.join(divergence.parameters.values().values())
-        self._longest = max(1.0, float(weights.norm()))  # beyond it activations may overflow
+        self._longest = max(
+            1.0, float(divergence.parameters.vector().norm())
+        )  # beyond it activations may overflow
 
     def __call__(self, v: Tensor) -> Tensor:
         aim = torch.finfo(v.dtype).eps ** 0.4  # between √eps, where rounding rules, and the cube root

@@ -51,7 +51,7 @@ class Krylov:
     def _too_many(self, _: str) -> str:
         return (
             f"out of memory for {len(self.basis)} Lanczos vectors of {self.operator.size:,} parameters; "
-            "use fewer steps (--max-iterations, --density-steps), or choose parameters by --params"
+            "use fewer steps (--max-iterations), or choose parameters by --params"
         )
 
     def _orthogonalise(self, product: Tensor) -> None:

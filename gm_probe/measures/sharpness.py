@@ -207,7 +207,7 @@ def relative(context: MeasurementContext) -> Measured:
 def adaptive(context: MeasurementContext) -> Measured:
     """The paper's protocol in the ball ‖δ/(|θ|+η)‖ ≤ ρ, as ASAM's (Kwon 2021): ascent in u with δ = (|θ|+η) u."""
     settings = context.settings
-    scale = context.parameters.join(context.parameters.values().values()).abs() + settings.eta
+    scale = context.parameters.vector().abs() + settings.eta
 
     def gradient(u: Tensor) -> Tensor:
         return scale * context.divergence.gradient(scale * u)
@@ -232,7 +232,7 @@ def batchwise(context: MeasurementContext) -> Measured:
             _require_resolved(context, delta)
             for x, part in pieces:
                 with torch.no_grad():
-                    terms.append(kl_divergence(part, parameters.logits(x, parameters.moved(delta))))
+                    terms.append(kl_divergence(part, parameters.logits(x, parameters.vector() + delta)))
                 context.work.add(FORWARD, len(part))
         all_terms.append(torch.cat(terms))
     return _over_starts(all_terms, "start", sub_batch=settings.sub_batch)

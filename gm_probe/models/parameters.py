@@ -24,6 +24,8 @@ from gm_probe.models.recomputation import activations_kept
 from gm_probe.runtime.precision import float32_products
 
 T = TypeVar("T")
+Values = Mapping[str, Tensor] | Tensor | None
+"""Parameter values: tensors by name, one vector (P,), or the model's own."""
 
 
 class Parameters:
@@ -91,6 +93,9 @@ class Parameters:
         self._sparse = [
             m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
         ]
+        self._places = list(_places(model))
+        self._constants: dict[str, Tensor] | None = None
+        self._writes = True  # until a call has shown that forward does not write to parameters
         self.size = sum(self._sizes)
         if not self.size:
             raise UsageError(f"all selected parameters are empty: {', '.join(list(self.named)[:3])}")
@@ -140,38 +145,76 @@ class Parameters:
         """θ + offset, differentiable in θ and in ``offset`` (P,)."""
         return {name: self.named[name] + piece for name, piece in self.split(offset).items()}
 
-    def logits(self, x: Inputs, values: Mapping[str, Tensor] | None = None) -> Tensor:
+    def vector(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a copy of θ (P,), which ``logits`` takes in place of single tensors: few kernels on a GPU."""
+        return self.join([p.detach() for p in self.named.values()]).to(dtype or self.dtype)
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Copy buffers and other parameters once for all calls within, which leave the model unchanged meanwhile."""
+        before = self._constants
+        self._constants = self._copied_constants() if before is None else before
+        try:
+            yield
+        finally:
+            self._constants = before
+
+    def logits(self, x: Inputs, values: Values = None) -> Tensor:
         """Return logits (B, C), or (B, L, 2) of yes-or-no labels, at parameter ``values`` (default: the model's own).
 
         Buffers and ``x`` are left untouched.
         """
         return self.outputs.logits(self.taken(x, values))
 
-    def taken(self, x: Inputs, values: Mapping[str, Tensor] | None = None) -> Tensor:
+    def taken(self, x: Inputs, values: Values = None) -> Tensor:
         """Return the outputs as a loss takes them; see ``Outputs.taken``."""
         return self.in_force(x, values, lambda outputs: outputs)
 
-    def in_force(self, x: Inputs, values: Mapping[str, Tensor] | None, then: Callable[[Tensor], T]) -> T:
-        """Return ``then`` of the outputs, called before the model has its own parameters again."""
-        values = self.values() if values is None else values
+    def in_force(self, x: Inputs, values: Values, then: Callable[[Tensor], T]) -> T:
+        """Return ``then`` of the outputs, called before the model has its own parameters again.
+
+        Args:
+            values: tensors by their names, or one vector (P,).
+        """
+        if isinstance(values, Tensor):
+            parts = self.split(values)
+            values = {name: part.clone() for name, part in parts.items()} if self._writes else parts
+        elif values is None:
+            values = self.values()
         # copies, also in eval mode: some models write to a buffer or a parameter in every forward pass
-        rest = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        # parameters without a value are constants
-        rest |= {name: p.detach().clone() for name, p in self.model.named_parameters() if name not in values}
+        constants = self._copied_constants() if self._constants is None else self._constants
+        missing = {  # parameters without a value are constants, too
+            name: self.named[name].detach().clone() for name in self.named if name not in values
+        }
+        rest = {**constants, **missing}
         dtype = next((value.dtype for value in values.values()), self.dtype)
         if dtype != self.dtype:  # the whole model moves to the dtype of the parameters it is given
             rest = {name: as_dtype(t, dtype) for name, t in rest.items()}
         tensors = {**rest, **values}
-        placed = {f"model.{place}": tensors[name] for place, name in _places(self.model)}
+        versions = [tensor._version for tensor in tensors.values()]
+        placed = {f"model.{place}": tensors[name] for place, name in self._places}
         args, kwargs = arguments(self.model, x)
         run = _Then(self.model, lambda returned: then(self.outputs.taken(returned, len(x))))
         with _dense_gradients(self._sparse), differentiable_recurrence(self.model), activations_kept():
             found: T = functional_call(run, placed, args, kwargs, tie_weights=False)
+        self._note_writes(tensors, versions)
         return found
+
+    def _note_writes(self, tensors: Mapping[str, Tensor], versions: list[int]) -> None:
+        """Remember whether forward wrote to parameters, and copy anew the constants of a pass that it wrote to."""
+        written = {n for (n, t), v in zip(tensors.items(), versions, strict=True) if t._version != v}
+        self._writes = not written.isdisjoint(self.named)
+        if self._constants is not None and not written <= set(self.named):
+            self._constants = self._copied_constants()
+
+    def _copied_constants(self) -> dict[str, Tensor]:
+        """Copies of the buffers, and of the parameters that are none of ours."""
+        others = (item for item in self.model.named_parameters() if item[0] not in self.named)
+        return copied({**dict(self.model.named_buffers()), **dict(others)})
 
     def rounding(self, offset: Tensor) -> float:
         """Which share of ``offset`` (P,) is lost where θ + offset is rounded to θ's dtype; 0 of no offset."""
-        weights = self.join(self.values().values())
+        weights = self.vector()
         lost = float(((weights + offset) - weights - offset).norm())
         return lost / float(offset.norm()) if lost else 0.0
 
@@ -202,6 +245,23 @@ def _dense_gradients(embeddings: Iterable[nn.Embedding | nn.EmbeddingBag]) -> It
     finally:
         for module in embeddings:
             module.sparse = True
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of the tensors; the dense ones of one dtype are copied as one."""
+    found: dict[str, Tensor] = {}
+    kinds: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if tensor.is_contiguous() and type(tensor) in (Tensor, nn.Parameter):
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(name)
+        else:
+            found[name] = tensor.clone()
+    for names in kinds.values():
+        sizes = [tensors[name].numel() for name in names]
+        parts = torch.cat([tensors[name].detach().reshape(-1) for name in names]).split(sizes)
+        found |= {name: part.view(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
+    return found
 
 
 def dense(tensor: Tensor) -> Tensor:

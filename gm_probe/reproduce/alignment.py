@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.inconsistency.ascent import ascend
 from gm_probe.reproduce.drawing import line, panels
-from gm_probe.reproduce.finding import Finding, Outcome, Task, quantile_sheet
+from gm_probe.reproduce.finding import Finding, Task, claim_outcome, quantile_sheet
 from gm_probe.reproduce.gaussians import Network, descending, trained_network
 
 TOP = 3
@@ -27,9 +27,7 @@ def study(task: Task, *, starts: int, rho: float, noise_scale: float, seed: int,
     found = found.assign(noise_cos_v1=noise[:, 0], top3=(cosines**2).sum(1), noise_top3=(noise**2).sum(1))
     others = {"with v₂": "cos_v2", "with v₃": "cos_v3", "of the start with v₁": "noise_cos_v1"}
     gains = {name: mean_interval((found.cos_v1 - found[key]).to_numpy()) for name, key in others.items()}
-    clear = all(low > 0 for _, low, _ in gains.values())
-    refuted = any(high < 0 for _, _, high in gains.values())
-    outcome: Outcome = "shows" if clear else "does not show" if refuted else "cannot be told"
+    outcome = claim_outcome([int(low > 0) - int(high < 0) for _, low, high in gains.values()])
     said = ", ".join(
         f"{name} by {mean:.3f} (99 % CI {low:.3f} to {high:.3f})" for name, (mean, low, high) in gains.items()
     )

@@ -16,7 +16,7 @@ from gm_probe.analysis.intervals import mean_interval
 from gm_probe.analysis.plots import MARKERS
 from gm_probe.inconsistency.ascent import ascend, to_sphere
 from gm_probe.reproduce.drawing import panels
-from gm_probe.reproduce.finding import Finding, Outcome, Task, quantile_sheet
+from gm_probe.reproduce.finding import Finding, Task, claim_outcome, quantile_sheet
 from gm_probe.reproduce.gaussians import CLASSES, Mixture, Network, trained_network
 
 OFFSETS = ((0, "black", "-"), (1, "#0072B2", "-"), (-1, "#D55E00", "--"))
@@ -54,7 +54,7 @@ def study(
     found = pd.DataFrame({"start": range(starts), **changed, **moved})
     more = found.changed_delta - found.changed_noise
     gain, low, high = mean_interval(more.to_numpy())
-    outcome: Outcome = "shows" if low > 0 else "does not show" if high < 0 else "cannot be told"
+    outcome = claim_outcome([int(low > 0) - int(high < 0)])
     text = (
         f"At ρ = {rho:g} (‖θ‖ = {float(network.theta.norm()):.1f}), over {starts} starts, θ ± δ after one step changes "
         f"the class of {100 * found.changed_delta.mean():.1f} % of fresh points, and noise of the same norm that of "

@@ -31,7 +31,7 @@ class Arm:
     @property
     def error(self) -> str:
         """The summary's key of the error on the test part: of a SimCLR encoder, its linear probe's."""
-        return "probe_test_error" if self.config.objective == "simclr" else "test_error"
+        return "probe_test_error" if self.config.trains_encoder else "test_error"
 
     @property
     def records(self) -> list[RunRecord]:

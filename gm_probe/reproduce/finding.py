@@ -12,13 +12,13 @@ from typing import Any, Literal
 import pandas as pd
 from matplotlib.figure import Figure
 
+from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.plots import write_figure
-from gm_probe.analysis.results import Correlation, Quantity
 from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown, plain_sheet, two_decimals
 from gm_probe.files.atomic import write_atomic, write_json
 from gm_probe.reproduce.catalogue import Recipe
 
-Outcome = Literal["shows", "shows in part", "does not show", "cannot be told"]
+Outcome = Literal["shows", "shows in part", "shows the opposite", "does not show", "cannot be told"]
 RESULT = "result.json"
 
 
@@ -126,14 +126,42 @@ def frame_sheet(name: str, title: str, caption: str, frame: pd.DataFrame, num_la
     return plain_sheet(name, title, caption, [*map(str, frame)], body, num_labels)
 
 
-def shown_tau(tau: Correlation | Quantity) -> str:
+def sign_of(found: Quantity, parts: int) -> int:
+    """Return the sign of a statistic whose interval at 1 − 5 % / ``parts`` excludes 0 (Bonferroni); else 0."""
+    if found.p is None or found.p >= 0.05 / parts:
+        return 0
+    return 1 if (found.value or 0) > 0 else -1
+
+
+def claim_outcome(signs: Sequence[int]) -> Outcome:
+    """Return the outcome of a claim from those of its parts: 1 as claimed, −1 the opposite, 0 cannot be told.
+
+    Each part is tested in both directions at 5 % over their number, so that one chance in twenty is that any is wrong.
+    """
+    if signs and all(sign == 1 for sign in signs):
+        return "shows"
+    if -1 in signs:
+        return "shows in part" if 1 in signs else "shows the opposite"
+    return "cannot be told"
+
+
+def bonferroni(parts: int) -> str:
+    """Return how a claim of so many parts is decided, in words."""
+    level = f"{100 * (1 - 0.05 / max(parts, 1)):.4g}"
+    return (
+        f"The claim has {parts} parts; each is decided, in either direction, by its {level} % interval (Bonferroni)."
+        if parts > 1
+        else "The interval decides, in either direction."
+    )
+
+
+def shown_tau(tau: Quantity) -> str:
     """A τ and its interval, as papers print them."""
-    value = tau.tau if isinstance(tau, Correlation) else tau.value
-    if value is None:
+    if tau.value is None:
         return "undefined"
     if tau.low is None or tau.high is None:
-        return two_decimals(value)
-    return f"{two_decimals(value)} ({two_decimals(tau.low)} to {two_decimals(tau.high)})"
+        return two_decimals(tau.value)
+    return f"{two_decimals(tau.value)} ({two_decimals(tau.low)} to {two_decimals(tau.high)})"
 
 
 def quantile_sheet(name: str, title: str, found: pd.DataFrame) -> Sheet:

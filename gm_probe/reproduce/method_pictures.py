@@ -105,7 +105,7 @@ def dots(found: Comparison, least: bool) -> Figure:
 
 def along(found: Comparison) -> Figure:
     """S_ρ and test accuracy by epoch; of a SimCLR encoder its linear probe's, and NT-Xent."""
-    simclr = found.arms[0].config.objective == "simclr"
+    simclr = found.arms[0].config.trains_encoder
     figure, places = panels(3 if simclr else 2, 2.4, width=8.4 if simclr else PAGE)
     left, right = places[:2]
     for index, arm in enumerate(found.arms):

@@ -39,7 +39,7 @@ def sheet(name: str, found: Comparison, reference: str) -> Sheet:
     for arm in found.arms:
         seconds = [min(each.epoch_seconds, default=None) for each in (arm, found.arm(arm.data, reference))]
         s_rho = [value for value in arm.s_rho if value is not None]
-        simclr = arm.config.objective == "simclr"  # of its probe nobody asks how it fits
+        simclr = arm.config.trains_encoder  # of its probe nobody asks how it fits
         cells = (
             setting(arm.config),
             percent(arm.errors),
@@ -80,7 +80,7 @@ def _seeds(found: Comparison) -> str:
 
 def _words(config: TrainConfig) -> str:
     """Of which error a table is."""
-    if config.objective == "simclr":
+    if config.trains_encoder:
         return "Linear probe’s test error"
     return "Validation error" if config.validation else "Test error"
 

@@ -16,10 +16,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gm_probe.analysis.correlation import kendall
-from gm_probe.analysis.intervals import excludes_zero, jackknife_interval
+from gm_probe.analysis.coefficients import kendall
+from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.plots import COLOURS
-from gm_probe.analysis.results import Quantity
 from gm_probe.analysis.typeset import Sheet
 from gm_probe.errors import DivergedError
 from gm_probe.inconsistency.kl import kl_divergence
@@ -152,20 +151,10 @@ def _cloud(model: Parameters, x: Tensor, sigma: float) -> float:
 def taus_of(table: pd.DataFrame) -> Taus:
     """C_θ with what it is said to follow, by arm."""
     return {
-        (arm, key): _tau(mine[key].to_numpy(), mine.inconsistency.to_numpy())
+        (arm, key): kendall(mine[key].to_numpy(float), mine.inconsistency.to_numpy(float))
         for arm, mine in table.groupby("arm", sort=False)
         for key in ("predicted", "s_rho")
     }
-
-
-def _tau(x: np.ndarray, y: np.ndarray) -> Quantity:
-    """Kendall's τ-b over settings with its 95 % jackknife interval."""
-    tau = kendall(x, y).tau
-    if tau is None:
-        return Quantity(None)
-    without = [kendall(np.delete(x, i), np.delete(y, i)).tau for i in range(len(x))]
-    low, high, _ = jackknife_interval(tau, np.array(without, dtype=float))
-    return Quantity(tau, low, high)
 
 
 def held(table: pd.DataFrame, taus: Taus) -> dict[str, bool | None]:
@@ -184,7 +173,7 @@ def held(table: pd.DataFrame, taus: Taus) -> dict[str, bool | None]:
 
 def _positive(tau: Quantity) -> bool | None:
     """Whether its interval lies above 0, or below; None where it holds 0, or there is none."""
-    return None if not excludes_zero(tau.low, tau.high) else (tau.value or 0) > 0
+    return None if not tau.clear else (tau.value or 0) > 0
 
 
 def _quadratic(table: pd.DataFrame) -> dict[float, pd.Series]:

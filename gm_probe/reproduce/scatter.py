@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gm_probe.analysis.correlation import correlate, group_rows
-from gm_probe.analysis.intervals import excludes_zero
+from gm_probe.analysis.correlation import correlate
+from gm_probe.analysis.design import group_rows
+from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.plots import scatter_panels
 from gm_probe.analysis.provenance import read_records
-from gm_probe.analysis.requests import PARTS
-from gm_probe.analysis.results import Correlation, SweepStatistics
-from gm_probe.analysis.runs import load_table
+from gm_probe.analysis.results import Correlations
 from gm_probe.analysis.sheets import statistics_sheets
-from gm_probe.analysis.table import RunTable, by_reason
-from gm_probe.reproduce.finding import Finding, Outcome, Task, shown_tau
+from gm_probe.reproduce.finding import Finding, Outcome, Task, bonferroni, claim_outcome, shown_tau, sign_of
 from gm_probe.reproduce.training import trained
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
+from gm_probe.tables.runs import load_table
+from gm_probe.tables.table import RunTable, by_reason
 
 GAP = "error_gap"
 """The paper's gap: test error − train error."""
@@ -72,8 +72,8 @@ def study(
         "cannot be told" if num_done < LEAST_RUNS else _outcome(found, expected),
         " ".join(said),
         every.frame.to_dict("records"),
-        statistics_sheets(found, table.gaps),
-        {"": scatter_panels(table, found.measures, table.gaps, groups)},
+        statistics_sheets(found),
+        {"": scatter_panels(found, groups)},
         {"": caption},
         untested,
     )
@@ -81,37 +81,32 @@ def study(
 
 def _correlated(
     folder: Path, expected: Mapping[str, int], recipe: Recipe, *, converged_only: bool
-) -> tuple[RunTable, SweepStatistics]:
+) -> tuple[RunTable, Correlations]:
     table = load_table(folder, list(expected), (), recipe.group_by, converged_only=converged_only)
-    return table, correlate(table, table.gaps, recipe.group_by, skip=PARTS)
+    return table, correlate(table, group_by=recipe.group_by, details=False)
 
 
-def _taus(found: SweepStatistics) -> dict[str, Correlation]:
-    return {measure.name: measure.gaps[GAP] for measure in found.measures}
+def _taus(found: Correlations) -> dict[str, Quantity]:
+    return {name: found.get(name, GAP) for name in found.runs.measures}
 
 
-def _outcome(found: SweepStatistics, expected: Mapping[str, int]) -> Outcome:
+def _outcome(found: Correlations, expected: Mapping[str, int]) -> Outcome:
+    """Return the outcome of the claim, whose parts are the signs of τ; the intervals' p decide."""
     taus = _taus(found)
-    clear = {name: excludes_zero(tau.low, tau.high) for name, tau in taus.items()}
-    agree = [clear[name] and sign * (taus[name].tau or 0) > 0 for name, sign in expected.items()]
-    if all(agree):
-        return "shows"
-    if not any(clear[name] and sign * (taus[name].tau or 0) < 0 for name, sign in expected.items()):
-        return "cannot be told"
-    return "shows in part" if any(agree) else "does not show"
+    return claim_outcome([sign_of(taus[name], len(expected)) * sign for name, sign in expected.items()])
 
 
-def _text(found: SweepStatistics, expected: Mapping[str, int], recipe: Recipe) -> str:
+def _text(found: Correlations, expected: Mapping[str, int], recipe: Recipe) -> str:
     taus = _taus(found)
     said = [
         f"{name} τ = {shown_tau(taus[name])} (paper: {'positive' if sign > 0 else 'negative'})"
         for name, sign in expected.items()
     ]
-    about_seeds = [note for note in found.notes if "seed" in note]
     whole = next(iter(taus.values()))
+    reasons = dict.fromkeys(tau.note for tau in taus.values() if tau.note)
     return (
-        "The test: the sign of Kendall's τ-b with the error gap, by a 95 % CI that treats the settings of "
-        f"the grid as independent draws{'' if about_seeds else ' and covers shared seeds'}. Over {whole.n} "
-        f"of {len(recipe.runs)} runs, of {whole.num_settings} settings: {'; '.join(said)}."
-        + "".join(f" {note[0].upper()}{note[1:]}." for note in about_seeds)
+        "The test: the sign of Kendall's τ-b with the error gap, by intervals that treat the settings of the grid as "
+        f"independent draws and cover shared seeds. Over {whole.n} of {len(recipe.runs)} runs, of {found.num_settings} "
+        f"settings, with 95 % CI: {'; '.join(said)}. {bonferroni(len(expected))}"
+        + "".join(f" {note[0].upper()}{note[1:]}." for note in reasons)
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.reproduce.comparison import RISE, Comparison
-from gm_probe.reproduce.finding import Outcome
+from gm_probe.reproduce.finding import Outcome, bonferroni, claim_outcome
 
 COMPARED = {"local_inconsistency": "S_ρ", "running_nt_xent": "NT-Xent of training"}
 """Words for what is no error."""
@@ -100,14 +100,12 @@ class Test:
     def sign(self) -> int:
         """1 where it goes as the claim says, −1 where the other way, 0 where neither can be told.
 
-        As the claim says: the 95 % interval is clear of 0. The other way: that of 1 − 5 % / ``family`` is, for a single
-        one of them decides against the claim (Bonferroni; Holm's further steps would change no outcome). A seed in
-        which one variant alone has no result is in no interval, and speaks against that variant: no sign favours it.
+        The interval of 1 − 5 % / ``family`` decides in both directions (Bonferroni). A seed in which one variant alone
+        has no result is in no interval, and speaks against that variant: no sign favours it.
         """
         if self.interval is None:
             return 0
-        _, low, _ = self.interval
-        _, _, high = mean_interval(self.differences, 1 - 0.05 / self.family)
+        _, low, high = mean_interval(self.differences, 1 - 0.05 / self.family)
         if low > 0:
             return 0 if self.lost["better"] else 1
         return -1 if high < 0 and not self.lost["worse"] else 0
@@ -142,18 +140,8 @@ def _signed(value: float) -> str:
 
 
 def outcome(results: Sequence[Test]) -> Outcome:
-    """Of the whole claim, by the signs of its comparisons.
-
-    It shows where all of them do. That is an intersection-union test (Berger 1982): "shows" is wrong as rarely as
-    one comparison at 95 % is, and needs no adjustment for their number. Against the claim speaks any one that is
-    reversed, and the more there are, the likelier one is by chance: ``Test.sign`` adjusts for that.
-    """
-    signs = [result.sign for result in results]
-    if signs and all(sign == 1 for sign in signs):
-        return "shows"
-    if -1 not in signs:
-        return "cannot be told"
-    return "shows in part" if 1 in signs else "does not show"
+    """Return the outcome of the whole claim, by the signs of its comparisons."""
+    return claim_outcome([result.sign for result in results])
 
 
 def text_of(results: Sequence[Test], others: Sequence[Test], untested: str, split_by_seed: bool) -> str:
@@ -163,14 +151,11 @@ def text_of(results: Sequence[Test], others: Sequence[Test], untested: str, spli
         if split_by_seed
         else "same data, start and order of batches"
     )
-    reversed_level = 100 * (1 - 0.05 / max(1, len(results)))
     text = (
         f"The test, on {' and '.join(dict.fromkeys(r.data for r in results))}: the difference in what is "
-        f"named, paired by seed ({shared}), below 0 by a 95 % Student interval over the n seeds in which "
-        f"both ended. {_told(results)} {sum(r.sign == 1 for r in results)} of {len(results)} comparisons "
-        f"have the claimed sign with an interval that excludes 0, {sum(r.sign == -1 for r in results)} "
-        f"the opposite sign by the {reversed_level:.4g} % interval that decides against the claim "
-        "(Bonferroni)."
+        f"named, paired by seed ({shared}), with a 95 % Student interval over the n seeds in which "
+        f"both ended. {_told(results)} {bonferroni(len(results))} {sum(r.sign == 1 for r in results)} of "
+        f"{len(results)} comparisons go as claimed, {sum(r.sign == -1 for r in results)} the opposite way."
     )
     if any(count for r in results for count in r.lost.values()):
         text += (

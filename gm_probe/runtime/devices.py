@@ -48,6 +48,12 @@ def release_memory(device: torch.device) -> None:
         release()
 
 
+def room(device: torch.device) -> int:
+    """Return how many bytes of data may stay on ``device``: a quarter of what is free, or 1 GB where nobody knows."""
+    ask = getattr(_module(device), "mem_get_info", None)
+    return ask(device)[0] // 4 if ask is not None else 2**30
+
+
 def _module(device: torch.device) -> Any:
     """torch.cuda, torch.xpu, ...: None of a device without one."""
     return getattr(torch, device.type, None)

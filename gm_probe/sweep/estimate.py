@@ -20,6 +20,7 @@ from gm_probe.measures.settings import Settings
 from gm_probe.sweep.recipe import MeasurePlan
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.run import Training
+from gm_probe.training.updates import make_rule
 
 STEPS = 3
 """Timed, after as many that warm up."""
@@ -96,7 +97,7 @@ class _Rate:
         """Gradient evaluations that looking at the weights takes, along the way and at the end; the fits of linear
         probes, and how soon ``stop_ce`` is seen to be missed, are left out."""
         forward = 1 / 3
-        every = config.probe_every if config.objective == "simclr" else config.eval_every
+        every = config.probe_every if config.trains_encoder else config.eval_every
         looks = 1 + (config.epochs // every if every else 0)
         found = looks * forward * (self.num_train + self.num_test)
         if config.track_every:
@@ -106,15 +107,17 @@ class _Rate:
 
 
 def _rate(config: TrainConfig) -> _Rate:
-    seconds, training = _timed(config)
+    seconds, training = _timed(config.replace(every=1, tail=1.0))
     full_precision = seconds if config.amp == "none" else _timed(config.replace(amp="none"))[0]
     sampler, splits = training.sampler, training.splits
     inputs = min(config.batch_size, sampler.examples) * sampler.rows
+    steps, rule = config.epochs * training.steps, training.updates.rule
+    planned = make_rule(config, training.model, rule.generator, steps)
     return _Rate(
-        seconds,
+        seconds * planned.cost(steps) / (steps * rule.passes),
         training.steps,
-        full_precision / (inputs * training.updates.rule.passes / 3),
-        2 if training.simclr else 1,
+        full_precision / (inputs * rule.passes / 3),
+        2 if config.trains_encoder else 1,
         len(splits.train),
         len(splits.test),
         len(splits.unlabeled),

@@ -155,7 +155,7 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
             raise UsageError(f"recipe: the design names the same run twice ({name})")
         runs[name] = config
     plan = _plan(content.get("measure", {}))
-    if views := [config for config in runs.values() if config.objective == "simclr"]:
+    if views := [config for config in runs.values() if config.trains_encoder]:
         _require_of_views(plan, views)
     return Recipe(runs, plan, _group_by(content.get("correlate", {})))
 
@@ -205,7 +205,11 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
             raise UsageError(f"recipe: no measure {name!r}; {did_you_mean(name, CATALOGUE)}")
         if CATALOGUE[name].needs_labels:
             raise UsageError(f"recipe: {name} needs labels, but a sweep measures on the unlabeled part")
-    chosen = {key: _like(key, value, defaults[key]) for key, value in content.items() if key in defaults}
+    chosen: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in content.items()
+        if key in defaults
+    }
     sizes = {key: content[key] for key in ("max_examples", "batch_size") if key in content}
     for key, value in sizes.items():
         whole(f"recipe: measure.{key}", value)
@@ -214,19 +218,6 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
     except UsageError as error:
         raise UsageError(f"recipe: measure.{error}") from error
     return MeasurePlan(names, settings, sizes.get("max_examples"), sizes.get("batch_size"))
-
-
-def _like(key: str, value: Any, default: Any) -> Any:
-    """``value``, checked to be of the default's type; a list of numbers gives a tuple."""
-    if isinstance(default, tuple):
-        if isinstance(value, list) and all(type(item) in {int, float} for item in value):
-            return tuple(value)
-        raise UsageError(f"recipe: measure.{key} = {value!r} must be a list of numbers")
-    if type(default) is float and type(value) is int:
-        return float(value)
-    if type(value) is not type(default):
-        raise UsageError(f"recipe: measure.{key} = {value!r} must be of type {type(default).__name__}")
-    return value
 
 
 def run_name(config: TrainConfig, varied: Mapping[str, Any]) -> str:

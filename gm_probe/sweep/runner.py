@@ -31,6 +31,7 @@ from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.leave import Leave
 from gm_probe.training.loop import train
+from gm_probe.training.objectives import trains_encoder
 from gm_probe.training.run_splits import own_unlabeled
 
 
@@ -43,7 +44,7 @@ def is_complete(out: Path, plan: MeasurePlan) -> bool:
     except (StorageError, OSError):
         return False  # trying the run will say what is broken, or may not be read
     if record.status == "finished" and not (out / STATE).exists():
-        batch_dependent = plan.batch_dependent if record.config.get("objective") == "simclr" else {}
+        batch_dependent = plan.batch_dependent if trains_encoder(record.config.get("objective")) else {}
         return record.measured(plan.measures, {**plan.asked, **batch_dependent})
     return record.status == "diverged"
 
@@ -83,7 +84,7 @@ def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, lock: FolderLock
         "model_name": config.model,  # the code that the recipe names, never one that a file names
         "batch_size": plan.batch_size,
         "device": pick_device(config.device),
-        "head": "simclr" if config.objective == "simclr" else "classifier",
+        "head": "simclr" if config.trains_encoder else "classifier",
     }
     result = measure_as(
         out / CHECKPOINT,

@@ -27,6 +27,7 @@ from gm_probe.runs.records import (
     read_sweep_record,
     run_state,
 )
+from gm_probe.training.objectives import trains_encoder
 
 STATES = ("finished", "trained", "running", "stale", "pending", "diverged", "failed")
 ENDED = frozenset({"finished", "diverged", "failed"})
@@ -151,7 +152,9 @@ def run_status(path: Path, name: str, sweep: _Sweep | None = None, planned_as: s
     try:
         state, reason = run_state(path), failure(path)
         if state == "finished" and sweep is not None and planned is not None:
-            batch_dependent = sweep.content.get("coupled", {}) if planned.get("objective") == "simclr" else {}
+            batch_dependent = (
+                sweep.content.get("coupled", {}) if trains_encoder(planned.get("objective")) else {}
+            )
             asked = {**sweep.content["settings"], **batch_dependent}
             state = state if read_run(path).measured(sweep.content["measures"], asked) else "trained"
     except StorageError as error:

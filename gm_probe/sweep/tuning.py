@@ -16,7 +16,7 @@ from gm_probe.measures.settings import Settings
 from gm_probe.runs.records import RunRecord, read_run
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.rules import METHODS
+from gm_probe.training.methods import METHODS
 
 VALIDATION = 0.1
 """Share of the training part that cells are judged on."""
@@ -63,15 +63,17 @@ class Cell:
 
 def check_tunable(config: TrainConfig, *, beta: bool) -> None:
     """Raise UsageError where the method has no ρ, or no β though one is to be tuned."""
-    if config.method == "sgd":
-        raise UsageError("sgd has neither ρ nor β; choose --method sam, asam, iam-d or iam-s")
-    if beta and not config.method.startswith("iam-d"):
+    settings = METHODS[config.method].settings
+    if "rho" not in settings:
+        known = ", ".join(name for name, method in METHODS.items() if "rho" in method.settings)
+        raise UsageError(f"{config.method} has neither ρ nor β; choose --method {known}")
+    if beta and "beta" not in settings:
         raise UsageError(f"{config.method} has no β; leave --beta out")
 
 
 def radii_around_default(config: TrainConfig, *, bounds: bool) -> tuple[float, ...]:
     """Half, once and twice the ρ that the method has of its own; as ``bounds`` a quarter and four times it."""
-    own = inspect.signature(METHODS[config.method]).parameters["rho"].default
+    own = inspect.signature(METHODS[config.method].rule).parameters["rho"].default
     return tuple(factor * own for factor in ((0.25, 4.0) if bounds else (0.5, 1.0, 2.0)))
 
 

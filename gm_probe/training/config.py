@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from gm_probe.checks import one_of, optional, real, whole
+from gm_probe.checks import optional, real, whole
 from gm_probe.data.reading import Reading
 from gm_probe.data.sources import NAMES
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import as_named
+from gm_probe.setting import setting, validate
+from gm_probe.training.methods import METHODS
+from gm_probe.training.objectives import OBJECTIVES, trains_encoder
 
 MOST = 2**31 - 1
 """Of a whole number, so that it fits wherever it goes: into an index, a size or a file."""
+MOST_SEED = 2**32 - 1
 MOST_THREADS = 1024
 """With many more torch takes the process down."""
 PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_every"})
 """Settings of where and how a run is computed, no part of what it computes."""
-
-
-def setting(default: Any, group: str, text: str, *, unset: str | None = None, **rule: Any) -> Any:
-    """Return a field of ``TrainConfig``: all that is known of one setting.
-
-    Args:
-        group: section of ``gmprobe train --help`` that shows it.
-        text: what it does, in whole sentences, with its unit.
-        unset: what happens by default, where the value does not say it.
-        rule: ``choices`` of a text; or the bounds ``least``, ``above``, ``most`` and ``below`` of a number.
-    """
-    return field(default=default, metadata={"group": group, "help": text, "unset": unset, "rule": rule})
 
 
 MAIN, DATA, OBJECTIVE, METHOD = "Main options", "Data", "Objective", "Method"
@@ -82,7 +74,13 @@ class TrainConfig:
         above=0,
         below=1,
     )
-    split_seed: int = setting(0, DATA, "Seed of the split. Runs that differ only in --seed share their data.")
+    split_seed: int = setting(
+        0,
+        DATA,
+        "Seed of the split. Runs that differ only in --seed share their data.",
+        least=0,
+        most=MOST_SEED,
+    )
     model: str = setting("6cnn", MAIN, "Network; see `gmprobe models`.")
     init: str | None = setting(
         None,
@@ -93,7 +91,7 @@ class TrainConfig:
         "supervised",
         OBJECTIVE,
         "What is learned. joint and fixmatch need --labels; simclr reads no labels.",
-        choices=("supervised", "joint", "fixmatch", "simclr"),
+        choices=OBJECTIVES,
     )
     mu: int = setting(7, OBJECTIVE, "Unlabeled examples per labeled example in joint and fixmatch.", least=1)
     threshold: float = setting(
@@ -114,7 +112,7 @@ class TrainConfig:
         "sgd",
         MAIN,
         "Gradient rule.",
-        choices=("sgd", "sam", "asam", "iam-d", "iam-d-onepass", "iam-s"),
+        choices=METHODS,
     )
     rho: float | None = setting(
         None,
@@ -139,6 +137,12 @@ class TrainConfig:
         choices=("random", "none", "loss"),
     )
     eta: float = setting(0.01, METHOD, "ASAM's stabiliser, added to the weights' magnitudes.", least=0)
+    every: int = setting(
+        1, METHOD, "Perturb in each step of this number only; the others are plain steps.", least=1
+    )
+    tail: float = setting(
+        1.0, METHOD, "Perturb in this last share of all steps only, such as 0.3.", above=0, most=1
+    )
     m: int | None = setting(
         None,
         METHOD,
@@ -163,7 +167,12 @@ class TrainConfig:
         choices=("constant", "cosine", "linear", "multi-step"),
     )
     milestones: tuple[int, ...] = setting(
-        (), OPTIMIZER, "Epochs at which multi-step lowers the rate, such as 60,120,160.", unset="none"
+        (),
+        OPTIMIZER,
+        "Epochs at which multi-step lowers the rate, such as 60,120,160.",
+        unset="none",
+        least=0,
+        most=MOST,
     )
     gamma: float = setting(0.2, OPTIMIZER, "Factor of multi-step at each milestone.", least=0)
     warmup_epochs: float = setting(0.0, OPTIMIZER, "Epochs of linear warm-up.", least=0)
@@ -216,26 +225,21 @@ class TrainConfig:
     checkpoint_every: int | None = setting(
         None, MACHINE, "Save the state every so many steps.", unset="once an epoch", least=1
     )
-    seed: int = setting(0, MAIN, "Seed of weights, batches and perturbations.")
+    seed: int = setting(0, MAIN, "Seed of weights, batches and perturbations.", least=0, most=MOST_SEED)
     device: str = setting(
         "auto", MAIN, "Device to train on: auto, cpu, cuda, cuda:1, or another device of torch."
     )
-    threads: int | None = setting(None, MACHINE, "CPU threads.", unset="torch's choice")
+    threads: int | None = setting(
+        None, MACHINE, "CPU threads.", unset="torch's choice", least=1, most=MOST_THREADS
+    )
 
     def __post_init__(self) -> None:
-        for name in _hints():
-            object.__setattr__(self, name, _typed(name, getattr(self, name)))
+        validate(self)
         for each in fields(self):
-            _check(each.name, getattr(self, each.name), each.metadata["rule"])
-        optional(whole, "threads", self.threads, 1, MOST_THREADS)
-        for name in ("seed", "split_seed"):
-            whole(name, getattr(self, name), 0, 2**32 - 1)
-        if self.method == "iam-d-onepass":  # it follows the gradient of β·KL
-            real("beta", self.beta, above=0)
-        if self.method in {"iam-d", "iam-s"}:  # at δ = 0 the KL has no gradient to ascend
-            real("noise_scale", self.noise_scale, above=0)
-        for epoch in self.milestones:
-            whole("milestones", epoch, 0, MOST)
+            if type(value := getattr(self, each.name)) is int and "most" not in each.metadata["rule"]:
+                whole(each.name, value, 0, MOST)
+        for name in METHODS[self.method].positive:
+            optional(real, name, getattr(self, name), above=0)
         if self.min_lr and (self.schedule not in {"cosine", "linear"} or self.min_lr > self.lr):
             raise UsageError(
                 f"min_lr = {self.min_lr} must be at most lr = {self.lr}; a cosine or linear schedule ends "
@@ -251,61 +255,39 @@ class TrainConfig:
             )
 
     def _check_objective(self) -> None:
-        if self.objective == "supervised":
-            return
-        if self.objective == "simclr":
-            self._check_simclr()
-            return
-        if self.labels is None:
+        choice, default = OBJECTIVES[self.objective], _defaults()
+        if choice.needs_labels and self.labels is None:
             raise UsageError(
                 f"objective = {self.objective!r} needs labels, the number of training examples that keep "
                 "their labels"
             )
-        if self.m is not None:
-            raise UsageError(f"m splits supervised batches only, not those of objective = {self.objective!r}")
-        if self.objective == "fixmatch" and self.augment:
-            raise UsageError("fixmatch has its own augmentations. Leave out augment")
+        if self.batch_size < choice.least_batch:
+            raise UsageError(
+                f"{self.objective} compares images: batch_size must be at least {choice.least_batch}"
+            )
+        for name, reason in choice.refused.items():
+            if getattr(self, name) != default[name]:
+                raise UsageError(f"{self.objective} takes no {name}: {reason}")
 
-    def _check_simclr(self) -> None:
-        if self.batch_size < 2:
-            raise UsageError("simclr compares images: batch_size must be at least 2")
-        refused = {
-            "m": (self.m is not None, "NT-Xent compares all views of a batch, so the batch cannot be split"),
-            "augment": (self.augment, "simclr has its own augmentations"),
-            "stop_ce": (self.stop_ce is not None, "an encoder has no training cross-entropy to stop at"),
-            "label_smoothing": (self.label_smoothing > 0, "there are no labels to smooth"),
-            "eval_every": (
-                self.eval_every > 0,
-                "an encoder is evaluated by linear probes, probe_every epochs",
-            ),
-        }
-        for name, (given, reason) in refused.items():
-            if given:
-                raise UsageError(f"simclr takes no {name}: {reason}")
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether the run trains a SimCLR encoder, which has no head for classes and is judged by linear probes."""
+        return trains_encoder(self.objective)
 
     def idle(self) -> dict[str, str]:
         """Settings that this run does not use, and which other one would make it."""
-        used_by = {
-            "mu": ("objective", self.objective in {"joint", "fixmatch"}),
-            "rho": ("method", self.method != "sgd"),
-            "beta": ("method", self.method.startswith("iam-d")),
-            "kl_grad": ("method", self.method.startswith("iam-d")),
-            "k_steps": ("method", self.method in {"iam-d", "iam-s"}),
-            "noise_scale": ("method", self.method in {"iam-d", "iam-s"}),
-            "sign": ("method", self.method == "iam-s"),
-            "eta": ("method", self.method == "asam"),
-            "momentum": ("optimizer", self.optimizer == "sgd"),
-            "nesterov": ("optimizer", self.optimizer == "sgd"),
-            "milestones": ("schedule", self.schedule == "multi-step"),
-            "gamma": ("schedule", self.schedule == "multi-step"),
-            "min_lr": ("schedule", self.schedule in {"cosine", "linear"}),
-            "track_rho": ("track_every", self.track_every > 0),
+        users = {
+            "momentum": ("optimizer", ("sgd",)),
+            "nesterov": ("optimizer", ("sgd",)),
+            "milestones": ("schedule", ("multi-step",)),
+            "gamma": ("schedule", ("multi-step",)),
+            "min_lr": ("schedule", ("cosine", "linear")),
         }
-        used_by |= dict.fromkeys(
-            ("threshold", "lambda_u", "unlabeled_mean"), ("objective", self.objective == "fixmatch")
-        )
-        used_by |= dict.fromkeys(("temperature", "probe_every"), ("objective", self.objective == "simclr"))
-        return {name: by for name, (by, used) in used_by.items() if not used}
+        for by, choices in (("method", METHODS), ("objective", OBJECTIVES)):
+            for name in dict.fromkeys(name for choice in choices.values() for name in choice.settings):
+                users[name] = by, tuple(key for key, choice in choices.items() if name in choice.settings)
+        idle = {name: by for name, (by, values) in users.items() if getattr(self, by) not in values}
+        return idle | ({} if self.track_every else {"track_rho": "track_every"})
 
     def unreached(self) -> dict[str, str]:
         """Settings whose epoch does not come within this run, and what does not happen therefore."""
@@ -324,22 +306,18 @@ class TrainConfig:
         Raises:
             UsageError: an unknown setting, or one of another type.
         """
-        hints = _hints()
-        checked: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for name, value in values.items():
-            if name not in hints:
-                raise UsageError(f"no setting {name!r}; {did_you_mean(name, hints)}")
-            checked[name] = _typed(name, value)
-        paths = {
-            name: checked[name] for name in ("data", "data_root", "init") if checked.get(name) is not None
-        }
-        checked |= {name: as_named(path) for name, path in paths.items()}
-        data = checked.get("data", "digits")
-        if data not in NAMES and Path(data).exists():  # a run must find its data from any folder
-            checked["data"] = str(Path(data).resolve())
-        if checked.get("init") is not None:
-            checked["init"] = str(Path(checked["init"]).resolve())
-        return cls(**checked)
+            if name not in SETTINGS:
+                raise UsageError(f"no setting {name!r}; {did_you_mean(name, SETTINGS)}")
+            found[name] = tuple(value) if isinstance(value, list) else value
+            if name in {"data", "data_root", "init"} and isinstance(value, str):
+                found[name] = as_named(value)
+        for name in ("data", "init"):  # a run must find them from any folder
+            path = found.get(name)
+            if isinstance(path, str) and path not in NAMES and (name == "init" or Path(path).exists()):
+                found[name] = str(Path(path).resolve())
+        return cls(**found)
 
     @classmethod
     def from_record(cls, config: Mapping[str, Any]) -> TrainConfig:
@@ -355,7 +333,7 @@ class TrainConfig:
 
         Defaults are left out, so that a setting added later changes no existing run's identity.
         """
-        default = TrainConfig().as_dict()
+        default = {**_defaults(), "milestones": []}
         return {
             key: value for key, value in self.as_dict().items() if key not in PLACE and value != default[key]
         }
@@ -368,40 +346,6 @@ class TrainConfig:
 SETTINGS = tuple(each.name for each in fields(TrainConfig))
 
 
-def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
-    """Raise UsageError where ``value`` is beyond the ``rule`` of its setting."""
-    if "choices" in rule:
-        one_of(name, value, rule["choices"])
-    elif rule and float in (kinds := _kinds(name)):
-        optional(real, name, value, **rule)
-    elif rule and int in kinds:
-        optional(whole, name, value, rule["least"], MOST)
-
-
-def _kinds(name: str) -> tuple[Any, ...]:
-    """Return the types that a setting takes."""
-    hint = _hints()[name]
-    return get_args(hint) if type(None) in get_args(hint) else (hint,)
-
-
 @cache
-def _hints() -> dict[str, Any]:
-    return get_type_hints(TrainConfig)
-
-
-def _typed(name: str, value: Any) -> Any:
-    kinds = _kinds(name)
-    if value is None:
-        if type(None) in kinds:
-            return None
-        raise UsageError(f"{name} needs a value")
-    if name == "milestones":
-        if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
-            return tuple(value)
-        raise UsageError(f"milestones = {value!r} must be a list of epochs")
-    kind = next(k for k in kinds if k is not type(None))
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise UsageError(f"{name} = {value!r} must be of type {kind.__name__}")
-    return value
+def _defaults() -> dict[str, Any]:
+    return {each.name: each.default for each in fields(TrainConfig)}

@@ -16,6 +16,7 @@ from gm_probe.runtime.devices import deterministic
 from gm_probe.runtime.precision import float32_products
 from gm_probe.runtime.signals import Terminated, sigterm_noted
 from gm_probe.training.config import TrainConfig
+from gm_probe.training.objectives import OBJECTIVES
 from gm_probe.training.run import Training
 from gm_probe.training.run_splits import check_splits, load_splits
 
@@ -23,12 +24,12 @@ ERRORS = ("train_error", "test_error", "train_ce", "test_ce")
 """What every finished run says, of a SimCLR encoder by its linear probe."""
 
 
-def _less_memory(config: TrainConfig) -> str:
-    """What this run offers beside what all do."""
-    if config.objective == "supervised":
+def _less_memory(config: TrainConfig, rows: int) -> str:
+    """What this run offers beside what all do; ``rows``: inputs for each of a batch's examples."""
+    objective = OBJECTIVES[config.objective]
+    if "m" not in objective.refused:
         return "accumulate gradients with --m, "
-    penalized = config.objective == "joint" and config.method.startswith("iam-")
-    return "lower --mu, " if penalized or config.objective == "fixmatch" else ""
+    return "lower --mu, " if "mu" in objective.settings and rows > 1 else ""
 
 
 def train(
@@ -89,7 +90,7 @@ def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | N
         raise DivergedError(str(record.summary.get("reason")))
     if record.status != "finished":
         return None
-    prefix = "probe_" if config.objective == "simclr" else ""
+    prefix = "probe_" if config.trains_encoder else ""
     for key in ("epochs", "num_train", "num_test", *(f"{prefix}{name}" for name in ERRORS)):
         record.result(key)
     return record.summary
@@ -108,8 +109,8 @@ def _train(
     def too_much(cause: str) -> str:
         return (
             f"out of memory in epoch {training.epoch + 1} on batches of {config.batch_size} ({cause}); "
-            f"{_less_memory(config)}lower --batch-size or choose a smaller --model. That is a different "
-            "run and needs another --out"
+            f"{_less_memory(config, training.sampler.rows)}lower --batch-size or choose a smaller --model. "
+            "That is a different run and needs another --out"
         )
 
     try:

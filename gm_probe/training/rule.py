@@ -15,8 +15,8 @@ Float16: under autocast call ``rule.backward(x, y, scaler=scaler)``, then ``scal
 which no perturbation depends on; where one overflows, so does what is computed at that perturbation, and the
 scaler skips the step and lowers its factor.
 
-Other objectives than supervised learning (training.objectives) take the criterion's place; see there for what x
-and y then are.
+Other objectives than supervised learning take the criterion's place; see training.objectives.supervised for what
+x and y then are.
 
 Several processes (``torch.distributed``): each hands in its part of the batch, and each gets the gradient of
 the whole batch. The perturbation is the whole batch's too, its gradient summed over the processes: a run does
@@ -29,15 +29,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import functional
 
-from gm_probe.checks import instance, optional, whole
+from gm_probe.checks import instance, optional, real, whole
 from gm_probe.curvature.written import leaves_of, require_repeatable
 from gm_probe.data.fields import Inputs, arguments, as_inputs
 from gm_probe.errors import DeviceError, UsageError, first_line, on_two_devices
@@ -48,7 +49,7 @@ from gm_probe.models.parameters import Parameters, dense, differentiable_recurre
 from gm_probe.models.recomputation import non_reentrant
 from gm_probe.runtime.processes import count, sum_over_processes
 from gm_probe.runtime.randomness import Draws
-from gm_probe.training.objectives import Criterion, Objective
+from gm_probe.training.objectives.supervised import Criterion, Objective
 from gm_probe.training.sub_batches import SubBatches, as_targets, value_of
 
 Gradients = Sequence[Tensor | None]
@@ -68,6 +69,17 @@ class Step:
     inconsistency: Tensor | None
 
 
+class Common(TypedDict, total=False):
+    """The options that every rule takes; see ``Rule``."""
+
+    m: int | None
+    every: int
+    tail: float
+    total_steps: int | None
+    generator: torch.Generator | None
+    outputs: Outputs | None
+
+
 class Rule:
     """Base of all rules, itself plain backpropagation (SGD, AdamW, ... by the optimizer that steps).
 
@@ -78,10 +90,13 @@ class Rule:
         m: the batch is worked off in sub-batches of this size: gradient accumulation, and m-sharpness (App. E.1), for
             each has a perturbation of its own. Their gradients are weighted as the criterion weights them, and add up
             to the whole batch's. None = all at once. A last sub-batch of one example joins the one before it.
+        every: only each ``every``-th step perturbs; the others are plain backpropagation. A step is a ``backward``.
+        tail: only the last steps perturb, this share of all ``total_steps``; in it the first step does.
+        total_steps: of the whole training; ``tail`` needs it.
         generator: of the noise starts; None draws one seeded with 0 on the CPU.
         outputs: how what the model returns is read; see models.door. The criterion gets the chosen output as it is.
 
-    ``passes`` is the cost of a step in forward passes (a backward counts 2).
+    ``passes`` is the cost of a perturbed step in forward passes (a backward counts 2).
 
     Raises:
         UsageError: options that make no sense, or a model that has no parameters or takes no moved ones.
@@ -99,11 +114,20 @@ class Rule:
         criterion: Criterion = functional.cross_entropy,
         *,
         m: int | None = None,
+        every: int = 1,
+        tail: float = 1.0,
+        total_steps: int | None = None,
         generator: torch.Generator | None = None,
         outputs: Outputs | None = None,
     ) -> None:
         optional(whole, "m", m)
+        optional(whole, "total_steps", total_steps)
         optional(instance, "outputs", outputs, Outputs)
+        self.every, self.tail = whole("every", every), real("tail", tail, above=0, most=1)
+        if tail < 1 and total_steps is None:
+            raise UsageError(f"tail = {tail} is a share of all steps. Give total_steps too")
+        self._first = 0 if tail == 1 else total_steps - max(1, round(tail * total_steps))  # type: ignore[operator]
+        self.steps = 0
         if not callable(criterion) or isinstance(criterion, type):
             raise UsageError(f"criterion = {criterion!r} must be a function of the outputs and the targets")
         self.model = unwrapped(model)
@@ -113,9 +137,10 @@ class Rule:
         self.parameters = Parameters(self.model, outputs=self.outputs)
         self.generator = generator or torch.Generator().manual_seed(0)
         self._scaler: GradScaler | None = None
+        self._weight = 1.0
         self._examined = False
 
-    def backward(self, x: Any, y: Any, *, scaler: GradScaler | None = None) -> Step:
+    def backward(self, x: Any, y: Any, *, weight: float = 1.0, scaler: GradScaler | None = None) -> Step:
         """Add this rule's gradient on the batch x (B, ...), y (B,) to every ``p.grad``, as backward() does.
 
         Under an objective that learns from unlabeled inputs too, x has rows after the labeled ones.
@@ -123,6 +148,7 @@ class Rule:
         Args:
             x: a tensor, or a dict or tuple of tensors with B rows, which the model takes by name or in order.
             y: a tensor, or a dict or tuple that the criterion takes; its tensors with B rows are cut as x is.
+            weight: multiplies the gradient, such as 1/4 where those of four batches add up to one.
             scaler: multiplies the gradient by its factor.
 
         Raises:
@@ -132,21 +158,24 @@ class Rule:
             raise UsageError(
                 "rule.backward needs gradients. Call it outside torch.no_grad() and inference_mode()"
             )
-        self._scaler = scaler
+        self._scaler, self._weight = scaler, weight
         # layers may have been frozen or unfrozen meanwhile
         self.parameters = Parameters(self.model, outputs=self.outputs)
         x, y = as_inputs(x), as_targets(y)
         self._batch = SubBatches(x, y, self.m, equal=isinstance(self.model, Contrastive))
         self._leaves: list[Tensor] = list(self.parameters.named.values())
+        due = self._perturbed(self.steps + 1) > self._perturbed(self.steps)
+        gradients_of = self._gradients if due else partial(Rule._gradients, self)
         steps: list[Step] = []
         sums: Gradients = []
         for index, part in enumerate(self._batch.parts):
             self._index = index
             with differentiable_recurrence(self.model), self._told_of_devices(x, y):
-                step, gradients = self._gradients(part.x, value_of(part.y))
+                step, gradients = gradients_of(part.x, value_of(part.y))
             sums = self._sum(sums, gradients)
             steps.append(step)
         self._accumulate(self._over_processes(sums))
+        self.steps += 1
         divergences = [step.inconsistency for step in steps if step.inconsistency is not None]
         return Step(
             torch.cat([step.logits for step in steps]),
@@ -156,11 +185,21 @@ class Rule:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on beside model and optimizer."""
-        return {"generator": self.generator.get_state()}
+        return {"generator": self.generator.get_state(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
         self.generator.set_state(state["generator"].cpu())
+        self.steps = state.get("steps", 0)  # which earlier releases did not count
+
+    def cost(self, steps: int) -> float:
+        """Return the cost of the first ``steps`` steps in forward passes (a backward counts 2)."""
+        perturbed = self._perturbed(steps)
+        return perturbed * self.passes + (steps - perturbed) * Rule.passes
+
+    def _perturbed(self, steps: int) -> int:
+        """How many of the first ``steps`` steps are the rule's own, which ``every`` and ``tail`` decide."""
+        return max(0, -(-(steps - self._first) // self.every))
 
     def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
         """The rule itself: the gradient of a sub-batch's share of the whole batch's objective, scaled.
@@ -247,7 +286,8 @@ class Rule:
                 "autograd sees no parameter that the loss depends on: forward or the criterion runs under "
                 "torch.no_grad or inference_mode, or detaches the outputs"
             )
-        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        weighted = loss if self._weight == 1 else loss * self._weight
+        scaled = weighted if self._scaler is None else self._scaler.scale(weighted)
         return torch.autograd.grad(
             scaled, [*self._leaves, *(inputs or ())], allow_unused=True, retain_graph=again
         )

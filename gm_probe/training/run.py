@@ -44,9 +44,10 @@ from gm_probe.runtime.randomness import generators_kept, seed_generators
 from gm_probe.runtime.signals import Terminated
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.evaluation import Evaluation, ProbeEvaluation
+from gm_probe.training.methods import METHODS
+from gm_probe.training.objectives import OBJECTIVES
 from gm_probe.training.rule import Step
 from gm_probe.training.run_splits import load_splits, split_record
-from gm_probe.training.samplers import make_sampler
 from gm_probe.training.schedule import lr_factor
 from gm_probe.training.state import broken, random_state, read_state, set_random_state, write_state
 from gm_probe.training.tracking import Tracking
@@ -64,8 +65,8 @@ class Progress:
     """How far the running epoch has come, in this process.
 
     Attributes:
-        sums: (5,) float64: labeled examples, and over them loss, cross-entropy, errors and KL; under FixMatch
-            (6,), with the share of confident views.
+        sums: (6 + n,) float64: labeled examples, and over them loss, cross-entropy and errors; those of them whose step
+            had a KL divergence, and that; and the n means that the objective notes.
         step: steps done.
         skipped: steps whose gradient overflowed in float16; they are in no sum.
         seconds: spent before the clock ``began``.
@@ -99,15 +100,16 @@ class Training:
         self.device = processes.own_device(pick_device(config.device))
         self.splits = load_splits(config)
         train = self.splits.train
-        self.sampler = make_sampler(config, self.splits)
+        objective, rule = OBJECTIVES[config.objective].load(), METHODS[config.method].rule
+        self.sampler = objective.sampler(config, self.splits, rule.compares)
         self.steps = self.sampler.steps
         self.normalization = Normalization.of(self.splits.inputs)
-        self.simclr = config.objective == "simclr"
+        encoder = config.trains_encoder
         self.spec = ModelSpec(
             config.model,
             tuple(train.x.shape[1:]),
-            PROJECTION if self.simclr else self.splits.num_classes,
-            config.temperature if self.simclr else None,
+            PROJECTION if encoder else self.splits.num_classes,
+            config.temperature if encoder else None,
         )
 
         def too_big(cause: str) -> str:  # whatever the batches
@@ -127,12 +129,12 @@ class Training:
             self.model, torch.zeros(2, *train.x.shape[1:], device=self.device)
         )
         with memory_or(too_big):
-            self.updates = Updates(config, self.model, self.device)
+            self.updates = Updates(config, self.model, self.device, config.epochs * self.steps)
         self.epoch = 0
         self.rows: list[dict[str, Any]] = []
         self.progress = self._no_progress()
         self._random: dict[str, Any] = {}
-        self.evaluation = (ProbeEvaluation if self.simclr else Evaluation)(
+        self.evaluation = (ProbeEvaluation if encoder else Evaluation)(
             config, self._batches(train), self._batches(self.splits.test), self.splits.num_classes
         )
         self.tracking = Tracking(config, self._batches(self.splits.unlabeled.unlabeled()))
@@ -140,7 +142,7 @@ class Training:
         self._mine = slice(processes.rank(), None, processes.count())  # of every batch
 
     def _no_progress(self) -> Progress:
-        size = 6 if self.config.objective == "fixmatch" else 5
+        size = 6 + len(self.updates.rule.objective.notes)
         return Progress(torch.zeros(size, dtype=torch.float64, device=self.device))
 
     def _batches(self, examples: Examples) -> Batches:
@@ -235,18 +237,18 @@ class Training:
         return (x.contiguous(memory_format=torch.channels_last) if self.channels_last else x), y
 
     def _sums(self, seen: Step, y: Tensor) -> Tensor:
-        loss = seen.loss.double() * len(y)
+        objective, loss = self.updates.rule.objective, seen.loss.double() * len(y)
         entropy = loss
         labeled = seen.logits[: len(y)]
-        if self.config.label_smoothing or self.config.objective == "fixmatch":
+        if self.config.label_smoothing or objective.two_losses:
             entropy = functional.cross_entropy(labeled.float(), y, reduction="sum").double()
         wrong = (labeled.argmax(1) != y).sum().double()
-        divergence = torch.zeros_like(loss) if seen.inconsistency is None else seen.inconsistency * len(y)
-        noted = self.updates.rule.objective.noted(seen.logits, y)
-        further = [value.double() * len(y) for value in noted]
-        return torch.stack(
-            [torch.full_like(loss, len(y)), loss, entropy, wrong, divergence.double(), *further]
-        )
+        examples = torch.full_like(loss, len(y))
+        divergence = [torch.zeros_like(loss)] * 2
+        if seen.inconsistency is not None:
+            divergence = [examples, (seen.inconsistency * len(y)).double()]
+        noted = [value.double() * len(y) for value in objective.noted(seen.logits, y)]
+        return torch.stack([examples, loss, entropy, wrong, *divergence, *noted])
 
     def _check_loss(self, loss: Tensor) -> None:
         finite = math.isfinite(float(self.progress.sums.sum() + loss))
@@ -270,22 +272,20 @@ class Training:
 
     def _row(self) -> dict[str, Any]:
         sums = processes.sum_over_processes(self.progress.sums).tolist()
-        examples, loss, entropy, wrong, divergence, *further = sums
-        seconds = self.progress.elapsed
-        passes = self.updates.rule.passes * self.sampler.rows
+        examples, loss, entropy, wrong, compared, divergence, *noted = sums
+        seconds, rule = self.progress.elapsed, self.updates.rule
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "running_loss": loss / examples,
             **self.evaluation.running(entropy / examples, wrong / examples),
             "lr": self.updates.optimizer.param_groups[0]["lr"],
-            "gradient_evaluations": (self.epoch + 1) * self.steps * passes / 3,
+            "gradient_evaluations": rule.cost((self.epoch + 1) * self.steps) * self.sampler.rows / 3,
             "seconds": round(seconds, 3),
             "examples_per_second": round(self.sampler.examples / seconds, 1),
         }
-        if further:
-            row["running_confident"] = further[0] / examples
-        if self.config.method.startswith("iam-d"):
-            row["running_inconsistency"] = divergence / examples
+        row |= {name: value / examples for name, value in zip(rule.objective.notes, noted, strict=True)}
+        if compared:
+            row["running_inconsistency"] = divergence / compared
         if self.config.amp == "fp16":
             row["skipped_steps"] = self.progress.skipped
         return row
@@ -351,6 +351,8 @@ class Training:
             self.epoch = state["epoch"]
             if state.get("step"):
                 sums = state["sums"][processes.rank()].to(self.device)
+                if sums.shape != self.progress.sums.shape:
+                    raise ValueError("it is of another release of gm_probe")
                 self.progress = Progress(sums, state["step"], state["skipped"], float(state["seconds"]))
                 if self.progress.step > self.progress.skipped and not float(sums[0]) > 0:
                     raise ValueError("it has sums over no examples")
@@ -371,6 +373,7 @@ class Training:
         for name in ("epoch", "step", "skipped"):
             count(state.get(name, 0), name)
         mapping(anything)(state["rule"], "rule")
+        count(state["rule"].get("steps", 0), "rule.steps")
         listed(mapping(anything))([*state["optimizer"]["state"].values()], "optimizer.state")
         if state["epoch"] > self.config.epochs:
             raise ValueError(f"epoch {state['epoch']} of {self.config.epochs}")

@@ -30,10 +30,9 @@ class Tracking:
 
     def __init__(self, config: TrainConfig, unlabeled: Batches) -> None:
         self.config, self.unlabeled = config, unlabeled
-        self.simclr = config.objective == "simclr"
         self.images = min(config.batch_size, unlabeled.num_examples)  # of a batch of SimCLR's
         batches = unlabeled.num_examples // self.images
-        if self.simclr and config.track_every > 0 and batches < processes.count():
+        if config.trains_encoder and config.track_every > 0 and batches < processes.count():
             raise UsageError(
                 f"S_ρ cannot be tracked: {unlabeled.num_examples} unlabeled images are {batches} batches of "
                 f"{self.images}, fewer than {processes.count()} processes; raise --num-unlabeled, or leave out "
@@ -57,7 +56,7 @@ class Tracking:
 
     def _probe_set(self) -> Batches:
         whole = self.unlabeled
-        if self.simclr:
+        if self.config.trains_encoder:
             whole = contrastive_batches(
                 whole.examples,
                 whole.normalization,

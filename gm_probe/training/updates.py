@@ -14,44 +14,28 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gm_probe.runtime.processes import average_over_processes
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.objectives import FixMatch, Joint, Objective
+from gm_probe.training.methods import METHODS
+from gm_probe.training.objectives import OBJECTIVES
 from gm_probe.training.rule import Rule, Step
-from gm_probe.training.rules import METHODS
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_objective(config: TrainConfig) -> Objective:
-    """What ``config`` learns by, label smoothing on the labeled loss alone."""
+def make_rule(
+    config: TrainConfig, model: nn.Module, generator: torch.Generator, steps: int | None = None
+) -> Rule:
+    """The gradient rule of a run of so many ``steps``, with its options and its objective."""
 
-    def criterion(logits: Tensor, y: Tensor) -> Tensor:
+    def criterion(logits: Tensor, y: Tensor) -> Tensor:  # label smoothing is on the labeled loss alone
         return functional.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
 
-    if config.objective == "fixmatch":
-        objective: Objective = FixMatch(
-            criterion, threshold=config.threshold, weight=config.lambda_u, mean=config.unlabeled_mean
-        )
-    else:
-        objective = Joint(criterion) if config.objective == "joint" else Objective(criterion)
+    objective = OBJECTIVES[config.objective].load().of(config, criterion)
     objective.is_mean = True
-    return objective
-
-
-def make_rule(config: TrainConfig, model: nn.Module, generator: torch.Generator) -> Rule:
-    """The gradient rule that ``config`` names, with its options."""
-    method = config.method
-    options: dict[str, Any] = {"m": config.m, "generator": generator}
-    if config.rho is not None and method != "sgd":
-        options["rho"] = config.rho
-    if method == "asam":
-        options["eta"] = config.eta
-    if method in {"iam-d", "iam-s"}:
-        options |= {"k_steps": config.k_steps, "noise_scale": config.noise_scale}
-    if method in {"iam-d", "iam-d-onepass"}:
-        options |= {"beta": config.beta, "kl_grad": config.kl_grad}
-    if method == "iam-s":
-        options["sign"] = config.sign
-    return METHODS[method](model, make_objective(config), **options)
+    method = METHODS[config.method]
+    given = {name: getattr(config, name) for name in method.settings}
+    options = {name: value for name, value in given.items() if value is not None}
+    rule: Rule = method(model, objective, m=config.m, total_steps=steps, generator=generator, **options)
+    return rule
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -71,10 +55,10 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 class Updates:
     """Gradient rule, autocast, loss scaling, clipping, optimizer and the running average of the weights."""
 
-    def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device, steps: int) -> None:
         self.config, self.model, self.device = config, model, device
         self.generator = torch.Generator()
-        self.rule = make_rule(config, model, self.generator)
+        self.rule = make_rule(config, model, self.generator, steps)
         self.optimizer = make_optimizer(config, model)
         self.scaler = GradScaler(device.type, enabled=config.amp == "fp16")
         # buffers are the model's own: torch would average integer ones too, and round them down

@@ -1,0 +1,144 @@
+"""What the statistics say, in sentences: which measures follow a target, which run against it, what picking costs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+from gm_probe.analysis.definitions import direction_of, symbol
+from gm_probe.analysis.intervals import Quantity
+from gm_probe.analysis.results import Correlations
+from gm_probe.tables.table import RunTable
+
+ALIKE = 0.98
+"""|τ| between two measures from which they order the runs alike."""
+
+
+def measures_alike(table: RunTable) -> dict[str, tuple[str, ...]]:
+    """Return the measures to show, each with the later ones that order the same runs as it does."""
+    shown: dict[str, list[str]] = {}
+    columns = {name: table.frame[name].to_numpy(dtype=float) for name in table.measures}
+    for name, x in columns.items():
+        same = [first for first in shown if _alike(columns[first], x)]
+        if same:
+            shown[same[0]].append(name)
+        else:
+            shown[name] = []
+    return {name: tuple(others) for name, others in shown.items()}
+
+
+def _alike(x: np.ndarray, y: np.ndarray) -> bool:
+    known = np.isfinite(x)
+    if not np.array_equal(known, np.isfinite(y)) or known.sum() < 3:
+        return False
+    return bool(abs(stats.kendalltau(x[known], y[known]).statistic) > ALIKE)
+
+
+def expected_sign(measure: str, target: str) -> int:
+    """Return the sign of τ that the measure's direction leads one to expect; 0 where it is unknown."""
+    sign = {"worse": 1, "better": -1}.get(direction_of(measure) or "", 0)
+    return -sign if target.endswith("accuracy") else sign
+
+
+def conclude(found: Correlations) -> tuple[str, ...]:
+    """Return the sentences; targets of which the same holds share them."""
+    same: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for target in found.targets:
+        kinds = tuple(
+            (name, _kind(found.get(name, target), expected_sign(name, target))) for name in found.alike
+        )
+        same.setdefault(kinds, []).append(target_short(target))
+    said = [
+        sentence
+        for kinds, targets in same.items()
+        for sentence in _sentences(kinds, " and the ".join(targets))
+    ]
+    return (*said, *_simpson(found), *_selection(found))
+
+
+def _sentences(kinds: Sequence[tuple[str, str]], label: str) -> list[str]:
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in kinds:
+        by_kind.setdefault(kind, []).append(symbol(name))
+    said = []
+    if names := by_kind.get("follows"):
+        said.append(f"{listed(names)} {_verb(names, 'follow')} the {label} in the expected direction.")
+    if names := by_kind.get("against"):
+        said.append(
+            f"{listed(names)} {_verb(names, 'run')} against the {label}: the opposite of what is expected."
+        )
+    if names := by_kind.get("rises"):
+        said.append(f"{listed(names)} {_verb(names, 'rise')} with the {label}.")
+    if names := by_kind.get("falls"):
+        said.append(f"{listed(names)} {_verb(names, 'fall')} as the {label} rises.")
+    if names := by_kind.get("open"):
+        none = len(by_kind) == 1 and len(names) > 1
+        whose = "For no measure" if none else f"For {listed(names)}"
+        said.append(f"{whose} the sign of τ with the {label} {'can' if none else 'cannot'} be told.")
+    return said
+
+
+def _kind(tau: Quantity, expected: int) -> str:
+    if not tau.clear:
+        return "open"
+    sign = 1 if (tau.value or 0) > 0 else -1
+    if not expected:
+        return "rises" if sign > 0 else "falls"
+    return "follows" if sign == expected else "against"
+
+
+def _simpson(found: Correlations) -> list[str]:
+    flagged: dict[str, list[str]] = {}
+    for key, tau in found.quantities.items():
+        if key.statistic == "tau_within" and tau.note.startswith("Simpson"):
+            flagged.setdefault(key.group, []).append(symbol(key.measure))
+    return [
+        f"Within runs of the same {group}, {listed(list(dict.fromkeys(names)))} {_verb(names, 'have')} the opposite "
+        "sign (Simpson's paradox)."
+        for group, names in flagged.items()
+    ]
+
+
+def _selection(found: Correlations) -> list[str]:
+    picked = [(key, of) for key, of in found.quantities.items() if key.statistic == "regret"]
+    picked = [(key, of) for key, of in picked if key.measure in found.alike and of.value is not None]
+    if not picked:
+        return []
+    key, least = min(picked, key=lambda pair: pair[1].value or 0.0)
+    random = found.get(key.measure, key.target, "regret_random").value or 0.0
+    what = target_short(key.target)
+    cost = f"{costs(least.value or 0.0, key.target)} of {what} over the best run"
+    if (least.value or 0.0) < random:
+        return [
+            f"The best pick is the {key.group} {symbol(key.measure)}: it costs {cost}, and a random run "
+            f"{costs(random, key.target)}."
+        ]
+    return [f"No measure picks a better run than chance, which costs {costs(random, key.target)} of {what}."]
+
+
+def costs(value: float, target: str) -> str:
+    """Return a regret as percentage points of an error, accuracy or error gap, or as the number it is."""
+    if in_points(target):
+        return f"{100 * value:.1f} points"
+    return f"{value:.3g}"
+
+
+def in_points(target: str) -> bool:
+    """Return whether a target is a fraction of examples."""
+    return target.endswith(("error", "accuracy", "error_gap"))
+
+
+def target_short(target: str) -> str:
+    """Return a target's name in a sentence."""
+    return {"error_gap": "error gap", "ce_gap": "CE gap"}.get(target, target.replace("_", " "))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _verb(names: Sequence[str], verb: str) -> str:
+    if len(set(names)) > 1:
+        return verb
+    return "has" if verb == "have" else f"{verb}s"

@@ -1,0 +1,1 @@
+"""Runs of many kinds, read into one typed table: run folders, spreadsheets, trackers. Imports no torch, no scipy."""

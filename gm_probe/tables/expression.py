@@ -1,0 +1,129 @@
+"""Arithmetic on columns, such as ``val_err - train_err``: parsed and checked, never run as code."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gm_probe.errors import UsageError
+from gm_probe.tables.numerals import Numbers, finite
+
+LONGEST = 300
+"""Characters of an expression: it is evaluated by recursion."""
+_QUOTED = re.compile(r"`([^`]+)`|\[([^\]]+)\]")
+_NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?!\w)")
+_WORD = re.compile(r"[^\W\d][\w.]*")
+_WITHIN = re.compile(r"\w\w")  # the middle of a word
+_SIGN = re.compile(r"[-+*/()]")
+_SIGNS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """``text`` as a ``tree`` whose name ``c0`` is the column ``columns[0]``, and so on."""
+
+    text: str
+    columns: tuple[str, ...]
+    tree: ast.expr
+
+    def of(self, columns: Mapping[str, Numbers]) -> Numbers:
+        """Return the value in each row; a row that lacks a column's value is missing for that column's reason."""
+        values = {f"c{place}": columns[name].values for place, name in enumerate(self.columns)}
+        with np.errstate(all="ignore"):
+            found = finite(pd.Series(_value(self.tree, values), dtype=float))
+        missing = {row: why for name in self.columns for row, why in columns[name].missing.items()}
+        return Numbers(found.values, {}, found.missing | missing)
+
+
+def parse(text: str, known: Collection[str]) -> Expression:
+    """Read ``text``: names of ``known`` columns, numbers, ``+ - * /`` and parentheses.
+
+    A column's name may stand bare, however odd it is, and in backticks or brackets where it begins with a digit.
+
+    Raises:
+        UsageError: it names no column, or one that is not known, or it is no arithmetic.
+    """
+    text = text.strip()
+    if text in known:
+        return Expression(text, (text,), ast.Name("c0"))
+    pieces, columns, place = [], [], 0
+    names = sorted(known, key=len, reverse=True)
+    if len(text) > LONGEST:
+        raise UsageError(
+            f"--gap has {len(text):,} characters, more than {LONGEST}; add the result as a column"
+        )
+    while place < len(text):
+        if text[place].isspace():
+            place += 1
+        elif found := _NUMBER.match(text, place) or _SIGN.match(text, place):
+            pieces.append(found[0])
+            place = found.end()
+        else:
+            name, place = _column(text, place, names)
+            columns.append(name)
+            pieces.append(f"c{len(columns) - 1}")
+    try:
+        tree = ast.parse(" ".join(pieces), mode="eval").body
+    except (SyntaxError, MemoryError, RecursionError):
+        columns = []
+    if not columns or not all(isinstance(node, ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop | ast.Name
+                                         | ast.Constant | ast.expr_context) for node in ast.walk(tree)):  # fmt: skip
+        raise UsageError(
+            f"--gap {text!r} is no arithmetic on columns. Write column names, numbers, + - * / and parentheses, "
+            "such as 'val_err - train_err'"
+        )
+    return Expression(text, tuple(columns), tree)
+
+
+def _column(text: str, place: int, names: list[str]) -> tuple[str, int]:
+    """The column whose name begins at ``place``, and where it ends: the longest of several."""
+    quoted = _QUOTED.match(text, place)
+    if quoted and (name := quoted[1] or quoted[2]) in names:
+        return name, quoted.end()
+    for name in names:
+        end = place + len(name)
+        if name and text.startswith(name, place) and not _WITHIN.fullmatch(text, end - 1, end + 1):
+            return name, end
+    word = quoted or _WORD.match(text, place)
+    asked = (word[1] or word[2] if quoted else word[0]) if word else text[place]
+    (nearest,) = difflib.get_close_matches(asked, names, 1, cutoff=0) or ["none"]
+    raise UsageError(f"--gap {text!r}: no column {asked!r}; did you mean {nearest!r}?")
+
+
+def _value(tree: ast.AST, values: Mapping[str, pd.Series]) -> Any:
+    if isinstance(tree, ast.Name):
+        return values[tree.id]
+    if isinstance(tree, ast.Constant):
+        return float(tree.value)  # type: ignore[arg-type]  # digits alone were let pass
+    if isinstance(tree, ast.UnaryOp):
+        return _SIGNS[type(tree.op)](_value(tree.operand, values))
+    assert isinstance(tree, ast.BinOp)
+    left, right = _value(tree.left, values), _value(tree.right, values)
+    if isinstance(tree.op, ast.Div) and not isinstance(right, pd.Series):
+        right = np.float64(right)  # x / 0 is not finite, as within a column
+    result = _SIGNS[type(tree.op)](left, right)
+    return _steady(result, left, right) if isinstance(tree.op, ast.Add | ast.Sub) else result
+
+
+def _steady(result: Any, *terms: Any) -> Any:
+    """``result`` of a sum, rounded to 12 digits of its largest term, so that differences of equal sizes stay equal."""
+    sizes = [np.abs(np.asarray(term, dtype=float)) for term in terms]
+    largest = max((float(size[np.isfinite(size)].max(initial=0.0)) for size in sizes), default=0.0)
+    digits = 12 - math.ceil(math.log10(largest)) if largest else 12
+    return np.round(result, digits) if abs(digits) < 300 else result

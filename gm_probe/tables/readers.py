@@ -1,0 +1,247 @@
+"""Read one file of many runs into cells: text tables, JSON, Parquet, and the dicts that trackers write into cells."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gm_probe.errors import DataError, UsageError, foreign_or, printable
+from gm_probe.files.regular import read_at_most
+from gm_probe.files.schema import DEEPEST, LONGEST_TEXT, Unfit, bounded
+from gm_probe.tables import trackers
+from gm_probe.tables.delimited import MOST_BYTES, decoded, read_delimited, require_fit
+from gm_probe.tables.numerals import NO_VALUE
+
+MOST_JSON = 2**28
+"""Bytes of a file of JSON: its objects take some ten times as many."""
+LONGEST_DICT = 100_000
+"""Characters of a dict in a cell: the settings of one run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A table as it was read: its cells by the names of its columns, and in words how it is written."""
+
+    cells: pd.DataFrame
+    written: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_sheet(source: Path) -> Sheet:
+    """Read ``source``: a file whose suffix is in ``READERS``, or a folder of a tracker.
+
+    Raises:
+        UsageError: pyarrow is missing.
+        DataError: it is empty, or no such file, or too large, or two columns have the same name.
+        StorageError: it cannot be read.
+    """
+    tracker = trackers.tracker(source) if source.is_dir() else None
+    sheet = of_rows(source, *tracker(source)) if tracker else READERS[source.suffix.lower()](source)
+    return tidied(source, sheet)
+
+
+def tidied(source: Path, sheet: Sheet) -> Sheet:
+    """``sheet`` with its dicts as columns of their own, and without columns that have neither name nor cells.
+
+    Raises:
+        DataError: it has no row, or two columns of one name, or a name with unprintable characters.
+    """
+    raw = sheet.cells
+    raw.columns = pd.Index([str(name).strip() for name in raw.columns])
+    bare = [bool(name == "" and (raw.iloc[:, place] == "").all()) for place, name in enumerate(raw.columns)]
+    raw = raw.loc[:, [not gone for gone in bare]]
+    names = list(raw.columns)
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        raise DataError(f"{source} has the column {repeated[0]!r} more than once; rename or remove one")
+    odd = [name for name in names if not name.isprintable()]
+    if odd:
+        raise DataError(f"{source} has the column {odd[0]!r}, with unprintable characters; rename it")
+    if raw.empty:
+        raise DataError(f"{source} has a header but no run below it")
+    dicts = [name for name in names if _holds_dicts(raw[name])]
+    if not dicts:
+        return Sheet(raw.reset_index(drop=True), sheet.written, sheet.notes)
+    rows: list[dict[str, Any]] = []
+    unread = 0
+    for record in raw.to_dict("records"):
+        read = {name: _literal(str(record[name])) for name in dicts}
+        unread += sum(value is None and _filled(record[name]) for name, value in read.items())
+        rows.append({str(key): value for key, value in record.items() if key not in dicts} | read)
+    told = f"{unread} cells of {', '.join(dicts)} hold no readable dict; they count as empty"
+    found = of_rows(source, rows, (*sheet.notes, *([told] if unread else [])))
+    return tidied(source, replace(found, written=sheet.written))
+
+
+def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str]) -> Sheet:
+    """One row a mapping; a mapping within it becomes columns NAME.KEY, and a list is left out and counted."""
+    if not rows:
+        raise DataError(f"{source} holds no run")
+    lists: dict[str, None] = {}
+    flat = [dict(_flat(row, "", lists)) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    require_fit(source, len(flat), len(names))
+    note = [f"{len(lists)} columns hold lists and are left out"] if lists else []
+    return Sheet(pd.DataFrame(flat, columns=names, dtype=object), (), (*notes, *note))
+
+
+def _flat(row: Mapping[str, Any], prefix: str, lists: dict[str, None]) -> Iterator[tuple[str, Any]]:
+    for key, value in row.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.", lists)
+        elif isinstance(value, list | tuple):
+            lists[name] = None
+        else:
+            yield name, value
+
+
+# ---- dicts in cells, as str() or JSON writes them
+
+_WORDS = {"nan": math.nan, "NaN": math.nan, "inf": math.inf, "Infinity": math.inf, "null": None, "true": True,
+          "false": False}  # fmt: skip
+
+
+def _filled(cell: object) -> bool:
+    return str(cell).strip().lower() not in NO_VALUE
+
+
+def _holds_dicts(cells: pd.Series) -> bool:
+    """Whether some cells are dicts and the others are empty."""
+    texts = [text for cell in cells if _filled(text := str(cell).strip())]
+    return bool(texts) and all(text[0] == "{" and text[-1] == "}" for text in texts)
+
+
+def _literal(text: str) -> dict[str, Any] | None:
+    """The dict that ``text`` writes in Python or JSON; None where it writes none, or one beyond all bounds."""
+    if len(text) > LONGEST_DICT:
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes
+            tree = ast.parse(text.strip(), mode="eval")
+        value = _value(tree.body, 0)
+        bounded(value)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _value(node: ast.AST | None, depth: int) -> Any:
+    """What ``node`` writes: a constant, a list or a dict; nothing is looked up or called."""
+    if depth > DEEPEST:
+        raise ValueError
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | str | None):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in _WORDS:
+        return _WORDS[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, depth + 1)
+    if isinstance(node, ast.List | ast.Tuple | ast.Set):
+        return [_value(each, depth + 1) for each in node.elts]
+    if isinstance(node, ast.Dict):
+        return {
+            str(_value(key, depth + 1)): _value(each, depth + 1)
+            for key, each in zip(node.keys, node.values, strict=True)
+        }
+    raise ValueError
+
+
+# ---- files
+
+
+def _delimited(path: Path) -> Sheet:
+    """All cells as text, so that what is a number and what is missing is not guessed by a reader."""
+    found = read_delimited(path)
+    table = pd.DataFrame(found.rows, columns=range(len(found.header)), dtype=object)
+    table.columns = pd.Index(found.header)
+    return Sheet(table, found.written)
+
+
+def _json(path: Path) -> Sheet:
+    """One object a line, or a list of objects."""
+    data = read_at_most(path, MOST_JSON, follow=True)
+    if data is None:
+        raise DataError(f"{path} has more than {MOST_JSON:,} bytes; keep fewer runs or columns")
+    text, encoding = decoded(data, path, "JSON file")
+    listed = text.lstrip().startswith("[")
+    lines = [text] if listed else text.split("\n")
+    rows: list[Any] = []
+    for num, line in enumerate(lines, 1):
+        where = str(path) if listed else f"{path} line {num}"
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            bounded(value)
+        except Unfit as error:
+            raise DataError(f"{where}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{where} is not valid JSON: {printable(str(error))}. Write one object per line, or a list of objects"
+            ) from error
+        rows += value if listed else [value]
+    wrong = next((place for place, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
+    if wrong or not rows:
+        raise DataError(
+            f"{path} {f'entry {wrong} is no object' if wrong else 'is empty'}; it needs one object per run"
+        )
+    return replace(of_rows(path, rows, []), written=() if encoding == "UTF-8" else (f"as {encoding}",))
+
+
+def _parquet(path: Path) -> Sheet:
+    try:
+        import pyarrow.parquet  # noqa: F401  # an extra
+    except ImportError as error:
+        raise UsageError(f"reading {path} needs pyarrow; pip install 'gm_probe[parquet]'") from error
+    with foreign_or(lambda why: DataError(f"{path} is not a readable Parquet file: {printable(why)}")):
+        return Sheet(_parquet_frame(path))
+
+
+def _parquet_frame(path: Path) -> pd.DataFrame:
+    """What ``path`` holds, its texts by way of a dictionary: a file may name one long text in a million rows."""
+    from pyarrow import parquet, types  # an extra
+
+    with parquet.ParquetFile(path) as file:
+        meta = file.metadata
+        groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
+        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+        values = sum(chunk.num_values for chunk in chunks)  # a list in a cell has many
+        num_rows = max(meta.num_rows, -(-values // max(meta.num_columns, 1)))
+        require_fit(path, num_rows, meta.num_columns)
+        unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+        if unpacked > MOST_BYTES:
+            raise DataError(
+                f"{path} would unpack to {unpacked:,} bytes, more than {MOST_BYTES:,}; keep fewer columns"
+            )
+        texts = [field.name for field in file.schema_arrow if not types.is_primitive(field.type)]
+    table = parquet.read_table(path, read_dictionary=texts)
+    for column in table.columns:
+        for chunk in column.chunks if types.is_dictionary(column.type) else ():
+            longest = max(map(len, map(str, chunk.dictionary.to_pylist())), default=0)
+            if longest > LONGEST_TEXT:
+                raise DataError(f"{path} has a cell of {longest:,} characters, more than {LONGEST_TEXT:,}")
+    frame = table.to_pandas()
+    categories = [name for name, kind in frame.dtypes.items() if isinstance(kind, pd.CategoricalDtype)]
+    return frame.astype(dict.fromkeys(categories, object))
+
+
+def _database(path: Path) -> Sheet:
+    return of_rows(path, *trackers.mlflow_database(path))
+
+
+READERS: dict[str, Callable[[Path], Sheet]] = {
+    **dict.fromkeys((".csv", ".tsv"), _delimited),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _json),
+    **dict.fromkeys(trackers.DATABASES, _database),
+    ".parquet": _parquet,
+}
+"""How a file is read, by its suffix."""
