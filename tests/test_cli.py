@@ -369,6 +369,13 @@ def test_a_validation_set_serves_the_measures_that_need_one(images, checkpoint, 
         assert (rows["atc"]["value"] is not None) == ("cot" in rows) == known
     assert "error" not in rows
     assert len(result["settings"]["validation_sha256"]) == 64
+    Path("other").mkdir()
+    Path("data/cat").rename("other/cat")
+    Path("data/dog").rename("other/eel")
+    Path("data").rmdir()
+    code, _, err = run(command.replace("data", "other") + " --validation other", capsys)
+    assert code == 4
+    assert "other has classes cat, eel but ckpt.pt was trained on cat, dog" in err
 
 
 def test_ones_own_model_tells_its_number_of_classes(images, capsys):

@@ -169,6 +169,8 @@ def measure(
     data.require_use(source)
     if validation is not None:
         require_source(validation, here=True)
+        if head == "simclr":
+            raise UsageError("NT-Xent reads no labels; leave out --validation")
     given, checkpoints = _checkpoints(checkpoints, source, save, quiet)
     own_loading = data.of_each(checkpoints)
     alone = executor == "local" and jobs == 1
