@@ -247,8 +247,10 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         found = [row for row in rows if row["kind"] == kind]
         truth = np.array([row["accuracy"] for row in found])
         value, low, high = np.array([row["auto"][:3] for row in found]).T
-        panel.errorbar(truth, value, [value - low, high - value], fmt="o", ms=3, lw=0.6, color="C0")
-        panel.plot([0, 1], [0, 1], color="0.5", lw=1)
+        panel.errorbar(
+            truth, value, [value - low, high - value], fmt="o", ms=2, lw=0.4, color="C0", ecolor="0.75"
+        )
+        panel.plot([0, 1], [0, 1], color="black", lw=1)
         panel.set(title={"both": "both shifts"}.get(kind, f"{kind} shift"), xlabel="true accuracy")
     panels[0].set_ylabel("estimated accuracy, 90 % interval")
     figure.savefig(file, dpi=110)

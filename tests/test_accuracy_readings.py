@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from gm_probe.accuracy.evidence import Evidence, Labeled
 from gm_probe.accuracy.known import Known, know
 from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.ranking import Standing, separated
-from gm_probe.accuracy.readings import CHANGED, ENOUGH, SAME, plausible, read
+from gm_probe.accuracy.readings import CHANGED, SAME, plausible, read
 from gm_probe.accuracy.report import Accuracy
 from gm_probe.accuracy.scores import scores_of
 from gm_probe.data.batches import Batches, Normalization
@@ -52,11 +50,7 @@ def test_without_a_shift_the_shares_stay(known: Known) -> None:
 
 def test_changed_shares_alone_are_found(known: Known) -> None:
     target = drawn(SKEWED, 800, 4)
-    # few synthetic shifts look like a change of the shares here: too few to exclude another one
-    assert len([one for one in known.signs if not one.rejected]) < ENOUGH
-    assert plausible([(known, target.predictions)]) == [CHANGED, SAME]
-    many = replace(known, signs=known.signs * ENOUGH)
-    assert plausible([(many, target.predictions)]) == [CHANGED]
+    assert plausible([(known, target.predictions)]) == [CHANGED]
     scores = scores_of(target.predictions, known.reference, known.shares)
     found = {key: read(known, target.predictions, scores, "cot", None, [key], 0.9) for key in (SAME, CHANGED)}
     assert found[CHANGED].low <= target.accuracy <= found[CHANGED].high

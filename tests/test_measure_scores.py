@@ -207,14 +207,15 @@ def test_a_network_that_squashes_has_no_path_norm(squashing: type[nn.Module]) ->
 
 
 def test_groups_stand_for_their_measures() -> None:
-    every = [expanded([group], labeled=True) for group in ("curvature", "outputs", "norms")]
+    every = [expanded([group], labeled=True, validation=True) for group in ("curvature", "outputs", "norms")]
     assert (
         sorted(name for group in every for name in group)
         == sorted(MEASURES)
-        == sorted(expanded(["all"], labeled=True))
+        == sorted(expanded(["all"], labeled=True, validation=True))
     )
     assert "error" not in expanded(["outputs"], labeled=False)
-    assert "cot" not in expanded(["all"], labeled=True, batch_dependent=True)
+    assert "cot" not in expanded(["all"], labeled=True)
+    assert "mano" not in expanded(["all"], labeled=True, batch_dependent=True)
     assert expanded(["norms", "parameter_norm", "error"], labeled=False)[-1] == "error"
     model, x, _ = network()
     assert list(measure(model, x, ["norms"]).rows) == expanded(["norms"], labeled=False)

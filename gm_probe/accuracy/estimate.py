@@ -64,7 +64,11 @@ def estimate(
     settings = settings or Settings()
     named = _named(models)
     request = Request.of(class_shares, level, settings.seed)
-    extra = [name for name in expanded(measures, labeled=False) if name != MIRRORED]
+    extra = [
+        name
+        for name in expanded(measures, labeled=False, validation=validation is not None)
+        if name != MIRRORED
+    ]
     check_names(extra, labeled=False)
     target = as_batches(unlabeled)
     labeled = [None if data is None else as_batches(data) for data in (validation, few_labels)]

@@ -20,8 +20,6 @@ from gm_probe.measures.transport import transport
 
 NEAREST = 5
 """Synthetic shifts of the most similar confidence, with which an unlabeled set is compared."""
-ENOUGH = 9
-"""Shifts with smaller gaps that make a gap unlikely (below 1 in 10) for a shift of their kind."""
 SAME, CHANGED, GIVEN = "validation", "estimated", "given"
 """The readings: class shares as in the validation set, as EM finds them, or as the user says."""
 
@@ -88,7 +86,7 @@ def _plausible(known: Known, predictions: Predictions) -> list[str]:
     Under a shift that leaves the class shares as they are, EM still finds others, with which COT is larger. How much
     larger is known of the synthetic shifts: of those that a test on the confidences does not tell from a change of the
     shares, or of the most similar ones that it does. Where the test does, EM's assumption fails, and its reading only
-    widens the interval. A gap larger than of ``ENOUGH`` shifts that it does not tell rules the other reading out.
+    widens the interval. Where it does not, a larger gap than any speaks for changed shares.
     """
     if same_shares(predictions.classes, known.validation.predictions.classes, len(known.shares)):
         return [SAME]
@@ -101,7 +99,7 @@ def _plausible(known: Known, predictions: Predictions) -> list[str]:
         return [SAME]
     if signs.rejected or (gaps and signs.gap <= max(gaps)):
         return [SAME, CHANGED]
-    return [CHANGED] if len(gaps) >= ENOUGH else [CHANGED, SAME]
+    return [CHANGED]
 
 
 def _calibrated(

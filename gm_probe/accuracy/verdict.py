@@ -92,16 +92,7 @@ def judge(
         DataError: models of different numbers of classes.
         UsageError: class shares that do not fit.
     """
-    for one in evidence:
-        if one.num_classes != evidence[0].num_classes:
-            raise DataError(
-                f"{one.name} has {one.num_classes} classes but {evidence[0].name} has "
-                f"{evidence[0].num_classes}; only models with the same classes can be compared"
-            )
-    if request.choice != "auto" and evidence[0].validation is None:
-        raise UsageError(
-            "class shares are used with a validation set alone; give one, or leave the shares out"
-        )
+    _require_comparable(evidence, request)
     shares = request.shares_of(evidence[0].num_classes)
     agreement = agreements([one.unlabeled for one in evidence])
     mutual = _means(agreement)
@@ -143,6 +134,19 @@ def judge(
         )
     notes = [*notes, *_doubts(evidence), *_too_few(everyone, default, request.level)]
     return conclude(rows, standings, agreement, request.level, request.seed, notes)
+
+
+def _require_comparable(evidence: Sequence[Evidence], request: Request) -> None:
+    for one in evidence:
+        if one.num_classes != evidence[0].num_classes:
+            raise DataError(
+                f"{one.name} has {one.num_classes} classes but {evidence[0].name} has "
+                f"{evidence[0].num_classes}; only models with the same classes can be compared"
+            )
+    if request.choice != "auto" and evidence[0].validation is None:
+        raise UsageError(
+            "class shares are used with a validation set alone; give one, or leave the shares out"
+        )
 
 
 def _too_few(everyone: Sequence[Known | None], default: str | None, level: float) -> list[str]:

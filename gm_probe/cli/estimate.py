@@ -180,7 +180,8 @@ def _asked(
             raise CheckpointError(f"{path}: no such checkpoint")
     for source in filter(None, sources[1:]):
         require_source(source, here=True)
-    names = expanded([name.strip() for name in measures.split(",") if name.strip()], labeled=False)
+    given = [name.strip() for name in measures.split(",") if name.strip()]
+    names = expanded(given, labeled=False, validation=sources[1] is not None)
     check_names(names, labeled=False)
     return names, list(checkpoints_in(checkpoints))
 

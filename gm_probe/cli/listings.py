@@ -96,9 +96,9 @@ def measures(as_json: bool) -> None:
         )
         listing.columns[-1].justify = "left"
         console.print(listing)
+    say(console, "larger is: whether a larger value is expected to go with better or worse generalization")
+    say(console, "group: --measures takes this word for all its measures, and all for every measure")
     echo("cost: typical gradient evaluations over the examples at the default settings")
-    echo("larger is: whether a larger value is expected to go with better or worse generalization")
-    echo("group: --measures takes this word for all measures of the group, and all for every measure")
 
 
 def _list(kind: str, entries: dict[str, str], as_json: bool) -> None:

@@ -158,7 +158,7 @@ def measure(
     settings = Settings(
         **taken(Settings, options), protocol="converged" if protocol == "converged" else "paper"
     )
-    names = _chosen(measures, protocol, labeled is not None, head == "simclr")
+    names = _chosen(measures, protocol, labeled is not None, head == "simclr", validation is not None)
     require_use_of_grids(names, settings)
     bytes_of_memory = num_bytes("--memory", memory)
     per_layer = per_layer or layer_figure is not None
@@ -169,6 +169,8 @@ def measure(
     data.require_use(source)
     if validation is not None:
         require_source(validation, here=True)
+        if head == "simclr":
+            raise UsageError("NT-Xent reads no labels; leave out --validation")
     given, checkpoints = _checkpoints(checkpoints, source, save, quiet)
     own_loading = data.of_each(checkpoints)
     alone = executor == "local" and jobs == 1
@@ -331,10 +333,13 @@ def _draw_layers(result: dict[str, Any], checkpoint: str, file: Path) -> None:
     write_figure(figure, [file])
 
 
-def _chosen(measures: str, protocol: str, labeled: bool, batch_dependent: bool) -> list[str]:
-    names = [name.strip() for name in measures.split(",") if name.strip()]
-    names = expanded(names, labeled=labeled or batch_dependent, batch_dependent=batch_dependent)
-    check_names(names, labeled=labeled or batch_dependent, batch_dependent=batch_dependent)
+def _chosen(
+    measures: str, protocol: str, labeled: bool, batch_dependent: bool, validation: bool
+) -> list[str]:
+    given = [name.strip() for name in measures.split(",") if name.strip()]
+    some = labeled or batch_dependent
+    names = expanded(given, labeled=some, batch_dependent=batch_dependent, validation=validation)
+    check_names(names, labeled=some, batch_dependent=batch_dependent)
     names = names or default_measures(labeled=labeled, batch_dependent=batch_dependent)
     if protocol == "both" and "local_inconsistency" in names:
         # last of all: it then starts from the Fisher eigenvector that λ_max(F) has paid for

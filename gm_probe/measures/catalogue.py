@@ -43,8 +43,17 @@ GROUPS = ("curvature", "outputs", "norms")
 """Words that stand for all measures of a kind; ``all`` stands for every one."""
 
 
-def expanded(names: Sequence[str], *, labeled: bool, batch_dependent: bool = False) -> list[str]:
-    """Return ``names`` with groups replaced by those of their measures that are defined on such data."""
+NEED_VALIDATION = ("atc", "doc", "cot")
+
+
+def expanded(
+    names: Sequence[str], *, labeled: bool, batch_dependent: bool = False, validation: bool = False
+) -> list[str]:
+    """Return ``names`` with groups replaced by those of their measures that are defined on such data.
+
+    Args:
+        validation: whether there is a labeled validation set, too.
+    """
     found: list[str] = []
     for name in names:
         if name != "all" and name not in GROUPS:
@@ -55,6 +64,7 @@ def expanded(names: Sequence[str], *, labeled: bool, batch_dependent: bool = Fal
             for each, one in CATALOGUE.items()
             if name in ("all", one.group)
             and (labeled or not one.needs_labels)
+            and (validation or each not in NEED_VALIDATION)
             and not (batch_dependent and each in SEPARATE)
         ]
     return list(dict.fromkeys(found))

@@ -177,7 +177,12 @@ def measure(
     batches = _in_dtype_of(model, as_batches(data))
     if names is None:
         names = default_measures(labeled=batches.labeled, batch_dependent=batches.batch_dependent)
-    names = expanded(names, labeled=batches.labeled, batch_dependent=batches.batch_dependent)
+    names = expanded(
+        names,
+        labeled=batches.labeled,
+        batch_dependent=batches.batch_dependent,
+        validation=validation is not None,
+    )
     check_names(
         names, labeled=batches.labeled, batch_dependent=batches.batch_dependent, num_processes=count()
     )

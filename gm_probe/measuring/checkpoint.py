@@ -210,6 +210,8 @@ def measure_checkpoint(
         loaded = open_checkpoint(
             path, examples, batch_size=batch_size or BATCH_SIZE, seed=settings.seed, **loading
         )
+        if validation is not None:
+            check_classes(validation, loaded.classes, loaded.num_classes, path)
     batches = loaded.batches
     derivatives = quadrature is not None or per_layer or takes_derivatives(names or DEFAULT_MEASURES)
     if batch_size is None and derivatives and not simclr:
