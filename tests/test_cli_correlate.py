@@ -146,11 +146,7 @@ def test_machine_output_writes_a_figure_on_request_only(
     assert run(capsys, str(runs), "--json", "--figure", str(runs / "asked.svg"))[0] == 0
     assert [path.name for path in runs.glob("*.*")] == ["asked.svg"]
     assert run(capsys, str(runs))[0] == 0
-    assert {path.name for path in runs.glob("correlate.*")} == {
-        "correlate.png",
-        "correlate.pdf",
-        "correlate.svg",
-    }
+    assert {path.name for path in runs.glob("correlate.*")} == {"correlate.png"}
 
 
 def test_hyper_chooses_what_json_lists(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
@@ -369,7 +365,7 @@ def test_help_ends_with_an_example_that_runs(
     assert code == 0
     monkeypatch.chdir(runs.parent)
     assert run(capsys, *example[2:])[0] == 0
-    assert (runs / "correlate.svg").stat().st_size > 2000
+    assert (runs / "correlate.png").stat().st_size > 2000
 
 
 def test_json_never_imports_torch_nor_pyplot(table: Path) -> None:

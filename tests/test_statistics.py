@@ -391,7 +391,7 @@ def test_targets_are_gaps_outcomes_and_accuracy() -> None:
 def test_the_conclusion_names_what_follows_and_what_cannot_be_told() -> None:
     said = " ".join(correlate(sweep()).conclusion)
     assert "a rises with the error gap." in said
-    assert "For b the sign of τ with the error gap cannot be told." in said
+    assert "Whether b follows the error gap cannot be decided." in said
     assert "The best pick is" in said
 
 

@@ -73,8 +73,8 @@ def _sentences(kinds: Sequence[tuple[str, str]], label: str) -> list[str]:
         said.append(f"{listed(names)} {_verb(names, 'fall')} as the {label} rises.")
     if names := by_kind.get("open"):
         none = len(by_kind) == 1 and len(names) > 1
-        whose = "For no measure" if none else f"For {listed(names)}"
-        said.append(f"{whose} the sign of τ with the {label} {'can' if none else 'cannot'} be told.")
+        whose = "any measure follows" if none else f"{listed(names)} {_verb(names, 'follow')}"
+        said.append(f"Whether {whose} the {label} cannot be decided.")
     return said
 
 

@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     metavar="PATH",
     type=PATH,
     help="Write the figure to this .png, .pdf or .svg file; without a suffix, write all three.  [default: "
-    "beside SOURCE; none with --json or --csv]",
+    "a .png beside SOURCE; none with --json or --csv]",
 )
 @click.option("--no-figure", is_flag=True, help="Write no figure.")
 @click.option(
@@ -96,7 +96,7 @@ def correlate(
     at the end draw the conclusion. --details adds τ within groups, granulated ψ, partial τ, differences between
     measures, Spearman's ρ, conditional mutual information and sign errors.
 
-    A scatter plot (PNG, PDF, SVG) is written beside SOURCE. With --json or --csv it is written only if
+    A scatter plot (PNG) is written beside SOURCE. With --json or --csv it is written only if
     --figure asks for it.
     """
     if no_figure and figure_path is not None:
@@ -149,12 +149,12 @@ def correlate(
 
 
 def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:
-    """The files to write; a suffix chooses one format, none all three."""
+    """The files to write; a suffix chooses one format, none all three. A PNG is written unless told."""
     if chosen is None:
-        chosen = beside(source, "correlate")
-    elif chosen.suffix.lower() in FIGURE_SUFFIXES:
+        return [beside(source, "correlate.png")]
+    if chosen.suffix.lower() in FIGURE_SUFFIXES:
         return [chosen]
-    elif chosen.suffix:
+    if chosen.suffix:
         raise UsageError(f"--figure {chosen}: no format {chosen.suffix!r}; use .png, .pdf, .svg or no suffix")
     return [chosen.with_name(chosen.name + suffix) for suffix in FIGURE_SUFFIXES]
 
