@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -125,6 +125,9 @@ class Report:
         }
 
 
+T = TypeVar("T")
+
+
 @one_device()
 @torch.inference_mode(False)
 def measure(
@@ -165,29 +168,11 @@ def measure(
         PrecisionError: perturbations lost to rounding, as DerivativeError.
         ResourceError: no memory for a single example; before, batches are halved where it runs out.
     """
-    for name, given, kind in (("settings", settings, Settings), ("outputs", outputs, Outputs)):
-        optional(instance, name, given, kind)
-    optional(instance, "initial", initial, nn.Module)
-    optional(instance, "names", names, Sequence)
-    real("memory", memory, above=0)
-    if isinstance(names, str):
-        raise UsageError(f"names = {names!r} must be a list of measures, such as [{names!r}]")
+    _require_kinds(names, settings, outputs, initial, memory)
     settings = settings or Settings()
     unwrapped(model)
     batches = _in_dtype_of(model, as_batches(data))
-    if names is None:
-        names = default_measures(labeled=batches.labeled, batch_dependent=batches.batch_dependent)
-    names = expanded(
-        names,
-        labeled=batches.labeled,
-        batch_dependent=batches.batch_dependent,
-        validation=validation is not None,
-    )
-    check_names(
-        names, labeled=batches.labeled, batch_dependent=batches.batch_dependent, num_processes=count()
-    )
-    if batches.num_examples == 0:
-        raise DataError("there are no examples to measure on")
+    names = _chosen(names, batches, validated=validation is not None)
     device = Parameters(model, settings.params, or_frozen=True).device
     require_float64(device)
     batches = batches.on(device)
@@ -204,44 +189,85 @@ def measure(
     # a model may draw at random though its outputs stay the same
     batches = in_layout_taken(model, batches)
     with generators_kept(batches.device, model), as_measured(model):
-
-        def made(batches: Batches) -> MeasurementContext:
-            return MeasurementContext(model, batches, settings, work, initial, outputs, reference)
-
-        context = made(batches)
-        _require_full(context.parameters.dtype)
-
-        def context_of(batches: Batches) -> MeasurementContext:
-            nonlocal context
-            if context.batches is not batches:  # cached results belong to the old batches
-                context = made(batches)
-            return context
-
-        context.parameters.check_finite()
+        running = _Running(
+            lambda batches: MeasurementContext(model, batches, settings, work, initial, outputs, reference),
+            batches,
+        )
+        _require_full(running.context.parameters.dtype)
+        running.context.parameters.check_finite()
         if batches.auto_batch_size and takes_derivatives(names):
-            batches = within(memory, model, batches, outputs)
+            running.batches = within(memory, model, batches, outputs)
         # its cost is the report's, not the first measure's
-        logits, batches = within_memory(batches, lambda batches: context_of(batches).logits)
-        _require_full(logits.dtype, "outputs")
+        _require_full(running.result_of(lambda context: context.logits).dtype, "outputs")
         for name in names:
             current = name
             work.begin()
             before = work.evaluations
-            compute = MEASURES[name].compute
-            try:
-                measured, batches = within_memory(batches, lambda batches: compute(context_of(batches)))  # noqa: B023  called at once
-            except (UsageError, *UNDEFINING) as error:
-                told = type(error)(f"{name}: {error}")
-                # only this process may have failed; continuing would deadlock the others
-                if not isinstance(told, UNDEFINING) or count() > 1:
-                    raise told from error
-                refusals.append(told)
-                measured = Measured.undefined(str(error))
-            rows[name] = _estimate(measured, batches, settings.target_error, work.evaluations - before)
+            measured = _measured(name, running, refusals)
+            cost = work.evaluations - before
+            rows[name] = _estimate(measured, running.batches, settings.target_error, cost)
     if refusals and all(row.value is None for row in rows.values()):
         raise refusals[0]
-    how = outputs or Outputs()
-    return Report(context.parameters.size, batches.total, settings, rows, batches.batch_size, how)
+    size, total = running.context.parameters.size, running.batches.total
+    return Report(size, total, settings, rows, running.batches.batch_size, outputs or Outputs())
+
+
+class _Running:
+    """The context of a measurement over batches, which stay small for all that follows once memory ran out."""
+
+    def __init__(self, over: Callable[[Batches], MeasurementContext], batches: Batches) -> None:
+        self._over, self.batches = over, batches
+        self.context = over(batches)
+
+    def result_of(self, compute: Callable[[MeasurementContext], T]) -> T:
+        """Return ``compute`` of the context, over smaller batches where memory runs out."""
+        found, self.batches = within_memory(self.batches, lambda batches: compute(self._on(batches)))
+        return found
+
+    def _on(self, batches: Batches) -> MeasurementContext:
+        if self.context.batches is not batches:  # cached results belong to the old batches
+            self.context = self._over(batches)
+        return self.context
+
+
+def _measured(name: str, running: _Running, refusals: list[ProbeError]) -> Measured:
+    """Take one measure; one that cannot be taken is undefined, and its error is added to ``refusals``."""
+    try:
+        return running.result_of(MEASURES[name].compute)
+    except (UsageError, *UNDEFINING) as error:
+        told = type(error)(f"{name}: {error}")
+        # only this process may have failed; continuing would deadlock the others
+        if not isinstance(told, UNDEFINING) or count() > 1:
+            raise told from error
+        refusals.append(told)
+        return Measured.undefined(str(error))
+
+
+def _require_kinds(names: Any, settings: Any, outputs: Any, initial: Any, memory: Any) -> None:
+    """Raise UsageError for an argument of another type."""
+    for name, given, kind in (("settings", settings, Settings), ("outputs", outputs, Outputs)):
+        optional(instance, name, given, kind)
+    optional(instance, "initial", initial, nn.Module)
+    optional(instance, "names", names, Sequence)
+    real("memory", memory, above=0)
+    if isinstance(names, str):
+        raise UsageError(f"names = {names!r} must be a list of measures, such as [{names!r}]")
+
+
+def _chosen(names: Sequence[str] | None, batches: Batches, *, validated: bool) -> list[str]:
+    """Return the measures that ``names`` stand for, once they are known to go with the data.
+
+    Raises:
+        UsageError, DataError: they do not.
+    """
+    labeled, batch_dependent = batches.labeled, batches.batch_dependent
+    if names is None:
+        names = default_measures(labeled=labeled, batch_dependent=batch_dependent)
+    names = expanded(names, labeled=labeled, batch_dependent=batch_dependent, validation=validated)
+    check_names(names, labeled=labeled, batch_dependent=batch_dependent, num_processes=count())
+    if batches.num_examples == 0:
+        raise DataError("there are no examples to measure on")
+    return names
 
 
 def _in_dtype_of(model: nn.Module, batches: Batches) -> Batches:

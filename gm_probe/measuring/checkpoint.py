@@ -27,7 +27,7 @@ from gm_probe.measures.catalogue import (
 )
 from gm_probe.measures.context import MeasurementContext
 from gm_probe.measures.layers import by_layer
-from gm_probe.measures.measure import UNDEFINING, measure
+from gm_probe.measures.measure import UNDEFINING, Report, measure
 from gm_probe.measures.settings import Settings
 from gm_probe.models.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.models.contrastive import Contrastive
@@ -226,6 +226,10 @@ def measure_checkpoint(
         if notify is not None:
             notify(name, evaluations)
 
+    def later() -> Callable[[str, float], None]:
+        before = spent
+        return lambda name, evaluations: tick(name, before + evaluations)
+
     report = measure(
         loaded.model,
         part,
@@ -237,6 +241,24 @@ def measure_checkpoint(
         notify=tick,
         outputs=loaded.outputs,
     )
+    result = _described(path, examples, loaded, batches, report)
+    if validation is not None:
+        result["settings"] |= {"validation": validation.source, "validation_sha256": validation.digest}
+    part = part.of_size(report.batch_size)
+    if per_layer:
+        result["layers"] = by_layer(loaded.model, part, settings, loaded.outputs, later())
+    if quadrature is not None:
+        notify_density = later()
+        result["density"], _ = within_memory(
+            part, lambda part: _densities(loaded, part, settings, quadrature, notify_density)
+        )
+    return result
+
+
+def _described(
+    path: Path, examples: Examples, loaded: LoadedCheckpoint, batches: Batches, report: Report
+) -> dict[str, Any]:
+    """Return a report as the JSON object of its checkpoint."""
     result = report.as_dict(
         checkpoint=str(path),
         model=loaded.name,
@@ -258,32 +280,7 @@ def measure_checkpoint(
         "channels_last": batches.channels_last,
         "skipped": list(examples.skipped),
     }
-    if loaded.notes:
-        result["notes"] = list(loaded.notes)
-    if validation is not None:
-        result["settings"] |= {"validation": validation.source, "validation_sha256": validation.digest}
-    if per_layer:
-        before = spent
-        result["layers"] = by_layer(
-            loaded.model,
-            part.of_size(report.batch_size),
-            settings,
-            loaded.outputs,
-            lambda name, evaluations: tick(name, before + evaluations),
-        )
-    if quadrature is not None:
-        before = spent
-        result["density"], _ = within_memory(
-            part.of_size(report.batch_size),
-            lambda part: _densities(
-                loaded,
-                part,
-                settings,
-                quadrature,
-                lambda name, evaluations: tick(name, before + evaluations),
-            ),
-        )
-    return result
+    return result | ({"notes": list(loaded.notes)} if loaded.notes else {})
 
 
 DENSITY_OF = "density of the {}"
