@@ -387,7 +387,7 @@ def test_runs_that_missed_their_stop_ce_are_noted_or_left_out_on_request(tmp_pat
     assert any("1 of 4 runs ended before" in note for note in kept.notes)
     strict = load_table(tmp_path, converged_only=True)
     assert strict.frame["run"].to_list() == ["0", "1", "3"]
-    assert strict.excluded == (Exclusion("2", "training ended before it reached its stop_ce"),)
+    assert strict.excluded == (Exclusion("2", "ended before reaching its stop_ce"),)
 
 
 def test_a_collected_table_says_which_runs_finished_and_converged(tmp_path: Path) -> None:

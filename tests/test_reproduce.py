@@ -195,7 +195,7 @@ def test_a_sweep_is_decided_on_runs_that_are_done(tmp_path, epochs, done):
     assert len(found.rows) == 6
     if done:
         assert f"Over {done} of 6 runs" in found.text
-        assert "Left out: 2 for training ended before it reached its stop_ce (lr1e-06-s0" in found.text
+        assert "Left out: 2 × ended before reaching its stop_ce (lr1e-06-s0" in found.text
         assert "Over all 6 runs that finished" in found.text
     else:
         assert found.outcome == "cannot be told"

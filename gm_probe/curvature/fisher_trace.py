@@ -124,83 +124,95 @@ def fisher_trace(
     if not everywhere(examples.supported, logits.device):
         return None
     with suppress(IrregularLayerError):
-        return _by_examples(examples, batches, logits, work, generator, tolerance, max_probes)
+        norms = _ExampleNorms(examples, batches, logits, work, generator)
+        return _within(norms, tolerance, max_probes)
     return None
 
 
-def _by_examples(
-    examples: ExampleGradients,
-    batches: Batches,
-    logits: Tensor,
-    work: Work,
-    generator: torch.Generator,
-    tolerance: float,
-    max_probes: int,
-) -> Trace:
-    def root_of(z: Tensor) -> CovarianceRoot:
+class _ExampleNorms:
+    """‖∇_θ cᵀz_x‖² of every example x, for cotangents c that are made of the root L_x: L_x ε, or L_x's columns."""
+
+    def __init__(
+        self,
+        examples: ExampleGradients,
+        batches: Batches,
+        logits: Tensor,
+        work: Work,
+        generator: torch.Generator,
+    ) -> None:
+        self.examples, self.batches, self.logits = examples, batches, logits
+        self.work, self.generator = work, generator
+        self.rank = self._root_of(logits[:1]).rank
+
+    @staticmethod
+    def _root_of(z: Tensor) -> CovarianceRoot:
         return CovarianceRoot(z.double().softmax(-1))
 
-    rank = root_of(logits[:1]).rank
+    def by_signs(self, number: int) -> Tensor:
+        """Return (number, N) squared norms for signs of their own."""
+        seed = int(
+            torch.randint(2**32, (), generator=self.generator)
+        )  # the next round's signs begin anywhere
+        signs = _signs(self.batches, number * self.rank, torch.Generator().manual_seed(seed))
 
-    def gathered(pieces: Callable[[CovarianceRoot], Iterable[Tensor]], *, summed: bool = False) -> Tensor:
-        """(K, N) squared norms for ``pieces`` (some of K, B, ..., C) of each batch's root.
+        def signed(root: CovarianceRoot) -> Iterator[Tensor]:
+            some = next(signs).view(-1, number, self.rank)
+            yield torch.stack([root.applied(one) for one in some.unbind(1)])
 
-        ``summed``: a row for each piece.
+        return self._gathered(signed)
+
+    def exact(self) -> Tensor:
+        """Return (N,) squared norms summed over all columns: tr F_x itself."""
+        forward = math.ceil(self.rank / COLUMNS) * FORWARD
+        self.work.foresee((forward + self.rank * self.examples.passes) / GRADIENT)
+        return self._gathered(CovarianceRoot.columns, summed=True).sum(0)
+
+    def _gathered(
+        self, pieces: Callable[[CovarianceRoot], Iterable[Tensor]], *, summed: bool = False
+    ) -> Tensor:
+        """Return (K, N) squared norms for ``pieces`` (some of K, B, ..., C) of each batch's root.
+
+        Args:
+            summed: a row for each piece.
 
         Raises:
             IrregularLayerError: in all processes, where one of them met such examples.
         """
         rows = []
         held = True
-        for batch, part in zip(batches, cut(logits, batches), strict=True):
+        for batch, part in zip(self.batches, cut(self.logits, self.batches), strict=True):
             norms = []
             try:
-                for cotangents in pieces(root_of(part)):
-                    found = examples.squared_norms(batch.x, cotangents.to(logits.dtype)).double()
+                for cotangents in pieces(self._root_of(part)):
+                    found = self.examples.squared_norms(batch.x, cotangents.to(self.logits.dtype)).double()
                     norms.append(found.sum(0, keepdim=True) if summed else found)
-                    work.add(FORWARD + len(cotangents) * examples.passes, len(part))
+                    self.work.add(FORWARD + len(cotangents) * self.examples.passes, len(part))
             except IrregularLayerError:
                 held = False
                 break
             rows.append(torch.cat(norms))
-        if not everywhere(held, logits.device):
+        if not everywhere(held, self.logits.device):
             raise IrregularLayerError
         result = gather_examples(torch.cat(rows, 1).T).T
         if not bool(torch.isfinite(result).all()):
             raise DivergedError("an example's gradient is not finite; try --dtype float64")
         return result
 
-    def passes(number: int) -> Tensor:
-        """(number, N) squared norms for signs of their own."""
-        seed = int(torch.randint(2**32, (), generator=generator))  # the next round's signs begin anywhere
-        signs = _signs(batches, number * rank, torch.Generator().manual_seed(seed))
 
-        def signed(root: CovarianceRoot) -> Iterator[Tensor]:
-            some = next(signs).view(-1, number, rank)
-            yield torch.stack([root.applied(one) for one in some.unbind(1)])
-
-        return gathered(signed)
-
-    def result(terms: Tensor, noise: float, stderr: float | None, drawn: int, converged: bool) -> Trace:
-        own = float(terms.var()) - noise if len(terms) > 1 else -1.0
-        error = math.sqrt(own / len(terms)) if own >= 0 else None
-        return Trace(float(terms.mean()), stderr, error, drawn, converged, terms)
-
-    def exact() -> Trace:
-        work.foresee((math.ceil(rank / COLUMNS) * FORWARD + rank * examples.passes) / GRADIENT)
-        return result(gathered(CovarianceRoot.columns, summed=True).sum(0), 0.0, None, rank, True)
-
+def _within(norms: _ExampleNorms, tolerance: float, max_probes: int) -> Trace:
+    """Draw signs until the trace is within ``tolerance``, or take it exactly where that is less work."""
+    rank = norms.rank
     if tolerance == 0 or rank <= 2:
-        return exact()
-    norms = passes(2)
+        return _trace(norms.exact(), 0.0, None, rank, True)
+    found = norms.by_signs(2)
     while True:
-        taken, size = norms.shape
-        noise = float(norms.var(0).mean()) / taken  # of an example's mean over random vectors
-        stderr, value = math.sqrt(noise / size), float(norms.mean())
+        taken, size = found.shape
+        noise = float(found.var(0).mean()) / taken  # of an example's mean over random vectors
+        stderr, value = math.sqrt(noise / size), float(found.mean())
         least = math.ceil(LEAST_NORMS / size)
         converged = stderr <= tolerance * value and taken >= least
         if converged or taken >= max_probes:
-            return result(norms.mean(0), noise, stderr, taken, converged)
+            return _trace(found.mean(0), noise, stderr, taken, converged)
         allowed = tolerance * value
         needed = (
             max(taken * (stderr / allowed) ** 2 if stderr else 0, least)
@@ -208,10 +220,17 @@ def _by_examples(
             else math.inf
         )
         if needed - taken >= rank and (rank <= HEAD or taken + rank <= max_probes):
-            return exact()
-        work.expect(taken, min(needed, max_probes))
+            return _trace(norms.exact(), 0.0, None, rank, True)
+        norms.work.expect(taken, min(needed, max_probes))
         more = min(math.ceil(needed) - taken if math.isfinite(needed) else max_probes, max_probes - taken, 8)
-        norms = torch.cat([norms, passes(max(more, 1))])
+        found = torch.cat([found, norms.by_signs(max(more, 1))])
+
+
+def _trace(terms: Tensor, noise: float, stderr: float | None, drawn: int, converged: bool) -> Trace:
+    """Make a trace of (N,) examples' ``terms``, of whose variance ``noise`` is the random vectors'."""
+    own = float(terms.var()) - noise if len(terms) > 1 else -1.0
+    error = math.sqrt(own / len(terms)) if own >= 0 else None
+    return Trace(float(terms.mean()), stderr, error, drawn, converged, terms)
 
 
 def _signs(batches: Batches, number: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -56,7 +56,7 @@ def study(
             "conclusion."
         )
     reasons = [
-        f"{len(runs)} for {why} ({', '.join(runs)})" for why, runs in by_reason(table.excluded).items()
+        f"{len(runs)} × {why} ({', '.join(runs)})" for why, runs in by_reason(table.excluded).items()
     ]
     if reasons:
         said.append(f"Left out: {'; '.join(reasons)}.")

@@ -29,7 +29,7 @@ OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "nu
 """What a run may say of its training besides the gaps; not taken for measures."""
 MOST_MEASURES, MOST_SETTINGS = 100, 300
 """Of one table: statistics look at every two of them."""
-MISSED_STOP = "training ended before it reached its stop_ce"
+MISSED_STOP = "ended before reaching its stop_ce"
 SEED = "seed"
 UNSET = "unset"
 LARGEST = 1e150
