@@ -410,7 +410,7 @@ def test_a_collected_table_says_which_runs_finished_and_converged(tmp_path: Path
 def test_what_a_file_does_not_say_of_its_runs_is_an_error_or_is_not_guessed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no column met_stop_ce.*run folders"):
         load_table(make_csv(tmp_path, "error_gap,a\n1,2\n2,3\n"), converged_only=True)
-    with pytest.raises(DataError, match=r"no run of .* is usable: training ended before"):
+    with pytest.raises(DataError, match=r"no run of .* is usable: ended before"):
         load_table(make_csv(tmp_path, "error_gap,a,met_stop_ce\n1,2,False\n2,3,False\n"), converged_only=True)
     numbers = load_table(
         make_csv(tmp_path, "error_gap,a,met_stop_ce\n1,2,0.0\n2,3,1.0\n3,4,\n"), converged_only=True
