@@ -419,7 +419,7 @@ def test_correlate_counts_runs_that_diverged(tmp_path: Path, capsys: pytest.Capt
     excluded = json.loads(printed.out)["excluded"]
     assert [row["reason"] for row in excluded] == ["diverged", "diverged"]
     assert all(row["run"].startswith("lr1e+3") for row in excluded)
-    assert "2 diverged: " in printed.err
+    assert "(2 diverged)" in printed.err
 
 
 def test_a_model_that_no_batch_size_makes_fit_is_named(

@@ -44,6 +44,7 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
         values = parameters.leaves()
         logits = parameters.logits(x, values)
         found = gradients(logits, values, torch.ones_like(logits))
+    parameters.sparse_gradients = any(g is not None and g.layout != torch.strided for g in found)
     hidden = [name for name, g in zip(values, found, strict=True) if g is None]
     if not hidden:
         return

@@ -95,6 +95,7 @@ class Parameters:
         ]
         self._places = list(_places(model))
         self._constants: dict[str, Tensor] | None = None
+        self.sparse_gradients = False  # of parameters that forward hands to a functional embedding
         self._writes = True  # until a call has shown that forward does not write to parameters
         self.size = sum(self._sizes)
         if not self.size:
@@ -177,8 +178,7 @@ class Parameters:
             values: tensors by their names, or one vector (P,).
         """
         if isinstance(values, Tensor):
-            parts = self.split(values)
-            values = {name: part.clone() for name, part in parts.items()} if self._writes else parts
+            values = self._parts(values)
         elif values is None:
             values = self.values()
         # copies, also in eval mode: some models write to a buffer or a parameter in every forward pass
@@ -191,7 +191,7 @@ class Parameters:
         if dtype != self.dtype:  # the whole model moves to the dtype of the parameters it is given
             rest = {name: as_dtype(t, dtype) for name, t in rest.items()}
         tensors = {**rest, **values}
-        versions = [tensor._version for tensor in tensors.values()]
+        versions = [_version(tensor) for tensor in tensors.values()]
         placed = {f"model.{place}": tensors[name] for place, name in self._places}
         args, kwargs = arguments(self.model, x)
         run = _Then(self.model, lambda returned: then(self.outputs.taken(returned, len(x))))
@@ -200,9 +200,21 @@ class Parameters:
         self._note_writes(tensors, versions)
         return found
 
-    def _note_writes(self, tensors: Mapping[str, Tensor], versions: list[int]) -> None:
+    def _parts(self, vector: Tensor) -> dict[str, Tensor]:
+        """``split``, as what forward can be handed."""
+        parts = self.split(vector)
+        if self._writes:
+            parts = {name: part.clone() for name, part in parts.items()}
+        if self.sparse_gradients:
+            parts = {name: _Densely.apply(part) for name, part in parts.items()}
+        return parts
+
+    def _note_writes(self, tensors: Mapping[str, Tensor], versions: list[int | None]) -> None:
         """Remember whether forward wrote to parameters, and copy anew the constants of a pass that it wrote to."""
-        written = {n for (n, t), v in zip(tensors.items(), versions, strict=True) if t._version != v}
+        pairs = zip(tensors.items(), versions, strict=True)
+        written = {
+            name for (name, tensor), version in pairs if version is None or _version(tensor) != version
+        }
         self._writes = not written.isdisjoint(self.named)
         if self._constants is not None and not written <= set(self.named):
             self._constants = self._copied_constants()
@@ -235,6 +247,28 @@ class _Then(nn.Module):
         return self.then(self.model(*args, **kwargs))
 
 
+class _Densely(torch.autograd.Function):
+    """The identity, whose gradient is dense: a sparse one passes through no view."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return dense(gradient)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+
 @contextmanager
 def _dense_gradients(embeddings: Iterable[nn.Embedding | nn.EmbeddingBag]) -> Iterator[None]:
     """Let ``embeddings`` have dense gradients: their sparse ones have no second derivative (torch 2.14)."""
@@ -245,6 +279,11 @@ def _dense_gradients(embeddings: Iterable[nn.Embedding | nn.EmbeddingBag]) -> It
     finally:
         for module in embeddings:
             module.sparse = True
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written to; None where nobody counts (in inference mode)."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

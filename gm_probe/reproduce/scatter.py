@@ -55,9 +55,7 @@ def study(
             f"Only {num_done} of these reached the cross-entropy at which training stops, too few for a "
             "conclusion."
         )
-    reasons = [
-        f"{len(runs)} × {why} ({', '.join(runs)})" for why, runs in by_reason(table.excluded).items()
-    ]
+    reasons = [f"{len(runs)} × {why} ({', '.join(runs)})" for why, runs in by_reason(table.excluded).items()]
     if reasons:
         said.append(f"Left out: {'; '.join(reasons)}.")
     if table is not every:

@@ -48,11 +48,11 @@ _TEXTS = (
 _FLAGS = ("download", "skip_bad", "nesterov", "augment", "tf32", "deterministic")
 _COUNTS = (
     "image_size", "resize", "crop", "num_train", "labels", "num_unlabeled", "num_test", "split_seed", "mu",
-    "probe_every", "k_steps", "m", "epochs", "batch_size", "eval_every", "track_every", "checkpoint_every", "seed",
-    "threads",
+    "probe_every", "k_steps", "every", "m", "epochs", "batch_size", "eval_every", "track_every", "checkpoint_every",
+    "seed", "threads",
 )
 _NUMBERS = (
-    "validation", "threshold", "lambda_u", "temperature", "rho", "beta", "noise_scale", "eta", "lr", "momentum",
+    "validation", "threshold", "lambda_u", "temperature", "rho", "beta", "noise_scale", "eta", "tail", "lr", "momentum",
     "weight_decay", "gamma", "warmup_epochs", "min_lr", "clip_norm", "ema_decay", "label_smoothing", "stop_ce",
     "track_rho",
 )
