@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from gm_probe.errors import UsageError
 from gm_probe.models.parameters import Parameters, as_measured
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -92,3 +93,23 @@ def test_a_parameter_that_forward_writes_to_is_copied_for_every_batch() -> None:
     parameters.logits(x, theta)
     assert torch.equal(theta, before)
     assert torch.equal(parameters.vector(), before)
+
+
+def test_a_model_that_writes_to_its_parameters_on_some_inputs_is_refused() -> None:
+    class Sometimes(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if float(x.sum()) > 0:
+                with torch.no_grad():
+                    self.weight.mul_(0.5)
+            return super().forward(x)
+
+    parameters, x = Parameters(Sometimes(2, 2).eval()), torch.ones(1, 2)
+    theta = parameters.vector()
+    parameters.logits(-x)
+    with (
+        torch.no_grad(),
+        pytest.raises(UsageError, match="writes to the model's parameters on some inputs only"),
+    ):
+        parameters.logits(x, theta)
+    assert not torch.equal(parameters.vector(), theta), "the copy was written to, not the model"
+    assert torch.equal(parameters.logits(x), parameters.logits(x))

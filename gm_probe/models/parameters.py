@@ -176,7 +176,11 @@ class Parameters:
 
         Args:
             values: tensors by their names, or one vector (P,).
+
+        Raises:
+            UsageError: forward writes to parameters in this call, and did not before.
         """
+        shared = isinstance(values, Tensor) and not self._writes
         if isinstance(values, Tensor):
             values = self._parts(values)
         elif values is None:
@@ -197,7 +201,7 @@ class Parameters:
         run = _Then(self.model, lambda returned: then(self.outputs.taken(returned, len(x))))
         with _dense_gradients(self._sparse), differentiable_recurrence(self.model), activations_kept():
             found: T = functional_call(run, placed, args, kwargs, tie_weights=False)
-        self._note_writes(tensors, versions)
+        self._note_writes(tensors, versions, shared)
         return found
 
     def _parts(self, vector: Tensor) -> dict[str, Tensor]:
@@ -209,13 +213,22 @@ class Parameters:
             parts = {name: _Densely.apply(part) for name, part in parts.items()}
         return parts
 
-    def _note_writes(self, tensors: Mapping[str, Tensor], versions: list[int | None]) -> None:
-        """Remember whether forward wrote to parameters, and copy anew the constants of a pass that it wrote to."""
+    def _note_writes(self, tensors: Mapping[str, Tensor], versions: list[int | None], shared: bool) -> None:
+        """Remember whether forward wrote to parameters, and copy anew the constants of a pass that it wrote to.
+
+        Args:
+            shared: other calls have the same tensors.
+        """
         pairs = zip(tensors.items(), versions, strict=True)
         written = {
             name for (name, tensor), version in pairs if version is None or _version(tensor) != version
         }
         self._writes = not written.isdisjoint(self.named)
+        if self._writes and shared:
+            raise UsageError(
+                "forward writes to the model's parameters on some inputs only, so results would depend on the order of "
+                "the batches. Let it leave its parameters alone"
+            )
         if self._constants is not None and not written <= set(self.named):
             self._constants = self._copied_constants()
 
