@@ -225,7 +225,7 @@ def test_the_table_fits_its_terminal(
     code, out, _ = run(capsys, str(table), "--no-figure", "--group-by", "lr")
     assert code == 0
     assert max(map(len, out.splitlines())) <= columns
-    for text in ("S_ρ", "lr=0.1", "τ", "95 %", "−1.00"):
+    for text in ("S_ρ", "lr=0.1", "τ", "−1.00"):
         assert text in out
     assert "No interval: 2 settings; an interval needs 5" in " ".join(out.split())
 

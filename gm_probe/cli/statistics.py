@@ -30,7 +30,12 @@ def print_answer(found: Correlations) -> None:
 
     console = results_console()
     wide, room = console.width >= NARROW, LONGEST + max(0, console.width - 80)
+    known = any(of.low is not None for key, of in found.quantities.items() if key.statistic == "tau")
     columns = ("", "τ", "95 % CI", *(("p", "larger means") if wide else ()), "picking costs")
+
+    def shown(cells: tuple[str, ...]) -> tuple[str, ...]:
+        return cells if known else (*cells[:2], cells[-1])  # what intervals decide is left out without any
+
     for target, label in found.targets.items():
         rows = [
             row
@@ -38,7 +43,7 @@ def print_answer(found: Correlations) -> None:
             for row in _rows(found, name, others, target, wide=wide, room=room)
         ]
         say(console, _title(target, label), "bold")
-        console.print(_lines(columns, rows))
+        console.print(_lines(shown(columns), map(shown, rows)))
     picked = _regrets(found)
     if picked:
         outcome, random = picked
