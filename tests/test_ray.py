@@ -91,7 +91,7 @@ class Completions(threading.Thread):
 def test_a_sweep_survives_the_loss_of_a_node(cluster: Any, tmp_path: Path) -> None:
     from gm_probe.executors.ray import Ray
 
-    sweep, out = recipe(20), tmp_path / "ray"
+    sweep, out = recipe(12), tmp_path / "ray"
     run_recipe(sweep, tmp_path / "here")
     nodes = [add_node(cluster), add_node(cluster)]
     completions = Completions(out)

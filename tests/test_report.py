@@ -287,7 +287,7 @@ def test_the_answer_and_its_figure_come_first_and_what_is_long_is_folded(page: P
     forest = order.index(("img", "Kendall’s τ-b with 95 % intervals"))
     assert answer < forest < order.index(("nav", "")) < order.index(("main", "main"))
     first, *_ = page.texts("p", inside="header")
-    assert "with the error gap" in first
+    assert "the error gap" in first
     folded = {
         text.split("  ")[0]: "open" in a
         for (tag, a, _, text) in [
