@@ -60,20 +60,17 @@ class GroupedCommand(click.Command):
         return getattr(parameter, "group", ADVANCED if self.first else OTHERS)
 
 
-def setting_options(settings: type, *without: str) -> Callable[[Any], Any]:
+def setting_options(settings: type) -> Callable[[Any], Any]:
     """Return a decorator that adds an option for every field of a dataclass that has a help text.
 
-    An option that is not given is None, so that the settings class, a file or a run's record decides.
-
-    Args:
-        settings: a dataclass whose fields are made by ``setting``.
-        without: names of fields that the command has no option for.
+    The fields are made by ``setting``. An option that is not given is None, so that the settings class, a file or a
+    run's record decides.
     """
     hints = type_hints(settings)
 
     def decorate(command: Any) -> Any:
         for each in reversed(fields(settings)):
-            if each.metadata["help"] and each.name not in without:
+            if each.metadata["help"]:
                 command = _option(each, kind_of(hints[each.name]))(command)
         return command
 

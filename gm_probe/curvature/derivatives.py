@@ -12,8 +12,8 @@ from gm_probe.data.fields import Inputs
 from gm_probe.errors import DerivativeError, UsageError, first_line, foreign_or, of_machine
 from gm_probe.models.parameters import Parameters
 
-JacobianProduct = Callable[[Inputs, Tensor, Tensor], Tensor]
-"""input (B, ...), direction v (P,), θ (P,) ↦ J v (B, ..., C); or input, cotangent u (B, ..., C), θ ↦ Jᵀu (P,)"""
+JacobianProduct = Callable[[Inputs, Tensor], Tensor]
+"""input (B, ...), direction v (P,) ↦ J v (B, ..., C); or input, cotangent u (B, ..., C) ↦ Jᵀu (P,)"""
 Product = Callable[[Tensor, Inputs, Tensor], Tensor]
 """direction (P,), input (B, ...), data (B, ...) ↦ a product or the examples' terms"""
 Arguments = tuple[Tensor, Inputs, Tensor]
@@ -85,7 +85,7 @@ def _tensors_held(module: nn.Module) -> list[str]:
 
 
 def first_adjoint(
-    candidates: Sequence[JacobianProduct], vjp: JacobianProduct, x: Inputs, v: Tensor, theta: Tensor
+    candidates: Sequence[JacobianProduct], vjp: JacobianProduct, x: Inputs, v: Tensor
 ) -> JacobianProduct:
     """The first of the ``candidates`` for J v that is the adjoint of ``vjp``, u ↦ Jᵀu, on ``x`` for ``v`` (P,).
 
@@ -98,10 +98,10 @@ def first_adjoint(
     cause: Exception | None = None
     for candidate in candidates:
         try:
-            found = candidate(x, v, theta).double()
+            found = candidate(x, v).double()
             signs = torch.arange(found.numel(), device=x.device) % 3 - 1.0
             u = found / found.norm().clamp(min=1e-300) + signs.view_as(found) / signs.norm().clamp(min=1)
-            apart = float((u * found).sum() - vjp(x, u.to(v), theta).double() @ v.double())
+            apart = float((u * found).sum() - vjp(x, u.to(v)).double() @ v.double())
         except Exception as error:  # whatever a stranger's layer raises
             if of_machine(error):
                 raise

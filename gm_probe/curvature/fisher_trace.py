@@ -150,9 +150,8 @@ class _ExampleNorms:
 
     def by_signs(self, number: int) -> Tensor:
         """Return (number, N) squared norms for signs of their own."""
-        seed = int(
-            torch.randint(2**32, (), generator=self.generator)
-        )  # the next round's signs begin anywhere
+        # the next round's signs begin anywhere
+        seed = int(torch.randint(2**32, (), generator=self.generator))
         signs = _signs(self.batches, number * self.rank, torch.Generator().manual_seed(seed))
 
         def signed(root: CovarianceRoot) -> Iterator[Tensor]:

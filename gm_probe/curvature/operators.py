@@ -74,21 +74,17 @@ def fisher(parameters: Parameters, batches: Batches, logits: Tensor, work: Work 
     def matvec(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
         with parameters.one_pass():
-            theta = parameters.vector()
             for batch, p in zip(batches, probabilities, strict=True):
-                change = _centred(jacobian.jvp(batch.x, v, theta), p)
-                result += jacobian.vjp(batch.x, p * change, theta)
+                result += jacobian.vjp(batch.x, p * _centred(jacobian.jvp(batch.x, v), p))
         return sum_over_processes(result) / batches.total
 
     @differentiable_attention()
     def terms(v: Tensor) -> Tensor:
         result = []
         with parameters.one_pass():
-            theta = parameters.vector()
             for batch, p in zip(batches, probabilities, strict=True):
                 # the variance under p of the logits' change
-                change = _centred(jacobian.jvp(batch.x, v, theta), p)
-                result.append(over_rows((p * change.square()).sum(-1)))
+                result.append(over_rows((p * _centred(jacobian.jvp(batch.x, v), p).square()).sum(-1)))
         return gather_examples(batches.independent(torch.cat(result)))
 
     return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
@@ -105,35 +101,36 @@ class _Jacobian:
         self.parameters, self.work, self.trial = parameters, work, trial
         self._jvp: JacobianProduct | None = None
 
-    def jvp(self, x: Inputs, v: Tensor, theta: Tensor) -> Tensor:
-        """Return J v (B, ..., C) at ``theta`` (P,) for ``v`` (P,), by forward mode wherever the model has it."""
+    def jvp(self, x: Inputs, v: Tensor) -> Tensor:
+        """Return J v (B, ..., C) for ``v`` (P,), by forward mode wherever the model has it."""
         if self._jvp is None:
             noise = self.parameters.random(1.0, torch.Generator().manual_seed(0))
             candidates = (self._by_forward_mode, self._by_reverse_mode)
-            self._jvp = first_adjoint(candidates, self.vjp, x[self.trial], noise, theta)
-        return self._jvp(x, v, theta)
+            self._jvp = first_adjoint(candidates, self.vjp, x[self.trial], noise)
+        return self._jvp(x, v)
 
-    def vjp(self, x: Inputs, u: Tensor, theta: Tensor) -> Tensor:
+    def vjp(self, x: Inputs, u: Tensor) -> Tensor:
         """Return Jᵀu (P,) for ``u`` (B, ..., C)."""
         with torch.enable_grad():
-            leaf = theta.detach().requires_grad_()
-            [result] = gradients(self.parameters.logits(x, leaf), {"": leaf}, u)
+            theta = self.parameters.vector().requires_grad_()
+            [result] = gradients(self.parameters.logits(x, theta), {"": theta}, u)
         self.work.add(GRADIENT, len(x))
         return torch.zeros_like(theta) if result is None else result
 
-    def _by_forward_mode(self, x: Inputs, v: Tensor, theta: Tensor) -> Tensor:
+    def _by_forward_mode(self, x: Inputs, v: Tensor) -> Tensor:
         with torch.no_grad():
+            theta = self.parameters.vector()
             result = jvp(lambda values: self.parameters.logits(x, values), (theta,), (v,))[1]
         self.work.add(JVP, len(x))
         return result
 
-    def _by_reverse_mode(self, x: Inputs, v: Tensor, theta: Tensor) -> Tensor:
+    def _by_reverse_mode(self, x: Inputs, v: Tensor) -> Tensor:
         """The slope by u of (Jᵀu)ᵀv."""
         with torch.enable_grad():
-            leaf = theta.detach().requires_grad_()
-            logits = self.parameters.logits(x, leaf)
+            theta = self.parameters.vector().requires_grad_()
+            logits = self.parameters.logits(x, theta)
             u = torch.zeros_like(logits, requires_grad=True)
-            slope = along(gradients(logits, {"": leaf}, u, create_graph=True), {"": v}, logits)
+            slope = along(gradients(logits, {"": theta}, u, create_graph=True), {"": v}, logits)
             [result] = gradients(slope, {"": u})
         self.work.add(REVERSE_JVP, len(x))
         return torch.zeros_like(logits) if result is None else result

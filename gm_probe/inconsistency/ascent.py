@@ -28,7 +28,6 @@ def kl_gradient(
     offset: Tensor,
     factor: Tensor | float = 1.0,
     compared: Callable[[Tensor], Tensor] = lambda outputs: outputs,
-    theta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-example KL(f_θ ‖ f_{θ+δ}) and the gradient of its sum with respect to δ; f_θ held constant.
 
@@ -38,13 +37,12 @@ def kl_gradient(
         offset: (P,) δ.
         factor: multiplies the sum before it is differentiated, lest float16 gradients underflow.
         compared: maps the outputs (B, ...) at θ + δ to the n rows that ``logits`` is compared with.
-        theta: (P,) θ, where it is at hand.
 
     Returns:
         (n,) divergences and the (P,) gradient.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        moved = ((parameters.vector() if theta is None else theta) + offset).requires_grad_()
+        moved = (parameters.vector() + offset).requires_grad_()
         outputs = compared(parameters.taken(x, moved))
         terms = kl_divergence(logits, parameters.outputs.logits(outputs))
         total = factor * terms.sum()
@@ -114,9 +112,8 @@ class Divergence:
         """
         total, gradient = offset.new_zeros((), dtype=torch.float64), torch.zeros_like(offset)
         with self.parameters.one_pass():
-            theta = self.parameters.vector()
             for batch, logits in zip(self.batches, self._logits, strict=True):
-                terms, part = kl_gradient(self.parameters, batch.x, logits, offset, theta=theta)
+                terms, part = kl_gradient(self.parameters, batch.x, logits, offset)
                 total += terms.sum(dtype=torch.float64)
                 gradient += part
                 self.work.add(GRADIENT, len(logits))

@@ -94,6 +94,7 @@ class Parameters:
             m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
         ]
         self._places = list(_places(model))
+        self._theta: Tensor | None = None  # within ``one_pass``, as are
         self._constants: dict[str, Tensor] | None = None
         self.sparse_gradients = False  # of parameters that forward hands to a functional embedding
         self._writes = True  # until a call has shown that forward does not write to parameters
@@ -147,18 +148,26 @@ class Parameters:
         return {name: self.named[name] + piece for name, piece in self.split(offset).items()}
 
     def vector(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a copy of θ (P,), which ``logits`` takes in place of single tensors: few kernels on a GPU."""
-        return self.join([p.detach() for p in self.named.values()]).to(dtype or self.dtype)
+        """Return a copy of θ (P,), which ``logits`` takes in place of single tensors: few kernels on a GPU.
+
+        Within ``one_pass`` all calls have one copy: do not write to it.
+        """
+        theta = self._joined() if self._theta is None else self._theta.detach()
+        return theta.to(dtype or self.dtype)
+
+    def _joined(self) -> Tensor:
+        return self.join([p.detach() for p in self.named.values()])
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Copy buffers and other parameters once for all calls within, which leave the model unchanged meanwhile."""
-        before = self._constants
-        self._constants = self._copied_constants() if before is None else before
+        """Copy θ, buffers and other parameters once for all calls within, which leave the model unchanged meanwhile."""
+        before = self._theta, self._constants
+        if self._theta is None:
+            self._theta, self._constants = self._joined(), self._copied_constants()
         try:
             yield
         finally:
-            self._constants = before
+            self._theta, self._constants = before
 
     def logits(self, x: Inputs, values: Values = None) -> Tensor:
         """Return logits (B, C), or (B, L, 2) of yes-or-no labels, at parameter ``values`` (default: the model's own).
