@@ -89,6 +89,12 @@ class RuleOptimizer(Optimizer):
         self.seen: Step | None = None
         self._ready = False
         self.base = base(self._trainable() if params is None else params, **options)
+        closure = inspect.signature(self.base.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise UsageError(
+                f"{type(self.base).__name__} evaluates the loss several times per step, at points where the rule has "
+                "no gradient. Choose a base optimizer whose step takes no closure, such as SGD or AdamW"
+            )
         rule = vars(self.rule)
         settings: dict[str, Any] = {name: rule[name] for name in ("rho", "beta") if name in rule}
         super().__init__(self.base.param_groups, {**self.base.defaults, **settings})

@@ -282,6 +282,11 @@ def test_every_pass_of_a_compiled_network_is_compiled(method: str) -> None:
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-9, atol=1e-12)
 
 
+def test_a_base_that_needs_a_closure_of_its_own_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"LBFGS evaluates the loss several times per step.*such as SGD"):
+        optim.IAMD(nn.Linear(2, 3), torch.optim.LBFGS, lr=0.1)
+
+
 FSDP = """
 import torch
 from torch import distributed, nn
