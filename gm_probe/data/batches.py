@@ -159,7 +159,8 @@ class Batches:
         normalization: applied to every batch.
         batch_size: examples a batch; the last may be smaller. None = ``BATCH_SIZE``, or what memory holds where
             derivatives are taken (``gm_probe.measure``).
-        device, dtype: of the inputs handed out.
+        device: of the inputs handed out.
+        dtype: of the inputs handed out.
         channels_last: hand out images in channels-last memory format (faster convolutions on CPU and GPU).
         batch_dependent: the outputs of a batch's examples hang together, as NT-Xent logits do. Then its size belongs to
             what is measured, and batches, all of one size, are what is independent.
