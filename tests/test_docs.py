@@ -222,7 +222,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_index_has_every_page() -> None:
     pages = {page.name for page in PAGES[1:]} - {"README.md"}
     assert pages <= set(links(ROOT / "docs" / "README.md"))
-    assert {f"docs/{page}" for page in pages} <= set(links(ROOT / "README.md"))
+    assert "docs/README.md" in links(ROOT / "README.md")
 
 
 def test_every_exit_code_and_error_is_explained() -> None:
