@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,31 @@ def test_several_files_that_are_saved_are_not_measured_again(
     capsys.readouterr()
     main(words)
     assert capsys.readouterr().err.count("skipped") == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"), [("mean_entropy,hessian_trace", "measures"), ("outputs", "runs")]
+)
+def test_several_checkpoints_are_one_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: str, columns: str
+) -> None:
+    run_recipe(parse(measure={"measures": []}), tmp_path)
+    runs = [str(run) for run in trained_runs(tmp_path)[:3]]
+    words = ["measure", *runs, "--measures", names, "--device", "cpu", "-q"]
+    main([*words, "--json"])
+    results = json.loads(capsys.readouterr().out)
+    main(words)
+    shown = capsys.readouterr().out
+    assert shown.count("┏") == 1
+    assert str(tmp_path) not in shown
+    [head] = [line for line in shown.splitlines() if line.startswith("┃")]
+    assert all((Path(run).name in head) == (columns == "runs") for run in runs)
+    assert "entropy ↓" in shown
+    for result in results:
+        row = result["measures"]["mean_entropy"]
+        assert f"{row['value']:.4g} ± {row['stderr_examples']:.2g}" in shown
+        if columns == "measures":
+            assert re.search(r"tr H( \(predicted labels\))? ↓", head)
 
 
 def test_pixels_for_a_checkpoint_of_floats_are_not_read_without_a_word(
