@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from gm_probe.accuracy.report import EstimateReport, ModelEstimate
     from gm_probe.data.datasets import Examples
 
+NARROW = 76
+"""Columns of a terminal below which the table leaves out agreement and the range of the estimators."""
+
 
 @click.command(
     cls=GroupedCommand,
@@ -296,9 +299,10 @@ def _show(
 def _print(report: EstimateReport, names: Sequence[str]) -> None:
     console = results_console()
     known = report.models[0].accuracy is not None
-    several = len(report.models) > 1
+    wide = console.width >= NARROW
+    several = wide and len(report.models) > 1
     shown = [name for name in names if name != MIRRORED]
-    compared = report.num_labels is None
+    compared = wide and report.num_labels is None
     accuracy = ["accuracy", "interval", *(["estimators"] if compared else [])]
     head = ["checkpoint", *(accuracy if known else ["confidence"])]
     head += ["agreement"] if several else []
