@@ -152,11 +152,13 @@ def with_seeds(settings: Spread, influence: Floats, clusters: Clusters) -> Sprea
     Satterthwaite 1946, "An approximate distribution of estimates of variance components".
     """
     num = clusters.num_seeds
-    if clusters.seed is None or num < LEAST_SEEDS or not clusters.seeds_differ:
+    if clusters.seed is None or num < LEAST_SEEDS:
         return settings
     shared = clusters.seed >= 0
     seed = clusters.seed[shared]
     inside, rest, _, left = _decomposed(influence[shared], clusters.setting[shared], seed)
+    if not clusters.seeds_differ and not _differ(inside, rest, num, left):
+        return settings
     sums = np.bincount(seed, inside)
     of_runs = (num - 1) / num * len(rest) / left * float(rest @ rest) if left > 0 else 0.0
     added = (num + 3) / (num - 1) * float(sums @ sums) - of_runs
