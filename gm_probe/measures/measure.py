@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -188,7 +189,7 @@ def measure(
     rows: dict[str, Estimate] = {}
     refusals: list[ProbeError] = []
     # a model may draw at random though its outputs stay the same
-    batches = in_layout_taken(model, batches)
+    batches, _ = within_memory(batches, partial(in_layout_taken, model))
     with generators_kept(batches.device, model), as_measured(model, tf32=settings.tf32):
         running = _Running(
             lambda batches: MeasurementContext(model, batches, settings, work, initial, outputs, reference),
