@@ -271,7 +271,7 @@ def _described(
         processes=count(),
         **({"key": loaded.key} if loaded.key else {}),
         **_batch_settings(loaded),
-        **environment(batches.device),
+        **environment(batches.device, tf32=report.settings.tf32),
     )
     result |= {
         "num_classes": loaded.num_classes,
@@ -399,7 +399,8 @@ def _densities(
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``. ``reason``: why there is none."""
     num_probes, num_steps = quadrature
-    with one_device(), generators_kept(part.device, loaded.model), as_measured(loaded.model):
+    measured = as_measured(loaded.model, tf32=settings.tf32)
+    with one_device(), generators_kept(part.device, loaded.model), measured:
         work = Work(part.num_examples)
         context = MeasurementContext(loaded.model, part, settings, work, outputs=loaded.outputs)
         found = {}
