@@ -1,10 +1,11 @@
 """Count the kernels, copies and host reads of a pass, beside those of a plain forward and backward pass.
 
 Usage: python benchmarks/kernel_counts.py [MODEL ...]
-       python benchmarks/kernel_counts.py --steps
+       python benchmarks/kernel_counts.py --steps [MODEL]
 
-With --steps it counts a training step on the simulated device of tests/. Other counts are of dispatched operations on the CPU, and need no GPU: each is a kernel launch there. Views, empty tensors and
-zero tangents that torch never materialises are not counted.
+With --steps it counts a training step on the simulated device of tests/. Other counts are of dispatched operations on
+the CPU, and need no GPU: each is a kernel launch there. Views, empty tensors and zero tangents that torch never
+materialises are not counted.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "fixmatch, iam-d": {"objective": "fixmatch", "labels": 20, "mu": 1, "method": "iam-d"},
     "simclr": {"objective": "simclr"},
 }
-"""Runs whose steps are counted, on 6CNN and images of 32 × 32."""
+"""Runs whose steps are counted, on images of 32 × 32."""
 FEW, MORE, BATCH = 4, 12, 20
 """Steps of the epochs that are compared, fewer than lie between two looks at the loss; examples in a batch."""
 MODELS = ("6cnn", "torchvision:resnet18", "torchvision:resnet50")
@@ -135,7 +136,7 @@ def _epoch(settings: Mapping[str, Any], folder: Path, steps: int, device: str) -
     return COUNTS.copy()
 
 
-def main_of_steps() -> None:
+def main_of_steps(model: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import simulated_device
 
@@ -143,13 +144,13 @@ def main_of_steps() -> None:
     print("| step | kernels | uploads | waits |\n|---|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in STEPS.items():
-            found = step_counts(settings, Path(folder))
+            found = step_counts({"model": model, **settings}, Path(folder))
             print(f"| {name} | {found['kernels']:g} | {found['uploads']:g} | {found['waits']:g} |")
 
 
 def main(names: Sequence[str]) -> None:
-    if list(names) == ["--steps"]:
-        main_of_steps()
+    if names[:1] == ["--steps"]:
+        main_of_steps(*(names[1:] or ["6cnn"]))
         return
     print("| network | pass | kernels | of plain | copies | host reads |\n|---|---|---|---|---|---|")
     for name in names or MODELS:

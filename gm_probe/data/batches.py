@@ -305,7 +305,7 @@ class Batches:
         """Return all examples on the device, uploaded once where it has room; None where they stay where they are."""
         x, y = self.examples.x, self.examples.y
         if self._resident is None and x is not (there := placed(x, self.device)):
-            self._resident = Batch(there, None if y is None else upload(y, self.device))
+            self._resident = Batch(cast(Tensor, there), None if y is None else upload(y, self.device))
         return self._resident
 
 

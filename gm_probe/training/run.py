@@ -175,7 +175,7 @@ class Training:
             else:
                 set_random_state(self._random, self.device)
             left = dealt[self.progress.step :]
-            mine = [chosen[self._mine] for chosen in left]
+            mine: Sequence[Tensor] = [chosen[self._mine] for chosen in left]
             labels = self._ahead([self.sampler.labels(part) for part in mine])
             if self._inputs is not self.splits.inputs.x:  # they are on the device
                 mine = self._ahead(mine)

@@ -61,7 +61,8 @@ class Draws:
         flags = torch.stack([self.flips, self.jitters, self.greys])
         there = upload(torch.cat([self.boxes, self.factors, flags]), device)
         boxes, factors, flags = there.split([4, 4, 3])
-        return Draws(boxes, *(flags > 0), factors, self.order)
+        flips, jitters, greys = flags > 0
+        return Draws(boxes, flips, jitters, greys, factors, self.order)
 
 
 def require_images(x: Tensor | ImageFiles) -> None:
@@ -123,7 +124,7 @@ def see(images: Tensor, draws: Draws) -> Tensor:
     there = draws.on(images.device)
     x = resized_crop(images.float() / 255, there.boxes, there.flips)
     # brightness and contrast are all that grey images have
-    operations = [brighten, contrast] if x.shape[1] == 1 else [brighten, contrast, saturate, turn]
+    operations: list[Jitter] = [brighten, contrast, *([] if x.shape[1] == 1 else [saturate, turn])]
     x = _jittered(x, torch.where(draws.jitters, draws.order, len(draws.order)), there.factors, operations)
     return x if x.shape[1] == 1 else torch.where(there.greys[:, None, None, None], grey(x), x)
 
