@@ -195,14 +195,19 @@ def test_runs_measured_in_another_way_are_not_skipped(
     again, told = measured(tmp_path, capsys)
     assert [each["measures"] for each in again] == [each["measures"] for each in first]
     assert "skipped" in told
-    for option, key, value in (("--dtype=float64", "dtype", "float64"), ("--no-normalize", "mean", [])):
+    for option, key, value in (
+        ("--tf32", "tf32", True),
+        ("--dtype=float64", "dtype", "float64"),
+        ("--no-normalize", "mean", []),
+    ):
         found, told = measured(tmp_path, capsys, option)
         assert "skipped" not in told
         assert {json.dumps(each["settings"][key]) for each in found} == {json.dumps(value)}
     # what is not given is as it was, also of a single run
     [one], told = measured(trained_runs(tmp_path)[0], capsys)
     assert (one["settings"]["dtype"], one["settings"]["mean"]) == ("float64", [])
-    assert "settings taken from measures.json: mean = [], std = [], dtype = float64" in " ".join(told.split())
+    assert "mean = [], std = [], dtype = float64" in " ".join(told.split())
+    assert "tf32 = True" in told
 
 
 def test_data_that_changed_under_its_name_are_measured_anew(

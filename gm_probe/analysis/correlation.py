@@ -33,7 +33,7 @@ from gm_probe.analysis.design import (
 )
 from gm_probe.analysis.intervals import Clusters, Quantity, clusters_of
 from gm_probe.analysis.notes import measure_notes, measure_warnings, run_notes
-from gm_probe.analysis.pairs import Floats, Integers, pair_sums
+from gm_probe.analysis.pairs import Floats, Integers
 from gm_probe.analysis.permutation import permutation_p, permute_settings
 from gm_probe.analysis.results import Correlations, Key, target_label
 from gm_probe.analysis.selection import choices
@@ -184,8 +184,7 @@ class _Study:
         for statistic, quantity in self.naive(x, y, rows).items():
             found[Key(name, target, statistic)] = quantity
         clusters, cells = self.clusters(rows, name, target), self.cells(rows)
-        own = pair_sums(x, y, clusters.setting)
-        psi, mean = granulated(x, y, cells, clusters, own)
+        psi, mean = granulated(x, y, cells, clusters)
         found |= {Key(name, target, "psi", group): of for group, of in psi.items()}
         found[Key(name, target, "psi_mean")] = mean
         for control, column in self.controls.items():
@@ -307,7 +306,7 @@ class _Study:
     def within(self, name: str, target: str, rows: Integers, numbers: Integers) -> Quantity:
         x, y = self.column(name)[rows], self.column(target)[rows]
         clusters = self.clusters(rows, name, target)
-        linear = linear_tau(pair_sums(x, y, numbers[rows]), pair_sums(x, y, clusters.setting))
+        linear = linear_tau(x, y, clusters.setting, numbers[rows])
         if linear is None:
             return Quantity(None, n=len(rows), note="no two runs of a group differ in both")
         return tau_quantity(linear, clusters)
@@ -317,8 +316,7 @@ class _Study:
         key = (min(a, b), max(a, b), rows.tobytes())
         if key not in self.kept:
             x, y = self.column(a)[rows], self.column(b)[rows]
-            setting = self.clusters(rows).setting
-            self.kept[key] = linear_tau(pair_sums(x, y, 0 * setting), pair_sums(x, y, setting))
+            self.kept[key] = linear_tau(x, y, self.clusters(rows).setting)
         return self.kept[key]
 
     def permutations(self, rows: Integers) -> Integers:

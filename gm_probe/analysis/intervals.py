@@ -15,7 +15,7 @@ from gm_probe.analysis.pairs import Floats, Integers, dense_ranks
 
 LEVEL = 0.95
 LEAST_UNITS = 5
-"""Of fewer settings no error can be estimated."""
+"""Of fewer settings that are paired with others no error can be estimated."""
 LEAST_SEEDS = 3
 """Of fewer seeds that settings share, their part of the error cannot be estimated, either."""
 SEED_LEVEL = 0.1
@@ -127,21 +127,26 @@ class Spread:
     freedom: float
 
 
-def settings_spread(sums: Floats) -> Spread:
-    """Return the variance that independent settings give, from each setting's share ``sums`` (S,) in a sum over pairs.
+def settings_spread(sums: Floats, num: int, groups: int = 1) -> Spread:
+    """Return the variance that independent settings give, from each setting's share ``sums`` in a sum over pairs.
 
-    S/(S − 2) in place of the jackknife's S/(S − 1): of pairs, leaving out one setting costs two degrees.
+    ``num`` settings are paired with others, each with those of one of ``groups`` groups alone. A pair counts in the
+    shares of both its settings, and every group has a τ of its own. Both together make the sum of squares too large by
+    (S + 2G − 4)/S on average, for the covariance of normal values in groups of one size. It is S/(S − 2) in place of
+    the jackknife's S/(S − 1) for one group, and counts each pair once where every group is one pair.
+    ``num`` = ``groups``: all pairs are inside settings.
     """
-    num = len(sums)
-    return Spread(num / (num - 2) * float(sums @ sums), num - 1)
+    if num == groups:
+        return Spread(num / (num - 1) * float(sums @ sums), num - 1)
+    return Spread(num / (num + 2 * groups - 4) * float(sums @ sums), num - groups)
 
 
 def with_seeds(settings: Spread, influence: Floats, clusters: Clusters) -> Spread:
     """Add what another choice of shared seeds would add to the variance ``settings``, if above 0.
 
     ``influence`` (n,) is what each run's weight changes the statistic by. V_run is the mean square that is left of it
-    after settings and seeds, so that the variance of single runs is not counted twice. The factor (K + 1)/(K − 2) of K
-    seeds, in place of the jackknife's K/(K − 1), was chosen in simulations: over pairs of so few seeds it covers.
+    after settings and seeds, so that the variance of single runs is not counted twice. The factor (K + 3)/(K − 1) of K
+    seeds was chosen in simulations. It is that of pairs, K/(K − 2), for K = 3, and more for more seeds.
 
     Source: Cameron, Gelbach and Miller 2011, "Robust inference with multiway clustering"; degrees of freedom by
     Satterthwaite 1946, "An approximate distribution of estimates of variance components".
@@ -152,16 +157,15 @@ def with_seeds(settings: Spread, influence: Floats, clusters: Clusters) -> Sprea
     shared = clusters.seed >= 0
     seed = clusters.seed[shared]
     inside, rest, _, left = _decomposed(influence[shared], clusters.setting[shared], seed)
-    sums, few = np.bincount(seed, inside), (num + 1) / (num - 2)
-    of_seeds = few * float(sums @ sums)
-    of_runs = few * (num - 1) / num * len(rest) / left * float(rest @ rest) if left > 0 else 0.0
-    variance = settings.variance + of_seeds - of_runs
     if not clusters.seeds_differ and not _differ(inside, rest, num, left):
         return settings
-    if variance <= settings.variance:  # by chance, where the columns differ between seeds
-        return Spread(settings.variance, min(2 * (num - 1), settings.freedom))
-    parts = [(settings.variance, settings.freedom), (of_seeds, num - 1), (of_runs, max(left, 1))]
-    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    sums = np.bincount(seed, inside)
+    of_runs = (num - 1) / num * len(rest) / left * float(rest @ rest) if left > 0 else 0.0
+    added = (num + 3) / (num - 1) * float(sums @ sums) - of_runs
+    if added <= 0:
+        return settings
+    variance = settings.variance + added
+    freedom = variance**2 / (settings.variance**2 / settings.freedom + added**2 / (num - 1))
     return Spread(variance, float(np.clip(freedom, min(num - 1, settings.freedom), settings.freedom)))
 
 

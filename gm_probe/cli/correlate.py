@@ -17,7 +17,6 @@ from gm_probe.cli.param_types import PATH
 from gm_probe.cli.selection import (
     control_option,
     converged_only_option,
-    gap_option,
     measures_option,
     names,
     seed_column_option,
@@ -47,7 +46,6 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     metavar="A,B",
     help="Also correlate within each subgroup of these settings.  [default: those of the sweep's recipe]",
 )
-@gap_option
 @seed_column_option
 @target_option
 @converged_only_option
@@ -72,7 +70,6 @@ def correlate(
     group_by: str | None,
     gap: str,
     seed_column: str,
-    target: str,
     converged_only: bool,
     figure_path: Path | None,
     no_figure: bool,
@@ -86,7 +83,7 @@ def correlate(
     SOURCE is a folder of run folders (runs/ unless given), a folder or database of MLflow, Lightning or
     Hugging Face, or a .csv, .tsv, .jsonl or .parquet file with one run per row: columns error_gap (test
     error − train error) and/or ce_gap (the same for cross-entropy), one column per measure, and one per
-    hyperparameter. --gap makes another gap of any columns. Only finished and measured runs enter; every
+    hyperparameter. --target takes any column, or makes one of several. Only finished and measured runs enter; every
     other run is counted and listed with its reason. In a file, the measures are all numeric columns except
     settings, identifiers and dates. A note on stderr lists them.
 
@@ -122,7 +119,7 @@ def correlate(
 
     found = correlation.correlate(
         table,
-        targets=targets_of(gap, target),
+        targets=targets_of(gap),
         group_by=by,
         controls=names(control),
         details=details or output is not None,

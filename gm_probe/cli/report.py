@@ -13,7 +13,6 @@ from gm_probe.cli.param_types import PATH
 from gm_probe.cli.selection import (
     control_option,
     converged_only_option,
-    gap_option,
     measures_option,
     names,
     seed_column_option,
@@ -59,7 +58,6 @@ from gm_probe.tables.sources import beside, require_source
 @click.option(
     "--markers", metavar="A,B", default="", help="Show the values of these settings by different markers."
 )
-@gap_option
 @seed_column_option
 @target_option
 @converged_only_option
@@ -79,7 +77,6 @@ def report(
     markers: str,
     gap: str,
     seed_column: str,
-    target: str,
     converged_only: bool,
     control: str,
     quiet: bool,
@@ -109,9 +106,7 @@ def report(
         converged_only=converged_only,
     )
     by, shape_by = table.named(by), table.named(shape_by)
-    found = correlation.correlate(
-        table, targets=targets_of(gap, target), group_by=by, controls=names(control)
-    )
+    found = correlation.correlate(table, targets=targets_of(gap), group_by=by, controls=names(control))
     page = compose(
         found,
         groups=design.group_rows(table, by) if by else {},

@@ -4,19 +4,23 @@ import click
 
 from gm_probe.cli.param_types import PATH
 from gm_probe.runs.records import RUNS
-from gm_probe.tables.table import GAPS
+from gm_probe.tables.table import ACCURACIES, GAPS, OUTCOMES
 
 source_argument = click.argument("source", type=PATH, default=RUNS)
 measures_option = click.option(
     "--measures", metavar="A,B", default="", help="Use these measures.  [default: all in SOURCE]"
 )
-gap_option = click.option(
+target_option = click.option(
+    "--target",
     "--gap",
-    metavar="GAP",
-    shell_complete=lambda _ctx, _option, text: [name for name in (*GAPS, "both") if name.startswith(text)],
+    "gap",
+    metavar="A,B",
+    shell_complete=lambda _ctx, _option, text: [
+        name for name in (*GAPS, "both", *OUTCOMES, *ACCURACIES) if name.startswith(text)
+    ],
     default="both",
-    show_default=True,
-    help="Correlate with this gap: error_gap, ce_gap, both, a column, or arithmetic such as 'val_err - train_err'.",
+    help="Correlate with these: error_gap, ce_gap, an outcome such as test_error or test_accuracy, a column, or "
+    "arithmetic on columns such as 'val_err - train_err'. Both names mean the same.  [default: both gaps]",
 )
 seed_column_option = click.option(
     "--seed-column", metavar="A", default="", help="Column that holds each run's seed.  [default: seed]"
@@ -33,12 +37,6 @@ control_option = click.option(
     help="Compute partial τ given these columns.  [default: train_ce, hessian_lambda_max and "
     "parameter_norm where present, and each hyperparameter]",
 )
-target_option = click.option(
-    "--target",
-    metavar="A,B",
-    default="",
-    help="Correlate with these instead of the gap: test_error, test_accuracy, train_error, test_ce, ...",
-)
 
 
 def names(text: str) -> list[str]:
@@ -46,6 +44,6 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def targets_of(gap: str, target: str) -> list[str]:
-    """Return the targets that ``--target`` or else ``--gap`` names; none stands for every gap of the table."""
-    return names(target) or ([gap] if gap in GAPS else [])
+def targets_of(gap: str) -> list[str]:
+    """Return the gaps that ``--target`` names alone; none stands for all that the table then has."""
+    return chosen if GAPS.keys() >= {*(chosen := names(gap))} else []

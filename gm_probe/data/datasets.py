@@ -87,12 +87,16 @@ class Examples:
         return replace(self, x=x, y=None if self.y is None else self.y[indices], recorded=recorded)
 
     def in_memory(self) -> Examples:
-        """The same examples, decoded where they fit into memory.
+        """The same examples, decoded where they fit into memory, and else kept on disk once they are.
 
         Raises:
             DataError: a file cannot be decoded, or they are not what was recorded.
         """
-        held = replace(self, x=self.x.in_memory()) if isinstance(self.x, ImageFiles) else self
+        held = self
+        if isinstance(self.x, ImageFiles):
+            x = self.x.in_memory()
+            told = (x.not_kept,) if isinstance(x, ImageFiles) and x.not_kept else ()
+            held = replace(self, x=x, notes=(*self.notes, *told))
         if self.recorded is None:
             return held
         self.recorded.require(held)
