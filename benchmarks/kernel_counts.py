@@ -1,18 +1,23 @@
 """Count the kernels, copies and host reads of a pass, beside those of a plain forward and backward pass.
 
 Usage: python benchmarks/kernel_counts.py [MODEL ...]
+       python benchmarks/kernel_counts.py --steps [MODEL]
 
-Counts are of dispatched operations on the CPU, and need no GPU: each is a kernel launch there. Views, empty tensors and
-zero tangents that torch never materialises are not counted.
+With --steps it counts a training step on the simulated device of tests/. Other counts are of dispatched operations on
+the CPU, and need no GPU: each is a kernel launch there. Views, empty tensors and zero tangents that torch never
+materialises are not counted.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -24,6 +29,8 @@ from gm_probe.data.batches import Batches
 from gm_probe.inconsistency.ascent import Divergence
 from gm_probe.linalg.work import Work
 from gm_probe.models.parameters import Parameters, as_measured
+from gm_probe.training.config import TrainConfig
+from gm_probe.training.run import Training
 
 FREE = frozenset((
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "split_with_sizes",
@@ -32,6 +39,17 @@ FREE = frozenset((
     "_has_same_storage_numel", "is_same_size", "_local_scalar_dense",
 ))  # fmt: skip
 COPIES = ("clone", "_to_copy", "copy_", "cat")
+STEPS: dict[str, dict[str, Any]] = {
+    "sgd": {"augment": True},
+    "sam": {"augment": True, "method": "sam"},
+    "iam-d": {"augment": True, "method": "iam-d"},
+    "fixmatch": {"objective": "fixmatch", "labels": 20, "mu": 1},
+    "fixmatch, iam-d": {"objective": "fixmatch", "labels": 20, "mu": 1, "method": "iam-d"},
+    "simclr": {"objective": "simclr"},
+}
+"""Runs whose steps are counted, on images of 32 × 32."""
+FEW, MORE, BATCH = 4, 12, 20
+"""Steps of the epochs that are compared, fewer than lie between two looks at the loss; examples in a batch."""
 MODELS = ("6cnn", "torchvision:resnet18", "torchvision:resnet50")
 
 
@@ -94,7 +112,46 @@ def counted(run: Callable[[], Any]) -> Operations:
     return operations
 
 
+def step_counts(settings: Mapping[str, Any], folder: Path, device: str = "sim") -> dict[str, float]:
+    """What one more step in an epoch asks of the simulated device: kernels, uploads without a wait, and waits."""
+    few, more = (_epoch(settings, folder, steps, device) for steps in (FEW, MORE))
+    return {name: (more[name] - few[name]) / (MORE - FEW) for name in ("kernels", "uploads", "waits")}
+
+
+def _epoch(settings: Mapping[str, Any], folder: Path, steps: int, device: str) -> Counter[str]:
+    """The counts of a run's second epoch, of so many steps."""
+    from simulated_device import COUNTS
+
+    labeled = settings.get("labels", 0)
+    count = steps * BATCH + labeled
+    x = np.random.default_rng(0).integers(0, 256, (count + 20, 3, 32, 32), dtype=np.uint8)
+    data = folder / f"{count}.npz"
+    np.savez(data, x=x, y=np.arange(len(x)) % 10)
+    given = {"data": str(data), "num_train": count, "num_unlabeled": 10, "num_test": 10}
+    config = TrainConfig.from_dict({**given, "batch_size": BATCH, "lr": 1e-3, "device": device, **settings})
+    training = Training(config, folder / "run")
+    training.run_epoch()
+    COUNTS.clear()
+    training.run_epoch()
+    return COUNTS.copy()
+
+
+def main_of_steps(model: str) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import simulated_device
+
+    simulated_device.install()
+    print("| step | kernels | uploads | waits |\n|---|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, settings in STEPS.items():
+            found = step_counts({"model": model, **settings}, Path(folder))
+            print(f"| {name} | {found['kernels']:g} | {found['uploads']:g} | {found['waits']:g} |")
+
+
 def main(names: Sequence[str]) -> None:
+    if names[:1] == ["--steps"]:
+        main_of_steps(*(names[1:] or ["6cnn"]))
+        return
     print("| network | pass | kernels | of plain | copies | host reads |\n|---|---|---|---|---|---|")
     for name in names or MODELS:
         torch.manual_seed(0)

@@ -328,7 +328,7 @@ FAULTS: dict[str, Fault] = {
         "a run by sgd",
     ),
     "labels of a training batch stay on the CPU": Fault(
-        run.Training._batch, "(chosen[self._mine]).to(self.device)", "(chosen[self._mine])", "a run by sgd"
+        run.Training._ahead, "upload(torch.cat([*parts]), self.device)", "torch.cat([*parts])", "a run by sgd"
     ),
     "a probe's labels stay on the CPU": Fault(
         linear_probe.linear_probe, "y = y.to(logits.device)", "y = y.cpu()", "a run by simclr"

@@ -10,6 +10,7 @@ through ``_run``, which lends its tensors to the CPU (two tensors, one memory, b
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 HELPER = "_setup_privateuseone_for_python_backend"
 OWN, CPU = 12, 1  # the numbers that DLPack gives an extension's device, as torch exports "sim", and the CPU
 LIBRARIES: list[torch.library.Library] = []  # what they register lasts as long as they do
+COUNTS: Counter[str] = Counter()
+"""What the device was asked for: kernels; uploads, for which the host goes on at once; and waits of the host."""
+_SHOWN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Tags of operations whose result, or its shape, the host must know."""
 
 
 def available() -> bool:
@@ -138,6 +143,18 @@ def _check_devices(operation: Any, leaves: list[Any]) -> None:
             raise RuntimeError(f"Expected a 'sim' device type for generator but found 'cpu' (in {operation})")
 
 
+def _count(operation: Any, args: Any) -> None:
+    """Count a kernel, and a wait where the host must know its result, or how many places an index names."""
+    COUNTS["kernels"] += 1
+    if not _takes_indices_of_the_cpu(operation):
+        COUNTS["waits"] += not _SHOWN.isdisjoint(operation.tags)
+        return
+    indices = [index for index in args[1] if index is not None]
+    filled = len(args) > 2 and len(indices) == 1 and args[2].numel() == 1  # a masked_fill
+    masked = any(index.dtype in {torch.bool, torch.uint8} for index in indices) and not filled
+    COUNTS["waits"] += masked or any(index.device.type == "cpu" and index.dim() for index in indices)
+
+
 # ---- running an operation
 
 
@@ -146,6 +163,7 @@ def _run(operation: Any, *args: Any, **kwargs: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         leaves, shape = tree_flatten((args, kwargs))
         _check_devices(operation, leaves)
+        _count(operation, args)
         written = _written(operation, args, kwargs)
         lent = [_lent_leaf(leaf, written) for leaf in leaves]
         inner_args, inner_kwargs = tree_unflatten(lent, shape)
@@ -209,6 +227,9 @@ def _zeros(size: Any, *, dtype: Any = None, **_: Any) -> Tensor:
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    across = source.device != target.device
+    upload = across and non_blocking and target.device.type == "sim"
+    COUNTS["uploads" if upload else "waits" if across else "kernels"] += 1
     with torch._C._AutoDispatchBelowAutograd():
         _lent(target).copy_(_lent(source))
     return target

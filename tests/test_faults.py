@@ -171,9 +171,9 @@ def test_training_never_changes_its_batch_size(
     sizes: list[int] = []
     step = Training._step
 
-    def counted(self: Training, chosen: Tensor, x: Tensor) -> None:
-        sizes.append(len(chosen))
-        step(self, chosen, x)
+    def counted(self: Training, *batch: Tensor) -> None:
+        sizes.append(len(batch[0]))
+        step(self, *batch)
 
     monkeypatch.setattr(Training, "_step", counted)
     owner, name = STEPS[depth]
@@ -317,10 +317,10 @@ def test_what_is_not_finite_is_named_and_never_saved(
     calls = 0
     original = Training._step
 
-    def poisoned(self: Training, chosen: Tensor, x: Tensor) -> None:
+    def poisoned(self: Training, *batch: Tensor) -> None:
         nonlocal calls
         calls += 1
-        original(self, chosen, x)
+        original(self, *batch)
         if calls == step:
             with torch.no_grad():
                 where(self).view(-1)[0] = float("nan")
@@ -342,10 +342,10 @@ def test_what_is_not_finite_is_named_and_never_saved(
 def _data(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     original = training._batch
 
-    def batch(chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = original(chosen, x)
+    def batch(chosen: Tensor, x: Tensor) -> Tensor:
+        x = original(chosen, x)
         x.view(-1)[0] = float("nan")
-        return x, y
+        return x
 
     monkeypatch.setattr(training, "_batch", batch)
 
@@ -387,12 +387,12 @@ def test_a_step_on_what_is_not_finite_ends_the_run_as_diverged(
     calls = 0
     original = Training._step
 
-    def poisoned(self: Training, chosen: Tensor, x: Tensor) -> None:
+    def poisoned(self: Training, *batch: Tensor) -> None:
         nonlocal calls
         calls += 1
         if calls == step:
             where(self, monkeypatch)
-        original(self, chosen, x)
+        original(self, *batch)
 
     monkeypatch.setattr(Training, "_step", poisoned)
     with pytest.raises(DivergedError, match=named) as caught:
@@ -442,10 +442,10 @@ def test_sigterm_saves_the_state_and_resuming_gives_the_same_bits(
     for step in (1, 3, 4, 7, 12):
         calls, out = 0, tmp_path / str(step)
 
-        def signalled(self: Training, chosen: Tensor, x: Tensor, step: int = step) -> None:
+        def signalled(self: Training, *batch: Tensor, step: int = step) -> None:
             nonlocal calls
             calls += 1
-            original(self, chosen, x)
+            original(self, *batch)
             if calls == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 

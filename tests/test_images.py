@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import os
 import shutil
 import struct
+import tempfile
 import threading
 import zlib
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -377,3 +382,83 @@ def test_one_dark_image_of_16_bits_among_others_is_taken(tmp_path: Path) -> None
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "a.png")
     Image.fromarray(np.full((4, 4), 60_000, np.uint16)).save(tmp_path / "b.png")
     assert tensor(open_source(str(tmp_path), labeled=False).pool)[:, 0, 0, 0].tolist() == [1, 234]
+
+
+# kept on disk
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+    """How often each file was decoded."""
+    found: Counter[Path] = Counter()
+    original = images.decode
+
+    def spy(file: Path, reading: Reading) -> np.ndarray:
+        found[file] += 1
+        return original(file, reading)
+
+    monkeypatch.setattr(images, "decode", spy)
+    return found
+
+
+def test_streamed_images_are_decoded_once(
+    streamed: Examples, in_memory: Examples, opened: Counter[Path]
+) -> None:
+    """By passes in order, in another order, over a part, and by a part of that."""
+    expected, order = tensor(in_memory), torch.tensor([9, 1, 4, 5, 0])
+    assert isinstance(streamed.x, ImageFiles)
+    some = streamed.select(order)
+    assert torch.equal(some.x[torch.tensor([3, 1])], expected[[5, 1]])
+    for _ in range(2):
+        assert torch.equal(torch.cat(list(blocks(streamed.x))), expected)
+        assert torch.equal(some.x[:], expected[order])
+        assert torch.equal(some.select(torch.tensor([4, 2])).x[:], expected[[0, 4]])
+    assert set(opened.values()) == {1}
+    assert len(opened) == len(expected)
+
+
+def test_the_file_has_no_name(
+    streamed: Examples, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    examples = open_source(str(folder), labeled=True).pool
+    assert torch.equal(examples.x[:], streamed.x[:])
+    assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("free", [0, 2 * 11 * 90 - 1])
+def test_without_room_they_are_decoded_at_every_pass(
+    streamed: Examples, folder: Path, opened: Counter[Path], monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    examples = open_source(str(folder), labeled=True).pool
+    for _ in range(2):
+        assert torch.equal(examples.x[:], streamed.x[:])
+    assert max(opened.values()) == 3
+    assert "TMPDIR" in examples.notes[-1]
+
+
+def test_a_disk_that_fills_up_costs_nothing_but_time(
+    streamed: Examples, in_memory: Examples, opened: Counter[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, written = os.pwrite, 0
+
+    def full(file: int, data: bytes, place: int) -> int:
+        nonlocal written
+        written += 1
+        return original(file, data if written < 4 else data[:5], place)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    for _ in range(3):
+        assert torch.equal(streamed.x[:], tensor(in_memory))
+    assert sorted(opened.values()) == [1] * 3 + [3] * 8
+    assert isinstance(streamed.x, ImageFiles)
+    assert "No space left" in streamed.x.not_kept
+
+
+def test_another_process_keeps_images_of_its_own(streamed: Examples) -> None:
+    again = copy.deepcopy(streamed)  # by the same protocol as pickling
+    assert torch.equal(again.x[:], streamed.x[:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -63,6 +64,23 @@ def test_weights_and_buffers_are_copied_once_a_pass(
     """Four batches copy their inputs and join their gradients; they do not copy 15 tensors and 12 buffers each."""
     more = cut[name].copies - whole[name].copies
     assert more <= 3 * 12
+
+
+def test_a_training_step_waits_for_nothing() -> None:
+    """Two waits of NT-Xent's own are left, one of each of its passes, and noise that is drawn on the CPU is one."""
+    script = Path(__file__).parents[1] / "benchmarks" / "kernel_counts.py"
+    command = [sys.executable, str(script), "--steps", "mlp-8"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
+    found = {name: (float(uploads), float(waits)) for name, _, uploads, waits in table}
+    assert found == {
+        "sgd": (1, 0),
+        "sam": (1, 0),
+        "iam-d": (1, 1),
+        "fixmatch": (3, 0),
+        "fixmatch, iam-d": (3, 1),
+        "simclr": (4, 3),
+    }
 
 
 def test_a_buffer_that_forward_writes_to_starts_afresh_in_every_batch() -> None:

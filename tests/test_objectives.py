@@ -311,12 +311,12 @@ def test_resumed_run_is_bit_identical(name: str, tmp_path: Path) -> None:
     within, steps = tmp_path / "within", 0
     step = Training._step
 
-    def interrupted(self: Training, chosen: Tensor, x: Tensor) -> None:
+    def interrupted(self: Training, *batch: Tensor) -> None:
         nonlocal steps
         if steps == 1 and self.progress.step == 1:
             raise Interrupted
         steps += 1
-        step(self, chosen, x)
+        step(self, *batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "_step", interrupted)

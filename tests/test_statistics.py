@@ -406,6 +406,21 @@ def test_the_conclusion_names_what_follows_and_what_cannot_be_told() -> None:
     assert "The best pick is" in said
 
 
+def test_the_conclusion_names_what_runs_against_the_gap_in_a_subgroup() -> None:
+    rng = np.random.default_rng(0)
+    size, place = np.repeat([0, 1], 36), np.tile(np.repeat(np.arange(12), 3), 2)
+    gap = 20 * size + place + 0.5 * rng.normal(size=72)
+    trace = 20 * size + np.where(size == 0, -place, place) + 0.5 * rng.normal(size=72)
+    frame = pd.DataFrame({"run": [str(i) for i in range(72)], "error_gap": gap, "fisher_trace": trace})
+    frame = frame.assign(size=size, place=place, seed=np.tile(np.arange(3), 24))
+    table = RunTable(Path("s"), frame, ("error_gap",), ("fisher_trace",), ("size", "place"))
+    said = correlate(table, group_by=["size"]).conclusion
+    assert said[:2] == (
+        "tr F follows the error gap in the expected direction.",
+        "Among the runs with size=0, tr F runs against the error gap.",
+    )
+
+
 def test_simpsons_paradox_is_noted() -> None:
     rng = np.random.default_rng(6)
     group, place = np.repeat([0, 1], 12), np.tile(np.arange(12), 2)

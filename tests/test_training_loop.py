@@ -740,8 +740,8 @@ def test_overflowed_steps_are_skipped_and_counted(tmp_path: Path, monkeypatch: p
     )  # below what overflows by itself
     states, step = [], training._step
 
-    def watched(chosen: Tensor, x: Tensor) -> None:
-        step(chosen, x)
+    def watched(*batch: Tensor) -> None:
+        step(*batch)
         both = {**training.model.state_dict(), **training.updates.state_dict()["average"]}
         states.append(({n: v.clone() for n, v in both.items()}, training.progress.sums.tolist()))
 

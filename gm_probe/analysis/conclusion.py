@@ -61,7 +61,7 @@ def conclude(found: Correlations) -> tuple[str, ...]:
         for kinds, targets in same.items()
         for sentence in _sentences(kinds, " and the ".join(targets))
     ]
-    return (*said, *_simpson(found), *_selection(found))
+    return (*said, *_subgroups(found), *_simpson(found), *_selection(found))
 
 
 def _sentences(kinds: Sequence[tuple[str, str]], label: str) -> list[str]:
@@ -93,6 +93,23 @@ def _kind(tau: Quantity, expected: int) -> str:
     if not expected:
         return "rises" if sign > 0 else "falls"
     return "follows" if sign == expected else "against"
+
+
+def _subgroups(found: Correlations) -> list[str]:
+    """Name the measures that run against a target in a subgroup, and not over all runs."""
+    against: dict[tuple[str, str], list[str]] = {}
+    for key, tau in found.quantities.items():
+        if key.statistic == "tau" and key.group and key.measure in found.alike:
+            expected, whole = expected_sign(key.measure, key.target), found.get(key.measure, key.target)
+            if _kind(tau, expected) == "against" and _kind(whole, expected) != "against":
+                against.setdefault((key.group, target_short(key.target)), []).append(symbol(key.measure))
+    targets: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (group, target), names in against.items():
+        targets.setdefault((group, tuple(names)), []).append(target)
+    return [
+        f"Among the runs with {group}, {listed(names)} {_verb(names, 'run')} against the {' and the '.join(some)}."
+        for (group, names), some in targets.items()
+    ]
 
 
 def _simpson(found: Correlations) -> list[str]:

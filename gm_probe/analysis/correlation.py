@@ -66,8 +66,12 @@ def correlate(
 
     Args:
         source: a folder of runs, a file or a DataFrame with one run a row, or what ``load_table`` made of one.
-        measures, hyperparameters, gap, seed_column, converged_only: which columns and runs enter; see ``load_table``.
-        targets: columns to correlate with, or ``test_accuracy``; empty: the gaps.
+        measures: columns to correlate; empty: all numeric ones that are no settings.
+        hyperparameters: columns that are settings; empty: those with a setting's name.
+        gap: the targets, separated by commas: gaps, columns, arithmetic on columns; see ``load_table``.
+        seed_column: the column of seeds; empty: one with such a name.
+        converged_only: leave out runs that were not trained to the end.
+        targets: those of the gaps and outcomes of the table to take; empty: what ``gap`` says.
         group_by: hyperparameters whose values form subgroups.
         controls: columns to take partial τ given; empty: the usual ones and the hyperparameters.
         details: compute every statistic, not only τ, τ within groups and the cost of picking.

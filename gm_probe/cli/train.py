@@ -229,7 +229,7 @@ def _note_data(console: Console, config: TrainConfig) -> None:
 
     if console.quiet:
         return
-    source = open_data(config)
+    source = open_data(config).in_memory()
     parts = [part for part in (source.pool, source.test) if part is not None]
     notes = dict.fromkeys(text for part in parts for text in part.notes)
     note_reading(console, list(notes), [error for part in parts for error in part.skipped])

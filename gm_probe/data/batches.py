@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,10 +15,10 @@ from torch import Tensor
 from gm_probe.checks import optional, whole
 from gm_probe.data.datasets import Examples
 from gm_probe.data.fields import Fields, Given, as_inputs, ordinary, tensors_of
-from gm_probe.data.images import blocks, taken
+from gm_probe.data.images import ImageFiles, blocks, taken
 from gm_probe.data.labels import as_labels
 from gm_probe.errors import DataError, UsageError
-from gm_probe.runtime.devices import room
+from gm_probe.runtime.devices import constant, room, upload
 
 PIXELS = "save pixels as uint8 or as floats in [0, 1], or pass --no-normalize for inputs that are ready"
 """The remedy for data that a normalisation cannot be applied to."""
@@ -130,17 +129,10 @@ class Normalization:
                 )
             if x.dtype != torch.uint8 and not x.is_floating_point():
                 raise DataError(f"pixels of {x.dtype} cannot be normalised; {PIXELS}")
-            mean, std = _uploaded((self.mean, self.std), dtype, x.device)
+            mean, std = constant((self.mean, self.std), dtype, x.device)
             shape = (1, -1, *([1] * (x.dim() - 2)))
             result = (result - mean.view(shape)) / std.view(shape)
         return result
-
-
-@lru_cache(maxsize=16)
-def _uploaded(constants: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the constants on ``device``: a copy for each batch would make the host wait."""
-    with torch.inference_mode(False):
-        return torch.tensor(constants, dtype=dtype, device=device)
 
 
 def _listed(values: tuple[float, ...]) -> str:
@@ -159,9 +151,10 @@ class Batches:
         normalization: applied to every batch.
         batch_size: examples a batch; the last may be smaller. None = ``BATCH_SIZE``, or what memory holds where
             derivatives are taken (``gm_probe.measure``).
-        device, dtype: of the inputs handed out.
+        device: of the inputs handed out.
+        dtype: of the inputs handed out.
         channels_last: hand out images in channels-last memory format (faster convolutions on CPU and GPU).
-        batch_dependent: the outputs of a batch's examples hang together, as NT-Xent logits do. Then its size belongs to
+        batch_dependent: an example's output depends on the rest of its batch, as NT-Xent logits do. Then its size belongs to
             what is measured, and batches, all of one size, are what is independent.
 
     Raises:
@@ -235,7 +228,7 @@ class Batches:
     def shard(self, rank: int, count: int) -> Batches:
         """The part of process ``rank`` of ``count``: neighbouring examples, as many to each as can be.
 
-        Batches whose examples hang together are not cut.
+        Batches whose examples depend on each other are not cut.
 
         Raises:
             DataError: fewer examples, or such batches, than processes.
@@ -288,7 +281,7 @@ class Batches:
         return other
 
     def trial_slice(self, count: int) -> slice:
-        """Which of a batch's examples a product is tried on: the first ``count``, or all where they hang together."""
+        """Which of a batch's examples a product is tried on: the first ``count``, or all where they depend on each other."""
         return slice(None) if self.batch_dependent else slice(count)
 
     def independent(self, terms: Tensor) -> Tensor:
@@ -304,19 +297,25 @@ class Batches:
         placed = self._placed()
         inputs, y = placed or (self.examples.x, self.examples.y)
         for key, raw in zip(keys, taken(inputs, keys), strict=True):
-            x = ordinary(self.normalization.apply(raw.to(self.device), self.dtype))
+            x = ordinary(self.normalization.apply(upload(raw, self.device), self.dtype))
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
-            yield Batch(x, None if y is None else y[key].to(self.device))
+            yield Batch(x, None if y is None else upload(y[key], self.device))
 
     def _placed(self) -> Batch | None:
         """Return all examples on the device, uploaded once where it has room; None where they stay where they are."""
         x, y = self.examples.x, self.examples.y
-        if self._resident is not None or not isinstance(x, Tensor | Fields) or x.device == self.device:
-            return self._resident
-        if sum(tensor.nbytes for tensor in tensors_of(x).values()) <= room(self.device):
-            self._resident = Batch(x.to(self.device), None if y is None else y.to(self.device))
+        if self._resident is None and x is not (there := placed(x, self.device)):
+            self._resident = Batch(cast(Tensor, there), None if y is None else upload(y, self.device))
         return self._resident
+
+
+def placed(x: Tensor | ImageFiles, device: torch.device) -> Tensor | ImageFiles:
+    """Return x on ``device``, if it is in memory and ``device`` has room for all of it; else x itself."""
+    if not isinstance(x, Tensor | Fields) or x.device == device:
+        return x
+    fits = sum(tensor.nbytes for tensor in tensors_of(x).values()) <= room(device)
+    return upload(x, device) if fits else x
 
 
 def cut(values: Tensor, batches: Batches) -> Sequence[Tensor]:

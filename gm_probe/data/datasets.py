@@ -87,12 +87,16 @@ class Examples:
         return replace(self, x=x, y=None if self.y is None else self.y[indices], recorded=recorded)
 
     def in_memory(self) -> Examples:
-        """The same examples, decoded where they fit into memory.
+        """The same examples, decoded where they fit into memory, and else kept on disk once they are.
 
         Raises:
             DataError: a file cannot be decoded, or they are not what was recorded.
         """
-        held = replace(self, x=self.x.in_memory()) if isinstance(self.x, ImageFiles) else self
+        held = self
+        if isinstance(self.x, ImageFiles):
+            x = self.x.in_memory()
+            told = (x.not_kept,) if isinstance(x, ImageFiles) and x.not_kept else ()
+            held = replace(self, x=x, notes=(*self.notes, *told))
         if self.recorded is None:
             return held
         self.recorded.require(held)
@@ -219,7 +223,10 @@ def open_source(
     Args:
         root: where torchvision's data sets are kept (default ``~/.cache/gm_probe``).
         download: let torchvision download what is missing.
-        channels, image_size, resize, crop: of a folder's images; see ``data.images.Reading``.
+        channels: convert a folder's images to so many channels; see ``data.images.Reading``.
+        image_size: resize a folder's images to this many pixels a side.
+        resize: make the shorter side of a folder's images this long.
+        crop: then cut out so many central pixels a side.
         skip_bad: leave out images that cannot be decoded (``Examples.skipped``). All are decoded once more for it.
         decode: False leaves a folder's images in their files until they are taken (``Examples.subset``).
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gm_probe.data.decoded import Decoded
 from gm_probe.data.fields import Fields, tensors_of
 from gm_probe.data.reading import MAX_PIXELS, Reading
 from gm_probe.errors import DataError, first_line
@@ -31,7 +32,7 @@ NAMED_FORMATS = ("TGA", "DIB", "PCX", "DDS", "QOI", "SGI", "SUN", "MSP", "XBM", 
 Icons and FITS are not among them: they may unpack to far more pixels than they claim.
 """
 IN_MEMORY = 2**30
-"""Bytes up to which decoded images are kept; more are decoded again whenever they are taken."""
+"""Bytes up to which decoded images are kept in memory; more are kept on disk (data.decoded)."""
 T = TypeVar("T")
 BLOCK = 1000  # images handled at a time where a pass over all must not fill the memory
 HEADERS = 1000
@@ -68,6 +69,8 @@ class Header(NamedTuple):
 class ImageFiles:
     """Images of one shape in files, as a read-only (N, C, H, W) uint8 tensor that is decoded where it is indexed.
 
+    Those that ``in_memory`` found too large are decoded once: they, and what is selected from them, share a file.
+
     Only some headers are read at first. A broken file, or one of another size, is named when it is taken.
 
     Raises:
@@ -96,6 +99,18 @@ class ImageFiles:
         self.distorted = uneven[0] if reading.image_size and uneven else None
         """An image whose aspect ratio changes, with its size, if there is one."""
         self._agree = False  # whether all sizes are known to be the first's
+        self._disk: Decoded | None = None
+        self._numbers = np.arange(len(self.files))  # of these images, on the disk
+
+    @property
+    def not_kept(self) -> str:
+        """Why images are decoded anew at every pass, in a sentence; empty where they are not."""
+        if self._disk is None or not self._disk.lacking:
+            return ""
+        return (
+            f"images beyond {IN_MEMORY / 2**30:g} GiB are decoded anew at every pass, because they cannot be kept on "
+            f"disk ({self._disk.lacking}). Set TMPDIR to a folder with more room"
+        )
 
     @property
     def shape(self) -> torch.Size:
@@ -118,23 +133,36 @@ class ImageFiles:
         """
         if "_decoded" in vars(self):
             return self._decoded[key]
-        files = self.files[key] if isinstance(key, slice) else [self.files[i] for i in key.tolist()]
+        places = np.arange(len(self))[key if isinstance(key, slice) else key.numpy()]
+        if self._disk is None:
+            return torch.from_numpy(self._decode(places))
+        return torch.from_numpy(
+            self._disk.taken(self._numbers[places], lambda some: self._decode(places[some]))
+        )
+
+    def _decode(self, places: np.ndarray) -> np.ndarray:
+        """Decode the images at ``places`` (n,) to (n, C, H, W)."""
+        files = [self.files[place] for place in places.tolist()]
         # no filter of warnings, which are the process's: this may run in a thread beside the caller's
         with ThreadPoolExecutor() as pool:
             arrays = list(pool.map(partial(decode, reading=self._reading), files))
         for file, array in zip(files, arrays, strict=True):
             self._require_size(file, array.shape[:2])
-        images = torch.from_numpy(np.stack(arrays))
-        return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+        images = np.stack(arrays)
+        return images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
     def select(self, indices: Tensor) -> Tensor | ImageFiles:
         """Those at ``indices``, still in their files where these are."""
         if "_decoded" in vars(self):
             return self._decoded[indices]
-        return self._like(tuple(self.files[i] for i in indices.tolist()), self._reading)
+        other = self._like(tuple(self.files[i] for i in indices.tolist()), self._reading)
+        other._disk, other._numbers = self._disk, self._numbers[indices.numpy()]
+        return other
 
     def in_memory(self) -> Tensor | ImageFiles:
-        """Decode them, once, where they fit into memory; else these, whose sizes are then all known to agree.
+        """Decode them, once, where they fit into memory; else these, to be kept on disk once they are decoded.
+
+        All sizes are then known to agree.
 
         Raises:
             DataError: a file is no image, too large, or of another size than the first.
@@ -145,6 +173,8 @@ class ImageFiles:
             for file, header in zip(self.files, _in_threads(_header, self.files), strict=True):
                 self._require_size(file, self._reading.size_of(header.height, header.width))
             self._agree = True
+        if self._disk is None or self._disk.lacking:  # there may be room for a selection
+            self._disk, self._numbers = Decoded(len(self), self.shape[1:]), np.arange(len(self))
         return self
 
     @cached_property
@@ -161,6 +191,7 @@ class ImageFiles:
         other.files, other._reading = files, reading
         other._first, other._size, other.distorted = self._first, self._size, self.distorted
         other._agree = self._agree
+        other._disk, other._numbers = None, np.arange(len(files))
         return other
 
     def _require_size(self, file: Path, size: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ from gm_probe.curvature.speed import MEMORY, TRIAL, within
 from gm_probe.data.batches import BATCH_SIZE, Batches, Normalization
 from gm_probe.data.datasets import Examples
 from gm_probe.data.fields import arguments
+from gm_probe.data.images import ImageFiles
 from gm_probe.data.memory import within_memory
 from gm_probe.errors import DataError, UsageError, foreign_or, one_device
 from gm_probe.files.locks import FolderLock
@@ -37,7 +38,7 @@ from gm_probe.models.loading import check_classes, check_fit, choose_normalizati
 from gm_probe.models.parameters import as_measured, evaluating
 from gm_probe.models.pretrained import load_pretrained
 from gm_probe.models.zoo import ModelSpec, initial_model, is_user_code
-from gm_probe.runs.records import read_run
+from gm_probe.runs.records import CHECKPOINT, CONFIG, read_run
 from gm_probe.runtime.devices import environment, require_float64
 from gm_probe.runtime.processes import count, failing_together, rank
 from gm_probe.runtime.randomness import generators_kept
@@ -141,7 +142,9 @@ def open_checkpoint(
 def _reading_notes(
     checkpoint: Checkpoint, examples: Examples, normalization: Normalization | None
 ) -> Iterator[str]:
-    """Say where a checkpoint of gmprobe's was trained on floats, and does not record how pixels became those."""
+    """Say where images are decoded at every pass, and where a checkpoint does not record how pixels became floats."""
+    if isinstance(examples.x, ImageFiles) and examples.x.not_kept:
+        yield examples.x.not_kept
     recorded = checkpoint.normalization if checkpoint.model is not None and normalization is None else None
     if recorded is not None and not recorded.mean and examples.x.dtype == torch.uint8:
         yield (
@@ -271,7 +274,7 @@ def _described(
         processes=count(),
         **({"key": loaded.key} if loaded.key else {}),
         **_batch_settings(loaded),
-        **environment(batches.device),
+        **environment(batches.device, tf32=report.settings.tf32),
     )
     result |= {
         "num_classes": loaded.num_classes,
@@ -375,9 +378,10 @@ def _initial(path: Path, loaded: LoadedCheckpoint) -> torch.nn.Module | None:
     A record that names another network than the one that was loaded is not followed: it could name anybody's code.
     """
     recorded = loaded.recorded
-    if recorded is None or recorded.name != loaded.name or not path.is_dir():
+    run = path.parent if path.name == CHECKPOINT else path
+    if recorded is None or recorded.name != loaded.name or not (run / CONFIG).exists():
         return None
-    config = read_run(path).config
+    config = read_run(run).config
     seed, given = config.get("seed"), config.get("init")
     if not isinstance(seed, int):
         return None
@@ -398,7 +402,8 @@ def _densities(
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``. ``reason``: why there is none."""
     num_probes, num_steps = quadrature
-    with one_device(), generators_kept(part.device, loaded.model), as_measured(loaded.model):
+    measured = as_measured(loaded.model, tf32=settings.tf32)
+    with one_device(), generators_kept(part.device, loaded.model), measured:
         work = Work(part.num_examples)
         context = MeasurementContext(loaded.model, part, settings, work, outputs=loaded.outputs)
         found = {}

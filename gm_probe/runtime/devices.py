@@ -7,8 +7,9 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,27 @@ def synchronize(device: torch.device) -> None:
     wait = getattr(_module(device), "synchronize", None)
     if device.type != "cpu" and wait is not None:
         wait(*_place(device))
+
+
+T = TypeVar("T", bound=Any)
+
+
+def upload(value: T, device: torch.device) -> T:
+    """Return a tensor, or ``Fields`` of several, on ``device``; the host does not wait for the copy.
+
+    It may only go on at once where the copy is from pinned memory, as drivers of NVIDIA and AMD have it.
+    """
+    if value.device == device or device.type == "cpu":
+        return value.to(device)
+    pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+    return pinned.to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return nested tuples of numbers as a tensor on ``device``: a copy for each batch would make the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def release_memory(device: torch.device) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from gm_probe.runtime.devices import constant, upload
 
 PADDING = 4
 STRENGTH = 10 / 30
@@ -34,7 +37,7 @@ def crop_and_flip(images: Tensor, draws: Tensor, padding: int = PADDING, *, refl
 
     Args:
         images: (B, C, H, W), any dtype.
-        draws: (3, B) from ``draw_crops``.
+        draws: (3, B) from ``draw_crops``, taken to the images' device.
         reflect: pad with the image's own reflection instead of zeros.
 
     Returns:
@@ -42,16 +45,16 @@ def crop_and_flip(images: Tensor, draws: Tensor, padding: int = PADDING, *, refl
     """
     count, _, height, width = images.shape
     padded = images if reflect else functional.pad(images, (padding, padding, padding, padding))
-    rows = draws[0, :, None] + torch.arange(height)  # (B, H)
-    columns = draws[1, :, None] + torch.arange(width)  # (B, W)
+    device = images.device
+    draws = upload(draws, device)
+    rows = draws[0, :, None] + torch.arange(height, device=device)  # (B, H)
+    columns = draws[1, :, None] + torch.arange(width, device=device)  # (B, W)
     columns = torch.where(draws[2, :, None] == 1, columns.flip(1), columns)
     if reflect:
         rows, columns = _reflected(rows - padding, height), _reflected(columns - padding, width)
-    index = torch.arange(count)[:, None, None]
-    rows, columns = rows[:, :, None], columns[:, None, :]
-    device = images.device
+    index = torch.arange(count, device=device)[:, None, None]
     # advanced indices around the channel slice put the channels last
-    cut = padded[index.to(device), :, rows.to(device), columns.to(device)]  # (B, H, W, C)
+    cut = padded[index, :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
     return cut.permute(0, 3, 1, 2)
 
 
@@ -76,25 +79,34 @@ def draw_strong(count: int, generator: torch.Generator, operations: int = NUM_OP
 def strengthen(images: Tensor, draws: Tensor) -> Tensor:
     """RandAugment (Cubuk et al. 2020) of magnitude 10: each image by its own operations, one after another.
 
-    Images of one operation and sign are worked on together, by torchvision.
+    Images of one operation and sign are worked on together.
 
     Args:
         images: (B, C, H, W) uint8, of one or three channels.
-        draws: (operations, 2, B) from ``draw_strong``.
+        draws: (operations, 2, B) from ``draw_strong``, on the CPU.
 
     Returns:
         (B, C, H, W) uint8.
     """
     table = list(_operations(*images.shape[-2:]).values())
-    for chosen, negative in draws:
+    for groups in grouped(2 * draws[:, 0] + draws[:, 1], images.device):
         result = images.clone()
-        code = (2 * chosen + negative).to(images.device)
-        for value in code.unique().tolist():
-            members = torch.nonzero(code == value).squeeze(1)
+        for value, members in groups.items():
             operation = table[value // 2]
             result[members] = operation(images[members], -STRENGTH if value % 2 else STRENGTH)
         images = result
     return images
+
+
+def grouped(codes: Tensor, device: torch.device) -> Iterator[dict[int, Tensor]]:
+    """Yield, for each row of ``codes`` (T, B) on the CPU, the places (k,) of each value in it.
+
+    The places are taken to ``device`` in one copy. The host knows their numbers, so that it never waits for them.
+    """
+    orders = upload(codes.argsort(dim=1, stable=True), device)
+    for row, order in zip(codes, orders, strict=True):
+        values, counts = row.unique(return_counts=True)
+        yield dict(zip(values.tolist(), order.split(counts.tolist()), strict=True))
 
 
 @cache
@@ -103,27 +115,55 @@ def _operations(height: int, width: int) -> dict[str, Callable[[Tensor, float], 
     # imported here: torchvision takes a second or two
     from torchvision.transforms.v2 import functional as vision
 
-    def shear(x: Tensor, level: float, axis: int) -> Tensor:
+    def shear(level: float, axis: int) -> Warp:
         angles = [0.0, 0.0]
         angles[axis] = math.degrees(math.atan(0.3 * level))
-        return vision.affine(x, 0.0, [0, 0], 1.0, angles, center=[0, 0])
+        return lambda x: vision.affine(x, 0.0, [0, 0], 1.0, angles, center=[0, 0])
 
-    def translate(x: Tensor, level: float, shift: tuple[int, int]) -> Tensor:
-        return vision.affine(x, 0.0, [int(150 / 331 * level * pixels) for pixels in shift], 1.0, [0.0, 0.0])
+    def translate(level: float, shift: tuple[int, int]) -> Warp:
+        by = [int(150 / 331 * level * pixels) for pixels in shift]
+        return lambda x: vision.affine(x, 0.0, by, 1.0, [0.0, 0.0])
 
     return {
         "identity": lambda x, level: x,
-        "shear x": lambda x, level: shear(x, level, 0),
-        "shear y": lambda x, level: shear(x, level, 1),
-        "translate x": lambda x, level: translate(x, level, (width, 0)),
-        "translate y": lambda x, level: translate(x, level, (0, height)),
-        "rotate": lambda x, level: vision.rotate(x, 30 * level),
+        "shear x": lambda x, level: _warped(x, ("shear x", level), shear(level, 0)),
+        "shear y": lambda x, level: _warped(x, ("shear y", level), shear(level, 1)),
+        "translate x": lambda x, level: _warped(x, ("translate x", level), translate(level, (width, 0))),
+        "translate y": lambda x, level: _warped(x, ("translate y", level), translate(level, (0, height))),
+        "rotate": lambda x, level: _warped(x, ("rotate", level), lambda x: vision.rotate(x, 30 * level)),
         "brightness": lambda x, level: vision.adjust_brightness(x, 1 + 0.9 * level),
         "color": lambda x, level: vision.adjust_saturation(x, 1 + 0.9 * level),
         "contrast": lambda x, level: vision.adjust_contrast(x, 1 + 0.9 * level),
-        "sharpness": lambda x, level: vision.adjust_sharpness(x, 1 + 0.9 * level),
+        "sharpness": lambda x, level: sharpen(x, 1 + 0.9 * level),
         "posterize": lambda x, level: vision.posterize(x, 8 - round(4 * abs(level))),
         "solarize": lambda x, level: vision.solarize(x, 255 * (1 - abs(level))),
         "autocontrast": lambda x, level: vision.autocontrast(x),
         "equalize": lambda x, level: vision.equalize(x),
     }
+
+
+Warp = Callable[[Tensor], Tensor]
+"""Moves the pixels of images (B, C, H, W), to the nearest place and with zeros from outside."""
+_SOURCES: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _warped(x: Tensor, name: tuple[str, float], warp: Warp) -> Tensor:
+    """Apply ``warp``, known by its ``name``, by where each pixel comes from, which it is asked for but once."""
+    height, width = x.shape[2:]
+    key = (*name, height, width, x.device)
+    if key not in _SOURCES:
+        numbers = torch.arange(1.0, 1 + height * width).view(1, 1, height, width)
+        _SOURCES[key] = warp(numbers).long().flatten().to(x.device)
+    return functional.pad(x.flatten(2), (1, 0))[:, :, _SOURCES[key]].view(x.shape)
+
+
+def sharpen(x: Tensor, factor: float) -> Tensor:
+    """Blend uint8 images with their blur, whose outermost pixels are the image's own; above 1 away from it."""
+    if min(x.shape[2:]) <= 2:
+        return x
+    edge = (1 / 13,) * 3
+    kernel = constant((edge, (1 / 13, 5 / 13, 1 / 13), edge), torch.float32, x.device)
+    exact, channels = x.float(), x.shape[1]
+    blurred = functional.conv2d(exact, kernel.expand(channels, 1, 3, 3), groups=channels).round()
+    away = functional.pad(blurred - exact[:, :, 1:-1, 1:-1], (1, 1, 1, 1))
+    return exact.add(away, alpha=1 - factor).clamp(0, 255).to(torch.uint8)

@@ -54,16 +54,15 @@ def _fitting_sums(model: nn.Module, batches: Batches, limit: float) -> tuple[flo
 
 def _sums(model: nn.Module, batches: Batches, limit: float) -> tuple[float, float]:
     """Sums of cross-entropy and errors; not of all examples where the first one is above ``limit``."""
-    loss, wrong = 0.0, 0
+    sums = torch.zeros(2, dtype=torch.float64, device=batches.device)  # they stay there until the pass ends
     with evaluating(model), torch.no_grad():
         for batch in batches.shard(processes.rank(), processes.count()):
             assert batch.y is not None
             logits = logits_at(model, batch.x).float()
-            loss += float(functional.cross_entropy(logits, batch.y, reduction="sum"))
-            wrong += int((logits.argmax(1) != batch.y).sum())
-            if loss > limit:
+            loss = functional.cross_entropy(logits, batch.y, reduction="sum")
+            sums += torch.stack([loss.double(), (logits.argmax(1) != batch.y).sum().double()])
+            if limit < math.inf and float(sums[0]) > limit:
                 break
-    sums = torch.tensor([loss, wrong], dtype=torch.float64, device=batches.device)
     loss, errors = processes.sum_over_processes(sums).tolist()
     if not math.isfinite(loss):
         raise DivergedError(f"the cross-entropy over {batches.examples.source} is not finite")

@@ -16,6 +16,7 @@ from gm_probe.errors import DivergedError
 from gm_probe.models.contrastive import Contrastive
 from gm_probe.models.parameters import evaluating
 from gm_probe.runtime import processes
+from gm_probe.runtime.devices import upload
 
 EPOCHS, BATCH = 20, 1024
 """The paper's; its AdamW has lost its learning rate, ours comes near the optimum on standardised features."""
@@ -47,8 +48,7 @@ def fit(x: Tensor, y: Tensor, classes: int, seed: int) -> nn.Linear:
     nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=LR)
     for _ in range(EPOCHS):
-        for chosen in torch.randperm(len(x), generator=generator).split(BATCH):
-            chosen = chosen.to(x.device)
+        for chosen in upload(torch.randperm(len(x), generator=generator), x.device).split(BATCH):
             optimizer.zero_grad()
             functional.cross_entropy(classifier(x[chosen]), y[chosen]).backward()
             optimizer.step()

@@ -6,8 +6,8 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.batches import Batches, Normalization, placed
 from gm_probe.data.datasets import Examples
 from gm_probe.data.images import taken
 from gm_probe.errors import DivergedError, UsageError, memory_or, of_machine
@@ -39,7 +39,7 @@ from gm_probe.runs.records import (
     read_metrics,
 )
 from gm_probe.runtime import processes
-from gm_probe.runtime.devices import environment, pick_device
+from gm_probe.runtime.devices import environment, pick_device, upload
 from gm_probe.runtime.randomness import generators_kept, seed_generators
 from gm_probe.runtime.signals import Terminated
 from gm_probe.training.config import TrainConfig
@@ -134,6 +134,9 @@ class Training:
         self.rows: list[dict[str, Any]] = []
         self.progress = self._no_progress()
         self._random: dict[str, Any] = {}
+        self._inputs = placed(self.splits.inputs.x, self.device)
+        if train.x is self.splits.inputs.x:  # one copy on the device serves training and evaluation
+            train = replace(train, x=self._inputs)
         self.evaluation = (ProbeEvaluation if encoder else Evaluation)(
             config, self._batches(train), self._batches(self.splits.test), self.splits.num_classes
         )
@@ -172,9 +175,12 @@ class Training:
             else:
                 set_random_state(self._random, self.device)
             left = dealt[self.progress.step :]
-            mine = [chosen[self._mine] for chosen in left]
-            for chosen, x in zip(left, taken(self.splits.inputs.x, mine), strict=True):
-                self._step(chosen, x)
+            mine: Sequence[Tensor] = [chosen[self._mine] for chosen in left]
+            labels = self._ahead([self.sampler.labels(part) for part in mine])
+            if self._inputs is not self.splits.inputs.x:  # they are on the device
+                mine = self._ahead(mine)
+            for chosen, x, y in zip(left, taken(self._inputs, mine), labels, strict=True):
+                self._step(chosen, x, y)
                 self._report_progress()
                 done = self.epoch * self.steps + self.progress.step
                 every = self.config.checkpoint_every
@@ -204,9 +210,13 @@ class Training:
             f"Continue with --out {self.out} --resume"
         )
 
-    def _step(self, chosen: Tensor, x: Tensor) -> None:
+    def _ahead(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Each step's part on the device: one copy an epoch, for which no step waits."""
+        return upload(torch.cat([*parts]), self.device).split([len(part) for part in parts])
+
+    def _step(self, chosen: Tensor, x: Tensor, y: Tensor) -> None:
         config, progress = self.config, self.progress
-        x, y = self._batch(chosen, x)
+        x = self._batch(chosen, x)
         lr = config.lr * lr_factor(config, self.epoch + progress.step / self.steps)
         seen, skipped = self.updates.step(x, y, lr)
         if skipped:
@@ -229,12 +239,11 @@ class Training:
         step = {"epoch": self.epoch + 1, "step": self.progress.step, "steps": self.steps}
         return {**step, "loss": loss / examples if examples else None}
 
-    def _batch(self, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's part of a batch on the device: images augmented and normalised, and the first ones' labels."""
-        x, y = x.to(self.device), self.sampler.labels(chosen[self._mine]).to(self.device)
-        x = self.sampler.views(x, chosen, self._mine, self.updates.generator)
+    def _batch(self, chosen: Tensor, x: Tensor) -> Tensor:
+        """This process's part of a batch on the device, augmented and normalised."""
+        x = self.sampler.views(upload(x, self.device), chosen, self._mine, self.updates.generator)
         x = self.normalization.apply(x)
-        return (x.contiguous(memory_format=torch.channels_last) if self.channels_last else x), y
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def _sums(self, seen: Step, y: Tensor) -> Tensor:
         objective, loss = self.updates.rule.objective, seen.loss.double() * len(y)

@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from gm_probe.data.images import ImageFiles
 from gm_probe.errors import UsageError
+from gm_probe.runtime.devices import constant, upload
+from gm_probe.training.augment import grouped
 
 SCALE = (0.08, 1.0)
 """Share of the image's area that a crop covers."""
@@ -53,6 +55,14 @@ class Draws:
     def of(self, mine: slice) -> Draws:
         """Those of the images at ``mine``."""
         return Draws(*(getattr(self, field.name)[..., mine] for field in fields(self)))
+
+    def on(self, device: torch.device) -> Draws:
+        """The same on ``device``, taken there in one copy; ``order`` stays on the CPU, where it is dealt by."""
+        flags = torch.stack([self.flips, self.jitters, self.greys])
+        there = upload(torch.cat([self.boxes, self.factors, flags]), device)
+        boxes, factors, flags = there.split([4, 4, 3])
+        flips, jitters, greys = flags > 0
+        return Draws(boxes, flips, jitters, greys, factors, self.order)
 
 
 def require_images(x: Tensor | ImageFiles) -> None:
@@ -111,12 +121,12 @@ def see(images: Tensor, draws: Draws) -> Tensor:
     Returns:
         (B, C, H, W) float32 in [0, 1].
     """
-    x = resized_crop(images.float() / 255, draws.boxes, draws.flips)
-    if x.shape[1] == 1:  # brightness and contrast are all that grey images have
-        return _jittered(x, draws, [brighten, contrast])
-    x = _jittered(x, draws, [brighten, contrast, saturate, turn])
-    greys = draws.greys.to(x.device)[:, None, None, None]
-    return torch.where(greys, grey(x), x)
+    there = draws.on(images.device)
+    x = resized_crop(images.float() / 255, there.boxes, there.flips)
+    # brightness and contrast are all that grey images have
+    operations: list[Jitter] = [brighten, contrast, *([] if x.shape[1] == 1 else [saturate, turn])]
+    x = _jittered(x, torch.where(draws.jitters, draws.order, len(draws.order)), there.factors, operations)
+    return x if x.shape[1] == 1 else torch.where(there.greys[:, None, None, None], grey(x), x)
 
 
 def resized_crop(x: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
@@ -124,14 +134,15 @@ def resized_crop(x: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
     height, width = x.shape[2:]
     top, left, tall, wide = boxes[:, :, None]
     # pixels lie at half-integers; beyond the box its outermost ones go on, as if it had been cut out
-    rows = top + (((torch.arange(height) + 0.5) * tall / height) - 0.5).clamp(min=0).minimum(tall - 1)
-    columns = left + (((torch.arange(width) + 0.5) * wide / width) - 0.5).clamp(min=0).minimum(wide - 1)
+    down, right = (torch.arange(size, device=x.device) + 0.5 for size in (height, width))
+    rows = top + ((down * tall / height) - 0.5).clamp(min=0).minimum(tall - 1)
+    columns = left + ((right * wide / width) - 0.5).clamp(min=0).minimum(wide - 1)
     columns = torch.where(flips[:, None], columns.flip(1), columns)
     rows, columns = (2 * rows + 1) / height - 1, (2 * columns + 1) / width - 1
     shape = (len(x), height, width)
     grid = torch.stack([columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)], -1)
     return functional.grid_sample(
-        x, grid.to(x.device, x.dtype), mode="bilinear", padding_mode="border", align_corners=False
+        x, grid.to(x.dtype), mode="bilinear", padding_mode="border", align_corners=False
     )
 
 
@@ -139,15 +150,19 @@ Jitter = Callable[[Tensor, Tensor], Tensor]
 """Images (B, C, H, W) in [0, 1] and a factor (B, 1, 1, 1) of each, to images."""
 
 
-def _jittered(x: Tensor, draws: Draws, operations: list[Jitter]) -> Tensor:
-    """Each image through all ``operations`` in its own order; those whose turn has the same one at a time."""
+def _jittered(x: Tensor, order: Tensor, factors: Tensor, operations: list[Jitter]) -> Tensor:
+    """Each image through all ``operations`` in its own order; those whose turn has the same one at a time.
+
+    Args:
+        order: (4, B) on the CPU, the number of the operation at each turn; of no image where there is none.
+        factors: (4, B) of each operation.
+    """
     x = x.contiguous()
-    for turn_ in draws.order:
+    for groups in grouped(order, x.device):
         for index, operation in enumerate(operations):
-            members = torch.nonzero((turn_ == index) & draws.jitters).squeeze(1)
-            factors = draws.factors[index, members].to(x.device)[:, None, None, None]
-            members = members.to(x.device)
-            x[members] = operation(x[members], factors)
+            if index in groups:
+                members = groups[index]
+                x[members] = operation(x[members], factors[index, members][:, None, None, None])
     return x
 
 
@@ -188,7 +203,7 @@ def grey(x: Tensor) -> Tensor:
     """Brightness in every channel."""
     if x.shape[1] == 1:
         return x
-    luma = torch.tensor(LUMA, dtype=x.dtype, device=x.device)[:, None, None]
+    luma = constant(LUMA, x.dtype, x.device)[:, None, None]
     return (x * luma).sum(1, keepdim=True).expand_as(x)
 
 

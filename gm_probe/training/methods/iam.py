@@ -215,5 +215,6 @@ class IAMS(_Inconsistency):
             return Step(outputs.detach(), loss.detach(), None), self._at(x, y, offset, self._loss)
 
 
-def _random_sign(generator: torch.Generator) -> int:
-    return 2 * int(torch.randint(0, 2, (), generator=generator, device=generator.device)) - 1
+def _random_sign(generator: torch.Generator) -> Tensor:
+    """A 0-dim 1 or -1 on the generator's device, whose value the host never needs."""
+    return 2 * torch.randint(0, 2, (), generator=generator, device=generator.device) - 1
