@@ -219,6 +219,12 @@ class TrainConfig:
     tf32: bool = setting(
         False, MACHINE, "Let an NVIDIA GPU round float32 products to TF32. It is faster and less exact."
     )
+    noise_device: str = setting(
+        "device",
+        MACHINE,
+        "Draw the noise of iam-* on the training device, or on the CPU for the noise of a run on the CPU.",
+        choices=("device", "cpu"),
+    )
     deterministic: bool = setting(
         False, MACHINE, "Use only algorithms that give the same bits in every run. They may be slower."
     )
