@@ -11,14 +11,14 @@ import pytest
 from scipy import stats
 
 import gm_probe
-from gm_probe.analysis.coefficients import granulated, kendall, linear_tau
+from gm_probe.analysis.coefficients import granulated, kendall, linear_tau, tau_quantity
 from gm_probe.analysis.conclusion import expected_sign, measures_alike
 from gm_probe.analysis.conditional import conditional_information
 from gm_probe.analysis.correlation import correlate
 from gm_probe.analysis.definitions import direction_of
 from gm_probe.analysis.design import design_of
 from gm_probe.analysis.intervals import clusters_of, mean_interval, settings_spread, with_seeds
-from gm_probe.analysis.pairs import pair_sums
+from gm_probe.analysis.pairs import mid_ranks, pair_sums
 from gm_probe.analysis.permutation import permutation_p, permute_settings
 from gm_probe.analysis.results import COLUMNS
 from gm_probe.analysis.selection import choices
@@ -231,6 +231,20 @@ def test_two_shared_seeds_give_no_interval_and_say_so() -> None:
     assert tau.value is not None
     assert tau.low is None
     assert "share 2 seeds" in tau.note
+
+
+def test_settings_without_partners_do_not_count_for_an_interval() -> None:
+    x, setting = np.array([1.0, 2.0, 4.0, 3.0, 5.0, 6.0]), np.arange(6)
+    linear = linear_tau(x, np.arange(6.0), setting, np.array([0, 0, 1, 1, 2, 3]))
+    assert linear is not None
+    found = tau_quantity(linear, clusters_of(setting, None))
+    assert found.value == 0
+    assert found.note == "no interval: 4 settings are paired; an interval needs 5"
+
+
+def test_ranks_share_their_mean_as_scipys_do() -> None:
+    values = np.round(np.random.default_rng(8).normal(size=40), 1)
+    assert mid_ranks(values) == pytest.approx(stats.rankdata(values))
 
 
 def test_seeds_of_its_own_need_no_more_than_settings() -> None:

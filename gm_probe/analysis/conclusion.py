@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
+from gm_probe.analysis.coefficients import linear_tau
 from gm_probe.analysis.definitions import direction_of, symbol
 from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.results import Correlations
@@ -12,6 +12,8 @@ from gm_probe.tables.table import RunTable
 
 ALIKE = 0.98
 """|τ| between two measures from which they order the runs alike."""
+FEW = 2000
+"""Runs whose pairs are counted sooner than scipy is imported."""
 
 
 def measures_alike(table: RunTable) -> dict[str, tuple[str, ...]]:
@@ -31,7 +33,13 @@ def _alike(x: np.ndarray, y: np.ndarray) -> bool:
     known = np.isfinite(x)
     if not np.array_equal(known, np.isfinite(y)) or known.sum() < 3:
         return False
-    return bool(abs(stats.kendalltau(x[known], y[known]).statistic) > ALIKE)
+    x, y = x[known], y[known]
+    if len(x) > FEW:
+        from scipy import stats  # takes half a second, but no time over pairs
+
+        return bool(abs(stats.kendalltau(x, y).statistic) > ALIKE)
+    tau = linear_tau(x, y, np.arange(len(x)))
+    return tau is not None and abs(tau.value) > ALIKE
 
 
 def expected_sign(measure: str, target: str) -> int:

@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special  # not scipy.stats, which takes half a second to import
 
-from gm_probe.analysis.pairs import Floats, Integers, dense_ranks
+from gm_probe.analysis.pairs import Floats, Integers, dense_ranks, mid_ranks
 
 LEVEL = 0.95
 LEAST_UNITS = 5
@@ -91,8 +91,7 @@ def clusters_of(setting: np.ndarray, seed: np.ndarray | None, *columns: Floats) 
         return Clusters(numbers, None)
     known = np.where(shared, np.searchsorted(common, seed), -1).astype(np.int64)
     differ = [
-        _differ(*_decomposed(stats.rankdata(values)[shared], numbers[shared], known[shared]))
-        for values in columns
+        _differ(*_decomposed(mid_ranks(values)[shared], numbers[shared], known[shared])) for values in columns
     ]
     return Clusters(numbers, known, sum(differ) >= min(2, len(columns)))
 
@@ -102,7 +101,8 @@ def _differ(inside: Floats, rest: Floats, num_seeds: int, left: int) -> bool:
     if left <= 0 or num_seeds < 2:
         return num_seeds > 1
     of_seeds, of_runs = float(inside @ inside) - float(rest @ rest), float(rest @ rest)
-    return of_seeds / (num_seeds - 1) > float(stats.f.isf(SEED_LEVEL, num_seeds - 1, left)) * of_runs / left
+    critical = float(special.fdtri(num_seeds - 1, left, 1 - SEED_LEVEL))
+    return of_seeds / (num_seeds - 1) > critical * of_runs / left
 
 
 def _decomposed(values: Floats, setting: Integers, seed: Integers) -> tuple[Floats, Floats, int, int]:
@@ -180,8 +180,8 @@ def coefficient(value: float, spread: Spread, n: int) -> Quantity:
     error = math.sqrt(max(spread.variance, 0.0)) / (1 - value**2)
     if error < 1e-12:
         return Quantity(value, n=n, note="no interval: the error cannot be estimated, as no setting differs")
-    centre, half = math.atanh(value), float(stats.t.ppf((1 + LEVEL) / 2, spread.freedom)) * error
-    p = 2 * float(stats.t.sf(abs(centre) / error, spread.freedom))
+    centre, half = math.atanh(value), float(special.stdtrit(spread.freedom, (1 + LEVEL) / 2)) * error
+    p = 2 * float(special.stdtr(spread.freedom, -abs(centre) / error))
     return Quantity(value, math.tanh(centre - half), math.tanh(centre + half), p, n)
 
 
@@ -190,15 +190,17 @@ def difference(value: float, spread: Spread, n: int) -> Quantity:
     error = math.sqrt(max(spread.variance, 0.0))
     if error < 1e-12:
         return Quantity(value, n=n, note="no interval: the two order the runs alike")
-    half = float(stats.t.ppf((1 + LEVEL) / 2, spread.freedom)) * error
-    p = 2 * float(stats.t.sf(abs(value) / error, spread.freedom))
+    half = float(special.stdtrit(spread.freedom, (1 + LEVEL) / 2)) * error
+    p = 2 * float(special.stdtr(spread.freedom, -abs(value) / error))
     return Quantity(value, value - half, value + half, p, n)
 
 
 def mean_interval(values: np.ndarray, level: float = 0.99) -> tuple[float, float, float]:
     """Return the mean of independent ``values`` (n,), n ≥ 2, and its Student interval: mean, low, high."""
     mean = float(values.mean())
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1)) / math.sqrt(len(values))
+    half = float(special.stdtrit(len(values) - 1, (1 + level) / 2) * values.std(ddof=1)) / math.sqrt(
+        len(values)
+    )
     return mean, mean - half, mean + half
 
 

@@ -1,10 +1,20 @@
 """The options that say which runs enter and how τ is taken; `correlate` and `report` share them."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
 from gm_probe.cli.param_types import PATH
+from gm_probe.errors import DataError
 from gm_probe.runs.records import RUNS
-from gm_probe.tables.table import ACCURACIES, GAPS, OUTCOMES
+from gm_probe.tables.table import ACCURACIES, GAPS, OUTCOMES, RunTable
+
+if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
+    from gm_probe.analysis.results import Correlations
 
 source_argument = click.argument("source", type=PATH, default=RUNS)
 measures_option = click.option(
@@ -37,6 +47,36 @@ control_option = click.option(
     help="Compute partial τ given these columns.  [default: train_ce, hessian_lambda_max and "
     "parameter_norm where present, and each hyperparameter]",
 )
+
+
+def table_of(
+    source: Path,
+    measures: str,
+    hyper: str,
+    group_by: Sequence[str],
+    *,
+    gap: str,
+    seed_column: str,
+    converged_only: bool,
+) -> RunTable:
+    """Return the runs of ``source``, chosen by what the options hold."""
+    from gm_probe.tables.runs import load_table
+
+    return load_table(
+        source,
+        names(measures),
+        names(hyper),
+        group_by,
+        gap=gap,
+        seed_column=seed_column,
+        converged_only=converged_only,
+    )
+
+
+def require_defined(found: Correlations, where: str) -> None:
+    """Raise DataError if no measure has a defined τ; ``where`` says who gives the reasons."""
+    if all(found.get(name, of).value is None for name in found.runs.measures for of in found.targets):
+        raise DataError(f"no measure in {found.runs.source} has a defined τ; {where} gives the reasons")
 
 
 def names(text: str) -> list[str]:
