@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 from scipy.optimize import minimize
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 SMOOTHING = (0.03, 0.003, 0.0005)
@@ -31,16 +33,22 @@ def transport(probabilities: Tensor, shares: Tensor, weights: Tensor | None = No
     m = np.full(len(p), 1 / len(p)) if weights is None else weights.double().cpu().numpy()
     m = m / m.sum()
     w = np.zeros(p.shape[1])
-    for epsilon in SMOOTHING:
-        w = minimize(
-            _soft_dual,
-            w,
-            (p, pi, m, epsilon),
-            jac=True,
-            method="L-BFGS-B",
-            options={"maxiter": MAX_ITERATIONS, "ftol": 1e-9, "gtol": 1e-5},
-        ).x
+    with _threads().limit(limits=1, user_api="blas"):  # which wait for each other on K numbers far longer than they work
+        for epsilon in SMOOTHING:
+            w = minimize(
+                _soft_dual,
+                w,
+                (p, pi, m, epsilon),
+                jac=True,
+                method="L-BFGS-B",
+                options={"maxiter": MAX_ITERATIONS, "ftol": 1e-9, "gtol": 1e-5},
+            ).x
     return float(sum(mass @ (part - w.astype(p.dtype)).max(1) for part, mass in _parts(p, m)) + pi @ w)
+
+
+@cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _parts(p: np.ndarray, m: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
