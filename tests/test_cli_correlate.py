@@ -8,11 +8,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+import command_line
 import pytest
 
-from gm_probe.cli import main
 from gm_probe.files.atomic import write_json, write_toml
 
 TABLE = "error_gap,ce_gap,fisher_trace,local_inconsistency,lr\n" + "".join(
@@ -22,13 +21,7 @@ TABLE = "error_gap,ce_gap,fisher_trace,local_inconsistency,lr\n" + "".join(
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of ``gmprobe correlate``."""
-    code: Any = 0
-    try:
-        main(["correlate", *args])
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
+    return command_line.run(["correlate", *args], capsys)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from command_line import run
 from PIL import Image
 from torch import nn
 
@@ -98,16 +99,10 @@ def perform(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """`gmprobe …`, perhaps with `> FILE` at its end, in this process."""
     assert words[0] == "gmprobe", f"no way to run {words[0]}; mark the block as not run"
     words, target = (words[:-2], words[-1]) if words[-2:-1] == [">"] else (words, None)
-    capsys.readouterr()
-    try:
-        main(words[1:])
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    assert code == 0, f"{shlex.join(words)}\n{captured.err}"
+    code, out, err = run(words[1:], capsys)
+    assert code == 0, f"{shlex.join(words)}\n{err}"
     if target:
-        Path(target).write_text(captured.out, encoding="utf-8")
+        Path(target).write_text(out, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -246,7 +246,7 @@ def test_closed_forms_need_no_differentiation_example_by_example(
 
 @pytest.mark.parametrize("chunk", [1, 200, 500])
 def test_convolutions_in_pieces(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(example_gradients, "_CHUNK", chunk)
+    monkeypatch.setattr(example_gradients, "chunk", lambda _: chunk)
     check(*prepared(NETS["convs"]))
 
 
@@ -428,7 +428,7 @@ def test_gradients_of_their_own_are_taken_some_at_a_time(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(example_gradients, "vmap", spy)
     layer = sum(p.numel() for p in model.layer.parameters())
-    monkeypatch.setattr(example_gradients, "_CHUNK", 2 * layer)
+    monkeypatch.setattr(example_gradients, "chunk", lambda _: 2 * layer)
     examples = ExampleGradients(Parameters(model), x)
     torch.testing.assert_close(examples.squared_norms(x, cotangents), expected, rtol=1e-12, atol=1e-14)
     assert max(sizes) == 2

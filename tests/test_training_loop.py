@@ -29,7 +29,7 @@ from gm_probe.training.rule import Rule, Step
 from gm_probe.training.run import Training
 from gm_probe.training.run_splits import load_splits, own_unlabeled
 from gm_probe.training.schedule import lr_factor
-from gm_probe.training.updates import make_optimizer
+from gm_probe.training.updates import Updates, make_optimizer
 
 BASE: dict[str, Any] = {
     "data": "digits",
@@ -729,6 +729,47 @@ def overflowing(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
         return seen
 
     monkeypatch.setattr(Rule, "backward", wrapped)
+
+
+def updates_with_noise_of_its_own() -> Updates:
+    """As on a device that has a generator of its own, beside the CPU's for the views."""
+    made = Updates(config(method="iam-d"), nn.Linear(2, 2), torch.device("cpu"), 1)
+    made.noise = made.rule.generator = torch.Generator()
+    made.seed(torch.Generator().manual_seed(1), 2)
+    return made
+
+
+def drawn(updates: Updates) -> list[Tensor]:
+    return [torch.randn(5, generator=generator) for generator in (updates.generator, updates.noise)]
+
+
+def test_views_and_noise_go_on_from_generators_of_their_own() -> None:
+    first = updates_with_noise_of_its_own()
+    expected = [torch.randn(5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    torch.testing.assert_close(drawn(first), expected, rtol=0, atol=0)
+    state = first.state_dict()
+    other = updates_with_noise_of_its_own()
+    other.load_state_dict(state)
+    torch.testing.assert_close(drawn(other), drawn(first), rtol=0, atol=0)
+
+
+def test_noise_of_another_kind_of_device_is_seeded_by_the_state() -> None:
+    """From a GPU to the CPU, back, and from a release that drew all on the CPU."""
+    state = updates_with_noise_of_its_own().state_dict()
+    on_gpu = {**state, "noise": "cuda", "rule": {**state["rule"], "generator": torch.arange(16).byte()}}
+    one, other = updates_with_noise_of_its_own(), updates_with_noise_of_its_own()
+    for each in (one, other):
+        each.load_state_dict(on_gpu)
+    found, again = drawn(one), drawn(other)
+    torch.testing.assert_close(found, again, rtol=0, atol=0)
+    torch.testing.assert_close(found[0], drawn(updates_with_noise_of_its_own())[0], rtol=0, atol=0)
+    earlier = {key: value for key, value in state.items() if key not in {"draws", "noise"}}
+    shared = Updates(config(method="iam-d"), nn.Linear(2, 2), torch.device("cpu"), 1)
+    for each, expected in ((on_gpu, 1), (earlier, 2)):
+        shared.load_state_dict(each)
+        assert shared.noise is shared.generator
+        shown = torch.randn(5, generator=torch.Generator().manual_seed(expected))
+        torch.testing.assert_close(torch.randn(5, generator=shared.noise), shown, rtol=0, atol=0)
 
 
 def test_overflowed_steps_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

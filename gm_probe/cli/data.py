@@ -90,7 +90,7 @@ class DataOptions:
         None,
         MACHINE,
         "Number of examples per pass; it affects memory and speed only.",
-        unset="250, or fewer to fit --memory",
+        unset="what fits --memory; on a CPU at most 250",
         least=1,
     )
     mean: str | None = setting(

@@ -101,9 +101,8 @@ if TYPE_CHECKING:
 @click.option(
     "--memory",
     metavar="SIZE",
-    default="4GB",
-    show_default=True,
-    help="Memory budget of a pass; it sets the batch size unless --batch-size is given.",
+    help="Memory budget of a pass; it sets the batch size unless --batch-size is given.  [default: 4GB, or half of a "
+    "GPU's free memory]",
 )
 @setting_options(DataOptions)
 @config_option
@@ -127,7 +126,7 @@ def measure(
     density: Path | None,
     head: str,
     temperature: float | None,
-    memory: str,
+    memory: str | None,
     executor: str,
     jobs: int,
     address: str | None,
@@ -160,7 +159,7 @@ def measure(
     )
     names = _chosen(measures, protocol, labeled is not None, head == "simclr", validation is not None)
     require_use_of_grids(names, settings)
-    bytes_of_memory = num_bytes("--memory", memory)
+    bytes_of_memory = None if memory is None else num_bytes("--memory", memory)
     per_layer = per_layer or layer_figure is not None
     if save and (per_layer or validation is not None):
         raise UsageError("--save keeps no values per layer or by --validation; leave one of them out")

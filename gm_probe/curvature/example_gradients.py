@@ -18,10 +18,10 @@ from gm_probe.data.fields import Inputs, tensors_of, with_tensors
 from gm_probe.errors import of_machine
 from gm_probe.linalg.work import EXAMPLE_NORMS, GRADIENT
 from gm_probe.models.parameters import Parameters
+from gm_probe.runtime.devices import chunk
 
-_CHUNK = (
-    2**21
-)  # entries of an unfolded input, or of examples' gradients, at a time: about what a CPU's cache holds
+_CHUNK = 2**21
+"""Parameters up to which examples' own gradients are formed for a network without rules."""
 
 
 def _square(values: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _conv(module: nn.Conv2d, name: str, a: Tensor, g: Tensor) -> Tensor:
     (rows, columns), (down, right) = module.kernel_size, module.dilation
     height, width = g.shape[2:]
     result = []
-    size = max(1, _CHUNK // (a[0].shape[0] * rows * columns * height * width))
+    size = max(1, chunk(a.device) // (a[0].shape[0] * rows * columns * height * width))
     for some, slopes in zip(a.split(size), g.split(size), strict=True):
         padded = functional.pad(some, (*[module.padding[1]] * 2, *[module.padding[0]] * 2)).permute(
             0, 2, 3, 1
@@ -276,7 +276,7 @@ class ExampleGradients:
 
         rest = {name: values[name] for name in self._rest}
         size = max(
-            1, _CHUNK // max(1, sum(map(Tensor.numel, rest.values())))
+            1, chunk(self.parameters.device) // max(1, sum(map(Tensor.numel, rest.values())))
         )  # gradients of their own for so many
         norms = []
         for some, slopes in zip(x.split(size), cotangent.split(size), strict=True):

@@ -14,9 +14,8 @@ from gm_probe.data.fields import Inputs
 from gm_probe.errors import on_two_devices, out_of_memory
 from gm_probe.models.door import Outputs
 from gm_probe.models.parameters import Parameters, differentiable_attention, evaluating
+from gm_probe.runtime.devices import budget
 
-MEMORY = 4 * 10**9
-"""Bytes that a product may take, by default."""
 PRODUCT = 7
 """A product's memory over what a gradient pass keeps: forward over reverse took 3.4 to 5.6, nested jvps up to 6.5."""
 TRIAL = 16
@@ -62,10 +61,13 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
         yield found
 
 
-def within(memory: float, model: nn.Module, batches: Batches, outputs: Outputs | None = None) -> Batches:
-    """``batches`` of the size, up to ``BATCH_SIZE``, whose products take about ``memory`` bytes; 1 at least.
+def within(
+    memory: float | None, model: nn.Module, batches: Batches, outputs: Outputs | None = None
+) -> Batches:
+    """``batches`` of the size whose products take about ``memory`` bytes (None = ``devices.budget``); 1 at least.
 
-    As they are where a model has no gradients, which whatever needs them will tell.
+    On a CPU it is ``BATCH_SIZE`` at most. They stay as they are where a model has no gradients, which whatever needs
+    them will tell.
     """
     few = next(iter(batches.of_size(4))).x
     try:
@@ -74,4 +76,6 @@ def within(memory: float, model: nn.Module, batches: Batches, outputs: Outputs |
         if on_two_devices(error):
             raise
         return batches.of_size(1) if out_of_memory(error) else batches
-    return batches.of_size(int(max(1, min(BATCH_SIZE, memory // taken))) if taken else BATCH_SIZE)
+    most = BATCH_SIZE if batches.device.type == "cpu" else max(BATCH_SIZE, batches.num_examples)
+    memory = budget(batches.device) if memory is None else memory
+    return batches.of_size(int(max(1, min(most, memory // taken))) if taken else most)

@@ -154,8 +154,8 @@ class Batches:
         device: of the inputs handed out.
         dtype: of the inputs handed out.
         channels_last: hand out images in channels-last memory format (faster convolutions on CPU and GPU).
-        batch_dependent: an example's output depends on the rest of its batch, as NT-Xent logits do. Then its size belongs to
-            what is measured, and batches, all of one size, are what is independent.
+        batch_dependent: an example's output depends on the rest of its batch, as NT-Xent logits do. Then its size
+            belongs to what is measured, and batches, all of one size, are what is independent.
 
     Raises:
         DataError, UsageError: as ``Normalization.require_range`` raises them.
@@ -281,7 +281,7 @@ class Batches:
         return other
 
     def trial_slice(self, count: int) -> slice:
-        """Which of a batch's examples a product is tried on: the first ``count``, or all where they depend on each other."""
+        """Return which examples a product is tried on: the first ``count``, or all that depend on each other."""
         return slice(None) if self.batch_dependent else slice(count)
 
     def independent(self, terms: Tensor) -> Tensor:

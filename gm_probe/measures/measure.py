@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gm_probe.checks import instance, optional, real
-from gm_probe.curvature.speed import MEMORY, within
+from gm_probe.curvature.speed import within
 from gm_probe.data.batches import Batches
 from gm_probe.data.collecting import Data, as_batches
 from gm_probe.data.memory import within_memory
@@ -139,7 +139,7 @@ def measure(
     *,
     initial: nn.Module | None = None,
     validation: Data | None = None,
-    memory: float = MEMORY,
+    memory: float | None = None,
     notify: Callable[[str, float], None] | None = None,
     outputs: Outputs | None = None,
 ) -> Report:
@@ -156,7 +156,8 @@ def measure(
             there are some.
         initial: the model before training, for its distance.
         validation: labeled data of the training distribution, for atc, doc and cot.
-        memory: bytes that a product may take, where the data has no batch size of its own.
+        memory: bytes that a product may take, where the data has no batch size of its own; None = 4 GB, or half of
+            a GPU's free memory.
         notify: called with the measure at work and the gradient evaluations done so far.
 
     Raises:
@@ -251,7 +252,7 @@ def _require_kinds(names: Any, settings: Any, outputs: Any, initial: Any, memory
         optional(instance, name, given, kind)
     optional(instance, "initial", initial, nn.Module)
     optional(instance, "names", names, Sequence)
-    real("memory", memory, above=0)
+    optional(real, "memory", memory, above=0)
     if isinstance(names, str):
         raise UsageError(f"names = {names!r} must be a list of measures, such as [{names!r}]")
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from gm_probe.curvature.speed import MEMORY, TRIAL, within
+from gm_probe.curvature.speed import TRIAL, within
 from gm_probe.data.batches import BATCH_SIZE, Batches, Normalization
 from gm_probe.data.datasets import Examples
 from gm_probe.data.fields import arguments
@@ -186,7 +186,7 @@ def measure_checkpoint(
     per_layer: bool = False,
     validation: Examples | None = None,
     batch_size: int | None = None,
-    memory: float = MEMORY,
+    memory: float | None = None,
     notify: Callable[[str, float], None] | None = None,
     **loading: Any,
 ) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def measure_checkpoint(
         per_layer: also measure each layer alone.
         validation: labeled examples of the training distribution, for atc, doc and cot.
         batch_size: None = what ``memory`` bytes hold.
-        memory: bytes that a product may take.
+        memory: bytes that a product may take; None = 4 GB, or half of a GPU's free memory.
         loading: as ``open_checkpoint`` takes them.
 
     Raises:

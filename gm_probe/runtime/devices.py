@@ -35,6 +35,27 @@ def set_generator_state(state: Tensor | None, device: torch.device) -> None:
         _module(device).set_rng_state(state.cpu(), *_place(device))
 
 
+def generator_on(device: torch.device) -> torch.Generator:
+    """Return a generator on ``device``, or on the CPU where torch has none for it."""
+    try:
+        return torch.Generator(device)
+    except RuntimeError:
+        return torch.Generator()
+
+
+def budget(device: torch.device) -> float:
+    """Return how many bytes a pass may take by default: 4 GB, or half of a GPU's free memory."""
+    ask = getattr(_module(device), "mem_get_info", None)
+    return ask(device)[0] / 2 if ask is not None else 4e9
+
+
+@lru_cache(maxsize=16)
+def chunk(device: torch.device) -> int:
+    """Return how many numbers are worked on at a time: about what a CPU's cache holds, or 1/64 of a GPU's memory."""
+    ask = getattr(_module(device), "mem_get_info", None)
+    return ask(device)[1] // (64 * 4) if ask is not None else 2**21
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the work that ``device`` was given; a CPU has done it already."""
     wait = getattr(_module(device), "synchronize", None)

@@ -221,6 +221,12 @@ class TrainConfig:
         MACHINE,
         "Let an NVIDIA GPU round float32 products to TF32. It is faster, but keeps three digits, also in IAM's ascent.",
     )
+    noise_device: str = setting(
+        "device",
+        MACHINE,
+        "Draw the noise of iam-* on the training device, or on the CPU for the noise of a run on the CPU.",
+        choices=("device", "cpu"),
+    )
     deterministic: bool = setting(
         False, MACHINE, "Use only algorithms that give the same bits in every run. They may be slower."
     )

@@ -171,7 +171,7 @@ class Training:
         with generators_kept(self.device):
             seed_generators(seed + processes.rank())  # dropout draws from the global generators
             if self.progress.step == 0:
-                self.updates.generator.set_state(draws.get_state())
+                self.updates.seed(draws, seed)
             else:
                 set_random_state(self._random, self.device)
             left = dealt[self.progress.step :]
@@ -391,6 +391,7 @@ class Training:
         """Write what the run is."""
         if self._writes:
             machine = {**environment(self.device, tf32=self.config.tf32), "processes": processes.count()}
+            machine["noise"] = self.updates.noise.device.type  # whose generator draws it
             if self.config.init is not None:
                 machine["fresh_weights"] = list(self.fresh)
                 machine |= {"init_not_taken": list(self.not_taken)} if self.not_taken else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from gm_probe.runtime.devices import generator_on
 from gm_probe.runtime.processes import average_over_processes
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.methods import METHODS
@@ -57,8 +59,10 @@ class Updates:
 
     def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device, steps: int) -> None:
         self.config, self.model, self.device = config, model, device
-        self.generator = torch.Generator()
-        self.rule = make_rule(config, model, self.generator, steps)
+        self.generator = torch.Generator()  # of the views, on the CPU whatever the device
+        there = generator_on(device) if config.noise_device == "device" else self.generator
+        self.noise = self.generator if there.device.type == "cpu" else there
+        self.rule = make_rule(config, model, self.noise, steps)
         self.optimizer = make_optimizer(config, model)
         self.scaler = GradScaler(device.type, enabled=config.amp == "fp16")
         # buffers are the model's own: torch would average integer ones too, and round them down
@@ -113,8 +117,16 @@ class Updates:
             }
         return found
 
+    def seed(self, draws: torch.Generator, seed: int) -> None:
+        """Begin an epoch: go on from ``draws`` on the CPU, and from ``seed`` where noise is drawn on the device."""
+        if self.noise is not self.generator:
+            self.noise.manual_seed(seed)
+        self.generator.set_state(draws.get_state())
+
     def state_dict(self) -> dict[str, Any]:
         return {
+            "draws": self.generator.get_state(),
+            "noise": self.noise.device.type,
             "optimizer": self.optimizer.state_dict(),
             "rule": self.rule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -123,7 +135,21 @@ class Updates:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        self.rule.load_state_dict(state["rule"])
+        self.rule.load_state_dict({**state["rule"], "generator": self._noise_state(state)})
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+    def _noise_state(self, state: Mapping[str, Any]) -> Tensor:
+        """Restore the generator of the views, and return the state that the noise goes on from.
+
+        A state of one kind of device means nothing to another's generator, which is seeded by it.
+        """
+        drawn = state["rule"]["generator"].cpu()
+        draws = state.get("draws", drawn).cpu()  # of an earlier release, when all was drawn on the CPU
+        self.generator.set_state(draws)
+        if self.noise is self.generator:
+            return draws
+        if state.get("noise", "cpu") == self.noise.device.type:
+            return drawn
+        return self.noise.manual_seed(zlib.crc32(drawn.numpy().tobytes())).get_state()
