@@ -62,7 +62,7 @@ def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> 
         f"{len(recipe.runs)} small networks were trained on {' or '.join(map(str, sizes))} handwritten digits, and "
         f"measured on {first.num_unlabeled} unlabeled ones. Does a measure follow the gap?",
     )
-    grouped = {"target": "error_gap", "group_by": ",".join(recipe.group_by)}
+    grouped = {"gap": "error_gap", "group_by": ",".join(recipe.group_by)}
     ctx.invoke(correlate, source=out, **grouped, quiet=True)
     note(notes, f"figure: {out / 'correlate.png'}")
     say(console, "")

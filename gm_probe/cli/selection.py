@@ -86,4 +86,5 @@ def names(text: str) -> list[str]:
 
 def targets_of(gap: str) -> list[str]:
     """Return the gaps that ``--target`` names alone; none stands for all that the table then has."""
-    return chosen if GAPS.keys() >= {*(chosen := names(gap))} else []
+    chosen = names(gap)
+    return chosen if GAPS.keys() >= set(chosen) else []
