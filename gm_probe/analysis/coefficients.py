@@ -79,7 +79,8 @@ def linear_tau(x: Floats, y: Floats, setting: Integers, group: Integers | None =
     root = math.sqrt(untied_x * untied_y)
     tau = score / root
     slopes = np.array([1 / root, -tau / 2 / untied_x, -tau / 2 / untied_y])
-    return Linear(float(tau), slopes @ sums, slopes @ pair_sums(x, y, setting), *_paired(setting, group))
+    inside = pair_sums(x, y, _joint(group, setting))
+    return Linear(float(tau), slopes @ sums, slopes @ inside, *_paired(setting, group))
 
 
 def _paired(setting: Integers, group: Integers) -> tuple[int, int]:

@@ -95,8 +95,7 @@ def correlate(
     at the end draw the conclusion. --details adds τ within groups, granulated ψ, partial τ, differences between
     measures, Spearman's ρ, conditional mutual information and sign errors.
 
-    A scatter plot (PNG) is written beside SOURCE. With --json or --csv it is written only if
-    --figure asks for it.
+    A scatter plot (PNG) is written beside SOURCE; with --json or --csv only if --figure asks for it.
     """
     if no_figure and figure_path is not None:
         raise UsageError("--figure and --no-figure exclude each other; give one")
