@@ -602,6 +602,7 @@ def build():
         ("gmprobe train --epochs 0", 2, ["epochs"]),
         ("gmprobe train --model mlp-4 --epochs 3 --lr 1e30 --out d", 5, ["not finite"]),
         ("gmprobe mesure x", 2, ["mesure", "measure"]),
+        ("gmprobe measure x --measures S_ρ", 2, ["S_ρ is called local_inconsistency"]),
         ("gmprobe sweep nothing --out r", 2, ["nothing", "quickstart"]),
     ],
 )

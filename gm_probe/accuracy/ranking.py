@@ -187,5 +187,8 @@ def conclusion(ranked: Sequence[ModelEstimate], needed: int | None, *, alike: bo
     if alike:
         return f"{said} They predict the same class for every unlabeled example."
     if needed is None:
-        return f"{said} They disagree on so few of these images that labels cannot separate the two."
+        return (
+            f"{said} The estimates of {first.name} and {close[0]} are so close that labels of all images on which they "
+            "disagree would not separate them."
+        )
     return f"{said} To separate {first.name} from {close[0]}, label about {needed:,} images on which they disagree."

@@ -22,7 +22,7 @@ ESTIMATORS = {
     "average_confidence": "mean probability of the predicted class",
     "doc": CATALOGUE["doc"].description,
     "atc": CATALOGUE["atc"].description,
-    "atc_entropy": "the same with negative entropies instead of confidences",
+    "atc_entropy": "share of negative entropies above the threshold that fits the accuracy on a labeled validation set",
     "cot": "largest mean confidence of an assignment with the given class shares",
     **{
         name: CATALOGUE[name].description

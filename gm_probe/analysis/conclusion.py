@@ -130,14 +130,17 @@ def _selection(found: Correlations) -> list[str]:
     if not picked:
         return []
     key, least = min(picked, key=lambda pair: pair[1].value or 0.0)
+    best = [f"the {one.group} {symbol(one.measure)}" for one, of in picked if of.value == least.value]
     random = found.get(key.measure, key.target, "regret_random").value or 0.0
     what = target_short(key.target)
     cost = f"{costs(least.value or 0.0, key.target)} of {what} over the best run"
     if (least.value or 0.0) < random:
-        return [
-            f"The best pick is the {key.group} {symbol(key.measure)}: it costs {cost}, and a random run "
-            f"{costs(random, key.target)}."
-        ]
+        picks = (
+            f"The best pick is {best[0]}: it"
+            if len(best) == 1
+            else f"The best picks are {listed(best)}: each"
+        )
+        return [f"{picks} costs {cost}, and a random run {costs(random, key.target)}."]
     return [f"No measure picks a better run than chance, which costs {costs(random, key.target)} of {what}."]
 
 

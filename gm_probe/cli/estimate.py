@@ -330,8 +330,9 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
         if compared:
             say(
                 console,
-                "Estimators: range over those whose mean error on synthetic shifts is at most twice the "
-                "smallest.",
+                "The column estimators shows the range over those whose mean error on synthetic shifts is at most "
+                "twice the smallest; agreement is the mean share of images on which another model predicts the same "
+                "class.",
                 "dim",
             )
         if len(first.readings) > 1:

@@ -35,6 +35,7 @@ def _print_several(results: Sequence[dict[str, Any]]) -> None:
         console.print(table(title, ["checkpoint", *heads], rows))
     say(
         console,
+        f"{_batch_dependent(results[0])}{_ascents(results[0], spread=False)}"
         "↓: a smaller value is expected to go with better generalization, ↑: a larger one. "
         "±: standard error over random draws and examples together. !: not converged. "
         "--json has every number; a single checkpoint is shown with both errors and the cost.",
@@ -176,9 +177,12 @@ def _batch_dependent(result: dict[str, Any]) -> str:
     )
 
 
-def _ascents(result: dict[str, Any]) -> str:
-    """For the caption: by which ascents local inconsistency was found; empty where it was not."""
+def _ascents(result: dict[str, Any], *, spread: bool = True) -> str:
+    """For the caption: by which ascents local inconsistency was found; empty where it was not.
 
+    Args:
+        spread: also the standard deviation over starts, which is of this checkpoint alone.
+    """
     settings = result["settings"]
     rows = {name: row for name, row in result["measures"].items() if "starts" in row}
     text = f"ρ = {settings['rho']:g}; " if rows else ""
@@ -189,10 +193,10 @@ def _ascents(result: dict[str, Any]) -> str:
         drawn = name == "average_inconsistency"  # by no ascent
         one = "draw" if drawn else "start"
         starts = f"{row['num_starts']} {one}s" if row["num_starts"] > 1 else f"1 {one}"
-        sd = row["sd_starts"]
-        spread = f" (sd {number(sd, 2)})" if sd is not None and row["value"] is not None else ""
+        sd = row["sd_starts"] if spread and row["value"] is not None else None
+        deviation = f" (sd {number(sd, 2)})" if sd is not None else ""
         steps = "" if drawn else f"K = {settings['k_steps']}, "
-        text += f"{_symbol(name)}: {steps}mean over {starts}{spread}; "
+        text += f"{_symbol(name)}: {steps}mean over {starts}{deviation}; "
     return text
 
 

@@ -477,7 +477,10 @@ def _class_names(path: Path) -> tuple[str, ...]:
     """
     names = class_folders(path)
     if not names:
-        raise DataError(f"{path} has no class subfolders; give unlabeled images with --unlabeled")
+        raise DataError(
+            f"{path} has no class subfolders, so it holds no labels. Give a folder with one subfolder per class, "
+            "or pass it as --unlabeled"
+        )
     # a class may well be called train (CIFAR-100 has it); class folders in it make it a part
     for name in names:
         if name in {"train", *TEST_PARTS} and class_folders(path / name):

@@ -80,6 +80,8 @@ def check_names(
         DataError: one needs labels that are not there.
     """
     for name in names:
+        if name in (symbols := {each.symbol: key for key, each in CATALOGUE.items()}):
+            raise UsageError(f"no measure {name!r}; {name} is called {symbols[name]}")
         if name not in CATALOGUE:
             raise UsageError(f"no measure {name!r}; {did_you_mean(name, (*CATALOGUE, *GROUPS, 'all'))}")
         if batch_dependent and name in SEPARATE:
