@@ -32,7 +32,6 @@ from gm_probe.analysis.coefficients import (
     tau_quantity,
 )
 from gm_probe.analysis.intervals import Quantity, clusters_of
-from gm_probe.analysis.pairs import pair_sums
 
 LEVELS = {6: (3, 2), 12: (3, 2, 2), 24: (4, 3, 2), 40: (5, 4, 2)}
 """Values of each hyperparameter, by the number of settings."""
@@ -103,28 +102,23 @@ def statistics(
 ) -> Mapping[str, Quantity]:
     """Return what ``correlate`` shows of measure ``a`` with the gap, and against ``b``."""
     clusters, of_three = clusters_of(setting, seed, a, gap), clusters_of(setting, seed, a, b, gap)
-    everyone = np.zeros_like(setting)
-
-    def tau(x: np.ndarray, y: np.ndarray, group: np.ndarray = everyone) -> object:
-        return linear_tau(pair_sums(x, y, group), pair_sums(x, y, clusters.setting))
-
-    first, second, between = tau(a, gap), tau(b, gap), tau(a, b)
+    first, second, between = (linear_tau(*pair, clusters.setting) for pair in ((a, gap), (b, gap), (a, b)))
     by_cell = {}
     for place in range(hypers.shape[1]):
         others = np.delete(hypers, place, axis=1)
         cell = np.unique(others, axis=0, return_inverse=True)[1].ravel()
         by_cell[place] = cell, hypers[:, place]
-    psi, mean = granulated(a, gap, by_cell, clusters, pair_sums(a, gap, clusters.setting))
+    psi, mean = granulated(a, gap, by_cell, clusters)
     found = {
         "τ": tau_quantity(first, clusters),
-        "τ within h₀": tau_quantity(tau(a, gap, hypers[:, 0]), clusters),
+        "τ within h₀": tau_quantity(linear_tau(a, gap, clusters.setting, hypers[:, 0]), clusters),
         "ψ(h₀)": psi[0],
         "ψ(last)": psi[max(psi)],
         "Ψ": mean,
         "Δτ": tau_difference(first, second, of_three),
         "partial τ": partial_tau(first, between, second, of_three),
     }
-    inside = tau(a, gap, setting)
+    inside = linear_tau(a, gap, clusters.setting, setting)
     return found if inside is None else found | {"τ within setting": tau_quantity(inside, clusters)}
 
 

@@ -104,7 +104,7 @@ class Study:
 
     Attributes:
         base: what all runs share.
-        validation: likewise, on the training part alone.
+        validation: the same, on the training part alone.
         budget: in epochs of SGD on the whole training part.
         rates: learning rates to tune over.
     """

@@ -26,7 +26,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 
 from gm_probe.models.zoo import ModelSpec, initial_model
-from gm_probe.runtime.devices import environment
+from gm_probe.runtime.devices import environment, synchronize
 
 SPEC = ModelSpec("6cnn", (3, 32, 32), 10)
 LR, MOMENTUM = 0.05, 0.9
@@ -122,8 +122,7 @@ def speeds(
         for contender, taken in zip(contenders, found, strict=True):
             began = clock()
             contender.train(x, y)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             if repeat:
                 taken.append(k * steps * batch / (clock() - began))
     return found

@@ -436,9 +436,7 @@ def written(files: Callable[[], dict[str, bytes]], folder: Path, every: int) -> 
 
 
 def run(small: bool) -> tuple[list[Row], list[str]]:
-    code_row = Row(
-        "files that run code where they are let: no canary sings; exit 3, one line with file and reason"
-    )
+    code_row = Row("files that would run code: no code was executed; exit 3, one line with file and reason")
     broken_row = Row(
         "broken files, unusable weights: exit 3, one line with file and reason, memory < 2 × file"
     )

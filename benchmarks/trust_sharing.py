@@ -99,7 +99,7 @@ def run(small: bool) -> tuple[list[Row], list[str]]:
     many = f"{PROCESSES} processes on one sweep folder"
     rows = [
         Row(f"{many}: every run done once; the same files as of one process"),
-        Row(f"{many}, locks known to each of {PROCESSES} machines alone: likewise"),
+        Row(f"{many}, with locks local to each of {PROCESSES} machines: the same result"),
         Row(
             f"{many}, locks refused (ENOLCK): exit 1, each run's reason; nothing trained; with locks again, all"
         ),

@@ -308,7 +308,7 @@ FAULTS: dict[str, Fault] = {
         "resumed on the same device, with dropout",
     ),
     "a fast way forgets the device where a slow one would do": Fault(
-        operators._Jacobian._by_forward_mode, "(v,))[1]", "(v,))[1].cpu()", CNN
+        operators._Jacobian._by_forward_mode, "_tangent(logits)", "_tangent(logits).cpu()", CNN
     ),
     "noise stays on the CPU": Fault(
         parameters.Parameters.random, "sample.to(self.device)", "sample", "steps of iam-s"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CASES, Case
-from torch import Tensor
+from torch import Tensor, nn
 
 from gm_probe.data.batches import Batches
 from gm_probe.inconsistency.ascent import (
@@ -47,6 +47,32 @@ def test_divergence_is_the_definition(case: Case, batch_size: int, generator: to
     torch.testing.assert_close(divergence.terms(offset), expected, rtol=1e-9, atol=1e-13)
     value, _ = divergence.value_and_gradient(offset)
     assert value == pytest.approx(float(expected.mean()), rel=1e-9)
+
+
+def test_under_autocast_perturbation_norm_and_divergence_are_float32(generator: torch.Generator) -> None:
+    """Of the ascent only the passes through the network are in bfloat16: θ + δ would lose most of δ in it."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Noting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = super().forward(x)
+            seen.append((self.weight.detach().clone(), outputs.detach()))
+            return outputs
+
+    model, x = Noting(6, 4, bias=False), torch.randn(8, 6, generator=generator)
+    parameters = Parameters(model)
+    start = parameters.random(0.1, generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x).detach()
+        terms, gradient = kl_gradient(parameters, x, logits, start)
+        delta = to_sphere(gradient, 0.1)
+    weight, outputs = seen[-1]
+    assert logits.dtype == outputs.dtype == torch.bfloat16
+    assert terms.dtype == gradient.dtype == delta.dtype == weight.dtype == torch.float32
+    assert torch.equal(weight, model.weight + start.view_as(weight))
+    log_p, log_q = (z.double().log_softmax(1) for z in (logits, outputs))
+    torch.testing.assert_close(terms.double(), (log_p.exp() * (log_p - log_q)).sum(1), rtol=1e-4, atol=1e-9)
+    assert float(delta.double().norm()) == pytest.approx(0.1, rel=1e-6)
 
 
 def test_gradient_against_finite_differences(case: Case, generator: torch.Generator) -> None:

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,13 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from command_line import run
 from conftest import CASES
 from networks import BagOfWords
 from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from gm_probe.cli import COMMANDS, main
+from gm_probe.cli import COMMANDS
 from gm_probe.cli.figures import warn
 from gm_probe.cli.relevance import READ_BY
 from gm_probe.data.batches import Normalization
@@ -33,20 +33,6 @@ from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.zoo import ModelSpec, build_model
 
 QUICK = ["--starts", "2", "--max-probes", "2", "--trace-tolerance", "9"]
-
-
-def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command line, in this process."""
-    words = shlex.split(command)
-    assert words[0] == "gmprobe"
-    capsys.readouterr()
-    try:
-        main(words[1:])
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+import command_line
 import pytest
 
-from gm_probe.cli import main
 from gm_probe.files.atomic import write_json, write_toml
 
 TABLE = "error_gap,ce_gap,fisher_trace,local_inconsistency,lr\n" + "".join(
@@ -22,13 +21,7 @@ TABLE = "error_gap,ce_gap,fisher_trace,local_inconsistency,lr\n" + "".join(
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of ``gmprobe correlate``."""
-    code: Any = 0
-    try:
-        main(["correlate", *args])
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
+    return command_line.run(["correlate", *args], capsys)
 
 
 @pytest.fixture
@@ -264,6 +257,20 @@ def test_gap_chooses_one(capsys: pytest.CaptureFixture[str], table: Path) -> Non
     assert "error_gap" not in json.loads(out)["measures"]["fisher_trace"]
 
 
+def test_target_is_another_name_of_gap_and_takes_several(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("test_error,k,m\n0.1,1,3\n0.3,3,1\n0.2,2,2\n")  # no gap, and none can be made
+    found = []
+    for option in ("--target", "--gap"):
+        _, out, _ = run(capsys, str(path), "--json", "--no-figure", option, "test_error,test_accuracy,2 * k")
+        found.append(json.loads(out)["measures"]["m"])
+    assert found[0] == found[1]
+    taus = {"test_error": -1, "test_accuracy": 1, "2 * k": -1}
+    assert {name: found[0][name]["tau"] for name in taus} == taus
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -272,7 +279,7 @@ def test_gap_chooses_one(capsys: pytest.CaptureFixture[str], table: Path) -> Non
         (["--figure", "plot.jpg"], "no format '.jpg'"),
         (["--figure", "plot.png", "--no-figure"], "exclude each other"),
         (["--gap", "ce_gapp"], "did you mean 'ce_gap'?"),
-        (["--target", "test_eror"], "no target 'test_eror'"),
+        (["--target", "test_eror"], "no column 'test_eror'; did you mean 'error_gap'?"),
     ],
 )
 def test_usage_errors(capsys: pytest.CaptureFixture[str], table: Path, args: list[str], message: str) -> None:

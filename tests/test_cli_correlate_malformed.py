@@ -5,12 +5,11 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 
-from gm_probe.cli import main
 from gm_probe.files.atomic import write_json, write_toml
 
 GOOD = "error_gap,m,lr\n" + "".join(f"{0.1 * i:.2f},{(7 * i) % 11},{i // 2}\n" for i in range(12))
@@ -18,13 +17,7 @@ GOOD = "error_gap,m,lr\n" + "".join(f"{0.1 * i:.2f},{(7 * i) % 11},{i // 2}\n" f
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of ``gmprobe correlate``."""
-    code: Any = 0
-    try:
-        main(["correlate", *args])
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
+    return command_line.run(["correlate", *args], capsys)
 
 
 REFUSED = {

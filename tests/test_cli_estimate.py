@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from torch import nn
 
 import gm_probe
-from gm_probe.cli import main
 from gm_probe.data.batches import Normalization
 
 CLASSES = 4
@@ -78,13 +78,7 @@ def estimated(
 ) -> tuple[int, str, str]:
     monkeypatch.chdir(folder)
     words = ["estimate", *models, "--model", "net.py:build", "--no-normalize", "--device", "cpu", "-q"]
-    code = 0
-    try:
-        main([*words, "--unlabeled", "unlabeled.npz", *options])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
+    return run([*words, "--unlabeled", "unlabeled.npz", *options], capsys)
 
 
 def true_accuracies(folder: Path) -> dict[str, float]:

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from PIL import Image
 
 from gm_probe.cli import main
@@ -26,20 +26,6 @@ from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.loading import load_model
 from gm_probe.models.zoo import ModelSpec, build_model
 from gm_probe.training.run_splits import own_unlabeled
-
-
-def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command line, in this process."""
-    words = shlex.split(command)
-    assert words[0] == "gmprobe"
-    capsys.readouterr()
-    code = 0
-    try:
-        main(words[1:])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def result_of(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

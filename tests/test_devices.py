@@ -161,6 +161,16 @@ def test_a_run_trains_in_the_precision_that_it_names_and_measures_in_float32(
     assert model.seen == seen
 
 
+@pytest.mark.parametrize(("tf32", "seen"), [(False, "ieee"), (True, "tf32")])
+def test_a_measurement_is_taken_in_the_precision_that_it_names(tf32: bool, seen: str) -> None:
+    model = Watchful()
+    report = measure(model, torch.randn(4, 64), ["mean_entropy", "fisher_trace"], Settings(tf32=tf32))
+    # looking at the layout and at the derivatives stays in float32
+    assert seen in model.seen
+    assert model.seen <= {"ieee", seen}
+    assert report.as_dict(checkpoint="", model="")["settings"]["tf32"] is tf32
+
+
 # ---- model and data in one place
 
 

@@ -25,6 +25,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from command_line import run
 from PIL import Image
 from torch import nn
 
@@ -98,16 +99,10 @@ def perform(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """`gmprobe …`, perhaps with `> FILE` at its end, in this process."""
     assert words[0] == "gmprobe", f"no way to run {words[0]}; mark the block as not run"
     words, target = (words[:-2], words[-1]) if words[-2:-1] == [">"] else (words, None)
-    capsys.readouterr()
-    try:
-        main(words[1:])
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    assert code == 0, f"{shlex.join(words)}\n{captured.err}"
+    code, out, err = run(words[1:], capsys)
+    assert code == 0, f"{shlex.join(words)}\n{err}"
     if target:
-        Path(target).write_text(captured.out, encoding="utf-8")
+        Path(target).write_text(out, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +208,10 @@ def links(page: Path) -> Iterator[str]:
     yield from re.findall(r"\]\(([^)#\s]+)", text)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=str)
+RESULTS = sorted((ROOT / "benchmarks").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     missing = [link for link in links(page) if "://" not in link and not (page.parent / link).exists()]
     assert not missing
@@ -222,7 +220,21 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_index_has_every_page() -> None:
     pages = {page.name for page in PAGES[1:]} - {"README.md"}
     assert pages <= set(links(ROOT / "docs" / "README.md"))
-    assert {f"docs/{page}" for page in pages} <= set(links(ROOT / "README.md"))
+    assert "docs/README.md" in set(links(ROOT / "README.md"))
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert {f"docs/{page}" for page in pages} <= set(re.findall(r"\S+\.md", site))
+
+
+def test_the_benchmarks_index_has_every_result() -> None:
+    indexes = [page for page in RESULTS if page.name in {"README.md", "reproduction.md", "peers.md"}]
+    linked = {(index.parent / link).resolve() for index in indexes for link in links(index)}
+    assert set(RESULTS) - set(indexes) <= linked
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: gm_probe\.(\w+)$", text, re.MULTILINE)
+    assert sorted(named) == sorted([*gm_probe.__all__, "optim"])
 
 
 def test_every_exit_code_and_error_is_explained() -> None:

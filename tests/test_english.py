@@ -14,7 +14,8 @@ import pytest
 from gm_probe.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("docs", "benchmarks", "benchmarks/results", "benchmarks/results/peers")
+PAGES = [ROOT / "README.md", *(page for name in FOLDERS for page in sorted((ROOT / name).glob("*.md")))]
 RIDDLES = re.compile(
     r"""told\ from\ (0|it|each)\b | \bis\ told\b | nothing\ is\ told | tells?\ neither | cannot\ be\ told\ from
     | \berrs?\ [\d.]+\ points | \berrs\ (about|more|less|at) | what\ was\ found\ to\ hold

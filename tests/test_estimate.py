@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from PIL import Image
 from torch import Tensor, nn
 
 import gm_probe
 from gm_probe.accuracy.shifts import noise
-from gm_probe.cli import main
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Examples, open_source
 from gm_probe.errors import DataError, ProbeError, UsageError
@@ -299,17 +298,6 @@ def here(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         np.savez(tmp_path / f"{name}.npz", x=examples.x.numpy(), y=examples.y.numpy())
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    capsys.readouterr()
-    code = 0
-    try:
-        main(shlex.split(command)[1:])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_the_json_has_what_is_promised(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,16 +70,17 @@ def test_killed_and_resumed_without_the_file(given: Path, tmp_path: Path) -> Non
     assert rows(tmp_path / "whole") == rows(tmp_path / "resumed")
 
 
-def test_distance_is_from_the_given_weights(given: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["run", f"run/{CHECKPOINT}"])
+def test_distance_is_from_the_given_weights(given: Path, tmp_path: Path, path: str) -> None:
     train(config(init=str(given)), tmp_path / "run")
     examples = own_unlabeled(tmp_path / "run")
     name = "distance_from_initialization"
-    found = measure_checkpoint(tmp_path / "run", examples, [name], Settings())["measures"][name]["value"]
+    found = measure_checkpoint(tmp_path / path, examples, [name], Settings())["measures"][name]["value"]
     before, after = state_of(given), state_of(tmp_path / "run")
     expected = sum(float((after[key] - before[key]).double().square().sum()) for key in after) ** 0.5
     assert found == pytest.approx(expected, rel=1e-6)
     given.unlink()
-    row = measure_checkpoint(tmp_path / "run", examples, [name], Settings())["measures"][name]
+    row = measure_checkpoint(tmp_path / path, examples, [name], Settings())["measures"][name]
     assert row["value"] is None
     assert row["reason"]
 

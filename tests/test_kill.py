@@ -1,4 +1,4 @@
-"""A few runs are killed at random and resumed: benchmarks/kill_resume.py does many, of every rule."""
+"""Two runs are killed at random and resumed: benchmarks/kill_resume.py does many, of every rule."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ HARNESS = Path(__file__).parents[1] / "benchmarks" / "kill_resume.py"
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
 def test_killed_runs_end_in_the_same_bits() -> None:
-    rules = "iam-d one pass, fp16, average, clipping;sgd, dropout;simclr, iam-d one pass"
+    rules = "iam-d one pass, fp16, average, clipping;simclr, iam-d one pass"
     done = subprocess.run(
-        [sys.executable, str(HARNESS), "--kills", "3", "--rules", rules, "--json"],
+        [sys.executable, str(HARNESS), "--kills", "1", "--rules", rules, "--json"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HARNESS.parents[1])},
         capture_output=True,
         text=True,
@@ -25,5 +25,5 @@ def test_killed_runs_end_in_the_same_bits() -> None:
     )
     assert done.returncode == 0, done.stderr
     for result in json.loads(done.stdout):
-        assert result["kills"] >= 3
+        assert result["kills"] >= 1
         assert result["equal"] == result["runs"] >= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -194,14 +195,19 @@ def test_runs_measured_in_another_way_are_not_skipped(
     again, told = measured(tmp_path, capsys)
     assert [each["measures"] for each in again] == [each["measures"] for each in first]
     assert "skipped" in told
-    for option, key, value in (("--dtype=float64", "dtype", "float64"), ("--no-normalize", "mean", [])):
+    for option, key, value in (
+        ("--tf32", "tf32", True),
+        ("--dtype=float64", "dtype", "float64"),
+        ("--no-normalize", "mean", []),
+    ):
         found, told = measured(tmp_path, capsys, option)
         assert "skipped" not in told
         assert {json.dumps(each["settings"][key]) for each in found} == {json.dumps(value)}
     # what is not given is as it was, also of a single run
     [one], told = measured(trained_runs(tmp_path)[0], capsys)
     assert (one["settings"]["dtype"], one["settings"]["mean"]) == ("float64", [])
-    assert "settings taken from measures.json: mean = [], std = [], dtype = float64" in " ".join(told.split())
+    assert "mean = [], std = [], dtype = float64" in " ".join(told.split())
+    assert "tf32 = True" in told
 
 
 def test_data_that_changed_under_its_name_are_measured_anew(
@@ -297,6 +303,31 @@ def test_several_files_that_are_saved_are_not_measured_again(
     capsys.readouterr()
     main(words)
     assert capsys.readouterr().err.count("skipped") == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"), [("mean_entropy,hessian_trace", "measures"), ("outputs", "runs")]
+)
+def test_several_checkpoints_are_one_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: str, columns: str
+) -> None:
+    run_recipe(parse(measure={"measures": []}), tmp_path)
+    runs = [str(run) for run in trained_runs(tmp_path)[:3]]
+    words = ["measure", *runs, "--measures", names, "--device", "cpu", "-q"]
+    main([*words, "--json"])
+    results = json.loads(capsys.readouterr().out)
+    main(words)
+    shown = capsys.readouterr().out
+    assert shown.count("┏") == 1
+    assert str(tmp_path) not in shown
+    [head] = [line for line in shown.splitlines() if line.startswith("┃")]
+    assert all((Path(run).name in head) == (columns == "runs") for run in runs)
+    assert "entropy ↓" in shown
+    for result in results:
+        row = result["measures"]["mean_entropy"]
+        assert f"{row['value']:.4g} ± {row['stderr_examples']:.2g}" in shown
+        if columns == "measures":
+            assert re.search(r"tr H( \(predicted labels\))? ↓", head)
 
 
 def test_pixels_for_a_checkpoint_of_floats_are_not_read_without_a_word(

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 from PIL import Image
 
-from gm_probe.cli import main
 from gm_probe.data import images
 from gm_probe.data.reading import Reading
 from gm_probe.errors import DataError
@@ -29,14 +29,7 @@ SIZES = (
 def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command line, in this process, which remembers no data."""
     run_splits._open.cache_clear()
-    capsys.readouterr()
-    code = 0
-    try:
-        main(shlex.split(command))
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return command_line.run(shlex.split(command), capsys)
 
 
 @pytest.fixture

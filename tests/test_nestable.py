@@ -14,7 +14,7 @@ from torch.func import jvp
 from torch.nn import functional
 
 from gm_probe.curvature import operators  # noqa: F401  quiets what torch warns of at its first jvp
-from gm_probe.curvature.nestable import _SUBSTITUTES, Nestable
+from gm_probe.curvature.nestable import NESTABLE, Substituting
 
 LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": partial(functional.layer_norm, normalized_shape=(6,)),
@@ -58,7 +58,7 @@ def test_nested_forward_mode_is_reverse_mode(name: str) -> None:
     layer, (x, _) = LAYERS[name], input_and_direction()
     expected, value = by_reverse_mode(layer), float(scalar(layer, x))
     assert abs(expected) > 1e-3
-    with Nestable():
+    with Substituting(NESTABLE):
         assert float(scalar(layer, x)) == pytest.approx(value, rel=1e-12)
         assert curvature(layer) == pytest.approx(expected, rel=1e-9)
 
@@ -73,7 +73,7 @@ def test_torch_alone_misstates_or_refuses_it(name: str) -> None:
 def test_statistics_are_of_float32_under_autocast(generator: torch.Generator) -> None:
     x = (30 + torch.randn(50, 64, generator=generator)).bfloat16()
     exact = functional.layer_norm(x.double(), (64,))
-    with Nestable():
+    with Substituting(NESTABLE):
         found = functional.layer_norm(x, (64,))
     assert float((found - exact).abs().max()) < 1e-2
 
@@ -81,7 +81,7 @@ def test_statistics_are_of_float32_under_autocast(generator: torch.Generator) ->
 def test_hardsigmoid_has_a_second_derivative() -> None:
     """The slope 1/6 between the kinks at ±3, of which torch's own backward pass has no derivative."""
     x = torch.tensor([-4.0, -1.0, 2.0, 5.0], dtype=torch.float64, requires_grad=True)
-    with Nestable():
+    with Substituting(NESTABLE):
         y = functional.hardsigmoid(x)
     [slope] = torch.autograd.grad(y.sum(), x, create_graph=True)
     assert torch.allclose(y, functional.hardsigmoid(x))
@@ -91,4 +91,4 @@ def test_hardsigmoid_has_a_second_derivative() -> None:
 
 def test_every_substitute_is_tried() -> None:
     named = {name.split()[0] for name in LAYERS} | {"hardsigmoid"}
-    assert named == {function.__name__ for function in _SUBSTITUTES}
+    assert named == {function.__name__ for function in NESTABLE}

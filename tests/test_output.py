@@ -31,6 +31,21 @@ FORBIDDEN = re.compile(
 )
 
 
+@pytest.mark.parametrize(
+    ("paths", "short"),
+    [
+        (["a.pt"], ["a.pt"]),
+        (["a.pt", "b/c.pt"], ["a.pt", "b/c.pt"]),
+        (["runs/a", "runs/ab"], ["a", "ab"]),
+        (["/x/runs/a/1", "/x/runs/b"], ["a/1", "b"]),
+        (["/x/a", "b"], ["/x/a", "b"]),
+        (["../a/x", "../b/x"], ["a/x", "b/x"]),
+    ],
+)
+def test_a_shared_folder_is_not_repeated_in_a_table(paths: list[str], short: list[str]) -> None:
+    assert output.short_names(paths) == short
+
+
 def test_printable_escapes_what_steers_and_keeps_every_script() -> None:
     assert FORBIDDEN.search(printable(STEERING + "\n")) is None
     assert "\n" not in printable("a\nb")

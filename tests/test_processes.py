@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Examples
@@ -22,14 +23,25 @@ from gm_probe.runtime import processes
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 
+Call = Callable[[str, int], tuple[int, str, str]]
 ALONE = {"local_inconsistency_batchwise"}  # cuts the examples itself
 
 
-def call(arguments: list[str], number: int, folder: Path) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
-    command = [sys.executable, *(launcher if number > 1 else []), "-m", "gm_probe", *arguments]
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs a command line in ``tmp_path``: here, or in two processes."""
+    monkeypatch.chdir(tmp_path)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gm_probe"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+    def run_in(words: str, processes: int) -> tuple[int, str, str]:
+        if processes == 1:
+            return run(words.split(), capsys)
+        command = [sys.executable, *torchrun, *words.split()]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout, done.stderr
+
+    return run_in
 
 
 def checkpoint_of(folder: Path, network: str) -> Path:
@@ -54,28 +66,21 @@ CURVED = ("hessian_trace", "hessian_lambda_max", "fisher_trace")
     ("network", "names"),
     [("6cnn", [name for name in MEASURES if name not in ALONE]), ("mixer-micro-4", CURVED)],
 )
-def test_two_processes_give_what_one_gives(network: str, names: Sequence[str], tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(
+    network: str, names: Sequence[str], tmp_path: Path, call: Call
+) -> None:
     if network != "6cnn":
         pytest.importorskip("timm")
-    folder = checkpoint_of(tmp_path, network)
-    arguments = ["measure", "c.safetensors", "--labeled", "data.npz", "--no-normalize", "--json", "--quiet"]
-    arguments += [
-        "--measures",
-        ",".join(names),
-        "--dtype",
-        "float64",
-        "--batch-size",
-        "5",
-        "--starts",
-        "2",
-        "--max-iterations",
-        "15",
-    ]
+    checkpoint_of(tmp_path, network)
+    # the whole path: a process reads a file of one name once
+    words = f"measure c.safetensors --labeled {tmp_path / 'data.npz'} --no-normalize --json -q --measures {','.join(names)}"
     rows = []
     for number in (1, 2):
-        done = call(arguments, number, folder)
-        assert done.returncode == 0, done.stderr
-        [result] = json.loads(done.stdout)  # printed once
+        code, out, err = call(
+            f"{words} --dtype float64 --batch-size 5 --starts 2 --max-iterations 15", number
+        )
+        assert code == 0, err
+        [result] = json.loads(out)  # printed once
         assert result["settings"]["processes"] == number
         assert result["num_examples"] == 23
         rows.append(result["measures"])
@@ -85,60 +90,57 @@ def test_two_processes_give_what_one_gives(network: str, names: Sequence[str], t
             assert rows[1][name][figure] == expected, (name, figure)
 
 
-def test_two_processes_measure_a_simclr_encoder_as_one_does(tmp_path: Path) -> None:
+def test_two_processes_measure_a_simclr_encoder_as_one_does(tmp_path: Path, call: Call) -> None:
     settings = {"model": "mlp-4", "objective": "simclr", "num_train": 40, "num_unlabeled": 26, "num_test": 20}
     train(TrainConfig(**settings, batch_size=10, epochs=1), tmp_path / "run")
     names = "local_inconsistency,fisher_lambda_max,hessian_lambda_max,fisher_trace,cross_entropy"
     found = []
     for number in (1, 2):  # three batches: shares of one and two
-        done = call(
-            f"measure run --head simclr --batch-size 8 --measures {names} --dtype float64 --json -q".split(),
-            number,
-            tmp_path,
-        )
-        assert done.returncode == 0, done.stderr
-        [result] = json.loads(done.stdout)
+        words = f"measure run --head simclr --batch-size 8 --measures {names} --dtype float64 --json -q"
+        code, out, err = call(words, number)
+        assert code == 0, err
+        [result] = json.loads(out)
         assert (result["settings"]["processes"], result["settings"]["num_images"]) == (number, 24)
-        found.append(
-            {name: (row["value"], row["stderr_examples"]) for name, row in result["measures"].items()}
-        )
+        found.append({name: (r["value"], r["stderr_examples"]) for name, r in result["measures"].items()})
     for name, one in found[0].items():
         assert found[1][name] == pytest.approx(one, rel=1e-6), name
-    done = call(
-        ["measure", "run", "--head", "simclr", "--batch-size", "20", "--measures", "cross_entropy", "-q"],
-        2,
-        tmp_path,
-    )
-    assert "1 batches are too few for 2 processes" in done.stderr
 
 
-def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(tmp_path: Path, call: Call) -> None:
     settings = {"model": "mlp-4", "num_train": 40, "num_unlabeled": 23, "num_test": 20, "epochs": 1}
-    for seed in range(2):
+    for seed in range(3):
         train(TrainConfig(**settings, seed=seed), tmp_path / "runs" / str(seed))
-    values = []
+    (tmp_path / "runs" / "1" / "checkpoint.safetensors").write_bytes(b"no weights")
+    found = []
     for number in (1, 2):
-        done = call(
-            ["measure", "runs", "--measures", "fisher_trace", "--dtype", "float64", "--json", "-q"],
-            number,
-            tmp_path,
-        )
-        assert done.returncode == 0, done.stderr
-        results = json.loads(done.stdout)  # printed once
-        assert [result["settings"]["processes"] for result in results] == [number, number]
-        values.append([result["measures"]["fisher_trace"]["value"] for result in results])
-    assert values[0] == pytest.approx(values[1], rel=1e-6)
-    broken = tmp_path / "runs" / "0" / "checkpoint.safetensors"
-    broken.write_bytes(b"no weights")
-    done = call(
-        ["measure", "runs", "--measures", "fisher_trace", "--dtype", "float64", "--json", "-q"], 2, tmp_path
-    )
-    entry, result = json.loads(done.stdout)
-    assert "1 of 2 checkpoints could not be measured" in done.stderr
-    assert (entry["checkpoint"], entry["exit_code"]) == ("runs/0", 3)
-    assert result["measures"]["fisher_trace"]["value"] == values[1][1]
-    done = call(["measure", "runs", "--jobs", "2", "-q"], 2, tmp_path)
-    assert "under torchrun, checkpoints are measured one by one" in done.stderr
+        _, out, err = call("measure runs --measures fisher_trace --dtype float64 --json -q", number)
+        assert "1 of 3 checkpoints could not be measured" in err
+        found.append(json.loads(out))  # printed once
+    for alone, shared in zip(*found, strict=True):
+        if alone["checkpoint"] == "runs/1":
+            assert (alone["exit_code"], shared["exit_code"]) == (3, 3)
+            continue
+        assert (alone["settings"]["processes"], shared["settings"]["processes"]) == (1, 2)
+        values = [result["measures"]["fisher_trace"]["value"] for result in (alone, shared)]
+        assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_torchruns_processes_start_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"model": "mlp-4", "num_train": 40, "num_unlabeled": 23, "num_test": 20, "epochs": 1}
+    train(TrainConfig(**settings), tmp_path / "run")
+    told = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run(["measure", tmp_path / "run", "--jobs", 2, "-q"], capsys)
+    assert (code, "under torchrun, checkpoints are measured one by one" in err) == (2, True)
+
+
+def test_fewer_batches_than_processes_of_a_simclr_encoder() -> None:
+    batches = Batches(Examples(torch.zeros(20, 3), None, (), "views"), batch_size=20, batch_dependent=True)
+    with pytest.raises(DataError, match="1 batches are too few for 2 processes"):
+        batches.shard(0, 2)
 
 
 def test_fewer_examples_than_processes() -> None:

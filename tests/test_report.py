@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 from scipy import stats
@@ -118,12 +119,8 @@ def write_runs(root: Path) -> Path:
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
     """Exit code and stderr of ``gmprobe report``."""
-    code: Any = 0
-    try:
-        main(["report", *args])
-    except SystemExit as stop:
-        code = stop.code or 0
-    return code, capsys.readouterr().err
+    code, _, err = command_line.run(["report", *args], capsys)
+    return code, err
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from command_line import run
 
-from gm_probe.cli import main
 from gm_probe.cli.data import DataOptions
 from gm_probe.cli.train import train
 from gm_probe.data.batches import Normalization
@@ -32,16 +32,6 @@ SMALL = [
     "1",
 ]
 SMALL += ["--device", "cpu", "--quiet", "--json"]
-
-
-def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main(words)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
 
 
 def test_every_setting_is_an_option_with_help_in_whole_sentences() -> None:

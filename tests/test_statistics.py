@@ -11,14 +11,14 @@ import pytest
 from scipy import stats
 
 import gm_probe
-from gm_probe.analysis.coefficients import granulated, kendall, linear_tau
+from gm_probe.analysis.coefficients import granulated, kendall, linear_tau, tau_quantity
 from gm_probe.analysis.conclusion import expected_sign, measures_alike
 from gm_probe.analysis.conditional import conditional_information
 from gm_probe.analysis.correlation import correlate
 from gm_probe.analysis.definitions import direction_of
 from gm_probe.analysis.design import design_of
 from gm_probe.analysis.intervals import clusters_of, mean_interval, settings_spread, with_seeds
-from gm_probe.analysis.pairs import pair_sums
+from gm_probe.analysis.pairs import mid_ranks, pair_sums
 from gm_probe.analysis.permutation import permutation_p, permute_settings
 from gm_probe.analysis.results import COLUMNS
 from gm_probe.analysis.selection import choices
@@ -116,8 +116,7 @@ def test_partial_tau_is_kendalls_formula() -> None:
 def test_influence_is_the_derivative_by_a_runs_weight() -> None:
     rng = np.random.default_rng(2)
     x, y = np.round(rng.normal(size=(2, 15)), 1)
-    everyone, setting = np.zeros(15, int), np.arange(15)
-    linear = linear_tau(pair_sums(x, y, everyone), pair_sums(x, y, setting))
+    linear = linear_tau(x, y, np.arange(15))
     assert linear is not None
 
     def weighted(weight: np.ndarray) -> float:
@@ -168,7 +167,7 @@ def test_psi_says_where_no_two_runs_differ_in_one_hyperparameter() -> None:
     x = np.arange(3.0)
     cells = {"h": (np.arange(3), np.arange(3))}
     clusters = clusters_of(np.arange(3), None)
-    psi, mean = granulated(x, x, cells, clusters, np.zeros((3, 3)))
+    psi, mean = granulated(x, x, cells, clusters)
     assert psi["h"].value is None
     assert "differ in h alone" in psi["h"].note
     assert mean.value is None
@@ -179,8 +178,20 @@ def test_psi_says_where_no_two_runs_differ_in_one_hyperparameter() -> None:
 
 def test_independent_settings_have_the_variance_of_their_sums() -> None:
     sums = np.array([1.0, -2.0, 0.5, 0.5])
-    assert settings_spread(sums).variance == pytest.approx(4 / 2 * (sums**2).sum())
-    assert settings_spread(sums).freedom == 3
+    assert settings_spread(sums, 4).variance == pytest.approx(4 / 2 * (sums**2).sum())
+    assert settings_spread(sums, 4).freedom == 3
+
+
+@pytest.mark.parametrize(("size", "num"), [(12, 1), (6, 2), (4, 3), (2, 6)])
+def test_the_variance_of_a_mean_over_groups_is_that_of_the_groups(size: int, num: int) -> None:
+    """The covariance of normal values is a mean over pairs, with a variance that is known."""
+    rng = np.random.default_rng(7)
+    x, y = rng.normal(size=(2, 4000, num, size))
+    x, y = (each - each.mean(axis=2, keepdims=True) for each in (x, y))
+    mean = (x * y).mean(axis=(1, 2))
+    shares = (x * y + (x * y).mean(axis=2, keepdims=True) - 2 * mean[:, None, None]) / (num * size)
+    found = [settings_spread(of.ravel(), num * size, num).variance for of in shares]
+    assert np.mean(found) == pytest.approx(mean.var(), rel=0.1)
 
 
 def balanced(num_settings: int, num_seeds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +204,7 @@ def test_seeds_that_bear_a_part_widen_the_interval_and_others_do_not() -> None:
     rng = np.random.default_rng(3)
     own = rng.normal(size=50)
     clusters = clusters_of(setting, seed, own, own)
-    settings = settings_spread(np.bincount(setting, own))
+    settings = settings_spread(np.bincount(setting, own), 10)
     assert with_seeds(settings, own, clusters) == settings
     strong = own + 5 * np.array([-2.0, -1.0, 0.0, 1.0, 2.0])[seed]
     widened = with_seeds(settings, strong, clusters_of(setting, seed, strong, strong))
@@ -209,10 +220,10 @@ def test_run_variance_is_counted_once() -> None:
     for _ in range(300):
         influence = rng.normal(size=60)
         influence -= influence.mean()
-        settings = settings_spread(np.bincount(setting, influence))
+        settings = settings_spread(np.bincount(setting, influence), 12)
         alone.append(settings.variance)
         with_all.append(with_seeds(settings, influence, clusters_of(setting, seed)).variance)
-    assert np.mean(alone) <= np.mean(with_all) < 1.6 * np.mean(alone)  # counted twice: 2.4
+    assert np.mean(alone) <= np.mean(with_all) < 2 * np.mean(alone)  # counted twice: 2.6
 
 
 def test_two_shared_seeds_give_no_interval_and_say_so() -> None:
@@ -220,6 +231,20 @@ def test_two_shared_seeds_give_no_interval_and_say_so() -> None:
     assert tau.value is not None
     assert tau.low is None
     assert "share 2 seeds" in tau.note
+
+
+def test_settings_without_partners_do_not_count_for_an_interval() -> None:
+    x, setting = np.array([1.0, 2.0, 4.0, 3.0, 5.0, 6.0]), np.arange(6)
+    linear = linear_tau(x, np.arange(6.0), setting, np.array([0, 0, 1, 1, 2, 3]))
+    assert linear is not None
+    found = tau_quantity(linear, clusters_of(setting, None))
+    assert found.value == 0
+    assert found.note == "no interval: 4 settings are paired; an interval needs 5"
+
+
+def test_ranks_share_their_mean_as_scipys_do() -> None:
+    values = np.round(np.random.default_rng(8).normal(size=40), 1)
+    assert mid_ranks(values) == pytest.approx(stats.rankdata(values))
 
 
 def test_seeds_of_its_own_need_no_more_than_settings() -> None:
@@ -393,6 +418,21 @@ def test_the_conclusion_names_what_follows_and_what_cannot_be_told() -> None:
     assert "a rises with the error gap." in said
     assert "Whether b follows the error gap cannot be decided." in said
     assert "The best pick is" in said
+
+
+def test_the_conclusion_names_what_runs_against_the_gap_in_a_subgroup() -> None:
+    rng = np.random.default_rng(0)
+    size, place = np.repeat([0, 1], 36), np.tile(np.repeat(np.arange(12), 3), 2)
+    gap = 20 * size + place + 0.5 * rng.normal(size=72)
+    trace = 20 * size + np.where(size == 0, -place, place) + 0.5 * rng.normal(size=72)
+    frame = pd.DataFrame({"run": [str(i) for i in range(72)], "error_gap": gap, "fisher_trace": trace})
+    frame = frame.assign(size=size, place=place, seed=np.tile(np.arange(3), 24))
+    table = RunTable(Path("s"), frame, ("error_gap",), ("fisher_trace",), ("size", "place"))
+    said = correlate(table, group_by=["size"]).conclusion
+    assert said[:2] == (
+        "tr F follows the error gap in the expected direction.",
+        "Among the runs with size=0, tr F runs against the error gap.",
+    )
 
 
 def test_simpsons_paradox_is_noted() -> None:

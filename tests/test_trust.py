@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from PIL import Image
 
-from gm_probe.cli import main
 from gm_probe.data import datasets, images
 from gm_probe.data.batches import Normalization
 from gm_probe.data.datasets import open_source
@@ -46,14 +46,7 @@ def trust() -> Iterator[SimpleNamespace]:
 
 
 def command(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    code = 0
-    try:
-        main(list(map(str, args)))
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
+    return run(args, capsys)
 
 
 # ---- checkpoints

@@ -10,8 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from gm_probe.cli import main
+from command_line import exit_code
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PLACES = (
@@ -47,11 +46,7 @@ def alarm() -> Iterator[None]:
 
 
 def command(*args: object) -> int:
-    try:
-        main(list(map(str, args)))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return exit_code(args)
 
 
 @pytest.mark.usefixtures("alarm")

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from command_line import run
 from matplotlib.figure import Figure
 from PIL import Image
 
 from gm_probe.analysis.heat_map import heat_map, trial_map
 from gm_probe.analysis.plots import render
-from gm_probe.cli import main
 from gm_probe.cli.tune import NOT_TRAINS, _doubts, tune
 from gm_probe.data import images
 from gm_probe.errors import DataError, DivergedError, ProbeError, UsageError
@@ -378,17 +378,6 @@ def test_trials_are_drawn_where_they_lie() -> None:
 
 
 # ---- the command
-
-
-def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        main(shlex.split(command)[1:])
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_the_helps_example_and_the_command_it_ends_in(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from command_line import exit_code
 
 import gm_probe
-from gm_probe.cli import main
 from gm_probe.errors import DataError
 from gm_probe.files.atomic import read_json, read_toml
 
@@ -37,11 +37,7 @@ measures = ["mean_entropy"]
 
 
 def command(*args: object) -> int:
-    try:
-        main([str(arg) for arg in args])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return exit_code(args)
 
 
 @pytest.fixture(scope="module")

@@ -48,8 +48,10 @@ def estimate(
 
     Args:
         models: one, several, or several by name.
-        unlabeled, validation, few_labels: as ``measure`` takes data. Images keep their pixels as ``Batches`` of
+        unlabeled: the data in question, in any form that ``measure`` takes. Images keep their pixels as ``Batches`` of
             ``Examples`` with a ``Normalization``.
+        validation: a labeled set of the training distribution, in such a form.
+        few_labels: a labeled random sample of the unlabeled data, in such a form.
         class_shares: of the unlabeled data: ``validation`` (those of the validation set), ``uniform``, ``estimated``
             (by EM), or K numbers. ``auto`` tests whether they changed, and shows both readings where it cannot tell.
         measures: names of ``MEASURES`` or of their groups, to add to each row.

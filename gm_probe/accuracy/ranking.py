@@ -27,6 +27,8 @@ UNLABELED_ORDER = ("agreement", "average_confidence", "nuclear_norm")
 """Scores whose mean rank orders models of which nothing labeled is known; the larger the better."""
 LEADERS = 5
 """Most models whose disagreements are suggested for labeling."""
+NAMED = 3
+"""Most models that the conclusion names as close to the leader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,8 @@ def conclusion(ranked: Sequence[ModelEstimate], needed: int | None, *, alike: bo
     leads = f"{first.name} leads with {percent(found.value)} ({interval})"
     if not close:
         return f"{leads}; it differs detectably from every other model."
-    listed = close[0] if len(close) == 1 else f"{', '.join(close[:-1])} and {close[-1]}"
+    some = close if len(close) <= NAMED else [*close[: NAMED - 1], f"{len(close) - NAMED + 1} more"]
+    listed = some[0] if len(some) == 1 else f"{', '.join(some[:-1])} and {some[-1]}"
     said = f"{leads}; {listed} cannot be distinguished from it."
     if alike:
         return f"{said} They predict the same class for every unlabeled example."

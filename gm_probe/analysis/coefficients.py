@@ -12,6 +12,7 @@ import numpy as np
 
 from gm_probe.analysis.design import Cells
 from gm_probe.analysis.intervals import (
+    LEAST_UNITS,
     Clusters,
     Quantity,
     Spread,
@@ -23,52 +24,82 @@ from gm_probe.analysis.intervals import (
 )
 from gm_probe.analysis.pairs import Floats, Integers, dense_ranks, pair_sums
 
-LEAST_CELLS = 4
-"""Cells of a granulated ψ from which its error can be estimated."""
-
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A statistic's ``value``, each run's ``influence`` (n,) on it, and its part from pairs ``inside`` settings."""
+    """A statistic's ``value``, each run's ``influence`` (n,) on it, and its part from pairs ``inside`` settings.
+
+    ``paired`` settings have pairs with those of the same of ``groups`` groups; the two are equal where all pairs are
+    inside settings.
+    """
 
     value: float
     influence: Floats
     inside: Floats
+    paired: int
+    groups: int
+
+    def sums(self, clusters: Clusters) -> Floats:
+        """Return each setting's share (S,); a pair inside a setting counts once."""
+        weights = self.influence - self.inside / 2
+        return np.bincount(clusters.setting, weights, clusters.num_settings).astype(float)
+
+    def settings_spread(self, clusters: Clusters) -> Spread:
+        return settings_spread(self.sums(clusters), self.paired, self.groups)
 
     def spread(self, clusters: Clusters) -> Spread:
-        """Return the variance over settings and the seeds that they share; a pair inside a setting counts once."""
-        weights = self.influence - self.inside / 2
-        sums = np.bincount(clusters.setting, weights, clusters.num_settings).astype(float)
-        return with_seeds(settings_spread(sums), self.influence, clusters)
+        """Return the variance over settings and the seeds that they share."""
+        return with_seeds(self.settings_spread(clusters), self.influence, clusters)
+
+    def limit(self, clusters: Clusters) -> str | None:
+        """Say why no interval is possible; None where one is."""
+        if clusters.limit or self.paired >= LEAST_UNITS:
+            return clusters.limit
+        return f"{self.paired} {clusters.unit} are paired; an interval needs {LEAST_UNITS}"
 
     def combined(self, value: float, terms: Sequence[tuple[float, Self]]) -> "Linear":
         """Return the statistic ``value`` whose derivatives by this one and others are ``terms``."""
         influence = sum((slope * of.influence for slope, of in terms), np.zeros_like(self.influence))
         inside = sum((slope * of.inside for slope, of in terms), np.zeros_like(self.inside))
-        return Linear(value, influence, inside)
+        return Linear(value, influence, inside, self.paired, self.groups)
 
 
-def linear_tau(sums: Floats, inside: Floats) -> Linear | None:
-    """Return τ-b of the ``pair_sums`` (3, n) of some pairs, with those of them inside settings; None if undefined.
+def linear_tau(x: Floats, y: Floats, setting: Integers, group: Integers | None = None) -> Linear | None:
+    """Return τ-b over all pairs of runs (n,), or those inside each ``group`` (n,); None if undefined.
 
     τ-b = (concordant − discordant) / √((pairs untied in x) (pairs untied in y)).
 
     Source: Kendall 1945, "The treatment of ties in ranking problems".
     """
+    group = np.zeros_like(setting) if group is None else group
+    sums = pair_sums(x, y, group)
     score, untied_x, untied_y = sums.sum(axis=1) / 2
     if untied_x == 0 or untied_y == 0:
         return None
     root = math.sqrt(untied_x * untied_y)
     tau = score / root
     slopes = np.array([1 / root, -tau / 2 / untied_x, -tau / 2 / untied_y])
-    return Linear(float(tau), slopes @ sums, slopes @ inside)
+    return Linear(float(tau), slopes @ sums, slopes @ pair_sums(x, y, setting), *_paired(setting, group))
+
+
+def _paired(setting: Integers, group: Integers) -> tuple[int, int]:
+    """Return how many settings have pairs with others of their ``group`` (n,), and in how many groups.
+
+    Without any, return how many have pairs of their own runs, twice.
+    """
+    joint = _joint(group, setting)
+    runs = np.bincount(joint)
+    first = np.unique(joint, return_index=True)[1]
+    sizes = np.bincount(dense_ranks(group[first]))
+    several = sizes[sizes > 1]
+    return (int(several.sum()), len(several)) if len(several) else (int((runs > 1).sum()),) * 2
 
 
 def tau_quantity(linear: Linear, clusters: Clusters) -> Quantity:
     """Return τ, or a partial τ, with its interval."""
     n = len(linear.influence)
-    if clusters.limit:
-        return Quantity(linear.value, n=n, note=f"no interval: {clusters.limit}")
+    if why := linear.limit(clusters):
+        return Quantity(linear.value, n=n, note=f"no interval: {why}")
     return coefficient(linear.value, linear.spread(clusters), n)
 
 
@@ -78,7 +109,7 @@ def kendall(x: Floats, y: Floats, setting: Integers | None = None, seed: Integer
     x, y = x[rows], y[rows]
     of_seed = None if seed is None else seed[rows]
     clusters = clusters_of(rows if setting is None else setting[rows], of_seed, x, y)
-    linear = linear_tau(pair_sums(x, y, np.zeros_like(rows)), pair_sums(x, y, clusters.setting))
+    linear = linear_tau(x, y, clusters.setting)
     if linear is None:
         return Quantity(None, n=len(rows), note="one of the two is constant, or fewer than 2 runs have both")
     return tau_quantity(linear, clusters)
@@ -88,8 +119,8 @@ def tau_difference(one: Linear, other: Linear, clusters: Clusters) -> Quantity:
     """Return Δτ = τ of ``one`` − τ of ``other``, both over the same runs."""
     linear = one.combined(one.value - other.value, [(1.0, one), (-1.0, other)])
     n = len(linear.influence)
-    if clusters.limit:
-        return Quantity(linear.value, n=n, note=f"no interval: {clusters.limit}")
+    if why := linear.limit(clusters):
+        return Quantity(linear.value, n=n, note=f"no interval: {why}")
     return difference(linear.value, linear.spread(clusters), n)
 
 
@@ -112,81 +143,64 @@ def partial_tau(xy: Linear, xz: Linear, zy: Linear, clusters: Clusters) -> Quant
     return tau_quantity(xy.combined(float(value), slopes), clusters)
 
 
-@dataclass(frozen=True, slots=True)
-class _Cells:
-    """The cells of one hyperparameter: which runs are in which, and each cell's τ."""
-
-    run: Integers  # (n,) the cell of each run, −1 where it has no pair
-    tau: Floats  # (M,)
-    influence: Floats  # (n,) on the mean of the cells' τ
-
-
 def granulated(
-    x: Floats, y: Floats, cells: Mapping[str, Cells], clusters: Clusters, own: Floats
+    x: Floats, y: Floats, cells: Mapping[str, Cells], clusters: Clusters
 ) -> tuple[dict[str, Quantity], Quantity]:
     """Return ψ of each hyperparameter of ``cells`` (over these runs), and their mean Ψ.
 
     A cell holds the runs that agree in all other hyperparameters. Its τ is the mean of sign(xᵢ − xⱼ) sign(yᵢ − yⱼ) over
-    its pairs of runs that differ in the hyperparameter; ψ is the mean over cells. ``own`` (3, n) are the
-    ``pair_sums`` inside settings, whose pairs differ in seed only and count in no cell.
+    its pairs of runs that differ in the hyperparameter; ψ is the mean over cells.
 
     Source: Jiang et al. 2020, "Fantastic Generalization Measures and Where to Find Them", section 2.2.2.
     """
-    found = {name: _cell_taus(x, y, *of, own) for name, of in cells.items()}
-    used = {name: of for name, of in found.items() if len(of.tau)}
-    psi = {
-        name: _mean_over_cells([of], clusters)
-        if len(of.tau)
-        else Quantity(None, n=len(x), note=f"no two runs differ in {name} alone")
-        for name, of in found.items()
-    }
-    if not used:
+    own = pair_sums(x, y, clusters.setting)[0]  # pairs that differ in seed only count in no cell
+    found, counted, psi = [], np.zeros(len(x), bool), {}
+    for name, (cell, value) in cells.items():
+        partners = _partners(cell, value)
+        if not partners.any():
+            psi[name] = Quantity(None, n=len(x), note=f"no two runs differ in {name} alone")
+            continue
+        found.append(_linear_psi(pair_sums(x, y, cell)[0] - own, partners, cell, clusters))
+        psi[name] = _mean(found[-1:], int((partners > 0).sum()), clusters)
+        counted |= partners > 0
+    if not found:
         note = "no two runs differ in one hyperparameter alone" if cells else "no hyperparameter is known"
         return psi, Quantity(None, n=len(x), note=note)
-    return psi, _mean_over_cells(list(used.values()), clusters)
+    return psi, _mean(found, int(counted.sum()), clusters)
 
 
-def _cell_taus(x: Floats, y: Floats, cell: Integers, value: Integers, own: Floats) -> _Cells:
-    score = pair_sums(x, y, cell)[0] - own[0]
+def _partners(cell: Integers, value: Integers) -> Integers:
+    """Return the number of runs in each run's ``cell`` (n,) that have another ``value`` (n,)."""
+    cell, setting = dense_ranks(cell), _joint(cell, value)
+    return np.bincount(cell)[cell] - np.bincount(setting)[setting]
+
+
+def _linear_psi(score: Floats, partners: Integers, cell: Integers, clusters: Clusters) -> Linear:
+    """Return ψ from each run's ``score`` (n,) over its pairs with its ``partners`` (n,), as many, in its ``cell``."""
     cell = dense_ranks(cell)
-    partners = np.bincount(cell)[cell] - np.bincount(setting := _joint(cell, value))[setting]
-    pairs = np.bincount(cell, partners)
-    kept = np.flatnonzero(pairs)
-    tau = np.bincount(cell, score)[kept] / pairs[kept]
-    run = np.full(len(pairs), -1)
-    run[kept] = np.arange(len(kept))
-    run = run[cell]
-    inside = run >= 0
-    influence = np.zeros(len(x))
-    mean = tau.mean() if len(tau) else 0.0
-    influence[inside] = 2 * (score - mean * partners)[inside] / (pairs[kept] * len(kept))[run[inside]]
-    return _Cells(run, tau, influence)
+    pairs = np.bincount(cell, partners)  # each counts for both of its runs
+    used = pairs > 0
+    mean = float(np.mean(np.bincount(cell, score)[used] / pairs[used]))
+    influence = 2 * (score - mean * partners) / (np.maximum(pairs, 1)[cell] * np.count_nonzero(used))
+    return Linear(mean, influence, np.zeros_like(influence), *_paired(clusters.setting, cell))
 
 
 def _joint(one: Integers, other: Integers) -> Integers:
     return dense_ranks(one * (other.max(initial=0) + 1) + other)
 
 
-def _mean_over_cells(parts: Sequence[_Cells], clusters: Clusters) -> Quantity:
-    """Return the mean over ``parts`` of the mean of their cells' τ.
+def _mean(parts: Sequence[Linear], n: int, clusters: Clusters) -> Quantity:
+    """Return the mean of ψ's over ``n`` runs with its interval.
 
-    Cells are independent unless they share a setting, as those of two hyperparameters do.
+    What corrects the variance of each ψ corrects its part in that of the mean.
     """
-    value = float(np.mean([part.tau.mean() for part in parts]))
-    n = int(np.any([part.run >= 0 for part in parts], axis=0).sum())
-    fewest = min(len(part.tau) for part in parts)
-    if clusters.limit or fewest < LEAST_CELLS:
-        why = clusters.limit or f"ψ is a mean over {fewest} cells; an interval needs {LEAST_CELLS}"
+    value = float(np.mean([part.value for part in parts]))
+    if why := min(parts, key=lambda part: part.paired).limit(clusters):
         return Quantity(value, n=n, note=f"no interval: {why}")
-    by_setting, repeated = np.zeros(clusters.num_settings), 0.0
-    for part in parts:
-        num = len(part.tau)
-        error = (part.tau - part.tau.mean()) / (len(parts) * num) * math.sqrt(num / (num - 1))
-        runs = np.flatnonzero(part.run >= 0)
-        settings, first = np.unique(clusters.setting[runs], return_index=True)
-        of_setting = part.run[runs[first]]
-        by_setting[settings] += error[of_setting]
-        repeated += float(((np.bincount(of_setting) - 1) * error**2).sum())
-    settings_variance = max(float(by_setting @ by_setting) - repeated, 0.0)
-    influence = sum((part.influence for part in parts), np.zeros(len(parts[0].run))) / len(parts)
-    return coefficient(value, with_seeds(Spread(settings_variance, fewest - 1), influence, clusters), n)
+    spreads = [part.settings_spread(clusters) for part in parts]
+    squares = [float(np.sum(part.sums(clusters) ** 2)) for part in parts]
+    mean = parts[0].combined(value, [(1 / len(parts), part) for part in parts])
+    corrections = sum(spread.variance for spread in spreads) - sum(squares)
+    variance = float(np.sum(mean.sums(clusters) ** 2)) + corrections / len(parts) ** 2
+    settings = Spread(max(variance, 0.0), min(spread.freedom for spread in spreads))
+    return coefficient(value, with_seeds(settings, mean.influence, clusters), n)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
+from gm_probe.analysis.coefficients import linear_tau
 from gm_probe.analysis.definitions import direction_of, symbol
 from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.results import Correlations
@@ -12,6 +12,8 @@ from gm_probe.tables.table import RunTable
 
 ALIKE = 0.98
 """|τ| between two measures from which they order the runs alike."""
+FEW = 2000
+"""Runs whose pairs are counted sooner than scipy is imported."""
 
 
 def measures_alike(table: RunTable) -> dict[str, tuple[str, ...]]:
@@ -31,7 +33,13 @@ def _alike(x: np.ndarray, y: np.ndarray) -> bool:
     known = np.isfinite(x)
     if not np.array_equal(known, np.isfinite(y)) or known.sum() < 3:
         return False
-    return bool(abs(stats.kendalltau(x[known], y[known]).statistic) > ALIKE)
+    x, y = x[known], y[known]
+    if len(x) > FEW:
+        from scipy import stats  # takes half a second, but no time over pairs
+
+        return bool(abs(stats.kendalltau(x, y).statistic) > ALIKE)
+    tau = linear_tau(x, y, np.arange(len(x)))
+    return tau is not None and abs(tau.value) > ALIKE
 
 
 def expected_sign(measure: str, target: str) -> int:
@@ -53,7 +61,7 @@ def conclude(found: Correlations) -> tuple[str, ...]:
         for kinds, targets in same.items()
         for sentence in _sentences(kinds, " and the ".join(targets))
     ]
-    return (*said, *_simpson(found), *_selection(found))
+    return (*said, *_subgroups(found), *_simpson(found), *_selection(found))
 
 
 def _sentences(kinds: Sequence[tuple[str, str]], label: str) -> list[str]:
@@ -85,6 +93,23 @@ def _kind(tau: Quantity, expected: int) -> str:
     if not expected:
         return "rises" if sign > 0 else "falls"
     return "follows" if sign == expected else "against"
+
+
+def _subgroups(found: Correlations) -> list[str]:
+    """Name the measures that run against a target in a subgroup, and not over all runs."""
+    against: dict[tuple[str, str], list[str]] = {}
+    for key, tau in found.quantities.items():
+        if key.statistic == "tau" and key.group and key.measure in found.alike:
+            expected, whole = expected_sign(key.measure, key.target), found.get(key.measure, key.target)
+            if _kind(tau, expected) == "against" and _kind(whole, expected) != "against":
+                against.setdefault((key.group, target_short(key.target)), []).append(symbol(key.measure))
+    targets: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (group, target), names in against.items():
+        targets.setdefault((group, tuple(names)), []).append(target)
+    return [
+        f"Among the runs with {group}, {listed(names)} {_verb(names, 'run')} against the {' and the '.join(some)}."
+        for (group, names), some in targets.items()
+    ]
 
 
 def _simpson(found: Correlations) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from gm_probe.analysis.coefficients import (
     Linear,
@@ -33,7 +33,7 @@ from gm_probe.analysis.design import (
 )
 from gm_probe.analysis.intervals import Clusters, Quantity, clusters_of
 from gm_probe.analysis.notes import measure_notes, measure_warnings, run_notes
-from gm_probe.analysis.pairs import Floats, Integers, pair_sums
+from gm_probe.analysis.pairs import Floats, Integers, mid_ranks
 from gm_probe.analysis.permutation import permutation_p, permute_settings
 from gm_probe.analysis.results import Correlations, Key, target_label
 from gm_probe.analysis.selection import choices
@@ -66,8 +66,12 @@ def correlate(
 
     Args:
         source: a folder of runs, a file or a DataFrame with one run a row, or what ``load_table`` made of one.
-        measures, hyperparameters, gap, seed_column, converged_only: which columns and runs enter; see ``load_table``.
-        targets: columns to correlate with, or ``test_accuracy``; empty: the gaps.
+        measures: columns to correlate; empty: all numeric ones that are no settings.
+        hyperparameters: columns that are settings; empty: those with a setting's name.
+        gap: the targets, separated by commas: gaps, columns, arithmetic on columns; see ``load_table``.
+        seed_column: the column of seeds; empty: one with such a name.
+        converged_only: leave out runs that were not trained to the end.
+        targets: those of the gaps and outcomes of the table to take; empty: what ``gap`` says.
         group_by: hyperparameters whose values form subgroups.
         controls: columns to take partial τ given; empty: the usual ones and the hyperparameters.
         details: compute every statistic, not only τ, τ within groups and the cost of picking.
@@ -77,48 +81,21 @@ def correlate(
         DataError: fewer than two runs, so that no rank correlation exists.
         ResourceError: more than ``MOST_RUNS`` runs.
     """
-    if isinstance(source, RunTable):
-        table = source
-    else:
-        place = source if isinstance(source, pd.DataFrame) else Path(source)
-        table = load_table(
-            place,
-            measures,
-            hyperparameters,
-            group_by,
-            gap=gap,
-            seed_column=seed_column,
-            converged_only=converged_only,
-        )
-    group_by, controls = table.named(group_by), table.named(controls)
-    _require_runs(table)
-    columns = {name: target_column(table, name) for name in table.named(targets) or table.gaps}
-    require_known(
-        controls, [*table.measures, *table.hyperparameters, *table.outcomes], "column to control for named"
+    table = _table_of(
+        source,
+        measures=measures,
+        hyperparameters=hyperparameters,
+        group_by=group_by,
+        gap=gap,
+        seed_column=seed_column,
+        converged_only=converged_only,
     )
-    groups = group_rows(table, group_by) if group_by else {}
-    study = _Study(
-        table,
-        columns,
-        design_of(table, group_by),
-        groups,
-        control_columns(table, controls, [name for name in setting_names(table) if name not in controls]),
-    )
-    found: dict[Key, Quantity] = {}
-    for target in columns:
-        for name in table.measures:
-            found |= study.main(name, target)
-            if details:
-                found |= study.details(name, target)
-        if details:
-            found |= study.differences(target)
-    for name in table.measures:
-        found |= study.selection(name)
+    study = _Study.of(table, table.named(targets) or table.gaps, table.named(group_by), table.named(controls))
     clusters = clusters_of(study.design.setting, study.design.seed)
     result = Correlations(
         runs=table,
-        targets={name: target_label(name) for name in columns},
-        quantities=found,
+        targets={name: target_label(name) for name in study.targets},
+        quantities=study.quantities(details=details),
         alike=measures_alike(table),
         num_settings=len(np.unique(study.design.setting)),
         num_seeds=clusters.num_seeds,
@@ -126,6 +103,12 @@ def correlate(
         warnings={name: measure_warnings(table, name) for name in table.measures},
     )
     return replace(result, conclusion=conclude(result))
+
+
+def _table_of(source: RunTable | pd.DataFrame | Path | str, **asked: Any) -> RunTable:
+    if isinstance(source, RunTable):
+        return source
+    return load_table(source if isinstance(source, pd.DataFrame) else Path(source), **asked)
 
 
 def _require_runs(table: RunTable) -> None:
@@ -156,6 +139,33 @@ class _Study:
     kept: dict[tuple[str, str, bytes], Linear | None] = field(default_factory=dict)
     drawn: dict[bytes, Integers] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, table: RunTable, targets: Sequence[str], group_by: Sequence[str], controls: Sequence[str]
+    ) -> Self:
+        _require_runs(table)
+        columns = {name: target_column(table, name) for name in targets}
+        known = [*table.measures, *table.hyperparameters, *table.outcomes]
+        require_known(controls, known, "column to control for named")
+        groups = group_rows(table, group_by) if group_by else {}
+        usual = [name for name in setting_names(table) if name not in controls]
+        design = design_of(table, group_by)
+        return cls(table, columns, design, groups, control_columns(table, controls, usual))
+
+    def quantities(self, *, details: bool) -> dict[Key, Quantity]:
+        """Return every statistic in the order of the table; without ``details`` those of the answer alone."""
+        found: dict[Key, Quantity] = {}
+        for target in self.targets:
+            for name in self.table.measures:
+                found |= self.main(name, target)
+                if details:
+                    found |= self.details(name, target)
+            if details:
+                found |= self.differences(target)
+        for name in self.table.measures:
+            found |= self.selection(name)
+        return found
+
     def main(self, name: str, target: str) -> dict[Key, Quantity]:
         """Return τ over all runs, within subgroups, and over pairs within the same value of a setting."""
         rows = self.rows(name, target)
@@ -180,8 +190,7 @@ class _Study:
         for statistic, quantity in self.naive(x, y, rows).items():
             found[Key(name, target, statistic)] = quantity
         clusters, cells = self.clusters(rows, name, target), self.cells(rows)
-        own = pair_sums(x, y, clusters.setting)
-        psi, mean = granulated(x, y, cells, clusters, own)
+        psi, mean = granulated(x, y, cells, clusters)
         found |= {Key(name, target, "psi", group): of for group, of in psi.items()}
         found[Key(name, target, "psi_mean")] = mean
         for control, column in self.controls.items():
@@ -196,8 +205,10 @@ class _Study:
         """Return Kendall's p that takes runs as independent, and Spearman's ρ with its permutation p."""
         if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
             return {}
+        from scipy import stats  # takes half a second, which only these details need
+
         plain = stats.kendalltau(x, y, variant="b")
-        ranks = [stats.rankdata(values) - (len(x) + 1) / 2 for values in (x, y)]
+        ranks = [mid_ranks(values) - (len(x) + 1) / 2 for values in (x, y)]
         rank_x, rank_y = (each / np.linalg.norm(each) for each in ranks)
         p = permutation_p(rank_x, rank_y, self.permutations(rows))
         why = "p permutes the gaps of whole settings" if p is not None else "no p: no two settings are alike"
@@ -303,7 +314,7 @@ class _Study:
     def within(self, name: str, target: str, rows: Integers, numbers: Integers) -> Quantity:
         x, y = self.column(name)[rows], self.column(target)[rows]
         clusters = self.clusters(rows, name, target)
-        linear = linear_tau(pair_sums(x, y, numbers[rows]), pair_sums(x, y, clusters.setting))
+        linear = linear_tau(x, y, clusters.setting, numbers[rows])
         if linear is None:
             return Quantity(None, n=len(rows), note="no two runs of a group differ in both")
         return tau_quantity(linear, clusters)
@@ -313,8 +324,7 @@ class _Study:
         key = (min(a, b), max(a, b), rows.tobytes())
         if key not in self.kept:
             x, y = self.column(a)[rows], self.column(b)[rows]
-            setting = self.clusters(rows).setting
-            self.kept[key] = linear_tau(pair_sums(x, y, 0 * setting), pair_sums(x, y, setting))
+            self.kept[key] = linear_tau(x, y, self.clusters(rows).setting)
         return self.kept[key]
 
     def permutations(self, rows: Integers) -> Integers:

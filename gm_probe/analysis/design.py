@@ -8,12 +8,10 @@ import numpy as np
 import pandas as pd
 
 from gm_probe.analysis.pairs import Floats, Integers
-from gm_probe.tables.table import BOOKKEEPING, SEED, RunTable, require_known, show
+from gm_probe.tables.table import ACCURACIES, BOOKKEEPING, SEED, RunTable, require_known, show
 
 Cells = tuple[Integers, Integers]
 """(n,) which cell each run of the table is in, and (n,) which value of the hyperparameter it has."""
-ACCURACIES = {"test_accuracy": "test_error", "train_accuracy": "train_error"}
-"""Targets that are 1 − an outcome."""
 CONTROLS = ("train_ce", "hessian_lambda_max", "parameter_norm")
 """What τ is also taken given, where the table has it, besides each hyperparameter."""
 SETTING = "setting"

@@ -9,13 +9,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special  # not scipy.stats, which takes half a second to import
 
-from gm_probe.analysis.pairs import Floats, Integers, dense_ranks
+from gm_probe.analysis.pairs import Floats, Integers, dense_ranks, mid_ranks
 
 LEVEL = 0.95
 LEAST_UNITS = 5
-"""Of fewer settings no error can be estimated."""
+"""Of fewer settings that are paired with others no error can be estimated."""
 LEAST_SEEDS = 3
 """Of fewer seeds that settings share, their part of the error cannot be estimated, either."""
 SEED_LEVEL = 0.1
@@ -91,8 +91,7 @@ def clusters_of(setting: np.ndarray, seed: np.ndarray | None, *columns: Floats) 
         return Clusters(numbers, None)
     known = np.where(shared, np.searchsorted(common, seed), -1).astype(np.int64)
     differ = [
-        _differ(*_decomposed(stats.rankdata(values)[shared], numbers[shared], known[shared]))
-        for values in columns
+        _differ(*_decomposed(mid_ranks(values)[shared], numbers[shared], known[shared])) for values in columns
     ]
     return Clusters(numbers, known, sum(differ) >= min(2, len(columns)))
 
@@ -102,7 +101,8 @@ def _differ(inside: Floats, rest: Floats, num_seeds: int, left: int) -> bool:
     if left <= 0 or num_seeds < 2:
         return num_seeds > 1
     of_seeds, of_runs = float(inside @ inside) - float(rest @ rest), float(rest @ rest)
-    return of_seeds / (num_seeds - 1) > float(stats.f.isf(SEED_LEVEL, num_seeds - 1, left)) * of_runs / left
+    critical = float(special.fdtri(num_seeds - 1, left, 1 - SEED_LEVEL))
+    return of_seeds / (num_seeds - 1) > critical * of_runs / left
 
 
 def _decomposed(values: Floats, setting: Integers, seed: Integers) -> tuple[Floats, Floats, int, int]:
@@ -127,21 +127,26 @@ class Spread:
     freedom: float
 
 
-def settings_spread(sums: Floats) -> Spread:
-    """Return the variance that independent settings give, from each setting's share ``sums`` (S,) in a sum over pairs.
+def settings_spread(sums: Floats, num: int, groups: int = 1) -> Spread:
+    """Return the variance that independent settings give, from each setting's share ``sums`` in a sum over pairs.
 
-    S/(S − 2) in place of the jackknife's S/(S − 1): of pairs, leaving out one setting costs two degrees.
+    ``num`` settings are paired with others, each with those of one of ``groups`` groups alone. A pair counts in the
+    shares of both its settings, and every group has a τ of its own. Both together make the sum of squares too large by
+    (S + 2G − 4)/S on average, for the covariance of normal values in groups of one size. It is S/(S − 2) in place of
+    the jackknife's S/(S − 1) for one group, and counts each pair once where every group is one pair.
+    ``num`` = ``groups``: all pairs are inside settings.
     """
-    num = len(sums)
-    return Spread(num / (num - 2) * float(sums @ sums), num - 1)
+    if num == groups:
+        return Spread(num / (num - 1) * float(sums @ sums), num - 1)
+    return Spread(num / (num + 2 * groups - 4) * float(sums @ sums), num - groups)
 
 
 def with_seeds(settings: Spread, influence: Floats, clusters: Clusters) -> Spread:
     """Add what another choice of shared seeds would add to the variance ``settings``, if above 0.
 
     ``influence`` (n,) is what each run's weight changes the statistic by. V_run is the mean square that is left of it
-    after settings and seeds, so that the variance of single runs is not counted twice. The factor (K + 1)/(K − 2) of K
-    seeds, in place of the jackknife's K/(K − 1), was chosen in simulations: over pairs of so few seeds it covers.
+    after settings and seeds, so that the variance of single runs is not counted twice. The factor (K + 3)/(K − 1) of K
+    seeds was chosen in simulations. It is that of pairs, K/(K − 2), for K = 3, and more for more seeds.
 
     Source: Cameron, Gelbach and Miller 2011, "Robust inference with multiway clustering"; degrees of freedom by
     Satterthwaite 1946, "An approximate distribution of estimates of variance components".
@@ -152,16 +157,15 @@ def with_seeds(settings: Spread, influence: Floats, clusters: Clusters) -> Sprea
     shared = clusters.seed >= 0
     seed = clusters.seed[shared]
     inside, rest, _, left = _decomposed(influence[shared], clusters.setting[shared], seed)
-    sums, few = np.bincount(seed, inside), (num + 1) / (num - 2)
-    of_seeds = few * float(sums @ sums)
-    of_runs = few * (num - 1) / num * len(rest) / left * float(rest @ rest) if left > 0 else 0.0
-    variance = settings.variance + of_seeds - of_runs
     if not clusters.seeds_differ and not _differ(inside, rest, num, left):
         return settings
-    if variance <= settings.variance:  # by chance, where the columns differ between seeds
-        return Spread(settings.variance, min(2 * (num - 1), settings.freedom))
-    parts = [(settings.variance, settings.freedom), (of_seeds, num - 1), (of_runs, max(left, 1))]
-    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    sums = np.bincount(seed, inside)
+    of_runs = (num - 1) / num * len(rest) / left * float(rest @ rest) if left > 0 else 0.0
+    added = (num + 3) / (num - 1) * float(sums @ sums) - of_runs
+    if added <= 0:
+        return settings
+    variance = settings.variance + added
+    freedom = variance**2 / (settings.variance**2 / settings.freedom + added**2 / (num - 1))
     return Spread(variance, float(np.clip(freedom, min(num - 1, settings.freedom), settings.freedom)))
 
 
@@ -176,8 +180,8 @@ def coefficient(value: float, spread: Spread, n: int) -> Quantity:
     error = math.sqrt(max(spread.variance, 0.0)) / (1 - value**2)
     if error < 1e-12:
         return Quantity(value, n=n, note="no interval: the error cannot be estimated, as no setting differs")
-    centre, half = math.atanh(value), float(stats.t.ppf((1 + LEVEL) / 2, spread.freedom)) * error
-    p = 2 * float(stats.t.sf(abs(centre) / error, spread.freedom))
+    centre, half = math.atanh(value), float(special.stdtrit(spread.freedom, (1 + LEVEL) / 2)) * error
+    p = 2 * float(special.stdtr(spread.freedom, -abs(centre) / error))
     return Quantity(value, math.tanh(centre - half), math.tanh(centre + half), p, n)
 
 
@@ -186,15 +190,17 @@ def difference(value: float, spread: Spread, n: int) -> Quantity:
     error = math.sqrt(max(spread.variance, 0.0))
     if error < 1e-12:
         return Quantity(value, n=n, note="no interval: the two order the runs alike")
-    half = float(stats.t.ppf((1 + LEVEL) / 2, spread.freedom)) * error
-    p = 2 * float(stats.t.sf(abs(value) / error, spread.freedom))
+    half = float(special.stdtrit(spread.freedom, (1 + LEVEL) / 2)) * error
+    p = 2 * float(special.stdtr(spread.freedom, -abs(value) / error))
     return Quantity(value, value - half, value + half, p, n)
 
 
 def mean_interval(values: np.ndarray, level: float = 0.99) -> tuple[float, float, float]:
     """Return the mean of independent ``values`` (n,), n ≥ 2, and its Student interval: mean, low, high."""
     mean = float(values.mean())
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1)) / math.sqrt(len(values))
+    half = float(special.stdtrit(len(values) - 1, (1 + level) / 2) * values.std(ddof=1)) / math.sqrt(
+        len(values)
+    )
     return mean, mean - half, mean + half
 
 

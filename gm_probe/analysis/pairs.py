@@ -15,6 +15,13 @@ def dense_ranks(values: np.ndarray) -> Integers:
     return np.unique(values, return_inverse=True)[1].astype(np.int64)
 
 
+def mid_ranks(values: np.ndarray) -> Floats:
+    """Return the rank from 1 of each of ``values`` (n,); equal values share the mean of theirs."""
+    places = dense_ranks(values)
+    counts = np.bincount(places)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]
+
+
 def pair_sums(x: Floats, y: Floats, group: Integers) -> Floats:
     """Return each run's sums over its pairs with the others of its ``group`` (n,): (3, n).
 

@@ -17,16 +17,17 @@ from gm_probe.cli.param_types import PATH
 from gm_probe.cli.selection import (
     control_option,
     converged_only_option,
-    gap_option,
     measures_option,
     names,
+    require_defined,
     seed_column_option,
     source_argument,
+    table_of,
     target_option,
     targets_of,
 )
 from gm_probe.cli.statistics import as_json, as_rows, print_answer, print_details, warnings
-from gm_probe.errors import DataError, UsageError
+from gm_probe.errors import UsageError
 from gm_probe.tables.sources import beside, require_source
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
@@ -47,7 +48,6 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
     metavar="A,B",
     help="Also correlate within each subgroup of these settings.  [default: those of the sweep's recipe]",
 )
-@gap_option
 @seed_column_option
 @target_option
 @converged_only_option
@@ -72,7 +72,6 @@ def correlate(
     group_by: str | None,
     gap: str,
     seed_column: str,
-    target: str,
     converged_only: bool,
     figure_path: Path | None,
     no_figure: bool,
@@ -86,7 +85,7 @@ def correlate(
     SOURCE is a folder of run folders (runs/ unless given), a folder or database of MLflow, Lightning or
     Hugging Face, or a .csv, .tsv, .jsonl or .parquet file with one run per row: columns error_gap (test
     error − train error) and/or ce_gap (the same for cross-entropy), one column per measure, and one per
-    hyperparameter. --gap makes another gap of any columns. Only finished and measured runs enter; every
+    hyperparameter. --target takes any column, or makes one of several. Only finished and measured runs enter; every
     other run is counted and listed with its reason. In a file, the measures are all numeric columns except
     settings, identifiers and dates. A note on stderr lists them.
 
@@ -104,29 +103,31 @@ def correlate(
     wanted = figure_path is not None or not (no_figure or output)
     paths = _figure_paths(source, figure_path) if wanted else []
     require_source(source)
-    from gm_probe.tables import runs
+    from gm_probe.tables.runs import recipe_groups
 
-    by = runs.recipe_groups(source) if group_by is None else names(group_by)
+    by = recipe_groups(source) if group_by is None else names(group_by)
     if by and group_by is None:
         _say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)", quiet)
-    table = runs.load_table(
-        source,
-        names(measures),
-        names(hyper),
-        by,
-        gap=gap,
-        seed_column=seed_column,
-        converged_only=converged_only,
+    table = table_of(
+        source, measures, hyper, by, gap=gap, seed_column=seed_column, converged_only=converged_only
     )
     from gm_probe.analysis import correlation  # scipy, which a wrong table must not wait for
 
+    more = details or output is not None
     found = correlation.correlate(
-        table,
-        targets=targets_of(gap, target),
-        group_by=by,
-        controls=names(control),
-        details=details or output is not None,
+        table, targets=targets_of(gap), group_by=by, controls=names(control), details=more
     )
+    _print(found, output, details=details, quiet=quiet)
+    require_defined(found, "the result")
+    if paths:
+        from gm_probe.analysis import design, plots
+
+        groups = design.group_rows(table, table.named(by)) if by else {}
+        plots.write_figure(plots.scatter_panels(found, groups), paths)
+        _say(f"figure: {', '.join(map(str, paths))}", quiet)
+
+
+def _print(found: "Correlations", output: str | None, *, details: bool, quiet: bool) -> None:
     if output == "json":
         print_json(as_json(found))
     elif output == "csv":
@@ -138,14 +139,6 @@ def correlate(
     _print_notes(found, quiet)
     for text in warnings(found) if output else ():
         _say(f"warning: {text}", quiet)
-    if all(found.get(name, of).value is None for name in table.measures for of in found.targets):
-        raise DataError(f"no measure in {source} has a defined τ; the result gives the reasons")
-    if paths:
-        from gm_probe.analysis import design, plots
-
-        groups = design.group_rows(table, table.named(by)) if by else {}
-        plots.write_figure(plots.scatter_panels(found, groups), paths)
-        _say(f"figure: {', '.join(map(str, paths))}", quiet)
 
 
 def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:

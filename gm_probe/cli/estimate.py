@@ -20,6 +20,7 @@ from gm_probe.cli.output import (
     print_json,
     results_console,
     say,
+    short_names,
     table,
 )
 from gm_probe.cli.param_types import PATH, SEED, Choice
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from gm_probe.accuracy.evidence import Evidence
     from gm_probe.accuracy.report import EstimateReport, ModelEstimate
     from gm_probe.data.datasets import Examples
+
+NARROW = 76
+"""Columns of a terminal below which the table leaves out agreement and the range of the estimators."""
 
 
 @click.command(
@@ -115,7 +119,7 @@ def estimate(
     output: str | None,
     quiet: bool,
     **options: Any,
-) -> None:
+) -> EstimateReport | None:
     """Estimate how accurate CHECKPOINTS are on unlabeled data, best first.
 
     A checkpoint is anything that `gmprobe measure` takes. The labeled data that you give decides what is
@@ -127,7 +131,7 @@ def estimate(
     --few-labels   a confidence interval that needs no assumption about the shift
     """
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, the first does all
-        return
+        return None
     data = DataOptions.of(options)
     names, paths = _asked(data, checkpoints, [unlabeled, validation, few_labels], measures)
     shares = _shares(class_shares)
@@ -161,6 +165,7 @@ def estimate(
         if not report.suggestions and not quiet:
             note(notes_console(), f"note: {suggest} is empty: there are no leaders that disagree")
     _show(report, report.as_dict(**named, settings=settings), names, output, quiet)
+    return report
 
 
 # ---- what is read
@@ -294,21 +299,31 @@ def _show(
 def _print(report: EstimateReport, names: Sequence[str]) -> None:
     console = results_console()
     known = report.models[0].accuracy is not None
-    several = len(report.models) > 1
+    wide = console.width >= NARROW
+    several = wide and len(report.models) > 1
     shown = [name for name in names if name != MIRRORED]
-    compared = report.num_labels is None
+    compared = wide and report.num_labels is None
     accuracy = ["accuracy", "interval", *(["estimators"] if compared else [])]
     head = ["checkpoint", *(accuracy if known else ["confidence"])]
     head += ["agreement"] if several else []
-    head += [*(CATALOGUE[name].symbol for name in shown), "seconds"]
-    rows = [_cells(model, shown, several=several, compared=compared) for model in report.models]
+    head += [CATALOGUE[name].symbol for name in shown]
+    paths = [model.name for model in report.models]
+    short = dict(zip(paths, short_names(paths), strict=True))
+    rows = [
+        [short[model.name], *_cells(model, shown, several=several, compared=compared)]
+        for model in report.models
+    ]
     sizes = [f"N = {report.num_unlabeled:,}"]
     if report.num_validation is not None:
         sizes.append(f"validation = {report.num_validation:,}")
     if report.num_labels is not None:
         sizes.append(f"labels = {report.num_labels:,}")
-    console.print(table(f"accuracy on unlabeled data in %  {'  '.join(sizes)}", head, rows))
-    say(console, report.conclusion, "bold")
+    seconds = f"{sum(model.seconds for model in report.models):.1f} s"
+    console.print(table(f"accuracy on unlabeled data in %  {'  '.join(sizes)}  {seconds}", head, rows))
+    conclusion = report.conclusion
+    for path in sorted(paths, key=len, reverse=True):  # a path may begin another
+        conclusion = conclusion.replace(path, short[path])
+    say(console, conclusion, "bold")
     first = report.models[0].accuracy
     if first is not None:
         say(console, f"Estimate: {first.method}. It assumes that {first.assumption}.", "dim")
@@ -327,8 +342,8 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
 
 
 def _cells(model: ModelEstimate, shown: Sequence[str], *, several: bool, compared: bool) -> list[str]:
-    """A model's row of the table."""
-    cells = [model.name]
+    """A model's row of the table, without its name."""
+    cells = []
     if model.accuracy is not None:
         found = model.accuracy
         cells += [_points(found.value), f"{_points(found.low)} to {_points(found.high)}"]
@@ -342,7 +357,7 @@ def _cells(model: ModelEstimate, shown: Sequence[str], *, several: bool, compare
         row = model.measures[name]
         error = row["stderr_examples"] if row["stderr"] is None else row["stderr"]
         cells.append(f"{number(row['value'])} ± {number(error, 2)}")
-    return [*cells, f"{model.seconds:.1f}"]
+    return cells
 
 
 def _good(estimators: Mapping[str, Mapping[str, float | None]]) -> list[float]:

@@ -2,14 +2,73 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gm_probe.cli.output import note, notes_console, number, results_console, say, table
+from gm_probe.cli.output import note, notes_console, number, results_console, say, short_names, table
 from gm_probe.runs.catalogue import CATALOGUE
 
 
-def print_result(result: dict[str, Any]) -> None:
+def print_results(results: Sequence[dict[str, Any]]) -> None:
+    """Print one checkpoint's measures in full, or one table of several checkpoints."""
+    if len(results) == 1:
+        _print_one(results[0])
+    elif results:
+        _print_several(results)
+
+
+def _print_several(results: Sequence[dict[str, Any]]) -> None:
+    """Print each measure of each checkpoint with its standard error; the longer list runs down."""
+    names = list(dict.fromkeys(name for result in results for name in result["measures"]))
+    heads = [f"{_symbol(name)}{_labels(results, name)}{_better(name)}" for name in names]
+    checkpoints = short_names([result["checkpoint"] for result in results])
+    cells = [[_value(result["measures"].get(name)) for name in names] for result in results]
+    sizes = {f"N = {result['num_examples']:,}" for result in results}
+    title = f"{len(results)} checkpoints{'  ' + sizes.pop() if len(sizes) == 1 else ''}"
+    console = results_console()
+    if len(names) > len(results):
+        rows = [[head, *row] for head, row in zip(heads, zip(*cells, strict=True), strict=True)]
+        console.print(table(title, ["measure", *checkpoints], rows))
+    else:
+        rows = [[name, *row] for name, row in zip(checkpoints, cells, strict=True)]
+        console.print(table(title, ["checkpoint", *heads], rows))
+    say(
+        console,
+        "↓: a smaller value is expected to go with better generalization, ↑: a larger one. "
+        "±: standard error over random draws and examples together. !: not converged. "
+        "--json has every number; a single checkpoint is shown with both errors and the cost.",
+        "dim",
+    )
+    for result in results:
+        if "layers" in result:
+            _print_layers(result["layers"], result["checkpoint"])
+
+
+def _labels(results: Sequence[dict[str, Any]], name: str) -> str:
+    """Which labels a measure took, where it took any."""
+    labels = {result["measures"].get(name, {}).get("labels", "none needed") for result in results} - {
+        "none needed"
+    }
+    return f" ({' or '.join(sorted(labels))} labels)" if labels else ""
+
+
+def _better(name: str) -> str:
+    """An arrow that says which values are expected to go with better generalization."""
+    direction = CATALOGUE[name].direction if name in CATALOGUE else None
+    return {"worse": " ↓", "better": " ↑"}.get(direction or "", "")
+
+
+def _value(row: dict[str, Any] | None) -> str:
+    """A value and its standard error over draws and examples; ``!`` where it did not converge."""
+    if row is None or row["value"] is None:
+        return "—"
+    errors = [row[key] for key in ("stderr", "stderr_examples") if row[key] is not None]
+    error = f" ± {number(math.hypot(*errors), 2)}" if errors else ""
+    return f"{number(row['value'])}{error}{'' if row['converged'] else ' !'}"
+
+
+def _print_one(result: dict[str, Any]) -> None:
     """One checkpoint's table on stdout, with a caption that says how its figures are to be read."""
 
     console = results_console()
@@ -45,7 +104,7 @@ def print_result(result: dict[str, Any]) -> None:
     console.print(table(title, columns, [row[: len(columns)] for row in rows]))
     _print_more(result)
     if "layers" in result:
-        _print_layers(result["layers"])
+        _print_layers(result["layers"], "per layer")
     over = ", over batches" if result["settings"].get("head") == "simclr" else ""
     say(
         console,
@@ -80,7 +139,7 @@ def _print_more(result: dict[str, Any]) -> None:
             say(console, f"{name}, the largest: {found}")
 
 
-def _print_layers(layers: Sequence[Mapping[str, Any]]) -> None:
+def _print_layers(layers: Sequence[Mapping[str, Any]], title: str) -> None:
     """A row a layer: its parameters, and each value with its estimator's error."""
     known = [row for row in layers if "measures" in row]
     names = list(known[0]["measures"]) if known else []
@@ -91,7 +150,7 @@ def _print_layers(layers: Sequence[Mapping[str, Any]]) -> None:
         ]
         for row in known
     ]
-    results_console().print(table("per layer", ["layer", "P", *map(_symbol, names)], rows))
+    results_console().print(table(title, ["layer", "P", *map(_symbol, names)], rows))
     for row in layers:
         if "reason" in row:
             say(results_console(), f"{row['layer']}: undefined: {row['reason']}")

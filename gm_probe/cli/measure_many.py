@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gm_probe.cli.data import DataOptions, opened
-from gm_probe.cli.figures import as_rows, print_result, warn
+from gm_probe.cli.figures import as_rows, print_results, warn
 from gm_probe.cli.live import ended_line, live_view
 from gm_probe.cli.output import note, notes_console, print_csv, print_json
 from gm_probe.cli.progress import progress_bar
@@ -47,7 +47,7 @@ def measure_all(
     """Measure ``checkpoints`` and print every result, also where some fail or the user interrupts.
 
     Args:
-        executor: None measures one after the other in this process, with a bar, and prints each table at once.
+        executor: None measures one after the other in this process, with a bar.
         speaks: whether this process prints; one of those that ``torchrun`` started does.
 
     Raises:
@@ -68,8 +68,6 @@ def measure_all(
     def notify(outcome: Outcome) -> None:
         ended[outcome.name] = outcome
         show(outcome)
-        if here and speaks and output is None:
-            _print([outcome], output, quiet)
 
     try:
         with view as show:
@@ -82,7 +80,7 @@ def measure_all(
         raise
     finally:
         outcomes = [ended[name] for name in paths if name in ended]
-        if speaks and (output is not None or not here):
+        if speaks:
             _print(outcomes, output, quiet)
     _raise_failures(outcomes, named=here and not quiet)
     return outcomes
@@ -115,8 +113,7 @@ def _print(outcomes: Sequence[Outcome], output: str | None, quiet: bool) -> None
     elif output == "csv":
         print_csv(as_rows(results))
     else:
-        for result in results:
-            print_result(result)
+        print_results(results)
     if not quiet:
         for result in results:
             warn(result)

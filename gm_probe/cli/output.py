@@ -108,6 +108,16 @@ def number(value: float | None, digits: int = 4) -> str:
     return "—" if value is None else f"{value:.{digits}g}"
 
 
+def short_names(paths: Sequence[str]) -> list[str]:
+    """``paths`` without the folder that all of them share, for a table."""
+    shared = (
+        os.path.commonpath(list(map(os.path.dirname, paths)))
+        if len(set(map(os.path.isabs, paths))) == 1
+        else ""
+    )
+    return [os.path.relpath(path, shared) if shared else path for path in paths]
+
+
 def note(console: Console, text: str) -> None:
     """Print a line for a person on ``console``, never wrapped where no terminal asks for it."""
     console.print(printable(text), markup=False, highlight=False, soft_wrap=not console.is_terminal)

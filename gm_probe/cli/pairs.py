@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,7 @@ from gm_probe.cli.output import (
 from gm_probe.cli.param_types import PATH, SEED, Choice
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import setting_options
-from gm_probe.errors import (
-    CheckpointError,
-    DataError,
-    DivergedError,
-    UsageError,
-)
+from gm_probe.errors import CheckpointError, DataError, DivergedError, UsageError
 from gm_probe.runs.records import RUNS, find_runs
 
 if TYPE_CHECKING:
@@ -87,20 +83,48 @@ def pairs(
     """
     data = DataOptions.of(options)
     data.require_use(unlabeled)
+    paths, excluded, notes = _checkpoints(checkpoints, unlabeled)
+    own_loading = data.of_each(paths)
+    from gm_probe.measures.pairwise import compare
+    from gm_probe.sweep.data_identity import described, doubts, training_sets_of
+
+    loading = data.loading() | {"head": head}
+    training_sets = training_sets_of(paths)
+    notes += doubts(paths, training_sets)
+    examples, part = _examples(paths, unlabeled, data, notes, quiet)
+    examples = examples.subset(data.max_examples, seed)
+    outputs, models, chosen = _all_outputs(paths, examples, own_loading, quiet=quiet, **loading)
+    notes += [*chosen, *_same_twice(paths, outputs)]
+    with progress_bar("pairs", len(paths) * (len(paths) - 1) // 2, unit="pairs", quiet=quiet) as bar:
+        report = compare(outputs, training_sets, names=[str(path) for path in paths], notify=bar.update)
+    result = {
+        "checkpoints": [row | {"training_set": s} for row, s in zip(models, training_sets, strict=True)],
+        "training_sets": described(paths, training_sets),
+        "excluded": [{"run": str(path), "reason": reason} for path, reason in excluded],
+        "num_examples": report.num_examples,
+        "num_classes": report.num_classes,
+        "skipped": list(examples.skipped),
+        "settings": _settings(examples, part, data, loading, seed),
+        "measures": {name: row.as_dict() for name, row in report.rows.items()},
+        "pairs": _pair_rows(report, paths),
+        "notes": notes,
+    }
+    _show(result, output, quiet)
+
+
+# ---- what is compared
+
+
+def _checkpoints(
+    checkpoints: Sequence[Path], unlabeled: str | None
+) -> tuple[list[Path], list[tuple[Path, str]], list[str]]:
+    """Return two or more checkpoints, those left out with the reason, and notes."""
     for path in checkpoints:
         if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint")
     if not checkpoints:
         find_runs(RUNS)
-    from gm_probe.sweep.data_identity import (
-        common_unlabeled,
-        described,
-        doubts,
-        find_checkpoints,
-        is_run,
-        reasons,
-        training_sets_of,
-    )
+    from gm_probe.sweep.data_identity import find_checkpoints, is_run, reasons
 
     paths, excluded, notes = find_checkpoints(checkpoints or (RUNS,))
     if len(paths) < 2:
@@ -112,61 +136,42 @@ def pairs(
         for path in paths:
             if not is_run(path):
                 raise UsageError(f"{path} is not a gmprobe run. Add --unlabeled DATA")
-    from gm_probe.measures.pairwise import compare
+    return paths, excluded, notes
+
+
+def _examples(
+    paths: Sequence[Path], unlabeled: str | None, data: DataOptions, notes: list[str], quiet: bool
+) -> tuple[Examples, str | None]:
+    """Return the examples, and the part of a data set that they are; adds to ``notes`` what was read how."""
+    if unlabeled is None:
+        from gm_probe.sweep.data_identity import common_unlabeled
+        from gm_probe.training.run_splits import OWN_UNLABELED
+
+        return common_unlabeled(paths, data.leave()), OWN_UNLABELED
+    examples, used_part, hint = data.open(unlabeled, labeled=False)
+    notes += [*([hint] if hint else []), *examples.notes]
+    note_reading(notes_console(quiet), (), examples.skipped)
+    return examples, used_part
+
+
+def _settings(
+    examples: Examples, part: str | None, data: DataOptions, loading: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
     from gm_probe.measuring.checkpoint import output_settings
     from gm_probe.runtime.devices import environment
-    from gm_probe.training.run_splits import OWN_UNLABELED
 
-    loading = data.loading() | {"head": head}
-    own_loading = data.of_each(paths)
-    training_sets = training_sets_of(paths)
-    notes += doubts(paths, training_sets)
-    if unlabeled is None:
-        examples, used_part = common_unlabeled(paths, data.leave()), OWN_UNLABELED
-    else:
-        examples, used_part, hint = data.open(unlabeled, labeled=False)
-        notes += [*([hint] if hint else []), *examples.notes]
-        note_reading(notes_console(quiet), (), examples.skipped)
-    examples = examples.subset(data.max_examples, seed)
-    outputs, models, chosen = _all_outputs(paths, examples, own_loading, quiet=quiet, **loading)
-    notes += chosen
-    notes += _same_twice(paths, outputs)
-    with progress_bar("pairs", len(paths) * (len(paths) - 1) // 2, unit="pairs", quiet=quiet) as bar:
-        report = compare(outputs, training_sets, names=[str(path) for path in paths], notify=bar.update)
-    result: dict[str, Any] = {
-        "checkpoints": [
-            {**row, "training_set": name} for row, name in zip(models, training_sets, strict=True)
-        ],
-        "training_sets": described(paths, training_sets),
-        "excluded": [{"run": str(path), "reason": reason} for path, reason in excluded],
-        "num_examples": report.num_examples,
-        "num_classes": report.num_classes,
-        "skipped": list(examples.skipped),
-        "settings": {
-            "data": examples.source,
-            "part": used_part,
-            "max_examples": data.max_examples,
-            **data.reading(),
-            "passed_over": dict(examples.passed_over),
-            "seed": seed,
-            "dtype": data.dtype,
-            **{key: value for key, value in output_settings(loading).items() if value is not None},
-            "batchnorm": "eval (running statistics)",
-            **environment(loading["device"]),
-        },
-        "measures": {name: row.as_dict() for name, row in report.rows.items()},
-        "pairs": _pair_rows(report, paths),
-        "notes": notes,
+    return {
+        "data": examples.source,
+        "part": part,
+        "max_examples": data.max_examples,
+        **data.reading(),
+        "passed_over": dict(examples.passed_over),
+        "seed": seed,
+        "dtype": data.dtype,
+        **{key: value for key, value in output_settings(loading).items() if value is not None},
+        "batchnorm": "eval (running statistics)",
+        **environment(loading["device"]),
     }
-    if output == "json":
-        print_json(result)
-    elif output == "csv":
-        print_csv(result["pairs"])
-    else:
-        _print_result(result)
-    if output is not None and not quiet:
-        for line in notes:
-            note(notes_console(), f"note: {line}")
 
 
 # ---- outputs
@@ -252,18 +257,20 @@ def _same_twice(paths: Sequence[Path], outputs: Sequence[torch.Tensor]) -> list[
 # ---- what is shown
 
 
+def _show(result: dict[str, Any], output: str | None, quiet: bool) -> None:
+    if output == "json":
+        print_json(result)
+    elif output == "csv":
+        print_csv(result["pairs"])
+    else:
+        _print_result(result)
+        return
+    for line in result["notes"]:
+        note(notes_console(quiet), f"note: {line}")
+
+
 def _pair_rows(report: PairReport, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    return [
-        {
-            "a": str(paths[pair.a]),
-            "b": str(paths[pair.b]),
-            "disagreement": pair.disagreement,
-            "kl_ab": pair.kl_ab,
-            "kl_ba": pair.kl_ba,
-            "same_training_set": pair.same_training_set,
-        }
-        for pair in report.pairs
-    ]
+    return [asdict(pair) | {"a": str(paths[pair.a]), "b": str(paths[pair.b])} for pair in report.pairs]
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -13,16 +15,20 @@ from gm_probe.cli.param_types import PATH
 from gm_probe.cli.selection import (
     control_option,
     converged_only_option,
-    gap_option,
     measures_option,
     names,
+    require_defined,
     seed_column_option,
     source_argument,
+    table_of,
     target_option,
     targets_of,
 )
-from gm_probe.errors import DataError, UsageError
+from gm_probe.errors import UsageError
 from gm_probe.tables.sources import beside, require_source
+
+if TYPE_CHECKING:
+    from gm_probe.analysis.report import Report
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
@@ -59,7 +65,6 @@ from gm_probe.tables.sources import beside, require_source
 @click.option(
     "--markers", metavar="A,B", default="", help="Show the values of these settings by different markers."
 )
-@gap_option
 @seed_column_option
 @target_option
 @converged_only_option
@@ -79,7 +84,6 @@ def report(
     markers: str,
     gap: str,
     seed_column: str,
-    target: str,
     converged_only: bool,
     control: str,
     quiet: bool,
@@ -93,25 +97,22 @@ def report(
     require_source(source)
     out = _page(source, out)
     _require_distinct({"SOURCE": source, "--out": out, "--markdown": markdown, "--latex": latex})
-    from gm_probe.analysis import correlation, design, plots, typeset
+    from gm_probe.analysis import correlation, design
     from gm_probe.analysis.report import compose, html
     from gm_probe.files.atomic import write_atomic
-    from gm_probe.tables import runs
 
     by, shape_by = names(group_by), names(markers)
-    table = runs.load_table(
+    table = table_of(
         source,
-        names(measures),
-        names(hyper),
+        measures,
+        hyper,
         [*by, *shape_by],
         gap=gap,
         seed_column=seed_column,
         converged_only=converged_only,
     )
     by, shape_by = table.named(by), table.named(shape_by)
-    found = correlation.correlate(
-        table, targets=targets_of(gap, target), group_by=by, controls=names(control)
-    )
+    found = correlation.correlate(table, targets=targets_of(gap), group_by=by, controls=names(control))
     page = compose(
         found,
         groups=design.group_rows(table, by) if by else {},
@@ -119,20 +120,26 @@ def report(
         command=_command(ctx),
     )
     write_atomic(out, html(page).encode(errors="replace"))
-    written = [str(out)]
+    written = [str(out), *_beside(page, markdown, latex, figures)]
+    note(notes_console(quiet), f"report: {', '.join(written)}")
+    require_defined(found, str(out))
+
+
+def _beside(page: Report, markdown: Path | None, latex: Path | None, figures: Path | None) -> Iterator[str]:
+    """Write the page's tables and pictures to files of their own; yield what was written."""
+    from gm_probe.analysis import plots, typeset
+    from gm_probe.files.atomic import write_atomic
+
     for path, text in ((markdown, typeset.markdown), (latex, typeset.latex)):
         if path is not None:
             write_atomic(path, text(page.printed).encode(errors="replace"))
-            written.append(str(path))
+            yield str(path)
     if figures is not None:
         for picture in page.pictures:
             plots.write_figure(
                 picture.figure, [figures / f"{picture.name}{suffix}" for suffix in FIGURE_SUFFIXES]
             )
-        written.append(f"{len(page.pictures)} figures in {figures}")
-    note(notes_console(quiet), f"report: {', '.join(written)}")
-    if all(found.get(name, of).value is None for name in table.measures for of in found.targets):
-        raise DataError(f"no measure in {source} has a defined τ; {out} gives the reasons")
+        yield f"{len(page.pictures)} figures in {figures}"
 
 
 def _page(source: Path, chosen: Path | None) -> Path:

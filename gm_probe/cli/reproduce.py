@@ -73,7 +73,7 @@ def reproduce(
     scale = scale or chosen.default
     chosen.at(scale)
     from gm_probe.reproduce.finding import Task
-    from gm_probe.reproduce.run import reproduce as run
+    from gm_probe.reproduce.finding import reproduce as run
 
     console = notes_console(quiet)
     name = chosen.name

@@ -102,71 +102,75 @@ def tune(
     over seeds, and draws a map into --out. It also prints the command that trains the best point on the
     whole training part.
     """
+    console = notes_console(quiet)
+    config, values = _search(console, given, rho_text, beta_text, trials, dry_run)
     from gm_probe.cli.sweep import run_with_progress
+    from gm_probe.sweep import tuning
+    from gm_probe.sweep.recipe import run_name
+    from gm_probe.training.run_splits import load_splits
+
+    out = out or Path("tune", run_name(config, {"method": config.method, "model": config.model}))
+    base = config.replace(validation=tuning.VALIDATION)
+    parts = load_splits(base)  # what does not fit is said before anything is trained
+    sizes = {"num_train": len(parts.train), "num_validation": len(parts.test)}
+    run = partial(run_with_progress, out=out, jobs=jobs, quiet=quiet)
+    tuner = tuning.Tuner(base, seeds, out, run)
+    points = [tuning.Point(rho, beta) for beta in values.get("beta", (None,)) for rho in values["rho"]]
+    if dry_run:
+        _dry_run(tuner, points)
+        return
+    report = partial(_print_trial, console, trials)
+    cells = tuner.trials(trials, values, report) if trials else tuner.grid(points)
+    best = tuning.best_of(cells)
+    command = _command(config, best)
+    figures = _draw(tuner, cells, best, grid=not trials)
+    if output == "json":
+        found = {"cells": [cell.as_dict() for cell in cells], "best": best.as_dict(), "command": command}
+        print_json({"out": str(out), **sizes, "seeds": seeds, **found, "figures": list(map(str, figures))})
+    elif output == "csv":
+        print_csv([{k: v for k, v in cell.as_dict().items() if k != "errors"} for cell in cells])
+    else:
+        _print_table(tuner, cells, best, **sizes)
+        echo(f"train with it:  {command}")
+    for text in _doubts(cells, best, {} if trials else values, sizes["num_validation"]):
+        note(console, f"note: {text}")
+    note(console, f"figure: {', '.join(map(str, figures))}")
+
+
+def _search(
+    console: Console,
+    given: Mapping[str, Any],
+    rho_text: str | None,
+    beta_text: str | None,
+    trials: int | None,
+    dry_run: bool,
+) -> tuple[TrainConfig, dict[str, tuple[float, ...]]]:
+    """Return the configuration, and the values of ρ and β to try: with ``trials`` two bounds each."""
     from gm_probe.data.sources import require_source
-    from gm_probe.sweep.recipe import require_names, run_name
+    from gm_probe.sweep.recipe import require_names
     from gm_probe.training.config import TrainConfig
 
-    console = notes_console(quiet)
     settings = {key: value for key, value in given.items() if value is not None}
     config = TrainConfig.from_dict(settings)
-    radii = floats("--rho", rho_text) if rho_text else ()
-    betas = None if beta_text is None else floats("--beta", beta_text)
+    asked = {"rho": rho_text, "beta": beta_text}
+    values = {name: floats(f"--{name}", text) for name, text in asked.items() if text is not None}
     if trials and dry_run:
         raise UsageError("--dry-run cannot know the points that --trials will choose")
-    if given.get("data") is not None:
+    if "data" in settings:
         require_source(config.data, here=True)
     require_names([config])
     from gm_probe.sweep import tuning  # torch, which a wrong option must not wait for
-    from gm_probe.training.run_splits import load_splits
 
     if "data" not in settings:
         note(console, "no --data given: tuning on the bundled handwritten digits (1,797 images of 8×8)")
     note_settings(console, config, given)
     tuning.check_tunable(config, beta=beta_text is not None)
-    values = {"rho": radii or tuning.radii_around_default(config, bounds=bool(trials))}
-    if betas is not None:
-        values["beta"] = betas
-    out = out or Path("tune", run_name(config, {"method": config.method, "model": config.model}))
-    bounds = {name: _bounds(name, ends) for name, ends in values.items()} if trials else {}
-    points = [tuning.Point(rho, beta) for beta in values.get("beta", (None,)) for rho in values["rho"]]
-    if not trials and len(set(points)) < len(points):
+    values = {"rho": tuning.radii_around_default(config, bounds=bool(trials))} | values
+    if trials:
+        return config, {name: _bounds(name, ends) for name, ends in values.items()}
+    if any(len(set(tried)) < len(tried) for tried in values.values()):
         raise UsageError("--rho or --beta names a value twice; give each once")
-    base = config.replace(validation=tuning.VALIDATION)
-    parts = load_splits(base)  # what does not fit is said before anything is trained
-    num_train, num_validation = len(parts.train), len(parts.test)
-    tuner = tuning.Tuner(
-        base, seeds, out, lambda recipe: run_with_progress(recipe, out, jobs=jobs, quiet=quiet)
-    )
-    if dry_run:
-        _dry_run(tuner, points)
-        return
-    report = partial(_print_trial, console, trials)
-    cells = tuner.trials(trials, bounds, report) if trials else tuner.grid(points)
-    best = tuning.best_of(cells)
-    command = _command(config, best)
-    figures = _draw(tuner, cells, best, grid=not trials)
-    if output == "json":
-        print_json(
-            {
-                "out": str(out),
-                "num_train": num_train,
-                "num_validation": num_validation,
-                "seeds": seeds,
-                "cells": [cell.as_dict() for cell in cells],
-                "best": best.as_dict(),
-                "command": command,
-                "figures": [str(path) for path in figures],
-            }
-        )
-    elif output == "csv":
-        print_csv([{k: v for k, v in cell.as_dict().items() if k != "errors"} for cell in cells])
-    else:
-        _print_table(tuner, cells, best, num_train, num_validation)
-        echo(f"train with it:  {command}")
-    for text in _doubts(cells, best, {} if trials else values, num_validation):
-        note(console, f"note: {text}")
-    note(console, f"figure: {', '.join(map(str, figures))}")
+    return config, values
 
 
 tune.params += [option for option in train.params if option.name not in NOT_TRAINS]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gm_probe.curvature.derivatives import gradients
-from gm_probe.curvature.nestable import Nestable
+from gm_probe.curvature.nestable import NESTABLE, Substituting
 from gm_probe.curvature.written import written
 from gm_probe.data.fields import Inputs
 from gm_probe.errors import first_line, of_machine
@@ -50,7 +50,7 @@ def obstacle(parameters: Parameters, x: Inputs) -> str | None:
 def _curved(parameters: Parameters, x: Inputs) -> str | None:
     generator = torch.Generator().manual_seed(0)
     negligible = NEGLIGIBLE * torch.finfo(parameters.dtype).eps
-    with torch.enable_grad(), Nestable():
+    with torch.enable_grad(), Substituting(NESTABLE):
         values = parameters.leaves()
         logits = parameters.logits(x, values)
         function = next(written(logits), None)

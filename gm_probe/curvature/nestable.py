@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+Substitutes = Mapping[Callable[..., Any], Callable[..., Tensor]]
 
 
 def _layer_norm(
@@ -40,7 +42,7 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return functional.relu6(input + 3) / 6
 
 
-_SUBSTITUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+NESTABLE: Substitutes = {
     functional.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     functional.glu: _glu,
@@ -48,8 +50,12 @@ _SUBSTITUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
 }
 
 
-class Nestable(TorchFunctionMode):
-    """Within this context the layers of ``_SUBSTITUTES`` compute the same by other operations."""
+class Substituting(TorchFunctionMode):
+    """Within this context functions of torch are replaced by others that compute the same."""
+
+    def __init__(self, substitutes: Substitutes) -> None:
+        super().__init__()
+        self._substitutes = substitutes
 
     def __torch_function__(
         self,
@@ -58,4 +64,4 @@ class Nestable(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return _SUBSTITUTES.get(func, func)(*args, **(kwargs or {}))
+        return self._substitutes.get(func, func)(*args, **(kwargs or {}))

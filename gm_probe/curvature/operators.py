@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.autograd import forward_ad
+from torch.func import jvp
 from torch.nn import functional
 
+from gm_probe.curvature.batch_norm import batch_norm
 from gm_probe.curvature.derivatives import (
     Arguments,
     JacobianProduct,
@@ -21,7 +23,7 @@ from gm_probe.curvature.derivatives import (
     gradients,
     require_terms,
 )
-from gm_probe.curvature.nestable import Nestable
+from gm_probe.curvature.nestable import NESTABLE, Substituting
 from gm_probe.curvature.second_derivatives import require_second_derivative
 from gm_probe.curvature.speed import TRIAL
 from gm_probe.data.batches import Batches, cut
@@ -118,9 +120,9 @@ class _Jacobian:
         return torch.zeros_like(theta) if result is None else result
 
     def _by_forward_mode(self, x: Inputs, v: Tensor) -> Tensor:
-        with torch.no_grad():
-            theta = self.parameters.vector()
-            result = jvp(lambda values: self.parameters.logits(x, values), (theta,), (v,))[1]
+        with torch.no_grad(), _forward_mode():
+            logits = self.parameters.logits(x, forward_ad.make_dual(self.parameters.vector(), v))
+            result = _tangent(logits)
         self.work.add(JVP, len(x))
         return result
 
@@ -134,6 +136,19 @@ class _Jacobian:
             [result] = gradients(slope, {"": u})
         self.work.add(REVERSE_JVP, len(x))
         return torch.zeros_like(logits) if result is None else result
+
+
+@contextlib.contextmanager
+def _forward_mode() -> Iterator[None]:
+    """A level of forward mode, by few kernels."""
+    with forward_ad.dual_level(), Substituting({functional.batch_norm: batch_norm}):
+        yield
+
+
+def _tangent(dual: Tensor) -> Tensor:
+    """The derivative that came with ``dual``; zeros where it depends on nothing that has one."""
+    found: Tensor | None = forward_ad.unpack_dual(dual).tangent
+    return torch.zeros_like(dual).detach() if found is None else found.detach()
 
 
 def _centred(values: Tensor, p: Tensor) -> Tensor:
@@ -302,8 +317,10 @@ class _Curvature:
 
     def _forward_product(self, v: Tensor, x: Inputs, d: Tensor) -> Tensor:
         """The tangent of a gradient."""
-        gradient = grad(lambda theta: self._sum(theta, x, d))
-        result = jvp(gradient, (self.parameters.vector(v.dtype),), (v,))[1]
+        with torch.enable_grad(), _forward_mode():
+            theta = forward_ad.make_dual(self.parameters.vector(v.dtype).requires_grad_(), v)
+            [gradient] = gradients(self._sum(theta, x, d), {"": theta})
+            result = torch.zeros_like(v) if gradient is None else _tangent(gradient)
         self.work.add(HESSIAN_PRODUCT, len(d))
         return result
 
@@ -315,7 +332,7 @@ class _Curvature:
             return jvp(lambda inner: self._each(inner, x, d), (theta,), (v,))[1]
 
         # torch's SiLU and Mish have no jvp of a jvp without autograd; of values without gradients there is no graph
-        with torch.enable_grad(), Nestable():
+        with torch.enable_grad(), Substituting(NESTABLE):
             result = jvp(slope, (theta,), (v,))[1]
         self.work.add(NESTED_JVP, len(d))
         return result

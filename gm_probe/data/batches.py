@@ -151,10 +151,11 @@ class Batches:
         normalization: applied to every batch.
         batch_size: examples a batch; the last may be smaller. None = ``BATCH_SIZE``, or what memory holds where
             derivatives are taken (``gm_probe.measure``).
-        device, dtype: of the inputs handed out.
+        device: of the inputs handed out.
+        dtype: of the inputs handed out.
         channels_last: hand out images in channels-last memory format (faster convolutions on CPU and GPU).
-        batch_dependent: the outputs of a batch's examples hang together, as NT-Xent logits do. Then its size belongs to
-            what is measured, and batches, all of one size, are what is independent.
+        batch_dependent: an example's output depends on the rest of its batch, as NT-Xent logits do. Then its size
+            belongs to what is measured, and batches, all of one size, are what is independent.
 
     Raises:
         DataError, UsageError: as ``Normalization.require_range`` raises them.
@@ -227,7 +228,7 @@ class Batches:
     def shard(self, rank: int, count: int) -> Batches:
         """The part of process ``rank`` of ``count``: neighbouring examples, as many to each as can be.
 
-        Batches whose examples hang together are not cut.
+        Batches whose examples depend on each other are not cut.
 
         Raises:
             DataError: fewer examples, or such batches, than processes.
@@ -280,7 +281,7 @@ class Batches:
         return other
 
     def trial_slice(self, count: int) -> slice:
-        """Which of a batch's examples a product is tried on: the first ``count``, or all where they hang together."""
+        """Return which examples a product is tried on: the first ``count``, or all that depend on each other."""
         return slice(None) if self.batch_dependent else slice(count)
 
     def independent(self, terms: Tensor) -> Tensor:

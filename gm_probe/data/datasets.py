@@ -223,7 +223,10 @@ def open_source(
     Args:
         root: where torchvision's data sets are kept (default ``~/.cache/gm_probe``).
         download: let torchvision download what is missing.
-        channels, image_size, resize, crop: of a folder's images; see ``data.images.Reading``.
+        channels: convert a folder's images to so many channels; see ``data.images.Reading``.
+        image_size: resize a folder's images to this many pixels a side.
+        resize: make the shorter side of a folder's images this long.
+        crop: then cut out so many central pixels a side.
         skip_bad: leave out images that cannot be decoded (``Examples.skipped``). All are decoded once more for it.
         decode: False leaves a folder's images in their files until they are taken (``Examples.subset``).
 

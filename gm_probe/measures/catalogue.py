@@ -36,7 +36,7 @@ SEPARATE = {
     "doc": "counts classes",
     "cot": "counts classes",
 }
-"""Why some are undefined where the outputs of a batch hang together (``Batches.batch_dependent``)."""
+"""Why some are undefined where an output depends on the rest of its batch (``Batches.batch_dependent``)."""
 
 
 GROUPS = ("curvature", "outputs", "norms")

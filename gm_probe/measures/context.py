@@ -56,7 +56,7 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One measured figure.
+    """One measured value.
 
     Attributes:
         value: None where it is undefined; ``details['reason']`` says why.
@@ -65,7 +65,7 @@ class Estimate:
         converged: whether the estimator met its tolerance.
         num_evals: gradient evaluations over all the examples that it took, beyond work shared with an
             earlier row.
-        details: what else belongs to the figure.
+        details: what else belongs to the value.
     """
 
     value: float | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -144,7 +145,8 @@ def measure(
 ) -> Report:
     """Measure ``model`` over ``data`` in eval mode; the model is left bit-identical.
 
-    Batches are taken to the model's device. Products of float32 are taken in float32, not in TF32.
+    Batches are taken to the model's device. Products of float32 are taken in float32, or in TF32
+    where ``settings`` allow it.
 
     Args:
         data: ``Batches``, or what they are made of: x, (x, y), a list of batches, a data set, a loader that does not
@@ -188,8 +190,8 @@ def measure(
     rows: dict[str, Estimate] = {}
     refusals: list[ProbeError] = []
     # a model may draw at random though its outputs stay the same
-    batches = in_layout_taken(model, batches)
-    with generators_kept(batches.device, model), as_measured(model):
+    batches, _ = within_memory(batches, partial(in_layout_taken, model))
+    with generators_kept(batches.device, model), as_measured(model, tf32=settings.tf32):
         running = _Running(
             lambda batches: MeasurementContext(model, batches, settings, work, initial, outputs, reference),
             batches,

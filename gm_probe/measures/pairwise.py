@@ -37,7 +37,7 @@ _CELLS = 2**20  # logits converted to float64 at a time: the KL's dozen temporar
 
 @dataclass(frozen=True, slots=True)
 class PairEstimate:
-    """One figure over pairs.
+    """One value over pairs.
 
     Attributes:
         value: mean over pairs and examples; None where it is undefined, and ``details['reason']`` says why.
@@ -45,7 +45,8 @@ class PairEstimate:
             ``details['stderr_over']`` says; None where there are too few (``details['reason_stderr']``).
         stderr_examples: standard error from the examples being a sample of N, models held fixed.
         num_pairs: unordered pairs averaged over: of models, for the instability of training sets.
-        num_models, num_training_sets: in those pairs.
+        num_models: how many models are in those pairs.
+        num_training_sets: how many training sets are.
     """
 
     value: float | None
@@ -75,7 +76,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class PairReport:
-    """What ``compare`` found: every pair, and the figures by their names in ``PAIR_MEASURES``.
+    """What ``compare`` found: every pair, and the values by their names in ``PAIR_MEASURES``.
 
     ``num_classes`` is C: of each of several yes-or-no labels, 2.
     """
@@ -97,7 +98,7 @@ def compare(
 
     ``disagreement`` counts all pairs of models. ``conditional_inconsistency`` C_θ is the mean of
     KL(f_θ ‖ f_θ'), both directions, over pairs with the same training set Z (paper §4.4, App. B; each set's own
-    figure is in its details). ``inconsistency`` C_P is the mean over sets of each set's figure, and
+    value is in its details). ``inconsistency`` C_P is the mean over sets of each set's value, and
     ``instability`` S_P the mean of KL(f̄_Z ‖ f̄_Z') over pairs of sets, f̄_Z being the mean of the probabilities
     that the models of Z give.
 
@@ -106,7 +107,7 @@ def compare(
     a handful) where no model stands out from the others.
 
     Args:
-        logits: (M, N, C), or M tensors (N, C), of any floating dtype; the figures are computed in float64. Of L
+        logits: (M, N, C), or M tensors (N, C), of any floating dtype; results are computed in float64. Of L
             independent yes-or-no labels (M, N, L, 2): divergences are summed over an example's labels, disagreement is
             averaged, and the mean prediction is each label's.
         training_sets: M labels that name each model's training set.

@@ -106,6 +106,12 @@ class Settings:
         least=0,
         smallest=SMALLEST,
     )
+    tf32: bool = setting(
+        False,
+        GENERAL,
+        "Let an NVIDIA GPU round float32 products to TF32. It is faster, but keeps three digits, in which short "
+        "perturbations of the weights may be lost.",
+    )
     seed: int = setting(0, GENERAL, "Seed of all random draws.", least=0, most=MOST)
 
     def as_dict(self) -> dict[str, Any]:

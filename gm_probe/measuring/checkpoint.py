@@ -38,7 +38,7 @@ from gm_probe.models.loading import check_classes, check_fit, choose_normalizati
 from gm_probe.models.parameters import as_measured, evaluating
 from gm_probe.models.pretrained import load_pretrained
 from gm_probe.models.zoo import ModelSpec, initial_model, is_user_code
-from gm_probe.runs.records import read_run
+from gm_probe.runs.records import CHECKPOINT, CONFIG, read_run
 from gm_probe.runtime.devices import environment, require_float64
 from gm_probe.runtime.processes import count, failing_together, rank
 from gm_probe.runtime.randomness import generators_kept
@@ -274,7 +274,7 @@ def _described(
         processes=count(),
         **({"key": loaded.key} if loaded.key else {}),
         **_batch_settings(loaded),
-        **environment(batches.device),
+        **environment(batches.device, tf32=report.settings.tf32),
     )
     result |= {
         "num_classes": loaded.num_classes,
@@ -378,9 +378,10 @@ def _initial(path: Path, loaded: LoadedCheckpoint) -> torch.nn.Module | None:
     A record that names another network than the one that was loaded is not followed: it could name anybody's code.
     """
     recorded = loaded.recorded
-    if recorded is None or recorded.name != loaded.name or not path.is_dir():
+    run = path.parent if path.name == CHECKPOINT else path
+    if recorded is None or recorded.name != loaded.name or not (run / CONFIG).exists():
         return None
-    config = read_run(path).config
+    config = read_run(run).config
     seed, given = config.get("seed"), config.get("init")
     if not isinstance(seed, int):
         return None
@@ -401,7 +402,8 @@ def _densities(
 ) -> dict[str, Any]:
     """The spectral densities of F and H as JSON objects by name; see ``density``. ``reason``: why there is none."""
     num_probes, num_steps = quadrature
-    with one_device(), generators_kept(part.device, loaded.model), as_measured(loaded.model):
+    measured = as_measured(loaded.model, tf32=settings.tf32)
+    with one_device(), generators_kept(part.device, loaded.model), measured:
         work = Work(part.num_examples)
         context = MeasurementContext(loaded.model, part, settings, work, outputs=loaded.outputs)
         found = {}

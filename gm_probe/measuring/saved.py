@@ -158,8 +158,9 @@ def _writable(value: Any) -> bool:
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
     """Without where measures were taken, which decides on their last digits alone, and what lay beside the data."""
-    machine = {*environment(torch.device("cpu")), "processes", "passed_over"}
+    machine = {*environment(torch.device("cpu")), "processes", "passed_over"} - {"tf32"}
     if settings.get("part") == OWN_UNLABELED:  # split.json says what the data is, wherever it lies
         machine.add("data")
-    # an earlier version does not name what is null
-    return {key: value for key, value in settings.items() if key not in machine and value is not None}
+    # an earlier version does not name what is null, or off
+    told = {key: value for key, value in settings.items() if value is not None and value is not False}
+    return {key: value for key, value in told.items() if key not in machine}

@@ -390,9 +390,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def as_measured(model: nn.Module) -> Iterator[None]:
+def as_measured(model: nn.Module, *, tf32: bool = False) -> Iterator[None]:
     """``model`` as the fixed, differentiable function that is measured: see the three."""
-    with evaluating(unwrapped(model)), differentiable_attention(), float32_products():
+    with evaluating(unwrapped(model)), differentiable_attention(), float32_products(tf32=tf32):
         yield
 
 

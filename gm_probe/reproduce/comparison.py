@@ -1,113 +1,114 @@
-"""Training settings that are compared, and what lies on disk of their runs."""
+"""Training settings that are compared: their runs as tables, and whether one does better, paired by seed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from gm_probe.runs.records import RunRecord, read_metrics, read_run
+from gm_probe.analysis.intervals import mean_interval
+from gm_probe.reproduce.claims import bonferroni
+from gm_probe.runs.records import read_metrics, read_run
 from gm_probe.training.config import TrainConfig
 
 RISE = "error_rise"
+"""How far the error has come up again from its least over epochs to its end."""
+SHOWN = ("method", "lr", "rho", "beta", "k_steps", "m", "seed", "epochs")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Arm:
-    """One variant on one data set: its configuration, and its runs, a seed each.
-
-    Attributes:
-        published: what the paper has in this cell.
-    """
+    """One variant on one data set: its configuration, and its runs, a seed each; ``published``: the paper's number."""
 
     data: str
     label: str
     config: TrainConfig
     runs: tuple[Path, ...]
-    published: str
+    published: str = ""
 
     @property
     def error(self) -> str:
         """The summary's key of the error on the test part: of a SimCLR encoder, its linear probe's."""
         return "probe_test_error" if self.config.trains_encoder else "test_error"
 
-    @property
-    def records(self) -> list[RunRecord]:
-        return [read_run(path) for path in self.runs]
+    @cached_property
+    def epochs(self) -> pd.DataFrame:
+        """A row an epoch of every run that finished."""
+        return self._table(
+            {"run": number, **row}
+            for number, path in enumerate(self.runs)
+            if read_run(path).status == "finished"
+            for row in read_metrics(path)
+        )
 
-    def figures(self, key: str) -> list[float | None]:
-        """``key`` of every run's summary, or the measure of that name; None of a run that diverged.
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """S_ρ of every run at its end, a row for each K that it was measured with; empty where there was no grid."""
+        return self._table(
+            cell
+            for path in self.runs
+            for cell in read_run(path).measures.get("local_inconsistency", {}).get("grid", ())
+        )
 
-        ``RISE`` is how far the error has come up again from its least over epochs.
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A row a run: its settings, its status and what it came to, NaN where it did not finish."""
+        rows = []
+        for number, path in enumerate(self.runs):
+            record = read_run(path)
+            found = record.summary | {name: row["value"] for name, row in record.measures.items()}
+            track = {
+                row["epoch"]: row["local_inconsistency"]
+                for row in read_metrics(path)
+                if "local_inconsistency" in row
+            }
+            found.setdefault("local_inconsistency", track.get(self.config.epochs))
+            if record.status != "finished":
+                found = {"status": record.status}
+            settings = {key: record.config.get(key) for key in SHOWN}
+            rows.append({"run": number, **settings, **found})
+        table = self._table(rows)
+        for key in (self.error, f"{self.error}_min"):
+            table[key] = table.get(key, pd.Series(dtype=float)).astype(float)
+        table["line"] = self.config.method.upper() + (
+            ", one-sided" if self.config.kl_grad == "perturbed" else ""
+        )
+        table["share"] = table.m.fillna(self.config.batch_size)
+        return table.assign(error=table[self.error], **{RISE: table[self.error] - table[f"{self.error}_min"]})
+
+    def _table(self, rows: Any) -> pd.DataFrame:
+        return pd.DataFrame(rows).assign(data=self.data, variant=self.label)
+
+    def values(self, key: str) -> np.ndarray:
+        """``key`` of every run (n,), NaN without a result."""
+        return self.table.get(key, pd.Series(np.nan, self.table.index)).to_numpy(float)
+
+    def means_along(self, key: str) -> np.ndarray:
+        """Every run's mean of ``key`` over the epochs from its first value to its last (n,): the area by its width.
+
+        NaN of a run that did not finish, or has no two.
         """
-        if key == RISE:
-            ends, least = self.errors, self.figures(f"{self.error}_min")
-            return [None if a is None or b is None else a - b for a, b in zip(ends, least, strict=True)]
-        found = [r.summary | {name: row["value"] for name, row in r.measures.items()} for r in self.records]
-        return [values.get(key) if values.get("status") == "finished" else None for values in found]
-
-    @property
-    def errors(self) -> list[float | None]:
-        """Of every run, at its end; None of one that diverged."""
-        return self.figures(self.error)
-
-    @property
-    def s_rho(self) -> list[float | None]:
-        """Of every run at its end: as it was measured, or else where it was tracked to the last epoch."""
-        measured = [r.measures.get("local_inconsistency", {}).get("value") for r in self.records]
-        tracked = [_track(path, "local_inconsistency").get(self.config.epochs) for path in self.runs]
-        return [one if one is not None else other for one, other in zip(measured, tracked, strict=True)]
-
-    @property
-    def measured_by_k(self) -> dict[int, list[float]]:
-        """S_ρ of every run at its end, by the K that it was measured with; empty where there was no such grid."""
-        found: dict[int, list[float]] = {}
-        for record in self.records:
-            for cell in record.measures.get("local_inconsistency", {}).get("grid", ()):
-                found.setdefault(cell["k_steps"], []).append(cell["value"])
+        found = np.full(len(self.runs), np.nan)
+        if key in self.epochs:
+            for _, track in self.epochs.dropna(subset=[key]).groupby("run"):
+                if len(track) > 1:
+                    found[track.run.iloc[0]] = np.trapezoid(track[key], track.epoch) / np.ptp(track.epoch)
         return found
 
     @property
-    def epoch_seconds(self) -> list[float]:
-        """The fastest epoch's of every run that has any: what slows a machine down now and then is not in it."""
-        tracks = [_track(path, "seconds") for path in self.runs]
-        return [min(track.values()) for track in tracks if track]
-
-    def along(self, key: str) -> dict[int, list[float]]:
-        """``key`` of the runs' metrics by epoch; of those that ended, lest means jump where one stops."""
-        found: dict[int, list[float]] = {}
-        for track in filter(None, self._tracks(key)):
-            for epoch, value in track.items():
-                found.setdefault(epoch, []).append(value)
-        return found
-
-    def means_along(self, key: str) -> list[float | None]:
-        """Every run's mean of ``key`` over the epochs from its first value to its last.
-
-        That is the area under straight lines between them by its width; None of a run that diverged, or has no two.
-        """
-        return [_mean_height(t) if t is not None and len(t) > 1 else None for t in self._tracks(key)]
-
-    def _tracks(self, key: str) -> list[dict[int, float] | None]:
-        """``key`` of every run's metrics by epoch; None of a run that diverged."""
-        ended = [record.status == "finished" for record in self.records]
-        return [_track(path, key) if ok else None for path, ok in zip(self.runs, ended, strict=True)]
-
-
-def _track(path: Path, key: str) -> dict[int, float]:
-    return {row["epoch"]: row[key] for row in read_metrics(path) if key in row}
-
-
-def _mean_height(track: Mapping[int, float]) -> float:
-    epochs, values = list(track), list(track.values())
-    return float(np.trapezoid(values, epochs)) / (epochs[-1] - epochs[0])
-
-
-def plain(label: str) -> str:
-    """``label`` as a part of a file's name."""
-    return "".join(c for c in label.lower() if c.isalnum() or c == "-")
+    def epoch_seconds(self) -> float:
+        """The fastest epoch's of all runs: what slows a machine down now and then is not in it."""
+        return float(
+            min(
+                (row["seconds"] for path in self.runs for row in read_metrics(path) if "seconds" in row),
+                default=np.nan,
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +118,150 @@ class Comparison:
     arms: tuple[Arm, ...]
 
     def arm(self, data: str, label: str) -> Arm:
-        return next(arm for arm in self.of(data) if arm.label == label)
-
-    def of(self, data: str) -> list[Arm]:
-        """Those on one data set."""
-        return [arm for arm in self.arms if arm.data == data]
+        return next(arm for arm in self.arms if (arm.data, arm.label) == (data, label))
 
     @property
     def data(self) -> list[str]:
         return list(dict.fromkeys(arm.data for arm in self.arms))
 
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """All runs, their epochs and what was measured by K, for pictures."""
+        kinds = ("table", "epochs", "cells")
+        return {kind: pd.concat([getattr(arm, kind) for arm in self.arms]) for kind in kinds}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Whether one variant does better than another on one data set: paired by seed.
+
+    Attributes:
+        test: ``better`` and ``worse``, and what is compared: a ``key`` of a run's results (by default the final error),
+            or the mean over training of what its metrics have ``along`` it; ``beyond`` names two more variants, whose
+            difference is taken off.
+        family: comparisons that the claim is made of, this one among them.
+    """
+
+    found: Comparison
+    data: str
+    test: Mapping[str, Any]
+    family: int = 1
+
     @property
-    def labels(self) -> list[str]:
-        return list(dict.fromkeys(arm.label for arm in self.arms))
+    def key(self) -> str:
+        return str(
+            self.test.get("along", self.test.get("key", self.found.arm(self.data, self.test["better"]).error))
+        )
+
+    @cached_property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the better and the worse variant came to, by seed (n,); NaN without a result: mostly it diverged."""
+        better, worse = self._values(self.test)
+        if "beyond" in self.test:
+            a, b = self._values(self.test["beyond"])
+            return better - a, worse - b
+        return better, worse
+
+    def _values(self, names: Mapping[str, Any]) -> list[np.ndarray]:
+        arms = [self.found.arm(self.data, names[key]) for key in ("better", "worse")]
+        return [arm.means_along(self.key) if "along" in self.test else arm.values(self.key) for arm in arms]
+
+    @property
+    def differences(self) -> np.ndarray:
+        """worse − better of every seed where both ended, so that > 0 is what the claim says."""
+        found = self.pairs[1] - self.pairs[0]
+        return found[np.isfinite(found)]
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Seeds in which the ``better`` variant alone has no result, and those in which the ``worse`` one has none."""
+        better, worse = map(np.isnan, self.pairs)
+        return {"better": int((better & ~worse).sum()), "worse": int((worse & ~better).sum())}
+
+    def interval(self, level: float = 0.95) -> tuple[float, float] | None:
+        """None where the seeds are too few, or all alike, to tell an error."""
+        if len(self.differences) < 2 or np.ptp(self.differences) == 0:
+            return None
+        _, low, high = mean_interval(self.differences, level)
+        return low, high
+
+    @property
+    def sign(self) -> int:
+        """1 where it goes as the claim says, −1 where the other way, 0 where neither can be told.
+
+        The interval of 1 − 5 % / ``family`` decides in both directions (Bonferroni). A seed in which one variant alone
+        has no result is in no interval, and speaks against that variant: no sign favours it.
+        """
+        low, high = self.interval(1 - 0.05 / self.family) or (0.0, 0.0)
+        if low > 0:
+            return 0 if self.lost["better"] else 1
+        return -1 if high < 0 and not self.lost["worse"] else 0
+
+    @property
+    def compared(self) -> str:
+        """What, in words."""
+        held_out = self.found.arm(self.data, self.test["better"]).config.validation is not None
+        own = "validation" if held_out else "test"
+        part = next((name for name in ("train", "probe") if self.key.startswith(name)), own).replace(
+            "train", "training"
+        )
+        known = {"local_inconsistency": "S_ρ", "running_nt_xent": "NT-Xent of training"}
+        name = known.get(self.key, f"{part} error")
+        if self.key == RISE:
+            return f"rise of the {part} error from its least over epochs to its end"
+        if "along" in self.test:
+            return f"mean {name} over training"
+        if self.key in known:
+            return name
+        return f"least {name} over epochs" if self.key.endswith("_min") else f"final {name}"
+
+    def __str__(self) -> str:
+        scale, unit = (-100, " points") if "error" in self.key else (-1, "")
+        names = f"{self.test['better']} against {self.test['worse']}"
+        if beyond := self.test.get("beyond"):
+            names += f", beyond what {beyond['better']} has against {beyond['worse']}"
+        where = f" on {self.data}" if len(self.found.data) > 1 else ""
+        lost = [f"{self.test[key]} alone without a result in {n}" for key, n in self.lost.items() if n]
+        seeds = ", ".join([f"n = {len(self.differences)}", *lost])
+        if not len(self.differences):
+            return f"{names}{where}: no seed in which both ended ({seeds})"
+        text = f"{names}{where}: {_signed(scale * float(self.differences.mean()))}{unit}"
+        if (ends := self.interval()) is None:
+            return f"{text} ({seeds})"
+        return f"{text} ({_signed(scale * ends[1])} to {_signed(scale * ends[0])}; {seeds})"
+
+
+def _signed(value: float) -> str:
+    """Three digits with the sign that print has, none before 0."""
+    return f"{value:+.3g}".replace("-", "−") if value else "0"
+
+
+def text_of(
+    results: Sequence[Difference], others: Sequence[Difference], untested: str, split_by_seed: bool
+) -> str:
+    """The test, every difference by what is compared, how many go which way, and what is left."""
+    shared = (
+        "same start and order of batches, same split and labels, which each seed draws anew"
+        if split_by_seed
+        else "same data, start and order of batches"
+    )
+    text = (
+        f"The test, on {' and '.join(dict.fromkeys(r.data for r in results))}: the difference in what is "
+        f"named, paired by seed ({shared}), with a 95 % Student interval over the n seeds in which "
+        f"both ended. {_told(results)} {bonferroni(len(results))} {sum(r.sign == 1 for r in results)} of "
+        f"{len(results)} comparisons go as claimed, {sum(r.sign == -1 for r in results)} the opposite way."
+    )
+    if any(count for r in results for count in r.lost.values()):
+        text += (
+            " A variant that has no result in a seed, for example because it diverged, wins no comparison."
+        )
+    given = f"These are not part of the claim. {_told(others)}" if others else ""
+    left = f"Not tested: {untested}." if untested else ""
+    return " ".join(filter(None, (text, given, left)))
+
+
+def _told(results: Sequence[Difference]) -> str:
+    by_what: dict[str, list[str]] = {}
+    for result in results:
+        by_what.setdefault(result.compared, []).append(str(result))
+    told = (f"{what}: {'; '.join(said)}." for what, said in by_what.items())
+    return " ".join(f"{each[0].upper()}{each[1:]}" for each in told)

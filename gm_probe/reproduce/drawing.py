@@ -1,51 +1,96 @@
-"""Panels side by side in the house's style, lettered as a paper's are."""
+"""Pictures that a recipe describes: a panel is a table's columns, an axis each, as expressions of pandas."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gm_probe.analysis.figures import DASHES
-from gm_probe.analysis.plots import COLOURS, STYLE, log_ticks, new_figure
+from gm_probe.analysis.plots import COLOURS, MARKERS, STYLE, log_ticks, new_figure
+from gm_probe.reproduce.claims import column
 
 PAGE = 6.7  # inches that a page's width takes
 
 
-def panels(
-    count: int,
-    height: float = 2.3,
-    *,
-    width: float = PAGE,
-    rows: int = 1,
-    titles: Sequence[str] = (),
-    lettered: bool = True,
-) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of ``rows`` × ``count`` panels, each row ``height`` inches high, and its axes row by row.
-
-    Where there are several they are lettered, with a title each if ``titles`` are given.
-    """
+def panels(count: int, columns: int, height: float = 2.2) -> tuple[Figure, list[Axes]]:
+    """``count`` lettered panels, so many side by side, each row ``height`` inches high."""
+    rows = -(-count // columns)
     with mpl.rc_context(STYLE):
-        figure = new_figure(width, height * rows)
-        found = list(np.ravel(figure.subplots(rows, count, squeeze=False)))
-        for index, axes in enumerate(found):
-            letter = f"({chr(ord('a') + index)})" if lettered and len(found) > 1 else ""
-            axes.set_title(" ".join(filter(None, (letter, *titles[index : index + 1]))), loc="left")
-    return figure, found
+        figure = new_figure(PAGE * min(1.0, (1 + columns) / 3), height * rows)
+        found = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
+        for axes in found[count:]:
+            axes.remove()
+        for index, axes in enumerate(found[:count] if count > 1 else ()):
+            axes.set_title(f"({chr(ord('a') + index)})", loc="left")
+    return figure, found[:count]
 
 
-def line(index: int, **more: Any) -> dict[str, Any]:
-    """Colour and dashes of series ``index``: told apart in grey, too."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)], **more}
+def draw(tables: Mapping[str, pd.DataFrame], specs: Sequence[Mapping[str, Any]], columns: int) -> Figure:
+    """Return the figure of the panels ``specs``, which have
+
+    - ``y``: a legend's text and an expression for each series; ``x``: an expression, or none for a histogram of y;
+    - ``of``: the table, where there are several; ``where``: its rows; ``by``: a column with a series for each value;
+    - ``kind``: points, or lines of means over the rows of one x, with standard errors (the default);
+    - ``xlabel``, ``ylabel``, ``title``; ``log``: x, y or xy; ``level``: y of a thin line.
+    """
+    figure, found = panels(len(specs), columns)
+    with mpl.rc_context(STYLE):
+        for axes, spec in zip(found, specs, strict=True):
+            _panel(axes, tables[spec.get("of", next(iter(tables)))], spec)
+            axes.legend(frameon=False, fontsize=7)
+    return figure
 
 
-def logarithmic(axes: Axes) -> None:
-    """Both axes on a logarithmic scale, with ``log_ticks``."""
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        log_ticks(axis)
+def series(table: pd.DataFrame, spec: Mapping[str, Any]) -> list[tuple[str, pd.Series, pd.Series | None]]:
+    """Return label, y and x of each series of a panel."""
+    mine = table.query(spec["where"]) if "where" in spec else table
+    groups = mine.groupby(spec["by"], sort=False, dropna=False) if "by" in spec else [("", mine)]
+    return [
+        (
+            ", ".join(filter(None, (str(label), name))),
+            column(group, expression),
+            column(group, spec["x"]) if "x" in spec else None,
+        )
+        for label, group in groups
+        for name, expression in spec["y"].items()
+    ]
+
+
+def _panel(axes: Axes, table: pd.DataFrame, spec: Mapping[str, Any]) -> None:
+    for index, (label, y, x) in enumerate(series(table, spec)):
+        colour, dashes = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+        marker = MARKERS[index % len(MARKERS)]
+        if x is None:
+            weights = np.full(len(y), 1 / len(y))
+            style: dict[str, Any] = {"color": colour, "linestyle": dashes, "label": label}
+            axes.hist(y, 50, range=(0, 1), weights=weights, histtype="step", **style)
+        elif spec.get("kind") == "points":
+            axes.plot(x, y, marker, markersize=3, color=colour, label=label, alpha=0.7)
+        else:
+            numbers = pd.api.types.is_numeric_dtype(x)
+            along = y.groupby(x, sort=numbers).agg(["mean", "sem"])
+            style = {
+                "color": colour,
+                "linestyle": dashes if numbers else "none",
+                "marker": marker,
+                "label": label,
+            }
+            axes.errorbar(
+                along.index, along["mean"], along["sem"].fillna(0), **style, markersize=3, linewidth=1
+            )
+    axes.set(**{key: spec[key] for key in ("xlabel", "ylabel") if key in spec})
+    if "title" in spec:
+        axes.set_title(f"{axes.get_title(loc='left')} {spec['title']}".strip(), loc="left")
+    if "level" in spec:
+        axes.axhline(spec["level"], color="black", linewidth=0.6)
+    for name in spec.get("log", ""):
+        getattr(axes, f"set_{name}scale")("log")
+        log_ticks(axes.xaxis if name == "x" else axes.yaxis)
+    if spec.get("x") == "variant":
+        axes.tick_params("x", rotation=35)

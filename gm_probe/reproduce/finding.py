@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.plots import write_figure
-from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown, plain_sheet, two_decimals
-from gm_probe.files.atomic import write_atomic, write_json
-from gm_probe.reproduce.catalogue import Recipe
+from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown, plain_sheet
+from gm_probe.errors import UsageError
+from gm_probe.files.atomic import remove_temporary, write_atomic, write_json
+from gm_probe.files.locks import exclusive
+from gm_probe.reproduce.catalogue import Recipe, recipe
+from gm_probe.reproduce.claims import Outcome
+from gm_probe.runtime.devices import environment, pick_device
 
-Outcome = Literal["shows", "shows in part", "shows the opposite", "does not show", "cannot be told"]
 RESULT = "result.json"
 
 
@@ -61,17 +65,16 @@ class Finding:
         outcome: whether the paper's claim shows, by the test that ``text`` states with its numbers.
         rows: of the CSV file.
         sheets: the same or its summary as tables; the paper's own numbers stand in them, where it gives any.
-        figures: by what is put after the name in the file's stem (the first one: nothing).
-        captions: of the figures.
+        figure: the picture, which ``caption`` explains.
         untested: part of the claim that no test here covers, which the verdict leaves out.
     """
 
     outcome: Outcome
     text: str
-    rows: Sequence[Mapping[Any, Any]]
+    rows: pd.DataFrame
     sheets: Sequence[Sheet]
-    figures: Mapping[str, Figure] = field(default_factory=dict)
-    captions: Mapping[str, str] = field(default_factory=dict)
+    figure: Figure = field(default_factory=Figure)
+    caption: str = ""
     untested: str = ""
 
     @property
@@ -83,24 +86,49 @@ class Finding:
         return f"{of[0].upper()}{of[1:]} {self.outcome}."
 
 
+def study_of(name: str) -> Callable[..., Finding]:
+    """Return the function ``study`` of a module here, which takes a task and the recipe's settings."""
+    study: Callable[..., Finding] = importlib.import_module(f"gm_probe.reproduce.{name}").study
+    return study
+
+
+def reproduce(task: Task) -> tuple[Finding, list[Path]]:
+    """Do ``task`` and write its folder; returns what was found and the files.
+
+    Runs that are complete in the folder are not trained again.
+
+    Raises:
+        UsageError: no such table or figure, or it has no such scale or data set.
+        BusyError: another process is at work on the folder.
+    """
+    chosen = recipe(task.name)
+    settings = chosen.at(task.scale)
+    if task.only is not None and chosen.study != "methods":
+        raise UsageError(f"--only: {task.name} has a single data set. Leave out --only")
+    machine = environment(pick_device(task.device))
+    with exclusive(task.folder):
+        remove_temporary(task.folder)
+        began = time.perf_counter()
+        found = study_of(chosen.study)(task, **settings)
+        return found, write(found, chosen, task, machine, time.perf_counter() - began)
+
+
 def write(
-    finding: Finding, recipe: Recipe, task: Task, *, environment: Mapping[str, Any], seconds: float
+    finding: Finding, recipe: Recipe, task: Task, environment: Mapping[str, Any], seconds: float
 ) -> list[Path]:
     """Write everything into the task's folder, each file whole or not at all, ``result.json`` last; their paths."""
-    name, folder = recipe.name, task.folder
-    stems = {suffix: "-".join(filter(None, (name, suffix))) for suffix in finding.figures}
-    paths = [folder / f"{stem}.{kind}" for stem in stems.values() for kind in ("png", "svg")]
-    for suffix, figure in finding.figures.items():
-        write_figure(figure, [folder / f"{stems[suffix]}.{kind}" for kind in ("png", "svg")])
-    texts = {
-        "csv": pd.DataFrame(finding.rows).to_csv(index=False, float_format="%.6g"),
-        "tex": latex(finding.sheets),
-        "md": _page(finding, recipe, task, stems, environment, seconds),
-    }
-    for kind, text in texts.items():
-        write_atomic(folder / f"{name}.{kind}", text.encode(errors="replace"))
+    stem = task.folder / recipe.name
+    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg", ".csv", ".tex", ".md")]
+    write_figure(finding.figure, paths[:2])
+    texts = (
+        finding.rows.to_csv(index=False, float_format="%.6g"),
+        latex(finding.sheets),
+        _page(finding, recipe, task, environment, seconds),
+    )
+    for path, text in zip(paths[2:], texts, strict=True):
+        write_atomic(path, text.encode(errors="replace"))
     result = {
-        "name": name,
+        "name": recipe.name,
         "title": recipe.title,
         "claim": recipe.claim,
         "scale": task.scale,
@@ -114,8 +142,8 @@ def write(
         "environment": environment,
         "seconds": round(seconds, 1),
     }
-    write_json(folder / RESULT, result)
-    return [*paths, *(folder / f"{name}.{kind}" for kind in texts), folder / RESULT]
+    write_json(task.folder / RESULT, result)
+    return [*paths, task.folder / RESULT]
 
 
 def frame_sheet(name: str, title: str, caption: str, frame: pd.DataFrame, num_labels: int = 1) -> Sheet:
@@ -126,75 +154,9 @@ def frame_sheet(name: str, title: str, caption: str, frame: pd.DataFrame, num_la
     return plain_sheet(name, title, caption, [*map(str, frame)], body, num_labels)
 
 
-def sign_of(found: Quantity, parts: int) -> int:
-    """Return the sign of a statistic whose interval at 1 − 5 % / ``parts`` excludes 0 (Bonferroni); else 0."""
-    if found.p is None or found.p >= 0.05 / parts:
-        return 0
-    return 1 if (found.value or 0) > 0 else -1
-
-
-def claim_outcome(signs: Sequence[int]) -> Outcome:
-    """Return the outcome of a claim from those of its parts: 1 as claimed, −1 the opposite, 0 cannot be told.
-
-    Each part is tested in both directions at 5 % over their number, so that one chance in twenty is that any is wrong.
-    """
-    if signs and all(sign == 1 for sign in signs):
-        return "shows"
-    if -1 in signs:
-        return "shows in part" if 1 in signs else "shows the opposite"
-    return "cannot be told"
-
-
-def bonferroni(parts: int) -> str:
-    """Return how a claim of so many parts is decided, in words."""
-    level = f"{100 * (1 - 0.05 / max(parts, 1)):.4g}"
-    return (
-        f"The claim has {parts} parts; each is decided, in either direction, by its {level} % interval (Bonferroni)."
-        if parts > 1
-        else "The interval decides, in either direction."
-    )
-
-
-def shown_tau(tau: Quantity) -> str:
-    """A τ and its interval, as papers print them."""
-    if tau.value is None:
-        return "undefined"
-    if tau.low is None or tau.high is None:
-        return two_decimals(tau.value)
-    return f"{two_decimals(tau.value)} ({two_decimals(tau.low)} to {two_decimals(tau.high)})"
-
-
-def quantile_sheet(name: str, title: str, found: pd.DataFrame) -> Sheet:
-    """Mean and quantiles of every column of ``found`` (a row a start)."""
-    shares = (0.05, 0.25, 0.5, 0.75, 0.95)
-    quantiles = found.quantile([*shares]).T
-    quantiles.columns = pd.Index([f"{100 * share:.0f} %" for share in shares])
-    quantiles.insert(0, "mean", found.mean())
-    caption = f"Mean and quantiles over {len(found):,} random starts"
-    return frame_sheet(name, title, caption, quantiles.reset_index(names=""))
-
-
-def _time(finding: Finding, seconds: float) -> str:
-    """Of this call, which may have found every run there, and of the runs where they say."""
-    of_runs = sum(float(row.get("train_seconds") or 0.0) for row in finding.rows)
-    trained = (
-        f"the runs of its table trained for {of_runs:,.0f} s, the last call" if of_runs else "the last call"
-    )
-    return f"{trained} took {seconds:,.0f} s"
-
-
 def _page(
-    finding: Finding,
-    recipe: Recipe,
-    task: Task,
-    stems: Mapping[str, str],
-    environment: Mapping[str, Any],
-    seconds: float,
+    finding: Finding, recipe: Recipe, task: Task, environment: Mapping[str, Any], seconds: float
 ) -> str:
-    pictures = [
-        f"![{finding.captions.get(suffix, recipe.title)}]({stem}.png)" for suffix, stem in stems.items()
-    ]
-    said = [finding.captions[suffix] for suffix in stems if suffix in finding.captions]
     shown = ", ".join(
         f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.at(task.scale).items()
     )
@@ -202,15 +164,20 @@ def _page(
     only = ["--only", task.only] if task.only else []
     data = ["--data", Path(task.data).name] if task.data else []
     command = shlex.join(["gmprobe", "reproduce", task.name, "--scale", task.scale, *only, *data])
+    trained = finding.rows.get(
+        "train_seconds", pd.Series(dtype=float)
+    ).sum()  # this call may have found every run
+    spent = f"the runs of its table trained for {trained:,.0f} s, " if trained else ""
     blocks = [
         f"# {escape_markdown(recipe.title)}",
         f"The paper's claim: {escape_markdown(recipe.claim)}",
         f"**{finding.verdict}** {escape_markdown(finding.text)}",
         *filter(None, [escape_markdown(recipe.notes[task.scale])]),
-        *(block for pair in zip(pictures, map(escape_markdown, said), strict=False) for block in pair),
+        f"![{finding.caption}]({recipe.name}.png)",
+        escape_markdown(finding.caption),
         markdown(finding.sheets).strip(),
         f"The paper's own numbers: {escape_markdown(recipe.published)}",
-        f"Scale `{task.scale}`: `{command}`; {_time(finding, seconds)} ({machine}). "
+        f"Scale `{task.scale}`: `{command}`; {spent}the last call took {seconds:,.0f} s ({machine}). "
         f"Settings: {escape_markdown(shown)}.",
     ]
     return "\n\n".join(blocks) + "\n"

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from gm_probe.analysis.typeset import UNDEFINED, Sheet, plain_sheet
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.measures.settings import Settings
-from gm_probe.reproduce import method_pictures
-from gm_probe.reproduce.comparison import Arm, Comparison, plain
+from gm_probe.reproduce.claims import claim_outcome
+from gm_probe.reproduce.comparison import SHOWN, Arm, Comparison, Difference, text_of
+from gm_probe.reproduce.drawing import draw
 from gm_probe.reproduce.finding import Finding, Task
-from gm_probe.reproduce.generated import GENERATED, image_folder
-from gm_probe.reproduce.method_tables import percent, run_rows, setting, sheet, tuning_sheet
 from gm_probe.reproduce.training import trained
-from gm_probe.reproduce.verdict import Test, outcome, text_of
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.sweep.tuning import NOTHING, VALIDATION
 from gm_probe.training.config import TrainConfig
@@ -32,7 +34,6 @@ def study(
     seeds: int,
     tests: Sequence[Table],
     picture: str,
-    x: str = "",
     beside: Sequence[Table] = (),
     untested: str = "",
     measure: Table | None = None,
@@ -45,86 +46,158 @@ def study(
         base: settings of training that all share.
         variants: ``label``, settings that differ and, where it is tuned, ``points``: a list of more settings, of which
             those of the least error on a part of the training part are taken, a tenth unless ``tuning`` has another
-            ``validation`` share. Of few labels that is too small to choose by. ``lr_of`` names a variant before it
-            whose learning rate, once tuned, it takes. A ``grid`` makes one variant a point.
-        data: ``label``, settings of its own (``data`` = 'generated' makes images), and by a variant's label what the
-            paper ``published`` and settings for it ``of``; ``seeds``, where it has not as many as the others.
-        tests: what the claim says: a ``better`` and a ``worse`` variant, by the ``key`` of a run's summary (its final
-            error, unless another is given), or by the mean over training of what its metrics have ``along`` it;
-            less what two more differ by, where the claim goes ``beyond`` these.
-        beside: likewise, but no part of the claim: these differences are given, and decide nothing.
+            ``validation`` share. ``lr_of`` names a variant before it whose learning rate, once tuned, it takes. A
+            ``grid`` makes one variant a point.
+        data: ``label``, settings of its own, and by a variant's label what the paper ``published`` and settings for it
+            ``of``; ``seeds``, where it has not as many as the others.
+        tests, beside: what the claim says (``comparison.Difference``); further differences, which decide nothing.
         untested: what the claim says that no test covers.
-        picture, x: of ``method_pictures.picture``.
+        picture: what errors are drawn by: a key of ``PICTURES``.
         measure: settings of S_ρ, taken of every run at its end.
         split_by_seed: each seed also draws its own split and labels, the same ones for all variants, so that intervals
             over seeds are over these too; else all runs share those of ``split_seed``. Tuning is on seed 0's.
         tuning: settings that runs of tuning differ by, such as fewer ``epochs``.
     """
-    data = _of_interest(data, task.only)
+    labels = [place["label"] for place in data]
+    if task.only is not None and task.only not in labels:
+        raise UsageError(f"--only {task.only!r} is none of its data sets; {did_you_mean(task.only, labels)}")
+    data = [place for place in data if task.only in {None, place["label"]}]
+    source = _source(task, base, data)
     variants = [each for variant in variants for each in _expanded(variant)]
-    held_out = _held_out(tuning or {})
-    plan = NOTHING
-    if measure is not None:
-        grids: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in measure.items()
-        }
-        plan = MeasurePlan(("local_inconsistency",), Settings(**grids), None, None)
+    # runs of tuning are judged at their end, on a part of the training part
+    held_out = {"validation": VALIDATION, "eval_every": 0, "track_every": 0, **(tuning or {})}
     arms: list[Arm] = []
-    tried: list[tuple[str, ...]] = []
+    tried: list[Sequence[str]] = []
     for place in data:
-        shared = {
-            **base,
-            **_without(place, "label", "published", "of", "seeds"),
-            **_source(task, place, base, data),
-        }
-        numbers = range(place.get("seeds", seeds))
+        shared = {**base, **_without(place, "label", "published", "of", "seeds"), **source}
         chosen: dict[str, TrainConfig] = {}
         for variant in variants:
             rate = {"lr": chosen[variant["lr_of"]].lr} if "lr_of" in variant else {}
             chosen[variant["label"]], rows = _tuned(task, {**shared, **rate}, variant, place, held_out)
             tried += rows
-        runs = {
-            (label, seed): config.replace(seed=seed, **({"split_seed": seed} if split_by_seed else {}))
-            for label, config in chosen.items()
-            for seed in numbers
-        }
-        named = {
-            key: run_name(config, {"method": plain(key[0]), "seed": key[1]}) for key, config in runs.items()
-        }
-        folder = task.folder / "runs" / plain(place["label"])
-        trained(Recipe({named[key]: config for key, config in runs.items()}, plan, ()), folder, task)
-        for label, config in chosen.items():
-            paths = tuple(folder / named[label, seed] for seed in numbers)
-            said = place.get("published", {}).get(label, "")
-            arms.append(Arm(place["label"], label, config, paths, said))
+        arms += _arms(task, place, chosen, place.get("seeds", seeds), split_by_seed, _plan(measure))
     found = Comparison(tuple(arms))
     results, others = (
-        [Test(found, name, one, len(found.data) * len(of)) for name in found.data for one in of]
+        [Difference(found, name, one, len(found.data) * len(of)) for name in found.data for one in of]
         for of in (tests, beside)
     )
     least = any(str(test.get("key", "")).endswith("_min") for test in tests)
-    figures, caption = method_pictures.picture(picture, found, least, x)
     return Finding(
-        # a smoke's runs have hardly begun to learn, some on images that are made up: they try the code
-        "cannot be told" if task.scale == "smoke" else outcome(results),
+        # a smoke's runs have hardly begun to learn: they try the code
+        "cannot be told" if task.scale == "smoke" else claim_outcome([result.sign for result in results]),
         text_of(results, others, untested, split_by_seed),
-        list(run_rows(found)),
+        _csv(found),
         [
             sheet(task.name, found, tests[0]["worse"] if tests else ""),
-            *tuning_sheet(task.name, tried, held_out["validation"]),
+            *_tuning_sheet(task.name, tried, held_out),
         ],
-        figures,
-        dict.fromkeys(figures, caption),
+        draw(found.tables(), list(_panels(picture, found, least)), 2),
+        f"{PICTURES[picture]}; mean ± standard error over seeds.",
         untested,
     )
 
 
-def _of_interest(data: Sequence[Table], only: str | None) -> Sequence[Table]:
-    """``data``, or the one that is labelled ``only``."""
-    labels = [place["label"] for place in data]
-    if only is not None and only not in labels:
-        raise UsageError(f"--only {only!r} is none of its data sets; {did_you_mean(only, labels)}")
-    return [place for place in data if only in {None, place["label"]}]
+def _csv(found: Comparison) -> pd.DataFrame:
+    """A row a run."""
+    error = found.arms[0].error
+    errors = (error, f"{error}_min", error.replace("test", "train"))
+    spent = ("train_seconds", "gradient_evaluations")
+    columns = ["data", "variant", *SHOWN, "status", *errors, *spent, "local_inconsistency"]
+    return found.tables()["table"].reindex(columns=columns)
+
+
+PICTURES = {
+    "variant": "The test error by variant",
+    "epoch": "S_ρ and the test error, of a SimCLR encoder its linear probe's and NT-Xent too, along training",
+    "k_steps": "The test error by the ascent steps K in training, and S_ρ of the trained models by the K it is "
+    "measured with",
+    "share": "The test error by the number m of examples that share a perturbation",
+    "gradient_evaluations": "The test error by gradient evaluations (batches)",
+    "rho": "The held-out error by ρ; a line for each β",
+}
+"""What errors can be drawn by, and the caption."""
+
+
+def _panels(x: str, found: Comparison, least: bool) -> Iterator[dict[str, Any]]:
+    """Panels of each data set."""
+    error = found.arms[0].error
+    which = f"{error}_min" if least else "error"
+    for data in found.data:
+        one = {"where": f"data == {data!r}", "title": data if len(found.data) > 1 else ""}
+        if x == "epoch":
+            keys = {
+                error: "test error, %",
+                "local_inconsistency": "S_ρ (nats)",
+                "running_nt_xent": "NT-Xent (nats)",
+            }
+            along = found.arms[0].epochs
+            for key, name in keys.items():
+                if key in along:
+                    y = f"100 * {key}" if key == error else key
+                    where = f"{one['where']} and {key}.notna()"
+                    yield {
+                        **one,
+                        "of": "epochs",
+                        "where": where,
+                        "by": "variant",
+                        "x": x,
+                        "y": {"": y},
+                        "ylabel": name,
+                        "xlabel": x,
+                    }
+            continue
+        by = {"rho": "beta", "variant": "data"}.get(x, "line")
+        name = f"{'least' if least else 'final'} test error, %"
+        yield {
+            **one,
+            "of": "table",
+            "by": by,
+            "x": x,
+            "y": {"": f"100 * {which}"},
+            "ylabel": name,
+            "xlabel": x,
+        }
+        if x == "k_steps" and not found.tables()["cells"].empty:
+            yield {
+                **one,
+                "of": "cells",
+                "by": "variant",
+                "x": x,
+                "y": {"": "value"},
+                "ylabel": "S_ρ (nats)",
+                "xlabel": "K of measuring S_ρ",
+            }
+
+
+def _plan(measure: Table | None) -> MeasurePlan:
+    if measure is None:
+        return NOTHING
+    grids: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in measure.items()
+    }
+    return MeasurePlan(("local_inconsistency",), Settings(**grids), None, None)
+
+
+def _arms(
+    task: Task,
+    place: Table,
+    chosen: Mapping[str, TrainConfig],
+    seeds: int,
+    split_by_seed: bool,
+    plan: MeasurePlan,
+) -> Iterator[Arm]:
+    """Train every variant with every seed on one data set."""
+    runs = {
+        (label, seed): config.replace(seed=seed, **({"split_seed": seed} if split_by_seed else {}))
+        for label, config in chosen.items()
+        for seed in range(seeds)
+    }
+    named = {key: run_name(config, {"method": plain(key[0]), "seed": key[1]}) for key, config in runs.items()}
+    folder = task.folder / "runs" / plain(place["label"])
+    trained(Recipe({named[key]: config for key, config in runs.items()}, plan, ()), folder, task)
+    for label, config in chosen.items():
+        paths = tuple(folder / named[label, seed] for seed in range(seeds))
+        yield Arm(place["label"], label, config, paths, place.get("published", {}).get(label, ""))
 
 
 def _expanded(variant: Table) -> Iterator[Table]:
@@ -140,25 +213,25 @@ def _without(table: Table, *keys: str) -> dict[str, Any]:
     return {key: value for key, value in table.items() if key not in keys}
 
 
-def _source(task: Task, place: Table, base: Table, data: Sequence[Table]) -> dict[str, Any]:
+def plain(label: str) -> str:
+    """``label`` as a part of a file's name."""
+    return "".join(c for c in label.lower() if c.isalnum() or c == "-")
+
+
+def _source(task: Task, base: Table, data: Sequence[Table]) -> dict[str, Any]:
     """Where the examples come from, as settings of training."""
-    if task.data is not None:
-        names = list(dict.fromkeys(each.get("data", base.get("data", "")) for each in data))
-        if len(names) > 1:
-            raise UsageError(
-                f"{task.name} takes several data sets ({', '.join(names)}), and --data cannot replace all "
-                f"of them. Choose one by --only, such as --only '{data[0]['label']}'"
-            )
-        return {"data": task.data, "device": task.device}
-    name = place.get("data", base.get("data", ""))
-    if name.startswith(GENERATED):
-        return {**task.place, "data": str(image_folder(name, task.folder))}
+    names = list(dict.fromkeys(each.get("data", base.get("data", "")) for each in data))
+    if task.data is not None and len(names) > 1:
+        raise UsageError(
+            f"{task.name} takes several data sets ({', '.join(names)}), and --data cannot replace all "
+            f"of them. Choose one by --only, such as --only '{data[0]['label']}'"
+        )
     return task.place
 
 
 def _tuned(
     task: Task, shared: Table, variant: Table, place: Table, held_out: Table
-) -> tuple[TrainConfig, list[tuple[str, ...]]]:
+) -> tuple[TrainConfig, list[Sequence[str]]]:
     """The variant's configuration, at its point of the least error on what is ``held_out`` (seed 0).
 
     Beside it what was tried, a row of the table of tuning each.
@@ -172,23 +245,79 @@ def _tuned(
     names = [run_name(cell, {"method": plain(variant["label"])}) for cell in cells]
     folder = task.folder / "runs" / f"{plain(place['label'])}-tune"
     trained(Recipe(dict(zip(names, cells, strict=True)), NOTHING, ()), folder, task)
-    errors = Arm(place["label"], variant["label"], config, tuple(folder / name for name in names), "").errors
-    known = [math.inf if error is None else error for error in errors]
-    best = known.index(min(known))  # where all diverged the first, whose runs will say so
-    rows: list[tuple[str, ...]] = [
-        (
-            place["label"],
-            variant["label"],
-            setting(cell),
-            str(cell.epochs),
-            percent([error]),
-            "yes" if i == best and error is not None else "",
-        )
-        for i, (cell, error) in enumerate(zip(cells, errors, strict=True))
-    ]
+    errors = Arm(place["label"], variant["label"], config, tuple(folder / name for name in names)).values(
+        "error"
+    )
+    best = int(
+        np.where(np.isnan(errors), np.inf, errors).argmin()
+    )  # where all diverged the first; its runs will say so
+    rows: list[Sequence[str]] = []
+    for number, (cell, error) in enumerate(zip(cells, errors, strict=True)):
+        mark = "yes" if number == best and np.isfinite(error) else ""
+        shown = (setting(cell), str(cell.epochs), percent(np.array([error])), mark)
+        rows.append((place["label"], variant["label"], *shown))
     return config.replace(**points[best]), rows
 
 
-def _held_out(tuning: Table) -> dict[str, Any]:
-    """What runs of tuning differ by: they are judged at their end, on a part of the training part."""
-    return {"validation": VALIDATION, "eval_every": 0, "track_every": 0, **tuning}
+def sheet(name: str, found: Comparison, reference: str) -> Sheet:
+    """A row an arm; the fastest epoch relative to that of the variant ``reference``."""
+    first = found.arms[0]
+    reference = reference or first.label
+    body = []
+    for arm in found.arms:
+        ratio = arm.epoch_seconds / found.arm(arm.data, reference).epoch_seconds
+        s_rho = arm.table.get("local_inconsistency", arm.table.error * math.nan).mean()
+        cells = (
+            setting(arm.config),
+            percent(arm.values("error")),
+            percent(arm.values(f"{arm.error}_min")),
+            UNDEFINED if arm.config.trains_encoder else percent(arm.values("train_error")),
+            UNDEFINED if math.isnan(ratio) else f"{ratio:.2f}",
+            UNDEFINED if math.isnan(s_rho) else f"{s_rho:.3g}",
+            arm.published or UNDEFINED,
+        )
+        body.append((arm.data, arm.label, *cells))
+    counts = {arm.data: len(arm.runs) for arm in found.arms}
+    seeds = " and ".join(f"{count} seeds of {place}" for place, count in counts.items())
+    if len(set(counts.values())) == 1:
+        seeds = f"{len(first.runs)} seeds"
+    which = (
+        "Linear probe’s test"
+        if first.config.trains_encoder
+        else "Validation"
+        if first.config.validation
+        else "Test"
+    )
+    figures = ("final error", "least error", "training error", "s/epoch", "S_ρ", "paper")
+    caption = (
+        f"Mean ± standard error over {seeds}, in %; s/epoch: the fastest epoch relative to {reference}’s"
+    )
+    return plain_sheet(
+        name, f"{which} error by variant", caption, ("data", "variant", "setting", *figures), body, 3
+    )
+
+
+def _tuning_sheet(name: str, rows: Sequence[Sequence[str]], held_out: Table) -> Iterator[Sheet]:
+    """Where anything was tuned, by what it was chosen."""
+    if rows:
+        share = held_out["validation"]
+        caption = f"Error on {share:.0%} of the training part, which is held out, in %; seed 0"
+        columns = ("data", "variant", "setting", "epochs", "error", "chosen")
+        yield plain_sheet(f"{name}-tuning", "Tuning", caption, columns, rows, 3)
+
+
+def setting(config: TrainConfig) -> str:
+    """What may have been tuned."""
+    known = {key: getattr(config, key) for key in ("lr", "rho", "beta") if key not in config.idle()}
+    shown = [f"{key} = {value:g}" for key, value in known.items() if value is not None]
+    return ", ".join(shown).replace("rho", "ρ").replace("beta", "β")
+
+
+def percent(values: np.ndarray) -> str:
+    """Mean ± standard error in %; runs that have no value (NaN) diverged, and are counted."""
+    known = 100 * values[~np.isnan(values)]
+    lost = f" ({len(values) - len(known)} diverged)" if len(known) < len(values) else ""
+    if not len(known):
+        return f"{UNDEFINED}{lost}"
+    error = f" ± {known.std(ddof=1) / math.sqrt(len(known)):.2f}" if len(known) > 1 else ""
+    return f"{known.mean():.2f}{error}{lost}"

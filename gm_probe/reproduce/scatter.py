@@ -8,16 +8,16 @@ from typing import Any
 
 from gm_probe.analysis.correlation import correlate
 from gm_probe.analysis.design import group_rows
-from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.plots import scatter_panels
 from gm_probe.analysis.provenance import read_records
 from gm_probe.analysis.results import Correlations
 from gm_probe.analysis.sheets import statistics_sheets
-from gm_probe.reproduce.finding import Finding, Outcome, Task, bonferroni, claim_outcome, shown_tau, sign_of
+from gm_probe.reproduce.claims import bonferroni, claim_outcome, shown_tau, sign_of
+from gm_probe.reproduce.finding import Finding, Task
 from gm_probe.reproduce.training import trained
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
 from gm_probe.tables.runs import load_table
-from gm_probe.tables.table import RunTable, by_reason
+from gm_probe.tables.table import by_reason
 
 GAP = "error_gap"
 """The paper's gap: test error − train error."""
@@ -44,67 +44,49 @@ def study(
     """
     recipe = parse_recipe(inline, task.place) if inline is not None else load_recipe(sweep, task.place)
     folder = trained(recipe, task.folder / "runs", task)
-    every, of_every = _correlated(folder, expected, recipe, converged_only=False)
-    num_done = sum(not record.missed_stop for record in read_records(every).values())
-    table, found = every, of_every
-    if LEAST_RUNS <= num_done < every.num_runs:
-        table, found = _correlated(folder, expected, recipe, converged_only=True)
-    said = [_text(found, expected, recipe)]
-    if num_done < LEAST_RUNS:
+    every = _correlated(folder, expected, recipe, converged_only=False)
+    num_done = sum(not record.missed_stop for record in read_records(every.runs).values())
+    enough = num_done >= LEAST_RUNS
+    some = enough and num_done < every.runs.num_runs
+    found = _correlated(folder, expected, recipe, converged_only=True) if some else every
+    taus = {name: found.get(name, GAP) for name in expected}
+    named = [
+        f"{name} τ = {shown_tau(taus[name])} (paper: {'positive' if sign > 0 else 'negative'})"
+        for name, sign in expected.items()
+    ]
+    said = [
+        "The test: the sign of Kendall's τ-b with the error gap, by intervals that treat the settings of the grid as "
+        f"independent draws and cover shared seeds. Over {taus[next(iter(expected))].n} of {len(recipe.runs)} runs, of "
+        f"{found.num_settings} settings, with 95 % CI: {'; '.join(named)}. {bonferroni(len(expected))}",
+        *dict.fromkeys(f"{tau.note[0].upper()}{tau.note[1:]}." for tau in taus.values() if tau.note),
+    ]
+    if not enough:
         said.append(
-            f"Only {num_done} of these reached the cross-entropy at which training stops, too few for a "
-            "conclusion."
+            f"Only {num_done} of these reached the cross-entropy at which training stops, too few for a conclusion."
         )
-    reasons = [f"{len(runs)} × {why} ({', '.join(runs)})" for why, runs in by_reason(table.excluded).items()]
-    if reasons:
-        said.append(f"Left out: {'; '.join(reasons)}.")
-    if table is not every:
-        taus = ", ".join(f"{name} {shown_tau(tau)}" for name, tau in _taus(of_every).items())
-        said.append(f"Over all {every.num_runs} runs that finished, whether done or not: {taus}.")
-    groups = group_rows(table, recipe.group_by) if recipe.group_by else {}
-    caption = (
-        "Each measure against the gap; each point is a run, and Kendall's τ-b stands above; "
-        f"{table.num_runs} of {len(recipe.runs)} runs."
-    )
+    left = by_reason(found.runs.excluded).items()
+    if left:
+        said.append(
+            "Left out: " + "; ".join(f"{len(runs)} × {why} ({', '.join(runs)})" for why, runs in left) + "."
+        )
+    if some:
+        beside = ", ".join(f"{name} {shown_tau(every.get(name, GAP))}" for name in expected)
+        said.append(f"Over all {every.runs.num_runs} runs that finished, whether done or not: {beside}.")
+    signs = [sign_of(taus[name], len(expected)) * sign for name, sign in expected.items()]
     return Finding(
-        "cannot be told" if num_done < LEAST_RUNS else _outcome(found, expected),
+        claim_outcome(signs) if enough else "cannot be told",
         " ".join(said),
-        every.frame.to_dict("records"),
+        every.runs.frame,
         statistics_sheets(found),
-        {"": scatter_panels(found, groups)},
-        {"": caption},
+        scatter_panels(found, group_rows(found.runs, recipe.group_by) if recipe.group_by else {}),
+        "Each measure against the gap; each point is a run, and Kendall's τ-b stands above; "
+        f"{found.runs.num_runs} of {len(recipe.runs)} runs.",
         untested,
     )
 
 
 def _correlated(
     folder: Path, expected: Mapping[str, int], recipe: Recipe, *, converged_only: bool
-) -> tuple[RunTable, Correlations]:
+) -> Correlations:
     table = load_table(folder, list(expected), (), recipe.group_by, converged_only=converged_only)
-    return table, correlate(table, group_by=recipe.group_by, details=False)
-
-
-def _taus(found: Correlations) -> dict[str, Quantity]:
-    return {name: found.get(name, GAP) for name in found.runs.measures}
-
-
-def _outcome(found: Correlations, expected: Mapping[str, int]) -> Outcome:
-    """Return the outcome of the claim, whose parts are the signs of τ; the intervals' p decide."""
-    taus = _taus(found)
-    return claim_outcome([sign_of(taus[name], len(expected)) * sign for name, sign in expected.items()])
-
-
-def _text(found: Correlations, expected: Mapping[str, int], recipe: Recipe) -> str:
-    taus = _taus(found)
-    said = [
-        f"{name} τ = {shown_tau(taus[name])} (paper: {'positive' if sign > 0 else 'negative'})"
-        for name, sign in expected.items()
-    ]
-    whole = next(iter(taus.values()))
-    reasons = dict.fromkeys(tau.note for tau in taus.values() if tau.note)
-    return (
-        "The test: the sign of Kendall's τ-b with the error gap, by intervals that treat the settings of the grid as "
-        f"independent draws and cover shared seeds. Over {whole.n} of {len(recipe.runs)} runs, of {found.num_settings} "
-        f"settings, with 95 % CI: {'; '.join(said)}. {bonferroni(len(expected))}"
-        + "".join(f" {note[0].upper()}{note[1:]}." for note in reasons)
-    )
+    return correlate(table, group_by=recipe.group_by, details=False)

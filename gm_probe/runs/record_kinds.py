@@ -135,6 +135,7 @@ MEASURED_SETTING_KINDS: dict[str, Check] = {
     **dict.fromkeys(("max_examples", "num_examples", "num_images", "batch_images"), optional(count)),
     **dict.fromkeys(("protocol", "params", "data", "part", "dtype"), text),
     "head": optional(text),
+    "tf32": flag,
     "rho_grid": listed(finite),
     "k_grid": listed(count),
     "mean": listed(finite),

@@ -112,7 +112,7 @@ class Tuner:
         return [self._cell(point) for point in points]
 
     def trials(
-        self, count: int, bounds: Mapping[str, tuple[float, float]], notify: Callable[[int, Cell], None]
+        self, count: int, bounds: Mapping[str, Sequence[float]], notify: Callable[[int, Cell], None]
     ) -> list[Cell]:
         """``count`` points that Optuna's TPE chooses, logarithmic between ``bounds``, to three digits.
 

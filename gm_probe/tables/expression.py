@@ -16,10 +16,12 @@ import pandas as pd
 
 from gm_probe.errors import UsageError
 from gm_probe.tables.numerals import Numbers, finite
+from gm_probe.tables.table import ACCURACIES
 
 LONGEST = 300
 """Characters of an expression: it is evaluated by recursion."""
 _QUOTED = re.compile(r"`([^`]+)`|\[([^\]]+)\]")
+_PART = re.compile(r"(?:`[^`]*`|\[[^\]]*\]|[^,])+")
 _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?!\w)")
 _WORD = re.compile(r"[^\W\d][\w.]*")
 _WITHIN = re.compile(r"\w\w")  # the middle of a word
@@ -51,10 +53,17 @@ class Expression:
         return Numbers(found.values, {}, found.missing | missing)
 
 
+def listed(text: str, known: Collection[str]) -> list[str]:
+    """Return the expressions of a comma-separated list; commas in a ``known`` or quoted name separate nothing."""
+    parts = [text] if text.strip() in known else _PART.findall(text)
+    return [part.strip() for part in parts if part.strip()]
+
+
 def parse(text: str, known: Collection[str]) -> Expression:
     """Read ``text``: names of ``known`` columns, numbers, ``+ - * /`` and parentheses.
 
     A column's name may stand bare, however odd it is, and in backticks or brackets where it begins with a digit.
+    ``test_accuracy`` is 1 − ``test_error`` where there is no such column.
 
     Raises:
         UsageError: it names no column, or one that is not known, or it is no arithmetic.
@@ -62,6 +71,8 @@ def parse(text: str, known: Collection[str]) -> Expression:
     text = text.strip()
     if text in known:
         return Expression(text, (text,), ast.Name("c0"))
+    if (error := ACCURACIES.get(text)) in known:
+        return Expression(text, (str(error),), ast.parse("1 - c0", mode="eval").body)
     pieces, columns, place = [], [], 0
     names = sorted(known, key=len, reverse=True)
     if len(text) > LONGEST:

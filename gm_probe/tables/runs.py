@@ -12,7 +12,7 @@ import pandas as pd
 from gm_probe.errors import DataError, StorageError, printable
 from gm_probe.files.regular import open_to_read
 from gm_probe.runs.records import CONFIG, SWEEP, RunRecord, find_runs, read_groups, read_run
-from gm_probe.tables.expression import parse
+from gm_probe.tables.expression import listed, parse
 from gm_probe.tables.numerals import NOTHING, Numbers, finite
 from gm_probe.tables.readers import Sheet, read_sheet, tidied
 from gm_probe.tables.sources import holds_our_runs, require_source
@@ -74,10 +74,11 @@ def load_table(
     Empty ``measures`` takes every measure of the run folders; of others, all numeric columns but gaps, outcomes,
     settings and identifiers. Empty ``hyperparameters`` takes the settings that vary over the run folders; of others,
     the columns that bear a setting's name, or that a tracker calls settings and that vary. ``group_by`` columns always
-    count as hyperparameters. ``gap`` is ``error_gap``, ``ce_gap``, ``both``, or arithmetic on columns; a table without
-    a gap has one made of its errors, accuracies or losses, which a note says. ``seed_column`` tells which runs share a
-    seed (``seed``). ``converged_only`` leaves out runs whose training ended before it reached its ``stop_ce``; without
-    it they stay, and a note counts them. A file that `gmprobe collect` wrote says which, and which runs did not finish.
+    count as hyperparameters. ``gap`` is ``both``, or targets separated by commas: ``error_gap``, ``ce_gap``, outcomes,
+    columns, arithmetic on columns. A table without a gap has one made of its errors, accuracies or losses, which a
+    note says. ``seed_column`` tells which runs share a seed (``seed``). ``converged_only`` leaves out runs whose
+    training ended before it reached its ``stop_ce``; without it they stay, and a note counts them. A file that
+    `gmprobe collect` wrote says which, and which runs did not finish.
 
     Raises:
         UsageError: ``source`` is neither, or a column that was asked for is not there or has another role; or
@@ -284,12 +285,13 @@ def _conditions(
 def _gaps(
     records: Sequence[RunRecord], configs: Sequence[Mapping[str, Any]], asked: str
 ) -> dict[str, Numbers]:
-    """The gaps of the summaries, or the one that is ``asked`` for as arithmetic on what summaries and settings say."""
+    """The gaps of the summaries, or what is ``asked`` for as arithmetic on what summaries and settings say."""
     rows = [{**config, **record.summary} for config, record in zip(configs, records, strict=True)]
     names = unique(name for row in rows for name, value in row.items() if isinstance(value, int | float))
     known = {name: _numbers([row.get(name) for row in rows]) for name in names}
-    if asked not in (*GAPS, "both"):
-        return {asked: parse(asked, names).of(known)}
+    wanted = listed(asked, names)
+    if not {*GAPS, "both"}.issuperset(wanted):
+        return {text: parse(text, names).of(known) for text in wanted}
     found = {
         gap: known.get(gap) or _numbers([None] * len(rows)) for gap in GAPS if any(gap in row for row in rows)
     }

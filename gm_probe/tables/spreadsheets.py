@@ -22,7 +22,7 @@ from gm_probe.tables.columns import (
     may_be_measure,
     unfinished,
 )
-from gm_probe.tables.expression import parse
+from gm_probe.tables.expression import listed, parse
 from gm_probe.tables.numerals import COMMA, NO_VALUE, NOTHING, Numbers, ambiguous, read_numbers
 from gm_probe.tables.readers import Sheet
 from gm_probe.tables.table import (
@@ -212,9 +212,10 @@ def _hypers(table: _Table, taken: Collection[str]) -> list[str]:
 def _gaps(table: _Table, asked: Asked) -> tuple[list[str], list[str], list[str]]:
     """The gaps among the columns, where made ones are added; the columns that these are made of; what is said."""
     columns, names = table.columns, {*table.columns, *table.aliases}
-    known = asked.gap in (*GAPS, "both")
+    wanted = listed(asked.gap, names)
+    known = {*GAPS, "both"}.issuperset(wanted)
     found = [gap for gap in GAPS if gap in columns] if known else []
-    made: dict[str, str] = {} if known else {table.aliases.get(asked.gap, asked.gap): asked.gap}
+    made: dict[str, str] = {} if known else {table.aliases.get(text, text): text for text in wanted}
     for gap, ways in DIFFERENCES.items() if known and not found else ():
         way = next((way for way in ways if names.issuperset(way.split(" - "))), None)
         if way and (gap or not made):

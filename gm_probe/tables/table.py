@@ -27,6 +27,8 @@ KNOWN_MEASURES = (
 )
 OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "num_test")
 """What a run may say of its training besides the gaps; not taken for measures."""
+ACCURACIES = {"test_accuracy": "test_error", "train_accuracy": "train_error"}
+"""Targets that are 1 − an outcome."""
 MOST_MEASURES, MOST_SETTINGS = 100, 300
 """Of one table: statistics look at every two of them."""
 MISSED_STOP = "ended before reaching its stop_ce"
@@ -39,7 +41,7 @@ TOO_LARGE = "beyond 1e150 in size"
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the reader of a table asks of it: names of columns, ``gap`` a name, ``both`` or arithmetic on columns."""
+    """What the reader of a table asks of it: names of columns, its ``gap`` as in ``load_table``."""
 
     measures: Sequence[str] = ()
     hyperparameters: Sequence[str] = ()

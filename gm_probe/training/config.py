@@ -217,7 +217,9 @@ class TrainConfig:
         choices=("none", "bf16", "fp16"),
     )
     tf32: bool = setting(
-        False, MACHINE, "Let an NVIDIA GPU round float32 products to TF32. It is faster and less exact."
+        False,
+        MACHINE,
+        "Let an NVIDIA GPU round float32 products to TF32. It is faster, but keeps three digits, also in IAM's ascent.",
     )
     noise_device: str = setting(
         "device",
