@@ -38,7 +38,7 @@ from gm_probe.training.methods.sam import SAM
 from gm_probe.training.objectives.fixmatch import FixMatch
 from gm_probe.training.objectives.joint import Joint
 from gm_probe.training.objectives.supervised import Objective
-from gm_probe.training.rule import Rule
+from gm_probe.training.rule import Rule, Step
 from gm_probe.training.run import Training
 from gm_probe.training.run_splits import load_splits, own_unlabeled
 
@@ -350,14 +350,18 @@ def test_three_fixmatch_steps_with_momentum_and_average(tmp_path: Path) -> None:
     velocity = [torch.zeros_like(p) for p in shadow.parameters()]
     average: list[Tensor] | None = None
     batches: list[tuple[Tensor, Tensor]] = []
-    make_batch = training._batch
+    step, update = training._step, training.updates.step
 
-    def watched(chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        batches.append(make_batch(chosen, x))
-        assert torch.equal(batches[-1][1], training.splits.train.y[chosen[:10]])  # type: ignore[index]
-        return batches[-1]
+    def watched(chosen: Tensor, x: Tensor, y: Tensor) -> None:
+        assert torch.equal(y, training.splits.train.y[chosen[:10]])  # type: ignore[index]
+        step(chosen, x, y)
 
-    training._batch = watched  # type: ignore[method-assign]
+    def noted(x: Tensor, y: Tensor, lr: float) -> tuple[Step, bool]:
+        batches.append((x, y))
+        return update(x, y, lr)
+
+    training._step = watched  # type: ignore[method-assign]
+    training.updates.step = noted  # type: ignore[method-assign]
     row = training.run_epoch()
     assert 0 < row["running_confident"] < 1
     for index, (x, y) in enumerate(batches):

@@ -199,7 +199,7 @@ def test_resumed_from_within_an_epoch(name: str, every: int, tmp_path: Path) -> 
     batch, taken = Training._batch, 0
     within: list[int] = []
 
-    def interrupted(self: Training, chosen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def interrupted(self: Training, chosen: Tensor, x: Tensor) -> Tensor:
         nonlocal taken
         taken += 1
         if taken > every + 1:

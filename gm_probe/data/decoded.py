@@ -31,8 +31,11 @@ class Decoded:
         self._shape, self._bytes = (count, *shape), math.prod(shape)
         self._known = np.zeros(count, dtype=bool)
         self.lacking = ""
-        folder, size = _folder(), math.prod(self._shape)
+        if not hasattr(os, "pwrite"):
+            self.lacking = "this system cannot write at a place of a file"
+            return
         try:
+            folder, size = _folder(), math.prod(self._shape)
             if size > (free := shutil.disk_usage(folder).free) // SHARE:
                 self.lacking = f"they take {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free"
                 return
@@ -41,7 +44,7 @@ class Decoded:
             self._file.truncate(size)
             self._map = np.memmap(self._file, np.uint8, "r", shape=self._shape)
         except OSError as error:
-            self.lacking = f"{folder}: {error.strerror}"
+            self.lacking = f"no temporary file could be made: {error.strerror}"
 
     def taken(self, numbers: np.ndarray, decode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Return the arrays at ``numbers`` (n,); ``decode`` gives those at positions (k,) in ``numbers``."""

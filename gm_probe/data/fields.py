@@ -84,6 +84,9 @@ class Fields:
         dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
         return self.each(lambda v: v if dtypes and not v.is_floating_point() else v.to(*args, **kwargs))
 
+    def pin_memory(self) -> Fields:
+        return self.each(Tensor.pin_memory)
+
     def double(self) -> Fields:
         return self.to(torch.float64)
 

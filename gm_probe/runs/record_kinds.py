@@ -43,7 +43,7 @@ _IDENTITY = frozenset({"run", "status", "reason"})
 # fmt: off
 _TEXTS = (
     "data", "data_root", "model", "init", "objective", "unlabeled_mean", "method", "kl_grad", "sign", "optimizer",
-    "schedule", "amp", "device",
+    "schedule", "amp", "noise_device", "device",
 )
 _FLAGS = ("download", "skip_bad", "nesterov", "augment", "tf32", "deterministic")
 _COUNTS = (
