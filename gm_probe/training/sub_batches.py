@@ -94,8 +94,9 @@ class SubBatches:
         if self.whole:
             return 1.0
         if self._losses is None:
-            every = [target for targets in from_all([part.y for part in self.parts]) for target in targets]
-            every = [target.to(like.device) for target in every]
+            # by way of the CPU: pickled on a GPU, a tensor would come back on the GPU of another process
+            gathered = from_all([part.y.to("cpu") for part in self.parts])
+            every = [target.to(like.device) for targets in gathered for target in targets]
             self._losses, again = (
                 loss_shares(loss, [_made_up(len(y), like, outputs, scale) for y in every], every)
                 for scale in (0.1, 0.25)  # small: a hinge loss has a slope within its margin alone
