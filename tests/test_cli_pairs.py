@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -296,18 +293,17 @@ def test_files_beside_runs_are_a_training_set_of_their_own(here, capsys):
 
 
 @pytest.mark.parametrize("columns", ["60", "160"])
-def test_piped_output_fits_and_has_no_colour(here, columns):
-    environment = {**os.environ, "COLUMNS": columns, "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "gm_probe", "pairs", "runs"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_piped_output_fits_and_has_no_colour(here, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, err = run("gmprobe pairs runs", capsys)
+    assert code == 0, err
+    lines = out.splitlines()
     assert max(map(len, lines)) <= int(columns)
     for name, (symbol, _) in PAIR_MEASURES.items():
         shown = symbol if columns == "60" else name
         assert any(line.split("│")[1:] and line.split("│")[1].startswith(f" {shown} ") for line in lines)
-    assert "\x1b" not in done.stdout
-    assert done.stderr == ""
+    assert "\x1b" not in out
+    assert err == ""
 
 
 # ---- what is refused

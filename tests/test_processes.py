@@ -73,8 +73,8 @@ def test_two_processes_give_what_one_gives(
         pytest.importorskip("timm")
     checkpoint_of(tmp_path, network)
     # the whole path: a process reads a file of one name once
-    data = tmp_path / "data.npz"
-    words = f"measure c.safetensors --labeled {data} --no-normalize --json -q --measures {','.join(names)}"
+    labeled = tmp_path / "data.npz"
+    words = f"measure c.safetensors --labeled {labeled} --no-normalize --json -q --measures {','.join(names)}"
     rows = []
     for number in (1, 2):
         code, out, err = call(

@@ -393,7 +393,7 @@ def test_a_folder_of_runs_is_measured_without_training(
         saved["settings"] |= {"threads": 9, "torch": "2.0", "device_name": "another"}
         write_json(tmp_path / name / "measures.json", saved)
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoint.safetensors")}
-    options = ["--measures", "parameter_norm", "--save", "--json", "--device", "cpu", "--jobs", 2]
+    options = ["--measures", "parameter_norm", "--save", "--json", "--device", "cpu"]
     code, printed, _ = command(capsys, "measure", tmp_path, *options)
     assert code == 0
     found = {Path(result["checkpoint"]).name: result for result in json.loads(printed)}

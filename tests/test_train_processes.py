@@ -18,7 +18,7 @@ from gm_probe.runs.records import CHECKPOINT, STATE, read_run
 from gm_probe.training.methods import METHODS
 
 # 203 examples in batches of 64: the last batch is one of 11, which two processes share unequally
-SHARED = {**BASE, "num_train": 203, "epochs": 2, "lr": 0.05, "eval_every": 1, "track_every": 1}
+SHARED = {**BASE, "num_train": 203, "epochs": 1, "lr": 0.05, "eval_every": 1, "track_every": 1}
 FEW = {**SHARED, "num_train": 80, "labels": 20, "batch_size": 10, "mu": 3}
 VIEWS = {
     **SHARED,
@@ -35,6 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
         **SHARED,
         "method": "iam-d",
         "model": "6cnn",
+        "epochs": 2,
         "augment": True,
         "label_smoothing": 0.1,
         "clip_norm": 0.5,
@@ -43,13 +44,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "num_train": 80,
         "batch_size": 40,
     },
-    **{
-        f"joint {method}": {**FEW, "objective": "joint", "method": method}
-        for method in ("sgd", "sam", "iam-d")
-    },
+    **{f"joint {method}": {**FEW, "objective": "joint", "method": method} for method in ("sam", "iam-d")},
     **{
         f"fixmatch {method}": {**FEW, "objective": "fixmatch", "method": method, "threshold": 0.18}
-        for method in ("sgd", "sam", "iam-d")
+        for method in ("sam", "iam-d")
     },
     "fixmatch mask": {**FEW, "objective": "fixmatch", "threshold": 0.18, "unlabeled_mean": "mask"},
     "simclr sgd": VIEWS,
@@ -159,7 +157,7 @@ def test_killed_and_resumed_by_two_processes(tmp_path: Path) -> None:
     """BatchNorm, dropout, noise and a carried δ: each process has a state of its own to go back to."""
     (tmp_path / "net.py").write_text(NETWORK)
     options = (
-        "--data digits --method iam-d-onepass --num-train 200 --num-unlabeled 60 --num-test 80 --epochs 3"
+        "--data digits --method iam-d-onepass --num-train 200 --num-unlabeled 60 --num-test 80 --epochs 2"
     )
     options += " --batch-size 20 --checkpoint-every 3 --device cpu --resume --json --out"
 

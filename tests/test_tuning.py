@@ -382,7 +382,7 @@ def test_trials_are_drawn_where_they_lie() -> None:
 
 def test_the_helps_example_and_the_command_it_ends_in(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.epilog is not None
-    example = tune.epilog.removeprefix("Example:").strip()
+    example = tune.epilog.removeprefix("Example:").strip() + " --epochs 5"
     code, out, err = run(example, capsys)
     assert code == 0, err
     assert "handwritten digits" in err

@@ -106,39 +106,51 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
             raise UsageError(
                 f"--model {NAME} needs transformers, which is not installed; pip install 'gm_probe[hf]'"
             ) from error
-        kind = record.get("model_type")
-        if (
-            not isinstance(kind, str)
-            or kind not in transformers.CONFIG_MAPPING
-            or not hasattr(transformers, name)
-        ):
-            remote = " and contains its own code, which is never run" if record.get("auto_map") else ""
-            raise CheckpointError(
-                f"{path} describes a {_short(name)} of type {_short(kind)}, which transformers "
-                f"{transformers.__version__} does not have{remote}. Build it with your own code: --model "
-                "file.py:callable"
-            )
-        made = getattr(transformers, name)
+        _require_known(transformers, path, record, name)
         with _quiet(transformers), _told(path):
-            config = transformers.CONFIG_MAPPING[kind].from_dict(_plain(record))
-            with torch.device("meta"):
-                size = sum(p.numel() for p in made(config).parameters())
-            held = sum(value.numel() for value in state.values())
-            if size > 2 * held + 2**20:  # before it takes memory
-                raise CheckpointError(
-                    f"{path} describes {size:,} parameters, but the weights are {held:,} numbers"
-                )
-            model, found = made.from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(state),
-                attn_implementation="eager",
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # they are told below
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
+            config = transformers.CONFIG_MAPPING[record["model_type"]].from_dict(_plain(record))
+            model, found = _built(getattr(transformers, name), config, path, state)
+    return model, _left_out(folder, model, found)
+
+
+def _require_known(transformers: Any, path: Path, record: Mapping[str, Any], name: str) -> None:
+    """Raise CheckpointError unless transformers itself has the class ``name`` and the record's type."""
+    kind = record.get("model_type")
+    if isinstance(kind, str) and kind in transformers.CONFIG_MAPPING and hasattr(transformers, name):
+        return
+    remote = " and contains its own code, which is never run" if record.get("auto_map") else ""
+    raise CheckpointError(
+        f"{path} describes a {_short(name)} of type {_short(kind)}, which transformers "
+        f"{transformers.__version__} does not have{remote}. Build it with your own code: --model "
+        "file.py:callable"
+    )
+
+
+def _built(
+    made: Any, config: Any, path: Path, state: Mapping[str, Tensor]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network with its weights, and what transformers says of those that do not fit."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in made(config).parameters())
+    held = sum(value.numel() for value in state.values())
+    if size > 2 * held + 2**20:  # before it takes memory
+        raise CheckpointError(f"{path} describes {size:,} parameters, but the weights are {held:,} numbers")
+    model, found = made.from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(state),
+        attn_implementation="eager",
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # the caller tells of them
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    return model, found
+
+
+def _left_out(folder: Path, model: nn.Module, found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of parts beside the network; CheckpointError where its own weights do not fit."""
     wrong = {
         "missing": sorted(found["missing_keys"]),
         "of a different shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
@@ -149,7 +161,7 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
     problems = [f"{len(names)} {what} ({_some(names)})" for what, names in wrong.items() if names]
     if problems:
         raise CheckpointError(f"the weights in {folder} do not fit its {CONFIG}: {'; '.join(problems)}")
-    return model, tuple(left_out)
+    return tuple(left_out)
 
 
 def _architecture(path: Path, record: Mapping[str, Any]) -> str:
