@@ -67,7 +67,7 @@ def test_weights_and_buffers_are_copied_once_a_pass(
 
 
 def test_a_training_step_waits_for_nothing() -> None:
-    """Two waits of NT-Xent's own are left, one of each of its passes, and noise that is drawn on the CPU is one."""
+    """Noise that is drawn on the CPU is one wait: torch has no generator for the simulated device."""
     script = Path(__file__).parents[1] / "benchmarks" / "kernel_counts.py"
     command = [sys.executable, str(script), "--steps", "mlp-8"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
@@ -79,7 +79,7 @@ def test_a_training_step_waits_for_nothing() -> None:
         "iam-d": (1, 1),
         "fixmatch": (3, 0),
         "fixmatch, iam-d": (3, 1),
-        "simclr": (4, 3),
+        "simclr": (4, 0),
     }
 
 

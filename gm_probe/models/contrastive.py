@@ -93,10 +93,12 @@ def nt_xent_logits(outputs: Tensor, temperature: float, *, shared: bool = False)
     n, total = len(directions), len(every)
     with torch.autocast(outputs.device.type, enabled=False):
         similarities = directions @ every.T / temperature
-    # without the view itself: a logit of -∞ would put NaN into the KL
-    others = torch.ones(n, total, dtype=torch.bool, device=outputs.device)
-    others.diagonal(n * rank() if shared else 0).fill_(False)
-    return similarities[others].view(n, total - 1)
+    # without the view itself: a logit of -∞ would put NaN into the KL. By views of the flat matrix, in which one place
+    # in ``total`` + 1 is left out: a mask would make the host wait
+    flat, first = similarities.flatten(), n * rank() if shared else 0
+    middle, last = first + 1, first + 1 + (n - 1) * (total + 1)
+    between = flat[middle:last].view(n - 1, total + 1)[:, :total]
+    return torch.cat([flat[:first], between.flatten(), flat[last:]]).view(n, total - 1)
 
 
 def partners(images: int, before: int | None = None) -> Tensor:
