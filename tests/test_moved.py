@@ -18,8 +18,9 @@ from gm_probe.data.reading import Reading
 from gm_probe.errors import DataError
 from gm_probe.files.atomic import read_json, write_json
 from gm_probe.training import run_splits
+from gm_probe.training.config import TrainConfig
 from gm_probe.training.run import Training
-from gm_probe.training.run_splits import own_unlabeled
+from gm_probe.training.run_splits import open_data, own_unlabeled
 
 SIZES = (
     "--num-train 20 --num-unlabeled 12 --num-test 8 --model mlp-4 --batch-size 10 --device cpu --threads 1"
@@ -245,3 +246,16 @@ def test_notes_of_a_folder_are_told_where_training_begins(
     code, out, _ = run("measure r --measures mean_entropy --device cpu --json -q", capsys)
     assert code == 0
     assert json.loads(out)[0]["settings"]["passed_over"] == {}
+
+
+def test_data_of_the_same_name_in_another_folder_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for value in (0, 255):
+        folder = tmp_path / str(value)
+        folder.mkdir()
+        np.savez(folder / "data.npz", x=np.full((9, 1, 2, 2), value, np.uint8), y=np.arange(9) % 3)
+        monkeypatch.chdir(folder)
+        found.append(float(open_data(TrainConfig(data="data.npz")).pool.x.float().mean()))
+    assert found == [0, 255]

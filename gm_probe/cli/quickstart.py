@@ -85,10 +85,8 @@ def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> 
     say(console, f"By the labels, the accuracies are {listed} % in this order.")
     say(console, "")
     say(console, "Next, with your own checkpoints and data (see docs/choose.md):")
-    say(
-        console,
-        "  gmprobe estimate a.pt b.pt --unlabeled data/ --validation val/ --model NAME --mean M --std S",
-    )
+    say(console, "  gmprobe estimate a.pt b.pt --unlabeled data/ --validation val/")
+    say(console, "Checkpoints of others also need --model, --mean and --std.")
 
 
 def _write_digits(recipe: Recipe, out: Path) -> tuple[Path, Path]:

@@ -80,10 +80,12 @@ def check_names(
         DataError: one needs labels that are not there.
     """
     for name in names:
-        if name in (symbols := {each.symbol: key for key, each in CATALOGUE.items()}):
-            raise UsageError(f"no measure {name!r}; {name} is called {symbols[name]}")
         if name not in CATALOGUE:
-            raise UsageError(f"no measure {name!r}; {did_you_mean(name, (*CATALOGUE, *GROUPS, 'all'))}")
+            called = next((key for key, each in CATALOGUE.items() if each.symbol == name), None)
+            near = did_you_mean(name, (*CATALOGUE, *GROUPS, "all"))
+            raise UsageError(
+                f"no measure {name!r}; {near if called is None else f'{name} is called {called}'}"
+            )
         if batch_dependent and name in SEPARATE:
             raise UsageError(f"{name} {SEPARATE[name]}, so it is undefined for NT-Xent logits. Leave it out")
         if name == "local_inconsistency_batchwise" and num_processes > 1:

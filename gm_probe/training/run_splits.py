@@ -51,7 +51,9 @@ def open_data(config: TrainConfig) -> Source:
     if Path(config.data).is_absolute() and not Path(config.data).exists():  # as a run records it
         raise UsageError(f"no folder or file {config.data!r}; if it has moved, give its place with --data")
     sizes = config.image_size, config.resize, config.crop
-    return _open(config.data, config.data_root, config.download, config.skip_bad, *sizes)
+    place = Path(config.data).absolute()  # the same name is another file after a change of folder
+    version = (place, place.stat().st_mtime_ns if place.exists() else 0)
+    return _open(config.data, config.data_root, config.download, config.skip_bad, *sizes, version)
 
 
 @lru_cache(maxsize=2)
@@ -63,8 +65,13 @@ def _open(
     image_size: int | None,
     resize: int | None,
     crop: int | None,
+    version: tuple[Path, int],
 ) -> Source:
-    """A folder's images are still in their files; those that ``in_memory`` decodes are then shared."""
+    """A folder's images are still in their files; those that ``in_memory`` decodes are then shared.
+
+    Args:
+        version: what tells one file from another of the same name; it is part of the cache's key alone.
+    """
     return open_source(
         data,
         labeled=True,
