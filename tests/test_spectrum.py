@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from conftest import CASES, Case
 from test_operators import build, dense_terms
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gm_probe.errors import DivergedError, ResourceError
-from gm_probe.linalg.lanczos import Eigenpair, certified, eigenpairs, lanczos, random_start
+from gm_probe.linalg.lanczos import Eigenpair, certified, eigenpairs, lanczos
 from gm_probe.linalg.operator import Operator
+from gm_probe.linalg.random_vectors import random_signs, random_start
 
 
 def operator_of(terms: Tensor) -> Operator:
@@ -295,3 +298,22 @@ def test_certified_goes_on_from_a_bad_guess(seed: int) -> None:
     assert abs(float(found.vector[0])) == pytest.approx(1, abs=1e-5)
     cut_short = certified(operator, guess_of(vector), tolerance=1e-6, max_iterations=2)
     assert (cut_short.converged, cut_short.iterations) == (False, 2)
+
+
+def test_random_vectors_are_drawn_where_the_generator_is() -> None:
+    """Without a place torch draws on the CPU, and refuses a GPU's generator."""
+    operator = Operator(lambda v: v, lambda v: v, 5, torch.float32, torch.device("cpu"))
+    draws: list[torch.device] = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.randn, torch.randint):
+                draws.append(torch.device(kwargs["device"]))
+            return func(*args, **(kwargs or {}))
+
+    generator = torch.Generator().manual_seed(0)
+    with Watched():
+        start, signs = random_start(operator, generator), random_signs(operator, generator, torch.float64)
+    assert draws == [generator.device] * 2
+    assert start.dtype == signs.dtype == torch.float64
+    assert set(signs.tolist()) <= {-1.0, 1.0}

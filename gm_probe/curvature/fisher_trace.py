@@ -151,8 +151,9 @@ class _ExampleNorms:
     def by_signs(self, number: int) -> Tensor:
         """Return (number, N) squared norms for signs of their own."""
         # the next round's signs begin anywhere
-        seed = int(torch.randint(2**32, (), generator=self.generator))
-        signs = _signs(self.batches, number * self.rank, torch.Generator().manual_seed(seed))
+        place = self.generator.device
+        seed = int(torch.randint(2**32, (), generator=self.generator, device=place))
+        signs = _signs(self.batches, number * self.rank, torch.Generator(place).manual_seed(seed))
 
         def signed(root: CovarianceRoot) -> Iterator[Tensor]:
             some = next(signs).view(-1, number, self.rank)
@@ -239,7 +240,10 @@ def _signs(batches: Batches, number: int, generator: torch.Generator) -> Iterato
     """
 
     def drawn(count: int) -> Tensor:
-        return torch.randint(0, 2, (count, number), generator=generator, dtype=torch.int8) * 2 - 1
+        place = generator.device
+        return (
+            torch.randint(0, 2, (count, number), generator=generator, dtype=torch.int8, device=place) * 2 - 1
+        )
 
     step = batches.batch_size
     for start in range(0, batches.first, step):  # of the processes before this one

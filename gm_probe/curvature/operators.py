@@ -27,7 +27,7 @@ from gm_probe.curvature.nestable import NESTABLE, Substituting
 from gm_probe.curvature.second_derivatives import require_second_derivative
 from gm_probe.curvature.speed import TRIAL
 from gm_probe.data.batches import Batches, cut
-from gm_probe.data.fields import Inputs
+from gm_probe.data.fields import Inputs, ordinary
 from gm_probe.errors import UsageError
 from gm_probe.inconsistency.kl import over_rows
 from gm_probe.linalg.operator import Operator
@@ -121,7 +121,7 @@ class _Jacobian:
 
     def _by_forward_mode(self, x: Inputs, v: Tensor) -> Tensor:
         with torch.no_grad(), _forward_mode():
-            logits = self.parameters.logits(x, forward_ad.make_dual(self.parameters.vector(), v))
+            logits = self.parameters.logits(x, forward_ad.make_dual(self.parameters.vector(), ordinary(v)))
             result = _tangent(logits)
         self.work.add(JVP, len(x))
         return result
@@ -318,7 +318,7 @@ class _Curvature:
     def _forward_product(self, v: Tensor, x: Inputs, d: Tensor) -> Tensor:
         """The tangent of a gradient."""
         with torch.enable_grad(), _forward_mode():
-            theta = forward_ad.make_dual(self.parameters.vector(v.dtype).requires_grad_(), v)
+            theta = forward_ad.make_dual(self.parameters.vector(v.dtype).requires_grad_(), ordinary(v))
             [gradient] = gradients(self._sum(theta, x, d), {"": theta})
             result = torch.zeros_like(v) if gradient is None else _tangent(gradient)
         self.work.add(HESSIAN_PRODUCT, len(d))

@@ -18,6 +18,7 @@ import torch
 from gm_probe.errors import UsageError
 from gm_probe.linalg.lanczos import Krylov
 from gm_probe.linalg.operator import Operator
+from gm_probe.linalg.random_vectors import random_signs
 
 LUMP = 0.5  # mass from which on a node is the bulk, however well it is resolved
 SAME = 1e-6  # of the largest |Ritz value|: nodes as near as this are one
@@ -248,8 +249,7 @@ def density(
         raise UsageError(f"a density needs at least one probe and one step, not {num_probes} and {num_steps}")
     nodes, weights, residuals, products = [], [], [], 0
     for _ in range(num_probes):
-        signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
-        krylov = Krylov(operator, signs.to(operator.device, torch.float64) * 2 - 1)
+        krylov = Krylov(operator, random_signs(operator, generator, torch.float64))
         while not krylov.exhausted and len(krylov.basis) < num_steps:
             krylov.extend()
             products += 1

@@ -14,6 +14,7 @@ from torch import Tensor
 from gm_probe.checks import real, whole
 from gm_probe.errors import DivergedError, UsageError, memory_or
 from gm_probe.linalg.operator import Operator
+from gm_probe.linalg.random_vectors import random_start
 from gm_probe.linalg.work import Expect
 
 
@@ -117,7 +118,7 @@ def eigenpairs(
     Eigenvalues that are repeated count once: a Krylov space holds one vector of each eigenspace.
 
     Args:
-        start: (P,) start vector; see ``random_start``.
+        start: (P,) start vector; see ``random_vectors``.
         tolerance: residual relative to \\|θ\\| at which an eigenpair is done.
         patience: successive iterations in which all must be done before it stops.
         expect: called after every iteration.
@@ -189,11 +190,6 @@ def lanczos(
     start = random_start(operator, generator)
     [pair], _ = eigenpairs(operator, start, tolerance=tolerance, max_iterations=max_iterations, expect=expect)
     return pair
-
-
-def random_start(operator: Operator, generator: torch.Generator) -> Tensor:
-    """A (P,) float64 Gaussian start vector."""
-    return torch.randn(operator.size, generator=generator, dtype=torch.float64).to(operator.device)
 
 
 def certified(

@@ -13,6 +13,7 @@ from torch import Tensor
 from gm_probe.checks import real, whole
 from gm_probe.errors import DivergedError
 from gm_probe.linalg.operator import Operator
+from gm_probe.linalg.random_vectors import random_signs, random_start
 from gm_probe.linalg.work import Expect
 
 SKETCH = 16  # products that find directions to deflate; of F they cut a vector's deviation 28 and 19 times
@@ -155,8 +156,7 @@ class _RandomVectors:
 
     def draw(self) -> None:
         operator = self._operator
-        signs = torch.randint(0, 2, (operator.size,), generator=self._generator, dtype=torch.int8)
-        z = signs.to(operator.device, operator.dtype) * 2 - 1
+        z = random_signs(operator, self._generator, operator.dtype)
         for vector in self._deflate:
             z = z - (vector @ z) * vector
         terms = operator.terms(z).double() + self._deflated
@@ -202,8 +202,8 @@ def _sketch(operator: Operator, generator: torch.Generator) -> list[Tensor]:
     """Orthonormal vectors (P,) that span A times random ones: near its largest eigenvalues' where it decays."""
     found: list[Tensor] = []
     for _ in range(SKETCH):
-        start = torch.randn(operator.size, generator=generator, dtype=torch.float64)
-        image = operator.matvec(start.to(operator.device, operator.dtype)).double()
+        start = random_start(operator, generator)
+        image = operator.matvec(start.to(operator.dtype)).double()
         before = float(image.norm())
         for _ in range(2):  # twice is enough (Kahan)
             for vector in found:

@@ -31,6 +31,7 @@ from gm_probe.measures.scores import Reference, by_class, counted_shares
 from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs
 from gm_probe.models.parameters import Parameters
+from gm_probe.runtime.devices import generator_on
 from gm_probe.runtime.processes import gather_examples
 from gm_probe.runtime.randomness import Draws
 
@@ -158,8 +159,10 @@ class MeasurementContext:
 
     def generator(self, name: str) -> torch.Generator:
         """A generator of its own for each purpose, so that no figure depends on which others were asked for."""
+        there = self.settings.noise_device == "device"
+        generator = generator_on(self.batches.device) if there else torch.Generator()
         # hashed to 32 bits: torch's CPU generator ignores the higher ones
-        return torch.Generator().manual_seed(zlib.crc32(f"{name}:{self.settings.seed}".encode()))
+        return generator.manual_seed(zlib.crc32(f"{name}:{self.settings.seed}".encode()))
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
         """What several figures are made from: computed the first time."""

@@ -122,7 +122,8 @@ def _transformed(context: MeasurementContext, transform: Callable[[Tensor, Tenso
     """
     batches, rows = context.batches, []
     # for all examples at once, so that no shift hangs on the batch size or on the process
-    numbers = torch.rand(batches.total, 2, generator=context.generator("crop"))
+    generator = context.generator("crop")
+    numbers = torch.rand(batches.total, 2, generator=generator, device=generator.device)
     mine = numbers[batches.first : batches.first + batches.num_examples].split(batches.batch_size)
     for batch, some in zip(batches, mine, strict=True):
         if not isinstance(batch.x, Tensor) or batch.x.dim() != 4 or not batch.x.is_floating_point():

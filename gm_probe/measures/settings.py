@@ -112,6 +112,12 @@ class Settings:
         "Let an NVIDIA GPU round float32 products to TF32. It is faster, but keeps three digits, in which short "
         "perturbations of the weights may be lost.",
     )
+    noise_device: str = setting(
+        "device",
+        GENERAL,
+        "Draw random vectors and starts on the device, or on the CPU for the draws of a measurement on the CPU.",
+        choices=("device", "cpu"),
+    )
     seed: int = setting(0, GENERAL, "Seed of all random draws.", least=0, most=MOST)
 
     def as_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from gm_probe.files.atomic import write_json
 from gm_probe.files.schema import Unfit, bounded
 from gm_probe.measuring.checkpoint import DIGEST, How
 from gm_probe.models.checkpoints import read_checkpoint
-from gm_probe.runs.records import CHECKPOINT, MEASURES, read_run
+from gm_probe.runs.records import CHECKPOINT, MEASURES, UNNAMED, read_run
 from gm_probe.runtime.devices import environment
 from gm_probe.training.run_splits import OWN_UNLABELED
 
@@ -161,6 +161,6 @@ def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
     machine = {*environment(torch.device("cpu")), "processes", "passed_over"} - {"tf32"}
     if settings.get("part") == OWN_UNLABELED:  # split.json says what the data is, wherever it lies
         machine.add("data")
-    # an earlier version does not name what is null, or off
-    told = {key: value for key, value in settings.items() if value is not None and value is not False}
+    # an earlier version does not name what is null
+    told = {key: value for key, value in {**UNNAMED, **settings}.items() if value is not None}
     return {key: value for key, value in told.items() if key not in machine}

@@ -136,6 +136,7 @@ MEASURED_SETTING_KINDS: dict[str, Check] = {
     **dict.fromkeys(("protocol", "params", "data", "part", "dtype"), text),
     "head": optional(text),
     "tf32": flag,
+    "noise_device": text,
     "rho_grid": listed(finite),
     "k_grid": listed(count),
     "mean": listed(finite),

@@ -96,10 +96,13 @@ class RunRecord:
     def measured(self, names: Iterable[str], asked: Mapping[str, Any]) -> bool:
         """Whether it has the measures ``names``, taken with the settings ``asked``."""
         names = set(names)
-        # an earlier version does not name what is off
-        default = {key: False if value is False else None for key, value in asked.items()}
-        same = all(self.settings.get(key, default[key]) == value for key, value in asked.items())
+        settings = {**UNNAMED, **self.settings}
+        same = all(settings.get(key) == value for key, value in asked.items())
         return not names or (same and names <= set(self.measures))
+
+
+UNNAMED: Mapping[str, Any] = {"tf32": False, "noise_device": "device"}
+"""What settings are that an earlier version did not name."""
 
 
 def read_run(path: Path) -> RunRecord:
