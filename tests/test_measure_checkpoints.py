@@ -330,6 +330,20 @@ def test_several_checkpoints_are_one_table(
             assert re.search(r"tr H( \(predicted labels\))? ↓", head)
 
 
+def test_a_table_of_checkpoints_with_other_settings_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(parse(measure={"measures": []}), tmp_path)
+    runs = [str(run) for run in trained_runs(tmp_path)[:2]]
+    words = ["--measures", "local_inconsistency", "--starts", "2", "--device", "cpu", "--save", "-q"]
+    for run, rho in zip(runs, ("0.1", "0.2"), strict=True):
+        main(["measure", run, *words, "--rho", rho])
+    capsys.readouterr()
+    for some, said in ((runs[:1] * 2, "ρ = 0.1"), (runs, "Settings differ between the checkpoints")):
+        main(["measure", *some, *words])
+        assert said in capsys.readouterr().out
+
+
 def test_pixels_for_a_checkpoint_of_floats_are_not_read_without_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

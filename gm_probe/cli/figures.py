@@ -33,10 +33,11 @@ def _print_several(results: Sequence[dict[str, Any]]) -> None:
     else:
         rows = [[name, *row] for name, row in zip(checkpoints, cells, strict=True)]
         console.print(table(title, ["checkpoint", *heads], rows))
+    captions = {f"{_batch_dependent(result)}{_ascents(result, spread=False)}" for result in results}
+    same = captions.pop() if len(captions) == 1 else "Settings differ between the checkpoints (see --json). "
     say(
         console,
-        f"{_batch_dependent(results[0])}{_ascents(results[0], spread=False)}"
-        "↓: a smaller value is expected to go with better generalization, ↑: a larger one. "
+        f"{same}↓: a smaller value is expected to go with better generalization, ↑: a larger one. "
         "±: standard error over random draws and examples together. !: not converged. "
         "--json has every number; a single checkpoint is shown with both errors and the cost.",
         "dim",
