@@ -399,6 +399,16 @@ def test_mismatches_name_the_tensors(tmp_path: Path, trained: Net) -> None:
     assert same(fresh, net(2))  # nothing was copied
 
 
+def test_another_number_of_classes_is_told_as_such(tmp_path: Path, trained: Net) -> None:
+    state = trained.state_dict()
+    state |= {f"head.{name}": torch.cat([state[f"head.{name}"]] * 2) for name in ("weight", "bias")}
+    torch.save(state, tmp_path / "a.pt")
+    assert "pass --num-classes 6" in refused(tmp_path / "a.pt", model=net(2))
+    state["conv.weight"] = torch.ones(4, 1, 3, 3)
+    torch.save(state, tmp_path / "a.pt")
+    assert "--num-classes" not in refused(tmp_path / "a.pt", model=net(2))
+
+
 def test_many_mismatches_are_cut_short(tmp_path: Path) -> None:
     torch.save({f"w{i}": torch.ones(1) for i in range(500)}, tmp_path / "a.pt")
     message = refused(tmp_path / "a.pt", model=net(2))

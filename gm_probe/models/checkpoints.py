@@ -336,11 +336,8 @@ def fitting(model: nn.Module, checkpoint: Checkpoint) -> Fit:
                 )
         state |= {name: state[there[0]] for name in (first, *others) if there}
     missing = [wanted[name] for name in place.needed if wanted[name] not in state]
-    shapes = [
-        f"{k} {tuple(state[k].shape)} ≠ {tuple(expected[k].shape)} in the model"
-        for k in expected
-        if k in state and state[k].shape != expected[k].shape
-    ]
+    differing = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+    shapes = [f"{k} {tuple(state[k].shape)} ≠ {tuple(expected[k].shape)} in the model" for k in differing]
     unexpected = [held[name] for name in place.extra]
     problems = [
         f"{len(names)} {kind} ({_some(names)})"
@@ -352,10 +349,13 @@ def fitting(model: nn.Module, checkpoint: Checkpoint) -> Fit:
         if names
     ]
     if problems:
-        raise CheckpointError(
-            f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; "
-            f"{_remedy(checkpoint, place.prefix, bool(missing or shapes))}"
-        )
+        remedy = _remedy(checkpoint, place.prefix, bool(missing or shapes))
+        first_sizes = {state[k].shape[:1] for k in differing if state[k].shape[1:] == expected[k].shape[1:]}
+        if (
+            len(problems) == len(first_sizes) == 1 and 0 < len(differing) <= 2
+        ):  # the last layer's weight and bias
+            remedy = f"pass --num-classes {next(iter(first_sizes))[0]}, or {remedy}"
+        raise CheckpointError(f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; {remedy}")
     for name, value in state.items():
         if expected[name].is_floating_point() and not value.is_floating_point():
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is {value.dtype}, not floating point")
