@@ -14,7 +14,7 @@ from gm_probe.measures.context import Settings
 from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.zoo import ModelSpec, initial_model
-from gm_probe.runs.records import CHECKPOINT, read_run
+from gm_probe.runs.records import BEST, CHECKPOINT, read_run
 from gm_probe.training.loop import train
 from gm_probe.training.run_splits import own_unlabeled
 
@@ -70,13 +70,13 @@ def test_killed_and_resumed_without_the_file(given: Path, tmp_path: Path) -> Non
     assert rows(tmp_path / "whole") == rows(tmp_path / "resumed")
 
 
-@pytest.mark.parametrize("path", ["run", f"run/{CHECKPOINT}"])
+@pytest.mark.parametrize("path", ["run", f"run/{CHECKPOINT}", f"run/{BEST}"])
 def test_distance_is_from_the_given_weights(given: Path, tmp_path: Path, path: str) -> None:
-    train(config(init=str(given)), tmp_path / "run")
+    train(config(init=str(given), eval_every=1), tmp_path / "run")
     examples = own_unlabeled(tmp_path / "run")
     name = "distance_from_initialization"
     found = measure_checkpoint(tmp_path / path, examples, [name], Settings())["measures"][name]["value"]
-    before, after = state_of(given), state_of(tmp_path / "run")
+    before, after = state_of(given), state_of(tmp_path / path)
     expected = sum(float((after[key] - before[key]).double().square().sum()) for key in after) ** 0.5
     assert found == pytest.approx(expected, rel=1e-6)
     given.unlink()

@@ -21,6 +21,7 @@ from gm_probe.accuracy.report import (
     Suggestion,
     percent,
 )
+from gm_probe.errors import listed
 from gm_probe.measures.scores import probabilities
 
 UNLABELED_ORDER = ("agreement", "average_confidence", "nuclear_norm")
@@ -182,8 +183,7 @@ def conclusion(ranked: Sequence[ModelEstimate], needed: int | None, *, alike: bo
     if not close:
         return f"{leads}; it differs detectably from every other model."
     some = close if len(close) <= NAMED else [*close[: NAMED - 1], f"{len(close) - NAMED + 1} more"]
-    listed = some[0] if len(some) == 1 else f"{', '.join(some[:-1])} and {some[-1]}"
-    said = f"{leads}; {listed} cannot be distinguished from it."
+    said = f"{leads}; {listed(some)} cannot be distinguished from it."
     if alike:
         return f"{said} They predict the same class for every unlabeled example."
     if needed is None:

@@ -8,6 +8,7 @@ from gm_probe.analysis.coefficients import linear_tau
 from gm_probe.analysis.definitions import direction_of, symbol
 from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.results import Correlations
+from gm_probe.errors import listed
 from gm_probe.tables.table import RunTable
 
 ALIKE = 0.98
@@ -160,11 +161,6 @@ def target_short(target: str) -> str:
     """Return a target's name in a sentence."""
     plain = target.replace("_", " ") if target.isidentifier() else target  # arithmetic stays as it was typed
     return {"error_gap": "error gap", "ce_gap": "CE gap"}.get(target, plain)
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names as a sentence lists them."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _verb(names: Sequence[str], verb: str) -> str:

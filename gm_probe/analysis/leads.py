@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 
-from gm_probe.analysis.conclusion import costs, listed, target_short
+from gm_probe.analysis.conclusion import costs, target_short
 from gm_probe.analysis.definitions import symbol
 from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.results import Correlations
 from gm_probe.analysis.typeset import two_decimals
+from gm_probe.errors import listed
 from gm_probe.tables.table import by_reason
 
 Grids = Mapping[str, Mapping[int, Mapping[float, Quantity]]]

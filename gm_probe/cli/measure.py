@@ -182,6 +182,7 @@ def measure(
     from gm_probe.executors.local import Processes, visible_gpus
     from gm_probe.measuring.checkpoint import How
     from gm_probe.measuring.many import Request
+    from gm_probe.runs.records import run_of
     from gm_probe.runtime import processes
     from gm_probe.runtime.devices import named_device, pick_device
     from gm_probe.training.run_splits import own_unlabeled
@@ -219,8 +220,7 @@ def measure(
         if jobs > 1:
             engine = Processes(jobs, visible_gpus() if data.device in {"auto", "cuda"} else ())
         elif executor == "ray":
-            root = given[0] if given[0].is_dir() else given[0].parent
-            engine = ray_executor(root, address, gpus, data.threads)
+            engine = ray_executor(run_of(given[0]), address, gpus, data.threads)
         outcomes = measure_all(checkpoints, request, engine, output, quiet=quiet, speaks=speaks)
         if density is not None and speaks:
             _draw_density(outcomes[0].result, checkpoints[0].name, density)

@@ -91,8 +91,11 @@ def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> 
 
 def _write_digits(recipe: Recipe, out: Path) -> tuple[Path, Path]:
     """Write half of the sweep's test digits with noise, and the others as a validation set; return both files."""
+    import io
+
     import numpy as np
 
+    from gm_probe.files.atomic import write_atomic
     from gm_probe.training.run_splits import load_splits
 
     test = load_splits(next(iter(recipe.runs.values()))).test
@@ -100,8 +103,11 @@ def _write_digits(recipe: Recipe, out: Path) -> tuple[Path, Path]:
     x, y = np.asarray(test.x), np.asarray(test.y)
     noise = np.random.default_rng(0).normal(0, NOISE, x[NUM_VALIDATION:].shape)
     noisy = np.clip(x[NUM_VALIDATION:] + noise, 0, 255).astype(np.uint8)
-    np.savez(out / "noisy.npz", x=noisy, y=y[NUM_VALIDATION:])
-    np.savez(out / "validation.npz", x=x[:NUM_VALIDATION], y=y[:NUM_VALIDATION])
+    parts = {"noisy": (noisy, y[NUM_VALIDATION:]), "validation": (x[:NUM_VALIDATION], y[:NUM_VALIDATION])}
+    for name, (images, labels) in parts.items():
+        file = io.BytesIO()
+        np.savez(file, x=images, y=labels)
+        write_atomic(out / f"{name}.npz", file.getvalue())
     return out / "noisy.npz", out / "validation.npz"
 
 

@@ -70,6 +70,13 @@ def expanded(
     return list(dict.fromkeys(found))
 
 
+def unknown_measure(name: str) -> str:
+    """Say that no measure is called ``name``, and which one may be meant."""
+    called = next((key for key, each in CATALOGUE.items() if each.symbol == name), None)
+    meant = f"{name} is called {called}" if called else did_you_mean(name, (*CATALOGUE, *GROUPS, "all"))
+    return f"no measure {name!r}; {meant}"
+
+
 def check_names(
     names: Sequence[str], *, labeled: bool, batch_dependent: bool = False, num_processes: int = 1
 ) -> None:
@@ -81,11 +88,7 @@ def check_names(
     """
     for name in names:
         if name not in CATALOGUE:
-            called = next((key for key, each in CATALOGUE.items() if each.symbol == name), None)
-            near = did_you_mean(name, (*CATALOGUE, *GROUPS, "all"))
-            raise UsageError(
-                f"no measure {name!r}; {near if called is None else f'{name} is called {called}'}"
-            )
+            raise UsageError(unknown_measure(name))
         if batch_dependent and name in SEPARATE:
             raise UsageError(f"{name} {SEPARATE[name]}, so it is undefined for NT-Xent logits. Leave it out")
         if name == "local_inconsistency_batchwise" and num_processes > 1:

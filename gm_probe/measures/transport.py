@@ -33,9 +33,8 @@ def transport(probabilities: Tensor, shares: Tensor, weights: Tensor | None = No
     m = np.full(len(p), 1 / len(p)) if weights is None else weights.double().cpu().numpy()
     m = m / m.sum()
     w = np.zeros(p.shape[1])
-    with _threads().limit(
-        limits=1, user_api="blas"
-    ):  # which wait for each other on K numbers far longer than they work
+    # several threads would wait for each other on K numbers for longer than they work
+    with _threads().limit(limits=1, user_api="blas"):
         for epsilon in SMOOTHING:
             w = minimize(
                 _soft_dual,

@@ -38,7 +38,7 @@ from gm_probe.models.loading import check_classes, check_fit, choose_normalizati
 from gm_probe.models.parameters import as_measured, evaluating
 from gm_probe.models.pretrained import load_pretrained
 from gm_probe.models.zoo import ModelSpec, initial_model, is_user_code
-from gm_probe.runs.records import CHECKPOINT, CONFIG, read_run
+from gm_probe.runs.records import CONFIG, read_run, run_of
 from gm_probe.runtime.devices import environment, require_float64
 from gm_probe.runtime.processes import count, failing_together, rank
 from gm_probe.runtime.randomness import generators_kept
@@ -378,7 +378,7 @@ def _initial(path: Path, loaded: LoadedCheckpoint) -> torch.nn.Module | None:
     A record that names another network than the one that was loaded is not followed: it could name anybody's code.
     """
     recorded = loaded.recorded
-    run = path.parent if path.name == CHECKPOINT else path
+    run = run_of(path)
     if recorded is None or recorded.name != loaded.name or not (run / CONFIG).exists():
         return None
     config = read_run(run).config

@@ -350,11 +350,8 @@ def fitting(model: nn.Module, checkpoint: Checkpoint) -> Fit:
     ]
     if problems:
         remedy = _remedy(checkpoint, place.prefix, bool(missing or shapes))
-        first_sizes = {state[k].shape[:1] for k in differing if state[k].shape[1:] == expected[k].shape[1:]}
-        if (
-            len(problems) == len(first_sizes) == 1 and 0 < len(differing) <= 2
-        ):  # the last layer's weight and bias
-            remedy = f"pass --num-classes {next(iter(first_sizes))[0]}, or {remedy}"
+        if not (missing or unexpected) and (classes := _classes(state, expected, differing)):
+            remedy = f"pass --num-classes {classes}, or {remedy}"
         raise CheckpointError(f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; {remedy}")
     for name, value in state.items():
         if expected[name].is_floating_point() and not value.is_floating_point():
@@ -371,6 +368,15 @@ def fitting(model: nn.Module, checkpoint: Checkpoint) -> Fit:
 
 def _key(key: str, prefix: str) -> str:
     return ".".join(filter(None, (key, prefix.rstrip("."))))
+
+
+def _classes(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], differing: Sequence[str]
+) -> int | None:
+    """Return the number of classes of a checkpoint from which only the last layer differs; else None."""
+    pairs = [(state[name].shape, expected[name].shape) for name in differing]
+    sizes = {held[0] if held[1:] == asked[1:] else None for held, asked in pairs}
+    return sizes.pop() if len(sizes) == 1 and len(pairs) <= 2 else None  # its weight and its bias
 
 
 def _remedy(checkpoint: Checkpoint, prefix: str, wrong: bool) -> str:

@@ -101,6 +101,11 @@ class RunRecord:
         return not names or (same and names <= set(self.measures))
 
 
+def run_of(path: Path) -> Path:
+    """Return the run folder that ``path`` is, or that a checkpoint file would lie in."""
+    return path if path.is_dir() else path.parent
+
+
 UNNAMED: Mapping[str, Any] = {"tf32": False, "noise_device": "device"}
 """What settings are that an earlier version did not name."""
 

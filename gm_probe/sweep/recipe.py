@@ -14,7 +14,7 @@ from gm_probe.checks import whole
 from gm_probe.data.sources import require_source
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import read_toml
-from gm_probe.measures.catalogue import check_names, default_measures, expanded
+from gm_probe.measures.catalogue import check_names, default_measures, expanded, unknown_measure
 from gm_probe.measures.settings import Settings
 from gm_probe.models.names import require_model_name
 from gm_probe.runs.catalogue import CATALOGUE
@@ -202,7 +202,7 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
     names = tuple(expanded(given, labeled=False))
     for name in names:
         if name not in CATALOGUE:
-            raise UsageError(f"recipe: no measure {name!r}; {did_you_mean(name, CATALOGUE)}")
+            raise UsageError(f"recipe: {unknown_measure(name)}")
         if CATALOGUE[name].needs_labels:
             raise UsageError(f"recipe: {name} needs labels, but a sweep measures on the unlabeled part")
     chosen: dict[str, Any] = {

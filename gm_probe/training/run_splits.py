@@ -14,7 +14,7 @@ from gm_probe.data.datasets import Examples, Recorded, Source, marks, open_sourc
 from gm_probe.data.images import contents
 from gm_probe.data.splits import Splits, hold_out, split
 from gm_probe.errors import DataError, UsageError
-from gm_probe.runs.records import CONFIG, read_run, read_split
+from gm_probe.runs.records import CONFIG, read_run, read_split, run_of
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.leave import Leave
 
@@ -144,7 +144,7 @@ def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
         UsageError: it is no run, nor in one; or there is no such data; or it needs more leave.
         DataError: its data has changed since.
     """
-    run = path if path.is_dir() else path.parent
+    run = run_of(path)
     if not (run / CONFIG).exists():
         raise UsageError(f"{path} is not a gmprobe run. Add --unlabeled DATA or --labeled DATA")
     config = leave.applied(TrainConfig.from_record(read_run(run).config), run)
