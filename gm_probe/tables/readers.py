@@ -18,11 +18,14 @@ from gm_probe.errors import DataError, UsageError, foreign_or, printable
 from gm_probe.files.regular import read_at_most
 from gm_probe.files.schema import DEEPEST, LONGEST_TEXT, Unfit, bounded
 from gm_probe.tables import trackers
+from gm_probe.tables.columns import key
 from gm_probe.tables.delimited import MOST_BYTES, decoded, read_delimited, require_fit
 from gm_probe.tables.numerals import NO_VALUE
 
 MOST_JSON = 2**28
 """Bytes of a file of JSON: its objects take some ten times as many."""
+LONG = ("measure", "metric", "variable")
+"""Names of the column that says, in a long table, of which measure its row has the ``value``."""
 LONGEST_DICT = 100_000
 """Characters of a dict in a cell: the settings of one run."""
 
@@ -70,16 +73,38 @@ def tidied(source: Path, sheet: Sheet) -> Sheet:
         raise DataError(f"{source} has a header but no run below it")
     dicts = [name for name in names if _holds_dicts(raw[name])]
     if not dicts:
-        return Sheet(raw.reset_index(drop=True), sheet.written, sheet.notes)
+        return _one_row_a_run(source, replace(sheet, cells=raw.reset_index(drop=True)))
     rows: list[dict[str, Any]] = []
     unread = 0
     for record in raw.to_dict("records"):
         read = {name: _literal(str(record[name])) for name in dicts}
         unread += sum(value is None and _filled(record[name]) for name, value in read.items())
-        rows.append({str(key): value for key, value in record.items() if key not in dicts} | read)
+        rows.append({str(name): value for name, value in record.items() if name not in dicts} | read)
     told = f"{unread} cells of {', '.join(dicts)} hold no readable dict; they count as empty"
     found = of_rows(source, rows, (*sheet.notes, *([told] if unread else [])))
     return tidied(source, replace(found, written=sheet.written))
+
+
+def _one_row_a_run(source: Path, sheet: Sheet) -> Sheet:
+    """``sheet``, where a long table with a row for each run and measure is made wide: one row for each run."""
+    raw = sheet.cells
+    names = {key(str(name)): str(name) for name in raw}
+    measure, value = next((names[word] for word in LONG if word in names), None), names.get("value")
+    if measure is None or value is None or raw[measure].is_unique:
+        return sheet
+    others = [name for name in raw if name not in {measure, value}]
+    of = raw[measure].map(lambda cell: str(cell).strip()).rename(measure)
+    runs = raw.groupby([raw[name].map(str) for name in others] or of, sort=False).ngroup().rename("run")
+    if not others or pd.concat([runs, of], axis=1).duplicated().any():
+        raise DataError(
+            f"{source} has a row for each {measure!r}, and does not tell which rows are one run. Write one row for "
+            f"each run, with a column for each {measure}"
+        )
+    require_fit(source, runs.nunique(), len(others) + of.nunique())
+    wide = raw[value].groupby([runs, of], sort=False).first().unstack(fill_value="")
+    wide = raw[others].groupby(runs, sort=False).nth(0).reset_index(drop=True).join(wide)
+    note = f"the {len(raw)} rows were read as {len(wide)} runs, with a column for each {measure}"
+    return tidied(source, replace(sheet, cells=wide, notes=(*sheet.notes, note)))
 
 
 def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str]) -> Sheet:
@@ -95,8 +120,8 @@ def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str
 
 
 def _flat(row: Mapping[str, Any], prefix: str, lists: dict[str, None]) -> Iterator[tuple[str, Any]]:
-    for key, value in row.items():
-        name = f"{prefix}{key}"
+    for inner, value in row.items():
+        name = f"{prefix}{inner}"
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name}.", lists)
         elif isinstance(value, list | tuple):
@@ -149,8 +174,8 @@ def _value(node: ast.AST | None, depth: int) -> Any:
         return [_value(each, depth + 1) for each in node.elts]
     if isinstance(node, ast.Dict):
         return {
-            str(_value(key, depth + 1)): _value(each, depth + 1)
-            for key, each in zip(node.keys, node.values, strict=True)
+            str(_value(name, depth + 1)): _value(each, depth + 1)
+            for name, each in zip(node.keys, node.values, strict=True)
         }
     raise ValueError
 
@@ -182,19 +207,35 @@ def _json(path: Path) -> Sheet:
         try:
             value = json.loads(line)
             bounded(value)
+            value = _by_rows(value)
         except Unfit as error:
             raise DataError(f"{where}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where} is not valid JSON: {printable(str(error))}. Write one object per line, or a list of objects"
             ) from error
-        rows += value if listed else [value]
+        rows += value if isinstance(value, list) else [value]
     wrong = next((place for place, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
     if wrong or not rows:
         raise DataError(
             f"{path} {f'entry {wrong} is no object' if wrong else 'is empty'}; it needs one object per run"
         )
     return replace(of_rows(path, rows, []), written=() if encoding == "UTF-8" else (f"as {encoding}",))
+
+
+def _by_rows(value: Any) -> Any:
+    """``value``, where columns (lists of one length, or pandas' mappings from row numbers) become a list of rows."""
+    if not isinstance(value, dict) or not value:
+        return value
+    columns = list(value.values())
+    if all(
+        isinstance(column, dict) and [*column] == list(map(str, range(len(column)))) for column in columns
+    ):
+        columns = [[*column.values()] for column in columns]
+    lengths = {len(column) if isinstance(column, list) else 0 for column in columns}
+    if len(lengths) > 1 or lengths == {0}:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _parquet(path: Path) -> Sheet:
