@@ -11,8 +11,8 @@ import click
 
 from gm_probe.accuracy.report import CLASS_SHARES, MIRRORED
 from gm_probe.cli.data import DataOptions, opened_aloud
+from gm_probe.cli.options import format_options, head_option
 from gm_probe.cli.output import (
-    format_options,
     note,
     notes_console,
     number,
@@ -23,7 +23,7 @@ from gm_probe.cli.output import (
     short_names,
     table,
 )
-from gm_probe.cli.param_types import PATH, SEED, Choice
+from gm_probe.cli.param_types import PATH, SEED
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import GroupedCommand, config_option, setting_options
 from gm_probe.data.sources import require_source
@@ -94,13 +94,7 @@ NARROW = 76
 @click.option(
     "--level", type=float, default=0.9, show_default=True, help="Confidence level of the intervals."
 )
-@click.option(
-    "--head",
-    type=Choice(["classifier", "binary"]),
-    default="classifier",
-    show_default=True,
-    help="State what the outputs mean: exclusive classes, or one yes-or-no logit.",
-)
+@head_option("classifier", "binary")
 @setting_options(DataOptions)
 @config_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all random draws.")

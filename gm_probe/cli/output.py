@@ -56,15 +56,6 @@ def notes_console(quiet: bool = False) -> Console:
     return _Safe(file=sys.stderr, quiet=quiet, highlight=False)
 
 
-def format_options(command: Any) -> Any:
-    """Add ``--json`` and ``--csv`` (one destination, ``output``) and ``--quiet``."""
-    command = click.option("-q", "--quiet", is_flag=True, help="Print no progress and no notes on stderr.")(
-        command
-    )
-    command = click.option("--csv", "output", flag_value="csv", help="Print CSV.")(command)
-    return click.option("--json", "output", flag_value="json", help="Print JSON.")(command)
-
-
 def print_json(value: Any) -> None:
     """Print strict JSON (no NaN) on stdout."""
     _print(json.dumps(value, indent=2, allow_nan=False) + "\n")
@@ -90,13 +81,15 @@ def _print(text: str) -> None:
         raise BrokenPipeError from error  # click would exit with 1 at an errno; see _Results
 
 
-def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A rich table whose first column is left-aligned and the others right-aligned."""
+def table(
+    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False
+) -> Table:
+    """Return a rich table whose first column is left-aligned, and the others right-aligned unless ``left``."""
     # rich would fold a title to the table's width, however wide the terminal
     above = None if title is None else Text(printable(title), "table.title", no_wrap=True, overflow="ignore")
     result = Table(title=above, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        justify: JustifyMethod = "left" if index == 0 else "right"
+        justify: JustifyMethod = "left" if left or index == 0 else "right"
         result.add_column(escape(printable(column)), justify=justify, overflow="fold")
     for row in rows:
         result.add_row(*(escape(_lines(cell)) for cell in row))

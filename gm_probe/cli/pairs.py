@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import DataOptions
+from gm_probe.cli.options import format_options, head_option, unlabeled_option
 from gm_probe.cli.output import (
-    format_options,
     note,
     note_reading,
     notes_console,
@@ -23,7 +23,7 @@ from gm_probe.cli.output import (
     say,
     table,
 )
-from gm_probe.cli.param_types import PATH, SEED, Choice
+from gm_probe.cli.param_types import PATH, SEED
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import setting_options
 from gm_probe.errors import CheckpointError, DataError, DivergedError, UsageError
@@ -39,20 +39,8 @@ if TYPE_CHECKING:
 
 @click.command(epilog="Example:  gmprobe pairs runs/")
 @click.argument("checkpoints", nargs=-1, type=PATH)
-@click.option(
-    "--unlabeled",
-    metavar="DATA",
-    help="Use this data without labels: an image folder (its labels are not read), "
-    "an array file, or a data set name.",
-)
-@click.option(
-    "--head",
-    type=Choice(["classifier", "binary", "multilabel"]),
-    default="classifier",
-    show_default=True,
-    help="State what the outputs mean: exclusive classes, one yes-or-no logit, or several independent "
-    "logits.",
-)
+@unlabeled_option
+@head_option("classifier", "binary", "multilabel")
 @setting_options(DataOptions)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random subset.")
 @format_options

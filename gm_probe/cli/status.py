@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gm_probe.cli.output import echo, format_options, print_csv, print_json, results_console, table
+from gm_probe.cli.options import format_options
+from gm_probe.cli.output import echo, print_csv, print_json, results_console, table
 from gm_probe.cli.param_types import PATH
 from gm_probe.files.locks import LIFETIME, StageProgress
 from gm_probe.runs.records import RUNS

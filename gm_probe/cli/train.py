@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gm_probe.cli.options import json_option, quiet_option
 from gm_probe.cli.output import note, note_reading, notes_console, number, print_json, results_console, table
 from gm_probe.cli.param_types import PATH
 from gm_probe.cli.progress import progress_bar
@@ -68,8 +69,8 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 )
 @click.option("--save", type=PATH, help="Also write the final weights to this .pt or .safetensors file.")
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events below --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress and no notes on stderr.")
+@json_option
+@quiet_option
 def train(
     config_file: Path | None,
     out: Path | None,

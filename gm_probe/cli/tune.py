@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gm_probe.cli.options import format_options, jobs_option
 from gm_probe.cli.output import (
     echo,
-    format_options,
     note,
     notes_console,
     number,
@@ -23,7 +23,7 @@ from gm_probe.cli.output import (
     say,
     table,
 )
-from gm_probe.cli.param_types import AT_ONCE, PATH, floats
+from gm_probe.cli.param_types import PATH, floats
 from gm_probe.cli.train import note_settings, train
 from gm_probe.errors import UsageError
 
@@ -76,9 +76,7 @@ FEW = 500
     "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of runs (seeds) per point."
 )
 @click.option("--out", type=PATH, help="Folder for the runs and the figure.  [default: tune/NAME]")
-@click.option(
-    "--jobs", type=AT_ONCE, default=1, show_default=True, help="Number of runs at a time, each in a process."
-)
+@jobs_option
 @click.option("--dry-run", is_flag=True, help="List the remaining runs of a grid; run nothing.")
 @format_options
 def tune(
