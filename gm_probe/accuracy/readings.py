@@ -131,7 +131,7 @@ def _changed(known: Known, signs: Signs, shares: Tensor, sizes: tuple[int, int],
             "the images' shift resembles the synthetic shifts, and the class shares changed, too",
         )
     value = min(max(signs.transported + known.offset, 0.0), 1.0)
-    weights = (shares / known.shares.clamp(min=1e-9))[known.validation.labels]
+    weights = known.weights(shares)
     effective = int(weights.sum().square() / weights.square().sum())
     half = math.hypot(known.skew_error, sampling_error(value, (sizes[0], max(effective, 1)), level))
     return Reading(value, half, "cot with estimated class shares", "only the class shares changed")

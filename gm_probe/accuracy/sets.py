@@ -15,13 +15,14 @@ LEAST_VALIDATION = 20
 
 
 def examine(
-    unlabeled: Examples, validation: Examples | None = None, few_labels: Examples | None = None
+    unlabeled: Examples | None, validation: Examples | None = None, few_labels: Examples | None = None
 ) -> list[str]:
     """Return notes on the sets.
 
     Raises:
         DataError: a set is empty, without labels where it needs some, too small, of one class, or of another shape.
     """
+    assert unlabeled is not None
     notes = []
     for name, examples in (("validation", validation), ("few-labels", few_labels)):
         if examples is None:

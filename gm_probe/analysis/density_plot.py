@@ -21,6 +21,7 @@ RUG = 0.06  # of a panel's height, that an isolated eigenvalue's tick takes
 LABELS = 9  # decades labelled along the axis before every other is left out
 
 
+@mpl.rc_context(STYLE)
 def density_panels(
     densities: Mapping[str, Mapping[str, Any]], *, checkpoint: str, num_examples: int
 ) -> Figure:
@@ -34,20 +35,19 @@ def density_panels(
     shapes = sorted({f"{one['num_probes']} × {one['num_steps']}" for one in densities.values()})
     low = min(one["curve"]["x"][0] for one in densities.values())
     high = max(one["curve"]["x"][-1] for one in densities.values())
-    with mpl.rc_context(STYLE):
-        figure = new_figure(6.7, 0.5 + 2.1 * len(densities))
-        figure.suptitle(
-            f"{checkpoint}, N = {num_examples:,}, P = {first['num_parameters']:,}, "
-            f"{' and '.join(shapes)} (probes × steps)".replace("$", r"\$"),
-            fontsize=8,
-        )
-        for row, (name, one) in enumerate(densities.items()):
-            axes = figure.add_subplot(len(densities), 1, row + 1)
-            _density(axes, one, COLOURS[row % len(COLOURS)])
-            _axis(axes, low, high, one["curve"]["linear_width"])
-            labels = f" ({one['labels']} labels)" if "labels" in one else ""
-            axes.set_title(_title(NAMES.get(name, name) + labels, one), loc="left")
-        axes.set_xlabel(r"eigenvalue $\lambda$ (logarithmic outside the shaded range around 0)")
+    figure = new_figure(6.7, 0.5 + 2.1 * len(densities))
+    figure.suptitle(
+        f"{checkpoint}, N = {num_examples:,}, P = {first['num_parameters']:,}, "
+        f"{' and '.join(shapes)} (probes × steps)".replace("$", r"\$"),
+        fontsize=8,
+    )
+    for row, (name, one) in enumerate(densities.items()):
+        axes = figure.add_subplot(len(densities), 1, row + 1)
+        _density(axes, one, COLOURS[row % len(COLOURS)])
+        _axis(axes, low, high, one["curve"]["linear_width"])
+        labels = f" ({one['labels']} labels)" if "labels" in one else ""
+        axes.set_title(_title(NAMES.get(name, name) + labels, one), loc="left")
+    axes.set_xlabel(r"eigenvalue $\lambda$ (logarithmic outside the shaded range around 0)")
     return figure
 
 

@@ -4,6 +4,7 @@ Figures are built through matplotlib's object API, so no global pyplot state is 
 """
 
 import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,28 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from gm_probe.analysis.definitions import MEASURES
 from gm_probe.analysis.design import target_column
 from gm_probe.analysis.results import Correlations, Quantity
 from gm_probe.files.atomic import write_atomic
 from gm_probe.tables.table import RunTable
 
 FORMATS = ("png", "pdf", "svg")
-MEASURE_LABELS = {
-    "local_inconsistency": r"$S_\rho$ (local inconsistency)",
-    "local_inconsistency_converged": r"$S_\rho$ (converged)",
-    "fisher_lambda_max": r"$\lambda_{\max}(F)$",
-    "fisher_trace": r"$\mathrm{tr}\,F$",
-    "hessian_lambda_max": r"$\lambda_{\max}(H)$",
-    "hessian_trace": r"$\mathrm{tr}\,H$",
-    "hessian_lambda_min": r"$\lambda_{\min}(H)$",
-    "effective_rank": r"$\mathrm{tr}\,F/\lambda_{\max}(F)$",
-    "local_inconsistency_adaptive": r"$S_\rho$ (adaptive)",
-    "local_inconsistency_relative": r"$S_\rho$ (relative)",
-    "local_inconsistency_batchwise": r"$S_\rho$ (batchwise)",
-    "average_inconsistency": r"$A_\rho$ (average)",
-    "conditional_inconsistency": r"$C_\theta$ (inconsistency)",
-    "disagreement": "disagreement",
-}
 # Of Okabe and Ito's colours, in an order whose neighbours differ in grey too; every second one is drawn hollow.
 # 7 colours and 10 markers share no factor, so the first 70 subgroups all look different, and 10 differ in shape alone.
 COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -62,6 +48,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
+@mpl.rc_context(STYLE)
 def scatter_panels(found: Correlations, groups: Mapping[str, np.ndarray]) -> Figure:
     """One panel a measure and target, at most 3 measures side by side, each titled with its τ and n.
 
@@ -71,26 +58,25 @@ def scatter_panels(found: Correlations, groups: Mapping[str, np.ndarray]) -> Fig
     table, measures, gaps = found.runs, found.runs.measures, found.targets
     blocks = -(-len(measures) // 3)
     num_columns = -(-len(measures) // blocks)
-    with mpl.rc_context(STYLE):
-        width = 0.4 + 2.1 * num_columns  # inches; three panels fill a page's 6.7
-        figure = new_figure(width, 0.1 + 1.85 * blocks * len(gaps))
-        for block in range(blocks):
-            some = measures[block * num_columns : (block + 1) * num_columns]
-            for row, gap in enumerate(gaps):
-                first: Axes | None = None
-                for column, measure in enumerate(some):
-                    place = (block * len(gaps) + row) * num_columns + column + 1
-                    axes = figure.add_subplot(blocks * len(gaps), num_columns, place, sharey=first)
-                    handles = points(axes, table.frame[measure].to_numpy(), target_column(table, gap), groups)
-                    axes.set_title(_title(found.get(measure, gap)))
-                    if row == len(gaps) - 1:
-                        axes.set_xlabel(measure_label(table, measure))
-                    if first is None:
-                        axes.set_ylabel(gaps[gap])
-                        first = axes
-                    else:
-                        axes.tick_params(labelleft=False)
-        legend_below(figure, handles)
+    width = 0.4 + 2.1 * num_columns  # inches; three panels fill a page's 6.7
+    figure = new_figure(width, 0.1 + 1.85 * blocks * len(gaps))
+    for block in range(blocks):
+        some = measures[block * num_columns : (block + 1) * num_columns]
+        for row, gap in enumerate(gaps):
+            first: Axes | None = None
+            for column, measure in enumerate(some):
+                place = (block * len(gaps) + row) * num_columns + column + 1
+                axes = figure.add_subplot(blocks * len(gaps), num_columns, place, sharey=first)
+                handles = points(axes, table.frame[measure].to_numpy(), target_column(table, gap), groups)
+                axes.set_title(_title(found.get(measure, gap)))
+                if row == len(gaps) - 1:
+                    axes.set_xlabel(measure_label(table, measure))
+                if first is None:
+                    axes.set_ylabel(gaps[gap])
+                    first = axes
+                else:
+                    axes.tick_params(labelleft=False)
+    legend_below(figure, handles)
     return figure
 
 
@@ -99,6 +85,15 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def ink(cell: Sequence[float]) -> str:
+    """Return white or black, whichever has more contrast on the colour ``cell`` (red, green, blue, ...).
+
+    Source: relative luminance of WCAG 2.1; contrast is the same at 0.179.
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in cell[:3]]
+    return "black" if np.dot([0.2126, 0.7152, 0.0722], linear) > 0.179 else "white"
 
 
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
@@ -131,12 +126,12 @@ def log_ticks(axis: Axis) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+@mpl.rc_context(STYLE)
 def render(figure: Figure, suffix: str) -> bytes:
     """``figure`` as a ``png`` (200 dots an inch), ``pdf`` or ``svg``; equal figures give equal bytes."""
     undated: dict[str, dict[str, str | None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix))
+    figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix))
     return buffer.getvalue()
 
 
@@ -231,8 +226,14 @@ def measure_label(table: RunTable, measure: str) -> str:
     """For the axis of ``measure``: its symbol, and whose labels it was taken with."""
     kind = table.labels.get(measure)
     labels = f" ({kind} labels)" if kind else ""
-    known = MEASURE_LABELS.get(measure)
-    return known + labels if known else "\n".join(wrapped(measure + labels, 30)).replace("$", r"\$")
+    if measure in MEASURES:
+        return math_symbol(measure) + labels
+    return "\n".join(wrapped(measure + labels, 30)).replace("$", r"\$")
+
+
+def math_symbol(measure: str) -> str:
+    """Return the symbol of a known measure with its subscripts as matplotlib sets them: λ_max(F) as $λ_{max}$(F)."""
+    return re.sub(r"(\w)_(\w+)", r"$\1_{\\mathrm{\2}}$", MEASURES[measure][0])
 
 
 def wrapped(text: str, width: int) -> list[str]:

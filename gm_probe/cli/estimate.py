@@ -13,6 +13,7 @@ from gm_probe.accuracy.report import CLASS_SHARES, MIRRORED
 from gm_probe.cli.data import DataOptions, opened_aloud
 from gm_probe.cli.options import format_options, head_option
 from gm_probe.cli.output import (
+    csv_text,
     note,
     notes_console,
     number,
@@ -137,13 +138,13 @@ def estimate(
     loading = data.loading() | {"head": head}
     opened = opened_aloud(data, unlabeled, False, quiet)[0]
     target = opened.subset(data.max_examples, seed)
-    labeled = [
-        None if source is None else opened_aloud(data, source, True, quiet)[0].subset(data.max_examples, seed)
-        for source in (validation, few_labels)
-    ]
-    notes = examine(target, *labeled)
+    sets: list[Examples | None] = [target]
+    for source in (validation, few_labels):
+        labeled = None if source is None else opened_aloud(data, source, True, quiet)[0]
+        sets.append(None if labeled is None else labeled.subset(data.max_examples, seed))
+    notes = examine(*sets)
     models = {path: {**loading, **own} for path, own in data.of_each(paths).items()}
-    evidence, rows, chosen = _all_evidence(models, [target, *labeled], names, seed, quiet)
+    evidence, rows, chosen = _all_evidence(models, sets, names, seed, quiet)
     report = judge(evidence, request, rows, [*notes, *chosen])
     settings = {
         **{"class_shares": class_shares, "level": level, "seed": seed, "max_examples": data.max_examples},
@@ -152,12 +153,10 @@ def estimate(
         **{"dtype": data.dtype, "batchnorm": "eval (running statistics)"},
         **environment(loading["device"]),
     }
-    sources = [None if one is None else one.source for one in (target, *labeled)]
+    sources = [None if one is None else one.source for one in sets]
     named = dict(zip(("unlabeled", "validation", "few_labels"), sources, strict=True))
     if suggest is not None:
-        _write_suggestions(suggest, report, _files(opened, data.max_examples, seed))
-        if not report.suggestions and not quiet:
-            note(notes_console(), f"note: {suggest} is empty: there are no leaders that disagree")
+        _write_suggestions(suggest, report, _files(opened, data.max_examples, seed), quiet)
     _show(report, report.as_dict(**named, settings=settings), names, output, quiet)
     return report
 
@@ -219,8 +218,8 @@ def _all_evidence(
     quiet: bool,
 ) -> tuple[list[Evidence], dict[str, dict[str, Any]], list[str]]:
     """Run each checkpoint over the sets; one model is in memory at a time."""
-    from gm_probe.accuracy.evidence import gather, num_passes
-    from gm_probe.measures.measure import measure
+    from gm_probe.accuracy.estimate import of_model
+    from gm_probe.accuracy.evidence import num_passes
     from gm_probe.measures.settings import Settings
     from gm_probe.measuring.checkpoint import open_checkpoint
     from gm_probe.models.loading import check_classes
@@ -230,45 +229,22 @@ def _all_evidence(
     evidence: list[Evidence] = []
     rows: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    wanted = [name for name in names if name != MIRRORED]
-    with progress_bar(
-        "outputs", num_passes(unlabeled, *labeled) * len(models), unit="images", quiet=quiet
-    ) as bar:
-        done = 0
-
-        def tick(count: int) -> None:
-            nonlocal done
-            done += count
-            bar.update(done)
-
+    total = num_passes(unlabeled, *labeled) * len(models)
+    with progress_bar("outputs", total, unit="images", quiet=quiet) as bar:
         for path, loading in models.items():
             loaded = open_checkpoint(path, unlabeled, **loading)
             notes += loaded.notes
             for one in filter(None, labeled):
                 check_classes(one, loaded.classes, loaded.num_classes, path)
-            batches = loaded.batches
-            how: dict[str, Any] = {"outputs": loaded.outputs}
-            others = [None if one is None else batches.over(one) for one in labeled]
-            mirror = MIRRORED in names
+            own = [loaded.batches, *(None if one is None else loaded.batches.over(one) for one in labeled)]
+            name, settings = str(path), Settings(seed=seed)
             try:
-                evidence.append(
-                    gather(
-                        str(path),
-                        loaded.model,
-                        batches,
-                        *others,
-                        mirror=mirror,
-                        seed=seed,
-                        notify=tick,
-                        **how,
-                    )
+                found, rows[name] = of_model(
+                    name, loaded.model, own, names, settings, loaded.outputs, bar.advance
                 )
-                if wanted:
-                    settings = Settings(seed=seed)
-                    found = measure(loaded.model, batches, wanted, settings, validation=others[0], **how)
-                    rows[str(path)] = {name: row.as_dict() for name, row in found.rows.items()}
             except (DataError, DivergedError, UsageError) as error:  # which know of no path
                 raise type(error)(f"{path}: {error}") from error
+            evidence.append(found)
     return evidence, rows, notes
 
 
@@ -379,19 +355,16 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {"agreement": row["agreement"], "seconds": row["seconds"]}
 
 
-def _write_suggestions(path: Path, report: EstimateReport, files: Sequence[Path]) -> None:
+def _write_suggestions(path: Path, report: EstimateReport, files: Sequence[Path], quiet: bool) -> None:
     """Write the suggested images: position, file where there is one, and each leader's class."""
-    import csv
-    import io
-
     from gm_probe.files.atomic import write_atomic
-    from gm_probe.tables.cells import cell
 
     models = list(report.suggestions[0].predicted) if report.suggestions else []
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", *(["file"] if files else []), *map(cell, models)])
+    names = ["index", *(["file"] if files else []), *models]
+    rows = []
     for one in report.suggestions:
-        place = [cell(str(files[one.index]))] if files else []
-        writer.writerow([one.index, *place, *one.predicted.values()])
-    write_atomic(path, text.getvalue().encode())
+        place = [str(files[one.index])] if files else []
+        rows.append(dict(zip(names, [one.index, *place, *one.predicted.values()], strict=True)))
+    write_atomic(path, csv_text(rows, names).encode())
+    if not rows:
+        note(notes_console(quiet), f"note: {path} is empty: there are no leaders that disagree")

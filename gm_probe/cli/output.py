@@ -62,16 +62,20 @@ def print_json(value: Any) -> None:
 
 
 def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as CSV on stdout; the header is the union of their keys, None is an empty field.
+    """Print rows as CSV on stdout; the header is the union of their keys."""
+    _print(csv_text(rows, list(dict.fromkeys(key for row in rows for key in row))))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Return ``rows`` as CSV. None is an empty field.
 
     Text that a spreadsheet would run as a formula gets a leading apostrophe.
     """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(cell, columns))
     writer.writerows([cell(row.get(column)) for column in columns] for row in rows)
-    _print(text.getvalue())
+    return text.getvalue()
 
 
 def _print(text: str) -> None:

@@ -70,6 +70,10 @@ class Bar:
             self._due = now + EVERY
             self.print(self._line(completed, known, now - self._began))
 
+    def advance(self, units: float) -> None:
+        """Move on by so many ``units``."""
+        self.update(self._seen[-1][1] + units)
+
     def print(self, text: str) -> None:
         """A line above the bar."""
         note(self._console, text)

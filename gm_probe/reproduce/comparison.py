@@ -13,7 +13,7 @@ import pandas as pd
 
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.reproduce.claims import bonferroni
-from gm_probe.runs.records import read_metrics, read_run
+from gm_probe.runs.records import RunRecord, read_metrics, read_run
 from gm_probe.training.config import TrainConfig
 
 RISE = "error_rise"
@@ -37,47 +37,46 @@ class Arm:
         return "probe_test_error" if self.config.trains_encoder else "test_error"
 
     @cached_property
+    def records(self) -> list[RunRecord]:
+        return [read_run(path) for path in self.runs]
+
+    @cached_property
+    def metrics(self) -> list[list[dict[str, Any]]]:
+        """The epochs of every run."""
+        return [list(read_metrics(path)) for path in self.runs]
+
+    @cached_property
     def epochs(self) -> pd.DataFrame:
         """A row an epoch of every run that finished."""
         return self._table(
             {"run": number, **row}
-            for number, path in enumerate(self.runs)
-            if read_run(path).status == "finished"
-            for row in read_metrics(path)
+            for number, rows in enumerate(self.metrics)
+            if self.records[number].status == "finished"
+            for row in rows
         )
 
     @cached_property
     def cells(self) -> pd.DataFrame:
         """S_ρ of every run at its end, a row for each K that it was measured with; empty where there was no grid."""
-        return self._table(
-            cell
-            for path in self.runs
-            for cell in read_run(path).measures.get("local_inconsistency", {}).get("grid", ())
-        )
+        grids = (record.measures.get("local_inconsistency", {}).get("grid", ()) for record in self.records)
+        return self._table(cell for grid in grids for cell in grid)
 
     @cached_property
     def table(self) -> pd.DataFrame:
         """A row a run: its settings, its status and what it came to, NaN where it did not finish."""
         rows = []
-        for number, path in enumerate(self.runs):
-            record = read_run(path)
-            found = record.summary | {name: row["value"] for name, row in record.measures.items()}
-            track = {
-                row["epoch"]: row["local_inconsistency"]
-                for row in read_metrics(path)
-                if "local_inconsistency" in row
-            }
-            found.setdefault("local_inconsistency", track.get(self.config.epochs))
-            if record.status != "finished":
-                found = {"status": record.status}
-            settings = {key: record.config.get(key) for key in SHOWN}
-            rows.append({"run": number, **settings, **found})
+        for number, record in enumerate(self.records):
+            found: dict[str, Any] = {"status": record.status}
+            if record.status == "finished":
+                found = record.summary | {name: row["value"] for name, row in record.measures.items()}
+                tracked = {row["epoch"]: row.get("local_inconsistency") for row in self.metrics[number]}
+                found.setdefault("local_inconsistency", tracked.get(self.config.epochs))
+            rows.append({"run": number, **{key: record.config.get(key) for key in SHOWN}, **found})
         table = self._table(rows)
         for key in (self.error, f"{self.error}_min"):
             table[key] = table.get(key, pd.Series(dtype=float)).astype(float)
-        table["line"] = self.config.method.upper() + (
-            ", one-sided" if self.config.kl_grad == "perturbed" else ""
-        )
+        side = ", one-sided" if self.config.kl_grad == "perturbed" else ""
+        table["line"] = f"{self.config.method.upper()}{side}"
         table["share"] = table.m.fillna(self.config.batch_size)
         return table.assign(error=table[self.error], **{RISE: table[self.error] - table[f"{self.error}_min"]})
 
@@ -103,12 +102,8 @@ class Arm:
     @property
     def epoch_seconds(self) -> float:
         """The fastest epoch's of all runs: what slows a machine down now and then is not in it."""
-        return float(
-            min(
-                (row["seconds"] for path in self.runs for row in read_metrics(path) if "seconds" in row),
-                default=np.nan,
-            )
-        )
+        seconds = (row["seconds"] for rows in self.metrics for row in rows if "seconds" in row)
+        return float(min(seconds, default=np.nan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +196,11 @@ class Difference:
         """What, in words."""
         held_out = self.found.arm(self.data, self.test["better"]).config.validation is not None
         own = "validation" if held_out else "test"
-        part = next((name for name in ("train", "probe") if self.key.startswith(name)), own).replace(
-            "train", "training"
-        )
+        part = {"train": "training", "probe": "probe"}.get(self.key.partition("_")[0], own)
         known = {"local_inconsistency": "S_ρ", "running_nt_xent": "NT-Xent of training"}
         name = known.get(self.key, f"{part} error")
         if self.key == RISE:
-            return f"rise of the {part} error from its least over epochs to its end"
+            return f"rise of the {name} from its least over epochs to its end"
         if "along" in self.test:
             return f"mean {name} over training"
         if self.key in known:
