@@ -4,8 +4,6 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -518,23 +516,14 @@ def build():
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
-        ("gmprobe measure missing.pt --unlabeled data", 3, ["missing.pt"]),
-        ("gmprobe measure ckpt.pt --unlabeled nowhere", 2, ["nowhere"]),
         ("gmprobe measure ckpt.pt", 2, ["--unlabeled"]),
         ("gmprobe measure ckpt.pt --unlabeled data --labeled data", 2, ["exclude"]),
-        (
-            "gmprobe measure ckpt.pt --unlabeled data --measures fisher_trase",
-            2,
-            ["fisher_trase", "fisher_trace"],
-        ),
         ("gmprobe measure ckpt.pt --unlabeled data --measures error", 4, ["error", "--labeled"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --rho -1", 2, ["rho"]),
         (
             "gmprobe measure ckpt.pt --unlabeled data --k-steps 1,inf",
             2,
             ["--k-steps", "whole numbers", "inf"],
         ),
-        ("gmprobe measure ckpt.pt --unlabeled data --k-steps 1.5", 2, ["--k-steps", "whole numbers", "1.5"]),
         (
             "gmprobe measure ckpt.pt --unlabeled data --protocol converged --k-steps 1,3",
             2,
@@ -548,7 +537,6 @@ def build():
         ("gmprobe measure ckpt.pt --unlabeled data --target-error 1,2%", 2, ["--target-error '1,2%'", "2%"]),
         ("gmprobe measure ckpt.pt --unlabeled data --target-error 200%", 2, ["--target-error '200%'", "2%"]),
         ("gmprobe measure ckpt.pt --unlabeled data --memory 4XB", 2, ["--memory '4XB'", "4GB"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --mean 0.5", 2, ["--std"]),
         ("gmprobe measure ckpt.pt --unlabeled data --device cuda:7", 6, ["cuda:7", "cpu"]),
         ("gmprobe measure plain.pt --unlabeled data", 2, ["--model", "--mean"]),
         ("gmprobe measure plain.pt --unlabeled data --model mlp-6", 2, ["--mean", "--no-normalize"]),
@@ -566,9 +554,7 @@ def build():
         ("gmprobe measure ckpt.pt --unlabeled data --image-size 8 --crop 8", 2, ["--image-size", "--crop"]),
         ("gmprobe measure ckpt.pt --unlabeled data --resize 8 --crop 9", 2, ["--crop 9", "--resize 8"]),
         ("gmprobe measure ckpt.pt --unlabeled digits --crop 8", 2, ["digits", "--crop"]),
-        ("gmprobe measure . --crop 8", 2, ["--crop", "--unlabeled"]),
         ("gmprobe measure ckpt.pt --unlabeled data --data data", 2, ["--data"]),
-        ("gmprobe train --data data --resize 8 --crop 9 --out d", 2, ["--crop 9"]),
         ("gmprobe measure plain.pt --unlabeled data --no-normalize", 2, ["--model"]),
         ("gmprobe measure plain.pt --unlabeled data --no-normalize --model mlp-7", 3, ["1.weight"]),
         ("gmprobe measure nan.pt --unlabeled data", 3, ["nan.pt", "1.weight", "NaN"]),
@@ -598,13 +584,8 @@ def build():
             2,
             ["local_inconsistency: the model cannot be differentiated", "(no way back)", "--measures"],
         ),
-        ("gmprobe train --method iamd", 2, ["iamd", "iam-d"]),
-        ("gmprobe train --model 7cnn", 2, ["7cnn", "6cnn"]),
-        ("gmprobe train --epochs 0", 2, ["epochs"]),
         ("gmprobe train --model mlp-4 --epochs 3 --lr 1e30 --out d", 5, ["not finite"]),
-        ("gmprobe mesure x", 2, ["mesure", "measure"]),
         ("gmprobe measure x --measures S_ρ", 2, ["S_ρ is called local_inconsistency"]),
-        ("gmprobe sweep nothing --out r", 2, ["nothing", "quickstart"]),
     ],
 )
 def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, capsys, command, code, words):
@@ -659,22 +640,6 @@ def test_a_foreign_checkpoint_with_its_model_named(tmp_path, images, capsys):
     assert json.loads(out)[0]["model"] == "net.py:build"
 
 
-def test_class_order_is_doubted_near_chance(tmp_path, images, checkpoint, capsys):
-    state = read_checkpoint(checkpoint)
-    model = build_model(state.model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-        model[-1].bias.copy_(torch.tensor([0.0, 1.0]))
-    save_checkpoint(checkpoint, model, state.model, state.normalization)
-    for file in (tmp_path / "data" / "dog").iterdir():
-        file.unlink()
-    Image.new("L", (8, 8)).save(tmp_path / "data" / "dog" / "x.png")
-    code, _, err = run("gmprobe measure ckpt.pt --labeled data --measures error", capsys)
-    assert code == 0
-    assert "near chance" in err
-
-
 def test_train_saves_a_portable_copy_and_resume_returns_the_same(capsys):
     command = "gmprobe train --model mlp-4 --epochs 1 --num-train 50 --out a --json -q"
     code, out, _ = run(f"{command} --save copy.pt", capsys)
@@ -709,23 +674,6 @@ def test_listings_print_json_and_tables(name, capsys):
     assert code == 0
     assert all(entry["name"] and entry["description"] for entry in json.loads(out))
     assert json.loads(out)[0]["name"] in run(f"gmprobe {name}", capsys)[1]
-
-
-def test_help_version_and_correlate_import_no_torch(tmp_path):
-    table = tmp_path / "t.csv"
-    table.write_text("error_gap,sharpness\n0.1,1\n0.2,2\n0.3,3\n")
-    script = (
-        "import sys\n"
-        "from gm_probe.cli import main\n"
-        "for args in (['--help'], ['--version'], ['measure', '--help'], ['correlate', sys.argv[1], '--no-figure']):\n"
-        "    try: main(args)\n"
-        "    except SystemExit as stop: assert not stop.code, (args, stop.code)\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(table)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_interrupt_is_one_line_and_130(monkeypatch, capsys):
@@ -810,17 +758,6 @@ def test_options_without_effect_are_named(tmp_path: Path, capsys: pytest.Capture
     assert "note: --momentum has no effect with --optimizer adamw" in err
     code, _, err = run(f"{tiny} --method sam --rho 0.1 --momentum 0.8 --out {tmp_path}/b", capsys)
     assert "no effect" not in err
-
-
-@pytest.mark.parametrize(
-    ("option", "meant"), [("--model mlpp", "mlp"), ("--data digts", "digits"), ("--device cdua", "cuda")]
-)
-def test_a_misspelt_name_leaves_no_run(
-    option: str, meant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = run(f"gmprobe train {option} --epochs 1 --out {tmp_path}/a", capsys)
-    assert (code, f"did you mean '{meant}'?" in err) == (2, True), err
-    assert not list(tmp_path.iterdir())
 
 
 def test_epochs_beyond_the_run_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

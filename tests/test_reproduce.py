@@ -810,7 +810,8 @@ def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):
     entry = recipe("tab3").at("small")
     assert [place["labels"] for place in entry["data"]] == [250, 1000]
     task = Task("tab3", "small", tmp_path, data="somewhere")
-    assert methods._source(task, entry["base"], entry["data"])["data"] == "somewhere"
+    assert methods._chosen(task, entry["base"], entry["data"]) == entry["data"]
+    assert task.place["data"] == "somewhere"
 
 
 @pytest.mark.parametrize(("scale", "steps"), [("small", 16), ("paper", 352)])

@@ -24,7 +24,7 @@ from PIL import Image
 
 from gm_probe.analysis.heat_map import heat_map, trial_map
 from gm_probe.analysis.plots import render
-from gm_probe.cli.tune import NOT_TRAINS, _doubts, tune
+from gm_probe.cli.tune import OWN, _doubts, tune
 from gm_probe.data import images
 from gm_probe.errors import DataError, DivergedError, ProbeError, UsageError
 from gm_probe.executors.local import Outcome
@@ -481,6 +481,6 @@ def test_one_line_that_names_offender_and_remedy(
 def test_every_option_taken_from_train_is_a_setting() -> None:
     own = {"rho_text", "beta_text", "trials", "seeds", "out", "jobs", "dry_run", "output", "quiet"}
     names = [str(option.name) for option in tune.params]
-    assert {name for name in names if name not in own} <= set(SETTINGS) - NOT_TRAINS
+    assert {name for name in names if name not in own} == set(SETTINGS) - set(OWN)
     assert {"model", "lr", "epochs", "data", "k_steps"} <= set(names)
     assert max(names.count(name) for name in set(names)) <= 2  # --json and --csv share one name

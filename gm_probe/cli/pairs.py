@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import torch
 
     from gm_probe.data.datasets import Examples
-    from gm_probe.measures.pairwise import PairReport
     from gm_probe.measuring.checkpoint import LoadedCheckpoint
 
 
@@ -94,7 +93,7 @@ def pairs(
         "skipped": list(examples.skipped),
         "settings": _settings(examples, part, data, loading, seed),
         "measures": {name: row.as_dict() for name, row in report.rows.items()},
-        "pairs": _pair_rows(report, paths),
+        "pairs": [asdict(pair) | {"a": str(paths[pair.a]), "b": str(paths[pair.b])} for pair in report.pairs],
         "notes": notes,
     }
     _show(result, output, quiet)
@@ -257,10 +256,6 @@ def _show(result: dict[str, Any], output: str | None, quiet: bool) -> None:
         note(notes_console(quiet), f"note: {line}")
 
 
-def _pair_rows(report: PairReport, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    return [asdict(pair) | {"a": str(paths[pair.a]), "b": str(paths[pair.b])} for pair in report.pairs]
-
-
 def _print_result(result: dict[str, Any]) -> None:
     """The figures on stdout, and below them how they are to be read."""
     from gm_probe.measures.pairwise import PAIR_MEASURES
@@ -285,18 +280,11 @@ def _print_result(result: dict[str, Any]) -> None:
     console.print(table(title, ("measure", "value", "± pairs", "± examples", "n"), rows))
     for line in (*lines, *(f"note: {line}" for line in result["notes"])):
         say(console, line)
+    legend = "".join(f"{symbol}: {name}; " for name, (symbol, _) in PAIR_MEASURES.items()) if narrow else ""
     say(
         console,
-        f"{_legend(narrow)}KL in nats, mean of both directions. ± pairs: jackknife over models or training sets; "
+        f"{legend}KL in nats, mean of both directions. ± pairs: jackknife over models or training sets; "
         "± examples: standard error from the probe set's size; n: pairs of models (S_P: of training sets). "
         "BatchNorm in eval mode.",
         "dim",
     )
-
-
-def _legend(narrow: bool) -> str:
-    from gm_probe.measures.pairwise import PAIR_MEASURES
-
-    if not narrow:
-        return ""
-    return "".join(f"{symbol}: {name}; " for name, (symbol, _) in PAIR_MEASURES.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,12 @@ from rich.console import JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
+from gm_probe.analysis.typeset import two_decimals
 from gm_probe.cli.output import number, results_console, say, table
 from gm_probe.errors import printable
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
     from gm_probe.analysis.results import Correlations, Quantity
-    from gm_probe.tables.table import Exclusion
 
 NARROW = 76
 """Columns of a terminal below which the table leaves out p and what a larger measure means."""
@@ -89,7 +88,7 @@ def _rows(
         meaning = f"{'larger' if (tau.value or 0) > 0 else 'smaller'} {what}"
         yield (
             _short(f"  {group}" if group else shown, room),
-            _signed(tau.value),
+            "—" if tau.value is None else two_decimals(tau.value),
             interval(tau),
             *((_p(tau.p), meaning if tau.clear else "cannot tell") if wide else ()),
             "" if group else _picks(found, name),
@@ -181,7 +180,7 @@ def as_json(found: Correlations) -> dict[str, Any]:
         "num_runs": runs.num_runs,
         "num_settings": found.num_settings,
         "num_shared_seeds": found.num_seeds,
-        "excluded": excluded(runs.excluded),
+        "excluded": [asdict(each) for each in runs.excluded],
         "excluded_by_reason": {reason: len(some) for reason, some in by_reason(runs.excluded).items()},
         "hyperparameters": list(runs.hyperparameters),
         "columns_left_out": list(runs.left_out),
@@ -201,13 +200,9 @@ def as_json(found: Correlations) -> dict[str, Any]:
 
 
 def _of_target(found: Correlations, name: str, target: str) -> dict[str, Any]:
-    whole = found.get(name, target)
-    naive = found.get(name, target, "tau_naive")
     return {
-        "tau": whole.value,
-        **{key: value for key, value in asdict(whole).items() if key not in ("value", "note")},
-        "p_naive": naive.p,
-        **_reasons(whole),
+        **_tau(found.get(name, target)),
+        "p_naive": found.get(name, target, "tau_naive").p,
         "missing": _missing(found, name, target),
         "statistics": [
             {"statistic": key.statistic, "group": key.group, **asdict(of)}
@@ -217,19 +212,20 @@ def _of_target(found: Correlations, name: str, target: str) -> dict[str, Any]:
     }
 
 
+def _tau(tau: Quantity) -> dict[str, Any]:
+    """A τ with its interval, and why there is no τ, or no interval; no reason where there are both."""
+    shown = asdict(tau)
+    value, note = shown.pop("value"), shown.pop("note")
+    reason = {"reason" if value is None else "interval_reason": note} if note else {}
+    return {"tau": value, **shown, **reason}
+
+
 def _selection(found: Correlations, name: str) -> list[dict[str, Any]]:
     return [
         {"outcome": key.target, "statistic": key.statistic, "picked": key.group or None, **asdict(of)}
         for key, of in found.quantities.items()
         if key.measure == name and key.statistic.startswith("regret")
     ]
-
-
-def _reasons(tau: Quantity) -> dict[str, str]:
-    """Why there is no τ, or no interval; nothing where there are both."""
-    if not tau.note:
-        return {}
-    return {"reason" if tau.value is None else "interval_reason": tau.note}
 
 
 def _missing(found: Correlations, name: str, target: str) -> list[dict[str, str]]:
@@ -250,8 +246,7 @@ def _subgroups(found: Correlations, name: str) -> dict[str, dict[str, Any]]:
     for target in found.targets:
         for group, of in found.of(name, target, "tau").items():
             if group:
-                shown = {key: value for key, value in asdict(of).items() if key not in ("value", "note")}
-                groups.setdefault(group, {})[target] = {"tau": of.value, **shown, **_reasons(of)}
+                groups.setdefault(group, {})[target] = _tau(of)
     return groups
 
 
@@ -260,23 +255,11 @@ def as_rows(found: Correlations) -> list[dict[str, Any]]:
     return [{**key._asdict(), **asdict(of)} for key, of in found.quantities.items()]
 
 
-def excluded(exclusions: Sequence[Exclusion]) -> list[dict[str, str]]:
-    """Return runs that were left out, as JSON has them."""
-    return [asdict(each) for each in exclusions]
-
-
 def interval(found: Quantity) -> str:
     """Return an interval as papers print it, or a dash."""
     if found.low is None or found.high is None:
         return "—"
-    return f"{_signed(found.low)} to {_signed(found.high)}"
-
-
-def _signed(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "—"
-    text = f"{value:.2f}"
-    return "0.00" if text == "-0.00" else text.replace("-", "−")
+    return f"{two_decimals(found.low)} to {two_decimals(found.high)}"
 
 
 def _short(name: str, room: int) -> str:

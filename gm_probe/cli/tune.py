@@ -24,33 +24,18 @@ from gm_probe.cli.output import (
     table,
 )
 from gm_probe.cli.param_types import PATH, floats
-from gm_probe.cli.train import note_settings, train
+from gm_probe.cli.settings import setting_options
+from gm_probe.cli.train import note_settings
 from gm_probe.errors import UsageError
+from gm_probe.training.config import SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from gm_probe.sweep.tuning import Cell, Point, Tuner
-    from gm_probe.training.config import TrainConfig
 
-NOT_TRAINS = frozenset(
-    {
-        "rho",
-        "beta",
-        "validation",
-        "seed",
-        "config_file",
-        "assigned",
-        "out",
-        "resume",
-        "save",
-        "tensorboard",
-        "as_json",
-        "quiet",
-    }
-)
-"""Options of `gmprobe train` that `tune` has in a sense of its own, or not at all."""
-
+OWN = ("rho", "beta", "validation", "seed")
+"""Settings of a run that `tune` has in a sense of its own."""
 FEW = 500
 """Held-out examples, of which an error is known to 2 points."""
 
@@ -78,6 +63,7 @@ FEW = 500
 @click.option("--out", type=PATH, help="Folder for the runs and the figure.  [default: tune/NAME]")
 @jobs_option
 @click.option("--dry-run", is_flag=True, help="List the remaining runs of a grid; run nothing.")
+@setting_options(TrainConfig, [name for name in SETTINGS if name not in OWN])
 @format_options
 def tune(
     rho_text: str | None,
@@ -146,7 +132,6 @@ def _search(
     """Return the configuration, and the values of ρ and β to try: with ``trials`` two bounds each."""
     from gm_probe.data.sources import require_source
     from gm_probe.sweep.recipe import require_names
-    from gm_probe.training.config import TrainConfig
 
     settings = {key: value for key, value in given.items() if value is not None}
     config = TrainConfig.from_dict(settings)
@@ -169,9 +154,6 @@ def _search(
     if any(len(set(tried)) < len(tried) for tried in values.values()):
         raise UsageError("--rho or --beta names a value twice; give each once")
     return config, values
-
-
-tune.params += [option for option in train.params if option.name not in NOT_TRAINS]
 
 
 def _bounds(name: str, values: Sequence[float]) -> tuple[float, float]:
