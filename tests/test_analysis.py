@@ -64,13 +64,6 @@ def test_tau_equals_a_loop_over_all_pairs_with_ties(pairs: list[tuple[int, int]]
     assert found == (None if (expected := brute_tau(x, y)) is None else pytest.approx(expected, abs=1e-12))
 
 
-def test_tau_by_hand() -> None:
-    # pairs of (1, 1), (2, 3), (3, 2), (3, 4): 4 concordant, 1 discordant, 1 tied in x; τ-b = 3/√(5·6)
-    result = kendall(np.array([1.0, 2, 3, 3]), np.array([1.0, 3, 2, 4]))
-    assert result.value == pytest.approx(3 / math.sqrt(30))
-    assert result.n == 4
-
-
 # ---- run folders
 
 

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import command_line
-import numpy as np
 import pytest
 
 from gm_probe.files.atomic import write_json, write_toml
@@ -488,18 +487,3 @@ def test_details_fit_their_terminal(
     assert max(map(len, out.splitlines())) <= columns
     for text in ("tau_within lr", "tau_partial", "spearman", "tau_difference", "cmi_min", "regret"):
         assert text in out
-
-
-def test_simpsons_paradox_is_loud(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).normal(size=(5, 8))
-    rows = [
-        f"{9 * g + noise[g, i]},{9 * g - noise[g, i] + 0.1 * (i % 3)},{g},{i}"
-        for g in range(5)
-        for i in range(8)
-    ]
-    path = tmp_path / "t.csv"
-    path.write_text("m,error_gap,weight_decay,lr\n" + "\n".join(rows))
-    code, out, _ = run(capsys, str(path), "--no-figure")
-    assert code == 0
-    said = " ".join(out.split())
-    assert "Within runs of the same weight_decay, m has the opposite sign (Simpson's paradox)." in said

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gm_probe.cli.output import note, notes_console, number, results_console, say, short_names, table
@@ -71,43 +71,22 @@ def _value(row: dict[str, Any] | None) -> str:
 
 
 def _print_one(result: dict[str, Any]) -> None:
-    """One checkpoint's table on stdout, with a caption that says how its figures are to be read."""
-
-    console = results_console()
-    # the figures' columns and the frame take 57; where names do not fit beside them, symbols do
+    """Print one checkpoint's table on stdout, with a caption that says how its numbers are to be read."""
+    console, settings = results_console(), result["settings"]
+    # the numbers' columns and the frame take 57; where names do not fit beside them, symbols do
     narrow = console.width < 57 + max(map(len, result["measures"]), default=0)
-    rows = []
-    for name, row in result["measures"].items():
-        label = _symbol(name) if narrow else name
-        if "labels" in row:
-            label += " (no labels needed)" if row["labels"] == "none needed" else f" ({row['labels']} labels)"
-        if row.get("protocol") == "converged" and name == "local_inconsistency":
-            label += " (converged)"
-        undefined = row["value"] is None  # a dash says so
-        if narrow and not row["converged"] and not undefined:
-            label += " (not converged)"
-        figures = [
-            label,
-            number(row["value"]),
-            _estimator_error(row),
-            number(row["stderr_examples"], 2),
-            "—" if undefined else "yes" if row["converged"] else "NO",
-            number(row["num_evals"], 3),
-        ]
-        figures = figures[:4] if narrow else figures
-        rows.append([*figures, f"{row['examples_needed']:,}" if "examples_needed" in row else "—"])
+    rows = [_cells_of(name, row, narrow) for name, row in result["measures"].items()]
+    columns = ["measure", "value", "± estim.", "± examples", *([] if narrow else ["conv.", "cost"])]
+    if settings["target_error"]:
+        columns.append(f"N for {100 * settings['target_error']:g} %")
+        for cells, row in zip(rows, result["measures"].values(), strict=True):
+            cells.append(f"{row['examples_needed']:,}" if "examples_needed" in row else "—")
     size = f"P = {result['num_parameters']:,}  N = {result['num_examples']:,}"
-    title = f"{result['checkpoint']}  {result['model']}  {size}"
-    columns = ["measure", "value", "± estim.", "± examples", "conv.", "cost"]
-    columns = columns[: 4 if narrow else 6]
-    target = result["settings"]["target_error"]
-    if target:  # how many examples an error of this size takes
-        columns.append(f"N for {100 * target:g} %")
-    console.print(table(title, columns, [row[: len(columns)] for row in rows]))
+    console.print(table(f"{result['checkpoint']}  {result['model']}  {size}", columns, rows))
     _print_more(result)
     if "layers" in result:
         _print_layers(result["layers"], "per layer")
-    over = ", over batches" if result["settings"].get("head") == "simclr" else ""
+    over = ", over batches" if settings.get("head") == "simclr" else ""
     say(
         console,
         f"{_batch_dependent(result)}{_ascents(result)}"
@@ -116,6 +95,22 @@ def _print_one(result: dict[str, Any]) -> None:
         f"{'' if narrow else 'cost in gradient evaluations. '}BatchNorm in eval mode.",
         "dim",
     )
+
+
+def _cells_of(name: str, row: Mapping[str, Any], narrow: bool) -> list[str]:
+    """A measure's row of the table; where it is ``narrow``, its name says whether it converged."""
+    undefined = row["value"] is None  # a dash says so
+    label = _symbol(name) if narrow else name
+    if "labels" in row:
+        label += " (no labels needed)" if row["labels"] == "none needed" else f" ({row['labels']} labels)"
+    if row.get("protocol") == "converged" and name == "local_inconsistency":
+        label += " (converged)"
+    if narrow and not row["converged"] and not undefined:
+        label += " (not converged)"
+    cells = [label, number(row["value"]), _estimator_error(row), number(row["stderr_examples"], 2)]
+    if narrow:
+        return cells
+    return [*cells, "—" if undefined else "yes" if row["converged"] else "NO", number(row["num_evals"], 3)]
 
 
 def _print_more(result: dict[str, Any]) -> None:
@@ -206,7 +201,7 @@ def _symbol(name: str) -> str:
     return CATALOGUE[name].symbol if name in CATALOGUE else name
 
 
-def _estimator_error(row: dict[str, Any]) -> str:
+def _estimator_error(row: Mapping[str, Any]) -> str:
     if row["stderr"] is not None:
         return number(row["stderr"], 2)
     unknown = "protocol" in row or "reason_stderr" in row or row["value"] is None
@@ -218,48 +213,10 @@ ALONE = 0.8
 
 
 def warn(result: dict[str, Any]) -> None:
-    """What did not converge, is undefined or looks wrong, one line each on stderr."""
+    """Say on stderr what did not converge, is undefined or looks wrong, a line each."""
     console = notes_console()
-    for line in result.get("notes", ()):
+    for line in _notes(result):
         note(console, f"note: {line}")
-    if result.get("out_of_memory_at") is not None:  # unknown to results of gm_probe 0.1.0
-        note(
-            console,
-            f"note: out of memory on batches of {result['out_of_memory_at']}: went on with "
-            f"{result['batch_size']}, which changes no result. A lower --batch-size or --memory avoids the "
-            "failed attempt",
-        )
-    if result.get("replaced"):
-        note(
-            console,
-            f"note: {result['checkpoint']}: measures.json held {', '.join(result['replaced'])} taken with "
-            "other settings, or not finite; they were removed, because a file never mixes settings",
-        )
-    if result.get("as_before"):
-        settings = ", ".join(f"{key} = {value}" for key, value in result["as_before"].items())
-        note(console, f"note: {result['checkpoint']}: settings taken from measures.json: {settings}")
-    for name, one in result.get("density", {}).items():
-        if "reason" in one:
-            note(console, f"note: the density of the {name} is undefined: {one['reason']}")
-    for name, row in result["measures"].items():
-        if row["value"] is None:
-            note(console, f"note: {name} is undefined: {row['reason']}")
-        elif not row["converged"]:
-            note(console, f"note: {name} did not converge within its limits; {_remedy(row)}")
-        if "estimator_above_target" in row:
-            note(
-                console,
-                f"note: {name}: the estimator's own error is {row['estimator_above_target']:.2g} of it, "
-                f"above --target-error for any number of examples; {_finer(row)}",
-            )
-        # within the quadratic regime v₁'s basin is the one: others are behind, or were abandoned on their way into it
-        if row.get("runner_up") is not None and row["runner_up"] < ALONE and _beyond_quadratic(row):
-            note(
-                console,
-                f"note: {name}: one of {len(row['starts'])} starts reached it, the next "
-                f"{row['runner_up']:.0%}; far from the quadratic regime the maximum may be much higher. "
-                "Lower --rho",
-            )
     error = result["measures"].get("error", {}).get("value")
     yes_or_no = result.get("settings", {}).get("head") in {"binary", "multilabel"}
     chance = 0.5 if yes_or_no else 1 - 1 / result["num_classes"]
@@ -269,6 +226,47 @@ def warn(result: dict[str, Any]) -> None:
             f"warning: the error {error:.3f} is near chance for {result['num_classes']} classes. Class "
             "folders are numbered in sorted order: check that the checkpoint uses this order, and check "
             "its normalisation",
+        )
+
+
+def _notes(result: dict[str, Any]) -> Iterator[str]:
+    yield from result.get("notes", ())
+    if result.get("out_of_memory_at") is not None:  # unknown to results of gm_probe 0.1.0
+        yield (
+            f"out of memory on batches of {result['out_of_memory_at']}: went on with {result['batch_size']}, which "
+            "changes no result. A lower --batch-size or --memory avoids the failed attempt"
+        )
+    if result.get("replaced"):
+        yield (
+            f"{result['checkpoint']}: measures.json held {', '.join(result['replaced'])} taken with other settings, "
+            "or not finite; they were removed, because a file never mixes settings"
+        )
+    if result.get("as_before"):
+        settings = ", ".join(f"{key} = {value}" for key, value in result["as_before"].items())
+        yield f"{result['checkpoint']}: settings taken from measures.json: {settings}"
+    for name, one in result.get("density", {}).items():
+        if "reason" in one:
+            yield f"the density of the {name} is undefined: {one['reason']}"
+    for name, row in result["measures"].items():
+        yield from (f"{name}{text}" for text in _notes_on(row))
+
+
+def _notes_on(row: dict[str, Any]) -> Iterator[str]:
+    """What is to be said of one measure, after its name."""
+    if row["value"] is None:
+        yield f" is undefined: {row['reason']}"
+    elif not row["converged"]:
+        yield f" did not converge within its limits; {_remedy(row)}"
+    if "estimator_above_target" in row:
+        yield (
+            f": the estimator's own error is {row['estimator_above_target']:.2g} of it, above --target-error for "
+            f"any number of examples; {_finer(row)}"
+        )
+    # within the quadratic regime v₁'s basin is the one: others are behind, or were abandoned on their way into it
+    if row.get("runner_up") is not None and row["runner_up"] < ALONE and _beyond_quadratic(row):
+        yield (
+            f": one of {len(row['starts'])} starts reached it, the next {row['runner_up']:.0%}; far from the "
+            "quadratic regime the maximum may be much higher. Lower --rho"
         )
 
 
@@ -293,21 +291,12 @@ def _remedy(row: dict[str, Any]) -> str:
 
 def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a checkpoint and measure, for ``--csv``, and one a further ρ and K of its grid."""
-    figures = ("value", "stderr", "stderr_examples", "converged", "num_evals")
-    details = (
-        "labels",
-        "protocol",
-        "sd_starts",
-        "num_starts",
-        "num_probes",
-        "iterations",
-        "examples_needed",
-        "reason",
+    of_row = (
+        *("value", "stderr", "stderr_examples", "converged", "num_evals", "labels", "protocol"),
+        *("sd_starts", "num_starts", "num_probes", "iterations", "examples_needed", "reason"),
     )
     of_settings = ["rho", "k_steps", "noise_scale", "seed", "part"]
-    if any(
-        result["settings"].get("head") == "simclr" for result in results
-    ):  # else the columns would be empty
+    if any(each["settings"].get("head") == "simclr" for each in results):  # else they would be empty
         of_settings += ["head", "temperature", "batch_images"]
     return [
         {
@@ -315,7 +304,7 @@ def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "model": result["model"],
             "num_examples": result["num_examples"],
             "measure": name,
-            **{key: of.get(key) for key in (*figures, *details)},
+            **{key: of.get(key) for key in of_row},
             **{key: of.get(key, result["settings"].get(key)) for key in of_settings},
         }
         for result in results
