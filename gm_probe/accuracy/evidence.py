@@ -29,12 +29,12 @@ class Labeled:
 
     @property
     def right(self) -> Tensor:
-        """(N,) whether each prediction is right."""
+        """Return whether each prediction is right (N,)."""
         return self.predictions.classes == self.labels
 
     @property
     def accuracy(self) -> float:
-        """Share of right predictions."""
+        """Return the share of right predictions."""
         return float(self.right.double().mean())
 
 
@@ -57,7 +57,7 @@ class Evidence:
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Return K."""
         return self.unlabeled.logits.shape[1]
 
 

@@ -42,7 +42,7 @@ class Predictions:
 
     @property
     def classes(self) -> Tensor:
-        """(N,) predicted classes."""
+        """Return the predicted classes (N,)."""
         return self.logits.argmax(1)
 
 

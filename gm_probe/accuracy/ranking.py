@@ -140,13 +140,13 @@ def separated(first: Standing, other: Standing, level: float) -> bool:
 
 
 def _sets(one: Standing) -> list[Predictions]:
-    """A model's predictions for the unlabeled set and for the validation set."""
+    """Return a model's predictions for the unlabeled set and for the validation set."""
     assert one.evidence.validation is not None
     return [one.evidence.unlabeled, one.evidence.validation.predictions]
 
 
 def _apart(ours: Predictions, theirs: Predictions) -> float:
-    """Share of examples on which two models predict different classes."""
+    """Return the share of examples on which two models predict different classes."""
     return float((ours.classes != theirs.classes).double().mean())
 
 
@@ -182,7 +182,7 @@ def suggestions(leaders: Sequence[Evidence], seed: int) -> tuple[Suggestion, ...
 
 
 def _agreeing(leaders: Sequence[Standing]) -> int:
-    """On how many unlabeled examples all of them predict the same class."""
+    """Count the unlabeled examples on which all of them predict the same class."""
     classes = torch.stack([one.evidence.unlabeled.classes for one in leaders])
     return int((classes == classes[0]).all(0).sum())
 

@@ -129,7 +129,7 @@ def _require_comparable(evidence: Sequence[Evidence], request: Request) -> None:
 
 
 def _too_few(calibration: Calibration | None, level: float) -> list[str]:
-    """A note where so high a level needs more labeled sets than there are."""
+    """Return a note where so high a level needs more labeled sets than there are."""
     count = len(calibration.residuals) if calibration else 0
     if not count or math.ceil((count + 1) * level) <= count:
         return []
@@ -140,7 +140,7 @@ def _too_few(calibration: Calibration | None, level: float) -> list[str]:
 
 
 def _doubts(evidence: Sequence[Evidence]) -> list[str]:
-    """Notes on a validation set that the models seem to be trained on, do not fit, or that lacks classes."""
+    """Return notes on a validation set that the models seem trained on, do not fit, or that lacks classes."""
     notes = []
     for one in evidence:
         if one.validation is None:
@@ -213,6 +213,6 @@ def agreements(predictions: Sequence[Predictions]) -> tuple[tuple[float, ...], .
 
 
 def _means(agreement: Sequence[Sequence[float]]) -> list[float | None]:
-    """Each model's mean agreement with the others; None of a single model."""
+    """Return each model's mean agreement with the others; None for a single model."""
     count = len(agreement)
     return [None if count < 2 else (sum(row) - 1) / (count - 1) for row in agreement]

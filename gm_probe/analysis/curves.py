@@ -20,8 +20,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def read_curves(table: RunTable) -> tuple[dict[str, list[Curve]], dict[str, str]]:
-    """(epochs, values) of every run in the table's order under each name in ``CURVES`` that any run recorded,
-    and the runs without a readable metrics file under their reasons."""
+    """Return every run's curve under each name of ``CURVES`` that is recorded, and unreadable runs with reasons."""
     found: dict[str, list[Curve]] = {name: [] for name in CURVES}
     unread: dict[str, str] = {}
     for run in table.frame["run"]:

@@ -25,7 +25,7 @@ LABELS = 9  # decades labelled along the axis before every other is left out
 def density_panels(
     densities: Mapping[str, Mapping[str, Any]], *, checkpoint: str, num_examples: int
 ) -> Figure:
-    """One panel a matrix, below one another over the same range.
+    """Draw one panel per matrix, below one another over the same range.
 
     Args:
         densities: ``Density.as_dict()`` by the matrix's name: ``fisher``, ``hessian`` or any other.
@@ -98,7 +98,7 @@ def _density(axes: Axes, one: Mapping[str, Any], colour: str) -> None:
 
 
 def _axis(axes: Axes, low: float, high: float, width: float) -> None:
-    """Ticks at 0 and at ± the powers of ten from the linear range on."""
+    """Put ticks at 0 and at ± the powers of ten outside the linear range."""
     axes.set_xscale("asinh", linear_width=width)
     axes.set_xlim(low, high)
     start = round(math.log10(width))
@@ -123,7 +123,7 @@ def _title(name: str, one: Mapping[str, Any]) -> str:
 
 
 def _share(mass: Mapping[str, Any], size: int) -> str:
-    """A percentage of P that is not rounded to all where some are missing, and its error where that shows."""
+    """Return a percentage of P that is rounded to 100 % only if nothing is missing, with its error where that shows."""
     value, missing = mass["value"], 1 - mass["value"]
     digits = 1 if missing * size < 0.5 else max(1, math.ceil(-math.log10(100 * missing)))
     error = f"{100 * (mass['stderr'] or 0):.{digits}f}"

@@ -51,7 +51,7 @@ def scatter(
     groups: Mapping[str, np.ndarray],
     shapes: Mapping[str, np.ndarray],
 ) -> Figure:
-    """One measure against the target ``y`` (n,): a colour a subgroup, a marker a value of another setting.
+    """Draw one measure against the target ``y`` (n,): a colour per subgroup, a marker per value of another setting.
 
     ``groups`` and ``shapes`` map labels to rows of ``table`` (``design.group_rows``); either may be empty.
     """
@@ -64,7 +64,7 @@ def scatter(
 
 @mpl.rc_context(STYLE)
 def forest(rows: Mapping[str, Mapping[str, Quantity]], xlabel: str) -> Figure:
-    """A row a measure, in it a figure in −1..1 with its interval for each series (such as a gap)."""
+    """Draw one row per measure, with a coefficient in −1..1 and its interval for each series (such as a gap)."""
     series = list(dict.fromkeys(name for of in rows.values() for name in of))
     height = max(0.17 * len(series), _row_height(rows))
     figure, axes = _column(0.45 + height * len(rows))
@@ -89,7 +89,7 @@ def forest(rows: Mapping[str, Mapping[str, Quantity]], xlabel: str) -> Figure:
 
 @mpl.rc_context(STYLE)
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, rule: int = 0) -> Figure:
-    """``values`` (len(rows), len(columns)) in −1..1, each written in its cell; NaN is an empty cell with a dash.
+    """Draw ``values`` (len(rows), len(columns)) in −1..1, each written in its cell; NaN is an empty cell with a dash.
 
     The colour scale rises evenly in lightness, so that it reads the same in grey. The last ``rule`` columns
     are set apart.
@@ -136,7 +136,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *,
 
 @mpl.rc_context(STYLE)
 def tau_by_radius(lines: Mapping[int, Mapping[float, Quantity]], ylabel: str) -> Figure:
-    """τ against ρ, a line a number of ascent steps K: ``lines[k][rho]``, by rising ρ; undefined ones are gaps."""
+    """Draw τ against rising ρ, with a line per number of ascent steps K: ``lines[k][rho]``. Undefined ones are gaps."""
     figure, axes = _column(2.1)
     axes.axhline(0, color=INK, linewidth=0.6)
     radii = sorted({rho for taus in lines.values() for rho in taus})
@@ -166,7 +166,7 @@ def tau_by_radius(lines: Mapping[int, Mapping[float, Quantity]], ylabel: str) ->
 
 @mpl.rc_context(STYLE)
 def run_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """One run's metrics ``rows`` (metrics.jsonl) by epoch: loss, error and, where they were tracked, S_ρ and the KL.
+    """Draw one run's metrics ``rows`` by epoch: loss, error and, where they were tracked, S_ρ and the KL.
 
     Running figures are means over an epoch's steps, so drawn at its middle; the others are of the weights at its end.
     """
@@ -207,7 +207,7 @@ def run_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def training_curves(
     curves: Sequence[tuple[np.ndarray, np.ndarray]], groups: Mapping[str, np.ndarray], ylabel: str
 ) -> Figure:
-    """``curves[row]`` = (epochs, values) of each run, logarithmic where all values are positive; a dot ends each.
+    """Draw ``curves[row]`` = (epochs, values) of each run, logarithmic where all are positive; a mark ends each.
 
     ``groups`` maps a subgroup's label to the runs' rows; empty draws all runs alike.
     """
@@ -242,7 +242,7 @@ def _by_epoch(axes: Axes, ylabel: str) -> None:
 
 
 def short_label(name: str, lines: int = 2) -> str:
-    """A measure's symbol for a tick; another name in at most so many ``lines``."""
+    """Return a measure's symbol for a tick, or another name in at most so many ``lines``."""
     if name in MEASURES:
         return math_symbol(name)
     found = wrapped(name, LINE)
@@ -251,13 +251,13 @@ def short_label(name: str, lines: int = 2) -> str:
 
 @mpl.rc_context(STYLE)
 def _column(height: float) -> tuple[Figure, Axes]:
-    """A figure as wide as a column, with axes of about ``height`` inches, their labels included."""
+    """Return a figure as wide as a column, with axes of about ``height`` inches, their labels included."""
     figure = new_figure(COLUMN, height)
     return figure, figure.add_subplot()
 
 
 def _row_height(labels: Iterable[str]) -> float:
-    """Inches that the tallest of ``labels`` takes as a tick."""
+    """Return the height in inches of the tallest of ``labels`` as a tick."""
     return 0.13 * max(len(short_label(label).splitlines()) for label in labels) + 0.03
 
 
@@ -266,14 +266,14 @@ def _colour(index: int) -> str:
 
 
 def _rows(axes: Axes, labels: Sequence[str], centre: float = 0.0) -> None:
-    """One row a label, the first on top."""
+    """Label one row each, the first on top."""
     axes.set_yticks(np.arange(len(labels)) + centre, [short_label(label) for label in labels])
     axes.set_ylim(len(labels) - 0.5 + centre, centre - 0.5)
     axes.tick_params(axis="y", length=0)
 
 
 def _short_number(value: float, columns: int) -> str:
-    """Two decimals, without the leading 0 where cells are narrow, and one decimal where they are narrower still."""
+    """Return two decimals, without the leading 0 in narrow cells, and one decimal in narrower ones."""
     text = f"{value:.{2 if columns <= 9 else 1}f}"
     if float(text) == 0:
         text = text.removeprefix("-")  # a rounded 0 has no sign

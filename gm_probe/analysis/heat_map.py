@@ -22,7 +22,7 @@ LABEL = "validation error (%)"
 
 @mpl.rc_context(STYLE)
 def heat_map(cells: Sequence[Mapping[str, Any]], best: Mapping[str, Any], title: str) -> Figure:
-    """A grid: ρ across, β upward, the mean and its standard error in every cell, the best outlined.
+    """Draw a grid with ρ across and β upward, the mean and its standard error in every cell, the best outlined.
 
     Args:
         cells: one for each pair of a ρ and a β; β is None throughout where the method has none.
@@ -53,7 +53,7 @@ def heat_map(cells: Sequence[Mapping[str, Any]], best: Mapping[str, Any], title:
 
 @mpl.rc_context(STYLE)
 def trial_map(cells: Sequence[Mapping[str, Any]], best: Mapping[str, Any], title: str) -> Figure:
-    """Sampled points: error against ρ, or by colour over (ρ, β) where both were tuned; the best ringed."""
+    """Draw sampled points: the error against ρ, or by colour over (ρ, β) where both were tuned; the best has a ring."""
     figure, axes = _figure((4.2, 3.0), title)
     axes.set_xscale("log")
     known = [cell for cell in cells if cell["error"] is not None]
@@ -90,7 +90,7 @@ def _figure(size: tuple[float, float], title: str) -> tuple[Figure, Axes]:
 
 
 def _norm(errors: np.ndarray) -> Normalize:
-    """From the least to the largest known error; at least a tenth of a percent apart, so noise is no contrast."""
+    """Return a scale from the least to the largest known error, at least 0.1 % wide so that noise has no contrast."""
     low, high = float(np.nanmin(errors)), float(np.nanmax(errors))
     return Normalize(low, max(high, low + 0.1))
 

@@ -40,7 +40,7 @@ def pictures(
     grids: Grids,
     curves: Mapping[str, Sequence[Curve]],
 ) -> Iterator[Picture]:
-    """All figures for which there is something to show, in the order of the page.
+    """Yield all figures for which there is something to show, in the order of the page.
 
     ``grids[gap]`` is of ``grid.grid_taus``, ``curves`` of ``curves.read_curves``; either may be empty.
     """
@@ -137,5 +137,5 @@ def _between_measures(table: RunTable) -> Iterator[Picture]:
 
 
 def _file_name(name: str) -> str:
-    """``name`` without what a path could be led astray by; its place in the table keeps two apart."""
+    """Return ``name`` without signs that could change a path; its place in the table keeps two apart."""
     return re.sub(r"[^\w-]+", "_", name)[:60]

@@ -50,7 +50,7 @@ STYLE: dict[Any, Any] = {
 
 @mpl.rc_context(STYLE)
 def scatter_panels(found: Correlations, groups: Mapping[str, np.ndarray]) -> Figure:
-    """One panel a measure and target, at most 3 measures side by side, each titled with its τ and n.
+    """Draw one panel per measure and target, at most 3 measures side by side, each titled with its τ and n.
 
     ``groups`` maps a subgroup's label to its rows of the table (``design.group_rows``); empty draws all
     runs alike, without a legend.
@@ -81,7 +81,7 @@ def scatter_panels(found: Correlations, groups: Mapping[str, np.ndarray]) -> Fig
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, which needs no pyplot."""
+    """Return an empty figure of so many inches, which needs no pyplot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -97,7 +97,7 @@ def ink(cell: Sequence[float]) -> str:
 
 
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """A legend below all axes, as wide as ``figure``, which grows by its height."""
+    """Draw a legend below all axes, as wide as ``figure``, which grows by its height."""
     if not handles:
         return
     room = figure.get_figwidth() - 0.32
@@ -118,7 +118,7 @@ def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 
 def log_ticks(axis: Axis) -> None:
-    """On a logarithmic ``axis`` plain numbers at 1, 2 and 5, where less than two decades are shown."""
+    """Label 1, 2 and 5 as plain numbers on a logarithmic ``axis`` that shows less than two decades."""
     low, high = sorted(axis.get_view_interval())  # an inverted axis has the higher one first
     axis.set_minor_formatter(NullFormatter())
     if high < 100 * low:
@@ -128,7 +128,7 @@ def log_ticks(axis: Axis) -> None:
 
 @mpl.rc_context(STYLE)
 def render(figure: Figure, suffix: str) -> bytes:
-    """``figure`` as a ``png`` (200 dots an inch), ``pdf`` or ``svg``; equal figures give equal bytes."""
+    """Return ``figure`` as a ``png`` (200 dots per inch), ``pdf`` or ``svg``; equal figures give equal bytes."""
     undated: dict[str, dict[str, str | None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     buffer = io.BytesIO()
     figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix))
@@ -202,7 +202,7 @@ def say(axes: Axes, text: str) -> None:
 
 
 def measure_axis(axes: Axes, values: np.ndarray) -> None:
-    """Ticks for ``values`` (n,) along x and a gap along y; logarithmic in x over more than a positive decade."""
+    """Put ticks for ``values`` (n,) along x and a gap along y; x is logarithmic over more than a positive decade."""
     axes.yaxis.set_major_locator(MaxNLocator(5))
     least, most = values.min(), values.max()
     if least <= 0 or most <= 10 * least:
@@ -223,7 +223,7 @@ def _title(tau: Quantity) -> str:
 
 
 def measure_label(table: RunTable, measure: str) -> str:
-    """For the axis of ``measure``: its symbol, and whose labels it was taken with."""
+    """Return the symbol of ``measure`` for an axis, and whose labels it was taken with."""
     kind = table.labels.get(measure)
     labels = f" ({kind} labels)" if kind else ""
     if measure in MEASURES:
@@ -237,6 +237,6 @@ def math_symbol(measure: str) -> str:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most ``width`` letters, broken at spaces and after underscores."""
+    """Return lines of at most ``width`` letters, broken at spaces and after underscores."""
     swap = str.maketrans("_-", "-_")  # textwrap breaks after hyphens, which are rare in names
     return [line.translate(swap) for line in textwrap.wrap(text.translate(swap), width)]

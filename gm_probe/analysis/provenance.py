@@ -30,7 +30,7 @@ class Provenance:
 
 
 def read_records(table: RunTable) -> dict[str, RunRecord]:
-    """The records behind a table of run folders, under their names in the table; empty for any other table.
+    """Return the records behind a table of run folders, by their names in the table; none for any other table.
 
     Raises:
         StorageError: a run's file has become unreadable since the table was read.
@@ -41,13 +41,13 @@ def read_records(table: RunTable) -> dict[str, RunRecord]:
 
 
 def run_folder(table: RunTable, run: str) -> Path:
-    """The folder of ``run``: below the table's source, or the source itself where that is the one run."""
+    """Return the folder of ``run``: below the table's source, or the source itself where that is the one run."""
     folder = table.source / run
     return folder if folder.is_dir() else table.source
 
 
 def provenance(records: Mapping[str, RunRecord]) -> Provenance:
-    """What ``records`` say of themselves."""
+    """Return what ``records`` say of their origin."""
     return Provenance(
         trained=_counts(record.config.get("environment", {}) for record in records.values()),
         measured=_counts(record.settings for record in records.values()),
@@ -56,7 +56,7 @@ def provenance(records: Mapping[str, RunRecord]) -> Provenance:
 
 
 def train_command(record: RunRecord) -> str:
-    """The ``gmprobe train`` that gives this run again: every setting in its config.toml as an option."""
+    """Return the ``gmprobe train`` command that repeats this run: every setting in its config.toml as an option."""
     words = ["gmprobe", "train"]
     for key, value in record.config.items():
         option = f"--{key.replace('_', '-')}"
@@ -71,7 +71,7 @@ def train_command(record: RunRecord) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what made the report."""
+    """Return the versions of the software that made the report."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 

@@ -64,7 +64,7 @@ class Report:
 
     @property
     def printed(self) -> tuple[Sheet, ...]:
-        """For Markdown and LaTeX: figures, runs and exclusions, without the words."""
+        """Return the tables for Markdown and LaTeX: statistics, runs and exclusions, without the explanations."""
         return (*self.results, *self.runs)
 
 
@@ -117,7 +117,7 @@ def compose(
 
 
 def html(report: Report) -> str:
-    """The page: nothing in it is fetched, and its content security policy allows nothing to be."""
+    """Return the page: nothing in it is fetched, and its content security policy allows nothing to be."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_part),
         autoescape=True,
@@ -171,7 +171,7 @@ def _cautions(statistics: Correlations, unread: dict[str, str]) -> tuple[str, ..
 
 
 def _breakable(text: str) -> Markup:
-    """``text``, escaped, that may go on in another line after an underscore."""
+    """Return ``text``, escaped, with possible line breaks after underscores."""
     return escape(text).replace("_", Markup("_<wbr>"))
 
 
@@ -180,5 +180,5 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names inline text that it allows."""
+    """Return the hash by which a content security policy allows inline text."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -99,7 +99,7 @@ def correlate(
 
 
 def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:
-    """The files to write; a suffix chooses one format, none all three. A PNG is written unless told."""
+    """Return the files to write. A suffix chooses one format, none chooses all three; the default is one PNG."""
     if chosen is None:
         return [beside(source, "correlate.png")]
     if chosen.suffix.lower() in FIGURE_SUFFIXES:

@@ -185,7 +185,7 @@ def _asked(
 
 
 def _shares(given: str) -> str | list[float]:
-    """One of the words, or the numbers in a file.
+    """Return one of the words of ``CLASS_SHARES``, or the numbers in a file.
 
     Raises:
         UsageError: it is neither, or the file holds no numbers.
@@ -205,7 +205,7 @@ def _shares(given: str) -> str | list[float]:
 
 
 def _files(examples: Examples, size: int | None, seed: int) -> list[Path]:
-    """The files of the images that a subset takes; none of an array file."""
+    """Return the image files that a subset takes; none for an array file."""
     files = getattr(examples.x, "files", None)
     return [] if files is None else [files[i] for i in examples.chosen(size, seed).tolist()]
 
@@ -313,7 +313,7 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
 
 
 def _cells(model: ModelEstimate, shown: Sequence[str], *, several: bool, compared: bool) -> list[str]:
-    """A model's row of the table, without its name."""
+    """Return a model's row of the table, without its name."""
     cells = []
     if model.accuracy is not None:
         found = model.accuracy
@@ -332,7 +332,7 @@ def _cells(model: ModelEstimate, shown: Sequence[str], *, several: bool, compare
 
 
 def _good(estimators: Mapping[str, Mapping[str, float | None]]) -> list[float]:
-    """The accuracies by estimators whose mean error is at most twice the smallest."""
+    """Return the accuracies by the estimators whose mean error is at most twice the smallest."""
     known = [(one["mean_error"], one["value"]) for one in estimators.values()]
     found = [(error, value) for error, value in known if error is not None and value is not None]
     least = min((error for error, _ in found), default=0.0)
@@ -340,12 +340,12 @@ def _good(estimators: Mapping[str, Mapping[str, float | None]]) -> list[float]:
 
 
 def _points(share: float | None) -> str:
-    """A share in percent with one digit."""
+    """Return a share in percent with one digit."""
     return "—" if share is None else f"{100 * share:.1f}"
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint as a row of CSV."""
+    """Return a checkpoint as a row of CSV."""
     accuracy = row["accuracy"] or {}
     flat = {key: row[key] for key in ("checkpoint", "rank")}
     flat |= {key: accuracy.get(key) for key in ("value", "low", "high", "method")}

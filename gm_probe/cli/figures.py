@@ -48,7 +48,7 @@ def _print_several(results: Sequence[dict[str, Any]]) -> None:
 
 
 def _labels(results: Sequence[dict[str, Any]], name: str) -> str:
-    """Which labels a measure took, where it took any."""
+    """Return which labels a measure took, where it took any."""
     labels = {result["measures"].get(name, {}).get("labels", "none needed") for result in results} - {
         "none needed"
     }
@@ -56,13 +56,13 @@ def _labels(results: Sequence[dict[str, Any]], name: str) -> str:
 
 
 def _better(name: str) -> str:
-    """An arrow that says which values are expected to go with better generalization."""
+    """Return an arrow that says which values are expected to go with better generalization."""
     direction = CATALOGUE[name].direction if name in CATALOGUE else None
     return {"worse": " ↓", "better": " ↑"}.get(direction or "", "")
 
 
 def _value(row: dict[str, Any] | None) -> str:
-    """A value and its standard error over draws and examples; ``!`` where it did not converge."""
+    """Return a value with its standard error over draws and examples, and ``!`` where it did not converge."""
     if row is None or row["value"] is None:
         return "—"
     errors = [row[key] for key in ("stderr", "stderr_examples") if row[key] is not None]
@@ -98,7 +98,7 @@ def _print_one(result: dict[str, Any]) -> None:
 
 
 def _cells_of(name: str, row: Mapping[str, Any], narrow: bool) -> list[str]:
-    """A measure's row of the table; where it is ``narrow``, its name says whether it converged."""
+    """Return a measure's row of the table. In a ``narrow`` one its name says whether it converged."""
     undefined = row["value"] is None  # a dash says so
     label = _symbol(name) if narrow else name
     if "labels" in row:
@@ -114,7 +114,7 @@ def _cells_of(name: str, row: Mapping[str, Any], narrow: bool) -> list[str]:
 
 
 def _print_more(result: dict[str, Any]) -> None:
-    """Below the table: S_ρ's grid, and the eigenvalues after the largest."""
+    """Print what stands below the table: the grid of S_ρ, and the eigenvalues after the largest."""
     console = results_console()
     for name, row in result["measures"].items():
         if "grid" in row and row.get("protocol") == "converged":
@@ -137,7 +137,7 @@ def _print_more(result: dict[str, Any]) -> None:
 
 
 def _print_layers(layers: Sequence[Mapping[str, Any]], title: str) -> None:
-    """A row a layer: its parameters, and each value with its estimator's error."""
+    """Print one row per layer: its parameters, and each value with its estimator's error."""
     known = [row for row in layers if "measures" in row]
     names = list(known[0]["measures"]) if known else []
     rows = [
@@ -162,7 +162,7 @@ def _eigenvalue(row: dict[str, Any]) -> str:
 
 
 def _batch_dependent(result: dict[str, Any]) -> str:
-    """For the caption: what NT-Xent's figures depend on; empty of a classifier."""
+    """Return what NT-Xent values depend on, for the caption; nothing for a classifier."""
     settings = result["settings"]
     if settings.get("head") != "simclr":
         return ""
@@ -174,7 +174,7 @@ def _batch_dependent(result: dict[str, Any]) -> str:
 
 
 def _ascents(result: dict[str, Any], *, spread: bool = True) -> str:
-    """For the caption: by which ascents local inconsistency was found; empty where it was not.
+    """Return by which ascents local inconsistency was found, for the caption; nothing where it was not measured.
 
     Args:
         spread: also the standard deviation over starts, which is of this checkpoint alone.
@@ -197,7 +197,7 @@ def _ascents(result: dict[str, Any], *, spread: bool = True) -> str:
 
 
 def _symbol(name: str) -> str:
-    """A measure's symbol; its name where a file of another version names one that this version has not."""
+    """Return a measure's symbol, or the name of a measure that this version does not know."""
     return CATALOGUE[name].symbol if name in CATALOGUE else name
 
 
@@ -252,7 +252,7 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _notes_on(row: dict[str, Any]) -> Iterator[str]:
-    """What is to be said of one measure, after its name."""
+    """Yield the notes on one measure; each continues its name."""
     if row["value"] is None:
         yield f" is undefined: {row['reason']}"
     elif not row["converged"]:
@@ -290,7 +290,7 @@ def _remedy(row: dict[str, Any]) -> str:
 
 
 def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a checkpoint and measure, for ``--csv``, and one a further ρ and K of its grid."""
+    """Return the rows of ``--csv``: one per checkpoint and measure, and one per further ρ and K of its grid."""
     of_row = (
         *("value", "stderr", "stderr_examples", "converged", "num_evals", "labels", "protocol"),
         *("sd_starts", "num_starts", "num_probes", "iterations", "examples_needed", "reason"),
@@ -314,7 +314,7 @@ def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cells(row: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of a grid, those that are not the row itself."""
+    """Return the cells of a grid that are not the row itself."""
     own = {key: settings[key] for key in ("rho", "k_steps")}
     kept = ("value", "rho", "k_steps", "converged")
     return [

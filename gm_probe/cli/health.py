@@ -60,7 +60,7 @@ class Finding:
 
 
 def diagnose(folder: Path, data_root: Path | None = None, device: str = "auto") -> Iterator[Finding]:
-    """Everything worth knowing before a long run: versions, devices, data, and ``folder`` to write into.
+    """Yield everything worth knowing before a long run: versions, devices, data, and ``folder`` to write into.
 
     Nothing is raised for what is wrong: it is a finding. ``folder`` is written to (and left as it was);
     ``data_root`` is ``default_data_root()`` where it is None.
@@ -195,7 +195,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
 
 
 def _exists(path: Path) -> bool:
-    """False too where nobody may look."""
+    """Return whether ``path`` exists; False where it may not be looked at."""
     try:
         return path.exists()
     except OSError:
@@ -203,7 +203,7 @@ def _exists(path: Path) -> bool:
 
 
 def _nearest(path: Path) -> Path:
-    """``path``, or the nearest folder above it that exists."""
+    """Return ``path``, or the nearest folder above it that exists."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 

@@ -186,7 +186,7 @@ class _Task:
 
     @property
     def source(self) -> str | None:
-        """The data that is measured over; None = each run's own."""
+        """Return the data that is measured over; None means each run's own."""
         return self.unlabeled if self.wanted.labeled is None else self.wanted.labeled
 
     @property
@@ -315,7 +315,7 @@ def measure(
 
 
 def _given(context: click.Context) -> frozenset[str]:
-    """The names of settings that the command line gives, and of the grids around them."""
+    """Return the names of settings that the command line gives, and of the grids around them."""
     default = click.core.ParameterSource.DEFAULT
     names = {name for name in context.params if context.get_parameter_source(name) is not default}
     grids = {each.metadata["grid"] for each in fields(Settings) if each.name in names}
@@ -325,7 +325,7 @@ def _given(context: click.Context) -> frozenset[str]:
 def _checkpoints(
     given: tuple[Path, ...], task: _Task, quiet: bool
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The checkpoints that are ``given``, or else the last run, and these with folders of runs replaced by their runs.
+    """Return the checkpoints that are ``given``, or else the last run, and the same with folders as their runs.
 
     Raises:
         CheckpointError: one does not exist.

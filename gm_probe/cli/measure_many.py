@@ -120,7 +120,7 @@ def _print(outcomes: Sequence[Outcome], output: str | None, quiet: bool) -> None
 
 
 def _entry(outcome: Outcome) -> dict[str, object]:
-    """The JSON object of a checkpoint that failed."""
+    """Return the JSON object of a checkpoint that failed."""
     return {"checkpoint": outcome.name, "error": outcome.reason, "exit_code": outcome.exit_code}
 
 

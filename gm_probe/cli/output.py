@@ -33,7 +33,7 @@ class _Safe(Console):
 
 
 def _lines(text: str) -> str:
-    """``text`` with its line breaks, and no other control character."""
+    """Return ``text`` with its line breaks and without other control characters."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -43,7 +43,7 @@ class _Results(_Safe):
 
 
 def results_console() -> Console:
-    """Console on stdout; rich drops colour when piped or when NO_COLOR is set.
+    """Return a console on stdout; rich drops colour when piped or when NO_COLOR is set.
 
     Only a terminal is narrow: what goes into a file or a pipe is as wide as it needs, so that no name is folded.
     """
@@ -52,7 +52,7 @@ def results_console() -> Console:
 
 
 def notes_console(quiet: bool = False) -> Console:
-    """Console on stderr for progress, notes and warnings."""
+    """Return a console on stderr for progress, notes and warnings."""
     return _Safe(file=sys.stderr, quiet=quiet, highlight=False)
 
 
@@ -101,12 +101,12 @@ def table(
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A figure for a table: significant digits, or a dash where it is undefined."""
+    """Return a number for a table: significant digits, or a dash where it is undefined."""
     return "—" if value is None else f"{value:.{digits}g}"
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """``paths`` without the folder that all of them share, for a table."""
+    """Return ``paths`` without the folder that all of them share, for a table."""
     shared = (
         os.path.commonpath(list(map(os.path.dirname, paths)))
         if len(set(map(os.path.isabs, paths))) == 1

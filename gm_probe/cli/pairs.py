@@ -231,7 +231,7 @@ def _outputs(
 
 
 def _same_twice(paths: Sequence[Path], outputs: Sequence[torch.Tensor]) -> list[str]:
-    """A note for each checkpoint whose outputs are those of one before: a copy counts as a model of its own."""
+    """Return a note for each checkpoint with the same outputs as an earlier one, which counts as another model."""
     first: dict[bytes, Path] = {}
     notes = []
     for path, logits in zip(paths, outputs, strict=True):
@@ -257,7 +257,7 @@ def _show(result: dict[str, Any], output: str | None, quiet: bool) -> None:
 
 
 def _print_result(result: dict[str, Any]) -> None:
-    """The figures on stdout, and below them how they are to be read."""
+    """Print the numbers on stdout, and below them how to read them."""
     from gm_probe.measures.pairwise import PAIR_MEASURES
 
     console = results_console()

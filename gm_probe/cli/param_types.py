@@ -25,7 +25,7 @@ class Choice(click.Choice[str]):
 
 
 def floats(option: str, text: str) -> tuple[float, ...]:
-    """Comma-separated numbers."""
+    """Return comma-separated numbers."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
@@ -33,7 +33,7 @@ def floats(option: str, text: str) -> tuple[float, ...]:
 
 
 def wholes(option: str, text: str) -> tuple[int, ...]:
-    """Comma-separated whole numbers."""
+    """Return comma-separated whole numbers."""
     values = floats(option, text)
     for value in values:
         if not value.is_integer():  # nan and inf are none either
@@ -42,7 +42,7 @@ def wholes(option: str, text: str) -> tuple[int, ...]:
 
 
 def num_bytes(option: str, text: str) -> float:
-    """``4GB`` as bytes; units are powers of 1,000."""
+    """Return ``4GB`` as bytes; units are powers of 1,000."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", text)
     if match is None or not float(match[1]):
         raise UsageError(f"{option} {text!r} must be a size such as 4GB or 500MB")
@@ -50,7 +50,7 @@ def num_bytes(option: str, text: str) -> float:
 
 
 def share(option: str, text: str) -> float:
-    """A relative error as a fraction: "2%" and "0.02" are the same."""
+    """Return a relative error as a fraction: "2%" and "0.02" are the same."""
     number, is_percent = text.removesuffix("%"), text.endswith("%")
     try:
         value = float(number) / (100 if is_percent else 1)

@@ -123,7 +123,7 @@ def _require_distinct(paths: dict[str, Path | None]) -> None:
 
 
 def _command(ctx: click.Context) -> str:
-    """What the user typed, without what was left at its default."""
+    """Return what the user typed, without options at their defaults."""
     words = ["gmprobe", "report"]
     for parameter in ctx.command.params:
         name = str(parameter.name)

@@ -108,7 +108,7 @@ def _picks(found: Correlations, name: str) -> str:
 
 
 def _regrets(found: Correlations) -> tuple[str, float] | None:
-    """The one outcome that picking is judged by, and what a random run costs in it."""
+    """Return the one outcome that picking is judged by, and what a random run costs in it."""
     random = {
         key.target: of.value
         for key, of in found.quantities.items()
@@ -213,7 +213,7 @@ def _of_target(found: Correlations, name: str, target: str) -> dict[str, Any]:
 
 
 def _tau(tau: Quantity) -> dict[str, Any]:
-    """A τ with its interval, and why there is no τ, or no interval; no reason where there are both."""
+    """Return a τ with its interval, and the reason where either is missing."""
     shown = asdict(tau)
     value, note = shown.pop("value"), shown.pop("note")
     reason = {"reason" if value is None else "interval_reason": note} if note else {}
@@ -229,7 +229,7 @@ def _selection(found: Correlations, name: str) -> list[dict[str, Any]]:
 
 
 def _missing(found: Correlations, name: str, target: str) -> list[dict[str, str]]:
-    """The runs without the measure or the target, with the reasons."""
+    """Return the runs without the measure or the target, with the reasons."""
     runs = found.runs
     reasons: dict[int, list[str]] = {}
     for column in (name, target):

@@ -58,7 +58,7 @@ def _now(run: RunStatus) -> tuple[str, str]:
 
 
 def doing(progress: StageProgress) -> str:
-    """In words, where a run is, and its loss if it has one."""
+    """Return in words what a run is doing, and its loss if it has one."""
     more = progress.more
     if progress.stage != "training" or not {"epoch", "step", "steps"} <= set(more):
         return f"{progress.stage} {more.get('measure', '')}".rstrip()
@@ -68,5 +68,5 @@ def doing(progress: StageProgress) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """As hours, minutes and seconds; empty where it is unknown, or is no time that work takes."""
+    """Return hours, minutes and seconds; nothing where the time is unknown or absurd."""
     return str(timedelta(seconds=round(seconds))) if seconds is not None and 0 <= seconds < LIFETIME else ""

@@ -237,7 +237,7 @@ def _note_data(console: Console, config: TrainConfig) -> None:
 
 
 def _results(summary: Mapping[str, Any], held_out: str, prefix: str) -> list[list[str]]:
-    """Error, cross-entropy and examples of both parts and, where a run has one, the gap between them."""
+    """Return error, cross-entropy and size of both parts and, where a run has one, the gap between them."""
     parts = {"train": "train", held_out: "test"}
     rows = [
         [

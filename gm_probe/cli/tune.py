@@ -180,7 +180,7 @@ def _print_trial(console: Console, trials: int | None, number_of: int, cell: Cel
 def _doubts(
     cells: Sequence[Cell], best: Cell, grid: Mapping[str, Sequence[float]], num_validation: int
 ) -> Iterator[str]:
-    """What a reader must know before taking the best point for the best there is."""
+    """Yield what a reader must know before taking the best point of the search for the best of all."""
     from gm_probe.sweep.tuning import rivals_of
 
     if num_validation < FEW:
@@ -201,7 +201,7 @@ def _doubts(
 
 
 def _command(config: TrainConfig, best: Cell) -> str:
-    """The command line of `gmprobe train` with every setting that is not at its default, and the best point."""
+    """Return the `gmprobe train` command with every setting that is not at its default, and the best point."""
     chosen = {key: value for key, value in best.point._asdict().items() if value is not None}
     default = type(config)().as_dict()
     words = ["gmprobe", "train"]

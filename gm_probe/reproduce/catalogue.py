@@ -52,14 +52,14 @@ class Recipe:
 
     @property
     def default(self) -> str:
-        """``small``; ``paper`` where that is cheap enough; UsageError where it takes a GPU, and is to be asked for."""
+        """Return ``small``, or ``paper`` where that is cheap enough; UsageError where it takes a GPU."""
         if not self.chosen:
             costs = " or ".join(f"--scale {scale} ({cost})" for scale, cost in self.costs.items())
             raise UsageError(f"{self.name} has no small scale. Choose {costs}")
         return self.chosen
 
     def at(self, scale: str) -> Mapping[str, Any]:
-        """The settings of ``scale``; UsageError where it has none."""
+        """Return the settings of ``scale``; UsageError where it has none."""
         if scale not in self.settings:
             raise UsageError(f"{self.name} has no scale {scale!r}; it has {', '.join(self.scales)}")
         return self.settings[scale]
@@ -67,7 +67,7 @@ class Recipe:
 
 @cache
 def recipes() -> Mapping[str, Recipe]:
-    """Every recipe by name, numbers as numbers."""
+    """Return every recipe by name, in natural order."""
     folder = resources.files("gm_probe") / "recipes" / "paper"
     found = {}
     for entry in folder.iterdir():
@@ -78,7 +78,7 @@ def recipes() -> Mapping[str, Recipe]:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of this name, or that gives it too; UsageError where there is none."""
+    """Return the recipe of this name, or the one that also gives it; UsageError where there is none."""
     names = {other: entry for entry in recipes().values() for other in (entry.name, *entry.also)}
     if name not in names:
         hint = did_you_mean(name, names, "`gmprobe reproduce --list` lists them")
@@ -104,10 +104,10 @@ def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
 
 
 def _with_numbers(place: Mapping[str, Any], numbers: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A data set with what the paper published of the one that bears its label."""
+    """Return a data set with the numbers that the paper published for its label."""
     return {"published": numbers[place["label"]], **place} if place["label"] in numbers else place
 
 
 def _natural(name: str) -> list[str | int]:
-    """fig2 before fig11."""
+    """Sort fig2 before fig11."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

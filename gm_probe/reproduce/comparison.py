@@ -33,7 +33,7 @@ class Arm:
 
     @property
     def error(self) -> str:
-        """The summary's key of the error on the test part: of a SimCLR encoder, its linear probe's."""
+        """Return the summary's key of the test error; for a SimCLR encoder, its linear probe's."""
         return "probe_test_error" if self.config.trains_encoder else "test_error"
 
     @cached_property
@@ -42,12 +42,12 @@ class Arm:
 
     @cached_property
     def metrics(self) -> list[list[dict[str, Any]]]:
-        """The epochs of every run."""
+        """Return the epochs of every run."""
         return [list(read_metrics(path)) for path in self.runs]
 
     @cached_property
     def epochs(self) -> pd.DataFrame:
-        """A row an epoch of every run that finished."""
+        """Return one row per epoch of every run that finished."""
         return self._table(
             {"run": number, **row}
             for number, rows in enumerate(self.metrics)
@@ -57,13 +57,13 @@ class Arm:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """S_ρ of every run at its end, a row for each K that it was measured with; empty where there was no grid."""
+        """Return S_ρ of every run at its end, one row per K that it was measured with; empty without a grid."""
         grids = (record.measures.get("local_inconsistency", {}).get("grid", ()) for record in self.records)
         return self._table(cell for grid in grids for cell in grid)
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row a run: its settings, its status and what it came to, NaN where it did not finish."""
+        """Return one row per run: its settings, its status and its results, NaN where it did not finish."""
         rows = []
         for number, record in enumerate(self.records):
             found: dict[str, Any] = {"status": record.status}
@@ -84,11 +84,11 @@ class Arm:
         return pd.DataFrame(rows).assign(data=self.data, variant=self.label)
 
     def values(self, key: str) -> np.ndarray:
-        """``key`` of every run (n,), NaN without a result."""
+        """Return ``key`` of every run (n,), NaN without a result."""
         return self.table.get(key, pd.Series(np.nan, self.table.index)).to_numpy(float)
 
     def means_along(self, key: str) -> np.ndarray:
-        """Every run's mean of ``key`` over the epochs from its first value to its last (n,): the area by its width.
+        """Return every run's mean of ``key`` (n,) from its first epoch to its last: the area by its width.
 
         NaN of a run that did not finish, or has no two.
         """
@@ -101,7 +101,7 @@ class Arm:
 
     @property
     def epoch_seconds(self) -> float:
-        """The fastest epoch's of all runs: what slows a machine down now and then is not in it."""
+        """Return the fastest epoch's seconds over all runs, which other load on the machine does not change."""
         seconds = (row["seconds"] for rows in self.metrics for row in rows if "seconds" in row)
         return float(min(seconds, default=np.nan))
 
@@ -120,7 +120,7 @@ class Comparison:
         return list(dict.fromkeys(arm.data for arm in self.arms))
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """All runs, their epochs and what was measured by K, for pictures."""
+        """Return all runs, their epochs and what was measured by K, for pictures."""
         kinds = ("table", "epochs", "cells")
         return {kind: pd.concat([getattr(arm, kind) for arm in self.arms]) for kind in kinds}
 
@@ -149,7 +149,7 @@ class Difference:
 
     @cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the better and the worse variant came to, by seed (n,); NaN without a result: mostly it diverged."""
+        """Return the results of the better and the worse variant by seed (n,); NaN without a result."""
         better, worse = self._values(self.test)
         if "beyond" in self.test:
             a, b = self._values(self.test["beyond"])
@@ -162,18 +162,18 @@ class Difference:
 
     @property
     def differences(self) -> np.ndarray:
-        """worse − better of every seed where both ended, so that > 0 is what the claim says."""
+        """Return worse − better of every seed where both finished; above 0 is what the claim says."""
         found = self.pairs[1] - self.pairs[0]
         return found[np.isfinite(found)]
 
     @property
     def lost(self) -> dict[str, int]:
-        """Seeds in which the ``better`` variant alone has no result, and those in which the ``worse`` one has none."""
+        """Count the seeds in which only the ``better`` or only the ``worse`` variant has no result."""
         better, worse = map(np.isnan, self.pairs)
         return {"better": int((better & ~worse).sum()), "worse": int((worse & ~better).sum())}
 
     def interval(self, level: float = 0.95) -> tuple[float, float] | None:
-        """None where the seeds are too few, or all alike, to tell an error."""
+        """Return the interval of the mean difference; None where the seeds are too few or all alike."""
         if len(self.differences) < 2 or np.ptp(self.differences) == 0:
             return None
         _, low, high = mean_interval(self.differences, level)
@@ -181,7 +181,7 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 where it goes as the claim says, −1 where the other way, 0 where neither can be told.
+        """Return 1 where the difference is as the claim says, −1 where it is the opposite, 0 where neither is clear.
 
         The interval of 1 − 5 % / ``family`` decides in both directions (Bonferroni). A seed in which one variant alone
         has no result is in no interval, and speaks against that variant: no sign favours it.
@@ -193,7 +193,7 @@ class Difference:
 
     @property
     def compared(self) -> str:
-        """What, in words."""
+        """Return in words what is compared."""
         held_out = self.found.arm(self.data, self.test["better"]).config.validation is not None
         own = "validation" if held_out else "test"
         part = {"train": "training", "probe": "probe"}.get(self.key.partition("_")[0], own)
@@ -224,14 +224,14 @@ class Difference:
 
 
 def _signed(value: float) -> str:
-    """Three digits with the sign that print has, none before 0."""
+    """Return three digits with a typographic sign, none before 0."""
     return f"{value:+.3g}".replace("-", "−") if value else "0"
 
 
 def text_of(
     results: Sequence[Difference], others: Sequence[Difference], untested: str, split_by_seed: bool
 ) -> str:
-    """The test, every difference by what is compared, how many go which way, and what is left."""
+    """Describe the test, every difference by what is compared, how many go which way, and what is not tested."""
     shared = (
         "same start and order of batches, same split and labels, which each seed draws anew"
         if split_by_seed

@@ -20,7 +20,7 @@ PAGE = 6.7  # inches that a page's width takes
 
 @mpl.rc_context(STYLE)
 def panels(count: int, columns: int, height: float = 2.2) -> tuple[Figure, list[Axes]]:
-    """``count`` lettered panels, so many side by side, each row ``height`` inches high."""
+    """Return a figure with ``count`` lettered panels, so many side by side, each row ``height`` inches high."""
     rows = -(-count // columns)
     figure = new_figure(PAGE * min(1.0, (1 + columns) / 3), height * rows)
     found = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))

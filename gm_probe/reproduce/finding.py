@@ -52,7 +52,7 @@ class Task:
 
     @property
     def place(self) -> dict[str, Any]:
-        """Where runs take their data from and are computed, as settings of training."""
+        """Return where runs take their data from and are computed, as settings of training."""
         given = {"data": self.data, "data_root": self.data_root, "download": self.download or None}
         return {"device": self.device} | {key: value for key, value in given.items() if value is not None}
 
@@ -79,7 +79,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """A sentence of the outcome, of no more than was tested."""
+        """Return the outcome as a sentence that claims no more than was tested."""
         of = "what was tested of the claim" if self.untested else "the claim"
         if self.outcome == "cannot be told":
             return f"Whether {of} holds cannot be decided at this scale."
@@ -147,7 +147,7 @@ def write(
 
 
 def frame_sheet(name: str, title: str, caption: str, frame: pd.DataFrame, num_labels: int = 1) -> Sheet:
-    """``frame`` as a table, numbers to three digits."""
+    """Return ``frame`` as a table, numbers to three digits."""
     body = [
         [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)
     ]

@@ -225,7 +225,7 @@ def _arms(
 
 
 def _expanded(variant: Table) -> Iterator[Table]:
-    """``variant``, or one for each point of its ``grid``, labelled by its values in that order."""
+    """Yield ``variant``, or one for each point of its ``grid``, labelled by its values in that order."""
     grid = variant.get("grid", {})
     for values in product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
@@ -238,14 +238,14 @@ def _without(table: Table, *keys: str) -> dict[str, Any]:
 
 
 def plain(label: str) -> str:
-    """``label`` as a part of a file's name."""
+    """Return ``label`` as a part of a file's name."""
     return "".join(c for c in label.lower() if c.isalnum() or c == "-")
 
 
 def _tuned(
     task: Task, shared: Table, variant: Table, place: Table, held_out: Table
 ) -> tuple[TrainConfig, list[Sequence[str]]]:
-    """The variant's configuration, at its point of the least error on what is ``held_out`` (seed 0).
+    """Return the variant's configuration at its point of least error on what is ``held_out`` (seed 0).
 
     Beside it what was tried, a row of the table of tuning each.
     """
@@ -313,7 +313,7 @@ def sheet(name: str, found: Comparison, reference: str) -> Sheet:
 
 
 def _tuning_sheet(name: str, rows: Sequence[Sequence[str]], held_out: Table) -> Iterator[Sheet]:
-    """Where anything was tuned, by what it was chosen."""
+    """Yield a table of the points that were tried, where anything was tuned."""
     if rows:
         share = held_out["validation"]
         caption = f"Error on {share:.0%} of the training part, which is held out, in %; seed 0"
@@ -322,14 +322,14 @@ def _tuning_sheet(name: str, rows: Sequence[Sequence[str]], held_out: Table) -> 
 
 
 def setting(config: TrainConfig) -> str:
-    """What may have been tuned."""
+    """Return the settings that may have been tuned."""
     known = {key: getattr(config, key) for key in ("lr", "rho", "beta") if key not in config.idle()}
     shown = [f"{key} = {value:g}" for key, value in known.items() if value is not None]
     return ", ".join(shown).replace("rho", "ρ").replace("beta", "β")
 
 
 def percent(values: np.ndarray) -> str:
-    """Mean ± standard error in %; runs that have no value (NaN) diverged, and are counted."""
+    """Return mean ± standard error in %; runs without a value (NaN) diverged, and are counted."""
     known = 100 * values[~np.isnan(values)]
     lost = f" ({len(values) - len(known)} diverged)" if len(known) < len(values) else ""
     if not len(known):

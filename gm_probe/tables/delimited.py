@@ -75,7 +75,7 @@ def read_delimited(path: Path, *, follow: bool = True) -> Delimited:
 
 
 def decoded(data: bytes, path: Path, kind: str) -> tuple[str, str]:
-    """The text of ``data``, and the name of its encoding."""
+    """Return the text of ``data``, and the name of its encoding."""
     try:
         for mark, codec in BOMS.items():
             if data.startswith(mark):
@@ -95,7 +95,7 @@ def decoded(data: bytes, path: Path, kind: str) -> tuple[str, str]:
 
 
 def _separator(text: str) -> tuple[str, str]:
-    """The separator, and ``text`` without a first line that names it.
+    """Return the separator, and ``text`` without a first line that names it.
 
     It is the one by which most rows have as many cells as the header; of several the one of the most cells.
     """

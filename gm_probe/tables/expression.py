@@ -103,7 +103,7 @@ def parse(text: str, known: Collection[str]) -> Expression:
 
 
 def _column(text: str, place: int, names: list[str]) -> tuple[str, int]:
-    """The column whose name begins at ``place``, and where it ends: the longest of several."""
+    """Return the column whose name begins at ``place``, and where it ends: the longest of several."""
     quoted = _QUOTED.match(text, place)
     if quoted and (name := quoted[1] or quoted[2]) in names:
         return name, quoted.end()
@@ -133,7 +133,7 @@ def _value(tree: ast.AST, values: Mapping[str, pd.Series]) -> Any:
 
 
 def _steady(result: Any, *terms: Any) -> Any:
-    """``result`` of a sum, rounded to 12 digits of its largest term, so that differences of equal sizes stay equal."""
+    """Return the ``result`` of a sum, rounded to 12 digits of its largest term, so that ties stay ties."""
     sizes = [np.abs(np.asarray(term, dtype=float)) for term in terms]
     largest = max((float(size[np.isfinite(size)].max(initial=0.0)) for size in sizes), default=0.0)
     digits = 12 - math.ceil(math.log10(largest)) if largest else 12

@@ -50,7 +50,7 @@ def read_sheet(source: Path) -> Sheet:
 
 
 def tidied(source: Path, sheet: Sheet) -> Sheet:
-    """``sheet`` with its dicts as columns of their own, and without columns that have neither name nor cells.
+    """Return ``sheet`` with its dicts as columns of their own, and without columns that have neither name nor cells.
 
     Raises:
         DataError: it has no row, or two columns of one name, or a name with unprintable characters.
@@ -83,7 +83,7 @@ def tidied(source: Path, sheet: Sheet) -> Sheet:
 
 
 def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str]) -> Sheet:
-    """One row a mapping; a mapping within it becomes columns NAME.KEY, and a list is left out and counted."""
+    """Return one row per mapping. A nested mapping becomes columns NAME.KEY; lists are left out and counted."""
     if not rows:
         raise DataError(f"{source} holds no run")
     lists: dict[str, None] = {}
@@ -122,7 +122,7 @@ def _holds_dicts(cells: pd.Series) -> bool:
 
 
 def _literal(text: str) -> dict[str, Any] | None:
-    """The dict that ``text`` writes in Python or JSON; None where it writes none, or one beyond all bounds."""
+    """Return the dict that ``text`` writes in Python or JSON; None where it writes none, or one beyond all bounds."""
     if len(text) > LONGEST_DICT:
         return None
     try:
@@ -136,7 +136,7 @@ def _literal(text: str) -> dict[str, Any] | None:
 
 
 def _value(node: ast.AST | None, depth: int) -> Any:
-    """What ``node`` writes: a constant, a list or a dict; nothing is looked up or called."""
+    """Return what ``node`` writes: a constant, a list or a dict. Nothing is looked up or called."""
     if depth > DEEPEST:
         raise ValueError
     if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | str | None):
@@ -159,7 +159,7 @@ def _value(node: ast.AST | None, depth: int) -> Any:
 
 
 def _delimited(path: Path) -> Sheet:
-    """All cells as text, so that what is a number and what is missing is not guessed by a reader."""
+    """Read all cells as text, so that no reader guesses what is a number or missing."""
     found = read_delimited(path)
     table = pd.DataFrame(found.rows, columns=range(len(found.header)), dtype=object)
     table.columns = pd.Index(found.header)
@@ -167,7 +167,7 @@ def _delimited(path: Path) -> Sheet:
 
 
 def _json(path: Path) -> Sheet:
-    """One object a line, or a list of objects."""
+    """Read one object per line, or a list of objects."""
     data = read_at_most(path, MOST_JSON, follow=True)
     if data is None:
         raise DataError(f"{path} has more than {MOST_JSON:,} bytes; keep fewer runs or columns")
@@ -207,7 +207,7 @@ def _parquet(path: Path) -> Sheet:
 
 
 def _parquet_frame(path: Path) -> pd.DataFrame:
-    """What ``path`` holds, its texts by way of a dictionary: a file may name one long text in a million rows."""
+    """Read ``path`` with its texts as dictionaries: a file may name one long text in a million rows."""
     from pyarrow import parquet, types  # an extra
 
     with parquet.ParquetFile(path) as file:

@@ -19,7 +19,7 @@ def holds_our_runs(source: Path) -> bool:
 
 
 def beside(source: Path, name: str) -> Path:
-    """Where a result called ``name`` is written unless told: in a folder of our runs, else beside ``source``."""
+    """Return where a result called ``name`` is written by default: in a folder of our runs, else beside ``source``."""
     if holds_our_runs(source):
         return source / name
     whole = source if source.name else source.resolve()
