@@ -11,14 +11,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from gm_probe.analysis.plots import COLOURS, STYLE, new_figure
 
 NAMES = {"fisher": "Fisher matrix F", "hessian": "loss Hessian H"}
 FLOOR = 0.1  # eigenvalues per decade: a tenth of what one alone would have
 RUG = 0.06  # of a panel's height, that an isolated eigenvalue's tick takes
-LABELS = 9  # decades labelled along the axis before every other is left out
 
 
 @mpl.rc_context(STYLE)
@@ -44,7 +43,8 @@ def density_panels(
     for row, (name, one) in enumerate(densities.items()):
         axes = figure.add_subplot(len(densities), 1, row + 1)
         _density(axes, one, COLOURS[row % len(COLOURS)])
-        _axis(axes, low, high, one["curve"]["linear_width"])
+        axes.set_xscale("asinh", linear_width=one["curve"]["linear_width"])
+        axes.set_xlim(low, high)
         labels = f" ({one['labels']} labels)" if "labels" in one else ""
         axes.set_title(_title(NAMES.get(name, name) + labels, one), loc="left")
     axes.set_xlabel(r"eigenvalue $\lambda$ (logarithmic outside the shaded range around 0)")
@@ -97,23 +97,6 @@ def _density(axes: Axes, one: Mapping[str, Any], colour: str) -> None:
         )
 
 
-def _axis(axes: Axes, low: float, high: float, width: float) -> None:
-    """Put ticks at 0 and at ± the powers of ten outside the linear range."""
-    axes.set_xscale("asinh", linear_width=width)
-    axes.set_xlim(low, high)
-    start = round(math.log10(width))
-    exponents = range(start, max(start, math.floor(math.log10(max(-low, high, width)))) + 1)
-    decades = [10.0**k for k in exponents]
-    shown = [*(-d for d in reversed(decades) if -d >= low), 0.0, *(d for d in decades if d <= high)]
-    every = 2 if len(shown) > LABELS else 1
-    labelled = {0.0} | {s * d for d in decades[::-1][::every] for s in (1, -1)}
-    ticks = [s * m * d for d in decades for m in range(2, 10) for s in (1, -1)]
-    axes.xaxis.set_major_locator(FixedLocator(shown))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _power(x) if x in labelled else ""))
-    axes.xaxis.set_minor_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
 def _title(name: str, one: Mapping[str, Any]) -> str:
     isolated = len(one["outliers"])
     trace = one["trace"]
@@ -134,12 +117,3 @@ def _number(value: float, digits: int = 3) -> str:
     rounded = float(f"{value:.{digits}g}")
     text = f"{rounded:,.0f}" if 10**digits <= abs(rounded) < 1e6 else f"{rounded:.{digits}g}"
     return text.replace("-", "−")
-
-
-def _power(value: float) -> str:
-    if value == 0:
-        return "0"
-    exponent = round(math.log10(abs(value)))
-    if -3 <= exponent <= 3:
-        return f"{value:g}".replace("-", "−")
-    return f"${'-' if value < 0 else ''}10^{{{exponent}}}$"

@@ -16,7 +16,7 @@ import pandas as pd
 
 from gm_probe.errors import DataError, UsageError, foreign_or, printable
 from gm_probe.files.regular import read_at_most
-from gm_probe.files.schema import DEEPEST, LONGEST_TEXT, Unfit, bounded
+from gm_probe.files.schema import LONGEST_TEXT, Unfit, bounded
 from gm_probe.tables import trackers
 from gm_probe.tables.delimited import MOST_BYTES, decoded, read_delimited, require_fit
 from gm_probe.tables.numerals import NO_VALUE
@@ -127,32 +127,27 @@ def _literal(text: str) -> dict[str, Any] | None:
         return None
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd escapes
-            tree = ast.parse(text.strip(), mode="eval")
-        value = _value(tree.body, 0)
+            value = ast.literal_eval(_Plain().visit(ast.parse(text.strip(), mode="eval")))
         bounded(value)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def _value(node: ast.AST | None, depth: int) -> Any:
-    """Return what ``node`` writes: a constant, a list or a dict. Nothing is looked up or called."""
-    if depth > DEEPEST:
-        raise ValueError
-    if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | str | None):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in _WORDS:
-        return _WORDS[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand, depth + 1)
-    if isinstance(node, ast.List | ast.Tuple | ast.Set):
-        return [_value(each, depth + 1) for each in node.elts]
-    if isinstance(node, ast.Dict):
-        return {
-            str(_value(key, depth + 1)): _value(each, depth + 1)
-            for key, each in zip(node.keys, node.values, strict=True)
-        }
-    raise ValueError
+class _Plain(ast.NodeTransformer):
+    """Replace words such as nan by the constants that they stand for, and tuples and sets by lists."""
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node
+
+    def visit_Dict(self, node: ast.Dict) -> ast.AST:
+        keys = [ast.Constant(str(key.value)) if isinstance(key, ast.Constant) else key for key in node.keys]
+        return self.generic_visit(ast.Dict(keys, node.values))
+
+    def visit_Tuple(self, node: ast.Tuple | ast.Set) -> ast.AST:
+        return ast.List([self.visit(each) for each in node.elts], ast.Load())
+
+    visit_Set = visit_Tuple
 
 
 # ---- files
