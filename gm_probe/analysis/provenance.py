@@ -51,14 +51,14 @@ def provenance(records: Mapping[str, RunRecord]) -> Provenance:
     return Provenance(
         trained=_counts(record.config.get("environment", {}) for record in records.values()),
         measured=_counts(record.settings for record in records.values()),
-        commands={run: train_command(record) for run, record in records.items() if record.config},
+        commands={run: train_command(one.config, one.path) for run, one in records.items() if one.config},
     )
 
 
-def train_command(record: RunRecord) -> str:
-    """Return the ``gmprobe train`` command that repeats this run: every setting in its config.toml as an option."""
+def train_command(settings: Mapping[str, Any], out: Path | None = None) -> str:
+    """Return the ``gmprobe train`` command with these ``settings``, as config.toml has them, as options."""
     words = ["gmprobe", "train"]
-    for key, value in record.config.items():
+    for key, value in settings.items():
         option = f"--{key.replace('_', '-')}"
         if isinstance(value, dict) or value is False or value == []:
             continue  # [environment] is no setting; a flag that is off and an empty list are left out
@@ -67,7 +67,7 @@ def train_command(record: RunRecord) -> str:
         else:
             text = ",".join(map(show, value)) if isinstance(value, list) else show(value)
             words.append(f"{option}={text}")
-    return shlex.join([*words, f"--out={record.path.as_posix()}"])
+    return shlex.join(words + ([] if out is None else [f"--out={out.as_posix()}"]))
 
 
 def versions() -> dict[str, str]:

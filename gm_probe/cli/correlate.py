@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.options import format_options
-from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console, print_csv, print_json
+from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console, print_as
 from gm_probe.cli.param_types import PATH
 from gm_probe.cli.selection import TableOptions, groups_of, names, require_defined, table_options
 from gm_probe.cli.statistics import as_json, as_rows, print_answer, print_details, warnings
@@ -80,10 +80,8 @@ def correlate(
         say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)")
     table = asked.table(by)
     found = asked.correlate(table, by, details=details or output is not None)
-    if output == "json":
-        print_json(as_json(found))
-    elif output == "csv":
-        print_csv(as_rows(found))
+    if output:
+        print_as(output, as_json(found), as_rows(found))
     else:
         print_answer(found)
         if details:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def doctor(out: Path, data_root: Path | None, device: str, as_json: bool) -> Non
     findings = list(diagnose(out, data_root, device))
     code = next((finding.exit_code for finding in findings if finding.exit_code), 0)
     if as_json:
-        print_json({"exit_code": code, "findings": [finding.as_dict() for finding in findings]})
+        print_json({"exit_code": code, "findings": list(map(asdict, findings))})
     else:
         console = results_console()
         for section, group in groupby(findings, key=lambda finding: finding.section):

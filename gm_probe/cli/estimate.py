@@ -17,8 +17,7 @@ from gm_probe.cli.output import (
     note,
     notes_console,
     number,
-    print_csv,
-    print_json,
+    print_as,
     results_console,
     say,
     short_names,
@@ -257,13 +256,9 @@ def _show(
     if output is None:
         _print(report, names)
         return
-    if output == "json":
-        print_json(result)
-    else:
-        print_csv([_flat(row) for row in result["checkpoints"]])
-    if not quiet:
-        for line in report.notes:
-            note(notes_console(), f"note: {line}")
+    print_as(output, result, [_flat(row) for row in result["checkpoints"]])
+    for line in report.notes:
+        note(notes_console(quiet), f"note: {line}")
 
 
 def _print(report: EstimateReport, names: Sequence[str]) -> None:

@@ -61,6 +61,14 @@ def print_json(value: Any) -> None:
     _print(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def print_as(form: str, result: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print ``result`` as JSON, or ``rows`` as CSV, as ``form`` says."""
+    if form == "json":
+        print_json(result)
+    else:
+        print_csv(rows)
+
+
 def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows as CSV on stdout; the header is the union of their keys."""
     _print(csv_text(rows, list(dict.fromkeys(key for row in rows for key in row))))

@@ -17,8 +17,7 @@ from gm_probe.cli.output import (
     note_reading,
     notes_console,
     number,
-    print_csv,
-    print_json,
+    print_as,
     results_console,
     say,
     table,
@@ -245,13 +244,10 @@ def _same_twice(paths: Sequence[Path], outputs: Sequence[torch.Tensor]) -> list[
 
 
 def _show(result: dict[str, Any], output: str | None, quiet: bool) -> None:
-    if output == "json":
-        print_json(result)
-    elif output == "csv":
-        print_csv(result["pairs"])
-    else:
+    if not output:
         _print_result(result)
         return
+    print_as(output, result, result["pairs"])
     for line in result["notes"]:
         note(notes_console(quiet), f"note: {line}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gm_probe.cli.options import format_options
-from gm_probe.cli.output import echo, print_csv, print_json, results_console, table
+from gm_probe.cli.output import echo, print_as, results_console, table
 from gm_probe.cli.param_types import PATH
 from gm_probe.files.locks import LIFETIME, StageProgress
 from gm_probe.runs.records import RUNS
@@ -31,11 +31,8 @@ def status(folder: Path, output: str | None, quiet: bool) -> None:
     from gm_probe.sweep.status import ENDED, sweep_status
 
     found = sweep_status(folder)
-    if output == "json":
-        print_json(found.as_dict())
-        return
-    if output == "csv":
-        print_csv(found.as_dict()["runs"])
+    if output:
+        print_as(output, found.as_dict(), found.as_dict()["runs"])
         return
     if not quiet:
         shown = [run for run in found.runs if run.state not in {*ENDED, "pending"}]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,7 @@ from gm_probe.cli.output import (
     note,
     notes_console,
     number,
-    print_csv,
-    print_json,
+    print_as,
     results_console,
     say,
     table,
@@ -108,11 +106,11 @@ def tune(
     best = tuning.best_of(cells)
     command = _command(config, best)
     figures = _draw(tuner, cells, best, grid=not trials)
-    if output == "json":
-        found = {"cells": [cell.as_dict() for cell in cells], "best": best.as_dict(), "command": command}
-        print_json({"out": str(out), **sizes, "seeds": seeds, **found, "figures": list(map(str, figures))})
-    elif output == "csv":
-        print_csv([{k: v for k, v in cell.as_dict().items() if k != "errors"} for cell in cells])
+    if output:
+        rows = [cell.as_dict() for cell in cells]
+        found = {"out": str(out), **sizes, "seeds": seeds, "cells": rows, "best": best.as_dict()}
+        found |= {"command": command, "figures": list(map(str, figures))}
+        print_as(output, found, [{k: v for k, v in row.items() if k != "errors"} for row in rows])
     else:
         _print_table(tuner, cells, best, **sizes)
         echo(f"train with it:  {command}")
@@ -202,16 +200,13 @@ def _doubts(
 
 def _command(config: TrainConfig, best: Cell) -> str:
     """Return the `gmprobe train` command with every setting that is not at its default, and the best point."""
-    chosen = {key: value for key, value in best.point._asdict().items() if value is not None}
+    from gm_probe.analysis.provenance import train_command
+
     default = type(config)().as_dict()
-    words = ["gmprobe", "train"]
-    for key, value in {**config.as_dict(), **chosen}.items():
-        if value == default[key] and key not in chosen:
-            continue
-        words.append(f"--{key.replace('_', '-')}")
-        if value is not True:
-            words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
-    return shlex.join(words)
+    changed = {key: value for key, value in config.as_dict().items() if value != default[key]}
+    return train_command(
+        changed | {key: value for key, value in best.point._asdict().items() if value is not None}
+    )
 
 
 def _print_table(

@@ -17,8 +17,7 @@ from gm_probe.measures.settings import Settings
 from gm_probe.reproduce.claims import claim_outcome
 from gm_probe.reproduce.comparison import SHOWN, Arm, Comparison, Difference, text_of
 from gm_probe.reproduce.drawing import draw
-from gm_probe.reproduce.finding import Finding, Task
-from gm_probe.reproduce.training import trained
+from gm_probe.reproduce.finding import Finding, Task, trained
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.sweep.tuning import NOTHING, VALIDATION
 from gm_probe.training.config import TrainConfig

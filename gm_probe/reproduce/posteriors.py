@@ -20,8 +20,7 @@ from gm_probe.inconsistency.kl import kl_divergence
 from gm_probe.measures.pairwise import compare
 from gm_probe.measuring.checkpoint import open_checkpoint
 from gm_probe.models.parameters import Parameters
-from gm_probe.reproduce.finding import Task
-from gm_probe.reproduce.training import trained
+from gm_probe.reproduce.finding import Task, trained
 from gm_probe.runs.records import read_run
 from gm_probe.sweep.recipe import Recipe, parse_recipe
 from gm_probe.sweep.tuning import NOTHING
