@@ -17,7 +17,7 @@ from gm_probe.errors import DataError, UsageError
 from gm_probe.models.door import Outputs
 
 SHIFTED = 2000
-"""Most validation examples that each shift is applied to."""
+"""Each shift is applied to at most so many validation examples."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from gm_probe.measures.scores import Reference, counted_shares, probabilities
 from gm_probe.measures.transport import transport
 
 HALVES = 20
-"""Random halves of a validation set that cannot be shifted."""
+"""Number of random halves that replace shifts where the validation set cannot be shifted."""
 SKEWS = (4.0, 4.0, 16.0, 16.0)
 """Ratios between the largest and the smallest share by which those of the validation set are changed for a trial."""
 ON_HALVES = ("average_confidence", "doc", "atc", "atc_entropy", "cot")

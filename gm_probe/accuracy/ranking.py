@@ -32,9 +32,9 @@ NOT_IDENTIFIABLE = (
 UNLABELED_ORDER = ("agreement", "average_confidence", "nuclear_norm")
 """Scores whose mean rank orders models of which nothing labeled is known; the larger the better."""
 LEADERS = 5
-"""Most models whose disagreements are suggested for labeling."""
+"""At most so many models count for the suggestions of what to label."""
 NAMED = 3
-"""Most models that the conclusion names as close to the leader."""
+"""The conclusion names at most so many models as close to the leader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def _order(standings: Sequence[Standing]) -> list[int]:
     accuracies = [one.accuracy for one in standings]
     if all(one is not None for one in accuracies):
         return sorted(indices, key=lambda i: -accuracies[i].value)  # type: ignore[union-attr]
-    # with two models both agree with the other alike, and the ranks of that score are equal
+    # of two models, each agrees with the other equally often, so agreement does not rank them
     names = [name for name in UNLABELED_ORDER if all(name in one.scores for one in standings)]
     ranks = [
         [sum(other.scores[name] > one.scores[name] for other in standings) for name in names]

@@ -11,7 +11,7 @@ from gm_probe.errors import DataError
 FEW_UNLABELED, FEW_VALIDATION = 50, 200
 """Below these sizes intervals are wide, and a note says so."""
 LEAST_VALIDATION = 20
-"""Fewer validation examples say nothing of a temperature and a threshold."""
+"""Fewer validation examples cannot fit a temperature and a threshold."""
 
 
 def examine(
@@ -86,6 +86,6 @@ def _of_validation(validation: Examples, unlabeled: Examples) -> list[str]:
 def _shared(unlabeled: Examples, validation: Examples) -> int:
     """Return how many unlabeled examples are in the validation set, too."""
     if not (type(unlabeled.x) is type(validation.x) is Tensor):
-        return 0  # images that do not fit into memory are decoded once, by the model's own pass
+        return 0  # images beyond memory are decoded only once, during the model's pass
     known = set(marks(validation.x))
     return sum(mark in known for mark in marks(unlabeled.x))

@@ -12,9 +12,9 @@ from gm_probe.errors import listed
 from gm_probe.tables.table import RunTable
 
 ALIKE = 0.98
-"""|τ| between two measures from which they order the runs alike."""
+"""Two measures with a larger |τ| between them order the runs alike."""
 FEW = 2000
-"""Runs whose pairs are counted sooner than scipy is imported."""
+"""Up to this number of runs counting their pairs is faster than importing scipy."""
 
 
 def measures_alike(table: RunTable) -> dict[str, tuple[str, ...]]:
@@ -36,7 +36,7 @@ def _alike(x: np.ndarray, y: np.ndarray) -> bool:
         return False
     x, y = x[known], y[known]
     if len(x) > FEW:
-        from scipy import stats  # takes half a second, but no time over pairs
+        from scipy import stats  # its import takes half a second, but its time does not grow with the pairs
 
         return bool(abs(stats.kendalltau(x, y).statistic) > ALIKE)
     tau = linear_tau(x, y, np.arange(len(x)))

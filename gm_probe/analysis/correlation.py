@@ -43,9 +43,9 @@ from gm_probe.tables.runs import load_table
 from gm_probe.tables.table import RunTable, by_reason, require_known
 
 MOST_RUNS = 30_000
-"""All pairs of more runs take minutes a statistic."""
+"""The pairs of more runs take minutes per statistic."""
 MOST_CONDITIONED = 2000
-"""Runs up to which conditional information is computed; its permutations take all pairs each."""
+"""Conditional information is computed for at most so many runs: each permutation takes all pairs."""
 SIMPSON = "Simpson's paradox: the sign is opposite to that over all runs, and both intervals exclude 0"
 
 

@@ -41,5 +41,5 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
     pairs = [(row.get("epoch"), row.get(name)) for row in rows]
     points = [pair for pair in pairs if all(isinstance(value, int | float) for value in pair)]
     x, y = np.array(points, dtype=float).reshape(-1, 2).T
-    drawn = np.abs(y) <= LARGEST  # False of NaN
+    drawn = np.abs(y) <= LARGEST  # NaN compares as False
     return x[drawn], y[drawn]

@@ -16,8 +16,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from gm_probe.analysis.plots import COLOURS, STYLE, new_figure
 
 NAMES = {"fisher": "Fisher matrix F", "hessian": "loss Hessian H"}
-FLOOR = 0.1  # eigenvalues per decade: a tenth of what one alone would have
-RUG = 0.06  # of a panel's height, that an isolated eigenvalue's tick takes
+FLOOR = 0.1  # eigenvalues per decade: a tenth of a single eigenvalue's
+RUG = 0.06  # share of a panel's height that the tick of an isolated eigenvalue takes
 
 
 @mpl.rc_context(STYLE)
@@ -84,7 +84,7 @@ def _density(axes: Axes, one: Mapping[str, Any], colour: str) -> None:
     for edge, inward in (("largest", "right"), ("smallest", "left")):
         place = one[edge]
         if (place <= width) if edge == "largest" else (place >= -width):
-            continue  # the bulk's own edge needs no name
+            continue  # the edge of the bulk needs no label
         axes.vlines(place, 0, 0.55, transform=across, color="black", linewidth=0.8, linestyle=":")
         axes.annotate(
             f"{edge}\n{_number(place)}",

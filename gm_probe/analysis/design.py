@@ -13,7 +13,7 @@ from gm_probe.tables.table import ACCURACIES, BOOKKEEPING, SEED, RunTable, requi
 Cells = tuple[Integers, Integers]
 """(n,) which cell each run of the table is in, and (n,) which value of the hyperparameter it has."""
 CONTROLS = ("train_ce", "hessian_lambda_max", "parameter_norm")
-"""What τ is also taken given, where the table has it, besides each hyperparameter."""
+"""The default controls of partial τ, where the table has them, besides each hyperparameter."""
 SETTING = "setting"
 """Name of the group of runs that agree in all hyperparameters."""
 

@@ -38,7 +38,7 @@ COLUMN = 3.3  # inches
 DASHES = ("-", "--", ":", "-.")
 INK = "black"
 FAINT: dict[str, Any] = {"color": INK, "alpha": 0.15, "linewidth": 0.6}
-APART = 0.15  # of a column, between the cells and those set apart
+APART = 0.15  # share of a column between the cells and those set apart
 LINE = 18  # letters of a tick label's line
 
 

@@ -32,7 +32,7 @@ COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = ("o", "^", "s", "X", "D", "v", "P", "*", "<", ">")
 NEUTRAL: dict[str, Any] = dict.fromkeys(("color", "markeredgecolor", "markerfacecolor"), "0.5")
 MANY = 2000
-"""Marks from which on they are drawn as pixels, which keeps SVG and PDF small."""
+"""More marks than this are drawn as pixels, which keeps SVG and PDF small."""
 LETTER = 0.053  # inches that a letter of a legend takes, on average
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -143,7 +143,7 @@ def write_figure(figure: Figure, paths: Sequence[Path]) -> None:
     """
     for path in paths:
         write_atomic(path, render(figure, path.suffix.lower().removeprefix(".")))
-        figure.set_layout_engine("none")  # laid out once; every format is as the first
+        figure.set_layout_engine("none")  # laid out once, so that every format looks the same
 
 
 def points(

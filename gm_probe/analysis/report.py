@@ -17,11 +17,11 @@ from gm_probe.analysis.typeset import Sheet
 from gm_probe.errors import UsageError
 
 MOST_COLOURS = 2 * len(figures.COLOURS)
-"""Subgroups that colour and filling tell apart."""
+"""Most subgroups that colour and filling can distinguish."""
 LISTED = 200
-"""Runs whose commands a page lists."""
+"""Most runs whose commands a page lists."""
 SHOWN = 16
-"""Rows up to which a table is unfolded."""
+"""Tables with more rows are folded."""
 SECTIONS = {
     "correlation": ("Rank correlation with the gap", ("correlations",)),
     "scatter": ("Measures against gaps", ()),

@@ -12,11 +12,11 @@ from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, two_decimals
 from gm_probe.tables.table import Exclusion, RunTable, by_reason, show
 
 NAMED = 20
-"""Runs that a cell names before it counts the rest."""
+"""A cell names at most so many runs and counts the rest."""
 LONGEST = 1000
-"""Rows that the table of runs lists."""
+"""The table of runs lists at most so many rows."""
 SHOWN_OUTCOMES = ("train_ce", "test_error")
-"""What tells in the table of runs whether training was done."""
+"""Columns that show in the table of runs whether training was complete."""
 NAMES = {
     "tau": "τ",
     "tau_within": "τ within the same",

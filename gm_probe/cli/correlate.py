@@ -11,8 +11,8 @@ import click
 
 from gm_probe.cli.options import format_options
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console, print_as
-from gm_probe.cli.param_types import PATH
-from gm_probe.cli.selection import TableOptions, groups_of, names, require_defined, table_options
+from gm_probe.cli.param_types import PATH, split
+from gm_probe.cli.selection import TableOptions, groups_of, require_defined, table_options
 from gm_probe.cli.statistics import as_json, as_rows, print_answer, print_details, warnings
 from gm_probe.errors import UsageError
 from gm_probe.tables.sources import beside, require_source
@@ -75,7 +75,7 @@ def correlate(
     require_source(asked.source)
     from gm_probe.tables.runs import recipe_groups
 
-    by = recipe_groups(asked.source) if group_by is None else names(group_by)
+    by = recipe_groups(asked.source) if group_by is None else split(group_by)
     if by and group_by is None:
         say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)")
     table = asked.table(by)

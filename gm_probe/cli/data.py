@@ -179,7 +179,7 @@ class DataOptions:
                 "--labeled. Give one of them"
             )
         self._pixels()
-        Reading(**self.reading())  # which checks them
+        Reading(**self.reading())  # its constructor checks them
         require_device_name(self.device)
         for name in filter(None, self.model_names):
             require_model_name(name)
@@ -224,6 +224,19 @@ class DataOptions:
         note = f"{source} has a train and a test part; the test part is used (see --part)"
         return opened.test, "test", note if self.part is None else None
 
+    def recorded(self, seed: int) -> dict[str, Any]:
+        """Return what a result records of these options and of the machine."""
+        from gm_probe.runtime.devices import environment, pick_device
+
+        return {
+            "max_examples": self.max_examples,
+            "seed": seed,
+            **self.reading(),
+            "dtype": self.dtype,
+            "batchnorm": "eval (running statistics)",
+            **environment(pick_device(self.device)),
+        }
+
     def leave(self) -> Leave:
         """Return where a run's own data may be looked for."""
         from gm_probe.training.leave import Leave
@@ -267,7 +280,7 @@ class DataOptions:
                     "once for each in their order"
                 )
             for index, path in enumerate(checkpoints):
-                if values and values[index % len(values)]:  # an empty one stands for none
+                if values and values[index % len(values)]:  # an empty value stands for none
                     found[path][name] = values[index % len(values)]
         return found
 

@@ -23,7 +23,7 @@ from gm_probe.cli.output import (
     short_names,
     table,
 )
-from gm_probe.cli.param_types import PATH, SEED
+from gm_probe.cli.param_types import PATH, SEED, split
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import GroupedCommand, config_option, setting_options
 from gm_probe.data.sources import require_source
@@ -124,14 +124,13 @@ def estimate(
     --validation   an estimate, with an interval learned on synthetic shifts of the validation images
     --few-labels   a confidence interval that needs no assumption about the shift
     """
-    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, the first does all
+    if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes works
         return None
     data = DataOptions.of(options)
     names, paths = _asked(data, checkpoints, [unlabeled, validation, few_labels], measures)
     shares = _shares(class_shares)
     from gm_probe.accuracy.sets import examine
     from gm_probe.accuracy.verdict import Request, judge
-    from gm_probe.runtime.devices import environment
 
     request = Request.of(shares, level, seed)
     loading = data.loading() | {"head": head}
@@ -145,13 +144,8 @@ def estimate(
     models = {path: {**loading, **own} for path, own in data.of_each(paths).items()}
     evidence, rows, chosen = _all_evidence(models, sets, names, seed, quiet)
     report = judge(evidence, request, rows, [*notes, *chosen])
-    settings = {
-        **{"class_shares": class_shares, "level": level, "seed": seed, "max_examples": data.max_examples},
-        **({} if head == "classifier" else {"head": head}),
-        **data.reading(),
-        **{"dtype": data.dtype, "batchnorm": "eval (running statistics)"},
-        **environment(loading["device"]),
-    }
+    settings = {"class_shares": class_shares, "level": level, **data.recorded(seed)}
+    settings |= {} if head == "classifier" else {"head": head}
     sources = [None if one is None else one.source for one in sets]
     named = dict(zip(("unlabeled", "validation", "few_labels"), sources, strict=True))
     if suggest is not None:
@@ -177,8 +171,7 @@ def _asked(
             raise CheckpointError(f"{path}: no such checkpoint")
     for source in filter(None, sources[1:]):
         require_source(source, here=True)
-    given = [name.strip() for name in measures.split(",") if name.strip()]
-    names = expanded(given, labeled=False, validation=sources[1] is not None)
+    names = expanded(split(measures), labeled=False, validation=sources[1] is not None)
     check_names(names, labeled=False)
     return names, list(checkpoints_in(checkpoints))
 
@@ -241,7 +234,7 @@ def _all_evidence(
                 found, rows[name] = of_model(
                     name, loaded.model, own, names, settings, loaded.outputs, bar.advance
                 )
-            except (DataError, DivergedError, UsageError) as error:  # which know of no path
+            except (DataError, DivergedError, UsageError) as error:  # these errors do not name the checkpoint
                 raise type(error)(f"{path}: {error}") from error
             evidence.append(found)
     return evidence, rows, notes
@@ -286,7 +279,7 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
     seconds = f"{sum(model.seconds for model in report.models):.1f} s"
     console.print(table(f"accuracy on unlabeled data in %  {'  '.join(sizes)}  {seconds}", head, rows))
     conclusion = report.conclusion
-    for path in sorted(paths, key=len, reverse=True):  # a path may begin another
+    for path in sorted(paths, key=len, reverse=True):  # one path may be the beginning of another
         conclusion = conclusion.replace(path, short[path])
     say(console, conclusion, "bold")
     first = report.models[0].accuracy

@@ -73,7 +73,7 @@ def _value(row: dict[str, Any] | None) -> str:
 def _print_one(result: dict[str, Any]) -> None:
     """Print one checkpoint's table on stdout, with a caption that says how its numbers are to be read."""
     console, settings = results_console(), result["settings"]
-    # the numbers' columns and the frame take 57; where names do not fit beside them, symbols do
+    # the numbers' columns and the frame take 57; symbols replace names that do not fit beside them
     narrow = console.width < 57 + max(map(len, result["measures"]), default=0)
     rows = [_cells_of(name, row, narrow) for name, row in result["measures"].items()]
     columns = ["measure", "value", "± estim.", "± examples", *([] if narrow else ["conv.", "cost"])]
@@ -186,7 +186,7 @@ def _ascents(result: dict[str, Any], *, spread: bool = True) -> str:
         if row.get("protocol") == "converged":
             text += f"max S_ρ: the best of {len(row['starts'])} ascents, a lower bound of the maximum; "
             continue
-        drawn = name == "average_inconsistency"  # by no ascent
+        drawn = name == "average_inconsistency"  # its perturbations are drawn, not ascended to
         one = "draw" if drawn else "start"
         starts = f"{row['num_starts']} {one}s" if row["num_starts"] > 1 else f"1 {one}"
         sd = row["sd_starts"] if spread and row["value"] is not None else None
@@ -205,11 +205,11 @@ def _estimator_error(row: Mapping[str, Any]) -> str:
     if row["stderr"] is not None:
         return number(row["stderr"], 2)
     unknown = "protocol" in row or "reason_stderr" in row or row["value"] is None
-    return "—" if unknown else "exact"  # an ascent or a single start knows no error of its own
+    return "—" if unknown else "exact"  # an ascent or a single start has no error estimate
 
 
 ALONE = 0.8
-"""Of the best ascent's end, what the next best must reach; else luck found it."""
+"""Share of the best ascent's value that the second best must reach; otherwise the best may be luck."""
 
 
 def warn(result: dict[str, Any]) -> None:
@@ -262,7 +262,7 @@ def _notes_on(row: dict[str, Any]) -> Iterator[str]:
             f": the estimator's own error is {row['estimator_above_target']:.2g} of it, above --target-error for "
             f"any number of examples; {_finer(row)}"
         )
-    # within the quadratic regime v₁'s basin is the one: others are behind, or were abandoned on their way into it
+    # within the quadratic regime all starts lead into v₁'s basin; the slower ones are stopped on their way
     if row.get("runner_up") is not None and row["runner_up"] < ALONE and _beyond_quadratic(row):
         yield (
             f": one of {len(row['starts'])} starts reached it, the next {row['runner_up']:.0%}; far from the "

@@ -104,7 +104,7 @@ def _installed(needed: Requirement, extra: str = "") -> Finding:
 def _machine(device: str) -> Iterator[Finding]:
     section = "machine"
     try:
-        # imported here: the diagnosis of a broken installation must not end at it
+        # imported here, so that a broken torch is a finding and not the end
         torch = importlib.import_module("torch")
     except (ImportError, OSError) as error:
         remedy = "pip install --force-reinstall torch torchvision"

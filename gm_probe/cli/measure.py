@@ -17,9 +17,8 @@ from gm_probe.cli.executors import ExecutorOptions, executor_options
 from gm_probe.cli.measure_many import measure_all, opened_once
 from gm_probe.cli.options import format_options, head_option, unlabeled_option
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
-from gm_probe.cli.param_types import PATH, num_bytes
+from gm_probe.cli.param_types import PATH, num_bytes, split
 from gm_probe.cli.relevance import CONVERGED, idle, quadrature, require_use_of_grids
-from gm_probe.cli.selection import names
 from gm_probe.cli.settings import ADVANCED, GroupedCommand, config_option, setting_options, taken
 from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, UsageError
@@ -109,11 +108,11 @@ class MeasureOptions:
         """
         labeled, simclr = self.labeled is not None, head == "simclr"
         what = {"labeled": labeled or simclr, "batch_dependent": simclr}
-        found = expanded(names(self.measures), **what, validation=self.validation is not None)
+        found = expanded(split(self.measures), **what, validation=self.validation is not None)
         check_names(found, **what)
         found = found or default_measures(labeled=labeled, batch_dependent=simclr)
         if self.protocol == "both" and "local_inconsistency" in found:
-            # last of all: it then starts from the Fisher eigenvector that λ_max(F) has paid for
+            # last of all, because it starts from the Fisher eigenvector that λ_max(F) has computed
             found = [*(name for name in found if name != CONVERGED), CONVERGED]
         return found
 
@@ -287,10 +286,10 @@ def measure(
     given, checkpoints = _checkpoints(checkpoints, task, quiet)
     own_loading = task.data.of_each(checkpoints)
     task.wanted.require_figures(len(checkpoints) if placing.here else 0)
-    # with --save a run's own record fills in what is not given; of torchrun's processes one speaks
+    # with --save a run's own record gives the omitted options; only one of torchrun's processes prints
     if not (quiet or task.wanted.save) and os.environ.get("RANK", "0") == "0":
         task.note_idle()
-    # below, torch is imported, which takes seconds: what can be wrong with the options has been told
+    # all errors in the options have been reported; torch takes seconds to import
     from gm_probe.runs.records import run_of
     from gm_probe.runtime import processes
     from gm_probe.runtime.devices import named_device, pick_device

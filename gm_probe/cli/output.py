@@ -21,7 +21,7 @@ from gm_probe.tables.cells import cell
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 """What figures may be written as."""
 UNFOLDED = 1000
-"""Columns of what is no terminal."""
+"""Width of output that goes to no terminal."""
 
 
 class _Safe(Console):

@@ -144,20 +144,10 @@ def _settings(
     examples: Examples, part: str | None, data: DataOptions, loading: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
     from gm_probe.measuring.checkpoint import output_settings
-    from gm_probe.runtime.devices import environment
 
-    return {
-        "data": examples.source,
-        "part": part,
-        "max_examples": data.max_examples,
-        **data.reading(),
-        "passed_over": dict(examples.passed_over),
-        "seed": seed,
-        "dtype": data.dtype,
-        **{key: value for key, value in output_settings(loading).items() if value is not None},
-        "batchnorm": "eval (running statistics)",
-        **environment(loading["device"]),
-    }
+    chosen = {"data": examples.source, "part": part, "passed_over": dict(examples.passed_over)}
+    outputs = {key: value for key, value in output_settings(loading).items() if value is not None}
+    return chosen | outputs | data.recorded(seed)
 
 
 # ---- outputs
@@ -222,7 +212,7 @@ def _outputs(
                 loaded.model, loaded.batches, Settings(), work, outputs=loaded.outputs
             )
             logits = context.logits
-    except (DataError, DivergedError, UsageError) as error:  # which know of no path
+    except (DataError, DivergedError, UsageError) as error:  # these errors do not name the checkpoint
         raise type(error)(f"{path}: {error}") from error
     used = loaded.batches.normalization
     row = {"checkpoint": str(path), "model": loaded.name, "mean": list(used.mean), "std": list(used.std)}
@@ -257,7 +247,7 @@ def _print_result(result: dict[str, Any]) -> None:
     from gm_probe.measures.pairwise import PAIR_MEASURES
 
     console = results_console()
-    # the figures' columns and the frame take 48; where names do not fit beside them, symbols do
+    # the numbers' columns and the frame take 48; symbols replace names that do not fit beside them
     narrow = console.width < 48 + max(map(len, PAIR_MEASURES))
     rows, lines = [], []
     for name, row in result["measures"].items():

@@ -13,7 +13,7 @@ SEED = click.IntRange(0, 2**32 - 1)
 AT_ONCE = click.IntRange(1, 1024)
 """Threads or processes of one machine."""
 PATH = click.Path(path_type=Path, readable=False)
-"""Any path: that it cannot be read is said where it is read, with the exit code of what it should have been."""
+"""Any path. The code that reads it reports errors, with the exit code of what should be there."""
 
 
 class Choice(click.Choice[str]):
@@ -22,6 +22,11 @@ class Choice(click.Choice[str]):
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         every = ", ".join(self.choices)
         return f"no {value!r}; {did_you_mean(value, self.choices, f'choose from {every}')}"
+
+
+def split(text: str) -> list[str]:
+    """Return the names of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def floats(option: str, text: str) -> tuple[float, ...]:

@@ -12,8 +12,8 @@ from click.core import ParameterSource
 
 from gm_probe.cli.options import quiet_option
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
-from gm_probe.cli.param_types import PATH
-from gm_probe.cli.selection import TableOptions, groups_of, names, require_defined, table_options
+from gm_probe.cli.param_types import PATH, split
+from gm_probe.cli.selection import TableOptions, groups_of, require_defined, table_options
 from gm_probe.errors import UsageError
 from gm_probe.tables.sources import beside, require_source
 
@@ -74,9 +74,12 @@ def report(
     require_source(asked.source)
     out = _page(asked.source, out)
     _require_distinct({"SOURCE": asked.source, "--out": out, "--markdown": markdown, "--latex": latex})
-    by, shape_by = names(group_by), names(markers)
+    by, shape_by = split(group_by), split(markers)
     table = asked.table([*by, *shape_by])
-    from gm_probe.analysis.report import compose, html  # scipy, which a wrong table must not wait for
+    from gm_probe.analysis.report import (
+        compose,
+        html,
+    )  # imported late: an error in the table must not wait for scipy
     from gm_probe.files.atomic import write_atomic
 
     found = asked.correlate(table, by)

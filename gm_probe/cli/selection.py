@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gm_probe.cli.options import composed
-from gm_probe.cli.param_types import PATH
+from gm_probe.cli.param_types import PATH, split
 from gm_probe.errors import DataError
 from gm_probe.runs.records import RUNS
 from gm_probe.tables.table import ACCURACIES, GAPS, OUTCOMES, RunTable
@@ -79,8 +79,8 @@ class TableOptions:
 
         return load_table(
             self.source,
-            names(self.measures),
-            names(self.hyper),
+            split(self.measures),
+            split(self.hyper),
             group_by,
             gap=self.gap,
             seed_column=self.seed_column,
@@ -91,10 +91,10 @@ class TableOptions:
         """Return the statistics of ``table``."""
         from gm_probe.analysis.correlation import correlate
 
-        chosen = names(self.gap)
-        gaps = chosen if GAPS.keys() >= set(chosen) else []  # none stands for all that the table then has
+        chosen = split(self.gap)
+        gaps = chosen if GAPS.keys() >= set(chosen) else []  # an empty list takes all that the table has
         return correlate(
-            table, targets=gaps, group_by=group_by, controls=names(self.control), details=details
+            table, targets=gaps, group_by=group_by, controls=split(self.control), details=details
         )
 
 
@@ -109,8 +109,3 @@ def require_defined(found: Correlations, where: str) -> None:
     """Raise DataError if no measure has a defined τ; ``where`` says who gives the reasons."""
     if all(found.get(name, of).value is None for name in found.runs.measures for of in found.targets):
         raise DataError(f"no measure in {found.runs.source} has a defined τ; {where} gives the reasons")
-
-
-def names(text: str) -> list[str]:
-    """Split a comma-separated list."""
-    return [name.strip() for name in text.split(",") if name.strip()]

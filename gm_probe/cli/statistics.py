@@ -33,7 +33,9 @@ def print_answer(found: Correlations) -> None:
     columns = ("", "τ", "95 % CI", *(("p", "larger means") if wide else ()), "picking costs")
 
     def shown(cells: tuple[str, ...]) -> tuple[str, ...]:
-        return cells if known else (*cells[:2], cells[-1])  # what intervals decide is left out without any
+        return (
+            cells if known else (*cells[:2], cells[-1])
+        )  # without intervals, the columns that depend on them are left out
 
     for target, label in found.targets.items():
         rows = [
@@ -102,7 +104,7 @@ def _picks(found: Correlations, name: str) -> str:
         if key.measure == name and key.statistic == "regret" and of.value is not None
     }
     outcomes = {outcome for outcome, _ in costs}
-    if len(outcomes) != 1:  # without a test error each target has its own cost, which the details show
+    if len(outcomes) != 1:  # without a test error each target has its own cost; the details show it
         return "—"
     return ", ".join(f"{end} +{_cost(value, outcome)}" for (outcome, end), value in costs.items())
 

@@ -70,7 +70,7 @@ def sweep(
         _dry_run(loaded, out, placing.jobs, retry_failed, as_json)
         return
     write_sweep(loaded, out)
-    cpus = max(config.threads or 1 for config in loaded.runs.values())  # what the hungriest run computes on
+    cpus = max(config.threads or 1 for config in loaded.runs.values())  # the most threads that any run uses
     if placing.executor == "slurm":
         _print_job_array(loaded, out, cpus)
         return
@@ -138,7 +138,7 @@ def _print_job_array(recipe: Recipe, out: Path, cpus: int) -> None:
     )
     try:
         script.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError as error:  # elsewhere a name may be shown otherwise, but here it is run
+    except UnicodeEncodeError as error:  # an escaped name is fine to read, but this script is run
         raise UsageError(
             f"this locale cannot write {out} into a script; choose a folder name in ASCII letters"
         ) from error

@@ -93,7 +93,9 @@ def train(
     from gm_probe.runs.records import RUNS
     from gm_probe.sweep.recipe import require_names, run_name
 
-    console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
+    console = notes_console(
+        quiet or os.environ.get("RANK", "0") != "0"
+    )  # only the first of torchrun's processes prints
     if config_file is not None and resume:
         raise UsageError("--config begins a run and --resume continues one; give one of them")
     given = given_settings(options, assigned)
@@ -107,7 +109,7 @@ def train(
     if "data" not in settings:
         note(console, "no --data given: training on the bundled handwritten digits (1,797 images of 8×8)")
     note_settings(console, config, given)
-    # below, torch and matplotlib are imported, which takes seconds: what can be wrong with the options has been told
+    # all errors in the options have been reported; torch and matplotlib take seconds to import
     if out is None:
         out = RUNS / run_name(config, {"method": config.method, "model": config.model, "seed": config.seed})
     summary = _train(config, out, resume, tensorboard, quiet, console)

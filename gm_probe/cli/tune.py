@@ -93,7 +93,7 @@ def tune(
 
     out = out or Path("tune", run_name(config, {"method": config.method, "model": config.model}))
     base = config.replace(validation=tuning.VALIDATION)
-    parts = load_splits(base)  # what does not fit is said before anything is trained
+    parts = load_splits(base)  # a wrong size is reported before anything is trained
     sizes = {"num_train": len(parts.train), "num_validation": len(parts.test)}
     run = partial(run_with_progress, out=out, jobs=jobs, quiet=quiet)
     tuner = tuning.Tuner(base, seeds, out, run)
@@ -140,7 +140,7 @@ def _search(
     if "data" in settings:
         require_source(config.data, here=True)
     require_names([config])
-    from gm_probe.sweep import tuning  # torch, which a wrong option must not wait for
+    from gm_probe.sweep import tuning  # imported late: an error in an option must not wait for torch
 
     if "data" not in settings:
         note(console, "no --data given: tuning on the bundled handwritten digits (1,797 images of 8×8)")

@@ -24,7 +24,7 @@ from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import read_toml
 
 SCALES = ("smoke", "small", "paper")
-"""What tests run; what two cores finish in minutes to an hour; the paper's own setting."""
+"""smoke is for tests, small takes two cores minutes to an hour, paper is the paper's own setting."""
 
 
 @dataclass(frozen=True, slots=True)

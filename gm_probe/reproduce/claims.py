@@ -15,7 +15,7 @@ from gm_probe.analysis.typeset import two_decimals
 
 Outcome = Literal["shows", "shows in part", "shows the opposite", "does not show", "cannot be told"]
 LEAST = 3
-"""Points that a slope is fitted to."""
+"""Least number of points for a slope."""
 
 
 @dataclass(frozen=True, slots=True)

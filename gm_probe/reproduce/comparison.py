@@ -17,7 +17,7 @@ from gm_probe.runs.records import RunRecord, read_metrics, read_run
 from gm_probe.training.config import TrainConfig
 
 RISE = "error_rise"
-"""How far the error has come up again from its least over epochs to its end."""
+"""Column of the rise of the error from its least over epochs to its end."""
 SHOWN = ("method", "lr", "rho", "beta", "k_steps", "m", "seed", "epochs")
 
 

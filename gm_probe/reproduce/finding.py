@@ -192,7 +192,7 @@ def _page(
     command = shlex.join(["gmprobe", "reproduce", task.name, "--scale", task.scale, *only, *data])
     trained = finding.rows.get(
         "train_seconds", pd.Series(dtype=float)
-    ).sum()  # this call may have found every run
+    ).sum()  # this call may have found every run complete
     spent = f"the runs of its table trained for {trained:,.0f} s, " if trained else ""
     blocks = [
         f"# {escape_markdown(recipe.title)}",

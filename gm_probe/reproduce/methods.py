@@ -51,8 +51,7 @@ def study(
         data: ``label``, settings of its own, and by a variant's label what the paper ``published`` and settings for it
             ``of``; ``seeds``, where it has not as many as the others.
         tests, beside: what the claim says (``comparison.Difference``); further differences, which decide nothing.
-        untested: what the claim says that no test covers.
-        picture: what errors are drawn by: a key of ``PICTURES``.
+        untested, picture: what the claim says that no test covers; what errors are drawn by, a key of ``PICTURES``.
         measure: settings of S_ρ, taken of every run at its end.
         split_by_seed: each seed also draws its own split and labels, the same ones for all variants, so that intervals
             over seeds are over these too; else all runs share those of ``split_seed``. Tuning is on seed 0's.
@@ -60,7 +59,7 @@ def study(
     """
     data = _chosen(task, base, data)
     variants = [each for variant in variants for each in _expanded(variant)]
-    # runs of tuning are judged at their end, on a part of the training part
+    # runs of tuning are judged at their end, on held-out training examples
     held_out = {"validation": VALIDATION, "eval_every": 0, "track_every": 0, **(tuning or {})}
     arms: list[Arm] = []
     tried: list[Sequence[str]] = []
@@ -77,7 +76,7 @@ def study(
     tables, error = found.tables(), found.arms[0].error
     reference = tests[0]["worse"] if tests else arms[0].label
     return Finding(
-        # a smoke's runs have hardly begun to learn: they try the code
+        # a smoke's runs have hardly begun to learn; they only try the code
         "cannot be told" if task.scale == "smoke" else claim_outcome([result.sign for result in results]),
         text_of(results, others, untested, split_by_seed),
         _csv(tables["table"], error),
@@ -262,7 +261,7 @@ def _tuned(
     )
     best = int(
         np.where(np.isnan(errors), np.inf, errors).argmin()
-    )  # where all diverged the first; its runs will say so
+    )  # where all diverged, the first is taken, and its runs say so
     rows: list[Sequence[str]] = []
     for number, (cell, error) in enumerate(zip(cells, errors, strict=True)):
         mark = "yes" if number == best and np.isfinite(error) else ""

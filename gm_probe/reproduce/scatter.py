@@ -21,7 +21,7 @@ from gm_probe.tables.table import by_reason
 GAP = "error_gap"
 """The paper's gap: test error − train error."""
 LEAST_RUNS = 2
-"""A rank correlation needs them."""
+"""A rank correlation needs at least so many runs."""
 
 
 def study(

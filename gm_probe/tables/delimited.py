@@ -26,7 +26,7 @@ _NAMED_SEPARATOR = re.compile(r'\s*"?sep=([^\r\n])"?[,;\t|]*[^\S\r\n]*(?:\r\n|\r
 """The first line by which Excel is told the separator."""
 _SAMPLE = 200  # rows that choose the separator
 MOST_COLUMNS, MOST_CELLS, MOST_BYTES = 5000, 10**7, 2**30
-"""Of a file; thirty thousand runs with three hundred columns are fewer."""
+"""Limits of a file; thirty thousand runs with three hundred columns are below them."""
 
 
 def require_fit(path: Path, num_rows: int, num_columns: int) -> None:

@@ -19,7 +19,7 @@ from gm_probe.tables.numerals import Numbers, finite
 from gm_probe.tables.table import ACCURACIES
 
 LONGEST = 300
-"""Characters of an expression: it is evaluated by recursion."""
+"""Most characters of an expression, because it is evaluated by recursion."""
 _QUOTED = re.compile(r"`([^`]+)`|\[([^\]]+)\]")
 _PART = re.compile(r"(?:`[^`]*`|\[[^\]]*\]|[^,])+")
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?!\w)"

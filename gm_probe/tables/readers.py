@@ -22,9 +22,9 @@ from gm_probe.tables.delimited import MOST_BYTES, decoded, read_delimited, requi
 from gm_probe.tables.numerals import NO_VALUE
 
 MOST_JSON = 2**28
-"""Bytes of a file of JSON: its objects take some ten times as many."""
+"""Most bytes of a JSON file; its objects take about ten times as many."""
 LONGEST_DICT = 100_000
-"""Characters of a dict in a cell: the settings of one run."""
+"""Most characters of a dict in a cell, which holds the settings of one run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ def _parquet_frame(path: Path) -> pd.DataFrame:
         meta = file.metadata
         groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
         chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-        values = sum(chunk.num_values for chunk in chunks)  # a list in a cell has many
+        values = sum(chunk.num_values for chunk in chunks)  # a list in a cell counts as many
         num_rows = max(meta.num_rows, -(-values // max(meta.num_columns, 1)))
         require_fit(path, num_rows, meta.num_columns)
         unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)

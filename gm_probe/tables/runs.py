@@ -53,7 +53,7 @@ OWN_SETTINGS = {
 }
 ROW_SETTINGS = ("protocol", "labels")
 MOST_OF_ONE = 200
-"""Settings of one run; the tool's own are some 60."""
+"""Most settings of one run; gmprobe's own are about 60."""
 FRAME = Path("DataFrame")
 """What messages call a table that is no file."""
 NOT_MEASURED = {"value": None, "reason": "not measured"}

@@ -9,7 +9,7 @@ from gm_probe.runs.records import find_runs
 from gm_probe.tables import trackers
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", *trackers.DATABASES)
-"""Of the files that are read (readers.READERS)."""
+"""Suffixes of the files that are read (``readers.READERS``)."""
 TAKEN = "a folder of runs (gmprobe, MLflow, Lightning, Hugging Face), or a .csv, .tsv, .jsonl, .parquet or .db file"
 
 

@@ -59,7 +59,7 @@ DIFFERENCES = {
     "ce_gap": ["test_ce - train_ce"],
     "": [f"{part}_loss - train_loss" for part in HELD_OUT],
 }
-"""How a gap that a table lacks may be had, the best way first; under "" those that are called as they are made."""
+"""Ways to compute a gap that a table lacks, the best first; under "" those named by their expression."""
 
 
 @dataclass(frozen=True, slots=True)

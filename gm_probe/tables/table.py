@@ -30,12 +30,12 @@ OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "nu
 ACCURACIES = {"test_accuracy": "test_error", "train_accuracy": "train_error"}
 """Targets that are 1 − an outcome."""
 MOST_MEASURES, MOST_SETTINGS = 100, 300
-"""Of one table: statistics look at every two of them."""
+"""Most columns of one table, because statistics compare every two of them."""
 MISSED_STOP = "ended before reaching its stop_ce"
 SEED = "seed"
 UNSET = "unset"
 LARGEST = 1e150
-"""A value beyond has no finite square, and is as good as not finite."""
+"""Larger values have no finite square and count as not finite."""
 TOO_LARGE = "beyond 1e150 in size"
 
 

@@ -104,7 +104,7 @@ def _last(text: str) -> str | None:
 
 
 MOST_WORK = 300
-"""Millions of steps that SQLite may take: a view in a file that somebody else made could run for ever."""
+"""SQLite may take so many million steps: a view in somebody else's file could run for ever."""
 _QUERIES = {
     "runs": "SELECT run_uuid, name, status, lifecycle_stage, experiment_id FROM runs",
     "experiments": "SELECT experiment_id, name FROM experiments",
