@@ -1,6 +1,6 @@
 """What the statistics say, in sentences: which measures follow a target, which run against it, what picking costs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -65,26 +65,26 @@ def conclude(found: Correlations) -> tuple[str, ...]:
     return (*said, *_subgroups(found), *_simpson(found), *_selection(found))
 
 
-def _sentences(kinds: Sequence[tuple[str, str]], label: str) -> list[str]:
+SAID = {
+    "follows": ("follow", "the {} in the expected direction."),
+    "against": ("run", "against the {}: the opposite of what is expected."),
+    "rises": ("rise", "with the {}."),
+    "falls": ("fall", "as the {} rises."),
+}
+"""By what a measure does (``_kind``): the verb and the rest of the sentence, about a target."""
+
+
+def _sentences(kinds: Sequence[tuple[str, str]], label: str) -> Iterator[str]:
     by_kind: dict[str, list[str]] = {}
     for name, kind in kinds:
         by_kind.setdefault(kind, []).append(symbol(name))
-    said = []
-    if names := by_kind.get("follows"):
-        said.append(f"{listed(names)} {_verb(names, 'follow')} the {label} in the expected direction.")
-    if names := by_kind.get("against"):
-        said.append(
-            f"{listed(names)} {_verb(names, 'run')} against the {label}: the opposite of what is expected."
-        )
-    if names := by_kind.get("rises"):
-        said.append(f"{listed(names)} {_verb(names, 'rise')} with the {label}.")
-    if names := by_kind.get("falls"):
-        said.append(f"{listed(names)} {_verb(names, 'fall')} as the {label} rises.")
+    for kind, (verb, rest) in SAID.items():
+        if names := by_kind.get(kind):
+            yield f"{listed(names)} {_verb(names, verb)} {rest.format(label)}"
     if names := by_kind.get("open"):
         none = len(by_kind) == 1 and len(names) > 1
         whose = "any measure follows" if none else f"{listed(names)} {_verb(names, 'follow')}"
-        said.append(f"Whether {whose} the {label} cannot be decided.")
-    return said
+        yield f"Whether {whose} the {label} cannot be decided."
 
 
 def _kind(tau: Quantity, expected: int) -> str:

@@ -65,7 +65,7 @@ def correlate(
     """Correlate every measure of ``source`` with every target; see ``docs/correlate.md`` for the statistics.
 
     Args:
-        source: a folder of runs, a file or a DataFrame with one run a row, or what ``load_table`` made of one.
+        source: a folder of runs, a file or a DataFrame with one run per row, or what ``load_table`` made of one.
         measures: columns to correlate; empty: all numeric ones that are no settings.
         hyperparameters: columns that are settings; empty: those with a setting's name.
         gap: the targets, separated by commas: gaps, columns, arithmetic on columns; see ``load_table``.

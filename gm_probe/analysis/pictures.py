@@ -23,8 +23,13 @@ Rows = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure: ``name`` is its file's stem, ``section`` its place on a page (``report.SECTIONS``); ``text`` says
-    what it shows, under it and to who cannot see it."""
+    """A figure of a page.
+
+    Attributes:
+        name: its file's stem.
+        section: its place (``report.SECTIONS``); "" = beside the conclusion.
+        text: what it shows, also for readers who cannot see it.
+    """
 
     name: str
     section: str
@@ -88,7 +93,7 @@ def _forest(found: Correlations) -> Picture:
     }
     return Picture(
         "forest",
-        "correlation",
+        "",
         "Kendall’s τ-b with 95 % intervals",
         "An interval that excludes 0 tells the sign of τ.",
         figures.forest(rows, "Kendall’s τ-b, 95 % CI"),

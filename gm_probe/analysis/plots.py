@@ -153,7 +153,7 @@ def points(
     groups: Mapping[str, np.ndarray],
     shapes: Mapping[str, np.ndarray] | None = None,
 ) -> list[Line2D]:
-    """Draw the runs that have both x and y (n,), a colour a subgroup, a marker a value of another setting.
+    """Draw the runs that have both x and y (n,), a colour per subgroup, a marker per value of another setting.
 
     Returns:
         What a legend says of them.

@@ -2,9 +2,10 @@
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup, escape
@@ -37,16 +38,14 @@ SECTIONS = {
 """Sections of the page by the ``section`` of their pictures: title, and tables."""
 OPEN = ("correlations", "selection")
 """Tables that are unfolded where they are short."""
-FIRST = "forest"
-"""The picture beside the conclusion."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that a page shows: the ``conclusion``, ``cautions`` to heed, then ``pictures`` and ``sheets`` by section.
+    """All that a page shows: the ``conclusion``, ``cautions`` to heed, then ``pictures`` and sheets by section.
 
-    ``leads`` are the first sentences of sections, ``notes`` how the runs were read. ``commands`` are those of the first
-    ``LISTED`` runs, of ``num_commands``.
+    ``leads`` are the first sentences of sections, ``notes`` how the runs were read. ``printed`` are the sheets that are
+    also written as Markdown and LaTeX. ``commands`` are those of the first ``LISTED`` runs, of ``num_commands``.
     """
 
     title: str
@@ -55,26 +54,14 @@ class Report:
     notes: tuple[str, ...]
     leads: dict[str, str]
     pictures: tuple[Picture, ...]
-    results: tuple[Sheet, ...]
-    runs: tuple[Sheet, ...]
+    printed: tuple[Sheet, ...]
     explanations: tuple[Sheet, ...]
     command: str
     commands: tuple[str, ...]
     num_commands: int
 
-    @property
-    def printed(self) -> tuple[Sheet, ...]:
-        """Return the tables for Markdown and LaTeX: statistics, runs and exclusions, without the explanations."""
-        return (*self.results, *self.runs)
 
-
-def compose(
-    statistics: Correlations,
-    *,
-    groups: Rows,
-    shapes: Rows,
-    command: str,
-) -> Report:
+def compose(statistics: Correlations, *, groups: Rows, shapes: Rows, command: str) -> Report:
     """Draw and tabulate ``statistics``.
 
     Args:
@@ -104,8 +91,7 @@ def compose(
         notes=tuple(f"{note[0].upper()}{note[1:]}." for note in (*table.notes, *left_out, *statistics.notes)),
         leads=leads.leads(statistics, grids),
         pictures=tuple(pictures(statistics, groups, shapes, grids, drawn)),
-        results=sheets.statistics_sheets(statistics),
-        runs=sheets.run_sheets(table),
+        printed=(*sheets.statistics_sheets(statistics), *sheets.run_sheets(table)),
         explanations=(
             *sheets.definition_sheets(table.measures),
             *sheets.origin_sheets(origin, provenance.versions()),
@@ -125,15 +111,12 @@ def html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["breakable"] = _breakable
+    environment.filters |= {"breakable": _breakable, "drawing": _drawing}
     style, script = _part("report.css"), _part("report.js")
-    drawings = [
-        (picture, base64.b64encode(render(picture.figure, "svg")).decode()) for picture in report.pictures
-    ]
     return environment.get_template("report.html.j2").render(
         report=report,
-        first=[drawing for drawing in drawings if drawing[0].name == FIRST],
-        sections=list(_sections(report, [drawing for drawing in drawings if drawing[0].name != FIRST])),
+        first=[picture for picture in report.pictures if not picture.section],
+        sections=list(_sections(report)),
         unfolded=OPEN,
         shown=SHOWN,
         style=Markup(style),
@@ -143,20 +126,19 @@ def html(report: Report) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Section:
+class _Section(NamedTuple):
     name: str
     title: str
     lead: str
-    drawings: tuple[tuple[Picture, str], ...]
-    sheets: tuple[Sheet, ...]
+    pictures: list[Picture]
+    sheets: list[Sheet]
 
 
-def _sections(report: Report, drawings: Sequence[tuple[Picture, str]]) -> Iterable[_Section]:
-    tables = {sheet.name: sheet for sheet in (*report.results, *report.runs, *report.explanations)}
+def _sections(report: Report) -> Iterable[_Section]:
+    tables = {sheet.name: sheet for sheet in (*report.printed, *report.explanations)}
     for name, (title, wanted) in SECTIONS.items():
-        drawn = tuple(drawing for drawing in drawings if drawing[0].section == name)
-        found = tuple(tables[sheet] for sheet in wanted if sheet in tables)
+        drawn = [picture for picture in report.pictures if picture.section == name]
+        found = [tables[sheet] for sheet in wanted if sheet in tables]
         if drawn or found:
             yield _Section(name, title, report.leads.get(name, ""), drawn, found)
 
@@ -173,6 +155,11 @@ def _cautions(statistics: Correlations, unread: dict[str, str]) -> tuple[str, ..
 def _breakable(text: str) -> Markup:
     """Return ``text``, escaped, with possible line breaks after underscores."""
     return escape(text).replace("_", Markup("_<wbr>"))
+
+
+def _drawing(picture: Picture) -> str:
+    """Return a picture's SVG as base64."""
+    return base64.b64encode(render(picture.figure, "svg")).decode()
 
 
 def _part(name: str) -> str:

@@ -24,7 +24,7 @@ LONGEST = 16
 
 
 def print_answer(found: Correlations) -> None:
-    """Print one line a measure and target, and the conclusion."""
+    """Print one line per measure and target, and the conclusion."""
     from gm_probe.analysis.conclusion import in_points
 
     console = results_console()
@@ -62,7 +62,7 @@ def print_answer(found: Correlations) -> None:
 
 
 def _lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table without rules, so that it takes a line a row."""
+    """Return a table without rules, so that it takes a line per row."""
     lines = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for index, column in enumerate(columns):
         first, last = index == 0, index == len(columns) - 1
@@ -161,7 +161,7 @@ def print_details(found: Correlations) -> None:
 
 
 def warnings(found: Correlations) -> list[str]:
-    """Return one line a warning, under the names of all the measures that it holds for."""
+    """Return one line per warning, under the names of all the measures that it holds for."""
     names: dict[str, list[str]] = {}
     for name, said in (found.warnings or {}).items():
         for warning in said:

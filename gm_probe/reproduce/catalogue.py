@@ -1,14 +1,13 @@
-"""What can be reproduced: one TOML file a table or figure, in ``recipes/paper``. Imports no torch.
+"""What can be reproduced: one TOML file per table or figure, in ``recipes/paper``. Imports no torch.
 
 ::
 
     title, claim, published  what it is, what the paper says, and which of the paper's own numbers survive
-    also                     further names of the paper's that this command gives
-    default                  the scale that is taken unless told, where there is no small one
-    study                    the function that does it (``run.STUDIES``)
+    also                     further tables and figures of the paper that this study gives
+    default                  the default scale, where there is no small one
+    study                    the module here whose function ``study`` does it
     [settings]               its arguments, at every scale
-    [smoke] [small] [paper]  ``cost``, a ``note`` for the page, and arguments that differ at this scale; ``data`` keeps
-                             what is ``published``
+    [smoke] [small] [paper]  ``cost``, a ``note`` for the page, and arguments that differ at this scale
 """
 
 from __future__ import annotations

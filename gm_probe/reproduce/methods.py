@@ -47,7 +47,7 @@ def study(
         variants: ``label``, settings that differ and, where it is tuned, ``points``: a list of more settings, of which
             those of the least error on a part of the training part are taken, a tenth unless ``tuning`` has another
             ``validation`` share. ``lr_of`` names a variant before it whose learning rate, once tuned, it takes. A
-            ``grid`` makes one variant a point.
+            ``grid`` makes one variant per point.
         data: ``label``, settings of its own, and by a variant's label what the paper ``published`` and settings for it
             ``of``; ``seeds``, where it has not as many as the others.
         tests, beside: what the claim says (``comparison.Difference``); further differences, which decide nothing.
@@ -121,7 +121,7 @@ def _configurations(
 
 
 def _csv(table: pd.DataFrame, error: str) -> pd.DataFrame:
-    """Return a row a run."""
+    """Return a row per run."""
     errors = (error, f"{error}_min", error.replace("test", "train"))
     spent = ("train_seconds", "gradient_evaluations")
     return table.reindex(

@@ -47,7 +47,7 @@ def study(
     Args:
         rows: a key of ``ROWS``, called with ``settings``.
         tests, facts: parts of the claim (``claims.parts_of``), and further expressions whose spread is told.
-        listed: ``title``, ``caption``, ``of`` (columns ↦ headings) and ``by`` (a line a group of means; without it a
+        listed: ``title``, ``caption``, ``of`` (columns ↦ headings) and ``by`` (a line per group of means; without it a
             line a column, with its mean and quantiles).
         picture, columns: panels (``drawing.draw``), so many side by side; none draws decision boundaries.
         mean_over: columns by which the rows of the CSV file are means; none writes every row.

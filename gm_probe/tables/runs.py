@@ -69,7 +69,7 @@ def load_table(
     seed_column: str = "",
     converged_only: bool = False,
 ) -> RunTable:
-    """Read ``source``: a folder of runs of gmprobe or a tracker, a file with one run a row, or such a DataFrame.
+    """Read ``source``: a folder of runs of gmprobe or a tracker, a file with one run per row, or such a DataFrame.
 
     Empty ``measures`` takes every measure of the run folders; of others, all numeric columns but gaps, outcomes,
     settings and identifiers. Empty ``hyperparameters`` takes the settings that vary over the run folders; of others,

@@ -1,4 +1,4 @@
-"""Read what trackers leave on disk, one row a run: MLflow, Lightning, Hugging Face. Imports no pandas.
+"""Read what trackers leave on disk, one row per run: MLflow, Lightning, Hugging Face. Imports no pandas.
 
 A row has the columns ``run``, ``status`` where the tracker keeps one, ``params.NAME``, ``metrics.NAME`` (the last
 value) and ``tags.NAME``. Files are read as data: nothing in them is run, and nothing beside them is written.
