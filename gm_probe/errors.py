@@ -178,6 +178,16 @@ def _shows(character: str) -> bool:
     return character.isprintable() or character in "\u200c\u200d" or unicodedata.category(character) == "Zs"
 
 
+def start_of(text: object, most: int = 160) -> str:
+    """Return the first characters of a text that somebody else chose, as one printable line."""
+    return printable(" ".join(str(text).split()))[:most]
+
+
+def first_three(names: Sequence[object]) -> str:
+    """Return the first three of names that somebody else chose, safe to print."""
+    return ", ".join(map(start_of, names[:3])) + (", …" if len(names) > 3 else "")
+
+
 def listed(names: Sequence[str]) -> str:
     """Return names as a sentence lists them: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

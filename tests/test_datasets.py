@@ -430,7 +430,7 @@ BAD_ARRAYS: dict[str, dict[str, Any]] = {
     "x is not an array of numbers": {"x": np.array([["a", "b"]])},
     "y is not an array of numbers": {"x": X, "y": np.array(["cat", "dog"])},
     "byte order": {"x": X.astype(">f4")},
-    "plain real numbers": {"x": X.astype(np.complex64)},
+    "is complex": {"x": X.astype(np.complex64)},
     "save pixels as uint8 or floats": {"x": np.zeros((2, 1, 8, 8), np.uint16)},
     "looks like (N, H, W, C)": {"x": np.zeros((2, 32, 32, 3), np.uint8)},
     "y is torch.int64 of shape (3,) for 2 examples; give one class index per example": {

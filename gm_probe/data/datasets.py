@@ -27,6 +27,7 @@ from gm_probe.errors import CheckpointError, DataError, UsageError, first_line
 from gm_probe.files.atomic import default_data_root
 from gm_probe.files.pickles import load_torch
 from gm_probe.files.regular import open_to_read
+from gm_probe.files.tensors import not_finite, unusable, widened
 
 DESCRIPTIONS = {
     "digits": "1,797 handwritten digits of 8×8 from scikit-learn (bundled)",
@@ -371,7 +372,7 @@ def _array_file(path: Path) -> Examples:
         raise DataError(f"{path}: x {tuple(x.shape)} looks like (N, H, W, C). Transpose it to (N, C, H, W)")
     if x.dtype in {torch.uint16, torch.uint32, torch.uint64}:  # torch computes with none of them
         raise DataError(f"{path}: x is {x.dtype}; save pixels as uint8 or floats, and token ids as int64")
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+    if not_finite(x, mask=False):
         raise DataError(f"{path}: x holds NaN or infinite values")
     y = None if arrays.get("y") is None else _tensor(path, "y", arrays["y"])
     if y is not None:
@@ -391,25 +392,14 @@ def _channels_last(x: Tensor) -> bool:
 
 
 def _tensor(path: Path, name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor) and value.is_nested:
-        raise DataError(f"{path}: {name} is a nested tensor; it must be one array")
     try:
         # by the class: on a tensor a file may have set an attribute that hides a method; this leaves them behind
         tensor = Tensor.detach(torch.as_tensor(value))
     except (TypeError, ValueError, RuntimeError) as error:  # text, records, foreign byte order
         raise DataError(f"{path}: {name} is not an array of numbers: {first_line(error)}") from error
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
-        raise DataError(f"{path}: {name} must hold plain real numbers, got {tensor.dtype} on {tensor.device}")
-    if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), 2**20):
-        raise DataError(f"{path}: {name} claims {tensor.numel():,} values but the file holds fewer")
-    if tensor.is_floating_point() and tensor.element_size() == 1:  # narrow floats lack most operations
-        try:
-            return tensor.float()
-        except NotImplementedError as error:
-            raise DataError(
-                f"{path}: {name} is {tensor.dtype}, which torch cannot convert to float32"
-            ) from error
-    return tensor
+    if problem := unusable(tensor):
+        raise DataError(f"{path}: {name} {problem}")
+    return widened(tensor)
 
 
 def _check_packed(path: Path, file: BinaryIO) -> None:

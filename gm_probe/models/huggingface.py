@@ -7,14 +7,15 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gm_probe.errors import CheckpointError, ProbeError, UsageError, first_line, out_of_memory, printable
-from gm_probe.files.regular import open_to_read
+from gm_probe.errors import CheckpointError, StorageError, UsageError, first_three, foreign_or, start_of
+from gm_probe.files.regular import read_at_most
 
 NAME = "hf"
 """What --model calls the network that a folder's config.json describes."""
@@ -61,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{folder / INDEX} names {_short(name)}, which is not a .safetensors file in its folder"
+                    f"{folder / INDEX} names {start_of(name, 80)}, which is not a .safetensors file in its folder"
                 )
         return [folder / str(name) for name in names]
     if (folder / WEIGHTS[1]).exists():
@@ -96,7 +97,7 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
     _check_sizes(path, record, len(state))
     if ":" in str(record.get("architecture", "")):
         raise CheckpointError(
-            f"{path} takes its network from {_short(record['architecture'])}, outside its folder. Build it "
+            f"{path} takes its network from {start_of(record['architecture'], 80)}, outside its folder. Build it "
             "with your own code: --model file.py:callable"
         )
     with _offline():
@@ -107,7 +108,7 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
                 f"--model {NAME} needs transformers, which is not installed; pip install 'gm_probe[hf]'"
             ) from error
         _require_known(transformers, path, record, name)
-        with _quiet(transformers), _told(path):
+        with _quiet(transformers), foreign_or(partial(_not_built, path)):
             config = transformers.CONFIG_MAPPING[record["model_type"]].from_dict(_plain(record))
             model, found = _built(getattr(transformers, name), config, path, state)
     return model, _left_out(folder, model, found)
@@ -120,7 +121,7 @@ def _require_known(transformers: Any, path: Path, record: Mapping[str, Any], nam
         return
     remote = " and contains its own code, which is never run" if record.get("auto_map") else ""
     raise CheckpointError(
-        f"{path} describes a {_short(name)} of type {_short(kind)}, which transformers "
+        f"{path} describes a {start_of(name, 80)} of type {start_of(kind, 80)}, which transformers "
         f"{transformers.__version__} does not have{remote}. Build it with your own code: --model "
         "file.py:callable"
     )
@@ -149,6 +150,10 @@ def _built(
     return model, found
 
 
+def _not_built(path: Path, cause: str) -> CheckpointError:
+    return CheckpointError(f"transformers cannot build the network of {path}: {start_of(cause, 300)}")
+
+
 def _left_out(folder: Path, model: nn.Module, found: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of parts beside the network; CheckpointError where its own weights do not fit."""
     wrong = {
@@ -158,7 +163,7 @@ def _left_out(folder: Path, model: nn.Module, found: Mapping[str, Any]) -> tuple
     own = {child for child, _ in model.named_children()}
     left_out = [key for key in sorted(found["unexpected_keys"]) if key.partition(".")[0] not in own]
     wrong["unexpected"] = sorted(set(found["unexpected_keys"]) - set(left_out))
-    problems = [f"{len(names)} {what} ({_some(names)})" for what, names in wrong.items() if names]
+    problems = [f"{len(names)} {what} ({first_three(names)})" for what, names in wrong.items() if names]
     if problems:
         raise CheckpointError(f"the weights in {folder} do not fit its {CONFIG}: {'; '.join(problems)}")
     return tuple(left_out)
@@ -171,26 +176,10 @@ def _architecture(path: Path, record: Mapping[str, Any]) -> str:
         r"\w+For(Image|Sequence)Classification(WithTeacher)?", name
     ):
         raise CheckpointError(
-            f"{path} describes {_short(name)}. Only classifiers of images or sequences can be built "
+            f"{path} describes {start_of(name, 80)}. Only classifiers of images or sequences can be built "
             "(…ForImageClassification, …ForSequenceClassification)"
         )
     return name
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Whatever a config's values make transformers raise becomes one line."""
-    try:
-        yield
-    except ProbeError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"transformers cannot build the network of {path}: {type(error).__name__}: "
-            f"{printable(first_line(error))[:300]}"
-        ) from error
 
 
 @contextmanager
@@ -227,16 +216,14 @@ def _offline() -> Iterator[None]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LONGEST:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size:,} bytes; networks need less than {LONGEST:,}"
-            )
-        with open_to_read(path, follow=True) as file:
-            found = json.loads(file.read().decode())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        content = read_at_most(path, LONGEST, follow=True)
+        if content is None:
+            raise CheckpointError(f"{path} has more than {LONGEST:,} bytes; networks need less")
+        found = json.loads(content.decode())
+    except StorageError as error:
+        raise CheckpointError(str(error)) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {printable(str(error))[:160]}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {start_of(error)}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return found
@@ -262,14 +249,6 @@ def _check_sizes(path: Path, record: Mapping[str, Any], tensors: int) -> None:
             limit = min(DEEPEST, tensors) if key.endswith(DEEP) else LABELS if "label" in key else WIDEST
             if value > limit:
                 raise CheckpointError(
-                    f"{path} asks for {printable(key)[:80]} = {_short(value)}; {limit:,} is the most that its weights "
-                    "or any network can need"
+                    f"{path} asks for {start_of(key, 80)} = {start_of(value, 80)}, but its weights or any network "
+                    f"need at most {limit:,}"
                 )
-
-
-def _short(value: object) -> str:
-    return printable(str(value))[:80] if isinstance(value, str) else f"{value!r}"[:80]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(printable(name)[:80] for name in names[:3]) + (", …" if len(names) > 3 else "")

@@ -72,14 +72,16 @@ def _require_registered(library: str, name: str) -> None:
     plain = name.partition(".")[0]  # timm names the weights after a dot
     # timm keeps earlier names as strings
     if names and ":" not in name and plain not in names and not any(f"'{name}'" in text for text in texts):
-        raise UsageError(f"{library} has no model {name!r}; {did_you_mean(name, names, 'see its own list')}")
+        raise UsageError(
+            f"{library} has no classifier {name!r}; {did_you_mean(name, names, 'see its own list')}"
+        )
 
 
 def _sources(library: str) -> Iterator[str]:
-    """The code of an installed library's models. To import it for their names would take seconds."""
+    """Yield the code of an installed library's classifiers. To import it for their names would take seconds."""
     spec = find_spec(library)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for file in Path(folder, "models").rglob("*.py"):
+        for file in Path(folder, "models").glob("*.py"):
             yield file.read_text(encoding="utf-8", errors="replace")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -106,64 +104,3 @@ def resnet(depth: int, channels: int, classes: int, *, cifar_stem: bool) -> nn.M
     if cifar_stem:
         model.maxpool = nn.Identity()
     return model
-
-
-def vit(
-    channels: int,
-    height: int,
-    width: int,
-    classes: int,
-    *,
-    patch: int,
-    embedding: int,
-    heads: int,
-    depth: int,
-) -> nn.Module:
-    """timm's Vision Transformer (Dosovitskiy et al. 2021): class token, learned positions, MLP of 4 times the width.
-
-    Args:
-        patch: pixels a side; must divide ``height`` and ``width``.
-        embedding: width, a multiple of ``heads``.
-
-    Raises:
-        ImportError: timm is not installed.
-    """
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=(height, width),
-        patch_size=patch,
-        in_chans=channels,
-        num_classes=classes,
-        embed_dim=embedding,
-        depth=depth,
-        num_heads=heads,
-    )
-
-
-def mixer(
-    channels: int,
-    height: int,
-    width: int,
-    classes: int,
-    *,
-    patch: int,
-    embedding: int,
-    blocks: int,
-) -> nn.Module:
-    """timm's MLP-Mixer (Tolstikhin et al. 2021): token MLPs of half, channel MLPs of 4 times the width.
-
-    Raises:
-        ImportError: timm is not installed.
-    """
-    from timm.models.mlp_mixer import MlpMixer
-
-    size: Any = (height, width)  # taken as well as the one int that timm's annotation names
-    return MlpMixer(
-        img_size=size,
-        patch_size=patch,
-        in_chans=channels,
-        num_classes=classes,
-        embed_dim=embedding,
-        num_blocks=blocks,
-    )

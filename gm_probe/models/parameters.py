@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gm_probe.data.fields import Inputs, arguments
 from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.files.tensors import not_finite
 from gm_probe.models.door import Outputs, unwrapped
 from gm_probe.models.recomputation import activations_kept
 from gm_probe.runtime.precision import float32_products
@@ -113,11 +114,8 @@ class Parameters:
         Buffers may hold −∞, as attention's masks do: as a statistic it would show in the outputs.
         """
         for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if not value.is_floating_point():
-                continue
-            masked = not isinstance(value, nn.Parameter)
-            value = value.detach()  # of a model that was built in inference mode, torch would refuse it
-            if not bool((torch.isfinite(value) | (masked & torch.isneginf(value))).all()):
+            # detached: of a model that was built in inference mode, torch would refuse the value itself
+            if not_finite(value.detach(), mask=not isinstance(value, nn.Parameter)):
                 raise CheckpointError(
                     f"tensor {name!r} of the model holds NaN or infinite values; use an earlier checkpoint"
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import math
@@ -18,16 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from gm_probe.checks import whole
+from gm_probe.checks import real, whole
 from gm_probe.data.fields import Inputs, arguments
-from gm_probe.errors import UsageError, first_line, out_of_memory, printable
+from gm_probe.errors import UsageError, foreign_or, out_of_memory, start_of
 from gm_probe.models import huggingface
 from gm_probe.models.contrastive import Contrastive, as_encoder, projector
-from gm_probe.models.door import Outputs
+from gm_probe.models.door import Outputs, unwrapped
 from gm_probe.models.names import BUILT_IN, FAMILIES, LONGEST, is_user_code, no_model, require_model_name
-from gm_probe.models.networks import WideResNet, cnn6, mixer, mlp, resnet, vit
+from gm_probe.models.networks import WideResNet, cnn6, mlp, resnet
 from gm_probe.runtime.randomness import generators_kept
 
 MODELS = {
@@ -84,35 +82,18 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ModelSpec:
-        """Raises KeyError, TypeError, ValueError or OverflowError on a broken record."""
-        name = str(value["name"])  # of what is no mapping, a TypeError
+        """Raises KeyError, TypeError, ValueError, OverflowError or UsageError on a broken record."""
+        name, shape, temperature = str(value["name"]), value["input_shape"], value.get("temperature")
         if len(name) > LONGEST:
             raise ValueError(f"a model name of {len(name):,} characters")
-        temperature = value.get("temperature")
-        spec = cls(
-            name,
-            tuple(_recorded_size(n) for n in value["input_shape"]),
-            _recorded_size(value["num_classes"]),
-            None if temperature is None else float(temperature),
-        )
-        sizes = (spec.num_classes, *spec.input_shape)
-        if len(sizes) > DIMENSIONS:
-            raise ValueError(f"an input_shape of {len(spec.input_shape):,} dimensions")
-        if min(sizes) < 1 or max(spec.num_classes, math.prod(spec.input_shape)) > WIDEST:
-            raise ValueError(
-                f"input_shape {spec.input_shape} and num_classes {spec.num_classes} must be positive, and no more than "
-                f"{WIDEST:,}"
-            )
-        if temperature is not None and not 0 < float(temperature) < math.inf:
-            raise ValueError(f"temperature {temperature} must be positive")
-        return spec
-
-
-def _recorded_size(value: Any) -> int:
-    """Return ``value`` as a record has a size; a text or a fraction is refused, not converted."""
-    if type(value) is not int:
-        raise TypeError(f"{value!r:.40} is not a whole number")
-    return value
+        if not isinstance(shape, list) or not len(shape) < DIMENSIONS:
+            raise ValueError(f"input_shape is not a list of fewer than {DIMENSIONS} sizes")
+        sizes = [whole("input_shape", size, 1, WIDEST) for size in shape]
+        whole("the product of input_shape", math.prod(sizes), 1, WIDEST)
+        classes = whole("num_classes", value["num_classes"], 1, WIDEST)
+        if temperature is not None:
+            temperature = real("temperature", temperature, above=0)
+        return cls(name, tuple(sizes), classes, temperature)
 
 
 def initial_model(spec: ModelSpec, seed: int) -> nn.Module:
@@ -264,16 +245,19 @@ def _resnet(match: re.Match[str], spec: ModelSpec) -> nn.Module:
 
 
 def _vit(match: re.Match[str], spec: ModelSpec) -> nn.Module:
-    embedding, heads, depth = {"micro": (64, 4, 6), "tiny": (192, 3, 12), "s": (384, 6, 12)}[match[1]]
-    return _patched(vit, spec, int(match[2]), embedding=embedding, heads=heads, depth=depth)
+    """timm's Vision Transformer (Dosovitskiy et al. 2021): class token, learned positions, MLP of 4 times the width."""
+    width, heads, depth = {"micro": (64, 4, 6), "tiny": (192, 3, 12), "s": (384, 6, 12)}[match[1]]
+    sizes = {"embed_dim": width, "num_heads": heads, "depth": depth}
+    return _patched("vision_transformer", "VisionTransformer", spec, int(match[2]), **sizes)
 
 
 def _mixer(match: re.Match[str], spec: ModelSpec) -> nn.Module:
-    embedding, blocks = (64, 4) if match[1] else (256, 10)
-    return _patched(mixer, spec, int(match[2]), embedding=embedding, blocks=blocks)
+    """timm's MLP-Mixer (Tolstikhin et al. 2021): token MLPs of half, channel MLPs of 4 times the width."""
+    width, blocks = (64, 4) if match[1] else (256, 10)
+    return _patched("mlp_mixer", "MlpMixer", spec, int(match[2]), embed_dim=width, num_blocks=blocks)
 
 
-def _patched(network: Callable[..., nn.Module], spec: ModelSpec, patch: int, **options: int) -> nn.Module:
+def _patched(module: str, network: str, spec: ModelSpec, patch: int, **sizes: int) -> nn.Module:
     """A network of timm's that cuts images into patches of ``patch`` × ``patch`` pixels."""
     channels, height, width = _image_shape(spec)
     if patch < 1 or height % patch or width % patch:
@@ -282,9 +266,11 @@ def _patched(network: Callable[..., nn.Module], spec: ModelSpec, patch: int, **o
             "a multiple of that. Choose another patch size, or resize with --image-size"
         )
     try:
-        return network(channels, height, width, spec.num_classes, patch=patch, **options)
+        kind = getattr(importlib.import_module(f"timm.models.{module}"), network)
     except ImportError as error:
         raise _timm_missing(spec.name) from error
+    classes = spec.num_classes
+    return kind(img_size=(height, width), patch_size=patch, in_chans=channels, num_classes=classes, **sizes)
 
 
 def _timm_missing(name: str) -> UsageError:
@@ -297,39 +283,26 @@ _FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = dict(
 
 
 def _torchvision_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:
-    # imported here: torchvision takes a second or two, and only its own models need it
-    import torchvision
-
-    available = torchvision.models.list_models(module=torchvision.models)
-    if name not in available:
-        close = difflib.get_close_matches(name, available, n=3)
-        raise UsageError(f"torchvision has no classifier {name!r}; nearest: {', '.join(close) or 'none'}")
-
     def build(spec: ModelSpec) -> nn.Module:
+        # imported here: torchvision takes a second or two, and only its own models need it
+        from torchvision.models import get_model
+
         if len(spec.input_shape) != 3 or spec.input_shape[0] != 3:
             raise UsageError(
                 f"torchvision:{name} takes RGB images (3, H, W), not examples of shape {spec.input_shape}"
             )
         # auxiliary heads run in training alone, where nothing reads them
         heads = {"aux_logits": False, "init_weights": True} if name in INPUTS_CHANGED else {}
-        options = {**heads, **keywords, "num_classes": spec.num_classes}
-        with _building(f"torchvision:{name}", keywords):
-            return torchvision.models.get_model(name, weights=None, **options)
+        with foreign_or(_not_built(f"torchvision:{name}", keywords)):
+            return get_model(name, weights=None, **heads, **keywords, num_classes=spec.num_classes)
 
     return build
 
 
-@contextmanager
-def _building(name: str, keywords: Mapping[str, Any]) -> Iterator[None]:
-    """Blame the ``keywords``, where there are any, for an error of a library's builder."""
-    try:
-        yield
-    except Exception as error:
-        if not keywords or out_of_memory(error):
-            raise
-        raise UsageError(
-            f"{name} cannot be built with {', '.join(keywords)}: {printable(first_line(error))[:200]}"
-        ) from error
+def _not_built(name: str, keywords: Mapping[str, Any]) -> Callable[[str], UsageError]:
+    """Return what makes the error of a library's builder from its cause."""
+    given = f" with {', '.join(keywords)}" if keywords else ""
+    return lambda cause: UsageError(f"{name} cannot be built{given}: {start_of(cause, 200)}")
 
 
 def _timm_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:
@@ -342,17 +315,14 @@ def _timm_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec],
         import timm
     except ImportError as error:
         raise _timm_missing(f"timm:{name}") from error
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UsageError(f"timm has no model {name!r}; nearest: {', '.join(close) or 'none'}")
 
     def build(spec: ModelSpec) -> nn.Module:
         options = {"num_classes": spec.num_classes, "in_chans": spec.input_shape[0], **keywords}
-        try:
-            return timm.create_model(name, pretrained=False, **{"img_size": spec.input_shape[-1], **options})
-        except TypeError:  # convolutional networks take any size and know no img_size
-            with _building(f"timm:{name}", keywords):
-                return timm.create_model(name, pretrained=False, **options)
+        with foreign_or(_not_built(f"timm:{name}", keywords)):
+            try:
+                return timm.create_model(name, **{"img_size": spec.input_shape[-1], **options})
+            except TypeError:  # convolutional networks take any size and know no img_size
+                return timm.create_model(name, **options)
 
     return build
 
@@ -367,25 +337,13 @@ def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
         try:
             with _found_last(Path.cwd() if file is None else file.resolve().parent):
                 module = importlib.import_module(location) if file is None else _module_of(file)
-                model = getattr(module, attribute)()
+                model: nn.Module = getattr(module, attribute)()
+            unwrapped(model)  # which raises where it cannot run with perturbed weights
         except (Exception, SystemExit) as error:  # whatever a user's own code raises
             if out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split())
-            raise UsageError(f"--model {name}: {type(error).__name__}: {reason}") from error
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"--model {name} returned {type(model).__name__}, not an nn.Module")
-        if isinstance(model, torch.jit.ScriptModule):
-            raise UsageError(
-                f"--model {name} returned a scripted module, which cannot run with perturbed weights. "
-                "Return its source module"
-            )
-        lazy = [key for key, p in model.named_parameters() if is_lazy(p)]
-        if lazy:
-            raise UsageError(
-                f"--model {name}: parameter {lazy[0]!r} is lazy. Run the network on one example before "
-                "returning it"
-            )
+            kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+            raise UsageError(f"--model {name}: {kind}{' '.join(str(error).split())}") from error
         return model
 
     return build
