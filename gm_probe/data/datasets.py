@@ -199,8 +199,12 @@ class Source:
     test: Examples | None
 
     def in_memory(self) -> Source:
-        """The same data, decoded where it fits into memory."""
+        """Return the same data, decoded where it fits into memory."""
         return Source(self.pool.in_memory(), None if self.test is None else self.test.in_memory())
+
+    def unlabeled(self) -> Source:
+        """Return the same data without its labels."""
+        return Source(self.pool.unlabeled(), None if self.test is None else self.test.unlabeled())
 
 
 def open_source(
@@ -244,22 +248,19 @@ def open_source(
             f"{name} is not an image folder, and --image-size, --resize, --crop, --channels and --skip-bad "
             "apply to image folders only. Leave them out"
         )
-    if name == "digits":
-        pool = _digits()
-        return Source(pool if labeled else pool.unlabeled(), None)
-    if name in DATASETS:
-        folder = root or default_data_root()
-        parts = [_torchvision(name, folder, download, train) for train in (True, False)]
-        if not labeled:
-            parts = [part.unlabeled() for part in parts]
-        return Source(*parts)
-    if path.is_dir():
+    if path.is_dir() and not known:
         source = _folder_source(path, labeled, reading, skip_bad)
         return source.in_memory() if decode else source
-    if path.is_file():
-        pool = _array_file(path)
-        return Source(pool if labeled else pool.unlabeled(), None)
-    raise no_source(name)
+    if name == "digits":
+        source = Source(_digits(), None)
+    elif name in DATASETS:
+        folder = root or default_data_root()
+        source = Source(*(_torchvision(name, folder, download, train) for train in (True, False)))
+    elif path.is_file():
+        source = Source(_array_file(path), None)
+    else:
+        raise no_source(name)
+    return source if labeled else source.unlabeled()
 
 
 def _folder_source(path: Path, labeled: bool, reading: Reading, skip_bad: bool) -> Source:

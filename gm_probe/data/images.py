@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -152,11 +153,12 @@ class ImageFiles:
         return images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
     def select(self, indices: Tensor) -> Tensor | ImageFiles:
-        """Those at ``indices``, still in their files where these are."""
+        """Return the images at ``indices``; they stay in their files unless all are decoded."""
         if "_decoded" in vars(self):
             return self._decoded[indices]
-        other = self._like(tuple(self.files[i] for i in indices.tolist()), self._reading)
-        other._disk, other._numbers = self._disk, self._numbers[indices.numpy()]
+        other = copy(self)
+        other.files = tuple(self.files[i] for i in indices.tolist())
+        other._numbers = self._numbers[indices.numpy()]
         return other
 
     def in_memory(self) -> Tensor | ImageFiles:
@@ -183,15 +185,10 @@ class ImageFiles:
             return self[:]
 
     def with_channels(self, channels: int) -> ImageFiles:
-        """The same as grey or RGB."""
-        return self._like(self.files, replace(self._reading, channels=channels))
-
-    def _like(self, files: tuple[Path, ...], reading: Reading) -> ImageFiles:
-        other = object.__new__(ImageFiles)  # the headers are read
-        other.files, other._reading = files, reading
-        other._first, other._size, other.distorted = self._first, self._size, self.distorted
-        other._agree = self._agree
-        other._disk, other._numbers = None, np.arange(len(files))
+        """Return the same images as grey or RGB."""
+        other = copy(self)
+        other._reading, other._disk = replace(self._reading, channels=channels), None
+        vars(other).pop("_decoded", None)
         return other
 
     def _require_size(self, file: Path, size: tuple[int, ...]) -> None:

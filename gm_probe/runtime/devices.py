@@ -45,15 +45,15 @@ def generator_on(device: torch.device) -> torch.Generator:
 
 def budget(device: torch.device) -> float:
     """Return how many bytes a pass may take by default: 4 GB, or half of a GPU's free memory."""
-    ask = getattr(_module(device), "mem_get_info", None)
-    return ask(device)[0] / 2 if ask is not None else 4e9
+    memory = _free_and_total(device)
+    return 4e9 if memory is None else memory[0] / 2
 
 
 @lru_cache(maxsize=16)
 def chunk(device: torch.device) -> int:
     """Return how many numbers are worked on at a time: about what a CPU's cache holds, or 1/64 of a GPU's memory."""
-    ask = getattr(_module(device), "mem_get_info", None)
-    return ask(device)[1] // (64 * 4) if ask is not None else 2**21
+    memory = _free_and_total(device)
+    return 2**21 if memory is None else memory[1] // (64 * 4)
 
 
 def synchronize(device: torch.device) -> None:
@@ -93,8 +93,14 @@ def release_memory(device: torch.device) -> None:
 
 def room(device: torch.device) -> int:
     """Return how many bytes of data may stay on ``device``: a quarter of what is free, or 1 GB where nobody knows."""
+    memory = _free_and_total(device)
+    return 2**30 if memory is None else memory[0] // 4
+
+
+def _free_and_total(device: torch.device) -> tuple[int, int] | None:
+    """Return the bytes of ``device``'s memory, free and in all; None where torch does not know them."""
     ask = getattr(_module(device), "mem_get_info", None)
-    return ask(device)[0] // 4 if ask is not None else 2**30
+    return None if ask is None else ask(device)
 
 
 def _module(device: torch.device) -> Any:
