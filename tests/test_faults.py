@@ -293,7 +293,6 @@ def _buffer(training: Training) -> Tensor:
 
 
 def _average(training: Training) -> Tensor:
-    assert training.updates.average is not None
     return next(training.updates.average.module.parameters())
 
 

@@ -53,7 +53,6 @@ def test_what_lies_beside_the_parts_is_counted(tmp_path: Path) -> None:
     put(tmp_path / "data" / "train" / "labels.csv")
     source = open_source(str(tmp_path / "data"), labeled=True)
     beside = {"image beside the parts": 1, "folder val": 1, "folder extra": 1}
-    assert source.test is not None
     assert source.test.passed_over == beside
     assert source.pool.passed_over == {**beside, ".csv": 1}
 

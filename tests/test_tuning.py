@@ -295,7 +295,6 @@ def test_trials_lie_within_bounds_and_go_on_where_they_ended(config: TrainConfig
     assert [outcome.status for outcome in outcomes] == ["finished"] * 3
     for cell in few:
         assert 0.01 <= cell.point.rho <= 0.9
-        assert cell.point.beta is not None
         assert 0.5 <= cell.point.beta <= 4.0
     more = tuner.trials(13, bounds, lambda *_: None)  # beyond the 10 that TPE draws at random
     assert more[:3] == few
@@ -381,14 +380,12 @@ def test_trials_are_drawn_where_they_lie() -> None:
 
 
 def test_the_helps_example_and_the_command_it_ends_in(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.epilog is not None
     example = tune.epilog.removeprefix("Example:").strip() + " --epochs 5"
     code, out, err = run(example, capsys)
     assert code == 0, err
     assert "handwritten digits" in err
     assert out.count(" best ") == 1
     command = re.search(r"train with it:  (gmprobe train .*)", out)
-    assert command is not None
     for name in ("tune.png", "tune.svg"):
         assert (Path("tune") / name).stat().st_size > 5_000
 
