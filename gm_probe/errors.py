@@ -67,9 +67,9 @@ class BusyError(StorageError):
 
 @contextmanager
 def foreign_or(told: Callable[[str], ProbeError]) -> Iterator[None]:
-    """Raise what ``told`` makes of the cause's first line where a stranger's code, a model say, fails within.
+    """Raise what ``told`` makes of the cause's first line where somebody else's code, such as a model, fails within.
 
-    Deliberate errors, and those that tell of the machine, are none of its own.
+    Deliberate errors, and those about the machine, pass unchanged.
 
     Raises:
         DeviceError: tensors met on two devices.
@@ -86,7 +86,7 @@ def foreign_or(told: Callable[[str], ProbeError]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign error's text, or its kind where it has none."""
+    """Return the first line of a foreign error's text, or its kind where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -112,12 +112,12 @@ _KINDS = re.compile(r"input type \((\S+)\) and (?:weight|bias) type \((\S+)\)", 
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out: Python's, a CPU's, or a GPU's by any of its libraries' words."""
+    """Return whether ``error`` says that memory ran out: Python's, a CPU's, or a GPU's in any library's words."""
     return isinstance(error, MemoryError) or _MEMORY.search(str(error)) is not None
 
 
 def on_two_devices(error: BaseException) -> bool:
-    """Whether ``error`` says that an operation met tensors, or a generator, of two devices."""
+    """Return whether ``error`` says that an operation met tensors, or a generator, of two devices."""
     if isinstance(error, DeviceError):
         return True
     text = str(error)
@@ -130,12 +130,12 @@ def on_two_devices(error: BaseException) -> bool:
 
 
 def _device_of(kind: str) -> str:
-    """ "torch.cuda" of torch.cuda.FloatTensor."""
+    """Return "torch.cuda" for torch.cuda.FloatTensor."""
     return kind.rpartition(".")[0]
 
 
 def of_machine(error: BaseException) -> bool:
-    """Whether ``error`` tells of the machine, not of a stranger's code that is tried: who tries it passes this on."""
+    """Return whether ``error`` is about the machine, so that whoever tries somebody else's code passes it on."""
     return out_of_memory(error) or on_two_devices(error)
 
 
@@ -155,7 +155,7 @@ def one_device() -> Iterator[None]:
 
 @contextmanager
 def memory_or(told: Callable[[str], str]) -> Iterator[None]:
-    """Raise ResourceError, of the text that ``told`` makes of the cause's, where memory runs out within."""
+    """Raise ResourceError with the text that ``told`` makes of the cause's, where memory runs out within."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -194,7 +194,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def did_you_mean(name: object, known: Collection[str], otherwise: str | None = None) -> str:
-    """The nearest of ``known`` as a question; ``otherwise``, or the whole list, where none is near."""
+    """Return the nearest of ``known`` as a question; ``otherwise``, or the whole list, where none is near."""
     close = difflib.get_close_matches(str(name), known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"

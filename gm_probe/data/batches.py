@@ -194,7 +194,7 @@ class Batches:
     def from_tensors(
         cls, x: Given, y: Tensor | np.ndarray | list[Any] | None = None, **options: int | str
     ) -> Batches:
-        """Batches over tensors x (N, ...) and y (N,) that are already what the model takes.
+        """Return batches over tensors x (N, ...) and y (N,) that are already what the model takes.
 
         Args:
             x: a tensor or array, or a dict or tuple of several with N rows, which the model takes by name or in order.

@@ -48,9 +48,9 @@ TEST_PARTS = ("test", "val", "valid", "validation")
 
 
 NUMPY_SUFFIXES, TORCH_SUFFIXES = (".npy", ".npz"), (".pt", ".pth")
-"""Of array files."""
+"""Suffixes of array files."""
 NUMPY_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
-"""Beginnings that numpy takes for an .npz."""
+"""First bytes by which numpy recognises an .npz."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class Examples:
         return len(self.x)
 
     def select(self, indices: Tensor) -> Examples:
-        """The examples at ``indices`` (int64), in that order; images in files stay there."""
+        """Return the examples at ``indices`` (int64), in that order; images in files stay there."""
         x = self.x[indices] if isinstance(self.x, Tensor) else self.x.select(indices)
         recorded = None if self.recorded is None else self.recorded.select(indices)
         return replace(self, x=x, y=None if self.y is None else self.y[indices], recorded=recorded)
 
     def in_memory(self) -> Examples:
-        """The same examples, decoded where they fit into memory, and else kept on disk once they are.
+        """Return the same examples, decoded where they fit into memory, and else kept on disk once they are.
 
         Raises:
             DataError: a file cannot be decoded, or they are not what was recorded.
@@ -113,11 +113,11 @@ class Examples:
         return found.hexdigest()
 
     def unlabeled(self) -> Examples:
-        """The same examples without their labels."""
+        """Return the same examples without their labels."""
         return replace(self, y=None)
 
     def subset(self, size: int | None, seed: int) -> Examples:
-        """A seeded random subset of ``size`` examples, never the first ones of a sorted folder; None = all.
+        """Return a seeded random subset of ``size`` examples, never the first ones of a sorted folder; None = all.
 
         It is in memory where it fits, and nothing else is decoded. The one that was taken last is kept.
 
@@ -141,7 +141,7 @@ class Examples:
 
     @cached_property
     def _last(self) -> dict[object, Examples]:
-        """What ``subset`` gave last: many models are measured over it, one after the other."""
+        """The last result of ``subset``: many models are measured over it, one after the other."""
         return {}
 
     @property
@@ -264,7 +264,7 @@ def open_source(
 
 
 def _folder_source(path: Path, labeled: bool, reading: Reading, skip_bad: bool) -> Source:
-    """The two parts of a folder that has such, or all of it; its images are still in their files."""
+    """Return the two parts of a folder that has such, or all of it; its images are still in their files."""
     read = partial(_folder, labeled=labeled, reading=reading, skip_bad=skip_bad)
     train = path / "train"
     try:
@@ -284,7 +284,7 @@ def _folder_source(path: Path, labeled: bool, reading: Reading, skip_bad: bool) 
 
 
 def _two_parts(train: Examples, test: Examples) -> Source:
-    """Parts whose classes have the same numbers and whose images have the same shape; grey only if both are."""
+    """Return both parts as one source, grey only if both are; DataError where classes or shapes differ."""
     if train.classes != test.classes:
         lists = [", ".join(part.classes[:20]) + ", …" * (len(part.classes) > 20) for part in (train, test)]
         odd = sorted(set(train.classes) ^ set(test.classes))
@@ -342,7 +342,7 @@ def _torchvision(name: str, root: Path, download: bool, train: bool) -> Examples
 
 
 def _array_file(path: Path) -> Examples:
-    """Arrays ``x`` and optionally ``y`` of a .npz or .pt, or ``x`` alone as .npy."""
+    """Read ``x`` and optionally ``y`` of a .npz or .pt, or ``x`` alone as .npy."""
     try:
         if path.suffix in NUMPY_SUFFIXES:
             with open_to_read(path, follow=True) as file:
@@ -386,7 +386,7 @@ def _array_file(path: Path) -> Examples:
 
 
 def _channels_last(x: Tensor) -> bool:
-    """Whether ``x`` looks like (N, H, W, C), which a network that flattens its input takes without a word."""
+    """Return whether ``x`` looks like (N, H, W, C), which a network that flattens its input takes without a word."""
     if x.dim() != 4 or not x.shape[1] > 4 >= x.shape[3]:
         return False
     return x.dtype == torch.uint8 or (x.shape[3] in {3, 4} and x.shape[2] > 4)
@@ -421,7 +421,7 @@ def _check_packed(path: Path, file: BinaryIO) -> None:
 def _folder(
     path: Path, *, labeled: bool, reading: Reading, skip_bad: bool, beside: Mapping[str, int] | None = None
 ) -> Examples:
-    """The images of ``path``, still in their files; ``beside`` counts what was passed over outside of it."""
+    """Return the images of ``path``, still in their files; ``beside`` counts what was passed over outside of it."""
     passed = PassedOver(beside or {})
     names = _class_names(path) if labeled else ()
     if labeled:
@@ -461,7 +461,7 @@ def _notes(path: Path, passed: PassedOver, distorted: str | None, reading: Readi
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
-    """The sorted names of the class folders.
+    """Return the sorted names of the class folders.
 
     Raises:
         DataError: there are none, or one of them is a part with class folders of its own.

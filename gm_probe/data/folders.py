@@ -11,7 +11,7 @@ from gm_probe.data.images import suffixes
 from gm_probe.errors import DataError
 
 KINDS = 20
-"""Suffixes that are counted apart; a folder may hold a million of them."""
+"""The most suffixes that are counted separately; a folder may hold a million."""
 
 
 class PassedOver(Counter[str]):

@@ -37,21 +37,21 @@ IN_MEMORY = 2**30
 T = TypeVar("T")
 BLOCK = 1000  # images handled at a time where a pass over all must not fill the memory
 HEADERS = 1000
-"""Headers that are read where a folder is opened, at even distances: those of millions would take minutes."""
+"""Number of headers that are read when a folder is opened: those of millions would take minutes."""
 DEEP = 16
-"""Images of 16 bits that are decoded to see which of these bits are used."""
+"""Number of 16-bit images that are decoded to see which of the bits are used."""
 
 
 @cache
 def suffixes() -> dict[str, str]:
-    """Every suffix of an image that is read, in lower case, and the format that Pillow has registered for it."""
+    """Return every suffix of an image that is read, in lower case, and the format that Pillow has registered for it."""
     formats = {*FORMATS, *NAMED_FORMATS, "MPO"}  # an MPO file is opened as the JPEG that it begins with
     return {suffix: name for suffix, name in Image.registered_extensions().items() if name in formats}
 
 
 @cache
 def _formats(suffix: str) -> tuple[str, ...]:
-    """What Pillow may take a file of this suffix for; an older or a smaller Pillow knows fewer formats."""
+    """Return what Pillow may take a file of this suffix for; an older or a smaller Pillow knows fewer formats."""
     by_name = suffixes().get(suffix)
     return tuple(
         name for name in (*FORMATS, *NAMED_FORMATS) if name in Image.OPEN and name in {*FORMATS, by_name}
@@ -162,7 +162,7 @@ class ImageFiles:
         return other
 
     def in_memory(self) -> Tensor | ImageFiles:
-        """Decode them, once, where they fit into memory; else these, to be kept on disk once they are decoded.
+        """Decode all images, once, if they fit into memory; if not, return these, which are kept on disk once decoded.
 
         All sizes are then known to agree.
 
@@ -202,14 +202,14 @@ class ImageFiles:
 
 
 def _evenly(files: Sequence[Path], count: int) -> list[Path]:
-    """At most ``count`` of ``files`` at even distances, the first and the last among them."""
+    """Return at most ``count`` of ``files`` at even distances, with the first and the last."""
     if len(files) <= count:
         return list(files)
     return [files[i * (len(files) - 1) // (count - 1)] for i in range(count)]
 
 
 def _all_grey(files: Sequence[Path], seen: set[Path]) -> bool:
-    """Whether every image is grey whose file is not among the ``seen``; what is broken is none."""
+    """Return whether every image is grey whose file is not among the ``seen``; what is broken is none."""
     headers = (_header_or_none(file) for file in files if file not in seen)
     return all(header is None or header.grey for header in headers)
 
@@ -233,7 +233,7 @@ def _require_full_range(files: Sequence[Path]) -> None:
 
 
 def sound(files: Sequence[Path]) -> tuple[list[int], list[str]]:
-    """Positions of the files that can be decoded, and the errors of the others: each is decoded once to know."""
+    """Decode every file; return the positions of those that can be decoded, and the errors of the others."""
 
     def problem(file: Path) -> str | None:
         try:
@@ -249,13 +249,13 @@ def sound(files: Sequence[Path]) -> tuple[list[int], list[str]]:
 
 
 def blocks(images: Tensor | ImageFiles) -> Iterator[Tensor]:
-    """``images`` in their order, some at a time."""
+    """Yield ``images`` in their order, some at a time."""
     for start in range(0, len(images), BLOCK):
         yield images[start : start + BLOCK]
 
 
 def contents(values: Tensor | ImageFiles) -> Iterator[bytes]:
-    """What ``values`` hold, for a digest: their bytes in order, some at a time; of several tensors with their names."""
+    """Yield the bytes of ``values`` for a digest, some at a time; the bytes of named tensors with their names."""
     if isinstance(values, Fields):
         for name, value in tensors_of(values).items():
             yield str(name).encode()
@@ -266,7 +266,7 @@ def contents(values: Tensor | ImageFiles) -> Iterator[bytes]:
 
 
 def taken(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor]) -> Iterator[Tensor]:
-    """``images[key]`` of every key; of files, the next ones are decoded while one is at work."""
+    """Yield ``images[key]`` of every key; of files, the next ones are decoded while one is at work."""
     if isinstance(images, Tensor | Fields):
         yield from (images[key] for key in keys)
         return
@@ -296,7 +296,7 @@ def _header_or_none(file: Path) -> Header | None:
 
 
 def decode(file: Path, reading: Reading) -> np.ndarray:
-    """(H, W) grey or (H, W, 3) RGB uint8.
+    """Return (H, W) grey or (H, W, 3) RGB uint8.
 
     Raises:
         DataError: it is broken, too large, or has pixels of unknown range.
@@ -340,12 +340,12 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether it is grey of 16 bits."""
+    """Return whether it is grey of 16 bits."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether its pixels have 16 bits a channel; of colours Pillow keeps the upper eight."""
+    """Return whether its pixels have 16 bits a channel; of colours Pillow keeps the upper eight."""
     modes = [str(tile[3:]) for tile in getattr(image, "tile", ())]
     return _is_deep(image) or any(
         ";16" in mode and "BGR;16" not in mode for mode in modes

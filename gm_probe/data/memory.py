@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T, Batches]:
-    """``compute(batches)``, and the batches that it succeeded on: half as large whenever memory ran out.
+    """Return ``compute(batches)``, and the batches that it succeeded on: half as large whenever memory ran out.
 
     Only for what is a sum over examples. Of several processes none may fall behind the others: the error is theirs.
 

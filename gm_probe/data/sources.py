@@ -1,4 +1,4 @@
-"""The names that data may have. Imports no torch, so that a wrong one is told at once."""
+"""The names that data may have. Imports no torch, so that a wrong one is reported at once."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def require_source(name: str, *, here: bool = False) -> None:
 
 
 def no_source(name: str) -> UsageError:
-    """The error for ``name``, which is neither a path nor a known data set."""
+    """Return the error for ``name``, which is neither a path nor a known data set."""
     hint = did_you_mean(name, NAMES, f"it is not one of {', '.join(NAMES)} either")
     return UsageError(f"no folder or file {name!r}; {hint}")

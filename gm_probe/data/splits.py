@@ -34,7 +34,7 @@ class Splits:
         return max(self.train.num_classes, self.test.num_classes)
 
     def in_memory(self) -> Splits:
-        """The same parts, each decoded where it fits into memory."""
+        """Return the same parts, each decoded where it fits into memory."""
         return replace(
             self,
             train=self.train.in_memory(),

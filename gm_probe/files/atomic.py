@@ -27,7 +27,7 @@ DRAFT = re.compile(rf"\..+\.{OURS}(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{{8}}\.tmp
 
 
 def default_data_root() -> Path:
-    """Where torchvision's data sets are kept unless ``--data-root`` says otherwise: ``~/.cache/gm_probe``.
+    """Return where torchvision's data sets are kept unless ``--data-root`` says otherwise: ``~/.cache/gm_probe``.
 
     Raises:
         UsageError: this user has no home.

@@ -329,7 +329,7 @@ class _Watch:
         self._seen: dict[Path, tuple[Sign, float, bool]] = {}
 
     def silence(self, folder: Path, sign: Sign) -> float:
-        """Seconds for which the lock of ``folder``, now ``sign``, is known not to have changed."""
+        """Return for how many seconds the lock of ``folder``, now ``sign``, is known not to have changed."""
         now = time.monotonic()
         before, since, changed = self._seen.get(folder, (sign, now, False))
         if sign != before:
@@ -338,7 +338,7 @@ class _Watch:
         return now - since
 
     def lives(self, folder: Path, sign: Sign) -> bool:
-        """Whether the holder gives signs of life; before any was seen, whether the date of the last is about now."""
+        """Return whether the holder gives signs of life; before any was seen, whether the lock was changed lately."""
         silent = self.silence(folder, sign) >= STALE
         recent = abs(time.time() - sign.written / 1e9) < STALE
         return not silent and (self._seen[folder][2] or recent)
@@ -348,7 +348,7 @@ _watch = _Watch()
 
 
 def held(folder: Path) -> bool:
-    """Whether ``folder`` seems to be held, without waiting: for those who look on, never for who wants to work in it.
+    """Return whether ``folder`` seems to be held, without waiting. Only ``exclusive`` may decide who works in it.
 
     A process of this machine is looked for. Of another machine, the signs of life that this process has seen decide; at
     its first look it has only the date of the last one. ``exclusive`` relies on no date.

@@ -52,7 +52,7 @@ def bounded(value: Any, *, nan: bool = True) -> None:
 
 
 def _passes(value: Any, nan: bool) -> bool:
-    """Whether it is a number, or true or false, within bounds."""
+    """Return whether it is a number, or true or false, within bounds."""
     if isinstance(value, float):
         return nan or math.isfinite(value)
     return isinstance(value, int) and -(2**63) <= value < 2**63
@@ -68,12 +68,12 @@ def _check_keys(table: Mapping[Any, Any], place: str) -> None:
 
 
 def inside(place: str, key: str) -> str:
-    """The place of ``key`` in the table at ``place``."""
+    """Return the place of ``key`` in the table at ``place``, such as 'a.b'."""
     return f"{place}.{key}" if place else key
 
 
 def _start(place: str) -> str:
-    """``place`` on one line, cut to what a reader needs."""
+    """Return ``place`` on one line, cut to what a reader needs."""
     return printable(place if len(place) <= 80 else f"{place[:60]}…") or "its content"
 
 

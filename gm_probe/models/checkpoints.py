@@ -56,7 +56,7 @@ class Checkpoint:
 
 
 def is_simclr(checkpoint: Checkpoint) -> bool:
-    """Whether it records a SimCLR model: an encoder and its projector."""
+    """Return whether it records a SimCLR model, that is, an encoder and its projector."""
     return checkpoint.model is not None and checkpoint.model.temperature is not None
 
 
@@ -114,7 +114,7 @@ def _recorded(path: Path, header: Any) -> tuple[ModelSpec, Normalization, tuple[
 
 
 def _files(path: Path) -> tuple[Path, list[Path]]:
-    """What a checkpoint is called, and the files that hold its weights."""
+    """Return the path that names a checkpoint, and the files that hold its weights."""
     if not path.is_dir():
         return path, [path]
     if (path / CHECKPOINT).exists():
@@ -175,7 +175,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 @contextmanager
 def _utf8_name(path: Path) -> Iterator[Path]:
-    """``path`` by a name that is UTF-8, which safetensors asks of one."""
+    """Yield a name of ``path`` in UTF-8, which safetensors needs."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -186,7 +186,7 @@ def _utf8_name(path: Path) -> Iterator[Path]:
 
 
 def _read_torch(path: Path) -> tuple[Any, Any]:
-    """All that the file holds, and gm_probe's record in it."""
+    """Return all that the file holds, and gm_probe's record in it."""
     try:
         with passing_over():
             content = load_torch(path)

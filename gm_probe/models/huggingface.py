@@ -25,9 +25,9 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 LONGEST = 2**24
 """Bytes of a JSON file: some hundred times what the largest networks need."""
 DEEP = ("layers", "layer", "depth", "depths", "blocks", "experts")
-"""Endings of the names of settings that say how many modules there are; each takes time, whatever it holds."""
+"""Settings whose names end so give a number of modules, each of which takes time to build."""
 DEEPEST, LABELS, WIDEST = 1000, 10**5, 2**24
-"""Most that a config may ask for: of modules, of labels, of all else."""
+"""The most that a config may ask for: modules, labels, and anything else."""
 # Kernels and backbones of these names may come from the Hub, and kernels are code. A path leads to another file, and a
 # dtype becomes an attribute of torch.
 _DROPPED = (
@@ -184,7 +184,7 @@ def _architecture(path: Path, record: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bar and no report of transformers': what it says is said in our words."""
+    """Silence transformers' progress bars and reports; our own messages replace them."""
     log = transformers.logging
     level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity(log.CRITICAL)
@@ -230,7 +230,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without what could bring code or downloads in, at any depth."""
+    """Return the config without what could bring code or downloads in, at any depth."""
     return {
         key: _plain(value) if isinstance(value, dict) else value
         for key, value in record.items()

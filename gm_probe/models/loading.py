@@ -102,7 +102,7 @@ def _recorded_name(checkpoint: Checkpoint) -> str:
 
 
 def _from_folder(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.Module, Fit]:
-    """The network that config.json beside the weights describes."""
+    """Build the network that config.json beside the weights describes."""
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     if not huggingface.is_folder(folder):
         raise UsageError(
@@ -126,7 +126,7 @@ def _rows_of_last_matrix(checkpoint: Checkpoint) -> int:
 def choose_normalization(
     checkpoint: Checkpoint, examples: Examples, given: Normalization | None
 ) -> Normalization:
-    """The normalisation given, or else the recorded one, which fits the range of ``examples``.
+    """Return the normalisation given, or else the recorded one; it must fit the range of ``examples``.
 
     A foreign checkpoint needs one for images, whether they are uint8 or floats. Tables and signals of floats, and token
     ids, are taken as they are: they have no colour channels.
@@ -201,7 +201,7 @@ def check_classes(
 
 
 def _first_odd(names: tuple[str, ...], recorded: tuple[str, ...]) -> str:
-    """Where the names that are shown do not tell: the first that only one side has, or that the order differs."""
+    """Name a class that only one side has, or say that the order differs, where the classes shown are the same."""
     if _some(names) != _some(recorded):
         return ""
     odd = sorted(set(names) ^ set(recorded))

@@ -1,4 +1,4 @@
-"""The names that models may have. Imports no torch, so that a wrong one is told at once."""
+"""The names that models may have. Imports no torch, so that a wrong one is reported at once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LONGEST = 1000
 
 
 def is_user_code(name: str) -> bool:
-    """Whether a model's name points to code outside gm_probe, torchvision and timm."""
+    """Return whether a model's name points to code outside gm_probe, torchvision and timm."""
     prefix, separator, _ = name.partition(":")
     return bool(separator) and prefix not in LIBRARIES
 
@@ -86,7 +86,7 @@ def _sources(library: str) -> Iterator[str]:
 
 
 def no_model(name: str) -> UsageError:
-    """The error for ``name``, which is no network of gm_probe's."""
+    """Return the error for ``name``, which is no network of gm_probe's."""
     resnets = [f"resnet{depth}{stem}" for depth in (18, 34, 50, 101, 152) for stem in ("", "-cifar")]
     hint = did_you_mean(name, [*BUILT_IN, *resnets], "`gmprobe models` lists them")
     return UsageError(f"no model {name!r}; {hint}")

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 
 def cnn6(channels: int, height: int, width: int, classes: int) -> nn.Sequential:
-    """6CNN (as in the authors' code): four convolutions without bias and two linear layers, ReLU between.
+    """Build 6CNN as in the authors' code: four convolutions without bias and two linear layers, ReLU between.
 
     511,926 parameters on 3×32×32 and 10 classes.
     """
@@ -29,7 +29,7 @@ def cnn6(channels: int, height: int, width: int, classes: int) -> nn.Sequential:
 
 
 def mlp(inputs: int, widths: tuple[int, ...], classes: int) -> nn.Sequential:
-    """Fully connected ReLU network with hidden layers of the given widths."""
+    """Build a fully connected ReLU network with hidden layers of the given widths."""
     layers: list[nn.Module] = [nn.Flatten()]
     for width in widths:
         layers += [nn.Linear(inputs, width), nn.ReLU()]
@@ -87,7 +87,7 @@ class WideResNet(nn.Module):
 
 
 def resnet(depth: int, channels: int, classes: int, *, cifar_stem: bool) -> nn.Module:
-    """torchvision's ResNet (He et al. 2016) of 18, 34, 50, 101 or 152 layers.
+    """Build torchvision's ResNet (He et al. 2016) of 18, 34, 50, 101 or 152 layers.
 
     Args:
         channels: of the images; other than 3 needs a first convolution of its own.

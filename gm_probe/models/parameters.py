@@ -95,8 +95,8 @@ class Parameters:
             m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
         ]
         self._places = list(_places(model))
-        self._theta: Tensor | None = None  # within ``one_pass``, as are
-        self._constants: dict[str, Tensor] | None = None
+        self._theta: Tensor | None = None  # set within ``one_pass``
+        self._constants: dict[str, Tensor] | None = None  # as well
         self.sparse_gradients = False  # of parameters that forward hands to a functional embedding
         self._writes = True  # until a call has shown that forward does not write to parameters
         self.size = sum(self._sizes)
@@ -134,15 +134,15 @@ class Parameters:
         return torch.cat([p.new_zeros(p.numel()) if t is None else dense(t).reshape(-1) for t, p in pairs])
 
     def values(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Copies of the parameters: some layers write to theirs in a forward pass (an embedding with max_norm)."""
+        """Return copies of the parameters: some layers write to theirs in forward (an embedding with max_norm)."""
         return {name: p.detach().to(dtype or p.dtype, copy=True) for name, p in self.named.items()}
 
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """``values`` that autograd differentiates by."""
+        """Return ``values`` as leaves of autograd's graph."""
         return {name: value.requires_grad_() for name, value in self.values(dtype).items()}
 
     def moved(self, offset: Tensor) -> dict[str, Tensor]:
-        """θ + offset, differentiable in θ and in ``offset`` (P,)."""
+        """Return θ + offset, differentiable in θ and in ``offset`` (P,)."""
         return {name: self.named[name] + piece for name, piece in self.split(offset).items()}
 
     def vector(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -212,7 +212,7 @@ class Parameters:
         return found
 
     def _parts(self, vector: Tensor) -> dict[str, Tensor]:
-        """``split``, as what forward can be handed."""
+        """Return ``split`` in a form that forward can take."""
         parts = self.split(vector)
         if self._writes:
             parts = {name: part.clone() for name, part in parts.items()}
@@ -240,18 +240,18 @@ class Parameters:
             self._constants = self._copied_constants()
 
     def _copied_constants(self) -> dict[str, Tensor]:
-        """Copies of the buffers, and of the parameters that are none of ours."""
+        """Return copies of the buffers, and of the model's other parameters."""
         others = (item for item in self.model.named_parameters() if item[0] not in self.named)
         return copied({**dict(self.model.named_buffers()), **dict(others)})
 
     def rounding(self, offset: Tensor) -> float:
-        """Which share of ``offset`` (P,) is lost where θ + offset is rounded to θ's dtype; 0 of no offset."""
+        """Return the share of ``offset`` (P,) that is lost where θ + offset is rounded to θ's dtype."""
         weights = self.vector()
         lost = float(((weights + offset) - weights - offset).norm())
         return lost / float(offset.norm()) if lost else 0.0
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:
-        """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
+        """Return a (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
         sample = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
         return sample.to(self.device) * (norm / math.sqrt(self.size))
 
@@ -336,7 +336,7 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Where each parameter and buffer is held, once a module, and the name it has in ``named_parameters``.
+    """Yield where each parameter and buffer is held, once a module, and the name it has in ``named_parameters``.
 
     functional_call's own tying goes by all names: of a module that is registered under two, it puts a tensor in twice
     and takes the second for the original, which it leaves in the model for good (torch 2.14).
@@ -389,14 +389,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_measured(model: nn.Module, *, tf32: bool = False) -> Iterator[None]:
-    """``model`` as the fixed, differentiable function that is measured: see the three."""
+    """Make ``model`` the fixed, differentiable function that is measured; see the three contexts."""
     with evaluating(unwrapped(model)), differentiable_attention(), float32_products(tf32=tf32):
         yield
 
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Attention by kernels that have second and forward-mode derivatives; the fused ones have neither.
+    """Run attention by kernels that have second and forward-mode derivatives; the fused ones have neither.
 
     Inference mode, in which every derivative would be 0 without a word, is off meanwhile.
     """

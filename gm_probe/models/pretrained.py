@@ -47,12 +47,12 @@ def others_there(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _other_classes(own: Tensor, given: Tensor | None) -> bool:
-    """Whether the head's tensor is absent, or differs in the number of classes alone."""
+    """Return whether the head's tensor is absent, or differs in the number of classes alone."""
     return given is None or (len(given) != len(own) and given.shape[1:] == own.shape[1:])
 
 
 def _resampled(model: nn.Module, positions: Tensor) -> Tensor:
-    """Learned positions for the model's own grid of patches; as they are where the file's form no square."""
+    """Return positions resampled to the model's grid of patches; unchanged where the file's form no square."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     prefix = getattr(model, "num_prefix_tokens", 0)
     if grid is None or positions.dim() != 3 or math.isqrt(n := positions.shape[1] - prefix) ** 2 != n:

@@ -124,7 +124,7 @@ def locate(model: nn.Module, file: Mapping[str, Tensor]) -> Located:
 def _others(
     model: nn.Module, held: Mapping[str, Tensor], prefix: str, taken: Mapping[str, set[str]]
 ) -> tuple[list[str], list[str]]:
-    """The names below no prefix of ``taken``: those that may be left out, and those that may not."""
+    """Return the names below no prefix of ``taken``: those that may be left out, and those that may not."""
     buffers = plain(name for name, _ in model.named_buffers()).keys()
     used = {before + name for before, names in taken.items() for name in names}
     left_out, below, beside = [], [], []

@@ -44,12 +44,12 @@ _NO_KEYWORDS = re.compile(
 )
 """What keywords of a builder are called that read files, download, or are given in another way."""
 _MOST = 4096
-"""Beyond every keyword's number that a network needs: a depth, say, takes time whatever the weights."""
+"""The largest number of a keyword: a depth, for instance, takes time whatever the weights."""
 WIDEST = 10**9
-"""Beyond all memory; what is wider still is beyond torch's integers."""
+"""The largest width: more fits into no memory, and still more exceeds torch's integers."""
 
 DIMENSIONS = 10
-"""Of an example; no network has more."""
+"""The most dimensions of an example, plus one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class ModelSpec:
         return is_user_code(self.name)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the spec as a JSON object."""
         fields = {**asdict(self), "input_shape": list(self.input_shape)}
         if self.temperature is None:
             del fields["temperature"]
@@ -97,7 +97,7 @@ class ModelSpec:
 
 
 def initial_model(spec: ModelSpec, seed: int) -> nn.Module:
-    """``spec`` with the weights that a run of this seed starts from; the global generator is left alone."""
+    """Return ``spec`` with the weights that a run of this seed starts from; the global generator is left alone."""
     with generators_kept():
         torch.manual_seed(seed)
         return build_model(spec)
@@ -120,7 +120,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
 
 
 def builder(name: str) -> Callable[[ModelSpec], nn.Module]:
-    """What builds the model ``name``; until it is called nothing is built, and no code of the user's runs.
+    """Return what builds the model ``name``; until it is called nothing is built, and no code of the user's runs.
 
     Raises:
         UsageError: no such model.
@@ -155,7 +155,7 @@ def check_configured(name: str) -> None:
 
 
 def _with_keywords(name: str) -> tuple[str, dict[str, Any]]:
-    """The network in 'torchvision:NAME,KEYWORD=VALUE,...', and the keywords for its builder.
+    """Return the network in 'torchvision:NAME,KEYWORD=VALUE,...', and the keywords for its builder.
 
     Raises:
         UsageError: a keyword that is none, is given twice, or may not be passed.
@@ -175,7 +175,7 @@ def _with_keywords(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(name: str, one: str, text: str) -> Any:
-    """A truth value, a number or a word."""
+    """Return ``text`` as a truth value, a number or a word."""
     if text.lower() in {"true", "false"}:
         return text.lower() == "true"
     for kind in (int, float):
@@ -192,7 +192,7 @@ def _value(name: str, one: str, text: str) -> Any:
 def num_parameters(
     name: str, input_shape: tuple[int, ...] = (3, 32, 32), num_classes: int = 10
 ) -> int | None:
-    """Parameters of a built-in model, found without allocating it; None where its library is not installed."""
+    """Return the size of a built-in model without allocating it; None where its library is not installed."""
     try:
         with torch.device("meta"):
             model = build_model(ModelSpec(name, input_shape, num_classes))
@@ -245,20 +245,20 @@ def _resnet(match: re.Match[str], spec: ModelSpec) -> nn.Module:
 
 
 def _vit(match: re.Match[str], spec: ModelSpec) -> nn.Module:
-    """timm's Vision Transformer (Dosovitskiy et al. 2021): class token, learned positions, MLP of 4 times the width."""
+    """Build timm's ViT (Dosovitskiy et al. 2021): class token, learned positions, MLP of 4 times the width."""
     width, heads, depth = {"micro": (64, 4, 6), "tiny": (192, 3, 12), "s": (384, 6, 12)}[match[1]]
     sizes = {"embed_dim": width, "num_heads": heads, "depth": depth}
     return _patched("vision_transformer", "VisionTransformer", spec, int(match[2]), **sizes)
 
 
 def _mixer(match: re.Match[str], spec: ModelSpec) -> nn.Module:
-    """timm's MLP-Mixer (Tolstikhin et al. 2021): token MLPs of half, channel MLPs of 4 times the width."""
+    """Build timm's MLP-Mixer (Tolstikhin et al. 2021): token MLPs of half, channel MLPs of 4 times the width."""
     width, blocks = (64, 4) if match[1] else (256, 10)
     return _patched("mlp_mixer", "MlpMixer", spec, int(match[2]), embed_dim=width, num_blocks=blocks)
 
 
 def _patched(module: str, network: str, spec: ModelSpec, patch: int, **sizes: int) -> nn.Module:
-    """A network of timm's that cuts images into patches of ``patch`` × ``patch`` pixels."""
+    """Build a network of timm's that cuts images into patches of ``patch`` × ``patch`` pixels."""
     channels, height, width = _image_shape(spec)
     if patch < 1 or height % patch or width % patch:
         raise UsageError(

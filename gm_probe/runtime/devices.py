@@ -21,7 +21,7 @@ LACKING = {
     "mps": "lacks float64, which gm_probe needs for its sums",
     "meta": "holds no values; load the weights first",
 }
-"""Devices that torch knows and that cannot be computed on here, and why."""
+"""Devices that torch knows but gm_probe cannot use, and why."""
 
 
 def generator_state(device: torch.device) -> Tensor | None:
@@ -104,12 +104,12 @@ def _free_and_total(device: torch.device) -> tuple[int, int] | None:
 
 
 def _module(device: torch.device) -> Any:
-    """torch.cuda, torch.xpu, ...: None of a device without one."""
+    """Return torch.cuda, torch.xpu and the like; None for a device without a module."""
     return getattr(torch, device.type, None)
 
 
 def _place(device: torch.device) -> tuple[torch.device, ...]:
-    """What the functions of its module take: torch.mps has a single device."""
+    """Return what the functions of its module take: torch.mps has a single device."""
     return () if device.type == "mps" else (device,)
 
 
@@ -118,7 +118,7 @@ def _has_generator(device: torch.device) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (CUDA, else CPU), or any device that torch knows by ``name`` and that computes in float64.
+    """Return ``auto`` (CUDA, else CPU), or any device that torch knows by ``name`` and that computes in float64.
 
     Raises:
         UsageError: torch knows no such name, or the device lacks float64, as MPS does.
@@ -159,7 +159,7 @@ def require_float64(device: torch.device) -> None:
 
 
 def named_device(name: str) -> torch.device:
-    """As ``pick_device``, whether or not there is such a device here.
+    """Return the device of this name, whether or not there is one here.
 
     Raises:
         UsageError: no such name.
@@ -207,7 +207,7 @@ def keep_freed_memory() -> bool:
 
 
 def environment(device: torch.device, *, tf32: bool = False) -> dict[str, Any]:
-    """Versions, device, threads and whether products may use TF32, to be stored with every result."""
+    """Return versions, device, threads and whether products may use TF32, to be stored with every result."""
     named = getattr(_module(device), "get_device_name", None) if device.type != "cpu" else None
     return {
         "gm_probe": version("gm_probe"),

@@ -49,7 +49,7 @@ def _replaced(place: Any, precision: str) -> str:
 
 
 def _allowed_in_cudnn() -> bool:
-    """The older flag of cuDNN, where the newer ones say "ieee": torch raises if it is at odds with them."""
+    """Return the older flag of cuDNN, where the newer ones say "ieee": torch raises if it is at odds with them."""
     try:
         return bool(torch.backends.cudnn.allow_tf32)
     except RuntimeError:

@@ -13,7 +13,7 @@ DESIGNS = ("grid", "list", "random", "sobol")
 
 
 def points(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every point: those of [[list]], [random] or [sobol] (of one of them), each with every one of [grid].
+    """Return every point: those of [[list]], [random] or [sobol] (of one of them), each with every one of [grid].
 
     ``[random]`` and ``[sobol]`` take ``points`` (of Sobol a power of 2), ``seed`` and ``space``, which gives each
     setting a list to choose from or ``{low, high}``, with ``log = true`` spread evenly over magnitudes. Numbers are
@@ -84,7 +84,7 @@ def _drawn(kind: str, content: Any) -> list[dict[str, Any]]:
 
 
 def _at(name: str, part: Any, u: float) -> Any:
-    """The value of ``part`` of the space at ``u`` in [0, 1)."""
+    """Return the value of ``part`` of the space at ``u`` in [0, 1)."""
     if isinstance(part, list) and part:
         return part[int(u * len(part))]
     if not isinstance(part, Mapping) or not {"low", "high"} <= set(part) <= {"low", "high", "log"}:

@@ -76,7 +76,7 @@ class Recipe:
 
 
 def builtin_recipes() -> dict[str, str]:
-    """Name and first comment line of every built-in recipe."""
+    """Return the name and first comment line of every built-in recipe."""
     folder = resources.files("gm_probe") / "recipes"
     return {
         entry.name.removesuffix(".toml"): entry.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
@@ -154,7 +154,7 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
         if name in runs:
             raise UsageError(f"recipe: the design names the same run twice ({name})")
         runs[name] = config
-    plan = _plan(content.get("measure", {}))
+    plan = measure_plan(content.get("measure", {}))
     if views := [config for config in runs.values() if config.trains_encoder]:
         _require_of_views(plan, views)
     return Recipe(runs, plan, _group_by(content.get("correlate", {})))
@@ -192,7 +192,8 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _plan(content: Mapping[str, Any]) -> MeasurePlan:
+def measure_plan(content: Mapping[str, Any]) -> MeasurePlan:
+    """Return the plan of a recipe's [measure] table; UsageError for what is no setting or measure."""
     defaults = {field.name: field.default for field in fields(Settings)}
     unknown = sorted(set(content) - set(defaults) - {"measures", "max_examples", "batch_size"})
     if unknown:
@@ -221,13 +222,13 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
 
 
 def run_name(config: TrainConfig, varied: Mapping[str, Any]) -> str:
-    """A readable name that ends in a hash of everything the run computes from."""
+    """Return a readable name that ends in a hash of everything the run computes from."""
     digest = hashlib.sha256(json.dumps(config.identity(), sort_keys=True).encode()).hexdigest()[:8]
     parts = [f"{_SHORT.get(key, key)}{_plain(value)}" for key, value in varied.items()]
     return "-".join(filter(None, ["-".join(parts)[:120], digest]))
 
 
 def _plain(value: Any) -> str:
-    """A value in characters that any file system takes, no dot in front (it would hide the folder)."""
+    """Return a value in characters that any file system takes, no dot in front (it would hide the folder)."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return "".join(c if c.isascii() and (c.isalnum() or c in ".+-") else "_" for c in text).lstrip(".")[:40]

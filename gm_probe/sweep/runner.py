@@ -36,7 +36,7 @@ from gm_probe.training.run_splits import own_unlabeled
 
 
 def is_complete(out: Path, plan: MeasurePlan) -> bool:
-    """Whether a run folder needs nothing more: diverged, or finished and measured as the plan says."""
+    """Return whether a run folder needs nothing more: diverged, or finished and measured as the plan says."""
     try:
         if not (out / CONFIG).exists():
             return False
@@ -118,14 +118,14 @@ def _record_failure(out: Path, outcome: Outcome) -> None:
 
 
 def failed_before(out: Path) -> bool:
-    """Whether an earlier try ended so, which a sweep does not repeat unasked."""
+    """Return whether an earlier try ended so, which a sweep does not repeat unasked."""
     with suppress(StorageError, OSError):
         return run_state(out) == "failed"
     return False
 
 
 def executor_of(recipe: Recipe, jobs: int) -> Executor:
-    """This process for one job at a time, else ``jobs`` processes, among which GPUs are dealt out unless named."""
+    """Return this process for one job at a time, else ``jobs`` processes, which share the GPUs unless runs name one."""
     if jobs == 1:
         return in_turn
     free = all(config.device in {"auto", "cuda"} for config in recipe.runs.values())

@@ -128,7 +128,7 @@ class _Sweep:
 
 
 def _find_sweeps(root: Path) -> tuple[list[_Sweep], list[RunStatus]]:
-    """The sweeps at or below ``root``, and a failed row for each below it whose sweep.json is broken."""
+    """Return the sweeps at or below ``root``, and a failed row for each below it whose sweep.json is broken."""
     sweeps, broken = [], []
     for folder, _, files in os.walk(root):
         if SWEEP not in files:
@@ -147,7 +147,7 @@ def _read_sweep(folder: Path) -> _Sweep:
 
 
 def run_status(path: Path, name: str, sweep: _Sweep | None = None, planned_as: str = "") -> RunStatus:
-    """Of the run folder ``path``, which ``sweep`` asks for under the name ``planned_as``."""
+    """Return the status of the run folder ``path``, which ``sweep`` asks for under the name ``planned_as``."""
     planned = None if sweep is None else sweep.runs[planned_as]
     try:
         state, reason = run_state(path), failure(path)
@@ -187,7 +187,7 @@ def _max_epochs(path: Path) -> int | None:
 
 
 def _latest(path: Path, names: Sequence[str]) -> float | None:
-    """When the last of its files was written; None where it has none of them."""
+    """Return when the last of the files ``names`` was written; None where there is none of them."""
     times = []
     for name in names:
         with suppress(OSError):
@@ -196,7 +196,7 @@ def _latest(path: Path, names: Sequence[str]) -> float | None:
 
 
 def _eta(runs: Sequence[RunStatus], sweep: _Sweep) -> float | None:
-    """At the pace since the sweep's start; what runs that had been begun before did since then is not known."""
+    """Return the seconds left at the pace since the sweep's start; earlier runs' work since then is unknown."""
     at_work = [run for run in runs if run.state == "running"]
     ended = [run for run in runs if run.ended is not None and run.ended >= sweep.began]
     shares = {run.run: run.progress.share(sweep.stages) for run in at_work if run.progress is not None}
