@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from gm_probe.errors import UsageError
+from gm_probe.checks import whole
+from gm_probe.errors import UsageError, did_you_mean
 
 DESIGNS = ("grid", "list", "random", "sobol")
 
@@ -42,6 +43,13 @@ def points(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**point, **cell} for point in chosen for cell in cells]
 
 
+def require_known(table: str, content: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise UsageError where a table of a recipe has a setting that is not among the ``known``."""
+    unknown = sorted(set(content) - set(known))
+    if unknown:
+        raise UsageError(f"recipe: no setting {table}.{unknown[0]}; {did_you_mean(unknown[0], known)}")
+
+
 def _listed(rows: Any) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise UsageError("recipe: list must be tables, [[list]], one per point")
@@ -51,14 +59,10 @@ def _listed(rows: Any) -> list[dict[str, Any]]:
 def _drawn(kind: str, content: Any) -> list[dict[str, Any]]:
     if not isinstance(content, Mapping):
         raise UsageError(f"recipe: {kind} = {content!r} must be a table, [{kind}]")
-    unknown = sorted(set(content) - {"points", "seed", "space"})
-    if unknown:
-        raise UsageError(f"recipe: no setting {kind}.{unknown[0]}; there are: points, seed, space")
-    count, seed, space = content.get("points"), content.get("seed", 0), content.get("space")
-    if type(count) is not int or count < 1:
-        raise UsageError(f"recipe: {kind}.points = {count!r} must be a whole number of at least 1")
-    if type(seed) is not int or seed < 0:
-        raise UsageError(f"recipe: {kind}.seed = {seed!r} must be a whole number of at least 0")
+    require_known(kind, content, ("points", "seed", "space"))
+    count = whole(f"recipe: {kind}.points", content.get("points"))
+    seed = whole(f"recipe: {kind}.seed", content.get("seed", 0), 0)
+    space = content.get("space")
     if not isinstance(space, Mapping) or not space:
         raise UsageError(f"recipe: [{kind}.space] must give each setting a list or {{low, high}}")
     if kind == "sobol" and count & (count - 1):

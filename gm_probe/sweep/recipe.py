@@ -19,7 +19,7 @@ from gm_probe.measures.settings import Settings
 from gm_probe.models.names import require_model_name
 from gm_probe.runs.catalogue import CATALOGUE
 from gm_probe.runtime.device_names import require_device_name
-from gm_probe.sweep.design import DESIGNS, points
+from gm_probe.sweep.design import DESIGNS, points, require_known
 from gm_probe.training.config import SETTINGS, TrainConfig
 
 _SHORT = {
@@ -174,9 +174,7 @@ def _require_of_views(plan: MeasurePlan, configs: Collection[TrainConfig]) -> No
 
 
 def _group_by(content: Mapping[str, Any]) -> tuple[str, ...]:
-    unknown = sorted(set(content) - {"group_by"})
-    if unknown:
-        raise UsageError(f"recipe: no setting correlate.{unknown[0]}; there is: group_by")
+    require_known("correlate", content, ("group_by",))
     names = _names("correlate.group_by", content.get("group_by", []))
     for name in names:
         if name not in SETTINGS:
@@ -194,11 +192,8 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
 
 def measure_plan(content: Mapping[str, Any]) -> MeasurePlan:
     """Return the plan of a recipe's [measure] table; UsageError for what is no setting or measure."""
-    defaults = {field.name: field.default for field in fields(Settings)}
-    unknown = sorted(set(content) - set(defaults) - {"measures", "max_examples", "batch_size"})
-    if unknown:
-        known = ("measures", "max_examples", "batch_size", *sorted(defaults))
-        raise UsageError(f"recipe: no setting measure.{unknown[0]}; {did_you_mean(unknown[0], known)}")
+    known = {field.name for field in fields(Settings)}
+    require_known("measure", content, ("measures", "max_examples", "batch_size", *sorted(known)))
     given = _names("measure.measures", content.get("measures", default_measures(labeled=False)))
     names = tuple(expanded(given, labeled=False))
     for name in names:
@@ -209,7 +204,7 @@ def measure_plan(content: Mapping[str, Any]) -> MeasurePlan:
     chosen: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in content.items()
-        if key in defaults
+        if key in known
     }
     sizes = {key: content[key] for key in ("max_examples", "batch_size") if key in content}
     for key, value in sizes.items():
