@@ -339,23 +339,6 @@ def test_every_cell_stands_at_its_place_with_its_figures() -> None:
     assert (frame.get_x(), frame.get_y()) == (-0.5, -0.5)  # ρ = 0.05, β = 0.5
 
 
-def luminance(colour: tuple[float, ...]) -> float:
-    """WCAG 2.1's relative luminance."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def test_figures_are_readable_on_every_colour() -> None:
-    cells = [{"rho": 0.01 * i, "beta": None, "error": 0.01 * i, "stderr": None} for i in range(1, 41)]
-    axes = heat_map(cells, cells[0], "sam").axes[0]
-    image = axes.images[0]
-    for text in axes.texts:
-        background = luminance(image.to_rgba(image.get_array()[0, text.get_position()[0]]))
-        ink = luminance({"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}[text.get_color()])
-        contrast = (max(ink, background) + 0.05) / (min(ink, background) + 0.05)
-        assert contrast >= 4.5, text.get_text()
-
-
 @pytest.mark.parametrize("draw", [heat_map, trial_map])
 @pytest.mark.parametrize("beta", [None, 1.0])
 def test_equal_or_lost_errors_are_drawn(draw: Callable[..., Figure], beta: float | None) -> None:

@@ -177,7 +177,7 @@ class Batches:
         self.normalization = normalization or Normalization()
         self.normalization.require_range(examples)
         self.batch_size = batch_size or BATCH_SIZE
-        self.auto_batch_size = batch_size is None and not batch_dependent  # whoever measures may choose it
+        self.auto_batch_size = batch_size is None and not batch_dependent  # True: a measurement may choose it
         self.device = torch.device(device)
         self.dtype = dtype
         self.channels_last = channels_last and examples.x.dim() == 4
@@ -188,7 +188,7 @@ class Batches:
             )
         self._resident: Batch | None = None  # all examples on the device, once they are there
         self.total = len(examples)  # N over all processes that share the work
-        self.first = 0  # of them, the number of this process's first example
+        self.first = 0  # the number of this process's first example among them
 
     @classmethod
     def from_tensors(

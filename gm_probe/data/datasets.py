@@ -270,7 +270,7 @@ def _folder_source(path: Path, labeled: bool, reading: Reading, skip_bad: bool) 
     try:
         others = [path / part for part in TEST_PARTS] if train.is_dir() else []
         test = next((part for part in others if part.is_dir()), None)
-    except OSError as error:  # the parts it names were not given
+    except OSError as error:  # the user did not name the part in the message
         raise DataError(f"cannot read the folder {path}: {error.strerror}") from error
     if test is None:
         return Source(read(path), None)
@@ -394,7 +394,7 @@ def _channels_last(x: Tensor) -> bool:
 
 def _tensor(path: Path, name: str, value: Any) -> Tensor:
     try:
-        # by the class: on a tensor a file may have set an attribute that hides a method; this leaves them behind
+        # called on the class: a file may have set attributes on a tensor that hide its methods; detach drops them
         tensor = Tensor.detach(torch.as_tensor(value))
     except (TypeError, ValueError, RuntimeError) as error:  # text, records, foreign byte order
         raise DataError(f"{path}: {name} is not an array of numbers: {first_line(error)}") from error
@@ -472,7 +472,7 @@ def _class_names(path: Path) -> tuple[str, ...]:
             f"{path} has no class subfolders, so it holds no labels. Give a folder with one subfolder per class, "
             "or pass it as --unlabeled"
         )
-    # a class may well be called train (CIFAR-100 has it); class folders in it make it a part
+    # a class may be called train, as in CIFAR-100; with class folders in it, it is a part
     for name in names:
         if name in {"train", *TEST_PARTS} and class_folders(path / name):
             raise DataError(

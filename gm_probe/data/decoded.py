@@ -63,7 +63,7 @@ class Decoded:
             return
         try:
             for number, array in zip(numbers.tolist(), arrays, strict=True):
-                # through the file, not the map: of a full disk the map would tell by a signal that ends the process
+                # written to the file, not to the map: on a full disk the map would raise a signal that ends the process
                 if os.pwrite(self._file.fileno(), array.tobytes(), number * self._bytes) < self._bytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self._known[number] = True

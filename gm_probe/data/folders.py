@@ -75,7 +75,7 @@ def entries(folder: Path, passed: PassedOver) -> tuple[list[str], list[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads round in a circle
+    except OSError:  # a circle of links
         return False
 
 

@@ -35,7 +35,7 @@ Icons and FITS are not among them: they may unpack to far more pixels than they 
 IN_MEMORY = 2**30
 """Bytes up to which decoded images are kept in memory; more are kept on disk (data.decoded)."""
 T = TypeVar("T")
-BLOCK = 1000  # images handled at a time where a pass over all must not fill the memory
+BLOCK = 1000  # images that are handled at once, so that a pass over all does not fill the memory
 HEADERS = 1000
 """Number of headers that are read when a folder is opened: those of millions would take minutes."""
 DEEP = 16
@@ -87,7 +87,7 @@ class ImageFiles:
         read = _in_threads(_header_or_none, seen)
         headers = [(file, header) for file, header in zip(seen, read, strict=True) if header is not None]
         if not headers:
-            headers = [(self.files[0], _header(self.files[0]))]  # which says what is wrong
+            headers = [(self.files[0], _header(self.files[0]))]  # raises an error that says what is wrong
         _require_full_range([file for file, header in headers if header.deep])
         channels = reading.channels
         if channels is None:
@@ -144,7 +144,7 @@ class ImageFiles:
     def _decode(self, places: np.ndarray) -> np.ndarray:
         """Decode the images at ``places`` (n,) to (n, C, H, W)."""
         files = [self.files[place] for place in places.tolist()]
-        # no filter of warnings, which are the process's: this may run in a thread beside the caller's
+        # no filter of warnings, which would hold for the process: this may run in a thread beside the caller's
         with ThreadPoolExecutor() as pool:
             arrays = list(pool.map(partial(decode, reading=self._reading), files))
         for file, array in zip(files, arrays, strict=True):
@@ -222,7 +222,7 @@ def _require_full_range(files: Sequence[Path]) -> None:
             peaks.append(int(decode(file, Reading()).max()))
         except DataError:  # it is named when it is taken
             continue
-        if peaks[-1] >= 64:  # of the upper eight bits
+        if peaks[-1] >= 64:  # the upper eight bits are used
             return
     if peaks:
         bits = 8 + max(peaks).bit_length()
@@ -278,7 +278,7 @@ def taken(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor])
 
 
 def _in_threads(function: Callable[[Path], T], files: Sequence[Path]) -> list[T]:
-    # warnings are silenced once for all threads (the filters are the process's); our own cap follows
+    # filters of warnings hold for all threads, so they are set once; our own limit on pixels follows
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:  # decoding releases the GIL
         return list(pool.map(function, files))
 
@@ -324,7 +324,7 @@ def _opened(file: Path) -> Image.Image:
         raise DataError(f"cannot decode {file}: it is missing or not a regular file. Remove or replace it")
     try:
         image = Image.open(file, formats=_formats(file.suffix.lower()))
-    except Exception as error:  # likewise
+    except Exception as error:  # Pillow raises many kinds here, too
         raise _broken(file, error) from error
     if image.width * image.height > MAX_PIXELS:
         image.close()

@@ -18,7 +18,7 @@ def require_source(name: str, *, here: bool = False) -> None:
     Args:
         here: a path must exist on this machine, which will read it.
     """
-    elsewhere = Path(name).name != name and not here  # maybe on the machine that will read it
+    elsewhere = Path(name).name != name and not here  # it may exist on the machine that will read it
     if name not in NAMES and not elsewhere and not Path(name).exists():
         raise no_source(name)
 

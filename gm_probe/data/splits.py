@@ -174,7 +174,7 @@ def hold_out(splits: Splits, share: float, seed: int) -> Splits:
     positions = torch.tensor(splits.indices["train"])
     indices = {part: positions[of].tolist() for part, of in chosen.items()}
     kept = inputs = train.select(chosen["train"])
-    if few_labels:  # after the train part come those without labels
+    if few_labels:  # the train part comes first, then those without labels
         rest = torch.arange(len(train), len(splits.inputs))
         inputs = splits.inputs.select(torch.cat([chosen["train"], rest]))
     return Splits(

@@ -44,7 +44,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         StorageError: the folder is missing, full or read-only; ``path`` is left as it was.
     """
-    # named before it is there: Ctrl-C may come right after it has been made
+    # named before it is made: Ctrl-C may come right after that
     writer = f"{OURS}{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
     temporary = path.parent / f".{path.name}.{writer}.tmp"
     try:
@@ -61,7 +61,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
         ) from error
     finally:
-        with suppress(OSError):  # the folder may not be there; what went wrong before is what counts
+        with suppress(OSError):  # the folder may not exist; the error before counts
             temporary.unlink()
 
 

@@ -20,7 +20,7 @@ from gm_probe.files.schema import between, bounded, mapping, optional, scalar, t
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes on one folder are the user's care there
+except ImportError:  # on Windows nothing keeps two processes from one folder
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
@@ -132,7 +132,7 @@ class FolderLock:
             return
         self._last = now
         rate = (done - self._first) / max(now - self._began, 1e-9)
-        known = rate > 0 and done < total  # beyond what was expected nobody knows
+        known = rate > 0 and done < total  # unknown once more was done than was expected
         progress = StageProgress(stage, done, total, (total - done) / rate if known else None, more())
         self._progress = json.dumps(asdict(progress))
         self._write()
@@ -141,14 +141,14 @@ class FolderLock:
         """Give a sign of life by a change of the lock: who watches it needs no clock that agrees with this one."""
         self._beats += 1
         self._write()
-        with suppress(OSError, TypeError):  # on a full disk this is all that changes; Windows has it not
+        with suppress(OSError, TypeError):  # on a full disk only the date changes; Windows lacks this call
             os.utime(self._file.fileno())
 
     def _write(self) -> None:
         content = f"{self._holder}{self._progress}\n{self._beats}\n".encode()
         with self._writing, suppress(OSError):  # a full disk must not end the work over this
             self._file.seek(0)
-            self._file.write(content)  # over what stood there, so that the first line is never torn
+            self._file.write(content)  # overwritten in place, so that the first line is never incomplete
             self._file.truncate()
 
 
@@ -185,7 +185,7 @@ def exclusive(folder: Path) -> Iterator[FolderLock]:
             if now is not None and now.elsewhere and now != gone:  # another that watched was faster
                 raise _busy(folder, now)
             lock = FolderLock(file)
-            os.fsync(file.fileno())  # over a network others see it only now
+            os.fsync(file.fileno())  # over a network, other machines see it only after this
         ended = threading.Event()
         beat = threading.Thread(target=_beat, args=(lock, ended), daemon=True)
         try:
@@ -240,7 +240,7 @@ def _lock(file: io.FileIO, folder: Path, *, within: float = 0.0) -> None:
             if time.monotonic() >= end:
                 raise BusyError(f"another gmprobe is working on {folder}; wait for it to end") from error
             time.sleep(0.01)
-        except OSError as error:  # a network's file system without locks: two could write at a time
+        except OSError as error:  # a network file system without locks: two processes could write at once
             raise StorageError(
                 f"{folder} is on a file system without locks ({error.strerror or error}); choose a folder on a local "
                 "disk, or mount it with locks"
@@ -259,9 +259,11 @@ def _alone_in_taking(folder: Path) -> Iterator[None]:
         except FileExistsError:
             with suppress(FileNotFoundError):
                 made = _left(path)
-                if made != seen:  # another's than before
+                if made != seen:  # another process made it meanwhile
                     began, seen = time.monotonic(), made
-                elif time.monotonic() - began > BEAT:  # left by a kill within these few lines
+                elif (
+                    time.monotonic() - began > BEAT
+                ):  # left by a process that was killed within these few lines
                     path.unlink()
             time.sleep(0.01)
         except OSError as error:
@@ -361,7 +363,7 @@ def held(folder: Path) -> bool:
 
 def alive(pid: int) -> bool:
     """Return whether a process of this machine has this number."""
-    if os.name == "nt":  # signal 0 is no question there
+    if os.name == "nt":  # signal 0 would end the process there
         return True
     try:
         os.kill(pid, 0)

@@ -41,7 +41,9 @@ def bounded(value: Any, *, nan: bool = True) -> None:
             _check_keys(item, place)
             waiting += [(each, inside(place, key), depth + 1) for key, each in item.items()]
         elif isinstance(item, list):
-            deeper = [each for each in item if not _passes(each, nan)]  # of many numbers nothing is kept
+            deeper = [
+                each for each in item if not _passes(each, nan)
+            ]  # plain numbers need no look of their own
             waiting += [(each, place, depth + 1) for each in deeper]
         elif isinstance(item, str):
             if len(item) > LONGEST_TEXT:

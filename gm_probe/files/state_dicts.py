@@ -174,7 +174,7 @@ def _of_optimizer(place: Place, value: Any) -> bool:
 
 
 def _is_weight(value: Tensor) -> bool:
-    # by the class: a file may set attributes on a tensor that hide its methods
+    # called on the class: a file may have set attributes on a tensor that hide its methods
     return Tensor.is_floating_point(value) and Tensor.dim(value) > 0
 
 

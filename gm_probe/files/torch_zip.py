@@ -82,12 +82,12 @@ def read_records(path: Path, file: IO[bytes]) -> list[Record]:
             f"cannot read {path}: it is truncated, or not a zip file as torch.save writes it, so two "
             "readers could see different contents. Copy it again, or save it again with torch.save"
         ) from error
-    # torch's own reader does not heed case
+    # torch's own reader ignores case
     if len({record.name.lower() for record in records}) < len(records):
         raise CheckpointError(f"{path} holds two records of one name; save it again with torch.save")
     if not any(
         record.checksum for record in records
-    ):  # torch.save was told to compute none (set_crc32_options)
+    ):  # torch.save can be told to compute none (set_crc32_options)
         return records
     for record in records:
         checksum = 0

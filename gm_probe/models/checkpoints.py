@@ -89,7 +89,7 @@ def read_checkpoint(path: Path, key: str | None = None, strip: str | None = None
     content = contents[0] if len(contents) == 1 else {n: v for part in contents for n, v in part.items()}
     chosen = _chosen(path, content, key)
     state = chosen.state if strip is None else _stripped(path, chosen.state, strip)
-    # by the class: on a tensor, too, a file may have set an attribute that hides a method; this leaves them behind
+    # called on the class: a file may have set attributes on a tensor that hide its methods; detach drops them
     state = {name: Tensor.detach(value) for name, value in state.items()}
     for name, value in state.items():
         if problem := unusable(value, size):
@@ -140,7 +140,7 @@ def _chosen(path: Path, content: Any, key: str | None) -> Chosen:
     if not isinstance(content, (dict, list, tuple)):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
     names = content if isinstance(content, dict) else ()
-    # the text of another key may be beyond all bounds
+    # keys of other types may have texts of any length
     keys = [name if isinstance(name, str) else f"a key of {type(name).__name__}" for name in names]
     held = f"it has {first_three(keys)}" if keys else f"it is a {type(content).__name__} without names"
     raise CheckpointError(
@@ -161,7 +161,7 @@ def _stripped(path: Path, state: dict[str, Tensor], strip: str) -> dict[str, Ten
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     with open_to_read(path, follow=True) as file:
         length = int.from_bytes(file.read(8), "little")
-    if LISTED < length <= path.stat().st_size:  # it takes many times its size in memory
+    if LISTED < length <= path.stat().st_size:  # parsing it takes many times its size in memory
         raise CheckpointError(f"{path} has a header of {length:,} bytes; networks need less than {LISTED:,}")
     try:
         with _utf8_name(path) as name, safetensors.safe_open(name, framework="pt", device="cpu") as file:
@@ -327,7 +327,7 @@ def _classes(
 
 
 def _remedy(checkpoint: Checkpoint, prefix: str, wrong: bool) -> str:
-    if not wrong:  # all that the network needs is there
+    if not wrong:  # the file has all that the network needs
         return (
             f"--strip {start_of(prefix)} uses only the tensors with this prefix"
             if prefix

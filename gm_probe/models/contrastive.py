@@ -94,8 +94,8 @@ def nt_xent_logits(outputs: Tensor, temperature: float, *, shared: bool = False)
     n, total = len(directions), len(every)
     with torch.autocast(outputs.device.type, enabled=False):
         similarities = directions @ every.T / temperature
-    # without the view itself: a logit of -∞ would put NaN into the KL. By views of the flat matrix, in which one place
-    # in ``total`` + 1 is left out: a mask would make the host wait
+    # the view itself is left out, because a logit of -∞ would put NaN into the KL. In the flat matrix it is every
+    # (total + 1)-th place, so views can skip it; a mask would make the host wait for the device
     flat, first = similarities.flatten(), n * rank() if shared else 0
     middle, last = first + 1, first + 1 + (n - 1) * (total + 1)
     between = flat[middle:last].view(n - 1, total + 1)[:, :total]
@@ -108,6 +108,6 @@ def partners(images: int, before: int | None = None) -> Tensor:
     Args:
         before: number of other processes' views before this one's; None = by rank, in a batch that all share.
     """
-    # of the first views the view itself lies left of the partner, which moves it up by one
+    # the first B views come before their partners, so leaving out the view itself moves these one column to the left
     index = torch.arange(images) + (2 * images * rank() if before is None else before)
     return torch.cat([index + images - 1, index])

@@ -118,7 +118,7 @@ class Outputs:
             return taken
         if kind == "logits":
             return torch.stack([torch.zeros_like(taken), taken], -1)
-        # of 1 − p, which keeps a digit of p near 1 where there is one
+        # log(1 − p) by expm1, which keeps the digits of p near 1
         rest = -torch.expm1(taken)
         return torch.stack([rest.clamp(min=torch.finfo(taken.dtype).eps / 2).log(), taken], -1)
 
@@ -164,7 +164,7 @@ class Outputs:
                 if self.head == "classifier"
                 else "every number lies in [0, 1]"
             )
-        # a trained network's sigmoid of each class; logits that a ReLU made have zeros among them
+        # as from a sigmoid of each class of a trained network; logits after a ReLU contain zeros
         low, high = (float(values.min()), float(values.max())) if values.numel() >= _MANY else (0.0, 2.0)
         if 0 < low < 0.05 and 0.95 < high <= 1:
             return "every number lies between 0 and 1, as a sigmoid's do"

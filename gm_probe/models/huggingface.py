@@ -134,7 +134,7 @@ def _built(
     with torch.device("meta"):
         size = sum(p.numel() for p in made(config).parameters())
     held = sum(value.numel() for value in state.values())
-    if size > 2 * held + 2**20:  # before it takes memory
+    if size > 2 * held + 2**20:  # refused before it takes memory
         raise CheckpointError(f"{path} describes {size:,} parameters, but the weights are {held:,} numbers")
     model, found = made.from_pretrained(
         None,
@@ -142,7 +142,7 @@ def _built(
         state_dict=dict(state),
         attn_implementation="eager",
         dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # the caller tells of them
+        ignore_mismatched_sizes=True,  # the caller reports them
         output_loading_info=True,
         local_files_only=True,
         trust_remote_code=False,
@@ -203,7 +203,7 @@ def _offline() -> Iterator[None]:
     """Keep the Hub's library from the network."""
     try:
         from huggingface_hub import constants
-    except ImportError:  # then there is no transformers either
+    except ImportError:  # without it transformers is not installed either
         yield
         return
     before = constants.HF_HUB_OFFLINE

@@ -52,7 +52,7 @@ def fitted_model(
     if name is None:
         name = _recorded_name(checkpoint)
     elif recorded is not None and recorded.name.partition(",")[0] == name:
-        name = recorded.name  # with its builder's keywords
+        name = recorded.name  # the recorded name has its builder's keywords
     elif recorded is None:
         check_configured(name)
     if recorded is not None:
@@ -61,11 +61,13 @@ def fitted_model(
         temperature = temperature or recorded.temperature
     if name == huggingface.NAME:
         return _from_folder(checkpoint, dtype)
-    if num_classes is None and not (is_user_code(name) and temperature is None):  # which builds what it will
+    if num_classes is None and not (
+        is_user_code(name) and temperature is None
+    ):  # a user's own code decides itself
         num_classes = _rows_of_last_matrix(checkpoint)
     spec = ModelSpec(name, input_shape or (3, 32, 32), num_classes or 0, temperature)
     if not spec.is_user_code:
-        # before it takes memory: the record, or a head, may claim a network of any size
+        # checked before memory is taken: the record, or a head, may claim a network of any size
         try:
             with torch.device("meta"):
                 fitting(build_model(spec), checkpoint)
@@ -73,7 +75,7 @@ def fitted_model(
             if not followed:
                 raise
             raise CheckpointError(f"{checkpoint.path} records an impossible network: {error}") from error
-    with generators_kept():  # initial weights are overwritten; the caller's draws stay its own
+    with generators_kept():  # the initial weights do not count, so the caller's generators are left alone
         model = build_model(spec).to(dtype)
     fit = load_weights(model, checkpoint)
     return model, fit

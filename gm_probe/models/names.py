@@ -69,7 +69,7 @@ def _require_registered(library: str, name: str) -> None:
     """Raise UsageError where the library's code registers models, but none of this ``name``."""
     texts = list(_sources(library))
     names = {found for text in texts for found in _REGISTERED.findall(text)}
-    plain = name.partition(".")[0]  # timm names the weights after a dot
+    plain = name.partition(".")[0]  # in timm the weights' name follows a dot
     # timm keeps earlier names as strings
     if names and ":" not in name and plain not in names and not any(f"'{name}'" in text for text in texts):
         raise UsageError(

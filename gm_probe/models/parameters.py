@@ -96,8 +96,8 @@ class Parameters:
         ]
         self._places = list(_places(model))
         self._theta: Tensor | None = None  # set within ``one_pass``
-        self._constants: dict[str, Tensor] | None = None  # as well
-        self.sparse_gradients = False  # of parameters that forward hands to a functional embedding
+        self._constants: dict[str, Tensor] | None = None  # set within ``one_pass``
+        self.sparse_gradients = False  # True where forward uses a functional embedding with sparse=True
         self._writes = True  # until a call has shown that forward does not write to parameters
         self.size = sum(self._sizes)
         if not self.size:
@@ -362,7 +362,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     spaces = [vars(module) for module in model.modules()]
     spaces += [value for space in spaces for value in space.values() if isinstance(value, dict)]
-    kept: list[list[dict[str, Any]]] = []  # by pass: a model may call itself
+    kept: list[list[dict[str, Any]]] = []  # one entry per pass: a model may call itself
 
     def keep(*_: object) -> None:
         kept.append([dict(space) for space in spaces])

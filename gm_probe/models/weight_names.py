@@ -136,7 +136,7 @@ def _others(
             below.append(name)
         else:
             beside.append(name)
-    if len(beside) <= len(taken[prefix]):  # of something smaller beside the network, such as a projector
+    if len(beside) <= len(taken[prefix]):  # something smaller than the network, such as a projector
         left_out, beside = left_out + beside, []
     order = {name: index for index, name in enumerate(held)}
     return sorted(left_out, key=order.__getitem__), sorted(below + beside, key=order.__getitem__)

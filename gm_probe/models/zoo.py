@@ -109,7 +109,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     Raises:
         UsageError: no such model, a size that is no whole number above 0, or it does not take this input.
     """
-    if not spec.is_user_code or spec.temperature is not None:  # which builds what it will
+    if not spec.is_user_code or spec.temperature is not None:  # a user's own code decides itself
         whole("num_classes", spec.num_classes)
     for size in spec.input_shape:
         whole("input_shape", size)
@@ -306,7 +306,7 @@ def _not_built(name: str, keywords: Mapping[str, Any]) -> Callable[[str], UsageE
 
 
 def _timm_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:
-    if ":" in name:  # hf-hub: and local-dir: are timm's ways to others' files
+    if ":" in name:  # with hf-hub: and local-dir: timm would read other people's files
         raise UsageError(
             f"no model 'timm:{name}'; timm's own models are given as timm:NAME, and others by your own "
             "code as file.py:callable"
@@ -321,7 +321,7 @@ def _timm_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec],
         with foreign_or(_not_built(f"timm:{name}", keywords)):
             try:
                 return timm.create_model(name, **{"img_size": spec.input_shape[-1], **options})
-            except TypeError:  # convolutional networks take any size and know no img_size
+            except TypeError:  # convolutional networks have no img_size
                 return timm.create_model(name, **options)
 
     return build
@@ -339,7 +339,7 @@ def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
                 module = importlib.import_module(location) if file is None else _module_of(file)
                 model: nn.Module = getattr(module, attribute)()
             unwrapped(model)  # which raises where it cannot run with perturbed weights
-        except (Exception, SystemExit) as error:  # whatever a user's own code raises
+        except (Exception, SystemExit) as error:  # a user's own code may raise anything
             if out_of_memory(error):
                 raise
             kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "

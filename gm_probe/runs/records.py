@@ -122,7 +122,7 @@ def read_run(path: Path) -> RunRecord:
         began = (path / CONFIG).exists() or summary.get("status") != "failed"
         config = _checked(path / CONFIG, read_toml(path / CONFIG), CONFIG_KIND) if began else {}
         measured = _measured(path, MEASURES_KIND) if (path / MEASURES).exists() else {}
-    except OSError as error:  # another's folder, who lets nobody in
+    except OSError as error:  # another user's folder
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     measures, settings = measured.get("measures", {}), measured.get("settings", {})
     return RunRecord(path, config, summary, measures, settings, measured.get("density"))
@@ -243,7 +243,7 @@ def find_runs(root: Path) -> list[Path]:
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give the folder that `gmprobe sweep --out` wrote")
     try:
-        os.scandir(root).close()  # walking passes over what it cannot read
+        os.scandir(root).close()  # os.walk skips what it cannot read
     except OSError as error:
         raise StorageError(f"cannot read {root}: {error.strerror or error}") from error
     runs = sorted(Path(folder) for folder, _, files in os.walk(root) if {CONFIG, SUMMARY} & set(files))

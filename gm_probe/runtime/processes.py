@@ -117,7 +117,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Tensor:
-        # of the sum of all processes' losses: each has looked at every part
+        # the gradient of the sum of all processes' losses, since each process used every part
         total = sum_over_processes(slopes[0].clone(memory_format=torch.contiguous_format))
         return total.chunk(count())[rank()]
 
@@ -142,7 +142,7 @@ def joined(device: torch.device) -> Iterator[None]:
     if _together() or launched() < 2:
         yield
         return
-    if device.type != "cpu":  # which the collectives of plain objects use
+    if device.type != "cpu":  # collectives of plain objects use the current device
         torch.get_device_module(device).set_device(own_device(device))
     # Its functions take the group of the moment of their import as a default. Imported later (as torch.optim does,
     # by torch._dynamo), they would keep the group and its threads alive until the interpreter's end, which aborts then
@@ -152,7 +152,7 @@ def joined(device: torch.device) -> Iterator[None]:
         distributed.init_process_group(backend)
     try:
         yield
-        distributed.barrier()  # none takes the group down while another still talks
+        distributed.barrier()  # no process ends the group while another still uses it
     finally:
         distributed.destroy_process_group()
 

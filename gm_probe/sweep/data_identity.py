@@ -176,7 +176,7 @@ def common_unlabeled(runs: Sequence[Path], leave: Leave = NO_LEAVE) -> Examples:
     first, examples = runs[0], own_unlabeled(runs[0], leave)
     split = read_split(first)
     for run in runs[1:]:
-        if read_split(run) == split:  # with its digest of the examples: no need to read them again
+        if read_split(run) == split:  # the digest of the examples is in it, so they need not be read again
             continue
         if not _equal(own_unlabeled(run, leave), examples):
             raise DataError(

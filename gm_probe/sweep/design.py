@@ -94,11 +94,11 @@ def _at(name: str, part: Any, u: float) -> Any:
     if not isinstance(part, Mapping) or not {"low", "high"} <= set(part) <= {"low", "high", "log"}:
         raise UsageError(f"recipe: {name} = {part!r} must be a list or {{low, high}}, optionally with log")
     low, high, log = part["low"], part["high"], part.get("log", False)
-    whole = type(low) is int and type(high) is int
+    integers = type(low) is int and type(high) is int
     numbers = all(type(end) in {int, float} and math.isfinite(end) for end in (low, high))
     if not numbers or type(log) is not bool or not low < high or (log and low <= 0):
         raise UsageError(f"recipe: {name} needs finite low < high" + (", low > 0 with log" if log else ""))
-    if whole:  # each whole number has its share
+    if integers:  # each of them has its share
         ends = (low - 0.5, high + 0.5)
         return min(max(round(_between(*ends, u, log)), low), high)
     return float(f"{_between(low, high, u, log):.3g}")

@@ -87,7 +87,7 @@ class _Rate:
             probed = min(self.num_unlabeled, plan.max_examples or self.num_unlabeled)
             seconds += expected_cost(plan.measures, plan.settings) * probed * self.views * self.evaluation
         indices = INDEX * (self.inputs + self.num_test + self.num_unlabeled)
-        copies = 1 + (config.eval_every > 0) + (config.ema_decay is not None)  # the last, the best, the raw
+        copies = 1 + (config.eval_every > 0) + (config.ema_decay is not None)  # last, best, raw weights
         kept = copies * self.weights + indices + 300 * config.epochs + 5000
         moments = {"sgd": int(config.momentum > 0), "adamw": 2}[config.optimizer]
         passing = 1 + moments + (config.ema_decay is not None)

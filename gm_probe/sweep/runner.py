@@ -64,10 +64,10 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
     try:
         train(
             config, out, resume=True
-        )  # of a finished run only what a kill after its summary left is removed
+        )  # for a finished run, this only removes what a kill after its summary left
         if plan.measures:
             with exclusive(out) as lock:
-                if is_complete(out, plan):  # another did it since this one looked
+                if is_complete(out, plan):  # another process did it since this one looked
                     return "skipped"
                 _measure(config, plan, out, lock)
         return "finished"
@@ -163,7 +163,7 @@ def run_recipe(
             reason = f"{folder} is a link; a sweep writes into its own folder only. Remove the link"
             report(Outcome(name, "failed", reason, tried=False))
         elif is_complete(folder, recipe.plan):
-            _forget_failure(folder)  # a disk may refuse the last write's sync with all of it there
+            _forget_failure(folder)  # a disk may fail at the last sync although everything was written
             report(Outcome(name, "skipped", tried=False))
         elif not retry_failed and failed_before(folder):
             report(Outcome(name, "failed", failure(folder), tried=False))

@@ -159,7 +159,7 @@ def run_status(path: Path, name: str, sweep: _Sweep | None = None, planned_as: s
             state = state if read_run(path).measured(sweep.content["measures"], asked) else "trained"
     except StorageError as error:
         state, reason = "failed", str(error)
-    except OSError as error:  # another's, who lets nobody in
+    except OSError as error:  # another user's folder
         state, reason = "failed", f"cannot read {path}: {error.strerror or error}"
     most = planned.get("epochs") if planned is not None else _max_epochs(path)
     ended = _latest(path, (SUMMARY, MEASURES)) if state in ENDED else None
@@ -206,5 +206,5 @@ def _eta(runs: Sequence[RunStatus], sweep: _Sweep) -> float | None:
     if not at_work or not done:
         return None
     left = sum(run.state not in ENDED for run in runs) - sum(shares.values())
-    since = max(sweep.began, min(begun, default=0.0))  # a cluster may have let it wait
+    since = max(sweep.began, min(begun, default=0.0))  # on a cluster it may have waited
     return (time.time() - since) / done * left
