@@ -244,10 +244,7 @@ CHECKS: dict[str, Callable[[str], Any]] = {
     "its other measures": lambda device: measured(convolutional, device, OTHERS),
     "the measures of an attentive network": lambda device: measured(Attentive, device),
     **{f"steps of {method}": lambda device, method=method: stepped(method, device) for method in METHODS},
-    **{
-        f"a run by {method}": lambda device, method=method: trained(device, method=method)
-        for method in METHODS
-    },
+    "a run by one-pass IAM-D": lambda device: trained(device, method="iam-d-onepass"),
     "a run with all about it": lambda device: trained(
         device,
         model="wrn-10-1",

@@ -310,25 +310,13 @@ def after(change: Callable[..., Any]) -> Callable[[], nn.Module]:
 
 KINDS: dict[str, Kind] = {
     "a tensor of logits (B, C)": Kind(mlp),
-    "an object with .logits": Kind(
-        after(lambda z, x: SimpleNamespace(logits=z, hidden=x)),
-        inner,
-    ),
-    'a mapping with "logits"': Kind(
-        after(lambda z, x: {"features": x, "logits": z}),
-        inner,
-    ),
+    "an object with .logits": Kind(after(lambda z, x: SimpleNamespace(logits=z, hidden=x)), inner),
+    'a mapping with "logits"': Kind(after(lambda z, x: {"features": x, "logits": z}), inner),
     "a tuple, list or mapping": Kind(after(lambda z, x: (x, z)), refused="--output"),
-    "a tuple, list or mapping, with --output": Kind(
-        after(lambda z, x: (x, z)),
-        inner,
-        outputs=Outputs(1),
-    ),
+    "a tuple, list or mapping, with --output": Kind(after(lambda z, x: (x, z)), inner, outputs=Outputs(1)),
     "probabilities": Kind(after(lambda z, x: z.softmax(1)), refused="probabilities"),
     "probabilities, with --outputs-are": Kind(
-        after(lambda z, x: z.softmax(1)),
-        inner,
-        outputs=Outputs(kind="probabilities"),
+        after(lambda z, x: z.softmax(1)), inner, outputs=Outputs(kind="probabilities")
     ),
     "log-probabilities": Kind(after(lambda z, x: z.log_softmax(1)), inner),
     "a loss": Kind(after(lambda z, x: z.mean()), refused="a single number"),
@@ -337,9 +325,7 @@ KINDS: dict[str, Kind] = {
     ),
     "one logit": Kind(binary, refused="--head binary"),
     "one logit, with --head binary": Kind(
-        lambda: Wrapped(binary()),
-        lambda: Wrapped(binary(), pair),
-        outputs=Outputs(head="binary"),
+        lambda: Wrapped(binary()), lambda: Wrapped(binary(), pair), outputs=Outputs(head="binary")
     ),
     "DataParallel, DistributedDataParallel": Kind(lambda: nn.DataParallel(mlp()), mlp),
     "torch.compile": Kind(lambda: torch.compile(mlp(), backend="eager"), mlp),  # type: ignore[arg-type, return-value]
@@ -372,10 +358,7 @@ KINDS: dict[str, Kind] = {
     ),
     "frozen parameters": Kind(frozen),
     "several inputs by name": Kind(
-        ByName,
-        inner,
-        lambda: {"input_values": vectors(), "mask": torch.ones(N, D)},
-        plain_x=vectors,
+        ByName, inner, lambda: {"input_values": vectors(), "mask": torch.ones(N, D)}, plain_x=vectors
     ),
     "layers that draw in train mode": Kind(lambda: Noisy(random.random), inner),
     "layers that draw in eval mode": Kind(

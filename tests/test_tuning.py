@@ -33,15 +33,7 @@ from gm_probe.models.loading import load_model
 from gm_probe.runs.records import find_runs
 from gm_probe.sweep.recipe import Recipe
 from gm_probe.sweep.runner import run_recipe
-from gm_probe.sweep.tuning import (
-    VALIDATION,
-    Cell,
-    Point,
-    Tuner,
-    best_of,
-    check_tunable,
-    rivals_of,
-)
+from gm_probe.sweep.tuning import VALIDATION, Cell, Point, Tuner, best_of, check_tunable, rivals_of
 from gm_probe.training.config import SETTINGS, TrainConfig
 from gm_probe.training.run_splits import _open, load_splits
 

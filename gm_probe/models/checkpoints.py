@@ -339,11 +339,7 @@ def _remedy(checkpoint: Checkpoint, prefix: str, wrong: bool) -> str:
 
 
 def save_checkpoint(
-    path: Path,
-    model: nn.Module,
-    spec: ModelSpec,
-    normalization: Normalization,
-    classes: tuple[str, ...] = (),
+    path: Path, model: nn.Module, spec: ModelSpec, normalization: Normalization, classes: tuple[str, ...] = ()
 ) -> None:
     """Write weights and record to ``path``: .safetensors, or a torch file by any other suffix. Atomic.
 
@@ -353,12 +349,7 @@ def save_checkpoint(
         StorageError: it cannot be written.
     """
     header = json.dumps(
-        {
-            "model": spec.as_dict(),
-            "mean": normalization.mean,
-            "std": normalization.std,
-            "classes": classes,
-        }
+        {"model": spec.as_dict(), "mean": normalization.mean, "std": normalization.std, "classes": classes}
     )
     # cloned: safetensors refuses tied tensors that share memory, and strict loading wants both names
     state = {

@@ -44,12 +44,7 @@ class Parameters:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        pattern: str = "",
-        outputs: Outputs | None = None,
-        *,
-        or_frozen: bool = False,
+        self, model: nn.Module, pattern: str = "", outputs: Outputs | None = None, *, or_frozen: bool = False
     ) -> None:
         self.model = model = unwrapped(model)
         self.outputs = outputs or Outputs()

@@ -70,11 +70,7 @@ _OTHERS = either(
     "a number, a text, true or false, or a list or table of these", optional(_PLAIN), mapping(anything)
 )
 _NO_SETTINGS = _IDENTITY | set(RESULTS)
-CONFIG_KIND = table(
-    {**SETTING_KINDS, "environment": mapping(_PLAIN)},
-    others=_OTHERS,
-    refused=_NO_SETTINGS,
-)
+CONFIG_KIND = table({**SETTING_KINDS, "environment": mapping(_PLAIN)}, others=_OTHERS, refused=_NO_SETTINGS)
 
 # ---- summary.json
 

@@ -22,13 +22,7 @@ from gm_probe.runtime.device_names import require_device_name
 from gm_probe.sweep.design import DESIGNS, points, require_known
 from gm_probe.training.config import SETTINGS, TrainConfig
 
-_SHORT = {
-    "batch_size": "bs",
-    "weight_decay": "wd",
-    "seed": "s",
-    "method": "",
-    "model": "",
-}
+_SHORT = {"batch_size": "bs", "weight_decay": "wd", "seed": "s", "method": "", "model": ""}
 
 
 @dataclass(frozen=True)

@@ -149,10 +149,7 @@ class Tuner:
 
     def _cell(self, point: Point) -> Cell:
         records = [read_run(self.out / name) for name in self.recipe([point]).runs]
-        return Cell(
-            point,
-            tuple(_error(r) if r.status == "finished" else None for r in records),
-        )
+        return Cell(point, tuple(_error(r) if r.status == "finished" else None for r in records))
 
 
 def _error(record: RunRecord) -> float:
