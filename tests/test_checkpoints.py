@@ -160,21 +160,13 @@ def test_every_usual_nest(tmp_path: Path, trained: Net, nest: str, legacy: bool)
     assert same(reloaded(path), trained)
 
 
-@pytest.mark.parametrize(
-    "prefix",
-    [
-        "",
-        "module.",
-        "_orig_mod.",
-        "model.",
-        "module._orig_mod.",
-        "_orig_mod.module.",
-        "model.module._orig_mod.",
-        "model.model.",
-    ],
-)
+PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "model.module._orig_mod.", "model.model."]
+PREFIXES += ["net.", "module.encoder.", "a.b.c.d.", "model.net._orig_mod."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_every_usual_prefix(tmp_path: Path, trained: Net, prefix: str, suffix: str) -> None:
+def test_any_prefix_is_taken_off(tmp_path: Path, trained: Net, prefix: str, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     state = {prefix + name: value.clone() for name, value in trained.state_dict().items()}
     if suffix == ".pt":
@@ -295,12 +287,6 @@ def test_a_key_that_is_not_there_is_a_usage_error(tmp_path: Path, trained: Net) 
             read_checkpoint(tmp_path / "a.pt", key=key)
     with pytest.raises(UsageError, match=r"begins with --strip net; the names are conv\.weight"):
         read_checkpoint(tmp_path / "a.pt", strip="net")
-
-
-@pytest.mark.parametrize("prefix", ["net.", "module.encoder.", "a.b.c.d.", "model.net._orig_mod."])
-def test_any_prefix_is_taken_off(tmp_path: Path, trained: Net, prefix: str) -> None:
-    torch.save(below(prefix, trained.state_dict()), tmp_path / "a.pt")
-    assert same(reloaded(tmp_path / "a.pt"), trained)
 
 
 @pytest.mark.parametrize("wrap", ["parallel", "compiled", "averaged", "inner"])
@@ -506,41 +492,28 @@ def test_missing_file(tmp_path: Path) -> None:
 
 RECORD = {"model": SPEC.as_dict(), "mean": [0.5], "std": [0.2], "classes": ["a"]}
 BROKEN_HEADERS: list[Any] = [
-    "",
-    "nonsense",
-    "null",
-    "[1]",
-    "{}",
     "[" * 100_000,
+    "null",
+    "{}",
+    3,
     json.dumps({**RECORD, "model": "6cnn"}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": 3}}),
     json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": [float("inf")]}}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": -1}}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": 3.7}}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": "3"}}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": "388"}}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": [1] * 1000}}),
     json.dumps({**RECORD, "mean": 0.5}),
     json.dumps({**RECORD, "mean": ["a"]}),
     json.dumps({**RECORD, "mean": [0.5, 0.5]}),
-    json.dumps({**RECORD, "std": [0.0]}),
     json.dumps({**RECORD, "std": [float("nan")]}),
     json.dumps({**RECORD, "classes": 3}),
 ]
 
 
 @pytest.mark.parametrize("header", BROKEN_HEADERS)
-def test_broken_records_are_refused(tmp_path: Path, header: str) -> None:
+def test_broken_records_are_refused(tmp_path: Path, header: Any) -> None:
+    """Broken specs of the network are in test_models.py."""
     torch.save({"state_dict": STATE, HEADER: header}, tmp_path / "a.pt")
     assert "its gm_probe header is broken" in refused(tmp_path / "a.pt")
-    safetensors.torch.save_file(STATE, tmp_path / "a.safetensors", {HEADER: header})
-    assert "its gm_probe header is broken" in refused(tmp_path / "a.safetensors")
-
-
-@pytest.mark.parametrize("header", [3, ["a"], {"model": 1}])
-def test_records_of_another_type_are_refused(tmp_path: Path, header: Any) -> None:
-    torch.save({"state_dict": STATE, HEADER: header}, tmp_path / "a.pt")
-    assert "its gm_probe header is broken" in refused(tmp_path / "a.pt")
+    if isinstance(header, str):
+        safetensors.torch.save_file(STATE, tmp_path / "a.safetensors", {HEADER: header})
+        assert "its gm_probe header is broken" in refused(tmp_path / "a.safetensors")
 
 
 # ---- files that would run code (many more are in test_trust.py)

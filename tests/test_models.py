@@ -374,6 +374,12 @@ def test_spec_round_trip() -> None:
         {"num_classes": 2**70},
         {"input_shape": [1, 2**40, 2**40]},
         {"input_shape": ["x"]},
+        {"input_shape": 3},
+        {"input_shape": "388"},
+        {"input_shape": [1] * 1000},
+        {"num_classes": -1},
+        {"num_classes": 3.7},
+        {"num_classes": "3"},
     ):
         with pytest.raises((TypeError, ValueError, UsageError), match=r"."):
             ModelSpec.from_dict({**spec.as_dict(), **broken})

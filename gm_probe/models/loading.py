@@ -11,7 +11,7 @@ from torch import nn
 
 from gm_probe.data.batches import Normalization
 from gm_probe.data.datasets import NUMPY_SUFFIXES, TORCH_SUFFIXES, Examples
-from gm_probe.errors import CheckpointError, DataError, UsageError
+from gm_probe.errors import CheckpointError, DataError, UsageError, first_three
 from gm_probe.models import huggingface
 from gm_probe.models.checkpoints import Checkpoint, Fit, fitting, load_weights
 from gm_probe.models.zoo import ModelSpec, build_model, check_configured, is_user_code
@@ -192,8 +192,8 @@ def check_classes(
     names = examples.classes
     if names and recorded and names != recorded:
         raise DataError(
-            f"{examples.source} has classes {_some(names)} but {checkpoint} was trained on {_some(recorded)}"
-            f"{_first_odd(names, recorded)}; rename the folders, or use the data as --unlabeled"
+            f"{examples.source} has classes {first_three(names)} but {checkpoint} was trained on "
+            f"{first_three(recorded)}{_first_odd(names, recorded)}; rename the folders, or use the data as --unlabeled"
         )
     if names and num_classes is not None and len(names) != num_classes:
         raise DataError(
@@ -204,11 +204,7 @@ def check_classes(
 
 def _first_odd(names: tuple[str, ...], recorded: tuple[str, ...]) -> str:
     """Name a class that only one side has, or say that the order differs, where the classes shown are the same."""
-    if _some(names) != _some(recorded):
+    if first_three(names) != first_three(recorded):
         return ""
     odd = sorted(set(names) ^ set(recorded))
     return f" (they differ in {odd[0]})" if odd else " (their order differs)"
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gm_probe.data.fields import Inputs, arguments
-from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.errors import CheckpointError, UsageError, first_three
 from gm_probe.files.tensors import not_finite
 from gm_probe.models.door import Outputs, unwrapped
 from gm_probe.models.recomputation import activations_kept
@@ -64,8 +64,9 @@ class Parameters:
                 raise UsageError(
                     f"{pattern!r} matches frozen parameters only ({frozen[0]!r}: requires_grad=False)"
                 )
-            some = ", ".join(list(trainable)[:3])
-            raise UsageError(f"{pattern!r} matches no parameter's name; some names are {some}, ...")
+            raise UsageError(
+                f"{pattern!r} matches no parameter's name; names are {first_three(list(trainable))}"
+            )
         first_name, first = next(iter(self.named.items()))
         self.dtype, self.device = first.dtype, first.device
         for name, p in self.named.items():
@@ -96,7 +97,7 @@ class Parameters:
         self._writes = True  # until a call has shown that forward does not write to parameters
         self.size = sum(self._sizes)
         if not self.size:
-            raise UsageError(f"all selected parameters are empty: {', '.join(list(self.named)[:3])}")
+            raise UsageError(f"all selected parameters are empty: {first_three(list(self.named))}")
 
     def require_trainable(self) -> None:
         """Raise UsageError where no parameter is, so that no derivative can be taken."""
