@@ -22,9 +22,8 @@ from gm_probe.data.folders import PassedOver, class_folders, entries, images_bel
 from gm_probe.data.images import ImageFiles, blocks, contents, sound
 from gm_probe.data.labels import as_labels
 from gm_probe.data.reading import Reading
-from gm_probe.data.sources import DATASETS, no_source
+from gm_probe.data.sources import DATASETS, default_data_root, no_source
 from gm_probe.errors import CheckpointError, DataError, UsageError, first_line
-from gm_probe.files.atomic import default_data_root
 from gm_probe.files.pickles import load_torch
 from gm_probe.files.regular import open_to_read
 from gm_probe.files.tensors import not_finite, unusable, widened

@@ -12,6 +12,18 @@ NAMES = ("digits", *DATASETS)
 """Data that is known by name; anything else is a path."""
 
 
+def default_data_root() -> Path:
+    """Return where torchvision's data sets are kept unless ``--data-root`` says otherwise: ``~/.cache/gm_probe``.
+
+    Raises:
+        UsageError: this user has no home.
+    """
+    try:
+        return Path.home() / ".cache" / "gm_probe"
+    except RuntimeError as error:
+        raise UsageError("this user has no home folder for data sets. Give --data-root DIR") from error
+
+
 def require_source(name: str, *, here: bool = False) -> None:
     """Raise UsageError where ``name`` is no known data set, nothing here, and no path to elsewhere; nothing is read.
 

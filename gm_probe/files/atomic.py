@@ -16,7 +16,7 @@ from typing import Any
 
 import tomli_w
 
-from gm_probe.errors import StorageError, UsageError
+from gm_probe.errors import StorageError
 from gm_probe.files.locks import alive
 from gm_probe.files.regular import open_to_write, read_record
 
@@ -24,18 +24,6 @@ OURS = "gmprobe-"
 """Begins the part of a temporary file's name that says who writes it; no other program's file has it."""
 DRAFT = re.compile(rf"\..+\.{OURS}(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{{8}}\.tmp")
 """The name of a temporary file of ``write_atomic``."""
-
-
-def default_data_root() -> Path:
-    """Return where torchvision's data sets are kept unless ``--data-root`` says otherwise: ``~/.cache/gm_probe``.
-
-    Raises:
-        UsageError: this user has no home.
-    """
-    try:
-        return Path.home() / ".cache" / "gm_probe"
-    except RuntimeError as error:
-        raise UsageError("this user has no home folder for data sets. Give --data-root DIR") from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
