@@ -54,38 +54,10 @@ class Parameters:
             trainable = dict(model.named_parameters())
         if not or_frozen or not trainable:
             self.require_trainable()
-        try:
-            self.named = {name: p for name, p in trainable.items() if re.search(pattern, name)}
-        except re.error as error:
-            raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
-        if not self.named:
-            frozen = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
-            if frozen:
-                raise UsageError(
-                    f"{pattern!r} matches frozen parameters only ({frozen[0]!r}: requires_grad=False)"
-                )
-            raise UsageError(
-                f"{pattern!r} matches no parameter's name; names are {first_three(list(trainable))}"
-            )
-        first_name, first = next(iter(self.named.items()))
+        self.named = _matching(trainable, pattern, model)
+        _require_alike(self.named)
+        first = next(iter(self.named.values()))
         self.dtype, self.device = first.dtype, first.device
-        for name, p in self.named.items():
-            if p.is_complex():
-                raise UsageError(
-                    f"parameter {name!r} is complex ({p.dtype}), but a ball in parameter space needs real "
-                    "numbers. Hold it as two real parameters (torch.complex(real, imag) in forward), "
-                    "freeze it by requires_grad_(False), or choose the others by --params"
-                )
-            if p.dtype != self.dtype:
-                raise UsageError(
-                    f"parameter {name!r} is {p.dtype} and {first_name!r} {self.dtype}. Convert all to one "
-                    "dtype (model.float()), and use autocast for speed"
-                )
-            if p.device != self.device:
-                raise UsageError(
-                    f"parameter {name!r} is on {p.device} and {first_name!r} on {self.device}; move the whole model to "
-                    "one device"
-                )
         self._sizes = [p.numel() for p in self.named.values()]
         self._sparse = [
             m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
@@ -250,6 +222,44 @@ class Parameters:
         """Return a (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
         sample = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
         return sample.to(self.device) * (norm / math.sqrt(self.size))
+
+
+def _matching(
+    trainable: Mapping[str, nn.Parameter], pattern: str, model: nn.Module
+) -> dict[str, nn.Parameter]:
+    """Return the ``trainable`` parameters in whose name ``pattern`` is found; UsageError where there are none."""
+    try:
+        found = {name: p for name, p in trainable.items() if re.search(pattern, name)}
+    except re.error as error:
+        raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
+    if found:
+        return found
+    frozen = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+    if frozen:
+        raise UsageError(f"{pattern!r} matches frozen parameters only ({frozen[0]!r}: requires_grad=False)")
+    raise UsageError(f"{pattern!r} matches no parameter's name; names are {first_three(list(trainable))}")
+
+
+def _require_alike(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise UsageError unless all are real, of one dtype and on one device."""
+    first_name, first = next(iter(parameters.items()))
+    for name, p in parameters.items():
+        if p.is_complex():
+            raise UsageError(
+                f"parameter {name!r} is complex ({p.dtype}), but a ball in parameter space needs real numbers. Hold it "
+                "as two real parameters (torch.complex(real, imag) in forward), freeze it by requires_grad_(False), or "
+                "choose the others by --params"
+            )
+        if p.dtype != first.dtype:
+            raise UsageError(
+                f"parameter {name!r} is {p.dtype} and {first_name!r} {first.dtype}. Convert all to one dtype "
+                "(model.float()), and use autocast for speed"
+            )
+        if p.device != first.device:
+            raise UsageError(
+                f"parameter {name!r} is on {p.device} and {first_name!r} on {first.device}; move the whole model to "
+                "one device"
+            )
 
 
 class _Then(nn.Module):
