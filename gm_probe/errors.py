@@ -19,6 +19,10 @@ class UsageError(ProbeError):
     exit_code = 2
 
 
+class NotInstalledError(UsageError):
+    """A library that an option or a model needs is missing."""
+
+
 class DerivativeError(UsageError):
     """A derivative beyond the gradient that a model lacks or misstates; measures that do without can be taken."""
 
@@ -83,6 +87,17 @@ def foreign_or(told: Callable[[str], ProbeError]) -> Iterator[None]:
         if out_of_memory(error):
             raise
         raise told(first_line(error)) from error
+
+
+@contextmanager
+def needs(what: str, library: str, extra: str) -> Iterator[None]:
+    """Raise NotInstalledError, which names gm_probe's ``extra``, where an import of ``library`` fails within."""
+    try:
+        yield
+    except ImportError as error:
+        raise NotInstalledError(
+            f"{what} needs {library}, which is not installed; pip install 'gm_probe[{extra}]'"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gm_probe.errors import CheckpointError, StorageError, UsageError, first_three, foreign_or, start_of
+from gm_probe.errors import CheckpointError, StorageError, first_three, foreign_or, needs, start_of
 from gm_probe.files.regular import read_at_most
 
 NAME = "hf"
@@ -101,12 +101,8 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
             "with your own code: --model file.py:callable"
         )
     with _offline():
-        try:
+        with needs(f"--model {NAME}", "transformers", "hf"):
             import transformers
-        except ImportError as error:
-            raise UsageError(
-                f"--model {NAME} needs transformers, which is not installed; pip install 'gm_probe[hf]'"
-            ) from error
         _require_known(transformers, path, record, name)
         with _quiet(transformers), foreign_or(partial(_not_built, path)):
             config = transformers.CONFIG_MAPPING[record["model_type"]].from_dict(_plain(record))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gm_probe.checks import real, whole
 from gm_probe.data.fields import Inputs, arguments
-from gm_probe.errors import UsageError, foreign_or, out_of_memory, start_of
+from gm_probe.errors import NotInstalledError, UsageError, foreign_or, needs, out_of_memory, start_of
 from gm_probe.models import huggingface
 from gm_probe.models.contrastive import Contrastive, as_encoder, projector
 from gm_probe.models.door import Outputs, unwrapped
@@ -196,13 +196,9 @@ def num_parameters(
     try:
         with torch.device("meta"):
             model = build_model(ModelSpec(name, input_shape, num_classes))
-    except _NotInstalledError:
+    except NotInstalledError:
         return None
     return sum(p.numel() for p in model.parameters())
-
-
-class _NotInstalledError(UsageError):
-    """A model's library is missing."""
 
 
 def _image_shape(spec: ModelSpec) -> tuple[int, int, int]:
@@ -265,16 +261,10 @@ def _patched(module: str, network: str, spec: ModelSpec, patch: int, **sizes: in
             f"{spec.name} cuts images into patches of {patch}×{patch} pixels, and {width}×{height} is not "
             "a multiple of that. Choose another patch size, or resize with --image-size"
         )
-    try:
+    with needs(spec.name, "timm", "timm"):
         kind = getattr(importlib.import_module(f"timm.models.{module}"), network)
-    except ImportError as error:
-        raise _timm_missing(spec.name) from error
     classes = spec.num_classes
     return kind(img_size=(height, width), patch_size=patch, in_chans=channels, num_classes=classes, **sizes)
-
-
-def _timm_missing(name: str) -> UsageError:
-    return _NotInstalledError(f"{name} needs timm, which is not installed; pip install 'gm_probe[timm]'")
 
 
 _FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = dict(
@@ -311,10 +301,8 @@ def _timm_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec],
             f"no model 'timm:{name}'; timm's own models are given as timm:NAME, and others by your own "
             "code as file.py:callable"
         )
-    try:
+    with needs(f"timm:{name}", "timm", "timm"):
         import timm
-    except ImportError as error:
-        raise _timm_missing(f"timm:{name}") from error
 
     def build(spec: ModelSpec) -> nn.Module:
         options = {"num_classes": spec.num_classes, "in_chans": spec.input_shape[0], **keywords}

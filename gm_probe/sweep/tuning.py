@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gm_probe.errors import DivergedError, ProbeError, UsageError
+from gm_probe.errors import DivergedError, ProbeError, UsageError, needs
 from gm_probe.executors.local import Outcome
 from gm_probe.measures.settings import Settings
 from gm_probe.runs.records import RunRecord, read_run
@@ -127,12 +127,8 @@ class Tuner:
             UsageError: Optuna is not installed.
             ProbeError: a run failed; the next call tries it again.
         """
-        try:
+        with needs("--trials", "optuna", "tune"):
             import optuna
-        except ImportError as error:
-            raise UsageError(
-                "--trials needs optuna, which is not installed; pip install 'gm_probe[tune]'"
-            ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
         cells: dict[Point, Cell] = {}
