@@ -338,29 +338,6 @@ def test_any_small_network_against_dense_matrices(
         assert total.stderr is None or total.stderr <= 0.02 * abs(total.value) or not total.converged
 
 
-def test_paper_protocol_by_hand() -> None:
-    """Algorithm 1 from the same starts as a loop over the definition."""
-    case = BY_NAME["tanh-mlp"]
-    settings = Settings(rho=0.4, k_steps=3, num_starts=4, noise_scale=0.2)
-    log_p = case.logits_at(case.theta).log_softmax(1).detach()
-
-    def divergence(delta: Tensor) -> Tensor:
-        return (log_p.exp() * (log_p - case.logits_at(case.theta + delta).log_softmax(1))).sum(1).mean()
-
-    values = []
-    for start in MeasurementContext(case.model, case.batches(), settings, Work(7)).starts():
-        delta = start
-        for _ in range(settings.k_steps):
-            (g,) = torch.autograd.grad(divergence(moved := delta.clone().requires_grad_()), moved)
-            delta = settings.rho * g / g.norm()
-        values.append(float(divergence(delta)))
-    row = measure(case.model, case.batches(), ["local_inconsistency"], settings).rows["local_inconsistency"]
-    assert len(set(values)) == 4
-    assert row.details["starts"] == pytest.approx(values, rel=1e-9)
-    assert row.value == pytest.approx(np.mean(values), rel=1e-9)
-    assert row.details["sd_starts"] == pytest.approx(np.std(values, ddof=1), rel=1e-6)
-
-
 def test_one_example_has_no_example_error() -> None:
     model, x, _ = BY_NAME["relu-mlp"].data
     row = measure(model, Batches.from_tensors(x[:1]), ["fisher_lambda_max"]).rows["fisher_lambda_max"]
@@ -538,13 +515,6 @@ def test_a_layer_that_runs_twice_on_some_batches_only() -> None:
             exact += float((jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian).trace())
     assert row.stderr is not None
     assert abs(row.value - exact / 40) < 5 * row.stderr
-
-
-def test_more_eigenvalues_and_the_row_agree() -> None:
-    case = BY_NAME["tanh-mlp"]
-    for name in ("fisher_lambda_max", "hessian_lambda_max"):
-        row = measure(case.model, case.batches(), [name], Settings(top_eigenvalues=2)).rows[name]
-        assert row.value == row.details["eigenvalues"][0]["value"]
 
 
 def test_what_two_figures_share_is_taken_once() -> None:
