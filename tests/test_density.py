@@ -216,19 +216,6 @@ def test_the_seed_decides() -> None:
     assert one.trace != other.trace
 
 
-def test_every_product_is_told() -> None:
-    told: list[tuple[int, int]] = []
-    found = density(
-        rotated(network_like()),
-        generator=seeded(),
-        num_probes=2,
-        num_steps=5,
-        notify=lambda done, most: told.append((done, most)),
-    )
-    assert told == [(i, 10) for i in range(1, 11)]
-    assert found.num_products == 10
-
-
 def test_refusals() -> None:
     with pytest.raises(DivergedError, match="finite"):
         density(rotated(np.full(3, math.nan)), generator=seeded())

@@ -228,7 +228,7 @@ def _all_evidence(
     from gm_probe.accuracy.evidence import gather, num_passes
     from gm_probe.measures.measure import measure
     from gm_probe.measures.settings import Settings
-    from gm_probe.measuring.checkpoint import open_checkpoint
+    from gm_probe.measuring.opening import open_checkpoint
     from gm_probe.models.loading import check_classes
 
     unlabeled, *labeled = sets

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from gm_probe.data.datasets import Examples
     from gm_probe.measures.pairwise import PairReport
-    from gm_probe.measuring.checkpoint import LoadedCheckpoint
+    from gm_probe.measuring.opening import LoadedCheckpoint
 
 
 @click.command(epilog="Example:  gmprobe pairs runs/")
@@ -157,7 +157,7 @@ def _examples(
 def _settings(
     examples: Examples, part: str | None, data: DataOptions, loading: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
-    from gm_probe.measuring.checkpoint import output_settings
+    from gm_probe.measuring.opening import output_settings
     from gm_probe.runtime.devices import environment
 
     return {
@@ -224,7 +224,7 @@ def _outputs(
     from gm_probe.linalg.work import Work
     from gm_probe.measures.context import MeasurementContext
     from gm_probe.measures.settings import Settings
-    from gm_probe.measuring.checkpoint import open_checkpoint
+    from gm_probe.measuring.opening import open_checkpoint
     from gm_probe.models.parameters import evaluating
     from gm_probe.runtime.precision import float32_products
 

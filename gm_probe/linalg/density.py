@@ -8,7 +8,7 @@ Gauss quadrature of v's own spectral measure Σ_i (vᵀu_i)² δ(λ − λ_i), w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -208,14 +208,10 @@ def density(
     generator: torch.Generator,
     num_probes: int = 4,
     num_steps: int = 40,
-    notify: Callable[[int, int], None] | None = None,
 ) -> Density:
     """Return the spectral density by ``num_probes`` times ``num_steps`` products, started from random signs.
 
     Signs have less variance than Gaussian vectors, and none for a diagonal matrix.
-
-    Args:
-        notify: called after every product with the number of products done and their maximum.
 
     Raises:
         UsageError: ``num_probes`` or ``num_steps`` is below 1.
@@ -229,8 +225,6 @@ def density(
         while not krylov.exhausted and len(krylov.basis) < num_steps:
             krylov.extend()
             products += 1
-            if notify is not None:
-                notify(products, num_probes * num_steps)
         values, vectors = krylov.eigen()
         nodes.append(values)
         weights.append(vectors[0] ** 2)

@@ -29,6 +29,26 @@ class Count(float):
     left: float | None = None
 
 
+class Tally:
+    """Adds up the work of several measurements in a row, for one ``notify`` of a stage's name and the total so far."""
+
+    def __init__(self, notify: Callable[[str, float], None] | None) -> None:
+        self._notify, self._done = notify, 0.0
+
+    def next(self, prefix: str = "") -> Callable[[str, float], None]:
+        """Return the ``notify`` of the next measurement, whose stages' names get the ``prefix``."""
+        before = self._done
+
+        def notify(name: str, evaluations: float) -> None:
+            self._done = (
+                before + evaluations if before else evaluations
+            )  # a sum would lose a ``Count``'s ``left``
+            if self._notify is not None:
+                self._notify(f"{prefix}{name}", self._done)
+
+        return notify
+
+
 class Work:
     """A running count of gradient evaluations over all the examples.
 
