@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,8 @@ def measure_checkpoint(
     Args:
         quadrature: number of random vectors and of steps of the spectral densities; None = no densities.
         per_layer: also measure each layer alone.
-        validation: labeled examples of the training distribution, for atc, doc and cot.
+        validation, memory: as ``measure`` takes them.
         batch_size: None = what ``memory`` bytes hold.
-        memory: bytes that a product may take; None = 4 GB, or half of a GPU's free memory.
         loading: as ``open_checkpoint`` takes them.
 
     Raises:
@@ -93,21 +93,23 @@ def measure_checkpoint(
         notify=tally.next(),
         outputs=outputs,
     )
-    result = _described(path, examples, loaded, batches, report)
-    if validation is not None:
-        result["settings"] |= {"validation": validation.source, "validation_sha256": validation.digest}
+    result = _described(path, examples, validation, loaded, batches, report)
     part = part.of_size(report.batch_size)
     if per_layer:
         result["layers"] = by_layer(model, part, settings, outputs, tally.next())
     if quadrature is not None:
-        tick = tally.next()
-        densities, _ = within_memory(part, lambda part: _densities(loaded, part, settings, quadrature, tick))
-        result["density"] = densities
+        compute = partial(_densities, loaded, settings, quadrature, tally.next())
+        result["density"], _ = within_memory(part, compute)
     return result
 
 
 def _described(
-    path: Path, examples: Examples, loaded: LoadedCheckpoint, batches: Batches, report: Report
+    path: Path,
+    examples: Examples,
+    validation: Examples | None,
+    loaded: LoadedCheckpoint,
+    batches: Batches,
+    report: Report,
 ) -> dict[str, Any]:
     """Return a report as the JSON object of its checkpoint."""
     result = report.as_dict(
@@ -124,6 +126,8 @@ def _described(
         **_batch_settings(loaded),
         **environment(batches.device, tf32=report.settings.tf32),
     )
+    if validation is not None:
+        result["settings"] |= {"validation": validation.source, "validation_sha256": validation.digest}
     result |= {
         "num_classes": loaded.num_classes,
         "batch_size": report.batch_size,
@@ -243,10 +247,10 @@ def _initial(path: Path, loaded: LoadedCheckpoint) -> nn.Module | None:
 
 def _densities(
     loaded: LoadedCheckpoint,
-    part: Batches,
     settings: Settings,
     quadrature: tuple[int, int],
     notify: Callable[[str, float], None],
+    part: Batches,
 ) -> dict[str, Any]:
     """Return the spectral densities of F and H as JSON objects by name, or the ``reason`` where there is none."""
     num_probes, num_steps = quadrature
