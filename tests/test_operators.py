@@ -333,40 +333,6 @@ def test_lstm_in_float32(kind: str) -> None:
     assert float(found.terms(v).mean()) == pytest.approx(float(v.double() @ expected @ v.double()), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["hessian", "residual"])
-def test_a_wrong_second_derivative_is_told(kind: str) -> None:
-    """By a backward pass that takes for a constant what is none, as torch 2.14's weight_norm does."""
-
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, y):  # type: ignore[no-untyped-def,override]
-            ctx.save_for_backward(x, y)
-            return x * x * y
-
-        @staticmethod
-        def backward(ctx, gradient):  # type: ignore[no-untyped-def,override]
-            x, y = ctx.saved_tensors
-            return 2 * gradient * x * y, gradient * (x * x).detach()
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Wrong.apply(self.first(x), self.second(x))
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, x = Net().double().eval(), torch.randn(5, 3, dtype=torch.float64)
-    operator = of_model(kind, model, x, torch.tensor([0, 1, 2, 0, 1]))
-    v = torch.randn(operator.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    with pytest.raises(
-        UsageError, match=r"disagree with differences of the gradient.*Wrong in the model itself"
-    ):
-        operator.matvec(v)
-
-
 class Cubed(torch.autograd.Function):
     """x³, whose backward pass counts as a constant where it is differentiated."""
 

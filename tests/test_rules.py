@@ -477,14 +477,6 @@ def test_m_sharpness_reports_the_whole_batch(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("m", [8, 100])
-def test_m_of_the_batch_or_more_changes_nothing(rule: str, m: int) -> None:
-    model, (x, y) = make(), data()
-    plain = rule_gradient(rule, model, x, y, generator=seeded())
-    assert torch.equal(rule_gradient(rule, model, x, y, m=m, generator=seeded()), plain)
-
-
-@pytest.mark.parametrize("rule", RULES)
 def test_tied_weights_move_together(rule: str) -> None:
     """A tied network gives the same gradient as one that is written with a single matrix."""
 
@@ -808,11 +800,10 @@ def test_gradients_of_two_parameters_are_two_tensors() -> None:
         torch.testing.assert_close(model.two.grad, before / math.sqrt(2))
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("build", [tanh_mlp, normed_mlp], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("rule", ["sam", "iam-d", "iam-d one pass", "iam-s loss"])
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
-def test_compiled_model(rule: str, build: Callable[[], nn.Module]) -> None:
-    model, (x, y) = make(build), data()
+def test_compiled_model(rule: str) -> None:
+    model, (x, y) = make(normed_mlp), data()
     plain = rule_gradient(rule, copy.deepcopy(model), x, y, generator=seeded(2))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
