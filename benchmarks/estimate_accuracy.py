@@ -186,7 +186,7 @@ def evaluate(cache: Path, name: str, size: int | None, seed: int) -> list[dict[s
             evidence = Evidence(name, stand_in, validation, shifted=shifts)
             known[near] = know(evidence, [None] * (1 + len(shifts)), 0)
         one = known[near]
-        scores = scores_of(found.predictions, one.reference, one.shares)
+        scores = scores_of(found.predictions, one.reference, one.shares, size=one.size)
         default = min(one.calibrations, key=lambda key: one.calibrations[key].mean_error)
         row: dict[str, Any] = {"network": name, "kind": kind, "target": target, "n": number}
         row |= {"accuracy": found.accuracy, "estimator": default}

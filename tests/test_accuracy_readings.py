@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from gm_probe.accuracy.ranking import Standing, separated
 from gm_probe.accuracy.readings import CHANGED, SAME, plausible, read
 from gm_probe.accuracy.report import Accuracy
 from gm_probe.accuracy.scores import scores_of
+from gm_probe.accuracy.verdict import Request, judge
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Examples
 from gm_probe.errors import DataError
@@ -31,8 +34,8 @@ def drawn(shares: Tensor, size: int, seed: int, noise: float = 1.0, bias: float 
     return Labeled(Predictions(2.2 * x), labels)
 
 
-@pytest.fixture(scope="module")
-def known() -> Known:
+def learned(size: int) -> Known:
+    """Return what is known of the classifier where the unlabeled set has this ``size``."""
     levels = [(f"noise {s}", 1 + s / 2, 0.0) for s in (1, 2, 3)] + [
         (f"drift {s}", 1.0, s / 1.5) for s in (1, 2, 3)
     ]
@@ -40,8 +43,43 @@ def known() -> Known:
         (name.split()[0], drawn(EQUAL, 800, 10 + i, noise, bias))
         for i, (name, noise, bias) in enumerate(levels)
     )
-    evidence = Evidence("m", drawn(EQUAL, 800, 1).predictions, drawn(EQUAL, 800, 2), shifted=shifted)
+    evidence = Evidence("m", drawn(EQUAL, size, 1).predictions, drawn(EQUAL, 800, 2), shifted=shifted)
     return know(evidence, [None] * 7, seed=0)
+
+
+@pytest.fixture(scope="module")
+def known() -> Known:
+    return learned(800)
+
+
+@pytest.mark.parametrize(("size", "sets"), [(30, 200), (2400, 20)])
+def test_a_set_of_another_size_than_the_validation_set_is_not_biased(size: int, sets: int) -> None:
+    """Among 30 examples chance moves the class shares that COT must meet, and lowers it by four points."""
+    known, errors = learned(size), []
+    assert known.size == min(size, 800)
+    for seed in range(100, 100 + sets):
+        target = drawn(EQUAL, size, seed)
+        scores = scores_of(target.predictions, known.reference, known.shares, size=known.size)
+        found = read(known, target.predictions, scores, "cot", None, [SAME], 0.9)
+        errors.append(found.value - target.accuracy)
+    # the validation set's own accuracy is off by chance
+    own = drawn(EQUAL, 800, 2).accuracy - drawn(EQUAL, 100_000, 9).accuracy
+    assert abs(sum(errors) / len(errors) - own) < 0.025
+
+
+def test_estimators_of_one_sum_are_shown_and_not_chosen() -> None:
+    sums = {"dispersion", "last_layer_gradient_norm"}
+    sets = [drawn(EQUAL, 200, seed, noise) for seed, noise in ((1, 1.0), (2, 1.0), (3, 1.5), (4, 2.0))]
+    exact = [
+        replace(
+            one, predictions=replace(one.predictions, dispersion=one.accuracy, gradient_norm=one.accuracy)
+        )
+        for one in sets
+    ]
+    evidence = Evidence("m", exact[0].predictions, exact[1], shifted=(("a", exact[2]), ("b", exact[3])))
+    report = judge([evidence], Request.of("validation", 0.9, 0))
+    assert sums <= set(report.models[0].estimators)
+    assert not any(name in report.models[0].accuracy.method for name in sums)
 
 
 def test_without_a_shift_the_shares_stay(known: Known) -> None:
@@ -85,7 +123,8 @@ def test_all_models_have_one_reading_by_their_votes(known: Known) -> None:
 
 def test_known_shares_leave_one_reading(known: Known) -> None:
     target = drawn(SKEWED, 800, 6)
-    found = read(known, target.predictions, {}, "cot", SKEWED.double(), [], 0.9)
+    scores = scores_of(target.predictions, known.reference, SKEWED.double())
+    found = read(known, target.predictions, scores, "cot", SKEWED.double(), [], 0.9)
     assert list(found.readings) == ["given"]
     assert found.low <= target.accuracy <= found.high
     assert "those given" in found.assumption

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.accuracy.predictions import predict
+from gm_probe.accuracy.predictions import Predictions, predict
 from gm_probe.accuracy.scores import scores_of
 from gm_probe.data.batches import Batches
 from gm_probe.measures.last_layer import POWER
@@ -122,6 +122,19 @@ def test_scores_of_the_validation_set_itself_are_its_accuracy() -> None:
     assert torch.allclose(-negative_entropy(p).double(), entropy, atol=1e-5)
 
 
+def test_scores_that_depend_on_the_size_are_means_over_parts_of_it() -> None:
+    z = torch.randn(25, 3, generator=torch.Generator().manual_seed(0))
+    shares = torch.full((3,), 1 / 3)
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(7))
+    order = torch.cat([order, order[:5]])
+    parts = [scores_of(Predictions(z[order[i : i + 10]]), None, shares) for i in (0, 10, 20)]
+    whole = scores_of(Predictions(z), None, shares)
+    found = scores_of(Predictions(z), None, shares, size=10, seed=7)
+    for name in ("cot", "nuclear_norm"):
+        assert found[name] == pytest.approx(sum(part[name] for part in parts) / 3)
+    assert {name for name in whole if whole[name] != found[name]} == {"cot", "nuclear_norm"}
+
+
 def test_without_labels_there_is_what_needs_none() -> None:
     found = scores_of(_predictions(torch.randn(30, 3)), None, None)
     assert set(found) == {"average_confidence", "nuclear_norm", "mano"}
@@ -158,6 +171,12 @@ def test_sums_over_the_last_layer_by_autograd() -> None:
         for c in classes.unique()
     )
     assert found.dispersion == pytest.approx(math.log(spread), rel=1e-4)
+    some = torch.arange(50) % 3 == 0
+    alone = predict(model, Batches.from_tensors(x[some]))
+    among = predict(model, Batches.from_tensors(x, batch_size=16), summed=some)
+    assert len(among.logits) == 50
+    assert among.gradient_norm == pytest.approx(alone.gradient_norm)
+    assert among.dispersion == pytest.approx(alone.dispersion)
 
 
 def test_a_network_without_a_last_linear_layer_has_no_sums() -> None:

@@ -375,7 +375,7 @@ def test_a_group_of_measures_and_one_working_process(
     code, out, err = run(command, capsys)
     assert code == 0, err
     [row] = json.loads(out)["checkpoints"]
-    assert row["measures"]["cot"]["value"] == pytest.approx(row["estimators"]["cot"]["score"], rel=1e-4)
+    assert row["measures"]["doc"]["value"] == pytest.approx(row["estimators"]["doc"]["score"], rel=1e-4)
     assert "effective_invariance" in row["estimators"]
     monkeypatch.setenv("RANK", "1")  # the second of the processes that torchrun started
     assert run(command, capsys) == (0, "", "")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from gm_probe.accuracy.predictions import Predictions, predict, require_fit
@@ -56,6 +57,12 @@ class Evidence:
     outputs: Outputs = field(default_factory=Outputs)
 
     @property
+    def size(self) -> int:
+        """The number of examples at which scores are compared: that of the smallest set, of few labels apart."""
+        labeled = [*([self.validation] if self.validation else []), *(found for _, found in self.shifted)]
+        return min(len(one.logits) for one in (self.unlabeled, *(one.predictions for one in labeled)))
+
+    @property
     def num_classes(self) -> int:
         """Return K."""
         return self.unlabeled.logits.shape[1]
@@ -88,9 +95,14 @@ def gather(
         raise UsageError("effective_invariance mirrors images, and the examples are none; leave it out")
     began = time.perf_counter()
     read = require_fit(model, unlabeled, outputs)
+    size = None if validation is None else min(unlabeled.num_examples, validation.num_examples, SHIFTED)
 
     def run(batches: Batches) -> Predictions:
-        return predict(model, batches, read, mirror=mirror, notify=notify)
+        summed = None
+        if size is not None and size < batches.num_examples:
+            order = torch.randperm(batches.num_examples, generator=torch.Generator().manual_seed(seed))
+            summed = order < size
+        return predict(model, batches, read, mirror=mirror, summed=summed, notify=notify)
 
     def labeled(batches: Batches) -> Labeled:
         found, examples = run(batches), batches.examples

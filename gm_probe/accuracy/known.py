@@ -45,6 +45,7 @@ class Known:
 
     Attributes:
         shares: (K,) class shares of the validation set.
+        size: number of examples at which scores are compared.
         calibrations: of each estimator.
         signs: of each shifted validation set, at the size of the unlabeled set.
         offset: validation accuracy minus COT there, which is added to COT where only the class shares changed.
@@ -56,6 +57,7 @@ class Known:
     corrected: Corrected
     validation: Labeled
     shares: Tensor
+    size: int
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     signs: tuple[Signs, ...] = ()
     offset: float = 0.0
@@ -99,10 +101,15 @@ def know(evidence: Evidence, agreements: Sequence[float | None], seed: int) -> K
     assert validation is not None
     logits, labels = validation.predictions.logits, validation.labels
     shares = counted_shares(labels, logits.shape[1])
-    known = Known(Reference.of(logits, labels), Corrected.of(logits, labels), validation, shares)
+    reference, size = Reference.of(logits, labels), evidence.size
+    known = Known(reference, Corrected.of(logits, labels), validation, shares, size)
     if evidence.shifted:
         start, *rows = [
-            Row(family, scores_of(found.predictions, known.reference, shares, agreement), found.accuracy)
+            Row(
+                family,
+                scores_of(found.predictions, reference, shares, agreement, size, seed),
+                found.accuracy,
+            )
             for (family, found), agreement in zip(
                 [("none", validation), *evidence.shifted], agreements, strict=True
             )
@@ -111,7 +118,7 @@ def know(evidence: Evidence, agreements: Sequence[float | None], seed: int) -> K
         calibrations = {name: fitted(rows, name, start) for name in names}
     else:
         rows = _halves(validation, seed)
-        calibrations = {name: as_it_is(rows, name, known.reference.accuracy) for name in ON_HALVES}
+        calibrations = {name: as_it_is(rows, name, reference.accuracy) for name in ON_HALVES}
     generator = torch.Generator().manual_seed(seed)
     signs = []
     for _, found in evidence.shifted:

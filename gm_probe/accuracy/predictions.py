@@ -32,7 +32,7 @@ class Predictions:
     Attributes:
         logits: (N, K), float32 on the CPU.
         mirrored: (N, K) logits of the mirror images; None = not taken.
-        dispersion, gradient_norm: as ``LastLayer`` gives them.
+        dispersion, gradient_norm: as ``LastLayer`` gives them, of all examples or of some.
     """
 
     logits: Tensor
@@ -69,11 +69,13 @@ def predict(
     outputs: Outputs | None = None,
     *,
     mirror: bool = False,
+    summed: Tensor | None = None,
     notify: Callable[[int], None] | None = None,
 ) -> Predictions:
     """Run ``model`` over ``batches`` once in eval mode; twice with ``mirror``.
 
     Args:
+        summed: (N,) which examples enter the sums over the last layer's inputs; None = all.
         notify: called with the number of examples of each batch that is done.
 
     Raises:
@@ -82,14 +84,19 @@ def predict(
     """
 
     def run(batches: Batches) -> Predictions:
-        return _one_pass(model, batches, outputs, mirror, notify or (lambda _: None))
+        return _one_pass(model, batches, outputs, mirror, summed, notify or (lambda _: None))
 
     with evaluating(model), float32_products(), generators_kept(batches.device, model), torch.no_grad():
         return within_memory(batches, run)[0]
 
 
 def _one_pass(
-    model: nn.Module, batches: Batches, outputs: Outputs | None, mirror: bool, notify: Callable[[int], None]
+    model: nn.Module,
+    batches: Batches,
+    outputs: Outputs | None,
+    mirror: bool,
+    summed: Tensor | None,
+    notify: Callable[[int], None],
 ) -> Predictions:
     parameters = Parameters(model, outputs=outputs, or_frozen=True)
     rows: list[Tensor] = []
@@ -107,7 +114,8 @@ def _one_pass(
         with foreign_or(fails):
             with last.watching(parameters.model):
                 logits = by_class(parameters.logits(batch.x))
-            last.add(logits)
+            kept = None if summed is None else summed[start : start + len(logits)].to(logits.device)
+            last.add(logits, kept)
             rows.append(logits.float().cpu())
             if mirror:
                 mirrored.append(by_class(parameters.logits(batch.x.flip(-1))).float().cpu())

@@ -15,8 +15,6 @@ from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.report import Accuracy
 from gm_probe.accuracy.scores import ESTIMATORS
 from gm_probe.accuracy.shares import same_shares
-from gm_probe.measures.scores import probabilities
-from gm_probe.measures.transport import transport
 
 NEAREST = 5
 """Synthetic shifts of the most similar confidence, with which an unlabeled set is compared."""
@@ -51,15 +49,15 @@ def read(
     """Return one model's accuracy on the unlabeled set.
 
     Args:
-        scores: of the unlabeled set; those that use class shares, with those of the validation set.
+        scores: of the unlabeled set, at the size that is known; those that use class shares, with the known ones or
+            else with those of the validation set.
         name: the estimator to use.
         shares: (K,) known ones of the unlabeled set; None = unknown.
         keys: readings of the class shares, the likelier first; not used where they are known.
     """
     sizes = len(predictions.logits), len(known.validation.labels)
     if shares is not None:
-        score = transport(probabilities(predictions.logits, known.reference.temperature), shares)
-        found = _calibrated(known, "cot", score, sizes, level, given=True)
+        found = _calibrated(known, "cot", scores["cot"], sizes, level, given=True)
         return _accuracy([(GIVEN, found)], level)
     readings = {}
     if SAME in keys:

@@ -19,7 +19,7 @@ from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.ranking import Standing, conclude
 from gm_probe.accuracy.readings import plausible, read
 from gm_probe.accuracy.report import CLASS_SHARES, Accuracy, EstimateReport, percent
-from gm_probe.accuracy.scores import ESTIMATORS, scores_of
+from gm_probe.accuracy.scores import ESTIMATORS, UNSTEADY, scores_of
 from gm_probe.checks import real
 from gm_probe.errors import DataError, UsageError, did_you_mean
 from gm_probe.measures.scores import probabilities
@@ -100,7 +100,8 @@ def judge(
     standings = []
     for one, known, mutual in zip(evidence, everyone, _means(agreement), strict=True):
         given = known.shares if known and shares is None else shares
-        scores = scores_of(one.unlabeled, known.reference if known else None, given, mutual)
+        reference = known.reference if known else None
+        scores = scores_of(one.unlabeled, reference, given, mutual, one.size, request.seed)
         temperature = known.reference.temperature if known else 1.0
         accuracy = None
         if one.few_labels is not None:
@@ -185,7 +186,7 @@ def _best(everyone: Sequence[Known | None]) -> str:
     """
     known = [one.calibrations for one in everyone if one]
     names = set.intersection(*map(set, known)) if known else set()
-    ordered = [name for name in ESTIMATORS if name in names]
+    ordered = [name for name in ESTIMATORS if name in names and name not in UNSTEADY]
     return min(ordered, key=lambda name: sum(one[name].mean_error for one in known), default="")
 
 

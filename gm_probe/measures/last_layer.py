@@ -40,8 +40,8 @@ class LastLayer:
                     stack.callback(module.register_forward_hook(hook).remove)
             yield
 
-    def add(self, logits: Tensor) -> None:
-        """Add the batch that has just run, whose logits are (B, K)."""
+    def add(self, logits: Tensor, kept: Tensor | None = None) -> None:
+        """Add the batch that has just run, whose logits are (B, K): the rows that are ``kept`` (B,), or all."""
         seen, self._seen = self._seen, None
         if not (self.known and seen and seen[1].shape == logits.shape and torch.equal(seen[1], logits)):
             self.known, self._sums = False, None
@@ -49,7 +49,8 @@ class LastLayer:
         features = nn.functional.pad(seen[0].double(), (0, 1), value=1.0)
         classes = nn.functional.one_hot(logits.argmax(1), logits.shape[1]).double()
         gradient = logits.double().softmax(1) - classes
-        sums = torch.cat([gradient, classes], 1).T @ features
+        each = torch.cat([gradient, classes], 1)
+        sums = each.T @ features if kept is None else each[kept].T @ features[kept]
         self._sums = sums if self._sums is None else self._sums + sums
 
     def scores(self, device: torch.device) -> tuple[float | None, float | None]:
