@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -53,7 +53,6 @@ class Evidence:
     few_labels: Labeled | None = None
     shifted: tuple[tuple[str, Labeled], ...] = ()
     seconds: float = 0.0
-    outputs: Outputs = field(default_factory=Outputs)
 
     @property
     def num_classes(self) -> int:
@@ -113,7 +112,6 @@ def gather(
         None if few_labels is None else labeled(few_labels),
         tuple(moved),
         time.perf_counter() - began,
-        read,
     )
 
 
