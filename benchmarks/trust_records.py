@@ -39,9 +39,6 @@ TESTS = {
         "test_training_loop.py::test_a_state_that_lies_is_named",
         "test_training_loop.py::test_broken_state_is_named",
     ),
-    "results planted in a shared temporary folder: none is taken by a worker of Ray": (
-        "test_ray.py::test_what_another_user_planted_in_the_temporary_folder_is_not_taken",
-    ),
     "names and reasons that steer a terminal or a spreadsheet: every way of printing shows them as text": (
         "test_output.py",
     ),

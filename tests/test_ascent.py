@@ -131,10 +131,6 @@ def test_algorithm_1_step_by_step() -> None:
     torch.testing.assert_close(end, torch.tensor([0.0, -2.0]))
 
 
-def test_zero_vector_stays_zero_on_the_sphere() -> None:
-    assert torch.equal(to_sphere(torch.zeros(3), 0.5), torch.zeros(3))
-
-
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15])
 def test_sphere_in_float32_at_any_scale(scale: float) -> None:
     moved = to_sphere(torch.tensor([3.0, 4.0]) * scale, 0.5)
@@ -208,14 +204,6 @@ def test_grows_with_the_radius(case: Case) -> None:
     assert values == sorted(values)
 
 
-@pytest.mark.parametrize("rho", [0.1, 1.0])
-def test_paper_protocol_stays_below_the_maximum(case: Case, rho: float) -> None:
-    paper = measure(case.model, case.batches(), ["local_inconsistency"], Settings(rho=rho, k_steps=3))
-    starts = paper.rows["local_inconsistency"].details["starts"]
-    # several maxima exist where max-pool switches; ten starts may end in one 0.1 % higher than four found
-    assert max(starts) <= converged(case, rho) * (1 + 1e-2)
-
-
 def numpy_tanh_logits(x: np.ndarray, flat: np.ndarray) -> np.ndarray:
     """(D, N, 3) logits of the 2-3-3 tanh network at D flat parameter vectors (D, 21)."""
     first, bias, last, end = np.split(flat, [6, 9, 18], axis=1)
@@ -250,25 +238,6 @@ def test_starts_have_the_length_of_the_noise_scale(generator: torch.Generator) -
     parameters = Parameters(torch.nn.Linear(100, 50))
     lengths = [float(parameters.random(0.3, generator).norm()) for _ in range(20)]
     assert np.mean(lengths) == pytest.approx(0.3, rel=0.01)
-
-
-@pytest.mark.parametrize("case", CASES[:1], ids=lambda c: c.name)
-def test_paper_protocol_is_the_mean_over_starts_of_algorithm_1(case: Case) -> None:
-    settings = Settings(rho=0.2, k_steps=2, num_starts=4, noise_scale=0.1)
-    row = measure(case.model, case.batches(), ["local_inconsistency"], settings).rows["local_inconsistency"]
-    values = np.array(row.details["starts"])
-    assert row.value == pytest.approx(values.mean())
-    assert row.details["sd_starts"] == pytest.approx(values.std(ddof=1))
-    assert row.stderr == pytest.approx(values.std(ddof=1) / 2)
-    top = float(np.linalg.eigvalsh(case.fisher_terms.mean(0).numpy())[-1])
-    assert 0 < row.value < 2 * settings.rho**2 / 2 * top
-
-
-def test_converged_value_is_the_best_of_its_starts(case: Case) -> None:
-    row = measure(case.model, case.batches(), CONVERGED, Settings(rho=1.0)).rows[CONVERGED[0]]
-    starts = row.details["starts"]
-    assert {"+v1", "-v1"} < set(starts)
-    assert row.value == max(starts.values())
 
 
 @pytest.mark.parametrize("rho", [0.1, 1.0])
@@ -332,9 +301,11 @@ def test_maximize_where_a_gradients_norm_underflows() -> None:
 
 
 def test_the_ascents_of_each_start_are_told(case: Case) -> None:
-    details = measure(case.model, case.batches(7), CONVERGED, Settings(rho=1.0)).rows[CONVERGED[0]].details
-    assert set(details["starts"]) == set(details["gains"]) >= set(details["abandoned"])
+    row = measure(case.model, case.batches(7), CONVERGED, Settings(rho=1.0)).rows[CONVERGED[0]]
+    details = row.details
+    assert {"+v1", "-v1"} < set(details["starts"]) == set(details["gains"]) >= set(details["abandoned"])
     best = max(details["starts"], key=details["starts"].__getitem__)
+    assert row.value == details["starts"][best]
     assert best not in details["abandoned"]
     assert all(gain >= 0 for gains in details["gains"].values() for gain in gains)
 

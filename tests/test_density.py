@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Case
-from test_operators import build, dense_terms, to_matrix
+from test_operators import to_matrix
 from test_spectrum import SPECTRA as OTHERS
 
 from gm_probe.analysis.density_plot import density_panels
@@ -119,11 +118,9 @@ def test_multiples_of_the_identity(values: np.ndarray, place: float) -> None:
     assert found.trace.value == pytest.approx(values.sum(), abs=1e-12)
     assert found.mass(place - 1e-9, place + 1e-9).value == pytest.approx(1)
     assert found.outliers() == ()
-    grid = np.linspace(place - 1, place + 1, 4001)
-    curve, _ = found.smoothed(grid)
-    assert np.trapezoid(curve, grid) == pytest.approx(1, rel=1e-6)
-    assert math.isfinite(found.linear_width)
-    json.dumps(found.as_dict(), allow_nan=False)
+    curve = json.loads(json.dumps(found.as_dict(), allow_nan=False))["curve"]
+    places = np.arcsinh(np.array(curve["x"]) / curve["linear_width"])
+    assert np.trapezoid(curve["y"], places) == pytest.approx(len(values), rel=1e-3)
 
 
 def test_a_diagonal_matrix_has_no_variance() -> None:
@@ -153,48 +150,20 @@ def test_cumulative_mass_follows_the_eigenvalues() -> None:
         assert abs(mass.value - np.mean((values >= low) & (values <= high))) <= 4 * mass.stderr + edges
 
 
-def test_the_smoothed_density_is_that_of_the_eigenvalues_smoothed_alike() -> None:
-    values = np.random.default_rng(0).normal(size=600)
-    found = density(rotated(values), generator=seeded(), num_probes=20, num_steps=40)
-    grid = np.linspace(-5, 5, 201)
-    curve, error = found.smoothed(grid, 0.08)
-    width = 0.08 * (found.largest - found.smallest)
-    bells = np.exp(-0.5 * ((grid[:, None] - values) / width) ** 2) / (width * math.sqrt(2 * math.pi))
-    truth = bells.mean(1)
-    assert error is not None
-    assert np.abs(curve - truth).max() < 4 * error.max()
-    assert error.max() < 0.02 * truth.max()
-    assert np.trapezoid(curve, grid) == pytest.approx(1, rel=1e-3)
-
-
-def test_smoothing_along_a_logarithmic_axis_keeps_the_mass() -> None:
-    found = density(rotated(network_like()), generator=seeded())
-    grid = 0.01 * np.sinh(np.linspace(-12, 12, 20001))
-    curve, error = found.smoothed(grid, linear_width=0.01)
-    assert np.trapezoid(curve, grid) == pytest.approx(1, rel=1e-3)
-    assert error is not None
-    assert (error >= 0).all()
-    assert density(rotated(network_like()), generator=seeded(), num_probes=1).smoothed(grid)[1] is None
-    with pytest.raises(UsageError, match="positive"):
-        found.smoothed(grid, 0)
-
-
-def test_broadening_by_residuals_leaves_no_waves_and_keeps_outliers_sharp() -> None:
+def test_the_curve_shows_no_waves_and_keeps_outliers_sharp() -> None:
     values = np.r_[10 ** np.random.default_rng(0).uniform(-2, 0, 800), 30.0]
     found = density(rotated(values), generator=seeded(), num_steps=20)
     grid = 0.01 * np.sinh(np.linspace(math.asinh(5), math.asinh(4000), 2000))
-    scale = len(values) * np.hypot(grid, 0.01)
-
-    plain, blurred = (
-        scale * found.smoothed(grid, 0.005, linear_width=0.01, by_residual=flag)[0] for flag in (False, True)
-    )
+    curve, error = found.curve(grid)
     bulk = (grid > 0.1) & (grid < 0.4)
-    assert np.log(plain[bulk]).std() > 0.5
-    assert np.log(blurred[bulk]).std() < 0.2
-    assert blurred[bulk].mean() == pytest.approx(800 / math.log(100), rel=0.15)
+    assert np.log(curve[bulk]).std() < 0.2
+    assert curve[bulk].mean() == pytest.approx(800 / math.log(100), rel=0.15)
+    assert error is not None
+    assert (error >= 0).all()
     beyond = grid > 10
-    assert grid[beyond][blurred[beyond].argmax()] == pytest.approx(30, rel=0.01)
-    assert blurred[beyond] == pytest.approx(plain[beyond])
+    assert grid[beyond][curve[beyond].argmax()] == pytest.approx(30, rel=0.01)
+    assert np.trapezoid(curve[beyond], np.arcsinh(grid[beyond] / 0.01)) == pytest.approx(1, rel=0.5)
+    assert density(rotated(values), generator=seeded(), num_probes=1).curve(grid)[1] is None
 
 
 def test_outliers_stand_at_their_values_with_their_weight() -> None:
@@ -240,34 +209,11 @@ def test_float32_finds_the_same(generator: torch.Generator) -> None:
     assert abs(found.trace.value - values.sum()) < 4 * (found.trace.stderr or 0)
 
 
-@pytest.mark.parametrize("kind", ["fisher", "hessian"])
-def test_networks(kind: str, case: Case) -> None:
-    eigenvalues = np.linalg.eigvalsh(dense_terms(kind, case).mean(0).numpy())
-    found = density(build(kind, case), generator=seeded(), num_probes=4, num_steps=30)
-    assert found.largest == pytest.approx(eigenvalues[-1], rel=1e-4)
-    assert found.trace.stderr is not None
-    assert abs(found.trace.value - eigenvalues.sum()) < 4 * found.trace.stderr + 1e-12
-    assert found.smallest >= eigenvalues[0] - 1e-9 * eigenvalues[-1]
-
-
 def test_the_seed_decides() -> None:
     operator = rotated(network_like())
     one, two, other = (density(operator, generator=seeded(seed), num_steps=8) for seed in (4, 4, 5))
     assert one.as_dict() == two.as_dict()
     assert one.trace != other.trace
-
-
-def test_every_product_is_told() -> None:
-    told: list[tuple[int, int]] = []
-    found = density(
-        rotated(network_like()),
-        generator=seeded(),
-        num_probes=2,
-        num_steps=5,
-        notify=lambda done, most: told.append((done, most)),
-    )
-    assert told == [(i, 10) for i in range(1, 11)]
-    assert found.num_products == 10
 
 
 def test_refusals() -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ATTENTION, CASES, Case, Tied, relu_mlp
+from conftest import Tied, relu_mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,7 +17,7 @@ from gm_probe.curvature.example_gradients import ExampleGradients, IrregularLaye
 from gm_probe.data.batches import Batches
 from gm_probe.measures.context import Settings
 from gm_probe.measures.measure import measure
-from gm_probe.models.parameters import Parameters, differentiable_attention
+from gm_probe.models.parameters import Parameters
 
 N = 6
 
@@ -220,12 +220,6 @@ def test_against_one_example_at_a_time(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("case", [*CASES, ATTENTION], ids=lambda case: case.name)
-def test_the_cases(case: Case) -> None:
-    with differentiable_attention():
-        check(case.model, case.data[1])
-
-
 # the others' closed form must be used: differentiating example by example takes N times the memory
 RULELESS = "conv without a rule", "conv with padding by name", "conv 1d", "weight norm"
 RULED = {
@@ -286,16 +280,6 @@ def test_frozen_parameters_do_not_count(name: str) -> None:
 )
 def test_subset_of_the_parameters(name: str, pattern: str) -> None:
     check(*prepared(NETS[name]), pattern=pattern)
-
-
-def test_subsets_add_up() -> None:
-    model, x = prepared(NETS["in place"])
-    cotangents = cotangents_for(model, x)
-    one, other, whole = (
-        ExampleGradients(Parameters(model, p), x).squared_norms(x, cotangents)
-        for p in ("conv|stem", "norm|shortcut|head", "")
-    )
-    torch.testing.assert_close(one + other, whole, rtol=1e-12, atol=1e-14)
 
 
 def test_float32() -> None:

@@ -166,21 +166,12 @@ def test_batchwise_by_hand(m: int) -> None:
         check(row(TANH, "local_inconsistency_batchwise", settings, batch_size), terms)
 
 
-@pytest.mark.parametrize("m", [7, 8, 1000])
-def test_one_batch_is_the_plain_measure(case: Case, m: int) -> None:
-    settings = Settings(rho=0.3, k_steps=2, num_starts=2, sub_batch=m)
+def test_one_batch_is_the_plain_measure(case: Case) -> None:
+    settings = Settings(rho=0.3, k_steps=2, num_starts=2, sub_batch=8)
     plain = row(case, "local_inconsistency", settings)
     batchwise = row(case, "local_inconsistency_batchwise", settings)
     assert batchwise.details["starts"] == pytest.approx(plain.details["starts"], rel=1e-9)
     assert batchwise.stderr_examples == pytest.approx(plain.stderr_examples, rel=1e-7)
-
-
-def test_smaller_batches_have_sharper_directions_of_their_own() -> None:
-    values = [
-        row(TANH, "local_inconsistency_batchwise", Settings(rho=0.1, k_steps=20, sub_batch=m)).value
-        for m in (1, 3, 7)
-    ]
-    assert values == sorted(values, reverse=True)
 
 
 def test_average_by_hand() -> None:
@@ -199,11 +190,3 @@ def test_average_at_a_small_radius_is_the_trace(case: Case, rho: float) -> None:
     assert found.stderr is not None
     assert abs(found.value - expected) < 4 * found.stderr
     assert found.stderr < 0.1 * expected
-
-
-def test_average_is_below_the_maximum(case: Case) -> None:
-    settings = Settings(rho=0.2)
-    rows = measure(
-        case.model, case.batches(), ["average_inconsistency", "local_inconsistency_converged"], settings
-    ).rows
-    assert rows["average_inconsistency"].value < 0.5 * rows["local_inconsistency_converged"].value

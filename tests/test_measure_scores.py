@@ -12,14 +12,12 @@ from conftest import CASES, Case
 from torch import Tensor, nn
 
 import gm_probe
-from gm_probe.accuracy.scores import scores_of
 from gm_probe.data.batches import Batches
 from gm_probe.errors import DataError, UsageError
 from gm_probe.measures.catalogue import expanded
 from gm_probe.measures.context import Settings
 from gm_probe.measures.layers import by_layer
 from gm_probe.measures.measure import MEASURES, measure
-from gm_probe.measures.scores import Reference, counted_shares
 from gm_probe.measures.weights import LEAST, eigenvalues, power_law
 from gm_probe.models.door import Outputs
 
@@ -231,19 +229,6 @@ def test_a_frozen_model_has_outputs_and_weights_but_no_derivatives() -> None:
     assert gm_probe.estimate(model, x, validation=(x, y)).conclusion == estimate
     with pytest.raises(UsageError, match="fisher_rao: the model has no trainable parameters"):
         measure(model, x, ["fisher_rao"])
-
-
-def test_scores_of_validation_and_measures_share_the_reference() -> None:
-    model, x, y = network()
-    z = model(x).detach()
-    reference, shares = Reference.of(z, y), counted_shares(y, 4)
-    found = values(model, x, ["doc", "atc", "cot"], validation=(x, y))
-    assert found["doc"] == pytest.approx(reference.accuracy) == pytest.approx(found["atc"])
-    from gm_probe.accuracy.predictions import Predictions
-
-    assert found["cot"] == pytest.approx(
-        scores_of(Predictions(z.float()), reference, shares)["cot"], rel=1e-5
-    )
 
 
 # ---- layers

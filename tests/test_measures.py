@@ -108,30 +108,6 @@ def test_example_error_of_an_eigenvalue(kind: str, case: Case) -> None:
     assert row.stderr_examples == pytest.approx(each.std(ddof=1) / math.sqrt(7), rel=1e-3)
 
 
-@pytest.mark.parametrize("vectors", [60, 400])
-def test_example_error_of_a_trace(vectors: int) -> None:
-    """The spread of tr H_x over examples, however noisy the estimate of each tr H_x."""
-    case = BY_NAME["tanh-mlp"]
-    each = np.einsum("nii->n", case.hessian_terms.numpy())
-    squares = []
-    for seed in range(20 if vectors == 60 else 1):
-        settings = Settings(trace_tolerance=0.0, max_probes=vectors, seed=seed)
-        row = measure(case.model, case.batches(7), ["hessian_trace"], settings).rows["hessian_trace"]
-        squares.append((row.stderr_examples or 0.0) ** 2)
-    ratio = math.sqrt(np.mean(squares)) / (each.std(ddof=1) / math.sqrt(7))
-    # with few vectors and seven examples the cut at zero biases it upwards
-    assert 0.5 < ratio < (1.5 if vectors == 400 else 2.0)
-
-
-@pytest.mark.parametrize("name", ["fisher_trace", "hessian_trace"])
-def test_example_error_of_an_exact_trace(name: str) -> None:
-    case = BY_NAME["relu-mlp"]
-    each = np.einsum("nii->n", case.fisher_terms.numpy())
-    row = measure(case.model, case.batches(), [name]).rows[name]
-    assert row.stderr is None
-    assert row.stderr_examples == pytest.approx(each.std(ddof=1) / math.sqrt(7), rel=1e-9)
-
-
 def test_effective_rank_is_the_ratio(case: Case) -> None:
     eigenvalues = np.linalg.eigvalsh(case.fisher_terms.mean(0).numpy())
     settings = Settings(eigen_tolerance=1e-7)
@@ -338,29 +314,6 @@ def test_any_small_network_against_dense_matrices(
         assert total.stderr is None or total.stderr <= 0.02 * abs(total.value) or not total.converged
 
 
-def test_paper_protocol_by_hand() -> None:
-    """Algorithm 1 from the same starts as a loop over the definition."""
-    case = BY_NAME["tanh-mlp"]
-    settings = Settings(rho=0.4, k_steps=3, num_starts=4, noise_scale=0.2)
-    log_p = case.logits_at(case.theta).log_softmax(1).detach()
-
-    def divergence(delta: Tensor) -> Tensor:
-        return (log_p.exp() * (log_p - case.logits_at(case.theta + delta).log_softmax(1))).sum(1).mean()
-
-    values = []
-    for start in MeasurementContext(case.model, case.batches(), settings, Work(7)).starts():
-        delta = start
-        for _ in range(settings.k_steps):
-            (g,) = torch.autograd.grad(divergence(moved := delta.clone().requires_grad_()), moved)
-            delta = settings.rho * g / g.norm()
-        values.append(float(divergence(delta)))
-    row = measure(case.model, case.batches(), ["local_inconsistency"], settings).rows["local_inconsistency"]
-    assert len(set(values)) == 4
-    assert row.details["starts"] == pytest.approx(values, rel=1e-9)
-    assert row.value == pytest.approx(np.mean(values), rel=1e-9)
-    assert row.details["sd_starts"] == pytest.approx(np.std(values, ddof=1), rel=1e-6)
-
-
 def test_one_example_has_no_example_error() -> None:
     model, x, _ = BY_NAME["relu-mlp"].data
     row = measure(model, Batches.from_tensors(x[:1]), ["fisher_lambda_max"]).rows["fisher_lambda_max"]
@@ -504,47 +457,6 @@ def test_a_model_that_writes_to_its_input(make: Callable[[], nn.Sequential]) -> 
     shifted = before.relu() if isinstance(model[0], nn.ReLU) else before - 0.5
     expected = values(moved, Batches.from_tensors(shifted, y), list(MEASURES_OF_VECTORS))
     assert_same(found, expected)
-
-
-class Moody(nn.Module):
-    """Runs its layer twice where an example is far out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        once = self.layer(x)
-        return self.head(torch.tanh(self.layer(torch.tanh(once)) if bool((x.abs() > 50).any()) else once))
-
-
-def test_a_layer_that_runs_twice_on_some_batches_only() -> None:
-    torch.manual_seed(0)
-    model, x = Moody().double(), torch.randn(40, 3, dtype=torch.float64)
-    x[-1] *= 1e3
-    row = measure(model, Batches.from_tensors(x, batch_size=20), ["fisher_trace"]).rows["fisher_trace"]
-    assert row.details["method"].startswith("Hutch")
-    exact = 0.0
-    for part in x.split(20):
-        parameters = list(model.parameters())
-        for logits in model(part):
-            p = logits.detach().softmax(0)
-            jacobian = torch.stack(
-                [
-                    torch.cat([g.flatten() for g in torch.autograd.grad(z, parameters, retain_graph=True)])
-                    for z in logits
-                ]
-            )
-            exact += float((jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian).trace())
-    assert row.stderr is not None
-    assert abs(row.value - exact / 40) < 5 * row.stderr
-
-
-def test_more_eigenvalues_and_the_row_agree() -> None:
-    case = BY_NAME["tanh-mlp"]
-    for name in ("fisher_lambda_max", "hessian_lambda_max"):
-        row = measure(case.model, case.batches(), [name], Settings(top_eigenvalues=2)).rows[name]
-        assert row.value == row.details["eigenvalues"][0]["value"]
 
 
 def test_what_two_figures_share_is_taken_once() -> None:
@@ -718,8 +630,11 @@ def test_no_input_gradient_is_undefined() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.sign().detach())
 
-    row = measure(Steps(3, 2), Batches.from_tensors(torch.ones(4, 3)), ["input_jacobian_norm"])
-    assert row.rows["input_jacobian_norm"].value is None
+    names = ["input_jacobian_norm", "mean_entropy"]
+    rows = measure(Steps(3, 2), Batches.from_tensors(torch.ones(4, 3)), names).rows
+    assert rows[names[0]].value is None
+    assert rows[names[0]].details["reason"] == "the outputs have no gradient with respect to the inputs"
+    assert rows[names[1]].value is not None
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -866,11 +781,6 @@ def test_a_grid_of_radii_has_the_converged_maximum_of_each() -> None:
     assert found.num_evals == pytest.approx(sum(each.num_evals for each in alone.values()) - shared, abs=0.01)
 
 
-def test_a_single_output_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"one logit per example; .*--head binary"):
-        measure(nn.Linear(3, 1), Batches.from_tensors(torch.ones(4, 3)), ["fisher_trace"])
-
-
 @pytest.mark.parametrize(
     ("dtype", "jitter", "refused"),
     [
@@ -891,16 +801,6 @@ def test_outputs_may_jitter_by_rounding_alone(dtype: torch.dtype, jitter: float,
     batches = Batches.from_tensors(torch.ones(4, 3, dtype=dtype))
     with pytest.raises(DataError, match="two passes") if refused else nullcontext():
         measure(Jittery(3, 2, dtype=dtype), batches, ["mean_entropy"], FAST)
-
-
-def test_a_model_that_draws_at_random_is_refused() -> None:
-    class Noisy(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(functional.dropout(x, 0.5, training=True))
-
-    case = BY_NAME["relu-mlp"]
-    with torch.random.fork_rng(devices=[]), pytest.raises(DataError, match="two passes"):
-        measure(Noisy(*case.model.children()), case.batches(), ["fisher_trace"])
 
 
 @pytest.mark.parametrize(
@@ -1343,28 +1243,3 @@ def test_no_more_than_is_empty_is_measured() -> None:
     model.register_parameter("empty", nn.Parameter(torch.zeros(0)))
     with pytest.raises(UsageError, match="all selected parameters are empty: empty"):
         measure(model, Batches.from_tensors(torch.ones(4, 3)), ["parameter_norm"], Settings(params="empty"))
-
-
-def test_an_input_that_the_first_layer_gives_no_gradient_leaves_the_other_measures() -> None:
-    class Opaque(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x @ w.T
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
-            return None, g.T @ ctx.saved_tensors[0]
-
-    class Net(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return Opaque.apply(x, self.weight)
-
-    rows = measure(
-        Net(3, 2), Batches.from_tensors(torch.rand(4, 3)), ["input_jacobian_norm", "mean_entropy"]
-    ).rows
-    assert (
-        rows["input_jacobian_norm"].details["reason"]
-        == "the outputs have no gradient with respect to the inputs"
-    )
-    assert rows["mean_entropy"].value is not None

@@ -21,12 +21,10 @@ from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from gm_probe.cli import main
-from gm_probe.data.batches import Batches
 from gm_probe.data.datasets import Examples, Source, open_source
 from gm_probe.data.splits import split
 from gm_probe.errors import DataError, UsageError
 from gm_probe.measures.context import Settings
-from gm_probe.measures.measure import measure
 from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.runs.records import CHECKPOINT, RAW, SPLIT
 from gm_probe.training import run_splits
@@ -40,7 +38,7 @@ from gm_probe.training.objectives.joint import Joint
 from gm_probe.training.objectives.supervised import Objective
 from gm_probe.training.rule import Rule, Step
 from gm_probe.training.run import Training
-from gm_probe.training.run_splits import load_splits, own_unlabeled
+from gm_probe.training.run_splits import load_splits
 
 SEMI: dict[str, Any] = {"labels": 20, "batch_size": 10, "mu": 3, "num_train": 80, "epochs": 2}
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -470,29 +468,6 @@ def test_every_rule_takes_every_objective(method: str) -> None:
 
 
 # measuring what FixMatch leaves
-
-
-@pytest.mark.parametrize("name", [CHECKPOINT, RAW])
-def test_the_average_and_the_raw_model_are_measured(name: str, tmp_path: Path) -> None:
-    """S_ρ and tr F of either file are those of a network that holds its weights."""
-    train(semi("fixmatch", epochs=1), tmp_path)
-    names = ["local_inconsistency", "fisher_trace", "mean_entropy"]
-    settings = Settings(trace_tolerance=0.0)
-    found = measure_checkpoint(tmp_path / name, own_unlabeled(tmp_path), names, settings)
-    weights = load_file(tmp_path / name)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
-    network.load_state_dict(weights)
-    digits = open_source("digits", labeled=True).pool
-    indices = json.loads((tmp_path / SPLIT).read_text())
-    trained = digits.x[sorted(indices["train"] + indices["train_unlabeled"])].float() / 255
-    x = (digits.x[indices["unlabeled"]].float() / 255 - trained.mean()) / trained.std(correction=0)
-    rows = measure(network.eval(), Batches.from_tensors(x), names, settings).rows
-    for row in names:
-        assert found["measures"][row]["value"] == pytest.approx(rows[row].value, rel=1e-4)
-    p = network(x).softmax(1).detach()
-    assert found["measures"]["mean_entropy"]["value"] == pytest.approx(
-        float(-(p * p.log()).sum(1).mean()), rel=1e-4
-    )
 
 
 def test_the_average_is_measured_as_the_run_reports_it(tmp_path: Path) -> None:

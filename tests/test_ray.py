@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -296,79 +295,21 @@ def test_a_file_that_vanishes_while_a_folder_is_read(tmp_path: Path, monkeypatch
     assert list(_read(tmp_path / "run")) == [SUMMARY]
 
 
-def test_a_copy_that_a_kill_left_serves_the_same_files_alone(
+def test_a_workers_copy_is_in_a_private_folder_that_goes(
     stand_in: Callable[..., Cluster], tmp_path: Path
 ) -> None:
     from gm_probe.executors.ray import _work
 
-    stand_in()
-
-    def killed(out: Path, threads: int | None) -> tuple[str, None]:
-        (out / METRICS).write_bytes(b"the copy's")
-        raise KeyboardInterrupt
-
-    def metrics(out: Path, threads: int | None) -> tuple[str, bytes]:
-        return "finished", (out / METRICS).read_bytes()
-
-    run, sent = tmp_path / "run", {STATE: b"old", METRICS: b"the driver's"}
-    for files, expected in ((sent, b"the copy's"), ({**sent, SUMMARY: b"{}"}, b"the driver's")):
-        with pytest.raises(KeyboardInterrupt):
-            _work(Job("run", run, killed), None, sent, 1, 0.0)
-        done = _work(Job("run", run, metrics), None, files, 1, 0.0)
-        assert done is not None
-        assert (done[0].result, done[1]) == (expected, {**files, METRICS: expected})
-        assert not list((tmp_path / "copies").iterdir())
-
-
-LOOSE = {f"open {mode:o}": mode for mode in (0o777, 0o770, 0o707, 0o755, 0o711, 0o702, 0o710)}
-"""Modes that let others in."""
-
-
-def planted(folder: Path, content: bytes) -> None:
-    """Fill the place of a copy, wherever it is looked for, with results."""
-    for name in (folder.name, f"gmprobe-{folder.name}", f"gmprobe-{os.getuid()}/{folder.name}"):
-        place = folder.parent / name
-        place.mkdir(parents=True, exist_ok=True)
-        (place / METRICS).write_bytes(content)
-
-
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="temporary folders are each user's own there")
-@pytest.mark.parametrize(
-    "how",
-    [*("before", "a link", "a dangling link", "of another owner", "a file", "a pipe"), *LOOSE],
-)
-def test_what_another_user_planted_in_the_temporary_folder_is_not_taken(
-    how: str, stand_in: Callable[..., Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gm_probe.executors.ray import _copies, _work
-
-    def metrics(out: Path, threads: int | None) -> tuple[str, bytes]:
-        assert out.parents[1].stat().st_mode & 0o077 == 0
+    def look(out: Path, threads: int | None) -> tuple[str, bytes]:
+        assert out.parent.stat().st_mode & 0o077 == 0
+        assert out.is_relative_to(tmp_path / "copies")
         return "finished", (out / METRICS).read_bytes()
 
     stand_in()
-    run, copies = tmp_path / "run", tmp_path / "copies"
-    ours = copies / f"gmprobe-{os.getuid()}"
-    if how == "a file":
-        ours.write_bytes(b"")
-    elif how == "a pipe":
-        os.mkfifo(ours)
-    elif how == "a dangling link":
-        ours.symlink_to(tmp_path / "nowhere")
-    else:
-        planted(copies / sha256(os.fsencode(run)).hexdigest()[:16], b"planted")
-        ours.chmod(LOOSE.get(how, 0o700))
-    if how == "a link":
-        ours.rename(tmp_path / "elsewhere").chmod(0o700)
-        ours.symlink_to(tmp_path / "elsewhere")
-    if how == "of another owner":
-        other = os.getuid() + 1
-        monkeypatch.setattr(os, "getuid", lambda: other)
-        ours.rename(copies / f"gmprobe-{os.getuid()}")
-    assert (_copies() == ours) == (how == "before")
-    done = _work(Job("run", run, metrics), None, {METRICS: b"sent"}, 1, 0.0)
+    done = _work(Job("run", tmp_path / "run", look), None, {METRICS: b"sent"}, 1, 0.0)
     assert done is not None
     assert (done[0].result, done[1]) == (b"sent", {METRICS: b"sent"})
+    assert not list((tmp_path / "copies").iterdir())
 
 
 def test_what_a_copy_measured_names_the_run_folder(stand_in: Callable[..., Cluster], tmp_path: Path) -> None:

@@ -108,70 +108,6 @@ def rule_gradient(rule: str, model: nn.Module, x: Tensor, y: Tensor, **options: 
 # each rule by itself
 
 
-def test_sgd_is_backward() -> None:
-    model, (x, y) = make(), data()
-    step = Rule(model).backward(x, y)
-    torch.testing.assert_close(grads(model), gradient_at(model, torch.zeros(31).double(), x, y), **CLOSE)
-    torch.testing.assert_close(step.logits, model(x).detach())
-    torch.testing.assert_close(step.loss, functional.cross_entropy(model(x), y).detach())
-    assert step.inconsistency is None
-
-
-def test_three_sam_steps_with_momentum() -> None:
-    model = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
-    rule = SAM(model, rho=0.3)
-    theta = parameters_to_vector(model.parameters()).detach().clone()
-    shadow, velocity = copy.deepcopy(model), None
-    for seed in range(3):
-        x, y = data(seed=seed)
-        optimizer.zero_grad()
-        rule.backward(x, y)
-        optimizer.step()
-
-        vector_to_parameters(theta, shadow.parameters())
-        g = gradient_at(shadow, 0 * theta, x, y)
-        g = gradient_at(shadow, 0.3 * g / g.norm(), x, y)
-        velocity = g if velocity is None else 0.9 * velocity + g
-        theta = theta - 0.2 * velocity
-    torch.testing.assert_close(parameters_to_vector(model.parameters()).detach(), theta, **CLOSE)
-
-
-def test_sam_of_radius_zero_is_sgd() -> None:
-    model, (x, y) = make(), data()
-    SAM(model, rho=0.0).backward(x, y)
-    torch.testing.assert_close(grads(model), gradient_at(model, torch.zeros(31).double(), x, y), **CLOSE)
-
-
-def test_asam_by_hand_on_one_weight_and_one_bias() -> None:
-    """z = (0, w x + b), loss = log(1 + exp(-(w x + b))) for label 1: everything is scalar."""
-
-    class Logistic(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.tensor(-0.8, dtype=torch.float64))
-            self.bias = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
-
-        def forward(self, x: Tensor) -> Tensor:
-            z = self.weight * x + self.bias
-            return torch.stack([torch.zeros_like(z), z], 1)
-
-    w, b, x, rho, eta = -0.8, 0.3, 1.7, 0.5, 0.01
-
-    def slope(w: float, b: float) -> float:  # dL/dz
-        return -1 / (1 + math.exp(w * x + b))
-
-    gw, gb = slope(w, b) * x, slope(w, b)
-    tw, tb = abs(w) + eta, 1.0  # Kwon 2021: |θ| + η on weights, 1 elsewhere
-    norm = math.hypot(tw * gw, tb * gb)
-    ew, eb = rho * tw**2 * gw / norm, rho * tb**2 * gb / norm
-    outer = slope(w + ew, b + eb)
-
-    model = Logistic()
-    ASAM(model, rho=rho, eta=eta).backward(torch.tensor([x], dtype=torch.float64), torch.tensor([1]))
-    assert grads(model).tolist() == pytest.approx([outer * x, outer], rel=1e-12)
-
-
 @pytest.mark.parametrize("kl_grad", ["both", "perturbed"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_iam_d_against_finite_differences(steps: int, kl_grad: str) -> None:
@@ -207,14 +143,6 @@ def test_iam_d_against_finite_differences(steps: int, kl_grad: str) -> None:
     torch.testing.assert_close(step.inconsistency, (frozen.exp() * (frozen - log_q)).sum(1).mean())
 
 
-def test_the_two_sides_of_the_kl_differ() -> None:
-    model, (x, y) = make(), data()
-    both, perturbed = (
-        rule_gradient(rule, model, x, y, generator=seeded()) for rule in ("iam-d", "iam-d perturbed")
-    )
-    assert float((both - perturbed).norm()) > 1e-3 * float(both.norm())
-
-
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_iam_s_is_the_gradient_at_delta(steps: int, seed: int) -> None:
@@ -242,15 +170,6 @@ def test_random_sign_is_fair() -> None:
         found = rule_gradient("iam-s", model, x, y, generator=seeded(seed))
         kept += torch.allclose(found, gradient_at(model, delta, x, y), **CLOSE)
     assert 18 <= kept <= 42
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_noise_is_fresh_every_step(steps: int) -> None:
-    model, (x, y) = make(), data()
-    rule = IAMD(model, rho=0.3, k_steps=steps, generator=seeded())
-    first = rule.backward(x, y).inconsistency
-    assert first is not None
-    assert rule.backward(x, y).inconsistency != first
 
 
 class Reference:
@@ -555,14 +474,6 @@ def test_m_sharpness_reports_the_whole_batch(rule: str) -> None:
     torch.testing.assert_close(step.logits, model(x).detach(), **CLOSE)
     torch.testing.assert_close(step.loss, functional.cross_entropy(model(x), y).detach(), **CLOSE)
     assert (step.inconsistency is not None) == rule.startswith("iam-d")
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("m", [8, 100])
-def test_m_of_the_batch_or_more_changes_nothing(rule: str, m: int) -> None:
-    model, (x, y) = make(), data()
-    plain = rule_gradient(rule, model, x, y, generator=seeded())
-    assert torch.equal(rule_gradient(rule, model, x, y, m=m, generator=seeded()), plain)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -889,28 +800,11 @@ def test_gradients_of_two_parameters_are_two_tensors() -> None:
         torch.testing.assert_close(model.two.grad, before / math.sqrt(2))
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("build", [tanh_mlp, normed_mlp], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("rule", ["sam", "iam-d", "iam-d one pass", "iam-s loss"])
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
-def test_compiled_model(rule: str, build: Callable[[], nn.Module]) -> None:
-    model, (x, y) = make(build), data()
+def test_compiled_model(rule: str) -> None:
+    model, (x, y) = make(normed_mlp), data()
     plain = rule_gradient(rule, copy.deepcopy(model), x, y, generator=seeded(2))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(rule_gradient(rule, compiled, x, y, generator=seeded(2)), plain, **CLOSE)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_with_adamw_scheduler_and_clipping(rule: str) -> None:
-    model, (x, _) = make(seed=3), data(24)
-    y = x.argmax(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=30)
-    built, losses = RULES[rule](model, generator=seeded()), []
-    for _ in range(30):
-        optimizer.zero_grad()
-        losses.append(float(built.backward(x, y).loss))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-    assert losses[-1] < 0.8 * losses[0]

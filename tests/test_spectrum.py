@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, Case
-from test_operators import build, dense_terms
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -89,17 +87,6 @@ def test_largest_eigenvalue(name: str, dtype: torch.dtype, generator: torch.Gene
     assert top.vector.dtype == dtype
 
 
-@pytest.mark.parametrize("name", SPECTRA)
-def test_residual_is_the_true_residual_and_bounds_the_error(name: str, generator: torch.Generator) -> None:
-    terms = with_spectrum(SPECTRA[name])
-    top = lanczos(operator_of(terms), generator=generator)
-    scale = np.abs(SPECTRA[name]).max()
-    residual = float((terms[0] @ top.vector - top.value * top.vector).norm())
-    assert top.residual == pytest.approx(residual, rel=1e-3, abs=1e-10 * scale)
-    nearest = np.abs(SPECTRA[name] - top.value).min()
-    assert nearest <= top.residual + 1e-12 * scale
-
-
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-8])
 def test_tolerance_is_kept(tolerance: float, generator: torch.Generator) -> None:
     terms = with_spectrum(SPECTRA["one outlier"])
@@ -135,37 +122,10 @@ def test_one_small_residual_is_not_trusted() -> None:
     assert top.value == pytest.approx(1.0, rel=0.01)
 
 
-def test_a_close_second_eigenvalue_in_many_dimensions(generator: torch.Generator) -> None:
-    """A random start is almost orthogonal to the vector that is sought."""
-    values = torch.linspace(0, 0.1, 100_000)
-    values[0], values[1] = 1.0, 0.8
-    operator = Operator(
-        lambda v: values * v, lambda v: (values * v * v).sum()[None], len(values), values.dtype, values.device
-    )
-    top = lanczos(operator, generator=generator)
-    assert top.converged
-    assert top.value == pytest.approx(1.0, rel=0.01)
-
-
 def test_not_a_number_is_refused(generator: torch.Generator) -> None:
     operator = operator_of(torch.full((1, 3, 3), math.nan))
     with pytest.raises(DivergedError, match="finite"):
         lanczos(operator, generator=generator)
-
-
-@pytest.mark.parametrize("kind", ["fisher", "hessian"])
-def test_networks(kind: str, case: Case, generator: torch.Generator) -> None:
-    operator, matrix = build(kind, case), dense_terms(kind, case).mean(0)
-    eigenvalues = np.linalg.eigvalsh(matrix.numpy())
-    top = lanczos(operator, generator=generator)
-    assert top.value == pytest.approx(eigenvalues[-1], rel=0.01)
-
-
-def test_same_seed_same_result() -> None:
-    operator = build("fisher", CASES[0])
-    one, two = (lanczos(operator, generator=torch.Generator().manual_seed(4)) for _ in range(2))
-    assert one.value == two.value
-    assert torch.equal(one.vector, two.vector)
 
 
 # several eigenpairs
@@ -206,14 +166,6 @@ def test_largest_and_smallest_eigenpairs(
         if pairs:
             vectors = torch.stack([pair.vector for pair in pairs]).double()
             torch.testing.assert_close(vectors @ vectors.T, torch.eye(len(pairs)).double(), rtol=0, atol=1e-5)
-
-
-def test_eigenpairs_of_networks(case: Case, generator: torch.Generator) -> None:
-    operator = build("hessian", case)
-    truth = np.linalg.eigvalsh(dense_terms("hessian", case).mean(0).numpy())
-    highest, lowest = eigenpairs(operator, random_start(operator, generator), top=2, bottom=2, tolerance=1e-7)
-    assert [pair.value for pair in highest] == pytest.approx(truth[[-1, -2]], rel=1e-6)
-    assert [pair.value for pair in lowest] == pytest.approx(truth[[0, 1]], rel=1e-6, abs=1e-9)
 
 
 def test_all_eigenpairs_when_the_space_is_exhausted(generator: torch.Generator) -> None:

@@ -268,6 +268,13 @@ STATUS = ["crashed" if i % 4 == 0 else "finished" for i in range(12)]
 DONE = [i for i in range(12) if i % 4]
 ALL = list(range(12))
 
+COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+LONG = "name,lr,seed,error_gap,metric,value\n" + "".join(
+    f"{row['name']},{row['lr']},{row['seed']},{row['error_gap']},{metric},{value}\n"
+    for row in ROWS
+    for metric, value in (("sharpness", row["sharpness"]), ("wd", row["wd"]))
+)
+
 READ: dict[str, tuple[str, bytes, list[int], str]] = {
     # name: (suffix, content, rows that enter, a note that tells)
     "as it is": (".csv", text().encode(), ALL, "measures: sharpness; hyperparameters: lr, wd; seeds: seed"),
@@ -327,6 +334,17 @@ READ: dict[str, tuple[str, bytes, list[int], str]] = {
         ALL,
         "gap: val_loss - train_loss",
     ),
+    "two accuracies in percent": (
+        ".csv",
+        text(renamed={"error_gap": "test acc"}, error_gap=[90 - 100 * g for g in GAP], train_acc=[90] * 12).encode(),
+        ALL,
+        "taken as percentages, because some are above 1: test_accuracy, train_accuracy",
+    ),
+    "a row for each measure": (".csv", LONG.encode(), ALL, "the 24 rows were read as 12 runs, with a column for each"),
+    "lists of cells": (".json", json.dumps(COLUMNS).encode(), ALL, ""),
+    "rows by their numbers": (
+        ".json", json.dumps({name: dict(enumerate(cells)) for name, cells in COLUMNS.items()}).encode(), ALL, "",
+    ),
     "a list of objects": (".json", json.dumps(ROWS).encode(), ALL, ""),
     "JSON lines": (".jsonl", "\n".join(map(json.dumps, ROWS)).encode(), ALL, ""),
     "summary rows below": (
@@ -352,6 +370,37 @@ def test_the_same_runs_have_the_same_tau(
     assert table.frame["run"].tolist() == [f"run-{i}" for i in rows]
     assert any(note in each for each in table.notes)
     assert not any("\n" in each for each in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "error", "gap"),
+    [
+        ([0.1, 0.5], [20, 30], [0.2, 0.3], [0.199, 0.295]),  # in percent, as the test error shows
+        ([0.1, 0.5], [0.2, 0.7], [0.2, 0.7], [0.1, 0.2]),
+        (["10%", "50%"], ["20%", "70%"], [0.2, 0.7], [0.1, 0.2]),
+        (["10%", "50%"], [20, 70], [0.2, 0.7], [0.1, 0.2]),
+        ([1, 2], [200, 300], [200, 300], [199, 298]),  # another kind of error
+    ],
+)
+def test_error_rates_are_fractions_of_examples(
+    tmp_path: Path, train: list[Any], test: list[Any], error: list[float], gap: list[float]
+) -> None:
+    rows = zip(train, test, strict=True)
+    (tmp_path / "t.csv").write_text(
+        "train_err,test_err,m\n" + "".join(f"{one},{two},{i}\n" for i, (one, two) in enumerate(rows))
+    )
+    frame = load_table(tmp_path / "t.csv").frame
+    assert frame["test_error"].tolist() == pytest.approx(error)
+    assert frame["error_gap"].tolist() == pytest.approx(gap)
+
+
+def test_picks_cost_test_error_where_the_table_has_accuracies(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("train_acc,test_acc,m\n99,81,1\n100,84,2\n98,86,3\n97,80,4\n96,90,5\n")
+    table = load_table(tmp_path / "t.csv")
+    assert table.frame["test_error"].tolist() == pytest.approx([0.19, 0.16, 0.14, 0.2, 0.1])
+    assert correlate(table, details=False).get(
+        "m", "test_error", "regret", "smallest"
+    ).value == pytest.approx(0.09)
 
 
 def test_minus_signs_of_their_own(tmp_path: Path) -> None:
@@ -397,6 +446,15 @@ REFUSED: dict[str, tuple[str, bytes, dict[str, Any], type[ProbeError], str]] = {
     ),
     "no run that finished": ("t.csv", b"error_gap,m,state\n1,2,failed\n", {}, DataError, "no run .* usable: failed"),
     "commas in every number": ("t.csv", b'error_gap,m\n"1,234",1\n', {}, DataError, "comma may mark decimals"),
+    "percent beside a fraction": (
+        "t.csv", b"train_acc,test_acc,m\n0.99,81,1\n0.98,82,2\n", {}, DataError, "up to 82.*up to 0.99.*in one unit",
+    ),
+    "rows of measures without a run": (
+        "t.csv", b"measure,value\na,1\nb,2\na,3\nb,4\n", {}, DataError, "and does not tell which rows",
+    ),
+    "a measure of a run twice": (
+        "t.csv", b"run,error_gap,measure,value\nr,1,a,1\nr,1,a,2\n", {}, DataError, "and does not tell which rows",
+    ),
     "a bare carriage of quotes": ("t.csv", b'error_gap,m\n"0.1,2\n', {}, DataError, "not a readable CSV"),
     "blank lines only": ("t.csv", b"\n\n", {}, DataError, "is empty"),
     "colons": ("t.csv", b"error_gap:m\n1:2\n", {}, DataError, "It has: error_gap:m"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ATTENTION, CASES, Case
-from test_operators import build, dense_terms
+from test_operators import dense_terms
 from test_spectrum import operator_of
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
@@ -40,17 +40,6 @@ def stack(examples: int, size: int) -> Tensor:
     """(N, P, P) symmetric, indefinite and non-diagonal."""
     a = torch.from_numpy(np.random.default_rng(3).normal(size=(examples, size, size)))
     return a + a.transpose(1, 2) + 4 * torch.eye(size, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_trace_within_four_standard_errors(seed: int) -> None:
-    terms = stack(5, 20)
-    estimate = trace(
-        operator_of(terms), generator=torch.Generator().manual_seed(seed), tolerance=0.02, max_probes=300
-    )
-    assert estimate.converged
-    assert estimate.stderr <= 0.02 * abs(estimate.value)
-    assert abs(estimate.value - float(terms.mean(0).trace())) < 4 * estimate.stderr
 
 
 def test_the_error_of_what_is_known_counts() -> None:
@@ -129,57 +118,6 @@ def test_not_a_number_is_refused(generator: torch.Generator) -> None:
         trace(operator_of(torch.full((1, 3, 3), math.nan)), generator=generator)
 
 
-@pytest.mark.parametrize("kind", ["fisher", "hessian"])
-def test_networks(kind: str, case: Case, generator: torch.Generator) -> None:
-    estimate = trace(build(kind, case), generator=generator, tolerance=0, max_probes=60)
-    expected = float(dense_terms(kind, case).mean(0).trace())
-    assert abs(estimate.value - expected) < 4 * estimate.stderr + 1e-12 * abs(expected)
-
-
-def test_same_seed_same_result() -> None:
-    operator = build("fisher", CASES[0])
-    first, second = (trace(operator, generator=seeded(4)) for _ in range(2))
-    assert first.value == second.value
-    assert torch.equal(first.terms, second.terms)
-
-
-def outlier() -> Tensor:
-    """(4, 30, 30) of mean with one large eigenvalue: what deflation is for."""
-    terms = stack(4, 30)
-    v = torch.from_numpy(np.random.default_rng(1).normal(size=30))
-    return terms + 200 * torch.outer(v, v) / v.square().sum()
-
-
-def orthonormal(size: int, count: int, seed: int = 0) -> list[Tensor]:
-    return list(torch.from_numpy(np.linalg.qr(np.random.default_rng(seed).normal(size=(size, count)))[0].T))
-
-
-def test_deflation_is_unbiased_and_takes_the_outlier_out() -> None:
-    terms = outlier()
-    operator, matrix = operator_of(terms), terms.mean(0)
-    top = torch.linalg.eigh(matrix)[1][:, -1]
-    plain, deflated, anyhow = (
-        np.array(
-            [
-                trace(operator, generator=seeded(s), tolerance=0, max_probes=4, deflate=vectors).value
-                for s in range(200)
-            ]
-        )
-        for vectors in ([], [top], orthonormal(30, 3))  # vectors that are no eigenvectors do no harm
-    )
-    for values in (plain, deflated, anyhow):
-        assert abs(values.mean() - float(matrix.trace())) < 4 * values.std(ddof=1) / math.sqrt(200)
-    assert deflated.std() < 0.5 * plain.std()
-
-
-def test_deflating_everything_is_exact(generator: torch.Generator) -> None:
-    terms = outlier()
-    found = trace(operator_of(terms), generator=generator, deflate=orthonormal(30, 30))
-    assert found.value == pytest.approx(float(terms.mean(0).trace()), rel=1e-12)
-    assert found.stderr == pytest.approx(0, abs=1e-10)
-    torch.testing.assert_close(found.terms, torch.einsum("nii->n", terms), rtol=1e-10, atol=1e-10)
-
-
 def test_offset_adds() -> None:
     terms = stack(5, 12)
     offset = torch.linspace(-3, 8, 5, dtype=torch.float64)
@@ -192,7 +130,7 @@ def test_offset_adds() -> None:
     torch.testing.assert_close(both.terms, alone.terms + offset)
 
 
-def test_offset_and_deflation_join_the_tolerance() -> None:
+def test_an_offset_joins_the_tolerance() -> None:
     """What is known exactly counts towards the value that the error is relative to."""
     terms = stack(5, 20)
     known = torch.full((5,), 1e4, dtype=torch.float64)
@@ -313,15 +251,6 @@ def test_root_of_saturated_probabilities(classes: int) -> None:
     matrix = matrix_of(CovarianceRoot(p), 1)[0]
     assert float(matrix.square().sum()) == pytest.approx(2 * (classes - 1) * 1e-25, rel=1e-9)
     assert float(matrix[0] @ matrix[1]) == pytest.approx(-1e-25, rel=1e-9)
-
-
-@pytest.mark.parametrize("classes", CLASSES)
-def test_root_of_float32_probabilities(classes: int) -> None:
-    p = probabilities(classes).float()
-    root, exact = CovarianceRoot(p), p.double()
-    matrix = matrix_of(root, len(p))
-    covariance = torch.diag_embed(exact) - exact[:, :, None] * exact[:, None, :]
-    torch.testing.assert_close(matrix @ matrix.transpose(1, 2), covariance, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("classes", CLASSES)

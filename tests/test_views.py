@@ -9,7 +9,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as vision
 
 from gm_probe.errors import UsageError
-from gm_probe.training.views import HUE, RATIO, SCALE, STRENGTH, Draws, draw_views, require_images, see
+from gm_probe.training.augment import require_images
+from gm_probe.training.views import HUE, RATIO, SCALE, STRENGTH, Draws, draw_views, see
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -107,4 +108,4 @@ def test_draws_are_the_generator_s_alone() -> None:
 )
 def test_other_inputs_are_refused(x: Tensor) -> None:
     with pytest.raises(UsageError, match="8 bits"):
-        require_images(x)
+        require_images(x, "SimCLR")

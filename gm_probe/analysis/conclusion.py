@@ -9,6 +9,7 @@ from gm_probe.analysis.definitions import direction_of, symbol
 from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.results import Correlations
 from gm_probe.errors import listed
+from gm_probe.tables.rates import is_rate
 from gm_probe.tables.table import RunTable
 
 ALIKE = 0.98
@@ -155,7 +156,7 @@ def costs(value: float, target: str) -> str:
 
 def in_points(target: str) -> bool:
     """Return whether a target is a fraction of examples."""
-    return target.endswith(("error", "accuracy", "error_gap"))
+    return is_rate(target)
 
 
 def target_short(target: str) -> str:

@@ -213,7 +213,7 @@ def _all_evidence(
     from gm_probe.accuracy.estimate import of_model
     from gm_probe.accuracy.evidence import num_passes
     from gm_probe.measures.settings import Settings
-    from gm_probe.measuring.checkpoint import open_checkpoint
+    from gm_probe.measuring.opening import open_checkpoint
     from gm_probe.models.loading import check_classes
 
     unlabeled, *labeled = sets

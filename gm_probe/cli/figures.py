@@ -21,16 +21,22 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
 def _print_several(results: Sequence[dict[str, Any]]) -> None:
     """Print each measure of each checkpoint with its standard error; the longer list runs down."""
     names = list(dict.fromkeys(name for result in results for name in result["measures"]))
-    heads = [f"{_symbol(name)}{_labels(results, name)}{_better(name)}" for name in names]
+    remarks = [f"{_labels(results, name)}{_better(name)}" for name in names]
     checkpoints = short_names([result["checkpoint"] for result in results])
     cells = [[_value(result["measures"].get(name)) for name in names] for result in results]
     sizes = {f"N = {result['num_examples']:,}" for result in results}
     title = f"{len(results)} checkpoints{'  ' + sizes.pop() if len(sizes) == 1 else ''}"
     console = results_console()
     if len(names) > len(results):
+        widths = [max(map(len, (name, *row))) + 3 for name, row in zip(checkpoints, cells, strict=True)]
+        room = console.width - sum(widths) - 4 - max(map(len, remarks))
+        heads = [
+            f"{label}{remark}" for label, remark in zip(measure_labels(names, room), remarks, strict=True)
+        ]
         rows = [[head, *row] for head, row in zip(heads, zip(*cells, strict=True), strict=True)]
         console.print(table(title, ["measure", *checkpoints], rows))
     else:
+        heads = [f"{_symbol(name)}{remark}" for name, remark in zip(names, remarks, strict=True)]
         rows = [[name, *row] for name, row in zip(checkpoints, cells, strict=True)]
         console.print(table(title, ["checkpoint", *heads], rows))
     captions = {f"{_batch_dependent(result)}{_ascents(result, spread=False)}" for result in results}
@@ -45,6 +51,16 @@ def _print_several(results: Sequence[dict[str, Any]]) -> None:
     for result in results:
         if "layers" in result:
             _print_layers(result["layers"], result["checkpoint"])
+
+
+def measure_labels(names: Sequence[str], room: int) -> list[str]:
+    """Return names with symbols, or names, or symbols of measures: the fullest that ``room`` columns hold."""
+    symbols = [_symbol(name) for name in names]
+    both = [
+        name if symbol == name else f"{name} ({symbol})" for name, symbol in zip(names, symbols, strict=True)
+    ]
+    fit = (labels for labels in (both, list(names)) if max(map(len, labels), default=0) <= room)
+    return next(fit, symbols)
 
 
 def _labels(results: Sequence[dict[str, Any]], name: str) -> str:
@@ -73,9 +89,11 @@ def _value(row: dict[str, Any] | None) -> str:
 def _print_one(result: dict[str, Any]) -> None:
     """Print one checkpoint's table on stdout, with a caption that says how its numbers are to be read."""
     console, settings = results_console(), result["settings"]
-    # the numbers' columns and the frame take 57; symbols replace names that do not fit beside them
+    # the numbers' columns and the frame take 57
     narrow = console.width < 57 + max(map(len, result["measures"]), default=0)
-    rows = [_cells_of(name, row, narrow) for name, row in result["measures"].items()]
+    labels = measure_labels(list(result["measures"]), console.width - 57)
+    shown = zip(labels, result["measures"].items(), strict=True)
+    rows = [_cells_of(name, label, row, narrow) for label, (name, row) in shown]
     columns = ["measure", "value", "± estim.", "± examples", *([] if narrow else ["conv.", "cost"])]
     if settings["target_error"]:
         columns.append(f"N for {100 * settings['target_error']:g} %")
@@ -97,10 +115,9 @@ def _print_one(result: dict[str, Any]) -> None:
     )
 
 
-def _cells_of(name: str, row: Mapping[str, Any], narrow: bool) -> list[str]:
-    """Return a measure's row of the table. In a ``narrow`` one its name says whether it converged."""
+def _cells_of(name: str, label: str, row: Mapping[str, Any], narrow: bool) -> list[str]:
+    """Return a measure's row of the table. In a ``narrow`` one its ``label`` says whether it converged."""
     undefined = row["value"] is None  # a dash says so
-    label = _symbol(name) if narrow else name
     if "labels" in row:
         label += " (no labels needed)" if row["labels"] == "none needed" else f" ({row['labels']} labels)"
     if row.get("protocol") == "converged" and name == "local_inconsistency":

@@ -15,8 +15,9 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from gm_probe.data.sources import default_data_root
 from gm_probe.errors import BusyError, ProbeError, ResourceError, StorageError, UsageError, first_line
-from gm_probe.files.atomic import default_data_root, write_atomic
+from gm_probe.files.atomic import write_atomic
 from gm_probe.files.locks import exclusive
 
 State = Literal["ok", "absent", "broken"]

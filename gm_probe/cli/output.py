@@ -109,8 +109,11 @@ def table(
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Return a number for a table: significant digits, or a dash where it is undefined."""
-    return "—" if value is None else f"{value:.{digits}g}"
+    """Return a number for a table: significant digits, no exponent below a million; a dash where it is undefined."""
+    if value is None:
+        return "—"
+    text = f"{value:.{digits}g}"
+    return f"{float(text):.0f}" if "e+" in text and abs(value) < 1e6 else text
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from gm_probe.data.datasets import Examples
-    from gm_probe.measuring.checkpoint import LoadedCheckpoint
+    from gm_probe.measuring.opening import LoadedCheckpoint
 
 
 @click.command(epilog="Example:  gmprobe pairs runs/")
@@ -143,7 +143,7 @@ def _examples(
 def _settings(
     examples: Examples, part: str | None, data: DataOptions, loading: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
-    from gm_probe.measuring.checkpoint import output_settings
+    from gm_probe.measuring.opening import output_settings
 
     chosen = {"data": examples.source, "part": part, "passed_over": dict(examples.passed_over)}
     outputs = {key: value for key, value in output_settings(loading).items() if value is not None}
@@ -200,7 +200,7 @@ def _outputs(
     from gm_probe.linalg.work import Work
     from gm_probe.measures.context import MeasurementContext
     from gm_probe.measures.settings import Settings
-    from gm_probe.measuring.checkpoint import open_checkpoint
+    from gm_probe.measuring.opening import open_checkpoint
     from gm_probe.models.parameters import evaluating
     from gm_probe.runtime.precision import float32_products
 

@@ -1,9 +1,9 @@
-"""Whether each parameter tensor enters a network's logits (piecewise) affinely; then tr H = tr F, with any labels.
+"""Whether each parameter tensor enters a network's logits (piecewise) affinely; then tr H = tr F for any labels.
 
 H = F + mean over x and classes of (p − y)_c ∂²z_c/∂θ² (Lemma A.1's split). Where each tensor θ_k enters z affinely
-while the others stay, every ∂²z/∂θ_i² is 0 almost everywhere: the second term has a zero diagonal, not a zero matrix.
-That holds for ReLU networks of convolutions, linear layers, max-pooling, residual sums and batch norm in eval mode. It
-does not hold for GELU, sigmoids, attention, layer norm or a weight used twice in sequence.
+while the others stay fixed, every ∂²z/∂θ_i² is 0 almost everywhere. The second term then has a zero diagonal, though it
+is not a zero matrix. This holds for ReLU networks of convolutions, linear layers, max-pooling, residual sums and batch
+norm in eval mode. It does not hold for GELU, sigmoids, attention, layer norm, or a weight used twice in sequence.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from gm_probe.models.parameters import Parameters, as_measured
 from gm_probe.runtime.randomness import generators_kept
 
 NEGLIGIBLE = 30.0
-"""Times ε: a second derivative along a tensor's random direction, relative to the first, that counts as 0.
+"""A second derivative along a random direction counts as 0 if it is below this many ε, relative to the first.
 
 The direction is as long as the tensor. Autograd's second derivatives of piecewise linear layers are exactly 0.
 """
 APART = 0.1
-"""A slope that autograd states this far from the logits' own, in standard deviations of a random slope, is another."""
+"""Autograd's slope counts as wrong at this distance from the logits' own, in standard deviations of a random slope."""
 _ENTRIES = 2**19
-"""Parameters times examples that are tried: on few examples a large network has thousands of units to be curved."""
+"""Parameters times examples in the test. A large network needs few examples, since each has thousands of units."""
 
 
 def obstacle(parameters: Parameters, x: Inputs) -> str | None:
-    """Return why tr H = tr F cannot be relied on, or None where each parameter tensor enters the logits affinely.
+    """Return why tr H = tr F need not hold, or None where each parameter tensor enters the logits affinely.
 
-    Then the second derivative of cᵀz, for random c, vanishes along a random direction of each tensor. It is taken of
-    16 of the examples ``x`` (B, ...), and of a large network of 2, with a fixed seed. What only other examples run
-    through is not seen. Never raises on account of the model: what cannot be tried counts as not affine.
+    The test is that the second derivative of cᵀz, for random c, vanishes along a random direction of each tensor. It
+    uses 16 of the examples ``x`` (B, ...), or 2 for a large network, and a fixed seed. Paths that only other examples
+    take are not seen. The model never makes it raise: what cannot be tested counts as not affine.
     """
     count = max(2, min(16, _ENTRIES // parameters.size))
     try:
         with generators_kept(parameters.device, parameters.model), as_measured(parameters.model):
             return _curved(parameters, x[:count])
-    except Exception as error:  # whatever a stranger's layer raises
+    except Exception as error:  # layers may raise anything
         if of_machine(error):
             raise
         return f"second derivatives cannot be tested ({first_line(error)})"
@@ -80,10 +80,10 @@ def _stated(
     cotangent: Tensor,
     slope: float,
 ) -> bool:
-    """Return whether ``slope`` is that of cᵀz along ``direction``, by central differences of the logits in float64.
+    """Compare ``slope`` with that of cᵀz along ``direction``, by central differences of the logits in float64.
 
-    It is not where a path is hidden from autograd, as by ``detach`` in a straight-through estimator. At float32's
-    longer steps too many units would change sides.
+    They differ where a path is hidden from autograd, as by ``detach`` in a straight-through estimator. Float32 would
+    need longer steps, on which too many units change sides.
     """
     length = torch.finfo(torch.float64).eps ** (1 / 3)
     step, cotangent = length * direction.double(), cotangent.double()
@@ -102,6 +102,6 @@ def _stated(
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random tensor of a length about 1, in the shape of another."""
+    """Return a random tensor of length about 1, with the shape of another."""
     drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype) / max(1, like.numel()) ** 0.5
     return drawn.to(like.device)

@@ -1,7 +1,7 @@
 """Batch normalisation in eval mode whose forward-mode derivatives are batch normalisations, too.
 
-torch writes them as some fourteen operations a layer, and those of the backward pass as forty. A tangent's image is
-x̂ dw + (the layer of dx, without its mean): two of torch's own kernels.
+torch needs about fourteen operations per layer for them, and forty for those of the backward pass. Here a tangent's
+image is x̂ dw + (the layer applied to dx, without its mean), which is two of torch's own kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 
 class _BatchNorm(torch.autograd.Function):
-    """(x − mean) · w / √(var + ε) + b, over dimension 1 of x (B, C, ...); mean and var are constants."""
+    """Compute (x − mean) · w / √(var + ε) + b over dimension 1 of x (B, C, ...); mean and var are constants."""
 
     @staticmethod
     def forward(
@@ -52,7 +52,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """The gradients of ``_BatchNorm`` by x, w and b: linear in the gradient g, and bilinear in it and (x, w)."""
+    """Compute the gradients of ``_BatchNorm`` by x, w and b, which are linear in the gradient g and in (x, w)."""
 
     @staticmethod
     def forward(
@@ -93,7 +93,7 @@ class _Backward(torch.autograd.Function):
 
 @lru_cache(maxsize=64)
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros (count,) that many layers take for their mean: made anew, they would be a kernel a layer."""
+    """Return zeros (count,), shared by the layers that take them as their mean, to save a kernel per layer."""
     with torch.inference_mode(False):
         return torch.zeros(count, dtype=dtype, device=device)
 
@@ -108,7 +108,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``torch.nn.functional.batch_norm``, in eval mode with few kernels for forward-mode derivatives."""
+    """Compute ``torch.nn.functional.batch_norm``, in eval mode with few kernels for forward-mode derivatives."""
     if training or running_mean is None or running_var is None or weight is None or bias is None:
         return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     found: Tensor = _BatchNorm.apply(input, weight, bias, running_mean, running_var, eps)

@@ -1,4 +1,4 @@
-"""Whether a model's derivatives can be had and trusted, tried on a few examples: layers may lack or misstate them."""
+"""Whether a model's derivatives exist and are right, tried on a few examples, because layers may misstate them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gm_probe.models.parameters import Parameters
 JacobianProduct = Callable[[Inputs, Tensor], Tensor]
 """input (B, ...), direction v (P,) ↦ J v (B, ..., C); or input, cotangent u (B, ..., C) ↦ Jᵀu (P,)"""
 Product = Callable[[Tensor, Inputs, Tensor], Tensor]
-"""direction (P,), input (B, ...), data (B, ...) ↦ a product or the examples' terms"""
+"""direction (P,), input (B, ...), data (B, ...) ↦ a product (P,) or the examples' terms (B,)"""
 Arguments = tuple[Tensor, Inputs, Tensor]
 
 REMEDY = "replace that layer, or choose measures without it by --measures"
@@ -37,8 +37,8 @@ def differentiable() -> Iterator[None]:
 def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Generator) -> None:
     """Raise UsageError unless the logits of ``x`` (B, ...) have gradients by all parameters that they depend on.
 
-    A layer's backward pass may raise, and a forward pass under ``torch.no_grad`` or by way of NumPy hides parameters
-    from autograd: they would silently count as constants.
+    A layer's backward pass may raise. A forward pass under ``torch.no_grad`` or through NumPy hides parameters from
+    autograd, so they would silently count as constants.
     """
     with differentiable(), torch.enable_grad():
         values = parameters.leaves()
@@ -71,29 +71,28 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
 
 
 def _tensors_held(module: nn.Module) -> list[str]:
-    """The names of attributes that are tensors or dicts of tensors, and neither parameters nor buffers."""
+    """Return the names of attributes that are tensors or dicts of tensors, and neither parameters nor buffers."""
     known = vars(nn.Module())
-    return [
-        name
-        for name, value in vars(module).items()
-        if name not in known
-        and not any(
-            p.startswith(f"{name}_") for p in module._parameters
-        )  # as weight_norm and pruning leave theirs
-        and any(isinstance(v, Tensor) for v in (value.values() if isinstance(value, dict) else [value]))
-    ]
+    found = []
+    for name, value in vars(module).items():
+        values = value.values() if isinstance(value, dict) else [value]
+        # weight_norm and pruning leave a tensor ``weight`` beside their parameters ``weight_g`` or ``weight_orig``
+        derived = any(p.startswith(f"{name}_") for p in module._parameters)
+        if name not in known and not derived and any(isinstance(v, Tensor) for v in values):
+            found.append(name)
+    return found
 
 
 def first_adjoint(
     candidates: Sequence[JacobianProduct], vjp: JacobianProduct, x: Inputs, v: Tensor
 ) -> JacobianProduct:
-    """The first of the ``candidates`` for J v that is the adjoint of ``vjp``, u ↦ Jᵀu, on ``x`` for ``v`` (P,).
+    """Return the first of the ``candidates`` for J v that is the adjoint of ``vjp``, u ↦ Jᵀu, on ``x`` for ``v`` (P,).
 
-    An LSTM's kernel for float32 and a stranger's autograd.Function have no forward mode, and what takes its place needs
-    derivatives of the backward pass, which may be absent, too (nn.EmbeddingBag) or wrong.
+    An LSTM's float32 kernel and many custom autograd.Functions have no forward mode. Its replacement needs derivatives
+    of the backward pass, which may also be absent (nn.EmbeddingBag) or wrong.
 
     Raises:
-        DerivativeError: none is.
+        DerivativeError: no candidate is.
     """
     cause: Exception | None = None
     for candidate in candidates:
@@ -102,7 +101,7 @@ def first_adjoint(
             signs = torch.arange(found.numel(), device=x.device) % 3 - 1.0
             u = found / found.norm().clamp(min=1e-300) + signs.view_as(found) / signs.norm().clamp(min=1)
             apart = float((u * found).sum() - vjp(x, u.to(v)).double() @ v.double())
-        except Exception as error:  # whatever a stranger's layer raises
+        except Exception as error:  # layers may raise anything
             if of_machine(error):
                 raise
             cause = error
@@ -118,11 +117,11 @@ def first_adjoint(
 
 
 def agree(cheap: Product, sound: Product, few: Arguments, in_float64: Arguments) -> bool:
-    """Return whether the cheap product gives what the sound one does.
+    """Return whether the cheap product equals the sound one.
 
-    Forward over forward is silently wrong or absent through some layers (pytorch#196700, #196699). Asked of 16 examples
-    in float64: on confident ones the terms are so small that float32 rounds them apart. In the model's own dtype it
-    must exist, too: an LSTM's kernel for float32 has no forward mode.
+    Forward over forward is silently wrong or absent in some layers (pytorch#196700, #196699). They are compared on 16
+    examples in float64, because float32 rounds the tiny terms of confident examples apart. The cheap product must also
+    exist in the model's own dtype: an LSTM's float32 kernel has no forward mode.
     """
     try:
         cheap(*few)
@@ -135,10 +134,10 @@ def agree(cheap: Product, sound: Product, few: Arguments, in_float64: Arguments)
 
 
 def require_terms(terms: Product, product: Product, in_float64: Arguments) -> None:
-    """Raise DerivativeError where the examples' ``terms`` do not add up to vᵀ of the ``product`` H v.
+    """Raise DerivativeError where the examples' ``terms`` do not add up to vᵀH v, with the ``product`` H v.
 
-    They are derivatives of the product by weights on the examples: a layer whose second derivative is right may have no
-    third, and torch.autograd.function.once_differentiable then drops it in silence.
+    The terms are derivatives of the product by weights on the examples. A layer with a right second derivative may have
+    no third one, and torch.autograd.function.once_differentiable then drops it silently.
     """
     v = in_float64[0]
     try:
@@ -148,7 +147,7 @@ def require_terms(terms: Product, product: Product, in_float64: Arguments) -> No
             raise
         return
     expected = float(whole @ v)
-    # of saturated outputs (curvatures of 1e-30) rounding alone takes a few percent
+    # for saturated outputs, with curvatures of 1e-30, rounding alone makes a few percent
     rounding = max(1e-4 * max(abs(total), abs(expected)), 1e-6 * float(whole.norm() * v.norm()), 1e-12)
     if abs(total - expected) > rounding:
         raise DerivativeError(
@@ -164,7 +163,7 @@ def gradients(
     create_graph: bool = False,
     keep_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """autograd.grad; None for what ``output`` does not depend on, be it all of them."""
+    """Call autograd.grad; inputs that ``output`` does not depend on get None, even all of them."""
     if not output.requires_grad:
         return (None,) * len(inputs)
     return torch.autograd.grad(
@@ -178,6 +177,6 @@ def gradients(
 
 
 def along(gradients: tuple[Tensor | None, ...], tangents: dict[str, Tensor], like: Tensor) -> Tensor:
-    """Σ g·v over the parameters that have a gradient, as a 0-dim tensor."""
+    """Return Σ g·v over the parameters that have a gradient, as a 0-dim tensor."""
     parts = [(g * t).sum() for g, t in zip(gradients, tangents.values(), strict=True) if g is not None]
     return torch.stack(parts).sum() if parts else like.new_zeros(())

@@ -1,10 +1,10 @@
-"""Squared norms of each example's own parameter gradient, without ever forming those gradients for all layers."""
+"""Squared norms of each example's own parameter gradient, without forming those gradients for all layers."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from gm_probe.data.fields import Inputs, tensors_of, with_tensors
 from gm_probe.errors import of_machine
@@ -21,17 +20,17 @@ from gm_probe.models.parameters import Parameters
 from gm_probe.runtime.devices import chunk
 
 _CHUNK = 2**21
-"""Parameters up to which examples' own gradients are formed for a network without rules."""
+"""Largest number of parameters for which per-example gradients are formed where no rule holds."""
 
 
 def _square(values: Tensor) -> Tensor:
-    """(B,) squared norms of (B, ...)."""
+    """Return (B,) squared norms of (B, ...)."""
     flat = values.flatten(1)
     return torch.linalg.vecdot(flat, flat)
 
 
 def _product(a: Tensor, g: Tensor) -> Tensor:
-    """‖Σ_t a_t g_tᵀ‖² (B,) of a (B, T, I) and g (B, T, O), by whichever way multiplies less."""
+    """Return (B,) ‖Σ_t a_t g_tᵀ‖² for a (B, T, I) and g (B, T, O), in the order that multiplies less."""
     tokens, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
     if tokens == 1:
         return _square(a) * _square(g)
@@ -60,7 +59,7 @@ def _conv(module: nn.Conv2d, name: str, a: Tensor, g: Tensor) -> Tensor:
         )
         windows = padded.unfold(1, (rows - 1) * down + 1, module.stride[0])
         windows = windows.unfold(2, (columns - 1) * right + 1, module.stride[1])[..., ::down, ::right]
-        # channels innermost: several times faster to gather than functional.unfold
+        # with channels innermost, gathering is several times faster than functional.unfold
         windows = windows.permute(0, 1, 2, 4, 5, 3)  # (B, H, W, k, k, I)
         slopes = slopes.permute(0, 2, 3, 1)  # (B, H, W, O)
         pairs = zip(windows.chunk(module.groups, -1), slopes.chunk(module.groups, -1), strict=True)
@@ -71,7 +70,7 @@ def _conv(module: nn.Conv2d, name: str, a: Tensor, g: Tensor) -> Tensor:
 
 
 def _normalized(module: nn.Module, a: Tensor) -> Tensor:
-    """The input of a normalisation layer's affine map."""
+    """Return the input of a normalisation layer's affine map."""
     match module:
         case nn.LayerNorm():
             return functional.layer_norm(a, module.normalized_shape, None, None, module.eps)
@@ -113,7 +112,7 @@ _REFUSALS = (NotImplementedError, RuntimeError, ValueError, AttributeError, Look
 
 @contextmanager
 def _refusals_noted() -> Iterator[None]:
-    """End the block where the network raises: it refuses what is tried. What tells of the machine is passed on."""
+    """End the block where the network raises, because it refuses what is tried. Errors of the machine are passed on."""
     try:
         yield
     except _REFUSALS as error:
@@ -136,29 +135,26 @@ def _has_rule(module: nn.Module) -> bool:
 
 @contextmanager
 def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
-    """``hook`` on the forward pass of each of ``modules``; removed whatever happens."""
-    handles: list[RemovableHandle] = []
-    try:
-        handles.extend(module.register_forward_hook(hook) for module in modules)
+    """Call ``hook`` after the forward pass of each of ``modules`` in this context."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class IrregularLayerError(RuntimeError):
-    """A layer ran twice on a batch, or on some of its examples, though once on all that the rules were tried on."""
+    """A layer ran twice on a batch, or on some of its examples only, unlike on the examples of the trial."""
 
 
 class ExampleGradients:
     """x ↦ ‖∇_θ cᵀz_x‖² for each example x of a batch and any cotangent c.
 
-    Layers with a closed form (linear, convolution, normalisation, embedding) take it from their inputs and output
-    gradients; parameters used otherwise are differentiated example by example (vmap). Both are compared with plain
-    reverse mode on a few examples before they are trusted; ``supported`` tells.
+    Layers with a closed form (linear, convolution, normalisation, embedding) use their inputs and output gradients.
+    Parameters used otherwise are differentiated example by example (vmap). Both are first compared with plain reverse
+    mode on a few examples; ``supported`` is the result.
 
     Args:
-        x: (B, ...) a batch to try it on.
+        x: (B, ...) a batch for the trial.
     """
 
     def __init__(self, parameters: Parameters, x: Inputs) -> None:
@@ -171,12 +167,12 @@ class ExampleGradients:
         )
         names = {id(p): name for name, p in parameters.named.items()}
         few = x[:: max(1, len(x) // 4)][:4]
-        # there may be as many positions as examples by chance, but not as one example less, too
         self._layers: dict[nn.Module, list[str]] = {}
         self._rest: list[str] = []
         self.supported = False
         spread: set[nn.Module] | None = None
-        with _refusals_noted():  # it may not take so few
+        # by chance there are as many positions as examples, but then not also as one example fewer
+        with _refusals_noted():  # the model may not accept so few examples
             spread = self._spread(few) | self._spread(few[: max(1, len(few) - 1)])
         if spread is None:
             return
@@ -188,21 +184,21 @@ class ExampleGradients:
                 covered |= {names[id(module._parameters[n])] for n in own}
         self._rest = [name for name in parameters.named if name not in covered]
         self.supported = self._holds(few)
-        # some weight is used beside its layer; of many parameters single gradients would take too long
+        # A weight is also used outside of its layer. For many parameters, single gradients would take too long.
         if not self.supported and self._layers and parameters.size <= _CHUNK:
             self._layers, self._rest = {}, list(parameters.named)
             self.supported = self._holds(few)
 
     @property
     def passes(self) -> float:
-        """Of a cotangent, in forward passes."""
+        """The cost of one cotangent, in forward passes."""
         return (EXAMPLE_NORMS if self._layers else 0.0) + (GRADIENT if self._rest else 0.0)
 
     def squared_norms(self, x: Inputs, cotangents: Tensor) -> Tensor:
-        """(K, B) squared gradient norms of cᵀz_x for cotangents (K, B, ..., C), from one forward pass.
+        """Return (K, B) squared gradient norms of cᵀz_x for cotangents (K, B, ..., C), from one forward pass.
 
         Raises:
-            IrregularLayerError: on these examples no rule holds.
+            IrregularLayerError: the rules do not hold on these examples.
         """
         result = cotangents.new_zeros(cotangents.shape[:2])
         row = 0
@@ -226,9 +222,10 @@ class ExampleGradients:
     def _tapped(
         self, collect: Callable[[nn.Module, list[str], Tensor, Tensor], None], rows: int
     ) -> Iterator[list[Tensor]]:
-        """Hooks that hand every layer's input and output gradient to ``collect``; yields what to differentiate by.
+        """Hand every layer's input and output gradient to ``collect``, and yield the leaves to differentiate by.
 
-        ``rows``: examples, of each of which a layer must see one.
+        Args:
+            rows: number of examples; a layer must see one row of each.
         """
         leaves: list[Tensor] = []
         calls: Counter[nn.Module] = Counter()
@@ -240,7 +237,9 @@ class ExampleGradients:
             if len(args[0]) != rows or len(output) != rows:
                 raise IrregularLayerError("rows cannot be assigned to examples")
             fresh = not output.requires_grad
-            if fresh:  # nothing before it has a gradient; a copy, for a leaf may not be written in place
+            if (
+                fresh
+            ):  # nothing before it has a gradient; a copy, because in-place writes to a leaf are forbidden
                 leaves.append(output.detach().requires_grad_())
                 output = leaves[-1].clone()
             # a hook on the tensor sees the gradient before any later in-place operation
@@ -251,13 +250,13 @@ class ExampleGradients:
             yield leaves
 
     def _spread(self, x: Inputs) -> set[nn.Module]:
-        """Layers that run more than once, or not on one row an example (a position embedding, say)."""
+        """Return the layers that run more than once, or not on one row per example (a position embedding, say)."""
         calls: Counter[nn.Module] = Counter()
         apart: set[nn.Module] = set()
 
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             calls[module] += 1
-            rows = (*(args or (None,))[:1], output)  # an input handed over by name is out of a hook's sight
+            rows = (*(args or (None,))[:1], output)  # a hook does not see an input passed by keyword
             if not all(isinstance(t, Tensor) and len(t) == len(x) for t in rows):
                 apart.add(module)
 
@@ -266,7 +265,7 @@ class ExampleGradients:
         return apart | {module for module, count in calls.items() if count > 1}
 
     def _others(self, x: Inputs, cotangent: Tensor) -> Tensor:
-        """(B,) squared norms over the parameters that no rule covers."""
+        """Return (B,) squared norms over the parameters that no rule covers."""
         values = self.parameters.values()
         fixed = {name: value for name, value in values.items() if name not in self._rest}
 
@@ -275,9 +274,8 @@ class ExampleGradients:
             return (self.parameters.logits(alone, {**fixed, **rest})[0] * c).sum()
 
         rest = {name: values[name] for name in self._rest}
-        size = max(
-            1, chunk(self.parameters.device) // max(1, sum(map(Tensor.numel, rest.values())))
-        )  # gradients of their own for so many
+        numbers = max(1, sum(map(Tensor.numel, rest.values())))
+        size = max(1, chunk(self.parameters.device) // numbers)
         norms = []
         for some, slopes in zip(x.split(size), cotangent.split(size), strict=True):
             gradients = vmap(grad(output), (None, 0, 0))(rest, tensors_of(some), slopes)
@@ -285,7 +283,7 @@ class ExampleGradients:
         return torch.cat(norms)
 
     def _holds(self, x: Inputs) -> bool:
-        """Whether the rules give what plain reverse mode does, on the few examples ``x``."""
+        """Return whether the rules agree with plain reverse mode on the few examples ``x``."""
         with _refusals_noted():
             values = self.parameters.leaves()
             with torch.enable_grad():

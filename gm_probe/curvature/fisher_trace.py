@@ -19,21 +19,20 @@ from gm_probe.linalg.work import FORWARD, GRADIENT, Work
 from gm_probe.models.parameters import Parameters
 from gm_probe.runtime.processes import everywhere, gather_examples
 
-HEAD = 16  # classes whose covariance is diagonalised; the others are handled as one and a remainder
-COLUMNS = 32  # of L, whose gradients follow one forward pass
-# squared norms that a standard error is told from: signs of few classes often agree by chance
-LEAST_NORMS = 32
+HEAD = 16  # number of classes whose covariance is diagonalised; the others are one class and a remainder
+COLUMNS = 32  # columns of L whose gradients follow one forward pass
+LEAST_NORMS = 32  # squared norms for a standard error, since the signs of few classes often agree by chance
 
 
 class CovarianceRoot:
     """L with L Lᵀ = diag p − p pᵀ, the covariance of a class drawn from p, for probabilities p (B, C).
 
-    Of independent labels, p (B, M, C), it is block-diagonal: each label's columns are 0 elsewhere.
+    For independent labels, p (B, M, C), it is block-diagonal: each label's columns are 0 elsewhere.
 
-    Its columns are the eigenvectors: with them the columns' gradients are nearly orthogonal, so that random signs on
-    them hardly disturb the squared norm. Of more than ``HEAD`` + 1 classes the less likely are lumped into one, and
-    what this leaves out, p_T (diag q − q qᵀ) with q their distribution among themselves, is taken by the root
-    √p_T (diag √q − q √qᵀ) (law of total variance).
+    The columns are eigenvectors, whose gradients are nearly orthogonal, so random signs on them hardly change the
+    squared norm. With more than ``HEAD`` + 1 classes, the less likely ones become one class. The remaining covariance
+    is p_T (diag q − q qᵀ), where q is their distribution among themselves; its root is √p_T (diag √q − q √qᵀ) (law of
+    total variance).
 
     Attributes:
         rank: number of columns.
@@ -47,16 +46,15 @@ class CovarianceRoot:
         self._tail = ordered[:, head:]  # (B, T)
         self._mass = self._tail.sum(1, keepdim=True)
         lumped = torch.cat([ordered[:, :head], self._mass], 1) if self._tail.shape[1] else ordered
-        # p(1 − p) as a sum over the others: where p is nearly 1, the difference would be rounding alone
+        # p(1 − p) is a sum over the others; where p is nearly 1, the difference would be rounding alone
         products = lumped[:, :, None] * lumped[:, None, :] * (1 - torch.eye(lumped.shape[1]).to(lumped))
         covariance = torch.diag_embed(products.sum(2)) - products
         values, vectors = torch.linalg.eigh(covariance)
-        columns = (vectors * values.clamp(min=0).sqrt()[:, None, :])[
-            :, :, 1:
-        ]  # the first belongs to eigenvalue 0
+        # the first eigenvalue is 0
+        columns = vectors[:, :, 1:] * values[:, None, 1:].clamp(min=0).sqrt()
         if self._tail.shape[1]:
             columns = torch.cat([columns[:, :head], self._q[:, :, None] * columns[:, head:]], 1)
-        self._head = self._restored(columns)  # (B, C, R) but for the tail's
+        self._head = self._restored(columns)  # (B, C, R), without the columns of the tail
         self._row_rank = columns.shape[2] + self._tail.shape[1]
         self.rank = self._shape[1:-1].numel() * self._row_rank
 
@@ -65,12 +63,12 @@ class CovarianceRoot:
         return self._tail / self._mass.clamp(min=1e-300)
 
     def _restored(self, rows: Tensor) -> Tensor:
-        """Rows (B, C, ...) of the sorted classes in the classes' own order."""
+        """Return rows (B, C, ...) of the sorted classes in the original order of classes."""
         order = self._order.view(*self._order.shape, *[1] * (rows.dim() - 2)).expand_as(rows)
         return torch.zeros_like(rows).scatter_(1, order, rows)
 
     def applied(self, signs: Tensor) -> Tensor:
-        """L ε (B, C) or (B, M, C) for ε = ``signs`` (B, R)."""
+        """Return L ε (B, C) or (B, M, C) for ε = ``signs`` (B, R)."""
         return self._of_rows(signs.reshape(-1, self._row_rank).to(self._head)).view(self._shape)
 
     def _of_rows(self, signs: Tensor) -> Tensor:
@@ -83,7 +81,7 @@ class CovarianceRoot:
         return result + self._restored(functional.pad(rest, (result.shape[1] - rest.shape[1], 0)))
 
     def columns(self) -> Iterator[Tensor]:
-        """L's columns, (K, B, ..., C) for a few at a time: all of many classes' would fill the memory."""
+        """Yield L's columns as (K, B, ..., C), a few at a time to save memory."""
         for some in torch.arange(self.rank, device=self._head.device).split(COLUMNS):
             units = functional.one_hot(some, self.rank)
             yield torch.stack([self.applied(unit.expand(self._shape[0], -1)) for unit in units])
@@ -100,22 +98,22 @@ def fisher_trace(
     tolerance: float = 0.05,
     max_probes: int = 100,
 ) -> Trace | None:
-    """tr F = (1/N) Σ_x ‖∇_θ (L_x ε)ᵀ z_x‖² in expectation over output-space signs ε, by each example's own norm.
+    """Return tr F = (1/N) Σ_x E ‖∇_θ (L_x ε)ᵀ z_x‖² over random signs ε on the outputs, from per-example norms.
 
-    The examples' errors are independent, so one random vector over N examples has an example's relative standard
-    deviation divided by √N. Where more vectors than columns of L would be needed, every column is taken, if
-    ``max_probes`` allow it: the exact value.
+    The examples' errors are independent, so one random vector over N examples has the relative standard deviation of
+    one example divided by √N. Where this would need more vectors than L has columns, every column is taken, if
+    ``max_probes`` allows it, and the value is exact.
 
     Args:
-        logits: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) of yes-or-no labels.
-        tolerance: standard error relative to the trace; 0 asks for the exact value, about a gradient a class.
-        max_probes: passes before giving up, unless the exact value is asked for or takes fewer of ``HEAD`` at most.
+        logits: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) for yes-or-no labels.
+        tolerance: standard error relative to the trace; 0 asks for the exact value, at about a gradient per class.
+        max_probes: maximum number of passes, unless the exact value is asked for or takes at most ``HEAD`` of them.
 
     Returns:
-        None where examples' gradients cannot be had of this model; see ``ExampleGradients``.
+        None where the model does not allow per-example gradients; see ``ExampleGradients``.
 
     Raises:
-        UsageError: a number is none that can be.
+        UsageError: a number is outside of its range.
     """
     real("tolerance", tolerance, least=0)
     whole("max_probes", max_probes)
@@ -130,7 +128,7 @@ def fisher_trace(
 
 
 class _ExampleNorms:
-    """‖∇_θ cᵀz_x‖² of every example x, for cotangents c that are made of the root L_x: L_x ε, or L_x's columns."""
+    """‖∇_θ cᵀz_x‖² of every example x, for cotangents c made of the root L_x: L_x ε, or the columns of L_x."""
 
     def __init__(
         self,
@@ -149,8 +147,7 @@ class _ExampleNorms:
         return CovarianceRoot(z.double().softmax(-1))
 
     def by_signs(self, number: int) -> Tensor:
-        """Return (number, N) squared norms for signs of their own."""
-        # the next round's signs begin anywhere
+        """Return (number, N) squared norms for new random signs."""
         place = self.generator.device
         seed = int(torch.randint(2**32, (), generator=self.generator, device=place))
         signs = _signs(self.batches, number * self.rank, torch.Generator(place).manual_seed(seed))
@@ -170,13 +167,13 @@ class _ExampleNorms:
     def _gathered(
         self, pieces: Callable[[CovarianceRoot], Iterable[Tensor]], *, summed: bool = False
     ) -> Tensor:
-        """Return (K, N) squared norms for ``pieces`` (some of K, B, ..., C) of each batch's root.
+        """Return (K, N) squared norms for the ``pieces`` of each batch's root, which are cotangents (some, B, ..., C).
 
         Args:
-            summed: a row for each piece.
+            summed: add the rows of each piece.
 
         Raises:
-            IrregularLayerError: in all processes, where one of them met such examples.
+            IrregularLayerError: one of the processes met such examples; all of them raise.
         """
         rows = []
         held = True
@@ -200,25 +197,22 @@ class _ExampleNorms:
 
 
 def _within(norms: _ExampleNorms, tolerance: float, max_probes: int) -> Trace:
-    """Draw signs until the trace is within ``tolerance``, or take it exactly where that is less work."""
+    """Draw signs until the trace is within ``tolerance``, or compute it exactly where that is less work."""
     rank = norms.rank
     if tolerance == 0 or rank <= 2:
         return _trace(norms.exact(), 0.0, None, rank, True)
     found = norms.by_signs(2)
     while True:
         taken, size = found.shape
-        noise = float(found.var(0).mean()) / taken  # of an example's mean over random vectors
+        noise = float(found.var(0).mean()) / taken  # variance of an example's mean over random vectors
         stderr, value = math.sqrt(noise / size), float(found.mean())
-        least = math.ceil(LEAST_NORMS / size)
-        converged = stderr <= tolerance * value and taken >= least
+        least, allowed = math.ceil(LEAST_NORMS / size), tolerance * value
+        converged = stderr <= allowed and taken >= least
         if converged or taken >= max_probes:
             return _trace(found.mean(0), noise, stderr, taken, converged)
-        allowed = tolerance * value
-        needed = (
-            max(taken * (stderr / allowed) ** 2 if stderr else 0, least)
-            if allowed or not stderr
-            else math.inf
-        )
+        needed: float = least
+        if stderr:
+            needed = max(taken * (stderr / allowed) ** 2, least) if allowed else math.inf
         if needed - taken >= rank and (rank <= HEAD or taken + rank <= max_probes):
             return _trace(norms.exact(), 0.0, None, rank, True)
         norms.work.expect(taken, min(needed, max_probes))
@@ -227,16 +221,16 @@ def _within(norms: _ExampleNorms, tolerance: float, max_probes: int) -> Trace:
 
 
 def _trace(terms: Tensor, noise: float, stderr: float | None, drawn: int, converged: bool) -> Trace:
-    """Make a trace of (N,) examples' ``terms``, of whose variance ``noise`` is the random vectors'."""
+    """Return the trace from (N,) examples' ``terms``, whose variance contains the ``noise`` of the random vectors."""
     own = float(terms.var()) - noise if len(terms) > 1 else -1.0
     error = math.sqrt(own / len(terms)) if own >= 0 else None
     return Trace(float(terms.mean()), stderr, error, drawn, converged, terms)
 
 
 def _signs(batches: Batches, number: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """(B, number) random signs for each batch, drawn example by example in the order of the whole set.
+    """Yield (B, number) random signs for each batch, drawn example by example in the order of the whole set.
 
-    So they hang neither on the batch size nor on the process, and never fill the memory.
+    So they do not depend on the batch size or the process, and they take little memory.
     """
 
     def drawn(count: int) -> Tensor:
@@ -246,7 +240,7 @@ def _signs(batches: Batches, number: int, generator: torch.Generator) -> Iterato
         )
 
     step = batches.batch_size
-    for start in range(0, batches.first, step):  # of the processes before this one
+    for start in range(0, batches.first, step):  # the signs of the processes before this one
         drawn(min(step, batches.first - start))
     for start in range(0, batches.num_examples, step):
         yield drawn(min(step, batches.num_examples - start))

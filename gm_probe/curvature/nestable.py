@@ -1,4 +1,4 @@
-"""Layers of which torch 2.14 misstates or lacks a second derivative, by operations that have one."""
+"""Replacements for layers whose second derivative torch 2.14 misstates or lacks, by operations that have one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    """torch's own jvp of a jvp is wrong without a word (pytorch issue 196700)."""
-    # under autocast; torch's statistics are of float32, too
+    """Layer normalisation; torch's own jvp of a jvp is silently wrong (pytorch issue 196700)."""
+    # under autocast, torch computes the statistics in float32, too
     if input.dtype in (torch.float16, torch.bfloat16):
         input = input.float()
     axes = tuple(range(-len(normalized_shape), 0))
@@ -38,7 +38,7 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """torch's own backward pass has no derivative."""
+    """Hardsigmoid; torch's own backward pass has no derivative."""
     return functional.relu6(input + 3) / 6
 
 
@@ -51,7 +51,7 @@ NESTABLE: Substitutes = {
 
 
 class Substituting(TorchFunctionMode):
-    """Within this context functions of torch are replaced by others that compute the same."""
+    """In this context, functions of torch are replaced by others that compute the same."""
 
     def __init__(self, substitutes: Substitutes) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ from gm_probe.linalg.work import (
 from gm_probe.models.parameters import Parameters, Values, differentiable_attention
 from gm_probe.runtime.processes import gather_examples, sum_over_processes
 
-# the first jvp imports this module of torch's own, which warns of a deprecated call of its own (torch 2.14)
+# the first jvp imports this module of torch, which makes a deprecated call and warns of it (torch 2.14)
 with warnings.catch_warnings(), contextlib.suppress(ImportError):
     warnings.simplefilter("ignore", FutureWarning)
     import torch._decomp.decompositions_for_jvp
@@ -68,40 +68,57 @@ def fisher(parameters: Parameters, batches: Batches, logits: Tensor, work: Work 
         UsageError: a part of the model is in train mode.
     """
     _require_eval(parameters)
-    batches = batches.on(parameters.device)
     jacobian = _Jacobian(parameters, work or Work(batches.num_examples), batches.trial_slice(TRIAL))
-    probabilities = cut(functional.softmax(logits.to(parameters.device), dim=-1), batches)
+    probabilities = functional.softmax(logits.to(parameters.device), dim=-1)
+    return _operator(parameters, batches, probabilities, jacobian.fisher_product, jacobian.fisher_terms)
+
+
+def _operator(
+    parameters: Parameters, batches: Batches, data: Tensor, product: Product, terms: Product
+) -> Operator:
+    """Return the operator that is made of the products and terms of single batches.
+
+    Args:
+        data: (n, ...) what ``product`` and ``terms`` need of each example, besides the input.
+    """
+    batches = batches.on(parameters.device)
+    pieces = cut(data.to(parameters.device), batches)
 
     @differentiable_attention()
     def matvec(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
         with parameters.one_pass():
-            for batch, p in zip(batches, probabilities, strict=True):
-                result += jacobian.vjp(batch.x, p * _centred(jacobian.jvp(batch.x, v), p))
+            for batch, d in zip(batches, pieces, strict=True):
+                result += product(v, batch.x, d)
         return sum_over_processes(result) / batches.total
 
     @differentiable_attention()
-    def terms(v: Tensor) -> Tensor:
-        result = []
+    def all_terms(v: Tensor) -> Tensor:
         with parameters.one_pass():
-            for batch, p in zip(batches, probabilities, strict=True):
-                # the variance under p of the logits' change
-                result.append(over_rows((p * _centred(jacobian.jvp(batch.x, v), p).square()).sum(-1)))
+            result = [terms(v, batch.x, d) for batch, d in zip(batches, pieces, strict=True)]
         return gather_examples(batches.independent(torch.cat(result)))
 
-    return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
+    return Operator(matvec, all_terms, parameters.size, parameters.dtype, parameters.device)
 
 
 class _Jacobian:
-    """The products of J = ∂z/∂θ with vectors, batch by batch.
+    """The products of J = ∂z/∂θ with vectors, and those of F that are made of them, batch by batch.
 
     Args:
-        trial: which examples of a batch the ways to take J v are tried on.
+        trial: the examples of a batch on which the ways to compute J v are tried.
     """
 
     def __init__(self, parameters: Parameters, work: Work, trial: slice) -> None:
         self.parameters, self.work, self.trial = parameters, work, trial
         self._jvp: JacobianProduct | None = None
+
+    def fisher_product(self, v: Tensor, x: Inputs, p: Tensor) -> Tensor:
+        """Return Σ_x F_x v (P,) for probabilities ``p`` (B, ..., C)."""
+        return self.vjp(x, p * _centred(self.jvp(x, v), p))
+
+    def fisher_terms(self, v: Tensor, x: Inputs, p: Tensor) -> Tensor:
+        """Return (B,) vᵀF_x v, the variance under ``p`` (B, ..., C) of the change of the logits."""
+        return over_rows((p * _centred(self.jvp(x, v), p).square()).sum(-1))
 
     def jvp(self, x: Inputs, v: Tensor) -> Tensor:
         """Return J v (B, ..., C) for ``v`` (P,), by forward mode wherever the model has it."""
@@ -127,7 +144,7 @@ class _Jacobian:
         return result
 
     def _by_reverse_mode(self, x: Inputs, v: Tensor) -> Tensor:
-        """The slope by u of (Jᵀu)ᵀv."""
+        """Return J v as the derivative of (Jᵀu)ᵀv by u."""
         with torch.enable_grad():
             theta = self.parameters.vector().requires_grad_()
             logits = self.parameters.logits(x, theta)
@@ -140,21 +157,21 @@ class _Jacobian:
 
 @contextlib.contextmanager
 def _forward_mode() -> Iterator[None]:
-    """A level of forward mode, by few kernels."""
+    """Open a level of forward mode that takes few kernels."""
     with forward_ad.dual_level(), Substituting({functional.batch_norm: batch_norm}):
         yield
 
 
 def _tangent(dual: Tensor) -> Tensor:
-    """The derivative that came with ``dual``; zeros where it depends on nothing that has one."""
+    """Return the derivative that came with ``dual``, or zeros where nothing that it depends on has one."""
     found: Tensor | None = forward_ad.unpack_dual(dual).tangent
     return torch.zeros_like(dual).detach() if found is None else found.detach()
 
 
 def _centred(values: Tensor, p: Tensor) -> Tensor:
-    """``values`` (B, ..., C) less their mean under ``p`` (B, ..., C) over the last dimension.
+    """Return ``values`` (B, ..., C) minus their mean under ``p`` (B, ..., C) over the last dimension.
 
-    The likeliest class is taken for the origin first: where p is nearly 1 there, all else would be lost to rounding.
+    The value of the likeliest class is subtracted first. Where its p is nearly 1, the rest would be lost to rounding.
     """
     values = values - values.gather(-1, p.argmax(-1, keepdim=True))
     return values - (p * values).sum(-1, keepdim=True)
@@ -164,10 +181,10 @@ def hessian(parameters: Parameters, batches: Batches, labels: Tensor, work: Work
     """H = ∇²_θ (1/N) Σ CE(z_θ(x), y) (paper §3.3, Lemma A.1), by exact differentiation.
 
     Args:
-        labels: (n,) class indices, given or predicted, in the order of ``batches``; (n, L) of yes-or-no labels.
+        labels: (n,) class indices, given or predicted, in the order of ``batches``; (n, L) for yes-or-no labels.
 
     Raises:
-        UsageError: a part of the model is in train mode, or the labels are no class indices of these examples.
+        UsageError: a part of the model is in train mode, or the labels are not class indices of these examples.
     """
     _require_labels(parameters, batches, labels)
     return _curvature(parameters, batches, _cross_entropy, labels.long(), work)
@@ -192,9 +209,8 @@ def _require_labels(parameters: Parameters, batches: Batches, labels: Tensor) ->
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Return (B,) cross-entropies of logits (B, ..., C) and labels (B, ...), summed over an example's labels.
 
-    Their derivatives keep their digits where one class has all but all.
-
-    The likeliest class's logit is taken off the others': 1 − p is then never taken of a p that rounds to 1.
+    The likeliest class's logit is subtracted from the others, so that 1 − p never comes from a p that rounds to 1. So
+    derivatives keep their digits where one class has nearly all the probability.
     """
     likeliest = logits.argmax(-1, keepdim=True)
     highest = logits.gather(-1, likeliest)
@@ -204,7 +220,7 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _all_but(classes: Tensor, count: int) -> Tensor:
-    """(B, ..., C − 1) the class indices other than each of ``classes`` (B, ..., 1)."""
+    """Return (B, ..., C − 1) the class indices other than each of ``classes`` (B, ..., 1)."""
     places = torch.arange(count - 1, device=classes.device)
     return places + (places >= classes).long()
 
@@ -215,14 +231,14 @@ def residual(
     """H − F = (1/N) Σ_x Σ_c (p_c − y_c) ∇²z_c (paper Lemma A.1), the part of H that depends on the labels.
 
     Args:
-        logits: (n, C) or (n, L, 2) logits at θ; ``labels``: (n,) or (n, L); both in the order of ``batches``.
+        logits, labels: (n, C) and (n,), or (n, L, 2) and (n, L), at θ and in the order of ``batches``.
 
     Raises:
         UsageError: a part of the model is in train mode.
     """
     labels = labels.to(logits.device)
     slopes = functional.softmax(logits.double(), dim=-1)
-    # p − 1 of the label as what the others have: where p is nearly 1, the difference would be rounding alone
+    # p − 1 of the label is minus the sum of the others; where p is nearly 1, the difference would be rounding alone
     rest = slopes.gather(-1, _all_but(labels[..., None], logits.shape[-1])).sum(-1, keepdim=True)
     slopes = slopes.scatter(-1, labels[..., None], -rest)
 
@@ -235,34 +251,17 @@ def residual(
 def _curvature(
     parameters: Parameters, batches: Batches, scalars: Scalars, data: Tensor, work: Work | None
 ) -> Operator:
-    """∇²_θ (1/N) Σ_x s(z_θ(x), d_x) for ``scalars`` s and ``data`` (N, ...) d."""
+    """Return ∇²_θ (1/N) Σ_x s(z_θ(x), d_x) for ``scalars`` s and ``data`` (N, ...) d."""
     _require_eval(parameters)
-    batches = batches.on(parameters.device)
     curvature = _Curvature(parameters, scalars, work or Work(batches.num_examples), batches)
-    pieces = cut(data.to(parameters.device), batches)
-
-    @differentiable_attention()
-    def matvec(v: Tensor) -> Tensor:
-        result = torch.zeros_like(v)
-        with parameters.one_pass():
-            for batch, d in zip(batches, pieces, strict=True):
-                result += curvature.product(v, batch.x, d)
-        return sum_over_processes(result) / batches.total
-
-    @differentiable_attention()
-    def terms(v: Tensor) -> Tensor:
-        with parameters.one_pass():
-            result = [curvature.terms(v, batch.x, d) for batch, d in zip(batches, pieces, strict=True)]
-        return gather_examples(batches.independent(torch.cat(result)))
-
-    return Operator(matvec, terms, parameters.size, parameters.dtype, parameters.device)
+    return _operator(parameters, batches, data, curvature.product, curvature.terms)
 
 
 class _Curvature:
     """∇²_θ Σ_x s(z_θ(x), d_x) over one batch at a time: its product with v, and vᵀ∇²s_x v of each example.
 
-    Both are taken by forward mode where the model has it and it agrees with reverse mode on a few examples: on
-    convolutional networks a product is up to a quarter faster, and examples' terms take a half to a third.
+    Both use forward mode where the model has it and it agrees with reverse mode on a few examples. On convolutional
+    networks a product is then up to a quarter faster, and the terms take a half to a third of the time.
     """
 
     def __init__(self, parameters: Parameters, scalars: Scalars, work: Work, batches: Batches) -> None:
@@ -290,7 +289,7 @@ class _Curvature:
         return self._terms(v, x, d)
 
     def _tried(self, v: Tensor, x: Inputs, d: Tensor) -> tuple[Arguments, Arguments]:
-        """Return a few examples in the model's own dtype and in float64, on which second derivatives hold."""
+        """Return a few examples in the model's own dtype and in float64, after second derivatives are checked."""
         few = v, x[self._trial], d[self._trial]
         in_float64 = _few_in_float64(v, x, d, whole=self._batch_dependent)
         if not self._checked:
@@ -299,14 +298,14 @@ class _Curvature:
         return few, in_float64
 
     def _each(self, values: Values, x: Inputs, d: Tensor) -> Tensor:
-        """(B,) scalars at parameter ``values``."""
+        """Return (B,) scalars at the parameter ``values``."""
         return self.scalars(self.parameters.logits(x, values), d)
 
     def _sum(self, values: Values, x: Inputs, d: Tensor) -> Tensor:
         return self._each(values, x, d).sum()
 
     def _reverse_product(self, v: Tensor, x: Inputs, d: Tensor) -> Tensor:
-        """The gradient of a gradient's slope along v."""
+        """Return the gradient of a gradient's slope along v."""
         with torch.enable_grad():
             theta = self.parameters.vector(v.dtype).requires_grad_()
             total = self._sum(theta, x, d)
@@ -316,7 +315,7 @@ class _Curvature:
         return torch.zeros_like(v) if result is None else result
 
     def _forward_product(self, v: Tensor, x: Inputs, d: Tensor) -> Tensor:
-        """The tangent of a gradient."""
+        """Return the tangent of a gradient."""
         with torch.enable_grad(), _forward_mode():
             theta = forward_ad.make_dual(self.parameters.vector(v.dtype).requires_grad_(), ordinary(v))
             [gradient] = gradients(self._sum(theta, x, d), {"": theta})
@@ -325,20 +324,20 @@ class _Curvature:
         return result
 
     def _forward_terms(self, v: Tensor, x: Inputs, d: Tensor) -> Tensor:
-        """d²/dt² of each example's scalar at θ + t·v by forward mode over forward mode."""
+        """Return d²/dt² of each example's scalar at θ + t·v, by forward mode over forward mode."""
         theta = self.parameters.vector(v.dtype)
 
         def slope(theta: Tensor) -> Tensor:
             return jvp(lambda inner: self._each(inner, x, d), (theta,), (v,))[1]
 
-        # torch's SiLU and Mish have no jvp of a jvp without autograd; of values without gradients there is no graph
+        # torch's SiLU and Mish have no jvp of a jvp without autograd; values without gradients make no graph
         with torch.enable_grad(), Substituting(NESTABLE):
             result = jvp(slope, (theta,), (v,))[1]
         self.work.add(NESTED_JVP, len(d))
         return result
 
     def _reverse_terms(self, v: Tensor, x: Inputs, d: Tensor) -> Tensor:
-        """The same by reverse mode alone: weights on the examples pull their terms out of one product."""
+        """Return the same by reverse mode alone, as derivatives of one product by weights on the examples."""
         with torch.enable_grad():
             theta = self.parameters.vector(v.dtype).requires_grad_()
             each = self._each(theta, x, d)
@@ -359,7 +358,7 @@ def _require_eval(parameters: Parameters) -> None:
 
 
 def _few_in_float64(v: Tensor, x: Inputs, d: Tensor, *, whole: bool) -> Arguments:
-    """Return ``TRIAL`` examples spread over the batch, or all of it where they depend on each other."""
+    """Return ``TRIAL`` examples spread over the batch, or the whole batch where they depend on each other."""
     if not whole:
         spread = torch.linspace(0, len(d) - 1, min(TRIAL, len(d)), device=x.device).long()
         x, d = x[spread], d[spread]

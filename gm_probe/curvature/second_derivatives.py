@@ -1,7 +1,7 @@
 """Whether Hessian-vector products are the derivative of the gradient, tried on a few examples by differences.
 
-A layer may state a wrong second derivative, or leave out a part of it: one that keeps an intermediate of its forward
-pass for its backward pass takes it for a constant there. What comes out may be symmetric all the same.
+A layer may have a wrong or incomplete second derivative: if its backward pass uses an intermediate value saved in the
+forward pass, it treats that value as a constant. The resulting matrix may still be symmetric.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from gm_probe.errors import DerivativeError, first_line, of_machine
 from gm_probe.models.parameters import Parameters
 
 STEPS = (30.0, 3.0, 0.3, 300.0)
-"""Of √ε, relative to the weights: short ones, lest a ReLU changes sides on the way, and a long one against rounding."""
+"""Step lengths in √ε, relative to the weights: short ones, on which few ReLUs change sides, and a long one against
+rounding."""
 _AS_ONE = 0.1
-"""Quotients of two steps count as one value if they differ by less than this, relative to it and to their distance from
-the product."""
+"""Quotients of two steps count as equal if they differ by less than this, relative to the quotient and to its distance
+from the product."""
 
 Scalar = Callable[[Tensor, Inputs, Tensor], Tensor]
-"""θ (P,), input (B, ...), data (B, ...) ↦ the sum over examples of what is differentiated twice"""
+"""θ (P,), input (B, ...), data (B, ...) ↦ the sum over examples of the scalar that is differentiated twice"""
 
 
 def require_second_derivative(
@@ -35,7 +36,7 @@ def require_second_derivative(
 
     Args:
         product: v (P,), x, d ↦ H v (P,) of ``scalar``.
-        few: in the model's own dtype, for where a layer insists on it.
+        few: the examples in the model's own dtype, in case a layer insists on it.
     """
     for arguments in (in_float64, few):
         try:
@@ -45,7 +46,7 @@ def require_second_derivative(
             return
         except DerivativeError:
             raise
-        except Exception as error:  # whatever a stranger's layer raises; be it that it insists on its dtype
+        except Exception as error:  # layers may raise anything, also because they insist on their dtype
             if of_machine(error):
                 raise
             cause = error
@@ -55,9 +56,9 @@ def require_second_derivative(
 def _contradicted(
     parameters: Parameters, scalar: Scalar, product: Product, v: Tensor, x: Inputs, d: Tensor
 ) -> bool:
-    """Whether central differences of the gradient along ``v`` (P,) settle on something else than H v.
+    """Return whether central differences of the gradient along ``v`` (P,) converge to something other than H v.
 
-    At a kink they do not settle: their quotients go with the reciprocal of the step.
+    At a kink they do not converge: their quotients grow with the reciprocal of the step.
     """
     precision = _Precision(v.dtype)
     with precision:
@@ -76,7 +77,7 @@ def _contradicted(
         step = factor * precision.eps**0.5 * length / float(v.norm())
         ahead = gradient(step)
         quotient = (ahead - gradient(-step)) / (2 * step)
-        # of a confident example that is wrong the gradient is all but constant, and what changes is lost in rounding
+        # the gradient of a confident wrong example is almost constant, and its change is lost in rounding
         lost = 10 * precision.eps * float(ahead.norm()) / step
         expected = precision.eps**0.25 * float(found.norm() + quotient.norm())
         if float((quotient - found).norm()) <= max(expected, lost):
@@ -87,14 +88,14 @@ def _contradicted(
 
 
 def _settled(one: Tensor, other: Tensor, found: Tensor, lost: float) -> bool:
-    """Whether two quotients (P,) are one value, up to what is ``lost`` in rounding, and another than ``found``."""
+    """Return whether two quotients (P,) are equal, up to what is ``lost`` in rounding, and differ from ``found``."""
     apart = float((one - other).norm())
     far = min(float((one - found).norm()), float((other - found).norm()))
     return apart <= _AS_ONE * far and apart <= max(_AS_ONE * float(one.norm()), lost)
 
 
 class _Precision(torch.autograd.graph.saved_tensors_hooks):
-    """The coarsest ε of what autograd saves: some layers compute in float32 whatever they are given."""
+    """The largest ε of what autograd saves, because some layers always compute in float32."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.eps = torch.finfo(dtype).eps

@@ -17,13 +17,13 @@ from gm_probe.models.parameters import Parameters, differentiable_attention, eva
 from gm_probe.runtime.devices import budget
 
 PRODUCT = 7
-"""A product's memory over what a gradient pass keeps: forward over reverse took 3.4 to 5.6, nested jvps up to 6.5."""
+"""Memory of a product, relative to what a gradient pass keeps: 3.4 to 5.6 by forward over reverse, nested jvps 6.5."""
 TRIAL = 16
-"""Examples that a model's derivatives are tried on."""
+"""Number of examples on which a model's derivatives are tried."""
 
 
 def bytes_an_example(model: nn.Module, x: Inputs, outputs: Outputs | None = None) -> float:
-    """Bytes that a gradient pass keeps for its backward pass, by example; ``x`` (B, ...) is a few of them."""
+    """Return the bytes per example that a gradient pass keeps for its backward pass, from a few examples ``x``."""
     parameters = Parameters(model, outputs=outputs)
     values = {
         name: p.detach().clone().requires_grad_(p.requires_grad)
@@ -33,15 +33,15 @@ def bytes_an_example(model: nn.Module, x: Inputs, outputs: Outputs | None = None
     with evaluating(model), torch.enable_grad(), differentiable_attention():
         with saved_bytes(weights) as saved:
             loss = functional.log_softmax(parameters.logits(x, values), dim=-1).sum()
-        del loss  # until here the graph holds what was saved, so that no address is used twice
+        del loss  # until here the graph keeps what was saved, so that no address is used twice
     return sum(saved.values()) / len(x)
 
 
 @contextmanager
 def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int]]:
-    """Fills a dict of address ↦ bytes with what autograd saves meanwhile, but for storages at ``ignored`` addresses.
+    """Yield a dict that collects address ↦ bytes of what autograd saves, except at ``ignored`` addresses.
 
-    Each storage counts once, as long as its graph lives: an address that is used anew would count as the old one.
+    Each storage counts once while its graph lives. Later, an address that is used again would count as the old one.
     """
     found: dict[int, int] = {}
 
@@ -51,9 +51,9 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
         try:
             storage = value.untyped_storage()
             address = storage.data_ptr()
-        except RuntimeError:  # torch.func, within forward, saves wrappers around tensors
+        except RuntimeError:  # torch.func in a forward pass saves wrappers around tensors
             return value
-        if address not in ignored:  # a view may be less than its storage, an expanded one more
+        if address not in ignored:  # a view may be smaller than its storage, and an expanded one larger
             found[address] = max(found.get(address, 0), min(value.nbytes, storage.nbytes()))
         return value
 
@@ -64,15 +64,15 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
 def within(
     memory: float | None, model: nn.Module, batches: Batches, outputs: Outputs | None = None
 ) -> Batches:
-    """``batches`` of the size whose products take about ``memory`` bytes (None = ``devices.budget``); 1 at least.
+    """Return ``batches`` of the size whose products take about ``memory`` bytes (None = ``devices.budget``).
 
-    On a CPU it is ``BATCH_SIZE`` at most. They stay as they are where a model has no gradients, which whatever needs
-    them will tell.
+    The size is at least 1 and, on a CPU, at most ``BATCH_SIZE``. Batches stay as they are where the model has no
+    gradients; the code that needs them will say so.
     """
     few = next(iter(batches.of_size(4))).x
     try:
         taken = PRODUCT * bytes_an_example(model, few, outputs)
-    except Exception as error:  # of a stranger's layer
+    except Exception as error:  # layers may raise anything
         if on_two_devices(error):
             raise
         return batches.of_size(1) if out_of_memory(error) else batches

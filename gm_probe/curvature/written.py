@@ -1,4 +1,4 @@
-"""Hand-written autograd functions (torch.autograd.Function): where a model has them, and whether they run it again."""
+"""Hand-written autograd functions (torch.autograd.Function): where a model has them, and whether they rerun it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from gm_probe.models.parameters import Parameters
 from gm_probe.runtime.randomness import Draws
 
 STEP = 0.1
-"""Of the weights' length: how far they are moved to see whether code in the backward pass sees the moved ones."""
+"""How far weights are moved, relative to their length, to test whether the backward pass sees the moved ones."""
 
 
 def written(output: Tensor, seen: set[Node] | None = None, *, others: str = "") -> Iterator[str]:
     """Yield the names of hand-written functions behind ``output``, whose derivatives need not be right.
 
     Args:
-        seen: nodes that are passed over; those that are met are added.
-        others: part of the name of torch's own functions that count, too.
+        seen: nodes to skip; the nodes that are visited are added.
+        others: part of the name of torch's own functions that count as well.
     """
     for node in _nodes(output, set() if seen is None else seen):
         name = node.name().rstrip("0123456789").removesuffix("Backward")
@@ -57,7 +57,7 @@ def located(parameters: Parameters, x: Inputs, *, others: str = "") -> list[str]
     names = {module: name for name, module in parameters.model.named_modules()}
 
     def hook(module: nn.Module, args: object, output: object) -> None:
-        # inner modules end first, so that a node belongs to the innermost one
+        # inner modules end first, so a node is assigned to the innermost one
         for tensor in _tensors(output):
             place = f"module {names[module]!r}" if names[module] else "the model itself"
             found.extend(f"{name} in {place}" for name in written(tensor, seen, others=others))
@@ -78,9 +78,9 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def require_repeatable(parameters: Parameters, x: Inputs, draws: Draws) -> None:
-    """Raise UsageError unless perturbed passes over ``x`` (B, ...) mean what they say.
+    """Raise UsageError unless perturbed passes over ``x`` (B, ...) can be trusted.
 
-    Two with the same ``draws`` must agree, and their backward passes must see the moved weights.
+    Two passes with the same ``draws`` must agree, and their backward passes must see the moved weights.
     """
     with draws.again(), torch.enable_grad():
         outputs = parameters.taken(x, parameters.leaves())
@@ -99,14 +99,14 @@ def require_repeatable(parameters: Parameters, x: Inputs, draws: Draws) -> None:
 def require_moved_weights(
     parameters: Parameters, x: Inputs, draws: Draws, outputs: Tensor | None = None
 ) -> None:
-    """Raise UsageError where moved weights do not stand for all of the model's own.
+    """Raise UsageError where a call with moved weights also uses the model's own.
 
-    Forward may reach its own ones past the modules' attributes. Hand-written code may run a part of the model again in
-    the backward pass, when the model has its own weights again. A backward pass within a call at moved weights tells
-    the difference.
+    Forward may read its own weights without the modules' attributes. Hand-written code may rerun a part of the model in
+    the backward pass, after the model has got its own weights back. Then a backward pass within a call at moved weights
+    gives another gradient.
 
     Args:
-        outputs: of ``x``, with their graph; None if they are not at hand.
+        outputs: the outputs for ``x`` with their graph; None if they are not known.
     """
     if outputs is None:
         with torch.enable_grad():
@@ -132,7 +132,9 @@ def require_moved_weights(
         slopes = torch.arange(outputs.numel(), device=outputs.device).view_as(outputs) % 3 - 1.0
         with draws.again():
             right = parameters.in_force(x, values, lambda found: gradients(found, values, slopes.to(found)))
-        wrong = any(value.grad is not None for value in values.values())  # it went another way
+        wrong = any(
+            value.grad is not None for value in values.values()
+        )  # a rerun accumulated gradients itself
         if not wrong:
             with draws.again():
                 found = gradients(parameters.taken(x, values), values, slopes.to(outputs))

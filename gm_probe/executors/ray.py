@@ -6,27 +6,22 @@ import json
 import logging
 import os
 import secrets
-import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from gm_probe.errors import ProbeError, ResourceError, UsageError, first_line
 from gm_probe.executors.local import Job, Outcome, attempt
 from gm_probe.files.atomic import write_atomic
-from gm_probe.files.locks import BEAT, LOCK, STALE, exclusive, held
+from gm_probe.files.locks import BEAT, LOCK, STALE, exclusive
 from gm_probe.runs.records import MEASURES
 
 RETRIES = 5
-"""Times a job is begun again after its machine or process was lost."""
-SENT = "sent"
-"""Beside a worker's copy of a run folder: the digest of the files that it began with."""
+"""How often a job is begun again after its machine or process was lost."""
 _log = logging.getLogger(__name__)
 
 
@@ -34,17 +29,17 @@ _log = logging.getLogger(__name__)
 class Ray:
     """A cluster at ``address``; None starts one on this machine alone, on its loopback and without dashboard.
 
-    Where a worker sees the folder of the sweep it works there: a job that is begun again goes on where it stopped.
-    Elsewhere it gets the run's files, works on a copy and returns them, and this process writes them. Either way
-    gm_probe must be installed there, and data that are no name must lie at the same path.
+    A worker that sees the folder of the sweep works in it, and a job that is begun again continues where it stopped.
+    Any other worker gets the run's files, works on a copy and returns its files, and this process writes them.
+    gm_probe must be installed on every worker, and data files must have the same path there.
 
     Attributes:
-        cpus, gpus: what a job asks Ray for; it computes on as many threads, and several share a GPU by a fraction.
-            With 0 GPUs it sees none.
-        fetch: True = take nothing for shared.
+        cpus, gpus: what a job asks Ray for. It computes on that many threads. A fraction of a GPU is shared with other
+            jobs; with 0 GPUs a job sees none.
+        fetch: treat no folder as shared.
 
     Raises:
-        UsageError: this machine alone has less than a job asks for. Of a cluster, which others may join, it is logged.
+        UsageError: this machine alone has less than a job asks for. On a cluster, which may grow, this is logged.
     """
 
     root: Path
@@ -69,7 +64,7 @@ class Ray:
             self._check_room(ray, alone=ours and self.address is None)
             write_atomic(token, b"")
             while left or waiting:
-                # no more than keep every machine busy: a run's files wait in Ray's memory
+                # only as many as keep every machine busy, since a waiting run's files take Ray's memory
                 slots = 2 * int(ray.cluster_resources().get("CPU", 0) / self.cpus) + 1
                 while left and len(waiting) < slots:
                     job = left.pop()
@@ -79,7 +74,7 @@ class Ray:
                 [ready], _ = ray.wait(list(waiting), num_returns=1)
                 job = waiting.pop(ready)
                 outcome = _outcome(ray, ready, job)
-                if outcome is None:  # that worker does not see the folder: from now on files go along
+                if outcome is None:  # that worker does not see the folder: send files from now on
                     send = True
                     left.append(job)
                 else:
@@ -93,10 +88,10 @@ class Ray:
                 ray.shutdown()
 
     def _check_room(self, ray: Any, *, alone: bool) -> None:
-        """Say where no node has what a job asks for: Ray waits for one in silence."""
+        """Raise or log where no node has what a job asks for, because Ray would wait silently."""
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         nodes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in resources]
-        # the one with most CPUs of those with GPUs enough
+        # the node with most CPUs among those with enough GPUs
         cpus, gpus = max(nodes, key=lambda node: (min(node[1], self.gpus), node[0]), default=(0, 0))
         lacks = {"--threads": self.cpus > cpus, "--gpus": self.gpus > gpus}
         if not any(lacks.values()):
@@ -124,10 +119,10 @@ def _ray() -> Any:
 
 def _connect(ray: Any, address: str | None) -> None:
     alone = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address is None else {}
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of our own cluster: at 15 any other work starves them
+    os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15, any other work would starve the workers
     try:
         with _in_root():
-            # by no address Ray would take RAY_ADDRESS, or the cluster that was started last
+            # without an address, Ray would take RAY_ADDRESS or the cluster that was started last
             ray.init(address=address or "local", log_to_driver=False, logging_level="error", **alone)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ResourceError(
@@ -138,7 +133,7 @@ def _connect(ray: Any, address: str | None) -> None:
 
 @contextmanager
 def _in_root() -> Iterator[None]:
-    """Be at the root meanwhile: workers import what lies in the folder from where Ray was started."""
+    """Change to the root folder, because workers import modules from the folder in which Ray was started."""
     here = Path.cwd()
     os.chdir(here.anchor)
     try:
@@ -155,12 +150,12 @@ def _work(
     gpus: float,
     here: Path = Path(),
 ) -> tuple[Outcome, dict[str, bytes] | None] | None:
-    """On a worker: the outcome, and the run's files where the driver does not see them.
+    """Do ``job`` on a worker. Return the outcome, and the run's files where the driver does not see them.
 
-    None = nothing is done, for the folder is not seen here and no ``files`` came along. Names of files are meant as
-    from the driver's folder ``here``.
+    Returns None, with nothing done, where the folder is not seen here and no ``files`` came along. Relative file names
+    are relative to the driver's current folder ``here``.
     """
-    with suppress(OSError):  # it may not be there; names that begin at the root lead as far
+    with suppress(OSError):  # the folder may not exist here; absolute names work all the same
         os.chdir(here)
     if not gpus:  # else all runs of a node would share its first one; CUDA looks here when it starts
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -168,69 +163,36 @@ def _work(
         return _patient(job, threads), None
     if files is None:
         return None
-    copies = _copies()
-    own = copies / sha256(os.fsencode(job.out)).hexdigest()[:16]
-    place = _lay_out(own, files)
-    outcome = _patient(replace(job, out=place), threads)
-    found = _read(place)
-    if outcome.status != "busy":
-        shutil.rmtree(own, ignore_errors=True)
-    with suppress(OSError):  # other runs have their copies there
-        copies.rmdir()
-    # the checkpoint is named where it was measured, and the driver has it elsewhere
+    with tempfile.TemporaryDirectory(prefix="gmprobe-", ignore_cleanup_errors=True) as folder:
+        return _on_a_copy(job, files, threads, Path(folder) / "run")
+
+
+def _on_a_copy(
+    job: Job, files: dict[str, bytes], threads: int, copy: Path
+) -> tuple[Outcome, dict[str, bytes]]:
+    """Do ``job`` on a ``copy`` of its folder, made of ``files``; return the outcome and the files that it left."""
+    copy.mkdir()
+    for name, content in files.items():
+        write_atomic(copy / name, content)
+    outcome, found = attempt(replace(job, out=copy), threads), _read(copy)
+    # the results name the checkpoint in the copy, and the driver has it elsewhere
     if MEASURES in found:
-        found[MEASURES] = found[MEASURES].replace(_in_json(place), _in_json(job.out))
+        found[MEASURES] = found[MEASURES].replace(_in_json(copy), _in_json(job.out))
     if isinstance(outcome.result, dict) and "checkpoint" in outcome.result:
-        named = outcome.result["checkpoint"].replace(str(place), str(job.out))
+        named = outcome.result["checkpoint"].replace(str(copy), str(job.out))
         outcome = replace(outcome, result={**outcome.result, "checkpoint": named})
     return outcome, found
 
 
-def _copies() -> Path:
-    """The folder of this user's copies of run folders, in which nobody else can put anything."""
-    if not hasattr(os, "getuid"):  # on Windows every user has temporary folders of his own
-        return Path(tempfile.gettempdir()) / "gmprobe"
-    folder = Path(tempfile.gettempdir()) / f"gmprobe-{os.getuid()}"
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    private = (
-        stat.S_ISDIR(found.st_mode)
-        and found.st_uid == os.getuid()
-        and not stat.S_IMODE(found.st_mode) & 0o077
-    )
-    # another user may have made it first: then no earlier try is looked for
-    return folder if private else Path(tempfile.mkdtemp(prefix="gmprobe-"))
-
-
-def _lay_out(own: Path, files: dict[str, bytes]) -> Path:
-    """Return the copy of a run in the folder ``own``: ``files``, or what an earlier try has made of the same ones."""
-    place = own / "run"
-    sent = sha256()
-    for name, content in sorted(files.items()):
-        sent.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape") + content)
-    digest = sent.hexdigest().encode()
-    with suppress(OSError):
-        if (own / SENT).read_bytes() == digest:
-            return place
-    if not held(place):  # where it is, the job ends as busy
-        shutil.rmtree(own, ignore_errors=True)
-    place.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomic(place / name, content)
-    write_atomic(own / SENT, digest)  # last: what is torn counts as none
-    return place
-
-
 def _in_json(path: Path) -> bytes:
-    """The start of a string in JSON that begins with ``path``."""
+    """Return the beginning of a JSON string that starts with ``path``."""
     return json.dumps(str(path))[:-1].encode()
 
 
 def _patient(job: Job, threads: int) -> Outcome:
-    """A worker whose node was lost may live, and hold the run, for a moment: wait for its end.
+    """Attempt ``job``, and wait where a worker whose node was lost still lives, and holds the run, for a moment.
 
-    ``exclusive`` watches the lock of another machine for ``STALE`` by itself; the rest is for one of this machine.
+    ``exclusive`` itself waits ``STALE`` for the lock of another machine; the rest is for a lock of this machine.
     """
     end = time.monotonic() + STALE + 2 * BEAT
     while True:
@@ -241,7 +203,7 @@ def _patient(job: Job, threads: int) -> Outcome:
 
 
 def _outcome(ray: Any, reference: Any, job: Job) -> Outcome | None:
-    """How ``job`` ended, its files written; None where the worker needs them first."""
+    """Return how ``job`` ended, after its files are written; None where the worker needs its files first."""
     try:
         done = ray.get(reference)
     except ray.exceptions.RayError as error:
@@ -258,19 +220,19 @@ def _outcome(ray: Any, reference: Any, job: Job) -> Outcome | None:
 
 
 def _read(folder: Path) -> dict[str, bytes]:
-    """Every file of a run folder by its name, but for the lock and drafts."""
+    """Return every file of a run folder by its name, except the lock and unfinished writes."""
     if not folder.is_dir():
         return {}
     files = {}
     for path in folder.iterdir():
         if path.is_file() and not path.name.startswith(LOCK) and path.suffix != ".tmp":
-            with suppress(FileNotFoundError):  # gone since it was listed, as a finished run's state goes
+            with suppress(FileNotFoundError):  # removed since it was listed, as a finished run's state is
                 files[path.name] = path.read_bytes()
     return files
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """Replace what ``folder`` holds by what a worker returned."""
+    """Replace the files of ``folder`` by those that a worker returned."""
     with exclusive(folder):
         for path in folder.iterdir():
             if path.is_file() and path.name not in files and not path.name.startswith(LOCK):

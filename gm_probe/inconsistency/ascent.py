@@ -29,14 +29,14 @@ def kl_gradient(
     factor: Tensor | float = 1.0,
     compared: Callable[[Tensor], Tensor] = lambda outputs: outputs,
 ) -> tuple[Tensor, Tensor]:
-    """Per-example KL(f_θ ‖ f_{θ+δ}) and the gradient of its sum with respect to δ; f_θ held constant.
+    """Return per-example KL(f_θ ‖ f_{θ+δ}) and the gradient of its sum with respect to δ, with f_θ constant.
 
     Args:
         x: (B, ...) model input.
         logits: (n, C) logits at θ, detached.
         offset: (P,) δ.
-        factor: multiplies the sum before it is differentiated, lest float16 gradients underflow.
-        compared: maps the outputs (B, ...) at θ + δ to the n rows that ``logits`` is compared with.
+        factor: multiplies the sum before it is differentiated, so that float16 gradients do not underflow.
+        compared: maps the outputs (B, ...) at θ + δ to the n rows that are compared with ``logits``.
 
     Returns:
         (n,) divergences and the (P,) gradient.
@@ -47,30 +47,30 @@ def kl_gradient(
         terms = kl_divergence(logits, parameters.outputs.logits(outputs))
         total = factor * terms.sum()
         gradient = None
-        if total.requires_grad:  # else the outputs depend on none of them
+        if total.requires_grad:  # otherwise the outputs depend on no parameter
             [gradient] = torch.autograd.grad(total, [moved], allow_unused=True)
     return terms.detach(), torch.zeros_like(offset) if gradient is None else gradient
 
 
 def to_sphere(vector: Tensor, radius: float | Tensor) -> Tensor:
-    """``vector`` (P,) scaled to length ``radius``; the zero vector stays zero (no direction to go).
+    """Return ``vector`` (P,) scaled to length ``radius``; the zero vector has no direction and stays zero.
 
     A tensor (P,) of radii scales each entry by its own.
     """
-    # by the largest entry first: squares of a tiny gradient would underflow in the norm
+    # divided by the largest entry first, because squares of a tiny gradient would underflow in the norm
     tiny = torch.finfo(vector.dtype).tiny
     scaled = vector / vector.abs().max().clamp(min=tiny)
     return scaled / scaled.norm().clamp(min=tiny) * radius
 
 
 def ascend(gradient: Callable[[Tensor], Tensor], start: Tensor, radius: float | Tensor, steps: int) -> Tensor:
-    """Algorithm 1 (paper §4.5): δ ← ρ·g/‖g‖ with g = ∇_δ KL(f_θ ‖ f_{θ+δ}), ``steps`` times from ``start``.
+    """Run Algorithm 1 (paper §4.5): δ ← ρ·g/‖g‖ with g = ∇_δ KL(f_θ ‖ f_{θ+δ}), ``steps`` times from ``start``.
 
     Under the quadratic approximation each step is one power iteration with the Fisher matrix.
 
     Args:
         gradient: maps δ (P,) to g (P,).
-        start: δ₀ (P,), usually Gaussian noise: at δ = 0 the gradient vanishes.
+        start: δ₀ (P,), usually Gaussian noise, because the gradient vanishes at δ = 0.
         radius: ρ.
         steps: K ≥ 1.
 
@@ -84,7 +84,7 @@ def ascend(gradient: Callable[[Tensor], Tensor], start: Tensor, radius: float | 
 
 
 class Divergence:
-    """δ ↦ mean KL(f_θ ‖ f_{θ+δ}) over examples, with f_θ computed once.
+    """The function δ ↦ mean KL(f_θ ‖ f_{θ+δ}) over examples, with f_θ computed once.
 
     Args:
         logits: (N, C) logits at θ in the order of ``batches``.
@@ -95,7 +95,7 @@ class Divergence:
         self._logits = cut(logits, batches)
 
     def terms(self, offset: Tensor) -> Tensor:
-        """Per-example divergences (N,) at ``offset`` (P,); one mean per batch where examples depend on each other."""
+        """Return per-example divergences (N,) at ``offset`` (P,), or one mean per batch of dependent examples."""
         result = []
         with torch.no_grad(), self.parameters.one_pass():
             moved = self.parameters.vector() + offset
@@ -105,10 +105,10 @@ class Divergence:
         return gather_examples(self.batches.independent(torch.cat(result)))
 
     def value_and_gradient(self, offset: Tensor) -> tuple[float, Tensor]:
-        """Mean divergence at ``offset`` and its gradient (P,).
+        """Return the mean divergence at ``offset`` and its gradient (P,).
 
         Raises:
-            DivergedError: it is not finite.
+            DivergedError: one of them is not finite.
         """
         total, gradient = offset.new_zeros((), dtype=torch.float64), torch.zeros_like(offset)
         with self.parameters.one_pass():
@@ -119,7 +119,7 @@ class Divergence:
                 self.work.add(GRADIENT, len(logits))
         total, gradient = sum_over_processes(total), sum_over_processes(gradient)
         finite = torch.isfinite(gradient).all() & ~total.isnan()
-        value, fine = torch.stack([total, finite]).tolist()  # the one wait for the device in a pass
+        value, fine = torch.stack([total, finite]).tolist()  # the only wait for the device in a pass
         if not fine:
             raise DivergedError(
                 f"the KL gradient at ‖δ‖ = {float(offset.norm()):.3g} is not finite; lower --rho or use --dtype float64"
@@ -127,32 +127,31 @@ class Divergence:
         return value / self.batches.total, gradient / self.batches.total
 
     def gradient(self, offset: Tensor) -> Tensor:
-        """Gradient (P,) of the mean divergence at ``offset``."""
+        """Return the gradient (P,) of the mean divergence at ``offset``."""
         return self.value_and_gradient(offset)[1]
 
 
 class FisherByDifference:
-    """v ↦ F v by one gradient pass: ∇_δ mean KL(f_θ ‖ f_{θ+δ}) at δ = εv, over ε.
+    """The map v ↦ F v by one gradient pass: ∇_δ mean KL(f_θ ‖ f_{θ+δ}) at δ = εv, divided by ε.
 
-    Off by rounding over ε and by the network's nonlinearity times ε: in float32 by half a percent on CIFAR-10 networks,
-    by a few percent on tiny ones. Good for finding an eigenvector, not for certifying it: of saturated outputs, which
-    hardly a step moves, all is rounding.
+    Its error is rounding divided by ε, plus the network's nonlinearity times ε. In float32 this is half a percent on
+    CIFAR-10 networks and a few percent on tiny ones. So it can find an eigenvector, but not certify it: on saturated
+    outputs, which hardly any step moves, the result is rounding alone.
     """
 
     def __init__(self, divergence: Divergence) -> None:
         self._divergence = divergence
         self._step = 1e-3
-        self._longest = max(
-            1.0, float(divergence.parameters.vector().norm())
-        )  # beyond it activations may overflow
+        # beyond this step, activations may overflow
+        self._longest = max(1.0, float(divergence.parameters.vector().norm()))
 
     def __call__(self, v: Tensor) -> Tensor:
-        aim = torch.finfo(v.dtype).eps ** 0.4  # between √eps, where rounding rules, and the cube root
-        # bounded: where F v = 0 the logits move by the step's square, and no step may suit
+        aim = torch.finfo(v.dtype).eps ** 0.4  # between √eps, where rounding dominates, and the cube root
+        # at most 5 times: where F v = 0, the logits move by the step's square, and no step may be right
         for _ in range(5):
             step = self._step
             value, gradient = self._divergence.value_and_gradient(step * v)
-            moved = math.sqrt(2 * value)  # √(vᵀF v) · ε: the logits' root mean square change
+            moved = math.sqrt(2 * value)  # √(vᵀF v) · ε, the root mean square change of the logits
             if moved > 0:
                 self._step = min(step * aim / moved, self._longest)
             if moved == 0 or 0.1 < moved / aim < 10:
@@ -170,8 +169,8 @@ class Maximum:
         gains: relative gain of each accepted step.
         alignment: cosine of δ and the gradient; 1 at a stationary point of the sphere.
         converged: the last full step gained less than the tolerance.
-        abandoned: it stopped early, for it fell behind.
-        joined: it stopped early, for it came where another ascent had ended.
+        abandoned: it stopped early because it fell behind another ascent.
+        joined: it stopped early because it came near the end of another ascent.
     """
 
     delta: Tensor
@@ -184,8 +183,8 @@ class Maximum:
 
 
 JOINED = 0.95
-"""Cosine of two ascents' δ from which they count as in one basin. At ρ = 0.1 on a resnet20 and a 6CNN all that came so
-near went on to the same end; at ρ = 1, where maxima lie closer, none came so near."""
+"""Two ascents count as being in one basin above this cosine of their δ. At ρ = 0.1 on a resnet20 and a 6CNN, all that
+came so near went on to the same end. At ρ = 1, where maxima lie closer, none came so near."""
 
 
 def maximize(
@@ -198,17 +197,17 @@ def maximize(
     first: tuple[float, Tensor] | None = None,
     rival: Maximum | None = None,
 ) -> Maximum:
-    """Ascend on the sphere ‖δ‖ = ρ until a step gains less than ``tolerance`` relative.
+    """Ascend on the sphere ‖δ‖ = ρ until the relative gain of a step is below ``tolerance``.
 
-    Steps are Algorithm 1's while they gain. Beyond the quadratic regime that iteration oscillates,
-    so a step that loses is undone and shortened, and the best iterate is kept.
+    Steps are Algorithm 1's while they gain. Beyond the quadratic regime that iteration oscillates, so a step that loses
+    is undone and shortened, and the best iterate is kept.
 
     Args:
         objective: maps δ (P,) to the mean KL and its gradient.
         start: (P,) direction to start in.
-        first: what the objective is there, where it is known.
-        rival: another ascent's end; one that comes there, or would not reach its value by two more gains like its
-            last, goes no further.
+        first: the objective at the start, where it is known.
+        rival: the end of another ascent. This one stops where it comes near that end, or where two more gains like its
+            last would not reach that value.
     """
     delta = to_sphere(start, radius)
     value, gradient = objective(delta) if first is None else first
@@ -239,6 +238,6 @@ def maximize(
             if joined or abandoned:
                 break
         step = step * 2 if step < 4 else float("inf")
-    # of unit vectors, for squares of a tiny gradient underflow
+    # from unit vectors, because squares of a tiny gradient underflow
     alignment = float(to_sphere(gradient, 1.0) @ to_sphere(delta, 1.0)) if bool(gradient.any()) else 1.0
     return Maximum(delta, value, tuple(gains), alignment, converged, abandoned, joined)

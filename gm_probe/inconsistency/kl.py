@@ -1,6 +1,6 @@
 """KL divergence between two softmax outputs, accurate down to divergences far below the dtype's epsilon.
 
-Logits are (B, C) of C exclusive classes, or (B, L, C) of L independent labels of an example, whose divergences add.
+Logits are (B, C) for C exclusive classes, or (B, L, C) for L independent labels, whose divergences add.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ _LARGE = 30.0  # above, p·eᵗ may overflow, and the log-sum-exp form is exact 
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(softmax(p_logits) ‖ softmax(q_logits)) of each example: the sum over its rows.
+    """Return KL(softmax(p_logits) ‖ softmax(q_logits)) of each example, summed over its rows.
 
-    With d = q_logits - p_logits and t = d - Σ p d, it equals log1p(Σ p (eᵗ - 1 - t)): every term is ≥ 0, the
-    difference of logits is taken before any rounding of logarithms, and equal logits give exactly 0. The naive
-    Σ p (log p - log q) is negative on a third of rows where logits differ by 1e-3.
+    With d = q_logits - p_logits and t = d - Σ p d, it equals log1p(Σ p (eᵗ - 1 - t)). Every term is ≥ 0, logits are
+    subtracted before logarithms are rounded, and equal logits give exactly 0. The naive Σ p (log p - log q) is negative
+    on a third of the rows where logits differ by 1e-3.
 
     Args:
         p_logits: (B, C) or (B, L, C).
@@ -35,18 +35,18 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     t = d - (p * d).sum(-1, keepdim=True)
     weighted = log_p + t  # log(p eᵗ): stays small where p is tiny though t is large
     near = weighted.amax(-1) <= _LARGE
-    # each branch sees only harmless values, or the unused one would put NaN into the gradient
+    # each branch sees only harmless values, otherwise the unused one would put NaN into the gradient
     terms = torch.where(t <= 1, p * _excess(t), weighted.clamp(max=_LARGE).exp() - p * (1 + t))
     return over_rows(torch.where(near, torch.log1p(terms.sum(-1)), torch.logsumexp(weighted, dim=-1)))
 
 
 def over_rows(values: Tensor) -> Tensor:
-    """Return (B,) of values (B,) as they are, and of values (B, L) of L independent labels their sums."""
+    """Return values (B,) as they are, and the sums (B,) of values (B, L) of L independent labels."""
     return values if values.dim() == 1 else values.flatten(1).sum(1)
 
 
 def _excess(t: Tensor) -> Tensor:
-    """eᵗ - 1 - t ≥ 0 for t ≤ 1, without cancellation; its derivative is expm1(t)."""
+    """Return eᵗ - 1 - t ≥ 0 for t ≤ 1, without cancellation; its derivative is expm1(t)."""
     inner = t.clamp(-_SERIES, _SERIES)
     series = inner.square() * (0.5 + inner * (1 / 6 + inner * (1 / 24 + inner * (1 / 120 + inner / 720))))
     return torch.where(t.abs() < _SERIES, series, torch.expm1(t.clamp(max=1)) - t)

@@ -37,11 +37,11 @@ class Krylov:
         self._norm = float(self._next.norm())
 
     def extend(self) -> None:
-        """One more product.
+        """Take one more product.
 
         Raises:
-            DivergedError: it is not finite.
-            ResourceError: no memory for one more vector, which smaller batches would not help.
+            DivergedError: the product is not finite.
+            ResourceError: there is no memory for one more vector, which smaller batches would not change.
         """
         with memory_or(self._too_many):
             self.basis.append((self._next / self._norm).to(self.operator.dtype))
@@ -60,7 +60,7 @@ class Krylov:
         if not bool(torch.isfinite(w).all()):
             raise DivergedError("a curvature product is not finite; try --dtype float64")
         self.diagonal.append(float(self.basis[-1].double() @ w))
-        for _ in range(2):  # twice is enough (Kahan); once leaves float32 ghosts
+        for _ in range(2):  # twice is enough (Kahan); after one pass, float32 leaves spurious eigenvalues
             for q in self.basis:
                 w -= (q.double() @ w) * q
         self._next, self._norm = w, float(w.norm())
@@ -72,11 +72,11 @@ class Krylov:
         self.exhausted = lost or len(self.basis) == self.operator.size
 
     def eigen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ritz values, ascending, and their vectors in terms of the basis."""
+        """Return the Ritz values, ascending, and their vectors in terms of the basis."""
         return eigh_tridiagonal(np.array(self.diagonal), np.array(self.off_diagonal[:-1]))
 
     def vector(self, coefficients: np.ndarray) -> Tensor:
-        """The unit vector (P,) with these coefficients."""
+        """Return the unit vector (P,) with these coefficients."""
         total = torch.zeros_like(self._next)
         for coefficient, q in zip(coefficients, self.basis, strict=True):
             total += float(coefficient) * q
@@ -85,14 +85,14 @@ class Krylov:
 
 @dataclass(frozen=True, slots=True)
 class Eigenpair:
-    """An eigenvalue as Lanczos left it.
+    """An eigenvalue as Lanczos found it.
 
     Attributes:
         value: Ritz value θ.
         vector: (P,) unit Ritz vector.
         residual: ‖A v − θ v‖ by Lanczos' own bound; some eigenvalue lies within it of θ.
-        converged: the residual met the tolerance in successive iterations (one can be a false plateau). That it is the
-            outermost eigenvalue is not certain: of 16,200 runs on tiny networks 0.4 % ended at the next.
+        converged: the residual met the tolerance in successive iterations, since one can be a false plateau. The value
+            need not be the outermost eigenvalue: of 16,200 runs on tiny networks, 0.4 % ended at the next one.
     """
 
     value: float
@@ -113,18 +113,18 @@ def eigenpairs(
     patience: int = 2,
     expect: Expect | None = None,
 ) -> tuple[list[Eigenpair], list[Eigenpair]]:
-    """The ``top`` largest (descending) and ``bottom`` smallest (ascending) eigenpairs by Lanczos.
+    """Return the ``top`` largest (descending) and ``bottom`` smallest (ascending) eigenpairs by Lanczos.
 
-    Eigenvalues that are repeated count once: a Krylov space holds one vector of each eigenspace.
+    A repeated eigenvalue counts once, because a Krylov space holds one vector of each eigenspace.
 
     Args:
         start: (P,) start vector; see ``random_vectors``.
         tolerance: residual relative to \\|θ\\| at which an eigenpair is done.
-        patience: successive iterations in which all must be done before it stops.
+        patience: number of successive iterations in which all eigenpairs must be done before it stops.
         expect: called after every iteration.
 
     Raises:
-        UsageError: ``top`` and ``bottom`` are both 0, or a number is none that can be.
+        UsageError: ``top`` and ``bottom`` are both 0, or a number is outside of its range.
         DivergedError: a product is not finite.
     """
     if not whole("top", top, 0) + whole("bottom", bottom, 0):
@@ -164,9 +164,9 @@ def eigenpairs(
 
 
 def iterations_ahead(excess: Sequence[float]) -> float:
-    """About how many iterations there will be, of whose residuals each is ``excess`` times what is allowed.
+    """Return the expected number of iterations, given how many times too large each residual so far was.
 
-    They fall like a geometric series, in the end; the slope is that of the latter half.
+    Residuals fall like a geometric series in the end, so the slope of the latter half is extrapolated.
     """
     logs = [math.log(max(value, 1.0)) for value in excess]
     half = len(logs) // 2
@@ -182,10 +182,10 @@ def lanczos(
     max_iterations: int = 100,
     expect: Expect | None = None,
 ) -> Eigenpair:
-    """Largest (algebraic) eigenvalue, from a random start.
+    """Return the largest (algebraic) eigenvalue, found from a random start.
 
-    From near another matrix's eigenvector it would take half the products, but report that vector's eigenvalue where
-    a larger one has an eigenvector orthogonal to it; noise mixed in that finds such a one costs what was saved.
+    A start near another matrix's eigenvector would take half the products. But it would miss a larger eigenvalue whose
+    eigenvector is orthogonal to the start, and enough noise to find that one costs what was saved.
     """
     start = random_start(operator, generator)
     [pair], _ = eigenpairs(operator, start, tolerance=tolerance, max_iterations=max_iterations, expect=expect)
@@ -200,10 +200,10 @@ def certified(
     max_iterations: int,
     expect: Expect | None = None,
 ) -> Eigenpair:
-    """Check a cheaply found eigenpair by exact products, and go on from it where it does not hold.
+    """Check a cheaply found eigenpair by exact products, and improve it where it is not good enough.
 
-    One product gives the exact Rayleigh quotient and residual of ``guess``; where that residual is too large, Lanczos
-    continues from there. Of a guess that had not converged the residual must hold twice.
+    One product gives the exact Rayleigh quotient and residual of ``guess``. Where that residual is too large, Lanczos
+    continues from there. A guess that had not converged must meet the tolerance twice.
     """
     [pair], _ = eigenpairs(
         operator,

@@ -15,8 +15,8 @@ class Operator:
 
     Attributes:
         matvec: v (P,) ↦ A v (P,).
-        terms: v (P,) ↦ (N,) values vᵀA_x v, whose mean is vᵀA v; of batch-dependent examples (``Batches``) their
-            batches' means.
+        terms: v (P,) ↦ (N,) values vᵀA_x v, whose mean is vᵀA v. Where examples depend on their batch (``Batches``),
+            there is one mean per batch instead.
         size: P.
     """
 

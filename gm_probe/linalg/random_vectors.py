@@ -1,4 +1,4 @@
-"""Random vectors, drawn where the generator is: on a GPU, or on the CPU for the same numbers on every device."""
+"""Random vectors, drawn where the generator is: on a GPU, or on the CPU to get the same numbers on every device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which measures are taken, and what that will cost. Imports no torch, which takes seconds."""
+"""Which measures are computed, and what they will cost. This file does not import torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_MEASURES = (
 )
 
 BLOCKS = ("fisher_trace", "fisher_lambda_max", "hessian_trace", "hessian_lambda_max")
-"""What is measured of each layer alone."""
+"""The measures of each layer alone."""
 
 SEPARATE = {
     "error": "counts classes",
@@ -36,11 +36,11 @@ SEPARATE = {
     "doc": "counts classes",
     "cot": "counts classes",
 }
-"""Why some are undefined where an output depends on the rest of its batch (``Batches.batch_dependent``)."""
+"""Why some measures are undefined where an output depends on the rest of its batch (``Batches.batch_dependent``)."""
 
 
 GROUPS = ("curvature", "outputs", "norms")
-"""Words that stand for all measures of a kind; ``all`` stands for every one."""
+"""Names that stand for all measures of a group; ``all`` stands for every measure."""
 
 
 NEED_VALIDATION = ("atc", "doc", "cot")
@@ -49,7 +49,7 @@ NEED_VALIDATION = ("atc", "doc", "cot")
 def expanded(
     names: Sequence[str], *, labeled: bool, batch_dependent: bool = False, validation: bool = False
 ) -> list[str]:
-    """Return ``names`` with groups replaced by those of their measures that are defined on such data.
+    """Return ``names`` with each group replaced by its measures that are defined on such data.
 
     Args:
         validation: whether there is a labeled validation set, too.
@@ -80,11 +80,12 @@ def unknown_measure(name: str) -> str:
 def check_names(
     names: Sequence[str], *, labeled: bool, batch_dependent: bool = False, num_processes: int = 1
 ) -> None:
-    """Raise UsageError for an unknown measure, one that several processes cannot share, or of
-    ``batch_dependent`` examples an undefined one.
+    """Raise unless each measure is defined on such data.
 
     Raises:
-        DataError: one needs labels that are not there.
+        UsageError: a measure is unknown, several processes cannot share it, or it is undefined where examples are
+            ``batch_dependent``.
+        DataError: a measure needs labels, and there are none.
     """
     for name in names:
         if name not in CATALOGUE:
@@ -98,12 +99,12 @@ def check_names(
 
 
 def takes_derivatives(names: Sequence[str]) -> bool:
-    """Whether one does by more than a forward pass, so that the batch must leave memory for it."""
+    """Return whether a measure takes more than forward passes, so that its batch must leave memory for derivatives."""
     return any(CATALOGUE[name].cost >= 1 for name in names)
 
 
 def default_measures(*, labeled: bool, batch_dependent: bool = False) -> list[str]:
-    """``DEFAULT_MEASURES`` that can be taken; NT-Xent of ``batch_dependent`` examples needs no labels."""
+    """Return the ``DEFAULT_MEASURES`` that can be computed; NT-Xent of ``batch_dependent`` examples needs no labels."""
     return [
         name
         for name in DEFAULT_MEASURES
@@ -113,7 +114,7 @@ def default_measures(*, labeled: bool, batch_dependent: bool = False) -> list[st
 
 
 def by_protocol(name: str, settings: Settings) -> str:
-    """``name``, or of ``local_inconsistency`` under the converged protocol the maximum's own."""
+    """Return ``name``, or the name of the converged maximum where the protocol asks for it."""
     if name == "local_inconsistency" and settings.protocol == "converged":
         return "local_inconsistency_converged"
     return name
@@ -124,12 +125,12 @@ CLEAN_PASSES = 2 / 3
 
 
 def expected_cost(names: Sequence[str], settings: Settings) -> float:
-    """Gradient evaluations that ``measure`` will take, roughly: for progress bars and estimates."""
+    """Return about how many gradient evaluations ``measure`` will take, for progress bars and estimates."""
     return CLEAN_PASSES + sum(expected_costs(names, settings).values())
 
 
 def expected_costs(names: Sequence[str], settings: Settings) -> dict[str, float]:
-    """The same by measure, without the clean passes."""
+    """Return the expected cost of each measure, without the two clean passes."""
     costs = {}
     for listed in names:
         name = by_protocol(listed, settings)
@@ -139,16 +140,16 @@ def expected_costs(names: Sequence[str], settings: Settings) -> dict[str, float]
         if name == "local_inconsistency_converged":
             cost *= len({settings.rho, *settings.rho_grid})
         if name == "hessian_trace" and "fisher_trace" in names:
-            cost = 0.0  # of networks that are affine in each parameter, it is the same
+            cost = 0.0  # for networks that are affine in each parameter, it equals tr F
         costs[listed] = cost
     return costs
 
 
 class Outlook:
-    """How many gradient evaluations a measurement will take in all, as far as it can be told while it runs.
+    """Predicts the total gradient evaluations of a measurement while it runs.
 
     Args:
-        costs: what each stage usually takes, by its name, in order.
+        costs: the usual cost of each stage, by its name, in order.
     """
 
     def __init__(self, costs: Mapping[str, float]) -> None:
@@ -156,10 +157,9 @@ class Outlook:
         self._name, self._began = "", 0.0
 
     def total(self, name: str, evaluations: float) -> float | None:
-        """The total, where stage ``name`` is at work and ``evaluations`` are done; None where it is unknown.
+        """Return the total, given the stage at work and the ``evaluations`` done so far; None where it is unknown.
 
-        A ``linalg.work.Count`` says what is left of the stage; else it is what the stage usually takes, until it has
-        taken more.
+        A ``linalg.work.Count`` knows what is left of the stage. Otherwise its usual cost counts, until it took more.
         """
         if name != self._name:
             self._began = float(evaluations) if self._name else CLEAN_PASSES
@@ -173,8 +173,8 @@ class Outlook:
 
 
 def _cost_of_starts(settings: Settings) -> float:
-    """Gradient evaluations of the paper's protocol: the first gradient serves every ρ of a grid."""
+    """Return the gradient evaluations of the paper's protocol, whose first gradient serves every ρ of a grid."""
     radii = len({settings.rho, *settings.rho_grid})
     most = max((settings.k_steps, *settings.k_grid))
-    along = 1 / 3 if settings.k_steps < most else 0  # the examples' terms, in passing
+    along = 1 / 3 if settings.k_steps < most else 0  # a forward pass for the primary cell's examples
     return settings.num_starts * (1 + radii * (most - 1 + 1 / 3) + along)

@@ -1,4 +1,4 @@
-"""What a measure returns, and a model over its examples with what several measures share."""
+"""What a measure returns, and the context that measures share: a model over its examples, with cached results."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from gm_probe.runtime.randomness import Draws
 
 T = TypeVar("T")
 DRAFT = 40
-"""Difference products before exact ones go on: of CIFAR-10 networks 8 to 14 are enough."""
+"""Maximum number of difference products before exact ones continue; CIFAR-10 networks need 8 to 14."""
 
 
 def as_row(estimate: Any) -> dict[str, Any]:
-    """The fields of a dataclass with ``details``, and those beside them, as JSON has it: None for NaN and infinity."""
+    """Return the fields of a dataclass and its ``details`` as one JSON object, with null for NaN and infinity."""
     row = asdict(estimate)
     details = row.pop("details")
     return _finite({**row, **details})
@@ -64,9 +64,8 @@ class Estimate:
         stderr: the estimator's standard error (random vectors, starts) or error bound (Lanczos residual); None = exact.
         stderr_examples: standard error from the examples being a sample of N.
         converged: whether the estimator met its tolerance.
-        num_evals: gradient evaluations over all the examples that it took, beyond work shared with an
-            earlier row.
-        details: what else belongs to the value.
+        num_evals: gradient evaluations over all the examples, without work that an earlier row already did.
+        details: further values and reasons.
     """
 
     value: float | None
@@ -77,7 +76,7 @@ class Estimate:
     details: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the JSON object."""
         return as_row(self)
 
 
@@ -87,7 +86,7 @@ class Measured:
 
     Attributes:
         stderr: the estimator's standard error, over random vectors or starts.
-        bound: instead of a standard error, a bound of the estimator's error, as a Lanczos residual is.
+        bound: a bound of the estimator's error, such as a Lanczos residual, in place of a standard error.
     """
 
     value: float | None
@@ -99,33 +98,33 @@ class Measured:
 
     @classmethod
     def undefined(cls, reason: str) -> Measured:
-        """There is no value, for this ``reason``."""
+        """Return a measure without a value, and the ``reason``."""
         return cls(None, converged=False, details={"reason": reason})
 
     @property
     def error(self) -> float | None:
-        """The bound where there is one, else the standard error; None = exact."""
+        """The bound where there is one, otherwise the standard error; None = exact."""
         return self.stderr if self.bound is None else self.bound
 
 
 def example_error(terms: Tensor) -> float | None:
-    """Standard error of the mean of (N,) per-example values; None of a single one."""
+    """Return the standard error of the mean of (N,) per-example values; None for a single one."""
     return float(terms.double().std()) / math.sqrt(len(terms)) if len(terms) > 1 else None
 
 
 def over_labels(values: Tensor) -> Tensor:
-    """(n,) of values (n,) as they are, and of values (n, L) of L labels an example their means."""
+    """Return values (n,) as they are, and the means (n,) of values (n, L) of L labels per example."""
     return values if values.dim() == 1 else values.double().mean(1)
 
 
 def _same(logits: Tensor, again: Tensor, dtype: torch.dtype) -> bool:
-    """To ``dtype``'s tolerance: threaded reductions, and those over batches of other sizes, differ in the last bits."""
+    """Compare to a tolerance: threaded reductions, and those over other batch sizes, differ in the last bits."""
     tolerance = torch.finfo(dtype).eps ** 0.6  # 7e-5 in float32, 4e-10 in float64
     return bool(torch.allclose(logits, again, rtol=tolerance, atol=tolerance * float(logits.abs().max())))
 
 
 class MeasurementContext:
-    """A model over its examples, with what several measures share: logits, labels, the top Fisher eigenpair."""
+    """A model over its examples, with results that several measures share: logits, labels, operators, eigenpairs."""
 
     def __init__(
         self,
@@ -145,10 +144,10 @@ class MeasurementContext:
 
     @cached_property
     def differentiable(self) -> Parameters:
-        """The parameters, of which the logits have been seen to have gradients.
+        """The parameters, after a check that the logits have gradients with respect to them.
 
         Raises:
-            UsageError: they have none, or forward hides some from autograd, or the backward pass runs forward again.
+            UsageError: they have none, forward hides some from autograd, or the backward pass runs forward again.
         """
         self.parameters.require_trainable()
         few = next(iter(self.batches)).x[self.batches.trial_slice(TRIAL)]
@@ -158,21 +157,21 @@ class MeasurementContext:
         return self.parameters
 
     def generator(self, name: str) -> torch.Generator:
-        """A generator of its own for each purpose, so that no figure depends on which others were asked for."""
+        """Return a separate generator for each purpose, so that no value depends on which others are measured."""
         there = self.settings.noise_device == "device"
         generator = generator_on(self.batches.device) if there else torch.Generator()
-        # hashed to 32 bits: torch's CPU generator ignores the higher ones
+        # hashed to 32 bits, because torch's CPU generator ignores the higher ones
         return generator.manual_seed(zlib.crc32(f"{name}:{self.settings.seed}".encode()))
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
-        """What several figures are made from: computed the first time."""
+        """Return a result that several measures use; it is computed the first time."""
         if name not in self._found:
             self._found[name] = compute()
         found: T = self._found[name]
         return found
 
     def _outputs(self, batches: Batches, last: LastLayer | None = None) -> Tensor:
-        """What the model returns for ``batches``, as it returns it; ``last`` is told of every batch."""
+        """Return the model's outputs for ``batches`` as they are; ``last`` sees every batch."""
         rows: list[Tensor] = []
         with torch.no_grad():
             for batch in batches:
@@ -192,32 +191,32 @@ class MeasurementContext:
         return torch.cat(rows)
 
     def _require_independent(self, outputs: Tensor) -> None:
-        """Raise UsageError where an example's outputs hang on its batch: so would every measure."""
+        """Raise UsageError where an example's outputs depend on its batch, because then every measure would."""
         x = next(iter(self.batches)).x
         if self.batches.batch_dependent or len(x) < 2:
             return
         count = min(TRIAL, len(x)) - 1
-        few = slice(1, 1 + count - (count + 1) % 2)  # an odd number, which no groups of examples divide
+        few = slice(1, 1 + count - (count + 1) % 2)  # an odd number, which groups of examples do not divide
 
-        def hanging(cause: str) -> UsageError:
+        def dependent(cause: str) -> UsageError:
             return UsageError(
                 f"an example's output depends on the rest of its batch ({cause}), so results would depend "
                 "on the batch size. Switch the model to running statistics"
             )
 
-        with foreign_or(hanging), torch.no_grad():  # BatchNorm has no statistics of a single value
+        with foreign_or(dependent), torch.no_grad():  # BatchNorm has no statistics of a single value
             apart = self.parameters.taken(x[few])
         if not _same(outputs[: len(x)][few], apart, torch.float32):
-            raise hanging("BatchNorm without running statistics?")
+            raise dependent("BatchNorm without running statistics?")
 
     @cached_property
     def logits(self) -> Tensor:
-        """(n, C) logits at θ of this process's examples; (n, L, 2) of L yes-or-no labels.
+        """(n, C) logits at θ of this process's examples; (n, L, 2) for L yes-or-no labels.
 
         Raises:
-            UsageError: one class only, or outputs of another kind; an example's outputs hang on its batch.
+            UsageError: there is one class only, the outputs are of another kind, or they depend on the batch.
             DivergedError: some are not finite.
-            DataError: two passes over the data differ; the model does not take some.
+            DataError: two passes over the data differ, or the model does not accept an example.
         """
         first = self._outputs(self.batches)
         with self._last_layer.watching(self.parameters.model):
@@ -237,17 +236,17 @@ class MeasurementContext:
 
     @property
     def normalised(self) -> bool:
-        """Whether the model returns probabilities, whose logits are known up to a constant of each example."""
+        """True where the model returns probabilities, whose logits are known up to a constant per example."""
         return self.parameters.outputs.kind != "logits"
 
     @cached_property
     def last_layer_scores(self) -> tuple[float | None, float | None]:
-        """Dispersion and gradient norm, see ``LastLayer``; from the pass that gave the logits."""
+        """Dispersion and gradient norm (see ``LastLayer``), from the pass that gave the logits."""
         return self._last_layer.scores(self.logits.device)
 
     @cached_property
     def reference(self) -> tuple[Reference, Tensor] | None:
-        """What the validation set fixes for atc, doc and cot, and its class shares (K,); None without one."""
+        """The parameters of atc, doc and cot from the validation set, and its class shares (K,); None without one."""
         if self.validation is None:
             return None
         examples = self.validation.examples
@@ -261,7 +260,7 @@ class MeasurementContext:
         return Reference.of(logits, y), counted_shares(y, logits.shape[1])
 
     def mean(self, values: Tensor) -> Measured:
-        """The exact mean of this process's per-example ``values`` (n,) over all examples."""
+        """Return the exact mean over all examples of per-example ``values``, of which (n,) are this process's."""
         joined = gather_examples(self.batches.independent(values.double()))
         return Measured(float(joined.mean()), stderr_examples=example_error(joined))
 
@@ -271,7 +270,7 @@ class MeasurementContext:
         examples = self.batches.examples
         if examples.y is None:
             return None
-        y = as_labels(examples.y.clone(), len(examples))  # a copy, for it may be of inference mode
+        y = as_labels(examples.y.clone(), len(examples))  # a copy, since it may come from inference mode
         return fitting(y, self.logits, examples.source).to(self.logits.device)
 
     @cached_property
@@ -288,7 +287,7 @@ class MeasurementContext:
 
     @property
     def hessian_labels(self) -> Tensor:
-        """(n,) or (n, L) as given, or else predicted."""
+        """(n,) or (n, L) labels as given, or otherwise predicted."""
         return self.logits.argmax(-1) if self.labels is None else self.labels
 
     @property
@@ -299,11 +298,11 @@ class MeasurementContext:
 
     @cached_property
     def fisher_draft(self) -> Eigenpair:
-        """The Fisher matrix's top eigenpair by difference products: good to start an ascent from."""
+        """The Fisher matrix's top eigenpair by difference products, which is a good start for an ascent."""
 
         def drafted(operator: Operator) -> Eigenpair:
-            # a difference product's own error, half a percent, is no tolerance to wait for; where it is more, as on
-            # tiny networks, the draft stalls
+            # A tighter tolerance than a difference product's own error, half a percent, would not be met. Where that
+            # error is larger, as on tiny networks, the draft stalls.
             return lanczos(
                 operator,
                 generator=self.generator("fisher"),
@@ -314,7 +313,7 @@ class MeasurementContext:
 
         try:
             return drafted(replace(self.fisher, matvec=FisherByDifference(self.divergence)))
-        except DivergedError:  # as its steps may, of a deep network
+        except DivergedError:  # the steps may overflow in a deep network
             return drafted(self.fisher)
 
     @cached_property
@@ -342,11 +341,11 @@ class MeasurementContext:
 
     @cached_property
     def example_fisher_trace(self) -> Trace | None:
-        """tr F by examples' own gradients; None where this model does not allow it, or they hang together."""
+        """tr F by per-example gradients; None where the model does not allow it, or examples depend on each other."""
         return self.fisher_trace_to(self.settings.trace_tolerance)
 
     def fisher_trace_to(self, tolerance: float) -> Trace | None:
-        """The same to another tolerance."""
+        """Return ``example_fisher_trace`` to another tolerance."""
         if self.batches.batch_dependent:
             return None
         return fisher_trace(
@@ -362,20 +361,16 @@ class MeasurementContext:
     @cached_property
     def not_affine(self) -> str | None:
         """Why tr H need not be tr F; None where each parameter tensor enters the logits affinely."""
-        batches = self.batches
-        return (
-            "examples depend on each other"
-            if batches.batch_dependent
-            else obstacle(self.parameters, next(iter(batches)).x)
-        )
+        if self.batches.batch_dependent:
+            return "examples depend on each other"
+        return obstacle(self.parameters, next(iter(self.batches)).x)
 
     @cached_property
     def residual(self) -> Operator:
         return residual(self.differentiable, self.batches, self.logits, self.hessian_labels, self.work)
 
     def starts(self) -> Iterator[Tensor]:
-        """Random starts (P,), one at a time: all of them would take P times their number."""
+        """Yield random starts (P,), one at a time, to save memory."""
         generator = self.generator("starts")
-        settings = self.settings
-        for _ in range(settings.num_starts):
-            yield self.differentiable.random(settings.noise_scale, generator)
+        for _ in range(self.settings.num_starts):
+            yield self.differentiable.random(self.settings.noise_scale, generator)

@@ -23,19 +23,19 @@ Compute = Callable[[MeasurementContext], Measured]
 
 
 def energy(context: MeasurementContext) -> Measured:
-    """Mean over examples; independent labels' energies add."""
+    """Return the mean over examples; the energies of independent labels add."""
     if context.normalised:
         return Measured.undefined(NO_LOGITS)
     return context.mean(over_rows(scores.energy(context.logits)))
 
 
 def margin(context: MeasurementContext) -> Measured:
-    """Mean over examples and their labels."""
+    """Return the mean over examples and their labels."""
     return context.mean(over_labels(scores.margin(context.logits)))
 
 
 def _of_classes(compute: Callable[[MeasurementContext, Tensor], Measured]) -> Compute:
-    """Undefined of several labels an example; else computed from this process's logits (n, K)."""
+    """Compute from this process's logits (n, K); undefined where examples have several labels."""
 
     @wraps(compute)
     def checked(context: MeasurementContext) -> Measured:

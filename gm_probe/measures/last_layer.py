@@ -1,10 +1,10 @@
-"""What the inputs of a network's last linear layer tell: sums over examples, taken along a forward pass."""
+"""Scores from the inputs of a network's last linear layer, as sums over examples during a forward pass."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from gm_probe.runtime.processes import everywhere, sum_over_processes
 
 POWER = 0.3
-"""The power p of the gradient's length; small ones tell best (Xie et al. 2024, GdScore)."""
+"""The power p of the gradient's length; small powers predict best (Xie et al. 2024, GdScore)."""
 
 
 class LastLayer:
-    """Sums over examples of what the last layer's inputs h (B, D) and outputs z (B, K) tell.
+    """Sums over examples from the last layer's inputs h (B, D) and outputs z (B, K).
 
-    They are unknown where the logits are no outputs of an nn.Linear, or where there is only one.
+    They are unknown where the logits are not the outputs of an nn.Linear.
     """
 
     def __init__(self) -> None:
@@ -28,19 +28,17 @@ class LastLayer:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Note inputs and outputs of the nn.Linear of ``model`` that runs last within."""
+        """Note the inputs and outputs of the last nn.Linear of ``model`` that runs in this context."""
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if args and args[0].dim() == 2:
                 self._seen = args[0], output
 
-        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        handles = [module.register_forward_hook(hook) for module in layers]
-        try:
+        with ExitStack() as stack:
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    stack.callback(module.register_forward_hook(hook).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def add(self, logits: Tensor) -> None:
         """Add the batch that has just run, whose logits are (B, K)."""
@@ -57,8 +55,8 @@ class LastLayer:
     def scores(self, device: torch.device) -> tuple[float | None, float | None]:
         """Return dispersion and gradient norm over the examples of all processes; None where they are unknown.
 
-        The dispersion is log Σ_k (n_k / N) ‖μ_k − μ‖² over the predicted classes' mean features μ_k, None without a
-        spread. The norm is (mean |g|^p)^(1/p) over the entries g of the cross-entropy's gradient by the weights.
+        The dispersion is log Σ_k (n_k / N) ‖μ_k − μ‖² over the mean features μ_k of the predicted classes, or None if
+        that sum is 0. The norm is (mean |g|^p)^(1/p) over the entries g of the cross-entropy's gradient in the weights.
         """
         if not everywhere(self.known and self._sums is not None, device):
             return None, None

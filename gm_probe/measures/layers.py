@@ -1,4 +1,4 @@
-"""The curvature of each layer alone: diagonal blocks of F and H, with all other parameters held constant."""
+"""The curvature of each layer alone: the diagonal blocks of F and H, with all other parameters held constant."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from gm_probe.data.batches import Batches
+from gm_probe.linalg.work import Tally
 from gm_probe.measures.catalogue import BLOCKS
 from gm_probe.measures.measure import UNDEFINING, measure
 from gm_probe.measures.settings import Settings
@@ -34,19 +35,11 @@ def by_layer(
     for name in Parameters(model, settings.params, outputs).named:
         layers.setdefault(name.rpartition(".")[0], []).append(name)
     rows: list[dict[str, Any]] = []
-    spent = 0.0
+    tally = Tally(notify)
     for layer, names in layers.items():
-        before = spent
-
-        def tick(name: str, evaluations: float, layer: str = layer, before: float = before) -> None:
-            nonlocal spent
-            spent = before + evaluations
-            if notify is not None:
-                notify(f"{layer} {name}", spent)
-
         own = replace(settings, params=f"^(?:{'|'.join(map(re.escape, names))})$")
         try:
-            report = measure(model, batches, BLOCKS, own, outputs=outputs, notify=tick)
+            report = measure(model, batches, BLOCKS, own, outputs=outputs, notify=tally.next(f"{layer} "))
         except UNDEFINING as error:
             if count() > 1:  # only this process may have failed; continuing would deadlock the others
                 raise

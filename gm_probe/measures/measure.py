@@ -96,10 +96,10 @@ UNDEFINING = (DerivativeError, DivergedError, PrecisionError)
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What ``measure`` found: ``rows`` maps a measure's name to its estimate.
+    """What ``measure`` found: ``rows`` maps the name of a measure to its estimate.
 
-    ``batch_size`` is what it ended with: that of the batches, or what memory holds. ``outputs`` says how what the
-    model returns was read.
+    ``batch_size`` is the last one used: that of the batches, or what memory holds. ``outputs`` says how the model's
+    outputs were read.
     """
 
     num_parameters: int
@@ -110,7 +110,7 @@ class Report:
     outputs: Outputs = field(default_factory=Outputs)
 
     def as_dict(self, *, checkpoint: str, model: str, **more: Any) -> dict[str, Any]:
-        """The JSON object of ``gmprobe measure --json`` and of a run's measures.json."""
+        """Return the JSON object of ``gmprobe measure --json`` and of a run's measures.json."""
         return {
             "checkpoint": checkpoint,
             "model": model,
@@ -145,82 +145,78 @@ def measure(
 ) -> Report:
     """Measure ``model`` over ``data`` in eval mode; the model is left bit-identical.
 
-    Batches are taken to the model's device. Products of float32 are taken in float32, or in TF32
-    where ``settings`` allow it.
+    Batches are moved to the model's device. Products of float32 are computed in float32, or in TF32 where ``settings``
+    allow it.
 
     Args:
-        data: ``Batches``, or what they are made of: x, (x, y), a list of batches, a data set, a loader that does not
-            shuffle. Inputs of floating-point numbers are taken in the dtype of the model's weights.
-        outputs: how what the model returns is read (models.door). Default: a tensor of logits, or what is named so.
-        names: of ``MEASURES`` or of their groups; default ``DEFAULT_MEASURES``, those that need labels only where
-            there are some.
-        initial: the model before training, for its distance.
+        data: ``Batches``, or what they are made of: x, (x, y), a list of batches, a data set, or a loader that does not
+            shuffle. Floating-point inputs are converted to the dtype of the model's weights.
+        names: names of ``MEASURES`` or of their groups; default ``DEFAULT_MEASURES``, as far as there are labels.
+        initial: the model before training, for the distance from it.
         validation: labeled data of the training distribution, for atc, doc and cot.
-        memory: bytes that a product may take, where the data has no batch size of its own; None = 4 GB, or half of
-            a GPU's free memory.
-        notify: called with the measure at work and the gradient evaluations done so far.
+        memory: bytes that a product may take, where the data has no batch size of its own; None = 4 GB, or half of a
+            GPU's free memory.
+        notify: called with the name of the measure at work and the gradient evaluations done so far.
+        outputs: how the model's outputs are read (models.door). By default they are a tensor of logits, or named so.
 
     Raises:
-        UsageError: an unknown measure, data or outputs that cannot be read, a model without trainable parameters where
-            a measure differentiates by them, or whose gradients fail or are hidden.
-        DerivativeError: the model lacks the derivative of every measure, or in several processes of one; else that
-            one is undefined.
-        CheckpointError: weights that are not finite.
-        DataError: labels that do not fit, a measure that needs absent labels, data that changes between passes.
-        DivergedError: outputs that are not finite; derivatives, as DerivativeError.
-        PrecisionError: perturbations lost to rounding, as DerivativeError.
-        ResourceError: no memory for a single example; before, batches are halved where it runs out.
+        UsageError: a measure is unknown, data or outputs cannot be read, or a measure differentiates and the parameters
+            are frozen, or their gradients fail or are hidden.
+        CheckpointError: weights are not finite.
+        DataError: labels do not fit or are missing, or the data changes between passes.
+        DerivativeError, DivergedError, PrecisionError: derivatives are missing, values are not finite, or perturbations
+            are lost to rounding. If this affects only some measures, they are undefined (but several processes raise).
+        ResourceError: there is no memory for a single example. Before that, batches are halved.
     """
-    _require_kinds(names, settings, outputs, initial, memory)
+    _require_kinds(model, names, settings, outputs, initial, memory)
     settings = settings or Settings()
-    unwrapped(model)
     batches = _in_dtype_of(model, as_batches(data))
     names = _chosen(names, batches, validated=validation is not None)
     device = Parameters(model, settings.params, or_frozen=True).device
     require_float64(device)
-    batches = batches.on(device)
     reference = None if validation is None else _in_dtype_of(model, as_batches(validation)).on(device)
-    current = names[0] if names else ""
-
-    def tick(evaluations: float) -> None:
-        if notify is not None:
-            notify(current, evaluations)
-
-    work = Work(batches.num_examples, tick)
-    rows: dict[str, Estimate] = {}
-    refusals: list[ProbeError] = []
+    batches, _ = within_memory(batches.on(device), partial(in_layout_taken, model))
+    over = partial(
+        MeasurementContext, model, settings=settings, initial=initial, outputs=outputs, validation=reference
+    )
     # a model may draw at random though its outputs stay the same
-    batches, _ = within_memory(batches, partial(in_layout_taken, model))
     with generators_kept(batches.device, model), as_measured(model, tf32=settings.tf32):
-        running = _Running(
-            lambda batches: MeasurementContext(model, batches, settings, work, initial, outputs, reference),
-            batches,
-        )
-        _require_full(running.context.parameters.dtype)
-        running.context.parameters.check_finite()
+        running = _Running(over, batches, notify, names[0] if names else "")
         if batches.auto_batch_size and takes_derivatives(names):
             running.batches = within(memory, model, batches, outputs)
-        # its cost is the report's, not the first measure's
+        # the cost of the logits belongs to the report, not to the first measure
         _require_full(running.result_of(lambda context: context.logits).dtype, "outputs")
-        for name in names:
-            current = name
-            work.begin()
-            before = work.evaluations
-            measured = _measured(name, running, refusals)
-            cost = work.evaluations - before
-            rows[name] = _estimate(measured, running.batches, settings.target_error, cost)
-    if refusals and all(row.value is None for row in rows.values()):
-        raise refusals[0]
-    size, total = running.context.parameters.size, running.batches.total
-    return Report(size, total, settings, rows, running.batches.batch_size, outputs or Outputs())
+        rows = {name: running.estimate(name) for name in names}
+    if running.refusals and all(row.value is None for row in rows.values()):
+        raise running.refusals[0]
+    size, batches = running.context.parameters.size, running.batches
+    return Report(size, batches.total, settings, rows, batches.batch_size, outputs or Outputs())
 
 
 class _Running:
-    """The context of a measurement over batches, which stay small for all that follows once memory ran out."""
+    """A measurement at work: its context over batches, which stay small once memory ran out, and its cost.
 
-    def __init__(self, over: Callable[[Batches], MeasurementContext], batches: Batches) -> None:
-        self._over, self.batches = over, batches
-        self.context = over(batches)
+    Attributes:
+        refusals: the errors of measures that are undefined.
+    """
+
+    def __init__(
+        self,
+        over: Callable[..., MeasurementContext],
+        batches: Batches,
+        notify: Callable[[str, float], None] | None,
+        stage: str,
+    ) -> None:
+        self._over, self.batches, self._notify, self._stage = over, batches, notify, stage
+        self._work = Work(batches.num_examples, self._tick)
+        self.context = over(batches, work=self._work)
+        _require_full(self.context.parameters.dtype)
+        self.context.parameters.check_finite()
+        self.refusals: list[ProbeError] = []
+
+    def _tick(self, evaluations: float) -> None:
+        if self._notify is not None:
+            self._notify(self._stage, evaluations)
 
     def result_of(self, compute: Callable[[MeasurementContext], T]) -> T:
         """Return ``compute`` of the context, over smaller batches where memory runs out."""
@@ -229,25 +225,33 @@ class _Running:
 
     def _on(self, batches: Batches) -> MeasurementContext:
         if self.context.batches is not batches:  # cached results belong to the old batches
-            self.context = self._over(batches)
+            self.context = self._over(batches, work=self._work)
         return self.context
 
+    def estimate(self, name: str) -> Estimate:
+        """Take one measure, with its cost."""
+        self._stage = name
+        self._work.begin()
+        before = self._work.evaluations
+        measured = self._measured(name)
+        cost = self._work.evaluations - before
+        return _estimate(measured, self.batches, self.context.settings.target_error, cost)
 
-def _measured(name: str, running: _Running, refusals: list[ProbeError]) -> Measured:
-    """Take one measure; one that cannot be taken is undefined, and its error is added to ``refusals``."""
-    try:
-        return running.result_of(MEASURES[name].compute)
-    except (UsageError, *UNDEFINING) as error:
-        told = type(error)(f"{name}: {error}")
-        # only this process may have failed; continuing would deadlock the others
-        if not isinstance(told, UNDEFINING) or count() > 1:
-            raise told from error
-        refusals.append(told)
-        return Measured.undefined(str(error))
+    def _measured(self, name: str) -> Measured:
+        """Take one measure. If it cannot be computed, it is undefined, and its error is added to ``refusals``."""
+        try:
+            return self.result_of(MEASURES[name].compute)
+        except (UsageError, *UNDEFINING) as error:
+            told = type(error)(f"{name}: {error}")
+            # only this process may have failed; continuing would deadlock the others
+            if not isinstance(told, UNDEFINING) or count() > 1:
+                raise told from error
+            self.refusals.append(told)
+            return Measured.undefined(str(error))
 
 
-def _require_kinds(names: Any, settings: Any, outputs: Any, initial: Any, memory: Any) -> None:
-    """Raise UsageError for an argument of another type."""
+def _require_kinds(model: Any, names: Any, settings: Any, outputs: Any, initial: Any, memory: Any) -> None:
+    """Raise UsageError for an argument of another type, or a model that cannot be measured."""
     for name, given, kind in (("settings", settings, Settings), ("outputs", outputs, Outputs)):
         optional(instance, name, given, kind)
     optional(instance, "initial", initial, nn.Module)
@@ -255,13 +259,14 @@ def _require_kinds(names: Any, settings: Any, outputs: Any, initial: Any, memory
     optional(real, "memory", memory, above=0)
     if isinstance(names, str):
         raise UsageError(f"names = {names!r} must be a list of measures, such as [{names!r}]")
+    unwrapped(model)
 
 
 def _chosen(names: Sequence[str] | None, batches: Batches, *, validated: bool) -> list[str]:
-    """Return the measures that ``names`` stand for, once they are known to go with the data.
+    """Return the measures that ``names`` stand for.
 
     Raises:
-        UsageError, DataError: they do not.
+        UsageError, DataError: they do not fit the data.
     """
     labeled, batch_dependent = batches.labeled, batches.batch_dependent
     if names is None:
@@ -274,30 +279,26 @@ def _chosen(names: Sequence[str] | None, batches: Batches, *, validated: bool) -
 
 
 def _in_dtype_of(model: nn.Module, batches: Batches) -> Batches:
-    """``batches`` in the dtype of the model's weights, where these have a single one."""
+    """Return ``batches`` in the dtype of the model's weights, where they have a single one."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return batches.of_dtype(dtypes.pop()) if len(dtypes) == 1 else batches
 
 
 def _require_full(dtype: torch.dtype, what: str = "weights") -> None:
     if dtype not in (torch.float32, torch.float64):
+        remedy = "model.float()" + ", with a forward that returns float32" * (what == "outputs")
         raise UsageError(
-            (
-                f"the {what} are {dtype}, in which residuals below a few percent cannot be resolved. Measure "
-                "model.float()"
-            )
-            + ", with a forward that returns float32" * (what == "outputs")
+            f"the {what} are {dtype}, in which residuals below a few percent cannot be resolved. Measure {remedy}"
         )
 
 
 def _estimate(measured: Measured, batches: Batches, target_error: float, cost: float) -> Estimate:
-    """With reasons for what is missing or not finite, and how many examples ``target_error`` takes."""
+    """Add reasons for what is missing or not finite, the cost, and how many examples ``target_error`` takes."""
     details = dict(measured.details)
     if measured.stderr_examples is None and measured.value is not None:
         one = "batch" if batches.batch_dependent else "example"
-        details.setdefault(
-            "reason_stderr_examples", f"there is one {one}, or the value is lost in the probes' noise"
-        )
+        reason = f"there is one {one}, or the value is lost in the probes' noise"
+        details.setdefault("reason_stderr_examples", reason)
     found = {
         "value": measured.value,
         "stderr": measured.error,
@@ -308,19 +309,14 @@ def _estimate(measured: Measured, batches: Batches, target_error: float, cost: f
             found[label] = None
             remedy = "; try --dtype float64" if label == "value" else ""
             details["reason" if label == "value" else f"reason_{label}"] = f"not finite ({number}){remedy}"
-    value, example_error = found["value"], found["stderr_examples"]
+    value = found["value"]
     if target_error and value:
         estimator = (found["stderr"] or 0.0) / abs(value)
-        if estimator > target_error:  # which more examples need not lower
+        if estimator > target_error:  # more examples need not lower it
             details["estimator_above_target"] = estimator
-    if target_error and value and example_error is not None:
-        ratio = example_error / (target_error * abs(value))
+        ratio = (found["stderr_examples"] or 0.0) / (target_error * abs(value))
         images = 2 if batches.batch_dependent else 1  # two views of an image
-        if ratio > 0:  # without a spread nothing can be told
+        if ratio > 0:  # without a spread the number is unknown
             details["examples_needed"] = math.ceil(batches.total / images * ratio**2)
-    return Estimate(
-        **found,
-        converged=measured.converged and value is not None,
-        num_evals=round(cost, 3),
-        details=details,
-    )
+    converged = measured.converged and value is not None
+    return Estimate(**found, converged=converged, num_evals=round(cost, 3), details=details)

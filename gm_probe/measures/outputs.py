@@ -1,4 +1,4 @@
-"""Measures of the outputs: confidence, and sensitivity to the input."""
+"""Measures of the outputs: errors, confidence, and sensitivity to the input."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ SHIFT = 4  # pixels, as in the usual crop augmentation
 
 
 def error(context: MeasurementContext) -> Measured:
-    """Fraction of wrong predictions; of several labels an example, of wrong labels (the Hamming loss)."""
+    """Return the fraction of wrong predictions, or of wrong labels where there are several (the Hamming loss)."""
     assert context.labels is not None
     return context.mean(over_labels(context.logits.argmax(-1) != context.labels))
 
 
 def cross_entropy(context: MeasurementContext) -> Measured:
-    """Mean over examples; of several labels an example, of their sum, whose Hessian is measured."""
+    """Return the mean over examples of the loss, summed over an example's labels, whose Hessian is measured."""
     assert context.labels is not None
     log_p = context.logits.double().log_softmax(-1)
     return context.mean(over_rows(-log_p.gather(-1, context.labels[..., None])[..., 0]))
 
 
 def mean_entropy(context: MeasurementContext) -> Measured:
-    """Mean over examples; independent labels' entropies add."""
+    """Return the mean over examples; the entropies of independent labels add."""
     log_p = context.logits.double().log_softmax(-1)
     return context.mean(over_rows(-(log_p.exp() * log_p).sum(-1)))
 
 
 def mean_confidence(context: MeasurementContext) -> Measured:
-    """Mean over examples and their labels, as the error is."""
+    """Return the mean over examples and their labels, like the error."""
     return context.mean(over_labels(context.logits.double().softmax(-1).amax(-1)))
 
 
 def input_jacobian_norm(context: MeasurementContext) -> Measured:
-    """Root mean square over examples of ‖∂f_θ(x)/∂x‖_F (Novak et al. 2018), exact: one backward pass a class.
+    """Return the root mean square over examples of ‖∂f_θ(x)/∂x‖_F (Novak et al. 2018), by a backward pass per class.
 
-    f_θ(x) are all probabilities, of a yes-or-no label both of p and 1 − p.
+    f_θ(x) are all probabilities; a yes-or-no label has both p and 1 − p.
     """
     rows = []
     for batch, logits in zip(context.batches, cut(context.logits, context.batches), strict=True):
@@ -76,22 +76,22 @@ def input_jacobian_norm(context: MeasurementContext) -> Measured:
 
 
 def _leaf(value: Tensor) -> Tensor:
-    """What autograd differentiates by, of an input of floating-point numbers; others as they are."""
+    """Return a leaf to differentiate by for a floating-point input, and other inputs as they are."""
     return value.detach().requires_grad_() if value.is_floating_point() else value
 
 
 def flip_rate(context: MeasurementContext) -> Measured:
-    """Fraction of predictions that change where the image is mirrored left to right."""
+    """Return the fraction of predictions that change when the image is mirrored left to right."""
     return _changed(context, mirrored_logits(context))
 
 
 def mirrored_logits(context: MeasurementContext) -> Tensor | None:
-    """Return this process's logits of the images mirrored left to right; None of other inputs."""
+    """Return this process's logits of the images mirrored left to right; None for other inputs."""
     return context.once("mirrored", lambda: _transformed(context, lambda x, _: x.flip(-1)))
 
 
 def crop_rate(context: MeasurementContext) -> Measured:
-    """Fraction of predictions that change where the image moves by up to 4 pixels (reflected at the border)."""
+    """Return the fraction of predictions that change when the image moves by up to 4 pixels (border reflected)."""
 
     def moved(x: Tensor, shifts: Tensor) -> Tensor:
         pad = min(SHIFT, min(x.shape[2:]) - 1)
@@ -108,20 +108,20 @@ def crop_rate(context: MeasurementContext) -> Measured:
 
 
 def _changed(context: MeasurementContext, transformed: Tensor | None) -> Measured:
-    """Fraction of predictions that differ from those by the logits ``transformed``."""
+    """Return the fraction of predictions that differ from those of the logits ``transformed``."""
     if transformed is None:
         return Measured.undefined("the inputs are not images")
     return context.mean(over_labels(transformed.argmax(-1) != context.logits.argmax(-1)))
 
 
 def _transformed(context: MeasurementContext, transform: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
-    """Return this process's logits of transformed images; None of other inputs.
+    """Return this process's logits of transformed images; None for other inputs.
 
     Args:
-        transform: maps images (B, C, H, W) and uniform numbers (B, 2) of their own to images.
+        transform: maps images (B, C, H, W) and their own uniform random numbers (B, 2) to images.
     """
     batches, rows = context.batches, []
-    # for all examples at once, so that no shift hangs on the batch size or on the process
+    # drawn for all examples at once, so that no shift depends on the batch size or on the process
     generator = context.generator("crop")
     numbers = torch.rand(batches.total, 2, generator=generator, device=generator.device)
     mine = numbers[batches.first : batches.first + batches.num_examples].split(batches.batch_size)

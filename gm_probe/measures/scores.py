@@ -1,4 +1,4 @@
-"""Scores of outputs that follow accuracy: functions of a classifier's logits (N, K) that read no labels of theirs."""
+"""Scores that follow accuracy: functions of a classifier's logits (N, K) that do not need their labels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What a labeled set of the training distribution fixes for the scores.
+    """The parameters of the scores that come from a labeled set of the training distribution.
 
     Attributes:
         temperature: T of softmax(z/T).
-        accuracy, confidence: share that is right, and mean probability of the predicted class.
-        threshold, entropy_threshold: of ATC, on the confidence and on the negative entropy.
+        accuracy, confidence: share of right predictions, and mean probability of the predicted class.
+        threshold, entropy_threshold: ATC's thresholds on the confidence and on the negative entropy.
     """
 
     temperature: float
@@ -32,7 +32,7 @@ class Reference:
         return p.amax(1) >= self.threshold
 
     def difference_of_confidences(self, confidence: float) -> float:
-        """Return the accuracy by DoC where the mean confidence is ``confidence``, within [0, 1]."""
+        """Return DoC's accuracy for a mean confidence, within [0, 1]."""
         return min(max(self.accuracy + confidence - self.confidence, 0.0), 1.0)
 
     @classmethod
@@ -82,7 +82,7 @@ def atc_threshold(scores: Tensor, right: Tensor) -> float:
 def nuclear_norm(p: Tensor) -> float:
     """Return ‖P‖_* / √(min(N, K) N) of probabilities (N, K), which lies in [0, 1] (Deng et al. 2023)."""
     rows, columns = p.shape
-    # singular values by the smaller Gram matrix: the outputs themselves may be large
+    # singular values come from the smaller Gram matrix, because the outputs themselves may be large
     p = p.double() if p.numel() <= 2**24 else p
     gram = p.T @ p if columns <= rows else p @ p.T
     values = torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt()

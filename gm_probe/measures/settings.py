@@ -1,4 +1,4 @@
-"""How to measure. Imports no torch, so that a wrong setting is reported at once."""
+"""How to measure. This file does not import torch, so that a wrong setting is reported at once."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from gm_probe.setting import setting, validate
 
 Protocol = Literal["paper", "converged"]
 NOISE_STARTS = 2
-"""Random starts of a converged maximum, beside the two from ± the Fisher matrix's top eigenvector."""
+"""Random starts of a converged maximum, in addition to ± the Fisher matrix's top eigenvector."""
 MOST = 2**32 - 1
 """Upper bound of any whole number, a seed among them."""
 SMALLEST = 1e-16
-"""Smallest relative tolerance; float64 has no digits for less, and squares of its inverse may overflow."""
+"""Smallest relative tolerance: float64 has no digits for less, and squares of its inverse may overflow."""
 INCONSISTENCY, SPECTRA, GENERAL = "Local inconsistency", "Traces and eigenvalues", "General"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to measure: each field carries its help and its bounds (see ``setting``).
+    """How to measure: each field has its help and its bounds (see ``setting``).
 
-    ``rho_grid`` and ``k_grid`` hold more radii and numbers of steps for the paper's S_ρ; the converged maximum takes
-    the radii, with one ascent each. ``min_probes`` is how many random vectors a trace takes before its standard error
-    may stop it.
+    ``rho_grid`` and ``k_grid`` hold more radii and numbers of steps for the paper's S_ρ. The converged maximum takes
+    the radii, with one ascent each. ``min_probes`` is the number of random vectors before a trace may stop.
 
     Raises:
         UsageError: a field has another type or lies outside of its bounds.
@@ -121,7 +120,7 @@ class Settings:
     seed: int = setting(0, GENERAL, "Seed of all random draws.", least=0, most=MOST)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the JSON object."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     def __post_init__(self) -> None:

@@ -21,18 +21,18 @@ from gm_probe.measures.settings import NOISE_STARTS
 from gm_probe.measures.weights import parameter_norm
 
 LOST = 0.1
-"""Share of a perturbation that may be lost to rounding: of small networks S_ρ/ρ² then stays within a percent."""
+"""Share of a perturbation that may be lost to rounding; S_ρ/ρ² of small networks then stays within a percent."""
 LOST_START = 0.9
-"""Likewise of a start, of which the direction alone counts."""
+"""Share of a start that may be lost to rounding, since only its direction counts."""
 
 
 def _resolved(context: MeasurementContext, offset: Tensor, most: float = LOST) -> bool:
-    """Whether θ + ``offset`` (P,) is what it says, and not rounded to something else, be it θ."""
+    """Return whether θ + ``offset`` (P,) survives rounding, except for a share of ``most``."""
     return context.parameters.rounding(offset) <= most
 
 
 def _require_resolved(context: MeasurementContext, offset: Tensor, most: float = LOST) -> Tensor:
-    """``offset`` (P,), or a PrecisionError."""
+    """Return ``offset`` (P,), or raise PrecisionError where rounding loses too much of it."""
     if not _resolved(context, offset, most):
         option = "--rho" if most == LOST else "--noise-scale"
         dtype = str(context.parameters.dtype).removeprefix("torch.")
@@ -44,10 +44,13 @@ def _require_resolved(context: MeasurementContext, offset: Tensor, most: float =
 
 
 def _starts(context: MeasurementContext, scale: Tensor | float = 1.0) -> Iterator[Tensor]:
-    """Random starts δ₀ (P,), of which rounding leaves a direction; ``scale``: by which they will be multiplied.
+    """Yield random starts δ₀ (P,).
+
+    Args:
+        scale: the starts will be multiplied by this.
 
     Raises:
-        PrecisionError: it does not.
+        PrecisionError: rounding loses the direction of a start.
     """
     for start in context.starts():
         _require_resolved(context, scale * start, LOST_START)
@@ -55,7 +58,7 @@ def _starts(context: MeasurementContext, scale: Tensor | float = 1.0) -> Iterato
 
 
 def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Measured:
-    """The mean over starts (or draws) of mean divergences, from their examples' terms (N,) each."""
+    """Return the mean over starts (or draws) of mean divergences, given the examples' terms (N,) of each."""
     terms = list(found)
     values = torch.stack([each.double().mean() for each in terms])
     spread = float(values.std()) if len(values) > 1 else None
@@ -63,7 +66,7 @@ def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Measured
     details |= {"sd_starts": spread, "num_starts": len(values), "starts": values.tolist()}
     if spread is None:
         details["reason_stderr"] = f"one {kind} has no spread"
-    # K steps are the protocol's definition: there is nothing to converge
+    # it counts as converged, because the protocol is defined by K steps
     return Measured(
         float(values.mean()),
         stderr=error,
@@ -73,9 +76,9 @@ def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Measured
 
 
 def paper(context: MeasurementContext) -> Measured:
-    """Algorithm 1's K steps from random starts (paper §4.5, App. F), on a grid of ρ and K where one is asked.
+    """Take Algorithm 1's K steps from random starts (paper §4.5, App. F), also on a grid of ρ and K.
 
-    The grid costs little: the first gradient serves every ρ, and the values at fewer steps come with the way.
+    The grid costs little: the first gradient serves every ρ, and the longest ascent passes the values at fewer steps.
     """
     settings = context.settings
     radii = sorted({settings.rho, *settings.rho_grid})
@@ -111,13 +114,13 @@ def paper(context: MeasurementContext) -> Measured:
 
 
 def converged(context: MeasurementContext) -> Measured:
-    """The largest divergence that ascents from ± the Fisher matrix's top eigenvector and from noise reach.
+    """Return the largest divergence that ascents from ± the Fisher matrix's top eigenvector and from noise reach.
 
-    A lower bound of the maximum (Eq. 3), not a certificate: the problem is not concave. A grid is over ρ alone, for K
-    is of the paper's protocol.
+    It is a lower bound of the maximum (Eq. 3), since the problem is not concave. A grid is over ρ alone, because K
+    belongs to the paper's protocol.
     """
     settings = context.settings
-    # noise guards against a poor v₁, and finds other maxima; it is flat: one step of Algorithm 1 first, for every ρ
+    # Noise guards against a poor v₁ and finds other maxima. One step of Algorithm 1 comes first, for every ρ.
     noise = [context.divergence.gradient(start) for start in islice(_starts(context), NOISE_STARTS)]
     primary = _converged_at(context, settings.rho, noise)
     if not settings.rho_grid:
@@ -126,17 +129,17 @@ def converged(context: MeasurementContext) -> Measured:
     for rho in sorted({settings.rho, *settings.rho_grid}):
         try:
             found = primary if rho == settings.rho else _converged_at(context, rho, noise)
-        except PrecisionError as error:  # the other radii stand
+        except PrecisionError as error:  # the other radii are still measured
             found = Measured.undefined(str(error))
         grid.append({"rho": rho, "value": found.value, "converged": found.converged})
     return replace(primary, details={**primary.details, "grid": grid})
 
 
 def _converged_at(context: MeasurementContext, rho: float, noise: list[Tensor]) -> Measured:
-    """``noise``: directions (P,) to ascend in beside ± the top eigenvector."""
+    """Ascend at one radius from ± the top eigenvector and from the directions ``noise`` (P,)."""
     settings, top = context.settings, context.fisher_draft
     ends: dict[str, Maximum] = {}
-    reached: dict[str, float] = {}  # of an ascent that joined another, by that one
+    reached: dict[str, float] = {}  # an ascent that joined another one reached that one's value
 
     def go(name: str, start: Tensor, first: tuple[float, Tensor] | None = None) -> None:
         leader = max(ends.values(), key=lambda end: end.value, default=None)
@@ -152,7 +155,7 @@ def _converged_at(context: MeasurementContext, rho: float, noise: list[Tensor]) 
         ends[name] = end
         reached[name] = leader.value if leader is not None and end.joined else end.value
 
-    # the two signs of v₁ end 12-43 % apart beyond the quadratic regime: the more promising one first
+    # beyond the quadratic regime the two signs of v₁ end 12-43 % apart, so the more promising one comes first
     signed = {"+v1": to_sphere(top.vector, rho), "-v1": to_sphere(-top.vector, rho)}
     firsts = {name: context.divergence.value_and_gradient(start) for name, start in signed.items()}
     for name in sorted(signed, key=lambda name: firsts[name][0], reverse=True):
@@ -162,7 +165,7 @@ def _converged_at(context: MeasurementContext, rho: float, noise: list[Tensor]) 
     best = max(ends.values(), key=lambda end: end.value)
     _require_resolved(context, best.delta)
     second = sorted(reached.values())[-2]
-    # a draft that stalled, as of tiny networks, is good to its residual, too
+    # a draft that stalled, as on tiny networks, is still accurate to its residual
     quadratic = rho**2 / 2 * top.value
     details = {
         "protocol": "converged",
@@ -184,7 +187,7 @@ def _converged_at(context: MeasurementContext, rho: float, noise: list[Tensor]) 
 
 
 def local_inconsistency(context: MeasurementContext) -> Measured:
-    """By the protocol that the settings name."""
+    """Measure S_ρ by the protocol that the settings name."""
     return converged(context) if context.settings.protocol == "converged" else paper(context)
 
 
@@ -193,7 +196,7 @@ def _terms(context: MeasurementContext, offset: Tensor) -> Tensor:
 
 
 def relative(context: MeasurementContext) -> Measured:
-    """The paper's protocol at radius ρ‖θ‖."""
+    """Return the paper's protocol at radius ρ‖θ‖."""
     length = parameter_norm(context).value
     assert length is not None
     radius = context.settings.rho * length
@@ -205,7 +208,7 @@ def relative(context: MeasurementContext) -> Measured:
 
 
 def adaptive(context: MeasurementContext) -> Measured:
-    """The paper's protocol in the ball ‖δ/(|θ|+η)‖ ≤ ρ, as ASAM's (Kwon 2021): ascent in u with δ = (|θ|+η) u."""
+    """Return the paper's protocol in ASAM's ball ‖δ/(|θ|+η)‖ ≤ ρ (Kwon 2021), by ascent in u with δ = (|θ|+η) u."""
     settings = context.settings
     scale = context.parameters.vector().abs() + settings.eta
 
@@ -219,14 +222,14 @@ def adaptive(context: MeasurementContext) -> Measured:
 
 
 def batchwise(context: MeasurementContext) -> Measured:
-    """The paper's protocol with a perturbation of its own for every m examples (m-sharpness, Foret 2021)."""
+    """Return the paper's protocol with a separate perturbation for every m examples (m-sharpness, Foret 2021)."""
     settings, parameters = context.settings, context.parameters
     batches = context.batches.of_size(settings.sub_batch)
     all_terms = []
     for start in _starts(context):
         terms = []
         for batch, logits in zip(batches, cut(context.logits, batches), strict=True):
-            # no more at a time than memory was found to hold
+            # at most as many at a time as memory was found to hold
             pieces = list(zip(*(t.split(context.batches.batch_size) for t in (batch.x, logits)), strict=True))
             delta = ascend(_gradient_on(context, pieces), start, settings.rho, settings.k_steps)
             _require_resolved(context, delta)
@@ -241,7 +244,7 @@ def batchwise(context: MeasurementContext) -> Measured:
 def _gradient_on(
     context: MeasurementContext, pieces: list[tuple[Tensor, Tensor]]
 ) -> Callable[[Tensor], Tensor]:
-    """The gradient of the summed divergence over pairs of inputs (B, ...) and their logits at θ (B, C)."""
+    """Return the gradient of the summed divergence over pairs of inputs (B, ...) and their logits at θ (B, C)."""
 
     def gradient(offset: Tensor) -> Tensor:
         total = torch.zeros_like(offset)
@@ -254,7 +257,7 @@ def _gradient_on(
 
 
 def average(context: MeasurementContext) -> Measured:
-    """A_ρ = E mean KL(f_θ ‖ f_{θ+ε}) over ε ~ N(0, ρ²I/P): what the maximum is compared with."""
+    """Return A_ρ = E mean KL(f_θ ‖ f_{θ+ε}) over ε ~ N(0, ρ²I/P), to compare the maximum with."""
     generator = context.generator("average")
     draws = (
         context.parameters.random(context.settings.rho, generator) for _ in range(context.settings.num_starts)

@@ -15,7 +15,7 @@ from gm_probe.measures.context import Measured, MeasurementContext, example_erro
 from gm_probe.runtime.processes import everywhere
 
 REFINEMENTS = 3
-"""Of tr F, where tr H turns out much smaller: each time more of tr H's own size is known."""
+"""How often tr F is refined where tr H turns out much smaller; each time the size of tr H is known better."""
 
 
 def _eigenvalue(operator: Operator, pair: Eigenpair, **details: Any) -> Measured:
@@ -41,7 +41,7 @@ def hessian_lambda_max(context: MeasurementContext) -> Measured:
 
 
 def _listed(largest: Measured, rows: list[dict[str, Any]]) -> Measured:
-    """With all of ``rows``, which must have converged."""
+    """Add the ``rows`` of all eigenvalues, which must have converged."""
     if not rows:
         return largest
     return replace(
@@ -60,7 +60,7 @@ def _fisher_largest(context: MeasurementContext) -> tuple[Measured, list[dict[st
 def _largest(
     context: MeasurementContext, operator: Operator, name: str, top: Callable[[], Eigenpair], **details: Any
 ) -> tuple[Measured, list[dict[str, Any]]]:
-    """The largest eigenvalue, by ``top`` where no more are asked for; else with a row for each of them."""
+    """Return the largest eigenvalue, from ``top`` if it is the only one asked for, or with a row for each."""
     wanted = context.settings.top_eigenvalues
     if wanted == 1:
         return _eigenvalue(operator, top(), **details), []
@@ -75,16 +75,15 @@ def _largest(
     rows: list[dict[str, Any]] = [
         {"value": p.value, "residual": p.residual, "converged": p.converged} for p in pairs
     ]
-    if (
-        pairs[0].iterations >= context.settings.max_iterations
-    ):  # else there are no more: all others are 0, or repeated
+    # with fewer iterations there are no more eigenvalues: all others are 0 or repeated
+    if pairs[0].iterations >= context.settings.max_iterations:
         missing = min(wanted, operator.size) - len(rows)
         rows += missing * [{"value": None, "residual": None, "converged": False}]
     return _eigenvalue(operator, pairs[0], **details), rows
 
 
 def hessian_lambda_min(context: MeasurementContext) -> Measured:
-    """H is indefinite; its most negative eigenvalue says how far from a minimum the model is."""
+    """Return the smallest eigenvalue: H is indefinite, and this one shows how far from a minimum the model is."""
     _, [pair] = eigenpairs(
         context.hessian,
         random_start(context.hessian, context.generator("hessian bottom")),
@@ -128,7 +127,7 @@ EXAMPLES = "per-example gradients"
 
 
 def fisher_trace(context: MeasurementContext) -> Measured:
-    """By examples' own gradients, or where the model has none, by Hutchinson's estimator."""
+    """Compute tr F from per-example gradients or, where the model has none, by Hutchinson's estimator."""
     return context.once("tr F", lambda: _fisher_trace(context))
 
 
@@ -153,15 +152,13 @@ def hessian_trace(context: MeasurementContext) -> Measured:
         found = _hutchinson(context, context.hessian, "hessian trace").estimate()
         details = {"labels": context.label_kind, "not_affine": context.not_affine}
         return _row(found, _estimator(found), **details)
-    rest = _hutchinson(
-        context, context.residual, "hessian trace"
-    )  # its vectors serve all refinements of tr F
+    rest = _hutchinson(context, context.residual, "hessian trace")  # its vectors serve all refinements
     found = rest.estimate(fisher.terms, fisher.stderr or 0.0)
     for _ in range(REFINEMENTS):
         allowed = context.settings.trace_tolerance * abs(found.value)
         if found.converged or not fisher.stderr or fisher.stderr <= allowed / 2:
             break
-        # tr F was taken to its own size, which tr(H − F) may all but cancel; now it takes a half of what is allowed
+        # The tolerance for tr F was relative to tr F, which tr(H − F) may almost cancel. Now tr F gets half of tr H's.
         finer = context.fisher_trace_to(allowed / 2 / fisher.value)
         if finer is None or (finer.stderr or 0.0) >= fisher.stderr:
             break
@@ -171,7 +168,7 @@ def hessian_trace(context: MeasurementContext) -> Measured:
 
 
 def effective_rank(context: MeasurementContext) -> Measured:
-    """tr F / λ_max(F): over how many directions the curvature is spread."""
+    """Return tr F / λ_max(F), the number of directions over which the curvature is spread."""
     (top, _), total = _fisher_largest(context), fisher_trace(context)
     assert top.value is not None
     assert total.value is not None
@@ -180,12 +177,10 @@ def effective_rank(context: MeasurementContext) -> Measured:
     ratio = total.value / top.value
     top_error, total_error = (top.bound or 0.0) / top.value, (total.stderr or 0.0) / total.value
     top_limits = not top.converged or (total.converged and top_error > total_error)
-    # numerator and denominator share the examples; taken as independent, which errs high
-    both = (
-        None
-        if total.stderr_examples is None or top.stderr_examples is None
-        else math.hypot(total.stderr_examples / total.value, top.stderr_examples / top.value)
-    )
+    both = None
+    if total.stderr_examples is not None and top.stderr_examples is not None:
+        # numerator and denominator share the examples; as if independent, their errors give too much
+        both = math.hypot(total.stderr_examples / total.value, top.stderr_examples / top.value)
     return Measured(
         ratio,
         stderr=ratio * math.hypot(total_error, top_error),

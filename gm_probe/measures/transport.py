@@ -11,29 +11,29 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 SMOOTHING = (0.03, 0.003, 0.0005)
-"""Widths ε of the softened maximum, one after the other: each starts where the last one ended."""
+"""Widths ε of the softened maximum; each minimisation starts where the one before ended."""
 MAX_ITERATIONS = 60
 _CELLS = 2**22
-"""Numbers handled at a time, so that temporaries stay far below the outputs' own size."""
+"""Numbers processed at a time, so that temporaries stay far below the size of the outputs."""
 
 
 def transport(probabilities: Tensor, shares: Tensor, weights: Tensor | None = None) -> float:
     """Return max over assignments c with class shares π of mean_i p_{i,c(i)} (COT; Lu et al. 2023).
 
-    It is solved by its dual in K numbers, min_w [mean_i max_c (p_ic − w_c) + Σ_c π_c w_c], whose maximum is softened to
-    ε logsumexp(·/ε). The value is the dual at the w that is found: an upper bound, which is tight at the minimum.
+    It is solved by its dual in K numbers, min_w [mean_i max_c (p_ic − w_c) + Σ_c π_c w_c], with the maximum softened to
+    ε logsumexp(·/ε). The returned value is the dual at the w found: an upper bound, which is tight at the minimum.
 
     Args:
         probabilities: (N, K).
         shares: (K,) class shares π, summing to 1; N π_c need not be whole.
-        weights: (N,) of the examples in the mean; None = equal ones.
+        weights: (N,) weights of the examples in the mean; None = equal ones.
     """
     p = np.ascontiguousarray(probabilities.detach().cpu().numpy())
     pi = shares.detach().double().cpu().numpy()
     m = np.full(len(p), 1 / len(p)) if weights is None else weights.double().cpu().numpy()
     m = m / m.sum()
     w = np.zeros(p.shape[1])
-    # several threads would wait for each other on K numbers for longer than they work
+    # for K numbers, several threads would spend more time waiting for each other than working
     with _threads().limit(limits=1, user_api="blas"):
         for epsilon in SMOOTHING:
             w = minimize(

@@ -16,20 +16,20 @@ from gm_probe.errors import DivergedError, foreign_or
 from gm_probe.measures.context import Measured, MeasurementContext, example_error
 
 LEAST, MOST = 20, 15_000
-"""Eigenvalues that a power law is fitted to; fewer say nothing of a tail, and more take too long."""
+"""Number of eigenvalues that a power law is fitted to: fewer do not show a tail, and more take too long."""
 AFFINE = 1e-3
-"""How far a network of squared weights may be from affine along a ray of positive inputs, relative to its slope."""
+"""Maximum deviation from affine along a ray of positive inputs, relative to the slope, for squared weights."""
 NO_EXAMPLES = {"reason_stderr_examples": "needs no examples"}
 NO_LAYERS = "there is no linear, convolutional or embedding layer"
 
 
 def parameter_norm(context: MeasurementContext) -> Measured:
-    """‖θ‖ over the measured parameters."""
+    """Return ‖θ‖ over the measured parameters."""
     return _length(context.parameters.named)
 
 
 def distance_from_initialization(context: MeasurementContext) -> Measured:
-    """‖θ − θ₀‖ over the measured parameters, θ₀ those that training started from."""
+    """Return ‖θ − θ₀‖ over the measured parameters, where training started from θ₀."""
     if context.initial is None:
         return Measured.undefined("the initial parameters are known for run folders only")
     before = dict(context.initial.named_parameters())
@@ -40,11 +40,11 @@ def distance_from_initialization(context: MeasurementContext) -> Measured:
 
 def _length(tensors: Mapping[str, Tensor]) -> Measured:
     squares = sum(float(t.detach().double().square().sum()) for t in tensors.values())
-    return Measured(math.sqrt(squares), details={"reason_stderr_examples": "needs no examples"})
+    return Measured(math.sqrt(squares), details=dict(NO_EXAMPLES))
 
 
 def fisher_rao(context: MeasurementContext) -> Measured:
-    """θᵀFθ (Liang et al. 2019)."""
+    """Return θᵀFθ (Liang et al. 2019)."""
     terms = context.fisher.terms(context.parameters.join(context.parameters.values().values()))
     return Measured(float(terms.double().mean()), stderr_examples=example_error(terms))
 
@@ -53,7 +53,7 @@ def fisher_rao(context: MeasurementContext) -> Measured:
 
 
 def _weights(context: MeasurementContext) -> Iterator[Tensor]:
-    """The weights of the layers of which some parameter is measured, in float64."""
+    """Yield the weights, in float64, of the layers that have a measured parameter."""
     for prefix, module in context.parameters.model.named_modules():
         measured = any(name.startswith(f"{prefix}." if prefix else "") for name in context.parameters.named)
         if isinstance(module, nn.Linear | _ConvNd | nn.Embedding) and measured:
@@ -63,7 +63,7 @@ def _weights(context: MeasurementContext) -> Iterator[Tensor]:
 def eigenvalues(weight: Tensor) -> np.ndarray:
     """Return the ascending eigenvalues of WᵀW of a weight (O, I), or of all slices (O, I) of a kernel (O, I, ...).
 
-    Those that rounding alone may have made are left out.
+    Eigenvalues that may be rounding alone are left out.
     """
     slices = weight[None] if weight.dim() == 2 else weight.flatten(2).permute(2, 0, 1)
     values = torch.linalg.svdvals(slices.double())
@@ -74,8 +74,8 @@ def eigenvalues(weight: Tensor) -> np.ndarray:
 def power_law(values: np.ndarray) -> float:
     """Return the exponent α of p(λ) ∝ λ^−α on the tail λ ≥ λ_min of ascending ``values``.
 
-    α is the maximum likelihood estimate, and λ_min the value at which the tail is nearest to its fit by Kolmogorov and
-    Smirnov's distance (Clauset et al. 2009), as WeightWatcher has it (Martin and Mahoney 2021).
+    α is the maximum likelihood estimate. λ_min is the value with the smallest Kolmogorov-Smirnov distance between tail
+    and fit (Clauset et al. 2009), as in WeightWatcher (Martin and Mahoney 2021).
     """
     logs, size = np.log(values), len(values)
     best, found = math.inf, math.nan
@@ -97,13 +97,13 @@ def _mean_over_layers(values: list[float]) -> Measured:
 
 
 def stable_rank(context: MeasurementContext) -> Measured:
-    """Mean over layers of ‖W‖²_F / ‖W‖²₂."""
+    """Return the mean over layers of ‖W‖²_F / ‖W‖²₂."""
     spectra = (eigenvalues(weight) for weight in _weights(context))
     return _mean_over_layers([float(found.sum() / found[-1]) for found in spectra if len(found)])
 
 
 def power_law_alpha(context: MeasurementContext) -> Measured:
-    """Mean over layers of ``LEAST`` to ``MOST`` eigenvalues."""
+    """Return the mean exponent over layers that have ``LEAST`` to ``MOST`` eigenvalues."""
     spectra = [eigenvalues(weight) for weight in _weights(context)]
     fits = [power_law(found) for found in spectra if LEAST <= len(found) <= MOST]
     if spectra and not fits:
@@ -112,7 +112,7 @@ def power_law_alpha(context: MeasurementContext) -> Measured:
 
 
 def log_spectral_norm(context: MeasurementContext) -> Measured:
-    """Σ over layers of log ‖W‖₂, a kernel as one matrix (O, I·k·k)."""
+    """Return Σ over layers of log ‖W‖₂, with a kernel as one matrix (O, I·k·k)."""
     norms = [float(torch.linalg.matrix_norm(weight.flatten(1), 2)) for weight in _weights(context)]
     if not norms:
         return Measured.undefined(NO_LAYERS)
@@ -125,10 +125,10 @@ def log_spectral_norm(context: MeasurementContext) -> Measured:
 
 
 def path_norm(context: MeasurementContext) -> Measured:
-    """√Σ over outputs of f(1; θ²), the network with squared weights on an input of ones (Neyshabur et al. 2015).
+    """Return √Σ over outputs of f(1; θ²), the network with squared weights on an input of ones (Neyshabur et al. 2015).
 
-    It is defined where that network is affine along the ray of positive inputs: without squashing or normalisation by
-    the example's own statistics. BatchNorm counts as the scale and shift that it is in eval mode.
+    It is defined where that network is affine along the ray of positive inputs, so without squashing functions or
+    normalisation by an example's own statistics. BatchNorm counts as its scale and shift in eval mode.
     """
     x = next(iter(context.batches)).x[:1]
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -151,7 +151,7 @@ def path_norm(context: MeasurementContext) -> Measured:
 
 
 def _squared(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` in float64 with all weights squared, BatchNorm's scale γ/σ and shift β − γμ/σ too."""
+    """Return a float64 copy of ``model`` with squared weights, also of BatchNorm's scale γ/σ and shift β − γμ/σ."""
     found = copy.deepcopy(model).double()
     with torch.no_grad():
         for module in found.modules():

@@ -15,14 +15,15 @@ from gm_probe.errors import CheckpointError
 from gm_probe.executors.local import Executor, Job, Outcome
 from gm_probe.files.locks import FolderLock, exclusive
 from gm_probe.measures.catalogue import expected_costs
-from gm_probe.measuring.checkpoint import DIGEST, How, density_costs, measure_as, output_settings, reporting
+from gm_probe.measuring.checkpoint import DIGEST, How, density_costs, measure_as, reporting
+from gm_probe.measuring.opening import output_settings
 from gm_probe.measuring.saved import as_recorded, batch_dependent_settings, input_settings, merge_measures
 from gm_probe.runs.records import MEASURES, read_result, read_run
 from gm_probe.runtime.devices import pick_device
 from gm_probe.runtime.processes import failing_together, rank
 
 Watch = Callable[[Path, Mapping[str, float]], AbstractContextManager[Callable[[str, float], None] | None]]
-"""Shows how far a checkpoint is: given it and the expected cost of each measure, gives a ``notify``."""
+"""Show the progress of a checkpoint: called with it and the expected cost of each measure, it gives a ``notify``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,11 @@ class Request:
     """What to measure of each checkpoint.
 
     Attributes:
-        examples: gives the examples to measure a checkpoint over, such as ``own_unlabeled``.
-        how: its ``loading`` has the device's name, which is looked for where a checkpoint is measured.
-        save: write into the run's measures.json, with the settings that stand there (see ``as_recorded``). A run that
-            has every measure already is not measured again.
-        given: names of settings that are to be as they are here, whatever the run's file says.
+        examples: returns the examples to measure a checkpoint over, as ``own_unlabeled`` does.
+        how: its ``loading`` has the name of the device, which is resolved where a checkpoint is measured.
+        save: write into the run's measures.json, with the settings that it records (see ``as_recorded``). A run that
+            has every measure already is skipped.
+        given: names of settings that take the value given here, whatever the run's file records.
         watch: shows the progress; only for work in this process.
     """
 
@@ -47,7 +48,7 @@ class Request:
 
     def __call__(self, path: Path, threads: int | None) -> tuple[str, dict[str, Any]]:
         """Measure ``path``; return ``finished`` or ``skipped``, and its JSON object."""
-        if not self.save:  # the folder may be anybody's: it is only read
+        if not self.save:  # the folder may belong to anybody, so it is only read
             return "finished", self._measured(path, threads, None, self.how)
         with ExitStack() as held:
             with failing_together():
@@ -66,7 +67,7 @@ class Request:
             return "finished", result
 
     def _asked(self, path: Path, how: How) -> dict[str, Any]:
-        """Return the settings that the record of ``path`` must have, to be what is asked for."""
+        """Return the settings that the record of ``path`` must have to match this request."""
         asked = {**how.settings.as_dict(), **how.scope, **input_settings(how.loading)}
         asked |= output_settings(how.loading)
         asked |= batch_dependent_settings(path, how.loading)
@@ -104,10 +105,10 @@ def measure_checkpoints(
     executor: Executor,
     notify: Callable[[Outcome], None] = lambda outcome: None,
 ) -> dict[str, Outcome]:
-    """Measure ``paths`` on ``executor``; one that fails does not stop the others.
+    """Measure ``paths`` on ``executor``; a failure does not stop the others.
 
     Returns:
-        How each ended, by its path, in the order of ``paths``.
+        The outcome of each, by its path, in the order of ``paths``.
     """
     found: dict[str, Outcome] = {}
     with closing(executor([Job(str(path), path, request) for path in paths])) as ended:

@@ -18,7 +18,7 @@ from torch import Tensor
 from gm_probe.errors import DivergedError
 from gm_probe.inconsistency.kl import kl_divergence
 from gm_probe.measures.pairwise import compare
-from gm_probe.measuring.checkpoint import open_checkpoint
+from gm_probe.measuring.opening import open_checkpoint
 from gm_probe.models.parameters import Parameters
 from gm_probe.reproduce.finding import Task, trained
 from gm_probe.runs.records import read_run

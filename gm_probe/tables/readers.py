@@ -18,11 +18,14 @@ from gm_probe.errors import DataError, UsageError, foreign_or, printable
 from gm_probe.files.regular import read_at_most
 from gm_probe.files.schema import LONGEST_TEXT, Unfit, bounded
 from gm_probe.tables import trackers
+from gm_probe.tables.columns import key
 from gm_probe.tables.delimited import MOST_BYTES, decoded, read_delimited, require_fit
 from gm_probe.tables.numerals import NO_VALUE
 
 MOST_JSON = 2**28
 """Most bytes of a JSON file; its objects take about ten times as many."""
+LONG = ("measure", "metric", "variable")
+"""Names of the column of a long table that names the measure whose ``value`` is in the row."""
 LONGEST_DICT = 100_000
 """Most characters of a dict in a cell, which holds the settings of one run."""
 
@@ -70,16 +73,38 @@ def tidied(source: Path, sheet: Sheet) -> Sheet:
         raise DataError(f"{source} has a header but no run below it")
     dicts = [name for name in names if _holds_dicts(raw[name])]
     if not dicts:
-        return Sheet(raw.reset_index(drop=True), sheet.written, sheet.notes)
+        return _one_row_a_run(source, replace(sheet, cells=raw.reset_index(drop=True)))
     rows: list[dict[str, Any]] = []
     unread = 0
     for record in raw.to_dict("records"):
         read = {name: _literal(str(record[name])) for name in dicts}
         unread += sum(value is None and _filled(record[name]) for name, value in read.items())
-        rows.append({str(key): value for key, value in record.items() if key not in dicts} | read)
+        rows.append({str(name): value for name, value in record.items() if name not in dicts} | read)
     told = f"{unread} cells of {', '.join(dicts)} hold no readable dict; they count as empty"
     found = of_rows(source, rows, (*sheet.notes, *([told] if unread else [])))
     return tidied(source, replace(found, written=sheet.written))
+
+
+def _one_row_a_run(source: Path, sheet: Sheet) -> Sheet:
+    """Return ``sheet``; of a long table, with a row for each run and measure, one row for each run."""
+    raw = sheet.cells
+    names = {key(str(name)): str(name) for name in raw}
+    measure, value = next((names[word] for word in LONG if word in names), None), names.get("value")
+    if measure is None or value is None or raw[measure].is_unique:
+        return sheet
+    others = [name for name in raw if name not in {measure, value}]
+    of = raw[measure].map(lambda cell: str(cell).strip()).rename(measure)
+    runs = raw.groupby([raw[name].map(str) for name in others] or of, sort=False).ngroup().rename("run")
+    if not others or pd.concat([runs, of], axis=1).duplicated().any():
+        raise DataError(
+            f"{source} has a row for each {measure!r}, and does not tell which rows are one run. Write one row for "
+            f"each run, with a column for each {measure}"
+        )
+    require_fit(source, runs.nunique(), len(others) + of.nunique())
+    wide = raw[value].groupby([runs, of], sort=False).first().unstack(fill_value="")
+    wide = raw[others].groupby(runs, sort=False).nth(0).reset_index(drop=True).join(wide)
+    note = f"the {len(raw)} rows were read as {len(wide)} runs, with a column for each {measure}"
+    return tidied(source, replace(sheet, cells=wide, notes=(*sheet.notes, note)))
 
 
 def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str]) -> Sheet:
@@ -95,8 +120,8 @@ def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str
 
 
 def _flat(row: Mapping[str, Any], prefix: str, lists: dict[str, None]) -> Iterator[tuple[str, Any]]:
-    for key, value in row.items():
-        name = f"{prefix}{key}"
+    for inner, value in row.items():
+        name = f"{prefix}{inner}"
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name}.", lists)
         elif isinstance(value, list | tuple):
@@ -141,7 +166,9 @@ class _Plain(ast.NodeTransformer):
         return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node
 
     def visit_Dict(self, node: ast.Dict) -> ast.AST:
-        keys = [ast.Constant(str(key.value)) if isinstance(key, ast.Constant) else key for key in node.keys]
+        keys = [
+            ast.Constant(str(name.value)) if isinstance(name, ast.Constant) else name for name in node.keys
+        ]
         return self.generic_visit(ast.Dict(keys, node.values))
 
     def visit_Tuple(self, node: ast.Tuple | ast.Set) -> ast.AST:
@@ -177,19 +204,35 @@ def _json(path: Path) -> Sheet:
         try:
             value = json.loads(line)
             bounded(value)
+            value = _by_rows(value)
         except Unfit as error:
             raise DataError(f"{where}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where} is not valid JSON: {printable(str(error))}. Write one object per line, or a list of objects"
             ) from error
-        rows += value if listed else [value]
+        rows += value if isinstance(value, list) else [value]
     wrong = next((place for place, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
     if wrong or not rows:
         raise DataError(
             f"{path} {f'entry {wrong} is no object' if wrong else 'is empty'}; it needs one object per run"
         )
     return replace(of_rows(path, rows, []), written=() if encoding == "UTF-8" else (f"as {encoding}",))
+
+
+def _by_rows(value: Any) -> Any:
+    """Return ``value``; of columns (lists of one length, or pandas' mappings from row numbers) a list of rows."""
+    if not isinstance(value, dict) or not value:
+        return value
+    columns = list(value.values())
+    if all(
+        isinstance(column, dict) and [*column] == list(map(str, range(len(column)))) for column in columns
+    ):
+        columns = [[*column.values()] for column in columns]
+    lengths = {len(column) if isinstance(column, list) else 0 for column in columns}
+    if len(lengths) > 1 or lengths == {0}:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _parquet(path: Path) -> Sheet:

@@ -24,6 +24,7 @@ from gm_probe.tables.columns import (
 )
 from gm_probe.tables.expression import listed, parse
 from gm_probe.tables.numerals import COMMA, NO_VALUE, NOTHING, Numbers, ambiguous, read_numbers
+from gm_probe.tables.rates import as_fractions, errors_of_accuracies
 from gm_probe.tables.readers import Sheet
 from gm_probe.tables.table import (
     GAPS,
@@ -115,8 +116,10 @@ def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
     }
     raw, excluded, notes = _finished(sheet.cells.rename(columns=new), source, asked.converged_only)
     columns = read_numbers({str(name): raw[name].to_list() for name in raw if name != ROW})
+    columns, units = as_fractions(columns, raw, source)
     table = _Table(source, raw, columns, aliases, {name: old for old, name in new.items()})
     gaps, made_of, told = _gaps(table, asked)
+    columns |= errors_of_accuracies(columns)
     roles = _roles(table, asked, gaps, made_of)
     used = [*gaps, *made_of, *roles.measures]
     _require_numbers(used, columns, raw[ROW], source)
@@ -140,6 +143,7 @@ def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
         notes=(
             *sheet.notes,
             *_said(sheet, columns, [*used, *roles.hypers]),
+            *units,
             *told,
             *(() if asked.measures and asked.hyperparameters else (_chosen(roles, raw),)),
             *_odd_cells(roles.left_out, columns, raw[ROW]),
@@ -167,7 +171,9 @@ def _roles(table: _Table, asked: Asked, gaps: list[str], made_of: list[str]) -> 
             f"--seed-column {asked.seed_column}: {SEED!r} cannot be a hyperparameter then. Leave it out"
         )
     free = [name for name in columns if name in measures or name not in {*taken, *hypers}]
-    chosen = measures or _measures([name for name in free if not is_given(table.written[name])], columns)
+    chosen = measures or _measures(
+        [name for name in free if not is_given(table.written.get(name, name))], columns
+    )
     require_few(chosen, MOST_MEASURES, table.source, "columns to use as measures", "--measures")
     require_few(hypers, MOST_SETTINGS, table.source, "hyperparameters", "--hyper")
     if not chosen:

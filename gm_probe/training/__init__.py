@@ -1,1 +1,1 @@
-"""Gradient rules over plain torch optimizers, augmentation, schedules, and the training loop."""
+"""Gradient rules for plain torch optimizers, augmentation, schedules, and the training loop."""

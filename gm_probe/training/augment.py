@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gm_probe.data.images import ImageFiles
+from gm_probe.errors import UsageError
 from gm_probe.runtime.devices import constant, upload
 
 PADDING = 4
@@ -19,10 +21,18 @@ STRENGTH = 10 / 30
 NUM_OPERATIONS = 2
 
 
-def draw_crops(count: int, generator: torch.Generator, padding: int = PADDING) -> Tensor:
-    """Where to cut each of ``count`` images and whether to mirror it: (3, count) rows, columns and flags.
+def require_images(x: Tensor | ImageFiles, who: str) -> None:
+    """Raise UsageError unless x are grey or RGB images of 8 bits, which ``who`` augments."""
+    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] not in {1, 3}:
+        raise UsageError(
+            f"{who} augments grey or RGB images of 8 bits, not {x.dtype} of shape {tuple(x.shape[1:])}"
+        )
 
-    Drawn apart from the cutting, so that processes can draw for a whole batch and cut their own images.
+
+def draw_crops(count: int, generator: torch.Generator, padding: int = PADDING) -> Tensor:
+    """Draw where to cut each of ``count`` images and whether to mirror it: (3, count) rows, columns and flags.
+
+    Drawing is separate from cutting, so that processes can draw for a whole batch and cut their own images.
 
     Args:
         generator: on the CPU, so that the draw is the same on every device.
@@ -33,11 +43,11 @@ def draw_crops(count: int, generator: torch.Generator, padding: int = PADDING) -
 
 
 def crop_and_flip(images: Tensor, draws: Tensor, padding: int = PADDING, *, reflect: bool = False) -> Tensor:
-    """Pad, cut back at a random place and mirror half of the images, each by its own draw.
+    """Pad each image, cut it back at its own random place, and mirror half of them.
 
     Args:
         images: (B, C, H, W), any dtype.
-        draws: (3, B) from ``draw_crops``, taken to the images' device.
+        draws: (3, B) from ``draw_crops``; it is moved to the images' device.
         reflect: pad with the image's own reflection instead of zeros.
 
     Returns:
@@ -59,31 +69,32 @@ def crop_and_flip(images: Tensor, draws: Tensor, padding: int = PADDING, *, refl
 
 
 def _reflected(index: Tensor, size: int) -> Tensor:
-    """Positions outside of 0 ... size - 1 mirrored at the outermost pixels, which are not repeated."""
+    """Return positions mirrored into 0 ... size - 1 at the outermost pixels, which are not repeated."""
     period = max(2 * (size - 1), 1)
     folded = index.remainder(period)
     return torch.minimum(folded, period - folded) if size > 1 else torch.zeros_like(index)
 
 
-def draw_strong(count: int, generator: torch.Generator, operations: int = NUM_OPERATIONS) -> Tensor:
-    """Which operations of RandAugment each of ``count`` images goes through, and the sign of each.
+def draw_strong(count: int, generator: torch.Generator) -> Tensor:
+    """Draw the operations of RandAugment that each of ``count`` images goes through, and the sign of each.
 
     Returns:
-        (operations, 2, count): the number of the operation, and 1 where its magnitude is negative.
+        (NUM_OPERATIONS, 2, count): the number of the operation, and 1 where its magnitude is negative.
     """
-    chosen = torch.randint(0, len(_operations(32, 32)), (operations, count), generator=generator)
-    signs = torch.randint(0, 2, (operations, count), generator=generator)
+    shape = NUM_OPERATIONS, count
+    chosen = torch.randint(0, len(_operations(32, 32)), shape, generator=generator)
+    signs = torch.randint(0, 2, shape, generator=generator)
     return torch.stack([chosen, signs], 1)
 
 
 def strengthen(images: Tensor, draws: Tensor) -> Tensor:
-    """RandAugment (Cubuk et al. 2020) of magnitude 10: each image by its own operations, one after another.
+    """Apply RandAugment (Cubuk et al. 2020) of magnitude 10: each image goes through its own operations.
 
-    Images of one operation and sign are worked on together.
+    Images with the same operation and sign are processed together.
 
     Args:
-        images: (B, C, H, W) uint8, of one or three channels.
-        draws: (operations, 2, B) from ``draw_strong``, on the CPU.
+        images: (B, C, H, W) uint8, with one or three channels.
+        draws: (NUM_OPERATIONS, 2, B) from ``draw_strong``, on the CPU.
 
     Returns:
         (B, C, H, W) uint8.
@@ -101,7 +112,7 @@ def strengthen(images: Tensor, draws: Tensor) -> Tensor:
 def grouped(codes: Tensor, device: torch.device) -> Iterator[dict[int, Tensor]]:
     """Yield, for each row of ``codes`` (T, B) on the CPU, the places (k,) of each value in it.
 
-    The places are taken to ``device`` in one copy. The host knows their numbers, so that it never waits for them.
+    The places are moved to ``device`` in one copy. The host knows how many there are, so it never waits for them.
     """
     orders = upload(codes.argsort(dim=1, stable=True), device)
     for row, order in zip(codes, orders, strict=True):
@@ -111,8 +122,8 @@ def grouped(codes: Tensor, device: torch.device) -> Iterator[dict[int, Tensor]]:
 
 @cache
 def _operations(height: int, width: int) -> dict[str, Callable[[Tensor, float], Tensor]]:
-    """RandAugment's fourteen, with torchvision's ranges: images and a strength in [-1, 1] to images."""
-    # imported here: torchvision takes a second or two
+    """Return RandAugment's fourteen operations, with torchvision's ranges and a strength in [-1, 1]."""
+    # imported here, because torchvision takes a second or two
     from torchvision.transforms.v2 import functional as vision
 
     def shear(level: float, axis: int) -> Warp:
@@ -143,12 +154,12 @@ def _operations(height: int, width: int) -> dict[str, Callable[[Tensor, float], 
 
 
 Warp = Callable[[Tensor], Tensor]
-"""Moves the pixels of images (B, C, H, W), to the nearest place and with zeros from outside."""
+"""Moves the pixels of images (B, C, H, W) to the nearest place, with zeros from outside."""
 _SOURCES: dict[tuple[Any, ...], Tensor] = {}
 
 
 def _warped(x: Tensor, name: tuple[str, float], warp: Warp) -> Tensor:
-    """Apply ``warp``, known by its ``name``, by where each pixel comes from, which it is asked for but once."""
+    """Apply ``warp`` by a cached table of where each pixel comes from; ``name`` identifies the warp."""
     height, width = x.shape[2:]
     key = (*name, height, width, x.device)
     if key not in _SOURCES:
@@ -158,7 +169,7 @@ def _warped(x: Tensor, name: tuple[str, float], warp: Warp) -> Tensor:
 
 
 def sharpen(x: Tensor, factor: float) -> Tensor:
-    """Blend uint8 images with their blur, whose outermost pixels are the image's own; above 1 away from it."""
+    """Blend uint8 images with their blur, or away from it for factors above 1; the outermost pixels stay."""
     if min(x.shape[2:]) <= 2:
         return x
     edge = (1 / 13,) * 3

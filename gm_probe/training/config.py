@@ -18,12 +18,12 @@ from gm_probe.training.methods import METHODS
 from gm_probe.training.objectives import OBJECTIVES, trains_encoder
 
 MOST = 2**31 - 1
-"""Of a whole number, so that it fits wherever it goes: into an index, a size or a file."""
+"""Upper bound of whole numbers, so that they fit into an index, a size or a file."""
 MOST_SEED = 2**32 - 1
 MOST_THREADS = 1024
-"""With many more torch takes the process down."""
+"""Upper bound of threads; with many more, torch ends the process."""
 PLACE = frozenset({"data_root", "download", "device", "threads", "checkpoint_every"})
-"""Settings of where and how a run is computed, no part of what it computes."""
+"""Settings of where and how a run is computed, which do not change its result."""
 
 
 MAIN, DATA, OBJECTIVE, METHOD = "Main options", "Data", "Objective", "Method"
@@ -33,7 +33,7 @@ GROUPS = (MAIN, DATA, OBJECTIVE, METHOD, OPTIMIZER, EVALUATION, MACHINE)
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """Settings of one run: each field carries its help, its group and its bounds (see ``setting``)."""
+    """Settings of one run: each field has its help, its group and its bounds (see ``setting``)."""
 
     data: str = setting("digits", MAIN, "Image folder, array file or data set name; see `gmprobe datasets`.")
     data_root: str | None = setting(None, DATA, "Folder in which torchvision keeps its data sets.")
@@ -279,11 +279,11 @@ class TrainConfig:
 
     @property
     def trains_encoder(self) -> bool:
-        """Whether the run trains a SimCLR encoder, which has no head for classes and is judged by linear probes."""
+        """True where the run trains a SimCLR encoder, which has no head for classes and gets linear probes."""
         return trains_encoder(self.objective)
 
     def idle(self) -> dict[str, str]:
-        """Settings that this run does not use, and which other one would make it."""
+        """Return the settings that this run does not use, each with the setting that decides about it."""
         users = {
             "momentum": ("optimizer", ("sgd",)),
             "nesterov": ("optimizer", ("sgd",)),
@@ -298,7 +298,7 @@ class TrainConfig:
         return idle | ({} if self.track_every else {"track_rho": "track_every"})
 
     def unreached(self) -> dict[str, str]:
-        """Settings whose epoch does not come within this run, and what does not happen therefore."""
+        """Return the settings whose epoch is not within this run, each with what does not happen because of it."""
         late = [epoch for epoch in self.milestones if epoch >= self.epochs]
         found = {}
         if self.warmup_epochs > self.epochs:
@@ -309,10 +309,10 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Check names and types.
+        """Return the settings of a dict, after checks of names and types.
 
         Raises:
-            UsageError: an unknown setting, or one of another type.
+            UsageError: a setting is unknown or has another type.
         """
         found: dict[str, Any] = {}
         for name, value in values.items():
@@ -321,7 +321,7 @@ class TrainConfig:
             found[name] = tuple(value) if isinstance(value, list) else value
             if name in {"data", "data_root", "init"} and isinstance(value, str):
                 found[name] = as_named(value)
-        for name in ("data", "init"):  # a run must find them from any folder
+        for name in ("data", "init"):  # a run must find them from every folder
             path = found.get(name)
             if isinstance(path, str) and path not in NAMES and (name == "init" or Path(path).exists()):
                 found[name] = str(Path(path).resolve())
@@ -329,17 +329,17 @@ class TrainConfig:
 
     @classmethod
     def from_record(cls, config: Mapping[str, Any]) -> TrainConfig:
-        """The settings in a run's config.toml."""
+        """Return the settings in a run's config.toml."""
         return cls.from_dict({key: value for key, value in config.items() if key != "environment"})
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the JSON object."""
         return {**asdict(self), "milestones": list(self.milestones)}
 
     def identity(self) -> dict[str, Any]:
-        """What the run computes: every setting that is not at its default and no matter of place.
+        """Return what identifies the run: every setting that differs from its default and is not in ``PLACE``.
 
-        Defaults are left out, so that a setting added later changes no existing run's identity.
+        Without defaults, a setting that is added later does not change the identity of existing runs.
         """
         default = {**_defaults(), "milestones": []}
         return {
@@ -347,7 +347,7 @@ class TrainConfig:
         }
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with ``changes``, checked anew."""
+        """Return a copy with ``changes``, which is checked again."""
         return TrainConfig.from_dict({**self.as_dict(), **changes})
 
 

@@ -1,4 +1,4 @@
-"""Examples as NT-Xent is measured on: batches of the same size, of two seeded views of each image."""
+"""Batches for measuring NT-Xent: all of the same size, with two seeded views of each image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from gm_probe.data.datasets import Examples
 from gm_probe.data.images import taken
 from gm_probe.errors import DataError
 from gm_probe.models.contrastive import partners
-from gm_probe.training.views import draw_views, require_images, see
+from gm_probe.training.augment import require_images
+from gm_probe.training.views import draw_views, see
 
 
 def contrastive_batches(
@@ -21,17 +22,17 @@ def contrastive_batches(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Batches:
-    """Batches of 2 · ``images`` views, first views before second ones, each with its partner's column as its label.
+    """Return batches of 2 · ``images`` views, first views before second ones, labeled by their partners' columns.
 
-    The images are dealt at random, as in training: a folder's own order would compare those of one class alone. Those
-    that fill no batch are left out. The views, drawn like the order by ``seed`` on the CPU, are kept in memory: 8 bytes
-    a pixel and channel.
+    Images are dealt at random, as in training, because a folder's own order would compare images of one class only.
+    Images that do not fill a batch are left out. Views and order are drawn by ``seed`` on the CPU. The views stay in
+    memory, at 8 bytes per pixel and channel.
 
     Raises:
         DataError: no batch is full.
-        UsageError: the examples are no images that can be augmented.
+        UsageError: the examples are not images that can be augmented.
     """
-    require_images(examples.x)
+    require_images(examples.x, "SimCLR")
     count = len(examples) // images
     if not count:
         raise DataError(
@@ -43,7 +44,7 @@ def contrastive_batches(
     views = []
     for x in taken(examples.x, keys):
         views += [see(x, draw_views(x.shape, generator)) for _ in range(2)]
-    y = partners(images, before=0).repeat(count)  # no process shares another's
+    y = partners(images, before=0).repeat(count)  # processes do not share batches
     return Batches(
         Examples(torch.cat(views), y, (), examples.source),
         normalization,

@@ -1,4 +1,4 @@
-"""What is said of a run's weights along the way and at its end: of a classifier, and of a SimCLR encoder."""
+"""How a run's weights are evaluated, during training and at its end: a classifier's, and a SimCLR encoder's."""
 
 from __future__ import annotations
 
@@ -21,39 +21,35 @@ from gm_probe.training.config import TrainConfig
 from gm_probe.training.linear_probe import linear_probe
 
 DIVERGED = 10.0
-"""Training cross-entropy, in those of a uniform guess, above which the end of a run is none to report."""
+"""A run counts as diverged if its training cross-entropy is above this many times that of a uniform guess."""
 
 Figures = dict[str, Any]
 
 
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Mean cross-entropy in nats (never smoothed) and error rate, in eval mode; the mode is restored.
+    """Return mean cross-entropy in nats (never smoothed) and error rate, in eval mode; the mode is restored.
 
-    Of several processes each evaluates its share, and all return the whole's. Where memory runs out, ``batches`` are
-    of half the size from then on.
+    Each process evaluates its share, and all return the result for the whole. Where memory runs out, ``batches`` have
+    half the size from then on.
     """
-    loss, errors = _fitting_sums(model, batches, math.inf)
-    return loss / batches.num_examples, errors / batches.num_examples
+    found = evaluate_within(model, batches, math.inf)
+    assert found is not None
+    return found
 
 
 def evaluate_within(model: nn.Module, batches: Batches, limit: float) -> tuple[float, float] | None:
-    """What ``evaluate`` returns, if the cross-entropy is at most ``limit``.
+    """Return what ``evaluate`` returns, if the cross-entropy is at most ``limit``.
 
-    Else None, mostly after a few batches: terms are never negative, so that a sum too large stays so.
+    Otherwise return None, mostly after a few batches: terms are never negative, so a sum that is too large stays so.
     """
-    loss, errors = _fitting_sums(model, batches, limit * batches.num_examples)
-    mean = loss / batches.num_examples
-    return (mean, errors / batches.num_examples) if mean <= limit else None
-
-
-def _fitting_sums(model: nn.Module, batches: Batches, limit: float) -> tuple[float, float]:
-    sums, fitting = within_memory(batches, lambda batches: _sums(model, batches, limit))
+    count = batches.num_examples
+    (loss, errors), fitting = within_memory(batches, lambda batches: _sums(model, batches, limit * count))
     batches.batch_size = fitting.batch_size
-    return sums
+    return (loss / count, errors / count) if loss / count <= limit else None
 
 
 def _sums(model: nn.Module, batches: Batches, limit: float) -> tuple[float, float]:
-    """Sums of cross-entropy and errors; not of all examples where the first one is above ``limit``."""
+    """Return the sums of cross-entropy and errors, or of some examples only where the first exceeds ``limit``."""
     sums = torch.zeros(2, dtype=torch.float64, device=batches.device)  # they stay there until the pass ends
     with evaluating(model), torch.no_grad():
         for batch in batches.shard(processes.rank(), processes.count()):
@@ -70,22 +66,22 @@ def _sums(model: nn.Module, batches: Batches, limit: float) -> tuple[float, floa
 
 
 class Evaluation:
-    """A classifier's cross-entropy and error on the training and test parts, un-augmented.
+    """A classifier's cross-entropy and error on the training and test parts, without augmentation.
 
     Args:
-        train, test: labeled.
-        classes: of them.
+        train, test: labeled batches.
+        classes: number of classes.
     """
 
     def __init__(self, config: TrainConfig, train: Batches, test: Batches, classes: int) -> None:
         self.config, self.train, self.test, self.classes = config, train, test, classes
 
     def running(self, entropy: float, error: float) -> Figures:
-        """An epoch's mean cross-entropy and error of the labeled rows, as its steps saw them."""
+        """Return an epoch's mean cross-entropy and error of the labeled rows, as its steps saw them."""
         return {"running_ce": entropy, "running_error": error}
 
     def of_epoch(self, epoch: int, model: nn.Module) -> Figures:
-        """What is due after ``epoch``; the training part's figures also where they meet ``stop_ce``."""
+        """Return the results that are due after ``epoch``, and the training part's where they meet ``stop_ce``."""
         stop_ce, every = self.config.stop_ce, self.config.eval_every
         due = every > 0 and epoch % every == 0
         train = test = None
@@ -100,10 +96,10 @@ class Evaluation:
         return figures
 
     def of_run(self, rows: Sequence[Mapping[str, Any]], model: nn.Module) -> Figures:
-        """The results for the summary.
+        """Return the results for the summary.
 
         Raises:
-            DivergedError: weights flew off and yet all is finite.
+            DivergedError: the training loss is far above a uniform guess's, though all values are finite.
         """
         train_ce, train_error = evaluate(model, self.train)
         self._check_end(train_ce, rows[-1]["running_ce"])
@@ -125,7 +121,7 @@ class Evaluation:
         return [row["test_error"] for row in rows if "test_error" in row]
 
     def _check_end(self, train_ce: float, running_ce: float) -> None:
-        """The running CE must say so too: BatchNorm's running statistics are far off after a few steps."""
+        """Raise where both losses are too large: after a few steps, BatchNorm's running statistics may be far off."""
         guess = math.log(max(2, self.classes))
         if min(train_ce, running_ce) > DIVERGED * guess:
             raise DivergedError(
@@ -135,10 +131,10 @@ class Evaluation:
 
 
 class ProbeEvaluation(Evaluation):
-    """A SimCLR encoder's linear probe; with no head for classes it has no cross-entropy, error or gap of its own."""
+    """A SimCLR encoder's linear probe. Without a head for classes it has no cross-entropy, error or gap of its own."""
 
     def running(self, entropy: float, error: float) -> Figures:
-        """NT-Xent, and the share of views to which another image's view is nearer than their partner."""
+        """Return NT-Xent, and the share of views whose partner is not the nearest view."""
         return {"running_nt_xent": entropy, "running_partner_error": error}
 
     def of_epoch(self, epoch: int, model: nn.Module) -> Figures:

@@ -1,4 +1,4 @@
-"""What the record of a run may ask for, and only the command line may decide: a run folder may be anybody's."""
+"""What a run's record may ask for but only the command line may allow, because a run folder may be anybody's."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gm_probe.data.sources import DATASETS
+from gm_probe.data.sources import DATASETS, default_data_root
 from gm_probe.errors import UsageError
-from gm_probe.files.atomic import default_data_root
 from gm_probe.models.names import is_user_code
 from gm_probe.training.config import TrainConfig
 
@@ -20,12 +19,12 @@ OPTIONS = {"model": "--model", "data_root": "--data-root", "device": "--device",
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Where the command line lets a run's data be looked for.
+    """Where the command line allows a run's data to be looked for.
 
     Attributes:
         data: where the run's data is now; None = where it was.
         data_root: where torchvision's data sets are; None = ``default_data_root``.
-        download: torchvision may download what is missing.
+        download: whether torchvision may download what is missing.
     """
 
     data_root: Path | None = None
@@ -34,14 +33,14 @@ class Leave:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Leave:
-        """That which ``config``, given by the caller and not by a folder, has of its own."""
+        """Return what ``config`` itself allows, where the caller and not a folder gave it."""
         return cls(None if config.data_root is None else Path(config.data_root), config.download)
 
     def applied(self, config: TrainConfig, run: Path) -> TrainConfig:
-        """Return what the record of ``run`` says, its data looked for where this says.
+        """Return the ``config`` of ``run`` with the places that this allows.
 
         Raises:
-            UsageError: the record names another place, and this none.
+            UsageError: the record names a place of its own, and this does not.
         """
         if self.data is not None:
             config = config.replace(data=self.data)
@@ -52,14 +51,14 @@ class Leave:
 
 
 def refuse(lacking: Mapping[str, str], run: Path) -> None:
-    """Raise UsageError where something is in ``lacking``: settings that the command line would have to give."""
+    """Raise UsageError for the ``lacking`` settings, which the command line would have to give."""
     if lacking:
         options = "".join(_option(name, value) for name, value in lacking.items())
         raise UsageError(f"{run} needs permissions that only the command line can give. Add{options}")
 
 
 def as_options(configs: Iterable[TrainConfig]) -> str:
-    """The options by which `gmprobe run-one` lets these runs do what they ask for, each with a space before it."""
+    """Return the options with which `gmprobe run-one` allows what these runs ask for, each after a space."""
     configs = list(configs)
     needed = dict.fromkeys(
         _option(*item) for config in configs for item in asked(config).items() if item[0] != THREADS
@@ -72,10 +71,10 @@ def _option(name: str, value: str) -> str:
 
 
 def asked(config: TrainConfig) -> dict[str, str]:
-    """Return the settings of a record that reach beyond its folder and beyond what any process uses, as text.
+    """Return, as text, the settings of a record that need permission.
 
-    They are code of somebody's own, another place of torchvision's data, another device than the CPU, and more threads
-    than this machine has. A download is none of them: without leave there simply is none.
+    They are a user's own code, another place of torchvision's data, a device other than the CPU, and more threads than
+    this machine has. A download is not among them: without permission there simply is none.
     """
     found: dict[str, str] = {}
     if is_user_code(config.model):

@@ -1,7 +1,7 @@
 """SimCLR's linear probe: how well a linear classifier does on a frozen encoder's features (paper App. F.4).
 
-Features are computed once and standardised by the training part's. The classifier starts at zero, and its batches are
-drawn by a generator of its own: a probe along a run leaves no trace in it.
+Features are computed once and standardised by the training part's. The classifier starts at zero, and its batches come
+from a separate generator, so that a probe during a run does not change the run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from gm_probe.runtime import processes
 from gm_probe.runtime.devices import upload
 
 EPOCHS, BATCH = 20, 1024
-"""The paper's; its AdamW has lost its learning rate, ours comes near the optimum on standardised features."""
+"""The paper's values. It does not state AdamW's learning rate; ours comes near the optimum on standardised features."""
 LR = 0.02
 
 
 def features(model: Contrastive, batches: Batches) -> Tensor:
-    """(N, D) features of the encoder, in eval mode and without the projector; the mode is restored.
+    """Return (N, D) features of the encoder, in eval mode and without the projector; the mode is restored.
 
-    Of several processes each takes its share, and all return the whole.
+    Each process computes its share, and all return the whole.
 
     Raises:
         DivergedError: some are not finite.
@@ -40,7 +40,7 @@ def features(model: Contrastive, batches: Batches) -> Tensor:
 
 
 def fit(x: Tensor, y: Tensor, classes: int, seed: int) -> nn.Linear:
-    """The classifier after ``EPOCHS`` of AdamW on standardised features x (N, D) and labels y (N,)."""
+    """Return the classifier after ``EPOCHS`` of AdamW on standardised features x (N, D) and labels y (N,)."""
     generator = torch.Generator().manual_seed(seed)
     classifier = skip_init(nn.Linear, x.shape[1], classes, device=x.device)  # draws nothing
     assert isinstance(classifier, nn.Linear)
@@ -58,10 +58,10 @@ def fit(x: Tensor, y: Tensor, classes: int, seed: int) -> nn.Linear:
 def linear_probe(
     model: Contrastive, train: Batches, test: Batches, *, classes: int, seed: int
 ) -> dict[str, float]:
-    """Mean cross-entropy and error of the classifier on the part it was fitted to, and on the test part."""
+    """Return mean cross-entropy and error of the classifier on the part that it was fitted to, and on the test part."""
     x = features(model, train)
     mean, spread = x.mean(0), x.std(0, correction=0)
-    spread = torch.where(spread > 0, spread, 1.0)  # a feature that is constant says nothing
+    spread = torch.where(spread > 0, spread, 1.0)  # a constant feature becomes 0
     parts = {"train": (train, x), "test": (test, features(model, test))}
     assert train.examples.y is not None
     classifier = fit((x - mean) / spread, train.examples.y.to(x.device), classes, seed)

@@ -1,4 +1,4 @@
-"""The one training loop: epoch after epoch of a run, whose folder it can be resumed from."""
+"""The training loop: epoch after epoch of a run, which can be resumed from its folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from gm_probe.training.run import Training
 from gm_probe.training.run_splits import check_splits, load_splits
 
 ERRORS = ("train_error", "test_error", "train_ce", "test_ce")
-"""What every finished run says, of a SimCLR encoder by its linear probe."""
+"""The results of every finished run; a SimCLR encoder's are those of its linear probe."""
 
 
 def _less_memory(config: TrainConfig, rows: int) -> str:
-    """What this run offers beside what all do; ``rows``: inputs for each of a batch's examples."""
+    """Return this run's own ways to save memory; ``rows`` is the number of inputs per example of a batch."""
     objective = OBJECTIVES[config.objective]
     if "m" not in objective.refused:
         return "accumulate gradients with --m, "
@@ -41,28 +41,27 @@ def train(
 ) -> dict[str, Any]:
     """Train one run into the folder ``out`` and return its summary.
 
-    With ``resume`` a finished run is returned as it is, and an interrupted one goes on from the last state it
-    saved, to weights and metrics bit-identical with an undisturbed run on the same machine, versions, threads and
-    number of processes (on a GPU under ``deterministic`` alone).
+    With ``resume`` a finished run is returned as it is, and an interrupted one continues from its last saved state. Its
+    weights and metrics are then bit-identical with an uninterrupted run on the same machine, with the same versions,
+    threads and number of processes (on a GPU only under ``deterministic``). At SIGTERM the state is saved within a
+    step, and the process ends as ``Terminated``.
 
     Args:
         notify: called with every epoch's metrics row.
 
-    At SIGTERM the state is saved within a step, and the process ends as ``Terminated``.
-
     Raises:
-        UsageError: ``out`` holds a run already (without ``resume``), or one of other settings.
-        DivergedError: the loss or a weight stopped being finite; the summary says ``diverged``, and the last good
-            state stays.
+        UsageError: ``out`` already holds a run (without ``resume``), or a run with other settings.
+        DivergedError: the loss or a weight stopped being finite. The summary says ``diverged``, and the last good state
+            stays.
         ResourceError: memory ran out; the batch size is never changed.
         DataError, StorageError, CheckpointError: as the parts raise them.
     """
     alone = exclusive(out) if processes.rank() == 0 else nullcontext()
     with deterministic(config.deterministic), alone as lock, sigterm_noted() as asked_to_stop:
         done = _earlier(config, out, resume)
-        processes.wait_for_all()  # to have seen the folder as it was
-        if processes.rank() == 0:  # what a killed process left
-            remove_temporary(out)
+        processes.wait_for_all()  # until all have seen the folder as it was
+        if processes.rank() == 0:
+            remove_temporary(out)  # the files that a killed process left
             if done is not None:
                 (out / STATE).unlink(missing_ok=True)
         summary = _train(config, out, notify, lock, asked_to_stop) if done is None else done
@@ -72,7 +71,7 @@ def train(
 
 
 def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | None:
-    """The summary of a run that ``out`` holds already; None where there is something to train."""
+    """Return the summary of a finished run in ``out``; None where there is something to train."""
     if not (out / CONFIG).exists():
         return None
     if not resume:
@@ -80,13 +79,13 @@ def _earlier(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | N
     record = read_run(out)
     recorded, now = TrainConfig.from_record(record.config).identity(), config.identity()
     changed = sorted(key for key in {*recorded, *now} if recorded.get(key) != now.get(key))
-    if changed == ["data"] and (out / SPLIT).exists():  # it has moved, if it is the same
+    if changed == ["data"] and (out / SPLIT).exists():  # the same data may have moved
         check_splits(load_splits(config), out, config.data)
     elif changed:
         raise UsageError(
             f"{out} was started with a different {', '.join(changed)}. Repeat its settings to resume"
         )
-    if record.status == "diverged":  # it would again: runs are deterministic
+    if record.status == "diverged":  # it would diverge again, because runs are deterministic
         raise DivergedError(str(record.summary.get("reason")))
     if record.status != "finished":
         return None
@@ -126,7 +125,7 @@ def _train(
                 training.log(row)
                 if notify is not None:
                     notify(row)
-                # after stop_ce nothing is left to train: resuming from here would train on
+                # after stop_ce no state is saved, because resuming from it would train further
                 if not stopped and training.epoch < config.epochs:
                     training.save_state()
                     if training.stop_everywhere():

@@ -7,21 +7,21 @@
     rule.backward(x, y)                            # instead of loss.backward()
     optimizer.step()
 
-Perturbed passes run on moved copies of the parameters and on copied buffers: the model's own parameters and
-BatchNorm statistics are touched by the clean pass alone.
+Perturbed passes run on moved copies of the parameters and on copied buffers. Only the clean pass changes the model's
+own BatchNorm statistics.
 
-Float16: under autocast call ``rule.backward(x, y, scaler=scaler)``, then ``scaler.unscale_``, ``step`` and
-``update`` as ever. The scaler sees the final gradient only. The inner gradients are scaled by the same factor,
-which no perturbation depends on; where one overflows, so does what is computed at that perturbation, and the
-scaler skips the step and lowers its factor.
+Float16: under autocast call ``rule.backward(x, y, scaler=scaler)``, then ``scaler.unscale_``, ``step`` and ``update``
+    as
+usual. The scaler sees the final gradient only. The inner gradients are scaled by the same factor, which changes no
+perturbation. Where one overflows, so does the gradient at that perturbation, and the scaler skips the step.
 
-Other objectives than supervised learning take the criterion's place; see training.objectives.supervised for what
-x and y then are.
+An objective other than supervised learning takes the criterion's place; training.objectives.supervised says what x and
+y then are.
 
-Several processes (``torch.distributed``): each hands in its part of the batch, and each gets the gradient of
-the whole batch. The perturbation is the whole batch's too, its gradient summed over the processes: a run does
-not depend on how many share it. The rule does all the communication; a DistributedDataParallel wrapper is
-looked through and its hooks never fire. ``generator`` must be seeded alike in every process.
+Several processes (``torch.distributed``): each passes its part of the batch, and each gets the gradient of the whole
+batch. The perturbation is also the whole batch's, from a gradient summed over the processes, so a run does not depend
+on their number. The rule does all the communication; a DistributedDataParallel wrapper is looked through, and its hooks
+never fire. ``generator`` must have the same seed in every process.
 """
 
 from __future__ import annotations
@@ -53,15 +53,17 @@ from gm_probe.training.objectives.supervised import Criterion, Objective
 from gm_probe.training.sub_batches import SubBatches, as_targets, value_of
 
 Gradients = Sequence[Tensor | None]
-"""One a trainable parameter, in order, and then one a further leaf; None = the loss does not depend on it."""
+"""One per trainable parameter, in order, then one per further leaf; None = the loss does not depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one ``backward`` saw of this process's examples: clean outputs (B, ...), clean loss, and β·KL's KL.
+    """The results of one ``backward`` on this process's examples, without perturbation.
 
-    The outputs are those that the criterion takes. The loss (0-dim) is the criterion's; the KL is a mean, and None
-    where the rule has no such term.
+    Attributes:
+        logits: (B, ...) the outputs that the criterion takes.
+        loss: the criterion's loss (0-dim).
+        inconsistency: the mean KL divergence (0-dim) of the rule's β·KL term; None for a rule without it.
     """
 
     logits: Tensor
@@ -70,7 +72,7 @@ class Step:
 
 
 class Common(TypedDict, total=False):
-    """The options that every rule takes; see ``Rule``."""
+    """The options of every rule; see ``Rule``."""
 
     m: int | None
     every: int
@@ -81,32 +83,32 @@ class Common(TypedDict, total=False):
 
 
 class Rule:
-    """Base of all rules, itself plain backpropagation (SGD, AdamW, ... by the optimizer that steps).
+    """The base of all rules, which is itself plain backpropagation (SGD, AdamW, ..., depending on the optimizer).
 
     Args:
         model: its trainable parameters get the gradients. Wrappers around it are looked through (models.door).
         criterion: maps the model's outputs (B, ...) and the targets to a loss; or an objective. Its own trainable
-            parameters, and every other leaf that ``loss.backward()`` would reach, get their gradients, too.
-        m: the batch is worked off in sub-batches of this size: gradient accumulation, and m-sharpness (App. E.1), for
-            each has a perturbation of its own. Their gradients are weighted as the criterion weights them, and add up
+            parameters, and every other leaf that ``loss.backward()`` would reach, also get their gradients.
+        m: process the batch in sub-batches of this size. This is gradient accumulation and, since each has its own
+            perturbation, m-sharpness (App. E.1). Their gradients are weighted as the criterion weights them, and add up
             to the whole batch's. None = all at once. A last sub-batch of one example joins the one before it.
         every: only each ``every``-th step perturbs; the others are plain backpropagation. A step is a ``backward``.
-        tail: only the last steps perturb, this share of all ``total_steps``; in it the first step does.
-        total_steps: of the whole training; ``tail`` needs it.
-        generator: of the noise starts; None draws one seeded with 0 on the CPU.
-        outputs: how what the model returns is read; see models.door. The criterion gets the chosen output as it is.
+        tail: only this last share of all ``total_steps`` perturbs, beginning with its first step.
+        total_steps: number of steps of the whole training; ``tail`` needs it.
+        generator: draws the noise starts; None = a generator on the CPU with seed 0.
+        outputs: how the model's outputs are read; see models.door. The criterion gets the chosen output as it is.
 
     ``passes`` is the cost of a perturbed step in forward passes (a backward counts 2).
 
     Raises:
-        UsageError: options that make no sense, or a model that has no parameters or takes no moved ones.
+        UsageError: options make no sense, or the model has no parameters or does not accept moved ones.
     """
 
     passes = 3.0
     perturbs = False
-    """Whether the rule runs the model at moved parameters, too."""
+    """Whether the rule also runs the model at moved parameters."""
     compares = False
-    """Whether the rule has a KL divergence between outputs, and so must know what they are."""
+    """Whether the rule has a KL divergence between outputs, so that it must know their kind."""
 
     def __init__(
         self,
@@ -143,23 +145,23 @@ class Rule:
     def backward(self, x: Any, y: Any, *, weight: float = 1.0, scaler: GradScaler | None = None) -> Step:
         """Add this rule's gradient on the batch x (B, ...), y (B,) to every ``p.grad``, as backward() does.
 
-        Under an objective that learns from unlabeled inputs too, x has rows after the labeled ones.
+        Under an objective with unlabeled inputs, these are rows of x after the labeled ones.
 
         Args:
             x: a tensor, or a dict or tuple of tensors with B rows, which the model takes by name or in order.
             y: a tensor, or a dict or tuple that the criterion takes; its tensors with B rows are cut as x is.
-            weight: multiplies the gradient, such as 1/4 where those of four batches add up to one.
+            weight: multiplies the gradient, such as 1/4 where the gradients of four batches are added.
             scaler: multiplies the gradient by its factor.
 
         Raises:
-            UsageError: inputs, outputs or a criterion that the rule cannot work with; or gradients are off.
+            UsageError: the rule cannot work with the inputs, outputs or criterion, or gradients are disabled.
         """
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
             raise UsageError(
                 "rule.backward needs gradients. Call it outside torch.no_grad() and inference_mode()"
             )
         self._scaler, self._weight = scaler, weight
-        # layers may have been frozen or unfrozen meanwhile
+        # layers may have been frozen or unfrozen since the last step
         self.parameters = Parameters(self.model, outputs=self.outputs)
         x, y = as_inputs(x), as_targets(y)
         self._batch = SubBatches(x, y, self.m, equal=isinstance(self.model, Contrastive))
@@ -184,13 +186,13 @@ class Rule:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on beside model and optimizer."""
+        """Return what the next step depends on, apart from model and optimizer."""
         return {"generator": self.generator.get_state(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
+        """Continue from what ``state_dict`` returned."""
         self.generator.set_state(state["generator"].cpu())
-        self.steps = state.get("steps", 0)  # which earlier releases did not count
+        self.steps = state["steps"]
 
     def cost(self, steps: int) -> float:
         """Return the cost of the first ``steps`` steps in forward passes (a backward counts 2)."""
@@ -198,20 +200,20 @@ class Rule:
         return perturbed * self.passes + (steps - perturbed) * Rule.passes
 
     def _perturbed(self, steps: int) -> int:
-        """How many of the first ``steps`` steps are the rule's own, which ``every`` and ``tail`` decide."""
+        """Return how many of the first ``steps`` steps perturb, by ``every`` and ``tail``."""
         return max(0, -(-(steps - self._first) // self.every))
 
     def _gradients(self, x: Inputs, y: Any) -> tuple[Step, Gradients]:
-        """The rule itself: the gradient of a sub-batch's share of the whole batch's objective, scaled.
+        """Compute the rule's scaled gradient of a sub-batch's share of the whole batch's objective.
 
-        The step's loss is that share, too.
+        The loss of the returned step is also that share.
         """
         outputs = self._clean(x, y)
         loss = self._loss(outputs, y)
         return Step(outputs.detach(), loss.detach(), None), self._differentiate(loss)
 
     def _clean(self, x: Inputs, y: Any) -> Tensor:
-        """What the model itself returns for x, as the criterion takes it; looked at once, at the first step."""
+        """Return the model's outputs for x, as the criterion takes them; the first step examines them."""
         args, kwargs = arguments(self.model, x)
         remedy = "pass the tensor itself, or name the entries like forward's arguments"
         with non_reentrant(), _told_of_several("the model", x, remedy):
@@ -228,7 +230,7 @@ class Rule:
         return outputs
 
     def _loss(self, outputs: Tensor, y: Any) -> Tensor:
-        """The share of the sub-batch at work in the whole batch's loss."""
+        """Return the current sub-batch's share of the whole batch's loss."""
         rest = self._rest(outputs, y)
         loss = self._labeled(outputs, y)
         return loss if rest is None else loss + rest
@@ -244,21 +246,23 @@ class Rule:
         if self.objective.is_mean:
             return loss * self._share
         share = self._batch.share_of_loss(self._index, self.objective.loss, outputs, self.outputs)
-        return loss * share if share else 0 * outputs.sum()  # of a part in which nothing counts, 0/0
+        return (
+            loss * share if share else 0 * outputs.sum()
+        )  # a part in which no example counts has the loss 0/0
 
     def _rest(self, outputs: Tensor, y: Any) -> Tensor | None:
-        """The share in the unlabeled loss, a mean over examples; None where the objective has none."""
+        """Return its share of the unlabeled loss, a mean over examples; None where the objective has none."""
         rest = self.objective.unlabeled_loss(outputs, y)
         return None if rest is None else rest * self._share
 
     @property
     def _share(self) -> float:
-        """Of the sub-batch at work in the examples of all processes."""
+        """The current sub-batch's share of the examples of all processes."""
         return self._batch.parts[self._index].share
 
     @contextmanager
     def _told_of_devices(self, x: Inputs, y: Inputs) -> Iterator[None]:
-        """Raise DeviceError that says where x, y and the model are, where torch raises of two devices."""
+        """Raise a DeviceError with the devices of x, y and the model, where torch complains about two devices."""
         try:
             yield
         except RuntimeError as error:
@@ -273,10 +277,10 @@ class Rule:
     def _differentiate(
         self, loss: Tensor, inputs: Sequence[Tensor] | None = None, *, again: bool = False
     ) -> Gradients:
-        """The gradients by the parameters, by every other leaf that the loss depends on, and by ``inputs``.
+        """Return the gradients by the parameters, by every other leaf that the loss depends on, and by ``inputs``.
 
         Args:
-            inputs: they come last.
+            inputs: further tensors, whose gradients come last.
             again: the same forward pass will be differentiated once more.
         """
         known = {id(leaf) for leaf in (*self._leaves, *(inputs or ()))}
@@ -293,7 +297,7 @@ class Rule:
         )
 
     def _hooked(self, gradient: Tensor) -> Tensor:
-        """A gradient (P,) by moved parameters, as hooks on the parameters themselves change theirs (masks, say)."""
+        """Apply the parameters' own hooks (masks, say) to a gradient (P,) by moved parameters."""
         parts = self.parameters.split(gradient)
         hooks = [
             (n, hook) for n, p in self.parameters.named.items() for hook in (p._backward_hooks or {}).values()
@@ -304,25 +308,25 @@ class Rule:
         return self.parameters.join(parts.values()) if hooks else gradient
 
     def _joined(self, gradients: Gradients) -> Tensor:
-        """The parameters' gradient (P,), without other leaves'."""
+        """Return the parameters' gradient (P,), without other leaves'."""
         return self.parameters.join(gradients[: len(self.parameters.named)])
 
     def _at(self, x: Inputs, y: Any, offset: Tensor, loss: Criterion) -> Gradients:
-        """∇ ``loss`` at θ + offset, the offset held constant."""
+        """Return ∇ ``loss`` at θ + offset, with a constant offset."""
         return self._differentiate(loss(self.parameters.taken(x, self.parameters.moved(offset)), y))
 
     def _compared(self, outputs: Tensor, y: Any) -> Tensor:
-        """The logits (n, ...) whose KL divergence counts."""
+        """Return the logits (n, ...) whose KL divergence counts."""
         return self.outputs.logits(self.objective.compared(outputs, y))
 
     def _divergence(self, clean: Tensor, moved: Tensor, y: Any, kl_grad: str) -> Tensor:
-        """Mean KL from clean to ``moved`` outputs, over those that the objective compares."""
+        """Return the mean KL from clean to ``moved`` outputs, over those that the objective compares."""
         clean = clean if kl_grad == "both" else clean.detach()
         return kl_divergence(self._compared(clean, y), self._compared(moved, y)).mean()
 
     @staticmethod
     def _sum(one: Gradients, other: Gradients) -> Gradients:
-        # never in place: autograd may hand out one tensor as the gradient of two parameters
+        # never in place, because autograd may return one tensor as the gradient of two parameters
         return [b if a is None else a if b is None else a + b for a, b in zip_longest(one, other)]
 
     def _over_processes(self, gradients: Gradients) -> Gradients:
@@ -337,7 +341,7 @@ class Rule:
         for leaf, g in zip(self._leaves, gradients, strict=True):
             if g is None:
                 continue
-            # of its own: it will be clipped and unscaled in place
+            # a copy, because it will be clipped and unscaled in place
             leaf.grad = dense(g).clone() if leaf.grad is None else dense(leaf.grad).add_(dense(g))
             for hook in (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values():
                 hook(leaf)
@@ -345,23 +349,21 @@ class Rule:
 
 @contextmanager
 def _told_of_several(whose: str, given: Any, remedy: str) -> Iterator[None]:
-    """Raise UsageError where ``whose`` code takes no dict or tuple of tensors, and was given one."""
+    """Raise UsageError where ``whose`` code got a dict or tuple of tensors that it does not accept."""
     try:
         yield
     except (TypeError, AttributeError, LookupError) as error:
         if isinstance(given, Tensor):
             raise
         value = value_of(given)
-        what = (
-            f"a dict of {', '.join(map(repr, value))}"
-            if isinstance(value, dict)
-            else f"a tuple of {len(value)}"
-        )
+        what = f"a tuple of {len(value)}"
+        if isinstance(value, dict):
+            what = f"a dict of {', '.join(map(repr, value))}"
         raise UsageError(f"{whose} does not accept {what} ({first_line(error)}); {remedy}") from error
 
 
 def require_head(outputs: Outputs, criterion: object, y: Any) -> None:
-    """Raise UsageError for losses of independent labels under a head of exclusive classes."""
+    """Raise UsageError for a loss of independent labels under a head of exclusive classes."""
     if outputs.head != "classifier":
         return
     independent = (nn.BCEWithLogitsLoss, nn.BCELoss, nn.MultiLabelSoftMarginLoss)
@@ -378,7 +380,7 @@ def require_head(outputs: Outputs, criterion: object, y: Any) -> None:
 
 
 def _multi_hot(y: Any) -> bool:
-    """Whether targets (B, L) are zeros and ones, of which some row has not exactly one 1."""
+    """Return whether targets (B, L) are zeros and ones, and some row does not have exactly one 1."""
     if not isinstance(y, Tensor) or y.dim() != 2 or y.shape[1] < 2:
         return False
     return bool(((y == 0) | (y == 1)).all()) and bool((y.sum(1) != 1).any())

@@ -1,4 +1,4 @@
-"""One run: its data and its model, the epochs it has done, and what it keeps in its folder to go on from."""
+"""One run: its data and its model, the epochs it has done, and what its folder keeps to resume it."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ from gm_probe.training.updates import Updates
 
 EVAL_BATCH = 500
 CHECK_EVERY = 20
-"""Steps between looks at whether all is finite: each waits for the device."""
+"""Steps between checks that all is finite, because each check waits for the device."""
 PROJECTION = 128
 """Outputs of SimCLR's projector (Chen et al. 2020)."""
 
 
 @dataclass
 class Progress:
-    """How far the running epoch has come, in this process.
+    """The progress of the running epoch, in this process.
 
     Attributes:
-        sums: (6 + n,) float64: labeled examples, and over them loss, cross-entropy and errors; those of them whose step
-            had a KL divergence, and that; and the n means that the objective notes.
-        step: steps done.
-        skipped: steps whose gradient overflowed in float16; they are in no sum.
-        seconds: spent before the clock ``began``.
+        sums: (6 + n,) float64: the number of labeled examples, and the sums over them of loss, cross-entropy and
+            errors; the number of those whose step had a KL divergence, and its sum; and the objective's n notes.
+        step: number of steps done.
+        skipped: number of steps whose gradient overflowed in float16; no sum contains them.
+        seconds: time spent before the clock ``began``.
     """
 
     sums: Tensor
@@ -84,9 +84,9 @@ class Progress:
 
 
 class Training:
-    """One run: its data, its model and how that is updated, and the epochs and steps it has done.
+    """One run: its data, its model and its updates, and the epochs and steps it has done.
 
-    ``torchrun``'s processes work off each batch together and all hold the same weights; the first one writes.
+    The processes of ``torchrun`` share each batch and hold the same weights; only the first one writes.
     """
 
     def __init__(
@@ -112,13 +112,13 @@ class Training:
             config.temperature if encoder else None,
         )
 
-        def too_big(cause: str) -> str:  # whatever the batches
+        def too_big(cause: str) -> str:
             return f"{config.model} does not fit into memory ({cause}). Choose a smaller --model"
 
         with memory_or(too_big):
             self.model = initial_model(self.spec, config.seed).to(self.device)
-        self.fresh: tuple[str, ...] = ()  # of the weights, those that --init did not give
-        self.not_taken: tuple[str, ...] = ()  # other copies of the weights in its file
+        self.fresh: tuple[str, ...] = ()  # names of the weights that --init did not give
+        self.not_taken: tuple[str, ...] = ()  # names of other copies of the weights in its file
         if config.init is not None and not (out / STATE).exists():
             given = read_checkpoint(Path(config.init))
             if given.model is None:
@@ -198,7 +198,7 @@ class Training:
         return row
 
     def stop_everywhere(self, now: bool = True) -> bool:
-        """Whether SIGTERM has come to any process; of several, all must stop at one step: asked where they agree."""
+        """Return whether any process got SIGTERM. Processes ask at the same steps, so that all stop together."""
         if processes.count() == 1:
             return self.asked_to_stop()
         due = now or self.progress.step % CHECK_EVERY == 0
@@ -211,7 +211,7 @@ class Training:
         )
 
     def _ahead(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Each step's part on the device: one copy an epoch, for which no step waits."""
+        """Return each step's part on the device, from one copy per epoch, so that no step waits."""
         return upload(torch.cat([*parts]), self.device).split([len(part) for part in parts])
 
     def _step(self, chosen: Tensor, x: Tensor, y: Tensor) -> None:
@@ -234,13 +234,13 @@ class Training:
             )
 
     def _so_far(self) -> dict[str, Any]:
-        """Within the running epoch; the loss is this process's."""
+        """Return the progress within the running epoch, with this process's loss."""
         examples, loss = self.progress.sums[:2].tolist()
         step = {"epoch": self.epoch + 1, "step": self.progress.step, "steps": self.steps}
         return {**step, "loss": loss / examples if examples else None}
 
     def _batch(self, chosen: Tensor, x: Tensor) -> Tensor:
-        """This process's part of a batch on the device, augmented and normalised."""
+        """Return this process's part of a batch on the device, augmented and normalised."""
         x = self.sampler.views(upload(x, self.device), chosen, self._mine, self.updates.generator)
         x = self.normalization.apply(x)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
@@ -268,7 +268,7 @@ class Training:
             )
 
     def _check(self) -> None:
-        """Raise DivergedError unless all is finite: nothing else is ever saved."""
+        """Raise DivergedError unless all values are finite, so that nothing else is ever saved."""
         self._check_loss(torch.zeros((), device=self.device))
         where = f"after epoch {self.epoch + 1}, step {self.progress.step}"
         saved = self.updates.tensors()
@@ -300,7 +300,7 @@ class Training:
         return row
 
     def evaluate_epoch(self, row: dict[str, Any]) -> bool:
-        """Add what is due at this epoch to ``row``; True once ``stop_ce`` is met."""
+        """Add the results that are due at this epoch to ``row``; return True once ``stop_ce`` is met."""
         config, model = self.config, self.updates.result
         row |= self.evaluation.of_epoch(self.epoch, model)
         if "test_error" in row:
@@ -324,7 +324,7 @@ class Training:
             append_line(self.out / METRICS, json.dumps(row))
 
     def save_state(self) -> None:
-        """Write what resuming needs, atomically."""
+        """Write the state for resuming, atomically."""
         progress = self.progress
         state = {
             "epoch": self.epoch,
@@ -340,16 +340,16 @@ class Training:
             write_state(self.out / STATE, state)
 
     def load_state(self) -> None:
-        """Go back to the last saved epoch or step; rows of later epochs are cut from the metrics.
+        """Go back to the last saved epoch or step, and cut the rows of later epochs from the metrics.
 
         Raises:
             CheckpointError: the state is broken.
-            UsageError: as many processes wrote it as there are not now.
+            UsageError: another number of processes wrote it.
         """
         path = self.out / STATE
         state = read_state(path)
         try:
-            states = state.get("random", [{}])
+            states = state["random"]
             if len(states) != processes.count():
                 raise UsageError(
                     f"{self.out} was trained by {len(states)} process(es). Resume it with the same number"
@@ -358,7 +358,7 @@ class Training:
             self.model.load_state_dict(state["model"])
             self.updates.load_state_dict(state)
             self.epoch = state["epoch"]
-            if state.get("step"):
+            if state["step"]:
                 sums = state["sums"][processes.rank()].to(self.device)
                 if sums.shape != self.progress.sums.shape:
                     raise ValueError("it is of another release of gm_probe")
@@ -373,25 +373,25 @@ class Training:
                 raise
             raise broken(path, error) from error
         self.rows = [row for row in read_metrics(self.out, ["seconds"]) if row["epoch"] <= self.epoch]
-        processes.wait_for_all()  # to have read what the first of them now writes
+        processes.wait_for_all()  # until all have read the file that the first one now writes
         if self._writes:
             write_atomic(self.out / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def _require_sound(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError where a value of ``state`` is of another kind than training goes on with."""
+        """Raise ValueError where a value of ``state`` has another type than training needs."""
         for name in ("epoch", "step", "skipped"):
-            count(state.get(name, 0), name)
+            count(state[name], name)
         mapping(anything)(state["rule"], "rule")
-        count(state["rule"].get("steps", 0), "rule.steps")
+        count(state["rule"]["steps"], "rule.steps")
         listed(mapping(anything))([*state["optimizer"]["state"].values()], "optimizer.state")
         if state["epoch"] > self.config.epochs:
             raise ValueError(f"epoch {state['epoch']} of {self.config.epochs}")
 
     def begin(self) -> None:
-        """Write what the run is."""
+        """Write the settings, the split and the machine of the run."""
         if self._writes:
             machine = {**environment(self.device, tf32=self.config.tf32), "processes": processes.count()}
-            machine["noise"] = self.updates.noise.device.type  # whose generator draws it
+            machine["noise"] = self.updates.noise.device.type  # the device that draws the noise
             if self.config.init is not None:
                 machine["fresh_weights"] = list(self.fresh)
                 machine |= {"init_not_taken": list(self.not_taken)} if self.not_taken else {}
@@ -400,7 +400,7 @@ class Training:
             write_toml(self.out / CONFIG, {**self.config.as_dict(), "environment": machine})
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate, write the checkpoint and, last of all, the summary; the resume state goes."""
+        """Evaluate, write the checkpoint and, last of all, the summary, and remove the state for resuming."""
         results = self.evaluation.of_run(self.rows, self.updates.result)
         if self.config.eval_every > 0:
             self._keep_best(results["test_error"])

@@ -1,4 +1,4 @@
-"""A run's disjoint train, unlabeled and test parts, and the proof that they are still the same."""
+"""A run's disjoint train, unlabeled and test parts, and the check that they are still the same."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gm_probe.training.leave import Leave
 
 NO_LEAVE = Leave()
 OWN_UNLABELED = "own unlabeled"
-"""What measures.json calls the part that ``own_unlabeled`` gives."""
+"""The name in measures.json of the part that ``own_unlabeled`` returns."""
 MARKS = "unlabeled_marks"
-"""What split.json calls the marks of the unlabeled examples, by which some of them are known without the others."""
+"""The name in split.json of the unlabeled examples' marks, which identify some of them without reading the others."""
 
 
 def load_splits(config: TrainConfig) -> Splits:
-    """The run's parts. Decoded data stays in memory, so that the runs of a sweep share it."""
+    """Return the run's parts. Decoded data stays in memory, so that the runs of a sweep share it."""
     return _cut(open_data(config).in_memory(), config).in_memory()
 
 
@@ -43,15 +43,15 @@ def _cut(source: Source, config: TrainConfig) -> Splits:
 
 
 def open_data(config: TrainConfig) -> Source:
-    """The data of a run, uncut; a folder's images are still in their files.
+    """Return the data of a run before it is split; a folder's images are still in their files.
 
     Raises:
         DataError, UsageError: as ``data.datasets.open_source``.
     """
-    if Path(config.data).is_absolute() and not Path(config.data).exists():  # as a run records it
+    if Path(config.data).is_absolute() and not Path(config.data).exists():  # a run records absolute paths
         raise UsageError(f"no folder or file {config.data!r}; if it has moved, give its place with --data")
     sizes = config.image_size, config.resize, config.crop
-    place = Path(config.data).absolute()  # the same name is another file after a change of folder
+    place = Path(config.data).absolute()  # a relative name is another file after a change of folder
     version = (place, place.stat().st_mtime_ns if place.exists() else 0)
     return _open(config.data, config.data_root, config.download, config.skip_bad, *sizes, version)
 
@@ -67,10 +67,10 @@ def _open(
     crop: int | None,
     version: tuple[Path, int],
 ) -> Source:
-    """A folder's images are still in their files; those that ``in_memory`` decodes are then shared.
+    """Open the data once per process, so that images that ``in_memory`` decodes are shared.
 
     Args:
-        version: what tells one file from another of the same name; it is part of the cache's key alone.
+        version: distinguishes files of the same name; it is only part of the cache's key.
     """
     return open_source(
         data,
@@ -86,29 +86,29 @@ def _open(
 
 
 def skipped(splits: Splits) -> tuple[str, ...]:
-    """The errors of the files that were left out of the data, of its own test part too."""
+    """Return the errors of the files that were left out of the data and of its own test part."""
     return tuple(dict.fromkeys([*splits.train.skipped, *splits.test.skipped]))
 
 
 def split_record(splits: Splits) -> dict[str, Any]:
-    """What split.json holds: every part's indices, a digest of the examples that were used, the files left out."""
+    """Return the content of split.json: every part's indices, a digest of the examples used, and the files left out."""
     digest = hashlib.sha256()
     for part in (splits.inputs, splits.unlabeled, splits.test):
         for some in contents(part.x):
             digest.update(some)
-    for part in (splits.train, splits.test):  # no other labels are ever read
+    for part in (splits.train, splits.test):  # no other labels are read
         if part.y is not None:
             for some in contents(part.y):
                 digest.update(some)
     left_out = {"skipped": list(skipped(splits))} if skipped(splits) else {}
     record = {**splits.indices, "sha256": digest.hexdigest(), **left_out}
-    if Path(splits.unlabeled.source).is_dir():  # else all is in memory, and the digest is soon taken
+    if Path(splits.unlabeled.source).is_dir():  # other data is in memory, and its digest takes little time
         record[MARKS] = list(marks(splits.unlabeled.x))
     return record
 
 
 def check_splits(splits: Splits, run: Path, data: str) -> None:
-    """Raise DataError unless ``splits``, cut from ``data``, are those that the run folder was started with."""
+    """Raise DataError unless ``splits``, made from ``data``, are those that the run folder was started with."""
     recorded, now = (
         {key: value for key, value in record.items() if key != MARKS}
         for record in (read_split(run), split_record(splits))
@@ -118,7 +118,7 @@ def check_splits(splits: Splits, run: Path, data: str) -> None:
 
 
 def _otherwise(run: Path, data: str) -> str:
-    """What is said where ``data`` is not, or is no longer, that of ``run``."""
+    """Return the message for ``data`` that is not, or no longer, the data of ``run``."""
     trained_on = TrainConfig.from_record(read_run(run).config).data
     if data == trained_on:
         return (
@@ -132,16 +132,16 @@ def _otherwise(run: Path, data: str) -> str:
 
 
 def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
-    """The unlabeled part that a run folder, or a checkpoint file in one, was trained beside, labels dropped.
+    """Return the unlabeled part of a run folder, or of a checkpoint file in one, without labels.
 
-    A folder's images are still in their files. Those that ``Examples.subset`` takes are compared with the run's record;
-    no others are decoded.
+    A folder's images are still in their files. Only those that ``Examples.subset`` takes are decoded, and compared with
+    the run's record.
 
     Args:
         leave: where its data may be looked for, whatever the folder says.
 
     Raises:
-        UsageError: it is no run, nor in one; or there is no such data; or it needs more leave.
+        UsageError: the path is not in a run, its data does not exist, or it needs more permissions.
         DataError: its data has changed since.
     """
     run = run_of(path)
@@ -149,7 +149,7 @@ def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
         raise UsageError(f"{path} is not a gmprobe run. Add --unlabeled DATA or --labeled DATA")
     config = leave.applied(TrainConfig.from_record(read_run(run).config), run)
     source, recorded = open_data(config), read_split(run)
-    # all that was used vouches for a part of it; it is looked at where no image is decoded for it, or without marks
+    # where no image must be decoded, or there are no marks, all the data that the run used is compared
     if isinstance(source.pool.x, Tensor) or MARKS not in recorded:
         splits = load_splits(config)
         check_splits(splits, run, config.data)

@@ -8,7 +8,7 @@ from gm_probe.training.config import TrainConfig
 
 
 def lr_factor(config: TrainConfig, epoch: float) -> float:
-    """Factor on the base learning rate at ``epoch`` (fractional, from 0): a pure function, so resume is exact."""
+    """Return the factor on the base learning rate at ``epoch`` (fractional, from 0), as a pure function of it."""
     if epoch < config.warmup_epochs:
         return (epoch + 1e-12) / config.warmup_epochs
     if config.schedule == "multi-step":

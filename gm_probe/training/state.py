@@ -19,20 +19,20 @@ from gm_probe.runtime.devices import generator_state, set_generator_state
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write ``state``, of tensors, numbers and text, atomically."""
+    """Write ``state``, which holds tensors, numbers and text, atomically."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     write_atomic(path, buffer.getvalue())
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what ``write_state`` wrote, its tensors on the CPU whatever device they were on: it may not be here.
+    """Read what ``write_state`` wrote, with all tensors on the CPU, because their device may not exist here.
 
     Raises:
         CheckpointError: the file is broken.
     """
     try:
-        open_to_read(path).close()  # no link, no pipe
+        open_to_read(path).close()  # refuses links and pipes
         return dict(load_torch(path))
     except MemoryError:
         raise
@@ -45,9 +45,9 @@ def broken(path: Path, error: Exception) -> CheckpointError:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of the global generators, of torch by kind of device, and of Python and NumPy.
+    """Return the states of the global generators of torch (by type of device), Python and NumPy.
 
-    Layers draw from them: dropout from torch's, a network of the user's from any.
+    Layers draw from them: dropout from torch's, and a user's network from any.
     """
     name, keys, *rest = np.random.get_state()
     return {
@@ -59,9 +59,8 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Set what ``random_state`` returned; a generator that it does not know keeps its state."""
+    """Set what ``random_state`` returned; the generator of another type of device keeps its state."""
     torch.set_rng_state(state["cpu"])
-    if "python" in state:
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
     set_generator_state(state.get(device.type), device)

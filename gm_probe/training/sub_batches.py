@@ -1,4 +1,4 @@
-"""A batch that is worked off in parts, by one process or several: its parts, and how much each counts."""
+"""The parts in which one or several processes work through a batch, and how much each part counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Loss = Callable[[Tensor, Any], Tensor]
 """Maps a model's outputs and the targets to one number."""
 
 _TOLERANCE = 1e-3
-"""Relative; float32 gradients of a mean over 1,000 examples agree to 1e-5."""
+"""Relative tolerance; float32 gradients of a mean over 1,000 examples agree to 1e-5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,15 @@ class Part:
 
 
 class SubBatches:
-    """The parts of a batch x, y that this process works off one after another.
+    """The parts of a batch x, y that this process works through one after another.
 
     Args:
-        m: examples in a part of all processes together; None = the whole batch. A last part that would leave a process
-            with one example is merged into the part before it: BatchNorm has no statistics of a single one.
-        equal: every process must hold as many examples as any other.
+        m: number of examples in a part, over all processes; None = the whole batch. A last part that would leave a
+            process with one example joins the part before it, since BatchNorm has no statistics of a single example.
+        equal: every process must hold the same number of examples.
 
     Raises:
-        UsageError: processes whose parts do not correspond, or ``m`` for a batch with inputs that have no label.
+        UsageError: the processes' parts do not correspond, or ``m`` is given for a batch with unlabeled inputs.
     """
 
     def __init__(self, x: Inputs, y: Inputs, m: int | None, *, equal: bool = False) -> None:
@@ -75,43 +75,42 @@ class SubBatches:
             start = size * (len(cuts) - 2)
             cuts[-2:] = [(x[start:], y[start:])]
         self.parts = [Part(*cut, len(cut[1]) / total) for cut in cuts]
-        self._losses: list[float] | None = (
-            None  # shares of every part of every process, in the order of ranks
-        )
+        # the shares in the loss of every part of every process, in the order of ranks
+        self._losses: list[float] | None = None
 
     @property
     def whole(self) -> bool:
-        """Whether one part is all of the batch."""
+        """True where one part is the whole batch."""
         return len(self.parts) == 1 and count() == 1
 
     def share_of_loss(self, index: int, loss: Loss, like: Tensor, outputs: Outputs) -> float:
         """Return the share of part ``index`` in the whole batch's loss; see ``loss_shares``.
 
         Args:
-            like: outputs of the model, of which the shape, the dtype and the device count.
-            outputs: what kind they are.
+            like: outputs of the model, whose shape, dtype and device count.
+            outputs: the kind of these outputs.
         """
         if self.whole:
             return 1.0
         if self._losses is None:
-            # by way of the CPU: pickled on a GPU, a tensor would come back on the GPU of another process
+            # sent as CPU tensors, because a tensor pickled on a GPU would arrive on another process's GPU
             gathered = from_all([part.y.to("cpu") for part in self.parts])
             every = [target.to(like.device) for targets in gathered for target in targets]
             self._losses, again = (
                 loss_shares(loss, [_made_up(len(y), like, outputs, scale) for y in every], every)
-                for scale in (0.1, 0.25)  # small: a hinge loss has a slope within its margin alone
+                for scale in (0.1, 0.25)  # small, because a hinge loss has a slope only within its margin
             )
             if any(abs(a - b) > _TOLERANCE * max(a, b) for a, b in zip(self._losses, again, strict=True)):
-                raise _refusal()  # the shares depend on the outputs, as those of a squared mean do
+                raise _refusal()  # the shares depend on the outputs, as with a squared mean
         return self._losses[self._first + index]
 
     @property
     def _first(self) -> int:
-        """Of this process's parts, the first one's place among all."""
+        """The index of this process's first part among all parts."""
         return rank() * len(self.parts)
 
     def mean_loss(self, losses: Sequence[Tensor]) -> Tensor:
-        """Return this process's loss, from its parts' shares of the whole batch's: a mean of a mean, a sum of a sum."""
+        """Return this process's loss from its parts' shares: a mean if the loss is a mean, and a sum if it is a sum."""
         total = torch.stack(list(losses)).sum()
         if self._losses is None:
             return total / sum(part.share for part in self.parts)
@@ -127,25 +126,25 @@ class SubBatches:
 def loss_shares(loss: Loss, outputs: Sequence[Tensor], targets: Sequence[Inputs]) -> list[float]:
     """Return ω_i with L(batch) = Σ_i ω_i L(part i), in value and in gradient.
 
-    They are n_i/n for a mean, 1 for a sum, and with class weights or ignored labels the part's share of the weights.
-    For such losses the shares depend on the targets alone, so that made-up outputs tell them.
+    They are n_i/n for a mean, 1 for a sum and, with class weights or ignored labels, the part's share of the weights.
+    For such losses the shares depend on the targets alone, so they can be found with made-up outputs.
 
     Args:
         outputs: made-up outputs (n_i, ...) of each part.
-        targets: of each part.
+        targets: targets of each part.
 
     Raises:
-        UsageError: the loss is neither, so that the parts of a batch do not make up its gradient.
+        UsageError: the loss is neither a weighted mean nor a sum, so the parts do not give the batch's gradient.
     """
     with torch.enable_grad(), generators_kept(outputs[0].device):
         leaves = [part.detach().requires_grad_() for part in outputs]
         total = loss(torch.cat(leaves), value_of(_joined(targets)))
         slopes = _slopes(total, leaves)
-        if not bool(torch.isfinite(total)):  # as where every label is ignored; the parts' losses are so, too
+        if not bool(torch.isfinite(total)):  # every label is ignored, in the parts as well
             return [1.0] * len(leaves)
         shares, value = [], 0.0
         for leaf, target, slope in zip(leaves, targets, slopes, strict=True):
-            if not bool(slope.any()):  # no example of the part counts; its own loss may be 0/0
+            if not bool(slope.any()):  # no example of the part counts, and its own loss may be 0/0
                 shares.append(0.0)
                 continue
             part = loss(leaf, value_of(target))
@@ -175,7 +174,7 @@ def _refusal() -> UsageError:
 
 
 def _made_up(rows: int, like: Tensor, outputs: Outputs, scale: float) -> Tensor:
-    """Random outputs of ``rows`` examples, of the kind that the model returns; the same in every process."""
+    """Return random outputs of ``rows`` examples, of the model's kind; they are the same in every process."""
     generator = torch.Generator().manual_seed(rows)
     dtype = torch.promote_types(like.dtype, torch.float32)
     values = scale * torch.randn(rows, *like.shape[1:], generator=generator, dtype=dtype).to(like.device)

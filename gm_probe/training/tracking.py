@@ -1,4 +1,4 @@
-"""S_ρ of a run's model along its training, over the run's unlabeled part."""
+"""S_ρ of a run's model during its training, over the run's unlabeled part."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from gm_probe.training.config import TrainConfig
 from gm_probe.training.contrastive_batches import contrastive_batches
 
 PROBE_BATCH = "local_inconsistency_batch_size"
-"""A row's key for the batches that S_ρ was taken on, where memory ran out on those that were given."""
+"""A row's key for the batch size of S_ρ, where memory ran out on larger batches."""
 
 
 class Tracking:
-    """Of several processes each takes its share; SimCLR's batches are of as many images as in training.
+    """Measures S_ρ in each process over its share; SimCLR's batches have as many images as in training.
 
     Args:
-        unlabeled: the whole part, labels dropped.
+        unlabeled: the whole part, without labels.
 
     Raises:
-        UsageError: too few of SimCLR's batches for the processes.
+        UsageError: there are fewer SimCLR batches than processes.
     """
 
     def __init__(self, config: TrainConfig, unlabeled: Batches) -> None:
@@ -40,7 +40,7 @@ class Tracking:
             )
 
     def of_epoch(self, epoch: int, model: nn.Module) -> dict[str, Any]:
-        """What a metrics row says after ``epoch``; nothing where none is due."""
+        """Return the entries of the metrics row after ``epoch``; none where no measurement is due."""
         config = self.config
         if config.track_every <= 0 or epoch % config.track_every:
             return {}

@@ -1,4 +1,4 @@
-"""One update of a model's weights after another: all that lies between a batch and the moved weights."""
+"""The updates of a model's weights: everything between a batch and the new weights."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def make_rule(
     config: TrainConfig, model: nn.Module, generator: torch.Generator, steps: int | None = None
 ) -> Rule:
-    """The gradient rule of a run of so many ``steps``, with its options and its objective."""
+    """Return the gradient rule of a run with its options and its objective; ``steps`` is the run's number of steps."""
 
-    def criterion(logits: Tensor, y: Tensor) -> Tensor:  # label smoothing is on the labeled loss alone
+    def criterion(logits: Tensor, y: Tensor) -> Tensor:  # label smoothing applies to the labeled loss alone
         return functional.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
 
     objective = OBJECTIVES[config.objective].load().of(config, criterion)
@@ -41,7 +41,7 @@ def make_rule(
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The base optimizer over the trainable parameters."""
+    """Return the base optimizer over the trainable parameters."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
@@ -59,29 +59,27 @@ class Updates:
 
     def __init__(self, config: TrainConfig, model: nn.Module, device: torch.device, steps: int) -> None:
         self.config, self.model, self.device = config, model, device
-        self.generator = torch.Generator()  # of the views, on the CPU whatever the device
+        self.generator = torch.Generator()  # for the views, always on the CPU
         there = generator_on(device) if config.noise_device == "device" else self.generator
         self.noise = self.generator if there.device.type == "cpu" else there
         self.rule = make_rule(config, model, self.noise, steps)
         self.optimizer = make_optimizer(config, model)
         self.scaler = GradScaler(device.type, enabled=config.amp == "fp16")
-        # buffers are the model's own: torch would average integer ones too, and round them down
-        self.average = (
-            None
-            if config.ema_decay is None
-            else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        )
+        self.average: AveragedModel | None = None
+        if config.ema_decay is not None:
+            # buffers are not averaged: torch would average integer ones, too, and round them down
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
 
     @property
     def result(self) -> nn.Module:
-        """The weights that count: the running average where there is one."""
+        """The model that is evaluated and saved: the running average where there is one."""
         return self.model if self.average is None else self.average.module
 
     def step(self, x: Tensor, y: Tensor, lr: float) -> tuple[Step, bool]:
         """Update the weights on one batch.
 
         Returns:
-            What the rule saw; whether the scaler skipped the update, for the gradient had overflowed in float16.
+            What the rule saw, and whether the scaler skipped the update because the gradient overflowed in float16.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -101,7 +99,7 @@ class Updates:
         return seen, skipped
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a state is made of, by what an error calls it, on this device."""
+        """Return all tensors of a state on this device, by the names that an error calls them."""
         named = dict(self.model.named_parameters())
         found: dict[str, Tensor] = {f"weight {name!r}": p for name, p in named.items()}
         found |= {f"buffer {name!r}": value for name, value in self.model.named_buffers()}
@@ -118,7 +116,7 @@ class Updates:
         return found
 
     def seed(self, draws: torch.Generator, seed: int) -> None:
-        """Begin an epoch: go on from ``draws`` on the CPU, and from ``seed`` where noise is drawn on the device."""
+        """Begin an epoch with the state of ``draws`` on the CPU, and with ``seed`` for noise drawn on the device."""
         if self.noise is not self.generator:
             self.noise.manual_seed(seed)
         self.generator.set_state(draws.get_state())
@@ -141,15 +139,14 @@ class Updates:
             self.average.load_state_dict(state["average"])
 
     def _noise_state(self, state: Mapping[str, Any]) -> Tensor:
-        """Restore the generator of the views, and return the state that the noise goes on from.
+        """Restore the generator of the views, and return the state from which the noise continues.
 
-        A state of one kind of device means nothing to another's generator, which is seeded by it.
+        The generator of another type of device cannot take the saved state, so it is seeded from it.
         """
-        drawn = state["rule"]["generator"].cpu()
-        draws = state.get("draws", drawn).cpu()  # of an earlier release, when all was drawn on the CPU
+        drawn, draws = state["rule"]["generator"].cpu(), state["draws"].cpu()
         self.generator.set_state(draws)
         if self.noise is self.generator:
             return draws
-        if state.get("noise", "cpu") == self.noise.device.type:
+        if state["noise"] == self.noise.device.type:
             return drawn
         return self.noise.manual_seed(zlib.crc32(drawn.numpy().tobytes())).get_state()

@@ -1,7 +1,7 @@
 """SimCLR's views of a batch of images: resized crop, flip, colour jitter and grey, on tensors and on their device.
 
-The settings are those of Chen et al. 2020 (App. A, and B.9 for CIFAR-10: jitter of strength 0.5, no blur) and
-torchvision's transforms of the same names; each image has draws of its own.
+The settings are those of Chen et al. 2020 (App. A, and B.9 for CIFAR-10: jitter of strength 0.5, no blur) and of
+torchvision's transforms of the same names. Each image has its own draws.
 """
 
 from __future__ import annotations
@@ -14,34 +14,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gm_probe.data.images import ImageFiles
-from gm_probe.errors import UsageError
 from gm_probe.runtime.devices import constant, upload
 from gm_probe.training.augment import grouped
 
 SCALE = (0.08, 1.0)
 """Share of the image's area that a crop covers."""
 RATIO = (3 / 4, 4 / 3)
-"""Of a crop's width to its height, log-uniform."""
+"""Ratio of a crop's width to its height, log-uniform."""
 TRIES = 10
 JITTER = 0.8
-"""Probability of colour jitter; brightness, contrast and saturation are multiplied by 1 ± STRENGTH."""
+"""Probability of colour jitter, which multiplies brightness, contrast and saturation by 1 ± STRENGTH."""
 STRENGTH = 0.4
 HUE = 0.1
-"""Of the colour circle, that the hue turns by at most."""
+"""Largest turn of the hue, as a share of the colour circle."""
 GREY = 0.2
-"""Probability of no colour at all."""
+"""Probability that a view is grey."""
 LUMA = (0.2989, 0.587, 0.114)
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """How to see each of n images.
+    """The random draws for the views of n images.
 
     Attributes:
         boxes: (4, n) top, left, height and width of the crop, in pixels.
-        flips, jitters, greys: (n,) whether it is mirrored, jittered, without colour.
-        factors: (4, n) of brightness, contrast and saturation, and the turn of the hue.
+        flips, jitters, greys: (n,) whether the view is mirrored, jittered, grey.
+        factors: (4, n) factors of brightness, contrast and saturation, and the turn of the hue.
         order: (4, n) which of these comes first, second, ...
     """
 
@@ -53,11 +51,11 @@ class Draws:
     order: Tensor
 
     def of(self, mine: slice) -> Draws:
-        """Those of the images at ``mine``."""
+        """Return the draws of the images at ``mine``."""
         return Draws(*(getattr(self, field.name)[..., mine] for field in fields(self)))
 
     def on(self, device: torch.device) -> Draws:
-        """The same on ``device``, taken there in one copy; ``order`` stays on the CPU, where it is dealt by."""
+        """Return the same draws on ``device``, moved in one copy; ``order`` stays on the CPU, where it is used."""
         flags = torch.stack([self.flips, self.jitters, self.greys])
         there = upload(torch.cat([self.boxes, self.factors, flags]), device)
         boxes, factors, flags = there.split([4, 4, 3])
@@ -65,16 +63,8 @@ class Draws:
         return Draws(boxes, flips, jitters, greys, factors, self.order)
 
 
-def require_images(x: Tensor | ImageFiles) -> None:
-    """Raise UsageError unless x are grey or RGB images of 8 bits."""
-    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] not in {1, 3}:
-        raise UsageError(
-            f"SimCLR augments grey or RGB images of 8 bits, not {x.dtype} of shape {tuple(x.shape[1:])}"
-        )
-
-
 def draw_views(shape: Sequence[int], generator: torch.Generator) -> Draws:
-    """Draws for each image of a batch of ``shape`` (B, C, H, W), from a generator on the CPU."""
+    """Return draws for each image of a batch of ``shape`` (B, C, H, W), from a generator on the CPU."""
     count, _, height, width = shape
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -88,11 +78,11 @@ def draw_views(shape: Sequence[int], generator: torch.Generator) -> Draws:
 
 
 def _boxes(areas: Tensor, ratios: Tensor, places: Tensor, height: int, width: int) -> Tensor:
-    """(4, n) the first of ``TRIES`` crops that fits in; else the largest in the middle, as torchvision has it.
+    """Return (4, n) the first of ``TRIES`` crops that fits, otherwise the largest one in the middle, like torchvision.
 
     Args:
         areas: (TRIES, n) shares of the image.
-        ratios, places: (TRIES, n) and (2, n) in [0, 1), of the ranges of log-ratios and of free pixels.
+        ratios, places: (TRIES, n) and (2, n) in [0, 1), positions in the ranges of log-ratios and of free pixels.
     """
     low, high = map(math.log, RATIO)
     ratios = (low + (high - low) * ratios).exp()
@@ -113,17 +103,17 @@ def _boxes(areas: Tensor, ratios: Tensor, places: Tensor, height: int, width: in
 
 
 def see(images: Tensor, draws: Draws) -> Tensor:
-    """Each image by its own draw.
+    """Return a view of each image by its own draw.
 
     Args:
-        images: (B, C, H, W) uint8 of one or three channels.
+        images: (B, C, H, W) uint8 with one or three channels.
 
     Returns:
         (B, C, H, W) float32 in [0, 1].
     """
     there = draws.on(images.device)
     x = resized_crop(images.float() / 255, there.boxes, there.flips)
-    # brightness and contrast are all that grey images have
+    # grey images have only brightness and contrast
     operations: list[Jitter] = [brighten, contrast, *([] if x.shape[1] == 1 else [saturate, turn])]
     x = _jittered(x, torch.where(draws.jitters, draws.order, len(draws.order)), there.factors, operations)
     return x if x.shape[1] == 1 else torch.where(there.greys[:, None, None, None], grey(x), x)
@@ -133,7 +123,7 @@ def resized_crop(x: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
     """Cut each of x (B, C, H, W) to its box (4, B) and enlarge that to H × W, bilinear; mirror where ``flips`` (B,)."""
     height, width = x.shape[2:]
     top, left, tall, wide = boxes[:, :, None]
-    # pixels lie at half-integers; beyond the box its outermost ones go on, as if it had been cut out
+    # pixels lie at half-integers; beyond the box its outermost pixels repeat, as if it had been cut out
     down, right = (torch.arange(size, device=x.device) + 0.5 for size in (height, width))
     rows = top + ((down * tall / height) - 0.5).clamp(min=0).minimum(tall - 1)
     columns = left + ((right * wide / width) - 0.5).clamp(min=0).minimum(wide - 1)
@@ -147,15 +137,15 @@ def resized_crop(x: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
 
 
 Jitter = Callable[[Tensor, Tensor], Tensor]
-"""Images (B, C, H, W) in [0, 1] and a factor (B, 1, 1, 1) of each, to images."""
+"""Maps images (B, C, H, W) in [0, 1] and a factor (B, 1, 1, 1) of each to images."""
 
 
 def _jittered(x: Tensor, order: Tensor, factors: Tensor, operations: list[Jitter]) -> Tensor:
-    """Each image through all ``operations`` in its own order; those whose turn has the same one at a time.
+    """Apply all ``operations`` to each image in its own order; images with the same one at a turn go together.
 
     Args:
-        order: (4, B) on the CPU, the number of the operation at each turn; of no image where there is none.
-        factors: (4, B) of each operation.
+        order: (4, B) on the CPU, the number of each image's operation at each turn; larger numbers mean none.
+        factors: (4, B) factors of the operations.
     """
     x = x.contiguous()
     for groups in grouped(order, x.device):
@@ -171,7 +161,7 @@ def brighten(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from the image's mean brightness."""
+    """Scale the distance from the image's mean brightness."""
     return _blend(x, grey(x)[:, :1].mean((1, 2, 3), keepdim=True), factor)
 
 
@@ -180,7 +170,7 @@ def saturate(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def turn(x: Tensor, share: Tensor) -> Tensor:
-    """Turn the hue by ``share`` of the colour circle, saturation and value of HSV kept."""
+    """Turn the hue by ``share`` of the colour circle; saturation and value of HSV stay."""
     value, darkest = x.amax(1), x.amin(1)
     span = value - darkest
     safe = torch.where(span > 0, span, 1.0)
@@ -200,7 +190,7 @@ def turn(x: Tensor, share: Tensor) -> Tensor:
 
 
 def grey(x: Tensor) -> Tensor:
-    """Brightness in every channel."""
+    """Return the brightness in every channel."""
     if x.shape[1] == 1:
         return x
     luma = constant(LUMA, x.dtype, x.device)[:, None, None]

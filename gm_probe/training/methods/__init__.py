@@ -1,6 +1,6 @@
 """The training methods by name. This is the only place that lists them; the code of each is in its own file.
 
-Nothing here imports torch: an unknown method or a bad option is reported at once.
+Nothing here imports torch, so that an unknown method or a bad option is reported at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Method:
     Attributes:
         home: ``module:class`` of its rule.
         settings: fields of ``TrainConfig`` that the rule takes as options of the same names.
-        positive: those of them that may not be 0.
+        positive: those of the settings that may not be 0.
     """
 
     home: str

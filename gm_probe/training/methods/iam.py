@@ -1,4 +1,4 @@
-"""IAM-D, IAM-S and one-pass IAM-D: gradient rules by the inconsistency of the batch's outputs."""
+"""IAM-D, IAM-S and one-pass IAM-D: gradient rules that use the inconsistency of the batch's outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIGNS: tuple[Sign, ...] = get_args(Sign)
 
 
 class _Inconsistency(Rule):
-    """What IAM-D and IAM-S share: Algorithm 1 on the current mini-batch, from fresh noise."""
+    """The common part of IAM-D and IAM-S: Algorithm 1 on the current mini-batch, from fresh noise."""
 
     perturbs = compares = True
 
@@ -49,16 +49,12 @@ class _Inconsistency(Rule):
         if self._scaler is not None:
             factor = self._scaler.scale(torch.tensor(factor, device=x.device))
 
+        def compared(moved: Tensor) -> Tensor:
+            return self.objective.compared(moved, y)
+
         def gradient(offset: Tensor) -> Tensor:
             with draws.again():
-                share = kl_gradient(
-                    self.parameters,
-                    x,
-                    logits,
-                    offset,
-                    factor,
-                    lambda moved: self.objective.compared(moved, y),
-                )[1]
+                _, share = kl_gradient(self.parameters, x, logits, offset, factor, compared)
             return sum_over_processes(self._hooked(share))
 
         start = self.parameters.random(self.noise_scale, self.generator)
@@ -66,12 +62,12 @@ class _Inconsistency(Rule):
 
 
 class IAMD(_Inconsistency):
-    """∇_θ [L(θ) + β KL(f_θ ‖ f_{θ+sg(δ)})] (paper Eq. 6, 23); the clean pass serves L, the ascent and the KL.
+    """∇_θ [L(θ) + β KL(f_θ ‖ f_{θ+sg(δ)})] (paper Eq. 6, 23); one clean pass serves L, the ascent and the KL.
 
     Args:
         beta: weight β.
-        kl_grad: 'both' differentiates both sides of the KL (App. D, Eq. 23); 'perturbed' holds f_θ constant, as
-            the authors' supervised loop does.
+        kl_grad: 'both' differentiates both sides of the KL (App. D, Eq. 23); 'perturbed' keeps f_θ constant, like the
+            authors' supervised loop.
     """
 
     def __init__(
@@ -86,14 +82,7 @@ class IAMD(_Inconsistency):
         kl_grad: KlGrad = "both",
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            model,
-            criterion,
-            rho=rho,
-            k_steps=k_steps,
-            noise_scale=noise_scale,
-            **common,
-        )
+        super().__init__(model, criterion, rho=rho, k_steps=k_steps, noise_scale=noise_scale, **common)
         self.beta, self.kl_grad = real("beta", beta, least=0), one_of("kl_grad", kl_grad, KL_GRADS)
         self.passes = 6.0 + 3.0 * k_steps
 
@@ -110,12 +99,12 @@ class IAMD(_Inconsistency):
 
 
 class OnePassIAMD(Rule):
-    """IAM-D whose δ is carried from the last step, with a random sign (from the authors' code).
+    """IAM-D whose δ is carried over from the last step, with a random sign (from the authors' code).
 
-    One backward pass gives the parameters' gradient and, with respect to the moved parameters, the KL's: δ's next
-    direction. So δ follows the ascent across mini-batches, at SAM's cost. The first δ is noise of length ρ; where
-    the KL has no gradient, or not a finite one, δ stays as it was. With ``m`` it goes from sub-batch to sub-batch.
-    Where layers have been frozen or unfrozen it starts from noise again.
+    One backward pass gives the parameters' gradient and the KL's gradient by the moved parameters, which is δ's next
+    direction. So δ follows the ascent across mini-batches, at SAM's cost. The first δ is noise of length ρ. Where the
+    KL has no finite gradient, δ stays as it was. With ``m`` it is carried from sub-batch to sub-batch. After layers are
+    frozen or unfrozen, it starts from noise again.
     """
 
     passes = 6.0
@@ -164,7 +153,7 @@ class OnePassIAMD(Rule):
         return {**super().state_dict(), "delta": self.delta}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
+        """Continue from what ``state_dict`` returned."""
         super().load_state_dict(state)
         delta = state["delta"]
         self.delta = None if delta is None else delta.to(self.parameters.device)
@@ -174,8 +163,8 @@ class IAMS(_Inconsistency):
     """∇L(θ + δ), second-order terms dropped (paper Eq. 7).
 
     Args:
-        sign: 'random' takes δ and −δ equally often (paper §5); 'none' takes δ as it is (authors' code); 'loss'
-            takes the sign that raises the loss to first order (one more gradient).
+        sign: 'random' takes δ and −δ equally often (paper §5), 'none' takes δ as it is (authors' code), and 'loss'
+            takes the sign that raises the loss to first order, at the cost of one more gradient.
     """
 
     def __init__(
@@ -189,14 +178,7 @@ class IAMS(_Inconsistency):
         sign: Sign = "random",
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            model,
-            criterion,
-            rho=rho,
-            k_steps=k_steps,
-            noise_scale=noise_scale,
-            **common,
-        )
+        super().__init__(model, criterion, rho=rho, k_steps=k_steps, noise_scale=noise_scale, **common)
         self.sign = one_of("sign", sign, SIGNS)
         self.passes = 4.0 + 3.0 * k_steps + (2.0 if sign == "loss" else 0.0)
 
@@ -216,5 +198,5 @@ class IAMS(_Inconsistency):
 
 
 def _random_sign(generator: torch.Generator) -> Tensor:
-    """A 0-dim 1 or -1 on the generator's device, whose value the host never needs."""
+    """Return a 0-dim 1 or -1 on the generator's device; the host never needs its value."""
     return 2 * torch.randint(0, 2, (), generator=generator, device=generator.device) - 1

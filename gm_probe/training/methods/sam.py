@@ -20,8 +20,8 @@ from gm_probe.training.rule import Common, Gradients, Rule, Step
 class SAM(Rule):
     """∇L(θ + e), e = ρ ∇L/‖∇L‖ (Foret et al. 2021).
 
-    Of an objective with unlabeled inputs L is the labeled loss alone (paper §5.3, App. E.4); the gradient of the
-    unlabeled loss, at θ, is added.
+    If an objective has unlabeled inputs, L is the labeled loss alone (paper §5.3, App. E.4), and the gradient of the
+    unlabeled loss at θ is added.
     """
 
     passes = 6.0
@@ -58,7 +58,7 @@ class SAM(Rule):
 class ASAM(SAM):
     """SAM with e = ρ T²∇L/‖T∇L‖ (Kwon et al. 2021).
 
-    T = |θ| + η on parameters named 'weight' (BatchNorm's too), 1 elsewhere, as in the method's published code.
+    T is |θ| + η on parameters named 'weight' (also BatchNorm's), and 1 elsewhere, as in the method's published code.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""What can be learned, by name. This is the only place that lists the objectives; the code of each is in its own file.
+"""The objectives by name. This is the only place that lists them; the code of each is in its own file.
 
-Nothing here imports torch: an unknown objective or a bad combination of settings is reported at once.
+Nothing here imports torch, so that an unknown objective or a bad combination of settings is reported at once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class Choice:
 
     Attributes:
         home: ``module:class`` of its ``Objective``.
-        settings: fields of ``TrainConfig`` that only some objectives use, this one among them.
+        settings: fields of ``TrainConfig`` that only this and perhaps some other objectives use.
         needs_labels: ``labels`` must be given.
         refused: settings that must keep their defaults, and why.
-        least_batch: examples in a batch.
-        encoder: it trains a SimCLR encoder, which is evaluated by linear probes.
+        least_batch: least number of examples in a batch.
+        encoder: whether it trains a SimCLR encoder, which is evaluated by linear probes.
     """
 
     home: str
@@ -66,5 +66,5 @@ OBJECTIVES: dict[str, Choice] = {
 
 
 def trains_encoder(objective: Any) -> bool:
-    """Whether a run of the ``objective`` of this name, as a record has it, trains an encoder."""
+    """Return whether the ``objective`` of this name, as a record has it, trains an encoder."""
     return objective in OBJECTIVES and OBJECTIVES[objective].encoder

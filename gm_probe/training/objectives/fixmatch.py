@@ -10,7 +10,7 @@ from gm_probe.checks import one_of, real
 from gm_probe.data.splits import Splits
 from gm_probe.errors import UsageError
 from gm_probe.runtime.processes import count, sum_over_processes
-from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
+from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, require_images, strengthen
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.objectives.joint import Joint, MixedSampler
 from gm_probe.training.objectives.supervised import BatchSampler, Criterion, Objective
@@ -19,13 +19,13 @@ from gm_probe.training.objectives.supervised import BatchSampler, Criterion, Obj
 class FixMatch(Joint):
     """FixMatch (Sohn et al. 2020) on labeled inputs and two views, weak and strong, of each unlabeled one.
 
-    A weak view whose largest probability reaches ``threshold`` labels its strong view. The inconsistency is over
+    A weak view whose largest probability reaches ``threshold`` labels its strong view. The inconsistency is taken over
     labeled inputs and weak views.
 
     Args:
         threshold: τ.
-        weight: λ_u of the unlabeled loss.
-        mean: the unlabeled loss is averaged over the whole 'batch', or over the 'mask' of confident views.
+        weight: weight λ_u of the unlabeled loss.
+        mean: average the unlabeled loss over the whole 'batch', or over the 'mask' of confident views.
     """
 
     two_losses = True
@@ -58,14 +58,14 @@ class FixMatch(Joint):
         terms = functional.cross_entropy(strong, pseudo, reduction="none") * confident
         if self.mean == "batch":
             return self.weight * terms.mean()
-        confident_views = sum_over_processes(confident.sum()) / count()  # a process: half the batch's, of two
+        confident_views = sum_over_processes(confident.sum()) / count()  # the mean over processes
         return self.weight * terms.sum() / confident_views.clamp(min=1 / count())
 
     def compared(self, logits: Tensor, y: Tensor) -> Tensor:
         return logits[: len(logits) - len(self._views(logits, y)[1])]
 
     def noted(self, logits: Tensor, y: Tensor) -> list[Tensor]:
-        """The share of confident weak views."""
+        """Return the share of confident weak views."""
         return [self._confident(self._views(logits, y)[0])[0].mean()]
 
     def _views(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,9 +83,9 @@ class FixMatch(Joint):
 
 
 class FixMatchSampler(MixedSampler):
-    """Weak views of all examples (flip and reflect-padded crop); after them a strong one of each unlabeled one.
+    """Deals weak views of all examples (flip and reflect-padded crop), then a strong one of each unlabeled example.
 
-    A strong view is a weak one of its own, by RandAugment.
+    A strong view is another weak view, changed by RandAugment.
     """
 
     def __init__(self, config: TrainConfig, splits: Splits) -> None:
@@ -93,10 +93,7 @@ class FixMatchSampler(MixedSampler):
         self.rows = 1 + 2 * config.mu
 
     def views(self, x: Tensor, chosen: Tensor, mine: slice, generator: torch.Generator) -> Tensor:
-        if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] not in {1, 3}:
-            raise UsageError(
-                f"fixmatch augments grey or RGB images of 8 bits, not {x.dtype} of shape {tuple(x.shape[1:])}"
-            )
+        require_images(x, "fixmatch")
         weak = crop_and_flip(x, draw_crops(len(chosen), generator)[:, mine], reflect=True)
         draws = draw_crops(len(chosen), generator)[:, mine]
         operations = draw_strong(len(chosen), generator)[:, :, mine]

@@ -24,7 +24,7 @@ class Joint(Objective):
 
 
 class LabeledSampler(BatchSampler):
-    """The labeled part of ``MixedSampler``'s batches, for rules that have no use for the rest: as many steps."""
+    """Deals only the labeled part of ``MixedSampler``'s batches, in as many steps, to rules that use no other."""
 
     def __init__(self, config: TrainConfig, splits: Splits) -> None:
         self.config, self.labeled = config, len(splits.train)
@@ -40,10 +40,10 @@ class LabeledSampler(BatchSampler):
 
 
 class MixedSampler(LabeledSampler):
-    """Batches of labeled examples and ``mu`` times as many unlabeled ones, all of them whole.
+    """Deals full batches of labeled examples and ``mu`` times as many unlabeled ones.
 
-    An epoch is one pass over the unlabeled examples, filled up from the next; the labeled ones are passed over as
-    often as that takes.
+    An epoch is one pass over the unlabeled examples, filled up from the next pass. The labeled examples repeat as often
+    as needed.
     """
 
     def __init__(self, config: TrainConfig, splits: Splits) -> None:
@@ -59,6 +59,6 @@ class MixedSampler(LabeledSampler):
 
 
 def _passes(size: int, length: int, generator: torch.Generator) -> Tensor:
-    """The first ``length`` of one random order of ``size`` positions after another."""
+    """Return the first ``length`` positions of random orders of ``size``, one after another."""
     orders = [torch.randperm(size, generator=generator) for _ in range(-(-length // size))]
     return torch.cat(orders)[:length]

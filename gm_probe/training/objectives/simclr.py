@@ -10,13 +10,14 @@ from torch import Tensor
 from gm_probe.data.splits import Splits
 from gm_probe.errors import UsageError
 from gm_probe.models.contrastive import partners
+from gm_probe.training.augment import require_images
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.objectives.supervised import BatchSampler, Objective, require_even
-from gm_probe.training.views import draw_views, require_images, see
+from gm_probe.training.views import draw_views, see
 
 
 class SimCLR(Objective):
-    """Cross-entropy of NT-Xent logits, of which each view's partner is the label."""
+    """The cross-entropy of NT-Xent logits, where each view's partner is its label."""
 
     @staticmethod
     def sampler(config: TrainConfig, splits: Splits, compares: bool) -> BatchSampler:
@@ -24,17 +25,16 @@ class SimCLR(Objective):
 
 
 class ViewsSampler(BatchSampler):
-    """SimCLR: two views of every image in a batch, all first ones before all second ones, and no label is read.
+    """Deals two views of every image in a batch, all first views before all second ones, and reads no label.
 
-    Batches are whole, for NT-Xent depends on their size: the few images that an epoch's order has left over wait for
-    the next.
+    Batches are full, because NT-Xent depends on their size. The few images left over in an epoch wait for the next.
     """
 
     rows = 2
 
     def __init__(self, config: TrainConfig, splits: Splits) -> None:
         require_even(config, "images")
-        require_images(splits.inputs.x)
+        require_images(splits.inputs.x, "SimCLR")
         self.config, self.inputs = config, len(splits.inputs)
         self.steps = self.inputs // config.batch_size
         self.examples = self.steps * config.batch_size

@@ -1,12 +1,12 @@
-"""What a batch is learned by: the base loss, and the logits that the inconsistency term is taken over.
+"""The objective of a batch: its base loss, and the logits whose inconsistency counts.
 
-An objective takes a gradient rule's criterion's place::
+An objective takes the place of a gradient rule's criterion::
 
     rule = IAMD(model, FixMatch(threshold=0.95), rho=0.1, noise_scale=3.0)
     rule.backward(torch.cat([labeled, weak, strong]), y)      # all inputs in one forward pass
 
-The labeled inputs come first, as many as there are labels. Of several processes each must hold as many labeled
-and as many unlabeled inputs as any other.
+The labeled inputs come first, as many as there are labels. Every process must hold the same number of labeled and of
+unlabeled inputs.
 """
 
 from __future__ import annotations
@@ -35,48 +35,48 @@ class Objective:
     """Whether there is an unlabeled loss."""
 
     is_mean = False
-    """Whether the criterion is known to be a plain mean over examples, so that no part's share need be found."""
+    """Whether the criterion is known to be a plain mean over examples, so that the parts' shares are known."""
 
     notes: tuple[str, ...] = ()
-    """What a metrics row calls the means that ``noted`` returns."""
+    """The names in a metrics row of the means that ``noted`` returns."""
 
     def __init__(self, criterion: Criterion = functional.cross_entropy) -> None:
         self.criterion = criterion
 
     @classmethod
     def of(cls, config: TrainConfig, criterion: Criterion) -> Objective:
-        """Return the objective of a run, with its settings; ``criterion`` is the labeled loss."""
+        """Return the objective with the settings of a run; ``criterion`` is the labeled loss."""
         return cls(criterion)
 
     @staticmethod
     def sampler(config: TrainConfig, splits: Splits, compares: bool) -> BatchSampler:
-        """Return what deals the batches; ``compares``: the rule compares outputs, of unlabeled inputs too."""
+        """Return what deals the batches; ``compares`` means that the rule also compares outputs of unlabeled inputs."""
         return BatchSampler(config, splits)
 
     def __call__(self, logits: Tensor, y: Any) -> Tensor:
-        """The whole base loss (0-dim) of outputs (B, ...), the first of which have the labels y (n,)."""
+        """Return the whole base loss (0-dim) of outputs (B, ...), the first of which have the labels y (n,)."""
         loss, rest = self.loss(logits, y), self.unlabeled_loss(logits, y)
         return loss if rest is None else loss + rest
 
     def loss(self, logits: Tensor, y: Any) -> Tensor:
-        """The labeled loss, which SAM and ASAM sharpen."""
+        """Return the labeled loss, at whose gradient SAM and ASAM perturb."""
         return self.criterion(logits, y)
 
     def unlabeled_loss(self, logits: Tensor, y: Any) -> Tensor | None:
-        """What the unlabeled inputs add to it."""
+        """Return the loss that the unlabeled inputs add; None where there is none."""
         return None
 
     def compared(self, logits: Tensor, y: Any) -> Tensor:
-        """The outputs whose inconsistency counts."""
+        """Return the outputs whose inconsistency counts."""
         return logits
 
     def noted(self, logits: Tensor, y: Tensor) -> list[Tensor]:
-        """Further means over this batch to log."""
+        """Return further means over this batch to log."""
         return []
 
 
 class BatchSampler:
-    """Supervised learning: every training example once an epoch, the last batch what is left.
+    """Deals every training example once per epoch; the last batch is smaller.
 
     A last batch that would leave a process with one example joins the one before it, since BatchNorm has no statistics
     of a single example.
@@ -85,9 +85,9 @@ class BatchSampler:
     so that the number of processes that share it does not matter.
 
     Attributes:
-        examples: taken in one epoch.
-        steps: batches in one epoch.
-        rows: inputs of the network for each of a batch's ``batch_size`` examples.
+        examples: number of examples in one epoch.
+        steps: number of batches in one epoch.
+        rows: number of network inputs for each of a batch's ``batch_size`` examples.
     """
 
     rows = 1
@@ -106,26 +106,26 @@ class BatchSampler:
             )
 
     def deal(self, generator: torch.Generator) -> Sequence[Tensor]:
-        """The positions of each step's examples, labeled ones first."""
+        """Return the positions of each step's examples, labeled ones first."""
         order = torch.randperm(self.labeled, generator=generator)
         cuts = torch.arange(1, self.steps) * self.config.batch_size
         return order.tensor_split(cuts)
 
     def views(self, x: Tensor, chosen: Tensor, mine: slice, generator: torch.Generator) -> Tensor:
-        """What the network is given of the inputs x, this process's part (``mine``) of those at ``chosen``."""
+        """Return the network's inputs, made of x, which is this process's part (``mine``) of those at ``chosen``."""
         if self.config.augment:
             x = crop_and_flip(x, draw_crops(len(chosen), generator)[:, mine])
         return x
 
     def labels(self, mine: Tensor) -> Tensor:
-        """(n,) what the first rows of this process's inputs, of the examples at ``mine``, are to be called."""
+        """Return (n,) the labels of the first rows of this process's inputs, of the examples at ``mine``."""
         y = self.splits.train.y
         assert y is not None
         return y[mine[mine < len(y)]]
 
 
 def require_even(config: TrainConfig, what: str) -> None:
-    """Raise UsageError unless each process gets as many of a batch."""
+    """Raise UsageError unless each process gets the same number of a batch's examples."""
     if config.batch_size % count():
         raise UsageError(
             f"a batch of {config.batch_size} {what} cannot be shared equally by {count()} processes. "
