@@ -1,4 +1,4 @@
-"""All that a model is run over: the unlabeled set, the validation set and its shifts, the few labels."""
+"""The passes of a model: over the unlabeled set, the validation set and its shifts, and the few labels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Labeled:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one model said of every set.
+    """The predictions of one model for every set.
 
     Attributes:
         shifted: each synthetic shift's family and the predictions for the validation set under it.

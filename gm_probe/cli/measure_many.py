@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gm_probe.measuring.many import Request
 
 DONE = {"finished", "skipped"}
-"""How a measurement ends that gives a result."""
+"""Ends of measurements that give a result."""
 
 
 def opened_once(data: DataOptions, source: str, labeled: bool, path: Path) -> Examples:

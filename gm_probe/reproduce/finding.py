@@ -33,7 +33,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a study is asked for.
+    """What a study is asked to do.
 
     Attributes:
         folder: for what it leaves to be resumed from (runs).
@@ -64,7 +64,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What came out.
+    """The result of a study.
 
     Attributes:
         outcome: whether the paper's claim shows, by the test that ``text`` states with its numbers.

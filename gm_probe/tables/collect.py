@@ -20,7 +20,7 @@ PARTS = {
     "stderr_examples": "_stderr_examples",
     "converged": "_has_converged",
 }
-"""What of a measure's row is kept, and what its column adds to the measure's name."""
+"""The parts of a measure's row that are kept, and the suffixes of their columns."""
 
 
 def collect(root: Path) -> pd.DataFrame:
