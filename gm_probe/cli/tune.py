@@ -40,19 +40,7 @@ FEW = 500
 
 @click.command(
     cls=GroupedCommand,
-    first=(
-        "rho_text",
-        "beta_text",
-        "trials",
-        "seeds",
-        "out",
-        "jobs",
-        "dry_run",
-        "method",
-        "model",
-        "data",
-        "output",
-    ),
+    first=("rho_text", "beta_text", "trials", "seeds", "out", "jobs", "dry_run", "output"),
     epilog="Example:  gmprobe tune --method iam-d --model mlp --rho 0.1,0.3 --out tune/",
 )
 @click.option(
