@@ -142,21 +142,17 @@ def test_with_few_errors_the_exact_interval_stands() -> None:
     assert (found.low, found.high) == clopper_pearson(200 - ENOUGH + 1, 200, 0.9)
 
 
-def test_a_paired_difference_by_mcnemar_and_by_simulation() -> None:
+def test_a_paired_difference_covers_in_simulations() -> None:
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(300):
         both, one, other = rng.random((3, 150))
         a = torch.from_numpy((both < 0.6) | (one < 0.3))
         b = torch.from_numpy((both < 0.6) | (other < 0.15))
-        found, p_value = paired_difference(a, b, 0.95)
+        found = paired_difference(a, b, 0.95)
+        assert found.value == pytest.approx((a.double() - b.double()).mean())
         held += found.low <= 0.4 * 0.15 <= found.high
-        more, less = int((a & ~b).sum()), int((b & ~a).sum())
-        expected = stats.binomtest(more, more + less).pvalue if more + less else 1.0
-        assert p_value == pytest.approx(expected)
     assert held / 300 >= 0.925
-    same = torch.tensor([True, False])
-    assert paired_difference(same, same, 0.9)[1] == 1.0
 
 
 def test_the_advised_number_of_labels_has_the_power() -> None:

@@ -497,79 +497,74 @@ def build():
 """
 
 
+MEASURE = "measure ckpt.pt --unlabeled data"
+
+
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
-        ("gmprobe measure ckpt.pt", 2, ["--unlabeled"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --labeled data", 2, ["exclude"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --measures error", 4, ["error", "--labeled"]),
+        ("measure ckpt.pt", 2, ["--unlabeled"]),
+        ("MEASURE --labeled data", 2, ["exclude"]),
+        ("MEASURE --measures error", 4, ["error", "--labeled"]),
+        ("MEASURE --k-steps 1,inf", 2, ["--k-steps", "whole numbers", "inf"]),
+        ("MEASURE --protocol converged --k-steps 1,3", 2, ["--k-steps", "paper's protocol"]),
         (
-            "gmprobe measure ckpt.pt --unlabeled data --k-steps 1,inf",
-            2,
-            ["--k-steps", "whole numbers", "inf"],
-        ),
-        (
-            "gmprobe measure ckpt.pt --unlabeled data --protocol converged --k-steps 1,3",
-            2,
-            ["--k-steps", "paper's protocol"],
-        ),
-        (
-            "gmprobe measure ckpt.pt --unlabeled data --measures average_inconsistency --rho 0.1,0.2",
+            "MEASURE --measures average_inconsistency --rho 0.1,0.2",
             2,
             ["--rho", "only local_inconsistency takes"],
         ),
-        ("gmprobe measure ckpt.pt --unlabeled data --target-error 1,2%", 2, ["--target-error '1,2%'", "2%"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --target-error 200%", 2, ["--target-error '200%'", "2%"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --memory 4XB", 2, ["--memory '4XB'", "4GB"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --device cuda:7", 6, ["cuda:7", "cpu"]),
-        ("gmprobe measure plain.pt --unlabeled data", 2, ["--model", "--mean"]),
-        ("gmprobe measure plain.pt --unlabeled data --model mlp-6", 2, ["--mean", "--no-normalize"]),
-        ("gmprobe measure plain.pt --unlabeled floats.npz --model mlp-6", 2, ["--mean", "--no-normalize"]),
+        ("MEASURE --target-error 1,2%", 2, ["--target-error '1,2%'", "2%"]),
+        ("MEASURE --target-error 200%", 2, ["--target-error '200%'", "2%"]),
+        ("MEASURE --memory 4XB", 2, ["--memory '4XB'", "4GB"]),
+        ("MEASURE --device cuda:7", 6, ["cuda:7", "cpu"]),
+        ("measure plain.pt --unlabeled data", 2, ["--model", "--mean"]),
+        ("measure plain.pt --unlabeled data --model mlp-6", 2, ["--mean", "--no-normalize"]),
+        ("measure plain.pt --unlabeled floats.npz --model mlp-6", 2, ["--mean", "--no-normalize"]),
         (
-            "gmprobe measure plain.pt --unlabeled data --model mlp-6 --mean 127.5 --std 50",
+            "measure plain.pt --unlabeled data --model mlp-6 --mean 127.5 --std 50",
             2,
             ["mean 127.5", "divide both by 255"],
         ),
         (
-            "gmprobe measure plain.pt --unlabeled floats.npz --model mlp-6 --mean 0.5 --std 0.2",
+            "measure plain.pt --unlabeled floats.npz --model mlp-6 --mean 0.5 --std 0.2",
             4,
             ["floats.npz", "from 0 to 255"],
         ),
-        ("gmprobe measure ckpt.pt --unlabeled data --image-size 8 --crop 8", 2, ["--image-size", "--crop"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --resize 8 --crop 9", 2, ["--crop 9", "--resize 8"]),
-        ("gmprobe measure ckpt.pt --unlabeled digits --crop 8", 2, ["digits", "--crop"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --data data", 2, ["--data"]),
-        ("gmprobe measure plain.pt --unlabeled data --no-normalize", 2, ["--model"]),
-        ("gmprobe measure plain.pt --unlabeled data --no-normalize --model mlp-7", 3, ["1.weight"]),
-        ("gmprobe measure nan.pt --unlabeled data", 3, ["nan.pt", "1.weight", "NaN"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --mean 0.5 --std 0", 2, ["normalisation", "std > 0"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --part test", 2, ["data has no train/ and test/ parts"]),
-        ("gmprobe measure ckpt.pt --unlabeled digits --image-size 8", 2, ["digits", "--image-size"]),
-        ("gmprobe measure . --image-size 8", 2, ["--image-size", "--unlabeled"]),
-        ("gmprobe measure ckpt.pt --unlabeled colour", 4, ["colour", "(3, 8, 8)", "--channels 1"]),
-        ("gmprobe measure ckpt.pt --unlabeled floats.npz", 4, ["floats.npz", "uint8", "--no-normalize"]),
-        ("gmprobe measure ckpt.pt --unlabeled ints.npz", 4, ["int64", "uint8", "--no-normalize"]),
+        ("MEASURE --image-size 8 --crop 8", 2, ["--image-size", "--crop"]),
+        ("MEASURE --resize 8 --crop 9", 2, ["--crop 9", "--resize 8"]),
+        ("measure ckpt.pt --unlabeled digits --crop 8", 2, ["digits", "--crop"]),
+        ("MEASURE --data data", 2, ["--data"]),
+        ("measure plain.pt --unlabeled data --no-normalize", 2, ["--model"]),
+        ("measure plain.pt --unlabeled data --no-normalize --model mlp-7", 3, ["1.weight"]),
+        ("measure nan.pt --unlabeled data", 3, ["nan.pt", "1.weight", "NaN"]),
+        ("MEASURE --mean 0.5 --std 0", 2, ["normalisation", "std > 0"]),
+        ("MEASURE --part test", 2, ["data has no train/ and test/ parts"]),
+        ("measure ckpt.pt --unlabeled digits --image-size 8", 2, ["digits", "--image-size"]),
+        ("measure . --image-size 8", 2, ["--image-size", "--unlabeled"]),
+        ("measure ckpt.pt --unlabeled colour", 4, ["colour", "(3, 8, 8)", "--channels 1"]),
+        ("measure ckpt.pt --unlabeled floats.npz", 4, ["floats.npz", "uint8", "--no-normalize"]),
+        ("measure ckpt.pt --unlabeled ints.npz", 4, ["int64", "uint8", "--no-normalize"]),
         (
-            "gmprobe measure ckpt.pt --labeled far.npz --measures error",
+            "measure ckpt.pt --labeled far.npz --measures error",
             4,
             ["far.npz has labels up to 2 but the model has 2 classes"],
         ),
-        ("gmprobe measure ckpt.pt --labeled three", 4, ["three"]),
-        ("gmprobe measure ckpt.pt --unlabeled large", 4, ["--image-size 8"]),
-        ("gmprobe measure ckpt.pt --unlabeled broken", 4, ["broken/x.png"]),
-        ("gmprobe measure mine.pt --unlabeled data", 2, ["--model danger.py:build"]),
+        ("measure ckpt.pt --labeled three", 4, ["three"]),
+        ("measure ckpt.pt --unlabeled large", 4, ["--image-size 8"]),
+        ("measure ckpt.pt --unlabeled broken", 4, ["broken/x.png"]),
+        ("measure mine.pt --unlabeled data", 2, ["--model danger.py:build"]),
         (
-            "gmprobe measure plain.pt --unlabeled data --model asserting.py:build --no-normalize",
+            "measure plain.pt --unlabeled data --model asserting.py:build --no-normalize",
             4,
             ["wrong height", "--image-size"],
         ),
         (
-            "gmprobe measure plain.pt --unlabeled data --model refusing.py:build --no-normalize",
+            "measure plain.pt --unlabeled data --model refusing.py:build --no-normalize",
             2,
             ["local_inconsistency: the model cannot be differentiated", "(no way back)", "--measures"],
         ),
-        ("gmprobe train --model mlp-4 --epochs 3 --lr 1e30 --out d", 5, ["not finite"]),
-        ("gmprobe measure x --measures S_ρ", 2, ["S_ρ is called local_inconsistency"]),
+        ("train --model mlp-4 --epochs 3 --lr 1e30 --out d", 5, ["not finite"]),
+        ("measure x --measures S_ρ", 2, ["S_ρ is called local_inconsistency"]),
     ],
 )
 def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, capsys, command, code, words):
@@ -596,7 +591,7 @@ def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, 
     np.savez(tmp_path / "far.npz", x=zeros.astype(np.uint8), y=[0, 1, 2])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"no image")
-    got, out, err = run(command, capsys)
+    got, out, err = run(f"gmprobe {command.replace('MEASURE', MEASURE)}", capsys)
     assert got == code, err
     assert out == ""
     assert all(word in err for word in words), err

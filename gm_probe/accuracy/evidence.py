@@ -1,10 +1,10 @@
-"""All that a model is run over: the unlabeled set, the validation set and its shifts, the few labels."""
+"""The passes of a model: over the unlabeled set, the validation set and its shifts, and the few labels."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Labeled:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one model said of every set.
+    """The predictions of one model for every set.
 
     Attributes:
         shifted: each synthetic shift's family and the predictions for the validation set under it.
@@ -54,7 +54,6 @@ class Evidence:
     few_labels: Labeled | None = None
     shifted: tuple[tuple[str, Labeled], ...] = ()
     seconds: float = 0.0
-    outputs: Outputs = field(default_factory=Outputs)
 
     @property
     def size(self) -> int:
@@ -125,7 +124,6 @@ def gather(
         None if few_labels is None else labeled(few_labels),
         tuple(moved),
         time.perf_counter() - began,
-        read,
     )
 
 

@@ -61,8 +61,8 @@ def prediction_powered(right: Tensor, confidence: Tensor, everywhere: Tensor, le
     return Interval(min(max(value, 0.0), 1.0), low, high, "prediction-powered mean (PPI++)")
 
 
-def paired_difference(right: Tensor, other: Tensor, level: float) -> tuple[Interval, float]:
-    """Return the difference of two models' accuracies on the same labels, and the p-value of McNemar's exact test.
+def paired_difference(right: Tensor, other: Tensor, level: float) -> Interval:
+    """Return the difference of two models' accuracies on the same labels.
 
     The interval is that of Agresti and Min (2005): half an observation is added to each cell.
     """
@@ -71,10 +71,8 @@ def paired_difference(right: Tensor, other: Tensor, level: float) -> tuple[Inter
     a, b, total = first + 0.5, second + 0.5, n + 2
     middle = (a - b) / total
     half = float(norm.isf((1 - level) / 2)) * math.sqrt(a + b - (a - b) ** 2 / total) / total
-    p_value = float(binomtest(first, first + second).pvalue) if first + second else 1.0
-    return Interval(
-        (first - second) / n, max(middle - half, -1.0), min(middle + half, 1.0), "paired labels"
-    ), p_value
+    low, high = max(middle - half, -1.0), min(middle + half, 1.0)
+    return Interval((first - second) / n, low, high, "paired labels")
 
 
 def labels_to_separate(difference: float, disagreement: float, one_right: float, level: float) -> float:

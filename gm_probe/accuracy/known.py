@@ -1,4 +1,4 @@
-"""What a labeled validation set and its synthetic shifts tell of one model: scores with known accuracies."""
+"""What a labeled validation set and its synthetic shifts say about one model: scores with known accuracies."""
 
 from __future__ import annotations
 

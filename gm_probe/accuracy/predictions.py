@@ -27,7 +27,7 @@ CHECKED = 64
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What a model says of N examples.
+    """The outputs of a model for N examples.
 
     Attributes:
         logits: (N, K), float32 on the CPU.

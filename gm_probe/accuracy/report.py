@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 CLASS_SHARES = ("auto", "validation", "uniform", "estimated")
-"""What the class shares of the unlabeled data may be said to be, beside numbers."""
+"""What ``class_shares`` may be, besides numbers."""
 MIRRORED = "effective_invariance"
-"""An estimator that takes a second pass over every set, and so is computed on demand only."""
+"""An estimator that takes a second pass over every set, so that it is computed on demand only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class ModelEstimate:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the model's JSON object."""
         accuracy = None if self.accuracy is None else asdict(self.accuracy)
         if accuracy is not None:
             accuracy["readings"] = {
@@ -92,7 +92,7 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True)
 class EstimateReport:
-    """All models, best first.
+    """The estimates of all models, best first.
 
     Attributes:
         agreement: share of the unlabeled data on which each pair of models agrees, in the order of ``models``.
@@ -113,7 +113,7 @@ class EstimateReport:
     num_labels: int | None
 
     def as_dict(self, **more: Any) -> dict[str, Any]:
-        """The JSON object of ``gmprobe estimate --json``; ``more`` is added."""
+        """Return the JSON object of ``gmprobe estimate --json``; ``more`` is added."""
         return {
             "num_unlabeled": self.num_unlabeled,
             "num_validation": self.num_validation,

@@ -1,4 +1,4 @@
-"""From what the models said of the sets to one ranked report."""
+"""Turn the predictions of several models into one ranked report."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def judge(
     measures: Mapping[str, dict[str, Any]] | None = None,
     notes: Sequence[str] = (),
 ) -> EstimateReport:
-    """Rank the models by what they said of the sets.
+    """Rank the models by their predictions for the sets.
 
     Raises:
         DataError: models of different numbers of classes.

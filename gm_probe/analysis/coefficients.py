@@ -1,4 +1,4 @@
-"""Kendall's τ-b and what is made of it: within groups, partial, differences; and granulated ψ.
+"""Kendall's τ-b over all runs, within groups, partial, and its differences; and granulated ψ.
 
 Each comes with its influence: what a run's weight changes it by. All intervals are made of influences, in one way.
 """

@@ -63,7 +63,7 @@ def conclude(found: Correlations) -> tuple[str, ...]:
         for kinds, targets in same.items()
         for sentence in _sentences(kinds, " and the ".join(targets))
     ]
-    return (*said, *_subgroups(found), *_simpson(found), *_selection(found))
+    return (*said, *_subgroups(found), *_simpson(found), *selection(found))
 
 
 SAID = {
@@ -126,7 +126,8 @@ def _simpson(found: Correlations) -> list[str]:
     ]
 
 
-def _selection(found: Correlations) -> list[str]:
+def selection(found: Correlations) -> list[str]:
+    """Return what picking a run by a measure costs, in a sentence; none where nothing can be picked."""
     picked = [(key, of) for key, of in found.quantities.items() if key.statistic == "regret"]
     picked = [(key, of) for key, of in picked if key.measure in found.alike and of.value is not None]
     if not picked:

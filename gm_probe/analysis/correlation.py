@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -81,15 +81,18 @@ def correlate(
         DataError: fewer than two runs, so that no rank correlation exists.
         ResourceError: more than ``MOST_RUNS`` runs.
     """
-    table = _table_of(
-        source,
-        measures=measures,
-        hyperparameters=hyperparameters,
-        group_by=group_by,
-        gap=gap,
-        seed_column=seed_column,
-        converged_only=converged_only,
-    )
+    if isinstance(source, RunTable):
+        table = source
+    else:
+        table = load_table(
+            source if isinstance(source, pd.DataFrame) else Path(source),
+            measures,
+            hyperparameters,
+            group_by,
+            gap=gap,
+            seed_column=seed_column,
+            converged_only=converged_only,
+        )
     study = _Study.of(table, table.named(targets) or table.gaps, table.named(group_by), table.named(controls))
     clusters = clusters_of(study.design.setting, study.design.seed)
     result = Correlations(
@@ -103,12 +106,6 @@ def correlate(
         warnings={name: measure_warnings(table, name) for name in table.measures},
     )
     return replace(result, conclusion=conclude(result))
-
-
-def _table_of(source: RunTable | pd.DataFrame | Path | str, **asked: Any) -> RunTable:
-    if isinstance(source, RunTable):
-        return source
-    return load_table(source if isinstance(source, pd.DataFrame) else Path(source), **asked)
 
 
 def _require_runs(table: RunTable) -> None:

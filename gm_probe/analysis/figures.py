@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from gm_probe.analysis.curves import curve
 from gm_probe.analysis.definitions import MEASURES
@@ -151,10 +151,8 @@ def tau_by_radius(lines: Mapping[int, Mapping[float, Quantity]], ylabel: str) ->
         for place, tau in zip(x, taus.values(), strict=True):
             if tau.low is not None and tau.high is not None:
                 axes.plot([place] * 2, [tau.low, tau.high], color=_colour(index), linewidth=0.8)
-    axes.xaxis.set_major_locator(FixedLocator(radii))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_minor_locator(FixedLocator([]))
+    axes.set_xticks(radii, [f"{rho:g}" for rho in radii])
+    axes.minorticks_off()
     axes.set_ylim(-1.03, 1.03)
     axes.set_xlabel(r"radius $\rho$")
     axes.set_ylabel(ylabel)

@@ -38,7 +38,7 @@ class Quantity:
     @property
     def clear(self) -> bool:
         """Return whether the interval excludes 0."""
-        return excludes_zero(self.low, self.high)
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +202,3 @@ def mean_interval(values: np.ndarray, level: float = 0.99) -> tuple[float, float
         len(values)
     )
     return mean, mean - half, mean + half
-
-
-def excludes_zero(low: float | None, high: float | None) -> bool:
-    """Return whether an interval lies on one side of 0."""
-    return low is not None and high is not None and (low > 0 or high < 0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from gm_probe.analysis.conclusion import costs, target_short
+from gm_probe.analysis.conclusion import selection, target_short
 from gm_probe.analysis.definitions import symbol
 from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.results import Correlations
@@ -21,7 +21,7 @@ def leads(found: Correlations, grids: Grids) -> dict[str, str]:
         "scatter": _strongest(found),
         "beyond": _granulated(found),
         "comparisons": _alike(found),
-        "selection": _picks(found),
+        "selection": selection(found),
         "grid": _over_grid(grids),
     }
     return {name: " ".join(said) for name, said in parts.items()} | {"runs": entered(found)}
@@ -83,22 +83,6 @@ def _alike(found: Correlations) -> Iterator[str]:
         yield f"{listed([symbol(name) for name in (first, *others)])} order the runs alike (|τ| > 0.98)."
     if not same and len(found.runs.measures) > 1:
         yield "No two measures order the runs alike (|τ| > 0.98)."
-
-
-def _picks(found: Correlations) -> Iterator[str]:
-    for target in dict.fromkeys(key.target for key in found.quantities if key.statistic == "regret"):
-        every = {
-            key: of.value
-            for key, of in found.quantities.items()
-            if key.statistic == "regret" and key.target == target and of.value is not None
-        }
-        if every:
-            best = min(every, key=lambda key: every[key])
-            random = found.get(best.measure, target, "regret_random").value
-            yield (
-                f"Picking by {symbol(best.measure)} costs {costs(every[best], target)} of {target_short(target)} over "
-                f"the best run, the least of all measures; a random run costs {costs(random or 0.0, target)}."
-            )
 
 
 def _over_grid(grids: Grids) -> Iterator[str]:

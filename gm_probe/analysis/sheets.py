@@ -8,7 +8,7 @@ from gm_probe.analysis.conclusion import target_short
 from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.provenance import Provenance
 from gm_probe.analysis.results import Correlations
-from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, two_decimals
+from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, plain_sheet, two_decimals
 from gm_probe.tables.table import Exclusion, RunTable, by_reason, show
 
 NAMED = 20
@@ -75,25 +75,17 @@ def statistics_sheets(found: Correlations) -> tuple[Sheet, ...]:
 def _part(found: Correlations, name: str) -> Sheet:
     title, caption, wanted = SECTIONS[name]
     rows = [(key, of) for key, of in found.quantities.items() if key.statistic in wanted]
-    return Sheet(
-        name=name,
-        title=title,
-        caption=caption,
-        columns=("Measure", "Target", "Statistic", "Value", "95 % CI", "p", "n"),
-        rows=tuple(
-            (
-                Cell(key.measure),
-                Cell(target_short(key.target)),
-                Cell(f"{NAMES[key.statistic]} {key.group}".strip()),
-                _figure(of.value, None if name != "selection" else 3, of.note or None),
-                _interval(of),
-                _p(of.p),
-                _count(of.n),
-            )
-            for key, of in rows
-        ),
-        num_labels=3,
+    digits = 3 if name == "selection" else None
+    cells = tuple(
+        (
+            *(Cell(key.measure), Cell(target_short(key.target))),
+            Cell(f"{NAMES[key.statistic]} {key.group}".strip()),
+            *(_figure(of.value, digits, of.note or None), _interval(of), _p(of.p), _count(of.n)),
+        )
+        for key, of in rows
     )
+    columns = ("Measure", "Target", "Statistic", "Value", "95 % CI", "p", "n")
+    return Sheet(name, title, caption, columns, cells, num_labels=3)
 
 
 def run_sheets(table: RunTable) -> tuple[Sheet, ...]:
@@ -108,15 +100,8 @@ def run_sheets(table: RunTable) -> tuple[Sheet, ...]:
         ]
         rows.append((Cell(str(record["run"])), *settings, *values))
     more = table.num_runs - len(frame)
-    runs = Sheet(
-        name="runs",
-        title="Runs",
-        caption=f"The {table.num_runs:,} runs that entered."
-        + (f" {more:,} more are not shown." if more else ""),
-        columns=("Run", *table.hyperparameters, *figures),
-        rows=tuple(rows),
-        num_labels=1,
-    )
+    caption = f"The {table.num_runs:,} runs that entered." + f" {more:,} more are not shown." * bool(more)
+    runs = Sheet("runs", "Runs", caption, ("Run", *table.hyperparameters, *figures), tuple(rows))
     return runs, exclusions_sheet(table)
 
 
@@ -125,52 +110,36 @@ def exclusions_sheet(table: RunTable) -> Sheet:
     names = table.frame["run"].to_list()
     rows = [("whole run", reason, runs) for reason, runs in by_reason(table.excluded).items()]
     for column in (*table.gaps, *table.measures):
-        gone = [Exclusion(names[row], reason) for row, reason in table.missing.get(column, {}).items()]
-        rows += [(f"its {column}", reason, runs) for reason, runs in by_reason(gone).items()]
+        lacking = [Exclusion(names[row], reason) for row, reason in table.missing.get(column, {}).items()]
+        rows += [(f"its {column}", reason, runs) for reason, runs in by_reason(lacking).items()]
     for column, kept in table.unconverged.items():
         if kept:
             rows.append(
                 (f"nothing (its {column} is kept)", "not converged", [names[row] for row in sorted(kept)])
             )
-    return Sheet(
-        name="exclusions",
-        title="Left out",
-        caption=(
-            f"{len(table.excluded):,} of {table.num_runs + len(table.excluded):,} runs were left out "
-            "completely."
-        )
-        + ("" if rows else " No value of any other run is missing."),
-        columns=("What", "Reason", "Number", "Runs"),
-        rows=tuple(
-            (Cell(what), Cell(reason), Cell(f"{len(runs):,}", len(runs)), Cell(_some(runs)))
-            for what, reason, runs in rows
-        ),
-        num_labels=2,
+    gone = (
+        f"{len(table.excluded):,} of {table.num_runs + len(table.excluded):,} runs were left out completely."
     )
+    cells = tuple(
+        (Cell(what), Cell(reason), Cell(f"{len(runs):,}", len(runs)), Cell(_some(runs)))
+        for what, reason, runs in rows
+    )
+    caption = gone if rows else f"{gone} No value of any other run is missing."
+    return Sheet("exclusions", "Left out", caption, ("What", "Reason", "Number", "Runs"), cells, num_labels=2)
 
 
 def definition_sheets(measures: Iterable[str]) -> tuple[Sheet, ...]:
     """Return the measures that are known, and all statistics, in words."""
     known = [(name, *definitions.MEASURES[name]) for name in measures if name in definitions.MEASURES]
     foreign = [name for name in measures if name not in definitions.MEASURES]
-    of_measures = Sheet(
-        name="measures",
-        title="Measures",
-        caption="f_θ: the network's output probabilities at parameters θ (P of them); z: its logits."
-        + (f" Defined by the author of the table: {', '.join(foreign)}." if foreign else ""),
-        columns=("Measure", "Symbol", "Definition"),
-        rows=tuple(tuple(map(Cell, row)) for row in known),
-        num_labels=3,
+    caption = "f_θ: the network's output probabilities at parameters θ (P of them); z: its logits."
+    if foreign:
+        caption += f" Defined by the author of the table: {', '.join(foreign)}."
+    terms, how = definitions.STATISTICS.items(), "How to read the numbers above."
+    return (
+        plain_sheet("measures", "Measures", caption, ("Measure", "Symbol", "Definition"), known, 3),
+        plain_sheet("statistics", "Statistics", how, ("Term", "Definition"), terms, 2),
     )
-    of_statistics = Sheet(
-        name="statistics",
-        title="Statistics",
-        caption="How to read the numbers above.",
-        columns=("Term", "Definition"),
-        rows=tuple((Cell(term), Cell(text)) for term, text in definitions.STATISTICS.items()),
-        num_labels=2,
-    )
-    return of_measures, of_statistics
 
 
 def origin_sheets(origin: Provenance, versions: Mapping[str, str]) -> tuple[Sheet, ...]:
@@ -181,14 +150,7 @@ def origin_sheets(origin: Provenance, versions: Mapping[str, str]) -> tuple[Shee
         ("measured", "Measurement", "The settings that every run's measures.json records.", origin.measured),
     )
     return tuple(
-        Sheet(
-            name=name,
-            title=title,
-            caption=caption,
-            columns=("Setting", "Value"),
-            rows=tuple((Cell(key), Cell(_shares(values))) for key, values in of.items()),
-            num_labels=2,
-        )
+        plain_sheet(name, title, caption, ("Setting", "Value"), [(key, _shares(of[key])) for key in of], 2)
         for name, title, caption, of in tables
         if of
     )

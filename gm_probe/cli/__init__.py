@@ -1,4 +1,4 @@
-"""Parse, make one library call, print. The only place that turns a ProbeError into a message and an exit code.
+"""Parse, make one library call, print. Only this module turns a ProbeError into a message and an exit code.
 
 Commands are imported when they are asked for, so that ``gmprobe --help`` and ``gmprobe correlate`` never wait
 for torch.

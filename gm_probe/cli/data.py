@@ -44,7 +44,7 @@ def opened_aloud(data: DataOptions, source: str, labeled: bool, quiet: bool) -> 
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """On what data, and how, checkpoints are run: each field is an option (see ``setting``)."""
+    """The data that checkpoints run on, and how they run: each field is an option (see ``setting``)."""
 
     part: str | None = setting(
         None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -256,19 +256,13 @@ def _show(
 
 def _print(report: EstimateReport, names: Sequence[str]) -> None:
     console = results_console()
-    known = report.models[0].accuracy is not None
     wide = console.width >= NARROW
-    several = wide and len(report.models) > 1
-    shown = [name for name in names if name != MIRRORED]
     compared = wide and report.num_labels is None
-    accuracy = ["accuracy", "interval", *(["estimators"] if compared else [])]
-    head = ["checkpoint", *(accuracy if known else ["confidence"])]
-    head += ["agreement"] if several else []
-    head += [CATALOGUE[name].symbol for name in shown]
+    shown = [name for name in names if name != MIRRORED]
     paths = [model.name for model in report.models]
     short = dict(zip(paths, short_names(paths), strict=True))
     rows = [
-        [short[model.name], *_cells(model, shown, several=several, compared=compared)]
+        [("checkpoint", short[model.name]), *_row(model, shown, wide and len(paths) > 1, compared)]
         for model in report.models
     ]
     sizes = [f"N = {report.num_unlabeled:,}"]
@@ -277,7 +271,8 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
     if report.num_labels is not None:
         sizes.append(f"labels = {report.num_labels:,}")
     seconds = f"{sum(model.seconds for model in report.models):.1f} s"
-    console.print(table(f"accuracy on unlabeled data in %  {'  '.join(sizes)}  {seconds}", head, rows))
+    title = f"accuracy on unlabeled data in %  {'  '.join(sizes)}  {seconds}"
+    console.print(table(title, [head for head, _ in rows[0]], [[cell for _, cell in row] for row in rows]))
     conclusion = report.conclusion
     for path in sorted(paths, key=len, reverse=True):  # one path may be the beginning of another
         conclusion = conclusion.replace(path, short[path])
@@ -300,23 +295,25 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
         say(console, f"note: {line}")
 
 
-def _cells(model: ModelEstimate, shown: Sequence[str], *, several: bool, compared: bool) -> list[str]:
-    """Return a model's row of the table, without its name."""
-    cells = []
-    if model.accuracy is not None:
-        found = model.accuracy
-        cells += [_points(found.value), f"{_points(found.low)} to {_points(found.high)}"]
+def _row(
+    model: ModelEstimate, shown: Sequence[str], several: bool, compared: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield each column's head and the model's cell in it, without its name."""
+    found = model.accuracy
+    if found is None:
+        yield "confidence", _points(model.estimators["average_confidence"]["score"])
+    else:
+        yield "accuracy", _points(found.value)
+        yield "interval", f"{_points(found.low)} to {_points(found.high)}"
         if compared:
             values = _good(model.estimators)
-            cells += [f"{_points(min(values))} to {_points(max(values))}"]
-    else:
-        cells += [_points(model.estimators["average_confidence"]["score"])]
-    cells += [_points(model.agreement)] if several else []
+            yield "estimators", f"{_points(min(values))} to {_points(max(values))}"
+    if several:
+        yield "agreement", _points(model.agreement)
     for name in shown:
         row = model.measures[name]
         error = row["stderr_examples"] if row["stderr"] is None else row["stderr"]
-        cells.append(f"{number(row['value'])} ± {number(error, 2)}")
-    return cells
+        yield CATALOGUE[name].symbol, f"{number(row['value'])} ± {number(error, 2)}"
 
 
 def _good(estimators: Mapping[str, Mapping[str, float | None]]) -> list[float]:
@@ -348,11 +345,10 @@ def _write_suggestions(path: Path, report: EstimateReport, files: Sequence[Path]
     from gm_probe.files.atomic import write_atomic
 
     models = list(report.suggestions[0].predicted) if report.suggestions else []
-    names = ["index", *(["file"] if files else []), *models]
     rows = []
     for one in report.suggestions:
-        place = [str(files[one.index])] if files else []
-        rows.append(dict(zip(names, [one.index, *place, *one.predicted.values()], strict=True)))
-    write_atomic(path, csv_text(rows, names).encode())
+        rows.append([one.index, *([str(files[one.index])] if files else []), *one.predicted.values()])
+    text = csv_text(["index", *(["file"] if files else []), *models], rows)
+    write_atomic(path, text.encode())
     if not rows:
         note(notes_console(quiet), f"note: {path} is empty: there are no leaders that disagree")

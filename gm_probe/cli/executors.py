@@ -71,12 +71,16 @@ class ExecutorOptions:
         """Whether one job after the other runs in this process."""
         return self.executor == "local" and self.jobs == 1
 
+    def ray(self, root: Path, threads: int | None) -> Executor:
+        """Return the Ray cluster for runs below ``root``."""
+        from gm_probe.executors import ray
+
+        return ray.Ray(root, self.address, threads or 1, self.gpus)
+
     def engine(self, root: Path, device: str, threads: int | None) -> Executor | None:
         """Return what runs jobs below ``root``; None where this process does."""
         if self.executor == "ray":
-            from gm_probe.executors import ray
-
-            return ray.Ray(root, self.address, threads or 1, self.gpus)
+            return self.ray(root, threads)
         if self.here:
             return None
         from gm_probe.executors.local import Processes, visible_gpus

@@ -1,4 +1,4 @@
-"""What this machine has of what gm_probe uses, and the command that mends what it lacks. Imports no torch by itself."""
+"""What gm_probe uses and this machine has, and the commands that install the rest. It needs no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXTRAS = {
     "lightning": "examples/lightning_training.py",
     "accelerate": "examples/accelerate_loop.py",
 }
-"""Optional dependencies that a command may ask for, and what for."""
+"""Optional dependencies, and what needs them."""
 DATA = {
     "cifar10": "cifar-10-batches-py",
     "cifar100": "cifar-100-python",

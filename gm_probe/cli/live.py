@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from gm_probe.executors.local import Outcome
 
 LEFT_OUT = ("failed", "diverged", "busy")
-"""How a run ends that gives no result now; each is named with its reason."""
+"""Ends of runs without a result; each is named with its reason."""
 A_WEEK = 7 * 86400.0
-"""Seconds over which the pace is taken: a run may take hours."""
+"""Seconds over which the pace is measured, because a run may take hours."""
 
 
 @contextmanager

@@ -294,9 +294,8 @@ def measure(
     from gm_probe.runtime import processes
     from gm_probe.runtime.devices import named_device, pick_device
 
-    together = (
-        processes.launched() > 1
-    )  # torchrun's processes share the examples of one checkpoint after another
+    # torchrun's processes share the examples of one checkpoint after another
+    together = processes.launched() > 1
     if together and not placing.here:
         raise UsageError(
             "under torchrun, checkpoints are measured one by one; leave out --jobs and --executor"

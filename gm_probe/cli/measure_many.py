@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gm_probe.measuring.many import Request
 
 DONE = {"finished", "skipped"}
-"""How a measurement ends that gives a result."""
+"""Ends of measurements that give a result."""
 
 
 def opened_once(data: DataOptions, source: str, labeled: bool, path: Path) -> Examples:
@@ -109,18 +109,18 @@ def _print(outcomes: Sequence[Outcome], output: str | None, quiet: bool) -> None
     """Print the results to stdout, and what is to be said about them to stderr."""
     results = [outcome.result for outcome in outcomes if outcome.status in DONE]
     if output:
-        entries = [outcome.result if outcome.status in DONE else _entry(outcome) for outcome in outcomes]
+        entries = [
+            each.result
+            if each.status in DONE
+            else {"checkpoint": each.name, "error": each.reason, "exit_code": each.exit_code}
+            for each in outcomes
+        ]
         print_as(output, entries, as_rows(results))
     else:
         print_results(results)
     if not quiet:
         for result in results:
             warn(result)
-
-
-def _entry(outcome: Outcome) -> dict[str, object]:
-    """Return the JSON object of a checkpoint that failed."""
-    return {"checkpoint": outcome.name, "error": outcome.reason, "exit_code": outcome.exit_code}
 
 
 def _raise_failures(outcomes: Sequence[Outcome], *, named: bool) -> None:

@@ -71,18 +71,17 @@ def print_as(form: str, result: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows as CSV on stdout; the header is the union of their keys."""
-    _print(csv_text(rows, list(dict.fromkeys(key for row in rows for key in row))))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    _print(csv_text(columns, [[row.get(column) for column in columns] for row in rows]))
 
 
-def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Return ``rows`` as CSV. None is an empty field.
+def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table as CSV. None is an empty field.
 
     Text that a spreadsheet would run as a formula gets a leading apostrophe.
     """
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(cell, columns))
-    writer.writerows([cell(row.get(column)) for column in columns] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows([map(cell, row) for row in (columns, *rows)])
     return text.getvalue()
 
 

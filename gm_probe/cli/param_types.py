@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ class Choice(click.Choice[str]):
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         every = ", ".join(self.choices)
         return f"no {value!r}; {did_you_mean(value, self.choices, f'choose from {every}')}"
+
+
+class Parsed(click.ParamType):
+    """A value that ``read`` makes of the option's name and its text."""
+
+    name = "text"
+
+    def __init__(self, read: Callable[[str, str], Any]) -> None:
+        self.read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return self.read(param.opts[0] if param else "", str(value))
 
 
 def split(text: str) -> list[str]:

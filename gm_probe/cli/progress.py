@@ -110,8 +110,7 @@ def progress_bar(label: str, total: float, *, unit: str, quiet: bool) -> Iterato
         TimeRemainingColumn(),
     )
     hidden = quiet or not console.is_terminal
-    shown = (
-        notes_console(quiet=True) if hidden else console
-    )  # rich before 14.3 ends a disabled bar with a line
+    # rich before 14.3 ends a disabled bar with a line
+    shown = notes_console(quiet=True) if hidden else console
     with Progress(*columns, console=shown, transient=True, disable=hidden, expand=True) as progress:
         yield Bar(progress, console, label, float(total), unit, lines=hidden and not quiet)

@@ -1,4 +1,4 @@
-"""Which of ``gmprobe measure``'s options bear on which measures."""
+"""Which options of ``gmprobe measure`` change which measures."""
 
 from __future__ import annotations
 

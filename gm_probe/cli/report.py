@@ -76,10 +76,8 @@ def report(
     _require_distinct({"SOURCE": asked.source, "--out": out, "--markdown": markdown, "--latex": latex})
     by, shape_by = split(group_by), split(markers)
     table = asked.table([*by, *shape_by])
-    from gm_probe.analysis.report import (
-        compose,
-        html,
-    )  # imported late: an error in the table must not wait for scipy
+    # imported late: an error in the table must not wait for scipy
+    from gm_probe.analysis.report import compose, html
     from gm_probe.files.atomic import write_atomic
 
     found = asked.correlate(table, by)

@@ -87,17 +87,9 @@ def reproduce(
     task = Task(name, scale, folder, data, jobs, device, root, download, only, partial(note, console))
     found, paths = run(task)
     if as_json:
-        print_json(
-            {
-                "name": name,
-                "scale": scale,
-                "outcome": found.outcome,
-                "text": found.text,
-                "untested": found.untested,
-                "out": str(folder),
-                "files": [path.name for path in paths],
-            }
-        )
+        said = {key: getattr(found, key) for key in ("outcome", "text", "untested")}
+        files = [path.name for path in paths]
+        print_json({"name": name, "scale": scale, **said, "out": str(folder), "files": files})
         return
     console = results_console()
     for text in (f"Claim: {chosen.claim}", f"{found.verdict} {found.text}"):

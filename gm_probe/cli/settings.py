@@ -5,13 +5,12 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gm_probe.cli.param_types import PATH, floats, share, wholes
+from gm_probe.cli.param_types import PATH, Parsed, floats, share, wholes
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import read_toml
 from gm_probe.setting import kind_of, type_hints
@@ -186,11 +185,11 @@ def _option(each: Field[Any], kind: Any) -> Callable[[Any], Any]:
     elif kind == tuple[str, ...]:
         chosen |= {"type": str, "multiple": True, "default": ()}
     elif kind == tuple[int, ...]:
-        chosen |= {"type": str, "callback": _whole_numbers, "metavar": "N1,N2,..."}
+        chosen |= {"type": Parsed(wholes), "metavar": "N1,N2,..."}
     elif known["grid"]:
-        chosen |= {"type": str, "callback": partial(_grid, wholes if kind is int else floats)}
+        chosen["type"] = Parsed(wholes if kind is int else floats)
     elif known["metavar"] == PERCENT:
-        chosen |= {"type": str, "callback": _percent}
+        chosen["type"] = Parsed(share)
     elif kind is Path:
         chosen["type"] = PATH
     elif "choices" in rule:
@@ -200,24 +199,3 @@ def _option(each: Field[Any], kind: Any) -> Callable[[Any], Any]:
         text += f"  [default: {default:g}]" if isinstance(default, float) else f"  [default: {default}]"
     flag = known["flag"] or f"--{each.name.replace('_', '-')}"
     return click.option(flag, each.name, cls=GroupedOption, group=known["group"], help=text, **chosen)
-
-
-def _grid(
-    read: Callable[[str, str], Any], _: click.Context, option: click.Parameter, text: str | None
-) -> Any:
-    return None if text is None else read(option.opts[0], text)
-
-
-def _percent(_: click.Context, option: click.Parameter, text: str | None) -> float | None:
-    return None if text is None else share(option.opts[0], text)
-
-
-def _whole_numbers(_: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(
-            f"{parameter.opts[0]} {text!r} must be whole numbers with commas between, such as 60,120,160"
-        ) from error

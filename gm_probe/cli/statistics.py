@@ -33,9 +33,8 @@ def print_answer(found: Correlations) -> None:
     columns = ("", "τ", "95 % CI", *(("p", "larger means") if wide else ()), "picking costs")
 
     def shown(cells: tuple[str, ...]) -> tuple[str, ...]:
-        return (
-            cells if known else (*cells[:2], cells[-1])
-        )  # without intervals, the columns that depend on them are left out
+        # without intervals, the columns that depend on them are left out
+        return cells if known else (*cells[:2], cells[-1])
 
     for target, label in found.targets.items():
         rows = [

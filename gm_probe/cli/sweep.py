@@ -16,7 +16,7 @@ from gm_probe.cli.executors import ExecutorOptions, executor_options
 from gm_probe.cli.live import LEFT_OUT, live_view
 from gm_probe.cli.options import json_option, quiet_option
 from gm_probe.cli.output import echo, note, notes_console, print_json, results_console, table
-from gm_probe.cli.param_types import PATH
+from gm_probe.cli.param_types import AT_ONCE, PATH
 from gm_probe.cli.settings import given_settings, set_option, setting_options
 from gm_probe.errors import ProbeError, UsageError
 from gm_probe.runs.records import RUNS
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @click.argument("recipe")
 @click.option("--out", type=PATH, help="Folder for the runs.  [default: runs/RECIPE]")
 @executor_options("local", "ray", "slurm")
-@setting_options(TrainConfig, ("data", "data_root", "download", "device", "threads"))
+@click.option("--data", help="Use this data instead of the recipe's: a folder, file or data set name.")
+@setting_options(TrainConfig, ("data_root", "download", "device"))
+@click.option("--threads", type=AT_ONCE, help="Number of CPU threads per run.  [default: cores / jobs]")
 @click.option("--retry-failed", is_flag=True, help="Run failed runs again.")
 @click.option(
     "--dry-run",
@@ -74,7 +76,7 @@ def sweep(
     if placing.executor == "slurm":
         _print_job_array(loaded, out, cpus)
         return
-    engine = placing.engine(out, "", cpus) if placing.executor == "ray" else None
+    engine = placing.ray(out, cpus) if placing.executor == "ray" else None
     outcomes = run_with_progress(
         loaded, out, jobs=placing.jobs, executor=engine, retry_failed=retry_failed, quiet=quiet
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gm_probe.errors import StorageError, UsageError
+from gm_probe.errors import StorageError, needs
 
 
 class Events:
@@ -17,10 +17,8 @@ class Events:
     """
 
     def __init__(self, out: Path) -> None:
-        try:
+        with needs("--tensorboard", "tensorboard", "tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UsageError("--tensorboard needs: pip install 'gm_probe[tensorboard]'") from error
         folder = out / "tensorboard"
         if folder.is_symlink():  # a link may lead anywhere
             raise StorageError(f"{folder} is a link, and links are not followed here. Remove it")

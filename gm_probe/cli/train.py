@@ -93,9 +93,8 @@ def train(
     from gm_probe.runs.records import RUNS
     from gm_probe.sweep.recipe import require_names, run_name
 
-    console = notes_console(
-        quiet or os.environ.get("RANK", "0") != "0"
-    )  # only the first of torchrun's processes prints
+    # only the first of torchrun's processes prints
+    console = notes_console(quiet or os.environ.get("RANK", "0") != "0")
     if config_file is not None and resume:
         raise UsageError("--config begins a run and --resume continues one; give one of them")
     given = given_settings(options, assigned)

@@ -22,7 +22,7 @@ from gm_probe.cli.output import (
     table,
 )
 from gm_probe.cli.param_types import PATH, floats
-from gm_probe.cli.settings import setting_options
+from gm_probe.cli.settings import GroupedCommand, setting_options
 from gm_probe.cli.train import note_settings
 from gm_probe.errors import UsageError
 from gm_probe.training.config import SETTINGS, TrainConfig
@@ -38,7 +38,11 @@ FEW = 500
 """Held-out examples, of which an error is known to 2 points."""
 
 
-@click.command(epilog="Example:  gmprobe tune --method iam-d --model mlp --rho 0.1,0.3 --out tune/")
+@click.command(
+    cls=GroupedCommand,
+    first=("rho_text", "beta_text", "trials", "seeds", "out", "jobs", "dry_run", "output"),
+    epilog="Example:  gmprobe tune --method iam-d --model mlp --rho 0.1,0.3 --out tune/",
+)
 @click.option(
     "--rho",
     "rho_text",

@@ -33,7 +33,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a study is asked for.
+    """What a study is asked to do.
 
     Attributes:
         folder: for what it leaves to be resumed from (runs).
@@ -64,7 +64,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What came out.
+    """The result of a study.
 
     Attributes:
         outcome: whether the paper's claim shows, by the test that ``text`` states with its numbers.
@@ -153,21 +153,11 @@ def write(
     )
     for path, text in zip(paths[2:], texts, strict=True):
         write_atomic(path, text.encode(errors="replace"))
-    result = {
-        "name": recipe.name,
-        "title": recipe.title,
-        "claim": recipe.claim,
-        "scale": task.scale,
-        "outcome": finding.outcome,
-        "text": finding.text,
-        "untested": finding.untested,
-        "note": recipe.notes[task.scale],
-        "data": task.data,
-        "only": task.only,
-        "settings": recipe.at(task.scale),
-        "environment": environment,
-        "seconds": round(seconds, 1),
-    }
+    result = {key: getattr(recipe, key) for key in ("name", "title", "claim")}
+    result |= {key: getattr(finding, key) for key in ("outcome", "text", "untested")}
+    result |= {key: getattr(task, key) for key in ("scale", "data", "only")}
+    result |= {"note": recipe.notes[task.scale], "settings": recipe.at(task.scale)}
+    result |= {"environment": environment, "seconds": round(seconds, 1)}
     write_json(task.folder / RESULT, result)
     return [*paths, task.folder / RESULT]
 
@@ -190,9 +180,8 @@ def _page(
     only = ["--only", task.only] if task.only else []
     data = ["--data", Path(task.data).name] if task.data else []
     command = shlex.join(["gmprobe", "reproduce", task.name, "--scale", task.scale, *only, *data])
-    trained = finding.rows.get(
-        "train_seconds", pd.Series(dtype=float)
-    ).sum()  # this call may have found every run complete
+    trained = finding.rows.train_seconds.sum() if "train_seconds" in finding.rows else 0
+    # the last call may have found every run complete
     spent = f"the runs of its table trained for {trained:,.0f} s, " if trained else ""
     blocks = [
         f"# {escape_markdown(recipe.title)}",

@@ -259,9 +259,8 @@ def _tuned(
     errors = Arm(place["label"], variant["label"], config, tuple(folder / name for name in names)).values(
         "error"
     )
-    best = int(
-        np.where(np.isnan(errors), np.inf, errors).argmin()
-    )  # where all diverged, the first is taken, and its runs say so
+    # where all diverged, the first is taken, and its runs say so
+    best = int(np.where(np.isnan(errors), np.inf, errors).argmin())
     rows: list[Sequence[str]] = []
     for number, (cell, error) in enumerate(zip(cells, errors, strict=True)):
         mark = "yes" if number == best and np.isfinite(error) else ""

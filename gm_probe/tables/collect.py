@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from gm_probe.errors import StorageError, UsageError
+from gm_probe.errors import StorageError, UsageError, needs
 from gm_probe.files.atomic import write_atomic
 from gm_probe.files.locks import held, locked
 from gm_probe.runs.records import failure, find_runs, read_run, state_at_rest
@@ -20,7 +20,7 @@ PARTS = {
     "stderr_examples": "_stderr_examples",
     "converged": "_has_converged",
 }
-"""What of a measure's row is kept, and what its column adds to the measure's name."""
+"""The parts of a measure's row that are kept, and the suffixes of their columns."""
 
 
 def collect(root: Path) -> pd.DataFrame:
@@ -96,11 +96,6 @@ def _bytes(frame: pd.DataFrame, suffix: str) -> bytes:
     for name in frame.columns:  # in Parquet a column has one type
         if frame[name].dtype.kind == "O" and frame[name].dropna().map(type).nunique() > 1:
             frame = frame.assign(**{name: frame[name].map(str, na_action="ignore")})
-    try:
+    with needs("--out FILE.parquet", "pyarrow", "parquet"):
         frame.to_parquet(buffer, index=False)
-    except ImportError as error:
-        raise UsageError(
-            "--out FILE.parquet needs pyarrow, which is not installed; "
-            "pip install 'gm_probe[parquet]', or write a .csv"
-        ) from error
     return buffer.getvalue()

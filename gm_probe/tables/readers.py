@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from gm_probe.errors import DataError, UsageError, foreign_or, printable
+from gm_probe.errors import DataError, foreign_or, needs, printable
 from gm_probe.files.regular import read_at_most
 from gm_probe.files.schema import LONGEST_TEXT, Unfit, bounded
 from gm_probe.tables import trackers
@@ -236,10 +236,8 @@ def _by_rows(value: Any) -> Any:
 
 
 def _parquet(path: Path) -> Sheet:
-    try:
-        import pyarrow.parquet  # noqa: F401  # an extra
-    except ImportError as error:
-        raise UsageError(f"reading {path} needs pyarrow; pip install 'gm_probe[parquet]'") from error
+    with needs(f"reading {path}", "pyarrow", "parquet"):
+        import pyarrow.parquet  # noqa: F401
     with foreign_or(lambda why: DataError(f"{path} is not a readable Parquet file: {printable(why)}")):
         return Sheet(_parquet_frame(path))
 

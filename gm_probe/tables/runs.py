@@ -241,16 +241,11 @@ def _clashing(records: Mapping[str, RunRecord]) -> dict[str, str]:
                 found.setdefault(name, []).append(run)
     reasons: dict[str, str] = {}
     for name in sorted(set(measured) & set(configured)):
-        fewer = min(
-            (measured[name], "measure", "setting"), (configured[name], "setting", "measure"), key=_number
-        )
+        roles = (measured[name], "measure", "setting"), (configured[name], "setting", "measure")
+        fewer = min(roles, key=lambda role: len(role[0]))
         for run in fewer[0]:
             reasons.setdefault(run, f"its {fewer[1]} {show(name)} has the same name as a {fewer[2]}")
     return reasons
-
-
-def _number(group: tuple[list[str], str, str]) -> int:
-    return len(group[0])
 
 
 def _rank(name: str) -> tuple[int, str]:

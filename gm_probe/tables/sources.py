@@ -1,4 +1,4 @@
-"""What a table of runs may be read from. Imports no pandas, so that a wrong request is told at once."""
+"""What a table of runs may be read from. It imports no pandas, so that a wrong request is reported at once."""
 
 from __future__ import annotations
 

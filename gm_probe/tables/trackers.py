@@ -291,4 +291,4 @@ FOLDERS: dict[str, Callable[[Path], Rows]] = {
     "trainer_state.json": hugging_face,
     "metrics.csv": lightning,
 }
-"""By a file that the tracker leaves there: how the runs below a folder are read; the first that is found is used."""
+"""Readers of a folder of runs by a file that the tracker leaves there; the first that is found is used."""
