@@ -343,7 +343,7 @@ def test_one_layer_of_a_network_is_not_taken_for_a_whole_one(tmp_path: Path, tra
     torch.save(trained.state_dict(), tmp_path / "a.pt")
     message = refused(tmp_path / "a.pt", model=nn.Linear(4, 3))
     assert "unexpected" in message
-    assert "--strip head. uses only the tensors with this prefix" in message
+    assert "--strip head. uses only these tensors" in message
     layer = nn.Linear(4, 3)
     load_weights(layer, read_checkpoint(tmp_path / "a.pt", strip="head"))
     assert torch.equal(layer.weight, trained.head.weight)

@@ -392,6 +392,8 @@ def test_spec_round_trip() -> None:
 def test_keywords_reach_the_builder() -> None:
     wide = build("torchvision:vgg11,dropout=0.25", classes=3)
     assert {module.p for module in wide.modules() if isinstance(module, nn.Dropout)} == {0.25}
+    with torch.device("meta"):
+        assert build("torchvision:googlenet,transform_input=true,aux_logits=true").aux_logits
     model = build("timm:resnet10t,drop_rate=0.25,global_pool=max", classes=3)
     assert model.drop_rate == 0.25
     assert model.global_pool.pool_type == "max"

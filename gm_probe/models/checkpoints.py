@@ -328,11 +328,7 @@ def _classes(
 
 def _remedy(checkpoint: Checkpoint, prefix: str, wrong: bool) -> str:
     if not wrong:  # the file has all that the network needs
-        return (
-            f"--strip {start_of(prefix)} uses only the tensors with this prefix"
-            if prefix
-            else "check --model"
-        )
+        return f"--strip {start_of(prefix)} uses only these tensors" if prefix else "check --model"
     others = [*checkpoint.alternatives, *checkpoint.elsewhere]
     more = f", or choose among the file's other tensors by --key ({first_three(others)})" if others else ""
     return f"check --model{more}"

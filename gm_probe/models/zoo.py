@@ -283,8 +283,9 @@ def _torchvision_model(name: str, keywords: Mapping[str, Any]) -> Callable[[Mode
             )
         # auxiliary heads run in training alone, where nothing reads them
         heads = {"aux_logits": False, "init_weights": True} if name in INPUTS_CHANGED else {}
+        options = {**heads, **keywords, "num_classes": spec.num_classes}
         with foreign_or(_not_built(f"torchvision:{name}", keywords)):
-            return get_model(name, weights=None, **heads, **keywords, num_classes=spec.num_classes)
+            return get_model(name, weights=None, **options)
 
     return build
 
