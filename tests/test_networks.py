@@ -105,7 +105,6 @@ def test_curvature_of_timms_networks_against_dense_matrices(family: str) -> None
         largest, trace = rows[f"{name}_lambda_max"], rows[f"{name}_trace"]
         assert largest.converged
         assert largest.value == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-5)
-        assert (
-            trace.details.get("labels") != "none needed"
-        )  # softmax and GELU are not affine in their parameters
+        # softmax and GELU are not affine in their parameters
+        assert trace.details.get("labels") != "none needed"
         assert abs(trace.value - float(matrix.trace())) <= 3 * (trace.stderr or 0) + 1e-9

@@ -109,9 +109,8 @@ def test_of_few_labels_as_many_of_each_class_are_held_out(config: TrainConfig) -
         for part, count in (("train", 4), ("test", 1)):
             assert getattr(cell, part).y.bincount().tolist() == [count] * 10
         assert sorted(cell.indices["train"] + cell.indices["test"]) == whole.indices["train"]
-        assert (
-            len(cell.inputs) == len(whole.inputs) - 10
-        )  # the held-out images are not trained on, unlabeled either
+        # the held-out images are not trained on, unlabeled either
+        assert len(cell.inputs) == len(whole.inputs) - 10
     with pytest.raises(DataError, match="1 training examples of a class"):
         load_splits(few.replace(labels=10, validation=0.2))
 

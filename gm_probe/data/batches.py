@@ -41,12 +41,8 @@ class Normalization:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        figures = (*self.mean, *self.std)
-        if (
-            len(self.mean) != len(self.std)
-            or not all(map(math.isfinite, figures))
-            or min(self.std, default=1) <= 0
-        ):
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != len(self.std) or not finite or min(self.std, default=1) <= 0:
             raise UsageError(
                 f"normalisation by mean {self.mean} and std {self.std} is invalid: give one of each per "
                 "channel, with std > 0"
