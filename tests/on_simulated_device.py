@@ -3,8 +3,6 @@
 Every check maps a device to plain values, which must be the same bits on both.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import sys

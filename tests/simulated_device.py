@@ -7,8 +7,6 @@ device has a global generator of its own. It cannot show other kernels, TF32, cu
 through ``_run``, which lends its tensors to the CPU (two tensors, one memory, by DLPack) and hands the results back.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator

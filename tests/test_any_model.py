@@ -3,8 +3,6 @@
 The kinds are the rows of docs/models.md: each stands there, and each row is tried here.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 import re

@@ -1,7 +1,5 @@
 """Checkpoints: every usual shape of file is read, every broken or hostile one is refused in one line."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import copy

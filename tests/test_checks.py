@@ -1,7 +1,5 @@
 """Numbers and choices that cannot be are usage errors at once, wherever a caller gives them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

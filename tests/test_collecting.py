@@ -1,7 +1,5 @@
 """What people hand over to be measured: every form of the same examples gives the same figures, or is refused."""
 
-from __future__ import annotations
-
 import re
 from collections import UserDict
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Opening data: folders, array files, digits and torchvision's sets; whole, odd, broken and hostile."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle

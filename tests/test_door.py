@@ -1,7 +1,5 @@
 """What is taken at the door, what is refused, and by which words; a network's own values are the oracle."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Files: the old content or the new, never a part, and errors that name the path."""
 
-from __future__ import annotations
-
 import errno
 import math
 import os

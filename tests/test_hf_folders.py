@@ -1,7 +1,5 @@
 """Folders of Hugging Face's: the same logits as transformers' own loading, no code, no network, every misfit named."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket

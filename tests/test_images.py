@@ -1,7 +1,5 @@
 """Images in files that are decoded where they are taken, against the same images held in memory."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import os

@@ -1,7 +1,5 @@
 """Models by name: sizes, shapes, users' own code, and messages for what cannot be built."""
 
-from __future__ import annotations
-
 import json
 import sys
 from importlib.util import find_spec

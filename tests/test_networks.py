@@ -1,7 +1,5 @@
 """Every family of networks: trained by one step, saved and loaded, measured; small ones against dense matrices."""
 
-from __future__ import annotations
-
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The rules as torch optimizers: bit for bit what the rules give, within torch's contract."""
 
-from __future__ import annotations
-
 import copy
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Recipes and their runs: parsed, named, trained, measured, resumed; in this process and in others."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json

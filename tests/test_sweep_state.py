@@ -1,7 +1,5 @@
 """What lies on disk says all: states and heartbeat, status, collect, retries, and sweeps that are killed."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Tuning: what cells are trained and judged on, their statistics, resuming, Optuna, the map and the command."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

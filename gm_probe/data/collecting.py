@@ -1,7 +1,5 @@
 """What people hold their data in, as ``Batches``: tensors, arrays, pairs, lists of batches, data sets, loaders."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

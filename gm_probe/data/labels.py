@@ -1,7 +1,5 @@
 """Labels as people keep them: class indices, or zeros and ones of yes-or-no labels, in whole numbers of any type."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

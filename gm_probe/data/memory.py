@@ -1,7 +1,5 @@
 """Work that runs out of memory is done again on batches of half the size, or told by an error that says what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """How the images of a folder become arrays of one shape. Imports no torch, which takes seconds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from PIL import Image

@@ -5,8 +5,6 @@ they pass over. A file is read here only where nothing is left to choose: every 
 directory, or its end.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import zlib

@@ -1,7 +1,5 @@
 """Read and write checkpoints. Nothing in a file can run code: ``weights_only=True`` always, no fallback."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

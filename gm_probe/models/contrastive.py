@@ -13,8 +13,6 @@ processes share a batch, each with the same number of images: views are compared
 order of ranks. In eval mode each process has batches of its own.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

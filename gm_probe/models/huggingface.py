@@ -1,7 +1,5 @@
 """Folders as transformers writes them: config.json beside weights. None of their code runs, nothing is downloaded."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

@@ -1,7 +1,5 @@
 """From a checkpoint and a model's name to a model in memory, and from data to what that model takes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The names that models may have. Imports no torch, so that a wrong one is reported at once."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec

@@ -4,8 +4,6 @@ The model itself is never written to: moved parameters and copied buffers are ha
 model is bit-identical after a measurement whatever happens in it.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Sums and gathers over the processes of a ``torchrun`` launch; with a single process, nothing at all."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

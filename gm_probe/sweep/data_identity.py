@@ -1,7 +1,5 @@
 """Which training set each of several checkpoints was trained on, read from the run folders' records."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Designs: which points of the settings a recipe runs. A grid, a list, or random or Sobol points, times the grid."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Collection, Mapping

@@ -1,7 +1,5 @@
 """Run a recipe: what is finished is not done again, and one failed run never stops the others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
