@@ -288,4 +288,4 @@ def _give_storages_a_copy() -> None:
         whole = torch.empty(0, dtype=torch.uint8, device="sim").set_(storage)
         return whole.clone().untyped_storage()
 
-    torch.UntypedStorage.clone = clone  # type: ignore[method-assign]
+    torch.UntypedStorage.clone = clone

@@ -264,7 +264,7 @@ def test_postscript_never_reaches_ghostscript(tmp_path: Path, monkeypatch: pytes
 def test_only_folders_are_converted(tmp_path: Path, options: dict[str, int]) -> None:
     for name in ("digits", "cifar10", str(save(tmp_path / "a.npz", x=X))):
         with pytest.raises(UsageError, match="apply to image folders only"):
-            open_source(name, labeled=False, **options)  # type: ignore[arg-type]
+            open_source(name, labeled=False, **options)
 
 
 # ---- array files

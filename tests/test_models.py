@@ -160,7 +160,7 @@ def test_wide_resnet_strides_in_the_last_two_stages() -> None:
     torch.manual_seed(0)
     model = build("wrn-10-1").eval()
     sizes = []
-    for block in model.get_submodule("blocks"):  # type: ignore[attr-defined]
+    for block in model.get_submodule("blocks"):
         block.register_forward_hook(lambda _module, _input, output: sizes.append(tuple(output.shape[1:])))
     with torch.no_grad():
         model(torch.rand(1, *CIFAR))

@@ -237,7 +237,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     model = make()
     body, head = ({"params": list(part.parameters())} for part in (model[0], model[-1]))
     with pytest.raises(UsageError, match="takes the model, not a generator"):
-        optim.SAM(model.parameters(), lr=0.1)  # type: ignore[arg-type]
+        optim.SAM(model.parameters(), lr=0.1)
     with pytest.raises(UsageError, match="are in no group"):
         optim.SAM(model, params=[body], lr=0.1)
     with pytest.raises(UsageError, match="all groups must have the same"):

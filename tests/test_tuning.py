@@ -96,7 +96,7 @@ def test_cells_see_the_training_part_alone(config: TrainConfig, split_seed: int)
     for part in ("train", "test"):
         examples = getattr(cell, part)
         assert cell.indices[part] == examples.x[:, 0, 0, 0].tolist()  # their numbers are their positions
-        labels = dict(zip(whole.train.x[:, 0, 0, 0].tolist(), whole.train.y.tolist(), strict=True))  # type: ignore[union-attr]
+        labels = dict(zip(whole.train.x[:, 0, 0, 0].tolist(), whole.train.y.tolist(), strict=True))
         assert [labels[number] for number in cell.indices[part]] == examples.y.tolist()
 
 
