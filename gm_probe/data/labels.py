@@ -39,9 +39,7 @@ def _array(y: Any, name: str) -> np.ndarray:
     except ValueError:  # rows of several lengths
         array = np.array(None)
     if array.dtype.kind not in "iufb":
-        raise DataError(
-            f"{name} is a {type(y).__name__} that holds no numbers of one shape; give a tensor or array"
-        )
+        raise DataError(f"{name} is a {type(y).__name__} that holds no numbers of one shape; give a tensor")
     return array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
 
 

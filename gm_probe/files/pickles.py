@@ -88,7 +88,7 @@ def check_unpacking(path: Path) -> None:
             return
         if _is_tar(path):
             raise CheckpointError(
-                f"{path} is a tar file, of torch before 0.1.10; save it again with torch.save"
+                f"{path} is a tar file of torch before 0.1.10; save it again with torch.save"
             )
         file.seek(0)
         for _ in range(LEGACY):

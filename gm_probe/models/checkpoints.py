@@ -304,8 +304,7 @@ def _with_tied(model: nn.Module, path: Path, state: dict[str, Tensor]) -> dict[s
         for name in there[1:]:
             if state[name].shape == state[there[0]].shape and not torch.equal(state[name], state[there[0]]):
                 raise CheckpointError(
-                    f"{path}: tensors {there[0]!r} and {name!r} differ, but the model ties them to one parameter. "
-                    "Check --model"
+                    f"{path}: tensors {there[0]!r} and {name!r} differ, but the model ties them. Check --model"
                 )
         state |= {name: state[there[0]] for name in names if there}
     return state

@@ -72,9 +72,7 @@ def as_encoder(classifier: nn.Module) -> tuple[nn.Module, int]:
     """
     name = last_linear(classifier)
     if not name:
-        raise UsageError(
-            "an encoder is a network without its last linear layer, but this network has no linear layer"
-        )
+        raise UsageError("an encoder is a network without its last linear layer, and this one has none")
     head = classifier.get_submodule(name)
     assert isinstance(head, nn.Linear)
     classifier.set_submodule(name, nn.Identity())

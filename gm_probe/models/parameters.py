@@ -255,8 +255,7 @@ def _require_alike(parameters: Mapping[str, nn.Parameter]) -> None:
             )
         if p.device != first.device:
             raise UsageError(
-                f"parameter {name!r} is on {p.device} and {first_name!r} on {first.device}; move the whole model to "
-                "one device"
+                f"parameter {name!r} is on {p.device} and {first_name!r} on {first.device}. Use one device for all"
             )
 
 

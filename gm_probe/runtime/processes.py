@@ -160,8 +160,7 @@ def _backend(device: torch.device) -> str:
         return distributed.get_default_backend_for_device(device)
     except ValueError as error:
         raise UsageError(
-            f"torch has no backend for several processes on device {device.type}. Use one process, or "
-            "--device cpu"
+            f"torch has no backend for several processes on device {device.type}. Use one process, or --device cpu"
         ) from error
 
 

@@ -76,9 +76,7 @@ def _finished_runs(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
         else:
             others.append((path, status))
     if not finished:
-        raise DataError(
-            f"no finished run in {root} ({reasons(others)}); finish them with `gmprobe train --resume`"
-        )
+        raise DataError(f"no finished run in {root} ({reasons(others)}); use `gmprobe train --resume`")
     return finished, others
 
 
@@ -178,8 +176,7 @@ def common_unlabeled(runs: Sequence[Path], leave: Leave = NO_LEAVE) -> Examples:
             continue
         if not _equal(own_unlabeled(run, leave), examples):
             raise DataError(
-                f"{first} and {run} have different unlabeled parts. Give data that none of the runs was "
-                "trained on with --unlabeled"
+                f"{first} and {run} have different unlabeled parts. Give --unlabeled data that no run was trained on"
             )
     return examples
 
