@@ -1,7 +1,5 @@
 """What a number given by a caller must be, in one wording. NaN, infinity and truth values are no such numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real

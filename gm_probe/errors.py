@@ -137,9 +137,8 @@ def on_two_devices(error: BaseException) -> bool:
         return True
     text = str(error)
     kinds = _KINDS.search(text)
-    if (
-        kinds is not None
-    ):  # said of two dtypes, too: torch.cuda.FloatTensor and torch.FloatTensor differ in the device
+    # two dtypes give this error, too; torch.cuda.FloatTensor and torch.FloatTensor are two devices
+    if kinds is not None:
         return _device_of(kinds[1]) != _device_of(kinds[2])
     return isinstance(error, RuntimeError) and _DEVICES.search(text) is not None
 

@@ -18,8 +18,6 @@ steps. What comes between the two, such as a GradScaler, clipping or the gradien
     scaler.step(optimizer)               # or: optimizer.step()
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict

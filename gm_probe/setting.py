@@ -3,8 +3,6 @@
 The options of the command line, their help, the checks of files and of Python callers derive from it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import field, fields
 from functools import cache

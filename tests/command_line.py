@@ -1,7 +1,5 @@
 """`gmprobe` in this process: how a test runs a command line."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 

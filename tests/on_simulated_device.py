@@ -3,8 +3,6 @@
 Every check maps a device to plain values, which must be the same bits on both.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import sys
@@ -148,12 +146,12 @@ def interrupted(at: int) -> Iterator[None]:
         if training.progress.step == at:
             raise Interrupted
 
-    run.Training._report_progress = tell  # type: ignore[method-assign]
+    run.Training._report_progress = tell
     try:
         with suppress(Interrupted):
             yield
     finally:
-        run.Training._report_progress = usual  # type: ignore[method-assign]
+        run.Training._report_progress = usual
 
 
 def resumed(first: str, then: str, **settings: Any) -> Any:

@@ -7,8 +7,6 @@ device has a global generator of its own. It cannot show other kernels, TF32, cu
 through ``_run``, which lends its tensors to the CPU (two tensors, one memory, by DLPack) and hands the results back.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -290,4 +288,4 @@ def _give_storages_a_copy() -> None:
         whole = torch.empty(0, dtype=torch.uint8, device="sim").set_(storage)
         return whole.clone().untyped_storage()
 
-    torch.UntypedStorage.clone = clone  # type: ignore[method-assign]
+    torch.UntypedStorage.clone = clone

@@ -3,8 +3,6 @@
 The kinds are the rows of docs/models.md: each stands there, and each row is tried here.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 import re
@@ -107,11 +105,8 @@ class RecomputedByHand(Recomputed):
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase] = nn.GRU) -> None:
         super().__init__()
-        self.embedding, self.rnn, self.head = (
-            nn.Embedding(9, 3),
-            kind(3, 4, batch_first=True),
-            nn.Linear(4, C),
-        )  # type: ignore[call-arg]
+        self.embedding, self.head = nn.Embedding(9, 3), nn.Linear(4, C)
+        self.rnn = kind(3, 4, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rnn(self.embedding(x))[0][:, -1])
@@ -185,7 +180,7 @@ class LeanSine(torch.autograd.Function):
         return torch.sin(3 * x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         return g * ctx.slope
 
 
@@ -328,7 +323,7 @@ KINDS: dict[str, Kind] = {
         lambda: Wrapped(binary()), lambda: Wrapped(binary(), pair), outputs=Outputs(head="binary")
     ),
     "DataParallel, DistributedDataParallel": Kind(lambda: nn.DataParallel(mlp()), mlp),
-    "torch.compile": Kind(lambda: torch.compile(mlp(), backend="eager"), mlp),  # type: ignore[arg-type, return-value]
+    "torch.compile": Kind(lambda: torch.compile(mlp(), backend="eager"), mlp),
     "AveragedModel (EMA, SWA)": Kind(lambda: AveragedModel(mlp()), mlp),
     "fx graph modules": Kind(lambda: torch.fx.symbolic_trace(mlp()), mlp),
     "exported modules": Kind(
@@ -374,17 +369,14 @@ KINDS: dict[str, Kind] = {
     "weights taken from a list or a cache": Kind(Listed, refused="'stem.weight' from a list"),
     "experts chosen by argmax": Kind(Experts),
     "derivatives taken in forward": Kind(Slope),
-    "tensor subclasses": Kind(
-        after(lambda z, x: z.as_subclass(Marked)),  # type: ignore[arg-type]
-        inner,
-    ),
+    "tensor subclasses": Kind(after(lambda z, x: z.as_subclass(Marked)), inner),
     "a backward pass without its second derivative": Kind(
         lambda: sine(LeanSine.apply),
         lambda: sine(lambda z: torch.sin(3 * z)),
         undefined=("hessian_lambda_max", "hessian_trace"),
     ),
     "weights that are not finite": Kind(
-        lambda: nn.Linear(D, C).requires_grad_(True).apply(lambda m: m.weight.data.fill_(float("nan"))),  # type: ignore[union-attr, operator]
+        lambda: nn.Linear(D, C).requires_grad_(True).apply(lambda m: m.weight.data.fill_(float("nan"))),
         refused="NaN",
     ),
 }
@@ -509,7 +501,7 @@ def test_rules_in_train_mode_are_those_of_the_plain_network(name: str) -> None:
             model = training(built(make))
             random.seed(0)
             torch.manual_seed(0)
-            METHODS[method](model, loss, rho=0.3, generator=seeded(3), outputs=outputs).backward(x, y)  # type: ignore[call-arg]
+            METHODS[method](model, loss, rho=0.3, generator=seeded(3), outputs=outputs).backward(x, y)
             gradients.append(
                 torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
             )
@@ -523,7 +515,7 @@ def test_rules_in_train_mode_are_those_of_the_plain_network(name: str) -> None:
 def test_the_divergence_vanishes_with_the_radius(name: str) -> None:
     kind = KINDS[name]
     loss, y = criterion(kind, replace(kind.outputs, kind=None))
-    rule = METHODS["iam-d"](training(built(kind.build)), loss, rho=1e-6, outputs=kind.outputs)  # type: ignore[call-arg]
+    rule = METHODS["iam-d"](training(built(kind.build)), loss, rho=1e-6, outputs=kind.outputs)
     assert float(rule.backward(kind.x(), y).inconsistency) < 1e-9
 
 
@@ -549,9 +541,9 @@ def test_a_hook_that_masks_a_gradient_masks_the_ascent_too() -> None:
     expected = mask * parameters.join(torch.autograd.grad(loss, list(model.parameters())))
     for p in list(model.parameters())[1:]:
         p.register_hook(torch.zeros_like)
-    METHODS["iam-s"](model, rho=0.3, sign="none", generator=seeded(3)).backward(x, y)  # type: ignore[call-arg]
+    METHODS["iam-s"](model, rho=0.3, sign="none", generator=seeded(3)).backward(x, y)
     torch.testing.assert_close(parameters.join(p.grad for p in model.parameters()), expected)
-    rule: Any = METHODS["iam-d-onepass"](model, rho=0.3, generator=seeded(3))  # type: ignore[call-arg]
+    rule: Any = METHODS["iam-d-onepass"](model, rho=0.3, generator=seeded(3))
     rule.backward(x, y)
     assert not rule.delta[30:].any()
 

@@ -1,7 +1,5 @@
 """Normalised batches against numpy, in a fixed order, down to the unequal last one."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Numbers and choices that cannot be are usage errors at once, wherever a caller gives them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -159,6 +157,6 @@ def test_a_configuration_that_cannot_be(given: dict[str, Any]) -> None:
 def test_what_can_be() -> None:
     assert gm_probe.eigenpairs(hessian(), start(), top=0, bottom=1)[1][0].converged
     assert hessian(Y.to(torch.int32)).size == 15
-    settings = gm_probe.Settings(k_steps=np.int64(2), rho=1, rho_grid=(0.1, 1))  # type: ignore[arg-type]
+    settings = gm_probe.Settings(k_steps=np.int64(2), rho=1, rho_grid=(0.1, 1))
     assert [type(v) for v in (settings.k_steps, settings.rho)] == [int, float]
     assert TrainConfig.from_dict({"lr": 1, "seed": 2**32 - 1}).lr == 1.0

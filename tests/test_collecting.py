@@ -1,7 +1,5 @@
 """What people hand over to be measured: every form of the same examples gives the same figures, or is refused."""
 
-from __future__ import annotations
-
 import re
 from collections import UserDict
 from collections.abc import Iterator
@@ -232,7 +230,7 @@ def test_several_input_tensors_against_one_that_packs_them() -> None:
     expected = measure(Packed(model), (packed, Y), names, settings).rows
     loader = DataLoader(
         [{"words": w, "shares": s, "labels": y} for w, s, y in zip(words, shares, Y, strict=True)]
-    )  # type: ignore[arg-type]
+    )
     forms: list[Any] = [
         ((words, shares), Y),
         ({"shares": shares.double(), "words": words}, Y),
@@ -253,11 +251,11 @@ def test_several_input_tensors_are_a_data_set_as_one_is() -> None:
     batches = Batches.from_tensors({"words": words, "shares": shares}, torch.arange(4), batch_size=2)
     examples = batches.examples
     some = examples.subset(2, seed=0)
-    assert some.x.content["words"].shape == (2, 3)  # type: ignore[union-attr]
+    assert some.x.content["words"].shape == (2, 3)
     part = batches.shard(1, 2)
     assert part.num_examples == 2
     (batch,) = part
-    assert torch.equal(batch.x.content["shares"], shares[2:])  # type: ignore[attr-defined]
+    assert torch.equal(batch.x.content["shares"], shares[2:])
     other = Batches.from_tensors({"words": shares, "shares": words}, torch.arange(4)).examples
     same = Batches.from_tensors({"words": words.clone(), "shares": shares.clone()}, torch.arange(4)).examples
     assert examples.digest == same.digest != other.digest
@@ -322,7 +320,7 @@ class Bag(nn.Module):
 
     def forward(self, words: Tensor) -> Tensor:
         if self.kind == "function":
-            found = functional.embedding(words, self.embedding.weight, sparse=self.sparse)  # type: ignore[arg-type]
+            found = functional.embedding(words, self.embedding.weight, sparse=self.sparse)
         else:
             found = self.embedding(words)
         return self.last(torch.tanh(found if self.kind == "bag" else found.mean(1)))

@@ -1,7 +1,5 @@
 """Opening data: folders, array files, digits and torchvision's sets; whole, odd, broken and hostile."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle
@@ -266,7 +264,7 @@ def test_postscript_never_reaches_ghostscript(tmp_path: Path, monkeypatch: pytes
 def test_only_folders_are_converted(tmp_path: Path, options: dict[str, int]) -> None:
     for name in ("digits", "cifar10", str(save(tmp_path / "a.npz", x=X))):
         with pytest.raises(UsageError, match="apply to image folders only"):
-            open_source(name, labeled=False, **options)  # type: ignore[arg-type]
+            open_source(name, labeled=False, **options)
 
 
 # ---- array files

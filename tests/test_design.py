@@ -1,7 +1,5 @@
 """Designs: points by hand, scipy's own Sobol points, and what the built-in recipes of Fig. 1 hold."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -3,8 +3,6 @@
 What runs on a second device is seen in test_simulated_device.py.
 """
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What is taken at the door, what is refused, and by which words; a network's own values are the oracle."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
@@ -119,11 +117,11 @@ def test_logits_and_what_is_called_so_pass(outputs: Outputs, values: Tensor) -> 
 def test_probabilities_are_logits_by_their_logarithm() -> None:
     z = Z.double()
     for kind, values in (("probabilities", z.softmax(1)), ("log-probabilities", z.log_softmax(1))):
-        found = Outputs(kind=kind).logits(values)  # type: ignore[arg-type]
+        found = Outputs(kind=kind).logits(values)
         torch.testing.assert_close(found.softmax(1), z.softmax(1))
     pairs = {"logits": z, "probabilities": z.sigmoid(), "log-probabilities": nn.functional.logsigmoid(z)}
     for kind, values in pairs.items():
-        found = Outputs(kind=kind, head="multilabel").logits(values)  # type: ignore[arg-type]
+        found = Outputs(kind=kind, head="multilabel").logits(values)
         torch.testing.assert_close(found.softmax(-1)[..., 1], z.sigmoid())
         torch.testing.assert_close(found[..., 1] - found[..., 0], z)
 
@@ -131,7 +129,7 @@ def test_probabilities_are_logits_by_their_logarithm() -> None:
 def test_probabilities_that_were_rounded_to_an_end_are_finite() -> None:
     for head, p in (("classifier", [[1.0, 0.0]]), ("binary", [[0.0], [1.0]])):
         values = torch.tensor(p, requires_grad=True)
-        logits = Outputs(kind="probabilities", head=head).logits(values)  # type: ignore[arg-type]
+        logits = Outputs(kind="probabilities", head=head).logits(values)
         assert bool(torch.isfinite(logits).all())
 
 
@@ -153,7 +151,7 @@ def test_wrappers_are_looked_through_one_within_the_other() -> None:
     model = network()
     average = AveragedModel(model)
     assert unwrapped(nn.DataParallel(average)) is average.module
-    assert unwrapped(nn.DataParallel(torch.compile(model, backend="eager"))) is model  # type: ignore[arg-type]
+    assert unwrapped(nn.DataParallel(torch.compile(model, backend="eager"))) is model
 
 
 def test_a_module_that_looks_like_a_wrapper_is_not_looked_through() -> None:
@@ -179,7 +177,7 @@ def test_modules_that_take_no_moved_weights_are_refused() -> None:
         with pytest.raises(UsageError, match=words):
             unwrapped(model)
     with pytest.raises(UsageError, match=r"a str, not an nn\.Module"):
-        unwrapped("resnet18")  # type: ignore[arg-type]
+        unwrapped("resnet18")
 
 
 # inputs

@@ -1,7 +1,5 @@
 """Which of torch's errors tell of the machine: its memory, and where its tensors are."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Faults from outside: memory, signals, numbers that go wrong, file systems without locks, disks that fail."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """Files: the old content or the new, never a part, and errors that name the path."""
 
-from __future__ import annotations
-
 import errno
 import math
 import os
@@ -10,7 +8,7 @@ import stat
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -57,34 +55,25 @@ def test_failed_write_keeps_the_old_content(
     assert "\n" not in str(caught.value)
 
 
-def test_interrupted_write_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", ["made", "synced"])
+def test_an_interrupted_write_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
     path = tmp_path / "a.json"
     write_atomic(path, b"old")
+    original = Path.open
 
-    def interrupt(_: int) -> NoReturn:
+    def interrupted(*args: Any) -> NoReturn:
+        if stage == "made":  # right after the file is there
+            original(*args).close()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "fsync", interrupt)
+    monkeypatch.setattr(*((Path, "open") if stage == "made" else (os, "fsync")), interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_atomic(path, b"new")
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_an_interrupt_right_after_the_file_is_made_leaves_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = Path.open
-
-    def interrupted(path: Path, mode: str) -> NoReturn:
-        original(path, mode).close()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "open", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomic(tmp_path / "a.json", b"new")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """What is passed over in a folder of images is counted and named."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from PIL import Image

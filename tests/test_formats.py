@@ -1,7 +1,5 @@
 """Files that hold a network in another way: each is named by its content, whatever it is called."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 import zipfile

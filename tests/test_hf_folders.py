@@ -1,7 +1,5 @@
 """Folders of Hugging Face's: the same logits as transformers' own loading, no code, no network, every misfit named."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket
@@ -211,7 +209,7 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     assert "networks need less" in refused(folder)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").rename(folder / "b.safetensors")
-    with pytest.raises(CheckpointError, match=r"has a config\.json but no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has config\.json but no model\.safetensors"):
         read_checkpoint(folder)
     for shards in ({}, {"w": "../b.safetensors"}, {"w": "/etc/passwd"}, {"w": 3}, {"w": "gone.safetensors"}):
         (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": shards}))

@@ -1,7 +1,5 @@
 """Hugging Face's classifiers, whose outputs are dict-like and whose text comes as token ids, with random weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Images in files that are decoded where they are taken, against the same images held in memory."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import os
@@ -71,7 +69,7 @@ def test_it_looks_and_indexes_like_the_tensor(streamed: Examples, in_memory: Exa
     chosen = torch.tensor([10, 0, 3, 3])
     assert torch.equal(x[chosen], expected[chosen])
     assert in_memory.y is not None
-    assert torch.equal(streamed.y, in_memory.y)  # type: ignore[arg-type]
+    assert torch.equal(streamed.y, in_memory.y)
 
 
 def test_batches_are_the_same_and_decoded_ahead(
@@ -94,7 +92,7 @@ def test_batches_are_the_same_and_decoded_ahead(
         )
         for a, b in pairs:
             assert torch.equal(a.x, b.x)
-            assert torch.equal(a.y, b.y)  # type: ignore[arg-type]
+            assert torch.equal(a.y, b.y)
     assert threading.main_thread() not in threads
 
 
@@ -148,7 +146,7 @@ def test_grey_only_where_all_are(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         x = ImageFiles([files[0], colour, *files[1:]])
         assert x.shape == (4, 3, 6, 5)
         assert torch.equal(x[:1], torch.from_numpy(grey).expand(1, 3, 6, 5))
-        assert torch.equal(x[:], x.in_memory())  # type: ignore[arg-type]
+        assert torch.equal(x[:], x.in_memory())
 
 
 def test_two_parts_agree_in_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +168,7 @@ def test_resized_images_may_differ_in_size(folder: Path, monkeypatch: pytest.Mon
     files = [*sorted(folder.rglob("0.png")), odd]
     x = ImageFiles(files, Reading(image_size=8))
     assert x.shape == (3, 3, 8, 8)
-    assert torch.equal(x[:], x.in_memory())  # type: ignore[arg-type]
+    assert torch.equal(x[:], x.in_memory())
     for room in (images.IN_MEMORY, 0):  # decoded, and found by the headers before anything is decoded
         monkeypatch.setattr(images, "IN_MEMORY", room)
         with pytest.raises(

@@ -1,7 +1,5 @@
 """Training from given weights: what is taken over, what starts afresh, and what a kill changes (nothing)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

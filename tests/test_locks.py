@@ -1,7 +1,5 @@
 """Locks: signs of life say who holds a folder, and no date does; what is no file of gmprobe is never written."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket

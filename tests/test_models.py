@@ -1,7 +1,5 @@
 """Models by name: sizes, shapes, users' own code, and messages for what cannot be built."""
 
-from __future__ import annotations
-
 import json
 import sys
 from importlib.util import find_spec
@@ -162,7 +160,7 @@ def test_wide_resnet_strides_in_the_last_two_stages() -> None:
     torch.manual_seed(0)
     model = build("wrn-10-1").eval()
     sizes = []
-    for block in model.get_submodule("blocks"):  # type: ignore[attr-defined]
+    for block in model.get_submodule("blocks"):
         block.register_forward_hook(lambda _module, _input, output: sizes.append(tuple(output.shape[1:])))
     with torch.no_grad():
         model(torch.rand(1, *CIFAR))
@@ -392,6 +390,8 @@ def test_spec_round_trip() -> None:
 def test_keywords_reach_the_builder() -> None:
     wide = build("torchvision:vgg11,dropout=0.25", classes=3)
     assert {module.p for module in wide.modules() if isinstance(module, nn.Dropout)} == {0.25}
+    with torch.device("meta"):
+        assert build("torchvision:googlenet,transform_input=true,aux_logits=true").aux_logits
     model = build("timm:resnet10t,drop_rate=0.25,global_pool=max", classes=3)
     assert model.drop_rate == 0.25
     assert model.global_pool.pool_type == "max"

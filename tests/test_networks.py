@@ -1,10 +1,6 @@
-"""Every family of networks: trained by one step, saved and loaded, measured; small ones against dense matrices."""
-
-from __future__ import annotations
+"""Networks of timm: their curvature against dense matrices (the others are in test_models.py and test_any_model.py)."""
 
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,68 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from gm_probe import measure
-from gm_probe.data.batches import Batches, Normalization
 from gm_probe.measures.context import Settings
-from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
-from gm_probe.models.loading import load_model
-from gm_probe.models.zoo import ModelSpec, initial_model
 
-NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")
-FAMILIES = [
-    "6cnn",
-    "mlp-6",
-    "wrn-10-1",
-    "resnet18-cifar",
-    pytest.param("vit-tiny-4", marks=NEEDS_TIMM),
-    pytest.param("mixer-4", marks=NEEDS_TIMM),
-]
-SHAPE = (3, 8, 8)
-
-
-def examples(count: int, shape: tuple[int, ...], classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, *shape, generator=generator)
-    return x, torch.randint(0, classes, (count,), generator=generator)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_step_of_sgd_lowers_the_loss_and_the_weights_survive_the_disk(name: str, tmp_path: Path) -> None:
-    spec = ModelSpec(name, SHAPE, 4)
-    model = initial_model(spec, 0)
-    x, y = examples(6, SHAPE, 4)
-    losses = []
-    for _ in range(2):
-        model.zero_grad()
-        loss = functional.cross_entropy(model(x), y)
-        loss.backward()
-        losses.append(loss.item())
-        gradients = [p.grad for p in model.parameters()]
-        assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients)
-        with torch.no_grad():
-            for p, g in zip(model.parameters(), gradients, strict=True):
-                p -= 1e-3 * g
-    assert losses[1] < losses[0]
-
-    for file in ("weights.safetensors", "weights.pt"):
-        save_checkpoint(tmp_path / file, model, spec, Normalization())
-        again = load_model(read_checkpoint(tmp_path / file))
-        assert list(again.state_dict()) == list(model.state_dict())
-        for one, other in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
-            assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("name", ["6cnn", "wrn-10-1", "resnet18-cifar"])
-def test_the_convolutional_families_are_measured(name: str) -> None:
-    model = initial_model(ModelSpec(name, (3, 4, 4), 4), 0)
-    x, y = examples(2, (3, 4, 4), 4)
-    settings = Settings(num_starts=1, min_probes=2, max_probes=2, max_iterations=2)
-    names = ["local_inconsistency", "fisher_trace", "fisher_lambda_max", "hessian_lambda_max"]
-    rows = measure(model, Batches.from_tensors(x, y, batch_size=1), names, settings).rows
-    for row in rows.values():
-        assert row.value is not None
-        assert torch.isfinite(torch.tensor(row.value))
-    assert rows["local_inconsistency"].value > 0
-    assert rows["fisher_trace"].value >= rows["fisher_lambda_max"].value > 0
+pytest.importorskip("timm", reason="timm is an extra")
 
 
 def small(family: str) -> nn.Module:
@@ -90,7 +27,6 @@ def small(family: str) -> nn.Module:
     return model
 
 
-@NEEDS_TIMM
 @pytest.mark.parametrize("family", ["vit", "mixer"])
 def test_curvature_of_timms_networks_against_dense_matrices(family: str) -> None:
     case = Case(family, partial(small, family), (1, 4, 4), affine=False)
@@ -105,7 +41,6 @@ def test_curvature_of_timms_networks_against_dense_matrices(family: str) -> None
         largest, trace = rows[f"{name}_lambda_max"], rows[f"{name}_trace"]
         assert largest.converged
         assert largest.value == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-5)
-        assert (
-            trace.details.get("labels") != "none needed"
-        )  # softmax and GELU are not affine in their parameters
+        # softmax and GELU are not affine in their parameters
+        assert trace.details.get("labels") != "none needed"
         assert abs(trace.value - float(matrix.trace())) <= 3 * (trace.stderr or 0) + 1e-9

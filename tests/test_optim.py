@@ -1,7 +1,5 @@
 """The rules as torch optimizers: bit for bit what the rules give, within torch's contract."""
 
-from __future__ import annotations
-
 import copy
 import os
 import subprocess
@@ -239,7 +237,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     model = make()
     body, head = ({"params": list(part.parameters())} for part in (model[0], model[-1]))
     with pytest.raises(UsageError, match="takes the model, not a generator"):
-        optim.SAM(model.parameters(), lr=0.1)  # type: ignore[arg-type]
+        optim.SAM(model.parameters(), lr=0.1)
     with pytest.raises(UsageError, match="are in no group"):
         optim.SAM(model, params=[body], lr=0.1)
     with pytest.raises(UsageError, match="all groups must have the same"):

@@ -1,7 +1,5 @@
 """Products of float32 in float32, both sets of torch's flags at one, and the caller's settings as they were."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

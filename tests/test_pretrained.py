@@ -1,7 +1,5 @@
 """Fine-tuning starts from given weights: all of them where they fit, a fresh head, resampled positions."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Several processes that share the examples give what one gives."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Activation checkpointing: values, gradients and S_ρ are those of the same network without it."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable

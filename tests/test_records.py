@@ -1,7 +1,5 @@
 """Run folders read back: whole, torn and ill-typed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What records may say: each kind with values that fit and others that do not, and bounds for all."""
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Any, get_args, get_type_hints

@@ -1,7 +1,5 @@
 """Signals that come twice, at once or in storms: one line, the right code, no traceback, no deadlock."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -3,8 +3,6 @@
 The device is simulated (simulated_device.py), in a process of its own: it changes torch for good.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

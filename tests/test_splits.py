@@ -1,7 +1,5 @@
 """Disjoint parts, drawn by seed and size alone."""
 
-from __future__ import annotations
-
 from itertools import chain, combinations
 
 import pytest

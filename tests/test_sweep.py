@@ -1,7 +1,5 @@
 """Recipes and their runs: parsed, named, trained, measured, resumed; in this process and in others."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json
@@ -403,20 +401,6 @@ def test_diverged_runs_are_recorded_and_not_repeated(tmp_path: Path) -> None:
     before = stamps(tmp_path)
     assert run(recipe, tmp_path) == ["skipped", "skipped"]
     assert stamps(tmp_path) == before
-
-
-def test_an_interrupted_sweep_goes_on(tmp_path: Path, recipe: Recipe) -> None:
-    run_recipe(recipe, tmp_path / "whole")
-
-    def interrupt(outcome: Outcome) -> None:
-        if outcome.name == list(recipe.runs)[1]:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, tmp_path / "cut", notify=interrupt)
-    assert len(find_runs(tmp_path / "cut")) == 2
-    assert run(recipe, tmp_path / "cut") == ["skipped", "skipped", "finished", "finished"]
-    assert values(tmp_path / "cut") == values(tmp_path / "whole")
 
 
 def test_interrupted_within_a_run_it_resumes_with_its_threads(

@@ -1,7 +1,5 @@
 """What lies on disk says all: states and heartbeat, status, collect, retries, and sweeps that are killed."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -468,9 +466,7 @@ def test_a_job_array_does_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     root = str(Path(locks.__file__).parents[2])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": root, "SLURM_ARRAY_TASK_ID": "1"}
-    subprocess.run(
-        ["bash", "-c", script], env=environment, check=True, capture_output=True
-    )  # as sbatch would
+    subprocess.run(["bash", "-c", script], env=environment, check=True, capture_output=True)
     assert list(states(out).values()) == ["pending", "finished"]
     assert "#SBATCH --array=0-0\n" in command(capsys, "sweep", recipe, "--out", out, "--executor", "slurm")[1]
 

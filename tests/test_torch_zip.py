@@ -1,7 +1,5 @@
 """Zip files that two readers could take for two files are refused; those of torch.save are read as torch reads them."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zipfile

@@ -1,7 +1,5 @@
 """Strangers' files: all that benchmarks/trust.py makes, in this process; a few faults of each kind."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Folders that are not as they seem: a few of the cases that benchmarks/trust_files.py makes."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

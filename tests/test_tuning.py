@@ -1,7 +1,5 @@
 """Tuning: what cells are trained and judged on, their statistics, resuming, Optuna, the map and the command."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -98,7 +96,7 @@ def test_cells_see_the_training_part_alone(config: TrainConfig, split_seed: int)
     for part in ("train", "test"):
         examples = getattr(cell, part)
         assert cell.indices[part] == examples.x[:, 0, 0, 0].tolist()  # their numbers are their positions
-        labels = dict(zip(whole.train.x[:, 0, 0, 0].tolist(), whole.train.y.tolist(), strict=True))  # type: ignore[union-attr]
+        labels = dict(zip(whole.train.x[:, 0, 0, 0].tolist(), whole.train.y.tolist(), strict=True))
         assert [labels[number] for number in cell.indices[part]] == examples.y.tolist()
 
 
@@ -109,9 +107,8 @@ def test_of_few_labels_as_many_of_each_class_are_held_out(config: TrainConfig) -
         for part, count in (("train", 4), ("test", 1)):
             assert getattr(cell, part).y.bincount().tolist() == [count] * 10
         assert sorted(cell.indices["train"] + cell.indices["test"]) == whole.indices["train"]
-        assert (
-            len(cell.inputs) == len(whole.inputs) - 10
-        )  # the held-out images are not trained on, unlabeled either
+        # the held-out images are not trained on, unlabeled either
+        assert len(cell.inputs) == len(whole.inputs) - 10
     with pytest.raises(DataError, match="1 training examples of a class"):
         load_splits(few.replace(labels=10, validation=0.2))
 

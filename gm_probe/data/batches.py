@@ -41,15 +41,10 @@ class Normalization:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        figures = (*self.mean, *self.std)
-        if (
-            len(self.mean) != len(self.std)
-            or not all(map(math.isfinite, figures))
-            or min(self.std, default=1) <= 0
-        ):
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != len(self.std) or not finite or min(self.std, default=1) <= 0:
             raise UsageError(
-                f"normalisation by mean {self.mean} and std {self.std} is invalid: give one of each per "
-                "channel, with std > 0"
+                f"normalisation by mean {self.mean} and std {self.std} is invalid: give both per channel, with std > 0"
             )
 
     @classmethod
@@ -67,9 +62,7 @@ class Normalization:
         mean = sums / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         if bool((std == 0).any()):
-            raise DataError(
-                f"{examples.source}: a colour channel is constant, so normalisation would divide by zero"
-            )
+            raise DataError(f"{examples.source}: a colour channel is constant, so it cannot be normalised")
         return cls(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
 
     def require_range(self, examples: Examples, *, recorded: bool = False) -> None:
@@ -114,8 +107,7 @@ class Normalization:
         if isinstance(x, Fields):
             if self.mean:
                 raise DataError(
-                    "inputs of several tensors have no channels to normalise. Give them as the model "
-                    "takes them"
+                    "inputs of several tensors have no channels to normalise. Give them as the model takes them"
                 )
             return x.to(dtype)
         result = (
@@ -209,8 +201,7 @@ class Batches:
             raise UsageError("x is a single number; give a tensor with a row for each example")
         if isinstance(x, Tensor) and x.dtype == torch.uint8:
             raise DataError(
-                "x is uint8. Give what the model takes: x.float() / 255, x.long(), or Examples with a "
-                "Normalization"
+                "x is uint8. Give what the model takes: x.float() / 255, x.long(), or Examples with a Normalization"
             )
         device, dtype = x.device, x.dtype if x.is_floating_point() else torch.float32
         y = None if y is None else as_labels(y, len(x))
@@ -245,9 +236,7 @@ class Batches:
         """Return the same examples in batches of another size."""
         whole("batch_size", batch_size)
         if self.batch_dependent and batch_size != self.batch_size:
-            raise UsageError(
-                "the batch size cannot change, because the examples of a batch depend on each other"
-            )
+            raise UsageError("the batch size cannot change: the examples of a batch depend on each other")
         return self._with(batch_size=batch_size, auto_batch_size=False)
 
     def over(self, examples: Examples) -> Batches:

@@ -1,7 +1,5 @@
 """What people hold their data in, as ``Batches``: tensors, arrays, pairs, lists of batches, data sets, loaders."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -72,13 +70,10 @@ def _batches_of(data: list[Any] | Dataset[Any] | DataLoader[Any]) -> Iterable[An
         return DataLoader(data, batch_size=BATCH_SIZE)
     sampler: Any = getattr(data.batch_sampler, "sampler", data.sampler)
     if isinstance(sampler, RandomSampler):
-        raise UsageError(
-            "the DataLoader shuffles, but a measurement needs a fixed order. Create it with shuffle=False"
-        )
+        raise UsageError("the DataLoader shuffles the examples. Create it with shuffle=False")
     if data.drop_last and data.batch_size and len(sampler) % data.batch_size:
         raise UsageError(
-            f"the DataLoader leaves out {len(sampler) % data.batch_size} example(s). Create it with "
-            "drop_last=False"
+            f"the DataLoader leaves out {len(sampler) % data.batch_size} example(s). Create it with drop_last=False"
         )
     return data
 

@@ -474,7 +474,5 @@ def _class_names(path: Path) -> tuple[str, ...]:
     # a class may be called train, as in CIFAR-100; with class folders in it, it is a part
     for name in names:
         if name in {"train", *TEST_PARTS} and class_folders(path / name):
-            raise DataError(
-                f"{path / name} has class folders of its own, so it is not a class. Give {path / name}"
-            )
+            raise DataError(f"{path / name} has class folders, so it is not a class. Give {path / name}")
     return names

@@ -1,7 +1,5 @@
 """Images that were decoded once, in a file on disk: those too large for memory are not decoded at every pass."""
 
-from __future__ import annotations
-
 import errno
 import math
 import os

@@ -1,7 +1,5 @@
 """Folders of images: which files in them are read, and what is passed over."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterator

@@ -347,9 +347,8 @@ def _is_deep(image: Image.Image) -> bool:
 def _has_16_bits(image: Image.Image) -> bool:
     """Return whether its pixels have 16 bits a channel; of colours Pillow keeps the upper eight."""
     modes = [str(tile[3:]) for tile in getattr(image, "tile", ())]
-    return _is_deep(image) or any(
-        ";16" in mode and "BGR;16" not in mode for mode in modes
-    )  # 5 and 6 bits each
+    # BGR;16 has 5 or 6 bits a channel
+    return _is_deep(image) or any(";16" in mode and "BGR;16" not in mode for mode in modes)
 
 
 def _broken(file: Path, error: Exception) -> DataError:

@@ -1,7 +1,5 @@
 """Labels as people keep them: class indices, or zeros and ones of yes-or-no labels, in whole numbers of any type."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -41,9 +39,7 @@ def _array(y: Any, name: str) -> np.ndarray:
     except ValueError:  # rows of several lengths
         array = np.array(None)
     if array.dtype.kind not in "iufb":
-        raise DataError(
-            f"{name} is a {type(y).__name__} that holds no numbers of one shape; give a tensor or array"
-        )
+        raise DataError(f"{name} is a {type(y).__name__} that holds no numbers of one shape; give a tensor")
     return array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
 
 

@@ -1,7 +1,5 @@
 """Work that runs out of memory is done again on batches of half the size, or told by an error that says what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -35,8 +33,7 @@ def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T,
             size = min(batches.batch_size, batches.num_examples) // 2
             if size == 0:
                 raise ResourceError(
-                    f"out of memory on a single example ({first_line(error)}). Close other programs, or "
-                    "use a machine with more memory"
+                    f"out of memory on a single example ({first_line(error)}). Use a machine with more memory"
                 ) from error
         # outside of the except clause, whose traceback keeps what was allocated alive
         release_memory(batches.device)

@@ -1,7 +1,5 @@
 """How the images of a folder become arrays of one shape. Imports no torch, which takes seconds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from PIL import Image
@@ -44,8 +42,7 @@ class Reading:
             raise UsageError("--image-size sets both sides. Give either --image-size, or --resize and --crop")
         if self.resize and self.crop and self.crop > self.resize:
             raise UsageError(
-                f"--crop {self.crop} is larger than --resize {self.resize}: this would leave a black "
-                "border. Give a smaller --crop"
+                f"--crop {self.crop} is larger than --resize {self.resize}, so a black border would be left"
             )
 
     def scaled(self, height: int, width: int) -> tuple[int, int]:

@@ -1,7 +1,5 @@
 """The names that data may have. Imports no torch, so that a wrong one is reported at once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from gm_probe.errors import UsageError, did_you_mean

@@ -122,9 +122,7 @@ def _keep_labels(
     classes = pool.select(train).num_classes
     assert pool.y is not None
     if count < 1 or count % classes:
-        raise DataError(
-            f"{count} labels cannot be shared equally by {classes} classes. Give a multiple of {classes}"
-        )
+        raise DataError(f"{count} labels cannot be shared by {classes} classes. Give a multiple of {classes}")
     shuffled = train[torch.randperm(len(train), generator=generator)]
     kept = []
     for index in range(classes):
@@ -140,8 +138,7 @@ def _keep_labels(
     others = train[~torch.isin(train, labeled)]
     if not len(others):
         raise DataError(
-            f"{count} labels cover the whole training part, so no unlabeled examples remain. "
-            "Give fewer labels"
+            f"{count} labels cover the whole training part, so no unlabeled examples remain. Give fewer labels"
         )
     return labeled, others
 

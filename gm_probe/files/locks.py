@@ -261,9 +261,7 @@ def _alone_in_taking(folder: Path) -> Iterator[None]:
                 made = _left(path)
                 if made != seen:  # another process made it meanwhile
                     began, seen = time.monotonic(), made
-                elif (
-                    time.monotonic() - began > BEAT
-                ):  # left by a process that was killed within these few lines
+                elif time.monotonic() - began > BEAT:  # its process was killed within these few lines
                     path.unlink()
             time.sleep(0.01)
         except OSError as error:

@@ -64,9 +64,8 @@ def load_torch(path: Path) -> Any:
         CheckpointError: it would take far more memory or time than its size says.
         Exception: whatever torch and the unpickler raise on a broken file, or on one that holds code.
     """
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # about odd formats, which callers refuse with their own message
+    # of odd formats, which callers refuse with their own message, torch warns
+    with warnings.catch_warnings(action="ignore"):
         check_unpacking(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     return entries(content) if isinstance(content, dict) else content
@@ -89,7 +88,7 @@ def check_unpacking(path: Path) -> None:
             return
         if _is_tar(path):
             raise CheckpointError(
-                f"{path} is a tar file, of torch before 0.1.10; save it again with torch.save"
+                f"{path} is a tar file of torch before 0.1.10; save it again with torch.save"
             )
         file.seek(0)
         for _ in range(LEGACY):

@@ -4,8 +4,6 @@ Every file of a run folder is opened here, and so is every file that is written 
 open file itself, so that nothing can be put in its place between the check and the reading. Imports no torch.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """Checks of what a file on disk says: kinds of values, and tables whose keys each have one. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 import reprlib
 from collections.abc import Callable, Collection, Mapping

@@ -1,7 +1,5 @@
 """Find the weights in what a file holds: state dicts, under whatever keys."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """What a tensor from a file may be, and which of its values are not finite."""
 
-from __future__ import annotations
-
 import math
 
 import torch

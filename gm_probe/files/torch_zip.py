@@ -5,8 +5,6 @@ they pass over. A file is read here only where nothing is left to choose: every 
 directory, or its end.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import zlib
@@ -85,9 +83,8 @@ def read_records(path: Path, file: IO[bytes]) -> list[Record]:
     # torch's own reader ignores case
     if len({record.name.lower() for record in records}) < len(records):
         raise CheckpointError(f"{path} holds two records of one name; save it again with torch.save")
-    if not any(
-        record.checksum for record in records
-    ):  # torch.save can be told to compute none (set_crc32_options)
+    # set_crc32_options can tell torch.save to compute none
+    if not any(record.checksum for record in records):
         return records
     for record in records:
         checksum = 0

@@ -1,7 +1,5 @@
 """Read and write checkpoints. Nothing in a file can run code: ``weights_only=True`` always, no fallback."""
 
-from __future__ import annotations
-
 import io
 import json
 import re
@@ -306,8 +304,7 @@ def _with_tied(model: nn.Module, path: Path, state: dict[str, Tensor]) -> dict[s
         for name in there[1:]:
             if state[name].shape == state[there[0]].shape and not torch.equal(state[name], state[there[0]]):
                 raise CheckpointError(
-                    f"{path}: tensors {there[0]!r} and {name!r} differ, but the model ties them to one parameter. "
-                    "Check --model"
+                    f"{path}: tensors {there[0]!r} and {name!r} differ, but the model ties them. Check --model"
                 )
         state |= {name: state[there[0]] for name in names if there}
     return state
@@ -328,11 +325,7 @@ def _classes(
 
 def _remedy(checkpoint: Checkpoint, prefix: str, wrong: bool) -> str:
     if not wrong:  # the file has all that the network needs
-        return (
-            f"--strip {start_of(prefix)} uses only the tensors with this prefix"
-            if prefix
-            else "check --model"
-        )
+        return f"--strip {start_of(prefix)} uses only these tensors" if prefix else "check --model"
     others = [*checkpoint.alternatives, *checkpoint.elsewhere]
     more = f", or choose among the file's other tensors by --key ({first_three(others)})" if others else ""
     return f"check --model{more}"

@@ -13,8 +13,6 @@ processes share a batch, each with the same number of images: views are compared
 order of ranks. In eval mode each process has batches of its own.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -74,9 +72,7 @@ def as_encoder(classifier: nn.Module) -> tuple[nn.Module, int]:
     """
     name = last_linear(classifier)
     if not name:
-        raise UsageError(
-            "an encoder is a network without its last linear layer, but this network has no linear layer"
-        )
+        raise UsageError("an encoder is a network without its last linear layer, and this one has none")
     head = classifier.get_submodule(name)
     assert isinstance(head, nn.Linear)
     classifier.set_submodule(name, nn.Identity())

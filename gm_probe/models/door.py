@@ -75,9 +75,7 @@ class Outputs:
         if not isinstance(found, Tensor):
             raise UsageError(f"the model returned {_described(returned)}; {_REMEDY}")
         if not found.is_floating_point():
-            raise UsageError(
-                f"the model returned numbers of {found.dtype}; logits must be floating-point numbers"
-            )
+            raise UsageError(f"the model returned {found.dtype}; logits must be floating-point numbers")
         if found.dim() == 0:
             raise UsageError("the model returned a single number, like a loss. Return the logits (B, C)")
         if found.dim() == 1 and self.head == "binary":
@@ -91,8 +89,7 @@ class Outputs:
             )
         if len(found) != rows:
             raise UsageError(
-                f"the model returned {len(found)} rows of logits for {rows} example(s). Wrap it to return "
-                "one row for each"
+                f"the model returned {len(found)} rows of logits for {rows} example(s). Return one row for each"
             )
         return found
 
@@ -147,13 +144,10 @@ class Outputs:
             )
         if self.kind == "probabilities" and not self._probabilities(values):
             raise UsageError(
-                "outputs are declared as probabilities, but some lie outside [0, 1] or do not sum to 1 "
-                "over classes"
+                "outputs are declared as probabilities, but lie outside [0, 1] or do not sum to 1"
             )
         if self.kind == "log-probabilities" and not self._probabilities(values.exp()):
-            raise UsageError(
-                "outputs are declared as log-probabilities, but exp of some rows does not sum to 1"
-            )
+            raise UsageError("outputs are declared as log-probabilities, but exp of a row does not sum to 1")
         return replace(self, kind=self.kind or "logits")
 
     def _seen_as_probabilities(self, values: Tensor) -> str:
@@ -248,8 +242,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             break
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UsageError(
-            "the model is scripted or traced (TorchScript), which cannot run with perturbed weights. Give "
-            "its source module"
+            "the model is scripted or traced (TorchScript), so it takes no perturbed weights. Give its source module"
         )
     sharded = [type(module).__name__ for module in model.modules() if "FullySharded" in type(module).__name__]
     if sharded or any(type(p).__name__ == "DTensor" for p in model.parameters()):
@@ -258,7 +251,5 @@ def unwrapped(model: nn.Module) -> nn.Module:
         )
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
-        raise UsageError(
-            f"parameter {lazy[0]!r} is lazy and has no shape yet. Run the network on one example first"
-        )
+        raise UsageError(f"parameter {lazy[0]!r} is lazy and has no shape yet. Run the network once first")
     return model

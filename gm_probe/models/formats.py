@@ -1,7 +1,5 @@
 """Name files that hold a network in another way than as plain tensors, by their first bytes alone."""
 
-from __future__ import annotations
-
 import pickletools
 import re
 import zipfile

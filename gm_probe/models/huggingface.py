@@ -1,7 +1,5 @@
 """Folders as transformers writes them: config.json beside weights. None of their code runs, nothing is downloaded."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
@@ -69,12 +67,9 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS[1]]
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{folder} holds a PEFT adapter, not a network. Merge it into its base (merge_and_unload) and "
-            "save the result"
+            f"{folder} holds a PEFT adapter, not a network. Save what its merge_and_unload() returns"
         )
-    raise CheckpointError(
-        f"{folder} has a {CONFIG} but no {WEIGHTS[0]}; save it with save_pretrained(FOLDER)"
-    )
+    raise CheckpointError(f"{folder} has {CONFIG} but no {WEIGHTS[0]}; save it with save_pretrained(FOLDER)")
 
 
 def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[str, ...]]:
@@ -245,6 +240,5 @@ def _check_sizes(path: Path, record: Mapping[str, Any], tensors: int) -> None:
             limit = min(DEEPEST, tensors) if key.endswith(DEEP) else LABELS if "label" in key else WIDEST
             if value > limit:
                 raise CheckpointError(
-                    f"{path} asks for {start_of(key, 80)} = {start_of(value, 80)}, but its weights or any network "
-                    f"need at most {limit:,}"
+                    f"{path} asks for {start_of(key, 80)} = {start_of(value, 80)}, but at most {limit:,} can be needed"
                 )

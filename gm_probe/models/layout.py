@@ -1,7 +1,5 @@
 """The memory format in which a network takes images: channels last is faster, and not every network takes it."""
 
-from __future__ import annotations
-
 from copy import copy
 
 import torch

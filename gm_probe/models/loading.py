@@ -1,7 +1,5 @@
 """From a checkpoint and a model's name to a model in memory, and from data to what that model takes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any
@@ -61,9 +59,8 @@ def fitted_model(
         temperature = temperature or recorded.temperature
     if name == huggingface.NAME:
         return _from_folder(checkpoint, dtype)
-    if num_classes is None and not (
-        is_user_code(name) and temperature is None
-    ):  # a user's own code decides itself
+    decides_itself = is_user_code(name) and temperature is None
+    if num_classes is None and not decides_itself:
         num_classes = _rows_of_last_matrix(checkpoint)
     spec = ModelSpec(name, input_shape or (3, 32, 32), num_classes or 0, temperature)
     if not spec.is_user_code:

@@ -1,7 +1,5 @@
 """The names that models may have. Imports no torch, so that a wrong one is reported at once."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -72,9 +70,7 @@ def _require_registered(library: str, name: str) -> None:
     plain = name.partition(".")[0]  # in timm the weights' name follows a dot
     # timm keeps earlier names as strings
     if names and ":" not in name and plain not in names and not any(f"'{name}'" in text for text in texts):
-        raise UsageError(
-            f"{library} has no classifier {name!r}; {did_you_mean(name, names, 'see its own list')}"
-        )
+        raise UsageError(f"{library} has no classifier {name!r}; {did_you_mean(name, names, 'see its list')}")
 
 
 def _sources(library: str) -> Iterator[str]:

@@ -4,8 +4,6 @@ The model itself is never written to: moved parameters and copied buffers are ha
 model is bit-identical after a measurement whatever happens in it.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -257,8 +255,7 @@ def _require_alike(parameters: Mapping[str, nn.Parameter]) -> None:
             )
         if p.device != first.device:
             raise UsageError(
-                f"parameter {name!r} is on {p.device} and {first_name!r} on {first.device}; move the whole model to "
-                "one device"
+                f"parameter {name!r} is on {p.device} and {first_name!r} on {first.device}. Use one device for all"
             )
 
 

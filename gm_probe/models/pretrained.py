@@ -1,7 +1,5 @@
 """Start training from given weights: the trunk must fit, a head for other classes starts afresh."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

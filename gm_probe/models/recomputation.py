@@ -5,8 +5,6 @@ its activations would be those at the model's own weights. Libraries bind ``chec
 what it calls inside is replaced here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """Which of a file's tensors are a network's, by their names: below what prefix, and what is left out."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass

@@ -229,8 +229,7 @@ def _wide_resnet(match: re.Match[str], spec: ModelSpec) -> nn.Module:
     depth, widen = int(match[1]), int(match[2])
     if not 10 <= depth <= 1000 or (depth - 4) % 6 or not 1 <= widen <= WIDEST:
         raise UsageError(
-            f"{spec.name}: the depth must be 6n + 4 ≤ 1,000 with n ≥ 1 (10, 16, 22, 28, ...), and the width at most "
-            f"{WIDEST:,}"
+            f"{spec.name}: the depth must be 6n + 4 ≤ 1,000 (10, 16, 22, 28, ...), and the width at most {WIDEST:,}"
         )
     return WideResNet(channels, spec.num_classes, (depth - 4) // 6 + bool(match[3]), widen)
 
@@ -283,8 +282,9 @@ def _torchvision_model(name: str, keywords: Mapping[str, Any]) -> Callable[[Mode
             )
         # auxiliary heads run in training alone, where nothing reads them
         heads = {"aux_logits": False, "init_weights": True} if name in INPUTS_CHANGED else {}
+        options = {**heads, **keywords, "num_classes": spec.num_classes}
         with foreign_or(_not_built(f"torchvision:{name}", keywords)):
-            return get_model(name, weights=None, **heads, **keywords, num_classes=spec.num_classes)
+            return get_model(name, weights=None, **options)
 
     return build
 
@@ -298,8 +298,7 @@ def _not_built(name: str, keywords: Mapping[str, Any]) -> Callable[[str], UsageE
 def _timm_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:
     if ":" in name:  # with hf-hub: and local-dir: timm would read other people's files
         raise UsageError(
-            f"no model 'timm:{name}'; timm's own models are given as timm:NAME, and others by your own "
-            "code as file.py:callable"
+            f"no model 'timm:{name}'; timm's own models are given as timm:NAME, others as file.py:callable"
         )
     with needs(f"timm:{name}", "timm", "timm"):
         import timm

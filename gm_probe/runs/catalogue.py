@@ -3,8 +3,6 @@
 ``gm_probe.measures.measure.MEASURES`` adds the functions that compute them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

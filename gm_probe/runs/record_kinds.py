@@ -4,8 +4,6 @@ Keys that no schema names may be there, for files of other versions and other pe
 bounded (``schema.bounded``) and of the kind that every reader of the file takes.
 """
 
-from __future__ import annotations
-
 from pathlib import PurePosixPath
 from typing import Any
 

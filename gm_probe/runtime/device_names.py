@@ -1,7 +1,5 @@
 """The names that devices may have. Imports no torch, so that a wrong one is reported at once."""
 
-from __future__ import annotations
-
 import sys
 from importlib.metadata import entry_points
 

@@ -1,7 +1,5 @@
 """Which device to run on, and what machine a result came from."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

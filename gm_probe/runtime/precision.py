@@ -1,7 +1,5 @@
 """The precision of float32 products: float32 itself, or TF32, which keeps 10 of its 23 bits of mantissa on a GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

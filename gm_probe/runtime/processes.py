@@ -1,7 +1,5 @@
 """Sums and gathers over the processes of a ``torchrun`` launch; with a single process, nothing at all."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -162,8 +160,7 @@ def _backend(device: torch.device) -> str:
         return distributed.get_default_backend_for_device(device)
     except ValueError as error:
         raise UsageError(
-            f"torch has no backend for several processes on device {device.type}. Use one process, or "
-            "--device cpu"
+            f"torch has no backend for several processes on device {device.type}. Use one process, or --device cpu"
         ) from error
 
 

@@ -3,8 +3,6 @@
 These are torch's global ones, Python's and NumPy's, and those that a module holds as an attribute.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

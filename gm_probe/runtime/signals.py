@@ -4,8 +4,6 @@ A handler may be called while it is at work already, or while the code that it i
 here set plain flags, raise, or end the process by ``os._exit``; they take no lock and call nothing that takes one.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import signal

@@ -1,7 +1,5 @@
 """Which training set each of several checkpoints was trained on, read from the run folders' records."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
@@ -78,9 +76,7 @@ def _finished_runs(root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
         else:
             others.append((path, status))
     if not finished:
-        raise DataError(
-            f"no finished run in {root} ({reasons(others)}); finish them with `gmprobe train --resume`"
-        )
+        raise DataError(f"no finished run in {root} ({reasons(others)}); use `gmprobe train --resume`")
     return finished, others
 
 
@@ -180,8 +176,7 @@ def common_unlabeled(runs: Sequence[Path], leave: Leave = NO_LEAVE) -> Examples:
             continue
         if not _equal(own_unlabeled(run, leave), examples):
             raise DataError(
-                f"{first} and {run} have different unlabeled parts. Give data that none of the runs was "
-                "trained on with --unlabeled"
+                f"{first} and {run} have different unlabeled parts. Give --unlabeled data that no run was trained on"
             )
     return examples
 

@@ -1,7 +1,5 @@
 """Designs: which points of the settings a recipe runs. A grid, a list, or random or Sobol points, times the grid."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Collection, Mapping
@@ -66,9 +64,7 @@ def _drawn(kind: str, content: Any) -> list[dict[str, Any]]:
     if not isinstance(space, Mapping) or not space:
         raise UsageError(f"recipe: [{kind}.space] must give each setting a list or {{low, high}}")
     if kind == "sobol" and count & (count - 1):
-        raise UsageError(
-            f"recipe: sobol.points = {count} must be a power of 2; otherwise the points are unbalanced"
-        )
+        raise UsageError(f"recipe: sobol.points = {count} must be a power of 2, to balance the points")
     import numpy as np  # with scipy it takes a second, which a wrong recipe must not wait for
 
     generator = np.random.default_rng(seed)

@@ -1,7 +1,5 @@
 """What a sweep will cost, before it runs: a few steps are timed, and sizes are counted."""
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 import time

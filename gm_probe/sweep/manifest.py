@@ -1,7 +1,5 @@
 """What a sweep folder was asked for: sweep.json, from which any process can do one of its runs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Recipes: a TOML file that names a base configuration, a design over it, and what to measure at the end."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping

@@ -1,7 +1,5 @@
 """Run a recipe: what is finished is not done again, and one failed run never stops the others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
@@ -62,9 +60,8 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads or before)
     try:
-        train(
-            config, out, resume=True
-        )  # for a finished run, this only removes what a kill after its summary left
+        # for a finished run, this only removes what a kill after its summary left
+        train(config, out, resume=True)
         if plan.measures:
             with exclusive(out) as lock:
                 if is_complete(out, plan):  # another process did it since this one looked

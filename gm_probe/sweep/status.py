@@ -1,7 +1,5 @@
 """How far a sweep has come, from what lies on disk. Imports no torch, so that the answer comes at once."""
 
-from __future__ import annotations
-
 import math
 import os
 import time

@@ -1,7 +1,5 @@
 """Tune (ρ, β) on a tenth of the training part: each cell is one run a seed, and the test part plays no role."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import statistics
