@@ -190,27 +190,3 @@ def lanczos(
     start = random_start(operator, generator)
     [pair], _ = eigenpairs(operator, start, tolerance=tolerance, max_iterations=max_iterations, expect=expect)
     return pair
-
-
-def certified(
-    operator: Operator,
-    guess: Eigenpair,
-    *,
-    tolerance: float,
-    max_iterations: int,
-    expect: Expect | None = None,
-) -> Eigenpair:
-    """Check a cheaply found eigenpair by exact products, and improve it where it is not good enough.
-
-    One product gives the exact Rayleigh quotient and residual of ``guess``. Where that residual is too large, Lanczos
-    continues from there. A guess that had not converged must meet the tolerance twice.
-    """
-    [pair], _ = eigenpairs(
-        operator,
-        guess.vector,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        patience=1 if guess.converged else 2,
-        expect=expect,
-    )
-    return pair
