@@ -186,7 +186,7 @@ class _Worker:
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """In this context, new Pythons import nothing from the current folder, which may hold anybody's pickle.py."""
+    """Let new Python processes import nothing from the current folder, which may hold anybody's pickle.py."""
     before = os.environ.get(SAFE_PATH)
     os.environ[SAFE_PATH] = "1"
     try:
