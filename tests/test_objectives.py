@@ -246,7 +246,7 @@ def test_labels_that_were_not_kept_are_never_read(
     y = source.pool.y.clone()  # type: ignore[union-attr]
     y[indices["train_unlabeled"] + indices["unlabeled"]] = -1  # no class: cross-entropy would raise
     poisoned = Source(replace(source.pool, y=y), None)
-    monkeypatch.setattr(run_splits, "_open", lambda *_: poisoned)
+    monkeypatch.setattr(run_splits, "_open", lambda *_, **__: poisoned)
     train(settings, tmp_path / "poison")
     assert (tmp_path / "poison" / SPLIT).read_text() == (tmp_path / "true" / SPLIT).read_text()
     assert rows(tmp_path / "poison") == rows(tmp_path / "true")

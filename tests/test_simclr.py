@@ -79,8 +79,8 @@ def test_labels_are_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     train(settings, tmp_path / "honest")
     honest = run_splits._open
 
-    def poisoned(*arguments: Any) -> Source:
-        source = honest(*arguments)
+    def poisoned(*arguments: Any, **options: Any) -> Source:
+        source = honest(*arguments, **options)
         assert source.pool.y is not None
         return Source(replace(source.pool, y=source.pool.y.flip(0)), source.test)
 

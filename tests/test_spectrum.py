@@ -13,8 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from gm_probe.errors import DivergedError, ResourceError
 from gm_probe.linalg.lanczos import eigenpairs, lanczos
-from gm_probe.linalg.operator import Operator
-from gm_probe.linalg.random_vectors import random_signs, random_start
+from gm_probe.linalg.operator import Operator, random_signs, random_start
 
 
 def operator_of(terms: Tensor) -> Operator:
