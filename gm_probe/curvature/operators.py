@@ -13,6 +13,7 @@ from torch.func import jvp
 from torch.nn import functional
 
 from gm_probe.curvature.batch_norm import batch_norm
+from gm_probe.curvature.batch_size import TRIAL
 from gm_probe.curvature.derivatives import (
     Arguments,
     JacobianProduct,
@@ -25,7 +26,6 @@ from gm_probe.curvature.derivatives import (
 )
 from gm_probe.curvature.nestable import NESTABLE, Substituting
 from gm_probe.curvature.second_derivatives import require_second_derivative
-from gm_probe.curvature.speed import TRIAL
 from gm_probe.data.batches import Batches, cut
 from gm_probe.data.fields import Inputs, ordinary
 from gm_probe.errors import UsageError

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.curvature.affine import obstacle
+from gm_probe.curvature.batch_size import TRIAL
 from gm_probe.curvature.derivatives import differentiable, require_gradients
 from gm_probe.curvature.fisher_trace import fisher_trace
 from gm_probe.curvature.operators import fisher, hessian, residual
-from gm_probe.curvature.speed import TRIAL
 from gm_probe.curvature.written import require_moved_weights
 from gm_probe.data.batches import Batches
 from gm_probe.data.labels import as_labels, fitting
