@@ -37,13 +37,13 @@ NAMES = {"fisher_lambda_max": "λ_max(F)", "fisher_trace": "tr F", "hessian_lamb
 SELF = Path(__file__).resolve()
 
 
-def cell(checkpoint: Path, data: Path) -> None:
+def cell(checkpoint: Path, data: Path, measures: list[str]) -> None:
     """Inside a process: take each measure by itself, and print what it took from rank 0."""
     torch.set_num_threads(1)
     taken = {}
     with processes.joined(torch.device("cpu")):
         examples = open_source(str(data), labeled=False).pool
-        for name in NAMES:
+        for name in measures:
             begin = time.perf_counter()
             result = measure_checkpoint(checkpoint, examples, [name], Settings(), batch_size=32)
             row = result["measures"][name]
@@ -56,7 +56,7 @@ def cell(checkpoint: Path, data: Path) -> None:
             print(json.dumps({"parameters": result["num_parameters"], "peak": peak, **taken}))
 
 
-def launch(number: int, checkpoint: Path, data: Path) -> dict[str, Any]:
+def launch(number: int, checkpoint: Path, data: Path, measures: str) -> dict[str, Any]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
     command = [
         sys.executable,
@@ -65,6 +65,8 @@ def launch(number: int, checkpoint: Path, data: Path) -> dict[str, Any]:
         "--cell",
         str(checkpoint),
         str(data),
+        "--measures",
+        measures,
     ]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
@@ -75,6 +77,9 @@ def launch(number: int, checkpoint: Path, data: Path) -> dict[str, Any]:
 def row(model: str, count: int, number: int, runs: list[dict[str, Any]]) -> str:
     cells = [model, f"{runs[0]['parameters']:,}", str(count), str(number)]
     for name in NAMES:
+        if name not in runs[0]:
+            cells += ["—", "—"]
+            continue
         seconds = statistics.median(run[name]["seconds"] for run in runs)
         cells += [f"{seconds:.1f}", runs[0][name]["cost"]]
     return " | ".join(["", *cells, f"{statistics.median(run['peak'] for run in runs):,.0f}", ""]).strip()
@@ -85,17 +90,19 @@ def row(model: str, count: int, number: int, runs: list[dict[str, Any]]) -> str:
 @click.option("--examples", multiple=True, type=int, default=(64, 128, 256), show_default=True)
 @click.option("--processes", "numbers", multiple=True, type=int, default=(1, 2), show_default=True)
 @click.option("--repeats", default=3, show_default=True)
+@click.option("--measures", default=",".join(NAMES), show_default=True, help="comma-separated")
 @click.option("--cell", "inner", nargs=2, type=click.Path(path_type=Path), hidden=True)
 def main(
     models: str,
     examples: tuple[int, ...],
     numbers: tuple[int, ...],
     repeats: int,
+    measures: str,
     inner: tuple[Path, Path] | None,
 ) -> None:
     """Print the table; several processes take the most examples alone."""
     if inner:
-        cell(*inner)
+        cell(*inner, measures.split(","))
         return
     titles = [title for symbol in NAMES.values() for title in (f"{symbol}, s", "gradients")]
     titles = ["model", "P", "N", "processes", *titles, "peak MiB"]
@@ -112,7 +119,7 @@ def main(
                 data = Path(folder) / "x.npz"
                 rng = np.random.default_rng(0)
                 np.savez(data, x=rng.normal(size=(count, 3, size, size)).astype(np.float32))
-                runs = [launch(number, checkpoint, data) for _ in range(repeats)]
+                runs = [launch(number, checkpoint, data, measures) for _ in range(repeats)]
                 print(row(name, count, number, runs), flush=True)
 
 

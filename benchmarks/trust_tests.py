@@ -14,8 +14,7 @@ ROOT = Path(__file__).parents[1]
 NUMBERS = {
     "NaN put into weights, buffers, optimizer, average, data, gradient, loss, perturbation: the run ends as diverged, "
     "the place is named, nothing of it is saved": (
-        "test_faults.py::test_what_is_not_finite_is_named_and_never_saved",
-        "test_faults.py::test_a_step_on_what_is_not_finite_ends_the_run_as_diverged",
+        "test_faults.py::test_what_is_not_finite_is_named_ends_the_run_as_diverged_and_is_never_saved",
     ),
     "exceptions at six depths of each measure: parameters, buffers, modes, hooks and random states are as they were": (
         "test_faults.py::test_a_model_is_left_whole_after_an_exception_anywhere",

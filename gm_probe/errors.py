@@ -19,6 +19,10 @@ class UsageError(ProbeError):
     exit_code = 2
 
 
+class NotInstalledError(UsageError):
+    """A library that an option or a model needs is missing."""
+
+
 class DerivativeError(UsageError):
     """A derivative beyond the gradient that a model lacks or misstates; measures that do without can be taken."""
 
@@ -67,9 +71,9 @@ class BusyError(StorageError):
 
 @contextmanager
 def foreign_or(told: Callable[[str], ProbeError]) -> Iterator[None]:
-    """Raise what ``told`` makes of the cause's first line where a stranger's code, a model say, fails within.
+    """Raise what ``told`` makes of the cause's first line where somebody else's code, such as a model, fails within.
 
-    Deliberate errors, and those that tell of the machine, are none of its own.
+    Deliberate errors, and those about the machine, pass unchanged.
 
     Raises:
         DeviceError: tensors met on two devices.
@@ -85,8 +89,19 @@ def foreign_or(told: Callable[[str], ProbeError]) -> Iterator[None]:
         raise told(first_line(error)) from error
 
 
+@contextmanager
+def needs(what: str, library: str, extra: str) -> Iterator[None]:
+    """Raise NotInstalledError, which names gm_probe's ``extra``, where an import of ``library`` fails within."""
+    try:
+        yield
+    except ImportError as error:
+        raise NotInstalledError(
+            f"{what} needs {library}, which is not installed; pip install 'gm_probe[{extra}]'"
+        ) from error
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign error's text, or its kind where it has none."""
+    """Return the first line of a foreign error's text, or its kind where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -112,12 +127,12 @@ _KINDS = re.compile(r"input type \((\S+)\) and (?:weight|bias) type \((\S+)\)", 
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out: Python's, a CPU's, or a GPU's by any of its libraries' words."""
+    """Return whether ``error`` says that memory ran out: Python's, a CPU's, or a GPU's in any library's words."""
     return isinstance(error, MemoryError) or _MEMORY.search(str(error)) is not None
 
 
 def on_two_devices(error: BaseException) -> bool:
-    """Whether ``error`` says that an operation met tensors, or a generator, of two devices."""
+    """Return whether ``error`` says that an operation met tensors, or a generator, of two devices."""
     if isinstance(error, DeviceError):
         return True
     text = str(error)
@@ -130,12 +145,12 @@ def on_two_devices(error: BaseException) -> bool:
 
 
 def _device_of(kind: str) -> str:
-    """ "torch.cuda" of torch.cuda.FloatTensor."""
+    """Return "torch.cuda" for torch.cuda.FloatTensor."""
     return kind.rpartition(".")[0]
 
 
 def of_machine(error: BaseException) -> bool:
-    """Whether ``error`` tells of the machine, not of a stranger's code that is tried: who tries it passes this on."""
+    """Return whether ``error`` is about the machine, so that whoever tries somebody else's code passes it on."""
     return out_of_memory(error) or on_two_devices(error)
 
 
@@ -155,7 +170,7 @@ def one_device() -> Iterator[None]:
 
 @contextmanager
 def memory_or(told: Callable[[str], str]) -> Iterator[None]:
-    """Raise ResourceError, of the text that ``told`` makes of the cause's, where memory runs out within."""
+    """Raise ResourceError with the text that ``told`` makes of the cause's, where memory runs out within."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -178,13 +193,23 @@ def _shows(character: str) -> bool:
     return character.isprintable() or character in "\u200c\u200d" or unicodedata.category(character) == "Zs"
 
 
+def start_of(text: object, most: int = 160) -> str:
+    """Return the first characters of a text that somebody else chose, as one printable line."""
+    return printable(" ".join(str(text).split()))[:most]
+
+
+def first_three(names: Sequence[object]) -> str:
+    """Return the first three of names that somebody else chose, safe to print."""
+    return ", ".join(map(start_of, names[:3])) + (", …" if len(names) > 3 else "")
+
+
 def listed(names: Sequence[str]) -> str:
     """Return names as a sentence lists them: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def did_you_mean(name: object, known: Collection[str], otherwise: str | None = None) -> str:
-    """The nearest of ``known`` as a question; ``otherwise``, or the whole list, where none is near."""
+    """Return the nearest of ``known`` as a question; ``otherwise``, or the whole list, where none is near."""
     close = difflib.get_close_matches(str(name), known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"

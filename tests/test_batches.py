@@ -41,7 +41,6 @@ def test_labels_of_another_shape_or_kind_are_refused(y: torch.Tensor) -> None:
 def test_labels_of_any_whole_numbers_and_inputs_with_gradients_are_taken() -> None:
     x = torch.rand(4, 3, requires_grad=True)
     (batch,) = Batches.from_tensors(x, torch.tensor([0, 1, 1, 0], dtype=torch.int32))
-    assert batch.y is not None
     assert batch.y.dtype == torch.int64
     assert not batch.x.requires_grad
 

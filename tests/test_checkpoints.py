@@ -9,11 +9,7 @@ import io
 import json
 import math
 import os
-import pickle
-import random
-import struct
 import sys
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +24,7 @@ from torch import Tensor, nn
 import gm_probe
 from gm_probe.data.batches import Normalization
 from gm_probe.errors import CheckpointError, UsageError
-from gm_probe.models.checkpoints import HEADER, Checkpoint, load_weights, read_checkpoint, save_checkpoint
+from gm_probe.models.checkpoints import HEADER, load_weights, read_checkpoint, save_checkpoint
 from gm_probe.models.parameters import Parameters
 from gm_probe.models.zoo import ModelSpec, build_model
 
@@ -128,7 +124,6 @@ def test_reading_never_imports_the_recorded_model(tmp_path: Path, trained: Net, 
             save_checkpoint(tmp_path / f"a{suffix}", trained, ModelSpec(name, (3, 8, 8), 3), NORMALIZATION)
             checkpoint = read_checkpoint(tmp_path / f"a{suffix}")
             load_weights(net(2), checkpoint)
-            assert checkpoint.model is not None
             assert checkpoint.model.is_user_code
     assert "hostile_model" not in sys.modules
     assert not (tmp_path / "canary").exists()
@@ -165,21 +160,13 @@ def test_every_usual_nest(tmp_path: Path, trained: Net, nest: str, legacy: bool)
     assert same(reloaded(path), trained)
 
 
-@pytest.mark.parametrize(
-    "prefix",
-    [
-        "",
-        "module.",
-        "_orig_mod.",
-        "model.",
-        "module._orig_mod.",
-        "_orig_mod.module.",
-        "model.module._orig_mod.",
-        "model.model.",
-    ],
-)
+PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "model.module._orig_mod.", "model.model."]
+PREFIXES += ["net.", "module.encoder.", "a.b.c.d.", "model.net._orig_mod."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_every_usual_prefix(tmp_path: Path, trained: Net, prefix: str, suffix: str) -> None:
+def test_any_prefix_is_taken_off(tmp_path: Path, trained: Net, prefix: str, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     state = {prefix + name: value.clone() for name, value in trained.state_dict().items()}
     if suffix == ".pt":
@@ -302,12 +289,6 @@ def test_a_key_that_is_not_there_is_a_usage_error(tmp_path: Path, trained: Net) 
         read_checkpoint(tmp_path / "a.pt", strip="net")
 
 
-@pytest.mark.parametrize("prefix", ["net.", "module.encoder.", "a.b.c.d.", "model.net._orig_mod."])
-def test_any_prefix_is_taken_off(tmp_path: Path, trained: Net, prefix: str) -> None:
-    torch.save(below(prefix, trained.state_dict()), tmp_path / "a.pt")
-    assert same(reloaded(tmp_path / "a.pt"), trained)
-
-
 @pytest.mark.parametrize("wrap", ["parallel", "compiled", "averaged", "inner"])
 def test_a_wrapped_model_takes_plain_and_wrapped_weights(tmp_path: Path, trained: Net, wrap: str) -> None:
     def wrapped(model: nn.Module) -> nn.Module:
@@ -426,12 +407,12 @@ def test_integer_weights_do_not_load(tmp_path: Path, trained: Net, dtype: torch.
 
 UNUSABLE: dict[str, tuple[Callable[[], Tensor], str]] = {
     "nan": (lambda: torch.tensor([1.0, float("nan"), float("inf")]), "has 2 NaN or infinite value(s)"),
-    "half inf": (lambda: torch.tensor([70000.0]).half(), "has 1 NaN or infinite value(s)"),
-    "fp8 nan": (lambda: torch.tensor([float("nan")]).to(torch.float8_e4m3fn), "has 1 NaN"),
+    "half inf": (lambda: torch.tensor([1.0, 1.0, 70000.0]).half(), "has 1 NaN or infinite value(s)"),
+    "fp8 nan": (lambda: torch.tensor([1.0, 1.0, float("nan")]).to(torch.float8_e4m3fn), "has 1 NaN"),
     "fp4": (lambda: torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "float4_e2m1fn_x2"),
     "complex": (lambda: torch.ones(2, dtype=torch.complex64), "is complex"),
     "meta": (lambda: torch.ones(2, device="meta"), "has no data"),
-    "sparse": (lambda: torch.eye(3).to_sparse(), "is sparse or quantized"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), "is nested, sparse or quantized"),
     "expanded": (lambda: torch.ones(1).expand(10**9), "claims 1,000,000,000 values but the file holds fewer"),
 }
 
@@ -439,10 +420,11 @@ UNUSABLE: dict[str, tuple[Callable[[], Tensor], str]] = {
 @pytest.mark.parametrize("kind", UNUSABLE)
 def test_unusable_tensors_are_named(tmp_path: Path, kind: str) -> None:
     make, reason = UNUSABLE[kind]
-    torch.save({"good": torch.ones(2), "layer.weight": make()}, tmp_path / "a.pt")
-    message = refused(tmp_path / "a.pt")
-    assert "tensor 'layer.weight'" in message
-    assert reason in message
+    torch.save({**net(1).state_dict(), "head.bias": make()}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(net(2), read_checkpoint(tmp_path / "a.pt"))
+    assert f"{tmp_path / 'a.pt'}: tensor 'head.bias'" in str(caught.value)
+    assert reason in str(caught.value)
 
 
 class Tied(nn.Module):
@@ -485,14 +467,14 @@ def test_a_mask_may_hold_minus_infinity_and_weights_may_not(tmp_path: Path) -> N
 def test_names_cannot_forge_a_terminal(tmp_path: Path) -> None:
     name = "w\x1b[2J\nall is well"
     torch.save({name: torch.tensor([float("nan")])}, tmp_path / "a.pt")
-    refused(tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", model=net(2))
     torch.save({name: torch.ones(1), "x" * 10**6: torch.ones(1)}, tmp_path / "b.pt")
     assert len(refused(tmp_path / "b.pt", model=net(2))) < 1500
     torch.save({name: 3}, tmp_path / "c.pt")
     refused(tmp_path / "c.pt")
 
 
-# ---- broken files
+# ---- broken files (many more are in test_trust.py)
 
 
 def _torch_bytes(value: Any, *, legacy: bool = False) -> bytes:
@@ -501,60 +483,7 @@ def _torch_bytes(value: Any, *, legacy: bool = False) -> bytes:
     return buffer.getvalue()
 
 
-def _zip(names: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in names.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def _itself() -> dict[str, Any]:
-    value: dict[str, Any] = {}
-    value["model"] = value
-    return value
-
-
 STATE = {"w": torch.arange(100.0)}
-WHOLE = _torch_bytes(STATE)
-LEGACY = _torch_bytes(STATE, legacy=True)
-SAFE = safetensors.torch.save(STATE)
-BROKEN: dict[str, bytes] = {
-    "empty.pt": b"",
-    "text.pt": b"hello world, this is no checkpoint\n" * 5,
-    "html.pt": b"<!DOCTYPE html>\n<html>not found</html>",
-    "zeros.pt": bytes(1000),
-    "noise.pt": random.Random(0).randbytes(5000),
-    "half.pt": WHOLE[: len(WHOLE) // 2],
-    "nearly.pt": WHOLE[:-10],
-    "half-legacy.pt": LEGACY[: len(LEGACY) // 2],
-    "nearly-legacy.pt": LEGACY[:-10],
-    "other-zip.pt": _zip({"a.txt": b"hi"}),
-    "other-zip-folder.pt": _zip({"archive/a.txt": b"hi"}),
-    "number.pt": _torch_bytes(3),
-    "list.pt": _torch_bytes([torch.ones(2)]),
-    "tensor.pt": _torch_bytes(torch.ones(2)),
-    "nothing.pt": _torch_bytes({}),
-    "no-tensors.pt": _torch_bytes({"epoch": 3, "optimizer": {"w": torch.ones(1)}}),
-    "itself.pt": _torch_bytes(_itself()),
-    "empty.safetensors": b"",
-    "text.safetensors": b"hello world, this is no checkpoint\n" * 5,
-    "half.safetensors": SAFE[: len(SAFE) // 2],
-    "nearly.safetensors": SAFE[:-10],
-    "pickle.safetensors": WHOLE,
-    "huge-header.safetensors": struct.pack("<Q", 2**62) + b"{}",
-    "no-json.safetensors": struct.pack("<Q", 8) + b"notjson!",
-    "nothing.safetensors": safetensors.torch.save({}),
-    "out-of-file.safetensors": (lambda head: struct.pack("<Q", len(head)) + head)(
-        b'{"w":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4000000]}}'
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(BROKEN[name])
-    refused(tmp_path / name)
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -563,64 +492,31 @@ def test_missing_file(tmp_path: Path) -> None:
 
 RECORD = {"model": SPEC.as_dict(), "mean": [0.5], "std": [0.2], "classes": ["a"]}
 BROKEN_HEADERS: list[Any] = [
-    "",
-    "nonsense",
-    "null",
-    "[1]",
-    "{}",
     "[" * 100_000,
+    "null",
+    "{}",
+    3,
     json.dumps({**RECORD, "model": "6cnn"}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": 3}}),
     json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": [float("inf")]}}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": -1}}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": 3.7}}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "num_classes": "3"}}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": "388"}}),
-    json.dumps({**RECORD, "model": {**SPEC.as_dict(), "input_shape": [1] * 1000}}),
     json.dumps({**RECORD, "mean": 0.5}),
     json.dumps({**RECORD, "mean": ["a"]}),
     json.dumps({**RECORD, "mean": [0.5, 0.5]}),
-    json.dumps({**RECORD, "std": [0.0]}),
     json.dumps({**RECORD, "std": [float("nan")]}),
     json.dumps({**RECORD, "classes": 3}),
 ]
 
 
 @pytest.mark.parametrize("header", BROKEN_HEADERS)
-def test_broken_records_are_refused(tmp_path: Path, header: str) -> None:
+def test_broken_records_are_refused(tmp_path: Path, header: Any) -> None:
+    """Broken specs of the network are in test_models.py."""
     torch.save({"state_dict": STATE, HEADER: header}, tmp_path / "a.pt")
     assert "its gm_probe header is broken" in refused(tmp_path / "a.pt")
-    safetensors.torch.save_file(STATE, tmp_path / "a.safetensors", {HEADER: header})
-    assert "its gm_probe header is broken" in refused(tmp_path / "a.safetensors")
+    if isinstance(header, str):
+        safetensors.torch.save_file(STATE, tmp_path / "a.safetensors", {HEADER: header})
+        assert "its gm_probe header is broken" in refused(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("header", [3, ["a"], {"model": 1}])
-def test_records_of_another_type_are_refused(tmp_path: Path, header: Any) -> None:
-    torch.save({"state_dict": STATE, HEADER: header}, tmp_path / "a.pt")
-    assert "its gm_probe header is broken" in refused(tmp_path / "a.pt")
-
-
-@pytest.mark.parametrize("content", [WHOLE, LEGACY, SAFE], ids=["zip", "legacy", "safetensors"])
-def test_mutated_files_load_or_are_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / ("a.safetensors" if content is SAFE else "a.pt")
-    draw = random.Random(0)
-    loaded, messages = 0, []
-    for _ in range(150):
-        mutated = bytearray(content)
-        for _ in range(draw.choice([1, 1, 4, 40])):
-            mutated[draw.randrange(len(mutated))] = draw.randrange(256)
-        path.write_bytes(mutated)
-        try:
-            read_checkpoint(path)
-            loaded += 1
-        except CheckpointError as error:
-            messages.append(str(error))
-    assert loaded > 0
-    assert messages
-    assert all(message.isprintable() and str(path) in message for message in messages)
-
-
-# ---- files that would run code
+# ---- files that would run code (many more are in test_trust.py)
 
 
 class Call:
@@ -633,68 +529,8 @@ class Call:
         return self.call
 
 
-class State:
-    """Unpickling it calls its ``__setstate__``, as a legitimate class of somebody's own would have."""
-
-    def __setstate__(self, state: Any) -> None:
-        raise AssertionError("ran")
-
-    def __getstate__(self) -> dict[str, int]:
-        return {"a": 1}
-
-
 def _touch(canary: Path) -> Call:
     return Call(os.system, f"touch '{canary}'")
-
-
-TRICKS: dict[str, Callable[[Path], Any]] = {
-    "os.system": _touch,
-    "eval": lambda canary: Call(eval, f"open({str(canary)!r}, 'w')"),
-    "exec": lambda canary: Call(exec, f"open({str(canary)!r}, 'w')"),
-    "open": lambda canary: Call(open, str(canary), "w"),
-    "getattr": lambda canary: Call(getattr, Path, "touch"),
-    "partial": lambda canary: Call(__import__("functools").partial, os.system, f"touch '{canary}'"),
-    "map": lambda canary: Call(list, Call(map, os.system, [f"touch '{canary}'"])),
-    "subprocess": lambda canary: Call(__import__("subprocess").run, ["touch", str(canary)]),
-    "import": lambda canary: Call(__import__, "antigravity"),
-    "torch.load": lambda canary: Call(torch.load, str(canary)),
-    "torch.hub": lambda canary: Call(torch.hub.load, "a/b", "c"),
-    "state": lambda canary: State(),
-    "module": lambda canary: nn.Linear(1, 1),
-    "nested": lambda canary: {"state_dict": {"w": torch.ones(1), "x": _touch(canary)}},
-    "beside": lambda canary: {"state_dict": {"w": torch.ones(1)}, "hyper_parameters": [1, (_touch(canary),)]},
-    "key": lambda canary: {"state_dict": {"w": torch.ones(1)}, ("k", 1): {"a": _touch(canary)}},
-    "attribute": lambda canary: _with_attribute(_touch(canary)),
-    "hooks": lambda canary: _with_hooks(canary),
-    "header": lambda canary: {"state_dict": {"w": torch.ones(1)}, HEADER: _touch(canary)},
-}
-
-
-def _with_attribute(value: Any) -> dict[str, Tensor]:
-    tensor = torch.ones(1)
-    tensor.surprise = value  # type: ignore[attr-defined]
-    return {"w": tensor}
-
-
-def _with_hooks(canary: Path) -> OrderedDict[str, Tensor]:
-    state = OrderedDict(w=torch.ones(1))
-    state._metadata = _touch(canary)  # type: ignore[attr-defined]
-    return state
-
-
-@pytest.mark.parametrize("trick", TRICKS)
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle 0", "pickle 2", "pickle 4"])
-def test_code_never_runs(tmp_path: Path, trick: str, form: str) -> None:
-    canary, path = tmp_path / "canary", tmp_path / "a.pt"
-    value = TRICKS[trick](canary)
-    if form.startswith("pickle"):
-        path.write_bytes(pickle.dumps(value, int(form.split()[1])))
-    else:
-        path.write_bytes(_torch_bytes(value, legacy=form == "legacy"))
-    message = refused(path)
-    assert not canary.exists()
-    if form in {"zip", "legacy"}:
-        assert "holds more than plain tensors, which could run code" in message
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -776,13 +612,6 @@ def test_public_resnet20() -> None:
     assert checkpoint.normalization is None
     with pytest.raises(CheckpointError, match=r"missing \(0\.weight.*unexpected \(module\.conv1\.weight"):
         load_weights(build_model(ModelSpec("6cnn", (3, 32, 32), 10)), checkpoint)
-
-
-def test_checkpoint_is_a_plain_record(tmp_path: Path) -> None:
-    torch.save(STATE, tmp_path / "a.pt")
-    checkpoint = read_checkpoint(tmp_path / "a.pt")
-    assert isinstance(checkpoint, Checkpoint)
-    assert torch.equal(checkpoint.state["w"], STATE["w"])
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 4, 5])

@@ -4,8 +4,6 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +59,14 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def measured(options: str, capsys: pytest.CaptureFixture[str], file: str = "ckpt.pt") -> dict[str, Any]:
+    """What `gmprobe measure FILE OPTIONS --json` prints of its one checkpoint."""
+    code, out, err = run(f"gmprobe measure {file} {options} --json", capsys)
+    assert code == 0, err
+    [result] = json.loads(out)
+    return result
+
+
 def test_the_three_commands_run_literally(tmp_path, images, checkpoint, capsys):
     code, out, err = run("gmprobe measure ckpt.pt --unlabeled data/", capsys)
     assert code == 0, err
@@ -94,9 +100,7 @@ def test_train_iam_d_alone_learns_the_digits_and_says_so(tmp_path, capsys):
 
 
 def test_json_follows_the_contract(images, checkpoint, capsys):
-    code, out, _ = run(f"gmprobe measure ckpt.pt --labeled data --json {' '.join(QUICK)}", capsys)
-    assert code == 0
-    [result] = json.loads(out)
+    result = measured(f"--labeled data {' '.join(QUICK)}", capsys)
     assert {"checkpoint", "model", "num_parameters", "num_examples", "settings", "measures"} <= set(result)
     assert result["num_examples"] == 12
     assert result["num_parameters"] == 64 * 6 + 6 + 6 * 2 + 2
@@ -123,21 +127,14 @@ def test_csv_has_one_row_a_measure(images, checkpoint, capsys):
     assert [row[key] for key in kept] == ["3", "0.1", "1", "0.1", "5", "all"]
 
 
-def test_protocol_both_reports_two_named_rows(images, checkpoint, capsys):
-    command = "gmprobe measure ckpt.pt --unlabeled data --measures local_inconsistency --protocol both --json"
-    [result] = json.loads(run(command, capsys)[1])
-    rows = result["measures"]
+def test_the_protocols_fill_rows_that_say_so(images, checkpoint, capsys):
+    command = "--unlabeled data --measures local_inconsistency --protocol "
+    rows = measured(command + "both", capsys)["measures"]
     assert rows["local_inconsistency"]["protocol"] == "paper"
     assert rows["local_inconsistency_converged"]["protocol"] == "converged"
     assert rows["local_inconsistency_converged"]["value"] >= rows["local_inconsistency"]["value"]
-
-
-def test_protocol_converged_fills_the_plain_row_and_says_so(images, checkpoint, capsys):
-    command = (
-        "gmprobe measure ckpt.pt --unlabeled data --measures local_inconsistency --protocol converged --json"
-    )
-    [result] = json.loads(run(command, capsys)[1])
-    assert result["measures"]["local_inconsistency"]["protocol"] == "converged"
+    rows = measured(command + "converged", capsys)["measures"]
+    assert rows["local_inconsistency"]["protocol"] == "converged"
 
 
 def test_the_caption_tells_of_the_ascents_that_were_made(images, checkpoint, capsys):
@@ -156,13 +153,13 @@ def test_the_caption_tells_of_the_ascents_that_were_made(images, checkpoint, cap
 
 
 def test_settings_of_other_balls_and_ascents_are_taken(images, checkpoint, capsys):
-    command = "gmprobe measure ckpt.pt --unlabeled data --json --measures local_inconsistency_"
+    command = "--unlabeled data --measures local_inconsistency_"
     for name, option, key, value in (
         ("adaptive", "--eta 0.5", "eta", 0.5),
         ("batchwise", "--sub-batch 3", "sub_batch", 3),
         ("converged", "--ascent-tolerance 0.5", "ascent_tolerance", 0.5),
     ):
-        [plain], [other] = (json.loads(run(f"{command}{name} {o}", capsys)[1]) for o in ("", option))
+        plain, other = (measured(f"{command}{name} {words}", capsys) for words in ("", option))
         assert other["settings"][key] == value
         one, two = (result["measures"][f"local_inconsistency_{name}"] for result in (plain, other))
         assert (one["value"], one["num_evals"]) != (two["value"], two["num_evals"]), name
@@ -290,11 +287,9 @@ def test_the_test_part_is_measured_where_there_is_one(parts, images, checkpoint,
 def test_labels_of_an_array_file_need_not_reach_the_last_class(checkpoint, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), dtype=np.uint8)
     np.savez("a.npz", x=pixels, y=[0, 1, 1])
-    command = "gmprobe measure ckpt.pt --labeled a.npz --max-examples 1 --measures error,fisher_trace --json"
+    command = "--labeled a.npz --max-examples 1 --measures error,fisher_trace --seed"
     for seed in (0, 1, 2):
-        code, out, err = run(f"{command} --seed {seed}", capsys)
-        assert code == 0, err
-        assert json.loads(out)[0]["measures"]["error"]["value"] in {0, 1}
+        assert measured(f"{command} {seed}", capsys)["measures"]["error"]["value"] in {0, 1}
 
 
 def test_token_ids_of_an_array_file_are_measured_as_they_are(tmp_path, capsys):
@@ -304,13 +299,9 @@ def test_token_ids_of_an_array_file_are_measured_as_they_are(tmp_path, capsys):
     ids = np.random.default_rng(0).integers(0, 50, (12, 7))
     np.savez(tmp_path / "words.npz", x=ids)
     names = "fisher_trace,hessian_trace,fisher_lambda_max,local_inconsistency,mean_entropy"
-    code, out, err = run(
-        f"gmprobe measure words.pt --model {Path(__file__).parent / 'networks.py'}:BagOfWords --unlabeled words.npz "
-        f"--measures {names} --trace-tolerance 0 --json -q",
-        capsys,
-    )
-    assert (code, err) == (0, "")
-    rows = json.loads(out)[0]["measures"]
+    model_option = f"--model {Path(__file__).parent / 'networks.py'}:BagOfWords"
+    options = f"{model_option} --unlabeled words.npz --measures {names} --trace-tolerance 0"
+    rows = measured(options, capsys, "words.pt")["measures"]
     assert all(rows[name]["value"] is not None for name in names.split(","))
     scores = model(torch.from_numpy(ids)).log_softmax(1)
     exact = 0.0
@@ -374,8 +365,7 @@ def test_ones_own_model_tells_its_number_of_classes(images, capsys):
     torch.save({"0.weight": torch.rand(3, 1, 1, 1), "0.bias": torch.rand(3)}, "own.pt")
     command = "gmprobe measure own.pt --model own.py:net --unlabeled data --channels 1 --no-normalize"
     code, out, err = run(f"{command} --measures mean_entropy --json", capsys)
-    assert code == 0, err
-    assert json.loads(out)[0]["num_classes"] == 3
+    assert (code, json.loads(out)[0]["num_classes"]) == (0, 3), err
     code, _, err = run(f"{command} --measures mean_entropy --num-classes 9", capsys)
     assert (code, err.strip()) == (2, "gmprobe: own.py:net has 3 outputs, not --num-classes 9")
 
@@ -385,10 +375,8 @@ def test_float64_weights_keep_their_digits(capsys):
     weight = torch.tensor([[1 / 3, 0.1], [0.7, 0.2]], dtype=torch.float64)
     torch.save({"weight": weight, "bias": torch.zeros(2, dtype=torch.float64)}, "own.pt")
     np.savez("x.npz", x=np.zeros((2, 2)))
-    command = "gmprobe measure own.pt --model own.py:net --unlabeled x.npz --measures parameter_norm --json"
-    code, out, err = run(f"{command} --dtype float64 --params weight", capsys)
-    assert code == 0, err
-    value = json.loads(out)[0]["measures"]["parameter_norm"]["value"]
+    options = "--model own.py:net --unlabeled x.npz --measures parameter_norm --dtype float64 --params weight"
+    value = measured(options, capsys, "own.pt")["measures"]["parameter_norm"]["value"]
     assert value == pytest.approx(float(weight.norm()), rel=1e-14)
 
 
@@ -462,20 +450,14 @@ def test_a_record_that_names_other_code_is_not_followed(images, checkpoint, caps
         folder / "checkpoint.safetensors", build_model(spec), named, Normalization((0.5,), (0.5,))
     )
     (folder / "config.toml").write_text("seed = 0\n")
-    command = (
-        "gmprobe measure run --model mlp-6 --unlabeled data --measures distance_from_initialization --json"
-    )
-    code, out, err = run(command, capsys)
-    assert code == 0, err
-    assert json.loads(out)[0]["measures"]["distance_from_initialization"]["value"] is None
+    options = "--model mlp-6 --unlabeled data --measures distance_from_initialization"
+    assert measured(options, capsys, "run")["measures"]["distance_from_initialization"]["value"] is None
     assert not Path("ran").exists()
 
 
 def test_subset_is_seeded_and_recorded(images, checkpoint, capsys):
-    command = (
-        "gmprobe measure ckpt.pt --unlabeled data --measures fisher_trace --max-examples 5 --json --seed {}"
-    )
-    values = [json.loads(run(command.format(seed), capsys)[1])[0] for seed in (1, 1, 2)]
+    command = "--unlabeled data --measures fisher_trace --max-examples 5 --seed"
+    values = [measured(f"{command} {seed}", capsys) for seed in (1, 1, 2)]
     first, again, other = (value["measures"]["fisher_trace"]["value"] for value in values)
     assert first == again != other
     assert values[0]["num_examples"] == 5
@@ -518,23 +500,14 @@ def build():
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
-        ("gmprobe measure missing.pt --unlabeled data", 3, ["missing.pt"]),
-        ("gmprobe measure ckpt.pt --unlabeled nowhere", 2, ["nowhere"]),
         ("gmprobe measure ckpt.pt", 2, ["--unlabeled"]),
         ("gmprobe measure ckpt.pt --unlabeled data --labeled data", 2, ["exclude"]),
-        (
-            "gmprobe measure ckpt.pt --unlabeled data --measures fisher_trase",
-            2,
-            ["fisher_trase", "fisher_trace"],
-        ),
         ("gmprobe measure ckpt.pt --unlabeled data --measures error", 4, ["error", "--labeled"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --rho -1", 2, ["rho"]),
         (
             "gmprobe measure ckpt.pt --unlabeled data --k-steps 1,inf",
             2,
             ["--k-steps", "whole numbers", "inf"],
         ),
-        ("gmprobe measure ckpt.pt --unlabeled data --k-steps 1.5", 2, ["--k-steps", "whole numbers", "1.5"]),
         (
             "gmprobe measure ckpt.pt --unlabeled data --protocol converged --k-steps 1,3",
             2,
@@ -548,7 +521,6 @@ def build():
         ("gmprobe measure ckpt.pt --unlabeled data --target-error 1,2%", 2, ["--target-error '1,2%'", "2%"]),
         ("gmprobe measure ckpt.pt --unlabeled data --target-error 200%", 2, ["--target-error '200%'", "2%"]),
         ("gmprobe measure ckpt.pt --unlabeled data --memory 4XB", 2, ["--memory '4XB'", "4GB"]),
-        ("gmprobe measure ckpt.pt --unlabeled data --mean 0.5", 2, ["--std"]),
         ("gmprobe measure ckpt.pt --unlabeled data --device cuda:7", 6, ["cuda:7", "cpu"]),
         ("gmprobe measure plain.pt --unlabeled data", 2, ["--model", "--mean"]),
         ("gmprobe measure plain.pt --unlabeled data --model mlp-6", 2, ["--mean", "--no-normalize"]),
@@ -566,9 +538,7 @@ def build():
         ("gmprobe measure ckpt.pt --unlabeled data --image-size 8 --crop 8", 2, ["--image-size", "--crop"]),
         ("gmprobe measure ckpt.pt --unlabeled data --resize 8 --crop 9", 2, ["--crop 9", "--resize 8"]),
         ("gmprobe measure ckpt.pt --unlabeled digits --crop 8", 2, ["digits", "--crop"]),
-        ("gmprobe measure . --crop 8", 2, ["--crop", "--unlabeled"]),
         ("gmprobe measure ckpt.pt --unlabeled data --data data", 2, ["--data"]),
-        ("gmprobe train --data data --resize 8 --crop 9 --out d", 2, ["--crop 9"]),
         ("gmprobe measure plain.pt --unlabeled data --no-normalize", 2, ["--model"]),
         ("gmprobe measure plain.pt --unlabeled data --no-normalize --model mlp-7", 3, ["1.weight"]),
         ("gmprobe measure nan.pt --unlabeled data", 3, ["nan.pt", "1.weight", "NaN"]),
@@ -598,13 +568,8 @@ def build():
             2,
             ["local_inconsistency: the model cannot be differentiated", "(no way back)", "--measures"],
         ),
-        ("gmprobe train --method iamd", 2, ["iamd", "iam-d"]),
-        ("gmprobe train --model 7cnn", 2, ["7cnn", "6cnn"]),
-        ("gmprobe train --epochs 0", 2, ["epochs"]),
         ("gmprobe train --model mlp-4 --epochs 3 --lr 1e30 --out d", 5, ["not finite"]),
-        ("gmprobe mesure x", 2, ["mesure", "measure"]),
         ("gmprobe measure x --measures S_ρ", 2, ["S_ρ is called local_inconsistency"]),
-        ("gmprobe sweep nothing --out r", 2, ["nothing", "quickstart"]),
     ],
 )
 def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, capsys, command, code, words):
@@ -643,36 +608,13 @@ def test_bad_input_is_one_line_with_its_exit_code(tmp_path, images, checkpoint, 
 
 def test_a_foreign_checkpoint_with_its_model_named(tmp_path, images, capsys):
     torch.manual_seed(0)
-    (tmp_path / "net.py").write_text(
-        "from torch import nn\n"
-        "def build():\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 2))\n"
-    )
-    layers = [torch.nn.Flatten(), torch.nn.Linear(64, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)]
-    state = torch.nn.Sequential(*layers).state_dict()
-    torch.save(
-        {"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}, "x.pth.tar"
-    )
-    command = f"gmprobe measure x.pth.tar --unlabeled data --model net.py:build --no-normalize --json {' '.join(QUICK)}"
-    code, out, err = run(command, capsys)
-    assert code == 0, err
-    assert json.loads(out)[0]["model"] == "net.py:build"
-
-
-def test_class_order_is_doubted_near_chance(tmp_path, images, checkpoint, capsys):
-    state = read_checkpoint(checkpoint)
-    model = build_model(state.model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-        model[-1].bias.copy_(torch.tensor([0.0, 1.0]))
-    save_checkpoint(checkpoint, model, state.model, state.normalization)
-    for file in (tmp_path / "data" / "dog").iterdir():
-        file.unlink()
-    Image.new("L", (8, 8)).save(tmp_path / "data" / "dog" / "x.png")
-    code, _, err = run("gmprobe measure ckpt.pt --labeled data --measures error", capsys)
-    assert code == 0
-    assert "near chance" in err
+    layers = "nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 2))"
+    (tmp_path / "net.py").write_text(f"from torch import nn\ndef build(): return {layers}\n")
+    state = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 2)).state_dict()
+    state = {f"module.{name}": value for name, value in state.items()}
+    torch.save({"state_dict": state, "epoch": 3}, "x.pth.tar")
+    options = f"--unlabeled data --model net.py:build --no-normalize {' '.join(QUICK)}"
+    assert measured(options, capsys, "x.pth.tar")["model"] == "net.py:build"
 
 
 def test_train_saves_a_portable_copy_and_resume_returns_the_same(capsys):
@@ -709,23 +651,6 @@ def test_listings_print_json_and_tables(name, capsys):
     assert code == 0
     assert all(entry["name"] and entry["description"] for entry in json.loads(out))
     assert json.loads(out)[0]["name"] in run(f"gmprobe {name}", capsys)[1]
-
-
-def test_help_version_and_correlate_import_no_torch(tmp_path):
-    table = tmp_path / "t.csv"
-    table.write_text("error_gap,sharpness\n0.1,1\n0.2,2\n0.3,3\n")
-    script = (
-        "import sys\n"
-        "from gm_probe.cli import main\n"
-        "for args in (['--help'], ['--version'], ['measure', '--help'], ['correlate', sys.argv[1], '--no-figure']):\n"
-        "    try: main(args)\n"
-        "    except SystemExit as stop: assert not stop.code, (args, stop.code)\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(table)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_interrupt_is_one_line_and_130(monkeypatch, capsys):
@@ -780,61 +705,39 @@ def test_a_maximum_that_one_start_reached_is_doubted(
     assert ("one of 2 starts reached it, the next 50%" in capsys.readouterr().err) == doubted
 
 
+BF16 = "note: bf16 rounding loses much of a start of length 0.1. With --noise-scale 3 the ascent is as in float32"
+
+
 @pytest.mark.parametrize(
-    ("options", "doubted"),
+    ("options", "notes"),
     [
-        ("--method iam-d --amp bf16", True),
-        ("--method iam-d --amp bf16 --noise-scale 3", False),
-        ("--method iam-d", False),
-        ("--method sam --amp bf16", False),
+        ("--method iam-d --amp bf16", [BF16]),
+        ("--method iam-d --amp bf16 --noise-scale 3", []),
+        ("--method iam-d", []),
+        ("--method sam --amp bf16", []),
+        (
+            "--rho 0.1 --optimizer adamw --momentum 0.9",
+            [
+                "note: --rho has no effect with --method sgd",
+                "note: --momentum has no effect with --optimizer adamw",
+            ],
+        ),
+        ("--method sam --rho 0.1 --momentum 0.8", []),
+        (
+            "--epochs 2 --warmup-epochs 3 --schedule multi-step --milestones 1,2,5",
+            [
+                "note: --warmup-epochs exceeds the 2 epochs: lr never rises to 0.05",
+                "note: --milestones exceeds the 2 epochs: lr is never lowered at 2, 5",
+            ],
+        ),
+        ("--epochs 2 --warmup-epochs 2", []),
     ],
 )
-def test_noise_that_bf16_rounds_away_is_named(
-    options: str, doubted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny = (
-        "gmprobe train --num-train 20 --num-test 10 --num-unlabeled 10 --epochs 1 --model mlp-4 --device cpu"
-    )
-    code, _, err = run(f"{tiny} {options} --out {tmp_path}/a", capsys)
+def test_settings_that_change_nothing_or_come_too_late_are_named(options, notes, capsys):
+    tiny = "--num-train 20 --num-test 10 --num-unlabeled 10 --epochs 1 --model mlp-4 --device cpu --lr 0.05"
+    code, _, err = run(f"gmprobe train {tiny} {options} --out a", capsys)
     assert code == 0
-    assert ("bf16 rounding loses much of a start of length 0.1" in err) == doubted
-
-
-def test_options_without_effect_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny = (
-        "gmprobe train --num-train 20 --num-test 10 --num-unlabeled 10 --epochs 1 --model mlp-4 --device cpu"
-    )
-    code, _, err = run(f"{tiny} --rho 0.1 --optimizer adamw --momentum 0.9 --out {tmp_path}/a", capsys)
-    assert code == 0
-    assert "note: --rho has no effect with --method sgd" in err
-    assert "note: --momentum has no effect with --optimizer adamw" in err
-    code, _, err = run(f"{tiny} --method sam --rho 0.1 --momentum 0.8 --out {tmp_path}/b", capsys)
-    assert "no effect" not in err
-
-
-@pytest.mark.parametrize(
-    ("option", "meant"), [("--model mlpp", "mlp"), ("--data digts", "digits"), ("--device cdua", "cuda")]
-)
-def test_a_misspelt_name_leaves_no_run(
-    option: str, meant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = run(f"gmprobe train {option} --epochs 1 --out {tmp_path}/a", capsys)
-    assert (code, f"did you mean '{meant}'?" in err) == (2, True), err
-    assert not list(tmp_path.iterdir())
-
-
-def test_epochs_beyond_the_run_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny = (
-        "gmprobe train --num-train 20 --num-test 10 --num-unlabeled 10 --model mlp-4 --device cpu --lr 0.05"
-    )
-    late = "--epochs 2 --warmup-epochs 3 --schedule multi-step --milestones 1,2,5"
-    code, _, err = run(f"{tiny} {late} --out {tmp_path}/a", capsys)
-    assert code == 0
-    assert "note: --warmup-epochs exceeds the 2 epochs: lr never rises to 0.05" in err
-    assert "note: --milestones exceeds the 2 epochs: lr is never lowered at 2, 5" in err
-    code, _, err = run(f"{tiny} --epochs 2 --warmup-epochs 2 --out {tmp_path}/b", capsys)
-    assert code == 0
-    assert "exceeds" not in err
+    assert sorted(line for line in err.splitlines() if line.startswith("note: ")) == sorted(notes)
 
 
 def test_every_cell_of_a_grid_is_a_row_of_the_csv(images, checkpoint, capsys):

@@ -3,8 +3,8 @@
 import csv
 import io
 import json
+import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -193,18 +193,7 @@ def test_csv_output(capsys: pytest.CaptureFixture[str], table: Path) -> None:
     code, out, _ = run(capsys, str(table), "--csv", "--no-figure", "--group-by", "lr")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert code == 0
-    assert list(rows[0]) == [
-        "measure",
-        "target",
-        "statistic",
-        "group",
-        "value",
-        "low",
-        "high",
-        "p",
-        "n",
-        "note",
-    ]
+    assert ",".join(rows[0]) == "measure,target,statistic,group,value,low,high,p,n,note"
     assert (rows[0]["measure"], rows[0]["statistic"]) == ("local_inconsistency", "tau")
     assert float(rows[0]["value"]) == pytest.approx(-1)
     assert {row["group"] for row in rows if row["statistic"] == "tau"} == {"", "lr=0", "lr=0.1"}
@@ -252,11 +241,6 @@ def test_figure_path_chooses_the_format(capsys: pytest.CaptureFixture[str], tabl
     assert {path.name for path in folder.iterdir()} == {"one.SVG", "all.png", "all.pdf", "all.svg"}
 
 
-def test_gap_chooses_one(capsys: pytest.CaptureFixture[str], table: Path) -> None:
-    _, out, _ = run(capsys, str(table), "--json", "--no-figure", "--gap", "ce_gap")
-    assert "error_gap" not in json.loads(out)["measures"]["fisher_trace"]
-
-
 def test_target_is_another_name_of_gap_and_takes_several(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -269,54 +253,6 @@ def test_target_is_another_name_of_gap_and_takes_several(
     assert found[0] == found[1]
     taus = {"test_error": -1, "test_accuracy": 1, "2 * k": -1}
     assert {name: found[0][name]["tau"] for name in taus} == taus
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--measures", "fisher_trase"], "did you mean 'fisher_trace'"),
-        (["--group-by", "lrr"], "did you mean 'lr'"),
-        (["--figure", "plot.jpg"], "no format '.jpg'"),
-        (["--figure", "plot.png", "--no-figure"], "exclude each other"),
-        (["--gap", "ce_gapp"], "did you mean 'ce_gap'?"),
-        (["--target", "test_eror"], "no column 'test_eror'; did you mean 'error_gap'?"),
-    ],
-)
-def test_usage_errors(capsys: pytest.CaptureFixture[str], table: Path, args: list[str], message: str) -> None:
-    code, out, err = run(capsys, str(table), *args)
-    assert (code, out) == (2, "")
-    assert message in err
-    assert list(table.parent.iterdir()) == [table]
-
-
-def test_a_missing_source_or_gap_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert run(capsys, str(tmp_path / "nowhere"))[0] == 2
-    path = tmp_path / "t.csv"
-    path.write_text("error_gap,m\n1,2\n2,3\n")
-    code, _, err = run(capsys, str(path), "--gap", "ce_gap")
-    assert code == 2
-    assert "no target 'ce_gap'" in err
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is empty"),
-        ("a,b\n1,2\n", "It has: a, b"),
-        ("error_gap,m\n1,2\n", "1 usable run; a rank correlation needs at least 2"),
-        ("error_gap,m\n1,x\n2,3\n", "no numeric column"),
-        ("error_gap,fisher_trace\n1,x\n2,3\n", "row 1 holds 'x', which is not a number"),
-    ],
-)
-def test_data_errors_are_one_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str
-) -> None:
-    path = tmp_path / "t.csv"
-    path.write_text(text)
-    code, out, err = run(capsys, str(path))
-    assert (code, out) == (4, "")
-    assert message in err
-    assert err.count("\n") == 1
 
 
 def test_no_usable_run_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -364,55 +300,9 @@ def test_a_figure_below_a_file_is_a_storage_error(capsys: pytest.CaptureFixture[
     assert "cannot write" in err
 
 
-def test_help_ends_with_an_example_that_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, runs: Path
-) -> None:
-    code, out, _ = run(capsys, "--help")
-    example = out.split("Example:")[-1].split()
-    assert code == 0
-    monkeypatch.chdir(runs.parent)
-    assert run(capsys, *example[2:])[0] == 0
-    assert (runs / "correlate.png").stat().st_size > 2000
-
-
-def test_json_never_imports_torch_nor_pyplot(table: Path) -> None:
-    code = (
-        "import sys\n"
-        "from gm_probe.cli import main\n"
-        "try:\n"
-        "    main(['correlate', 'table.csv', '--json', '--figure', 'plot.svg'])\n"
-        "except SystemExit as stop:\n"
-        "    assert not stop.code\n"
-        "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=table.parent, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["num_runs"] == 6
-
-
-def test_no_color_is_honoured_on_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, table: Path
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("NO_COLOR", "1")
-    _, out, err = run(capsys, str(table), "--no-figure")
-    assert not re.search(r"\x1b\[[0-9;]*[349][0-7]", out + err)
-
-
 @pytest.mark.parametrize("options", [(), ("--csv",)])
 def test_a_reader_that_leaves_early_is_no_error(table: Path, options: tuple[str, ...]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "gm_probe",
-        "correlate",
-        str(table),
-        "--no-figure",
-        *options,
-    ]
+    command = [sys.executable, "-m", "gm_probe", "correlate", str(table), "--no-figure", *options]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
@@ -420,22 +310,180 @@ def test_a_reader_that_leaves_early_is_no_error(table: Path, options: tuple[str,
     assert (done.returncode, "Broken" in done.stderr) == (0, False), done.stderr
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_line(table: Path) -> None:
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "gm_probe",
-                "correlate",
-                str(table),
-                "--no-figure",
-                "-q",
-            ],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    assert (done.returncode, done.stderr) == (7, "gmprobe: No space left on device: the output\n")
+# ---- tables and options that are wrong, odd or hostile: one clear line and the right exit code
+
+GOOD = "error_gap,m,lr\n" + "".join(f"{0.1 * i:.2f},{(7 * i) % 11},{i // 2}\n" for i in range(12))
+REFUSED = {
+    "an empty file": ("", (), 4, "is empty; it needs a header line"),
+    "one run": ("error_gap,m\n1,2\n", (), 4, "1 usable run; a rank correlation needs at least 2"),
+    "nothing but missing values": ("error_gap,m\nnan,1\nnan,2\n", (), 4, "has a defined τ"),
+    "measure and gap never together": ("error_gap,m\n1,\n,2\n3,\n", (), 4, "has a defined τ"),
+    "infinities": ("error_gap,m\ninf,2\n-inf,3\n1e999,4\n", (), 4, "has a defined τ"),
+    "an unknown measure": (GOOD, ("--measures", "n"), 2, "no column in"),
+    "a gap as a measure": (GOOD, ("--measures", "error_gap"), 2, "is a gap and cannot be a measure too"),
+    "an unknown hyperparameter": (GOOD, ("--hyper", "lrr"), 2, "did you mean 'lr'"),
+    "an unknown subgroup": (GOOD, ("--group-by", "lrr"), 2, "did you mean 'lr'"),
+    "an unknown control": (GOOD, ("--control", "train_ce"), 2, "no column to control for named 'train_ce'"),
+    "a gap that is not there": (GOOD, ("--gap", "ce_gap"), 2, "no target 'ce_gap'"),
+    "a wrong target": (GOOD, ("--target", "eror_gap"), 2, "no column 'eror_gap'; did you mean 'error_gap'?"),
+    "a figure of another format": (GOOD, ("--figure", "plot.jpg"), 2, "no format '.jpg'"),
+    "a figure and none": (GOOD, ("--figure", "plot.png", "--no-figure"), 2, "exclude each other"),
+}
+
+
+@pytest.mark.parametrize(("text", "args", "code", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    text: str,
+    args: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text, encoding="utf-8")
+    found, _, err = run(capsys, str(path), "--quiet", *args)
+    assert found == code
+    assert message in err
+    assert err.startswith("gmprobe: ")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_more_runs_than_fit_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("gm_probe.analysis.correlation.MOST_RUNS", 10)
+    path = tmp_path / "t.csv"
+    path.write_text(GOOD)
+    code, _, err = run(capsys, str(path), "--quiet")
+    assert code == 6
+    assert "12 runs; the pairs of more than 10 take too long" in err
+
+
+ODD = {
+    "missing values": (GOOD + ",3,1\n0.5,,1\nNA,3,1\n", "no value"),
+    "infinite values": (GOOD + "inf,3,1\n0.5,-inf,1\n", "not finite"),
+    "rows listed twice": (GOOD + "0.10,7,0\n", "1 runs repeat the values of another"),
+    "names used twice": (
+        "run," + GOOD.replace("\n", "\nx,", 12).rstrip("x,") + "\n",
+        "repeat the name of another",
+    ),
+    "a constant measure": (GOOD.replace("m,lr", "m,lr,k").replace(",0\n", ",0,7\n"), ""),
+    "no hyperparameter": (GOOD.replace("lr", "zz"), "no hyperparameter is known"),
+    "no seeds": ("error_gap,fisher_trace,lr\n1,1,1\n2,3,2\n3,2,3\n", ""),
+    "one setting": ("error_gap,fisher_trace,lr\n1,1,1\n2,3,1\n3,2,1\n", "all runs have the same setting"),
+    "uneven settings": ("error_gap,m,lr\n1,1,1\n2,3,2\n3,2,2\n", ""),
+    "large and small values": ("error_gap,m,lr\n1e150,-1e150,1\n-1e150,1e150,2\n1e-308,5e-324,2\n", ""),
+    "huge values": (GOOD + "1e308,1,1\n-1e308,2,2\n0.5,1e200,1\n", "beyond 1e150 in size"),
+    "outcomes that are no numbers": (
+        GOOD.replace("m,lr", "m,test_error").replace(",5\n", ",x\n"),
+        "test_error is not a number in 2 of 12 runs",
+    ),
+    "words for hyperparameters": ("error_gap,m,optimizer\n1,1,sgd\n2,3,adam\n3,2,sgd\n4,4,adam\n", ""),
+    "a byte order mark": ("\ufeff" + GOOD, ""),
+    "decimal commas": (GOOD.replace(",", ";").replace(".", ","), "decimal commas in error_gap"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("text", "note"), ODD.values(), ids=ODD.keys())
+def test_odd_tables_have_a_result_without_a_nan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, note: str
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text, encoding="utf-8")
+    code, out, err = run(capsys, str(path), "--json")
+    assert code == 0, err
+    assert note in err
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    result = json.loads(out, parse_constant=refuse)
+    for measure in result["measures"].values():
+        tau = measure["error_gap"]
+        assert (tau["tau"] is None) == ("reason" in tau)
+        assert tau["n"] + len(tau["missing"]) == result["num_runs"]
+    for option in ("--csv", "--details"):
+        assert run(capsys, str(path), option, "--no-figure")[0] == 0
+
+
+def test_formulas_and_html_in_names_stay_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = ["=cmd|' /C calc'!A0", "+m", "-m", "@m", "<img src=x onerror=alert(1)>"]
+    path = tmp_path / "t.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["error_gap", "=lr", *names])
+        writer.writerows([i, "=1+1" if i % 2 else "x", *[(i * k) % 7 for k in range(1, 6)]] for i in range(7))
+    code, out, _ = run(capsys, str(path), "--csv", "--hyper", "=lr", "--group-by", "=lr")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0
+    assert (
+        list(dict.fromkeys(row["measure"] for row in rows)) == ["'" + name for name in names[:4]] + names[4:]
+    )
+    assert "'=lr==1+1" in {row["group"] for row in rows}
+    assert not any(cell.startswith(("=", "@", "+")) for row in rows for cell in row.values())
+    for row in rows:
+        negative = [cell for cell in row.values() if cell.startswith("-")]
+        assert all(math.isfinite(float(cell)) for cell in negative)  # numbers alone may start so
+    code, out, _ = run(capsys, str(path), "--json", "--hyper", "=lr")
+    assert code == 0
+    assert list(json.loads(out)["measures"]) == names
+    code, out, _ = run(capsys, str(path), "--no-figure", "--hyper", "=lr", "--details")
+    assert code == 0
+    assert "<img" in out
+
+
+# ---- options
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Run folders: 6 settings × 2 seeds, with errors and set sizes."""
+    for i in range(12):
+        folder = tmp_path / "runs" / f"run-{i:02d}"
+        write_toml(folder / "config.toml", {"lr": 0.1 * (i // 4), "batch_size": i // 2 % 2, "seed": i % 2})
+        summary = {"error_gap": 0.03 * i, "ce_gap": 0.1 * ((5 * i) % 12), "test_error": 0.1 + 0.03 * i}
+        summary |= {"train_error": 0.1, "train_ce": 0.01 * ((3 * i) % 7), "num_test": 1000, "num_train": 5000}
+        write_json(folder / "summary.json", {"status": "finished", **summary})
+        measures = {"fisher_trace": {"value": float((7 * i) % 12)}, "parameter_norm": {"value": float(i % 5)}}
+        write_json(folder / "measures.json", {"measures": measures})
+    return tmp_path / "runs"
+
+
+def test_run_folders_have_every_statistic(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
+    code, out, _ = run(capsys, str(sweep), "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert (result["num_runs"], result["num_settings"]) == (12, 6)
+    measure = result["measures"]["fisher_trace"]
+    assert (
+        measure["error_gap"]["interval_reason"]
+        == "no interval: the settings share 2 seeds; an interval needs 3"
+    )
+    found = {(each["statistic"], each["group"]): each for each in measure["error_gap"]["statistics"]}
+    given = {group for statistic, group in found if statistic == "tau_partial"}
+    assert given == {"train_ce", "parameter_norm", "lr", "batch_size"}
+    assert found["tau_difference", "parameter_norm"]["value"] is not None
+    [picked, random] = measure["selection"]
+    assert (picked["outcome"], picked["picked"], random["picked"]) == ("test_error", "smallest", None)
+    assert picked["value"] == pytest.approx(0.0)
+
+
+def test_controls_are_chosen(capsys: pytest.CaptureFixture[str], sweep: Path) -> None:
+    out = run(capsys, str(sweep), "--json", "--control", "lr")[1]
+    statistics = json.loads(out)["measures"]["fisher_trace"]["error_gap"]["statistics"]
+    assert {each["group"] for each in statistics if each["statistic"] == "tau_partial"} == {"lr"}
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_details_fit_their_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sweep: Path, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = run(capsys, str(sweep), "--no-figure", "--details")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= columns
+    for text in ("tau_within lr", "tau_partial", "spearman", "tau_difference", "cmi_min", "regret"):
+        assert text in out

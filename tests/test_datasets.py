@@ -6,7 +6,6 @@ import hashlib
 import os
 import pickle
 import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,6 @@ def test_labeled_folder(classes: Path) -> None:
     assert source.test is None
     assert pool.classes == ("ant", "mole", "zebra")
     assert pool.num_classes == 3
-    assert pool.y is not None
     assert pool.y.dtype == torch.int64
     assert pool.y.tolist() == [0, 0, 1, 2]
     assert pool.x.shape == (4, 3, 4, 6)
@@ -97,11 +95,8 @@ def test_train_and_test_parts(tmp_path: Path, name: str) -> None:
     source = open_source(str(tmp_path / "both"), labeled=True)
     assert source.pool.classes == ("ant", "bee")
     assert len(source.pool) == 2
-    assert source.test is not None
-    assert source.test.y is not None
     assert source.test.y.tolist() == [0, 1, 1]
     unlabeled = open_source(str(tmp_path / "both"), labeled=False)
-    assert unlabeled.test is not None
     assert (len(unlabeled.pool), len(unlabeled.test), unlabeled.test.y) == (2, 3, None)
 
 
@@ -130,7 +125,6 @@ def test_parts_of_other_sizes_are_refused_or_resized(tmp_path: Path) -> None:
         assert "6×4" in message
         assert "8×8; resize all with --image-size" in message
     source = open_source(str(tmp_path), labeled=True, image_size=5)
-    assert source.test is not None
     assert source.test.x.shape == source.pool.x.shape == (1, 3, 5, 5)
 
 
@@ -138,7 +132,6 @@ def test_grey_stays_grey_only_if_both_parts_are(tmp_path: Path) -> None:
     put(tmp_path / "train" / "ant" / "1.png", 7)
     put(tmp_path / "test" / "ant" / "1.png", RED)
     source = open_source(str(tmp_path), labeled=True)
-    assert source.test is not None
     assert source.pool.x[0, :, 0, 0].tolist() == [7, 7, 7]
     assert source.test.x[0, :, 0, 0].tolist() == list(RED)
 
@@ -218,7 +211,7 @@ def test_unreadable_folder_is_an_error_not_a_gap(classes: Path, monkeypatch: pyt
         )
 
 
-# ---- decoding
+# ---- decoding (odd and broken images of every kind are in test_trust.py)
 
 
 def test_grey_stays_grey_only_if_all_are(tmp_path: Path) -> None:
@@ -246,31 +239,6 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
         assert image[0].tolist() == [[0, 0, 1, 1], [128, 156, 254, 255]]
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_pixels_of_unknown_range_are_refused(tmp_path: Path, dtype: type) -> None:
-    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "a.tif")
-    assert f"{tmp_path / 'a.tif'} has 32-bit pixels" in refused(tmp_path)
-
-
-def test_other_modes_become_rgb(tmp_path: Path) -> None:
-    put(tmp_path / "cmyk.jpg", (0, 255, 255, 0), mode="CMYK")
-    put(tmp_path / "rgba.png", (*GREEN, 0), mode="RGBA")
-    put(tmp_path / "la.png", (100, 0), mode="LA")
-    palette = Image.new("RGB", (6, 4), BLUE).quantize(4)
-    palette.save(tmp_path / "p.png", transparency=b"\x00\x80\xff\xff")  # Pillow warns of these
-    palette.save(tmp_path / "anim.gif", save_all=True, append_images=[Image.new("P", (6, 4))])
-    pool = open_source(str(tmp_path), labeled=False).pool
-    names = sorted(entry.name for entry in tmp_path.iterdir())
-    pixels = {name: image[:, 0, 0].tolist() for name, image in zip(names, pool.x, strict=True)}
-    assert pixels == {
-        "anim.gif": list(BLUE),
-        "cmyk.jpg": [pytest.approx(255, abs=3), pytest.approx(0, abs=3), pytest.approx(0, abs=3)],
-        "la.png": [100] * 3,
-        "p.png": list(BLUE),
-        "rgba.png": list(GREEN),
-    }
-
-
 def test_other_sizes_are_refused_or_resized(classes: Path) -> None:
     put(classes / "zebra" / "9.png", BLUE, size=(7, 4))
     message = refused(classes, labeled=True)
@@ -279,53 +247,6 @@ def test_other_sizes_are_refused_or_resized(classes: Path) -> None:
     assert "6×4" in message
     assert "--image-size" in message
     assert open_source(str(classes), labeled=True, image_size=5).pool.x.shape == (5, 3, 5, 5)
-
-
-def _png(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims any size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
-
-
-BROKEN = {
-    "zero.png": b"",
-    "text.png": b"hello\nworld\n",
-    "html.jpg": b"<!DOCTYPE html>\n<html></html>",
-    "short.png": _png(20, 20),
-    "bomb.png": _png(9_000, 9_000),
-    "big-bomb.png": _png(60_000, 60_000),
-    "nothing.png": _png(0, 5),
-    "pdf.png": b"%PDF-1.4\n",
-    "cut.gif": b"GIF89a\x05\x00",
-    "cut.tif": b"II*\x00\x08\x00\x00\x00\xff",
-    "cut.bmp": b"BM\x00\x00",
-    "cut.webp": b"RIFF\x10\x00\x00\x00WEBPVP8 ",
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_images_are_named(tmp_path: Path, name: str) -> None:
-    put(tmp_path / "whole.png", RED)
-    (tmp_path / name).write_bytes(BROKEN[name])
-    assert str(tmp_path / name) in refused(tmp_path)
-
-
-def test_truncated_jpeg_is_named(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "a.jpg")
-    whole = (tmp_path / "a.jpg").read_bytes()
-    (tmp_path / "a.jpg").write_bytes(whole[: len(whole) // 2])
-    assert f"cannot decode {tmp_path / 'a.jpg'}: image file is truncated" in refused(tmp_path)
-
-
-def test_own_pixel_cap_holds_below_pillows(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(_png(8_001, 8_000))
-    assert "claims 8001×8000 pixels; the limit is 64,000,000" in refused(tmp_path)
 
 
 def test_postscript_never_reaches_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +298,6 @@ def test_arrays_without_labels(tmp_path: Path, suffix: str) -> None:
 def test_arrays_with_labels(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"a{suffix}", x=X, y=Y)
     pool = open_source(str(path), labeled=True).pool
-    assert pool.y is not None
     assert pool.y.dtype == torch.int64
     assert pool.y.tolist() == [4, 1]
     assert pool.num_classes == 5
@@ -430,7 +350,7 @@ BAD_ARRAYS: dict[str, dict[str, Any]] = {
     "x is not an array of numbers": {"x": np.array([["a", "b"]])},
     "y is not an array of numbers": {"x": X, "y": np.array(["cat", "dog"])},
     "byte order": {"x": X.astype(">f4")},
-    "plain real numbers": {"x": X.astype(np.complex64)},
+    "is complex": {"x": X.astype(np.complex64)},
     "save pixels as uint8 or floats": {"x": np.zeros((2, 1, 8, 8), np.uint16)},
     "looks like (N, H, W, C)": {"x": np.zeros((2, 32, 32, 3), np.uint8)},
     "y is torch.int64 of shape (3,) for 2 examples; give one class index per example": {
@@ -446,7 +366,6 @@ BAD_ARRAYS: dict[str, dict[str, Any]] = {
 def test_yes_or_no_labels_are_read_and_have_no_number_of_classes(tmp_path: Path) -> None:
     labels = np.array([[0.0, 1.0], [1.0, 1.0]])
     examples = open_source(str(save(tmp_path / "a.npz", x=X, y=labels)), labeled=True).pool
-    assert examples.y is not None
     assert examples.y.tolist() == [[0, 1], [1, 1]]
     with pytest.raises(DataError, match=r"labels of shape \(2, 2\); give one class index for each example"):
         _ = examples.num_classes
@@ -462,7 +381,6 @@ def test_unusable_arrays_are_named(tmp_path: Path, reason: str) -> None:
 
 def test_unsigned_labels_are_labels(tmp_path: Path) -> None:
     pool = open_source(str(save(tmp_path / "a.npz", x=X, y=Y.astype(np.uint16))), labeled=True).pool
-    assert pool.y is not None
     assert pool.y.tolist() == [4, 1]
 
 
@@ -507,7 +425,6 @@ def test_digits() -> None:
     assert pool.x.dtype == torch.uint8
     assert (int(pool.x.min()), int(pool.x.max())) == (0, 255)
     assert pool.classes == tuple("0123456789")
-    assert pool.y is not None
     assert pool.y.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert open_source("digits", labeled=False).pool.y is None
 
@@ -548,45 +465,18 @@ def test_cifar10_by_the_real_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     images = _by_hand(tmp_path, monkeypatch)
     source = open_source("cifar10", labeled=True, root=tmp_path)
     assert torch.equal(source.pool.x, torch.from_numpy(images[:10]))
-    assert source.test is not None
     assert torch.equal(source.test.x, torch.from_numpy(images[10:]))
-    assert source.pool.y is not None
     assert source.pool.y.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
-    assert source.test.y is not None
     assert source.test.y.tolist() == [5, 4]
     assert source.pool.classes == tuple(f"class {i}" for i in range(10))
     assert source.pool.x.is_contiguous()
     bare = open_source("cifar10", labeled=False, root=tmp_path)
     assert bare.pool.y is None
-    assert bare.test is not None
     assert bare.test.y is None
 
 
 def _told(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-def test_cifar100_by_the_real_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = torchvision.datasets.CIFAR100
-    folder = tmp_path / kind.base_folder
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    images = {part: rng.integers(0, 256, (3, 3, 32, 32), dtype=np.uint8) for part in ("train", "test")}
-    for part, x in images.items():
-        content = {"data": x.reshape(3, -1), "fine_labels": [99, 0, 7], "coarse_labels": [1, 2, 3]}
-        (folder / part).write_bytes(pickle.dumps(content))
-        monkeypatch.setattr(kind, f"{part}_list", [[part, _told(folder / part)]])
-    names = [f"class {i:02}" for i in range(100)]
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
-    meta = {"filename": "meta", "key": "fine_label_names", "md5": _told(folder / "meta")}
-    monkeypatch.setattr(kind, "meta", meta)
-    source = open_source("cifar100", labeled=True, root=tmp_path)
-    assert source.test is not None
-    assert torch.equal(source.pool.x, torch.from_numpy(images["train"]))
-    assert torch.equal(source.test.x, torch.from_numpy(images["test"]))
-    assert source.pool.y is not None
-    assert source.pool.y.tolist() == [99, 0, 7]
-    assert source.pool.classes == tuple(names)
 
 
 def test_svhn_by_the_real_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -601,10 +491,8 @@ def test_svhn_by_the_real_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         split_list[part] = ["", path.name, _told(path)]
     monkeypatch.setattr(kind, "split_list", split_list)
     source = open_source("svhn", labeled=True, root=tmp_path)
-    assert source.test is not None
     assert torch.equal(source.pool.x, torch.from_numpy(images["train"].transpose(3, 2, 0, 1).copy()))
     assert torch.equal(source.test.x, torch.from_numpy(images["test"].transpose(3, 2, 0, 1).copy()))
-    assert source.pool.y is not None
     assert source.pool.y.tolist() == [0, 1, 9, 0]
     assert source.pool.num_classes == 10
 
@@ -632,7 +520,6 @@ def test_fashionmnist_whole_and_torn(tmp_path: Path) -> None:
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(_idx(labels))
     source = open_source("fashionmnist", labeled=True, root=tmp_path)
     assert torch.equal(source.pool.x, torch.from_numpy(images).unsqueeze(1))
-    assert source.pool.y is not None
     assert source.pool.y.tolist() == [0, 9, 3]
     for content in (_idx(images)[:100], b"", b"<html>"):
         (folder / "train-images-idx3-ubyte").write_bytes(content)
@@ -654,7 +541,6 @@ def test_downloads_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_subset_is_seeded_and_not_the_first() -> None:
     examples = Examples(torch.arange(100).unsqueeze(1), torch.arange(100), (), "here")
     chosen = examples.subset(10, seed=3)
-    assert chosen.y is not None
     picked = chosen.y.tolist()
     assert picked == sorted(set(picked))
     assert picked != list(range(10))

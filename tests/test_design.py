@@ -70,7 +70,7 @@ def test_random_points_are_seeded_and_cover_the_space() -> None:
         ({"random": {"points": 0, "space": SPACE}}, "random.points = 0 must be a whole number"),
         ({"random": {"points": 3, "seed": -1, "space": SPACE}}, "random.seed = -1"),
         ({"random": {"points": 3}}, "[random.space] must give"),
-        ({"random": {"point": 3}}, "no setting random.point; there are: points, seed, space"),
+        ({"random": {"point": 3}}, "no setting random.point; did you mean 'points'?"),
         ({"random": 3}, "random = 3 must be a table"),
         ({"random": {"points": 1, "space": {"lr": 1}}}, "random.space.lr = 1 must be a list or"),
         ({"random": {"points": 1, "space": {"lr": {"low": 1}}}}, "must be a list or {low, high}"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from gm_probe.data.batches import Batches
 from gm_probe.data.fields import Fields, arguments, as_inputs
 from gm_probe.errors import UsageError
-from gm_probe.measures.measure import measure
 from gm_probe.models.door import Outputs, unwrapped
 from gm_probe.models.zoo import logits_at
 
@@ -151,26 +148,12 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
-WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "DataParallel": nn.DataParallel,
-    "AveragedModel": AveragedModel,
-    "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
-    "two": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),  # type: ignore[arg-type]
-    "fx": torch.fx.symbolic_trace,
-}
-
-
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_wrapped_networks_are_the_network(name: str) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model, x = network(), torch.randn(12, 4)
-    names = ["local_inconsistency", "fisher_trace", "hessian_lambda_max"]
-    plain = measure(model, Batches.from_tensors(x), names).rows
-    found = measure(WRAPPERS[name](model), Batches.from_tensors(x), names).rows
-    assert {n: row.value for n, row in found.items()} == pytest.approx(
-        {n: row.value for n, row in plain.items()}
-    )
+def test_wrappers_are_looked_through_one_within_the_other() -> None:
+    """What is measured of wrapped networks is in test_any_model.py."""
+    model = network()
+    average = AveragedModel(model)
+    assert unwrapped(nn.DataParallel(average)) is average.module
+    assert unwrapped(nn.DataParallel(torch.compile(model, backend="eager"))) is model  # type: ignore[arg-type]
 
 
 def test_a_module_that_looks_like_a_wrapper_is_not_looked_through() -> None:
@@ -251,30 +234,3 @@ def test_the_input_is_left_as_it_is() -> None:
     x = Z.clone()
     logits_at(InPlace(), x)
     assert torch.equal(x, Z)
-
-
-# memory format
-
-
-class Viewing(nn.Module):
-    """Flattens as tutorials do, which images in channels-last format do not allow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 6 * 6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.conv(x)).view(x.size(0), -1))
-
-
-def test_a_network_that_takes_contiguous_images_alone() -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model, x = Viewing(), torch.randn(10, 3, 6, 6)
-    flattening = Viewing()
-    flattening.load_state_dict(model.state_dict())
-    flattening.forward = lambda x: flattening.head(torch.relu(flattening.conv(x)).flatten(1))  # type: ignore[method-assign]
-    names = ["local_inconsistency", "fisher_lambda_max", "fisher_trace", "hessian_trace"]
-    expected = measure(flattening, Batches.from_tensors(x, channels_last=False), names).rows
-    found = measure(model, Batches.from_tensors(x), names).rows
-    assert {n: r.value for n, r in found.items()} == pytest.approx({n: r.value for n, r in expected.items()})

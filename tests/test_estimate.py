@@ -360,6 +360,53 @@ def test_the_table_ends_with_a_conclusion(here: Path, capsys: pytest.CaptureFixt
     assert float(rows[0]["low"]) < float(rows[0]["value"]) < float(rows[0]["high"])
 
 
+def test_where_one_leads_there_is_nothing_to_label(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = "gmprobe estimate good.pt poor.pt --unlabeled target.npz --few-labels validation.npz"
+    code, _, err = run(f"{few} --suggest s.csv", capsys)
+    assert code == 0
+    assert "note: s.csv is empty: there are no leaders that disagree" in err
+    assert (here / "s.csv").read_text().count("\n") == 1
+
+
+def test_a_group_of_measures_and_one_working_process(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = "gmprobe estimate good.pt --unlabeled target.npz --validation validation.npz --measures outputs --json -q"
+    code, out, err = run(command, capsys)
+    assert code == 0, err
+    [row] = json.loads(out)["checkpoints"]
+    assert row["measures"]["cot"]["value"] == pytest.approx(row["estimators"]["cot"]["score"], rel=1e-4)
+    assert "effective_invariance" in row["estimators"]
+    monkeypatch.setenv("RANK", "1")  # the second of the processes that torchrun started
+    assert run(command, capsys) == (0, "", "")
+
+
+def test_outputs_that_are_not_finite_name_the_checkpoint(
+    here: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build_model(SPEC)
+    model.load_state_dict({k: v * 1e38 for k, v in world.models["good"].state_dict().items()})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.clamp_(-3e38, 3e38)
+    save_checkpoint(here / "overflowing.pt", model, SPEC, Normalization(), world.train.classes)
+    code, _, err = run("gmprobe estimate good.pt overflowing.pt --unlabeled target.npz -q", capsys)
+    assert (code, err.count("\n")) == (5, 1)
+    assert "overflowing.pt: the model's output on example" in err
+
+
+def test_python_gives_what_the_command_gives(
+    here: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {"poor": world.models["poor"], "good": world.models["good"]}
+    report = gm_probe.estimate(models, batches(world.noisy), validation=batches(world.validation))
+    command = "gmprobe estimate poor.pt good.pt --unlabeled noisy.npz --validation validation.npz --json -q"
+    rows = json.loads(run(command, capsys)[1])["checkpoints"]
+    assert [f"{model.name}.pt" for model in report.models] == [row["checkpoint"] for row in rows]
+    for model, row in zip(report.models, rows, strict=True):
+        assert model.accuracy.value == pytest.approx(row["accuracy"]["value"], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -11,7 +11,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -293,50 +292,7 @@ def _buffer(training: Training) -> Tensor:
 
 
 def _average(training: Training) -> Tensor:
-    assert training.updates.average is not None
     return next(training.updates.average.module.parameters())
-
-
-@pytest.mark.parametrize(
-    ("where", "named"),
-    [
-        (_weight, "loss|weight"),
-        (_momentum, "momentum_buffer|weight|loss"),
-        (_buffer, "buffer"),
-        (_average, "average"),
-    ],
-)
-@pytest.mark.parametrize("step", [5, 8])
-def test_what_is_not_finite_is_named_and_never_saved(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    where: Callable[[Training], Tensor],
-    named: str,
-    step: int,
-) -> None:
-    calls = 0
-    original = Training._step
-
-    def poisoned(self: Training, *batch: Tensor) -> None:
-        nonlocal calls
-        calls += 1
-        original(self, *batch)
-        if calls == step:
-            with torch.no_grad():
-                where(self).view(-1)[0] = float("nan")
-
-    monkeypatch.setattr(Training, "_step", poisoned)
-    settings = config(model="wrn-10-1", num_train=80, ema_decay=0.9, checkpoint_every=1)
-    with pytest.raises(DivergedError, match=named) as caught:
-        train(settings, tmp_path)
-    assert caught.value.exit_code == 5
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["status"] == "diverged"
-    assert str(caught.value) == summary["reason"]
-    state = torch.load(tmp_path / "state.pt", weights_only=True)  # the last good one
-    for part in (state["model"], state["average"], *state["optimizer"]["state"].values()):
-        assert all(bool(torch.isfinite(v).all()) for v in part.values() if isinstance(v, Tensor))
-    assert (state["epoch"] * 4 + state["step"]) == step - 1
 
 
 def _data(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,21 +321,26 @@ def _perturbation(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "method", "named"),
-    [
-        (_data, "sgd", "loss"),
-        (_gradient, "sgd", "weight"),
-        (_loss, "sgd", "loss"),
-        (_perturbation, "sam", "weight"),
-        (_perturbation, "iam-d", "loss"),
-        (_perturbation, "iam-s", "weight"),
+    ("after", "where", "method", "named"),
+    [  # NaN in a tensor after a step, or in what a step computes
+        (True, _weight, "sgd", "loss|weight"),
+        (True, _momentum, "sgd", "momentum_buffer|weight|loss"),
+        (True, _buffer, "sgd", "buffer"),
+        (True, _average, "sgd", "average"),
+        (False, _data, "sgd", "loss"),
+        (False, _gradient, "sgd", "weight"),
+        (False, _loss, "sgd", "loss"),
+        (False, _perturbation, "sam", "weight"),
+        (False, _perturbation, "iam-d", "loss"),
+        (False, _perturbation, "iam-s", "weight"),
     ],
 )
 @pytest.mark.parametrize("step", [5, 8])
-def test_a_step_on_what_is_not_finite_ends_the_run_as_diverged(
+def test_what_is_not_finite_is_named_ends_the_run_as_diverged_and_is_never_saved(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    where: Callable[[Training, pytest.MonkeyPatch], None],
+    after: bool,
+    where: Any,
     method: str,
     named: str,
     step: int,
@@ -390,18 +351,23 @@ def test_a_step_on_what_is_not_finite_ends_the_run_as_diverged(
     def poisoned(self: Training, *batch: Tensor) -> None:
         nonlocal calls
         calls += 1
-        if calls == step:
+        if calls == step and not after:
             where(self, monkeypatch)
         original(self, *batch)
+        if calls == step and after:
+            with torch.no_grad():
+                where(self).view(-1)[0] = float("nan")
 
     monkeypatch.setattr(Training, "_step", poisoned)
+    model = "wrn-10-1" if after else "mlp-8"
     with pytest.raises(DivergedError, match=named) as caught:
-        train(config(method=method, checkpoint_every=1), tmp_path)
+        train(config(model=model, method=method, ema_decay=0.9, checkpoint_every=1), tmp_path)
     assert caught.value.exit_code == 5
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["status"], summary["reason"]) == ("diverged", str(caught.value))
     state = torch.load(tmp_path / "state.pt", weights_only=True)  # the last good one
-    assert all(bool(torch.isfinite(v).all()) for v in state["model"].values())
+    for part in (state["model"], state["average"], *state["optimizer"]["state"].values()):
+        assert all(bool(torch.isfinite(v).all()) for v in part.values() if isinstance(v, Tensor))
     assert (state["epoch"] * 4 + state["step"]) == step - 1
 
 

@@ -102,7 +102,7 @@ def test_the_forest_draws_each_value_within_its_interval_and_names_the_undefined
     intervals = sorted(tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2)  # type: ignore[arg-type]
     assert intervals == [(0, 0), (0.1, 0.5), (0.8, 1.0)]  # the first is the line at 0
     assert [text.get_text().strip() for text in axes.texts] == ["undefined"]
-    assert ticks(figure) == [plots.MEASURE_LABELS["fisher_trace"], "my measure"]
+    assert ticks(figure) == ["tr F", "my measure"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row is on top
     assert axes.get_xlim() == pytest.approx((-1.03, 1.03))
     assert legend(figure) == ["a", "b"]

@@ -201,43 +201,30 @@ def test_nobody_elses_files_are_removed(tmp_path: Path) -> None:
 # ---- what is opened
 
 
-def _links(folder: Path, path: Path) -> dict[str, Callable[[], object]]:
-    """Ways to put at ``path`` what is not a regular file of ``folder``."""
-    elsewhere = folder / "elsewhere"
-    elsewhere.write_text("{}")
-
-    def bound() -> None:
-        with socket.socket(socket.AF_UNIX) as server:
-            here = os.open(path.parent, os.O_RDONLY)
-            server.bind(f"/proc/self/fd/{here}/{path.name}")  # the path itself may be too long for a socket
-            os.close(here)
-
-    return {
-        "a pipe": lambda: os.mkfifo(path),
-        "a socket": bound,
-        "a folder": path.mkdir,
-        "a link": lambda: path.symlink_to(elsewhere),
-        "a link to a device": lambda: path.symlink_to("/dev/zero"),
-        "a link to nothing": lambda: path.symlink_to(folder / "nothing"),
-        "a link to itself": lambda: path.symlink_to(path),
-    }
+def bound(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.open(path.parent, os.O_RDONLY)
+        server.bind(f"/proc/self/fd/{here}/{path.name}")  # the path itself may be too long for a socket
+        os.close(here)
 
 
-KINDS = (
-    "a pipe",
-    "a socket",
-    "a folder",
-    "a link",
-    "a link to a device",
-    "a link to nothing",
-    "a link to itself",
-)
+KINDS: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a socket": bound,
+    "a folder": Path.mkdir,
+    "a link": lambda path: path.symlink_to(path.with_name("elsewhere")),
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to nothing": lambda path: path.symlink_to(path.with_name("nothing")),
+    "a link to itself": lambda path: path.symlink_to(path),
+}
+"""Ways to put at a path what is not a regular file of its folder."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_regular_files_are_read_and_written(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "record.json"
-    _links(tmp_path, path)[kind]()
+    (tmp_path / "elsewhere").write_text("{}")
+    KINDS[kind](path)
     for use in (read_json, read_toml, partial(append_line, line="line")):
         with pytest.raises(
             StorageError, match=r"record\.json: (it is a link|it is not a regular|Is a directory)"

@@ -25,13 +25,7 @@ def test_a_labeled_folder_counts_what_is_not_read(tmp_path: Path) -> None:
     for name in ("a/x.txt", "b/y.TXT", "b/deep/z.eps", "loose.png", "README", ".DS_Store", "a/._1.png"):
         put(root / name)
     pool = open_source(str(root), labeled=True).pool
-    counted = {
-        ".txt": 2,
-        "hidden": 2,
-        ".eps": 1,
-        "no suffix": 1,
-        "image outside the class folders": 1,
-    }
+    counted = {".txt": 2, "hidden": 2, ".eps": 1, "no suffix": 1, "image outside the class folders": 1}
     assert (len(pool), pool.passed_over) == (3, counted)
     (said,) = pool.notes
     assert said.startswith(f"{root}: these entries were skipped: 2 × ")
@@ -53,7 +47,6 @@ def test_what_lies_beside_the_parts_is_counted(tmp_path: Path) -> None:
     put(tmp_path / "data" / "train" / "labels.csv")
     source = open_source(str(tmp_path / "data"), labeled=True)
     beside = {"image beside the parts": 1, "folder val": 1, "folder extra": 1}
-    assert source.test is not None
     assert source.test.passed_over == beside
     assert source.pool.passed_over == {**beside, ".csv": 1}
 

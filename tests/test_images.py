@@ -274,29 +274,28 @@ def test_a_changed_aspect_ratio_is_said(folder: Path) -> None:
 
 
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Every file that is decoded."""
-    seen: list[Path] = []
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+    """How often each file was decoded."""
+    found: Counter[Path] = Counter()
     original = images.decode
 
     def spy(file: Path, reading: Reading) -> np.ndarray:
-        seen.append(file)
+        found[file] += 1
         return original(file, reading)
 
     monkeypatch.setattr(images, "decode", spy)
-    return seen
+    return found
 
 
-def test_only_what_is_taken_is_decoded_and_once(folder: Path, decoded: list[Path]) -> None:
+def test_only_what_is_taken_is_decoded_and_once(folder: Path, decoded: Counter[Path]) -> None:
     for part in ("train", "test"):
         shutil.copytree(folder, folder.parent / "both" / part)
     source = open_source(str(folder.parent / "both"), labeled=True, decode=False)
-    assert source.test is not None
     assert (len(source.pool), len(source.test), source.pool.x.shape[1:]) == (11, 11, (3, 6, 5))
-    assert decoded == []
+    assert not decoded
     few = source.test.subset(4, seed=0)
     assert few is source.test.subset(4, seed=0)
-    assert len(set(decoded)) == len(decoded) == 4
+    assert decoded.total() == len(decoded) == 4
     assert {file.parent.parent.name for file in decoded} == {"test"}
     decoded.clear()
     whole = source.test.subset(None, seed=0)
@@ -304,7 +303,7 @@ def test_only_what_is_taken_is_decoded_and_once(folder: Path, decoded: list[Path
     decoded.clear()
     assert torch.equal(tensor(source.test.in_memory()), tensor(whole))
     assert torch.equal(tensor(source.test.select(torch.tensor([3, 1]))), tensor(whole)[[3, 1]])
-    assert decoded == []
+    assert not decoded
 
 
 # ---- formats
@@ -387,22 +386,8 @@ def test_one_dark_image_of_16_bits_among_others_is_taken(tmp_path: Path) -> None
 # kept on disk
 
 
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
-    """How often each file was decoded."""
-    found: Counter[Path] = Counter()
-    original = images.decode
-
-    def spy(file: Path, reading: Reading) -> np.ndarray:
-        found[file] += 1
-        return original(file, reading)
-
-    monkeypatch.setattr(images, "decode", spy)
-    return found
-
-
 def test_streamed_images_are_decoded_once(
-    streamed: Examples, in_memory: Examples, opened: Counter[Path]
+    streamed: Examples, in_memory: Examples, decoded: Counter[Path]
 ) -> None:
     """By passes in order, in another order, over a part, and by a part of that."""
     expected, order = tensor(in_memory), torch.tensor([9, 1, 4, 5, 0])
@@ -413,8 +398,8 @@ def test_streamed_images_are_decoded_once(
         assert torch.equal(torch.cat(list(blocks(streamed.x))), expected)
         assert torch.equal(some.x[:], expected[order])
         assert torch.equal(some.select(torch.tensor([4, 2])).x[:], expected[[0, 4]])
-    assert set(opened.values()) == {1}
-    assert len(opened) == len(expected)
+    assert set(decoded.values()) == {1}
+    assert len(decoded) == len(expected)
 
 
 def test_the_file_has_no_name(
@@ -431,18 +416,18 @@ def test_the_file_has_no_name(
 
 @pytest.mark.parametrize("free", [0, 2 * 11 * 90 - 1])
 def test_without_room_they_are_decoded_at_every_pass(
-    streamed: Examples, folder: Path, opened: Counter[Path], monkeypatch: pytest.MonkeyPatch, free: int
+    streamed: Examples, folder: Path, decoded: Counter[Path], monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     examples = open_source(str(folder), labeled=True).pool
     for _ in range(2):
         assert torch.equal(examples.x[:], streamed.x[:])
-    assert max(opened.values()) == 3
+    assert max(decoded.values()) == 3
     assert "TMPDIR" in examples.notes[-1]
 
 
 def test_a_disk_that_fills_up_costs_nothing_but_time(
-    streamed: Examples, in_memory: Examples, opened: Counter[Path], monkeypatch: pytest.MonkeyPatch
+    streamed: Examples, in_memory: Examples, decoded: Counter[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, written = os.pwrite, 0
 
@@ -454,7 +439,7 @@ def test_a_disk_that_fills_up_costs_nothing_but_time(
     monkeypatch.setattr(os, "pwrite", full)
     for _ in range(3):
         assert torch.equal(streamed.x[:], tensor(in_memory))
-    assert sorted(opened.values()) == [1] * 3 + [3] * 8
+    assert sorted(decoded.values()) == [1] * 3 + [3] * 8
     assert isinstance(streamed.x, ImageFiles)
     assert "No space left" in streamed.x.not_kept
 

@@ -17,9 +17,8 @@ from gm_probe.errors import BusyError, StorageError
 from gm_probe.files import locks
 from gm_probe.files.locks import LOCK, TAKING, exclusive, held, locked
 
-OFFSETS = (-(10**8), -3600, -120, -61, -1, 0, 1, 61, 120, 3600, 10**8)
+OFFSETS = (-(10**8), -61, 0, 61, 10**8)
 """Seconds by which the clock of another machine differs; the last are more than three years."""
-DATED_2099 = time.mktime((2099, 1, 1, 0, 0, 0, 0, 0, 0)) - time.time()
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +54,7 @@ def _write(lock: Path, offset: float, content: str) -> None:
     os.utime(lock, (time.time() + offset,) * 2)
 
 
-@pytest.mark.parametrize("offset", [*OFFSETS, pytest.param(DATED_2099, id="2099")])
+@pytest.mark.parametrize("offset", OFFSETS)
 def test_a_live_holder_is_left_alone_whatever_its_clock_says(tmp_path: Path, offset: float) -> None:
     with another_machine(tmp_path, offset) as lock:
         with pytest.raises(BusyError, match="elsewhere is working on"), exclusive(tmp_path):
@@ -67,7 +66,7 @@ def test_a_live_holder_is_left_alone_whatever_its_clock_says(tmp_path: Path, off
             time.sleep(0.02)
 
 
-@pytest.mark.parametrize("offset", [*OFFSETS, pytest.param(DATED_2099, id="2099")])
+@pytest.mark.parametrize("offset", OFFSETS)
 def test_a_dead_holder_is_got_over_whatever_its_clock_said(tmp_path: Path, offset: float) -> None:
     _write(tmp_path / LOCK, offset, "elsewhere 1\n")
     began = time.monotonic()

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Case
 from torch import nn
-from torch.func import functional_call, jacrev
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gm_probe import measure
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.measures.context import Settings
 from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.loading import load_model
-from gm_probe.models.networks import mixer, vit
 from gm_probe.models.zoo import ModelSpec, initial_model
 
 NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")
@@ -79,54 +77,35 @@ def test_the_convolutional_families_are_measured(name: str) -> None:
     assert rows["fisher_trace"].value >= rows["fisher_lambda_max"].value > 0
 
 
-SMALL = {
-    "vit": partial(vit, 1, 4, 4, 3, patch=2, embedding=6, heads=3, depth=1),
-    "mixer": partial(mixer, 1, 4, 4, 3, patch=2, embedding=6, blocks=1),
-}
+def small(family: str) -> nn.Module:
+    from timm.models import mlp_mixer, vision_transformer
+
+    sizes = {"img_size": (4, 4), "patch_size": 2, "in_chans": 1, "num_classes": 3, "embed_dim": 6}
+    if family == "vit":
+        model: nn.Module = vision_transformer.VisionTransformer(**sizes, num_heads=3, depth=1)
+    else:
+        model = mlp_mixer.MlpMixer(**sizes, num_blocks=1)
+    for p in model.parameters():  # biases, gains and the head are constants at first
+        nn.init.normal_(p, mean=p.mean().item(), std=0.3)
+    return model
 
 
 @NEEDS_TIMM
-@pytest.mark.parametrize("family", list(SMALL))
+@pytest.mark.parametrize("family", ["vit", "mixer"])
 def test_curvature_of_timms_networks_against_dense_matrices(family: str) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = SMALL[family]().double().eval()
-        for p in model.parameters():  # biases, gains and the head are constants at first
-            nn.init.normal_(p, mean=p.mean().item(), std=0.3)
-    x, y = examples(5, (1, 4, 4), 3)
-    x = x.double()
-    names, sizes = zip(*((n, p.numel()) for n, p in model.named_parameters()), strict=True)
-    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-    def logits(flat: torch.Tensor) -> torch.Tensor:
-        pieces = zip(names, flat.split(list(sizes)), strict=True)
-        return functional_call(model, {n: v.view(model.get_parameter(n).shape) for n, v in pieces}, (x,))
-
-    with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with second derivatives
-        jacobian = jacrev(logits)(theta).detach()
-        hessian = torch.autograd.functional.hessian(
-            lambda flat: functional.cross_entropy(logits(flat), y), theta
-        )
-        p = logits(theta).softmax(1)
-    inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    fisher = (jacobian.transpose(1, 2) @ inner @ jacobian).mean(0)
-
-    rows = measure(
-        model,
-        Batches.from_tensors(x, y, batch_size=2),
-        ["fisher_lambda_max", "fisher_trace", "hessian_lambda_max", "hessian_trace"],
-        Settings(eigen_tolerance=1e-6, trace_tolerance=1e-9, max_probes=60),
-    ).rows
-    wanted = {
-        "fisher_lambda_max": torch.linalg.eigvalsh(fisher)[-1],
-        "hessian_lambda_max": torch.linalg.eigvalsh(hessian)[-1],
-    }
-    for name, value in wanted.items():
-        assert rows[name].converged
-        assert rows[name].value == pytest.approx(float(value), rel=1e-5)
-    for name, matrix in (("fisher_trace", fisher), ("hessian_trace", hessian)):
-        row = rows[name]
+    case = Case(family, partial(small, family), (1, 4, 4), affine=False)
+    fisher = case.fisher_terms.mean(0)
+    hessian = torch.autograd.functional.hessian(
+        lambda flat: functional.cross_entropy(case.logits_at(flat), case.data[2]), case.theta
+    )
+    names = ["fisher_lambda_max", "fisher_trace", "hessian_lambda_max", "hessian_trace"]
+    settings = Settings(eigen_tolerance=1e-6, trace_tolerance=1e-9, max_probes=60)
+    rows = measure(case.model, case.batches(), names, settings).rows
+    for name, matrix in (("fisher", fisher), ("hessian", hessian)):
+        largest, trace = rows[f"{name}_lambda_max"], rows[f"{name}_trace"]
+        assert largest.converged
+        assert largest.value == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-5)
         assert (
-            row.details.get("labels") != "none needed"
+            trace.details.get("labels") != "none needed"
         )  # softmax and GELU are not affine in their parameters
-        assert abs(row.value - float(matrix.trace())) <= 3 * (row.stderr or 0) + 1e-9
+        assert abs(trace.value - float(matrix.trace())) <= 3 * (trace.stderr or 0) + 1e-9

@@ -71,7 +71,6 @@ def test_five_steps_are_the_rules_bit_for_bit(method: str, base: str, build: Cal
             if use == "adapter":
                 adapter.zero_grad()
                 loss = adapter.step(closure_of(ours, x, y))
-                assert adapter.seen is not None
                 assert torch.equal(loss, adapter.seen.loss)
             else:
                 optimizer.zero_grad()
@@ -81,7 +80,6 @@ def test_five_steps_are_the_rules_bit_for_bit(method: str, base: str, build: Cal
     assert torch.equal(weights(ours), weights(theirs))
     assert torch.equal(*states)
     assert torch.equal(loss, seen.loss)
-    assert adapter.seen is not None
     assert torch.equal(adapter.seen.logits, seen.logits)
 
 

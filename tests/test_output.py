@@ -6,6 +6,7 @@ import ast
 import csv
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -19,6 +20,7 @@ import pytest
 
 import gm_probe.cli
 from gm_probe.cli import main, output
+from gm_probe.cli.figures import measure_labels
 from gm_probe.errors import printable
 from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.tables.cells import FORMULA, cell
@@ -44,6 +46,37 @@ FORBIDDEN = re.compile(
 )
 def test_a_shared_folder_is_not_repeated_in_a_table(paths: list[str], short: list[str]) -> None:
     assert output.short_names(paths) == short
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (None, 4, "—"),
+        (540.4, 2, "540"),
+        (12345.6, 4, "12350"),
+        (-12345.6, 4, "-12350"),
+        (0.0000123, 2, "1.2e-05"),
+        (1.5e9, 2, "1.5e+09"),
+        (999_999.0, 2, "1000000"),
+        (math.inf, 4, "inf"),
+        (math.nan, 4, "nan"),
+    ],
+)
+def test_numbers_below_a_million_have_no_exponent(value: float | None, digits: int, text: str) -> None:
+    assert output.number(value, digits) == text
+
+
+@pytest.mark.parametrize(
+    ("room", "labels"),
+    [
+        (23, ["fisher_trace (tr F)", "energy"]),
+        (19, ["fisher_trace (tr F)", "energy"]),
+        (18, ["fisher_trace", "energy"]),
+        (11, ["tr F", "energy"]),
+    ],
+)
+def test_a_measure_is_called_by_what_the_table_has_room_for(room: int, labels: list[str]) -> None:
+    assert measure_labels(["fisher_trace", "energy"], room) == labels
 
 
 def test_printable_escapes_what_steers_and_keeps_every_script() -> None:

@@ -87,7 +87,7 @@ def test_the_axis_says_whose_labels_a_hessian_was_taken_with(tmp_path: Path) -> 
     taken = {name: {"labels": {"predicted": 2}} for name in table.measures}
     figure = plots.scatter_panels(correlate(replace(table, conditions=taken)), {})
     known, other = [axes.get_xlabel() for axes in figure.axes]
-    assert known == r"$\mathrm{tr}\,H$ (predicted labels)"
+    assert known == "tr H (predicted labels)"
     assert other == "my_hessian_of_some_other_kind\n(predicted labels)"
 
 

@@ -24,11 +24,7 @@ def precisions() -> list[str]:
 
 
 def older() -> tuple[Any, ...]:
-    return (
-        BACKENDS.cudnn.allow_tf32,
-        BACKENDS.cuda.matmul.allow_tf32,
-        torch.get_float32_matmul_precision(),
-    )
+    return (BACKENDS.cudnn.allow_tf32, BACKENDS.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision())
 
 
 @pytest.fixture(autouse=True)

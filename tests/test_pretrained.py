@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from gm_probe.errors import CheckpointError
 from gm_probe.models.checkpoints import read_checkpoint
-from gm_probe.models.networks import vit
 from gm_probe.models.pretrained import load_pretrained
 from gm_probe.models.zoo import ModelSpec, initial_model
 
@@ -83,8 +82,12 @@ def test_a_trunk_that_does_not_fit_is_refused(change, reason: str, tmp_path: Pat
 
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")
 def test_positions_follow_the_size_of_the_images(tmp_path: Path) -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
     def small(size: int, classes: int) -> nn.Module:
-        return vit(3, size, size, classes, patch=4, embedding=6, heads=2, depth=1)
+        return VisionTransformer(
+            img_size=size, patch_size=4, num_classes=classes, embed_dim=6, num_heads=2, depth=1
+        )
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -55,7 +55,8 @@ def test_the_command_of_a_run_is_its_configuration(tmp_path: Path) -> None:
     )  # fmt: skip
     folder = tmp_path / "a run"
     write_toml(folder / "config.toml", {**config.as_dict(), "environment": {"torch": "2"}})
-    words = shlex.split(provenance.train_command(read_run(folder)))
+    record = read_run(folder)
+    words = shlex.split(provenance.train_command(record.config, record.path))
     assert words[:2] == ["gmprobe", "train"]
     with train.make_context("train", words[2:]) as context:
         given = {key: value for key, value in context.params.items() if value is not None}

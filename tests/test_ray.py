@@ -384,7 +384,7 @@ def test_measure_picks_its_device_on_the_worker(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(command, "ray_executor", lambda *_: cluster)
+    monkeypatch.setattr("gm_probe.executors.ray.Ray", lambda *_: cluster)
     monkeypatch.setattr(measuring, "measure_checkpoint", tell)
     for name in ("auto", "cuda", "cpu"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -404,11 +404,11 @@ def test_a_sweep_reserves_the_threads_that_its_runs_use(
 
     asked: list[int] = []
 
-    def cluster(root: Path, address: str | None, gpus: float, threads: int) -> Any:
+    def cluster(root: Path, address: str | None, threads: int, gpus: float) -> Any:
         asked.append(threads)
         return lambda jobs: (Outcome(job.name, "finished") for job in jobs)
 
-    monkeypatch.setattr(command, "ray_executor", cluster)
+    monkeypatch.setattr("gm_probe.executors.ray.Ray", cluster)
     base = "\n".join(f"{key} = {json.dumps(value)}" for key, value in {**BASE, "threads": 4}.items())
     path = tmp_path / "r.toml"
     path.write_text(f"[base]\n{base}\n[grid]\nseed = [0, 1]\n")

@@ -39,19 +39,10 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "test"
 
 
-def measured(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
-    main(
-        [
-            "measure",
-            str(CHECKPOINT),
-            "--model",
-            f"{ROOT / 'benchmarks' / 'cifar_resnet.py'}:resnet20",
-            "--mean=0.485,0.456,0.406",
-            "--std=0.229,0.224,0.225",
-            "--json",
-            *options,
-        ]
-    )
+def measured(capsys: pytest.CaptureFixture[str], data: str, folder: Path, options: str) -> dict[str, Any]:
+    model = f"{ROOT / 'benchmarks' / 'cifar_resnet.py'}:resnet20"
+    options += " --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --json"
+    main(["measure", str(CHECKPOINT), "--model", model, data, str(folder), *options.split()])
     [result] = json.loads(capsys.readouterr().out)
     assert result["num_parameters"] == 269_722  # the published size
     assert result["num_examples"] == 100
@@ -60,14 +51,8 @@ def measured(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any
 
 def test_public_resnet20_is_measured_on_unlabeled_jpegs(photographs, capsys):
     names = ["local_inconsistency", "fisher_lambda_max", "hessian_lambda_max"]
-    rows = measured(
-        capsys,
-        "--unlabeled",
-        str(photographs),
-        f"--measures={','.join(names)}",
-        "--starts=2",
-        "--eigen-tolerance=0.2",
-    )
+    options = f"--measures {','.join(names)} --starts 2 --eigen-tolerance 0.2"
+    rows = measured(capsys, "--unlabeled", photographs, options)
     assert list(rows) == names  # no error: labels were not read
     assert rows["hessian_lambda_max"]["labels"] == "predicted"
     assert all(row["value"] > 0 and row["converged"] for row in rows.values())
@@ -75,7 +60,7 @@ def test_public_resnet20_is_measured_on_unlabeled_jpegs(photographs, capsys):
 
 
 def test_public_resnet20_classifies_jpegs(photographs, capsys):
-    rows = measured(capsys, "--labeled", str(photographs), "--measures=error,cross_entropy")
+    rows = measured(capsys, "--labeled", photographs, "--measures error,cross_entropy")
     # 92.6 % on the originals; JPEG costs it about ten points. 100 images: a standard error of 4 points
     assert 0.05 < rows["error"]["value"] < 0.35
     assert 0 < rows["cross_entropy"]["value"] < 2

@@ -6,8 +6,8 @@ import csv
 import inspect
 import json
 import re
-import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,6 +60,11 @@ def test_a_recipe_is_complete_and_fits_its_study(name):
         assert entry.costs[scale]
 
 
+def configuration(base: dict[str, Any], variant: dict[str, Any], **more: Any) -> TrainConfig:
+    """One variant's, before it is tuned."""
+    return TrainConfig.from_dict(base | methods._without(variant, "label", "points", "lr_of") | more)
+
+
 @pytest.mark.parametrize("name", [name for name, entry in recipes().items() if entry.study == "methods"])
 def test_every_variant_is_a_configuration(name):
     for scale in recipe(name).scales:
@@ -67,10 +72,8 @@ def test_every_variant_is_a_configuration(name):
         for place in entry["data"]:
             shared = entry["base"] | methods._without(place, "label", "published", "of", "seeds")
             for variant in (each for one in entry["variants"] for each in methods._expanded(one)):
-                own = methods._without(variant, "label", "points", "lr_of")
-                own |= place.get("of", {}).get(variant["label"], {})
                 for point in variant.get("points", [{}]):
-                    TrainConfig.from_dict(shared | own | point)
+                    configuration(shared, variant, **place.get("of", {}).get(variant["label"], {}), **point)
 
 
 @pytest.mark.parametrize("name", SMOKES)
@@ -549,9 +552,7 @@ def test_the_least_error_is_tested_as_the_paper_reports_it_and_taken_over_severa
         looks = set()
         for variant in entry["variants"]:
             labels = {key: value for key, value in entry["data"][0].items() if key == "labels"}
-            config = TrainConfig.from_dict(
-                entry["base"] | labels | methods._without(variant, "label", "points", "lr_of")
-            )
+            config = configuration(entry["base"] | labels, variant)
             assert config.eval_every
             assert config.epochs // config.eval_every >= 4
             looks.add(config.epochs // config.eval_every)
@@ -568,10 +569,7 @@ def at_small(name):
     """label ↦ configuration"""
     entry = recipe(name).at("small")
     assert entry["split_by_seed"]
-    return {
-        v["label"]: TrainConfig.from_dict(entry["base"] | methods._without(v, "label", "points", "lr_of"))
-        for v in entry["variants"]
-    }
+    return {v["label"]: configuration(entry["base"], v) for v in entry["variants"]}
 
 
 def tuned_by_table_1():
@@ -646,14 +644,7 @@ def test_a_grid_is_one_variant_a_point():
 
 def test_tuning_takes_the_point_of_least_validation_error(tmp_path):
     task = Task("tab1", "smoke", tmp_path, notify=lambda _: None)
-    shared = {
-        "model": "mlp-8",
-        "num_train": 200,
-        "num_unlabeled": 20,
-        "num_test": 50,
-        "epochs": 4,
-        "threads": 1,
-    }
+    shared = DIGITS | {"num_train": 200, "num_test": 50, "batch_size": 128, "epochs": 4}
     variant = {"label": "x", "method": "sgd", "points": [{"lr": 1e-6}, {"lr": 0.05}]}
     chosen, rows = methods._tuned(
         task, shared, variant, {"label": "digits"}, {"validation": 0.1, "epochs": 3}
@@ -676,30 +667,33 @@ def test_tuning_takes_the_point_of_least_validation_error(tmp_path):
 
 DIGITS = {
     "model": "mlp-8",
-    "objective": "joint",
     "num_train": 60,
     "num_unlabeled": 20,
     "num_test": 40,
-    "labels": 20,
-    "mu": 1,
     "batch_size": 10,
     "epochs": 1,
-    "threads": 1,
 }
+DIGITS |= {"threads": 1}
+FEW_LABELS = DIGITS | {"objective": "joint", "labels": 20, "mu": 1}
+
+
+def compared(folder: Path, name: str = "tab3", **given: Any) -> Finding:
+    """SAM against SGD on digits, on two seeds, or what is ``given``."""
+    settings = {
+        "base": FEW_LABELS,
+        "variants": [{"label": "SGD"}, {"label": "SAM", "method": "sam"}],
+        "data": [{"label": "digits", "data": "digits"}],
+        "seeds": 2,
+        "tests": [{"better": "SAM", "worse": "SGD"}],
+        "picture": "variant",
+    }
+    return methods.study(Task(name, "small", folder, notify=lambda _: None), **settings | given)
 
 
 @pytest.mark.parametrize("split_by_seed", [True, False])
 def test_a_seed_may_draw_its_split_and_labels_which_its_runs_share(tmp_path, split_by_seed):
-    found = methods.study(
-        Task("tab3", "small", tmp_path, notify=lambda _: None),
-        base=DIGITS,
-        variants=[{"label": "SGD"}, {"label": "SAM", "method": "sam"}],
-        data=[{"label": "digits", "data": "digits"}],
-        seeds=2,
-        tests=[{"better": "SAM", "worse": "SGD"}, {"better": "SAM", "worse": "SGD", "key": "test_error_min"}],
-        picture="variant",
-        split_by_seed=split_by_seed,
-    )
+    tests = [{"better": "SAM", "worse": "SGD"}, {"better": "SAM", "worse": "SGD", "key": "test_error_min"}]
+    found = compared(tmp_path, tests=tests, split_by_seed=split_by_seed)
     parts = {}
     for path in (tmp_path / "runs" / "digits").glob("*/split.json"):
         config = read_run(path.parent).config
@@ -715,72 +709,30 @@ def test_a_seed_may_draw_its_split_and_labels_which_its_runs_share(tmp_path, spl
     assert "by its 97.5 % interval" in found.text
 
 
-def test_a_data_set_of_torchvisions_is_read_by_its_own_loader(tmp_path):
-    """Table 1's entry of F-MNIST, on its file format: idx, which has no checksum to meet."""
-    raw = tmp_path / "root" / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 80), ("t10k", 40)):
-        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 10
-        for kind, values in (("images", images), ("labels", labels)):
-            header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
-            (raw / f"{part}-{kind}-idx{values.ndim}-ubyte").write_bytes(header + values.tobytes())
-    [place] = (place for place in recipe("tab1").at("paper")["data"] if place["label"].startswith("F-MNIST"))
-    task = Task("tab1", "paper", tmp_path / "out", data_root=str(tmp_path / "root"), notify=lambda _: None)
-    found = methods.study(
-        task,
-        base=methods._without(DIGITS, "objective", "labels", "mu"),
-        variants=[{"label": "SGD"}, {"label": "IAM-D", "method": "iam-d"}],
-        data=[place | {"model": "mlp-8"}],  # in place of a wrn-28-10
-        seeds=1,
-        tests=[{"better": "IAM-D", "worse": "SGD"}],
-        picture="variant",
-    )
-    assert found.rows.status.tolist() == ["finished"] * 2
-    assert {row[-1].text for row in found.sheets[0].rows} == {place["published"][v] for v in ("SGD", "IAM-D")}
-
-
-def test_a_data_set_may_have_fewer_seeds(tmp_path):
-    found = methods.study(
-        Task("tab3", "small", tmp_path, notify=lambda _: None),
-        base=DIGITS,
-        variants=[{"label": "SGD"}, {"label": "SAM", "method": "sam"}],
-        data=[
-            {"label": "many", "data": "digits"},
-            {"label": "few", "data": "digits", "labels": 30, "seeds": 2},
-        ],
-        seeds=3,
-        tests=[{"better": "SAM", "worse": "SGD"}],
-        picture="variant",
-    )
+def test_a_data_set_may_have_fewer_seeds_and_published_numbers(tmp_path):
+    many = {"label": "many", "data": "digits", "published": {"SGD": "1.23"}}
+    few = {"label": "few", "data": "digits", "labels": 30, "seeds": 2}
+    found = compared(tmp_path, data=[many, few], seeds=3)
     assert found.rows.data.value_counts().to_dict() == {"many": 6, "few": 4}
     assert "3 seeds of many and 2 seeds of few" in found.sheets[0].caption
+    assert [row[-1].text for row in found.sheets[0].rows] == ["1.23", "—", "—", "—"]
     assert "on many" in found.text
     assert re.search(r"on few: [^;]*n = 2", found.text)
 
 
 def test_a_variant_takes_the_rate_that_was_tuned_for_another(tmp_path):
-    found = methods.study(
-        Task("fig4", "smoke", tmp_path, notify=lambda _: None),
-        base=methods._without(DIGITS, "objective", "labels", "mu") | {"num_train": 200, "epochs": 4},
-        variants=[
-            {"label": "SGD", "points": [{"lr": 1e-6}, {"lr": 0.05}]},
-            {"label": "SAM", "method": "sam", "lr_of": "SGD", "points": [{"rho": 0.01}, {"rho": 0.02}]},
-        ],
-        data=[{"label": "digits", "data": "digits"}],
-        seeds=1,
-        tests=[{"better": "SAM", "worse": "SGD"}],
-        picture="variant",
+    points = {"SGD": [{"lr": 1e-6}, {"lr": 0.05}], "SAM": [{"rho": 0.01}, {"rho": 0.02}]}
+    variants = [
+        {"label": "SGD", "points": points["SGD"]},
+        {"label": "SAM", "method": "sam", "lr_of": "SGD", "points": points["SAM"]},
+    ]
+    found = compared(
+        tmp_path, "fig4", base=DIGITS | {"num_train": 200, "epochs": 4}, variants=variants, seeds=1
     )
     assert set(found.rows.lr) == {0.05}
     _, tuning = found.sheets
-    assert [row[2].text for row in tuning.rows] == [
-        "lr = 1e-06",
-        "lr = 0.05",
-        "lr = 0.05, ρ = 0.01",
-        "lr = 0.05, ρ = 0.02",
-    ]
+    settings = ["lr = 1e-06", "lr = 0.05", "lr = 0.05, ρ = 0.01", "lr = 0.05, ρ = 0.02"]
+    assert [row[2].text for row in tuning.rows] == settings
 
 
 def test_one_data_set_only_can_be_replaced(tmp_path):
@@ -810,7 +762,8 @@ def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):
     entry = recipe("tab3").at("small")
     assert [place["labels"] for place in entry["data"]] == [250, 1000]
     task = Task("tab3", "small", tmp_path, data="somewhere")
-    assert methods._source(task, entry["base"], entry["data"])["data"] == "somewhere"
+    assert methods._chosen(task, entry["base"], entry["data"]) == entry["data"]
+    assert task.place["data"] == "somewhere"
 
 
 @pytest.mark.parametrize(("scale", "steps"), [("small", 16), ("paper", 352)])
@@ -819,7 +772,7 @@ def test_table_4_at_equal_cost_has_equal_gradient_evaluations(scale, steps):
     entry = recipe("tab4-cost").at(scale)
     spent = {}
     for variant in entry["variants"]:
-        config = TrainConfig.from_dict(entry["base"] | methods._without(variant, "label"))
+        config = configuration(entry["base"], variant)
         total = config.epochs * steps
         rule = make_rule(config, torch.nn.Linear(2, 2), torch.Generator(), total)
         spent[variant["label"]] = rule.cost(total) / 3 / steps

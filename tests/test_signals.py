@@ -52,7 +52,6 @@ def started(code: str, *args: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -92,7 +91,6 @@ def test_a_storm_of_sigterm_in_training_is_one_line(tmp_path: Path) -> None:
     process = started(
         TRAINING, "train", "--model", "mlp-8", *size, "--epochs", "10000", "--out", str(tmp_path / "run")
     )
-    assert process.stdout is not None
     drain = threading.Thread(target=process.stdout.read)
     drain.start()
     while process.poll() is None:

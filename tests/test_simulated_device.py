@@ -1,4 +1,4 @@
-"""On a second device all is as on the CPU, bit for bit, and a line that forgets the device is found out.
+"""On a second device all is as on the CPU, bit for bit.
 
 The device is simulated (simulated_device.py), in a process of its own: it changes torch for good.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import simulated_device
-from on_simulated_device import CHECKS, FAULTS
+from on_simulated_device import CHECKS
 
 import gm_probe
 
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, dict[str, str]]:
-    """What went wrong with each check and, as it should, with each fault planted."""
+def found() -> dict[str, str]:
+    """What went wrong with each check."""
     script = Path(__file__).with_name("on_simulated_device.py")
     paths = os.pathsep.join([str(Path(gm_probe.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -36,15 +36,10 @@ def found() -> dict[str, dict[str, str]]:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_is_bit_identical_with_the_cpu(name: str, found: dict[str, dict[str, str]]) -> None:
-    assert found["checks"][name] == ""
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_caught(name: str, found: dict[str, dict[str, str]]) -> None:
-    assert found["faults"][name] != ""
+def test_is_bit_identical_with_the_cpu(name: str, found: dict[str, str]) -> None:
+    assert found[name] == ""

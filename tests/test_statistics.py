@@ -23,7 +23,7 @@ from gm_probe.analysis.permutation import permutation_p, permute_settings
 from gm_probe.analysis.results import COLUMNS
 from gm_probe.analysis.selection import choices
 from gm_probe.analysis.sign_error import sign_errors
-from gm_probe.errors import DataError, UsageError
+from gm_probe.errors import UsageError
 from gm_probe.tables.table import RunTable
 
 
@@ -447,9 +447,3 @@ def test_simpsons_paradox_is_noted() -> None:
     found = correlate(table)
     assert "Simpson" in found.get("m", "error_gap", "tau_within", "h").note
     assert any("Simpson" in sentence for sentence in found.conclusion)
-
-
-def test_one_run_is_refused() -> None:
-    table = sweep()
-    with pytest.raises(DataError, match="1 usable run"):
-        correlate(RunTable(Path("x"), table.frame.head(1), ("error_gap",), ("a",), ()))

@@ -125,7 +125,6 @@ def test_every_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         found = sweep_status(tmp_path)
         code, out, _ = command(capsys, "status", tmp_path)
         assert code == 0
-        assert found.eta is not None
         assert found.eta > 0
         _, printed, _ = command(capsys, "status", tmp_path, "--json")
     wanted = ["finished", "trained", "running", "stale", "pending", "diverged", "failed"]
@@ -157,7 +156,6 @@ def test_status_of_a_folder_of_sweeps(tmp_path: Path) -> None:
         before = time.time()
         eta = sweep_status(tmp_path).eta
         after = time.time()
-    assert eta is not None
     began = (tmp_path / "one" / next(iter(recipe.runs)) / "config.toml").stat().st_mtime
     assert before - began <= eta / 2.25 * 1.75 <= after - began
 
@@ -223,7 +221,6 @@ def test_failed_runs_wait_for_retry(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--retry-failed" in err
 
     pool = open_source("digits", labeled=True).pool
-    assert pool.y is not None
     np.savez(data, x=pool.x.numpy(), y=pool.y.numpy())
     names = list(load_recipe(str(recipe)).runs)
     before = failure(out / names[0])

@@ -133,7 +133,7 @@ def test_arrays_that_are_none(
     ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
     for x, reason in (
         (ragged, "nested"),
-        (torch.ones(5, 2).to_sparse(), "plain real numbers"),
+        (torch.ones(5, 2).to_sparse(), "sparse"),
         (torch.ones(1, 1).expand(10**9, 9), "the file holds fewer"),
         (trust.checkpoints.Disguised(torch.full((5, 2), torch.nan), detach=3), "NaN"),
     ):

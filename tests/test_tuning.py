@@ -24,7 +24,7 @@ from PIL import Image
 
 from gm_probe.analysis.heat_map import heat_map, trial_map
 from gm_probe.analysis.plots import render
-from gm_probe.cli.tune import NOT_TRAINS, _doubts, tune
+from gm_probe.cli.tune import OWN, _doubts, tune
 from gm_probe.data import images
 from gm_probe.errors import DataError, DivergedError, ProbeError, UsageError
 from gm_probe.executors.local import Outcome
@@ -33,15 +33,7 @@ from gm_probe.models.loading import load_model
 from gm_probe.runs.records import find_runs
 from gm_probe.sweep.recipe import Recipe
 from gm_probe.sweep.runner import run_recipe
-from gm_probe.sweep.tuning import (
-    VALIDATION,
-    Cell,
-    Point,
-    Tuner,
-    best_of,
-    check_tunable,
-    rivals_of,
-)
+from gm_probe.sweep.tuning import VALIDATION, Cell, Point, Tuner, best_of, check_tunable, rivals_of
 from gm_probe.training.config import SETTINGS, TrainConfig
 from gm_probe.training.run_splits import _open, load_splits
 
@@ -295,7 +287,6 @@ def test_trials_lie_within_bounds_and_go_on_where_they_ended(config: TrainConfig
     assert [outcome.status for outcome in outcomes] == ["finished"] * 3
     for cell in few:
         assert 0.01 <= cell.point.rho <= 0.9
-        assert cell.point.beta is not None
         assert 0.5 <= cell.point.beta <= 4.0
     more = tuner.trials(13, bounds, lambda *_: None)  # beyond the 10 that TPE draws at random
     assert more[:3] == few
@@ -340,23 +331,6 @@ def test_every_cell_stands_at_its_place_with_its_figures() -> None:
     assert (frame.get_x(), frame.get_y()) == (-0.5, -0.5)  # ρ = 0.05, β = 0.5
 
 
-def luminance(colour: tuple[float, ...]) -> float:
-    """WCAG 2.1's relative luminance."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def test_figures_are_readable_on_every_colour() -> None:
-    cells = [{"rho": 0.01 * i, "beta": None, "error": 0.01 * i, "stderr": None} for i in range(1, 41)]
-    axes = heat_map(cells, cells[0], "sam").axes[0]
-    image = axes.images[0]
-    for text in axes.texts:
-        background = luminance(image.to_rgba(image.get_array()[0, text.get_position()[0]]))
-        ink = luminance({"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}[text.get_color()])
-        contrast = (max(ink, background) + 0.05) / (min(ink, background) + 0.05)
-        assert contrast >= 4.5, text.get_text()
-
-
 @pytest.mark.parametrize("draw", [heat_map, trial_map])
 @pytest.mark.parametrize("beta", [None, 1.0])
 def test_equal_or_lost_errors_are_drawn(draw: Callable[..., Figure], beta: float | None) -> None:
@@ -381,14 +355,12 @@ def test_trials_are_drawn_where_they_lie() -> None:
 
 
 def test_the_helps_example_and_the_command_it_ends_in(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.epilog is not None
     example = tune.epilog.removeprefix("Example:").strip() + " --epochs 5"
     code, out, err = run(example, capsys)
     assert code == 0, err
     assert "handwritten digits" in err
     assert out.count(" best ") == 1
     command = re.search(r"train with it:  (gmprobe train .*)", out)
-    assert command is not None
     for name in ("tune.png", "tune.svg"):
         assert (Path("tune") / name).stat().st_size > 5_000
 
@@ -427,7 +399,7 @@ def test_other_forms(config: TrainConfig, capsys: pytest.CaptureFixture[str]) ->
     result = json.loads(out)
     pairs = {(cell["rho"], cell["beta"]) for cell in result["cells"]}
     assert pairs == {(0.1, 1.0), (0.2, 1.0), (0.1, 0.0), (0.2, 0.0)}
-    assert f"--rho {result['best']['rho']} --beta {result['best']['beta']}" in result["command"]
+    assert result["command"].endswith(f"--rho={result['best']['rho']:g} --beta={result['best']['beta']:g}")
 
     code, out, err = run(
         f"gmprobe tune --method sam --rho 0.1 --augment --schedule multi-step --milestones 1,2 {options}",
@@ -435,10 +407,7 @@ def test_other_forms(config: TrainConfig, capsys: pytest.CaptureFixture[str]) ->
     )
     assert code == 0, err
     words = shlex.split(out.partition("train with it:")[2])
-    for pair in (["--milestones", "1,2"], ["--rho", "0.1"], ["--method", "sam"]):
-        assert any(words[i : i + 2] == pair for i in range(len(words)))
-    assert "--augment" in words
-    assert "True" not in words
+    assert {"--milestones=1,2", "--rho=0.1", "--method=sam", "--augment"} <= set(words)
 
 
 @NEEDS_OPTUNA
@@ -481,6 +450,6 @@ def test_one_line_that_names_offender_and_remedy(
 def test_every_option_taken_from_train_is_a_setting() -> None:
     own = {"rho_text", "beta_text", "trials", "seeds", "out", "jobs", "dry_run", "output", "quiet"}
     names = [str(option.name) for option in tune.params]
-    assert {name for name in names if name not in own} <= set(SETTINGS) - NOT_TRAINS
+    assert {name for name in names if name not in own} == set(SETTINGS) - set(OWN)
     assert {"model", "lr", "epochs", "data", "k_steps"} <= set(names)
     assert max(names.count(name) for name in set(names)) <= 2  # --json and --csv share one name

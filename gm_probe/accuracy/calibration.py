@@ -44,7 +44,7 @@ class Calibration:
 
     @property
     def mean_error(self) -> float:
-        """Mean absolute residual."""
+        """Return the mean absolute residual."""
         return float(np.abs(self.residuals).mean())
 
     def half_width(self, accuracy: float, level: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,35 +66,47 @@ def estimate(
     settings = settings or Settings()
     named = _named(models)
     request = Request.of(class_shares, level, settings.seed)
-    extra = [
-        name
-        for name in expanded(measures, labeled=False, validation=validation is not None)
-        if name != MIRRORED
-    ]
-    check_names(extra, labeled=False)
-    target = as_batches(unlabeled)
-    labeled = [None if data is None else as_batches(data) for data in (validation, few_labels)]
-    notes = examine(target.examples, *(None if one is None else one.examples for one in labeled))
+    names = expanded(measures, labeled=False, validation=validation is not None)
+    check_names([name for name in names if name != MIRRORED], labeled=False)
+    sets = [None if data is None else as_batches(data) for data in (unlabeled, validation, few_labels)]
+    notes = examine(*(None if one is None else one.examples for one in sets))
     evidence: list[Evidence] = []
     rows: dict[str, dict[str, Any]] = {}
     for name, model in named.items():
-        own = _fitted(model, target)
-        evidence.append(
-            gather(
-                name,
-                model,
-                own,
-                *(None if one is None else _fitted(model, one) for one in labeled),
-                outputs=outputs,
-                mirror=MIRRORED in measures,
-                seed=settings.seed,
-                notify=None if notify is None else partial(notify, name),
-            )
-        )
-        if extra:
-            report = measure(model, own, extra, settings, outputs=outputs, validation=labeled[0])
-            rows[name] = {key: row.as_dict() for key, row in report.rows.items()}
+        own = [None if one is None else _fitted(model, one) for one in sets]
+        tick = None if notify is None else partial(notify, name)
+        found, rows[name] = of_model(name, model, own, names, settings, outputs, tick)
+        evidence.append(found)
     return judge(evidence, request, rows, notes)
+
+
+def of_model(
+    name: str,
+    model: nn.Module,
+    sets: Sequence[Batches | None],
+    names: Collection[str],
+    settings: Settings,
+    outputs: Outputs | None = None,
+    notify: Callable[[int], None] | None = None,
+) -> tuple[Evidence, dict[str, Any]]:
+    """Run one model over all sets; return its evidence, and its measures ``names`` as JSON has them.
+
+    Args:
+        sets: the unlabeled data, the validation set and the few labels, fitted to the model.
+        notify: called with the number of examples of each batch that is done.
+    """
+    unlabeled, validation, few_labels = sets
+    assert unlabeled is not None
+    labeled = (validation, few_labels)
+    mirror, seed = MIRRORED in names, settings.seed
+    evidence = gather(
+        name, model, unlabeled, *labeled, outputs=outputs, mirror=mirror, seed=seed, notify=notify
+    )
+    extra = [name for name in names if name != MIRRORED]
+    if not extra:
+        return evidence, {}
+    report = measure(model, unlabeled, extra, settings, outputs=outputs, validation=validation)
+    return evidence, {key: row.as_dict() for key, row in report.rows.items()}
 
 
 def _named(models: nn.Module | Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, nn.Module]:

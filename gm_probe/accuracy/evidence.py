@@ -17,7 +17,7 @@ from gm_probe.errors import DataError, UsageError
 from gm_probe.models.door import Outputs
 
 SHIFTED = 2000
-"""Most validation examples that each shift is applied to."""
+"""Each shift is applied to at most so many validation examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,12 @@ class Labeled:
 
     @property
     def right(self) -> Tensor:
-        """(N,) whether each prediction is right."""
+        """Return whether each prediction is right (N,)."""
         return self.predictions.classes == self.labels
 
     @property
     def accuracy(self) -> float:
-        """Share of right predictions."""
+        """Return the share of right predictions."""
         return float(self.right.double().mean())
 
 
@@ -57,7 +57,7 @@ class Evidence:
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Return K."""
         return self.unlabeled.logits.shape[1]
 
 

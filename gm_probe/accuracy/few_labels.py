@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy.stats import beta, binomtest, norm, t
+from scipy.stats import binomtest, norm, t
 from torch import Tensor
 
 ENOUGH = 10
@@ -26,10 +26,8 @@ class Interval:
 
 def clopper_pearson(successes: int, trials: int, level: float) -> tuple[float, float]:
     """Return the exact interval of a share."""
-    tail = (1 - level) / 2
-    low = float(beta.ppf(tail, successes, trials - successes + 1)) if successes else 0.0
-    high = float(beta.isf(tail, successes + 1, trials - successes)) if successes < trials else 1.0
-    return low, high
+    found = binomtest(successes, trials).proportion_ci(level)
+    return float(found.low), float(found.high)
 
 
 def prediction_powered(right: Tensor, confidence: Tensor, everywhere: Tensor, level: float) -> Interval:

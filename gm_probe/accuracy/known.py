@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from gm_probe.measures.scores import Reference, counted_shares, probabilities
 from gm_probe.measures.transport import transport
 
 HALVES = 20
-"""Random halves of a validation set that cannot be shifted."""
+"""Number of random halves that replace shifts where the validation set cannot be shifted."""
 SKEWS = (4.0, 4.0, 16.0, 16.0)
 """Ratios between the largest and the smallest share by which those of the validation set are changed for a trial."""
 ON_HALVES = ("average_confidence", "doc", "atc", "atc_entropy", "cot")
@@ -56,15 +56,37 @@ class Known:
     corrected: Corrected
     validation: Labeled
     shares: Tensor
-    calibrations: dict[str, Calibration]
-    signs: tuple[Signs, ...]
-    offset: float
-    skew_error: float
-    by_shifts: bool
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    signs: tuple[Signs, ...] = ()
+    offset: float = 0.0
+    skew_error: float = 0.0
+    by_shifts: bool = False
+
+    def weights(self, shares: Tensor) -> Tensor:
+        """Return the weights (N,) that give the validation set the class ``shares`` (K,)."""
+        return (shares / self.shares.clamp(min=1e-9))[self.validation.labels]
 
     def signs_of(self, predictions: Predictions) -> tuple[Signs, Tensor]:
         """Return the signs of an unlabeled set, and the class shares (K,) that EM finds."""
-        return _signs(self.reference, self.corrected, self.validation, self.shares, predictions.logits)
+        temperature = self.reference.temperature
+        found = em_shares(self.corrected.probabilities(predictions.logits), self.shares)
+        p = probabilities(predictions.logits, temperature)
+        own = probabilities(self.validation.predictions.logits, temperature).amax(1)
+        transported = transport(p, found)
+        gap = transported - transport(p, self.shares)
+        return Signs(transported, gap, rejected(p.amax(1), own, self.weights(found))), found
+
+    def on_skewed(self, generator: torch.Generator) -> tuple[float, float]:
+        """Return COT's offset on the validation set, and its largest error there under ``SKEWS`` of the shares."""
+        logits, right = self.validation.predictions.logits, self.validation.right.double()
+        p, q = probabilities(logits, self.reference.temperature), self.corrected.probabilities(logits)
+        offset = self.reference.accuracy - transport(p, self.shares)
+        errors = [0.0]
+        for ratio in SKEWS:
+            weights = self.weights(skewed(self.shares, ratio, generator))
+            estimate = transport(p, em_shares(q, self.shares, weights), weights) + offset
+            errors.append(estimate - float(weights @ right / weights.sum()))
+        return offset, max(map(abs, errors))
 
 
 def know(evidence: Evidence, agreements: Sequence[float | None], seed: int) -> Known:
@@ -76,12 +98,11 @@ def know(evidence: Evidence, agreements: Sequence[float | None], seed: int) -> K
     validation = evidence.validation
     assert validation is not None
     logits, labels = validation.predictions.logits, validation.labels
-    reference = Reference.of(logits, labels)
-    corrected = Corrected.of(logits, labels)
     shares = counted_shares(labels, logits.shape[1])
+    known = Known(Reference.of(logits, labels), Corrected.of(logits, labels), validation, shares)
     if evidence.shifted:
         start, *rows = [
-            Row(family, scores_of(found.predictions, reference, shares, agreement), found.accuracy)
+            Row(family, scores_of(found.predictions, known.reference, shares, agreement), found.accuracy)
             for (family, found), agreement in zip(
                 [("none", validation), *evidence.shifted], agreements, strict=True
             )
@@ -90,45 +111,23 @@ def know(evidence: Evidence, agreements: Sequence[float | None], seed: int) -> K
         calibrations = {name: fitted(rows, name, start) for name in names}
     else:
         rows = _halves(validation, seed)
-        calibrations = {name: as_it_is(rows, name, reference.accuracy) for name in ON_HALVES}
+        calibrations = {name: as_it_is(rows, name, known.reference.accuracy) for name in ON_HALVES}
     generator = torch.Generator().manual_seed(seed)
     signs = []
     for _, found in evidence.shifted:
         chosen = found.predictions.logits
         size = min(len(chosen), len(evidence.unlabeled.logits))
-        chosen = chosen[torch.randperm(len(chosen), generator=generator)[:size]]
-        signs.append(_signs(reference, corrected, validation, shares, chosen)[0])
-    offset, error = _on_skewed(reference, corrected, validation, shares, generator)
-    return Known(
-        reference,
-        corrected,
-        validation,
-        shares,
-        calibrations,
-        tuple(signs),
-        offset,
-        error,
-        bool(evidence.shifted),
+        some = chosen[torch.randperm(len(chosen), generator=generator)[:size]]
+        signs.append(known.signs_of(Predictions(some))[0])
+    offset, error = known.on_skewed(generator)
+    return replace(
+        known,
+        calibrations=calibrations,
+        signs=tuple(signs),
+        offset=offset,
+        skew_error=error,
+        by_shifts=bool(evidence.shifted),
     )
-
-
-def _on_skewed(
-    reference: Reference,
-    corrected: Corrected,
-    validation: Labeled,
-    shares: Tensor,
-    generator: torch.Generator,
-) -> tuple[float, float]:
-    """Return COT's offset on the validation set, and its largest error there under ``SKEWS`` of the class shares."""
-    logits, labels = validation.predictions.logits, validation.labels
-    p, q = probabilities(logits, reference.temperature), corrected.probabilities(logits)
-    offset = reference.accuracy - transport(p, shares)
-    errors = [0.0]
-    for ratio in SKEWS:
-        weights = (skewed(shares, ratio, generator) / shares.clamp(min=1e-9))[labels]
-        estimate = transport(p, em_shares(q, shares, weights), weights) + offset
-        errors.append(estimate - float(weights @ validation.right.double() / weights.sum()))
-    return offset, max(map(abs, errors))
 
 
 def _halves(validation: Labeled, seed: int) -> list[Row]:
@@ -145,15 +144,3 @@ def _halves(validation: Labeled, seed: int) -> list[Row]:
         scores = scores_of(Predictions(logits[second]), reference, shares)
         rows.append(Row(f"half {index}", scores, float(right)))
     return rows
-
-
-def _signs(
-    reference: Reference, corrected: Corrected, validation: Labeled, shares: Tensor, logits: Tensor
-) -> tuple[Signs, Tensor]:
-    found = em_shares(corrected.probabilities(logits), shares)
-    p = probabilities(logits, reference.temperature)
-    own = probabilities(validation.predictions.logits, reference.temperature).amax(1)
-    weights = (found / shares.clamp(min=1e-9))[validation.labels]
-    transported = transport(p, found)
-    gap = transported - transport(p, shares)
-    return Signs(transported, gap, rejected(p.amax(1), own, weights)), found

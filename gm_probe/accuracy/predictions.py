@@ -22,7 +22,7 @@ from gm_probe.runtime.precision import float32_products
 from gm_probe.runtime.randomness import generators_kept
 
 CHECKED = 64
-"""Examples on which the model is looked at before the pass: its outputs are finite, repeatable and independent."""
+"""Before the pass, so many examples check that the outputs are finite, repeatable and independent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Predictions:
 
     @property
     def classes(self) -> Tensor:
-        """(N,) predicted classes."""
+        """Return the predicted classes (N,)."""
         return self.logits.argmax(1)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import NormalDist, fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,48 +25,74 @@ from gm_probe.accuracy.report import (
 from gm_probe.errors import listed
 from gm_probe.measures.scores import probabilities
 
+NOT_IDENTIFIABLE = (
+    "accuracy on unlabeled data is not identifiable without labeled data of the training distribution; give a "
+    "validation set"
+)
 UNLABELED_ORDER = ("agreement", "average_confidence", "nuclear_norm")
 """Scores whose mean rank orders models of which nothing labeled is known; the larger the better."""
 LEADERS = 5
-"""Most models whose disagreements are suggested for labeling."""
+"""At most so many models count for the suggestions of what to label."""
 NAMED = 3
-"""Most models that the conclusion names as close to the leader."""
+"""The conclusion names at most so many models as close to the leader."""
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the order goes by: a model's evidence, the chosen estimator's calibration, its accuracy and its scores."""
+    """What the order goes by: a model's evidence, the chosen estimator's calibration, its accuracy and its scores.
+
+    ``estimators`` and ``agreement`` are what the model's row shows besides.
+    """
 
     evidence: Evidence
     calibration: Calibration | None
     accuracy: Accuracy | None
-    scores: dict[str, float]
+    scores: Mapping[str, float]
     temperature: float = 1.0
+    estimators: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    agreement: float | None = None
+
+    def row(self, rank: int, separated: bool, measures: Mapping[str, Any]) -> ModelEstimate:
+        """Return the model's row of the report."""
+        evidence = self.evidence
+        return ModelEstimate(
+            name=evidence.name,
+            rank=rank,
+            accuracy=self.accuracy,
+            reason="" if self.accuracy is not None else NOT_IDENTIFIABLE,
+            estimators=self.estimators,
+            measures=measures,
+            agreement=self.agreement,
+            separated=separated,
+            validation_accuracy=None if evidence.validation is None else evidence.validation.accuracy,
+            seconds=evidence.seconds,
+        )
 
 
 def conclude(
-    rows: Sequence[ModelEstimate],
     standings: Sequence[Standing],
+    measures: Mapping[str, Mapping[str, Any]],
     agreement: Sequence[Sequence[float]],
     level: float,
     seed: int,
     notes: Sequence[str],
 ) -> EstimateReport:
-    """Return the report, best model first."""
+    """Return the report, best model first; ``measures`` are by model."""
     order = _order(standings)
-    first = standings[order[0]]
-    ranked, leaders = [], [first]
-    for rank, index in enumerate(order):
-        apart = rank > 0 and separated(first, standings[index], level)
-        ranked.append(replace(rows[index], rank=rank + 1, separated=apart))
-        if rank > 0 and not apart:
-            leaders.append(standings[index])
+    ordered = [standings[index] for index in order]
+    first = ordered[0]
+    apart = [False, *(separated(first, other, level) for other in ordered[1:])]
+    ranked = [
+        one.row(index + 1, apart[index], measures.get(one.evidence.name, {}))
+        for index, one in enumerate(ordered)
+    ]
+    leaders = [one for one, told in zip(ordered, apart, strict=True) if not told]
     needed = _labels_needed(leaders[0], leaders[1], level) if len(leaders) > 1 else None
     evidence = first.evidence
     return EstimateReport(
         tuple(ranked),
         tuple(tuple(agreement[a][b] for b in order) for a in order),
-        conclusion(ranked, needed, alike=first.evidence.unlabeled.logits.shape[0] == _agreeing(leaders)),
+        conclusion(ranked, needed, alike=len(evidence.unlabeled.logits) == _agreeing(leaders)),
         tuple(notes),
         needed,
         suggestions([one.evidence for one in leaders[:LEADERS]], seed),
@@ -80,7 +107,7 @@ def _order(standings: Sequence[Standing]) -> list[int]:
     accuracies = [one.accuracy for one in standings]
     if all(one is not None for one in accuracies):
         return sorted(indices, key=lambda i: -accuracies[i].value)  # type: ignore[union-attr]
-    # with two models both agree with the other alike, and the ranks of that score are equal
+    # of two models, each agrees with the other equally often, so agreement does not rank them
     names = [name for name in UNLABELED_ORDER if all(name in one.scores for one in standings)]
     ranks = [
         [sum(other.scores[name] > one.scores[name] for other in standings) for name in names]
@@ -113,13 +140,13 @@ def separated(first: Standing, other: Standing, level: float) -> bool:
 
 
 def _sets(one: Standing) -> list[Predictions]:
-    """A model's predictions for the unlabeled set and for the validation set."""
+    """Return a model's predictions for the unlabeled set and for the validation set."""
     assert one.evidence.validation is not None
     return [one.evidence.unlabeled, one.evidence.validation.predictions]
 
 
 def _apart(ours: Predictions, theirs: Predictions) -> float:
-    """Share of examples on which two models predict different classes."""
+    """Return the share of examples on which two models predict different classes."""
     return float((ours.classes != theirs.classes).double().mean())
 
 
@@ -155,7 +182,7 @@ def suggestions(leaders: Sequence[Evidence], seed: int) -> tuple[Suggestion, ...
 
 
 def _agreeing(leaders: Sequence[Standing]) -> int:
-    """On how many unlabeled examples all of them predict the same class."""
+    """Count the unlabeled examples on which all of them predict the same class."""
     classes = torch.stack([one.evidence.unlabeled.classes for one in leaders])
     return int((classes == classes[0]).all(0).sum())
 
@@ -166,12 +193,8 @@ def conclusion(ranked: Sequence[ModelEstimate], needed: int | None, *, alike: bo
     close = [one.name for one in ranked[1:] if not one.separated]
     if first.accuracy is None:
         order = ", ".join(one.name for one in ranked)
-        said = f"No accuracy is claimed: {first.reason}."
-        return (
-            said
-            if len(ranked) == 1
-            else f"{said} Agreement and confidence, a weak guide, give the order {order}."
-        )
+        guide = f" Agreement and confidence, a weak guide, give the order {order}." if len(ranked) > 1 else ""
+        return f"No accuracy is claimed: {first.reason}.{guide}"
     found = first.accuracy
     interval = f"{100 * found.level:g} % interval {percent(found.low)} to {percent(found.high)}"
     if len(ranked) == 1:

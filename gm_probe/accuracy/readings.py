@@ -35,7 +35,7 @@ class Reading:
 
     @property
     def interval(self) -> tuple[float, float, float]:
-        """Value, low and high, within [0, 1]."""
+        """Return value, low and high, within [0, 1]."""
         return self.value, max(self.value - self.half, 0.0), min(self.value + self.half, 1.0)
 
 
@@ -121,7 +121,7 @@ def _calibrated(
 
 
 def _changed(known: Known, signs: Signs, shares: Tensor, sizes: tuple[int, int], level: float) -> Reading:
-    """The reading by EM's class shares: COT with them, moved to fit the validation set, or calibrated under shifts."""
+    """Return the reading by EM's class shares: COT with them, moved to fit, or calibrated under shifts."""
     if signs.rejected and known.by_shifts:
         found = _calibrated(known, "cot", signs.transported, sizes, level)
         return Reading(
@@ -131,7 +131,7 @@ def _changed(known: Known, signs: Signs, shares: Tensor, sizes: tuple[int, int],
             "the images' shift resembles the synthetic shifts, and the class shares changed, too",
         )
     value = min(max(signs.transported + known.offset, 0.0), 1.0)
-    weights = (shares / known.shares.clamp(min=1e-9))[known.validation.labels]
+    weights = known.weights(shares)
     effective = int(weights.sum().square() / weights.square().sum())
     half = math.hypot(known.skew_error, sampling_error(value, (sizes[0], max(effective, 1)), level))
     return Reading(value, half, "cot with estimated class shares", "only the class shares changed")

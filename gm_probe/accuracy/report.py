@@ -53,8 +53,8 @@ class ModelEstimate:
     rank: int
     accuracy: Accuracy | None
     reason: str
-    estimators: dict[str, dict[str, float | None]]
-    measures: dict[str, Any]
+    estimators: Mapping[str, Mapping[str, float | None]]
+    measures: Mapping[str, Any]
     agreement: float | None
     separated: bool
     validation_accuracy: float | None

@@ -11,17 +11,18 @@ from gm_probe.errors import DataError
 FEW_UNLABELED, FEW_VALIDATION = 50, 200
 """Below these sizes intervals are wide, and a note says so."""
 LEAST_VALIDATION = 20
-"""Fewer validation examples say nothing of a temperature and a threshold."""
+"""Fewer validation examples cannot fit a temperature and a threshold."""
 
 
 def examine(
-    unlabeled: Examples, validation: Examples | None = None, few_labels: Examples | None = None
+    unlabeled: Examples | None, validation: Examples | None = None, few_labels: Examples | None = None
 ) -> list[str]:
     """Return notes on the sets.
 
     Raises:
         DataError: a set is empty, without labels where it needs some, too small, of one class, or of another shape.
     """
+    assert unlabeled is not None
     notes = []
     for name, examples in (("validation", validation), ("few-labels", few_labels)):
         if examples is None:
@@ -85,6 +86,6 @@ def _of_validation(validation: Examples, unlabeled: Examples) -> list[str]:
 def _shared(unlabeled: Examples, validation: Examples) -> int:
     """Return how many unlabeled examples are in the validation set, too."""
     if not (type(unlabeled.x) is type(validation.x) is Tensor):
-        return 0  # images that do not fit into memory are decoded once, by the model's own pass
+        return 0  # images beyond memory are decoded only once, during the model's pass
     known = set(marks(validation.x))
     return sum(mark in known for mark in marks(unlabeled.x))

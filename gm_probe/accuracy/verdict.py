@@ -11,22 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gm_probe.accuracy.evidence import Evidence
+from gm_probe.accuracy.calibration import Calibration
+from gm_probe.accuracy.evidence import Evidence, Labeled
 from gm_probe.accuracy.few_labels import prediction_powered
 from gm_probe.accuracy.known import Known, know
 from gm_probe.accuracy.predictions import Predictions
 from gm_probe.accuracy.ranking import Standing, conclude
 from gm_probe.accuracy.readings import plausible, read
-from gm_probe.accuracy.report import CLASS_SHARES, Accuracy, EstimateReport, ModelEstimate, percent
-from gm_probe.accuracy.scores import scores_of
+from gm_probe.accuracy.report import CLASS_SHARES, Accuracy, EstimateReport, percent
+from gm_probe.accuracy.scores import ESTIMATORS, scores_of
 from gm_probe.checks import real
 from gm_probe.errors import DataError, UsageError, did_you_mean
 from gm_probe.measures.scores import probabilities
-
-NOT_IDENTIFIABLE = (
-    "accuracy on unlabeled data is not identifiable without labeled data of the training distribution; give a "
-    "validation set"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,45 +91,28 @@ def judge(
     _require_comparable(evidence, request)
     shares = request.shares_of(evidence[0].num_classes)
     agreement = agreements([one.unlabeled for one in evidence])
-    mutual = _means(agreement)
     everyone = _known(evidence, request)
     default = _best(everyone)
-    keys = _keys(evidence, everyone, request)
-    rows, standings = [], []
-    for index, one in enumerate(evidence):
-        known = everyone[index]
-        scores = scores_of(
-            one.unlabeled,
-            None if known is None else known.reference,
-            known.shares if shares is None and known is not None else shares,
-            mutual[index],
-        )
-        accuracy = _accuracy(one, known, scores, default, shares, keys, request.level)
-        rows.append(
-            ModelEstimate(
-                one.name,
-                0,
-                accuracy,
-                "" if accuracy is not None else NOT_IDENTIFIABLE,
-                _estimators(known, scores),
-                (measures or {}).get(one.name, {}),
-                mutual[index],
-                False,
-                None if one.validation is None else one.validation.accuracy,
-                one.seconds,
-            )
-        )
-        standings.append(
-            Standing(
-                one,
-                None if known is None or default is None else known.calibrations[default],
-                accuracy,
-                scores,
-                1.0 if known is None else known.reference.temperature,
-            )
-        )
-    notes = [*notes, *_doubts(evidence), *_too_few(everyone, default, request.level)]
-    return conclude(rows, standings, agreement, request.level, request.seed, notes)
+    keys = [request.choice]
+    if request.choice == "auto":
+        seen = [(known, one.unlabeled) for known, one in zip(everyone, evidence, strict=True) if known]
+        keys = plausible(seen) if seen else []
+    standings = []
+    for one, known, mutual in zip(evidence, everyone, _means(agreement), strict=True):
+        given = known.shares if known and shares is None else shares
+        scores = scores_of(one.unlabeled, known.reference if known else None, given, mutual)
+        temperature = known.reference.temperature if known else 1.0
+        accuracy = None
+        if one.few_labels is not None:
+            accuracy = _by_labels(one, one.few_labels, temperature, request.level)
+        elif known:
+            accuracy = read(known, one.unlabeled, scores, default, shares, keys, request.level)
+        calibrations = known.calibrations if known else {}
+        estimators = {name: _estimator(calibrations.get(name), score) for name, score in scores.items()}
+        calibration = calibrations.get(default)
+        standings.append(Standing(one, calibration, accuracy, scores, temperature, estimators, mutual))
+    notes = [*notes, *_doubts(evidence), *_too_few(standings[0].calibration, request.level)]
+    return conclude(standings, measures or {}, agreement, request.level, request.seed, notes)
 
 
 def _require_comparable(evidence: Sequence[Evidence], request: Request) -> None:
@@ -149,13 +128,10 @@ def _require_comparable(evidence: Sequence[Evidence], request: Request) -> None:
         )
 
 
-def _too_few(everyone: Sequence[Known | None], default: str | None, level: float) -> list[str]:
-    """A note where so high a level needs more labeled sets than there are."""
-    known = everyone[0]
-    if known is None or default is None:
-        return []
-    count = len(known.calibrations[default].residuals)
-    if math.ceil((count + 1) * level) <= count:
+def _too_few(calibration: Calibration | None, level: float) -> list[str]:
+    """Return a note where so high a level needs more labeled sets than there are."""
+    count = len(calibration.residuals) if calibration else 0
+    if not count or math.ceil((count + 1) * level) <= count:
         return []
     return [
         f"errors on {count} labeled sets are too few for a level of {level:g}; the interval is by the largest of them, "
@@ -164,7 +140,7 @@ def _too_few(everyone: Sequence[Known | None], default: str | None, level: float
 
 
 def _doubts(evidence: Sequence[Evidence]) -> list[str]:
-    """Notes on a validation set that the models seem to be trained on, do not fit, or that lacks classes."""
+    """Return notes on a validation set that the models seem trained on, do not fit, or that lacks classes."""
     notes = []
     for one in evidence:
         if one.validation is None:
@@ -202,59 +178,32 @@ def _known(evidence: Sequence[Evidence], request: Request) -> list[Known | None]
     return [know(one, [mean[index] for mean in means], request.seed) for index, one in enumerate(evidence)]
 
 
-def _keys(evidence: Sequence[Evidence], everyone: Sequence[Known | None], request: Request) -> list[str]:
-    """The readings of the class shares that are shown."""
-    if request.choice != "auto":
-        return [request.choice]
-    seen = [
-        (known, one.unlabeled) for known, one in zip(everyone, evidence, strict=True) if known is not None
-    ]
-    return plausible(seen) if seen else []
+def _best(everyone: Sequence[Known | None]) -> str:
+    """Return the estimator with the smallest mean error on labeled sets that its calibration had not seen.
+
+    The mean is over all models. Without a validation set there is none: "".
+    """
+    known = [one.calibrations for one in everyone if one]
+    names = set.intersection(*map(set, known)) if known else set()
+    ordered = [name for name in ESTIMATORS if name in names]
+    return min(ordered, key=lambda name: sum(one[name].mean_error for one in known), default="")
 
 
-def _best(everyone: Sequence[Known | None]) -> str | None:
-    """The estimator with the smallest mean error on labeled sets that its calibration had not seen, over all models."""
-    known = [one for one in everyone if one is not None]
-    if not known:
-        return None
-    names = [name for name in known[0].calibrations if all(name in one.calibrations for one in known)]
-    return min(names, key=lambda name: sum(one.calibrations[name].mean_error for one in known))
+def _by_labels(evidence: Evidence, few: Labeled, temperature: float, level: float) -> Accuracy:
+    confidence, everywhere = (
+        probabilities(found.logits, temperature).amax(1) for found in (few.predictions, evidence.unlabeled)
+    )
+    found = prediction_powered(few.right, confidence, everywhere, level)
+    assumption = "the labeled images are a random sample of the unlabeled data"
+    return Accuracy(found.value, found.low, found.high, level, found.method, assumption)
 
 
-def _accuracy(
-    evidence: Evidence,
-    known: Known | None,
-    scores: dict[str, float],
-    default: str | None,
-    shares: Tensor | None,
-    keys: Sequence[str],
-    level: float,
-) -> Accuracy | None:
-    few = evidence.few_labels
-    if few is not None:
-        temperature = 1.0 if known is None else known.reference.temperature
-        confidence, everywhere = (
-            probabilities(found.logits, temperature).amax(1)
-            for found in (few.predictions, evidence.unlabeled)
-        )
-        found = prediction_powered(few.right, confidence, everywhere, level)
-        assumption = "the labeled images are a random sample of the unlabeled data"
-        return Accuracy(found.value, found.low, found.high, level, found.method, assumption)
-    if known is None or default is None:
-        return None
-    return read(known, evidence.unlabeled, scores, default, shares, keys, level)
-
-
-def _estimators(known: Known | None, scores: dict[str, float]) -> dict[str, dict[str, float | None]]:
-    found: dict[str, dict[str, float | None]] = {}
-    for name, score in scores.items():
-        calibration = None if known is None else known.calibrations.get(name)
-        found[name] = {
-            "value": None if calibration is None else calibration.accuracy(score),
-            "score": score,
-            "mean_error": None if calibration is None else calibration.mean_error,
-        }
-    return found
+def _estimator(calibration: Calibration | None, score: float) -> dict[str, float | None]:
+    return {
+        "value": calibration.accuracy(score) if calibration else None,
+        "score": score,
+        "mean_error": calibration.mean_error if calibration else None,
+    }
 
 
 def agreements(predictions: Sequence[Predictions]) -> tuple[tuple[float, ...], ...]:
@@ -264,6 +213,6 @@ def agreements(predictions: Sequence[Predictions]) -> tuple[tuple[float, ...], .
 
 
 def _means(agreement: Sequence[Sequence[float]]) -> list[float | None]:
-    """Each model's mean agreement with the others; None of a single model."""
+    """Return each model's mean agreement with the others; None for a single model."""
     count = len(agreement)
     return [None if count < 2 else (sum(row) - 1) / (count - 1) for row in agreement]

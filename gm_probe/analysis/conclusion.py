@@ -1,6 +1,6 @@
 """What the statistics say, in sentences: which measures follow a target, which run against it, what picking costs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -9,12 +9,13 @@ from gm_probe.analysis.definitions import direction_of, symbol
 from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.results import Correlations
 from gm_probe.errors import listed
+from gm_probe.tables.rates import is_rate
 from gm_probe.tables.table import RunTable
 
 ALIKE = 0.98
-"""|τ| between two measures from which they order the runs alike."""
+"""Two measures with a larger |τ| between them order the runs alike."""
 FEW = 2000
-"""Runs whose pairs are counted sooner than scipy is imported."""
+"""Up to this number of runs counting their pairs is faster than importing scipy."""
 
 
 def measures_alike(table: RunTable) -> dict[str, tuple[str, ...]]:
@@ -36,7 +37,7 @@ def _alike(x: np.ndarray, y: np.ndarray) -> bool:
         return False
     x, y = x[known], y[known]
     if len(x) > FEW:
-        from scipy import stats  # takes half a second, but no time over pairs
+        from scipy import stats  # its import takes half a second, but its time does not grow with the pairs
 
         return bool(abs(stats.kendalltau(x, y).statistic) > ALIKE)
     tau = linear_tau(x, y, np.arange(len(x)))
@@ -65,26 +66,26 @@ def conclude(found: Correlations) -> tuple[str, ...]:
     return (*said, *_subgroups(found), *_simpson(found), *_selection(found))
 
 
-def _sentences(kinds: Sequence[tuple[str, str]], label: str) -> list[str]:
+SAID = {
+    "follows": ("follow", "the {} in the expected direction."),
+    "against": ("run", "against the {}: the opposite of what is expected."),
+    "rises": ("rise", "with the {}."),
+    "falls": ("fall", "as the {} rises."),
+}
+"""By what a measure does (``_kind``): the verb and the rest of the sentence, about a target."""
+
+
+def _sentences(kinds: Sequence[tuple[str, str]], label: str) -> Iterator[str]:
     by_kind: dict[str, list[str]] = {}
     for name, kind in kinds:
         by_kind.setdefault(kind, []).append(symbol(name))
-    said = []
-    if names := by_kind.get("follows"):
-        said.append(f"{listed(names)} {_verb(names, 'follow')} the {label} in the expected direction.")
-    if names := by_kind.get("against"):
-        said.append(
-            f"{listed(names)} {_verb(names, 'run')} against the {label}: the opposite of what is expected."
-        )
-    if names := by_kind.get("rises"):
-        said.append(f"{listed(names)} {_verb(names, 'rise')} with the {label}.")
-    if names := by_kind.get("falls"):
-        said.append(f"{listed(names)} {_verb(names, 'fall')} as the {label} rises.")
+    for kind, (verb, rest) in SAID.items():
+        if names := by_kind.get(kind):
+            yield f"{listed(names)} {_verb(names, verb)} {rest.format(label)}"
     if names := by_kind.get("open"):
         none = len(by_kind) == 1 and len(names) > 1
         whose = "any measure follows" if none else f"{listed(names)} {_verb(names, 'follow')}"
-        said.append(f"Whether {whose} the {label} cannot be decided.")
-    return said
+        yield f"Whether {whose} the {label} cannot be decided."
 
 
 def _kind(tau: Quantity, expected: int) -> str:
@@ -154,7 +155,7 @@ def costs(value: float, target: str) -> str:
 
 def in_points(target: str) -> bool:
     """Return whether a target is a fraction of examples."""
-    return target.endswith(("error", "accuracy", "error_gap"))
+    return is_rate(target)
 
 
 def target_short(target: str) -> str:

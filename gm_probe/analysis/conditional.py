@@ -18,7 +18,7 @@ from scipy import special
 from gm_probe.analysis.pairs import Floats, Integers, dense_ranks, pair_sums
 
 MOST_IN_PAIRS = 30
-"""Hyperparameters of which sets of two are looked at; their number grows with the square."""
+"""Up to this number of hyperparameters also sets of two are given; their number grows with the square."""
 PERMUTATIONS = 100
 
 

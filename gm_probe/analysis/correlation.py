@@ -43,9 +43,9 @@ from gm_probe.tables.runs import load_table
 from gm_probe.tables.table import RunTable, by_reason, require_known
 
 MOST_RUNS = 30_000
-"""All pairs of more runs take minutes a statistic."""
+"""The pairs of more runs take minutes per statistic."""
 MOST_CONDITIONED = 2000
-"""Runs up to which conditional information is computed; its permutations take all pairs each."""
+"""Conditional information is computed for at most so many runs: each permutation takes all pairs."""
 SIMPSON = "Simpson's paradox: the sign is opposite to that over all runs, and both intervals exclude 0"
 
 
@@ -65,7 +65,7 @@ def correlate(
     """Correlate every measure of ``source`` with every target; see ``docs/correlate.md`` for the statistics.
 
     Args:
-        source: a folder of runs, a file or a DataFrame with one run a row, or what ``load_table`` made of one.
+        source: a folder of runs, a file or a DataFrame with one run per row, or what ``load_table`` made of one.
         measures: columns to correlate; empty: all numeric ones that are no settings.
         hyperparameters: columns that are settings; empty: those with a setting's name.
         gap: the targets, separated by commas: gaps, columns, arithmetic on columns; see ``load_table``.

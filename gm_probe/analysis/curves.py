@@ -20,8 +20,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def read_curves(table: RunTable) -> tuple[dict[str, list[Curve]], dict[str, str]]:
-    """(epochs, values) of every run in the table's order under each name in ``CURVES`` that any run recorded,
-    and the runs without a readable metrics file under their reasons."""
+    """Return every run's curve under each name of ``CURVES`` that is recorded, and unreadable runs with reasons."""
     found: dict[str, list[Curve]] = {name: [] for name in CURVES}
     unread: dict[str, str] = {}
     for run in table.frame["run"]:
@@ -42,5 +41,5 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
     pairs = [(row.get("epoch"), row.get(name)) for row in rows]
     points = [pair for pair in pairs if all(isinstance(value, int | float) for value in pair)]
     x, y = np.array(points, dtype=float).reshape(-1, 2).T
-    drawn = np.abs(y) <= LARGEST  # False of NaN
+    drawn = np.abs(y) <= LARGEST  # NaN compares as False
     return x[drawn], y[drawn]

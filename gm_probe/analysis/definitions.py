@@ -2,70 +2,7 @@
 
 from gm_probe.runs.catalogue import CATALOGUE
 
-MEASURES = {
-    **{
-        name: (one.symbol, one.description + "; labels needed" * one.needs_labels)
-        for name, one in CATALOGUE.items()
-    },
-    # below, what a page says at greater length than a list of measures does
-    "local_inconsistency": (
-        "S_ρ",
-        "mean over examples of KL(f_θ ‖ f_{θ+δ}), between the outputs before and after the parameters "
-        "move by δ. K ascent steps find δ with ‖δ‖ = ρ (Algorithm 1). Mean over random starts; no labels "
-        "needed",
-    ),
-    "local_inconsistency_converged": (
-        "max S_ρ",
-        (
-            "the largest such KL with ‖δ‖ ≤ ρ reached by ascents from ± the top eigenvector of F and from "
-            "noise; no labels needed"
-        ),
-    ),
-    "fisher_lambda_max": (
-        "λ_max(F)",
-        "largest eigenvalue of the Fisher matrix F, the mean over examples of Jᵀ(diag p − p pᵀ)J with J = "
-        "∂z/∂θ, by Lanczos; S_ρ ≈ ½ρ² λ_max(F) for small ρ; no labels needed",
-    ),
-    "hessian_lambda_max": (
-        "λ_max(H)",
-        "largest eigenvalue of H, the Hessian of the mean cross-entropy, by Lanczos, with given labels or "
-        "else predicted ones",
-    ),
-    "hessian_trace": (
-        "tr H",
-        "trace of the loss Hessian H. It equals tr F for any labels where every parameter enters the "
-        "logits affinely; elsewhere it uses given or predicted labels",
-    ),
-    "effective_rank": (
-        "tr F/λ_max(F)",
-        "number of directions over which the curvature is spread; no labels needed",
-    ),
-    "local_inconsistency_adaptive": (
-        "S_ρ (adaptive)",
-        (
-            "S_ρ in the ball ‖δ/(|θ| + η)‖ ≤ ρ, which is invariant to rescaling of parameters; no labels "
-            "needed"
-        ),
-    ),
-    "local_inconsistency_relative": ("S_ρ (relative)", "S_ρ at radius ρ‖θ‖; no labels needed"),
-    "local_inconsistency_batchwise": (
-        "S_ρ (batchwise)",
-        "mean of the S_ρ of each batch of m examples; no labels needed",
-    ),
-    "average_inconsistency": (
-        "A_ρ",
-        (
-            "mean of KL(f_θ ‖ f_{θ+ε}) over random ε ~ N(0, ρ²I/P), of length about ρ; ≈ ρ² tr F/(2P); no "
-            "labels needed"
-        ),
-    ),
-    "input_jacobian_norm": (
-        "‖∂f/∂x‖",
-        (
-            "root mean square norm of the output probabilities’ derivative with respect to the normalised "
-            "input; no labels needed"
-        ),
-    ),
+PAIRWISE = {
     "disagreement": ("disagreement", "fraction of examples that two models classify differently"),
     "conditional_inconsistency": (
         "C_θ",
@@ -77,9 +14,12 @@ MEASURES = {
         "mean KL between the mean predictions of models trained on different training sets",
     ),
 }
-
-PAIRWISE = ("disagreement", "conditional_inconsistency", "inconsistency", "instability")
 """Measures of pairs of models, which the catalogue of single ones lacks."""
+MEASURES = {
+    name: (one.symbol, f"{one.description}; {'' if one.needs_labels else 'no '}labels needed")
+    for name, one in CATALOGUE.items()
+} | PAIRWISE
+"""The symbol and the definition of each measure that is known."""
 
 
 def symbol(name: str) -> str:
@@ -99,9 +39,7 @@ STATISTICS = {
     "mode on un-augmented data. Smaller is better.",
     "τ": "Kendall’s rank correlation τ-b: (concordant − discordant pairs) / √((pairs untied in the measure)(pairs "
     "untied in the target)). τ = 1: the measure orders the runs as the target does.",
-    "setting": (
-        "one choice of all hyperparameters. Its runs differ in their seeds only and are not independent."
-    ),
+    "setting": "one choice of all hyperparameters. Its runs differ in their seeds only and are not independent.",
     "95 % CI, p": "confidence interval, clustered by setting and by the seeds that settings share: V = V_setting + "
     "V_seed − V_run, Student’s t on Fisher’s scale. p is the interval’s own. Settings count as independent draws, so "
     "the interval is too narrow where neighbours on a grid hardly differ.",

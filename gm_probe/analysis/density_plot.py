@@ -11,20 +11,20 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from gm_probe.analysis.plots import COLOURS, STYLE, new_figure
 
 NAMES = {"fisher": "Fisher matrix F", "hessian": "loss Hessian H"}
-FLOOR = 0.1  # eigenvalues per decade: a tenth of what one alone would have
-RUG = 0.06  # of a panel's height, that an isolated eigenvalue's tick takes
-LABELS = 9  # decades labelled along the axis before every other is left out
+FLOOR = 0.1  # eigenvalues per decade: a tenth of a single eigenvalue's
+RUG = 0.06  # share of a panel's height that the tick of an isolated eigenvalue takes
 
 
+@mpl.rc_context(STYLE)
 def density_panels(
     densities: Mapping[str, Mapping[str, Any]], *, checkpoint: str, num_examples: int
 ) -> Figure:
-    """One panel a matrix, below one another over the same range.
+    """Draw one panel per matrix, below one another over the same range.
 
     Args:
         densities: ``Density.as_dict()`` by the matrix's name: ``fisher``, ``hessian`` or any other.
@@ -34,20 +34,20 @@ def density_panels(
     shapes = sorted({f"{one['num_probes']} × {one['num_steps']}" for one in densities.values()})
     low = min(one["curve"]["x"][0] for one in densities.values())
     high = max(one["curve"]["x"][-1] for one in densities.values())
-    with mpl.rc_context(STYLE):
-        figure = new_figure(6.7, 0.5 + 2.1 * len(densities))
-        figure.suptitle(
-            f"{checkpoint}, N = {num_examples:,}, P = {first['num_parameters']:,}, "
-            f"{' and '.join(shapes)} (probes × steps)".replace("$", r"\$"),
-            fontsize=8,
-        )
-        for row, (name, one) in enumerate(densities.items()):
-            axes = figure.add_subplot(len(densities), 1, row + 1)
-            _density(axes, one, COLOURS[row % len(COLOURS)])
-            _axis(axes, low, high, one["curve"]["linear_width"])
-            labels = f" ({one['labels']} labels)" if "labels" in one else ""
-            axes.set_title(_title(NAMES.get(name, name) + labels, one), loc="left")
-        axes.set_xlabel(r"eigenvalue $\lambda$ (logarithmic outside the shaded range around 0)")
+    figure = new_figure(6.7, 0.5 + 2.1 * len(densities))
+    figure.suptitle(
+        f"{checkpoint}, N = {num_examples:,}, P = {first['num_parameters']:,}, "
+        f"{' and '.join(shapes)} (probes × steps)".replace("$", r"\$"),
+        fontsize=8,
+    )
+    for row, (name, one) in enumerate(densities.items()):
+        axes = figure.add_subplot(len(densities), 1, row + 1)
+        _density(axes, one, COLOURS[row % len(COLOURS)])
+        axes.set_xscale("asinh", linear_width=one["curve"]["linear_width"])
+        axes.set_xlim(low, high)
+        labels = f" ({one['labels']} labels)" if "labels" in one else ""
+        axes.set_title(_title(NAMES.get(name, name) + labels, one), loc="left")
+    axes.set_xlabel(r"eigenvalue $\lambda$ (logarithmic outside the shaded range around 0)")
     return figure
 
 
@@ -84,7 +84,7 @@ def _density(axes: Axes, one: Mapping[str, Any], colour: str) -> None:
     for edge, inward in (("largest", "right"), ("smallest", "left")):
         place = one[edge]
         if (place <= width) if edge == "largest" else (place >= -width):
-            continue  # the bulk's own edge needs no name
+            continue  # the edge of the bulk needs no label
         axes.vlines(place, 0, 0.55, transform=across, color="black", linewidth=0.8, linestyle=":")
         axes.annotate(
             f"{edge}\n{_number(place)}",
@@ -97,23 +97,6 @@ def _density(axes: Axes, one: Mapping[str, Any], colour: str) -> None:
         )
 
 
-def _axis(axes: Axes, low: float, high: float, width: float) -> None:
-    """Ticks at 0 and at ± the powers of ten from the linear range on."""
-    axes.set_xscale("asinh", linear_width=width)
-    axes.set_xlim(low, high)
-    start = round(math.log10(width))
-    exponents = range(start, max(start, math.floor(math.log10(max(-low, high, width)))) + 1)
-    decades = [10.0**k for k in exponents]
-    shown = [*(-d for d in reversed(decades) if -d >= low), 0.0, *(d for d in decades if d <= high)]
-    every = 2 if len(shown) > LABELS else 1
-    labelled = {0.0} | {s * d for d in decades[::-1][::every] for s in (1, -1)}
-    ticks = [s * m * d for d in decades for m in range(2, 10) for s in (1, -1)]
-    axes.xaxis.set_major_locator(FixedLocator(shown))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _power(x) if x in labelled else ""))
-    axes.xaxis.set_minor_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
 def _title(name: str, one: Mapping[str, Any]) -> str:
     isolated = len(one["outliers"])
     trace = one["trace"]
@@ -123,7 +106,7 @@ def _title(name: str, one: Mapping[str, Any]) -> str:
 
 
 def _share(mass: Mapping[str, Any], size: int) -> str:
-    """A percentage of P that is not rounded to all where some are missing, and its error where that shows."""
+    """Return a percentage of P that is rounded to 100 % only if nothing is missing, with its error where that shows."""
     value, missing = mass["value"], 1 - mass["value"]
     digits = 1 if missing * size < 0.5 else max(1, math.ceil(-math.log10(100 * missing)))
     error = f"{100 * (mass['stderr'] or 0):.{digits}f}"
@@ -134,12 +117,3 @@ def _number(value: float, digits: int = 3) -> str:
     rounded = float(f"{value:.{digits}g}")
     text = f"{rounded:,.0f}" if 10**digits <= abs(rounded) < 1e6 else f"{rounded:.{digits}g}"
     return text.replace("-", "−")
-
-
-def _power(value: float) -> str:
-    if value == 0:
-        return "0"
-    exponent = round(math.log10(abs(value)))
-    if -3 <= exponent <= 3:
-        return f"{value:g}".replace("-", "−")
-    return f"${'-' if value < 0 else ''}10^{{{exponent}}}$"

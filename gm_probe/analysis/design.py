@@ -13,7 +13,7 @@ from gm_probe.tables.table import ACCURACIES, BOOKKEEPING, SEED, RunTable, requi
 Cells = tuple[Integers, Integers]
 """(n,) which cell each run of the table is in, and (n,) which value of the hyperparameter it has."""
 CONTROLS = ("train_ce", "hessian_lambda_max", "parameter_norm")
-"""What τ is also taken given, where the table has it, besides each hyperparameter."""
+"""The default controls of partial τ, where the table has them, besides each hyperparameter."""
 SETTING = "setting"
 """Name of the group of runs that agree in all hyperparameters."""
 
@@ -65,7 +65,7 @@ def control_columns(
 
 
 def _control(table: RunTable, name: str) -> Floats | str:
-    """A column as numbers; a text with two values as 0 and 1."""
+    """Return a column as numbers, a text with two values as 0 and 1; or why there are none."""
     numbers = numbers_of(table, name)
     assert numbers is not None
     values = [value for value in table.frame[name] if value is not None]
@@ -115,7 +115,7 @@ def _sort_key(value: object, text: str) -> tuple[int, float, str]:
 
 
 def setting_numbers(table: RunTable) -> Integers:
-    """(n,) equal where all hyperparameters are; all different where there is no hyperparameter.
+    """Return (n,) numbers, equal where all hyperparameters are; all different where there is no hyperparameter.
 
     Seeds and other bookkeeping tell no settings apart.
     """
@@ -124,7 +124,7 @@ def setting_numbers(table: RunTable) -> Integers:
 
 
 def seed_numbers(table: RunTable) -> Integers | None:
-    """(n,) equal where the seeds are, −1 where a run has none; None where the table has no seeds."""
+    """Return (n,) numbers, equal where the seeds are, −1 where a run has none; None where the table has no seeds."""
     if SEED not in table.frame or SEED in table.measures:
         return None
     unknown = table.frame[SEED].isna().to_numpy()
@@ -132,12 +132,12 @@ def seed_numbers(table: RunTable) -> Integers | None:
 
 
 def setting_names(table: RunTable) -> list[str]:
-    """The hyperparameters that make a setting."""
+    """Return the hyperparameters that make a setting."""
     return [name for name in table.hyperparameters if name not in BOOKKEEPING]
 
 
 def group_numbers(table: RunTable, names: Sequence[str]) -> Integers:
-    """(n,) 0.. by first appearance, equal where the hyperparameters ``names`` are."""
+    """Return (n,) numbers from 0 by first appearance, equal where the hyperparameters ``names`` are."""
     seen: dict[Hashable, int] = {}
     columns = [map(_hashable, table.frame[name]) for name in names]
     values = zip(*columns, strict=True) if names else [()] * table.num_runs
@@ -145,7 +145,7 @@ def group_numbers(table: RunTable, names: Sequence[str]) -> Integers:
 
 
 def numbers_of(table: RunTable, name: str) -> Floats | None:
-    """A column (n,) as floats, NaN where it has no number; None where the table has no such column."""
+    """Return a column (n,) as floats, NaN where it has no number; None where the table has no such column."""
     if name not in table.frame:
         return None
     return pd.to_numeric(table.frame[name], errors="coerce").to_numpy(dtype=float, na_value=np.nan)

@@ -17,8 +17,7 @@ CELL = ("rho", "k_steps", "value")
 def grid_taus(
     table: RunTable, records: Mapping[str, RunRecord], gap: str
 ) -> dict[int, dict[float, Quantity]]:
-    """``[k_steps][rho]``: τ-b with ``gap`` over the ``n`` runs that have both, its interval by leaving out
-    whole settings, and seeds that they share; empty where no run has a grid."""
+    """Return τ-b with ``gap`` by steps and radius, over the ``n`` runs that have both; empty without a grid."""
     setting, seed, column = setting_numbers(table), seed_numbers(table), target_column(table, gap)
     cells: dict[tuple[int, float], np.ndarray] = {}
     for row, run in enumerate(table.frame["run"]):
@@ -32,7 +31,7 @@ def grid_taus(
 
 
 def grid_of(record: RunRecord) -> list[dict[str, Any]]:
-    """The usable cells of a run's grid: those with a finite ``rho``, ``k_steps`` and ``value``."""
+    """Return the usable cells of a run's grid: those with a finite ``rho``, ``k_steps`` and ``value``."""
     row = record.measures.get("local_inconsistency")
     grid = row.get("grid", []) if isinstance(row, dict) else []
     return [cell for cell in grid if isinstance(cell, dict) and all(map(_finite, map(cell.get, CELL)))]

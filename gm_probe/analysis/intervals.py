@@ -15,13 +15,13 @@ from gm_probe.analysis.pairs import Floats, Integers, dense_ranks, mid_ranks
 
 LEVEL = 0.95
 LEAST_UNITS = 5
-"""Of fewer settings that are paired with others no error can be estimated."""
+"""Fewer settings that are paired with others allow no estimate of the error."""
 LEAST_SEEDS = 3
-"""Of fewer seeds that settings share, their part of the error cannot be estimated, either."""
+"""Fewer shared seeds allow no estimate of their part of the error."""
 SEED_LEVEL = 0.1
-"""Of the F tests for a difference between seeds."""
+"""Significance level of the F tests for a difference between seeds."""
 SWEEPS = 30
-"""Of taking off the means by setting and by seed in turn, where some settings lack some seeds."""
+"""Most rounds of subtracting the means by setting and by seed, where some settings lack some seeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +109,12 @@ def _decomposed(values: Floats, setting: Integers, seed: Integers) -> tuple[Floa
     """Return ``values`` (n,) less the settings' means, then less the seeds' too, the number of seeds, and the degrees
     of freedom that are left."""
     setting = dense_ranks(setting)
-    inside = _less_means(values, setting)  # what settings differ by is not the seeds'
+    inside = _less_means(values, setting)  # differences between settings are not due to seeds
     rest = inside
     for _ in range(SWEEPS):
         before, rest = rest, _less_means(_less_means(rest, seed), setting)
         if np.abs(rest - before).max(initial=0) <= 1e-12 * np.abs(inside).max(initial=0):
-            break  # after the first where every setting has every seed
+            break  # the first sweep suffices where every setting has every seed
     num_seeds = int(seed.max()) + 1
     return inside, rest, num_seeds, len(rest) - int(setting.max()) - num_seeds
 

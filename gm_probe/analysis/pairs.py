@@ -7,7 +7,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 BLOCK = 2**20
-"""Numbers that a temporary array holds: about the size of a core's cache."""
+"""Most numbers in a temporary array: about the size of a core's cache."""
 
 
 def dense_ranks(values: np.ndarray) -> Integers:

@@ -7,7 +7,7 @@ from gm_probe.analysis.pairs import Floats, Integers
 
 PERMUTATIONS = 2000
 MOST_DRAWS = 4 * 10**6
-"""Numbers that a table of permutations holds: the more runs, the fewer permutations."""
+"""Most numbers in a table of permutations, so that more runs have fewer permutations."""
 
 
 def permute_settings(clusters: Clusters, rng: np.random.Generator) -> Integers:

@@ -23,8 +23,13 @@ Rows = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure: ``name`` is its file's stem, ``section`` its place on a page (``report.SECTIONS``); ``text`` says
-    what it shows, under it and to who cannot see it."""
+    """A figure of a page.
+
+    Attributes:
+        name: its file's stem.
+        section: its place (``report.SECTIONS``); "" = beside the conclusion.
+        text: what it shows, also for readers who cannot see it.
+    """
 
     name: str
     section: str
@@ -40,7 +45,7 @@ def pictures(
     grids: Grids,
     curves: Mapping[str, Sequence[Curve]],
 ) -> Iterator[Picture]:
-    """All figures for which there is something to show, in the order of the page.
+    """Yield all figures for which there is something to show, in the order of the page.
 
     ``grids[gap]`` is of ``grid.grid_taus``, ``curves`` of ``curves.read_curves``; either may be empty.
     """
@@ -88,7 +93,7 @@ def _forest(found: Correlations) -> Picture:
     }
     return Picture(
         "forest",
-        "correlation",
+        "",
         "Kendall’s τ-b with 95 % intervals",
         "An interval that excludes 0 tells the sign of τ.",
         figures.forest(rows, "Kendall’s τ-b, 95 % CI"),
@@ -137,5 +142,5 @@ def _between_measures(table: RunTable) -> Iterator[Picture]:
 
 
 def _file_name(name: str) -> str:
-    """``name`` without what a path could be led astray by; its place in the table keeps two apart."""
+    """Return ``name`` without signs that could change a path; its place in the table keeps two apart."""
     return re.sub(r"[^\w-]+", "_", name)[:60]

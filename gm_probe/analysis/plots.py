@@ -4,6 +4,7 @@ Figures are built through matplotlib's object API, so no global pyplot state is 
 """
 
 import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,35 +19,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from gm_probe.analysis.definitions import MEASURES
 from gm_probe.analysis.design import target_column
 from gm_probe.analysis.results import Correlations, Quantity
 from gm_probe.files.atomic import write_atomic
 from gm_probe.tables.table import RunTable
 
 FORMATS = ("png", "pdf", "svg")
-MEASURE_LABELS = {
-    "local_inconsistency": r"$S_\rho$ (local inconsistency)",
-    "local_inconsistency_converged": r"$S_\rho$ (converged)",
-    "fisher_lambda_max": r"$\lambda_{\max}(F)$",
-    "fisher_trace": r"$\mathrm{tr}\,F$",
-    "hessian_lambda_max": r"$\lambda_{\max}(H)$",
-    "hessian_trace": r"$\mathrm{tr}\,H$",
-    "hessian_lambda_min": r"$\lambda_{\min}(H)$",
-    "effective_rank": r"$\mathrm{tr}\,F/\lambda_{\max}(F)$",
-    "local_inconsistency_adaptive": r"$S_\rho$ (adaptive)",
-    "local_inconsistency_relative": r"$S_\rho$ (relative)",
-    "local_inconsistency_batchwise": r"$S_\rho$ (batchwise)",
-    "average_inconsistency": r"$A_\rho$ (average)",
-    "conditional_inconsistency": r"$C_\theta$ (inconsistency)",
-    "disagreement": "disagreement",
-}
 # Of Okabe and Ito's colours, in an order whose neighbours differ in grey too; every second one is drawn hollow.
 # 7 colours and 10 markers share no factor, so the first 70 subgroups all look different, and 10 differ in shape alone.
 COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "^", "s", "X", "D", "v", "P", "*", "<", ">")
 NEUTRAL: dict[str, Any] = dict.fromkeys(("color", "markeredgecolor", "markerfacecolor"), "0.5")
 MANY = 2000
-"""Marks from which on they are drawn as pixels, which keeps SVG and PDF small."""
+"""More marks than this are drawn as pixels, which keeps SVG and PDF small."""
 LETTER = 0.053  # inches that a letter of a legend takes, on average
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -62,8 +48,9 @@ STYLE: dict[Any, Any] = {
 }
 
 
+@mpl.rc_context(STYLE)
 def scatter_panels(found: Correlations, groups: Mapping[str, np.ndarray]) -> Figure:
-    """One panel a measure and target, at most 3 measures side by side, each titled with its τ and n.
+    """Draw one panel per measure and target, at most 3 measures side by side, each titled with its τ and n.
 
     ``groups`` maps a subgroup's label to its rows of the table (``design.group_rows``); empty draws all
     runs alike, without a legend.
@@ -71,38 +58,46 @@ def scatter_panels(found: Correlations, groups: Mapping[str, np.ndarray]) -> Fig
     table, measures, gaps = found.runs, found.runs.measures, found.targets
     blocks = -(-len(measures) // 3)
     num_columns = -(-len(measures) // blocks)
-    with mpl.rc_context(STYLE):
-        width = 0.4 + 2.1 * num_columns  # inches; three panels fill a page's 6.7
-        figure = new_figure(width, 0.1 + 1.85 * blocks * len(gaps))
-        for block in range(blocks):
-            some = measures[block * num_columns : (block + 1) * num_columns]
-            for row, gap in enumerate(gaps):
-                first: Axes | None = None
-                for column, measure in enumerate(some):
-                    place = (block * len(gaps) + row) * num_columns + column + 1
-                    axes = figure.add_subplot(blocks * len(gaps), num_columns, place, sharey=first)
-                    handles = points(axes, table.frame[measure].to_numpy(), target_column(table, gap), groups)
-                    axes.set_title(_title(found.get(measure, gap)))
-                    if row == len(gaps) - 1:
-                        axes.set_xlabel(measure_label(table, measure))
-                    if first is None:
-                        axes.set_ylabel(gaps[gap])
-                        first = axes
-                    else:
-                        axes.tick_params(labelleft=False)
-        legend_below(figure, handles)
+    width = 0.4 + 2.1 * num_columns  # inches; three panels fill a page's 6.7
+    figure = new_figure(width, 0.1 + 1.85 * blocks * len(gaps))
+    for block in range(blocks):
+        some = measures[block * num_columns : (block + 1) * num_columns]
+        for row, gap in enumerate(gaps):
+            first: Axes | None = None
+            for column, measure in enumerate(some):
+                place = (block * len(gaps) + row) * num_columns + column + 1
+                axes = figure.add_subplot(blocks * len(gaps), num_columns, place, sharey=first)
+                handles = points(axes, table.frame[measure].to_numpy(), target_column(table, gap), groups)
+                axes.set_title(_title(found.get(measure, gap)))
+                if row == len(gaps) - 1:
+                    axes.set_xlabel(measure_label(table, measure))
+                if first is None:
+                    axes.set_ylabel(gaps[gap])
+                    first = axes
+                else:
+                    axes.tick_params(labelleft=False)
+    legend_below(figure, handles)
     return figure
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, which needs no pyplot."""
+    """Return an empty figure of so many inches, which needs no pyplot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
+def ink(cell: Sequence[float]) -> str:
+    """Return white or black, whichever has more contrast on the colour ``cell`` (red, green, blue, ...).
+
+    Source: relative luminance of WCAG 2.1; contrast is the same at 0.179.
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in cell[:3]]
+    return "black" if np.dot([0.2126, 0.7152, 0.0722], linear) > 0.179 else "white"
+
+
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """A legend below all axes, as wide as ``figure``, which grows by its height."""
+    """Draw a legend below all axes, as wide as ``figure``, which grows by its height."""
     if not handles:
         return
     room = figure.get_figwidth() - 0.32
@@ -123,7 +118,7 @@ def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 
 def log_ticks(axis: Axis) -> None:
-    """On a logarithmic ``axis`` plain numbers at 1, 2 and 5, where less than two decades are shown."""
+    """Label 1, 2 and 5 as plain numbers on a logarithmic ``axis`` that shows less than two decades."""
     low, high = sorted(axis.get_view_interval())  # an inverted axis has the higher one first
     axis.set_minor_formatter(NullFormatter())
     if high < 100 * low:
@@ -131,12 +126,12 @@ def log_ticks(axis: Axis) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+@mpl.rc_context(STYLE)
 def render(figure: Figure, suffix: str) -> bytes:
-    """``figure`` as a ``png`` (200 dots an inch), ``pdf`` or ``svg``; equal figures give equal bytes."""
+    """Return ``figure`` as a ``png`` (200 dots per inch), ``pdf`` or ``svg``; equal figures give equal bytes."""
     undated: dict[str, dict[str, str | None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix))
+    figure.savefig(buffer, format=suffix, dpi=200, metadata=undated.get(suffix))
     return buffer.getvalue()
 
 
@@ -148,7 +143,7 @@ def write_figure(figure: Figure, paths: Sequence[Path]) -> None:
     """
     for path in paths:
         write_atomic(path, render(figure, path.suffix.lower().removeprefix(".")))
-        figure.set_layout_engine("none")  # laid out once; every format is as the first
+        figure.set_layout_engine("none")  # laid out once, so that every format looks the same
 
 
 def points(
@@ -158,7 +153,7 @@ def points(
     groups: Mapping[str, np.ndarray],
     shapes: Mapping[str, np.ndarray] | None = None,
 ) -> list[Line2D]:
-    """Draw the runs that have both x and y (n,), a colour a subgroup, a marker a value of another setting.
+    """Draw the runs that have both x and y (n,), a colour per subgroup, a marker per value of another setting.
 
     Returns:
         What a legend says of them.
@@ -207,7 +202,7 @@ def say(axes: Axes, text: str) -> None:
 
 
 def measure_axis(axes: Axes, values: np.ndarray) -> None:
-    """Ticks for ``values`` (n,) along x and a gap along y; logarithmic in x over more than a positive decade."""
+    """Put ticks for ``values`` (n,) along x and a gap along y; x is logarithmic over more than a positive decade."""
     axes.yaxis.set_major_locator(MaxNLocator(5))
     least, most = values.min(), values.max()
     if least <= 0 or most <= 10 * least:
@@ -228,14 +223,20 @@ def _title(tau: Quantity) -> str:
 
 
 def measure_label(table: RunTable, measure: str) -> str:
-    """For the axis of ``measure``: its symbol, and whose labels it was taken with."""
+    """Return the symbol of ``measure`` for an axis, and whose labels it was taken with."""
     kind = table.labels.get(measure)
     labels = f" ({kind} labels)" if kind else ""
-    known = MEASURE_LABELS.get(measure)
-    return known + labels if known else "\n".join(wrapped(measure + labels, 30)).replace("$", r"\$")
+    if measure in MEASURES:
+        return math_symbol(measure) + labels
+    return "\n".join(wrapped(measure + labels, 30)).replace("$", r"\$")
+
+
+def math_symbol(measure: str) -> str:
+    """Return the symbol of a known measure with its subscripts as matplotlib sets them: λ_max(F) as $λ_{max}$(F)."""
+    return re.sub(r"(\w)_(\w+)", r"$\1_{\\mathrm{\2}}$", MEASURES[measure][0])
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most ``width`` letters, broken at spaces and after underscores."""
+    """Return lines of at most ``width`` letters, broken at spaces and after underscores."""
     swap = str.maketrans("_-", "-_")  # textwrap breaks after hyphens, which are rare in names
     return [line.translate(swap) for line in textwrap.wrap(text.translate(swap), width)]

@@ -30,7 +30,7 @@ class Provenance:
 
 
 def read_records(table: RunTable) -> dict[str, RunRecord]:
-    """The records behind a table of run folders, under their names in the table; empty for any other table.
+    """Return the records behind a table of run folders, by their names in the table; none for any other table.
 
     Raises:
         StorageError: a run's file has become unreadable since the table was read.
@@ -41,24 +41,24 @@ def read_records(table: RunTable) -> dict[str, RunRecord]:
 
 
 def run_folder(table: RunTable, run: str) -> Path:
-    """The folder of ``run``: below the table's source, or the source itself where that is the one run."""
+    """Return the folder of ``run``: below the table's source, or the source itself where that is the one run."""
     folder = table.source / run
     return folder if folder.is_dir() else table.source
 
 
 def provenance(records: Mapping[str, RunRecord]) -> Provenance:
-    """What ``records`` say of themselves."""
+    """Return what ``records`` say of their origin."""
     return Provenance(
         trained=_counts(record.config.get("environment", {}) for record in records.values()),
         measured=_counts(record.settings for record in records.values()),
-        commands={run: train_command(record) for run, record in records.items() if record.config},
+        commands={run: train_command(one.config, one.path) for run, one in records.items() if one.config},
     )
 
 
-def train_command(record: RunRecord) -> str:
-    """The ``gmprobe train`` that gives this run again: every setting in its config.toml as an option."""
+def train_command(settings: Mapping[str, Any], out: Path | None = None) -> str:
+    """Return the ``gmprobe train`` command with these ``settings``, as config.toml has them, as options."""
     words = ["gmprobe", "train"]
-    for key, value in record.config.items():
+    for key, value in settings.items():
         option = f"--{key.replace('_', '-')}"
         if isinstance(value, dict) or value is False or value == []:
             continue  # [environment] is no setting; a flag that is off and an empty list are left out
@@ -67,11 +67,11 @@ def train_command(record: RunRecord) -> str:
         else:
             text = ",".join(map(show, value)) if isinstance(value, list) else show(value)
             words.append(f"{option}={text}")
-    return shlex.join([*words, f"--out={record.path.as_posix()}"])
+    return shlex.join(words + ([] if out is None else [f"--out={out.as_posix()}"]))
 
 
 def versions() -> dict[str, str]:
-    """Of what made the report."""
+    """Return the versions of the software that made the report."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 

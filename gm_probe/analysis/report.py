@@ -2,9 +2,10 @@
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup, escape
@@ -17,11 +18,11 @@ from gm_probe.analysis.typeset import Sheet
 from gm_probe.errors import UsageError
 
 MOST_COLOURS = 2 * len(figures.COLOURS)
-"""Subgroups that colour and filling tell apart."""
+"""Most subgroups that colour and filling can distinguish."""
 LISTED = 200
-"""Runs whose commands a page lists."""
+"""Most runs whose commands a page lists."""
 SHOWN = 16
-"""Rows up to which a table is unfolded."""
+"""Tables with more rows are folded."""
 SECTIONS = {
     "correlation": ("Rank correlation with the gap", ("correlations",)),
     "scatter": ("Measures against gaps", ()),
@@ -37,16 +38,14 @@ SECTIONS = {
 """Sections of the page by the ``section`` of their pictures: title, and tables."""
 OPEN = ("correlations", "selection")
 """Tables that are unfolded where they are short."""
-FIRST = "forest"
-"""The picture beside the conclusion."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that a page shows: the ``conclusion``, ``cautions`` to heed, then ``pictures`` and ``sheets`` by section.
+    """All that a page shows: the ``conclusion``, ``cautions`` to heed, then ``pictures`` and sheets by section.
 
-    ``leads`` are the first sentences of sections, ``notes`` how the runs were read. ``commands`` are those of the first
-    ``LISTED`` runs, of ``num_commands``.
+    ``leads`` are the first sentences of sections, ``notes`` how the runs were read. ``printed`` are the sheets that are
+    also written as Markdown and LaTeX. ``commands`` are those of the first ``LISTED`` runs, of ``num_commands``.
     """
 
     title: str
@@ -55,26 +54,14 @@ class Report:
     notes: tuple[str, ...]
     leads: dict[str, str]
     pictures: tuple[Picture, ...]
-    results: tuple[Sheet, ...]
-    runs: tuple[Sheet, ...]
+    printed: tuple[Sheet, ...]
     explanations: tuple[Sheet, ...]
     command: str
     commands: tuple[str, ...]
     num_commands: int
 
-    @property
-    def printed(self) -> tuple[Sheet, ...]:
-        """For Markdown and LaTeX: figures, runs and exclusions, without the words."""
-        return (*self.results, *self.runs)
 
-
-def compose(
-    statistics: Correlations,
-    *,
-    groups: Rows,
-    shapes: Rows,
-    command: str,
-) -> Report:
+def compose(statistics: Correlations, *, groups: Rows, shapes: Rows, command: str) -> Report:
     """Draw and tabulate ``statistics``.
 
     Args:
@@ -104,8 +91,7 @@ def compose(
         notes=tuple(f"{note[0].upper()}{note[1:]}." for note in (*table.notes, *left_out, *statistics.notes)),
         leads=leads.leads(statistics, grids),
         pictures=tuple(pictures(statistics, groups, shapes, grids, drawn)),
-        results=sheets.statistics_sheets(statistics),
-        runs=sheets.run_sheets(table),
+        printed=(*sheets.statistics_sheets(statistics), *sheets.run_sheets(table)),
         explanations=(
             *sheets.definition_sheets(table.measures),
             *sheets.origin_sheets(origin, provenance.versions()),
@@ -117,7 +103,7 @@ def compose(
 
 
 def html(report: Report) -> str:
-    """The page: nothing in it is fetched, and its content security policy allows nothing to be."""
+    """Return the page: nothing in it is fetched, and its content security policy allows nothing to be."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_part),
         autoescape=True,
@@ -125,15 +111,12 @@ def html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["breakable"] = _breakable
+    environment.filters |= {"breakable": _breakable, "drawing": _drawing}
     style, script = _part("report.css"), _part("report.js")
-    drawings = [
-        (picture, base64.b64encode(render(picture.figure, "svg")).decode()) for picture in report.pictures
-    ]
     return environment.get_template("report.html.j2").render(
         report=report,
-        first=[drawing for drawing in drawings if drawing[0].name == FIRST],
-        sections=list(_sections(report, [drawing for drawing in drawings if drawing[0].name != FIRST])),
+        first=[picture for picture in report.pictures if not picture.section],
+        sections=list(_sections(report)),
         unfolded=OPEN,
         shown=SHOWN,
         style=Markup(style),
@@ -143,20 +126,19 @@ def html(report: Report) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Section:
+class _Section(NamedTuple):
     name: str
     title: str
     lead: str
-    drawings: tuple[tuple[Picture, str], ...]
-    sheets: tuple[Sheet, ...]
+    pictures: list[Picture]
+    sheets: list[Sheet]
 
 
-def _sections(report: Report, drawings: Sequence[tuple[Picture, str]]) -> Iterable[_Section]:
-    tables = {sheet.name: sheet for sheet in (*report.results, *report.runs, *report.explanations)}
+def _sections(report: Report) -> Iterable[_Section]:
+    tables = {sheet.name: sheet for sheet in (*report.printed, *report.explanations)}
     for name, (title, wanted) in SECTIONS.items():
-        drawn = tuple(drawing for drawing in drawings if drawing[0].section == name)
-        found = tuple(tables[sheet] for sheet in wanted if sheet in tables)
+        drawn = [picture for picture in report.pictures if picture.section == name]
+        found = [tables[sheet] for sheet in wanted if sheet in tables]
         if drawn or found:
             yield _Section(name, title, report.leads.get(name, ""), drawn, found)
 
@@ -171,8 +153,13 @@ def _cautions(statistics: Correlations, unread: dict[str, str]) -> tuple[str, ..
 
 
 def _breakable(text: str) -> Markup:
-    """``text``, escaped, that may go on in another line after an underscore."""
+    """Return ``text``, escaped, with possible line breaks after underscores."""
     return escape(text).replace("_", Markup("_<wbr>"))
+
+
+def _drawing(picture: Picture) -> str:
+    """Return a picture's SVG as base64."""
+    return base64.b64encode(render(picture.figure, "svg")).decode()
 
 
 def _part(name: str) -> str:
@@ -180,5 +167,5 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names inline text that it allows."""
+    """Return the hash by which a content security policy allows inline text."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -54,7 +54,7 @@ class Correlations:
 
     @property
     def table(self) -> pd.DataFrame:
-        """Return the tidy table: a statistic a row, with the columns ``COLUMNS``."""
+        """Return the tidy table: a statistic per row, with the columns ``COLUMNS``."""
         import pandas as pd
 
         rows = [(*key, *astuple(found)) for key, found in self.quantities.items()]

@@ -12,11 +12,11 @@ from gm_probe.analysis.typeset import UNDEFINED, Cell, Sheet, two_decimals
 from gm_probe.tables.table import Exclusion, RunTable, by_reason, show
 
 NAMED = 20
-"""Runs that a cell names before it counts the rest."""
+"""A cell names at most so many runs and counts the rest."""
 LONGEST = 1000
-"""Rows that the table of runs lists."""
+"""The table of runs lists at most so many rows."""
 SHOWN_OUTCOMES = ("train_ce", "test_error")
-"""What tells in the table of runs whether training was done."""
+"""Columns that show in the table of runs whether training was complete."""
 NAMES = {
     "tau": "τ",
     "tau_within": "τ within the same",
@@ -97,7 +97,7 @@ def _part(found: Correlations, name: str) -> Sheet:
 
 
 def run_sheets(table: RunTable) -> tuple[Sheet, ...]:
-    """The runs that entered, and what was left out and why."""
+    """Return the runs that entered, and what was left out and why."""
     frame = table.frame.head(LONGEST)
     figures = [*table.gaps, *(name for name in SHOWN_OUTCOMES if name in table.outcomes), *table.measures]
     rows = []
@@ -121,7 +121,7 @@ def run_sheets(table: RunTable) -> tuple[Sheet, ...]:
 
 
 def exclusions_sheet(table: RunTable) -> Sheet:
-    """Whole runs left out, then single values, then those kept though their estimate had not converged."""
+    """Return the runs left out, then single missing values, then unconverged estimates that were kept."""
     names = table.frame["run"].to_list()
     rows = [("whole run", reason, runs) for reason, runs in by_reason(table.excluded).items()]
     for column in (*table.gaps, *table.measures):
@@ -150,7 +150,7 @@ def exclusions_sheet(table: RunTable) -> Sheet:
 
 
 def definition_sheets(measures: Iterable[str]) -> tuple[Sheet, ...]:
-    """The measures that are known, and all statistics, in words."""
+    """Return the measures that are known, and all statistics, in words."""
     known = [(name, *definitions.MEASURES[name]) for name in measures if name in definitions.MEASURES]
     foreign = [name for name in measures if name not in definitions.MEASURES]
     of_measures = Sheet(
@@ -174,7 +174,7 @@ def definition_sheets(measures: Iterable[str]) -> tuple[Sheet, ...]:
 
 
 def origin_sheets(origin: Provenance, versions: Mapping[str, str]) -> tuple[Sheet, ...]:
-    """Versions behind the report, machines behind the runs, and how the measures were taken."""
+    """Return versions behind the report, machines behind the runs, and how the measures were taken."""
     tables = (
         ("versions", "This report", "", {name: {value: 1} for name, value in versions.items()}),
         ("trained", "Training", "As recorded by each run.", origin.trained),
@@ -195,7 +195,7 @@ def origin_sheets(origin: Provenance, versions: Mapping[str, str]) -> tuple[Shee
 
 
 def _shares(values: Mapping[str, int]) -> str:
-    """A value alone where there is no other, else each with the number of runs."""
+    """Return a value alone where there is no other, else each with the number of runs."""
     if len(values) == 1:
         return next(iter(values))
     shown = [f"{value} × {count:,}" for value, count in list(values.items())[:NAMED]]
@@ -207,7 +207,7 @@ def _value(value: float, reason: str) -> Cell:
 
 
 def _figure(value: float | None, digits: int | None, reason: str | None) -> Cell:
-    """``digits`` significant ones; None: two decimals, as a coefficient has."""
+    """Return a number with so many significant ``digits``; None: two decimals, as a coefficient has."""
     if value is None or math.isnan(value):
         return Cell(UNDEFINED, reason=reason)
     return Cell(two_decimals(value) if digits is None else _minus(f"{value:.{digits}g}"), value, reason)

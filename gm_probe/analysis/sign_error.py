@@ -55,7 +55,7 @@ def sign_errors(x: Floats, y: Floats, num_test: Floats | None, cells: Mapping[st
 
 
 def _weights(difference: Floats, size: Floats) -> Floats:
-    """max(0, 1 − 2 exp(−m Δ²/2))²: how sure the sign of a gap difference Δ on m examples is; 0 for Δ = 0."""
+    """Return max(0, 1 − 2 exp(−m Δ²/2))²: how sure the sign of a gap difference Δ on m examples is; 0 for Δ = 0."""
     with np.errstate(invalid="ignore"):  # ∞ · 0
         chance = 2 * np.exp(-size * difference**2 / 2)
     return np.where(difference == 0, 0.0, np.maximum(0.0, 1 - chance) ** 2)

@@ -36,7 +36,7 @@ class Sheet:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """The mark of each reason that a cell gives: a, b, ..., z, aa, ... in the order of the table."""
+        """Return the mark of each reason that a cell gives: a, b, ..., z, aa, ... in the order of the table."""
         found = dict.fromkeys(cell.reason for row in self.rows for cell in row if cell.reason is not None)
         return {reason: _mark(index) for index, reason in enumerate(found)}
 
@@ -49,18 +49,18 @@ def plain_sheet(
     rows: Iterable[Sequence[str]],
     num_labels: int = 1,
 ) -> Sheet:
-    """A sheet of text alone."""
+    """Return a sheet of text alone."""
     body = tuple(tuple(map(Cell, row)) for row in rows)
     return Sheet(name, title, caption, tuple(columns), body, num_labels)
 
 
 def markdown(sheets: Sequence[Sheet]) -> str:
-    """GitHub's pipe tables, each under a heading."""
+    """Return GitHub's pipe tables, each under a heading."""
     return "\n\n".join(_markdown(sheet) for sheet in sheets) + "\n"
 
 
 def latex(sheets: Sequence[Sheet]) -> str:
-    """For any TeX engine: ``table``, shrunk to the line where too wide, or ``longtable`` where long."""
+    """Return tables for any TeX engine: ``table``, shrunk to the line where too wide, or ``longtable`` where long."""
     head = (
         "% \\usepackage{booktabs,graphicx,longtable}; with pdfTeX also \\usepackage[T1]{fontenc}\n"
         "% in documents of two columns: table* instead of table\n"
@@ -128,19 +128,19 @@ def _latex(sheet: Sheet) -> str:
 
 
 def two_decimals(value: float) -> str:
-    """A coefficient, with the minus sign that print has and none before a rounded 0."""
+    """Return a coefficient with a typographic minus sign, and without one before a rounded 0."""
     text = f"{value:.2f}"
     return "0.00" if text == "-0.00" else text.replace("-", "−")
 
 
 def escape_markdown(text: str) -> str:
-    """``text`` on one line, nothing of it taken for markup, HTML or a cell's end."""
+    """Return ``text`` on one line, with markup, HTML and cell ends escaped."""
     flat = " ".join(text.split())
     return re.sub(r"([\\`*_{}\[\]<>|~#&$])", r"\\\1", flat)
 
 
 def escape_latex(text: str) -> str:
-    """``text`` as LaTeX shows it literally, in text mode; the symbols used here as their commands."""
+    """Return ``text`` as LaTeX shows it literally in text mode; the symbols used here become commands."""
     flat = " ".join(text.split())
     found = "".join(_LATEX.get(letter, letter) for letter in flat)
     return re.sub("\\$(\\\\[a-z]+)\\$\N{COMBINING CIRCUMFLEX ACCENT}", r"$\\hat{\1}$", found)

@@ -103,24 +103,24 @@ def main(args: list[str] | None = None) -> None:
     with ending_in_order(for_good=args is None):
         try:
             _run(sys.argv[1:] if args is None else args)
-        except KeyboardInterrupt:  # while another end was told
+        except KeyboardInterrupt:  # a second interrupt, while the first was reported
             _fail("interrupted; finished results are kept", INTERRUPTED)
         except Terminated as stop:
             _fail(stop.message, TERMINATED)
 
 
 def _run(args: list[str]) -> None:
-    # in this order: each takes its own number
+    # in this order, so that each takes its own number
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller, who wants none of it
+        if getattr(sys, name) is None:  # the caller closed it and wants no output there
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123  for good
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where ρ or λ cannot be shown
-    # of odd image files, which are decoded or refused: one line is the file's due, not the library's own beside it
+    # gmprobe itself says in one line what is wrong with an image; the library's own lines would repeat it
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that is read-only
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would complain about a read-only home
     _pass_over_settings_here()
     try:
         cli.main(args=args, prog_name="gmprobe", standalone_mode=False)
@@ -136,7 +136,7 @@ def _run(args: list[str]) -> None:
         _fail(f"{message}{hint}", error.exit_code)
     except click.Abort as error:
         raise KeyboardInterrupt from error
-    except BrokenPipeError:  # the reader (head, less) closed early, which is its right
+    except BrokenPipeError:  # the reader (head, less) closed early, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
@@ -188,6 +188,6 @@ def _fail(message: str, code: int) -> NoReturn:
         try:
             print(f"gmprobe: {printable(message)}", file=sys.stderr, flush=True)
         except OSError:
-            # nobody to tell but by the code, which Python would change if it failed to flush at its end
+            # only the exit code is left, which Python would change if its last flush failed
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(code)

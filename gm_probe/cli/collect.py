@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from gm_probe.cli.options import quiet_option
 from gm_probe.cli.output import echo, note, notes_console
 from gm_probe.cli.param_types import PATH
 from gm_probe.runs.records import RUNS
@@ -18,7 +19,7 @@ from gm_probe.runs.records import RUNS
     type=PATH,
     help="Write the table to this .csv or .parquet file.  [default: table.csv in FOLDER]",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print no notes on stderr.")
+@quiet_option
 def collect(folder: Path, out: Path | None, quiet: bool) -> None:
     """Write every run in FOLDER as one row: state, settings, errors and gaps, measures with their uncertainties.
 

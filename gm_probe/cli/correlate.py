@@ -1,31 +1,18 @@
 """``gmprobe correlate``: does a measure follow the gap over many runs?"""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.output import (
-    FIGURE_SUFFIXES,
-    format_options,
-    note,
-    notes_console,
-    print_csv,
-    print_json,
-)
-from gm_probe.cli.param_types import PATH
-from gm_probe.cli.selection import (
-    control_option,
-    converged_only_option,
-    measures_option,
-    names,
-    require_defined,
-    seed_column_option,
-    source_argument,
-    table_of,
-    target_option,
-    targets_of,
-)
+from gm_probe.cli.options import format_options
+from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console, print_as
+from gm_probe.cli.param_types import PATH, split
+from gm_probe.cli.selection import TableOptions, groups_of, require_defined, table_options
 from gm_probe.cli.statistics import as_json, as_rows, print_answer, print_details, warnings
 from gm_probe.errors import UsageError
 from gm_probe.tables.sources import beside, require_source
@@ -35,22 +22,12 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
 
 
 @click.command(epilog="Example:  gmprobe correlate runs/ --group-by weight_decay")
-@source_argument
-@measures_option
-@click.option(
-    "--hyper",
-    metavar="A,B",
-    default="",
-    help="Use these hyperparameters; --json lists them.  [default: settings that vary]",
-)
+@table_options
 @click.option(
     "--group-by",
     metavar="A,B",
     help="Also correlate within each subgroup of these settings.  [default: those of the sweep's recipe]",
 )
-@seed_column_option
-@target_option
-@converged_only_option
 @click.option(
     "--figure",
     "figure_path",
@@ -63,22 +40,15 @@ if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must
 @click.option(
     "--details", is_flag=True, help="Also print every statistic; --json and --csv always have them."
 )
-@control_option
 @format_options
 def correlate(
-    source: Path,
-    measures: str,
-    hyper: str,
     group_by: str | None,
-    gap: str,
-    seed_column: str,
-    converged_only: bool,
     figure_path: Path | None,
     no_figure: bool,
     details: bool,
-    control: str,
     output: str | None,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Tell whether each measure follows the generalization gap over many runs.
 
@@ -97,51 +67,37 @@ def correlate(
 
     A scatter plot (PNG) is written beside SOURCE; with --json or --csv only if --figure asks for it.
     """
+    asked, say = TableOptions(**options), partial(note, notes_console(quiet))
     if no_figure and figure_path is not None:
         raise UsageError("--figure and --no-figure exclude each other; give one")
     wanted = figure_path is not None or not (no_figure or output)
-    paths = _figure_paths(source, figure_path) if wanted else []
-    require_source(source)
+    paths = _figure_paths(asked.source, figure_path) if wanted else []
+    require_source(asked.source)
     from gm_probe.tables.runs import recipe_groups
 
-    by = recipe_groups(source) if group_by is None else names(group_by)
+    by = recipe_groups(asked.source) if group_by is None else split(group_by)
     if by and group_by is None:
-        _say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)", quiet)
-    table = table_of(
-        source, measures, hyper, by, gap=gap, seed_column=seed_column, converged_only=converged_only
-    )
-    from gm_probe.analysis import correlation  # scipy, which a wrong table must not wait for
-
-    more = details or output is not None
-    found = correlation.correlate(
-        table, targets=targets_of(gap), group_by=by, controls=names(control), details=more
-    )
-    _print(found, output, details=details, quiet=quiet)
-    require_defined(found, "the result")
-    if paths:
-        from gm_probe.analysis import design, plots
-
-        groups = design.group_rows(table, table.named(by)) if by else {}
-        plots.write_figure(plots.scatter_panels(found, groups), paths)
-        _say(f"figure: {', '.join(map(str, paths))}", quiet)
-
-
-def _print(found: "Correlations", output: str | None, *, details: bool, quiet: bool) -> None:
-    if output == "json":
-        print_json(as_json(found))
-    elif output == "csv":
-        print_csv(as_rows(found))
+        say(f"subgroups by {', '.join(by)}, as the sweep's recipe says (--group-by chooses others)")
+    table = asked.table(by)
+    found = asked.correlate(table, by, details=details or output is not None)
+    if output:
+        print_as(output, as_json(found), as_rows(found))
     else:
         print_answer(found)
         if details:
             print_details(found)
-    _print_notes(found, quiet)
-    for text in warnings(found) if output else ():
-        _say(f"warning: {text}", quiet)
+    for text in _notes(found, output):
+        say(text)
+    require_defined(found, "the result")
+    if paths:
+        from gm_probe.analysis import plots
+
+        plots.write_figure(plots.scatter_panels(found, groups_of(table, by)), paths)
+        say(f"figure: {', '.join(map(str, paths))}")
 
 
 def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:
-    """The files to write; a suffix chooses one format, none all three. A PNG is written unless told."""
+    """Return the files to write. A suffix chooses one format, none chooses all three; the default is one PNG."""
     if chosen is None:
         return [beside(source, "correlate.png")]
     if chosen.suffix.lower() in FIGURE_SUFFIXES:
@@ -151,20 +107,15 @@ def _figure_paths(source: Path, chosen: Path | None) -> list[Path]:
     return [chosen.with_name(chosen.name + suffix) for suffix in FIGURE_SUFFIXES]
 
 
-def _say(text: str, quiet: bool) -> None:
-    note(notes_console(quiet), text)
-
-
-def _print_notes(found: "Correlations", quiet: bool) -> None:
+def _notes(found: Correlations, output: str | None) -> Iterator[str]:
+    """Yield how the runs were read, which were left out and, where no table says it, what is not comparable."""
     from gm_probe.tables.table import by_reason
 
-    for text in (*found.runs.notes, *found.notes):
-        _say(text, quiet)
+    yield from (*found.runs.notes, *found.notes)
     if found.excluded:
         total = found.runs.num_runs + len(found.excluded)
         reasons = [f"{len(runs)} {reason}" for reason, runs in by_reason(found.excluded).items()]
         more = f" and {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""
-        _say(
-            f"excluded {len(found.excluded)} of {total} runs ({'; '.join(reasons[:3])}{more}); --json names them",
-            quiet,
-        )
+        shown = f"{'; '.join(reasons[:3])}{more}"
+        yield f"excluded {len(found.excluded)} of {total} runs ({shown}); --json names them"
+    yield from (f"warning: {text}" for text in warnings(found) if output)

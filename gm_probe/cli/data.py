@@ -179,7 +179,7 @@ class DataOptions:
                 "--labeled. Give one of them"
             )
         self._pixels()
-        Reading(**self.reading())  # which checks them
+        Reading(**self.reading())  # its constructor checks them
         require_device_name(self.device)
         for name in filter(None, self.model_names):
             require_model_name(name)
@@ -187,7 +187,7 @@ class DataOptions:
             require_source(name, here=True)
 
     def reading(self) -> dict[str, int | None]:
-        """How a folder's images are read: keywords of ``open_source``."""
+        """Return how a folder's images are read: keywords of ``open_source``."""
         return {
             "channels": int(self.channels) if self.channels else None,
             "image_size": self.image_size,
@@ -196,7 +196,7 @@ class DataOptions:
         }
 
     def open(self, source: str, *, labeled: bool) -> tuple[Examples, str, str | None]:
-        """The examples of ``source``, the name of their part, and a note where a part was chosen unasked.
+        """Return the examples of ``source``, the name of their part, and a note where a part was chosen by default.
 
         A folder's images are decoded by ``Examples.subset``.
         """
@@ -224,14 +224,27 @@ class DataOptions:
         note = f"{source} has a train and a test part; the test part is used (see --part)"
         return opened.test, "test", note if self.part is None else None
 
+    def recorded(self, seed: int) -> dict[str, Any]:
+        """Return what a result records of these options and of the machine."""
+        from gm_probe.runtime.devices import environment, pick_device
+
+        return {
+            "max_examples": self.max_examples,
+            "seed": seed,
+            **self.reading(),
+            "dtype": self.dtype,
+            "batchnorm": "eval (running statistics)",
+            **environment(pick_device(self.device)),
+        }
+
     def leave(self) -> Leave:
-        """Where a run's own data may be looked for."""
+        """Return where a run's own data may be looked for."""
         from gm_probe.training.leave import Leave
 
         return Leave(self.data_root, self.download, self.data)
 
     def loading(self) -> dict[str, Any]:
-        """How to load a checkpoint: the keywords of ``open_checkpoint``. Sets threads and allocator of this process."""
+        """Return the keywords of ``open_checkpoint``; sets the threads and the allocator of this process."""
         import torch
 
         from gm_probe.models.door import Outputs
@@ -250,7 +263,7 @@ class DataOptions:
         }
 
     def of_each(self, checkpoints: Sequence[Path]) -> dict[Path, dict[str, Any]]:
-        """How to load each checkpoint beside ``loading``: the options that may differ from one to the next.
+        """Return how to load each checkpoint: the options that may differ from one to the next.
 
         Raises:
             UsageError: one is given neither once nor as often as there are checkpoints.
@@ -267,7 +280,7 @@ class DataOptions:
                     "once for each in their order"
                 )
             for index, path in enumerate(checkpoints):
-                if values and values[index % len(values)]:  # an empty one stands for none
+                if values and values[index % len(values)]:  # an empty value stands for none
                     found[path][name] = values[index % len(values)]
         return found
 
@@ -277,7 +290,7 @@ class DataOptions:
         return {"float32": torch.float32, "float64": torch.float64}[self.dtype]
 
     def _pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and standard deviation of each channel; empty = pixels as they are, None = as recorded."""
+        """Return mean and standard deviation per channel; empty leaves pixels as they are, None takes the record's."""
         if self.no_normalize:
             if self.mean or self.std:
                 raise UsageError("--no-normalize and --mean/--std exclude each other; give one")

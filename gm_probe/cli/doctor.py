@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
 import click
 
+from gm_probe.cli.options import data_root_option, device_option, json_option
 from gm_probe.cli.output import print_json, results_console, table
 from gm_probe.cli.param_types import PATH
 
@@ -22,19 +24,9 @@ MARKS = {"ok": "ok", "absent": "–", "broken": "WRONG"}
     show_default=True,
     help="Folder that runs will be written to; it is tested and left unchanged.",
 )
-@click.option(
-    "--data-root",
-    metavar="DIR",
-    type=PATH,
-    help="Folder in which torchvision keeps its data sets.  [default: ~/.cache/gm_probe]",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@data_root_option
+@device_option
+@json_option
 def doctor(out: Path, data_root: Path | None, device: str, as_json: bool) -> None:
     """Check what gmprobe needs on this machine, and say how to fix what is missing.
 
@@ -47,15 +39,14 @@ def doctor(out: Path, data_root: Path | None, device: str, as_json: bool) -> Non
     findings = list(diagnose(out, data_root, device))
     code = next((finding.exit_code for finding in findings if finding.exit_code), 0)
     if as_json:
-        print_json({"exit_code": code, "findings": [finding.as_dict() for finding in findings]})
+        print_json({"exit_code": code, "findings": list(map(asdict, findings))})
     else:
         console = results_console()
         for section, group in groupby(findings, key=lambda finding: finding.section):
             rows = [
                 [MARKS[f.state], f.name, f"{f.found}\n→ {f.remedy}" if f.remedy else f.found] for f in group
             ]
-            listing = table(section, ["", "", ""], rows)
+            listing = table(section, ["", "", ""], rows, left=True)
             listing.show_header = False
-            listing.columns[1].justify = listing.columns[2].justify = "left"
             console.print(listing)
     sys.exit(code)

@@ -11,19 +11,19 @@ import click
 
 from gm_probe.accuracy.report import CLASS_SHARES, MIRRORED
 from gm_probe.cli.data import DataOptions, opened_aloud
+from gm_probe.cli.options import format_options, head_option
 from gm_probe.cli.output import (
-    format_options,
+    csv_text,
     note,
     notes_console,
     number,
-    print_csv,
-    print_json,
+    print_as,
     results_console,
     say,
     short_names,
     table,
 )
-from gm_probe.cli.param_types import PATH, SEED, Choice
+from gm_probe.cli.param_types import PATH, SEED, split
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import GroupedCommand, config_option, setting_options
 from gm_probe.data.sources import require_source
@@ -94,13 +94,7 @@ NARROW = 76
 @click.option(
     "--level", type=float, default=0.9, show_default=True, help="Confidence level of the intervals."
 )
-@click.option(
-    "--head",
-    type=Choice(["classifier", "binary"]),
-    default="classifier",
-    show_default=True,
-    help="State what the outputs mean: exclusive classes, or one yes-or-no logit.",
-)
+@head_option("classifier", "binary")
 @setting_options(DataOptions)
 @config_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all random draws.")
@@ -130,40 +124,32 @@ def estimate(
     --validation   an estimate, with an interval learned on synthetic shifts of the validation images
     --few-labels   a confidence interval that needs no assumption about the shift
     """
-    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, the first does all
+    if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes works
         return None
     data = DataOptions.of(options)
     names, paths = _asked(data, checkpoints, [unlabeled, validation, few_labels], measures)
     shares = _shares(class_shares)
     from gm_probe.accuracy.sets import examine
     from gm_probe.accuracy.verdict import Request, judge
-    from gm_probe.runtime.devices import environment
 
     request = Request.of(shares, level, seed)
     loading = data.loading() | {"head": head}
     opened = opened_aloud(data, unlabeled, False, quiet)[0]
     target = opened.subset(data.max_examples, seed)
-    labeled = [
-        None if source is None else opened_aloud(data, source, True, quiet)[0].subset(data.max_examples, seed)
-        for source in (validation, few_labels)
-    ]
-    notes = examine(target, *labeled)
+    sets: list[Examples | None] = [target]
+    for source in (validation, few_labels):
+        labeled = None if source is None else opened_aloud(data, source, True, quiet)[0]
+        sets.append(None if labeled is None else labeled.subset(data.max_examples, seed))
+    notes = examine(*sets)
     models = {path: {**loading, **own} for path, own in data.of_each(paths).items()}
-    evidence, rows, chosen = _all_evidence(models, [target, *labeled], names, seed, quiet)
+    evidence, rows, chosen = _all_evidence(models, sets, names, seed, quiet)
     report = judge(evidence, request, rows, [*notes, *chosen])
-    settings = {
-        **{"class_shares": class_shares, "level": level, "seed": seed, "max_examples": data.max_examples},
-        **({} if head == "classifier" else {"head": head}),
-        **data.reading(),
-        **{"dtype": data.dtype, "batchnorm": "eval (running statistics)"},
-        **environment(loading["device"]),
-    }
-    sources = [None if one is None else one.source for one in (target, *labeled)]
+    settings = {"class_shares": class_shares, "level": level, **data.recorded(seed)}
+    settings |= {} if head == "classifier" else {"head": head}
+    sources = [None if one is None else one.source for one in sets]
     named = dict(zip(("unlabeled", "validation", "few_labels"), sources, strict=True))
     if suggest is not None:
-        _write_suggestions(suggest, report, _files(opened, data.max_examples, seed))
-        if not report.suggestions and not quiet:
-            note(notes_console(), f"note: {suggest} is empty: there are no leaders that disagree")
+        _write_suggestions(suggest, report, _files(opened, data.max_examples, seed), quiet)
     _show(report, report.as_dict(**named, settings=settings), names, output, quiet)
     return report
 
@@ -185,14 +171,13 @@ def _asked(
             raise CheckpointError(f"{path}: no such checkpoint")
     for source in filter(None, sources[1:]):
         require_source(source, here=True)
-    given = [name.strip() for name in measures.split(",") if name.strip()]
-    names = expanded(given, labeled=False, validation=sources[1] is not None)
+    names = expanded(split(measures), labeled=False, validation=sources[1] is not None)
     check_names(names, labeled=False)
     return names, list(checkpoints_in(checkpoints))
 
 
 def _shares(given: str) -> str | list[float]:
-    """One of the words, or the numbers in a file.
+    """Return one of the words of ``CLASS_SHARES``, or the numbers in a file.
 
     Raises:
         UsageError: it is neither, or the file holds no numbers.
@@ -212,7 +197,7 @@ def _shares(given: str) -> str | list[float]:
 
 
 def _files(examples: Examples, size: int | None, seed: int) -> list[Path]:
-    """The files of the images that a subset takes; none of an array file."""
+    """Return the image files that a subset takes; none for an array file."""
     files = getattr(examples.x, "files", None)
     return [] if files is None else [files[i] for i in examples.chosen(size, seed).tolist()]
 
@@ -225,8 +210,8 @@ def _all_evidence(
     quiet: bool,
 ) -> tuple[list[Evidence], dict[str, dict[str, Any]], list[str]]:
     """Run each checkpoint over the sets; one model is in memory at a time."""
-    from gm_probe.accuracy.evidence import gather, num_passes
-    from gm_probe.measures.measure import measure
+    from gm_probe.accuracy.estimate import of_model
+    from gm_probe.accuracy.evidence import num_passes
     from gm_probe.measures.settings import Settings
     from gm_probe.measuring.opening import open_checkpoint
     from gm_probe.models.loading import check_classes
@@ -236,45 +221,22 @@ def _all_evidence(
     evidence: list[Evidence] = []
     rows: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    wanted = [name for name in names if name != MIRRORED]
-    with progress_bar(
-        "outputs", num_passes(unlabeled, *labeled) * len(models), unit="images", quiet=quiet
-    ) as bar:
-        done = 0
-
-        def tick(count: int) -> None:
-            nonlocal done
-            done += count
-            bar.update(done)
-
+    total = num_passes(unlabeled, *labeled) * len(models)
+    with progress_bar("outputs", total, unit="images", quiet=quiet) as bar:
         for path, loading in models.items():
             loaded = open_checkpoint(path, unlabeled, **loading)
             notes += loaded.notes
             for one in filter(None, labeled):
                 check_classes(one, loaded.classes, loaded.num_classes, path)
-            batches = loaded.batches
-            how: dict[str, Any] = {"outputs": loaded.outputs}
-            others = [None if one is None else batches.over(one) for one in labeled]
-            mirror = MIRRORED in names
+            own = [loaded.batches, *(None if one is None else loaded.batches.over(one) for one in labeled)]
+            name, settings = str(path), Settings(seed=seed)
             try:
-                evidence.append(
-                    gather(
-                        str(path),
-                        loaded.model,
-                        batches,
-                        *others,
-                        mirror=mirror,
-                        seed=seed,
-                        notify=tick,
-                        **how,
-                    )
+                found, rows[name] = of_model(
+                    name, loaded.model, own, names, settings, loaded.outputs, bar.advance
                 )
-                if wanted:
-                    settings = Settings(seed=seed)
-                    found = measure(loaded.model, batches, wanted, settings, validation=others[0], **how)
-                    rows[str(path)] = {name: row.as_dict() for name, row in found.rows.items()}
-            except (DataError, DivergedError, UsageError) as error:  # which know of no path
+            except (DataError, DivergedError, UsageError) as error:  # these errors do not name the checkpoint
                 raise type(error)(f"{path}: {error}") from error
+            evidence.append(found)
     return evidence, rows, notes
 
 
@@ -287,13 +249,9 @@ def _show(
     if output is None:
         _print(report, names)
         return
-    if output == "json":
-        print_json(result)
-    else:
-        print_csv([_flat(row) for row in result["checkpoints"]])
-    if not quiet:
-        for line in report.notes:
-            note(notes_console(), f"note: {line}")
+    print_as(output, result, [_flat(row) for row in result["checkpoints"]])
+    for line in report.notes:
+        note(notes_console(quiet), f"note: {line}")
 
 
 def _print(report: EstimateReport, names: Sequence[str]) -> None:
@@ -321,7 +279,7 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
     seconds = f"{sum(model.seconds for model in report.models):.1f} s"
     console.print(table(f"accuracy on unlabeled data in %  {'  '.join(sizes)}  {seconds}", head, rows))
     conclusion = report.conclusion
-    for path in sorted(paths, key=len, reverse=True):  # a path may begin another
+    for path in sorted(paths, key=len, reverse=True):  # one path may be the beginning of another
         conclusion = conclusion.replace(path, short[path])
     say(console, conclusion, "bold")
     first = report.models[0].accuracy
@@ -343,7 +301,7 @@ def _print(report: EstimateReport, names: Sequence[str]) -> None:
 
 
 def _cells(model: ModelEstimate, shown: Sequence[str], *, several: bool, compared: bool) -> list[str]:
-    """A model's row of the table, without its name."""
+    """Return a model's row of the table, without its name."""
     cells = []
     if model.accuracy is not None:
         found = model.accuracy
@@ -362,7 +320,7 @@ def _cells(model: ModelEstimate, shown: Sequence[str], *, several: bool, compare
 
 
 def _good(estimators: Mapping[str, Mapping[str, float | None]]) -> list[float]:
-    """The accuracies by estimators whose mean error is at most twice the smallest."""
+    """Return the accuracies by the estimators whose mean error is at most twice the smallest."""
     known = [(one["mean_error"], one["value"]) for one in estimators.values()]
     found = [(error, value) for error, value in known if error is not None and value is not None]
     least = min((error for error, _ in found), default=0.0)
@@ -370,12 +328,12 @@ def _good(estimators: Mapping[str, Mapping[str, float | None]]) -> list[float]:
 
 
 def _points(share: float | None) -> str:
-    """A share in percent with one digit."""
+    """Return a share in percent with one digit."""
     return "—" if share is None else f"{100 * share:.1f}"
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint as a row of CSV."""
+    """Return a checkpoint as a row of CSV."""
     accuracy = row["accuracy"] or {}
     flat = {key: row[key] for key in ("checkpoint", "rank")}
     flat |= {key: accuracy.get(key) for key in ("value", "low", "high", "method")}
@@ -385,19 +343,16 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {"agreement": row["agreement"], "seconds": row["seconds"]}
 
 
-def _write_suggestions(path: Path, report: EstimateReport, files: Sequence[Path]) -> None:
+def _write_suggestions(path: Path, report: EstimateReport, files: Sequence[Path], quiet: bool) -> None:
     """Write the suggested images: position, file where there is one, and each leader's class."""
-    import csv
-    import io
-
     from gm_probe.files.atomic import write_atomic
-    from gm_probe.tables.cells import cell
 
     models = list(report.suggestions[0].predicted) if report.suggestions else []
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", *(["file"] if files else []), *map(cell, models)])
+    names = ["index", *(["file"] if files else []), *models]
+    rows = []
     for one in report.suggestions:
-        place = [cell(str(files[one.index]))] if files else []
-        writer.writerow([one.index, *place, *one.predicted.values()])
-    write_atomic(path, text.getvalue().encode())
+        place = [str(files[one.index])] if files else []
+        rows.append(dict(zip(names, [one.index, *place, *one.predicted.values()], strict=True)))
+    write_atomic(path, csv_text(rows, names).encode())
+    if not rows:
+        note(notes_console(quiet), f"note: {path} is empty: there are no leaders that disagree")

@@ -2,58 +2,83 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.param_types import AT_ONCE, Choice
+from gm_probe.cli.options import composed, jobs_option
+from gm_probe.cli.param_types import Choice
 from gm_probe.errors import UsageError
 
 if TYPE_CHECKING:
     from gm_probe.executors.local import Executor
 
-_OPTIONS = (
-    click.option(
-        "--jobs",
-        type=AT_ONCE,
-        default=1,
-        show_default=True,
-        help="Number of runs at a time on this machine, each in a process.",
-    ),
-    click.option(
-        "--address",
-        help="Address of the Ray cluster: auto or HOST:PORT.  [default: a new one on this machine]",
-    ),
-    click.option(
-        "--gpus",
-        type=click.FloatRange(0),
-        default=0.0,
-        show_default=True,
-        help="Number of GPUs per run on Ray; 0.25 puts four runs on one GPU.",
-    ),
-)
-
 
 def executor_options(*kinds: str) -> Any:
     """Add ``--executor`` with these kinds, ``--jobs``, ``--address`` and ``--gpus``."""
-    kind = click.option(
-        "--executor", type=Choice(kinds), default="local", show_default=True, help="Run the jobs in this way."
+    return composed(
+        click.option(
+            "--executor",
+            type=Choice(kinds),
+            default="local",
+            show_default=True,
+            help="Run the jobs in this way.",
+        ),
+        jobs_option,
+        click.option(
+            "--address",
+            help="Address of the Ray cluster: auto or HOST:PORT.  [default: a new one on this machine]",
+        ),
+        click.option(
+            "--gpus",
+            type=click.FloatRange(0),
+            default=0.0,
+            show_default=True,
+            help="Number of GPUs per run on Ray; 0.25 puts four runs on one GPU.",
+        ),
     )
-    return lambda command: reduce(lambda inner, option: option(inner), reversed((kind, *_OPTIONS)), command)
 
 
-def ray_executor(root: Path, address: str | None, gpus: float, threads: int | None) -> Executor:
-    """The Ray cluster at ``address`` for runs below ``root``."""
-    from gm_probe.executors.ray import Ray
+@dataclass(frozen=True, slots=True)
+class ExecutorOptions:
+    """What ``executor_options`` hold."""
 
-    return Ray(root, address, threads or 1, gpus)
+    executor: str
+    jobs: int
+    address: str | None
+    gpus: float
 
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> ExecutorOptions:
+        """Take them out of a command's ``options``.
 
-def check_executor(executor: str, jobs: int, address: str | None, gpus: float) -> None:
-    """Raise UsageError where an option is given that belongs to another executor."""
-    if executor != "ray" and (address is not None or gpus):
-        raise UsageError("--address and --gpus go with --executor ray")
-    if executor != "local" and jobs > 1:
-        raise UsageError(f"--jobs counts processes on this machine; leave it out with --executor {executor}")
+        Raises:
+            UsageError: an option is given that belongs to another executor.
+        """
+        found = cls(**{each.name: options.pop(each.name) for each in fields(cls)})
+        if found.executor != "ray" and (found.address is not None or found.gpus):
+            raise UsageError("--address and --gpus go with --executor ray")
+        if found.executor != "local" and found.jobs > 1:
+            raise UsageError(
+                f"--jobs counts processes on this machine; leave it out with --executor {found.executor}"
+            )
+        return found
+
+    @property
+    def here(self) -> bool:
+        """Whether one job after the other runs in this process."""
+        return self.executor == "local" and self.jobs == 1
+
+    def engine(self, root: Path, device: str, threads: int | None) -> Executor | None:
+        """Return what runs jobs below ``root``; None where this process does."""
+        if self.executor == "ray":
+            from gm_probe.executors import ray
+
+            return ray.Ray(root, self.address, threads or 1, self.gpus)
+        if self.here:
+            return None
+        from gm_probe.executors.local import Processes, visible_gpus
+
+        return Processes(self.jobs, visible_gpus() if device in {"auto", "cuda"} else ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gm_probe.cli.output import note, notes_console, number, results_console, say, short_names, table
@@ -21,16 +21,22 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
 def _print_several(results: Sequence[dict[str, Any]]) -> None:
     """Print each measure of each checkpoint with its standard error; the longer list runs down."""
     names = list(dict.fromkeys(name for result in results for name in result["measures"]))
-    heads = [f"{_symbol(name)}{_labels(results, name)}{_better(name)}" for name in names]
+    remarks = [f"{_labels(results, name)}{_better(name)}" for name in names]
     checkpoints = short_names([result["checkpoint"] for result in results])
     cells = [[_value(result["measures"].get(name)) for name in names] for result in results]
     sizes = {f"N = {result['num_examples']:,}" for result in results}
     title = f"{len(results)} checkpoints{'  ' + sizes.pop() if len(sizes) == 1 else ''}"
     console = results_console()
     if len(names) > len(results):
+        widths = [max(map(len, (name, *row))) + 3 for name, row in zip(checkpoints, cells, strict=True)]
+        room = console.width - sum(widths) - 4 - max(map(len, remarks))
+        heads = [
+            f"{label}{remark}" for label, remark in zip(measure_labels(names, room), remarks, strict=True)
+        ]
         rows = [[head, *row] for head, row in zip(heads, zip(*cells, strict=True), strict=True)]
         console.print(table(title, ["measure", *checkpoints], rows))
     else:
+        heads = [f"{_symbol(name)}{remark}" for name, remark in zip(names, remarks, strict=True)]
         rows = [[name, *row] for name, row in zip(checkpoints, cells, strict=True)]
         console.print(table(title, ["checkpoint", *heads], rows))
     captions = {f"{_batch_dependent(result)}{_ascents(result, spread=False)}" for result in results}
@@ -47,8 +53,18 @@ def _print_several(results: Sequence[dict[str, Any]]) -> None:
             _print_layers(result["layers"], result["checkpoint"])
 
 
+def measure_labels(names: Sequence[str], room: int) -> list[str]:
+    """Return names with symbols, or names, or symbols of measures: the fullest that ``room`` columns hold."""
+    symbols = [_symbol(name) for name in names]
+    both = [
+        name if symbol == name else f"{name} ({symbol})" for name, symbol in zip(names, symbols, strict=True)
+    ]
+    fit = (labels for labels in (both, list(names)) if max(map(len, labels), default=0) <= room)
+    return next(fit, symbols)
+
+
 def _labels(results: Sequence[dict[str, Any]], name: str) -> str:
-    """Which labels a measure took, where it took any."""
+    """Return which labels a measure took, where it took any."""
     labels = {result["measures"].get(name, {}).get("labels", "none needed") for result in results} - {
         "none needed"
     }
@@ -56,13 +72,13 @@ def _labels(results: Sequence[dict[str, Any]], name: str) -> str:
 
 
 def _better(name: str) -> str:
-    """An arrow that says which values are expected to go with better generalization."""
+    """Return an arrow that says which values are expected to go with better generalization."""
     direction = CATALOGUE[name].direction if name in CATALOGUE else None
     return {"worse": " ↓", "better": " ↑"}.get(direction or "", "")
 
 
 def _value(row: dict[str, Any] | None) -> str:
-    """A value and its standard error over draws and examples; ``!`` where it did not converge."""
+    """Return a value with its standard error over draws and examples, and ``!`` where it did not converge."""
     if row is None or row["value"] is None:
         return "—"
     errors = [row[key] for key in ("stderr", "stderr_examples") if row[key] is not None]
@@ -71,43 +87,24 @@ def _value(row: dict[str, Any] | None) -> str:
 
 
 def _print_one(result: dict[str, Any]) -> None:
-    """One checkpoint's table on stdout, with a caption that says how its figures are to be read."""
-
-    console = results_console()
-    # the figures' columns and the frame take 57; where names do not fit beside them, symbols do
+    """Print one checkpoint's table on stdout, with a caption that says how its numbers are to be read."""
+    console, settings = results_console(), result["settings"]
+    # the numbers' columns and the frame take 57
     narrow = console.width < 57 + max(map(len, result["measures"]), default=0)
-    rows = []
-    for name, row in result["measures"].items():
-        label = _symbol(name) if narrow else name
-        if "labels" in row:
-            label += " (no labels needed)" if row["labels"] == "none needed" else f" ({row['labels']} labels)"
-        if row.get("protocol") == "converged" and name == "local_inconsistency":
-            label += " (converged)"
-        undefined = row["value"] is None  # a dash says so
-        if narrow and not row["converged"] and not undefined:
-            label += " (not converged)"
-        figures = [
-            label,
-            number(row["value"]),
-            _estimator_error(row),
-            number(row["stderr_examples"], 2),
-            "—" if undefined else "yes" if row["converged"] else "NO",
-            number(row["num_evals"], 3),
-        ]
-        figures = figures[:4] if narrow else figures
-        rows.append([*figures, f"{row['examples_needed']:,}" if "examples_needed" in row else "—"])
+    labels = measure_labels(list(result["measures"]), console.width - 57)
+    shown = zip(labels, result["measures"].items(), strict=True)
+    rows = [_cells_of(name, label, row, narrow) for label, (name, row) in shown]
+    columns = ["measure", "value", "± estim.", "± examples", *([] if narrow else ["conv.", "cost"])]
+    if settings["target_error"]:
+        columns.append(f"N for {100 * settings['target_error']:g} %")
+        for cells, row in zip(rows, result["measures"].values(), strict=True):
+            cells.append(f"{row['examples_needed']:,}" if "examples_needed" in row else "—")
     size = f"P = {result['num_parameters']:,}  N = {result['num_examples']:,}"
-    title = f"{result['checkpoint']}  {result['model']}  {size}"
-    columns = ["measure", "value", "± estim.", "± examples", "conv.", "cost"]
-    columns = columns[: 4 if narrow else 6]
-    target = result["settings"]["target_error"]
-    if target:  # how many examples an error of this size takes
-        columns.append(f"N for {100 * target:g} %")
-    console.print(table(title, columns, [row[: len(columns)] for row in rows]))
+    console.print(table(f"{result['checkpoint']}  {result['model']}  {size}", columns, rows))
     _print_more(result)
     if "layers" in result:
         _print_layers(result["layers"], "per layer")
-    over = ", over batches" if result["settings"].get("head") == "simclr" else ""
+    over = ", over batches" if settings.get("head") == "simclr" else ""
     say(
         console,
         f"{_batch_dependent(result)}{_ascents(result)}"
@@ -118,8 +115,23 @@ def _print_one(result: dict[str, Any]) -> None:
     )
 
 
+def _cells_of(name: str, label: str, row: Mapping[str, Any], narrow: bool) -> list[str]:
+    """Return a measure's row of the table. In a ``narrow`` one its ``label`` says whether it converged."""
+    undefined = row["value"] is None  # a dash says so
+    if "labels" in row:
+        label += " (no labels needed)" if row["labels"] == "none needed" else f" ({row['labels']} labels)"
+    if row.get("protocol") == "converged" and name == "local_inconsistency":
+        label += " (converged)"
+    if narrow and not row["converged"] and not undefined:
+        label += " (not converged)"
+    cells = [label, number(row["value"]), _estimator_error(row), number(row["stderr_examples"], 2)]
+    if narrow:
+        return cells
+    return [*cells, "—" if undefined else "yes" if row["converged"] else "NO", number(row["num_evals"], 3)]
+
+
 def _print_more(result: dict[str, Any]) -> None:
-    """Below the table: S_ρ's grid, and the eigenvalues after the largest."""
+    """Print what stands below the table: the grid of S_ρ, and the eigenvalues after the largest."""
     console = results_console()
     for name, row in result["measures"].items():
         if "grid" in row and row.get("protocol") == "converged":
@@ -142,7 +154,7 @@ def _print_more(result: dict[str, Any]) -> None:
 
 
 def _print_layers(layers: Sequence[Mapping[str, Any]], title: str) -> None:
-    """A row a layer: its parameters, and each value with its estimator's error."""
+    """Print one row per layer: its parameters, and each value with its estimator's error."""
     known = [row for row in layers if "measures" in row]
     names = list(known[0]["measures"]) if known else []
     rows = [
@@ -167,7 +179,7 @@ def _eigenvalue(row: dict[str, Any]) -> str:
 
 
 def _batch_dependent(result: dict[str, Any]) -> str:
-    """For the caption: what NT-Xent's figures depend on; empty of a classifier."""
+    """Return what NT-Xent values depend on, for the caption; nothing for a classifier."""
     settings = result["settings"]
     if settings.get("head") != "simclr":
         return ""
@@ -179,7 +191,7 @@ def _batch_dependent(result: dict[str, Any]) -> str:
 
 
 def _ascents(result: dict[str, Any], *, spread: bool = True) -> str:
-    """For the caption: by which ascents local inconsistency was found; empty where it was not.
+    """Return by which ascents local inconsistency was found, for the caption; nothing where it was not measured.
 
     Args:
         spread: also the standard deviation over starts, which is of this checkpoint alone.
@@ -191,7 +203,7 @@ def _ascents(result: dict[str, Any], *, spread: bool = True) -> str:
         if row.get("protocol") == "converged":
             text += f"max S_ρ: the best of {len(row['starts'])} ascents, a lower bound of the maximum; "
             continue
-        drawn = name == "average_inconsistency"  # by no ascent
+        drawn = name == "average_inconsistency"  # its perturbations are drawn, not ascended to
         one = "draw" if drawn else "start"
         starts = f"{row['num_starts']} {one}s" if row["num_starts"] > 1 else f"1 {one}"
         sd = row["sd_starts"] if spread and row["value"] is not None else None
@@ -202,64 +214,26 @@ def _ascents(result: dict[str, Any], *, spread: bool = True) -> str:
 
 
 def _symbol(name: str) -> str:
-    """A measure's symbol; its name where a file of another version names one that this version has not."""
+    """Return a measure's symbol, or the name of a measure that this version does not know."""
     return CATALOGUE[name].symbol if name in CATALOGUE else name
 
 
-def _estimator_error(row: dict[str, Any]) -> str:
+def _estimator_error(row: Mapping[str, Any]) -> str:
     if row["stderr"] is not None:
         return number(row["stderr"], 2)
     unknown = "protocol" in row or "reason_stderr" in row or row["value"] is None
-    return "—" if unknown else "exact"  # an ascent or a single start knows no error of its own
+    return "—" if unknown else "exact"  # an ascent or a single start has no error estimate
 
 
 ALONE = 0.8
-"""Of the best ascent's end, what the next best must reach; else luck found it."""
+"""Share of the best ascent's value that the second best must reach; otherwise the best may be luck."""
 
 
 def warn(result: dict[str, Any]) -> None:
-    """What did not converge, is undefined or looks wrong, one line each on stderr."""
+    """Say on stderr what did not converge, is undefined or looks wrong, a line each."""
     console = notes_console()
-    for line in result.get("notes", ()):
+    for line in _notes(result):
         note(console, f"note: {line}")
-    if result.get("out_of_memory_at") is not None:  # unknown to results of gm_probe 0.1.0
-        note(
-            console,
-            f"note: out of memory on batches of {result['out_of_memory_at']}: went on with "
-            f"{result['batch_size']}, which changes no result. A lower --batch-size or --memory avoids the "
-            "failed attempt",
-        )
-    if result.get("replaced"):
-        note(
-            console,
-            f"note: {result['checkpoint']}: measures.json held {', '.join(result['replaced'])} taken with "
-            "other settings, or not finite; they were removed, because a file never mixes settings",
-        )
-    if result.get("as_before"):
-        settings = ", ".join(f"{key} = {value}" for key, value in result["as_before"].items())
-        note(console, f"note: {result['checkpoint']}: settings taken from measures.json: {settings}")
-    for name, one in result.get("density", {}).items():
-        if "reason" in one:
-            note(console, f"note: the density of the {name} is undefined: {one['reason']}")
-    for name, row in result["measures"].items():
-        if row["value"] is None:
-            note(console, f"note: {name} is undefined: {row['reason']}")
-        elif not row["converged"]:
-            note(console, f"note: {name} did not converge within its limits; {_remedy(row)}")
-        if "estimator_above_target" in row:
-            note(
-                console,
-                f"note: {name}: the estimator's own error is {row['estimator_above_target']:.2g} of it, "
-                f"above --target-error for any number of examples; {_finer(row)}",
-            )
-        # within the quadratic regime v₁'s basin is the one: others are behind, or were abandoned on their way into it
-        if row.get("runner_up") is not None and row["runner_up"] < ALONE and _beyond_quadratic(row):
-            note(
-                console,
-                f"note: {name}: one of {len(row['starts'])} starts reached it, the next "
-                f"{row['runner_up']:.0%}; far from the quadratic regime the maximum may be much higher. "
-                "Lower --rho",
-            )
     error = result["measures"].get("error", {}).get("value")
     yes_or_no = result.get("settings", {}).get("head") in {"binary", "multilabel"}
     chance = 0.5 if yes_or_no else 1 - 1 / result["num_classes"]
@@ -269,6 +243,47 @@ def warn(result: dict[str, Any]) -> None:
             f"warning: the error {error:.3f} is near chance for {result['num_classes']} classes. Class "
             "folders are numbered in sorted order: check that the checkpoint uses this order, and check "
             "its normalisation",
+        )
+
+
+def _notes(result: dict[str, Any]) -> Iterator[str]:
+    yield from result.get("notes", ())
+    if result.get("out_of_memory_at") is not None:  # unknown to results of gm_probe 0.1.0
+        yield (
+            f"out of memory on batches of {result['out_of_memory_at']}: went on with {result['batch_size']}, which "
+            "changes no result. A lower --batch-size or --memory avoids the failed attempt"
+        )
+    if result.get("replaced"):
+        yield (
+            f"{result['checkpoint']}: measures.json held {', '.join(result['replaced'])} taken with other settings, "
+            "or not finite; they were removed, because a file never mixes settings"
+        )
+    if result.get("as_before"):
+        settings = ", ".join(f"{key} = {value}" for key, value in result["as_before"].items())
+        yield f"{result['checkpoint']}: settings taken from measures.json: {settings}"
+    for name, one in result.get("density", {}).items():
+        if "reason" in one:
+            yield f"the density of the {name} is undefined: {one['reason']}"
+    for name, row in result["measures"].items():
+        yield from (f"{name}{text}" for text in _notes_on(row))
+
+
+def _notes_on(row: dict[str, Any]) -> Iterator[str]:
+    """Yield the notes on one measure; each continues its name."""
+    if row["value"] is None:
+        yield f" is undefined: {row['reason']}"
+    elif not row["converged"]:
+        yield f" did not converge within its limits; {_remedy(row)}"
+    if "estimator_above_target" in row:
+        yield (
+            f": the estimator's own error is {row['estimator_above_target']:.2g} of it, above --target-error for "
+            f"any number of examples; {_finer(row)}"
+        )
+    # within the quadratic regime all starts lead into v₁'s basin; the slower ones are stopped on their way
+    if row.get("runner_up") is not None and row["runner_up"] < ALONE and _beyond_quadratic(row):
+        yield (
+            f": one of {len(row['starts'])} starts reached it, the next {row['runner_up']:.0%}; far from the "
+            "quadratic regime the maximum may be much higher. Lower --rho"
         )
 
 
@@ -292,22 +307,13 @@ def _remedy(row: dict[str, Any]) -> str:
 
 
 def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a checkpoint and measure, for ``--csv``, and one a further ρ and K of its grid."""
-    figures = ("value", "stderr", "stderr_examples", "converged", "num_evals")
-    details = (
-        "labels",
-        "protocol",
-        "sd_starts",
-        "num_starts",
-        "num_probes",
-        "iterations",
-        "examples_needed",
-        "reason",
+    """Return the rows of ``--csv``: one per checkpoint and measure, and one per further ρ and K of its grid."""
+    of_row = (
+        *("value", "stderr", "stderr_examples", "converged", "num_evals", "labels", "protocol"),
+        *("sd_starts", "num_starts", "num_probes", "iterations", "examples_needed", "reason"),
     )
     of_settings = ["rho", "k_steps", "noise_scale", "seed", "part"]
-    if any(
-        result["settings"].get("head") == "simclr" for result in results
-    ):  # else the columns would be empty
+    if any(each["settings"].get("head") == "simclr" for each in results):  # else they would be empty
         of_settings += ["head", "temperature", "batch_images"]
     return [
         {
@@ -315,7 +321,7 @@ def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "model": result["model"],
             "num_examples": result["num_examples"],
             "measure": name,
-            **{key: of.get(key) for key in (*figures, *details)},
+            **{key: of.get(key) for key in of_row},
             **{key: of.get(key, result["settings"].get(key)) for key in of_settings},
         }
         for result in results
@@ -325,7 +331,7 @@ def as_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cells(row: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of a grid, those that are not the row itself."""
+    """Return the cells of a grid that are not the row itself."""
     own = {key: settings[key] for key in ("rho", "k_steps")}
     kept = ("value", "rho", "k_steps", "converged")
     return [

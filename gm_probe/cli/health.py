@@ -8,15 +8,16 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from packaging.requirements import Requirement
 
+from gm_probe.data.sources import default_data_root
 from gm_probe.errors import BusyError, ProbeError, ResourceError, StorageError, UsageError, first_line
-from gm_probe.files.atomic import default_data_root, write_atomic
+from gm_probe.files.atomic import write_atomic
 from gm_probe.files.locks import exclusive
 
 State = Literal["ok", "absent", "broken"]
@@ -55,12 +56,9 @@ class Finding:
     remedy: str = ""
     exit_code: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def diagnose(folder: Path, data_root: Path | None = None, device: str = "auto") -> Iterator[Finding]:
-    """Everything worth knowing before a long run: versions, devices, data, and ``folder`` to write into.
+    """Yield everything worth knowing before a long run: versions, devices, data, and ``folder`` to write into.
 
     Nothing is raised for what is wrong: it is a finding. ``folder`` is written to (and left as it was);
     ``data_root`` is ``default_data_root()`` where it is None.
@@ -83,39 +81,41 @@ def _versions() -> Iterator[Finding]:
         return
     for requirement in needed:
         if requirement.marker is None:
-            yield _installed(requirement, section, requirement.name, "", f"pip install '{requirement}'")
-            continue
-        for extra, purpose in EXTRAS.items():
-            if requirement.marker.evaluate({"extra": extra}):
-                yield _installed(requirement, "extras", extra, purpose, f"pip install 'gm_probe[{extra}]'")
+            yield _installed(requirement)
+        else:
+            extras = [extra for extra in EXTRAS if requirement.marker.evaluate({"extra": extra})]
+            yield from (_installed(requirement, extra) for extra in extras)
 
 
-def _installed(needed: Requirement, section: str, name: str, purpose: str, remedy: str) -> Finding:
-    suffix = f" ({purpose})" if purpose else ""
-    lack: State = "absent" if purpose else "broken"
-    code = 0 if purpose else ResourceError.exit_code
+def _installed(needed: Requirement, extra: str = "") -> Finding:
+    section, name = ("extras", extra) if extra else ("versions", needed.name)
+    suffix = f" ({EXTRAS[extra]})" if extra else ""
     try:
         found = version(needed.name)
+        if needed.specifier.contains(found, prereleases=True):
+            return Finding(section, name, f"{found}{suffix}")
+        lack = f"{found}, needs {needed.specifier}{suffix}"
     except PackageNotFoundError:
-        return Finding(section, name, f"not installed{suffix}", lack, remedy, code)
-    if not needed.specifier.contains(found, prereleases=True):
-        return Finding(section, name, f"{found}, needs {needed.specifier}{suffix}", lack, remedy, code)
-    return Finding(section, name, f"{found}{suffix}")
+        lack = f"not installed{suffix}"
+    if extra:
+        return Finding(section, name, lack, "absent", f"pip install 'gm_probe[{extra}]'")
+    return Finding(section, name, lack, "broken", f"pip install '{needed}'", ResourceError.exit_code)
 
 
 def _machine(device: str) -> Iterator[Finding]:
     section = "machine"
     try:
-        # imported here: the diagnosis of a broken installation must not end at it
+        # imported here, so that a broken torch is a finding and not the end
         torch = importlib.import_module("torch")
     except (ImportError, OSError) as error:
         remedy = "pip install --force-reinstall torch torchvision"
         yield Finding(section, "torch", first_line(error), "broken", remedy, ResourceError.exit_code)
         return
     threads = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     given = os.environ.get("OMP_NUM_THREADS")
     source = f" (OMP_NUM_THREADS={given})" if given else ""
-    yield Finding(section, "cpu", f"cores usable: {_usable_cores()}, threads of torch: {threads}{source}")
+    yield Finding(section, "cpu", f"cores usable: {cores}, threads of torch: {threads}{source}")
     yield Finding(section, "memory", _memory())
     yield Finding(section, "kernels", str(torch.backends.cpu.get_cpu_capability()))
     if torch.cuda.is_available():
@@ -145,19 +145,13 @@ def _device(name: str) -> Finding:
         return Finding("machine", f"--device {name}", text, "broken", remedy, error.exit_code)
 
 
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _memory() -> str:
     try:
         page, sysconf = os.sysconf("SC_PAGE_SIZE"), os.sysconf
         total, free = page * sysconf("SC_PHYS_PAGES"), page * sysconf("SC_AVPHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows, some containers
         return "unknown on this system"
-    return f"{total / 1000000000.0:.1f} GB, {free / 1000000000.0:.1f} GB of it free"
+    return f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB of it free"
 
 
 def _data(root: Path | None) -> Iterator[Finding]:
@@ -195,7 +189,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
 
 
 def _exists(path: Path) -> bool:
-    """False too where nobody may look."""
+    """Return whether ``path`` exists; False where it may not be looked at."""
     try:
         return path.exists()
     except OSError:
@@ -203,7 +197,7 @@ def _exists(path: Path) -> bool:
 
 
 def _nearest(path: Path) -> Path:
-    """``path``, or the nearest folder above it that exists."""
+    """Return ``path``, or the nearest folder above it that exists."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 

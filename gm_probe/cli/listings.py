@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
 import click
 from rich.padding import Padding
 from rich.text import Text
 
+from gm_probe.cli.options import json_option
 from gm_probe.cli.output import echo, number, print_json, results_console, say, table
 
 NARROW = 100
 """Columns below which names and definitions do not fit beside each other."""
 
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
 
 @click.command(epilog="Example:  gmprobe models")
-@as_json_option
+@json_option
 def models(as_json: bool) -> None:
     """List the models that --model takes."""
     from gm_probe.models.zoo import BUILT_IN, MODELS, num_parameters
@@ -30,14 +32,12 @@ def models(as_json: bool) -> None:
         )
         return
     rows = [[name, f"{size:,}" if (size := sizes.get(name)) else "—", text] for name, text in MODELS.items()]
-    listing = table(None, ["model", "parameters", ""], rows)
-    listing.columns[-1].justify = "left"
-    results_console().print(listing)
+    _print(["model", "parameters", ""], rows)
     echo("parameters: for images of 3×32×32 and 10 classes")
 
 
 @click.command(epilog="Example:  gmprobe datasets")
-@as_json_option
+@json_option
 def datasets(as_json: bool) -> None:
     """List the data that --data, --unlabeled and --labeled take."""
     from gm_probe.data.datasets import DESCRIPTIONS
@@ -46,7 +46,7 @@ def datasets(as_json: bool) -> None:
 
 
 @click.command(epilog="Example:  gmprobe recipes")
-@as_json_option
+@json_option
 def recipes(as_json: bool) -> None:
     """List the built-in recipes of `gmprobe sweep`."""
     from gm_probe.sweep.recipe import builtin_recipes
@@ -55,26 +55,13 @@ def recipes(as_json: bool) -> None:
 
 
 @click.command(epilog="Example:  gmprobe measures")
-@as_json_option
+@json_option
 def measures(as_json: bool) -> None:
     """List the measures: definition, whether labels are needed, cost, and what a larger value means."""
     from gm_probe.runs.catalogue import CATALOGUE
 
     if as_json:
-        print_json(
-            [
-                {
-                    "name": name,
-                    "symbol": m.symbol,
-                    "needs_labels": m.needs_labels,
-                    "cost": m.cost,
-                    "direction": m.direction,
-                    "group": m.group,
-                    "description": m.description,
-                }
-                for name, m in CATALOGUE.items()
-            ]
-        )
+        print_json([{"name": name} | asdict(m) for name, m in CATALOGUE.items()])
         return
     console = results_console()
     if console.width < NARROW:
@@ -91,20 +78,21 @@ def measures(as_json: bool) -> None:
             ]
             for name, m in CATALOGUE.items()
         ]
-        listing = table(
-            None, ["measure", "group", "symbol", "labels", "cost", "larger is", "definition"], rows
-        )
-        listing.columns[-1].justify = "left"
-        console.print(listing)
+        _print(["measure", "group", "symbol", "labels", "cost", "larger is", "definition"], rows)
     say(console, "larger is: whether a larger value is expected to go with better or worse generalization")
     say(console, "group: --measures takes this word for all its measures, and all for every measure")
     echo("cost: typical gradient evaluations over the examples at the default settings")
 
 
-def _list(kind: str, entries: dict[str, str], as_json: bool) -> None:
+def _list(kind: str, entries: Mapping[str, str], as_json: bool) -> None:
     if as_json:
         print_json([{"name": name, "description": text} for name, text in entries.items()])
         return
-    listing = table(None, [kind, ""], [[name, text] for name, text in entries.items()])
+    _print([kind, ""], list(entries.items()))
+
+
+def _print(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose last column is text."""
+    listing = table(None, columns, rows)
     listing.columns[-1].justify = "left"
     results_console().print(listing)

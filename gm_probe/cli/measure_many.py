@@ -14,7 +14,7 @@ import click
 from gm_probe.cli.data import DataOptions, opened
 from gm_probe.cli.figures import as_rows, print_results, warn
 from gm_probe.cli.live import ended_line, live_view
-from gm_probe.cli.output import note, notes_console, print_csv, print_json
+from gm_probe.cli.output import note, notes_console, print_as
 from gm_probe.cli.progress import progress_bar
 from gm_probe.errors import ProbeError
 from gm_probe.measures.catalogue import Outlook
@@ -108,10 +108,9 @@ def _told_here(total: int, ended: Mapping[str, Outcome], console: Console, outco
 def _print(outcomes: Sequence[Outcome], output: str | None, quiet: bool) -> None:
     """Print the results to stdout, and what is to be said about them to stderr."""
     results = [outcome.result for outcome in outcomes if outcome.status in DONE]
-    if output == "json":
-        print_json([outcome.result if outcome.status in DONE else _entry(outcome) for outcome in outcomes])
-    elif output == "csv":
-        print_csv(as_rows(results))
+    if output:
+        entries = [outcome.result if outcome.status in DONE else _entry(outcome) for outcome in outcomes]
+        print_as(output, entries, as_rows(results))
     else:
         print_results(results)
     if not quiet:
@@ -120,7 +119,7 @@ def _print(outcomes: Sequence[Outcome], output: str | None, quiet: bool) -> None
 
 
 def _entry(outcome: Outcome) -> dict[str, object]:
-    """The JSON object of a checkpoint that failed."""
+    """Return the JSON object of a checkpoint that failed."""
     return {"checkpoint": outcome.name, "error": outcome.reason, "exit_code": outcome.exit_code}
 
 

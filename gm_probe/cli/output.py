@@ -21,7 +21,7 @@ from gm_probe.tables.cells import cell
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 """What figures may be written as."""
 UNFOLDED = 1000
-"""Columns of what is no terminal."""
+"""Width of output that goes to no terminal."""
 
 
 class _Safe(Console):
@@ -33,7 +33,7 @@ class _Safe(Console):
 
 
 def _lines(text: str) -> str:
-    """``text`` with its line breaks, and no other control character."""
+    """Return ``text`` with its line breaks and without other control characters."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -43,7 +43,7 @@ class _Results(_Safe):
 
 
 def results_console() -> Console:
-    """Console on stdout; rich drops colour when piped or when NO_COLOR is set.
+    """Return a console on stdout; rich drops colour when piped or when NO_COLOR is set.
 
     Only a terminal is narrow: what goes into a file or a pipe is as wide as it needs, so that no name is folded.
     """
@@ -52,17 +52,8 @@ def results_console() -> Console:
 
 
 def notes_console(quiet: bool = False) -> Console:
-    """Console on stderr for progress, notes and warnings."""
+    """Return a console on stderr for progress, notes and warnings."""
     return _Safe(file=sys.stderr, quiet=quiet, highlight=False)
-
-
-def format_options(command: Any) -> Any:
-    """Add ``--json`` and ``--csv`` (one destination, ``output``) and ``--quiet``."""
-    command = click.option("-q", "--quiet", is_flag=True, help="Print no progress and no notes on stderr.")(
-        command
-    )
-    command = click.option("--csv", "output", flag_value="csv", help="Print CSV.")(command)
-    return click.option("--json", "output", flag_value="json", help="Print JSON.")(command)
 
 
 def print_json(value: Any) -> None:
@@ -70,17 +61,29 @@ def print_json(value: Any) -> None:
     _print(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def print_as(form: str, result: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print ``result`` as JSON, or ``rows`` as CSV, as ``form`` says."""
+    if form == "json":
+        print_json(result)
+    else:
+        print_csv(rows)
+
+
 def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as CSV on stdout; the header is the union of their keys, None is an empty field.
+    """Print rows as CSV on stdout; the header is the union of their keys."""
+    _print(csv_text(rows, list(dict.fromkeys(key for row in rows for key in row))))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Return ``rows`` as CSV. None is an empty field.
 
     Text that a spreadsheet would run as a formula gets a leading apostrophe.
     """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(cell, columns))
     writer.writerows([cell(row.get(column)) for column in columns] for row in rows)
-    _print(text.getvalue())
+    return text.getvalue()
 
 
 def _print(text: str) -> None:
@@ -90,13 +93,15 @@ def _print(text: str) -> None:
         raise BrokenPipeError from error  # click would exit with 1 at an errno; see _Results
 
 
-def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A rich table whose first column is left-aligned and the others right-aligned."""
+def table(
+    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False
+) -> Table:
+    """Return a rich table whose first column is left-aligned, and the others right-aligned unless ``left``."""
     # rich would fold a title to the table's width, however wide the terminal
     above = None if title is None else Text(printable(title), "table.title", no_wrap=True, overflow="ignore")
     result = Table(title=above, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        justify: JustifyMethod = "left" if index == 0 else "right"
+        justify: JustifyMethod = "left" if left or index == 0 else "right"
         result.add_column(escape(printable(column)), justify=justify, overflow="fold")
     for row in rows:
         result.add_row(*(escape(_lines(cell)) for cell in row))
@@ -104,12 +109,15 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A figure for a table: significant digits, or a dash where it is undefined."""
-    return "—" if value is None else f"{value:.{digits}g}"
+    """Return a number for a table: significant digits, no exponent below a million; a dash where it is undefined."""
+    if value is None:
+        return "—"
+    text = f"{value:.{digits}g}"
+    return f"{float(text):.0f}" if "e+" in text and abs(value) < 1e6 else text
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """``paths`` without the folder that all of them share, for a table."""
+    """Return ``paths`` without the folder that all of them share, for a table."""
     shared = (
         os.path.commonpath(list(map(os.path.dirname, paths)))
         if len(set(map(os.path.isabs, paths))) == 1

@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gm_probe.cli.data import DataOptions
+from gm_probe.cli.options import format_options, head_option, unlabeled_option
 from gm_probe.cli.output import (
-    format_options,
     note,
     note_reading,
     notes_console,
     number,
-    print_csv,
-    print_json,
+    print_as,
     results_console,
     say,
     table,
 )
-from gm_probe.cli.param_types import PATH, SEED, Choice
+from gm_probe.cli.param_types import PATH, SEED
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import setting_options
 from gm_probe.errors import CheckpointError, DataError, DivergedError, UsageError
@@ -33,26 +32,13 @@ if TYPE_CHECKING:
     import torch
 
     from gm_probe.data.datasets import Examples
-    from gm_probe.measures.pairwise import PairReport
     from gm_probe.measuring.opening import LoadedCheckpoint
 
 
 @click.command(epilog="Example:  gmprobe pairs runs/")
 @click.argument("checkpoints", nargs=-1, type=PATH)
-@click.option(
-    "--unlabeled",
-    metavar="DATA",
-    help="Use this data without labels: an image folder (its labels are not read), "
-    "an array file, or a data set name.",
-)
-@click.option(
-    "--head",
-    type=Choice(["classifier", "binary", "multilabel"]),
-    default="classifier",
-    show_default=True,
-    help="State what the outputs mean: exclusive classes, one yes-or-no logit, or several independent "
-    "logits.",
-)
+@unlabeled_option
+@head_option("classifier", "binary", "multilabel")
 @setting_options(DataOptions)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random subset.")
 @format_options
@@ -106,7 +92,7 @@ def pairs(
         "skipped": list(examples.skipped),
         "settings": _settings(examples, part, data, loading, seed),
         "measures": {name: row.as_dict() for name, row in report.rows.items()},
-        "pairs": _pair_rows(report, paths),
+        "pairs": [asdict(pair) | {"a": str(paths[pair.a]), "b": str(paths[pair.b])} for pair in report.pairs],
         "notes": notes,
     }
     _show(result, output, quiet)
@@ -158,20 +144,10 @@ def _settings(
     examples: Examples, part: str | None, data: DataOptions, loading: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
     from gm_probe.measuring.opening import output_settings
-    from gm_probe.runtime.devices import environment
 
-    return {
-        "data": examples.source,
-        "part": part,
-        "max_examples": data.max_examples,
-        **data.reading(),
-        "passed_over": dict(examples.passed_over),
-        "seed": seed,
-        "dtype": data.dtype,
-        **{key: value for key, value in output_settings(loading).items() if value is not None},
-        "batchnorm": "eval (running statistics)",
-        **environment(loading["device"]),
-    }
+    chosen = {"data": examples.source, "part": part, "passed_over": dict(examples.passed_over)}
+    outputs = {key: value for key, value in output_settings(loading).items() if value is not None}
+    return chosen | outputs | data.recorded(seed)
 
 
 # ---- outputs
@@ -236,7 +212,7 @@ def _outputs(
                 loaded.model, loaded.batches, Settings(), work, outputs=loaded.outputs
             )
             logits = context.logits
-    except (DataError, DivergedError, UsageError) as error:  # which know of no path
+    except (DataError, DivergedError, UsageError) as error:  # these errors do not name the checkpoint
         raise type(error)(f"{path}: {error}") from error
     used = loaded.batches.normalization
     row = {"checkpoint": str(path), "model": loaded.name, "mean": list(used.mean), "std": list(used.std)}
@@ -244,7 +220,7 @@ def _outputs(
 
 
 def _same_twice(paths: Sequence[Path], outputs: Sequence[torch.Tensor]) -> list[str]:
-    """A note for each checkpoint whose outputs are those of one before: a copy counts as a model of its own."""
+    """Return a note for each checkpoint with the same outputs as an earlier one, which counts as another model."""
     first: dict[bytes, Path] = {}
     notes = []
     for path, logits in zip(paths, outputs, strict=True):
@@ -258,27 +234,20 @@ def _same_twice(paths: Sequence[Path], outputs: Sequence[torch.Tensor]) -> list[
 
 
 def _show(result: dict[str, Any], output: str | None, quiet: bool) -> None:
-    if output == "json":
-        print_json(result)
-    elif output == "csv":
-        print_csv(result["pairs"])
-    else:
+    if not output:
         _print_result(result)
         return
+    print_as(output, result, result["pairs"])
     for line in result["notes"]:
         note(notes_console(quiet), f"note: {line}")
 
 
-def _pair_rows(report: PairReport, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    return [asdict(pair) | {"a": str(paths[pair.a]), "b": str(paths[pair.b])} for pair in report.pairs]
-
-
 def _print_result(result: dict[str, Any]) -> None:
-    """The figures on stdout, and below them how they are to be read."""
+    """Print the numbers on stdout, and below them how to read them."""
     from gm_probe.measures.pairwise import PAIR_MEASURES
 
     console = results_console()
-    # the figures' columns and the frame take 48; where names do not fit beside them, symbols do
+    # the numbers' columns and the frame take 48; symbols replace names that do not fit beside them
     narrow = console.width < 48 + max(map(len, PAIR_MEASURES))
     rows, lines = [], []
     for name, row in result["measures"].items():
@@ -297,18 +266,11 @@ def _print_result(result: dict[str, Any]) -> None:
     console.print(table(title, ("measure", "value", "± pairs", "± examples", "n"), rows))
     for line in (*lines, *(f"note: {line}" for line in result["notes"])):
         say(console, line)
+    legend = "".join(f"{symbol}: {name}; " for name, (symbol, _) in PAIR_MEASURES.items()) if narrow else ""
     say(
         console,
-        f"{_legend(narrow)}KL in nats, mean of both directions. ± pairs: jackknife over models or training sets; "
+        f"{legend}KL in nats, mean of both directions. ± pairs: jackknife over models or training sets; "
         "± examples: standard error from the probe set's size; n: pairs of models (S_P: of training sets). "
         "BatchNorm in eval mode.",
         "dim",
     )
-
-
-def _legend(narrow: bool) -> str:
-    from gm_probe.measures.pairwise import PAIR_MEASURES
-
-    if not narrow:
-        return ""
-    return "".join(f"{symbol}: {name}; " for name, (symbol, _) in PAIR_MEASURES.items())

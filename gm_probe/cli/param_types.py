@@ -13,7 +13,7 @@ SEED = click.IntRange(0, 2**32 - 1)
 AT_ONCE = click.IntRange(1, 1024)
 """Threads or processes of one machine."""
 PATH = click.Path(path_type=Path, readable=False)
-"""Any path: that it cannot be read is said where it is read, with the exit code of what it should have been."""
+"""Any path. The code that reads it reports errors, with the exit code of what should be there."""
 
 
 class Choice(click.Choice[str]):
@@ -24,8 +24,13 @@ class Choice(click.Choice[str]):
         return f"no {value!r}; {did_you_mean(value, self.choices, f'choose from {every}')}"
 
 
+def split(text: str) -> list[str]:
+    """Return the names of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def floats(option: str, text: str) -> tuple[float, ...]:
-    """Comma-separated numbers."""
+    """Return comma-separated numbers."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
@@ -33,7 +38,7 @@ def floats(option: str, text: str) -> tuple[float, ...]:
 
 
 def wholes(option: str, text: str) -> tuple[int, ...]:
-    """Comma-separated whole numbers."""
+    """Return comma-separated whole numbers."""
     values = floats(option, text)
     for value in values:
         if not value.is_integer():  # nan and inf are none either
@@ -42,7 +47,7 @@ def wholes(option: str, text: str) -> tuple[int, ...]:
 
 
 def num_bytes(option: str, text: str) -> float:
-    """``4GB`` as bytes; units are powers of 1,000."""
+    """Return ``4GB`` as bytes; units are powers of 1,000."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", text)
     if match is None or not float(match[1]):
         raise UsageError(f"{option} {text!r} must be a size such as 4GB or 500MB")
@@ -50,7 +55,7 @@ def num_bytes(option: str, text: str) -> float:
 
 
 def share(option: str, text: str) -> float:
-    """A relative error as a fraction: "2%" and "0.02" are the same."""
+    """Return a relative error as a fraction: "2%" and "0.02" are the same."""
     number, is_percent = text.removesuffix("%"), text.endswith("%")
     try:
         value = float(number) / (100 if is_percent else 1)

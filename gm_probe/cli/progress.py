@@ -48,7 +48,7 @@ class Bar:
 
     @property
     def speed(self) -> float | None:
-        """Units a second over the last ``WINDOW``, once known."""
+        """Return the units per second over the last ``WINDOW``, once known."""
         (before, done), (now, completed) = self._seen[0], self._seen[-1]
         return (completed - done) / (now - before) if now > before and completed > done else None
 
@@ -70,8 +70,12 @@ class Bar:
             self._due = now + EVERY
             self.print(self._line(completed, known, now - self._began))
 
+    def advance(self, units: float) -> None:
+        """Move on by so many ``units``."""
+        self.update(self._seen[-1][1] + units)
+
     def print(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         note(self._console, text)
 
     def _line(self, completed: float, total: float | None, elapsed: float) -> str:
@@ -94,7 +98,7 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(label: str, total: float, *, unit: str, quiet: bool) -> Iterator[Bar]:
-    """A bar that vanishes when it is done, or lines of what takes long."""
+    """Show a bar that vanishes when the work is done; without a terminal, print a line now and then."""
     console = notes_console(quiet)
     columns = (
         TextColumn("{task.description}", markup=False),

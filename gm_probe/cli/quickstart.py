@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gm_probe.cli.options import quiet_option
 from gm_probe.cli.output import note, notes_console, results_console, say
 from gm_probe.cli.param_types import AT_ONCE, PATH
 
@@ -30,7 +31,7 @@ NUM_VALIDATION = 350
     help="Folder for the runs and the figure.",
 )
 @click.option("--jobs", type=AT_ONCE, help="Number of runs at a time.  [default: cores, at most 4]")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress and no notes on stderr.")
+@quiet_option
 @click.pass_context
 def quickstart(ctx: click.Context, out: Path, jobs: int | None, quiet: bool) -> None:
     """Train small networks on real digits, correlate measures with the gap, estimate accuracies.

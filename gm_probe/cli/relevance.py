@@ -32,7 +32,7 @@ READ_BY = {
 
 
 def idle(names: Sequence[str], settings: Settings, given: Mapping[str, str], *, density: bool) -> list[str]:
-    """Of the options ``given``, by their settings, those that change no measure of ``names``, nor a ``density``."""
+    """Return which of the options ``given`` (by their settings) change no measure of ``names`` and no ``density``."""
     taken = _taken(names, settings)
     read = {key for key, readers in READ_BY.items() if taken & readers}
     read |= {"protocol"} if PAPER in names else set()

@@ -5,25 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from gm_probe.cli.options import quiet_option
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
-from gm_probe.cli.param_types import PATH
-from gm_probe.cli.selection import (
-    control_option,
-    converged_only_option,
-    measures_option,
-    names,
-    require_defined,
-    seed_column_option,
-    source_argument,
-    table_of,
-    target_option,
-    targets_of,
-)
+from gm_probe.cli.param_types import PATH, split
+from gm_probe.cli.selection import TableOptions, groups_of, require_defined, table_options
 from gm_probe.errors import UsageError
 from gm_probe.tables.sources import beside, require_source
 
@@ -32,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example:  gmprobe report runs/ --group-by weight_decay --out report.html")
-@source_argument
+@table_options
 @click.option(
     "--out",
     metavar="FILE.html",
@@ -52,10 +42,6 @@ if TYPE_CHECKING:
     type=PATH,
     help="Also write every figure as PNG, PDF and SVG into this folder.",
 )
-@measures_option
-@click.option(
-    "--hyper", metavar="A,B", default="", help="Use these hyperparameters.  [default: settings that vary]"
-)
 @click.option(
     "--group-by",
     metavar="A,B",
@@ -65,28 +51,18 @@ if TYPE_CHECKING:
 @click.option(
     "--markers", metavar="A,B", default="", help="Show the values of these settings by different markers."
 )
-@seed_column_option
-@target_option
-@converged_only_option
-@control_option
-@click.option("-q", "--quiet", is_flag=True, help="Print no notes on stderr.")
+@quiet_option
 @click.pass_context
 def report(
     ctx: click.Context,
-    source: Path,
     out: Path | None,
     markdown: Path | None,
     latex: Path | None,
     figures: Path | None,
-    measures: str,
-    hyper: str,
     group_by: str,
     markers: str,
-    gap: str,
-    seed_column: str,
-    converged_only: bool,
-    control: str,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Write one HTML page about many runs: figures, statistics, definitions, versions, exclusions.
 
@@ -94,30 +70,21 @@ def report(
     another tracker, or a table with one run per row. The page is self-contained: it opens without a
     network, and works on a phone, by keyboard, in dark mode and on paper.
     """
-    require_source(source)
-    out = _page(source, out)
-    _require_distinct({"SOURCE": source, "--out": out, "--markdown": markdown, "--latex": latex})
-    from gm_probe.analysis import correlation, design
-    from gm_probe.analysis.report import compose, html
+    asked = TableOptions(**options)
+    require_source(asked.source)
+    out = _page(asked.source, out)
+    _require_distinct({"SOURCE": asked.source, "--out": out, "--markdown": markdown, "--latex": latex})
+    by, shape_by = split(group_by), split(markers)
+    table = asked.table([*by, *shape_by])
+    from gm_probe.analysis.report import (
+        compose,
+        html,
+    )  # imported late: an error in the table must not wait for scipy
     from gm_probe.files.atomic import write_atomic
 
-    by, shape_by = names(group_by), names(markers)
-    table = table_of(
-        source,
-        measures,
-        hyper,
-        [*by, *shape_by],
-        gap=gap,
-        seed_column=seed_column,
-        converged_only=converged_only,
-    )
-    by, shape_by = table.named(by), table.named(shape_by)
-    found = correlation.correlate(table, targets=targets_of(gap), group_by=by, controls=names(control))
+    found = asked.correlate(table, by)
     page = compose(
-        found,
-        groups=design.group_rows(table, by) if by else {},
-        shapes=design.group_rows(table, shape_by) if shape_by else {},
-        command=_command(ctx),
+        found, groups=groups_of(table, by), shapes=groups_of(table, shape_by), command=_command(ctx)
     )
     write_atomic(out, html(page).encode(errors="replace"))
     written = [str(out), *_beside(page, markdown, latex, figures)]
@@ -159,7 +126,7 @@ def _require_distinct(paths: dict[str, Path | None]) -> None:
 
 
 def _command(ctx: click.Context) -> str:
-    """What the user typed, without what was left at its default."""
+    """Return what the user typed, without options at their defaults."""
     words = ["gmprobe", "report"]
     for parameter in ctx.command.params:
         name = str(parameter.name)

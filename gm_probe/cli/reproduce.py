@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
+from gm_probe.cli.options import (
+    data_root_option,
+    device_option,
+    download_option,
+    jobs_option,
+    json_option,
+    quiet_option,
+)
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
-from gm_probe.cli.param_types import AT_ONCE, PATH, Choice
+from gm_probe.cli.param_types import PATH, Choice
 from gm_probe.errors import UsageError
-from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
+from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
 
 
 @click.command(epilog="Example:  gmprobe reproduce fig6 --scale smoke")
@@ -28,27 +37,22 @@ from gm_probe.reproduce.catalogue import SCALES, Recipe, recipe, recipes
     metavar="LABEL",
     help="Use only this data set of a table, named as in its column, such as CIFAR-10.",
 )
-@click.option("--data-root", help="Folder in which torchvision keeps its data sets.")
-@click.option("--download", is_flag=True, help="Let torchvision download a missing data set.")
-@click.option("--jobs", type=AT_ONCE, default=1, show_default=True, help="Number of runs at a time.")
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows.",
-)
+@data_root_option
+@download_option
+@jobs_option
+@device_option
 @click.option(
     "--list", "listing", is_flag=True, help="List every table and figure with its claim, scales and cost."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress and no notes on stderr.")
+@json_option
+@quiet_option
 def reproduce(
     name: str | None,
     scale: str | None,
     out: Path | None,
     data: str | None,
     only: str | None,
-    data_root: str | None,
+    data_root: Path | None,
     download: bool,
     jobs: int,
     device: str,
@@ -79,9 +83,8 @@ def reproduce(
     name = chosen.name
     folder = out or Path("reproduce") / f"{name}-{scale}"
     note(console, f"{chosen.title}: {scale}, about {chosen.costs[scale]}")
-    task = Task(
-        name, scale, folder, data, jobs, device, data_root, download, only, lambda text: note(console, text)
-    )
+    root = None if data_root is None else str(data_root)
+    task = Task(name, scale, folder, data, jobs, device, root, download, only, partial(note, console))
     found, paths = run(task)
     if as_json:
         print_json(
@@ -107,24 +110,16 @@ def _list(as_json: bool) -> None:
     if as_json:
         print_json(
             [
-                {
-                    "name": r.name,
-                    "also": list(r.also),
-                    "title": r.title,
-                    "claim": r.claim,
-                    "scales": dict(r.costs),
-                }
+                {key: getattr(r, key) for key in ("name", "also", "title", "claim")}
+                | {"scales": dict(r.costs)}
                 for r in found.values()
             ]
         )
         return
-    listing = table(None, ["name", "claim", "scales and their cost"], [_row(r) for r in found.values()])
-    for column in listing.columns:
-        column.justify = "left"
+    rows = []
+    for r in found.values():
+        costs = "\n".join(f"{scale}: {cost}" for scale, cost in r.costs.items())
+        rows.append(["\n".join([r.name, *r.also]), r.claim, costs])
+    listing = table(None, ["name", "claim", "scales and their cost"], rows, left=True)
     listing.show_lines = True
     results_console().print(listing)
-
-
-def _row(entry: Recipe) -> list[str]:
-    costs = "\n".join(f"{scale}: {cost}" for scale, cost in entry.costs.items())
-    return ["\n".join([entry.name, *entry.also]), entry.claim, costs]

@@ -38,7 +38,9 @@ def run_one(
     from gm_probe.sweep.manifest import only, read_sweep
 
     recipe = only(read_sweep(folder), run)
-    from gm_probe.sweep.runner import run_recipe  # torch, which a wrong name must not wait for
+    from gm_probe.sweep.runner import (
+        run_recipe,
+    )  # imported late: an error in the name must not wait for torch
     from gm_probe.training.leave import asked, refuse
 
     config = recipe.runs[run]

@@ -60,8 +60,8 @@ class GroupedCommand(click.Command):
         return getattr(parameter, "group", ADVANCED if self.first else OTHERS)
 
 
-def setting_options(settings: type) -> Callable[[Any], Any]:
-    """Return a decorator that adds an option for every field of a dataclass that has a help text.
+def setting_options(settings: type, names: Collection[str] = ()) -> Callable[[Any], Any]:
+    """Return a decorator that adds an option for every field of a dataclass that has a help text, or those named.
 
     The fields are made by ``setting``. An option that is not given is None, so that the settings class, a file or a
     run's record decides.
@@ -70,7 +70,7 @@ def setting_options(settings: type) -> Callable[[Any], Any]:
 
     def decorate(command: Any) -> Any:
         for each in reversed(fields(settings)):
-            if each.metadata["help"]:
+            if each.metadata["help"] and (each.name in names or not names):
                 command = _option(each, kind_of(hints[each.name]))(command)
         return command
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,12 @@ from rich.console import JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
+from gm_probe.analysis.typeset import two_decimals
 from gm_probe.cli.output import number, results_console, say, table
 from gm_probe.errors import printable
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
     from gm_probe.analysis.results import Correlations, Quantity
-    from gm_probe.tables.table import Exclusion
 
 NARROW = 76
 """Columns of a terminal below which the table leaves out p and what a larger measure means."""
@@ -25,7 +24,7 @@ LONGEST = 16
 
 
 def print_answer(found: Correlations) -> None:
-    """Print one line a measure and target, and the conclusion."""
+    """Print one line per measure and target, and the conclusion."""
     from gm_probe.analysis.conclusion import in_points
 
     console = results_console()
@@ -34,7 +33,9 @@ def print_answer(found: Correlations) -> None:
     columns = ("", "τ", "95 % CI", *(("p", "larger means") if wide else ()), "picking costs")
 
     def shown(cells: tuple[str, ...]) -> tuple[str, ...]:
-        return cells if known else (*cells[:2], cells[-1])  # what intervals decide is left out without any
+        return (
+            cells if known else (*cells[:2], cells[-1])
+        )  # without intervals, the columns that depend on them are left out
 
     for target, label in found.targets.items():
         rows = [
@@ -61,7 +62,7 @@ def print_answer(found: Correlations) -> None:
 
 
 def _lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table without rules, so that it takes a line a row."""
+    """Return a table without rules, so that it takes a line per row."""
     lines = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for index, column in enumerate(columns):
         first, last = index == 0, index == len(columns) - 1
@@ -89,7 +90,7 @@ def _rows(
         meaning = f"{'larger' if (tau.value or 0) > 0 else 'smaller'} {what}"
         yield (
             _short(f"  {group}" if group else shown, room),
-            _signed(tau.value),
+            "—" if tau.value is None else two_decimals(tau.value),
             interval(tau),
             *((_p(tau.p), meaning if tau.clear else "cannot tell") if wide else ()),
             "" if group else _picks(found, name),
@@ -103,13 +104,13 @@ def _picks(found: Correlations, name: str) -> str:
         if key.measure == name and key.statistic == "regret" and of.value is not None
     }
     outcomes = {outcome for outcome, _ in costs}
-    if len(outcomes) != 1:  # without a test error each target has its own cost, which the details show
+    if len(outcomes) != 1:  # without a test error each target has its own cost; the details show it
         return "—"
     return ", ".join(f"{end} +{_cost(value, outcome)}" for (outcome, end), value in costs.items())
 
 
 def _regrets(found: Correlations) -> tuple[str, float] | None:
-    """The one outcome that picking is judged by, and what a random run costs in it."""
+    """Return the one outcome that picking is judged by, and what a random run costs in it."""
     random = {
         key.target: of.value
         for key, of in found.quantities.items()
@@ -160,7 +161,7 @@ def print_details(found: Correlations) -> None:
 
 
 def warnings(found: Correlations) -> list[str]:
-    """Return one line a warning, under the names of all the measures that it holds for."""
+    """Return one line per warning, under the names of all the measures that it holds for."""
     names: dict[str, list[str]] = {}
     for name, said in (found.warnings or {}).items():
         for warning in said:
@@ -181,7 +182,7 @@ def as_json(found: Correlations) -> dict[str, Any]:
         "num_runs": runs.num_runs,
         "num_settings": found.num_settings,
         "num_shared_seeds": found.num_seeds,
-        "excluded": excluded(runs.excluded),
+        "excluded": [asdict(each) for each in runs.excluded],
         "excluded_by_reason": {reason: len(some) for reason, some in by_reason(runs.excluded).items()},
         "hyperparameters": list(runs.hyperparameters),
         "columns_left_out": list(runs.left_out),
@@ -201,13 +202,9 @@ def as_json(found: Correlations) -> dict[str, Any]:
 
 
 def _of_target(found: Correlations, name: str, target: str) -> dict[str, Any]:
-    whole = found.get(name, target)
-    naive = found.get(name, target, "tau_naive")
     return {
-        "tau": whole.value,
-        **{key: value for key, value in asdict(whole).items() if key not in ("value", "note")},
-        "p_naive": naive.p,
-        **_reasons(whole),
+        **_tau(found.get(name, target)),
+        "p_naive": found.get(name, target, "tau_naive").p,
         "missing": _missing(found, name, target),
         "statistics": [
             {"statistic": key.statistic, "group": key.group, **asdict(of)}
@@ -215,6 +212,14 @@ def _of_target(found: Correlations, name: str, target: str) -> dict[str, Any]:
             if key[:2] == (name, target) and key[2:] != ("tau", "") and not key.statistic.startswith("regret")
         ],
     }
+
+
+def _tau(tau: Quantity) -> dict[str, Any]:
+    """Return a τ with its interval, and the reason where either is missing."""
+    shown = asdict(tau)
+    value, note = shown.pop("value"), shown.pop("note")
+    reason = {"reason" if value is None else "interval_reason": note} if note else {}
+    return {"tau": value, **shown, **reason}
 
 
 def _selection(found: Correlations, name: str) -> list[dict[str, Any]]:
@@ -225,15 +230,8 @@ def _selection(found: Correlations, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def _reasons(tau: Quantity) -> dict[str, str]:
-    """Why there is no τ, or no interval; nothing where there are both."""
-    if not tau.note:
-        return {}
-    return {"reason" if tau.value is None else "interval_reason": tau.note}
-
-
 def _missing(found: Correlations, name: str, target: str) -> list[dict[str, str]]:
-    """The runs without the measure or the target, with the reasons."""
+    """Return the runs without the measure or the target, with the reasons."""
     runs = found.runs
     reasons: dict[int, list[str]] = {}
     for column in (name, target):
@@ -250,8 +248,7 @@ def _subgroups(found: Correlations, name: str) -> dict[str, dict[str, Any]]:
     for target in found.targets:
         for group, of in found.of(name, target, "tau").items():
             if group:
-                shown = {key: value for key, value in asdict(of).items() if key not in ("value", "note")}
-                groups.setdefault(group, {})[target] = {"tau": of.value, **shown, **_reasons(of)}
+                groups.setdefault(group, {})[target] = _tau(of)
     return groups
 
 
@@ -260,23 +257,11 @@ def as_rows(found: Correlations) -> list[dict[str, Any]]:
     return [{**key._asdict(), **asdict(of)} for key, of in found.quantities.items()]
 
 
-def excluded(exclusions: Sequence[Exclusion]) -> list[dict[str, str]]:
-    """Return runs that were left out, as JSON has them."""
-    return [asdict(each) for each in exclusions]
-
-
 def interval(found: Quantity) -> str:
     """Return an interval as papers print it, or a dash."""
     if found.low is None or found.high is None:
         return "—"
-    return f"{_signed(found.low)} to {_signed(found.high)}"
-
-
-def _signed(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "—"
-    text = f"{value:.2f}"
-    return "0.00" if text == "-0.00" else text.replace("-", "−")
+    return f"{two_decimals(found.low)} to {two_decimals(found.high)}"
 
 
 def _short(name: str, room: int) -> str:

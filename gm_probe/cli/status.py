@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gm_probe.cli.output import echo, format_options, print_csv, print_json, results_console, table
+from gm_probe.cli.options import format_options
+from gm_probe.cli.output import echo, print_as, results_console, table
 from gm_probe.cli.param_types import PATH
 from gm_probe.files.locks import LIFETIME, StageProgress
 from gm_probe.runs.records import RUNS
@@ -30,11 +31,8 @@ def status(folder: Path, output: str | None, quiet: bool) -> None:
     from gm_probe.sweep.status import ENDED, sweep_status
 
     found = sweep_status(folder)
-    if output == "json":
-        print_json(found.as_dict())
-        return
-    if output == "csv":
-        print_csv(found.as_dict()["runs"])
+    if output:
+        print_as(output, found.as_dict(), found.as_dict()["runs"])
         return
     if not quiet:
         shown = [run for run in found.runs if run.state not in {*ENDED, "pending"}]
@@ -57,7 +55,7 @@ def _now(run: RunStatus) -> tuple[str, str]:
 
 
 def doing(progress: StageProgress) -> str:
-    """In words, where a run is, and its loss if it has one."""
+    """Return in words what a run is doing, and its loss if it has one."""
     more = progress.more
     if progress.stage != "training" or not {"epoch", "step", "steps"} <= set(more):
         return f"{progress.stage} {more.get('measure', '')}".rstrip()
@@ -67,5 +65,5 @@ def doing(progress: StageProgress) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """As hours, minutes and seconds; empty where it is unknown, or is no time that work takes."""
+    """Return hours, minutes and seconds; nothing where the time is unknown or absurd."""
     return str(timedelta(seconds=round(seconds))) if seconds is not None and 0 <= seconds < LIFETIME else ""

@@ -5,19 +5,22 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gm_probe.cli.executors import check_executor, executor_options, ray_executor
+from gm_probe.cli.executors import ExecutorOptions, executor_options
 from gm_probe.cli.live import LEFT_OUT, live_view
+from gm_probe.cli.options import json_option, quiet_option
 from gm_probe.cli.output import echo, note, notes_console, print_json, results_console, table
-from gm_probe.cli.param_types import AT_ONCE, PATH
-from gm_probe.cli.settings import given_settings, set_option
+from gm_probe.cli.param_types import PATH
+from gm_probe.cli.settings import given_settings, set_option, setting_options
 from gm_probe.errors import ProbeError, UsageError
 from gm_probe.runs.records import RUNS
+from gm_probe.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from gm_probe.executors.local import Executor, Outcome
@@ -28,14 +31,7 @@ if TYPE_CHECKING:
 @click.argument("recipe")
 @click.option("--out", type=PATH, help="Folder for the runs.  [default: runs/RECIPE]")
 @executor_options("local", "ray", "slurm")
-@click.option("--data", help="Use this data instead of the recipe's: a folder, file or data set name.")
-@click.option("--data-root", help="Folder in which torchvision keeps its data sets.")
-@click.option("--download", is_flag=True, help="Let torchvision download a missing data set.")
-@click.option(
-    "--device",
-    help="Compute on this device: auto, cpu, cuda, cuda:1, or another that torch knows.  [default: auto]",
-)
-@click.option("--threads", type=AT_ONCE, help="Number of CPU threads per run.  [default: cores / jobs]")
+@setting_options(TrainConfig, ("data", "data_root", "download", "device", "threads"))
 @click.option("--retry-failed", is_flag=True, help="Run failed runs again.")
 @click.option(
     "--dry-run",
@@ -43,25 +39,17 @@ if TYPE_CHECKING:
     help="List the remaining runs and estimate their time from a few steps; run nothing.",
 )
 @set_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no progress on stderr.")
+@json_option
+@quiet_option
 def sweep(
     recipe: str,
     out: Path | None,
-    executor: str,
-    jobs: int,
-    address: str | None,
-    gpus: float,
-    data: str | None,
-    data_root: str | None,
-    download: bool,
-    device: str | None,
-    threads: int | None,
     retry_failed: bool,
     dry_run: bool,
     assigned: dict[str, Any],
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Train and measure every run of RECIPE (a .toml file or a built-in name; see `gmprobe recipes`).
 
@@ -72,43 +60,47 @@ def sweep(
     With --executor ray the runs go to a Ray cluster, whose machines may come and go. With --executor slurm
     the command prints a job array for `sbatch` and runs nothing.
     """
-    check_executor(executor, jobs, address, gpus)
+    placing = ExecutorOptions.of(options)
     from gm_probe.sweep.manifest import named_as_found, write_sweep
     from gm_probe.sweep.recipe import load_recipe
 
-    given = {"data": data, "data_root": data_root, "device": device, "threads": threads}
-    overrides = given_settings({**given, "download": download or None}, assigned)
     out = out or RUNS / Path(recipe).stem
-    loaded = named_as_found(load_recipe(recipe, overrides), out)
+    loaded = named_as_found(load_recipe(recipe, given_settings(options, assigned)), out)
     if dry_run:
-        _dry_run(loaded, out, jobs, retry_failed, as_json)
+        _dry_run(loaded, out, placing.jobs, retry_failed, as_json)
         return
     write_sweep(loaded, out)
-    cpus = max(config.threads or 1 for config in loaded.runs.values())  # what the hungriest run computes on
-    if executor == "slurm":
+    cpus = max(config.threads or 1 for config in loaded.runs.values())  # the most threads that any run uses
+    if placing.executor == "slurm":
         _print_job_array(loaded, out, cpus)
         return
-    engine = ray_executor(out, address, gpus, cpus) if executor == "ray" else None
+    engine = placing.engine(out, "", cpus) if placing.executor == "ray" else None
     outcomes = run_with_progress(
-        loaded, out, jobs=jobs, executor=engine, retry_failed=retry_failed, quiet=quiet
+        loaded, out, jobs=placing.jobs, executor=engine, retry_failed=retry_failed, quiet=quiet
     )
+    num_failed = _report(outcomes, out, as_json)
+    if num_failed:
+        raise ProbeError(
+            f"{num_failed} of {len(outcomes)} runs failed; "
+            "run the same command with --retry-failed to try them again"
+        )
+    if not quiet:
+        note(notes_console(), f"next:  gmprobe correlate {out}")
+
+
+def _report(outcomes: Sequence[Outcome], out: Path, as_json: bool) -> int:
+    """Print how the runs ended, and return how many failed."""
     counts = Counter(outcome.status for outcome in outcomes)
-    left_out = [outcome for outcome in outcomes if outcome.status in LEFT_OUT]
     if as_json:
         rows = [{"run": o.name, "status": o.status, "reason": o.reason} for o in outcomes]
         print_json({"out": str(out), "counts": dict(counts), "runs": rows})
     else:
         summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
         echo(f"{len(outcomes)} runs in {out}: {summary}")
-        for outcome in left_out:
-            echo(f"  {outcome.status}: {outcome.name}: {outcome.reason or 'the loss became infinite or NaN'}")
-    if counts["failed"]:
-        raise ProbeError(
-            f"{counts['failed']} of {len(outcomes)} runs failed; "
-            "run the same command with --retry-failed to try them again"
-        )
-    if not quiet:
-        note(notes_console(), f"next:  gmprobe correlate {out}")
+        for each in outcomes:
+            if each.status in LEFT_OUT:
+                echo(f"  {each.status}: {each.name}: {each.reason or 'the loss became infinite or NaN'}")
+    return counts["failed"]
 
 
 def run_with_progress(
@@ -146,7 +138,7 @@ def _print_job_array(recipe: Recipe, out: Path, cpus: int) -> None:
     )
     try:
         script.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError as error:  # elsewhere a name may be shown otherwise, but here it is run
+    except UnicodeEncodeError as error:  # an escaped name is fine to read, but this script is run
         raise UsageError(
             f"this locale cannot write {out} into a script; choose a folder name in ASCII letters"
         ) from error

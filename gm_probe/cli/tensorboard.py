@@ -22,14 +22,14 @@ class Events:
         except ImportError as error:
             raise UsageError("--tensorboard needs: pip install 'gm_probe[tensorboard]'") from error
         folder = out / "tensorboard"
-        if folder.is_symlink():  # it may lead anywhere
+        if folder.is_symlink():  # a link may lead anywhere
             raise StorageError(f"{folder} is a link, and links are not followed here. Remove it")
         self._open, self._folder = SummaryWriter, str(folder)
         self._writer: Any = None
 
     def write(self, row: dict[str, Any]) -> None:
         epoch = row["epoch"]
-        if self._writer is None:  # only now is known where a resumed run goes on: later events are void
+        if self._writer is None:  # a resumed run repeats its last epochs: earlier events of these are purged
             self._writer = self._open(self._folder, purge_step=epoch)
         for name, value in row.items():
             if name != "epoch" and value is not None:

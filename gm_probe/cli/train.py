@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gm_probe.cli.options import json_option, quiet_option
 from gm_probe.cli.output import note, note_reading, notes_console, number, print_json, results_console, table
 from gm_probe.cli.param_types import PATH
 from gm_probe.cli.progress import progress_bar
@@ -68,8 +69,8 @@ def note_settings(console: Console, config: TrainConfig, given: Mapping[str, Any
 )
 @click.option("--save", type=PATH, help="Also write the final weights to this .pt or .safetensors file.")
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events below --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress and no notes on stderr.")
+@json_option
+@quiet_option
 def train(
     config_file: Path | None,
     out: Path | None,
@@ -92,7 +93,9 @@ def train(
     from gm_probe.runs.records import RUNS
     from gm_probe.sweep.recipe import require_names, run_name
 
-    console = notes_console(quiet or os.environ.get("RANK", "0") != "0")  # torchrun's others are silent
+    console = notes_console(
+        quiet or os.environ.get("RANK", "0") != "0"
+    )  # only the first of torchrun's processes prints
     if config_file is not None and resume:
         raise UsageError("--config begins a run and --resume continues one; give one of them")
     given = given_settings(options, assigned)
@@ -106,7 +109,7 @@ def train(
     if "data" not in settings:
         note(console, "no --data given: training on the bundled handwritten digits (1,797 images of 8×8)")
     note_settings(console, config, given)
-    # below, torch and matplotlib are imported, which takes seconds: what can be wrong with the options has been told
+    # all errors in the options have been reported; torch and matplotlib take seconds to import
     if out is None:
         out = RUNS / run_name(config, {"method": config.method, "model": config.model, "seed": config.seed})
     summary = _train(config, out, resume, tensorboard, quiet, console)
@@ -236,7 +239,7 @@ def _note_data(console: Console, config: TrainConfig) -> None:
 
 
 def _results(summary: Mapping[str, Any], held_out: str, prefix: str) -> list[list[str]]:
-    """Error, cross-entropy and examples of both parts and, where a run has one, the gap between them."""
+    """Return error, cross-entropy and size of both parts and, where a run has one, the gap between them."""
     parts = {"train": "train", held_out: "test"}
     rows = [
         [

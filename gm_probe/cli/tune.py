@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,46 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gm_probe.cli.options import format_options, jobs_option
 from gm_probe.cli.output import (
     echo,
-    format_options,
     note,
     notes_console,
     number,
-    print_csv,
-    print_json,
+    print_as,
     results_console,
     say,
     table,
 )
-from gm_probe.cli.param_types import AT_ONCE, PATH, floats
-from gm_probe.cli.train import note_settings, train
+from gm_probe.cli.param_types import PATH, floats
+from gm_probe.cli.settings import setting_options
+from gm_probe.cli.train import note_settings
 from gm_probe.errors import UsageError
+from gm_probe.training.config import SETTINGS, TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from gm_probe.sweep.tuning import Cell, Point, Tuner
-    from gm_probe.training.config import TrainConfig
 
-NOT_TRAINS = frozenset(
-    {
-        "rho",
-        "beta",
-        "validation",
-        "seed",
-        "config_file",
-        "assigned",
-        "out",
-        "resume",
-        "save",
-        "tensorboard",
-        "as_json",
-        "quiet",
-    }
-)
-"""Options of `gmprobe train` that `tune` has in a sense of its own, or not at all."""
-
+OWN = ("rho", "beta", "validation", "seed")
+"""Settings of a run that `tune` has in a sense of its own."""
 FEW = 500
 """Held-out examples, of which an error is known to 2 points."""
 
@@ -76,10 +59,9 @@ FEW = 500
     "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of runs (seeds) per point."
 )
 @click.option("--out", type=PATH, help="Folder for the runs and the figure.  [default: tune/NAME]")
-@click.option(
-    "--jobs", type=AT_ONCE, default=1, show_default=True, help="Number of runs at a time, each in a process."
-)
+@jobs_option
 @click.option("--dry-run", is_flag=True, help="List the remaining runs of a grid; run nothing.")
+@setting_options(TrainConfig, [name for name in SETTINGS if name not in OWN])
 @format_options
 def tune(
     rho_text: str | None,
@@ -111,7 +93,7 @@ def tune(
 
     out = out or Path("tune", run_name(config, {"method": config.method, "model": config.model}))
     base = config.replace(validation=tuning.VALIDATION)
-    parts = load_splits(base)  # what does not fit is said before anything is trained
+    parts = load_splits(base)  # a wrong size is reported before anything is trained
     sizes = {"num_train": len(parts.train), "num_validation": len(parts.test)}
     run = partial(run_with_progress, out=out, jobs=jobs, quiet=quiet)
     tuner = tuning.Tuner(base, seeds, out, run)
@@ -124,11 +106,11 @@ def tune(
     best = tuning.best_of(cells)
     command = _command(config, best)
     figures = _draw(tuner, cells, best, grid=not trials)
-    if output == "json":
-        found = {"cells": [cell.as_dict() for cell in cells], "best": best.as_dict(), "command": command}
-        print_json({"out": str(out), **sizes, "seeds": seeds, **found, "figures": list(map(str, figures))})
-    elif output == "csv":
-        print_csv([{k: v for k, v in cell.as_dict().items() if k != "errors"} for cell in cells])
+    if output:
+        rows = [cell.as_dict() for cell in cells]
+        found = {"out": str(out), **sizes, "seeds": seeds, "cells": rows, "best": best.as_dict()}
+        found |= {"command": command, "figures": list(map(str, figures))}
+        print_as(output, found, [{k: v for k, v in row.items() if k != "errors"} for row in rows])
     else:
         _print_table(tuner, cells, best, **sizes)
         echo(f"train with it:  {command}")
@@ -148,7 +130,6 @@ def _search(
     """Return the configuration, and the values of ρ and β to try: with ``trials`` two bounds each."""
     from gm_probe.data.sources import require_source
     from gm_probe.sweep.recipe import require_names
-    from gm_probe.training.config import TrainConfig
 
     settings = {key: value for key, value in given.items() if value is not None}
     config = TrainConfig.from_dict(settings)
@@ -159,7 +140,7 @@ def _search(
     if "data" in settings:
         require_source(config.data, here=True)
     require_names([config])
-    from gm_probe.sweep import tuning  # torch, which a wrong option must not wait for
+    from gm_probe.sweep import tuning  # imported late: an error in an option must not wait for torch
 
     if "data" not in settings:
         note(console, "no --data given: tuning on the bundled handwritten digits (1,797 images of 8×8)")
@@ -171,9 +152,6 @@ def _search(
     if any(len(set(tried)) < len(tried) for tried in values.values()):
         raise UsageError("--rho or --beta names a value twice; give each once")
     return config, values
-
-
-tune.params += [option for option in train.params if option.name not in NOT_TRAINS]
 
 
 def _bounds(name: str, values: Sequence[float]) -> tuple[float, float]:
@@ -200,7 +178,7 @@ def _print_trial(console: Console, trials: int | None, number_of: int, cell: Cel
 def _doubts(
     cells: Sequence[Cell], best: Cell, grid: Mapping[str, Sequence[float]], num_validation: int
 ) -> Iterator[str]:
-    """What a reader must know before taking the best point for the best there is."""
+    """Yield what a reader must know before taking the best point of the search for the best of all."""
     from gm_probe.sweep.tuning import rivals_of
 
     if num_validation < FEW:
@@ -221,17 +199,14 @@ def _doubts(
 
 
 def _command(config: TrainConfig, best: Cell) -> str:
-    """The command line of `gmprobe train` with every setting that is not at its default, and the best point."""
-    chosen = {key: value for key, value in best.point._asdict().items() if value is not None}
+    """Return the `gmprobe train` command with every setting that is not at its default, and the best point."""
+    from gm_probe.analysis.provenance import train_command
+
     default = type(config)().as_dict()
-    words = ["gmprobe", "train"]
-    for key, value in {**config.as_dict(), **chosen}.items():
-        if value == default[key] and key not in chosen:
-            continue
-        words.append(f"--{key.replace('_', '-')}")
-        if value is not True:
-            words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
-    return shlex.join(words)
+    changed = {key: value for key, value in config.as_dict().items() if value != default[key]}
+    return train_command(
+        changed | {key: value for key, value in best.point._asdict().items() if value is not None}
+    )
 
 
 def _print_table(

@@ -23,7 +23,7 @@ from gm_probe.runtime.devices import constant, room, upload
 PIXELS = "save pixels as uint8 or as floats in [0, 1], or pass --no-normalize for inputs that are ready"
 """The remedy for data that a normalisation cannot be applied to."""
 ROUNDING = 1e-3
-"""How far floats may lie outside of [0, 1]."""
+"""Floats may lie this far outside of [0, 1]."""
 
 
 class Batch(NamedTuple):
@@ -54,7 +54,7 @@ class Normalization:
 
     @classmethod
     def of(cls, examples: Examples) -> Normalization:
-        """Mean and standard deviation of uint8 images; none for float data, which is taken as it is."""
+        """Return the mean and standard deviation of uint8 images; none for float data, which is taken as it is."""
         if examples.x.dtype != torch.uint8:
             return cls()
         # exact integer sums: float32 accumulation over a million pixels would lose digits
@@ -177,7 +177,7 @@ class Batches:
         self.normalization = normalization or Normalization()
         self.normalization.require_range(examples)
         self.batch_size = batch_size or BATCH_SIZE
-        self.auto_batch_size = batch_size is None and not batch_dependent  # whoever measures may choose it
+        self.auto_batch_size = batch_size is None and not batch_dependent  # True: a measurement may choose it
         self.device = torch.device(device)
         self.dtype = dtype
         self.channels_last = channels_last and examples.x.dim() == 4
@@ -188,13 +188,13 @@ class Batches:
             )
         self._resident: Batch | None = None  # all examples on the device, once they are there
         self.total = len(examples)  # N over all processes that share the work
-        self.first = 0  # of them, the number of this process's first example
+        self.first = 0  # the number of this process's first example among them
 
     @classmethod
     def from_tensors(
         cls, x: Given, y: Tensor | np.ndarray | list[Any] | None = None, **options: int | str
     ) -> Batches:
-        """Batches over tensors x (N, ...) and y (N,) that are already what the model takes.
+        """Return batches over tensors x (N, ...) and y (N,) that are already what the model takes.
 
         Args:
             x: a tensor or array, or a dict or tuple of several with N rows, which the model takes by name or in order.
@@ -226,7 +226,7 @@ class Batches:
         return self.examples.y is not None
 
     def shard(self, rank: int, count: int) -> Batches:
-        """The part of process ``rank`` of ``count``: neighbouring examples, as many to each as can be.
+        """Return the part of process ``rank`` of ``count``: neighbouring examples, shared out evenly.
 
         Batches whose examples depend on each other are not cut.
 
@@ -238,46 +238,42 @@ class Batches:
         if count > units:
             raise DataError(f"{units} {name} are too few for {count} processes. Use fewer processes")
         bounds = [units * i // count * size for i in (rank, rank + 1)]
-        part = copy(self)
-        part._resident = None
-        part.examples, part.first = self.examples.select(torch.arange(*bounds)), bounds[0]
-        return part
+        part = self.examples.select(torch.arange(*bounds))
+        return self._with(examples=part, first=bounds[0], _resident=None)
 
     def of_size(self, batch_size: int) -> Batches:
-        """The same examples in batches of another size."""
+        """Return the same examples in batches of another size."""
         whole("batch_size", batch_size)
         if self.batch_dependent and batch_size != self.batch_size:
             raise UsageError(
                 "the batch size cannot change, because the examples of a batch depend on each other"
             )
-        other = copy(self)
-        other.batch_size, other.auto_batch_size = batch_size, False
-        return other
+        return self._with(batch_size=batch_size, auto_batch_size=False)
 
     def over(self, examples: Examples) -> Batches:
-        """Other examples, handed out in the same way.
+        """Return batches of other examples, handed out in the same way.
 
         Raises:
             DataError, UsageError: as ``Normalization.require_range`` raises them.
         """
         self.normalization.require_range(examples)
-        other = copy(self)
-        other.examples, other.total, other.first, other._resident = examples, len(examples), 0, None
-        other.channels_last = self.channels_last and examples.x.dim() == 4
-        return other
+        channels_last = self.channels_last and examples.x.dim() == 4
+        total = len(examples)
+        return self._with(
+            examples=examples, total=total, first=0, channels_last=channels_last, _resident=None
+        )
 
     def on(self, device: torch.device) -> Batches:
-        """The same batches, handed out on ``device``."""
-        if device == self.device:
-            return self
-        other = copy(self)
-        other.device, other._resident = device, None
-        return other
+        """Return the same batches, handed out on ``device``."""
+        return self if device == self.device else self._with(device=device, _resident=None)
 
     def of_dtype(self, dtype: torch.dtype) -> Batches:
-        """The same batches, whose floating-point inputs are of ``dtype``."""
+        """Return the same batches, with floating-point inputs of ``dtype``."""
+        return self._with(dtype=dtype)
+
+    def _with(self, **changes: Any) -> Batches:
         other = copy(self)
-        other.dtype = dtype
+        vars(other).update(changes)
         return other
 
     def trial_slice(self, count: int) -> slice:

@@ -114,7 +114,7 @@ def _joined(inputs: Sequence[Inputs]) -> Inputs:
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
-    """The inputs and the labels, or None, of a batch."""
+    """Return the inputs and the labels, or None, of a batch."""
     if isinstance(batch, Mapping) and batch.get("labels") is not None:
         return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
     if isinstance(batch, Tensor | Fields | np.ndarray | Mapping):

@@ -22,11 +22,11 @@ from gm_probe.data.folders import PassedOver, class_folders, entries, images_bel
 from gm_probe.data.images import ImageFiles, blocks, contents, sound
 from gm_probe.data.labels import as_labels
 from gm_probe.data.reading import Reading
-from gm_probe.data.sources import DATASETS, no_source
+from gm_probe.data.sources import DATASETS, default_data_root, no_source
 from gm_probe.errors import CheckpointError, DataError, UsageError, first_line
-from gm_probe.files.atomic import default_data_root
 from gm_probe.files.pickles import load_torch
 from gm_probe.files.regular import open_to_read
+from gm_probe.files.tensors import not_finite, unusable, widened
 
 DESCRIPTIONS = {
     "digits": "1,797 handwritten digits of 8×8 from scikit-learn (bundled)",
@@ -47,9 +47,9 @@ TEST_PARTS = ("test", "val", "valid", "validation")
 
 
 NUMPY_SUFFIXES, TORCH_SUFFIXES = (".npy", ".npz"), (".pt", ".pth")
-"""Of array files."""
+"""Suffixes of array files."""
 NUMPY_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
-"""Beginnings that numpy takes for an .npz."""
+"""First bytes by which numpy recognises an .npz."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ class Examples:
         return len(self.x)
 
     def select(self, indices: Tensor) -> Examples:
-        """The examples at ``indices`` (int64), in that order; images in files stay there."""
+        """Return the examples at ``indices`` (int64), in that order; images in files stay there."""
         x = self.x[indices] if isinstance(self.x, Tensor) else self.x.select(indices)
         recorded = None if self.recorded is None else self.recorded.select(indices)
         return replace(self, x=x, y=None if self.y is None else self.y[indices], recorded=recorded)
 
     def in_memory(self) -> Examples:
-        """The same examples, decoded where they fit into memory, and else kept on disk once they are.
+        """Return the same examples, decoded where they fit into memory, and else kept on disk once they are.
 
         Raises:
             DataError: a file cannot be decoded, or they are not what was recorded.
@@ -112,11 +112,11 @@ class Examples:
         return found.hexdigest()
 
     def unlabeled(self) -> Examples:
-        """The same examples without their labels."""
+        """Return the same examples without their labels."""
         return replace(self, y=None)
 
     def subset(self, size: int | None, seed: int) -> Examples:
-        """A seeded random subset of ``size`` examples, never the first ones of a sorted folder; None = all.
+        """Return a seeded random subset of ``size`` examples, never the first ones of a sorted folder; None = all.
 
         It is in memory where it fits, and nothing else is decoded. The one that was taken last is kept.
 
@@ -140,7 +140,7 @@ class Examples:
 
     @cached_property
     def _last(self) -> dict[object, Examples]:
-        """What ``subset`` gave last: many models are measured over it, one after the other."""
+        """The last result of ``subset``: many models are measured over it, one after the other."""
         return {}
 
     @property
@@ -198,8 +198,12 @@ class Source:
     test: Examples | None
 
     def in_memory(self) -> Source:
-        """The same data, decoded where it fits into memory."""
+        """Return the same data, decoded where it fits into memory."""
         return Source(self.pool.in_memory(), None if self.test is None else self.test.in_memory())
+
+    def unlabeled(self) -> Source:
+        """Return the same data without its labels."""
+        return Source(self.pool.unlabeled(), None if self.test is None else self.test.unlabeled())
 
 
 def open_source(
@@ -243,32 +247,29 @@ def open_source(
             f"{name} is not an image folder, and --image-size, --resize, --crop, --channels and --skip-bad "
             "apply to image folders only. Leave them out"
         )
-    if name == "digits":
-        pool = _digits()
-        return Source(pool if labeled else pool.unlabeled(), None)
-    if name in DATASETS:
-        folder = root or default_data_root()
-        parts = [_torchvision(name, folder, download, train) for train in (True, False)]
-        if not labeled:
-            parts = [part.unlabeled() for part in parts]
-        return Source(*parts)
-    if path.is_dir():
+    if path.is_dir() and not known:
         source = _folder_source(path, labeled, reading, skip_bad)
         return source.in_memory() if decode else source
-    if path.is_file():
-        pool = _array_file(path)
-        return Source(pool if labeled else pool.unlabeled(), None)
-    raise no_source(name)
+    if name == "digits":
+        source = Source(_digits(), None)
+    elif name in DATASETS:
+        folder = root or default_data_root()
+        source = Source(*(_torchvision(name, folder, download, train) for train in (True, False)))
+    elif path.is_file():
+        source = Source(_array_file(path), None)
+    else:
+        raise no_source(name)
+    return source if labeled else source.unlabeled()
 
 
 def _folder_source(path: Path, labeled: bool, reading: Reading, skip_bad: bool) -> Source:
-    """The two parts of a folder that has such, or all of it; its images are still in their files."""
+    """Return the two parts of a folder that has such, or all of it; its images are still in their files."""
     read = partial(_folder, labeled=labeled, reading=reading, skip_bad=skip_bad)
     train = path / "train"
     try:
         others = [path / part for part in TEST_PARTS] if train.is_dir() else []
         test = next((part for part in others if part.is_dir()), None)
-    except OSError as error:  # the parts it names were not given
+    except OSError as error:  # the user did not name the part in the message
         raise DataError(f"cannot read the folder {path}: {error.strerror}") from error
     if test is None:
         return Source(read(path), None)
@@ -282,7 +283,7 @@ def _folder_source(path: Path, labeled: bool, reading: Reading, skip_bad: bool) 
 
 
 def _two_parts(train: Examples, test: Examples) -> Source:
-    """Parts whose classes have the same numbers and whose images have the same shape; grey only if both are."""
+    """Return both parts as one source, grey only if both are; DataError where classes or shapes differ."""
     if train.classes != test.classes:
         lists = [", ".join(part.classes[:20]) + ", …" * (len(part.classes) > 20) for part in (train, test)]
         odd = sorted(set(train.classes) ^ set(test.classes))
@@ -340,7 +341,7 @@ def _torchvision(name: str, root: Path, download: bool, train: bool) -> Examples
 
 
 def _array_file(path: Path) -> Examples:
-    """Arrays ``x`` and optionally ``y`` of a .npz or .pt, or ``x`` alone as .npy."""
+    """Read ``x`` and optionally ``y`` of a .npz or .pt, or ``x`` alone as .npy."""
     try:
         if path.suffix in NUMPY_SUFFIXES:
             with open_to_read(path, follow=True) as file:
@@ -371,7 +372,7 @@ def _array_file(path: Path) -> Examples:
         raise DataError(f"{path}: x {tuple(x.shape)} looks like (N, H, W, C). Transpose it to (N, C, H, W)")
     if x.dtype in {torch.uint16, torch.uint32, torch.uint64}:  # torch computes with none of them
         raise DataError(f"{path}: x is {x.dtype}; save pixels as uint8 or floats, and token ids as int64")
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+    if not_finite(x, mask=False):
         raise DataError(f"{path}: x holds NaN or infinite values")
     y = None if arrays.get("y") is None else _tensor(path, "y", arrays["y"])
     if y is not None:
@@ -384,32 +385,21 @@ def _array_file(path: Path) -> Examples:
 
 
 def _channels_last(x: Tensor) -> bool:
-    """Whether ``x`` looks like (N, H, W, C), which a network that flattens its input takes without a word."""
+    """Return whether ``x`` looks like (N, H, W, C), which a network that flattens its input takes without a word."""
     if x.dim() != 4 or not x.shape[1] > 4 >= x.shape[3]:
         return False
     return x.dtype == torch.uint8 or (x.shape[3] in {3, 4} and x.shape[2] > 4)
 
 
 def _tensor(path: Path, name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor) and value.is_nested:
-        raise DataError(f"{path}: {name} is a nested tensor; it must be one array")
     try:
-        # by the class: on a tensor a file may have set an attribute that hides a method; this leaves them behind
+        # called on the class: a file may have set attributes on a tensor that hide its methods; detach drops them
         tensor = Tensor.detach(torch.as_tensor(value))
     except (TypeError, ValueError, RuntimeError) as error:  # text, records, foreign byte order
         raise DataError(f"{path}: {name} is not an array of numbers: {first_line(error)}") from error
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
-        raise DataError(f"{path}: {name} must hold plain real numbers, got {tensor.dtype} on {tensor.device}")
-    if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), 2**20):
-        raise DataError(f"{path}: {name} claims {tensor.numel():,} values but the file holds fewer")
-    if tensor.is_floating_point() and tensor.element_size() == 1:  # narrow floats lack most operations
-        try:
-            return tensor.float()
-        except NotImplementedError as error:
-            raise DataError(
-                f"{path}: {name} is {tensor.dtype}, which torch cannot convert to float32"
-            ) from error
-    return tensor
+    if problem := unusable(tensor):
+        raise DataError(f"{path}: {name} {problem}")
+    return widened(tensor)
 
 
 def _check_packed(path: Path, file: BinaryIO) -> None:
@@ -430,7 +420,7 @@ def _check_packed(path: Path, file: BinaryIO) -> None:
 def _folder(
     path: Path, *, labeled: bool, reading: Reading, skip_bad: bool, beside: Mapping[str, int] | None = None
 ) -> Examples:
-    """The images of ``path``, still in their files; ``beside`` counts what was passed over outside of it."""
+    """Return the images of ``path``, still in their files; ``beside`` counts what was passed over outside of it."""
     passed = PassedOver(beside or {})
     names = _class_names(path) if labeled else ()
     if labeled:
@@ -470,7 +460,7 @@ def _notes(path: Path, passed: PassedOver, distorted: str | None, reading: Readi
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
-    """The sorted names of the class folders.
+    """Return the sorted names of the class folders.
 
     Raises:
         DataError: there are none, or one of them is a part with class folders of its own.
@@ -481,7 +471,7 @@ def _class_names(path: Path) -> tuple[str, ...]:
             f"{path} has no class subfolders, so it holds no labels. Give a folder with one subfolder per class, "
             "or pass it as --unlabeled"
         )
-    # a class may well be called train (CIFAR-100 has it); class folders in it make it a part
+    # a class may be called train, as in CIFAR-100; with class folders in it, it is a part
     for name in names:
         if name in {"train", *TEST_PARTS} and class_folders(path / name):
             raise DataError(

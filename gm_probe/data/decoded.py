@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 SHARE = 2
-"""At most one part in so many of the disk's free space is taken."""
+"""At most this fraction (one part in SHARE) of the disk's free space is taken."""
 
 
 class Decoded:
@@ -63,7 +63,7 @@ class Decoded:
             return
         try:
             for number, array in zip(numbers.tolist(), arrays, strict=True):
-                # through the file, not the map: of a full disk the map would tell by a signal that ends the process
+                # written to the file, not to the map: on a full disk the map would raise a signal that ends the process
                 if os.pwrite(self._file.fileno(), array.tobytes(), number * self._bytes) < self._bytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self._known[number] = True
@@ -75,7 +75,7 @@ class Decoded:
 
 
 def _folder() -> Path:
-    """Where TMPDIR says; else /var/tmp, which is on a disk where /tmp may be in memory."""
+    """Return the folder that TMPDIR names; else /var/tmp, which is on a disk where /tmp may be in memory."""
     usual = Path("/var/tmp")
     named = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
     return usual if not named and os.access(usual, os.W_OK) else Path(tempfile.gettempdir())

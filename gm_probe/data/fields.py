@@ -91,11 +91,11 @@ class Fields:
         return self.to(torch.float64)
 
     def is_floating_point(self) -> bool:
-        """True where some tensor is, so that ``double`` changes something."""
+        """Return whether some tensor is, so that ``double`` changes something."""
         return any(value.is_floating_point() for _, value in self._tensors())
 
     def dim(self) -> int:
-        """0: several tensors are no image, whatever their shapes."""
+        """Return 0: several tensors are no image, whatever their shapes."""
         return 0
 
     @property
@@ -156,7 +156,7 @@ def as_inputs(x: Any) -> Inputs:
 
 
 def _as_tensor(value: Any) -> Any:
-    """An array as a tensor of its own, and anything else as it is."""
+    """Return an array as a tensor of its own, and anything else as it is."""
     if not isinstance(value, np.ndarray):
         return value
     try:

@@ -11,7 +11,7 @@ from gm_probe.data.images import suffixes
 from gm_probe.errors import DataError
 
 KINDS = 20
-"""Suffixes that are counted apart; a folder may hold a million of them."""
+"""The most suffixes that are counted separately; a folder may hold a million."""
 
 
 class PassedOver(Counter[str]):
@@ -75,7 +75,7 @@ def entries(folder: Path, passed: PassedOver) -> tuple[list[str], list[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads round in a circle
+    except OSError:  # a circle of links
         return False
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -34,23 +35,23 @@ Icons and FITS are not among them: they may unpack to far more pixels than they 
 IN_MEMORY = 2**30
 """Bytes up to which decoded images are kept in memory; more are kept on disk (data.decoded)."""
 T = TypeVar("T")
-BLOCK = 1000  # images handled at a time where a pass over all must not fill the memory
+BLOCK = 1000  # images that are handled at once, so that a pass over all does not fill the memory
 HEADERS = 1000
-"""Headers that are read where a folder is opened, at even distances: those of millions would take minutes."""
+"""Number of headers that are read when a folder is opened: those of millions would take minutes."""
 DEEP = 16
-"""Images of 16 bits that are decoded to see which of these bits are used."""
+"""Number of 16-bit images that are decoded to see which of the bits are used."""
 
 
 @cache
 def suffixes() -> dict[str, str]:
-    """Every suffix of an image that is read, in lower case, and the format that Pillow has registered for it."""
+    """Return every suffix of an image that is read, in lower case, and the format that Pillow has registered for it."""
     formats = {*FORMATS, *NAMED_FORMATS, "MPO"}  # an MPO file is opened as the JPEG that it begins with
     return {suffix: name for suffix, name in Image.registered_extensions().items() if name in formats}
 
 
 @cache
 def _formats(suffix: str) -> tuple[str, ...]:
-    """What Pillow may take a file of this suffix for; an older or a smaller Pillow knows fewer formats."""
+    """Return what Pillow may take a file of this suffix for; an older or a smaller Pillow knows fewer formats."""
     by_name = suffixes().get(suffix)
     return tuple(
         name for name in (*FORMATS, *NAMED_FORMATS) if name in Image.OPEN and name in {*FORMATS, by_name}
@@ -86,7 +87,7 @@ class ImageFiles:
         read = _in_threads(_header_or_none, seen)
         headers = [(file, header) for file, header in zip(seen, read, strict=True) if header is not None]
         if not headers:
-            headers = [(self.files[0], _header(self.files[0]))]  # which says what is wrong
+            headers = [(self.files[0], _header(self.files[0]))]  # raises an error that says what is wrong
         _require_full_range([file for file, header in headers if header.deep])
         channels = reading.channels
         if channels is None:
@@ -143,7 +144,7 @@ class ImageFiles:
     def _decode(self, places: np.ndarray) -> np.ndarray:
         """Decode the images at ``places`` (n,) to (n, C, H, W)."""
         files = [self.files[place] for place in places.tolist()]
-        # no filter of warnings, which are the process's: this may run in a thread beside the caller's
+        # no filter of warnings, which would hold for the process: this may run in a thread beside the caller's
         with ThreadPoolExecutor() as pool:
             arrays = list(pool.map(partial(decode, reading=self._reading), files))
         for file, array in zip(files, arrays, strict=True):
@@ -152,15 +153,16 @@ class ImageFiles:
         return images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
     def select(self, indices: Tensor) -> Tensor | ImageFiles:
-        """Those at ``indices``, still in their files where these are."""
+        """Return the images at ``indices``; they stay in their files unless all are decoded."""
         if "_decoded" in vars(self):
             return self._decoded[indices]
-        other = self._like(tuple(self.files[i] for i in indices.tolist()), self._reading)
-        other._disk, other._numbers = self._disk, self._numbers[indices.numpy()]
+        other = copy(self)
+        other.files = tuple(self.files[i] for i in indices.tolist())
+        other._numbers = self._numbers[indices.numpy()]
         return other
 
     def in_memory(self) -> Tensor | ImageFiles:
-        """Decode them, once, where they fit into memory; else these, to be kept on disk once they are decoded.
+        """Decode all images, once, if they fit into memory; if not, return these, which are kept on disk once decoded.
 
         All sizes are then known to agree.
 
@@ -183,15 +185,10 @@ class ImageFiles:
             return self[:]
 
     def with_channels(self, channels: int) -> ImageFiles:
-        """The same as grey or RGB."""
-        return self._like(self.files, replace(self._reading, channels=channels))
-
-    def _like(self, files: tuple[Path, ...], reading: Reading) -> ImageFiles:
-        other = object.__new__(ImageFiles)  # the headers are read
-        other.files, other._reading = files, reading
-        other._first, other._size, other.distorted = self._first, self._size, self.distorted
-        other._agree = self._agree
-        other._disk, other._numbers = None, np.arange(len(files))
+        """Return the same images as grey or RGB."""
+        other = copy(self)
+        other._reading, other._disk = replace(self._reading, channels=channels), None
+        vars(other).pop("_decoded", None)
         return other
 
     def _require_size(self, file: Path, size: tuple[int, ...]) -> None:
@@ -205,14 +202,14 @@ class ImageFiles:
 
 
 def _evenly(files: Sequence[Path], count: int) -> list[Path]:
-    """At most ``count`` of ``files`` at even distances, the first and the last among them."""
+    """Return at most ``count`` of ``files`` at even distances, with the first and the last."""
     if len(files) <= count:
         return list(files)
     return [files[i * (len(files) - 1) // (count - 1)] for i in range(count)]
 
 
 def _all_grey(files: Sequence[Path], seen: set[Path]) -> bool:
-    """Whether every image is grey whose file is not among the ``seen``; what is broken is none."""
+    """Return whether every image is grey whose file is not among the ``seen``; what is broken is none."""
     headers = (_header_or_none(file) for file in files if file not in seen)
     return all(header is None or header.grey for header in headers)
 
@@ -225,7 +222,7 @@ def _require_full_range(files: Sequence[Path]) -> None:
             peaks.append(int(decode(file, Reading()).max()))
         except DataError:  # it is named when it is taken
             continue
-        if peaks[-1] >= 64:  # of the upper eight bits
+        if peaks[-1] >= 64:  # the upper eight bits are used
             return
     if peaks:
         bits = 8 + max(peaks).bit_length()
@@ -236,7 +233,7 @@ def _require_full_range(files: Sequence[Path]) -> None:
 
 
 def sound(files: Sequence[Path]) -> tuple[list[int], list[str]]:
-    """Positions of the files that can be decoded, and the errors of the others: each is decoded once to know."""
+    """Decode every file; return the positions of those that can be decoded, and the errors of the others."""
 
     def problem(file: Path) -> str | None:
         try:
@@ -252,13 +249,13 @@ def sound(files: Sequence[Path]) -> tuple[list[int], list[str]]:
 
 
 def blocks(images: Tensor | ImageFiles) -> Iterator[Tensor]:
-    """``images`` in their order, some at a time."""
+    """Yield ``images`` in their order, some at a time."""
     for start in range(0, len(images), BLOCK):
         yield images[start : start + BLOCK]
 
 
 def contents(values: Tensor | ImageFiles) -> Iterator[bytes]:
-    """What ``values`` hold, for a digest: their bytes in order, some at a time; of several tensors with their names."""
+    """Yield the bytes of ``values`` for a digest, some at a time; the bytes of named tensors with their names."""
     if isinstance(values, Fields):
         for name, value in tensors_of(values).items():
             yield str(name).encode()
@@ -269,7 +266,7 @@ def contents(values: Tensor | ImageFiles) -> Iterator[bytes]:
 
 
 def taken(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor]) -> Iterator[Tensor]:
-    """``images[key]`` of every key; of files, the next ones are decoded while one is at work."""
+    """Yield ``images[key]`` of every key; of files, the next ones are decoded while one is at work."""
     if isinstance(images, Tensor | Fields):
         yield from (images[key] for key in keys)
         return
@@ -281,7 +278,7 @@ def taken(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor])
 
 
 def _in_threads(function: Callable[[Path], T], files: Sequence[Path]) -> list[T]:
-    # warnings are silenced once for all threads (the filters are the process's); our own cap follows
+    # filters of warnings hold for all threads, so they are set once; our own limit on pixels follows
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:  # decoding releases the GIL
         return list(pool.map(function, files))
 
@@ -299,7 +296,7 @@ def _header_or_none(file: Path) -> Header | None:
 
 
 def decode(file: Path, reading: Reading) -> np.ndarray:
-    """(H, W) grey or (H, W, 3) RGB uint8.
+    """Return (H, W) grey or (H, W, 3) RGB uint8.
 
     Raises:
         DataError: it is broken, too large, or has pixels of unknown range.
@@ -327,7 +324,7 @@ def _opened(file: Path) -> Image.Image:
         raise DataError(f"cannot decode {file}: it is missing or not a regular file. Remove or replace it")
     try:
         image = Image.open(file, formats=_formats(file.suffix.lower()))
-    except Exception as error:  # likewise
+    except Exception as error:  # Pillow raises many kinds here, too
         raise _broken(file, error) from error
     if image.width * image.height > MAX_PIXELS:
         image.close()
@@ -343,12 +340,12 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether it is grey of 16 bits."""
+    """Return whether it is grey of 16 bits."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether its pixels have 16 bits a channel; of colours Pillow keeps the upper eight."""
+    """Return whether its pixels have 16 bits a channel; of colours Pillow keeps the upper eight."""
     modes = [str(tile[3:]) for tile in getattr(image, "tile", ())]
     return _is_deep(image) or any(
         ";16" in mode and "BGR;16" not in mode for mode in modes

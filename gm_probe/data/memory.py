@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T, Batches]:
-    """``compute(batches)``, and the batches that it succeeded on: half as large whenever memory ran out.
+    """Return ``compute(batches)``, and the batches that it succeeded on: half as large whenever memory ran out.
 
     Only for what is a sum over examples. Of several processes none may fall behind the others: the error is theirs.
 
@@ -38,6 +38,6 @@ def within_memory(batches: Batches, compute: Callable[[Batches], T]) -> tuple[T,
                     f"out of memory on a single example ({first_line(error)}). Close other programs, or "
                     "use a machine with more memory"
                 ) from error
-        # outside of the except clause, whose traceback holds on to what was allocated
+        # outside of the except clause, whose traceback keeps what was allocated alive
         release_memory(batches.device)
         batches = batches.of_size(size)

@@ -12,7 +12,7 @@ from gm_probe.errors import DataError, UsageError
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused before they are decoded (decompression bombs)."""
 MOST_PIXELS = 2**31 - 1
-"""Of a side, where it is asked for."""
+"""The largest side that may be asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Reading:
             )
 
     def scaled(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of an image of this size after resizing, before the crop."""
+        """Return (H, W) of an image of this size after resizing, before the crop."""
         if self.image_size:
             return self.image_size, self.image_size
         if not self.resize:
@@ -59,7 +59,7 @@ class Reading:
         return (self.resize, longer) if height <= width else (longer, self.resize)
 
     def size_of(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of what an image of this size becomes."""
+        """Return (H, W) of an image of this size after resizing and cropping."""
         return (self.crop, self.crop) if self.crop else self.scaled(height, width)
 
     def shaped(self, picture: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ from gm_probe.errors import DataError
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint parts.
+    """Disjoint parts of a data set.
 
     ``unlabeled`` is what label-free measures are taken over; its labels, where known, serve only `measure`'s
     labeled rows. ``inputs`` is what is trained on, never with a label: the train part and, where only some
@@ -34,7 +34,7 @@ class Splits:
         return max(self.train.num_classes, self.test.num_classes)
 
     def in_memory(self) -> Splits:
-        """The same parts, each decoded where it fits into memory."""
+        """Return the same parts, each decoded where it fits into memory."""
         return replace(
             self,
             train=self.train.in_memory(),
@@ -61,17 +61,46 @@ def split(
 
     Args:
         num_labeled: training examples that keep their labels, as many of each class, drawn by ``seed``; they are then
-            the train part. Of the others' labels it is looked at only which are of a class still to be filled.
+            the train part.
 
     Raises:
         DataError: the sizes do not fit.
     """
     pool, own_test = source.pool, source.test
+    train, unlabeled, test = _sizes(source, num_train, num_unlabeled, num_test)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(pool), generator=generator)
+    chosen = {"unlabeled": order[:unlabeled], "train": order[len(pool) - train :]}
+    if own_test is None:
+        chosen["test"] = order[unlabeled : unlabeled + test]
+    else:
+        chosen["test"] = torch.randperm(len(own_test), generator=generator)[:test]
+    parts = {name: positions.sort().values for name, positions in chosen.items()}
+    inputs = parts["train"]
+    if num_labeled is not None:
+        parts["train"], parts["train_unlabeled"] = _keep_labels(pool, inputs, num_labeled, generator)
+        inputs = torch.cat([parts["train"], parts["train_unlabeled"]])
+    return Splits(
+        train=pool.select(parts["train"]),
+        unlabeled=pool.select(parts["unlabeled"]),
+        test=(pool if own_test is None else own_test).select(parts["test"]),
+        inputs=pool.select(inputs).unlabeled(),
+        indices={name: positions.tolist() for name, positions in parts.items()},
+    )
+
+
+def _sizes(
+    source: Source, num_train: int | None, num_unlabeled: int | None, num_test: int | None
+) -> tuple[int, int, int]:
+    """Return the sizes of the train, unlabeled and test parts; DataError where they do not fit."""
+    pool, own_test = source.pool, source.test
     total = len(pool)
+    default = total // 4 if own_test is None else len(own_test)
     unlabeled = min(5000, total // 4) if num_unlabeled is None else num_unlabeled
-    from_pool = 0 if own_test is not None else (total // 4 if num_test is None else num_test)
+    test = default if num_test is None else num_test
+    from_pool = test if own_test is None else 0
     train = total - unlabeled - from_pool if num_train is None else num_train
-    if train < 1 or unlabeled < 1 or (own_test is None and from_pool < 1):
+    if train < 1 or unlabeled < 1 or (own_test is None and test < 1):
         raise DataError(
             f"{pool.source}: cannot split off {train} train, {unlabeled} unlabeled and {from_pool} test "
             f"examples out of {total}; each part needs at least one"
@@ -81,40 +110,15 @@ def split(
             f"{pool.source} has {total} examples, fewer than {train} train + {unlabeled} unlabeled + "
             f"{from_pool} test; lower --num-train, --num-unlabeled or --num-test"
         )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(total, generator=generator)
-    parts = {
-        "unlabeled": order[:unlabeled].sort().values,
-        "train": order[total - train :].sort().values,
-    }
-    if own_test is None:
-        parts["test"] = order[unlabeled : unlabeled + from_pool].sort().values
-        test = pool.select(parts["test"])
-    else:
-        size = len(own_test) if num_test is None else num_test
-        if not 1 <= size <= len(own_test):
-            raise DataError(f"{own_test.source} has {len(own_test)} test examples, not {size}")
-        parts["test"] = torch.randperm(len(own_test), generator=generator)[:size].sort().values
-        test = own_test.select(parts["test"])
-    if num_labeled is None:
-        labeled = inputs = pool.select(parts["train"])
-    else:
-        parts["train"], parts["train_unlabeled"] = _keep_labels(pool, parts["train"], num_labeled, generator)
-        labeled = pool.select(parts["train"])
-        inputs = pool.select(torch.cat([parts["train"], parts["train_unlabeled"]]))
-    return Splits(
-        train=labeled,
-        unlabeled=pool.select(parts["unlabeled"]),
-        test=test,
-        inputs=inputs.unlabeled(),
-        indices={name: positions.tolist() for name, positions in parts.items()},
-    )
+    if own_test is not None and not 1 <= test <= len(own_test):
+        raise DataError(f"{own_test.source} has {len(own_test)} test examples, not {test}")
+    return train, unlabeled, test
 
 
 def _keep_labels(
     pool: Examples, train: Tensor, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Sorted positions of ``count`` examples, as many of each class, and of all others."""
+    """Return the sorted positions of ``count`` examples, as many of each class, and of all others."""
     classes = pool.select(train).num_classes
     assert pool.y is not None
     if count < 1 or count % classes:
@@ -143,17 +147,17 @@ def _keep_labels(
 
 
 def hold_out(splits: Splits, share: float, seed: int) -> Splits:
-    """``splits`` with ``share`` of the training part, at least one example, in the test part's place.
+    """Return ``splits`` with ``share`` of the training part, at least one example, in the test part's place.
 
-    Of few labels, which are as many of each class, it is the same share of each.
+    Where only some examples keep their labels, as many of each class, the same share of each class is held out.
 
     Raises:
         DataError: none would be left to train on.
     """
     train = splits.train
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    groups = [order]
-    if len(splits.inputs) > len(train):
+    groups, few_labels = [order], len(splits.inputs) > len(train)
+    if few_labels:
         assert train.y is not None
         groups = [order[train.y[order] == index] for index in range(train.num_classes)]
     held, left = [], []
@@ -170,7 +174,7 @@ def hold_out(splits: Splits, share: float, seed: int) -> Splits:
     positions = torch.tensor(splits.indices["train"])
     indices = {part: positions[of].tolist() for part, of in chosen.items()}
     kept = inputs = train.select(chosen["train"])
-    if len(splits.inputs) > len(train):  # after the train part come those without labels
+    if few_labels:  # the train part comes first, then those without labels
         rest = torch.arange(len(train), len(splits.inputs))
         inputs = splits.inputs.select(torch.cat([chosen["train"], rest]))
     return Splits(

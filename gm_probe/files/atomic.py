@@ -16,40 +16,28 @@ from typing import Any
 
 import tomli_w
 
-from gm_probe.errors import StorageError, UsageError
+from gm_probe.errors import StorageError
 from gm_probe.files.locks import alive
 from gm_probe.files.regular import open_to_write, read_record
 
 OURS = "gmprobe-"
-"""How the part of a temporary file's name begins that says who writes it: nobody else's file has it."""
-DRAFT = re.compile(rf"\..+\.{OURS}.+\.\d+\.[0-9a-f]{{8}}\.tmp")
+"""Begins the part of a temporary file's name that says who writes it; no other program's file has it."""
+DRAFT = re.compile(rf"\..+\.{OURS}(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{{8}}\.tmp")
 """The name of a temporary file of ``write_atomic``."""
 
 
-def default_data_root() -> Path:
-    """Where torchvision's data sets are kept unless ``--data-root`` says otherwise: ``~/.cache/gm_probe``.
-
-    Raises:
-        UsageError: this user has no home.
-    """
-    try:
-        return Path.home() / ".cache" / "gm_probe"
-    except RuntimeError as error:
-        raise UsageError("this user has no home folder for data sets. Give --data-root DIR") from error
-
-
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` through a synced temporary file and a rename; what a killed write left there goes.
+    """Write ``data`` to ``path`` through a synced temporary file and a rename; what a killed write left is removed.
 
     Raises:
         StorageError: the folder is missing, full or read-only; ``path`` is left as it was.
     """
-    # named before it is there: Ctrl-C may come right after it has been made
+    # named before it is made: Ctrl-C may come right after that
     writer = f"{OURS}{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
     temporary = path.parent / f".{path.name}.{writer}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left(path)
+        remove_temporary(path.parent, path.name, of_dead=True)
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
@@ -61,26 +49,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
         ) from error
     finally:
-        with suppress(OSError):  # the folder may not be there; what went wrong before is what counts
+        with suppress(OSError):  # the folder may not exist; the error before counts
             temporary.unlink()
-
-
-def _remove_left(path: Path) -> None:
-    """Remove temporary files of ``path`` that a process of this machine left when it was killed."""
-    beginning = f".{path.name}.{OURS}{socket.gethostname()}."
-    for left in path.parent.glob(f"{glob.escape(beginning)}*.tmp"):
-        pid = left.name.removeprefix(beginning).partition(".")[0]
-        if pid.isdecimal() and _is_draft(left) and not alive(int(pid)):
-            with suppress(OSError):  # another that cleans up may be faster
-                left.unlink()
-
-
-def _is_draft(path: Path) -> bool:
-    """Whether ``path`` is a temporary file that ``write_atomic`` made, to judge by its name; no link and no folder."""
-    try:
-        return DRAFT.fullmatch(path.name) is not None and stat.S_ISREG(path.lstat().st_mode)
-    except OSError:  # it has gone meanwhile
-        return False
 
 
 def _sync_folder(folder: Path) -> None:
@@ -108,20 +78,29 @@ def append_line(path: Path, line: str) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def remove_temporary(folder: Path) -> None:
-    """Remove what a killed ``write_atomic`` left in ``folder``, and nothing else; nobody else may be writing there."""
-    for left in folder.glob(f".*.{OURS}*.tmp"):
-        if _is_draft(left):
-            left.unlink(missing_ok=True)
+def remove_temporary(folder: Path, name: str | None = None, *, of_dead: bool = False) -> None:
+    """Remove what a killed ``write_atomic`` left in ``folder``, and nothing else.
+
+    Args:
+        name: of the file that was to be written; None = of any.
+        of_dead: leave what another machine, or a process that still runs, may be writing.
+    """
+    for left in folder.glob(f".{'*' if name is None else glob.escape(name)}.{OURS}*.tmp"):
+        draft = DRAFT.fullmatch(left.name)
+        if draft is None or (of_dead and (draft["host"] != socket.gethostname() or alive(int(draft["pid"])))):
+            continue
+        with suppress(OSError):  # another that cleans up may be faster
+            if stat.S_ISREG(left.lstat().st_mode):
+                left.unlink()
 
 
 def in_utf8(text: str) -> bytes:
-    """``text`` as a file holds it; a name that is no UTF-8, or of another locale, goes in as the bytes it has."""
+    """Return the bytes of ``text`` in a file; a name that is no UTF-8, or of another locale, keeps its bytes."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def as_named(path: str) -> str:
-    """``path``, maybe recorded under another locale, as this process names the same file."""
+    """Return ``path``, which may have been recorded under another locale, as this process names the same file."""
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
@@ -130,7 +109,7 @@ def as_named(path: str) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as strict JSON (no NaN: an undefined figure is null beside its reason)."""
+    """Write ``value`` as strict JSON (no NaN: an undefined value is null, with a reason beside it)."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gm_probe.errors import BusyError, StorageError, printable
 from gm_probe.files.regular import open_to_read, open_to_write
@@ -20,7 +20,7 @@ from gm_probe.files.schema import between, bounded, mapping, optional, scalar, t
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes on one folder are the user's care there
+except ImportError:  # on Windows nothing keeps two processes from one folder
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
@@ -37,8 +37,36 @@ LONGEST = 2**16
 REPORT_EVERY = 1.0
 """Seconds between two reports of how far a holder is."""
 _log = logging.getLogger(__name__)
-Sign = tuple[int, bytes]
-"""A lock as it is at one time: when it was written (ns), and its content. Any change of it is a sign of life."""
+
+
+class Sign(NamedTuple):
+    """A lock as it is at one time: when it was written (ns), and its content. Any change of it is a sign of life."""
+
+    written: int
+    content: bytes
+
+    @property
+    def holder(self) -> tuple[str, int] | None:
+        """Host and process that the lock names; None where it names none, as one that was let go."""
+        try:
+            host, pid = self.content.decode().split("\n")[0].split()
+            return host, int(pid)
+        except ValueError:
+            return None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another machine holds the folder."""
+        return self.holder is not None and self.holder[0] != socket.gethostname()
+
+
+def _look(folder: Path) -> Sign | None:
+    """Return the lock of ``folder`` as it is now; None where there is none to read."""
+    try:
+        with open_to_read(folder / LOCK) as file:
+            return Sign(os.fstat(file.fileno()).st_mtime_ns, file.read(LONGEST))
+    except OSError:
+        return None
 
 
 LIFETIME = 1e10
@@ -71,14 +99,14 @@ class StageProgress:
     more: Mapping[str, Any]
 
     def share(self, stages: Sequence[str]) -> float:
-        """Of all the work, that is done; its ``stages`` count alike."""
+        """Return the share of all the work that is done; each of its ``stages`` counts the same."""
         if self.stage not in stages or self.total <= 0:
             return 0.0
         return (stages.index(self.stage) + min(self.done / self.total, 1.0)) / len(stages)
 
 
 class FolderLock:
-    """A held folder: its lock has the holder, its progress (see ``progress_of``) and a count of its signs of life."""
+    """A held folder. Its lock names the holder, its progress (``progress_of``) and a count of its signs of life."""
 
     def __init__(self, file: io.FileIO) -> None:
         self._file = file
@@ -92,9 +120,10 @@ class FolderLock:
     def report_progress(
         self, stage: str, done: float, total: float, more: Callable[[], Mapping[str, Any]] = dict
     ) -> None:
-        """Leave a ``StageProgress``, at most one every ``REPORT_EVERY`` seconds: ``more`` may cost what it does.
+        """Write a ``StageProgress`` into the lock, at most one every ``REPORT_EVERY`` seconds.
 
-        The time left is reckoned from what was done since the stage was first reported, so a resumed run's is right.
+        The time left is computed from what was done since the stage was first reported, so it is right for a resumed
+        run. ``more`` is called only where its result is written.
         """
         now = time.monotonic()
         if stage != self._stage:
@@ -103,34 +132,35 @@ class FolderLock:
             return
         self._last = now
         rate = (done - self._first) / max(now - self._began, 1e-9)
-        known = rate > 0 and done < total  # beyond what was expected nobody knows
+        known = rate > 0 and done < total  # unknown once more was done than was expected
         progress = StageProgress(stage, done, total, (total - done) / rate if known else None, more())
         self._progress = json.dumps(asdict(progress))
         self._write()
 
     def beat(self) -> None:
-        """Give a sign of life: change the lock, so that who watches it needs no clock that agrees with this one."""
+        """Give a sign of life by a change of the lock: who watches it needs no clock that agrees with this one."""
         self._beats += 1
         self._write()
-        with suppress(OSError, TypeError):  # on a full disk this is all that changes; Windows has it not
+        with suppress(OSError, TypeError):  # on a full disk only the date changes; Windows lacks this call
             os.utime(self._file.fileno())
 
     def _write(self) -> None:
         content = f"{self._holder}{self._progress}\n{self._beats}\n".encode()
         with self._writing, suppress(OSError):  # a full disk must not end the work over this
             self._file.seek(0)
-            self._file.write(content)  # over what stood there, so that the first line is never torn
+            self._file.write(content)  # overwritten in place, so that the first line is never incomplete
             self._file.truncate()
 
 
 def progress_of(folder: Path) -> StageProgress | None:
-    """What the holder of ``folder`` last reported; None where that is nothing, or is just being written."""
+    """Return what the holder of ``folder`` last reported; None where that is nothing, or is just being written."""
+    sign = _look(folder)
     try:
-        progress = json.loads(_read(folder)[1].decode().split("\n")[1])
+        progress: Any = json.loads(sign.content.decode().split("\n")[1]) if sign else None
         bounded(progress)
         STAGE_PROGRESS(progress, "")  # of another machine's gmprobe, which may be of another version
         return StageProgress(**progress)
-    except (OSError, ValueError, IndexError, TypeError, RecursionError):
+    except (ValueError, IndexError, TypeError, RecursionError):
         return None
 
 
@@ -146,21 +176,16 @@ def exclusive(folder: Path) -> Iterator[FolderLock]:
         BusyError: another process holds it.
         StorageError: the folder cannot be written, or its lock is no file of gmprobe.
     """
-    path = folder / LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open_to_write(path)  # nothing of another's is overwritten before the lock is ours
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    with file:
+    with _opened(folder / LOCK) as file:
         _lock(file, folder)
-        _require_ours(file, path)
+        _require_ours(file, folder / LOCK)
         gone = _watched(folder)
         with _alone_in_taking(folder):
-            if _other_machine(folder) not in (None, gone):  # another that watched was faster
-                raise _busy(folder)
+            now = _look(folder)
+            if now is not None and now.elsewhere and now != gone:  # another that watched was faster
+                raise _busy(folder, now)
             lock = FolderLock(file)
-            os.fsync(file.fileno())  # over a network others see it only now
+            os.fsync(file.fileno())  # over a network, other machines see it only after this
         ended = threading.Event()
         beat = threading.Thread(target=_beat, args=(lock, ended), daemon=True)
         try:
@@ -177,7 +202,7 @@ def exclusive(folder: Path) -> Iterator[FolderLock]:
 def _require_ours(file: io.FileIO, path: Path) -> None:
     """Raise StorageError where a file of this name is somebody else's: it would be overwritten."""
     content = file.read(LONGEST)
-    if content.strip(b"\0") and _named(content) is None:
+    if content.strip(b"\0") and Sign(0, content).holder is None:
         raise StorageError(f"{path} is not a lock of gmprobe. Move it away, or choose another folder")
 
 
@@ -189,18 +214,22 @@ def locked(path: Path) -> Iterator[None]:
         BusyError: another is in here for more than ``STALE`` seconds.
         StorageError: its folder cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open_to_write(path.parent / f".{path.name}.lock")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    with file:
+    with _opened(path.parent / f".{path.name}.lock") as file:
         _lock(file, path.parent, within=STALE)
         yield
 
 
+def _opened(path: Path) -> io.FileIO:
+    """Open a lock; nothing of another's is overwritten before the lock is ours."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open_to_write(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
 def _lock(file: io.FileIO, folder: Path, *, within: float = 0.0) -> None:
-    """Lock ``file``, where another has it within so many seconds."""
+    """Lock ``file``; where another process has it, try for ``within`` seconds."""
     if fcntl is None:
         return
     end = time.monotonic() + within
@@ -211,7 +240,7 @@ def _lock(file: io.FileIO, folder: Path, *, within: float = 0.0) -> None:
             if time.monotonic() >= end:
                 raise BusyError(f"another gmprobe is working on {folder}; wait for it to end") from error
             time.sleep(0.01)
-        except OSError as error:  # a network's file system without locks: two could write at a time
+        except OSError as error:  # a network file system without locks: two processes could write at once
             raise StorageError(
                 f"{folder} is on a file system without locks ({error.strerror or error}); choose a folder on a local "
                 "disk, or mount it with locks"
@@ -220,7 +249,7 @@ def _lock(file: io.FileIO, folder: Path, *, within: float = 0.0) -> None:
 
 @contextmanager
 def _alone_in_taking(folder: Path) -> Iterator[None]:
-    """Let one at a time look who holds ``folder``: a new file is made by one, even where locks exclude nobody."""
+    """Let one process at a time look who holds ``folder``: one alone can make a new file, whatever locks do."""
     path = folder / TAKING
     began, seen = time.monotonic(), 0
     while True:
@@ -230,9 +259,11 @@ def _alone_in_taking(folder: Path) -> Iterator[None]:
         except FileExistsError:
             with suppress(FileNotFoundError):
                 made = _left(path)
-                if made != seen:  # another's than before
+                if made != seen:  # another process made it meanwhile
                     began, seen = time.monotonic(), made
-                elif time.monotonic() - began > BEAT:  # left by a kill within these few lines
+                elif (
+                    time.monotonic() - began > BEAT
+                ):  # left by a process that was killed within these few lines
                     path.unlink()
             time.sleep(0.01)
         except OSError as error:
@@ -246,7 +277,7 @@ def _alone_in_taking(folder: Path) -> Iterator[None]:
 
 
 def _left(path: Path) -> int:
-    """When the empty file ``path`` was made (ns); StorageError where it is something that ``exclusive`` never makes."""
+    """Return when the empty file ``path`` was made (ns); StorageError where ``exclusive`` cannot have made it."""
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode) or found.st_size:
         raise StorageError(f"{path} is not a file of gmprobe. Move it away, or choose another folder")
@@ -257,69 +288,35 @@ def _unwritable(path: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot write {path}: {error.strerror or error}; choose another folder")
 
 
-def _busy(folder: Path) -> BusyError:
-    host, _ = _holder(folder) or ("another gmprobe", 0)
+def _busy(folder: Path, sign: Sign) -> BusyError:
+    host, _ = sign.holder or ("another gmprobe", 0)
     return BusyError(f"{host} is working on {folder}; wait for it to end")
 
 
 def _watched(folder: Path) -> Sign | None:
     """Watch the lock of another machine until it has been silent for ``STALE`` seconds, and return it as it then is.
 
-    Returns None at once where no other machine is named.
+    Returns None as soon as no other machine is named.
 
     Raises:
         BusyError: it gave a sign of life.
     """
-    first = sign = _other_machine(folder)
-    if sign is None:
-        return None
-    if _watch.silence(folder, sign) < STALE:
-        host, _ = _holder(folder) or ("another machine", 0)
-        where, who = printable(str(folder)), printable(host)
-        _log.warning(
-            f"{where} was locked by {who}; waiting up to {STALE:g} s for a sign that it is still running"
-        )
-    while _watch.silence(folder, sign) < STALE:
-        time.sleep(min(POLL, STALE / 10))
-        sign = _other_machine(folder)
-        if sign is None:  # it has let go
-            return None
+    first = sign = _look(folder)
+    waiting = False
+    while sign is not None and sign.elsewhere:
         if sign != first:
-            raise _busy(folder)
-    return sign
-
-
-def _other_machine(folder: Path) -> Sign | None:
-    """The lock of ``folder`` as it is now, where it names another machine."""
-    try:
-        sign = _read(folder)
-    except OSError:
-        return None
-    holder = _named(sign[1])
-    return None if holder is None or holder[0] == socket.gethostname() else sign
-
-
-def _read(folder: Path) -> Sign:
-    """Return the lock of ``folder`` as it is now; OSError where there is none."""
-    with open_to_read(folder / LOCK) as file:
-        return os.fstat(file.fileno()).st_mtime_ns, file.read(LONGEST)
-
-
-def _holder(folder: Path) -> tuple[str, int] | None:
-    """Host and process that the lock file of ``folder`` names; None where nobody holds it."""
-    try:
-        return _named(_read(folder)[1])
-    except OSError:  # never held
-        return None
-
-
-def _named(content: bytes) -> tuple[str, int] | None:
-    """Host and process that a lock of this content names; None where it names none, as one that was let go."""
-    try:
-        host, pid = content.decode().split("\n")[0].split()
-        return host, int(pid)
-    except ValueError:
-        return None
+            raise _busy(folder, sign)
+        if _watch.silence(folder, sign) >= STALE:
+            return sign
+        if not waiting:
+            where, who = (printable(str(name)) for name in (folder, sign.holder and sign.holder[0]))
+            _log.warning(
+                f"{where} was locked by {who}; waiting up to {STALE:g} s for a sign that it is still running"
+            )
+            waiting = True
+        time.sleep(min(POLL, STALE / 10))
+        sign = _look(folder)
+    return None
 
 
 def _beat(lock: FolderLock, ended: threading.Event) -> None:
@@ -334,7 +331,7 @@ class _Watch:
         self._seen: dict[Path, tuple[Sign, float, bool]] = {}
 
     def silence(self, folder: Path, sign: Sign) -> float:
-        """Seconds for which the lock of ``folder``, now ``sign``, is known not to have changed."""
+        """Return for how many seconds the lock of ``folder``, now ``sign``, is known not to have changed."""
         now = time.monotonic()
         before, since, changed = self._seen.get(folder, (sign, now, False))
         if sign != before:
@@ -343,9 +340,9 @@ class _Watch:
         return now - since
 
     def lives(self, folder: Path, sign: Sign) -> bool:
-        """Whether the holder gives signs of life; before any was seen, whether the date of the last is about now."""
+        """Return whether the holder gives signs of life; before any was seen, whether the lock was changed lately."""
         silent = self.silence(folder, sign) >= STALE
-        recent = abs(time.time() - sign[0] / 1e9) < STALE
+        recent = abs(time.time() - sign.written / 1e9) < STALE
         return not silent and (self._seen[folder][2] or recent)
 
 
@@ -353,28 +350,24 @@ _watch = _Watch()
 
 
 def held(folder: Path) -> bool:
-    """Whether ``folder`` seems to be held, without waiting: for those who look on, never for who wants to work in it.
+    """Return whether ``folder`` seems to be held, without waiting. Only ``exclusive`` may decide who works in it.
 
     A process of this machine is looked for. Of another machine, the signs of life that this process has seen decide; at
     its first look it has only the date of the last one. ``exclusive`` relies on no date.
     """
-    try:
-        sign = _read(folder)
-    except OSError:
-        return False
-    holder = _named(sign[1])
-    if holder is None or (holder[0] == socket.gethostname() and not alive(holder[1])):
+    sign = _look(folder)
+    if sign is None or sign.holder is None or not (sign.elsewhere or alive(sign.holder[1])):
         return False
     return _watch.lives(folder, sign)
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine has this number."""
-    if os.name == "nt":  # signal 0 is no question there
+    """Return whether a process of this machine has this number."""
+    if os.name == "nt":  # signal 0 would end the process there
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # another user's
         return True

@@ -19,9 +19,9 @@ from gm_probe.files.state_dicts import entries
 from gm_probe.files.torch_zip import BEGINNING, read_records
 
 LEGACY = 5
-"""Pickles in a row at the start of torch's format before 1.6: three headers, the content, the storages' keys."""
+"""Consecutive pickles at the start of torch's format before 1.6: three headers, the content, the storages' keys."""
 PARTS = 10**6
-"""A tuple of more parts, counted as often as they are in it, is none that a checkpoint needs."""
+"""No checkpoint needs a tuple of more parts; a part that is in it several times counts each time."""
 
 
 BESIDE = (
@@ -58,13 +58,15 @@ def passing_over() -> Iterator[None]:
 
 
 def load_torch(path: Path) -> Any:
-    """What a torch file holds, its tensors on the CPU; a dict at its top is a plain one.
+    """Return what a torch file holds, with tensors on the CPU and a plain dict at its top.
 
     Raises:
         CheckpointError: it would take far more memory or time than its size says.
         Exception: whatever torch and the unpickler raise on a broken file, or on one that holds code.
     """
-    with warnings.catch_warnings(action="ignore"):  # on odd formats, which callers refuse in a line of theirs
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # about odd formats, which callers refuse with their own message
         check_unpacking(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     return entries(content) if isinstance(content, dict) else content
@@ -95,7 +97,7 @@ def check_unpacking(path: Path) -> None:
 
 
 def _is_tar(path: Path) -> bool:
-    """Whether torch would unpack it as its oldest format, before it looks for a pickle."""
+    """Return whether torch would unpack it as its oldest format, before it looks for a pickle."""
     try:
         tarfile.open(path, mode="r:").close()
     except tarfile.TarError:

@@ -1,7 +1,7 @@
 """Open regular files and nothing else: no pipe that waits for ever, no device, no link to somewhere else.
 
 Every file of a run folder is opened here, and so is every file that is written in place. What is found is judged by the
-open file itself, so that nothing can be put in its place between the look and the reading. Imports no torch.
+open file itself, so that nothing can be put in its place between the check and the reading. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gm_probe.errors import StorageError
 RECORD = 2**26
 """Bytes that a record of a run or a sweep may have: some 50,000 runs, or 200,000 epochs."""
 LARGER = {"split.json": 2**28}
-"""Likewise, of a record that grows with the data: some 20 million examples."""
+"""The same for a record that grows with the data: some 20 million examples."""
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 

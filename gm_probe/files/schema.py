@@ -41,7 +41,9 @@ def bounded(value: Any, *, nan: bool = True) -> None:
             _check_keys(item, place)
             waiting += [(each, inside(place, key), depth + 1) for key, each in item.items()]
         elif isinstance(item, list):
-            deeper = [each for each in item if not _passes(each, nan)]  # of many numbers nothing is kept
+            deeper = [
+                each for each in item if not _passes(each, nan)
+            ]  # plain numbers need no look of their own
             waiting += [(each, place, depth + 1) for each in deeper]
         elif isinstance(item, str):
             if len(item) > LONGEST_TEXT:
@@ -52,7 +54,7 @@ def bounded(value: Any, *, nan: bool = True) -> None:
 
 
 def _passes(value: Any, nan: bool) -> bool:
-    """Whether it is a number, or true or false, within bounds."""
+    """Return whether it is a number, or true or false, within bounds."""
     if isinstance(value, float):
         return nan or math.isfinite(value)
     return isinstance(value, int) and -(2**63) <= value < 2**63
@@ -68,12 +70,12 @@ def _check_keys(table: Mapping[Any, Any], place: str) -> None:
 
 
 def inside(place: str, key: str) -> str:
-    """The place of ``key`` in the table at ``place``."""
+    """Return the place of ``key`` in the table at ``place``, such as 'a.b'."""
     return f"{place}.{key}" if place else key
 
 
 def _start(place: str) -> str:
-    """``place`` on one line, cut to what a reader needs."""
+    """Return ``place`` on one line, cut to what a reader needs."""
     return printable(place if len(place) <= 80 else f"{place[:60]}…") or "its content"
 
 
@@ -85,59 +87,46 @@ def _unfit(value: Any, place: str, needed: str) -> Unfit:
 # ---- kinds
 
 
-def number(value: Any, place: str) -> None:
-    """A float (NaN and infinity included) or an integer."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _unfit(value, place, "a number")
-
-
-def finite(value: Any, place: str) -> None:
-    number(value, place)
-    if not math.isfinite(value):
-        raise _unfit(value, place, "a finite number")
-
-
-def between(least: float, most: float) -> Check:
-    """A number within these bounds."""
+def _kind(needed: str, fits: Callable[[Any], bool]) -> Check:
+    """Return the check of values for which ``fits`` holds; ``needed`` says in words what they are."""
 
     def checked(value: Any, place: str) -> None:
-        finite(value, place)
-        if not least <= value <= most:
-            raise _unfit(value, place, f"between {least:g} and {most:g}")
+        if not fits(value):
+            raise _unfit(value, place, needed)
 
     return checked
 
 
-def count(value: Any, place: str) -> None:
-    """An integer from 0 on."""
-    if type(value) is not int or value < 0:
-        raise _unfit(value, place, "a whole number ≥ 0")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def text(value: Any, place: str) -> None:
-    if not isinstance(value, str):
-        raise _unfit(value, place, "text")
+number = _kind("a number", _is_number)  # NaN and infinity, too
+finite = _kind("a finite number", lambda value: _is_number(value) and math.isfinite(value))
+count = _kind("a whole number ≥ 0", lambda value: type(value) is int and value >= 0)
+text = _kind("text", lambda value: isinstance(value, str))
+flag = _kind("true or false", lambda value: isinstance(value, bool))
+scalar = _kind("a number, a text, true or false", lambda value: isinstance(value, bool | int | float | str))
+anything = _kind("anything", lambda _: True)
 
 
-def flag(value: Any, place: str) -> None:
-    if not isinstance(value, bool):
-        raise _unfit(value, place, "true or false")
+def between(least: float, most: float) -> Check:
+    """Return the check of a number within these bounds."""
+    return _kind(
+        f"between {least:g} and {most:g}", lambda value: _is_number(value) and least <= value <= most
+    )
 
 
-def scalar(value: Any, place: str) -> None:
-    if not isinstance(value, bool | int | float | str):
-        raise _unfit(value, place, "a number, a text, true or false")
-
-
-def anything(value: Any, place: str) -> None:
-    """Whatever ``bounded`` lets pass."""
+def one_of(*choices: str) -> Check:
+    """Return the check of one of these texts."""
+    return _kind(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
 
 
 # ---- kinds made of kinds
 
 
 def optional(check: Check) -> Check:
-    """None too."""
+    """Return a check that takes None, too."""
 
     def checked(value: Any, place: str) -> None:
         if value is not None:
@@ -146,18 +135,8 @@ def optional(check: Check) -> Check:
     return checked
 
 
-def one_of(*choices: str) -> Check:
-    """One of these texts."""
-
-    def checked(value: Any, place: str) -> None:
-        if not isinstance(value, str) or value not in choices:
-            raise _unfit(value, place, f"one of {', '.join(choices)}")
-
-    return checked
-
-
 def either(needed: str, *checks: Check) -> Check:
-    """What one of ``checks`` takes; ``needed`` says it in words."""
+    """Return the check of what one of ``checks`` takes; ``needed`` says it in words."""
 
     def checked(value: Any, place: str) -> None:
         for check in checks:
@@ -171,7 +150,7 @@ def either(needed: str, *checks: Check) -> Check:
 
 
 def listed(check: Check) -> Check:
-    """A list of such values."""
+    """Return the check of a list of such values."""
 
     def checked(value: Any, place: str) -> None:
         if not isinstance(value, list):
@@ -183,7 +162,7 @@ def listed(check: Check) -> Check:
 
 
 def mapping(check: Check, *, refused: Collection[str] = (), most: int = MOST_KEYS) -> Check:
-    """A table of such values under any names but ``refused``, which mean something else to a reader of the table."""
+    """Return the check of a table of such values under any names but ``refused``, which readers use otherwise."""
     return table({}, others=check, refused=refused, most=most)
 
 
@@ -195,7 +174,7 @@ def table(
     refused: Collection[str] = (),
     most: int = MOST_KEYS,
 ) -> Check:
-    """A table whose keys in ``kinds`` are of these kinds.
+    """Return the check of a table whose keys in ``kinds`` are of these kinds.
 
     Args:
         required: keys that must be there.

@@ -158,7 +158,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _at(value: Any, key: str) -> Iterator[Any]:
-    """All values that the dotted ``key`` may mean: a key may have dots of its own."""
+    """Yield all values that the dotted ``key`` may mean: a key may have dots of its own."""
     for name, inner in _children(value):
         if name == key:
             yield inner
@@ -167,14 +167,14 @@ def _at(value: Any, key: str) -> Iterator[Any]:
 
 
 def _of_optimizer(place: Place, value: Any) -> bool:
-    """Moments have the names and shapes of weights, and are none."""
+    """Return whether ``value`` is an optimizer's: moments have the names and shapes of weights."""
     if place and place[-1].lower().startswith("optim"):
         return True
     return isinstance(value, dict) and dict.__contains__(value, "param_groups")
 
 
 def _is_weight(value: Tensor) -> bool:
-    # by the class: a file may set attributes on a tensor that hide its methods
+    # called on the class: a file may have set attributes on a tensor that hide its methods
     return Tensor.is_floating_point(value) and Tensor.dim(value) > 0
 
 
@@ -187,6 +187,6 @@ def _usual(place: Place) -> bool:
 
 
 def _copies(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether at least half of the tensors of one have their like in the other, by size."""
+    """Return whether at least half of the tensors of one have their like in the other, by size."""
     sizes = [Counter(map(Tensor.numel, one.values())) for one in (state, other)]
     return 2 * (sizes[0] & sizes[1]).total() >= max(len(state), len(other))

@@ -18,7 +18,7 @@ from typing import IO
 from gm_probe.errors import CheckpointError, printable
 
 BEGINNING = b"PK\x03\x04"
-"""Of a zip file, as torch tells it from its older format."""
+"""First bytes of a zip file, by which torch recognises it."""
 _LOCAL, _ENTRY = struct.Struct("<4sHHHHHLLLHH"), struct.Struct("<4sHHHHHHLLLHHHHHLL")
 _END, _LOCATOR, _END64 = struct.Struct("<4sHHHHLLH"), struct.Struct("<4sLQL"), struct.Struct("<4sQHHLLQQQQ")
 _WIDE = 0xFFFFFFFF
@@ -82,12 +82,12 @@ def read_records(path: Path, file: IO[bytes]) -> list[Record]:
             f"cannot read {path}: it is truncated, or not a zip file as torch.save writes it, so two "
             "readers could see different contents. Copy it again, or save it again with torch.save"
         ) from error
-    # torch's own reader does not heed case
+    # torch's own reader ignores case
     if len({record.name.lower() for record in records}) < len(records):
         raise CheckpointError(f"{path} holds two records of one name; save it again with torch.save")
     if not any(
         record.checksum for record in records
-    ):  # torch.save was told to compute none (set_crc32_options)
+    ):  # torch.save can be told to compute none (set_crc32_options)
         return records
     for record in records:
         checksum = 0
@@ -111,7 +111,7 @@ def _need(holds: bool) -> None:
 
 
 def _directory(file: IO[bytes], size: int) -> tuple[int, int, int]:
-    """Where the directory begins, how many entries it has, and where it ends, by the last bytes of the file."""
+    """Return where the directory begins, how many entries it has, and where it ends, by the last bytes of the file."""
     end = size - _END.size
     file.seek(max(end, 0))
     mark, disk, of, here, count, length, first, comment = _END.unpack(file.read())
@@ -160,7 +160,7 @@ def _entries(directory: bytes, count: int) -> Iterator[_Entry]:
 
 
 def _widened(extra: bytes, values: list[int]) -> list[int]:
-    """``values``, those that are ``_WIDE`` from the one 64-bit field among an entry's extra ones."""
+    """Return ``values``; those that are ``_WIDE`` come from the one 64-bit field among an entry's extra fields."""
     fields = []
     while extra:
         kind, length = struct.unpack_from("<HH", extra)
@@ -175,7 +175,7 @@ def _widened(extra: bytes, values: list[int]) -> list[int]:
 
 
 def _record(file: IO[bytes], entry: _Entry, after: int) -> Record:
-    """``entry``'s record, which with what belongs to it reaches to ``after``."""
+    """Return ``entry``'s record, which must reach to ``after`` with its header and descriptor."""
     file.seek(entry.offset)
     mark, _, flags, method, *_, length, extra = _LOCAL.unpack(file.read(_LOCAL.size))
     name = file.read(length)

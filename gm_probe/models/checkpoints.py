@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.data.batches import Normalization
-from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.errors import CheckpointError, UsageError, first_three, start_of
 from gm_probe.files.atomic import write_atomic
 from gm_probe.files.pickles import load_torch, passing_over
 from gm_probe.files.regular import open_to_read
-from gm_probe.files.state_dicts import Chosen, below, choose, choose_at, plain
+from gm_probe.files.state_dicts import Chosen, below, choose, choose_at
+from gm_probe.files.tensors import not_finite, unusable
 from gm_probe.models import huggingface
 from gm_probe.models.formats import refuse_foreign, whole_object
-from gm_probe.models.weight_names import drop_heads, locate, tied, unused_heads
+from gm_probe.models.weight_names import locate, tied
 from gm_probe.models.zoo import ModelSpec
 from gm_probe.runs.records import CHECKPOINT
 
@@ -55,7 +56,7 @@ class Checkpoint:
 
 
 def is_simclr(checkpoint: Checkpoint) -> bool:
-    """Whether it records a SimCLR model: an encoder and its projector."""
+    """Return whether it records a SimCLR model, that is, an encoder and its projector."""
     return checkpoint.model is not None and checkpoint.model.temperature is not None
 
 
@@ -88,15 +89,18 @@ def read_checkpoint(path: Path, key: str | None = None, strip: str | None = None
     content = contents[0] if len(contents) == 1 else {n: v for part in contents for n, v in part.items()}
     chosen = _chosen(path, content, key)
     state = chosen.state if strip is None else _stripped(path, chosen.state, strip)
-    nested = [name for name, value in state.items() if value.is_nested]
-    if nested:
-        raise CheckpointError(f"{path}: tensor {_plain(nested[0])!r} is nested, but dense weights are needed")
-    # by the class: on a tensor, too, a file may have set an attribute that hides a method; this leaves them behind
+    # called on the class: a file may have set attributes on a tensor that hide its methods; detach drops them
     state = {name: Tensor.detach(value) for name, value in state.items()}
-    _check_tensors(path, state, size)
-    others = chosen.key, () if key is not None else chosen.alternatives, chosen.elsewhere
-    if header is None:
-        return Checkpoint(path, state, None, None, (), *others)
+    for name, value in state.items():
+        if problem := unusable(value, size):
+            raise CheckpointError(f"{path}: tensor {start_of(name)!r} {problem}")
+    model, normalization, classes = (None, None, ()) if header is None else _recorded(path, header)
+    alternatives = () if key is not None else chosen.alternatives
+    return Checkpoint(path, state, model, normalization, classes, chosen.key, alternatives, chosen.elsewhere)
+
+
+def _recorded(path: Path, header: Any) -> tuple[ModelSpec, Normalization, tuple[str, ...]]:
+    """Return the network, normalisation and class names that gm_probe recorded in ``header``."""
     try:
         record = json.loads(header)
         spec, classes = ModelSpec.from_dict(record["model"]), record["classes"]
@@ -104,14 +108,13 @@ def read_checkpoint(path: Path, key: str | None = None, strip: str | None = None
             raise TypeError("classes is not a list of names")
         if classes and spec.temperature is None and len(classes) != spec.num_classes:
             raise ValueError(f"{len(classes)} names for {spec.num_classes} classes")
-        normalization = Normalization(tuple(record["mean"]), tuple(record["std"]))
-        return Checkpoint(path, state, spec, normalization, tuple(classes), *others)
+        return spec, Normalization(tuple(record["mean"]), tuple(record["std"])), tuple(classes)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, UsageError) as error:
-        raise CheckpointError(f"{path}: its gm_probe header is broken ({_plain(error)})") from error
+        raise CheckpointError(f"{path}: its gm_probe header is broken ({start_of(error)})") from error
 
 
 def _files(path: Path) -> tuple[Path, list[Path]]:
-    """What a checkpoint is called, and the files that hold its weights."""
+    """Return the path that names a checkpoint, and the files that hold its weights."""
     if not path.is_dir():
         return path, [path]
     if (path / CHECKPOINT).exists():
@@ -131,15 +134,15 @@ def _chosen(path: Path, content: Any, key: str | None) -> Chosen:
     there = choose(content)
     if there is not None:
         raise UsageError(
-            f"{path} holds no tensors under --key {_plain(key)}. There are tensors under "
-            f"{_some([there.key or 'no key', *there.alternatives, *there.elsewhere])}"
+            f"{path} holds no tensors under --key {start_of(key)}. There are tensors under "
+            f"{first_three([there.key or 'no key', *there.alternatives, *there.elsewhere])}"
         )
     if not isinstance(content, (dict, list, tuple)):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict")
     names = content if isinstance(content, dict) else ()
-    # the text of another key may be beyond all bounds
+    # keys of other types may have texts of any length
     keys = [name if isinstance(name, str) else f"a key of {type(name).__name__}" for name in names]
-    held = f"it has {_some(keys)}" if keys else f"it is a {type(content).__name__} without names"
+    held = f"it has {first_three(keys)}" if keys else f"it is a {type(content).__name__} without names"
     raise CheckpointError(
         f"{path} holds no named tensors as model.state_dict() returns them ({held}). Save the state dict"
     )
@@ -149,8 +152,8 @@ def _stripped(path: Path, state: dict[str, Tensor], strip: str) -> dict[str, Ten
     found = below(state, strip if strip.endswith(".") else f"{strip}.") or below(state, strip)
     if not found:
         raise UsageError(
-            f"{path}: no tensor's name begins with --strip {_plain(strip)}; the names are "
-            f"{_some(list(state))}"
+            f"{path}: no tensor's name begins with --strip {start_of(strip)}; the names are "
+            f"{first_three(list(state))}"
         )
     return found
 
@@ -158,7 +161,7 @@ def _stripped(path: Path, state: dict[str, Tensor], strip: str) -> dict[str, Ten
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     with open_to_read(path, follow=True) as file:
         length = int.from_bytes(file.read(8), "little")
-    if LISTED < length <= path.stat().st_size:  # it takes many times its size in memory
+    if LISTED < length <= path.stat().st_size:  # parsing it takes many times its size in memory
         raise CheckpointError(f"{path} has a header of {length:,} bytes; networks need less than {LISTED:,}")
     try:
         with _utf8_name(path) as name, safetensors.safe_open(name, framework="pt", device="cpu") as file:
@@ -167,12 +170,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     except MemoryError:
         raise
     except Exception as error:  # safetensors and torch raise many kinds on a broken file
-        raise CheckpointError(f"{path} is not a readable safetensors file: {_plain(error)}") from error
+        raise CheckpointError(f"{path} is not a readable safetensors file: {start_of(error)}") from error
 
 
 @contextmanager
 def _utf8_name(path: Path) -> Iterator[Path]:
-    """``path`` by a name that is UTF-8, which safetensors asks of one."""
+    """Yield a name of ``path`` in UTF-8, which safetensors needs."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -183,7 +186,7 @@ def _utf8_name(path: Path) -> Iterator[Path]:
 
 
 def _read_torch(path: Path) -> tuple[Any, Any]:
-    """All that the file holds, and gm_probe's record in it."""
+    """Return all that the file holds, and gm_probe's record in it."""
     try:
         with passing_over():
             content = load_torch(path)
@@ -193,7 +196,7 @@ def _read_torch(path: Path) -> tuple[Any, Any]:
         code = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
         if code is not None:
             whole = whole_object(path)
-            what = f"a whole object of {_plain(whole)}" if whole else _plain(code[1] or code[2])
+            what = f"a whole object of {start_of(whole)}" if whole else start_of(code[1] or code[2])
             raise CheckpointError(
                 f"{path} holds more than plain tensors, which could run code ({what}). If you trust the "
                 "file, load it yourself and torch.save(model.state_dict(), ...) to a new file"
@@ -202,58 +205,12 @@ def _read_torch(path: Path) -> tuple[Any, Any]:
         if reason.startswith("Unsupported operand"):
             raise CheckpointError(
                 f"{path} uses a pickle protocol that torch cannot read without running code "
-                f"({_plain(reason)}). Save it again with torch.save's default pickle_protocol, which is 2"
+                f"({start_of(reason)}). Save it again with torch.save's default pickle_protocol, which is 2"
             ) from error
         raise CheckpointError(
-            f"{path} is not a readable checkpoint: {type(error).__name__}: {_plain(reason)}"
+            f"{path} is not a readable checkpoint: {type(error).__name__}: {start_of(reason)}"
         ) from error
     return content, content.get(HEADER) if isinstance(content, dict) else None
-
-
-def _plain(text: object) -> str:
-    """The start of a message or name, safe to print on one line: files choose parts of it."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:160]
-
-
-def _some(names: Sequence[object]) -> str:
-    """The first three names, safe to print."""
-    return ", ".join(_plain(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _check_tensors(path: Path, state: Mapping[str, Tensor], size: int) -> None:
-    for name, value in state.items():
-        problem = _problem(value, size)
-        if problem is not None:
-            raise CheckpointError(f"{path}: tensor {_plain(name)!r} {problem}")
-
-
-NOT_FINITE = "NaN or infinite value(s); use an earlier checkpoint"
-
-
-def _problem(value: Tensor, size: int) -> str | None:
-    """Why a tensor from a file of ``size`` bytes cannot serve as weights."""
-    if value.is_meta:
-        return "has no data (it was saved from the meta device)"
-    if value.layout != torch.strided or value.is_quantized:
-        return "is sparse or quantized, but dense weights are needed"
-    if value.is_complex():
-        return "is complex, but real weights are needed"
-    held = value.untyped_storage().nbytes()
-    if held > size or value.numel() * value.element_size() > max(held, 2**20):
-        return f"claims {value.numel():,} values but the file holds fewer"
-    if not value.is_floating_point():
-        return None
-    if value.element_size() == 1:  # narrow floats have no isfinite
-        try:
-            value = value.float()
-        except NotImplementedError:
-            return f"is {value.dtype}, which torch cannot convert to float32"
-    pieces = value.reshape(-1).split(
-        2**20
-    )  # a mask over all of it, and what it takes, would be twice the file
-    # −∞ is a mask's, where the tensor turns out to be a buffer (``load_weights``)
-    bad = sum(int((~(torch.isfinite(piece) | torch.isneginf(piece))).sum()) for piece in pieces)
-    return f"has {bad} {NOT_FINITE}" if bad else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,13 +234,13 @@ class Fit:
         found = []
         if self.alternatives:
             found.append(
-                f"{path} holds the weights more than once: {_plain(self.key or 'those without a prefix')} "
-                f"is used, and {_some(self.alternatives)} is not. Choose with --key NAME"
+                f"{path} holds the weights more than once: {start_of(self.key or 'those without a prefix')} "
+                f"is used, and {first_three(self.alternatives)} is not. Choose with --key NAME"
             )
         if self.left_out:
             found.append(
                 f"{path}: {len(self.left_out)} tensor(s) are left out, because the network does not have "
-                f"them ({_some(self.left_out)})"
+                f"them ({first_three(self.left_out)})"
             )
         return found
 
@@ -291,22 +248,16 @@ class Fit:
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> Fit:
     """Copy the checkpoint's weights into ``model`` and return how they fit; see ``fitting``.
 
-    Auxiliary heads of torchvision's GoogLeNet and Inception that the file lacks are taken off the model: they run in
-    training alone.
-
     Raises:
-        CheckpointError: a mismatch, or −∞ in what is no buffer, naming the tensors.
+        CheckpointError: a mismatch, or values that are not finite (buffers may hold −∞); the tensors are named.
     """
     fit = fitting(model, checkpoint)
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, value in fit.state.items():
-        if name not in buffers and value.is_floating_point() and value.numel():
-            infinite = int(torch.isneginf(value.float() if value.element_size() == 1 else value).sum())
-            if infinite:
-                raise CheckpointError(f"{checkpoint.path}: tensor {name!r} has {infinite} {NOT_FINITE}")
-    for module, names in unused_heads(model).items():
-        if any(name not in fit.state for name in names):
-            drop_heads(module)
+        if bad := not_finite(value, mask=name in buffers):
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name!r} has {bad} NaN or infinite value(s); use an earlier checkpoint"
+            )
     model.load_state_dict(fit.state, strict=False)
     return fit
 
@@ -323,47 +274,43 @@ def fitting(model: nn.Module, checkpoint: Checkpoint) -> Fit:
         CheckpointError: a mismatch, naming the tensors.
     """
     expected = model.state_dict()
-    wanted, held = plain(expected), plain(checkpoint.state)
-    place = locate(model, {name: checkpoint.state[own] for name, own in held.items()})
-    state = {wanted[name]: checkpoint.state[held[place.prefix + name]] for name in place.names}
-    for first, *others in tied(model):  # of which a file may hold one alone, as safetensors' own writer does
-        there = [name for name in (first, *others) if name in state]
-        for name in there[1:]:
-            if state[name].shape == state[there[0]].shape and not torch.equal(state[name], state[there[0]]):
-                raise CheckpointError(
-                    f"{checkpoint.path}: tensors {there[0]!r} and {name!r} differ, but the model ties them "
-                    "to one parameter. Check --model"
-                )
-        state |= {name: state[there[0]] for name in (first, *others) if there}
-    missing = [wanted[name] for name in place.needed if wanted[name] not in state]
+    place = locate(model, checkpoint.state)
+    state = _with_tied(model, checkpoint.path, place.state)
+    missing = [name for name in place.needed if name not in state]
     differing = [k for k in expected if k in state and state[k].shape != expected[k].shape]
     shapes = [f"{k} {tuple(state[k].shape)} ≠ {tuple(expected[k].shape)} in the model" for k in differing]
-    unexpected = [held[name] for name in place.extra]
-    problems = [
-        f"{len(names)} {kind} ({_some(names)})"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of a different shape", shapes),
-        )
-        if names
-    ]
+    kinds = {"missing": missing, "unexpected": place.extra, "of a different shape": shapes}
+    problems = [f"{len(names)} {kind} ({first_three(names)})" for kind, names in kinds.items() if names]
     if problems:
         remedy = _remedy(checkpoint, place.prefix, bool(missing or shapes))
-        if not (missing or unexpected) and (classes := _classes(state, expected, differing)):
+        if not (missing or place.extra) and (classes := _classes(state, expected, differing)):
             remedy = f"pass --num-classes {classes}, or {remedy}"
         raise CheckpointError(f"{checkpoint.path} does not fit the model: {'; '.join(problems)}; {remedy}")
     for name, value in state.items():
         if expected[name].is_floating_point() and not value.is_floating_point():
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is {value.dtype}, not floating point")
-    key = checkpoint.key
-    copies = [_key(key, prefix) for prefix in place.copies]
-    return Fit(
-        state,
-        _key(key, place.prefix),
-        (*checkpoint.alternatives, *copies),
-        tuple(held[name] for name in place.left_out),
-    )
+    copies = [_key(checkpoint.key, prefix) for prefix in place.copies]
+    alternatives = (*checkpoint.alternatives, *copies)
+    return Fit(state, _key(checkpoint.key, place.prefix), alternatives, tuple(place.left_out))
+
+
+def _with_tied(model: nn.Module, path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``state`` with every name of a tied tensor, of which a file may hold one alone (safetensors' writer does).
+
+    Raises:
+        CheckpointError: the file has different values for a tensor that the model ties.
+    """
+    state = dict(state)
+    for names in tied(model):
+        there = [name for name in names if name in state]
+        for name in there[1:]:
+            if state[name].shape == state[there[0]].shape and not torch.equal(state[name], state[there[0]]):
+                raise CheckpointError(
+                    f"{path}: tensors {there[0]!r} and {name!r} differ, but the model ties them to one parameter. "
+                    "Check --model"
+                )
+        state |= {name: state[there[0]] for name in names if there}
+    return state
 
 
 def _key(key: str, prefix: str) -> str:
@@ -380,21 +327,19 @@ def _classes(
 
 
 def _remedy(checkpoint: Checkpoint, prefix: str, wrong: bool) -> str:
-    if not wrong:  # all that the network needs is there
+    if not wrong:  # the file has all that the network needs
         return (
-            f"--strip {_plain(prefix)} uses only the tensors with this prefix" if prefix else "check --model"
+            f"--strip {start_of(prefix)} uses only the tensors with this prefix"
+            if prefix
+            else "check --model"
         )
     others = [*checkpoint.alternatives, *checkpoint.elsewhere]
-    more = f", or choose among the file's other tensors by --key ({_some(others)})" if others else ""
+    more = f", or choose among the file's other tensors by --key ({first_three(others)})" if others else ""
     return f"check --model{more}"
 
 
 def save_checkpoint(
-    path: Path,
-    model: nn.Module,
-    spec: ModelSpec,
-    normalization: Normalization,
-    classes: tuple[str, ...] = (),
+    path: Path, model: nn.Module, spec: ModelSpec, normalization: Normalization, classes: tuple[str, ...] = ()
 ) -> None:
     """Write weights and record to ``path``: .safetensors, or a torch file by any other suffix. Atomic.
 
@@ -404,12 +349,7 @@ def save_checkpoint(
         StorageError: it cannot be written.
     """
     header = json.dumps(
-        {
-            "model": spec.as_dict(),
-            "mean": normalization.mean,
-            "std": normalization.std,
-            "classes": classes,
-        }
+        {"model": spec.as_dict(), "mean": normalization.mean, "std": normalization.std, "classes": classes}
     )
     # cloned: safetensors refuses tied tensors that share memory, and strict loading wants both names
     state = {

@@ -8,8 +8,9 @@
     rule.backward(torch.cat([one_view, other_view]), partners(len(one_view)))
 
 NT-Xent is the cross-entropy of these logits with each view's partner as its label, and the inconsistency term is
-taken over them. They couple a batch: it cannot be cut (``m``). In training several processes share one, each with as
-many images: its views are compared with those of all, in the order of ranks. In eval mode its batches are its own.
+taken over them. The logits of a batch depend on each other, so a batch cannot be split (``m``). In training, torchrun's
+processes share a batch, each with the same number of images: views are compared with those of all processes, in the
+order of ranks. In eval mode each process has batches of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from gm_probe.runtime.processes import gather_with_gradient, rank
 
 
 def projector(features: int, width: int = 128) -> nn.Sequential:
-    """SimCLR's head: a hidden layer as wide as the ``features``, and ``width`` outputs."""
+    """Build SimCLR's head: a hidden layer as wide as the ``features``, and ``width`` outputs."""
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, width))
 
 
@@ -43,11 +44,11 @@ class Contrastive(nn.Module):
         self.encoder, self.head, self.temperature = encoder, head, temperature
 
     def forward(self, views: Tensor) -> Tensor:
-        """(2B, 2B - 1) logits; in training shared by W processes (2B, 2BW - 1)."""
+        """Return (2B, 2B - 1) logits; in training shared by W processes, (2B, 2BW - 1)."""
         return nt_xent_logits(self.head(self.features(views)), self.temperature, shared=self.training)
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, D), what a linear probe reads.
+        """Return features (B, D), which a linear probe reads.
 
         Raises:
             UsageError: the encoder gives something else.
@@ -60,13 +61,13 @@ class Contrastive(nn.Module):
 
 
 def last_linear(model: nn.Module) -> str | None:
-    """Where a classifier's head is: the name of the last linear layer."""
+    """Return the name of the last linear layer, a classifier's head; None where there is none."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return names[-1] if names else None
 
 
 def as_encoder(classifier: nn.Module) -> tuple[nn.Module, int]:
-    """``classifier`` without its head, which is replaced in place, and the width of its features.
+    """Return ``classifier`` without its head, which is replaced in place, and the width of its features.
 
     Raises:
         UsageError: it has no linear layer.
@@ -83,7 +84,7 @@ def as_encoder(classifier: nn.Module) -> tuple[nn.Module, int]:
 
 
 def nt_xent_logits(outputs: Tensor, temperature: float, *, shared: bool = False) -> Tensor:
-    """Cosine similarities of each of ``outputs`` (n, D) with all others, over τ: (n, n - 1), at least float32.
+    """Return cosine similarities of each of ``outputs`` (n, D) with all others, over τ: (n, n - 1), at least float32.
 
     ``shared``: the others are those of all W processes, in the order of ranks: (n, Wn - 1).
     """
@@ -93,8 +94,8 @@ def nt_xent_logits(outputs: Tensor, temperature: float, *, shared: bool = False)
     n, total = len(directions), len(every)
     with torch.autocast(outputs.device.type, enabled=False):
         similarities = directions @ every.T / temperature
-    # without the view itself: a logit of -∞ would put NaN into the KL. By views of the flat matrix, in which one place
-    # in ``total`` + 1 is left out: a mask would make the host wait
+    # the view itself is left out, because a logit of -∞ would put NaN into the KL. In the flat matrix it is every
+    # (total + 1)-th place, so views can skip it; a mask would make the host wait for the device
     flat, first = similarities.flatten(), n * rank() if shared else 0
     middle, last = first + 1, first + 1 + (n - 1) * (total + 1)
     between = flat[middle:last].view(n - 1, total + 1)[:, :total]
@@ -102,11 +103,11 @@ def nt_xent_logits(outputs: Tensor, temperature: float, *, shared: bool = False)
 
 
 def partners(images: int, before: int | None = None) -> Tensor:
-    """(2B,) the column in which each of 2B views finds the other view of its image.
+    """Return (2B,) the column in which each of 2B views finds the other view of its image.
 
     Args:
-        before: views of other processes that stand before this one's; None: of a batch that all share, by rank.
+        before: number of other processes' views before this one's; None = by rank, in a batch that all share.
     """
-    # of the first views the view itself lies left of the partner, which moves it up by one
+    # the first B views come before their partners, so leaving out the view itself moves these one column to the left
     index = torch.arange(images) + (2 * images * rank() if before is None else before)
     return torch.cat([index + images - 1, index])

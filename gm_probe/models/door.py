@@ -23,7 +23,7 @@ Head = Literal["classifier", "binary", "multilabel"]
 Kind = Literal["logits", "probabilities", "log-probabilities"]
 
 _MANY = 24
-"""So many numbers reach close to 0 and to 1 and never beyond in no batch of logits."""
+"""In a batch of logits, this many numbers never all lie in [0, 1] and come close to both ends."""
 _SUM = 1e-3
 """Rows of what is said to be probabilities sum to 1 within this."""
 _ROUNDED = 1e-2
@@ -118,7 +118,7 @@ class Outputs:
             return taken
         if kind == "logits":
             return torch.stack([torch.zeros_like(taken), taken], -1)
-        # of 1 − p, which keeps a digit of p near 1 where there is one
+        # log(1 − p) by expm1, which keeps the digits of p near 1
         rest = -torch.expm1(taken)
         return torch.stack([rest.clamp(min=torch.finfo(taken.dtype).eps / 2).log(), taken], -1)
 
@@ -157,21 +157,21 @@ class Outputs:
         return replace(self, kind=self.kind or "logits")
 
     def _seen_as_probabilities(self, values: Tensor) -> str:
-        """By what ``values`` look like probabilities; empty where they do not."""
+        """Return why ``values`` look like probabilities; empty where they do not."""
         if self._probabilities(values, _ROUNDED):
             return (
                 "every row is ≥ 0 and sums to 1"
                 if self.head == "classifier"
                 else "every number lies in [0, 1]"
             )
-        # a trained network's sigmoid of each class; logits that a ReLU made have zeros among them
+        # as from a sigmoid of each class of a trained network; logits after a ReLU contain zeros
         low, high = (float(values.min()), float(values.max())) if values.numel() >= _MANY else (0.0, 2.0)
         if 0 < low < 0.05 and 0.95 < high <= 1:
             return "every number lies between 0 and 1, as a sigmoid's do"
         return ""
 
     def _probabilities(self, values: Tensor, tolerance: float = _SUM) -> bool:
-        """Whether rows are probabilities of exclusive classes, or of yes-or-no labels."""
+        """Return whether rows are probabilities of exclusive classes, or of yes-or-no labels."""
         if not bool(((values >= 0) & (values <= 1 + tolerance)).all()):
             return False
         return self.head != "classifier" or bool(((values.sum(1) - 1).abs() <= tolerance).all())
@@ -187,7 +187,7 @@ _BINARY = (
 
 
 def _named(returned: Any, output: int | str) -> Any:
-    """The output of that index or name.
+    """Return the output of that index or name.
 
     Raises:
         UsageError: there is none.
@@ -208,7 +208,7 @@ def _named(returned: Any, output: int | str) -> Any:
 
 
 def _described(returned: Any) -> str:
-    """What a model returned, with names and shapes."""
+    """Describe what a model returned, with names and shapes."""
     if isinstance(returned, Tensor):
         return f"a tensor {tuple(returned.shape)}"
     named: Iterator[tuple[str, Any]]

@@ -7,7 +7,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from gm_probe.errors import CheckpointError, printable
+from gm_probe.errors import CheckpointError, start_of
 from gm_probe.files.regular import open_to_read
 
 _WEIGHTS = "save plain weights: torch.save(model.state_dict(), 'weights.pt')"
@@ -100,11 +100,8 @@ def _zip(path: Path) -> tuple[str, str] | None:
             return kind, remedy
     if any(name.lower().endswith("data.pkl") for name in names):
         return None
-    return f"a zip archive without torch weights ({_first(names)})", _UNPACK
-
-
-def _first(names: list[str]) -> str:
-    return f"it begins with {printable(names[0])[:80]}" if names else "it is empty"
+    first = f"it begins with {start_of(names[0], 80)}" if names else "it is empty"
+    return f"a zip archive without torch weights ({first})", _UNPACK
 
 
 def whole_object(path: Path) -> str | None:

@@ -7,14 +7,15 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gm_probe.errors import CheckpointError, ProbeError, UsageError, first_line, out_of_memory, printable
-from gm_probe.files.regular import open_to_read
+from gm_probe.errors import CheckpointError, StorageError, first_three, foreign_or, needs, start_of
+from gm_probe.files.regular import read_at_most
 
 NAME = "hf"
 """What --model calls the network that a folder's config.json describes."""
@@ -24,9 +25,9 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 LONGEST = 2**24
 """Bytes of a JSON file: some hundred times what the largest networks need."""
 DEEP = ("layers", "layer", "depth", "depths", "blocks", "experts")
-"""Endings of the names of settings that say how many modules there are; each takes time, whatever it holds."""
+"""Settings whose names end so give a number of modules, each of which takes time to build."""
 DEEPEST, LABELS, WIDEST = 1000, 10**5, 2**24
-"""Most that a config may ask for: of modules, of labels, of all else."""
+"""The most that a config may ask for: modules, labels, and anything else."""
 # Kernels and backbones of these names may come from the Hub, and kernels are code. A path leads to another file, and a
 # dtype becomes an attribute of torch.
 _DROPPED = (
@@ -61,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{folder / INDEX} names {_short(name)}, which is not a .safetensors file in its folder"
+                    f"{folder / INDEX} names {start_of(name, 80)}, which is not a .safetensors file in its folder"
                 )
         return [folder / str(name) for name in names]
     if (folder / WEIGHTS[1]).exists():
@@ -96,18 +97,14 @@ def load(folder: Path, state: Mapping[str, Tensor]) -> tuple[nn.Module, tuple[st
     _check_sizes(path, record, len(state))
     if ":" in str(record.get("architecture", "")):
         raise CheckpointError(
-            f"{path} takes its network from {_short(record['architecture'])}, outside its folder. Build it "
+            f"{path} takes its network from {start_of(record['architecture'], 80)}, outside its folder. Build it "
             "with your own code: --model file.py:callable"
         )
     with _offline():
-        try:
+        with needs(f"--model {NAME}", "transformers", "hf"):
             import transformers
-        except ImportError as error:
-            raise UsageError(
-                f"--model {NAME} needs transformers, which is not installed; pip install 'gm_probe[hf]'"
-            ) from error
         _require_known(transformers, path, record, name)
-        with _quiet(transformers), _told(path):
+        with _quiet(transformers), foreign_or(partial(_not_built, path)):
             config = transformers.CONFIG_MAPPING[record["model_type"]].from_dict(_plain(record))
             model, found = _built(getattr(transformers, name), config, path, state)
     return model, _left_out(folder, model, found)
@@ -120,7 +117,7 @@ def _require_known(transformers: Any, path: Path, record: Mapping[str, Any], nam
         return
     remote = " and contains its own code, which is never run" if record.get("auto_map") else ""
     raise CheckpointError(
-        f"{path} describes a {_short(name)} of type {_short(kind)}, which transformers "
+        f"{path} describes a {start_of(name, 80)} of type {start_of(kind, 80)}, which transformers "
         f"{transformers.__version__} does not have{remote}. Build it with your own code: --model "
         "file.py:callable"
     )
@@ -133,7 +130,7 @@ def _built(
     with torch.device("meta"):
         size = sum(p.numel() for p in made(config).parameters())
     held = sum(value.numel() for value in state.values())
-    if size > 2 * held + 2**20:  # before it takes memory
+    if size > 2 * held + 2**20:  # refused before it takes memory
         raise CheckpointError(f"{path} describes {size:,} parameters, but the weights are {held:,} numbers")
     model, found = made.from_pretrained(
         None,
@@ -141,12 +138,16 @@ def _built(
         state_dict=dict(state),
         attn_implementation="eager",
         dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # the caller tells of them
+        ignore_mismatched_sizes=True,  # the caller reports them
         output_loading_info=True,
         local_files_only=True,
         trust_remote_code=False,
     )
     return model, found
+
+
+def _not_built(path: Path, cause: str) -> CheckpointError:
+    return CheckpointError(f"transformers cannot build the network of {path}: {start_of(cause, 300)}")
 
 
 def _left_out(folder: Path, model: nn.Module, found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -158,7 +159,7 @@ def _left_out(folder: Path, model: nn.Module, found: Mapping[str, Any]) -> tuple
     own = {child for child, _ in model.named_children()}
     left_out = [key for key in sorted(found["unexpected_keys"]) if key.partition(".")[0] not in own]
     wrong["unexpected"] = sorted(set(found["unexpected_keys"]) - set(left_out))
-    problems = [f"{len(names)} {what} ({_some(names)})" for what, names in wrong.items() if names]
+    problems = [f"{len(names)} {what} ({first_three(names)})" for what, names in wrong.items() if names]
     if problems:
         raise CheckpointError(f"the weights in {folder} do not fit its {CONFIG}: {'; '.join(problems)}")
     return tuple(left_out)
@@ -171,31 +172,15 @@ def _architecture(path: Path, record: Mapping[str, Any]) -> str:
         r"\w+For(Image|Sequence)Classification(WithTeacher)?", name
     ):
         raise CheckpointError(
-            f"{path} describes {_short(name)}. Only classifiers of images or sequences can be built "
+            f"{path} describes {start_of(name, 80)}. Only classifiers of images or sequences can be built "
             "(…ForImageClassification, …ForSequenceClassification)"
         )
     return name
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Whatever a config's values make transformers raise becomes one line."""
-    try:
-        yield
-    except ProbeError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"transformers cannot build the network of {path}: {type(error).__name__}: "
-            f"{printable(first_line(error))[:300]}"
-        ) from error
-
-
-@contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bar and no report of transformers': what it says is said in our words."""
+    """Silence transformers' progress bars and reports; our own messages replace them."""
     log = transformers.logging
     level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity(log.CRITICAL)
@@ -214,7 +199,7 @@ def _offline() -> Iterator[None]:
     """Keep the Hub's library from the network."""
     try:
         from huggingface_hub import constants
-    except ImportError:  # then there is no transformers either
+    except ImportError:  # without it transformers is not installed either
         yield
         return
     before = constants.HF_HUB_OFFLINE
@@ -227,23 +212,21 @@ def _offline() -> Iterator[None]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LONGEST:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size:,} bytes; networks need less than {LONGEST:,}"
-            )
-        with open_to_read(path, follow=True) as file:
-            found = json.loads(file.read().decode())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        content = read_at_most(path, LONGEST, follow=True)
+        if content is None:
+            raise CheckpointError(f"{path} has more than {LONGEST:,} bytes; networks need less")
+        found = json.loads(content.decode())
+    except StorageError as error:
+        raise CheckpointError(str(error)) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {printable(str(error))[:160]}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {start_of(error)}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return found
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without what could bring code or downloads in, at any depth."""
+    """Return the config without what could bring code or downloads in, at any depth."""
     return {
         key: _plain(value) if isinstance(value, dict) else value
         for key, value in record.items()
@@ -262,14 +245,6 @@ def _check_sizes(path: Path, record: Mapping[str, Any], tensors: int) -> None:
             limit = min(DEEPEST, tensors) if key.endswith(DEEP) else LABELS if "label" in key else WIDEST
             if value > limit:
                 raise CheckpointError(
-                    f"{path} asks for {printable(key)[:80]} = {_short(value)}; {limit:,} is the most that its weights "
-                    "or any network can need"
+                    f"{path} asks for {start_of(key, 80)} = {start_of(value, 80)}, but its weights or any network "
+                    f"need at most {limit:,}"
                 )
-
-
-def _short(value: object) -> str:
-    return printable(str(value))[:80] if isinstance(value, str) else f"{value!r}"[:80]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(printable(name)[:80] for name in names[:3]) + (", …" if len(names) > 3 else "")

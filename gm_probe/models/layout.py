@@ -50,7 +50,7 @@ def _runs(model: nn.Module, x: Inputs) -> bool:
         with evaluating(model), torch.no_grad(), generators_kept(x.device, model), float32_products():
             args, kwargs = arguments(model, x)
             model(*args, **kwargs)
-    except Exception as error:  # whatever a layer of somebody's raises
+    except Exception as error:  # a user's layer may raise anything
         if of_machine(error):
             raise
         return False

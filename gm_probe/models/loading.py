@@ -11,7 +11,7 @@ from torch import nn
 
 from gm_probe.data.batches import Normalization
 from gm_probe.data.datasets import NUMPY_SUFFIXES, TORCH_SUFFIXES, Examples
-from gm_probe.errors import CheckpointError, DataError, UsageError
+from gm_probe.errors import CheckpointError, DataError, UsageError, first_three
 from gm_probe.models import huggingface
 from gm_probe.models.checkpoints import Checkpoint, Fit, fitting, load_weights
 from gm_probe.models.zoo import ModelSpec, build_model, check_configured, is_user_code
@@ -52,7 +52,7 @@ def fitted_model(
     if name is None:
         name = _recorded_name(checkpoint)
     elif recorded is not None and recorded.name.partition(",")[0] == name:
-        name = recorded.name  # with its builder's keywords
+        name = recorded.name  # the recorded name has its builder's keywords
     elif recorded is None:
         check_configured(name)
     if recorded is not None:
@@ -61,11 +61,13 @@ def fitted_model(
         temperature = temperature or recorded.temperature
     if name == huggingface.NAME:
         return _from_folder(checkpoint, dtype)
-    if num_classes is None and not (is_user_code(name) and temperature is None):  # which builds what it will
+    if num_classes is None and not (
+        is_user_code(name) and temperature is None
+    ):  # a user's own code decides itself
         num_classes = _rows_of_last_matrix(checkpoint)
     spec = ModelSpec(name, input_shape or (3, 32, 32), num_classes or 0, temperature)
     if not spec.is_user_code:
-        # before it takes memory: the record, or a head, may claim a network of any size
+        # checked before memory is taken: the record, or a head, may claim a network of any size
         try:
             with torch.device("meta"):
                 fitting(build_model(spec), checkpoint)
@@ -73,7 +75,7 @@ def fitted_model(
             if not followed:
                 raise
             raise CheckpointError(f"{checkpoint.path} records an impossible network: {error}") from error
-    with generators_kept():  # initial weights are overwritten; the caller's draws stay its own
+    with generators_kept():  # the initial weights do not count, so the caller's generators are left alone
         model = build_model(spec).to(dtype)
     fit = load_weights(model, checkpoint)
     return model, fit
@@ -102,7 +104,7 @@ def _recorded_name(checkpoint: Checkpoint) -> str:
 
 
 def _from_folder(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.Module, Fit]:
-    """The network that config.json beside the weights describes."""
+    """Build the network that config.json beside the weights describes."""
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     if not huggingface.is_folder(folder):
         raise UsageError(
@@ -126,7 +128,7 @@ def _rows_of_last_matrix(checkpoint: Checkpoint) -> int:
 def choose_normalization(
     checkpoint: Checkpoint, examples: Examples, given: Normalization | None
 ) -> Normalization:
-    """The normalisation given, or else the recorded one, which fits the range of ``examples``.
+    """Return the normalisation given, or else the recorded one; it must fit the range of ``examples``.
 
     A foreign checkpoint needs one for images, whether they are uint8 or floats. Tables and signals of floats, and token
     ids, are taken as they are: they have no colour channels.
@@ -190,8 +192,8 @@ def check_classes(
     names = examples.classes
     if names and recorded and names != recorded:
         raise DataError(
-            f"{examples.source} has classes {_some(names)} but {checkpoint} was trained on {_some(recorded)}"
-            f"{_first_odd(names, recorded)}; rename the folders, or use the data as --unlabeled"
+            f"{examples.source} has classes {first_three(names)} but {checkpoint} was trained on "
+            f"{first_three(recorded)}{_first_odd(names, recorded)}; rename the folders, or use the data as --unlabeled"
         )
     if names and num_classes is not None and len(names) != num_classes:
         raise DataError(
@@ -201,12 +203,8 @@ def check_classes(
 
 
 def _first_odd(names: tuple[str, ...], recorded: tuple[str, ...]) -> str:
-    """Where the names that are shown do not tell: the first that only one side has, or that the order differs."""
-    if _some(names) != _some(recorded):
+    """Name a class that only one side has, or say that the order differs, where the classes shown are the same."""
+    if first_three(names) != first_three(recorded):
         return ""
     odd = sorted(set(names) ^ set(recorded))
     return f" (they differ in {odd[0]})" if odd else " (their order differs)"
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")

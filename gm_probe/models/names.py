@@ -1,4 +1,4 @@
-"""The names that models may have. Imports no torch, so that a wrong one is told at once."""
+"""The names that models may have. Imports no torch, so that a wrong one is reported at once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LONGEST = 1000
 
 
 def is_user_code(name: str) -> bool:
-    """Whether a model's name points to code outside gm_probe, torchvision and timm."""
+    """Return whether a model's name points to code outside gm_probe, torchvision and timm."""
     prefix, separator, _ = name.partition(":")
     return bool(separator) and prefix not in LIBRARIES
 
@@ -69,22 +69,24 @@ def _require_registered(library: str, name: str) -> None:
     """Raise UsageError where the library's code registers models, but none of this ``name``."""
     texts = list(_sources(library))
     names = {found for text in texts for found in _REGISTERED.findall(text)}
-    plain = name.partition(".")[0]  # timm names the weights after a dot
+    plain = name.partition(".")[0]  # in timm the weights' name follows a dot
     # timm keeps earlier names as strings
     if names and ":" not in name and plain not in names and not any(f"'{name}'" in text for text in texts):
-        raise UsageError(f"{library} has no model {name!r}; {did_you_mean(name, names, 'see its own list')}")
+        raise UsageError(
+            f"{library} has no classifier {name!r}; {did_you_mean(name, names, 'see its own list')}"
+        )
 
 
 def _sources(library: str) -> Iterator[str]:
-    """The code of an installed library's models. To import it for their names would take seconds."""
+    """Yield the code of an installed library's classifiers. To import it for their names would take seconds."""
     spec = find_spec(library)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for file in Path(folder, "models").rglob("*.py"):
+        for file in Path(folder, "models").glob("*.py"):
             yield file.read_text(encoding="utf-8", errors="replace")
 
 
 def no_model(name: str) -> UsageError:
-    """The error for ``name``, which is no network of gm_probe's."""
+    """Return the error for ``name``, which is no network of gm_probe's."""
     resnets = [f"resnet{depth}{stem}" for depth in (18, 34, 50, 101, 152) for stem in ("", "-cifar")]
     hint = did_you_mean(name, [*BUILT_IN, *resnets], "`gmprobe models` lists them")
     return UsageError(f"no model {name!r}; {hint}")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn import functional
 
 
 def cnn6(channels: int, height: int, width: int, classes: int) -> nn.Sequential:
-    """6CNN (as in the authors' code): four convolutions without bias and two linear layers, ReLU between.
+    """Build 6CNN as in the authors' code: four convolutions without bias and two linear layers, ReLU between.
 
     511,926 parameters on 3×32×32 and 10 classes.
     """
@@ -31,7 +29,7 @@ def cnn6(channels: int, height: int, width: int, classes: int) -> nn.Sequential:
 
 
 def mlp(inputs: int, widths: tuple[int, ...], classes: int) -> nn.Sequential:
-    """Fully connected ReLU network with hidden layers of the given widths."""
+    """Build a fully connected ReLU network with hidden layers of the given widths."""
     layers: list[nn.Module] = [nn.Flatten()]
     for width in widths:
         layers += [nn.Linear(inputs, width), nn.ReLU()]
@@ -89,7 +87,7 @@ class WideResNet(nn.Module):
 
 
 def resnet(depth: int, channels: int, classes: int, *, cifar_stem: bool) -> nn.Module:
-    """torchvision's ResNet (He et al. 2016) of 18, 34, 50, 101 or 152 layers.
+    """Build torchvision's ResNet (He et al. 2016) of 18, 34, 50, 101 or 152 layers.
 
     Args:
         channels: of the images; other than 3 needs a first convolution of its own.
@@ -106,64 +104,3 @@ def resnet(depth: int, channels: int, classes: int, *, cifar_stem: bool) -> nn.M
     if cifar_stem:
         model.maxpool = nn.Identity()
     return model
-
-
-def vit(
-    channels: int,
-    height: int,
-    width: int,
-    classes: int,
-    *,
-    patch: int,
-    embedding: int,
-    heads: int,
-    depth: int,
-) -> nn.Module:
-    """timm's Vision Transformer (Dosovitskiy et al. 2021): class token, learned positions, MLP of 4 times the width.
-
-    Args:
-        patch: pixels a side; must divide ``height`` and ``width``.
-        embedding: width, a multiple of ``heads``.
-
-    Raises:
-        ImportError: timm is not installed.
-    """
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=(height, width),
-        patch_size=patch,
-        in_chans=channels,
-        num_classes=classes,
-        embed_dim=embedding,
-        depth=depth,
-        num_heads=heads,
-    )
-
-
-def mixer(
-    channels: int,
-    height: int,
-    width: int,
-    classes: int,
-    *,
-    patch: int,
-    embedding: int,
-    blocks: int,
-) -> nn.Module:
-    """timm's MLP-Mixer (Tolstikhin et al. 2021): token MLPs of half, channel MLPs of 4 times the width.
-
-    Raises:
-        ImportError: timm is not installed.
-    """
-    from timm.models.mlp_mixer import MlpMixer
-
-    size: Any = (height, width)  # taken as well as the one int that timm's annotation names
-    return MlpMixer(
-        img_size=size,
-        patch_size=patch,
-        in_chans=channels,
-        num_classes=classes,
-        embed_dim=embedding,
-        num_blocks=blocks,
-    )

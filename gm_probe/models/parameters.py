@@ -18,7 +18,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gm_probe.data.fields import Inputs, arguments
-from gm_probe.errors import CheckpointError, UsageError
+from gm_probe.errors import CheckpointError, UsageError, first_three
+from gm_probe.files.tensors import not_finite
 from gm_probe.models.door import Outputs, unwrapped
 from gm_probe.models.recomputation import activations_kept
 from gm_probe.runtime.precision import float32_products
@@ -43,12 +44,7 @@ class Parameters:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        pattern: str = "",
-        outputs: Outputs | None = None,
-        *,
-        or_frozen: bool = False,
+        self, model: nn.Module, pattern: str = "", outputs: Outputs | None = None, *, or_frozen: bool = False
     ) -> None:
         self.model = model = unwrapped(model)
         self.outputs = outputs or Outputs()
@@ -58,49 +54,22 @@ class Parameters:
             trainable = dict(model.named_parameters())
         if not or_frozen or not trainable:
             self.require_trainable()
-        try:
-            self.named = {name: p for name, p in trainable.items() if re.search(pattern, name)}
-        except re.error as error:
-            raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
-        if not self.named:
-            frozen = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
-            if frozen:
-                raise UsageError(
-                    f"{pattern!r} matches frozen parameters only ({frozen[0]!r}: requires_grad=False)"
-                )
-            some = ", ".join(list(trainable)[:3])
-            raise UsageError(f"{pattern!r} matches no parameter's name; some names are {some}, ...")
-        first_name, first = next(iter(self.named.items()))
+        self.named = _matching(trainable, pattern, model)
+        _require_alike(self.named)
+        first = next(iter(self.named.values()))
         self.dtype, self.device = first.dtype, first.device
-        for name, p in self.named.items():
-            if p.is_complex():
-                raise UsageError(
-                    f"parameter {name!r} is complex ({p.dtype}), but a ball in parameter space needs real "
-                    "numbers. Hold it as two real parameters (torch.complex(real, imag) in forward), "
-                    "freeze it by requires_grad_(False), or choose the others by --params"
-                )
-            if p.dtype != self.dtype:
-                raise UsageError(
-                    f"parameter {name!r} is {p.dtype} and {first_name!r} {self.dtype}. Convert all to one "
-                    "dtype (model.float()), and use autocast for speed"
-                )
-            if p.device != self.device:
-                raise UsageError(
-                    f"parameter {name!r} is on {p.device} and {first_name!r} on {self.device}; move the whole model to "
-                    "one device"
-                )
         self._sizes = [p.numel() for p in self.named.values()]
         self._sparse = [
             m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
         ]
         self._places = list(_places(model))
-        self._theta: Tensor | None = None  # within ``one_pass``, as are
-        self._constants: dict[str, Tensor] | None = None
-        self.sparse_gradients = False  # of parameters that forward hands to a functional embedding
+        self._theta: Tensor | None = None  # set within ``one_pass``
+        self._constants: dict[str, Tensor] | None = None  # set within ``one_pass``
+        self.sparse_gradients = False  # True where forward uses a functional embedding with sparse=True
         self._writes = True  # until a call has shown that forward does not write to parameters
         self.size = sum(self._sizes)
         if not self.size:
-            raise UsageError(f"all selected parameters are empty: {', '.join(list(self.named)[:3])}")
+            raise UsageError(f"all selected parameters are empty: {first_three(list(self.named))}")
 
     def require_trainable(self) -> None:
         """Raise UsageError where no parameter is, so that no derivative can be taken."""
@@ -113,11 +82,8 @@ class Parameters:
         Buffers may hold −∞, as attention's masks do: as a statistic it would show in the outputs.
         """
         for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if not value.is_floating_point():
-                continue
-            masked = not isinstance(value, nn.Parameter)
-            value = value.detach()  # of a model that was built in inference mode, torch would refuse it
-            if not bool((torch.isfinite(value) | (masked & torch.isneginf(value))).all()):
+            # detached: of a model that was built in inference mode, torch would refuse the value itself
+            if not_finite(value.detach(), mask=not isinstance(value, nn.Parameter)):
                 raise CheckpointError(
                     f"tensor {name!r} of the model holds NaN or infinite values; use an earlier checkpoint"
                 )
@@ -136,15 +102,15 @@ class Parameters:
         return torch.cat([p.new_zeros(p.numel()) if t is None else dense(t).reshape(-1) for t, p in pairs])
 
     def values(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Copies of the parameters: some layers write to theirs in a forward pass (an embedding with max_norm)."""
+        """Return copies of the parameters: some layers write to theirs in forward (an embedding with max_norm)."""
         return {name: p.detach().to(dtype or p.dtype, copy=True) for name, p in self.named.items()}
 
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """``values`` that autograd differentiates by."""
+        """Return ``values`` as leaves of autograd's graph."""
         return {name: value.requires_grad_() for name, value in self.values(dtype).items()}
 
     def moved(self, offset: Tensor) -> dict[str, Tensor]:
-        """θ + offset, differentiable in θ and in ``offset`` (P,)."""
+        """Return θ + offset, differentiable in θ and in ``offset`` (P,)."""
         return {name: self.named[name] + piece for name, piece in self.split(offset).items()}
 
     def vector(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -214,7 +180,7 @@ class Parameters:
         return found
 
     def _parts(self, vector: Tensor) -> dict[str, Tensor]:
-        """``split``, as what forward can be handed."""
+        """Return ``split`` in a form that forward can take."""
         parts = self.split(vector)
         if self._writes:
             parts = {name: part.clone() for name, part in parts.items()}
@@ -242,20 +208,58 @@ class Parameters:
             self._constants = self._copied_constants()
 
     def _copied_constants(self) -> dict[str, Tensor]:
-        """Copies of the buffers, and of the parameters that are none of ours."""
+        """Return copies of the buffers, and of the model's other parameters."""
         others = (item for item in self.model.named_parameters() if item[0] not in self.named)
         return copied({**dict(self.model.named_buffers()), **dict(others)})
 
     def rounding(self, offset: Tensor) -> float:
-        """Which share of ``offset`` (P,) is lost where θ + offset is rounded to θ's dtype; 0 of no offset."""
+        """Return the share of ``offset`` (P,) that is lost where θ + offset is rounded to θ's dtype."""
         weights = self.vector()
         lost = float(((weights + offset) - weights - offset).norm())
         return lost / float(offset.norm()) if lost else 0.0
 
     def random(self, norm: float, generator: torch.Generator) -> Tensor:
-        """A (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
+        """Return a (P,) Gaussian vector with σ = norm/√P, so that its length is about ``norm``."""
         sample = torch.randn(self.size, generator=generator, dtype=self.dtype, device=generator.device)
         return sample.to(self.device) * (norm / math.sqrt(self.size))
+
+
+def _matching(
+    trainable: Mapping[str, nn.Parameter], pattern: str, model: nn.Module
+) -> dict[str, nn.Parameter]:
+    """Return the ``trainable`` parameters in whose name ``pattern`` is found; UsageError where there are none."""
+    try:
+        found = {name: p for name, p in trainable.items() if re.search(pattern, name)}
+    except re.error as error:
+        raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
+    if found:
+        return found
+    frozen = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+    if frozen:
+        raise UsageError(f"{pattern!r} matches frozen parameters only ({frozen[0]!r}: requires_grad=False)")
+    raise UsageError(f"{pattern!r} matches no parameter's name; names are {first_three(list(trainable))}")
+
+
+def _require_alike(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise UsageError unless all are real, of one dtype and on one device."""
+    first_name, first = next(iter(parameters.items()))
+    for name, p in parameters.items():
+        if p.is_complex():
+            raise UsageError(
+                f"parameter {name!r} is complex ({p.dtype}), but a ball in parameter space needs real numbers. Hold it "
+                "as two real parameters (torch.complex(real, imag) in forward), freeze it by requires_grad_(False), or "
+                "choose the others by --params"
+            )
+        if p.dtype != first.dtype:
+            raise UsageError(
+                f"parameter {name!r} is {p.dtype} and {first_name!r} {first.dtype}. Convert all to one dtype "
+                "(model.float()), and use autocast for speed"
+            )
+        if p.device != first.device:
+            raise UsageError(
+                f"parameter {name!r} is on {p.device} and {first_name!r} on {first.device}; move the whole model to "
+                "one device"
+            )
 
 
 class _Then(nn.Module):
@@ -338,7 +342,7 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Where each parameter and buffer is held, once a module, and the name it has in ``named_parameters``.
+    """Yield where each parameter and buffer is held, once a module, and the name it has in ``named_parameters``.
 
     functional_call's own tying goes by all names: of a module that is registered under two, it puts a tensor in twice
     and takes the second for the original, which it leaves in the model for good (torch 2.14).
@@ -364,7 +368,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     spaces = [vars(module) for module in model.modules()]
     spaces += [value for space in spaces for value in space.values() if isinstance(value, dict)]
-    kept: list[list[dict[str, Any]]] = []  # by pass: a model may call itself
+    kept: list[list[dict[str, Any]]] = []  # one entry per pass: a model may call itself
 
     def keep(*_: object) -> None:
         kept.append([dict(space) for space in spaces])
@@ -391,14 +395,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_measured(model: nn.Module, *, tf32: bool = False) -> Iterator[None]:
-    """``model`` as the fixed, differentiable function that is measured: see the three."""
+    """Make ``model`` the fixed, differentiable function that is measured; see the three contexts."""
     with evaluating(unwrapped(model)), differentiable_attention(), float32_products(tf32=tf32):
         yield
 
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Attention by kernels that have second and forward-mode derivatives; the fused ones have neither.
+    """Run attention by kernels that have second and forward-mode derivatives; the fused ones have neither.
 
     Inference mode, in which every derivative would be 0 without a word, is off meanwhile.
     """

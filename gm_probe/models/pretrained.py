@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from gm_probe.files.state_dicts import plain
+from gm_probe.files.state_dicts import below
 from gm_probe.models.checkpoints import Checkpoint, is_simclr, load_weights
 from gm_probe.models.contrastive import Contrastive, last_linear
 from gm_probe.models.weight_names import locate
@@ -28,8 +28,9 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]
     """
     own = model.state_dict()
     if is_simclr(checkpoint) and not isinstance(model, Contrastive):
-        checkpoint = replace(checkpoint, state=_encoder(checkpoint))
-    state = _by_own_names(model, checkpoint)
+        checkpoint = replace(checkpoint, state=below(checkpoint.state, "encoder."))
+    place = locate(model, checkpoint.state)
+    state = {**place.state, **{name: checkpoint.state[name] for name in place.extra}}
     head = [name for name in own if name.rpartition(".")[0] == last_linear(model)]
     fresh = tuple(head) if any(_other_classes(own[name], state.get(name)) for name in head) else ()
     state |= {name: own[name] for name in fresh}
@@ -41,36 +42,17 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]
 
 def others_there(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return where the file holds the same weights again with other values, such as an average of them."""
-    held = {name: checkpoint.state[own] for name, own in plain(checkpoint.state).items()}
-    return (*checkpoint.alternatives, *(prefix.rstrip(".") for prefix in locate(model, held).copies))
-
-
-def _by_own_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The file's tensors by the network's names, and what it has no place for by the file's; copies are left out."""
-    wanted = plain(model.state_dict())
-    held = {name: checkpoint.state[own] for name, own in plain(checkpoint.state).items()}
-    found = locate(model, held)
-    return {wanted[name]: held[found.prefix + name] for name in found.names} | {
-        name: held[name] for name in found.extra
-    }
-
-
-def _encoder(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    prefix = "encoder."
-    return {
-        name.removeprefix(prefix): value
-        for name, value in checkpoint.state.items()
-        if name.startswith(prefix)
-    }
+    copies = locate(model, checkpoint.state).copies
+    return (*checkpoint.alternatives, *(prefix.rstrip(".") for prefix in copies))
 
 
 def _other_classes(own: Tensor, given: Tensor | None) -> bool:
-    """Whether the head's tensor is absent, or differs in the number of classes alone."""
+    """Return whether the head's tensor is absent, or differs in the number of classes alone."""
     return given is None or (len(given) != len(own) and given.shape[1:] == own.shape[1:])
 
 
 def _resampled(model: nn.Module, positions: Tensor) -> Tensor:
-    """Learned positions for the model's own grid of patches; as they are where the file's form no square."""
+    """Return positions resampled to the model's grid of patches; unchanged where the file's form no square."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     prefix = getattr(model, "num_prefix_tokens", 0)
     if grid is None or positions.dim() != 3 or math.isqrt(n := positions.shape[1] - prefix) ** 2 != n:

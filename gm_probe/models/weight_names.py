@@ -56,26 +56,6 @@ def may_be_left_out(name: str, value: Tensor, own: Collection[str]) -> bool:
     return name in own or first in HEADS or _LOSS.search(first) is not None
 
 
-def unused_heads(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return the names of auxiliary heads' tensors in ``model``, by the GoogLeNet or Inception of torchvision's."""
-    found = {}
-    for place, module in model.named_modules():
-        if type(module).__module__.startswith("torchvision.models."):
-            prefix = f"{place}." if place else ""
-            names = [prefix + name for name in module.state_dict() if name.partition(".")[0] in HEADS]
-            if names:
-                found[module] = names
-    return found
-
-
-def drop_heads(module: nn.Module) -> None:
-    """Take the auxiliary heads off: without them the network's outputs in eval mode are the same."""
-    for head in HEADS:
-        if hasattr(module, head):
-            setattr(module, head, None)
-    module.aux_logits = False  # type: ignore[assignment]
-
-
 def tied(model: nn.Module) -> list[list[str]]:
     """Return the names of every tensor of the state dict that has several."""
     names: dict[int, list[str]] = {}
@@ -86,35 +66,35 @@ def tied(model: nn.Module) -> list[list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a network's tensors are among a file's; names are ``plain``.
+    """Where a network's tensors are among a file's.
 
     Attributes:
-        prefix: below which the file has them; '' or such as 'model.'.
-        names: of the network's tensors that are there.
-        needed: names of those that must be.
+        prefix: below which the file has them, without wrappers' parts; '' or such as 'model.'.
+        state: the network's tensors that are there, by its own names.
+        needed: the network's names of those that must be there.
         copies: other prefixes below which all are there, too.
         left_out: the file's other names that may be left out.
         extra: those that may not.
     """
 
     prefix: str
-    names: set[str]
+    state: dict[str, Tensor]
     needed: list[str]
     copies: tuple[str, ...]
     left_out: list[str]
     extra: list[str]
 
 
-def locate(model: nn.Module, held: Mapping[str, Tensor]) -> Located:
-    """Find the network's tensors among those ``held`` by their plain names.
+def locate(model: nn.Module, file: Mapping[str, Tensor]) -> Located:
+    """Find the network's tensors among those of a ``file``; names agree without the parts that wrappers put in.
 
     Of several prefixes the first is taken below which all tensors are, in the network's shapes; one that does not look
     like an average's comes before one that does.
     """
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    wanted = plain(shapes)
-    heads = {name for names in unused_heads(model).values() for name in names}
-    needed = [name for name, own in wanted.items() if not name.endswith(OPTIONAL) and own not in heads]
+    wanted, names_in_file = plain(shapes), plain(file)
+    held = {name: file[own] for name, own in names_in_file.items()}
+    needed = [name for name in wanted if not name.endswith(OPTIONAL)]
     names_of = {own: name for name, own in wanted.items()}
     same = {names_of[own]: {names_of[other] for other in some} for some in tied(model) for own in some}
     found = placed(wanted.keys(), held) or {"": set()}
@@ -125,23 +105,26 @@ def locate(model: nn.Module, held: Mapping[str, Tensor]) -> Located:
             held[prefix + name].shape == shapes[wanted[name]] for name in there
         )
 
-    whole = [
-        prefix for prefix in found if len(found[prefix]) * (1 + len(same)) >= len(needed) and fits(prefix)
-    ]
-    prefix = (
-        min(whole, key=looks_averaged)
-        if whole
-        else min(found, key=lambda p: (-len(found[p]), looks_averaged(p)))
-    )
+    enough = [prefix for prefix, there in found.items() if len(there) * (1 + len(same)) >= len(needed)]
+    whole = [prefix for prefix in enough if fits(prefix)]
+    most = min(found, key=lambda p: (-len(found[p]), looks_averaged(p)))
+    prefix = min(whole, key=looks_averaged, default=most)
     copies = tuple(other for other in whole if other != prefix)
     left_out, extra = _others(model, held, prefix, {p: found[p] for p in (prefix, *copies)})
-    return Located(prefix, found[prefix], needed, copies, left_out, extra)
+    return Located(
+        prefix,
+        {wanted[name]: held[prefix + name] for name in found[prefix]},
+        [wanted[name] for name in needed],
+        copies,
+        [names_in_file[name] for name in left_out],
+        [names_in_file[name] for name in extra],
+    )
 
 
 def _others(
     model: nn.Module, held: Mapping[str, Tensor], prefix: str, taken: Mapping[str, set[str]]
 ) -> tuple[list[str], list[str]]:
-    """The names below no prefix of ``taken``: those that may be left out, and those that may not."""
+    """Return the names below no prefix of ``taken``: those that may be left out, and those that may not."""
     buffers = plain(name for name, _ in model.named_buffers()).keys()
     used = {before + name for before, names in taken.items() for name in names}
     left_out, below, beside = [], [], []
@@ -153,7 +136,7 @@ def _others(
             below.append(name)
         else:
             beside.append(name)
-    if len(beside) <= len(taken[prefix]):  # of something smaller beside the network, such as a projector
+    if len(beside) <= len(taken[prefix]):  # something smaller than the network, such as a projector
         left_out, beside = left_out + beside, []
     order = {name: index for index, name in enumerate(held)}
     return sorted(left_out, key=order.__getitem__), sorted(below + beside, key=order.__getitem__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import math
@@ -18,16 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from gm_probe.checks import whole
+from gm_probe.checks import real, whole
 from gm_probe.data.fields import Inputs, arguments
-from gm_probe.errors import UsageError, first_line, out_of_memory, printable
+from gm_probe.errors import NotInstalledError, UsageError, foreign_or, needs, out_of_memory, start_of
 from gm_probe.models import huggingface
 from gm_probe.models.contrastive import Contrastive, as_encoder, projector
-from gm_probe.models.door import Outputs
+from gm_probe.models.door import Outputs, unwrapped
 from gm_probe.models.names import BUILT_IN, FAMILIES, LONGEST, is_user_code, no_model, require_model_name
-from gm_probe.models.networks import WideResNet, cnn6, mixer, mlp, resnet, vit
+from gm_probe.models.networks import WideResNet, cnn6, mlp, resnet
 from gm_probe.runtime.randomness import generators_kept
 
 MODELS = {
@@ -46,12 +44,12 @@ _NO_KEYWORDS = re.compile(
 )
 """What keywords of a builder are called that read files, download, or are given in another way."""
 _MOST = 4096
-"""Beyond every keyword's number that a network needs: a depth, say, takes time whatever the weights."""
+"""The largest number of a keyword: a depth, for instance, takes time whatever the weights."""
 WIDEST = 10**9
-"""Beyond all memory; what is wider still is beyond torch's integers."""
+"""The largest width: more fits into no memory, and still more exceeds torch's integers."""
 
 DIMENSIONS = 10
-"""Of an example; no network has more."""
+"""The most dimensions of an example, plus one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ class ModelSpec:
         return is_user_code(self.name)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the spec as a JSON object."""
         fields = {**asdict(self), "input_shape": list(self.input_shape)}
         if self.temperature is None:
             del fields["temperature"]
@@ -84,39 +82,22 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ModelSpec:
-        """Raises KeyError, TypeError, ValueError or OverflowError on a broken record."""
-        name = str(value["name"])  # of what is no mapping, a TypeError
+        """Raises KeyError, TypeError, ValueError, OverflowError or UsageError on a broken record."""
+        name, shape, temperature = str(value["name"]), value["input_shape"], value.get("temperature")
         if len(name) > LONGEST:
             raise ValueError(f"a model name of {len(name):,} characters")
-        temperature = value.get("temperature")
-        spec = cls(
-            name,
-            tuple(_recorded_size(n) for n in value["input_shape"]),
-            _recorded_size(value["num_classes"]),
-            None if temperature is None else float(temperature),
-        )
-        sizes = (spec.num_classes, *spec.input_shape)
-        if len(sizes) > DIMENSIONS:
-            raise ValueError(f"an input_shape of {len(spec.input_shape):,} dimensions")
-        if min(sizes) < 1 or max(spec.num_classes, math.prod(spec.input_shape)) > WIDEST:
-            raise ValueError(
-                f"input_shape {spec.input_shape} and num_classes {spec.num_classes} must be positive, and no more than "
-                f"{WIDEST:,}"
-            )
-        if temperature is not None and not 0 < float(temperature) < math.inf:
-            raise ValueError(f"temperature {temperature} must be positive")
-        return spec
-
-
-def _recorded_size(value: Any) -> int:
-    """Return ``value`` as a record has a size; a text or a fraction is refused, not converted."""
-    if type(value) is not int:
-        raise TypeError(f"{value!r:.40} is not a whole number")
-    return value
+        if not isinstance(shape, list) or not len(shape) < DIMENSIONS:
+            raise ValueError(f"input_shape is not a list of fewer than {DIMENSIONS} sizes")
+        sizes = [whole("input_shape", size, 1, WIDEST) for size in shape]
+        whole("the product of input_shape", math.prod(sizes), 1, WIDEST)
+        classes = whole("num_classes", value["num_classes"], 1, WIDEST)
+        if temperature is not None:
+            temperature = real("temperature", temperature, above=0)
+        return cls(name, tuple(sizes), classes, temperature)
 
 
 def initial_model(spec: ModelSpec, seed: int) -> nn.Module:
-    """``spec`` with the weights that a run of this seed starts from; the global generator is left alone."""
+    """Return ``spec`` with the weights that a run of this seed starts from; the global generator is left alone."""
     with generators_kept():
         torch.manual_seed(seed)
         return build_model(spec)
@@ -128,7 +109,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     Raises:
         UsageError: no such model, a size that is no whole number above 0, or it does not take this input.
     """
-    if not spec.is_user_code or spec.temperature is not None:  # which builds what it will
+    if not spec.is_user_code or spec.temperature is not None:  # a user's own code decides itself
         whole("num_classes", spec.num_classes)
     for size in spec.input_shape:
         whole("input_shape", size)
@@ -139,7 +120,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
 
 
 def builder(name: str) -> Callable[[ModelSpec], nn.Module]:
-    """What builds the model ``name``; until it is called nothing is built, and no code of the user's runs.
+    """Return what builds the model ``name``; until it is called nothing is built, and no code of the user's runs.
 
     Raises:
         UsageError: no such model.
@@ -174,7 +155,7 @@ def check_configured(name: str) -> None:
 
 
 def _with_keywords(name: str) -> tuple[str, dict[str, Any]]:
-    """The network in 'torchvision:NAME,KEYWORD=VALUE,...', and the keywords for its builder.
+    """Return the network in 'torchvision:NAME,KEYWORD=VALUE,...', and the keywords for its builder.
 
     Raises:
         UsageError: a keyword that is none, is given twice, or may not be passed.
@@ -194,7 +175,7 @@ def _with_keywords(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(name: str, one: str, text: str) -> Any:
-    """A truth value, a number or a word."""
+    """Return ``text`` as a truth value, a number or a word."""
     if text.lower() in {"true", "false"}:
         return text.lower() == "true"
     for kind in (int, float):
@@ -211,17 +192,13 @@ def _value(name: str, one: str, text: str) -> Any:
 def num_parameters(
     name: str, input_shape: tuple[int, ...] = (3, 32, 32), num_classes: int = 10
 ) -> int | None:
-    """Parameters of a built-in model, found without allocating it; None where its library is not installed."""
+    """Return the size of a built-in model without allocating it; None where its library is not installed."""
     try:
         with torch.device("meta"):
             model = build_model(ModelSpec(name, input_shape, num_classes))
-    except _NotInstalledError:
+    except NotInstalledError:
         return None
     return sum(p.numel() for p in model.parameters())
-
-
-class _NotInstalledError(UsageError):
-    """A model's library is missing."""
 
 
 def _image_shape(spec: ModelSpec) -> tuple[int, int, int]:
@@ -264,31 +241,30 @@ def _resnet(match: re.Match[str], spec: ModelSpec) -> nn.Module:
 
 
 def _vit(match: re.Match[str], spec: ModelSpec) -> nn.Module:
-    embedding, heads, depth = {"micro": (64, 4, 6), "tiny": (192, 3, 12), "s": (384, 6, 12)}[match[1]]
-    return _patched(vit, spec, int(match[2]), embedding=embedding, heads=heads, depth=depth)
+    """Build timm's ViT (Dosovitskiy et al. 2021): class token, learned positions, MLP of 4 times the width."""
+    width, heads, depth = {"micro": (64, 4, 6), "tiny": (192, 3, 12), "s": (384, 6, 12)}[match[1]]
+    sizes = {"embed_dim": width, "num_heads": heads, "depth": depth}
+    return _patched("vision_transformer", "VisionTransformer", spec, int(match[2]), **sizes)
 
 
 def _mixer(match: re.Match[str], spec: ModelSpec) -> nn.Module:
-    embedding, blocks = (64, 4) if match[1] else (256, 10)
-    return _patched(mixer, spec, int(match[2]), embedding=embedding, blocks=blocks)
+    """Build timm's MLP-Mixer (Tolstikhin et al. 2021): token MLPs of half, channel MLPs of 4 times the width."""
+    width, blocks = (64, 4) if match[1] else (256, 10)
+    return _patched("mlp_mixer", "MlpMixer", spec, int(match[2]), embed_dim=width, num_blocks=blocks)
 
 
-def _patched(network: Callable[..., nn.Module], spec: ModelSpec, patch: int, **options: int) -> nn.Module:
-    """A network of timm's that cuts images into patches of ``patch`` × ``patch`` pixels."""
+def _patched(module: str, network: str, spec: ModelSpec, patch: int, **sizes: int) -> nn.Module:
+    """Build a network of timm's that cuts images into patches of ``patch`` × ``patch`` pixels."""
     channels, height, width = _image_shape(spec)
     if patch < 1 or height % patch or width % patch:
         raise UsageError(
             f"{spec.name} cuts images into patches of {patch}×{patch} pixels, and {width}×{height} is not "
             "a multiple of that. Choose another patch size, or resize with --image-size"
         )
-    try:
-        return network(channels, height, width, spec.num_classes, patch=patch, **options)
-    except ImportError as error:
-        raise _timm_missing(spec.name) from error
-
-
-def _timm_missing(name: str) -> UsageError:
-    return _NotInstalledError(f"{name} needs timm, which is not installed; pip install 'gm_probe[timm]'")
+    with needs(spec.name, "timm", "timm"):
+        kind = getattr(importlib.import_module(f"timm.models.{module}"), network)
+    classes = spec.num_classes
+    return kind(img_size=(height, width), patch_size=patch, in_chans=channels, num_classes=classes, **sizes)
 
 
 _FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = dict(
@@ -297,62 +273,44 @@ _FAMILIES: dict[str, Callable[[re.Match[str], ModelSpec], nn.Module]] = dict(
 
 
 def _torchvision_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:
-    # imported here: torchvision takes a second or two, and only its own models need it
-    import torchvision
-
-    available = torchvision.models.list_models(module=torchvision.models)
-    if name not in available:
-        close = difflib.get_close_matches(name, available, n=3)
-        raise UsageError(f"torchvision has no classifier {name!r}; nearest: {', '.join(close) or 'none'}")
-
     def build(spec: ModelSpec) -> nn.Module:
+        # imported here: torchvision takes a second or two, and only its own models need it
+        from torchvision.models import get_model
+
         if len(spec.input_shape) != 3 or spec.input_shape[0] != 3:
             raise UsageError(
                 f"torchvision:{name} takes RGB images (3, H, W), not examples of shape {spec.input_shape}"
             )
         # auxiliary heads run in training alone, where nothing reads them
         heads = {"aux_logits": False, "init_weights": True} if name in INPUTS_CHANGED else {}
-        options = {**heads, **keywords, "num_classes": spec.num_classes}
-        with _building(f"torchvision:{name}", keywords):
-            return torchvision.models.get_model(name, weights=None, **options)
+        with foreign_or(_not_built(f"torchvision:{name}", keywords)):
+            return get_model(name, weights=None, **heads, **keywords, num_classes=spec.num_classes)
 
     return build
 
 
-@contextmanager
-def _building(name: str, keywords: Mapping[str, Any]) -> Iterator[None]:
-    """Blame the ``keywords``, where there are any, for an error of a library's builder."""
-    try:
-        yield
-    except Exception as error:
-        if not keywords or out_of_memory(error):
-            raise
-        raise UsageError(
-            f"{name} cannot be built with {', '.join(keywords)}: {printable(first_line(error))[:200]}"
-        ) from error
+def _not_built(name: str, keywords: Mapping[str, Any]) -> Callable[[str], UsageError]:
+    """Return what makes the error of a library's builder from its cause."""
+    given = f" with {', '.join(keywords)}" if keywords else ""
+    return lambda cause: UsageError(f"{name} cannot be built{given}: {start_of(cause, 200)}")
 
 
 def _timm_model(name: str, keywords: Mapping[str, Any]) -> Callable[[ModelSpec], nn.Module]:
-    if ":" in name:  # hf-hub: and local-dir: are timm's ways to others' files
+    if ":" in name:  # with hf-hub: and local-dir: timm would read other people's files
         raise UsageError(
             f"no model 'timm:{name}'; timm's own models are given as timm:NAME, and others by your own "
             "code as file.py:callable"
         )
-    try:
+    with needs(f"timm:{name}", "timm", "timm"):
         import timm
-    except ImportError as error:
-        raise _timm_missing(f"timm:{name}") from error
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UsageError(f"timm has no model {name!r}; nearest: {', '.join(close) or 'none'}")
 
     def build(spec: ModelSpec) -> nn.Module:
         options = {"num_classes": spec.num_classes, "in_chans": spec.input_shape[0], **keywords}
-        try:
-            return timm.create_model(name, pretrained=False, **{"img_size": spec.input_shape[-1], **options})
-        except TypeError:  # convolutional networks take any size and know no img_size
-            with _building(f"timm:{name}", keywords):
-                return timm.create_model(name, pretrained=False, **options)
+        with foreign_or(_not_built(f"timm:{name}", keywords)):
+            try:
+                return timm.create_model(name, **{"img_size": spec.input_shape[-1], **options})
+            except TypeError:  # convolutional networks have no img_size
+                return timm.create_model(name, **options)
 
     return build
 
@@ -367,25 +325,13 @@ def _user_model(name: str) -> Callable[[ModelSpec], nn.Module]:
         try:
             with _found_last(Path.cwd() if file is None else file.resolve().parent):
                 module = importlib.import_module(location) if file is None else _module_of(file)
-                model = getattr(module, attribute)()
-        except (Exception, SystemExit) as error:  # whatever a user's own code raises
+                model: nn.Module = getattr(module, attribute)()
+            unwrapped(model)  # which raises where it cannot run with perturbed weights
+        except (Exception, SystemExit) as error:  # a user's own code may raise anything
             if out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split())
-            raise UsageError(f"--model {name}: {type(error).__name__}: {reason}") from error
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"--model {name} returned {type(model).__name__}, not an nn.Module")
-        if isinstance(model, torch.jit.ScriptModule):
-            raise UsageError(
-                f"--model {name} returned a scripted module, which cannot run with perturbed weights. "
-                "Return its source module"
-            )
-        lazy = [key for key, p in model.named_parameters() if is_lazy(p)]
-        if lazy:
-            raise UsageError(
-                f"--model {name}: parameter {lazy[0]!r} is lazy. Run the network on one example before "
-                "returning it"
-            )
+            kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+            raise UsageError(f"--model {name}: {kind}{' '.join(str(error).split())}") from error
         return model
 
     return build

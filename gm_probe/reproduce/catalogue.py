@@ -1,14 +1,13 @@
-"""What can be reproduced: one TOML file a table or figure, in ``recipes/paper``. Imports no torch.
+"""What can be reproduced: one TOML file per table or figure, in ``recipes/paper``. Imports no torch.
 
 ::
 
     title, claim, published  what it is, what the paper says, and which of the paper's own numbers survive
-    also                     further names of the paper's that this command gives
-    default                  the scale that is taken unless told, where there is no small one
-    study                    the function that does it (``run.STUDIES``)
+    also                     further tables and figures of the paper that this study gives
+    default                  the default scale, where there is no small one
+    study                    the module here whose function ``study`` does it
     [settings]               its arguments, at every scale
-    [smoke] [small] [paper]  ``cost``, a ``note`` for the page, and arguments that differ at this scale; ``data`` keeps
-                             what is ``published``
+    [smoke] [small] [paper]  ``cost``, a ``note`` for the page, and arguments that differ at this scale
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import read_toml
 
 SCALES = ("smoke", "small", "paper")
-"""What tests run; what two cores finish in minutes to an hour; the paper's own setting."""
+"""smoke is for tests, small takes two cores minutes to an hour, paper is the paper's own setting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +51,14 @@ class Recipe:
 
     @property
     def default(self) -> str:
-        """``small``; ``paper`` where that is cheap enough; UsageError where it takes a GPU, and is to be asked for."""
+        """Return ``small``, or ``paper`` where that is cheap enough; UsageError where it takes a GPU."""
         if not self.chosen:
             costs = " or ".join(f"--scale {scale} ({cost})" for scale, cost in self.costs.items())
             raise UsageError(f"{self.name} has no small scale. Choose {costs}")
         return self.chosen
 
     def at(self, scale: str) -> Mapping[str, Any]:
-        """The settings of ``scale``; UsageError where it has none."""
+        """Return the settings of ``scale``; UsageError where it has none."""
         if scale not in self.settings:
             raise UsageError(f"{self.name} has no scale {scale!r}; it has {', '.join(self.scales)}")
         return self.settings[scale]
@@ -67,7 +66,7 @@ class Recipe:
 
 @cache
 def recipes() -> Mapping[str, Recipe]:
-    """Every recipe by name, numbers as numbers."""
+    """Return every recipe by name, in natural order."""
     folder = resources.files("gm_probe") / "recipes" / "paper"
     found = {}
     for entry in folder.iterdir():
@@ -78,7 +77,7 @@ def recipes() -> Mapping[str, Recipe]:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of this name, or that gives it too; UsageError where there is none."""
+    """Return the recipe of this name, or the one that also gives it; UsageError where there is none."""
     names = {other: entry for entry in recipes().values() for other in (entry.name, *entry.also)}
     if name not in names:
         hint = did_you_mean(name, names, "`gmprobe reproduce --list` lists them")
@@ -104,10 +103,10 @@ def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
 
 
 def _with_numbers(place: Mapping[str, Any], numbers: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A data set with what the paper published of the one that bears its label."""
+    """Return a data set with the numbers that the paper published for its label."""
     return {"published": numbers[place["label"]], **place} if place["label"] in numbers else place
 
 
 def _natural(name: str) -> list[str | int]:
-    """fig2 before fig11."""
+    """Sort fig2 before fig11."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -15,7 +15,7 @@ from gm_probe.analysis.typeset import two_decimals
 
 Outcome = Literal["shows", "shows in part", "shows the opposite", "does not show", "cannot be told"]
 LEAST = 3
-"""Points that a slope is fitted to."""
+"""Least number of points for a slope."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def parts_of(table: pd.DataFrame, test: Mapping[str, Any]) -> Iterator[Part]:
 
     - ``value``, ``unit``: a mean over units (a row's mean where it has several rows) lies ``above`` (0) or ``below`` a
       bound, by its 99 % interval;
-    - ``slope`` = [y, x], ``unit``: the mean slope of log y by log x is positive, likewise; a slope a unit;
+    - ``slope`` = [y, x], ``unit``: the mean slope of log y by log x is positive, likewise; a slope per unit;
     - ``tau`` = [y, x]: Kendall's τ is positive, by its 95 % interval;
     - ``value``, ``within`` = [low, high]: every row's value, or its ``median``, lies there.
     """
@@ -69,7 +69,7 @@ def _by_unit(mine: pd.DataFrame, test: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def column(table: pd.DataFrame, expression: str) -> pd.Series:
-    """Return ``expression`` of the columns of ``table``, a value a row."""
+    """Return ``expression`` of the columns of ``table``, a value per row."""
     found: Any = table.eval(expression)
     return pd.Series(found)
 

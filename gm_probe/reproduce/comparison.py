@@ -13,11 +13,11 @@ import pandas as pd
 
 from gm_probe.analysis.intervals import mean_interval
 from gm_probe.reproduce.claims import bonferroni
-from gm_probe.runs.records import read_metrics, read_run
+from gm_probe.runs.records import RunRecord, read_metrics, read_run
 from gm_probe.training.config import TrainConfig
 
 RISE = "error_rise"
-"""How far the error has come up again from its least over epochs to its end."""
+"""Column of the rise of the error from its least over epochs to its end."""
 SHOWN = ("method", "lr", "rho", "beta", "k_steps", "m", "seed", "epochs")
 
 
@@ -33,51 +33,50 @@ class Arm:
 
     @property
     def error(self) -> str:
-        """The summary's key of the error on the test part: of a SimCLR encoder, its linear probe's."""
+        """Return the summary's key of the test error; for a SimCLR encoder, its linear probe's."""
         return "probe_test_error" if self.config.trains_encoder else "test_error"
 
     @cached_property
+    def records(self) -> list[RunRecord]:
+        return [read_run(path) for path in self.runs]
+
+    @cached_property
+    def metrics(self) -> list[list[dict[str, Any]]]:
+        """Return the epochs of every run."""
+        return [list(read_metrics(path)) for path in self.runs]
+
+    @cached_property
     def epochs(self) -> pd.DataFrame:
-        """A row an epoch of every run that finished."""
+        """Return one row per epoch of every run that finished."""
         return self._table(
             {"run": number, **row}
-            for number, path in enumerate(self.runs)
-            if read_run(path).status == "finished"
-            for row in read_metrics(path)
+            for number, rows in enumerate(self.metrics)
+            if self.records[number].status == "finished"
+            for row in rows
         )
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """S_ρ of every run at its end, a row for each K that it was measured with; empty where there was no grid."""
-        return self._table(
-            cell
-            for path in self.runs
-            for cell in read_run(path).measures.get("local_inconsistency", {}).get("grid", ())
-        )
+        """Return S_ρ of every run at its end, one row per K that it was measured with; empty without a grid."""
+        grids = (record.measures.get("local_inconsistency", {}).get("grid", ()) for record in self.records)
+        return self._table(cell for grid in grids for cell in grid)
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row a run: its settings, its status and what it came to, NaN where it did not finish."""
+        """Return one row per run: its settings, its status and its results, NaN where it did not finish."""
         rows = []
-        for number, path in enumerate(self.runs):
-            record = read_run(path)
-            found = record.summary | {name: row["value"] for name, row in record.measures.items()}
-            track = {
-                row["epoch"]: row["local_inconsistency"]
-                for row in read_metrics(path)
-                if "local_inconsistency" in row
-            }
-            found.setdefault("local_inconsistency", track.get(self.config.epochs))
-            if record.status != "finished":
-                found = {"status": record.status}
-            settings = {key: record.config.get(key) for key in SHOWN}
-            rows.append({"run": number, **settings, **found})
+        for number, record in enumerate(self.records):
+            found: dict[str, Any] = {"status": record.status}
+            if record.status == "finished":
+                found = record.summary | {name: row["value"] for name, row in record.measures.items()}
+                tracked = {row["epoch"]: row.get("local_inconsistency") for row in self.metrics[number]}
+                found.setdefault("local_inconsistency", tracked.get(self.config.epochs))
+            rows.append({"run": number, **{key: record.config.get(key) for key in SHOWN}, **found})
         table = self._table(rows)
         for key in (self.error, f"{self.error}_min"):
             table[key] = table.get(key, pd.Series(dtype=float)).astype(float)
-        table["line"] = self.config.method.upper() + (
-            ", one-sided" if self.config.kl_grad == "perturbed" else ""
-        )
+        side = ", one-sided" if self.config.kl_grad == "perturbed" else ""
+        table["line"] = f"{self.config.method.upper()}{side}"
         table["share"] = table.m.fillna(self.config.batch_size)
         return table.assign(error=table[self.error], **{RISE: table[self.error] - table[f"{self.error}_min"]})
 
@@ -85,11 +84,11 @@ class Arm:
         return pd.DataFrame(rows).assign(data=self.data, variant=self.label)
 
     def values(self, key: str) -> np.ndarray:
-        """``key`` of every run (n,), NaN without a result."""
+        """Return ``key`` of every run (n,), NaN without a result."""
         return self.table.get(key, pd.Series(np.nan, self.table.index)).to_numpy(float)
 
     def means_along(self, key: str) -> np.ndarray:
-        """Every run's mean of ``key`` over the epochs from its first value to its last (n,): the area by its width.
+        """Return every run's mean of ``key`` (n,) from its first epoch to its last: the area by its width.
 
         NaN of a run that did not finish, or has no two.
         """
@@ -102,13 +101,9 @@ class Arm:
 
     @property
     def epoch_seconds(self) -> float:
-        """The fastest epoch's of all runs: what slows a machine down now and then is not in it."""
-        return float(
-            min(
-                (row["seconds"] for path in self.runs for row in read_metrics(path) if "seconds" in row),
-                default=np.nan,
-            )
-        )
+        """Return the fastest epoch's seconds over all runs, which other load on the machine does not change."""
+        seconds = (row["seconds"] for rows in self.metrics for row in rows if "seconds" in row)
+        return float(min(seconds, default=np.nan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +120,7 @@ class Comparison:
         return list(dict.fromkeys(arm.data for arm in self.arms))
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """All runs, their epochs and what was measured by K, for pictures."""
+        """Return all runs, their epochs and what was measured by K, for pictures."""
         kinds = ("table", "epochs", "cells")
         return {kind: pd.concat([getattr(arm, kind) for arm in self.arms]) for kind in kinds}
 
@@ -154,7 +149,7 @@ class Difference:
 
     @cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the better and the worse variant came to, by seed (n,); NaN without a result: mostly it diverged."""
+        """Return the results of the better and the worse variant by seed (n,); NaN without a result."""
         better, worse = self._values(self.test)
         if "beyond" in self.test:
             a, b = self._values(self.test["beyond"])
@@ -167,18 +162,18 @@ class Difference:
 
     @property
     def differences(self) -> np.ndarray:
-        """worse − better of every seed where both ended, so that > 0 is what the claim says."""
+        """Return worse − better of every seed where both finished; above 0 is what the claim says."""
         found = self.pairs[1] - self.pairs[0]
         return found[np.isfinite(found)]
 
     @property
     def lost(self) -> dict[str, int]:
-        """Seeds in which the ``better`` variant alone has no result, and those in which the ``worse`` one has none."""
+        """Count the seeds in which only the ``better`` or only the ``worse`` variant has no result."""
         better, worse = map(np.isnan, self.pairs)
         return {"better": int((better & ~worse).sum()), "worse": int((worse & ~better).sum())}
 
     def interval(self, level: float = 0.95) -> tuple[float, float] | None:
-        """None where the seeds are too few, or all alike, to tell an error."""
+        """Return the interval of the mean difference; None where the seeds are too few or all alike."""
         if len(self.differences) < 2 or np.ptp(self.differences) == 0:
             return None
         _, low, high = mean_interval(self.differences, level)
@@ -186,7 +181,7 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 where it goes as the claim says, −1 where the other way, 0 where neither can be told.
+        """Return 1 where the difference is as the claim says, −1 where it is the opposite, 0 where neither is clear.
 
         The interval of 1 − 5 % / ``family`` decides in both directions (Bonferroni). A seed in which one variant alone
         has no result is in no interval, and speaks against that variant: no sign favours it.
@@ -198,16 +193,14 @@ class Difference:
 
     @property
     def compared(self) -> str:
-        """What, in words."""
+        """Return in words what is compared."""
         held_out = self.found.arm(self.data, self.test["better"]).config.validation is not None
         own = "validation" if held_out else "test"
-        part = next((name for name in ("train", "probe") if self.key.startswith(name)), own).replace(
-            "train", "training"
-        )
+        part = {"train": "training", "probe": "probe"}.get(self.key.partition("_")[0], own)
         known = {"local_inconsistency": "S_ρ", "running_nt_xent": "NT-Xent of training"}
         name = known.get(self.key, f"{part} error")
         if self.key == RISE:
-            return f"rise of the {part} error from its least over epochs to its end"
+            return f"rise of the {name} from its least over epochs to its end"
         if "along" in self.test:
             return f"mean {name} over training"
         if self.key in known:
@@ -231,14 +224,14 @@ class Difference:
 
 
 def _signed(value: float) -> str:
-    """Three digits with the sign that print has, none before 0."""
+    """Return three digits with a typographic sign, none before 0."""
     return f"{value:+.3g}".replace("-", "−") if value else "0"
 
 
 def text_of(
     results: Sequence[Difference], others: Sequence[Difference], untested: str, split_by_seed: bool
 ) -> str:
-    """The test, every difference by what is compared, how many go which way, and what is left."""
+    """Describe the test, every difference by what is compared, how many go which way, and what is not tested."""
     shared = (
         "same start and order of batches, same split and labels, which each seed draws anew"
         if split_by_seed

@@ -18,19 +18,20 @@ from gm_probe.reproduce.claims import column
 PAGE = 6.7  # inches that a page's width takes
 
 
+@mpl.rc_context(STYLE)
 def panels(count: int, columns: int, height: float = 2.2) -> tuple[Figure, list[Axes]]:
-    """``count`` lettered panels, so many side by side, each row ``height`` inches high."""
+    """Return a figure with ``count`` lettered panels, so many side by side, each row ``height`` inches high."""
     rows = -(-count // columns)
-    with mpl.rc_context(STYLE):
-        figure = new_figure(PAGE * min(1.0, (1 + columns) / 3), height * rows)
-        found = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
-        for axes in found[count:]:
-            axes.remove()
-        for index, axes in enumerate(found[:count] if count > 1 else ()):
-            axes.set_title(f"({chr(ord('a') + index)})", loc="left")
+    figure = new_figure(PAGE * min(1.0, (1 + columns) / 3), height * rows)
+    found = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
+    for axes in found[count:]:
+        axes.remove()
+    for index, axes in enumerate(found[:count] if count > 1 else ()):
+        axes.set_title(f"({chr(ord('a') + index)})", loc="left")
     return figure, found[:count]
 
 
+@mpl.rc_context(STYLE)
 def draw(tables: Mapping[str, pd.DataFrame], specs: Sequence[Mapping[str, Any]], columns: int) -> Figure:
     """Return the figure of the panels ``specs``, which have
 
@@ -40,10 +41,9 @@ def draw(tables: Mapping[str, pd.DataFrame], specs: Sequence[Mapping[str, Any]],
     - ``xlabel``, ``ylabel``, ``title``; ``log``: x, y or xy; ``level``: y of a thin line.
     """
     figure, found = panels(len(specs), columns)
-    with mpl.rc_context(STYLE):
-        for axes, spec in zip(found, specs, strict=True):
-            _panel(axes, tables[spec.get("of", next(iter(tables)))], spec)
-            axes.legend(frameon=False, fontsize=7)
+    for axes, spec in zip(found, specs, strict=True):
+        _panel(axes, tables[spec.get("of", next(iter(tables)))], spec)
+        axes.legend(frameon=False, fontsize=7)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""What a study found, and the folder that it is written into."""
+"""A study's task, the runs that it trains, what it found, and the folder that this is written into."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from matplotlib.figure import Figure
 from gm_probe.analysis.plots import write_figure
 from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown, plain_sheet
 from gm_probe.errors import UsageError
+from gm_probe.executors.local import Outcome as RunOutcome
 from gm_probe.files.atomic import remove_temporary, write_atomic, write_json
 from gm_probe.files.locks import exclusive
 from gm_probe.reproduce.catalogue import Recipe, recipe
 from gm_probe.reproduce.claims import Outcome
 from gm_probe.runtime.devices import environment, pick_device
+from gm_probe.sweep.manifest import write_sweep
+from gm_probe.sweep.recipe import Recipe as SweepRecipe
+from gm_probe.sweep.runner import run_recipe
+from gm_probe.sweep.tuning import require_success
 
 RESULT = "result.json"
 
@@ -52,7 +57,7 @@ class Task:
 
     @property
     def place(self) -> dict[str, Any]:
-        """Where runs take their data from and are computed, as settings of training."""
+        """Return where runs take their data from and are computed, as settings of training."""
         given = {"data": self.data, "data_root": self.data_root, "download": self.download or None}
         return {"device": self.device} | {key: value for key, value in given.items() if value is not None}
 
@@ -79,7 +84,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """A sentence of the outcome, of no more than was tested."""
+        """Return the outcome as a sentence that claims no more than was tested."""
         of = "what was tested of the claim" if self.untested else "the claim"
         if self.outcome == "cannot be told":
             return f"Whether {of} holds cannot be decided at this scale."
@@ -111,6 +116,27 @@ def reproduce(task: Task) -> tuple[Finding, list[Path]]:
         began = time.perf_counter()
         found = study_of(chosen.study)(task, **settings)
         return found, write(found, chosen, task, machine, time.perf_counter() - began)
+
+
+def trained(recipe: SweepRecipe, folder: Path, task: Task) -> Path:
+    """Train and measure every run of ``recipe`` below ``folder``, which is returned; complete runs are kept.
+
+    Raises:
+        ProbeError: a run failed; the next call tries it again. A run that diverged is a result.
+    """
+    done = 0
+
+    def notify(outcome: RunOutcome) -> None:
+        nonlocal done
+        done += 1
+        if outcome.status != "skipped":
+            reason = f": {outcome.reason}" if outcome.reason else ""
+            task.notify(f"[{done}/{len(recipe.runs)}] {outcome.name} {outcome.status}{reason}")
+
+    write_sweep(recipe, folder)
+    outcomes = run_recipe(recipe, folder, jobs=task.jobs, notify=notify)
+    require_success(outcomes)
+    return folder
 
 
 def write(
@@ -147,7 +173,7 @@ def write(
 
 
 def frame_sheet(name: str, title: str, caption: str, frame: pd.DataFrame, num_labels: int = 1) -> Sheet:
-    """``frame`` as a table, numbers to three digits."""
+    """Return ``frame`` as a table, numbers to three digits."""
     body = [
         [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)
     ]
@@ -166,7 +192,7 @@ def _page(
     command = shlex.join(["gmprobe", "reproduce", task.name, "--scale", task.scale, *only, *data])
     trained = finding.rows.get(
         "train_seconds", pd.Series(dtype=float)
-    ).sum()  # this call may have found every run
+    ).sum()  # this call may have found every run complete
     spent = f"the runs of its table trained for {trained:,.0f} s, " if trained else ""
     blocks = [
         f"# {escape_markdown(recipe.title)}",

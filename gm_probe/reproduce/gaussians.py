@@ -32,7 +32,7 @@ class Mixture:
 
     @classmethod
     def draw(cls, per_class: int, spread: float, seed: int, *, flipped: float = 0.0) -> Mixture:
-        """``per_class`` points each about the corners of an equilateral triangle at distance 2 from the origin.
+        """Draw ``per_class`` points each about the corners of an equilateral triangle at distance 2 from the origin.
 
         Args:
             spread: standard deviation.
@@ -59,7 +59,7 @@ class Network:
         self.size = self.parameters.size
 
     def train(self, at: Iterable[int], lr: float, momentum: float) -> Iterator[int]:
-        """Full-batch gradient descent; yields after each number of steps in ``at``, ascending."""
+        """Train by full-batch gradient descent, and yield after each number of steps in ``at``, ascending."""
         optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)
         done = 0
         for step in at:
@@ -71,18 +71,18 @@ class Network:
             yield step
 
     def trained(self, steps: int, lr: float, momentum: float) -> Network:
-        """Itself, after training."""
+        """Train, and return the network itself."""
         for _ in self.train([steps], lr, momentum):
             pass
         return self
 
     @property
     def theta(self) -> Tensor:
-        """(P,) the parameters now."""
+        """Return the parameters (P,) now."""
         return self.parameters.join(self.parameters.values().values())
 
     def logits(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
-        """(B, C) at θ + ``offset`` (P,)."""
+        """Return logits (B, C) at θ + ``offset`` (P,)."""
         moved = self.theta if offset is None else self.theta + offset
         return self._at(moved, x).detach()
 
@@ -99,12 +99,12 @@ class Network:
 
     @property
     def divergence(self) -> Divergence:
-        """What Algorithm 1 climbs: δ ↦ mean KL(f_θ ‖ f_{θ+δ}) over the mixture, labels unread."""
+        """Return what Algorithm 1 climbs: δ ↦ mean KL(f_θ ‖ f_{θ+δ}) over the mixture, without labels."""
         batches = Batches.from_tensors(self.mixture.x, batch_size=len(self.mixture.x))
         return Divergence(self.parameters, batches, self.logits(self.mixture.x), Work(len(self.mixture.x)))
 
     def fisher(self) -> Tensor:
-        """F (P, P) from every example's whole Jacobian: shares no code with ``curvature.operators``."""
+        """Return F (P, P) from every example's whole Jacobian; it shares no code with ``curvature.operators``."""
         x, theta = self.mixture.x, self.theta
         jacobian = vmap(lambda one: jacrev(lambda t: self._at(t, one[None])[0])(theta))(x)  # (N, C, P)
         p = self.logits(x).softmax(1)
@@ -113,7 +113,7 @@ class Network:
         return rows.T @ rows / len(x)
 
     def hessian(self) -> Tensor:
-        """H (P, P) of the mean cross-entropy with the mixture's labels."""
+        """Return H (P, P) of the mean cross-entropy with the mixture's labels."""
         x, y = self.mixture.x, self.mixture.y
 
         def loss(theta: Tensor) -> Tensor:
@@ -126,11 +126,11 @@ class Network:
 def trained_network(
     *, per_class: int, spread: float, width: int, steps: int, lr: float, momentum: float, seed: int
 ) -> Network:
-    """A network after ``steps`` of training on a mixture of its own."""
+    """Return a network after ``steps`` of training on a mixture of its own."""
     return Network(Mixture.draw(per_class, spread, seed), width, seed).trained(steps, lr, momentum)
 
 
 def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (P,) of a symmetric ``matrix``, largest first, and their unit vectors (P, P) as columns."""
+    """Return eigenvalues (P,) of a symmetric ``matrix``, largest first, and their unit vectors (P, P) as columns."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0), vectors.flip(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -16,8 +17,7 @@ from gm_probe.measures.settings import Settings
 from gm_probe.reproduce.claims import claim_outcome
 from gm_probe.reproduce.comparison import SHOWN, Arm, Comparison, Difference, text_of
 from gm_probe.reproduce.drawing import draw
-from gm_probe.reproduce.finding import Finding, Task
-from gm_probe.reproduce.training import trained
+from gm_probe.reproduce.finding import Finding, Task, trained
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.sweep.tuning import NOTHING, VALIDATION
 from gm_probe.training.config import TrainConfig
@@ -47,34 +47,25 @@ def study(
         variants: ``label``, settings that differ and, where it is tuned, ``points``: a list of more settings, of which
             those of the least error on a part of the training part are taken, a tenth unless ``tuning`` has another
             ``validation`` share. ``lr_of`` names a variant before it whose learning rate, once tuned, it takes. A
-            ``grid`` makes one variant a point.
+            ``grid`` makes one variant per point.
         data: ``label``, settings of its own, and by a variant's label what the paper ``published`` and settings for it
             ``of``; ``seeds``, where it has not as many as the others.
         tests, beside: what the claim says (``comparison.Difference``); further differences, which decide nothing.
-        untested: what the claim says that no test covers.
-        picture: what errors are drawn by: a key of ``PICTURES``.
+        untested, picture: what the claim says that no test covers; what errors are drawn by, a key of ``PICTURES``.
         measure: settings of S_ρ, taken of every run at its end.
         split_by_seed: each seed also draws its own split and labels, the same ones for all variants, so that intervals
             over seeds are over these too; else all runs share those of ``split_seed``. Tuning is on seed 0's.
         tuning: settings that runs of tuning differ by, such as fewer ``epochs``.
     """
-    labels = [place["label"] for place in data]
-    if task.only is not None and task.only not in labels:
-        raise UsageError(f"--only {task.only!r} is none of its data sets; {did_you_mean(task.only, labels)}")
-    data = [place for place in data if task.only in {None, place["label"]}]
-    source = _source(task, base, data)
+    data = _chosen(task, base, data)
     variants = [each for variant in variants for each in _expanded(variant)]
-    # runs of tuning are judged at their end, on a part of the training part
+    # runs of tuning are judged at their end, on held-out training examples
     held_out = {"validation": VALIDATION, "eval_every": 0, "track_every": 0, **(tuning or {})}
     arms: list[Arm] = []
     tried: list[Sequence[str]] = []
     for place in data:
-        shared = {**base, **_without(place, "label", "published", "of", "seeds"), **source}
-        chosen: dict[str, TrainConfig] = {}
-        for variant in variants:
-            rate = {"lr": chosen[variant["lr_of"]].lr} if "lr_of" in variant else {}
-            chosen[variant["label"]], rows = _tuned(task, {**shared, **rate}, variant, place, held_out)
-            tried += rows
+        chosen, rows = _configurations(task, base, variants, place, held_out)
+        tried += rows
         arms += _arms(task, place, chosen, place.get("seeds", seeds), split_by_seed, _plan(measure))
     found = Comparison(tuple(arms))
     results, others = (
@@ -82,91 +73,122 @@ def study(
         for of in (tests, beside)
     )
     least = any(str(test.get("key", "")).endswith("_min") for test in tests)
+    tables, error = found.tables(), found.arms[0].error
+    reference = tests[0]["worse"] if tests else arms[0].label
     return Finding(
-        # a smoke's runs have hardly begun to learn: they try the code
+        # a smoke's runs have hardly begun to learn; they only try the code
         "cannot be told" if task.scale == "smoke" else claim_outcome([result.sign for result in results]),
         text_of(results, others, untested, split_by_seed),
-        _csv(found),
-        [
-            sheet(task.name, found, tests[0]["worse"] if tests else ""),
-            *_tuning_sheet(task.name, tried, held_out),
-        ],
-        draw(found.tables(), list(_panels(picture, found, least)), 2),
-        f"{PICTURES[picture]}; mean ± standard error over seeds.",
+        _csv(tables["table"], error),
+        [sheet(task.name, found, reference), *_tuning_sheet(task.name, tried, held_out)],
+        draw(tables, list(_panels(picture, tables, error, least)), 2),
+        f"{PICTURES[picture].caption}; mean ± standard error over seeds.",
         untested,
     )
 
 
-def _csv(found: Comparison) -> pd.DataFrame:
-    """A row a run."""
-    error = found.arms[0].error
+def _chosen(task: Task, base: Table, data: Sequence[Table]) -> list[Table]:
+    """Return the data sets that the task takes.
+
+    Raises:
+        UsageError: ``--only`` names none of them, or ``--data`` cannot replace all of them.
+    """
+    labels = [place["label"] for place in data]
+    if task.only is not None and task.only not in labels:
+        raise UsageError(f"--only {task.only!r} is none of its data sets; {did_you_mean(task.only, labels)}")
+    chosen = [place for place in data if task.only in {None, place["label"]}]
+    names = list(dict.fromkeys(each.get("data", base.get("data", "")) for each in chosen))
+    if task.data is not None and len(names) > 1:
+        raise UsageError(
+            f"{task.name} takes several data sets ({', '.join(names)}), and --data cannot replace all "
+            f"of them. Choose one by --only, such as --only '{labels[0]}'"
+        )
+    return chosen
+
+
+def _configurations(
+    task: Task, base: Table, variants: Sequence[Table], place: Table, held_out: Table
+) -> tuple[dict[str, TrainConfig], list[Sequence[str]]]:
+    """Return each variant's configuration on one data set, and the rows of the table of tuning."""
+    shared = {**base, **_without(place, "label", "published", "of", "seeds"), **task.place}
+    chosen: dict[str, TrainConfig] = {}
+    tried: list[Sequence[str]] = []
+    for variant in variants:
+        rate = {"lr": chosen[variant["lr_of"]].lr} if "lr_of" in variant else {}
+        chosen[variant["label"]], rows = _tuned(task, {**shared, **rate}, variant, place, held_out)
+        tried += rows
+    return chosen, tried
+
+
+def _csv(table: pd.DataFrame, error: str) -> pd.DataFrame:
+    """Return a row per run."""
     errors = (error, f"{error}_min", error.replace("test", "train"))
     spent = ("train_seconds", "gradient_evaluations")
-    columns = ["data", "variant", *SHOWN, "status", *errors, *spent, "local_inconsistency"]
-    return found.tables()["table"].reindex(columns=columns)
+    return table.reindex(
+        columns=["data", "variant", *SHOWN, "status", *errors, *spent, "local_inconsistency"]
+    )
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """How errors are drawn: ``caption``, and for each table (``drawing.draw``) a panel for each y with its label.
+
+    ``{error}`` stands for the column of the error, ``{which}`` for final or least. Panels without values are left out.
+    """
+
+    caption: str
+    by: str
+    panels: Mapping[str, Mapping[str, str]]
+
+
+ERROR = {"table": {"100 * {error}": "{which} test error, %"}}
 PICTURES = {
-    "variant": "The test error by variant",
-    "epoch": "S_ρ and the test error, of a SimCLR encoder its linear probe's and NT-Xent too, along training",
-    "k_steps": "The test error by the ascent steps K in training, and S_ρ of the trained models by the K it is "
-    "measured with",
-    "share": "The test error by the number m of examples that share a perturbation",
-    "gradient_evaluations": "The test error by gradient evaluations (batches)",
-    "rho": "The held-out error by ρ; a line for each β",
-}
-"""What errors can be drawn by, and the caption."""
-
-
-def _panels(x: str, found: Comparison, least: bool) -> Iterator[dict[str, Any]]:
-    """Panels of each data set."""
-    error = found.arms[0].error
-    which = f"{error}_min" if least else "error"
-    for data in found.data:
-        one = {"where": f"data == {data!r}", "title": data if len(found.data) > 1 else ""}
-        if x == "epoch":
-            keys = {
-                error: "test error, %",
+    "variant": Picture("The test error by variant", "data", ERROR),
+    "epoch": Picture(
+        "S_ρ and the test error, of a SimCLR encoder its linear probe's and NT-Xent too, along training",
+        "variant",
+        {
+            "epochs": {
+                "100 * {at_epoch}": "test error, %",
                 "local_inconsistency": "S_ρ (nats)",
                 "running_nt_xent": "NT-Xent (nats)",
             }
-            along = found.arms[0].epochs
-            for key, name in keys.items():
-                if key in along:
-                    y = f"100 * {key}" if key == error else key
-                    where = f"{one['where']} and {key}.notna()"
+        },
+    ),
+    "k_steps": Picture(
+        "The test error by the ascent steps K in training, and S_ρ of the trained models by the K it is "
+        "measured with",
+        "line",
+        ERROR | {"cells": {"value": "S_ρ (nats)"}},
+    ),
+    "share": Picture("The test error by the number m of examples that share a perturbation", "line", ERROR),
+    "gradient_evaluations": Picture("The test error by gradient evaluations (batches)", "line", ERROR),
+    "rho": Picture("The held-out error by ρ; a line for each β", "beta", ERROR),
+}
+"""What errors can be drawn by: a column, ``x`` of all panels."""
+
+
+def _panels(x: str, tables: Mapping[str, pd.DataFrame], error: str, least: bool) -> Iterator[dict[str, Any]]:
+    """Yield the panels of each data set."""
+    picture, names = PICTURES[x], tables["table"].data.unique()
+    words = {
+        "at_epoch": error,
+        "error": f"{error}_min" if least else "error",
+        "which": "least" if least else "final",
+    }
+    for data in names:
+        for of, series in picture.panels.items():
+            for y, ylabel in series.items():
+                expression = y.format(**words)
+                column = expression.removeprefix("100 * ")
+                if column in tables[of]:
                     yield {
-                        **one,
-                        "of": "epochs",
-                        "where": where,
-                        "by": "variant",
-                        "x": x,
-                        "y": {"": y},
-                        "ylabel": name,
-                        "xlabel": x,
+                        **{"of": of, "x": x, "y": {"": expression}, "ylabel": ylabel.format(**words)},
+                        "by": "variant" if of == "cells" else picture.by,
+                        "xlabel": "K of measuring S_ρ" if of == "cells" else x,
+                        "title": data if len(names) > 1 else "",
+                        "where": f"data == {data!r}" + ("" if of == "table" else f" and {column}.notna()"),
                     }
-            continue
-        by = {"rho": "beta", "variant": "data"}.get(x, "line")
-        name = f"{'least' if least else 'final'} test error, %"
-        yield {
-            **one,
-            "of": "table",
-            "by": by,
-            "x": x,
-            "y": {"": f"100 * {which}"},
-            "ylabel": name,
-            "xlabel": x,
-        }
-        if x == "k_steps" and not found.tables()["cells"].empty:
-            yield {
-                **one,
-                "of": "cells",
-                "by": "variant",
-                "x": x,
-                "y": {"": "value"},
-                "ylabel": "S_ρ (nats)",
-                "xlabel": "K of measuring S_ρ",
-            }
 
 
 def _plan(measure: Table | None) -> MeasurePlan:
@@ -201,7 +223,7 @@ def _arms(
 
 
 def _expanded(variant: Table) -> Iterator[Table]:
-    """``variant``, or one for each point of its ``grid``, labelled by its values in that order."""
+    """Yield ``variant``, or one for each point of its ``grid``, labelled by its values in that order."""
     grid = variant.get("grid", {})
     for values in product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
@@ -214,25 +236,14 @@ def _without(table: Table, *keys: str) -> dict[str, Any]:
 
 
 def plain(label: str) -> str:
-    """``label`` as a part of a file's name."""
+    """Return ``label`` as a part of a file's name."""
     return "".join(c for c in label.lower() if c.isalnum() or c == "-")
-
-
-def _source(task: Task, base: Table, data: Sequence[Table]) -> dict[str, Any]:
-    """Where the examples come from, as settings of training."""
-    names = list(dict.fromkeys(each.get("data", base.get("data", "")) for each in data))
-    if task.data is not None and len(names) > 1:
-        raise UsageError(
-            f"{task.name} takes several data sets ({', '.join(names)}), and --data cannot replace all "
-            f"of them. Choose one by --only, such as --only '{data[0]['label']}'"
-        )
-    return task.place
 
 
 def _tuned(
     task: Task, shared: Table, variant: Table, place: Table, held_out: Table
 ) -> tuple[TrainConfig, list[Sequence[str]]]:
-    """The variant's configuration, at its point of the least error on what is ``held_out`` (seed 0).
+    """Return the variant's configuration at its point of least error on what is ``held_out`` (seed 0).
 
     Beside it what was tried, a row of the table of tuning each.
     """
@@ -250,7 +261,7 @@ def _tuned(
     )
     best = int(
         np.where(np.isnan(errors), np.inf, errors).argmin()
-    )  # where all diverged the first; its runs will say so
+    )  # where all diverged, the first is taken, and its runs say so
     rows: list[Sequence[str]] = []
     for number, (cell, error) in enumerate(zip(cells, errors, strict=True)):
         mark = "yes" if number == best and np.isfinite(error) else ""
@@ -260,13 +271,11 @@ def _tuned(
 
 
 def sheet(name: str, found: Comparison, reference: str) -> Sheet:
-    """A row an arm; the fastest epoch relative to that of the variant ``reference``."""
-    first = found.arms[0]
-    reference = reference or first.label
+    """Return a row an arm; the fastest epoch relative to that of the variant ``reference``."""
     body = []
     for arm in found.arms:
         ratio = arm.epoch_seconds / found.arm(arm.data, reference).epoch_seconds
-        s_rho = arm.table.get("local_inconsistency", arm.table.error * math.nan).mean()
+        s_rho = pd.Series(arm.values("local_inconsistency")).mean()
         cells = (
             setting(arm.config),
             percent(arm.values("error")),
@@ -280,25 +289,29 @@ def sheet(name: str, found: Comparison, reference: str) -> Sheet:
     counts = {arm.data: len(arm.runs) for arm in found.arms}
     seeds = " and ".join(f"{count} seeds of {place}" for place, count in counts.items())
     if len(set(counts.values())) == 1:
-        seeds = f"{len(first.runs)} seeds"
-    which = (
-        "Linear probe’s test"
-        if first.config.trains_encoder
-        else "Validation"
-        if first.config.validation
-        else "Test"
+        seeds = f"{len(found.arms[0].runs)} seeds"
+    config = found.arms[0].config
+    held_out = "Validation" if config.validation else "Test"
+    which = "Linear probe’s test" if config.trains_encoder else held_out
+    columns = (
+        "data",
+        "variant",
+        "setting",
+        "final error",
+        "least error",
+        "training error",
+        "s/epoch",
+        "S_ρ",
+        "paper",
     )
-    figures = ("final error", "least error", "training error", "s/epoch", "S_ρ", "paper")
     caption = (
         f"Mean ± standard error over {seeds}, in %; s/epoch: the fastest epoch relative to {reference}’s"
     )
-    return plain_sheet(
-        name, f"{which} error by variant", caption, ("data", "variant", "setting", *figures), body, 3
-    )
+    return plain_sheet(name, f"{which} error by variant", caption, columns, body, 3)
 
 
 def _tuning_sheet(name: str, rows: Sequence[Sequence[str]], held_out: Table) -> Iterator[Sheet]:
-    """Where anything was tuned, by what it was chosen."""
+    """Yield a table of the points that were tried, where anything was tuned."""
     if rows:
         share = held_out["validation"]
         caption = f"Error on {share:.0%} of the training part, which is held out, in %; seed 0"
@@ -307,14 +320,14 @@ def _tuning_sheet(name: str, rows: Sequence[Sequence[str]], held_out: Table) -> 
 
 
 def setting(config: TrainConfig) -> str:
-    """What may have been tuned."""
+    """Return the settings that may have been tuned."""
     known = {key: getattr(config, key) for key in ("lr", "rho", "beta") if key not in config.idle()}
     shown = [f"{key} = {value:g}" for key, value in known.items() if value is not None]
     return ", ".join(shown).replace("rho", "ρ").replace("beta", "β")
 
 
 def percent(values: np.ndarray) -> str:
-    """Mean ± standard error in %; runs that have no value (NaN) diverged, and are counted."""
+    """Return mean ± standard error in %; runs without a value (NaN) diverged, and are counted."""
     known = 100 * values[~np.isnan(values)]
     lost = f" ({len(values) - len(known)} diverged)" if len(known) < len(values) else ""
     if not len(known):

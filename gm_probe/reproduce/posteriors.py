@@ -20,8 +20,7 @@ from gm_probe.inconsistency.kl import kl_divergence
 from gm_probe.measures.pairwise import compare
 from gm_probe.measuring.opening import open_checkpoint
 from gm_probe.models.parameters import Parameters
-from gm_probe.reproduce.finding import Task
-from gm_probe.reproduce.training import trained
+from gm_probe.reproduce.finding import Task, trained
 from gm_probe.runs.records import read_run
 from gm_probe.sweep.recipe import Recipe, parse_recipe
 from gm_probe.sweep.tuning import NOTHING
@@ -40,7 +39,7 @@ def rows(
     measure: Mapping[str, Any],
     start_epochs: int,
 ) -> tuple[pd.DataFrame, None]:
-    """A row a setting of ``grid``, with seeds from starts of their own and from one that ``start_epochs`` trained."""
+    """Return a row per setting of ``grid`` and start: each run's own, and one that ``start_epochs`` trained."""
     base = {**base, "threads": 1, **task.place}
     first = TrainConfig.from_dict({**base, **{key: values[0] for key, values in grid.items()}})
     start = first.replace(epochs=start_epochs, seed=10_000)
@@ -68,7 +67,7 @@ def rows(
 
 
 def _settings(recipe: Recipe, folder: Path) -> list[tuple[list[Path], TrainConfig]]:
-    """The run folders of each setting with two runs that ended, and its configuration at seed 0."""
+    """Return the run folders of each setting with two finished runs, and its configuration at seed 0."""
     found: dict[str, tuple[list[Path], TrainConfig]] = {}
     for name, config in recipe.runs.items():
         if read_run(folder / name).status == "finished":
@@ -78,7 +77,7 @@ def _settings(recipe: Recipe, folder: Path) -> list[tuple[list[Path], TrainConfi
 
 
 def _of_setting(paths: Sequence[Path], config: TrainConfig) -> dict[str, Any]:
-    """C_θ, the variance of the parameters over seeds, and the means of what was measured of each run."""
+    """Return C_θ, the variance of the parameters over seeds, and the means of what was measured of each run."""
     examples = own_unlabeled(paths[0], Leave.of(config)).in_memory()
     loaded = [open_checkpoint(path, examples) for path in paths]
     models = [Parameters(each.model.eval()) for each in loaded]
@@ -116,7 +115,7 @@ def _of_setting(paths: Sequence[Path], config: TrainConfig) -> dict[str, Any]:
 
 
 def _cloud(model: Parameters, x: Tensor, sigma: float) -> float:
-    """Mean KL between ``CLOUD`` pairs of N(θ, σ²I): the paper's assumption, made true."""
+    """Return the mean KL between ``CLOUD`` pairs of N(θ, σ²I), for which the paper's assumption is true."""
     generator = torch.Generator().manual_seed(0)
     norm = sigma * model.size**0.5
 

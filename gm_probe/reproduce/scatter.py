@@ -13,8 +13,7 @@ from gm_probe.analysis.provenance import read_records
 from gm_probe.analysis.results import Correlations
 from gm_probe.analysis.sheets import statistics_sheets
 from gm_probe.reproduce.claims import bonferroni, claim_outcome, shown_tau, sign_of
-from gm_probe.reproduce.finding import Finding, Task
-from gm_probe.reproduce.training import trained
+from gm_probe.reproduce.finding import Finding, Task, trained
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
 from gm_probe.tables.runs import load_table
 from gm_probe.tables.table import by_reason
@@ -22,7 +21,7 @@ from gm_probe.tables.table import by_reason
 GAP = "error_gap"
 """The paper's gap: test error − train error."""
 LEAST_RUNS = 2
-"""A rank correlation needs them."""
+"""A rank correlation needs at least so many runs."""
 
 
 def study(

@@ -47,7 +47,7 @@ def study(
     Args:
         rows: a key of ``ROWS``, called with ``settings``.
         tests, facts: parts of the claim (``claims.parts_of``), and further expressions whose spread is told.
-        listed: ``title``, ``caption``, ``of`` (columns ↦ headings) and ``by`` (a line a group of means; without it a
+        listed: ``title``, ``caption``, ``of`` (columns ↦ headings) and ``by`` (a line per group of means; without it a
             line a column, with its mean and quantiles).
         picture, columns: panels (``drawing.draw``), so many side by side; none draws decision boundaries.
         mean_over: columns by which the rows of the CSV file are means; none writes every row.
@@ -82,7 +82,7 @@ VERDICTS = {1: "holds", -1: "does not hold", 0: "undecided"}
 def _sheet(
     name: str, table: pd.DataFrame, *, title: str, caption: str, of: Mapping[str, str], by: Sequence[str] = ()
 ) -> Sheet:
-    """Means of columns by group, or without ``by`` their mean and quantiles over all rows."""
+    """Return means of columns by group, or without ``by`` their mean and quantiles over all rows."""
     if by:
         means = table.groupby([*by], sort=False)[[*of]].mean().rename(columns=of).reset_index()
         return frame_sheet(name, title, caption, means, len(by))
@@ -104,7 +104,7 @@ def changed_classes(
     seed: int,
     **training: Any,
 ) -> tuple[pd.DataFrame, Figure]:
-    """Fig. 2 and 5. A row a start: the share of 3,000 fresh points that change class at θ ± δ, and the mean KL.
+    """Return Fig. 2 and 5: per start, the share of 3,000 fresh points that change class at θ ± δ, and the mean KL.
 
     Beside δ after one step stands noise of the same norm. The picture has the boundaries of the first ``shown`` starts.
     """
@@ -124,7 +124,7 @@ def changed_classes(
 
 
 def _changed(network: Network, x: Tensor, offset: Tensor) -> float:
-    """Share of x (N, 2) whose class changes, mean of θ + offset and θ − offset."""
+    """Return the share of x (N, 2) whose class changes, as mean of θ + offset and θ − offset."""
     before = network.logits(x).argmax(1)
     ends = [(network.logits(x, sign * offset).argmax(1) != before).double().mean() for sign in (1, -1)]
     return float(sum(ends)) / 2
@@ -133,7 +133,7 @@ def _changed(network: Network, x: Tensor, offset: Tensor) -> float:
 def cosines(
     task: Task, *, starts: int, rho: float, noise_scale: float, seed: int, **training: Any
 ) -> tuple[pd.DataFrame, None]:
-    """Fig. 6. A row a start: |cos(δ, vᵢ)| after one step, and the share of ‖δ‖² in the top three directions."""
+    """Return Fig. 6: per start, |cos(δ, vᵢ)| after one step, and the share of ‖δ‖² in the top three directions."""
     network = trained_network(seed=seed, **training)
     values, vectors = descending(network.fisher())
     found, noise = cosines_of(network, vectors[:, :3], starts, rho, noise_scale, seed)
@@ -145,7 +145,7 @@ def cosines(
 def cosines_of(
     network: Network, top: Tensor, starts: int, rho: float, noise_scale: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """|cos| (starts, 3) of Algorithm 1's δ after one step, and of the starts, with the columns of ``top`` (P, 3)."""
+    """Return |cos| (starts, 3) with the columns of ``top`` (P, 3), of Algorithm 1's δ and of its starts."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(starts):
@@ -174,7 +174,7 @@ def shortfalls(
     noise_scale: float,
     seed: int,
 ) -> tuple[pd.DataFrame, None]:
-    """Fig. 7. A row a training step, ρ, K and start: (ρ²/2)λ_max(F), the best of long ascents, and Algorithm 1."""
+    """Return Fig. 7: per training step, ρ, K and start, (ρ²/2)λ_max(F), the best of long ascents, and Algorithm 1."""
     network = Network(Mixture.draw(per_class, spread, seed), width, seed)
     generator = torch.Generator().manual_seed(seed)
     tables = []
@@ -215,7 +215,7 @@ def climb(
 def projected_ascent(
     network: Network, count: int, steps: int, rho: float, generator: torch.Generator
 ) -> float:
-    """The largest mean KL in the ball that ``count`` projected gradient ascents from random starts reach.
+    """Return the largest mean KL in the ball that ``count`` projected gradient ascents from random starts reach.
 
     Steps along the normalised gradient, of length ρ at first and decaying linearly to 0 (the paper's are lost).
     """
@@ -235,7 +235,7 @@ def projected_ascent(
 
 
 def steps_needed(values: Tensor, accuracy: float = 0.01, share: float = 0.99) -> int:
-    """K after which a ``share`` of Gaussian starts falls short of λ₁ by at most ``accuracy``, relative.
+    """Return the K after which a ``share`` of Gaussian starts falls short of λ₁ by at most ``accuracy``, relative.
 
     δ_K ∝ F^K δ₀ falls short by at most Σ_{i>1} λᵢ² aᵢ²/(λ₁² a₁²) · (λ₂/λ₁)^{2(K−1)}, a = the start's coefficients.
     """
@@ -257,7 +257,7 @@ def residuals(
     momentum: float,
     seeds: int,
 ) -> tuple[pd.DataFrame, None]:
-    """Theorem 4.1. A row a checkpoint: L_S, λ_max(F), λ_max(H) and ξ = ‖H − F‖₂, at steps in geometric progression.
+    """Return Theorem 4.1: per checkpoint, L_S, λ_max(F), λ_max(H) and ξ = ‖H − F‖₂, at steps in geometric progression.
 
     ``last`` is the seed's final L_S. F vanishes with the loss, too, so that only ξ/λ_max(F) says whether what F leaves
     out of H vanishes.

@@ -28,9 +28,9 @@ from gm_probe.files.schema import (
 )
 
 MOST_MEASURES = 60
-"""Of one run."""
+"""The most measures of one run."""
 MOST_RUNS = 10**6
-"""Of one sweep."""
+"""The most runs of one sweep."""
 STATUSES = ("finished", "diverged", "failed")
 """What a summary says of a run that has ended."""
 RESULTS = ("error_gap", "ce_gap", "train_error", "test_error", "train_ce", "test_ce")
@@ -64,17 +64,13 @@ SETTING_KINDS: dict[str, Check] = {
     **dict.fromkeys(_NUMBERS, optional(number)),
     "milestones": listed(count),
 }
-"""Of every setting of a training run, its kind; None (in a sweep.json) is a setting that is not set."""
+"""The kind of every setting of a training run; None (in a sweep.json) is a setting that is not set."""
 _PLAIN = either("a number, a text, true or false, or a list of these", scalar, listed(scalar))
 _OTHERS = either(
     "a number, a text, true or false, or a list or table of these", optional(_PLAIN), mapping(anything)
 )
 _NO_SETTINGS = _IDENTITY | set(RESULTS)
-CONFIG_KIND = table(
-    {**SETTING_KINDS, "environment": mapping(_PLAIN)},
-    others=_OTHERS,
-    refused=_NO_SETTINGS,
-)
+CONFIG_KIND = table({**SETTING_KINDS, "environment": mapping(_PLAIN)}, others=_OTHERS, refused=_NO_SETTINGS)
 
 # ---- summary.json
 

@@ -84,7 +84,7 @@ class RunRecord:
         return self.summary.get("met_stop_ce") is False
 
     def result(self, key: str) -> Any:
-        """What the summary of a finished run says under ``key``.
+        """Return what the summary of a finished run says under ``key``.
 
         Raises:
             StorageError: nothing.
@@ -94,7 +94,7 @@ class RunRecord:
         return self.summary[key]
 
     def measured(self, names: Iterable[str], asked: Mapping[str, Any]) -> bool:
-        """Whether it has the measures ``names``, taken with the settings ``asked``."""
+        """Return whether it has the measures ``names``, taken with the settings ``asked``."""
         names = set(names)
         settings = {**UNNAMED, **self.settings}
         same = all(settings.get(key) == value for key, value in asked.items())
@@ -107,7 +107,7 @@ def run_of(path: Path) -> Path:
 
 
 UNNAMED: Mapping[str, Any] = {"tf32": False, "noise_device": "device"}
-"""What settings are that an earlier version did not name."""
+"""The values of settings that an earlier version did not name."""
 
 
 def read_run(path: Path) -> RunRecord:
@@ -122,14 +122,14 @@ def read_run(path: Path) -> RunRecord:
         began = (path / CONFIG).exists() or summary.get("status") != "failed"
         config = _checked(path / CONFIG, read_toml(path / CONFIG), CONFIG_KIND) if began else {}
         measured = _measured(path, MEASURES_KIND) if (path / MEASURES).exists() else {}
-    except OSError as error:  # another's folder, who lets nobody in
+    except OSError as error:  # another user's folder
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     measures, settings = measured.get("measures", {}), measured.get("settings", {})
     return RunRecord(path, config, summary, measures, settings, measured.get("density"))
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The whole measures.json of the run folder ``path``, with all that is shown of a measurement.
+    """Return the whole measures.json of the run folder ``path``, with all that is shown of a measurement.
 
     Raises:
         StorageError: it is missing or broken, or lacks a key.
@@ -138,7 +138,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def read_split(path: Path) -> dict[str, Any]:
-    """The split.json of the run folder ``path``: the indices of its parts, and a digest of its examples.
+    """Return the split.json of the run folder ``path``: the indices of its parts, and a digest of its examples.
 
     Raises:
         StorageError: it is missing or broken.
@@ -147,7 +147,7 @@ def read_split(path: Path) -> dict[str, Any]:
 
 
 def read_sweep_record(folder: Path) -> dict[str, Any]:
-    """The sweep.json of ``folder``: the settings of every run by its name, and what to measure of each.
+    """Return the sweep.json of ``folder``: the settings of every run by its name, and what to measure of each.
 
     Raises:
         StorageError: it is missing or broken.
@@ -156,7 +156,7 @@ def read_sweep_record(folder: Path) -> dict[str, Any]:
 
 
 def read_groups(folder: Path) -> list[str]:
-    """The settings by which the recipe of the sweep ``folder`` groups, of its sweep.json; none where none are named.
+    """Return the settings by which the recipe of the sweep ``folder`` groups, as its sweep.json says.
 
     Raises:
         StorageError: it is missing or broken.
@@ -171,7 +171,7 @@ def _again(folder: Path) -> str:
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
-    """Empty where there is none."""
+    """Return the summary of the run ``path``; empty where there is none."""
     file = path / SUMMARY
     return _checked(file, read_json(file), SUMMARY_KIND) if file.exists() else {}
 
@@ -203,7 +203,7 @@ def _checked(
 
 
 def run_state(run: Path) -> str:
-    """``running`` (someone is at work on it), ``failed``, ``finished``, ``diverged``, ``stale`` or ``pending``.
+    """Return ``running`` (someone is at work on it), ``failed``, ``finished``, ``diverged``, ``stale`` or ``pending``.
 
     A stale run was begun and left: killed, or its machine is gone. A pending one has not begun.
 
@@ -214,7 +214,7 @@ def run_state(run: Path) -> str:
 
 
 def state_at_rest(run: Path) -> str:
-    """``run_state`` of a run that nobody holds."""
+    """Return ``run_state`` of a run that nobody holds."""
     if (run / ERROR).exists():
         return "failed"
     status = _read_summary(run).get("status")
@@ -224,7 +224,7 @@ def state_at_rest(run: Path) -> str:
 
 
 def failure(run: Path) -> str | None:
-    """The last line of what a failed run left, or why training diverged; None of others."""
+    """Return the last line of what a failed run left, or why training diverged; None of others."""
     error = run / ERROR
     if error.exists():
         lines = read_record(error).decode(errors="replace").split("\n")
@@ -234,7 +234,7 @@ def failure(run: Path) -> str | None:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Run folders at or below ``root``, sorted by path.
+    """Return the run folders at or below ``root``, sorted by path.
 
     Raises:
         UsageError: ``root`` does not exist or holds no run.
@@ -243,7 +243,7 @@ def find_runs(root: Path) -> list[Path]:
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give the folder that `gmprobe sweep --out` wrote")
     try:
-        os.scandir(root).close()  # walking passes over what it cannot read
+        os.scandir(root).close()  # os.walk skips what it cannot read
     except OSError as error:
         raise StorageError(f"cannot read {root}: {error.strerror or error}") from error
     runs = sorted(Path(folder) for folder, _, files in os.walk(root) if {CONFIG, SUMMARY} & set(files))

@@ -1,4 +1,4 @@
-"""The names that devices may have. Imports no torch, so that a wrong one is told at once."""
+"""The names that devices may have. Imports no torch, so that a wrong one is reported at once."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def require_device_name(name: str) -> None:
 
 
 def no_device(name: str) -> UsageError:
-    """The error for ``name``, which torch does not know."""
+    """Return the error for ``name``, which torch does not know."""
     hint = did_you_mean(name, SUGGESTED, f"use {', '.join(SUGGESTED)} or another that torch knows")
     return UsageError(f"no device {name!r}; {hint}")

@@ -21,7 +21,7 @@ LACKING = {
     "mps": "lacks float64, which gm_probe needs for its sums",
     "meta": "holds no values; load the weights first",
 }
-"""Devices that torch knows and that cannot be computed on here, and why."""
+"""Devices that torch knows but gm_probe cannot use, and why."""
 
 
 def generator_state(device: torch.device) -> Tensor | None:
@@ -45,15 +45,15 @@ def generator_on(device: torch.device) -> torch.Generator:
 
 def budget(device: torch.device) -> float:
     """Return how many bytes a pass may take by default: 4 GB, or half of a GPU's free memory."""
-    ask = getattr(_module(device), "mem_get_info", None)
-    return ask(device)[0] / 2 if ask is not None else 4e9
+    memory = _free_and_total(device)
+    return 4e9 if memory is None else memory[0] / 2
 
 
 @lru_cache(maxsize=16)
 def chunk(device: torch.device) -> int:
     """Return how many numbers are worked on at a time: about what a CPU's cache holds, or 1/64 of a GPU's memory."""
-    ask = getattr(_module(device), "mem_get_info", None)
-    return ask(device)[1] // (64 * 4) if ask is not None else 2**21
+    memory = _free_and_total(device)
+    return 2**21 if memory is None else memory[1] // (64 * 4)
 
 
 def synchronize(device: torch.device) -> None:
@@ -93,17 +93,23 @@ def release_memory(device: torch.device) -> None:
 
 def room(device: torch.device) -> int:
     """Return how many bytes of data may stay on ``device``: a quarter of what is free, or 1 GB where nobody knows."""
+    memory = _free_and_total(device)
+    return 2**30 if memory is None else memory[0] // 4
+
+
+def _free_and_total(device: torch.device) -> tuple[int, int] | None:
+    """Return the bytes of ``device``'s memory, free and in all; None where torch does not know them."""
     ask = getattr(_module(device), "mem_get_info", None)
-    return ask(device)[0] // 4 if ask is not None else 2**30
+    return None if ask is None else ask(device)
 
 
 def _module(device: torch.device) -> Any:
-    """torch.cuda, torch.xpu, ...: None of a device without one."""
+    """Return torch.cuda, torch.xpu and the like; None for a device without a module."""
     return getattr(torch, device.type, None)
 
 
 def _place(device: torch.device) -> tuple[torch.device, ...]:
-    """What the functions of its module take: torch.mps has a single device."""
+    """Return what the functions of its module take: torch.mps has a single device."""
     return () if device.type == "mps" else (device,)
 
 
@@ -112,7 +118,7 @@ def _has_generator(device: torch.device) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (CUDA, else CPU), or any device that torch knows by ``name`` and that computes in float64.
+    """Return ``auto`` (CUDA, else CPU), or any device that torch knows by ``name`` and that computes in float64.
 
     Raises:
         UsageError: torch knows no such name, or the device lacks float64, as MPS does.
@@ -153,7 +159,7 @@ def require_float64(device: torch.device) -> None:
 
 
 def named_device(name: str) -> torch.device:
-    """As ``pick_device``, whether or not there is such a device here.
+    """Return the device of this name, whether or not there is one here.
 
     Raises:
         UsageError: no such name.
@@ -201,7 +207,7 @@ def keep_freed_memory() -> bool:
 
 
 def environment(device: torch.device, *, tf32: bool = False) -> dict[str, Any]:
-    """Versions, device, threads and whether products may use TF32, to be stored with every result."""
+    """Return versions, device, threads and whether products may use TF32, to be stored with every result."""
     named = getattr(_module(device), "get_device_name", None) if device.type != "cpu" else None
     return {
         "gm_probe": version("gm_probe"),

@@ -20,10 +20,10 @@ def float32_products(*, tf32: bool = False) -> Iterator[None]:
     set to the same, so that a network may read ``allow_tf32`` or enter ``torch.backends.cudnn.flags`` in its forward.
     """
     backends: Any = torch.backends
-    general = (backends, backends.cudnn)  # what the others take where they say "none"
+    general = (backends, backends.cudnn)  # the others follow these where they say "none"
     on_gpu = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
     on_cpu = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
-    # the general ones first: what the others say after that is their own
+    # the general ones first, so that what the others say then is their own
     before = [(place, _replaced(place, "none")) for place in general]
     before += [(place, _replaced(place, "ieee")) for place in (*on_gpu, *on_cpu)]
     matmul, convolution = torch.get_float32_matmul_precision(), _allowed_in_cudnn()
@@ -49,7 +49,7 @@ def _replaced(place: Any, precision: str) -> str:
 
 
 def _allowed_in_cudnn() -> bool:
-    """The older flag of cuDNN, where the newer ones say "ieee": torch raises if it is at odds with them."""
+    """Return the older flag of cuDNN, where the newer ones say "ieee": torch raises if it is at odds with them."""
     try:
         return bool(torch.backends.cudnn.allow_tf32)
     except RuntimeError:

@@ -14,21 +14,21 @@ from torch import Tensor, distributed
 from gm_probe.errors import ProbeError, ResourceError, UsageError, first_line, foreign_or
 
 MOST_DEVICES = 64
-"""Of a machine that tells of none: that one lacks is said where it is used."""
+"""The bound where torch counts no devices: that one is missing is reported where it is used."""
 
 
 def rank() -> int:
-    """This process's number; 0 prints."""
+    """Return this process's rank; process 0 prints."""
     return distributed.get_rank() if _together() else 0
 
 
 def count() -> int:
-    """How many processes share the work."""
+    """Return the number of processes that share the work."""
     return distributed.get_world_size() if _together() else 1
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    """``value`` summed over all processes, in place; the same bits in each."""
+    """Return ``value`` summed over all processes, in place; the same bits in each."""
     if _together():
         distributed.all_reduce(value)
     return value
@@ -44,7 +44,7 @@ def average_over_processes(values: Sequence[Tensor]) -> None:
 
 
 def from_all(value: Any) -> list[Any]:
-    """Every process's ``value``, in the order of their ranks."""
+    """Return every process's ``value``, in the order of their ranks."""
     if not _together():
         return [value]
     values: list[Any] = [None] * count()
@@ -89,7 +89,7 @@ def wait_for_all() -> None:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """``device``, or where it is just "a GPU" and ``torchrun`` started several processes, this one's GPU."""
+    """Return ``device``; if it names no number and ``torchrun`` started several processes, this one's GPU."""
     if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
         present = torch.get_device_module(device).device_count()
         return torch.device(device.type, _told("LOCAL_RANK", 0, present or MOST_DEVICES))
@@ -97,7 +97,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def everywhere(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` holds in every process: what decides on the passes to come must be the same in all."""
+    """Return whether ``flag`` holds in every process: what decides on the passes to come must be the same in all."""
     return int(sum_over_processes(torch.tensor(int(flag), device=device))) == count()
 
 
@@ -117,7 +117,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Tensor:
-        # of the sum of all processes' losses: each has looked at every part
+        # the gradient of the sum of all processes' losses, since each process used every part
         total = sum_over_processes(slopes[0].clone(memory_format=torch.contiguous_format))
         return total.chunk(count())[rank()]
 
@@ -142,7 +142,7 @@ def joined(device: torch.device) -> Iterator[None]:
     if _together() or launched() < 2:
         yield
         return
-    if device.type != "cpu":  # which the collectives of plain objects use
+    if device.type != "cpu":  # collectives of plain objects use the current device
         torch.get_device_module(device).set_device(own_device(device))
     # Its functions take the group of the moment of their import as a default. Imported later (as torch.optim does,
     # by torch._dynamo), they would keep the group and its threads alive until the interpreter's end, which aborts then
@@ -152,7 +152,7 @@ def joined(device: torch.device) -> Iterator[None]:
         distributed.init_process_group(backend)
     try:
         yield
-        distributed.barrier()  # none takes the group down while another still talks
+        distributed.barrier()  # no process ends the group while another still uses it
     finally:
         distributed.destroy_process_group()
 
@@ -168,7 +168,7 @@ def _backend(device: torch.device) -> str:
 
 
 def launched() -> int:
-    """How many processes ``torchrun`` started; 1 without it.
+    """Return how many processes ``torchrun`` started; 1 without it.
 
     Raises:
         UsageError: the environment says that there are several, but not which this one is, or where they meet.
@@ -185,7 +185,7 @@ def launched() -> int:
 
 
 def _told(name: str, least: int, end: int) -> int:
-    """The whole number from ``least`` to below ``end`` in the environment variable ``name``."""
+    """Return the whole number from ``least`` to below ``end`` in the environment variable ``name``."""
     text = os.environ.get(name)
     if text is None:
         raise _not_told(name, "is not set")

@@ -59,19 +59,15 @@ class Draws:
             yield
 
 
-def _torch_restorers(device: torch.device | None) -> Iterator[Callable[[], None]]:
-    yield partial(torch.set_rng_state, torch.get_rng_state())
-    if device is not None:
-        yield partial(devices.set_generator_state, devices.generator_state(device), device)
-
-
 def _restorers(device: torch.device | None, model: nn.Module | None) -> list[Callable[[], None]]:
-    """Functions that set torch's, Python's, NumPy's and the modules' own generators to their present states."""
+    """Return functions that set torch's, Python's, NumPy's and the modules' generators to their present states."""
     found: list[Callable[[], None]] = [
-        *_torch_restorers(device),
+        partial(torch.set_rng_state, torch.get_rng_state()),
         partial(random.setstate, random.getstate()),
         partial(np.random.set_state, np.random.get_state(legacy=False)),
     ]
+    if device is not None:
+        found.append(partial(devices.set_generator_state, devices.generator_state(device), device))
     for module in () if model is None else model.modules():
         found += [
             partial(_set_state, held, _state(held)) for held in vars(module).values() if _is_generator(held)

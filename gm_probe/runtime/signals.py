@@ -53,7 +53,7 @@ def ending_in_order(*, for_good: bool = False) -> Iterator[None]:
         yield
         return
     _Ending.handled, _Ending.asked, _Ending.speaking, _Ending.said = True, False, False, False
-    handlers: dict[signal.Signals, Callable[[int, Any], None]] = {signal.SIGTERM: terminate}
+    handlers: dict[signal.Signals, Callable[[int, Any], None]] = {signal.SIGTERM: _terminate}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         handlers[signal.SIGINT] = _interrupt
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -104,21 +104,24 @@ def sigterm_noted() -> Iterator[Callable[[], bool]]:
             _Ending.asked = asked
 
 
-def terminate(number: int, _: object) -> None:
-    """A handler that ends the process by way of every ``finally``, so that no half-written file stays."""
-    if _Ending.asked:
-        _end_at_once(number)
-        return
-    _Ending.asked = True
-    raise Terminated(ENDED_BY[signal.SIGTERM][1])
+def _ending_by(error: Callable[[], BaseException]) -> Callable[[int, Any], None]:
+    """Return a handler that raises ``error`` at the first signal, so that every ``finally`` runs.
+
+    A later signal ends the process at once.
+    """
+
+    def handler(number: int, _: object) -> None:
+        if _Ending.asked:
+            _end_at_once(number)
+            return
+        _Ending.asked = True
+        raise error()
+
+    return handler
 
 
-def _interrupt(number: int, _: object) -> None:
-    if _Ending.asked:
-        _end_at_once(number)
-        return
-    _Ending.asked = True
-    raise KeyboardInterrupt
+_terminate = _ending_by(lambda: Terminated(ENDED_BY[signal.SIGTERM][1]))
+_interrupt = _ending_by(KeyboardInterrupt)
 
 
 def _end_at_once(number: int) -> None:

@@ -36,7 +36,7 @@ def is_run(path: Path) -> bool:
 
 
 def find_checkpoints(given: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, str]], list[str]]:
-    """Checkpoints in the given order, each once; runs left out, with the reason; notes on both.
+    """Return the checkpoints in the given order, each once; runs left out, with the reason; notes on both.
 
     Raises:
         CheckpointError: a path does not exist.
@@ -90,10 +90,10 @@ def reasons(excluded: Sequence[tuple[Path, str]]) -> str:
 
 
 def training_sets_of(paths: Sequence[Path]) -> list[str]:
-    """One name a checkpoint, equal where the training set is: the same examples of the same data.
+    """Return one name per checkpoint; names are equal where the training sets have the same examples of the same data.
 
-    A digest of all parts proves data the same wherever it lies (a copied folder), and proves data changed where all
-    the indices agree and it does not. Where other parts differ it says nothing: then data of one name is the same.
+    Equal digests of all parts show that data is the same wherever it lies (a copied folder). Different digests with
+    equal indices show that it has changed. Where the indices differ, too, data of one name counts as the same.
     """
     splits = {path: read_split(path) for path in paths if is_run(path)}
     sources: dict[str, tuple[Any, ...]] = {}
@@ -125,7 +125,7 @@ def _digest(value: Any) -> str:
 
 
 def described(paths: Sequence[Path], training_sets: Sequence[str]) -> list[dict[str, Any]]:
-    """Each training set, and the checkpoints trained on it."""
+    """Return a row for each training set, with the checkpoints trained on it."""
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(training_sets):
         members = [path for path, own in zip(paths, training_sets, strict=True) if own == name]
@@ -145,7 +145,7 @@ def described(paths: Sequence[Path], training_sets: Sequence[str]) -> list[dict[
 
 
 def doubts(paths: Sequence[Path], training_sets: Sequence[str]) -> list[str]:
-    """What a reader must know before reading figures over these pairs as ones over seeds."""
+    """Return notes on why these pairs may differ in more than their seeds."""
     notes = []
     sizes = Counter(training_sets)
     if sizes[UNKNOWN]:
@@ -168,7 +168,7 @@ def doubts(paths: Sequence[Path], training_sets: Sequence[str]) -> list[str]:
 
 
 def common_unlabeled(runs: Sequence[Path], leave: Leave = NO_LEAVE) -> Examples:
-    """The unlabeled part that all ``runs`` were trained beside, looked for where ``leave`` says.
+    """Return the unlabeled part that all ``runs`` were trained beside, looked for where ``leave`` says.
 
     Raises:
         DataError: two runs have different ones, or the data has changed.
@@ -176,7 +176,7 @@ def common_unlabeled(runs: Sequence[Path], leave: Leave = NO_LEAVE) -> Examples:
     first, examples = runs[0], own_unlabeled(runs[0], leave)
     split = read_split(first)
     for run in runs[1:]:
-        if read_split(run) == split:  # with its digest of the examples: no need to read them again
+        if read_split(run) == split:  # the digest of the examples is in it, so they need not be read again
             continue
         if not _equal(own_unlabeled(run, leave), examples):
             raise DataError(

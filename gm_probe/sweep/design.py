@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from gm_probe.errors import UsageError
+from gm_probe.checks import whole
+from gm_probe.errors import UsageError, did_you_mean
 
 DESIGNS = ("grid", "list", "random", "sobol")
 
 
 def points(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every point: those of [[list]], [random] or [sobol] (of one of them), each with every one of [grid].
+    """Return every point: those of [[list]], [random] or [sobol] (of one of them), each with every one of [grid].
 
     ``[random]`` and ``[sobol]`` take ``points`` (of Sobol a power of 2), ``seed`` and ``space``, which gives each
     setting a list to choose from or ``{low, high}``, with ``log = true`` spread evenly over magnitudes. Numbers are
@@ -42,6 +43,13 @@ def points(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**point, **cell} for point in chosen for cell in cells]
 
 
+def require_known(table: str, content: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise UsageError where a table of a recipe has a setting that is not among the ``known``."""
+    unknown = sorted(set(content) - set(known))
+    if unknown:
+        raise UsageError(f"recipe: no setting {table}.{unknown[0]}; {did_you_mean(unknown[0], known)}")
+
+
 def _listed(rows: Any) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise UsageError("recipe: list must be tables, [[list]], one per point")
@@ -51,14 +59,10 @@ def _listed(rows: Any) -> list[dict[str, Any]]:
 def _drawn(kind: str, content: Any) -> list[dict[str, Any]]:
     if not isinstance(content, Mapping):
         raise UsageError(f"recipe: {kind} = {content!r} must be a table, [{kind}]")
-    unknown = sorted(set(content) - {"points", "seed", "space"})
-    if unknown:
-        raise UsageError(f"recipe: no setting {kind}.{unknown[0]}; there are: points, seed, space")
-    count, seed, space = content.get("points"), content.get("seed", 0), content.get("space")
-    if type(count) is not int or count < 1:
-        raise UsageError(f"recipe: {kind}.points = {count!r} must be a whole number of at least 1")
-    if type(seed) is not int or seed < 0:
-        raise UsageError(f"recipe: {kind}.seed = {seed!r} must be a whole number of at least 0")
+    require_known(kind, content, ("points", "seed", "space"))
+    count = whole(f"recipe: {kind}.points", content.get("points"))
+    seed = whole(f"recipe: {kind}.seed", content.get("seed", 0), 0)
+    space = content.get("space")
     if not isinstance(space, Mapping) or not space:
         raise UsageError(f"recipe: [{kind}.space] must give each setting a list or {{low, high}}")
     if kind == "sobol" and count & (count - 1):
@@ -84,17 +88,17 @@ def _drawn(kind: str, content: Any) -> list[dict[str, Any]]:
 
 
 def _at(name: str, part: Any, u: float) -> Any:
-    """The value of ``part`` of the space at ``u`` in [0, 1)."""
+    """Return the value of ``part`` of the space at ``u`` in [0, 1)."""
     if isinstance(part, list) and part:
         return part[int(u * len(part))]
     if not isinstance(part, Mapping) or not {"low", "high"} <= set(part) <= {"low", "high", "log"}:
         raise UsageError(f"recipe: {name} = {part!r} must be a list or {{low, high}}, optionally with log")
     low, high, log = part["low"], part["high"], part.get("log", False)
-    whole = type(low) is int and type(high) is int
+    integers = type(low) is int and type(high) is int
     numbers = all(type(end) in {int, float} and math.isfinite(end) for end in (low, high))
     if not numbers or type(log) is not bool or not low < high or (log and low <= 0):
         raise UsageError(f"recipe: {name} needs finite low < high" + (", low > 0 with log" if log else ""))
-    if whole:  # each whole number has its share
+    if integers:  # each of them has its share
         ends = (low - 0.5, high + 0.5)
         return min(max(round(_between(*ends, u, log)), low), high)
     return float(f"{_between(low, high, u, log):.3g}")

@@ -23,7 +23,7 @@ from gm_probe.training.run import Training
 from gm_probe.training.updates import make_rule
 
 STEPS = 3
-"""Timed, after as many that warm up."""
+"""Number of steps that are timed, after as many that warm up."""
 SAME_SPEED = frozenset(
     {"lr", "weight_decay", "seed", "epochs", "stop_ce", "min_lr", "milestones", "schedule"}
 )
@@ -34,7 +34,7 @@ INDEX = 10
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one run: seconds at most (it may stop early), bytes that stay, and bytes that go when it has finished."""
+    """The costs of one run: seconds at most (it may stop early), bytes that stay, and bytes until it has finished."""
 
     seconds: float
     disk: float
@@ -42,7 +42,7 @@ class Estimate:
 
 
 def estimates(configs: Iterable[TrainConfig], plan: MeasurePlan) -> list[Estimate]:
-    """Of each run; one of every kind is timed, at its threads or, where it names none, those that torch has now.
+    """Estimate each run. One of every kind is timed, with its own threads or else those that torch has now.
 
     Raises:
         DataError, UsageError, ResourceError, DivergedError: as training raises them.
@@ -87,15 +87,17 @@ class _Rate:
             probed = min(self.num_unlabeled, plan.max_examples or self.num_unlabeled)
             seconds += expected_cost(plan.measures, plan.settings) * probed * self.views * self.evaluation
         indices = INDEX * (self.inputs + self.num_test + self.num_unlabeled)
-        copies = 1 + (config.eval_every > 0) + (config.ema_decay is not None)  # the last, the best, the raw
+        copies = 1 + (config.eval_every > 0) + (config.ema_decay is not None)  # last, best, raw weights
         kept = copies * self.weights + indices + 300 * config.epochs + 5000
         moments = {"sgd": int(config.momentum > 0), "adamw": 2}[config.optimizer]
         passing = 1 + moments + (config.ema_decay is not None)
         return Estimate(seconds, kept, passing * self.weights)
 
     def _looks(self, config: TrainConfig) -> float:
-        """Gradient evaluations that looking at the weights takes, along the way and at the end; the fits of linear
-        probes, and how soon ``stop_ce`` is seen to be missed, are left out."""
+        """Return the gradient evaluations that evaluating the weights takes, during training and at its end.
+
+        The fits of linear probes are left out, and that ``stop_ce`` may end a run early.
+        """
         forward = 1 / 3
         every = config.probe_every if config.trains_encoder else config.eval_every
         looks = 1 + (config.epochs // every if every else 0)
@@ -127,7 +129,7 @@ def _rate(config: TrainConfig) -> _Rate:
 
 
 def _timed(config: TrainConfig) -> tuple[float, Training]:
-    """Median seconds a step of a training that is stopped after a few; nothing is written."""
+    """Return the median seconds per step of a training that is stopped after a few; nothing is written."""
     watch, before = _Watch(), torch.get_num_threads()
     torch.set_num_threads(config.threads or before)
     try:

@@ -9,9 +9,8 @@ from typing import Any
 
 from gm_probe.errors import StorageError, UsageError, did_you_mean
 from gm_probe.files.atomic import write_json
-from gm_probe.measures.settings import Settings
 from gm_probe.runs.records import SWEEP, read_sweep_record
-from gm_probe.sweep.recipe import MeasurePlan, Recipe
+from gm_probe.sweep.recipe import MeasurePlan, Recipe, measure_plan
 from gm_probe.training.config import TrainConfig
 
 
@@ -32,7 +31,7 @@ def write_sweep(recipe: Recipe, out: Path) -> None:
 
 
 def read_sweep(out: Path) -> Recipe:
-    """The recipe that ``write_sweep`` wrote.
+    """Return the recipe that ``write_sweep`` wrote.
 
     Raises:
         UsageError: ``out`` holds none.
@@ -51,17 +50,13 @@ def read_sweep(out: Path) -> Recipe:
 
 
 def _plan(content: dict[str, Any]) -> MeasurePlan:
-    asked = dict(content["settings"])
-    del asked["part"]
-    max_examples = asked.pop("max_examples")
-    settings: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()
-    }
-    return MeasurePlan(tuple(content["measures"]), Settings(**settings), max_examples, content["batch_size"])
+    """Return the plan of measurement; what is null in the record is not set."""
+    recorded = {**content["settings"], "measures": content["measures"], "batch_size": content["batch_size"]}
+    return measure_plan({k: value for k, value in recorded.items() if k != "part" and value is not None})
 
 
 def named_as_found(recipe: Recipe, out: Path) -> Recipe:
-    """``recipe`` with its runs named as their folders in ``out`` are.
+    """Return ``recipe`` with its runs named as their folders in ``out`` are.
 
     The settings that a name shows, and their order, follow the recipe's tables; the hash at its end does not. Runs that
     differ only in where they compute (``threads``) share it, and keep their names.
@@ -81,7 +76,7 @@ def _hash(name: str) -> str:
 
 
 def only(recipe: Recipe, name: str) -> Recipe:
-    """``recipe`` with the one run ``name``.
+    """Return ``recipe`` with the one run ``name``.
 
     Raises:
         UsageError: there is no such run.

@@ -19,16 +19,10 @@ from gm_probe.measures.settings import Settings
 from gm_probe.models.names import require_model_name
 from gm_probe.runs.catalogue import CATALOGUE
 from gm_probe.runtime.device_names import require_device_name
-from gm_probe.sweep.design import DESIGNS, points
+from gm_probe.sweep.design import DESIGNS, points, require_known
 from gm_probe.training.config import SETTINGS, TrainConfig
 
-_SHORT = {
-    "batch_size": "bs",
-    "weight_decay": "wd",
-    "seed": "s",
-    "method": "",
-    "model": "",
-}
+_SHORT = {"batch_size": "bs", "weight_decay": "wd", "seed": "s", "method": "", "model": ""}
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ class Recipe:
 
 
 def builtin_recipes() -> dict[str, str]:
-    """Name and first comment line of every built-in recipe."""
+    """Return the name and first comment line of every built-in recipe."""
     folder = resources.files("gm_probe") / "recipes"
     return {
         entry.name.removesuffix(".toml"): entry.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
@@ -154,7 +148,7 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
         if name in runs:
             raise UsageError(f"recipe: the design names the same run twice ({name})")
         runs[name] = config
-    plan = _plan(content.get("measure", {}))
+    plan = measure_plan(content.get("measure", {}))
     if views := [config for config in runs.values() if config.trains_encoder]:
         _require_of_views(plan, views)
     return Recipe(runs, plan, _group_by(content.get("correlate", {})))
@@ -174,9 +168,7 @@ def _require_of_views(plan: MeasurePlan, configs: Collection[TrainConfig]) -> No
 
 
 def _group_by(content: Mapping[str, Any]) -> tuple[str, ...]:
-    unknown = sorted(set(content) - {"group_by"})
-    if unknown:
-        raise UsageError(f"recipe: no setting correlate.{unknown[0]}; there is: group_by")
+    require_known("correlate", content, ("group_by",))
     names = _names("correlate.group_by", content.get("group_by", []))
     for name in names:
         if name not in SETTINGS:
@@ -192,12 +184,10 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _plan(content: Mapping[str, Any]) -> MeasurePlan:
-    defaults = {field.name: field.default for field in fields(Settings)}
-    unknown = sorted(set(content) - set(defaults) - {"measures", "max_examples", "batch_size"})
-    if unknown:
-        known = ("measures", "max_examples", "batch_size", *sorted(defaults))
-        raise UsageError(f"recipe: no setting measure.{unknown[0]}; {did_you_mean(unknown[0], known)}")
+def measure_plan(content: Mapping[str, Any]) -> MeasurePlan:
+    """Return the plan of a recipe's [measure] table; UsageError for what is no setting or measure."""
+    known = {field.name for field in fields(Settings)}
+    require_known("measure", content, ("measures", "max_examples", "batch_size", *sorted(known)))
     given = _names("measure.measures", content.get("measures", default_measures(labeled=False)))
     names = tuple(expanded(given, labeled=False))
     for name in names:
@@ -208,7 +198,7 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
     chosen: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in content.items()
-        if key in defaults
+        if key in known
     }
     sizes = {key: content[key] for key in ("max_examples", "batch_size") if key in content}
     for key, value in sizes.items():
@@ -221,13 +211,13 @@ def _plan(content: Mapping[str, Any]) -> MeasurePlan:
 
 
 def run_name(config: TrainConfig, varied: Mapping[str, Any]) -> str:
-    """A readable name that ends in a hash of everything the run computes from."""
+    """Return a readable name that ends in a hash of everything the run computes from."""
     digest = hashlib.sha256(json.dumps(config.identity(), sort_keys=True).encode()).hexdigest()[:8]
     parts = [f"{_SHORT.get(key, key)}{_plain(value)}" for key, value in varied.items()]
     return "-".join(filter(None, ["-".join(parts)[:120], digest]))
 
 
 def _plain(value: Any) -> str:
-    """A value in characters that any file system takes, no dot in front (it would hide the folder)."""
+    """Return a value in characters that any file system takes, no dot in front (it would hide the folder)."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return "".join(c if c.isascii() and (c.isalnum() or c in ".+-") else "_" for c in text).lstrip(".")[:40]

@@ -36,7 +36,7 @@ from gm_probe.training.run_splits import own_unlabeled
 
 
 def is_complete(out: Path, plan: MeasurePlan) -> bool:
-    """Whether a run folder needs nothing more: diverged, or finished and measured as the plan says."""
+    """Return whether a run folder needs nothing more: diverged, or finished and measured as the plan says."""
     try:
         if not (out / CONFIG).exists():
             return False
@@ -64,10 +64,10 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
     try:
         train(
             config, out, resume=True
-        )  # of a finished run only what a kill after its summary left is removed
+        )  # for a finished run, this only removes what a kill after its summary left
         if plan.measures:
             with exclusive(out) as lock:
-                if is_complete(out, plan):  # another did it since this one looked
+                if is_complete(out, plan):  # another process did it since this one looked
                     return "skipped"
                 _measure(config, plan, out, lock)
         return "finished"
@@ -118,14 +118,14 @@ def _record_failure(out: Path, outcome: Outcome) -> None:
 
 
 def failed_before(out: Path) -> bool:
-    """Whether an earlier try ended so, which a sweep does not repeat unasked."""
+    """Return whether an earlier try ended so, which a sweep does not repeat unasked."""
     with suppress(StorageError, OSError):
         return run_state(out) == "failed"
     return False
 
 
 def executor_of(recipe: Recipe, jobs: int) -> Executor:
-    """This process for one job at a time, else ``jobs`` processes, among which GPUs are dealt out unless named."""
+    """Return this process for one job at a time, else ``jobs`` processes, which share the GPUs unless runs name one."""
     if jobs == 1:
         return in_turn
     free = all(config.device in {"auto", "cuda"} for config in recipe.runs.values())
@@ -163,7 +163,7 @@ def run_recipe(
             reason = f"{folder} is a link; a sweep writes into its own folder only. Remove the link"
             report(Outcome(name, "failed", reason, tried=False))
         elif is_complete(folder, recipe.plan):
-            _forget_failure(folder)  # a disk may refuse the last write's sync with all of it there
+            _forget_failure(folder)  # a disk may fail at the last sync although everything was written
             report(Outcome(name, "skipped", tried=False))
         elif not retry_failed and failed_before(folder):
             report(Outcome(name, "failed", failure(folder), tried=False))

@@ -128,7 +128,7 @@ class _Sweep:
 
 
 def _find_sweeps(root: Path) -> tuple[list[_Sweep], list[RunStatus]]:
-    """The sweeps at or below ``root``, and a failed row for each below it whose sweep.json is broken."""
+    """Return the sweeps at or below ``root``, and a failed row for each below it whose sweep.json is broken."""
     sweeps, broken = [], []
     for folder, _, files in os.walk(root):
         if SWEEP not in files:
@@ -147,7 +147,7 @@ def _read_sweep(folder: Path) -> _Sweep:
 
 
 def run_status(path: Path, name: str, sweep: _Sweep | None = None, planned_as: str = "") -> RunStatus:
-    """Of the run folder ``path``, which ``sweep`` asks for under the name ``planned_as``."""
+    """Return the status of the run folder ``path``, which ``sweep`` asks for under the name ``planned_as``."""
     planned = None if sweep is None else sweep.runs[planned_as]
     try:
         state, reason = run_state(path), failure(path)
@@ -159,7 +159,7 @@ def run_status(path: Path, name: str, sweep: _Sweep | None = None, planned_as: s
             state = state if read_run(path).measured(sweep.content["measures"], asked) else "trained"
     except StorageError as error:
         state, reason = "failed", str(error)
-    except OSError as error:  # another's, who lets nobody in
+    except OSError as error:  # another user's folder
         state, reason = "failed", f"cannot read {path}: {error.strerror or error}"
     most = planned.get("epochs") if planned is not None else _max_epochs(path)
     ended = _latest(path, (SUMMARY, MEASURES)) if state in ENDED else None
@@ -187,7 +187,7 @@ def _max_epochs(path: Path) -> int | None:
 
 
 def _latest(path: Path, names: Sequence[str]) -> float | None:
-    """When the last of its files was written; None where it has none of them."""
+    """Return when the last of the files ``names`` was written; None where there is none of them."""
     times = []
     for name in names:
         with suppress(OSError):
@@ -196,7 +196,7 @@ def _latest(path: Path, names: Sequence[str]) -> float | None:
 
 
 def _eta(runs: Sequence[RunStatus], sweep: _Sweep) -> float | None:
-    """At the pace since the sweep's start; what runs that had been begun before did since then is not known."""
+    """Return the seconds left at the pace since the sweep's start; earlier runs' work since then is unknown."""
     at_work = [run for run in runs if run.state == "running"]
     ended = [run for run in runs if run.ended is not None and run.ended >= sweep.began]
     shares = {run.run: run.progress.share(sweep.stages) for run in at_work if run.progress is not None}
@@ -206,5 +206,5 @@ def _eta(runs: Sequence[RunStatus], sweep: _Sweep) -> float | None:
     if not at_work or not done:
         return None
     left = sum(run.state not in ENDED for run in runs) - sum(shares.values())
-    since = max(sweep.began, min(begun, default=0.0))  # a cluster may have let it wait
+    since = max(sweep.began, min(begun, default=0.0))  # on a cluster it may have waited
     return (time.time() - since) / done * left

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gm_probe.errors import DivergedError, ProbeError, UsageError
+from gm_probe.errors import DivergedError, ProbeError, UsageError, needs
 from gm_probe.executors.local import Outcome
 from gm_probe.measures.settings import Settings
 from gm_probe.runs.records import RunRecord, read_run
@@ -72,7 +72,7 @@ def check_tunable(config: TrainConfig, *, beta: bool) -> None:
 
 
 def radii_around_default(config: TrainConfig, *, bounds: bool) -> tuple[float, ...]:
-    """Half, once and twice the ρ that the method has of its own; as ``bounds`` a quarter and four times it."""
+    """Return half, one and two times the method's default ρ; as ``bounds`` a quarter and four times it."""
     own = inspect.signature(METHODS[config.method].rule).parameters["rho"].default
     return tuple(factor * own for factor in ((0.25, 4.0) if bounds else (0.5, 1.0, 2.0)))
 
@@ -93,7 +93,7 @@ class Tuner:
     execute: Callable[[Recipe], list[Outcome]]
 
     def recipe(self, points: Iterable[Point]) -> Recipe:
-        """One run a point and seed (0, 1, ...)."""
+        """Return a recipe of one run per point and seed (0, 1, ...)."""
         runs = {}
         for point in points:
             varied = {key: value for key, value in point._asdict().items() if value is not None}
@@ -103,7 +103,7 @@ class Tuner:
         return Recipe(runs, NOTHING, ())
 
     def grid(self, points: Sequence[Point]) -> list[Cell]:
-        """Every one of ``points``.
+        """Train every one of ``points`` and return their cells.
 
         Raises:
             ProbeError: a run failed; the next call tries it again.
@@ -114,7 +114,7 @@ class Tuner:
     def trials(
         self, count: int, bounds: Mapping[str, Sequence[float]], notify: Callable[[int, Cell], None]
     ) -> list[Cell]:
-        """``count`` points that Optuna's TPE chooses, logarithmic between ``bounds``, to three digits.
+        """Train ``count`` points that Optuna's TPE chooses, logarithmic between ``bounds``, to three digits.
 
         The sampler is seeded and a diverged cell counts as an error of 1, so the same call chooses the same points
         again: what is complete is not trained again, and more trials go on where fewer ended.
@@ -127,12 +127,8 @@ class Tuner:
             UsageError: Optuna is not installed.
             ProbeError: a run failed; the next call tries it again.
         """
-        try:
+        with needs("--trials", "optuna", "tune"):
             import optuna
-        except ImportError as error:
-            raise UsageError(
-                "--trials needs optuna, which is not installed; pip install 'gm_probe[tune]'"
-            ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
         cells: dict[Point, Cell] = {}
@@ -149,14 +145,11 @@ class Tuner:
 
     def _cell(self, point: Point) -> Cell:
         records = [read_run(self.out / name) for name in self.recipe([point]).runs]
-        return Cell(
-            point,
-            tuple(_error(r) if r.status == "finished" else None for r in records),
-        )
+        return Cell(point, tuple(_error(r) if r.status == "finished" else None for r in records))
 
 
 def _error(record: RunRecord) -> float:
-    """On the held-out examples; of a SimCLR encoder, its linear probe's."""
+    """Return the error on the held-out examples; of a SimCLR encoder, that of its linear probe."""
     return float(record.result("probe_test_error" if "probe_test_error" in record.summary else "test_error"))
 
 
@@ -171,7 +164,7 @@ def require_success(outcomes: Sequence[Outcome]) -> None:
 
 
 def best_of(cells: Sequence[Cell]) -> Cell:
-    """The least mean validation error; the first of equal ones.
+    """Return the cell of the least mean validation error; the first of equal ones.
 
     Raises:
         DivergedError: every cell has a run that diverged.
@@ -183,7 +176,7 @@ def best_of(cells: Sequence[Cell]) -> Cell:
 
 
 def rivals_of(best: Cell, cells: Sequence[Cell]) -> list[Cell]:
-    """Other cells whose mean ties with the best, or lies within one standard error of the difference."""
+    """Return the other cells whose mean lies within one standard error of the difference from the best's."""
 
     def ties(cell: Cell) -> bool:
         if cell.mean is None or best.mean is None:

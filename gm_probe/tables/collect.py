@@ -24,7 +24,7 @@ PARTS = {
 
 
 def collect(root: Path) -> pd.DataFrame:
-    """One row a run at or below ``root``, sorted by ``run``: state, settings, errors and gaps, measures.
+    """Return one row per run at or below ``root``, sorted by ``run``: state, settings, errors and gaps, measures.
 
     A run's every setting is a column of its name; of a measure NAME the columns NAME, NAME_stderr,
     NAME_stderr_examples and NAME_has_converged; ``probe.KEY`` is a setting of the measurement. What a run does not have
@@ -58,14 +58,14 @@ def _row(path: Path) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> Any:
-    """Numbers, text and truth values as they are, names that are no UTF-8 escaped; lists and tables as text."""
+    """Return numbers, text and truth values as they are, and lists and tables as text."""
     if value is None or isinstance(value, bool | int | float):
         return value
     return str(value).encode(errors="backslashreplace").decode()
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    """Every key once; runs of unlike measures keep each measure's columns together."""
+    """Return every key once; each measure's columns stay together."""
     found = dict.fromkeys(key for row in rows for key in row)
     measures = dict.fromkeys(key.removesuffix("_stderr") for key in found if key.endswith("_stderr"))
     ours = [name + ending for name in measures for ending in PARTS.values()]
@@ -73,7 +73,7 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write_table(root: Path, out: Path) -> pd.DataFrame:
-    """``collect`` into the .csv or .parquet file ``out``, which readers see before or after, never in part.
+    """Write ``collect`` into the .csv or .parquet file ``out``; readers see the old or the new file, never a part.
 
     Of several at once each waits for the others, so that no table is replaced by an older one.
 

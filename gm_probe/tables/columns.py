@@ -72,12 +72,12 @@ SUMMARIES = frozenset((
 
 
 def key(name: str) -> str:
-    """``name`` without a tracker's prefix, in small letters with underscores; its usual name where it has another."""
+    """Return ``name`` without a tracker's prefix, in lower case with underscores, or its usual name."""
     return ALIASES.get(found := _plain(bare(name)), found)
 
 
 def bare(name: str) -> str:
-    """``name`` without a tracker's prefix."""
+    """Return ``name`` without a tracker's prefix."""
     for prefix in (_GIVEN, _FOUND, _SAID):
         if match := prefix.match(name):
             return name[match.end() :]
@@ -90,7 +90,7 @@ def _plain(text: str) -> str:
 
 
 def called(names: Sequence[str]) -> dict[str, str]:
-    """What each of ``names`` is called in a run table: its ``key`` where that is known, else without its prefix.
+    """Return what each of ``names`` is called here: its ``key`` where that is known, else without its prefix.
 
     Where two would be called the same, each keeps its own name.
     """
@@ -127,7 +127,7 @@ def is_status(name: str) -> bool:
 
 
 def unfinished(cells: Sequence[object]) -> dict[int, str]:
-    """The rows of a status column whose run did not finish, with what it says.
+    """Return the rows of a status column whose run did not finish, with what it says.
 
     Only a column that says of some run that it is finished says by an unknown word that another is not.
     """

@@ -26,7 +26,7 @@ _NAMED_SEPARATOR = re.compile(r'\s*"?sep=([^\r\n])"?[,;\t|]*[^\S\r\n]*(?:\r\n|\r
 """The first line by which Excel is told the separator."""
 _SAMPLE = 200  # rows that choose the separator
 MOST_COLUMNS, MOST_CELLS, MOST_BYTES = 5000, 10**7, 2**30
-"""Of a file; thirty thousand runs with three hundred columns are fewer."""
+"""Limits of a file; thirty thousand runs with three hundred columns are below them."""
 
 
 def require_fit(path: Path, num_rows: int, num_columns: int) -> None:
@@ -75,7 +75,7 @@ def read_delimited(path: Path, *, follow: bool = True) -> Delimited:
 
 
 def decoded(data: bytes, path: Path, kind: str) -> tuple[str, str]:
-    """The text of ``data``, and the name of its encoding."""
+    """Return the text of ``data``, and the name of its encoding."""
     try:
         for mark, codec in BOMS.items():
             if data.startswith(mark):
@@ -95,7 +95,7 @@ def decoded(data: bytes, path: Path, kind: str) -> tuple[str, str]:
 
 
 def _separator(text: str) -> tuple[str, str]:
-    """The separator, and ``text`` without a first line that names it.
+    """Return the separator, and ``text`` without a first line that names it.
 
     It is the one by which most rows have as many cells as the header; of several the one of the most cells.
     """

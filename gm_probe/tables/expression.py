@@ -19,13 +19,11 @@ from gm_probe.tables.numerals import Numbers, finite
 from gm_probe.tables.table import ACCURACIES
 
 LONGEST = 300
-"""Characters of an expression: it is evaluated by recursion."""
+"""Most characters of an expression, because it is evaluated by recursion."""
 _QUOTED = re.compile(r"`([^`]+)`|\[([^\]]+)\]")
 _PART = re.compile(r"(?:`[^`]*`|\[[^\]]*\]|[^,])+")
-_NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?!\w)")
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?!\w)"
 _WORD = re.compile(r"[^\W\d][\w.]*")
-_WITHIN = re.compile(r"\w\w")  # the middle of a word
-_SIGN = re.compile(r"[-+*/()]")
 _SIGNS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -73,22 +71,22 @@ def parse(text: str, known: Collection[str]) -> Expression:
         return Expression(text, (text,), ast.Name("c0"))
     if (error := ACCURACIES.get(text)) in known:
         return Expression(text, (str(error),), ast.parse("1 - c0", mode="eval").body)
-    pieces, columns, place = [], [], 0
-    names = sorted(known, key=len, reverse=True)
     if len(text) > LONGEST:
         raise UsageError(
             f"--gap has {len(text):,} characters, more than {LONGEST}; add the result as a column"
         )
+    pieces, columns, place = [], [], 0
+    pattern = _pattern(known)
     while place < len(text):
-        if text[place].isspace():
-            place += 1
-        elif found := _NUMBER.match(text, place) or _SIGN.match(text, place):
-            pieces.append(found[0])
-            place = found.end()
-        else:
-            name, place = _column(text, place, names)
+        found = pattern.match(text, place)
+        if found is None:
+            raise _unknown(text, place, known)
+        if name := found["quoted"] or found["bracketed"] or found["bare"]:
             columns.append(name)
             pieces.append(f"c{len(columns) - 1}")
+        else:
+            pieces.append(found[0])
+        place = found.end()
     try:
         tree = ast.parse(" ".join(pieces), mode="eval").body
     except (SyntaxError, MemoryError, RecursionError):
@@ -102,19 +100,20 @@ def parse(text: str, known: Collection[str]) -> Expression:
     return Expression(text, tuple(columns), tree)
 
 
-def _column(text: str, place: int, names: list[str]) -> tuple[str, int]:
-    """The column whose name begins at ``place``, and where it ends: the longest of several."""
+def _pattern(known: Collection[str]) -> re.Pattern[str]:
+    """Return the pattern of one piece: space, a number, a sign or a column, of several the longest."""
+    name = "|".join(map(re.escape, sorted(filter(None, known), key=len, reverse=True))) or "(?!)"
+    whole = r"(?!(?<=\w)\w)"  # not followed by the rest of a longer word
+    columns = rf"`(?P<quoted>{name})`|\[(?P<bracketed>{name})\]|(?P<bare>{name}){whole}"
+    return re.compile(rf"\s+|{_NUMBER}|[-+*/()]|{columns}")
+
+
+def _unknown(text: str, place: int, known: Collection[str]) -> UsageError:
     quoted = _QUOTED.match(text, place)
-    if quoted and (name := quoted[1] or quoted[2]) in names:
-        return name, quoted.end()
-    for name in names:
-        end = place + len(name)
-        if name and text.startswith(name, place) and not _WITHIN.fullmatch(text, end - 1, end + 1):
-            return name, end
     word = quoted or _WORD.match(text, place)
     asked = (word[1] or word[2] if quoted else word[0]) if word else text[place]
-    (nearest,) = difflib.get_close_matches(asked, names, 1, cutoff=0) or ["none"]
-    raise UsageError(f"--gap {text!r}: no column {asked!r}; did you mean {nearest!r}?")
+    (nearest,) = difflib.get_close_matches(asked, known, 1, cutoff=0) or ["none"]
+    return UsageError(f"--gap {text!r}: no column {asked!r}; did you mean {nearest!r}?")
 
 
 def _value(tree: ast.AST, values: Mapping[str, pd.Series]) -> Any:
@@ -133,7 +132,7 @@ def _value(tree: ast.AST, values: Mapping[str, pd.Series]) -> Any:
 
 
 def _steady(result: Any, *terms: Any) -> Any:
-    """``result`` of a sum, rounded to 12 digits of its largest term, so that differences of equal sizes stay equal."""
+    """Return the ``result`` of a sum, rounded to 12 digits of its largest term, so that ties stay ties."""
     sizes = [np.abs(np.asarray(term, dtype=float)) for term in terms]
     largest = max((float(size[np.isfinite(size)].max(initial=0.0)) for size in sizes), default=0.0)
     digits = 12 - math.ceil(math.log10(largest)) if largest else 12

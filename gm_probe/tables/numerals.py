@@ -49,7 +49,7 @@ class Numbers:
 
 
 def number(cell: str, decimal: str = POINT) -> float:
-    """``cell`` as a float, rounded correctly; NaN where it is no number.
+    """Return ``cell`` as a float, rounded correctly; NaN where it is no number.
 
     ``9.5%`` is 0.095; thousands may be set apart by spaces, apostrophes, or the mark that is not the decimal one.
     """
@@ -84,7 +84,7 @@ def read_numbers(columns: Mapping[str, Sequence[object]]) -> dict[str, Numbers]:
 
 
 def _shown(cells: Sequence[str]) -> set[str]:
-    """The decimal marks that ``cells`` show beyond doubt, and "" where a cell may be read in two ways."""
+    """Return the decimal marks that ``cells`` show beyond doubt, and "" where a cell may be read in two ways."""
     found: set[str] = set()
     for cell in set(cells):
         if POINT not in cell and COMMA not in cell:
@@ -98,7 +98,7 @@ def _shown(cells: Sequence[str]) -> set[str]:
 
 
 def _decimal(shown: set[str], common: str) -> str:
-    """The mark that a column has ``shown``; "" where its cells may be read in two ways and ``common`` is no help."""
+    """Return the mark that a column has ``shown``; "" where it is open and ``common`` is no help."""
     certain = shown - {""}
     if len(certain) == 1:
         return next(iter(certain))
@@ -119,7 +119,7 @@ def _read(cells: Sequence[str], decimal: str) -> Numbers:
 
 
 def finite(values: Sequence[float] | pd.Series) -> Numbers:
-    """``values`` (n,) that have a finite square; the others are missing, with the reason."""
+    """Return ``values`` (n,) that have a finite square; the others are missing, with the reason."""
     array = np.array(values, dtype=float)
     wrong = ~(np.abs(array) <= LARGEST)
     missing = {
@@ -130,7 +130,7 @@ def finite(values: Sequence[float] | pd.Series) -> Numbers:
 
 
 def _either(cell: str, decimal: str) -> float:
-    """``cell`` by its decimal mark; without one, 1.234 has a decimal point, and 1,234 is ambiguous."""
+    """Return ``cell`` by its decimal mark; without one, 1.234 has a decimal point, and 1,234 is ambiguous."""
     if decimal:
         return number(cell, decimal)
     point, comma = number(cell, POINT), number(cell, COMMA)

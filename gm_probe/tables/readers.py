@@ -16,15 +16,18 @@ import pandas as pd
 
 from gm_probe.errors import DataError, UsageError, foreign_or, printable
 from gm_probe.files.regular import read_at_most
-from gm_probe.files.schema import DEEPEST, LONGEST_TEXT, Unfit, bounded
+from gm_probe.files.schema import LONGEST_TEXT, Unfit, bounded
 from gm_probe.tables import trackers
+from gm_probe.tables.columns import key
 from gm_probe.tables.delimited import MOST_BYTES, decoded, read_delimited, require_fit
 from gm_probe.tables.numerals import NO_VALUE
 
 MOST_JSON = 2**28
-"""Bytes of a file of JSON: its objects take some ten times as many."""
+"""Most bytes of a JSON file; its objects take about ten times as many."""
+LONG = ("measure", "metric", "variable")
+"""Names of the column of a long table that names the measure whose ``value`` is in the row."""
 LONGEST_DICT = 100_000
-"""Characters of a dict in a cell: the settings of one run."""
+"""Most characters of a dict in a cell, which holds the settings of one run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ def read_sheet(source: Path) -> Sheet:
 
 
 def tidied(source: Path, sheet: Sheet) -> Sheet:
-    """``sheet`` with its dicts as columns of their own, and without columns that have neither name nor cells.
+    """Return ``sheet`` with its dicts as columns of their own, and without columns that have neither name nor cells.
 
     Raises:
         DataError: it has no row, or two columns of one name, or a name with unprintable characters.
@@ -70,20 +73,42 @@ def tidied(source: Path, sheet: Sheet) -> Sheet:
         raise DataError(f"{source} has a header but no run below it")
     dicts = [name for name in names if _holds_dicts(raw[name])]
     if not dicts:
-        return Sheet(raw.reset_index(drop=True), sheet.written, sheet.notes)
+        return _one_row_a_run(source, replace(sheet, cells=raw.reset_index(drop=True)))
     rows: list[dict[str, Any]] = []
     unread = 0
     for record in raw.to_dict("records"):
         read = {name: _literal(str(record[name])) for name in dicts}
         unread += sum(value is None and _filled(record[name]) for name, value in read.items())
-        rows.append({str(key): value for key, value in record.items() if key not in dicts} | read)
+        rows.append({str(name): value for name, value in record.items() if name not in dicts} | read)
     told = f"{unread} cells of {', '.join(dicts)} hold no readable dict; they count as empty"
     found = of_rows(source, rows, (*sheet.notes, *([told] if unread else [])))
     return tidied(source, replace(found, written=sheet.written))
 
 
+def _one_row_a_run(source: Path, sheet: Sheet) -> Sheet:
+    """Return ``sheet``; of a long table, with a row for each run and measure, one row for each run."""
+    raw = sheet.cells
+    names = {key(str(name)): str(name) for name in raw}
+    measure, value = next((names[word] for word in LONG if word in names), None), names.get("value")
+    if measure is None or value is None or raw[measure].is_unique:
+        return sheet
+    others = [name for name in raw if name not in {measure, value}]
+    of = raw[measure].map(lambda cell: str(cell).strip()).rename(measure)
+    runs = raw.groupby([raw[name].map(str) for name in others] or of, sort=False).ngroup().rename("run")
+    if not others or pd.concat([runs, of], axis=1).duplicated().any():
+        raise DataError(
+            f"{source} has a row for each {measure!r}, and does not tell which rows are one run. Write one row for "
+            f"each run, with a column for each {measure}"
+        )
+    require_fit(source, runs.nunique(), len(others) + of.nunique())
+    wide = raw[value].groupby([runs, of], sort=False).first().unstack(fill_value="")
+    wide = raw[others].groupby(runs, sort=False).nth(0).reset_index(drop=True).join(wide)
+    note = f"the {len(raw)} rows were read as {len(wide)} runs, with a column for each {measure}"
+    return tidied(source, replace(sheet, cells=wide, notes=(*sheet.notes, note)))
+
+
 def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str]) -> Sheet:
-    """One row a mapping; a mapping within it becomes columns NAME.KEY, and a list is left out and counted."""
+    """Return one row per mapping. A nested mapping becomes columns NAME.KEY; lists are left out and counted."""
     if not rows:
         raise DataError(f"{source} holds no run")
     lists: dict[str, None] = {}
@@ -95,8 +120,8 @@ def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str
 
 
 def _flat(row: Mapping[str, Any], prefix: str, lists: dict[str, None]) -> Iterator[tuple[str, Any]]:
-    for key, value in row.items():
-        name = f"{prefix}{key}"
+    for inner, value in row.items():
+        name = f"{prefix}{inner}"
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name}.", lists)
         elif isinstance(value, list | tuple):
@@ -122,44 +147,41 @@ def _holds_dicts(cells: pd.Series) -> bool:
 
 
 def _literal(text: str) -> dict[str, Any] | None:
-    """The dict that ``text`` writes in Python or JSON; None where it writes none, or one beyond all bounds."""
+    """Return the dict that ``text`` writes in Python or JSON; None where it writes none, or one beyond all bounds."""
     if len(text) > LONGEST_DICT:
         return None
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd escapes
-            tree = ast.parse(text.strip(), mode="eval")
-        value = _value(tree.body, 0)
+            value = ast.literal_eval(_Plain().visit(ast.parse(text.strip(), mode="eval")))
         bounded(value)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def _value(node: ast.AST | None, depth: int) -> Any:
-    """What ``node`` writes: a constant, a list or a dict; nothing is looked up or called."""
-    if depth > DEEPEST:
-        raise ValueError
-    if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | str | None):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in _WORDS:
-        return _WORDS[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand, depth + 1)
-    if isinstance(node, ast.List | ast.Tuple | ast.Set):
-        return [_value(each, depth + 1) for each in node.elts]
-    if isinstance(node, ast.Dict):
-        return {
-            str(_value(key, depth + 1)): _value(each, depth + 1)
-            for key, each in zip(node.keys, node.values, strict=True)
-        }
-    raise ValueError
+class _Plain(ast.NodeTransformer):
+    """Replace words such as nan by the constants that they stand for, and tuples and sets by lists."""
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node
+
+    def visit_Dict(self, node: ast.Dict) -> ast.AST:
+        keys = [
+            ast.Constant(str(name.value)) if isinstance(name, ast.Constant) else name for name in node.keys
+        ]
+        return self.generic_visit(ast.Dict(keys, node.values))
+
+    def visit_Tuple(self, node: ast.Tuple | ast.Set) -> ast.AST:
+        return ast.List([self.visit(each) for each in node.elts], ast.Load())
+
+    visit_Set = visit_Tuple
 
 
 # ---- files
 
 
 def _delimited(path: Path) -> Sheet:
-    """All cells as text, so that what is a number and what is missing is not guessed by a reader."""
+    """Read all cells as text, so that no reader guesses what is a number or missing."""
     found = read_delimited(path)
     table = pd.DataFrame(found.rows, columns=range(len(found.header)), dtype=object)
     table.columns = pd.Index(found.header)
@@ -167,7 +189,7 @@ def _delimited(path: Path) -> Sheet:
 
 
 def _json(path: Path) -> Sheet:
-    """One object a line, or a list of objects."""
+    """Read one object per line, or a list of objects."""
     data = read_at_most(path, MOST_JSON, follow=True)
     if data is None:
         raise DataError(f"{path} has more than {MOST_JSON:,} bytes; keep fewer runs or columns")
@@ -182,19 +204,35 @@ def _json(path: Path) -> Sheet:
         try:
             value = json.loads(line)
             bounded(value)
+            value = _by_rows(value)
         except Unfit as error:
             raise DataError(f"{where}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where} is not valid JSON: {printable(str(error))}. Write one object per line, or a list of objects"
             ) from error
-        rows += value if listed else [value]
+        rows += value if isinstance(value, list) else [value]
     wrong = next((place for place, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
     if wrong or not rows:
         raise DataError(
             f"{path} {f'entry {wrong} is no object' if wrong else 'is empty'}; it needs one object per run"
         )
     return replace(of_rows(path, rows, []), written=() if encoding == "UTF-8" else (f"as {encoding}",))
+
+
+def _by_rows(value: Any) -> Any:
+    """Return ``value``; of columns (lists of one length, or pandas' mappings from row numbers) a list of rows."""
+    if not isinstance(value, dict) or not value:
+        return value
+    columns = list(value.values())
+    if all(
+        isinstance(column, dict) and [*column] == list(map(str, range(len(column)))) for column in columns
+    ):
+        columns = [[*column.values()] for column in columns]
+    lengths = {len(column) if isinstance(column, list) else 0 for column in columns}
+    if len(lengths) > 1 or lengths == {0}:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _parquet(path: Path) -> Sheet:
@@ -207,14 +245,14 @@ def _parquet(path: Path) -> Sheet:
 
 
 def _parquet_frame(path: Path) -> pd.DataFrame:
-    """What ``path`` holds, its texts by way of a dictionary: a file may name one long text in a million rows."""
+    """Read ``path`` with its texts as dictionaries: a file may name one long text in a million rows."""
     from pyarrow import parquet, types  # an extra
 
     with parquet.ParquetFile(path) as file:
         meta = file.metadata
         groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
         chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-        values = sum(chunk.num_values for chunk in chunks)  # a list in a cell has many
+        values = sum(chunk.num_values for chunk in chunks)  # a list in a cell counts as many
         num_rows = max(meta.num_rows, -(-values // max(meta.num_columns, 1)))
         require_fit(path, num_rows, meta.num_columns)
         unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)

@@ -53,7 +53,7 @@ OWN_SETTINGS = {
 }
 ROW_SETTINGS = ("protocol", "labels")
 MOST_OF_ONE = 200
-"""Settings of one run; the tool's own are some 60."""
+"""Most settings of one run; gmprobe's own are about 60."""
 FRAME = Path("DataFrame")
 """What messages call a table that is no file."""
 NOT_MEASURED = {"value": None, "reason": "not measured"}
@@ -69,7 +69,7 @@ def load_table(
     seed_column: str = "",
     converged_only: bool = False,
 ) -> RunTable:
-    """Read ``source``: a folder of runs of gmprobe or a tracker, a file with one run a row, or such a DataFrame.
+    """Read ``source``: a folder of runs of gmprobe or a tracker, a file with one run per row, or such a DataFrame.
 
     Empty ``measures`` takes every measure of the run folders; of others, all numeric columns but gaps, outcomes,
     settings and identifiers. Empty ``hyperparameters`` takes the settings that vary over the run folders; of others,
@@ -192,7 +192,7 @@ class _Measured:
 
 
 def _read_folders(root: Path, converged_only: bool) -> tuple[dict[str, RunRecord], list[Exclusion]]:
-    """Finished and measured runs by their path below ``root``, and the other runs with the reason."""
+    """Return finished and measured runs by their path below ``root``, and the other runs with the reason."""
     kept: dict[str, RunRecord] = {}
     excluded: list[Exclusion] = []
     for path in find_runs(root):
@@ -232,7 +232,7 @@ def _unusable(record: RunRecord) -> str | None:
 
 
 def _clashing(records: Mapping[str, RunRecord]) -> dict[str, str]:
-    """Runs that call a measure what others call a setting, or the reverse: the fewer of the two, with the reason."""
+    """Return the runs, with the reason, that call a measure what most runs call a setting, or the reverse."""
     measured: dict[str, list[str]] = {}
     configured: dict[str, list[str]] = {}
     for run, record in records.items():
@@ -254,13 +254,13 @@ def _number(group: tuple[list[str], str, str]) -> int:
 
 
 def _rank(name: str) -> tuple[int, str]:
-    """Known measures in their usual order, then the others by name."""
+    """Sort known measures in their usual order, then the others by name."""
     known = name in KNOWN_MEASURES
     return (KNOWN_MEASURES.index(name), "") if known else (len(KNOWN_MEASURES), name)
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Settings as one level of ``table.key`` names; the machine's [environment] is no setting."""
+    """Return settings as one level of ``table.key`` names; the machine's [environment] is no setting."""
     flat: dict[str, bool | int | float | str] = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -274,7 +274,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | in
 def _conditions(
     name: str, settings: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Counter[str]]:
-    """How many runs took the measure ``name`` with each value of each setting that it depends on."""
+    """Count the runs that took the measure ``name`` with each value of each setting that it depends on."""
     ascent = ASCENT_SETTINGS if name.startswith("local_inconsistency") else ()
     own = OWN_SETTINGS.get(name, ascent)
     known = [{"normalized": bool(each["mean"]), **each} if "mean" in each else each for each in settings]
@@ -285,7 +285,7 @@ def _conditions(
 def _gaps(
     records: Sequence[RunRecord], configs: Sequence[Mapping[str, Any]], asked: str
 ) -> dict[str, Numbers]:
-    """The gaps of the summaries, or what is ``asked`` for as arithmetic on what summaries and settings say."""
+    """Return the gaps of the summaries, or the arithmetic that is ``asked`` for on summaries and settings."""
     rows = [{**config, **record.summary} for config, record in zip(configs, records, strict=True)]
     names = unique(name for row in rows for name, value in row.items() if isinstance(value, int | float))
     known = {name: _numbers([row.get(name) for row in rows]) for name in names}
@@ -303,5 +303,5 @@ def _gaps(
 
 
 def _numbers(values: Sequence[Any]) -> Numbers:
-    """``values`` as floats; those that are no numbers are missing."""
+    """Return ``values`` as floats; those that are no numbers are missing."""
     return finite([value if isinstance(value, int | float) else math.nan for value in values])

@@ -9,7 +9,7 @@ from gm_probe.runs.records import find_runs
 from gm_probe.tables import trackers
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", *trackers.DATABASES)
-"""Of the files that are read (readers.READERS)."""
+"""Suffixes of the files that are read (``readers.READERS``)."""
 TAKEN = "a folder of runs (gmprobe, MLflow, Lightning, Hugging Face), or a .csv, .tsv, .jsonl, .parquet or .db file"
 
 
@@ -19,7 +19,7 @@ def holds_our_runs(source: Path) -> bool:
 
 
 def beside(source: Path, name: str) -> Path:
-    """Where a result called ``name`` is written unless told: in a folder of our runs, else beside ``source``."""
+    """Return where a result called ``name`` is written by default: in a folder of our runs, else beside ``source``."""
     if holds_our_runs(source):
         return source / name
     whole = source if source.name else source.resolve()

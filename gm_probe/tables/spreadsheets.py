@@ -24,6 +24,7 @@ from gm_probe.tables.columns import (
 )
 from gm_probe.tables.expression import listed, parse
 from gm_probe.tables.numerals import COMMA, NO_VALUE, NOTHING, Numbers, ambiguous, read_numbers
+from gm_probe.tables.rates import as_fractions, errors_of_accuracies
 from gm_probe.tables.readers import Sheet
 from gm_probe.tables.table import (
     GAPS,
@@ -59,7 +60,7 @@ DIFFERENCES = {
     "ce_gap": ["test_ce - train_ce"],
     "": [f"{part}_loss - train_loss" for part in HELD_OUT],
 }
-"""How a gap that a table lacks may be had, the best way first; under "" those that are called as they are made."""
+"""Ways to compute a gap that a table lacks, the best first; under "" those named by their expression."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +116,10 @@ def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
     }
     raw, excluded, notes = _finished(sheet.cells.rename(columns=new), source, asked.converged_only)
     columns = read_numbers({str(name): raw[name].to_list() for name in raw if name != ROW})
+    columns, units = as_fractions(columns, raw, source)
     table = _Table(source, raw, columns, aliases, {name: old for old, name in new.items()})
     gaps, made_of, told = _gaps(table, asked)
+    columns |= errors_of_accuracies(columns)
     roles = _roles(table, asked, gaps, made_of)
     used = [*gaps, *made_of, *roles.measures]
     _require_numbers(used, columns, raw[ROW], source)
@@ -140,6 +143,7 @@ def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
         notes=(
             *sheet.notes,
             *_said(sheet, columns, [*used, *roles.hypers]),
+            *units,
             *told,
             *(() if asked.measures and asked.hyperparameters else (_chosen(roles, raw),)),
             *_odd_cells(roles.left_out, columns, raw[ROW]),
@@ -167,7 +171,9 @@ def _roles(table: _Table, asked: Asked, gaps: list[str], made_of: list[str]) -> 
             f"--seed-column {asked.seed_column}: {SEED!r} cannot be a hyperparameter then. Leave it out"
         )
     free = [name for name in columns if name in measures or name not in {*taken, *hypers}]
-    chosen = measures or _measures([name for name in free if not is_given(table.written[name])], columns)
+    chosen = measures or _measures(
+        [name for name in free if not is_given(table.written.get(name, name))], columns
+    )
     require_few(chosen, MOST_MEASURES, table.source, "columns to use as measures", "--measures")
     require_few(hypers, MOST_SETTINGS, table.source, "hyperparameters", "--hyper")
     if not chosen:
@@ -184,7 +190,7 @@ def _roles(table: _Table, asked: Asked, gaps: list[str], made_of: list[str]) -> 
 
 
 def _chosen(roles: _Roles, raw: pd.DataFrame) -> str:
-    """What was taken for what, in words; settings that are the same everywhere are not worth them."""
+    """Return in words which columns have which role; settings that never vary are not mentioned."""
     varying = [name for name in roles.hypers if raw[name].map(str).nunique() > 1]
     shown = {
         "measures": roles.measures,
@@ -196,7 +202,7 @@ def _chosen(roles: _Roles, raw: pd.DataFrame) -> str:
 
 
 def _hypers(table: _Table, taken: Collection[str]) -> list[str]:
-    """Settings by their names, and what a tracker calls a setting and varies without naming each run."""
+    """Return columns with a setting's name, and those that a tracker calls settings and that vary."""
     found = []
     for name in table.columns:
         cells, old = table.raw.get(name), table.written.get(name, name)
@@ -210,7 +216,7 @@ def _hypers(table: _Table, taken: Collection[str]) -> list[str]:
 
 
 def _gaps(table: _Table, asked: Asked) -> tuple[list[str], list[str], list[str]]:
-    """The gaps among the columns, where made ones are added; the columns that these are made of; what is said."""
+    """Return the gaps among the columns, the columns that made gaps consist of, and what is said of them."""
     columns, names = table.columns, {*table.columns, *table.aliases}
     wanted = listed(asked.gap, names)
     known = {*GAPS, "both"}.issuperset(wanted)
@@ -237,7 +243,7 @@ def _gaps(table: _Table, asked: Asked) -> tuple[list[str], list[str], list[str]]
 
 
 def _measures(free: Sequence[str], columns: Mapping[str, Numbers]) -> list[str]:
-    """The columns taken unasked: all that may be measures and hold numbers that differ, the known ones first.
+    """Return the measures taken by default: columns of numbers that differ and may be measures, the known ones first.
 
     In a table of `gmprobe collect` what stands before the first measure is a setting or an outcome.
     """
@@ -255,7 +261,7 @@ def _measures(free: Sequence[str], columns: Mapping[str, Numbers]) -> list[str]:
 
 
 def _odd_cells(left_out: Sequence[str], columns: Mapping[str, Numbers], places: pd.Series) -> list[str]:
-    """A note on columns that would be measures but for a few cells."""
+    """Return a note on columns that would be measures but for a few cells."""
     found = []
     for name in left_out:
         text = columns[name].text
@@ -279,7 +285,7 @@ def _require_numbers(
 
 
 def _said(sheet: Sheet, columns: Mapping[str, Numbers], used: Sequence[str]) -> list[str]:
-    """How the table is written, in words; nothing of plain CSV."""
+    """Return in words how the table is written; nothing for plain CSV."""
     commas = unique(name for name in used if columns[name].decimal == COMMA)
     written = [*sheet.written, *([f"with decimal commas in {few(commas)}"] if commas else [])]
     return [f"the table was read {', '.join(written)}"] if written else []
@@ -288,7 +294,7 @@ def _said(sheet: Sheet, columns: Mapping[str, Numbers], used: Sequence[str]) -> 
 def _finished(
     raw: pd.DataFrame, source: Path, converged_only: bool
 ) -> tuple[pd.DataFrame, tuple[Exclusion, ...], list[str]]:
-    """The rows that may enter, with their number in ``ROW``; the others; and a note on those that missed their stop."""
+    """Return the rows that enter, with their number in ``ROW``, the other runs, and a note on missed stops."""
     raw = raw.assign(**{ROW: range(1, len(raw) + 1)})
     names = _names(raw, _name_column(raw, ()))
     reasons = {row: "sums up other rows" for row, name in enumerate(names) if key(name) in SUMMARIES}
@@ -316,7 +322,7 @@ def _finished(
 
 
 def _name_column(raw: pd.DataFrame, others: Collection[str]) -> str:
-    """The column that names the runs: ``run``, or another that names each run apart; "" where there is none."""
+    """Return the column that names the runs: ``run``, or another without repeats; "" where there is none."""
     for wanted in NAMES:
         for name in raw:
             if key(str(name)) == wanted and name not in others:
@@ -327,14 +333,14 @@ def _name_column(raw: pd.DataFrame, others: Collection[str]) -> str:
 
 
 def _names(raw: pd.DataFrame, column: str) -> pd.Series:
-    """Names of the runs: the cells of ``column``, or row numbers."""
+    """Return the names of the runs: the cells of ``column``, or row numbers."""
     if column:
         return raw[column].map(lambda cell: printable(str(cell).strip()))
     return raw[ROW].map(lambda row: f"row {row}")
 
 
 def _settings(column: Numbers, cells: pd.Series) -> pd.Series:
-    """A hyperparameter's cells: numbers where all of them are, else text; None where there is no value."""
+    """Return a hyperparameter's cells: numbers where all of them are, else text; None where there is no value."""
     numeric = not column.text and not {"not finite", TOO_LARGE} & set(column.missing.values())
     values = column.values.tolist() if numeric else [str(cell).strip() for cell in cells]
     unset = {row for row, reason in column.missing.items() if reason == NOTHING}

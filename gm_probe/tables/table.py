@@ -30,12 +30,12 @@ OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "nu
 ACCURACIES = {"test_accuracy": "test_error", "train_accuracy": "train_error"}
 """Targets that are 1 − an outcome."""
 MOST_MEASURES, MOST_SETTINGS = 100, 300
-"""Of one table: statistics look at every two of them."""
+"""Most columns of one table, because statistics compare every two of them."""
 MISSED_STOP = "ended before reaching its stop_ce"
 SEED = "seed"
 UNSET = "unset"
 LARGEST = 1e150
-"""A value beyond has no finite square, and is as good as not finite."""
+"""Larger values have no finite square and count as not finite."""
 TOO_LARGE = "beyond 1e150 in size"
 
 
@@ -98,7 +98,7 @@ class RunTable:
     left_out: tuple[str, ...] = ()
 
     def named(self, names: Iterable[str]) -> list[str]:
-        """``names`` of columns, as the source or this table calls them, as this table does."""
+        """Return the names that this table uses for columns, given as the source or this table calls them."""
         return [self.aliases.get(name, name) for name in names]
 
     @property
@@ -107,7 +107,7 @@ class RunTable:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Whose labels a measure was taken with (``predicted``, ``given``, ``mixed``), where its rows say so."""
+        """Return whose labels a measure was taken with (``predicted``, ``given``, ``mixed``), where its rows say so."""
         kinds = {
             name: [kind for kind in conditions.get("labels", ()) if kind != "none needed"]
             for name, conditions in self.conditions.items()
@@ -120,7 +120,7 @@ class RunTable:
 
 
 def show(value: Any) -> str:
-    """A setting's value as the reader sees it: 1.0 as ``1``, True as ``true``, None as ``unset``."""
+    """Return a setting's value as the reader sees it: 1.0 as ``1``, True as ``true``, None as ``unset``."""
     if value is None:
         return UNSET
     if isinstance(value, bool):
@@ -131,7 +131,7 @@ def show(value: Any) -> str:
 
 
 def by_reason(exclusions: Iterable[Exclusion]) -> dict[str, list[str]]:
-    """Names of the runs under the reason they were left out for, the commonest reason first."""
+    """Return the names of the runs by the reason they were left out for, the commonest reason first."""
     reasons: dict[str, list[str]] = {}
     for exclusion in exclusions:
         reasons.setdefault(exclusion.reason, []).append(exclusion.run)
@@ -139,7 +139,7 @@ def by_reason(exclusions: Iterable[Exclusion]) -> dict[str, list[str]]:
 
 
 def missed_stop_note(missed: int, of: int) -> list[str]:
-    """What is said of runs that are kept though they missed their ``stop_ce``; nothing where there is none."""
+    """Return the note on runs that are kept although they missed their ``stop_ce``; none where there are none."""
     if not missed:
         return []
     return [
@@ -176,11 +176,11 @@ def require_distinct(gaps: Sequence[str], measures: Sequence[str], hyperparamete
 
 
 def unique(names: Iterable[str]) -> list[str]:
-    """``names`` in their order, each once."""
+    """Return ``names`` in their order, each once."""
     return list(dict.fromkeys(names))
 
 
 def few(names: Sequence[str], most: int = 8) -> str:
-    """The first of ``names``, and how many more there are."""
+    """Return the first of ``names``, and how many more there are."""
     shown = [name or "a column without a name" for name in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

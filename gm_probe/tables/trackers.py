@@ -1,4 +1,4 @@
-"""Read what trackers leave on disk, one row a run: MLflow, Lightning, Hugging Face. Imports no pandas.
+"""Read what trackers leave on disk, one row per run: MLflow, Lightning, Hugging Face. Imports no pandas.
 
 A row has the columns ``run``, ``status`` where the tracker keeps one, ``params.NAME``, ``metrics.NAME`` (the last
 value) and ``tags.NAME``. Files are read as data: nothing in them is run, and nothing beside them is written.
@@ -32,7 +32,7 @@ UNREADABLE = "unreadable"
 
 
 def tracker(folder: Path) -> Callable[[Path], Rows] | None:
-    """How the runs in ``folder`` are read; None where they are run folders of gmprobe, or none at all."""
+    """Return the reader for the runs in ``folder``; None where they are gmprobe's, or where there are none."""
     seen: set[str] = set()
     for _, _, files in os.walk(folder):
         seen.update(files)
@@ -42,7 +42,7 @@ def tracker(folder: Path) -> Callable[[Path], Rows] | None:
 
 
 def _each(folder: Path, paths: Iterable[Path], read: Callable[[Path], Row], tool: str) -> Rows:
-    """``read`` of each of ``paths`` below ``folder``; one that cannot be read hides no other."""
+    """Return ``read`` of each of ``paths`` below ``folder``; an unreadable one does not stop the others."""
     rows, wrong = [], []
     for path in paths:
         run = path.relative_to(folder).as_posix() if path != folder else folder.resolve().name
@@ -66,7 +66,7 @@ _DELETED = "deleted"
 
 
 def mlflow_folder(root: Path) -> Rows:
-    """The runs of a ``mlruns`` folder, or of an experiment in it."""
+    """Read the runs of a ``mlruns`` folder, or of an experiment in it."""
     found = [
         run for run in _folders(root, "meta.yaml") if (run / "params").is_dir() or (run / "metrics").is_dir()
     ]
@@ -98,13 +98,13 @@ _POINT = re.compile(r"(\d{1,18}) (\S+)(?: (-?\d{1,18})(?: .*)?)?", re.ASCII)
 
 
 def _last(text: str) -> str | None:
-    """The value of the last step, of lines ``timestamp value step``; a torn line is none."""
+    """Return the value of the last step, from lines ``timestamp value step``; a torn line does not count."""
     points = [match for line in text.splitlines() if (match := _POINT.fullmatch(line))]
     return max(points, key=lambda point: (int(point[3] or 0), int(point[1])))[2] if points else None
 
 
 MOST_WORK = 300
-"""Millions of steps that SQLite may take: a view in a file that somebody else made could run for ever."""
+"""SQLite may take so many million steps: a view in somebody else's file could run for ever."""
 _QUERIES = {
     "runs": "SELECT run_uuid, name, status, lifecycle_stage, experiment_id FROM runs",
     "experiments": "SELECT experiment_id, name FROM experiments",
@@ -115,7 +115,7 @@ _QUERIES = {
 
 
 def mlflow_database(path: Path) -> Rows:
-    """The runs of an ``mlflow.db``, opened so that nothing is written: neither to it nor beside it.
+    """Read the runs of an ``mlflow.db``; nothing is written to it or beside it.
 
     Raises:
         DataError: it is no SQLite database, or damaged, or not MLflow's.
@@ -171,7 +171,7 @@ def _databases(root: Path) -> Rows:
 
 
 def lightning(root: Path) -> Rows:
-    """Runs of its CSVLogger: the last value of each column of ``metrics.csv``, and the scalars of ``hparams.yaml``."""
+    """Read runs of its CSVLogger: last values of ``metrics.csv``, and the scalars of ``hparams.yaml``."""
     lost: dict[str, None] = {}
 
     def read(run: Path) -> Row:
@@ -198,7 +198,7 @@ _PLAIN = {
 
 
 def read_yaml(path: Path) -> tuple[Row, list[str]]:
-    """The scalars in the block mappings of ``path``, ``a.b`` where they nest; and the names of all that it holds else.
+    """Return the scalars in the block mappings of ``path``, ``a.b`` where they nest, and the names of everything else.
 
     Lists, tags, anchors and texts of several lines are not read: no object is made, and nothing grows.
 
@@ -252,7 +252,7 @@ _SAID = ("train_batch_size", "num_train_epochs", "max_steps")
 
 
 def hugging_face(root: Path) -> Rows:
-    """Runs of its Trainer: the last value of each key of the log in ``trainer_state.json``, of the last checkpoint."""
+    """Read runs of its Trainer: the last values of the log in the last checkpoint's ``trainer_state.json``."""
     latest: dict[Path, tuple[int, Path]] = {}
     for folder in _folders(root, "trainer_state.json"):
         part = bool(_CHECKPOINT.fullmatch(folder.name)) and folder != root

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gm_probe.data.sources import DATASETS
+from gm_probe.data.sources import DATASETS, default_data_root
 from gm_probe.errors import UsageError
-from gm_probe.files.atomic import default_data_root
 from gm_probe.models.names import is_user_code
 from gm_probe.training.config import TrainConfig
 
