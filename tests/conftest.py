@@ -20,6 +20,10 @@ torch.set_num_threads(1)
 os.environ.pop("COLUMNS", None)  # of the caller's terminal, or of pytest-xdist: tests say how wide theirs are
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 class Unused(nn.Module):
     """An MLP with a parameter that no output depends on, between two that are used."""
 
@@ -187,6 +191,7 @@ CASES = [
     Case("unused", Unused, (3,), False),
     Case("tied", Tied, (3,), False),
 ]
+BY_NAME = {case.name: case for case in CASES}
 ATTENTION = Case("attention", Attention, (3, 4), False)
 
 

@@ -7,7 +7,7 @@ import copy
 import random
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 from networks import Recomputes
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -35,10 +36,6 @@ from gm_probe.training.methods import METHODS
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 N, D, C = 14, 5, 3
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def vectors() -> Tensor:
@@ -391,10 +388,6 @@ def built(make: Callable[[], nn.Module]) -> nn.Module:
         for p in model.parameters():
             p.mul_(1.7)
     return model
-
-
-def row(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: estimate.value for name, estimate in values.items()}
 
 
 def dense(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

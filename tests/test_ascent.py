@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, Case
+from conftest import BY_NAME, Case
 from torch import Tensor, nn
 
 from gm_probe.data.batches import Batches
@@ -243,7 +243,7 @@ def test_starts_have_the_length_of_the_noise_scale(generator: torch.Generator) -
 @pytest.mark.parametrize("rho", [0.1, 1.0])
 @pytest.mark.parametrize("name", ["relu-mlp", "tanh-mlp", "softmax-regression", "silu", "tied", "frozen"])
 def test_converged_is_not_below_fifteen_steps_from_any_start(name: str, rho: float) -> None:
-    case = next(c for c in CASES if c.name == name)
+    case = BY_NAME[name]
     paper = measure(case.model, case.batches(7), ["local_inconsistency"], Settings(rho=rho, k_steps=15))
     starts = paper.rows["local_inconsistency"].details["starts"]
     assert len(starts) == 10
@@ -351,7 +351,7 @@ def test_difference_products_step_follows_the_scale(
     scale: float, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     """The same function of weights 1/scale as large: F is scale² as large, and as well approximated."""
-    case = next(c for c in CASES if c.name == "tanh-mlp")
+    case = BY_NAME["tanh-mlp"]
     x = case.data[1].to(dtype)
     v = torch.randn(12, generator=generator, dtype=torch.float64)  # along the first layer's weights
 
@@ -377,7 +377,7 @@ def test_difference_products_step_follows_the_scale(
 
 
 def test_difference_product_along_a_direction_without_effect() -> None:
-    case = next(c for c in CASES if c.name == "unused")
+    case = BY_NAME["unused"]
     v = torch.zeros(len(case.theta), dtype=torch.float64)
     v[17] = 1.0  # of the idle layer
     assert torch.equal(FisherByDifference(divergence_of(case))(v), torch.zeros_like(v))

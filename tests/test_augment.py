@@ -1,12 +1,13 @@
-"""Crop and flip against a loop over images and pixels."""
+"""Crop and flip against a loop over images and pixels; RandAugment against torchvision's, image by image."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from gm_probe.training.augment import crop_and_flip, draw_crops
+from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
 
 
 def numbered(count: int, channels: int, height: int, width: int) -> Tensor:
@@ -86,3 +87,46 @@ def test_reproducible_without_the_global_generator() -> None:
     assert torch.equal(one, two)
     assert not torch.equal(one, crop_and_flip(images, draws_of(len(images), 2)))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (8, 8), (3, 2)])
+def test_reflecting_crop(size: tuple[int, int]) -> None:
+    """Against numpy's padding by reflection, also of images smaller than the padding."""
+    images = torch.arange(6 * 2 * size[0] * size[1]).view(6, 2, *size)
+    draws = draw_crops(6, torch.Generator().manual_seed(0))
+    result = crop_and_flip(images, draws, reflect=True)
+    for image, (row, column, flip), found in zip(images, draws.T.tolist(), result, strict=True):
+        padded = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+        cut = padded[:, row : row + size[0], column : column + size[1]]
+        assert np.array_equal(found.numpy(), cut[:, :, ::-1] if flip else cut)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_randaugment_against_torchvision_image_by_image(channels: int) -> None:
+    from torchvision.transforms.v2 import InterpolationMode, RandAugment
+
+    theirs = RandAugment(2, 10)
+    names = list(theirs._AUGMENTATION_SPACE)
+    images = torch.randint(
+        0, 256, (84, channels, 12, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    draws = draw_strong(84, torch.Generator().manual_seed(1))
+    result = strengthen(images, draws)
+    assert result.dtype == torch.uint8
+    assert len(draws[:, 0].unique()) == 14
+    for n, given in enumerate(images):
+        image = given
+        for chosen, negative in draws[:, :, n].tolist():
+            values, signed = theirs._AUGMENTATION_SPACE[names[chosen]]
+            table = values(31, 12, 16)
+            magnitude = 0.0 if table is None else float(table[10])
+            image = theirs._apply_image_or_video_transform(
+                image,
+                names[chosen],
+                -magnitude if signed and negative else magnitude,
+                InterpolationMode.NEAREST,
+                theirs._fill,
+            )
+        apart = (result[n].int() - image.int()).abs()
+        assert int(apart.max()) <= 2  # their magnitudes are float32, so a value may round otherwise
+        assert float((apart > 0).float().mean()) < 0.05

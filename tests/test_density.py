@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 from test_operators import to_matrix
 from test_spectrum import SPECTRA as OTHERS
 
@@ -19,10 +20,6 @@ from gm_probe.analysis.plots import write_figure
 from gm_probe.errors import DivergedError, UsageError
 from gm_probe.linalg.density import Density, density
 from gm_probe.linalg.operator import Operator
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @lru_cache

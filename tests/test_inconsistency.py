@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, Case
+from conftest import BY_NAME, Case
 from torch import Tensor
 
 from gm_probe.linalg.work import Work
@@ -16,7 +16,6 @@ from gm_probe.measures.context import Estimate, MeasurementContext, Settings
 from gm_probe.measures.measure import measure
 from gm_probe.models.parameters import Parameters
 
-BY_NAME = {case.name: case for case in CASES}
 TANH = BY_NAME["tanh-mlp"]
 
 

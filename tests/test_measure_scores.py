@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, Case
+from conftest import BY_NAME, Case
 from torch import Tensor, nn
 
 import gm_probe
@@ -20,8 +20,6 @@ from gm_probe.measures.layers import by_layer
 from gm_probe.measures.measure import MEASURES, measure
 from gm_probe.measures.weights import LEAST, eigenvalues, power_law
 from gm_probe.models.door import Outputs
-
-BY_NAME = {case.name: case for case in CASES}
 
 
 def network() -> tuple[nn.Module, Tensor, Tensor]:

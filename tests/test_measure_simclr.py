@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import seeded
 from test_training_loop import config
 from torch import Tensor
 from torch.func import functional_call, hessian, jacrev
@@ -35,11 +36,6 @@ from gm_probe.training.loop import train
 
 SPEC = ModelSpec("mlp-3", (1, 3, 3), 2, 0.4)
 IMAGES, BATCH = 13, 4
-DOUBLE = {"dtype": torch.float64}
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def images(count: int = IMAGES) -> Examples:

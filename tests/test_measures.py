@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ATTENTION, CASES, Case
+from conftest import ATTENTION, BY_NAME, CASES, Case
 from hypothesis import given
 from hypothesis import settings as settings_of
 from hypothesis import strategies as st
@@ -40,7 +40,7 @@ from gm_probe.measures.context import Estimate, Measured, MeasurementContext, Se
 from gm_probe.measures.measure import MEASURES, measure
 
 FAST = Settings(num_starts=2, max_probes=5)
-BY_NAME = {case.name: case for case in CASES}
+
 MEASURES_OF_VECTORS = [
     name  # of inputs that are no images, and of which nothing else is known
     for name in MEASURES

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_rules import algorithm_1, data, grads, make, seeded
-from test_training_loop import Interrupted, config, rows, train_interrupted
+from test_training_loop import config, rows, train_interrupted, train_until_step
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -28,7 +28,6 @@ from gm_probe.measures.context import Settings
 from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.runs.records import CHECKPOINT, RAW, SPLIT
 from gm_probe.training import run_splits
-from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, strengthen
 from gm_probe.training.loop import train
 from gm_probe.training.methods import METHODS
 from gm_probe.training.methods.iam import IAMD
@@ -191,50 +190,6 @@ def test_unlabeled_inputs_cannot_be_cut() -> None:
         Rule(make(), Joint(), m=2).backward(x, y[:3])
 
 
-# augmentation
-
-
-@pytest.mark.parametrize("size", [(5, 7), (8, 8), (3, 2)])
-def test_reflecting_crop(size: tuple[int, int]) -> None:
-    """Against numpy's padding by reflection, also of images smaller than the padding."""
-    images = torch.arange(6 * 2 * size[0] * size[1]).view(6, 2, *size)
-    draws = draw_crops(6, seeded())
-    result = crop_and_flip(images, draws, reflect=True)
-    for image, (row, column, flip), found in zip(images, draws.T.tolist(), result, strict=True):
-        padded = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
-        cut = padded[:, row : row + size[0], column : column + size[1]]
-        assert np.array_equal(found.numpy(), cut[:, :, ::-1] if flip else cut)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_randaugment_against_torchvision_image_by_image(channels: int) -> None:
-    from torchvision.transforms.v2 import InterpolationMode, RandAugment
-
-    theirs = RandAugment(2, 10)
-    names = list(theirs._AUGMENTATION_SPACE)
-    images = torch.randint(0, 256, (84, channels, 12, 16), dtype=torch.uint8, generator=seeded())
-    draws = draw_strong(84, seeded(1))
-    result = strengthen(images, draws)
-    assert result.dtype == torch.uint8
-    assert len(draws[:, 0].unique()) == 14
-    for n, given in enumerate(images):
-        image = given
-        for chosen, negative in draws[:, :, n].tolist():
-            values, signed = theirs._AUGMENTATION_SPACE[names[chosen]]
-            table = values(31, 12, 16)
-            magnitude = 0.0 if table is None else float(table[10])
-            image = theirs._apply_image_or_video_transform(
-                image,
-                names[chosen],
-                -magnitude if signed and negative else magnitude,
-                InterpolationMode.NEAREST,
-                theirs._fill,
-            )
-        apart = (result[n].int() - image.int()).abs()
-        assert int(apart.max()) <= 2  # their magnitudes are float32, so a value may round otherwise
-        assert float((apart > 0).float().mean()) < 0.05
-
-
 # few labels
 
 
@@ -291,7 +246,7 @@ def test_labels_that_were_not_kept_are_never_read(
     y = source.pool.y.clone()  # type: ignore[union-attr]
     y[indices["train_unlabeled"] + indices["unlabeled"]] = -1  # no class: cross-entropy would raise
     poisoned = Source(replace(source.pool, y=y), None)
-    monkeypatch.setattr(run_splits, "_open", lambda *_: poisoned)
+    monkeypatch.setattr(run_splits, "_open", lambda *_, **__: poisoned)
     train(settings, tmp_path / "poison")
     assert (tmp_path / "poison" / SPLIT).read_text() == (tmp_path / "true" / SPLIT).read_text()
     assert rows(tmp_path / "poison") == rows(tmp_path / "true")
@@ -306,20 +261,8 @@ def test_resumed_run_is_bit_identical(name: str, tmp_path: Path) -> None:
     settings = semi(name)
     straight = train(settings, tmp_path / "straight")
     broken = train_interrupted(settings, tmp_path / "broken", 1)
-    within, steps = tmp_path / "within", 0
-    step = Training._step
-
-    def interrupted(self: Training, *batch: Tensor) -> None:
-        nonlocal steps
-        if steps == 1 and self.progress.step == 1:
-            raise Interrupted
-        steps += 1
-        step(self, *batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "_step", interrupted)
-        with pytest.raises(Interrupted):
-            train(settings.replace(checkpoint_every=1), within)
+    within = tmp_path / "within"
+    train_until_step(2, settings.replace(checkpoint_every=1), within)
     train(settings, within, resume=True)
     for run in (tmp_path / "broken", within):
         assert (run / CHECKPOINT).read_bytes() == (tmp_path / "straight" / CHECKPOINT).read_bytes()

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import ATTENTION, CASES, Case
+from conftest import ATTENTION, BY_NAME, CASES, Case
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import vector_to_parameters
@@ -73,7 +73,7 @@ def test_terms_are_quadratic_forms_of_each_example(kind: str, case: Case, genera
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
 def test_batch_size_does_not_matter(kind: str, batch_size: int, generator: torch.Generator) -> None:
-    case = next(c for c in CASES if c.name == "max-pool-cnn")
+    case = BY_NAME["max-pool-cnn"]
     one, other = build(kind, case, 3), build(kind, case, batch_size)
     v = torch.randn(one.size, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(one.matvec(v), other.matvec(v), **TIGHT)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tied, frozen_mlp, tanh_mlp
+from conftest import Tied, frozen_mlp, seeded, tanh_mlp
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -37,10 +37,6 @@ RULES: dict[str, Callable[..., Rule]] = {
     "iam-s loss": lambda model, **o: IAMS(model, rho=0.3, sign="loss", **o),
 }
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def data(count: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:

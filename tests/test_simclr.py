@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training_loop import Interrupted, config, rows, train_interrupted
+from test_training_loop import config, rows, train_interrupted, train_until_step
 from torch import nn
 from torch.nn import functional
 
@@ -64,22 +64,10 @@ def test_resumes_bit_for_bit(method: str, tmp_path: Path) -> None:
     }
 
 
-def test_resumes_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumes_within_an_epoch(tmp_path: Path) -> None:
     settings = simclr(method="iam-d-onepass", epochs=2, checkpoint_every=2)
     train(settings, tmp_path / "straight")
-    step, done = Training._step, 0
-
-    def stopping(self: Training, *batch: Any) -> None:
-        nonlocal done
-        done += 1
-        if done == 11:  # the fifth of the second epoch's six
-            raise Interrupted
-        step(self, *batch)
-
-    monkeypatch.setattr(Training, "_step", stopping)
-    with pytest.raises(Interrupted):
-        train(settings, tmp_path / "again")
-    monkeypatch.undo()
+    train_until_step(11, settings, tmp_path / "again")  # the fifth of the second epoch's six
     train(settings, tmp_path / "again", resume=True)
     assert same_weights(tmp_path / "straight", tmp_path / "again")
     assert rows(tmp_path / "straight") == rows(tmp_path / "again")
@@ -91,8 +79,8 @@ def test_labels_are_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     train(settings, tmp_path / "honest")
     honest = run_splits._open
 
-    def poisoned(*arguments: Any) -> Source:
-        source = honest(*arguments)
+    def poisoned(*arguments: Any, **options: Any) -> Source:
+        source = honest(*arguments, **options)
         assert source.pool.y is not None
         return Source(replace(source.pool, y=source.pool.y.flip(0)), source.test)
 

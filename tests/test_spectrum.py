@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gm_probe.errors import DivergedError, ResourceError
-from gm_probe.linalg.lanczos import Eigenpair, certified, eigenpairs, lanczos
-from gm_probe.linalg.operator import Operator
-from gm_probe.linalg.random_vectors import random_signs, random_start
+from gm_probe.linalg.lanczos import eigenpairs, lanczos
+from gm_probe.linalg.operator import Operator, random_signs, random_start
 
 
 def operator_of(terms: Tensor) -> Operator:
@@ -221,35 +220,18 @@ def test_a_close_second_eigenvalue_does_not_hide_the_largest(
         assert found.value == pytest.approx(top, rel=0.01)
 
 
-def guess_of(vector: Tensor, converged: bool = True) -> Eigenpair:
-    return Eigenpair(math.nan, vector, math.nan, 3, converged)
-
-
-def test_certified_takes_one_product_of_a_good_guess() -> None:
+def test_a_start_near_the_eigenvector_takes_as_many_products_as_patience_asks() -> None:
     operator = diagonal(np.r_[5.0, np.linspace(0, 1, 50)])
-    vector = torch.full((51,), 1e-4, dtype=torch.float64)
-    vector[0] = 1
-    found = certified(operator, guess_of(vector), tolerance=0.01, max_iterations=50)
-    unit = vector / vector.norm()
+    start = torch.full((51,), 1e-4, dtype=torch.float64)
+    start[0] = 1
+    [found], _ = eigenpairs(operator, start, patience=1)
+    unit = start / start.norm()
     values = torch.cat([torch.tensor([5.0]), torch.linspace(0, 1, 50)]).double()
     assert (found.iterations, found.converged) == (1, True)
     assert found.value == pytest.approx(float(values @ unit.square()), rel=1e-12)
     assert found.residual == pytest.approx(float((values * unit - found.value * unit).norm()), rel=1e-9)
-    doubtful = certified(operator, guess_of(vector, converged=False), tolerance=0.01, max_iterations=50)
-    assert (doubtful.iterations, doubtful.converged) == (2, True)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_certified_goes_on_from_a_bad_guess(seed: int) -> None:
-    operator = diagonal(np.r_[5.0, np.linspace(0, 1, 500)])
-    vector = torch.from_numpy(np.random.default_rng(seed).normal(size=501))
-    found = certified(operator, guess_of(vector), tolerance=1e-6, max_iterations=60)
-    assert found.converged
-    assert found.iterations > 3
-    assert found.value == pytest.approx(5.0, rel=1e-6)
-    assert abs(float(found.vector[0])) == pytest.approx(1, abs=1e-5)
-    cut_short = certified(operator, guess_of(vector), tolerance=1e-6, max_iterations=2)
-    assert (cut_short.converged, cut_short.iterations) == (False, 2)
+    [twice], _ = eigenpairs(operator, start, patience=2)
+    assert (twice.iterations, twice.converged) == (2, True)
 
 
 def test_random_vectors_are_drawn_where_the_generator_is() -> None:

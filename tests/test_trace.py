@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import ATTENTION, CASES, Case
+from conftest import ATTENTION, BY_NAME, CASES, Case, seeded
 from test_operators import dense_terms
 from test_spectrum import operator_of
 from torch import Tensor, nn
@@ -25,13 +25,6 @@ from gm_probe.linalg.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
 from gm_probe.measures.context import MeasurementContext, Settings
 from gm_probe.measures.measure import measure
 from gm_probe.models.parameters import Parameters, differentiable_attention
-
-BY_NAME = {case.name: case for case in CASES}
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
 
 # Hutchinson
 

@@ -58,17 +58,39 @@ class Interrupted(Exception):
     pass
 
 
+def train_until(epoch: int, settings: TrainConfig, out: Path) -> None:
+    """Train until ``epoch`` is reported, when the run breaks down."""
+
+    def notify(row: dict[str, Any]) -> None:
+        if row["epoch"] == epoch:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(settings, out, resume=True, notify=notify)
+    assert read_run(out).status == "unfinished"
+
+
+def train_until_step(number: int, settings: TrainConfig, out: Path) -> None:
+    """Train until step ``number`` of a run begins, when it breaks down."""
+    step, done = Training._step, 0
+
+    def interrupted(self: Training, *batch: Tensor) -> None:
+        nonlocal done
+        done += 1
+        if done == number:
+            raise Interrupted
+        step(self, *batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_step", interrupted)
+        with pytest.raises(Interrupted):
+            train(settings, out)
+
+
 def train_interrupted(settings: TrainConfig, out: Path, *epochs: int) -> dict[str, Any]:
     """Train with a breakdown as each of ``epochs`` is reported, resuming after each."""
     for epoch in epochs:
-
-        def notify(row: dict[str, Any], epoch: int = epoch) -> None:
-            if row["epoch"] == epoch:
-                raise Interrupted
-
-        with pytest.raises(Interrupted):
-            train(settings, out, resume=True, notify=notify)
-        assert read_run(out).status == "unfinished"
+        train_until(epoch, settings, out)
     return train(settings, out, resume=True)
 
 
@@ -207,11 +229,7 @@ def test_resumed_from_within_an_epoch(name: str, tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
-    def stop(row: dict[str, Any]) -> None:
-        raise Interrupted
-
-    with pytest.raises(Interrupted):
-        train(config(), tmp_path, notify=stop)
+    train_until(1, config(), tmp_path)
     left = tmp_path / f".{STATE}.gmprobe-node.7.0123abcd.tmp"
     left.write_bytes(b"half")
     train(config(), tmp_path, resume=True)
@@ -222,12 +240,7 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
 
 
 def test_state_of_other_processes_is_refused(tmp_path: Path) -> None:
-    def stop(row: dict[str, Any]) -> None:
-        if row["epoch"] == 2:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        train(config(), tmp_path, notify=stop)
+    train_until(2, config(), tmp_path)
     state = torch.load(tmp_path / STATE, weights_only=True)
     torch.save({**state, "random": state["random"] * 2}, tmp_path / STATE)
     with pytest.raises(UsageError, match="2 process"):
@@ -236,12 +249,7 @@ def test_state_of_other_processes_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"no zip", None], ids=["empty", "text", "another model"])
 def test_broken_state_is_named(content: bytes | None, tmp_path: Path) -> None:
-    def stop(row: dict[str, Any]) -> None:
-        if row["epoch"] == 2:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        train(config(), tmp_path, notify=stop)
+    train_until(2, config(), tmp_path)
     if content is None:
         state = torch.load(tmp_path / STATE, weights_only=True)
         torch.save({**state, "model": {}}, tmp_path / STATE)
@@ -271,12 +279,7 @@ def test_broken_state_is_named(content: bytes | None, tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_state_that_lies_is_named(lie: dict[str, Any], tmp_path: Path) -> None:
-    def stop(row: dict[str, Any]) -> None:
-        if row["epoch"] == 2:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        train(config(), tmp_path, notify=stop)
+    train_until(2, config(), tmp_path)
     state = torch.load(tmp_path / STATE, weights_only=True)
     nested = {
         key: {**state[key], **value} if isinstance(value, dict) else value for key, value in lie.items()
@@ -287,13 +290,8 @@ def test_a_state_that_lies_is_named(lie: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_torn_last_line_of_the_metrics(tmp_path: Path) -> None:
-    def stop(row: dict[str, Any]) -> None:
-        if row["epoch"] == 3:
-            raise Interrupted
-
     settings = config(epochs=4)
-    with pytest.raises(Interrupted):
-        train(settings, tmp_path / "torn", notify=stop)
+    train_until(3, settings, tmp_path / "torn")
     metrics = tmp_path / "torn" / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes()[:-20])
     train(settings, tmp_path / "torn", resume=True)
@@ -500,7 +498,8 @@ def test_stops_at_the_first_epoch_that_meets_stop_ce(changes: dict[str, Any], tm
     watched = train(config(eval_every=1, **common), tmp_path / "watched")
     assert watched["met_stop_ce"] is True
     *earlier, last = rows(tmp_path / "watched")
-    assert last["train_ce"] == pytest.approx(watched["train_ce"]) <= common["stop_ce"]
+    assert watched["train_ce"] == pytest.approx(last["train_ce"])
+    assert last["train_ce"] <= common["stop_ce"]
     assert all(row["train_ce"] > common["stop_ce"] for row in earlier)
     assert train(config(**common), tmp_path / "plain")["epochs"] == watched["epochs"] < 40
 
@@ -861,13 +860,7 @@ def test_changed_data_is_noticed(tmp_path: Path) -> None:
     """An image more would move the split: what was trained on would be called unlabeled."""
     data = small_data(tmp_path / "data.npz", np.arange(90) % 3)
     settings = config(data=data, model="mlp-4", num_train=40, num_unlabeled=30, num_test=20, epochs=3)
-
-    def notify(row: dict[str, Any]) -> None:
-        if row["epoch"] == 2:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        train(settings, tmp_path / "run", notify=notify)
+    train_until(2, settings, tmp_path / "run")
     small_data(tmp_path / "data.npz", np.arange(91) % 3)
     run_splits._open.cache_clear()
     with pytest.raises(DataError, match="changed"):

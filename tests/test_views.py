@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import seeded
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as vision
@@ -11,10 +12,6 @@ from torchvision.transforms.v2 import functional as vision
 from gm_probe.errors import UsageError
 from gm_probe.training.augment import require_images
 from gm_probe.training.views import HUE, RATIO, SCALE, STRENGTH, Draws, draw_views, see
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def pictures(count: int, *shape: int) -> Tensor:

@@ -34,6 +34,21 @@ def differentiable() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def refusals_noted() -> Iterator[list[Exception]]:
+    """End the block where a model's layers raise, and append what they raise to the yielded list.
+
+    Errors of the machine, such as a lack of memory, are passed on.
+    """
+    found: list[Exception] = []
+    try:
+        yield found
+    except Exception as error:  # layers may raise anything
+        if of_machine(error):
+            raise
+        found.append(error)
+
+
 def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Generator) -> None:
     """Raise UsageError unless the logits of ``x`` (B, ...) have gradients by all parameters that they depend on.
 
@@ -96,19 +111,14 @@ def first_adjoint(
     """
     cause: Exception | None = None
     for candidate in candidates:
-        try:
+        with refusals_noted() as refusals:
             found = candidate(x, v).double()
             signs = torch.arange(found.numel(), device=x.device) % 3 - 1.0
             u = found / found.norm().clamp(min=1e-300) + signs.view_as(found) / signs.norm().clamp(min=1)
             apart = float((u * found).sum() - vjp(x, u.to(v)).double() @ v.double())
-        except Exception as error:  # layers may raise anything
-            if of_machine(error):
-                raise
-            cause = error
-            continue
-        if abs(apart) <= max(1e-3, 30 * torch.finfo(v.dtype).eps) * float(u.norm() * found.norm()):
-            return candidate
-        cause = None
+            if abs(apart) <= max(1e-3, 30 * torch.finfo(v.dtype).eps) * float(u.norm() * found.norm()):
+                return candidate
+        cause = refusals[0] if refusals else None
     flaw = "these would be wrong" if cause is None else first_line(cause)
     raise DerivativeError(
         "a layer lacks forward-mode derivatives, and its backward pass cannot be differentiated either "
@@ -123,14 +133,11 @@ def agree(cheap: Product, sound: Product, few: Arguments, in_float64: Arguments)
     examples in float64, because float32 rounds the tiny terms of confident examples apart. The cheap product must also
     exist in the model's own dtype: an LSTM's float32 kernel has no forward mode.
     """
-    try:
+    with refusals_noted():
         cheap(*few)
         first, second = cheap(*in_float64), sound(*in_float64)
-    except Exception as error:  # no such derivative, or a layer that insists on its dtype
-        if of_machine(error):
-            raise
-        return False
-    return bool((first - second).norm() <= 1e-8 * second.norm())
+        return bool((first - second).norm() <= 1e-8 * second.norm())
+    return False  # there is no such derivative, or a layer insists on its dtype
 
 
 def require_terms(terms: Product, product: Product, in_float64: Arguments) -> None:
@@ -140,11 +147,9 @@ def require_terms(terms: Product, product: Product, in_float64: Arguments) -> No
     no third one, and torch.autograd.function.once_differentiable then drops it silently.
     """
     v = in_float64[0]
-    try:
+    with refusals_noted() as refusals:
         total, whole = float(terms(*in_float64).sum()), product(*in_float64).double()
-    except Exception as error:  # a layer that insists on its dtype
-        if of_machine(error):
-            raise
+    if refusals:  # a layer insists on its dtype
         return
     expected = float(whole @ v)
     # for saturated outputs, with curvatures of 1e-30, rounding alone makes a few percent

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional
 
+from gm_probe.curvature.derivatives import refusals_noted
 from gm_probe.data.fields import Inputs, tensors_of, with_tensors
-from gm_probe.errors import of_machine
 from gm_probe.linalg.work import EXAMPLE_NORMS, GRADIENT
 from gm_probe.models.parameters import Parameters
 from gm_probe.runtime.devices import chunk
@@ -107,19 +107,6 @@ _RULES: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 
 
-_REFUSALS = (NotImplementedError, RuntimeError, ValueError, AttributeError, LookupError, TypeError)
-
-
-@contextmanager
-def _refusals_noted() -> Iterator[None]:
-    """End the block where the network raises, because it refuses what is tried. Errors of the machine are passed on."""
-    try:
-        yield
-    except _REFUSALS as error:
-        if of_machine(error):
-            raise
-
-
 def _has_rule(module: nn.Module) -> bool:
     if type(module) not in _RULES:  # a subclass may compute something else
         return False
@@ -172,7 +159,7 @@ class ExampleGradients:
         self.supported = False
         spread: set[nn.Module] | None = None
         # by chance there are as many positions as examples, but then not also as one example fewer
-        with _refusals_noted():  # the model may not accept so few examples
+        with refusals_noted():  # the model may not accept so few examples
             spread = self._spread(few) | self._spread(few[: max(1, len(few) - 1)])
         if spread is None:
             return
@@ -284,7 +271,7 @@ class ExampleGradients:
 
     def _holds(self, x: Inputs) -> bool:
         """Return whether the rules agree with plain reverse mode on the few examples ``x``."""
-        with _refusals_noted():
+        with refusals_noted():
             values = self.parameters.leaves()
             with torch.enable_grad():
                 logits = self.parameters.logits(x, values)

@@ -13,6 +13,7 @@ from torch.func import jvp
 from torch.nn import functional
 
 from gm_probe.curvature.batch_norm import batch_norm
+from gm_probe.curvature.batch_size import TRIAL
 from gm_probe.curvature.derivatives import (
     Arguments,
     JacobianProduct,
@@ -25,7 +26,6 @@ from gm_probe.curvature.derivatives import (
 )
 from gm_probe.curvature.nestable import NESTABLE, Substituting
 from gm_probe.curvature.second_derivatives import require_second_derivative
-from gm_probe.curvature.speed import TRIAL
 from gm_probe.data.batches import Batches, cut
 from gm_probe.data.fields import Inputs, ordinary
 from gm_probe.errors import UsageError
@@ -57,9 +57,9 @@ Scalars = Callable[[Tensor, Tensor], Tensor]
 
 
 def fisher(parameters: Parameters, batches: Batches, logits: Tensor, work: Work | None = None) -> Operator:
-    """F = (1/N) Σ_x J_xᵀ (diag p − p pᵀ) J_x with J = ∂z/∂θ (paper Eq. 1, §3.3): the true Fisher, label-free.
+    """Return F = (1/N) Σ_x J_xᵀ (diag p − p pᵀ) J_x with J = ∂z/∂θ (paper Eq. 1, §3.3), the true Fisher matrix.
 
-    It equals the Gauss-Newton matrix of softmax cross-entropy.
+    It needs no labels, and equals the Gauss-Newton matrix of softmax cross-entropy.
 
     Args:
         logits: (n, C) logits at θ in the order of ``batches``, or (n, L, 2) of yes-or-no labels.
@@ -178,7 +178,7 @@ def _centred(values: Tensor, p: Tensor) -> Tensor:
 
 
 def hessian(parameters: Parameters, batches: Batches, labels: Tensor, work: Work | None = None) -> Operator:
-    """H = ∇²_θ (1/N) Σ CE(z_θ(x), y) (paper §3.3, Lemma A.1), by exact differentiation.
+    """Return H = ∇²_θ (1/N) Σ CE(z_θ(x), y) (paper §3.3, Lemma A.1), by exact differentiation.
 
     Args:
         labels: (n,) class indices, given or predicted, in the order of ``batches``; (n, L) for yes-or-no labels.
@@ -228,7 +228,7 @@ def _all_but(classes: Tensor, count: int) -> Tensor:
 def residual(
     parameters: Parameters, batches: Batches, logits: Tensor, labels: Tensor, work: Work | None = None
 ) -> Operator:
-    """H − F = (1/N) Σ_x Σ_c (p_c − y_c) ∇²z_c (paper Lemma A.1), the part of H that depends on the labels.
+    """Return H − F = (1/N) Σ_x Σ_c (p_c − y_c) ∇²z_c (paper Lemma A.1), the part of H that depends on the labels.
 
     Args:
         logits, labels: (n, C) and (n,), or (n, L, 2) and (n, L), at θ and in the order of ``batches``.

@@ -12,10 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gm_probe.curvature.derivatives import REMEDY, Arguments, Product, gradients
+from gm_probe.curvature.derivatives import REMEDY, Arguments, Product, gradients, refusals_noted
 from gm_probe.curvature.written import located
 from gm_probe.data.fields import Inputs
-from gm_probe.errors import DerivativeError, first_line, of_machine
+from gm_probe.errors import DerivativeError, first_line
 from gm_probe.models.parameters import Parameters
 
 STEPS = (30.0, 3.0, 0.3, 300.0)
@@ -38,19 +38,16 @@ def require_second_derivative(
         product: v (P,), x, d ↦ H v (P,) of ``scalar``.
         few: the examples in the model's own dtype, in case a layer insists on it.
     """
-    for arguments in (in_float64, few):
-        try:
-            v, x, d = arguments
-            if all(_contradicted(parameters, scalar, product, u, x, d) for u in (v, v.flip(0))):
-                raise DerivativeError(_flaw(located(parameters, few[1], others="WeightNorm")))
-            return
-        except DerivativeError:
-            raise
-        except Exception as error:  # layers may raise anything, also because they insist on their dtype
-            if of_machine(error):
-                raise
-            cause = error
-    raise DerivativeError(f"a layer has no second derivative ({first_line(cause)}); {REMEDY}") from cause
+    for v, x, d in (in_float64, few):
+        with refusals_noted() as refusals:  # a layer may insist on its dtype
+            wrong = all(_contradicted(parameters, scalar, product, u, x, d) for u in (v, v.flip(0)))
+        if not refusals:
+            break
+    if refusals:
+        cause = refusals[0]
+        raise DerivativeError(f"a layer has no second derivative ({first_line(cause)}); {REMEDY}") from cause
+    if wrong:
+        raise DerivativeError(_flaw(located(parameters, few[1], others="WeightNorm")))
 
 
 def _contradicted(

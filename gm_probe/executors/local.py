@@ -1,4 +1,4 @@
-"""Where jobs run: in this process, or in several. An executor takes jobs and yields how each ended, as it ends."""
+"""Where jobs run: in this process, or in several. An executor takes jobs and yields their outcomes as they end."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Job:
     """Work on the run folder ``out``.
 
     Attributes:
-        do: given ``out`` and the CPU threads to use (None = as it finds them), returns how the work ended and what it
-            found. Other processes and machines get it pickled.
+        do: a function of ``out`` and the number of CPU threads (None = unchanged), which returns the status and the
+            result. Other processes and machines get it pickled.
     """
 
     name: str
@@ -44,9 +44,9 @@ class Outcome:
 
     Attributes:
         status: finished, diverged, failed, skipped (it was complete before) or busy (in another sweep).
-        result: what it found; of a failure by no deliberate error, its traceback.
-        tried: False where how it ended was known before.
-        exit_code: of a failure, what the command line would end with.
+        result: what the job returned, or the traceback of an unexpected error.
+        tried: False where the outcome was already known.
+        exit_code: the exit code that the command line would have after a failure.
     """
 
     name: str
@@ -58,16 +58,16 @@ class Outcome:
 
 
 Executor = Callable[[Sequence[Job]], Generator[Outcome, None, None]]
-"""Closing the generator early ends what still runs."""
+"""Runs jobs. Closing the generator early ends those that are still running."""
 
 
 def attempt(job: Job, threads: int | None = None) -> Outcome:
-    """Do ``job``, its errors as text: one failed run never stops the others, and not all survive pickling."""
+    """Do ``job``, with errors as text: one failed run never stops the others, and not all errors can be pickled."""
     try:
         status, result = job.do(job.out, threads)
         return Outcome(job.name, status, None, result)
     except Exception as error:
-        if count() > 1 and not shared(error):  # the other processes would wait for this one
+        if count() > 1 and not shared(error):  # otherwise the other processes would wait for this one
             raise
         return _failure(job, error)
 
@@ -90,17 +90,17 @@ def in_turn(jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """``count`` at a time, each in a process of its own; one that dies (out of memory, say) costs its job only.
+    """Runs ``count`` jobs at a time, each in its own process; if one dies (out of memory, say), only its job fails.
 
-    The machine's CPU threads are shared out evenly, and so are ``gpus``, ids as CUDA_VISIBLE_DEVICES takes them: with
-    more processes than GPUs several share one. Whatever closes the generator ends the processes.
+    The machine's CPU threads are divided evenly, and so are ``gpus``, which are ids as CUDA_VISIBLE_DEVICES takes them:
+    with more processes than GPUs, several share one. Closing the generator ends the processes.
     """
 
     count: int
     gpus: Sequence[str] = ()
 
     def __call__(self, jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
-        context = multiprocessing.get_context("spawn")  # fork would copy torch's threads in an unusable state
+        context = multiprocessing.get_context("spawn")  # after a fork, torch's threads would not work
         threads = max(1, torch.get_num_threads() // self.count)
         waiting = iter(jobs)
         workers: list[_Worker] = []
@@ -133,33 +133,34 @@ class Processes:
 
 
 def visible_gpus() -> list[str]:
-    """Ids of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
+    """Return the ids of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
     count = torch.cuda.device_count()
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return named[:count] or list(map(str, range(count)))
 
 
 class _Worker:
-    """A process that does one run after another, as it is told."""
+    """A process that does one job after another."""
 
     def __init__(self, context: SpawnContext, slot: int, gpu: str | None) -> None:
         self.slot = slot
         self.tasks, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, gpu))
-        # a Ctrl-C while it imports is the parent's to handle: the child inherits this
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+        # the child inherits this, so that the parent handles a Ctrl-C while the child imports
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
         try:
             with _safe_path():
                 self.process.start()
         finally:
             if before is not None:
                 signal.signal(signal.SIGINT, before)
-        theirs.close()  # so that the process's end is the pipe's end
+        theirs.close()  # so that the pipe ends when the process ends
         self.job: Job | None = None
 
     def begin(self, job: Job, threads: int) -> None:
         self.job = job
-        with suppress(ConnectionError):  # it has died: the outcome will say so
+        with suppress(ConnectionError):  # if it has died, the outcome will say so
             self.tasks.send((job, threads))
 
     def outcome(self) -> Outcome:
@@ -185,7 +186,7 @@ class _Worker:
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """Start Python meanwhile so that it imports nothing from the current folder, where anybody's pickle.py may lie."""
+    """Let new Python processes import nothing from the current folder, which may hold anybody's pickle.py."""
     before = os.environ.get(SAFE_PATH)
     os.environ[SAFE_PATH] = "1"
     try:
@@ -197,28 +198,26 @@ def _safe_path() -> Iterator[None]:
             os.environ[SAFE_PATH] = before
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
 def _serve(tasks: Connection, gpu: str | None) -> None:
-    """What a worker does, until its parent closes the pipe or is gone."""
+    """Do jobs in a worker process until its parent closes the pipe or is gone."""
     if gpu is not None:  # CUDA starts with the first job, not with torch's import
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`: no half-written files stay
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which decides
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # runs `finally` blocks, so no half-written files stay
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with suppress(EOFError, ConnectionError):
             while True:
                 tasks.send(attempt(*tasks.recv()))
     except SystemExit:
-        os._exit(143)  # torch's own end takes its time, and has nothing to lose
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # raised there, SystemExit would be a traceback
+        os._exit(143)  # torch's own shutdown takes time and is not needed
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a SystemExit during shutdown would print a traceback
 
 
 def _end_with_parent() -> None:
-    """A worker that outlived a killed parent would train into folders that the next sweep works on."""
+    """End this worker with its parent. Otherwise it would train into folders that the next sweep uses."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -17,8 +17,7 @@ import torch
 
 from gm_probe.errors import UsageError
 from gm_probe.linalg.lanczos import Krylov
-from gm_probe.linalg.operator import Operator
-from gm_probe.linalg.random_vectors import random_signs
+from gm_probe.linalg.operator import Operator, random_signs
 
 LUMP = 0.5  # a node with this share of the mass is the bulk, however well it is resolved
 SAME = 1e-6  # nodes this near, relative to the largest |Ritz value|, are one

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from gm_probe.checks import real, whole
 from gm_probe.errors import DivergedError, UsageError, memory_or
-from gm_probe.linalg.operator import Operator
-from gm_probe.linalg.random_vectors import random_start
+from gm_probe.linalg.operator import Operator, random_start
 from gm_probe.linalg.work import Expect
 
 
@@ -118,7 +117,7 @@ def eigenpairs(
     A repeated eigenvalue counts once, because a Krylov space holds one vector of each eigenspace.
 
     Args:
-        start: (P,) start vector; see ``random_vectors``.
+        start: (P,) start vector; see ``random_start``.
         tolerance: residual relative to \\|θ\\| at which an eigenpair is done.
         patience: number of successive iterations in which all eigenpairs must be done before it stops.
         expect: called after every iteration.
@@ -189,28 +188,4 @@ def lanczos(
     """
     start = random_start(operator, generator)
     [pair], _ = eigenpairs(operator, start, tolerance=tolerance, max_iterations=max_iterations, expect=expect)
-    return pair
-
-
-def certified(
-    operator: Operator,
-    guess: Eigenpair,
-    *,
-    tolerance: float,
-    max_iterations: int,
-    expect: Expect | None = None,
-) -> Eigenpair:
-    """Check a cheaply found eigenpair by exact products, and improve it where it is not good enough.
-
-    One product gives the exact Rayleigh quotient and residual of ``guess``. Where that residual is too large, Lanczos
-    continues from there. A guess that had not converged must meet the tolerance twice.
-    """
-    [pair], _ = eigenpairs(
-        operator,
-        guess.vector,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        patience=1 if guess.converged else 2,
-        expect=expect,
-    )
     return pair

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from gm_probe.checks import real, whole
 from gm_probe.errors import DivergedError
-from gm_probe.linalg.operator import Operator
-from gm_probe.linalg.random_vectors import random_signs, random_start
+from gm_probe.linalg.operator import Operator, random_signs, random_start
 from gm_probe.linalg.work import Expect
 
 SKETCH = (

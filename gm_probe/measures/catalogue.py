@@ -21,6 +21,9 @@ DEFAULT_MEASURES = (
 BLOCKS = ("fisher_trace", "fisher_lambda_max", "hessian_trace", "hessian_lambda_max")
 """The measures of each layer alone."""
 
+NEED_VALIDATION = ("atc", "doc", "cot")
+"""The measures that need a labeled validation set."""
+
 SEPARATE = {
     "error": "counts classes",
     "input_jacobian_norm": "differentiates an output by its own input",
@@ -32,18 +35,12 @@ SEPARATE = {
     "effective_invariance": "counts classes",
     "dispersion": "counts classes",
     "last_layer_gradient_norm": "counts classes",
-    "atc": "counts classes",
-    "doc": "counts classes",
-    "cot": "counts classes",
+    **dict.fromkeys(NEED_VALIDATION, "counts classes"),
 }
 """Why some measures are undefined where an output depends on the rest of its batch (``Batches.batch_dependent``)."""
 
-
 GROUPS = ("curvature", "outputs", "norms")
 """Names that stand for all measures of a group; ``all`` stands for every measure."""
-
-
-NEED_VALIDATION = ("atc", "doc", "cot")
 
 
 def expanded(

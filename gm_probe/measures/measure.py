@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gm_probe.checks import instance, optional, real
-from gm_probe.curvature.speed import within
+from gm_probe.curvature.batch_size import within
 from gm_probe.data.batches import Batches
 from gm_probe.data.collecting import Data, as_batches
 from gm_probe.data.memory import within_memory

@@ -92,18 +92,16 @@ def paper(context: MeasurementContext) -> Measured:
             for k in range(1, steps[-1] + 1):
                 primary = (rho, k) == (settings.rho, settings.k_steps)
                 if primary:
-                    _require_resolved(context, delta)
-                    ends.append(context.divergence.terms(delta))
-                    value = float(ends[-1].double().mean())
+                    ends.append(_terms(context, delta))
                 if k < steps[-1]:
                     value, gradient = context.divergence.value_and_gradient(delta)
-                    following = to_sphere(gradient, rho)
-                elif not primary:
-                    value = float(context.divergence.terms(delta).double().mean())
+                else:
+                    end = ends[-1] if primary else context.divergence.terms(delta)
+                    value = float(end.double().mean())
                 if (rho, k) in grid:
                     grid[rho, k].append(value if primary or _resolved(context, delta) else math.nan)
                 if k < steps[-1]:
-                    delta = following
+                    delta = to_sphere(gradient, rho)
     details: dict[str, Any] = {"protocol": "paper"}
     if len(grid) > 1:
         details["grid"] = [

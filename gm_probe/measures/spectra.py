@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from gm_probe.linalg.lanczos import Eigenpair, eigenpairs
-from gm_probe.linalg.operator import Operator
-from gm_probe.linalg.random_vectors import random_start
+from gm_probe.linalg.operator import Operator, random_start
 from gm_probe.linalg.trace import Hutchinson, Trace
 from gm_probe.measures.context import Measured, MeasurementContext, example_error
 from gm_probe.runtime.processes import everywhere

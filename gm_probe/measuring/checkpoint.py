@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from gm_probe.curvature.speed import within
+from gm_probe.curvature.batch_size import within
 from gm_probe.data.batches import BATCH_SIZE, Batches
 from gm_probe.data.datasets import Examples
 from gm_probe.data.memory import within_memory

@@ -1,4 +1,4 @@
-"""More measures beside those that a run's measures.json has: taken as they were, and written without losing them."""
+"""How to add measures to a run's measures.json: with the settings that it records, and without losing its own."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from gm_probe.runtime.devices import environment
 from gm_probe.training.run_splits import OWN_UNLABELED
 
 NORMALIZING = {"mean", "std", "no_normalize"}
-"""Names of the options that say how pixels are normalised."""
+"""Names of the options that decide how pixels are normalised."""
 BATCH_DEPENDENT = {"batch_images": "batch_size", "temperature": "temperature"}
-"""Settings that NT-Xent's figures depend on besides, and what ``measure_checkpoint`` calls them."""
+"""Further settings that NT-Xent results depend on, with the names that ``measure_checkpoint`` has for them."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-"""That weights are measured in, by the names that a measures.json has for them."""
+"""The dtypes in which weights are measured, by their names in a measures.json."""
 COSTLY = ("k_steps", "k_grid", "num_starts", "min_probes", "max_probes", "max_iterations", "top_eigenvalues")
-"""Settings on which it depends how long a measurement takes."""
+"""Settings that decide how long a measurement takes."""
 MOST, MOST_LISTED = 10_000, 100
-"""Of each that a run's file may ask for, and how many values of a list; more must be asked for by its reader."""
+"""Largest costly setting and longest list that a run's file may ask for; the user can give more as an option."""
 
 
 def batch_dependent_settings(run: Path, loading: Mapping[str, Any]) -> dict[str, Any]:
-    """What the NT-Xent figures of ``run`` will be taken with besides; nothing of a classifier."""
+    """Return the further settings with which NT-Xent of ``run`` will be measured; nothing for a classifier."""
     if loading.get("head") != "simclr":
         return {}
     return {
@@ -44,14 +44,14 @@ def batch_dependent_settings(run: Path, loading: Mapping[str, Any]) -> dict[str,
 
 
 def input_settings(loading: Mapping[str, Any]) -> dict[str, Any]:
-    """What is done to the inputs, as a measures.json says it; of a normalisation only where one is asked for."""
+    """Return the settings of the inputs as in a measures.json; the normalisation only where one is asked for."""
     found: dict[str, Any] = {"dtype": str(loading.get("dtype", torch.float32)).removeprefix("torch.")}
     chosen = loading.get("normalization")
     return found if chosen is None else found | {"mean": list(chosen.mean), "std": list(chosen.std)}
 
 
 def own_normalization(run: Path) -> dict[str, Any]:
-    """That of a run's checkpoint; empty where it records none, or cannot be read, which measuring will say."""
+    """Return the normalisation of a run's checkpoint; empty where it records none or cannot be read."""
     try:
         recorded = read_checkpoint(run / CHECKPOINT).normalization
     except ProbeError:
@@ -60,13 +60,10 @@ def own_normalization(run: Path) -> dict[str, Any]:
 
 
 def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[str, Any]]:
-    """How to measure more of ``run`` so that it stands beside what was: as that was taken, but for what is ``given``.
+    """Return how to measure more of ``run`` with its recorded settings, and the settings that this changes.
 
     Args:
-        given: names of settings that are to be as they are.
-
-    Returns:
-        This, and what it changes.
+        given: names of settings that keep their values in ``how``.
     """
     recorded = read_run(run).settings
     if any(recorded.get(key) != value for key, value in how.scope.items() if key != "max_examples"):
@@ -104,11 +101,7 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
 
 
 def _require_modest(file: Path, changed: Mapping[str, Any]) -> None:
-    """Refuse settings in a run's ``file`` that would keep this machine busy for ever, or that mean nothing.
-
-    Raises:
-        StorageError: naming the setting.
-    """
+    """Raise StorageError for settings in a run's ``file`` that would take forever, or that have no meaning."""
     for key, value in changed.items():
         values = value if isinstance(value, list) else [value]
         excess = key in COSTLY and max(values, default=0) > MOST
@@ -122,17 +115,17 @@ def _require_modest(file: Path, changed: Mapping[str, Any]) -> None:
 
 
 def _slow(pattern: str) -> bool:
-    """Whether a regular expression may take exponential time: repeated groups, many repetitions, or great length."""
+    """Return whether a pattern may take exponential time: repeated groups, many repetitions, or great length."""
     return (
         len(pattern) > 200 or bool(re.search(r"\)[*+?{]", pattern)) or len(re.findall(r"[*+?{]", pattern)) > 4
     )
 
 
 def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
-    """Write ``result`` to a measures.json, keeping other measures, and a density, of the same settings.
+    """Write ``result`` to a measures.json, and keep other measures, and a density, with the same settings.
 
-    What was taken with other settings goes: one file never mixes two. What is not finite goes, too. Returns what went
-    and was not taken again.
+    Results with other settings, or with values that are not finite, are removed. Return the names of those that were
+    removed and not measured again.
     """
     before = read_run(path.parent)
     had = before.measures | ({} if before.density is None else {"density": before.density})
@@ -148,7 +141,7 @@ def merge_measures(path: Path, result: dict[str, Any]) -> list[str]:
 
 
 def _writable(value: Any) -> bool:
-    """Whether strict JSON can hold ``value``: a file that gmprobe did not write may have NaN or infinity."""
+    """Return whether strict JSON can hold ``value``, since a file from elsewhere may have NaN or infinity."""
     try:
         bounded(value, nan=False)
     except Unfit:
@@ -157,9 +150,9 @@ def _writable(value: Any) -> bool:
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without where measures were taken, which decides on their last digits alone, and what lay beside the data."""
+    """Return ``settings`` without those of the machine, which change only last digits, and of skipped files."""
     machine = {*environment(torch.device("cpu")), "processes", "passed_over"} - {"tf32"}
-    if settings.get("part") == OWN_UNLABELED:  # split.json says what the data is, wherever it lies
+    if settings.get("part") == OWN_UNLABELED:  # split.json identifies the data, wherever it lies
         machine.add("data")
     # an earlier version does not name what is null
     told = {key: value for key, value in {**UNNAMED, **settings}.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Find the trained runs of a folder. Imports no torch, so that a folder without any is told at once."""
+"""Find the trained runs of a folder. This file does not import torch, so that an empty folder is reported at once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ BROKEN = "broken"
 
 
 def trained_runs(folder: Path) -> list[Path]:
-    """The finished runs below ``folder``, or itself where it is one run or holds none.
+    """Return the finished runs below ``folder``, or ``folder`` itself where it is a run or holds none.
 
-    A run whose files are broken is among them: measuring it says what is, and does not stop the others.
+    A run with broken files is among them: measuring it says what is broken, and does not stop the others.
 
     Raises:
         UsageError: none of its runs has finished.
@@ -37,10 +37,10 @@ def checkpoints_in(paths: Iterable[Path]) -> list[Path]:
 
 
 def last_finished(folder: Path) -> Path:
-    """The run below ``folder`` that finished last.
+    """Return the run below ``folder`` that finished last.
 
     Raises:
-        UsageError: none has.
+        UsageError: no run has finished.
     """
     whole = [run for run in trained_runs(folder) if _status(run) == "finished"]
     if not whole:
@@ -49,7 +49,7 @@ def last_finished(folder: Path) -> Path:
 
 
 def _status(run: Path) -> str | None:
-    """Of a run that has a checkpoint; ``BROKEN`` where its files are, None where there is nothing to be seen."""
+    """Return the status of a run with a checkpoint, ``BROKEN`` for broken files, and None for other folders."""
     try:
         status = read_run(run).status
         if (run / CHECKPOINT).exists():
@@ -57,5 +57,5 @@ def _status(run: Path) -> str | None:
         return BROKEN if status == "finished" else None  # its weights are gone
     except StorageError:
         return BROKEN
-    except OSError:  # another's, who lets nobody in
+    except OSError:  # another user's folder, without permission to read
         return None

@@ -50,39 +50,28 @@ def open_data(config: TrainConfig) -> Source:
     """
     if Path(config.data).is_absolute() and not Path(config.data).exists():  # a run records absolute paths
         raise UsageError(f"no folder or file {config.data!r}; if it has moved, give its place with --data")
-    sizes = config.image_size, config.resize, config.crop
     place = Path(config.data).absolute()  # a relative name is another file after a change of folder
     version = (place, place.stat().st_mtime_ns if place.exists() else 0)
-    return _open(config.data, config.data_root, config.download, config.skip_bad, *sizes, version)
+    return _open(
+        config.data,
+        version,
+        root=None if config.data_root is None else Path(config.data_root),
+        download=config.download,
+        skip_bad=config.skip_bad,
+        image_size=config.image_size,
+        resize=config.resize,
+        crop=config.crop,
+    )
 
 
 @lru_cache(maxsize=2)
-def _open(
-    data: str,
-    root: str | None,
-    download: bool,
-    skip_bad: bool,
-    image_size: int | None,
-    resize: int | None,
-    crop: int | None,
-    version: tuple[Path, int],
-) -> Source:
+def _open(data: str, version: tuple[Path, int], **options: Any) -> Source:
     """Open the data once per process, so that images that ``in_memory`` decodes are shared.
 
     Args:
         version: distinguishes files of the same name; it is only part of the cache's key.
     """
-    return open_source(
-        data,
-        labeled=True,
-        root=None if root is None else Path(root),
-        download=download,
-        skip_bad=skip_bad,
-        image_size=image_size,
-        resize=resize,
-        crop=crop,
-        decode=False,
-    )
+    return open_source(data, labeled=True, decode=False, **options)
 
 
 def skipped(splits: Splits) -> tuple[str, ...]:

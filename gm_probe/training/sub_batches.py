@@ -46,35 +46,22 @@ class SubBatches:
     def __init__(self, x: Inputs, y: Inputs, m: int | None, *, equal: bool = False) -> None:
         if not len(y) and count() == 1:
             raise UsageError("the batch holds no example with a target")
-        size, total = m or max(len(y), 1), len(y)
-        if count() > 1 and m is not None:
-            if m % count():
-                raise UsageError(f"m = {m} cannot be shared by {count()} processes. Choose a multiple")
-            size = m // count()
-        if len(x) != len(y):
-            if m is not None:
-                raise UsageError("m splits only batches in which every example has a label. Leave it out")
-            cuts = [(x, y)] if len(y) else []
-        else:
-            cuts = list(zip(x.split(size), y.split(size), strict=True)) if len(y) else []
-        single = size > 1 and len(cuts) > 1 and len(cuts[-1][1]) == 1
+        if m is not None and m % count():
+            raise UsageError(f"m = {m} cannot be shared by {count()} processes. Choose a multiple")
+        if m is not None and len(x) != len(y):
+            raise UsageError("m splits only batches in which every example has a label. Leave it out")
+        size = max(len(y), 1) if m is None else m // count()
+        starts = list(range(0, len(y), size))
+        single = size > 1 and len(starts) > 1 and len(y) - starts[-1] == 1
+        total = len(y)
         if count() > 1:
-            figures = torch.tensor([len(y), len(cuts), len(y) ** 2, int(single)], device=x.device)
-            total, number, squares, singles = map(int, sum_over_processes(figures))
-            single = singles > 0
-            if equal and squares * count() != total**2:
-                raise UsageError(
-                    "NT-Xent compares the views of all processes, so each process needs the same number"
-                )
-            if not cuts or number != count() * len(cuts):
-                raise UsageError(
-                    f"a batch of {total} examples leaves a process without its part of a (sub-)batch; "
-                    "choose another batch size, m, or number of processes"
-                )
-        if single and len(cuts) > 1:
-            start = size * (len(cuts) - 2)
-            cuts[-2:] = [(x[start:], y[start:])]
-        self.parts = [Part(*cut, len(cut[1]) / total) for cut in cuts]
+            total, single = _agreed(len(y), len(starts), single, equal, x.device)
+        if single and len(starts) > 1:
+            del starts[-1]
+        self.parts: list[Part] = []
+        for start, end in zip(starts, [*starts[1:], None], strict=True):
+            targets = y[start:end]
+            self.parts.append(Part(x[start:end], targets, len(targets) / total))
         # the shares in the loss of every part of every process, in the order of ranks
         self._losses: list[float] | None = None
 
@@ -121,6 +108,24 @@ class SubBatches:
         """Return the mean over this process's examples, from means over its parts."""
         weighted = [part.share * value for part, value in zip(self.parts, values, strict=True)]
         return torch.stack(weighted).sum() / sum(part.share for part in self.parts)
+
+
+def _agreed(examples: int, parts: int, single: bool, equal: bool, device: torch.device) -> tuple[int, bool]:
+    """Return the number of examples of all processes, and whether any of them ends with a ``single`` one.
+
+    Raises:
+        UsageError: the processes have different numbers of ``parts`` or, where these must be ``equal``, of examples.
+    """
+    numbers = torch.tensor([examples, parts, examples**2, int(single)], device=device)
+    total, number, squares, singles = map(int, sum_over_processes(numbers))
+    if equal and squares * count() != total**2:
+        raise UsageError("NT-Xent compares the views of all processes, so each process needs the same number")
+    if not parts or number != count() * parts:
+        raise UsageError(
+            f"a batch of {total} examples leaves a process without its part of a (sub-)batch; "
+            "choose another batch size, m, or number of processes"
+        )
+    return total, singles > 0
 
 
 def loss_shares(loss: Loss, outputs: Sequence[Tensor], targets: Sequence[Inputs]) -> list[float]:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from gm_probe.curvature import speed
-from gm_probe.curvature.speed import bytes_an_example, within
+from gm_probe.curvature import batch_size
+from gm_probe.curvature.batch_size import bytes_an_example, within
 from gm_probe.data.batches import BATCH_SIZE, Batches, Normalization
 from gm_probe.data.datasets import Examples
 from gm_probe.errors import UsageError
@@ -64,14 +64,14 @@ def test_batch_size_follows_the_memory() -> None:
     batches = Batches.from_tensors(x)
     one = bytes_an_example(model, next(iter(batches)).x)
     assert batches.batch_size == within(1e12, model, batches).batch_size == BATCH_SIZE
-    assert within(speed.PRODUCT * one * 37.5, model, batches).batch_size == 37
+    assert within(batch_size.PRODUCT * one * 37.5, model, batches).batch_size == 37
     assert within(10, model, batches).batch_size == 1
 
 
 def test_measuring_takes_no_more_than_the_memory_unless_a_size_is_given() -> None:
     model, x = small_cnn(), images(8)
     laid_out = next(iter(Batches.from_tensors(x))).x
-    memory = speed.PRODUCT * bytes_an_example(model, laid_out) * 3.5
+    memory = batch_size.PRODUCT * bytes_an_example(model, laid_out) * 3.5
 
     def size(names: list[str], **options: int) -> int:
         report = measure(model, Batches.from_tensors(x, **options), names, memory=memory)
@@ -124,7 +124,9 @@ def test_a_busy_machine_changes_no_bit(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_no_memory_for_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "bytes_an_example", Mock(side_effect=torch.OutOfMemoryError("out of memory")))
+    monkeypatch.setattr(
+        batch_size, "bytes_an_example", Mock(side_effect=torch.OutOfMemoryError("out of memory"))
+    )
     assert within(1e9, small_cnn(), Batches.from_tensors(images(8))).batch_size == 1
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,21 +26,8 @@ def bytes_an_example(model: nn.Module, x: Inputs, outputs: Outputs | None = None
         name: p.detach().clone().requires_grad_(p.requires_grad)
         for name, p in parameters.model.named_parameters()
     }
-    weights = frozenset(value.untyped_storage().data_ptr() for value in values.values())
-    with evaluating(model), torch.enable_grad(), differentiable_attention():
-        with saved_bytes(weights) as saved:
-            loss = functional.log_softmax(parameters.logits(x, values), dim=-1).sum()
-        del loss  # until here the graph keeps what was saved, so that no address is used twice
-    return sum(saved.values()) / len(x)
-
-
-@contextmanager
-def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int]]:
-    """Yield a dict that collects address ↦ bytes of what autograd saves, except at ``ignored`` addresses.
-
-    Each storage counts once while its graph lives. Later, an address that is used again would count as the old one.
-    """
-    found: dict[int, int] = {}
+    weights = {value.untyped_storage().data_ptr() for value in values.values()}
+    saved: dict[int, int] = {}  # bytes by address
 
     def save(value: Tensor) -> Tensor:
         if value.layout != torch.strided:  # a functional embedding's sparse gradient, which has no storage
@@ -53,12 +37,15 @@ def saved_bytes(ignored: frozenset[int] = frozenset()) -> Iterator[dict[int, int
             address = storage.data_ptr()
         except RuntimeError:  # torch.func in a forward pass saves wrappers around tensors
             return value
-        if address not in ignored:  # a view may be smaller than its storage, and an expanded one larger
-            found[address] = max(found.get(address, 0), min(value.nbytes, storage.nbytes()))
+        if address not in weights:  # a view may be smaller than its storage, and an expanded one larger
+            saved[address] = max(saved.get(address, 0), min(value.nbytes, storage.nbytes()))
         return value
 
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda value: value):
-        yield found
+    with evaluating(model), torch.enable_grad(), differentiable_attention():
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda value: value):
+            loss = functional.log_softmax(parameters.logits(x, values), dim=-1).sum()
+        del loss  # until here the graph keeps what was saved, so that no address is used twice
+    return sum(saved.values()) / len(x)
 
 
 def within(
