@@ -65,6 +65,18 @@ class Wrapped(nn.Module):
         return self.after(self.net(x), x)
 
 
+class Autocast(nn.Module):
+    """Computes in bfloat16 and returns float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x).float()
+
+
 class Cnn(nn.Module):
     def __init__(self, *, view: bool = False) -> None:
         super().__init__()
@@ -361,6 +373,7 @@ KINDS: dict[str, Kind] = {
     "outputs in bfloat16 or float16": Kind(
         after(lambda z, x: z.bfloat16()), refused="outputs are torch.bfloat16"
     ),
+    "autocast inside": Kind(Autocast, refused="computes in torch.bfloat16 inside"),
     "parameters without elements": Kind(with_nothing, mlp),
     "values kept in eval mode": Kind(lambda: Kept(keeps=True), lambda: Kept(keeps=False)),
     "weights taken from a list or a cache": Kind(Listed, refused="'stem.weight' from a list"),

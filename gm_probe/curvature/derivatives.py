@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gm_probe.data.fields import Inputs
 from gm_probe.errors import DerivativeError, UsageError, first_line, foreign_or, of_machine
@@ -47,6 +50,37 @@ def refusals_noted() -> Iterator[list[Exception]]:
         if of_machine(error):
             raise
         found.append(error)
+
+
+class _Dtypes(TorchDispatchMode):
+    """Notes the floating-point types of the results of all operations that run meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.seen.update(
+            leaf.dtype
+            for leaf in tree_leaves(result)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        )
+        return result
+
+
+def require_full_precision(parameters: Parameters, x: Inputs) -> None:
+    """Raise UsageError where the forward pass of ``x`` (B, ...) rounds inside to half precision, as autocast does."""
+    with torch.no_grad(), _Dtypes() as noted:
+        parameters.taken(x)
+    for dtype in (torch.bfloat16, torch.float16):
+        if dtype in noted.seen:
+            raise UsageError(
+                f"the model computes in {dtype} inside, which rounds small moves of its weights away. Let its forward "
+                "pass run without torch.autocast"
+            )
 
 
 def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Generator) -> None:

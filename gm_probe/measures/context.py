@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gm_probe.curvature.affine import obstacle
 from gm_probe.curvature.batch_size import TRIAL
-from gm_probe.curvature.derivatives import differentiable, require_gradients
+from gm_probe.curvature.derivatives import differentiable, require_full_precision, require_gradients
 from gm_probe.curvature.fisher_trace import fisher_trace
 from gm_probe.curvature.operators import fisher, hessian, residual
 from gm_probe.curvature.written import require_moved_weights
@@ -147,12 +147,14 @@ class MeasurementContext:
         """The parameters, after a check that the logits have gradients with respect to them.
 
         Raises:
-            UsageError: they have none, forward hides some from autograd, or the backward pass runs forward again.
+            UsageError: they have none, forward hides some from autograd or computes in half precision, or the backward
+                pass runs forward again.
         """
         self.parameters.require_trainable()
         few = next(iter(self.batches)).x[self.batches.trial_slice(TRIAL)]
         with differentiable():
             require_moved_weights(self.parameters, few, Draws(few.device, self.parameters.model))
+            require_full_precision(self.parameters, few)
         require_gradients(self.parameters, few, self.generator("gradients"))
         return self.parameters
 
