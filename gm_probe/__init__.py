@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gm_probe.errors import DerivativeError as DerivativeError
     from gm_probe.errors import DeviceError as DeviceError
     from gm_probe.errors import DivergedError as DivergedError
+    from gm_probe.errors import NotInstalledError as NotInstalledError
     from gm_probe.errors import PrecisionError as PrecisionError
     from gm_probe.errors import ProbeError as ProbeError
     from gm_probe.errors import ResourceError as ResourceError
@@ -76,7 +77,7 @@ _HOMES = {
     "data.batches": "Batches Normalization",
     "data.datasets": "Examples open_source",
     "errors": "BusyError CheckpointError DataError DerivativeError DeviceError DivergedError "
-    "PrecisionError ProbeError ResourceError StorageError UsageError",
+    "NotInstalledError PrecisionError ProbeError ResourceError StorageError UsageError",
     "inconsistency.kl": "kl_divergence",
     "linalg.lanczos": "eigenpairs lanczos",
     "linalg.operator": "Operator",
