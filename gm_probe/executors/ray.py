@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gm_probe.errors import ProbeError, ResourceError, UsageError, first_line
+from gm_probe.errors import ProbeError, ResourceError, UsageError, first_line, needs
 from gm_probe.executors.local import Job, Outcome, attempt
 from gm_probe.files.atomic import write_atomic
 from gm_probe.files.locks import BEAT, LOCK, STALE, exclusive
@@ -108,12 +108,8 @@ class Ray:
 
 def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
+    with needs("--executor ray", "ray", "ray"):
         import ray
-    except ImportError as error:
-        raise UsageError(
-            "--executor ray needs ray, which is not installed; pip install 'gm_probe[ray]'"
-        ) from error
     return ray
 
 
