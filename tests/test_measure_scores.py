@@ -71,7 +71,7 @@ def test_measures_are_the_scores_of_the_estimate() -> None:
     [row] = gm_probe.estimate(model, x).models
     found = values(model, Batches.from_tensors(x, batch_size=7), names)
     assert found == pytest.approx({name: row.estimators[name]["score"] for name in names}, rel=1e-5)
-    validation = x[:25], y[:25]
+    validation = x, y  # of one size: the estimate takes COT at that of the smaller set
     [row] = gm_probe.estimate(model, x, validation=validation).models
     found = values(model, x, ["atc", "doc", "cot"], validation=validation)
     assert found == pytest.approx({name: row.estimators[name]["score"] for name in found}, rel=1e-5)

@@ -653,7 +653,7 @@ def test_every_pass_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         x, labels = torch.randn(200, 3), torch.randint(0, 3, (200,))
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     measure(model, Batches.from_tensors(x, labels, batch_size=64), [name], FAST)
-    assert 0 <= sum(seen) - sum(counted) <= 6 * 16 + 6 * 4
+    assert 0 <= sum(seen) - sum(counted) <= 7 * 16 + 6 * 4
     assert sum(counted) >= 2 * len(x)
 
 
