@@ -15,6 +15,14 @@ from gm_probe.analysis.figures import DASHES
 from gm_probe.analysis.plots import COLOURS, MARKERS, STYLE, log_ticks, new_figure
 from gm_probe.reproduce.claims import column
 
+WORDS = {
+    "rho": "ρ",
+    "beta": "β",
+    "k_steps": "K",
+    "share": "m",
+    "gradient_evaluations": "gradient evaluations (batches)",
+}
+"""What columns are called in a picture, where not by their names."""
 PAGE = 6.7  # inches that a page's width takes
 
 
@@ -53,13 +61,18 @@ def series(table: pd.DataFrame, spec: Mapping[str, Any]) -> list[tuple[str, pd.S
     groups = mine.groupby(spec["by"], sort=False, dropna=False) if "by" in spec else [("", mine)]
     return [
         (
-            ", ".join(filter(None, (str(label), name))),
+            ", ".join(filter(None, (_named(spec.get("by", ""), label), name))),
             column(group, expression),
             column(group, spec["x"]) if "x" in spec else None,
         )
         for label, group in groups
         for name, expression in spec["y"].items()
     ]
+
+
+def _named(by: str, value: Any) -> str:
+    """Return a group's text in a legend; a number has the name of its column."""
+    return f"{WORDS.get(by, by)} = {value:g}" if isinstance(value, float) else str(value)
 
 
 def _panel(axes: Axes, table: pd.DataFrame, spec: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.measures.settings import Settings
 from gm_probe.reproduce.claims import claim_outcome
 from gm_probe.reproduce.comparison import SHOWN, Arm, Comparison, Difference, text_of
-from gm_probe.reproduce.drawing import draw
+from gm_probe.reproduce.drawing import WORDS, draw
 from gm_probe.reproduce.finding import Finding, Task, trained
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.sweep.tuning import NOTHING, VALIDATION
@@ -185,7 +185,7 @@ def _panels(x: str, tables: Mapping[str, pd.DataFrame], error: str, least: bool)
                     yield {
                         **{"of": of, "x": x, "y": {"": expression}, "ylabel": ylabel.format(**words)},
                         "by": "variant" if of == "cells" else picture.by,
-                        "xlabel": "K of measuring S_ρ" if of == "cells" else x,
+                        "xlabel": "K of measuring S_ρ" if of == "cells" else WORDS.get(x, x),
                         "title": data if len(names) > 1 else "",
                         "where": f"data == {data!r}" + ("" if of == "table" else f" and {column}.notna()"),
                     }
