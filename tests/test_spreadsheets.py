@@ -338,7 +338,7 @@ READ: dict[str, tuple[str, bytes, list[int], str]] = {
         ".csv",
         text(renamed={"error_gap": "test acc"}, error_gap=[90 - 100 * g for g in GAP], train_acc=[90] * 12).encode(),
         ALL,
-        "taken as percentages, because some are above 1: test_accuracy, train_accuracy",
+        "values were read as percentages, because some are above 1: test_accuracy, train_accuracy",
     ),
     "a row for each measure": (".csv", LONG.encode(), ALL, "the 24 rows were read as 12 runs, with a column for each"),
     "lists of cells": (".json", json.dumps(COLUMNS).encode(), ALL, ""),

@@ -123,7 +123,6 @@ def know(evidence: Evidence, agreements: Sequence[float | None], seed: int) -> K
     signs = []
     for _, found in evidence.shifted:
         chosen = found.predictions.logits
-        size = min(len(chosen), len(evidence.unlabeled.logits))
         some = chosen[torch.randperm(len(chosen), generator=generator)[:size]]
         signs.append(known.signs_of(Predictions(some))[0])
     offset, error = known.on_skewed(generator)

@@ -39,9 +39,11 @@ def as_fractions(
     beyond = [name for name in rates if largest[name] > 1 and key(name) != GAP]
     odd = [name for name in beyond if rates[name].values.min() < 0 or largest[name] > 100]
     if odd:
-        return dict(columns), [f"taken as they are, because they are no percentages: {few(odd)}"]
-    signed = {name for name in rates if raw[name].map(lambda cell: str(cell).strip().endswith("%")).any()}
-    percent = [name for name in rates if name not in signed]
+        return dict(columns), [
+            f"values that are neither fractions nor percentages were left as they are: {few(odd)}"
+        ]
+    marked = {name for name in rates if raw[name].map(lambda cell: str(cell).strip().endswith("%")).any()}
+    percent = [name for name in rates if name not in marked]
     if not set(beyond).intersection(percent):
         return dict(columns), []
     fractions = [name for name in percent if name not in beyond and key(name).endswith("accuracy")]
@@ -51,7 +53,9 @@ def as_fractions(
             f"(up to {largest[fractions[0]]:g}). Write both in one unit"
         )
     found = {name: replace(rates[name], values=rates[name].values / 100) for name in percent}
-    return {**columns, **found}, [f"taken as percentages, because some are above 1: {few(percent)}"]
+    return {**columns, **found}, [
+        f"values were read as percentages, because some are above 1: {few(percent)}"
+    ]
 
 
 def errors_of_accuracies(columns: Mapping[str, Numbers]) -> dict[str, Numbers]:
