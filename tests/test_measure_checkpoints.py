@@ -16,7 +16,7 @@ from gm_probe.executors import local as executors
 from gm_probe.executors.local import Job, Outcome, attempt, in_turn
 from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.files.locks import held
-from gm_probe.measures.context import Settings
+from gm_probe.measures.settings import Settings
 from gm_probe.measuring.checkpoint import How, measure_checkpoint
 from gm_probe.measuring.many import Request, measure_checkpoints
 from gm_probe.measuring.saved import as_recorded, merge_measures

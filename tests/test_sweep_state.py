@@ -24,8 +24,8 @@ from gm_probe.errors import BusyError, StorageError, UsageError
 from gm_probe.files import locks
 from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.files.locks import LOCK, StageProgress, exclusive, held, progress_of
-from gm_probe.measures.catalogue import expected_cost
-from gm_probe.measures.context import Settings
+from gm_probe.measures.costs import expected_cost
+from gm_probe.measures.settings import Settings
 from gm_probe.runs.records import failure, run_state
 from gm_probe.sweep import estimate
 from gm_probe.sweep.estimate import estimates

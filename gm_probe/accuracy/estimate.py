@@ -16,8 +16,8 @@ from gm_probe.accuracy.verdict import Request, judge
 from gm_probe.data.batches import Batches
 from gm_probe.data.collecting import Data, as_batches
 from gm_probe.errors import UsageError, one_device
-from gm_probe.measures.catalogue import check_names, expanded
 from gm_probe.measures.measure import measure
+from gm_probe.measures.names import check_names, expanded
 from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs
 from gm_probe.models.layout import in_layout_taken

@@ -28,9 +28,9 @@ from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import GroupedCommand, config_option, setting_options
 from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, DataError, DivergedError, UsageError
-from gm_probe.measures.catalogue import check_names, expanded
+from gm_probe.measures.catalogue import MEASURES
+from gm_probe.measures.names import check_names, expanded
 from gm_probe.measuring.trained import checkpoints_in
-from gm_probe.runs.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
     from gm_probe.accuracy.evidence import Evidence
@@ -313,7 +313,7 @@ def _row(
     for name in shown:
         row = model.measures[name]
         error = row["stderr_examples"] if row["stderr"] is None else row["stderr"]
-        yield CATALOGUE[name].symbol, f"{number(row['value'])} ± {number(error, 2)}"
+        yield MEASURES[name].symbol, f"{number(row['value'])} ± {number(error, 2)}"
 
 
 def _good(estimators: Mapping[str, Mapping[str, float | None]]) -> list[float]:

@@ -22,7 +22,7 @@ from gm_probe.cli.relevance import CONVERGED, idle, quadrature, require_use_of_g
 from gm_probe.cli.settings import ADVANCED, GroupedCommand, config_option, setting_options, taken
 from gm_probe.data.sources import require_source
 from gm_probe.errors import CheckpointError, UsageError
-from gm_probe.measures.catalogue import BLOCKS, check_names, default_measures, expanded
+from gm_probe.measures.names import BLOCKS, check_names, default_measures, expanded
 from gm_probe.measures.settings import Protocol, Settings
 from gm_probe.setting import setting, validate
 

@@ -17,7 +17,7 @@ from gm_probe.cli.live import ended_line, live_view
 from gm_probe.cli.output import note, notes_console, print_as
 from gm_probe.cli.progress import progress_bar
 from gm_probe.errors import ProbeError
-from gm_probe.measures.catalogue import Outlook
+from gm_probe.measures.costs import Outlook
 
 if TYPE_CHECKING:
     from rich.console import Console

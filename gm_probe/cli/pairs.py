@@ -244,7 +244,7 @@ def _show(result: dict[str, Any], output: str | None, quiet: bool) -> None:
 
 def _print_result(result: dict[str, Any]) -> None:
     """Print the numbers on stdout, and below them how to read them."""
-    from gm_probe.measures.pairwise import PAIR_MEASURES
+    from gm_probe.measures.catalogue import PAIR_MEASURES
 
     console = results_console()
     # the numbers' columns and the frame take 48; symbols replace names that do not fit beside them

@@ -18,16 +18,11 @@ from gm_probe.errors import one_device
 from gm_probe.files.locks import FolderLock
 from gm_probe.linalg.density import density
 from gm_probe.linalg.work import Tally, Work
-from gm_probe.measures.catalogue import (
-    DEFAULT_MEASURES,
-    Outlook,
-    check_names,
-    expected_costs,
-    takes_derivatives,
-)
 from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.costs import Outlook, expected_costs, takes_derivatives
 from gm_probe.measures.layers import by_layer
 from gm_probe.measures.measure import UNDEFINING, Report, measure
+from gm_probe.measures.names import DEFAULT_MEASURES, check_names
 from gm_probe.measures.settings import Settings
 from gm_probe.measuring.opening import LoadedCheckpoint, open_checkpoint
 from gm_probe.models.checkpoints import read_checkpoint

@@ -14,7 +14,7 @@ from gm_probe.data.datasets import Examples
 from gm_probe.errors import CheckpointError
 from gm_probe.executors.local import Executor, Job, Outcome
 from gm_probe.files.locks import FolderLock, exclusive
-from gm_probe.measures.catalogue import expected_costs
+from gm_probe.measures.costs import expected_costs
 from gm_probe.measuring.checkpoint import DIGEST, How, density_costs, measure_as, reporting
 from gm_probe.measuring.opening import output_settings
 from gm_probe.measuring.saved import as_recorded, batch_dependent_settings, input_settings, merge_measures

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gm_probe.files.locks import FolderLock
-from gm_probe.measures.catalogue import expected_cost
+from gm_probe.measures.costs import expected_cost
 from gm_probe.measures.settings import Settings
 from gm_probe.sweep.recipe import MeasurePlan
 from gm_probe.training.config import TrainConfig
