@@ -20,8 +20,8 @@ from torch import nn
 from torchvision import transforms
 
 from gm_probe.cli import COMMANDS
-from gm_probe.cli.figures import warn
-from gm_probe.cli.relevance import READ_BY
+from gm_probe.cli.measure_output import warn
+from gm_probe.cli.measure_relevance import READ_BY
 from gm_probe.data.batches import Normalization
 from gm_probe.measures.catalogue import MEASURES
 from gm_probe.measures.measure import measure

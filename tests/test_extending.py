@@ -17,7 +17,7 @@ from gm_probe.measures.catalogue import MEASURES, Measure
 from gm_probe.measures.context import MeasurementContext
 from gm_probe.measures.estimates import Estimate
 from gm_probe.measures.settings import Settings
-from gm_probe.measuring.checkpoint import How
+from gm_probe.measuring.checkpoint import Setup
 from gm_probe.measuring.many import Request, measure_checkpoints
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
@@ -64,13 +64,13 @@ def test_a_toy_executor_carries_out_a_request(run: Path, tmp_path: Path) -> None
     def examples(path: Path) -> Examples:
         return own_unlabeled(path)
 
-    how = How(Settings(), {"part": OWN_UNLABELED, "max_examples": None}, {"device": "cpu"})
+    setup = Setup(Settings(), {"part": OWN_UNLABELED, "max_examples": None}, {"device": "cpu"})
     seen: dict[str, list[str]] = {"forth": [], "back": []}
     found = {}
     for name, executor in (("forth", in_turn), ("back", backwards)):
         outcomes: list[Outcome] = []
         paths = [run, run / "checkpoint.safetensors"]
-        measure_checkpoints(paths, Request(("mean_entropy",), examples, how), executor, outcomes.append)
+        measure_checkpoints(paths, Request(("mean_entropy",), examples, setup), executor, outcomes.append)
         seen[name] = [outcome.name for outcome in outcomes]
         found[name] = {outcome.name: outcome.result["measures"] for outcome in outcomes}
     assert seen["back"] == seen["forth"][::-1]

@@ -133,7 +133,7 @@ def _examples(
         from gm_probe.sweep.data_identity import common_unlabeled
         from gm_probe.training.run_splits import OWN_UNLABELED
 
-        return common_unlabeled(paths, data.leave()), OWN_UNLABELED
+        return common_unlabeled(paths, data.permissions()), OWN_UNLABELED
     examples, used_part, hint = data.open(unlabeled, labeled=False)
     notes += [*([hint] if hint else []), *examples.notes]
     note_reading(notes_console(quiet), (), examples.skipped)

@@ -48,7 +48,7 @@ def bytes_an_example(model: nn.Module, x: Inputs, outputs: Outputs | None = None
     return sum(saved.values()) / len(x)
 
 
-def within(
+def batches_within(
     memory: float | None, model: nn.Module, batches: Batches, outputs: Outputs | None = None
 ) -> Batches:
     """Return ``batches`` of the size whose products take about ``memory`` bytes (None = ``devices.budget``).

@@ -24,7 +24,7 @@ from gm_probe.curvature.derivatives import (
     gradients,
     require_terms,
 )
-from gm_probe.curvature.nestable import NESTABLE, Substituting
+from gm_probe.curvature.replacements import NESTABLE, Substituting
 from gm_probe.curvature.second_derivatives import require_second_derivative
 from gm_probe.data.batches import Batches, cut
 from gm_probe.data.fields import Inputs, ordinary

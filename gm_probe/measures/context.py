@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from gm_probe.curvature.affine import obstacle
 from gm_probe.curvature.batch_size import TRIAL
+from gm_probe.curvature.custom_functions import require_moved_weights
 from gm_probe.curvature.derivatives import differentiable, require_full_precision, require_gradients
 from gm_probe.curvature.fisher_trace import fisher_trace
 from gm_probe.curvature.operators import fisher, hessian, residual
-from gm_probe.curvature.written import require_moved_weights
 from gm_probe.data.batches import Batches
-from gm_probe.data.labels import as_labels, fitting
+from gm_probe.data.labels import as_labels, fitting_labels
 from gm_probe.errors import DataError, DivergedError, UsageError, foreign_or
 from gm_probe.inconsistency.ascent import Divergence, FisherByDifference
 from gm_probe.linalg.lanczos import Eigenpair, eigenpairs, lanczos
@@ -181,7 +181,7 @@ class MeasurementContext:
         if not bool(torch.isfinite(outputs).all()):
             raise DivergedError(f"the model's outputs on {examples.source} are not all finite")
         logits = by_class(self.parameters.outputs.logits(outputs)).cpu()
-        y = fitting(as_labels(examples.y.clone(), len(examples)), logits, examples.source).cpu()
+        y = fitting_labels(as_labels(examples.y.clone(), len(examples)), logits, examples.source).cpu()
         return Reference.of(logits, y), counted_shares(y, logits.shape[1])
 
     def mean(self, values: Tensor) -> Estimate:
@@ -196,7 +196,7 @@ class MeasurementContext:
         if examples.y is None:
             return None
         y = as_labels(examples.y.clone(), len(examples))  # a copy, since it may come from inference mode
-        return fitting(y, self.logits, examples.source).to(self.logits.device)
+        return fitting_labels(y, self.logits, examples.source).to(self.logits.device)
 
     @cached_property
     def divergence(self) -> Divergence:

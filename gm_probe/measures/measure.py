@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gm_probe.checks import instance, optional, real
-from gm_probe.curvature.batch_size import within
+from gm_probe.curvature.batch_size import batches_within
 from gm_probe.data.batches import Batches
 from gm_probe.data.collecting import Data, as_batches
 from gm_probe.data.memory import within_memory
@@ -132,7 +132,7 @@ def measure(
     with generators_kept(batches.device, model), as_measured(model, tf32=settings.tf32):
         running = _Running(over, batches, notify, names[0] if names else "")
         if batches.auto_batch_size and takes_derivatives(names):
-            running.batches = within(memory, model, batches, outputs)
+            running.batches = batches_within(memory, model, batches, outputs)
         # the cost of the logits belongs to the report, not to the first measure
         _require_full(running.result_of(lambda context: context.logits).dtype, "outputs")
         rows = {name: running.estimate(name) for name in names}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from gm_probe.curvature.batch_size import within
+from gm_probe.curvature.batch_size import batches_within
 from gm_probe.data.batches import BATCH_SIZE, Batches
 from gm_probe.data.datasets import Examples
 from gm_probe.data.memory import within_memory
@@ -75,7 +75,7 @@ def measure_checkpoint(
     model, batches, outputs = loaded.model, loaded.batches, loaded.outputs
     derivatives = quadrature is not None or per_layer or takes_derivatives(names or DEFAULT_MEASURES)
     if batch_size is None and derivatives and not simclr:
-        batches = within(memory, model, batches, outputs)
+        batches = batches_within(memory, model, batches, outputs)
     part, tally = batches.shard(rank(), count()), Tally(notify)
     report = measure(
         model,
@@ -138,7 +138,7 @@ DENSITY_OF = "density of the {}"
 
 
 @dataclass(frozen=True, slots=True)
-class How:
+class Setup:
     """All that the results of a run depend on, apart from its weights.
 
     Attributes:
@@ -167,15 +167,15 @@ def measure_as(
     path: Path,
     examples: Examples,
     names: Sequence[str],
-    how: How,
+    setup: Setup,
     notify: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure ``path`` over the part of ``examples`` that ``how`` chooses, and add its scope to the result."""
-    chosen = how.chosen(examples)
-    loading = {**how.loading, **how.own_loading.get(path, {})}
-    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **loading)
-    result["settings"] |= how.scope
-    if how.of_other_data:
+    """Measure ``path`` over the part of ``examples`` that ``setup`` chooses, and add its scope to the result."""
+    chosen = setup.chosen(examples)
+    loading = {**setup.loading, **setup.own_loading.get(path, {})}
+    result = measure_checkpoint(path, chosen, names, setup.settings, notify=notify, **loading)
+    result["settings"] |= setup.scope
+    if setup.of_other_data:
         result["settings"][DIGEST] = chosen.digest
     return result
 

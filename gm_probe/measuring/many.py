@@ -15,7 +15,7 @@ from gm_probe.errors import CheckpointError
 from gm_probe.executors.local import Executor, Job, Outcome
 from gm_probe.files.locks import FolderLock, exclusive
 from gm_probe.measures.costs import expected_costs
-from gm_probe.measuring.checkpoint import DIGEST, How, density_costs, measure_as, reporting
+from gm_probe.measuring.checkpoint import DIGEST, Setup, density_costs, measure_as, reporting
 from gm_probe.measuring.opening import output_settings
 from gm_probe.measuring.saved import as_recorded, batch_dependent_settings, input_settings, merge_measures
 from gm_probe.runs.records import MEASURES, read_result, read_run
@@ -32,7 +32,7 @@ class Request:
 
     Attributes:
         examples: returns the examples to measure a checkpoint over, as ``own_unlabeled`` does.
-        how: its ``loading`` has the name of the device, which is resolved where a checkpoint is measured.
+        setup: its ``loading`` has the name of the device, which is resolved where a checkpoint is measured.
         save: write into the run's measures.json, with the settings that it records (see ``as_recorded``). A run that
             has every measure already is skipped.
         given: names of settings that take the value given here, whatever the run's file records.
@@ -41,7 +41,7 @@ class Request:
 
     names: tuple[str, ...]
     examples: Callable[[Path], Examples]
-    how: How
+    setup: Setup
     save: bool = False
     given: frozenset[str] = frozenset()
     watch: Watch | None = None
@@ -49,44 +49,48 @@ class Request:
     def __call__(self, path: Path, threads: int | None) -> tuple[str, dict[str, Any]]:
         """Measure ``path``; return ``finished`` or ``skipped``, and its JSON object."""
         if not self.save:  # the folder may belong to anybody, so it is only read
-            return "finished", self._measured(path, threads, None, self.how)
+            return "finished", self._measured(path, threads, None, self.setup)
         with ExitStack() as held:
             with failing_together():
                 lock = held.enter_context(exclusive(path)) if rank() == 0 else None
-                how, changed = as_recorded(path, self.how, self.given)
-                if read_run(path).measured(self.names, self._asked(path, how)):
+                setup, changed = as_recorded(path, self.setup, self.given)
+                if read_run(path).measured(self.names, self._asked(path, setup)):
                     return "skipped", {
                         **read_result(path),
                         "checkpoint": str(path),
                         "as_before": changed,
                     }
-            result = self._measured(path, threads, lock, how)
+            result = self._measured(path, threads, lock, setup)
             if rank() == 0:
                 result["replaced"] = merge_measures(path / MEASURES, result)
             result["as_before"] = changed
             return "finished", result
 
-    def _asked(self, path: Path, how: How) -> dict[str, Any]:
+    def _asked(self, path: Path, setup: Setup) -> dict[str, Any]:
         """Return the settings that the record of ``path`` must have to match this request."""
-        asked = {**how.settings.as_dict(), **how.scope, **input_settings(how.loading)}
-        asked |= output_settings(how.loading)
-        asked |= batch_dependent_settings(path, how.loading)
-        if how.of_other_data:
-            asked[DIGEST] = how.chosen(self.examples(path)).digest
+        asked = {**setup.settings.as_dict(), **setup.scope, **input_settings(setup.loading)}
+        asked |= output_settings(setup.loading)
+        asked |= batch_dependent_settings(path, setup.loading)
+        if setup.of_other_data:
+            asked[DIGEST] = setup.chosen(self.examples(path)).digest
         return asked
 
-    def _measured(self, path: Path, threads: int | None, lock: FolderLock | None, how: How) -> dict[str, Any]:
+    def _measured(
+        self, path: Path, threads: int | None, lock: FolderLock | None, setup: Setup
+    ) -> dict[str, Any]:
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
-        costs = expected_costs(self.names, how.settings) | density_costs(how.loading.get("quadrature"))
+        costs = expected_costs(self.names, setup.settings) | density_costs(setup.loading.get("quadrature"))
         watch = nullcontext(None) if self.watch is None else self.watch(path, costs)
-        report = None if lock is None else reporting(lock, self.names, how.settings)
+        report = None if lock is None else reporting(lock, self.names, setup.settings)
         try:
             with failing_together():
                 if not path.exists():
                     raise CheckpointError(f"{path}: no such checkpoint")
                 examples = self.examples(path)
-                here = replace(how, loading={**how.loading, "device": pick_device(how.loading["device"])})
+                here = replace(
+                    setup, loading={**setup.loading, "device": pick_device(setup.loading["device"])}
+                )
             with watch as show:
 
                 def notify(name: str, evaluations: float) -> None:

@@ -14,7 +14,7 @@ from gm_probe.data.batches import BATCH_SIZE, Normalization
 from gm_probe.errors import ProbeError, StorageError, UsageError
 from gm_probe.files.atomic import write_json
 from gm_probe.files.schema import Unfit, bounded
-from gm_probe.measuring.checkpoint import DIGEST, How
+from gm_probe.measuring.checkpoint import DIGEST, Setup
 from gm_probe.models.checkpoints import read_checkpoint
 from gm_probe.runs.records import CHECKPOINT, MEASURES, UNNAMED, read_run
 from gm_probe.runtime.devices import environment
@@ -59,16 +59,16 @@ def own_normalization(run: Path) -> dict[str, Any]:
     return {} if recorded is None else {"mean": list(recorded.mean), "std": list(recorded.std)}
 
 
-def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[str, Any]]:
+def as_recorded(run: Path, setup: Setup, given: Collection[str]) -> tuple[Setup, dict[str, Any]]:
     """Return how to measure more of ``run`` with its recorded settings, and the settings that this changes.
 
     Args:
-        given: names of settings that keep their values in ``how``.
+        given: names of settings that keep their values in ``setup``.
     """
     recorded = read_run(run).settings
-    if any(recorded.get(key) != value for key, value in how.scope.items() if key != "max_examples"):
-        return how, {}
-    settings, scope, loading = how.settings.as_dict(), dict(how.scope), dict(how.loading)
+    if any(recorded.get(key) != value for key, value in setup.scope.items() if key != "max_examples"):
+        return setup, {}
+    settings, scope, loading = setup.settings.as_dict(), dict(setup.scope), dict(setup.loading)
     asked = {**settings, "max_examples": scope["max_examples"]}
     by_default = {key for key, option in BATCH_DEPENDENT.items() if loading.get(option) is None}
     asked |= {
@@ -95,7 +95,7 @@ def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[
         if {"mean", "std"} & set(changed):
             both = {**asked, **kept}
             loading["normalization"] = Normalization(tuple(both["mean"]), tuple(both["std"]))
-        return How(replace(how.settings, **ours), scope, loading, how.own_loading), changed
+        return Setup(replace(setup.settings, **ours), scope, loading, setup.own_loading), changed
     except UsageError as error:
         raise StorageError(f"{run / MEASURES}: settings: {error}; remove it and measure again") from error
 

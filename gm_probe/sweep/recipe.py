@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.checks import whole
-from gm_probe.data.sources import require_source
+from gm_probe.data.names import require_data_name
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import read_toml
 from gm_probe.measures.catalogue import MEASURES
@@ -105,7 +105,9 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
 
 def require_names(configs: Collection[TrainConfig]) -> None:
     """Raise UsageError for data, a model or a device that there is not, before a run of many fails of it."""
-    _check_each(configs, {"data": require_source, "device": require_device_name, "model": require_model_name})
+    _check_each(
+        configs, {"data": require_data_name, "device": require_device_name, "model": require_model_name}
+    )
     from gm_probe.models.zoo import builder
     from gm_probe.runtime.devices import named_device  # torch, which a wrong name must not wait for
 

@@ -11,7 +11,7 @@ from gm_probe.errors import DivergedError, StorageError
 from gm_probe.executors.local import Executor, Job, Outcome, Processes, in_turn, visible_gpus
 from gm_probe.files.atomic import in_utf8, read_json, write_atomic, write_json
 from gm_probe.files.locks import FolderLock, exclusive
-from gm_probe.measuring.checkpoint import How, measure_as, reporting
+from gm_probe.measuring.checkpoint import Setup, measure_as, reporting
 from gm_probe.measuring.saved import merge_measures
 from gm_probe.runs.records import (
     CHECKPOINT,
@@ -27,9 +27,9 @@ from gm_probe.runs.records import (
 from gm_probe.runtime.devices import pick_device
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.leave import Leave
 from gm_probe.training.loop import train
 from gm_probe.training.objectives import trains_encoder
+from gm_probe.training.permissions import Permissions
 from gm_probe.training.run_splits import own_unlabeled
 
 
@@ -47,7 +47,7 @@ def is_complete(out: Path, plan: MeasurePlan) -> bool:
     return record.status == "diverged"
 
 
-def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | None = None) -> str:
+def train_and_measure(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | None = None) -> str:
     """Train (or resume) and measure one run; returns its status.
 
     Args:
@@ -85,9 +85,9 @@ def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, lock: FolderLock
     }
     result = measure_as(
         out / CHECKPOINT,
-        own_unlabeled(out, Leave.of(config)),
+        own_unlabeled(out, Permissions.of(config)),
         plan.measures,
-        How(plan.settings, plan.scope, loading),
+        Setup(plan.settings, plan.scope, loading),
         reporting(lock, plan.measures, plan.settings),
     )
     merge_measures(out / MEASURES, result)
@@ -95,7 +95,7 @@ def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, lock: FolderLock
 
 def _do(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | None) -> tuple[str, None]:
     # where a lost machine's job is done again, it may have been complete already
-    return "skipped" if is_complete(out, plan) else run_one(config, plan, out, threads), None
+    return "skipped" if is_complete(out, plan) else train_and_measure(config, plan, out, threads), None
 
 
 def _forget_failure(out: Path) -> None:

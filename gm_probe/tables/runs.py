@@ -14,7 +14,7 @@ from gm_probe.files.regular import open_to_read
 from gm_probe.runs.records import CONFIG, SWEEP, RunRecord, find_runs, read_groups, read_run
 from gm_probe.tables.expression import listed, parse
 from gm_probe.tables.numerals import NOTHING, Numbers, finite
-from gm_probe.tables.readers import Sheet, read_sheet, tidied
+from gm_probe.tables.readers import RawTable, read_raw_table, tidied
 from gm_probe.tables.sources import holds_our_runs, require_source
 from gm_probe.tables.spreadsheets import run_table
 from gm_probe.tables.table import (
@@ -88,7 +88,7 @@ def load_table(
     """
     asked = Asked(measures, hyperparameters, group_by, gap, seed_column, converged_only)
     if isinstance(source, pd.DataFrame):
-        return run_table(FRAME, tidied(FRAME, Sheet(source.copy())), asked)
+        return run_table(FRAME, tidied(FRAME, RawTable(source.copy())), asked)
     require_source(source)
     if holds_our_runs(source):
         return _table_from_folders(source, asked)
@@ -97,7 +97,7 @@ def load_table(
             open_to_read(source, follow=True).close()
         except OSError as error:
             raise StorageError(f"cannot read {source}: {error.strerror or error}") from error
-    return run_table(source, read_sheet(source), asked)
+    return run_table(source, read_raw_table(source), asked)
 
 
 def recipe_groups(source: Path) -> list[str]:
