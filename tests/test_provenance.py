@@ -132,9 +132,9 @@ def test_every_measure_is_defined_under_the_symbol_that_measuring_prints() -> No
     from gm_probe.measures.catalogue import MEASURES
     from gm_probe.tables.table import KNOWN_MEASURES
 
-    assert set(definitions.MEASURES) >= set(MEASURES) | set(KNOWN_MEASURES)
+    assert set(definitions.DEFINITIONS) >= set(MEASURES) | set(KNOWN_MEASURES)
     for name, measure in MEASURES.items():
-        symbol, text = definitions.MEASURES[name]
+        symbol, text = definitions.DEFINITIONS[name]
         assert symbol.split()[0] == measure.symbol.split()[0] or name == "effective_rank"
         if measure.needs_labels:
             assert "labels needed" in text

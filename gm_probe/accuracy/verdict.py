@@ -194,9 +194,7 @@ def _by_labels(evidence: Evidence, few: Labeled, temperature: float, level: floa
     confidence, everywhere = (
         probabilities(found.logits, temperature).amax(1) for found in (few.predictions, evidence.unlabeled)
     )
-    found = prediction_powered(few.right, confidence, everywhere, level)
-    assumption = "the labeled images are a random sample of the unlabeled data"
-    return Accuracy(found.value, found.low, found.high, level, found.method, assumption)
+    return prediction_powered(few.right, confidence, everywhere, level)
 
 
 def _estimator(calibration: Calibration | None, score: float) -> dict[str, float | None]:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gm_probe.cli.output import note_reading, notes_console
 from gm_probe.cli.param_types import floats
-from gm_probe.cli.settings import taken
+from gm_probe.cli.settings import pop_settings
 from gm_probe.data.image_reading import ImageReading
 from gm_probe.data.names import require_data_name
 from gm_probe.errors import DataError, UsageError
 from gm_probe.models.names import require_model_name
-from gm_probe.runtime.device_names import require_device_name
+from gm_probe.runtime.names import require_device_name
 from gm_probe.setting import setting, validate
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class DataOptions:
     @classmethod
     def of(cls, options: dict[str, Any]) -> DataOptions:
         """Take them out of a command's ``options``."""
-        return cls(**taken(cls, options))
+        return cls(**pop_settings(cls, options))
 
     def require_use(self, source: str | None) -> None:
         """Raise UsageError where an option is given that does not go with the data that is measured over.

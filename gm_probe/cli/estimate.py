@@ -30,7 +30,7 @@ from gm_probe.data.names import require_data_name
 from gm_probe.errors import CheckpointError, DataError, DivergedError, UsageError
 from gm_probe.measures.catalogue import MEASURES
 from gm_probe.measures.names import check_names, expanded
-from gm_probe.measuring.trained import checkpoints_in
+from gm_probe.measuring.trained_runs import checkpoints_in
 
 if TYPE_CHECKING:
     from gm_probe.accuracy.evidence import Evidence

@@ -19,7 +19,7 @@ from gm_probe.cli.measure_relevance import CONVERGED, idle, quadrature, require_
 from gm_probe.cli.options import format_options, head_option, unlabeled_option
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
 from gm_probe.cli.param_types import PATH, num_bytes, split
-from gm_probe.cli.settings import ADVANCED, GroupedCommand, config_option, setting_options, taken
+from gm_probe.cli.settings import ADVANCED, GroupedCommand, config_option, pop_settings, setting_options
 from gm_probe.data.names import require_data_name
 from gm_probe.errors import CheckpointError, UsageError
 from gm_probe.measures.names import BLOCKS, check_names, default_measures, expanded
@@ -172,10 +172,10 @@ class _Task:
         Raises:
             UsageError, DataError: an option that is wrong by itself or beside another.
         """
-        wanted = MeasureOptions(**taken(MeasureOptions, options))
+        wanted = MeasureOptions(**pop_settings(MeasureOptions, options))
         wanted.require_consistent(unlabeled, head)
         protocol: Protocol = "converged" if wanted.protocol == "converged" else "paper"
-        settings = Settings(**taken(Settings, options), protocol=protocol)
+        settings = Settings(**pop_settings(Settings, options), protocol=protocol)
         chosen = wanted.chosen(head)
         require_use_of_grids(chosen, settings)
         memory = None if wanted.memory is None else num_bytes("--memory", wanted.memory)
@@ -329,7 +329,7 @@ def _checkpoints(
         CheckpointError: one does not exist.
         UsageError: one has no data of its own, and no other is given; or one that is to be saved into is no folder.
     """
-    from gm_probe.measuring.trained import checkpoints_in, last_finished
+    from gm_probe.measuring.trained_runs import checkpoints_in, last_finished
     from gm_probe.runs.records import CONFIG, RUNS
 
     if not given:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.curvature.affine import obstacle
-from gm_probe.curvature.batch_size import TRIAL
 from gm_probe.curvature.custom_functions import require_moved_weights
-from gm_probe.curvature.derivatives import differentiable, require_full_precision, require_gradients
+from gm_probe.curvature.derivatives import TRIAL, differentiable, require_full_precision, require_gradients
 from gm_probe.curvature.fisher_trace import fisher_trace
 from gm_probe.curvature.operators import fisher, hessian, residual
 from gm_probe.data.batches import Batches

@@ -60,6 +60,6 @@ def example_error(terms: Tensor) -> float | None:
     return float(terms.double().std()) / math.sqrt(len(terms)) if len(terms) > 1 else None
 
 
-def over_labels(values: Tensor) -> Tensor:
+def mean_over_labels(values: Tensor) -> Tensor:
     """Return values (n,) as they are, and the means (n,) of values (n, L) of L labels per example."""
     return values if values.dim() == 1 else values.double().mean(1)

@@ -7,10 +7,10 @@ from functools import wraps
 
 from torch import Tensor
 
-from gm_probe.inconsistency.kl import over_rows
+from gm_probe.inconsistency.kl import sum_over_labels
 from gm_probe.measures import scores
 from gm_probe.measures.context import MeasurementContext
-from gm_probe.measures.estimates import Estimate, over_labels
+from gm_probe.measures.estimates import Estimate, mean_over_labels
 from gm_probe.measures.outputs import mirrored_logits
 from gm_probe.measures.transport import transport
 from gm_probe.runtime.processes import gather_examples
@@ -27,12 +27,12 @@ def energy(context: MeasurementContext) -> Estimate:
     """Return the mean over examples; the energies of independent labels add."""
     if context.normalised:
         return Estimate.undefined(NO_LOGITS)
-    return context.mean(over_rows(scores.energy(context.logits)))
+    return context.mean(sum_over_labels(scores.energy(context.logits)))
 
 
 def margin(context: MeasurementContext) -> Estimate:
     """Return the mean over examples and their labels."""
-    return context.mean(over_labels(scores.margin(context.logits)))
+    return context.mean(mean_over_labels(scores.margin(context.logits)))
 
 
 def _of_classes(compute: Callable[[MeasurementContext, Tensor], Estimate]) -> Compute:

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from gm_probe.data.batches import cut
 from gm_probe.data.fields import tensors_of, with_tensors
-from gm_probe.inconsistency.kl import over_rows
+from gm_probe.inconsistency.kl import sum_over_labels
 from gm_probe.linalg.work import FORWARD, GRADIENT
 from gm_probe.measures.context import MeasurementContext
-from gm_probe.measures.estimates import Estimate, example_error, over_labels
+from gm_probe.measures.estimates import Estimate, example_error, mean_over_labels
 from gm_probe.models.parameters import dense
 from gm_probe.runtime.processes import gather_examples
 
@@ -25,25 +25,25 @@ SHIFT = 4  # pixels, as in the usual crop augmentation
 def error(context: MeasurementContext) -> Estimate:
     """Return the fraction of wrong predictions, or of wrong labels where there are several (the Hamming loss)."""
     assert context.labels is not None
-    return context.mean(over_labels(context.logits.argmax(-1) != context.labels))
+    return context.mean(mean_over_labels(context.logits.argmax(-1) != context.labels))
 
 
 def cross_entropy(context: MeasurementContext) -> Estimate:
     """Return the mean over examples of the loss, summed over an example's labels, whose Hessian is measured."""
     assert context.labels is not None
     log_p = context.logits.double().log_softmax(-1)
-    return context.mean(over_rows(-log_p.gather(-1, context.labels[..., None])[..., 0]))
+    return context.mean(sum_over_labels(-log_p.gather(-1, context.labels[..., None])[..., 0]))
 
 
 def mean_entropy(context: MeasurementContext) -> Estimate:
     """Return the mean over examples; the entropies of independent labels add."""
     log_p = context.logits.double().log_softmax(-1)
-    return context.mean(over_rows(-(log_p.exp() * log_p).sum(-1)))
+    return context.mean(sum_over_labels(-(log_p.exp() * log_p).sum(-1)))
 
 
 def mean_confidence(context: MeasurementContext) -> Estimate:
     """Return the mean over examples and their labels, like the error."""
-    return context.mean(over_labels(context.logits.double().softmax(-1).amax(-1)))
+    return context.mean(mean_over_labels(context.logits.double().softmax(-1).amax(-1)))
 
 
 def input_jacobian_norm(context: MeasurementContext) -> Estimate:
@@ -112,7 +112,7 @@ def _changed(context: MeasurementContext, transformed: Tensor | None) -> Estimat
     """Return the fraction of predictions that differ from those of the logits ``transformed``."""
     if transformed is None:
         return Estimate.undefined("the inputs are not images")
-    return context.mean(over_labels(transformed.argmax(-1) != context.logits.argmax(-1)))
+    return context.mean(mean_over_labels(transformed.argmax(-1) != context.logits.argmax(-1)))
 
 
 def _transformed(context: MeasurementContext, transform: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:

@@ -14,27 +14,23 @@ from gm_probe.curvature.batch_size import batches_within
 from gm_probe.data.batches import BATCH_SIZE, Batches
 from gm_probe.data.datasets import Examples
 from gm_probe.data.memory import within_memory
-from gm_probe.errors import one_device
 from gm_probe.files.locks import FolderLock
-from gm_probe.linalg.density import density
-from gm_probe.linalg.work import Tally, Work
-from gm_probe.measures.context import MeasurementContext
+from gm_probe.linalg.work import Tally
 from gm_probe.measures.costs import Outlook, expected_costs, takes_derivatives
 from gm_probe.measures.layers import by_layer
-from gm_probe.measures.measure import UNDEFINING, Report, measure
+from gm_probe.measures.measure import Report, measure
 from gm_probe.measures.names import DEFAULT_MEASURES, check_names
 from gm_probe.measures.settings import Settings
+from gm_probe.measuring.densities import densities
 from gm_probe.measuring.opening import LoadedCheckpoint, open_checkpoint
 from gm_probe.models.checkpoints import read_checkpoint
 from gm_probe.models.contrastive import Contrastive
 from gm_probe.models.loading import check_classes
-from gm_probe.models.parameters import as_measured
 from gm_probe.models.pretrained import load_pretrained
 from gm_probe.models.zoo import initial_model
 from gm_probe.runs.records import CONFIG, read_run, run_of
 from gm_probe.runtime.devices import environment
 from gm_probe.runtime.processes import count, failing_together, rank
-from gm_probe.runtime.randomness import generators_kept
 
 
 def measure_checkpoint(
@@ -93,7 +89,7 @@ def measure_checkpoint(
     if per_layer:
         result["layers"] = by_layer(model, part, settings, outputs, tally.next())
     if quadrature is not None:
-        compute = partial(_densities, loaded, settings, quadrature, tally.next())
+        compute = partial(densities, loaded, settings, quadrature, tally.next())
         result["density"], _ = within_memory(part, compute)
     return result
 
@@ -131,10 +127,6 @@ def _described(
         "skipped": list(examples.skipped),
     }
     return result | ({"notes": list(loaded.notes)} if loaded.notes else {})
-
-
-DENSITY_OF = "density of the {}"
-"""The name of the stage in which a density is computed, as ``notify`` gets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +189,6 @@ def reporting(lock: FolderLock, names: Sequence[str], settings: Settings) -> Cal
     return notify
 
 
-def density_costs(quadrature: tuple[int, int] | None) -> dict[str, float]:
-    """Return the approximate gradient evaluations of each density, by the name of its stage."""
-    if not quadrature:
-        return {}
-    products = float(quadrature[0] * quadrature[1])
-    return {DENSITY_OF.format("fisher"): 2 * products, DENSITY_OF.format("hessian"): 3 * products}
-
-
 def _batch_settings(loaded: LoadedCheckpoint) -> dict[str, Any]:
     """Return what NT-Xent results depend on apart from the model; nothing for a classifier."""
     if not isinstance(loaded.model, Contrastive):
@@ -238,32 +222,3 @@ def _initial(path: Path, loaded: LoadedCheckpoint) -> nn.Module | None:
             return None
         load_pretrained(model, read_checkpoint(Path(given)))
     return model.to(loaded.batches.device, loaded.batches.dtype)
-
-
-def _densities(
-    loaded: LoadedCheckpoint,
-    settings: Settings,
-    quadrature: tuple[int, int],
-    notify: Callable[[str, float], None],
-    part: Batches,
-) -> dict[str, Any]:
-    """Return the spectral densities of F and H as JSON objects by name, or the ``reason`` where there is none."""
-    num_probes, num_steps = quadrature
-    name, found = "fisher", {}
-    work = Work(part.num_examples, lambda done: notify(DENSITY_OF.format(name), done))
-    measured = as_measured(loaded.model, tf32=settings.tf32)
-    with one_device(), generators_kept(part.device, loaded.model), measured:
-        context = MeasurementContext(loaded.model, part, settings, work, outputs=loaded.outputs)
-        for name, operator in (("fisher", context.fisher), ("hessian", context.hessian)):
-            before = work.evaluations
-            generator = context.generator(f"{name} density")
-            try:
-                result = density(operator, generator=generator, num_probes=num_probes, num_steps=num_steps)
-                found[name] = result.as_dict()
-            except UNDEFINING as error:  # the other density is still computed
-                if count() > 1:
-                    raise
-                found[name] = {"reason": str(error)}
-            found[name]["num_evals"] = round(work.evaluations - before, 3)
-        found["hessian"]["labels"] = context.label_kind
-    return found

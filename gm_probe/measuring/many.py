@@ -15,7 +15,8 @@ from gm_probe.errors import CheckpointError
 from gm_probe.executors.local import Executor, Job, Outcome
 from gm_probe.files.locks import FolderLock, exclusive
 from gm_probe.measures.costs import expected_costs
-from gm_probe.measuring.checkpoint import DIGEST, Setup, density_costs, measure_as, reporting
+from gm_probe.measuring.checkpoint import DIGEST, Setup, measure_as, reporting
+from gm_probe.measuring.densities import density_costs
 from gm_probe.measuring.opening import output_settings
 from gm_probe.measuring.saved import as_recorded, batch_dependent_settings, input_settings, merge_measures
 from gm_probe.runs.records import MEASURES, read_result, read_run

@@ -16,7 +16,7 @@ from gm_probe.measures.catalogue import MEASURES
 from gm_probe.measures.names import check_names, default_measures, expanded, unknown_measure
 from gm_probe.measures.settings import Settings
 from gm_probe.models.names import require_model_name
-from gm_probe.runtime.device_names import require_device_name
+from gm_probe.runtime.names import require_device_name
 from gm_probe.sweep.design import DESIGNS, points, require_known
 from gm_probe.training.config import SETTINGS, TrainConfig
 

@@ -22,7 +22,7 @@ from gm_probe.tables.columns import (
     may_be_measure,
     unfinished,
 )
-from gm_probe.tables.expression import listed, parse
+from gm_probe.tables.expression import parse, split_expressions
 from gm_probe.tables.numerals import COMMA, NO_VALUE, NOTHING, Numbers, ambiguous, read_numbers
 from gm_probe.tables.rates import as_fractions, errors_of_accuracies
 from gm_probe.tables.readers import RawTable
@@ -218,7 +218,7 @@ def _hypers(table: _Table, taken: Collection[str]) -> list[str]:
 def _gaps(table: _Table, asked: Asked) -> tuple[list[str], list[str], list[str]]:
     """Return the gaps among the columns, the columns that made gaps consist of, and what is said of them."""
     columns, names = table.columns, {*table.columns, *table.aliases}
-    wanted = listed(asked.gap, names)
+    wanted = split_expressions(asked.gap, names)
     known = {*GAPS, "both"}.issuperset(wanted)
     found = [gap for gap in GAPS if gap in columns] if known else []
     made: dict[str, str] = {} if known else {table.aliases.get(text, text): text for text in wanted}
