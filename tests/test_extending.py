@@ -17,8 +17,8 @@ from gm_probe.measures.catalogue import MEASURES, Measure
 from gm_probe.measures.context import MeasurementContext
 from gm_probe.measures.estimates import Estimate
 from gm_probe.measures.settings import Settings
-from gm_probe.measuring.checkpoint import Setup
 from gm_probe.measuring.many import Request, measure_checkpoints
+from gm_probe.measuring.setup import Setup
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 from gm_probe.training.run_splits import OWN_UNLABELED, own_unlabeled

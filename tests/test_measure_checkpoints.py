@@ -17,9 +17,10 @@ from gm_probe.executors.local import Job, Outcome, attempt, in_turn
 from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.files.locks import held
 from gm_probe.measures.settings import Settings
-from gm_probe.measuring.checkpoint import Setup, measure_checkpoint
+from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.measuring.many import Request, measure_checkpoints
 from gm_probe.measuring.saved import as_recorded, merge_measures
+from gm_probe.measuring.setup import Setup
 from gm_probe.measuring.trained_runs import last_finished, trained_runs
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.training.run_splits import OWN_UNLABELED, own_unlabeled

@@ -225,8 +225,8 @@ class _Task:
         self, loading: dict[str, Any], own_loading: Mapping[Path, Mapping[str, Any]], quiet: bool
     ) -> Request:
         """Return the request; the data that it names is opened, and what is to be known of it is said."""
-        from gm_probe.measuring.checkpoint import Setup
         from gm_probe.measuring.many import Request
+        from gm_probe.measuring.setup import Setup
         from gm_probe.training.run_splits import OWN_UNLABELED, own_unlabeled
 
         data, source = self.data, self.source

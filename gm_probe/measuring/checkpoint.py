@@ -1,9 +1,8 @@
-"""Measure a checkpoint file over examples: what `gmprobe measure` and every run of a sweep do."""
+"""Measure one checkpoint over examples: from its file to its JSON object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from gm_probe.curvature.batch_size import batches_within
 from gm_probe.data.batches import BATCH_SIZE, Batches
 from gm_probe.data.datasets import Examples
 from gm_probe.data.memory import within_memory
-from gm_probe.files.locks import FolderLock
 from gm_probe.linalg.work import Tally
-from gm_probe.measures.costs import Outlook, expected_costs, takes_derivatives
+from gm_probe.measures.costs import takes_derivatives
 from gm_probe.measures.layers import by_layer
 from gm_probe.measures.measure import Report, measure
 from gm_probe.measures.names import DEFAULT_MEASURES, check_names
@@ -127,66 +125,6 @@ def _described(
         "skipped": list(examples.skipped),
     }
     return result | ({"notes": list(loaded.notes)} if loaded.notes else {})
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """All that the results of a run depend on, apart from its weights.
-
-    Attributes:
-        scope: the examples, as a measures.json describes them beside ``settings``: ``part``, ``max_examples`` and, for
-            data that is not the run's own, ``data`` and whether it is ``labeled``.
-        loading: as ``measure_checkpoint`` takes it.
-        own_loading: the arguments that belong to one checkpoint alone, such as its network's name.
-    """
-
-    settings: Settings
-    scope: Mapping[str, Any]
-    loading: Mapping[str, Any]
-    own_loading: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def of_other_data(self) -> bool:
-        """True where the data is not the run's own."""
-        return "data" in self.scope
-
-    def chosen(self, examples: Examples) -> Examples:
-        """Return the part of ``examples`` that is measured."""
-        return examples.subset(self.scope["max_examples"], self.settings.seed)
-
-
-def measure_as(
-    path: Path,
-    examples: Examples,
-    names: Sequence[str],
-    setup: Setup,
-    notify: Callable[[str, float], None] | None = None,
-) -> dict[str, Any]:
-    """Measure ``path`` over the part of ``examples`` that ``setup`` chooses, and add its scope to the result."""
-    chosen = setup.chosen(examples)
-    loading = {**setup.loading, **setup.own_loading.get(path, {})}
-    result = measure_checkpoint(path, chosen, names, setup.settings, notify=notify, **loading)
-    result["settings"] |= setup.scope
-    if setup.of_other_data:
-        result["settings"][DIGEST] = chosen.digest
-    return result
-
-
-DIGEST = "data_sha256"
-"""The setting that identifies data other than the run's own, because a file may change under its name."""
-
-
-def reporting(lock: FolderLock, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
-    """Return a ``notify`` for ``measure_checkpoint`` that reports progress in the locked run folder."""
-    outlook = Outlook(expected_costs(names, settings))
-
-    def notify(name: str, evaluations: float) -> None:
-        total = outlook.total(name, evaluations)
-        lock.report_progress(
-            "measuring", evaluations, evaluations if total is None else total, lambda: {"measure": name}
-        )
-
-    return notify
 
 
 def _batch_settings(loaded: LoadedCheckpoint) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from gm_probe.data.datasets import Examples
 from gm_probe.errors import CheckpointError
 from gm_probe.executors.local import Executor, Job, Outcome
 from gm_probe.files.locks import FolderLock, exclusive
-from gm_probe.measures.costs import expected_costs
-from gm_probe.measuring.checkpoint import DIGEST, Setup, measure_as, reporting
+from gm_probe.measures.costs import Outlook, expected_costs
+from gm_probe.measures.settings import Settings
+from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.measuring.densities import density_costs
-from gm_probe.measuring.opening import output_settings
-from gm_probe.measuring.saved import as_recorded, batch_dependent_settings, input_settings, merge_measures
+from gm_probe.measuring.saved import as_recorded, merge_measures
+from gm_probe.measuring.setup import Setup
 from gm_probe.runs.records import MEASURES, read_result, read_run
 from gm_probe.runtime.devices import pick_device
 from gm_probe.runtime.processes import failing_together, rank
@@ -36,7 +37,7 @@ class Request:
         setup: its ``loading`` has the name of the device, which is resolved where a checkpoint is measured.
         save: write into the run's measures.json, with the settings that it records (see ``as_recorded``). A run that
             has every measure already is skipped.
-        given: names of settings that take the value given here, whatever the run's file records.
+        given: names of settings that take the value given here, whatever the run's file records; None = all.
         watch: shows the progress; only for work in this process.
     """
 
@@ -44,7 +45,7 @@ class Request:
     examples: Callable[[Path], Examples]
     setup: Setup
     save: bool = False
-    given: frozenset[str] = frozenset()
+    given: frozenset[str] | None = frozenset()
     watch: Watch | None = None
 
     def __call__(self, path: Path, threads: int | None) -> tuple[str, dict[str, Any]]:
@@ -54,8 +55,10 @@ class Request:
         with ExitStack() as held:
             with failing_together():
                 lock = held.enter_context(exclusive(path)) if rank() == 0 else None
-                setup, changed = as_recorded(path, self.setup, self.given)
-                if read_run(path).measured(self.names, self._asked(path, setup)):
+                setup, changed = self.setup, {}
+                if self.given is not None:
+                    setup, changed = as_recorded(path, setup, self.given)
+                if read_run(path).measured(self.names, setup.recorded(path, self.examples)):
                     return "skipped", {
                         **read_result(path),
                         "checkpoint": str(path),
@@ -66,15 +69,6 @@ class Request:
                 result["replaced"] = merge_measures(path / MEASURES, result)
             result["as_before"] = changed
             return "finished", result
-
-    def _asked(self, path: Path, setup: Setup) -> dict[str, Any]:
-        """Return the settings that the record of ``path`` must have to match this request."""
-        asked = {**setup.settings.as_dict(), **setup.scope, **input_settings(setup.loading)}
-        asked |= output_settings(setup.loading)
-        asked |= batch_dependent_settings(path, setup.loading)
-        if setup.of_other_data:
-            asked[DIGEST] = setup.chosen(self.examples(path)).digest
-        return asked
 
     def _measured(
         self, path: Path, threads: int | None, lock: FolderLock | None, setup: Setup
@@ -89,9 +83,7 @@ class Request:
                 if not path.exists():
                     raise CheckpointError(f"{path}: no such checkpoint")
                 examples = self.examples(path)
-                here = replace(
-                    setup, loading={**setup.loading, "device": pick_device(setup.loading["device"])}
-                )
+                device = pick_device(setup.loading["device"])
             with watch as show:
 
                 def notify(name: str, evaluations: float) -> None:
@@ -99,9 +91,28 @@ class Request:
                         if each is not None:
                             each(name, evaluations)
 
-                return measure_as(path, examples, self.names, here, notify)
+                loading = {**setup.loading, **setup.own_loading.get(path, {}), "device": device}
+                chosen = setup.chosen(examples)
+                result = measure_checkpoint(
+                    path, chosen, self.names, setup.settings, notify=notify, **loading
+                )
+                result["settings"] |= {**setup.scope, **setup.digest(chosen)}
+                return result
         finally:
             torch.set_num_threads(before)
+
+
+def reporting(lock: FolderLock, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
+    """Return a ``notify`` for ``measure_checkpoint`` that reports progress in the locked run folder."""
+    outlook = Outlook(expected_costs(names, settings))
+
+    def notify(name: str, evaluations: float) -> None:
+        total = outlook.total(name, evaluations)
+        lock.report_progress(
+            "measuring", evaluations, evaluations if total is None else total, lambda: {"measure": name}
+        )
+
+    return notify
 
 
 def measure_checkpoints(
