@@ -32,7 +32,7 @@ from gm_probe.accuracy.readings import plausible, read
 from gm_probe.accuracy.scores import scores_of
 from gm_probe.accuracy.shares import skewed
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts
-from gm_probe.accuracy.verdict import Request, judge
+from gm_probe.accuracy.verdict import EstimateRequest, judge
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Examples, open_source
 from gm_probe.measures.measure import measure
@@ -357,7 +357,7 @@ def ranking(cache: Path, names: Sequence[str]) -> str:
             moved = tuple((one, kept(cache, name, "calibration", one, level)) for one, level in shifts)
             evidence.append(Evidence(name, found.predictions, kept(cache, name, "validation"), shifted=moved))
             truth.append(found.accuracy)
-        rows = {row.name: row for row in judge(evidence, Request()).models}
+        rows = {row.name: row for row in judge(evidence, EstimateRequest()).models}
         values = []
         for name in names:
             row = rows[name]

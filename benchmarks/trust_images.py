@@ -287,7 +287,7 @@ def mutated(first: int, count: int, folder: Path, store: Path) -> None:
             path.write_bytes(data)
             try:
                 with warnings.catch_warnings(action="ignore"):  # as images.ImageFiles.in_memory
-                    images.decode(path, images.Reading(image_size=8))
+                    images.decode(path, images.ImageReading(image_size=8))
                 ended = "decoded"
             except DataError as error:
                 ended = "refused" if str(path) in str(error) else f"refused as {error}"

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from gm_probe.linalg.lanczos import lanczos as lanczos
     from gm_probe.linalg.operator import Operator as Operator
     from gm_probe.linalg.trace import trace as trace
-    from gm_probe.measures.context import Estimate as Estimate
-    from gm_probe.measures.measure import MEASURES as MEASURES
+    from gm_probe.measures.catalogue import MEASURES as MEASURES
+    from gm_probe.measures.estimates import Estimate as Estimate
     from gm_probe.measures.measure import Report as Report
     from gm_probe.measures.measure import measure as measure
     from gm_probe.measures.pairwise import PairEstimate as PairEstimate
@@ -82,8 +82,9 @@ _HOMES = {
     "linalg.lanczos": "eigenpairs lanczos",
     "linalg.operator": "Operator",
     "linalg.trace": "trace",
-    "measures.context": "Estimate",
-    "measures.measure": "MEASURES Report measure",
+    "measures.catalogue": "MEASURES",
+    "measures.estimates": "Estimate",
+    "measures.measure": "Report measure",
     "measures.pairwise": "PairEstimate PairReport compare",
     "measures.settings": "Settings",
     "models.checkpoints": "load_weights read_checkpoint save_checkpoint",

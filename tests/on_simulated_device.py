@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from gm_probe.cli import main as command_line
 from gm_probe.data.batches import Batches
 from gm_probe.errors import DeviceError
-from gm_probe.measures.catalogue import DEFAULT_MEASURES
-from gm_probe.measures.context import Settings
-from gm_probe.measures.measure import MEASURES as ALL_MEASURES
+from gm_probe.measures.catalogue import MEASURES as ALL_MEASURES
 from gm_probe.measures.measure import measure
+from gm_probe.measures.names import DEFAULT_MEASURES
+from gm_probe.measures.settings import Settings
 from gm_probe.runs.records import CHECKPOINT, MEASURES, read_metrics
 from gm_probe.sweep.recipe import parse_recipe
 from gm_probe.sweep.runner import run_recipe

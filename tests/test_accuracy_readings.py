@@ -16,7 +16,7 @@ from gm_probe.accuracy.ranking import Standing, separated
 from gm_probe.accuracy.readings import CHANGED, SAME, plausible, read
 from gm_probe.accuracy.report import Accuracy
 from gm_probe.accuracy.scores import scores_of
-from gm_probe.accuracy.verdict import Request, judge
+from gm_probe.accuracy.verdict import EstimateRequest, judge
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Examples
 from gm_probe.errors import DataError
@@ -77,7 +77,7 @@ def test_estimators_of_one_sum_are_shown_and_not_chosen() -> None:
         for one in sets
     ]
     evidence = Evidence("m", exact[0].predictions, exact[1], shifted=(("a", exact[2]), ("b", exact[3])))
-    report = judge([evidence], Request.of("validation", 0.9, 0))
+    report = judge([evidence], EstimateRequest.of("validation", 0.9, 0))
     assert sums <= set(report.models[0].estimators)
     assert not any(name in report.models[0].accuracy.method for name in sums)
 

@@ -394,8 +394,7 @@ def test_what_a_file_does_not_say_of_its_runs_is_an_error_or_is_not_guessed(tmp_
 
 
 def test_every_measure_is_known_to_correlate() -> None:
-    from gm_probe.measures.measure import MEASURES
-    from gm_probe.measures.pairwise import PAIR_MEASURES
+    from gm_probe.measures.catalogue import MEASURES, PAIR_MEASURES
     from gm_probe.tables.table import KNOWN_MEASURES
 
     assert {*MEASURES, *PAIR_MEASURES} - {"error", "cross_entropy"} == set(KNOWN_MEASURES)

@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from gm_probe.data.batches import Batches
 from gm_probe.errors import ProbeError, UsageError
 from gm_probe.inconsistency.ascent import kl_gradient, to_sphere
-from gm_probe.measures.context import Settings
 from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs
 from gm_probe.models.parameters import Parameters
 from gm_probe.training.methods import METHODS

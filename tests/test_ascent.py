@@ -23,8 +23,8 @@ from gm_probe.inconsistency.ascent import (
     to_sphere,
 )
 from gm_probe.linalg.work import Work
-from gm_probe.measures.context import Settings
 from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
 from gm_probe.models.parameters import Parameters
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from gm_probe.curvature import batch_size
-from gm_probe.curvature.batch_size import bytes_an_example, within
+from gm_probe.curvature.batch_size import batches_within, bytes_an_example
 from gm_probe.data.batches import BATCH_SIZE, Batches, Normalization
 from gm_probe.data.datasets import Examples
 from gm_probe.errors import UsageError
@@ -56,16 +56,16 @@ def test_a_model_that_keeps_nothing_takes_any_batch() -> None:
     model = nn.Linear(10, 3).requires_grad_(False)
     model.unused = nn.Linear(2, 2)
     batches = Batches.from_tensors(torch.randn(6, 10))
-    assert within(1000, model, batches).batch_size == BATCH_SIZE
+    assert batches_within(1000, model, batches).batch_size == BATCH_SIZE
 
 
 def test_batch_size_follows_the_memory() -> None:
     model, x = small_cnn(), images(4)
     batches = Batches.from_tensors(x)
     one = bytes_an_example(model, next(iter(batches)).x)
-    assert batches.batch_size == within(1e12, model, batches).batch_size == BATCH_SIZE
-    assert within(batch_size.PRODUCT * one * 37.5, model, batches).batch_size == 37
-    assert within(10, model, batches).batch_size == 1
+    assert batches.batch_size == batches_within(1e12, model, batches).batch_size == BATCH_SIZE
+    assert batches_within(batch_size.PRODUCT * one * 37.5, model, batches).batch_size == 37
+    assert batches_within(10, model, batches).batch_size == 1
 
 
 def test_measuring_takes_no_more_than_the_memory_unless_a_size_is_given() -> None:
@@ -127,7 +127,7 @@ def test_no_memory_for_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         batch_size, "bytes_an_example", Mock(side_effect=torch.OutOfMemoryError("out of memory"))
     )
-    assert within(1e9, small_cnn(), Batches.from_tensors(images(8))).batch_size == 1
+    assert batches_within(1e9, small_cnn(), Batches.from_tensors(images(8))).batch_size == 1
 
 
 def test_a_model_without_gradients_is_told_by_what_needs_them() -> None:
@@ -140,6 +140,6 @@ def test_a_model_without_gradients_is_told_by_what_needs_them() -> None:
             return torch.from_numpy(self.inner(x).numpy())
 
     batches = Batches.from_tensors(images(8))
-    assert within(1, Hidden(), batches).batch_size == BATCH_SIZE
+    assert batches_within(1, Hidden(), batches).batch_size == BATCH_SIZE
     with pytest.raises(UsageError, match="cannot be differentiated with respect to its parameters"):
         measure(Hidden(), batches, ["fisher_lambda_max"])

@@ -20,12 +20,13 @@ from torch import nn
 from torchvision import transforms
 
 from gm_probe.cli import COMMANDS
-from gm_probe.cli.figures import warn
-from gm_probe.cli.relevance import READ_BY
+from gm_probe.cli.measure_output import warn
+from gm_probe.cli.measure_relevance import READ_BY
 from gm_probe.data.batches import Normalization
-from gm_probe.measures.catalogue import DEFAULT_MEASURES
-from gm_probe.measures.context import Settings
-from gm_probe.measures.measure import MEASURES, measure
+from gm_probe.measures.catalogue import MEASURES
+from gm_probe.measures.measure import measure
+from gm_probe.measures.names import DEFAULT_MEASURES
+from gm_probe.measures.settings import Settings
 from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.zoo import ModelSpec, build_model
 

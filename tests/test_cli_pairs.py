@@ -18,7 +18,8 @@ from PIL import Image
 from gm_probe.cli import main
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.files.atomic import read_json, write_json
-from gm_probe.measures.pairwise import PAIR_MEASURES, compare
+from gm_probe.measures.catalogue import PAIR_MEASURES
+from gm_probe.measures.pairwise import compare
 from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.loading import load_model
 from gm_probe.models.zoo import ModelSpec, build_model

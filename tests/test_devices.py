@@ -16,8 +16,8 @@ from gm_probe.curvature.operators import fisher
 from gm_probe.data.batches import Batches
 from gm_probe.errors import DeviceError, ProbeError, ResourceError, UsageError
 from gm_probe.files.atomic import read_toml
-from gm_probe.measures.context import Settings
 from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
 from gm_probe.models.parameters import Parameters
 from gm_probe.runs.records import CONFIG
 from gm_probe.runtime.devices import (

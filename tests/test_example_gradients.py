@@ -15,8 +15,8 @@ from torch.nn import functional
 from gm_probe.curvature import example_gradients
 from gm_probe.curvature.example_gradients import ExampleGradients, IrregularLayerError
 from gm_probe.data.batches import Batches
-from gm_probe.measures.context import Settings
 from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
 from gm_probe.models.parameters import Parameters
 
 N = 6

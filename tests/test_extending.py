@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,29 +13,27 @@ import gm_probe
 from gm_probe.cli import main
 from gm_probe.data.datasets import Examples
 from gm_probe.executors.local import Job, Outcome, in_turn
-from gm_probe.measures.context import Measured, MeasurementContext
-from gm_probe.measures.measure import MEASURES, Measure
+from gm_probe.measures.catalogue import MEASURES, Measure
+from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.estimates import Estimate
 from gm_probe.measures.settings import Settings
-from gm_probe.measuring.checkpoint import How
 from gm_probe.measuring.many import Request, measure_checkpoints
-from gm_probe.runs.catalogue import CATALOGUE, Listed
+from gm_probe.measuring.setup import Setup
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 from gm_probe.training.run_splits import OWN_UNLABELED, own_unlabeled
 
 
-def spread(context: MeasurementContext) -> Measured:
+def spread(context: MeasurementContext) -> Estimate:
     return context.mean(context.logits.amax(-1) - context.logits.amin(-1))
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A measure as design.md says: a function of the context and a row in both tables."""
-    listed = Listed(
-        False, 0.0, "max − min", "largest less smallest logit, mean over examples", None, "outputs"
-    )
-    monkeypatch.setitem(CATALOGUE, "spread", listed)
-    monkeypatch.setitem(MEASURES, "spread", Measure(**asdict(listed), compute=spread))
+    """A measure as design.md says: a function of the context and its row in the table."""
+    text = "largest less smallest logit, mean over examples"
+    row = Measure(f"{__name__}:spread", False, 0.0, "max − min", text, None, "outputs")
+    monkeypatch.setitem(MEASURES, "spread", row)
 
 
 @pytest.fixture
@@ -67,13 +64,13 @@ def test_a_toy_executor_carries_out_a_request(run: Path, tmp_path: Path) -> None
     def examples(path: Path) -> Examples:
         return own_unlabeled(path)
 
-    how = How(Settings(), {"part": OWN_UNLABELED, "max_examples": None}, {"device": "cpu"})
+    setup = Setup(Settings(), {"part": OWN_UNLABELED, "max_examples": None}, {"device": "cpu"})
     seen: dict[str, list[str]] = {"forth": [], "back": []}
     found = {}
     for name, executor in (("forth", in_turn), ("back", backwards)):
         outcomes: list[Outcome] = []
         paths = [run, run / "checkpoint.safetensors"]
-        measure_checkpoints(paths, Request(("mean_entropy",), examples, how), executor, outcomes.append)
+        measure_checkpoints(paths, Request(("mean_entropy",), examples, setup), executor, outcomes.append)
         seen[name] = [outcome.name for outcome in outcomes]
         found[name] = {outcome.name: outcome.result["measures"] for outcome in outcomes}
     assert seen["back"] == seen["forth"][::-1]

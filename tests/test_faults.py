@@ -24,8 +24,9 @@ from gm_probe.data.memory import within_memory
 from gm_probe.errors import BusyError, DivergedError, ResourceError, StorageError
 from gm_probe.files import locks
 from gm_probe.files.locks import LOCK, exclusive, locked
-from gm_probe.measures.context import Settings
-from gm_probe.measures.measure import MEASURES, measure
+from gm_probe.measures.catalogue import MEASURES
+from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
 from gm_probe.models.parameters import Parameters
 from gm_probe.runs.records import read_metrics
 from gm_probe.runtime.signals import TERMINATED, Terminated

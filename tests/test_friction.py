@@ -21,9 +21,9 @@ from PIL import Image
 
 from gm_probe.cli import COMMANDS, cli, main
 from gm_probe.cli import health as doctor
-from gm_probe.cli.health import Finding, diagnose
+from gm_probe.cli.health import Diagnosis, diagnose
 from gm_probe.cli.output import results_console, table
-from gm_probe.data.sources import DATASETS
+from gm_probe.data.names import DATASETS
 from gm_probe.errors import StorageError
 from gm_probe.files import locks
 
@@ -423,7 +423,7 @@ def test_bash_completes(typed: str, expected: set[str]) -> None:
 # ---- doctor
 
 
-def found(folder: Path, **options: object) -> dict[tuple[str, str], Finding]:
+def found(folder: Path, **options: object) -> dict[tuple[str, str], Diagnosis]:
     return {(f.section.split()[0], f.name): f for f in diagnose(folder, **options)}  # type: ignore[arg-type]
 
 

@@ -21,8 +21,8 @@ from torchvision import transforms
 from gm_probe.data import images
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Examples, open_source
+from gm_probe.data.image_reading import ImageReading
 from gm_probe.data.images import ImageFiles, blocks
-from gm_probe.data.reading import Reading
 from gm_probe.errors import DataError, UsageError
 from gm_probe.training.config import TrainConfig
 
@@ -139,7 +139,7 @@ def test_grey_only_where_all_are(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     flat = folder.parent / "grey"
     files = [write(flat / f"{i}.png", grey + i) for i in range(3)]
     assert ImageFiles(files).shape == (3, 1, 6, 5)
-    assert ImageFiles(files, Reading(channels=3)).shape == (3, 3, 6, 5)
+    assert ImageFiles(files, ImageReading(channels=3)).shape == (3, 3, 6, 5)
     colour = next(folder.rglob("*.png"))
     for headers in (1000, 2):  # where the coloured one is among the first that are looked at, or not
         monkeypatch.setattr(images, "HEADERS", headers)
@@ -166,7 +166,7 @@ def test_two_parts_agree_in_channels(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_resized_images_may_differ_in_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = write(folder / "a" / "odd.png", np.zeros((9, 9, 3), dtype=np.uint8))
     files = [*sorted(folder.rglob("0.png")), odd]
-    x = ImageFiles(files, Reading(image_size=8))
+    x = ImageFiles(files, ImageReading(image_size=8))
     assert x.shape == (3, 3, 8, 8)
     assert torch.equal(x[:], x.in_memory())
     for room in (images.IN_MEMORY, 0):  # decoded, and found by the headers before anything is decoded
@@ -223,7 +223,7 @@ def test_resize_and_crop_are_torchvisions(
     for width, height in [(48, 16), (16, 48), (31, 30), (17, 23), (16, 16), (101, 37), (9, 10)]:
         picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
         picture.save(tmp_path / "x.png")
-        x = ImageFiles([tmp_path / "x.png"], Reading(resize=resize, crop=crop))
+        x = ImageFiles([tmp_path / "x.png"], ImageReading(resize=resize, crop=crop))
         expected = torch.from_numpy(np.array(transforms.Compose(steps)(picture))).view(
             *x.shape[2:], x.shape[1]
         )
@@ -233,18 +233,18 @@ def test_resize_and_crop_are_torchvisions(
 def test_crops_that_would_have_a_black_border_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "x.png", np.zeros((9, 30, 3), dtype=np.uint8))
     with pytest.raises(DataError, match=r"x\.png: it has 30×9 pixels, fewer than --crop 10; add --resize"):
-        ImageFiles([file], Reading(crop=10)).in_memory()
+        ImageFiles([file], ImageReading(crop=10)).in_memory()
     with pytest.raises(UsageError, match="--crop 10 is larger than --resize 9"):
-        Reading(resize=9, crop=10)
+        ImageReading(resize=9, crop=10)
     with pytest.raises(UsageError, match="--image-size"):
-        Reading(image_size=8, crop=8)
+        ImageReading(image_size=8, crop=8)
 
 
 @pytest.mark.parametrize("values", [{"channels": 2}, {"image_size": 0}, {"resize": -1}, {"crop": 0}])
 def test_impossible_readings_are_refused_by_name(values: dict[str, int]) -> None:
     (name,) = values
     with pytest.raises(UsageError, match=f"{name} = "):
-        Reading(**values)
+        ImageReading(**values)
     if name != "channels":
         with pytest.raises(UsageError, match=f"{name} = "):
             TrainConfig.from_dict(values)
@@ -253,7 +253,7 @@ def test_impossible_readings_are_refused_by_name(values: dict[str, int]) -> None
 def test_a_sliver_is_not_blown_up(tmp_path: Path) -> None:
     file = write(tmp_path / "x.png", np.zeros((1, 40_000, 3), dtype=np.uint8))
     with pytest.raises(DataError, match="the limit is 64,000,000"):
-        ImageFiles([file], Reading(resize=224, crop=224)).in_memory()
+        ImageFiles([file], ImageReading(resize=224, crop=224)).in_memory()
 
 
 def test_a_changed_aspect_ratio_is_said(folder: Path) -> None:
@@ -277,7 +277,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     found: Counter[Path] = Counter()
     original = images.decode
 
-    def spy(file: Path, reading: Reading) -> np.ndarray:
+    def spy(file: Path, reading: ImageReading) -> np.ndarray:
         found[file] += 1
         return original(file, reading)
 
@@ -323,7 +323,7 @@ def test_every_suffix_that_pillow_decodes_is_read(tmp_path: Path) -> None:
         kind = "JPEG" if name == "MPO" else name
         with Image.open(file, formats=[kind]) as picture:
             expected = np.asarray(picture.convert("RGB"))
-        assert np.array_equal(images.decode(file, Reading(channels=3)), expected), suffix
+        assert np.array_equal(images.decode(file, ImageReading(channels=3)), expected), suffix
     assert len(open_source(str(tmp_path), labeled=False, decode=False).pool) == len(written)
 
 
@@ -335,10 +335,10 @@ def test_what_runs_programs_or_unpacks_without_a_limit_is_not_read(suffix: str) 
 def test_garbage_is_no_image_of_a_format_without_a_mark(tmp_path: Path) -> None:
     """Pillow takes nearly any bytes for TGA: a file is taken for it only where its name says so."""
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "x.tga")
-    assert images.decode(tmp_path / "x.tga", Reading())[0, 0].tolist() == [1, 2, 3]
+    assert images.decode(tmp_path / "x.tga", ImageReading())[0, 0].tolist() == [1, 2, 3]
     (tmp_path / "x.tga").rename(tmp_path / "x.png")
     with pytest.raises(DataError, match="cannot identify"):
-        images.decode(tmp_path / "x.png", Reading())
+        images.decode(tmp_path / "x.png", ImageReading())
 
 
 # ---- 16 bits

@@ -12,8 +12,10 @@ from conftest import BY_NAME, Case
 from torch import Tensor
 
 from gm_probe.linalg.work import Work
-from gm_probe.measures.context import Estimate, MeasurementContext, Settings
+from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.estimates import Estimate
 from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
 from gm_probe.models.parameters import Parameters
 
 TANH = BY_NAME["tanh-mlp"]

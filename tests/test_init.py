@@ -8,7 +8,7 @@ from test_training_loop import config, rows
 
 from gm_probe.data.batches import Normalization
 from gm_probe.errors import CheckpointError
-from gm_probe.measures.context import Settings
+from gm_probe.measures.settings import Settings
 from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.zoo import ModelSpec, initial_model

@@ -33,7 +33,7 @@ BELOW = {
     "measuring": {"training", "executors"},
     "accuracy": {"measuring"},
     "sweep": {"measuring"},
-    "tables": {"checks", "runs"},
+    "tables": {"measures", "runs"},
     "analysis": {"tables"},
     "reproduce": {"sweep", "analysis"},
     "cli": {"reproduce", "accuracy"},
@@ -54,6 +54,7 @@ WITHOUT_TORCH = [
     "gm_probe.files.atomic",
     "gm_probe.files.locks",
     "gm_probe.runs.records",
+    *(f"gm_probe.measures.{name}" for name in ("catalogue", "costs", "names", "settings")),
     "gm_probe.reproduce.catalogue",
     *(
         f"gm_probe.{room}.{path.stem}"

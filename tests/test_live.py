@@ -20,7 +20,7 @@ from gm_probe.cli.status import doing, duration
 from gm_probe.executors.local import Outcome
 from gm_probe.files import locks
 from gm_probe.files.locks import LOCK, FolderLock, StageProgress, exclusive, held, progress_of
-from gm_probe.measures.catalogue import expected_cost
+from gm_probe.measures.costs import expected_cost
 from gm_probe.runs.records import read_metrics
 from gm_probe.sweep.recipe import parse_recipe
 from gm_probe.sweep.runner import run_recipe

@@ -16,11 +16,12 @@ from gm_probe.executors import local as executors
 from gm_probe.executors.local import Job, Outcome, attempt, in_turn
 from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.files.locks import held
-from gm_probe.measures.context import Settings
-from gm_probe.measuring.checkpoint import How, measure_checkpoint
+from gm_probe.measures.settings import Settings
+from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.measuring.many import Request, measure_checkpoints
 from gm_probe.measuring.saved import as_recorded, merge_measures
-from gm_probe.measuring.trained import last_finished, trained_runs
+from gm_probe.measuring.setup import Setup
+from gm_probe.measuring.trained_runs import last_finished, trained_runs
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.training.run_splits import OWN_UNLABELED, own_unlabeled
 
@@ -29,8 +30,8 @@ def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
     run_recipe(parse(measure={"measures": []}), tmp_path)
     runs = trained_runs(tmp_path)
     weights = [(run / "checkpoint.safetensors").stat().st_mtime_ns for run in runs]
-    how = How(Settings(), {"part": OWN_UNLABELED, "max_examples": None}, {"device": "cpu"})
-    what = Request(("fisher_trace",), own_unlabeled, how, True, frozenset())
+    setup = Setup(Settings(), {"part": OWN_UNLABELED, "max_examples": None}, {"device": "cpu"})
+    what = Request(("fisher_trace",), own_unlabeled, setup, True, frozenset())
     seen: list[str] = []
 
     def interrupt(outcome: Outcome) -> None:
@@ -137,22 +138,26 @@ def test_more_is_measured_as_before_but_for_what_is_given_and_of_other_data(tmp_
     write_toml(tmp_path / "config.toml", {"temperature": 0.5})
     recorded = {**taken.as_dict(), **scope, "batch_images": 128, "temperature": 3.0}
     write_json(tmp_path / "measures.json", {"settings": recorded})
-    now = How(Settings(), {**scope, "max_examples": None}, {"head": "simclr", "device": "cpu"})
-    how, changed = as_recorded(tmp_path, now, {"device", "measures"})
+    now = Setup(Settings(), {**scope, "max_examples": None}, {"head": "simclr", "device": "cpu"})
+    setup, changed = as_recorded(tmp_path, now, {"device", "measures"})
     loading = {"head": "simclr", "device": "cpu", "batch_size": 128, "temperature": 3.0}
-    assert how == How(taken, scope, loading)
+    assert setup == Setup(taken, scope, loading)
     batch_dependent = {"batch_images": 128, "temperature": 3.0}
     assert changed == {"num_starts": 2, "rho_grid": [3.0], "max_examples": 7, **batch_dependent}
     write_json(
         tmp_path / "measures.json", {"settings": {**recorded, "temperature": 0.5}}
     )  # as it was trained
     assert "temperature" not in as_recorded(tmp_path, now, {"device", "measures"})[1]
-    how, changed = as_recorded(tmp_path, now, {"num_starts", "max_examples"})
-    assert (how.settings.num_starts, how.scope["max_examples"], how.settings.rho_grid) == (10, None, (3.0,))
-    sized = How(now.settings, now.scope, {**now.loading, "batch_size": 64, "temperature": 2.0})
+    setup, changed = as_recorded(tmp_path, now, {"num_starts", "max_examples"})
+    assert (setup.settings.num_starts, setup.scope["max_examples"], setup.settings.rho_grid) == (
+        10,
+        None,
+        (3.0,),
+    )
+    sized = Setup(now.settings, now.scope, {**now.loading, "batch_size": 64, "temperature": 2.0})
     assert as_recorded(tmp_path, sized, ())[0].loading == sized.loading
     for other in ({"data": "B"}, {"labeled": True}, {"part": "own unlabeled"}):
-        elsewhere = How(now.settings, {**now.scope, **other}, now.loading)
+        elsewhere = Setup(now.settings, {**now.scope, **other}, now.loading)
         assert as_recorded(tmp_path, elsewhere, ()) == (elsewhere, {})
 
 

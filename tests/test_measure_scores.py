@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import gm_probe
 from gm_probe.data.batches import Batches
 from gm_probe.errors import DataError, UsageError
-from gm_probe.measures.catalogue import expanded
-from gm_probe.measures.context import Settings
+from gm_probe.measures.catalogue import MEASURES
 from gm_probe.measures.layers import by_layer
-from gm_probe.measures.measure import MEASURES, measure
+from gm_probe.measures.measure import measure
+from gm_probe.measures.names import expanded
+from gm_probe.measures.settings import Settings
 from gm_probe.measures.weights import LEAST, eigenvalues, power_law
 from gm_probe.models.door import Outputs
 

@@ -20,9 +20,9 @@ from gm_probe.cli import main
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Examples
 from gm_probe.errors import DataError, UsageError
-from gm_probe.measures.catalogue import SEPARATE
-from gm_probe.measures.context import Settings
 from gm_probe.measures.measure import measure
+from gm_probe.measures.names import SEPARATE
+from gm_probe.measures.settings import Settings
 from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.models.contrastive import Contrastive
 from gm_probe.models.parameters import Parameters

@@ -35,9 +35,13 @@ from gm_probe.errors import (
 )
 from gm_probe.linalg.work import Work
 from gm_probe.measures import measure as measures
-from gm_probe.measures.catalogue import check_names, expected_cost
-from gm_probe.measures.context import Estimate, Measured, MeasurementContext, Settings
-from gm_probe.measures.measure import MEASURES, measure
+from gm_probe.measures.catalogue import MEASURES
+from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.costs import expected_cost
+from gm_probe.measures.estimates import Estimate
+from gm_probe.measures.measure import measure
+from gm_probe.measures.names import check_names
+from gm_probe.measures.settings import Settings
 
 FAST = Settings(num_starts=2, max_probes=5)
 
@@ -1034,10 +1038,12 @@ def test_report_is_strict_json_with_costs() -> None:
     assert record["measures"]["error"]["num_evals"] == 0
 
 
+def not_finite(_: MeasurementContext) -> Estimate:
+    return Estimate(math.nan, stderr=math.inf, stderr_examples=0.5)
+
+
 def test_undefined_is_null_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = replace(
-        MEASURES["fisher_trace"], compute=lambda _: Measured(math.nan, stderr=math.inf, stderr_examples=0.5)
-    )
+    broken = replace(MEASURES["fisher_trace"], home=f"{__name__}:not_finite")
     monkeypatch.setitem(MEASURES, "fisher_trace", broken)
     case = BY_NAME["relu-mlp"]
     row = measure(case.model, case.batches(), ["fisher_trace"]).rows["fisher_trace"].as_dict()

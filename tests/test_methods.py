@@ -22,7 +22,7 @@ from gm_probe.files.atomic import read_toml
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 from gm_probe.training.methods import METHODS, Method
-from gm_probe.training.objectives import OBJECTIVES, Choice
+from gm_probe.training.objectives import OBJECTIVES, ObjectiveChoice
 from gm_probe.training.rule import Common, Rule
 
 TOYS = {
@@ -57,7 +57,9 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / f"{name}_toy.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(METHODS, "halved", Method("halved_toy:Halved", ("rho",), positive=("rho",)))
-    monkeypatch.setitem(OBJECTIVES, "doubled", Choice("doubled_toy:Doubled", refused={"m": "it is a toy"}))
+    monkeypatch.setitem(
+        OBJECTIVES, "doubled", ObjectiveChoice("doubled_toy:Doubled", refused={"m": "it is a toy"})
+    )
 
 
 def weights(folder: Path) -> bytes:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from gm_probe.data import images
-from gm_probe.data.reading import Reading
+from gm_probe.data.image_reading import ImageReading
 from gm_probe.errors import DataError
 from gm_probe.files.atomic import read_json, write_json
 from gm_probe.training import run_splits
@@ -174,7 +174,7 @@ def test_a_run_is_measured_over_what_it_decodes_alone(
     decoded: list[Path] = []
     original = images.decode
 
-    def spy(file: Path, reading: Reading) -> np.ndarray:
+    def spy(file: Path, reading: ImageReading) -> np.ndarray:
         decoded.append(file)
         return original(file, reading)
 

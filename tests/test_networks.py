@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from gm_probe import measure
-from gm_probe.measures.context import Settings
+from gm_probe.measures.settings import Settings
 
 pytest.importorskip("timm", reason="timm is an extra")
 

@@ -24,7 +24,7 @@ from gm_probe.cli import main
 from gm_probe.data.datasets import Examples, Source, open_source
 from gm_probe.data.splits import split
 from gm_probe.errors import DataError, UsageError
-from gm_probe.measures.context import Settings
+from gm_probe.measures.settings import Settings
 from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.runs.records import CHECKPOINT, RAW, SPLIT
 from gm_probe.training import run_splits

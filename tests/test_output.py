@@ -20,7 +20,7 @@ import pytest
 
 import gm_probe.cli
 from gm_probe.cli import main, output
-from gm_probe.cli.figures import measure_labels
+from gm_probe.cli.measure_output import measure_labels
 from gm_probe.errors import printable
 from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.tables.cells import FORMULA, cell

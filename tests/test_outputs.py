@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from gm_probe.data.batches import Batches
 from gm_probe.linalg.work import Work
-from gm_probe.measures.context import Estimate, MeasurementContext, Settings
+from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.estimates import Estimate
 from gm_probe.measures.measure import measure
 from gm_probe.measures.outputs import SHIFT
+from gm_probe.measures.settings import Settings
 
 OUTPUTS = [
     "mean_entropy",

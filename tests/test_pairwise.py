@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gm_probe.errors import DataError, DivergedError, UsageError
 from gm_probe.measures import pairwise
-from gm_probe.measures.pairwise import PAIR_MEASURES, PairReport, compare
+from gm_probe.measures.catalogue import PAIR_MEASURES
+from gm_probe.measures.pairwise import PairReport, compare
 
 
 def values(report: PairReport) -> list[float | None]:

@@ -14,7 +14,7 @@ from command_line import run
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Examples
 from gm_probe.errors import DataError
-from gm_probe.measures.measure import MEASURES
+from gm_probe.measures.catalogue import MEASURES
 from gm_probe.models.checkpoints import save_checkpoint
 from gm_probe.models.zoo import ModelSpec, build_model
 from gm_probe.runtime import processes

@@ -15,7 +15,7 @@ from gm_probe.linalg.lanczos import eigenpairs, iterations_ahead
 from gm_probe.linalg.operator import Operator
 from gm_probe.linalg.trace import Hutchinson, trace
 from gm_probe.linalg.work import Count, Work
-from gm_probe.measures.catalogue import Outlook, expected_cost, expected_costs
+from gm_probe.measures.costs import Outlook, expected_cost, expected_costs
 from gm_probe.measures.measure import measure
 from gm_probe.measures.settings import Settings
 

@@ -129,12 +129,12 @@ def test_runs_below_a_run_are_told_apart(runs: Path) -> None:
 
 
 def test_every_measure_is_defined_under_the_symbol_that_measuring_prints() -> None:
-    from gm_probe.measures.measure import MEASURES
+    from gm_probe.measures.catalogue import MEASURES
     from gm_probe.tables.table import KNOWN_MEASURES
 
-    assert set(definitions.MEASURES) >= set(MEASURES) | set(KNOWN_MEASURES)
+    assert set(definitions.DEFINITIONS) >= set(MEASURES) | set(KNOWN_MEASURES)
     for name, measure in MEASURES.items():
-        symbol, text = definitions.MEASURES[name]
+        symbol, text = definitions.DEFINITIONS[name]
         assert symbol.split()[0] == measure.symbol.split()[0] or name == "effective_rank"
         if measure.needs_labels:
             assert "labels needed" in text

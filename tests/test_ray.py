@@ -137,7 +137,7 @@ def test_where_nothing_is_shared_workers_return_their_files(cluster: Any, tmp_pa
         weights = [(tmp_path / where / name / CHECKPOINT).read_bytes() for where in ("here", "ray")]
         assert weights[0] == weights[1]
         checkpoint = read_json(out / name / "measures.json")["checkpoint"]
-        assert Path(checkpoint) == out / name / CHECKPOINT
+        assert Path(checkpoint) == out / name
 
 
 class Cluster:

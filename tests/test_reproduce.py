@@ -24,7 +24,7 @@ from gm_probe.data.batches import Batches
 from gm_probe.errors import DivergedError, UsageError
 from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.reproduce import methods, scatter, theory
-from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
+from gm_probe.reproduce.catalogue import SCALES, paper_recipe, paper_recipes
 from gm_probe.reproduce.claims import claim_outcome, outcome_of, parts_of
 from gm_probe.reproduce.comparison import Arm, Comparison, Difference, text_of
 from gm_probe.reproduce.drawing import draw
@@ -49,9 +49,9 @@ def network() -> Network:
 # ---- every recipe
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", paper_recipes())
 def test_a_recipe_is_complete_and_fits_its_study(name):
-    entry = recipe(name)
+    entry = paper_recipe(name)
     assert "smoke" in entry.scales
     assert "paper" in entry.scales
     assert set(entry.scales) <= set(SCALES)
@@ -65,10 +65,12 @@ def configuration(base: dict[str, Any], variant: dict[str, Any], **more: Any) ->
     return TrainConfig.from_dict(base | methods._without(variant, "label", "points", "lr_of") | more)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in recipes().items() if entry.study == "methods"])
+@pytest.mark.parametrize(
+    "name", [name for name, entry in paper_recipes().items() if entry.study == "methods"]
+)
 def test_every_variant_is_a_configuration(name):
-    for scale in recipe(name).scales:
-        entry = recipe(name).at(scale)
+    for scale in paper_recipe(name).scales:
+        entry = paper_recipe(name).at(scale)
         for place in entry["data"]:
             shared = entry["base"] | methods._without(place, "label", "published", "of", "seeds")
             for variant in (each for one in entry["variants"] for each in methods._expanded(one)):
@@ -88,10 +90,10 @@ def test_smoke_writes_its_folder(name, tmp_path):
     for file in said["files"]:
         assert (folder / file).stat().st_size > 100, file
     page = (folder / f"{name}.md").read_text()
-    assert recipe(name).claim[:20] in page.replace("\\", "")
+    assert paper_recipe(name).claim[:20] in page.replace("\\", "")
     assert "The paper's own numbers:" in page
     assert "Scale `smoke`" in page
-    note = recipe(name).notes["smoke"]
+    note = paper_recipe(name).notes["smoke"]
     assert note in page.replace("\\", "")
     assert name != "tab6" or "fine-tunes nothing" in note
     # every picture that the page shows is there, and the numbers of its paragraph are finite
@@ -106,19 +108,21 @@ def test_smoke_writes_its_folder(name, tmp_path):
 
 def test_the_list_names_every_recipe_without_torch():
     result = CliRunner().invoke(command, ["--list", "--json"])
-    assert [entry["name"] for entry in json.loads(result.stdout)] == list(recipes())
+    assert [entry["name"] for entry in json.loads(result.stdout)] == list(paper_recipes())
     assert all(entry["claim"] and entry["scales"] for entry in json.loads(result.stdout))
 
 
 def test_every_name_of_the_paper_is_a_command():
     """Also those of figures and tables that another command gives."""
     for name, other in (("fig8", "tab4"), ("fig11", "tab5"), ("tab2", "tab5"), ("fig12", "fig4")):
-        assert recipe(name) is recipe(other)
+        assert paper_recipe(name) is paper_recipe(other)
 
 
-@pytest.mark.parametrize("name", [name for name in recipes() if "data" in recipe(name).at("paper")])
+@pytest.mark.parametrize(
+    "name", [name for name in paper_recipes() if "data" in paper_recipe(name).at("paper")]
+)
 def test_what_the_paper_published_stands_at_every_scale(name):
-    entry = recipe(name)
+    entry = paper_recipe(name)
     published = {place["label"]: place.get("published", {}) for place in entry.at("paper")["data"]}
     for scale in entry.scales:
         at = entry.at(scale)
@@ -131,7 +135,7 @@ def test_what_the_paper_published_stands_at_every_scale(name):
 @pytest.mark.parametrize("name", ["tab3", "tab-fixmatch-sam"])
 def test_fixmatch_takes_the_papers_steps(name):
     """2²⁰ of them, to less than an epoch: 50,000 images less those set aside, 7 × 64 unlabeled ones a step."""
-    entry = recipe(name).at("paper")
+    entry = paper_recipe(name).at("paper")
     for place in entry["data"]:
         for label, own in place["of"].items():
             assert label.startswith("FixMatch")
@@ -142,17 +146,17 @@ def test_fixmatch_takes_the_papers_steps(name):
 
 def test_unknown_names_and_scales_are_usage_errors():
     with pytest.raises(UsageError, match="did you mean 'fig6'"):
-        recipe("fig66")
+        paper_recipe("fig66")
     with pytest.raises(UsageError, match="fig6 has no scale 'small'; it has smoke, paper"):
-        recipe("fig6").at("small")
+        paper_recipe("fig6").at("small")
     with pytest.raises(
         UsageError, match=r"tab5 has no small scale. Choose --scale smoke \(.+\) or --scale paper \(.+GPU"
     ):
-        _ = recipe("tab5").default
+        _ = paper_recipe("tab5").default
 
 
 def test_nothing_that_takes_a_gpu_is_run_unless_asked_for():
-    for entry in recipes().values():
+    for entry in paper_recipes().values():
         if entry.chosen:
             assert "GPU" not in entry.costs[entry.default]
         else:
@@ -363,7 +367,7 @@ def test_the_claims_of_the_published_tables_are_decided_as_published(name):
         table["start"] = range(len(table))
     for rho in (0.01, 0.1, 1) if name == "appB" else ():
         table[f"quadratic_{rho:g}"] = table[f"s_{rho:g}"] / (rho**2 / 2 * table.lambda_max)
-    signs = [part.sign for test in recipe(name).at("paper")["tests"] for part in parts_of(table, test)]
+    signs = [part.sign for test in paper_recipe(name).at("paper")["tests"] for part in parts_of(table, test)]
     assert outcome_of(signs) == json.loads((RESULTS / name / "result.json").read_text())["outcome"]
 
 
@@ -371,7 +375,7 @@ def test_the_claims_of_the_published_tables_are_decided_as_published(name):
 
 
 def test_what_diverged_in_app_b_is_said_and_where_all_did_is_an_error(tmp_path):
-    entry = recipe("appB").at("smoke")
+    entry = paper_recipe("appB").at("smoke")
     grid = {"num_train": [100], "lr": [0.02, 0.05, 1e30], "batch_size": [32], "seed": [0, 1]}
     found = theory.study(
         Task("appB", "smoke", tmp_path / "a", notify=lambda _: None), **{**entry, "grid": grid}
@@ -529,7 +533,7 @@ def test_the_verdict_says_what_was_tested_and_what_was_not(tmp_path):
 
 ERRORS = [
     name
-    for name, entry in recipes().items()
+    for name, entry in paper_recipes().items()
     if entry.study == "methods"
     and any(
         t.get("key", "test_error") in {"test_error", "test_error_min"}
@@ -543,9 +547,9 @@ ERRORS = [
 @pytest.mark.parametrize("name", ERRORS)
 def test_the_least_error_is_tested_as_the_paper_reports_it_and_taken_over_several_looks(name):
     for scale in ("small", "paper"):
-        if scale not in recipe(name).scales:
+        if scale not in paper_recipe(name).scales:
             continue
-        entry = recipe(name).at(scale)
+        entry = paper_recipe(name).at(scale)
         assert all(
             test["key"] == "test_error_min" for test in entry["tests"] if "key" in test or scale == "small"
         )
@@ -562,12 +566,15 @@ def test_the_least_error_is_tested_as_the_paper_reports_it_and_taken_over_severa
 @pytest.mark.parametrize("name", ["tab1", "tab4"])
 def test_the_one_sided_gradient_is_trained_beside(name):
     for scale in ("small", "paper"):
-        assert {v.get("kl_grad", "both") for v in recipe(name).at(scale)["variants"]} == {"both", "perturbed"}
+        assert {v.get("kl_grad", "both") for v in paper_recipe(name).at(scale)["variants"]} == {
+            "both",
+            "perturbed",
+        }
 
 
 def at_small(name):
     """label ↦ configuration"""
-    entry = recipe(name).at("small")
+    entry = paper_recipe(name).at("small")
     assert entry["split_by_seed"]
     return {v["label"]: configuration(entry["base"], v) for v in entry["variants"]}
 
@@ -738,7 +745,7 @@ def test_a_variant_takes_the_rate_that_was_tuned_for_another(tmp_path):
 def test_one_data_set_only_can_be_replaced(tmp_path):
     task = Task("tab4", "paper", tmp_path, data="somewhere")
     with pytest.raises(UsageError, match=r"takes several data sets .*--only 'CIFAR-10'"):
-        methods.study(task, **recipe("tab4").at("paper"))
+        methods.study(task, **paper_recipe("tab4").at("paper"))
 
 
 def test_one_data_set_can_be_chosen(tmp_path):
@@ -759,7 +766,7 @@ def test_one_data_set_can_be_chosen(tmp_path):
 
 
 def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):
-    entry = recipe("tab3").at("small")
+    entry = paper_recipe("tab3").at("small")
     assert [place["labels"] for place in entry["data"]] == [250, 1000]
     task = Task("tab3", "small", tmp_path, data="somewhere")
     assert methods._chosen(task, entry["base"], entry["data"]) == entry["data"]
@@ -769,7 +776,7 @@ def test_a_folder_stands_for_all_rows_of_one_data_set(tmp_path):
 @pytest.mark.parametrize(("scale", "steps"), [("small", 16), ("paper", 352)])
 def test_table_4_at_equal_cost_has_equal_gradient_evaluations(scale, steps):
     """Within an epoch, by rules that count their own passes; ``steps`` an epoch."""
-    entry = recipe("tab4-cost").at(scale)
+    entry = paper_recipe("tab4-cost").at(scale)
     spent = {}
     for variant in entry["variants"]:
         config = configuration(entry["base"], variant)

@@ -21,7 +21,7 @@ from gm_probe.analysis.figures import run_curves
 from gm_probe.data.batches import Batches, Normalization
 from gm_probe.data.datasets import Source, open_source
 from gm_probe.errors import DataError, UsageError
-from gm_probe.measures.context import Settings
+from gm_probe.measures.settings import Settings
 from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.measuring.saved import merge_measures
 from gm_probe.models.checkpoints import read_checkpoint

@@ -18,10 +18,10 @@ from gm_probe.analysis.correlation import correlate
 from gm_probe.analysis.definitions import direction_of
 from gm_probe.analysis.design import design_of
 from gm_probe.analysis.intervals import clusters_of, mean_interval, settings_spread, with_seeds
-from gm_probe.analysis.pairs import mid_ranks, pair_sums
 from gm_probe.analysis.permutation import permutation_p, permute_settings
+from gm_probe.analysis.regret import picks
 from gm_probe.analysis.results import COLUMNS
-from gm_probe.analysis.selection import choices
+from gm_probe.analysis.run_pairs import mid_ranks, pair_sums
 from gm_probe.analysis.sign_error import sign_errors
 from gm_probe.errors import UsageError
 from gm_probe.tables.table import RunTable
@@ -361,15 +361,15 @@ def test_sign_errors_are_those_of_each_pair_of_settings() -> None:
 
 def test_picking_uses_the_measures_direction() -> None:
     measure, error = np.array([0.1, 0.5, 0.9]), np.array([0.3, 0.2, 0.1])
-    worse = choices(measure, error, "worse", larger_is_better=False)
-    better = choices(measure, error, "better", larger_is_better=False)
+    worse = picks(measure, error, "worse", larger_is_better=False)
+    better = picks(measure, error, "better", larger_is_better=False)
     assert [(one.end, one.regret) for one in worse] == [("smallest", pytest.approx(0.2))]
     assert [(one.end, one.regret) for one in better] == [("largest", pytest.approx(0))]
-    assert [one.end for one in choices(measure, error, None, larger_is_better=False)] == [
+    assert [one.end for one in picks(measure, error, None, larger_is_better=False)] == [
         "smallest",
         "largest",
     ]
-    assert choices(measure, 1 - error, "better", larger_is_better=True)[0].regret == pytest.approx(0)
+    assert picks(measure, 1 - error, "better", larger_is_better=True)[0].regret == pytest.approx(0)
 
 
 def test_confidence_is_better_when_larger() -> None:

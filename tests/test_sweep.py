@@ -27,7 +27,7 @@ from gm_probe.measuring import checkpoint as measuring
 from gm_probe.runs.records import failure, find_runs, read_run, run_state
 from gm_probe.sweep import runner
 from gm_probe.sweep.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe, run_name
-from gm_probe.sweep.runner import is_complete, run_one, run_recipe
+from gm_probe.sweep.runner import is_complete, run_recipe, train_and_measure
 from gm_probe.training.config import TrainConfig
 
 BASE = {
@@ -422,7 +422,7 @@ def test_interrupted_within_a_run_it_resumes_with_its_threads(
         run_recipe(recipe, tmp_path / "cut")
     monkeypatch.undo()
     assert read_run(tmp_path / "cut" / name).status == "unfinished"
-    assert run_one(config.replace(threads=None), recipe.plan, tmp_path / "cut" / name) == "finished"
+    assert train_and_measure(config.replace(threads=None), recipe.plan, tmp_path / "cut" / name) == "finished"
     assert values(tmp_path / "cut") == values(tmp_path / "whole")
 
 
@@ -570,7 +570,9 @@ def test_what_another_measured_meanwhile_is_not_measured_again(
     def train(config: TrainConfig, out: Path, **options: Any) -> Any:
         summary = real(config, out, **options)
         monkeypatch.setattr(runner, "train", real)
-        assert run_one(config, recipe.plan, out) == "finished"  # the other, between this one's two holds
+        assert (
+            train_and_measure(config, recipe.plan, out) == "finished"
+        )  # the other, between this one's two holds
         monkeypatch.setattr(runner, "train", train)
         return summary
 

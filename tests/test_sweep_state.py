@@ -24,11 +24,11 @@ from gm_probe.errors import BusyError, StorageError, UsageError
 from gm_probe.files import locks
 from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.files.locks import LOCK, StageProgress, exclusive, held, progress_of
-from gm_probe.measures.catalogue import expected_cost
-from gm_probe.measures.context import Settings
+from gm_probe.measures.costs import expected_cost
+from gm_probe.measures.settings import Settings
 from gm_probe.runs.records import failure, run_state
-from gm_probe.sweep import estimate
-from gm_probe.sweep.estimate import estimates
+from gm_probe.sweep import cost
+from gm_probe.sweep.cost import run_costs
 from gm_probe.sweep.manifest import named_as_found, only, read_sweep, write_sweep
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
 from gm_probe.sweep.runner import run_recipe
@@ -338,31 +338,31 @@ def test_a_dry_run_says_what_a_run_will_leave_and_runs_nothing(
 def test_estimates_scale_with_the_work() -> None:
     plan = parse().plan
     configs = [TrainConfig.from_dict({**BASE, "epochs": epochs}) for epochs in (10, 20, 30)]
-    first, second, third = (cost.seconds for cost in estimates(configs, plan))
+    first, second, third = (cost.seconds for cost in run_costs(configs, plan))
     assert third - second == pytest.approx(second - first)  # one timing for all three: nothing is random
     assert second > first > 0
 
 
 def test_measuring_is_estimated_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = estimate._timed
+    timed = cost._timed
 
     def fixed(config: TrainConfig) -> tuple[float, Any]:
         return (1.0 if config.amp == "bf16" else 3.0), timed(config)[1]
 
-    monkeypatch.setattr(estimate, "_timed", fixed)
+    monkeypatch.setattr(cost, "_timed", fixed)
     configs = [TrainConfig.from_dict({**BASE, "amp": amp}) for amp in ("none", "bf16")]
-    plain, cast = (cost.seconds for cost in estimates(configs, parse().plan))
+    plain, cast = (cost.seconds for cost in run_costs(configs, parse().plan))
     assert plain - cast == pytest.approx((3.0 - 1.0) * 3 * 3)  # of 3 epochs of 3 steps, and nothing else
 
 
 def test_estimates_count_what_looks_and_unlabeled_images_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = estimate._timed
-    monkeypatch.setattr(estimate, "_timed", lambda config: (1.0, timed(config)[1]))
+    timed = cost._timed
+    monkeypatch.setattr(cost, "_timed", lambda config: (1.0, timed(config)[1]))
     few = {**BASE, "model": "6cnn", "labels": 20, "objective": "fixmatch", "mu": 2, "batch_size": 5}
     variants = [BASE, {**BASE, "eval_every": 1}, {**BASE, "track_every": 1}, few]
     configs = [TrainConfig.from_dict({"epochs": 3, **each}) for each in variants]
     plan = replace(parse().plan, measures=())
-    base, looking, tracking, unlabeled = (cost.seconds for cost in estimates(configs, plan))
+    base, looking, tracking, unlabeled = (cost.seconds for cost in run_costs(configs, plan))
     evaluation = 1 / 20  # a step of 20 examples is as many gradient evaluations
     assert base == pytest.approx(3 * 3 + (60 + 50) / 3 * evaluation)
     assert looking - base == pytest.approx(3 * (60 + 50) / 3 * evaluation)

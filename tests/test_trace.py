@@ -22,8 +22,9 @@ from gm_probe.errors import DivergedError
 from gm_probe.linalg.operator import Operator
 from gm_probe.linalg.trace import Trace, trace
 from gm_probe.linalg.work import EXAMPLE_NORMS, FORWARD, GRADIENT, Work
-from gm_probe.measures.context import MeasurementContext, Settings
+from gm_probe.measures.context import MeasurementContext
 from gm_probe.measures.measure import measure
+from gm_probe.measures.settings import Settings
 from gm_probe.models.parameters import Parameters, differentiable_attention
 
 # Hutchinson

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from gm_probe.errors import UsageError
 from gm_probe.training.augment import require_images
-from gm_probe.training.views import HUE, RATIO, SCALE, STRENGTH, Draws, draw_views, see
+from gm_probe.training.views import HUE, RATIO, SCALE, STRENGTH, ViewDraws, draw_views, see
 
 
 def pictures(count: int, *shape: int) -> Tensor:
@@ -22,7 +22,7 @@ def pictures(count: int, *shape: int) -> Tensor:
     return x
 
 
-def one_by_one(x: Tensor, draws: Draws) -> Tensor:
+def one_by_one(x: Tensor, draws: ViewDraws) -> Tensor:
     grey = x.shape[1] == 1
     adjust = [vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation, vision.adjust_hue]
     seen = []

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from gm_probe.accuracy.evidence import Evidence, gather
 from gm_probe.accuracy.report import MIRRORED, EstimateReport
 from gm_probe.accuracy.sets import examine
-from gm_probe.accuracy.verdict import Request, judge
+from gm_probe.accuracy.verdict import EstimateRequest, judge
 from gm_probe.data.batches import Batches
 from gm_probe.data.collecting import Data, as_batches
 from gm_probe.errors import UsageError, one_device
-from gm_probe.measures.catalogue import check_names, expanded
 from gm_probe.measures.measure import measure
+from gm_probe.measures.names import check_names, expanded
 from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs
 from gm_probe.models.layout import in_layout_taken
@@ -65,7 +65,7 @@ def estimate(
     """
     settings = settings or Settings()
     named = _named(models)
-    request = Request.of(class_shares, level, settings.seed)
+    request = EstimateRequest.of(class_shares, level, settings.seed)
     names = expanded(measures, labeled=False, validation=validation is not None)
     check_names([name for name in names if name != MIRRORED], labeled=False)
     sets = [None if data is None else as_batches(data) for data in (unlabeled, validation, few_labels)]

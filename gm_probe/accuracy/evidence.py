@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from gm_probe.accuracy.predictions import Predictions, predict, require_fit
+from gm_probe.accuracy.predictions import Predictions, predict, require_predictable
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts, why_not_shifted
 from gm_probe.data.batches import Batches
 from gm_probe.data.datasets import Examples
-from gm_probe.data.labels import fitting
+from gm_probe.data.labels import fitting_labels
 from gm_probe.errors import DataError, UsageError
 from gm_probe.models.door import Outputs
 
@@ -86,14 +86,14 @@ def gather(
         notify: called with the number of examples of each batch that is done.
 
     Raises:
-        UsageError, CheckpointError, DataError, DivergedError: as ``require_fit`` and ``predict`` raise them.
+        UsageError, CheckpointError, DataError, DivergedError: as ``require_predictable`` and ``predict`` raise them.
         UsageError: mirror images of what is no image.
         DataError: labels that are none of the model's classes.
     """
     if mirror and unlabeled.examples.x.dim() != 4:
         raise UsageError("effective_invariance mirrors images, and the examples are none; leave it out")
     began = time.perf_counter()
-    read = require_fit(model, unlabeled, outputs)
+    read = require_predictable(model, unlabeled, outputs)
     size = None if validation is None else min(unlabeled.num_examples, validation.num_examples, SHIFTED)
 
     def run(batches: Batches) -> Predictions:
@@ -109,7 +109,7 @@ def gather(
             raise DataError(
                 f"{examples.source} has no labels, and they are needed here. Give class folders or 'y'"
             )
-        return Labeled(found, fitting(examples.y, found.logits, examples.source).cpu())
+        return Labeled(found, fitting_labels(examples.y, found.logits, examples.source).cpu())
 
     moved = []
     if validation is not None and why_not_shifted(validation.examples) is None:

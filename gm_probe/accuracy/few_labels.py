@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from scipy.stats import binomtest, norm, t
 from torch import Tensor
+
+from gm_probe.accuracy.report import Accuracy
 
 ENOUGH = 10
 """Right, and wrong, predictions among the labels before a normal approximation is trusted."""
 POWER = 0.8
 """Chance of telling two models apart with the number of labels that is advised."""
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """An estimate with its confidence interval; ``method`` names how it was made."""
-
-    value: float
-    low: float
-    high: float
-    method: str
+ASSUMPTION = "the labeled images are a random sample of the unlabeled data"
 
 
 def clopper_pearson(successes: int, trials: int, level: float) -> tuple[float, float]:
@@ -30,7 +22,7 @@ def clopper_pearson(successes: int, trials: int, level: float) -> tuple[float, f
     return float(found.low), float(found.high)
 
 
-def prediction_powered(right: Tensor, confidence: Tensor, everywhere: Tensor, level: float) -> Interval:
+def prediction_powered(right: Tensor, confidence: Tensor, everywhere: Tensor, level: float) -> Accuracy:
     """Return the PPI++ mean (Angelopoulos et al. 2023) of ``right``, or the share with its exact interval.
 
     The latter where fewer than ``ENOUGH`` predictions are right or wrong, or where its interval is not the wider one.
@@ -41,7 +33,8 @@ def prediction_powered(right: Tensor, confidence: Tensor, everywhere: Tensor, le
         everywhere: (N,) its confidence on the unlabeled set, from which the labeled examples are a random sample.
     """
     n, hits = len(right), int(right.sum())
-    alone = Interval(hits / n, *clopper_pearson(hits, n, level), "labels alone (Clopper-Pearson)")
+    low, high = clopper_pearson(hits, n, level)
+    alone = Accuracy(hits / n, low, high, level, "labels alone (Clopper-Pearson)", ASSUMPTION)
     if min(hits, n - hits) < ENOUGH:
         return alone
     y, f, all_f = right.double(), confidence.double(), everywhere.double()
@@ -58,11 +51,13 @@ def prediction_powered(right: Tensor, confidence: Tensor, everywhere: Tensor, le
     low, high = max(value - half, 0.0), min(value + half, 1.0)
     if high - low >= alone.high - alone.low:
         return alone
-    return Interval(min(max(value, 0.0), 1.0), low, high, "prediction-powered mean (PPI++)")
+    return Accuracy(
+        min(max(value, 0.0), 1.0), low, high, level, "prediction-powered mean (PPI++)", ASSUMPTION
+    )
 
 
-def paired_difference(right: Tensor, other: Tensor, level: float) -> Interval:
-    """Return the difference of two models' accuracies on the same labels.
+def paired_difference(right: Tensor, other: Tensor, level: float) -> tuple[float, float, float]:
+    """Return the difference of two models' accuracies on the same labels, and its interval: value, low, high.
 
     The interval is that of Agresti and Min (2005): half an observation is added to each cell.
     """
@@ -71,8 +66,7 @@ def paired_difference(right: Tensor, other: Tensor, level: float) -> Interval:
     a, b, total = first + 0.5, second + 0.5, n + 2
     middle = (a - b) / total
     half = float(norm.isf((1 - level) / 2)) * math.sqrt(a + b - (a - b) ** 2 / total) / total
-    low, high = max(middle - half, -1.0), min(middle + half, 1.0)
-    return Interval((first - second) / n, low, high, "paired labels")
+    return (first - second) / n, max(middle - half, -1.0), min(middle + half, 1.0)
 
 
 def labels_to_separate(difference: float, disagreement: float, one_right: float, level: float) -> float:

@@ -46,7 +46,7 @@ class Predictions:
         return self.logits.argmax(1)
 
 
-def require_fit(model: nn.Module, batches: Batches, outputs: Outputs | None) -> Outputs:
+def require_predictable(model: nn.Module, batches: Batches, outputs: Outputs | None) -> Outputs:
     """Look at the model on a few examples, and return how its outputs are read.
 
     Raises:

@@ -124,7 +124,8 @@ def separated(first: Standing, other: Standing, level: float) -> bool:
     """
     few, others = first.evidence.few_labels, other.evidence.few_labels
     if few is not None and others is not None:
-        return paired_difference(few.right, others.right, level).low > 0
+        _, low, _ = paired_difference(few.right, others.right, level)
+        return low > 0
     if first.accuracy is None or other.accuracy is None:
         return False
     ours, theirs = first.calibration, other.calibration

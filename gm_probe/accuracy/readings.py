@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -20,21 +20,6 @@ NEAREST = 5
 """Synthetic shifts of the most similar confidence, with which an unlabeled set is compared."""
 SAME, CHANGED, GIVEN = "validation", "estimated", "given"
 """The readings: class shares as in the validation set, as EM finds them, or as the user says."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """An estimate, half its interval, and what it is called."""
-
-    value: float
-    half: float
-    method: str
-    assumption: str
-
-    @property
-    def interval(self) -> tuple[float, float, float]:
-        """Return value, low and high, within [0, 1]."""
-        return self.value, max(self.value - self.half, 0.0), min(self.value + self.half, 1.0)
 
 
 def read(
@@ -58,14 +43,14 @@ def read(
     sizes = len(predictions.logits), len(known.validation.labels)
     if shares is not None:
         found = _calibrated(known, "cot", scores["cot"], sizes, level, given=True)
-        return _accuracy([(GIVEN, found)], level)
+        return _over_readings({GIVEN: found})
     readings = {}
     if SAME in keys:
         readings[SAME] = _calibrated(known, name, scores[name], sizes, level)
     if CHANGED in keys:
         signs, estimated = known.signs_of(predictions)
         readings[CHANGED] = _changed(known, signs, estimated, sizes, level)
-    return _accuracy([(key, readings[key]) for key in keys], level)
+    return _over_readings({key: readings[key] for key in keys})
 
 
 def plausible(everyone: Sequence[tuple[Known, Predictions]]) -> list[str]:
@@ -102,7 +87,7 @@ def _plausible(known: Known, predictions: Predictions) -> list[str]:
 
 def _calibrated(
     known: Known, name: str, score: float, sizes: tuple[int, int], level: float, *, given: bool = False
-) -> Reading:
+) -> Accuracy:
     calibration = known.calibrations[name]
     value = calibration.accuracy(score)
     half = math.hypot(calibration.half_width(value, level), sampling_error(value, sizes, level))
@@ -115,36 +100,37 @@ def _calibrated(
     if known.by_shifts:
         whose = "those given" if name == "cot" and given else "those of the validation set"
         assumption = f"the images' shift resembles the synthetic shifts, and the class shares are {whose}"
-    return Reading(value, half, f"{name} ({ESTIMATORS[name]}), {how}", assumption)
+    return _within(value, half, level, f"{name} ({ESTIMATORS[name]}), {how}", assumption)
 
 
-def _changed(known: Known, signs: Signs, shares: Tensor, sizes: tuple[int, int], level: float) -> Reading:
+def _within(value: float, half: float, level: float, method: str, assumption: str) -> Accuracy:
+    """Return an accuracy whose interval reaches ``half`` to either side, within [0, 1]."""
+    return Accuracy(value, max(value - half, 0.0), min(value + half, 1.0), level, method, assumption)
+
+
+def _changed(known: Known, signs: Signs, shares: Tensor, sizes: tuple[int, int], level: float) -> Accuracy:
     """Return the reading by EM's class shares: COT with them, moved to fit, or calibrated under shifts."""
     if signs.rejected and known.by_shifts:
         found = _calibrated(known, "cot", signs.transported, sizes, level)
-        return Reading(
-            found.value,
-            found.half,
-            "cot with estimated class shares, calibrated on synthetic shifts",
-            "the images' shift resembles the synthetic shifts, and the class shares changed, too",
+        return replace(
+            found,
+            method="cot with estimated class shares, calibrated on synthetic shifts",
+            assumption="the images' shift resembles the synthetic shifts, and the class shares changed, too",
         )
     value = min(max(signs.transported + known.offset, 0.0), 1.0)
     weights = known.weights(shares)
     effective = int(weights.sum().square() / weights.square().sum())
     half = math.hypot(known.skew_error, sampling_error(value, (sizes[0], max(effective, 1)), level))
-    return Reading(value, half, "cot with estimated class shares", "only the class shares changed")
+    return _within(value, half, level, "cot with estimated class shares", "only the class shares changed")
 
 
-def _accuracy(readings: list[tuple[str, Reading]], level: float) -> Accuracy:
+def _over_readings(readings: Mapping[str, Accuracy]) -> Accuracy:
     """Return the first reading, with an interval over all of them."""
-    first = readings[0][1]
-    intervals = [reading.interval for _, reading in readings]
-    return Accuracy(
-        first.value,
-        min(low for _, low, _ in intervals),
-        max(high for _, _, high in intervals),
-        level,
-        first.method,
-        ", or ".join(reading.assumption for _, reading in readings),
-        {key: reading.interval for key, reading in readings},
+    found = readings.values()
+    return replace(
+        next(iter(found)),
+        low=min(one.low for one in found),
+        high=max(one.high for one in found),
+        assumption=", or ".join(one.assumption for one in found),
+        readings={key: (one.value, one.low, one.high) for key, one in readings.items()},
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gm_probe.accuracy.predictions import Predictions
+from gm_probe.measures.catalogue import MEASURES
 from gm_probe.measures.scores import (
     Reference,
     effective_invariance,
@@ -18,16 +19,15 @@ from gm_probe.measures.scores import (
     probabilities,
 )
 from gm_probe.measures.transport import transport
-from gm_probe.runs.catalogue import CATALOGUE
 
 ESTIMATORS = {
     "average_confidence": "mean probability of the predicted class",
-    "doc": CATALOGUE["doc"].description,
-    "atc": CATALOGUE["atc"].description,
+    "doc": MEASURES["doc"].description,
+    "atc": MEASURES["atc"].description,
     "atc_entropy": "share of negative entropies above the threshold that fits the accuracy on a labeled validation set",
     "cot": "largest mean confidence of an assignment with the given class shares",
     **{
-        name: CATALOGUE[name].description
+        name: MEASURES[name].description
         for name in ("nuclear_norm", "mano", "dispersion", "last_layer_gradient_norm", "effective_invariance")
     },
     "agreement": "share of examples on which the other models predict the same class",

@@ -26,7 +26,7 @@ from gm_probe.measures.scores import probabilities
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class EstimateRequest:
     """How to estimate: class shares (K,) or one of ``CLASS_SHARES``, the level of intervals, the seed."""
 
     choice: str = "auto"
@@ -35,7 +35,7 @@ class Request:
     seed: int = 0
 
     @classmethod
-    def of(cls, class_shares: str | Tensor | Sequence[float], level: float, seed: int) -> Request:
+    def of(cls, class_shares: str | Tensor | Sequence[float], level: float, seed: int) -> EstimateRequest:
         """Check the values.
 
         Raises:
@@ -78,7 +78,7 @@ class Request:
 
 def judge(
     evidence: Sequence[Evidence],
-    request: Request,
+    request: EstimateRequest,
     measures: Mapping[str, dict[str, Any]] | None = None,
     notes: Sequence[str] = (),
 ) -> EstimateReport:
@@ -116,7 +116,7 @@ def judge(
     return conclude(standings, measures or {}, agreement, request.level, request.seed, notes)
 
 
-def _require_comparable(evidence: Sequence[Evidence], request: Request) -> None:
+def _require_comparable(evidence: Sequence[Evidence], request: EstimateRequest) -> None:
     for one in evidence:
         if one.num_classes != evidence[0].num_classes:
             raise DataError(
@@ -168,7 +168,7 @@ def _doubts(evidence: Sequence[Evidence]) -> list[str]:
     return notes
 
 
-def _known(evidence: Sequence[Evidence], request: Request) -> list[Known | None]:
+def _known(evidence: Sequence[Evidence], request: EstimateRequest) -> list[Known | None]:
     if evidence[0].validation is None:
         return [None] * len(evidence)
     sets: list[list[Predictions]] = []  # of each labeled set, the models' predictions
@@ -194,9 +194,7 @@ def _by_labels(evidence: Evidence, few: Labeled, temperature: float, level: floa
     confidence, everywhere = (
         probabilities(found.logits, temperature).amax(1) for found in (few.predictions, evidence.unlabeled)
     )
-    found = prediction_powered(few.right, confidence, everywhere, level)
-    assumption = "the labeled images are a random sample of the unlabeled data"
-    return Accuracy(found.value, found.low, found.high, level, found.method, assumption)
+    return prediction_powered(few.right, confidence, everywhere, level)
 
 
 def _estimator(calibration: Calibration | None, score: float) -> dict[str, float | None]:

@@ -22,7 +22,7 @@ from gm_probe.analysis.intervals import (
     settings_spread,
     with_seeds,
 )
-from gm_probe.analysis.pairs import Floats, Integers, dense_ranks, pair_sums
+from gm_probe.analysis.run_pairs import Floats, Integers, dense_ranks, pair_sums
 
 
 @dataclass(frozen=True, slots=True)

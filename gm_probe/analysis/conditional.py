@@ -15,7 +15,7 @@ from itertools import combinations
 import numpy as np
 from scipy import special
 
-from gm_probe.analysis.pairs import Floats, Integers, dense_ranks, pair_sums
+from gm_probe.analysis.run_pairs import Floats, Integers, dense_ranks, pair_sums
 
 MOST_IN_PAIRS = 30
 """Up to this number of hyperparameters also sets of two are given; their number grows with the square."""

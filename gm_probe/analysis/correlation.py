@@ -33,10 +33,10 @@ from gm_probe.analysis.design import (
 )
 from gm_probe.analysis.intervals import Clusters, Quantity, clusters_of
 from gm_probe.analysis.notes import measure_notes, measure_warnings, run_notes
-from gm_probe.analysis.pairs import Floats, Integers, mid_ranks
 from gm_probe.analysis.permutation import permutation_p, permute_settings
+from gm_probe.analysis.regret import picks
 from gm_probe.analysis.results import Correlations, Key, target_label
-from gm_probe.analysis.selection import choices
+from gm_probe.analysis.run_pairs import Floats, Integers, mid_ranks
 from gm_probe.analysis.sign_error import sign_errors
 from gm_probe.errors import DataError, ResourceError
 from gm_probe.tables.runs import load_table
@@ -276,12 +276,10 @@ class _Study:
         found = {}
         for outcome, column in outcomes.items():
             better = outcome.endswith("accuracy")
-            for choice in choices(self.column(name), column, direction_of(name), larger_is_better=better):
-                note = f"a random run costs {choice.random:.4g}; of one choice no interval can be given"
-                found[Key(name, outcome, "regret", choice.end)] = Quantity(
-                    choice.regret, n=choice.n, note=note
-                )
-                found[Key(name, outcome, "regret_random")] = Quantity(choice.random, n=choice.n)
+            for pick in picks(self.column(name), column, direction_of(name), larger_is_better=better):
+                note = f"a random run costs {pick.random:.4g}; of one choice no interval can be given"
+                found[Key(name, outcome, "regret", pick.end)] = Quantity(pick.regret, n=pick.n, note=note)
+                found[Key(name, outcome, "regret_random")] = Quantity(pick.random, n=pick.n)
         return found
 
     def partial(self, name: str, target: str, control: str, column: Floats | str) -> Quantity:

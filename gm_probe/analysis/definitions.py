@@ -1,37 +1,24 @@
 """What each measure and each statistic of a report is, in words: the page must explain itself."""
 
-from gm_probe.runs.catalogue import CATALOGUE
+from gm_probe.measures.catalogue import MEASURES, PAIR_MEASURES
 
-PAIRWISE = {
-    "disagreement": ("disagreement", "fraction of examples that two models classify differently"),
-    "conditional_inconsistency": (
-        "C_θ",
-        "mean over pairs of models trained on the same set of mean KL(f_θ ‖ f_θ')",
-    ),
-    "inconsistency": ("C_P", "C_θ averaged over training sets (Johnson and Zhang 2023)"),
-    "instability": (
-        "S_P",
-        "mean KL between the mean predictions of models trained on different training sets",
-    ),
-}
-"""Measures of pairs of models, which the catalogue of single ones lacks."""
-MEASURES = {
+DEFINITIONS = {
     name: (one.symbol, f"{one.description}; {'' if one.needs_labels else 'no '}labels needed")
-    for name, one in CATALOGUE.items()
-} | PAIRWISE
+    for name, one in MEASURES.items()
+} | PAIR_MEASURES
 """The symbol and the definition of each measure that is known."""
 
 
 def symbol(name: str) -> str:
     """Return the symbol of a measure, or its name where it has none."""
-    return MEASURES[name][0] if name in MEASURES else name
+    return DEFINITIONS[name][0] if name in DEFINITIONS else name
 
 
 def direction_of(name: str) -> str | None:
     """Return what a larger value of a measure is expected to go with; None where nothing is known."""
-    if name in PAIRWISE:
+    if name in PAIR_MEASURES:
         return "worse"
-    return CATALOGUE[name].direction if name in CATALOGUE else None
+    return MEASURES[name].direction if name in MEASURES else None
 
 
 STATISTICS = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from gm_probe.analysis.pairs import Floats, Integers
+from gm_probe.analysis.run_pairs import Floats, Integers
 from gm_probe.tables.table import ACCURACIES, BOOKKEEPING, SEED, RunTable, require_known, show
 
 Cells = tuple[Integers, Integers]

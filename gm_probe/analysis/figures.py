@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gm_probe.analysis.curves import curve
-from gm_probe.analysis.definitions import MEASURES
+from gm_probe.analysis.definitions import DEFINITIONS
 from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.plots import (
     COLOURS,
@@ -241,7 +241,7 @@ def _by_epoch(axes: Axes, ylabel: str) -> None:
 
 def short_label(name: str, lines: int = 2) -> str:
     """Return a measure's symbol for a tick, or another name in at most so many ``lines``."""
-    if name in MEASURES:
+    if name in DEFINITIONS:
         return math_symbol(name)
     found = wrapped(name, LINE)
     return ("\n".join(found[:lines]) + "…" * (len(found) > lines)).replace("$", r"\$")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special  # not scipy.stats, which takes half a second to import
 
-from gm_probe.analysis.pairs import Floats, Integers, dense_ranks, mid_ranks
+from gm_probe.analysis.run_pairs import Floats, Integers, dense_ranks, mid_ranks
 
 LEVEL = 0.95
 LEAST_UNITS = 5

@@ -7,7 +7,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from gm_probe.analysis.plots import COLOURS, STYLE, new_figure
-from gm_probe.runs.catalogue import CATALOGUE
+from gm_probe.measures.catalogue import MEASURES
 
 
 @mpl.rc_context(STYLE)
@@ -24,7 +24,7 @@ def layer_bars(layers: Sequence[Mapping[str, Any]], *, checkpoint: str, num_exam
         values = [row["value"] or 0.0 for row in rows]
         errors = [row["stderr"] or 0.0 for row in rows]
         axes.barh(places, values, xerr=errors, color=COLOURS[column % len(COLOURS)])
-        axes.set_title(CATALOGUE[name].symbol, loc="left")
+        axes.set_title(MEASURES[name].symbol, loc="left")
         axes.set_yticks(places, [row["layer"] for row in known] if column == 0 else [])
         axes.invert_yaxis()
     return figure

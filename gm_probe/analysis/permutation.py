@@ -3,7 +3,7 @@
 import numpy as np
 
 from gm_probe.analysis.intervals import Clusters
-from gm_probe.analysis.pairs import Floats, Integers
+from gm_probe.analysis.run_pairs import Floats, Integers
 
 PERMUTATIONS = 2000
 MOST_DRAWS = 4 * 10**6

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gm_probe.analysis.definitions import MEASURES
+from gm_probe.analysis.definitions import DEFINITIONS
 from gm_probe.analysis.design import target_column
 from gm_probe.analysis.results import Correlations, Quantity
 from gm_probe.files.atomic import write_atomic
@@ -226,14 +226,14 @@ def measure_label(table: RunTable, measure: str) -> str:
     """Return the symbol of ``measure`` for an axis, and whose labels it was taken with."""
     kind = table.labels.get(measure)
     labels = f" ({kind} labels)" if kind else ""
-    if measure in MEASURES:
+    if measure in DEFINITIONS:
         return math_symbol(measure) + labels
     return "\n".join(wrapped(measure + labels, 30)).replace("$", r"\$")
 
 
 def math_symbol(measure: str) -> str:
     """Return the symbol of a known measure with its subscripts as matplotlib sets them: λ_max(F) as $λ_{max}$(F)."""
-    return re.sub(r"(\w)_(\w+)", r"$\1_{\\mathrm{\2}}$", MEASURES[measure][0])
+    return re.sub(r"(\w)_(\w+)", r"$\1_{\\mathrm{\2}}$", DEFINITIONS[measure][0])
 
 
 def wrapped(text: str, width: int) -> list[str]:

@@ -130,8 +130,8 @@ def exclusions_sheet(table: RunTable) -> Sheet:
 
 def definition_sheets(measures: Iterable[str]) -> tuple[Sheet, ...]:
     """Return the measures that are known, and all statistics, in words."""
-    known = [(name, *definitions.MEASURES[name]) for name in measures if name in definitions.MEASURES]
-    foreign = [name for name in measures if name not in definitions.MEASURES]
+    known = [(name, *definitions.DEFINITIONS[name]) for name in measures if name in definitions.DEFINITIONS]
+    foreign = [name for name in measures if name not in definitions.DEFINITIONS]
     caption = "f_θ: the network's output probabilities at parameters θ (P of them); z: its logits."
     if foreign:
         caption += f" Defined by the author of the table: {', '.join(foreign)}."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gm_probe.analysis.design import Cells
-from gm_probe.analysis.pairs import Floats, Integers, dense_ranks
+from gm_probe.analysis.run_pairs import Floats, Integers, dense_ranks
 
 LEAST_SIZE = 12
 MOST_PAIRS = 2 * 10**6

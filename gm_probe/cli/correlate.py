@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gm_probe.cli.correlate_output import as_json, as_rows, print_answer, print_details, warnings
 from gm_probe.cli.options import format_options
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console, print_as
 from gm_probe.cli.param_types import PATH, split
-from gm_probe.cli.selection import TableOptions, groups_of, require_defined, table_options
-from gm_probe.cli.statistics import as_json, as_rows, print_answer, print_details, warnings
+from gm_probe.cli.table_options import TableOptions, groups_of, require_defined, table_options
 from gm_probe.errors import UsageError
 from gm_probe.tables.sources import beside, require_source
 

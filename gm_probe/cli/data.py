@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gm_probe.cli.output import note_reading, notes_console
 from gm_probe.cli.param_types import floats
-from gm_probe.cli.settings import taken
-from gm_probe.data.reading import Reading
-from gm_probe.data.sources import require_source
+from gm_probe.cli.settings import pop_settings
+from gm_probe.data.image_reading import ImageReading
+from gm_probe.data.names import require_data_name
 from gm_probe.errors import DataError, UsageError
 from gm_probe.models.names import require_model_name
-from gm_probe.runtime.device_names import require_device_name
+from gm_probe.runtime.names import require_device_name
 from gm_probe.setting import setting, validate
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gm_probe.data.batches import Normalization
     from gm_probe.data.datasets import Examples
     from gm_probe.models.door import Kind
-    from gm_probe.training.leave import Leave
+    from gm_probe.training.permissions import Permissions
 
 DATA, CHECKPOINT, MACHINE = "Data", "Checkpoint", "Machine and precision"
 
@@ -160,7 +160,7 @@ class DataOptions:
     @classmethod
     def of(cls, options: dict[str, Any]) -> DataOptions:
         """Take them out of a command's ``options``."""
-        return cls(**taken(cls, options))
+        return cls(**pop_settings(cls, options))
 
     def require_use(self, source: str | None) -> None:
         """Raise UsageError where an option is given that does not go with the data that is measured over.
@@ -179,12 +179,12 @@ class DataOptions:
                 "--labeled. Give one of them"
             )
         self._pixels()
-        Reading(**self.reading())  # its constructor checks them
+        ImageReading(**self.reading())  # its constructor checks them
         require_device_name(self.device)
         for name in filter(None, self.model_names):
             require_model_name(name)
         for name in filter(None, (source, self.data)):
-            require_source(name, here=True)
+            require_data_name(name, here=True)
 
     def reading(self) -> dict[str, int | None]:
         """Return how a folder's images are read: keywords of ``open_source``."""
@@ -237,11 +237,11 @@ class DataOptions:
             **environment(pick_device(self.device)),
         }
 
-    def leave(self) -> Leave:
+    def permissions(self) -> Permissions:
         """Return where a run's own data may be looked for."""
-        from gm_probe.training.leave import Leave
+        from gm_probe.training.permissions import Permissions
 
-        return Leave(self.data_root, self.download, self.data)
+        return Permissions(self.data_root, self.download, self.data)
 
     def loading(self) -> dict[str, Any]:
         """Return the keywords of ``open_checkpoint``; sets the threads and the allocator of this process."""

@@ -26,11 +26,11 @@ from gm_probe.cli.output import (
 from gm_probe.cli.param_types import PATH, SEED, split
 from gm_probe.cli.progress import progress_bar
 from gm_probe.cli.settings import GroupedCommand, config_option, setting_options
-from gm_probe.data.sources import require_source
+from gm_probe.data.names import require_data_name
 from gm_probe.errors import CheckpointError, DataError, DivergedError, UsageError
-from gm_probe.measures.catalogue import check_names, expanded
-from gm_probe.measuring.trained import checkpoints_in
-from gm_probe.runs.catalogue import CATALOGUE
+from gm_probe.measures.catalogue import MEASURES
+from gm_probe.measures.names import check_names, expanded
+from gm_probe.measuring.trained_runs import checkpoints_in
 
 if TYPE_CHECKING:
     from gm_probe.accuracy.evidence import Evidence
@@ -130,9 +130,9 @@ def estimate(
     names, paths = _asked(data, checkpoints, [unlabeled, validation, few_labels], measures)
     shares = _shares(class_shares)
     from gm_probe.accuracy.sets import examine
-    from gm_probe.accuracy.verdict import Request, judge
+    from gm_probe.accuracy.verdict import EstimateRequest, judge
 
-    request = Request.of(shares, level, seed)
+    request = EstimateRequest.of(shares, level, seed)
     loading = data.loading() | {"head": head}
     opened = opened_aloud(data, unlabeled, False, quiet)[0]
     target = opened.subset(data.max_examples, seed)
@@ -170,7 +170,7 @@ def _asked(
         if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint")
     for source in filter(None, sources[1:]):
-        require_source(source, here=True)
+        require_data_name(source, here=True)
     names = expanded(split(measures), labeled=False, validation=sources[1] is not None)
     check_names(names, labeled=False)
     return names, list(checkpoints_in(checkpoints))
@@ -313,7 +313,7 @@ def _row(
     for name in shown:
         row = model.measures[name]
         error = row["stderr_examples"] if row["stderr"] is None else row["stderr"]
-        yield CATALOGUE[name].symbol, f"{number(row['value'])} ± {number(error, 2)}"
+        yield MEASURES[name].symbol, f"{number(row['value'])} ± {number(error, 2)}"
 
 
 def _good(estimators: Mapping[str, Mapping[str, float | None]]) -> list[float]:

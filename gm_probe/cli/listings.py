@@ -58,14 +58,15 @@ def recipes(as_json: bool) -> None:
 @json_option
 def measures(as_json: bool) -> None:
     """List the measures: definition, whether labels are needed, cost, and what a larger value means."""
-    from gm_probe.runs.catalogue import CATALOGUE
+    from gm_probe.measures.catalogue import MEASURES
 
     if as_json:
-        print_json([{"name": name} | asdict(m) for name, m in CATALOGUE.items()])
+        known = [{"name": name} | asdict(m) for name, m in MEASURES.items()]
+        print_json([{key: value for key, value in row.items() if key != "home"} for row in known])
         return
     console = results_console()
     if console.width < NARROW:
-        for name, m in CATALOGUE.items():
+        for name, m in MEASURES.items():
             labels = ", needs labels" if m.needs_labels else ""
             larger = f", larger is {m.direction}" if m.direction else ""
             say(console, f"{name} ({m.group}): {m.symbol}, cost {number(m.cost, 3)}{larger}{labels}")
@@ -76,7 +77,7 @@ def measures(as_json: bool) -> None:
                 *(name, m.group, m.symbol, "yes" if m.needs_labels else "no", number(m.cost, 3)),
                 *(m.direction or "—", m.description),
             ]
-            for name, m in CATALOGUE.items()
+            for name, m in MEASURES.items()
         ]
         _print(["measure", "group", "symbol", "labels", "cost", "larger is", "definition"], rows)
     say(console, "larger is: whether a larger value is expected to go with better or worse generalization")

@@ -15,14 +15,14 @@ import click
 from gm_probe.cli.data import DataOptions, opened_aloud
 from gm_probe.cli.executors import ExecutorOptions, executor_options
 from gm_probe.cli.measure_many import measure_all, opened_once
+from gm_probe.cli.measure_relevance import CONVERGED, idle, quadrature, require_use_of_grids
 from gm_probe.cli.options import format_options, head_option, unlabeled_option
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
 from gm_probe.cli.param_types import PATH, num_bytes, split
-from gm_probe.cli.relevance import CONVERGED, idle, quadrature, require_use_of_grids
-from gm_probe.cli.settings import ADVANCED, GroupedCommand, config_option, setting_options, taken
-from gm_probe.data.sources import require_source
+from gm_probe.cli.settings import ADVANCED, GroupedCommand, config_option, pop_settings, setting_options
+from gm_probe.data.names import require_data_name
 from gm_probe.errors import CheckpointError, UsageError
-from gm_probe.measures.catalogue import BLOCKS, check_names, default_measures, expanded
+from gm_probe.measures.names import BLOCKS, check_names, default_measures, expanded
 from gm_probe.measures.settings import Protocol, Settings
 from gm_probe.setting import setting, validate
 
@@ -127,7 +127,7 @@ class MeasureOptions:
         if self.save and (self.by_layer or self.validation is not None):
             raise UsageError("--save keeps no values per layer or by --validation; leave one of them out")
         if self.validation is not None:
-            require_source(self.validation, here=True)
+            require_data_name(self.validation, here=True)
 
     def require_figures(self, num_checkpoints: int) -> None:
         """Raise UsageError where a file is of no format for figures, or is asked for of several checkpoints."""
@@ -172,10 +172,10 @@ class _Task:
         Raises:
             UsageError, DataError: an option that is wrong by itself or beside another.
         """
-        wanted = MeasureOptions(**taken(MeasureOptions, options))
+        wanted = MeasureOptions(**pop_settings(MeasureOptions, options))
         wanted.require_consistent(unlabeled, head)
         protocol: Protocol = "converged" if wanted.protocol == "converged" else "paper"
-        settings = Settings(**taken(Settings, options), protocol=protocol)
+        settings = Settings(**pop_settings(Settings, options), protocol=protocol)
         chosen = wanted.chosen(head)
         require_use_of_grids(chosen, settings)
         memory = None if wanted.memory is None else num_bytes("--memory", wanted.memory)
@@ -225,19 +225,19 @@ class _Task:
         self, loading: dict[str, Any], own_loading: Mapping[Path, Mapping[str, Any]], quiet: bool
     ) -> Request:
         """Return the request; the data that it names is opened, and what is to be known of it is said."""
-        from gm_probe.measuring.checkpoint import How
         from gm_probe.measuring.many import Request
+        from gm_probe.measuring.setup import Setup
         from gm_probe.training.run_splits import OWN_UNLABELED, own_unlabeled
 
         data, source = self.data, self.source
         scope: dict[str, Any] = {"part": OWN_UNLABELED, "max_examples": data.max_examples}
-        examples = partial(own_unlabeled, leave=data.leave())
+        examples = partial(own_unlabeled, permissions=data.permissions())
         if source is not None:
             opened, scope["part"] = opened_aloud(data, source, self.labeled, quiet)
             scope |= {"data": opened.source, "labeled": self.labeled, **data.reading()}
             examples = partial(opened_once, data, source, self.labeled)
-        how = How(self.settings, scope, loading, own_loading)
-        return Request(self.names, examples, how, self.wanted.save, _given(click.get_current_context()))
+        setup = Setup(self.settings, scope, loading, own_loading)
+        return Request(self.names, examples, setup, self.wanted.save, _given(click.get_current_context()))
 
 
 @click.command(
@@ -329,7 +329,7 @@ def _checkpoints(
         CheckpointError: one does not exist.
         UsageError: one has no data of its own, and no other is given; or one that is to be saved into is no folder.
     """
-    from gm_probe.measuring.trained import checkpoints_in, last_finished
+    from gm_probe.measuring.trained_runs import checkpoints_in, last_finished
     from gm_probe.runs.records import CONFIG, RUNS
 
     if not given:

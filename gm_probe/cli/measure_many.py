@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import click
 
 from gm_probe.cli.data import DataOptions, opened
-from gm_probe.cli.figures import as_rows, print_results, warn
 from gm_probe.cli.live import ended_line, live_view
+from gm_probe.cli.measure_output import as_rows, print_results, warn
 from gm_probe.cli.output import note, notes_console, print_as
 from gm_probe.cli.progress import progress_bar
 from gm_probe.errors import ProbeError
-from gm_probe.measures.catalogue import Outlook
+from gm_probe.measures.costs import Outlook
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -133,7 +133,7 @@ def _examples(
         from gm_probe.sweep.data_identity import common_unlabeled
         from gm_probe.training.run_splits import OWN_UNLABELED
 
-        return common_unlabeled(paths, data.leave()), OWN_UNLABELED
+        return common_unlabeled(paths, data.permissions()), OWN_UNLABELED
     examples, used_part, hint = data.open(unlabeled, labeled=False)
     notes += [*([hint] if hint else []), *examples.notes]
     note_reading(notes_console(quiet), (), examples.skipped)
@@ -244,7 +244,7 @@ def _show(result: dict[str, Any], output: str | None, quiet: bool) -> None:
 
 def _print_result(result: dict[str, Any]) -> None:
     """Print the numbers on stdout, and below them how to read them."""
-    from gm_probe.measures.pairwise import PAIR_MEASURES
+    from gm_probe.measures.catalogue import PAIR_MEASURES
 
     console = results_console()
     # the numbers' columns and the frame take 48; symbols replace names that do not fit beside them

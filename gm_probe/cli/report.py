@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from gm_probe.cli.options import quiet_option
 from gm_probe.cli.output import FIGURE_SUFFIXES, note, notes_console
 from gm_probe.cli.param_types import PATH, split
-from gm_probe.cli.selection import TableOptions, groups_of, require_defined, table_options
+from gm_probe.cli.table_options import TableOptions, groups_of, require_defined, table_options
 from gm_probe.errors import UsageError
 from gm_probe.tables.sources import beside, require_source
 

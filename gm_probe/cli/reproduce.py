@@ -18,7 +18,7 @@ from gm_probe.cli.options import (
 from gm_probe.cli.output import note, notes_console, print_json, results_console, table
 from gm_probe.cli.param_types import PATH, Choice
 from gm_probe.errors import UsageError
-from gm_probe.reproduce.catalogue import SCALES, recipe, recipes
+from gm_probe.reproduce.catalogue import SCALES, paper_recipe, paper_recipes
 
 
 @click.command(epilog="Example:  gmprobe reproduce fig6 --scale smoke")
@@ -73,7 +73,7 @@ def reproduce(
         return
     if name is None:
         raise UsageError("give NAME, or use --list to see all names")
-    chosen = recipe(name)
+    chosen = paper_recipe(name)
     scale = scale or chosen.default
     chosen.at(scale)
     from gm_probe.reproduce.finding import Task
@@ -98,7 +98,7 @@ def reproduce(
 
 
 def _list(as_json: bool) -> None:
-    found = recipes()
+    found = paper_recipes()
     if as_json:
         print_json(
             [

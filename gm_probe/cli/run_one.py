@@ -40,12 +40,12 @@ def run_one(
     recipe = only(read_sweep(folder), run)
     # imported late: an error in the name must not wait for torch
     from gm_probe.sweep.runner import run_recipe
-    from gm_probe.training.leave import asked, refuse
+    from gm_probe.training.permissions import refuse, restricted
 
     config = recipe.runs[run]
     given = {"model": models, "data_root": data_roots, "device": devices}
     refuse(
-        {name: value for name, value in asked(config).items() if value not in given.get(name, value)},
+        {name: value for name, value in restricted(config).items() if value not in given.get(name, value)},
         folder / run,
     )
     recipe.runs[run] = config.replace(download=download)

@@ -160,7 +160,7 @@ def _takes_several(command: click.Command, name: str) -> bool:
     return any(p.name == name and (getattr(p, "multiple", False) or p.nargs != 1) for p in command.params)
 
 
-def taken(settings: type, options: dict[str, Any]) -> dict[str, Any]:
+def pop_settings(settings: type, options: dict[str, Any]) -> dict[str, Any]:
     """Take the fields of ``settings`` out of a command's ``options``; what was not given is left out.
 
     Where an option took several values for one number, the first is the number and the others its ``grid``.

@@ -123,7 +123,7 @@ def run_with_progress(
 
 def _print_job_array(recipe: Recipe, out: Path, cpus: int) -> None:
     from gm_probe.sweep.runner import is_complete
-    from gm_probe.training.leave import as_options
+    from gm_probe.training.permissions import as_options
 
     left = [name for name in recipe.runs if not is_complete(out / name, recipe.plan)]
     if not left:
@@ -148,14 +148,14 @@ def _print_job_array(recipe: Recipe, out: Path, cpus: int) -> None:
 
 
 def _dry_run(recipe: Recipe, out: Path, jobs: int, retry_failed: bool, as_json: bool) -> None:
-    from gm_probe.sweep.estimate import estimates
+    from gm_probe.sweep.cost import run_costs
     from gm_probe.sweep.runner import failed_before, is_complete
 
     done = {name: "complete" for name in recipe.runs if is_complete(out / name, recipe.plan)}
     if not retry_failed:
         done |= {name: "failed" for name in recipe.runs if name not in done and failed_before(out / name)}
     left = {name: config for name, config in recipe.runs.items() if name not in done}
-    costs = dict(zip(left, estimates(left.values(), recipe.plan), strict=True))
+    costs = dict(zip(left, run_costs(left.values(), recipe.plan), strict=True))
     seconds = sum(cost.seconds for cost in costs.values())
     passing = sorted((cost.passing_disk for cost in costs.values()), reverse=True)
     disk = sum(cost.disk for cost in costs.values()) + sum(passing[:jobs])

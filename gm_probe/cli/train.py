@@ -89,7 +89,7 @@ def train(
 
     Several GPUs or machines share a run:  torchrun --nproc-per-node N -m gm_probe train ...
     """
-    from gm_probe.data.sources import require_source
+    from gm_probe.data.names import require_data_name
     from gm_probe.runs.records import RUNS
     from gm_probe.sweep.recipe import require_names, run_name
 
@@ -103,7 +103,7 @@ def train(
         settings = _of_run(out, given, console)
     config = TrainConfig.from_dict(settings)
     if "data" in given:
-        require_source(config.data, here=True)
+        require_data_name(config.data, here=True)
     require_names([config])
     if "data" not in settings:
         note(console, "no --data given: training on the bundled handwritten digits (1,797 images of 8×8)")
@@ -176,13 +176,13 @@ def _notify(bar: Bar, events: Events | None, epochs: int, row: dict[str, Any]) -
 def _of_run(out: Path, given: Mapping[str, Any], console: Console) -> dict[str, Any]:
     """Return the settings of the run to resume, which knows its own, and those ``given`` in their place."""
     from gm_probe.runs.records import CONFIG, read_run
-    from gm_probe.training.leave import asked, refuse
+    from gm_probe.training.permissions import refuse, restricted
 
     if not (out / CONFIG).exists():
         note(console, f"{out} holds no run to resume; starting a new one")
         return dict(given)
     recorded = TrainConfig.from_record(read_run(out).config)
-    refuse({name: value for name, value in asked(recorded).items() if name not in given}, out)
+    refuse({name: value for name, value in restricted(recorded).items() if name not in given}, out)
     return {**recorded.as_dict(), "download": False, **given}
 
 
@@ -194,10 +194,10 @@ def _of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         StorageError: the file cannot be read.
     """
     from gm_probe.files.atomic import read_toml
-    from gm_probe.training.leave import asked, refuse
+    from gm_probe.training.permissions import refuse, restricted
 
     found = {name: value for name, value in read_toml(path).items() if name != "environment"}
-    lacking = asked(TrainConfig.from_dict(found))
+    lacking = restricted(TrainConfig.from_dict(found))
     refuse({name: value for name, value in lacking.items() if name not in given}, path)
     return {**found, "download": False, **given}
 

@@ -132,7 +132,7 @@ def _search(
     dry_run: bool,
 ) -> tuple[TrainConfig, dict[str, tuple[float, ...]]]:
     """Return the configuration, and the values of ρ and β to try: with ``trials`` two bounds each."""
-    from gm_probe.data.sources import require_source
+    from gm_probe.data.names import require_data_name
     from gm_probe.sweep.recipe import require_names
 
     settings = {key: value for key, value in given.items() if value is not None}
@@ -142,7 +142,7 @@ def _search(
     if trials and dry_run:
         raise UsageError("--dry-run cannot know the points that --trials will choose")
     if "data" in settings:
-        require_source(config.data, here=True)
+        require_data_name(config.data, here=True)
     require_names([config])
     from gm_probe.sweep import tuning  # imported late: an error in an option must not wait for torch
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gm_probe.curvature.custom_functions import written
 from gm_probe.curvature.derivatives import gradients
-from gm_probe.curvature.nestable import NESTABLE, Substituting
-from gm_probe.curvature.written import written
+from gm_probe.curvature.replacements import NESTABLE, Substituting
 from gm_probe.data.fields import Inputs
 from gm_probe.errors import first_line, of_machine
 from gm_probe.models.parameters import Parameters, as_measured

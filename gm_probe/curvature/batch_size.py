@@ -15,8 +15,6 @@ from gm_probe.runtime.devices import budget
 
 PRODUCT = 7
 """Memory of a product, relative to what a gradient pass keeps: 3.4 to 5.6 by forward over reverse, nested jvps 6.5."""
-TRIAL = 16
-"""Number of examples on which a model's derivatives are tried."""
 
 
 def bytes_an_example(model: nn.Module, x: Inputs, outputs: Outputs | None = None) -> float:
@@ -48,7 +46,7 @@ def bytes_an_example(model: nn.Module, x: Inputs, outputs: Outputs | None = None
     return sum(saved.values()) / len(x)
 
 
-def within(
+def batches_within(
     memory: float | None, model: nn.Module, batches: Batches, outputs: Outputs | None = None
 ) -> Batches:
     """Return ``batches`` of the size whose products take about ``memory`` bytes (None = ``devices.budget``).

@@ -21,6 +21,8 @@ Product = Callable[[Tensor, Inputs, Tensor], Tensor]
 """direction (P,), input (B, ...), data (B, ...) ↦ a product (P,) or the examples' terms (B,)"""
 Arguments = tuple[Tensor, Inputs, Tensor]
 
+TRIAL = 16
+"""Number of examples on which a model's derivatives are tried."""
 REMEDY = "replace that layer, or choose measures without it by --measures"
 
 

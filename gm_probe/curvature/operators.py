@@ -13,8 +13,8 @@ from torch.func import jvp
 from torch.nn import functional
 
 from gm_probe.curvature.batch_norm import batch_norm
-from gm_probe.curvature.batch_size import TRIAL
 from gm_probe.curvature.derivatives import (
+    TRIAL,
     Arguments,
     JacobianProduct,
     Product,
@@ -24,12 +24,12 @@ from gm_probe.curvature.derivatives import (
     gradients,
     require_terms,
 )
-from gm_probe.curvature.nestable import NESTABLE, Substituting
+from gm_probe.curvature.replacements import NESTABLE, Substituting
 from gm_probe.curvature.second_derivatives import require_second_derivative
 from gm_probe.data.batches import Batches, cut
 from gm_probe.data.fields import Inputs, ordinary
 from gm_probe.errors import UsageError
-from gm_probe.inconsistency.kl import over_rows
+from gm_probe.inconsistency.kl import sum_over_labels
 from gm_probe.linalg.operator import Operator
 from gm_probe.linalg.work import (
     GRADIENT,
@@ -118,7 +118,7 @@ class _Jacobian:
 
     def fisher_terms(self, v: Tensor, x: Inputs, p: Tensor) -> Tensor:
         """Return (B,) vᵀF_x v, the variance under ``p`` (B, ..., C) of the change of the logits."""
-        return over_rows((p * _centred(self.jvp(x, v), p).square()).sum(-1))
+        return sum_over_labels((p * _centred(self.jvp(x, v), p).square()).sum(-1))
 
     def jvp(self, x: Inputs, v: Tensor) -> Tensor:
         """Return J v (B, ..., C) for ``v`` (P,), by forward mode wherever the model has it."""
@@ -216,7 +216,7 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     highest = logits.gather(-1, likeliest)
     others = logits.gather(-1, _all_but(likeliest, logits.shape[-1]))
     each = (highest - logits.gather(-1, y[..., None]))[..., 0] + (others - highest).exp().sum(-1).log1p()
-    return over_rows(each)
+    return sum_over_labels(each)
 
 
 def _all_but(classes: Tensor, count: int) -> Tensor:
@@ -243,7 +243,7 @@ def residual(
     slopes = slopes.scatter(-1, labels[..., None], -rest)
 
     def contracted(z: Tensor, slope: Tensor) -> Tensor:  # (B,)
-        return over_rows((z * slope.to(z.dtype)).sum(-1))
+        return sum_over_labels((z * slope.to(z.dtype)).sum(-1))
 
     return _curvature(parameters, batches, contracted, slopes, work)
 

@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from gm_probe.curvature.custom_functions import located
 from gm_probe.curvature.derivatives import REMEDY, Arguments, Product, gradients, refusals_noted
-from gm_probe.curvature.written import located
 from gm_probe.data.fields import Inputs
 from gm_probe.errors import DerivativeError, first_line
 from gm_probe.models.parameters import Parameters

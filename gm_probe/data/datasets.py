@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from gm_probe.data.folders import PassedOver, class_folders, entries, images_below
+from gm_probe.data.image_reading import ImageReading
 from gm_probe.data.images import ImageFiles, blocks, contents, sound
 from gm_probe.data.labels import as_labels
-from gm_probe.data.reading import Reading
-from gm_probe.data.sources import DATASETS, default_data_root, no_source
+from gm_probe.data.names import DATASETS, default_data_root, unknown_data
 from gm_probe.errors import CheckpointError, DataError, UsageError, first_line
 from gm_probe.files.pickles import load_torch
 from gm_probe.files.regular import open_to_read
@@ -227,7 +227,7 @@ def open_source(
     Args:
         root: where torchvision's data sets are kept (default ``~/.cache/gm_probe``).
         download: let torchvision download what is missing.
-        channels: convert a folder's images to so many channels; see ``data.images.Reading``.
+        channels: convert a folder's images to so many channels; see ``data.image_reading.ImageReading``.
         image_size: resize a folder's images to this many pixels a side.
         resize: make the shorter side of a folder's images this long.
         crop: then cut out so many central pixels a side.
@@ -240,9 +240,9 @@ def open_source(
         UsageError: ``name`` is neither a path nor a known data set, or images of no folder are to be converted.
     """
     path = Path(name)
-    reading = Reading(channels, image_size, resize, crop)
+    reading = ImageReading(channels, image_size, resize, crop)
     known = name == "digits" or name in DATASETS
-    if (reading != Reading() or skip_bad) and (known or path.is_file()):
+    if (reading != ImageReading() or skip_bad) and (known or path.is_file()):
         raise UsageError(
             f"{name} is not an image folder, and --image-size, --resize, --crop, --channels and --skip-bad "
             "apply to image folders only. Leave them out"
@@ -258,11 +258,11 @@ def open_source(
     elif path.is_file():
         source = Source(_array_file(path), None)
     else:
-        raise no_source(name)
+        raise unknown_data(name)
     return source if labeled else source.unlabeled()
 
 
-def _folder_source(path: Path, labeled: bool, reading: Reading, skip_bad: bool) -> Source:
+def _folder_source(path: Path, labeled: bool, reading: ImageReading, skip_bad: bool) -> Source:
     """Return the two parts of a folder that has such, or all of it; its images are still in their files."""
     read = partial(_folder, labeled=labeled, reading=reading, skip_bad=skip_bad)
     train = path / "train"
@@ -418,7 +418,12 @@ def _check_packed(path: Path, file: BinaryIO) -> None:
 
 
 def _folder(
-    path: Path, *, labeled: bool, reading: Reading, skip_bad: bool, beside: Mapping[str, int] | None = None
+    path: Path,
+    *,
+    labeled: bool,
+    reading: ImageReading,
+    skip_bad: bool,
+    beside: Mapping[str, int] | None = None,
 ) -> Examples:
     """Return the images of ``path``, still in their files; ``beside`` counts what was passed over outside of it."""
     passed = PassedOver(beside or {})
@@ -448,7 +453,7 @@ def _folder(
     return Examples(images, labels, names, str(path), tuple(skipped), dict(passed), notes)
 
 
-def _notes(path: Path, passed: PassedOver, distorted: str | None, reading: Reading) -> tuple[str, ...]:
+def _notes(path: Path, passed: PassedOver, distorted: str | None, reading: ImageReading) -> tuple[str, ...]:
     notes = [f"{path}: these entries were skipped: {passed}"] if passed else []
     if distorted:
         size = reading.image_size

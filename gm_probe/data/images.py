@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gm_probe.data.decoded import Decoded
 from gm_probe.data.fields import Fields, tensors_of
-from gm_probe.data.reading import MAX_PIXELS, Reading
+from gm_probe.data.image_reading import MAX_PIXELS, ImageReading
 from gm_probe.errors import DataError, first_line
 
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000")
@@ -80,9 +80,9 @@ class ImageFiles:
 
     dtype = torch.uint8
 
-    def __init__(self, files: Sequence[Path], reading: Reading | None = None) -> None:
+    def __init__(self, files: Sequence[Path], reading: ImageReading | None = None) -> None:
         self.files = tuple(files)
-        reading = reading or Reading()
+        reading = reading or ImageReading()
         seen = _evenly(self.files, HEADERS)
         read = _in_threads(_header_or_none, seen)
         headers = [(file, header) for file, header in zip(seen, read, strict=True) if header is not None]
@@ -219,7 +219,7 @@ def _require_full_range(files: Sequence[Path]) -> None:
     peaks = []
     for file in _evenly(files, DEEP):
         try:
-            peaks.append(int(decode(file, Reading()).max()))
+            peaks.append(int(decode(file, ImageReading()).max()))
         except DataError:  # it is named when it is taken
             continue
         if peaks[-1] >= 64:  # the upper eight bits are used
@@ -237,7 +237,7 @@ def sound(files: Sequence[Path]) -> tuple[list[int], list[str]]:
 
     def problem(file: Path) -> str | None:
         try:
-            decode(file, Reading())
+            decode(file, ImageReading())
         except DataError as error:
             return str(error)
         return None
@@ -295,7 +295,7 @@ def _header_or_none(file: Path) -> Header | None:
         return None
 
 
-def decode(file: Path, reading: Reading) -> np.ndarray:
+def decode(file: Path, reading: ImageReading) -> np.ndarray:
     """Return (H, W) grey or (H, W, 3) RGB uint8.
 
     Raises:

@@ -43,7 +43,7 @@ def _array(y: Any, name: str) -> np.ndarray:
     return array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
 
 
-def fitting(y: Tensor, logits: Tensor, source: str) -> Tensor:
+def fitting_labels(y: Tensor, logits: Tensor, source: str) -> Tensor:
     """Return labels (n,) of logits (n, C), or (n, L) of logits (n, L, 2) of yes-or-no labels.
 
     Args:

@@ -37,10 +37,10 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     near = weighted.amax(-1) <= _LARGE
     # each branch sees only harmless values, otherwise the unused one would put NaN into the gradient
     terms = torch.where(t <= 1, p * _excess(t), weighted.clamp(max=_LARGE).exp() - p * (1 + t))
-    return over_rows(torch.where(near, torch.log1p(terms.sum(-1)), torch.logsumexp(weighted, dim=-1)))
+    return sum_over_labels(torch.where(near, torch.log1p(terms.sum(-1)), torch.logsumexp(weighted, dim=-1)))
 
 
-def over_rows(values: Tensor) -> Tensor:
+def sum_over_labels(values: Tensor) -> Tensor:
     """Return values (B,) as they are, and the sums (B,) of values (B, L) of L independent labels."""
     return values if values.dim() == 1 else values.flatten(1).sum(1)
 

@@ -1,177 +1,150 @@
-"""Which measures are computed, and what they will cost. This file does not import torch, which takes seconds."""
+"""The table of measures: what each needs, costs and means, and the function that computes it. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
 
-from gm_probe.errors import DataError, UsageError, did_you_mean
-from gm_probe.measures.settings import Settings
-from gm_probe.runs.catalogue import CATALOGUE
+if TYPE_CHECKING:
+    from gm_probe.measures.context import MeasurementContext
+    from gm_probe.measures.estimates import Estimate
 
-DEFAULT_MEASURES = (
-    "local_inconsistency",
-    "fisher_lambda_max",
-    "fisher_trace",
-    "hessian_lambda_max",
-    "hessian_trace",
-    "error",
-    "cross_entropy",
-)
+Direction = Literal["better", "worse"]
 
-BLOCKS = ("fisher_trace", "fisher_lambda_max", "hessian_trace", "hessian_lambda_max")
-"""The measures of each layer alone."""
 
-NEED_VALIDATION = ("atc", "doc", "cot")
-"""The measures that need a labeled validation set."""
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One row of ``MEASURES``.
 
-SEPARATE = {
-    "error": "counts classes",
-    "input_jacobian_norm": "differentiates an output by its own input",
-    "flip_rate": "counts classes",
-    "crop_rate": "counts classes",
-    "local_inconsistency_batchwise": "splits the batch",
-    "nuclear_norm": "counts classes",
-    "mano": "counts classes",
-    "effective_invariance": "counts classes",
-    "dispersion": "counts classes",
-    "last_layer_gradient_norm": "counts classes",
-    **dict.fromkeys(NEED_VALIDATION, "counts classes"),
+    Attributes:
+        home: ``module:function`` that computes it from the shared context.
+        needs_labels: undefined on unlabeled data.
+        cost: typical gradient evaluations at the default settings, for time estimates.
+        symbol: short name for tables and axes.
+        direction: whether a larger value is expected to go with better or worse generalization; None = either.
+        group: a word that stands for all measures of its kind.
+    """
+
+    home: str
+    needs_labels: bool
+    cost: float
+    symbol: str
+    description: str
+    direction: Direction | None
+    group: Literal["curvature", "outputs", "norms"]
+
+    @property
+    def compute(self) -> Callable[[MeasurementContext], Estimate]:
+        """The function; its module is imported here, since it needs torch."""
+        module, name = self.home.split(":")
+        found: Callable[[MeasurementContext], Estimate] = vars(import_module(module))[name]
+        return found
+
+
+def _curvature(home: str, symbol: str, cost: float, direction: Direction | None, description: str) -> Measure:
+    return Measure(f"gm_probe.measures.{home}", False, cost, symbol, description, direction, "curvature")
+
+
+def _outputs(
+    home: str,
+    symbol: str,
+    direction: Direction,
+    description: str,
+    *,
+    cost: float = 0.0,
+    needs_labels: bool = False,
+) -> Measure:
+    return Measure(f"gm_probe.measures.{home}", needs_labels, cost, symbol, description, direction, "outputs")
+
+
+def _norms(name: str, symbol: str, description: str, *, cost: float = 0.0) -> Measure:
+    return Measure(f"gm_probe.measures.weights:{name}", False, cost, symbol, description, "worse", "norms")
+
+
+# fmt: off
+MEASURES: dict[str, Measure] = {
+    "local_inconsistency": _curvature("inconsistency:local_inconsistency", "S_ρ", 13.3, "worse",
+        "KL between the outputs of the model and of a copy perturbed by ρ (Algorithm 1), mean over random starts"),
+    "local_inconsistency_converged": _curvature("inconsistency:converged", "max S_ρ", 35.0, "worse",
+        "largest such KL found in the ball, by ascent from ± the top Fisher eigenvector and noise until convergence"),
+    "fisher_lambda_max": _curvature("spectra:fisher_lambda_max", "λ_max(F)", 10.0, "worse",
+        "largest eigenvalue of the Fisher matrix, by Lanczos"),
+    "fisher_trace": _curvature("spectra:fisher_trace", "tr F", 2.7, "worse",
+        "trace of the Fisher matrix, from per-example gradients"),
+    "hessian_lambda_max": _curvature("spectra:hessian_lambda_max", "λ_max(H)", 24.0, "worse",
+        "largest eigenvalue of the loss Hessian (with given or else predicted labels), by Lanczos"),
+    "hessian_trace": _curvature("spectra:hessian_trace", "tr H", 2.7, "worse",
+        "trace of the loss Hessian: tr F where every parameter enters affinely; else with given or predicted "
+        "labels, at three gradients per probe"),
+    "error": _outputs("outputs:error", "error", "worse", "fraction of examples classified wrongly", needs_labels=True),
+    "cross_entropy": _outputs("outputs:cross_entropy", "CE", "worse", "mean cross-entropy in nats", needs_labels=True),
+    "hessian_lambda_min": _curvature("spectra:hessian_lambda_min", "λ_min(H)", 90.0, "better",
+        "smallest (most negative) eigenvalue of the loss Hessian, by Lanczos"),
+    "effective_rank": _curvature("spectra:effective_rank", "tr F/λ_max", 13.0, None,
+        "number of directions over which the curvature is spread"),
+    "local_inconsistency_adaptive": _curvature("inconsistency:adaptive", "S_ρ adapt.", 13.3, "worse",
+        "S_ρ in the ball ‖δ/(|θ|+η)‖ ≤ ρ, invariant to rescaling"),
+    "local_inconsistency_relative": _curvature("inconsistency:relative", "S_ρ rel.", 13.3, "worse",
+        "S_ρ at radius ρ‖θ‖"),
+    "local_inconsistency_batchwise": _curvature("inconsistency:batchwise", "S_ρ batch", 13.3, "worse",
+        "mean of the S_ρ of each batch of m examples"),
+    "average_inconsistency": _curvature("inconsistency:average", "A_ρ", 3.3, "worse",
+        "mean KL over random perturbations of length about ρ"),
+    "mean_entropy": _outputs("outputs:mean_entropy", "entropy", "worse", "mean entropy of the outputs in nats"),
+    "mean_confidence": _outputs("outputs:mean_confidence", "confidence", "better",
+        "mean probability of the predicted class"),
+    "input_jacobian_norm": _curvature("outputs:input_jacobian_norm", "‖∂f/∂x‖", 7.0, "worse",
+        "root mean square norm of the output probabilities' derivative with respect to the normalised input; "
+        "one pass per class"),
+    "flip_rate": _outputs("outputs:flip_rate", "flips", "worse",
+        "fraction of predictions that change when the image is mirrored", cost=0.33),
+    "crop_rate": _outputs("outputs:crop_rate", "crops", "worse",
+        "fraction of predictions that change when the image is shifted by up to 4 pixels", cost=0.33),
+    "energy": _outputs("estimators:energy", "energy", "worse", "mean of −log Σ exp z over the logits z"),
+    "margin": _outputs("estimators:margin", "margin", "better", "mean difference between the two largest logits"),
+    "nuclear_norm": _outputs("estimators:nuclear_norm", "‖P‖_*", "better",
+        "nuclear norm of the matrix of output probabilities, scaled to [0, 1]"),
+    "mano": _outputs("estimators:mano", "MaNo", "better", "fourth-power mean of the normalised outputs"),
+    "effective_invariance": _outputs("estimators:effective_invariance", "EI", "better",
+        "mean confidence that image and mirror image share, 0 where their classes differ", cost=0.33),
+    "dispersion": _outputs("estimators:dispersion", "dispersion", "better",
+        "log of the spread of the predicted classes' mean features, which are the inputs of the last linear layer"),
+    "last_layer_gradient_norm": _outputs("estimators:last_layer_gradient_norm", "‖∂CE/∂W_L‖", "worse",
+        "size of the gradient of the cross-entropy with predicted labels by the last linear layer"),
+    "atc": _outputs("estimators:atc", "ATC", "better",
+        "share of confidences above the threshold that fits the accuracy on a labeled validation set"),
+    "doc": _outputs("estimators:doc", "DoC", "better",
+        "accuracy on a labeled validation set plus the difference of the mean confidences"),
+    "cot": _outputs("estimators:cot", "COT", "better",
+        "largest mean confidence of an assignment with the class shares of a labeled validation set"),
+    "distance_from_initialization": _norms("distance_from_initialization", "‖θ − θ₀‖",
+        "distance from the initial parameters; known for run folders only"),
+    "parameter_norm": _norms("parameter_norm", "‖θ‖", "norm of the parameter vector"),
+    "fisher_rao": _norms("fisher_rao", "θᵀFθ",
+        "Fisher-Rao norm: mean variance under the outputs of the logits' derivative along θ", cost=1.0),
+    "stable_rank": _norms("stable_rank", "stable rank",
+        "mean over layers of ‖W‖²_F/‖W‖²_2; a kernel counts as one matrix per position"),
+    "power_law_alpha": _norms("power_law_alpha", "α",
+        "mean over layers of the exponent of a power law fitted to the tail of the eigenvalues of WᵀW"),
+    "log_spectral_norm": _norms("log_spectral_norm", "Σ log ‖W‖_2",
+        "log of the product of the spectral norms of all layers"),
+    "path_norm": _norms("path_norm", "path norm",
+        "root of the sum over all paths of the product of their squared weights"),
 }
-"""Why some measures are undefined where an output depends on the rest of its batch (``Batches.batch_dependent``)."""
-
-GROUPS = ("curvature", "outputs", "norms")
-"""Names that stand for all measures of a group; ``all`` stands for every measure."""
-
-
-def expanded(
-    names: Sequence[str], *, labeled: bool, batch_dependent: bool = False, validation: bool = False
-) -> list[str]:
-    """Return ``names`` with each group replaced by its measures that are defined on such data.
-
-    Args:
-        validation: whether there is a labeled validation set, too.
-    """
-    found: list[str] = []
-    for name in names:
-        if name != "all" and name not in GROUPS:
-            found.append(name)
-            continue
-        found += [
-            each
-            for each, one in CATALOGUE.items()
-            if name in ("all", one.group)
-            and (labeled or not one.needs_labels)
-            and (validation or each not in NEED_VALIDATION)
-            and not (batch_dependent and each in SEPARATE)
-        ]
-    return list(dict.fromkeys(found))
-
-
-def unknown_measure(name: str) -> str:
-    """Say that no measure is called ``name``, and which one may be meant."""
-    called = next((key for key, each in CATALOGUE.items() if each.symbol == name), None)
-    meant = f"{name} is called {called}" if called else did_you_mean(name, (*CATALOGUE, *GROUPS, "all"))
-    return f"no measure {name!r}; {meant}"
-
-
-def check_names(
-    names: Sequence[str], *, labeled: bool, batch_dependent: bool = False, num_processes: int = 1
-) -> None:
-    """Raise unless each measure is defined on such data.
-
-    Raises:
-        UsageError: a measure is unknown, several processes cannot share it, or it is undefined where examples are
-            ``batch_dependent``.
-        DataError: a measure needs labels, and there are none.
-    """
-    for name in names:
-        if name not in CATALOGUE:
-            raise UsageError(unknown_measure(name))
-        if batch_dependent and name in SEPARATE:
-            raise UsageError(f"{name} {SEPARATE[name]}, so it is undefined for NT-Xent logits. Leave it out")
-        if name == "local_inconsistency_batchwise" and num_processes > 1:
-            raise UsageError(f"{name} splits the examples into batches. Measure it in one process")
-        if CATALOGUE[name].needs_labels and not labeled:
-            raise DataError(f"{name} needs labels. Give class folders with --labeled")
-
-
-def takes_derivatives(names: Sequence[str]) -> bool:
-    """Return whether a measure takes more than forward passes, so that its batch must leave memory for derivatives."""
-    return any(CATALOGUE[name].cost >= 1 for name in names)
-
-
-def default_measures(*, labeled: bool, batch_dependent: bool = False) -> list[str]:
-    """Return the ``DEFAULT_MEASURES`` that can be computed; NT-Xent of ``batch_dependent`` examples needs no labels."""
-    return [
-        name
-        for name in DEFAULT_MEASURES
-        if (labeled or batch_dependent or not CATALOGUE[name].needs_labels)
-        and not (batch_dependent and name in SEPARATE)
-    ]
-
-
-def by_protocol(name: str, settings: Settings) -> str:
-    """Return ``name``, or the name of the converged maximum where the protocol asks for it."""
-    if name == "local_inconsistency" and settings.protocol == "converged":
-        return "local_inconsistency_converged"
-    return name
-
-
-CLEAN_PASSES = 2 / 3
-"""Gradient evaluations of the two clean passes, before the first measure."""
-
-
-def expected_cost(names: Sequence[str], settings: Settings) -> float:
-    """Return about how many gradient evaluations ``measure`` will take, for progress bars and estimates."""
-    return CLEAN_PASSES + sum(expected_costs(names, settings).values())
-
-
-def expected_costs(names: Sequence[str], settings: Settings) -> dict[str, float]:
-    """Return the expected cost of each measure, without the two clean passes."""
-    costs = {}
-    for listed in names:
-        name = by_protocol(listed, settings)
-        cost = CATALOGUE[name].cost
-        if name == "local_inconsistency":
-            cost = _cost_of_starts(settings)
-        if name == "local_inconsistency_converged":
-            cost *= len({settings.rho, *settings.rho_grid})
-        if name == "hessian_trace" and "fisher_trace" in names:
-            cost = 0.0  # for networks that are affine in each parameter, it equals tr F
-        costs[listed] = cost
-    return costs
-
-
-class Outlook:
-    """Predicts the total gradient evaluations of a measurement while it runs.
-
-    Args:
-        costs: the usual cost of each stage, by its name, in order.
-    """
-
-    def __init__(self, costs: Mapping[str, float]) -> None:
-        self.costs = costs
-        self._name, self._began = "", 0.0
-
-    def total(self, name: str, evaluations: float) -> float | None:
-        """Return the total, given the stage at work and the ``evaluations`` done so far; None where it is unknown.
-
-        A ``linalg.work.Count`` knows what is left of the stage. Otherwise its usual cost counts, until it took more.
-        """
-        if name != self._name:
-            self._began = float(evaluations) if self._name else CLEAN_PASSES
-            self._name = name
-        names = list(self.costs)
-        later = names[names.index(name) + 1 :] if name in names else []
-        left = getattr(evaluations, "left", None)
-        if left is None:
-            left = self.costs.get(name, 0.0) - (evaluations - self._began)
-        return None if left < 0 else evaluations + left + sum(self.costs[each] for each in later)
-
-
-def _cost_of_starts(settings: Settings) -> float:
-    """Return the gradient evaluations of the paper's protocol, whose first gradient serves every ρ of a grid."""
-    radii = len({settings.rho, *settings.rho_grid})
-    most = max((settings.k_steps, *settings.k_grid))
-    along = 1 / 3 if settings.k_steps < most else 0  # a forward pass for the primary cell's examples
-    return settings.num_starts * (1 + radii * (most - 1 + 1 / 3) + along)
+# fmt: on
+"""All measures by their names, in the order of a table."""
+PAIR_MEASURES = {
+    "disagreement": ("disagreement", "fraction of examples that two models classify differently"),
+    "conditional_inconsistency": (
+        "C_θ",
+        "mean over pairs of models trained on the same set of mean KL(f_θ ‖ f_θ')",
+    ),
+    "inconsistency": ("C_P", "C_θ averaged over training sets (Johnson and Zhang 2023)"),
+    "instability": (
+        "S_P",
+        "mean KL between the mean predictions of models trained on different training sets",
+    ),
+}
+"""The symbol and the definition of each measure of pairs of models (``pairwise.compare``), by its name."""

@@ -1,11 +1,10 @@
-"""What a measure returns, and the context that measures share: a model over its examples, with cached results."""
+"""What the measures share: a model over its examples, with logits, operators and eigenpairs that are computed once."""
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -13,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from gm_probe.curvature.affine import obstacle
-from gm_probe.curvature.batch_size import TRIAL
-from gm_probe.curvature.derivatives import differentiable, require_full_precision, require_gradients
+from gm_probe.curvature.custom_functions import require_moved_weights
+from gm_probe.curvature.derivatives import TRIAL, differentiable, require_full_precision, require_gradients
 from gm_probe.curvature.fisher_trace import fisher_trace
 from gm_probe.curvature.operators import fisher, hessian, residual
-from gm_probe.curvature.written import require_moved_weights
 from gm_probe.data.batches import Batches
-from gm_probe.data.labels import as_labels, fitting
+from gm_probe.data.labels import as_labels, fitting_labels
 from gm_probe.errors import DataError, DivergedError, UsageError, foreign_or
 from gm_probe.inconsistency.ascent import Divergence, FisherByDifference
 from gm_probe.linalg.lanczos import Eigenpair, eigenpairs, lanczos
 from gm_probe.linalg.operator import Operator
 from gm_probe.linalg.trace import Trace
 from gm_probe.linalg.work import FORWARD, Work
+from gm_probe.measures.estimates import Estimate, example_error
 from gm_probe.measures.last_layer import LastLayer
 from gm_probe.measures.scores import Reference, by_class, counted_shares
 from gm_probe.measures.settings import Settings
@@ -38,83 +37,6 @@ from gm_probe.runtime.randomness import Draws
 T = TypeVar("T")
 DRAFT = 40
 """Maximum number of difference products before exact ones continue; CIFAR-10 networks need 8 to 14."""
-
-
-def as_row(estimate: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass and its ``details`` as one JSON object, with null for NaN and infinity."""
-    row = asdict(estimate)
-    details = row.pop("details")
-    return _finite({**row, **details})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """One measured value.
-
-    Attributes:
-        value: None where it is undefined; ``details['reason']`` says why.
-        stderr: the estimator's standard error (random vectors, starts) or error bound (Lanczos residual); None = exact.
-        stderr_examples: standard error from the examples being a sample of N.
-        converged: whether the estimator met its tolerance.
-        num_evals: gradient evaluations over all the examples, without work that an earlier row already did.
-        details: further values and reasons.
-    """
-
-    value: float | None
-    stderr: float | None
-    stderr_examples: float | None
-    converged: bool
-    num_evals: float
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON object."""
-        return as_row(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What a measure returns: an ``Estimate`` before ``measure`` adds its cost and the reasons for what is missing.
-
-    Attributes:
-        stderr: the estimator's standard error, over random vectors or starts.
-        bound: a bound of the estimator's error, such as a Lanczos residual, in place of a standard error.
-    """
-
-    value: float | None
-    stderr: float | None = None
-    bound: float | None = None
-    stderr_examples: float | None = None
-    converged: bool = True
-    details: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def undefined(cls, reason: str) -> Measured:
-        """Return a measure without a value, and the ``reason``."""
-        return cls(None, converged=False, details={"reason": reason})
-
-    @property
-    def error(self) -> float | None:
-        """The bound where there is one, otherwise the standard error; None = exact."""
-        return self.stderr if self.bound is None else self.bound
-
-
-def example_error(terms: Tensor) -> float | None:
-    """Return the standard error of the mean of (N,) per-example values; None for a single one."""
-    return float(terms.double().std()) / math.sqrt(len(terms)) if len(terms) > 1 else None
-
-
-def over_labels(values: Tensor) -> Tensor:
-    """Return values (n,) as they are, and the means (n,) of values (n, L) of L labels per example."""
-    return values if values.dim() == 1 else values.double().mean(1)
 
 
 def _same(logits: Tensor, again: Tensor, dtype: torch.dtype) -> bool:
@@ -258,13 +180,13 @@ class MeasurementContext:
         if not bool(torch.isfinite(outputs).all()):
             raise DivergedError(f"the model's outputs on {examples.source} are not all finite")
         logits = by_class(self.parameters.outputs.logits(outputs)).cpu()
-        y = fitting(as_labels(examples.y.clone(), len(examples)), logits, examples.source).cpu()
+        y = fitting_labels(as_labels(examples.y.clone(), len(examples)), logits, examples.source).cpu()
         return Reference.of(logits, y), counted_shares(y, logits.shape[1])
 
-    def mean(self, values: Tensor) -> Measured:
+    def mean(self, values: Tensor) -> Estimate:
         """Return the exact mean over all examples of per-example ``values``, of which (n,) are this process's."""
         joined = gather_examples(self.batches.independent(values.double()))
-        return Measured(float(joined.mean()), stderr_examples=example_error(joined))
+        return Estimate(float(joined.mean()), stderr_examples=example_error(joined))
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -273,7 +195,7 @@ class MeasurementContext:
         if examples.y is None:
             return None
         y = as_labels(examples.y.clone(), len(examples))  # a copy, since it may come from inference mode
-        return fitting(y, self.logits, examples.source).to(self.logits.device)
+        return fitting_labels(y, self.logits, examples.source).to(self.logits.device)
 
     @cached_property
     def divergence(self) -> Divergence:

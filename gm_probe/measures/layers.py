@@ -11,8 +11,8 @@ from torch import nn
 
 from gm_probe.data.batches import Batches
 from gm_probe.linalg.work import Tally
-from gm_probe.measures.catalogue import BLOCKS
 from gm_probe.measures.measure import UNDEFINING, measure
+from gm_probe.measures.names import BLOCKS
 from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs
 from gm_probe.models.parameters import Parameters

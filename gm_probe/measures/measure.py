@@ -1,10 +1,10 @@
-"""The table of measures, and the one function that takes them of a model."""
+"""Take measures of a model: the one function that does, with the cost of each and the reasons for what is missing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gm_probe.checks import instance, optional, real
-from gm_probe.curvature.batch_size import within
+from gm_probe.curvature.batch_size import batches_within
 from gm_probe.data.batches import Batches
 from gm_probe.data.collecting import Data, as_batches
 from gm_probe.data.memory import within_memory
@@ -26,69 +26,18 @@ from gm_probe.errors import (
     one_device,
 )
 from gm_probe.linalg.work import Work
-from gm_probe.measures import estimators, outputs, weights
-from gm_probe.measures import sharpness as inconsistency
-from gm_probe.measures import spectra as curvature
-from gm_probe.measures.catalogue import check_names, default_measures, expanded, takes_derivatives
-from gm_probe.measures.context import Estimate, Measured, MeasurementContext, Settings
+from gm_probe.measures.catalogue import MEASURES
+from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.costs import takes_derivatives
+from gm_probe.measures.estimates import Estimate
+from gm_probe.measures.names import check_names, default_measures, expanded
+from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs, unwrapped
 from gm_probe.models.layout import in_layout_taken
 from gm_probe.models.parameters import Parameters, as_measured
-from gm_probe.runs.catalogue import CATALOGUE, Listed
 from gm_probe.runtime.devices import require_float64
 from gm_probe.runtime.processes import count
 from gm_probe.runtime.randomness import generators_kept
-
-
-@dataclass(frozen=True, slots=True)
-class Measure(Listed):
-    """One row of ``MEASURES``: ``compute`` takes the shared context."""
-
-    compute: Callable[[MeasurementContext], Measured]
-
-
-_COMPUTED_BY: dict[str, Callable[[MeasurementContext], Measured]] = {
-    "local_inconsistency": inconsistency.local_inconsistency,
-    "local_inconsistency_converged": inconsistency.converged,
-    "fisher_lambda_max": curvature.fisher_lambda_max,
-    "fisher_trace": curvature.fisher_trace,
-    "hessian_lambda_max": curvature.hessian_lambda_max,
-    "hessian_trace": curvature.hessian_trace,
-    "error": outputs.error,
-    "cross_entropy": outputs.cross_entropy,
-    "hessian_lambda_min": curvature.hessian_lambda_min,
-    "effective_rank": curvature.effective_rank,
-    "local_inconsistency_adaptive": inconsistency.adaptive,
-    "local_inconsistency_relative": inconsistency.relative,
-    "local_inconsistency_batchwise": inconsistency.batchwise,
-    "average_inconsistency": inconsistency.average,
-    "mean_entropy": outputs.mean_entropy,
-    "mean_confidence": outputs.mean_confidence,
-    "input_jacobian_norm": outputs.input_jacobian_norm,
-    "flip_rate": outputs.flip_rate,
-    "crop_rate": outputs.crop_rate,
-    "energy": estimators.energy,
-    "margin": estimators.margin,
-    "nuclear_norm": estimators.nuclear_norm,
-    "mano": estimators.mano,
-    "effective_invariance": estimators.effective_invariance,
-    "dispersion": estimators.dispersion,
-    "last_layer_gradient_norm": estimators.last_layer_gradient_norm,
-    "atc": estimators.atc,
-    "doc": estimators.doc,
-    "cot": estimators.cot,
-    "distance_from_initialization": weights.distance_from_initialization,
-    "parameter_norm": weights.parameter_norm,
-    "fisher_rao": weights.fisher_rao,
-    "stable_rank": weights.stable_rank,
-    "power_law_alpha": weights.power_law_alpha,
-    "log_spectral_norm": weights.log_spectral_norm,
-    "path_norm": weights.path_norm,
-}
-MEASURES: dict[str, Measure] = {
-    name: Measure(**asdict(listed), compute=_COMPUTED_BY[name]) for name, listed in CATALOGUE.items()
-}
-"""All measures by their names, in the order of a table."""
 
 UNDEFINING = (DerivativeError, DivergedError, PrecisionError)
 """Errors that leave one measure undefined, and the others as they are."""
@@ -183,7 +132,7 @@ def measure(
     with generators_kept(batches.device, model), as_measured(model, tf32=settings.tf32):
         running = _Running(over, batches, notify, names[0] if names else "")
         if batches.auto_batch_size and takes_derivatives(names):
-            running.batches = within(memory, model, batches, outputs)
+            running.batches = batches_within(memory, model, batches, outputs)
         # the cost of the logits belongs to the report, not to the first measure
         _require_full(running.result_of(lambda context: context.logits).dtype, "outputs")
         rows = {name: running.estimate(name) for name in names}
@@ -233,11 +182,11 @@ class _Running:
         self._stage = name
         self._work.begin()
         before = self._work.evaluations
-        measured = self._measured(name)
+        found = self._computed(name)
         cost = self._work.evaluations - before
-        return _estimate(measured, self.batches, self.context.settings.target_error, cost)
+        return _completed(found, self.batches, self.context.settings.target_error, cost)
 
-    def _measured(self, name: str) -> Measured:
+    def _computed(self, name: str) -> Estimate:
         """Take one measure. If it cannot be computed, it is undefined, and its error is added to ``refusals``."""
         try:
             return self.result_of(MEASURES[name].compute)
@@ -247,7 +196,7 @@ class _Running:
             if not isinstance(told, UNDEFINING) or count() > 1:
                 raise told from error
             self.refusals.append(told)
-            return Measured.undefined(str(error))
+            return Estimate.undefined(str(error))
 
 
 def _require_kinds(model: Any, names: Any, settings: Any, outputs: Any, initial: Any, memory: Any) -> None:
@@ -292,18 +241,14 @@ def _require_full(dtype: torch.dtype, what: str = "weights") -> None:
         )
 
 
-def _estimate(measured: Measured, batches: Batches, target_error: float, cost: float) -> Estimate:
+def _completed(estimate: Estimate, batches: Batches, target_error: float, cost: float) -> Estimate:
     """Add reasons for what is missing or not finite, the cost, and how many examples ``target_error`` takes."""
-    details = dict(measured.details)
-    if measured.stderr_examples is None and measured.value is not None:
+    details = dict(estimate.details)
+    if estimate.stderr_examples is None and estimate.value is not None:
         one = "batch" if batches.batch_dependent else "example"
         reason = f"there is one {one}, or the value is lost in the probes' noise"
         details.setdefault("reason_stderr_examples", reason)
-    found = {
-        "value": measured.value,
-        "stderr": measured.error,
-        "stderr_examples": measured.stderr_examples,
-    }
+    found = {name: getattr(estimate, name) for name in ("value", "stderr", "stderr_examples")}
     for label, number in found.items():
         if number is not None and not math.isfinite(number):
             found[label] = None
@@ -311,12 +256,12 @@ def _estimate(measured: Measured, batches: Batches, target_error: float, cost: f
             details["reason" if label == "value" else f"reason_{label}"] = f"not finite ({number}){remedy}"
     value = found["value"]
     if target_error and value:
-        estimator = (found["stderr"] or 0.0) / abs(value)
-        if estimator > target_error:  # more examples need not lower it
-            details["estimator_above_target"] = estimator
+        own = (found["stderr"] or 0.0) / abs(value)
+        if own > target_error:  # more examples need not lower it
+            details["estimator_above_target"] = own
         ratio = (found["stderr_examples"] or 0.0) / (target_error * abs(value))
         images = 2 if batches.batch_dependent else 1  # two views of an image
         if ratio > 0:  # without a spread the number is unknown
             details["examples_needed"] = math.ceil(batches.total / images * ratio**2)
-    converged = measured.converged and value is not None
+    converged = estimate.converged and value is not None
     return Estimate(**found, converged=converged, num_evals=round(cost, 3), details=details)

@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from gm_probe.data.batches import cut
 from gm_probe.data.fields import tensors_of, with_tensors
-from gm_probe.inconsistency.kl import over_rows
+from gm_probe.inconsistency.kl import sum_over_labels
 from gm_probe.linalg.work import FORWARD, GRADIENT
-from gm_probe.measures.context import Measured, MeasurementContext, example_error, over_labels
+from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.estimates import Estimate, example_error, mean_over_labels
 from gm_probe.models.parameters import dense
 from gm_probe.runtime.processes import gather_examples
 
@@ -21,31 +22,31 @@ NO_INPUT_GRADIENT = "the outputs have no gradient with respect to the inputs"
 SHIFT = 4  # pixels, as in the usual crop augmentation
 
 
-def error(context: MeasurementContext) -> Measured:
+def error(context: MeasurementContext) -> Estimate:
     """Return the fraction of wrong predictions, or of wrong labels where there are several (the Hamming loss)."""
     assert context.labels is not None
-    return context.mean(over_labels(context.logits.argmax(-1) != context.labels))
+    return context.mean(mean_over_labels(context.logits.argmax(-1) != context.labels))
 
 
-def cross_entropy(context: MeasurementContext) -> Measured:
+def cross_entropy(context: MeasurementContext) -> Estimate:
     """Return the mean over examples of the loss, summed over an example's labels, whose Hessian is measured."""
     assert context.labels is not None
     log_p = context.logits.double().log_softmax(-1)
-    return context.mean(over_rows(-log_p.gather(-1, context.labels[..., None])[..., 0]))
+    return context.mean(sum_over_labels(-log_p.gather(-1, context.labels[..., None])[..., 0]))
 
 
-def mean_entropy(context: MeasurementContext) -> Measured:
+def mean_entropy(context: MeasurementContext) -> Estimate:
     """Return the mean over examples; the entropies of independent labels add."""
     log_p = context.logits.double().log_softmax(-1)
-    return context.mean(over_rows(-(log_p.exp() * log_p).sum(-1)))
+    return context.mean(sum_over_labels(-(log_p.exp() * log_p).sum(-1)))
 
 
-def mean_confidence(context: MeasurementContext) -> Measured:
+def mean_confidence(context: MeasurementContext) -> Estimate:
     """Return the mean over examples and their labels, like the error."""
-    return context.mean(over_labels(context.logits.double().softmax(-1).amax(-1)))
+    return context.mean(mean_over_labels(context.logits.double().softmax(-1).amax(-1)))
 
 
-def input_jacobian_norm(context: MeasurementContext) -> Measured:
+def input_jacobian_norm(context: MeasurementContext) -> Estimate:
     """Return the root mean square over examples of ‖∂f_θ(x)/∂x‖_F (Novak et al. 2018), by a backward pass per class.
 
     f_θ(x) are all probabilities; a yes-or-no label has both p and 1 − p.
@@ -53,7 +54,7 @@ def input_jacobian_norm(context: MeasurementContext) -> Measured:
     rows = []
     for batch, logits in zip(context.batches, cut(context.logits, context.batches), strict=True):
         if not batch.x.is_floating_point():
-            return Measured.undefined("the inputs are integers, so they have no derivative")
+            return Estimate.undefined("the inputs are integers, so they have no derivative")
         x = with_tensors(batch.x, {key: _leaf(value) for key, value in tensors_of(batch.x).items()})
         by = [value for value in tensors_of(x).values() if value.requires_grad]
         squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -66,13 +67,13 @@ def input_jacobian_norm(context: MeasurementContext) -> Measured:
                 for g in found:
                     squares += g.double().flatten(1).square().sum(1)
             if not found:
-                return Measured.undefined(NO_INPUT_GRADIENT)
+                return Estimate.undefined(NO_INPUT_GRADIENT)
         context.work.add(FORWARD + p.shape[1] * (GRADIENT - FORWARD), len(logits))
         rows.append(squares)
     squares = gather_examples(torch.cat(rows))
     value = math.sqrt(float(squares.mean()))
     spread = example_error(squares)
-    return Measured(value, stderr_examples=None if spread is None or value == 0 else spread / (2 * value))
+    return Estimate(value, stderr_examples=None if spread is None or value == 0 else spread / (2 * value))
 
 
 def _leaf(value: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def _leaf(value: Tensor) -> Tensor:
     return value.detach().requires_grad_() if value.is_floating_point() else value
 
 
-def flip_rate(context: MeasurementContext) -> Measured:
+def flip_rate(context: MeasurementContext) -> Estimate:
     """Return the fraction of predictions that change when the image is mirrored left to right."""
     return _changed(context, mirrored_logits(context))
 
@@ -90,7 +91,7 @@ def mirrored_logits(context: MeasurementContext) -> Tensor | None:
     return context.once("mirrored", lambda: _transformed(context, lambda x, _: x.flip(-1)))
 
 
-def crop_rate(context: MeasurementContext) -> Measured:
+def crop_rate(context: MeasurementContext) -> Estimate:
     """Return the fraction of predictions that change when the image moves by up to 4 pixels (border reflected)."""
 
     def moved(x: Tensor, shifts: Tensor) -> Tensor:
@@ -107,11 +108,11 @@ def crop_rate(context: MeasurementContext) -> Measured:
     return _changed(context, _transformed(context, moved))
 
 
-def _changed(context: MeasurementContext, transformed: Tensor | None) -> Measured:
+def _changed(context: MeasurementContext, transformed: Tensor | None) -> Estimate:
     """Return the fraction of predictions that differ from those of the logits ``transformed``."""
     if transformed is None:
-        return Measured.undefined("the inputs are not images")
-    return context.mean(over_labels(transformed.argmax(-1) != context.logits.argmax(-1)))
+        return Estimate.undefined("the inputs are not images")
+    return context.mean(mean_over_labels(transformed.argmax(-1) != context.logits.argmax(-1)))
 
 
 def _transformed(context: MeasurementContext, transform: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:

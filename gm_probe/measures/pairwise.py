@@ -19,18 +19,8 @@ from torch.nn import functional
 
 from gm_probe.errors import DataError, DivergedError, UsageError
 from gm_probe.inconsistency.kl import kl_divergence
-from gm_probe.measures.context import as_row
+from gm_probe.measures.estimates import as_row
 
-PAIR_MEASURES = {
-    "disagreement": ("D", "fraction of examples on which two models predict different classes"),
-    "conditional_inconsistency": (
-        "C_θ",
-        "KL between two models trained on the same set: mean over such pairs",
-    ),
-    "inconsistency": ("C_P", "the same within each training set, then averaged over the sets"),
-    "instability": ("S_P", "KL between the mean predictions of two training sets: mean over pairs of sets"),
-}
-"""The symbol and the definition of each measure, by its name."""
 MODELS, SETS = "models", "training sets"
 """What a jackknife deletes one at a time."""
 _CELLS = 2**20  # logits converted to float64 at a time, so that the KL's dozen temporaries stay below 100 MB

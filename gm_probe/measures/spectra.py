@@ -10,36 +10,37 @@ from typing import Any
 from gm_probe.linalg.lanczos import Eigenpair, eigenpairs
 from gm_probe.linalg.operator import Operator, random_start
 from gm_probe.linalg.trace import Hutchinson, Trace
-from gm_probe.measures.context import Measured, MeasurementContext, example_error
+from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.estimates import Estimate, example_error
 from gm_probe.runtime.processes import everywhere
 
 REFINEMENTS = 3
 """How often tr F is refined where tr H turns out much smaller; each time the size of tr H is known better."""
 
 
-def _eigenvalue(operator: Operator, pair: Eigenpair, **details: Any) -> Measured:
+def _eigenvalue(operator: Operator, pair: Eigenpair, **details: Any) -> Estimate:
     details = {**details, "iterations": pair.iterations, "error_kind": "residual bound"}
     # the per-example Rayleigh terms of the eigenvector have the eigenvalue as their mean
-    return Measured(
+    return Estimate(
         pair.value,
-        bound=pair.residual,
+        stderr=pair.residual,
         stderr_examples=example_error(operator.terms(pair.vector)),
         converged=pair.converged,
         details=details,
     )
 
 
-def fisher_lambda_max(context: MeasurementContext) -> Measured:
+def fisher_lambda_max(context: MeasurementContext) -> Estimate:
     return _listed(*_fisher_largest(context))
 
 
-def hessian_lambda_max(context: MeasurementContext) -> Measured:
+def hessian_lambda_max(context: MeasurementContext) -> Estimate:
     return _listed(
         *_largest(context, context.hessian, "hessian", lambda: context.hessian_top, labels=context.label_kind)
     )
 
 
-def _listed(largest: Measured, rows: list[dict[str, Any]]) -> Measured:
+def _listed(largest: Estimate, rows: list[dict[str, Any]]) -> Estimate:
     """Add the ``rows`` of all eigenvalues, which must have converged."""
     if not rows:
         return largest
@@ -50,7 +51,7 @@ def _listed(largest: Measured, rows: list[dict[str, Any]]) -> Measured:
     )
 
 
-def _fisher_largest(context: MeasurementContext) -> tuple[Measured, list[dict[str, Any]]]:
+def _fisher_largest(context: MeasurementContext) -> tuple[Estimate, list[dict[str, Any]]]:
     return context.once(
         "largest of F", lambda: _largest(context, context.fisher, "fisher", lambda: context.fisher_top)
     )
@@ -58,7 +59,7 @@ def _fisher_largest(context: MeasurementContext) -> tuple[Measured, list[dict[st
 
 def _largest(
     context: MeasurementContext, operator: Operator, name: str, top: Callable[[], Eigenpair], **details: Any
-) -> tuple[Measured, list[dict[str, Any]]]:
+) -> tuple[Estimate, list[dict[str, Any]]]:
     """Return the largest eigenvalue, from ``top`` if it is the only one asked for, or with a row for each."""
     wanted = context.settings.top_eigenvalues
     if wanted == 1:
@@ -81,7 +82,7 @@ def _largest(
     return _eigenvalue(operator, pairs[0], **details), rows
 
 
-def hessian_lambda_min(context: MeasurementContext) -> Measured:
+def hessian_lambda_min(context: MeasurementContext) -> Estimate:
     """Return the smallest eigenvalue: H is indefinite, and this one shows how far from a minimum the model is."""
     _, [pair] = eigenpairs(
         context.hessian,
@@ -107,9 +108,9 @@ def _hutchinson(context: MeasurementContext, operator: Operator, name: str) -> H
     )
 
 
-def _row(found: Trace, method: str, **details: Any) -> Measured:
+def _row(found: Trace, method: str, **details: Any) -> Estimate:
     details = {**details, "method": method, "num_probes": found.num_probes}
-    return Measured(
+    return Estimate(
         found.value,
         stderr=found.stderr,
         stderr_examples=found.stderr_examples,
@@ -125,12 +126,12 @@ def _estimator(found: Trace) -> str:
 EXAMPLES = "per-example gradients"
 
 
-def fisher_trace(context: MeasurementContext) -> Measured:
+def fisher_trace(context: MeasurementContext) -> Estimate:
     """Compute tr F from per-example gradients or, where the model has none, by Hutchinson's estimator."""
     return context.once("tr F", lambda: _fisher_trace(context))
 
 
-def _fisher_trace(context: MeasurementContext) -> Measured:
+def _fisher_trace(context: MeasurementContext) -> Estimate:
     found = context.example_fisher_trace
     if found is not None:
         return _row(
@@ -140,7 +141,7 @@ def _fisher_trace(context: MeasurementContext) -> Measured:
     return _row(found, _estimator(found))
 
 
-def hessian_trace(context: MeasurementContext) -> Measured:
+def hessian_trace(context: MeasurementContext) -> Estimate:
     """Return tr F where every parameter enters affinely, else tr F + tr(H − F)."""
     if everywhere(context.not_affine is None, context.logits.device):
         same = fisher_trace(context)
@@ -166,21 +167,21 @@ def hessian_trace(context: MeasurementContext) -> Measured:
     return _row(found, f"tr F + tr(H − F), the latter by {_estimator(found)}", **details)
 
 
-def effective_rank(context: MeasurementContext) -> Measured:
+def effective_rank(context: MeasurementContext) -> Estimate:
     """Return tr F / λ_max(F), the number of directions over which the curvature is spread."""
     (top, _), total = _fisher_largest(context), fisher_trace(context)
     assert top.value is not None
     assert total.value is not None
     if not top.value > 0:
-        return Measured.undefined("λ_max(F) is not positive")
+        return Estimate.undefined("λ_max(F) is not positive")
     ratio = total.value / top.value
-    top_error, total_error = (top.bound or 0.0) / top.value, (total.stderr or 0.0) / total.value
+    top_error, total_error = (top.stderr or 0.0) / top.value, (total.stderr or 0.0) / total.value
     top_limits = not top.converged or (total.converged and top_error > total_error)
     both = None
     if total.stderr_examples is not None and top.stderr_examples is not None:
         # numerator and denominator share the examples; as if independent, their errors give too much
         both = math.hypot(total.stderr_examples / total.value, top.stderr_examples / top.value)
-    return Measured(
+    return Estimate(
         ratio,
         stderr=ratio * math.hypot(total_error, top_error),
         stderr_examples=None if both is None else ratio * both,

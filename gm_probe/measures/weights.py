@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gm_probe.errors import DivergedError, foreign_or
-from gm_probe.measures.context import Measured, MeasurementContext, example_error
+from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.estimates import Estimate, example_error
 
 LEAST, MOST = 20, 15_000
 """Number of eigenvalues that a power law is fitted to: fewer do not show a tail, and more take too long."""
@@ -23,30 +24,30 @@ NO_EXAMPLES = {"reason_stderr_examples": "needs no examples"}
 NO_LAYERS = "there is no linear, convolutional or embedding layer"
 
 
-def parameter_norm(context: MeasurementContext) -> Measured:
+def parameter_norm(context: MeasurementContext) -> Estimate:
     """Return ‖θ‖ over the measured parameters."""
     return _length(context.parameters.named)
 
 
-def distance_from_initialization(context: MeasurementContext) -> Measured:
+def distance_from_initialization(context: MeasurementContext) -> Estimate:
     """Return ‖θ − θ₀‖ over the measured parameters, where training started from θ₀."""
     if context.initial is None:
-        return Measured.undefined("the initial parameters are known for run folders only")
+        return Estimate.undefined("the initial parameters are known for run folders only")
     before = dict(context.initial.named_parameters())
     return _length(
         {name: p.detach() - before[name].to(p.device) for name, p in context.parameters.named.items()}
     )
 
 
-def _length(tensors: Mapping[str, Tensor]) -> Measured:
+def _length(tensors: Mapping[str, Tensor]) -> Estimate:
     squares = sum(float(t.detach().double().square().sum()) for t in tensors.values())
-    return Measured(math.sqrt(squares), details=dict(NO_EXAMPLES))
+    return Estimate(math.sqrt(squares), details=dict(NO_EXAMPLES))
 
 
-def fisher_rao(context: MeasurementContext) -> Measured:
+def fisher_rao(context: MeasurementContext) -> Estimate:
     """Return θᵀFθ (Liang et al. 2019)."""
     terms = context.fisher.terms(context.parameters.join(context.parameters.values().values()))
-    return Measured(float(terms.double().mean()), stderr_examples=example_error(terms))
+    return Estimate(float(terms.double().mean()), stderr_examples=example_error(terms))
 
 
 # ---- spectra of layers
@@ -90,41 +91,41 @@ def power_law(values: np.ndarray) -> float:
     return found
 
 
-def _mean_over_layers(values: list[float]) -> Measured:
+def _mean_over_layers(values: list[float]) -> Estimate:
     if not values:
-        return Measured.undefined(NO_LAYERS)
-    return Measured(float(np.mean(values)), details={**NO_EXAMPLES, "num_layers": len(values)})
+        return Estimate.undefined(NO_LAYERS)
+    return Estimate(float(np.mean(values)), details={**NO_EXAMPLES, "num_layers": len(values)})
 
 
-def stable_rank(context: MeasurementContext) -> Measured:
+def stable_rank(context: MeasurementContext) -> Estimate:
     """Return the mean over layers of ‖W‖²_F / ‖W‖²₂."""
     spectra = (eigenvalues(weight) for weight in _weights(context))
     return _mean_over_layers([float(found.sum() / found[-1]) for found in spectra if len(found)])
 
 
-def power_law_alpha(context: MeasurementContext) -> Measured:
+def power_law_alpha(context: MeasurementContext) -> Estimate:
     """Return the mean exponent over layers that have ``LEAST`` to ``MOST`` eigenvalues."""
     spectra = [eigenvalues(weight) for weight in _weights(context)]
     fits = [power_law(found) for found in spectra if LEAST <= len(found) <= MOST]
     if spectra and not fits:
-        return Measured.undefined(f"no layer has {LEAST} to {MOST:,} eigenvalues")
+        return Estimate.undefined(f"no layer has {LEAST} to {MOST:,} eigenvalues")
     return _mean_over_layers(fits)
 
 
-def log_spectral_norm(context: MeasurementContext) -> Measured:
+def log_spectral_norm(context: MeasurementContext) -> Estimate:
     """Return Σ over layers of log ‖W‖₂, with a kernel as one matrix (O, I·k·k)."""
     norms = [float(torch.linalg.matrix_norm(weight.flatten(1), 2)) for weight in _weights(context)]
     if not norms:
-        return Measured.undefined(NO_LAYERS)
+        return Estimate.undefined(NO_LAYERS)
     if min(norms) == 0:
-        return Measured.undefined("a layer's weights are all 0")
-    return Measured(sum(map(math.log, norms)), details={**NO_EXAMPLES, "num_layers": len(norms)})
+        return Estimate.undefined("a layer's weights are all 0")
+    return Estimate(sum(map(math.log, norms)), details={**NO_EXAMPLES, "num_layers": len(norms)})
 
 
 # ---- paths
 
 
-def path_norm(context: MeasurementContext) -> Measured:
+def path_norm(context: MeasurementContext) -> Estimate:
     """Return √Σ over outputs of f(1; θ²), the network with squared weights on an input of ones (Neyshabur et al. 2015).
 
     It is defined where that network is affine along the ray of positive inputs, so without squashing functions or
@@ -132,7 +133,7 @@ def path_norm(context: MeasurementContext) -> Measured:
     """
     x = next(iter(context.batches)).x[:1]
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        return Measured.undefined("the inputs are not floating-point numbers of one tensor")
+        return Estimate.undefined("the inputs are not floating-point numbers of one tensor")
 
     def fails(cause: str) -> DivergedError:
         return DivergedError(f"the network cannot be run with squared weights: {cause}")
@@ -146,8 +147,8 @@ def path_norm(context: MeasurementContext) -> Measured:
     rise = float((second - first).abs().max())
     bent = float((third - 2 * second + first).abs().max())
     if not math.isfinite(rise) or bent > AFFINE * rise or bool((first < 0).any()):
-        return Measured.undefined("the network is not piecewise linear, so its paths have no lengths")
-    return Measured(math.sqrt(float(first.sum())), details=dict(NO_EXAMPLES))
+        return Estimate.undefined("the network is not piecewise linear, so its paths have no lengths")
+    return Estimate(math.sqrt(float(first.sum())), details=dict(NO_EXAMPLES))
 
 
 def _squared(model: nn.Module) -> nn.Module:

@@ -1,45 +1,34 @@
-"""Measure a checkpoint file over examples: what `gmprobe measure` and every run of a sweep do."""
+"""Measure one checkpoint over examples: from its file to its JSON object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from gm_probe.curvature.batch_size import within
+from gm_probe.curvature.batch_size import batches_within
 from gm_probe.data.batches import BATCH_SIZE, Batches
 from gm_probe.data.datasets import Examples
 from gm_probe.data.memory import within_memory
-from gm_probe.errors import one_device
-from gm_probe.files.locks import FolderLock
-from gm_probe.linalg.density import density
-from gm_probe.linalg.work import Tally, Work
-from gm_probe.measures.catalogue import (
-    DEFAULT_MEASURES,
-    Outlook,
-    check_names,
-    expected_costs,
-    takes_derivatives,
-)
-from gm_probe.measures.context import MeasurementContext
+from gm_probe.linalg.work import Tally
+from gm_probe.measures.costs import takes_derivatives
 from gm_probe.measures.layers import by_layer
-from gm_probe.measures.measure import UNDEFINING, Report, measure
+from gm_probe.measures.measure import Report, measure
+from gm_probe.measures.names import DEFAULT_MEASURES, check_names
 from gm_probe.measures.settings import Settings
+from gm_probe.measuring.densities import densities
 from gm_probe.measuring.opening import LoadedCheckpoint, open_checkpoint
 from gm_probe.models.checkpoints import read_checkpoint
 from gm_probe.models.contrastive import Contrastive
 from gm_probe.models.loading import check_classes
-from gm_probe.models.parameters import as_measured
 from gm_probe.models.pretrained import load_pretrained
 from gm_probe.models.zoo import initial_model
 from gm_probe.runs.records import CONFIG, read_run, run_of
 from gm_probe.runtime.devices import environment
 from gm_probe.runtime.processes import count, failing_together, rank
-from gm_probe.runtime.randomness import generators_kept
 
 
 def measure_checkpoint(
@@ -80,7 +69,7 @@ def measure_checkpoint(
     model, batches, outputs = loaded.model, loaded.batches, loaded.outputs
     derivatives = quadrature is not None or per_layer or takes_derivatives(names or DEFAULT_MEASURES)
     if batch_size is None and derivatives and not simclr:
-        batches = within(memory, model, batches, outputs)
+        batches = batches_within(memory, model, batches, outputs)
     part, tally = batches.shard(rank(), count()), Tally(notify)
     report = measure(
         model,
@@ -98,7 +87,7 @@ def measure_checkpoint(
     if per_layer:
         result["layers"] = by_layer(model, part, settings, outputs, tally.next())
     if quadrature is not None:
-        compute = partial(_densities, loaded, settings, quadrature, tally.next())
+        compute = partial(densities, loaded, settings, quadrature, tally.next())
         result["density"], _ = within_memory(part, compute)
     return result
 
@@ -138,78 +127,6 @@ def _described(
     return result | ({"notes": list(loaded.notes)} if loaded.notes else {})
 
 
-DENSITY_OF = "density of the {}"
-"""The name of the stage in which a density is computed, as ``notify`` gets it."""
-
-
-@dataclass(frozen=True, slots=True)
-class How:
-    """All that the results of a run depend on, apart from its weights.
-
-    Attributes:
-        scope: the examples, as a measures.json describes them beside ``settings``: ``part``, ``max_examples`` and, for
-            data that is not the run's own, ``data`` and whether it is ``labeled``.
-        loading: as ``measure_checkpoint`` takes it.
-        own_loading: the arguments that belong to one checkpoint alone, such as its network's name.
-    """
-
-    settings: Settings
-    scope: Mapping[str, Any]
-    loading: Mapping[str, Any]
-    own_loading: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def of_other_data(self) -> bool:
-        """True where the data is not the run's own."""
-        return "data" in self.scope
-
-    def chosen(self, examples: Examples) -> Examples:
-        """Return the part of ``examples`` that is measured."""
-        return examples.subset(self.scope["max_examples"], self.settings.seed)
-
-
-def measure_as(
-    path: Path,
-    examples: Examples,
-    names: Sequence[str],
-    how: How,
-    notify: Callable[[str, float], None] | None = None,
-) -> dict[str, Any]:
-    """Measure ``path`` over the part of ``examples`` that ``how`` chooses, and add its scope to the result."""
-    chosen = how.chosen(examples)
-    loading = {**how.loading, **how.own_loading.get(path, {})}
-    result = measure_checkpoint(path, chosen, names, how.settings, notify=notify, **loading)
-    result["settings"] |= how.scope
-    if how.of_other_data:
-        result["settings"][DIGEST] = chosen.digest
-    return result
-
-
-DIGEST = "data_sha256"
-"""The setting that identifies data other than the run's own, because a file may change under its name."""
-
-
-def reporting(lock: FolderLock, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
-    """Return a ``notify`` for ``measure_checkpoint`` that reports progress in the locked run folder."""
-    outlook = Outlook(expected_costs(names, settings))
-
-    def notify(name: str, evaluations: float) -> None:
-        total = outlook.total(name, evaluations)
-        lock.report_progress(
-            "measuring", evaluations, evaluations if total is None else total, lambda: {"measure": name}
-        )
-
-    return notify
-
-
-def density_costs(quadrature: tuple[int, int] | None) -> dict[str, float]:
-    """Return the approximate gradient evaluations of each density, by the name of its stage."""
-    if not quadrature:
-        return {}
-    products = float(quadrature[0] * quadrature[1])
-    return {DENSITY_OF.format("fisher"): 2 * products, DENSITY_OF.format("hessian"): 3 * products}
-
-
 def _batch_settings(loaded: LoadedCheckpoint) -> dict[str, Any]:
     """Return what NT-Xent results depend on apart from the model; nothing for a classifier."""
     if not isinstance(loaded.model, Contrastive):
@@ -243,32 +160,3 @@ def _initial(path: Path, loaded: LoadedCheckpoint) -> nn.Module | None:
             return None
         load_pretrained(model, read_checkpoint(Path(given)))
     return model.to(loaded.batches.device, loaded.batches.dtype)
-
-
-def _densities(
-    loaded: LoadedCheckpoint,
-    settings: Settings,
-    quadrature: tuple[int, int],
-    notify: Callable[[str, float], None],
-    part: Batches,
-) -> dict[str, Any]:
-    """Return the spectral densities of F and H as JSON objects by name, or the ``reason`` where there is none."""
-    num_probes, num_steps = quadrature
-    name, found = "fisher", {}
-    work = Work(part.num_examples, lambda done: notify(DENSITY_OF.format(name), done))
-    measured = as_measured(loaded.model, tf32=settings.tf32)
-    with one_device(), generators_kept(part.device, loaded.model), measured:
-        context = MeasurementContext(loaded.model, part, settings, work, outputs=loaded.outputs)
-        for name, operator in (("fisher", context.fisher), ("hessian", context.hessian)):
-            before = work.evaluations
-            generator = context.generator(f"{name} density")
-            try:
-                result = density(operator, generator=generator, num_probes=num_probes, num_steps=num_steps)
-                found[name] = result.as_dict()
-            except UNDEFINING as error:  # the other density is still computed
-                if count() > 1:
-                    raise
-                found[name] = {"reason": str(error)}
-            found[name]["num_evals"] = round(work.evaluations - before, 3)
-        found["hessian"]["labels"] = context.label_kind
-    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from gm_probe.data.datasets import Examples
 from gm_probe.errors import CheckpointError
 from gm_probe.executors.local import Executor, Job, Outcome
 from gm_probe.files.locks import FolderLock, exclusive
-from gm_probe.measures.catalogue import expected_costs
-from gm_probe.measuring.checkpoint import DIGEST, How, density_costs, measure_as, reporting
-from gm_probe.measuring.opening import output_settings
-from gm_probe.measuring.saved import as_recorded, batch_dependent_settings, input_settings, merge_measures
+from gm_probe.measures.costs import Outlook, expected_costs
+from gm_probe.measures.settings import Settings
+from gm_probe.measuring.checkpoint import measure_checkpoint
+from gm_probe.measuring.densities import density_costs
+from gm_probe.measuring.saved import as_recorded, merge_measures
+from gm_probe.measuring.setup import Setup
 from gm_probe.runs.records import MEASURES, read_result, read_run
 from gm_probe.runtime.devices import pick_device
 from gm_probe.runtime.processes import failing_together, rank
@@ -32,61 +34,56 @@ class Request:
 
     Attributes:
         examples: returns the examples to measure a checkpoint over, as ``own_unlabeled`` does.
-        how: its ``loading`` has the name of the device, which is resolved where a checkpoint is measured.
+        setup: its ``loading`` has the name of the device, which is resolved where a checkpoint is measured.
         save: write into the run's measures.json, with the settings that it records (see ``as_recorded``). A run that
             has every measure already is skipped.
-        given: names of settings that take the value given here, whatever the run's file records.
+        given: names of settings that take the value given here, whatever the run's file records; None = all.
         watch: shows the progress; only for work in this process.
     """
 
     names: tuple[str, ...]
     examples: Callable[[Path], Examples]
-    how: How
+    setup: Setup
     save: bool = False
-    given: frozenset[str] = frozenset()
+    given: frozenset[str] | None = frozenset()
     watch: Watch | None = None
 
     def __call__(self, path: Path, threads: int | None) -> tuple[str, dict[str, Any]]:
         """Measure ``path``; return ``finished`` or ``skipped``, and its JSON object."""
         if not self.save:  # the folder may belong to anybody, so it is only read
-            return "finished", self._measured(path, threads, None, self.how)
+            return "finished", self._measured(path, threads, None, self.setup)
         with ExitStack() as held:
             with failing_together():
                 lock = held.enter_context(exclusive(path)) if rank() == 0 else None
-                how, changed = as_recorded(path, self.how, self.given)
-                if read_run(path).measured(self.names, self._asked(path, how)):
+                setup, changed = self.setup, {}
+                if self.given is not None:
+                    setup, changed = as_recorded(path, setup, self.given)
+                if read_run(path).measured(self.names, setup.recorded(path, self.examples)):
                     return "skipped", {
                         **read_result(path),
                         "checkpoint": str(path),
                         "as_before": changed,
                     }
-            result = self._measured(path, threads, lock, how)
+            result = self._measured(path, threads, lock, setup)
             if rank() == 0:
                 result["replaced"] = merge_measures(path / MEASURES, result)
             result["as_before"] = changed
             return "finished", result
 
-    def _asked(self, path: Path, how: How) -> dict[str, Any]:
-        """Return the settings that the record of ``path`` must have to match this request."""
-        asked = {**how.settings.as_dict(), **how.scope, **input_settings(how.loading)}
-        asked |= output_settings(how.loading)
-        asked |= batch_dependent_settings(path, how.loading)
-        if how.of_other_data:
-            asked[DIGEST] = how.chosen(self.examples(path)).digest
-        return asked
-
-    def _measured(self, path: Path, threads: int | None, lock: FolderLock | None, how: How) -> dict[str, Any]:
+    def _measured(
+        self, path: Path, threads: int | None, lock: FolderLock | None, setup: Setup
+    ) -> dict[str, Any]:
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
-        costs = expected_costs(self.names, how.settings) | density_costs(how.loading.get("quadrature"))
+        costs = expected_costs(self.names, setup.settings) | density_costs(setup.loading.get("quadrature"))
         watch = nullcontext(None) if self.watch is None else self.watch(path, costs)
-        report = None if lock is None else reporting(lock, self.names, how.settings)
+        report = None if lock is None else reporting(lock, self.names, setup.settings)
         try:
             with failing_together():
                 if not path.exists():
                     raise CheckpointError(f"{path}: no such checkpoint")
                 examples = self.examples(path)
-                here = replace(how, loading={**how.loading, "device": pick_device(how.loading["device"])})
+                device = pick_device(setup.loading["device"])
             with watch as show:
 
                 def notify(name: str, evaluations: float) -> None:
@@ -94,9 +91,28 @@ class Request:
                         if each is not None:
                             each(name, evaluations)
 
-                return measure_as(path, examples, self.names, here, notify)
+                loading = {**setup.loading, **setup.own_loading.get(path, {}), "device": device}
+                chosen = setup.chosen(examples)
+                result = measure_checkpoint(
+                    path, chosen, self.names, setup.settings, notify=notify, **loading
+                )
+                result["settings"] |= {**setup.scope, **setup.digest(chosen)}
+                return result
         finally:
             torch.set_num_threads(before)
+
+
+def reporting(lock: FolderLock, names: Sequence[str], settings: Settings) -> Callable[[str, float], None]:
+    """Return a ``notify`` for ``measure_checkpoint`` that reports progress in the locked run folder."""
+    outlook = Outlook(expected_costs(names, settings))
+
+    def notify(name: str, evaluations: float) -> None:
+        total = outlook.total(name, evaluations)
+        lock.report_progress(
+            "measuring", evaluations, evaluations if total is None else total, lambda: {"measure": name}
+        )
+
+    return notify
 
 
 def measure_checkpoints(

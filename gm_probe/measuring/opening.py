@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from gm_probe.curvature.batch_size import TRIAL
+from gm_probe.curvature.derivatives import TRIAL
 from gm_probe.data.batches import BATCH_SIZE, Batches, Normalization
 from gm_probe.data.datasets import Examples
 from gm_probe.data.fields import arguments

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from gm_probe.data.batches import BATCH_SIZE, Normalization
+from gm_probe.data.batches import Normalization
 from gm_probe.errors import ProbeError, StorageError, UsageError
 from gm_probe.files.atomic import write_json
 from gm_probe.files.schema import Unfit, bounded
-from gm_probe.measuring.checkpoint import DIGEST, How
+from gm_probe.measuring.setup import DIGEST, Setup, batch_dependent_settings, input_settings
 from gm_probe.models.checkpoints import read_checkpoint
 from gm_probe.runs.records import CHECKPOINT, MEASURES, UNNAMED, read_run
 from gm_probe.runtime.devices import environment
@@ -32,24 +32,6 @@ MOST, MOST_LISTED = 10_000, 100
 """Largest costly setting and longest list that a run's file may ask for; the user can give more as an option."""
 
 
-def batch_dependent_settings(run: Path, loading: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the further settings with which NT-Xent of ``run`` will be measured; nothing for a classifier."""
-    if loading.get("head") != "simclr":
-        return {}
-    return {
-        "head": "simclr",
-        "temperature": loading.get("temperature") or read_run(run).config.get("temperature"),
-        "batch_images": loading.get("batch_size") or BATCH_SIZE,
-    }
-
-
-def input_settings(loading: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the inputs as in a measures.json; the normalisation only where one is asked for."""
-    found: dict[str, Any] = {"dtype": str(loading.get("dtype", torch.float32)).removeprefix("torch.")}
-    chosen = loading.get("normalization")
-    return found if chosen is None else found | {"mean": list(chosen.mean), "std": list(chosen.std)}
-
-
 def own_normalization(run: Path) -> dict[str, Any]:
     """Return the normalisation of a run's checkpoint; empty where it records none or cannot be read."""
     try:
@@ -59,45 +41,55 @@ def own_normalization(run: Path) -> dict[str, Any]:
     return {} if recorded is None else {"mean": list(recorded.mean), "std": list(recorded.std)}
 
 
-def as_recorded(run: Path, how: How, given: Collection[str]) -> tuple[How, dict[str, Any]]:
+def as_recorded(run: Path, setup: Setup, given: Collection[str]) -> tuple[Setup, dict[str, Any]]:
     """Return how to measure more of ``run`` with its recorded settings, and the settings that this changes.
 
     Args:
-        given: names of settings that keep their values in ``how``.
+        given: names of settings that keep their values in ``setup``.
     """
     recorded = read_run(run).settings
-    if any(recorded.get(key) != value for key, value in how.scope.items() if key != "max_examples"):
-        return how, {}
-    settings, scope, loading = how.settings.as_dict(), dict(how.scope), dict(how.loading)
-    asked = {**settings, "max_examples": scope["max_examples"]}
-    by_default = {key for key, option in BATCH_DEPENDENT.items() if loading.get(option) is None}
-    asked |= {
-        key: value for key, value in batch_dependent_settings(run, loading).items() if key in by_default
+    if any(recorded.get(key) != value for key, value in setup.scope.items() if key != "max_examples"):
+        return setup, {}
+    free = _not_given(run, setup, given)
+    changed = {key: recorded[key] for key, value in free.items() if recorded.get(key, value) != value}
+    _require_modest(run / MEASURES, changed)
+    try:
+        return _changed(setup, changed, free | changed), changed
+    except UsageError as error:
+        raise StorageError(f"{run / MEASURES}: settings: {error}; remove it and measure again") from error
+
+
+def _not_given(run: Path, setup: Setup, given: Collection[str]) -> dict[str, Any]:
+    """Return the settings whose value the record of ``run`` decides, with their values in ``setup``."""
+    found = {**setup.settings.as_dict(), "max_examples": setup.scope["max_examples"]}
+    found |= {
+        key: value
+        for key, value in batch_dependent_settings(run, setup.loading).items()
+        if key in BATCH_DEPENDENT and setup.loading.get(BATCH_DEPENDENT[key]) is None
     }
     if {*given} & NORMALIZING:
         given = {*given, "mean", "std"}
     else:
-        asked |= own_normalization(run)
-    asked |= input_settings(loading)
-    kept = {key: recorded[key] for key in asked if key in recorded and key not in given}
-    changed = {key: value for key, value in kept.items() if value != asked[key]}
-    _require_modest(run / MEASURES, changed)
+        found |= own_normalization(run)
+    found |= input_settings(setup.loading)
+    return {key: value for key, value in found.items() if key not in given}
+
+
+def _changed(setup: Setup, changed: Mapping[str, Any], now: Mapping[str, Any]) -> Setup:
+    """Return ``setup`` with the ``changed`` settings; ``now`` has the values of all."""
+    loading = dict(setup.loading)
     loading |= {option: changed[key] for key, option in BATCH_DEPENDENT.items() if key in changed}
     if "dtype" in changed:
         loading["dtype"] = DTYPES[changed["dtype"]]
-    ours: dict[str, Any] = {
+    if {"mean", "std"} & set(changed):
+        loading["normalization"] = Normalization(tuple(now["mean"]), tuple(now["std"]))
+    own = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in changed.items()
-        if key in settings
+        if key in setup.settings.as_dict()
     }
-    scope = {key: changed.get(key, value) for key, value in scope.items()}
-    try:
-        if {"mean", "std"} & set(changed):
-            both = {**asked, **kept}
-            loading["normalization"] = Normalization(tuple(both["mean"]), tuple(both["std"]))
-        return How(replace(how.settings, **ours), scope, loading, how.own_loading), changed
-    except UsageError as error:
-        raise StorageError(f"{run / MEASURES}: settings: {error}; remove it and measure again") from error
+    scope = {key: changed.get(key, value) for key, value in setup.scope.items()}
+    return replace(setup, settings=replace(setup.settings, **own), scope=scope, loading=loading)
 
 
 def _require_modest(file: Path, changed: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ SCALES = ("smoke", "small", "paper")
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class PaperRecipe:
     """One table or figure; ``settings[scale]`` are the arguments of its study, ``costs[scale]`` the time it takes.
 
     ``notes[scale]``: what else is to be known of it at this scale; '' = nothing.
@@ -65,27 +65,27 @@ class Recipe:
 
 
 @cache
-def recipes() -> Mapping[str, Recipe]:
+def paper_recipes() -> Mapping[str, PaperRecipe]:
     """Return every recipe by name, in natural order."""
     folder = resources.files("gm_probe") / "recipes" / "paper"
     found = {}
     for entry in folder.iterdir():
         if entry.name.endswith(".toml"):
             with resources.as_file(entry) as file:
-                found[file.stem] = _recipe(file.stem, read_toml(file, follow=True))
+                found[file.stem] = _paper_recipe(file.stem, read_toml(file, follow=True))
     return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
 
 
-def recipe(name: str) -> Recipe:
+def paper_recipe(name: str) -> PaperRecipe:
     """Return the recipe of this name, or the one that also gives it; UsageError where there is none."""
-    names = {other: entry for entry in recipes().values() for other in (entry.name, *entry.also)}
+    names = {other: entry for entry in paper_recipes().values() for other in (entry.name, *entry.also)}
     if name not in names:
         hint = did_you_mean(name, names, "`gmprobe reproduce --list` lists them")
         raise UsageError(f"no table or figure {name!r}; {hint}")
     return names[name]
 
 
-def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
+def _paper_recipe(name: str, content: Mapping[str, Any]) -> PaperRecipe:
     parts = {scale: dict(content[scale]) for scale in SCALES if scale in content}
     costs = {scale: str(part.pop("cost")) for scale, part in parts.items()}
     notes = {scale: str(part.pop("note", "")) for scale, part in parts.items()}
@@ -99,7 +99,9 @@ def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
     texts = {key: str(content[key]) for key in ("title", "claim", "published", "study")}
     also = tuple(map(str, content.get("also", ())))
     chosen = str(content.get("default", "small" if "small" in parts else ""))
-    return Recipe(name=name, settings=settings, costs=costs, notes=notes, also=also, chosen=chosen, **texts)
+    return PaperRecipe(
+        name=name, settings=settings, costs=costs, notes=notes, also=also, chosen=chosen, **texts
+    )
 
 
 def _with_numbers(place: Mapping[str, Any], numbers: Mapping[str, Any]) -> Mapping[str, Any]:

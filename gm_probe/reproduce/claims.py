@@ -13,7 +13,7 @@ from gm_probe.analysis.coefficients import kendall
 from gm_probe.analysis.intervals import Quantity, mean_interval
 from gm_probe.analysis.typeset import two_decimals
 
-Outcome = Literal["shows", "shows in part", "shows the opposite", "does not show", "cannot be told"]
+ClaimOutcome = Literal["shows", "shows in part", "shows the opposite", "does not show", "cannot be told"]
 LEAST = 3
 """Least number of points for a slope."""
 
@@ -90,7 +90,7 @@ def spread(values: pd.Series) -> str:
     return f"{values.median():.3g} in the median ({values.min():.3g} to {values.max():.3g})".replace("-", "−")
 
 
-def outcome_of(signs: Sequence[int]) -> Outcome:
+def outcome_of(signs: Sequence[int]) -> ClaimOutcome:
     """Return the outcome of a claim whose parts are judged one by one."""
     if signs and all(sign == 1 for sign in signs):
         return "shows"
@@ -99,7 +99,7 @@ def outcome_of(signs: Sequence[int]) -> Outcome:
     return "does not show" if -1 in signs else "cannot be told"
 
 
-def claim_outcome(signs: Sequence[int]) -> Outcome:
+def claim_outcome(signs: Sequence[int]) -> ClaimOutcome:
     """Return the outcome of a claim from those of its parts: 1 as claimed, −1 the opposite, 0 cannot be told.
 
     Each part is tested in both directions at 5 % over their number, so that one chance in twenty is that any is wrong.

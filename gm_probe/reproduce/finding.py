@@ -17,14 +17,14 @@ from matplotlib.figure import Figure
 from gm_probe.analysis.plots import write_figure
 from gm_probe.analysis.typeset import Sheet, escape_markdown, latex, markdown, plain_sheet
 from gm_probe.errors import UsageError
-from gm_probe.executors.local import Outcome as RunOutcome
+from gm_probe.executors.local import Outcome
 from gm_probe.files.atomic import remove_temporary, write_atomic, write_json
 from gm_probe.files.locks import exclusive
-from gm_probe.reproduce.catalogue import Recipe, recipe
-from gm_probe.reproduce.claims import Outcome
+from gm_probe.reproduce.catalogue import PaperRecipe, paper_recipe
+from gm_probe.reproduce.claims import ClaimOutcome
 from gm_probe.runtime.devices import environment, pick_device
 from gm_probe.sweep.manifest import write_sweep
-from gm_probe.sweep.recipe import Recipe as SweepRecipe
+from gm_probe.sweep.recipe import Recipe
 from gm_probe.sweep.runner import run_recipe
 from gm_probe.sweep.tuning import require_success
 
@@ -74,7 +74,7 @@ class Finding:
         untested: part of the claim that no test here covers, which the verdict leaves out.
     """
 
-    outcome: Outcome
+    outcome: ClaimOutcome
     text: str
     rows: pd.DataFrame
     sheets: Sequence[Sheet]
@@ -106,7 +106,7 @@ def reproduce(task: Task) -> tuple[Finding, list[Path]]:
         UsageError: no such table or figure, or it has no such scale or data set.
         BusyError: another process is at work on the folder.
     """
-    chosen = recipe(task.name)
+    chosen = paper_recipe(task.name)
     settings = chosen.at(task.scale)
     if task.only is not None and chosen.study != "methods":
         raise UsageError(f"--only: {task.name} has a single data set. Leave out --only")
@@ -118,7 +118,7 @@ def reproduce(task: Task) -> tuple[Finding, list[Path]]:
         return found, write(found, chosen, task, machine, time.perf_counter() - began)
 
 
-def trained(recipe: SweepRecipe, folder: Path, task: Task) -> Path:
+def train_runs(recipe: Recipe, folder: Path, task: Task) -> Path:
     """Train and measure every run of ``recipe`` below ``folder``, which is returned; complete runs are kept.
 
     Raises:
@@ -126,7 +126,7 @@ def trained(recipe: SweepRecipe, folder: Path, task: Task) -> Path:
     """
     done = 0
 
-    def notify(outcome: RunOutcome) -> None:
+    def notify(outcome: Outcome) -> None:
         nonlocal done
         done += 1
         if outcome.status != "skipped":
@@ -140,7 +140,7 @@ def trained(recipe: SweepRecipe, folder: Path, task: Task) -> Path:
 
 
 def write(
-    finding: Finding, recipe: Recipe, task: Task, environment: Mapping[str, Any], seconds: float
+    finding: Finding, recipe: PaperRecipe, task: Task, environment: Mapping[str, Any], seconds: float
 ) -> list[Path]:
     """Write everything into the task's folder, each file whole or not at all, ``result.json`` last; their paths."""
     stem = task.folder / recipe.name
@@ -171,7 +171,7 @@ def frame_sheet(name: str, title: str, caption: str, frame: pd.DataFrame, num_la
 
 
 def _page(
-    finding: Finding, recipe: Recipe, task: Task, environment: Mapping[str, Any], seconds: float
+    finding: Finding, recipe: PaperRecipe, task: Task, environment: Mapping[str, Any], seconds: float
 ) -> str:
     shown = ", ".join(
         f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.at(task.scale).items()

@@ -17,7 +17,7 @@ from gm_probe.measures.settings import Settings
 from gm_probe.reproduce.claims import claim_outcome
 from gm_probe.reproduce.comparison import SHOWN, Arm, Comparison, Difference, text_of
 from gm_probe.reproduce.drawing import WORDS, draw
-from gm_probe.reproduce.finding import Finding, Task, trained
+from gm_probe.reproduce.finding import Finding, Task, train_runs
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.sweep.tuning import NOTHING, VALIDATION
 from gm_probe.training.config import TrainConfig
@@ -130,7 +130,7 @@ def _csv(table: pd.DataFrame, error: str) -> pd.DataFrame:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ErrorPicture:
     """How errors are drawn: ``caption``, and for each table (``drawing.draw``) a panel for each y with its label.
 
     ``{error}`` stands for the column of the error, ``{which}`` for final or least. Panels without values are left out.
@@ -143,8 +143,8 @@ class Picture:
 
 ERROR = {"table": {"100 * {error}": "{which} test error, %"}}
 PICTURES = {
-    "variant": Picture("The test error by variant", "data", ERROR),
-    "epoch": Picture(
+    "variant": ErrorPicture("The test error by variant", "data", ERROR),
+    "epoch": ErrorPicture(
         "S_ρ and the test error, of a SimCLR encoder its linear probe's and NT-Xent too, along training",
         "variant",
         {
@@ -155,15 +155,17 @@ PICTURES = {
             }
         },
     ),
-    "k_steps": Picture(
+    "k_steps": ErrorPicture(
         "The test error by the ascent steps K in training, and S_ρ of the trained models by the K it is "
         "measured with",
         "line",
         ERROR | {"cells": {"value": "S_ρ (nats)"}},
     ),
-    "share": Picture("The test error by the number m of examples that share a perturbation", "line", ERROR),
-    "gradient_evaluations": Picture("The test error by gradient evaluations (batches)", "line", ERROR),
-    "rho": Picture("The held-out error by ρ; a line for each β", "beta", ERROR),
+    "share": ErrorPicture(
+        "The test error by the number m of examples that share a perturbation", "line", ERROR
+    ),
+    "gradient_evaluations": ErrorPicture("The test error by gradient evaluations (batches)", "line", ERROR),
+    "rho": ErrorPicture("The held-out error by ρ; a line for each β", "beta", ERROR),
 }
 """What errors can be drawn by: a column, ``x`` of all panels."""
 
@@ -216,7 +218,7 @@ def _arms(
     }
     named = {key: run_name(config, {"method": plain(key[0]), "seed": key[1]}) for key, config in runs.items()}
     folder = task.folder / "runs" / plain(place["label"])
-    trained(Recipe({named[key]: config for key, config in runs.items()}, plan, ()), folder, task)
+    train_runs(Recipe({named[key]: config for key, config in runs.items()}, plan, ()), folder, task)
     for label, config in chosen.items():
         paths = tuple(folder / named[label, seed] for seed in range(seeds))
         yield Arm(place["label"], label, config, paths, place.get("published", {}).get(label, ""))
@@ -255,7 +257,7 @@ def _tuned(
     cells = [config.replace(**point, **held_out) for point in points]
     names = [run_name(cell, {"method": plain(variant["label"])}) for cell in cells]
     folder = task.folder / "runs" / f"{plain(place['label'])}-tune"
-    trained(Recipe(dict(zip(names, cells, strict=True)), NOTHING, ()), folder, task)
+    train_runs(Recipe(dict(zip(names, cells, strict=True)), NOTHING, ()), folder, task)
     errors = Arm(place["label"], variant["label"], config, tuple(folder / name for name in names)).values(
         "error"
     )

@@ -20,12 +20,12 @@ from gm_probe.inconsistency.kl import kl_divergence
 from gm_probe.measures.pairwise import compare
 from gm_probe.measuring.opening import open_checkpoint
 from gm_probe.models.parameters import Parameters
-from gm_probe.reproduce.finding import Task, trained
+from gm_probe.reproduce.finding import Task, train_runs
 from gm_probe.runs.records import read_run
 from gm_probe.sweep.recipe import Recipe, parse_recipe
 from gm_probe.sweep.tuning import NOTHING
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.leave import Leave
+from gm_probe.training.permissions import Permissions
 from gm_probe.training.run_splits import own_unlabeled
 
 CLOUD = 10  # pairs drawn from an isotropic Gaussian
@@ -43,13 +43,13 @@ def rows(
     base = {**base, "threads": 1, **task.place}
     first = TrainConfig.from_dict({**base, **{key: values[0] for key, values in grid.items()}})
     start = first.replace(epochs=start_epochs, seed=10_000)
-    trained(Recipe({"start": start}, NOTHING, ()), task.folder / "runs", task)
+    train_runs(Recipe({"start": start}, NOTHING, ()), task.folder / "runs", task)
     found: list[dict[str, Any]] = []
     lost: list[str] = []
     for arm in ("own", "common"):
         given = {"init": str(task.folder / "runs" / "start")} if arm == "common" else {}
         recipe = parse_recipe({"base": {**base, **given}, "grid": grid, "measure": measure})
-        folder = trained(recipe, task.folder / "runs" / arm, task)
+        folder = train_runs(recipe, task.folder / "runs" / arm, task)
         settings = _settings(recipe, folder)
         if not settings:
             raise DivergedError(f"no setting has two finished runs ({folder}). Lower lr in the recipe's grid")
@@ -78,7 +78,7 @@ def _settings(recipe: Recipe, folder: Path) -> list[tuple[list[Path], TrainConfi
 
 def _of_setting(paths: Sequence[Path], config: TrainConfig) -> dict[str, Any]:
     """Return C_θ, the variance of the parameters over seeds, and the means of what was measured of each run."""
-    examples = own_unlabeled(paths[0], Leave.of(config)).in_memory()
+    examples = own_unlabeled(paths[0], Permissions.of(config)).in_memory()
     loaded = [open_checkpoint(path, examples) for path in paths]
     models = [Parameters(each.model.eval()) for each in loaded]
     x = torch.cat([batch.x for batch in loaded[0].batches])

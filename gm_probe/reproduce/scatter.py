@@ -13,7 +13,7 @@ from gm_probe.analysis.provenance import read_records
 from gm_probe.analysis.results import Correlations
 from gm_probe.analysis.sheets import statistics_sheets
 from gm_probe.reproduce.claims import bonferroni, claim_outcome, shown_tau, sign_of
-from gm_probe.reproduce.finding import Finding, Task, trained
+from gm_probe.reproduce.finding import Finding, Task, train_runs
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
 from gm_probe.tables.runs import load_table
 from gm_probe.tables.table import by_reason
@@ -42,7 +42,7 @@ def study(
         untested: what the claim says that no test covers.
     """
     recipe = parse_recipe(inline, task.place) if inline is not None else load_recipe(sweep, task.place)
-    folder = trained(recipe, task.folder / "runs", task)
+    folder = train_runs(recipe, task.folder / "runs", task)
     every = _correlated(folder, expected, recipe, converged_only=False)
     num_done = sum(not record.missed_stop for record in read_records(every.runs).values())
     enough = num_done >= LEAST_RUNS

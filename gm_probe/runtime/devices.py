@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gm_probe.errors import ResourceError, UsageError, first_line
-from gm_probe.runtime.device_names import no_device
+from gm_probe.runtime.names import no_device
 
 LACKING = {
     "mps": "lacks float64, which gm_probe needs for its sums",

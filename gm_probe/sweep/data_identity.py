@@ -14,8 +14,8 @@ from gm_probe.data.images import blocks
 from gm_probe.errors import CheckpointError, DataError, StorageError
 from gm_probe.models.huggingface import is_folder
 from gm_probe.runs.records import CHECKPOINT, CONFIG, SPLIT, find_runs, read_run, read_split
-from gm_probe.training.leave import Leave
-from gm_probe.training.run_splits import MARKS, NO_LEAVE, own_unlabeled
+from gm_probe.training.permissions import Permissions
+from gm_probe.training.run_splits import MARKS, NO_PERMISSIONS, own_unlabeled
 
 UNKNOWN = "unknown"
 """What the training set of every checkpoint without a run folder is called."""
@@ -163,18 +163,18 @@ def doubts(paths: Sequence[Path], training_sets: Sequence[str]) -> list[str]:
     return notes
 
 
-def common_unlabeled(runs: Sequence[Path], leave: Leave = NO_LEAVE) -> Examples:
-    """Return the unlabeled part that all ``runs`` were trained beside, looked for where ``leave`` says.
+def common_unlabeled(runs: Sequence[Path], permissions: Permissions = NO_PERMISSIONS) -> Examples:
+    """Return the unlabeled part that all ``runs`` were trained beside, looked for where ``permissions`` says.
 
     Raises:
         DataError: two runs have different ones, or the data has changed.
     """
-    first, examples = runs[0], own_unlabeled(runs[0], leave)
+    first, examples = runs[0], own_unlabeled(runs[0], permissions)
     split = read_split(first)
     for run in runs[1:]:
         if read_split(run) == split:  # the digest of the examples is in it, so they need not be read again
             continue
-        if not _equal(own_unlabeled(run, leave), examples):
+        if not _equal(own_unlabeled(run, permissions), examples):
             raise DataError(
                 f"{first} and {run} have different unlabeled parts. Give --unlabeled data that no run was trained on"
             )

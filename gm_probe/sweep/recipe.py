@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.checks import whole
-from gm_probe.data.sources import require_source
+from gm_probe.data.names import require_data_name
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import read_toml
-from gm_probe.measures.catalogue import check_names, default_measures, expanded, unknown_measure
+from gm_probe.measures.catalogue import MEASURES
+from gm_probe.measures.names import check_names, default_measures, expanded, unknown_measure
 from gm_probe.measures.settings import Settings
 from gm_probe.models.names import require_model_name
-from gm_probe.runs.catalogue import CATALOGUE
-from gm_probe.runtime.device_names import require_device_name
+from gm_probe.runtime.names import require_device_name
 from gm_probe.sweep.design import DESIGNS, points, require_known
 from gm_probe.training.config import SETTINGS, TrainConfig
 
@@ -105,7 +105,9 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
 
 def require_names(configs: Collection[TrainConfig]) -> None:
     """Raise UsageError for data, a model or a device that there is not, before a run of many fails of it."""
-    _check_each(configs, {"data": require_source, "device": require_device_name, "model": require_model_name})
+    _check_each(
+        configs, {"data": require_data_name, "device": require_device_name, "model": require_model_name}
+    )
     from gm_probe.models.zoo import builder
     from gm_probe.runtime.devices import named_device  # torch, which a wrong name must not wait for
 
@@ -189,9 +191,9 @@ def measure_plan(content: Mapping[str, Any]) -> MeasurePlan:
     given = _names("measure.measures", content.get("measures", default_measures(labeled=False)))
     names = tuple(expanded(given, labeled=False))
     for name in names:
-        if name not in CATALOGUE:
+        if name not in MEASURES:
             raise UsageError(f"recipe: {unknown_measure(name)}")
-        if CATALOGUE[name].needs_labels:
+        if MEASURES[name].needs_labels:
             raise UsageError(f"recipe: {name} needs labels, but a sweep measures on the unlabeled part")
     chosen: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value

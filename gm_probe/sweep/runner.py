@@ -10,26 +10,22 @@ import torch
 from gm_probe.errors import DivergedError, StorageError
 from gm_probe.executors.local import Executor, Job, Outcome, Processes, in_turn, visible_gpus
 from gm_probe.files.atomic import in_utf8, read_json, write_atomic, write_json
-from gm_probe.files.locks import FolderLock, exclusive
-from gm_probe.measuring.checkpoint import How, measure_as, reporting
-from gm_probe.measuring.saved import merge_measures
+from gm_probe.measuring.many import Request
+from gm_probe.measuring.setup import Setup
 from gm_probe.runs.records import (
-    CHECKPOINT,
     CONFIG,
     ERROR,
-    MEASURES,
     STATE,
     SUMMARY,
     failure,
     read_run,
     run_state,
 )
-from gm_probe.runtime.devices import pick_device
 from gm_probe.sweep.recipe import MeasurePlan, Recipe
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.leave import Leave
 from gm_probe.training.loop import train
 from gm_probe.training.objectives import trains_encoder
+from gm_probe.training.permissions import Permissions
 from gm_probe.training.run_splits import own_unlabeled
 
 
@@ -47,7 +43,7 @@ def is_complete(out: Path, plan: MeasurePlan) -> bool:
     return record.status == "diverged"
 
 
-def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | None = None) -> str:
+def train_and_measure(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | None = None) -> str:
     """Train (or resume) and measure one run; returns its status.
 
     Args:
@@ -62,12 +58,7 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
     try:
         # for a finished run, this only removes what a kill after its summary left
         train(config, out, resume=True)
-        if plan.measures:
-            with exclusive(out) as lock:
-                if is_complete(out, plan):  # another process did it since this one looked
-                    return "skipped"
-                _measure(config, plan, out, lock)
-        return "finished"
+        return _request(config, plan)(out, None)[0] if plan.measures else "finished"
     except DivergedError:
         if read_run(out).status != "diverged":  # the measurement diverged, not the training
             raise
@@ -76,26 +67,21 @@ def run_one(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | No
         torch.set_num_threads(before)
 
 
-def _measure(config: TrainConfig, plan: MeasurePlan, out: Path, lock: FolderLock) -> None:
+def _request(config: TrainConfig, plan: MeasurePlan) -> Request:
+    """Return the request to measure a trained run as the plan says, whatever its record says."""
     loading = {
         "model_name": config.model,  # the code that the recipe names, never one that a file names
         "batch_size": plan.batch_size,
-        "device": pick_device(config.device),
+        "device": config.device,
         "head": "simclr" if config.trains_encoder else "classifier",
     }
-    result = measure_as(
-        out / CHECKPOINT,
-        own_unlabeled(out, Leave.of(config)),
-        plan.measures,
-        How(plan.settings, plan.scope, loading),
-        reporting(lock, plan.measures, plan.settings),
-    )
-    merge_measures(out / MEASURES, result)
+    examples = partial(own_unlabeled, permissions=Permissions.of(config))
+    return Request(plan.measures, examples, Setup(plan.settings, plan.scope, loading), save=True, given=None)
 
 
 def _do(config: TrainConfig, plan: MeasurePlan, out: Path, threads: int | None) -> tuple[str, None]:
     # where a lost machine's job is done again, it may have been complete already
-    return "skipped" if is_complete(out, plan) else run_one(config, plan, out, threads), None
+    return "skipped" if is_complete(out, plan) else train_and_measure(config, plan, out, threads), None
 
 
 def _forget_failure(out: Path) -> None:

@@ -29,7 +29,7 @@ MOST_COLUMNS, MOST_CELLS, MOST_BYTES = 5000, 10**7, 2**30
 """Limits of a file; thirty thousand runs with three hundred columns are below them."""
 
 
-def require_fit(path: Path, num_rows: int, num_columns: int) -> None:
+def require_size(path: Path, num_rows: int, num_columns: int) -> None:
     """Raise DataError where a table is larger than any table of runs, before it is read."""
     if num_columns > MOST_COLUMNS or num_rows * num_columns > MOST_CELLS:
         raise DataError(
@@ -129,7 +129,7 @@ def _rows(text: str, separator: str, path: Path) -> tuple[list[str], list[list[s
             continue
         if not header:
             header = row
-            require_fit(path, text.count("\n") + text.count("\r"), len(header))  # short rows are filled
+            require_size(path, text.count("\n") + text.count("\r"), len(header))  # short rows are filled
             continue
         if any(row[len(header) :]):
             raise DataError(

@@ -51,7 +51,7 @@ class Expression:
         return Numbers(found.values, {}, found.missing | missing)
 
 
-def listed(text: str, known: Collection[str]) -> list[str]:
+def split_expressions(text: str, known: Collection[str]) -> list[str]:
     """Return the expressions of a comma-separated list; commas in a ``known`` or quoted name separate nothing."""
     parts = [text] if text.strip() in known else _PART.findall(text)
     return [part.strip() for part in parts if part.strip()]

@@ -19,7 +19,7 @@ from gm_probe.files.regular import read_at_most
 from gm_probe.files.schema import LONGEST_TEXT, Unfit, bounded
 from gm_probe.tables import trackers
 from gm_probe.tables.columns import key
-from gm_probe.tables.delimited import MOST_BYTES, decoded, read_delimited, require_fit
+from gm_probe.tables.delimited import MOST_BYTES, decoded, read_delimited, require_size
 from gm_probe.tables.numerals import NO_VALUE
 
 MOST_JSON = 2**28
@@ -31,7 +31,7 @@ LONGEST_DICT = 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
+class RawTable:
     """A table as it was read: its cells by the names of its columns, and in words how it is written."""
 
     cells: pd.DataFrame
@@ -39,7 +39,7 @@ class Sheet:
     notes: tuple[str, ...] = ()
 
 
-def read_sheet(source: Path) -> Sheet:
+def read_raw_table(source: Path) -> RawTable:
     """Read ``source``: a file whose suffix is in ``READERS``, or a folder of a tracker.
 
     Raises:
@@ -48,17 +48,17 @@ def read_sheet(source: Path) -> Sheet:
         StorageError: it cannot be read.
     """
     tracker = trackers.tracker(source) if source.is_dir() else None
-    sheet = of_rows(source, *tracker(source)) if tracker else READERS[source.suffix.lower()](source)
-    return tidied(source, sheet)
+    raw_table = of_rows(source, *tracker(source)) if tracker else READERS[source.suffix.lower()](source)
+    return tidied(source, raw_table)
 
 
-def tidied(source: Path, sheet: Sheet) -> Sheet:
-    """Return ``sheet`` with its dicts as columns of their own, and without columns that have neither name nor cells.
+def tidied(source: Path, raw_table: RawTable) -> RawTable:
+    """Return ``raw_table`` with its dicts as columns of their own, without columns that have neither name nor cells.
 
     Raises:
         DataError: it has no row, or two columns of one name, or a name with unprintable characters.
     """
-    raw = sheet.cells
+    raw = raw_table.cells
     raw.columns = pd.Index([str(name).strip() for name in raw.columns])
     bare = [bool(name == "" and (raw.iloc[:, place] == "").all()) for place, name in enumerate(raw.columns)]
     raw = raw.loc[:, [not gone for gone in bare]]
@@ -73,7 +73,7 @@ def tidied(source: Path, sheet: Sheet) -> Sheet:
         raise DataError(f"{source} has a header but no run below it")
     dicts = [name for name in names if _holds_dicts(raw[name])]
     if not dicts:
-        return _one_row_a_run(source, replace(sheet, cells=raw.reset_index(drop=True)))
+        return _one_row_a_run(source, replace(raw_table, cells=raw.reset_index(drop=True)))
     rows: list[dict[str, Any]] = []
     unread = 0
     for record in raw.to_dict("records"):
@@ -81,17 +81,17 @@ def tidied(source: Path, sheet: Sheet) -> Sheet:
         unread += sum(value is None and _filled(record[name]) for name, value in read.items())
         rows.append({str(name): value for name, value in record.items() if name not in dicts} | read)
     told = f"{unread} cells of {', '.join(dicts)} hold no readable dict; they count as empty"
-    found = of_rows(source, rows, (*sheet.notes, *([told] if unread else [])))
-    return tidied(source, replace(found, written=sheet.written))
+    found = of_rows(source, rows, (*raw_table.notes, *([told] if unread else [])))
+    return tidied(source, replace(found, written=raw_table.written))
 
 
-def _one_row_a_run(source: Path, sheet: Sheet) -> Sheet:
-    """Return ``sheet``; of a long table, with a row for each run and measure, one row for each run."""
-    raw = sheet.cells
+def _one_row_a_run(source: Path, raw_table: RawTable) -> RawTable:
+    """Return ``raw_table``; of a long table, with a row for each run and measure, one row for each run."""
+    raw = raw_table.cells
     names = {key(str(name)): str(name) for name in raw}
     measure, value = next((names[word] for word in LONG if word in names), None), names.get("value")
     if measure is None or value is None or raw[measure].is_unique:
-        return sheet
+        return raw_table
     others = [name for name in raw if name not in {measure, value}]
     of = raw[measure].map(lambda cell: str(cell).strip()).rename(measure)
     runs = raw.groupby([raw[name].map(str) for name in others] or of, sort=False).ngroup().rename("run")
@@ -100,23 +100,23 @@ def _one_row_a_run(source: Path, sheet: Sheet) -> Sheet:
             f"{source} has a row for each {measure!r}, and does not tell which rows are one run. Write one row for "
             f"each run, with a column for each {measure}"
         )
-    require_fit(source, runs.nunique(), len(others) + of.nunique())
+    require_size(source, runs.nunique(), len(others) + of.nunique())
     wide = raw[value].groupby([runs, of], sort=False).first().unstack(fill_value="")
     wide = raw[others].groupby(runs, sort=False).nth(0).reset_index(drop=True).join(wide)
     note = f"the {len(raw)} rows were read as {len(wide)} runs, with a column for each {measure}"
-    return tidied(source, replace(sheet, cells=wide, notes=(*sheet.notes, note)))
+    return tidied(source, replace(raw_table, cells=wide, notes=(*raw_table.notes, note)))
 
 
-def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str]) -> Sheet:
+def of_rows(source: Path, rows: Sequence[Mapping[str, Any]], notes: Iterable[str]) -> RawTable:
     """Return one row per mapping. A nested mapping becomes columns NAME.KEY; lists are left out and counted."""
     if not rows:
         raise DataError(f"{source} holds no run")
     lists: dict[str, None] = {}
     flat = [dict(_flat(row, "", lists)) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
-    require_fit(source, len(flat), len(names))
+    require_size(source, len(flat), len(names))
     note = [f"{len(lists)} columns hold lists and are left out"] if lists else []
-    return Sheet(pd.DataFrame(flat, columns=names, dtype=object), (), (*notes, *note))
+    return RawTable(pd.DataFrame(flat, columns=names, dtype=object), (), (*notes, *note))
 
 
 def _flat(row: Mapping[str, Any], prefix: str, lists: dict[str, None]) -> Iterator[tuple[str, Any]]:
@@ -180,15 +180,15 @@ class _Plain(ast.NodeTransformer):
 # ---- files
 
 
-def _delimited(path: Path) -> Sheet:
+def _delimited(path: Path) -> RawTable:
     """Read all cells as text, so that no reader guesses what is a number or missing."""
     found = read_delimited(path)
     table = pd.DataFrame(found.rows, columns=range(len(found.header)), dtype=object)
     table.columns = pd.Index(found.header)
-    return Sheet(table, found.written)
+    return RawTable(table, found.written)
 
 
-def _json(path: Path) -> Sheet:
+def _json(path: Path) -> RawTable:
     """Read one object per line, or a list of objects."""
     data = read_at_most(path, MOST_JSON, follow=True)
     if data is None:
@@ -235,11 +235,11 @@ def _by_rows(value: Any) -> Any:
     return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _parquet(path: Path) -> Sheet:
+def _parquet(path: Path) -> RawTable:
     with needs(f"reading {path}", "pyarrow", "parquet"):
         import pyarrow.parquet  # noqa: F401
     with foreign_or(lambda why: DataError(f"{path} is not a readable Parquet file: {printable(why)}")):
-        return Sheet(_parquet_frame(path))
+        return RawTable(_parquet_frame(path))
 
 
 def _parquet_frame(path: Path) -> pd.DataFrame:
@@ -252,7 +252,7 @@ def _parquet_frame(path: Path) -> pd.DataFrame:
         chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
         values = sum(chunk.num_values for chunk in chunks)  # a list in a cell counts as many
         num_rows = max(meta.num_rows, -(-values // max(meta.num_columns, 1)))
-        require_fit(path, num_rows, meta.num_columns)
+        require_size(path, num_rows, meta.num_columns)
         unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
         if unpacked > MOST_BYTES:
             raise DataError(
@@ -270,11 +270,11 @@ def _parquet_frame(path: Path) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(categories, object))
 
 
-def _database(path: Path) -> Sheet:
+def _database(path: Path) -> RawTable:
     return of_rows(path, *trackers.mlflow_database(path))
 
 
-READERS: dict[str, Callable[[Path], Sheet]] = {
+READERS: dict[str, Callable[[Path], RawTable]] = {
     **dict.fromkeys((".csv", ".tsv"), _delimited),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), _json),
     **dict.fromkeys(trackers.DATABASES, _database),

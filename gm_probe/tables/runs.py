@@ -12,9 +12,9 @@ import pandas as pd
 from gm_probe.errors import DataError, StorageError, printable
 from gm_probe.files.regular import open_to_read
 from gm_probe.runs.records import CONFIG, SWEEP, RunRecord, find_runs, read_groups, read_run
-from gm_probe.tables.expression import listed, parse
+from gm_probe.tables.expression import parse, split_expressions
 from gm_probe.tables.numerals import NOTHING, Numbers, finite
-from gm_probe.tables.readers import Sheet, read_sheet, tidied
+from gm_probe.tables.readers import RawTable, read_raw_table, tidied
 from gm_probe.tables.sources import holds_our_runs, require_source
 from gm_probe.tables.spreadsheets import run_table
 from gm_probe.tables.table import (
@@ -88,7 +88,7 @@ def load_table(
     """
     asked = Asked(measures, hyperparameters, group_by, gap, seed_column, converged_only)
     if isinstance(source, pd.DataFrame):
-        return run_table(FRAME, tidied(FRAME, Sheet(source.copy())), asked)
+        return run_table(FRAME, tidied(FRAME, RawTable(source.copy())), asked)
     require_source(source)
     if holds_our_runs(source):
         return _table_from_folders(source, asked)
@@ -97,7 +97,7 @@ def load_table(
             open_to_read(source, follow=True).close()
         except OSError as error:
             raise StorageError(f"cannot read {source}: {error.strerror or error}") from error
-    return run_table(source, read_sheet(source), asked)
+    return run_table(source, read_raw_table(source), asked)
 
 
 def recipe_groups(source: Path) -> list[str]:
@@ -138,7 +138,7 @@ def _table_from_folders(root: Path, asked: Asked) -> RunTable:
         )
     require_distinct([*gaps], chosen, hypers)
 
-    measured = {name: _Measured.of(name, records) for name in chosen}
+    measured = {name: _MeasureColumn.of(name, records) for name in chosen}
     numbers = gaps | {name: each.numbers for name, each in measured.items()}
     columns = {"run": pd.Series(list(kept))} | {name: each.values for name, each in numbers.items()}
     columns |= {name: pd.Series([c.get(name) for c in configs], dtype=object) for name in hypers}
@@ -166,7 +166,7 @@ def _table_from_folders(root: Path, asked: Asked) -> RunTable:
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
+class _MeasureColumn:
     """One measure over the runs: its values, and how they were taken (``RunTable``)."""
 
     numbers: Numbers
@@ -174,7 +174,7 @@ class _Measured:
     conditions: dict[str, Counter[str]]
 
     @classmethod
-    def of(cls, name: str, records: Sequence[RunRecord]) -> "_Measured":
+    def of(cls, name: str, records: Sequence[RunRecord]) -> "_MeasureColumn":
         rows = [record.measures.get(name, NOT_MEASURED) for record in records]
         found = _numbers([row.get("value") for row in rows])
         missing = {
@@ -284,7 +284,7 @@ def _gaps(
     rows = [{**config, **record.summary} for config, record in zip(configs, records, strict=True)]
     names = unique(name for row in rows for name, value in row.items() if isinstance(value, int | float))
     known = {name: _numbers([row.get(name) for row in rows]) for name in names}
-    wanted = listed(asked, names)
+    wanted = split_expressions(asked, names)
     if not {*GAPS, "both"}.issuperset(wanted):
         return {text: parse(text, names).of(known) for text in wanted}
     found = {

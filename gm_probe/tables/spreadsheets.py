@@ -22,10 +22,10 @@ from gm_probe.tables.columns import (
     may_be_measure,
     unfinished,
 )
-from gm_probe.tables.expression import listed, parse
+from gm_probe.tables.expression import parse, split_expressions
 from gm_probe.tables.numerals import COMMA, NO_VALUE, NOTHING, Numbers, ambiguous, read_numbers
 from gm_probe.tables.rates import as_fractions, errors_of_accuracies
-from gm_probe.tables.readers import Sheet
+from gm_probe.tables.readers import RawTable
 from gm_probe.tables.table import (
     GAPS,
     KNOWN_MEASURES,
@@ -98,15 +98,15 @@ class _Roles:
     run: str
 
 
-def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
-    """Give the columns of ``sheet`` their roles; see ``runs.load_table`` for the choice of columns and runs.
+def run_table(source: Path, raw_table: RawTable, asked: Asked) -> RunTable:
+    """Give the columns of ``raw_table`` their roles; see ``runs.load_table`` for the choice of columns and runs.
 
     Raises:
         UsageError: a column that was asked for is not there or has another role; or ``converged_only``, and nothing
             says which runs converged.
         DataError: no gap, no measure, no usable row, or text where a number belongs.
     """
-    new = called([str(name) for name in sheet.cells.columns])
+    new = called([str(name) for name in raw_table.cells.columns])
     short = Counter(map(bare, new))
     aliases = {old: name for old, name in new.items() if old != name}
     aliases |= {
@@ -114,7 +114,7 @@ def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
         for old, name in new.items()
         if short[bare(old)] == 1 and bare(old) not in new.values()
     }
-    raw, excluded, notes = _finished(sheet.cells.rename(columns=new), source, asked.converged_only)
+    raw, excluded, notes = _finished(raw_table.cells.rename(columns=new), source, asked.converged_only)
     columns = read_numbers({str(name): raw[name].to_list() for name in raw if name != ROW})
     columns, units = as_fractions(columns, raw, source)
     table = _Table(source, raw, columns, aliases, {name: old for old, name in new.items()})
@@ -141,8 +141,8 @@ def run_table(source: Path, sheet: Sheet, asked: Asked) -> RunTable:
         missing={name: columns[name].missing for name in [*gaps, *roles.measures]},
         excluded=excluded,
         notes=(
-            *sheet.notes,
-            *_said(sheet, columns, [*used, *roles.hypers]),
+            *raw_table.notes,
+            *_said(raw_table, columns, [*used, *roles.hypers]),
             *units,
             *told,
             *(() if asked.measures and asked.hyperparameters else (_chosen(roles, raw),)),
@@ -218,7 +218,7 @@ def _hypers(table: _Table, taken: Collection[str]) -> list[str]:
 def _gaps(table: _Table, asked: Asked) -> tuple[list[str], list[str], list[str]]:
     """Return the gaps among the columns, the columns that made gaps consist of, and what is said of them."""
     columns, names = table.columns, {*table.columns, *table.aliases}
-    wanted = listed(asked.gap, names)
+    wanted = split_expressions(asked.gap, names)
     known = {*GAPS, "both"}.issuperset(wanted)
     found = [gap for gap in GAPS if gap in columns] if known else []
     made: dict[str, str] = {} if known else {table.aliases.get(text, text): text for text in wanted}
@@ -284,10 +284,10 @@ def _require_numbers(
             raise DataError(f"{source} column {name!r} row {int(places.iloc[row])} holds {cell!r}, {remedy}")
 
 
-def _said(sheet: Sheet, columns: Mapping[str, Numbers], used: Sequence[str]) -> list[str]:
+def _said(raw_table: RawTable, columns: Mapping[str, Numbers], used: Sequence[str]) -> list[str]:
     """Return in words how the table is written; nothing for plain CSV."""
     commas = unique(name for name in used if columns[name].decimal == COMMA)
-    written = [*sheet.written, *([f"with decimal commas in {few(commas)}"] if commas else [])]
+    written = [*raw_table.written, *([f"with decimal commas in {few(commas)}"] if commas else [])]
     return [f"the table was read {', '.join(written)}"] if written else []
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gm_probe.checks import optional, real, whole
-from gm_probe.data.reading import Reading
-from gm_probe.data.sources import NAMES
+from gm_probe.data.image_reading import ImageReading
+from gm_probe.data.names import NAMES
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.files.atomic import as_named
 from gm_probe.setting import setting, validate
@@ -253,7 +253,7 @@ class TrainConfig:
                 f"min_lr = {self.min_lr} must be at most lr = {self.lr}; a cosine or linear schedule ends "
                 "there"
             )
-        Reading(None, self.image_size, self.resize, self.crop)  # which checks them
+        ImageReading(None, self.image_size, self.resize, self.crop)  # which checks them
         self._check_objective()
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")

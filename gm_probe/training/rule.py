@@ -38,7 +38,7 @@ from torch.amp import GradScaler
 from torch.nn import functional
 
 from gm_probe.checks import instance, optional, real, whole
-from gm_probe.curvature.written import leaves_of, require_repeatable
+from gm_probe.curvature.custom_functions import leaves_of, require_repeatable
 from gm_probe.data.fields import Inputs, arguments, as_inputs
 from gm_probe.errors import DeviceError, UsageError, first_line, on_two_devices
 from gm_probe.inconsistency.kl import kl_divergence

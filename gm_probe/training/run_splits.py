@@ -16,9 +16,9 @@ from gm_probe.data.splits import Splits, hold_out, split
 from gm_probe.errors import DataError, UsageError
 from gm_probe.runs.records import CONFIG, read_run, read_split, run_of
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.leave import Leave
+from gm_probe.training.permissions import Permissions
 
-NO_LEAVE = Leave()
+NO_PERMISSIONS = Permissions()
 OWN_UNLABELED = "own unlabeled"
 """The name in measures.json of the part that ``own_unlabeled`` returns."""
 MARKS = "unlabeled_marks"
@@ -120,14 +120,14 @@ def _otherwise(run: Path, data: str) -> str:
     )
 
 
-def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
+def own_unlabeled(path: Path, permissions: Permissions = NO_PERMISSIONS) -> Examples:
     """Return the unlabeled part of a run folder, or of a checkpoint file in one, without labels.
 
     A folder's images are still in their files. Only those that ``Examples.subset`` takes are decoded, and compared with
     the run's record.
 
     Args:
-        leave: where its data may be looked for, whatever the folder says.
+        permissions: where its data may be looked for, whatever the folder says.
 
     Raises:
         UsageError: the path is not in a run, its data does not exist, or it needs more permissions.
@@ -136,7 +136,7 @@ def own_unlabeled(path: Path, leave: Leave = NO_LEAVE) -> Examples:
     run = run_of(path)
     if not (run / CONFIG).exists():
         raise UsageError(f"{path} is not a gmprobe run. Add --unlabeled DATA or --labeled DATA")
-    config = leave.applied(TrainConfig.from_record(read_run(run).config), run)
+    config = permissions.applied(TrainConfig.from_record(read_run(run).config), run)
     source, recorded = open_data(config), read_split(run)
     # where no image must be decoded, or there are no marks, all the data that the run used is compared
     if isinstance(source.pool.x, Tensor) or MARKS not in recorded:

@@ -33,7 +33,7 @@ LUMA = (0.2989, 0.587, 0.114)
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class ViewDraws:
     """The random draws for the views of n images.
 
     Attributes:
@@ -50,20 +50,20 @@ class Draws:
     factors: Tensor
     order: Tensor
 
-    def of(self, mine: slice) -> Draws:
+    def of(self, mine: slice) -> ViewDraws:
         """Return the draws of the images at ``mine``."""
-        return Draws(*(getattr(self, field.name)[..., mine] for field in fields(self)))
+        return ViewDraws(*(getattr(self, field.name)[..., mine] for field in fields(self)))
 
-    def on(self, device: torch.device) -> Draws:
+    def on(self, device: torch.device) -> ViewDraws:
         """Return the same draws on ``device``, moved in one copy; ``order`` stays on the CPU, where it is used."""
         flags = torch.stack([self.flips, self.jitters, self.greys])
         there = upload(torch.cat([self.boxes, self.factors, flags]), device)
         boxes, factors, flags = there.split([4, 4, 3])
         flips, jitters, greys = flags > 0
-        return Draws(boxes, flips, jitters, greys, factors, self.order)
+        return ViewDraws(boxes, flips, jitters, greys, factors, self.order)
 
 
-def draw_views(shape: Sequence[int], generator: torch.Generator) -> Draws:
+def draw_views(shape: Sequence[int], generator: torch.Generator) -> ViewDraws:
     """Return draws for each image of a batch of ``shape`` (B, C, H, W), from a generator on the CPU."""
     count, _, height, width = shape
 
@@ -74,7 +74,7 @@ def draw_views(shape: Sequence[int], generator: torch.Generator) -> Draws:
     flips, jitters, greys = uniform(3)
     factors = uniform(4, low=-1.0)
     factors = torch.cat([1 + STRENGTH * factors[:3], HUE * factors[3:]])
-    return Draws(boxes, flips < 0.5, jitters < JITTER, greys < GREY, factors, uniform(4).argsort(0))
+    return ViewDraws(boxes, flips < 0.5, jitters < JITTER, greys < GREY, factors, uniform(4).argsort(0))
 
 
 def _boxes(areas: Tensor, ratios: Tensor, places: Tensor, height: int, width: int) -> Tensor:
@@ -102,7 +102,7 @@ def _boxes(areas: Tensor, ratios: Tensor, places: Tensor, height: int, width: in
     return torch.stack([top, left, tall, wide])
 
 
-def see(images: Tensor, draws: Draws) -> Tensor:
+def see(images: Tensor, draws: ViewDraws) -> Tensor:
     """Return a view of each image by its own draw.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ObjectiveChoice:
     """A choice of `gmprobe train --objective`.
 
     Attributes:
@@ -40,16 +40,16 @@ class Choice:
 _HERE = "gm_probe.training.objectives"
 _UNSPLIT = "it splits only batches in which every example has a label"
 
-OBJECTIVES: dict[str, Choice] = {
-    "supervised": Choice(f"{_HERE}.supervised:Objective"),
-    "joint": Choice(f"{_HERE}.joint:Joint", ("mu",), needs_labels=True, refused={"m": _UNSPLIT}),
-    "fixmatch": Choice(
+OBJECTIVES: dict[str, ObjectiveChoice] = {
+    "supervised": ObjectiveChoice(f"{_HERE}.supervised:Objective"),
+    "joint": ObjectiveChoice(f"{_HERE}.joint:Joint", ("mu",), needs_labels=True, refused={"m": _UNSPLIT}),
+    "fixmatch": ObjectiveChoice(
         f"{_HERE}.fixmatch:FixMatch",
         ("mu", "threshold", "lambda_u", "unlabeled_mean"),
         needs_labels=True,
         refused={"m": _UNSPLIT, "augment": "it has its own augmentations"},
     ),
-    "simclr": Choice(
+    "simclr": ObjectiveChoice(
         f"{_HERE}.simclr:SimCLR",
         ("temperature", "probe_every"),
         refused={

@@ -11,9 +11,10 @@ from gm_probe.data.splits import Splits
 from gm_probe.errors import UsageError
 from gm_probe.runtime.processes import count, sum_over_processes
 from gm_probe.training.augment import crop_and_flip, draw_crops, draw_strong, require_images, strengthen
+from gm_probe.training.batch_sampler import BatchSampler
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.objectives.joint import Joint, MixedSampler
-from gm_probe.training.objectives.supervised import BatchSampler, Criterion, Objective
+from gm_probe.training.objectives.supervised import Criterion, Objective
 
 
 class FixMatch(Joint):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gm_probe.data.splits import Splits
+from gm_probe.training.batch_sampler import BatchSampler, require_even
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.objectives.supervised import BatchSampler, Objective, require_even
+from gm_probe.training.objectives.supervised import Objective
 
 
 class Joint(Objective):

@@ -11,8 +11,9 @@ from gm_probe.data.splits import Splits
 from gm_probe.errors import UsageError
 from gm_probe.models.contrastive import partners
 from gm_probe.training.augment import require_images
+from gm_probe.training.batch_sampler import BatchSampler, require_even
 from gm_probe.training.config import TrainConfig
-from gm_probe.training.objectives.supervised import BatchSampler, Objective, require_even
+from gm_probe.training.objectives.supervised import Objective
 from gm_probe.training.views import draw_views, see
 
 

@@ -22,7 +22,7 @@ def default_data_root() -> Path:
         raise UsageError("this user has no home folder for data sets. Give --data-root DIR") from error
 
 
-def require_source(name: str, *, here: bool = False) -> None:
+def require_data_name(name: str, *, here: bool = False) -> None:
     """Raise UsageError where ``name`` is no known data set, nothing here, and no path to elsewhere; nothing is read.
 
     Args:
@@ -30,10 +30,10 @@ def require_source(name: str, *, here: bool = False) -> None:
     """
     elsewhere = Path(name).name != name and not here  # it may exist on the machine that will read it
     if name not in NAMES and not elsewhere and not Path(name).exists():
-        raise no_source(name)
+        raise unknown_data(name)
 
 
-def no_source(name: str) -> UsageError:
+def unknown_data(name: str) -> UsageError:
     """Return the error for ``name``, which is neither a path nor a known data set."""
     hint = did_you_mean(name, NAMES, f"it is not one of {', '.join(NAMES)} either")
     return UsageError(f"no folder or file {name!r}; {hint}")

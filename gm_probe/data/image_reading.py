@@ -14,7 +14,7 @@ MOST_PIXELS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ImageReading:
     """How the images of a folder become arrays of one shape.
 
     Attributes:

@@ -16,7 +16,8 @@ from gm_probe.errors import PrecisionError
 from gm_probe.inconsistency.ascent import Maximum, ascend, kl_gradient, maximize, to_sphere
 from gm_probe.inconsistency.kl import kl_divergence
 from gm_probe.linalg.work import FORWARD, GRADIENT
-from gm_probe.measures.context import Measured, MeasurementContext, example_error
+from gm_probe.measures.context import MeasurementContext
+from gm_probe.measures.estimates import Estimate, example_error
 from gm_probe.measures.settings import NOISE_STARTS
 from gm_probe.measures.weights import parameter_norm
 
@@ -57,7 +58,7 @@ def _starts(context: MeasurementContext, scale: Tensor | float = 1.0) -> Iterato
         yield start
 
 
-def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Measured:
+def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Estimate:
     """Return the mean over starts (or draws) of mean divergences, given the examples' terms (N,) of each."""
     terms = list(found)
     values = torch.stack([each.double().mean() for each in terms])
@@ -67,7 +68,7 @@ def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Measured
     if spread is None:
         details["reason_stderr"] = f"one {kind} has no spread"
     # it counts as converged, because the protocol is defined by K steps
-    return Measured(
+    return Estimate(
         float(values.mean()),
         stderr=error,
         stderr_examples=example_error(torch.stack(terms).mean(0)),
@@ -75,7 +76,7 @@ def _over_starts(found: Iterable[Tensor], kind: str, **details: Any) -> Measured
     )
 
 
-def paper(context: MeasurementContext) -> Measured:
+def paper(context: MeasurementContext) -> Estimate:
     """Take Algorithm 1's K steps from random starts (paper §4.5, App. F), also on a grid of ρ and K.
 
     The grid costs little: the first gradient serves every ρ, and the longest ascent passes the values at fewer steps.
@@ -111,7 +112,7 @@ def paper(context: MeasurementContext) -> Measured:
     return _over_starts(ends, "start", **details)
 
 
-def converged(context: MeasurementContext) -> Measured:
+def converged(context: MeasurementContext) -> Estimate:
     """Return the largest divergence that ascents from ± the Fisher matrix's top eigenvector and from noise reach.
 
     It is a lower bound of the maximum (Eq. 3), since the problem is not concave. A grid is over ρ alone, because K
@@ -128,12 +129,12 @@ def converged(context: MeasurementContext) -> Measured:
         try:
             found = primary if rho == settings.rho else _converged_at(context, rho, noise)
         except PrecisionError as error:  # the other radii are still measured
-            found = Measured.undefined(str(error))
+            found = Estimate.undefined(str(error))
         grid.append({"rho": rho, "value": found.value, "converged": found.converged})
     return replace(primary, details={**primary.details, "grid": grid})
 
 
-def _converged_at(context: MeasurementContext, rho: float, noise: list[Tensor]) -> Measured:
+def _converged_at(context: MeasurementContext, rho: float, noise: list[Tensor]) -> Estimate:
     """Ascend at one radius from ± the top eigenvector and from the directions ``noise`` (P,)."""
     settings, top = context.settings, context.fisher_draft
     ends: dict[str, Maximum] = {}
@@ -176,7 +177,7 @@ def _converged_at(context: MeasurementContext, rho: float, noise: list[Tensor]) 
         "quadratic_ratio": best.value / quadratic if quadratic > 0 else None,
         "quadratic_residual": top.residual / top.value if quadratic > 0 else None,
     }
-    return Measured(
+    return Estimate(
         best.value,
         stderr_examples=example_error(context.divergence.terms(best.delta)),
         converged=best.converged,
@@ -184,7 +185,7 @@ def _converged_at(context: MeasurementContext, rho: float, noise: list[Tensor]) 
     )
 
 
-def local_inconsistency(context: MeasurementContext) -> Measured:
+def local_inconsistency(context: MeasurementContext) -> Estimate:
     """Measure S_ρ by the protocol that the settings name."""
     return converged(context) if context.settings.protocol == "converged" else paper(context)
 
@@ -193,7 +194,7 @@ def _terms(context: MeasurementContext, offset: Tensor) -> Tensor:
     return context.divergence.terms(_require_resolved(context, offset))
 
 
-def relative(context: MeasurementContext) -> Measured:
+def relative(context: MeasurementContext) -> Estimate:
     """Return the paper's protocol at radius ρ‖θ‖."""
     length = parameter_norm(context).value
     assert length is not None
@@ -205,7 +206,7 @@ def relative(context: MeasurementContext) -> Measured:
     return _over_starts((_terms(context, end) for end in ends), "start", radius=radius)
 
 
-def adaptive(context: MeasurementContext) -> Measured:
+def adaptive(context: MeasurementContext) -> Estimate:
     """Return the paper's protocol in ASAM's ball ‖δ/(|θ|+η)‖ ≤ ρ (Kwon 2021), by ascent in u with δ = (|θ|+η) u."""
     settings = context.settings
     scale = context.parameters.vector().abs() + settings.eta
@@ -219,7 +220,7 @@ def adaptive(context: MeasurementContext) -> Measured:
     return _over_starts((_terms(context, end) for end in ends), "start", eta=settings.eta)
 
 
-def batchwise(context: MeasurementContext) -> Measured:
+def batchwise(context: MeasurementContext) -> Estimate:
     """Return the paper's protocol with a separate perturbation for every m examples (m-sharpness, Foret 2021)."""
     settings, parameters = context.settings, context.parameters
     batches = context.batches.of_size(settings.sub_batch)
@@ -254,7 +255,7 @@ def _gradient_on(
     return gradient
 
 
-def average(context: MeasurementContext) -> Measured:
+def average(context: MeasurementContext) -> Estimate:
     """Return A_ρ = E mean KL(f_θ ‖ f_{θ+ε}) over ε ~ N(0, ρ²I/P), to compare the maximum with."""
     generator = context.generator("average")
     draws = (

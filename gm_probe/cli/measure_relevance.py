@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gm_probe.errors import UsageError
-from gm_probe.measures.catalogue import by_protocol
+from gm_probe.measures.costs import by_protocol
 from gm_probe.measures.settings import NOISE_STARTS, Settings
 
 PAPER, CONVERGED = "local_inconsistency", "local_inconsistency_converged"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gm_probe.files.locks import FolderLock
-from gm_probe.measures.catalogue import expected_cost
+from gm_probe.measures.costs import expected_cost
 from gm_probe.measures.settings import Settings
 from gm_probe.sweep.recipe import MeasurePlan
 from gm_probe.training.config import TrainConfig
@@ -31,7 +31,7 @@ INDEX = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class RunCost:
     """The costs of one run: seconds at most (it may stop early), bytes that stay, and bytes until it has finished."""
 
     seconds: float
@@ -39,7 +39,7 @@ class Estimate:
     passing_disk: float
 
 
-def estimates(configs: Iterable[TrainConfig], plan: MeasurePlan) -> list[Estimate]:
+def run_costs(configs: Iterable[TrainConfig], plan: MeasurePlan) -> list[RunCost]:
     """Estimate each run. One of every kind is timed, with its own threads or else those that torch has now.
 
     Raises:
@@ -79,7 +79,7 @@ class _Rate:
     inputs: int
     weights: int
 
-    def estimate(self, config: TrainConfig, plan: MeasurePlan) -> Estimate:
+    def estimate(self, config: TrainConfig, plan: MeasurePlan) -> RunCost:
         seconds = self.step * self.steps * config.epochs + self._looks(config) * self.evaluation
         if plan.measures:
             probed = min(self.num_unlabeled, plan.max_examples or self.num_unlabeled)
@@ -89,7 +89,7 @@ class _Rate:
         kept = copies * self.weights + indices + 300 * config.epochs + 5000
         moments = {"sgd": int(config.momentum > 0), "adamw": 2}[config.optimizer]
         passing = 1 + moments + (config.ema_decay is not None)
-        return Estimate(seconds, kept, passing * self.weights)
+        return RunCost(seconds, kept, passing * self.weights)
 
     def _looks(self, config: TrainConfig) -> float:
         """Return the gradient evaluations that evaluating the weights takes, during training and at its end.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gm_probe.cli.output import note, notes_console, number, results_console, say, short_names, table
-from gm_probe.runs.catalogue import CATALOGUE
+from gm_probe.measures.catalogue import MEASURES
 
 
 def print_results(results: Sequence[dict[str, Any]]) -> None:
@@ -73,7 +73,7 @@ def _labels(results: Sequence[dict[str, Any]], name: str) -> str:
 
 def _better(name: str) -> str:
     """Return an arrow that says which values are expected to go with better generalization."""
-    direction = CATALOGUE[name].direction if name in CATALOGUE else None
+    direction = MEASURES[name].direction if name in MEASURES else None
     return {"worse": " ↓", "better": " ↑"}.get(direction or "", "")
 
 
@@ -215,7 +215,7 @@ def _ascents(result: dict[str, Any], *, spread: bool = True) -> str:
 
 def _symbol(name: str) -> str:
     """Return a measure's symbol, or the name of a measure that this version does not know."""
-    return CATALOGUE[name].symbol if name in CATALOGUE else name
+    return MEASURES[name].symbol if name in MEASURES else name
 
 
 def _estimator_error(row: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from torch.func import jvp
 from torch.nn import functional
 
 from gm_probe.curvature import operators  # noqa: F401  quiets what torch warns of at its first jvp
-from gm_probe.curvature.nestable import NESTABLE, Substituting
+from gm_probe.curvature.replacements import NESTABLE, Substituting
 
 LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": partial(functional.layer_norm, normalized_shape=(6,)),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gm_probe.data.sources import DATASETS, default_data_root
+from gm_probe.data.names import DATASETS, default_data_root
 from gm_probe.errors import UsageError
 from gm_probe.models.names import is_user_code
 from gm_probe.training.config import TrainConfig
@@ -18,7 +18,7 @@ OPTIONS = {"model": "--model", "data_root": "--data-root", "device": "--device",
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
+class Permissions:
     """Where the command line allows a run's data to be looked for.
 
     Attributes:
@@ -32,7 +32,7 @@ class Leave:
     data: str | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Leave:
+    def of(cls, config: TrainConfig) -> Permissions:
         """Return what ``config`` itself allows, where the caller and not a folder gave it."""
         return cls(None if config.data_root is None else Path(config.data_root), config.download)
 
@@ -45,7 +45,7 @@ class Leave:
         if self.data is not None:
             config = config.replace(data=self.data)
         if self.data_root is None:
-            refuse({name: value for name, value in asked(config).items() if name == "data_root"}, run)
+            refuse({name: value for name, value in restricted(config).items() if name == "data_root"}, run)
         root = None if self.data_root is None else str(self.data_root)
         return config.replace(data_root=root, download=self.download)
 
@@ -61,7 +61,7 @@ def as_options(configs: Iterable[TrainConfig]) -> str:
     """Return the options with which `gmprobe run-one` allows what these runs ask for, each after a space."""
     configs = list(configs)
     needed = dict.fromkeys(
-        _option(*item) for config in configs for item in asked(config).items() if item[0] != THREADS
+        _option(*item) for config in configs for item in restricted(config).items() if item[0] != THREADS
     )
     return "".join(needed) + (" --download" if any(config.download for config in configs) else "")
 
@@ -70,7 +70,7 @@ def _option(name: str, value: str) -> str:
     return f" {OPTIONS[name]} {shlex.quote(value)}"
 
 
-def asked(config: TrainConfig) -> dict[str, str]:
+def restricted(config: TrainConfig) -> dict[str, str]:
     """Return, as text, the settings of a record that need permission.
 
     They are a user's own code, another place of torchvision's data, a device other than the CPU, and more threads than
