@@ -100,8 +100,8 @@ def test_other_cases_have_a_diagonal(case: Case) -> None:
 
 tv = torchvision.models
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {
-    "resnet18": (tv.resnet18, 32, True),
-    "mobilenet_v2": (partial(tv.mobilenet_v2, width_mult=0.25), 32, True),
+    "resnet": (partial(tv.ResNet, tv.resnet.BasicBlock, [1, 1, 1, 1]), 32, True),
+    "mobilenet_v2": (partial(tv.MobileNetV2, 10, 0.25, [[1, 16, 1, 1], [6, 24, 2, 2]]), 32, True),
     "mobilenet_v3_small": (partial(tv.mobilenet_v3_small, width_mult=0.25), 32, False),
     "vit": (partial(tv.VisionTransformer, 32, 16, 1, 2, 8, 8), 32, False),
     "convnext": (partial(tv.ConvNeXt, [tv.convnext.CNBlockConfig(8, None, 2)]), 32, False),

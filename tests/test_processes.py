@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import run
@@ -21,101 +24,123 @@ from gm_probe.runtime import processes
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 
-Call = Callable[[str, int], tuple[int, str, str]]
 ALONE = {"local_inconsistency_batchwise"}  # cuts the examples itself
+CURVED = "hessian_trace,hessian_lambda_max,fisher_trace"
+"""Of these a network that is not affine in each parameter takes other ways."""
+FEW = "--dtype float64 --batch-size 5 --starts 2 --max-iterations 15 --no-normalize"
+SIMCLR = "local_inconsistency,fisher_lambda_max,hessian_lambda_max,fisher_trace,cross_entropy"
+COMMANDS = {
+    "6cnn": f"6cnn.safetensors {FEW} --measures {','.join(name for name in MEASURES if name not in ALONE)}",
+    "mixer": f"mixer-micro-4.safetensors {FEW} --measures {CURVED}",
+    "simclr": f"encoder --head simclr --batch-size 8 --dtype float64 --measures {SIMCLR}",  # shares of one and two
+    "runs": "runs --measures fisher_trace --dtype float64",
+}
+ALL = """
+import contextlib, io, json, os, sys
+import torch
+from gm_probe.cli import main
+from gm_probe.runtime import processes
+
+with processes.joined(torch.device("cpu")):  # torch does not join twice under one launch
+    for name, words in json.loads(sys.argv[1]).items():
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main(words.split())
+            except SystemExit as stop:
+                code = stop.code
+        with open(f"{name}-{os.environ['RANK']}.json", "w") as file:
+            json.dump([code or 0, out.getvalue(), err.getvalue()], file)
+"""
+RUNS = {"model": "mlp-4", "num_train": 40, "num_unlabeled": 23, "num_test": 20, "epochs": 1}
 
 
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs a command line in ``tmp_path``: here, or in two processes."""
-    monkeypatch.chdir(tmp_path)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gm_probe"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands measure, and what each gave in two processes: one launch does all of them."""
+    path = tmp_path_factory.mktemp("together")
+    write_checkpoint(path, "6cnn")
+    if find_spec("timm"):
+        write_checkpoint(path, "mixer-micro-4")
+    views = {"model": "mlp-4", "objective": "simclr", "num_train": 40, "num_unlabeled": 26, "num_test": 20}
+    train(TrainConfig(**views, batch_size=10, epochs=1), path / "encoder")
+    for seed in range(3):
+        train(TrainConfig(**RUNS, seed=seed), path / "runs" / str(seed))
+    (path / "runs" / "1" / "checkpoint.safetensors").write_bytes(b"no weights")
+    (path / "all.py").write_text(ALL)
+    commands = {name: words_of(name, path) for name in COMMANDS if name != "mixer" or find_spec("timm")}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "all.py", json.dumps(commands)],
+        cwd=path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return path
 
-    def run_in(words: str, processes: int) -> tuple[int, str, str]:
-        if processes == 1:
-            return run(words.split(), capsys)
-        command = [sys.executable, *torchrun, *words.split()]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        return done.returncode, done.stdout, done.stderr
 
-    return run_in
+def words_of(name: str, folder: Path) -> str:
+    """The whole path of the data: a process reads a file of one name once."""
+    labeled = f" --labeled {folder / 'data.npz'}" if "safetensors" in COMMANDS[name] else ""
+    return f"measure {COMMANDS[name]}{labeled} --json -q"
 
 
-def checkpoint_of(folder: Path, network: str) -> Path:
+def write_checkpoint(folder: Path, network: str) -> None:
     """A checkpoint and 23 labeled examples: shares of 11 and 12, batches of 5."""
-    import numpy as np
-
     spec = ModelSpec(network, (1, 8, 8), 3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = build_model(spec)
         x, y = torch.randn(23, 1, 8, 8, dtype=torch.float64), torch.randint(0, 3, (23,))
-    save_checkpoint(folder / "c.safetensors", model, spec, Normalization())
+    save_checkpoint(folder / f"{network}.safetensors", model, spec, Normalization())
     np.savez(folder / "data.npz", x=x.numpy(), y=y.numpy())
-    return folder
 
 
-CURVED = ("hessian_trace", "hessian_lambda_max", "fisher_trace")
-"""Of these a network that is not affine in each parameter takes other ways."""
+@pytest.fixture
+def both(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], list[list[dict[str, Any]]]]:
+    """What a command prints as JSON in this process and in two."""
+    monkeypatch.chdir(folder)
+
+    def measured(name: str) -> list[list[dict[str, Any]]]:
+        alone = run(words_of(name, folder).split(), capsys)
+        first, second = (json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1))
+        assert second[:2] == [first[0], ""]  # printed once
+        assert alone[0] == first[0]
+        assert alone[2] == first[2]
+        return [json.loads(alone[1]), json.loads(first[1])]
+
+    return measured
 
 
-@pytest.mark.parametrize(
-    ("network", "names"),
-    [("6cnn", [name for name in MEASURES if name not in ALONE]), ("mixer-micro-4", CURVED)],
-)
-def test_two_processes_give_what_one_gives(
-    network: str, names: Sequence[str], tmp_path: Path, call: Call
-) -> None:
-    if network != "6cnn":
+@pytest.mark.parametrize("name", ["6cnn", "mixer"])
+def test_two_processes_give_what_one_gives(name: str, both: Callable[..., Any]) -> None:
+    if name == "mixer":
         pytest.importorskip("timm")
-    checkpoint_of(tmp_path, network)
-    # the whole path: a process reads a file of one name once
-    labeled = tmp_path / "data.npz"
-    words = f"measure c.safetensors --labeled {labeled} --no-normalize --json -q --measures {','.join(names)}"
-    rows = []
-    for number in (1, 2):
-        code, out, err = call(
-            f"{words} --dtype float64 --batch-size 5 --starts 2 --max-iterations 15", number
-        )
-        assert code == 0, err
-        [result] = json.loads(out)  # printed once
-        assert result["settings"]["processes"] == number
-        assert result["num_examples"] == 23
-        rows.append(result["measures"])
-    for name, one in rows[0].items():
+    [one], [two] = both(name)
+    assert [result["settings"]["processes"] for result in (one, two)] == [1, 2]
+    assert [result["num_examples"] for result in (one, two)] == [23, 23]
+    for measure, row in one["measures"].items():
         for figure in ("value", "stderr", "stderr_examples"):
-            expected = None if one[figure] is None else pytest.approx(one[figure], rel=1e-6, abs=1e-9)
-            assert rows[1][name][figure] == expected, (name, figure)
+            expected = None if row[figure] is None else pytest.approx(row[figure], rel=1e-6, abs=1e-9)
+            assert two["measures"][measure][figure] == expected, (measure, figure)
 
 
-def test_two_processes_measure_a_simclr_encoder_as_one_does(tmp_path: Path, call: Call) -> None:
-    settings = {"model": "mlp-4", "objective": "simclr", "num_train": 40, "num_unlabeled": 26, "num_test": 20}
-    train(TrainConfig(**settings, batch_size=10, epochs=1), tmp_path / "run")
-    names = "local_inconsistency,fisher_lambda_max,hessian_lambda_max,fisher_trace,cross_entropy"
-    found = []
-    for number in (1, 2):  # three batches: shares of one and two
-        words = f"measure run --head simclr --batch-size 8 --measures {names} --dtype float64 --json -q"
-        code, out, err = call(words, number)
-        assert code == 0, err
-        [result] = json.loads(out)
-        assert (result["settings"]["processes"], result["settings"]["num_images"]) == (number, 24)
-        found.append({name: (r["value"], r["stderr_examples"]) for name, r in result["measures"].items()})
-    for name, one in found[0].items():
-        assert found[1][name] == pytest.approx(one, rel=1e-6), name
+def test_two_processes_measure_a_simclr_encoder_as_one_does(both: Callable[..., Any]) -> None:
+    [one], [two] = both("simclr")
+    assert [result["settings"]["processes"] for result in (one, two)] == [1, 2]
+    assert [result["settings"]["num_images"] for result in (one, two)] == [24, 24]
+    for name, row in one["measures"].items():
+        for figure in ("value", "stderr_examples"):
+            assert two["measures"][name][figure] == pytest.approx(row[figure], rel=1e-6), (name, figure)
 
 
-def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(tmp_path: Path, call: Call) -> None:
-    settings = {"model": "mlp-4", "num_train": 40, "num_unlabeled": 23, "num_test": 20, "epochs": 1}
-    for seed in range(3):
-        train(TrainConfig(**settings, seed=seed), tmp_path / "runs" / str(seed))
-    (tmp_path / "runs" / "1" / "checkpoint.safetensors").write_bytes(b"no weights")
-    found = []
-    for number in (1, 2):
-        _, out, err = call("measure runs --measures fisher_trace --dtype float64 --json -q", number)
-        assert "1 of 3 checkpoints could not be measured" in err
-        found.append(json.loads(out))  # printed once
-    for alone, shared in zip(*found, strict=True):
+def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(both: Callable[..., Any]) -> None:
+    for alone, shared in zip(*both("runs"), strict=True):
         if alone["checkpoint"] == "runs/1":
             assert (alone["exit_code"], shared["exit_code"]) == (3, 3)
             continue
@@ -127,8 +152,7 @@ def test_a_folder_of_runs_is_shared_checkpoint_by_checkpoint(tmp_path: Path, cal
 def test_torchruns_processes_start_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"model": "mlp-4", "num_train": 40, "num_unlabeled": 23, "num_test": 20, "epochs": 1}
-    train(TrainConfig(**settings), tmp_path / "run")
+    train(TrainConfig(**RUNS), tmp_path / "run")
     told = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in told.items():
         monkeypatch.setenv(name, value)

@@ -421,22 +421,29 @@ def test_a_broken_run_does_not_stop_the_others(tmp_path: Path, capsys: pytest.Ca
     assert f"{one.name}/summary.json is not valid JSON" in told
 
 
-MEASURE = """
+MEASURE = "--measures fisher_trace,input_jacobian_norm --save -q --trace-tolerance 1e-9 --max-probes 300 --device cpu"
+INTERRUPTED = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in background
 from gm_probe.cli import main
-main(["measure", sys.argv[1], "--measures", "fisher_trace,input_jacobian_norm", "--save", "--quiet", "--jobs", "2",
-      "--trace-tolerance", "1e-9", "--max-probes", "300", "--device", "cpu", "--json"])
+main(["measure", *sys.argv[1:], "--jobs", "2"])
 """
 
 
-def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_measurement_of_many_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = parse(grid={"seed": [0, 1, 2, 3]}, measure={"measures": []})
     run_recipe(recipe, tmp_path)
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoint.safetensors")}
     paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    first = subprocess.Popen(command, env=paths, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    words = [str(tmp_path), *MEASURE.split()]
+    first = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, *words],
+        env=paths,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     end = time.monotonic() + 120
     while not list(tmp_path.glob("*/measures.json")) and time.monotonic() < end and first.poll() is None:
         time.sleep(0.005)
@@ -446,7 +453,9 @@ def test_an_interrupted_measurement_of_many_goes_on(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/measures.json")}
     assert 1 <= len(before) < len(recipe.runs)
     assert set(states(tmp_path).values()) == {"finished"}  # nobody holds one any more
-    found = json.loads(subprocess.run(command, env=paths, check=True, stdout=subprocess.PIPE).stdout)
+    code, printed, _ = command(capsys, "measure", *words, "--json")
+    assert code == 0
+    found = json.loads(printed)
     assert [Path(result["checkpoint"]).name for result in found] == sorted(recipe.runs)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # those were not measured twice
     assert len(list(tmp_path.glob("*/measures.json"))) == len(recipe.runs)

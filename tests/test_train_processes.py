@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_training_loop import BASE, rows
+from train_together import train_all
 
 from gm_probe.runs.records import CHECKPOINT, STATE, read_run
 from gm_probe.training.methods import METHODS
@@ -55,6 +56,17 @@ RUNS: dict[str, dict[str, Any]] = {
     "simclr sam": {**VIEWS, "method": "sam", "clip_norm": 0.5},
     "batch norm": {**SHARED, "model": "wrn-10-1", "num_train": 32, "batch_size": 16, "epochs": 1},
 }
+DROPPING: dict[str, Any] = {
+    "data": "digits",
+    "method": "iam-d-onepass",
+    "num_train": 200,
+    "num_unlabeled": 60,
+    "num_test": 80,
+    "epochs": 2,
+    "batch_size": 20,
+    "device": "cpu",
+}
+"""A run of a network with dropout and BatchNorm, which two processes train differently from one."""
 REFUSED = {
     "too few": {**SHARED, "num_train": 1},
     "odd batch": {**FEW, "objective": "fixmatch", "batch_size": 5},
@@ -70,20 +82,39 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
 
 
-def launcher(processes: int) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(torchrun if processes > 1 else [])]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+NETWORK = """
+import os, signal
+from torch import nn
+
+class Deadly(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        Deadly.calls += 1
+        if Deadly.calls == int(os.environ.get("KILL_AT", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+def model():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(),
+        nn.Dropout(0.3), Deadly(), nn.Linear(16, 10))
+"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every run by one and by two processes."""
+    """Every run by this process and by two."""
     path = tmp_path_factory.mktemp("together")
-    (path / "runs.json").write_text(json.dumps(RUNS | REFUSED))
-    for processes in (1, 2):
-        command = [*launcher(processes), str(Path(__file__).parent / "train_together.py"), str(path)]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+    (path / "net.py").write_text(NETWORK)
+    straight = {**DROPPING, "model": f"{path / 'net.py'}:model"}
+    (path / "runs.json").write_text(json.dumps(RUNS | REFUSED | {"straight": straight}))
+    train_all(path)
+    command = [*TORCHRUN, str(Path(__file__).parent / "train_together.py"), str(path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     return path
 
 
@@ -134,48 +165,24 @@ def test_what_cannot_be_shared_is_refused_by_every_process(name: str, reason: st
     assert read_run(folder / f"{name}-1").status == "finished"
 
 
-NETWORK = """
-import os, signal
-from torch import nn
-
-class Deadly(nn.Module):
-    calls = 0
-
-    def forward(self, x):
-        Deadly.calls += 1
-        if Deadly.calls == int(os.environ.get("KILL_AT", -1)):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return x
-
-def model():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(),
-        nn.Dropout(0.3), Deadly(), nn.Linear(16, 10))
-"""
-
-
-def test_killed_and_resumed_by_two_processes(tmp_path: Path) -> None:
+def test_killed_and_resumed_by_two_processes(folder: Path) -> None:
     """BatchNorm, dropout, noise and a carried δ: each process has a state of its own to go back to."""
-    (tmp_path / "net.py").write_text(NETWORK)
-    options = (
-        "--data digits --method iam-d-onepass --num-train 200 --num-unlabeled 60 --num-test 80 --epochs 2"
-    )
-    options += " --batch-size 20 --checkpoint-every 3 --device cpu --resume --json --out"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in DROPPING.items()]
+    options += ["--model", f"{folder / 'net.py'}:model", "--checkpoint-every", "3", "--resume", "--json"]
 
-    def start(name: str, **more: str) -> subprocess.CompletedProcess[str]:
-        model = f"{tmp_path / 'net.py'}:model"
-        command = [*launcher(2), "-m", "gm_probe", "train", "--model", model, *options.split(), name]
+    def start(**more: str) -> subprocess.CompletedProcess[str]:
+        command = [*TORCHRUN, "-m", "gm_probe", "train", *options, "--out", "killed"]
         return subprocess.run(
-            command, env=environment() | more, cwd=tmp_path, capture_output=True, text=True, timeout=200
+            command, env=environment() | more, cwd=folder, capture_output=True, text=True, timeout=200
         )
 
     # one pass for the memory format, two to try the model, and two a step: in the 16th, of the second epoch
-    assert start("killed", KILL_AT="34").returncode != 0
-    assert torch.load(tmp_path / "killed" / STATE, weights_only=True)["step"] == 5
-    for name in ("killed", "straight"):
-        done = start(name)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["status"] == "finished"  # printed once
-        assert done.stderr.count("no run to resume") == (name == "straight")
-    one, other = ((tmp_path / name / CHECKPOINT).read_bytes() for name in ("killed", "straight"))
+    assert start(KILL_AT="34").returncode != 0
+    assert torch.load(folder / "killed" / STATE, weights_only=True)["step"] == 5
+    done = start()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "finished"  # printed once
+    assert "no run to resume" not in done.stderr
+    one, other = ((folder / name / CHECKPOINT).read_bytes() for name in ("killed", "straight-2"))
     assert one == other
-    assert rows(tmp_path / "killed") == rows(tmp_path / "straight")
+    assert rows(folder / "killed") == rows(folder / "straight-2")

@@ -1,4 +1,4 @@
-"""What test_train_processes.py runs under torchrun: train the runs of a JSON file, and one step under DDP."""
+"""What test_train_processes.py runs, also under torchrun: train the runs of a JSON file, and one step under DDP."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def gradients(method: str, wrap: bool) -> list[float]:
     return torch.cat([p.grad.flatten() for p in model.parameters()]).tolist()  # type: ignore[union-attr]
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def train_all(folder: Path) -> None:
     runs = json.loads((folder / "runs.json").read_text())
     with processes.joined(torch.device("cpu")):
         together = processes.count() > 1
@@ -43,6 +42,11 @@ def main(folder: Path) -> None:
         every = processes.from_all(steps)
         if processes.rank() == 0:
             (folder / f"gradients-{processes.count()}.json").write_text(json.dumps(every))
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    train_all(folder)
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     assert not any("gloo" in thread for thread in threads), threads  # one that outlives Python aborts its end
 

@@ -50,14 +50,14 @@ def parts_of(table: pd.DataFrame, test: Mapping[str, Any]) -> Iterator[Part]:
 
 
 def _by_unit(mine: pd.DataFrame, test: Mapping[str, Any]) -> tuple[int, str]:
-    units = [rows for _, rows in mine.groupby(test["unit"])]
     if "slope" in test:
+        units = [rows for _, rows in mine.groupby(test["unit"])]
         if min(map(len, units), default=0) < LEAST:
             return 0, "too few points for a slope"
         logs = [np.log(rows[test["slope"]].to_numpy(float)) for rows in units]
         values = np.array([np.polyfit(points[:, 1], points[:, 0], 1)[0] for points in logs])
     else:
-        values = np.array([column(rows, test["value"]).mean() for rows in units])
+        values = column(mine, test["value"]).groupby(mine[test["unit"]]).mean().to_numpy()
     if len(values) < 2:
         return 0, f"too few {test['unit']}s for an interval"
     mean, low, high = mean_interval(values)
