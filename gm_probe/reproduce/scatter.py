@@ -8,9 +8,9 @@ from typing import Any
 
 from gm_probe.analysis.correlation import correlate
 from gm_probe.analysis.design import group_rows
-from gm_probe.analysis.plots import scatter_panels
 from gm_probe.analysis.provenance import read_records
 from gm_probe.analysis.results import Correlations
+from gm_probe.analysis.scatter import scatter_panels
 from gm_probe.analysis.sheets import statistics_sheets
 from gm_probe.reproduce.claims import bonferroni, claim_outcome, shown_tau, sign_of
 from gm_probe.reproduce.finding import Finding, Task, train_runs

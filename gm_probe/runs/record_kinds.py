@@ -31,7 +31,9 @@ MOST_RUNS = 10**6
 """The most runs of one sweep."""
 STATUSES = ("finished", "diverged", "failed")
 """What a summary says of a run that has ended."""
-RESULTS = ("error_gap", "ce_gap", "train_error", "test_error", "train_ce", "test_ce")
+ERRORS = ("train_error", "test_error", "train_ce", "test_ce")
+"""The errors and cross-entropies of a finished run; a SimCLR encoder's are those of its linear probe."""
+RESULTS = ("error_gap", "ce_gap", *ERRORS)
 """What a summary says of a finished classifier."""
 _IDENTITY = frozenset({"run", "status", "reason"})
 """Columns of the table of all runs that no file names."""

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from gm_probe.errors import DataError, UsageError, did_you_mean, printable
 from gm_probe.measures.catalogue import MEASURES, PAIR_MEASURES
+from gm_probe.runs.record_kinds import ERRORS
 
 if TYPE_CHECKING:
     import pandas as pd
 
 GAPS = {"error_gap": "test error − train error", "ce_gap": "test CE − train CE"}
 KNOWN_MEASURES = (*(name for name, each in MEASURES.items() if not each.needs_labels), *PAIR_MEASURES)
-OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "num_test")
+OUTCOMES = (*ERRORS, "num_train", "num_test")
 """What a run may say of its training besides the gaps; not taken for measures."""
 ACCURACIES = {"test_accuracy": "test_error", "train_accuracy": "train_error"}
 """Targets that are 1 − an outcome."""
