@@ -11,8 +11,7 @@ Perturbed passes run on moved copies of the parameters and on copied buffers. On
 own BatchNorm statistics.
 
 Float16: under autocast call ``rule.backward(x, y, scaler=scaler)``, then ``scaler.unscale_``, ``step`` and ``update``
-    as
-usual. The scaler sees the final gradient only. The inner gradients are scaled by the same factor, which changes no
+as usual. The scaler sees the final gradient only. The inner gradients are scaled by the same factor, which changes no
 perturbation. Where one overflows, so does the gradient at that perturbation, and the scaler skips the step.
 
 An objective other than supervised learning takes the criterion's place; training.objectives.supervised says what x and
