@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 import gm_probe
 from gm_probe.accuracy.shifts import noise
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Examples, open_source
+from gm_probe.data.batches import Batches
+from gm_probe.data.datasets import open_source
+from gm_probe.data.examples import Examples
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError, ProbeError, UsageError
 from gm_probe.models.checkpoints import save_checkpoint
 from gm_probe.models.zoo import ModelSpec, build_model

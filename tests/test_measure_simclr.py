@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.func import functional_call, hessian, jacrev
 
 from gm_probe.cli import main
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Examples
+from gm_probe.data.batches import Batches
+from gm_probe.data.examples import Examples
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError, UsageError
 from gm_probe.measures.catalogue import MEASURES
 from gm_probe.measures.measure import measure

@@ -31,7 +31,7 @@ from gm_probe.runs.records import RUNS, find_runs
 if TYPE_CHECKING:
     import torch
 
-    from gm_probe.data.datasets import Examples
+    from gm_probe.data.examples import Examples
     from gm_probe.measuring.opening import LoadedCheckpoint
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gm_probe.data.datasets import Examples
+from gm_probe.data.examples import Examples
 from gm_probe.errors import CheckpointError
 from gm_probe.executors.local import Executor, Job, Outcome
 from gm_probe.files.locks import FolderLock, exclusive

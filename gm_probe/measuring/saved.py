@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from gm_probe.data.batches import Normalization
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import ProbeError, StorageError, UsageError
 from gm_probe.files.atomic import write_json
 from gm_probe.files.schema import Unfit, bounded
 from gm_probe.measuring.setup import DIGEST, Setup, batch_dependent_settings, input_settings
 from gm_probe.models.checkpoints import read_checkpoint
 from gm_probe.runs.records import CHECKPOINT, MEASURES, UNNAMED, read_run
-from gm_probe.runtime.devices import environment
+from gm_probe.runtime.machine import environment
 from gm_probe.training.run_splits import OWN_UNLABELED
 
 NORMALIZING = {"mean", "std", "no_normalize"}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Examples
+from gm_probe.data.batches import Batches
+from gm_probe.data.examples import Examples
 from gm_probe.data.images import taken
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError
 from gm_probe.models.contrastive import partners
 from gm_probe.training.augment import require_images

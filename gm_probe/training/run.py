@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.data.batches import Batches, Normalization, placed
-from gm_probe.data.datasets import Examples
+from gm_probe.data.batches import Batches, placed
+from gm_probe.data.examples import Examples
 from gm_probe.data.images import taken
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DivergedError, UsageError, memory_or, of_machine
 from gm_probe.files.atomic import append_line, write_atomic, write_json, write_toml
 from gm_probe.files.locks import FolderLock
@@ -39,7 +40,8 @@ from gm_probe.runs.records import (
     read_metrics,
 )
 from gm_probe.runtime import processes
-from gm_probe.runtime.devices import environment, pick_device, upload
+from gm_probe.runtime.devices import pick_device, upload
+from gm_probe.runtime.machine import environment
 from gm_probe.runtime.randomness import generators_kept, seed_generators
 from gm_probe.runtime.signals import Terminated
 from gm_probe.training.config import TrainConfig
