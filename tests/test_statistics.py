@@ -19,7 +19,7 @@ from gm_probe.analysis.definitions import direction_of
 from gm_probe.analysis.design import design_of
 from gm_probe.analysis.intervals import clusters_of, mean_interval, settings_spread, with_seeds
 from gm_probe.analysis.permutation import permutation_p, permute_settings
-from gm_probe.analysis.regret import picks
+from gm_probe.analysis.regret import regrets
 from gm_probe.analysis.results import COLUMNS
 from gm_probe.analysis.run_pairs import mid_ranks, pair_sums
 from gm_probe.analysis.sign_error import sign_errors
@@ -323,9 +323,9 @@ def test_conditional_information_is_that_of_the_table_of_signs() -> None:
     table = sweep(tied=True)
     frame, values = table.frame, design_of(table).values
     found = conditional_information(frame["a"].to_numpy(), frame["error_gap"].to_numpy(), values)
-    for each in found:
+    for given, value in found.items():
         total, weight = 0.0, 0
-        groups = [frame] if not each.given else [part for _, part in frame.groupby(list(each.given))]
+        groups = [frame] if not given else [part for _, part in frame.groupby(list(given))]
         for part in groups:
             signs = [
                 (sign(p.a, q.a), sign(p.error_gap, q.error_gap))
@@ -338,14 +338,14 @@ def test_conditional_information_is_that_of_the_table_of_signs() -> None:
                 with np.errstate(divide="ignore", invalid="ignore"):
                     bits = np.nansum(joint * np.log2(joint / outer))
                 total, weight = total + bits * len(signs), weight + len(signs)
-        assert each.value == pytest.approx(total / weight)
+        assert value == pytest.approx(total / weight)
 
 
 def test_sign_errors_are_those_of_each_pair_of_settings() -> None:
     table = sweep(4)
     frame = table.frame
     x, y = frame["a"].to_numpy(), frame["error_gap"].to_numpy()
-    found = sign_errors(x, y, None, design_of(table).cells)
+    errors, _ = sign_errors(x, y, None, design_of(table).cells)
     expected = []
     settings = dict(tuple(frame.groupby(["h0", "h1", "h2"])))
     for one, other in combinations(settings, 2):
@@ -353,7 +353,7 @@ def test_sign_errors_are_those_of_each_pair_of_settings() -> None:
             pairs = list(product(settings[one].itertuples(), settings[other].itertuples()))
             wrong = [(1 - sign(p.a, q.a) * sign(p.error_gap, q.error_gap)) / 2 for p, q in pairs]
             expected.append(np.mean(wrong))
-    assert sorted(found.errors) == pytest.approx(sorted(expected))
+    assert sorted(errors) == pytest.approx(sorted(expected))
 
 
 # ---- picking a run
@@ -361,15 +361,19 @@ def test_sign_errors_are_those_of_each_pair_of_settings() -> None:
 
 def test_picking_uses_the_measures_direction() -> None:
     measure, error = np.array([0.1, 0.5, 0.9]), np.array([0.3, 0.2, 0.1])
-    worse = picks(measure, error, "worse", larger_is_better=False)
-    better = picks(measure, error, "better", larger_is_better=False)
-    assert [(one.end, one.regret) for one in worse] == [("smallest", pytest.approx(0.2))]
-    assert [(one.end, one.regret) for one in better] == [("largest", pytest.approx(0))]
-    assert [one.end for one in picks(measure, error, None, larger_is_better=False)] == [
-        "smallest",
-        "largest",
-    ]
-    assert picks(measure, 1 - error, "better", larger_is_better=True)[0].regret == pytest.approx(0)
+    worse = regrets(measure, error, "worse", larger_is_better=False)
+    better = regrets(measure, error, "better", larger_is_better=False)
+    chance = ("regret_random", "")
+    assert {key: of.value for key, of in worse.items()} == pytest.approx(
+        {("regret", "smallest"): 0.2, chance: 0.1}
+    )
+    assert {key: of.value for key, of in better.items()} == pytest.approx(
+        {("regret", "largest"): 0.0, chance: 0.1}
+    )
+    unknown = regrets(measure, error, None, larger_is_better=False)
+    assert list(unknown) == [("regret", "smallest"), chance, ("regret", "largest")]
+    accuracy = regrets(measure, 1 - error, "better", larger_is_better=True)
+    assert accuracy["regret", "largest"].value == pytest.approx(0)
 
 
 def test_confidence_is_better_when_larger() -> None:
