@@ -273,7 +273,7 @@ class _Study:
         """Return what picking a run by the measure costs in test error, or else in each target."""
         error = numbers_of(self.table, "test_error")
         outcomes = dict(self.targets) if error is None else {"test_error": error}
-        found = {}
+        found: dict[Key, Quantity] = {}
         for outcome, column in outcomes.items():
             better = outcome.endswith("accuracy")
             costs = regrets(self.column(name), column, direction_of(name), larger_is_better=better)
