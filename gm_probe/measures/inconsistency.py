@@ -111,7 +111,7 @@ def paper(context: MeasurementContext) -> Estimate:
 def _iterates(
     context: MeasurementContext, delta: Tensor, rho: float, steps: int
 ) -> Iterator[tuple[int, Tensor, float | None]]:
-    """Yield K, δ_K (P,) and the mean divergence there, from δ₁ = ``delta`` on; None at the last, which takes no gradient."""
+    """Yield K, δ_K (P,) and the mean divergence there, from δ₁ = ``delta`` on; the last has None, and no gradient."""
     for k in range(1, steps):
         value, gradient = context.divergence.value_and_gradient(delta)
         yield k, delta, value
