@@ -22,7 +22,7 @@ from gm_probe.cli.output import note, notes_console
 from gm_probe.cli.param_types import PATH, num_bytes
 from gm_probe.cli.settings import GroupedCommand, config_option, pop_settings, setting_options
 from gm_probe.errors import CheckpointError, UsageError
-from gm_probe.measures.names import BLOCKS
+from gm_probe.measures.names import LAYER_MEASURES
 from gm_probe.measures.settings import Protocol, Settings
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class _Task:
         context = click.get_current_context()
         given = _given(context)
         options = {str(p.name): p.opts[0] for p in context.command.params if p.name in given}
-        measured = [*self.names, *(BLOCKS if self.wanted.by_layer else ())]
+        measured = [*self.names, *(LAYER_MEASURES if self.wanted.by_layer else ())]
         for option in idle(measured, self.settings, options, density=self.wanted.density is not None):
             note(notes_console(), f"note: {option} has no effect on what is measured")
 

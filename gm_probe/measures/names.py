@@ -17,7 +17,7 @@ DEFAULT_MEASURES = (
     "cross_entropy",
 )
 
-BLOCKS = ("fisher_trace", "fisher_lambda_max", "hessian_trace", "hessian_lambda_max")
+LAYER_MEASURES = ("fisher_trace", "fisher_lambda_max", "hessian_trace", "hessian_lambda_max")
 """The measures of each layer alone."""
 
 GROUPS = tuple(dict.fromkeys(each.group for each in MEASURES.values()))

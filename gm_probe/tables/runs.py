@@ -27,9 +27,9 @@ from gm_probe.tables.table import (
     MOST_SETTINGS,
     OUTCOMES,
     SEED,
-    Asked,
     Exclusion,
     RunTable,
+    TableRequest,
     by_reason,
     missed_stop_note,
     require_distinct,
@@ -86,7 +86,7 @@ def load_table(
         DataError: no gap, no measure, no usable run, a duplicated column, or text where a number belongs.
         StorageError: the file cannot be read.
     """
-    asked = Asked(measures, hyperparameters, group_by, gap, seed_column, converged_only)
+    asked = TableRequest(measures, hyperparameters, group_by, gap, seed_column, converged_only)
     if isinstance(source, pd.DataFrame):
         return run_table(FRAME, tidied(FRAME, RawTable(source.copy())), asked)
     require_source(source)
@@ -109,7 +109,7 @@ def recipe_groups(source: Path) -> list[str]:
     return read_groups(source) if (source / SWEEP).is_file() else []
 
 
-def _table_from_folders(root: Path, asked: Asked) -> RunTable:
+def _table_from_folders(root: Path, asked: TableRequest) -> RunTable:
     kept, excluded = _read_folders(root, asked.converged_only)
     records = list(kept.values())
     found = unique(name for record in records for name in record.measures)

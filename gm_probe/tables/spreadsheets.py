@@ -35,9 +35,9 @@ from gm_probe.tables.table import (
     OUTCOMES,
     SEED,
     TOO_LARGE,
-    Asked,
     Exclusion,
     RunTable,
+    TableRequest,
     few,
     missed_stop_note,
     require_distinct,
@@ -98,7 +98,7 @@ class _Roles:
     run: str
 
 
-def run_table(source: Path, raw_table: RawTable, asked: Asked) -> RunTable:
+def run_table(source: Path, raw_table: RawTable, asked: TableRequest) -> RunTable:
     """Give the columns of ``raw_table`` their roles; see ``runs.load_table`` for the choice of columns and runs.
 
     Raises:
@@ -156,7 +156,7 @@ def run_table(source: Path, raw_table: RawTable, asked: Asked) -> RunTable:
     )
 
 
-def _roles(table: _Table, asked: Asked, gaps: list[str], made_of: list[str]) -> _Roles:
+def _roles(table: _Table, asked: TableRequest, gaps: list[str], made_of: list[str]) -> _Roles:
     raw, columns = table.raw, table.columns
     measures, hypers, by = (
         table.named(each) for each in (asked.measures, asked.hyperparameters, asked.group_by)
@@ -215,7 +215,7 @@ def _hypers(table: _Table, taken: Collection[str]) -> list[str]:
     return found
 
 
-def _gaps(table: _Table, asked: Asked) -> tuple[list[str], list[str], list[str]]:
+def _gaps(table: _Table, asked: TableRequest) -> tuple[list[str], list[str], list[str]]:
     """Return the gaps among the columns, the columns that made gaps consist of, and what is said of them."""
     columns, names = table.columns, {*table.columns, *table.aliases}
     wanted = split_expressions(asked.gap, names)

@@ -35,7 +35,7 @@ TOO_LARGE = "beyond 1e150 in size"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TableRequest:
     """What the reader of a table asks of it: names of columns, its ``gap`` as in ``load_table``."""
 
     measures: Sequence[str] = ()

@@ -70,7 +70,7 @@ class Step:
     inconsistency: Tensor | None
 
 
-class Common(TypedDict, total=False):
+class RuleOptions(TypedDict, total=False):
     """The options of every rule; see ``Rule``."""
 
     m: int | None
