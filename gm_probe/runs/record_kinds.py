@@ -105,7 +105,7 @@ _EIGENVALUE = table(
     {"value": optional(number), "residual": optional(number), "converged": flag},
     required=("value", "residual", "converged"),
 )
-_FIGURES = ("value", "stderr", "stderr_examples", "converged", "num_evals")
+_ALWAYS = ("value", "stderr", "stderr_examples", "converged", "num_evals")
 _ROW_KINDS: dict[str, Check] = {
     **dict.fromkeys(("value", "stderr", "stderr_examples"), optional(number)),
     **dict.fromkeys(
@@ -120,7 +120,7 @@ _ROW_KINDS: dict[str, Check] = {
     "eigenvalues": listed(_EIGENVALUE),
 }
 _ROW = table(_ROW_KINDS)
-_WHOLE_ROW = table(_ROW_KINDS, required=_FIGURES)
+_WHOLE_ROW = table(_ROW_KINDS, required=_ALWAYS)
 _NO_MEASURES = _IDENTITY | {*RESULTS, "num_train", "num_test"}
 MEASURED_SETTING_KINDS: dict[str, Check] = {
     "temperature": optional(finite),
