@@ -13,7 +13,7 @@ from torch import Tensor
 from gm_probe.checks import optional, whole
 from gm_probe.data.examples import Examples
 from gm_probe.data.fields import Fields, Given, as_inputs, ordinary, tensors_of
-from gm_probe.data.images import ImageFiles, taken
+from gm_probe.data.images import ImageFiles, decoded_ahead
 from gm_probe.data.labels import as_labels
 from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError, UsageError
@@ -177,7 +177,7 @@ class Batches:
         keys = [slice(start, start + self.batch_size) for start in starts]
         placed = self._placed()
         inputs, y = placed or (self.examples.x, self.examples.y)
-        for key, raw in zip(keys, taken(inputs, keys), strict=True):
+        for key, raw in zip(keys, decoded_ahead(inputs, keys), strict=True):
             x = ordinary(self.normalization.apply(upload(raw, self.device), self.dtype))
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from gm_probe.data.batches import Batches, placed
 from gm_probe.data.examples import Examples
-from gm_probe.data.images import taken
+from gm_probe.data.images import decoded_ahead
 from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DivergedError, UsageError, memory_or, of_machine
 from gm_probe.files.atomic import append_line, write_atomic, write_json, write_toml
@@ -181,7 +181,7 @@ class Training:
             labels = self._ahead([self.sampler.labels(part) for part in mine])
             if self._inputs is not self.splits.inputs.x:  # they are on the device
                 mine = self._ahead(mine)
-            for chosen, x, y in zip(left, taken(self._inputs, mine), labels, strict=True):
+            for chosen, x, y in zip(left, decoded_ahead(self._inputs, mine), labels, strict=True):
                 self._step(chosen, x, y)
                 self._report_progress()
                 done = self.epoch * self.steps + self.progress.step
