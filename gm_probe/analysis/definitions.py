@@ -1,6 +1,8 @@
 """What each measure and each statistic of a report is, in words: the page must explain itself."""
 
 from gm_probe.runs.catalogue import CATALOGUE
+from gm_probe.tables.columns import direction
+from gm_probe.tables.table import RunTable
 
 PAIRWISE = {
     "disagreement": ("disagreement", "fraction of examples that two models classify differently"),
@@ -32,6 +34,11 @@ def direction_of(name: str) -> str | None:
     if name in PAIRWISE:
         return "worse"
     return CATALOGUE[name].direction if name in CATALOGUE else None
+
+
+def direction_of_target(table: RunTable, target: str) -> str | None:
+    """Return what a larger value of a target is: ``worse`` or ``better``; None where that is unknown."""
+    return table.directions.get(target, direction(target))
 
 
 STATISTICS = {

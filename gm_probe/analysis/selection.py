@@ -20,20 +20,20 @@ class Choice:
     n: int
 
 
-def choices(
-    measure: Floats, outcome: Floats, direction: str | None, *, larger_is_better: bool
-) -> list[Choice]:
-    """Return the regret in ``outcome`` (n,) at the end of ``measure`` (n,) that ``direction`` calls good.
+def choices(measure: Floats, cost: Floats, direction: str | None) -> list[Choice]:
+    """Return the regret in ``cost`` (n,) at the end of ``measure`` (n,) that ``direction`` calls good.
 
-    NaN in either leaves a run out; runs that share the end count their mean. An unknown direction gives both ends.
+    The best run and the random one are of all runs with a cost, so that measures of other runs can be compared. Runs
+    that share the end count their mean. An unknown direction gives both ends.
     """
-    known = np.isfinite(measure) & np.isfinite(outcome)
-    x, cost = measure[known], outcome[known] * (-1 if larger_is_better else 1)
-    if not len(x):
+    known = np.isfinite(measure) & np.isfinite(cost)
+    if not known.any():
         return []
-    random = float(cost.mean() - cost.min())
+    all_costs = cost[np.isfinite(cost)]
+    best, random = float(all_costs.min()), float(all_costs.mean() - all_costs.min())
+    x, cost = measure[known], cost[known]
     found = []
     for end in ENDS.get(direction or "", ("smallest", "largest")):
         picked = x == (x.min() if end == "smallest" else x.max())
-        found.append(Choice(end, float(cost[picked].mean() - cost.min()), random, len(x)))
+        found.append(Choice(end, float(cost[picked].mean() - best), random, len(x)))
     return found
