@@ -73,8 +73,8 @@ def em_shares(p: Tensor, known: Tensor, weights: Tensor | None = None) -> Tensor
 def rejected(scores: Tensor, reference: Tensor, weights: Tensor, critical: float = CRITICAL) -> bool:
     """Return whether ``scores`` (N,) and ``reference`` (M,) under ``weights`` (M,) differ in distribution.
 
-    It is the Kolmogorov-Smirnov test, at the 5 % level unless ``critical`` says otherwise. With confidences as scores, and weights that give the reference
-    the class shares of the other set, it tests whether only these changed.
+    It is the Kolmogorov-Smirnov test, at the 5 % level unless ``critical`` says otherwise. With confidences as scores,
+    and weights that give the reference the class shares of the other set, it tests whether only these changed.
     """
     values, order = torch.cat([scores, reference]).sort()
     last = torch.cat(

@@ -197,8 +197,8 @@ def _no_sample(evidence: Sequence[Evidence]) -> list[str]:
     if not differ:
         return []
     return [
-        "the labeled images differ from the unlabeled data in the models' confidence or agreement, so they are no random "
-        "sample of it, and the intervals do not hold. Draw the images to label at random"
+        "the labeled images differ from the unlabeled data in the models' confidence or agreement, so they are no "
+        "random sample of it, and the intervals do not hold. Draw the images to label at random"
     ]
 
 
