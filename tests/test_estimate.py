@@ -120,6 +120,20 @@ def test_few_labels_need_no_assumption_on_the_shift(world: World) -> None:
     assert report.num_labels == 150
 
 
+def test_labels_of_no_random_sample_are_told(world: World) -> None:
+    examples = world.noisy
+    models = {name: world.models[name] for name in ("good", "poor")}
+    with torch.no_grad():
+        classes = [model(examples.x.float() / 255).argmax(1) for model in models.values()]
+    apart = (classes[0] != classes[1]).nonzero()[:, 0]
+    drawn = torch.randperm(len(examples), generator=torch.Generator().manual_seed(2))[: len(apart)]
+    for few, told in ((apart, True), (drawn, False)):
+        report = gm_probe.estimate(
+            models, batches(examples.unlabeled()), few_labels=batches(examples.select(few))
+        )
+        assert any("they are no random sample" in note for note in report.notes) == told
+
+
 def test_tables_have_errors_from_halves_of_the_validation_set(world: World) -> None:
     def flat(examples: Examples) -> tuple[Tensor, Tensor]:
         return 2 * examples.x.float().flatten(1) / 255 - 1, examples.y

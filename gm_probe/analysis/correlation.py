@@ -20,7 +20,7 @@ from gm_probe.analysis.coefficients import (
 )
 from gm_probe.analysis.conclusion import conclude, measures_alike
 from gm_probe.analysis.conditional import chance_of, conditional_information
-from gm_probe.analysis.definitions import direction_of
+from gm_probe.analysis.definitions import direction_of, direction_of_target
 from gm_probe.analysis.design import (
     SETTING,
     Design,
@@ -270,13 +270,15 @@ class _Study:
         return found
 
     def selection(self, name: str) -> dict[Key, Quantity]:
-        """Return what picking a run by the measure costs in test error, or else in each target."""
+        """Return what picking a run by the measure costs in test error, or else in each target of known direction."""
         error = numbers_of(self.table, "test_error")
         outcomes = dict(self.targets) if error is None else {"test_error": error}
         found: dict[Key, Quantity] = {}
         for outcome, column in outcomes.items():
-            better = outcome.endswith("accuracy")
-            costs = regrets(self.column(name), column, direction_of(name), larger_is_better=better)
+            larger = direction_of_target(self.table, outcome)
+            if larger is None:
+                continue
+            costs = regrets(self.column(name), column if larger == "worse" else -column, direction_of(name))
             found |= {Key(name, outcome, *key): of for key, of in costs.items()}
         return found
 

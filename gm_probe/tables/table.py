@@ -75,7 +75,8 @@ class RunTable:
     not converged. ``conditions[measure][setting]`` counts the runs under each value that the measure was taken
     with (``show``n; of runs that have the measure). ``notes`` are the choices made while reading, for the
     reader to see, and ``left_out`` are the columns without a role. ``aliases`` maps what the source calls a column
-    to what it is called here, where that differs.
+    to what it is called here, where that differs. ``directions`` says of arithmetic on columns whether a larger value
+    is ``worse`` or ``better``.
     """
 
     source: Path
@@ -91,6 +92,7 @@ class RunTable:
     outcomes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    directions: Mapping[str, str | None] = field(default_factory=dict)
 
     def named(self, names: Iterable[str]) -> list[str]:
         """Return the names that this table uses for columns, given as the source or this table calls them."""
