@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from conftest import BY_NAME, Case
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import gm_probe
 from gm_probe.data.batches import Batches
@@ -197,6 +199,31 @@ def test_a_network_that_squashes_has_no_path_norm(squashing: type[nn.Module]) ->
     row = measure(model, torch.randn(5, 3), ["path_norm"]).rows["path_norm"]
     assert row.value is None
     assert "not piecewise linear" in row.details["reason"]
+
+
+@pytest.mark.filterwarnings("ignore")  # the first two are deprecated
+@pytest.mark.parametrize(
+    "derive",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        parametrizations.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+)
+def test_weights_that_are_made_of_parameters_count_as_they_are_used(derive: Callable[..., nn.Module]) -> None:
+    """Also after a file is loaded, when the layer's attribute still holds what it was before."""
+    trained, loaded = (derive(nn.Linear(6, 4)).double().eval() for _ in range(2))
+    trained.load_state_dict({name: 1.5 * value for name, value in trained.state_dict().items()})
+    loaded.load_state_dict(trained.state_dict())
+    x = torch.randn(3, 6).double()
+    used = (trained(torch.eye(6).double()) - trained.bias).detach().numpy().T
+    found = measure(loaded, x, ["stable_rank", "log_spectral_norm", "path_norm"]).rows
+    singular = np.linalg.svd(used)[1]
+    assert found["stable_rank"].value == pytest.approx((singular**2).sum() / singular[0] ** 2, rel=1e-9)
+    assert found["log_spectral_norm"].value == pytest.approx(math.log(singular[0]), rel=1e-9)
+    assert found["path_norm"].value is None
+    assert "other parameters" in found["path_norm"].details["reason"]
 
 
 # ---- all of them

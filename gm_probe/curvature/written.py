@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 from gm_probe.curvature.derivatives import gradients
 from gm_probe.data.fields import Inputs
 from gm_probe.errors import UsageError
+from gm_probe.models.door import alike
 from gm_probe.models.parameters import Parameters
 from gm_probe.runtime.randomness import Draws
 
@@ -86,8 +87,7 @@ def require_repeatable(parameters: Parameters, x: Inputs, draws: Draws) -> None:
         outputs = parameters.taken(x, parameters.leaves())
     with draws.again(), torch.no_grad():
         again = parameters.taken(x)
-    apart = float((outputs.detach() - again).double().norm())
-    if apart > torch.finfo(outputs.dtype).eps ** 0.5 * float(again.double().norm()):
+    if not alike(again, outputs.detach(), torch.finfo(outputs.dtype).eps ** 0.5):
         raise UsageError(
             "two passes with the same random draws gave different outputs: the model draws from a "
             "generator that is not replayed. Use the global generators of torch, random or numpy, or one "

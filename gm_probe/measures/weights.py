@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from gm_probe.errors import DivergedError, foreign_or
 from gm_probe.measures.context import Measured, MeasurementContext, example_error
@@ -53,11 +55,24 @@ def fisher_rao(context: MeasurementContext) -> Measured:
 
 
 def _weights(context: MeasurementContext) -> Iterator[Tensor]:
-    """Yield the weights, in float64, of the layers that have a measured parameter."""
+    """Return the weights, in float64, of the layers that have a measured parameter.
+
+    They are read during a pass: until then weight_norm, spectral_norm and pruning keep those of before a loaded file.
+    """
+    found: dict[nn.Module, Tensor] = {}
     for prefix, module in context.parameters.model.named_modules():
         measured = any(name.startswith(f"{prefix}." if prefix else "") for name in context.parameters.named)
         if isinstance(module, nn.Linear | _ConvNd | nn.Embedding) and measured:
-            yield module.weight.detach().double()
+            found[module] = module.weight
+
+    def note(module: nn.Module, *_: object) -> None:
+        found[module] = module.weight
+
+    with ExitStack() as stack, torch.no_grad():
+        for module in found:
+            stack.callback(module.register_forward_hook(note, prepend=True).remove)
+        context.parameters.taken(next(iter(context.batches)).x[context.batches.trial_slice(1)])
+    return (weight.detach().double() for weight in found.values())
 
 
 def eigenvalues(weight: Tensor) -> np.ndarray:
@@ -133,6 +148,12 @@ def path_norm(context: MeasurementContext) -> Measured:
     x = next(iter(context.batches)).x[:1]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return Measured.undefined("the inputs are not floating-point numbers of one tensor")
+    modules = context.parameters.model.modules()
+    if any(is_parametrized(module) or isinstance(vars(module).get("weight"), Tensor) for module in modules):
+        return Measured.undefined(
+            "a layer makes its weight of other parameters. Fold them by remove_parametrizations, remove_weight_norm, "
+            "remove_spectral_norm or prune.remove of torch.nn.utils"
+        )
 
     def fails(cause: str) -> DivergedError:
         return DivergedError(f"the network cannot be run with squared weights: {cause}")
@@ -145,7 +166,10 @@ def path_norm(context: MeasurementContext) -> Measured:
         )
     rise = float((second - first).abs().max())
     bent = float((third - 2 * second + first).abs().max())
-    if not math.isfinite(rise) or bent > AFFINE * rise or bool((first < 0).any()):
+    flat = rise <= AFFINE**2 * float(
+        first.abs().max()
+    )  # the inputs are normalised, or paths are lost to rounding
+    if not math.isfinite(rise) or flat or bent > AFFINE * rise or bool((first < 0).any()):
         return Measured.undefined("the network is not piecewise linear, so its paths have no lengths")
     return Measured(math.sqrt(float(first.sum())), details=dict(NO_EXAMPLES))
 
