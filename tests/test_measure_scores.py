@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -254,6 +255,19 @@ def test_a_frozen_model_has_outputs_and_weights_but_no_derivatives() -> None:
     assert gm_probe.estimate(model, x, validation=(x, y)).conclusion == estimate
     with pytest.raises(UsageError, match="fisher_rao: the model has no trainable parameters"):
         measure(model, x, ["fisher_rao"])
+
+
+def test_the_initial_model_must_be_the_same_network() -> None:
+    model, x, _ = network()
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        before[5].bias += 2
+    found = values(model, x, ["distance_from_initialization"], initial=nn.DataParallel(before))
+    assert found["distance_from_initialization"] == pytest.approx(4)  # 2·√4
+    before[5] = nn.Linear(54, 1)  # whose shape would broadcast
+    for other in (before, nn.Linear(5, 4)):
+        with pytest.raises(UsageError, match=r"another network, without a parameter '.*weight'"):
+            measure(model, x, ["distance_from_initialization"], initial=other)
 
 
 # ---- layers

@@ -51,6 +51,20 @@ def _nodes(output: Tensor, seen: set[Node]) -> Iterator[Node]:
         waiting += [following for following, _ in node.next_functions]
 
 
+def require_moved_alone(loss: Tensor, moved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise UsageError where ``loss`` depends on the model's ``own`` parameters other than by the ``moved`` ones."""
+    names = {id(p): name for name, p in own.items()}
+    sums = {value.grad_fn for value in moved.values()}
+    for node in _nodes(loss, set()):
+        for following, _ in node.next_functions if node not in sums else ():
+            name = names.get(id(getattr(following, "variable", None)))
+            if name is not None:
+                raise UsageError(
+                    f"the loss takes parameter {name!r} from a list or a cache, so it does not see perturbed weights. "
+                    "Let it read model.parameters() in every call"
+                )
+
+
 def located(parameters: Parameters, x: Inputs, *, others: str = "") -> list[str]:
     """Return the hand-written functions that run on ``x`` (B, ...), each with the name of its module."""
     found: list[str] = []

@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from gm_probe.errors import DivergedError, foreign_or
+from gm_probe.errors import DivergedError, UsageError, foreign_or
 from gm_probe.measures.context import Measured, MeasurementContext, example_error
+from gm_probe.models.door import unwrapped
 
 LEAST, MOST = 20, 15_000
 """Number of eigenvalues that a power law is fitted to: fewer do not show a tail, and more take too long."""
@@ -34,7 +35,13 @@ def distance_from_initialization(context: MeasurementContext) -> Measured:
     """Return ‖θ − θ₀‖ over the measured parameters, where training started from θ₀."""
     if context.initial is None:
         return Measured.undefined("the initial parameters are known for run folders only")
-    before = dict(context.initial.named_parameters())
+    before = dict(unwrapped(context.initial).named_parameters())
+    for name, p in context.parameters.named.items():
+        if name not in before or before[name].shape != p.shape:
+            raise UsageError(
+                f"the initial model is another network, without a parameter {name!r} of shape {tuple(p.shape)}. Give "
+                "the model as it was before training"
+            )
     return _length(
         {name: p.detach() - before[name].to(p.device) for name, p in context.parameters.named.items()}
     )
