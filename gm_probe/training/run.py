@@ -274,7 +274,9 @@ class Training:
         self._check_loss(torch.zeros((), device=self.device))
         where = f"after epoch {self.epoch + 1}, step {self.progress.step}"
         saved = self.updates.tensors()
-        finite = torch.stack([torch.isfinite(value).all() for value in saved.values()])
+        finite = torch.stack(
+            [_finite(value, mask=name.startswith("buffer")) for name, value in saved.items()]
+        )
         if not bool(finite.all()):
             first = list(saved)[finite.tolist().index(False)]
             raise DivergedError(f"{first} is not finite {where}")
@@ -425,3 +427,9 @@ class Training:
             for past in (STATE, ERROR):  # ERROR: why an earlier try failed
                 (self.out / past).unlink(missing_ok=True)
         return summary
+
+
+def _finite(value: Tensor, *, mask: bool) -> Tensor:
+    """Return whether all values are finite (0-dim); −∞ counts as finite where it may be a ``mask`` of attention."""
+    fine = torch.isfinite(value)
+    return (fine | torch.isneginf(value) if mask and value.is_floating_point() else fine).all()
