@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from gm_probe import ModelSpec, Parameters, kl_divergence, open_source, read_checkpoint
-from gm_probe.data.images import taken
+from gm_probe.data.images import decoded_ahead
 from gm_probe.inconsistency.ascent import kl_gradient, to_sphere
 from gm_probe.models.loading import choose_normalization, load_model
 from gm_probe.models.zoo import initial_model
@@ -34,7 +34,7 @@ def main(run: Path, data: str, batch_size: int, seeds: int) -> None:
     assert checkpoint.model is not None
     pool = open_source(data, labeled=False).pool
     chosen = torch.randperm(len(pool.x), generator=torch.Generator().manual_seed(0))[:batch_size]
-    x = choose_normalization(checkpoint, pool, None).apply(next(iter(taken(pool.x, [chosen]))))
+    x = choose_normalization(checkpoint, pool, None).apply(next(iter(decoded_ahead(pool.x, [chosen]))))
     x = x.contiguous(memory_format=torch.channels_last)
     print(
         "| network | noise length | cosine of the gradients | KL reached, bf16 : float32 |\n|---|---|---|---|"

@@ -33,11 +33,14 @@ from gm_probe.accuracy.scores import scores_of
 from gm_probe.accuracy.shares import skewed
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts
 from gm_probe.accuracy.verdict import EstimateRequest, judge
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Examples, open_source
+from gm_probe.data.batches import Batches
+from gm_probe.data.datasets import open_source
+from gm_probe.data.examples import Examples
+from gm_probe.data.normalization import Normalization
 from gm_probe.measures.measure import measure
 from gm_probe.measures.scores import Reference, probabilities
-from gm_probe.models.checkpoints import load_weights, read_checkpoint
+from gm_probe.models.checkpoints import read_checkpoint
+from gm_probe.models.fitting import load_weights
 from gm_probe.models.loading import load_model
 
 NETWORKS = {"resnet20-12fca82f.th": resnet20, "resnet56-4bfd9763.th": resnet56}

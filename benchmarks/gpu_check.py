@@ -24,7 +24,8 @@ from gpu.plan import SIZES, Size
 
 from gm_probe.errors import first_line
 from gm_probe.files.atomic import write_json
-from gm_probe.runtime.devices import environment, pick_device
+from gm_probe.runtime.devices import pick_device
+from gm_probe.runtime.machine import environment
 
 REFERENCE = "reference"
 PARTS = {

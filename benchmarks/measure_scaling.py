@@ -24,8 +24,8 @@ import click
 import numpy as np
 import torch
 
-from gm_probe.data.batches import Normalization
 from gm_probe.data.datasets import open_source
+from gm_probe.data.normalization import Normalization
 from gm_probe.measures.context import Settings
 from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.models.checkpoints import save_checkpoint

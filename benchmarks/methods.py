@@ -36,7 +36,7 @@ from torch import nn
 from gm_probe.cli.data import floats
 from gm_probe.measures.context import Settings
 from gm_probe.runs.records import CONFIG, RunRecord, read_metrics, read_run
-from gm_probe.runtime.devices import keep_freed_memory
+from gm_probe.runtime.machine import keep_freed_memory
 from gm_probe.sweep.recipe import MeasurePlan, Recipe, run_name
 from gm_probe.sweep.runner import Outcome, run_recipe
 from gm_probe.sweep.tuning import NOTHING, VALIDATION

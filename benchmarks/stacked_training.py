@@ -26,7 +26,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 
 from gm_probe.models.zoo import ModelSpec, initial_model
-from gm_probe.runtime.devices import environment, synchronize
+from gm_probe.runtime.devices import synchronize
+from gm_probe.runtime.machine import environment
 
 SPEC = ModelSpec("6cnn", (3, 32, 32), 10)
 LR, MOMENTUM = 0.05, 0.9

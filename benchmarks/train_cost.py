@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from gm_probe.models.zoo import ModelSpec, initial_model
-from gm_probe.runtime.devices import keep_freed_memory
+from gm_probe.runtime.machine import keep_freed_memory
 from gm_probe.training.augment import crop_and_flip, draw_crops
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.methods import METHODS

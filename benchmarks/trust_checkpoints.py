@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from trust_run import NOISE, Ran, Row, digits, fork, gmprobe, one_line, warm
 
-from gm_probe.data.batches import Normalization
+from gm_probe.data.normalization import Normalization
 from gm_probe.models.checkpoints import HEADER, save_checkpoint
 from gm_probe.models.zoo import ModelSpec, build_model
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from trust_run import Row, fork
 
-from gm_probe.data.batches import Normalization
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import CheckpointError
 from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.loading import load_model

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from train_cost import interleaved, ratios  # beside this file
 
-from gm_probe.runtime.devices import keep_freed_memory
+from gm_probe.runtime.machine import keep_freed_memory
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.run import Training
 

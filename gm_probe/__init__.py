@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from gm_probe.curvature.operators import fisher as fisher
     from gm_probe.curvature.operators import hessian as hessian
     from gm_probe.data.batches import Batches as Batches
-    from gm_probe.data.batches import Normalization as Normalization
-    from gm_probe.data.datasets import Examples as Examples
     from gm_probe.data.datasets import open_source as open_source
+    from gm_probe.data.examples import Examples as Examples
+    from gm_probe.data.normalization import Normalization as Normalization
     from gm_probe.errors import BusyError as BusyError
     from gm_probe.errors import CheckpointError as CheckpointError
     from gm_probe.errors import DataError as DataError
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from gm_probe.measures.pairwise import PairReport as PairReport
     from gm_probe.measures.pairwise import compare as compare
     from gm_probe.measures.settings import Settings as Settings
-    from gm_probe.models.checkpoints import load_weights as load_weights
     from gm_probe.models.checkpoints import read_checkpoint as read_checkpoint
     from gm_probe.models.checkpoints import save_checkpoint as save_checkpoint
     from gm_probe.models.contrastive import Contrastive as Contrastive
@@ -51,11 +50,12 @@ if TYPE_CHECKING:
     from gm_probe.models.contrastive import partners as partners
     from gm_probe.models.contrastive import projector as projector
     from gm_probe.models.door import Outputs as Outputs
+    from gm_probe.models.fitting import load_weights as load_weights
     from gm_probe.models.parameters import Parameters as Parameters
     from gm_probe.models.pretrained import load_pretrained as load_pretrained
     from gm_probe.models.zoo import ModelSpec as ModelSpec
     from gm_probe.models.zoo import build_model as build_model
-    from gm_probe.runtime.devices import keep_freed_memory as keep_freed_memory
+    from gm_probe.runtime.machine import keep_freed_memory as keep_freed_memory
     from gm_probe.training.config import TrainConfig as TrainConfig
     from gm_probe.training.loop import train as train
     from gm_probe.training.methods.iam import IAMD as IAMD
@@ -74,8 +74,10 @@ _HOMES = {
     "analysis.results": "Correlations",
     "curvature.fisher_trace": "fisher_trace",
     "curvature.operators": "fisher hessian",
-    "data.batches": "Batches Normalization",
-    "data.datasets": "Examples open_source",
+    "data.batches": "Batches",
+    "data.datasets": "open_source",
+    "data.examples": "Examples",
+    "data.normalization": "Normalization",
     "errors": "BusyError CheckpointError DataError DerivativeError DeviceError DivergedError "
     "NotInstalledError PrecisionError ProbeError ResourceError StorageError UsageError",
     "inconsistency.kl": "kl_divergence",
@@ -87,13 +89,14 @@ _HOMES = {
     "measures.measure": "Report measure",
     "measures.pairwise": "PairEstimate PairReport compare",
     "measures.settings": "Settings",
-    "models.checkpoints": "load_weights read_checkpoint save_checkpoint",
+    "models.checkpoints": "read_checkpoint save_checkpoint",
     "models.contrastive": "Contrastive as_encoder partners projector",
     "models.door": "Outputs",
+    "models.fitting": "load_weights",
     "models.parameters": "Parameters",
     "models.pretrained": "load_pretrained",
     "models.zoo": "ModelSpec build_model",
-    "runtime.devices": "keep_freed_memory",
+    "runtime.machine": "keep_freed_memory",
     "training.config": "TrainConfig",
     "training.loop": "train",
     "training.methods.iam": "IAMD IAMS OnePassIAMD",

@@ -17,8 +17,9 @@ from gm_probe.accuracy.readings import CHANGED, SAME, plausible, read
 from gm_probe.accuracy.report import Accuracy
 from gm_probe.accuracy.scores import scores_of
 from gm_probe.accuracy.verdict import EstimateRequest, judge
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Examples
+from gm_probe.data.batches import Batches
+from gm_probe.data.examples import Examples
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError
 
 EQUAL = torch.full((4,), 0.25)

@@ -10,7 +10,7 @@ from scipy.fft import dctn, idctn
 
 from gm_probe.accuracy import shifts
 from gm_probe.accuracy.shifts import FAMILIES, Shift, shifted, synthetic_shifts, why_not_shifted
-from gm_probe.data.datasets import Examples
+from gm_probe.data.examples import Examples
 
 CPU = torch.device("cpu")
 

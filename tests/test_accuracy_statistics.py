@@ -64,6 +64,17 @@ def test_the_test_of_label_shift_is_kolmogorov_smirnov() -> None:
         assert rejected(a, b, torch.ones(200).double()) == (p_value < 0.05)
 
 
+def test_equal_scores_are_one_step_of_the_test() -> None:
+    """Confidences of a sure network are often exactly 1."""
+    for number, share in enumerate((0.5, 0.9, 0.99)):
+        draws = torch.rand(500, generator=generator(number)), torch.rand(400, generator=generator(9 + number))
+        a, b = ((draw * 10).floor().where(draw > share, 1.0) for draw in draws)
+        p_value = stats.ks_2samp(a.numpy(), b.numpy(), method="asymp").pvalue
+        assert p_value > 0.1
+        assert not rejected(a, b, torch.ones(400).double())
+        assert rejected(torch.cat([a, torch.full((80,), 2.0)]), b, torch.ones(400).double())
+
+
 def test_a_change_of_the_shares_alone_is_not_rejected() -> None:
     reference, labels = gaussians(torch.full((3,), 1 / 3), 1500, 0)
     shares = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)

@@ -21,7 +21,7 @@ from networks import Recomputes
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -323,6 +323,7 @@ KINDS: dict[str, Kind] = {
         after(lambda z, x: z.softmax(1)), inner, outputs=Outputs(kind="probabilities")
     ),
     "log-probabilities": Kind(after(lambda z, x: z.log_softmax(1)), inner),
+    "classes masked by −∞": Kind(after(lambda z, x: functional.pad(z, (0, 2), value=-torch.inf)), inner),
     "a loss": Kind(after(lambda z, x: z.mean()), refused="a single number"),
     "several rows of logits an example": Kind(
         after(lambda z, x: z[:, None].expand(-1, 2, -1)), refused="not one row"
@@ -523,6 +524,64 @@ def test_the_divergence_vanishes_with_the_radius(name: str) -> None:
     loss, y = criterion(kind, replace(kind.outputs, kind=None))
     rule = METHODS["iam-d"](training(built(kind.build)), loss, rho=1e-6, outputs=kind.outputs)
     assert float(rule.backward(kind.x(), y).inconsistency) < 1e-9
+
+
+class Masked(nn.Module):
+    """A network whose last class is masked by a large number, and which misbehaves as ``change`` says."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.head, self.change = mlp(), nn.Linear(C, C), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.pad(self.head(self.change(self.net(x))), (0, 1), value=-1e9)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda z: functional.dropout(z, 0.3, training=True), "two passes"),
+        (lambda z: z - z.mean(0), "rest of its batch"),
+        (torch.detach, "no gradient"),
+    ],
+)
+def test_a_mask_hides_no_misbehaviour(change: Callable[[Tensor], Tensor], told: str) -> None:
+    """Its size is no scale for differences of the other outputs."""
+    with pytest.raises(ProbeError, match=told):
+        measure(Masked(change), vectors(), ["fisher_trace"])
+
+
+def test_a_mask_hides_no_draws_from_a_rule() -> None:
+    generators = iter(range(100))
+
+    def drawn(z: Tensor) -> Tensor:
+        return z * torch.rand(C, generator=seeded(next(generators)))
+
+    with pytest.raises(UsageError, match="not replayed"):
+        METHODS["sam"](Masked(drawn)).backward(vectors(), torch.arange(N) % C)
+
+
+def test_modules_that_are_compiled_inside_run_uncompiled() -> None:
+    def refused(graph: object, inputs: object) -> Any:
+        raise AssertionError("compiled code has no second derivatives")
+
+    x, model, inside = vectors(), built(inner), built(inner)
+    inside.net.compile(backend=refused)
+    within = Wrapped(torch.compile(built(mlp), backend=refused))
+    expected = measure(model, x, ["hessian_lambda_max"]).rows["hessian_lambda_max"].value
+    for compiled in (inside, within):
+        found = measure(compiled, x, ["hessian_lambda_max"]).rows["hessian_lambda_max"].value
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_parametrized_weights_are_not_cached_across_moves() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(D, 6)), nn.ReLU(), nn.Linear(6, C))
+    names = ["fisher_lambda_max", "local_inconsistency"]
+    expected = {name: row.value for name, row in measure(model, vectors(), names).rows.items()}
+    with parametrize.cached():
+        model(vectors())
+        found = {name: row.value for name, row in measure(model, vectors(), names).rows.items()}
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_was_kept_before_a_measurement_is_refused_and_what_is_kept_in_it_is_let_go() -> None:

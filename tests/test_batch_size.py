@@ -15,8 +15,9 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from gm_probe.curvature import batch_size
 from gm_probe.curvature.batch_size import batches_within, bytes_an_example
-from gm_probe.data.batches import BATCH_SIZE, Batches, Normalization
-from gm_probe.data.datasets import Examples
+from gm_probe.data.batches import BATCH_SIZE, Batches
+from gm_probe.data.examples import Examples
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import UsageError
 from gm_probe.measures.measure import measure
 from gm_probe.measures.settings import Settings

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gm_probe.data.batches import Batches, Normalization, cut
-from gm_probe.data.datasets import Examples
+from gm_probe.data.batches import Batches, cut
+from gm_probe.data.examples import Examples
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError, UsageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 3, 5, 4), dtype=np.uint8)

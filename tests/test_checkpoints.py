@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import gm_probe
-from gm_probe.data.batches import Normalization
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import CheckpointError, UsageError
-from gm_probe.models.checkpoints import HEADER, load_weights, read_checkpoint, save_checkpoint
+from gm_probe.models.checkpoints import HEADER, read_checkpoint, save_checkpoint
+from gm_probe.models.fitting import load_weights
 from gm_probe.models.parameters import Parameters
 from gm_probe.models.zoo import ModelSpec, build_model
 

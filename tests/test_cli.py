@@ -22,7 +22,7 @@ from torchvision import transforms
 from gm_probe.cli import COMMANDS
 from gm_probe.cli.measure_output import warn
 from gm_probe.cli.measure_relevance import READ_BY
-from gm_probe.data.batches import Normalization
+from gm_probe.data.normalization import Normalization
 from gm_probe.measures.catalogue import MEASURES
 from gm_probe.measures.measure import measure
 from gm_probe.measures.names import DEFAULT_MEASURES

@@ -16,7 +16,8 @@ from command_line import run
 from PIL import Image
 
 from gm_probe.cli import main
-from gm_probe.data.batches import Batches, Normalization
+from gm_probe.data.batches import Batches
+from gm_probe.data.normalization import Normalization
 from gm_probe.files.atomic import read_json, write_json
 from gm_probe.measures.catalogue import PAIR_MEASURES
 from gm_probe.measures.pairwise import compare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gm_probe.tables.columns import called, is_setting, key, may_be_measure, unfinished
+from gm_probe.tables.columns import called, direction, in_percent, is_setting, key, may_be_measure, unfinished
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,15 @@ from gm_probe.tables.columns import called, is_setting, key, may_be_measure, unf
         ("metrics.error_gap", "error_gap"),
         ("Fisher_Trace", "fisher_trace"),
         ("Test Accuracy", "test_accuracy"),
+        ("Test Accuracy (%)", "test_accuracy"),
+        ("acc/test", "test_accuracy"),
+        ("val/acc@1", "val_accuracy"),
+        ("eval_top1", "eval_accuracy"),
+        ("test_prec1", "test_accuracy"),
+        ("Training Error [%]", "train_error"),
+        ("params.trainer.seed", "seed"),
+        ("init_seed", "seed"),
+        ("seed_everything", "seed"),
     ],
 )
 def test_known_names_in_every_writing(written: str, known: str) -> None:
@@ -47,7 +56,9 @@ def test_names_that_would_fall_together_stay_as_they_are() -> None:
     ["Unnamed: 0", "Unnamed: 0.1", "_step", "_runtime", "_timestamp", "_wandb", "Runtime", "Created", "experiment_id",
      "run_id", "ID", "start_time", "end_time", "datetime_start", "updated_at", "epoch", "global_step",
      "trainer/global_step", "GPU Count", "index", "", "...1", "0", "level_0", "status", "State", "val_acc",
-     "train_loss", "tags.x", "params.anything", "LR", "Seed", "Error_Gap", "test_error", "date", "duration", "pid"],
+     "train_loss", "acc", "best_val_acc", "Loss (nats)", "gen_gap", "val_acc@5", "test_top5", "fold", "data_seed",
+     "mean_train_loss", "tags.x",
+     "params.anything", "LR", "Seed", "Error_Gap", "test_error", "date", "duration", "pid"],
 )  # fmt: skip
 def test_no_measure_unasked(name: str) -> None:
     assert not may_be_measure(name)
@@ -56,10 +67,25 @@ def test_no_measure_unasked(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["sharpness", "Sharpness", "m", "-m", "metrics.flatness", "effective_rank", "stable_rank", "path_norm", "epsilon",
-     "statement", "identity", "update", "runs", "condition_number", "Fisher_Trace"],
+     "max_loss", "mean_error", "top_eigenvalue", "spectral_gap", "sharpness_top1", "statement", "identity",
+     "update", "runs", "condition_number", "Fisher_Trace"],
 )  # fmt: skip
 def test_may_be_a_measure(name: str) -> None:
     assert may_be_measure(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [("test_error", "worse"), ("val/loss", "worse"), ("Test acc (%)", "better"), ("top1", "better"), ("f1", "better"),
+     ("top5_err", "worse"), ("accuracy_gap", "worse"), ("num_train", None), ("k", None), ("top_eigenvalue", None)],
+)  # fmt: skip
+def test_directions(name: str, larger: str | None) -> None:
+    assert direction(name) == larger
+
+
+def test_headers_say_percent() -> None:
+    assert all(map(in_percent, ["acc (%)", "acc [ % ]", "acc %", "acc_pct", "Test Acc (Percent)"]))
+    assert not any(map(in_percent, ["acc", "loss (nats)", "(%) acc", "percentage", "pct"]))
 
 
 def test_a_metric_of_a_settings_name_is_no_setting() -> None:

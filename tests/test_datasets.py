@@ -15,7 +15,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from gm_probe.data import datasets
-from gm_probe.data.datasets import Examples, open_source
+from gm_probe.data.datasets import open_source
+from gm_probe.data.examples import Examples
 from gm_probe.errors import DataError, UsageError
 
 RED, GREEN, BLUE = (250, 10, 20), (10, 240, 30), (5, 15, 230)

@@ -22,12 +22,12 @@ from gm_probe.models.parameters import Parameters
 from gm_probe.runs.records import CONFIG
 from gm_probe.runtime.devices import (
     deterministic,
-    environment,
     generator_state,
     named_device,
     pick_device,
     set_generator_state,
 )
+from gm_probe.runtime.machine import environment
 from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 from gm_probe.training.methods import METHODS
@@ -36,7 +36,7 @@ from gm_probe.training.state import random_state, set_random_state
 
 FAULTS = """
 import resource, torch
-from gm_probe.runtime.devices import keep_freed_memory
+from gm_probe.runtime.machine import keep_freed_memory
 
 def faults():
     for _ in range(20):  # until the allocator has settled

@@ -32,7 +32,7 @@ from torch import nn
 import gm_probe
 from gm_probe import errors
 from gm_probe.cli import cli, main
-from gm_probe.data.batches import Normalization
+from gm_probe.data.normalization import Normalization
 from gm_probe.models.checkpoints import save_checkpoint
 from gm_probe.models.zoo import ModelSpec, build_model
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 import gm_probe
 from gm_probe.accuracy.shifts import noise
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Examples, open_source
+from gm_probe.data.batches import Batches
+from gm_probe.data.datasets import open_source
+from gm_probe.data.examples import Examples
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError, ProbeError, UsageError
 from gm_probe.models.checkpoints import save_checkpoint
 from gm_probe.models.zoo import ModelSpec, build_model
@@ -116,6 +118,20 @@ def test_few_labels_need_no_assumption_on_the_shift(world: World) -> None:
         assert "random sample" in model.accuracy.assumption
     assert report.models[-1].separated
     assert report.num_labels == 150
+
+
+def test_labels_of_no_random_sample_are_told(world: World) -> None:
+    examples = world.noisy
+    models = {name: world.models[name] for name in ("good", "poor")}
+    with torch.no_grad():
+        classes = [model(examples.x.float() / 255).argmax(1) for model in models.values()]
+    apart = (classes[0] != classes[1]).nonzero()[:, 0]
+    drawn = torch.randperm(len(examples), generator=torch.Generator().manual_seed(2))[: len(apart)]
+    for few, told in ((apart, True), (drawn, False)):
+        report = gm_probe.estimate(
+            models, batches(examples.unlabeled()), few_labels=batches(examples.select(few))
+        )
+        assert any("they are no random sample" in note for note in report.notes) == told
 
 
 def test_tables_have_errors_from_halves_of_the_validation_set(world: World) -> None:

@@ -27,6 +27,24 @@ def values(text: str) -> list[float]:
     return parse(text, COLUMNS).of(COLUMNS).values.tolist()
 
 
+def test_a_larger_value_is_worse_or_better_as_its_columns_say() -> None:
+    worse = [
+        "val/err - train acc. (%)",
+        "2 * val/err",
+        "val/err / a",
+        "(val/err - b) * 3",
+        "a - b - -val/err",
+    ]
+    for text in worse:
+        assert parse(text, COLUMNS).direction == "worse"
+        assert parse(f"1 - ({text})", COLUMNS).direction == "better"
+    assert parse("a - b", COLUMNS).direction is None
+    known = {"val_acc": 0, "val_err": 0, "train_err": 0}
+    assert parse("val_acc + val_err", known).direction is None, "they disagree"
+    assert parse("train_err", known).direction == "worse"
+    assert parse("train_err - val_acc", known).direction == "worse"
+
+
 def test_values_are_pythons() -> None:
     rng = random.Random(0)
     for _ in range(200):

@@ -11,7 +11,7 @@ import torch
 
 import gm_probe
 from gm_probe.cli import main
-from gm_probe.data.datasets import Examples
+from gm_probe.data.examples import Examples
 from gm_probe.executors.local import Job, Outcome, in_turn
 from gm_probe.measures.catalogue import MEASURES, Measure
 from gm_probe.measures.context import MeasurementContext

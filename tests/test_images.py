@@ -19,10 +19,12 @@ from PIL import Image
 from torchvision import transforms
 
 from gm_probe.data import images
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Examples, open_source
+from gm_probe.data.batches import Batches
+from gm_probe.data.datasets import open_source
+from gm_probe.data.examples import Examples
 from gm_probe.data.image_reading import ImageReading
 from gm_probe.data.images import ImageFiles, blocks
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError, UsageError
 from gm_probe.training.config import TrainConfig
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_training_loop import config, rows
 
-from gm_probe.data.batches import Normalization
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import CheckpointError
 from gm_probe.measures.settings import Settings
 from gm_probe.measuring.checkpoint import measure_checkpoint

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from conftest import BY_NAME, Case
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import gm_probe
 from gm_probe.data.batches import Batches
@@ -200,6 +203,31 @@ def test_a_network_that_squashes_has_no_path_norm(squashing: type[nn.Module]) ->
     assert "not piecewise linear" in row.details["reason"]
 
 
+@pytest.mark.filterwarnings("ignore")  # the first two are deprecated
+@pytest.mark.parametrize(
+    "derive",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        parametrizations.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+)
+def test_weights_that_are_made_of_parameters_count_as_they_are_used(derive: Callable[..., nn.Module]) -> None:
+    """Also after a file is loaded, when the layer's attribute still holds what it was before."""
+    trained, loaded = (derive(nn.Linear(6, 4)).double().eval() for _ in range(2))
+    trained.load_state_dict({name: 1.5 * value for name, value in trained.state_dict().items()})
+    loaded.load_state_dict(trained.state_dict())
+    x = torch.randn(3, 6).double()
+    used = (trained(torch.eye(6).double()) - trained.bias).detach().numpy().T
+    found = measure(loaded, x, ["stable_rank", "log_spectral_norm", "path_norm"]).rows
+    singular = np.linalg.svd(used)[1]
+    assert found["stable_rank"].value == pytest.approx((singular**2).sum() / singular[0] ** 2, rel=1e-9)
+    assert found["log_spectral_norm"].value == pytest.approx(math.log(singular[0]), rel=1e-9)
+    assert found["path_norm"].value is None
+    assert "other parameters" in found["path_norm"].details["reason"]
+
+
 # ---- all of them
 
 
@@ -228,6 +256,19 @@ def test_a_frozen_model_has_outputs_and_weights_but_no_derivatives() -> None:
     assert gm_probe.estimate(model, x, validation=(x, y)).conclusion == estimate
     with pytest.raises(UsageError, match="fisher_rao: the model has no trainable parameters"):
         measure(model, x, ["fisher_rao"])
+
+
+def test_the_initial_model_must_be_the_same_network() -> None:
+    model, x, _ = network()
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        before[5].bias += 2
+    found = values(model, x, ["distance_from_initialization"], initial=nn.DataParallel(before))
+    assert found["distance_from_initialization"] == pytest.approx(4)  # 2·√4
+    before[5] = nn.Linear(54, 1)  # whose shape would broadcast
+    for other in (before, nn.Linear(5, 4)):
+        with pytest.raises(UsageError, match=r"another network, without a parameter '.*weight'"):
+            measure(model, x, ["distance_from_initialization"], initial=other)
 
 
 # ---- layers

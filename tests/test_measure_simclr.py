@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.func import functional_call, hessian, jacrev
 
 from gm_probe.cli import main
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Examples
+from gm_probe.data.batches import Batches
+from gm_probe.data.examples import Examples
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError, UsageError
+from gm_probe.measures.catalogue import MEASURES
 from gm_probe.measures.measure import measure
-from gm_probe.measures.names import SEPARATE
 from gm_probe.measures.settings import Settings
 from gm_probe.measuring.checkpoint import measure_checkpoint
 from gm_probe.models.contrastive import Contrastive
@@ -154,7 +155,7 @@ def test_the_divergence_is_that_of_moved_encoders() -> None:
     assert row["local_inconsistency"].value == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", SEPARATE)
+@pytest.mark.parametrize("name", [name for name, each in MEASURES.items() if each.independent])
 def test_measures_of_single_examples_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="NT-Xent"):
         measure(tiny(), batches(), [name])

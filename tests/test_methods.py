@@ -23,7 +23,7 @@ from gm_probe.training.config import TrainConfig
 from gm_probe.training.loop import train
 from gm_probe.training.methods import METHODS, Method
 from gm_probe.training.objectives import OBJECTIVES, ObjectiveChoice
-from gm_probe.training.rule import Common, Rule
+from gm_probe.training.rule import Rule, RuleOptions
 
 TOYS = {
     "halved": """
@@ -105,7 +105,7 @@ def test_the_command_line_knows_the_toys(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_settings_are_its_rules_options(name: str) -> None:
     parameters = inspect.signature(METHODS[name].rule).parameters.values()
-    options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(Common.__annotations__)
+    options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(RuleOptions.__annotations__)
     when = {"every", "tail"} if METHODS[name].rule.perturbs else set()
     assert set(METHODS[name].settings) == options | when
     assert set(METHODS[name].positive) <= set(METHODS[name].settings)

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from gm_probe.cli import main
-from gm_probe.data.batches import Normalization
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import UsageError
 from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.loading import fitted_model, load_model

@@ -21,7 +21,8 @@ from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from gm_probe.cli import main
-from gm_probe.data.datasets import Examples, Source, open_source
+from gm_probe.data.datasets import open_source
+from gm_probe.data.examples import Examples, Source
 from gm_probe.data.splits import split
 from gm_probe.errors import DataError, UsageError
 from gm_probe.measures.settings import Settings

@@ -13,6 +13,7 @@ from PIL import Image
 from gm_probe.analysis import plots
 from gm_probe.analysis.correlation import correlate
 from gm_probe.analysis.design import group_rows
+from gm_probe.analysis.scatter import scatter_panels
 from gm_probe.tables.runs import load_table
 from gm_probe.tables.table import RunTable
 
@@ -30,7 +31,7 @@ def wide_table(folder: Path, num_measures: int, n: int = 20) -> RunTable:
 @pytest.mark.parametrize(("num_measures", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
 def test_panels_wrap_after_three(tmp_path: Path, num_measures: int, shape: tuple[int, int]) -> None:
     table = wide_table(tmp_path, num_measures)
-    figure = plots.scatter_panels(correlate(table), {})
+    figure = scatter_panels(correlate(table), {})
     assert len(figure.axes) == 2 * num_measures
     grid = figure.axes[0].get_subplotspec().get_gridspec()  # type: ignore[union-attr]
     assert (grid.nrows, grid.ncols) == (2 * shape[0], shape[1])
@@ -41,7 +42,7 @@ def test_panels_draw_every_run_once_and_name_each_subgroup(tmp_path: Path) -> No
     table = wide_table(tmp_path, 2)
     groups = group_rows(table, ["lr"])
     found = correlate(table, targets=["ce_gap"], group_by=["lr"])
-    figure = plots.scatter_panels(found, groups)
+    figure = scatter_panels(found, groups)
     for axes, measure in zip(figure.axes, table.measures, strict=True):
         drawn = sum(np.size(line.get_xdata()) for line in axes.get_lines())
         assert drawn == found.get(measure, "ce_gap").n
@@ -64,7 +65,7 @@ def unnamed(svg: bytes) -> bytes:
 
 def test_written_figures_decode_and_carry_their_text(tmp_path: Path) -> None:
     table = wide_table(tmp_path, 2)
-    figure = plots.scatter_panels(correlate(table), group_rows(table, ["lr"]))
+    figure = scatter_panels(correlate(table), group_rows(table, ["lr"]))
     paths = [tmp_path / f"figure.{suffix}" for suffix in plots.FORMATS]
     plots.write_figure(figure, paths)
     png, pdf, svg = (path.read_bytes() for path in paths)
@@ -85,7 +86,7 @@ def test_the_axis_says_whose_labels_a_hessian_was_taken_with(tmp_path: Path) -> 
     (tmp_path / "t.csv").write_text("error_gap,hessian_trace,my_hessian_of_some_other_kind\n1,2,3\n2,3,4\n")
     table = load_table(tmp_path / "t.csv", measures=["hessian_trace", "my_hessian_of_some_other_kind"])
     taken = {name: {"labels": {"predicted": 2}} for name in table.measures}
-    figure = plots.scatter_panels(correlate(replace(table, conditions=taken)), {})
+    figure = scatter_panels(correlate(replace(table, conditions=taken)), {})
     known, other = [axes.get_xlabel() for axes in figure.axes]
     assert known == "tr H (predicted labels)"
     assert other == "my_hessian_of_some_other_kind\n(predicted labels)"
@@ -94,7 +95,7 @@ def test_the_axis_says_whose_labels_a_hessian_was_taken_with(tmp_path: Path) -> 
 def test_undefined_panels_are_drawn_as_such(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("error_gap,m,empty\n1,2,\n2,2,\n")
     table = load_table(tmp_path / "t.csv", measures=["m", "empty"])
-    figure = plots.scatter_panels(correlate(table), {})
+    figure = scatter_panels(correlate(table), {})
     svg = plots.render(figure, "svg").decode()
     assert "τ undefined, n = 2" in svg
     assert "no run has both values" in svg

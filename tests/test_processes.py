@@ -14,8 +14,9 @@ import pytest
 import torch
 from command_line import run
 
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Examples
+from gm_probe.data.batches import Batches
+from gm_probe.data.examples import Examples
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError
 from gm_probe.measures.catalogue import MEASURES
 from gm_probe.models.checkpoints import save_checkpoint

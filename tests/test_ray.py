@@ -368,7 +368,7 @@ def test_a_run_sees_a_gpu_only_where_it_asked_for_one(
 
 def test_measure_picks_its_device_on_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gm_probe.cli.measure as command
-    from gm_probe.measuring import checkpoint as measuring
+    from gm_probe.measuring import many as measuring
 
     devices: list[torch.device] = []
 

@@ -305,7 +305,7 @@ def test_each_section_with_a_figure_begins_with_what_it_shows(page: Page) -> Non
     assert leads["correlation"].startswith("The interval of τ excludes 0 for ")
     assert "has the largest |τ| with the error gap: τ = " in leads["scatter"]
     assert leads["beyond"].startswith("Where one hyperparameter differs, the measures' Ψ is ")
-    assert leads["comparisons"] == "No two measures order the runs alike (|τ| > 0.98)."
+    assert leads["comparisons"] == "No two measures order the runs alike (τ > 0.98)."
     assert leads["selection"].startswith(("The best pick", "No measure picks"))
     assert leads["grid"].startswith("Over all ρ and K, τ of S_ρ with the error gap is ")
 

@@ -25,7 +25,7 @@ from gm_probe.errors import DivergedError, UsageError
 from gm_probe.files.atomic import write_json, write_toml
 from gm_probe.reproduce import methods, scatter, theory
 from gm_probe.reproduce.catalogue import SCALES, paper_recipe, paper_recipes
-from gm_probe.reproduce.claims import claim_outcome, outcome_of, parts_of
+from gm_probe.reproduce.claims import outcome_of_parts, outcome_of_tests, parts_of
 from gm_probe.reproduce.comparison import Arm, Comparison, Difference, text_of
 from gm_probe.reproduce.drawing import draw
 from gm_probe.reproduce.finding import Finding, Task, study_of
@@ -350,8 +350,8 @@ def test_a_slope_is_the_exponent_of_a_power_law():
     ],
 )
 def test_outcomes_follow_the_signs(signs, theory, comparison):
-    assert outcome_of(signs) == theory
-    assert claim_outcome(signs) == comparison
+    assert outcome_of_parts(signs) == theory
+    assert outcome_of_tests(signs) == comparison
 
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "reproduce"
@@ -368,7 +368,7 @@ def test_the_claims_of_the_published_tables_are_decided_as_published(name):
     for rho in (0.01, 0.1, 1) if name == "appB" else ():
         table[f"quadratic_{rho:g}"] = table[f"s_{rho:g}"] / (rho**2 / 2 * table.lambda_max)
     signs = [part.sign for test in paper_recipe(name).at("paper")["tests"] for part in parts_of(table, test)]
-    assert outcome_of(signs) == json.loads((RESULTS / name / "result.json").read_text())["outcome"]
+    assert outcome_of_parts(signs) == json.loads((RESULTS / name / "result.json").read_text())["outcome"]
 
 
 # ---- App. B

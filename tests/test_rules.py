@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -544,6 +544,44 @@ def test_parameters_of_several_dtypes_are_refused() -> None:
         IAMD(model)
     model[1].requires_grad_(False)  # a frozen part may have its own
     IAMD(model)
+
+
+@pytest.mark.parametrize("method", [SAM, ASAM])
+def test_a_penalty_in_the_loss_is_taken_at_perturbed_weights(method: type[SAM]) -> None:
+    """Against the weights themselves moved and moved back, as in the methods' own loops."""
+    x, y = torch.randn(6, 3).double(), torch.arange(6) % 2
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    held = list(model.parameters())
+
+    def penalised(outputs: Tensor, y: Tensor, parameters: Iterable[Tensor] | None = None) -> Tensor:
+        every = model.parameters() if parameters is None else parameters
+        return functional.cross_entropy(outputs, y) + sum(p.pow(4).sum() for p in every)
+
+    rule = method(model, penalised, rho=0.5)
+    gradient = torch.autograd.grad(penalised(model(x), y), held)
+    offset = rule._perturbation(torch.cat([g.reshape(-1) for g in gradient]))
+    before = [p.detach().clone() for p in held]
+    with torch.no_grad():
+        for p, piece in zip(held, rule.parameters.split(offset).values(), strict=True):
+            p += piece
+    expected = torch.autograd.grad(penalised(model(x), y), held)
+    with torch.no_grad():
+        for p, value in zip(held, before, strict=True):
+            p.copy_(value)
+    rule.backward(x, y)
+    for p, right in zip(held, expected, strict=True):
+        torch.testing.assert_close(p.grad, right)
+    with pytest.raises(UsageError, match="from a list or a cache"):
+        method(model, lambda outputs, y: penalised(outputs, y, held)).backward(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_which_a_perturbation_is_lost_are_refused(dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 3).to(dtype)
+    for method in (SAM, IAMD, IAMS):
+        with pytest.raises(UsageError, match="rounds much of a perturbation away"):
+            method(model)
+    Rule(model).backward(torch.randn(4, 3).to(dtype), torch.arange(4) % 3)  # as loss.backward() does
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -12,7 +12,7 @@ from command_line import run
 
 from gm_probe.cli.data import DataOptions
 from gm_probe.cli.train import train
-from gm_probe.data.batches import Normalization
+from gm_probe.data.normalization import Normalization
 from gm_probe.files.atomic import read_toml
 from gm_probe.measures.settings import Settings
 from gm_probe.models.checkpoints import save_checkpoint

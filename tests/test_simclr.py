@@ -18,8 +18,10 @@ from torch import nn
 from torch.nn import functional
 
 from gm_probe.analysis.figures import run_curves
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Source, open_source
+from gm_probe.data.batches import Batches
+from gm_probe.data.datasets import open_source
+from gm_probe.data.examples import Source
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError, UsageError
 from gm_probe.measures.settings import Settings
 from gm_probe.measuring.checkpoint import measure_checkpoint

@@ -5,7 +5,7 @@ from itertools import chain, combinations
 import pytest
 import torch
 
-from gm_probe.data.datasets import Examples, Source
+from gm_probe.data.examples import Examples, Source
 from gm_probe.data.splits import Splits, split
 from gm_probe.errors import DataError
 

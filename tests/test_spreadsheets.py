@@ -341,6 +341,22 @@ READ: dict[str, tuple[str, bytes, list[int], str]] = {
         "values were read as percentages, because some are above 1: test_accuracy, train_accuracy",
     ),
     "a row for each measure": (".csv", LONG.encode(), ALL, "the 24 rows were read as 12 runs, with a column for each"),
+    "percent in the header": (
+        ".csv", text(renamed={"error_gap": "Error gap (%)"}, error_gap=[100 * g for g in GAP]).encode(), ALL, "",
+    ),
+    "a nested seed": (".csv", text(renamed={"seed": "params.train.seed"}).encode(), ALL, "seeds: seed"),
+    "pandas' mean below": (
+        ".csv",
+        ("," + text().replace("\nrun", "\n0,run") + "mean,,0.5,0.1,1,0.9,99\n").encode(),
+        ALL,
+        "",
+    ),
+    "outcomes of other names": (
+        ".csv",
+        text(acc=GAP, **{"best val/acc@1": GAP, "test_top5": GAP, "gen_gap": GAP, "loss (nats)": GAP}).encode(),
+        ALL,
+        "left out: acc, best val/acc@1",
+    ),
     "lists of cells": (".json", json.dumps(COLUMNS).encode(), ALL, ""),
     "rows by their numbers": (
         ".json", json.dumps({name: dict(enumerate(cells)) for name, cells in COLUMNS.items()}).encode(), ALL, "",
@@ -392,6 +408,42 @@ def test_error_rates_are_fractions_of_examples(
     frame = load_table(tmp_path / "t.csv").frame
     assert frame["test_error"].tolist() == pytest.approx(error)
     assert frame["error_gap"].tolist() == pytest.approx(gap)
+
+
+def test_a_header_in_percent_is_one_even_below_1(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("train_err (%),test_err (%),m\n0.1,0.5,1\n0.2,0.9,2\n")
+    assert load_table(tmp_path / "t.csv").frame["error_gap"].tolist() == pytest.approx([0.004, 0.007])
+
+
+def test_a_gap_alone_may_be_in_percent(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("error_gap,m\n12,1\n-3,2\n")
+    assert load_table(tmp_path / "t.csv").frame["error_gap"].tolist() == [0.12, -0.03]
+
+
+def test_an_index_that_is_no_row_number_is_read() -> None:
+    frame = pd.DataFrame({"lr": [0.1, 0.1, 0.2], "seed": [0, 1, 0], "name": ["a", "b", "c"], "m": [1, 2, 3],
+                          "error_gap": [0.1, 0.3, 0.2]})  # fmt: skip
+    expected = load_table(frame)
+    for index in (["lr", "seed"], ["name"], ["lr", "seed", "name"]):
+        pd.testing.assert_frame_equal(
+            load_table(frame.set_index(index)).frame, expected.frame, check_like=True
+        )
+    assert load_table(frame[frame["m"] > 1]).measures == ("m",), "row numbers with holes"
+
+
+def test_numbers_beside_words_are_the_same_setting_however_written(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("lr,error_gap,m\n1e-3,1,1\n0.001,2,2\nauto,3,3\n0.0010,4,5\n")
+    lr = load_table(tmp_path / "t.csv").frame["lr"]
+    assert lr[0] == lr[1] == lr[3] != lr[2]
+
+
+def test_numbers_of_json_have_no_thousands_beside_decimal_commas(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(
+        '{"error_gap": 1.234, "m": 1.5, "t": "0,5"}\n{"error_gap": 12, "m": 2, "t": "0,7"}\n'
+    )
+    frame = load_table(tmp_path / "t.jsonl", measures=["m", "t"]).frame
+    assert frame["error_gap"].tolist() == pytest.approx([0.01234, 0.12])
+    assert frame["t"].tolist() == [0.5, 0.7]
 
 
 def test_picks_cost_test_error_where_the_table_has_accuracies(tmp_path: Path) -> None:
@@ -448,6 +500,16 @@ REFUSED: dict[str, tuple[str, bytes, dict[str, Any], type[ProbeError], str]] = {
     "commas in every number": ("t.csv", b'error_gap,m\n"1,234",1\n', {}, DataError, "comma may mark decimals"),
     "percent beside a fraction": (
         "t.csv", b"train_acc,test_acc,m\n0.99,81,1\n0.98,82,2\n", {}, DataError, "up to 82.*up to 0.99.*in one unit",
+    ),
+    "a gap in percent beside an error": (
+        "t.csv", b"error_gap,test_error,m\n12,0.2,1\n15,0.3,2\n", {}, DataError, "up to 15.*up to 0.3.*in one unit",
+    ),
+    "a gap with the sign turned": (
+        "t.csv", b"error_gap,test_acc,train_acc,m\n-0.1,0.8,0.9,1\n-0.2,0.7,0.9,2\n", {}, DataError,
+        "'error_gap' is -1 times test_error − train_error",
+    ),
+    "a gap of losses in another unit": (
+        "t.csv", b"ce_gap,test_loss,train_loss,m\n10,0.8,0.7,1\n20,0.7,0.5,2\n", {}, DataError, "is 100 times test",
     ),
     "rows of measures without a run": (
         "t.csv", b"measure,value\na,1\nb,2\na,3\nb,4\n", {}, DataError, "and does not tell which rows",

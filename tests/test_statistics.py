@@ -19,7 +19,7 @@ from gm_probe.analysis.definitions import direction_of
 from gm_probe.analysis.design import design_of
 from gm_probe.analysis.intervals import clusters_of, mean_interval, settings_spread, with_seeds
 from gm_probe.analysis.permutation import permutation_p, permute_settings
-from gm_probe.analysis.regret import picks
+from gm_probe.analysis.regret import regrets
 from gm_probe.analysis.results import COLUMNS
 from gm_probe.analysis.run_pairs import mid_ranks, pair_sums
 from gm_probe.analysis.sign_error import sign_errors
@@ -323,9 +323,9 @@ def test_conditional_information_is_that_of_the_table_of_signs() -> None:
     table = sweep(tied=True)
     frame, values = table.frame, design_of(table).values
     found = conditional_information(frame["a"].to_numpy(), frame["error_gap"].to_numpy(), values)
-    for each in found:
+    for given, value in found.items():
         total, weight = 0.0, 0
-        groups = [frame] if not each.given else [part for _, part in frame.groupby(list(each.given))]
+        groups = [frame] if not given else [part for _, part in frame.groupby(list(given))]
         for part in groups:
             signs = [
                 (sign(p.a, q.a), sign(p.error_gap, q.error_gap))
@@ -338,14 +338,14 @@ def test_conditional_information_is_that_of_the_table_of_signs() -> None:
                 with np.errstate(divide="ignore", invalid="ignore"):
                     bits = np.nansum(joint * np.log2(joint / outer))
                 total, weight = total + bits * len(signs), weight + len(signs)
-        assert each.value == pytest.approx(total / weight)
+        assert value == pytest.approx(total / weight)
 
 
 def test_sign_errors_are_those_of_each_pair_of_settings() -> None:
     table = sweep(4)
     frame = table.frame
     x, y = frame["a"].to_numpy(), frame["error_gap"].to_numpy()
-    found = sign_errors(x, y, None, design_of(table).cells)
+    errors, _ = sign_errors(x, y, None, design_of(table).cells)
     expected = []
     settings = dict(tuple(frame.groupby(["h0", "h1", "h2"])))
     for one, other in combinations(settings, 2):
@@ -353,7 +353,7 @@ def test_sign_errors_are_those_of_each_pair_of_settings() -> None:
             pairs = list(product(settings[one].itertuples(), settings[other].itertuples()))
             wrong = [(1 - sign(p.a, q.a) * sign(p.error_gap, q.error_gap)) / 2 for p, q in pairs]
             expected.append(np.mean(wrong))
-    assert sorted(found.errors) == pytest.approx(sorted(expected))
+    assert sorted(errors) == pytest.approx(sorted(expected))
 
 
 # ---- picking a run
@@ -361,23 +361,34 @@ def test_sign_errors_are_those_of_each_pair_of_settings() -> None:
 
 def test_picking_uses_the_measures_direction() -> None:
     measure, error = np.array([0.1, 0.5, 0.9]), np.array([0.3, 0.2, 0.1])
-    worse = picks(measure, error, "worse", larger_is_better=False)
-    better = picks(measure, error, "better", larger_is_better=False)
-    assert [(one.end, one.regret) for one in worse] == [("smallest", pytest.approx(0.2))]
-    assert [(one.end, one.regret) for one in better] == [("largest", pytest.approx(0))]
-    assert [one.end for one in picks(measure, error, None, larger_is_better=False)] == [
-        "smallest",
-        "largest",
-    ]
-    assert picks(measure, 1 - error, "better", larger_is_better=True)[0].regret == pytest.approx(0)
+    chance = ("regret_random", "")
+    worse, better = (regrets(measure, error, direction) for direction in ("worse", "better"))
+    assert {key: of.value for key, of in worse.items()} == pytest.approx(
+        {("regret", "smallest"): 0.2, chance: 0.1}
+    )
+    assert {key: of.value for key, of in better.items()} == pytest.approx(
+        {("regret", "largest"): 0.0, chance: 0.1}
+    )
+    unknown = regrets(measure, error, None)
+    assert list(unknown) == [("regret", "smallest"), chance, ("regret", "largest")]
+
+
+def test_a_measure_that_few_runs_have_is_compared_with_the_best_of_all_runs() -> None:
+    error = np.array([0.1, 0.2, 0.3, 0.4, np.nan])
+    all_runs = regrets(np.array([1, 2, 3, 4, 0.0]), error, "worse")
+    two_runs = regrets(np.array([np.nan, np.nan, 3, 4, 0.0]), error, "worse")
+    assert all_runs["regret", "smallest"].value == 0
+    assert two_runs["regret", "smallest"].value == pytest.approx(0.2)
+    for found in (all_runs, two_runs):
+        assert found["regret_random", ""].value == pytest.approx(0.15), "one random run for all measures"
 
 
 def test_confidence_is_better_when_larger() -> None:
     assert direction_of("mean_confidence") == "better"
-    assert expected_sign("mean_confidence", "test_error") == -1
-    assert expected_sign("mean_confidence", "test_accuracy") == 1
-    assert expected_sign("local_inconsistency", "error_gap") == 1
-    assert expected_sign("theirs", "error_gap") == 0
+    assert expected_sign("mean_confidence", "worse") == -1
+    assert expected_sign("mean_confidence", "better") == 1
+    assert expected_sign("local_inconsistency", "worse") == 1
+    assert expected_sign("theirs", "worse") == expected_sign("mean_confidence", None) == 0
     assert direction_of("disagreement") == "worse"
 
 
@@ -395,13 +406,23 @@ def test_the_table_is_tidy() -> None:
 
 def test_a_frame_gives_what_its_table_gives() -> None:
     table = sweep()
-    found = gm_probe.correlate(table.frame, measures=["a"], hyperparameters=["h0", "h1", "h2"])
+    frame = table.frame.drop(columns="test_error")  # the gaps are in other units
+    found = gm_probe.correlate(frame, measures=["a"], hyperparameters=["h0", "h1", "h2"])
     expected = gm_probe.correlate(table)
     assert found.get("a", "error_gap") == expected.get("a", "error_gap")
 
 
 def test_measures_that_order_the_runs_alike_are_shown_once() -> None:
     assert measures_alike(sweep()) == {"a": ("c",), "b": ()}
+
+
+def test_measures_that_order_the_runs_in_reverse_are_alike_only_if_they_are_expected_to() -> None:
+    runs = np.arange(9.0)
+    frame = pd.DataFrame({"error_gap": runs, "fisher_trace": runs, "hessian_trace": -runs, "mean_confidence": -runs,
+                          "mine": -runs})  # fmt: skip
+    found = gm_probe.correlate(frame, details=False)
+    assert found.alike == {"fisher_trace": ("mean_confidence",), "hessian_trace": ("mine",)}
+    assert found.get("hessian_trace", "error_gap").value == -1
 
 
 def test_targets_are_gaps_outcomes_and_accuracy() -> None:
@@ -411,6 +432,47 @@ def test_targets_are_gaps_outcomes_and_accuracy() -> None:
     assert error.value == pytest.approx(-(accuracy.value or 0))
     with pytest.raises(UsageError, match="no target 'a'"):
         correlate(table, targets=["a"])
+
+
+@pytest.mark.parametrize(
+    ("target", "worse"),
+    [("train_accuracy - test_accuracy", True), ("1 - test_accuracy", True), ("top1", False), ("-top1", True)],
+)
+def test_what_is_better_in_a_target_is_read_from_its_columns(target: str, worse: bool) -> None:
+    rng = np.random.default_rng(0)
+    accuracy = rng.uniform(0.5, 0.9, 30)
+    frame = pd.DataFrame({"fisher_trace": 1 - accuracy + rng.normal(0, 0.02, 30), "test_accuracy": accuracy,
+                          "top1": accuracy, "train_accuracy": 0.95})  # fmt: skip
+    frame = frame.drop(columns="top1" if "test" in target else ["test_accuracy", "train_accuracy"])
+    found = gm_probe.correlate(frame, targets=(), gap=target, details=False)
+    assert found.conclusion[0] == f"tr F follows the {target} in the expected direction."
+    assert (found.get("fisher_trace", target).value or 0) * (1 if worse else -1) > 0.5
+    regret = accuracy.max() - accuracy[frame["fisher_trace"].argmin()]
+    outcome = "test_error" if "test" in target else target
+    assert found.get("fisher_trace", outcome, "regret", "smallest").value == pytest.approx(regret)
+
+
+def test_a_target_of_unknown_direction_is_expected_nowhere_and_picks_nothing() -> None:
+    frame = pd.DataFrame({"fisher_trace": range(9), "theirs": [0, 2, 1, 4, 3, 6, 5, 8, 7]})
+    found = gm_probe.correlate(frame, gap="theirs", details=False)
+    assert found.conclusion == ("tr F rises with the theirs.",)
+
+
+def test_picks_of_two_targets_are_not_compared() -> None:
+    frame = pd.DataFrame({"fisher_trace": [1, 2, 3], "hessian_trace": [3, 2, 1], "error_gap": [0.1, 0.2, 0.3],
+                          "ce_gap": [0.9, 0.8, 0.5]})  # fmt: skip
+    said = gm_probe.correlate(frame, details=False).conclusion[-2:]
+    assert said == (
+        "The best pick is the smallest tr F: it costs 0.0 points of error gap over the best run, and a random run 10.0 "
+        "points.",
+        "The best pick is the smallest tr H: it costs 0 of CE gap over the best run, and a random run 0.233.",
+    )
+
+
+def test_a_gap_that_is_mostly_negative_is_told() -> None:
+    frame = pd.DataFrame({"m": range(4), "error_gap": [-0.1, -0.2, -0.3, 0.1]})
+    notes = gm_probe.correlate(frame, details=False).notes
+    assert "error_gap is negative in 3 of 4 runs. It should be test error − train error" in notes
 
 
 def test_the_conclusion_names_what_follows_and_what_cannot_be_told() -> None:

@@ -23,7 +23,7 @@ from gm_probe.executors.local import Outcome
 from gm_probe.files import atomic
 from gm_probe.files.atomic import read_json, read_toml, write_json
 from gm_probe.files.locks import LOCK, exclusive
-from gm_probe.measuring import checkpoint as measuring
+from gm_probe.measuring import many as measuring
 from gm_probe.runs.records import failure, find_runs, read_run, run_state
 from gm_probe.sweep import runner
 from gm_probe.sweep.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe, run_name

@@ -937,3 +937,13 @@ def test_settings_are_idle_where_they_change_nothing(
         assert torch.equal(first, weights(name, **{name: OTHER[name]})) == (name in base.idle()), name
     assert idle <= set(base.idle())
     assert base.idle().items() >= dict.fromkeys(idle, kind).items()
+
+
+def test_a_buffer_may_mask_by_minus_infinity(tmp_path: Path) -> None:
+    """As attention's masks do; other buffers must be finite."""
+    training = Training(config(model="mlp-8"), tmp_path)
+    training.model.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    assert training.run_epoch()["epoch"] == 1
+    training.model.register_buffer("mean", torch.tensor([torch.inf]))
+    with pytest.raises(DivergedError, match="buffer 'mean'"):
+        training.run_epoch()

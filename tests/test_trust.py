@@ -19,9 +19,9 @@ from command_line import run
 from PIL import Image
 
 from gm_probe.data import datasets, images
-from gm_probe.data.batches import Normalization
 from gm_probe.data.datasets import open_source
 from gm_probe.data.folders import PassedOver, images_below
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import CheckpointError, DataError
 from gm_probe.models.checkpoints import read_checkpoint, save_checkpoint
 from gm_probe.models.loading import load_model

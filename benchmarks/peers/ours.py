@@ -9,7 +9,7 @@ from gm_probe.data.batches import Batches
 from gm_probe.measures.context import Settings
 from gm_probe.measures.measure import Report, measure
 from gm_probe.models.layout import settle_layout
-from gm_probe.runtime.devices import keep_freed_memory
+from gm_probe.runtime.machine import keep_freed_memory
 from peers.plan import Cell, quantity_of
 from peers.subject import Subject
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Examples, open_source
+from gm_probe.data.batches import Batches
+from gm_probe.data.datasets import open_source
+from gm_probe.data.examples import Examples
+from gm_probe.data.normalization import Normalization
 from gm_probe.models.checkpoints import read_checkpoint
 from gm_probe.models.loading import load_model
 from peers.plan import Setting

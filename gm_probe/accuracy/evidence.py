@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gm_probe.accuracy.predictions import Predictions, predict, require_predictable
 from gm_probe.accuracy.shifts import shifted, synthetic_shifts, why_not_shifted
 from gm_probe.data.batches import Batches
-from gm_probe.data.datasets import Examples
+from gm_probe.data.examples import Examples
 from gm_probe.data.labels import fitting_labels
 from gm_probe.errors import DataError, UsageError
 from gm_probe.models.door import Outputs

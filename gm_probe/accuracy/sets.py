@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gm_probe.accuracy.shifts import why_not_shifted
-from gm_probe.data.datasets import Examples, marks
+from gm_probe.data.examples import Examples, marks
 from gm_probe.errors import DataError
 
 FEW_UNLABELED, FEW_VALIDATION = 50, 200

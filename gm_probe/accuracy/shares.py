@@ -18,6 +18,8 @@ PENALTY = 1e-3
 """Weight of the squared biases: a class with few labels gets no bias without bound."""
 CRITICAL = 1.36
 """Kolmogorov-Smirnov's statistic times √n at the 5 % level."""
+SURE = 2.23
+"""The same at the 0.01 % level, for an assumption that is tested with each of several models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +70,20 @@ def em_shares(p: Tensor, known: Tensor, weights: Tensor | None = None) -> Tensor
     return shares
 
 
-def rejected(scores: Tensor, reference: Tensor, weights: Tensor) -> bool:
+def rejected(scores: Tensor, reference: Tensor, weights: Tensor, critical: float = CRITICAL) -> bool:
     """Return whether ``scores`` (N,) and ``reference`` (M,) under ``weights`` (M,) differ in distribution.
 
-    It is the Kolmogorov-Smirnov test at the 5 % level. With confidences as scores, and weights that give the reference
-    the class shares of the other set, it tests whether only these changed.
+    It is the Kolmogorov-Smirnov test, at the 5 % level unless ``critical`` says otherwise. With confidences as scores,
+    and weights that give the reference the class shares of the other set, it tests whether only these changed.
     """
-    order = torch.cat([scores, reference]).sort().indices
+    values, order = torch.cat([scores, reference]).sort()
+    last = torch.cat(
+        [values[1:] != values[:-1], torch.ones(1, dtype=torch.bool)]
+    )  # of equal ones, such as 1.0
     steps = torch.cat([torch.full((len(scores),), 1 / len(scores)).double(), -weights / weights.sum()])
-    distance = float(steps[order].cumsum(0).abs().max())
+    distance = float(steps[order].cumsum(0)[last].abs().max())
     effective = float(weights.sum().square() / weights.square().sum())
-    return distance * math.sqrt(len(scores) * effective / (len(scores) + effective)) > CRITICAL
+    return distance * math.sqrt(len(scores) * effective / (len(scores) + effective)) > critical
 
 
 def skewed(shares: Tensor, ratio: float, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gm_probe.data.datasets import Examples
+from gm_probe.data.examples import Examples
 from gm_probe.data.images import ImageFiles, blocks
 
 SMALLEST = 4

@@ -20,6 +20,7 @@ from gm_probe.accuracy.ranking import Standing, conclude
 from gm_probe.accuracy.readings import plausible, read
 from gm_probe.accuracy.report import CLASS_SHARES, Accuracy, EstimateReport, percent
 from gm_probe.accuracy.scores import ESTIMATORS, UNSTEADY, scores_of
+from gm_probe.accuracy.shares import SURE, rejected
 from gm_probe.checks import real
 from gm_probe.errors import DataError, UsageError, did_you_mean
 from gm_probe.measures.scores import probabilities
@@ -112,7 +113,12 @@ def judge(
         estimators = {name: _estimator(calibrations.get(name), score) for name, score in scores.items()}
         calibration = calibrations.get(default)
         standings.append(Standing(one, calibration, accuracy, scores, temperature, estimators, mutual))
-    notes = [*notes, *_doubts(evidence), *_too_few(standings[0].calibration, request.level)]
+    notes = [
+        *notes,
+        *_doubts(evidence),
+        *_no_sample(evidence),
+        *_too_few(standings[0].calibration, request.level),
+    ]
     return conclude(standings, measures or {}, agreement, request.level, request.seed, notes)
 
 
@@ -166,6 +172,34 @@ def _doubts(evidence: Sequence[Evidence]) -> list[str]:
             f"{missing[0]}). Estimates assume that the unlabeled data has none either"
         )
     return notes
+
+
+def _no_sample(evidence: Sequence[Evidence]) -> list[str]:
+    """Return a note where the few labels are no random sample of the unlabeled data, as the models see them.
+
+    It compares the confidences, and on how many examples the models disagree.
+    """
+    if evidence[0].few_labels is None:
+        return []
+    few = [one.few_labels.predictions for one in evidence if one.few_labels is not None]
+    everyone = [one.unlabeled for one in evidence]
+    scores = [
+        [probabilities(found.logits, 1.0).amax(1) for found in sets]
+        for sets in zip(few, everyone, strict=True)
+    ]
+    apart = [
+        (torch.stack([one.classes for one in sets]).diff(dim=0) != 0).any(0).double()
+        for sets in (few, everyone)
+    ]
+    differ = sum(
+        rejected(one, other, torch.ones(len(other)).double(), SURE) for one, other in [*scores, apart]
+    )
+    if not differ:
+        return []
+    return [
+        "the labeled images differ from the unlabeled data in the models' confidence or agreement, so they are no "
+        "random sample of it, and the intervals do not hold. Draw the images to label at random"
+    ]
 
 
 def _known(evidence: Sequence[Evidence], request: EstimateRequest) -> list[Known | None]:

@@ -5,15 +5,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from gm_probe.analysis.coefficients import linear_tau
-from gm_probe.analysis.definitions import direction_of, symbol
+from gm_probe.analysis.definitions import direction_of, direction_of_target, symbol
 from gm_probe.analysis.intervals import Quantity
-from gm_probe.analysis.results import Correlations
+from gm_probe.analysis.results import Correlations, Key
 from gm_probe.errors import listed
 from gm_probe.tables.rates import is_rate
 from gm_probe.tables.table import RunTable
 
 ALIKE = 0.98
-"""Two measures with a larger |τ| between them order the runs alike."""
+"""Two measures with a larger τ between them order the runs alike; −τ where one is better when larger, one worse."""
 FEW = 2000
 """Up to this number of runs counting their pairs is faster than importing scipy."""
 
@@ -23,12 +23,16 @@ def measures_alike(table: RunTable) -> dict[str, tuple[str, ...]]:
     shown: dict[str, list[str]] = {}
     columns = {name: table.frame[name].to_numpy(dtype=float) for name in table.measures}
     for name, x in columns.items():
-        same = [first for first in shown if _alike(columns[first], x)]
+        same = [first for first in shown if _alike(columns[first], _signs(first, name) * x)]
         if same:
             shown[same[0]].append(name)
         else:
             shown[name] = []
     return {name: tuple(others) for name, others in shown.items()}
+
+
+def _signs(one: str, other: str) -> int:
+    return -1 if {direction_of(one), direction_of(other)} == {"worse", "better"} else 1
 
 
 def _alike(x: np.ndarray, y: np.ndarray) -> bool:
@@ -39,23 +43,24 @@ def _alike(x: np.ndarray, y: np.ndarray) -> bool:
     if len(x) > FEW:
         from scipy import stats  # its import takes half a second, but its time does not grow with the pairs
 
-        return bool(abs(stats.kendalltau(x, y).statistic) > ALIKE)
+        return bool(stats.kendalltau(x, y).statistic > ALIKE)
     tau = linear_tau(x, y, np.arange(len(x)))
-    return tau is not None and abs(tau.value) > ALIKE
+    return tau is not None and tau.value > ALIKE
 
 
-def expected_sign(measure: str, target: str) -> int:
-    """Return the sign of τ that the measure's direction leads one to expect; 0 where it is unknown."""
-    sign = {"worse": 1, "better": -1}.get(direction_of(measure) or "", 0)
-    return -sign if target.endswith("accuracy") else sign
+def expected_sign(measure: str, direction: str | None) -> int:
+    """Return the sign of τ that the directions of measure and target lead one to expect; 0 where one is unknown."""
+    known = direction_of(measure)
+    return 0 if known is None or direction is None else 1 if known == direction else -1
 
 
 def conclude(found: Correlations) -> tuple[str, ...]:
     """Return the sentences; targets of which the same holds share them."""
     same: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for target in found.targets:
+        larger = direction_of_target(found.runs, target)
         kinds = tuple(
-            (name, _kind(found.get(name, target), expected_sign(name, target))) for name in found.alike
+            (name, _kind(found.get(name, target), expected_sign(name, larger))) for name in found.alike
         )
         same.setdefault(kinds, []).append(target_short(target))
     said = [
@@ -102,7 +107,8 @@ def _subgroups(found: Correlations) -> list[str]:
     against: dict[tuple[str, str], list[str]] = {}
     for key, tau in found.quantities.items():
         if key.statistic == "tau" and key.group and key.measure in found.alike:
-            expected, whole = expected_sign(key.measure, key.target), found.get(key.measure, key.target)
+            larger, whole = direction_of_target(found.runs, key.target), found.get(key.measure, key.target)
+            expected = expected_sign(key.measure, larger)
             if _kind(tau, expected) == "against" and _kind(whole, expected) != "against":
                 against.setdefault((key.group, target_short(key.target)), []).append(symbol(key.measure))
     targets: dict[tuple[str, tuple[str, ...]], list[str]] = {}
@@ -127,11 +133,15 @@ def _simpson(found: Correlations) -> list[str]:
 
 
 def selection(found: Correlations) -> list[str]:
-    """Return what picking a run by a measure costs, in a sentence; none where nothing can be picked."""
-    picked = [(key, of) for key, of in found.quantities.items() if key.statistic == "regret"]
-    picked = [(key, of) for key, of in picked if key.measure in found.alike and of.value is not None]
-    if not picked:
-        return []
+    """Return what picking a run by a measure costs, in a sentence for each outcome."""
+    by_outcome: dict[str, list[tuple[Key, Quantity]]] = {}
+    for key, of in found.quantities.items():
+        if key.statistic == "regret" and key.measure in found.alike and of.value is not None:
+            by_outcome.setdefault(key.target, []).append((key, of))
+    return [_selection(found, picked) for picked in by_outcome.values()]
+
+
+def _selection(found: Correlations, picked: Sequence[tuple[Key, Quantity]]) -> str:
     key, least = min(picked, key=lambda pair: pair[1].value or 0.0)
     best = [f"the {one.group} {symbol(one.measure)}" for one, of in picked if of.value == least.value]
     random = found.get(key.measure, key.target, "regret_random").value or 0.0
@@ -143,8 +153,8 @@ def selection(found: Correlations) -> list[str]:
             if len(best) == 1
             else f"The best picks are {listed(best)}: each"
         )
-        return [f"{picks} costs {cost}, and a random run {costs(random, key.target)}."]
-    return [f"No measure picks a better run than chance, which costs {costs(random, key.target)} of {what}."]
+        return f"{picks} costs {cost}, and a random run {costs(random, key.target)}."
+    return f"No measure picks a better run than chance, which costs {costs(random, key.target)} of {what}."
 
 
 def costs(value: float, target: str) -> str:

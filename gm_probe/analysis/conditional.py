@@ -9,7 +9,6 @@ Source: Jiang et al. 2020; the PGDL competition (Jiang et al. 2021) takes the mi
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -22,35 +21,31 @@ MOST_IN_PAIRS = 30
 PERMUTATIONS = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Information:
-    """K(S) with the names of S; None where no pair of runs that agree in S is untied in measure and gap."""
+def conditional_information(
+    x: Floats, y: Floats, values: Mapping[str, Integers]
+) -> dict[tuple[str, ...], float | None]:
+    """Return K(S) by the names of S, for every S of at most two (of many: one) of the hyperparameters ``values`` (n,).
 
-    given: tuple[str, ...]
-    value: float | None
-
-
-def conditional_information(x: Floats, y: Floats, values: Mapping[str, Integers]) -> list[Information]:
-    """Return K(S) for every S of at most two (of many: one) of the hyperparameters ``values`` (n,)."""
+    It is None where no pair of runs that agree in S is untied in measure and gap.
+    """
     most = 2 if len(values) <= MOST_IN_PAIRS else 1
-    return [
-        Information(given, _information(x, y, _cell_of([values[name] for name in given], len(x))))
+    return {
+        given: _information(x, y, _cell_of([values[name] for name in given], len(x)))
         for size in range(most + 1)
         for given in combinations(values, size)
-    ]
+    }
 
 
 def chance_of(
-    found: Information, x: Floats, y: Floats, values: Mapping[str, Integers], rows: Integers
+    found: float, x: Floats, y: Floats, given: Sequence[Integers], rows: Integers
 ) -> tuple[float, float]:
-    """Return the mean of K(S) over permutations ``rows`` (B, n) of ``y``, and the p of ``found`` among them.
+    """Return the mean of K(S), ``given`` S, over permutations ``rows`` (B, n) of ``y``, and the p of ``found`` in them.
 
     Few runs a cell give K(S) far above 0 without any association.
     """
-    cell = _cell_of([values[name] for name in found.given], len(x))
+    cell = _cell_of(given, len(x))
     drawn = np.array([_information(x, y[some], cell) or 0.0 for some in rows[:PERMUTATIONS]])
-    assert found.value is not None
-    return float(drawn.mean()), float((1 + (drawn >= found.value - 1e-12).sum()) / (1 + len(drawn)))
+    return float(drawn.mean()), float((1 + (drawn >= found - 1e-12).sum()) / (1 + len(drawn)))
 
 
 def _cell_of(values: Sequence[Integers], n: int) -> Integers:

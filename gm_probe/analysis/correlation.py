@@ -20,7 +20,7 @@ from gm_probe.analysis.coefficients import (
 )
 from gm_probe.analysis.conclusion import conclude, measures_alike
 from gm_probe.analysis.conditional import chance_of, conditional_information
-from gm_probe.analysis.definitions import direction_of
+from gm_probe.analysis.definitions import direction_of, direction_of_target
 from gm_probe.analysis.design import (
     SETTING,
     Design,
@@ -34,7 +34,7 @@ from gm_probe.analysis.design import (
 from gm_probe.analysis.intervals import Clusters, Quantity, clusters_of
 from gm_probe.analysis.notes import measure_notes, measure_warnings, run_notes
 from gm_probe.analysis.permutation import permutation_p, permute_settings
-from gm_probe.analysis.regret import picks
+from gm_probe.analysis.regret import regrets
 from gm_probe.analysis.results import Correlations, Key, target_label
 from gm_probe.analysis.run_pairs import Floats, Integers, mid_ranks
 from gm_probe.analysis.sign_error import sign_errors
@@ -224,34 +224,34 @@ class _Study:
             return {("cmi_min", ""): Quantity(None, n=n, note=why)}
         values = {name: numbers[rows] for name, numbers in self.design.values.items()}
         sets = conditional_information(x, y, values)
-        found = {("cmi", " + ".join(each.given)): Quantity(each.value, n=n) for each in sets if each.value}
-        defined = [each for each in sets if each.value is not None]
+        found = {("cmi", " + ".join(given)): Quantity(value, n=n) for given, value in sets.items() if value}
+        defined = {given: value for given, value in sets.items() if value is not None}
         if not defined:
             return {("cmi_min", ""): Quantity(None, n=n, note="no pair of runs differs in both")}
-        least = min(defined, key=lambda each: each.value or 0.0)
+        names, least = min(defined.items(), key=lambda item: item[1])
         order = self.permutations(rows)
-        given = " + ".join(least.given) or "nothing"
+        given = " + ".join(names) or "nothing"
         if not len(order):
-            return found | {("cmi_min", given): Quantity(least.value, n=n, note="as published, without p")}
-        chance, p = chance_of(least, x, y, values, order)
+            return found | {("cmi_min", given): Quantity(least, n=n, note="as published, without p")}
+        chance, p = chance_of(least, x, y, [values[name] for name in names], order)
         note = (
             f"as published; {chance:.3f} by chance. p permutes settings: it tests for no association at all"
         )
-        return found | {("cmi_min", given): Quantity(least.value, p=p, n=n, note=note)}
+        return found | {("cmi_min", given): Quantity(least, p=p, n=n, note=note)}
 
     def sign_errors(self, x: Floats, y: Floats, target: str, rows: Integers) -> dict[str, Quantity]:
         """Return the mean and the worst of the sign errors over environments."""
         sizes = numbers_of(self.table, "num_test") if target == "error_gap" else None
         sizes = None if sizes is None or not (sizes[rows] > 0).all() else sizes[rows]
-        found = sign_errors(x, y, sizes, self.cells(rows))
-        if not len(found.errors):
+        errors, sampled = sign_errors(x, y, sizes, self.cells(rows))
+        if not len(errors):
             why = "no two settings that differ in one hyperparameter have 12 pairs of runs"
             return {"sign_error_mean": Quantity(None, n=len(x), note=why)}
-        note = f"as published; over {len(found.errors):,} environments" + ", sampled" * found.sampled
+        note = f"as published; over {len(errors):,} environments" + ", sampled" * sampled
         return {
-            "sign_error_mean": Quantity(float(found.errors.mean()), n=len(x), note=note),
-            "sign_error_p90": Quantity(float(np.quantile(found.errors, 0.9)), n=len(x), note=note),
-            "sign_error_max": Quantity(float(found.errors.max()), n=len(x), note=note),
+            "sign_error_mean": Quantity(float(errors.mean()), n=len(x), note=note),
+            "sign_error_p90": Quantity(float(np.quantile(errors, 0.9)), n=len(x), note=note),
+            "sign_error_max": Quantity(float(errors.max()), n=len(x), note=note),
         }
 
     def differences(self, target: str) -> dict[Key, Quantity]:
@@ -270,16 +270,16 @@ class _Study:
         return found
 
     def selection(self, name: str) -> dict[Key, Quantity]:
-        """Return what picking a run by the measure costs in test error, or else in each target."""
+        """Return what picking a run by the measure costs in test error, or else in each target of known direction."""
         error = numbers_of(self.table, "test_error")
         outcomes = dict(self.targets) if error is None else {"test_error": error}
-        found = {}
+        found: dict[Key, Quantity] = {}
         for outcome, column in outcomes.items():
-            better = outcome.endswith("accuracy")
-            for pick in picks(self.column(name), column, direction_of(name), larger_is_better=better):
-                note = f"a random run costs {pick.random:.4g}; of one choice no interval can be given"
-                found[Key(name, outcome, "regret", pick.end)] = Quantity(pick.regret, n=pick.n, note=note)
-                found[Key(name, outcome, "regret_random")] = Quantity(pick.random, n=pick.n)
+            larger = direction_of_target(self.table, outcome)
+            if larger is None:
+                continue
+            costs = regrets(self.column(name), column if larger == "worse" else -column, direction_of(name))
+            found |= {Key(name, outcome, *key): of for key, of in costs.items()}
         return found
 
     def partial(self, name: str, target: str, control: str, column: Floats | str) -> Quantity:

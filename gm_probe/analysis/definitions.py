@@ -1,6 +1,8 @@
 """What each measure and each statistic of a report is, in words: the page must explain itself."""
 
 from gm_probe.measures.catalogue import MEASURES, PAIR_MEASURES
+from gm_probe.tables.columns import direction
+from gm_probe.tables.table import RunTable
 
 DEFINITIONS = {
     name: (one.symbol, f"{one.description}; {'' if one.needs_labels else 'no '}labels needed")
@@ -19,6 +21,11 @@ def direction_of(name: str) -> str | None:
     if name in PAIR_MEASURES:
         return "worse"
     return MEASURES[name].direction if name in MEASURES else None
+
+
+def direction_of_target(table: RunTable, target: str) -> str | None:
+    """Return what a larger value of a target is: ``worse`` or ``better``; None where that is unknown."""
+    return table.directions.get(target, direction(target))
 
 
 STATISTICS = {

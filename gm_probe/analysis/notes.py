@@ -6,7 +6,7 @@ import numpy as np
 
 from gm_probe.analysis.design import Design, setting_names
 from gm_probe.analysis.intervals import Clusters
-from gm_probe.tables.table import Exclusion, RunTable, by_reason
+from gm_probe.tables.table import GAPS, Exclusion, RunTable, by_reason
 
 
 def run_notes(table: RunTable, design: Design, clusters: Clusters) -> Iterator[str]:
@@ -21,6 +21,10 @@ def run_notes(table: RunTable, design: Design, clusters: Clusters) -> Iterator[s
         yield f"{alone} of {len(sizes)} settings have a single run"
     if clusters.num_seeds == 1:
         yield "all settings share one seed, so no interval covers seed variation"
+    for gap in set(GAPS).intersection(table.gaps):
+        negative = int((table.frame[gap] < 0).sum())
+        if 2 * negative > table.num_runs:
+            yield f"{gap} is negative in {negative} of {table.num_runs} runs. It should be {GAPS[gap]}"
     for what, columns in (
         ("name", ["run"]),
         ("values", [*table.gaps, *table.measures, *table.hyperparameters]),

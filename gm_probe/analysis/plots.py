@@ -1,4 +1,4 @@
-"""Scatter panels of measure against gap, like the paper's Fig. 1, readable small and in grey.
+"""What all figures share: their style, colours, markers, legends and labels, and how they are written.
 
 Figures are built through matplotlib's object API, so no global pyplot state is read or left behind.
 """
@@ -20,8 +20,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gm_probe.analysis.definitions import DEFINITIONS
-from gm_probe.analysis.design import target_column
-from gm_probe.analysis.results import Correlations, Quantity
 from gm_probe.files.atomic import write_atomic
 from gm_probe.tables.table import RunTable
 
@@ -46,38 +44,6 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: searchable, and small files
     "svg.hashsalt": "gm_probe",  # the same figure is the same bytes
 }
-
-
-@mpl.rc_context(STYLE)
-def scatter_panels(found: Correlations, groups: Mapping[str, np.ndarray]) -> Figure:
-    """Draw one panel per measure and target, at most 3 measures side by side, each titled with its τ and n.
-
-    ``groups`` maps a subgroup's label to its rows of the table (``design.group_rows``); empty draws all
-    runs alike, without a legend.
-    """
-    table, measures, gaps = found.runs, found.runs.measures, found.targets
-    blocks = -(-len(measures) // 3)
-    num_columns = -(-len(measures) // blocks)
-    width = 0.4 + 2.1 * num_columns  # inches; three panels fill a page's 6.7
-    figure = new_figure(width, 0.1 + 1.85 * blocks * len(gaps))
-    for block in range(blocks):
-        some = measures[block * num_columns : (block + 1) * num_columns]
-        for row, gap in enumerate(gaps):
-            first: Axes | None = None
-            for column, measure in enumerate(some):
-                place = (block * len(gaps) + row) * num_columns + column + 1
-                axes = figure.add_subplot(blocks * len(gaps), num_columns, place, sharey=first)
-                handles = points(axes, table.frame[measure].to_numpy(), target_column(table, gap), groups)
-                axes.set_title(_title(found.get(measure, gap)))
-                if row == len(gaps) - 1:
-                    axes.set_xlabel(measure_label(table, measure))
-                if first is None:
-                    axes.set_ylabel(gaps[gap])
-                    first = axes
-                else:
-                    axes.tick_params(labelleft=False)
-    legend_below(figure, handles)
-    return figure
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -215,11 +181,6 @@ def measure_axis(axes: Axes, values: np.ndarray) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         axes.xaxis.set_major_locator(LogLocator(numticks=4))
-
-
-def _title(tau: Quantity) -> str:
-    shown = "τ undefined" if tau.value is None else f"τ = {tau.value:.2f}".replace("-", "−")
-    return f"{shown}, n = {tau.n}"
 
 
 def measure_label(table: RunTable, measure: str) -> str:

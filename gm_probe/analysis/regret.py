@@ -1,37 +1,30 @@
 """What choosing a run by a measure costs: its test error, or accuracy, against that of the best run."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from gm_probe.analysis.intervals import Quantity
 from gm_probe.analysis.run_pairs import Floats
 
 ENDS = {"worse": ("smallest",), "better": ("largest",)}
 """The end of a measure that is chosen, by what a larger value goes with; both where that is unknown."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pick:
-    """The regret of picking the run at one ``end`` of a measure, and of a ``random`` run, over ``n`` runs."""
+def regrets(measure: Floats, cost: Floats, direction: str | None) -> dict[tuple[str, str], Quantity]:
+    """Return the regret in ``cost`` (n,) at the end of ``measure`` (n,) that ``direction`` calls good, and at random.
 
-    end: str
-    regret: float
-    random: float
-    n: int
-
-
-def picks(measure: Floats, outcome: Floats, direction: str | None, *, larger_is_better: bool) -> list[Pick]:
-    """Return the regret in ``outcome`` (n,) at the end of ``measure`` (n,) that ``direction`` calls good.
-
-    NaN in either leaves a run out; runs that share the end count their mean. An unknown direction gives both ends.
+    The best run and the random one are of all runs with a cost, so that measures of other runs can be compared. Runs
+    that share the end count their mean. An unknown direction gives both ends.
     """
-    known = np.isfinite(measure) & np.isfinite(outcome)
-    x, cost = measure[known], outcome[known] * (-1 if larger_is_better else 1)
-    if not len(x):
-        return []
-    random = float(cost.mean() - cost.min())
-    found = []
+    known = np.isfinite(measure) & np.isfinite(cost)
+    if not known.any():
+        return {}
+    all_costs = cost[np.isfinite(cost)]
+    best, random = float(all_costs.min()), float(all_costs.mean() - all_costs.min())
+    note = f"a random run costs {random:.4g}; of one choice no interval can be given"
+    x, cost = measure[known], cost[known]
+    found = {}
     for end in ENDS.get(direction or "", ("smallest", "largest")):
         picked = x == (x.min() if end == "smallest" else x.max())
-        found.append(Pick(end, float(cost[picked].mean() - cost.min()), random, len(x)))
+        found["regret", end] = Quantity(float(cost[picked].mean() - best), n=len(x), note=note)
+        found["regret_random", ""] = Quantity(random, n=len(x))
     return found

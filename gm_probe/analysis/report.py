@@ -10,9 +10,10 @@ from typing import NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
-from gm_probe.analysis import curves, figures, grid, leads, provenance, sheets
-from gm_probe.analysis.pictures import Picture, Rows, pictures
+from gm_probe.analysis import curves, figures, grid, provenance, sheets
 from gm_probe.analysis.plots import MARKERS, render
+from gm_probe.analysis.report_figures import ReportFigure, Rows, report_figures
+from gm_probe.analysis.report_leads import entered, leads
 from gm_probe.analysis.results import Correlations
 from gm_probe.analysis.typeset import Sheet
 from gm_probe.errors import UsageError
@@ -53,7 +54,7 @@ class Report:
     cautions: tuple[str, ...]
     notes: tuple[str, ...]
     leads: dict[str, str]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[ReportFigure, ...]
     printed: tuple[Sheet, ...]
     explanations: tuple[Sheet, ...]
     command: str
@@ -86,11 +87,11 @@ def compose(statistics: Correlations, *, groups: Rows, shapes: Rows, command: st
     left_out = [f"columns left out: {', '.join(table.left_out)}"] if table.left_out else []
     return Report(
         title=f"Generalization measures of {table.source.resolve().name}",
-        conclusion=(*statistics.conclusion, leads.entered(statistics)),
+        conclusion=(*statistics.conclusion, entered(statistics)),
         cautions=_cautions(statistics, unread),
         notes=tuple(f"{note[0].upper()}{note[1:]}." for note in (*table.notes, *left_out, *statistics.notes)),
-        leads=leads.leads(statistics, grids),
-        pictures=tuple(pictures(statistics, groups, shapes, grids, drawn)),
+        leads=leads(statistics, grids),
+        pictures=tuple(report_figures(statistics, groups, shapes, grids, drawn)),
         printed=(*sheets.statistics_sheets(statistics), *sheets.run_sheets(table)),
         explanations=(
             *sheets.definition_sheets(table.measures),
@@ -130,7 +131,7 @@ class _Section(NamedTuple):
     name: str
     title: str
     lead: str
-    pictures: list[Picture]
+    pictures: list[ReportFigure]
     sheets: list[Sheet]
 
 
@@ -157,7 +158,7 @@ def _breakable(text: str) -> Markup:
     return escape(text).replace("_", Markup("_<wbr>"))
 
 
-def _drawing(picture: Picture) -> str:
+def _drawing(picture: ReportFigure) -> str:
     """Return a picture's SVG as base64."""
     return base64.b64encode(render(picture.figure, "svg")).decode()
 

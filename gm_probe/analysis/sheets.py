@@ -1,4 +1,4 @@
-"""A sweep's statistics as tables for people: which figures stand together, and how they are rounded."""
+"""A sweep's statistics as tables for people: which statistics stand together, and how they are rounded."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +80,7 @@ def _part(found: Correlations, name: str) -> Sheet:
         (
             *(Cell(key.measure), Cell(target_short(key.target))),
             Cell(f"{NAMES[key.statistic]} {key.group}".strip()),
-            *(_figure(of.value, digits, of.note or None), _interval(of), _p(of.p), _count(of.n)),
+            *(_number(of.value, digits, of.note or None), _interval(of), _p(of.p), _count(of.n)),
         )
         for key, of in rows
     )
@@ -91,17 +91,17 @@ def _part(found: Correlations, name: str) -> Sheet:
 def run_sheets(table: RunTable) -> tuple[Sheet, ...]:
     """Return the runs that entered, and what was left out and why."""
     frame = table.frame.head(LONGEST)
-    figures = [*table.gaps, *(name for name in SHOWN_OUTCOMES if name in table.outcomes), *table.measures]
+    numbers = [*table.gaps, *(name for name in SHOWN_OUTCOMES if name in table.outcomes), *table.measures]
     rows = []
     for place, record in enumerate(frame.to_dict("records")):
         settings = [_setting(record[name]) for name in table.hyperparameters]
         values = [
-            _value(record[name], table.missing.get(name, {}).get(place, "no value")) for name in figures
+            _value(record[name], table.missing.get(name, {}).get(place, "no value")) for name in numbers
         ]
         rows.append((Cell(str(record["run"])), *settings, *values))
     more = table.num_runs - len(frame)
     caption = f"The {table.num_runs:,} runs that entered." + f" {more:,} more are not shown." * bool(more)
-    runs = Sheet("runs", "Runs", caption, ("Run", *table.hyperparameters, *figures), tuple(rows))
+    runs = Sheet("runs", "Runs", caption, ("Run", *table.hyperparameters, *numbers), tuple(rows))
     return runs, exclusions_sheet(table)
 
 
@@ -165,10 +165,10 @@ def _shares(values: Mapping[str, int]) -> str:
 
 
 def _value(value: float, reason: str) -> Cell:
-    return Cell(UNDEFINED, reason=reason) if math.isnan(value) else _figure(value, 4, None)
+    return Cell(UNDEFINED, reason=reason) if math.isnan(value) else _number(value, 4, None)
 
 
-def _figure(value: float | None, digits: int | None, reason: str | None) -> Cell:
+def _number(value: float | None, digits: int | None, reason: str | None) -> Cell:
     """Return a number with so many significant ``digits``; None: two decimals, as a coefficient has."""
     if value is None or math.isnan(value):
         return Cell(UNDEFINED, reason=reason)

@@ -8,7 +8,6 @@ effective size below 12 are left out.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,16 +18,12 @@ LEAST_SIZE = 12
 MOST_PAIRS = 2 * 10**6
 
 
-@dataclass(frozen=True, slots=True)
-class SignErrors:
-    """The sign error of each environment; ``sampled`` says that only some settings were looked at."""
-
-    errors: Floats
-    sampled: bool
-
-
-def sign_errors(x: Floats, y: Floats, num_test: Floats | None, cells: Mapping[str, Cells]) -> SignErrors:
+def sign_errors(
+    x: Floats, y: Floats, num_test: Floats | None, cells: Mapping[str, Cells]
+) -> tuple[Floats, bool]:
     """Return the sign error of every environment of ``cells`` (over these runs) that is large enough.
+
+    Beside them, whether only some settings were looked at.
 
     ``num_test`` (n,) is the size of each run's test set where ``y`` is a difference of errors; None weighs all pairs
     alike.
@@ -51,7 +46,7 @@ def sign_errors(x: Floats, y: Floats, num_test: Floats | None, cells: Mapping[st
         size = np.divide(total**2, squares, out=np.zeros_like(total), where=squares > 0)
         large = size >= LEAST_SIZE - 1e-9
         errors.append(wrong[large] / total[large])
-    return SignErrors(np.concatenate(errors), sampled)
+    return np.concatenate(errors), sampled
 
 
 def _weights(difference: Floats, size: Floats) -> Floats:

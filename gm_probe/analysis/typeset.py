@@ -23,7 +23,7 @@ class Cell:
 class Sheet:
     """A table: ``name`` is its id, ``rows`` have a cell for each of ``columns``; ``notes`` stand below it.
 
-    The first ``num_labels`` columns name the row and are set flush left, the others are figures.
+    The first ``num_labels`` columns name the row and are set flush left, the others are numbers.
     """
 
     name: str

@@ -91,8 +91,9 @@ def correlate(
     require_defined(found, "the result")
     if paths:
         from gm_probe.analysis import plots
+        from gm_probe.analysis.scatter import scatter_panels
 
-        plots.write_figure(plots.scatter_panels(found, groups_of(table, by)), paths)
+        plots.write_figure(scatter_panels(found, groups_of(table, by)), paths)
         say(f"figure: {', '.join(map(str, paths))}")
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from gm_probe.analysis.typeset import two_decimals
 from gm_probe.cli.output import number, results_console, say, table
 from gm_probe.errors import printable
+from gm_probe.tables.table import few
 
 if TYPE_CHECKING:  # pandas and scipy take a second to import, which --help must not wait for
     from gm_probe.analysis.results import Correlations, Quantity
@@ -133,7 +134,7 @@ def _folded(found: Correlations) -> list[str]:
     for first, others in found.alike.items():
         shown = [f"{name} ({labels[name]} labels)" if name in labels else name for name in others]
         if shown:
-            said.append(f"* {symbol(first)} orders the runs as {_few(shown)}.")
+            said.append(f"* {symbol(first)} orders the runs as {few(shown, 3)}.")
     reasons: dict[str, None] = {}
     for key, tau in found.quantities.items():
         if key.statistic == "tau" and not key.group and tau.note:
@@ -165,11 +166,7 @@ def warnings(found: Correlations) -> list[str]:
     for name, said in (found.warnings or {}).items():
         for warning in said:
             names.setdefault(warning, []).append(name)
-    return [f"{_few(some)}: {warning}" for warning, some in names.items()]
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [f"{few(some, 3)}: {warning}" for warning, some in names.items()]
 
 
 def as_json(found: Correlations) -> dict[str, Any]:

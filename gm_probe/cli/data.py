@@ -21,8 +21,8 @@ from gm_probe.setting import setting, validate
 if TYPE_CHECKING:
     import torch
 
-    from gm_probe.data.batches import Normalization
-    from gm_probe.data.datasets import Examples
+    from gm_probe.data.examples import Examples
+    from gm_probe.data.normalization import Normalization
     from gm_probe.models.door import Kind
     from gm_probe.training.permissions import Permissions
 
@@ -226,7 +226,8 @@ class DataOptions:
 
     def recorded(self, seed: int) -> dict[str, Any]:
         """Return what a result records of these options and of the machine."""
-        from gm_probe.runtime.devices import environment, pick_device
+        from gm_probe.runtime.devices import pick_device
+        from gm_probe.runtime.machine import environment
 
         return {
             "max_examples": self.max_examples,
@@ -248,7 +249,8 @@ class DataOptions:
         import torch
 
         from gm_probe.models.door import Outputs
-        from gm_probe.runtime.devices import keep_freed_memory, pick_device
+        from gm_probe.runtime.devices import pick_device
+        from gm_probe.runtime.machine import keep_freed_memory
 
         keep_freed_memory()
         if self.threads is not None:
@@ -302,7 +304,7 @@ class DataOptions:
         return floats("--mean", self.mean), floats("--std", self.std)
 
     def _normalization(self) -> Normalization | None:
-        from gm_probe.data.batches import Normalization
+        from gm_probe.data.normalization import Normalization
 
         pixels = self._pixels()
         return None if pixels is None else Normalization(*pixels)

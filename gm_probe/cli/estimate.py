@@ -35,7 +35,7 @@ from gm_probe.measuring.trained_runs import checkpoints_in
 if TYPE_CHECKING:
     from gm_probe.accuracy.evidence import Evidence
     from gm_probe.accuracy.report import EstimateReport, ModelEstimate
-    from gm_probe.data.datasets import Examples
+    from gm_probe.data.examples import Examples
 
 NARROW = 76
 """Columns of a terminal below which the table leaves out agreement and the range of the estimators."""

@@ -83,6 +83,6 @@ class ExecutorOptions:
             return self.ray(root, threads)
         if self.here:
             return None
-        from gm_probe.executors.local import Processes, visible_gpus
+        from gm_probe.executors import local
 
-        return Processes(self.jobs, visible_gpus() if device in {"auto", "cuda"} else ())
+        return local.on_this_machine(self.jobs, spread=device in {"auto", "cuda"})

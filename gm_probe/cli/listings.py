@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 import click
 from rich.padding import Padding
@@ -61,8 +60,8 @@ def measures(as_json: bool) -> None:
     from gm_probe.measures.catalogue import MEASURES
 
     if as_json:
-        known = [{"name": name} | asdict(m) for name, m in MEASURES.items()]
-        print_json([{key: value for key, value in row.items() if key != "home"} for row in known])
+        shown = ("needs_labels", "cost", "symbol", "description", "direction", "group")
+        print_json([{"name": name} | {key: getattr(m, key) for key in shown} for name, m in MEASURES.items()])
         return
     console = results_console()
     if console.width < NARROW:

@@ -22,7 +22,7 @@ from gm_probe.measures.costs import Outlook
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gm_probe.data.datasets import Examples
+    from gm_probe.data.examples import Examples
     from gm_probe.executors.local import Executor, Outcome
     from gm_probe.measuring.many import Request
 

@@ -31,7 +31,7 @@ from gm_probe.runs.records import RUNS, find_runs
 if TYPE_CHECKING:
     import torch
 
-    from gm_probe.data.datasets import Examples
+    from gm_probe.data.examples import Examples
     from gm_probe.measuring.opening import LoadedCheckpoint
 
 
@@ -252,8 +252,8 @@ def _print_result(result: dict[str, Any]) -> None:
     rows, lines = [], []
     for name, row in result["measures"].items():
         symbol, _ = PAIR_MEASURES[name]
-        figures = (number(row["value"]), number(row["stderr"], 2), number(row["stderr_examples"], 2))
-        rows.append((symbol if narrow else name, *figures, str(row["num_pairs"])))
+        values = (number(row["value"]), number(row["stderr"], 2), number(row["stderr_examples"], 2))
+        rows.append((symbol if narrow else name, *values, str(row["num_pairs"])))
         if row["value"] is None:
             lines.append(f"{name} is undefined: {row['reason']}")
         elif row["stderr"] is None:

@@ -138,7 +138,8 @@ def _train(
 
     from gm_probe.runs.records import CONFIG, SUMMARY
     from gm_probe.runtime import processes
-    from gm_probe.runtime.devices import keep_freed_memory, pick_device
+    from gm_probe.runtime.devices import pick_device
+    from gm_probe.runtime.machine import keep_freed_memory
     from gm_probe.training import loop
 
     if config.threads is not None:

@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 from gm_probe.curvature.derivatives import gradients
 from gm_probe.data.fields import Inputs
 from gm_probe.errors import UsageError
+from gm_probe.models.door import alike
 from gm_probe.models.parameters import Parameters
 from gm_probe.runtime.randomness import Draws
 
@@ -50,6 +51,20 @@ def _nodes(output: Tensor, seen: set[Node]) -> Iterator[Node]:
         waiting += [following for following, _ in node.next_functions]
 
 
+def require_moved_alone(loss: Tensor, moved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise UsageError where ``loss`` depends on the model's ``own`` parameters other than by the ``moved`` ones."""
+    names = {id(p): name for name, p in own.items()}
+    sums = {value.grad_fn for value in moved.values()}
+    for node in _nodes(loss, set()):
+        for following, _ in node.next_functions if node not in sums else ():
+            name = names.get(id(getattr(following, "variable", None)))
+            if name is not None:
+                raise UsageError(
+                    f"the loss takes parameter {name!r} from a list or a cache, so it does not see perturbed weights. "
+                    "Let it read model.parameters() in every call"
+                )
+
+
 def located(parameters: Parameters, x: Inputs, *, others: str = "") -> list[str]:
     """Return the hand-written functions that run on ``x`` (B, ...), each with the name of its module."""
     found: list[str] = []
@@ -86,8 +101,7 @@ def require_repeatable(parameters: Parameters, x: Inputs, draws: Draws) -> None:
         outputs = parameters.taken(x, parameters.leaves())
     with draws.again(), torch.no_grad():
         again = parameters.taken(x)
-    apart = float((outputs.detach() - again).double().norm())
-    if apart > torch.finfo(outputs.dtype).eps ** 0.5 * float(again.double().norm()):
+    if not alike(again, outputs.detach(), torch.finfo(outputs.dtype).eps ** 0.5):
         raise UsageError(
             "two passes with the same random draws gave different outputs: the model draws from a "
             "generator that is not replayed. Use the global generators of torch, random or numpy, or one "

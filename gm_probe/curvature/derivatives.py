@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from gm_probe.data.fields import Inputs
 from gm_probe.errors import DerivativeError, UsageError, first_line, foreign_or, of_machine
+from gm_probe.models.door import alike
 from gm_probe.models.parameters import Parameters
 
 JacobianProduct = Callable[[Inputs, Tensor], Tensor]
@@ -102,7 +103,7 @@ def require_gradients(parameters: Parameters, x: Tensor, generator: torch.Genera
     with torch.no_grad():
         noise = parameters.split(parameters.random(0.1 * parameters.size**0.5, generator))
         moved = parameters.logits(x, {n: v + noise[n] if n in hidden else v for n, v in values.items()})
-    if not torch.allclose(moved, logits, rtol=1e-4, atol=1e-4 * float(logits.detach().abs().max())):
+    if not alike(logits.detach(), moved, 1e-4):
         raise UsageError(
             f"{len(hidden)} of {len(values)} parameter tensors ({hidden[0]!r} first) change the outputs "
             "but have no gradient, because forward hides them (torch.no_grad, detach or numpy). Freeze "

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from gm_probe.data.batches import BATCH_SIZE, Batches
-from gm_probe.data.datasets import Examples
+from gm_probe.data.examples import Examples
 from gm_probe.data.fields import Fields, Inputs, as_inputs
 from gm_probe.data.labels import as_labels
 from gm_probe.errors import UsageError, foreign_or

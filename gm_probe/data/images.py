@@ -265,7 +265,7 @@ def contents(values: Tensor | ImageFiles) -> Iterator[bytes]:
         yield block.contiguous().numpy().tobytes()
 
 
-def taken(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor]) -> Iterator[Tensor]:
+def decoded_ahead(images: Tensor | ImageFiles, keys: Sequence[slice] | Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield ``images[key]`` of every key; of files, the next ones are decoded while one is at work."""
     if isinstance(images, Tensor | Fields):
         yield from (images[key] for key in keys)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gm_probe.data.datasets import Examples, Source
+from gm_probe.data.examples import Examples, Source
 from gm_probe.errors import DataError
 
 

@@ -132,6 +132,11 @@ class Processes:
                 worker.end()
 
 
+def on_this_machine(jobs: int, *, spread: bool) -> Executor:
+    """Return what does ``jobs`` at a time here: this process, or several, over the GPUs where jobs ``spread``."""
+    return in_turn if jobs == 1 else Processes(jobs, visible_gpus() if spread else ())
+
+
 def visible_gpus() -> list[str]:
     """Return the ids of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
     count = torch.cuda.device_count()

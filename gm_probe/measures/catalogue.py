@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from gm_probe.measures.context import MeasurementContext
@@ -25,6 +25,8 @@ class Measure:
         symbol: short name for tables and axes.
         direction: whether a larger value is expected to go with better or worse generalization; None = either.
         group: a word that stands for all measures of its kind.
+        independent: why it needs examples whose outputs do not depend on the rest of their batch; "" where it does not.
+        needs_validation: undefined without a labeled validation set.
     """
 
     home: str
@@ -34,6 +36,8 @@ class Measure:
     description: str
     direction: Direction | None
     group: Literal["curvature", "outputs", "norms"]
+    independent: str = ""
+    needs_validation: bool = False
 
     @property
     def compute(self) -> Callable[[MeasurementContext], Estimate]:
@@ -43,25 +47,27 @@ class Measure:
         return found
 
 
-def _curvature(home: str, symbol: str, cost: float, direction: Direction | None, description: str) -> Measure:
-    return Measure(f"gm_probe.measures.{home}", False, cost, symbol, description, direction, "curvature")
+def _curvature(
+    home: str, symbol: str, cost: float, direction: Direction | None, text: str, independent: str = ""
+) -> Measure:
+    home = f"gm_probe.measures.{home}"
+    return Measure(home, False, cost, symbol, text, direction, "curvature", independent)
 
 
 def _outputs(
-    home: str,
-    symbol: str,
-    direction: Direction,
-    description: str,
-    *,
-    cost: float = 0.0,
-    needs_labels: bool = False,
+    home: str, symbol: str, direction: Direction, text: str, cost: float = 0.0, **needs: Any
 ) -> Measure:
-    return Measure(f"gm_probe.measures.{home}", needs_labels, cost, symbol, description, direction, "outputs")
+    home, needs = f"gm_probe.measures.{home}", {"needs_labels": False} | needs
+    return Measure(
+        home, cost=cost, symbol=symbol, description=text, direction=direction, group="outputs", **needs
+    )
 
 
-def _norms(name: str, symbol: str, description: str, *, cost: float = 0.0) -> Measure:
-    return Measure(f"gm_probe.measures.weights:{name}", False, cost, symbol, description, "worse", "norms")
+def _norms(name: str, symbol: str, text: str, cost: float = 0.0) -> Measure:
+    return Measure(f"gm_probe.measures.weights:{name}", False, cost, symbol, text, "worse", "norms")
 
+
+COUNTS = "counts classes"
 
 # fmt: off
 MEASURES: dict[str, Measure] = {
@@ -78,7 +84,8 @@ MEASURES: dict[str, Measure] = {
     "hessian_trace": _curvature("spectra:hessian_trace", "tr H", 2.7, "worse",
         "trace of the loss Hessian: tr F where every parameter enters affinely; else with given or predicted "
         "labels, at three gradients per probe"),
-    "error": _outputs("outputs:error", "error", "worse", "fraction of examples classified wrongly", needs_labels=True),
+    "error": _outputs("outputs:error", "error", "worse", "fraction of examples classified wrongly",
+        needs_labels=True, independent=COUNTS),
     "cross_entropy": _outputs("outputs:cross_entropy", "CE", "worse", "mean cross-entropy in nats", needs_labels=True),
     "hessian_lambda_min": _curvature("spectra:hessian_lambda_min", "λ_min(H)", 90.0, "better",
         "smallest (most negative) eigenvalue of the loss Hessian, by Lanczos"),
@@ -89,7 +96,7 @@ MEASURES: dict[str, Measure] = {
     "local_inconsistency_relative": _curvature("inconsistency:relative", "S_ρ rel.", 13.3, "worse",
         "S_ρ at radius ρ‖θ‖"),
     "local_inconsistency_batchwise": _curvature("inconsistency:batchwise", "S_ρ batch", 13.3, "worse",
-        "mean of the S_ρ of each batch of m examples"),
+        "mean of the S_ρ of each batch of m examples", independent="splits the batch"),
     "average_inconsistency": _curvature("inconsistency:average", "A_ρ", 3.3, "worse",
         "mean KL over random perturbations of length about ρ"),
     "mean_entropy": _outputs("outputs:mean_entropy", "entropy", "worse", "mean entropy of the outputs in nats"),
@@ -97,28 +104,35 @@ MEASURES: dict[str, Measure] = {
         "mean probability of the predicted class"),
     "input_jacobian_norm": _curvature("outputs:input_jacobian_norm", "‖∂f/∂x‖", 7.0, "worse",
         "root mean square norm of the output probabilities' derivative with respect to the normalised input; "
-        "one pass per class"),
+        "one pass per class", independent="differentiates an output by its own input"),
     "flip_rate": _outputs("outputs:flip_rate", "flips", "worse",
-        "fraction of predictions that change when the image is mirrored", cost=0.33),
+        "fraction of predictions that change when the image is mirrored", cost=0.33, independent=COUNTS),
     "crop_rate": _outputs("outputs:crop_rate", "crops", "worse",
-        "fraction of predictions that change when the image is shifted by up to 4 pixels", cost=0.33),
+        "fraction of predictions that change when the image is shifted by up to 4 pixels", cost=0.33,
+        independent=COUNTS),
     "energy": _outputs("estimators:energy", "energy", "worse", "mean of −log Σ exp z over the logits z"),
     "margin": _outputs("estimators:margin", "margin", "better", "mean difference between the two largest logits"),
     "nuclear_norm": _outputs("estimators:nuclear_norm", "‖P‖_*", "better",
-        "nuclear norm of the matrix of output probabilities, scaled to [0, 1]"),
-    "mano": _outputs("estimators:mano", "MaNo", "better", "fourth-power mean of the normalised outputs"),
+        "nuclear norm of the matrix of output probabilities, scaled to [0, 1]", independent=COUNTS),
+    "mano": _outputs("estimators:mano", "MaNo", "better", "fourth-power mean of the normalised outputs",
+        independent=COUNTS),
     "effective_invariance": _outputs("estimators:effective_invariance", "EI", "better",
-        "mean confidence that image and mirror image share, 0 where their classes differ", cost=0.33),
+        "mean confidence that image and mirror image share, 0 where their classes differ", cost=0.33,
+        independent=COUNTS),
     "dispersion": _outputs("estimators:dispersion", "dispersion", "better",
-        "log of the spread of the predicted classes' mean features, which are the inputs of the last linear layer"),
+        "log of the spread of the predicted classes' mean features, which are the inputs of the last linear layer",
+        independent=COUNTS),
     "last_layer_gradient_norm": _outputs("estimators:last_layer_gradient_norm", "‖∂CE/∂W_L‖", "worse",
-        "size of the gradient of the cross-entropy with predicted labels by the last linear layer"),
+        "size of the gradient of the cross-entropy with predicted labels by the last linear layer", independent=COUNTS),
     "atc": _outputs("estimators:atc", "ATC", "better",
-        "share of confidences above the threshold that fits the accuracy on a labeled validation set"),
+        "share of confidences above the threshold that fits the accuracy on a labeled validation set",
+        independent=COUNTS, needs_validation=True),
     "doc": _outputs("estimators:doc", "DoC", "better",
-        "accuracy on a labeled validation set plus the difference of the mean confidences"),
+        "accuracy on a labeled validation set plus the difference of the mean confidences",
+        independent=COUNTS, needs_validation=True),
     "cot": _outputs("estimators:cot", "COT", "better",
-        "largest mean confidence of an assignment with the class shares of a labeled validation set"),
+        "largest mean confidence of an assignment with the class shares of a labeled validation set",
+        independent=COUNTS, needs_validation=True),
     "distance_from_initialization": _norms("distance_from_initialization", "‖θ − θ₀‖",
         "distance from the initial parameters; known for run folders only"),
     "parameter_norm": _norms("parameter_norm", "‖θ‖", "norm of the parameter vector"),

@@ -28,7 +28,7 @@ from gm_probe.measures.estimates import Estimate, example_error
 from gm_probe.measures.last_layer import LastLayer
 from gm_probe.measures.scores import Reference, by_class, counted_shares
 from gm_probe.measures.settings import Settings
-from gm_probe.models.door import Outputs
+from gm_probe.models.door import Outputs, alike
 from gm_probe.models.parameters import Parameters
 from gm_probe.runtime.devices import generator_on
 from gm_probe.runtime.processes import gather_examples
@@ -39,10 +39,9 @@ DRAFT = 40
 """Maximum number of difference products before exact ones continue; CIFAR-10 networks need 8 to 14."""
 
 
-def _same(logits: Tensor, again: Tensor, dtype: torch.dtype) -> bool:
+def _same(outputs: Tensor, again: Tensor, dtype: torch.dtype) -> bool:
     """Compare to a tolerance: threaded reductions, and those over other batch sizes, differ in the last bits."""
-    tolerance = torch.finfo(dtype).eps ** 0.6  # 7e-5 in float32, 4e-10 in float64
-    return bool(torch.allclose(logits, again, rtol=tolerance, atol=tolerance * float(logits.abs().max())))
+    return alike(outputs, again, torch.finfo(dtype).eps ** 0.6)  # 7e-5 in float32, 4e-10 in float64
 
 
 class MeasurementContext:
@@ -145,8 +144,9 @@ class MeasurementContext:
         first = self._outputs(self.batches)
         with self._last_layer.watching(self.parameters.model):
             again = self._outputs(self.batches, self._last_layer)
-        if not bool(torch.isfinite(first).all()):
-            row = self.batches.first + int((~torch.isfinite(first)).any(1).nonzero()[0])
+        finite = torch.isfinite(first.amax(1))  # −∞ masks classes, but not all of them
+        if not bool(finite.all()):
+            row = self.batches.first + int((~finite).nonzero()[0])
             raise DivergedError(
                 f"the model's output on example {row} is not finite. Check weights and normalisation"
             )
@@ -177,7 +177,7 @@ class MeasurementContext:
         if examples.y is None:
             raise DataError(f"{examples.source} has no labels, and a validation set needs them")
         outputs = self._outputs(self.validation)
-        if not bool(torch.isfinite(outputs).all()):
+        if not bool(torch.isfinite(outputs.amax(1)).all()):
             raise DivergedError(f"the model's outputs on {examples.source} are not all finite")
         logits = by_class(self.parameters.outputs.logits(outputs)).cpu()
         y = fitting_labels(as_labels(examples.y.clone(), len(examples)), logits, examples.source).cpu()

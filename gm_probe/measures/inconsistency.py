@@ -89,20 +89,16 @@ def paper(context: MeasurementContext) -> Estimate:
     for start in _starts(context):
         first = context.divergence.gradient(start)
         for rho in radii:
-            delta = to_sphere(first, rho)
-            for k in range(1, steps[-1] + 1):
+            for k, delta, value in _iterates(context, to_sphere(first, rho), rho, steps[-1]):
                 primary = (rho, k) == (settings.rho, settings.k_steps)
                 if primary:
                     ends.append(_terms(context, delta))
-                if k < steps[-1]:
-                    value, gradient = context.divergence.value_and_gradient(delta)
-                else:
+                if (rho, k) not in grid:
+                    continue
+                if value is None:
                     end = ends[-1] if primary else context.divergence.terms(delta)
                     value = float(end.double().mean())
-                if (rho, k) in grid:
-                    grid[rho, k].append(value if primary or _resolved(context, delta) else math.nan)
-                if k < steps[-1]:
-                    delta = to_sphere(gradient, rho)
+                grid[rho, k].append(value if primary or _resolved(context, delta) else math.nan)
     details: dict[str, Any] = {"protocol": "paper"}
     if len(grid) > 1:
         details["grid"] = [
@@ -110,6 +106,17 @@ def paper(context: MeasurementContext) -> Estimate:
             for (rho, k), found in grid.items()
         ]
     return _over_starts(ends, "start", **details)
+
+
+def _iterates(
+    context: MeasurementContext, delta: Tensor, rho: float, steps: int
+) -> Iterator[tuple[int, Tensor, float | None]]:
+    """Yield K, δ_K (P,) and the mean divergence there, from δ₁ = ``delta`` on; the last has None, and no gradient."""
+    for k in range(1, steps):
+        value, gradient = context.divergence.value_and_gradient(delta)
+        yield k, delta, value
+        delta = to_sphere(gradient, rho)
+    yield steps, delta, None
 
 
 def converged(context: MeasurementContext) -> Estimate:

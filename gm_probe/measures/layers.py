@@ -12,7 +12,7 @@ from torch import nn
 from gm_probe.data.batches import Batches
 from gm_probe.linalg.work import Tally
 from gm_probe.measures.measure import UNDEFINING, measure
-from gm_probe.measures.names import BLOCKS
+from gm_probe.measures.names import LAYER_MEASURES
 from gm_probe.measures.settings import Settings
 from gm_probe.models.door import Outputs
 from gm_probe.models.parameters import Parameters
@@ -26,7 +26,7 @@ def by_layer(
     outputs: Outputs | None = None,
     notify: Callable[[str, float], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure ``BLOCKS`` of each module's own parameters, in the order of the network.
+    """Measure ``LAYER_MEASURES`` of each module's own parameters, in the order of the network.
 
     Returns:
         JSON objects with ``layer``, ``num_parameters`` and ``measures``; or ``reason`` where none is defined.
@@ -39,7 +39,9 @@ def by_layer(
     for layer, names in layers.items():
         own = replace(settings, params=f"^(?:{'|'.join(map(re.escape, names))})$")
         try:
-            report = measure(model, batches, BLOCKS, own, outputs=outputs, notify=tally.next(f"{layer} "))
+            report = measure(
+                model, batches, LAYER_MEASURES, own, outputs=outputs, notify=tally.next(f"{layer} ")
+            )
         except UNDEFINING as error:
             if count() > 1:  # only this process may have failed; continuing would deadlock the others
                 raise

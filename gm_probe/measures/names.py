@@ -17,28 +17,10 @@ DEFAULT_MEASURES = (
     "cross_entropy",
 )
 
-BLOCKS = ("fisher_trace", "fisher_lambda_max", "hessian_trace", "hessian_lambda_max")
+LAYER_MEASURES = ("fisher_trace", "fisher_lambda_max", "hessian_trace", "hessian_lambda_max")
 """The measures of each layer alone."""
 
-NEED_VALIDATION = ("atc", "doc", "cot")
-"""The measures that need a labeled validation set."""
-
-SEPARATE = {
-    "error": "counts classes",
-    "input_jacobian_norm": "differentiates an output by its own input",
-    "flip_rate": "counts classes",
-    "crop_rate": "counts classes",
-    "local_inconsistency_batchwise": "splits the batch",
-    "nuclear_norm": "counts classes",
-    "mano": "counts classes",
-    "effective_invariance": "counts classes",
-    "dispersion": "counts classes",
-    "last_layer_gradient_norm": "counts classes",
-    **dict.fromkeys(NEED_VALIDATION, "counts classes"),
-}
-"""Why some measures are undefined where an output depends on the rest of its batch (``Batches.batch_dependent``)."""
-
-GROUPS = ("curvature", "outputs", "norms")
+GROUPS = tuple(dict.fromkeys(each.group for each in MEASURES.values()))
 """Names that stand for all measures of a group; ``all`` stands for every measure."""
 
 
@@ -60,8 +42,8 @@ def expanded(
             for each, one in MEASURES.items()
             if name in ("all", one.group)
             and (labeled or not one.needs_labels)
-            and (validation or each not in NEED_VALIDATION)
-            and not (batch_dependent and each in SEPARATE)
+            and (validation or not one.needs_validation)
+            and not (batch_dependent and one.independent)
         ]
     return list(dict.fromkeys(found))
 
@@ -86,8 +68,8 @@ def check_names(
     for name in names:
         if name not in MEASURES:
             raise UsageError(unknown_measure(name))
-        if batch_dependent and name in SEPARATE:
-            raise UsageError(f"{name} {SEPARATE[name]}, so it is undefined for NT-Xent logits. Leave it out")
+        if batch_dependent and (reason := MEASURES[name].independent):
+            raise UsageError(f"{name} {reason}, so it is undefined for NT-Xent logits. Leave it out")
         if name == "local_inconsistency_batchwise" and num_processes > 1:
             raise UsageError(f"{name} splits the examples into batches. Measure it in one process")
         if MEASURES[name].needs_labels and not labeled:
@@ -100,5 +82,5 @@ def default_measures(*, labeled: bool, batch_dependent: bool = False) -> list[st
         name
         for name in DEFAULT_MEASURES
         if (labeled or batch_dependent or not MEASURES[name].needs_labels)
-        and not (batch_dependent and name in SEPARATE)
+        and not (batch_dependent and MEASURES[name].independent)
     ]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
-from gm_probe.errors import DivergedError, foreign_or
+from gm_probe.errors import DivergedError, UsageError, foreign_or
 from gm_probe.measures.context import MeasurementContext
 from gm_probe.measures.estimates import Estimate, example_error
+from gm_probe.models.door import unwrapped
 
 LEAST, MOST = 20, 15_000
 """Number of eigenvalues that a power law is fitted to: fewer do not show a tail, and more take too long."""
@@ -33,7 +36,13 @@ def distance_from_initialization(context: MeasurementContext) -> Estimate:
     """Return ‖θ − θ₀‖ over the measured parameters, where training started from θ₀."""
     if context.initial is None:
         return Estimate.undefined("the initial parameters are known for run folders only")
-    before = dict(context.initial.named_parameters())
+    before = dict(unwrapped(context.initial).named_parameters())
+    for name, p in context.parameters.named.items():
+        if name not in before or before[name].shape != p.shape:
+            raise UsageError(
+                f"the initial model is another network, without a parameter {name!r} of shape {tuple(p.shape)}. Give "
+                "the model as it was before training"
+            )
     return _length(
         {name: p.detach() - before[name].to(p.device) for name, p in context.parameters.named.items()}
     )
@@ -54,11 +63,24 @@ def fisher_rao(context: MeasurementContext) -> Estimate:
 
 
 def _weights(context: MeasurementContext) -> Iterator[Tensor]:
-    """Yield the weights, in float64, of the layers that have a measured parameter."""
+    """Return the weights, in float64, of the layers that have a measured parameter.
+
+    They are read during a pass: until then weight_norm, spectral_norm and pruning keep those of before a loaded file.
+    """
+    found: dict[nn.Module, Tensor] = {}
     for prefix, module in context.parameters.model.named_modules():
         measured = any(name.startswith(f"{prefix}." if prefix else "") for name in context.parameters.named)
         if isinstance(module, nn.Linear | _ConvNd | nn.Embedding) and measured:
-            yield module.weight.detach().double()
+            found[module] = module.weight
+
+    def note(module: nn.Module, *_: object) -> None:
+        found[module] = module.weight
+
+    with ExitStack() as stack, torch.no_grad():
+        for module in found:
+            stack.callback(module.register_forward_hook(note, prepend=True).remove)
+        context.parameters.taken(next(iter(context.batches)).x[context.batches.trial_slice(1)])
+    return (weight.detach().double() for weight in found.values())
 
 
 def eigenvalues(weight: Tensor) -> np.ndarray:
@@ -134,6 +156,12 @@ def path_norm(context: MeasurementContext) -> Estimate:
     x = next(iter(context.batches)).x[:1]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return Estimate.undefined("the inputs are not floating-point numbers of one tensor")
+    modules = context.parameters.model.modules()
+    if any(is_parametrized(module) or isinstance(vars(module).get("weight"), Tensor) for module in modules):
+        return Estimate.undefined(
+            "a layer makes its weight of other parameters. Fold them by remove_parametrizations, remove_weight_norm, "
+            "remove_spectral_norm or prune.remove of torch.nn.utils"
+        )
 
     def fails(cause: str) -> DivergedError:
         return DivergedError(f"the network cannot be run with squared weights: {cause}")
@@ -146,7 +174,10 @@ def path_norm(context: MeasurementContext) -> Estimate:
         )
     rise = float((second - first).abs().max())
     bent = float((third - 2 * second + first).abs().max())
-    if not math.isfinite(rise) or bent > AFFINE * rise or bool((first < 0).any()):
+    flat = rise <= AFFINE**2 * float(
+        first.abs().max()
+    )  # the inputs are normalised, or paths are lost to rounding
+    if not math.isfinite(rise) or flat or bent > AFFINE * rise or bool((first < 0).any()):
         return Estimate.undefined("the network is not piecewise linear, so its paths have no lengths")
     return Estimate(math.sqrt(float(first.sum())), details=dict(NO_EXAMPLES))
 

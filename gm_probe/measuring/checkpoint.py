@@ -11,7 +11,7 @@ from torch import nn
 
 from gm_probe.curvature.batch_size import batches_within
 from gm_probe.data.batches import BATCH_SIZE, Batches
-from gm_probe.data.datasets import Examples
+from gm_probe.data.examples import Examples
 from gm_probe.data.memory import within_memory
 from gm_probe.linalg.work import Tally
 from gm_probe.measures.costs import takes_derivatives
@@ -27,7 +27,7 @@ from gm_probe.models.loading import check_classes
 from gm_probe.models.pretrained import load_pretrained
 from gm_probe.models.zoo import initial_model
 from gm_probe.runs.records import CONFIG, read_run, run_of
-from gm_probe.runtime.devices import environment
+from gm_probe.runtime.machine import environment
 from gm_probe.runtime.processes import count, failing_together, rank
 
 

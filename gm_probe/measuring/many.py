@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gm_probe.data.datasets import Examples
+from gm_probe.data.examples import Examples
 from gm_probe.errors import CheckpointError
 from gm_probe.executors.local import Executor, Job, Outcome
 from gm_probe.files.locks import FolderLock, exclusive
@@ -55,9 +55,7 @@ class Request:
         with ExitStack() as held:
             with failing_together():
                 lock = held.enter_context(exclusive(path)) if rank() == 0 else None
-                setup, changed = self.setup, {}
-                if self.given is not None:
-                    setup, changed = as_recorded(path, setup, self.given)
+                setup, changed = as_recorded(path, self.setup, self.given)
                 if read_run(path).measured(self.names, setup.recorded(path, self.examples)):
                     return "skipped", {
                         **read_result(path),

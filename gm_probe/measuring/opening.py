@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from gm_probe.curvature.derivatives import TRIAL
-from gm_probe.data.batches import BATCH_SIZE, Batches, Normalization
-from gm_probe.data.datasets import Examples
+from gm_probe.data.batches import BATCH_SIZE, Batches
+from gm_probe.data.examples import Examples
 from gm_probe.data.fields import arguments
 from gm_probe.data.images import ImageFiles
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError, UsageError, foreign_or
 from gm_probe.models.checkpoints import Checkpoint, is_simclr, read_checkpoint
 from gm_probe.models.door import Head, Outputs

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from gm_probe.data.batches import Normalization
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import ProbeError, StorageError, UsageError
 from gm_probe.files.atomic import write_json
 from gm_probe.files.schema import Unfit, bounded
 from gm_probe.measuring.setup import DIGEST, Setup, batch_dependent_settings, input_settings
 from gm_probe.models.checkpoints import read_checkpoint
 from gm_probe.runs.records import CHECKPOINT, MEASURES, UNNAMED, read_run
-from gm_probe.runtime.devices import environment
+from gm_probe.runtime.machine import environment
 from gm_probe.training.run_splits import OWN_UNLABELED
 
 NORMALIZING = {"mean", "std", "no_normalize"}
@@ -41,14 +41,16 @@ def own_normalization(run: Path) -> dict[str, Any]:
     return {} if recorded is None else {"mean": list(recorded.mean), "std": list(recorded.std)}
 
 
-def as_recorded(run: Path, setup: Setup, given: Collection[str]) -> tuple[Setup, dict[str, Any]]:
+def as_recorded(run: Path, setup: Setup, given: Collection[str] | None) -> tuple[Setup, dict[str, Any]]:
     """Return how to measure more of ``run`` with its recorded settings, and the settings that this changes.
 
     Args:
-        given: names of settings that keep their values in ``setup``.
+        given: names of settings that keep their values in ``setup``; None = all.
     """
     recorded = read_run(run).settings
-    if any(recorded.get(key) != value for key, value in setup.scope.items() if key != "max_examples"):
+    if given is None or any(
+        recorded.get(key) != value for key, value in setup.scope.items() if key != "max_examples"
+    ):
         return setup, {}
     free = _not_given(run, setup, given)
     changed = {key: recorded[key] for key, value in free.items() if recorded.get(key, value) != value}
@@ -83,7 +85,7 @@ def _changed(setup: Setup, changed: Mapping[str, Any], now: Mapping[str, Any]) -
         loading["dtype"] = DTYPES[changed["dtype"]]
     if {"mean", "std"} & set(changed):
         loading["normalization"] = Normalization(tuple(now["mean"]), tuple(now["std"]))
-    own = {
+    own: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in changed.items()
         if key in setup.settings.as_dict()

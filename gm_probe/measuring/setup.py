@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gm_probe.data.batches import BATCH_SIZE
-from gm_probe.data.datasets import Examples
+from gm_probe.data.examples import Examples
 from gm_probe.measures.settings import Settings
 from gm_probe.measuring.opening import output_settings
 from gm_probe.runs.records import read_run

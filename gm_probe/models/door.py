@@ -106,18 +106,19 @@ class Outputs:
         """Return logits (B, C), or (B, L, 2) of yes-or-no labels, from what ``taken`` returned.
 
         Log-probabilities are logits up to a constant of each row. Probabilities are taken to their logarithms; those
-        that their dtype has rounded to 0 (or of yes-or-no labels to 1) count as its nearest number.
+        that their dtype has rounded to 0 (or of yes-or-no labels to 1) count as its nearest number. So does −∞, by
+        which classes are masked, since −∞ minus −∞ is no number.
         """
         kind = self.kind or "logits"
-        if kind == "probabilities":
-            taken = taken.clamp(min=torch.finfo(taken.dtype).tiny).log()
+        limits = torch.finfo(taken.dtype)
+        taken = taken.clamp(min=limits.tiny).log() if kind == "probabilities" else taken.clamp(min=limits.min)
         if self.head == "classifier":
             return taken
         if kind == "logits":
             return torch.stack([torch.zeros_like(taken), taken], -1)
         # log(1 − p) by expm1, which keeps the digits of p near 1
         rest = -torch.expm1(taken)
-        return torch.stack([rest.clamp(min=torch.finfo(taken.dtype).eps / 2).log(), taken], -1)
+        return torch.stack([rest.clamp(min=limits.eps / 2).log(), taken], -1)
 
     def checked(self, taken: Tensor) -> Outputs:
         """Return these settings with the kind decided, from the outputs ``taken`` (B, ...) of some examples.
@@ -169,6 +170,17 @@ class Outputs:
         if not bool(((values >= 0) & (values <= 1 + tolerance)).all()):
             return False
         return self.head != "classifier" or bool(((values.sum(1) - 1).abs() <= tolerance).all())
+
+
+def alike(outputs: Tensor, others: Tensor, tolerance: float) -> bool:
+    """Return whether two passes gave equal outputs (B, ...), up to a ``tolerance`` relative to the largest one.
+
+    An output that softmax rounds to 0 does not count as the largest: a mask's −1e9 would hide every difference.
+    """
+    sizes = torch.where(outputs.softmax(-1) > 0, outputs.abs(), 0)
+    return torch.allclose(
+        others, outputs, rtol=tolerance, atol=tolerance * float(sizes.max()), equal_nan=True
+    )
 
 
 _REMEDY = (

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gm_probe.data.batches import Normalization
-from gm_probe.data.datasets import NUMPY_SUFFIXES, TORCH_SUFFIXES, Examples
+from gm_probe.data.datasets import NUMPY_SUFFIXES, TORCH_SUFFIXES
+from gm_probe.data.examples import Examples
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import CheckpointError, DataError, UsageError, first_three
 from gm_probe.models import huggingface
-from gm_probe.models.checkpoints import Checkpoint, Fit, fitting, load_weights
+from gm_probe.models.checkpoints import Checkpoint
+from gm_probe.models.fitting import Fit, fitting, load_weights
 from gm_probe.models.zoo import ModelSpec, build_model, check_configured, is_user_code
 from gm_probe.runtime.randomness import generators_kept
 

@@ -6,6 +6,7 @@ model is bit-identical after a measurement whatever happens in it.
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from gm_probe.data.fields import Inputs, arguments
 from gm_probe.errors import CheckpointError, UsageError, first_three
 from gm_probe.files.tensors import not_finite
 from gm_probe.models.door import Outputs, unwrapped
-from gm_probe.models.recomputation import activations_kept
+from gm_probe.models.recomputation import activations_kept, parametrizations_computed
 from gm_probe.runtime.precision import float32_products
 
 T = TypeVar("T")
@@ -172,7 +173,12 @@ class Parameters:
         placed = {f"model.{place}": tensors[name] for place, name in self._places}
         args, kwargs = arguments(self.model, x)
         run = _Then(self.model, lambda returned: then(self.outputs.taken(returned, len(x))))
-        with _dense_gradients(self._sparse), differentiable_recurrence(self.model), activations_kept():
+        with (
+            _dense_gradients(self._sparse),
+            differentiable_recurrence(self.model),
+            activations_kept(),
+            parametrizations_computed(),
+        ):
             found: T = functional_call(run, placed, args, kwargs, tie_weights=False)
         self._note_writes(tensors, versions, shared)
         return found
@@ -392,8 +398,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_measured(model: nn.Module, *, tf32: bool = False) -> Iterator[None]:
-    """Make ``model`` the fixed, differentiable function that is measured; see the three contexts."""
-    with evaluating(unwrapped(model)), differentiable_attention(), float32_products(tf32=tf32):
+    """Make ``model`` the fixed, differentiable function that is measured; see the contexts."""
+    with evaluating(unwrapped(model)), differentiable_attention(), _eager(), float32_products(tf32=tf32):
+        yield
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Run the code of modules that are compiled inside a model, since compiled code has no second derivatives."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import would take seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 

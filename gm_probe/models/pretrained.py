@@ -6,8 +6,9 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from gm_probe.files.state_dicts import below
-from gm_probe.models.checkpoints import Checkpoint, is_simclr, load_weights
+from gm_probe.models.checkpoints import Checkpoint, is_simclr
 from gm_probe.models.contrastive import Contrastive, last_linear
+from gm_probe.models.fitting import load_weights
 from gm_probe.models.weight_names import locate
 
 POSITIONS = "pos_embed"

@@ -7,9 +7,11 @@ what it calls inside is replaced here.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch.utils.checkpoint
+from torch.nn.utils import parametrize
 
 
 class _Plain:
@@ -39,6 +41,7 @@ def _nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
 def activations_kept() -> Iterator[None]:
     """Keep the activations of every checkpointed segment that runs meanwhile, as without checkpointing."""
     with _replaced(
+        torch.utils.checkpoint,
         CheckpointFunction=_Plain,
         # the non-reentrant kind by its names in torch 2.10 to 2.14
         _checkpoint_without_reentrant_generator=_nothing,
@@ -52,14 +55,20 @@ def activations_kept() -> Iterator[None]:
 @contextmanager
 def non_reentrant() -> Iterator[None]:
     """Let every segment that asks for reentrant checkpointing meanwhile have the non-reentrant kind."""
-    with _replaced(CheckpointFunction=_NonReentrant):
+    with _replaced(torch.utils.checkpoint, CheckpointFunction=_NonReentrant):
         yield
 
 
 @contextmanager
-def _replaced(**named: Any) -> Iterator[None]:
-    """Replace what torch.utils.checkpoint has of these names, and restore it after."""
-    module = torch.utils.checkpoint
+def parametrizations_computed() -> Iterator[None]:
+    """Compute parametrized weights anew meanwhile: within ``parametrize.cached()`` they would be those of before."""
+    with _replaced(parametrize, _cache_enabled=0):
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, **named: Any) -> Iterator[None]:
+    """Replace what ``module`` has of these names, and restore it after."""
     before = {name: getattr(module, name) for name in named if hasattr(module, name)}
     try:
         for name in before:

@@ -90,8 +90,8 @@ def spread(values: pd.Series) -> str:
     return f"{values.median():.3g} in the median ({values.min():.3g} to {values.max():.3g})".replace("-", "−")
 
 
-def outcome_of(signs: Sequence[int]) -> ClaimOutcome:
-    """Return the outcome of a claim whose parts are judged one by one."""
+def outcome_of_parts(signs: Sequence[int]) -> ClaimOutcome:
+    """Return the outcome of a claim whose parts hold (1), do not hold (−1) or cannot be told (0), each by itself."""
     if signs and all(sign == 1 for sign in signs):
         return "shows"
     if 1 in signs:
@@ -99,10 +99,10 @@ def outcome_of(signs: Sequence[int]) -> ClaimOutcome:
     return "does not show" if -1 in signs else "cannot be told"
 
 
-def claim_outcome(signs: Sequence[int]) -> ClaimOutcome:
-    """Return the outcome of a claim from those of its parts: 1 as claimed, −1 the opposite, 0 cannot be told.
+def outcome_of_tests(signs: Sequence[int]) -> ClaimOutcome:
+    """Return the outcome of a claim from the signs of its tests: 1 as claimed, −1 the opposite, 0 cannot be told.
 
-    Each part is tested in both directions at 5 % over their number, so that one chance in twenty is that any is wrong.
+    Each is in both directions at 5 % over their number, so that one chance in twenty is that any is wrong.
     """
     if signs and all(sign == 1 for sign in signs):
         return "shows"

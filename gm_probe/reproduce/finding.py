@@ -22,7 +22,8 @@ from gm_probe.files.atomic import remove_temporary, write_atomic, write_json
 from gm_probe.files.locks import exclusive
 from gm_probe.reproduce.catalogue import PaperRecipe, paper_recipe
 from gm_probe.reproduce.claims import ClaimOutcome
-from gm_probe.runtime.devices import environment, pick_device
+from gm_probe.runtime.devices import pick_device
+from gm_probe.runtime.machine import environment
 from gm_probe.sweep.manifest import write_sweep
 from gm_probe.sweep.recipe import Recipe
 from gm_probe.sweep.runner import run_recipe

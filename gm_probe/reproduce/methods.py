@@ -14,7 +14,7 @@ import pandas as pd
 from gm_probe.analysis.typeset import UNDEFINED, Sheet, plain_sheet
 from gm_probe.errors import UsageError, did_you_mean
 from gm_probe.measures.settings import Settings
-from gm_probe.reproduce.claims import claim_outcome
+from gm_probe.reproduce.claims import outcome_of_tests
 from gm_probe.reproduce.comparison import SHOWN, Arm, Comparison, Difference, text_of
 from gm_probe.reproduce.drawing import WORDS, draw
 from gm_probe.reproduce.finding import Finding, Task, train_runs
@@ -77,7 +77,7 @@ def study(
     reference = tests[0]["worse"] if tests else arms[0].label
     return Finding(
         # a smoke's runs have hardly begun to learn; they only try the code
-        "cannot be told" if task.scale == "smoke" else claim_outcome([result.sign for result in results]),
+        "cannot be told" if task.scale == "smoke" else outcome_of_tests([result.sign for result in results]),
         text_of(results, others, untested, split_by_seed),
         _csv(tables["table"], error),
         [sheet(task.name, found, reference), *_tuning_sheet(task.name, tried, held_out)],

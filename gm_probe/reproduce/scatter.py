@@ -8,11 +8,11 @@ from typing import Any
 
 from gm_probe.analysis.correlation import correlate
 from gm_probe.analysis.design import group_rows
-from gm_probe.analysis.plots import scatter_panels
 from gm_probe.analysis.provenance import read_records
 from gm_probe.analysis.results import Correlations
+from gm_probe.analysis.scatter import scatter_panels
 from gm_probe.analysis.sheets import statistics_sheets
-from gm_probe.reproduce.claims import bonferroni, claim_outcome, shown_tau, sign_of
+from gm_probe.reproduce.claims import bonferroni, outcome_of_tests, shown_tau, sign_of
 from gm_probe.reproduce.finding import Finding, Task, train_runs
 from gm_probe.sweep.recipe import Recipe, load_recipe, parse_recipe
 from gm_probe.tables.runs import load_table
@@ -73,7 +73,7 @@ def study(
         said.append(f"Over all {every.runs.num_runs} runs that finished, whether done or not: {beside}.")
     signs = [sign_of(taus[name], len(expected)) * sign for name, sign in expected.items()]
     return Finding(
-        claim_outcome(signs) if enough else "cannot be told",
+        outcome_of_tests(signs) if enough else "cannot be told",
         " ".join(said),
         every.runs.frame,
         statistics_sheets(found),

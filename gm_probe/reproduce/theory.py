@@ -21,7 +21,7 @@ from gm_probe.analysis.typeset import Sheet
 from gm_probe.inconsistency.ascent import ascend, to_sphere
 from gm_probe.inconsistency.kl import kl_divergence
 from gm_probe.reproduce import boundaries, posteriors
-from gm_probe.reproduce.claims import column, groups_of, outcome_of, parts_of, spread
+from gm_probe.reproduce.claims import column, groups_of, outcome_of_parts, parts_of, spread
 from gm_probe.reproduce.drawing import draw
 from gm_probe.reproduce.finding import Finding, Task, frame_sheet
 from gm_probe.reproduce.gaussians import Mixture, Network, descending, trained_network
@@ -67,7 +67,7 @@ def study(
         else table
     )
     return Finding(
-        outcome_of([part.sign for part in parts]),
+        outcome_of_parts([part.sign for part in parts]),
         text + table.attrs.get("lost", ""),
         kept,
         [_sheet(task.name, table, **listed)],

@@ -31,7 +31,9 @@ MOST_RUNS = 10**6
 """The most runs of one sweep."""
 STATUSES = ("finished", "diverged", "failed")
 """What a summary says of a run that has ended."""
-RESULTS = ("error_gap", "ce_gap", "train_error", "test_error", "train_ce", "test_ce")
+ERRORS = ("train_error", "test_error", "train_ce", "test_ce")
+"""The errors and cross-entropies of a finished run; a SimCLR encoder's are those of its linear probe."""
+RESULTS = ("error_gap", "ce_gap", *ERRORS)
 """What a summary says of a finished classifier."""
 _IDENTITY = frozenset({"run", "status", "reason"})
 """Columns of the table of all runs that no file names."""
@@ -103,7 +105,7 @@ _EIGENVALUE = table(
     {"value": optional(number), "residual": optional(number), "converged": flag},
     required=("value", "residual", "converged"),
 )
-_FIGURES = ("value", "stderr", "stderr_examples", "converged", "num_evals")
+_ALWAYS = ("value", "stderr", "stderr_examples", "converged", "num_evals")
 _ROW_KINDS: dict[str, Check] = {
     **dict.fromkeys(("value", "stderr", "stderr_examples"), optional(number)),
     **dict.fromkeys(
@@ -118,7 +120,7 @@ _ROW_KINDS: dict[str, Check] = {
     "eigenvalues": listed(_EIGENVALUE),
 }
 _ROW = table(_ROW_KINDS)
-_WHOLE_ROW = table(_ROW_KINDS, required=_FIGURES)
+_WHOLE_ROW = table(_ROW_KINDS, required=_ALWAYS)
 _NO_MEASURES = _IDENTITY | {*RESULTS, "num_train", "num_test"}
 MEASURED_SETTING_KINDS: dict[str, Check] = {
     "temperature": optional(finite),

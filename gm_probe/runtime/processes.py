@@ -68,7 +68,8 @@ def failing_together() -> Iterator[None]:
     if own is None:
         own = ProbeError(first[0])
         own.exit_code = first[1]
-    own.add_note(_SHARED)
+    if count() > 1:
+        own.add_note(_SHARED)
     raise own
 
 

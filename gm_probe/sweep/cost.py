@@ -128,7 +128,7 @@ def _rate(config: TrainConfig) -> _Rate:
 
 def _timed(config: TrainConfig) -> tuple[float, Training]:
     """Return the median seconds per step of a training that is stopped after a few; nothing is written."""
-    watch, before = _Watch(), torch.get_num_threads()
+    watch, before = _StepTimer(), torch.get_num_threads()
     torch.set_num_threads(config.threads or before)
     try:
         with tempfile.TemporaryDirectory() as nowhere:
@@ -146,7 +146,7 @@ class _Enough(Exception):
     """That many steps were timed."""
 
 
-class _Watch(FolderLock):
+class _StepTimer(FolderLock):
     """In the place of a held folder: notes when each step has ended."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gm_probe.data.datasets import Examples
+from gm_probe.data.examples import Examples
 from gm_probe.data.images import blocks
 from gm_probe.errors import CheckpointError, DataError, StorageError
 from gm_probe.models.huggingface import is_folder

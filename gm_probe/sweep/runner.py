@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gm_probe.errors import DivergedError, StorageError
-from gm_probe.executors.local import Executor, Job, Outcome, Processes, in_turn, visible_gpus
+from gm_probe.executors.local import Executor, Job, Outcome, on_this_machine
 from gm_probe.files.atomic import in_utf8, read_json, write_atomic, write_json
 from gm_probe.measuring.many import Request
 from gm_probe.measuring.setup import Setup
@@ -107,14 +107,6 @@ def failed_before(out: Path) -> bool:
     return False
 
 
-def executor_of(recipe: Recipe, jobs: int) -> Executor:
-    """Return this process for one job at a time, else ``jobs`` processes, which share the GPUs unless runs name one."""
-    if jobs == 1:
-        return in_turn
-    free = all(config.device in {"auto", "cuda"} for config in recipe.runs.values())
-    return Processes(jobs, visible_gpus() if free else ())
-
-
 def run_recipe(
     recipe: Recipe,
     out: Path,
@@ -127,7 +119,7 @@ def run_recipe(
     """Run every incomplete run of ``recipe`` below ``out`` and return how each ended.
 
     Args:
-        jobs: runs at a time; see ``executor_of``.
+        jobs: runs at a time on this machine; they share its GPUs unless runs name one.
         executor: runs them in its stead.
         retry_failed: try runs again that an earlier call saw fail.
         notify: called with every outcome as it is known.
@@ -153,7 +145,8 @@ def run_recipe(
         else:
             _forget_failure(folder)
             todo.append(Job(name, folder, partial(_do, config, recipe.plan)))
-    with closing((executor or executor_of(recipe, jobs))(todo)) as ended:
+    free = all(config.device in {"auto", "cuda"} for config in recipe.runs.values())
+    with closing((executor or on_this_machine(jobs, spread=free))(todo)) as ended:
         for outcome in ended:
             if outcome.status == "failed":
                 _record_failure(out / outcome.name, outcome)

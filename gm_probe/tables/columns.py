@@ -27,13 +27,13 @@ MET_STOP = "met_stop_ce"
 HELD_OUT = ("test", "val", "valid", "validation", "eval", "dev")
 """Names of examples that were not trained on; those of the test come first."""
 RATES = tuple(f"{part}_{rate}" for part in ("train", *HELD_OUT) for rate in ("error", "accuracy"))
-ALIASES = {
-    **dict.fromkeys(("random_seed", "rng_seed", "manual_seed", "random_state"), SEED),
-    **{f"{part}_{short}": f"{part}_{rate}" for part in ("train", *HELD_OUT)
-       for short, rate in (("acc", "accuracy"), ("err", "error"))},
-    "run_name": "name",
-    "mlflow_run_name": "name",
-}  # fmt: skip
+ALIASES = {"random_state": SEED, "seed_everything": SEED, "run_name": "name", "mlflow_run_name": "name"}
+PARTS = {"train", *HELD_OUT, "id", "ood"}
+LARGER_IS_WORSE = {"err", "error", "err5", "loss", "ce", "nll", "ppl", "perplexity", "gap"}
+LARGER_IS_BETTER = {"acc", "accuracy", "acc5", "f1", "auc", "auroc"}
+"""Words for what a run achieved. One that is worse makes the whole name worse, as in ``accuracy_gap``."""
+QUALIFIERS = {"best", "final", "last", "gen", "generalization", "rate", "diff"}
+SUMMED = {"max", "min", "mean", "avg"}
 RENAMED = frozenset((*GAPS, *KNOWN_MEASURES, *SETTINGS, *OUTCOMES, *RATES, SEED, MET_STOP))
 """Names that the rest of the code knows: a column is called so however its file writes it."""
 NAMES = ("run", "name", "display_name", "model_name", "run_id", "trial_id", "id", "model")
@@ -48,7 +48,7 @@ _NO_MEASURE = re.compile(
     r"|(?:.*_)?(?:id|uuid|guid|pid|status|state)"
     r"|(?:.*_)?(?:time|date|datetime|timestamp|runtime|duration|seconds|epochs?|steps?|iterations?)"
     r"|(?:time|date|datetime|created|started|updated|finished|ended|relative)(?:_.*)?|.*_at"
-    r"|(?:train|training|test|val|valid|validation|eval|dev)_(?:error|err|acc|accuracy|ce|loss)|loss"
+    r"|(?:.*_)?(?:seed|fold|trial|repeat|replicate)"
     r"|.*_per_(?:second|sec|s|step|epoch)|total_flos"
     r"|.*_(?:stderr|stderr_examples|has_converged)"  # what `gmprobe collect` writes beside a measure
     r"|(?:gpu|cpu|git|mlflow|slurm)_.*|host|hostname|node_ip|user|tags|notes|sweep|commit"
@@ -71,9 +71,63 @@ SUMMARIES = frozenset((
 # fmt: on
 
 
+_UNIT = re.compile(
+    r"\s*(?:[(\[]\s*(%|percent|pct|nats?|bits?)\s*[)\]]|(%)|[ _](percent|pct))\s*$", re.IGNORECASE
+)
+"""A unit behind a name, as in ``Test accuracy (%)``."""
+_SAME = {
+    "training": "train",
+    "cross_entropy|xent": "ce",
+    "(?:top|acc|accuracy|prec)_?1": "acc",
+    "(?:top|acc|accuracy|prec)_?5": "acc5",
+    "(?:err|error)_?1": "err",
+    "(?:err|error)_?5": "err5",
+}
+
+
 def key(name: str) -> str:
-    """Return ``name`` without a tracker's prefix, in lower case with underscores, or its usual name."""
-    return ALIASES.get(found := _plain(bare(name)), found)
+    """Return ``name`` without a tracker's prefix and a unit, in lower case with underscores, or its usual name."""
+    found = _plain(_UNIT.sub("", bare(name)))
+    if found.endswith("_seed"):  # train.seed, init_seed
+        return SEED
+    words = _words(found)
+    rate = words & {"acc", "accuracy", "err", "error"}
+    if rate and len(words) == 2 and (part := words & {"train", *HELD_OUT}):  # val_acc, acc_test, eval_top1
+        return f"{part.pop()}_{'accuracy' if rate <= LARGER_IS_BETTER else 'error'}"
+    return ALIASES.get(found, found)
+
+
+def _words(plain: str) -> set[str]:
+    """Return the words of a plain name, with one word for each of the ways to write them."""
+    for pattern, word in _SAME.items():
+        plain = re.sub(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", word, plain)
+    return set(plain.split("_"))
+
+
+def in_percent(name: str) -> bool:
+    """Whether a header says that its column is in percent."""
+    unit = _UNIT.search(name)
+    return unit is not None and (unit[1] or "%")[0] in "%pP"
+
+
+def direction(name: str) -> str | None:
+    """Return what a larger value of an outcome called ``name`` is: ``worse`` or ``better``; None if that is unknown."""
+    words = _words(key(name))
+    return "worse" if words & LARGER_IS_WORSE else "better" if words & LARGER_IS_BETTER else None
+
+
+def is_of_training(name: str) -> bool:
+    """Whether ``name`` says that the number is of the training data."""
+    return "train" in _words(key(name))
+
+
+def is_outcome(name: str) -> bool:
+    """Whether every word of ``name`` belongs to the result of a training, as in ``best_val_acc`` or ``gen_gap``."""
+    words = _words(key(name))
+    others = words - LARGER_IS_WORSE - LARGER_IS_BETTER - QUALIFIERS - PARTS
+    return bool(words & (LARGER_IS_WORSE | LARGER_IS_BETTER)) and others <= (
+        SUMMED if words & PARTS else set()
+    )
 
 
 def bare(name: str) -> str:
@@ -86,7 +140,7 @@ def bare(name: str) -> str:
 
 def _plain(text: str) -> str:
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text.strip(" \t./-"))
-    return re.sub(r"[\s./-]+", "_", words).lower()
+    return re.sub(r"[\s./-]+|(?<=\w)@(?=\d)", "_", words).lower()
 
 
 def called(names: Sequence[str]) -> dict[str, str]:
@@ -118,7 +172,7 @@ def may_be_measure(name: str) -> bool:
         return False
     found = key(name)
     known = {*BOOKKEEPING, *SETTINGS, *GAPS, *OUTCOMES, MET_STOP, ""}
-    return found in KNOWN_MEASURES or not (found in known or _NO_MEASURE.fullmatch(found))
+    return found in KNOWN_MEASURES or not (found in known or _NO_MEASURE.fullmatch(found) or is_outcome(name))
 
 
 def is_status(name: str) -> bool:

@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 
 from gm_probe.errors import UsageError
+from gm_probe.tables.columns import direction, is_of_training
 from gm_probe.tables.numerals import Numbers, finite
 from gm_probe.tables.table import ACCURACIES
 
+OPPOSITE = {"worse": "better", "better": "worse"}
 LONGEST = 300
 """Most characters of an expression, because it is evaluated by recursion."""
 _QUOTED = re.compile(r"`([^`]+)`|\[([^\]]+)\]")
@@ -49,6 +51,23 @@ class Expression:
             found = finite(pd.Series(_value(self.tree, values), dtype=float))
         missing = {row: why for name in self.columns for row, why in columns[name].missing.items()}
         return Numbers(found.values, {}, found.missing | missing)
+
+    @property
+    def direction(self) -> str | None:
+        """What a larger value is: ``worse`` or ``better``; None where the columns do not say it, or disagree.
+
+        What was reached on training data does not count beside other columns.
+        """
+        point = {f"c{place}": 0.5 + place / 64 for place in range(len(self.columns))}
+        outcomes = {place: said for place, name in enumerate(self.columns) if (said := direction(name))}
+        held_out = {place for place in outcomes if not is_of_training(self.columns[place])}
+        found = set()
+        with np.errstate(all="ignore"):
+            start = _value(self.tree, point)
+            for place in held_out or outcomes:
+                rises = _value(self.tree, {**point, f"c{place}": point[f"c{place}"] + 1 / 1024}) > start
+                found.add(outcomes[place] if rises else OPPOSITE[outcomes[place]])
+        return found.pop() if len(found) == 1 else None
 
 
 def split_expressions(text: str, known: Collection[str]) -> list[str]:
@@ -116,7 +135,7 @@ def _unknown(text: str, place: int, known: Collection[str]) -> UsageError:
     return UsageError(f"--gap {text!r}: no column {asked!r}; did you mean {nearest!r}?")
 
 
-def _value(tree: ast.AST, values: Mapping[str, pd.Series]) -> Any:
+def _value(tree: ast.AST, values: Mapping[str, Any]) -> Any:
     if isinstance(tree, ast.Name):
         return values[tree.id]
     if isinstance(tree, ast.Constant):

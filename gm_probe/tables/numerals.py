@@ -78,6 +78,9 @@ def read_numbers(columns: Mapping[str, Sequence[object]]) -> dict[str, Numbers]:
     """
     cells = {name: [str(cell).strip() for cell in column] for name, column in columns.items()}
     shown = {name: _shown(column) for name, column in cells.items()}
+    for name, column in columns.items():
+        if any(isinstance(cell, float) and math.isfinite(cell) for cell in column):
+            shown[name].add(POINT)  # numbers of JSON, Parquet or a DataFrame are not read again
     certain = set().union(*shown.values()) - {""}
     common = certain.pop() if len(certain) == 1 else ""
     return {name: _read(column, _decimal(shown[name], common)) for name, column in cells.items()}

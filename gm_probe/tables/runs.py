@@ -27,9 +27,9 @@ from gm_probe.tables.table import (
     MOST_SETTINGS,
     OUTCOMES,
     SEED,
-    Asked,
     Exclusion,
     RunTable,
+    TableRequest,
     by_reason,
     missed_stop_note,
     require_distinct,
@@ -86,9 +86,11 @@ def load_table(
         DataError: no gap, no measure, no usable run, a duplicated column, or text where a number belongs.
         StorageError: the file cannot be read.
     """
-    asked = Asked(measures, hyperparameters, group_by, gap, seed_column, converged_only)
+    asked = TableRequest(measures, hyperparameters, group_by, gap, seed_column, converged_only)
     if isinstance(source, pd.DataFrame):
-        return run_table(FRAME, tidied(FRAME, RawTable(source.copy())), asked)
+        numbered = source.index.names == [None] and source.index.inferred_type == "integer"
+        cells = source.copy() if numbered else source.reset_index(allow_duplicates=True)
+        return run_table(FRAME, tidied(FRAME, RawTable(cells)), asked)
     require_source(source)
     if holds_our_runs(source):
         return _table_from_folders(source, asked)
@@ -109,7 +111,7 @@ def recipe_groups(source: Path) -> list[str]:
     return read_groups(source) if (source / SWEEP).is_file() else []
 
 
-def _table_from_folders(root: Path, asked: Asked) -> RunTable:
+def _table_from_folders(root: Path, asked: TableRequest) -> RunTable:
     kept, excluded = _read_folders(root, asked.converged_only)
     records = list(kept.values())
     found = unique(name for record in records for name in record.measures)
@@ -131,7 +133,7 @@ def _table_from_folders(root: Path, asked: Asked) -> RunTable:
     ]
     hypers = unique([*(asked.hyperparameters or varying), *asked.group_by])
     require_few(hypers, MOST_SETTINGS, root, "settings that vary", "--hyper")
-    gaps = _gaps(records, configs, asked.gap)
+    gaps, directions = _gaps(records, configs, asked.gap)
     if not gaps:
         raise DataError(
             f"no summary.json in {root} has error_gap or ce_gap (SimCLR encoders have neither). Train the runs again"
@@ -162,6 +164,7 @@ def _table_from_folders(root: Path, asked: Asked) -> RunTable:
         conditions={name: each.conditions for name, each in measured.items()},
         notes=tuple(told),
         outcomes=tuple(outcomes),
+        directions=directions,
     )
 
 
@@ -279,14 +282,18 @@ def _conditions(
 
 def _gaps(
     records: Sequence[RunRecord], configs: Sequence[Mapping[str, Any]], asked: str
-) -> dict[str, Numbers]:
-    """Return the gaps of the summaries, or the arithmetic that is ``asked`` for on summaries and settings."""
+) -> tuple[dict[str, Numbers], dict[str, str | None]]:
+    """Return the gaps of the summaries, or the arithmetic that is ``asked`` for on summaries and settings, with its
+    directions."""
     rows = [{**config, **record.summary} for config, record in zip(configs, records, strict=True)]
     names = unique(name for row in rows for name, value in row.items() if isinstance(value, int | float))
     known = {name: _numbers([row.get(name) for row in rows]) for name in names}
     wanted = split_expressions(asked, names)
     if not {*GAPS, "both"}.issuperset(wanted):
-        return {text: parse(text, names).of(known) for text in wanted}
+        made = {text: parse(text, names) for text in wanted}
+        return {text: one.of(known) for text, one in made.items()}, {
+            text: one.direction for text, one in made.items()
+        }
     found = {
         gap: known.get(gap) or _numbers([None] * len(rows)) for gap in GAPS if any(gap in row for row in rows)
     }
@@ -294,7 +301,7 @@ def _gaps(
         gap: replace(numbers, missing={
             i: f"no {gap} in summary.json" if why == NOTHING else why for i, why in numbers.missing.items()})
         for gap, numbers in found.items()
-    }  # fmt: skip
+    }, {}  # fmt: skip
 
 
 def _numbers(values: Sequence[Any]) -> Numbers:

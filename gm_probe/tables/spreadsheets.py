@@ -1,5 +1,6 @@
 """Anybody's table of runs, one a row: which of its columns is the gap, a measure, a setting, a seed, a name."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from gm_probe.tables.columns import (
     unfinished,
 )
 from gm_probe.tables.expression import parse, split_expressions
-from gm_probe.tables.numerals import COMMA, NO_VALUE, NOTHING, Numbers, ambiguous, read_numbers
-from gm_probe.tables.rates import as_fractions, errors_of_accuracies
+from gm_probe.tables.histories import require_one_row_a_run
+from gm_probe.tables.numerals import COMMA, NO_VALUE, NOTHING, Numbers, ambiguous, number, read_numbers
+from gm_probe.tables.rates import as_fractions, errors_of_accuracies, require_differences
 from gm_probe.tables.readers import RawTable
 from gm_probe.tables.table import (
     GAPS,
@@ -35,14 +37,15 @@ from gm_probe.tables.table import (
     OUTCOMES,
     SEED,
     TOO_LARGE,
-    Asked,
     Exclusion,
     RunTable,
+    TableRequest,
     few,
     missed_stop_note,
     require_distinct,
     require_few,
     require_known,
+    show,
     unique,
 )
 
@@ -98,7 +101,7 @@ class _Roles:
     run: str
 
 
-def run_table(source: Path, raw_table: RawTable, asked: Asked) -> RunTable:
+def run_table(source: Path, raw_table: RawTable, asked: TableRequest) -> RunTable:
     """Give the columns of ``raw_table`` their roles; see ``runs.load_table`` for the choice of columns and runs.
 
     Raises:
@@ -116,10 +119,14 @@ def run_table(source: Path, raw_table: RawTable, asked: Asked) -> RunTable:
     }
     raw, excluded, notes = _finished(raw_table.cells.rename(columns=new), source, asked.converged_only)
     columns = read_numbers({str(name): raw[name].to_list() for name in raw if name != ROW})
-    columns, units = as_fractions(columns, raw, source)
-    table = _Table(source, raw, columns, aliases, {name: old for old, name in new.items()})
-    gaps, made_of, told = _gaps(table, asked)
+    written = {name: old for old, name in new.items()}
+    columns, units = as_fractions(columns, raw, source, written)
+    table = _Table(source, raw, columns, aliases, written)
+    chosen = table.named([*asked.hyperparameters, *asked.group_by, *asked.measures])
+    require_one_row_a_run(source, raw, columns, written, chosen)
+    gaps, made_of, told, directions = _gaps(table, asked)
     columns |= errors_of_accuracies(columns)
+    require_differences(source, columns)
     roles = _roles(table, asked, gaps, made_of)
     used = [*gaps, *made_of, *roles.measures]
     _require_numbers(used, columns, raw[ROW], source)
@@ -153,10 +160,11 @@ def run_table(source: Path, raw_table: RawTable, asked: Asked) -> RunTable:
         outcomes=tuple(roles.outcomes),
         aliases=aliases,
         left_out=tuple(roles.left_out),
+        directions=directions,
     )
 
 
-def _roles(table: _Table, asked: Asked, gaps: list[str], made_of: list[str]) -> _Roles:
+def _roles(table: _Table, asked: TableRequest, gaps: list[str], made_of: list[str]) -> _Roles:
     raw, columns = table.raw, table.columns
     measures, hypers, by = (
         table.named(each) for each in (asked.measures, asked.hyperparameters, asked.group_by)
@@ -215,8 +223,11 @@ def _hypers(table: _Table, taken: Collection[str]) -> list[str]:
     return found
 
 
-def _gaps(table: _Table, asked: Asked) -> tuple[list[str], list[str], list[str]]:
-    """Return the gaps among the columns, the columns that made gaps consist of, and what is said of them."""
+def _gaps(
+    table: _Table, asked: TableRequest
+) -> tuple[list[str], list[str], list[str], dict[str, str | None]]:
+    """Return the gaps among the columns, the columns that made gaps consist of, what is said of them, and the
+    directions of made gaps."""
     columns, names = table.columns, {*table.columns, *table.aliases}
     wanted = split_expressions(asked.gap, names)
     known = {*GAPS, "both"}.issuperset(wanted)
@@ -232,14 +243,16 @@ def _gaps(table: _Table, asked: Asked) -> tuple[list[str], list[str], list[str]]
             f"It has: {few([*columns])}"
         )
     used: list[str] = []
+    directions = {}
     under = columns | {old: columns[new] for old, new in table.aliases.items()}
     for gap, text in made.items():
         expression = parse(text, names)
         columns.setdefault(gap, expression.of(under))
+        directions[gap] = expression.direction
         used += table.named(expression.columns)
     said = [f"{gap} is {text.replace(' - ', ' − ')}" for gap, text in made.items() if gap != text]
     said += [f"gap: {gap}" for gap, text in made.items() if gap == text and known]
-    return [*found, *made], [name for name in unique(used) if name not in made], said
+    return [*found, *made], [name for name in unique(used) if name not in made], said, directions
 
 
 def _measures(free: Sequence[str], columns: Mapping[str, Numbers]) -> list[str]:
@@ -297,7 +310,7 @@ def _finished(
     """Return the rows that enter, with their number in ``ROW``, the other runs, and a note on missed stops."""
     raw = raw.assign(**{ROW: range(1, len(raw) + 1)})
     names = _names(raw, _name_column(raw, ()))
-    reasons = {row: "sums up other rows" for row, name in enumerate(names) if key(name) in SUMMARIES}
+    reasons = dict.fromkeys(_sums(raw), "sums up other rows")
     for name in filter(is_status, raw.columns):
         reasons |= unfinished(raw[name].to_list())
     if converged_only and MET_STOP not in raw:
@@ -321,6 +334,18 @@ def _finished(
     return kept, excluded, [] if converged_only else missed_stop_note(len(missed), len(kept))
 
 
+def _sums(raw: pd.DataFrame) -> list[int]:
+    """Return the rows that a name calls a mean or the like, or the first cell where the column's others are numbers."""
+    found: dict[int, None] = {}
+    for place, name in enumerate(raw.columns[:-1]):
+        cells = raw[name].map(lambda cell: str(cell).strip())
+        sums = cells.map(key).isin(SUMMARIES)
+        labels = key(name) in {*NAMES, "", "index", "unnamed:_0"}
+        if sums.any() and (labels or (place == 0 and not cells[~sums].map(number).isna().any())):
+            found |= dict.fromkeys(sums[sums].index)
+    return list(found)
+
+
 def _name_column(raw: pd.DataFrame, others: Collection[str]) -> str:
     """Return the column that names the runs: ``run``, or another without repeats; "" where there is none."""
     for wanted in NAMES:
@@ -342,6 +367,9 @@ def _names(raw: pd.DataFrame, column: str) -> pd.Series:
 def _settings(column: Numbers, cells: pd.Series) -> pd.Series:
     """Return a hyperparameter's cells: numbers where all of them are, else text; None where there is no value."""
     numeric = not column.text and not {"not finite", TOO_LARGE} & set(column.missing.values())
-    values = column.values.tolist() if numeric else [str(cell).strip() for cell in cells]
+    values = column.values.tolist()
+    if not numeric:  # 1e-3 is 0.001 beside a word, too
+        values = [str(cell).strip() if math.isnan(value) else show(value)
+                  for cell, value in zip(cells, values, strict=True)]  # fmt: skip
     unset = {row for row, reason in column.missing.items() if reason == NOTHING}
     return pd.Series([None if row in unset else value for row, value in enumerate(values)], dtype=object)

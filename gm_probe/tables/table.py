@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from gm_probe.errors import DataError, UsageError, did_you_mean, printable
 from gm_probe.measures.catalogue import MEASURES, PAIR_MEASURES
+from gm_probe.runs.record_kinds import ERRORS
 
 if TYPE_CHECKING:
     import pandas as pd
 
 GAPS = {"error_gap": "test error − train error", "ce_gap": "test CE − train CE"}
 KNOWN_MEASURES = (*(name for name, each in MEASURES.items() if not each.needs_labels), *PAIR_MEASURES)
-OUTCOMES = ("train_error", "test_error", "train_ce", "test_ce", "num_train", "num_test")
+OUTCOMES = (*ERRORS, "num_train", "num_test")
 """What a run may say of its training besides the gaps; not taken for measures."""
 ACCURACIES = {"test_accuracy": "test_error", "train_accuracy": "train_error"}
 """Targets that are 1 − an outcome."""
@@ -34,7 +35,7 @@ TOO_LARGE = "beyond 1e150 in size"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TableRequest:
     """What the reader of a table asks of it: names of columns, its ``gap`` as in ``load_table``."""
 
     measures: Sequence[str] = ()
@@ -74,7 +75,8 @@ class RunTable:
     not converged. ``conditions[measure][setting]`` counts the runs under each value that the measure was taken
     with (``show``n; of runs that have the measure). ``notes`` are the choices made while reading, for the
     reader to see, and ``left_out`` are the columns without a role. ``aliases`` maps what the source calls a column
-    to what it is called here, where that differs.
+    to what it is called here, where that differs. ``directions`` says of arithmetic on columns whether a larger value
+    is ``worse`` or ``better``.
     """
 
     source: Path
@@ -90,6 +92,7 @@ class RunTable:
     outcomes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    directions: Mapping[str, str | None] = field(default_factory=dict)
 
     def named(self, names: Iterable[str]) -> list[str]:
         """Return the names that this table uses for columns, given as the source or this table calls them."""

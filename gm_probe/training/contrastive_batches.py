@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from gm_probe.data.batches import Batches, Normalization
-from gm_probe.data.datasets import Examples
-from gm_probe.data.images import taken
+from gm_probe.data.batches import Batches
+from gm_probe.data.examples import Examples
+from gm_probe.data.images import decoded_ahead
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DataError
 from gm_probe.models.contrastive import partners
 from gm_probe.training.augment import require_images
@@ -42,7 +43,7 @@ def contrastive_batches(
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randperm(len(examples), generator=generator)[: count * images].split(images)
     views = []
-    for x in taken(examples.x, keys):
+    for x in decoded_ahead(examples.x, keys):
         views += [see(x, draw_views(x.shape, generator)) for _ in range(2)]
     y = partners(images, before=0).repeat(count)  # processes do not share batches
     return Batches(

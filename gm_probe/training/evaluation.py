@@ -23,7 +23,7 @@ from gm_probe.training.linear_probe import linear_probe
 DIVERGED = 10.0
 """A run counts as diverged if its training cross-entropy is above this many times that of a uniform guess."""
 
-Figures = dict[str, Any]
+Results = dict[str, Any]
 
 
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
@@ -76,11 +76,11 @@ class Evaluation:
     def __init__(self, config: TrainConfig, train: Batches, test: Batches, classes: int) -> None:
         self.config, self.train, self.test, self.classes = config, train, test, classes
 
-    def running(self, entropy: float, error: float) -> Figures:
+    def running(self, entropy: float, error: float) -> Results:
         """Return an epoch's mean cross-entropy and error of the labeled rows, as its steps saw them."""
         return {"running_ce": entropy, "running_error": error}
 
-    def of_epoch(self, epoch: int, model: nn.Module) -> Figures:
+    def of_epoch(self, epoch: int, model: nn.Module) -> Results:
         """Return the results that are due after ``epoch``, and the training part's where they meet ``stop_ce``."""
         stop_ce, every = self.config.stop_ce, self.config.eval_every
         due = every > 0 and epoch % every == 0
@@ -89,13 +89,13 @@ class Evaluation:
             train, test = evaluate(model, self.train), evaluate(model, self.test)
         elif stop_ce is not None:
             train = evaluate_within(model, self.train, stop_ce)
-        figures: Figures = {}
+        results: Results = {}
         for part, found in (("train", train), ("test", test)):
             if found is not None:
-                figures |= {f"{part}_ce": found[0], f"{part}_error": found[1]}
-        return figures
+                results |= {f"{part}_ce": found[0], f"{part}_error": found[1]}
+        return results
 
-    def of_run(self, rows: Sequence[Mapping[str, Any]], model: nn.Module) -> Figures:
+    def of_run(self, rows: Sequence[Mapping[str, Any]], model: nn.Module) -> Results:
         """Return the results for the summary.
 
         Raises:
@@ -133,23 +133,23 @@ class Evaluation:
 class ProbeEvaluation(Evaluation):
     """A SimCLR encoder's linear probe. Without a head for classes it has no cross-entropy, error or gap of its own."""
 
-    def running(self, entropy: float, error: float) -> Figures:
+    def running(self, entropy: float, error: float) -> Results:
         """Return NT-Xent, and the share of views whose partner is not the nearest view."""
         return {"running_nt_xent": entropy, "running_partner_error": error}
 
-    def of_epoch(self, epoch: int, model: nn.Module) -> Figures:
+    def of_epoch(self, epoch: int, model: nn.Module) -> Results:
         every = self.config.probe_every
         return self._of_linear_probe(model) if every > 0 and epoch % every == 0 else {}
 
-    def of_run(self, rows: Sequence[Mapping[str, Any]], model: nn.Module) -> Figures:
-        figures = self._of_linear_probe(model)
+    def of_run(self, rows: Sequence[Mapping[str, Any]], model: nn.Module) -> Results:
+        results = self._of_linear_probe(model)
         tested = [row["probe_test_error"] for row in rows if "probe_test_error" in row]
         return {
             "nt_xent": rows[-1]["running_nt_xent"],
-            **figures,
-            "probe_test_error_min": min([*tested, figures["probe_test_error"]]),
+            **results,
+            "probe_test_error_min": min([*tested, results["probe_test_error"]]),
         }
 
-    def _of_linear_probe(self, model: nn.Module) -> Figures:
+    def _of_linear_probe(self, model: nn.Module) -> Results:
         assert isinstance(model, Contrastive)
         return dict(linear_probe(model, self.train, self.test, classes=self.classes, seed=self.config.seed))

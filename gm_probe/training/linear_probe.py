@@ -65,13 +65,13 @@ def linear_probe(
     parts = {"train": (train, x), "test": (test, features(model, test))}
     assert train.examples.y is not None
     classifier = fit((x - mean) / spread, train.examples.y.to(x.device), classes, seed)
-    figures = {}
+    results = {}
     for name, (batches, found) in parts.items():
         y = batches.examples.y
         assert y is not None
         with torch.no_grad():
             logits = classifier((found - mean) / spread)
         y = y.to(logits.device)
-        figures[f"probe_{name}_ce"] = float(functional.cross_entropy(logits, y))
-        figures[f"probe_{name}_error"] = float((logits.argmax(1) != y).double().mean())
-    return figures
+        results[f"probe_{name}_ce"] = float(functional.cross_entropy(logits, y))
+        results[f"probe_{name}_error"] = float((logits.argmax(1) != y).double().mean())
+    return results

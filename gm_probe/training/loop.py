@@ -10,6 +10,7 @@ from typing import Any
 from gm_probe.errors import DivergedError, UsageError, memory_or
 from gm_probe.files.atomic import remove_temporary, write_json
 from gm_probe.files.locks import FolderLock, exclusive
+from gm_probe.runs.record_kinds import ERRORS
 from gm_probe.runs.records import CONFIG, SPLIT, STATE, SUMMARY, read_run
 from gm_probe.runtime import processes
 from gm_probe.runtime.devices import deterministic
@@ -19,9 +20,6 @@ from gm_probe.training.config import TrainConfig
 from gm_probe.training.objectives import OBJECTIVES
 from gm_probe.training.run import Training
 from gm_probe.training.run_splits import check_splits, load_splits
-
-ERRORS = ("train_error", "test_error", "train_ce", "test_ce")
-"""The results of every finished run; a SimCLR encoder's are those of its linear probe."""
 
 
 def _less_memory(config: TrainConfig, rows: int) -> str:

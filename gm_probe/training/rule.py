@@ -38,7 +38,7 @@ from torch.amp import GradScaler
 from torch.nn import functional
 
 from gm_probe.checks import instance, optional, real, whole
-from gm_probe.curvature.custom_functions import leaves_of, require_repeatable
+from gm_probe.curvature.custom_functions import leaves_of, require_moved_alone, require_repeatable
 from gm_probe.data.fields import Inputs, arguments, as_inputs
 from gm_probe.errors import DeviceError, UsageError, first_line, on_two_devices
 from gm_probe.inconsistency.kl import kl_divergence
@@ -70,7 +70,7 @@ class Step:
     inconsistency: Tensor | None
 
 
-class Common(TypedDict, total=False):
+class RuleOptions(TypedDict, total=False):
     """The options of every rule; see ``Rule``."""
 
     m: int | None
@@ -136,10 +136,16 @@ class Rule:
         self.m = m
         self.outputs = outputs or Outputs()
         self.parameters = Parameters(self.model, outputs=self.outputs)
+        if self.perturbs and self.parameters.dtype in (torch.bfloat16, torch.float16):
+            raise UsageError(
+                f"the weights are {self.parameters.dtype}, which rounds much of a perturbation away. Keep them in "
+                "float32 (model.float()), and use torch.autocast for speed"
+            )
         self.generator = generator or torch.Generator().manual_seed(0)
         self._scaler: GradScaler | None = None
         self._weight = 1.0
         self._examined = False
+        self._moved_once = False
 
     def backward(self, x: Any, y: Any, *, weight: float = 1.0, scaler: GradScaler | None = None) -> Step:
         """Add this rule's gradient on the batch x (B, ...), y (B,) to every ``p.grad``, as backward() does.
@@ -311,8 +317,16 @@ class Rule:
         return self.parameters.join(gradients[: len(self.parameters.named)])
 
     def _at(self, x: Inputs, y: Any, offset: Tensor, loss: Criterion) -> Gradients:
-        """Return ∇ ``loss`` at θ + offset, with a constant offset."""
-        return self._differentiate(loss(self.parameters.taken(x, self.parameters.moved(offset)), y))
+        """Return ∇ ``loss`` at θ + offset, with a constant offset.
+
+        The loss is taken while the model has these weights, because a penalty in it may read them.
+        """
+        moved = self.parameters.moved(offset)
+        found = self.parameters.in_force(x, moved, lambda outputs: loss(outputs, y))
+        if not self._moved_once:
+            require_moved_alone(found, moved, self.parameters.named)
+            self._moved_once = True
+        return self._differentiate(found)
 
     def _compared(self, outputs: Tensor, y: Any) -> Tensor:
         """Return the logits (n, ...) whose KL divergence counts."""

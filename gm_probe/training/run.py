@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gm_probe.data.batches import Batches, Normalization, placed
-from gm_probe.data.datasets import Examples
-from gm_probe.data.images import taken
+from gm_probe.data.batches import Batches, placed
+from gm_probe.data.examples import Examples
+from gm_probe.data.images import decoded_ahead
+from gm_probe.data.normalization import Normalization
 from gm_probe.errors import DivergedError, UsageError, memory_or, of_machine
 from gm_probe.files.atomic import append_line, write_atomic, write_json, write_toml
 from gm_probe.files.locks import FolderLock
@@ -39,7 +40,8 @@ from gm_probe.runs.records import (
     read_metrics,
 )
 from gm_probe.runtime import processes
-from gm_probe.runtime.devices import environment, pick_device, upload
+from gm_probe.runtime.devices import pick_device, upload
+from gm_probe.runtime.machine import environment
 from gm_probe.runtime.randomness import generators_kept, seed_generators
 from gm_probe.runtime.signals import Terminated
 from gm_probe.training.config import TrainConfig
@@ -179,7 +181,7 @@ class Training:
             labels = self._ahead([self.sampler.labels(part) for part in mine])
             if self._inputs is not self.splits.inputs.x:  # they are on the device
                 mine = self._ahead(mine)
-            for chosen, x, y in zip(left, taken(self._inputs, mine), labels, strict=True):
+            for chosen, x, y in zip(left, decoded_ahead(self._inputs, mine), labels, strict=True):
                 self._step(chosen, x, y)
                 self._report_progress()
                 done = self.epoch * self.steps + self.progress.step
@@ -272,7 +274,9 @@ class Training:
         self._check_loss(torch.zeros((), device=self.device))
         where = f"after epoch {self.epoch + 1}, step {self.progress.step}"
         saved = self.updates.tensors()
-        finite = torch.stack([torch.isfinite(value).all() for value in saved.values()])
+        finite = torch.stack(
+            [_finite(value, mask=name.startswith("buffer")) for name, value in saved.items()]
+        )
         if not bool(finite.all()):
             first = list(saved)[finite.tolist().index(False)]
             raise DivergedError(f"{first} is not finite {where}")
@@ -423,3 +427,9 @@ class Training:
             for past in (STATE, ERROR):  # ERROR: why an earlier try failed
                 (self.out / past).unlink(missing_ok=True)
         return summary
+
+
+def _finite(value: Tensor, *, mask: bool) -> Tensor:
+    """Return whether all values are finite (0-dim); −∞ counts as finite where it may be a ``mask`` of attention."""
+    fine = torch.isfinite(value)
+    return (fine | torch.isneginf(value) if mask and value.is_floating_point() else fine).all()

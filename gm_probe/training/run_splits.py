@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gm_probe.data.datasets import Examples, Recorded, Source, marks, open_source
+from gm_probe.data.datasets import open_source
+from gm_probe.data.examples import Examples, Recorded, Source, marks
 from gm_probe.data.images import contents
 from gm_probe.data.splits import Splits, hold_out, split
 from gm_probe.errors import DataError, UsageError

@@ -15,7 +15,7 @@ from gm_probe.inconsistency.ascent import ascend, kl_gradient, to_sphere
 from gm_probe.runtime.processes import sum_over_processes
 from gm_probe.runtime.randomness import Draws
 from gm_probe.training.objectives.supervised import Criterion
-from gm_probe.training.rule import Common, Gradients, Rule, Step
+from gm_probe.training.rule import Gradients, Rule, RuleOptions, Step
 
 KlGrad = Literal["both", "perturbed"]
 Sign = Literal["random", "none", "loss"]
@@ -36,7 +36,7 @@ class _Inconsistency(Rule):
         rho: float = 0.1,
         k_steps: int = 1,
         noise_scale: float = 0.1,
-        **common: Unpack[Common],
+        **common: Unpack[RuleOptions],
     ) -> None:
         super().__init__(model, criterion, **common)
         self.rho: float | Tensor = real("rho", rho, least=0)
@@ -80,7 +80,7 @@ class IAMD(_Inconsistency):
         k_steps: int = 1,
         noise_scale: float = 0.1,
         kl_grad: KlGrad = "both",
-        **common: Unpack[Common],
+        **common: Unpack[RuleOptions],
     ) -> None:
         super().__init__(model, criterion, rho=rho, k_steps=k_steps, noise_scale=noise_scale, **common)
         self.beta, self.kl_grad = real("beta", beta, least=0), one_of("kl_grad", kl_grad, KL_GRADS)
@@ -118,7 +118,7 @@ class OnePassIAMD(Rule):
         rho: float = 0.1,
         beta: float = 1.0,
         kl_grad: KlGrad = "both",
-        **common: Unpack[Common],
+        **common: Unpack[RuleOptions],
     ) -> None:
         super().__init__(model, criterion, **common)
         self.rho: float | Tensor = real("rho", rho, least=0)
@@ -176,7 +176,7 @@ class IAMS(_Inconsistency):
         k_steps: int = 1,
         noise_scale: float = 0.1,
         sign: Sign = "random",
-        **common: Unpack[Common],
+        **common: Unpack[RuleOptions],
     ) -> None:
         super().__init__(model, criterion, rho=rho, k_steps=k_steps, noise_scale=noise_scale, **common)
         self.sign = one_of("sign", sign, SIGNS)

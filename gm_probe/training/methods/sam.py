@@ -14,7 +14,7 @@ from gm_probe.inconsistency.ascent import to_sphere
 from gm_probe.runtime.processes import sum_over_processes
 from gm_probe.runtime.randomness import Draws
 from gm_probe.training.objectives.supervised import Criterion
-from gm_probe.training.rule import Common, Gradients, Rule, Step
+from gm_probe.training.rule import Gradients, Rule, RuleOptions, Step
 
 
 class SAM(Rule):
@@ -33,7 +33,7 @@ class SAM(Rule):
         criterion: Criterion = functional.cross_entropy,
         *,
         rho: float = 0.05,
-        **common: Unpack[Common],
+        **common: Unpack[RuleOptions],
     ) -> None:
         super().__init__(model, criterion, **common)
         self.rho: float | Tensor = real("rho", rho, least=0)
@@ -68,7 +68,7 @@ class ASAM(SAM):
         *,
         rho: float = 0.5,
         eta: float = 0.01,
-        **common: Unpack[Common],
+        **common: Unpack[RuleOptions],
     ) -> None:
         super().__init__(model, criterion, rho=rho, **common)
         self.eta = real("eta", eta, least=0)

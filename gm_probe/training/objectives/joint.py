@@ -21,42 +21,32 @@ class Joint(Objective):
 
     @staticmethod
     def sampler(config: TrainConfig, splits: Splits, compares: bool) -> BatchSampler:
-        return (MixedSampler if compares else LabeledSampler)(config, splits)
+        return MixedSampler(config, splits, labeled_alone=not compares)
 
 
-class LabeledSampler(BatchSampler):
-    """Deals only the labeled part of ``MixedSampler``'s batches, in as many steps, to rules that use no other."""
-
-    def __init__(self, config: TrainConfig, splits: Splits) -> None:
-        self.config, self.labeled = config, len(splits.train)
-        self.splits = splits
-        self.unlabeled = len(splits.inputs) - self.labeled
-        self.steps = -(-self.unlabeled // (config.mu * config.batch_size))
-        self.examples = self.steps * config.batch_size
-        require_even(config, "labeled examples")
-
-    def deal(self, generator: torch.Generator) -> Sequence[Tensor]:
-        size = self.config.batch_size
-        return _passes(self.labeled, self.steps * size, generator).split(size)
-
-
-class MixedSampler(LabeledSampler):
+class MixedSampler(BatchSampler):
     """Deals full batches of labeled examples and ``mu`` times as many unlabeled ones.
 
     An epoch is one pass over the unlabeled examples, filled up from the next pass. The labeled examples repeat as often
-    as needed.
+    as needed. To rules that use no others, the ``labeled_alone`` are dealt, in as many steps.
     """
 
-    def __init__(self, config: TrainConfig, splits: Splits) -> None:
-        super().__init__(config, splits)
-        self.rows = 1 + config.mu
-        self.examples *= self.rows
+    def __init__(self, config: TrainConfig, splits: Splits, *, labeled_alone: bool = False) -> None:
+        self.config, self.splits, self.labeled_alone = config, splits, labeled_alone
+        self.labeled = len(splits.train)
+        self.unlabeled = len(splits.inputs) - self.labeled
+        self.steps = -(-self.unlabeled // (config.mu * config.batch_size))
+        self.rows = 1 if labeled_alone else 1 + config.mu
+        self.examples = self.steps * config.batch_size * self.rows
+        require_even(config, "labeled examples")
 
     def deal(self, generator: torch.Generator) -> Sequence[Tensor]:
-        labeled = super().deal(generator)
-        size = self.config.mu * self.config.batch_size
-        rest = self.labeled + _passes(self.unlabeled, self.steps * size, generator)
-        return [torch.cat(pair) for pair in zip(labeled, rest.split(size), strict=True)]
+        size, others = self.config.batch_size, self.config.mu * self.config.batch_size
+        labeled = _passes(self.labeled, self.steps * size, generator).split(size)
+        if self.labeled_alone:
+            return labeled
+        rest = self.labeled + _passes(self.unlabeled, self.steps * others, generator)
+        return [torch.cat(pair) for pair in zip(labeled, rest.split(others), strict=True)]
 
 
 def _passes(size: int, length: int, generator: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from gm_probe.analysis.coefficients import kendall
 from gm_probe.analysis.conclusion import target_short
 from gm_probe.analysis.curves import CURVES, Curve
 from gm_probe.analysis.design import target_column
-from gm_probe.analysis.leads import Grids, in_words
+from gm_probe.analysis.report_leads import Grids, in_words
 from gm_probe.analysis.results import Correlations
 from gm_probe.tables.table import RunTable
 
@@ -22,7 +22,7 @@ Rows = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ReportFigure:
     """A figure of a page.
 
     Attributes:
@@ -38,13 +38,13 @@ class Picture:
     figure: Figure
 
 
-def pictures(
+def report_figures(
     statistics: Correlations,
     groups: Rows,
     shapes: Rows,
     grids: Grids,
     curves: Mapping[str, Sequence[Curve]],
-) -> Iterator[Picture]:
+) -> Iterator[ReportFigure]:
     """Yield all figures for which there is something to show, in the order of the page.
 
     ``grids[gap]`` is of ``grid.grid_taus``, ``curves`` of ``curves.read_curves``; either may be empty.
@@ -54,7 +54,7 @@ def pictures(
     for gap, label in gaps.items():
         column = target_column(table, gap)
         for place, measure in enumerate(table.measures):
-            yield Picture(
+            yield ReportFigure(
                 f"scatter-{place + 1}-{_file_name(measure)}-{gap}",
                 "scatter",
                 f"{measure}, {target_short(gap)}",
@@ -66,7 +66,7 @@ def pictures(
     for gap, lines in grids.items():
         if lines:
             numbers = sorted({tau.n for of in lines.values() for tau in of.values()})
-            yield Picture(
+            yield ReportFigure(
                 f"grid-{gap}",
                 "grid",
                 f"S_ρ’s τ with the {target_short(gap)} by ρ and K",
@@ -77,7 +77,7 @@ def pictures(
             )
     for name, of_runs in curves.items():
         recorded = sum(len(x) > 0 for x, _ in of_runs)
-        yield Picture(
+        yield ReportFigure(
             f"curves-{name}",
             "training",
             f"{name} by epoch",
@@ -86,12 +86,12 @@ def pictures(
         )
 
 
-def _forest(found: Correlations) -> Picture:
+def _forest(found: Correlations) -> ReportFigure:
     rows = {
         measure: {label: found.get(measure, target) for target, label in found.targets.items()}
         for measure in found.runs.measures
     }
-    return Picture(
+    return ReportFigure(
         "forest",
         "",
         "Kendall’s τ-b with 95 % intervals",
@@ -100,7 +100,7 @@ def _forest(found: Correlations) -> Picture:
     )
 
 
-def _granulated(found: Correlations) -> Iterator[Picture]:
+def _granulated(found: Correlations) -> Iterator[ReportFigure]:
     for target in found.targets:
         psi = {name: found.of(name, target, "psi") for name in found.runs.measures}
         names = list(
@@ -112,7 +112,7 @@ def _granulated(found: Correlations) -> Iterator[Picture]:
             [*(of[name].value for name in names), found.get(measure, target, "psi_mean").value]
             for measure, of in psi.items()
         ]
-        yield Picture(
+        yield ReportFigure(
             f"granulated-{target}",
             "beyond",
             f"Granulated ψ, {target_short(target)}",
@@ -121,7 +121,7 @@ def _granulated(found: Correlations) -> Iterator[Picture]:
         )
 
 
-def _between_measures(table: RunTable) -> Iterator[Picture]:
+def _between_measures(table: RunTable) -> Iterator[ReportFigure]:
     names = table.measures
     if len(names) < 2:
         return
@@ -131,7 +131,7 @@ def _between_measures(table: RunTable) -> Iterator[Picture]:
         for j, y in enumerate(columns[: i + 1]):
             found = kendall(x, y).value
             taus[i, j] = taus[j, i] = np.nan if found is None else found
-    yield Picture(
+    yield ReportFigure(
         "measures",
         "comparisons",
         "τ between measures",

@@ -80,9 +80,9 @@ def _granulated(found: Correlations) -> Iterator[str]:
 def _alike(found: Correlations) -> Iterator[str]:
     same = {first: others for first, others in found.alike.items() if others}
     for first, others in same.items():
-        yield f"{listed([symbol(name) for name in (first, *others)])} order the runs alike (|τ| > 0.98)."
+        yield f"{listed([symbol(name) for name in (first, *others)])} order the runs alike (τ > 0.98)."
     if not same and len(found.runs.measures) > 1:
-        yield "No two measures order the runs alike (|τ| > 0.98)."
+        yield "No two measures order the runs alike (τ > 0.98)."
 
 
 def _over_grid(grids: Grids) -> Iterator[str]:
